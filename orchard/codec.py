@@ -1,0 +1,377 @@
+"""JSON in and out of dataclasses. Law: pure functions over bytes and values; no noun of the product is known here.
+
+The ground floor. A noun of the API is a frozen dataclass whose attributes are made by `attr`, which says what the
+field is called on the wire, what it means and which values it takes. From that one description come
+
+* `decode`: a parsed JSON value to an instance, refusing what does not fit in a sentence that names field, value and
+  what was expected;
+* `encode`: an instance to a JSON object, zero values left out unless the field promises a default;
+* `component`: the field's and the class's OpenAPI schema.
+
+`parse_json` is stricter than `json.loads`: it refuses everything on which two JSON readers may disagree (duplicate
+keys, NaN, lone surrogates, UTF-16, absurd nesting), so that what is stored is read back the same by anybody.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+MAX_DEPTH = 32  # levels of nesting in a JSON text; the deepest object of the API has 4
+MAX_UINT = 2**53 - 1  # the largest whole number that every JSON reader keeps exact (RFC 8259, section 6)
+MAX_SHOWN = 64  # characters of a refused value that an error message repeats
+
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)")
+_NO_TIME = "0001-01-01T00:00:00Z"  # the zero value of a Go client's time
+
+T = TypeVar("T")
+
+
+class APIError(Exception):
+    """A refusal and the HTTP status that it answers with; raised anywhere below a handler.
+
+    `message` is one sentence for a person; `headers` are sent with the answer.
+    """
+
+    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = headers
+
+
+@dataclass(frozen=True, slots=True)
+class Attr:
+    """What `attr` was told about one field, with its Python name and type once `attrs_of` has resolved them."""
+
+    json: str
+    doc: str
+    writer: str  # who may set it: "user", "controller", "scheduler", "worker"
+    default: object = None  # promised by the schema: then the field is in every answer, zero or not
+    number: bool = False  # an integer that the published schema calls a number
+    maximum: int = MAX_UINT
+    twin: str = ""  # a deprecated second name of the same field on the wire
+    example: object = None
+    name: str = ""
+    kind: Any = None
+
+    def is_list(self) -> bool:
+        return typing.get_origin(self.kind) is tuple
+
+
+def attr(
+    json_name: str,
+    doc: str,
+    *,
+    zero: object = dataclasses.MISSING,
+    writer: str = "user",
+    default: object = None,
+    number: bool = False,
+    maximum: int = MAX_UINT,
+    twin: str = "",
+    example: object = None,
+) -> Any:
+    """Declare a field of a noun: `json_name` on the wire, `doc` for people, `zero` its value when absent."""
+    about = Attr(json_name, doc, writer, default, number, maximum, twin, example)
+    if isinstance(zero, dict):
+        return dataclasses.field(default_factory=dict, metadata={"attr": about})
+    return dataclasses.field(default=zero, metadata={"attr": about})
+
+
+_ATTRS: dict[type, tuple[Attr, ...]] = {}
+
+
+def attrs_of(cls: type) -> tuple[Attr, ...]:
+    """Give the fields of a noun (a dataclass) in the order of their declaration; resolved once per class."""
+    found = _ATTRS.get(cls)
+    if found is None:
+        hints = typing.get_type_hints(cls)
+        found = _ATTRS[cls] = tuple(
+            dataclasses.replace(field.metadata["attr"], name=field.name, kind=hints[field.name])
+            for field in dataclasses.fields(cls)
+        )
+    return found
+
+
+# ---- bytes to values -----------------------------------------------------------------------------------------------
+
+
+def parse_json(body: bytes) -> Any:
+    """Parse a JSON text strictly. Raises APIError(400) that says what is wrong with it and where."""
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise APIError(400, f"the body is not UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_int)
+    except json.JSONDecodeError as error:
+        raise APIError(400, f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise APIError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels") from None
+    _check_tree(value)
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise APIError(400, f"the JSON key {shown(key)} stands twice in one object")
+            seen.add(key)
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise APIError(400, f"{name} is no JSON number")
+
+
+def _int(digits: str) -> int:
+    # Python refuses to convert very long numbers, and nothing here is as large as that.
+    if len(digits) > 20:
+        raise APIError(400, f"the number {shown(digits)} is out of range")
+    return int(digits)
+
+
+def _check_tree(value: object) -> None:
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[object] = []
+        for node in level:
+            if isinstance(node, str):
+                _check_text(node)
+            elif isinstance(node, list):
+                below.extend(node)
+            elif isinstance(node, dict):
+                for key in node:
+                    _check_text(key)
+                below.extend(node.values())
+        if not below:
+            return
+        level = below
+    raise APIError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise APIError(400, f"the JSON text {shown(text)} holds half a surrogate pair") from None
+
+
+def shown(value: object) -> str:
+    """A refused value as an error message shows it: JSON, ASCII, not long."""
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+# ---- values to nouns -----------------------------------------------------------------------------------------------
+
+
+def decode(
+    cls: type[T],
+    raw: object,
+    *,
+    base: T | None = None,
+    where: str = "",
+    also: frozenset[str] = frozenset(),
+    unknown: list[str] | None = None,
+    by: frozenset[str] | None = None,
+    refused: int = 412,
+) -> T:
+    """Make an instance of the noun `cls` from a parsed JSON object.
+
+    An absent or null field takes its value from `base`, without one its zero value. Names in `also` are known and
+    passed over; other unknown names are appended to `unknown`. Only fields whose writer is in `by` are taken, the
+    rest are passed over like those in `also` (None: all are taken). `where` is the path that messages begin with.
+
+    Raises APIError: 400 for a value of the wrong type or out of range, `refused` for one that a rule excludes.
+    """
+    if not isinstance(raw, dict):
+        raise APIError(400, f"{where or 'the body'} is {shown(raw)}, expected a JSON object")
+    taken: dict[str, Any] = {}
+    known = set(also)
+    prefix = f"{where}." if where else ""
+    for field in attrs_of(cls):
+        known.add(field.json)
+        if field.twin:
+            known.add(field.twin)
+        value = raw.get(field.json)
+        if value is not None and (by is None or field.writer in by):
+            inner = Inner(prefix + field.json, unknown, refused, field.maximum)
+            taken[field.name] = _decode_value(field.kind, value, inner)
+    if unknown is not None:
+        unknown.extend(prefix + key for key in raw if key not in known)
+    if base is not None:
+        return typing.cast("T", dataclasses.replace(typing.cast("Any", base), **taken))
+    return cls(**taken)
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    """Where in the body a value stands, and how its refusal is to be answered."""
+
+    where: str
+    unknown: list[str] | None
+    refused: int
+    maximum: int
+
+    def at(self, step: str) -> Inner:
+        return dataclasses.replace(self, where=self.where + step)
+
+
+def _decode_value(kind: Any, value: object, at: Inner) -> Any:
+    if kind is str:
+        return _typed(str, value, at, "a text")
+    if kind is bool:
+        return _typed(bool, value, at, "true or false")
+    if kind is int:
+        return _decode_int(value, at)
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        text = _typed(str, value, at, "a text")
+        options = typing.get_args(kind)
+        if text not in options:
+            raise APIError(at.refused, f"{at.where} is {shown(text)}, expected one of {', '.join(options)}")
+        return text
+    if origin is tuple:
+        items = _typed(list, value, at, "a list")
+        item_kind = typing.get_args(kind)[0]
+        return tuple(_decode_value(item_kind, item, at.at(f"[{index}]")) for index, item in enumerate(items))
+    if origin is Mapping:
+        value_kind = typing.get_args(kind)[1]
+        pairs = _typed(dict, value, at, "a JSON object")
+        return {key: _decode_value(value_kind, item, at.at(f"[{shown(key)}]")) for key, item in pairs.items()}
+    if origin in (types.UnionType, typing.Union):
+        return _decode_value(typing.get_args(kind)[0], value, at)
+    if kind is datetime.datetime:
+        return parse_time(_typed(str, value, at, "an RFC 3339 time"), at.where)
+    return decode(kind, value, where=at.where, unknown=at.unknown, refused=at.refused)
+
+
+def _typed(kind: type[T], value: object, at: Inner, expected: str) -> T:
+    if not isinstance(value, kind):
+        raise APIError(400, f"{at.where} is {shown(value)}, expected {expected}")
+    return value
+
+
+def _decode_int(value: object, at: Inner) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= at.maximum:
+        raise APIError(400, f"{at.where} is {shown(value)}, expected a whole number from 0 to {at.maximum}")
+    return value
+
+
+def parse_time(text: str, where: str) -> datetime.datetime | None:
+    """Read an RFC 3339 time of any zone and up to nanoseconds (cut to microseconds); a Go client's zero time is None.
+
+    Raises APIError(400) naming `where`.
+    """
+    if text == _NO_TIME:
+        return None
+    match = _TIME.fullmatch(text)
+    if match is not None:
+        day, minute, second, fraction, zone = match.groups()
+        second = "59" if second == "60" else second  # a leap second
+        micros = (fraction or "0").ljust(6, "0")[:6]
+        try:
+            local = datetime.datetime.fromisoformat(f"{day}T{minute}:{second}.{micros}{zone.upper()}")
+            return local.astimezone(datetime.UTC)
+        except (ValueError, OverflowError):
+            pass
+    raise APIError(400, f"{where} is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z")
+
+
+# ---- nouns to values -----------------------------------------------------------------------------------------------
+
+
+def encode(noun: Any) -> dict[str, Any]:
+    """Give a noun as a JSON object; zero values are left out unless their field promises a default."""
+    out: dict[str, Any] = {}
+    for field in attrs_of(type(noun)):
+        value = getattr(noun, field.name)
+        if not value and field.default is None:
+            continue
+        out[field.json] = value = _encode_value(value)
+        if field.twin:
+            out[field.twin] = value
+    return out
+
+
+def _encode_value(value: Any) -> Any:
+    if isinstance(value, str | int):
+        return value
+    if isinstance(value, tuple):
+        return [_encode_value(item) for item in value]
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, datetime.datetime):
+        return format_time(value)
+    return encode(value)
+
+
+def format_time(when: datetime.datetime) -> str:
+    """Write a time as RFC 3339 in UTC."""
+    return when.astimezone(datetime.UTC).isoformat().replace("+00:00", "Z")
+
+
+def dump_json(value: object) -> bytes:
+    """Write a JSON text on one line, in UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+# ---- nouns to OpenAPI ----------------------------------------------------------------------------------------------
+
+
+def component(cls: type) -> dict[str, Any]:
+    """Describe a noun as an OpenAPI 3.0 schema; nested nouns are written out in place."""
+    properties: dict[str, Any] = {}
+    for field in attrs_of(cls):
+        schema = _value_schema(field.kind, field)
+        schema["description"] = field.doc
+        if field.default is not None:
+            schema["default"] = field.default
+        if field.example is not None:
+            schema["example"] = field.example
+        if field.writer != "user":
+            schema["readOnly"] = True
+        properties[field.json] = schema
+        if field.twin:
+            properties[field.twin] = {
+                **schema,
+                "description": f"Please use `{field.json}` instead",
+                "deprecated": True,
+            }
+    return {"type": "object", "properties": properties}
+
+
+def _value_schema(kind: Any, field: Attr) -> dict[str, Any]:
+    if kind is str:
+        return {"type": "string"}
+    if kind is bool:
+        return {"type": "boolean"}
+    if kind is int:
+        if field.number:
+            return {"type": "number", "multipleOf": 1, "minimum": 0, "maximum": field.maximum}
+        return {"type": "integer", "minimum": 0, "maximum": field.maximum}
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return {"type": "string", "enum": list(typing.get_args(kind))}
+    if origin is tuple:
+        return {"type": "array", "items": _value_schema(typing.get_args(kind)[0], field)}
+    if origin is Mapping:
+        return {"type": "object", "additionalProperties": _value_schema(typing.get_args(kind)[1], field)}
+    if origin in (types.UnionType, typing.Union):
+        return _value_schema(typing.get_args(kind)[0], field)
+    if kind is datetime.datetime:
+        return {"type": "string", "format": "date-time"}
+    return component(kind)

@@ -1,0 +1,216 @@
+"""Checked lines on disk. Law: files and bytes, synchronous, no nouns; store.py runs it in a thread.
+
+A file is a sequence of JSON objects, one a line, that a person can read with `less` and a program with `jq`:
+
+    {"sum":"6f1c...","format":"orchard-state","version":1,...}
+    {"sum":"09ab...","revision":8,"changes":[...]}
+
+`sum` is BLAKE2b over the previous line's sum and the rest of this line, so a line that was altered, moved, repeated
+or taken out is found, wherever it stands. Only the last line may be unfinished (no newline): that is what a crash in
+the middle of an append leaves, nobody was told of it, and it is cut off. Everything else stops the start.
+
+What may go wrong in an append is one of two things. The bytes did not get into the file (`NotWritten`): the file is
+cut back to where it was, and the next append may succeed. Or nobody knows what the disk holds (`Broken`): after a
+failed fsync the system may have dropped the pages and will say "fine" the next time, so nothing can be appended any
+more, and only a restart that reads the file again tells what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+SUM_BYTES = 8  # of the digest: 2**-64 for a damaged line to pass
+_LINE = re.compile(rb'\{"sum":"([0-9a-f]{%d})",(.*\})' % (2 * SUM_BYTES), re.DOTALL)
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DamagedError(Exception):
+    """A file does not hold what was written. str() names file, offset and what to do."""
+
+    def __init__(self, path: Path, offset: int, what: str, remedy: str = "") -> None:
+        self.path = path
+        self.offset = offset
+        self.what = what
+        remedy = remedy or "restore the data directory from a backup, or cut the file there and lose what follows"
+        super().__init__(f"{path}: {what} at byte {offset}; {remedy}")
+
+
+class NotWritten(Exception):  # noqa: N818 -- it states what is the case; nothing is broken
+    """An append did not happen, and the file is as it was. `no_room`: for want of space."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"cannot write {path}: {os.strerror(error.errno or 0)}")
+        self.no_room = error.errno in _NO_ROOM
+
+
+class Broken(Exception):  # noqa: N818 -- likewise
+    """Nobody knows what of an append is on the disk; only reading it again at a new start tells."""
+
+    def __init__(self, path: Path, action: str, error: OSError) -> None:
+        super().__init__(f"cannot {action} {path}: {os.strerror(error.errno or 0)}; what is on the disk is uncertain")
+
+
+class Disk:
+    """The system calls by which anything becomes durable, in one place so that tests can make them fail."""
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return os.write(fd, data)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def sync(self, fd: int) -> None:
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone leaves the data in the drive's cache
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+
+    def replace(self, source: Path, target: Path) -> None:
+        os.replace(source, target)  # noqa: PTH105 -- beside its sisters
+
+    def sync_directory(self, directory: Path) -> None:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+class Journal:
+    """A file of checked lines, open for appending after `load` or `create`. Not thread-safe; `close` it."""
+
+    def __init__(self, path: Path, disk: Disk) -> None:
+        self.path = path
+        self.size = 0  # bytes of it that hold complete lines
+        self._disk = disk
+        self._sum = b""  # of the last line
+        self._fd = -1
+        self._broken: Broken | None = None
+
+    def load(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Read and check the file; give (byte offset, object) for each complete line, and cut off an unfinished one.
+
+        To be read to the end before anything is appended. Raises DamagedError; FileNotFoundError.
+        """
+        yield from self.read()
+        self._open()
+        if os.fstat(self._fd).st_size > self.size:
+            self._disk.truncate(self._fd, self.size)
+
+    def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Give what `load` gives, and change nothing on the disk."""
+        self.size, self._sum = 0, b""
+        with self.path.open("rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    self._check_unfinished(line)
+                    return
+                yield self.size, self._check(line[:-1])
+                self.size += len(line)
+
+    def _check(self, line: bytes) -> dict[str, Any]:
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise DamagedError(self.path, self.size, "this is no line with a checksum")
+        found, rest = match.groups()
+        if found != chain(self._sum, rest):
+            raise DamagedError(self.path, self.size, "the checksum does not fit the line and the one before it")
+        self._sum = found
+        value: dict[str, Any] = json.loads(b"{" + rest)
+        return value
+
+    def _check_unfinished(self, tail: bytes) -> None:
+        # A whole line whose newline has become another byte was acknowledged: damage, not a crash in an append.
+        match = _LINE.fullmatch(tail[:-1])
+        if match is not None and match[1] == chain(self._sum, match[2]):
+            raise DamagedError(self.path, self.size + len(tail) - 1, "a newline was expected")
+
+    def create(self, objects: Iterable[bytes]) -> None:
+        """Write a new file in place of the old one, if any: complete and durable, or not there at all.
+
+        Each of `objects` is a JSON object on one line. Raises NotWritten when the old file is untouched, else Broken.
+        """
+        draft = self.path.with_name(self.path.name + ".new")
+        fresh = Journal(draft, self._disk)
+        try:
+            draft.unlink(missing_ok=True)
+            fresh._fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fresh._write(objects)
+            self._disk.sync(fresh._fd)
+            self._disk.replace(draft, self.path)
+        except OSError as error:
+            fresh.close()
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+            raise NotWritten(self.path, error) from error
+        self.close()
+        self._fd, self.size, self._sum = fresh._fd, fresh.size, fresh._sum
+        try:
+            self._disk.sync_directory(self.path.parent)
+        except OSError as error:
+            self._broken = Broken(self.path, "make durable the renaming of", error)
+            raise self._broken from error
+
+    def append(self, objects: Iterable[bytes]) -> None:
+        """Append JSON objects, and return when they are durable. Raises NotWritten or Broken."""
+        if self._broken is not None:
+            raise self._broken
+        size, last = self.size, self._sum
+        try:
+            if self._fd < 0:
+                self._open()
+            self._write(objects)
+        except OSError as error:
+            self.size, self._sum = size, last
+            self._cut_back()
+            raise NotWritten(self.path, error) from error
+        try:
+            self._disk.sync(self._fd)
+        except OSError as error:
+            self._broken = Broken(self.path, "sync", error)
+            raise self._broken from error
+
+    def _open(self) -> None:
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def _write(self, objects: Iterable[bytes]) -> None:
+        lines = []
+        last = self._sum
+        for text in objects:
+            rest = text[1:]
+            last = chain(last, rest)
+            lines.append(b'{"sum":"%b",%b\n' % (last, rest))
+        data = memoryview(b"".join(lines))
+        size = self.size + len(data)
+        while data:
+            data = data[self._disk.write(self._fd, data) :]
+        self.size, self._sum = size, last
+
+    def _cut_back(self) -> None:
+        if self._fd < 0:
+            return
+        try:
+            self._disk.truncate(self._fd, self.size)
+        except OSError as error:
+            self._broken = Broken(self.path, "take back an unfinished write to", error)
+            raise self._broken from error
+
+    def close(self) -> None:
+        """Close the file; `append` opens it again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def chain(last: bytes, rest: bytes) -> bytes:
+    """Give the sum of a line: over the sum of the line before it (empty for the first) and the rest of this one."""
+    return hashlib.blake2b(last + rest, digest_size=SUM_BYTES).hexdigest().encode()
