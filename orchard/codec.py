@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import re
 import types
 import typing
@@ -28,8 +29,12 @@ MAX_DEPTH = 32  # levels of nesting in a JSON text; the deepest object of the AP
 MAX_UINT = 2**53 - 1  # the largest whole number that every JSON reader keeps exact (RFC 8259, section 6)
 MAX_SHOWN = 64  # characters of a refused value that an error message repeats
 
-_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt](\d\d:\d\d):(\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)")
-_NO_TIME = "0001-01-01T00:00:00Z"  # the zero value of a Go client's time
+_HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = re.compile(
+    rf"([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})[Tt]({_HOUR}):([0-5][0-9]|60)(?:\.([0-9]{{1,9}}))?([Zz]|[+-]{_HOUR})"
+)
+_NO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)  # the zero value of a Go client's time
+_OPTIONAL = (types.UnionType, typing.Union)  # `X | None`, and how Python keeps `Literal[...] | None`
 
 T = TypeVar("T")
 
@@ -59,11 +64,15 @@ class Attr:
     maximum: int = MAX_UINT
     twin: str = ""  # a deprecated second name of the same field on the wire
     example: object = None
+    required: bool = False  # it has no zero value: an object without it is none
     name: str = ""
     kind: Any = None
 
     def is_list(self) -> bool:
         return typing.get_origin(self.kind) is tuple
+
+    def is_optional(self) -> bool:
+        return typing.get_origin(self.kind) in _OPTIONAL
 
 
 def attr(
@@ -78,8 +87,12 @@ def attr(
     twin: str = "",
     example: object = None,
 ) -> Any:
-    """Declare a field of a noun: `json_name` on the wire, `doc` for people, `zero` its value when absent."""
-    about = Attr(json_name, doc, writer, default, number, maximum, twin, example)
+    """Declare a field of a noun: `json_name` on the wire, `doc` for people, `zero` its value when absent.
+
+    Without a `zero` the field has to be there.
+    """
+    required = zero is dataclasses.MISSING
+    about = Attr(json_name, doc, writer, default, number, maximum, twin, example, required)
     if isinstance(zero, dict):
         return dataclasses.field(default_factory=dict, metadata={"attr": about})
     return dataclasses.field(default=zero, metadata={"attr": about})
@@ -110,7 +123,9 @@ def parse_json(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise APIError(400, f"the body is not UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}") from None
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_int)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_int, parse_float=_float
+        )
     except json.JSONDecodeError as error:
         raise APIError(400, f"the body is not JSON: {error}") from None
     except RecursionError:
@@ -141,20 +156,29 @@ def _int(digits: str) -> int:
     return int(digits)
 
 
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise APIError(400, f"the number {shown(digits)} is out of range")
+    return value
+
+
 def _check_tree(value: object) -> None:
     level: list[object] = [value]
     for _ in range(MAX_DEPTH + 1):
         below: list[object] = []
+        deeper = False
         for node in level:
             if isinstance(node, str):
                 _check_text(node)
             elif isinstance(node, list):
+                deeper = True
                 below.extend(node)
             elif isinstance(node, dict):
-                for key in node:
-                    _check_text(key)
+                deeper = True
+                below.extend(node)
                 below.extend(node.values())
-        if not below:
+        if not deeper:
             return
         level = below
     raise APIError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels")
@@ -193,7 +217,8 @@ def decode(
     passed over; other unknown names are appended to `unknown`. Only fields whose writer is in `by` are taken, the
     rest are passed over like those in `also` (None: all are taken). `where` is the path that messages begin with.
 
-    Raises APIError: 400 for a value of the wrong type or out of range, `refused` for one that a rule excludes.
+    Raises APIError: 400 for a value that is missing, of the wrong type or out of range, `refused` for one that a
+    rule excludes.
     """
     if not isinstance(raw, dict):
         raise APIError(400, f"{where or 'the body'} is {shown(raw)}, expected a JSON object")
@@ -208,6 +233,8 @@ def decode(
         if value is not None and (by is None or field.writer in by):
             inner = Inner(prefix + field.json, unknown, refused, field.maximum)
             taken[field.name] = _decode_value(field.kind, value, inner)
+        elif field.required and base is None:
+            raise APIError(400, f"{prefix}{field.json} is missing, expected {field.doc}")
     if unknown is not None:
         unknown.extend(prefix + key for key in raw if key not in known)
     if base is not None:
@@ -250,7 +277,7 @@ def _decode_value(kind: Any, value: object, at: Inner) -> Any:
         value_kind = typing.get_args(kind)[1]
         pairs = _typed(dict, value, at, "a JSON object")
         return {key: _decode_value(value_kind, item, at.at(f"[{shown(key)}]")) for key, item in pairs.items()}
-    if origin in (types.UnionType, typing.Union):
+    if origin in _OPTIONAL:
         return _decode_value(typing.get_args(kind)[0], value, at)
     if kind is datetime.datetime:
         return parse_time(_typed(str, value, at, "an RFC 3339 time"), at.where)
@@ -276,8 +303,6 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
 
     Raises APIError(400) naming `where`.
     """
-    if text == _NO_TIME:
-        return None
     match = _TIME.fullmatch(text)
     if match is not None:
         day, minute, second, fraction, zone = match.groups()
@@ -285,7 +310,8 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
         micros = (fraction or "0").ljust(6, "0")[:6]
         try:
             local = datetime.datetime.fromisoformat(f"{day}T{minute}:{second}.{micros}{zone.upper()}")
-            return local.astimezone(datetime.UTC)
+            when = local.astimezone(datetime.UTC)
+            return None if when == _NO_TIME else when
         except (ValueError, OverflowError):
             pass
     raise APIError(400, f"{where} is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z")
@@ -295,11 +321,14 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
 
 
 def encode(noun: Any) -> dict[str, Any]:
-    """Give a noun as a JSON object; zero values are left out unless their field promises a default."""
+    """Give a noun as a JSON object.
+
+    Zero values are left out unless their field promises a default; of an optional field, None is the zero value.
+    """
     out: dict[str, Any] = {}
     for field in attrs_of(type(noun)):
         value = getattr(noun, field.name)
-        if not value and field.default is None:
+        if field.default is None and (value is None or (not value and not field.is_optional())):
             continue
         out[field.json] = value = _encode_value(value)
         if field.twin:
@@ -351,7 +380,9 @@ def component(cls: type) -> dict[str, Any]:
                 "description": f"Please use `{field.json}` instead",
                 "deprecated": True,
             }
-    return {"type": "object", "properties": properties}
+    schema = {"type": "object", "properties": properties}
+    required = [field.json for field in attrs_of(cls) if field.required]
+    return {**schema, "required": required} if required else schema
 
 
 def _value_schema(kind: Any, field: Attr) -> dict[str, Any]:
@@ -370,7 +401,7 @@ def _value_schema(kind: Any, field: Attr) -> dict[str, Any]:
         return {"type": "array", "items": _value_schema(typing.get_args(kind)[0], field)}
     if origin is Mapping:
         return {"type": "object", "additionalProperties": _value_schema(typing.get_args(kind)[1], field)}
-    if origin in (types.UnionType, typing.Union):
+    if origin in _OPTIONAL:
         return _value_schema(typing.get_args(kind)[0], field)
     if kind is datetime.datetime:
         return {"type": "string", "format": "date-time"}

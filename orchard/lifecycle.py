@@ -127,18 +127,20 @@ def restart(vm: VM, now: datetime.datetime) -> VM:
 
 def report(vm: VM, seen: Report, now: datetime.datetime) -> VM:
     """Take over what a worker saw. Raises APIError(404) when it speaks of another life of the VM."""
-    if seen.uid and (seen.uid, seen.restart_count or 0) != (vm.uid, vm.state.restart_count):
+    state = vm.state
+    uid, life = seen.uid or vm.uid, seen.restart_count
+    if life is None:
+        life = 0 if seen.uid else state.restart_count  # who names the VM and leaves the count out means zero
+    if (uid, life) != (vm.uid, state.restart_count):
         raise APIError(
             404,
-            f'VM "{vm.name}" has uid {vm.uid} and restart_count {vm.state.restart_count},'
-            f" not {shown(seen.uid)} and {seen.restart_count or 0}",
+            f'VM "{vm.name}" has uid {vm.uid} and restart_count {state.restart_count}, not {shown(uid)} and {life}',
         )
-    state = vm.state
     if state.status == "failed":
         return vm  # whatever it was that failed stays the reason
     conditions = state.conditions
     for condition in seen.conditions or ():
-        if condition.type == "running":
+        if condition.type == "running" and not vm.resting:  # its resources may be another's by now
             conditions = _with_running(conditions, condition.state)
     if seen.status == "failed":
         conditions = _with_running(conditions, "false")
@@ -153,7 +155,7 @@ def report(vm: VM, seen: Report, now: datetime.datetime) -> VM:
         status=status,
         status_message=message,
         image_fqn=seen.image_fqn or state.image_fqn,
-        observed_generation=seen.observed_generation or state.observed_generation,
+        observed_generation=max(state.observed_generation, min(seen.observed_generation, vm.meta.generation)),
         conditions=conditions,
         started_at=state.started_at or (now if status == "running" else None),
     )

@@ -18,12 +18,14 @@ every worker partly filled.
 from __future__ import annotations
 
 import bisect
-from collections import defaultdict
+import datetime
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from orchard.schema import VM, SchedulerProfile, Worker
 
+NEVER = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 RESTART_PAUSE = 15.0  # seconds between two restarts of a VM: what fails at once must not busy its worker for ever
 
 
@@ -39,7 +41,7 @@ class Snapshot:
     offline_timeout: float  # seconds of silence after which a worker counts as offline
 
     def online(self, worker: str, now: float) -> bool:
-        return worker in self.seen and now - self.seen[worker] <= self.offline_timeout
+        return worker in self.seen and now < self.seen[worker] + self.offline_timeout
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
     result = Plan()
     pending: list[VM] = []
     load: defaultdict[str, Load] = defaultdict(Load)
+    needed: set[str] = set()  # those whose falling silent would change something
     for vm in snapshot.vms:
         state = vm.state
         if state.status == "failed":
@@ -73,13 +76,16 @@ def plan(snapshot: Snapshot, now: float) -> Plan:
         elif not snapshot.online(state.worker, now):
             limit = f"{snapshot.offline_timeout:g}"
             result.fail[vm.name] = f'worker "{state.worker}" is offline: no sign of life for {limit} seconds'
-        elif vm.holds_resources:
-            load[state.worker].add(vm)
-    for name in snapshot.workers:
-        if snapshot.online(name, now):
-            result.due(snapshot.seen[name] + snapshot.offline_timeout)
+        else:
+            needed.add(state.worker)
+            if vm.holds_resources:
+                load[state.worker].add(vm)
+    result.restart.sort()
     if pending:
         _place(pending, load, snapshot, now, result)
+    for name in snapshot.workers if result.waiting else needed:
+        if snapshot.online(name, now):
+            result.due(snapshot.seen[name] + snapshot.offline_timeout)
     return result
 
 
@@ -88,7 +94,7 @@ def _plan_restart(vm: VM, snapshot: Snapshot, now: float, result: Plan) -> None:
     if vm.spec.restart_policy != "OnFailure" or vm.spec.power_state != "running":
         return
     last = snapshot.restarted.get(vm.uid)
-    if last is None or now - last >= RESTART_PAUSE:
+    if last is None or now >= last + RESTART_PAUSE:
         result.restart.append(vm.name)
     else:
         result.due(last + RESTART_PAUSE)
@@ -158,9 +164,8 @@ def _place(pending: list[VM], load: Mapping[str, Load], snapshot: Snapshot, now:
         result.waiting.update(dict.fromkeys(names, reason))
 
 
-def _age(vm: VM) -> tuple[str, str]:
-    created = vm.meta.created_at
-    return (created.isoformat() if created else "", vm.name)
+def _age(vm: VM) -> tuple[datetime.datetime, str]:
+    return (vm.meta.created_at or NEVER, vm.name)
 
 
 def fits(vm: VM, worker: Worker, load: Load) -> bool:
@@ -192,31 +197,31 @@ def demand_of(vm: VM) -> Demand:
 
 def why_not(demand: Demand, snapshot: Snapshot, loads: Mapping[str, Load], now: float) -> str:
     """Say in a sentence why no worker takes a VM: each worker counts under the first thing that excludes it."""
-    if not snapshot.workers:
+    total = len(snapshot.workers)
+    if not total:
         return "waiting: no worker has registered yet"
-    reasons: dict[str, int] = defaultdict(int)
-    short: dict[tuple[str, int], list[int]] = defaultdict(list)  # (resource, wanted) -> free on each worker
+    reasons: Counter[tuple[int, str]] = Counter()  # (place in the sentence, reason) -> workers
+    short: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # (resource, wanted) -> free on each worker
     for name, worker in snapshot.workers.items():
         if not snapshot.online(name, now):
-            reasons["offline"] += 1
+            reasons[0, "offline"] += 1
         elif worker.scheduling_paused:
-            reasons["paused"] += 1
+            reasons[1, "paused"] += 1
         elif worker.arch != demand.arch:
-            reasons[f"of another arch ({demand.arch} wanted)"] += 1
+            reasons[2, f"of another arch ({demand.arch} wanted)"] += 1
         elif worker.runtime != demand.runtime:
-            reasons[f"of another runtime ({demand.runtime} wanted)"] += 1
+            reasons[3, f"of another runtime ({demand.runtime} wanted)"] += 1
         elif missing := [pair for pair in demand.labels if worker.labels.get(pair[0]) != pair[1]]:
             label, value = missing[0]
-            reasons[f"without label {label}={value}"] += 1
+            reasons[4, f"without label {label}={value}"] += 1
         else:
             for resource, wanted in demand.resources:
                 free = max(0, worker.resources.get(resource, 0) - loads[name].used.get(resource, 0))
                 if free < wanted:
                     short[resource, wanted].append(free)
                     break
-    parts = [f"{count} {reason}" for reason, count in reasons.items()]
-    for (resource, wanted), free_list in short.items():
+    parts = [f"{count} {reason}" for (_, reason), count in sorted(reasons.items())]
+    for (resource, wanted), free_list in sorted(short.items()):
         verb, most = ("lacks", "") if len(free_list) == 1 else ("lack", " at most")
         parts.append(f"{len(free_list)} {verb} {resource} ({wanted} wanted, {max(free_list)} free{most})")
-    total = len(snapshot.workers)
     return f"waiting: {total} worker{'s' if total > 1 else ''}: {', '.join(parts)}"

@@ -22,16 +22,18 @@ import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from orchard.codec import APIError, attr, attrs_of, component, decode, encode, shown
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 MAX_NAME = 128  # characters; a VM's name becomes part of a file name with a limit of 255, beside a uid and a counter
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-CONTROL = re.compile(
-    r"[\x00-\x1f\x7f\x80-\x9f\u2028\u2029]"
-)  # characters that could forge a line in a log or a terminal
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # could forge a line in a log or on a terminal
+# The address of an archive: tart takes what follows a ":" in its path for an option.
+ARCHIVE = re.compile(r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[^:]*)?")
+# What whoever fetches an archive might read as another address than the one that a policy was held against.
+ARCHIVE_TRICKS = re.compile(r"%2e|%2f|%5c|[\\?#@]|//|/\.{1,2}(/|$)", re.IGNORECASE)
 
 TART_VMS = "org.cirruslabs.tart-vms"
 LOGICAL_CORES = "org.cirruslabs.logical-cores"
@@ -73,8 +75,8 @@ class HostDir:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    type: ConditionType = attr("type", "`scheduled` is the controller's, `running` the worker's")
-    state: ConditionState = attr("state", "Whether the condition holds")
+    type: ConditionType = attr("type", "`scheduled`, which is the controller's, or `running`, the worker's")
+    state: ConditionState = attr("state", "whether the condition holds: `true` or `false`")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +261,8 @@ _DERIVED = frozenset({"localName", "tartName"})
 _META_NAMES = frozenset(field.json for field in attrs_of(VMMeta))
 _STATE_NAMES = frozenset(field.json for field in attrs_of(VMState))
 _SPEC_NAMES = frozenset(name for field in attrs_of(VMSpec) for name in (field.json, field.twin) if name)
+_CONDITION_TYPES = get_args(ConditionType)
+_SOFTNET = frozenset({"netSoftnet", "net-softnet"})
 _NOT_SPEC = _META_NAMES | _STATE_NAMES | _DERIVED
 
 
@@ -282,7 +286,7 @@ def new_spec(raw: object, unknown: list[str]) -> VMSpec:
     """
     spec = decode(VMSpec, raw, also=_NOT_SPEC, unknown=unknown)
     assert isinstance(raw, dict)
-    softnet = _softnet(raw, None)
+    softnet = _softnet(raw, False)
     resources = raw.get("resources")
     if spec.os == "darwin" and spec.runtime == "tart" and (resources is None or TART_VMS not in resources):
         spec = replace(spec, resources={**spec.resources, TART_VMS: 1})
@@ -313,12 +317,12 @@ def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
     if not isinstance(patch, dict):
         raise APIError(400, f"the body is {shown(patch)}, expected a JSON object (a merge patch)")
     target = encode(old)
-    for name in ("net-softnet", "netSoftnet"):  # the twins would contradict a patch that names only one of them
-        target.pop(name, None)
+    for name in _SOFTNET:  # the twins would contradict a patch that names only one of them
+        del target[name]
     merged = _merge(target, {name: value for name, value in patch.items() if name in _SPEC_NAMES})
-    spec = decode(VMSpec, merged)
+    spec = decode(VMSpec, merged, unknown=unknown)
     unknown.extend(name for name in patch if name not in _SPEC_NAMES | _NOT_SPEC)
-    softnet = _softnet(merged, old.net_softnet) if {"netSoftnet", "net-softnet"} & patch.keys() else old.net_softnet
+    softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
     return _complete(replace(spec, net_softnet=softnet))
 
 
@@ -335,15 +339,20 @@ def _merge(target: object, patch: object) -> Any:
     return result
 
 
-def _softnet(raw: Mapping[str, Any], old: bool | None) -> bool:
-    """Settle netSoftnet and its deprecated twin: where the two differ, the one that differs from before was meant."""
+def _softnet(raw: Mapping[str, Any], old: bool) -> bool:
+    """Settle netSoftnet and its deprecated twin: each sets the other.
+
+    A client that sends a whole object back with one of them changed contradicts itself: the changed one was meant.
+    """
     wanted = set()
-    for name in ("netSoftnet", "net-softnet"):
+    for name in sorted(_SOFTNET):
         value = raw.get(name)
-        if value is not None and not isinstance(value, bool):
+        if value is None:
+            continue
+        if not isinstance(value, bool):
             raise APIError(400, f"{name} is {shown(value)}, expected true or false")
-        wanted.add(bool(value))
-    return wanted.pop() if len(wanted) == 1 else not old
+        wanted.add(value)
+    return not old if len(wanted) == 2 else True in wanted
 
 
 def _complete(spec: VMSpec) -> VMSpec:
@@ -361,8 +370,11 @@ def check_spec(spec: VMSpec) -> None:
         raise APIError(412, 'image is "", expected the name of a VM image')
     _check_word("image", spec.image)
     _check_word("username", spec.username)
-    if spec.net_bridged:
-        _check_word("net-bridged", spec.net_bridged, more=",")
+    _check_word("net-bridged", spec.net_bridged)
+    if CONTROL.search(spec.password):
+        raise APIError(412, "password holds a control character, expected printable ones")
+    _check_map("labels", spec.labels)
+    _check_map("resources", spec.resources)
     for field, networks in (("netSoftnetAllow", spec.net_softnet_allow), ("netSoftnetBlock", spec.net_softnet_block)):
         for index, network in enumerate(networks):
             _check_network(f"{field}[{index}]", network)
@@ -386,19 +398,30 @@ def check_spec(spec: VMSpec) -> None:
         names.add(host_dir.name)
 
 
-def _check_word(field: str, text: str, more: str = "") -> None:
-    """Refuse what a command line could take for an option, or a log for a new line."""
-    if text.startswith("-") or CONTROL.search(text) or any(char in text for char in " " + more):
+def _check_word(field: str, text: str) -> None:
+    """Refuse what a command line could take for an option or for two words, or a log for a new line."""
+    if text.startswith("-") or CONTROL.search(text) or " " in text or "," in text:
         raise APIError(
-            412, f'{field} is {shown(text)}, expected a text without blanks{more} that does not begin with "-"'
+            412, f'{field} is {shown(text)}, expected a text without blanks and commas that does not begin with "-"'
         )
 
 
+def _check_map(field: str, pairs: Mapping[str, object]) -> None:
+    """Refuse labels and resources that could not stand in a message of one line."""
+    for key, value in pairs.items():
+        if CONTROL.search(f"{key}{value}"):
+            raise APIError(412, f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
+
+
 def _check_network(where: str, text: str) -> None:
+    """Refuse what is no CIDR, among it some that Python takes for networks: masks, and zones, which may hold commas."""
     try:
         ipaddress.ip_network(text, strict=False)
+        good = re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]+)?", text) is not None
     except ValueError:
-        raise APIError(412, f"{where} is {shown(text)}, expected a network such as 192.168.0.0/24") from None
+        good = False
+    if not good:
+        raise APIError(412, f"{where} is {shown(text)}, expected a network such as 192.168.0.0/24")
 
 
 def check_host_dir(where: str, host_dir: HostDir) -> None:
@@ -408,13 +431,12 @@ def check_host_dir(where: str, host_dir: HostDir) -> None:
             raise APIError(412, f"{where}.{field} is missing: a hostDir needs a name and a path")
         if CONTROL.search(text) or "," in text:
             raise APIError(412, f"{where}.{field} is {shown(text)}, expected no commas or control characters")
-    if ":" in host_dir.name or "/" in host_dir.name or host_dir.name.startswith("-"):
-        raise APIError(412, f'{where}.name is {shown(host_dir.name)}, expected no ":", no "/" and no "-" in front')
-    if host_dir.path.startswith("https://"):
-        return
-    if not host_dir.path.startswith("/") or ":" in host_dir.path:
+    name, path = host_dir.name, host_dir.path
+    if ":" in name or "/" in name or name.startswith("-") or name in (".", ".."):
+        raise APIError(412, f'{where}.name is {shown(name)}, expected a name without ":" and "/" and no "-" in front')
+    if not (ARCHIVE.fullmatch(path) or (path.startswith("/") and ":" not in path)):
         raise APIError(
-            412, f'{where}.path is {shown(host_dir.path)}, expected an absolute path without ":" or an https:// address'
+            412, f'{where}.path is {shown(path)}, expected an absolute path without ":" or an https:// address'
         )
 
 
@@ -425,11 +447,10 @@ def allows(policies: Iterable[HostDirPolicy], host_dir: HostDir) -> bool:
 
 def _covers(prefix: str, path: str) -> bool:
     scheme = "https://"
-    if prefix.startswith(scheme) != path.startswith(scheme):
+    if not path.startswith(scheme if prefix.startswith(scheme) else "/"):
         return False
     want, have = ([part for part in text.split("/") if part not in ("", ".")] for text in (prefix, path))
-    # An encoded dot or slash would be decoded by whoever fetches the archive.
-    if ".." in have or (path.startswith(scheme) and re.search(r"%2e|%2f|%5c|\\|[?#@]", path, re.IGNORECASE)):
+    if ".." in have or (path.startswith(scheme) and ARCHIVE_TRICKS.search(path, len(scheme) - 1)):
         return False
     return have[: len(want)] == want
 
@@ -537,9 +558,10 @@ def worker_from_client(raw: object, unknown: list[str]) -> Worker:
     """Read a worker as it registers itself. Raises APIError 400 or 412."""
     worker = decode(Worker, raw, by=frozenset({"user"}), unknown=unknown)
     check_name("name", worker.name)
-    for field, text in (("machine_id", worker.machine_id), *((f"labels[{k}]", v) for k, v in worker.labels.items())):
-        if CONTROL.search(text):
-            raise APIError(412, f"{field} is {shown(text)}, expected no control characters")
+    if CONTROL.search(worker.machine_id):
+        raise APIError(412, f"machine_id is {shown(worker.machine_id)}, expected no control characters")
+    _check_map("labels", worker.labels)
+    _check_map("resources", worker.resources)
     return worker
 
 
@@ -584,7 +606,18 @@ def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
 
 
 def report_from_worker(raw: object, unknown: list[str]) -> Report:
-    """Read a worker's report; workers send the whole VM, of which only these fields are theirs. Raises APIError."""
+    """Read a worker's report; workers send the whole VM, of which only these fields are theirs. Raises APIError.
+
+    A condition of a type that only newer workers know is named in `unknown`, like an unknown field.
+    """
+    if isinstance(raw, dict) and isinstance(raw.get("conditions"), list):
+        known = []
+        for index, item in enumerate(raw["conditions"]):
+            if isinstance(item, dict) and isinstance(kind := item.get("type"), str) and kind not in _CONDITION_TYPES:
+                unknown.append(f"conditions[{index}].type")
+            else:
+                known.append(item)
+        raw = {**raw, "conditions": known}
     return decode(Report, raw, also=_META_NAMES | _SPEC_NAMES | _STATE_NAMES | _DERIVED, unknown=unknown)
 
 

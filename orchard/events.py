@@ -1,0 +1,221 @@
+"""The events of each VM: an append-only file of checked lines beside the state. Law: disk; no other noun than Event.
+
+`events/UID.jsonl` is made by a VM's first event and unlinked some time after the VM was deleted; a file whose VM is gone
+at start-up is left over from a crash in between, and unlinked then. Appends are durable before `append` returns; what
+several clients append to several VMs at the same time is written by one pass of the single writing task, `run`.
+
+In memory each event costs the eight bytes of its offset, so that a page is one seek and one read wherever it begins.
+A cursor names an event by its number, which never changes: paging neither skips nor repeats, whatever is appended
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from array import array
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import trio
+
+from orchard.codec import APIError, dump_json, encode, shown
+from orchard.journal import Broken, DamagedError, Disk, Journal, NotWritten
+from orchard.schema import Event
+
+VERSION = 1  # of the files
+MAX_BYTES = 64 * 1024 * 1024  # of events that one VM may leave: a script that logs without end must not fill the disk
+_CURSOR = re.compile(r"([0-9a-f]{8})-([0-9]{1,15})")
+
+log = logging.getLogger("orchard.events")
+
+
+class EventFile:
+    """One VM's events on disk, and where each begins. Its methods do disk I/O, for a thread."""
+
+    def __init__(self, directory: Path, uid: str, disk: Disk) -> None:
+        self.uid = uid
+        self.journal = Journal(directory / f"{uid}.jsonl", disk)
+        self.offsets = array("Q")
+
+    def load(self) -> None:
+        """Read and check the file. Raises DamagedError."""
+        header = True
+        for offset, line in self.journal.load():
+            if header:
+                if line.get("format") != "orchard-events" or line.get("version") != VERSION or line["uid"] != self.uid:
+                    what = f"this is no orchard-events file of version {VERSION} for uid {self.uid}"
+                    raise DamagedError(self.journal.path, 0, what)
+                header = False
+            elif line.get("n") != len(self.offsets):
+                what = f"event {line.get('n')} follows event {len(self.offsets) - 1}"
+                raise DamagedError(self.journal.path, offset, what)
+            else:
+                self.offsets.append(offset)
+        if header:
+            raise DamagedError(self.journal.path, 0, "the file has no header")
+        self.journal.close()
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Append events durably, or none of them. Raises NotWritten, Broken."""
+        first = len(self.offsets)
+        lines = [b'{"n":%d,"event":%b}' % (first + i, dump_json(encode(event))) for i, event in enumerate(events)]
+        if first == 0:
+            header = dump_json({"format": "orchard-events", "version": VERSION, "uid": self.uid})
+            self.journal.create([header, *lines])
+            offset = line_length(header)
+        else:
+            offset = self.journal.size
+            self.journal.append(lines)
+        self.journal.close()  # thousands of VMs must not hold thousands of descriptors
+        for line in lines:
+            self.offsets.append(offset)
+            offset += line_length(line)
+
+    def read(self, start: int, stop: int, end: int) -> list[bytes]:
+        """Give the JSON of events number `start` to `stop` - 1, of a file that is `end` bytes long."""
+        if start >= stop:
+            return []
+        first = self.offsets[start]
+        last = self.offsets[stop] if stop < len(self.offsets) else end
+        with self.journal.path.open("rb") as file:
+            file.seek(first)
+            block = file.read(last - first)
+        return [line.split(b'"event":', 1)[1][:-1] for line in block.splitlines()]
+
+
+def line_length(text: bytes) -> int:
+    """How many bytes of a journal the JSON object `text` takes, with its sum and its newline."""
+    return len(text) + len('"sum":"0123456789abcdef",\n')
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Events of one VM that wait to be written together."""
+
+    events: list[Event] = field(default_factory=list)
+    done: trio.Event = field(default_factory=trio.Event)
+    error: APIError | None = None
+
+
+class EventLog:
+    """The events of all VMs, in `directory`. `run` must be running for `append` to return."""
+
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
+        self._directory = directory
+        self._disk = disk or Disk()
+        self._files: dict[str, EventFile] = {}
+        self._waiting: dict[str, Waiting] = {}
+        self._dropped: list[str] = []
+        self._wake = trio.Event()
+
+    def open(self, uids: Container[str]) -> None:
+        """Load the events of the VMs with these uids, and unlink those of others. Does disk I/O; raises DamagedError."""
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        for path in sorted(self._directory.iterdir()):
+            uid = path.name.removesuffix(".jsonl")
+            if uid == path.name or uid not in uids:
+                path.unlink()
+                continue
+            file = EventFile(self._directory, uid, self._disk)
+            file.load()
+            self._files[uid] = file
+
+    async def append(self, uid: str, events: Sequence[Event]) -> None:
+        """Append events to a VM's, in order, and return when they are durable. Raises APIError 404, 503 or 507."""
+        if not events:
+            return
+        waiting = self._waiting.setdefault(uid, Waiting())
+        waiting.events.extend(events)
+        self._wake.set()
+        await waiting.done.wait()
+        if waiting.error is not None:
+            raise waiting.error
+
+    def drop(self, uid: str) -> None:
+        """Forget a VM's events, and have their file unlinked."""
+        waiting = self._waiting.pop(uid, None)
+        if waiting is not None:
+            waiting.error = APIError(404, f"the VM with uid {uid} was deleted")
+            waiting.done.set()
+        self._dropped.append(uid)
+        self._wake.set()
+
+    async def page(
+        self, uid: str, limit: int | None, order: Literal["asc", "desc"], cursor: str | None
+    ) -> tuple[bytes, str | None]:
+        """Give (a JSON array of events, the cursor of the next page or None when this is the last).
+
+        `limit` None is no limit. Raises APIError(400) for a cursor that is not from this VM's events.
+        """
+        file = self._files.get(uid)
+        count = len(file.offsets) if file is not None else 0
+        at = _position(uid, cursor, count, order)
+        if order == "asc":
+            start, stop = at, count if limit is None else min(count, at + limit)
+            following = stop if stop < count else None
+        else:
+            start, stop = 0 if limit is None else max(0, at - limit), at
+            following = start if start > 0 else None
+        if file is None or start >= stop:
+            return b"[]", None
+        texts = await trio.to_thread.run_sync(file.read, start, stop, file.journal.size)
+        if order == "desc":
+            texts.reverse()
+        return b"[%b]" % b",".join(texts), None if following is None else f"{uid[:8]}-{following}"
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write what waits, until cancelled. Raises Broken when nobody knows any more what the disk holds."""
+        task_status.started()
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            waiting, self._waiting = self._waiting, {}
+            dropped, self._dropped = self._dropped, []
+            for uid in waiting:
+                if uid not in self._files:
+                    self._files[uid] = EventFile(self._directory, uid, self._disk)
+            with trio.CancelScope(shield=True):
+                broken = await trio.to_thread.run_sync(self._write, waiting, dropped)
+            for uid in dropped:
+                self._files.pop(uid, None)
+            for batch in waiting.values():
+                batch.done.set()
+            if broken is not None:
+                raise broken
+
+    def _write(self, waiting: dict[str, Waiting], dropped: list[str]) -> Broken | None:
+        broken = None
+        for uid, batch in waiting.items():
+            file = self._files[uid]
+            try:
+                if file.journal.size > MAX_BYTES:
+                    batch.error = APIError(507, f"the VM's events have reached {MAX_BYTES} bytes; no more are kept")
+                else:
+                    file.append(batch.events)
+            except NotWritten as error:
+                log.error("events were not stored: %s", error)
+                batch.error = APIError(507 if error.no_room else 503, f"{error}; the events were not stored")
+            except Broken as error:
+                broken = error
+                batch.error = APIError(503, f"the events may not have been stored: {error}")
+        for uid in dropped:
+            path = self._directory / f"{uid}.jsonl"
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("cannot unlink %s: %s; the next start will", path, error)
+        return broken
+
+
+def _position(uid: str, cursor: str | None, count: int, order: Literal["asc", "desc"]) -> int:
+    if cursor is None:
+        return 0 if order == "asc" else count
+    match = _CURSOR.fullmatch(cursor)
+    if match is None or match[1] != uid[:8] or int(match[2]) > count:
+        raise APIError(
+            400, f"cursor is {shown(cursor)}, expected the X-Next-Cursor of an earlier page of this VM's events"
+        )
+    return int(match[2])

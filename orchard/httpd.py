@@ -1,0 +1,1061 @@
+"""HTTP/1.1 in, on h11: connection loop, limits, router, streaming, the hand-over to trio-websocket. Law: it reads and
+writes the streams that its listeners accept, and nothing else; no noun of the product is known here.
+
+Every byte of a connection is read into one bounded buffer, and h11 gets only what was judged before. `check_head`
+judges a whole request head: whatever two HTTP readers could understand differently is refused with 400 and the
+connection closed, so that nothing can be smuggled past a proxy in front. `Chunked` and `Sized` say how many bytes of
+the buffer belong to the body. What follows a request stays in the buffer: it is the next request, or the first frames
+of a WebSocket. From there on h11 parses, keeps the state, and writes the answer.
+
+A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
+handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.
+
+How it ends: an `APIError` from anywhere below the handler becomes an answer, and the connection goes on if the request
+was read to its end. A client that went away, or takes or sends nothing for too long, ends its connection silently. Any
+other exception is logged once and answered with 500. `serve` tells how everything ends together.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import email.utils
+import http
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+import h11
+import trio
+from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_server_stream
+from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
+
+from orchard.codec import APIError, dump_json, shown
+
+RECEIVE_BYTES = 16 * 1024  # of one read: what a TLS record holds
+SEND_BYTES = 256 * 1024  # of one write: each has its own deadline, so that a slow reader of much is not cut off
+BODY_RATE = 4096  # bytes a second that earn a body more time; a slower one is no client but an attack
+CHUNK_DIGITS = 16  # of a chunk's size: 64 bits
+FRAMING_BYTES = 64 * 1024  # of a chunked body that are no body: a million chunks of one byte cost too much time
+CLOSE_SECONDS = 5.0  # for the WebSocket at the other end to answer that it closes
+LOGGED_PATH = 256  # characters of a path in the log
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
+_HEAD = re.compile(rb"%b /[\x21\x22\x24-\x7e]* HTTP/1\.[01]\r\n(?:%b:%b\r\n)*\r\n" % (_TOKEN, _TOKEN, _VALUE))
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
+_HEADER_LINE = re.compile(rb"%b:%b" % (_TOKEN, _VALUE))
+_STRAY = re.compile(rb"\x00|(?<!\r)\n|\r(?=[^\n])")  # a NUL, an LF without CR, a CR that another byte than LF follows
+_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+_CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]{1,%d}\r\n" % CHUNK_DIGITS)
+_CHUNK_START = re.compile(rb"[0-9A-Fa-f]{0,%d}" % CHUNK_DIGITS)
+_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+# Headers whose repetition would mean one thing here and another elsewhere.
+_SINGLE = frozenset(
+    b"authorization content-encoding content-length content-type expect host sec-websocket-key sec-websocket-version "
+    b"transfer-encoding upgrade".split()
+)
+# With `_` for `-` they are other headers, but not for everybody: CGI and its heirs see no difference.
+_FRAMING = _SINGLE | {b"connection", b"te", b"trailer"}
+
+_ALWAYS = [(b"Server", b"orchard"), (b"Cache-Control", b"no-store"), (b"X-Content-Type-Options", b"nosniff")]
+_CLOSE = (b"Connection", b"close")
+_REASONS = {int(status): status.phrase.encode() for status in http.HTTPStatus}
+_UPGRADE = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # goes with 426
+_END = h11.EndOfMessage()
+_UNREAD = frozenset([h11.IDLE, h11.SEND_BODY, h11.ERROR])  # a client's states before the end of its request
+
+T = TypeVar("T")
+_log = logging.getLogger("orchard.httpd")
+
+
+class Disconnected(Exception):  # noqa: N818 -- it states what is the case; nothing is broken
+    """The client is gone, or took or sent nothing for too long: nobody is left to answer to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may take. Beyond a limit it is answered with the status named here, and the connection closes."""
+
+    header_bytes: int = 16 * 1024  # 431; request line and headers together
+    header_count: int = 100  # 431
+    body_bytes: int = 4 * 1024 * 1024  # 413
+    first_byte_seconds: float = 75.0  # between requests; closed without a word, as the client expects
+    head_seconds: float = 10.0  # 408; from a request's first byte to its last header; also for the TLS handshake
+    body_seconds: float = 30.0  # 408; for a body of no size, and a second more for each 4 KiB of it
+    send_seconds: float = 30.0  # a reader that takes none of 256 KiB in this time is closed
+    linger_seconds: float = 1.0  # after a refusal, unread bytes are thrown away, else a reset would overtake the answer
+    linger_bytes: int = 256 * 1024
+    connections: int = 16_384  # beyond it whoever has been idle for longest makes room
+
+
+# ---- what handlers get and give ------------------------------------------------------------------------------------
+
+
+def percent_decoded(text: str, what: str) -> str:
+    """Decode one segment of a path or one side of a query field. Raises APIError(400) naming `what`."""
+    if "%" not in text:
+        return text
+    if _BAD_PERCENT.search(text):
+        raise APIError(400, f"{what} {shown(text)} holds a % without two hexadecimal digits")
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        raise APIError(400, f"{what} {shown(text)} is not UTF-8 once decoded") from None
+
+
+class Query:
+    """The query of a request, parsed when somebody asks. All methods raise APIError(400) if it can't be decoded."""
+
+    __slots__ = ("_fields", "_raw")
+
+    def __init__(self, raw: str) -> None:
+        self._raw = raw
+        self._fields: dict[str, list[str]] | None = None
+
+    def fields(self) -> Mapping[str, Sequence[str]]:
+        """Give the values of every field, in order."""
+        if self._fields is None:
+            found: dict[str, list[str]] = {}
+            for pair in self._raw.split("&") if self._raw else ():
+                name, _, value = pair.replace("+", " ").partition("=")
+                if pair:
+                    name = percent_decoded(name, "the query parameter")
+                    found.setdefault(name, []).append(percent_decoded(value, f"the query parameter {shown(name)}:"))
+            self._fields = found
+        return self._fields
+
+    def all(self, name: str) -> Sequence[str]:
+        return self.fields().get(name, ())
+
+    def one(self, name: str) -> str | None:
+        """Give the value of a field, None when it is absent. Raises APIError(400) when it is repeated."""
+        values = self.all(name)
+        if len(values) > 1:
+            raise APIError(400, f"the query parameter {shown(name)} stands {len(values)} times, expected once")
+        return values[0] if values else None
+
+
+class Headers:
+    """The headers of a request, by name in any case."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
+        self._values: dict[bytes, bytes] = {}
+        for name, value in pairs:
+            key = name.lower()
+            before = self._values.get(key)
+            self._values[key] = value if before is None else b"%b, %b" % (before, value)
+
+    def get(self, name: str) -> str | None:
+        """Give a header's value (bytes as Latin-1), several of that name joined by commas, None when it is absent."""
+        value = self._values.get(name.lower().encode())
+        return None if value is None else value.decode("latin-1")
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request that was read to its end. `account` and `params`, `extra` are the application's to set."""
+
+    method: str
+    target: str  # as it stands in the request line
+    headers: Headers
+    version: str = "1.1"
+    body: bytes = b""
+    peer: str = "-"  # the client's address, without the port
+    path: str = field(init=False)  # still percent-encoded: an encoded slash is no slash. Router.match decodes it
+    query: Query = field(init=False)
+    params: Mapping[str, str] = field(default_factory=dict)
+    account: str = ""  # for the request log
+    extra: Any = None
+    _exchange: _Exchange | None = None
+
+    def __post_init__(self) -> None:
+        self.path, _, query = self.target.partition("?")
+        self.query = Query(query)
+
+    @property
+    def wants_websocket(self) -> bool:
+        return _websocket_refusal(self) is None
+
+    def require_websocket(self) -> None:
+        """Raise APIError(426) or (400) unless this is a well-formed request for a WebSocket."""
+        refusal = _websocket_refusal(self)
+        if refusal is not None:
+            raise refusal
+
+    async def while_connected(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do work that may take long, cancelled when the client goes away. Raises what it raises, or Disconnected.
+
+        A handler need not catch Disconnected. What the client sends meanwhile is kept for the next request.
+        """
+        if self._exchange is None:
+            return await work()
+        results: list[T] = []
+
+        async def keep() -> None:
+            results.append(await work())
+
+        await self._exchange.watched(keep)
+        return results[0]
+
+
+@dataclass(slots=True, eq=False)
+class Response:
+    """An answer that is at hand as a whole."""
+
+    status: int
+    body: bytes = b""
+    headers: Sequence[tuple[str, str]] = ()
+    content_type: str = "application/json"
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """An answer whose body `produce` sends piece by piece, each flushed (chunked, or to HTTP/1.0 until the close).
+
+    `produce` is cancelled when the client goes away. An `endless` one (a watch) is cancelled by the server's stop as
+    well, and ended as if it had returned; one with an end of its own gets the time of grace.
+    """
+
+    produce: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]
+    content_type: str = "application/x-ndjson"
+    status: int = 200
+    headers: Sequence[tuple[str, str]] = ()
+    endless: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class WebSocketUpgrade:
+    """An answer that makes a WebSocket of the connection. The end of `session` closes it (code 1000, or its own).
+
+    A request that is no well-formed one for a WebSocket is refused instead, see `Request.require_websocket`. A session
+    may let ConnectionClosed out. At the server's stop the WebSocket is closed with 1001, then `session` is cancelled.
+    """
+
+    session: Callable[[WebSocketConnection], Awaitable[None]]
+    max_message_size: int = 1024 * 1024  # bytes; beyond it the WebSocket closes with 1009
+    message_queue_size: int = 1  # messages that wait for `session`; then the client is made to wait
+    receive_buffer_size: int = 64 * 1024  # bytes of one read
+
+
+Answer = Response | Stream | WebSocketUpgrade
+Handler = Callable[[Request], Awaitable[Answer]]
+
+
+def refused(error: APIError) -> Response:
+    return Response(error.status, dump_json({"message": error.message}), error.headers)
+
+
+def _websocket_refusal(request: Request) -> APIError | None:
+    get = request.headers.get
+    connection = [token.strip().lower() for token in (get("connection") or "").split(",")]
+    asks = "upgrade" in connection and (get("upgrade") or "").lower() == "websocket" and request.version == "1.1"
+    if not asks or request.method != "GET":
+        message = "this path is a WebSocket; expected GET with Connection: Upgrade, Upgrade: websocket"
+        return APIError(426, message, _UPGRADE)
+    version, key = get("sec-websocket-version"), get("sec-websocket-key")
+    if version != "13":
+        message = f"Sec-WebSocket-Version is {shown(version)}, expected 13"
+        return APIError(426, message, (("Sec-WebSocket-Version", "13"), *_UPGRADE))
+    try:
+        nonce = base64.b64decode((key or "").encode("latin-1"), validate=True)
+    except binascii.Error:
+        nonce = b""
+    if len(nonce) != 16:
+        return APIError(400, f"Sec-WebSocket-Key is {shown(key)}, expected 16 bytes in base64")
+    if request.body:
+        return APIError(400, f"the request for a WebSocket has a body of {len(request.body)} bytes, expected none")
+    return None
+
+
+# ---- the router ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`pattern` is a path from its first slash on; a segment in braces takes any one segment that is not empty."""
+
+    method: str
+    pattern: str
+    endpoint: Any
+
+
+class _Node:
+    __slots__ = ("below", "param", "routes")
+
+    def __init__(self) -> None:
+        self.below: dict[str, _Node] = {}
+        self.param: _Node | None = None
+        self.routes: dict[str, tuple[Route, tuple[tuple[int, str], ...]]] = {}
+
+
+class Router:
+    """Finds the route of a request, in a time that depends on its path and not on the number of routes."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        """Raises ValueError if two routes have the same method and the same pattern, but for its names."""
+        self._root = _Node()
+        for route in routes:
+            node = self._root
+            names: list[tuple[int, str]] = []
+            for index, segment in enumerate(route.pattern.split("/")[1:]):
+                if segment.startswith("{"):
+                    names.append((index, segment[1:-1]))
+                    node.param = node = node.param or _Node()
+                else:
+                    node = node.below.setdefault(segment, _Node())
+            if route.method in node.routes:
+                raise ValueError(f"{route.method} {route.pattern} stands beside {node.routes[route.method][0].pattern}")
+            node.routes[route.method] = (route, tuple(names))
+
+    def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """Give the route of a percent-encoded path and what its segments in braces stand for, decoded.
+
+        Literal segments go before those in braces. HEAD is served by GET. Raises APIError: 400 for a path that can't
+        be decoded, 404 for an unknown one, 405 with Allow for a known one with another method.
+        """
+        segments = [percent_decoded(segment, "the path segment") for segment in path.split("/")[1:]]
+        nodes = [self._root]
+        for segment in segments:
+            below = [node.below[segment] for node in nodes if segment in node.below]
+            if segment:
+                below += [node.param for node in nodes if node.param is not None]
+            nodes = below
+        allowed: set[str] = set()
+        for node in nodes:
+            found = node.routes.get(method) or (node.routes.get("GET") if method == "HEAD" else None)
+            if found is not None:
+                route, names = found
+                return route, {name: segments[index] for index, name in names}
+            allowed.update(node.routes)
+        if not allowed:
+            raise APIError(404, f"there is no {shown(path)}")
+        if "GET" in allowed:
+            allowed.add("HEAD")
+        allow = ", ".join(sorted(allowed))
+        raise APIError(405, f"{shown(path)} does not take {shown(method)}, expected {allow}", (("Allow", allow),))
+
+
+# ---- what a request may look like ----------------------------------------------------------------------------------
+
+
+def check_head(head: bytes, header_count: int) -> int | None:
+    """Judge a request head, its last empty line included. Give the length of the body in bytes, None if it is chunked.
+
+    Raises APIError, after which nobody knows where the request ends: the connection must be closed.
+    """
+    if not _HEAD.fullmatch(head):
+        raise _illegal(head)
+    lines = head.split(b"\r\n")
+    if len(lines) - 3 > header_count:
+        raise APIError(431, f"the request has {len(lines) - 3} headers, expected at most {header_count}")
+    found: dict[bytes, bytes] = {}
+    for line in lines[1:-2]:
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        if name in _SINGLE:
+            if name in found:
+                raise APIError(400, f"the header {name.decode()} stands twice")
+            found[name] = value.strip(b" \t")
+        elif b"_" in name and name.replace(b"_", b"-") in _FRAMING:
+            raise APIError(400, f"the header {name.decode()} is refused: others may take it for the one with dashes")
+    return _framing(lines[0], found)
+
+
+def _framing(request_line: bytes, found: Mapping[bytes, bytes]) -> int | None:
+    recent = request_line.endswith(b"1.1")
+    if request_line.startswith(b"CONNECT "):
+        raise APIError(400, "CONNECT is for proxies, and this is none")
+    host = found.get(b"host")
+    if host is None:
+        if recent:
+            raise APIError(400, "the header host is missing")
+    elif not _HOST.fullmatch(host):
+        raise APIError(400, f"the header host is {_quoted(host)}, expected a name or an address, and a port")
+    upgrade = found.get(b"upgrade", b"websocket")
+    if upgrade.lower() != b"websocket":
+        # It might be ignored, but a proxy that lets it through could believe in a tunnel then.
+        raise APIError(400, f"the header upgrade is {_quoted(upgrade)}, expected websocket or none")
+    coding, length = found.get(b"transfer-encoding"), found.get(b"content-length", b"0")
+    if coding is not None:
+        if b"content-length" in found:
+            raise APIError(400, "the request has content-length and transfer-encoding, expected one of them")
+        if not recent:
+            raise APIError(400, "the request has transfer-encoding and is HTTP/1.0, which has none")
+        if coding.lower() != b"chunked":
+            raise APIError(400, f"the header transfer-encoding is {_quoted(coding)}, expected chunked")
+    if not _LENGTH.fullmatch(length):
+        raise APIError(400, f"the header content-length is {_quoted(length)}, expected 1 to 18 digits")
+    expected = found.get(b"expect", b"100-continue")
+    if expected.lower() != b"100-continue":
+        raise APIError(417, f"the header expect is {_quoted(expected)}, expected 100-continue")
+    encoding = found.get(b"content-encoding", b"identity")
+    if encoding.lower() != b"identity":
+        message = f"the header content-encoding is {_quoted(encoding)}, expected identity"
+        raise APIError(415, message, (("Accept-Encoding", "identity"),))
+    return int(length) if coding is None else None
+
+
+def _illegal(head: bytes) -> APIError:
+    """Say why a head is not even a head."""
+    if _STRAY.search(head):
+        return APIError(400, "the request head holds a NUL, or a CR or LF that is no line end")
+    line, *headers = head.split(b"\r\n")[:-2]
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        return APIError(400, f"the request line is {_quoted(line)}, expected METHOD /path HTTP/1.1")
+    _, target, major, minor = match.groups()
+    if major != b"1" or minor not in b"01":
+        return APIError(505, f"the protocol is HTTP/{major.decode()}.{minor.decode()}, expected HTTP/1.1")
+    if not target.startswith(b"/") or b"#" in target:
+        return APIError(400, f"the request target is {_quoted(target)}, expected a path, and no fragment")
+    for header in headers:
+        if not _HEADER_LINE.fullmatch(header):
+            return APIError(400, f"the header line {_quoted(header)} is not a name, a colon, and text on the same line")
+    return APIError(400, "the request head is not HTTP/1.1")
+
+
+def _quoted(value: bytes) -> str:
+    return shown(value.decode("latin-1"))
+
+
+class Sized:
+    """A body of known length."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+
+    def advance(self, buffer: bytearray) -> int:
+        """Give how many bytes at the front of the buffer are the body's; remove them before the next call."""
+        ready = min(len(buffer), self._left)
+        self._left -= ready
+        return ready
+
+
+class Chunked:
+    """A chunked body, its framing in the one form that nobody reads differently: no extensions, blanks, or trailers."""
+
+    def __init__(self, body_bytes: int) -> None:
+        self._limit = body_bytes
+        self._size = 0  # of all chunks
+        self._framing = 0  # bytes
+        self._left = 0  # bytes of the present chunk
+        self._footer = False  # whether its CRLF is still to come
+        self._last = False  # whether it is the last one
+
+    def advance(self, buffer: bytearray) -> int:
+        """As Sized.advance. Raises APIError: 400 for other framing, 413 for too much."""
+        at = 0
+        while True:
+            if self._left:
+                step = min(len(buffer) - at, self._left)
+                self._left -= step
+                at += step
+                if self._left:
+                    return at
+            if self._footer:
+                if len(buffer) - at < 2:
+                    return at
+                if buffer[at : at + 2] != b"\r\n":
+                    raise APIError(400, "a chunk is not followed by CRLF; trailers are not taken")
+                at += 2
+                self._footer = False
+            if self._last:
+                return at
+            step = self._size_line(buffer[at : at + CHUNK_DIGITS + 2])
+            if not step:
+                return at
+            at += step
+
+    def _size_line(self, start: bytearray) -> int:
+        """Take a chunk's first line, if it is there, and give its length in bytes."""
+        match = _CHUNK_LINE.match(start)
+        if match is None:
+            if not _CHUNK_START.fullmatch(start.removesuffix(b"\r")) or start == b"\r":
+                raise APIError(400, f"a chunk size is not 1 to {CHUNK_DIGITS} hexadecimal digits alone on a line")
+            return 0
+        self._left = int(match[0], 16)
+        self._last = self._left == 0
+        self._footer = True
+        self._size += self._left
+        self._framing += match.end() + 2
+        if self._size > self._limit:
+            raise _too_large(self._limit)
+        if self._framing > FRAMING_BYTES:
+            raise APIError(413, f"the chunks of the body are so small that there are {FRAMING_BYTES} bytes around them")
+        return match.end()
+
+
+def _too_large(limit: int) -> APIError:
+    return APIError(413, f"the body is larger than {limit} bytes")
+
+
+# ---- a connection --------------------------------------------------------------------------------------------------
+
+
+class _Server:
+    """What all connections share."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        admit: Callable[[Request], None] | None,
+        limits: Limits,
+        log: logging.Logger,
+        clock: Callable[[], float],
+        stop: trio.Event,
+    ) -> None:
+        self.handler = handler
+        self.admit = admit
+        self.limits = limits
+        self.log = log
+        self.stop = stop
+        self.idle: dict[trio.CancelScope, None] = {}  # connections that wait for a request; for longest first
+        self._open = 0
+        self._clock = clock
+        self._date = (-1, b"")
+
+    async def connect(self, stream: trio.abc.Stream) -> None:
+        """Serve one connection, for trio.serve_listeners, which closes the stream afterwards in any case."""
+        if self._open >= self.limits.connections:
+            if not self.idle:
+                self.log.warning("a connection was refused: %d are open, and none is idle", self._open)
+                return
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]
+            oldest.cancel()
+        self._open += 1
+        try:
+            await _Connection(self, stream).run()
+        finally:
+            self._open -= 1
+
+    def date(self) -> bytes:
+        now = int(self._clock())
+        if now != self._date[0]:
+            self._date = (now, email.utils.formatdate(now, usegmt=True).encode())
+        return self._date[1]
+
+
+class _Connection:
+    """A stream and what was read ahead of it. While it waits for a request it is nothing else: thousands may wait."""
+
+    __slots__ = ("buffer", "peer", "server", "stream")
+
+    def __init__(self, server: _Server, stream: trio.abc.Stream) -> None:
+        self.server = server
+        self.stream = stream
+        self.peer = _peer(stream)
+        self.buffer = bytearray()
+
+    async def run(self) -> None:
+        limits = self.server.limits
+        exchange: _Exchange | None = None
+        try:
+            if isinstance(self.stream, trio.SSLStream) and not await self._idle(
+                limits.head_seconds, self.stream.do_handshake
+            ):
+                return
+            while self.buffer or (await self._idle(limits.first_byte_seconds, self.fill) and self.buffer):
+                exchange = _Exchange(self)
+                if not await exchange.run():
+                    break
+                exchange = None
+            with trio.move_on_after(limits.linger_seconds):
+                await self.stream.aclose()
+        except (Disconnected, trio.BrokenResourceError, trio.ClosedResourceError) as gone:
+            self.server.log.debug("%s: the connection ended: %r", self.peer, gone.__cause__ or gone)
+        except Exception:
+            self.server.log.exception("the answer to a request failed")
+            if exchange is not None:
+                with suppress(Disconnected):
+                    await exchange.fail()
+        finally:
+            if exchange is not None:
+                exchange.end()
+
+    async def _idle(self, seconds: float, wait: Callable[[], Awaitable[object]]) -> bool:
+        """Wait while nobody needs this connection: not beyond the server's stop, and only as long as there is room.
+
+        Give whether what was waited for came.
+        """
+        scope = trio.CancelScope(deadline=trio.current_time() + seconds)
+        if self.server.stop.is_set():
+            scope.cancel()
+        self.server.idle[scope] = None
+        try:
+            with scope:
+                await wait()
+        finally:
+            self.server.idle.pop(scope, None)
+        return not scope.cancelled_caught
+
+    async def fill(self) -> bool:
+        """Read into the buffer; False at the end of what the client sends. Raises Disconnected."""
+        try:
+            data = await self.stream.receive_some(RECEIVE_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Disconnected("the connection broke") from error
+        self.buffer += data
+        return bool(data)
+
+    async def until_gone(self) -> None:
+        """Return when the client has gone. What it sends meanwhile is kept."""
+        with suppress(Disconnected):
+            # Cancelling a read loses nothing, neither on a socket nor on TLS: it waits first and takes then.
+            while await self.fill():
+                if len(self.buffer) > self.server.limits.header_bytes:
+                    await trio.sleep_forever()  # a client that sends so much ahead is not watched any longer
+
+    async def send(self, data: bytes) -> None:
+        """Send. Raises Disconnected."""
+        seconds = self.server.limits.send_seconds
+        try:
+            with trio.CancelScope(deadline=trio.current_time() + seconds) as scope:
+                if len(data) <= SEND_BYTES:
+                    await self.stream.send_all(data)
+                    return
+                view = memoryview(data)
+                for start in range(0, len(data), SEND_BYTES):
+                    scope.deadline = trio.current_time() + seconds
+                    await self.stream.send_all(view[start : start + SEND_BYTES])
+                return
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise Disconnected("the connection broke") from error
+        raise Disconnected(f"the client took nothing for {seconds:g} seconds")
+
+    async def linger(self) -> None:
+        """Give the client time to read a last answer: throw away what it still sends, within bounds."""
+        self.buffer.clear()
+        left = self.server.limits.linger_bytes
+        with (
+            trio.move_on_after(self.server.limits.linger_seconds),
+            suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+        ):
+            if isinstance(self.stream, trio.abc.HalfCloseableStream):
+                await self.stream.send_eof()
+            while left > 0 and (data := await self.stream.receive_some(RECEIVE_BYTES)):
+                left -= len(data)
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    __slots__ = ("_connection", "_h11", "_request", "_server", "_since")
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._server = connection.server
+        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self._server.limits.header_bytes)
+        self._request: Request | None = None  # until it is in the request log
+        self._since = 0.0  # when the request's head was there
+
+    async def run(self) -> bool:
+        """Read a request and answer it. Give whether another may follow. Raises Disconnected."""
+        answer: Answer | None
+        try:
+            answer = await self._answer()
+        except APIError as error:
+            answer = refused(error)
+        except BaseExceptionGroup as group:
+            sole = _sole(group)
+            if not isinstance(sole, APIError):
+                raise sole from None
+            answer = refused(sole)
+        if isinstance(answer, Response):
+            await self._respond(answer)
+        elif isinstance(answer, Stream):
+            await self._respond_piecewise(answer)
+        elif answer is not None:
+            await self._websocket(answer)
+        return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+
+    async def fail(self) -> None:
+        """Answer that there is a bug, if nothing was sent yet. Raises Disconnected."""
+        if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            await self._respond(refused(APIError(500, "internal error")), close=True)
+        await self._connection.linger()
+
+    def end(self) -> None:
+        if self._request is not None:
+            self._record(499)  # no standard has a number for: nobody was left to answer to
+
+    async def _answer(self) -> Answer | None:
+        """Read the request and let it be handled; None when it never came to its end. Raises APIError, Disconnected."""
+        server = self._server
+        head = await self._read_head()
+        if head is None:
+            return None
+        self._since = trio.current_time()
+        length = check_head(head, server.limits.header_count)
+        self._h11.receive_data(head)
+        event = self._next_event()
+        assert isinstance(event, h11.Request)
+        request = self._request = Request(
+            method=event.method.decode(),
+            target=event.target.decode(),
+            headers=Headers(event.headers.raw_items()),
+            version=event.http_version.decode(),
+            peer=self._connection.peer,
+            _exchange=self,
+        )
+        if length == 0:
+            self._next_event()
+        elif length is not None and length > server.limits.body_bytes:
+            raise _too_large(server.limits.body_bytes)
+        if server.admit is not None:
+            server.admit(request)
+        if length != 0:
+            request.body = await self._read_body(Chunked(server.limits.body_bytes) if length is None else Sized(length))
+        answer = await server.handler(request)
+        if isinstance(answer, WebSocketUpgrade):
+            request.require_websocket()
+        return answer
+
+    # ---- reading
+
+    async def _read_head(self) -> bytes | None:
+        """Give the request's head; None if the client goes away before its end. Raises APIError 408, 431, 400."""
+        buffer, seconds = self._connection.buffer, self._server.limits.head_seconds
+        end, looked = self._head_end(0)
+        if end < 0:
+            with trio.move_on_after(seconds) as scope:
+                while end < 0:
+                    if not await self._connection.fill():
+                        return None
+                    end, looked = self._head_end(looked)
+            if scope.cancelled_caught:
+                raise APIError(408, f"the request head was not complete in {seconds:g} seconds")
+        head = bytes(buffer[:end])
+        del buffer[:end]
+        return head
+
+    def _head_end(self, looked: int) -> tuple[int, int]:
+        """Give (where the head in the buffer ends or -1, how far there is no need to look again)."""
+        buffer, limit = self._connection.buffer, self._server.limits.header_bytes
+        end = buffer.find(b"\r\n\r\n", max(0, looked - 3), limit)
+        if end >= 0:
+            return end + 4, 0
+        # An illegal head may never end.
+        if _STRAY.search(buffer, max(0, looked - 1), limit):
+            raise _illegal(bytes(buffer[:limit]))
+        if len(buffer) >= limit:
+            raise APIError(431, f"the request head is larger than {limit} bytes")
+        return -1, len(buffer)
+
+    async def _read_body(self, body: Sized | Chunked) -> bytes:
+        buffer, seconds = self._connection.buffer, self._server.limits.body_seconds
+        if self._h11.they_are_waiting_for_100_continue and not buffer:
+            await self._send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+        parts: list[bytes] = []
+        size = 0
+        start = trio.current_time()
+        with trio.CancelScope(deadline=start + seconds) as scope:
+            while True:
+                ready = body.advance(buffer)
+                if ready:
+                    self._h11.receive_data(bytes(buffer[:ready]))
+                    del buffer[:ready]
+                while (event := self._next_event()) is not h11.NEED_DATA:
+                    if not isinstance(event, h11.Data):
+                        return b"".join(parts)
+                    parts.append(event.data)
+                    size += len(event.data)
+                scope.deadline = start + seconds + size / BODY_RATE
+                if not await self._connection.fill():
+                    raise Disconnected("the body was not complete")
+        raise APIError(408, f"the body was not complete in {seconds:g} seconds")
+
+    def _next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
+        try:
+            return self._h11.next_event()
+        except h11.RemoteProtocolError as error:
+            raise APIError(400, f"the request is not HTTP/1.1: {error}") from None
+
+    # ---- writing
+
+    async def _send(self, *events: h11.Event) -> None:
+        """Send an answer or a part of it. Raises Disconnected, and h11 knows then that no more is to follow."""
+        data = b"".join([self._h11.send(event) or b"" for event in events])
+        sent = False
+        try:
+            if data:
+                await self._connection.send(data)
+            sent = True
+        finally:
+            if not sent:
+                self._h11.send_failed()
+
+    def _head(self, answer: Response | Stream, framing: list[tuple[bytes, bytes]], close: bool) -> h11.Response:
+        headers = [(b"Date", self._server.date()), *_ALWAYS, *framing]
+        headers += [(name.encode("ascii"), value.encode("latin-1")) for name, value in answer.headers]
+        if close or self._server.stop.is_set():
+            headers.append(_CLOSE)
+        return h11.Response(status_code=answer.status, headers=headers, reason=_REASONS.get(answer.status, b""))
+
+    async def _respond(self, answer: Response, *, close: bool = False) -> None:
+        unread = self._h11.their_state in _UNREAD
+        framing: list[tuple[bytes, bytes]] = []
+        if answer.status not in (204, 304):
+            framing.append((b"Content-Length", b"%d" % len(answer.body)))
+        if answer.body:
+            framing.append((b"Content-Type", answer.content_type.encode("ascii")))
+        events: list[h11.Event] = [self._head(answer, framing, close or unread)]
+        if answer.body and (self._request is None or self._request.method != "HEAD"):
+            events.append(h11.Data(data=answer.body))
+        try:
+            await self._send(*events, _END)
+        finally:
+            self._record(answer.status)
+        if unread:
+            await self._connection.linger()
+
+    async def _respond_piecewise(self, answer: Stream) -> None:
+        head = self._head(answer, [(b"Content-Type", answer.content_type.encode("ascii"))], False)
+
+        async def send(piece: bytes) -> None:
+            if piece:
+                await self._send(h11.Data(data=piece))
+
+        async def produce() -> None:
+            await self._send(head)
+            await answer.produce(send)
+
+        assert self._request is not None
+        try:
+            if self._request.method == "HEAD":
+                await self._send(head)
+            else:
+                await self.watched(produce, until_stop=answer.endless)
+            if self._h11.our_state is h11.SEND_BODY:  # and not broken off in the middle of a piece
+                await self._send(_END)
+        except APIError as error:
+            # Its status is too late. Without the last chunk the client knows that there should have been more.
+            raise Disconnected(f"the answer was cut off: {error.message}") from error
+        finally:
+            self._record(answer.status)
+
+    async def watched(self, work: Callable[[], Awaitable[None]], *, until_stop: bool = False) -> None:
+        """Do work until it returns, or the server's stop ends it, or the client goes away: then raise Disconnected."""
+        gone = ended = False
+
+        async def watch_client() -> None:
+            nonlocal gone
+            await self._connection.until_gone()
+            gone = True
+            nursery.cancel_scope.cancel()
+
+        async def watch_stop() -> None:
+            await self._server.stop.wait()
+            nursery.cancel_scope.cancel()
+
+        try:
+            async with trio.open_nursery() as nursery:  # the watchers die with the work, the work with either's news
+                nursery.start_soon(watch_client)
+                if until_stop:
+                    nursery.start_soon(watch_stop)
+                await work()
+                ended = True
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise _sole(group) from None
+        if gone and not ended:
+            raise Disconnected("the client went away")
+
+    def _record(self, status: int) -> None:
+        """Write the request log's line. Never the query: it may hold secrets."""
+        request, self._request = self._request, None
+        if not self._server.log.isEnabledFor(logging.INFO):
+            return
+        fields = {
+            "method": request.method if request is not None else "-",
+            "path": request.path[:LOGGED_PATH] if request is not None else "-",
+            "status": status,
+            "duration_ms": round((trio.current_time() - self._since) * 1000, 1) if request is not None else 0.0,
+            "account": printable(request.account) if request is not None and request.account else "-",
+            "peer": self._connection.peer,
+        }
+        self._server.log.info("%s %s %d %.1fms %s %s", *fields.values(), extra=fields)
+
+    # ---- WebSockets
+
+    async def _websocket(self, answer: WebSocketUpgrade) -> None:
+        assert self._request is not None
+        stream = _HandOver(self._connection.stream, self._request, bytes(self._connection.buffer))
+        self._h11.send_failed()  # it has no more to say, not even that something failed
+        try:
+            # trio-websocket's reader and _close_at_stop die with the session.
+            async with trio.open_nursery() as nursery:
+                await self._session(answer, stream, nursery)
+                nursery.cancel_scope.cancel()
+        except* ConnectionClosed:
+            pass
+        except* LocalProtocolError:
+            # Its reader answers to a ping even after our own close, and stumbles over itself.
+            if stream.closing is None:
+                raise
+        finally:
+            self._record(101)
+        await stream.say_why()
+        await self._connection.linger()
+
+    async def _session(self, answer: WebSocketUpgrade, stream: _HandOver, nursery: trio.Nursery) -> None:
+        with trio.move_on_after(self._server.limits.send_seconds) as opening:
+            proposal = await wrap_server_stream(
+                nursery,
+                stream,
+                message_queue_size=answer.message_queue_size,
+                max_message_size=answer.max_message_size,
+                receive_buffer_size=answer.receive_buffer_size,
+            )
+            websocket = await proposal.accept()
+        if opening.cancelled_caught:
+            return
+        stream.opened(websocket)
+        nursery.start_soon(self._close_at_stop, websocket, nursery.cancel_scope)
+        try:
+            await answer.session(websocket)
+        except* ConnectionClosed:
+            pass
+        with trio.move_on_after(CLOSE_SECONDS):
+            await websocket.aclose()
+
+    async def _close_at_stop(self, websocket: WebSocketConnection, scope: trio.CancelScope) -> None:
+        await self._server.stop.wait()
+        with trio.move_on_after(CLOSE_SECONDS):
+            await websocket.aclose(1001, "controller is stopping")
+        scope.cancel()
+
+
+class _HandOver(trio.abc.Stream):
+    """The connection's stream as trio-websocket gets it: a handshake, then what had arrived before, then the rest.
+
+    The handshake is written anew with what was checked, so that no other header reaches trio-websocket. Closing this
+    stream leaves the one below open: the connection closes it, after it has lingered.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, request: Request, early: bytes) -> None:
+        key = request.headers.get("sec-websocket-key")
+        self._handshake = (
+            f"GET {request.target} HTTP/1.1\r\nHost: orchard\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n"
+        ).encode()
+        self._stream = stream
+        self._early = early
+        self._open = trio.Event()
+        self._websocket: WebSocketConnection | None = None
+        self._close_sent = False
+
+    def opened(self, websocket: WebSocketConnection) -> None:
+        self._websocket = websocket
+        self._open.set()
+
+    @property
+    def closing(self) -> CloseReason | None:
+        return self._websocket.closed if self._websocket is not None else None
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self._handshake:
+            await trio.lowlevel.checkpoint()
+            handshake, self._handshake = self._handshake, b""
+            return handshake
+        await self._open.wait()  # frames that come together with the handshake would be lost
+        if self._early:
+            early, self._early = self._early, b""
+            return early
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+        self._close_sent = self._close_sent or data[:1] == b"\x88"  # the first byte of a close frame
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.say_why()
+
+    async def say_why(self) -> None:
+        """Send the close frame that trio-websocket owes a client which violated the protocol."""
+        reason = self.closing
+        if reason is not None and reason.code in (1002, 1007) and not self._close_sent:
+            with (
+                trio.move_on_after(CLOSE_SECONDS),
+                suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
+            ):
+                await self.send_all(b"\x88\x02" + reason.code.to_bytes(2, "big"))
+        else:
+            await trio.lowlevel.checkpoint()
+
+
+# ---- the server ----------------------------------------------------------------------------------------------------
+
+
+async def serve(
+    handler: Handler,
+    listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
+    *,
+    admit: Callable[[Request], None] | None = None,
+    limits: Limits | None = None,
+    log: logging.Logger = _log,
+    clock: Callable[[], float] = time.time,
+    stop: trio.Event | None = None,
+    grace: float = 10.0,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Answer the requests that come in over `listeners` by `handler`, until cancelled or until `stop` is set.
+
+    `admit` sees each request before its body is read or asked for, and refuses it by raising APIError: the place to
+    ask who the client is, so that a stranger can't make the server keep megabytes. `clock` gives seconds since 1970,
+    for the header Date. `started()` is called when connections are accepted; the listeners are closed in any case.
+
+    At `stop`: no more connections are accepted, those without a request are closed at once, endless streams end,
+    WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.
+    """
+    stop = stop if stop is not None else trio.Event()
+    server = _Server(handler, admit, limits or Limits(), log, clock, stop)
+    async with trio.open_nursery() as connections:  # ends last: one task a connection
+        async with trio.open_nursery() as accepting:  # ends first
+            accept = partial(trio.serve_listeners, server.connect, list(listeners), handler_nursery=connections)
+            await accepting.start(accept)
+            task_status.started()
+            await stop.wait()
+            accepting.cancel_scope.cancel()
+        for scope in list(server.idle):
+            scope.cancel()
+        connections.cancel_scope.deadline = trio.current_time() + grace
+
+
+def printable(text: str) -> str:
+    """Escape what could end a line of the log, or hide in it."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _sole(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """A nursery wraps what was raised in it: give that exception where it is only one, else the group."""
+    _, own = group.split(trio.Cancelled)
+    found: BaseException = own if own is not None else group
+    while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
+        found = found.exceptions[0]
+    return group if isinstance(found, BaseExceptionGroup) else found
+
+
+def _peer(stream: trio.abc.Stream) -> str:
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    if isinstance(transport, trio.SocketStream):
+        try:
+            name = transport.socket.getpeername()
+        except OSError:
+            return "-"
+        if isinstance(name, tuple):
+            return str(name[0])
+    return "-"

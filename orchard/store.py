@@ -1,0 +1,468 @@
+"""The truth: the cluster's state in memory, its journal on disk, and those who watch it. Law: disk, and nothing else.
+
+One file, `state.jsonl`, holds everything but events: a snapshot (a header and one line an object) and after it the
+journal (one line a transaction). Compaction writes a new such file beside it and renames it into place, so there is
+never more than one file that counts, and copying it at any moment gives a consistent backup.
+
+A transaction never waits: it changes the state in memory between two checkpoints, and gets the next revision. A
+single task, `Store.run`, carries what has gathered meanwhile to the disk in one append and one fsync (group commit), in
+a thread. Then, and not before, watchers are told. Whoever answers anybody first waits for `settled()`: everything that
+the answer could be based on is durable then. When an append fails, the transactions in it and all after it are
+undone in memory, and those who wait are refused; when nobody knows what the disk holds, the store has ended.
+
+What a different engine for durability would have to offer stands in two calls: load everything, append a batch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import trio
+
+from orchard.codec import APIError, decode, dump_json, encode, format_time
+from orchard.journal import Broken, DamagedError, Disk, Journal, NotWritten
+from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
+
+VERSION = 1  # of the file; a newer one is refused, an older one is upgraded in _header_of
+COMPACT_BYTES = 4 * 1024 * 1024  # of journal, before a new snapshot is worth its writing
+COMPACT_RATIO = 3  # and the journal is this many times the snapshot: the cost of compaction stays a share of the writes
+WATCH_BACKLOG = 1024  # changes that a slow watcher may be behind before it is cut off, to begin anew
+
+Kind = Literal["vm", "worker", "account", "settings"]
+Noun = VM | Worker | ServiceAccount | ClusterSettings
+NounT = TypeVar("NounT", VM, Worker, ServiceAccount, ClusterSettings)
+KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
+Tables = dict[Kind, dict[str, bytes]]  # kind -> name -> JSON
+SETTINGS = "cluster"  # the name of the one settings object
+
+log = logging.getLogger("orchard.store")
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of one object: `old` None: added; `new` None: deleted."""
+
+    kind: Kind
+    name: str
+    old: Noun | None
+    new: Noun | None
+    json: bytes  # the new object, or the last one
+
+    @property
+    def type(self) -> Literal["ADDED", "MODIFIED", "DELETED"]:
+        if self.new is None:
+            return "DELETED"
+        return "ADDED" if self.old is None else "MODIFIED"
+
+
+class State:
+    """The objects, each with its JSON beside it, and the indices over them. Only `apply` changes it."""
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self.vms: dict[str, VM] = {}
+        self.workers: dict[str, Worker] = {}
+        self.accounts: dict[str, ServiceAccount] = {}
+        self.settings = ClusterSettings()
+        self.vms_by_worker: defaultdict[str, dict[str, VM]] = defaultdict(dict)
+        self.json: Tables = {kind: {} for kind in KINDS.values()}
+
+    def get(self, kind: Kind, name: str) -> Noun | None:
+        if kind == "settings":
+            return self.settings if SETTINGS in self.json["settings"] else None
+        table = self._table(kind)
+        return table.get(name)
+
+    def tables(self) -> Tables:
+        """Copy the JSON of all objects, for a thread to write while the state goes on changing."""
+        return {kind: dict(table) for kind, table in self.json.items()}
+
+    def _table(self, kind: Kind) -> dict[str, Any]:
+        tables: dict[Kind, dict[str, Any]] = {"vm": self.vms, "worker": self.workers, "account": self.accounts}
+        return tables[kind]
+
+    def apply(self, kind: Kind, name: str, new: Noun | None, json: bytes) -> None:
+        """Put (or with `new` None take away) one object."""
+        if kind == "vm":
+            self._index_vm(name, new if isinstance(new, VM) else None)
+        if new is None:
+            del self.json[kind][name]
+        else:
+            self.json[kind][name] = json
+        if kind == "settings":
+            self.settings = new if isinstance(new, ClusterSettings) else ClusterSettings()
+        elif new is None:
+            del self._table(kind)[name]
+        else:
+            self._table(kind)[name] = new
+
+    def _index_vm(self, name: str, new: VM | None) -> None:
+        old = self.vms.get(name)
+        if old is not None and old.state.worker:
+            held = self.vms_by_worker[old.state.worker]
+            del held[name]
+            if not held:
+                del self.vms_by_worker[old.state.worker]
+        if new is not None and new.state.worker:
+            self.vms_by_worker[new.state.worker][name] = new
+
+
+class Transaction:
+    """Changes that happen together or not at all. Collects; `Store.transaction` carries it out."""
+
+    def __init__(self, revision: int) -> None:
+        self.revision = revision
+        self.changes: dict[tuple[Kind, str], Noun | None] = {}
+
+    def put(self, noun: NounT) -> NounT:
+        """Create or replace an object; a VM's version becomes this transaction's revision. Returns what is stored."""
+        stored = noun
+        if isinstance(noun, VM):
+            stored = replace(noun, meta=replace(noun.meta, version=self.revision))
+        kind = KINDS[type(noun)]
+        self.changes[kind, SETTINGS if isinstance(noun, ClusterSettings) else noun.name] = stored
+        return stored
+
+    def delete(self, noun: VM | Worker | ServiceAccount) -> None:
+        self.changes[KINDS[type(noun)], noun.name] = None
+
+
+@dataclass(slots=True)
+class Batch:
+    """Transactions on their way to the disk together."""
+
+    lines: list[bytes] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
+    old_json: list[bytes] = field(default_factory=list)  # beside `changes`, to undo them
+    revision: int = 0
+    done: trio.Event = field(default_factory=trio.Event)
+    error: APIError | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Watcher:
+    """Somebody who is told of every change to one object, in order, once it is durable."""
+
+    kind: Kind
+    name: str
+    send: trio.MemorySendChannel[Change]
+    changes: trio.MemoryReceiveChannel[Change]
+
+
+class Store:
+    """The state of a cluster in `directory`. Made by `Store.open`; `run` must be running for anything to be durable."""
+
+    def __init__(self, journal: Journal, state: State) -> None:
+        self.state = state
+        self.broken = ""  # why nothing can be written any more
+        self._journal = journal
+        self._snapshot_size = journal.size
+        self._batch: Batch | None = None  # gathers
+        self._flushing: Batch | None = None  # is being written
+        self._wake = trio.Event()
+        self._watchers: defaultdict[tuple[Kind, str], list[Watcher]] = defaultdict(list)
+        self._committed: list[Callable[[list[Change]], None]] = []
+        self._durable: list[Callable[[list[Change]], None]] = []
+
+    @classmethod
+    def open(cls, directory: Path, now: datetime.datetime, disk: Disk | None = None) -> Store:
+        """Load the state in `directory`, or begin one there. Does disk I/O.
+
+        Raises DamagedError when the file is not what was written, NotWritten when a new one can't be.
+        """
+        path = directory / "state.jsonl"
+        journal = Journal(path, disk or Disk())
+        if path.exists():
+            state = load(path, journal.load())
+            problems = check(state)
+            if problems:
+                raise DamagedError(path, journal.size, "the state contradicts itself: " + "; ".join(problems[:5]))
+        else:
+            state = State()
+            journal.create(snapshot(state.tables(), state.revision, now))
+        return cls(journal, state)
+
+    def close(self) -> None:
+        """Close the file. What is not durable by now is lost."""
+        self._journal.close()
+
+    # -- changing ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[Transaction]:
+        """Change objects together: at the end of the block, in memory; on disk when `settled()` returns.
+
+        The block must not await. An exception out of it changes nothing. Raises APIError(503) when the store has ended.
+        """
+        if self.broken:
+            raise APIError(503, self.broken)
+        tx = Transaction(self.state.revision + 1)
+        yield tx
+        if tx.changes:
+            self._commit(tx)
+
+    def _commit(self, tx: Transaction) -> None:
+        if self._batch is None:
+            self._batch = Batch()
+        batch = self._batch
+        records: list[bytes] = []
+        changes = []
+        for (kind, name), new in tx.changes.items():
+            old = self.state.get(kind, name)
+            old_json = self.state.json[kind].get(name, b"")
+            json = old_json if new is None else encoded(new)
+            self.state.apply(kind, name, new, json)
+            changes.append(Change(kind, name, old, new, json))
+            batch.old_json.append(old_json)
+            records.append(_record(kind, name, None if new is None else json))
+        self.state.revision = batch.revision = tx.revision
+        batch.lines.append(b'{"revision":%d,"changes":[%b]}' % (tx.revision, b",".join(records)))
+        batch.changes.extend(changes)
+        self._wake.set()
+        for tell in self._committed:
+            tell(changes)
+
+    async def settled(self) -> None:
+        """Wait until everything that the state holds now is on disk.
+
+        Raises APIError: 507 or 503 when it could not be written, and was undone.
+        """
+        batch = self._batch or self._flushing
+        if batch is not None:
+            await batch.done.wait()
+            if batch.error is not None:
+                raise batch.error
+        elif self.broken:
+            raise APIError(503, self.broken)
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Carry transactions to the disk until cancelled. Raises Broken when nobody knows any more what it holds."""
+        task_status.started()
+        while True:
+            await self._wake.wait()
+            self._wake = trio.Event()
+            if self._batch is not None:
+                await self._flush()
+
+    async def _flush(self) -> None:
+        batch, self._batch = self._batch, None
+        assert batch is not None
+        self._flushing = batch
+        grown = self._journal.size - self._snapshot_size
+        compact = grown > max(COMPACT_BYTES, COMPACT_RATIO * self._snapshot_size)
+        # The state in memory holds this batch already: a snapshot of it makes the batch durable, too.
+        tables = self.state.tables() if compact else None
+        try:
+            # Shielded: it takes as long as the disk takes, and nobody may believe that it did not happen.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._write, batch, tables)
+        except NotWritten as error:
+            log.error("a write failed and was taken back: %s", error)
+            self._undo(batch, APIError(507 if error.no_room else 503, f"{error}; nothing was changed"))
+            return
+        except Broken as error:
+            self.broken = f"the controller cannot store anything any more: {error}; restart it"
+            self._undo(batch, APIError(503, self.broken))
+            raise
+        self._flushing = None
+        batch.done.set()
+        self._publish(batch.changes)
+
+    def _write(self, batch: Batch, tables: Tables | None) -> None:
+        """Make a batch durable, with a new snapshot when `tables` is given. Runs in a thread."""
+        if tables is not None:
+            try:
+                self._journal.create(snapshot(tables, batch.revision, datetime.datetime.now(datetime.UTC)))
+            except NotWritten as error:
+                log.warning("compaction was put off: %s", error)
+            else:
+                self._snapshot_size = self._journal.size
+                return
+            self._snapshot_size = self._journal.size  # tried again when the journal has grown by as much again
+        self._journal.append(batch.lines)
+
+    def _undo(self, batch: Batch, error: APIError) -> None:
+        """Take back a batch that is not on the disk, and all that was built on it since."""
+        self._flushing = None
+        later, self._batch = self._batch, None
+        for lost in (later, batch):
+            if lost is None:
+                continue
+            for change, old_json in zip(reversed(lost.changes), reversed(lost.old_json), strict=True):
+                self.state.apply(change.kind, change.name, change.old, old_json)
+            self.state.revision -= len(lost.lines)
+            lost.error = error
+            lost.done.set()
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    def on_commit(self, tell: Callable[[list[Change]], None]) -> None:
+        """Have `tell` called with the changes of each transaction, at once, before they are durable."""
+        self._committed.append(tell)
+
+    def on_durable(self, tell: Callable[[list[Change]], None]) -> None:
+        """Have `tell` called with the changes of each batch when they are durable."""
+        self._durable.append(tell)
+
+    @contextmanager
+    def watch(self, kind: Kind, name: str) -> Iterator[trio.MemoryReceiveChannel[Change]]:
+        """Follow the changes of one object that become durable from now on.
+
+        The channel ends when the watcher was WATCH_BACKLOG changes behind: it has to begin anew.
+        """
+        send, receive = trio.open_memory_channel[Change](WATCH_BACKLOG)
+        watcher = Watcher(kind, name, send, receive)
+        self._watchers[kind, name].append(watcher)
+        try:
+            yield receive
+        finally:
+            send.close()
+            receive.close()
+            watching = self._watchers[kind, name]
+            watching.remove(watcher)
+            if not watching:
+                del self._watchers[kind, name]
+
+    def _publish(self, changes: list[Change]) -> None:
+        for change in changes:
+            for watcher in self._watchers.get((change.kind, change.name), ()):
+                try:
+                    watcher.send.send_nowait(change)
+                except trio.WouldBlock:
+                    watcher.send.close()  # it reads what it has and then sees the end
+                except trio.ClosedResourceError:
+                    pass
+        for tell in self._durable:
+            tell(changes)
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def encoded(noun: Noun) -> bytes:
+    """Give an object as the API shows it and as it is stored."""
+    return dump_json(noun.to_json() if isinstance(noun, VM) else encode(noun))
+
+
+def _record(kind: Kind, name: str, json: bytes | None) -> bytes:
+    if json is None:
+        return dump_json({"delete": kind, "name": name})
+    return b'{"put":"%b","name":%b,"object":%b}' % (kind.encode(), dump_json(name), json)
+
+
+def snapshot(tables: Tables, revision: int, now: datetime.datetime) -> list[bytes]:
+    """Give the lines with which a file begins: a header, and one line an object."""
+    objects = [_record(kind, name, json) for kind, table in tables.items() for name, json in table.items()]
+    header = {
+        "format": "orchard-state",
+        "version": VERSION,
+        "id": secrets.token_hex(8),  # no line of another file fits behind this one
+        "written": format_time(now),
+        "revision": revision,
+        "objects": len(objects),
+    }
+    return [dump_json(header), *objects]
+
+
+def load(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State:
+    """Build the state from the lines of its file. Raises DamagedError naming the line that does not fit."""
+    state = State()
+    header: dict[str, Any] | None = None
+    objects = 0
+    for offset, line in lines:
+        try:
+            if header is None:
+                header = _header_of(path, line)
+                state.revision = header["revision"]
+            elif objects < header["objects"]:
+                objects += 1
+                _apply(state, line)
+            else:
+                if line["revision"] != state.revision + 1:
+                    raise DamagedError(path, offset, f"revision {line['revision']} follows revision {state.revision}")
+                for change in line["changes"]:
+                    _apply(state, change)
+                state.revision = line["revision"]
+        except (KeyError, TypeError, APIError) as error:
+            raise DamagedError(path, offset, f"this line is not understood ({error})") from error
+    if header is None or objects < header["objects"]:
+        raise DamagedError(path, path.stat().st_size, "the file ends in the middle of its snapshot")
+    return state
+
+
+def _header_of(path: Path, line: dict[str, Any]) -> dict[str, Any]:
+    if line.get("format") != "orchard-state":
+        raise DamagedError(path, 0, "this is no orchard-state file")
+    if line["version"] > VERSION:
+        raise DamagedError(
+            path,
+            0,
+            f"version {line['version']} is newer than the version {VERSION} that this program knows",
+            "start the Orchard that wrote it, or a newer one",
+        )
+    return line
+
+
+def _apply(state: State, record: dict[str, Any]) -> None:
+    if "delete" in record:
+        state.apply(record["delete"], record["name"], None, b"")
+        return
+    kind: Kind = record["put"]
+    raw = record["object"]
+    noun: Noun
+    if kind == "vm":
+        noun = vm_from_json(raw)
+    elif kind == "worker":
+        noun = decode(Worker, raw)
+    elif kind == "account":
+        noun = decode(ServiceAccount, raw)
+    else:
+        noun = decode(ClusterSettings, raw)
+    state.apply(kind, record["name"], noun, encoded(noun))
+
+
+def check(state: State) -> list[str]:
+    """Say in a sentence each what in the state contradicts something else in it; empty when nothing does."""
+    problems = []
+    uids: dict[str, str] = {}
+    for name, vm in state.vms.items():
+        who = f'VM "{name}"'
+        if vm.name != name:
+            problems.append(f'{who} says that its name is "{vm.name}"')
+        if vm.uid in uids or not vm.uid:
+            problems.append(f'{who} has the uid "{vm.uid}" of VM "{uids.get(vm.uid, "")}"')
+        uids[vm.uid] = name
+        if not 0 < vm.meta.version <= state.revision:
+            problems.append(f"{who} has version {vm.meta.version} in a state of revision {state.revision}")
+        if not vm.state.observed_generation <= vm.meta.generation:
+            problems.append(f"{who} is of generation {vm.meta.generation}, observed {vm.state.observed_generation}")
+        if bool(vm.state.worker) != vm.condition("scheduled"):
+            problems.append(f'{who} is on worker "{vm.state.worker}" against its condition scheduled')
+        if vm.state.worker and state.vms_by_worker.get(vm.state.worker, {}).get(name) is not vm:
+            problems.append(f'{who} is missing in the index of worker "{vm.state.worker}"')
+    indexed = sum(len(held) for held in state.vms_by_worker.values())
+    assigned = sum(1 for vm in state.vms.values() if vm.state.worker)
+    if indexed != assigned:
+        problems.append(f"{indexed} VMs are indexed by worker, and {assigned} have one")
+    for name, worker in state.workers.items():
+        if worker.name != name:
+            problems.append(f'worker "{name}" says that its name is "{worker.name}"')
+    for name, account in state.accounts.items():
+        if account.name != name or not account.token:
+            problems.append(f'service account "{name}" says that its name is "{account.name}", or has no token')
+    for kind, table in state.json.items():
+        for name, json in table.items():
+            noun = state.get(kind, name)
+            if noun is None or json != encoded(noun):
+                problems.append(f'the JSON kept of {kind} "{name}" is not that of the object')
+    return problems

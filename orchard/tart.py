@@ -1,0 +1,567 @@
+"""The `tart` command line, and the interface that all VM drivers share. Law: processes; the only room that knows tart.
+
+`Driver` is what the worker knows of virtual machines: a dozen verbs, and errors whose text is fit for a status message.
+Every verb can be cancelled at any time: what it started is ended and reaped before the cancellation goes on.
+
+`TartDriver` makes each verb one call of `tart` (or of `vetu`, its Linux sister, which has fewer flags). Pure functions
+make the argument list and read the output; `_execute` is the one place where a process lives. It gives the process a
+session of its own, so that a Ctrl-C on the worker's terminal does not hit VMs, reads both of its pipes from start to
+end but keeps only their tails, and asks it to end with SIGINT before it kills its group.
+
+`tart run` stays in the foreground and *is* the VM, so `run` stays with it. All other verbs end by themselves, within
+VERB_SECONDS unless they transfer an image.
+
+Here too is what a worker asks of its Mac once, at start-up: the machine's id and the leases of the DHCP server.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+import os
+import plistlib
+import re
+import shutil
+import signal
+import subprocess
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+from xml.parsers.expat import ExpatError
+
+import trio
+
+from orchard import ssh
+from orchard.schema import ARCHIVE, Runtime
+
+VERB_SECONDS = 300.0  # for a verb that transfers no image; the longest writes a big VM's memory to the disk
+STOP_SECONDS = 30.0  # between asking a guest to shut down and pulling the plug, as for `tart stop`
+IP_SECONDS = 60  # a macOS guest asks for its address some seconds after its boot
+AGENT_SECONDS = 5  # for a guest agent to answer; images without one never do
+DRAIN_SECONDS = 1.0  # for the end of the output once the process ended: its own child may hold the pipe open
+OUTPUT_BYTES = 1024 * 1024  # kept of each pipe; `tart list` says some 200 bytes a VM
+ABSENT = 2  # exit status of tart when there is no such VM, or it does not run
+MACHINE_ID_SECONDS = 10.0  # for ioreg
+READ_BYTES = 64 * 1024  # what a pipe holds
+MAX_PROGRESS = 4096  # bytes of an unfinished line in which a percentage is looked for
+MAX_LEASE = 3600  # seconds for which macOS may lend an address before it runs out of them
+
+INSTALL: Mapping[Runtime, str] = {
+    "tart": "brew install cirruslabs/cli/tart",
+    "vetu": "https://github.com/cirruslabs/vetu",
+}
+DHCP_PLIST = Path("/Library/Preferences/SystemConfiguration/com.apple.InternetSharing.default.plist")
+MACHINE_ID = Path("/etc/machine-id")
+_PERCENT = re.compile(rb"(\d{1,3})(?:\.\d+)?%")
+_PLATFORM_UUID = re.compile(rb'"IOPlatformUUID" = "([0-9A-Fa-f-]{36})"')
+
+State = Literal["running", "suspended", "stopped"]
+Progress = Callable[[int], None]
+
+
+class DriverError(Exception):
+    """A verb failed. str() is the one line that a user wants to see in the VM's status message."""
+
+
+class NoSuchVM(DriverError):  # noqa: N818 -- it states what is the case
+    """There is no local VM of that name."""
+
+
+class NotRunning(DriverError):  # noqa: N818 -- likewise
+    """The VM is neither running nor suspended."""
+
+
+class ScriptFailed(DriverError):  # noqa: N818 -- likewise
+    """The startup script ended with another exit status than 0. `last_line` may be ""."""
+
+    def __init__(self, exit_code: int, last_line: str) -> None:
+        self.exit_code = exit_code
+        self.last_line = last_line
+        said = f": {last_line}" if last_line else ""
+        super().__init__(f"startup script failed with exit code {exit_code}{said}")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalVM:
+    name: str
+    state: State
+
+
+@dataclass(frozen=True, slots=True)
+class SharedDir:
+    """A directory of the host, or an https:// archive, that the VM sees under `name`."""
+
+    name: str
+    path: str
+    ro: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What holds for one run of a VM. `bridged` names an interface of the host ("": none)."""
+
+    headless: bool = False
+    softnet: bool = False
+    softnet_allow: tuple[str, ...] = ()
+    softnet_block: tuple[str, ...] = ()
+    bridged: str = ""
+    nested: bool = False
+    suspendable: bool = False
+    dirs: tuple[SharedDir, ...] = ()
+
+
+class Driver(Protocol):
+    """Virtual machines on this host. Every verb raises DriverError, and NoSuchVM where it is given an unknown name."""
+
+    async def list_vms(self) -> list[LocalVM]:
+        """Give all local VMs, whoever made them."""
+
+    async def pull(self, image: str, on_progress: Progress) -> None:
+        """Bring the newest version of an image to this host. `on_progress` gets a percentage whenever it changed."""
+
+    async def clone(self, source: str, name: str, on_progress: Progress) -> None:
+        """Make the local VM `name` from an image, which is pulled if it must be, or from a local VM."""
+
+    async def fqn(self, image: str) -> str:
+        """Give a pulled image with its digest; a local name as it is."""
+
+    async def configure(
+        self,
+        name: str,
+        *,
+        cpu: int = 0,
+        memory: int = 0,
+        disk_size: int = 0,
+        random_mac: bool = False,
+        random_serial: bool = False,
+    ) -> None:
+        """Change a stopped VM: `memory` in MiB, `disk_size` in GB, which can only grow. 0 and False leave it as it is."""
+
+    async def run(
+        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Run a VM until it has shut down or was stopped or suspended; a suspended one resumes.
+
+        For `nursery.start`: started when the process is there. Cancelled, it stops the VM first.
+        """
+
+    async def ip(self, name: str, *, bridged: bool = False) -> str:
+        """Give the address of a running VM, which it may take a minute to get."""
+
+    async def stop(self, name: str) -> None:
+        """Shut a VM down and wait for it; a suspended one loses its saved state. Raises NotRunning."""
+
+    async def suspend(self, name: str) -> None:
+        """Save the state of a running VM, and end it. Raises NotRunning."""
+
+    async def delete(self, name: str) -> None:
+        """Delete a VM that is not running, with its disk."""
+
+    async def run_script(
+        self,
+        name: str,
+        script: str,
+        *,
+        env: Mapping[str, str],
+        username: str,
+        password: str,
+        bridged: bool,
+        on_line: Callable[[str], Awaitable[None]],
+    ) -> None:
+        """Run a script in a running VM, and return when it ended with 0. Each line of its output is awaited as
+        `on_line(line)`. Raises ScriptFailed; another DriverError when it did not begin or was cut off; and what
+        `on_line` raises.
+        """
+
+
+# ---- arguments and answers -----------------------------------------------------------------------------------------
+
+
+def find_tart(path: str | None, runtime: Runtime) -> str:
+    """Give the path of the `tart` (or `vetu`) program: `path` if given, else the one on PATH. Raises DriverError."""
+    if found := shutil.which(path or runtime):
+        return found
+    if path:
+        raise DriverError(f"{path} is no program that can be run, expected {runtime}; correct --tart")
+    raise DriverError(
+        f"there is no {runtime} on PATH ({os.environ.get('PATH', '')}):"
+        f" install it ({INSTALL[runtime]}), or say where it is with --tart PATH"
+    )
+
+
+def set_arguments(
+    name: str,
+    *,
+    cpu: int = 0,
+    memory: int = 0,
+    disk_size: int = 0,
+    random_mac: bool = False,
+    random_serial: bool = False,
+) -> list[str]:
+    """Give the arguments of `tart set`, or none at all when there is nothing to set."""
+    numbers = (("--cpu", cpu), ("--memory", memory), ("--disk-size", disk_size))
+    words = [word for flag, number in numbers if number for word in (flag, str(number))]
+    words += ["--random-mac"] * random_mac + ["--random-serial"] * random_serial
+    return ["set", operand("VM name", name), *words] if words else []
+
+
+def run_arguments(name: str, options: RunOptions) -> list[str]:
+    """Give the arguments of `tart run`. Raises DriverError for what they cannot express."""
+    words = ["run"]
+    words += ["--no-graphics"] * options.headless
+    words += ["--net-softnet"] * bool(options.softnet or options.softnet_allow or options.softnet_block)
+    for flag, networks in (
+        ("--net-softnet-allow", options.softnet_allow),
+        ("--net-softnet-block", options.softnet_block),
+    ):
+        if networks:
+            words += [flag, ",".join(_network(flag, network) for network in networks)]
+    words += [f"--net-bridged={options.bridged}"] * bool(options.bridged)
+    words += ["--nested"] * options.nested
+    words += ["--suspendable"] * options.suspendable
+    words += [_dir_flag(shared) for shared in options.dirs]
+    return [*words, operand("VM name", name)]
+
+
+def operand(what: str, text: str) -> str:
+    """Give a name or an image back if the command line cannot take it for anything else. Raises DriverError."""
+    if not text or text.startswith("-") or "\0" in text:
+        raise DriverError(f'the {what} is "{text}", expected one that is not empty and has no "-" in front')
+    return text
+
+
+def _network(flag: str, network: str) -> str:
+    if "," in network:
+        raise DriverError(f'{flag} is given "{network}", expected one network, without a comma')
+    return operand(f"network of {flag}", network)
+
+
+def _dir_flag(shared: SharedDir) -> str:
+    expressible = ARCHIVE.fullmatch(shared.path) or (shared.path and ":" not in shared.path)
+    if not shared.name or ":" in shared.name or not expressible or re.search("[,\0]", shared.name + shared.path):
+        raise DriverError(
+            f'cannot share the directory "{shared.path}" as "{shared.name}": expected name and path without ":" and ","'
+        )
+    return f"--dir={shared.name}:{shared.path}" + ":ro" * shared.ro
+
+
+def missing_in_vetu(options: RunOptions) -> str:
+    """Give what of the options vetu does not have, in words ("": nothing)."""
+    wanted = {
+        "Softnet": options.softnet or options.softnet_allow or options.softnet_block,
+        "suspending": options.suspendable,
+        "shared directories": options.dirs,
+    }
+    return ", ".join(what for what, asked in wanted.items() if asked)
+
+
+def parse_list(output: bytes) -> list[LocalVM]:
+    """Read what `tart list --source local --format json` prints. Raises ValueError."""
+    listed = json.loads(output)
+    if not isinstance(listed, list):
+        raise ValueError("not a list")
+    vms = []
+    for item in listed:
+        match item:
+            case {"Name": str(name), "State": "running" | "suspended" | "stopped" as state}:
+                vms.append(LocalVM(name, state))
+            case _:
+                raise ValueError(f"not a VM: {ssh.presentable(repr(item))}")
+    return vms
+
+
+class Percentage:
+    """Finds `N%` in the output of a transfer, and reports each number that differs from the one before."""
+
+    def __init__(self, report: Progress) -> None:
+        self._report = report
+        self._last = -1
+        self._open = b""
+
+    def feed(self, data: bytes) -> None:
+        *lines, rest = re.split(rb"[\r\n]", self._open + data)
+        self._open = rest[-MAX_PROGRESS:]
+        for line in lines:
+            for number in _PERCENT.findall(line):
+                percent = min(int(number), 100)
+                if percent != self._last:
+                    self._last = percent
+                    self._report(percent)
+
+
+def failure(program: str, verb: str, status: int, complaint: bytes) -> DriverError:
+    """Make the error for a call that ended with another status than 0, out of the last line of its stderr."""
+    line = ssh.last_line(complaint) or f"{program} {verb} failed with exit status {status}"
+    if "does not exist" in line or (status == ABSENT and verb in ("clone", "delete")):
+        return NoSuchVM(line)
+    if status == ABSENT and verb in ("stop", "suspend"):
+        return NotRunning(line)
+    return DriverError(line)
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a process ended, and the last OUTPUT_BYTES of its output."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+async def _execute(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    on_output: Callable[[bytes], None] = lambda _: None,
+    stop_seconds: float = STOP_SECONDS,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> Ended:
+    """Run a program to its end. Cancelled: SIGINT, after `stop_seconds` SIGKILL to its group, and it is reaped.
+
+    `on_output` sees the bytes of both pipes as they come. Raises DriverError when it cannot be started.
+    """
+    pipe = subprocess.PIPE
+    try:
+        process = await trio.lowlevel.open_process(
+            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=env, start_new_session=True
+        )
+    except OSError as error:
+        raise DriverError(f"cannot run {command[0]}: {error.strerror}") from error
+    assert process.stdout is not None
+    assert process.stderr is not None
+    stdout, stderr = bytearray(), bytearray()
+    try:
+        task_status.started()
+        async with trio.open_nursery() as readers:
+            readers.start_soon(_read, process.stdout, stdout, on_output)
+            readers.start_soon(_read, process.stderr, stderr, on_output)
+            await process.wait()
+            readers.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
+    finally:
+        await _end(process, stop_seconds)
+    assert process.returncode is not None
+    return Ended(process.returncode, bytes(stdout), bytes(stderr))
+
+
+async def _read(pipe: trio.abc.ReceiveStream, tail: bytearray, on_output: Callable[[bytes], None]) -> None:
+    async with pipe:
+        while data := await pipe.receive_some(READ_BYTES):
+            on_output(bytes(data))
+            tail += data
+            del tail[:-OUTPUT_BYTES]
+
+
+async def _end(process: trio.Process, stop_seconds: float) -> None:
+    """Have a process end and reap it, if it did not yet; whether or not cancelled."""
+    if process.returncode is None:
+        process.send_signal(signal.SIGINT)
+        with trio.move_on_after(stop_seconds, shield=True):
+            await process.wait()
+    if process.returncode is None:
+        await ssh.kill_group(process)
+
+
+class TartDriver:
+    """VMs by the `tart` program at `path`, or by `vetu`, with scripts over SSH. Makes no I/O until asked.
+
+    `env` adds to the worker's environment, which tart gets. `stop_seconds`: how long a guest may take to shut down.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        ssh_port: int = 22,
+        vetu: bool = False,
+        stop_seconds: float = STOP_SECONDS,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._path = path
+        self._ssh_port = ssh_port
+        self._vetu = vetu
+        self._program = "vetu" if vetu else "tart"
+        self._stop_seconds = stop_seconds
+        self._env = dict(env or {})
+        self._stopped: set[str] = set()  # names that were to stop since they last ran
+
+    async def list_vms(self) -> list[LocalVM]:
+        output = await self._call("list", "--source", "local", "--format", "json")
+        try:
+            return parse_list(output)
+        except ValueError as error:
+            raise DriverError(f"cannot read what {self._program} list prints: {error}") from error
+
+    async def pull(self, image: str, on_progress: Progress) -> None:
+        await self._transfer(on_progress, "pull", operand("image", image))
+
+    async def clone(self, source: str, name: str, on_progress: Progress) -> None:
+        await self._transfer(on_progress, "clone", operand("image", source), operand("VM name", name))
+
+    async def fqn(self, image: str) -> str:
+        output = await self._call("fqn", operand("image", image))
+        return output.decode("utf-8", "replace").strip()
+
+    async def configure(
+        self,
+        name: str,
+        *,
+        cpu: int = 0,
+        memory: int = 0,
+        disk_size: int = 0,
+        random_mac: bool = False,
+        random_serial: bool = False,
+    ) -> None:
+        if random_serial:
+            self._refuse("random serial numbers")
+        words = set_arguments(
+            name, cpu=cpu, memory=memory, disk_size=disk_size, random_mac=random_mac, random_serial=random_serial
+        )
+        if words:
+            await self._call(*words)
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def run(
+        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        self._refuse(missing_in_vetu(options))
+        self._stopped.discard(name)
+        ended = await _execute(
+            [self._path, *run_arguments(name, options)],
+            env=self._environ(),
+            stop_seconds=self._stop_seconds,
+            task_status=task_status,
+        )
+        plug_pulled = ended.status == -signal.SIGKILL and name in self._stopped  # the guest did not shut down in time
+        if ended.status and not plug_pulled:
+            raise failure(self._program, "run", ended.status, ended.stderr)
+
+    async def ip(self, name: str, *, bridged: bool = False) -> str:
+        operand("VM name", name)
+        if not bridged:
+            return await self._ip(name, "--wait", str(IP_SECONDS))
+        try:
+            return await self._ip(name, "--resolver", "agent", "--wait", str(AGENT_SECONDS))
+        except NoSuchVM:
+            raise
+        except DriverError:  # the image has no agent: ask the host's own table of neighbours
+            return await self._ip(name, "--resolver", "arp")
+
+    async def _ip(self, name: str, *words: str) -> str:
+        answer = (await self._call("ip", name, *words)).decode("utf-8", "replace").strip()
+        try:
+            return str(ipaddress.ip_address(answer))
+        except ValueError as error:
+            said = ssh.presentable(answer)
+            raise DriverError(f'{self._program} ip answers "{said}" for {name}, expected an address') from error
+
+    async def stop(self, name: str) -> None:
+        self._stopped.add(name)
+        await self._call("stop", operand("VM name", name), "--timeout", f"{math.ceil(self._stop_seconds)}")
+
+    async def suspend(self, name: str) -> None:
+        self._refuse("suspending")
+        await self._call("suspend", operand("VM name", name))
+
+    async def delete(self, name: str) -> None:
+        await self._call("delete", operand("VM name", name))
+        self._stopped.discard(name)
+
+    async def run_script(
+        self,
+        name: str,
+        script: str,
+        *,
+        env: Mapping[str, str],
+        username: str,
+        password: str,
+        bridged: bool,
+        on_line: Callable[[str], Awaitable[None]],
+    ) -> None:
+        host = await self.ip(name, bridged=bridged)
+        try:
+            end = await ssh.run_script(
+                host,
+                self._ssh_port,
+                username=username,
+                password=password,
+                script=script,
+                env=env,
+                on_line=on_line,
+            )
+        except ssh.SSHError as error:
+            raise DriverError(str(error)) from error
+        if end.exit_code:
+            raise ScriptFailed(end.exit_code, end.last_line)
+
+    def _refuse(self, what: str) -> None:
+        if self._vetu and what:
+            raise DriverError(f"vetu has no {what}: such a VM needs a worker with tart")
+
+    def _environ(self) -> dict[str, str]:
+        return {**os.environ, "CI": "1", **self._env}  # CI: progress in plain lines
+
+    async def _call(self, verb: str, *words: str) -> bytes:
+        """Run a verb that ends soon, and give its stdout. Raises DriverError."""
+        with trio.move_on_after(VERB_SECONDS):
+            ended = await _execute([self._path, verb, *words], env=self._environ())
+            if ended.status:
+                raise failure(self._program, verb, ended.status, ended.stderr)
+            return ended.stdout
+        raise DriverError(f"{self._program} {verb} did not end within {VERB_SECONDS:g} seconds")
+
+    async def _transfer(self, on_progress: Progress, verb: str, *words: str) -> None:
+        """Run a verb that may take hours: it is for the caller to lose patience. Raises DriverError."""
+        percentage = Percentage(on_progress)
+        ended = await _execute([self._path, verb, *words], env=self._environ(), on_output=percentage.feed)
+        if ended.status:
+            raise failure(self._program, verb, ended.status, ended.stderr)
+
+
+# ---- the host ------------------------------------------------------------------------------------------------------
+
+
+def check_dhcp_lease(path: Path = DHCP_PLIST) -> str | None:
+    """Say what is wrong with the time for which macOS lends addresses to VMs, or None when nothing is. Reads a file."""
+    remedy = (
+        f"VMs may run out of addresses; for leases of ten minutes:"
+        f" sudo defaults write {path} bootpd -dict DHCPLeaseTimeSecs -int 600"
+    )
+    try:
+        with path.open("rb") as file:
+            settings = plistlib.load(file)
+    except FileNotFoundError:
+        return f"{path} does not exist, so macOS lends each address for a day: {remedy}"
+    except (OSError, ValueError, ExpatError) as error:
+        return f"cannot read the DHCP lease time from {path} ({error}): {remedy}"
+    bootpd = settings.get("bootpd") if isinstance(settings, dict) else None
+    seconds = bootpd.get("DHCPLeaseTimeSecs") if isinstance(bootpd, dict) else None
+    if type(seconds) is not int:
+        return f"{path} has no whole number bootpd.DHCPLeaseTimeSecs, so macOS lends each address for a day: {remedy}"
+    if seconds > MAX_LEASE:
+        return f"{path} has a DHCP lease time of {seconds} seconds, expected {MAX_LEASE} or less: {remedy}"
+    return None
+
+
+async def machine_id(path: Path = MACHINE_ID) -> str:
+    """Give an identity of this machine that lasts: the one of systemd, of the Mac, or of a network card."""
+    try:
+        if text := path.read_text("ascii", "replace").strip():  # noqa: ASYNC240 -- a local file of one line
+            return text
+    except OSError:
+        pass  # a Mac has none
+    with trio.move_on_after(MACHINE_ID_SECONDS):
+        try:
+            ended = await _execute(["ioreg", "-rd1", "-c", "IOPlatformExpertDevice"])
+        except DriverError:
+            pass  # no Mac either
+        else:
+            if found := _PLATFORM_UUID.search(ended.stdout):
+                return found[1].decode()
+    return f"node-{await trio.to_thread.run_sync(uuid.getnode):012x}"

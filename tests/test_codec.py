@@ -1,0 +1,468 @@
+"""The codec: which JSON texts are refused, and that a noun survives the way out and back in."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openapi_schema_validator import OAS30Validator
+from openapi_spec_validator import OpenAPIV30SpecValidator
+from strategies import QUICK, any_vm, json_values, noun
+
+from orchard.codec import (
+    MAX_DEPTH,
+    MAX_SHOWN,
+    MAX_UINT,
+    APIError,
+    attr,
+    attrs_of,
+    component,
+    decode,
+    dump_json,
+    encode,
+    format_time,
+    parse_json,
+    parse_time,
+    shown,
+)
+from orchard.schema import (
+    ClusterSettings,
+    Condition,
+    ControllerInfo,
+    Event,
+    HostDir,
+    Problem,
+    Report,
+    ServiceAccount,
+    StartupScript,
+    VMMeta,
+    VMSpec,
+    VMState,
+    Worker,
+    components,
+)
+
+UTC = datetime.UTC
+NOUNS = [
+    ClusterSettings,
+    Condition,
+    ControllerInfo,
+    Event,
+    HostDir,
+    Problem,
+    Report,
+    ServiceAccount,
+    StartupScript,
+    VMMeta,
+    VMSpec,
+    VMState,
+    Worker,
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    kind: Literal["a", "b"] = attr("kind", "a or b")
+    size: int = attr("size", "at most 9", zero=0, maximum=9)
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    text: str = attr("text", "A text", zero="")
+    flag: bool = attr("flag", "A flag", zero=False, default=False)
+    count: int = attr("count", "A number", zero=0)
+    when: datetime.datetime | None = attr("when", "A time", zero=None)
+    choice: Literal["red", "green"] = attr("choice", "A colour", zero="red", default="red")
+    items: tuple[Inner, ...] = attr("items", "Some", zero=())
+    words: tuple[str, ...] = attr("words", "Some", zero=())
+    counts: Mapping[str, int] = attr("counts", "Some", zero={})
+    inner: Inner | None = attr("inner", "One", zero=None)
+    seen: str = attr("seen", "Not the user's", zero="", writer="worker")
+
+
+# ---- bytes to values -----------------------------------------------------------------------------------------------
+
+DEEP = {
+    "arrays": lambda depth: b"[" * depth + b"]" * depth,
+    "arrays around a number": lambda depth: b"[" * depth + b"1" + b"]" * depth,
+    "objects": lambda depth: b'{"a":' * (depth - 1) + b"{}" + b"}" * (depth - 1),
+    "objects around a text": lambda depth: b'{"a":' * depth + b'""' + b"}" * depth,
+    "mixed": lambda depth: (
+        b'[{"a":' * (depth // 2) + b"[]" * (depth % 2) + b"0" * (1 - depth % 2) + b"}]" * (depth // 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("make", DEEP.values(), ids=DEEP)
+def test_json_is_accepted_down_to_the_last_level_and_no_deeper(make: Any) -> None:
+    body = make(MAX_DEPTH)
+    assert parse_json(body) == json.loads(body)
+    with pytest.raises(APIError, match="nested deeper than 32 levels") as refusal:
+        parse_json(make(MAX_DEPTH + 1))
+    assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize("make", DEEP.values(), ids=DEEP)
+@pytest.mark.parametrize("depth", [5_000, 100_000])
+def test_absurdly_deep_json_is_refused_like_any_other(make: Any, depth: int) -> None:
+    with pytest.raises(APIError, match="nested deeper than 32 levels") as refusal:
+        parse_json(make(depth))
+    assert refusal.value.status == 400
+
+
+REFUSED = {
+    "nothing": (b"", "not JSON"),
+    "blank": (b" ", "not JSON"),
+    "two values": (b"1 2", "not JSON"),
+    "trailing comma": (b"[1,]", "not JSON"),
+    "comment": (b"{} // no", "not JSON"),
+    "single quotes": (b"{'a': 1}", "not JSON"),
+    "bare word": (b"true false", "not JSON"),
+    "leading zero": (b"[01]", "not JSON"),
+    "plus": (b"[+1]", "not JSON"),
+    "raw newline in a text": (b'["a\nb"]', "not JSON"),
+    "raw NUL in a text": (b'["a\0b"]', "not JSON"),
+    "bad escape": (b'["\\x41"]', "not JSON"),
+    "unfinished": (b'{"a": [1, 2', "not JSON"),
+    "NaN": (b'{"a": NaN}', "NaN is no JSON number"),
+    "Infinity": (b"[Infinity]", "Infinity is no JSON number"),
+    "-Infinity": (b"-Infinity", "-Infinity is no JSON number"),
+    "1e999": (b'{"unknown": 1e999}', '"1e999" is out of range'),
+    "-1e999": (b"[-1e999]", '"-1e999" is out of range'),
+    "long float": (b"1" * 400 + b".0", "is out of range"),
+    "huge integer": (b"[1" + b"0" * 20 + b"]", "is out of range"),
+    "huge negative integer": (b"[-1" + b"0" * 20 + b"]", "is out of range"),
+    "an integer that Python would not convert": (b"9" * 10_000, "is out of range"),
+    "duplicate key": (b'{"name": 1, "name": 1}', 'the JSON key "name" stands twice'),
+    "duplicate key, deep": (b'[{"a": {"b": 1, "c": 2, "b": 3}}]', 'the JSON key "b" stands twice'),
+    "duplicate key, escaped": (b'{"a": 1, "\\u0061": 2}', 'the JSON key "a" stands twice'),
+    "lone high surrogate": (b'["\\ud800"]', "half a surrogate pair"),
+    "lone low surrogate": (b'["x\\udc00"]', "half a surrogate pair"),
+    "surrogates the wrong way round": (b'["\\udc00\\ud800"]', "half a surrogate pair"),
+    "lone surrogate in a key": (b'{"a": [{"\\ud800": 1}]}', "half a surrogate pair"),
+    "lone surrogate in UTF-8": (b'["\xed\xa0\x80"]', "not UTF-8: byte 0xed at offset 2"),
+    "overlong UTF-8": (b'["\xc0\xaf"]', "not UTF-8: byte 0xc0 at offset 2"),
+    "Latin-1": ('["ä"]'.encode("latin-1"), "not UTF-8: byte 0xe4 at offset 2"),
+    "UTF-8 with BOM": (b"\xef\xbb\xbf{}", "not JSON"),
+    "UTF-16 with BOM": ("{}".encode("utf-16"), "not UTF-8: byte 0xff at offset 0"),
+    "UTF-16 big endian": ("{}".encode("utf-16-be"), "not JSON"),
+    "UTF-16 little endian": ('{"a": 1}'.encode("utf-16-le"), "not JSON"),
+    "UTF-32": ("{}".encode("utf-32"), "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("body", "words"), REFUSED.values(), ids=REFUSED)
+def test_json_on_which_two_readers_may_disagree_is_refused(body: bytes, words: str) -> None:
+    with pytest.raises(APIError) as refusal:
+        parse_json(body)
+    assert refusal.value.status == 400
+    assert words in refusal.value.message
+    assert len(refusal.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "value"),
+    [
+        (b"null", None),
+        (b" \t\r\n{} \n", {}),
+        (b'"\\ud83c\\udf4e"', "🍎"),
+        ('"🍎\\u0000"'.encode(), "🍎\0"),
+        (b'{"a": {"a": {"a": 1}}}', {"a": {"a": {"a": 1}}}),
+        (b"9007199254740991", MAX_UINT),
+        (b"-9999999999999999999", -9999999999999999999),
+        (b"[1e308, -0.0, 1E+2]", [1e308, 0.0, 100.0]),
+    ],
+)
+def test_json_that_everybody_reads_alike_is_accepted(body: bytes, value: object) -> None:
+    assert parse_json(body) == value
+
+
+@QUICK
+@given(json_values())
+def test_what_is_written_is_read_back(value: object) -> None:
+    text = dump_json(value)
+    assert b"\n" not in text
+    assert parse_json(text) == value
+
+
+@QUICK
+@given(st.binary(max_size=60) | st.text('{}[]",:\\u0dNaIe1+-. \t\0', max_size=40).map(str.encode))
+def test_any_bytes_are_a_value_or_refused_with_400(body: bytes) -> None:
+    try:
+        value = parse_json(body)
+    except APIError as refusal:
+        status = refusal.status
+    else:
+        status = 400
+        assert parse_json(dump_json(value)) == value
+    assert status == 400
+
+
+def test_a_refused_value_is_shown_short_and_on_one_line() -> None:
+    assert shown("ä\n\x1b") == '"\\u00e4\\n\\u001b"'
+    assert shown({"a": [1, None]}) == '{"a": [1, null]}'
+    assert len(shown(["x"] * 10_000)) == MAX_SHOWN
+
+
+# ---- times ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "when"),
+    [
+        ("2026-01-31T12:00:00Z", datetime.datetime(2026, 1, 31, 12, tzinfo=UTC)),
+        ("2026-01-31t12:00:00z", datetime.datetime(2026, 1, 31, 12, tzinfo=UTC)),
+        ("2026-01-31T12:00:00+05:30", datetime.datetime(2026, 1, 31, 6, 30, tzinfo=UTC)),
+        ("2026-01-31T00:00:00-23:59", datetime.datetime(2026, 1, 31, 23, 59, tzinfo=UTC)),
+        ("2026-01-31T12:00:00-00:00", datetime.datetime(2026, 1, 31, 12, tzinfo=UTC)),
+        ("2026-01-31T12:00:00.5Z", datetime.datetime(2026, 1, 31, 12, 0, 0, 500_000, tzinfo=UTC)),
+        ("2026-01-31T12:00:00.123456789Z", datetime.datetime(2026, 1, 31, 12, 0, 0, 123_456, tzinfo=UTC)),
+        ("2026-01-31T12:00:00.000000001+01:00", datetime.datetime(2026, 1, 31, 11, tzinfo=UTC)),
+        ("2016-12-31T23:59:60Z", datetime.datetime(2016, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        ("2024-02-29T00:00:00Z", datetime.datetime(2024, 2, 29, tzinfo=UTC)),
+        ("9999-12-31T23:59:59.999999999Z", datetime.datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)),
+        ("0001-01-01T00:00:01Z", datetime.datetime(1, 1, 1, 0, 0, 1, tzinfo=UTC)),
+        ("0001-01-01T00:00:00Z", None),
+        ("0001-01-01T00:00:00+00:00", None),
+        ("0001-01-01T00:00:00.000000000Z", None),
+    ],
+)
+def test_times_are_rfc_3339_of_any_zone(text: str, when: datetime.datetime | None) -> None:
+    assert parse_time(text, "at") == when
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0000-12-31T23:59:60Z",
+        "0001-01-01T00:00:00+01:00",
+        "9999-12-31T23:59:59-01:00",
+        "2026-02-29T00:00:00Z",
+        "2026-13-01T00:00:00Z",
+        "2026-01-31T24:00:00Z",
+        "2026-01-31T12:60:00Z",
+        "2026-01-31T12:00:61Z",
+        "2026-01-31T12:00:00+24:00",
+        "2026-01-31T12:00:00+05:60",
+        "2026-01-31T12:00:00.1234567890Z",
+        "2026-01-31T12:00:00.Z",
+        "2026-01-31T12:00:00",
+        "2026-01-31 12:00:00Z",
+        "2026-01-31",
+        "20260131T120000Z",
+        "2026-W05-6T12:00:00Z",
+        "+2026-01-31T12:00:00Z",
+        "2026-01-31T12:00:00Z\n",
+        " 2026-01-31T12:00:00Z",
+        "２０２６-01-31T12:00:00Z",
+        "1769860800",
+        "",
+        "now",
+    ],
+)
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(APIError) as refusal:
+        parse_time(text, "at")
+    assert refusal.value.status == 400
+    assert refusal.value.message == f"at is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z"
+
+
+def test_times_are_written_in_utc() -> None:
+    east = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
+    assert format_time(datetime.datetime(2026, 1, 31, 12, tzinfo=east)) == "2026-01-31T06:30:00Z"
+    assert format_time(datetime.datetime(7, 1, 31, 12, 0, 0, 5, tzinfo=UTC)) == "0007-01-31T12:00:00.000005Z"
+
+
+# ---- values to nouns -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (None, "the body is null, expected a JSON object"),
+        ([], "the body is [], expected a JSON object"),
+        ({"text": 5}, "text is 5, expected a text"),
+        ({"text": ["a"]}, 'text is ["a"], expected a text'),
+        ({"flag": 1}, "flag is 1, expected true or false"),
+        ({"flag": "true"}, 'flag is "true", expected true or false'),
+        ({"count": -1}, f"count is -1, expected a whole number from 0 to {MAX_UINT}"),
+        ({"count": MAX_UINT + 1}, f"count is {MAX_UINT + 1}, expected a whole number from 0 to {MAX_UINT}"),
+        ({"count": 2.0**60}, f"count is 1152921504606846976, expected a whole number from 0 to {MAX_UINT}"),
+        ({"count": 1.5}, f"count is 1.5, expected a whole number from 0 to {MAX_UINT}"),
+        ({"count": True}, f"count is true, expected a whole number from 0 to {MAX_UINT}"),
+        ({"count": "4"}, f'count is "4", expected a whole number from 0 to {MAX_UINT}'),
+        ({"when": 5}, "when is 5, expected an RFC 3339 time"),
+        ({"when": "noon"}, 'when is "noon", expected an RFC 3339 time such as 2026-01-31T12:00:00Z'),
+        ({"choice": 1}, "choice is 1, expected a text"),
+        ({"items": {}}, "items is {}, expected a list"),
+        ({"items": [{"kind": "a"}, 7]}, "items[1] is 7, expected a JSON object"),
+        ({"items": [None]}, "items[0] is null, expected a JSON object"),
+        ({"items": [{"kind": "a", "size": 10}]}, "items[0].size is 10, expected a whole number from 0 to 9"),
+        ({"items": [{"size": 1}]}, "items[0].kind is missing, expected a or b"),
+        ({"inner": {"kind": None}}, "inner.kind is missing, expected a or b"),
+        ({"words": ["a", 1]}, "words[1] is 1, expected a text"),
+        ({"counts": []}, "counts is [], expected a JSON object"),
+        ({"counts": {"a b": "c"}}, f'counts["a b"] is "c", expected a whole number from 0 to {MAX_UINT}'),
+        ({"text": {"x": "y" * 100}}, 'text is {"x": "' + "y" * (MAX_SHOWN - 10) + "..., expected a text"),
+    ],
+)
+def test_a_wrong_type_is_named_with_field_value_and_what_was_expected(raw: object, message: str) -> None:
+    with pytest.raises(APIError) as refusal:
+        decode(Thing, raw)
+    assert (refusal.value.status, refusal.value.message) == (400, message)
+
+
+def test_a_choice_that_is_none_is_refused_by_rule() -> None:
+    with pytest.raises(APIError) as refusal:
+        decode(Thing, {"items": [{"kind": "c"}]})
+    assert (refusal.value.status, refusal.value.message) == (412, 'items[0].kind is "c", expected one of a, b')
+    with pytest.raises(APIError) as refusal:
+        decode(Thing, {"items": [{"kind": "c"}]}, refused=400)
+    assert refusal.value.status == 400
+
+
+def test_where_begins_the_path_of_every_field() -> None:
+    unknown: list[str] = []
+    assert decode(Thing, {"x": 1, "inner": {"kind": "a", "y": 2}}, where="[3]", unknown=unknown).inner == Inner("a", 0)
+    assert sorted(unknown) == ["[3].inner.y", "[3].x"]
+    with pytest.raises(APIError, match=r"^\[3\]\.inner\.size is -1"):
+        decode(Thing, {"inner": {"kind": "a", "size": -1}}, where="[3]")
+
+
+def test_unknown_fields_are_named_at_every_depth_and_change_nothing() -> None:
+    unknown: list[str] = []
+    raw = {"Text": "case counts", "items": [{"kind": "a"}, {"kind": "b", "new": {}}], "known": 1, "newer": None}
+    assert decode(Thing, raw, also=frozenset({"known"}), unknown=unknown) == Thing(items=(Inner("a", 0), Inner("b", 0)))
+    assert sorted(unknown) == ["Text", "items[1].new", "newer"]
+
+
+def test_null_is_the_same_as_absent() -> None:
+    names = [field.json for field in attrs_of(Thing)]
+    assert decode(Thing, dict.fromkeys(names)) == decode(Thing, {}) == Thing()
+    full = Thing(text="t", flag=True, count=3, choice="green", words=("w",), inner=Inner("b", 1), counts={"a": 1})
+    assert decode(Thing, dict.fromkeys(names), base=full) == decode(Thing, {}, base=full) == full
+    assert decode(Thing, {"text": "", "words": []}, base=full) == dataclasses.replace(full, text="", words=())
+
+
+def test_only_the_fields_of_the_given_writers_are_taken() -> None:
+    raw = {"text": "mine", "seen": "theirs"}
+    assert decode(Thing, raw) == Thing(text="mine", seen="theirs")
+    unknown: list[str] = []
+    assert decode(Thing, raw, by=frozenset({"user"}), unknown=unknown) == Thing(text="mine")
+    assert unknown == []
+    assert decode(Thing, {"seen": 5}, by=frozenset({"user"})) == Thing()  # what is passed over need not fit
+
+
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    assert decode(Thing, {"count": 4.0}).count == 4
+    assert type(decode(Thing, {"count": 4.0}).count) is int
+
+
+# ---- out and back in -----------------------------------------------------------------------------------------------
+
+
+def test_zero_values_are_left_out_unless_promised() -> None:
+    assert encode(Thing()) == {"flag": False, "choice": "red"}
+    assert encode(Thing(inner=Inner("a", 0), words=("",))) == {
+        "flag": False,
+        "choice": "red",
+        "inner": {"kind": "a"},
+        "words": [""],
+    }
+
+
+@pytest.mark.parametrize("cls", NOUNS, ids=lambda cls: cls.__name__)
+def test_every_noun_survives_the_way_out_and_back_in(cls: type[Any]) -> None:
+    @QUICK
+    @given(noun(cls))
+    def check(value: object) -> None:
+        out = encode(value)
+        assert None not in out.values()
+        unknown: list[str] = []
+        assert decode(cls, parse_json(dump_json(out)), unknown=unknown) == value
+        assert unknown == []
+
+    check()
+
+
+@pytest.mark.parametrize("cls", NOUNS, ids=lambda cls: cls.__name__)
+def test_what_is_encoded_is_what_the_schema_says(cls: type[Any]) -> None:
+    validator = OAS30Validator(component(cls))
+
+    @QUICK
+    @given(noun(cls))
+    def check(value: object) -> None:
+        out = encode(value)
+        validator.validate(out)
+        assert out.keys() <= component(cls)["properties"].keys()
+
+    check()
+
+
+@pytest.mark.parametrize("cls", NOUNS, ids=lambda cls: cls.__name__)
+def test_what_the_schema_refuses_is_refused(cls: type[Any]) -> None:
+    """One field of a wrong type at a time: the schema and `decode` agree that it is wrong."""
+    validator = OAS30Validator(component(cls))
+    base = {field.json: "true" if "state" in field.json else "running" for field in attrs_of(cls) if field.required}
+    wrongs: list[object] = [5.5, -1, True, "no such choice", [5], {"a": []}]
+    for field in attrs_of(cls):
+        refused = [raw for wrong in wrongs if not validator.is_valid(raw := {**base, field.json: wrong})]
+        assert refused
+        for raw in refused:
+            with pytest.raises(APIError) as refusal:
+                decode(cls, raw)
+            assert refusal.value.message.startswith(field.json)
+
+
+def test_the_components_are_valid_openapi_and_a_vm_is_one() -> None:
+    document = {
+        "openapi": "3.0.0",
+        "info": {"title": "Orchard", "version": "1"},
+        "paths": {},
+        "components": {"schemas": components()},
+    }
+    OpenAPIV30SpecValidator(document).validate()
+    inlined = {"components": document["components"], "$ref": "#/components/schemas/VM"}
+    validator = OAS30Validator(inlined)
+
+    @QUICK
+    @given(any_vm())
+    def check(vm: Any) -> None:
+        out = parse_json(dump_json(vm.to_json()))
+        validator.validate(out)
+        assert out["net-softnet"] == out["netSoftnet"]
+        assert out["localName"] == out["tartName"] == vm.tart_name
+
+    check()
+    assert not validator.is_valid({"status": "asleep"})
+
+
+def test_the_schema_says_what_is_required_read_only_deprecated_and_default() -> None:
+    schema = component(Thing)
+    assert schema["properties"]["items"]["items"]["required"] == ["kind"]
+    assert "required" not in schema
+    assert schema["properties"]["seen"]["readOnly"] is True
+    assert schema["properties"]["choice"] == {
+        "type": "string",
+        "enum": ["red", "green"],
+        "default": "red",
+        "description": "A colour",
+    }
+    spec = component(VMSpec)["properties"]
+    assert spec["net-softnet"]["deprecated"] is True
+    assert "deprecated" not in spec["netSoftnet"]
+    assert spec["memory"] == {
+        "type": "number",
+        "multipleOf": 1,
+        "minimum": 0,
+        "maximum": MAX_UINT,
+        "default": 8192,
+        "description": "Amount of RAM in megabytes assigned to this VM; 0 leaves it to the worker's default",
+    }

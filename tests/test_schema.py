@@ -1,0 +1,818 @@
+"""The nouns: what is valid, and how an object that a client sends becomes a specification."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import QUICK, any_vm, failed, json_values, noun, pending, resting, running, spec
+
+from orchard.codec import MAX_UINT, APIError, attrs_of, dump_json, encode, parse_json
+from orchard.lifecycle import change
+from orchard.schema import (
+    MAX_NAME,
+    TART_VMS,
+    VM,
+    ClusterSettings,
+    Condition,
+    Event,
+    HostDir,
+    HostDirPolicy,
+    Report,
+    ServiceAccount,
+    StartupScript,
+    VMMeta,
+    VMSpec,
+    VMState,
+    Worker,
+    _merge,
+    account_from_client,
+    allows,
+    check_name,
+    events_from_client,
+    name_of,
+    new_spec,
+    patched_spec,
+    replaced_spec,
+    report_from_worker,
+    settings_from_client,
+    vm_from_json,
+    worker_from_client,
+)
+
+MINIMAL = {"name": "vm", "image": "base"}
+
+
+def created(**fields: Any) -> VMSpec:
+    """The specification of a VM that a client creates with these fields, whose names are those on the wire."""
+    return new_spec({**MINIMAL, **fields}, [])
+
+
+def refusal_of(call: Callable[[], object]) -> tuple[int, str]:
+    with pytest.raises(APIError) as refusal:
+        call()
+    return refusal.value.status, refusal.value.message
+
+
+def outcome_of(call: Callable[[], object]) -> APIError | None:
+    """Give the refusal of a call that may succeed; whatever else it raises is a bug."""
+    try:
+        call()
+    except APIError as refusal:
+        return refusal
+    return None
+
+
+# ---- creating ------------------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_of_a_new_vm() -> None:
+    assert new_spec(MINIMAL, []) == VMSpec(
+        image="base",
+        image_pull_policy="IfNotPresent",
+        restart_policy="Never",
+        power_state="running",
+        os="darwin",
+        arch="arm64",
+        runtime="tart",
+        username="admin",
+        password="admin",
+        resources={TART_VMS: 1},
+    )
+    assert created(username="", password="") == created()
+
+
+@pytest.mark.parametrize(
+    ("fields", "resources"),
+    [
+        ({}, {TART_VMS: 1}),
+        ({"resources": None}, {TART_VMS: 1}),
+        ({"resources": {}}, {TART_VMS: 1}),
+        ({"resources": {"gpu": 2}}, {"gpu": 2, TART_VMS: 1}),
+        ({"resources": {TART_VMS: 2}}, {TART_VMS: 2}),
+        ({"resources": {TART_VMS: 0}}, {TART_VMS: 0}),
+        ({"os": "linux"}, {}),
+        ({"runtime": "vetu"}, {}),
+        ({"os": "linux", "resources": {"gpu": 1}}, {"gpu": 1}),
+    ],
+)
+def test_a_macos_vm_takes_one_of_the_two_that_apple_allows(fields: dict[str, Any], resources: dict[str, int]) -> None:
+    assert created(**fields).resources == resources
+
+
+def test_every_field_of_a_specification_is_read_by_its_name() -> None:
+    raw = {
+        "image": "ghcr.io/cirruslabs/macos-tahoe-base:latest",
+        "imagePullPolicy": "Always",
+        "cpu": 8,
+        "memory": 16384,
+        "diskSize": 100,
+        "os": "linux",
+        "arch": "amd64",
+        "runtime": "vetu",
+        "netSoftnet": True,
+        "netSoftnetAllow": ["192.168.0.0/24", "10.0.0.1", "fd00::/8"],
+        "netSoftnetBlock": ["0.0.0.0/0"],
+        "net-bridged": "en0",
+        "headless": True,
+        "nested": True,
+        "suspendable": True,
+        "username": "ci",
+        "password": "p@ss, word -- $x",
+        "startup_script": {"script_content": "echo $A\n", "env": {"A": "b; rm -rf /", "_x1": "\n"}},
+        "restart_policy": "OnFailure",
+        "resources": {"org.cirruslabs.logical-cores": 4},
+        "labels": {"model": "macstudio"},
+        "hostDirs": [{"name": "src", "path": "/Users/ci/src", "ro": True}, {"name": "out", "path": "/tmp/ä b"}],
+        "randomSerial": True,
+        "powerState": "suspended",
+    }
+    unknown: list[str] = []
+    read = new_spec({**raw, "name": "vm"}, unknown)
+    assert unknown == []
+    assert [
+        field.json for field in attrs_of(VMSpec) if getattr(read, field.name) == getattr(VMSpec(), field.name)
+    ] == []
+    assert encode(read) == {**raw, "net-softnet": True}
+
+
+CREATE: list[tuple[Any, int, str]] = [
+    # the wrong type
+    (None, 400, "the body is null, expected a JSON object"),
+    ([], 400, "the body is [], expected a JSON object"),
+    ({"image": 5}, 400, "image is 5, expected a text"),
+    ({"cpu": "4"}, 400, 'cpu is "4", expected a whole number from 0'),
+    ({"cpu": -1}, 400, "cpu is -1, expected a whole number from 0"),
+    ({"memory": 1.5}, 400, "memory is 1.5, expected a whole number from 0"),
+    ({"diskSize": MAX_UINT + 1}, 400, f"diskSize is {MAX_UINT + 1}, expected a whole number from 0"),
+    ({"headless": "yes"}, 400, 'headless is "yes", expected true or false'),
+    ({"net-softnet": "yes"}, 400, 'net-softnet is "yes", expected true or false'),
+    ({"netSoftnet": 1}, 400, "netSoftnet is 1, expected true or false"),
+    ({"resources": {"gpu": -1}}, 400, 'resources["gpu"] is -1, expected a whole number from 0'),
+    ({"resources": {"gpu": "1"}}, 400, 'resources["gpu"] is "1", expected a whole number from 0'),
+    ({"labels": {"a": 1}}, 400, 'labels["a"] is 1, expected a text'),
+    ({"labels": ["a"]}, 400, 'labels is ["a"], expected a JSON object'),
+    ({"hostDirs": [5]}, 400, "hostDirs[0] is 5, expected a JSON object"),
+    ({"startup_script": "echo"}, 400, 'startup_script is "echo", expected a JSON object'),
+    ({"startup_script": {"env": {"A": 1}}}, 400, 'startup_script.env["A"] is 1, expected a text'),
+    # well-formed, but refused by a rule
+    ({"image": ""}, 412, 'image is "", expected the name of a VM image'),
+    ({"image": None}, 412, 'image is "", expected the name of a VM image'),
+    ({"imagePullPolicy": "Sometimes"}, 412, 'imagePullPolicy is "Sometimes", expected one of IfNotPresent, Always'),
+    ({"restart_policy": "Always"}, 412, 'restart_policy is "Always", expected one of Never, OnFailure'),
+    ({"powerState": "off"}, 412, 'powerState is "off", expected one of running, stopped, suspended'),
+    ({"os": "windows"}, 412, 'os is "windows", expected one of darwin, linux'),
+    ({"arch": "x86_64"}, 412, 'arch is "x86_64", expected one of arm64, amd64'),
+    ({"runtime": "docker"}, 412, 'runtime is "docker", expected one of tart, vetu'),
+    ({"powerState": "suspended"}, 412, 'powerState is "suspended", which needs suspendable to be true'),
+    # nothing that a command line could take for something else
+    ({"image": "--help"}, 412, 'image is "--help", expected a text without blanks'),
+    ({"image": "a b"}, 412, 'image is "a b", expected'),
+    ({"image": "a\nb"}, 412, 'image is "a\\nb", expected'),
+    ({"image": "a\0"}, 412, 'image is "a\\u0000", expected'),
+    ({"username": "-oProxyCommand=sh"}, 412, 'username is "-oProxyCommand=sh", expected'),
+    ({"username": "ci\r"}, 412, 'username is "ci\\r", expected'),
+    ({"net-bridged": "--nested"}, 412, 'net-bridged is "--nested", expected'),
+    ({"net-bridged": "en0,en1"}, 412, 'net-bridged is "en0,en1", expected'),
+    ({"password": "secret\n"}, 412, "password holds a control character"),
+    ({"netSoftnetAllow": ["--nested"]}, 412, 'netSoftnetAllow[0] is "--nested", expected a network such as'),
+    ({"netSoftnetAllow": ["10.0.0.0/8", "a"]}, 412, 'netSoftnetAllow[1] is "a", expected a network such as'),
+    ({"netSoftnetAllow": ["10.0.0.0/8,0.0.0.0/0"]}, 412, "netSoftnetAllow[0] is"),
+    ({"netSoftnetAllow": [""]}, 412, 'netSoftnetAllow[0] is "", expected a network such as'),
+    ({"netSoftnetAllow": ["10.0.0.0/33"]}, 412, "netSoftnetAllow[0] is"),
+    ({"netSoftnetAllow": ["10.0.0.0/255.0.0.0"]}, 412, "netSoftnetAllow[0] is"),
+    ({"netSoftnetBlock": ["fe80::%a,0.0.0.0/64"]}, 412, 'netSoftnetBlock[0] is "fe80::%a,0.0.0.0/64", expected'),
+    ({"labels": {"a": "b\nforged"}}, 412, 'labels["a"] is "b\\nforged", expected no control characters'),
+    ({"labels": {"a\x1b[2J": "b"}}, 412, 'labels["a\\u001b[2J"] is "b", expected no control characters'),
+    ({"resources": {"gpu\u2028": 1}}, 412, 'resources["gpu\\u2028"] is 1, expected no control characters'),
+    # names of environment variables
+    ({"startup_script": {"env": {"": "x"}}}, 412, 'startup_script.env has the name "", expected'),
+    ({"startup_script": {"env": {"1A": "x"}}}, 412, 'startup_script.env has the name "1A", expected'),
+    ({"startup_script": {"env": {"A-B": "x"}}}, 412, 'startup_script.env has the name "A-B", expected'),
+    ({"startup_script": {"env": {"A=b; rm": "x"}}}, 412, 'startup_script.env has the name "A=b; rm", expected'),
+    ({"startup_script": {"env": {"A\n": "x"}}}, 412, 'startup_script.env has the name "A\\n", expected'),
+    ({"startup_script": {"env": {"Ä": "x"}}}, 412, "startup_script.env has the name"),
+    ({"startup_script": {"env": {"A": "\0"}}}, 412, 'startup_script.env["A"] holds a NUL character'),
+    ({"startup_script": {"script_content": "a\0b"}}, 412, "startup_script.script_content holds a NUL character"),
+    # directories of the host
+    ({"hostDirs": [{"path": "/a"}]}, 412, "hostDirs[0].name is missing"),
+    ({"hostDirs": [{"name": "a"}]}, 412, "hostDirs[0].path is missing"),
+    ({"hostDirs": [{"name": "a", "path": "/a"}, {"name": "a", "path": "/b"}]}, 412, 'hostDirs[1].name is "a", which'),
+    ({"hostDirs": [{"name": "a:/etc", "path": "/a"}]}, 412, 'hostDirs[0].name is "a:/etc", expected'),
+    ({"hostDirs": [{"name": "a,b", "path": "/a"}]}, 412, 'hostDirs[0].name is "a,b", expected no commas'),
+    ({"hostDirs": [{"name": "a/b", "path": "/a"}]}, 412, 'hostDirs[0].name is "a/b", expected'),
+    ({"hostDirs": [{"name": "..", "path": "/a"}]}, 412, 'hostDirs[0].name is "..", expected'),
+    ({"hostDirs": [{"name": "-a", "path": "/a"}]}, 412, 'hostDirs[0].name is "-a", expected'),
+    ({"hostDirs": [{"name": "a\n", "path": "/a"}]}, 412, 'hostDirs[0].name is "a\\n", expected no commas or control'),
+    ({"hostDirs": [{"name": "a", "path": "a"}]}, 412, 'hostDirs[0].path is "a", expected an absolute path'),
+    ({"hostDirs": [{"name": "a", "path": "~/a"}]}, 412, 'hostDirs[0].path is "~/a", expected an absolute path'),
+    ({"hostDirs": [{"name": "a", "path": "/a:rw"}]}, 412, 'hostDirs[0].path is "/a:rw", expected an absolute path'),
+    ({"hostDirs": [{"name": "a", "path": "/a,/etc"}]}, 412, 'hostDirs[0].path is "/a,/etc", expected no commas'),
+    ({"hostDirs": [{"name": "a", "path": "/a\0"}]}, 412, 'hostDirs[0].path is "/a\\u0000", expected'),
+    ({"hostDirs": [{"name": "a", "path": "http://a/b"}]}, 412, 'hostDirs[0].path is "http://a/b", expected'),
+    ({"hostDirs": [{"name": "a", "path": "HTTPS://a/b"}]}, 412, 'hostDirs[0].path is "HTTPS://a/b", expected'),
+    ({"hostDirs": [{"name": "a", "path": "file:///etc"}]}, 412, 'hostDirs[0].path is "file:///etc", expected'),
+    ({"hostDirs": [{"name": "a", "path": "https://a/b:tag=c"}]}, 412, 'hostDirs[0].path is "https://a/b:tag=c"'),
+    ({"hostDirs": [{"name": "a", "path": "https://u:p@a/b"}]}, 412, 'hostDirs[0].path is "https://u:p@a/b"'),
+    ({"hostDirs": [{"name": "a", "path": "https:///b"}]}, 412, 'hostDirs[0].path is "https:///b", expected'),
+    ({"hostDirs": [{"name": "a", "path": "https://./b"}]}, 412, 'hostDirs[0].path is "https://./b", expected'),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "words"), CREATE, ids=[json.dumps(row[0])[:60] for row in CREATE])
+def test_what_a_new_vm_may_not_be(fields: Any, status: int, words: str) -> None:
+    raw = {**MINIMAL, **fields} if isinstance(fields, dict) else fields
+    refused = refusal_of(lambda: new_spec(raw, []))
+    assert refused[0] == status
+    assert words in refused[1]
+    assert "secret" not in refused[1]
+    # A change is held to the same rules, so that nothing comes in by the back door.
+    if isinstance(fields, dict) and fields.get("image") is not None:
+        assert refusal_of(lambda: replaced_spec(spec(), raw, [])) == refused
+    if isinstance(fields, dict):
+        assert refusal_of(lambda: patched_spec(spec(), fields, [])) == refused
+
+
+def test_a_hostdir_may_be_the_archive_at_an_address() -> None:
+    for path in ("https://example.com/a.tar.gz", "https://example.com:8443/a/b.tar.gz", "https://example.com"):
+        assert created(hostDirs=[{"name": "a", "path": path}]).host_dirs == (HostDir("a", path),)
+
+
+@pytest.mark.parametrize("name", ["a", "A.b_c-d:e", "0", "...", "-", "a" * MAX_NAME])
+def test_good_names(name: str) -> None:
+    check_name("name", name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "a\n", "ä", "a%2f", "a?", "a\0", "a" * (MAX_NAME + 1)])
+def test_bad_names(name: str) -> None:
+    status, message = refusal_of(lambda: check_name("name", name))
+    assert status == 412
+    assert message.startswith("name is ")
+    assert f"expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . -" in message
+
+
+def test_the_name_is_read_apart_from_the_specification() -> None:
+    assert name_of({"name": "vm", "uid": 5}) == "vm"
+    assert name_of({}) == name_of({"name": None}) == ""
+    assert refusal_of(lambda: name_of({"name": 5})) == (400, "name is 5, expected a text")
+    assert refusal_of(lambda: name_of([])) == (400, "the body is [], expected a JSON object")
+
+
+# ---- the two names of netSoftnet -----------------------------------------------------------------------------------
+
+TWINS: list[tuple[dict[str, Any], bool, bool]] = [
+    # the body, what it makes of a VM without softnet, and of one with it
+    ({"netSoftnet": True}, True, True),
+    ({"net-softnet": True}, True, True),
+    ({"netSoftnet": True, "net-softnet": True}, True, True),
+    ({"netSoftnet": False}, False, False),
+    ({"net-softnet": False}, False, False),
+    ({"netSoftnet": False, "net-softnet": False}, False, False),
+    ({"netSoftnet": None, "net-softnet": True}, True, True),
+    ({"netSoftnet": True, "net-softnet": None}, True, True),
+    ({"netSoftnet": None, "net-softnet": None}, False, False),
+    # One of them was changed in an object that was read before: it is the one that was meant.
+    ({"netSoftnet": True, "net-softnet": False}, True, False),
+    ({"netSoftnet": False, "net-softnet": True}, True, False),
+]
+WITH, WITHOUT = spec(net_softnet=True), spec(net_softnet=False)
+
+
+@pytest.mark.parametrize(("body", "was_off", "was_on"), TWINS, ids=[json.dumps(row[0]) for row in TWINS])
+def test_each_name_of_netsoftnet_sets_the_other(body: dict[str, Any], was_off: bool, was_on: bool) -> None:
+    assert created(**body).net_softnet is was_off
+    for change_spec in (replaced_spec, patched_spec):
+        assert change_spec(WITHOUT, body, []).net_softnet is was_off
+        assert change_spec(WITH, body, []).net_softnet is was_on
+
+
+def test_without_either_name_a_put_turns_softnet_off_and_a_patch_leaves_it() -> None:
+    assert created().net_softnet is False
+    assert replaced_spec(WITH, {}, []).net_softnet is False
+    assert patched_spec(WITH, {}, []).net_softnet is True
+    assert patched_spec(WITHOUT, {}, []).net_softnet is False
+
+
+@pytest.mark.parametrize("field", ["netSoftnetAllow", "netSoftnetBlock"])
+def test_either_list_turns_softnet_on(field: str) -> None:
+    networks = {field: ["10.0.0.0/8"]}
+    for body in (networks, {**networks, "netSoftnet": False}, {**networks, "net-softnet": False}):
+        assert created(**body).net_softnet is True
+        assert replaced_spec(WITHOUT, body, []).net_softnet is True
+        assert patched_spec(WITHOUT, body, []).net_softnet is True
+    assert created(**{field: []}).net_softnet is False
+    listed = created(**networks)
+    assert patched_spec(listed, {field: []}, []).net_softnet is True
+    assert replaced_spec(listed, {}, []).net_softnet is False
+
+
+@pytest.mark.parametrize("body", [row[0] for row in TWINS[:9]], ids=[json.dumps(row[0]) for row in TWINS[:9]])
+def test_a_change_sent_twice_is_the_change_sent_once(body: dict[str, Any]) -> None:
+    for change_spec in (replaced_spec, patched_spec):
+        for old in (WITH, WITHOUT):
+            once = change_spec(old, body, [])
+            assert change_spec(once, body, []) == once
+
+
+# ---- PUT -----------------------------------------------------------------------------------------------------------
+
+FULL = created(
+    cpu=8,
+    memory=16384,
+    diskSize=100,
+    imagePullPolicy="Always",
+    netSoftnetAllow=["10.0.0.0/8"],
+    netSoftnetBlock=["0.0.0.0/0"],
+    headless=True,
+    nested=True,
+    suspendable=True,
+    randomSerial=True,
+    username="ci",
+    password="pw",
+    startup_script={"script_content": "echo", "env": {"A": "b"}},
+    restart_policy="OnFailure",
+    labels={"model": "macstudio"},
+    hostDirs=[{"name": "src", "path": "/src"}],
+    powerState="suspended",
+    **{"net-bridged": "en0"},
+)
+
+
+def test_a_put_reads_absent_booleans_as_false_and_absent_lists_as_empty_and_keeps_the_rest() -> None:
+    for absent in ({"powerState": "stopped"}, {"powerState": "stopped", **dict.fromkeys(["headless", "cpu"])}):
+        put = replaced_spec(FULL, absent, [])
+        assert put == replace(
+            FULL,
+            power_state="stopped",
+            net_softnet=False,
+            net_softnet_allow=(),
+            net_softnet_block=(),
+            headless=False,
+            nested=False,
+            suspendable=False,
+            random_serial=False,
+            host_dirs=(),
+        )
+
+
+def go_omits_zeros(value: Any) -> Any:
+    """What a Go client writes of an object: a field of a zero value is left out."""
+    return {key: inner for key, inner in value.items() if inner not in (False, 0, "", [], {}, None)}
+
+
+@QUICK
+@given(any_vm())
+def test_an_object_sent_back_as_go_writes_it_changes_nothing(vm: VM) -> None:
+    valid = replace(vm, spec=replace(FULL, headless=vm.spec.headless, cpu=vm.spec.cpu, nested=vm.spec.nested))
+    body = go_omits_zeros(valid.to_json())
+    assert replaced_spec(valid.spec, body, []) == valid.spec
+
+
+def test_a_put_sets_what_it_names_even_to_zero() -> None:
+    body = {**encode(FULL), "net-bridged": "", "cpu": 0, "labels": {}, "startup_script": {"script_content": "new"}}
+    expected = replace(FULL, net_bridged="", cpu=0, labels={}, startup_script=StartupScript("new"))
+    assert replaced_spec(FULL, body, []) == expected
+
+
+def test_a_put_does_not_add_the_default_resource_again() -> None:
+    without = replace(FULL, resources={})
+    assert replaced_spec(without, encode(without), []).resources == {}
+
+
+# ---- PATCH ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "patch", "result"),
+    [  # RFC 7396, appendix A
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b"}, {"a": None}, {}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": "c"}, {"a": ["b"]}, {"a": ["b"]}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"a": [{"b": "c"}]}, {"a": [1]}, {"a": [1]}),
+        (["a", "b"], ["c", "d"], ["c", "d"]),
+        ({"a": "b"}, ["c"], ["c"]),
+        ({"a": "foo"}, None, None),
+        ({"a": "foo"}, "bar", "bar"),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ],
+)
+def test_the_vectors_of_rfc_7396(target: Any, patch: Any, result: Any) -> None:
+    before = json.dumps([target, patch])
+    assert _merge(target, patch) == result
+    assert json.dumps([target, patch]) == before
+
+
+@pytest.mark.parametrize(
+    ("patch", "changed"),
+    [
+        ({}, {}),
+        ({"cpu": 2}, {"cpu": 2}),
+        ({"cpu": None}, {"cpu": 0}),
+        ({"headless": False}, {"headless": False}),
+        ({"headless": None}, {"headless": False}),
+        ({"hostDirs": None}, {"host_dirs": ()}),
+        ({"hostDirs": []}, {"host_dirs": ()}),
+        ({"hostDirs": [{"name": "o", "path": "/o"}]}, {"host_dirs": (HostDir("o", "/o"),)}),
+        ({"labels": {"zone": "a"}}, {"labels": {"model": "macstudio", "zone": "a"}}),
+        ({"labels": {"model": None}}, {"labels": {}}),
+        ({"labels": None}, {"labels": {}}),
+        ({"resources": {"gpu": 1}}, {"resources": {TART_VMS: 1, "gpu": 1}}),
+        ({"startup_script": None}, {"startup_script": None}),
+        ({"startup_script": {"env": {"A": None}}}, {"startup_script": StartupScript("echo", {})}),
+        ({"startup_script": {"env": {"B": "c"}}}, {"startup_script": StartupScript("echo", {"A": "b", "B": "c"})}),
+        ({"startup_script": {"script_content": "x"}}, {"startup_script": StartupScript("x", {"A": "b"})}),
+        ({"username": None}, {"username": "admin"}),
+        ({"net-bridged": None}, {"net_bridged": ""}),
+        ({"powerState": None}, {"power_state": "running"}),
+        ({"netSoftnetAllow": ["10.1.0.0/16"]}, {"net_softnet_allow": ("10.1.0.0/16",)}),
+    ],
+)
+def test_a_patch_changes_what_it_names_and_nothing_else(patch: dict[str, Any], changed: dict[str, Any]) -> None:
+    assert patched_spec(FULL, patch, []) == replace(FULL, **changed)
+
+
+@pytest.mark.parametrize("patch", [None, [], "x", 5, [{"cpu": 1}]])
+def test_a_patch_is_an_object(patch: object) -> None:
+    assert refusal_of(lambda: patched_spec(FULL, patch, []))[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("patch", "status", "words"),
+    [
+        ({"image": None}, 412, 'image is "", expected'),
+        ({"labels": "x"}, 400, 'labels is "x", expected a JSON object'),
+        ({"resources": {"gpu": "x"}}, 400, 'resources["gpu"] is "x", expected a whole number'),
+        ({"suspendable": False}, 412, 'powerState is "suspended", which needs suspendable'),
+    ],
+)
+def test_a_patched_specification_is_held_to_the_rules(patch: object, status: int, words: str) -> None:
+    refused = refusal_of(lambda: patched_spec(FULL, patch, []))
+    assert refused[0] == status
+    assert words in refused[1]
+
+
+def test_a_change_leaves_the_old_specification_as_it_was() -> None:
+    before = dump_json(encode(FULL))
+    patched_spec(FULL, {"labels": {"model": None, "a": "b"}, "startup_script": {"env": {"A": None}}}, [])
+    replaced_spec(FULL, {"labels": {"a": "b"}, "powerState": "stopped"}, [])
+    assert dump_json(encode(FULL)) == before
+
+
+# ---- whole objects, read-only and unknown fields -------------------------------------------------------------------
+
+FORGED = {
+    "name": "another",
+    "uid": "another",
+    "createdAt": "0001-01-01T00:00:00Z",
+    "version": 1e6,
+    "generation": 99,
+    "status": "failed",
+    "status_message": "forged",
+    "worker": "another",
+    "assignedCPU": 99,
+    "assignedMemory": 99,
+    "scheduled_at": "not even a time",
+    "started_at": "0001-01-01T00:00:00Z",
+    "restarted_at": None,
+    "restart_count": -1,
+    "image_fqn": "forged",
+    "observedGeneration": 99,
+    "conditions": [{"type": "no such"}, 7],
+    "localName": "forged",
+    "tartName": 5,
+}
+LIVES = {
+    "pending": pending(),
+    "running": running(pending(restart_policy="OnFailure")),
+    "resting": resting(pending()),
+    "failed": failed(pending()),
+}
+
+
+@pytest.mark.parametrize("vm", LIVES.values(), ids=LIVES)
+@pytest.mark.parametrize("change_spec", [replaced_spec, patched_spec])
+def test_a_vm_sent_back_whole_with_read_only_fields_changed_alters_nothing(
+    vm: VM, change_spec: Callable[[VMSpec, object, list[str]], VMSpec]
+) -> None:
+    read_only = {field.json for noun in (VMMeta, VMState) for field in attrs_of(noun)}
+    assert FORGED.keys() == read_only | {"localName", "tartName"}
+    for body in (vm.to_json(), {**vm.to_json(), **FORGED}, {**go_omits_zeros(vm.to_json()), **FORGED}):
+        unknown: list[str] = []
+        assert change(vm, change_spec(vm.spec, body, unknown)) is vm
+        assert unknown == []
+
+
+def test_read_only_fields_of_a_new_vm_are_passed_over() -> None:
+    unknown: list[str] = []
+    assert new_spec({**FORGED, **MINIMAL}, unknown) == new_spec(MINIMAL, [])
+    assert unknown == []
+
+
+def test_unknown_fields_are_named_whichever_way_they_come() -> None:
+    strange = {"sparkle": 1, "startup_script": {"shell": "zsh"}, "hostDirs": [{"name": "a", "path": "/a", "tag": "x"}]}
+    names = ["hostDirs[0].tag", "sparkle", "startup_script.shell"]
+    reads: list[Callable[[list[str]], object]] = [
+        lambda unknown: new_spec({**MINIMAL, **strange}, unknown),
+        lambda unknown: replaced_spec(spec(), strange, unknown),
+        lambda unknown: patched_spec(spec(), strange, unknown),
+    ]
+    for read in reads:
+        unknown: list[str] = []
+        read(unknown)
+        assert sorted(unknown) == names
+
+
+@QUICK
+@given(any_vm())
+def test_a_vm_is_read_back_as_it_was_written(vm: VM) -> None:
+    assert vm_from_json(parse_json(dump_json(vm.to_json()))) == vm
+
+
+@QUICK
+@given(
+    st.dictionaries(st.sampled_from([field.json for field in attrs_of(VMSpec)]) | st.text(), json_values(), max_size=4)
+)
+def test_whatever_a_client_sends_is_taken_or_refused(raw: dict[str, Any]) -> None:
+    for read in (
+        lambda: new_spec(raw, []),
+        lambda: replaced_spec(FULL, raw, []),
+        lambda: patched_spec(FULL, raw, []),
+        lambda: worker_from_client(raw, []),
+        lambda: account_from_client(raw, []),
+        lambda: report_from_worker(raw, []),
+        lambda: settings_from_client(raw, []),
+        lambda: events_from_client([raw], []),
+    ):
+        refusal = outcome_of(read)
+        assert refusal is None or (refusal.status in (400, 412) and "\n" not in refusal.message)
+
+
+# ---- hostDirs and policies -----------------------------------------------------------------------------------------
+
+ALLOWED = {
+    "/allowed": ["/allowed", "/allowed/", "/allowed/a", "//allowed//a", "/allowed/./a", "/./allowed", "/allowed/..."],
+    "/allowed/": ["/allowed", "/allowed/a/b"],
+    "/a/b": ["/a/b", "/a/b/c"],
+    "/": ["/", "/etc"],
+    "https://": ["https://example.com/a.tar.gz"],
+    "https://example.com": ["https://example.com", "https://example.com/", "https://example.com/a.tar.gz"],
+    "https://example.com/a/": ["https://example.com/a", "https://example.com/a/b"],
+    "https://example.com:8443/a": ["https://example.com:8443/a/b"],
+}
+ESCAPES = {
+    "/allowed": [
+        "/allowed-evil",
+        "/allowedevil",
+        "/allowe",
+        "/Allowed",
+        "/ALLOWED/a",
+        "/",
+        "",
+        "allowed",
+        "/other/allowed",
+        "/allowed/..",
+        "/allowed/../etc",
+        "/allowed/a/../../etc",
+        "/allowed/../allowed/a",
+        "/allowed//../etc",
+        "/../allowed",
+        "https://allowed",
+        "/allowed%2fa",
+    ],
+    "/a/b": ["/a", "/a/bc", "/a/c/b"],
+    "https://example.com/a": [
+        "https://example.com/b",
+        "https://example.com/ab",
+        "https://example.com",
+        "https://example.com.evil/a",
+        "https://example.community/a",
+        "https://evil/example.com/a",
+        "https://EXAMPLE.com/a",
+        "https://example.com:8443/a",
+        "https://example.com@evil/a",
+        "https://user@example.com/a",
+        "https:///example.com/a",
+        "https://./example.com/a",
+        "https://example.com//a",
+        "https://example.com/./a",
+        "https://example.com/a/.",
+        "https://example.com/a/../b",
+        "https://example.com/a/..",
+        "https://example.com/a/%2e%2e/b",
+        "https://example.com/a/%2E./b",
+        "https://example.com/a/.%2e/b",
+        "https://example.com/a/..%2fb",
+        "https://example.com/a%2F..%2Fb",
+        "https://example.com/a%5c..%5Cb",
+        "https://example.com/a\\..\\b",
+        "https://example.com/a?/../b",
+        "https://example.com/a#b",
+        "http://example.com/a",
+        "HTTPS://example.com/a",
+        "/https:/example.com/a",
+        "/example.com/a",
+    ],
+    "https://": ["/etc", "http://example.com"],
+    "/": ["https://example.com", "https:/example.com", "etc"],
+}
+
+
+def pairs(table: Mapping[str, list[str]]) -> list[tuple[str, str]]:
+    return [(prefix, path) for prefix, paths in table.items() for path in paths]
+
+
+@pytest.mark.parametrize(("prefix", "path"), pairs(ALLOWED))
+def test_a_policy_covers_what_lies_below_it(prefix: str, path: str) -> None:
+    assert allows([HostDirPolicy(prefix)], HostDir("a", path))
+
+
+@pytest.mark.parametrize(("prefix", "path"), pairs(ESCAPES))
+def test_a_policy_covers_nothing_else(prefix: str, path: str) -> None:
+    assert not allows([HostDirPolicy(prefix)], HostDir("a", path))
+
+
+def test_a_read_only_policy_needs_a_read_only_directory() -> None:
+    reading, writing = HostDir("a", "/a/b", ro=True), HostDir("a", "/a/b", ro=False)
+    assert not allows([], reading)
+    assert allows([HostDirPolicy("/a", ro=True)], reading)
+    assert not allows([HostDirPolicy("/a", ro=True)], writing)
+    assert allows([HostDirPolicy("/a")], reading)
+    assert allows([HostDirPolicy("/a", ro=True), HostDirPolicy("/a/b")], writing)
+    assert not allows([HostDirPolicy("/a", ro=True), HostDirPolicy("/b")], writing)
+
+
+# ---- the other nouns -----------------------------------------------------------------------------------------------
+
+
+def test_a_worker_registers_with_defaults_and_without_what_is_not_its_own() -> None:
+    unknown: list[str] = []
+    raw = {"name": "mac", "machine_id": "m", "createdAt": "2026-01-31T12:00:00Z", "sparkle": 1, "last_seen": None}
+    assert worker_from_client(raw, unknown) == Worker(name="mac", machine_id="m", arch="arm64", runtime="tart")
+    assert unknown == ["sparkle"]
+    full = {
+        "name": "mac",
+        "arch": "amd64",
+        "runtime": "vetu",
+        "resources": {TART_VMS: 2},
+        "labels": {"a": "b"},
+        "defaultCPU": 2,
+        "defaultMemory": 4096,
+        "machine_id": "m",
+        "last_seen": "2026-01-31T12:00:00Z",
+        "scheduling_paused": True,
+    }
+    assert encode(worker_from_client(full, unknown)) == full
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "words"),
+    [
+        ({}, 412, 'name is "", expected'),
+        ({"name": "a/b"}, 412, 'name is "a/b", expected'),
+        ({"name": "w", "arch": "sparc"}, 412, 'arch is "sparc", expected one of'),
+        ({"name": "w", "resources": {"a": -1}}, 400, 'resources["a"] is -1'),
+        ({"name": "w", "resources": {"a\n": 1}}, 412, 'resources["a\\n"] is 1, expected no control'),
+        ({"name": "w", "labels": {"a": "\n"}}, 412, 'labels["a"] is "\\n", expected no control'),
+        ({"name": "w", "machine_id": "m\n"}, 412, 'machine_id is "m\\n", expected no control'),
+        ({"name": "w", "scheduling_paused": 1}, 400, "scheduling_paused is 1, expected true or false"),
+        ({"name": "w", "last_seen": "x"}, 400, 'last_seen is "x", expected an RFC 3339 time'),
+    ],
+)
+def test_what_a_worker_may_not_be(raw: object, status: int, words: str) -> None:
+    refused = refusal_of(lambda: worker_from_client(raw, []))
+    assert refused[0] == status
+    assert words in refused[1]
+
+
+def test_an_account_keeps_what_is_left_out() -> None:
+    old = account_from_client({"name": "ci", "token": "t", "roles": ["admin:read", "compute:read", "admin:read"]}, [])
+    assert old == ServiceAccount("ci", "t", ("admin:read", "compute:read"))
+    assert account_from_client({"name": "ci"}, [], base=old) == old
+    assert account_from_client({"token": "u", "createdAt": "x"}, [], base=old) == replace(old, token="u")
+    assert account_from_client({"roles": []}, [], base=old) == replace(old, roles=())
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "words"),
+    [
+        ({}, 412, 'name is "", expected'),
+        ({"name": "a", "roles": ["root"]}, 412, 'roles[0] is "root", expected one of compute:read, compute:write'),
+        ({"name": "a", "roles": "admin:read"}, 400, 'roles is "admin:read", expected a list'),
+        ({"name": "a", "token": "secret\n"}, 412, "token holds a control character"),
+    ],
+)
+def test_what_an_account_may_not_be(raw: object, status: int, words: str) -> None:
+    refused = refusal_of(lambda: account_from_client(raw, []))
+    assert refused[0] == status
+    assert words in refused[1]
+    assert "secret" not in refused[1]
+
+
+def test_settings_have_defaults() -> None:
+    assert settings_from_client({}, []) == ClusterSettings((), "optimize-utilization")
+    assert encode(ClusterSettings()) == {"hostDirPolicies": [], "schedulerProfile": "optimize-utilization"}
+    unknown: list[str] = []
+    raw = {"hostDirPolicies": [{"pathPrefix": "/a", "ro": True, "x": 1}], "schedulerProfile": "distribute-load"}
+    assert settings_from_client(raw, unknown) == ClusterSettings((HostDirPolicy("/a", ro=True),), "distribute-load")
+    assert unknown == ["hostDirPolicies[0].x"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"schedulerProfile": "random"}, 'schedulerProfile is "random", expected one of optimize-utilization, distri'),
+        ({"hostDirPolicies": {}}, "hostDirPolicies is {}, expected a list"),
+        ({"hostDirPolicies": [{}]}, 'hostDirPolicies[0].pathPrefix is "", expected an absolute path'),
+        ({"hostDirPolicies": [{"pathPrefix": "a"}]}, 'hostDirPolicies[0].pathPrefix is "a", expected an absolute'),
+        ({"hostDirPolicies": [{"pathPrefix": "/a/../b"}]}, 'hostDirPolicies[0].pathPrefix is "/a/../b", expected'),
+        ({"hostDirPolicies": [{"pathPrefix": "http://a"}]}, 'hostDirPolicies[0].pathPrefix is "http://a", expected'),
+        ({"hostDirPolicies": [{"pathPrefix": "/a\n"}]}, 'hostDirPolicies[0].pathPrefix is "/a\\n", expected'),
+    ],
+)
+def test_an_invalid_cluster_setting_is_a_bad_request(raw: object, words: str) -> None:
+    status, message = refusal_of(lambda: settings_from_client(raw, []))
+    assert status == 400
+    assert words in message
+
+
+def test_events_are_read_in_order_and_null_is_none() -> None:
+    assert events_from_client(None, []) == events_from_client([], []) == []
+    raw = [{"kind": "log_line", "payload": "b", "timestamp": 2}, {"kind": "log_line", "new": 1}]
+    unknown: list[str] = []
+    assert events_from_client(raw, unknown) == [Event("log_line", "b", 2), Event("log_line", "", 0)]
+    assert unknown == ["[1].new"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "words"),
+    [
+        ({}, 400, "the body is {}, expected a JSON array of events"),
+        ([{"kind": "log_line"}, None], 400, "[1] is null, expected a JSON object"),
+        ([{"kind": "log_line", "timestamp": "now"}], 400, '[0].timestamp is "now", expected a whole number'),
+        ([{"payload": "x"}], 412, '[0].kind is "", expected a kind of event'),
+        ([{"kind": "a\nb"}], 412, '[0].kind is "a\\nb", expected a kind of event'),
+    ],
+)
+def test_what_an_event_may_not_be(raw: object, status: int, words: str) -> None:
+    refused = refusal_of(lambda: events_from_client(raw, []))
+    assert refused[0] == status
+    assert words in refused[1]
+
+
+# ---- the worker's report -------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_read_out_of_the_whole_vm() -> None:
+    vm = running(pending(labels={"a": "b"}))
+    unknown: list[str] = []
+    assert report_from_worker(vm.to_json(), unknown) == Report(
+        uid="uid-vm", status="running", observed_generation=1, conditions=vm.state.conditions
+    )
+    assert unknown == []
+    assert report_from_worker({}, []) == Report()
+    assert report_from_worker({"status_message": "", "conditions": []}, []) == Report(status_message="", conditions=())
+
+
+def test_a_condition_of_an_unknown_type_is_passed_over_and_named() -> None:
+    unknown: list[str] = []
+    raw = {"conditions": [{"type": "suspending", "state": "maybe"}, {"type": "running", "state": "true"}]}
+    assert report_from_worker(raw, unknown).conditions == (Condition("running", "true"),)
+    assert unknown == ["conditions[0].type"]
+    assert len(raw["conditions"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "words"),
+    [
+        (None, 400, "the body is null, expected a JSON object"),
+        ({"status": "asleep"}, 412, 'status is "asleep", expected one of pending, running, failed'),
+        ({"status": 5}, 400, "status is 5, expected a text"),
+        ({"restart_count": -1}, 400, "restart_count is -1, expected a whole number"),
+        ({"conditions": {}}, 400, "conditions is {}, expected a list"),
+        ({"conditions": [{}]}, 400, "conditions[0].type is missing"),
+        ({"conditions": [{"type": "running"}]}, 400, "conditions[0].state is missing"),
+        ({"conditions": [{"type": "running", "state": True}]}, 400, "conditions[0].state is true, expected a text"),
+        ({"conditions": [{"type": "running", "state": "yes"}]}, 412, 'conditions[0].state is "yes", expected one of'),
+    ],
+)
+def test_what_a_report_may_not_be(raw: object, status: int, words: str) -> None:
+    refused = refusal_of(lambda: report_from_worker(raw, []))
+    assert refused[0] == status
+    assert words in refused[1]
+
+
+@QUICK
+@given(noun(Report))
+def test_a_report_is_read_back_as_it_was_written(report: Report) -> None:
+    assert report_from_worker(parse_json(dump_json(encode(report))), []) == report
