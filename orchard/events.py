@@ -45,7 +45,11 @@ class EventFile:
         header = True
         for offset, line in self.journal.load():
             if header:
-                if line.get("format") != "orchard-events" or line.get("version") != VERSION or line["uid"] != self.uid:
+                if (
+                    line.get("format") != "orchard-events"
+                    or line.get("version") != VERSION
+                    or line.get("uid") != self.uid
+                ):
                     what = f"this is no orchard-events file of version {VERSION} for uid {self.uid}"
                     raise DamagedError(self.journal.path, 0, what)
                 header = False
@@ -60,6 +64,12 @@ class EventFile:
 
     def append(self, events: Sequence[Event]) -> None:
         """Append events durably, or none of them. Raises NotWritten, Broken."""
+        try:
+            self._append(events)
+        finally:
+            self.journal.close()  # thousands of VMs must not hold thousands of descriptors
+
+    def _append(self, events: Sequence[Event]) -> None:
         first = len(self.offsets)
         lines = [b'{"n":%d,"event":%b}' % (first + i, dump_json(encode(event))) for i, event in enumerate(events)]
         if first == 0:
@@ -69,13 +79,12 @@ class EventFile:
         else:
             offset = self.journal.size
             self.journal.append(lines)
-        self.journal.close()  # thousands of VMs must not hold thousands of descriptors
         for line in lines:
             self.offsets.append(offset)
             offset += line_length(line)
 
     def read(self, start: int, stop: int, end: int) -> list[bytes]:
-        """Give the JSON of events number `start` to `stop` - 1, of a file that is `end` bytes long."""
+        """Give the JSON of events number `start` to `stop` - 1, of a file that is at least `end` bytes long."""
         if start >= stop:
             return []
         first = self.offsets[start]
@@ -83,7 +92,8 @@ class EventFile:
         with self.journal.path.open("rb") as file:
             file.seek(first)
             block = file.read(last - first)
-        return [line.split(b'"event":', 1)[1][:-1] for line in block.splitlines()]
+        # The block may go on with what is being appended and not durable yet.
+        return [line.split(b'"event":', 1)[1][:-1] for line in block.split(b"\n")[: stop - start]]
 
 
 def line_length(text: bytes) -> int:
@@ -113,7 +123,9 @@ class EventLog:
 
     def open(self, uids: Container[str]) -> None:
         """Load the events of the VMs with these uids, and unlink those of others. Does disk I/O; raises DamagedError."""
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        if not self._directory.exists():
+            self._directory.mkdir(mode=0o700)
+            self._disk.sync_directory(self._directory.parent)
         for path in sorted(self._directory.iterdir()):
             uid = path.name.removesuffix(".jsonl")
             if uid == path.name or uid not in uids:
@@ -138,7 +150,7 @@ class EventLog:
         """Forget a VM's events, and have their file unlinked."""
         waiting = self._waiting.pop(uid, None)
         if waiting is not None:
-            waiting.error = APIError(404, f"the VM with uid {uid} was deleted")
+            waiting.error = _deleted(uid)
             waiting.done.set()
         self._dropped.append(uid)
         self._wake.set()
@@ -148,7 +160,8 @@ class EventLog:
     ) -> tuple[bytes, str | None]:
         """Give (a JSON array of events, the cursor of the next page or None when this is the last).
 
-        `limit` None is no limit. Raises APIError(400) for a cursor that is not from this VM's events.
+        `limit` None is no limit. Raises APIError(400) for a cursor that is not from this VM's events, 404 when the
+        VM was deleted meanwhile.
         """
         file = self._files.get(uid)
         count = len(file.offsets) if file is not None else 0
@@ -161,7 +174,10 @@ class EventLog:
             following = start if start > 0 else None
         if file is None or start >= stop:
             return b"[]", None
-        texts = await trio.to_thread.run_sync(file.read, start, stop, file.journal.size)
+        try:
+            texts = await trio.to_thread.run_sync(file.read, start, stop, file.journal.size)
+        except FileNotFoundError:
+            raise _deleted(uid) from None
         if order == "desc":
             texts.reverse()
         return b"[%b]" % b",".join(texts), None if following is None else f"{uid[:8]}-{following}"
@@ -208,6 +224,10 @@ class EventLog:
             except OSError as error:
                 log.warning("cannot unlink %s: %s; the next start will", path, error)
         return broken
+
+
+def _deleted(uid: str) -> APIError:
+    return APIError(404, f"the VM with uid {uid} was deleted")
 
 
 def _position(uid: str, cursor: str | None, count: int, order: Literal["asc", "desc"]) -> int:

@@ -1,11 +1,10 @@
-"""HTTP/1.1 in, on h11: connection loop, limits, router, streaming, the hand-over to trio-websocket. Law: it reads and
-writes the streams that its listeners accept, and nothing else; no noun of the product is known here.
+"""HTTP/1.1 in, on h11: connection loop, limits, streaming, the hand-over to trio-websocket. Law: it reads and writes
+the streams that its listeners accept, and nothing else; no noun of the product is known here.
 
-Every byte of a connection is read into one bounded buffer, and h11 gets only what was judged before. `check_head`
-judges a whole request head: whatever two HTTP readers could understand differently is refused with 400 and the
-connection closed, so that nothing can be smuggled past a proxy in front. `Chunked` and `Sized` say how many bytes of
-the buffer belong to the body. What follows a request stays in the buffer: it is the next request, or the first frames
-of a WebSocket. From there on h11 parses, keeps the state, and writes the answer.
+Every byte of a connection is read into one bounded buffer, and h11 gets only what `http1` judged before; where that
+refuses, the connection is closed, for nobody knows where such a request ends. What follows a request stays in the
+buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses, keeps the state, and
+writes the answer.
 
 A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
 handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.
@@ -17,62 +16,51 @@ other exception is logged once and answered with 500. `serve` tells how everythi
 
 from __future__ import annotations
 
-import base64
-import binascii
 import email.utils
 import http
 import logging
-import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
-from urllib.parse import unquote
 
 import h11
 import trio
 from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
-from orchard.codec import APIError, dump_json, shown
+from orchard.codec import APIError
+from orchard.groups import sole
+from orchard.http1 import (
+    Answer,
+    Chunked,
+    Handler,
+    Headers,
+    Request,
+    Response,
+    Sized,
+    Stream,
+    WebSocketUpgrade,
+    check_head,
+    head_end,
+    printable,
+    refused,
+    too_large,
+)
 
 RECEIVE_BYTES = 16 * 1024  # of one read: what a TLS record holds
 SEND_BYTES = 256 * 1024  # of one write: each has its own deadline, so that a slow reader of much is not cut off
 BODY_RATE = 4096  # bytes a second that earn a body more time; a slower one is no client but an attack
-CHUNK_DIGITS = 16  # of a chunk's size: 64 bits
-FRAMING_BYTES = 64 * 1024  # of a chunked body that are no body: a million chunks of one byte cost too much time
 CLOSE_SECONDS = 5.0  # for the WebSocket at the other end to answer that it closes
 LOGGED_PATH = 256  # characters of a path in the log
-
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
-_HEAD = re.compile(rb"%b /[\x21\x22\x24-\x7e]* HTTP/1\.[01]\r\n(?:%b:%b\r\n)*\r\n" % (_TOKEN, _TOKEN, _VALUE))
-_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
-_HEADER_LINE = re.compile(rb"%b:%b" % (_TOKEN, _VALUE))
-_STRAY = re.compile(rb"\x00|(?<!\r)\n|\r(?=[^\n])")  # a NUL, an LF without CR, a CR that another byte than LF follows
-_HOST = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-_LENGTH = re.compile(rb"[0-9]{1,18}")
-_CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]{1,%d}\r\n" % CHUNK_DIGITS)
-_CHUNK_START = re.compile(rb"[0-9A-Fa-f]{0,%d}" % CHUNK_DIGITS)
-_BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
-# Headers whose repetition would mean one thing here and another elsewhere.
-_SINGLE = frozenset(
-    b"authorization content-encoding content-length content-type expect host sec-websocket-key sec-websocket-version "
-    b"transfer-encoding upgrade".split()
-)
-# With `_` for `-` they are other headers, but not for everybody: CGI and its heirs see no difference.
-_FRAMING = _SINGLE | {b"connection", b"te", b"trailer"}
 
 _ALWAYS = [(b"Server", b"orchard"), (b"Cache-Control", b"no-store"), (b"X-Content-Type-Options", b"nosniff")]
 _CLOSE = (b"Connection", b"close")
 _REASONS = {int(status): status.phrase.encode() for status in http.HTTPStatus}
-_UPGRADE = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # goes with 426
 _END = h11.EndOfMessage()
 _UNREAD = frozenset([h11.IDLE, h11.SEND_BODY, h11.ERROR])  # a client's states before the end of its request
 
-T = TypeVar("T")
 _log = logging.getLogger("orchard.httpd")
 
 
@@ -94,409 +82,6 @@ class Limits:
     linger_seconds: float = 1.0  # after a refusal, unread bytes are thrown away, else a reset would overtake the answer
     linger_bytes: int = 256 * 1024
     connections: int = 16_384  # beyond it whoever has been idle for longest makes room
-
-
-# ---- what handlers get and give ------------------------------------------------------------------------------------
-
-
-def percent_decoded(text: str, what: str) -> str:
-    """Decode one segment of a path or one side of a query field. Raises APIError(400) naming `what`."""
-    if "%" not in text:
-        return text
-    if _BAD_PERCENT.search(text):
-        raise APIError(400, f"{what} {shown(text)} holds a % without two hexadecimal digits")
-    try:
-        return unquote(text, errors="strict")
-    except UnicodeDecodeError:
-        raise APIError(400, f"{what} {shown(text)} is not UTF-8 once decoded") from None
-
-
-class Query:
-    """The query of a request, parsed when somebody asks. All methods raise APIError(400) if it can't be decoded."""
-
-    __slots__ = ("_fields", "_raw")
-
-    def __init__(self, raw: str) -> None:
-        self._raw = raw
-        self._fields: dict[str, list[str]] | None = None
-
-    def fields(self) -> Mapping[str, Sequence[str]]:
-        """Give the values of every field, in order."""
-        if self._fields is None:
-            found: dict[str, list[str]] = {}
-            for pair in self._raw.split("&") if self._raw else ():
-                name, _, value = pair.replace("+", " ").partition("=")
-                if pair:
-                    name = percent_decoded(name, "the query parameter")
-                    found.setdefault(name, []).append(percent_decoded(value, f"the query parameter {shown(name)}:"))
-            self._fields = found
-        return self._fields
-
-    def all(self, name: str) -> Sequence[str]:
-        return self.fields().get(name, ())
-
-    def one(self, name: str) -> str | None:
-        """Give the value of a field, None when it is absent. Raises APIError(400) when it is repeated."""
-        values = self.all(name)
-        if len(values) > 1:
-            raise APIError(400, f"the query parameter {shown(name)} stands {len(values)} times, expected once")
-        return values[0] if values else None
-
-
-class Headers:
-    """The headers of a request, by name in any case."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
-        self._values: dict[bytes, bytes] = {}
-        for name, value in pairs:
-            key = name.lower()
-            before = self._values.get(key)
-            self._values[key] = value if before is None else b"%b, %b" % (before, value)
-
-    def get(self, name: str) -> str | None:
-        """Give a header's value (bytes as Latin-1), several of that name joined by commas, None when it is absent."""
-        value = self._values.get(name.lower().encode())
-        return None if value is None else value.decode("latin-1")
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """A request that was read to its end. `account` and `params`, `extra` are the application's to set."""
-
-    method: str
-    target: str  # as it stands in the request line
-    headers: Headers
-    version: str = "1.1"
-    body: bytes = b""
-    peer: str = "-"  # the client's address, without the port
-    path: str = field(init=False)  # still percent-encoded: an encoded slash is no slash. Router.match decodes it
-    query: Query = field(init=False)
-    params: Mapping[str, str] = field(default_factory=dict)
-    account: str = ""  # for the request log
-    extra: Any = None
-    _exchange: _Exchange | None = None
-
-    def __post_init__(self) -> None:
-        self.path, _, query = self.target.partition("?")
-        self.query = Query(query)
-
-    @property
-    def wants_websocket(self) -> bool:
-        return _websocket_refusal(self) is None
-
-    def require_websocket(self) -> None:
-        """Raise APIError(426) or (400) unless this is a well-formed request for a WebSocket."""
-        refusal = _websocket_refusal(self)
-        if refusal is not None:
-            raise refusal
-
-    async def while_connected(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do work that may take long, cancelled when the client goes away. Raises what it raises, or Disconnected.
-
-        A handler need not catch Disconnected. What the client sends meanwhile is kept for the next request.
-        """
-        if self._exchange is None:
-            return await work()
-        results: list[T] = []
-
-        async def keep() -> None:
-            results.append(await work())
-
-        await self._exchange.watched(keep)
-        return results[0]
-
-
-@dataclass(slots=True, eq=False)
-class Response:
-    """An answer that is at hand as a whole."""
-
-    status: int
-    body: bytes = b""
-    headers: Sequence[tuple[str, str]] = ()
-    content_type: str = "application/json"
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """An answer whose body `produce` sends piece by piece, each flushed (chunked, or to HTTP/1.0 until the close).
-
-    `produce` is cancelled when the client goes away. An `endless` one (a watch) is cancelled by the server's stop as
-    well, and ended as if it had returned; one with an end of its own gets the time of grace.
-    """
-
-    produce: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]
-    content_type: str = "application/x-ndjson"
-    status: int = 200
-    headers: Sequence[tuple[str, str]] = ()
-    endless: bool = True
-
-
-@dataclass(slots=True, eq=False)
-class WebSocketUpgrade:
-    """An answer that makes a WebSocket of the connection. The end of `session` closes it (code 1000, or its own).
-
-    A request that is no well-formed one for a WebSocket is refused instead, see `Request.require_websocket`. A session
-    may let ConnectionClosed out. At the server's stop the WebSocket is closed with 1001, then `session` is cancelled.
-    """
-
-    session: Callable[[WebSocketConnection], Awaitable[None]]
-    max_message_size: int = 1024 * 1024  # bytes; beyond it the WebSocket closes with 1009
-    message_queue_size: int = 1  # messages that wait for `session`; then the client is made to wait
-    receive_buffer_size: int = 64 * 1024  # bytes of one read
-
-
-Answer = Response | Stream | WebSocketUpgrade
-Handler = Callable[[Request], Awaitable[Answer]]
-
-
-def refused(error: APIError) -> Response:
-    return Response(error.status, dump_json({"message": error.message}), error.headers)
-
-
-def _websocket_refusal(request: Request) -> APIError | None:
-    get = request.headers.get
-    connection = [token.strip().lower() for token in (get("connection") or "").split(",")]
-    asks = "upgrade" in connection and (get("upgrade") or "").lower() == "websocket" and request.version == "1.1"
-    if not asks or request.method != "GET":
-        message = "this path is a WebSocket; expected GET with Connection: Upgrade, Upgrade: websocket"
-        return APIError(426, message, _UPGRADE)
-    version, key = get("sec-websocket-version"), get("sec-websocket-key")
-    if version != "13":
-        message = f"Sec-WebSocket-Version is {shown(version)}, expected 13"
-        return APIError(426, message, (("Sec-WebSocket-Version", "13"), *_UPGRADE))
-    try:
-        nonce = base64.b64decode((key or "").encode("latin-1"), validate=True)
-    except binascii.Error:
-        nonce = b""
-    if len(nonce) != 16:
-        return APIError(400, f"Sec-WebSocket-Key is {shown(key)}, expected 16 bytes in base64")
-    if request.body:
-        return APIError(400, f"the request for a WebSocket has a body of {len(request.body)} bytes, expected none")
-    return None
-
-
-# ---- the router ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """`pattern` is a path from its first slash on; a segment in braces takes any one segment that is not empty."""
-
-    method: str
-    pattern: str
-    endpoint: Any
-
-
-class _Node:
-    __slots__ = ("below", "param", "routes")
-
-    def __init__(self) -> None:
-        self.below: dict[str, _Node] = {}
-        self.param: _Node | None = None
-        self.routes: dict[str, tuple[Route, tuple[tuple[int, str], ...]]] = {}
-
-
-class Router:
-    """Finds the route of a request, in a time that depends on its path and not on the number of routes."""
-
-    def __init__(self, routes: Sequence[Route]) -> None:
-        """Raises ValueError if two routes have the same method and the same pattern, but for its names."""
-        self._root = _Node()
-        for route in routes:
-            node = self._root
-            names: list[tuple[int, str]] = []
-            for index, segment in enumerate(route.pattern.split("/")[1:]):
-                if segment.startswith("{"):
-                    names.append((index, segment[1:-1]))
-                    node.param = node = node.param or _Node()
-                else:
-                    node = node.below.setdefault(segment, _Node())
-            if route.method in node.routes:
-                raise ValueError(f"{route.method} {route.pattern} stands beside {node.routes[route.method][0].pattern}")
-            node.routes[route.method] = (route, tuple(names))
-
-    def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
-        """Give the route of a percent-encoded path and what its segments in braces stand for, decoded.
-
-        Literal segments go before those in braces. HEAD is served by GET. Raises APIError: 400 for a path that can't
-        be decoded, 404 for an unknown one, 405 with Allow for a known one with another method.
-        """
-        segments = [percent_decoded(segment, "the path segment") for segment in path.split("/")[1:]]
-        nodes = [self._root]
-        for segment in segments:
-            below = [node.below[segment] for node in nodes if segment in node.below]
-            if segment:
-                below += [node.param for node in nodes if node.param is not None]
-            nodes = below
-        allowed: set[str] = set()
-        for node in nodes:
-            found = node.routes.get(method) or (node.routes.get("GET") if method == "HEAD" else None)
-            if found is not None:
-                route, names = found
-                return route, {name: segments[index] for index, name in names}
-            allowed.update(node.routes)
-        if not allowed:
-            raise APIError(404, f"there is no {shown(path)}")
-        if "GET" in allowed:
-            allowed.add("HEAD")
-        allow = ", ".join(sorted(allowed))
-        raise APIError(405, f"{shown(path)} does not take {shown(method)}, expected {allow}", (("Allow", allow),))
-
-
-# ---- what a request may look like ----------------------------------------------------------------------------------
-
-
-def check_head(head: bytes, header_count: int) -> int | None:
-    """Judge a request head, its last empty line included. Give the length of the body in bytes, None if it is chunked.
-
-    Raises APIError, after which nobody knows where the request ends: the connection must be closed.
-    """
-    if not _HEAD.fullmatch(head):
-        raise _illegal(head)
-    lines = head.split(b"\r\n")
-    if len(lines) - 3 > header_count:
-        raise APIError(431, f"the request has {len(lines) - 3} headers, expected at most {header_count}")
-    found: dict[bytes, bytes] = {}
-    for line in lines[1:-2]:
-        name, _, value = line.partition(b":")
-        name = name.lower()
-        if name in _SINGLE:
-            if name in found:
-                raise APIError(400, f"the header {name.decode()} stands twice")
-            found[name] = value.strip(b" \t")
-        elif b"_" in name and name.replace(b"_", b"-") in _FRAMING:
-            raise APIError(400, f"the header {name.decode()} is refused: others may take it for the one with dashes")
-    return _framing(lines[0], found)
-
-
-def _framing(request_line: bytes, found: Mapping[bytes, bytes]) -> int | None:
-    recent = request_line.endswith(b"1.1")
-    if request_line.startswith(b"CONNECT "):
-        raise APIError(400, "CONNECT is for proxies, and this is none")
-    host = found.get(b"host")
-    if host is None:
-        if recent:
-            raise APIError(400, "the header host is missing")
-    elif not _HOST.fullmatch(host):
-        raise APIError(400, f"the header host is {_quoted(host)}, expected a name or an address, and a port")
-    upgrade = found.get(b"upgrade", b"websocket")
-    if upgrade.lower() != b"websocket":
-        # It might be ignored, but a proxy that lets it through could believe in a tunnel then.
-        raise APIError(400, f"the header upgrade is {_quoted(upgrade)}, expected websocket or none")
-    coding, length = found.get(b"transfer-encoding"), found.get(b"content-length", b"0")
-    if coding is not None:
-        if b"content-length" in found:
-            raise APIError(400, "the request has content-length and transfer-encoding, expected one of them")
-        if not recent:
-            raise APIError(400, "the request has transfer-encoding and is HTTP/1.0, which has none")
-        if coding.lower() != b"chunked":
-            raise APIError(400, f"the header transfer-encoding is {_quoted(coding)}, expected chunked")
-    if not _LENGTH.fullmatch(length):
-        raise APIError(400, f"the header content-length is {_quoted(length)}, expected 1 to 18 digits")
-    expected = found.get(b"expect", b"100-continue")
-    if expected.lower() != b"100-continue":
-        raise APIError(417, f"the header expect is {_quoted(expected)}, expected 100-continue")
-    encoding = found.get(b"content-encoding", b"identity")
-    if encoding.lower() != b"identity":
-        message = f"the header content-encoding is {_quoted(encoding)}, expected identity"
-        raise APIError(415, message, (("Accept-Encoding", "identity"),))
-    return int(length) if coding is None else None
-
-
-def _illegal(head: bytes) -> APIError:
-    """Say why a head is not even a head."""
-    if _STRAY.search(head):
-        return APIError(400, "the request head holds a NUL, or a CR or LF that is no line end")
-    line, *headers = head.split(b"\r\n")[:-2]
-    match = _REQUEST_LINE.fullmatch(line)
-    if match is None:
-        return APIError(400, f"the request line is {_quoted(line)}, expected METHOD /path HTTP/1.1")
-    _, target, major, minor = match.groups()
-    if major != b"1" or minor not in b"01":
-        return APIError(505, f"the protocol is HTTP/{major.decode()}.{minor.decode()}, expected HTTP/1.1")
-    if not target.startswith(b"/") or b"#" in target:
-        return APIError(400, f"the request target is {_quoted(target)}, expected a path, and no fragment")
-    for header in headers:
-        if not _HEADER_LINE.fullmatch(header):
-            return APIError(400, f"the header line {_quoted(header)} is not a name, a colon, and text on the same line")
-    return APIError(400, "the request head is not HTTP/1.1")
-
-
-def _quoted(value: bytes) -> str:
-    return shown(value.decode("latin-1"))
-
-
-class Sized:
-    """A body of known length."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-
-    def advance(self, buffer: bytearray) -> int:
-        """Give how many bytes at the front of the buffer are the body's; remove them before the next call."""
-        ready = min(len(buffer), self._left)
-        self._left -= ready
-        return ready
-
-
-class Chunked:
-    """A chunked body, its framing in the one form that nobody reads differently: no extensions, blanks, or trailers."""
-
-    def __init__(self, body_bytes: int) -> None:
-        self._limit = body_bytes
-        self._size = 0  # of all chunks
-        self._framing = 0  # bytes
-        self._left = 0  # bytes of the present chunk
-        self._footer = False  # whether its CRLF is still to come
-        self._last = False  # whether it is the last one
-
-    def advance(self, buffer: bytearray) -> int:
-        """As Sized.advance. Raises APIError: 400 for other framing, 413 for too much."""
-        at = 0
-        while True:
-            if self._left:
-                step = min(len(buffer) - at, self._left)
-                self._left -= step
-                at += step
-                if self._left:
-                    return at
-            if self._footer:
-                if len(buffer) - at < 2:
-                    return at
-                if buffer[at : at + 2] != b"\r\n":
-                    raise APIError(400, "a chunk is not followed by CRLF; trailers are not taken")
-                at += 2
-                self._footer = False
-            if self._last:
-                return at
-            step = self._size_line(buffer[at : at + CHUNK_DIGITS + 2])
-            if not step:
-                return at
-            at += step
-
-    def _size_line(self, start: bytearray) -> int:
-        """Take a chunk's first line, if it is there, and give its length in bytes."""
-        match = _CHUNK_LINE.match(start)
-        if match is None:
-            if not _CHUNK_START.fullmatch(start.removesuffix(b"\r")) or start == b"\r":
-                raise APIError(400, f"a chunk size is not 1 to {CHUNK_DIGITS} hexadecimal digits alone on a line")
-            return 0
-        self._left = int(match[0], 16)
-        self._last = self._left == 0
-        self._footer = True
-        self._size += self._left
-        self._framing += match.end() + 2
-        if self._size > self._limit:
-            raise _too_large(self._limit)
-        if self._framing > FRAMING_BYTES:
-            raise APIError(413, f"the chunks of the body are so small that there are {FRAMING_BYTES} bytes around them")
-        return match.end()
-
-
-def _too_large(limit: int) -> APIError:
-    return APIError(413, f"the body is larger than {limit} bytes")
 
 
 # ---- a connection --------------------------------------------------------------------------------------------------
@@ -667,10 +252,10 @@ class _Exchange:
         except APIError as error:
             answer = refused(error)
         except BaseExceptionGroup as group:
-            sole = _sole(group)
-            if not isinstance(sole, APIError):
-                raise sole from None
-            answer = refused(sole)
+            cause = sole(group)
+            if not isinstance(cause, APIError):
+                raise cause from None
+            answer = refused(cause)
         if isinstance(answer, Response):
             await self._respond(answer)
         elif isinstance(answer, Stream):
@@ -706,12 +291,12 @@ class _Exchange:
             headers=Headers(event.headers.raw_items()),
             version=event.http_version.decode(),
             peer=self._connection.peer,
-            _exchange=self,
+            watched=self.watched,
         )
         if length == 0:
             self._next_event()
         elif length is not None and length > server.limits.body_bytes:
-            raise _too_large(server.limits.body_bytes)
+            raise too_large(server.limits.body_bytes)
         if server.admit is not None:
             server.admit(request)
         if length != 0:
@@ -725,32 +310,19 @@ class _Exchange:
 
     async def _read_head(self) -> bytes | None:
         """Give the request's head; None if the client goes away before its end. Raises APIError 408, 431, 400."""
-        buffer, seconds = self._connection.buffer, self._server.limits.head_seconds
-        end, looked = self._head_end(0)
+        buffer, limits = self._connection.buffer, self._server.limits
+        end, looked = head_end(buffer, 0, limits.header_bytes)
         if end < 0:
-            with trio.move_on_after(seconds) as scope:
+            with trio.move_on_after(limits.head_seconds) as scope:
                 while end < 0:
                     if not await self._connection.fill():
                         return None
-                    end, looked = self._head_end(looked)
+                    end, looked = head_end(buffer, looked, limits.header_bytes)
             if scope.cancelled_caught:
-                raise APIError(408, f"the request head was not complete in {seconds:g} seconds")
+                raise APIError(408, f"the request head was not complete in {limits.head_seconds:g} seconds")
         head = bytes(buffer[:end])
         del buffer[:end]
         return head
-
-    def _head_end(self, looked: int) -> tuple[int, int]:
-        """Give (where the head in the buffer ends or -1, how far there is no need to look again)."""
-        buffer, limit = self._connection.buffer, self._server.limits.header_bytes
-        end = buffer.find(b"\r\n\r\n", max(0, looked - 3), limit)
-        if end >= 0:
-            return end + 4, 0
-        # An illegal head may never end.
-        if _STRAY.search(buffer, max(0, looked - 1), limit):
-            raise _illegal(bytes(buffer[:limit]))
-        if len(buffer) >= limit:
-            raise APIError(431, f"the request head is larger than {limit} bytes")
-        return -1, len(buffer)
 
     async def _read_body(self, body: Sized | Chunked) -> bytes:
         buffer, seconds = self._connection.buffer, self._server.limits.body_seconds
@@ -867,7 +439,7 @@ class _Exchange:
                 ended = True
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise _sole(group) from None
+            raise sole(group) from None
         if gone and not ended:
             raise Disconnected("the client went away")
 
@@ -1033,20 +605,6 @@ async def serve(
         for scope in list(server.idle):
             scope.cancel()
         connections.cancel_scope.deadline = trio.current_time() + grace
-
-
-def printable(text: str) -> str:
-    """Escape what could end a line of the log, or hide in it."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-
-
-def _sole(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """A nursery wraps what was raised in it: give that exception where it is only one, else the group."""
-    _, own = group.split(trio.Cancelled)
-    found: BaseException = own if own is not None else group
-    while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
-        found = found.exceptions[0]
-    return group if isinstance(found, BaseExceptionGroup) else found
 
 
 def _peer(stream: trio.abc.Stream) -> str:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 SUM_BYTES = 8  # of the digest: 2**-64 for a damaged line to pass
+_START = re.compile(rb'\{"sum":"([0-9a-f]{%d})",' % (2 * SUM_BYTES))
 _LINE = re.compile(rb'\{"sum":"([0-9a-f]{%d})",(.*\})' % (2 * SUM_BYTES), re.DOTALL)
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -130,9 +131,16 @@ class Journal:
 
     def _check_unfinished(self, tail: bytes) -> None:
         # A whole line whose newline has become another byte was acknowledged: damage, not a crash in an append.
-        match = _LINE.fullmatch(tail[:-1])
-        if match is not None and match[1] == chain(self._sum, match[2]):
-            raise DamagedError(self.path, self.size + len(tail) - 1, "a newline was expected")
+        match = _START.match(tail)
+        if match is None:
+            return
+        digest = hashlib.blake2b(self._sum, digest_size=SUM_BYTES)
+        at = match.end()
+        while end := tail.find(b"}", at, -1) + 1:
+            digest.update(tail[at:end])
+            if digest.hexdigest().encode() == match[1]:
+                raise DamagedError(self.path, self.size + end, "a newline was expected")
+            at = end
 
     def create(self, objects: Iterable[bytes]) -> None:
         """Write a new file in place of the old one, if any: complete and durable, or not there at all.
@@ -198,8 +206,10 @@ class Journal:
     def _cut_back(self) -> None:
         if self._fd < 0:
             return
+        # Synced, because a crash could bring back lines that somebody was told are not there.
         try:
             self._disk.truncate(self._fd, self.size)
+            self._disk.sync(self._fd)
         except OSError as error:
             self._broken = Broken(self.path, "take back an unfinished write to", error)
             raise self._broken from error

@@ -15,12 +15,12 @@ What a different engine for durability would have to offer stands in two calls: 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -33,7 +33,7 @@ from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_
 
 VERSION = 1  # of the file; a newer one is refused, an older one is upgraded in _header_of
 COMPACT_BYTES = 4 * 1024 * 1024  # of journal, before a new snapshot is worth its writing
-COMPACT_RATIO = 3  # and the journal is this many times the snapshot: the cost of compaction stays a share of the writes
+COMPACT_RATIO = 3  # and it is this many times the snapshot: the cost of compaction stays a share of the writes
 WATCH_BACKLOG = 1024  # changes that a slow watcher may be behind before it is cut off, to begin anew
 
 Kind = Literal["vm", "worker", "account", "settings"]
@@ -164,7 +164,8 @@ class Store:
         self.state = state
         self.broken = ""  # why nothing can be written any more
         self._journal = journal
-        self._snapshot_size = journal.size
+        # By what the objects take, not by the file: else each restart would let the file grow to a multiple of itself.
+        self._compact_at = _compact_at(sum(len(json) for table in state.json.values() for json in table.values()))
         self._batch: Batch | None = None  # gathers
         self._flushing: Batch | None = None  # is being written
         self._wake = trio.Event()
@@ -179,14 +180,18 @@ class Store:
         Raises DamagedError when the file is not what was written, NotWritten when a new one can't be.
         """
         path = directory / "state.jsonl"
-        journal = Journal(path, disk or Disk())
+        disk = disk or Disk()
+        journal = Journal(path, disk)
         if path.exists():
             state = load(path, journal.load())
             problems = check(state)
             if problems:
+                journal.close()
                 raise DamagedError(path, journal.size, "the state contradicts itself: " + "; ".join(problems[:5]))
         else:
             state = State()
+            with contextlib.suppress(PermissionError):  # a parent that can't be read can't be synced
+                disk.sync_directory(directory.parent)  # the directory may be as new as the file
             journal.create(snapshot(state.tables(), state.revision, now))
         return cls(journal, state)
 
@@ -196,11 +201,12 @@ class Store:
 
     # -- changing ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
         """Change objects together: at the end of the block, in memory; on disk when `settled()` returns.
 
-        The block must not await. An exception out of it changes nothing. Raises APIError(503) when the store has ended.
+        The block must not await, nor hold another transaction: RuntimeError. An exception out of it changes nothing.
+        Raises APIError(503) when the store has ended.
         """
         if self.broken:
             raise APIError(503, self.broken)
@@ -210,22 +216,32 @@ class Store:
             self._commit(tx)
 
     def _commit(self, tx: Transaction) -> None:
+        if tx.revision != self.state.revision + 1:
+            raise RuntimeError(f"transaction {tx.revision} waited, and others came to {self.state.revision} meanwhile")
+        changes: list[Change] = []
+        old_json: list[bytes] = []
+        records: list[bytes] = []
+        for (kind, name), new in tx.changes.items():
+            old = self.state.get(kind, name)
+            if new is None and old is None:
+                continue
+            before = self.state.json[kind].get(name, b"")
+            json = before if new is None else encoded(new)
+            changes.append(Change(kind, name, old, new, json))
+            old_json.append(before)
+            records.append(_record(kind, name, None if new is None else json))
+        if not changes:
+            return
+        # From here on nothing can fail: all of the transaction happens.
+        for change in changes:
+            self.state.apply(change.kind, change.name, change.new, change.json)
         if self._batch is None:
             self._batch = Batch()
         batch = self._batch
-        records: list[bytes] = []
-        changes = []
-        for (kind, name), new in tx.changes.items():
-            old = self.state.get(kind, name)
-            old_json = self.state.json[kind].get(name, b"")
-            json = old_json if new is None else encoded(new)
-            self.state.apply(kind, name, new, json)
-            changes.append(Change(kind, name, old, new, json))
-            batch.old_json.append(old_json)
-            records.append(_record(kind, name, None if new is None else json))
         self.state.revision = batch.revision = tx.revision
         batch.lines.append(b'{"revision":%d,"changes":[%b]}' % (tx.revision, b",".join(records)))
         batch.changes.extend(changes)
+        batch.old_json.extend(old_json)
         self._wake.set()
         for tell in self._committed:
             tell(changes)
@@ -258,10 +274,8 @@ class Store:
         batch, self._batch = self._batch, None
         assert batch is not None
         self._flushing = batch
-        grown = self._journal.size - self._snapshot_size
-        compact = grown > max(COMPACT_BYTES, COMPACT_RATIO * self._snapshot_size)
         # The state in memory holds this batch already: a snapshot of it makes the batch durable, too.
-        tables = self.state.tables() if compact else None
+        tables = self.state.tables() if self._journal.size > self._compact_at else None
         try:
             # Shielded: it takes as long as the disk takes, and nobody may believe that it did not happen.
             with trio.CancelScope(shield=True):
@@ -286,9 +300,9 @@ class Store:
             except NotWritten as error:
                 log.warning("compaction was put off: %s", error)
             else:
-                self._snapshot_size = self._journal.size
+                self._compact_at = _compact_at(self._journal.size)
                 return
-            self._snapshot_size = self._journal.size  # tried again when the journal has grown by as much again
+            self._compact_at = self._journal.size + COMPACT_BYTES  # then it is tried again
         self._journal.append(batch.lines)
 
     def _undo(self, batch: Batch, error: APIError) -> None:
@@ -314,7 +328,7 @@ class Store:
         """Have `tell` called with the changes of each batch when they are durable."""
         self._durable.append(tell)
 
-    @contextmanager
+    @contextlib.contextmanager
     def watch(self, kind: Kind, name: str) -> Iterator[trio.MemoryReceiveChannel[Change]]:
         """Follow the changes of one object that become durable from now on.
 
@@ -340,13 +354,18 @@ class Store:
                     watcher.send.send_nowait(change)
                 except trio.WouldBlock:
                     watcher.send.close()  # it reads what it has and then sees the end
-                except trio.ClosedResourceError:
+                except (trio.ClosedResourceError, trio.BrokenResourceError):
                     pass
         for tell in self._durable:
             tell(changes)
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def _compact_at(snapshot: int) -> int:
+    """How many bytes a file whose snapshot takes `snapshot` bytes may have, before a new one is worth its writing."""
+    return snapshot + max(COMPACT_BYTES, COMPACT_RATIO * snapshot)
 
 
 def encoded(noun: Noun) -> bytes:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 QUICK = settings(
     max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
-THOROUGH = settings(QUICK, max_examples=1_000)
+THOROUGH = settings(QUICK, max_examples=1_500)
 
 UTC = datetime.UTC
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=UTC)  # the day on which all tests play
@@ -104,9 +104,14 @@ def spec(**changed: Any) -> VMSpec:
     return replace(VMSpec(image="base", resources={TART_VMS: 1}), **changed)
 
 
+def born(age: float) -> datetime.datetime:
+    """When a VM was created that is `age` seconds older than the others."""
+    return BEGAN - datetime.timedelta(seconds=age)
+
+
 def pending(name: str = "vm", age: float = 0, **changed: Any) -> VM:
     """A VM that has just been created; `age` seconds before the others."""
-    return create(name, f"uid-{name}", spec(**changed), BEGAN - datetime.timedelta(seconds=age))
+    return create(name, f"uid-{name}", spec(**changed), born(age))
 
 
 def worker(name: str = "w", vms: int = 2, **changed: Any) -> Worker:
@@ -138,58 +143,71 @@ def failed(vm: VM, on: str = "w") -> VM:
 
 NAMES = [f"w{number}" for number in range(5)]
 RESOURCES = [TART_VMS, "gpu"]
-SHAPES = 400  # how many VMs and workers of random shape are in the pools: to draw one of them is cheap
+SHAPES = 400  # how many VMs and workers of random shape are in the pools: to take one of them is cheap
 
 
 def _labels(order: random.Random) -> dict[str, str]:
-    return {key: order.choice("ab") for key in order.sample(["zone", "model"], order.choice([0, 0, 0, 1, 2]))}
+    return {key: order.choice("ab") for key in order.sample(["zone", "model"], order.choice([0, 0, 0, 0, 1, 2]))}
 
 
-def _resources(order: random.Random, most: int) -> dict[str, int]:
-    return {name: order.randint(0, most) for name in order.sample(RESOURCES, order.choice([0, 1, 1, 2]))}
+def _resources(order: random.Random, most: int, counts: list[int]) -> dict[str, int]:
+    return {name: order.randint(0, most) for name in order.sample(RESOURCES, order.choice(counts))}
 
 
 def _hosts(order: random.Random) -> dict[str, Any]:
     return {
-        "arch": order.choice(["arm64", "arm64", "arm64", "amd64"]),
-        "runtime": order.choice(["tart", "tart", "tart", "vetu"]),
+        "arch": order.choice(["arm64"] * 7 + ["amd64"]),
+        "runtime": order.choice(["tart"] * 7 + ["vetu"]),
         "labels": _labels(order),
     }
 
 
 def _worker_shape(order: random.Random) -> Worker:
-    return Worker(resources=_resources(order, 4), scheduling_paused=order.random() < 0.2, **_hosts(order))
+    return Worker(
+        resources=_resources(order, 4, [0, 1, 2, 2]), scheduling_paused=order.random() < 0.15, **_hosts(order)
+    )
 
 
 def _vm_shape(order: random.Random) -> VM:
     """A VM in any state that it could come into, on one of the workers NAMES, one that was deleted, or none."""
     policy = order.choice(["Never", "OnFailure"])
-    vm = pending(age=order.randrange(4), resources=_resources(order, 3), restart_policy=policy, **_hosts(order))
-    history = order.choice([None, None, None, assigned, running, resting, failed])
+    vm = pending(resources=_resources(order, 3, [0, 1, 1, 2]), restart_policy=policy, **_hosts(order))
+    history = order.choice([None] * 5 + [assigned, running, resting, failed])
     return history(vm, order.choice([*NAMES, "deleted"])) if history else vm
 
 
 _ORDER = random.Random(0)
 _WORKER_SHAPES = [_worker_shape(_ORDER) for _ in range(SHAPES)]
 _VM_SHAPES = [_vm_shape(_ORDER) for _ in range(SHAPES)]
-_SEEN = [NOW, ONLINE, NOW - 179.5, NOW - OFFLINE_TIMEOUT, OFFLINE, None]
+_SEEN = [NOW, ONLINE, ONLINE, ONLINE, NOW - 179.5, NOW - OFFLINE_TIMEOUT, OFFLINE, None]
 _RESTARTED = [None, None, NOW, NOW - 1, NOW - 14.5, NOW - 15, NOW - 60]
 _PROFILES: list[SchedulerProfile] = ["optimize-utilization", "distribute-load"]
 
 
-@st.composite
-def snapshots(draw: st.DrawFn) -> Snapshot:
-    """A cluster at NOW: workers that may have shrunk below what is used on them, and VMs in every state."""
-    names = draw(st.lists(st.sampled_from(NAMES), unique=True))
-    workers = {name: replace(draw(st.sampled_from(_WORKER_SHAPES)), name=name) for name in names}
-    seen = {name: at for name in names if (at := draw(st.sampled_from(_SEEN))) is not None}
-    vms = []
+def cluster_of(workers: int, vms: int, seed: int) -> Snapshot:
+    """A cluster at NOW: workers that may have shrunk below what is used on them, and VMs in every state.
+
+    In most clusters many VMs are alike, so that some of them get a place while others of their kind wait.
+    """
+    order = random.Random(f"{workers} {vms} {seed}")
+    names = order.sample(NAMES, workers)
+    seen = {name: at for name in names if (at := order.choice(_SEEN)) is not None}
+    kinds = order.sample(_VM_SHAPES, order.choice([1, 2, 3, SHAPES]))
+    told = []
     restarted = {}
-    for number, shape in enumerate(draw(st.lists(st.sampled_from(_VM_SHAPES), max_size=9))):
-        vms.append(replace(shape, meta=replace(shape.meta, name=f"vm{number}", uid=f"uid{number}")))
-        if (at := draw(st.sampled_from(_RESTARTED))) is not None:
+    for number in range(vms):
+        shape = order.choice(kinds)
+        meta = replace(shape.meta, name=f"vm{number}", uid=f"uid{number}", created_at=born(order.randrange(4)))
+        told.append(replace(shape, meta=meta))
+        if (at := order.choice(_RESTARTED)) is not None:
             restarted[f"uid{number}"] = at
-    return Snapshot(vms, workers, seen, restarted, draw(st.sampled_from(_PROFILES)), OFFLINE_TIMEOUT)
+    pool = {name: replace(order.choice(_WORKER_SHAPES), name=name) for name in names}
+    return Snapshot(told, pool, seen, restarted, order.choice(_PROFILES), OFFLINE_TIMEOUT)
+
+
+def snapshots() -> st.SearchStrategy[Snapshot]:
+    """Clusters of all sizes. Only a size and a seed are drawn: a thousand clusters take a second, and still shrink."""
+    return st.builds(cluster_of, st.integers(0, len(NAMES)), st.integers(0, 12), st.integers(0, 2**32))
 
 
 def shuffled(snapshot: Snapshot, seed: int) -> Snapshot:

@@ -555,7 +555,7 @@ class Cluster(RuleBasedStateMachine):
 
 
 def test_a_cluster_lives_without_giving_too_much() -> None:
-    run_state_machine_as_test(Cluster, settings=settings(QUICK, max_examples=40, stateful_step_count=30))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Cluster, settings=settings(QUICK, max_examples=40, stateful_step_count=30))
 
 
 # ---- where to ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,7 @@
+"""`python -m orchard`: the `orchard` command."""
+
+import sys
+
+from orchard.cli import main
+
+sys.exit(main())

@@ -1,0 +1,525 @@
+"""The REST API: what each request does to the cluster's state. Law: decides in `def`; waits only for the disk.
+
+`API.admit` sees a request before its body is read: it finds the operation, asks who the client is, and whether it may.
+`API.handle` lets the operation's handler decide. Handlers are plain functions over the state in memory, and what they
+change, they change in one transaction, so none ever sees half of another's work. No answer leaves before everything
+that it could be based on is on disk. OPERATIONS, at the end, is the table of contents.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
+
+from trio_websocket import WebSocketConnection
+
+from orchard import __version__, auth, lifecycle
+from orchard.codec import APIError, dump_json, encode, parse_json, shown
+from orchard.events import EventLog
+from orchard.http1 import Answer, Request, Response, Route, Router, Stream, WebSocketUpgrade
+from orchard.openapi import Operation, Parameter, array_of, document, ref
+from orchard.presence import Presence
+from orchard.schema import (
+    MAX_NAME,
+    VM,
+    ControllerInfo,
+    ServiceAccount,
+    VMSpec,
+    Worker,
+    account_from_client,
+    allows,
+    check_name,
+    events_from_client,
+    name_of,
+    new_spec,
+    patched_spec,
+    replaced_spec,
+    report_from_worker,
+    settings_from_client,
+    worker_from_client,
+)
+from orchard.store import SETTINGS, Change, Store, encoded
+from orchard.tunnel import Switchboard
+
+CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
+MAX_LIMIT = 1_000_000_000  # of `limit`: more events than a VM may leave
+REREADS = 3  # times that a read is done again because what it was based on was taken back
+WARNED = 8  # unknown fields that a Warning names
+_DIGITS = re.compile(r"[0-9]{1,10}")
+_NOBODY = ServiceAccount(name="", token="", roles=auth.ROLES)  # who everybody is when nobody is asked
+
+NounT = TypeVar("NounT", VM, Worker, ServiceAccount)
+
+
+class API:
+    """The handlers and what they work on. `gate` None lets everybody do everything."""
+
+    def __init__(
+        self,
+        store: Store,
+        events: EventLog,
+        presence: Presence,
+        switchboard: Switchboard,
+        gate: auth.Gate | None,
+        *,
+        prefix: str = "",
+        clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
+    ) -> None:
+        self.store = store
+        self.state = store.state
+        self.events = events
+        self.presence = presence
+        self.switchboard = switchboard
+        self.gate = gate
+        self.clock = clock
+        self.prefix = f"{prefix}/v1"
+        self._router = Router([Route(op.method, self.prefix + op.path, op) for op in OPERATIONS])
+        self._document = dump_json(document(OPERATIONS, prefix=self.prefix, version=__version__))
+
+    def admit(self, request: Request) -> None:
+        """Find a request's operation and its account, before its body is read. Raises APIError 400 to 405."""
+        route, request.params = self._router.match(request.method, request.path)
+        operation: Operation = route.endpoint
+        request.extra = operation
+        if operation.role == "public":
+            return
+        account = _NOBODY
+        if self.gate is not None:
+            account = self.gate.identify(request.headers.get("authorization"))
+            request.account = account.name
+        if operation.role is not None:
+            auth.require(account, operation.role)
+
+    async def handle(self, request: Request) -> Answer:
+        """Answer an admitted request. Raises APIError."""
+        operation: Operation = request.extra
+        for _ in range(REREADS if operation.method == "GET" else 1):
+            decided: Answer | Awaitable[Answer] = operation.handler(self, request)
+            answer = await decided if isinstance(decided, Awaitable) else decided
+            try:
+                await self.store.settled()
+            except APIError as error:
+                # A write that others made failed and was undone. A read can do without it.
+                refusal = error
+            else:
+                return answer
+        raise refusal
+
+    # -- the controller itself
+
+    def hello(self, request: Request) -> Answer:
+        return Response(200)
+
+    def info(self, request: Request) -> Answer:
+        return _ok(dump_json(encode(ControllerInfo(version=__version__, capabilities=CAPABILITIES))))
+
+    def describe(self, request: Request) -> Answer:
+        return _ok(self._document)
+
+    # -- VMs
+
+    def create_vm(self, request: Request) -> Answer:
+        raw, unknown = _body(request), list[str]()
+        name = name_of(raw)
+        check_name("name", name)
+        spec = new_spec(raw, unknown)
+        self._check_host_dirs(spec)
+        with self.store.transaction() as tx:
+            if name in self.state.vms:
+                raise APIError(409, f'VM "{name}" already exists')
+            tx.put(lifecycle.create(name, str(uuid.uuid4()), spec, self.clock()))
+        return self._vm(name, unknown)
+
+    def list_vms(self, request: Request) -> Answer:
+        table = self.state.json["vm"]
+        worker = _worker_filter(request.query.one("filter"))
+        if worker is None:
+            return _array(table[name] for name in sorted(table))
+        self.presence.polled(worker, _source(request))
+        return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
+
+    def get_vm(self, request: Request) -> Answer:
+        vm = self._vm_named(request)
+        if not _flag(request, "watch"):
+            return self._vm(vm.name)
+
+        async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+            await self._watch(vm, send)
+
+        return Stream(produce)
+
+    async def _watch(self, known: VM, send: Callable[[bytes], Awaitable[None]]) -> None:
+        """Send what became of a VM since `known`, and becomes of it and those that get its name after it."""
+        name = known.name
+        with self.store.watch("vm", name) as changes:
+            # What follows is based on what is in memory now, and so may be in `changes` once more when it is durable.
+            now = self.state.vms.get(name)
+            lines = [_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
+            version = (now or known).meta.version
+            await self.store.settled()
+            if now is None:  # it was deleted between the first look and this one
+                lines.append(_line("DELETED", encoded(known)))
+            await send(b"".join(lines))
+            async for change in changes:
+                if _is_news(change, version):
+                    await send(_line(change.type, change.json))
+
+    def replace_vm(self, request: Request) -> Answer:
+        return self._change_vm(request, replaced_spec)
+
+    def patch_vm(self, request: Request) -> Answer:
+        return self._change_vm(request, patched_spec)
+
+    def _change_vm(self, request: Request, read: Callable[[VMSpec, object, list[str]], VMSpec]) -> Answer:
+        old = self._vm_named(request)
+        unknown: list[str] = []
+        spec = read(old.spec, _body(request), unknown)
+        if spec.host_dirs != old.spec.host_dirs:
+            self._check_host_dirs(spec)
+        new = lifecycle.change(old, spec)
+        if new is not old:
+            with self.store.transaction() as tx:
+                tx.put(new)
+        return self._vm(old.name, unknown)
+
+    def delete_vm(self, request: Request) -> Answer:
+        vm = self._vm_named(request)
+        with self.store.transaction() as tx:
+            tx.delete(vm)
+        return Response(200)
+
+    def report_vm(self, request: Request) -> Answer:
+        old = self._vm_named(request)
+        unknown: list[str] = []
+        new = lifecycle.report(old, report_from_worker(_body(request), unknown), self.clock())
+        if new is not old:
+            with self.store.transaction() as tx:
+                tx.put(new)
+        return Response(200, headers=_warning(unknown))
+
+    def _vm_named(self, request: Request) -> VM:
+        return _found("VM", request.params["name"], self.state.vms.get(request.params["name"]))
+
+    def _vm(self, name: str, unknown: Sequence[str] = ()) -> Response:
+        return _ok(self.state.json["vm"][name], _warning(unknown))
+
+    def _check_host_dirs(self, spec: VMSpec) -> None:
+        for index, host_dir in enumerate(spec.host_dirs):
+            if not allows(self.state.settings.host_dir_policies, host_dir):
+                raise APIError(
+                    400,
+                    f"hostDirs[{index}].path is {shown(host_dir.path)}{'' if host_dir.ro else ', not read only'},"
+                    " which no hostDirPolicy of the cluster settings allows",
+                )
+
+    # -- events
+
+    async def append_events(self, request: Request) -> Answer:
+        vm = self._vm_named(request)
+        uid = request.query.one("uid")
+        if uid not in (None, vm.uid):
+            raise APIError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
+        unknown: list[str] = []
+        await self.events.append(vm.uid, events_from_client(_body(request), unknown))
+        return Response(200, headers=_warning(unknown))
+
+    async def list_events(self, request: Request) -> Answer:
+        vm = self._vm_named(request)
+        query = request.query
+        limit = _number(request, "limit", 1, MAX_LIMIT)
+        order = query.one("order") or "asc"
+        if order not in ("asc", "desc"):
+            raise APIError(400, f'order is {shown(order)}, expected "asc" or "desc"')
+        direction: Literal["asc", "desc"] = "asc" if order == "asc" else "desc"
+        page, following = await self.events.page(vm.uid, limit, direction, query.one("cursor"))
+        return _ok(page, () if following is None else (("X-Next-Cursor", following),))
+
+    # -- workers
+
+    def register_worker(self, request: Request) -> Answer:
+        unknown: list[str] = []
+        wanted = worker_from_client(_body(request), unknown)
+        old = self.state.workers.get(wanted.name)
+        if old is not None and old.machine_id != wanted.machine_id:
+            raise APIError(
+                409,
+                f'worker "{wanted.name}" is registered from the machine {shown(old.machine_id)};'
+                " give this one another name, or delete that one first",
+            )
+        new = replace(
+            wanted,
+            last_seen=None,
+            created_at=old.created_at if old is not None else self.clock(),
+            scheduling_paused=old.scheduling_paused if old is not None else wanted.scheduling_paused,
+        )
+        if new != old:
+            with self.store.transaction() as tx:
+                tx.put(new)
+        self.presence.arrived(new.name, _source(request))
+        if wanted.last_seen is not None:
+            self.presence.heartbeat(new.name, _source(request), wanted.last_seen)
+        return self._worker(new, unknown)
+
+    def list_workers(self, request: Request) -> Answer:
+        workers = self.state.workers
+        return _array(dump_json(encode(self.presence.shown(workers[name]))) for name in sorted(workers))
+
+    def get_worker(self, request: Request) -> Answer:
+        return self._worker(self._worker_named(request))
+
+    def put_worker(self, request: Request) -> Answer:
+        """Take a heartbeat, which is told by its later last_seen, or else set scheduling_paused."""
+        worker = self._worker_named(request)
+        unknown: list[str] = []
+        wanted = worker_from_client(_named(_body(request), worker.name), unknown)
+        if wanted.last_seen is not None and self.presence.heartbeat(worker.name, _source(request), wanted.last_seen):
+            return self._worker(worker, unknown)
+        if wanted.scheduling_paused != worker.scheduling_paused:
+            worker = replace(worker, scheduling_paused=wanted.scheduling_paused)
+            with self.store.transaction() as tx:
+                tx.put(worker)
+        return self._worker(worker, unknown)
+
+    def delete_worker(self, request: Request) -> Answer:
+        worker = self._worker_named(request)
+        with self.store.transaction() as tx:
+            tx.delete(worker)
+        return Response(200)
+
+    def watch_rpc(self, request: Request) -> Answer:
+        request.require_websocket()
+        name = request.query.one("workerName")
+        if not name:
+            raise APIError(400, "workerName is missing, expected the name of a worker")
+        worker = _found("worker", name, self.state.workers.get(name)).name
+        source = _source(request)
+
+        async def session(websocket: WebSocketConnection) -> None:
+            self.presence.arrived(worker, source)
+            await self.switchboard.serve(worker, websocket, lambda: self.presence.alive(worker))
+
+        return WebSocketUpgrade(session)
+
+    def _worker_named(self, request: Request) -> Worker:
+        return _found("worker", request.params["name"], self.state.workers.get(request.params["name"]))
+
+    def _worker(self, worker: Worker, unknown: Sequence[str] = ()) -> Response:
+        return _ok(dump_json(encode(self.presence.shown(worker))), _warning(unknown))
+
+    # -- service accounts
+
+    def create_account(self, request: Request) -> Answer:
+        unknown: list[str] = []
+        account = account_from_client(_body(request), unknown)
+        account = replace(account, token=account.token or auth.random_token(), created_at=self.clock())
+        with self.store.transaction() as tx:
+            if account.name in self.state.accounts:
+                raise APIError(409, f'service account "{account.name}" already exists')
+            tx.put(account)
+        return self._account(account.name, unknown)
+
+    def list_accounts(self, request: Request) -> Answer:
+        table = self.state.json["account"]
+        return _array(table[name] for name in sorted(table))
+
+    def get_account(self, request: Request) -> Answer:
+        return self._account(self._account_named(request).name)
+
+    def replace_account(self, request: Request) -> Answer:
+        """Change an account's roles and token; what is left out stays as it is."""
+        old = self._account_named(request)
+        unknown: list[str] = []
+        new = account_from_client(_named(_body(request), old.name), unknown, base=old)
+        new = replace(new, token=new.token or old.token)
+        if new != old:
+            with self.store.transaction() as tx:
+                tx.put(new)
+        return self._account(old.name, unknown)
+
+    def delete_account(self, request: Request) -> Answer:
+        account = self._account_named(request)
+        with self.store.transaction() as tx:
+            tx.delete(account)
+        return Response(200)
+
+    def _account_named(self, request: Request) -> ServiceAccount:
+        return _found("service account", request.params["name"], self.state.accounts.get(request.params["name"]))
+
+    def _account(self, name: str, unknown: Sequence[str] = ()) -> Response:
+        return _ok(self.state.json["account"][name], _warning(unknown))
+
+    # -- cluster settings
+
+    def get_settings(self, request: Request) -> Answer:
+        return self._settings()
+
+    def put_settings(self, request: Request) -> Answer:
+        unknown: list[str] = []
+        settings = settings_from_client(_body(request), unknown)
+        if settings != self.state.settings:
+            with self.store.transaction() as tx:
+                tx.put(settings)
+        return self._settings(unknown)
+
+    def _settings(self, unknown: Sequence[str] = ()) -> Response:
+        body = self.state.json["settings"].get(SETTINGS) or encoded(self.state.settings)
+        return _ok(body, _warning(unknown))
+
+
+# ---- requests and answers ------------------------------------------------------------------------------------------
+
+
+def _ok(body: bytes, headers: Sequence[tuple[str, str]] = ()) -> Response:
+    return Response(200, body, headers)
+
+
+def _array(items: Iterable[bytes]) -> Response:
+    return _ok(b"[%b]" % b",".join(items))
+
+
+def _line(kind: str, json_text: bytes) -> bytes:
+    return b'{"type":"%b","object":%b}\n' % (kind.encode(), json_text)
+
+
+def _is_news(change: Change, version: int) -> bool:
+    """Whether a change came after a VM had this version (versions never fall, also under a reused name)."""
+    if change.new is None:
+        return isinstance(change.old, VM) and change.old.meta.version >= version
+    return isinstance(change.new, VM) and change.new.meta.version > version
+
+
+def _body(request: Request) -> Any:
+    if not request.body:
+        raise APIError(400, "the body is empty, expected JSON")
+    return parse_json(request.body)
+
+
+def _named(raw: Any, name: str) -> Any:
+    """Let an object that is sent to a path have the name in the path, and no other."""
+    if not isinstance(raw, dict) or raw.get("name") in (None, name):
+        return {**raw, "name": name} if isinstance(raw, dict) else raw
+    raise APIError(412, f"name is {shown(raw['name'])}, expected {shown(name)} as in the path, or none")
+
+
+def _found(what: str, name: str, noun: NounT | None) -> NounT:
+    if noun is None:
+        raise APIError(404, f"{what} {shown(name)} does not exist")
+    return noun
+
+
+def _warning(unknown: Sequence[str]) -> Sequence[tuple[str, str]]:
+    """Name the fields that were passed over, in a Warning header (RFC 7234, section 5.5)."""
+    if not unknown:
+        return ()
+    names = [json.dumps(name[:MAX_NAME])[1:-1] for name in unknown[:WARNED]]
+    more = f" and {len(unknown) - WARNED} more" if len(unknown) > WARNED else ""
+    text = f"unknown fields were ignored: {', '.join(names)}{more}"
+    return (("Warning", f'299 orchard "{text}"'),)
+
+
+def _source(request: Request) -> tuple[str, str]:
+    return (request.account, request.peer)
+
+
+def _flag(request: Request, name: str) -> bool:
+    value = request.query.one(name)
+    if value in (None, "false", "0"):
+        return False
+    if value in ("true", "1"):
+        return True
+    raise APIError(400, f"{name} is {shown(value)}, expected true or false")
+
+
+def _number(request: Request, name: str, least: int, most: int) -> int | None:
+    value = request.query.one(name)
+    if value is None:
+        return None
+    if not _DIGITS.fullmatch(value) or not least <= int(value) <= most:
+        raise APIError(400, f"{name} is {shown(value)}, expected a whole number from {least} to {most}")
+    return int(value)
+
+
+def _worker_filter(text: str | None) -> str | None:
+    """Read `worker=NAME`; several with commas between them must all hold."""
+    if not text:
+        return None
+    names = set()
+    for part in text.split(","):
+        path, _, name = part.partition("=")
+        if path != "worker" or not name:
+            raise APIError(400, f"filter is {shown(text)}, expected worker=NAME")
+        names.add(name)
+    return names.pop() if len(names) == 1 else ""  # on two workers at once is no VM
+
+
+# ---- the table of contents -----------------------------------------------------------------------------------------
+
+_TEXT = {"type": "string"}
+_WATCH = Parameter("watch", "Stream the VM's changes as ADDED, MODIFIED and DELETED notifications", {"type": "boolean"})
+_FILTER = Parameter("filter", "`worker=NAME`: only the VMs assigned to that worker", _TEXT)
+_LIMIT = Parameter("limit", "Maximum number of events to return", {"type": "integer", "minimum": 1})
+_ORDER = Parameter("order", "Sort order of events; asc (default) or desc", {"type": "string", "enum": ["asc", "desc"]})
+_CURSOR = Parameter("cursor", "Opaque cursor from the X-Next-Cursor response header", _TEXT)
+_WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required=True)
+_UID = Parameter("uid", "Refuse with 404 if the VM of that name has another uid", _TEXT)
+_NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
+_NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
+_ANY = {"type": "object"}
+
+# fmt: off
+OPERATIONS: tuple[Operation, ...] = (
+    Operation("GET", "/", API.hello, None, "Check that this is an Orchard and the credentials are valid"),
+    Operation("GET", "/openapi.json", API.describe, "public", "Retrieve this description", answer=_ANY),
+    Operation("GET", "/controller/info", API.info, None, "Retrieve controller's information",
+              answer=ref("ControllerInfo")),
+    Operation("GET", "/cluster-settings", API.get_settings, "admin:read", "Retrieve cluster settings",
+              answer=ref("ClusterSettings")),
+    Operation("PUT", "/cluster-settings", API.put_settings, "admin:write", "Update cluster settings",
+              body=ref("ClusterSettings"), answer=ref("ClusterSettings")),
+    Operation("POST", "/service-accounts", API.create_account, "admin:write", "Create a Service Account",
+              body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(409,)),
+    Operation("GET", "/service-accounts", API.list_accounts, "admin:read", "List Service Accounts",
+              answer=array_of("ServiceAccount")),
+    Operation("GET", "/service-accounts/{name}", API.get_account, "admin:read", "Retrieve a Service Account",
+              answer=ref("ServiceAccount"), problems=(404,)),
+    Operation("PUT", "/service-accounts/{name}", API.replace_account, "admin:write", "Update a Service Account",
+              body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(404,)),
+    Operation("DELETE", "/service-accounts/{name}", API.delete_account, "admin:write", "Delete a Service Account",
+              problems=(404,)),
+    Operation("POST", "/workers", API.register_worker, "compute:write", "Register a Worker, or renew its registration",
+              body=ref("Worker"), answer=ref("Worker"), problems=(409,)),
+    Operation("GET", "/workers", API.list_workers, "compute:read", "List Workers", answer=array_of("Worker")),
+    Operation("GET", "/workers/{name}", API.get_worker, "compute:read", "Retrieve a Worker",
+              answer=ref("Worker"), problems=(404,)),
+    Operation("PUT", "/workers/{name}", API.put_worker, "compute:write",
+              "Send a heartbeat (with a later last_seen), or else set scheduling_paused",
+              body=ref("Worker"), answer=ref("Worker"), problems=(404,)),
+    Operation("DELETE", "/workers/{name}", API.delete_worker, "compute:write", "Delete a Worker; its VMs fail",
+              problems=(404,)),
+    Operation("POST", "/vms", API.create_vm, "compute:write", "Create a VM",
+              body=_NEW_VM, answer=ref("VM"), problems=(409,)),
+    Operation("GET", "/vms", API.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=(_FILTER,)),
+    Operation("GET", "/vms/{name}", API.get_vm, "compute:read", "Retrieve a VM",
+              answer=ref("VM"), problems=(404,), query=(_WATCH,), ndjson=True),
+    Operation("PUT", "/vms/{name}", API.replace_vm, "compute:write", "Update a VM",
+              body=ref("VMSpec"), answer=ref("VM"), problems=(404,)),
+    Operation("PATCH", "/vms/{name}", API.patch_vm, "compute:write",
+              "Change what a JSON merge patch (RFC 7396) names",
+              body=_ANY, answer=ref("VM"), problems=(404,)),
+    Operation("DELETE", "/vms/{name}", API.delete_vm, "compute:write", "Delete a VM", problems=(404,)),
+    Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "Report what a worker sees of its VM",
+              body=ref("Report"), problems=(404,)),
+    Operation("GET", "/vms/{name}/events", API.list_events, "compute:read", "Retrieve events for a given VM",
+              answer=ref("Events"), problems=(404,), query=(_LIMIT, _ORDER, _CURSOR), answer_headers=_NEXT),
+    Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to a VM's",
+              body=ref("Events"), problems=(404,), query=(_UID,)),
+    Operation("GET", "/rpc/watch", API.watch_rpc, "compute:read",
+              "Be told by WebSocket what a worker is to do: one JSON object per binary message",
+              problems=(404,), query=(_WORKER_NAME,), websocket=True),
+)
+# fmt: on

@@ -1,0 +1,443 @@
+"""The controller role: settings, first start, the scheduling loop, and how it all starts and stops. Law: it composes.
+
+`python -m orchard.controller` runs it; `run` is the same for an embedding program.
+
+State and events are opened first and closed last; in between, one nursery holds the tasks that write them. The API is
+served and VMs are scheduled inside of that, so that whatever stops, what was acknowledged is on disk. At a stop no
+connection is accepted any more, those at work get a time of grace, the scheduler ends, then the writers.
+
+The scheduler runs whenever something changed that could matter, when time alone makes it due, and every TICK seconds
+in case that somebody forgot to wake it. Each round plans and applies until a plan has nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import ipaddress
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import trio
+
+from orchard import __version__, auth, lifecycle, logs, scheduler, tls
+from orchard.api import API
+from orchard.codec import APIError
+from orchard.events import EventLog
+from orchard.groups import unwrapped
+from orchard.httpd import Limits, serve
+from orchard.journal import Broken, DamagedError, NotWritten
+from orchard.lock import LockError, locked
+from orchard.options import api_prefix, listen_address, orchard_home, seconds
+from orchard.presence import Presence
+from orchard.schema import VM, ServiceAccount, Worker
+from orchard.store import Change, Store
+from orchard.tunnel import PING_INTERVAL, Switchboard
+
+PORT = 6120
+OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail
+TICK = 5.0  # seconds between two looks of the scheduler that nothing asked for
+RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more often
+GRACE = 10.0  # seconds for requests at work to end at a stop
+DESCRIPTORS = 64  # that are not connections: files, the log, threads' pipes
+WANTED_DESCRIPTORS = 65_536  # for thousands of workers, watchers and tunnels; the default limit is 256 on macOS
+
+log = logging.getLogger("orchard.controller")
+
+
+class StartError(Exception):
+    """The controller can't start; str() says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a controller is run. Times are in seconds; `host` None is every address, port 0 any free one."""
+
+    data_dir: Path
+    host: str | None = None
+    port: int = PORT
+    prefix: str = ""
+    certificate: Path | None = None  # PEM; with `key`. None: self-signed, kept in the data directory
+    key: Path | None = None
+    tls: bool = True
+    auth: bool = True
+    admin_token: str = field(default="", repr=False)  # of bootstrap-admin, which is (re)created with it
+    worker_offline_timeout: float = OFFLINE_TIMEOUT
+    ping_interval: float = PING_INTERVAL
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A controller that serves. `certificate` (PEM) is set when clients have to be told what to trust."""
+
+    url: str
+    certificate: bytes | None = None
+    fingerprint: str = ""
+    new_admin: ServiceAccount | None = field(default=None, repr=False)  # made at this start, for somebody to be told
+
+
+# ---- scheduling ----------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """The store and those who follow it: the scheduler, the workers to be told, the events of deleted VMs."""
+
+    def __init__(self, settings: Settings, store: Store, events: EventLog) -> None:
+        self.store = store
+        self.events = events
+        self.switchboard = Switchboard(settings.ping_interval)
+        self._wake = trio.Event()
+        self._restarted: dict[str, float] = {}  # VM uid -> its last restart, by the monotonic clock
+        self._offline_timeout = settings.worker_offline_timeout
+        self.presence = Presence(trio.current_time, self._offline_timeout, self.wake, store.state.workers)
+        store.on_commit(self._committed)
+        store.on_durable(self._durable)
+
+    def wake(self) -> None:
+        """Have the scheduler look again."""
+        self._wake.set()
+
+    def _committed(self, changes: list[Change]) -> None:
+        self.wake()
+
+    def _durable(self, changes: list[Change]) -> None:
+        for worker in {worker for change in changes for worker in concerned(change)}:
+            self.switchboard.sync(worker)
+        for change in changes:
+            if change.new is None and isinstance(change.old, VM):
+                self.events.drop(change.old.uid)
+                self._restarted.pop(change.old.uid, None)
+            elif change.new is None and isinstance(change.old, Worker):
+                self.presence.forget(change.old.name)
+
+    async def schedule(self) -> None:
+        """Keep every VM where it belongs, until cancelled."""
+        while True:
+            self._wake = trio.Event()
+            now = trio.current_time()
+            try:
+                due = self.schedule_now(now, datetime.datetime.now(datetime.UTC))
+                await self.store.settled()
+            except APIError as error:
+                log.error("scheduling has to wait: %s", error.message)
+                await trio.sleep(RETRY_SECONDS)
+                continue
+            with trio.move_on_at(min(due, now + TICK)):
+                await self._wake.wait()
+
+    def schedule_now(self, now: float, clock: datetime.datetime) -> float:
+        """Plan and apply until there is nothing to do, and give when time alone makes it due again."""
+        while True:
+            state = self.store.state
+            snapshot = scheduler.Snapshot(
+                vms=state.vms.values(),
+                workers=state.workers,
+                seen=self.presence.seen,
+                restarted=self._restarted,
+                profile=state.settings.scheduler_profile,
+                offline_timeout=self._offline_timeout,
+            )
+            plan = scheduler.plan(snapshot, now)
+            if not self._apply(plan, now, clock):
+                return math.inf if plan.next_at is None else plan.next_at
+
+    def _apply(self, plan: scheduler.Plan, now: float, clock: datetime.datetime) -> bool:
+        """Carry a plan out in one transaction; False when it asks for nothing new."""
+        vms, workers = self.store.state.vms, self.store.state.workers
+        with self.store.transaction() as tx:
+            for name, reason in plan.fail.items():
+                tx.put(lifecycle.fail(vms[name], reason))
+                log.warning("a VM failed", extra={"vm": name, "reason": reason})
+            for name in plan.restart:
+                tx.put(lifecycle.restart(vms[name], clock))
+                self._restarted[vms[name].uid] = now
+                log.info("a VM is restarted", extra={"vm": name})
+            for name, worker in plan.assign.items():
+                tx.put(lifecycle.assign(vms[name], workers[worker], clock))
+                log.info("a VM has a worker", extra={"vm": name, "worker": worker})
+            for name, reason in plan.waiting.items():
+                waiting = lifecycle.wait(vms[name], reason)
+                if waiting is not vms[name]:
+                    tx.put(waiting)
+            return bool(tx.changes)
+
+
+def concerned(change: Change) -> set[str]:
+    """Name the workers that have something to do because of a change.
+
+    A worker that reports what it sees need not be told of it.
+    """
+    old = change.old if isinstance(change.old, VM) else None
+    new = change.new if isinstance(change.new, VM) else None
+    workers = {vm.state.worker for vm in (old, new) if vm is not None} - {""}
+    if old is not None and new is not None and _task(old) == _task(new):
+        return set()
+    return workers
+
+
+def _task(vm: VM) -> tuple[object, ...]:
+    """What a VM asks of its worker."""
+    return (vm.key, vm.state.worker, vm.meta.generation, vm.state.status == "failed")
+
+
+# ---- the data directory --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    try:
+        with locked(directory, "controller.lock"):
+            yield
+    except LockError as error:
+        raise StartError(f"cannot use the data directory: {error}; another can be given with --data-dir") from error
+
+
+@contextlib.contextmanager
+def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
+    """Load state and events, and close the state in the end. Raises StartError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            store = Store.open(directory, datetime.datetime.now(datetime.UTC))
+            stack.callback(store.close)
+            events = EventLog(directory / "events")
+            events.open({vm.uid for vm in store.state.vms.values()})
+        except (DamagedError, NotWritten, OSError) as error:
+            raise StartError(str(error)) from error
+        yield store, events
+
+
+def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAccount | None:
+    """Let somebody in: with a token given, bootstrap-admin by that token; else, with no accounts, by a random one.
+
+    Give the account when its token has to be told to somebody.
+    """
+    accounts = store.state.accounts
+    if not token and accounts:
+        return None
+    old = accounts.get(auth.BOOTSTRAP_ADMIN)
+    admin = ServiceAccount(
+        name=auth.BOOTSTRAP_ADMIN,
+        token=token or auth.random_token(),
+        roles=auth.ROLES,
+        created_at=old.created_at if old is not None else now,
+    )
+    if admin != old:
+        with store.transaction() as tx:
+            tx.put(admin)
+    return None if token else admin
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+async def run(
+    settings: Settings,
+    *,
+    stop: trio.Event | None = None,
+    grace: float = GRACE,
+    task_status: trio.TaskStatus[Running] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a controller until cancelled or until `stop` is set; `started(Running)` when it serves.
+
+    Raises StartError, and Broken when the disk fails in a way that leaves nobody sure of what it holds.
+    """
+    stop = stop if stop is not None else trio.Event()
+    with unwrapped(), _locked(settings.data_dir), opened(settings.data_dir) as (store, events):
+        cluster = Cluster(settings, store, events)
+        gate = auth.Gate(store.state.accounts) if settings.auth else None
+        api = API(store, events, cluster.presence, cluster.switchboard, gate, prefix=settings.prefix)
+        async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored
+            await writers.start(store.run)
+            await writers.start(events.run)
+            new_admin = await _admit_somebody(settings, store)
+            async with trio.open_nursery() as planners:  # end when the last answer is out
+                planners.start_soon(cluster.schedule)
+                listeners, running = await _listen(settings)
+                answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
+                async with trio.open_nursery() as serving:  # ends with `stop`
+                    await serving.start(answer, listeners)
+                    task_status.started(replace(running, new_admin=new_admin))
+                planners.cancel_scope.cancel()
+            await store.settled()
+            writers.cancel_scope.cancel()
+
+
+async def _admit_somebody(settings: Settings, store: Store) -> ServiceAccount | None:
+    if not settings.auth:
+        return None
+    try:
+        admin = ensure_admin(store, settings.admin_token, datetime.datetime.now(datetime.UTC))
+        await store.settled()
+    except APIError as error:
+        raise StartError(f"cannot store the first service account: {error.message}") from error
+    return admin
+
+
+async def _listen(settings: Settings) -> tuple[Sequence[trio.abc.Listener[trio.abc.Stream]], Running]:
+    """Open the sockets, with TLS if it is wanted. Raises StartError."""
+    context, certificate, fingerprint = None, None, ""
+    try:
+        if settings.tls:
+            if settings.certificate is not None and settings.key is not None:
+                cert_file, key_file = settings.certificate, settings.key
+            else:
+                cert_file, key_file = await tls.self_signed(settings.data_dir)
+                certificate = await trio.Path(cert_file).read_bytes()
+            context = tls.server_context(cert_file, key_file)
+            fingerprint = tls.fingerprint(await trio.Path(cert_file).read_bytes())
+    except tls.TLSError as error:
+        raise StartError(str(error)) from error
+    where = f"{settings.host or ''}:{settings.port}"
+    try:
+        listeners = await trio.open_tcp_listeners(settings.port, host=settings.host)
+    except OSError as error:
+        raise StartError(f"cannot listen on {where}: {error.strerror or error}; see --listen") from error
+    if settings.port == 0:  # each address got another port: one is enough
+        for listener in listeners[1:]:
+            await listener.aclose()
+        del listeners[1:]
+    host, port = listeners[0].socket.getsockname()[:2]
+    url = f"{'https' if settings.tls else 'http'}://{reachable(host)}:{port}{settings.prefix}"
+    running = Running(url, certificate, fingerprint)
+    if context is None:
+        return listeners, running
+    return [trio.SSLListener(listener, context) for listener in listeners], running
+
+
+def reachable(host: str) -> str:
+    """Give the address by which this host reaches a socket that listens on `host`, as it stands in a URL."""
+    address = ipaddress.ip_address(host)
+    if address.is_unspecified:
+        return "[::1]" if address.version == 6 else "127.0.0.1"
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+def _limits() -> Limits:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return Limits()
+    return Limits(connections=max(1, min(Limits().connections, descriptors - DESCRIPTORS)))
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchard.controller",
+        description="Run an Orchard controller: the REST API, the scheduler and the state of a cluster of Tart VMs.",
+        epilog="ORCHARD_BOOTSTRAP_ADMIN_TOKEN sets the token of the service account bootstrap-admin, which otherwise"
+        " is made at the first start, with a random token that is shown once.",
+    )
+    add = parser.add_argument
+    port = os.environ.get("PORT") or str(PORT)
+    add("--listen", metavar="HOST:PORT", type=listen_address, default=f":{port}",
+        help=f"address to serve on; default :{PORT} on all addresses, the port from $PORT")  # fmt: skip
+    add("--data-dir", metavar="DIR", type=Path, help="directory of the state; default $ORCHARD_HOME/controller")
+    add("--api-prefix", metavar="P", type=api_prefix, default="", help="path that is put before /v1")
+    add("--controller-cert", metavar="FILE", type=Path, help="TLS certificate (chain) in PEM; default: self-signed")
+    add("--controller-key", metavar="FILE", type=Path, help="its private key in PEM")
+    add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
+    add("--insecure-no-auth", action="store_true", help="let everybody do everything")
+    add("--worker-offline-timeout", metavar="S", type=seconds, default=OFFLINE_TIMEOUT,
+        help="seconds of silence after which a worker's VMs fail; default %(default)g")  # fmt: skip
+    add("--ping-interval", metavar="S", type=seconds, default=PING_INTERVAL,
+        help="seconds between two pings on each WebSocket; default %(default)g")  # fmt: skip
+    add("--debug", action="store_true", help="log more")
+    add("--version", action="version", version=f"orchard {__version__}")
+    return parser
+
+
+def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Settings, bool]:
+    """Read the command line and the environment; give whether to log more, too. Exits with 2 on a wrong one."""
+    options = parser.parse_args(argv)
+    if (options.controller_cert is None) != (options.controller_key is None):
+        parser.error("--controller-cert and --controller-key go together")
+    if options.insecure_no_tls and options.controller_cert is not None:
+        parser.error("--insecure-no-tls and --controller-cert contradict each other")
+    host, port = options.listen
+    settings = Settings(
+        data_dir=options.data_dir or orchard_home() / "controller",
+        host=host,
+        port=port,
+        prefix=options.api_prefix,
+        certificate=options.controller_cert,
+        key=options.controller_key,
+        tls=not options.insecure_no_tls,
+        auth=not options.insecure_no_auth,
+        admin_token=os.environ.get("ORCHARD_BOOTSTRAP_ADMIN_TOKEN", ""),
+        worker_offline_timeout=options.worker_offline_timeout,
+        ping_interval=options.ping_interval,
+    )
+    return settings, options.debug
+
+
+def announce(running: Running, out: TextIO) -> None:
+    """Say where the controller listens, and, once, how to get in."""
+    if running.new_admin is not None:
+        print("A service account with every role was created. Its token is shown only now:", file=out)
+        print(f"  name:  {running.new_admin.name}", file=out)
+        print(f"  token: {running.new_admin.token}", file=out)
+        if running.fingerprint:
+            print(f"  certificate SHA-256: {running.fingerprint}", file=out)
+    print(f"orchard controller {__version__} is listening on {running.url}", file=out, flush=True)
+
+
+def raise_descriptor_limit() -> None:
+    """Allow this process as many open files as it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (WANTED_DESCRIPTORS, 10_240):  # macOS says "unlimited" and means the latter
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < limit:
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return
+
+
+async def until_signal(settings: Settings) -> None:
+    """Run a controller until SIGTERM or SIGINT; a second one does not wait for anybody."""
+    stop = trio.Event()
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def listen_to_signals() -> None:
+                async for number in signals:
+                    if stop.is_set():
+                        nursery.cancel_scope.cancel()
+                    log.info("stopping", extra={"signal": signal.Signals(number).name})
+                    stop.set()
+
+            async def control(task_status: trio.TaskStatus[Running]) -> None:
+                await run(settings, stop=stop, task_status=task_status)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(listen_to_signals)
+            announce(await nursery.start(control), sys.stdout)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status."""
+    settings, debug = settings_of(arguments(), argv)
+    logs.configure(debug=debug)
+    raise_descriptor_limit()
+    try:
+        with unwrapped():
+            trio.run(until_signal, settings, strict_exception_groups=True)
+    except (StartError, Broken) as error:
+        print(f"orchard controller: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

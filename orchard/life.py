@@ -1,0 +1,329 @@
+"""One life of a VM on this host: made, booted, its script run, its specification followed, removed. Law: driver verbs.
+
+An `Instance` is what the worker holds of one (name, uid, restart_count). Its task, `tend`, goes through the life in
+plain sequence:
+
+    wait for the slots of those that are ending -> pull, clone -> set -> run, with the script -> a newer generation? ->
+    stop or suspend -> set -> run ... until the VM fails or is told to end -> removed when nobody wants it any more
+
+What it says of itself (`status`, `message`, `running`, `observed`) changes only by `_show`, and each change is told at
+once. Nobody else touches those fields; the worker gives orders by `follow`, `end` and `remove`.
+
+A task that is cancelled (the worker ends) leaves nothing on the host but VMs at rest: their disks are what they are
+kept for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import trio
+
+from orchard.groups import first
+from orchard.schema import VM, Event, Status
+from orchard.tart import Driver, DriverError, NoSuchVM, NotRunning, RunOptions, SharedDir
+
+REMOVE_SECONDS = 60.0  # for stopping and deleting a VM that nobody waits for any more
+LINES = 256  # of a script's output that may wait for the controller; then the script waits, too
+BATCH_CHARACTERS = 256 * 1024  # of output in one request: well below its limit, whatever JSON makes of them
+SHUT_DOWN = "the VM shut down by itself"
+
+SendEvents = Callable[[VM, Sequence[Event]], Awaitable[None]]
+
+log = logging.getLogger("orchard.life")
+
+
+class Instance:
+    """A VM on this host. `changed` is called when it has something new to say, `send_events` delivers its output."""
+
+    def __init__(
+        self,
+        vm: VM,
+        driver: Driver,
+        *,
+        changed: Callable[[], None],
+        send_events: SendEvents,
+        clock: Callable[[], float],
+    ) -> None:
+        """`clock` gives seconds since 1970, for the events."""
+        self.vm = vm  # as the controller has it
+        self.name = vm.tart_name
+        self.status: Status = "pending"
+        self.message = ""
+        self.running = False
+        self.observed = 0  # the generation that was last acted upon
+        self.image_fqn = ""
+        self.reported: dict[str, Any] | None = None  # what the controller has acknowledged
+        self.ended = trio.Event()  # it holds none of the host's resources any more, but for its disk
+        self._driver = driver
+        self._changed = changed
+        self._send_events = send_events
+        self._clock = clock
+        self._life = trio.CancelScope()
+        self._news = trio.Event()  # that the specification has changed, or the guest has ended
+        self._unwanted = trio.Event()
+        self._exists = False  # whole, on the disk
+        self._hardware = hardware(vm)  # that it was last given
+        self._scripted = False  # the startup script has run to its end
+
+    # -- orders and answers
+
+    def follow(self, vm: VM) -> None:
+        """Take over what the controller says now."""
+        self.vm = vm
+        self._tell_self()
+
+    def fail(self, reason: str) -> None:
+        """End this life, as failed for a reason."""
+        self._show(status="failed", message=reason, running=False)
+        self._life.cancel()
+
+    def remove(self) -> None:
+        """End this life, and leave nothing of it on the host."""
+        self._life.cancel()
+        self._unwanted.set()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was told to end, and may still hold something."""
+        return self._life.cancel_called and not self.ended.is_set()
+
+    def report(self) -> dict[str, Any]:
+        """What the controller is to know."""
+        return {
+            "uid": self.vm.uid,
+            "restart_count": self.vm.state.restart_count,
+            "status": self.status,
+            "status_message": self.message,
+            "image_fqn": self.image_fqn,
+            "observedGeneration": self.observed,
+            "conditions": [{"type": "running", "state": "true" if self.running else "false"}],
+        }
+
+    def _show(
+        self,
+        *,
+        status: Status | None = None,
+        message: str | None = None,
+        running: bool | None = None,
+        observed: int | None = None,
+    ) -> None:
+        if self.status == "failed":
+            return  # for good; what happens while it ends is no news
+        self.status = self.status if status is None else status
+        self.message = self.message if message is None else message
+        self.running = self.running if running is None else running
+        self.observed = self.observed if observed is None else observed
+        self._changed()
+
+    def _tell_self(self) -> None:
+        self._news.set()
+        self._news = trio.Event()
+
+    # -- the task
+
+    async def tend(self, after: Sequence[trio.Event] = ()) -> None:
+        """Live, once all of `after` have come to pass, until the VM is removed."""
+        await self._whole(partial(self._begin, after))
+
+    async def keep(self) -> None:
+        """Watch over a VM that an earlier worker left at rest, or not at all, until it is removed."""
+        self._exists = True
+        await self._whole(self._stay)
+
+    async def _whole(self, live: Callable[[], Awaitable[None]]) -> None:
+        removed = False
+        try:
+            try:
+                with self._life:
+                    await live()
+            except* DriverError as group:
+                self.fail(str(first(group)))
+            except* Exception as group:
+                log.exception("the task of a VM failed", extra={"vm": self.vm.name}, exc_info=group)
+                self.fail("internal error of the worker; its log says more")
+            self.ended.set()
+            while not removed:
+                await self._unwanted.wait()
+                self._unwanted = trio.Event()
+                removed = await self._remove()
+        finally:
+            if not removed and not self._at_rest():
+                with trio.move_on_after(REMOVE_SECONDS, shield=True):
+                    await self._remove()
+            self.ended.set()
+
+    def _at_rest(self) -> bool:
+        return self._exists and self.vm.spec.power_state != "running" and not self.running and self.status == "running"
+
+    async def _begin(self, after: Sequence[trio.Event]) -> None:
+        for event in after:
+            await event.wait()
+        await self._create(self.vm)
+        await self._stay()
+
+    async def _stay(self) -> None:
+        """Be as the specification says, generation by generation."""
+        while self.status != "failed":
+            vm = self.vm
+            if hardware(vm) != self._hardware and vm.spec.power_state != "suspended":
+                cpu, memory, disk_size = self._hardware = hardware(vm)
+                await self._driver.configure(self.name, cpu=cpu, memory=memory, disk_size=disk_size)
+            if vm.spec.power_state == "running":
+                await self._run(vm)
+            else:
+                await self._rest(vm)
+
+    async def _create(self, vm: VM) -> None:
+        spec = vm.spec
+
+        def pulling(percent: int) -> None:
+            self._show(message=f"pulling image: {percent} %")
+
+        self._show(message="pulling image" if spec.image_pull_policy == "Always" else "cloning image")
+        if spec.image_pull_policy == "Always":
+            await self._driver.pull(spec.image, pulling)
+            self._show(message="cloning image")
+        # Only a local VM can be suspended, and its name has no slash in it.
+        sources = [] if "/" in spec.image else await self._driver.list_vms()
+        resumes = any(source.name == spec.image and source.state == "suspended" for source in sources)
+        await self._driver.clone(spec.image, self.name, pulling)
+        self.image_fqn = await self._driver.fqn(spec.image)
+        if not resumes:  # what was suspended can only go on as the machine that it was
+            cpu, memory, disk_size = hardware(vm)
+            await self._driver.configure(
+                self.name,
+                cpu=cpu,
+                memory=memory,
+                disk_size=disk_size,
+                random_mac=True,
+                random_serial=spec.random_serial,
+            )
+        self._exists, self._hardware = True, hardware(vm)
+        self._show(message="starting")
+
+    async def _rest(self, vm: VM) -> None:
+        """Be stopped or suspended, until there is a newer generation."""
+        self._show(status="running", message="", running=False, observed=vm.meta.generation)
+        await self._newer(vm)
+
+    async def _newer(self, vm: VM) -> None:
+        while self.vm.meta.generation == vm.meta.generation:
+            await self._news.wait()
+
+    async def _run(self, vm: VM) -> None:
+        """Run the VM until there is a newer generation, and end it then. Raises DriverError."""
+        ended = trio.Event()
+
+        async def guest(task_status: trio.TaskStatus[None]) -> None:
+            await self._driver.run(self.name, run_options(vm), task_status=task_status)
+            ended.set()
+            self._tell_self()
+
+        async with trio.open_nursery() as nursery:  # the guest ends last, and with it everything that uses it
+            await nursery.start(guest)
+            self._show(status="running", message="", running=True, observed=vm.meta.generation)
+            async with trio.open_nursery() as using:
+                using.start_soon(self._run_script, vm)
+                while self.vm.meta.generation == vm.meta.generation and not ended.is_set():
+                    await self._news.wait()
+                using.cancel_scope.cancel()
+            if ended.is_set():
+                raise DriverError(SHUT_DOWN)
+            await self._end_guest(vm, self.vm)
+            await ended.wait()
+        self._show(running=False)
+
+    async def _end_guest(self, old: VM, new: VM) -> None:
+        suspend = old.spec.suspendable and new.spec.power_state != "stopped" and hardware(old) == hardware(new)
+        with suppress(NotRunning):  # then it has just ended, which is what was wanted
+            await (self._driver.suspend(self.name) if suspend else self._driver.stop(self.name))
+
+    async def _run_script(self, vm: VM) -> None:
+        """Run the startup script, and deliver what it prints. Raises DriverError.
+
+        It runs once in a life. One that was cut off by a new generation is run again.
+        """
+        script, spec = vm.spec.startup_script, vm.spec
+        if script is None or not script.script_content or self._scripted:
+            return
+        send, receive = trio.open_memory_channel[Event](LINES)
+
+        async def on_line(line: str) -> None:
+            await send.send(Event(kind="log_line", payload=line, timestamp=int(self._clock())))
+
+        failure: DriverError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._deliver, vm, receive)
+            async with send:
+                try:
+                    await self._driver.run_script(
+                        self.name,
+                        script.script_content,
+                        env=script.env,
+                        username=spec.username,
+                        password=spec.password,
+                        bridged=bool(spec.net_bridged),
+                        on_line=on_line,
+                    )
+                except DriverError as error:
+                    failure = error  # told after all that was printed before it
+        if failure is not None:
+            raise failure
+        self._scripted = True
+
+    async def _deliver(self, vm: VM, lines: trio.MemoryReceiveChannel[Event]) -> None:
+        async with lines:
+            async for event in lines:
+                batch = [event]
+                size = len(event.payload)
+                while size < BATCH_CHARACTERS:
+                    try:
+                        event = lines.receive_nowait()
+                    except (trio.WouldBlock, trio.EndOfChannel):
+                        break
+                    batch.append(event)
+                    size += len(event.payload)
+                await self._send_events(vm, batch)
+
+    async def _remove(self) -> bool:
+        """Delete the VM from the host, and give whether it is gone."""
+        try:
+            try:
+                await self._driver.delete(self.name)
+            except NoSuchVM:
+                raise
+            except DriverError:
+                with suppress(NotRunning):
+                    await self._driver.stop(self.name)
+                await self._driver.delete(self.name)
+        except NoSuchVM:
+            return True
+        except DriverError as error:
+            log.error("a VM could not be deleted from this host", extra={"vm": self.name, "reason": str(error)})
+            return False
+        return True
+
+
+def hardware(vm: VM) -> tuple[int, int, int]:
+    """What is set while the VM does not run: CPUs, MiB, GB of disk."""
+    return vm.state.assigned_cpu, vm.state.assigned_memory, vm.spec.disk_size
+
+
+def run_options(vm: VM) -> RunOptions:
+    """What holds for one run."""
+    spec = vm.spec
+    return RunOptions(
+        headless=spec.headless,
+        softnet=spec.net_softnet,
+        softnet_allow=spec.net_softnet_allow,
+        softnet_block=spec.net_softnet_block,
+        bridged=spec.net_bridged,
+        nested=spec.nested,
+        suspendable=spec.suspendable,
+        dirs=tuple(SharedDir(dir_.name, dir_.path, dir_.ro) for dir_ in spec.host_dirs),
+    )

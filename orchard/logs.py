@@ -1,0 +1,50 @@
+"""The log: one line on stderr for each record, as `key=value` pairs. Law: formats and writes; decides nothing.
+
+Whatever a record holds stays on its line: a value with anything but plain characters in it is quoted as JSON, a
+traceback included, so that nobody can forge a line by a clever name. Fields come from `extra=` of the logging call.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import re
+import sys
+
+_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, equals sign and backslash
+
+
+def plain(value: object) -> str:
+    """Give a value as it stands in a line: bare if it is one plain word, else quoted."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+class LineFormatter(logging.Formatter):
+    """Formats `time=... level=... logger=... msg="..." field=value ...`, times in UTC."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        pairs: dict[str, object] = {
+            "time": when.strftime("%Y-%m-%dT%H:%M:%S.") + f"{when.microsecond // 1000:03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": record.getMessage(),
+        }
+        pairs.update((key, value) for key, value in vars(record).items() if key not in _STANDARD)
+        if record.exc_info:
+            pairs["traceback"] = self.formatException(record.exc_info)
+        return " ".join(f"{key}={plain(value)}" for key, value in pairs.items())
+
+
+def configure(*, debug: bool, quiet: bool = False) -> None:
+    """Send what the process logs to stderr: from INFO on; with `debug` all of Orchard's own; `quiet`: warnings only."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.getLogger("orchard").setLevel(logging.DEBUG if debug else level)
+    # Says goodbye to each connection at INFO; what matters of it is in the request log.
+    logging.getLogger("trio-websocket").setLevel(logging.WARNING)

@@ -1,0 +1,78 @@
+"""Which workers are alive. Law: in memory only; no I/O, its clock is handed in.
+
+Liveness is the time since a worker's last sign of life, by the controller's own monotonic clock at receipt: nobody's
+wall clock, and nothing that happened while the controller was away, can make a worker look dead or alive. Signs of
+life are its registration, its heartbeats, the pongs on its watch, and its polls of its VMs. A poll counts only when it
+comes from where one of the others came from, because anybody may list a worker's VMs.
+
+`last_seen`, the time in the API, is what the worker's own clock said: it tells a heartbeat from other changes.
+It is not stored; a thousand heartbeats cost the disk nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from orchard.schema import Worker
+
+Source = tuple[str, str]  # (service account, address of the host)
+
+
+class Presence:
+    """`seen` is the live table that the scheduler reads: worker name -> its last sign of life, in seconds of `clock`.
+
+    `returned` is called when a worker gives a sign of life that had been offline.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        offline_timeout: float,
+        returned: Callable[[], None],
+        known: Iterable[str] = (),
+    ) -> None:
+        """`known` are the workers of before the start, to whom the whole time-out is given anew."""
+        self._clock = clock
+        self._offline_timeout = offline_timeout
+        self._returned = returned
+        self._last_seen: dict[str, datetime.datetime] = {}
+        self._source: dict[str, Source] = {}
+        self.seen: dict[str, float] = dict.fromkeys(known, clock())
+
+    def alive(self, worker: str) -> None:
+        """Note a sign of life."""
+        now = self._clock()
+        offline = now >= self.seen.get(worker, -self._offline_timeout) + self._offline_timeout
+        self.seen[worker] = now
+        if offline:
+            self._returned()
+
+    def arrived(self, worker: str, source: Source) -> None:
+        """Note a sign of life that only the worker gives, and where it comes from."""
+        self._source[worker] = source
+        self.alive(worker)
+
+    def heartbeat(self, worker: str, source: Source, last_seen: datetime.datetime) -> bool:
+        """Note a heartbeat, if it is one: if `last_seen` is later than the one before."""
+        before = self._last_seen.get(worker)
+        if before is not None and last_seen <= before:
+            return False
+        self._last_seen[worker] = last_seen
+        self.arrived(worker, source)
+        return True
+
+    def polled(self, worker: str, source: Source) -> None:
+        """Note that somebody at `source` asked for the worker's VMs."""
+        if self._source.get(worker) == source:
+            self.alive(worker)
+
+    def forget(self, worker: str) -> None:
+        self.seen.pop(worker, None)
+        self._last_seen.pop(worker, None)
+        self._source.pop(worker, None)
+
+    def shown(self, worker: Worker) -> Worker:
+        """Give a worker as the API shows it, with its last_seen."""
+        return replace(worker, last_seen=self._last_seen.get(worker.name))

@@ -1,0 +1,512 @@
+"""The worker role: what the controller wants on this host, made so. Law: it composes; life.py has one VM's life.
+
+`python -m orchard.worker` runs it; `Worker.run` is the same for an embedding program.
+
+Two things go on beside each other. A *session* is the worker's talk with the controller: registration, heartbeats, a
+watch over which it is told to look again, the look itself (`sync`), and the reports. It ends at the first failure and
+begins anew after a pause. The VMs' tasks (`Instance`) are in a nursery around it: they don't notice.
+
+A look compares what the controller has with what is here, and ACTIONS says for each pair of states what to do. It gives
+orders and waits for nothing; what is to end is ordered first, and what is to begin waits until that has ended, because
+the scheduler has given its place away already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import logging
+import os
+import platform
+import random
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import trio
+
+from orchard import __version__, logs
+from orchard.auth import BootstrapToken
+from orchard.client import Client, ClientError, ConnectError, ResponseError
+from orchard.codec import encode
+from orchard.groups import first, unwrapped
+from orchard.life import Instance
+from orchard.lock import LockError, locked
+from orchard.options import count, orchard_home, pairs, resources
+from orchard.schema import (
+    DEFAULT_CPU,
+    DEFAULT_MEMORY,
+    LOGICAL_CORES,
+    MEMORY_MIB,
+    NAME,
+    TART_VMS,
+    VM,
+    Arch,
+    Event,
+    Runtime,
+)
+from orchard.schema import Worker as WorkerNoun
+from orchard.synthetic import SyntheticDriver
+from orchard.tart import Driver, DriverError, NotRunning, TartDriver, check_dhcp_lease, find_tart, machine_id
+
+HEARTBEAT_SECONDS = 15.0  # the controller calls a worker offline after 180
+SYNC_SECONDS = 5.0  # between two looks that nobody asked for
+FIRST_PAUSE, LAST_PAUSE = 0.1, 1.5  # seconds between sessions, doubling: back within two seconds of the controller
+JITTER = 0.5  # share of a pause that is left to chance, so that a thousand workers don't come at once
+MACOS_VMS = 2  # that Apple's licence allows to run on one host
+OWN = "orchard-"  # with which the name of every local VM begins that is ours
+LOST = "lost: the worker was restarted, and the VM does not run any more"
+EXIT_REFUSED = 2
+
+Local = Literal["absent", "pending", "running", "failed"]
+Action = Literal["none", "create", "lost", "report", "follow", "stop", "fail", "remove"]
+
+# (here, at the controller) -> what to do
+ACTIONS: Mapping[tuple[Local, Local], Action] = {
+    ("absent", "absent"): "none",
+    ("absent", "pending"): "create",
+    ("absent", "running"): "lost",
+    ("absent", "failed"): "none",
+    ("pending", "absent"): "remove",
+    ("pending", "pending"): "report",
+    ("pending", "running"): "fail",  # nobody but this worker could have said that it runs
+    ("pending", "failed"): "stop",
+    ("running", "absent"): "remove",
+    ("running", "pending"): "report",
+    ("running", "running"): "follow",
+    ("running", "failed"): "stop",
+    ("failed", "absent"): "remove",
+    ("failed", "pending"): "report",
+    ("failed", "running"): "report",
+    ("failed", "failed"): "none",
+}
+
+log = logging.getLogger("orchard.worker")
+
+
+class RefusedError(Exception):
+    """The controller does not let this worker in, and never has: asking again would not help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a worker says of itself when it registers."""
+
+    name: str
+    arch: Arch
+    runtime: Runtime
+    machine_id: str
+    resources: Mapping[str, int]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    default_cpu: int = DEFAULT_CPU
+    default_memory: int = DEFAULT_MEMORY  # MiB
+
+
+class Worker:
+    """One worker. It closes neither `client` nor anything of `driver`'s."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        client: Client,
+        driver: Driver,
+        *,
+        clock: Callable[[], float] = time.time,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        """`clock` gives seconds since 1970, `chance` numbers from 0 to 1."""
+        self.identity = identity
+        self.name = identity.name
+        self.instances: dict[str, Instance] = {}  # by the VM's name on this host
+        self._client = client
+        self._driver = driver
+        self._clock = clock
+        self._chance = chance
+        self._last_seen = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+        self._look = trio.Event()
+        self._dirty = trio.Event()
+        self._admitted = False  # whether the controller has ever let us in
+        self._settled = False  # whether what an earlier worker left here is dealt with
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Work until cancelled; `started()` once registered. VMs end with it. Raises RefusedError."""
+        async with trio.open_nursery() as vms:  # they outlive every session
+            waiting = 0
+            while True:
+                began = trio.current_time()
+                refusal: BaseException | None = None
+                try:
+                    await self._session(vms, task_status)
+                except* RefusedError as group:
+                    refusal = first(group)
+                except* ClientError as group:
+                    reason = str(first(group))
+                    log.warning("no session with the controller", extra={"worker": self.name, "reason": reason})
+                except* Exception as group:
+                    log.exception("a session failed", extra={"worker": self.name}, exc_info=group)
+                if refusal is not None:
+                    raise refusal
+                waiting = 0 if trio.current_time() - began > HEARTBEAT_SECONDS else waiting + 1
+                pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(waiting, 10))
+                await trio.sleep(pause * (1 - JITTER * self._chance()))
+
+    # -- the session
+
+    async def _session(self, vms: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        await self._register()
+        if not self._settled:
+            await self._settle(vms)
+            self._settled = True
+        log.info("registered with the controller", extra={"worker": self.name})
+        task_status.started()
+        task_status = trio.TASK_STATUS_IGNORED
+        self._changed()
+        async with trio.open_nursery() as session:  # the first of them to fail ends the others
+            session.start_soon(self._heartbeat)
+            session.start_soon(self._listen)
+            session.start_soon(self._report)
+            while True:
+                await self.sync(vms)
+                with trio.move_on_after(SYNC_SECONDS):
+                    await self._look.wait()
+                self._look = trio.Event()
+
+    async def _register(self) -> None:
+        try:
+            stored = await self._client.workers.register(self._description())
+        except ResponseError as error:
+            if error.status in (401, 403) and not self._admitted:
+                raise RefusedError(f"the controller refuses this worker: {error.message}") from error
+            raise
+        self._admitted = True
+        self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
+
+    def _description(self) -> dict[str, Any]:
+        """Give the worker as the API takes it, with a last_seen that is later than every one before."""
+        now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
+        self._last_seen = max(now, self._last_seen + datetime.timedelta(microseconds=1))
+        who = self.identity
+        return encode(
+            WorkerNoun(
+                name=who.name,
+                arch=who.arch,
+                runtime=who.runtime,
+                resources=who.resources,
+                labels=who.labels,
+                default_cpu=who.default_cpu,
+                default_memory=who.default_memory,
+                machine_id=who.machine_id,
+                last_seen=self._last_seen,
+            )
+        )
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await trio.sleep(HEARTBEAT_SECONDS)
+            await self._client.workers.put(self.name, self._description())
+
+    async def _listen(self) -> None:
+        """Follow the watch: every action that comes over it means that there is something to look at."""
+        async with self._client.rpc_watch(self.name) as actions:
+            async for action in actions:
+                if "syncVMsAction" in action:
+                    self._look.set()
+
+    def _changed(self) -> None:
+        self._dirty.set()
+
+    async def _report(self) -> None:
+        """Tell the controller what the instances have to say, each as soon as it changes."""
+        while True:
+            await self._dirty.wait()
+            self._dirty = trio.Event()
+            for instance in list(self.instances.values()):
+                report = instance.report()
+                if report != instance.reported:
+                    await self._report_one(instance, report)
+
+    async def _report_one(self, instance: Instance, report: dict[str, Any]) -> None:
+        try:
+            await self._client.vms.report(instance.vm.name, report)
+        except ResponseError as error:
+            if error.status >= 500:
+                raise
+            if error.status != 404:  # else it is gone or has another life, as the next look will show
+                log.error("a report was refused", extra={"vm": instance.vm.name, "reason": error.message})
+        instance.reported = report
+
+    async def _send_events(self, vm: VM, events: Sequence[Event]) -> None:
+        """Deliver a script's output, however long the controller is away. It may come twice, but never not at all."""
+        for pause in self._pauses():
+            try:
+                await self._client.vms.append_events(vm.name, [encode(event) for event in events], uid=vm.uid)
+            except ConnectError:
+                await trio.sleep(pause)
+            except ResponseError as error:
+                if error.status == 503:
+                    await trio.sleep(pause)
+                    continue
+                if error.status != 404:
+                    log.error("output was not taken", extra={"vm": vm.name, "reason": error.message})
+                return
+            else:
+                return
+
+    def _pauses(self) -> Iterator[float]:
+        pause = FIRST_PAUSE
+        while True:
+            yield pause * (1 - JITTER * self._chance())
+            pause = min(LAST_PAUSE, 2 * pause)
+
+    # -- the look
+
+    async def _settle(self, vms: trio.Nursery) -> None:
+        """Deal with what an earlier worker left on this host: keep what is at rest, end and delete all else of ours.
+
+        Nothing that is not ours is touched.
+        """
+        wanted = {vm.tart_name: vm for vm in await self._client.vms.list(worker=self.name)}
+        try:
+            found = [local for local in await self._driver.list_vms() if local.name.startswith(OWN)]
+        except DriverError as error:
+            raise ClientError(f"cannot tell which VMs are on this host: {error}") from error
+        for local in found:
+            vm = wanted.get(local.name)
+            if local.state == "running":
+                await self._end_stranger(local.name)
+            if vm is None or vm.state.status == "pending":
+                await self._delete_stranger(local.name)
+                continue
+            instance = self._instance(vm)
+            if vm.resting and local.state != "running":
+                log.info("found a VM at rest", extra={"vm": vm.name})
+            else:
+                instance.fail(LOST)
+            vms.start_soon(self._tend, instance, instance.keep)
+
+    async def _end_stranger(self, name: str) -> None:
+        try:
+            await self._driver.stop(name)
+        except NotRunning:
+            return
+        except DriverError as error:
+            log.error("cannot stop a VM that was left here", extra={"vm": name, "reason": str(error)})
+
+    async def _delete_stranger(self, name: str) -> None:
+        try:
+            await self._driver.delete(name)
+        except DriverError as error:
+            log.error("cannot delete a VM that was left here", extra={"vm": name, "reason": str(error)})
+        else:
+            log.info("deleted a VM that was left here", extra={"vm": name})
+
+    async def sync(self, vms: trio.Nursery) -> None:
+        """Look at what the controller has for this worker, and give orders. Raises ClientError."""
+        wanted = {vm.tart_name: vm for vm in await self._client.vms.list(worker=self.name)}
+        actions = {
+            name: ACTIONS[_status(self.instances.get(name)), _status(wanted.get(name))]
+            for name in [*self.instances, *(name for name in wanted if name not in self.instances)]
+        }
+        for name, action in actions.items():
+            if name in self.instances:
+                self._order(self.instances[name], wanted.get(name), action)
+        ending = [instance.ended for instance in self.instances.values() if instance.ending]
+        for name, action in actions.items():
+            if action == "create":
+                instance = self._instance(wanted[name])
+                vms.start_soon(self._tend, instance, partial(instance.tend, ending))
+            elif action == "lost":
+                instance = self._instance(wanted[name])
+                instance.fail(LOST)
+                vms.start_soon(self._tend, instance, instance.keep)
+
+    def _order(self, instance: Instance, vm: VM | None, action: Action) -> None:
+        if vm is None:
+            instance.remove()
+            return
+        if action == "fail":
+            instance.fail("the controller believes that the VM runs, and it does not yet")
+        elif action == "stop":
+            instance.fail(vm.state.status_message)
+        elif action in ("follow", "report"):
+            instance.follow(vm)
+            if not _knows(vm, instance.report()):
+                instance.reported = None
+                self._changed()
+
+    def _instance(self, vm: VM) -> Instance:
+        instance = Instance(
+            vm, self._driver, changed=self._changed, send_events=self._send_events, clock=self._clock
+        )  # fmt: skip
+        self.instances[instance.name] = instance
+        return instance
+
+    async def _tend(self, instance: Instance, task: Callable[[], Any]) -> None:
+        try:
+            await task()
+        finally:
+            del self.instances[instance.name]
+
+
+def _status(one: Instance | VM | None) -> Local:
+    if one is None:
+        return "absent"
+    return one.status if isinstance(one, Instance) else one.state.status
+
+
+def _knows(vm: VM, report: Mapping[str, Any]) -> bool:
+    """Whether the controller has what a report says."""
+    state = vm.state
+    return (
+        state.status == report["status"]
+        and state.status_message == report["status_message"]
+        and state.observed_generation >= report["observedGeneration"]
+        and vm.condition("running") is (report["conditions"][0]["state"] == "true")
+    )
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def architecture() -> Arch:
+    return "arm64" if platform.machine().lower() in ("arm64", "aarch64") else "amd64"
+
+
+def host_resources(runtime: str) -> dict[str, int]:
+    """What this host offers to VMs."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024**2
+    offered = {LOGICAL_CORES: os.cpu_count() or 1, MEMORY_MIB: memory}
+    return offered if runtime == "vetu" else {TART_VMS: MACOS_VMS, **offered}
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchard.worker", description="Run VMs on this host for an Orchard controller."
+    )
+    add = parser.add_argument
+    add("url", metavar="CONTROLLER_URL", help="e.g. https://controller.example.com:6120")
+    token = parser.add_mutually_exclusive_group()
+    token.add_argument(
+        "--bootstrap-token", metavar="T", help="what lets this worker in (visible to others on the host)"
+    )
+    token.add_argument("--bootstrap-token-stdin", action="store_true", help="read it from standard input")
+    add("--name", metavar="N", help="name of this worker; default: the host's")
+    add("--runtime", choices=("tart", "vetu", "synthetic"), default="tart",
+        help="what runs VMs; synthetic ones are directories, for trying things out")  # fmt: skip
+    add("--tart", metavar="PATH", help="the tart (or vetu) program; default: the one on PATH")
+    add(
+        "--resources", metavar="K=V,..", type=resources, default={}, help="resources to offer, instead of what is found"
+    )
+    add("--labels", metavar="K=V,..", type=pairs, default={}, help="labels that VMs can ask for")
+    add("--default-cpu", metavar="N", type=count, default=DEFAULT_CPU, help="CPUs of a VM that names none")
+    add("--default-memory", metavar="MIB", type=count, default=DEFAULT_MEMORY, help="memory of a VM that names none")
+    add("--no-pki", action="store_true", help="trust no host's CAs: a certificate must be in the bootstrap token")
+    add("--workers", metavar="N", type=count, default=1, help="run N synthetic workers, NAME-1 to NAME-N")
+    add("--debug", action="store_true", help="log more")
+    add("--version", action="version", version=f"orchard {__version__}")
+    return parser
+
+
+def worker_name(options: argparse.Namespace) -> str:
+    """The worker's name: as given, or the host's with what a name can't hold replaced."""
+    return options.name or re.sub(r"[^A-Za-z0-9:_.-]", "-", socket.gethostname()) or "worker"
+
+
+def bootstrap_token(parser: argparse.ArgumentParser, options: argparse.Namespace) -> BootstrapToken | None:
+    """Read the bootstrap token, if there is one. Exits with 2 when it is none."""
+    text = sys.stdin.readline() if options.bootstrap_token_stdin else options.bootstrap_token
+    if text is None:
+        return None
+    try:
+        return BootstrapToken.parse(text)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def connect(parser: argparse.ArgumentParser, options: argparse.Namespace, token: BootstrapToken | None) -> Client:
+    """Make the client that the command line describes, without connecting. Exits with 2 when it can't be."""
+    certificate = token.certificate if token is not None else None
+    if options.no_pki and certificate is None and options.url.lower().startswith("https:"):
+        parser.error("--no-pki needs a bootstrap token with the controller's certificate in it")
+    try:
+        if token is None:
+            return Client(options.url)
+        return Client(options.url, account=token.account, token=token.token, certificate=certificate)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+async def work(options: argparse.Namespace, client: Client) -> None:
+    """Run the workers of a command line until cancelled. Raises RefusedError, DriverError."""
+    name, host = worker_name(options), await machine_id()
+    synthetic = options.runtime == "synthetic"
+    runtime: Runtime = "vetu" if options.runtime == "vetu" else "tart"
+    names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
+    if not synthetic and (warning := check_dhcp_lease()):
+        log.warning(warning)
+    async with client, trio.open_nursery() as nursery:
+        for each in names:
+            driver: Driver = (
+                SyntheticDriver(orchard_home() / "synthetic" / name / each)
+                if synthetic
+                else TartDriver(find_tart(options.tart, runtime), vetu=runtime == "vetu")
+            )
+            identity = Identity(
+                name=each,
+                arch="arm64" if synthetic else architecture(),
+                runtime=runtime,
+                machine_id=host,
+                resources={**host_resources(runtime), **options.resources},
+                labels=options.labels,
+                default_cpu=options.default_cpu,
+                default_memory=options.default_memory,
+            )
+            nursery.start_soon(Worker(identity, client, driver).run)
+
+
+async def until_signal(options: argparse.Namespace, client: Client) -> None:
+    """Work until SIGTERM or SIGINT."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work, options, client)
+            async for number in signals:
+                log.info("stopping", extra={"signal": signal.Signals(number).name})
+                nursery.cancel_scope.cancel()
+                return
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; give the exit status."""
+    parser = arguments()
+    options = parser.parse_args(argv)
+    if options.workers > 1 and options.runtime != "synthetic":
+        parser.error("--workers is for --runtime synthetic: one host's VMs belong to one worker")
+    if not NAME.fullmatch(worker_name(options)):
+        parser.error(f'--name "{options.name}": expected letters, digits and : _ . -')
+    client = connect(parser, options, bootstrap_token(parser, options))
+    logs.configure(debug=options.debug)
+    synthetic = options.runtime == "synthetic"
+    try:
+        if not synthetic:
+            find_tart(options.tart, options.runtime)
+        # Two workers with the same VMs in front of them would delete each other's.
+        place = orchard_home() / "synthetic" / worker_name(options) if synthetic else orchard_home()
+        with locked(place, "worker.lock"), unwrapped():
+            trio.run(until_signal, options, client, strict_exception_groups=True)
+    except RefusedError as error:
+        print(f"orchard worker: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except (LockError, DriverError) as error:
+        print(f"orchard worker: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,564 @@
+"""The REST API's handlers, request by request: bodies, statuses, roles, defaults, what changes and what must not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from served import BEGAN, Served, served
+from trio.testing import assert_no_checkpoints
+
+from orchard import __version__, auth
+from orchard.api import API, OPERATIONS
+from orchard.http1 import Headers, Request
+from orchard.openapi import Operation
+from orchard.schema import ServiceAccount
+
+SHARED = Path(__file__).parent.parent.parent / "shared" / "openapi.yaml"
+
+
+@pytest.fixture
+async def api(tmp_path: Path) -> Any:
+    async with served(tmp_path) as serving:
+        yield serving
+
+
+# ---- VMs -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_created_vm_is_answered_with_its_defaults(api: Served) -> None:
+    vm = await api.create("hello")
+    uid = vm["uid"]
+    assert len(uid) == 36
+    assert vm == {
+        "name": "hello",
+        "image": "image",
+        "uid": uid,
+        "createdAt": "2026-01-31T12:00:00Z",
+        "version": 1,
+        "generation": 1,
+        "imagePullPolicy": "IfNotPresent",
+        "os": "darwin",
+        "arch": "arm64",
+        "runtime": "tart",
+        "netSoftnet": False,
+        "net-softnet": False,
+        "suspendable": False,
+        "headless": False,
+        "nested": False,
+        "username": "admin",
+        "password": "admin",
+        "restart_policy": "Never",
+        "resources": {"org.cirruslabs.tart-vms": 1},
+        "powerState": "running",
+        "status": "pending",
+        "cpu": 0,
+        "memory": 0,
+        "conditions": [{"type": "scheduled", "state": "false"}, {"type": "running", "state": "false"}],
+        "localName": f"orchard-hello-{uid}-0",
+        "tartName": f"orchard-hello-{uid}-0",
+    }
+    assert await api.ok("GET", "/vms/hello") == vm
+    assert await api.ok("GET", "/vms") == [vm]
+
+
+async def test_lists_are_sorted_by_name_and_empty_ones_are_lists(api: Served) -> None:
+    assert await api.ok("GET", "/vms") == []
+    assert await api.ok("GET", "/workers") == []
+    assert await api.ok("GET", "/service-accounts") == []
+    for name in ("b", "a", "c"):
+        await api.create(name)
+    assert [vm["name"] for vm in await api.ok("GET", "/vms")] == ["a", "b", "c"]
+
+
+async def test_a_client_that_sends_a_vm_back_whole_changes_nothing(api: Served) -> None:
+    vm = await api.create("vm", labels={"a": "b"}, netSoftnet=True, suspendable=True)
+    revision = api.state.revision
+    sent = {**vm, "status": "running", "uid": "other", "worker": "w", "generation": 9, "createdAt": BEGAN.isoformat()}
+    assert await api.ok("PUT", "/vms/vm", sent) == vm
+    assert await api.ok("PATCH", "/vms/vm", sent) == vm
+    assert api.state.revision == revision
+
+
+async def test_put_takes_absent_booleans_for_false_and_patch_leaves_them(api: Served) -> None:
+    await api.create("vm", headless=True, netSoftnetAllow=["10.0.0.0/8"])
+    patched = await api.ok("PATCH", "/vms/vm", {"cpu": 6})
+    assert (patched["headless"], patched["cpu"], patched["generation"]) == (True, 6, 2)
+    replaced = await api.ok("PUT", "/vms/vm", {"image": "image"})
+    assert (replaced["headless"], replaced["cpu"], replaced["generation"]) == (False, 6, 3)
+    assert "netSoftnetAllow" not in replaced
+
+
+async def test_a_deleted_vm_is_gone_and_its_name_is_free_for_another(api: Served) -> None:
+    first = await api.create("vm")
+    await api.ok("POST", "/vms/vm/events", [{"kind": "log_line", "payload": "old", "timestamp": 1}])
+    assert await api.ok("DELETE", "/vms/vm") is None
+    assert (await api.call("GET", "/vms/vm")).message == 'VM "vm" does not exist'
+    second = await api.create("vm")
+    assert second["uid"] != first["uid"]
+    assert second["version"] > first["version"]
+    assert await api.ok("GET", "/vms/vm/events") == []
+
+
+async def test_the_filter_gives_a_workers_vms(api: Served) -> None:
+    await api.register("w")
+    for name in ("a", "b", "c"):
+        await api.create(name)
+    api.schedule()
+    assert [vm["name"] for vm in await api.ok("GET", "/vms?filter=worker=w")] == ["a", "b"]
+    assert [vm["name"] for vm in await api.ok("GET", "/vms?filter=worker=w,worker=w")] == ["a", "b"]
+    assert await api.ok("GET", "/vms?filter=worker=w,worker=x") == []
+    assert await api.ok("GET", "/vms?filter=worker=x") == []
+    assert len(await api.ok("GET", "/vms?filter=")) == 3
+
+
+async def test_host_dirs_need_a_policy(api: Served) -> None:
+    host_dir = {"name": "src", "path": "/Users/ci/src"}
+    refusal = await api.call("POST", "/vms", {"name": "vm", "image": "i", "hostDirs": [host_dir]})
+    assert refusal.status == 400
+    assert "hostDirs[0].path" in refusal.message
+    assert "/Users/ci/src" in refusal.message
+    await api.ok("PUT", "/cluster-settings", {"hostDirPolicies": [{"pathPrefix": "/Users/ci", "ro": True}]})
+    assert (await api.call("POST", "/vms", {"name": "vm", "image": "i", "hostDirs": [host_dir]})).status == 400
+    await api.create("vm", hostDirs=[{**host_dir, "ro": True}])
+    # A policy that is taken away later does not get in the way of other changes.
+    await api.ok("PUT", "/cluster-settings", {})
+    assert (await api.ok("PATCH", "/vms/vm", {"cpu": 2}))["generation"] == 2
+    assert (await api.call("PATCH", "/vms/vm", {"hostDirs": [host_dir]})).status == 400
+
+
+# ---- what a worker says of its VM ----------------------------------------------------------------------------------
+
+
+async def test_a_report_changes_what_the_worker_may_say_and_nothing_else(api: Served) -> None:
+    await api.register("w")
+    await api.create("vm")
+    api.schedule()
+    before = await api.ok("GET", "/vms/vm")
+    report = {
+        **before,
+        "image": "changed",
+        "status": "running",
+        "status_message": "",
+        "image_fqn": "image@sha256:0",
+        "observedGeneration": 1,
+        "conditions": [{"type": "running", "state": "true"}, {"type": "scheduled", "state": "false"}],
+    }
+    assert await api.ok("PUT", "/vms/vm/state", report) is None
+    after = await api.ok("GET", "/vms/vm")
+    assert after == {
+        **before,
+        "version": after["version"],
+        "status": "running",
+        "image_fqn": "image@sha256:0",
+        "observedGeneration": 1,
+        "started_at": "2026-01-31T12:00:00Z",
+        "conditions": [{"type": "scheduled", "state": "true"}, {"type": "running", "state": "true"}],
+    }
+    await api.ok("PUT", "/vms/vm/state", {"uid": before["uid"], "status": "failed", "status_message": "no disk"})
+    await api.ok("PUT", "/vms/vm/state", {"uid": before["uid"], "status": "running"})
+    failed = await api.ok("GET", "/vms/vm")
+    assert (failed["status"], failed["status_message"]) == ("failed", "no disk")
+
+
+async def test_a_report_about_another_life_of_the_vm_is_not_found(api: Served) -> None:
+    vm = await api.create("vm")
+    for stale in ({"uid": "other"}, {"uid": vm["uid"], "restart_count": 1}):
+        refusal = await api.call("PUT", "/vms/vm/state", {**stale, "status": "running"})
+        assert refusal.status == 404, stale
+    assert (await api.call("PUT", "/vms/none/state", {"status": "running"})).status == 404
+    assert await api.ok("GET", "/vms/vm") == vm
+
+
+# ---- events --------------------------------------------------------------------------------------------------------
+
+
+def line(number: int) -> dict[str, object]:
+    return {"kind": "log_line", "payload": f"line {number}", "timestamp": number}
+
+
+async def test_events_come_in_pages_and_the_cursor_ends_with_them(api: Served) -> None:
+    await api.create("vm")
+    await api.ok("POST", "/vms/vm/events", [line(n) for n in range(5)])
+    await api.ok("POST", "/vms/vm/events", None)
+    await api.ok("POST", "/vms/vm/events", [])
+    assert await api.ok("GET", "/vms/vm/events") == [line(n) for n in range(5)]
+    first = await api.call("GET", "/vms/vm/events?limit=2&order=desc")
+    assert first.body == [line(4), line(3)]
+    await api.ok("POST", "/vms/vm/events", [line(5)])
+    second = await api.call("GET", f"/vms/vm/events?limit=3&order=desc&cursor={first.headers['x-next-cursor']}")
+    assert second.body == [line(2), line(1), line(0)]
+    assert "x-next-cursor" not in second.headers
+
+
+async def test_events_meant_for_an_earlier_vm_of_that_name_are_not_found(api: Served) -> None:
+    vm = await api.create("vm")
+    await api.ok("POST", f"/vms/vm/events?uid={vm['uid']}", [line(1)])
+    refusal = await api.call("POST", "/vms/vm/events?uid=other", [line(2)])
+    assert refusal.status == 404
+    assert await api.ok("GET", "/vms/vm/events") == [line(1)]
+
+
+# ---- watching ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_watch_tells_a_vms_whole_story_and_that_of_its_successor(
+    api: Served, nursery: trio.Nursery
+) -> None:  # fmt: skip
+    created = await api.create("vm")
+    lines = await api.watch("vm", nursery)
+    assert await lines.receive() == {"type": "ADDED", "object": created}
+    changed = await api.ok("PATCH", "/vms/vm", {"cpu": 2})
+    assert await lines.receive() == {"type": "MODIFIED", "object": changed}
+    await api.ok("DELETE", "/vms/vm")
+    assert await lines.receive() == {"type": "DELETED", "object": changed}
+    again = await api.create("vm")
+    assert await lines.receive() == {"type": "ADDED", "object": again}
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_watch_that_begins_between_a_change_and_the_disk_tells_it_once(
+    api: Served, nursery: trio.Nursery
+) -> None:
+    await api.create("vm")
+    answer = await api.ask("GET", "/vms/vm?watch=1")
+    api.schedule()  # a change ("no worker has registered yet") that is in memory, and on its way to the disk
+    send, receive = trio.open_memory_channel[bytes](100)
+    nursery.start_soon(answer.produce, send.send)
+    first = json.loads(await receive.receive())
+    assert first["object"]["status_message"] == "waiting: no worker has registered yet"
+    await api.ok("DELETE", "/vms/vm")
+    assert json.loads(await receive.receive())["type"] == "DELETED"
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_vm_deleted_before_its_watch_began_is_told_as_deleted(api: Served, nursery: trio.Nursery) -> None:
+    vm = await api.create("vm")
+    answer = await api.ask("GET", "/vms/vm?watch=true")
+    await api.ok("DELETE", "/vms/vm")
+    send, receive = trio.open_memory_channel[bytes](100)
+    nursery.start_soon(answer.produce, send.send)
+    lines = [json.loads(text) for text in (await receive.receive()).splitlines()]
+    assert lines == [{"type": "ADDED", "object": vm}, {"type": "DELETED", "object": vm}]
+    nursery.cancel_scope.cancel()
+
+
+# ---- workers -------------------------------------------------------------------------------------------------------
+
+SEEN = "2026-01-31T12:00:15Z"
+
+
+async def test_registering_again_renews_a_worker_and_keeps_it_paused(api: Served) -> None:
+    worker = await api.register("w", labels={"a": "1"})
+    assert worker["createdAt"] == "2026-01-31T12:00:00Z"
+    assert (worker["arch"], worker["runtime"]) == ("arm64", "tart")
+    await api.ok("PUT", "/workers/w", {"scheduling_paused": True})
+    renewed = await api.register("w", labels={"a": "2"})
+    assert (renewed["labels"], renewed["scheduling_paused"]) == ({"a": "2"}, True)
+    refusal = await api.call("POST", "/workers", {"name": "w", "machine_id": "another"})
+    assert refusal.status == 409
+    assert '"m"' in refusal.message
+
+
+async def test_a_later_last_seen_is_a_heartbeat_and_changes_nothing_else(api: Served) -> None:
+    await api.register("w")
+    await api.ok("PUT", "/workers/w", {"scheduling_paused": True})
+    revision = api.state.revision
+    beat = await api.ok("PUT", "/workers/w", {"name": "w", "last_seen": SEEN})
+    assert (beat["last_seen"], beat["scheduling_paused"]) == (SEEN, True)
+    assert api.state.revision == revision, "a heartbeat costs the disk nothing"
+    # The same time again is no heartbeat: this is how Go clients, who leave out false, take the pause back.
+    resumed = await api.ok("PUT", "/workers/w", {"name": "w", "last_seen": SEEN})
+    assert "scheduling_paused" not in resumed
+    assert (await api.ok("GET", "/workers/w"))["last_seen"] == SEEN
+
+
+async def test_only_a_poll_from_the_workers_own_host_is_a_sign_of_life(
+    api: Served, autojump_clock: trio.testing.MockClock
+) -> None:
+    await api.register("w")
+    seen = api.cluster.presence.seen
+    began = seen["w"]
+    await trio.sleep(10)
+    await api.call("GET", "/vms?filter=worker=w", peer="10.0.0.2")
+    assert seen["w"] == began
+    await api.call("GET", "/vms?filter=worker=w", peer="10.0.0.1")
+    assert seen["w"] == began + 10
+
+
+async def test_the_vms_of_a_deleted_worker_fail_and_say_so(api: Served) -> None:
+    await api.register("w")
+    await api.create("vm")
+    api.schedule()
+    await api.ok("DELETE", "/workers/w")
+    api.schedule()
+    vm = await api.ok("GET", "/vms/vm")
+    assert (vm["status"], vm["status_message"]) == ("failed", 'worker "w" was deleted')
+    assert (await api.call("GET", "/workers/w")).status == 404
+    assert (await api.call("DELETE", "/workers/w")).status == 404
+
+
+# ---- accounts and settings -----------------------------------------------------------------------------------------
+
+
+async def test_an_account_without_a_token_gets_a_random_one(api: Served) -> None:
+    created = await api.ok("POST", "/service-accounts", {"name": "ci", "roles": ["compute:read"]})
+    assert len(created["token"]) == auth.TOKEN_LENGTH
+    changed = await api.ok("PUT", "/service-accounts/ci", {"roles": ["compute:write", "compute:write"]})
+    assert changed == {**created, "roles": ["compute:write"]}
+    assert await api.ok("GET", "/service-accounts/ci") == changed
+    assert (await api.ok("PUT", "/service-accounts/ci", {"token": "mine"}))["token"] == "mine"
+    await api.ok("DELETE", "/service-accounts/ci")
+    assert (await api.call("GET", "/service-accounts/ci")).status == 404
+
+
+async def test_settings_have_defaults_and_are_replaced_whole(api: Served) -> None:
+    defaults = {"hostDirPolicies": [], "schedulerProfile": "optimize-utilization"}
+    assert await api.ok("GET", "/cluster-settings") == defaults
+    wanted = {"hostDirPolicies": [{"pathPrefix": "/a"}], "schedulerProfile": "distribute-load"}
+    assert await api.ok("PUT", "/cluster-settings", wanted) == wanted
+    assert await api.ok("GET", "/cluster-settings") == wanted
+    assert await api.ok("PUT", "/cluster-settings", {}) == defaults
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[str, str, object, int, list[str]]] = [
+    ("GET", "/nothing", ..., 404, ["/v1/nothing"]),
+    ("POST", "/vms/vm", {}, 405, ["POST", "DELETE, GET, HEAD, PATCH, PUT"]),
+    ("POST", "/vms", ..., 400, ["body is empty", "JSON"]),
+    ("POST", "/vms", [], 400, ["[]", "object"]),
+    ("POST", "/vms", {"image": "i"}, 412, ["name", '""']),
+    ("POST", "/vms", {"name": "a/b", "image": "i"}, 412, ["name", "a/b", "A-Z"]),
+    ("POST", "/vms", {"name": "..", "image": "i"}, 412, ["name", '".."']),
+    ("POST", "/vms", {"name": "new"}, 412, ["image"]),
+    ("POST", "/vms", {"name": "new", "image": "--option"}, 412, ["image", "--option"]),
+    ("POST", "/vms", {"name": "new", "image": "i", "cpu": "4"}, 400, ["cpu", '"4"', "number"]),
+    ("POST", "/vms", {"name": "new", "image": "i", "cpu": -1}, 400, ["cpu", "-1", "0"]),
+    ("POST", "/vms", {"name": "new", "image": "i", "memory": 1.5}, 400, ["memory", "1.5"]),
+    ("POST", "/vms", {"name": "new", "image": "i", "headless": "yes"}, 400, ["headless", '"yes"', "true or false"]),
+    ("POST", "/vms", {"name": "new", "image": "i", "os": "windows"}, 412, ["os", "windows", "darwin"]),
+    ("POST", "/vms", {"name": "new", "image": "i", "restart_policy": "Always"}, 412, ["restart_policy", "OnFailure"]),
+    ("POST", "/vms", {"name": "new", "image": "i", "powerState": "suspended"}, 412, ["powerState", "suspendable"]),
+    ("POST", "/vms", {"name": "vm", "image": "i"}, 409, ["vm", "already exists"]),
+    ("GET", "/vms?filter=image=x", ..., 400, ["filter", "image=x", "worker=NAME"]),
+    ("GET", "/vms?filter=worker=", ..., 400, ["filter"]),
+    ("GET", "/vms?filter=a&filter=b", ..., 400, ["filter", "2 times"]),
+    ("GET", "/vms/vm?watch=maybe", ..., 400, ["watch", "maybe", "true or false"]),
+    ("GET", "/vms/none?watch=true", ..., 404, ["none"]),
+    ("PUT", "/vms/none", {}, 404, ["none"]),
+    ("PUT", "/vms/vm", {"image": "another"}, 412, ["image", "cannot be changed"]),
+    ("PATCH", "/vms/vm", {"powerState": "suspended"}, 412, ["powerState", "suspendable"]),
+    ("PATCH", "/vms/vm", {"image": None}, 412, ["image"]),
+    ("PATCH", "/vms/vm", [1], 400, ["[1]", "object"]),
+    ("DELETE", "/vms/none", ..., 404, ["none"]),
+    ("PUT", "/vms/vm/state", {"status": "gone"}, 412, ["status", "gone", "pending"]),
+    ("POST", "/vms/vm/events", {"kind": "log_line"}, 400, ["array"]),
+    ("POST", "/vms/vm/events", [{"kind": 1}], 400, ["[0].kind", "1"]),
+    ("GET", "/vms/none/events", ..., 404, ["none"]),
+    ("GET", "/vms/vm/events?limit=0", ..., 400, ["limit", '"0"', "from 1"]),
+    ("GET", "/vms/vm/events?limit=x", ..., 400, ["limit", '"x"']),
+    ("GET", "/vms/vm/events?order=up", ..., 400, ["order", '"up"', "desc"]),
+    ("GET", "/vms/vm/events?cursor=x", ..., 400, ["cursor", '"x"', "X-Next-Cursor"]),
+    ("POST", "/workers", {}, 412, ["name"]),
+    ("POST", "/workers", {"name": "w", "resources": {"a": -1}}, 400, ["resources", "-1"]),
+    ("POST", "/workers", {"name": "w", "machine_id": "other"}, 409, ["w"]),
+    ("PUT", "/workers/w", {"name": "x"}, 412, ["name", '"x"', '"w"']),
+    ("PUT", "/workers/w", {"last_seen": "yesterday"}, 400, ["last_seen", "yesterday"]),
+    ("PUT", "/workers/none", {}, 404, ["none"]),
+    ("POST", "/service-accounts", {"name": "a", "roles": ["root"]}, 412, ["roles", "root", "compute:read"]),
+    ("POST", "/service-accounts", {"name": "a", "roles": "root"}, 400, ["roles", "root"]),
+    ("POST", "/service-accounts", {"name": "a", "token": "x\ny"}, 412, ["token"]),
+    ("PUT", "/service-accounts/none", {}, 404, ["none"]),
+    ("PUT", "/cluster-settings", {"schedulerProfile": "best"}, 400, ["schedulerProfile", "best", "distribute-load"]),
+    ("PUT", "/cluster-settings", {"hostDirPolicies": [{"pathPrefix": "a"}]}, 400, ["hostDirPolicies[0].pathPrefix"]),
+    ("GET", "/rpc/watch?workerName=w", ..., 426, ["WebSocket"]),
+]
+
+
+@pytest.mark.parametrize(("method", "target", "body", "status", "words"), REFUSED)
+async def test_a_refusal_names_the_field_and_the_value_and_changes_nothing(
+    api: Served, method: str, target: str, body: object, status: int, words: list[str]
+) -> None:
+    await api.register("w")
+    await api.create("vm")
+    tables, revision = api.state.tables(), api.state.revision
+    refusal = await api.call(method, target, body)
+    assert refusal.status == status, refusal
+    for word in words:
+        assert word in refusal.message
+    assert (api.state.tables(), api.state.revision) == (tables, revision)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"{", b'{"name": NaN}', b'{"name":"a","name":"b"}', b'"\\ud800"', b"[" * 40, b'{"cpu": 1e999}', b"\xff", b"{} {}"],
+)
+async def test_broken_json_is_refused_and_changes_nothing(api: Served, raw: bytes) -> None:
+    for operation in OPERATIONS:
+        if operation.body is not None:
+            await api.register("w")
+            vm = await api.call("POST", "/vms", {"name": "w", "image": "i"})
+            revision = api.state.revision
+            target = operation.path.replace("{name}", "w")
+            if operation.path.startswith("/service-accounts/"):
+                await api.call("POST", "/service-accounts", {"name": "w"})
+                revision = api.state.revision
+            refusal = await api.call(operation.method, target, raw=raw)
+            assert refusal.status == 400, (operation, vm)
+            assert api.state.revision == revision
+
+
+async def test_unknown_fields_are_named_in_a_warning(api: Served) -> None:
+    answered = await api.call("POST", "/vms", {"name": "vm", "image": "i", "colour": 1, 'a"\n\\é': 2})
+    assert answered.status == 200
+    warning = answered.headers["warning"]
+    assert warning.startswith('299 orchard "unknown fields were ignored: colour, ')
+    assert warning.isascii()
+    assert warning.isprintable()
+    assert "warning" not in (await api.call("GET", "/vms/vm")).headers
+
+
+async def test_a_transaction_does_not_wait(api: Served) -> None:
+    request = Request(
+        method="POST", target="/v1/vms", headers=Headers([]), body=b'{"name": "vm", "image": "i"}'
+    )  # fmt: skip
+    api.api.admit(request)
+    with assert_no_checkpoints():
+        API.create_vm(api.api, request)
+        api.schedule()
+
+
+# ---- who may do what -----------------------------------------------------------------------------------------------
+
+ROLES_ONLY = [ServiceAccount(name=role.replace(":", "."), token="t", roles=(role,)) for role in auth.ROLES]
+NO_ROLES = ServiceAccount(name="none", token="t")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: f"{op.method} {op.path}")
+async def test_every_route_asks_for_exactly_its_role(tmp_path: Path, operation: Operation) -> None:
+    target = operation.path.replace("{name}", "nobody")
+    async with served(tmp_path, NO_ROLES, *ROLES_ONLY) as api:
+        for credentials in (None, "Basic bm9uZTp3cm9uZw==", "Basic bm9ib2R5OnQ=", "Bearer t", "Basic !", "x"):
+            answered = await api.call(operation.method, target, raw=b"{", authorization=credentials)
+            if operation.role == "public":
+                assert answered.status == 200
+            else:
+                assert answered.status == 401, credentials
+                assert answered.headers["www-authenticate"] == 'Basic realm="orchard"'
+        for account in (NO_ROLES, *ROLES_ONLY):
+            answered = await api.call(operation.method, target, raw=b"{", account=(account.name, "t"))
+            may = operation.role in (None, "public") or operation.role in account.roles
+            assert (answered.status == 403) is not may, account
+            if not may:
+                assert f'"{operation.role}"' in answered.message
+
+
+def test_roles_are_as_the_contract_has_them() -> None:
+    by_role: dict[str | None, set[str]] = {}
+    for op in OPERATIONS:
+        by_role.setdefault(op.role, set()).add(f"{op.method} {op.path}")
+    assert by_role == {
+        "public": {"GET /openapi.json"},
+        None: {"GET /", "GET /controller/info"},
+        "compute:read": {
+            *("GET /workers", "GET /workers/{name}", "GET /vms", "GET /vms/{name}", "GET /vms/{name}/events"),
+            "GET /rpc/watch",
+        },
+        "compute:write": {
+            *("POST /vms", "PUT /vms/{name}", "PATCH /vms/{name}", "DELETE /vms/{name}", "PUT /vms/{name}/state"),
+            *("POST /vms/{name}/events", "POST /workers", "PUT /workers/{name}", "DELETE /workers/{name}"),
+        },
+        "admin:read": {"GET /service-accounts", "GET /service-accounts/{name}", "GET /cluster-settings"},
+        "admin:write": {
+            *("POST /service-accounts", "PUT /service-accounts/{name}", "DELETE /service-accounts/{name}"),
+            "PUT /cluster-settings",
+        },
+    }
+
+
+def test_who_may_change_vms_may_reach_into_them() -> None:
+    auth.require(ServiceAccount(name="a", roles=("compute:write",)), "compute:connect")
+
+
+# ---- the description -----------------------------------------------------------------------------------------------
+
+
+async def test_info_says_how_workers_are_to_talk(api: Served) -> None:
+    info = await api.ok("GET", "/controller/info")
+    assert info == {"version": __version__, "commit": "", "capabilities": ["rpc-v2", "vm-state-endpoint"]}
+    assert await api.ok("GET", "/") is None
+
+
+async def test_the_description_is_valid_openapi(api: Served) -> None:
+    from openapi_spec_validator import validate
+
+    document = await api.ok("GET", "/openapi.json")
+    validate(document)
+    described = {(method.upper(), path) for path, item in document["paths"].items() for method in item} - {
+        ("PARAMETERS", path) for path in document["paths"]
+    }
+    assert described == {(op.method, op.path) for op in OPERATIONS}
+
+
+LATER = ("/port-forward", "/ip", "/access-tokens")  # what is not served yet
+LATER_SCHEMAS = {"IP", "IssueVMAccessTokenRequest", "VMAccessToken"}
+ODD = {"Events"}  # an array that the file calls an object
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the user's openapi.yaml is not beside the project")
+async def test_the_description_has_all_that_the_users_has_and_contradicts_nothing(api: Served) -> None:
+    import yaml
+
+    theirs = yaml.safe_load(SHARED.read_text())
+    ours = await api.ok("GET", "/openapi.json")
+    for path, item in theirs["paths"].items():
+        if path.endswith(LATER):
+            continue
+        for method in item.keys() - {"parameters"}:
+            compare_operation(f"{method} {path}", item, ours["paths"][path], method)
+    for name, schema in theirs["components"]["schemas"].items():
+        if name not in LATER_SCHEMAS | ODD:
+            compare_schema(name, schema, ours["components"]["schemas"][name])
+
+
+def compare_operation(where: str, their_item: Any, our_item: Any, method: str) -> None:
+    theirs, ours = their_item[method], our_item[method]
+    assert theirs["responses"].keys() <= ours["responses"].keys(), where
+    for status, answer in theirs["responses"].items():
+        for media_type, content in answer.get("content", {}).items():
+            compare_schema(
+                f"{where} {status}", content["schema"], ours["responses"][status]["content"][media_type]["schema"]
+            )
+        assert answer.get("headers", {}).keys() <= ours["responses"][status].get("headers", {}).keys(), where
+    if "requestBody" in theirs:
+        their_body, our_body = theirs["requestBody"], ours["requestBody"]
+        assert their_body["required"] == our_body["required"], where
+        compare_schema(where, *(body["content"]["application/json"]["schema"] for body in (their_body, our_body)))
+    our_parameters = {
+        (p["in"], p["name"]): p for p in [*our_item.get("parameters", []), *ours.get("parameters", [])]
+    }  # fmt: skip
+    for parameter in [*their_item.get("parameters", []), *theirs.get("parameters", [])]:
+        if (parameter["name"], method) in (("watch", "put"), ("watch", "delete")):
+            continue  # there it stands beside the path, but is about GET
+        found = our_parameters[parameter["in"], parameter["name"]]
+        assert parameter.get("required", False) == found["required"], where
+        compare_schema(f"{where} {parameter['name']}", parameter["schema"], found["schema"])
+
+
+def compare_schema(where: str, theirs: Any, ours: Any) -> None:
+    for keyword in ("$ref", "type", "enum", "default", "readOnly", "minimum", "maximum"):
+        if keyword in theirs:
+            assert ours.get(keyword) == theirs[keyword], f"{where}: {keyword}"
+    for name, schema in theirs.get("properties", {}).items():
+        if where == "VMSpec" and name == "tartName":
+            assert ours["properties"][name]["readOnly"] is True
+        compare_schema(f"{where}.{name}", schema, ours["properties"][name])
+    for keyword in ("items", "additionalProperties"):
+        if keyword in theirs:
+            compare_schema(f"{where}[]", theirs[keyword], ours[keyword])
+    for index, part in enumerate(theirs.get("allOf", [])):
+        compare_schema(f"{where}&{index}", part, ours["allOf"][index])

@@ -1,0 +1,204 @@
+"""The controller as a process: its command line, its first start, its data directory, its log, and how it ends."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import re
+import signal
+import ssl
+import stat
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import Role, controller, finished
+
+from orchard import auth, tls
+
+PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
+
+
+def call(
+    url: str, method: str, path: str, body: object = None, *, token: str = "", context: ssl.SSLContext | None = None
+) -> tuple[int, Any]:
+    """Send one request by the standard library's client."""
+    parts = urllib.parse.urlsplit(url)
+    assert parts.hostname is not None
+    connection: http.client.HTTPConnection = (
+        http.client.HTTPConnection(parts.hostname, parts.port)
+        if context is None
+        else http.client.HTTPSConnection(parts.hostname, parts.port, context=context)
+    )
+    headers = {}
+    if token:
+        headers["Authorization"] = "Basic " + base64.b64encode(f"bootstrap-admin:{token}".encode()).decode()
+    try:
+        connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        text = answer.read()
+    finally:
+        connection.close()
+    return answer.status, json.loads(text) if text else None
+
+
+def log_lines(role: Role) -> list[str]:
+    return role.log.read_text().splitlines()
+
+
+def test_the_first_start_makes_an_account_a_certificate_and_says_how_to_get_in(tmp_path: Path) -> None:
+    with controller(home=tmp_path) as (role, url):
+        told = "".join(role.said)
+        token = re.search(r"token: ([A-Za-z0-9]{32})\n", told)
+        assert token is not None, told
+        certificate = tmp_path / "controller" / "controller.crt"
+        assert tls.fingerprint(certificate.read_bytes()) in told
+        context = ssl.create_default_context(cafile=str(certificate))
+        context.check_hostname = False
+        assert call(url, "GET", "/v1/", token=token[1], context=context) == (200, None)
+        assert call(url, "GET", "/v1/", token="wrong", context=context)[0] == 401
+        account = call(url, "GET", "/v1/service-accounts/bootstrap-admin", token=token[1], context=context)[1]
+        assert account["roles"] == list(auth.ROLES)
+        assert role.stop() == 0
+        assert token[1] not in role.log.read_text()
+    with controller(home=tmp_path) as (role, url):
+        assert len(role.said) == 1, "the token is shown once"
+        assert call(url, "GET", "/v1/", token=token[1], context=context) == (200, None)
+    for path in (tmp_path / "controller").rglob("*"):
+        expected = 0o700 if path.is_dir() else 0o600
+        if path != certificate:
+            assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+def test_a_token_from_the_environment_is_set_again_and_never_printed(tmp_path: Path) -> None:
+    for token in ("first-token", "second-token"):
+        env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": token}
+        with controller("--insecure-no-tls", home=tmp_path, env=env) as (role, url):
+            assert call(url, "GET", "/v1/", token=token)[0] == 200
+            assert call(url, "GET", "/v1/", token="first-token")[0] == (200 if token == "first-token" else 401)
+            assert role.stop() == 0
+            assert token not in "".join(role.said) + role.log.read_text()
+
+
+def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
+    with controller(*PLAIN, home=tmp_path) as (role, url):
+        created = call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})[1]
+        call(url, "POST", "/v1/vms/vm/events", [{"kind": "log_line", "payload": "x", "timestamp": 1}])
+        role.stop(signal.SIGKILL)
+    with controller(*PLAIN, home=tmp_path) as (role, url):
+        status, found = call(url, "GET", "/v1/vms/vm")
+        assert (status, found["uid"]) == (200, created["uid"])
+        assert len(call(url, "GET", "/v1/vms/vm/events")[1]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_status_0_though_clients_are_connected(tmp_path: Path, number: signal.Signals) -> None:
+    with controller(*PLAIN, home=tmp_path) as (role, url):
+        call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})
+        parts = urllib.parse.urlsplit(url)
+        watching = http.client.HTTPConnection("127.0.0.1", parts.port or 0)
+        watching.request("GET", "/v1/vms/vm?watch=true")
+        stream = watching.getresponse()
+        assert json.loads(stream.readline())["type"] == "ADDED"
+        idle = http.client.HTTPConnection("127.0.0.1", parts.port or 0)
+        idle.connect()
+        assert role.stop(number) == 0
+        assert b"ADDED" not in stream.read(), "the stream ended as a stream should"
+        watching.close()
+        idle.close()
+
+
+def test_each_request_is_one_line_of_the_log(tmp_path: Path) -> None:
+    with controller("--insecure-no-tls", home=tmp_path, env={"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "s3cret"}) as (role, url):
+        call(url, "GET", "/v1/vms/a%0Alevel=forged?filter=hidden", token="s3cret")
+        call(url, "GET", "/v1/", token="s3cret")
+        role.stop()
+    requests = [text for text in log_lines(role) if "method=" in text]
+    assert len(requests) == 2
+    first = dict(re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', requests[0]))
+    assert first["level"] == "info"
+    assert (first["method"], first["path"], first["status"]) == ("GET", '"/v1/vms/a%0Alevel=forged"', "404")
+    assert first["account"] == "bootstrap-admin"
+    assert float(first["duration_ms"]) >= 0
+    assert "hidden" not in role.log.read_text()
+
+
+def test_a_data_directory_in_use_is_refused(tmp_path: Path) -> None:
+    with controller(*PLAIN, home=tmp_path) as (role, _):
+        second = finished("controller", "--listen", "127.0.0.1:0", *PLAIN, home=tmp_path)
+        assert second.returncode == 1
+        assert f"in use by another process ({role.process.pid})" in second.stderr
+        assert "--data-dir" in second.stderr
+        assert "Traceback" not in second.stderr
+
+
+def test_damaged_data_stop_the_start_with_file_offset_and_remedy(tmp_path: Path) -> None:
+    with controller(*PLAIN, home=tmp_path) as (role, url):
+        call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})
+        role.stop()
+    path = tmp_path / "controller" / "state.jsonl"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused = finished("controller", "--listen", "127.0.0.1:0", *PLAIN, home=tmp_path)
+    assert refused.returncode == 1
+    assert re.search(rf"{re.escape(str(path))}.*byte [0-9]+", refused.stderr), refused.stderr
+    assert "backup" in refused.stderr
+    assert path.read_bytes() == data
+
+
+def test_the_prefix_stands_before_every_path(tmp_path: Path) -> None:
+    with controller(*PLAIN, "--api-prefix", "/orchard/", home=tmp_path) as (_, url):
+        assert url.endswith("/orchard")
+        assert call(url, "GET", "/v1/vms") == (200, [])
+        document = call(url, "GET", "/v1/openapi.json")[1]
+        assert document["servers"] == [{"url": "/orchard/v1"}]
+        assert call(url.removesuffix("/orchard"), "GET", "/v1/vms")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--listen", "here"], ["--listen", '"here"', "HOST:PORT"]),
+        (["--listen", "127.0.0.1:99999"], ["99999", "HOST:PORT"]),
+        (["--worker-offline-timeout", "0"], ["--worker-offline-timeout", '"0"', "above 0"]),
+        (["--ping-interval", "nan"], ["--ping-interval", '"nan"']),
+        (["--api-prefix", "x"], ["--api-prefix", '"x"', "/orchard"]),
+        (["--controller-cert", "a.pem"], ["--controller-key"]),
+        (["--insecure-no-tls", "--controller-cert", "a", "--controller-key", "b"], ["contradict"]),
+        (["--unknown"], ["--unknown"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_status_2(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    refused = finished("controller", *arguments, home=tmp_path)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
+    for word in words:
+        assert word in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "words"),
+    [
+        (["--controller-cert", "none.crt", "--controller-key", "none.key"], {}, ["none.crt"]),
+        (["--listen", "192.0.2.1:0", "--insecure-no-tls"], {}, ["192.0.2.1", "--listen"]),
+        ([], {"PATH": "/nonexistent"}, ["openssl", "--controller-cert", "--insecure-no-tls"]),
+        (["--data-dir", "/proc/none"], {}, ["/proc/none", "--data-dir"]),
+    ],
+)
+def test_what_it_cannot_start_without_is_named(
+    tmp_path: Path, arguments: list[str], env: dict[str, str], words: list[str]
+) -> None:
+    refused = finished("controller", *arguments, home=tmp_path, env=env)
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+    for word in words:
+        assert word in refused.stderr
+
+
+def test_the_port_comes_from_the_environment(tmp_path: Path) -> None:
+    refused = finished("controller", *PLAIN, home=tmp_path, env={"PORT": "http"})
+    assert refused.returncode == 2
+    assert ":http" in refused.stderr
