@@ -1,10 +1,10 @@
 """The `orchard` command, for people. Law: it composes, and prints.
 
-    orchard demo                   a controller, a worker and a VM on this machine, step by step
-    orchard dev                    a controller and a worker to develop against: loopback, no TLS, nobody is asked
-    orchard bootstrap-token NAME   print what lets a worker in, from the controller's data directory
-    orchard controller ...         the same as python -m orchard.controller
-    orchard worker ...             the same as python -m orchard.worker
+orchard demo                   a controller, a worker and a VM on this machine, step by step
+orchard dev                    a controller and a worker to develop against: loopback, no TLS, nobody is asked
+orchard bootstrap-token NAME   print what lets a worker in, from the controller's data directory
+orchard controller ...         the same as python -m orchard.controller
+orchard worker ...             the same as python -m orchard.worker
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def orchard_cluster(request: pytest.FixtureRequest) -> Iterator[BlockingCluster]:
     """A controller and two workers with synthetic VMs, for this test alone: `url`, and `client`, whose methods block."""
-    from orchard.testing import start_cluster  # noqa: PLC0415 -- test runs that don't ask for it need not pay for it
+    from orchard.testing import start_cluster
 
     marker = request.node.get_closest_marker("orchard")
     options = {"workers": 2, **(marker.kwargs if marker is not None else {})}

@@ -31,6 +31,7 @@ from orchard.codec import APIError, decode, dump_json, encode, format_time
 from orchard.journal import Broken, DamagedError, Disk, Journal, NotWritten
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 
+STATE_FILE = "state.jsonl"  # in the data directory
 VERSION = 1  # of the file; a newer one is refused, an older one is upgraded in _header_of
 COMPACT_BYTES = 4 * 1024 * 1024  # of journal, before a new snapshot is worth its writing
 COMPACT_RATIO = 3  # and it is this many times the snapshot: the cost of compaction stays a share of the writes
@@ -179,7 +180,7 @@ class Store:
 
         Raises DamagedError when the file is not what was written, NotWritten when a new one can't be.
         """
-        path = directory / "state.jsonl"
+        path = directory / STATE_FILE
         disk = disk or Disk()
         journal = Journal(path, disk)
         if path.exists():

@@ -107,6 +107,7 @@ class CrashDisk(Disk):
         self._synced: dict[int, bytes] = {}
         self._names: dict[str, int] = {}  # that are durable, of inodes
         self._renamed: dict[str, int] = {}
+        self.renamings = 0
         for path in directory.iterdir():
             inode = path.stat().st_ino
             self._names[path.name] = inode
@@ -137,6 +138,7 @@ class CrashDisk(Disk):
         inode = source.stat().st_ino
         super().replace(source, target)
         self._renamed[target.name] = inode
+        self.renamings += 1
         self._cut_power()
 
     def sync_directory(self, directory: Path) -> None:

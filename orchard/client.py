@@ -1,0 +1,714 @@
+"""The API as methods: HTTP/1.1 and WebSockets out, on h11 and trio-websocket. Law: sockets out; keeps no state of VMs.
+
+    async with Client("https://controller:6120", account="ci", token=..., certificate=pem) as client:
+        vm = await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos-tahoe-base:latest")
+        vm = await client.vms.wait("vm")
+
+`Client` keeps a few connections alive and opens more when it must; it has no tasks of its own, and any number of tasks
+may share it. `vms`, `workers`, `service_accounts` and `cluster_settings` group the API's methods; they take JSON as
+Python objects, with the names that the fields have on the wire, and give the nouns of schema.py.
+
+A request that fails on a kept-alive connection before any byte of its answer came is sent once more if doing it twice
+is the same as once (GET, PUT, PATCH). A POST or DELETE is not: whoever sent it has to find out what became of it. A
+cancelled request closes its connection.
+
+Everything raises ClientError: ConnectError when nobody was reached or the connection was lost, ResponseError when the
+controller refused. No message holds a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Generic, Literal, Self, TypeVar
+from urllib.parse import quote, urlencode, urlsplit
+
+import h11
+import trio
+from trio_websocket import (
+    ConnectionClosed,
+    ConnectionRejected,
+    HandshakeError,
+    WebSocketConnection,
+    wrap_client_stream,
+)
+
+from orchard import __version__, tls
+from orchard.codec import APIError, decode
+from orchard.groups import first, unwrapped
+from orchard.schema import VM, ClusterSettings, ControllerInfo, Event, ServiceAccount, Status, Worker, vm_from_json
+
+PORT = 6120  # of a URL that names none
+CONNECT_SECONDS = 10.0  # for TCP and TLS together
+ANSWER_SECONDS = 60.0  # for the whole answer to a request; streams have no such limit
+CLOSE_SECONDS = 2.0  # for the other end to take notice of a close
+KEPT = 8  # idle connections
+AT_ONCE = 64  # requests; the others wait
+MAX_BODY = 64 * 1024 * 1024  # bytes of an answer, and of one line of a watch
+MAX_HEAD = 64 * 1024  # bytes of an answer's head
+MAX_ACTION = 64 * 1024  # bytes of a message of the worker's watch
+RECEIVE_BYTES = 64 * 1024  # of one read
+PAGE = 1000  # events that are fetched at once
+MAX_SHOWN = 200  # characters of an answer that is not Orchard's
+REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
+
+JSON = Mapping[str, Any]
+T = TypeVar("T")
+NounT = TypeVar("NounT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event)
+
+
+class ClientError(Exception):
+    """A request did not succeed; str() is a sentence for the user."""
+
+
+class ConnectError(ClientError):
+    """The controller was not reached, or the connection was lost; a request may or may not have been carried out."""
+
+
+class ResponseError(ClientError):
+    """The controller refused: `status` is HTTP's, `message` the controller's own words."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(f"{message} (HTTP status {status})")
+        self.status = status
+        self.message = message
+
+
+class VMFailed(ClientError):  # noqa: N818 -- it states what is the case
+    """The VM that was waited for has failed, or was deleted; str() says why. `vm` is how it was last seen."""
+
+    def __init__(self, message: str, vm: VM) -> None:
+        super().__init__(message)
+        self.vm = vm
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer; header names are in lower case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        """Parse the body. Raises ClientError."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            raise ClientError(f"the answer is no JSON, is this an Orchard? It begins: {_excerpt(self.body)}") from None
+
+
+class Items(Generic[T]):
+    """An asynchronous iterator that may be left at any time, other than a generator. `take` gives None at the end."""
+
+    def __init__(self, take: Callable[[], Awaitable[T | None]]) -> None:
+        self._take = take
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        item = await self._take()
+        if item is None:
+            raise StopAsyncIteration
+        return item
+
+
+# ---- connections ---------------------------------------------------------------------------------------------------
+
+
+class _Connection:
+    """A stream to the controller, and HTTP's state on it."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.fresh = True  # nothing was sent over it yet
+        self.answering = False  # whether a byte of the present answer came
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+
+    async def send(self, request: h11.Request, body: bytes) -> tuple[int, dict[str, str]]:
+        """Send a request, and give its answer's status and headers."""
+        self.answering = False
+        events: list[h11.Event] = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
+        await self.stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
+        self.fresh = False
+        while not isinstance(event := await self._next(), h11.Response):
+            pass  # 100 Continue and its like
+        return event.status_code, {name.decode().lower(): value.decode("latin-1") for name, value in event.headers}
+
+    async def piece(self) -> bytes | None:
+        """Give the next piece of the answer's body, None at its end."""
+        event = await self._next()
+        return bytes(event.data) if isinstance(event, h11.Data) else None
+
+    async def body(self) -> bytes:
+        """Give the answer's whole body. Raises ClientError when it is too large."""
+        parts: list[bytes] = []
+        size = 0
+        while (part := await self.piece()) is not None:
+            parts.append(part)
+            size += len(part)
+            if size > MAX_BODY:
+                raise ClientError(f"the answer is larger than {MAX_BODY} bytes")
+        return b"".join(parts)
+
+    async def _next(self) -> Any:
+        while (event := self._http.next_event()) is h11.NEED_DATA:
+            data = await self.stream.receive_some(RECEIVE_BYTES)
+            self.answering = self.answering or bool(data)
+            self._http.receive_data(bytes(data))
+        return event
+
+    def reusable(self) -> bool:
+        """Make ready for another request, if both sides go on."""
+        if (
+            self._http.our_state is not h11.DONE
+            or self._http.their_state is not h11.DONE
+            or self._http.trailing_data[0]
+        ):
+            return False
+        self._http.start_next_cycle()
+        return True
+
+    def stale(self) -> bool:
+        """Whether the server has closed it meanwhile, or sent what nobody asked for."""
+        transport = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
+        if not isinstance(transport, trio.SocketStream):
+            return False
+        try:
+            transport.socket._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # type: ignore[attr-defined]
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+        return True
+
+
+# ---- the client ----------------------------------------------------------------------------------------------------
+
+
+class Client:
+    """A client of the controller at `url`, e.g. "https://controller:6120" or "http://127.0.0.1:6120/prefix".
+
+    `account` and `token` are a service account's. `certificate`, in PEM, is then the only one that is trusted, else the
+    host's CAs are. Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for a URL or a
+    certificate that is none.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        account: str = "",
+        token: str = "",
+        certificate: bytes | None = None,
+        connect_seconds: float = CONNECT_SECONDS,
+        answer_seconds: float = ANSWER_SECONDS,
+    ) -> None:
+        self.url, self._secure, self._host, self._port, self._prefix = parse_url(url)
+        try:
+            self._trust = tls.Trust(certificate) if self._secure else None
+        except tls.TLSError as error:
+            raise ValueError(f"the certificate to trust: {error}") from error
+        authority = f"[{self._host}]" if ":" in self._host else self._host
+        self._headers = [("Host", f"{authority}:{self._port}"), ("User-Agent", f"orchard/{__version__}")]
+        if account:
+            basic = base64.b64encode(f"{account}:{token}".encode()).decode()
+            self._headers.append(("Authorization", f"Basic {basic}"))
+        self._connect_seconds = connect_seconds
+        self._answer_seconds = answer_seconds
+        self._idle: list[_Connection] = []
+        self._slots = trio.CapacityLimiter(AT_ONCE)
+        self._closed = False
+        self.vms = VMs(self)
+        self.workers = Workers(self)
+        self.service_accounts = ServiceAccounts(self)
+        self.cluster_settings = Settings(self)
+
+    def __repr__(self) -> str:
+        return f"Client({self.url!r})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close the idle connections; those at work close when they are done."""
+        self._closed = True
+        while self._idle:
+            await trio.aclose_forcefully(self._idle.pop().stream)
+        await trio.lowlevel.checkpoint()
+
+    # -- the controller itself
+
+    async def check(self) -> None:
+        """Make sure that there is an Orchard, and that it lets us in."""
+        await self.request("GET", "/")
+
+    async def info(self) -> ControllerInfo:
+        return _noun(ControllerInfo, (await self.request("GET", "/controller/info")).json())
+
+    # -- requests
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        json: object = ...,
+        body: bytes = b"",
+    ) -> Answer:
+        """Send a request to a path below /v1, and give its answer. `json` is sent as JSON in place of `body`.
+
+        Raises ResponseError for a status of 400 or more.
+        """
+        request, body = self._request(method, path, query, json, body)
+        async with self._slots:
+            with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
+                answer = await self._exchange(request, body, may_repeat=method in REPEATABLE)
+        if answer.status >= 400:
+            raise _refusal(answer)
+        return answer
+
+    async def _exchange(self, request: h11.Request, body: bytes, *, may_repeat: bool) -> Answer:
+        while True:
+            connection = await self._connection()
+            reused = not connection.fresh
+            whole = False
+            try:
+                status, headers = await connection.send(request, body)
+                content = await connection.body()
+                whole = True
+            except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
+                if reused and may_repeat and not connection.answering:
+                    continue  # the server closed it while it was idle
+                raise self._lost(error) from error
+            finally:
+                await self._put_back(connection, reusable=whole)
+            return Answer(status, headers, content)
+
+    @asynccontextmanager
+    async def stream(
+        self, path: str, query: Mapping[str, str] | None = None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:  # fmt: skip
+        """GET an answer that may have no end: an iterator of its pieces. Raises ResponseError for a refusal."""
+        request, _ = self._request("GET", path, query, ..., b"")
+        connection = await self._open()
+        try:
+            with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
+                try:
+                    status, headers = await connection.send(request, b"")
+                    if status >= 400:
+                        raise _refusal(Answer(status, headers, await connection.body()))
+                except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
+                    raise self._lost(error) from error
+            yield Items(partial(self._piece, connection))
+        finally:
+            await trio.aclose_forcefully(connection.stream)
+
+    async def _piece(self, connection: _Connection) -> bytes | None:
+        try:
+            return await connection.piece()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
+            raise self._lost(error) from error
+
+    @asynccontextmanager
+    async def websocket(
+        self, path: str, query: Mapping[str, str] | None = None, *, max_message_size: int = 1024 * 1024
+    ) -> AsyncIterator[WebSocketConnection]:
+        """Open a WebSocket, closed at the end of the block. Raises ResponseError for a refusal.
+
+        What the block raises comes out as it is, but for ConnectionClosed, which becomes ConnectError.
+        """
+        connection = await self._open()
+        target = self._target(path, query)
+        headers = [(name.encode(), value.encode()) for name, value in self._headers[1:]]
+        try:
+            with unwrapped():
+                async with trio.open_nursery() as nursery:  # trio-websocket's reader ends with the block
+                    with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
+                        websocket = await wrap_client_stream(
+                            nursery,
+                            connection.stream,  # type: ignore[arg-type]  # any stream does
+                            self._headers[0][1],
+                            target,
+                            extra_headers=headers,
+                            message_queue_size=1,
+                            max_message_size=max_message_size,
+                            receive_buffer_size=RECEIVE_BYTES,
+                        )
+                    yield websocket
+                    with trio.move_on_after(CLOSE_SECONDS):
+                        await websocket.aclose()
+                    nursery.cancel_scope.cancel()
+        except ConnectionRejected as error:
+            refused = Answer(error.status_code, {}, error.body or b"")
+            raise _refusal(refused) from None
+        except ConnectionClosed as error:
+            reason = error.reason
+            words = f"{reason.name}: {reason.reason or reason.code}" if reason is not None else "without a word"
+            raise ConnectError(f"{self.url} closed the WebSocket ({words})") from None
+        except (HandshakeError, trio.BrokenResourceError) as error:
+            raise self._lost(error) from error
+        finally:
+            await trio.aclose_forcefully(connection.stream)
+
+    @asynccontextmanager
+    async def rpc_watch(self, worker: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
+        """Follow what a worker is told to do: an iterator of actions, which raises ConnectError when it is cut off."""
+        async with self.websocket(
+            "/rpc/watch", {"workerName": worker}, max_message_size=MAX_ACTION
+        ) as websocket:  # fmt: skip
+            yield Items(partial(self._action, websocket))
+
+    async def _action(self, websocket: WebSocketConnection) -> dict[str, Any]:
+        message = await websocket.get_message()
+        try:
+            action = json.loads(message)
+        except ValueError:
+            action = None
+        if not isinstance(action, dict):
+            raise ClientError(f"the controller sent no action over the watch, but {str(message)[:MAX_SHOWN]!r}")
+        return action
+
+    # -- connections
+
+    def _request(
+        self, method: str, path: str, query: Mapping[str, str] | None, value: object, body: bytes
+    ) -> tuple[h11.Request, bytes]:
+        if value is not ...:
+            body = json.dumps(value, ensure_ascii=False).encode()
+        headers = list(self._headers)
+        if body or method in ("POST", "PUT", "PATCH"):
+            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        return h11.Request(method=method, target=self._target(path, query), headers=headers), body
+
+    def _target(self, path: str, query: Mapping[str, str] | None) -> str:
+        return f"{self._prefix}/v1{path}" + (f"?{urlencode(query)}" if query else "")
+
+    async def _connection(self) -> _Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.stale():
+                return connection
+            await trio.aclose_forcefully(connection.stream)
+        return await self._open()
+
+    async def _put_back(self, connection: _Connection, *, reusable: bool) -> None:
+        if reusable and connection.reusable() and not self._closed and len(self._idle) < KEPT:
+            self._idle.append(connection)
+        else:
+            await trio.aclose_forcefully(connection.stream)
+
+    async def _open(self) -> _Connection:
+        """Open a connection. Raises ConnectError."""
+        with self._in_time(self._connect_seconds, "no connection within {:g} seconds"):
+            try:
+                stream: trio.abc.Stream = await trio.open_tcp_stream(self._host, self._port)
+                if self._trust is not None:
+                    stream = await self._secured(self._trust, stream)
+            except tls.TLSError as error:
+                raise ConnectError(f"cannot reach {self.url}: {error}") from error
+            except (OSError, trio.BrokenResourceError) as error:
+                raise ConnectError(f"cannot reach {self.url}: {_in_words(error)}") from error
+        return _Connection(stream)
+
+    async def _secured(self, trust: tls.Trust, stream: trio.abc.Stream) -> trio.abc.Stream:
+        secured: trio.abc.Stream | None = None
+        try:
+            secured = await trust.secure(stream, self._host)
+            return secured
+        finally:
+            if secured is None:
+                await trio.aclose_forcefully(stream)
+
+    def _in_time(self, seconds: float, complaint: str) -> _InTime:
+        return _InTime(seconds, f"{self.url}: {complaint.format(seconds)}")
+
+    def _lost(self, error: Exception) -> ConnectError:
+        if isinstance(error, h11.RemoteProtocolError):
+            return ConnectError(f"{self.url} does not speak HTTP as it should: {error}")
+        return ConnectError(f"the connection to {self.url} was lost: {_in_words(error)}")
+
+
+class _InTime:
+    """A deadline for a block, which raises ConnectError when it passes."""
+
+    def __init__(self, seconds: float, complaint: str) -> None:
+        self._seconds = seconds
+        self._complaint = complaint
+        self._scope = trio.CancelScope()
+
+    def __enter__(self) -> None:
+        self._scope.deadline = trio.current_time() + self._seconds
+        self._scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        swallowed = bool(self._scope.__exit__(kind, error, traceback))
+        if self._scope.cancelled_caught:
+            raise ConnectError(self._complaint)
+        return swallowed
+
+
+def parse_url(url: str) -> tuple[str, bool, str, int, str]:
+    """Give (normal form, whether it is TLS, host, port, prefix). Raises ValueError that says what was expected."""
+    expected = "expected one such as https://controller.example.com:6120"
+    try:
+        parts = urlsplit(url)
+        port = parts.port or PORT
+    except ValueError as error:
+        raise ValueError(f'the controller\'s URL is "{url}" ({error}), {expected}') from None
+    if parts.username is not None or parts.password is not None:
+        raise ValueError(f"the controller's URL holds a user name, {expected}, and the account apart from it")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(f'the controller\'s URL is "{url}", {expected}')
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ValueError(f'the controller\'s URL is "{url}", {expected}, in ASCII and without blanks')
+    prefix = parts.path.rstrip("/").removesuffix("/v1")
+    authority = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{parts.scheme}://{authority}:{port}{prefix}", parts.scheme == "https", parts.hostname, port, prefix
+
+
+def _in_words(error: BaseException) -> str:
+    """Say in plain words why there is no connection."""
+    cause = first(error.__cause__) if error.__cause__ is not None else error
+    if isinstance(cause, ssl.SSLError):
+        return str(cause.reason or "TLS failed").replace("_", " ").lower()
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror.lower()
+    return str(cause) or "the other end closed it"
+
+
+def _excerpt(body: bytes) -> str:
+    text = body[: 4 * MAX_SHOWN].decode("utf-8", "replace")
+    return repr("".join(char if char.isprintable() else " " for char in text)[:MAX_SHOWN])
+
+
+def _refusal(answer: Answer) -> ResponseError:
+    try:
+        message = json.loads(answer.body)["message"]
+    except (ValueError, TypeError, KeyError):
+        message = f"not an answer of Orchard's: {_excerpt(answer.body)}"
+    return ResponseError(answer.status, str(message))
+
+
+def _noun(kind: type[NounT], raw: Any) -> NounT:
+    try:
+        return decode(kind, raw)
+    except APIError as error:
+        raise ClientError(f"the answer is no {kind.__name__}: {error.message}") from error
+
+
+def _vm(raw: Any) -> VM:
+    try:
+        return vm_from_json(raw)
+    except (APIError, TypeError, ValueError) as error:
+        raise ClientError(f"the answer is no VM: {error}") from error
+
+
+def _list(raw: Any) -> list[Any]:
+    if not isinstance(raw, list):
+        raise ClientError(f"the answer is no list, but {str(raw)[:MAX_SHOWN]}")
+    return raw
+
+
+def _path(*segments: str) -> str:
+    return "".join("/" + quote(segment, safe="") for segment in segments)
+
+
+# ---- the API -------------------------------------------------------------------------------------------------------
+
+
+class _Changes:
+    """Reads the lines of a watch."""
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+        self._lines: deque[bytes] = deque()
+        self._open = b""  # a line whose end was not seen yet
+
+    async def take(self) -> tuple[str, VM] | None:
+        while not self._lines:
+            piece = await anext(self._pieces, None)
+            if piece is None:
+                return None
+            *lines, self._open = (self._open + piece).split(b"\n")
+            self._lines.extend(lines)
+            if len(self._open) > MAX_BODY:
+                raise ClientError(f"a line of the watch is longer than {MAX_BODY} bytes")
+        line = self._lines.popleft()
+        try:
+            change = json.loads(line)
+            return str(change["type"]), _vm(change["object"])
+        except (ValueError, KeyError, TypeError):
+            raise ClientError(f"a line of the watch is no change: {_excerpt(line)}") from None
+
+
+class VMs:
+    """/vms"""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def create(self, vm: JSON | None = None, /, **fields: Any) -> VM:
+        """Create a VM from an object, from fields by their names on the wire, or both."""
+        return _vm((await self._client.request("POST", "/vms", json={**(vm or {}), **fields})).json())
+
+    async def get(self, name: str) -> VM:
+        return _vm((await self._client.request("GET", _path("vms", name))).json())
+
+    async def list(self, *, worker: str | None = None) -> list[VM]:
+        """List all VMs, or those on one worker."""
+        query = None if worker is None else {"filter": f"worker={worker}"}
+        return [_vm(raw) for raw in _list((await self._client.request("GET", "/vms", query=query)).json())]
+
+    async def replace(self, name: str, spec: JSON) -> VM:
+        """Replace a VM's specification; absent booleans are false, absent lists empty, all else is unchanged."""
+        return _vm((await self._client.request("PUT", _path("vms", name), json=spec)).json())
+
+    async def patch(self, name: str, patch: JSON | None = None, /, **fields: Any) -> VM:
+        """Change what a JSON merge patch names."""
+        body = {**(patch or {}), **fields}
+        return _vm((await self._client.request("PATCH", _path("vms", name), json=body)).json())
+
+    async def delete(self, name: str) -> None:
+        await self._client.request("DELETE", _path("vms", name))
+
+    @asynccontextmanager
+    async def watch(self, name: str) -> AsyncIterator[AsyncIterator[tuple[str, VM]]]:
+        """Follow a VM: an iterator of ("ADDED", "MODIFIED" or "DELETED", VM), which ends when the controller does."""
+        async with self._client.stream(_path("vms", name), {"watch": "true"}) as pieces:
+            yield Items(_Changes(pieces).take)
+
+    async def wait(self, name: str, status: Status = "running") -> VM:
+        """Wait until a VM has a status, and give it. Raises VMFailed when it fails before that, or is deleted."""
+        async with self.watch(name) as changes:
+            async for kind, vm in changes:
+                if kind == "DELETED":
+                    raise VMFailed(f'VM "{name}" was deleted', vm)
+                if vm.state.status == status:
+                    return vm
+                if vm.state.status == "failed":
+                    raise VMFailed(f'VM "{name}" failed: {vm.state.status_message}', vm)
+        raise ConnectError(f"{self._client.url} ended the watch of VM {name!r}")
+
+    def events(self, name: str, *, order: Literal["asc", "desc"] = "asc") -> AsyncIterator[Event]:
+        """Give all events of a VM, fetched page by page."""
+        page: deque[Event] = deque()
+        cursor: str | None = ""
+
+        async def take() -> Event | None:
+            nonlocal cursor
+            while not page and cursor is not None:
+                events, cursor = await self.events_page(name, limit=PAGE, order=order, cursor=cursor or None)
+                page.extend(events)
+            return page.popleft() if page else None
+
+        return Items(take)
+
+    async def events_page(
+        self,
+        name: str,
+        *,
+        limit: int | None = None,
+        order: Literal["asc", "desc"] = "asc",
+        cursor: str | None = None,
+    ) -> tuple[Sequence[Event], str | None]:
+        """Give events of a VM, and the cursor of the next page (None: there is none)."""
+        given = {"limit": None if limit is None else str(limit), "order": order, "cursor": cursor}
+        query = {name: value for name, value in given.items() if value is not None}
+        answer = await self._client.request("GET", _path("vms", name, "events"), query=query)
+        return [_noun(Event, raw) for raw in _list(answer.json())], answer.headers.get("x-next-cursor")
+
+    async def append_events(self, name: str, events: Sequence[JSON], *, uid: str | None = None) -> None:
+        """Append events, in order; with `uid` only to the VM that has it."""
+        query = None if uid is None else {"uid": uid}
+        await self._client.request("POST", _path("vms", name, "events"), query=query, json=events)
+
+    async def report(self, name: str, report: JSON) -> None:
+        """Say what a worker sees of its VM."""
+        await self._client.request("PUT", _path("vms", name, "state"), json=report)
+
+
+class Workers:
+    """/workers"""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def register(self, worker: JSON) -> Worker:
+        return _noun(Worker, (await self._client.request("POST", "/workers", json=worker)).json())
+
+    async def get(self, name: str) -> Worker:
+        return _noun(Worker, (await self._client.request("GET", _path("workers", name))).json())
+
+    async def list(self) -> list[Worker]:
+        return [_noun(Worker, raw) for raw in _list((await self._client.request("GET", "/workers")).json())]
+
+    async def put(self, name: str, worker: JSON) -> Worker:
+        """Send a heartbeat, when last_seen is later than the one before; else set scheduling_paused."""
+        return _noun(Worker, (await self._client.request("PUT", _path("workers", name), json=worker)).json())
+
+    async def pause(self, name: str, *, paused: bool = True) -> Worker:
+        """Let a worker get no new VMs, or let it again."""
+        return await self.put(name, {"scheduling_paused": paused})
+
+    async def delete(self, name: str) -> None:
+        """Delete a worker; its VMs fail."""
+        await self._client.request("DELETE", _path("workers", name))
+
+
+class ServiceAccounts:
+    """/service-accounts"""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def create(self, name: str, *, roles: Sequence[str] = (), token: str = "") -> ServiceAccount:
+        """Create an account; without a token it gets a random one, which the answer holds."""
+        body = {"name": name, "roles": list(roles), **({"token": token} if token else {})}
+        return _noun(ServiceAccount, (await self._client.request("POST", "/service-accounts", json=body)).json())
+
+    async def get(self, name: str) -> ServiceAccount:
+        return _noun(ServiceAccount, (await self._client.request("GET", _path("service-accounts", name))).json())
+
+    async def list(self) -> list[ServiceAccount]:
+        answer = await self._client.request("GET", "/service-accounts")
+        return [_noun(ServiceAccount, raw) for raw in _list(answer.json())]
+
+    async def replace(self, name: str, **fields: Any) -> ServiceAccount:
+        """Change an account's `roles`, `token` or both."""
+        path = _path("service-accounts", name)
+        return _noun(ServiceAccount, (await self._client.request("PUT", path, json=fields)).json())
+
+    async def delete(self, name: str) -> None:
+        await self._client.request("DELETE", _path("service-accounts", name))
+
+
+class Settings:
+    """/cluster-settings"""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def get(self) -> ClusterSettings:
+        return _noun(ClusterSettings, (await self._client.request("GET", "/cluster-settings")).json())
+
+    async def put(self, settings: JSON) -> ClusterSettings:
+        """Replace the settings; what is left out gets its default."""
+        return _noun(ClusterSettings, (await self._client.request("PUT", "/cluster-settings", json=settings)).json())

@@ -1,0 +1,324 @@
+"""VMs without a hypervisor: the verbs of tart.py on directories and processes. Law: files below `home`, and processes.
+
+`home/NAME/vm.json` says what the VM is, `home/NAME/root` is its disk: the startup script really runs there, in a login
+shell of this host, with that directory as HOME. There is no isolation whatever: the script is a process of this user.
+127.0.0.1 is every VM's address. Any image can be pulled; a source whose name begins with `orchard-` is a local VM, and
+has to exist.
+
+What the script starts is in a session of its own and gets ORCHARD_VM=NAME in its environment. It is killed with its
+process group when the VM ends. If the worker was killed itself, the file `scripted` is left, and `delete` looks for
+processes by that variable: a process number alone could be somebody else's by then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from orchard import ssh
+from orchard.schema import NAME
+from orchard.tart import (
+    Driver,
+    DriverError,
+    LocalVM,
+    NoSuchVM,
+    NotRunning,
+    Progress,
+    RunOptions,
+    ScriptFailed,
+    operand,
+)
+
+LOCAL = "orchard-"  # how the names of local VMs begin
+ADDRESS = "127.0.0.1"
+SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")  # as login shell
+STEPS = 10  # of a pull's progress
+KILL_SECONDS = 5.0  # for killed processes to be gone
+VARIABLE = "ORCHARD_VM"
+
+
+class _Guest:
+    """A VM that runs: what ends it, and the shells that were started in it."""
+
+    def __init__(self) -> None:
+        self.order = trio.Event()  # to end
+        self.ended = trio.Event()
+        self.shells: list[trio.Process] = []
+
+    async def end(self) -> None:
+        self.order.set()
+        await self.ended.wait()
+
+
+class SyntheticDriver(Driver):
+    """VMs as directories below `home`. A boot takes `boot_seconds`, a pull `pull_seconds`, with progress."""
+
+    def __init__(self, home: Path, *, boot_seconds: float = 0.0, pull_seconds: float = 0.0) -> None:
+        self._home = home
+        self._boot_seconds = boot_seconds
+        self._pull_seconds = pull_seconds
+        self._guests: dict[str, _Guest] = {}
+
+    async def list_vms(self) -> list[LocalVM]:
+        await trio.lowlevel.checkpoint()
+        if not self._home.exists():
+            return []
+        names = sorted(path.parent.name for path in self._home.glob("*/vm.json"))
+        return [
+            LocalVM(name, "running" if name in self._guests else self._read(name)["state"]) for name in names
+        ]  # fmt: skip
+
+    async def pull(self, image: str, on_progress: Progress) -> None:
+        operand("image", image)
+        for step in range(1, STEPS + 1) if self._pull_seconds else ():
+            await trio.sleep(self._pull_seconds / STEPS)
+            on_progress(100 * step // STEPS)
+        await trio.lowlevel.checkpoint()
+
+    async def clone(self, source: str, name: str, on_progress: Progress) -> None:
+        local = source.startswith(LOCAL)
+        about = {**self._read(source), "source": source} if local else {"source": source, "state": "stopped"}
+        if local and source in self._guests:
+            raise DriverError(f'VM "{source}" is running and cannot be cloned')
+        if not local:
+            await self.pull(source, on_progress)
+        directory = self._directory(name)
+        if directory.exists():
+            raise DriverError(f'VM "{name}" already exists')
+        draft = self._home / f".{name}.new"  # no VM's name begins with a dot
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            if local:
+                await trio.to_thread.run_sync(
+                    shutil.copytree, self._directory(source) / "root", draft / "root", True
+                )  # fmt: skip
+            else:
+                (draft / "root").mkdir()
+            _write(draft, about)
+            draft.rename(directory)
+        except OSError as error:
+            raise DriverError(f'cannot make VM "{name}" in {self._home}: {error.strerror}') from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        await trio.lowlevel.checkpoint_if_cancelled()
+
+    async def fqn(self, image: str) -> str:
+        await trio.lowlevel.checkpoint()
+        local = image.startswith(LOCAL) or "@" in image
+        return image if local else f"{image}@sha256:{hashlib.sha256(image.encode()).hexdigest()}"
+
+    async def configure(
+        self,
+        name: str,
+        *,
+        cpu: int = 0,
+        memory: int = 0,
+        disk_size: int = 0,
+        random_mac: bool = False,
+        random_serial: bool = False,
+    ) -> None:
+        await trio.lowlevel.checkpoint()
+        about = self._read(name)
+        if name in self._guests or about["state"] != "stopped":
+            raise DriverError(f'VM "{name}" is not stopped, and can only be changed then')
+        if disk_size and disk_size < about.get("disk", 0):
+            raise DriverError(f'the disk of VM "{name}" has {about["disk"]} GB and cannot shrink to {disk_size}')
+        wanted = {"cpu": cpu, "memory": memory, "disk": disk_size}
+        _write(self._directory(name), {**about, **{key: value for key, value in wanted.items() if value}})
+
+    async def run(
+        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        about = self._read(name)
+        if name in self._guests:
+            raise DriverError(f'VM "{name}" is already running')
+        guest = self._guests[name] = _Guest()
+        try:
+            if about["state"] == "stopped":
+                await trio.sleep(self._boot_seconds)
+            else:
+                _write(self._directory(name), {**about, "state": "stopped"})
+                await trio.lowlevel.checkpoint()
+            task_status.started()
+            await guest.order.wait()
+        finally:
+            await _kill(guest.shells)
+            (self._directory(name) / "scripted").unlink(missing_ok=True)
+            del self._guests[name]
+            guest.ended.set()
+
+    async def ip(self, name: str, *, bridged: bool = False) -> str:
+        await trio.lowlevel.checkpoint()
+        self._read(name)
+        if name not in self._guests:
+            raise DriverError("no IP address found, is your VM running?")
+        return ADDRESS
+
+    async def stop(self, name: str) -> None:
+        about = self._read(name)
+        if guest := self._guests.get(name):
+            await guest.end()
+        elif about["state"] == "suspended":
+            _write(self._directory(name), {**about, "state": "stopped"})
+            await trio.lowlevel.checkpoint()
+        else:
+            raise NotRunning(f'VM "{name}" is not running')
+
+    async def suspend(self, name: str) -> None:
+        about = self._read(name)
+        guest = self._guests.get(name)
+        if guest is None:
+            raise NotRunning(f'VM "{name}" is not running')
+        _write(self._directory(name), {**about, "state": "suspended"})
+        await guest.end()
+
+    async def delete(self, name: str) -> None:
+        self._read(name)
+        if name in self._guests:
+            raise DriverError(f'VM "{name}" is running and cannot be deleted')
+        directory = self._directory(name)
+        if (directory / "scripted").exists():
+            await trio.to_thread.run_sync(_kill_leftovers, name)
+        # From here on there is no such VM, even if what is left of it takes long to remove.
+        grave = self._home / f".{name}.old"
+        directory.rename(grave)
+        if any((grave / "root").iterdir()):
+            await trio.to_thread.run_sync(_remove, grave)
+        else:
+            _remove(grave)
+            await trio.lowlevel.checkpoint()
+
+    async def run_script(
+        self,
+        name: str,
+        script: str,
+        *,
+        env: Mapping[str, str],
+        username: str,
+        password: str,
+        bridged: bool,
+        on_line: Callable[[str], Awaitable[None]],
+    ) -> None:
+        self._read(name)
+        guest = self._guests.get(name)
+        if guest is None:
+            raise NotRunning(f'VM "{name}" is not running')
+        directory = self._directory(name)
+        marker = secrets.token_hex(16)
+        try:
+            text = ssh.script_text(script, env, marker).encode()
+        except ValueError as error:
+            raise DriverError(str(error)) from error
+        (directory / "scripted").touch()
+        shell = await _start_shell(name, directory / "root", username)
+        guest.shells.append(shell)  # reaped when the VM ends: until then its number belongs to its process group
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        async with shell.stdin, shell.stdout:
+            transcript = await ssh.converse(shell.stdin, shell.stdout, marker, text, on_line, trio.CancelScope())
+        if transcript.exit_code is None:
+            raise DriverError("the VM ended while its startup script ran")
+        if transcript.exit_code != 0:
+            raise ScriptFailed(transcript.exit_code, transcript.last_line)
+
+    # -- directories
+
+    def _directory(self, name: str) -> Path:
+        if not NAME.fullmatch(name) or name.startswith((".", "-")):
+            raise DriverError(f'the VM name is "{name}", expected letters, digits and : _ . - without . or - in front')
+        return self._home / name
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            about: dict[str, Any] = json.loads((self._directory(name) / "vm.json").read_text())
+        except FileNotFoundError:
+            raise NoSuchVM(f'the specified VM "{name}" does not exist') from None
+        return about
+
+
+def _write(directory: Path, about: Mapping[str, Any]) -> None:
+    draft = directory / "vm.json.new"
+    draft.write_text(json.dumps(about, indent=2) + "\n")
+    draft.rename(directory / "vm.json")
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, even if a script has taken itself the right to."""
+    for path in (directory, *(Path(parent) / name for parent, names, _ in os.walk(directory) for name in names)):
+        if not path.is_symlink():
+            with suppress(OSError):
+                path.chmod(0o700)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+async def _start_shell(name: str, root: Path, username: str) -> trio.Process:
+    temporary = root / "tmp"
+    temporary.mkdir(exist_ok=True)
+    environ = {
+        "HOME": str(root),
+        "LOGNAME": username,
+        VARIABLE: name,
+        "PATH": os.environ.get("PATH", os.defpath),
+        "SHELL": SHELL,
+        "TMPDIR": str(temporary),
+        "USER": username,
+    }
+    pipe = subprocess.PIPE
+    try:
+        return await trio.lowlevel.open_process(
+            [SHELL, "-l"], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise DriverError(f"cannot run {SHELL}: {error.strerror}") from error
+
+
+async def _kill(shells: list[trio.Process]) -> None:
+    """Kill shells with their process groups, and reap them; whether or not cancelled."""
+    for shell in shells:
+        with suppress(ProcessLookupError, PermissionError):  # only the dead are left in it (macOS: not permitted)
+            os.killpg(shell.pid, signal.SIGKILL)
+    with trio.move_on_after(KILL_SECONDS, shield=True):
+        for shell in shells:
+            await shell.wait()
+
+
+def _kill_leftovers(name: str) -> None:
+    """Kill what a script left that a killed worker could not."""
+    for number in _processes_of(name):
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(number, signal.SIGKILL)
+
+
+def _processes_of(name: str) -> Iterator[int]:
+    """Find processes by the variable in their environment."""
+    wanted = f"{VARIABLE}={name}"
+    proc = Path("/proc")
+    if (proc / "self" / "environ").exists():
+        for path in proc.glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if wanted.encode() in path.read_bytes().split(b"\0"):
+                    yield int(path.parent.name)
+        return
+    listed = subprocess.run(
+        ["/bin/ps", "-axEww", "-o", "pid=,command="], capture_output=True, text=True, errors="replace", check=False
+    )  # fmt: skip
+    for line in listed.stdout.splitlines():
+        number, _, words = line.strip().partition(" ")
+        if wanted in words.split():
+            yield int(number)
