@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import socket
 import ssl
 from collections import deque
@@ -489,8 +490,10 @@ def _in_words(error: BaseException) -> str:
     cause = first(error.__cause__) if error.__cause__ is not None else error
     if isinstance(cause, ssl.SSLError):
         return str(cause.reason or "TLS failed").replace("_", " ").lower()
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror.lower()
+    if isinstance(cause, socket.gaierror):
+        return str(cause.strerror).lower()
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno).lower()
     return str(cause) or "the other end closed it"
 
 

@@ -172,13 +172,11 @@ class Journal:
         """Append JSON objects, and return when they are durable. Raises NotWritten or Broken."""
         if self._broken is not None:
             raise self._broken
-        size, last = self.size, self._sum
         try:
             if self._fd < 0:
                 self._open()
             self._write(objects)
         except OSError as error:
-            self.size, self._sum = size, last
             self._cut_back()
             raise NotWritten(self.path, error) from error
         try:

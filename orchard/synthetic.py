@@ -74,7 +74,7 @@ class SyntheticDriver(Driver):
         await trio.lowlevel.checkpoint()
         if not self._home.exists():
             return []
-        names = sorted(path.parent.name for path in self._home.glob("*/vm.json"))
+        names = sorted(path.parent.name for path in self._home.glob("[!.]*/vm.json"))
         return [
             LocalVM(name, "running" if name in self._guests else self._read(name)["state"]) for name in names
         ]  # fmt: skip

@@ -25,7 +25,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -188,9 +188,7 @@ class Worker:
         self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
 
     def _description(self) -> dict[str, Any]:
-        """Give the worker as the API takes it, with a last_seen that is later than every one before."""
-        now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
-        self._last_seen = max(now, self._last_seen + datetime.timedelta(microseconds=1))
+        """Give the worker as the API takes it."""
         who = self.identity
         return encode(
             WorkerNoun(
@@ -202,14 +200,24 @@ class Worker:
                 default_cpu=who.default_cpu,
                 default_memory=who.default_memory,
                 machine_id=who.machine_id,
-                last_seen=self._last_seen,
+                last_seen=self._now(),
             )
         )
+
+    def _now(self) -> datetime.datetime:
+        """Give the time, or when the clock was set back, one that is at least later than every one before."""
+        now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
+        self._last_seen = max(now, self._last_seen + datetime.timedelta(microseconds=1))
+        return self._last_seen
 
     async def _heartbeat(self) -> None:
         while True:
             await trio.sleep(HEARTBEAT_SECONDS)
-            await self._client.workers.put(self.name, self._description())
+            # With what the controller has, and only a later last_seen: should this request arrive twice, the second
+            # one is no heartbeat any more, and must not take a pause back.
+            stored = await self._client.workers.get(self.name)
+            self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
+            await self._client.workers.put(self.name, encode(replace(stored, last_seen=self._now())))
 
     async def _listen(self) -> None:
         """Follow the watch: every action that comes over it means that there is something to look at."""

@@ -7,12 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import trio
+
+POLL_SECONDS = 0.01  # between two looks; what is looked at gets the processor meanwhile
 GENEROUS = 60  # seconds until a test gives up on a process; nothing is asserted about time
 LISTENING = re.compile(r"orchard controller [0-9.]+ is listening on (\S+)")
 
@@ -47,7 +50,8 @@ def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str,
 
 
 def command(role: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"orchard.{role}", *arguments]
+    """Give the command line of a role; "" is the `orchard` command."""
+    return [sys.executable, "-m", f"orchard.{role}" if role else "orchard", *arguments]
 
 
 @contextmanager
@@ -99,3 +103,13 @@ def finished(
         timeout=GENEROUS,
         check=False,
     )
+
+
+async def eventually(holds: Callable[[], Awaitable[bool] | bool]) -> None:
+    """Look again and again until something holds; give up after GENEROUS seconds."""
+    with trio.fail_after(GENEROUS):
+        while True:
+            held = holds()
+            if held if isinstance(held, bool) else await held:
+                return
+            await trio.sleep(POLL_SECONDS)

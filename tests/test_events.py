@@ -210,6 +210,17 @@ async def test_an_append_that_nobody_waits_for_any_more_is_kept(tmp_path: Path) 
         assert await all_of(log, A) == [1]
 
 
+async def test_a_stop_loses_nothing_that_was_taken(tmp_path: Path) -> None:
+    for number in range(10):  # it is chance who is first: the stop or the writing task that has just been woken
+        async with running(tmp_path, A) as log:
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await log.append(A, events(number))
+    async with running(tmp_path, A) as log:
+        assert await all_of(log, A) == [*range(10)]
+
+
 async def test_no_file_stays_open(tmp_path: Path) -> None:
     descriptors = set()
 
@@ -285,7 +296,7 @@ async def test_a_start_removes_what_is_left_over(tmp_path: Path) -> None:
     async with running(tmp_path) as log:
         await log.append(A, events(1))
         await log.append(B, events(2))
-    for name in (f"{A}.jsonl.new", f"{A}.jsonl~", "x.txt"):
+    for name in (A, f"{A}.jsonl.new", f"{A}.jsonl~", "x.txt"):
         (tmp_path / name).write_text("left over from a crash")
     async with running(tmp_path, A) as log:
         assert names(tmp_path) == {f"{A}.jsonl"}

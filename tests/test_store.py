@@ -218,8 +218,7 @@ async def test_many_writers_share_two_syncs_and_none_goes_on_before_them(tmp_pat
 async def test_a_reader_waits_for_what_it_has_seen_and_for_nothing_else(tmp_path: Path) -> None:
     disk = HeldDisk()
     async with writing(opened(tmp_path, disk)) as store:
-        with trio.fail_after(60):
-            await store.settled()
+        await store.settled()
         with disk.held():
             put(store, worker())
             with trio.move_on_after(0) as scope:
@@ -238,6 +237,17 @@ async def test_a_stop_waits_for_the_write_at_work(tmp_path: Path) -> None:
             put(store, worker())
             await trio.testing.wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
+    store.close()
+    assert set(read(tmp_path).workers) == {"w"}
+
+
+async def test_a_stop_loses_nothing_that_it_was_woken_for(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        await trio.testing.wait_all_tasks_blocked()
+        put(store, worker())
+        nursery.cancel_scope.cancel()
     store.close()
     assert set(read(tmp_path).workers) == {"w"}
 
@@ -287,7 +297,9 @@ async def test_a_slow_watcher_is_cut_off_and_no_other(tmp_path: Path, monkeypatc
                 put(store, store.state.vms["a"])
                 await store.settled()
                 assert kinds(quick)[-1] == ("MODIFIED", version)
-            assert [change.type async for change in slow] == ["ADDED", "MODIFIED", "MODIFIED"]
+            assert kinds(slow) == [("ADDED", 1), ("MODIFIED", 2), ("MODIFIED", 3)]
+            with pytest.raises(trio.EndOfChannel):
+                slow.receive_nowait()
 
 
 async def test_a_watcher_that_closed_its_end_is_in_nobodys_way(tmp_path: Path) -> None:
@@ -488,6 +500,32 @@ async def test_the_file_stays_in_proportion_to_what_it_holds(tmp_path: Path, mon
     compactions = sum(before > after for before, after in itertools.pairwise(sizes))
     assert 2 < compactions < 10, "too rare to bound the file, or so frequent that they cost more than the writes"
     assert read(tmp_path).workers["w"].resources == worker("w", vms=519).resources
+
+
+async def test_a_snapshot_holds_nothing_that_came_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchard.store, "COMPACT_BYTES", 0)
+    monkeypatch.setattr(orchard.store, "COMPACT_RATIO", 0)
+    going_on = threading.Event()
+    taken: list[list[bytes]] = []
+
+    def slow(*arguments: Any) -> list[bytes]:
+        going_on.wait()
+        taken.append(snapshot(*arguments))
+        return taken[-1]
+
+    async with writing(opened(tmp_path)) as store:
+        monkeypatch.setattr(orchard.store, "snapshot", slow)
+        put(store, worker("a"))
+        try:
+            await trio.testing.wait_all_tasks_blocked()
+            put(store, worker("b"))
+            delete(store, worker("a"))
+        finally:
+            going_on.set()
+        await store.settled()
+    header, *objects = (json.loads(line) for line in taken[0])
+    assert (header["revision"], [one["name"] for one in objects]) == (1, ["a"])
+    assert set(read(tmp_path).workers) == {"b"}
 
 
 async def test_compaction_that_fails_is_put_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,115 @@
+"""`orchard.testing` and the pytest fixture, as somebody's test suite uses them."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchard.client import ResponseError, VMFailed
+from orchard.controller import StartError
+from orchard.testing import BlockingCluster, cluster, start_cluster
+
+pytest_plugins = ["pytester"]
+
+
+def traces() -> tuple[int, set[str], int]:
+    """What a cluster could leave behind: open files, directories, threads."""
+    gc.collect()
+    left = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("orchard-")}  # noqa: PTH208
+    return len(os.listdir("/dev/fd")), left, threading.active_count()  # noqa: PTH208
+
+
+async def test_a_vm_runs_its_script_and_is_gone_when_it_is_deleted(tmp_path: Path) -> None:
+    async with cluster(workers=2, directory=tmp_path) as c:
+        script = {"script_content": 'echo "$A"\necho error >&2\n', "env": {"A": "it's `$HOME`"}}
+        await c.client.vms.create(name="vm", image="any", startup_script=script)
+        vm = await c.client.vms.wait("vm")
+        assert vm.state.worker == "worker-1"
+        while len(events := [event async for event in c.client.vms.events("vm")]) < 2:
+            pass
+        assert [(event.kind, event.payload) for event in events] == [
+            ("log_line", "it's `$HOME`"),
+            ("log_line", "error"),
+        ]
+        directories = list((tmp_path / "vms" / "worker-1").glob("orchard-vm-*"))
+        assert len(directories) == 1
+        async with c.client.vms.watch("vm") as changes:
+            await c.client.vms.delete("vm")
+            assert [kind async for kind, _ in until_deleted(changes)] == ["DELETED"]
+        await c.client.vms.create(name="other", image="any", resources={"org.cirruslabs.tart-vms": 2})
+        assert (await c.client.vms.wait("other")).state.worker == "worker-1", "the slot is free again"
+    assert not list((tmp_path / "vms").glob("*/*"))
+
+
+async def until_deleted(changes: Any) -> Any:
+    async for kind, vm in changes:
+        if kind == "DELETED":
+            yield kind, vm
+            return
+
+
+def test_from_a_synchronous_test_the_methods_block() -> None:
+    before = traces()
+    with start_cluster(workers=2) as c:
+        assert [worker.name for worker in c.client.workers.list()] == ["worker-1", "worker-2"]
+        c.client.vms.create(name="good", image="any")
+        assert c.client.vms.wait("good").state.status == "running"
+        c.client.vms.create(name="bad", image="any", startup_script={"script_content": "echo last words; exit 3"})
+        with c.client.vms.watch("bad") as changes:
+            failed = next(vm for _, vm in changes if vm.state.status == "failed")
+        assert failed.state.status_message == "startup script failed with exit code 3: last words"
+        assert [event.payload for event in c.client.vms.events("bad")] == ["last words"]
+        with pytest.raises(VMFailed, match="exit code 3: last words"):
+            c.client.vms.wait("bad")
+        with pytest.raises(ResponseError, match='VM "none" does not exist') as refusal:
+            c.client.vms.get("none")
+        assert refusal.value.status == 404
+        with urllib.request.urlopen(f"{c.url}/v1/vms") as answer:
+            assert [vm["name"] for vm in json.load(answer)] == ["bad", "good"]
+    assert traces() == before
+
+
+def test_an_error_in_the_block_comes_out_and_the_cluster_ends() -> None:
+    before = traces()
+    with pytest.raises(ZeroDivisionError), start_cluster():
+        raise ZeroDivisionError
+    assert traces() == before
+
+
+def test_a_cluster_that_cannot_start_says_why(tmp_path: Path) -> None:
+    (tmp_path / "controller").write_text("not a directory")
+    with pytest.raises(StartError, match="controller"), start_cluster(directory=tmp_path):
+        raise AssertionError("it started")
+
+
+def test_with_auth_strangers_are_refused() -> None:
+    with start_cluster(auth=True) as c:
+        assert c.account == "bootstrap-admin"
+        c.client.check()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{c.url}/v1/")
+        assert c.token not in repr(c)
+
+
+def test_the_fixture_is_a_cluster_of_two_workers(orchard_cluster: BlockingCluster) -> None:
+    assert len(orchard_cluster.client.workers.list()) == 2
+
+
+@pytest.mark.orchard(workers=3, vms_per_worker=1)
+def test_a_mark_passes_options_to_the_fixture(orchard_cluster: BlockingCluster) -> None:
+    workers = orchard_cluster.client.workers.list()
+    assert [worker.resources["org.cirruslabs.tart-vms"] for worker in workers] == [1, 1, 1]
+
+
+def test_the_plugin_is_there_for_a_test_suite_that_only_installs_orchard(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(orchard_cluster):\n    orchard_cluster.client.check()\n")
+    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1)
