@@ -154,6 +154,7 @@ class SyntheticDriver(Driver):
             task_status.started()
             await guest.order.wait()
         finally:
+            guest.order.set()
             await _kill(guest.shells)
             (self._directory(name) / "scripted").unlink(missing_ok=True)
             del self._guests[name]
@@ -223,7 +224,10 @@ class SyntheticDriver(Driver):
             raise DriverError(str(error)) from error
         (directory / "scripted").touch()
         shell = await _start_shell(name, directory / "root", username)
-        guest.shells.append(shell)  # reaped when the VM ends: until then its number belongs to its process group
+        if guest.order.is_set():  # it has not waited for this one
+            await _kill([shell])
+        else:
+            guest.shells.append(shell)  # reaped when the VM ends: until then its number is its process group's
         assert shell.stdin is not None
         assert shell.stdout is not None
         async with shell.stdin, shell.stdout:

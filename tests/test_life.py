@@ -1,0 +1,322 @@
+"""One VM's life on a host, on synthetic VMs: what it says of itself, how it follows its specification, how it ends."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from processes import eventually
+
+from orchard import lifecycle
+from orchard.life import LINES, SHUT_DOWN, Instance
+from orchard.schema import VM, Event, Worker, new_spec, patched_spec
+from orchard.synthetic import SyntheticDriver, _processes_of
+from orchard.tart import DriverError
+
+BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
+WORKER = Worker(name="w", default_cpu=3, default_memory=1024)
+
+
+def placed(name: str = "vm", **spec: object) -> VM:
+    """A VM as the controller hands it to a worker."""
+    wanted = new_spec({"name": name, "image": "image", **spec}, [])
+    return lifecycle.assign(lifecycle.create(name, f"uid-of-{name}", wanted, BEGAN), WORKER, BEGAN)
+
+
+def changed(vm: VM, **patch: object) -> VM:
+    """The next generation of a VM."""
+    return lifecycle.change(vm, patched_spec(vm.spec, patch, []))
+
+
+class Host:
+    """A host with a driver, the instances on it, and what they said and sent."""
+
+    def __init__(self, home: Path, **options: float) -> None:
+        self.home = home
+        self.driver = SyntheticDriver(home, **options)
+        self.said: list[dict[str, Any]] = []
+        self.sent: list[str] = []
+        self.hold: trio.Event | None = None  # what deliveries wait for
+
+    def instance(self, vm: VM) -> Instance:
+        instance = Instance(
+            vm,
+            self.driver,
+            changed=lambda: self.said.append(instance.report()),
+            send_events=self.send,
+            clock=lambda: 1_700_000_000.5,
+        )
+        return instance
+
+    async def send(self, vm: VM, events: Sequence[Event]) -> None:
+        if self.hold is not None:
+            await self.hold.wait()
+        assert {(event.kind, event.timestamp) for event in events} == {("log_line", 1_700_000_000)}
+        self.sent += [event.payload for event in events]
+
+    def story(self) -> list[tuple[str, str, bool, int]]:
+        """What was said, repetitions left out."""
+        told = [
+            (r["status"], r["status_message"], r["conditions"][0]["state"] == "true", r["observedGeneration"])
+            for r in self.said
+        ]
+        return [one for one, _ in itertools.groupby(told)]
+
+    def about(self, instance: Instance) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.home / instance.name / "vm.json").read_text())
+        return found
+
+    def left(self) -> list[Path]:
+        return list(self.home.iterdir()) if self.home.exists() else []
+
+
+@asynccontextmanager
+async def tended(host: Host, vm: VM, after: Sequence[trio.Event] = ()) -> AsyncIterator[Instance]:
+    """Let a VM live for the time of the block, and end by being removed."""
+    instance = host.instance(vm)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(instance.tend, after)
+        yield instance
+        instance.remove()
+
+
+async def until(instance: Instance, holds: Callable[[Instance], bool]) -> None:
+    await eventually(lambda: holds(instance))
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path / "vms")
+
+
+async def test_a_life_tells_its_story_and_leaves_nothing(host: Host) -> None:
+    async with tended(host, placed(cpu=2)) as instance:
+        await until(instance, lambda i: i.running)
+        assert host.about(instance) == {"source": "image", "state": "stopped", "cpu": 2, "memory": 1024}
+        assert await host.driver.ip(instance.name) == "127.0.0.1"
+    assert host.story() == [
+        ("pending", "cloning image", False, 0),
+        ("pending", "starting", False, 0),
+        ("running", "", True, 1),
+    ]
+    assert instance.report()["uid"] == "uid-of-vm"
+    assert instance.image_fqn.startswith("image@sha256:")
+    assert host.left() == []
+
+
+async def test_a_pull_tells_its_progress(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
+    host = Host(tmp_path, pull_seconds=10.0, boot_seconds=5.0)
+    async with tended(host, placed(imagePullPolicy="Always")) as instance:
+        await until(instance, lambda i: i.running)
+    messages = [message for _, message, _, _ in host.story()]
+    progress = [f"pulling image: {percent} %" for percent in range(10, 101, 10)]
+    assert messages == ["pulling image", *progress, "cloning image", *progress, "starting", ""]
+
+
+async def test_an_image_that_does_not_exist_fails_the_vm_with_the_drivers_words(host: Host) -> None:
+    async with tended(host, placed(image="orchard-none")) as instance:
+        await until(instance, lambda i: i.status == "failed")
+        assert instance.message == 'the specified VM "orchard-none" does not exist'
+        assert instance.ended.is_set()
+    assert host.left() == []
+
+
+async def test_a_script_that_fails_fails_the_vm_after_all_that_it_printed(host: Host) -> None:
+    script = {"script_content": "seq 1000; echo last words; exit 7", "env": {}}
+    async with tended(host, placed(startup_script=script)) as instance:
+        await until(instance, lambda i: i.status == "failed")
+        assert instance.message == "startup script failed with exit code 7: last words"
+        assert host.sent == [*map(str, range(1, 1001)), "last words"]
+        await instance.ended.wait()
+        assert (await host.driver.list_vms())[0].state == "stopped"
+        instance.follow(changed(instance.vm, headless=True))
+        assert host.story()[-1] == ("failed", instance.message, False, 1)
+
+
+async def test_a_script_waits_while_its_lines_cannot_be_delivered(host: Host) -> None:
+    host.hold = trio.Event()
+    script = {"script_content": "for i in $(seq 3000); do printf %01000d\\\\n $i; echo $i > reached; done"}
+    async with tended(host, placed(startup_script=script)) as instance:
+        reached = host.home / instance.name / "root" / "reached"
+        await until(instance, lambda _: reached.exists() and int(reached.read_text() or 0) > LINES)
+        last = -1
+        while (now := int(reached.read_text() or 0)) != last:  # until it goes on no more
+            last = now
+            await trio.sleep(0.2 if last < 0 else 0.5)
+        assert last < 3000
+        assert host.sent == []
+        host.hold.set()
+        await until(instance, lambda _: len(host.sent) == 3000)
+    assert host.sent == [f"{number:01000}" for number in range(1, 3001)]
+
+
+async def test_a_guest_that_shuts_down_by_itself_has_failed(host: Host) -> None:
+    async with tended(host, placed()) as instance:
+        await until(instance, lambda i: i.running)
+        await host.driver.stop(instance.name)
+        await until(instance, lambda i: i.status == "failed")
+        assert (instance.message, instance.running) == (SHUT_DOWN, False)
+
+
+async def test_the_next_generation_is_booted_with_what_changed(host: Host) -> None:
+    vm = placed(startup_script={"script_content": "echo once"})
+    async with tended(host, vm) as instance:
+        await until(instance, lambda _: host.sent == ["once"])
+        await until(instance, lambda i: i._scripted)
+        instance.follow(changed(vm, cpu=8, headless=True))
+        await until(instance, lambda i: i.observed == 2)
+        assert host.about(instance)["cpu"] == 8
+        assert (instance.running, instance.status) == (True, "running")
+    assert host.story()[-3:] == [("running", "", True, 1), ("running", "", False, 1), ("running", "", True, 2)]
+    assert host.sent == ["once"], "the script runs once in a life"
+
+
+@pytest.mark.parametrize(
+    ("spec", "patch", "state"),
+    [
+        ({}, {"powerState": "stopped"}, "stopped"),
+        ({"suspendable": True}, {"powerState": "stopped"}, "stopped"),
+        ({"suspendable": True}, {"powerState": "suspended"}, "suspended"),
+        ({"suspendable": True}, {"powerState": "suspended", "cpu": 9}, "stopped"),
+    ],
+)
+async def test_a_vm_that_is_to_rest_stays_on_the_disk(
+    host: Host, spec: dict[str, object], patch: dict[str, object], state: str
+) -> None:
+    vm = placed("vm", **spec)
+    async with tended(host, vm) as instance:
+        await until(instance, lambda i: i.running)
+        instance.follow(changed(vm, **patch))
+        await until(instance, lambda i: i.observed == 2)
+        assert (instance.status, instance.running) == ("running", False)
+        assert host.about(instance)["state"] == state
+        assert not instance.ended.is_set()
+    assert host.left() == []
+
+
+async def test_a_clone_of_a_suspended_vm_resumes_as_it_was(host: Host) -> None:
+    vm = placed(suspendable=True, cpu=5)
+    async with tended(host, vm) as source:
+        await until(source, lambda i: i.running)
+        source.follow(changed(vm, powerState="suspended"))
+        await until(source, lambda i: i.observed == 2)
+        async with tended(host, placed("second", image=source.name, cpu=7)) as second:
+            await until(second, lambda i: i.running)
+            assert host.about(second)["cpu"] == 5
+    assert host.left() == []
+
+
+async def test_a_life_begins_when_those_that_were_told_to_end_have(host: Host) -> None:
+    ended = trio.Event()
+    async with tended(host, placed(), [ended]) as instance:
+        await trio.testing.wait_all_tasks_blocked()
+        assert host.said == []
+        ended.set()
+        await until(instance, lambda i: i.running)
+
+
+async def test_a_worker_that_ends_keeps_only_what_is_at_rest(host: Host) -> None:
+    resting, running = placed("resting"), placed("running")
+    async with trio.open_nursery() as nursery:
+        instances = [host.instance(vm) for vm in (resting, running)]
+        for instance in instances:
+            nursery.start_soon(instance.tend)
+            await until(instance, lambda i: i.running)
+        instances[0].follow(changed(resting, powerState="stopped"))
+        await until(instances[0], lambda i: i.observed == 2)
+        nursery.cancel_scope.cancel()
+    assert [vm.name for vm in await host.driver.list_vms()] == [resting.tart_name]
+    # The next worker takes it over, and can delete it.
+    again = host.instance(changed(resting, powerState="stopped"))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(again.keep)
+        await until(again, lambda i: i.observed == 2)
+        again.remove()
+    assert host.left() == []
+
+
+async def test_a_vm_that_cannot_be_deleted_is_tried_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals = iter([DriverError("busy"), DriverError("still busy")])
+    delete = host.driver.delete
+
+    async def stubborn(name: str) -> None:
+        for refusal in refusals:
+            raise refusal
+        await delete(name)
+
+    monkeypatch.setattr(host.driver, "delete", stubborn)
+    instance = host.instance(placed())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(instance.tend)
+        await until(instance, lambda i: i.running)
+        instance.remove()
+        await instance.ended.wait()
+        assert host.left() != []
+
+        def is_gone() -> bool:
+            instance.remove()
+            return not nursery.child_tasks
+
+        await eventually(is_gone)
+    assert host.left() == []
+
+
+# ---- cancelled at every checkpoint ---------------------------------------------------------------------------------
+
+
+class AtStep(trio.abc.Instrument):
+    """Does something before the N-th step of any task."""
+
+    def __init__(self, number: int, action: Callable[[], None]) -> None:
+        self.left = number
+        self._action = action
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self._action()
+
+
+async def one_life(home: Path, step: int, order: str) -> bool:
+    """Live, with a script; at some step the VM is told to end, or its task is cancelled. Give whether it came to it."""
+    host = Host(home)
+    instance = host.instance(placed(startup_script={"script_content": "echo hello; sleep 1000 & echo over"}))
+    async with trio.open_nursery() as nursery:
+        orders: dict[str, Callable[[], None]] = {
+            "remove": instance.remove,
+            "fail": partial(instance.fail, "told"),
+            "cancel": nursery.cancel_scope.cancel,
+            "cancel the removal": nursery.cancel_scope.cancel,
+        }
+        instrument = AtStep(step, orders[order])
+        nursery.start_soon(instance.tend)
+        if order != "cancel the removal":
+            trio.lowlevel.add_instrument(instrument)
+        await eventually(lambda: instance._scripted or instrument.left <= 0)
+        if order == "cancel the removal":
+            trio.lowlevel.add_instrument(instrument)
+        if order == "fail" and instrument.left <= 0:
+            await instance.ended.wait()
+        instance.remove()
+    trio.lowlevel.remove_instrument(instrument)
+    assert instance.ended.is_set()
+    assert await host.driver.list_vms() == []
+    assert host.left() == []
+    assert list(_processes_of(instance.name)) == []
+    return instrument.left <= 0
+
+
+@pytest.mark.parametrize(("order", "steps"), [("remove", 20), ("fail", 20), ("cancel", 20), ("cancel the removal", 5)])
+def test_a_life_that_ends_at_any_checkpoint_leaves_nothing(tmp_path: Path, order: str, steps: int) -> None:
+    for step in itertools.count(1):
+        if not trio.run(one_life, tmp_path / str(step), step, order, strict_exception_groups=True):
+            break
+    assert step > steps
