@@ -136,25 +136,29 @@ class Worker:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; `started()` once registered. VMs end with it. Raises RefusedError."""
-        async with trio.open_nursery() as vms:  # they outlive every session
-            waiting = 0
-            while True:
-                began = trio.current_time()
-                refusal: BaseException | None = None
-                try:
-                    await self._session(vms, task_status)
-                except* RefusedError as group:
-                    refusal = first(group)
-                except* ClientError as group:
-                    reason = str(first(group))
-                    log.warning("no session with the controller", extra={"worker": self.name, "reason": reason})
-                except* Exception as group:
-                    log.exception("a session failed", extra={"worker": self.name}, exc_info=group)
-                if refusal is not None:
-                    raise refusal
-                waiting = 0 if trio.current_time() - began > HEARTBEAT_SECONDS else waiting + 1
-                pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(waiting, 10))
-                await trio.sleep(pause * (1 - JITTER * self._chance()))
+        with unwrapped():
+            async with trio.open_nursery() as vms:  # they outlive every session
+                await self._sessions(vms, task_status)
+
+    async def _sessions(self, vms: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
+        waiting = 0
+        while True:
+            began = trio.current_time()
+            refusal: BaseException | None = None
+            try:
+                await self._session(vms, task_status)
+            except* RefusedError as group:
+                refusal = first(group)
+            except* ClientError as group:
+                reason = str(first(group))
+                log.warning("no session with the controller", extra={"worker": self.name, "reason": reason})
+            except* Exception as group:
+                log.exception("a session failed", extra={"worker": self.name}, exc_info=group)
+            if refusal is not None:
+                raise refusal
+            waiting = 0 if trio.current_time() - began > HEARTBEAT_SECONDS else waiting + 1
+            pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(waiting, 10))
+            await trio.sleep(pause * (1 - JITTER * self._chance()))
 
     # -- the session
 

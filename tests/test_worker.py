@@ -1,0 +1,302 @@
+"""The worker against a real controller on a loopback port: the look, what it finds on its host, what it reports."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import trio
+from processes import eventually
+
+from orchard import controller, worker
+from orchard.client import Client, ResponseError
+from orchard.schema import TART_VMS, VM, Status
+from orchard.synthetic import SyntheticDriver
+from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker
+
+
+class Site:
+    """A controller that can be stopped and started on its port, and workers' hosts, all in one directory."""
+
+    def __init__(self, home: Path, nursery: trio.Nursery) -> None:
+        self.home = home
+        self.port = 0
+        self.nursery = nursery
+        self.client: Client
+        self._stop: trio.Event
+        self._stopped: trio.Event
+
+    async def start(self) -> None:
+        self._stop, self._stopped = trio.Event(), trio.Event()
+        settings = controller.Settings(
+            data_dir=self.home / "controller", host="127.0.0.1", port=self.port, tls=False, auth=False
+        )
+
+        async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
+            await controller.run(settings, stop=self._stop, grace=0.1, task_status=task_status)
+            self._stopped.set()
+
+        running: controller.Running = await self.nursery.start(run)
+        self.port = int(running.url.rpartition(":")[2])
+        self.client = Client(running.url)
+
+    async def stop(self) -> None:
+        await self.client.aclose()
+        self._stop.set()
+        await self._stopped.wait()
+
+    def driver(self, name: str = "mac") -> SyntheticDriver:
+        return SyntheticDriver(self.home / "vms" / name)
+
+    def worker(self, client: Client, name: str = "mac", **identity: Any) -> Worker:
+        identity = {"machine_id": "m", "resources": {TART_VMS: 2}, **identity}
+        return Worker(Identity(name=name, arch="arm64", runtime="tart", **identity), client, self.driver(name))
+
+    @asynccontextmanager
+    async def working(self, name: str = "mac", **identity: Any) -> AsyncIterator[Worker]:
+        """Run a worker for the time of the block; its VMs end with it."""
+        async with Client(self.client.url) as client, trio.open_nursery() as nursery:
+            running = self.worker(client, name, **identity)
+            await nursery.start(running.run)
+            yield running
+            nursery.cancel_scope.cancel()
+
+    async def vm(self, name: str, holds: Callable[[VM], bool]) -> VM:
+        """Follow a VM until something holds of it."""
+        with trio.fail_after(60):
+            async with self.client.vms.watch(name) as changes:
+                async for _, vm in changes:
+                    if holds(vm):
+                        return vm
+        raise AssertionError("the watch ended")
+
+    async def left(self, name: str = "mac") -> list[str]:
+        return [vm.name for vm in await self.driver(name).list_vms()]
+
+
+@pytest.fixture
+async def site(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[Site]:
+    site = Site(tmp_path, nursery)
+    await site.start()
+    yield site
+    await site.stop()
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_says_for_every_pair_of_states_what_to_do() -> None:
+    states = ("absent", *get_args(Status))
+    assert set(ACTIONS) == set(itertools.product(states, states))
+    # Whatever is here and wanted by nobody goes; whatever has failed on one side does not run on.
+    assert {ACTIONS[here, "absent"] for here in states} == {"none", "remove"}
+    assert {ACTIONS[here, "failed"] for here in states} == {"none", "stop"}
+
+
+# ---- VMs -----------------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_worker_says_reaches_the_controller_at_once(site: Site) -> None:
+    async with site.working():
+        with trio.fail_after(60):
+            await site.client.vms.create(name="vm", image="any")
+            async with site.client.vms.watch("vm") as changes:
+                seen = []
+                async for _, vm in changes:
+                    seen.append((vm.state.status, vm.state.status_message))
+                    if vm.state.status == "running":
+                        break
+    assert ("running", "") in seen
+    assert vm.state.observed_generation == 1
+    assert vm.state.image_fqn.startswith("any@sha256:")
+    assert vm.condition("running")
+
+
+async def test_a_changed_specification_is_followed_and_observed(site: Site) -> None:
+    async with site.working():
+        await site.client.vms.create(name="vm", image="any", suspendable=True)
+        await site.client.vms.wait("vm")
+        await site.client.vms.patch("vm", headless=True)
+        vm = await site.vm("vm", lambda vm: vm.state.observed_generation == 2)
+        assert vm.condition("running")
+        await site.client.vms.patch("vm", powerState="suspended")
+        vm = await site.vm("vm", lambda vm: vm.state.observed_generation == 3)
+        assert (vm.state.status, vm.condition("running"), vm.resting) == ("running", False, True)
+        assert [one.state for one in await site.driver().list_vms()] == ["suspended"]
+        # It uses no resources any more, and another can be made of it.
+        for name in ("a", "b"):
+            await site.client.vms.create(name=name, image="any" if name == "a" else vm.tart_name)
+            await site.client.vms.wait(name)
+
+
+async def test_a_failed_vm_that_wants_it_is_started_again_elsewhere_or_here(site: Site) -> None:
+    async with site.working():
+        script = {"script_content": "test -e ../../ran || { touch ../../ran; echo no; exit 1; }"}
+        await site.client.vms.create(name="vm", image="any", restart_policy="OnFailure", startup_script=script)
+        vm = await site.vm("vm", lambda vm: vm.state.restart_count == 1 and vm.state.status == "running")
+        assert vm.tart_name.endswith("-1")
+        await eventually(partial(one_left, site, vm.tart_name))
+
+
+async def one_left(site: Site, name: str) -> bool:
+    return await site.left() == [name]
+
+
+async def test_a_deleted_vm_ends_before_another_takes_its_place(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with site.working(resources={TART_VMS: 1}) as mac:
+        driver = mac._driver
+        story: list[str] = []
+        run = driver.run
+
+        async def told_run(name: str, *args: Any, **kwargs: Any) -> None:
+            story.append(f"ran {name}")
+            try:
+                await run(name, *args, **kwargs)
+            finally:
+                story.append(f"ended {name}")
+
+        monkeypatch.setattr(driver, "run", told_run)
+        await site.client.vms.create(name="first", image="any")
+        first = await site.client.vms.wait("first")
+        await site.client.vms.create(name="second", image="any")
+        await site.vm("second", lambda vm: vm.state.status_message.endswith("(1 wanted, 0 free)"))
+        await site.client.vms.delete("first")
+        second = await site.client.vms.wait("second")
+        assert story.index(f"ran {second.tart_name}") > story.index(f"ended {first.tart_name}")
+
+
+async def test_a_worker_that_was_deleted_comes_back_and_its_vm_is_gone(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    async with site.working():
+        await site.client.vms.create(name="vm", image="any")
+        await site.client.vms.wait("vm")
+        await site.client.workers.delete("mac")
+        vm = await site.vm("vm", lambda vm: vm.state.status == "failed")
+        assert vm.state.status_message == 'worker "mac" was deleted'
+        await eventually(partial(registered, site))
+
+
+async def registered(site: Site) -> bool:
+    return [one.name for one in await site.client.workers.list()] == ["mac"]
+
+
+async def test_heartbeats_leave_a_pause_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    async with site.working():
+        before = (await site.client.workers.pause("mac")).last_seen
+        assert before is not None
+
+        async def has_beaten() -> bool:
+            now = (await site.client.workers.get("mac")).last_seen
+            return now is not None and now > before + datetime.timedelta(milliseconds=40)
+
+        await eventually(has_beaten)
+        assert (await site.client.workers.get("mac")).scheduling_paused
+        await site.client.vms.create(name="vm", image="any")
+        await site.vm("vm", lambda vm: vm.state.status_message == "waiting: 1 worker: 1 paused")
+        await site.client.workers.pause("mac", paused=False)
+        await site.client.vms.wait("vm")
+
+
+async def test_a_clock_that_was_set_back_does_not_stop_heartbeats(site: Site) -> None:
+    async with Client(site.client.url) as client:
+        times = iter([2_000_000_000.0, 1_000_000_000.0, 1_000_000_001.0])
+        mac = site.worker(client)
+        mac._clock = lambda: next(times)
+        stamps = [mac._now() for _ in range(3)]
+    assert stamps == sorted(set(stamps))
+
+
+async def test_output_waits_for_a_controller_that_is_away(site: Site) -> None:
+    async with site.working():
+        script = {"script_content": "echo before; while test ! -e ../go; do :; done; echo after"}
+        await site.client.vms.create(name="vm", image="any", startup_script=script)
+        vm = await site.client.vms.wait("vm")
+        await eventually(partial(printed, site, ["before"]))
+        await site.stop()
+        (site.home / "vms" / "mac" / vm.tart_name / "go").touch()
+        await site.start()
+        await eventually(partial(printed, site, ["before", "after"]))
+        assert (await site.client.vms.get("vm")).state.status == "running"
+
+
+async def printed(site: Site, lines: list[str]) -> bool:
+    return [event.payload async for event in site.client.vms.events("vm")] == lines
+
+
+# ---- what an earlier worker left -----------------------------------------------------------------------------------
+
+
+async def test_only_what_is_ours_and_wanted_by_nobody_is_deleted_at_the_start(site: Site) -> None:
+    driver = site.driver()
+    for name in ("orchard-old-uid-0", "mine", "not-orchard-x"):
+        await driver.clone("image", name, lambda _: None)
+    async with site.working():
+        assert sorted(await site.left()) == ["mine", "not-orchard-x"]
+
+
+async def test_a_vm_at_rest_is_kept_and_one_that_ran_is_lost(site: Site) -> None:
+    async with site.working():
+        for name in ("resting", "running"):
+            await site.client.vms.create(name=name, image="any")
+            await site.client.vms.wait(name)
+        await site.client.vms.patch("resting", powerState="stopped")
+        resting = await site.vm("resting", lambda vm: vm.resting)
+        running = await site.client.vms.get("running")
+    assert await site.left() == [resting.tart_name]
+    driver = site.driver()
+    await driver.clone("image", running.tart_name, lambda _: None)  # as a worker leaves it that was killed
+    async with site.working():
+        lost = await site.vm("running", lambda vm: vm.state.status == "failed")
+        assert lost.state.status_message == LOST
+        assert (await site.client.vms.get("resting")).resting
+        for name in ("resting", "running"):
+            await site.client.vms.delete(name)
+        await eventually(partial(nothing_left, site))
+
+
+async def nothing_left(site: Site) -> bool:
+    return await site.left() == []
+
+
+async def test_what_was_half_made_is_made_again(site: Site) -> None:
+    await site.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
+    await site.client.vms.create(name="vm", image="any")
+    vm = await site.vm("vm", lambda vm: vm.state.worker == "mac")
+    await site.driver().clone("half", vm.tart_name, lambda _: None)
+    async with site.working():
+        assert (await site.client.vms.wait("vm")).state.restart_count == 0
+        assert await site.left() == [vm.tart_name]
+
+
+# ---- being let in --------------------------------------------------------------------------------------------------
+
+
+async def test_a_name_that_another_machine_has_is_refused_until_it_is_free(site: Site) -> None:
+    await site.client.workers.register({"name": "mac", "machine_id": "another"})
+    async with Client(site.client.url) as client, trio.open_nursery() as nursery:
+        mac = site.worker(client)
+        with pytest.raises(ResponseError, match="give this one another name"):
+            await mac._register()
+        nursery.start_soon(mac.run)
+        await site.client.workers.delete("mac")
+        await eventually(lambda: mac._settled)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_worker_that_was_never_let_in_gives_up(tmp_path: Path, nursery: trio.Nursery) -> None:
+    settings = controller.Settings(data_dir=tmp_path / "c", host="127.0.0.1", port=0, tls=False)
+    running: controller.Running = await nursery.start(partial(controller.run, settings))
+    async with Client(running.url, account="nobody", token="t") as client:
+        identity = Identity(name="w", arch="arm64", runtime="tart", machine_id="m", resources={})
+        with pytest.raises(RefusedError, match="does not exist"):
+            await Worker(identity, client, SyntheticDriver(tmp_path / "vms")).run()
+    nursery.cancel_scope.cancel()
