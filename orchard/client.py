@@ -182,15 +182,8 @@ class _Connection:
     def stale(self) -> bool:
         """Whether the server has closed it meanwhile, or sent what nobody asked for."""
         transport = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
-        if not isinstance(transport, trio.SocketStream):
-            return False
-        try:
-            transport.socket._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # type: ignore[attr-defined]
-        except (BlockingIOError, InterruptedError):
-            return False
-        except OSError:
-            return True
-        return True
+        # A connection at rest has nothing to read but its end.
+        return isinstance(transport, trio.SocketStream) and transport.socket.is_readable()
 
 
 # ---- the client ----------------------------------------------------------------------------------------------------
