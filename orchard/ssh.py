@@ -82,7 +82,7 @@ def greeting(marker: str) -> str:
 def script_text(script: str, env: Mapping[str, str], marker: str) -> str:
     """Wrap a script for the standard input of a shell, after the `greeting`.
 
-    Raises SSHError for a bad name in `env`, and for NUL, which no shell can hold.
+    Raises ValueError for a bad name in `env`, and for NUL, which no shell can hold.
     """
     exports = []
     for name, value in env.items():

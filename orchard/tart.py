@@ -495,7 +495,7 @@ class TartDriver:
                 env=env,
                 on_line=on_line,
             )
-        except ssh.SSHError as error:
+        except (ssh.SSHError, ValueError) as error:
             raise DriverError(str(error)) from error
         if end.exit_code:
             raise ScriptFailed(end.exit_code, end.last_line)

@@ -460,7 +460,7 @@ async def work(options: argparse.Namespace, client: Client) -> None:
     synthetic = options.runtime == "synthetic"
     runtime: Runtime = "vetu" if options.runtime == "vetu" else "tart"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
-    if not synthetic and (warning := check_dhcp_lease()):
+    if not synthetic and platform.system() == "Darwin" and (warning := check_dhcp_lease()):
         log.warning(warning)
     async with client, trio.open_nursery() as nursery:
         for each in names:

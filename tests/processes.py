@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -113,3 +113,14 @@ async def eventually(holds: Callable[[], Awaitable[bool] | bool]) -> None:
             if held if isinstance(held, bool) else await held:
                 return
             await trio.sleep(POLL_SECONDS)
+
+
+def processes_in(home: Path) -> list[int]:
+    """Find the processes that have a directory in their environment, or stand in it. Needs /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            told = (entry / "environ").read_bytes() + os.fsencode((entry / "cwd").readlink())
+            if os.fsencode(home) in told and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found

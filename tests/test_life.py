@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -13,22 +14,26 @@ from typing import Any
 
 import pytest
 import trio
-from processes import eventually
+from processes import eventually, processes_in
 
 from orchard import lifecycle
 from orchard.life import LINES, SHUT_DOWN, Instance
 from orchard.schema import VM, Event, Worker, new_spec, patched_spec
-from orchard.synthetic import SyntheticDriver, _processes_of
-from orchard.tart import DriverError
+from orchard.synthetic import SyntheticDriver
+from orchard.tart import Driver, DriverError, TartDriver
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 WORKER = Worker(name="w", default_cpu=3, default_memory=1024)
 
 
+def uid_of(name: str) -> str:
+    return f"uid-{os.getpid()}-{name}"  # processes are told apart by it, of other test runs, too
+
+
 def placed(name: str = "vm", **spec: object) -> VM:
     """A VM as the controller hands it to a worker."""
     wanted = new_spec({"name": name, "image": "image", **spec}, [])
-    return lifecycle.assign(lifecycle.create(name, f"uid-of-{name}", wanted, BEGAN), WORKER, BEGAN)
+    return lifecycle.assign(lifecycle.create(name, uid_of(name), wanted, BEGAN), WORKER, BEGAN)
 
 
 def changed(vm: VM, **patch: object) -> VM:
@@ -39,22 +44,28 @@ def changed(vm: VM, **patch: object) -> VM:
 class Host:
     """A host with a driver, the instances on it, and what they said and sent."""
 
-    def __init__(self, home: Path, **options: float) -> None:
+    def __init__(self, home: Path, driver: Driver | None = None, **options: float) -> None:
         self.home = home
-        self.driver = SyntheticDriver(home, **options)
+        self.driver = driver or SyntheticDriver(home, **options)
         self.said: list[dict[str, Any]] = []
         self.sent: list[str] = []
         self.hold: trio.Event | None = None  # what deliveries wait for
+        self.runs = trio.Event()  # set when an instance has said that it runs
 
     def instance(self, vm: VM) -> Instance:
         instance = Instance(
             vm,
             self.driver,
-            changed=lambda: self.said.append(instance.report()),
+            changed=lambda: self.heard(instance),
             send_events=self.send,
             clock=lambda: 1_700_000_000.5,
         )
         return instance
+
+    def heard(self, instance: Instance) -> None:
+        self.said.append(instance.report())
+        if instance.running:
+            self.runs.set()
 
     async def send(self, vm: VM, events: Sequence[Event]) -> None:
         if self.hold is not None:
@@ -107,7 +118,7 @@ async def test_a_life_tells_its_story_and_leaves_nothing(host: Host) -> None:
         ("pending", "starting", False, 0),
         ("running", "", True, 1),
     ]
-    assert instance.report()["uid"] == "uid-of-vm"
+    assert instance.report()["uid"] == uid_of("vm")
     assert instance.image_fqn.startswith("image@sha256:")
     assert host.left() == []
 
@@ -310,7 +321,7 @@ async def one_life(home: Path, step: int, order: str) -> bool:
     assert instance.ended.is_set()
     assert await host.driver.list_vms() == []
     assert host.left() == []
-    assert list(_processes_of(instance.name)) == []
+    assert processes_in(home) == []
     return instrument.left <= 0
 
 
@@ -320,3 +331,41 @@ def test_a_life_that_ends_at_any_checkpoint_leaves_nothing(tmp_path: Path, order
         if not trio.run(one_life, tmp_path / str(step), step, order, strict_exception_groups=True):
             break
     assert step > steps
+
+
+TART = Path(__file__).parent / "standin" / "tart"
+
+
+async def one_life_on_tart(home: Path, step: int, order: str) -> bool:
+    """As `one_life`, on the stand-in for tart, without a script."""
+    driver = TartDriver(str(TART), env={"TART_HOME": str(home)})
+    host = Host(home, driver)
+    instance = host.instance(placed(image="example.com/image", imagePullPolicy="Always"))
+    async with trio.open_nursery() as nursery:
+        action = instance.remove if order == "remove" else nursery.cancel_scope.cancel
+        instrument = AtStep(step, action)
+        trio.lowlevel.add_instrument(instrument)
+        nursery.start_soon(instance.tend)
+        with trio.move_on_after(60):
+            async with trio.open_nursery() as waiting:
+                for event in (host.runs, instance.ended):
+                    waiting.start_soon(cancel_at, event, waiting.cancel_scope)
+        instance.remove()
+    trio.lowlevel.remove_instrument(instrument)
+    assert await driver.list_vms() == []
+    return instrument.left <= 0
+
+
+async def cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:
+    await event.wait()
+    scope.cancel()
+
+
+@pytest.mark.parametrize("order", ["remove", "cancel"])
+def test_a_life_on_tart_that_ends_at_any_checkpoint_leaves_nothing(tmp_path: Path, order: str) -> None:
+    for step in itertools.count(1):
+        home = tmp_path / str(step)
+        if not trio.run(one_life_on_tart, home, step, order, strict_exception_groups=True):
+            break
+        assert processes_in(home) == []
+    assert step > 40

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from processes import Role, controller, eventually, finished, started
+from processes import Role, controller, eventually, finished, processes_in, started
 
 from orchard.auth import BootstrapToken
 from orchard.client import Client
@@ -117,21 +117,8 @@ async def test_a_killed_worker_leaves_nothing_once_it_is_back(tmp_path: Path) ->
                 await client.vms.delete("lost")
                 await gone(homes)
                 assert stranger.exists()
-                assert not sleepers(homes)
+                assert processes_in(homes) == []
                 assert worker.stop() == 0
-
-
-def sleepers(homes: Path) -> list[str]:
-    """Find processes whose working directory was a VM's."""
-    found = []
-    for link in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            where = str(link.readlink())
-        except OSError:
-            continue
-        if where.startswith(str(homes)):
-            found.append(where)
-    return found
 
 
 async def test_vms_run_on_while_the_controller_is_away(tmp_path: Path) -> None:
