@@ -66,8 +66,8 @@ async def demo(options: argparse.Namespace) -> None:
     steps = Steps()
     print(f"Orchard {__version__}: a controller, a worker and a VM on this machine, in a throw-away directory.\n")
     async with cluster(workers=1, driver=make_driver) as running:
-        steps.say(f"a controller listens on {running.url}")
-        steps.say(f'the worker "worker-1" has registered, {kind}')
+        steps.say(f'a controller listens on {running.url}, and the worker "worker-1" has registered,')
+        steps.say(kind)
         client = running.client
         await client.vms.create(
             name="demo",

@@ -1,0 +1,66 @@
+"""The description of the API, held against a running controller: whatever it says may be sent is answered as it says."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from strategies import QUICK
+
+from orchard.api import OPERATIONS
+from orchard.openapi import Operation, describe, document
+from orchard.testing import BlockingCluster, start_cluster
+
+CHECKS = [
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[BlockingCluster]:
+    with start_cluster(workers=1) as running:
+        running.client.vms.create(name="0", image="any")  # what a generator is likely to name
+        running.client.service_accounts.create("0")
+        yield running
+
+
+# A watch has no end, and the worker's is a WebSocket: both have tests of their own.
+schema = schemathesis.openapi.from_dict(document(OPERATIONS, prefix="/v1", version="1")).exclude(path="/rpc/watch")
+
+
+@schema.parametrize()
+@settings(QUICK, max_examples=40)
+def test_whatever_fits_the_description_is_answered_as_it_says(case: Any, live: BlockingCluster) -> None:
+    if case.query and str(case.query.get("watch", "")).lower() not in ("", "false"):
+        case.query = {**case.query, "watch": "false"}
+    case.call_and_validate(base_url=f"{live.url}/v1", checks=CHECKS)
+
+
+def test_the_description_is_the_one_of_the_route_table(live: BlockingCluster) -> None:
+    with urllib.request.urlopen(f"{live.url}/v1/openapi.json") as answer:
+        assert json.load(answer)["paths"].keys() == {op.path for op in OPERATIONS}
+
+
+def test_what_an_operation_needs_is_described() -> None:
+    operation = Operation("POST", "/a/{name}", print, "compute:write", "Do", body={"type": "object"}, problems=(409,))
+    described = describe(operation)
+    assert described["description"] == "Needs the role `compute:write`."
+    assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "503", "507"}
+    path = document([operation], prefix="/v1", version="1")["paths"]["/a/{name}"]
+    assert path["parameters"] == [{"in": "path", "name": "name", "required": True, "schema": {"type": "string"}}]
