@@ -511,7 +511,7 @@ ODD = {"Events"}  # an array that the file calls an object
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the user's openapi.yaml is not beside the project")
 async def test_the_description_has_all_that_the_users_has_and_contradicts_nothing(api: Served) -> None:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     theirs = yaml.safe_load(SHARED.read_text())
     ours = await api.ok("GET", "/openapi.json")
