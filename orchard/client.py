@@ -164,7 +164,9 @@ class _Connection:
     async def _next(self) -> Any:
         while (event := self._http.next_event()) is h11.NEED_DATA:
             data = await self.stream.receive_some(RECEIVE_BYTES)
-            self.answering = self.answering or bool(data)
+            if not data and not self.answering:
+                raise trio.BrokenResourceError("it was closed before an answer came")
+            self.answering = True
             self._http.receive_data(bytes(data))
         return event
 

@@ -1,0 +1,386 @@
+"""The client: what it sends, what it makes of answers, and what it says when there is none."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio_websocket import ConnectionClosed
+
+from orchard import client as client_module
+from orchard import tls
+from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed, parse_url
+from orchard.controller import Settings, run
+from orchard.testing import cluster
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
+
+
+class Script:
+    """A server that answers the N-th request on the M-th connection with bytes from a script, then closes or waits."""
+
+    def __init__(self, *connections: list[bytes]) -> None:
+        self._connections = list(connections)
+        self.requests: list[bytes] = []
+        self.opened = 0
+        self.left = trio.Event()  # set when a client has gone before its script was over
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        answers = self._connections[self.opened]
+        self.opened += 1
+        for answer in answers:
+            request = await self._request(stream)
+            if request is None:
+                self.left.set()
+                return
+            self.requests.append(request)
+            await stream.send_all(answer)
+
+    async def _request(self, stream: trio.SocketStream) -> bytes | None:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            more = await stream.receive_some(1000)
+            if not more:
+                return None
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = next(
+            (int(line[15:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
+        )
+        while len(body) < length:
+            body += await stream.receive_some(1000)
+        return head + b"\r\n\r\n" + body
+
+
+@asynccontextmanager
+async def scripted(*connections: list[bytes], **options: Any) -> AsyncIterator[tuple[Client, Script]]:
+    script = Script(*connections)
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, script.serve, 0)
+        port = listeners[0].socket.getsockname()[1]
+        async with Client(f"http://localhost:{port}", **options) as client:
+            yield client, script
+        nursery.cancel_scope.cancel()
+
+
+# ---- URLs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "parsed"),
+    [
+        ("https://c.example.com", ("https://c.example.com:6120", True, "c.example.com", 6120, "")),
+        ("http://127.0.0.1:80/", ("http://127.0.0.1:80", False, "127.0.0.1", 80, "")),
+        ("http://[::1]:1/a/b/", ("http://[::1]:1/a/b", False, "::1", 1, "/a/b")),
+        ("https://c/v1", ("https://c:6120", True, "c", 6120, "")),
+    ],
+)
+def test_urls(url: str, parsed: tuple[object, ...]) -> None:
+    assert parse_url(url) == parsed
+
+
+@pytest.mark.parametrize(
+    "url", ["", "c:6120", "c.example.com", "ftp://c", "http://", "http://c:x", "http://c?a", "http://c#a", "http://a b"]
+)
+def test_what_is_no_url_is_refused_with_an_example(url: str) -> None:
+    with pytest.raises(ValueError, match="expected one such as https://"):
+        Client(url)
+
+
+def test_no_secret_is_shown() -> None:
+    assert "s3cret" not in repr(Client("http://c", account="a", token="s3cret"))
+    with pytest.raises(ValueError, match="holds a user name") as refusal:
+        Client("http://user:s3cret@c")
+    assert "s3cret" not in str(refusal.value)
+
+
+# ---- connections ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_connection_is_used_again() -> None:
+    async with scripted([OK, OK, OK], account="a", token="t") as (client, script):
+        for _ in range(3):
+            assert await client.vms.list() == []
+        assert script.opened == 1
+        assert b"Authorization: Basic YTp0\r\n" in script.requests[0]
+
+
+async def test_one_that_was_closed_meanwhile_is_replaced() -> None:
+    async with scripted([OK], [OK]) as (client, script):
+        await client.vms.list()
+        await trio.testing.wait_all_tasks_blocked()
+        await client.vms.list()
+        assert script.opened == 2
+
+
+CLOSED = b""
+
+
+@pytest.mark.parametrize(("method", "times"), [("GET", 2), ("PUT", 2), ("PATCH", 2), ("POST", 1), ("DELETE", 1)])
+async def test_only_what_may_be_done_twice_is_sent_twice(method: str, times: int) -> None:
+    async with scripted([OK, CLOSED], [OK]) as (client, script):
+        await client.vms.list()
+        if times == 2:
+            assert (await client.request(method, "/x", json={})).body == b"[]"
+        else:
+            with pytest.raises(
+                ConnectError, match=r"the connection to http://localhost:\d+ was lost: it was closed before an answer"
+            ):
+                await client.request(method, "/x", json={})
+        assert len(script.requests) == 1 + times
+    async with scripted([CLOSED]) as (client, script):
+        with pytest.raises(ConnectError):
+            await client.request(method, "/x")
+        assert len(script.requests) == 1, "on a fresh connection nothing is tried again"
+
+
+async def test_an_answer_that_began_is_not_asked_for_again() -> None:
+    async with scripted([OK, b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n["], [OK]) as (client, script):
+        await client.vms.list()
+        with pytest.raises(ConnectError):
+            await client.vms.list()
+        assert len(script.requests) == 2
+
+
+async def test_a_cancelled_request_closes_its_connection() -> None:
+    half = b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n["
+    async with scripted([half, OK], [OK]) as (client, script):
+        with trio.move_on_after(0.05):
+            await client.vms.list()
+        await script.left.wait()
+        assert await client.vms.list() == []
+        assert script.opened == 2
+
+
+async def test_an_answer_that_does_not_come_is_not_waited_for(autojump_clock: trio.testing.MockClock) -> None:
+    """On a virtual clock: a silent server, and a host that answers nothing at all."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        client = Client("http://localhost:1", answer_seconds=5)
+        connection = client_module._Connection(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        client._idle.append(connection)
+        with pytest.raises(ConnectError, match="did not answer within 5 seconds"):
+            await client.vms.list()
+        assert trio.current_time() == 5
+
+
+# ---- answers -------------------------------------------------------------------------------------------------------
+
+
+def answered(status: str, body: bytes) -> bytes:
+    return b"HTTP/1.1 %b\r\nContent-Length: %d\r\n\r\n%b" % (status.encode(), len(body), body)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (answered("404 Not Found", b'{"message": "VM \\"x\\" does not exist"}'), 'VM "x" does not exist'),
+        (answered("502 Bad Gateway", b"<html>\x1b[2J nginx"), "not an answer of Orchard's: '<html> "),
+        (answered("500 Oops", b""), "not an answer of Orchard's"),
+        (answered("403 No", b'{"message": 1}'), "1"),
+    ],
+)
+async def test_a_refusal_has_its_status_and_the_controllers_words(answer: bytes, words: str) -> None:
+    async with scripted([answer]) as (client, _):
+        with pytest.raises(ResponseError) as refusal:
+            await client.vms.get("x")
+        assert words in refusal.value.message
+        assert refusal.value.status == int(answer[9:12])
+        assert "\x1b" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (answered("200 OK", b"hello"), "is this an Orchard"),
+        (answered("200 OK", b"{}"), "no list"),
+        (answered("200 OK", b"[1]"), "no VM"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP as it should"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n[", "does not speak HTTP as it should"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000, "does not speak HTTP as it should"),
+    ],
+)
+async def test_what_is_no_answer_of_an_orchard_is_said_to_be(answer: bytes, words: str) -> None:
+    async with scripted([answer]) as (client, _):
+        with pytest.raises(ClientError, match=words):
+            await client.vms.list()
+
+
+async def test_an_answer_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "MAX_BODY", 1000)
+    async with scripted([answered("200 OK", b"x" * 1001)]) as (client, _):
+        with pytest.raises(ClientError, match="larger than 1000 bytes"):
+            await client.vms.list()
+
+
+async def test_informational_answers_are_passed_over() -> None:
+    async with scripted([b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK]) as (client, _):
+        assert await client.vms.list() == []
+
+
+# ---- no connection -------------------------------------------------------------------------------------------------
+
+
+async def test_why_there_is_no_connection_is_said_in_plain_words(tmp_path: Path, nursery: trio.Nursery) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(ConnectError, match=f"^cannot reach http://127.0.0.1:{port}: connection refused$"):
+            await Client(f"http://127.0.0.1:{port}").check()
+    with pytest.raises(ConnectError, match=r"^cannot reach http://nowhere\.invalid:6120: "):
+        await Client("http://nowhere.invalid").check()
+    running = await nursery.start(run, Settings(data_dir=tmp_path / "tls", host="127.0.0.1", port=0))
+    plain = await nursery.start(run, Settings(data_dir=tmp_path / "plain", host="127.0.0.1", port=0, tls=False))
+    with pytest.raises(ConnectError, match="is not trusted"):
+        await Client(running.url).check()
+    with pytest.raises(ConnectError, match="does not speak TLS; is it http://"):
+        await Client(plain.url.replace("http:", "https:")).check()
+    with pytest.raises(ConnectError, match=r"lost|HTTP as it should"):
+        await Client(running.url.replace("https:", "http:")).check()
+    async with Client(running.url, certificate=running.certificate) as client:
+        with pytest.raises(ResponseError, match="no credentials"):
+            await client.check()
+    other, _ = await tls.self_signed(tmp_path)
+    with pytest.raises(ConnectError, match="another one than the one to trust"):
+        await Client(running.url, certificate=other.read_bytes()).check()
+    nursery.cancel_scope.cancel()
+
+
+# ---- watches and events --------------------------------------------------------------------------------------------
+
+
+async def test_a_watch_is_read_however_its_bytes_arrive() -> None:
+    async with cluster() as c:
+        vm = await c.client.vms.create(name="vm", image="any")
+        raw = (await c.client.request("GET", "/vms/vm")).body
+    line = b'{"type":"ADDED","object":' + raw + b"}\n"
+    stream = line + line.replace(b"ADDED", b"DELETED")
+    for cut in (1, 5, len(line) - 1, len(line), len(line) + 1):
+        pieces = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in (stream[:cut], stream[cut:])) + b"0\r\n\r\n"
+        answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + pieces
+        async with scripted([answer]) as (client, _), client.vms.watch("vm") as changes:
+            seen = [(kind, vm.uid) async for kind, vm in changes]
+        assert seen == [("ADDED", vm.uid), ("DELETED", vm.uid)]
+
+
+async def test_a_watch_of_garbage_says_so() -> None:
+    garbage = b"HTTP/1.1 200 OK\r\n\r\n{}\n"
+    async with scripted([garbage]) as (client, _), client.vms.watch("vm") as changes:
+        with pytest.raises(ClientError, match="a line of the watch is no change"):
+            await anext(changes)
+
+
+async def test_waiting_ends_when_the_vm_fails_or_is_deleted() -> None:
+    async with cluster() as c:
+        await c.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo no; exit 2"})
+        await c.client.vms.wait("vm", "failed")
+        with pytest.raises(VMFailed, match='VM "vm" failed: startup script failed with exit code 2: no'):
+            await c.client.vms.wait("vm")
+        with pytest.raises(ResponseError, match='"none" does not exist'):
+            await c.client.vms.wait("none")
+        await c.client.vms.create(name="big", image="any", resources={"gpu": 1})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(raises, c.client.vms.wait, "big", VMFailed, "was deleted")
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            await c.client.vms.delete("big")
+
+
+async def raises(call: Callable[[str], Awaitable[object]], name: str, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        await call(name)
+
+
+async def test_events_come_from_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "PAGE", 3)
+    async with cluster() as c:
+        vm = await c.client.vms.create(name="vm", image="any")
+        lines = [{"kind": "log_line", "payload": str(n), "timestamp": n} for n in range(10)]
+        await c.client.vms.append_events("vm", lines, uid=vm.uid)
+        assert [event.payload async for event in c.client.vms.events("vm")] == [str(n) for n in range(10)]
+        assert [event.timestamp async for event in c.client.vms.events("vm", order="desc")] == list(range(9, -1, -1))
+        async for event in c.client.vms.events("vm"):
+            assert event.payload == "0"
+            break
+        with pytest.raises(ResponseError, match="uid"):
+            await c.client.vms.append_events("vm", lines, uid="another")
+
+
+async def test_the_other_resources() -> None:
+    async with cluster() as c:
+        client = c.client
+        account = await client.service_accounts.create("ci", roles=["compute:read"])
+        assert [a.name for a in await client.service_accounts.list()] == ["ci"]
+        assert (await client.service_accounts.replace("ci", token="t")).token == "t"
+        assert (await client.service_accounts.get("ci")).roles == account.roles
+        await client.service_accounts.delete("ci")
+        assert (await client.cluster_settings.put({"schedulerProfile": "distribute-load"})) == (
+            await client.cluster_settings.get()
+        )
+        assert (await client.info()).capabilities == ("rpc-v2", "vm-state-endpoint")
+        assert (await client.workers.pause("worker-1")).scheduling_paused
+        assert not (await client.workers.pause("worker-1", paused=False)).scheduling_paused
+        assert [w.name for w in await client.workers.list()] == ["worker-1"]
+        vm = await client.vms.create(name="vm", image="any")
+        assert (await client.vms.replace("vm", {"image": "any", "headless": True})).spec.headless
+        assert (await client.vms.patch("vm", {"cpu": 3}, memory=5)).spec.memory == 5
+        assert [one.uid for one in await client.vms.list()] == [vm.uid]
+        await client.workers.delete("worker-1")
+        with pytest.raises(ResponseError, match=r'VM "\.\./x" does not exist'):
+            await client.vms.get("../x")
+
+
+# ---- WebSockets ----------------------------------------------------------------------------------------------------
+
+
+async def test_actions_come_over_the_watch_until_another_takes_its_place() -> None:
+    async with cluster(workers=0) as c:
+        await c.client.workers.register({"name": "w", "machine_id": "m", "resources": {"org.cirruslabs.tart-vms": 1}})
+        async with c.client.rpc_watch("w") as first:
+            assert await anext(first) == {"syncVMsAction": {}}
+            await c.client.vms.create(name="vm", image="any")
+            assert await anext(first) == {"syncVMsAction": {}}
+            async with c.client.rpc_watch("w") as second:
+                assert await anext(second) == {"syncVMsAction": {}}
+                with pytest.raises(ConnectionClosed):
+                    await anext(first)
+
+
+async def test_a_refused_websocket_has_the_controllers_words() -> None:
+    async with cluster(workers=0) as c:
+        with pytest.raises(ResponseError, match='worker "none" does not exist') as refusal:
+            async with c.client.rpc_watch("none"):
+                raise AssertionError("it was opened")
+        assert refusal.value.status == 404
+
+
+async def test_a_watch_that_is_cut_off_is_a_lost_connection() -> None:
+    async with cluster(workers=0) as c:
+        await c.client.workers.register({"name": "w"})
+        with pytest.raises(ConnectError, match="closed the WebSocket"):
+            await watch_twice(c.client)
+
+
+async def watch_twice(client: Client) -> None:
+    async with client.rpc_watch("w") as actions, client.rpc_watch("w"):
+        async for _ in actions:
+            pass
+
+
+async def test_an_error_in_the_block_comes_out_as_it_is() -> None:
+    async with cluster(workers=0) as c:
+        await c.client.workers.register({"name": "w"})
+        with pytest.raises(ZeroDivisionError):
+            async with c.client.rpc_watch("w"):
+                raise ZeroDivisionError
+
+
+def test_what_is_sent_is_json() -> None:
+    request, body = Client("http://c/p")._request("POST", "/vms", {"a": "b c&"}, {"é": 1}, b"")
+    assert request.target == b"/p/v1/vms?a=b+c%26"
+    assert json.loads(body) == {"é": 1}
