@@ -14,8 +14,10 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
+import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, lifecycle
@@ -25,10 +27,12 @@ from orchard.http1 import Answer, Request, Response, Route, Router, Stream, WebS
 from orchard.openapi import Operation, Parameter, array_of, document, ref
 from orchard.presence import Presence
 from orchard.schema import (
+    IP,
     MAX_NAME,
     VM,
     ControllerInfo,
     ServiceAccount,
+    VMAccessToken,
     VMSpec,
     Worker,
     account_from_client,
@@ -41,13 +45,16 @@ from orchard.schema import (
     replaced_spec,
     report_from_worker,
     settings_from_client,
+    ttl_from_client,
     worker_from_client,
 )
 from orchard.store import SETTINGS, Change, Store, encoded
-from orchard.tunnel import Switchboard
+from orchard.tunnel import MAX_MESSAGE, FarEnd, Session, Switchboard
 
 CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
 MAX_LIMIT = 1_000_000_000  # of `limit`: more events than a VM may leave
+MAX_WAIT = 65_535  # seconds, as the API's description has it
+LEAST_SECONDS = 10.0  # for a worker to do what a client does not wait for: to reach a VM that runs takes some time
 REREADS = 3  # times that a read is done again because what it was based on was taken back
 WARNED = 8  # unknown fields that a Warning names
 _DIGITS = re.compile(r"[0-9]{1,10}")
@@ -66,6 +73,7 @@ class API:
         presence: Presence,
         switchboard: Switchboard,
         gate: auth.Gate | None,
+        access_key: bytes,
         *,
         prefix: str = "",
         clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
@@ -76,6 +84,7 @@ class API:
         self.presence = presence
         self.switchboard = switchboard
         self.gate = gate
+        self.access_key = access_key
         self.clock = clock
         self.prefix = f"{prefix}/v1"
         self._router = Router([Route(op.method, self.prefix + op.path, op) for op in OPERATIONS])
@@ -89,11 +98,23 @@ class API:
         if operation.role == "public":
             return
         account = _NOBODY
+        token = auth.bearer_of(request.headers.get("authorization"))
+        if token is not None and operation.vm_token:
+            self._admit_bearer(request, token)
+            return
         if self.gate is not None:
             account = self.gate.identify(request.headers.get("authorization"))
             request.account = account.name
         if operation.role is not None:
             auth.require(account, operation.role)
+
+    def _admit_bearer(self, request: Request, token: str) -> None:
+        """Let in who has an access token for the VM in the path. Raises APIError 401, 404, 403."""
+        access = auth.read_access_token(self.access_key, token, self.clock())
+        request.account = access.account
+        vm = self._vm_named(request)
+        if vm.uid != access.vm_uid:
+            raise APIError(403, f'the access token is for another VM than "{vm.name}" with uid {vm.uid}')
 
     async def handle(self, request: Request) -> Answer:
         """Answer an admitted request. Raises APIError."""
@@ -217,6 +238,112 @@ class API:
                     " which no hostDirPolicy of the cluster settings allows",
                 )
 
+    # -- into a VM
+
+    async def forward_vm(self, request: Request) -> Answer:
+        port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
+        wait = _number(request, "wait", 0, MAX_WAIT)
+        vm = self._vm_named(request)
+        request.require_websocket()
+        reach = partial(self._reach_vm, vm, "portForwardAction", 10 if wait is None else wait, port)
+        far = await request.while_connected(reach)
+        assert isinstance(far, FarEnd)
+        return WebSocketUpgrade(
+            lambda near: self.switchboard.serve_near_end(vm.uid, near, far), max_message_size=MAX_MESSAGE
+        )
+
+    async def forward_worker(self, request: Request) -> Answer:
+        port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
+        wait = _number(request, "wait", 0, MAX_WAIT)
+        worker = self._worker_named(request)
+        request.require_websocket()
+        deadline = trio.current_time() + (10 if wait is None else wait)
+        far = await request.while_connected(
+            partial(self._ask, worker.name, "portForwardAction", "", port, deadline)
+        )  # fmt: skip
+        assert isinstance(far, FarEnd)
+        return WebSocketUpgrade(
+            lambda near: self.switchboard.serve_near_end("", near, far), max_message_size=MAX_MESSAGE
+        )  # fmt: skip
+
+    async def resolve_ip(self, request: Request) -> Answer:
+        wait = _number(request, "wait", 0, MAX_WAIT)
+        vm = self._vm_named(request)
+        address = await request.while_connected(partial(self._reach_vm, vm, "resolveIPAction", wait or 0, None))
+        assert isinstance(address, str)
+        return _ok(dump_json(encode(IP(address))))
+
+    async def _reach_vm(self, vm: VM, kind: str, wait: int, port: int | None) -> FarEnd | str:
+        """Wait for a VM to run, then for its worker to do something. Raises APIError(503), or (404) when it is gone."""
+        deadline = trio.current_time() + wait
+        with trio.move_on_at(deadline), self.store.watch("vm", vm.name) as changes:
+            if self._running(vm) is None:
+                async for _ in changes:
+                    if self._running(vm) is not None:
+                        break
+        running = self._running(vm)
+        if running is None:
+            now = self.state.vms[vm.name].state
+            why = f": {now.status_message}" if now.status_message else ""
+            raise APIError(503, f'VM "{vm.name}" is {now.status} after {wait} seconds{why}')
+        return await self._ask(running.state.worker, kind, vm.uid, port, deadline)
+
+    def _running(self, vm: VM) -> VM | None:
+        """Give a VM as it is now if it runs, None if it may yet. Raises APIError when it never will."""
+        now = self.state.vms.get(vm.name)
+        if now is None or now.uid != vm.uid:
+            raise APIError(404, f'VM "{vm.name}" with uid {vm.uid} does not exist any more')
+        if now.state.status == "failed":
+            raise APIError(503, f'VM "{vm.name}" has failed: {now.state.status_message}')
+        if now.resting:
+            raise APIError(503, f'VM "{vm.name}" is {now.spec.power_state}')
+        return now if now.state.status == "running" else None
+
+    async def _ask(self, worker: str, kind: str, vm_uid: str, port: int | None, deadline: float) -> FarEnd | str:
+        """Have a worker do something before the deadline, or in the least time that it takes."""
+        deadline = max(deadline, trio.current_time() + LEAST_SECONDS)
+        with trio.move_on_at(deadline):
+            await self.switchboard.connected(worker)
+            with self.switchboard.ask(worker, kind, vm_uid, port) as session:
+                return await session.wait()
+        raise APIError(503, f'worker "{worker}" did not answer in time')
+
+    def issue_token(self, request: Request) -> Answer:
+        vm = self._vm_named(request)
+        unknown: list[str] = []
+        ttl = ttl_from_client(parse_json(request.body) if request.body else None, unknown)
+        now = self.clock().replace(microsecond=0)
+        expires = now + datetime.timedelta(seconds=ttl)
+        access = auth.Access(vm.name, vm.uid, request.account)
+        token = auth.issue_access_token(self.access_key, access, now, expires, str(uuid.uuid4()))
+        issued = VMAccessToken(token, "Bearer", expires, auth.TOKEN_USER, vm.name, vm.uid)
+        return _ok(dump_json(encode(issued)), _warning(unknown))
+
+    # -- what workers answer
+
+    def answer_forward(self, request: Request) -> Answer:
+        request.require_websocket()
+        session = self._answered(request)
+        error = request.query.one("errorMessage")
+        if error:
+            session.fail(error)
+            return WebSocketUpgrade(_nothing_more)
+        return WebSocketUpgrade(
+            lambda websocket: self.switchboard.serve_far_end(session, websocket), max_message_size=MAX_MESSAGE
+        )
+
+    def answer_ip(self, request: Request) -> Answer:
+        session = self._answered(request)
+        error, address = request.query.one("errorMessage"), request.query.one("ip")
+        if error or not address:
+            session.fail(error or "it has found no address")
+        else:
+            session.resolve(address)
+        return Response(200)
+
+    def _answered(self, request: Request) -> Session:
+        return self.switchboard.answered(request.query.one("session") or "", request.account)
+
     # -- events
 
     async def append_events(self, request: Request) -> Answer:
@@ -301,7 +428,7 @@ class API:
 
         async def session(websocket: WebSocketConnection) -> None:
             self.presence.arrived(worker, source)
-            await self.switchboard.serve(worker, websocket, lambda: self.presence.alive(worker))
+            await self.switchboard.serve(worker, source[0], websocket, lambda: self.presence.alive(worker))
 
         return WebSocketUpgrade(session)
 
@@ -444,6 +571,17 @@ def _number(request: Request, name: str, least: int, most: int) -> int | None:
     return int(value)
 
 
+def _required(value: int | None, name: str, expected: str) -> int:
+    if value is None:
+        raise APIError(400, f"{name} is missing, expected {expected}")
+    return value
+
+
+async def _nothing_more(websocket: WebSocketConnection) -> None:
+    """A WebSocket that is closed as soon as it is open."""
+    await trio.lowlevel.checkpoint()
+
+
 def _worker_filter(text: str | None) -> str | None:
     """Read `worker=NAME`; several with commas between them must all hold."""
     if not text:
@@ -460,6 +598,7 @@ def _worker_filter(text: str | None) -> str | None:
 # ---- the table of contents -----------------------------------------------------------------------------------------
 
 _TEXT = {"type": "string"}
+_WHOLE = {"type": "integer"}
 _WATCH = Parameter("watch", "Stream the VM's changes as ADDED, MODIFIED and DELETED notifications", {"type": "boolean"})
 _FILTER = Parameter("filter", "`worker=NAME`: only the VMs assigned to that worker", _TEXT)
 _LIMIT = Parameter("limit", "Maximum number of events to return", {"type": "integer", "minimum": 1})
@@ -467,6 +606,13 @@ _ORDER = Parameter("order", "Sort order of events; asc (default) or desc", {"typ
 _CURSOR = Parameter("cursor", "Opaque cursor from the X-Next-Cursor response header", _TEXT)
 _WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required=True)
 _UID = Parameter("uid", "Refuse with 404 if the VM of that name has another uid", _TEXT)
+_PORT = Parameter("port", "TCP port number to connect to", {**_WHOLE, "minimum": 1, "maximum": 65535}, required=True)
+_WAIT = {"type": "integer", "minimum": 0, "maximum": MAX_WAIT}
+_WAIT_FORWARD = Parameter("wait", "Seconds to wait for the VM to run, and for its worker", {**_WAIT, "default": 10})
+_WAIT_IP = Parameter("wait", _WAIT_FORWARD.doc, {**_WAIT, "default": 0})
+_SESSION = Parameter("session", "What the action named", _TEXT)
+_ERROR = Parameter("errorMessage", "Why it could not be done; empty: it was", _TEXT)
+_IP = Parameter("ip", "The VM's address", _TEXT)
 _NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
 _NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
 _ANY = {"type": "object"}
@@ -518,6 +664,22 @@ OPERATIONS: tuple[Operation, ...] = (
               answer=ref("Events"), problems=(404,), query=(_LIMIT, _ORDER, _CURSOR), answer_headers=_NEXT),
     Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to a VM's",
               body=ref("Events"), problems=(404,), query=(_UID,)),
+    Operation("GET", "/vms/{name}/port-forward", API.forward_vm, "compute:connect",
+              "Port-forward to a VM using WebSocket protocol: binary messages carry the bytes",
+              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True, vm_token=True),
+    Operation("GET", "/vms/{name}/ip", API.resolve_ip, "compute:connect", "Resolve the VM's IP address on the worker",
+              answer=ref("IP"), problems=(404, 503), query=(_WAIT_IP,), vm_token=True),
+    Operation("POST", "/vms/{name}/access-tokens", API.issue_token, "compute:write",
+              "Issue a temporary VM access token", body=ref("IssueVMAccessTokenRequest"), body_required=False,
+              answer=ref("VMAccessToken"), problems=(404,)),
+    Operation("GET", "/workers/{name}/port-forward", API.forward_worker, "admin:write",
+              "Port-forward to a worker using WebSocket protocol: binary messages carry the bytes",
+              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True),
+    Operation("GET", "/rpc/port-forward", API.answer_forward, "compute:write",
+              "Bring the worker's end of a tunnel that a portForwardAction asked for",
+              problems=(404,), query=(_SESSION, _ERROR), websocket=True),
+    Operation("POST", "/rpc/resolve-ip", API.answer_ip, "compute:write", "Answer a resolveIPAction",
+              problems=(404,), query=(_SESSION, _IP, _ERROR)),
     Operation("GET", "/rpc/watch", API.watch_rpc, "compute:read",
               "Be told by WebSocket what a worker is to do: one JSON object per binary message",
               problems=(404,), query=(_WORKER_NAME,), websocket=True),

@@ -1,8 +1,11 @@
-"""Who you are and what you may: accounts, roles, bootstrap tokens. Law: no I/O, no clock; secrets are handed in.
+"""Who you are and what you may: accounts, roles, VM access and bootstrap tokens. Law: no I/O, no clock; keys handed in.
 
 A request comes with HTTP Basic credentials, a service account's name and token. `Gate.identify` finds the account in
 the time that it takes for every other request, whether the name is known or not; `require` says whether it has the
 role that an operation demands. Roles do not include each other, with the one exception in IMPLIED.
+
+A VM access token (a JWT) lets its bearer into one VM for some time, without an account. It is good for the operations
+that reach into that VM, and nowhere else.
 
 A bootstrap token carries all that a worker needs to be let in: an account, its token, and, when the controller's
 certificate is not one that every host trusts, that certificate to trust alone.
@@ -12,13 +15,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import datetime
 import hmac
 import re
 import secrets
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Any, get_args
+
+import jwt
 
 from orchard.codec import APIError
 from orchard.schema import Role, ServiceAccount
@@ -29,6 +35,12 @@ TOKEN_LENGTH = 32  # characters of a random token: 190 bits
 TOKEN_ALPHABET = string.ascii_letters + string.digits  # a shell, a URL and a double click all take it for one word
 BOOTSTRAP_PREFIX = "orchard-bootstrap-token-v0"
 BOOTSTRAP_ADMIN = "bootstrap-admin"
+KEY_BYTES = 32  # of the key that signs access tokens
+ISSUER = "orchard-controller"
+AUDIENCE = "orchard-vm-access"
+SCOPES = ("vm:port-forward", "vm:ip", "vm:ssh-jumpbox")
+TOKEN_USER = "token"  # noqa: S105 -- the SSH user whose password is an access token
+MAX_ACCESS_TOKEN = 8 * 1024  # bytes; decoding takes its time, and ours have half a kilobyte
 _CHALLENGE = (("WWW-Authenticate", 'Basic realm="orchard"'),)
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 
@@ -74,6 +86,93 @@ def require(account: ServiceAccount, role: Role) -> None:
     """Raise APIError(403) naming the role unless the account has it."""
     if role not in account.roles and IMPLIED.get(role) not in account.roles:
         raise APIError(403, f'service account "{account.name}" lacks the role "{role}"')
+
+
+# ---- VM access tokens ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What an access token is about: one VM, and who let the bearer in."""
+
+    vm_name: str
+    vm_uid: str
+    account: str
+
+
+def issue_access_token(
+    key: bytes, access: Access, now: datetime.datetime, expires: datetime.datetime, token_id: str
+) -> str:
+    """Make a token that is good from `now` until it `expires`; `token_id` is new for each."""
+    claims = {
+        "iss": ISSUER,
+        "sub": access.account,
+        "aud": [AUDIENCE],
+        "iat": int(now.timestamp()),
+        "nbf": int(now.timestamp()),
+        "exp": int(expires.timestamp()),
+        "jti": token_id,
+        "vm_uid": access.vm_uid,
+        "vm_name": access.vm_name,
+        "scopes": list(SCOPES),
+        "ports": "*",
+    }
+    return jwt.encode(claims, key, algorithm="HS256")
+
+
+def read_access_token(key: bytes, token: str, now: datetime.datetime) -> Access:
+    """Check a token. Raises APIError(401) that does not repeat it."""
+    if len(token) > MAX_ACCESS_TOKEN:
+        raise _no_access(f"it has more than {MAX_ACCESS_TOKEN} bytes")
+    try:
+        # The times are checked below: against our clock, and only if they are numbers, which PyJWT does not ask for.
+        claims: dict[str, Any] = jwt.decode(
+            token,
+            key,
+            algorithms=["HS256"],
+            audience=AUDIENCE,
+            issuer=ISSUER,
+            options={
+                "require": ["iss", "sub", "aud", "iat", "nbf", "exp", "jti", "vm_uid", "vm_name"],
+                "verify_exp": False,
+                "verify_nbf": False,
+                "verify_iat": False,
+            },
+        )
+    except (jwt.PyJWTError, ValueError, TypeError) as error:
+        raise _no_access(_why_not(error)) from error
+    begins, ends = claims["nbf"], claims["exp"]
+    if type(begins) is not int or type(ends) is not int:
+        raise _no_access("its times are no whole numbers")
+    if now.timestamp() >= ends:
+        raise _no_access("it has expired")
+    if now.timestamp() < begins:
+        raise _no_access("it is not valid yet")
+    subject, uid, name = claims["sub"], claims["vm_uid"], claims["vm_name"]
+    if not (isinstance(subject, str) and isinstance(uid, str) and isinstance(name, str)):
+        raise _no_access("a claim in it is no text")
+    return Access(name, uid, subject)
+
+
+def bearer_of(authorization: str | None) -> str | None:
+    """Give the token of an Authorization header with the scheme Bearer, None for any other."""
+    scheme, _, token = (authorization or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+def _why_not(error: Exception) -> str:
+    if isinstance(error, jwt.InvalidSignatureError | jwt.InvalidAlgorithmError):
+        return "it was not signed by this controller"
+    if isinstance(error, jwt.InvalidAudienceError | jwt.InvalidIssuerError | jwt.MissingRequiredClaimError):
+        return "it is no access token for a VM"
+    return "it is malformed"
+
+
+def _no_access(why: str) -> APIError:
+    return APIError(401, f"the access token is not accepted: {why}", _CHALLENGE)
+
+
+# ---- tokens --------------------------------------------------------------------------------------------------------
 
 
 def random_token() -> str:

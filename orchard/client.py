@@ -4,6 +4,8 @@
         vm = await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos-tahoe-base:latest")
         vm = await client.vms.wait("vm")
 
+`vms.port_forward` gives a trio Stream to any TCP port of a VM.
+
 `Client` keeps a few connections alive and opens more when it must; it has no tasks of its own, and any number of tasks
 may share it. `vms`, `workers`, `service_accounts` and `cluster_settings` group the API's methods; they take JSON as
 Python objects, with the names that the fields have on the wire, and give the nouns of schema.py.
@@ -25,7 +27,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -45,7 +47,18 @@ from trio_websocket import (
 from orchard import __version__, tls
 from orchard.codec import APIError, decode
 from orchard.groups import first, unwrapped
-from orchard.schema import VM, ClusterSettings, ControllerInfo, Event, ServiceAccount, Status, Worker, vm_from_json
+from orchard.schema import (
+    IP,
+    VM,
+    ClusterSettings,
+    ControllerInfo,
+    Event,
+    ServiceAccount,
+    Status,
+    VMAccessToken,
+    Worker,
+    vm_from_json,
+)
 
 PORT = 6120  # of a URL that names none
 CONNECT_SECONDS = 10.0  # for TCP and TLS together
@@ -57,13 +70,17 @@ MAX_BODY = 64 * 1024 * 1024  # bytes of an answer, and of one line of a watch
 MAX_HEAD = 64 * 1024  # bytes of an answer's head
 MAX_ACTION = 64 * 1024  # bytes of a message of the worker's watch
 RECEIVE_BYTES = 64 * 1024  # of one read
+MAX_MESSAGE = 16 * 1024 * 1024  # bytes of a message that comes through a tunnel
+PIECE = 64 * 1024  # bytes of those that are sent
+NORMAL = 1000  # the code of a WebSocket that closes as it should
+MAX_REASON = 123  # bytes of the reason beside a code
 PAGE = 1000  # events that are fetched at once
 MAX_SHOWN = 200  # characters of an answer that is not Orchard's
 REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
 JSON = Mapping[str, Any]
 T = TypeVar("T")
-NounT = TypeVar("NounT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event)
+NounT = TypeVar("NounT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
 
 
 class ClientError(Exception):
@@ -194,7 +211,7 @@ class _Connection:
 class Client:
     """A client of the controller at `url`, e.g. "https://controller:6120" or "http://127.0.0.1:6120/prefix".
 
-    `account` and `token` are a service account's. `certificate`, in PEM, is then the only one that is trusted, else the
+    `account` and `token` are a service account's; `access_token` in their place lets into one VM. `certificate`, in PEM, is then the only one that is trusted, else the
     host's CAs are. Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for a URL or a
     certificate that is none.
     """
@@ -205,6 +222,7 @@ class Client:
         *,
         account: str = "",
         token: str = "",
+        access_token: str = "",
         certificate: bytes | None = None,
         connect_seconds: float = CONNECT_SECONDS,
         answer_seconds: float = ANSWER_SECONDS,
@@ -219,6 +237,8 @@ class Client:
         if account:
             basic = base64.b64encode(f"{account}:{token}".encode()).decode()
             self._headers.append(("Authorization", f"Basic {basic}"))
+        elif access_token:
+            self._headers.append(("Authorization", f"Bearer {access_token}"))
         self._connect_seconds = connect_seconds
         self._answer_seconds = answer_seconds
         self._idle: list[_Connection] = []
@@ -354,13 +374,17 @@ class Client:
             refused = Answer(error.status_code, {}, error.body or b"")
             raise _refusal(refused) from None
         except ConnectionClosed as error:
-            reason = error.reason
-            words = f"{reason.name}: {reason.reason or reason.code}" if reason is not None else "without a word"
-            raise ConnectError(f"{self.url} closed the WebSocket ({words})") from None
+            raise ConnectError(f"{self.url} closed the WebSocket ({_why_closed(error)})") from None
         except (HandshakeError, trio.BrokenResourceError) as error:
             raise self._lost(error) from error
         finally:
             await trio.aclose_forcefully(connection.stream)
+
+    @asynccontextmanager
+    async def tunnel(self, path: str, query: Mapping[str, str]) -> AsyncIterator[TunnelStream]:
+        """Open a WebSocket whose binary messages are a stream of bytes, closed at the end of the block."""
+        async with self.websocket(path, query, max_message_size=MAX_MESSAGE) as websocket:
+            yield TunnelStream(websocket)
 
     @asynccontextmanager
     async def rpc_watch(self, worker: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
@@ -419,7 +443,7 @@ class Client:
             except tls.TLSError as error:
                 raise ConnectError(f"cannot reach {self.url}: {error}") from error
             except (OSError, trio.BrokenResourceError) as error:
-                raise ConnectError(f"cannot reach {self.url}: {_in_words(error)}") from error
+                raise ConnectError(f"cannot reach {self.url}: {in_words(error)}") from error
         return _Connection(stream)
 
     async def _secured(self, trust: tls.Trust, stream: trio.abc.Stream) -> trio.abc.Stream:
@@ -437,7 +461,54 @@ class Client:
     def _lost(self, error: Exception) -> ConnectError:
         if isinstance(error, h11.RemoteProtocolError):
             return ConnectError(f"{self.url} does not speak HTTP as it should: {error}")
-        return ConnectError(f"the connection to {self.url} was lost: {_in_words(error)}")
+        return ConnectError(f"the connection to {self.url} was lost: {in_words(error)}")
+
+
+class TunnelStream(trio.abc.Stream):
+    """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
+
+    Raises BrokenResourceError when the other end has gone, with its reason.
+    """
+
+    def __init__(self, websocket: WebSocketConnection) -> None:
+        self._websocket = websocket
+        self._unread = b""
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data)
+        try:
+            for start in range(0, len(view), PIECE):
+                await self._websocket.send_message(bytes(view[start : start + PIECE]))
+        except ConnectionClosed as closed:
+            raise trio.BrokenResourceError(_why_closed(closed)) from closed
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """Give bytes, b"" when the other end has closed as it should."""
+        while not self._unread:
+            try:
+                message = await self._websocket.get_message()
+            except ConnectionClosed as closed:
+                if closed.reason is not None and closed.reason.code == NORMAL:
+                    return b""
+                raise trio.BrokenResourceError(_why_closed(closed)) from closed
+            self._unread = message.encode() if isinstance(message, str) else bytes(message)
+        data, self._unread = (
+            self._unread[:max_bytes],
+            self._unread[len(self._unread) if max_bytes is None else max_bytes :],
+        )
+        return data
+
+    async def aclose(self, code: int = NORMAL, reason: str = "") -> None:
+        with trio.move_on_after(CLOSE_SECONDS):
+            await self._websocket.aclose(code, reason.encode()[:MAX_REASON].decode("utf-8", "ignore"))
+
+
+def _why_closed(closed: ConnectionClosed) -> str:
+    reason = closed.reason
+    return f"{reason.name}: {reason.reason or reason.code}" if reason is not None else "it was closed"
 
 
 class _InTime:
@@ -480,8 +551,8 @@ def parse_url(url: str) -> tuple[str, bool, str, int, str]:
     return f"{parts.scheme}://{authority}:{port}{prefix}", parts.scheme == "https", parts.hostname, port, prefix
 
 
-def _in_words(error: BaseException) -> str:
-    """Say in plain words why there is no connection."""
+def in_words(error: BaseException) -> str:
+    """Say in plain words why there is no connection; trio's own words hold lists of attempts."""
     cause = first(error.__cause__) if error.__cause__ is not None else error
     if isinstance(cause, ssl.SSLError):
         return str(cause.reason or "TLS failed").replace("_", " ").lower()
@@ -638,6 +709,24 @@ class VMs:
         query = None if uid is None else {"uid": uid}
         await self._client.request("POST", _path("vms", name, "events"), query=query, json=events)
 
+    def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
+        """Connect to a TCP port of a VM, for the time of an `async with` block, which gets a trio Stream.
+
+        `wait` seconds are given to the VM to run, and to its worker to connect. Raises ResponseError: 404, 503.
+        """
+        return self._client.tunnel(_path("vms", name, "port-forward"), {"port": str(port), "wait": str(wait)})
+
+    async def ip(self, name: str, *, wait: int = 0) -> str:
+        """Give a VM's address in the network of its worker's host. Raises ResponseError: 404, 503."""
+        answer = await self._client.request("GET", _path("vms", name, "ip"), query={"wait": str(wait)})
+        return _noun(IP, answer.json()).ip
+
+    async def issue_access_token(self, name: str, *, ttl: int | None = None) -> VMAccessToken:
+        """Make a token that lets its bearer into this VM for `ttl` seconds, or a day."""
+        body = {} if ttl is None else {"ttlSeconds": ttl}
+        answer = await self._client.request("POST", _path("vms", name, "access-tokens"), json=body)
+        return _noun(VMAccessToken, answer.json())
+
     async def report(self, name: str, report: JSON) -> None:
         """Say what a worker sees of its VM."""
         await self._client.request("PUT", _path("vms", name, "state"), json=report)
@@ -661,6 +750,10 @@ class Workers:
     async def put(self, name: str, worker: JSON) -> Worker:
         """Send a heartbeat, when last_seen is later than the one before; else set scheduling_paused."""
         return _noun(Worker, (await self._client.request("PUT", _path("workers", name), json=worker)).json())
+
+    def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
+        """Connect to a TCP port of a worker's host; see `VMs.port_forward`."""
+        return self._client.tunnel(_path("workers", name, "port-forward"), {"port": str(port), "wait": str(wait)})
 
     async def pause(self, name: str, *, paused: bool = True) -> Worker:
         """Let a worker get no new VMs, or let it again."""

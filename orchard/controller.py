@@ -20,7 +20,9 @@ import logging
 import math
 import os
 import resource
+import secrets
 import signal
+import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +38,7 @@ from orchard.codec import APIError
 from orchard.events import EventLog
 from orchard.groups import unwrapped
 from orchard.httpd import Limits, serve
-from orchard.journal import Broken, DamagedError, NotWritten
+from orchard.journal import Broken, DamagedError, Disk, NotWritten
 from orchard.lock import LockError, locked
 from orchard.options import api_prefix, listen_address, orchard_home, seconds
 from orchard.presence import Presence
@@ -49,6 +51,7 @@ OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail
 TICK = 5.0  # seconds between two looks of the scheduler that nothing asked for
 RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more often
 GRACE = 10.0  # seconds for requests at work to end at a stop
+KEY_FILE = "access-token.key"
 DESCRIPTORS = 64  # that are not connections: files, the log, threads' pipes
 WANTED_DESCRIPTORS = 65_536  # for thousands of workers, watchers and tunnels; the default limit is 256 on macOS
 
@@ -114,6 +117,8 @@ class Cluster:
         for worker in {worker for change in changes for worker in concerned(change)}:
             self.switchboard.sync(worker)
         for change in changes:
+            if isinstance(change.old, VM) and (reason := ended(change.old, change.new)):
+                self.switchboard.end_tunnels(change.old.uid, reason)
             if change.new is None and isinstance(change.old, VM):
                 self.events.drop(change.old.uid)
                 self._restarted.pop(change.old.uid, None)
@@ -185,6 +190,15 @@ def concerned(change: Change) -> set[str]:
     return workers
 
 
+def ended(old: VM, new: object) -> str:
+    """Say why a VM that ran is not there any more for those who are connected to it ("": it is)."""
+    if not isinstance(new, VM):
+        return f'VM "{old.name}" was deleted'
+    if new.state.status == "failed" and old.state.status != "failed":
+        return f'VM "{old.name}" has failed: {new.state.status_message}'
+    return ""
+
+
 def _task(vm: VM) -> tuple[object, ...]:
     """What a VM asks of its worker."""
     return (vm.key, vm.state.worker, vm.meta.generation, vm.state.status == "failed")
@@ -214,6 +228,29 @@ def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
         except (DamagedError, NotWritten, OSError) as error:
             raise StartError(str(error)) from error
         yield store, events
+
+
+def access_key(directory: Path) -> bytes:
+    """Give the key that signs access tokens, made at the first start: it outlives restarts. Raises StartError."""
+    path = directory / KEY_FILE
+    try:
+        if not path.exists():
+            draft = path.with_suffix(".new")
+            draft.unlink(missing_ok=True)
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(secrets.token_bytes(auth.KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            Disk().sync_directory(directory)
+        mode, key = path.stat().st_mode, path.read_bytes()
+    except OSError as error:
+        raise StartError(f"cannot use the key {path}: {error.strerror}") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise StartError(f"{path} can be read by others than its owner (mode {stat.S_IMODE(mode):o}); chmod 600 it")
+    if len(key) != auth.KEY_BYTES:
+        raise StartError(f"{path} holds {len(key)} bytes, expected {auth.KEY_BYTES}; without it, tokens are lost")
+    return key
 
 
 def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAccount | None:
@@ -255,7 +292,8 @@ async def run(
     with unwrapped(), _locked(settings.data_dir), opened(settings.data_dir) as (store, events):
         cluster = Cluster(settings, store, events)
         gate = auth.Gate(store.state.accounts) if settings.auth else None
-        api = API(store, events, cluster.presence, cluster.switchboard, gate, prefix=settings.prefix)
+        key = access_key(settings.data_dir)
+        api = API(store, events, cluster.presence, cluster.switchboard, gate, key, prefix=settings.prefix)
         async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored
             await writers.start(store.run)
             await writers.start(events.run)

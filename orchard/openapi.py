@@ -58,6 +58,8 @@ class Operation:
     answer_headers: Mapping[str, str] | None = None  # name -> description
     ndjson: bool = False  # with `?watch=true` the answer is a stream of such objects
     websocket: bool = False  # it answers 101
+    vm_token: bool = False  # an access token for the VM in the path does as well as an account
+    body_required: bool = True
 
 
 def ref(name: str) -> Schema:
@@ -85,7 +87,10 @@ def document(operations: Iterable[Operation], *, prefix: str, version: str) -> d
         "security": [{"basic": []}],
         "paths": paths,
         "components": {
-            "securitySchemes": {"basic": {"type": "http", "scheme": "basic"}},
+            "securitySchemes": {
+                "basic": {"type": "http", "scheme": "basic"},
+                "vmAccessToken": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+            },
             "schemas": components(),
         },
     }
@@ -98,12 +103,16 @@ def describe(operation: Operation) -> dict[str, Any]:
         described["security"] = []
     elif operation.role is not None:
         described["description"] = f"Needs the role `{operation.role}`."
+        if operation.vm_token:
+            described["description"] += " Or an access token for the VM."
+            described["security"] = [{"basic": []}, {"vmAccessToken": []}]
     if parameters := [_parameter(parameter) for parameter in operation.query]:
         described["parameters"] = parameters
     if operation.websocket:
         described["parameters"] = [*parameters, *(_handshake_header(name) for name in ("Connection", "Upgrade"))]
     if operation.body is not None:
-        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": operation.body}}}
+        content = {"application/json": {"schema": operation.body}}
+        described["requestBody"] = {"required": operation.body_required, "content": content}
     described["responses"] = {
         **_success(operation),
         **{str(status): _problem(status) for status in sorted(_refusals(operation))},

@@ -39,6 +39,8 @@ TART_VMS = "org.cirruslabs.tart-vms"
 LOGICAL_CORES = "org.cirruslabs.logical-cores"
 MEMORY_MIB = "org.cirruslabs.memory-mib"
 
+DEFAULT_TTL, MAX_TTL = 86_400, 2_592_000  # seconds that an access token is good for: a day, thirty days
+
 DEFAULT_CPU = 4  # when neither the VM nor its worker says
 DEFAULT_MEMORY = 8192  # MiB, likewise
 
@@ -524,6 +526,32 @@ class ControllerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class IP:
+    ip: str = attr("ip", "The resolved IP address", zero="")
+
+
+@dataclass(frozen=True, slots=True)
+class IssueVMAccessTokenRequest:
+    ttl_seconds: int | None = attr(
+        "ttlSeconds",
+        f"Requested token lifetime in seconds: {DEFAULT_TTL} when omitted, at most {MAX_TTL}",
+        zero=None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class VMAccessToken:
+    token: str = attr("token", "Signed temporary JWT token", zero="")
+    token_type: str = attr("tokenType", "Token type to use in the Authorization header", zero="", example="Bearer")
+    expires_at: Clock | None = attr("expiresAt", "When the token expires", zero=None)
+    ssh_username: str = attr(
+        "sshUsername", "Username to use when authenticating to the built-in SSH server", zero="", example="token"
+    )
+    vm_name: str = attr("vmName", "VM name this token was issued for", zero="")
+    vm_uid: str = attr("vmUID", "Immutable VM UID this token is bound to", zero="")
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """The body of every answer that is an error."""
 
@@ -605,6 +633,15 @@ def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
     return events
 
 
+def ttl_from_client(raw: object, unknown: list[str]) -> int:
+    """Read for how many seconds an access token is wanted; null is no wish. Raises APIError 400 or 412."""
+    wanted = IssueVMAccessTokenRequest() if raw is None else decode(IssueVMAccessTokenRequest, raw, unknown=unknown)
+    ttl = DEFAULT_TTL if wanted.ttl_seconds is None else wanted.ttl_seconds
+    if not 1 <= ttl <= MAX_TTL:
+        raise APIError(412, f"ttlSeconds is {ttl}, expected 1 to {MAX_TTL}")
+    return ttl
+
+
 def report_from_worker(raw: object, unknown: list[str]) -> Report:
     """Read a worker's report; workers send the whole VM, of which only these fields are theirs. Raises APIError.
 
@@ -627,7 +664,8 @@ def components() -> dict[str, Any]:
     for name in sorted(_DERIVED):
         text = "Name of the VM on its worker's disk; `localName` and `tartName` are the same"
         spec["properties"][name] = {"type": "string", "readOnly": True, "description": text}
-    nouns = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, Report, Problem)
+    nouns: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, Report, Problem)
+    nouns += (IP, IssueVMAccessTokenRequest, VMAccessToken)
     return {
         "VMMeta": meta,
         "VMSpec": spec,

@@ -1,31 +1,52 @@
-"""The controller's line to each worker: actions out, pings both ways. Law: WebSocket streams, and nothing else.
+"""The controller's lines to the workers: actions out, tunnels back, pings both ways. Law: WebSocket streams only.
 
 A worker behind a NAT can't be called, so each keeps a WebSocket open (its watch), over which the controller tells it to
 do something. `syncVMsAction` means no more than "look again": it is never queued twice, and a worker that reads it gets
 the present state from the API. The newest watch of a name is the one that counts.
 
+Other actions ask for something. Each has a `Session`, whose unguessable id the worker brings back with the answer, once,
+by a request of its own: an address, or a WebSocket whose other end is a port of the VM. `relay` joins that one to the
+WebSocket of whoever asked. It holds one message of each direction at a time, so that a slow side slows the other and
+nothing piles up, and it forwards what one side has sent before it tells the other that this one has closed.
+
 Every WebSocket is pinged, so that load balancers keep it and a dead peer is found: a ping that stays unanswered for a
-whole interval ends the connection.
+whole interval ends the connection, unless data is what it waits behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import secrets
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
-from trio_websocket import WebSocketConnection
+from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection
 
-from orchard.codec import dump_json
+from orchard.codec import APIError, dump_json, shown
+from orchard.groups import first
 
 PING_INTERVAL = 30.0  # seconds; shorter than the idle time-out of common load balancers, 60
+TAKE_SECONDS = 10.0  # for a client to take the tunnel that it has asked for
+CLOSE_SECONDS = 5.0  # for the other end to answer that it closes
+MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a request with a deadline
+MAX_MESSAGE = 16 * 1024 * 1024  # bytes of a message of a client; longer ones close the tunnel with 1009
+PIECE = 64 * 1024  # bytes of the messages that are sent on
+NORMAL, GOING_AWAY, BROKEN = 1000, 1001, 1011  # codes with which a WebSocket closes (RFC 6455, section 7.4.1)
+MAX_REASON = 123  # bytes of the reason beside the code
 SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
 
 
-class _Watch:
-    """What one worker is to be told."""
+# ---- actions -------------------------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
+
+class _Watch:
+    """What one worker is to be told, and who speaks for it."""
+
+    def __init__(self, account: str) -> None:
+        self.account = account
         self.scope = trio.CancelScope()
         self._actions: list[Mapping[str, Any]] = []
         self._some = trio.Event()
@@ -43,27 +64,69 @@ class _Watch:
         return taken
 
 
+@dataclass(slots=True)
+class FarEnd:
+    """A worker's end of a tunnel: its WebSocket, until `finished` is set."""
+
+    websocket: WebSocketConnection
+    taken: trio.Event = field(default_factory=trio.Event)
+    finished: trio.Event = field(default_factory=trio.Event)
+    close: tuple[int, str] = (NORMAL, "")  # how it is to be closed
+
+
+class Session:
+    """A question to one worker, and its answer."""
+
+    def __init__(self, worker: str, account: str) -> None:
+        self.id = secrets.token_urlsafe(24)
+        self.worker = worker
+        self.account = account
+        self._answered = trio.Event()
+        self._answer: FarEnd | str = ""
+        self._error = ""
+
+    def resolve(self, answer: FarEnd | str) -> None:
+        self._answer = answer
+        self._answered.set()
+
+    def fail(self, error: str) -> None:
+        self._error = error
+        self._answered.set()
+
+    async def wait(self) -> FarEnd | str:
+        """Give the answer. Raises APIError(503) with the worker's words."""
+        await self._answered.wait()
+        if self._error:
+            raise APIError(503, f'worker "{self.worker}": {self._error}')
+        return self._answer
+
+
 class Switchboard:
-    """The watches of all workers. `ping_interval` is in seconds."""
+    """The watches of all workers, and what was asked over them. `ping_interval` is in seconds."""
 
     def __init__(self, ping_interval: float = PING_INTERVAL) -> None:
         self._ping_interval = ping_interval
         self._watches: dict[str, _Watch] = {}
+        self._connected = trio.Event()  # that another worker has come
+        self._sessions: dict[str, Session] = {}
+        self._tunnels: defaultdict[str, set[_Tunnel]] = defaultdict(set)  # by the uid of their VM
 
     def sync(self, worker: str) -> None:
         """Tell a worker to look at its VMs; one that has no watch open looks when it opens one."""
         if watch := self._watches.get(worker):
             watch.put(SYNC)
 
-    async def serve(self, worker: str, websocket: WebSocketConnection, alive: Callable[[], None]) -> None:
+    async def serve(self, worker: str, account: str, websocket: WebSocketConnection, alive: Callable[[], None]) -> None:
         """Serve a worker's watch until another takes its place, or it is dead. Raises ConnectionClosed.
 
         `alive` is called at each sign of life.
         """
         if before := self._watches.get(worker):
             before.scope.cancel()
-        watch = self._watches[worker] = _Watch()
+        watch = self._watches[worker] = _Watch(account)
         watch.put(SYNC)
+        self._connected.set()
+        self._connected = trio.Event()
         try:
             with watch.scope:
                 async with trio.open_nursery() as nursery:  # all three end when one of them does
@@ -75,6 +138,163 @@ class Switchboard:
         finally:
             if self._watches.get(worker) is watch:
                 del self._watches[worker]
+
+    async def connected(self, worker: str) -> None:
+        """Wait until a worker has a watch open."""
+        while worker not in self._watches:
+            await self._connected.wait()
+
+    @contextmanager
+    def ask(self, worker: str, kind: str, vm_uid: str, port: int | None = None) -> Iterator[Session]:
+        """Ask a worker that has a watch open; forget the question at the end of the block. Raises APIError(503)."""
+        watch = self._watches.get(worker)
+        if watch is None:
+            raise APIError(503, f'worker "{worker}" is not connected')
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise APIError(503, f"{MAX_SESSIONS} requests wait for their workers already")
+        session = Session(worker, watch.account)
+        self._sessions[session.id] = session
+        about = {"session": session.id, "vmUID": vm_uid, **({} if port is None else {"port": port})}
+        watch.put({kind: about})
+        try:
+            yield session
+        finally:
+            self._sessions.pop(session.id, None)
+
+    def answered(self, session: str, account: str) -> Session:
+        """Find the question that a worker answers, for the only time. Raises APIError(404)."""
+        found = self._sessions.get(session)
+        if found is None or found.account != account:
+            raise APIError(404, f"session {shown(session)} does not exist, or was answered already, or is another's")
+        return self._sessions.pop(session)
+
+    # -- tunnels
+
+    async def serve_far_end(self, session: Session, websocket: WebSocketConnection) -> None:
+        """Let a worker's WebSocket answer a session, and keep it open as long as the tunnel is."""
+        far = FarEnd(websocket)
+        session.resolve(far)
+        with trio.move_on_after(TAKE_SECONDS):
+            await far.taken.wait()
+        if far.taken.is_set():
+            await far.finished.wait()
+            await close(websocket, *far.close)
+
+    async def serve_near_end(self, vm_uid: str, near: WebSocketConnection, far: FarEnd) -> None:
+        """Relay between a client and a worker until one of them closes, or `end_tunnels` does."""
+        tunnel = _Tunnel(near, far, self._ping_interval)
+        self._tunnels[vm_uid].add(tunnel)
+        try:
+            await tunnel.relay()
+        finally:
+            self._tunnels[vm_uid].discard(tunnel)
+            if not self._tunnels[vm_uid]:
+                del self._tunnels[vm_uid]
+
+    def end_tunnels(self, vm_uid: str, reason: str) -> None:
+        """Close all tunnels into a VM that is no more."""
+        for tunnel in self._tunnels.get(vm_uid, ()):
+            tunnel.end(GOING_AWAY, reason)
+
+
+# ---- relaying ------------------------------------------------------------------------------------------------------
+
+
+class _Tunnel:
+    """Two WebSockets that are joined."""
+
+    def __init__(self, near: WebSocketConnection, far: FarEnd, ping_interval: float) -> None:
+        self._near = near
+        self._far = far
+        self._ping_interval = ping_interval
+        self._scope = trio.CancelScope()
+        self._sending: set[WebSocketConnection] = set()  # those to which a message is on its way
+        self._moved = 0  # messages
+        self._close = (NORMAL, "")
+
+    def end(self, code: int, reason: str) -> None:
+        self._close = (code, reason)
+        self._scope.cancel()
+
+    async def relay(self) -> None:
+        near, far = self._near, self._far.websocket
+        self._far.taken.set()
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:  # ends with the first side that closes
+                    nursery.start_soon(self._pump, near, far, "the client")
+                    nursery.start_soon(self._pump, far, near, "the worker")
+                    for websocket, who in ((near, "the client"), (far, "the worker")):
+                        nursery.start_soon(self._keep_alive, websocket, who)
+        finally:
+            self._far.close = self._close
+            self._far.finished.set()
+        await close(near, *self._close)
+
+    async def _pump(self, source: WebSocketConnection, sink: WebSocketConnection, who: str) -> None:
+        """Send on what comes, until the source closes; what the sink can't take any more is dropped."""
+        while True:
+            try:
+                message = await source.get_message()
+            except ConnectionClosed as closed:
+                self.end(*ending(closed.reason, who))
+                return
+            data = memoryview(message.encode() if isinstance(message, str) else message)
+            self._sending.add(sink)
+            with suppress(ConnectionClosed):  # its own pump still has to send on what came before that
+                for start in range(0, len(data), PIECE):
+                    await sink.send_message(bytes(data[start : start + PIECE]))
+            self._sending.discard(sink)
+            self._moved += 1
+
+    async def _keep_alive(self, websocket: WebSocketConnection, who: str) -> None:
+        """Ping. A pong that stays away is the end, unless data is under way: a slow reader is not dead."""
+        while True:
+            await trio.sleep(self._ping_interval)
+            moved = self._moved
+            with trio.move_on_after(self._ping_interval) as patience, suppress(ConnectionClosed):
+                await websocket.ping()
+            if patience.cancelled_caught and moved == self._moved and not self._sending:
+                self.end(BROKEN, f"{who} does not answer to pings")
+
+
+async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
+    """Copy bytes both ways until one side ends, and give why if that was not as it should ("": it was).
+
+    What came before the end has been sent on then. Closes neither.
+    """
+    why = ""
+
+    async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
+        nonlocal why
+        try:
+            while data := await source.receive_some(PIECE):
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # the other direction will say so
+                    await sink.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            why = f"the connection broke: {first(error.__cause__ or error)}"
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:  # ends with the first side that does
+        nursery.start_soon(copy, one, other)
+        nursery.start_soon(copy, other, one)
+    return why
+
+
+def ending(reason: CloseReason | None, who: str) -> tuple[int, str]:
+    """With what code and reason one side learns that the other has closed."""
+    if reason is None or reason.code in (1005, 1006):
+        return BROKEN, f"the connection to {who} was lost"
+    if reason.code == NORMAL:
+        return NORMAL, ""
+    return reason.code, f"{who} closed it: {reason.reason or reason.name}"
+
+
+async def close(websocket: WebSocketConnection, code: int, reason: str) -> None:
+    """Close a WebSocket; nothing happens to one that is closed."""
+    text = reason.encode()[:MAX_REASON].decode("utf-8", "ignore")
+    with trio.move_on_after(CLOSE_SECONDS):
+        await websocket.aclose(code, text)
 
 
 async def drain(websocket: WebSocketConnection) -> None:

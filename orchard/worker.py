@@ -25,6 +25,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -33,7 +34,7 @@ import trio
 
 from orchard import __version__, logs
 from orchard.auth import BootstrapToken
-from orchard.client import Client, ClientError, ConnectError, ResponseError
+from orchard.client import Client, ClientError, ConnectError, ResponseError, in_words
 from orchard.codec import encode
 from orchard.groups import first, unwrapped
 from orchard.life import Instance
@@ -54,6 +55,7 @@ from orchard.schema import (
 from orchard.schema import Worker as WorkerNoun
 from orchard.synthetic import SyntheticDriver
 from orchard.tart import Driver, DriverError, NotRunning, TartDriver, check_dhcp_lease, find_tart, machine_id
+from orchard.tunnel import BROKEN, NORMAL, splice
 
 HEARTBEAT_SECONDS = 15.0  # the controller calls a worker offline after 180
 SYNC_SECONDS = 5.0  # between two looks that nobody asked for
@@ -63,6 +65,9 @@ MACOS_VMS = 2  # that Apple's licence allows to run on one host
 OWN = "orchard-"  # with which the name of every local VM begins that is ours
 LOST = "lost: the worker was restarted, and the VM does not run any more"
 EXIT_REFUSED = 2
+FORWARD = "/rpc/port-forward"
+CONNECT_SECONDS = 10.0  # for a port of a VM to answer
+MAX_TUNNELS = 1000  # at once: each has two sockets and up to a message of 16 MiB
 
 Local = Literal["absent", "pending", "running", "failed"]
 Action = Literal["none", "create", "lost", "report", "follow", "stop", "fail", "remove"]
@@ -131,6 +136,7 @@ class Worker:
         self._last_seen = datetime.datetime.min.replace(tzinfo=datetime.UTC)
         self._look = trio.Event()
         self._dirty = trio.Event()
+        self._tunnels = 0  # that are open
         self._admitted = False  # whether the controller has ever let us in
         self._settled = False  # whether what an earlier worker left here is dealt with
 
@@ -173,7 +179,7 @@ class Worker:
         self._changed()
         async with trio.open_nursery() as session:  # the first of them to fail ends the others
             session.start_soon(self._heartbeat)
-            session.start_soon(self._listen)
+            session.start_soon(self._listen, vms)
             session.start_soon(self._report)
             while True:
                 await self.sync(vms)
@@ -223,12 +229,75 @@ class Worker:
             self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
             await self._client.workers.put(self.name, encode(replace(stored, last_seen=self._now())))
 
-    async def _listen(self) -> None:
-        """Follow the watch: every action that comes over it means that there is something to look at."""
+    async def _listen(self, lasting: trio.Nursery) -> None:
+        """Follow the watch, and do what it says; what takes long, in a nursery that outlives the session."""
         async with self._client.rpc_watch(self.name) as actions:
             async for action in actions:
-                if "syncVMsAction" in action:
-                    self._look.set()
+                match action:
+                    case {"syncVMsAction": _}:
+                        self._look.set()
+                    case {"portForwardAction": {"session": str(session), "port": int(port), **rest}}:
+                        lasting.start_soon(self._forward, session, str(rest.get("vmUID") or ""), port)
+                    case {"resolveIPAction": {"session": str(session), **rest}}:
+                        lasting.start_soon(self._resolve, session, str(rest.get("vmUID") or ""))
+                    case _:
+                        log.warning("an unknown action was passed over", extra={"action": sorted(action)})
+
+    # -- into VMs
+
+    async def _forward(self, session: str, vm_uid: str, port: int) -> None:
+        """Bring the controller a tunnel to a port of a VM (of this host for no VM), or say why there is none."""
+        query = {"session": session, "errorMessage": ""}
+        try:
+            async with await self._connect(vm_uid, port) as stream, self._client.tunnel(FORWARD, query) as tunnel:
+                self._tunnels += 1
+                try:
+                    broken = await splice(stream, tunnel)
+                finally:
+                    self._tunnels -= 1
+                await tunnel.aclose(BROKEN if broken else NORMAL, broken)
+        except DriverError as error:
+            await self._answer_refusal(session, str(error))
+        except ClientError as error:
+            log.info("a tunnel ended", extra={"worker": self.name, "reason": str(error)})
+
+    async def _answer_refusal(self, session: str, reason: str) -> None:
+        with suppress(ClientError):  # whoever asked does not wait for ever
+            async with self._client.websocket(FORWARD, {"session": session, "errorMessage": reason}):
+                pass
+
+    async def _connect(self, vm_uid: str, port: int) -> trio.SocketStream:
+        """Connect to a port of a VM. Raises DriverError that says why that can't be."""
+        if self._tunnels >= MAX_TUNNELS:
+            raise DriverError(f"{MAX_TUNNELS} tunnels are open already, expected less")
+        host = await self._address(vm_uid)
+        where = f"cannot connect to port {port} of {'the VM' if vm_uid else 'the host'}"
+        try:
+            with trio.fail_after(CONNECT_SECONDS):
+                return await trio.open_tcp_stream(host, port)
+        except trio.TooSlowError:
+            raise DriverError(f"{where}: no answer within {CONNECT_SECONDS:g} seconds") from None
+        except OSError as error:
+            raise DriverError(f"{where}: {in_words(error)}") from error
+
+    async def _address(self, vm_uid: str) -> str:
+        """Give the address of a VM, or of this host for no VM. Raises DriverError."""
+        if not vm_uid:
+            return "localhost"
+        for instance in self.instances.values():
+            if instance.vm.uid == vm_uid and instance.running:
+                return await self._driver.ip(instance.name, bridged=bool(instance.vm.spec.net_bridged))
+        raise DriverError(f"no VM with uid {vm_uid} runs here")
+
+    async def _resolve(self, session: str, vm_uid: str) -> None:
+        """Answer what the address of a VM is."""
+        query = {"session": session, "ip": "", "errorMessage": ""}
+        try:
+            query["ip"] = await self._address(vm_uid)
+        except DriverError as error:
+            query["errorMessage"] = str(error)
+        with suppress(ClientError):  # likewise
+            await self._client.request("POST", "/rpc/resolve-ip", query=query)
 
     def _changed(self) -> None:
         self._dirty.set()

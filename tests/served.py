@@ -138,7 +138,7 @@ async def served(directory: Path, *accounts: ServiceAccount) -> AsyncIterator[Se
         events.open({vm.uid for vm in store.state.vms.values()})
         cluster = Cluster(settings, store, events)
         gate = auth.Gate(store.state.accounts) if accounts else None
-        api = API(store, events, cluster.presence, cluster.switchboard, gate, clock=lambda: BEGAN)
+        api = API(store, events, cluster.presence, cluster.switchboard, gate, b"k" * 32, clock=lambda: BEGAN)
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
             await writers.start(events.run)
