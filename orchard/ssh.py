@@ -115,6 +115,8 @@ class Transcript:
 
     def feed(self, data: bytes) -> list[str]:
         """Take bytes in, and give the lines that they complete. What follows the last marker is dropped."""
+        if self.exit_code is not None:
+            return []
         data = self._open + data
         if not self.began:
             _, found, rest = data.partition(self._begin)

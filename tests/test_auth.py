@@ -1,0 +1,125 @@
+"""Who is let in: HTTP Basic, roles, and bootstrap tokens."""
+
+from __future__ import annotations
+
+import base64
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import QUICK
+
+from orchard import auth
+from orchard.auth import BootstrapToken, Gate
+from orchard.codec import APIError
+from orchard.schema import ServiceAccount
+
+CI = ServiceAccount(name="ci", token="to:ken é", roles=("compute:read",))
+GATE = Gate({"ci": CI})
+PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+
+
+def basic(text: str | bytes) -> str:
+    return "Basic " + base64.b64encode(text.encode() if isinstance(text, str) else text).decode()
+
+
+@pytest.mark.parametrize("scheme", ["Basic", "basic", "BASIC"])
+def test_the_right_token_is_let_in(scheme: str) -> None:
+    assert GATE.identify(basic("ci:to:ken é").replace("Basic", scheme)) is CI
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "",
+        "Basic",
+        "Basic ",
+        "Basic !!!",
+        "Basic \xe9",
+        basic("ci"),
+        basic(b"ci:\xff"),
+        basic("ci:"),
+        basic("ci:to:ken"),
+        basic("ci:to:ken é "),
+        basic("CI:to:ken é"),
+        basic("nobody:to:ken é"),
+        basic(":"),
+        "Bearer " + basic("ci:to:ken é")[6:],
+        "Digest x",
+    ],
+)
+def test_everybody_else_is_not(header: str | None) -> None:
+    with pytest.raises(APIError) as refused:
+        GATE.identify(header)
+    assert refused.value.status == 401
+    assert ("WWW-Authenticate", 'Basic realm="orchard"') in refused.value.headers
+    assert "to:ken" not in refused.value.message
+
+
+def test_an_unknown_name_costs_the_same_work_as_a_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    work: list[int] = []
+    digest = auth._digest
+
+    def counted(token: str) -> bytes:
+        work[-1] += 1
+        return digest(token)
+
+    monkeypatch.setattr(auth, "_digest", counted)
+    for header in (basic("ci:to:ken é"), basic("ci:x"), basic("nobody:x")):
+        work.append(0)
+        with suppress(APIError):
+            GATE.identify(header)
+    assert work == [2, 2, 2]
+
+
+def test_a_missing_role_is_named() -> None:
+    auth.require(CI, "compute:read")
+    with pytest.raises(APIError, match='service account "ci" lacks the role "admin:write"') as refused:
+        auth.require(CI, "admin:write")
+    assert refused.value.status == 403
+
+
+def test_random_tokens_are_one_word_for_every_shell() -> None:
+    tokens = {auth.random_token() for _ in range(100)}
+    assert len(tokens) == 100
+    assert all(len(token) == 32 and token.isalnum() and token.isascii() for token in tokens)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+
+
+@QUICK
+@given(texts, texts, st.none() | st.binary().map(lambda tail: PEM + tail))
+def test_bootstrap_tokens_are_read_as_they_were_written(account: str, token: str, certificate: bytes | None) -> None:
+    written = BootstrapToken(account, token, certificate)
+    assert BootstrapToken.parse(f" {written}\n") == written
+
+
+def test_a_bootstrap_token_is_as_other_programs_write_it() -> None:
+    assert str(BootstrapToken("account", "token")) == "orchard-bootstrap-token-v0.YWNjb3VudA.dG9rZW4"
+    assert "s3cret" not in repr(BootstrapToken("account", "s3cret"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "does not begin with orchard-bootstrap-token-v0"),
+        ("orchard-bootstrap-token-v1.YQ.YQ", "does not begin with"),
+        ("orchard-bootstrap-token-v0", "has 0 parts"),
+        ("orchard-bootstrap-token-v0.c2VjcmV0", "has 1 parts"),
+        ("orchard-bootstrap-token-v0.YQ.YQ.YQ.YQ", "has 4 parts"),
+        ("orchard-bootstrap-token-v0.YQ.c2VjcmV0.YQ", "third part .* is no certificate"),
+        ("orchard-bootstrap-token-v0.Y.c2VjcmV0", "part 1 .* no base64url"),
+        ("orchard-bootstrap-token-v0.YQ.c2Vjcm+0", "part 2 .* no base64url"),
+        ("orchard-bootstrap-token-v0.YQ==.YQ", "part 1"),
+        ("orchard-bootstrap-token-v0._w.c2VjcmV0", "not UTF-8"),
+        ("orchard-bootstrap-token-v0..c2VjcmV0", "is empty"),
+    ],
+)
+def test_what_is_wrong_with_a_bootstrap_token_is_said_without_it(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        BootstrapToken.parse(text)
+    assert "c2Vjcm" not in str(refused.value)
+    assert "secret" not in str(refused.value)

@@ -1,0 +1,151 @@
+"""The switchboard over memory streams, on a virtual clock: watches, pings, and what happens when a side stops answering."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
+
+from orchard.codec import APIError
+from orchard.tunnel import FarEnd, Switchboard
+
+
+@asynccontextmanager
+async def joined() -> AsyncIterator[tuple[WebSocketConnection, WebSocketConnection, trio.testing.MemorySendStream]]:
+    """Two ends of a WebSocket: the controller's, the peer's, and the stream by which the peer's answers come."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        ends: list[WebSocketConnection] = []
+
+        async def accept() -> None:
+            ends.append(await (await wrap_server_stream(nursery, ours)).accept())
+
+        nursery.start_soon(accept)
+        peer = await wrap_client_stream(nursery, theirs, "h", "/")  # type: ignore[arg-type]  # any stream does
+        await trio.testing.wait_all_tasks_blocked()
+        yield ends[0], peer, theirs.send_stream
+        nursery.cancel_scope.cancel()
+
+
+async def serve(board: Switchboard, worker: str, websocket: WebSocketConnection, pongs: list[float]) -> None:
+    try:
+        await board.serve(worker, "account", websocket, lambda: pongs.append(trio.current_time()))
+    except* ConnectionClosed:
+        pass
+
+
+async def test_a_worker_is_told_once_to_look_however_often_it_is_asked(autojump_clock: Any) -> None:
+    board = Switchboard()
+    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, board, "w", ours, [])
+        assert json.loads(await peer.get_message()) == {"syncVMsAction": {}}
+        for _ in range(100):
+            board.sync("w")
+            board.sync("another")
+        message = await peer.get_message()
+        assert isinstance(message, bytes), "actions are binary messages"
+        assert json.loads(message) == {"syncVMsAction": {}}
+        with trio.move_on_after(5) as patience:
+            await peer.get_message()
+        assert patience.cancelled_caught
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_pong_is_a_sign_of_life(autojump_clock: Any) -> None:
+    board = Switchboard(ping_interval=10)
+    pongs: list[float] = []
+    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, board, "w", ours, pongs)
+        await peer.get_message()
+        await trio.sleep(35)
+        assert pongs == [0, 10, 20, 30]
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_peer_that_does_not_answer_is_given_up_within_two_intervals(autojump_clock: Any) -> None:
+    board = Switchboard(ping_interval=10)
+    async with joined() as (ours, peer, answers):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve, board, "w", ours, [])
+            await peer.get_message()
+            await trio.sleep(1)
+            answers.send_all_hook = trio.sleep_forever
+            await trio.testing.wait_all_tasks_blocked()
+            while board._watches:  # noqa: ASYNC110 -- on a virtual clock
+                await trio.sleep(1)
+        assert trio.current_time() <= 21
+
+
+async def test_the_newest_watch_of_a_name_is_the_one_that_counts(autojump_clock: Any) -> None:
+    board = Switchboard()
+    async with joined() as (first, first_peer, _), joined() as (second, second_peer, _):
+        async with trio.open_nursery() as nursery:
+            replaced = trio.Event()
+
+            async def serve_first() -> None:
+                await serve(board, "w", first, [])
+                replaced.set()
+
+            nursery.start_soon(serve_first)
+            await first_peer.get_message()
+            nursery.start_soon(serve, board, "w", second, [])
+            await replaced.wait()
+            await second_peer.get_message()
+            board.sync("w")
+            assert json.loads(await second_peer.get_message()) == {"syncVMsAction": {}}
+            await second_peer.aclose()
+        assert board._watches == {}
+
+
+async def test_a_question_is_answered_once_by_whom_it_was_put_to(autojump_clock: Any) -> None:
+    board = Switchboard()
+    with pytest.raises(APIError, match='worker "w" is not connected'), board.ask("w", "resolveIPAction", "uid"):
+        raise AssertionError("nobody could be asked")
+    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, board, "w", ours, [])
+        await peer.get_message()
+        with board.ask("w", "portForwardAction", "uid", 22) as session:
+            action = json.loads(await peer.get_message())
+            assert action == {"portForwardAction": {"session": session.id, "vmUID": "uid", "port": 22}}
+            with pytest.raises(APIError, match="does not exist"):
+                board.answered(session.id, "another account")
+            board.answered(session.id, "account").fail("no such port")
+            with pytest.raises(APIError, match='worker "w": no such port') as refused:
+                await session.wait()
+            assert refused.value.status == 503
+            with pytest.raises(APIError) as refused:
+                board.answered(session.id, "account")
+            assert refused.value.status == 404
+        with board.ask("w", "resolveIPAction", "uid") as session:
+            pass
+        with pytest.raises(APIError, match="does not exist"):
+            board.answered(session.id, "account")
+        assert board._sessions == {}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_silent_tunnel_whose_end_is_dead_is_closed_within_two_intervals(autojump_clock: Any) -> None:
+    board = Switchboard(ping_interval=10)
+    async with joined() as (near, client, _), joined() as (far, worker, answers):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(board.serve_near_end, "uid", near, FarEnd(far))
+            await client.send_message(b"x" * 200_000)
+            size = 0
+            while size < 200_000:
+                size += len(await worker.get_message())
+            assert size == 200_000
+            answers.send_all_hook = trio.sleep_forever
+            with pytest.raises(ConnectionClosed) as closed:
+                await client.get_message()
+            assert closed.value.reason is not None
+            assert (closed.value.reason.code, closed.value.reason.reason) == (
+                1011,
+                "the worker does not answer to pings",
+            )
+            assert trio.current_time() <= 21
+        assert not board._tunnels
