@@ -26,6 +26,7 @@ from orchard.events import EventLog
 from orchard.http1 import Answer, Request, Response, Route, Router, Stream, WebSocketUpgrade
 from orchard.openapi import Operation, Parameter, array_of, document, ref
 from orchard.presence import Presence
+from orchard.reach import Reach
 from orchard.schema import (
     IP,
     MAX_NAME,
@@ -49,12 +50,12 @@ from orchard.schema import (
     worker_from_client,
 )
 from orchard.store import SETTINGS, Change, Store, encoded
-from orchard.tunnel import MAX_MESSAGE, FarEnd, Session, Switchboard
+from orchard.tunnel import MAX_MESSAGE, Session, Switchboard
 
 CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
 MAX_LIMIT = 1_000_000_000  # of `limit`: more events than a VM may leave
+WAIT = 10  # seconds for a port forwarding that names none
 MAX_WAIT = 65_535  # seconds, as the API's description has it
-LEAST_SECONDS = 10.0  # for a worker to do what a client does not wait for: to reach a VM that runs takes some time
 REREADS = 3  # times that a read is done again because what it was based on was taken back
 WARNED = 8  # unknown fields that a Warning names
 _DIGITS = re.compile(r"[0-9]{1,10}")
@@ -72,6 +73,7 @@ class API:
         events: EventLog,
         presence: Presence,
         switchboard: Switchboard,
+        reach: Reach,
         gate: auth.Gate | None,
         access_key: bytes,
         *,
@@ -83,6 +85,7 @@ class API:
         self.events = events
         self.presence = presence
         self.switchboard = switchboard
+        self.reach = reach
         self.gate = gate
         self.access_key = access_key
         self.clock = clock
@@ -245,9 +248,7 @@ class API:
         wait = _number(request, "wait", 0, MAX_WAIT)
         vm = self._vm_named(request)
         request.require_websocket()
-        reach = partial(self._reach_vm, vm, "portForwardAction", 10 if wait is None else wait, port)
-        far = await request.while_connected(reach)
-        assert isinstance(far, FarEnd)
+        far = await request.while_connected(partial(self.reach.port, vm, port, WAIT if wait is None else wait))
         return WebSocketUpgrade(
             lambda near: self.switchboard.serve_near_end(vm.uid, near, far), max_message_size=MAX_MESSAGE
         )
@@ -257,11 +258,9 @@ class API:
         wait = _number(request, "wait", 0, MAX_WAIT)
         worker = self._worker_named(request)
         request.require_websocket()
-        deadline = trio.current_time() + (10 if wait is None else wait)
         far = await request.while_connected(
-            partial(self._ask, worker.name, "portForwardAction", "", port, deadline)
-        )  # fmt: skip
-        assert isinstance(far, FarEnd)
+            partial(self.reach.host_port, worker.name, port, WAIT if wait is None else wait)
+        )
         return WebSocketUpgrade(
             lambda near: self.switchboard.serve_near_end("", near, far), max_message_size=MAX_MESSAGE
         )  # fmt: skip
@@ -269,44 +268,8 @@ class API:
     async def resolve_ip(self, request: Request) -> Answer:
         wait = _number(request, "wait", 0, MAX_WAIT)
         vm = self._vm_named(request)
-        address = await request.while_connected(partial(self._reach_vm, vm, "resolveIPAction", wait or 0, None))
-        assert isinstance(address, str)
+        address = await request.while_connected(partial(self.reach.address, vm, wait or 0))
         return _ok(dump_json(encode(IP(address))))
-
-    async def _reach_vm(self, vm: VM, kind: str, wait: int, port: int | None) -> FarEnd | str:
-        """Wait for a VM to run, then for its worker to do something. Raises APIError(503), or (404) when it is gone."""
-        deadline = trio.current_time() + wait
-        with trio.move_on_at(deadline), self.store.watch("vm", vm.name) as changes:
-            if self._running(vm) is None:
-                async for _ in changes:
-                    if self._running(vm) is not None:
-                        break
-        running = self._running(vm)
-        if running is None:
-            now = self.state.vms[vm.name].state
-            why = f": {now.status_message}" if now.status_message else ""
-            raise APIError(503, f'VM "{vm.name}" is {now.status} after {wait} seconds{why}')
-        return await self._ask(running.state.worker, kind, vm.uid, port, deadline)
-
-    def _running(self, vm: VM) -> VM | None:
-        """Give a VM as it is now if it runs, None if it may yet. Raises APIError when it never will."""
-        now = self.state.vms.get(vm.name)
-        if now is None or now.uid != vm.uid:
-            raise APIError(404, f'VM "{vm.name}" with uid {vm.uid} does not exist any more')
-        if now.state.status == "failed":
-            raise APIError(503, f'VM "{vm.name}" has failed: {now.state.status_message}')
-        if now.resting:
-            raise APIError(503, f'VM "{vm.name}" is {now.spec.power_state}')
-        return now if now.state.status == "running" else None
-
-    async def _ask(self, worker: str, kind: str, vm_uid: str, port: int | None, deadline: float) -> FarEnd | str:
-        """Have a worker do something before the deadline, or in the least time that it takes."""
-        deadline = max(deadline, trio.current_time() + LEAST_SECONDS)
-        with trio.move_on_at(deadline):
-            await self.switchboard.connected(worker)
-            with self.switchboard.ask(worker, kind, vm_uid, port) as session:
-                return await session.wait()
-        raise APIError(503, f'worker "{worker}" did not answer in time')
 
     def issue_token(self, request: Request) -> Answer:
         vm = self._vm_named(request)

@@ -56,7 +56,10 @@ class Gate:
         """Find the account that an Authorization header speaks for. Raises APIError(401)."""
         if authorization is None:
             raise APIError(401, "there are no credentials, expected HTTP Basic with a service account", _CHALLENGE)
-        name, token = _basic(authorization)
+        return self.check(*_basic(authorization))
+
+    def check(self, name: str, token: str) -> ServiceAccount:
+        """Find the account of that name and token. Raises APIError(401)."""
         account = self._accounts.get(name)
         expected = account.token if account is not None else self._nobody
         # Not only equal in time for every name: a digest hides the length of the token, too.

@@ -32,7 +32,7 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth, lifecycle, logs, scheduler, tls
+from orchard import __version__, auth, jump, lifecycle, logs, scheduler, tls
 from orchard.api import API
 from orchard.codec import APIError
 from orchard.events import EventLog
@@ -42,6 +42,7 @@ from orchard.journal import Broken, DamagedError, Disk, NotWritten
 from orchard.lock import LockError, locked
 from orchard.options import api_prefix, listen_address, orchard_home, seconds
 from orchard.presence import Presence
+from orchard.reach import Reach
 from orchard.schema import VM, ServiceAccount, Worker
 from orchard.store import Change, Store
 from orchard.tunnel import PING_INTERVAL, Switchboard
@@ -74,6 +75,9 @@ class Settings:
     key: Path | None = None
     tls: bool = True
     auth: bool = True
+    ssh: tuple[str | None, int] | None = None  # host and port of the SSH jump host; None: there is none
+    ssh_host_key: Path | None = None  # None: made at the first start, kept in the data directory
+    ssh_auth: bool = True
     admin_token: str = field(default="", repr=False)  # of bootstrap-admin, which is (re)created with it
     worker_offline_timeout: float = OFFLINE_TIMEOUT
     ping_interval: float = PING_INTERVAL
@@ -86,6 +90,7 @@ class Running:
     url: str
     certificate: bytes | None = None
     fingerprint: str = ""
+    ssh_port: int = 0  # 0: there is no SSH
     new_admin: ServiceAccount | None = field(default=None, repr=False)  # made at this start, for somebody to be told
 
 
@@ -293,7 +298,8 @@ async def run(
         cluster = Cluster(settings, store, events)
         gate = auth.Gate(store.state.accounts) if settings.auth else None
         key = access_key(settings.data_dir)
-        api = API(store, events, cluster.presence, cluster.switchboard, gate, key, prefix=settings.prefix)
+        reach = Reach(store, cluster.switchboard)
+        api = API(store, events, cluster.presence, cluster.switchboard, reach, gate, key, prefix=settings.prefix)
         async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored
             await writers.start(store.run)
             await writers.start(events.run)
@@ -304,10 +310,35 @@ async def run(
                 answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
                 async with trio.open_nursery() as serving:  # ends with `stop`
                     await serving.start(answer, listeners)
-                    task_status.started(replace(running, new_admin=new_admin))
+                    ssh_port = await _serve_ssh(settings, store, reach, gate, key, planners)
+                    task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
                 planners.cancel_scope.cancel()
             await store.settled()
             writers.cancel_scope.cancel()
+
+
+async def _serve_ssh(
+    settings: Settings, store: Store, reach: Reach, gate: auth.Gate | None, key: bytes, nursery: trio.Nursery
+) -> int:
+    """Start the SSH jump host, if it is wanted, and give its port. Raises StartError."""
+    if settings.ssh is None:
+        return 0
+    if not jump.available():
+        raise StartError(jump.MISSING)
+    host, port = settings.ssh
+    try:
+        host_key = jump.host_key(settings.ssh_host_key or settings.data_dir / jump.HOST_KEY_FILE)
+        server = jump.JumpHost(
+            store.state, reach, gate if settings.ssh_auth else None, key, lambda: datetime.datetime.now(datetime.UTC)
+        )
+        started: int = await nursery.start(server.serve, host, port, host_key, settings.ping_interval)
+    except ValueError as error:
+        raise StartError(str(error)) from error
+    except OSError as error:
+        raise StartError(
+            f"cannot serve SSH on {host or ''}:{port}: {error.strerror or error}; see --listen-ssh"
+        ) from error
+    return started
 
 
 async def _admit_somebody(settings: Settings, store: Store) -> ServiceAccount | None:
@@ -385,6 +416,11 @@ def arguments() -> argparse.ArgumentParser:
     add("--api-prefix", metavar="P", type=api_prefix, default="", help="path that is put before /v1")
     add("--controller-cert", metavar="FILE", type=Path, help="TLS certificate (chain) in PEM; default: self-signed")
     add("--controller-key", metavar="FILE", type=Path, help="its private key in PEM")
+    add(
+        "--listen-ssh", metavar="HOST:PORT", type=listen_address, help="address to serve SSH into VMs on; default: none"
+    )
+    add("--ssh-host-key", metavar="FILE", type=Path, help="its private key; default: made at the first start")
+    add("--insecure-ssh-no-client-auth", action="store_true", help="let everybody into every VM's SSH port")
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
     add("--insecure-no-auth", action="store_true", help="let everybody do everything")
     add("--worker-offline-timeout", metavar="S", type=seconds, default=OFFLINE_TIMEOUT,
@@ -413,6 +449,9 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         key=options.controller_key,
         tls=not options.insecure_no_tls,
         auth=not options.insecure_no_auth,
+        ssh=options.listen_ssh,
+        ssh_host_key=options.ssh_host_key,
+        ssh_auth=not options.insecure_ssh_no_client_auth,
         admin_token=os.environ.get("ORCHARD_BOOTSTRAP_ADMIN_TOKEN", ""),
         worker_offline_timeout=options.worker_offline_timeout,
         ping_interval=options.ping_interval,
@@ -428,6 +467,8 @@ def announce(running: Running, out: TextIO) -> None:
         print(f"  token: {running.new_admin.token}", file=out)
         if running.fingerprint:
             print(f"  certificate SHA-256: {running.fingerprint}", file=out)
+    if running.ssh_port:
+        print(f"SSH into VMs: ssh -J ACCOUNT@HOST:{running.ssh_port} USER@VM", file=out)
     print(f"orchard controller {__version__} is listening on {running.url}", file=out, flush=True)
 
 

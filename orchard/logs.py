@@ -46,5 +46,6 @@ def configure(*, debug: bool, quiet: bool = False) -> None:
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("orchard").setLevel(logging.DEBUG if debug else level)
-    # Says goodbye to each connection at INFO; what matters of it is in the request log.
-    logging.getLogger("trio-websocket").setLevel(logging.WARNING)
+    # They say goodbye to each connection at INFO; what matters of it is in our own lines.
+    for name in ("trio-websocket", "asyncssh"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -75,8 +75,11 @@ class ScriptEnd:
 
 
 def greeting(marker: str) -> str:
-    """Give what a shell is sent first (POSIX sh, bash or zsh). `marker` is a word that the script cannot guess."""
-    return f"exec 2>&1\nprintf '%s\\n' {marker}\n"
+    """Give what a shell is sent first (POSIX sh, bash or zsh). `marker` is a word that the script cannot guess.
+
+    The shell itself has to survive the script, whatever its profile has set.
+    """
+    return f"set +e\nexec 2>&1\nprintf '%s\\n' {marker}\n"
 
 
 def script_text(script: str, env: Mapping[str, str], marker: str) -> str:

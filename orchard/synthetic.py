@@ -5,9 +5,12 @@ shell of this host, with that directory as HOME. There is no isolation whatever:
 127.0.0.1 is every VM's address. Any image can be pulled; a source whose name begins with `orchard-` is a local VM, and
 has to exist.
 
-What the script starts is in a session of its own and gets ORCHARD_VM=NAME in its environment. It is killed with its
-process group when the VM ends. If the worker was killed itself, the file `scripted` is left, and `delete` looks for
+What the script starts is in a session of its own and gets ORCHARD_VM=home/NAME in its environment. It is killed with
+its process group when the VM ends. If the worker was killed itself, the file `scripted` is left, and `delete` looks for
 processes by that variable: a process number alone could be somebody else's by then.
+
+Nothing is synced to the disk: a power failure may cost VMs, as it does for any host. A life without a script takes
+about a millisecond of the processor; a thread is only worth it where a script has left files to copy or to remove.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ class SyntheticDriver(Driver):
     """VMs as directories below `home`. A boot takes `boot_seconds`, a pull `pull_seconds`, with progress."""
 
     def __init__(self, home: Path, *, boot_seconds: float = 0.0, pull_seconds: float = 0.0) -> None:
-        self._home = home
+        self._home = home.absolute()  # scripts get it as HOME, from another working directory
         self._boot_seconds = boot_seconds
         self._pull_seconds = pull_seconds
         self._guests: dict[str, _Guest] = {}
@@ -109,7 +112,7 @@ class SyntheticDriver(Driver):
             _write(draft, about)
             draft.rename(directory)
         except OSError as error:
-            raise DriverError(f'cannot make VM "{name}" in {self._home}: {error.strerror}') from error
+            raise DriverError(f'cannot make VM "{name}" in {self._home}: {error.strerror or error}') from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -146,11 +149,10 @@ class SyntheticDriver(Driver):
             raise DriverError(f'VM "{name}" is already running')
         guest = self._guests[name] = _Guest()
         try:
-            if about["state"] == "stopped":
-                await trio.sleep(self._boot_seconds)
-            else:
+            if about["state"] != "stopped":
                 _write(self._directory(name), {**about, "state": "stopped"})
-                await trio.lowlevel.checkpoint()
+            with trio.move_on_after(self._boot_seconds if about["state"] == "stopped" else 0):
+                await guest.order.wait()
             task_status.started()
             await guest.order.wait()
         finally:
@@ -191,15 +193,20 @@ class SyntheticDriver(Driver):
             raise DriverError(f'VM "{name}" is running and cannot be deleted')
         directory = self._directory(name)
         if (directory / "scripted").exists():
-            await trio.to_thread.run_sync(_kill_leftovers, name)
+            await trio.to_thread.run_sync(_kill_leftovers, directory)
         # From here on there is no such VM, even if what is left of it takes long to remove.
         grave = self._home / f".{name}.old"
-        directory.rename(grave)
-        if any((grave / "root").iterdir()):
-            await trio.to_thread.run_sync(_remove, grave)
-        else:
+        try:
+            if grave.exists():  # a worker was killed while it removed a VM of that name
+                await trio.to_thread.run_sync(_remove, grave)
+            directory.rename(grave)
+        except OSError as error:
+            raise DriverError(f'cannot delete VM "{name}" in {self._home}: {error.strerror}') from error
+        if _is_empty(grave / "root"):
             _remove(grave)
             await trio.lowlevel.checkpoint()
+        else:
+            await trio.to_thread.run_sync(_remove, grave)
 
     async def run_script(
         self,
@@ -222,8 +229,7 @@ class SyntheticDriver(Driver):
             text = ssh.script_text(script, env, marker).encode()
         except ValueError as error:
             raise DriverError(str(error)) from error
-        (directory / "scripted").touch()
-        shell = await _start_shell(name, directory / "root", username)
+        shell = await _start_shell(directory, username)
         if guest.order.is_set():  # it has not waited for this one
             await _kill([shell])
         else:
@@ -249,34 +255,47 @@ class SyntheticDriver(Driver):
             about: dict[str, Any] = json.loads((self._directory(name) / "vm.json").read_text())
         except FileNotFoundError:
             raise NoSuchVM(f'the specified VM "{name}" does not exist') from None
+        except (OSError, ValueError) as error:
+            raise DriverError(f'cannot read the file of VM "{name}" in {self._home}: {error}') from error
         return about
 
 
 def _write(directory: Path, about: Mapping[str, Any]) -> None:
     draft = directory / "vm.json.new"
-    draft.write_text(json.dumps(about, indent=2) + "\n")
-    draft.rename(directory / "vm.json")
+    try:
+        draft.write_text(json.dumps(about, indent=2) + "\n")
+        draft.rename(directory / "vm.json")
+    except OSError as error:
+        raise DriverError(f"cannot write {directory / 'vm.json'}: {error.strerror}") from error
+
+
+def _is_empty(directory: Path) -> bool:
+    try:
+        return not any(directory.iterdir())
+    except OSError:
+        return False  # a script has removed it, or taken itself the right to read it
 
 
 def _remove(directory: Path) -> None:
     """Remove a directory, even if a script has taken itself the right to."""
-    for path in (directory, *(Path(parent) / name for parent, names, _ in os.walk(directory) for name in names)):
-        if not path.is_symlink():
-            with suppress(OSError):
-                path.chmod(0o700)
+    for parent, names, _ in os.walk(directory):  # from the top: each is opened before it is looked into
+        for path in (Path(parent) / name for name in names):
+            if not path.is_symlink():
+                with suppress(OSError):
+                    path.chmod(0o700)
     shutil.rmtree(directory, ignore_errors=True)
 
 
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-async def _start_shell(name: str, root: Path, username: str) -> trio.Process:
+async def _start_shell(directory: Path, username: str) -> trio.Process:
+    root = directory / "root"
     temporary = root / "tmp"
-    temporary.mkdir(exist_ok=True)
     environ = {
         "HOME": str(root),
         "LOGNAME": username,
-        VARIABLE: name,
+        VARIABLE: str(directory),
         "PATH": os.environ.get("PATH", os.defpath),
         "SHELL": SHELL,
         "TMPDIR": str(temporary),
@@ -284,12 +303,14 @@ async def _start_shell(name: str, root: Path, username: str) -> trio.Process:
     }
     pipe = subprocess.PIPE
     try:
+        (directory / "scripted").touch()
+        temporary.mkdir(exist_ok=True)
         return await trio.lowlevel.open_process(
             [SHELL, "-l"], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
             start_new_session=True,
         )  # fmt: skip
     except OSError as error:
-        raise DriverError(f"cannot run {SHELL}: {error.strerror}") from error
+        raise DriverError(f"cannot run {SHELL} in {root}: {error.strerror}") from error
 
 
 async def _kill(shells: list[trio.Process]) -> None:
@@ -302,16 +323,16 @@ async def _kill(shells: list[trio.Process]) -> None:
             await shell.wait()
 
 
-def _kill_leftovers(name: str) -> None:
+def _kill_leftovers(directory: Path) -> None:
     """Kill what a script left that a killed worker could not."""
-    for number in _processes_of(name):
+    for number in _processes_of(directory):
         with suppress(ProcessLookupError, PermissionError):
             os.kill(number, signal.SIGKILL)
 
 
-def _processes_of(name: str) -> Iterator[int]:
+def _processes_of(directory: Path) -> Iterator[int]:
     """Find processes by the variable in their environment."""
-    wanted = f"{VARIABLE}={name}"
+    wanted = f"{VARIABLE}={directory}"
     proc = Path("/proc")
     if (proc / "self" / "environ").exists():
         for path in proc.glob("[0-9]*/environ"):
@@ -324,5 +345,5 @@ def _processes_of(name: str) -> Iterator[int]:
     )  # fmt: skip
     for line in listed.stdout.splitlines():
         number, _, words = line.strip().partition(" ")
-        if wanted in words.split():
+        if f" {wanted} " in f" {words} ":
             yield int(number)

@@ -219,7 +219,8 @@ def run_arguments(name: str, options: RunOptions) -> list[str]:
     ):
         if networks:
             words += [flag, ",".join(_network(flag, network) for network in networks)]
-    words += [f"--net-bridged={options.bridged}"] * bool(options.bridged)
+    if options.bridged:
+        words.append(f"--net-bridged={operand('interface to bridge to', options.bridged)}")
     words += ["--nested"] * options.nested
     words += ["--suspendable"] * options.suspendable
     words += [_dir_flag(shared) for shared in options.dirs]
@@ -438,8 +439,9 @@ class TartDriver:
             stop_seconds=self._stop_seconds,
             task_status=task_status,
         )
-        plug_pulled = ended.status == -signal.SIGKILL and name in self._stopped  # the guest did not shut down in time
-        if ended.status and not plug_pulled:
+        # The guest did not shut down in time, or was to stop before tart had got to handling that signal itself.
+        killed = ended.status in (-signal.SIGKILL, -signal.SIGINT)
+        if ended.status and not (killed and name in self._stopped):
             raise failure(self._program, "run", ended.status, ended.stderr)
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:

@@ -52,6 +52,7 @@ class Cluster:
     client: Client
     account: str = ""  # with every role; empty when nobody is asked
     token: str = field(default="", repr=False)
+    ssh_port: int = 0  # of the jump host, on 127.0.0.1; 0: there is none
 
 
 @asynccontextmanager
@@ -60,21 +61,27 @@ async def cluster(
     *,
     vms_per_worker: int = VMS_PER_WORKER,
     auth: bool = False,
+    ssh: bool = False,
     directory: Path | None = None,
     port: int = 0,
     driver: Callable[[str], Driver] | None = None,
 ) -> AsyncIterator[Cluster]:
     """Run a cluster for the time of the block: `worker-1`, `worker-2` and so on, each with room for `vms_per_worker`.
 
-    `directory` keeps state and VMs, else a temporary one does. `driver` makes the driver of a worker from its name,
+    `ssh` serves the SSH jump host, too, which needs orchard-cluster[ssh]. `directory` keeps state and VMs, else a temporary one does. `driver` makes the driver of a worker from its name,
     else they are synthetic. Raises orchard.controller.StartError.
     """
     with TemporaryDirectory(prefix="orchard-") as temporary:
         home = directory or Path(temporary)
         make_driver = driver or (lambda name: SyntheticDriver(home / "vms" / name))
         settings = controller.Settings(
-            data_dir=home / "controller", host="127.0.0.1", port=port, tls=False, auth=auth
-        )  # fmt: skip
+            data_dir=home / "controller",
+            host="127.0.0.1",
+            port=port,
+            tls=False,
+            auth=auth,
+            ssh=("127.0.0.1", 0) if ssh else None,
+        )
         with unwrapped():
             async with trio.open_nursery() as controlling:  # ends last: the workers have VMs to take away
                 stop = trio.Event()
@@ -91,7 +98,7 @@ async def cluster(
                             identity = _identity(f"worker-{number}", vms_per_worker)
                             worker = Worker(identity, client, make_driver(identity.name))
                             starting.start_soon(working.start, worker.run)
-                    yield Cluster(running.url, client, account, token)
+                    yield Cluster(running.url, client, account, token, running.ssh_port)
                     working.cancel_scope.cancel()
                 stop.set()
 
@@ -114,6 +121,7 @@ class BlockingCluster:
     client: Any
     account: str = ""
     token: str = field(default="", repr=False)
+    ssh_port: int = 0
 
 
 @contextmanager
@@ -122,7 +130,8 @@ def start_cluster(workers: int = 1, **options: Any) -> Iterator[BlockingCluster]
     portal = _Portal(partial(cluster, workers, **options))
     inside = portal.start()
     try:
-        yield BlockingCluster(inside.url, _Blocking(inside.client, portal), inside.account, inside.token)
+        client = _Blocking(inside.client, portal)
+        yield BlockingCluster(inside.url, client, inside.account, inside.token, inside.ssh_port)
     finally:
         portal.stop()
 

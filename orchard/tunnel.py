@@ -17,14 +17,15 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import trio
 from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection
 
+from orchard.client import TunnelStream
 from orchard.codec import APIError, dump_json, shown
 from orchard.groups import first
 
@@ -109,7 +110,7 @@ class Switchboard:
         self._watches: dict[str, _Watch] = {}
         self._connected = trio.Event()  # that another worker has come
         self._sessions: dict[str, Session] = {}
-        self._tunnels: defaultdict[str, set[_Tunnel]] = defaultdict(set)  # by the uid of their VM
+        self._tunnels: defaultdict[str, set[_Tunnel | _Use]] = defaultdict(set)  # by the uid of their VM
 
     def sync(self, worker: str) -> None:
         """Tell a worker to look at its VMs; one that has no watch open looks when it opens one."""
@@ -183,9 +184,30 @@ class Switchboard:
     async def serve_near_end(self, vm_uid: str, near: WebSocketConnection, far: FarEnd) -> None:
         """Relay between a client and a worker until one of them closes, or `end_tunnels` does."""
         tunnel = _Tunnel(near, far, self._ping_interval)
+        with self._listed(vm_uid, tunnel):
+            await tunnel.relay()
+
+    @asynccontextmanager
+    async def far_stream(self, vm_uid: str, far: FarEnd) -> AsyncIterator[TunnelStream]:
+        """Give the bytes of a far end for the time of the block. Raises APIError(503) when `end_tunnels` ends it."""
+        use = _Use()
+        far.taken.set()
+        try:
+            with self._listed(vm_uid, use), use.scope:
+                async with trio.open_nursery() as nursery:  # the pings end with the block
+                    nursery.start_soon(ping, far.websocket, self._ping_interval)
+                    yield TunnelStream(far.websocket)
+                    nursery.cancel_scope.cancel()
+        finally:
+            far.finished.set()
+        if use.reason:
+            raise APIError(503, use.reason)
+
+    @contextmanager
+    def _listed(self, vm_uid: str, tunnel: _Tunnel | _Use) -> Iterator[None]:
         self._tunnels[vm_uid].add(tunnel)
         try:
-            await tunnel.relay()
+            yield
         finally:
             self._tunnels[vm_uid].discard(tunnel)
             if not self._tunnels[vm_uid]:
@@ -256,6 +278,26 @@ class _Tunnel:
                 await websocket.ping()
             if patience.cancelled_caught and moved == self._moved and not self._sending:
                 self.end(BROKEN, f"{who} does not answer to pings")
+
+
+class _Use:
+    """A far end whose bytes somebody in this process uses."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.reason = ""
+
+    def end(self, _: int, reason: str) -> None:
+        self.reason = reason
+        self.scope.cancel()
+
+
+async def ping(websocket: WebSocketConnection, interval: float) -> None:
+    """Ping every `interval` seconds, so that load balancers keep a connection; what it means is for others to see."""
+    while True:
+        await trio.sleep(interval)
+        with trio.move_on_after(interval), suppress(ConnectionClosed):
+            await websocket.ping()
 
 
 async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:

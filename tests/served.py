@@ -22,6 +22,7 @@ from orchard.codec import APIError
 from orchard.controller import Cluster, Settings
 from orchard.events import EventLog
 from orchard.http1 import Headers, Request, Response, Stream, refused
+from orchard.reach import Reach
 from orchard.schema import ServiceAccount
 from orchard.store import Store, check
 
@@ -137,8 +138,9 @@ async def served(directory: Path, *accounts: ServiceAccount) -> AsyncIterator[Se
         events = EventLog(directory / "events")
         events.open({vm.uid for vm in store.state.vms.values()})
         cluster = Cluster(settings, store, events)
+        reach = Reach(store, cluster.switchboard)
         gate = auth.Gate(store.state.accounts) if accounts else None
-        api = API(store, events, cluster.presence, cluster.switchboard, gate, b"k" * 32, clock=lambda: BEGAN)
+        api = API(store, events, cluster.presence, cluster.switchboard, reach, gate, b"k" * 32, clock=lambda: BEGAN)
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
             await writers.start(events.run)

@@ -1,9 +1,9 @@
 """An SSH server for tests: a password, and behind it a login shell of this host. Run as a process, for the real `ssh`.
 
-    python sshd.py [--after SECONDS] [--password P]
+    python sshd.py [--password P] [--port N]
 
-prints the number of its port once it listens. Every session gets a shell of its own, in a session of its own, which is
-killed with its process group when the connection ends, as the processes of a VM are when it does.
+prints the number of its port once it listens. Every connection gets a shell in a session of its own, which is killed
+with its process group when the connection ends, or the server by SIGTERM, as the processes of a VM are when it does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 from contextlib import suppress
+from typing import Any
 
 import asyncssh
 
@@ -35,9 +36,8 @@ class Server(asyncssh.SSHServer):
 
 
 async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
-    shell = await asyncio.create_subprocess_exec(
-        "/bin/bash",
-        "-l",
+    shell = subprocess.Popen(  # noqa: ASYNC220 -- asyncio's own waits for whoever inherited its pipes, too
+        ["/bin/bash", "-l"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -45,10 +45,13 @@ async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
         env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "USER": USER},
     )
     try:
-        await process.redirect(stdin=shell.stdin, stdout=shell.stdout, stderr=shell.stderr, send_eof=False)
-        status = await shell.wait()
-        await process.stdout.drain()
-        process.exit(status if status >= 0 else 128 - status)
+        await process.redirect(stdin=shell.stdin, stdout=shell.stdout, stderr=shell.stderr)
+        exited = asyncio.ensure_future(asyncio.to_thread(shell.wait))
+        closed = asyncio.ensure_future(process.wait_closed())
+        await asyncio.wait({exited, closed}, return_when=asyncio.FIRST_COMPLETED)
+        if exited.done():
+            process.exit(exited.result() if exited.result() >= 0 else 128 - exited.result())
+            await closed
     finally:
         with suppress(ProcessLookupError):
             os.killpg(shell.pid, signal.SIGKILL)
@@ -67,9 +70,12 @@ async def main() -> None:
         process_factory=session,
         encoding=None,
         line_editor=False,
+        sftp_factory=True,
     )
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     print(server.get_port(), flush=True)
-    await server.wait_closed()
+    await ended.wait()  # then the sessions are cancelled
 
 
 asyncio.run(main())
