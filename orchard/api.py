@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard import __version__, auth, lifecycle
+from orchard import __version__, auth, commands, lifecycle
 from orchard.codec import APIError, dump_json, encode, parse_json, shown
 from orchard.events import EventLog
 from orchard.http1 import Answer, Request, Response, Route, Router, Stream, WebSocketUpgrade
@@ -74,6 +74,7 @@ class API:
         presence: Presence,
         switchboard: Switchboard,
         reach: Reach,
+        executor: commands.Executor,
         gate: auth.Gate | None,
         access_key: bytes,
         *,
@@ -86,6 +87,7 @@ class API:
         self.presence = presence
         self.switchboard = switchboard
         self.reach = reach
+        self.executor = executor
         self.gate = gate
         self.access_key = access_key
         self.clock = clock
@@ -270,6 +272,15 @@ class API:
         vm = self._vm_named(request)
         address = await request.while_connected(partial(self.reach.address, vm, wait or 0))
         return _ok(dump_json(encode(IP(address))))
+
+    async def execute(self, request: Request) -> Answer:
+        vm = self._vm_named(request)
+        wait = _number(request, "wait", 0, MAX_WAIT)
+        command = _command(request)
+        request.require_websocket()
+        connect = partial(self.executor.connect, vm, WAIT if wait is None else wait)
+        connection = await request.while_connected(connect)
+        return WebSocketUpgrade(partial(self.executor.serve, connection, command))
 
     def issue_token(self, request: Request) -> Answer:
         vm = self._vm_named(request)
@@ -545,6 +556,31 @@ async def _nothing_more(websocket: WebSocketConnection) -> None:
     await trio.lowlevel.checkpoint()
 
 
+def _command(request: Request) -> commands.Command:
+    """Read the query of commands. Raises APIError(400)."""
+    query = request.query
+    known = {"command", "interactive", "tty", "rows", "cols", "workdir", "wait"}
+    env = {}
+    for name in query.fields():
+        if name.startswith("env[") and name.endswith("]"):
+            env[name[4:-1]] = query.one(name) or ""
+        elif name not in known:
+            raise APIError(
+                400, f"the query parameter {shown(name)} is unknown, expected env[NAME] or one of {sorted(known)}"
+            )
+    command = commands.Command(
+        command=query.one("command") or "",
+        interactive=_flag(request, "interactive"),
+        tty=_flag(request, "tty"),
+        rows=_number(request, "rows", 1, commands.MAX_SIZE) or commands.ROWS,
+        cols=_number(request, "cols", 1, commands.MAX_SIZE) or commands.COLS,
+        env=env,
+        workdir=query.one("workdir") or "",
+    )
+    command.check()
+    return command
+
+
 def _worker_filter(text: str | None) -> str | None:
     """Read `worker=NAME`; several with commas between them must all hold."""
     if not text:
@@ -572,6 +608,16 @@ _UID = Parameter("uid", "Refuse with 404 if the VM of that name has another uid"
 _PORT = Parameter("port", "TCP port number to connect to", {**_WHOLE, "minimum": 1, "maximum": 65535}, required=True)
 _WAIT = {"type": "integer", "minimum": 0, "maximum": MAX_WAIT}
 _WAIT_FORWARD = Parameter("wait", "Seconds to wait for the VM to run, and for its worker", {**_WAIT, "default": 10})
+_SIZE = {"type": "integer", "minimum": 1, "maximum": commands.MAX_SIZE}
+_EXEC = (
+    Parameter("command", "What to run, by the user's shell in the VM", _TEXT, required=True),
+    Parameter("interactive", "Whether it takes stdin", {"type": "boolean"}),
+    Parameter("tty", "Whether it gets a terminal", {"type": "boolean"}),
+    Parameter("rows", "Rows of the terminal", _SIZE),
+    Parameter("cols", "Columns of the terminal", _SIZE),
+    Parameter("workdir", "Directory to run it in", _TEXT),
+    _WAIT_FORWARD,
+)
 _WAIT_IP = Parameter("wait", _WAIT_FORWARD.doc, {**_WAIT, "default": 0})
 _SESSION = Parameter("session", "What the action named", _TEXT)
 _ERROR = Parameter("errorMessage", "Why it could not be done; empty: it was", _TEXT)
@@ -632,6 +678,9 @@ OPERATIONS: tuple[Operation, ...] = (
               problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True, vm_token=True),
     Operation("GET", "/vms/{name}/ip", API.resolve_ip, "compute:connect", "Resolve the VM's IP address on the worker",
               answer=ref("IP"), problems=(404, 503), query=(_WAIT_IP,), vm_token=True),
+    Operation("GET", "/vms/{name}/exec", API.execute, "compute:connect",
+              "Run a command in a VM over SSH: JSON in text frames, data in base64. `env[NAME]=value` sets variables",
+              problems=(404, 503), query=_EXEC, websocket=True, vm_token=True),
     Operation("POST", "/vms/{name}/access-tokens", API.issue_token, "compute:write",
               "Issue a temporary VM access token", body=ref("IssueVMAccessTokenRequest"), body_required=False,
               answer=ref("VMAccessToken"), problems=(404,)),

@@ -4,7 +4,7 @@
         vm = await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos-tahoe-base:latest")
         vm = await client.vms.wait("vm")
 
-`vms.port_forward` gives a trio Stream to any TCP port of a VM.
+`vms.port_forward` gives a trio Stream to any TCP port of a VM, `vms.exec` runs a command in one.
 
 `Client` keeps a few connections alive and opens more when it must; it has no tasks of its own, and any number of tasks
 may share it. `vms`, `workers`, `service_accounts` and `cluster_settings` group the API's methods; they take JSON as
@@ -27,7 +27,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -506,6 +506,50 @@ class TunnelStream(trio.abc.Stream):
             await self._websocket.aclose(code, reason.encode()[:MAX_REASON].decode("utf-8", "ignore"))
 
 
+class RunningCommand:
+    """A command in a VM: an asynchronous iterator of ("stdout" or "stderr", bytes), and after its end `exit_code`."""
+
+    def __init__(self, websocket: WebSocketConnection) -> None:
+        self._websocket = websocket
+        self.exit_code: int | None = None
+
+    async def send(self, data: bytes) -> None:
+        """Send to its stdin; it must be interactive."""
+        for start in range(0, len(data), PIECE):
+            await self._frame({"type": "stdin", "data": base64.b64encode(data[start : start + PIECE]).decode()})
+
+    async def send_eof(self) -> None:
+        """End its stdin."""
+        await self._frame({"type": "stdin", "data": ""})
+
+    async def resize(self, rows: int, cols: int) -> None:
+        """Tell it the size of its terminal."""
+        await self._frame({"type": "resize", "terminal": {"rows": rows, "cols": cols}})
+
+    async def _frame(self, frame: JSON) -> None:
+        with suppress(ConnectionClosed):  # it has ended, as whoever reads on will see
+            await self._websocket.send_message(json.dumps(frame))
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[str, bytes]:
+        """Raises ClientError when the command could not be run to its end."""
+        try:
+            frame = json.loads(await self._websocket.get_message())
+        except ConnectionClosed as closed:
+            raise ConnectError(f"the command was cut off: {_why_closed(closed)}") from None
+        match frame:
+            case {"type": "stdout" | "stderr" as kind, "data": str(data)}:
+                return kind, base64.b64decode(data)
+            case {"type": "exit", "exit": {"code": int(code)}}:
+                self.exit_code = code
+                raise StopAsyncIteration
+            case {"type": "error", "error": str(error)}:
+                raise ClientError(error)
+        raise ClientError(f"a frame of the command is not understood: {str(frame)[:MAX_SHOWN]!r}")
+
+
 def _why_closed(closed: ConnectionClosed) -> str:
     reason = closed.reason
     return f"{reason.name}: {reason.reason or reason.code}" if reason is not None else "it was closed"
@@ -715,6 +759,31 @@ class VMs:
         `wait` seconds are given to the VM to run, and to its worker to connect. Raises ResponseError: 404, 503.
         """
         return self._client.tunnel(_path("vms", name, "port-forward"), {"port": str(port), "wait": str(wait)})
+
+    @asynccontextmanager
+    async def exec(
+        self,
+        name: str,
+        command: str,
+        *,
+        interactive: bool = False,
+        tty: bool = False,
+        rows: int = 24,
+        cols: int = 80,
+        env: Mapping[str, str] | None = None,
+        workdir: str = "",
+        wait: int = 10,
+    ) -> AsyncIterator[RunningCommand]:
+        """Run a command in a VM, which ends with the block. `interactive` gives it a stdin, `tty` a terminal.
+
+        `wait` seconds are given to the VM to run and to answer. Raises ResponseError: 400, 404, 503.
+        """
+        query = {"command": command, "wait": str(wait), **({"workdir": workdir} if workdir else {})}
+        query |= {"interactive": "true"} if interactive else {}
+        query |= {"tty": "true", "rows": str(rows), "cols": str(cols)} if tty else {}
+        query |= {f"env[{key}]": value for key, value in (env or {}).items()}
+        async with self._client.websocket(_path("vms", name, "exec"), query) as websocket:
+            yield RunningCommand(websocket)
 
     async def ip(self, name: str, *, wait: int = 0) -> str:
         """Give a VM's address in the network of its worker's host. Raises ResponseError: 404, 503."""

@@ -32,9 +32,10 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth, jump, lifecycle, logs, scheduler, tls
+from orchard import __version__, auth, lifecycle, logs, scheduler, tls
 from orchard.api import API
 from orchard.codec import APIError
+from orchard.commands import Executor
 from orchard.events import EventLog
 from orchard.groups import unwrapped
 from orchard.httpd import Limits, serve
@@ -52,6 +53,7 @@ OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail
 TICK = 5.0  # seconds between two looks of the scheduler that nothing asked for
 RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more often
 GRACE = 10.0  # seconds for requests at work to end at a stop
+NO_SSH = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
 KEY_FILE = "access-token.key"
 DESCRIPTORS = 64  # that are not connections: files, the log, threads' pipes
 WANTED_DESCRIPTORS = 65_536  # for thousands of workers, watchers and tunnels; the default limit is 256 on macOS
@@ -299,13 +301,25 @@ async def run(
         gate = auth.Gate(store.state.accounts) if settings.auth else None
         key = access_key(settings.data_dir)
         reach = Reach(store, cluster.switchboard)
-        api = API(store, events, cluster.presence, cluster.switchboard, reach, gate, key, prefix=settings.prefix)
+        executor = Executor(reach)
+        api = API(
+            store,
+            events,
+            cluster.presence,
+            cluster.switchboard,
+            reach,
+            executor,
+            gate,
+            key,
+            prefix=settings.prefix,
+        )
         async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored
             await writers.start(store.run)
             await writers.start(events.run)
             new_admin = await _admit_somebody(settings, store)
             async with trio.open_nursery() as planners:  # end when the last answer is out
                 planners.start_soon(cluster.schedule)
+                await planners.start(executor.run)
                 listeners, running = await _listen(settings)
                 answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
                 async with trio.open_nursery() as serving:  # ends with `stop`
@@ -323,8 +337,10 @@ async def _serve_ssh(
     """Start the SSH jump host, if it is wanted, and give its port. Raises StartError."""
     if settings.ssh is None:
         return 0
-    if not jump.available():
-        raise StartError(jump.MISSING)
+    try:
+        from orchard import jump  # what it needs may not be installed, and takes a third of a second to import
+    except ImportError:
+        raise StartError(NO_SSH) from None
     host, port = settings.ssh
     try:
         host_key = jump.host_key(settings.ssh_host_key or settings.data_dir / jump.HOST_KEY_FILE)

@@ -22,9 +22,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import asyncssh
 import trio
+import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 
 from orchard import auth
 from orchard.codec import APIError
@@ -34,16 +36,6 @@ from orchard.schema import VM, ServiceAccount
 from orchard.store import State
 from orchard.tunnel import splice
 
-if TYPE_CHECKING:
-    import asyncssh
-    import trio_asyncio  # type: ignore[import-untyped]  # it has no types
-else:
-    try:
-        import asyncssh
-        import trio_asyncio
-    except ImportError:  # the extra is not installed: `available` says so
-        asyncssh = None
-
 LOGIN_SECONDS = 20.0  # from the first byte to the last of a login; a silent connection is closed then
 MAX_TRIES = 6  # passwords on a connection
 DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds that a refused login takes, by how many there were from its address
@@ -52,7 +44,6 @@ START_SECONDS = 10.0  # between a tunnel that is open and the channel that it is
 WAIT = 10  # seconds for a VM to run and its worker to connect
 RECEIVE_BYTES = 256 * 1024  # that a channel may be ahead of its VM
 HOST_KEY_FILE = "ssh_host_ed25519_key"
-MISSING = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
 # The first that both sides have is used: AES-GCM is in hardware everywhere, and some clients want curve25519 first.
 KEY_EXCHANGE = (
     "curve25519-sha256",
@@ -63,11 +54,6 @@ KEY_EXCHANGE = (
 ENCRYPTION = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com", "aes128-ctr")
 
 log = logging.getLogger("orchard.ssh")
-
-
-def available() -> bool:
-    """Whether the extra is installed."""
-    return asyncssh is not None
 
 
 def host_key(path: Path) -> asyncssh.SSHKey:
@@ -272,103 +258,101 @@ class ChannelStream(trio.abc.Stream):
 
 # ---- asyncssh's callbacks ------------------------------------------------------------------------------------------
 
-if TYPE_CHECKING or asyncssh is not None:
 
-    class _Server(asyncssh.SSHServer):
-        """One connection."""
+class _Server(asyncssh.SSHServer):
+    """One connection."""
 
-        def __init__(self, jump: JumpHost, channels: trio.Nursery) -> None:
-            self._jump = jump
-            self._channels = channels
-            self._connection: asyncssh.SSHServerConnection | None = None
-            self._who: ServiceAccount | auth.Access | None = None
-            self._source = "-"
-            self._tries = 0
+    def __init__(self, jump: JumpHost, channels: trio.Nursery) -> None:
+        self._jump = jump
+        self._channels = channels
+        self._connection: asyncssh.SSHServerConnection | None = None
+        self._who: ServiceAccount | auth.Access | None = None
+        self._source = "-"
+        self._tries = 0
 
-        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-            self._connection = conn
-            peer = conn.get_extra_info("peername")
-            self._source = str(peer[0]) if peer else "-"
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._connection = conn
+        peer = conn.get_extra_info("peername")
+        self._source = str(peer[0]) if peer else "-"
 
-        def begin_auth(self, username: str) -> bool:
-            return self._jump._gate is not None
+    def begin_auth(self, username: str) -> bool:
+        return self._jump._gate is not None
 
-        def password_auth_supported(self) -> bool:
-            return True
+    def password_auth_supported(self) -> bool:
+        return True
 
-        def kbdint_auth_supported(self) -> bool:
-            return False  # it would be the same password once more
+    def kbdint_auth_supported(self) -> bool:
+        return False  # it would be the same password once more
 
-        async def validate_password(self, username: str, password: str) -> bool:
-            self._tries += 1
-            jump = self._jump
-            try:
-                self._who = jump.login(username, password)
-            except APIError as error:
-                shown = username[:64]
-                log.warning("a login was refused", extra={"user": shown, "peer": self._source, "reason": error.message})
-                await asyncio.sleep(jump.failures.refused(self._source))
-                if self._tries >= MAX_TRIES and self._connection is not None:
-                    self._connection.disconnect(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
-                return False
-            jump.failures.accepted(self._source)
-            return True
+    async def validate_password(self, username: str, password: str) -> bool:
+        self._tries += 1
+        jump = self._jump
+        try:
+            self._who = jump.login(username, password)
+        except APIError as error:
+            shown = username[:64]
+            log.warning("a login was refused", extra={"user": shown, "peer": self._source, "reason": error.message})
+            await asyncio.sleep(jump.failures.refused(self._source))
+            if self._tries >= MAX_TRIES and self._connection is not None:
+                self._connection.disconnect(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
+            return False
+        jump.failures.accepted(self._source)
+        return True
 
-        def connection_requested(
-            self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
-        ) -> Awaitable[_Channel]:
-            return self._open(dest_host, dest_port)
+    def connection_requested(
+        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
+    ) -> Awaitable[_Channel]:
+        return self._open(dest_host, dest_port)
 
-        async def _open(self, name: str, port: int) -> _Channel:
-            """Give the channel's session once its tunnel is open; a refusal tells the client why."""
-            stream = ChannelStream()
-            opened = asyncio.get_running_loop().create_future()
+    async def _open(self, name: str, port: int) -> _Channel:
+        """Give the channel's session once its tunnel is open; a refusal tells the client why."""
+        stream = ChannelStream()
+        opened = asyncio.get_running_loop().create_future()
 
-            def tell(error: Exception | None) -> None:
-                if not opened.done():
-                    opened.set_result(error)
+        def tell(error: Exception | None) -> None:
+            if not opened.done():
+                opened.set_result(error)
 
-            try:
-                vm = self._jump.vm_named(name, self._who)
-                if not 0 < port < 65536:
-                    raise APIError(400, f"port is {port}, expected 1 to 65535")
-            except APIError as error:
-                raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from None
-            account = self._who.account if isinstance(self._who, auth.Access) else self._who.name if self._who else "-"
-            log.info(
-                "a tunnel is opened", extra={"vm": vm.name, "port": port, "account": account, "peer": self._source}
-            )
-            self._channels.start_soon(partial(self._jump.join, stream, vm, port, tell))
-            failure = await opened
-            if failure is not None:
-                raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(failure))
-            return _Channel(stream)
+        try:
+            vm = self._jump.vm_named(name, self._who)
+            if not 0 < port < 65536:
+                raise APIError(400, f"port is {port}, expected 1 to 65535")
+        except APIError as error:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from None
+        account = self._who.account if isinstance(self._who, auth.Access) else self._who.name if self._who else "-"
+        log.info("a tunnel is opened", extra={"vm": vm.name, "port": port, "account": account, "peer": self._source})
+        self._channels.start_soon(partial(self._jump.join, stream, vm, port, tell))
+        failure = await opened
+        if failure is not None:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(failure))
+        return _Channel(stream)
 
-    class _Channel(asyncssh.SSHTCPSession[bytes]):
-        """One channel: what asyncssh says goes to its stream."""
 
-        def __init__(self, stream: ChannelStream) -> None:
-            self._stream = stream
+class _Channel(asyncssh.SSHTCPSession[bytes]):
+    """One channel: what asyncssh says goes to its stream."""
 
-        def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
-            self._stream.channel = chan
+    def __init__(self, stream: ChannelStream) -> None:
+        self._stream = stream
 
-        def session_started(self) -> None:
-            self._stream.started.set()
+    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
+        self._stream.channel = chan
 
-        def data_received(self, data: bytes, datatype: int | None) -> None:
-            self._stream.fed(data)
+    def session_started(self) -> None:
+        self._stream.started.set()
 
-        def eof_received(self) -> bool:
-            self._stream.ended(None)
-            return True
+    def data_received(self, data: bytes, datatype: int | None) -> None:
+        self._stream.fed(data)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stream.started.set()
-            self._stream.ended(exc)
+    def eof_received(self) -> bool:
+        self._stream.ended(None)
+        return True
 
-        def pause_writing(self) -> None:
-            self._stream.paused()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stream.started.set()
+        self._stream.ended(exc)
 
-        def resume_writing(self) -> None:
-            self._stream.resumed()
+    def pause_writing(self) -> None:
+        self._stream.paused()
+
+    def resume_writing(self) -> None:
+        self._stream.resumed()

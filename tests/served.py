@@ -19,6 +19,7 @@ import trio
 from orchard import auth
 from orchard.api import API
 from orchard.codec import APIError
+from orchard.commands import Executor
 from orchard.controller import Cluster, Settings
 from orchard.events import EventLog
 from orchard.http1 import Headers, Request, Response, Stream, refused
@@ -140,7 +141,17 @@ async def served(directory: Path, *accounts: ServiceAccount) -> AsyncIterator[Se
         cluster = Cluster(settings, store, events)
         reach = Reach(store, cluster.switchboard)
         gate = auth.Gate(store.state.accounts) if accounts else None
-        api = API(store, events, cluster.presence, cluster.switchboard, reach, gate, b"k" * 32, clock=lambda: BEGAN)
+        api = API(
+            store,
+            events,
+            cluster.presence,
+            cluster.switchboard,
+            reach,
+            Executor(reach),
+            gate,
+            b"k" * 32,
+            clock=lambda: BEGAN,
+        )
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
             await writers.start(events.run)

@@ -474,7 +474,7 @@ def test_roles_are_as_the_contract_has_them() -> None:
             *("POST /vms/{name}/events", "POST /workers", "PUT /workers/{name}", "DELETE /workers/{name}"),
             *("POST /vms/{name}/access-tokens", "GET /rpc/port-forward", "POST /rpc/resolve-ip"),
         },
-        "compute:connect": {"GET /vms/{name}/port-forward", "GET /vms/{name}/ip"},
+        "compute:connect": {"GET /vms/{name}/port-forward", "GET /vms/{name}/ip", "GET /vms/{name}/exec"},
         "admin:read": {"GET /service-accounts", "GET /service-accounts/{name}", "GET /cluster-settings"},
         "admin:write": {
             *("POST /service-accounts", "PUT /service-accounts/{name}", "DELETE /service-accounts/{name}"),

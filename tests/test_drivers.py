@@ -500,6 +500,15 @@ async def test_a_clone_has_a_disk_of_its_own(synthetic: Bench) -> None:
     assert (synthetic.home / "orchard-second" / "root" / "link").is_symlink()
 
 
+async def test_a_clone_that_fails_leaves_nothing(synthetic: Bench) -> None:
+    await synthetic.made()
+    async with running(synthetic):
+        await script(synthetic, "mkfifo pipe")
+    with pytest.raises(DriverError, match=r'cannot make VM "orchard-second" in .*pipe'):
+        await synthetic.made("orchard-second", NAME)
+    assert [path.name for path in synthetic.home.iterdir()] == [NAME]
+
+
 async def test_the_remains_of_an_interrupted_removal_are_in_nobodys_way(synthetic: Bench) -> None:
     for left in (f".{NAME}.old", f".{NAME}.new"):
         (synthetic.home / left / "root" / "tmp").mkdir(parents=True)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import os
+import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from types import EllipsisType
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import GENEROUS, eventually
 from strategies import QUICK
-from test_processes import free_port
 
 from orchard import ssh
-from orchard.ssh import SSHError, Transcript, greeting, script_text
+from orchard.ssh import SSHError, Transcript, cut, greeting, script_text
 
 SSHD = Path(__file__).parent / "standin" / "sshd.py"
 MARKER = "0123456789abcdef"
+Clock = trio.testing.MockClock
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that goes like the real one, and can be put forward."""
+    return trio.testing.MockClock(rate=1)
 
 
 def in_shell(shell: str, text: str) -> bytes:
@@ -112,29 +123,122 @@ def test_long_lines_come_in_pieces_and_keep_their_characters() -> None:
         assert transcript.exit_code == 0
 
 
+@QUICK
+@given(st.binary(max_size=40), st.integers(4, 9))
+def test_a_line_is_cut_between_characters_if_it_has_any(line: bytes, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssh, "MAX_LINE", size)
+        pieces = list(cut(line))
+    assert b"".join(pieces) == line
+    assert all(size - 3 <= len(piece) <= size for piece in pieces[:-1])
+    assert len(pieces[-1]) <= size
+    with suppress(UnicodeDecodeError):
+        line.decode()
+        assert "".join(piece.decode() for piece in pieces) == line.decode()
+
+
+def test_a_line_without_end_is_handed_on_before_it_ends() -> None:
+    transcript = Transcript(MARKER)
+    transcript.feed(f"{MARKER}\n".encode())
+    fed = given_out = 0
+    for _ in range(100):
+        given_out += sum(map(len, transcript.feed(b"x" * 1000)))
+        fed += 1000
+        assert fed - given_out < ssh.MAX_LINE + 100
+
+
+def test_noise_before_the_script_is_not_kept() -> None:
+    transcript = Transcript(MARKER)
+    for _ in range(100):
+        assert transcript.feed(b"welcome " * 1000) == []
+    assert transcript.feed(f"{MARKER}\nx\n".encode()) == ["x"]
+    assert transcript.last_line == "x"
+
+
+def test_what_goes_into_a_message_is_one_harmless_line() -> None:
+    assert ssh.presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
+    assert ssh.presentable("x" * 1000) == "x" * ssh.MAX_SHOWN
+    assert ssh.last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
+    assert ssh.last_line(b" \n\n") == ssh.last_line(b"") == ""
+
+
+def test_nobody_s_configuration_keys_or_hosts_count() -> None:
+    command = ssh.ssh_command("ssh", "-oProxyCommand=x", 2222, "-user")
+    assert command[:4] == ["ssh", "-F", "/dev/null", "-T"]
+    assert command[-6:] == ["-l", "-user", "-p", "2222", "--", "-oProxyCommand=x"]
+    assert {"PubkeyAuthentication=no", "UserKnownHostsFile=/dev/null", "StrictHostKeyChecking=no"} <= set(command)
+
+
 # ---- the system's ssh ----------------------------------------------------------------------------------------------
 
 
-@asynccontextmanager
-async def server(*arguments: str) -> AsyncIterator[tuple[subprocess.Popen[str], int]]:
-    process = subprocess.Popen([sys.executable, SSHD, *arguments], stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
+@contextmanager
+def server(**env: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """An SSH server and its port."""
+    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
     assert process.stdout is not None
     try:
-        yield process, int(await trio.to_thread.run_sync(process.stdout.readline))
+        yield process, int(process.stdout.readline())
     finally:
         process.terminate()
         process.wait(GENEROUS)
         process.stdout.close()
 
 
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """The port of an SSH server: admin/admin."""
+    with server() as (_, port):
+        yield port
+
+
+class Front:
+    """A port that handles one connection after the other as `plan` says: None closes it, a number is the port where it
+    is passed on to, ... keeps it without an answer. The last word of the plan holds for all that follow.
+    """
+
+    def __init__(self, *plan: int | EllipsisType | None) -> None:
+        self.plan = list(plan)
+        self.port = 0
+        self.count = 0
+
+    async def serve(self, task_status: trio.TaskStatus[int]) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.port = listeners[0].socket.getsockname()[1]
+        await trio.serve_listeners(self._handle, listeners, task_status=task_status)  # type: ignore[arg-type]
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        step = self.plan[min(self.count, len(self.plan) - 1)]
+        self.count += 1
+        if step is ...:
+            await trio.sleep_forever()
+        elif step is not None:
+            async with await trio.open_tcp_stream("127.0.0.1", step) as inner, trio.open_nursery() as nursery:
+                nursery.start_soon(self._pass_on, stream, inner)
+                await self._pass_on(inner, stream)
+                nursery.cancel_scope.cancel()
+
+    async def _pass_on(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):  # whoever is killed resets its connection
+            async for data in source:
+                await target.send_all(data)
+            await target.send_eof()
+
+
 async def run(
-    port: int, script: str, *, password: str = "admin", lines: list[str] | None = None, **options: float | str
+    port: int,
+    script: str,
+    *,
+    password: str = "admin",
+    lines: list[str] | None = None,
+    give_up: float = GENEROUS,
+    **options: float | str,
 ) -> ssh.ScriptEnd:
     async def on_line(line: str) -> None:
         if lines is not None:
             lines.append(line)
 
-    with trio.fail_after(GENEROUS):
+    with trio.fail_after(give_up):
         return await ssh.run_script(
             "127.0.0.1",
             port,
@@ -147,32 +251,81 @@ async def run(
         )
 
 
-async def test_a_server_that_comes_up_later_is_waited_for() -> None:
-    port = free_port()
+def processes_with(password: str) -> list[int]:
+    """Find the ssh processes that were given a password."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"ORCHARD_SSH_PASSWORD={password}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+async def test_a_guest_that_boots_is_waited_for(port: int, nursery: trio.Nursery) -> None:
+    front = Front(None, None, port)
+    await nursery.start(front.serve)
     lines: list[str] = []
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(wait_and_run, port, lines)
-        await trio.testing.wait_all_tasks_blocked()
-        async with server("--port", str(port)):
-            await eventually(lambda: lines == ["hello", "end 0"])
+    assert await run(front.port, "echo hello", lines=lines) == ssh.ScriptEnd(0, "hello")
+    assert (lines, front.count) == (["hello"], 3)
+    nursery.cancel_scope.cancel()
 
 
-async def wait_and_run(port: int, lines: list[str]) -> None:
-    end = await run(port, "echo hello", lines=lines)
-    lines.append(f"end {end.exit_code}")
+async def test_an_account_may_come_after_the_server(port: int, nursery: trio.Nursery) -> None:
+    with server(SSHD_PASSWORD="not yet") as (_, first):
+        front = Front(first, port)
+        await nursery.start(front.serve)
+        assert await run(front.port, "echo hello") == ssh.ScriptEnd(0, "hello")
+    assert front.count == 2
+    nursery.cancel_scope.cancel()
 
 
-async def test_nobody_there_is_given_up_with_the_reason() -> None:
-    port = free_port()
-    with pytest.raises(SSHError, match=f"no SSH at admin@127.0.0.1:{port} within 0.5 seconds: .*Connection refused"):
-        await run(port, "echo", connect_seconds=0.5)
+async def test_nobody_there_is_given_up_with_the_reason(nursery: trio.Nursery, clock: Clock) -> None:
+    front = Front(None, ...)
+    await nursery.start(front.serve)
+
+    async def lose_patience() -> None:
+        await eventually(lambda: front.count == 2)  # so the first attempt is over
+        clock.jump(ssh.CONNECT_SECONDS)
+
+    nursery.start_soon(lose_patience)
+    expected = f"no SSH at admin@127.0.0.1:{front.port} within 600 seconds: .*(closed|reset) by"
+    with pytest.raises(SSHError, match=expected):
+        await run(front.port, "echo", password="waits-in-vain", give_up=math.inf)
+    assert processes_with("waits-in-vain") == []
+    nursery.cancel_scope.cancel()
 
 
-async def test_a_wrong_password_is_given_up_and_never_shown() -> None:
-    async with server() as (_, port):
-        with pytest.raises(SSHError, match=r"refuses the password: .*Permission denied") as refused:
-            await run(port, "echo", password="s3cret-wrong", password_seconds=0.0)
-    assert "s3cret" not in str(refused.value)
+async def test_the_script_itself_may_take_as_long_as_it_needs(
+    port: int, nursery: trio.Nursery, clock: Clock, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+
+    async def jump() -> None:
+        await eventually(lambda: bool(lines))
+        clock.jump(10 * ssh.CONNECT_SECONDS)
+        (tmp_path / "on").touch()
+
+    nursery.start_soon(jump)
+    text = f"echo begun; while [ ! -e {tmp_path}/on ]; do sleep 0.01; done; echo over"
+    assert await run(port, text, lines=lines, give_up=math.inf) == ssh.ScriptEnd(0, "over")
+
+
+async def test_a_wrong_password_is_given_up_and_never_shown(
+    port: int, nursery: trio.Nursery, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(0)
+    front = Front(port)
+    await nursery.start(front.serve)
+
+    async def lose_patience() -> None:
+        await eventually(lambda: front.count == 2)
+        clock.jump(ssh.PASSWORD_SECONDS)
+
+    nursery.start_soon(lose_patience)
+    with pytest.raises(SSHError, match=r"refuses the password: .*Permission denied") as refused:
+        await run(front.port, "echo", password="s3cret-wrong", give_up=math.inf)
+    assert "s3cret" not in str(refused.value) + caplog.text
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_password_that_no_prompt_can_take_is_refused() -> None:
@@ -181,48 +334,106 @@ async def test_a_password_that_no_prompt_can_take_is_refused() -> None:
             await run(1, "echo", password=password)
 
 
-def command_lines(but: int) -> list[str]:
-    """Give the argument lists of all processes but one."""
+@pytest.mark.parametrize("password", ["$HOME `id` \"'\\ %s", " é ", "-n", "*"])
+async def test_a_password_is_passed_on_as_it_is(password: str) -> None:
+    with server(SSHD_PASSWORD=password) as (_, port):
+        assert await run(port, "exit 5", password=password, password_seconds=0) == ssh.ScriptEnd(5, "")
+
+
+def command_lines() -> list[str]:
+    """Give the argument lists of all processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if path.parent.name != str(but):
-            with suppress(OSError):
-                found.append(path.read_bytes().decode("utf-8", "replace"))
+        with suppress(OSError):
+            found.append(path.read_bytes().decode("utf-8", "replace"))
     return found
 
 
-async def test_the_password_is_in_no_argument_list() -> None:
-    seen: list[str] = []
+def check_files(temporary: Path, password: str) -> None:
+    (directory,) = temporary.iterdir()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert [password in path.read_text() for path in directory.iterdir()] == [False]
+
+
+async def test_the_password_is_in_no_argument_list_and_no_file(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password = "-".join(("in", "no", "list"))  # not in the argument list of a test run that names this test
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     lines: list[str] = []
-    async with server("--password", "pass-in-no-list") as (process, port), trio.open_nursery() as nursery:
-
-        async def look() -> None:
-            await eventually(lambda: bool(lines))
-            seen.extend(command_lines(process.pid))
-            nursery.cancel_scope.cancel()
-
-        nursery.start_soon(look)
-        await run(port, "echo begun; sleep 1000", password="pass-in-no-list", lines=lines)
-    assert any("NumberOfPasswordPrompts" in text for text in seen), "the ssh process was looked at"
-    assert not any("pass-in-no-list" in text for text in seen if "pytest" not in text)
+    with server(SSHD_PASSWORD=password) as (_, port):
+        nursery.start_soon(partial(run, port, "echo begun; sleep 1000", password=password, lines=lines))
+        await eventually(lambda: bool(lines))
+        seen = command_lines()
+        assert any("NumberOfPasswordPrompts" in text for text in seen), "the ssh process was looked at"
+        assert not any(password in text for text in seen)
+        check_files(tmp_path, password)
+        nursery.cancel_scope.cancel()
 
 
-async def test_exit_255_of_the_script_is_not_a_lost_connection() -> None:
-    async with server() as (_, port):
-        assert await run(port, "echo x; exit 255") == ssh.ScriptEnd(255, "x")
-
-
-async def test_a_connection_that_is_lost_is_no_end_of_the_script() -> None:
+async def test_nothing_is_left_of_a_script_that_is_broken_off(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    front = Front(...)
     lines: list[str] = []
-    async with server() as (process, port), trio.open_nursery() as nursery:
+    async with trio.open_nursery() as nursery:
+        await nursery.start(front.serve)
+        nursery.start_soon(partial(run, front.port, "echo", password="broken-off"))
+        nursery.start_soon(partial(run, port, "echo begun; sleep 1000", lines=lines))
+        await eventually(lambda: front.count == 1 and bool(lines))
+        assert processes_with("broken-off") != []
+        nursery.cancel_scope.cancel()
+    assert processes_with("broken-off") == []
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 -- not for an asynchronous function
+
+
+async def test_an_error_of_who_gets_the_lines_ends_the_script(port: int) -> None:
+    async def on_line(line: str) -> None:
+        raise RuntimeError(line)
+
+    with pytest.raises(RuntimeError, match="begun"):
+        await ssh.run_script(
+            "127.0.0.1", port, username="admin", password="admin", script="echo begun; sleep 1000", env={},
+            on_line=on_line,
+        )  # fmt: skip
+
+
+async def test_exit_255_of_the_script_is_not_a_lost_connection(port: int) -> None:
+    assert await run(port, "echo x; exit 255") == ssh.ScriptEnd(255, "x")
+
+
+async def test_a_script_is_over_when_it_ends_whatever_it_leaves_running(port: int) -> None:
+    lines: list[str] = []
+    assert await run(port, "sleep 1000 & echo over", lines=lines) == ssh.ScriptEnd(0, "over")
+    assert lines == ["over"]
+
+
+async def test_a_profile_may_print_and_set_what_it_likes(tmp_path: Path) -> None:
+    (tmp_path / ".bash_profile").write_text("echo welcome; echo warning >&2; set -eu; export FROM_PROFILE=yes\n")
+    lines: list[str] = []
+    with server(HOME=str(tmp_path)) as (_, port):
+        assert await run(port, "echo $FROM_PROFILE; exit 7", lines=lines) == ssh.ScriptEnd(7, "yes")
+    assert lines == ["yes"]
+
+
+async def test_a_connection_that_is_lost_is_no_end_of_the_script(nursery: trio.Nursery) -> None:
+    lines: list[str] = []
+    with server() as (process, port):
 
         async def lose() -> None:
             await eventually(lambda: bool(lines))
-            process.kill()
+            process.terminate()
 
         nursery.start_soon(lose)
         with pytest.raises(SSHError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
             await run(port, "echo begun; sleep 1000", lines=lines)
+    assert lines == ["begun"], "it is not run again"
+
+
+async def test_a_script_that_kills_its_shell_has_no_known_end(port: int) -> None:
+    with pytest.raises(SSHError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
+        await run(port, "kill -9 $$")
 
 
 async def test_without_ssh_the_missing_program_is_named() -> None:
@@ -230,8 +441,9 @@ async def test_without_ssh_the_missing_program_is_named() -> None:
         await run(1, "echo", program="/none/ssh")
 
 
-async def test_nothing_is_left_in_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_left_in_the_temporary_directory(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    async with server() as (_, port):
-        await run(port, "echo")
+    await run(port, "echo")
     assert os.listdir(tmp_path) == []  # noqa: PTH208 -- not for an asynchronous function

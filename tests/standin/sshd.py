@@ -1,24 +1,26 @@
 """An SSH server for tests: a password, and behind it a login shell of this host. Run as a process, for the real `ssh`.
 
-    python sshd.py [--password P] [--port N]
+    [SSHD_PASSWORD=P] python sshd.py
 
-prints the number of its port once it listens. Every connection gets a shell in a session of its own, which is killed
-with its process group when the connection ends, or the server by SIGTERM, as the processes of a VM are when it does.
+prints the number of its port once it listens. A connection gets a shell in a session of its own, for a command if it
+names one. That is killed with its process group when the connection ends, or the server by SIGTERM, as the processes
+of a VM are when it does.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import concurrent.futures
 import os
 import signal
 import subprocess
 from contextlib import suppress
-from typing import Any
+from typing import IO
 
 import asyncssh
 
 USER = "admin"
+PRINTING_SECONDS = 1.0  # for what is still in the pipes of a shell that has ended
 
 
 class Server(asyncssh.SSHServer):
@@ -37,41 +39,99 @@ class Server(asyncssh.SSHServer):
 
 async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
     shell = subprocess.Popen(  # noqa: ASYNC220 -- asyncio's own waits for whoever inherited its pipes, too
-        ["/bin/bash", "-l"],
+        ["/bin/bash", *(["-c", process.command] if process.command else ["-l"])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,
         start_new_session=True,
         env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "USER": USER},
     )
+    assert shell.stdin is not None
+    assert shell.stdout is not None
+    assert shell.stderr is not None
+    SIGNALS.shells[process] = shell.pid
+    feeding = asyncio.ensure_future(feed(process, shell.stdin))
+    printing = [
+        asyncio.ensure_future(give(shell.stdout, process.stdout)),
+        asyncio.ensure_future(give(shell.stderr, process.stderr)),
+    ]
+    ended = asyncio.ensure_future(asyncio.to_thread(shell.wait))
+    closed = asyncio.ensure_future(process.wait_closed())
     try:
-        await process.redirect(stdin=shell.stdin, stdout=shell.stdout, stderr=shell.stderr)
-        exited = asyncio.ensure_future(asyncio.to_thread(shell.wait))
-        closed = asyncio.ensure_future(process.wait_closed())
-        await asyncio.wait({exited, closed}, return_when=asyncio.FIRST_COMPLETED)
-        if exited.done():
-            process.exit(exited.result() if exited.result() >= 0 else 128 - exited.result())
-            await closed
+        await asyncio.wait([ended, closed], return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            # What the shell itself has printed is in the pipes by now; who inherited them may keep them open for ever.
+            await asyncio.wait(printing, timeout=PRINTING_SECONDS)
+            status = ended.result()
+            process.exit(status if status >= 0 else 128 - status)
+        elif shell.pid in SIGNALS.sent:
+            await asyncio.wait([ended], timeout=PRINTING_SECONDS)
     finally:
+        del SIGNALS.shells[process]
+        for task in (feeding, *printing, closed):
+            task.cancel()
         with suppress(ProcessLookupError):
             os.killpg(shell.pid, signal.SIGKILL)
 
 
+class Signals:
+    """Hands the signals that clients send to the shells; asyncssh keeps them for a read that may never come."""
+
+    def __init__(self) -> None:
+        self.shells: dict[asyncssh.SSHServerProcess[bytes], int] = {}
+        self.sent: set[int] = set()
+
+    def received(self, process: asyncssh.SSHServerProcess[bytes], name: str) -> None:
+        pid = self.shells.get(process)
+        if pid is not None:
+            self.sent.add(pid)
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.Signals[f"SIG{name}"])
+
+
+SIGNALS = Signals()
+setattr(asyncssh.SSHServerProcess, "signal_received", lambda process, name: SIGNALS.received(process, name))  # noqa: B010
+
+
+async def feed(process: asyncssh.SSHServerProcess[bytes], sink: IO[bytes]) -> None:
+    """Hand on the bytes that the client sends."""
+    with suppress(ConnectionError, asyncssh.ConnectionLost), sink:
+        while True:
+            try:
+                while data := await process.stdin.read(65536):
+                    await asyncio.to_thread(write_all, sink, data)
+            except asyncssh.TerminalSizeChanged:
+                continue
+            return
+
+
+def write_all(sink: IO[bytes], data: bytes) -> None:
+    while data:
+        data = data[sink.write(data) :]
+
+
+async def give(source: IO[bytes], sink: asyncssh.SSHWriter[bytes]) -> None:
+    """Send what the shell prints. (asyncssh's own redirection stumbles when the client is slow.)"""
+    with suppress(ConnectionError, asyncssh.ConnectionLost), source:
+        while data := await asyncio.to_thread(source.read, 65536):
+            sink.write(data)
+            await sink.drain()
+
+
 async def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--password", default="admin")
-    parser.add_argument("--port", type=int, default=0)
-    options = parser.parse_args()
     server = await asyncssh.create_server(
-        lambda: Server(options.password),
+        lambda: Server(os.environ.get("SSHD_PASSWORD", "admin")),
         "127.0.0.1",
-        options.port,
+        0,
         server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
         process_factory=session,
         encoding=None,
         line_editor=False,
         sftp_factory=True,
     )
+    # Each session keeps up to four of them waiting.
+    asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(400))
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     print(server.get_port(), flush=True)

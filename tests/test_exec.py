@@ -1,0 +1,254 @@
+"""exec: commands in a VM over a WebSocket, by an independent client, through a real SSH server to a real shell."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+import trio
+from processes import GENEROUS, eventually
+from test_forward import outside, refusal, socket_url
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
+
+from orchard import commands
+from orchard.client import Client, ResponseError
+from orchard.codec import APIError
+from orchard.commands import Command
+from orchard.testing import Cluster, cluster
+
+SSHD = Path(__file__).parent / "standin" / "sshd.py"
+
+
+@pytest.fixture(scope="module")
+def sshd() -> Iterator[int]:
+    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield int(process.stdout.readline())
+    process.terminate()
+    process.wait(GENEROUS)
+    process.stdout.close()
+
+
+@pytest.fixture
+def ssh_port(sshd: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(commands, "SSH_PORT", sshd)
+    return sshd
+
+
+@asynccontextmanager
+async def vm(**options: Any) -> AsyncIterator[Cluster]:
+    async with cluster(**options) as c:
+        await c.client.vms.create(name="vm", image="any")
+        await c.client.vms.wait("vm")
+        yield c
+
+
+def nothing(client: ClientConnection) -> None:
+    """Send nothing."""
+
+
+def frames(client: ClientConnection) -> list[dict[str, Any]]:
+    """Read all frames; give them with their data decoded, neighbours of one kind joined."""
+    told: list[dict[str, Any]] = []
+    try:
+        while True:
+            message = client.recv()
+            assert isinstance(message, str), "frames are text"
+            frame = json.loads(message)
+            if "data" in frame:
+                frame["data"] = base64.b64decode(frame["data"])
+                if told and told[-1]["type"] == frame["type"]:
+                    told[-1]["data"] += frame["data"]
+                    continue
+            told.append(frame)
+    except ConnectionClosed:
+        return told
+
+
+def stdin(data: bytes) -> str:
+    return json.dumps({"type": "stdin", "data": base64.b64encode(data).decode()})
+
+
+async def ran(
+    c: Cluster, command: str, send: Callable[[ClientConnection], None] = nothing, /, **query: str
+) -> list[dict[str, Any]]:
+    """Run a command, and give its frames."""
+
+    def talk() -> list[dict[str, Any]]:
+        words = urlencode({"command": command, **query})
+        with outside(f"{socket_url(c, '/vms/vm/exec')}{words}") as client:
+            send(client)
+            return frames(client)
+
+    with trio.fail_after(GENEROUS):
+        return await trio.to_thread.run_sync(talk)
+
+
+def exited(code: int) -> dict[str, Any]:
+    return {"type": "exit", "exit": {"code": code}}
+
+
+async def test_a_command_says_what_it_prints_and_how_it_ended(ssh_port: int) -> None:
+    async with vm() as c:
+        assert await ran(c, "echo out; exit 3") == [{"type": "stdout", "data": b"out\n"}, exited(3)]
+        assert await ran(c, "echo err >&2") == [{"type": "stderr", "data": b"err\n"}, exited(0)]
+        assert await ran(c, "true") == [exited(0)]
+        assert await ran(c, "cat") == [exited(0)], "without stdin it is at its end at once"
+        told = await ran(c, "seq 100000; printf '\\377'")
+        assert told[0]["data"] == b"".join(b"%d\n" % n for n in range(1, 100_001)) + b"\xff"
+
+
+async def test_stdin_arrives_and_ends(ssh_port: int) -> None:
+    data = bytes(range(256)) * 4096
+
+    def send(client: ClientConnection) -> None:
+        for start in range(0, len(data), 100_000):
+            client.send(stdin(data[start : start + 100_000]))
+        client.send(stdin(b""))
+
+    async with vm() as c:
+        told = await ran(c, "cat", send, interactive="true")
+        assert [(frame["type"], len(frame.get("data", b""))) for frame in told] == [("stdout", len(data)), ("exit", 0)]
+        assert told[0]["data"] == data
+
+
+async def test_variables_are_data_and_the_directory_is_entered(ssh_port: int, tmp_path: Path) -> None:
+    nasty = 'it\'s "$HOME" `id` $(id)\nnext'
+    odd = tmp_path / "a 'b' $c"
+    odd.mkdir()
+    async with vm() as c:
+        told = await ran(c, 'printf "%s" "$VALUE"', nothing, **{"env[VALUE]": nasty, "env[OTHER]": ""})
+        assert told == [{"type": "stdout", "data": nasty.encode()}, exited(0)]
+        assert (await ran(c, "pwd", workdir=str(odd)))[0]["data"].decode() == f"{odd}\n"
+        assert (await ran(c, "echo no", workdir=str(odd / "none")))[-1] == exited(1)
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        ("no json", "JSON"),
+        ("[]", "expected one of type"),
+        ('{"type": "x"}', "expected one of type"),
+        ('{"type": "stdin", "data": "!"}', "expected base64"),
+        ('{"type": "stdin", "data": 1}', "expected one of type"),
+        ('{"type": "resize", "terminal": {"rows": 0, "cols": 1}}', "expected 1 to"),
+    ],
+)
+async def test_a_frame_that_is_not_understood_ends_it_with_the_reason(ssh_port: int, frame: str, words: str) -> None:
+    async with vm() as c:
+        told = await ran(c, "sleep 1000", lambda client: client.send(frame), interactive="1")
+        assert told[-1]["type"] == "error"
+        assert words in told[-1]["error"]
+        told = await ran(c, "sleep 1000", lambda client: client.send(stdin(b"x")))
+        assert "not interactive" in told[-1]["error"]
+
+
+async def test_a_client_that_goes_away_ends_the_command(ssh_port: int, tmp_path: Path) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    command = f"trap 'touch {ended}; exit' TERM HUP; touch {begun}; while :; do sleep 0.05; done"
+
+    def talk(url: str) -> None:
+        with outside(url):
+            while not begun.exists():
+                pass
+
+    async with vm() as c:
+        url = f"{socket_url(c, '/vms/vm/exec')}{urlencode({'command': command})}"
+        await trio.to_thread.run_sync(talk, url)
+        await eventually(ended.exists)
+
+
+async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(ssh_port: int) -> None:
+    async with vm() as c:
+        first, second = [(await ran(c, "echo $SSH_CONNECTION $PPID"))[0] for _ in range(2)]
+        assert first == second
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(expect, c, "echo hello", b"hello\n")
+
+
+async def expect(c: Cluster, command: str, output: bytes) -> None:
+    assert await ran(c, command) == [{"type": "stdout", "data": output}, exited(0)]
+
+
+async def test_a_deleted_vm_ends_its_commands(ssh_port: int, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    async with vm() as c, trio.open_nursery() as nursery:
+        told: list[dict[str, Any]] = []
+
+        async def run() -> None:
+            told.extend(await ran(c, f"touch {begun}; sleep 1000"))
+
+        nursery.start_soon(run)
+        await eventually(begun.exists)
+        await c.client.vms.delete("vm")
+        await eventually(lambda: bool(told))
+    assert told == [{"type": "error", "error": "the connection to the VM was lost"}]
+
+
+async def test_refusals_are_plain_answers(ssh_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with vm() as c:
+        path = "/vms/vm/exec"
+        for query, words in (
+            ({}, "command is missing"),
+            ({"command": "a", "rows": 0}, 'rows is "0"'),
+            ({"command": "a", "tty": "maybe"}, 'tty is "maybe"'),
+            ({"command": "a", "env[1A]": "x"}, 'env["1A"]'),
+            ({"command": "a", "shell": "zsh"}, '"shell" is unknown'),
+            ({"command": "a%00"}, "command holds a NUL"),
+        ):
+            status, message = await refusal(c, path, **query)
+            assert status == 400
+            assert words in message
+        assert (await refusal(c, "/vms/none/exec", command="a"))[0] == 404
+        await c.client.vms.create(name="wrong", image="any", password="wrong")
+        status, message = await refusal(c, "/vms/wrong/exec", command="a", wait=1)
+        assert status == 503
+        assert 'no SSH into VM "wrong" within 1 seconds' in message
+        monkeypatch.setattr(commands, "load", not_installed)
+        status, message = await refusal(c, path, command="a")
+        assert (status, message) == (503, commands.MISSING)
+
+
+def not_installed() -> None:
+    raise APIError(503, commands.MISSING)
+
+
+async def test_an_access_token_is_enough(ssh_port: int) -> None:
+    async with vm(auth=True) as c:
+        token = (await c.client.vms.issue_access_token("vm")).token
+        async with Client(c.url, access_token=token) as bearer:
+            async with bearer.vms.exec("vm", "cat; exit 4", interactive=True) as running:
+                await running.send(b"hello")
+                await running.send_eof()
+                output = [(kind, data) async for kind, data in running]
+                assert output == [("stdout", b"hello")]
+                assert running.exit_code == 4
+            with pytest.raises(ResponseError) as refused:
+                async with bearer.vms.exec("other", "true"):
+                    raise AssertionError("it ran")
+            assert refused.value.status == 404
+
+
+async def test_a_terminal_can_be_had_and_resized(ssh_port: int) -> None:
+    async with vm() as c, c.client.vms.exec("vm", "true", tty=True, rows=10, cols=20) as running:
+        await running.resize(30, 40)
+        assert [kind async for kind, _ in running] in ([], ["stdout"])
+        assert running.exit_code == 0
+
+
+def test_the_line_for_the_shell() -> None:
+    command = Command("make test", env={"A": "it's"}, workdir="/a b")
+    assert command.line() == "export A='it'\"'\"'s'; cd -- '/a b' || exit 1; make test"
+    for wrong in (Command(""), Command("\0"), Command("a", env={"": "x"}), Command("a", env={"a b": "x"})):
+        with pytest.raises(APIError):
+            wrong.check()
