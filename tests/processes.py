@@ -115,6 +115,17 @@ async def eventually(holds: Callable[[], Awaitable[bool] | bool]) -> None:
             await trio.sleep(POLL_SECONDS)
 
 
+async def at_rest(look: Callable[[], object]) -> None:
+    """Return when something is the same for half a second: it does not go on by itself any more."""
+    seen: list[object] = []
+
+    def same() -> bool:
+        seen.append(look())
+        return len(seen) > 50 and len(set(seen[-50:])) == 1
+
+    await eventually(same)
+
+
 def processes_in(home: Path) -> list[int]:
     """Find the processes that have a directory in their environment, or stand in it. Needs /proc."""
     found = []

@@ -10,7 +10,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from processes import GENEROUS, eventually, processes_in
+from processes import GENEROUS, at_rest, eventually, processes_in
 
 from orchard.synthetic import SyntheticDriver
 from orchard.tart import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, ScriptFailed, TartDriver
@@ -42,17 +42,6 @@ class Bench:
 
     async def states(self) -> dict[str, str]:
         return {vm.name: vm.state for vm in await self.driver.list_vms()}
-
-
-@pytest.fixture(scope="session")
-def sshd() -> Iterator[int]:
-    """The port of an SSH server."""
-    process = subprocess.Popen([sys.executable, STANDIN / "sshd.py"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield int(process.stdout.readline())
-    process.terminate()
-    process.wait(GENEROUS)
-    process.stdout.close()
 
 
 def tart(home: Path, port: int = 22, **env: str) -> TartDriver:
@@ -85,17 +74,6 @@ async def running(bench: Bench, name: str = NAME, **options: Any) -> AsyncIterat
         await eventually(partial(has_state, bench, name, "running"))  # started() is no promise that it has booted
         yield ended
         nursery.cancel_scope.cancel()
-
-
-async def at_rest(look: Callable[[], object]) -> None:
-    """Return when something is the same for half a second: it does not go on by itself any more."""
-    seen: list[object] = []
-
-    def same() -> bool:
-        seen.append(look())
-        return len(seen) > 50 and len(set(seen[-50:])) == 1
-
-    await eventually(same)
 
 
 async def has_state(bench: Bench, name: str, state: str) -> bool:

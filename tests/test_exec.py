@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -24,18 +23,6 @@ from orchard.client import Client, ResponseError
 from orchard.codec import APIError
 from orchard.commands import Command
 from orchard.testing import Cluster, cluster
-
-SSHD = Path(__file__).parent / "standin" / "sshd.py"
-
-
-@pytest.fixture(scope="module")
-def sshd() -> Iterator[int]:
-    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield int(process.stdout.readline())
-    process.terminate()
-    process.wait(GENEROUS)
-    process.stdout.close()
 
 
 @pytest.fixture
@@ -167,13 +154,29 @@ async def test_a_client_that_goes_away_ends_the_command(ssh_port: int, tmp_path:
         await eventually(ended.exists)
 
 
-async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(ssh_port: int) -> None:
+async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(
+    ssh_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connections: list[Any] = []
+    log_in = commands._log_in
+
+    async def noted(*arguments: Any) -> Any:
+        connections.append(await log_in(*arguments))
+        return connections[-1]
+
+    monkeypatch.setattr(commands, "_log_in", noted)
     async with vm() as c:
-        first, second = [(await ran(c, "echo $SSH_CONNECTION $PPID"))[0] for _ in range(2)]
-        assert first == second
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(expect, c, "echo hello", b"hello\n")
+        assert len(connections) == 1
+        connections[0].abort()
+        await eventually(partial(works, c))
+        assert len(connections) == 2
+
+
+async def works(c: Cluster) -> bool:
+    return (await ran(c, "true"))[-1] == exited(0)
 
 
 async def expect(c: Cluster, command: str, output: bytes) -> None:

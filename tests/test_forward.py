@@ -19,7 +19,7 @@ import jwt
 import pytest
 import trio
 import websockets.sync.client
-from processes import controller, eventually, finished, started
+from processes import at_rest, controller, eventually, finished, started
 from test_processes import ADMIN, admin, let_in, workers_of
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -138,13 +138,7 @@ async def test_a_reader_that_stops_stops_the_sender_and_nothing_is_lost() -> Non
             sent += 1
 
     async with vm_with(pour) as (c, port), c.client.vms.port_forward("vm", port) as stream:
-        seen: list[int] = []
-
-        def at_rest() -> bool:
-            seen.append(sent)
-            return len(seen) > 30 and len(set(seen[-30:])) == 1
-
-        await eventually(at_rest)
+        await at_rest(lambda: sent)
         assert 0 < sent < 500, "what is not read is not taken either"
         for number in range(1000):
             assert await receive_exactly(stream, 65536) == struct.pack(">I", number) * 16384

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -21,19 +20,6 @@ from test_processes import free_port
 
 from orchard import jump
 from orchard.testing import Cluster, cluster
-
-SSHD = Path(__file__).parent / "standin" / "sshd.py"
-
-
-@pytest.fixture(scope="module")
-def sshd() -> Iterator[int]:
-    """The port of an SSH server in the VM: admin/admin."""
-    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield int(process.stdout.readline())
-    process.terminate()
-    process.wait(GENEROUS)
-    process.stdout.close()
 
 
 class Client:

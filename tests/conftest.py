@@ -1,0 +1,24 @@
+"""Fixtures that several files share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import GENEROUS
+
+SSHD = Path(__file__).parent / "standin" / "sshd.py"
+
+
+@pytest.fixture(scope="session")
+def sshd() -> Iterator[int]:
+    """The port of an SSH server, as it listens in a VM: admin/admin, and a shell of this host."""
+    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield int(process.stdout.readline())
+    process.terminate()
+    process.wait(GENEROUS)
+    process.stdout.close()
