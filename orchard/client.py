@@ -43,6 +43,7 @@ from trio_websocket import (
     WebSocketConnection,
     wrap_client_stream,
 )
+from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
 from orchard import __version__, tls
 from orchard.codec import APIError, decode
@@ -351,6 +352,7 @@ class Client:
         """
         connection = await self._open()
         target = self._target(path, query)
+        done = False
         headers = [(name.encode(), value.encode()) for name, value in self._headers[1:]]
         try:
             with unwrapped():
@@ -367,6 +369,7 @@ class Client:
                             receive_buffer_size=RECEIVE_BYTES,
                         )
                     yield websocket
+                    done = True
                     with trio.move_on_after(CLOSE_SECONDS):
                         await websocket.aclose()
                     nursery.cancel_scope.cancel()
@@ -375,6 +378,10 @@ class Client:
             raise _refusal(refused) from None
         except ConnectionClosed as error:
             raise ConnectError(f"{self.url} closed the WebSocket ({_why_closed(error)})") from None
+        except LocalProtocolError as error:
+            # trio-websocket's reader answers to a ping even after our own close, and stumbles over itself.
+            if not done:
+                raise self._lost(error) from error
         except (HandshakeError, trio.BrokenResourceError) as error:
             raise self._lost(error) from error
         finally:

@@ -185,7 +185,7 @@ class Executor:
                         with unwrapped():
                             await self._hold(vm, line, max(0.0, deadline - trio.current_time()))
                         return
-                    except (asyncssh.Error, OSError) as error:
+                    except (asyncssh.Error, OSError, trio.BrokenResourceError) as error:
                         line.error = APIError(
                             503, f'no SSH into VM "{vm.name}" within {wait:g} seconds: {_words(error)}'
                         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -384,3 +386,29 @@ def test_what_is_sent_is_json() -> None:
     request, body = Client("http://c/p")._request("POST", "/vms", {"a": "b c&"}, {"é": 1}, b"")
     assert request.target == b"/p/v1/vms?a=b+c%26"
     assert json.loads(body) == {"é": 1}
+
+
+async def test_a_ping_that_crosses_our_close_is_no_error() -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        request = b""
+        while b"\r\n\r\n" not in request:
+            request += await stream.receive_some(1000)
+        key = next(
+            line[18:].strip() for line in request.split(b"\r\n") if line.lower().startswith(b"sec-websocket-key")
+        )
+        accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+        await stream.send_all(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: " + accept + b"\r\n\r\n"
+        )
+        assert (await stream.receive_some(1000))[:1] == b"\x88"
+        await stream.send_all(b"\x89\x00")
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.send_all(b"\x89\x00\x88\x02\x03\xe8")
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, serve, 0)
+        url = f"http://localhost:{listeners[0].socket.getsockname()[1]}"
+        async with Client(url) as client, client.websocket("/x"):
+            pass
+        nursery.cancel_scope.cancel()
