@@ -456,7 +456,7 @@ class _Exchange:
             "account": printable(request.account) if request is not None and request.account else "-",
             "peer": self._connection.peer,
         }
-        self._server.log.info("%s %s %d %.1fms %s %s", *fields.values(), extra=fields)
+        self._server.log.info("request", extra=fields)
 
     # ---- WebSockets
 

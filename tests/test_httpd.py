@@ -118,7 +118,10 @@ class Served:
 
     @property
     def requests(self) -> list[str]:
-        return [record.getMessage() for record in self.records.records if record.levelno == logging.INFO]
+        """The request log: method, path, status, duration, account and peer."""
+        logged = [vars(record) for record in self.records.records if record.levelno == logging.INFO]
+        names = ("method", "path", "status", "duration_ms", "account", "peer")
+        return [" ".join(str(fields[name]) for name in names) for fields in logged]
 
 
 @asynccontextmanager
@@ -352,7 +355,7 @@ async def test_a_broken_handler_is_answered_with_500_once_logged(autojump_clock:
         assert answers[0].headers["connection"] == "close"
         assert closed
         assert served.failures[0].exc_info is not None
-        assert served.requests == ["GET / 500 0.0ms - -"]
+        assert served.requests == ["GET / 500 0.0 - -"]
 
 
 @pytest.mark.parametrize("headers", [[("X-Bad", "a\r\nB: c")], [("X-Bad", "\u20ac")], [("Content-Length", "1")]])
@@ -386,7 +389,7 @@ async def test_the_request_log(autojump_clock: Clock) -> None:
 
     async with serving(handler) as served:
         await talk(served, [GET.replace(b"/ ", b"/v1/vms%0a?token=secret ") + b"BAD\r\n\r\n"])
-    assert served.requests == ["GET /v1/vms%0a 404 250.0ms eve\\n127.0.0.1 forged -", "- - 400 0.0ms - -"]
+    assert served.requests == ["GET /v1/vms%0a 404 250.0 eve\\n127.0.0.1 forged -", "- - 400 0.0 - -"]
     assert vars(served.records.records[0])["duration_ms"] == 250.0
     assert "secret" not in repr([vars(record) for record in served.records.records])
 
@@ -445,7 +448,7 @@ async def test_admission_closes_only_when_a_body_was_not_read(autojump_clock: Cl
         answers, closed = await talk(served, [EXPECTING % 3])
         assert [(answer.status, answer.headers["connection"]) for answer in answers] == [(401, "close")]
         assert closed
-        assert served.requests[0] == "GET / 401 0.0ms somebody -"
+        assert served.requests[0] == "GET / 401 0.0 somebody -"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -776,7 +779,7 @@ async def test_a_reader_that_takes_nothing_is_closed(autojump_clock: Clock, size
         stream = served.listener.connect(trio.testing.lockstep_stream_pair())
         await stream.send_all(GET)
         await trio.sleep(40)
-        assert served.requests == ["GET / 200 30000.0ms - -"]
+        assert served.requests == ["GET / 200 30000.0 - -"]
         assert len(await Client(stream).rest()) < 300_000
 
 
@@ -853,7 +856,7 @@ async def test_work_is_cancelled_when_the_client_goes_away(autojump_clock: Clock
         await stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
         assert ended == ["cancelled"]
-        assert served.requests == ["GET / 499 5000.0ms - -"]
+        assert served.requests == ["GET / 499 5000.0 - -"]
 
 
 async def test_work_that_ends_is_answered_and_what_came_meanwhile_too(autojump_clock: Clock) -> None:
@@ -936,7 +939,7 @@ async def test_a_producer_is_cancelled_when_the_client_goes_away(autojump_clock:
         await trio.sleep(3.5)
         await (stream.send_eof() if half else stream.aclose())
         await trio.testing.wait_all_tasks_blocked()
-        assert served.requests == ["GET / 200 3500.0ms - -"]
+        assert served.requests == ["GET / 200 3500.0 - -"]
 
 
 async def test_pipelining_into_a_stream_is_bounded(autojump_clock: Clock) -> None:
@@ -969,7 +972,7 @@ async def test_a_watcher_that_takes_nothing_is_closed(autojump_clock: Clock) -> 
         await stream.send_all(GET)
         await stream.receive_some(1)
         await trio.sleep(40)
-        assert served.requests == ["GET / 200 30000.0ms - -"]
+        assert served.requests == ["GET / 200 30000.0 - -"]
 
 
 # ---- WebSockets ----------------------------------------------------------------------------------------------------
@@ -1025,7 +1028,7 @@ async def test_a_frame_that_came_early_is_not_lost(autojump_clock: Clock) -> Non
             assert (await until(stream, b"hello")).endswith(b"\r\n\r\n\x82\x05hello")
             await stream.send_all(CLOSE_FRAME)
             assert await Client(stream).rest() == closing(1000)
-        assert served.requests == ["GET /ws 101 0.0ms - -"] * len(data)
+        assert served.requests == ["GET /ws 101 0.0 - -"] * len(data)
 
 
 async def test_an_upgrade_may_follow_other_requests(autojump_clock: Clock) -> None:
@@ -1188,7 +1191,7 @@ async def test_a_broken_session_is_logged_once_and_says_nothing(autojump_clock: 
     async with serving(upgrading(session), failures=1) as served:
         stream = await opened(served)
         assert await Client(stream).rest() == b""
-        assert served.requests == ["GET /ws 101 0.0ms - -"]
+        assert served.requests == ["GET /ws 101 0.0 - -"]
 
 
 @pytest.mark.parametrize("early", [b"", HELLO_FRAME, b"\x82"])
@@ -1207,7 +1210,7 @@ async def test_a_client_that_goes_away_ends_the_session(autojump_clock: Clock, e
         await stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
         assert ended == [1006]
-        assert served.requests == ["GET /ws 101 0.0ms - -"]
+        assert served.requests == ["GET /ws 101 0.0 - -"]
 
 
 async def test_a_session_that_does_not_take_messages_makes_the_client_wait(
