@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 
 from orchard.schema import NAME
 
-MAX_RESOURCE = 2**53 - 1
+MAX_RESOURCE = 2**53 - 1  # JSON numbers are exact up to there
+_ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})")
+_WHOLE = re.compile(r"[0-9]{1,16}")  # as many digits as MAX_RESOURCE has; int() takes its time for thousands
 
 
 def orchard_home() -> Path:
@@ -22,10 +25,10 @@ def orchard_home() -> Path:
 
 def listen_address(text: str) -> tuple[str | None, int]:
     """Read HOST:PORT, [IPV6]:PORT or :PORT, which is every address (None)."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not (port.isascii() and port.isdigit() and int(port) <= 65535) or (":" in host and host[0] != "["):
+    match = _ADDRESS.fullmatch(text)
+    if match is None or int(match[3]) > 65535:
         raise argparse.ArgumentTypeError(f'"{text}" is no address, expected HOST:PORT, [IPV6]:PORT or :PORT')
-    return host.strip("[]") or None, int(port)
+    return match[1] or match[2] or None, int(match[3])
 
 
 def seconds(text: str) -> float:
@@ -41,7 +44,7 @@ def seconds(text: str) -> float:
 
 def count(text: str) -> int:
     """Read a whole number from 1 on."""
-    if not (text.isascii() and text.isdigit() and 0 < int(text) <= MAX_RESOURCE):
+    if not _WHOLE.fullmatch(text) or not 0 < int(text) <= MAX_RESOURCE:
         raise argparse.ArgumentTypeError(f'"{text}" is no count, expected a whole number from 1 on')
     return int(text)
 
@@ -69,7 +72,7 @@ def resources(text: str) -> dict[str, int]:
     """Read NAME=AMOUNT,NAME=AMOUNT with whole amounts."""
     found = {}
     for name, amount in pairs(text).items():
-        if not (amount.isascii() and amount.isdigit() and int(amount) <= MAX_RESOURCE):
+        if not _WHOLE.fullmatch(amount) or int(amount) > MAX_RESOURCE:
             raise argparse.ArgumentTypeError(f'"{name}={amount}" is no resource, expected NAME=WHOLE NUMBER')
         found[name] = int(amount)
     return found

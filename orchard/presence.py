@@ -42,11 +42,12 @@ class Presence:
         self.seen: dict[str, float] = dict.fromkeys(known, clock())
 
     def alive(self, worker: str) -> None:
-        """Note a sign of life."""
-        now = self._clock()
-        offline = now >= self.seen.get(worker, -self._offline_timeout) + self._offline_timeout
+        """Note a sign of life of a worker that has arrived; one that was forgotten has to arrive again."""
+        if worker not in self._source:
+            return
+        now, before = self._clock(), self.seen.get(worker)
         self.seen[worker] = now
-        if offline:
+        if before is None or now >= before + self._offline_timeout:
             self._returned()
 
     def arrived(self, worker: str, source: Source) -> None:

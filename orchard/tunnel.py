@@ -70,6 +70,7 @@ class FarEnd:
     """A worker's end of a tunnel: its WebSocket, until `finished` is set."""
 
     websocket: WebSocketConnection
+    worker: str = ""
     taken: trio.Event = field(default_factory=trio.Event)
     finished: trio.Event = field(default_factory=trio.Event)
     close: tuple[int, str] = (NORMAL, "")  # how it is to be closed
@@ -124,6 +125,8 @@ class Switchboard:
         """
         if before := self._watches.get(worker):
             before.scope.cancel()
+        for tunnel in self._tunnels_through(worker):
+            tunnel.end(GOING_AWAY, f'worker "{worker}" has reconnected')  # what it had open before may be half-open
         watch = self._watches[worker] = _Watch(account)
         watch.put(SYNC)
         self._connected.set()
@@ -173,7 +176,7 @@ class Switchboard:
 
     async def serve_far_end(self, session: Session, websocket: WebSocketConnection) -> None:
         """Let a worker's WebSocket answer a session, and keep it open as long as the tunnel is."""
-        far = FarEnd(websocket)
+        far = FarEnd(websocket, session.worker)
         session.resolve(far)
         with trio.move_on_after(TAKE_SECONDS):
             await far.taken.wait()
@@ -190,7 +193,7 @@ class Switchboard:
     @asynccontextmanager
     async def far_stream(self, vm_uid: str, far: FarEnd) -> AsyncIterator[TunnelStream]:
         """Give the bytes of a far end for the time of the block. Raises APIError(503) when `end_tunnels` ends it."""
-        use = _Use()
+        use = _Use(far.worker)
         far.taken.set()
         try:
             with self._listed(vm_uid, use), use.scope:
@@ -213,6 +216,9 @@ class Switchboard:
             if not self._tunnels[vm_uid]:
                 del self._tunnels[vm_uid]
 
+    def _tunnels_through(self, worker: str) -> list[_Tunnel | _Use]:
+        return [tunnel for tunnels in self._tunnels.values() for tunnel in tunnels if tunnel.worker == worker]
+
     def end_tunnels(self, vm_uid: str, reason: str) -> None:
         """Close all tunnels into a VM that is no more."""
         for tunnel in self._tunnels.get(vm_uid, ()):
@@ -226,6 +232,7 @@ class _Tunnel:
     """Two WebSockets that are joined."""
 
     def __init__(self, near: WebSocketConnection, far: FarEnd, ping_interval: float) -> None:
+        self.worker = far.worker
         self._near = near
         self._far = far
         self._ping_interval = ping_interval
@@ -283,7 +290,8 @@ class _Tunnel:
 class _Use:
     """A far end whose bytes somebody in this process uses."""
 
-    def __init__(self) -> None:
+    def __init__(self, worker: str) -> None:
+        self.worker = worker
         self.scope = trio.CancelScope()
         self.reason = ""
 

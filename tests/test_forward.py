@@ -10,7 +10,7 @@ import json
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,6 +237,52 @@ async def test_a_deleted_vm_ends_its_tunnels_and_says_so() -> None:
     async with vm_with() as (c, port):
         url = socket_url(c, "/vms/vm/port-forward", port=port)
         assert await closed_with(url, partial(c.client.vms.delete, "vm")) == (1001, 'VM "vm" was deleted')
+
+
+async def test_a_worker_that_reconnects_ends_what_went_through_it() -> None:
+    async with vm_with() as (c, port), trio.open_nursery() as nursery:
+        url = socket_url(c, "/vms/vm/port-forward", port=port)
+        watch = c.client.rpc_watch("worker-1")
+
+        async def reconnect() -> None:
+            nursery.start_soon(hold, watch)
+
+        assert await closed_with(url, reconnect) == (1001, 'worker "worker-1" has reconnected')
+        nursery.cancel_scope.cancel()
+
+
+async def hold(manager: AbstractAsyncContextManager[object]) -> None:
+    async with manager:
+        await trio.sleep_forever()
+
+
+async def test_a_worker_that_is_killed_in_a_transfer_ends_it(tmp_path: Path) -> None:
+    async def pour(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            while True:
+                await stream.send_all(b"x" * 65536)
+
+    with (
+        controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url),
+        started("worker", url, "--runtime", "synthetic", "--name", "mac", home=tmp_path) as worker,
+    ):
+
+        def talk(forward: str) -> tuple[int, int, str]:
+            with outside(forward) as client:
+                first = len(client.recv())
+                worker.process.kill()
+                size, code, reason = until_closed(client)
+                return first + size, code, reason
+
+        c = Cluster(url, Client(url))
+        async with c.client, listening(pour) as port:
+            await workers_of(c.client, 1)
+            await c.client.vms.create(name="vm", image="any")
+            await c.client.vms.wait("vm")
+            with trio.fail_after(60):
+                told = await trio.to_thread.run_sync(talk, socket_url(c, "/vms/vm/port-forward", port=port))
+    assert told[0] > 0
+    assert told[1:] == (1011, "the connection to the worker was lost")
 
 
 async def test_a_failed_vm_ends_its_tunnels_and_says_why() -> None:

@@ -19,7 +19,11 @@ from test_forward import echo, listening, receive_exactly
 from test_processes import free_port
 
 from orchard import jump
+from orchard.client import Client as OrchardClient
+from orchard.controller import Running, Settings, run
+from orchard.synthetic import SyntheticDriver
 from orchard.testing import Cluster, cluster
+from orchard.worker import Identity, Worker
 
 
 class Client:
@@ -232,6 +236,27 @@ def test_delays_grow_by_source_and_are_forgotten_after_a_success(monkeypatch: py
     for source in "cdefg":
         failures.refused(source)
     assert len(failures._counts) == 3
+
+
+async def test_with_client_auth_off_everybody_gets_in(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
+    settings = Settings(
+        data_dir=tmp_path / "data",
+        host="127.0.0.1",
+        port=0,
+        tls=False,
+        auth=False,
+        ssh=("127.0.0.1", 0),
+        ssh_auth=False,
+    )
+    running: Running = await nursery.start(run, settings)
+    async with OrchardClient(running.url) as client:
+        c = Cluster(running.url, client, "anybody", "anything", running.ssh_port)
+        identity = Identity("w", "arm64", "tart", "m", {"org.cirruslabs.tart-vms": 1})
+        await nursery.start(Worker(identity, client, SyntheticDriver(tmp_path / "vms")).run)
+        await client.vms.create(name="vm", image="any")
+        await client.vms.wait("vm")
+        assert (await Client(c, tmp_path, sshd).run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n"
+    nursery.cancel_scope.cancel()
 
 
 # ---- its key, and where it is missing ------------------------------------------------------------------------------
