@@ -78,7 +78,7 @@ def _basic(authorization: str) -> tuple[str, str]:
     if scheme.lower() == "basic":
         try:
             name, colon, token = base64.b64decode(rest.strip().encode("latin-1"), validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except (binascii.Error, UnicodeError):
             colon = ""
         if colon:
             return name, token

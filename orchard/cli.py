@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -26,7 +27,7 @@ from orchard.client import Client, ClientError
 from orchard.controller import PORT, StartError
 from orchard.groups import unwrapped
 from orchard.journal import DamagedError, Disk, Journal
-from orchard.options import count, orchard_home
+from orchard.options import count, orchard_home, port
 from orchard.schema import VM
 from orchard.store import STATE_FILE, load
 from orchard.tart import Driver, TartDriver
@@ -184,7 +185,7 @@ def arguments() -> argparse.ArgumentParser:
     shown.add_argument("--keep", action="store_true", help="leave it running, and print the curl lines to go on with")
     shown.add_argument("--image", default=DEMO_IMAGE, help="default: %(default)s")
     lasting = verbs.add_parser("dev", help="a controller and workers to develop against: loopback, no TLS, no accounts")
-    lasting.add_argument("--port", type=int, default=PORT, help="default: %(default)s; 0: any")
+    lasting.add_argument("--port", type=port, default=PORT, help="default: %(default)s; 0: any")
     lasting.add_argument("--workers", type=count, default=1, help="default: %(default)s")
     lasting.add_argument("--directory", type=Path, default=DEV_DIRECTORY, help="default: %(default)s")
     for verb in (shown, lasting):
@@ -215,6 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             trio.run(_until_signal, demo if options.verb == "demo" else dev, options, strict_exception_groups=True)
     except (StartError, ClientError) as error:
         return _complain(str(error))
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes there
+        return 1
     return 0
 
 

@@ -31,6 +31,13 @@ def listen_address(text: str) -> tuple[str | None, int]:
     return match[1] or match[2] or None, int(match[3])
 
 
+def port(text: str) -> int:
+    """Read a TCP port to listen on; 0 is any."""
+    if not _WHOLE.fullmatch(text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f'"{text}" is no port, expected a whole number from 0 to 65535')
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """Read a time span in seconds, above 0."""
     try:

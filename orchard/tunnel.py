@@ -36,6 +36,7 @@ MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a reques
 MAX_MESSAGE = 16 * 1024 * 1024  # bytes of a message of a client; longer ones close the tunnel with 1009
 PIECE = 64 * 1024  # bytes of the messages that are sent on
 NORMAL, GOING_AWAY, BROKEN = 1000, 1001, 1011  # codes with which a WebSocket closes (RFC 6455, section 7.4.1)
+UNSAID, LOST = 1005, 1006  # what stands for a close without a code, and for none at all
 MAX_REASON = 123  # bytes of the reason beside the code
 SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
 
@@ -57,6 +58,11 @@ class _Watch:
             return
         self._actions.append(action)
         self._some.set()
+
+    def take_back(self, action: Mapping[str, Any]) -> None:
+        """Forget an action that was not sent yet, so that there are never more than sessions."""
+        with suppress(ValueError):
+            self._actions.remove(action)
 
     async def take(self) -> list[Mapping[str, Any]]:
         await self._some.wait()
@@ -158,12 +164,13 @@ class Switchboard:
             raise APIError(503, f"{MAX_SESSIONS} requests wait for their workers already")
         session = Session(worker, watch.account)
         self._sessions[session.id] = session
-        about = {"session": session.id, "vmUID": vm_uid, **({} if port is None else {"port": port})}
-        watch.put({kind: about})
+        action = {kind: {"session": session.id, "vmUID": vm_uid, **({} if port is None else {"port": port})}}
+        watch.put(action)
         try:
             yield session
         finally:
             self._sessions.pop(session.id, None)
+            watch.take_back(action)
 
     def answered(self, session: str, account: str) -> Session:
         """Find the question that a worker answers, for the only time. Raises APIError(404)."""
@@ -333,9 +340,9 @@ async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
 
 def ending(reason: CloseReason | None, who: str) -> tuple[int, str]:
     """With what code and reason one side learns that the other has closed."""
-    if reason is None or reason.code in (1005, 1006):
+    if reason is None or reason.code == LOST:
         return BROKEN, f"the connection to {who} was lost"
-    if reason.code == NORMAL:
+    if reason.code in (NORMAL, UNSAID):
         return NORMAL, ""
     return reason.code, f"{who} closed it: {reason.reason or reason.name}"
 

@@ -13,7 +13,7 @@ from strategies import QUICK
 from orchard import auth
 from orchard.auth import BootstrapToken, Gate
 from orchard.codec import APIError
-from orchard.schema import ServiceAccount
+from orchard.schema import Role, ServiceAccount
 
 CI = ServiceAccount(name="ci", token="to:ken é", roles=("compute:read",))
 GATE = Gate({"ci": CI})
@@ -38,6 +38,11 @@ def test_the_right_token_is_let_in(scheme: str) -> None:
         "Basic ",
         "Basic !!!",
         "Basic \xe9",
+        "Basic \u20ac",
+        "Basic" + basic("ci:to:ken é")[6:],
+        basic("ci:to:ken é")[:-4],
+        basic("ci:to:ken é") + ", " + basic("ci:to:ken é"),
+        basic("to:ken é"),
         basic("ci"),
         basic(b"ci:\xff"),
         basic("ci:"),
@@ -79,6 +84,18 @@ def test_a_missing_role_is_named() -> None:
     with pytest.raises(APIError, match='service account "ci" lacks the role "admin:write"') as refused:
         auth.require(CI, "admin:write")
     assert refused.value.status == 403
+
+
+def test_roles_do_not_include_each_other_but_for_one() -> None:
+    includes = {(has, role) for has in auth.ROLES for role in auth.ROLES if has != role and _has(has, role)}
+    assert includes == {("compute:write", "compute:connect")}
+
+
+def _has(has: Role, role: Role) -> bool:
+    with suppress(APIError):
+        auth.require(ServiceAccount(name="ci", token="t", roles=(has,)), role)
+        return True
+    return False
 
 
 def test_random_tokens_are_one_word_for_every_shell() -> None:

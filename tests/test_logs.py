@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import QUICK
 
@@ -28,15 +30,28 @@ def test_a_line_is_pairs() -> None:
     )
 
 
+anything = st.text(st.characters(), max_size=50)  # with half surrogates, as in names of files that are not UTF-8
+
+
+def wide(text: str) -> bytes:
+    """Two half surrogates beside each other are the same as the character that they stand for."""
+    return text.encode("utf-16", "surrogatepass")
+
+
 @QUICK
-@given(st.text(), st.text())
+@given(anything, anything)
+@example("x level=error", 'a" level="error')
+@example("a\nb\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", "\x00\x1b[2J\x7f\u202e\udcff")
+@example("", "\\")
 def test_nobody_can_forge_a_line_or_a_field(message: str, value: str) -> None:
-    written = line(message.replace("%", ""), vm=value)
+    written = line(message, vm=value)
     assert written.isascii()
     assert written.isprintable()
     pairs = PAIR.findall(written)
-    assert [key for key, _ in pairs] == ["time", "level", "logger", "msg", "vm"]
-    assert "".join(f"{key}={shown} " for key, shown in pairs).rstrip() == written
+    assert " ".join(f"{key}={shown}" for key, shown in pairs) == written
+    read = {key: json.loads(shown) if shown.startswith('"') else shown for key, shown in pairs}
+    assert list(read) == ["time", "level", "logger", "msg", "vm"]
+    assert (wide(read["msg"]), wide(read["vm"])) == (wide(message), wide(value))
 
 
 def test_a_traceback_stays_on_its_line() -> None:
@@ -48,17 +63,35 @@ def test_a_traceback_stays_on_its_line() -> None:
     assert "ValueError: two\\nlines" in written
 
 
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """Leaves the process's logging as it was."""
+    root = logging.getLogger()
+    changed = [root, *map(logging.getLogger, ("orchard", "trio-websocket", "asyncssh"))]
+    handlers, levels = list(root.handlers), [logger.level for logger in changed]
+    yield
+    root.handlers[:] = handlers
+    for logger, level in zip(changed, levels, strict=True):
+        logger.setLevel(level)
+
+
 @pytest.mark.parametrize(
     ("options", "ours", "others"),
     [({"debug": False}, 20, 20), ({"debug": True}, 10, 20), ({"debug": False, "quiet": True}, 30, 30)],
 )
-def test_levels(options: dict[str, bool], ours: int, others: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
-    try:
-        logs.configure(**options)
-        assert logging.getLogger("orchard.x").getEffectiveLevel() == ours
-        assert logging.getLogger("other").getEffectiveLevel() == others
-    finally:
-        root.handlers[:], root.level = before, level
-        logging.getLogger("orchard").setLevel(logging.NOTSET)
+@pytest.mark.usefixtures("loggers")
+def test_levels(options: dict[str, bool], ours: int, others: int) -> None:
+    logs.configure(**options)
+    assert logging.getLogger("orchard.x").getEffectiveLevel() == ours
+    assert logging.getLogger("other").getEffectiveLevel() == others
+    assert logging.getLogger("trio-websocket").getEffectiveLevel() == 30
+
+
+@pytest.mark.usefixtures("loggers")
+def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(debug=False)
+    logging.getLogger("orchard.x").info("said", extra={"vm": "v m"})
+    logging.getLogger("orchard.x").debug("not said")
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.endswith('level=info logger=orchard.x msg=said vm="v m"\n')

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import settings
+from openapi_spec_validator import validate
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -20,7 +21,7 @@ from schemathesis.specs.openapi.checks import (
 from strategies import QUICK
 
 from orchard.api import OPERATIONS
-from orchard.openapi import Operation, describe, document
+from orchard.openapi import Operation, Parameter, describe, document, ref
 from orchard.testing import BlockingCluster, start_cluster
 
 CHECKS = [
@@ -55,6 +56,58 @@ def test_whatever_fits_the_description_is_answered_as_it_says(case: Any, live: B
 def test_the_description_is_the_one_of_the_route_table(live: BlockingCluster) -> None:
     with urllib.request.urlopen(f"{live.url}/v1/openapi.json") as answer:
         assert json.load(answer)["paths"].keys() == {op.path for op in OPERATIONS}
+
+
+def test_the_document_is_valid_wherever_the_api_is_served() -> None:
+    made = document(OPERATIONS, prefix="/orchard/v1", version="1.2.3")
+    validate(made)
+    assert (made["servers"], made["info"]["version"]) == ([{"url": "/orchard/v1"}], "1.2.3")
+
+
+def test_every_operation_is_in_the_document_once() -> None:
+    paths = document(OPERATIONS, prefix="/v1", version="1")["paths"]
+    described = [(path, method.upper()) for path, item in paths.items() for method in item if method != "parameters"]
+    assert sorted(described) == sorted((op.path, op.method) for op in OPERATIONS)
+
+
+def test_who_may_is_described() -> None:
+    anybody = describe(Operation("GET", "/a", print, "public", "Do"))
+    assert (anybody["security"], list(anybody["responses"])) == ([], ["200"])
+    somebody = describe(Operation("GET", "/a", print, None, "Do"))
+    assert list(somebody["responses"]) == ["200", "401", "503"]
+    assert "security" not in somebody, "it is that of the whole document"
+    bearer = describe(Operation("GET", "/a", print, "compute:connect", "Do", vm_token=True))
+    assert bearer["description"] == "Needs the role `compute:connect`. Or an access token for the VM."
+    assert bearer["security"] == [{"basic": []}, {"vmAccessToken": []}]
+
+
+def test_what_is_sent_and_answered_is_described() -> None:
+    query = (Parameter("uid", "Whose", {"type": "string"}, required=True),)
+    headers = {"X-Next": "What follows"}
+    operation = Operation(
+        "GET", "/a", print, None, "Do", answer=ref("VM"), query=query, answer_headers=headers, ndjson=True
+    )
+    described = describe(operation)
+    assert described["parameters"] == [
+        {"in": "query", "name": "uid", "description": "Whose", "required": True, "schema": {"type": "string"}}
+    ]
+    answer = described["responses"]["200"]
+    assert answer["headers"].keys() == {"X-Next"}
+    assert answer["content"]["application/json"] == {"schema": {"$ref": "#/components/schemas/VM"}}
+    assert answer["content"]["application/x-ndjson"]["schema"]["properties"]["object"] == ref("VM")
+    assert "400" in described["responses"]
+    optional = describe(Operation("POST", "/a", print, None, "Do", body={}, body_required=False))
+    assert optional["requestBody"] == {"required": False, "content": {"application/json": {"schema": {}}}}
+    assert optional["responses"]["200"]["headers"].keys() == {"Warning"}
+
+
+def test_a_websocket_is_described() -> None:
+    described = describe(Operation("GET", "/a", print, None, "Do", websocket=True))
+    assert {(header["in"], header["name"], header["required"]) for header in described["parameters"]} == {
+        ("header", "Connection", True),
+        ("header", "Upgrade", True),
+    }
+    assert described["responses"].keys() == {"101", "400", "401", "426", "503"}
 
 
 def test_what_an_operation_needs_is_described() -> None:

@@ -11,6 +11,10 @@ import pytest
 from orchard import options
 
 MOST = 2**53 - 1
+NO_ADDRESSES = [
+    *("", "6120", "host", "host:", "host:http", "host:65536", "host:-1", "host:+1", "host:٣", ":" + "9" * 5000),
+    *("::1:22", "::1", "[]:22", "[:22", "[::1:22", "::1]:22", "[::1]", "[::1]22", "[::1]x:22", "[[::1]]:22"),
+]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,11 @@ MOST = 2**53 - 1
 )
 def test_addresses(text: str, read: tuple[str | None, int]) -> None:
     assert options.listen_address(text) == read
+
+
+@pytest.mark.parametrize(("text", "read"), [("0", 0), ("6120", 6120), ("65535", 65535)])
+def test_ports(text: str, read: int) -> None:
+    assert options.port(text) == read
 
 
 @pytest.mark.parametrize(("text", "read"), [("1", 1.0), ("0.25", 0.25), ("1e3", 1000.0)])
@@ -65,14 +74,18 @@ def test_resources_are_whole_amounts() -> None:
     [
         (
             options.listen_address,
-            ["", "6120", "host", "host:", "host:http", "host:65536", "host:-1", "host:+1", "host:٣", "::1:22", "::1"]
-            + ["[]:22", "[:22", "[::1:22", "::1]:22", "[::1]", "[::1]22", "[::1]x:22", "[[::1]]:22", ":" + "9" * 5000],
+            NO_ADDRESSES,
             "HOST:PORT, [IPV6]:PORT or :PORT",
         ),
+        (options.port, ["", "65536", "-1", "http", "٣", "9" * 5000], "a whole number from 0 to 65535"),
         (options.seconds, ["", "0", "-1", "nan", "inf", "1e999", "5s", "1,5"], "above 0"),
-        (options.count, ["", "0", "-1", "+1", "1.0", "1_0", "٣", str(MOST + 1), "9" * 5000], "a whole number from 1 on"),
+        (
+            options.count,
+            ["", "0", "-1", "+1", "1.0", "1_0", "٣", str(MOST + 1), "9" * 5000],
+            "a whole number from 1 on",
+        ),
         (options.api_prefix, ["orchard", "/a//b", "/a b", "/ä", "/a?b", "/%2e", "//a"], "such as /orchard"),
-        (options.pairs, ["", "a", "=1", " =1", "a=1,", "a=1,b", "a=1;b"[:1]], "KEY=VALUE"),
+        (options.pairs, ["", "a", "=1", " =1", "a=1,", "a=1,b", "a=1,b c"], "KEY=VALUE"),
         (
             options.resources,
             ["a=", "a=-1", "a=1.5", "a=1g", "a= 1 1", f"a={MOST + 1}", "b=1,a=٣", "a=" + "9" * 5000],

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
+from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
+from orchard import tunnel
 from orchard.codec import APIError
-from orchard.tunnel import FarEnd, Switchboard
+from orchard.tunnel import FarEnd, Switchboard, close, ending
 
 
 @asynccontextmanager
@@ -127,6 +128,94 @@ async def test_a_question_is_answered_once_by_whom_it_was_put_to(autojump_clock:
             board.answered(session.id, "account")
         assert board._sessions == {}
         nursery.cancel_scope.cancel()
+
+
+async def test_a_question_that_nobody_waits_for_any_more_is_not_put(autojump_clock: Any) -> None:
+    board = Switchboard()
+    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, board, "w", ours, [])
+        await board.connected("w")
+        await peer.get_message()
+        for _ in range(3):
+            with board.ask("w", "resolveIPAction", "uid"):
+                pass
+        with board.ask("w", "resolveIPAction", "another"):
+            assert json.loads(await peer.get_message())["resolveIPAction"]["vmUID"] == "another"
+        nursery.cancel_scope.cancel()
+
+
+async def test_there_is_an_end_to_questions(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, "MAX_SESSIONS", 2)
+    board = Switchboard()
+    async with joined() as (ours, _peer, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, board, "w", ours, [])
+        await board.connected("w")
+        with board.ask("w", "resolveIPAction", "1"), board.ask("w", "resolveIPAction", "2"):
+            with pytest.raises(APIError, match="2 requests wait") as refused, board.ask("w", "resolveIPAction", "3"):
+                raise AssertionError("one too many")
+            assert refused.value.status == 503
+        with board.ask("w", "resolveIPAction", "4"):
+            pass
+        nursery.cancel_scope.cancel()
+
+
+async def test_whoever_waits_for_a_worker_goes_on_when_that_one_has_come(autojump_clock: Any) -> None:
+    board = Switchboard()
+    came: list[str] = []
+
+    async def wait_for(worker: str) -> None:
+        await board.connected(worker)
+        came.append(worker)
+
+    async with joined() as (ours, _peer, _), joined() as (others, _, _), trio.open_nursery() as nursery:
+        nursery.start_soon(wait_for, "w")
+        nursery.start_soon(wait_for, "another")
+        nursery.start_soon(serve, board, "another", others, [])
+        await trio.testing.wait_all_tasks_blocked()
+        assert came == ["another"]
+        nursery.start_soon(serve, board, "w", ours, [])
+        await trio.testing.wait_all_tasks_blocked()
+        assert came == ["another", "w"]
+        nursery.cancel_scope.cancel()
+
+
+async def test_what_a_worker_says_on_its_watch_is_passed_over_until_it_closes(autojump_clock: Any) -> None:
+    board = Switchboard()
+    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, board, "w", ours, [])
+        await peer.get_message()
+        for message in ("text", b"\xff", b"", "{}"):
+            await peer.send_message(message)
+        board.sync("w")
+        assert json.loads(await peer.get_message()) == {"syncVMsAction": {}}
+        await peer.aclose(4000, "enough")
+        await trio.testing.wait_all_tasks_blocked()
+        assert not nursery.child_tasks
+        assert board._watches == {}
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (None, (1011, "the connection to the client was lost")),
+        (CloseReason(1006, None), (1011, "the connection to the client was lost")),
+        (CloseReason(1005, None), (1000, "")),  # as browsers close that are not given a code
+        (CloseReason(1000, "bye"), (1000, "")),
+        (CloseReason(1001, None), (1001, "the client closed it: GOING_AWAY")),
+        (CloseReason(4000, "enough"), (4000, "the client closed it: enough")),
+    ],
+)
+def test_how_one_side_learns_that_the_other_has_closed(reason: CloseReason | None, told: tuple[int, str]) -> None:
+    assert ending(reason, "the client") == told
+
+
+async def test_a_long_reason_is_cut_between_characters(autojump_clock: Any) -> None:
+    async with joined() as (ours, peer, _):
+        await close(ours, 1011, "x" + "é" * 100)
+        with pytest.raises(ConnectionClosed) as closed:
+            await peer.get_message()
+        assert closed.value.reason is not None
+        assert closed.value.reason.reason == "x" + "é" * 61
 
 
 async def test_a_silent_tunnel_whose_end_is_dead_is_closed_within_two_intervals(autojump_clock: Any) -> None:
