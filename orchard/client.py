@@ -73,7 +73,7 @@ MAX_ACTION = 64 * 1024  # bytes of a message of the worker's watch
 RECEIVE_BYTES = 64 * 1024  # of one read
 MAX_MESSAGE = 16 * 1024 * 1024  # bytes of a message that comes through a tunnel
 PIECE = 64 * 1024  # bytes of those that are sent
-NORMAL = 1000  # the code of a WebSocket that closes as it should
+NORMAL, NO_CODE = 1000, 1005  # of a WebSocket that closes as it should; browsers may send none
 MAX_REASON = 123  # bytes of the reason beside a code
 PAGE = 1000  # events that are fetched at once
 MAX_SHOWN = 200  # characters of an answer that is not Orchard's
@@ -498,7 +498,7 @@ class TunnelStream(trio.abc.Stream):
             try:
                 message = await self._websocket.get_message()
             except ConnectionClosed as closed:
-                if closed.reason is not None and closed.reason.code == NORMAL:
+                if closed.reason is not None and closed.reason.code in (NORMAL, NO_CODE):
                     return b""
                 raise trio.BrokenResourceError(_why_closed(closed)) from closed
             self._unread = message.encode() if isinstance(message, str) else bytes(message)

@@ -65,6 +65,7 @@ MACOS_VMS = 2  # that Apple's licence allows to run on one host
 OWN = "orchard-"  # with which the name of every local VM begins that is ours
 LOST = "lost: the worker was restarted, and the VM does not run any more"
 EXIT_REFUSED = 2
+TICK = datetime.timedelta(microseconds=1)  # the least step of a last_seen
 FORWARD = "/rpc/port-forward"
 CONNECT_SECONDS = 10.0  # for a port of a VM to answer
 MAX_TUNNELS = 1000  # at once: each has two sockets and up to a message of 16 MiB
@@ -217,7 +218,10 @@ class Worker:
     def _now(self) -> datetime.datetime:
         """Give the time, or when the clock was set back, one that is at least later than every one before."""
         now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
-        self._last_seen = max(now, self._last_seen + datetime.timedelta(microseconds=1))
+        last = min(
+            self._last_seen, datetime.datetime.max.replace(tzinfo=datetime.UTC) - TICK
+        )  # anybody may have put it
+        self._last_seen = max(now, last + TICK)
         return self._last_seen
 
     async def _heartbeat(self) -> None:

@@ -215,6 +215,14 @@ async def test_a_clock_that_was_set_back_does_not_stop_heartbeats(site: Site) ->
     assert stamps == sorted(set(stamps))
 
 
+async def test_a_last_seen_at_the_end_of_time_is_survived(site: Site) -> None:
+    await site.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 1}})
+    await site.client.workers.put("mac", {"last_seen": "9999-12-31T23:59:59.999999Z"})
+    async with site.working():
+        await site.client.vms.create(name="vm", image="any")
+        await site.client.vms.wait("vm")
+
+
 async def test_output_waits_for_a_controller_that_is_away(site: Site) -> None:
     async with site.working():
         script = {"script_content": "echo before; while test ! -e ../go; do :; done; echo after"}
