@@ -65,7 +65,7 @@ NounT = TypeVar("NounT", VM, Worker, ServiceAccount)
 
 
 class API:
-    """The handlers and what they work on. `gate` None lets everybody do everything."""
+    """The handlers and what they work on. `gate` None lets everybody do everything; `offline_timeout` is in seconds."""
 
     def __init__(
         self,
@@ -79,6 +79,7 @@ class API:
         access_key: bytes,
         *,
         prefix: str = "",
+        offline_timeout: float = 0.0,
         clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ) -> None:
         self.store = store
@@ -90,6 +91,7 @@ class API:
         self.executor = executor
         self.gate = gate
         self.access_key = access_key
+        self.offline_timeout = offline_timeout
         self.clock = clock
         self.prefix = f"{prefix}/v1"
         self._router = Router([Route(op.method, self.prefix + op.path, op) for op in OPERATIONS])
@@ -142,7 +144,12 @@ class API:
         return Response(200)
 
     def info(self, request: Request) -> Answer:
-        return _ok(dump_json(encode(ControllerInfo(version=__version__, capabilities=CAPABILITIES))))
+        info = ControllerInfo(
+            version=__version__,
+            capabilities=CAPABILITIES,
+            worker_offline_timeout=int(1000 * self.offline_timeout),  # rounded down: workers give up before we do
+        )
+        return _ok(dump_json(encode(info)))
 
     def describe(self, request: Request) -> Answer:
         return _ok(self._document)

@@ -16,7 +16,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import trio
@@ -27,6 +28,7 @@ from orchard.client import Client, ClientError
 from orchard.controller import PORT, StartError
 from orchard.groups import unwrapped
 from orchard.journal import DamagedError, Disk, Journal
+from orchard.lock import LockError, locked
 from orchard.options import count, orchard_home, port
 from orchard.schema import VM
 from orchard.store import STATE_FILE, load
@@ -63,7 +65,7 @@ class Steps:
 
 async def demo(options: argparse.Namespace) -> None:
     """Show a VM's whole life. Raises StartError, ClientError."""
-    make_driver, kind = _driver(options)
+    make_driver, kind = _driver(options.tart)
     steps = Steps()
     print(f"Orchard {__version__}: a controller, a worker and a VM on this machine, in a throw-away directory.\n")
     async with cluster(workers=1, driver=make_driver) as running:
@@ -135,7 +137,7 @@ It stays until you press Ctrl-C. From another terminal:
 
 async def dev(options: argparse.Namespace) -> None:
     """Run a controller and workers until cancelled. Raises StartError."""
-    make_driver, kind = _driver(options)
+    make_driver, kind = _driver(options.tart)
     async with cluster(
         workers=options.workers, driver=make_driver, directory=options.directory, port=options.port
     ) as running:
@@ -144,11 +146,23 @@ async def dev(options: argparse.Namespace) -> None:
         await trio.sleep_forever()
 
 
-def _driver(options: argparse.Namespace) -> tuple[Callable[[str], Driver] | None, str]:
-    tart = None if options.synthetic else shutil.which("tart")
+def _driver(tart: str | None) -> tuple[Callable[[str], Driver] | None, str]:
     if tart is None:
         return None, "with synthetic VMs: directories and processes, no hypervisor"
-    return (lambda _: TartDriver(tart)), f"with VMs by {tart}"
+    return (lambda _: TartDriver(tart, orchard_home() / "tart")), f"with VMs by {tart}"
+
+
+@contextmanager
+def _host_to_itself(options: argparse.Namespace) -> Iterator[None]:
+    """Keep other workers off this host's VMs: each deletes those of ours that it does not know. Raises LockError."""
+    options.tart = None if options.synthetic else shutil.which("tart")
+    if options.tart is None:
+        yield
+        return
+    if getattr(options, "workers", 1) > 1:
+        raise LockError("one host's VMs belong to one worker, so --workers is for --synthetic")
+    with locked(orchard_home(), "worker.lock"):
+        yield
 
 
 # ---- orchard bootstrap-token ---------------------------------------------------------------------------------------
@@ -212,9 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bootstrap_token(options)
     logs.configure(debug=options.debug, quiet=not options.debug)
     try:
-        with unwrapped():
+        with _host_to_itself(options), unwrapped():
             trio.run(_until_signal, demo if options.verb == "demo" else dev, options, strict_exception_groups=True)
-    except (StartError, ClientError) as error:
+    except (StartError, ClientError, LockError) as error:
         return _complain(str(error))
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes there

@@ -158,6 +158,8 @@ class Cluster:
                 restarted=self._restarted,
                 profile=state.settings.scheduler_profile,
                 offline_timeout=self._offline_timeout,
+                departed=self.presence.departed,
+                began=self.presence.began,
             )
             plan = scheduler.plan(snapshot, now)
             if not self._apply(plan, now, clock):
@@ -312,6 +314,7 @@ async def run(
             gate,
             key,
             prefix=settings.prefix,
+            offline_timeout=settings.worker_offline_timeout,
         )
         async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored
             await writers.start(store.run)

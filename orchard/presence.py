@@ -5,6 +5,9 @@ wall clock, and nothing that happened while the controller was away, can make a 
 life are its registration, its heartbeats, the pongs on its watch, and its polls of its VMs. A poll counts only when it
 comes from where one of the others came from, because anybody may list a worker's VMs.
 
+A worker that was deleted may be alive, and run its VMs until it hears of that or its lease ends: `departed` remembers
+when it was last seen, for as long as that can matter.
+
 `last_seen`, the time in the API, is what the worker's own clock said: it tells a heartbeat from other changes.
 It is not stored; a thousand heartbeats cost the disk nothing.
 """
@@ -39,7 +42,9 @@ class Presence:
         self._returned = returned
         self._last_seen: dict[str, datetime.datetime] = {}
         self._source: dict[str, Source] = {}
-        self.seen: dict[str, float] = dict.fromkeys(known, clock())
+        self.began = clock()
+        self.seen: dict[str, float] = dict.fromkeys(known, self.began)
+        self.departed: dict[str, float] = {}
 
     def alive(self, worker: str) -> None:
         """Note a sign of life of a worker that has arrived; one that was forgotten has to arrive again."""
@@ -70,7 +75,10 @@ class Presence:
             self.alive(worker)
 
     def forget(self, worker: str) -> None:
-        self.seen.pop(worker, None)
+        """Note that a worker was deleted."""
+        recent = self._clock() - self._offline_timeout
+        self.departed = {name: seen for name, seen in self.departed.items() if seen > recent}
+        self.departed[worker] = self.seen.pop(worker, self.began)
         self._last_seen.pop(worker, None)
         self._source.pop(worker, None)
 

@@ -7,7 +7,8 @@ to another picture than the one that it was made from, and so never hands out wh
 Three steps, in this order:
 
 1. VMs whose worker is gone or silent fail, with a reason.
-2. Failed VMs that want to be restarted go back to pending, each at most once per RESTART_PAUSE.
+2. Failed VMs that want to be restarted go back to pending, each at most once per RESTART_PAUSE. One whose worker was
+   deleted may still run there, for as long as a silent worker may run it: until then it has to wait.
 3. Pending VMs, oldest first, get the fullest (or emptiest, by profile) worker that has what they ask for. One that
    fits nowhere gets a reason, and does not hold up the next.
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import bisect
 import datetime
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +41,8 @@ class Snapshot:
     restarted: Mapping[str, float]  # VM uid -> its last restart
     profile: SchedulerProfile
     offline_timeout: float  # seconds of silence after which a worker counts as offline
+    departed: Mapping[str, float] = field(default_factory=dict)  # deleted worker -> its last sign of life before that
+    began: float = 0.0  # when the controller started: what it knew of deleted workers before, it has forgotten
 
     def online(self, worker: str, now: float) -> bool:
         return worker in self.seen and now < self.seen[worker] + self.offline_timeout
@@ -93,11 +97,16 @@ def _plan_restart(vm: VM, snapshot: Snapshot, now: float, result: Plan) -> None:
     # A VM that was to rest has nothing to run again for, and its disk is on the worker that it failed on.
     if vm.spec.restart_policy != "OnFailure" or vm.spec.power_state != "running":
         return
-    last = snapshot.restarted.get(vm.uid)
-    if last is None or now >= last + RESTART_PAUSE:
+    worker = vm.state.worker
+    seen = snapshot.departed.get(worker, -math.inf)
+    if worker not in snapshot.workers:
+        seen = max(seen, snapshot.seen.get(worker, snapshot.began))
+    last = snapshot.restarted.get(vm.uid, -math.inf)
+    at = max(seen + snapshot.offline_timeout, last + RESTART_PAUSE)
+    if now >= at:
         result.restart.append(vm.name)
     else:
-        result.due(last + RESTART_PAUSE)
+        result.due(at)
 
 
 # ---- placing -------------------------------------------------------------------------------------------------------

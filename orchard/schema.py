@@ -523,6 +523,9 @@ class ControllerInfo:
     version: str = attr("version", "Version number", zero="")
     commit: str = attr("commit", "Commit hash", zero="", default="")
     capabilities: tuple[str, ...] = attr("capabilities", "Supported capabilities", zero=(), default=[])
+    worker_offline_timeout: int = attr(
+        "workerOfflineTimeoutMs", "Milliseconds of silence after which a worker's VMs fail", zero=0
+    )
 
 
 @dataclass(frozen=True, slots=True)

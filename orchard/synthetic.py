@@ -6,8 +6,11 @@ shell of this host, with that directory as HOME. There is no isolation whatever:
 has to exist.
 
 What the script starts is in a session of its own and gets ORCHARD_VM=home/NAME in its environment. It is killed with
-its process group when the VM ends. If the worker was killed itself, the file `scripted` is left, and `delete` looks for
-processes by that variable: a process number alone could be somebody else's by then.
+its process group when the VM ends. If the worker was killed itself, the file `scripted` is left, and `run` and `delete` look
+for processes by that variable: a process number alone could be somebody else's by then.
+
+A VM that runs is known to this object alone: it outlives a worker that is given the same driver again, and lives no longer
+than the process. So does the keeping of its lease.
 
 Nothing is synced to the disk: a power failure may cost VMs, as it does for any host. A life without a script takes
 about a millisecond of the processor; a thread is only worth it where a script has left files to copy or to remove.
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -30,8 +34,10 @@ from typing import Any
 import trio
 
 from orchard import ssh
+from orchard.guard import EXPIRED
 from orchard.schema import NAME
 from orchard.tart import (
+    LEASE_OVER,
     Driver,
     DriverError,
     LocalVM,
@@ -52,16 +58,18 @@ VARIABLE = "ORCHARD_VM"
 
 
 class _Guest:
-    """A VM that runs: what ends it, and the shells that were started in it."""
+    """A VM that runs, and the shells that were started in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, leased: bool) -> None:
+        self.leased = leased
         self.order = trio.Event()  # to end
         self.ended = trio.Event()
+        self.look = trio.Event()  # that it has ended, or has another lease
         self.shells: list[trio.Process] = []
 
-    async def end(self) -> None:
-        self.order.set()
-        await self.ended.wait()
+    def tell(self) -> None:
+        self.look.set()
+        self.look = trio.Event()
 
 
 class SyntheticDriver(Driver):
@@ -72,6 +80,7 @@ class SyntheticDriver(Driver):
         self._boot_seconds = boot_seconds
         self._pull_seconds = pull_seconds
         self._guests: dict[str, _Guest] = {}
+        self._lease = math.inf  # until when leased VMs may run, in trio's time
 
     async def list_vms(self) -> list[LocalVM]:
         await trio.lowlevel.checkpoint()
@@ -91,7 +100,7 @@ class SyntheticDriver(Driver):
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
         local = source.startswith(LOCAL)
-        about = {**self._read(source), "source": source} if local else {"source": source, "state": "stopped"}
+        about = self._read(source) if local else {"state": "stopped"}
         if local and source in self._guests:
             raise DriverError(f'VM "{source}" is running and cannot be cloned')
         if not local:
@@ -109,7 +118,7 @@ class SyntheticDriver(Driver):
                 )  # fmt: skip
             else:
                 (draft / "root").mkdir()
-            _write(draft, about)
+            _write(draft, {**about, "source": source})
             draft.rename(directory)
         except OSError as error:
             raise DriverError(f'cannot make VM "{name}" in {self._home}: {error.strerror or error}') from error
@@ -147,21 +156,47 @@ class SyntheticDriver(Driver):
         about = self._read(name)
         if name in self._guests:
             raise DriverError(f'VM "{name}" is already running')
-        guest = self._guests[name] = _Guest()
-        try:
-            if about["state"] != "stopped":
-                _write(self._directory(name), {**about, "state": "stopped"})
-            with trio.move_on_after(self._boot_seconds if about["state"] == "stopped" else 0):
-                await guest.order.wait()
-            task_status.started()
+        if options.leased and trio.current_time() >= self._lease:
+            raise DriverError(EXPIRED)
+        if about["state"] != "stopped":
+            _write(self._directory(name), {**about, "state": "stopped"})
+        if (self._directory(name) / "scripted").exists():
+            await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
+        guest = self._guests[name] = _Guest(leased=options.leased)
+        with trio.move_on_after(self._boot_seconds if about["state"] == "stopped" else 0):
             await guest.order.wait()
-        finally:
-            guest.order.set()
-            await _kill(guest.shells)
-            with suppress(OSError):  # a script may have done anything to it; `delete` looks closer then
-                (self._directory(name) / "scripted").unlink(missing_ok=True)
-            del self._guests[name]
-            guest.ended.set()
+        task_status.started()
+        await self._until_ended(name, guest)
+
+    async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        self._read(name)
+        guest = self._guests.get(name)
+        if guest is None:
+            raise NotRunning(f'VM "{name}" is not running')
+        task_status.started()
+        await self._until_ended(name, guest)
+
+    async def _until_ended(self, name: str, guest: _Guest) -> None:
+        """Wait until a guest has ended, and end it when its lease does."""
+        while not guest.ended.is_set():
+            with trio.move_on_at(self._lease if guest.leased else math.inf):
+                await guest.look.wait()
+            if guest.leased and trio.current_time() >= self._lease and not guest.ended.is_set():
+                await self._end(name, guest)
+                raise DriverError(LEASE_OVER)
+
+    async def _end(self, name: str, guest: _Guest) -> None:
+        """End a guest with all that was started in it; whether or not cancelled."""
+        if guest.order.is_set():
+            await guest.ended.wait()
+            return
+        guest.order.set()
+        await _kill(guest.shells)
+        with suppress(OSError):  # a script may have done anything to it; `delete` looks closer then
+            (self._directory(name) / "scripted").unlink(missing_ok=True)
+        del self._guests[name]
+        guest.ended.set()
+        guest.tell()
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
         await trio.lowlevel.checkpoint()
@@ -173,12 +208,12 @@ class SyntheticDriver(Driver):
     async def stop(self, name: str) -> None:
         about = self._read(name)
         if guest := self._guests.get(name):
-            await guest.end()
+            await self._end(name, guest)
         elif about["state"] == "suspended":
             _write(self._directory(name), {**about, "state": "stopped"})
-            await trio.lowlevel.checkpoint()
         else:
             raise NotRunning(f'VM "{name}" is not running')
+        await trio.lowlevel.checkpoint()
 
     async def suspend(self, name: str) -> None:
         about = self._read(name)
@@ -186,7 +221,8 @@ class SyntheticDriver(Driver):
         if guest is None:
             raise NotRunning(f'VM "{name}" is not running')
         _write(self._directory(name), {**about, "state": "suspended"})
-        await guest.end()
+        await self._end(name, guest)
+        await trio.lowlevel.checkpoint()
 
     async def delete(self, name: str) -> None:
         self._read(name)
@@ -243,6 +279,27 @@ class SyntheticDriver(Driver):
             raise DriverError("the VM ended while its startup script ran")
         if transcript.exit_code != 0:
             raise ScriptFailed(transcript.exit_code, transcript.last_line)
+
+    async def recover(self) -> None:
+        await trio.lowlevel.checkpoint()  # a killed worker has left nothing under way but what `delete` finds
+
+    def lease(self, soft: float, hard: float) -> None:
+        self._lease = trio.current_time() + soft
+        for guest in self._guests.values():
+            guest.tell()
+
+    def note(self, name: str, text: str) -> None:
+        path = self._directory(name) / "note"
+        try:
+            path.write_text(text)
+        except OSError as error:
+            raise DriverError(f"cannot write {path}: {error.strerror}") from error
+
+    def noted(self, name: str) -> str:
+        try:
+            return (self._directory(name) / "note").read_text()
+        except OSError:
+            return ""
 
     # -- directories
 

@@ -1,32 +1,46 @@
 """The `tart` command line, and the interface that all VM drivers share. Law: processes; the only room that knows tart.
 
 `Driver` is what the worker knows of virtual machines: a dozen verbs, and errors whose text is fit for a status message.
-Every verb can be cancelled at any time: what it started is ended and reaped before the cancellation goes on.
+Every verb can be cancelled at any time: what it started is ended and reaped before the cancellation goes on. Only VMs
+run on: they outlive their worker, and the next one can `attach` to them. Nothing but their own end, `stop`, `suspend`
+and a lease that runs out ends them.
 
 `TartDriver` makes each verb one call of `tart` (or of `vetu`, its Linux sister, which has fewer flags). Pure functions
 make the argument list and read the output; `_execute` is the one place where a process lives. It gives the process a
-session of its own, so that a Ctrl-C on the worker's terminal does not hit VMs, reads both of its pipes from start to
-end but keeps only their tails, and asks it to end with SIGINT before it kills its group.
+session of its own, so that a Ctrl-C on the worker's terminal does not hit it, reads both of its pipes from start to
+end but keeps only their tails, and asks it to end with SIGINT before it kills its group. All verbs but `run` end by
+themselves, within VERB_SECONDS unless they transfer an image.
 
-`tart run` stays in the foreground and *is* the VM, so `run` stays with it. All other verbs end by themselves, within
-VERB_SECONDS unless they transfer an image.
+`tart run` stays in the foreground and *is* the VM, so a guard (guard.py) has it, and neither this driver nor its end
+touch it: `run` and `attach` only look on. What outlives a worker is in files below `home`:
+
+    NAME.run, NAME.log   what NAME's guard writes
+    NAME.note            what the worker wants to remember of NAME
+    lease                until when VMs may run that could be started elsewhere
+    calls/               a file for each call under way, locked as long as that lives, with the number of its process
+                         group: `recover` ends those that a killed worker has left
 
 Here too is what a worker asks of its Mac once, at start-up: the machine's id and the leases of the DHCP server.
 """
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import json
+import logging
 import math
 import os
 import plistlib
 import re
+import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -34,7 +48,7 @@ from xml.parsers.expat import ExpatError
 
 import trio
 
-from orchard import ssh
+from orchard import guard, ssh
 from orchard.schema import ARCHIVE, Runtime
 
 VERB_SECONDS = 300.0  # for a verb that transfers no image; the longest writes a big VM's memory to the disk
@@ -47,6 +61,13 @@ ABSENT = 2  # exit status of tart when there is no such VM, or it does not run
 MACHINE_ID_SECONDS = 10.0  # for ioreg
 READ_BYTES = 64 * 1024  # what a pipe holds
 MAX_PROGRESS = 4096  # bytes of an unfinished line in which a percentage is looked for
+WATCH_SECONDS = 0.25  # between two looks whether a VM runs; each is an open and a flock
+LOOK_SECONDS = 0.01  # the same, where somebody waits for it
+KILL_SECONDS = 5.0  # for a killed process to be gone
+NOT_FOUND, CANNOT_RUN = 127, 126  # exit status of a shell that was to run something
+KINDS = ("run", "log", "note", "new")  # of files about a VM
+CALLS, LEASE = "calls", "lease"
+LEASE_OVER = "ended by its host, which was cut off from the controller for so long that the VM might run elsewhere"
 MAX_LEASE = 3600  # seconds for which macOS may lend an address before it runs out of them
 
 INSTALL: Mapping[Runtime, str] = {
@@ -55,8 +76,18 @@ INSTALL: Mapping[Runtime, str] = {
 }
 DHCP_PLIST = Path("/Library/Preferences/SystemConfiguration/com.apple.InternetSharing.default.plist")
 MACHINE_ID = Path("/etc/machine-id")
+# A shell writes its number where the next worker can read it, and becomes the program, which keeps the lock's descriptor.
+_KNOWN = 'echo "$$" >&0; exec "$@" 3<&0 </dev/null'
+# The guard as a program, by the Python at hand and without the user's site-packages; out of a zip archive, too.
+_GUARD = (
+    "-ISc",
+    "import sys; sys.path.insert(0, sys.argv[1]); from orchard import guard; sys.exit(guard.main(sys.argv[2:]))",
+    str(Path(__file__).parent.parent),
+)
 _PERCENT = re.compile(rb"(\d{1,3})(?:\.\d+)?%")
 _PLATFORM_UUID = re.compile(rb'"IOPlatformUUID" = "([0-9A-Fa-f-]{36})"')
+
+log = logging.getLogger("orchard.tart")
 
 State = Literal["running", "suspended", "stopped"]
 Progress = Callable[[int], None]
@@ -111,6 +142,7 @@ class RunOptions:
     nested: bool = False
     suspendable: bool = False
     dirs: tuple[SharedDir, ...] = ()
+    leased: bool = False  # it is to end when the lease does
 
 
 class Driver(Protocol):
@@ -145,7 +177,13 @@ class Driver(Protocol):
     ) -> None:
         """Run a VM until it has shut down or was stopped or suspended; a suspended one resumes.
 
-        For `nursery.start`: started when the process is there. Cancelled, it stops the VM first.
+        For `nursery.start`: started when the process is there. Cancelled, it leaves the VM running; else nothing of it
+        runs any more.
+        """
+
+    async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Stay with a VM that runs already, as `run` would have. Raises what `run` raises, and NotRunning for one that
+        was not started by this driver, whether or not it runs.
         """
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
@@ -175,6 +213,21 @@ class Driver(Protocol):
         `on_line(line)`. Raises ScriptFailed; another DriverError when it did not begin or was cut off; and what
         `on_line` raises.
         """
+
+    async def recover(self) -> None:
+        """End what a killed worker has left under way on this host, other than VMs."""
+
+    def lease(self, soft: float, hard: float) -> None:
+        """Let leased VMs run on: from now on for `soft` seconds, then they shut down, and are killed after `hard`.
+
+        Whatever becomes of the worker, they end then, unless the lease was renewed.
+        """
+
+    def note(self, name: str, text: str) -> None:
+        """Keep a line with a local VM, for the next worker to read; it is gone when the VM is deleted."""
+
+    def noted(self, name: str) -> str:
+        """Give the line that was kept with a local VM ("": none)."""
 
 
 # ---- arguments and answers -----------------------------------------------------------------------------------------
@@ -319,33 +372,40 @@ async def _execute(
     command: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
     on_output: Callable[[bytes], None] = lambda _: None,
-    stop_seconds: float = STOP_SECONDS,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> Ended:
-    """Run a program to its end. Cancelled: SIGINT, after `stop_seconds` SIGKILL to its group, and it is reaped.
+    """Run a program to its end. Cancelled: SIGINT, after STOP_SECONDS SIGKILL to its group, and it is reaped.
 
     `on_output` sees the bytes of both pipes as they come. Raises DriverError when it cannot be started.
     """
     pipe = subprocess.PIPE
     try:
         process = await trio.lowlevel.open_process(
-            command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=env, start_new_session=True
+            command, stdin=stdin, stdout=pipe, stderr=pipe, env=env, start_new_session=True
         )
     except OSError as error:
         raise DriverError(f"cannot run {command[0]}: {error.strerror}") from error
     assert process.stdout is not None
     assert process.stderr is not None
     stdout, stderr = bytearray(), bytearray()
-    try:
-        task_status.started()
-        async with trio.open_nursery() as readers:
-            readers.start_soon(_read, process.stdout, stdout, on_output)
-            readers.start_soon(_read, process.stderr, stderr, on_output)
+    # Both pipes are read until the process has ended, cancelled or not: what is told to end may have something to say,
+    # and would die of a pipe that nobody reads before it has put its things in order.
+    reading = trio.CancelScope(shield=True)
+
+    async def read_both(streams: Sequence[tuple[trio.abc.ReceiveStream, bytearray]]) -> None:
+        with reading:
+            async with trio.open_nursery() as readers:
+                for stream, tail in streams:
+                    readers.start_soon(_read, stream, tail, on_output)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read_both, [(process.stdout, stdout), (process.stderr, stderr)])
+        try:
             await process.wait()
-            readers.cancel_scope.deadline = trio.current_time() + DRAIN_SECONDS
-    finally:
-        await _end(process, stop_seconds)
+        finally:
+            await _end(process)
+            reading.deadline = trio.current_time() + DRAIN_SECONDS
     assert process.returncode is not None
     return Ended(process.returncode, bytes(stdout), bytes(stderr))
 
@@ -358,11 +418,11 @@ async def _read(pipe: trio.abc.ReceiveStream, tail: bytearray, on_output: Callab
             del tail[:-OUTPUT_BYTES]
 
 
-async def _end(process: trio.Process, stop_seconds: float) -> None:
+async def _end(process: trio.Process) -> None:
     """Have a process end and reap it, if it did not yet; whether or not cancelled."""
     if process.returncode is None:
         process.send_signal(signal.SIGINT)
-        with trio.move_on_after(stop_seconds, shield=True):
+        with trio.move_on_after(STOP_SECONDS, shield=True):
             await process.wait()
     if process.returncode is None:
         await ssh.kill_group(process)
@@ -371,12 +431,14 @@ async def _end(process: trio.Process, stop_seconds: float) -> None:
 class TartDriver:
     """VMs by the `tart` program at `path`, or by `vetu`, with scripts over SSH. Makes no I/O until asked.
 
-    `env` adds to the worker's environment, which tart gets. `stop_seconds`: how long a guest may take to shut down.
+    `home` is this driver's directory: one that another worker has written to tells it which VMs run. `env` adds to the
+    worker's environment, which tart gets. `stop_seconds`: how long a guest may take to shut down.
     """
 
     def __init__(
         self,
         path: str,
+        home: Path,
         *,
         ssh_port: int = 22,
         vetu: bool = False,
@@ -384,19 +446,22 @@ class TartDriver:
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._path = path
+        self._home = home.absolute()
         self._ssh_port = ssh_port
         self._vetu = vetu
         self._program = "vetu" if vetu else "tart"
         self._stop_seconds = stop_seconds
         self._env = dict(env or {})
-        self._stopped: set[str] = set()  # names that were to stop since they last ran
+        self._look = trio.Event()  # that a VM may have ended
 
     async def list_vms(self) -> list[LocalVM]:
         output = await self._call("list", "--source", "local", "--format", "json")
         try:
-            return parse_list(output)
+            found = parse_list(output)
         except ValueError as error:
             raise DriverError(f"cannot read what {self._program} list prints: {error}") from error
+        # One that was started a moment ago runs, even if tart does not say so yet.
+        return [LocalVM(vm.name, "running") if self._guarded(vm.name) else vm for vm in found]
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         await self._transfer(on_progress, "pull", operand("image", image))
@@ -432,20 +497,68 @@ class TartDriver:
         self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         self._refuse(missing_in_vetu(options))
-        self._stopped.discard(name)
-        ended = await _execute(
-            [self._path, *run_arguments(name, options)],
-            env=self._environ(),
-            stop_seconds=self._stop_seconds,
-            task_status=task_status,
-        )
-        # The guest did not shut down in time, or was to stop before tart had got to handling that signal itself.
-        killed = ended.status in (-signal.SIGKILL, -signal.SIGINT)
-        if ended.status and not (killed and name in self._stopped):
-            raise failure(self._program, "run", ended.status, ended.stderr)
+        command = [self._path, *run_arguments(name, options)]
+        lease = str(self._home / LEASE) if options.leased else ""
+        files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
+        start = [sys.executable, *_GUARD, *files, f"{self._stop_seconds:g}", *command]
+        ended = await _execute(start, env=self._environ())
+        if ended.status:
+            raise DriverError(ssh.last_line(ended.stderr) or f"the guard of the VM ended with {ended.status}")
+        task_status.started()
+        await self._until_ended(name)
+
+    async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        if not self._guarded(name):
+            raise NotRunning(f'VM "{name}" is not running, or was not started by a worker with this directory')
+        task_status.started()
+        await self._until_ended(name)
+
+    async def _until_ended(self, name: str) -> None:
+        """Wait until a VM's guard is gone. Raises DriverError when the VM did not simply shut down or was stopped."""
+        while self._guarded(name):
+            with trio.move_on_after(WATCH_SECONDS):
+                await self._look.wait()
+        end = self._record(name)
+        if end.order == "lease":
+            raise DriverError(LEASE_OVER)
+        if end.status is None:
+            await self._stop_unguarded(name)
+            raise DriverError("the process that watched over the VM was killed")
+        if end.status and end.order != "stop":
+            raise failure(self._program, "run", end.status, self._said(name))
+
+    async def _stop_unguarded(self, name: str) -> None:
+        """Return when a VM does not run any more whose guard was killed, and so can't have ended it."""
+        while True:
+            try:
+                await self._call("stop", name, "--timeout", f"{math.ceil(self._stop_seconds)}")
+                return
+            except (NotRunning, NoSuchVM):
+                return
+            except DriverError as error:
+                log.error("a VM without a guard could not be stopped", extra={"vm": name, "reason": str(error)})
+                await trio.sleep(KILL_SECONDS)
+
+    def _said(self, name: str) -> bytes:
+        with suppress(OSError):
+            return self._file(name, "log").read_bytes()
+        return b""
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
         operand("VM name", name)
+        deadline = trio.current_time() + IP_SECONDS
+        while True:
+            try:
+                return await self._found_ip(name, bridged=bridged)
+            except NoSuchVM:
+                raise
+            except DriverError:
+                # tart may say at once, and not only when it has waited, that a VM has none that is just being started.
+                if trio.current_time() >= deadline or not self._guarded(name):
+                    raise
+            await trio.sleep(WATCH_SECONDS)
+
+    async def _found_ip(self, name: str, *, bridged: bool) -> str:
         if not bridged:
             return await self._ip(name, "--wait", str(IP_SECONDS))
         try:
@@ -464,16 +577,32 @@ class TartDriver:
             raise DriverError(f'{self._program} ip answers "{said}" for {name}, expected an address') from error
 
     async def stop(self, name: str) -> None:
-        self._stopped.add(name)
-        await self._call("stop", operand("VM name", name), "--timeout", f"{math.ceil(self._stop_seconds)}")
+        operand("VM name", name)
+        if not self._guarded(name):  # it rests, or somebody else has started it
+            await self._call("stop", name, "--timeout", f"{math.ceil(self._stop_seconds)}")
+            return
+        with trio.move_on_after(KILL_SECONDS):
+            while not self._signal_guard(name, signal.SIGTERM):  # noqa: ASYNC110 -- it writes its number down soon
+                await trio.sleep(LOOK_SECONDS)
+        await self._gone(name, self._stop_seconds + KILL_SECONDS)
 
     async def suspend(self, name: str) -> None:
         self._refuse("suspending")
         await self._call("suspend", operand("VM name", name))
+        await self._gone(name, KILL_SECONDS)
+
+    async def _gone(self, name: str, seconds: float) -> None:
+        """Wait until a VM that was told to end has, and let others see it at once. Raises DriverError."""
+        if not await _unlocked([self._file(name, "run")], seconds):
+            self._signal_guard(name, signal.SIGKILL)
+            raise DriverError(f"VM {name} did not end within {seconds:g} seconds, and was killed")
+        self._look.set()
+        self._look = trio.Event()
 
     async def delete(self, name: str) -> None:
         await self._call("delete", operand("VM name", name))
-        self._stopped.discard(name)
+        for kind in KINDS:
+            self._file(name, kind).unlink(missing_ok=True)
 
     async def run_script(
         self,
@@ -502,17 +631,116 @@ class TartDriver:
         if end.exit_code:
             raise ScriptFailed(end.exit_code, end.last_line)
 
+    async def recover(self) -> None:
+        calls = [path for path in self._directory(CALLS).iterdir() if path.is_file()]
+        for number, patience in ((signal.SIGINT, self._stop_seconds), (signal.SIGKILL, KILL_SECONDS)):
+            alive = [path for path in calls if guard.locked(path)]
+            for path in alive:
+                _signal_group(path, number)
+            await _unlocked(alive, patience)
+        for path in calls:
+            path.unlink(missing_ok=True)
+        names = {vm.name for vm in await self.list_vms()}
+        for path in self._home.iterdir():  # of VMs that somebody else has deleted
+            if path.suffix[1:] in KINDS and path.stem not in names and not self._guarded(path.stem):
+                path.unlink(missing_ok=True)
+
+    def lease(self, soft: float, hard: float) -> None:
+        now = guard.clock()
+        try:
+            guard.write_lease(self._directory() / LEASE, now + soft, now + hard)
+        except OSError as error:
+            raise DriverError(f"cannot write {self._home / LEASE}: {error.strerror}") from error
+
+    def note(self, name: str, text: str) -> None:
+        path = self._file(name, "note")
+        draft = path.with_suffix(".new")
+        try:
+            draft.write_text(text)
+            draft.rename(path)
+        except OSError as error:
+            raise DriverError(f"cannot write {path}: {error.strerror}") from error
+
+    def noted(self, name: str) -> str:
+        with suppress(OSError):
+            return self._file(name, "note").read_text()
+        return ""
+
     def _refuse(self, what: str) -> None:
         if self._vetu and what:
             raise DriverError(f"vetu has no {what}: such a VM needs a worker with tart")
 
+    # -- files
+
+    def _directory(self, *parts: str) -> Path:
+        path = self._home.joinpath(*parts)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise DriverError(f"cannot make the directory {path}: {error.strerror}") from error
+        return path
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self._directory() / f"{operand('VM name', name)}.{kind}"
+
+    def _guarded(self, name: str) -> bool:
+        path = self._file(name, "run")
+        try:
+            return guard.locked(path)
+        except OSError as error:
+            raise DriverError(f"cannot read {path}: {error.strerror}") from error
+
+    def _record(self, name: str) -> guard.Record:
+        path = self._file(name, "run")
+        try:
+            return guard.read(path)
+        except OSError as error:
+            raise DriverError(f"cannot read {path}: {error.strerror}") from error
+
+    def _signal_guard(self, name: str, number: signal.Signals) -> bool:
+        """Send a signal to a VM's guard (SIGKILL to the VM, too); False when its number is not known yet."""
+        record = self._record(name)
+        if not self._guarded(name):
+            return True
+        if not record.guard:
+            return False
+        with suppress(ProcessLookupError):  # it lives, so its number is still its own
+            os.kill(record.guard, number)
+            if number == signal.SIGKILL:
+                os.killpg(record.child, number)
+        return True
+
+    # -- processes
+
     def _environ(self) -> dict[str, str]:
         return {**os.environ, "CI": "1", **self._env}  # CI: progress in plain lines
+
+    async def _execute(
+        self, command: Sequence[str], *, what: str, on_output: Callable[[bytes], None] = lambda _: None
+    ) -> Ended:
+        """Run a program to its end, and let the next worker know of it until then. Raises DriverError."""
+        path = self._directory(CALLS) / f"{what}-{secrets.token_hex(8)}"
+        try:
+            with path.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                ended = await _execute(
+                    ["/bin/sh", "-c", _KNOWN, command[0], *command],
+                    stdin=file.fileno(),
+                    env=self._environ(),
+                    on_output=on_output,
+                )
+        except OSError as error:
+            raise DriverError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            path.unlink(missing_ok=True)
+        if ended.status in (CANNOT_RUN, NOT_FOUND):
+            raise DriverError(f"cannot run {command[0]}: {ssh.last_line(ended.stderr)}")
+        return ended
 
     async def _call(self, verb: str, *words: str) -> bytes:
         """Run a verb that ends soon, and give its stdout. Raises DriverError."""
         with trio.move_on_after(VERB_SECONDS):
-            ended = await _execute([self._path, verb, *words], env=self._environ())
+            ended = await self._execute([self._path, verb, *words], what=verb)
             if ended.status:
                 raise failure(self._program, verb, ended.status, ended.stderr)
             return ended.stdout
@@ -521,9 +749,24 @@ class TartDriver:
     async def _transfer(self, on_progress: Progress, verb: str, *words: str) -> None:
         """Run a verb that may take hours: it is for the caller to lose patience. Raises DriverError."""
         percentage = Percentage(on_progress)
-        ended = await _execute([self._path, verb, *words], env=self._environ(), on_output=percentage.feed)
+        ended = await self._execute([self._path, verb, *words], what=verb, on_output=percentage.feed)
         if ended.status:
             raise failure(self._program, verb, ended.status, ended.stderr)
+
+
+async def _unlocked(paths: Sequence[Path], seconds: float) -> bool:
+    """Wait until no process has any of some files locked; False when that takes too long."""
+    with trio.move_on_after(seconds):
+        while any(map(guard.locked, paths)):  # noqa: ASYNC110 -- nobody tells when a lock ends
+            await trio.sleep(LOOK_SECONDS)
+        return True
+    return False
+
+
+def _signal_group(path: Path, number: signal.Signals) -> None:
+    """Send a signal to the process group that has locked a file and written its number into it."""
+    with suppress(OSError, ValueError):  # it has just ended, or has written nothing yet
+        os.killpg(int(path.read_bytes()), number)
 
 
 # ---- the host ------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ async def cluster(
                     async with trio.open_nursery() as starting:
                         for number in range(1, workers + 1):
                             identity = _identity(f"worker-{number}", vms_per_worker)
-                            worker = Worker(identity, client, make_driver(identity.name))
+                            worker = Worker(identity, client, make_driver(identity.name), stop_vms_on_exit=True)
                             starting.start_soon(working.start, worker.run)
                     yield Cluster(running.url, client, account, token, running.ssh_port)
                     working.cancel_scope.cancel()

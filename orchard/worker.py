@@ -6,6 +6,12 @@ Two things go on beside each other. A *session* is the worker's talk with the co
 watch over which it is told to look again, the look itself (`sync`), and the reports. It ends at the first failure and
 begins anew after a pause. The VMs' tasks (`Instance`) are in a nursery around it: they don't notice.
 
+VMs outlive the worker, unless it is told otherwise, and the next one adopts those that it finds running (`_settle`).
+They do not outlive their lease: with each heartbeat that the controller has answered, the driver is told for how long
+VMs may run that the controller would start elsewhere when it hears no more of this worker. That is counted from when
+the heartbeat was sent, and is shorter than the controller's patience, which begins when it was received: so the VM has
+ended here before it is started there, whatever is broken in between.
+
 A look compares what the controller has with what is here, and ACTIONS says for each pair of states what to do. It gives
 orders and waits for nothing; what is to end is ordered first, and what is to begin waits until that has ended, because
 the scheduler has given its place away already.
@@ -32,7 +38,7 @@ from typing import Any, Literal
 
 import trio
 
-from orchard import __version__, logs
+from orchard import __version__, guard, logs
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError, in_words
 from orchard.codec import encode
@@ -54,16 +60,20 @@ from orchard.schema import (
 )
 from orchard.schema import Worker as WorkerNoun
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import Driver, DriverError, NotRunning, TartDriver, check_dhcp_lease, find_tart, machine_id
+from orchard.tart import Driver, DriverError, NotRunning, State, TartDriver, check_dhcp_lease, find_tart, machine_id
 from orchard.tunnel import BROKEN, NORMAL, splice
 
-HEARTBEAT_SECONDS = 15.0  # the controller calls a worker offline after 180
+HEARTBEAT_SECONDS = 15.0  # or less, if the controller's patience is shorter than the usual
+OFFLINE_TIMEOUT = 180.0  # seconds of the controller's patience, if it does not say
+HEARTBEATS = 8  # that may be lost before leased VMs are shut down
+SOFT, HARD = 0.75, 0.95  # of that patience: then leased VMs are told to shut down, and killed
 SYNC_SECONDS = 5.0  # between two looks that nobody asked for
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.5  # seconds between sessions, doubling: back within two seconds of the controller
 JITTER = 0.5  # share of a pause that is left to chance, so that a thousand workers don't come at once
 MACOS_VMS = 2  # that Apple's licence allows to run on one host
 OWN = "orchard-"  # with which the name of every local VM begins that is ours
 LOST = "lost: the worker was restarted, and the VM does not run any more"
+GOODBYE_SECONDS = 5.0  # to tell the controller of them
 EXIT_REFUSED = 2
 TICK = datetime.timedelta(microseconds=1)  # the least step of a last_seen
 FORWARD = "/rpc/port-forward"
@@ -123,16 +133,22 @@ class Worker:
         client: Client,
         driver: Driver,
         *,
+        stop_vms_on_exit: bool = False,
         clock: Callable[[], float] = time.time,
+        lease_clock: Callable[[], float] = guard.clock,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`clock` gives seconds since 1970, `chance` numbers from 0 to 1."""
+        """`clock` gives seconds since 1970, `lease_clock` seconds that nobody sets, `chance` numbers from 0 to 1."""
         self.identity = identity
         self.name = identity.name
         self.instances: dict[str, Instance] = {}  # by the VM's name on this host
         self._client = client
         self._driver = driver
+        self._stop_vms_on_exit = stop_vms_on_exit
+        self._stopped: list[Instance] = []  # that ended with this worker
         self._clock = clock
+        self._lease_clock = lease_clock
+        self._offline_timeout = OFFLINE_TIMEOUT
         self._chance = chance
         self._last_seen = datetime.datetime.min.replace(tzinfo=datetime.UTC)
         self._look = trio.Event()
@@ -142,10 +158,20 @@ class Worker:
         self._settled = False  # whether what an earlier worker left here is dealt with
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Work until cancelled; `started()` once registered. VMs end with it. Raises RefusedError."""
+        """Work until cancelled; `started()` once registered. Raises RefusedError."""
         with unwrapped():
-            async with trio.open_nursery() as vms:  # they outlive every session
-                await self._sessions(vms, task_status)
+            try:
+                async with trio.open_nursery() as vms:  # they outlive every session
+                    await self._sessions(vms, task_status)
+            finally:
+                with trio.move_on_after(GOODBYE_SECONDS, shield=True):
+                    await self._say_goodbye()
+
+    async def _say_goodbye(self) -> None:
+        """Tell the controller of the VMs that ended with this worker, if it can be reached."""
+        with suppress(ClientError):
+            for instance in self._stopped:
+                await self._report_one(instance, instance.report())
 
     async def _sessions(self, vms: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
         waiting = 0
@@ -163,7 +189,7 @@ class Worker:
                 log.exception("a session failed", extra={"worker": self.name}, exc_info=group)
             if refusal is not None:
                 raise refusal
-            waiting = 0 if trio.current_time() - began > HEARTBEAT_SECONDS else waiting + 1
+            waiting = 0 if trio.current_time() - began > self._heartbeat_seconds else waiting + 1
             pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(waiting, 10))
             await trio.sleep(pause * (1 - JITTER * self._chance()))
 
@@ -171,15 +197,14 @@ class Worker:
 
     async def _session(self, vms: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
         await self._register()
-        if not self._settled:
-            await self._settle(vms)
-            self._settled = True
-        log.info("registered with the controller", extra={"worker": self.name})
-        task_status.started()
-        task_status = trio.TASK_STATUS_IGNORED
-        self._changed()
         async with trio.open_nursery() as session:  # the first of them to fail ends the others
             session.start_soon(self._heartbeat)
+            if not self._settled:
+                await self._settle(vms)
+                self._settled = True
+                task_status.started()
+            log.info("registered with the controller", extra={"worker": self.name})
+            self._changed()
             session.start_soon(self._listen, vms)
             session.start_soon(self._report)
             while True:
@@ -189,6 +214,7 @@ class Worker:
                 self._look = trio.Event()
 
     async def _register(self) -> None:
+        sent = self._lease_clock()
         try:
             stored = await self._client.workers.register(self._description())
         except ResponseError as error:
@@ -196,6 +222,8 @@ class Worker:
                 raise RefusedError(f"the controller refuses this worker: {error.message}") from error
             raise
         self._admitted = True
+        self._offline_timeout = (await self._client.info()).worker_offline_timeout / 1000 or OFFLINE_TIMEOUT
+        self._renew(sent)
         self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
 
     def _description(self) -> dict[str, Any]:
@@ -224,14 +252,30 @@ class Worker:
         self._last_seen = max(now, last + TICK)
         return self._last_seen
 
+    @property
+    def _heartbeat_seconds(self) -> float:
+        return min(HEARTBEAT_SECONDS, SOFT * self._offline_timeout / HEARTBEATS)
+
     async def _heartbeat(self) -> None:
         while True:
-            await trio.sleep(HEARTBEAT_SECONDS)
+            await trio.sleep(self._heartbeat_seconds)
             # With what the controller has, and only a later last_seen: should this request arrive twice, the second
             # one is no heartbeat any more, and must not take a pause back.
             stored = await self._client.workers.get(self.name)
             self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
-            await self._client.workers.put(self.name, encode(replace(stored, last_seen=self._now())))
+            seen = self._now()
+            sent = self._lease_clock()
+            answer = await self._client.workers.put(self.name, encode(replace(stored, last_seen=seen)))
+            if answer.last_seen == seen:  # else somebody else's was later, and this one did not count
+                self._renew(sent)
+
+    def _renew(self, sent: float) -> None:
+        """Let leased VMs run on, by a heartbeat that was sent at `sent` and answered now."""
+        soft, hard = (sent + share * self._offline_timeout - self._lease_clock() for share in (SOFT, HARD))
+        try:
+            self._driver.lease(soft, hard)
+        except DriverError as error:
+            log.error("the lease of VMs cannot be renewed", extra={"worker": self.name, "reason": str(error)})
 
     async def _listen(self, lasting: trio.Nursery) -> None:
         """Follow the watch, and do what it says; what takes long, in a nursery that outlives the session."""
@@ -352,44 +396,40 @@ class Worker:
     # -- the look
 
     async def _settle(self, vms: trio.Nursery) -> None:
-        """Deal with what an earlier worker left on this host: keep what is at rest, end and delete all else of ours.
+        """Deal with what an earlier worker left on this host: adopt what runs, keep what is at rest, delete all else.
 
         Nothing that is not ours is touched.
         """
-        wanted = {vm.tart_name: vm for vm in await self._client.vms.list(worker=self.name)}
         try:
+            await self._driver.recover()
             found = [local for local in await self._driver.list_vms() if local.name.startswith(OWN)]
         except DriverError as error:
             raise ClientError(f"cannot tell which VMs are on this host: {error}") from error
-        for local in found:
-            vm = wanted.get(local.name)
-            if local.state == "running":
-                await self._end_stranger(local.name)
-            if vm is None or vm.state.status == "pending":
-                await self._delete_stranger(local.name)
-                continue
-            instance = self._instance(vm)
-            if vm.resting and local.state != "running":
-                log.info("found a VM at rest", extra={"vm": vm.name})
-            else:
-                instance.fail(LOST)
-            vms.start_soon(self._tend, instance, instance.keep)
+        wanted = {vm.tart_name: vm for vm in await self._client.vms.list(worker=self.name)}
+        async with trio.open_nursery() as ending:
+            for local in found:
+                vm = wanted.get(local.name)
+                runs = local.state == "running"
+                if vm is None or (vm.state.status == "pending" and not runs):  # it was to go, or is half-made
+                    ending.start_soon(self._remove_stranger, local.name)
+                    continue
+                instance = self._instance(vm, runs=runs)
+                if vm.state.status == "failed":
+                    instance.fail(vm.state.status_message)
+                elif not runs and not rests(vm, local.state):
+                    instance.fail(LOST)
+                log.info("found a VM", extra={"vm": vm.name, "state": local.state})
+                vms.start_soon(self._tend, instance, instance.adopt if runs else instance.keep)
 
-    async def _end_stranger(self, name: str) -> None:
+    async def _remove_stranger(self, name: str) -> None:
         try:
-            await self._driver.stop(name)
-        except NotRunning:
-            return
-        except DriverError as error:
-            log.error("cannot stop a VM that was left here", extra={"vm": name, "reason": str(error)})
-
-    async def _delete_stranger(self, name: str) -> None:
-        try:
+            with suppress(NotRunning):
+                await self._driver.stop(name)
             await self._driver.delete(name)
         except DriverError as error:
-            log.error("cannot delete a VM that was left here", extra={"vm": name, "reason": str(error)})
+            log.error("cannot remove a VM that was left here", extra={"vm": name, "reason": str(error)})
         else:
-            log.info("deleted a VM that was left here", extra={"vm": name})
+            log.info("removed a VM that was left here", extra={"vm": name})
 
     async def sync(self, vms: trio.Nursery) -> None:
         """Look at what the controller has for this worker, and give orders. Raises ClientError."""
@@ -401,7 +441,12 @@ class Worker:
         for name, action in actions.items():
             if name in self.instances:
                 self._order(self.instances[name], wanted.get(name), action)
-        ending = [instance.ended for instance in self.instances.values() if instance.ending]
+        # The places of these are given away already; one that fails by itself keeps its own until that is told.
+        ending = [
+            instance.ended
+            for name, instance in self.instances.items()
+            if instance.ending and _status(wanted.get(name)) in ("absent", "failed")
+        ]
         for name, action in actions.items():
             if action == "create":
                 instance = self._instance(wanted[name])
@@ -425,10 +470,16 @@ class Worker:
                 instance.reported = None
                 self._changed()
 
-    def _instance(self, vm: VM) -> Instance:
+    def _instance(self, vm: VM, *, runs: bool = False) -> Instance:
         instance = Instance(
-            vm, self._driver, changed=self._changed, send_events=self._send_events, clock=self._clock
-        )  # fmt: skip
+            vm,
+            self._driver,
+            changed=self._changed,
+            send_events=self._send_events,
+            clock=self._clock,
+            runs=runs,
+            outlives=not self._stop_vms_on_exit,
+        )
         self.instances[instance.name] = instance
         return instance
 
@@ -437,6 +488,13 @@ class Worker:
             await task()
         finally:
             del self.instances[instance.name]
+            if instance.stopped:
+                self._stopped.append(instance)
+
+
+def rests(vm: VM, state: State) -> bool:
+    """Whether a VM that does not run is where it was to come to rest."""
+    return vm.resting or (vm.state.status == "running" and vm.spec.power_state == state)
 
 
 def _status(one: Instance | VM | None) -> Local:
@@ -492,6 +550,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--default-cpu", metavar="N", type=count, default=DEFAULT_CPU, help="CPUs of a VM that names none")
     add("--default-memory", metavar="MIB", type=count, default=DEFAULT_MEMORY, help="memory of a VM that names none")
     add("--no-pki", action="store_true", help="trust no host's CAs: a certificate must be in the bootstrap token")
+    add("--stop-vms-on-exit", action="store_true",
+        help="end the VMs when this worker is told to end; default: they run on, for the next one")  # fmt: skip
     add("--workers", metavar="N", type=count, default=1, help="run N synthetic workers, NAME-1 to NAME-N")
     add("--debug", action="store_true", help="log more")
     add("--version", action="version", version=f"orchard {__version__}")
@@ -540,7 +600,7 @@ async def work(options: argparse.Namespace, client: Client) -> None:
             driver: Driver = (
                 SyntheticDriver(orchard_home() / "synthetic" / name / each)
                 if synthetic
-                else TartDriver(find_tart(options.tart, runtime), vetu=runtime == "vetu")
+                else TartDriver(find_tart(options.tart, runtime), orchard_home() / runtime, vetu=runtime == "vetu")
             )
             identity = Identity(
                 name=each,
@@ -552,7 +612,9 @@ async def work(options: argparse.Namespace, client: Client) -> None:
                 default_cpu=options.default_cpu,
                 default_memory=options.default_memory,
             )
-            nursery.start_soon(Worker(identity, client, driver).run)
+            # A synthetic VM is known to its driver alone, and so to this process.
+            stop_vms = synthetic or options.stop_vms_on_exit
+            nursery.start_soon(Worker(identity, client, driver, stop_vms_on_exit=stop_vms).run)
 
 
 async def until_signal(options: argparse.Namespace, client: Client) -> None:

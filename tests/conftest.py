@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ SSHD = Path(__file__).parent / "standin" / "sshd.py"
 
 
 @pytest.fixture(scope="session")
-def sshd() -> Iterator[int]:
+def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an SSH server, as it listens in a VM: admin/admin, and a shell of this host."""
-    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True)
+    # With a home of its own: what a developer's profile does in a login shell would be in these tests otherwise.
+    home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("home"))}
+    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True, env=home)
     assert process.stdout is not None
     yield int(process.stdout.readline())
     process.terminate()

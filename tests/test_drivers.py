@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,21 @@ import trio
 import trio.testing
 from processes import GENEROUS, at_rest, eventually, processes_in
 
+from orchard import guard
+from orchard.groups import unwrapped
+from orchard.guard import EXPIRED
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, ScriptFailed, TartDriver
+from orchard.tart import (
+    LEASE_OVER,
+    Driver,
+    DriverError,
+    LocalVM,
+    NoSuchVM,
+    NotRunning,
+    RunOptions,
+    ScriptFailed,
+    TartDriver,
+)
 
 STANDIN = Path(__file__).parent / "standin"
 IMAGE = "example.com/image:latest"
@@ -47,7 +60,11 @@ class Bench:
 def tart(home: Path, port: int = 22, **env: str) -> TartDriver:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it is called often: by the interpreter at hand
     return TartDriver(
-        str(STANDIN / "tart"), ssh_port=port, env={"TART_HOME": str(home), "PATH": path, **env}, stop_seconds=10
+        str(STANDIN / "tart"),
+        home / "driver",
+        ssh_port=port,
+        env={"TART_HOME": str(home), "PATH": path, **env},
+        stop_seconds=10,
     )
 
 
@@ -72,8 +89,12 @@ async def running(bench: Bench, name: str = NAME, **options: Any) -> AsyncIterat
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
         await eventually(partial(has_state, bench, name, "running"))  # started() is no promise that it has booted
-        yield ended
-        nursery.cancel_scope.cancel()
+        try:
+            yield ended
+        finally:
+            if not ended.is_set():
+                with trio.CancelScope(shield=True), suppress(NotRunning):
+                    await bench.driver.stop(name)
 
 
 async def has_state(bench: Bench, name: str, state: str) -> bool:
@@ -203,12 +224,81 @@ async def test_a_disk_only_grows(bench: Bench) -> None:
         await bench.driver.configure(NAME, disk_size=70)
 
 
-async def test_a_run_that_is_cancelled_stops_the_vm(bench: Bench) -> None:
+# ---- what outlives a worker ----------------------------------------------------------------------------------------
+
+
+async def left_running(bench: Bench, **options: Any) -> None:
+    """Run a VM, and cancel whoever stays with it."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(partial(bench.driver.run, NAME, RunOptions(**options)))
+        nursery.cancel_scope.cancel()
+    await eventually(partial(has_state, bench, NAME, "running"))
+
+
+async def test_a_vm_runs_on_when_nobody_stays_with_it_and_can_be_attached_to(bench: Bench) -> None:
     await bench.made()
-    async with running(bench):
-        pass
+    await left_running(bench)
+    for _ in range(2):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(bench.driver.attach, NAME)
+            nursery.cancel_scope.cancel()
+        assert await bench.states() == {NAME: "running"}
+    with trio.fail_after(GENEROUS):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(bench.driver.attach, NAME)
+            await bench.driver.stop(NAME)
     assert await bench.states() == {NAME: "stopped"}
+    with pytest.raises(NotRunning):
+        await bench.driver.attach(NAME)
     assert processes_in(bench.home) == []
+
+
+async def run_until_the_lease_ends(bench: Bench) -> None:
+    with unwrapped():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(bench.driver.run, NAME, RunOptions(leased=True)))
+            bench.driver.lease(0.3, 0.4)
+
+
+async def test_a_lease_that_runs_out_ends_those_vms_that_have_one(bench: Bench) -> None:
+    await bench.made()
+    await bench.made("orchard-free")
+    bench.driver.lease(1000.0, 1001.0)
+    async with running(bench, "orchard-free") as ended:
+        with pytest.raises(DriverError, match=LEASE_OVER), trio.fail_after(GENEROUS):
+            await run_until_the_lease_ends(bench)
+        assert await bench.states() == {NAME: "stopped", "orchard-free": "running"}
+        with pytest.raises(DriverError, match=EXPIRED):
+            await bench.driver.run(NAME, RunOptions(leased=True))
+        assert not ended.is_set()
+    assert processes_in(bench.home) == []
+
+
+async def test_a_lease_that_is_renewed_does_not_end(bench: Bench) -> None:
+    await bench.made()
+    bench.driver.lease(1000.0, 1000.0)
+    async with running(bench, leased=True) as ended:
+        bench.driver.lease(0.5, 0.5)
+        bench.driver.lease(1000.0, 1000.0)
+        began = guard.clock()
+        await eventually(lambda: guard.clock() > began + 0.6)
+        assert not ended.is_set()
+
+
+async def test_a_note_stays_with_its_vm(bench: Bench) -> None:
+    await bench.made()
+    assert bench.driver.noted(NAME) == ""
+    for text in ("one", "two"):
+        bench.driver.note(NAME, text)
+        assert bench.driver.noted(NAME) == text
+    await bench.driver.configure(NAME, cpu=3)
+    async with running(bench):
+        assert bench.driver.noted(NAME) == "two"
+    await bench.made("orchard-clone", NAME)
+    assert bench.driver.noted("orchard-clone") == ""
+    await bench.driver.delete(NAME)
+    await bench.made()
+    assert bench.driver.noted(NAME) == ""
 
 
 # ---- scripts -------------------------------------------------------------------------------------------------------
@@ -381,9 +471,10 @@ async def test_a_verb_cancelled_at_any_checkpoint_leaves_what_delete_can_remove(
                 cancelled = await broken_off(bench, step, call)
         else:
             cancelled = await broken_off(bench, step, call)
-        left = await bench.states()
-        assert "running" not in left.values()
-        for name in left:
+        for name, state in (await bench.states()).items():
+            if state == "running":  # it was broken off in starting it
+                with suppress(NotRunning):  # or in ending it
+                    await bench.driver.stop(name)
             await bench.driver.delete(name)
         await eventually(lambda: processes_in(bench.home) == [])
         if not cancelled:
@@ -402,15 +493,14 @@ def synthetic(tmp_path: Path) -> Bench:
     return Bench(SyntheticDriver(tmp_path), tmp_path)
 
 
-@pytest.mark.parametrize("verb", ["stop", "suspend", "cancel"])
+@pytest.mark.parametrize("verb", ["stop", "suspend"])
 async def test_what_a_script_left_in_the_background_ends_with_its_vm(synthetic: Bench, verb: str) -> None:
     await synthetic.made()
     async with running(synthetic) as ended:
         await script(synthetic, "(sleep 1000 & sleep 1000) & echo begun")
         assert processes_in(synthetic.home) != []
-        if verb != "cancel":
-            await getattr(synthetic.driver, verb)(NAME)
-            assert ended.is_set()
+        await getattr(synthetic.driver, verb)(NAME)
+        await ended.wait()
     await eventually(lambda: processes_in(synthetic.home) == [])
 
 
@@ -418,6 +508,9 @@ KILLED = """
 import sys, trio
 from functools import partial
 from pathlib import Path
+from orchard import guard
+from orchard.groups import unwrapped
+from orchard.guard import EXPIRED
 from orchard.synthetic import SyntheticDriver
 from orchard.tart import RunOptions
 

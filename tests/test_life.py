@@ -18,7 +18,7 @@ import trio
 from processes import at_rest, eventually, processes_in
 
 from orchard import lifecycle
-from orchard.life import LINES, SHUT_DOWN, Instance
+from orchard.life import CUT_OFF, LINES, SHUT_DOWN, STOPPED, UNNOTED, Instance, Note
 from orchard.schema import VM, Event, Worker, new_spec, patched_spec
 from orchard.synthetic import SyntheticDriver
 from orchard.tart import Driver, DriverError, TartDriver
@@ -53,10 +53,11 @@ class Host:
         self.hold: trio.Event | None = None  # what deliveries wait for
         self.runs = trio.Event()  # set when an instance has said that it runs
 
-    def instance(self, vm: VM) -> Instance:
+    def instance(self, vm: VM, **options: bool) -> Instance:
         instance = Instance(
             vm,
             self.driver,
+            **options,
             changed=lambda: self.heard(instance),
             send_events=self.send,
             clock=lambda: 1_700_000_000.5,
@@ -179,7 +180,7 @@ async def test_the_next_generation_is_booted_with_what_changed(host: Host) -> No
     vm = placed(startup_script={"script_content": "echo once"})
     async with tended(host, vm) as instance:
         await until(instance, lambda _: host.sent == ["once"])
-        await until(instance, lambda i: i._scripted)
+        await until(instance, lambda i: i._note.script == "done")
         instance.follow(changed(vm, cpu=8, headless=True))
         await until(instance, lambda i: i.observed == 2)
         assert host.about(instance)["cpu"] == 8
@@ -232,24 +233,136 @@ async def test_a_life_begins_when_those_that_were_told_to_end_have(host: Host) -
         await until(instance, lambda i: i.running)
 
 
-async def test_a_worker_that_ends_keeps_only_what_is_at_rest(host: Host) -> None:
-    resting, running = placed("resting"), placed("running")
+@asynccontextmanager
+async def abandoned(host: Host, vm: VM, **options: bool) -> AsyncIterator[Instance]:
+    """Let a VM live for the time of the block; then its worker ends."""
+    instance = host.instance(vm, **options)
     async with trio.open_nursery() as nursery:
-        instances = [host.instance(vm) for vm in (resting, running)]
-        for instance in instances:
-            nursery.start_soon(instance.tend)
-            await until(instance, lambda i: i.running)
-        instances[0].follow(changed(resting, powerState="stopped"))
-        await until(instances[0], lambda i: i.observed == 2)
+        nursery.start_soon(instance.tend)
+        await until(instance, lambda i: i.running)
+        yield instance
         nursery.cancel_scope.cancel()
-    assert [vm.name for vm in await host.driver.list_vms()] == [resting.tart_name]
-    # The next worker takes it over, and can delete it.
-    again = host.instance(changed(resting, powerState="stopped"))
+
+
+@asynccontextmanager
+async def adopted(host: Host, vm: VM) -> AsyncIterator[Instance]:
+    """Go on with a VM for the time of the block, and remove it then."""
+    instance = host.instance(vm, runs=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(instance.adopt)
+        yield instance
+        instance.remove()
+
+
+async def test_a_vm_at_rest_stays_when_its_worker_ends_and_the_next_one_can_delete_it(host: Host) -> None:
+    vm = placed()
+    stopped = changed(vm, powerState="stopped")
+    async with abandoned(host, vm) as instance:
+        instance.follow(stopped)
+        await until(instance, lambda i: i.observed == 2)
+    assert [(local.name, local.state) for local in await host.driver.list_vms()] == [(vm.tart_name, "stopped")]
+    again = host.instance(stopped)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(again.keep)
         await until(again, lambda i: i.observed == 2)
         again.remove()
     assert host.left() == []
+
+
+async def test_a_vm_that_runs_outlives_its_worker_and_is_gone_on_with(host: Host) -> None:
+    vm = placed(startup_script={"script_content": "echo once"}, cpu=2)
+    async with abandoned(host, vm) as instance:
+        await until(instance, lambda i: i._note.script == "done")
+    assert [local.state for local in await host.driver.list_vms()] == ["running"]
+    host.said.clear()
+    async with adopted(host, vm) as instance:
+        assert (instance.status, instance.running) == ("running", True)
+        await until(instance, lambda i: i.observed == 1)
+        assert instance.image_fqn.startswith("image@sha256:")
+        instance.follow(changed(vm, cpu=8))
+        await until(instance, lambda i: i.observed == 2)
+        assert host.about(instance)["cpu"] == 8
+    assert host.sent == ["once"], "the script runs once in a life"
+    assert host.story() == [("running", "", True, 1), ("running", "", False, 1), ("running", "", True, 2)]
+    assert host.left() == []
+
+
+@pytest.mark.parametrize(
+    ("spec", "patch", "state"),
+    [({"suspendable": True}, {"powerState": "suspended"}, "suspended"), ({}, {"powerState": "stopped"}, "stopped")],
+)
+async def test_what_was_wanted_while_there_was_no_worker_is_done(
+    host: Host, spec: dict[str, object], patch: dict[str, object], state: str
+) -> None:
+    vm = placed("vm", **spec)
+    async with abandoned(host, vm):
+        pass
+    async with adopted(host, changed(vm, **patch)) as instance:
+        await until(instance, lambda i: i.observed == 2)
+        assert (instance.status, instance.running) == ("running", False)
+        assert host.about(instance)["state"] == state
+
+
+async def test_a_script_that_nobody_followed_to_its_end_fails_the_vm(host: Host) -> None:
+    vm = placed(startup_script={"script_content": "echo begun; sleep 1000"})
+    async with abandoned(host, vm):
+        await eventually(lambda: host.sent == ["begun"])
+    async with adopted(host, vm) as instance:
+        await until(instance, lambda i: i.status == "failed")
+        assert instance.message == CUT_OFF
+        assert [local.state for local in await host.driver.list_vms()] == ["stopped"]
+    await eventually(lambda: processes_in(host.home) == [])
+
+
+async def test_a_vm_of_which_nothing_is_noted_is_ended(host: Host) -> None:
+    vm = placed()
+    async with abandoned(host, vm) as instance:
+        pass
+    host.driver.note(instance.name, "[]")
+    async with adopted(host, vm) as instance:
+        await until(instance, lambda i: i.status == "failed")
+        assert instance.message == UNNOTED
+        assert [local.state for local in await host.driver.list_vms()] == ["stopped"]
+
+
+async def test_a_vm_that_is_not_to_outlive_its_worker_ends_with_it(host: Host) -> None:
+    async with abandoned(host, placed(), outlives=False) as instance:
+        pass
+    assert host.left() == []
+    assert instance.stopped
+    assert host.story()[-1] == ("failed", STOPPED, False, 1)
+
+
+async def test_a_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = trio.Event()
+    stop = host.driver.stop
+
+    async def stubborn(name: str) -> None:
+        if not refused.is_set():
+            refused.set()
+            raise DriverError("it hangs")
+        await stop(name)
+
+    monkeypatch.setattr(host.driver, "stop", stubborn)
+    monkeypatch.setattr("orchard.life.STOP_PAUSE", 0.0)
+    async with tended(host, placed()) as instance:
+        await until(instance, lambda i: i.running)
+        states: list[str] = []
+        guests = vars(host.driver)["_guests"]
+        monkeypatch.setattr(host, "heard", lambda i: states.append(f"{i.status} {i.name in guests}"))
+        instance.fail("told to")
+        await instance.ended.wait()
+        assert refused.is_set()
+        assert states == ["failed False"]
+
+
+def test_a_note_is_read_as_it_was_written() -> None:
+    for script in ("", "begun", "done"):
+        note = Note(3, (4, 8192, 50), suspendable=True, script=script)
+        assert Note.parse(str(note)) == note
+    for text in ("", "{}", "[]", '[1, [1, 2], true, ""]', '[1, [1, 2, 3], 1, ""]', '[1, [1, 2, 3], true, "x"]'):
+        with pytest.raises(ValueError, match="is no note about a VM"):
+            Note.parse(text)
 
 
 async def test_a_vm_that_cannot_be_deleted_is_tried_again(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,19 +410,21 @@ class AtStep(trio.abc.Instrument):
 async def one_life(home: Path, step: int, order: str) -> bool:
     """Live, with a script; at some step the VM is told to end, or its task is cancelled. Give whether it came to it."""
     host = Host(home)
-    instance = host.instance(placed(startup_script={"script_content": "echo hello; sleep 1000 & echo over"}))
+    vm = placed(startup_script={"script_content": "echo hello; sleep 1000 & echo over"})
+    instance = host.instance(vm, outlives=order != "stop")
     async with trio.open_nursery() as nursery:
         orders: dict[str, Callable[[], None]] = {
             "remove": instance.remove,
             "fail": partial(instance.fail, "told"),
-            "cancel": nursery.cancel_scope.cancel,
+            "stop": nursery.cancel_scope.cancel,
+            "leave": nursery.cancel_scope.cancel,
             "cancel the removal": nursery.cancel_scope.cancel,
         }
         instrument = AtStep(step, orders[order])
         nursery.start_soon(instance.tend)
         if order != "cancel the removal":
             trio.lowlevel.add_instrument(instrument)
-        await eventually(lambda: instance._scripted or instrument.left <= 0)
+        await eventually(lambda: instance._note.script == "done" or instrument.left <= 0)
         if order == "cancel the removal":
             trio.lowlevel.add_instrument(instrument)
         if order == "fail" and instrument.left <= 0:
@@ -317,13 +432,29 @@ async def one_life(home: Path, step: int, order: str) -> bool:
         instance.remove()
     trio.lowlevel.remove_instrument(instrument)
     assert instance.ended.is_set()
+    if order in ("leave", "cancel the removal"):
+        await taken_over(host, vm)
     assert await host.driver.list_vms() == []
     assert host.left() == []
     await eventually(lambda: processes_in(home) == [])  # who is killed takes a moment to be gone
     return instrument.left <= 0
 
 
-@pytest.mark.parametrize(("order", "steps"), [("remove", 20), ("fail", 20), ("cancel", 20), ("cancel the removal", 5)])
+async def taken_over(host: Host, vm: VM) -> None:
+    """Do with what was left of a VM as the next worker does, and remove it."""
+    for local in await host.driver.list_vms():
+        if local.state == "stopped":  # it had not begun to run, as the controller knows
+            assert not any(report["status"] == "running" for report in host.said)
+            await host.driver.delete(local.name)
+            continue
+        async with adopted(host, vm) as instance:
+            await until(instance, lambda i: i.observed == 1 or i.status == "failed")
+            assert instance.message in ("", CUT_OFF)
+
+
+@pytest.mark.parametrize(
+    ("order", "steps"), [("remove", 20), ("fail", 20), ("stop", 20), ("leave", 20), ("cancel the removal", 5)]
+)
 def test_a_life_that_ends_at_any_checkpoint_leaves_nothing(tmp_path: Path, order: str, steps: int) -> None:
     for step in itertools.count(1):
         if not trio.run(one_life, tmp_path / str(step), step, order, strict_exception_groups=True):
@@ -337,9 +468,10 @@ TART = Path(__file__).parent / "standin" / "tart"
 async def one_life_on_tart(home: Path, step: int) -> bool:
     """As `one_life`, on the stand-in for tart, without a script; the task is cancelled."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # another python3 may take long to start
-    driver = TartDriver(str(TART), env={"TART_HOME": str(home), "PATH": path})
+    driver = TartDriver(str(TART), home / "driver", env={"TART_HOME": str(home), "PATH": path})
     host = Host(home, driver)
-    instance = host.instance(placed(image="example.com/image", imagePullPolicy="Always"))
+    vm = placed(image="example.com/image", imagePullPolicy="Always")
+    instance = host.instance(vm)
     async with trio.open_nursery() as nursery:
         instrument = AtStep(step, nursery.cancel_scope.cancel)
         trio.lowlevel.add_instrument(instrument)
@@ -350,6 +482,7 @@ async def one_life_on_tart(home: Path, step: int) -> bool:
                     waiting.start_soon(cancel_at, event, waiting.cancel_scope)
         instance.remove()
     trio.lowlevel.remove_instrument(instrument)
+    await taken_over(host, vm)
     assert await driver.list_vms() == []
     return instrument.left <= 0
 

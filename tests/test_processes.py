@@ -117,7 +117,7 @@ async def test_a_killed_worker_leaves_nothing_once_it_is_back(tmp_path: Path) ->
                 await client.vms.delete("lost")
                 await gone(homes)
                 assert stranger.exists()
-                assert processes_in(homes) == []
+                await eventually(lambda: processes_in(homes) == [])
                 assert worker.stop() == 0
 
 

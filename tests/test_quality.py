@@ -27,6 +27,7 @@ ROOMS = (
     "logs",
     "options",
     "lock",
+    "guard",
     "journal",
     "store",
     "events",

@@ -16,18 +16,22 @@ from processes import eventually
 
 from orchard import controller, worker
 from orchard.client import Client, ResponseError
+from orchard.life import SHUT_DOWN, STOPPED, Note
 from orchard.schema import TART_VMS, VM, Status
 from orchard.synthetic import SyntheticDriver
+from orchard.tart import RunOptions
 from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker
 
 
 class Site:
     """A controller that can be stopped and started on its port, and workers' hosts, all in one directory."""
 
-    def __init__(self, home: Path, nursery: trio.Nursery) -> None:
+    def __init__(self, home: Path, nursery: trio.Nursery, **settings: Any) -> None:
+        self.settings = settings
         self.home = home
         self.port = 0
         self.nursery = nursery
+        self.hosts: dict[str, SyntheticDriver] = {}  # they go on when a worker ends
         self.client: Client
         self._stop: trio.Event
         self._stopped: trio.Event
@@ -35,7 +39,7 @@ class Site:
     async def start(self) -> None:
         self._stop, self._stopped = trio.Event(), trio.Event()
         settings = controller.Settings(
-            data_dir=self.home / "controller", host="127.0.0.1", port=self.port, tls=False, auth=False
+            data_dir=self.home / "controller", host="127.0.0.1", port=self.port, tls=False, auth=False, **self.settings
         )
 
         async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
@@ -52,17 +56,18 @@ class Site:
         await self._stopped.wait()
 
     def driver(self, name: str = "mac") -> SyntheticDriver:
-        return SyntheticDriver(self.home / "vms" / name)
+        return self.hosts.setdefault(name, SyntheticDriver(self.home / "vms" / name))
 
-    def worker(self, client: Client, name: str = "mac", **identity: Any) -> Worker:
+    def worker(self, client: Client, name: str = "mac", stop_vms: bool = True, **identity: Any) -> Worker:
         identity = {"machine_id": "m", "resources": {TART_VMS: 2}, **identity}
-        return Worker(Identity(name=name, arch="arm64", runtime="tart", **identity), client, self.driver(name))
+        who = Identity(name=name, arch="arm64", runtime="tart", **identity)
+        return Worker(who, client, self.driver(name), stop_vms_on_exit=stop_vms)
 
     @asynccontextmanager
-    async def working(self, name: str = "mac", **identity: Any) -> AsyncIterator[Worker]:
-        """Run a worker for the time of the block; its VMs end with it."""
+    async def working(self, name: str = "mac", *, stop_vms: bool = True, **identity: Any) -> AsyncIterator[Worker]:
+        """Run a worker for the time of the block."""
         async with Client(self.client.url) as client, trio.open_nursery() as nursery:
-            running = self.worker(client, name, **identity)
+            running = self.worker(client, name, stop_vms, **identity)
             await nursery.start(running.run)
             yield running
             nursery.cancel_scope.cancel()
@@ -251,24 +256,112 @@ async def test_only_what_is_ours_and_wanted_by_nobody_is_deleted_at_the_start(si
         assert sorted(await site.left()) == ["mine", "not-orchard-x"]
 
 
-async def test_a_vm_at_rest_is_kept_and_one_that_ran_is_lost(site: Site) -> None:
-    async with site.working():
-        for name in ("resting", "running"):
+async def test_vms_outlive_their_worker_and_the_next_one_goes_on_with_them(site: Site) -> None:
+    async with site.working(stop_vms=False, resources={TART_VMS: 4}):
+        for name in ("resting", "running", "gone", "unwanted"):
             await site.client.vms.create(name=name, image="any")
             await site.client.vms.wait(name)
         await site.client.vms.patch("resting", powerState="stopped")
-        resting = await site.vm("resting", lambda vm: vm.resting)
-        running = await site.client.vms.get("running")
-    assert await site.left() == [resting.tart_name]
-    driver = site.driver()
-    await driver.clone("image", running.tart_name, lambda _: None)  # as a worker leaves it that was killed
-    async with site.working():
-        lost = await site.vm("running", lambda vm: vm.state.status == "failed")
+        await site.vm("resting", lambda vm: vm.resting)
+        before = {vm.name: vm for vm in await site.client.vms.list()}
+    assert len(await site.left()) == 4
+    await site.driver().stop(before["gone"].tart_name)
+    await site.client.vms.delete("unwanted")
+    async with site.working(stop_vms=False, resources={TART_VMS: 4}):
+        lost = await site.vm("gone", lambda vm: vm.state.status == "failed")
         assert lost.state.status_message == LOST
-        assert (await site.client.vms.get("resting")).resting
-        for name in ("resting", "running"):
+        assert await site.client.vms.get("running") == before["running"]
+        assert await site.client.vms.get("resting") == before["resting"]
+        states = {vm.name: vm.state for vm in await site.driver().list_vms()}
+        assert states == {
+            before["running"].tart_name: "running",
+            before["resting"].tart_name: "stopped",
+            before["gone"].tart_name: "stopped",
+        }
+        # It is looked after as ever: its end is seen, and told.
+        await site.driver().stop(before["running"].tart_name)
+        failed = await site.vm("running", lambda vm: vm.state.status == "failed")
+        assert failed.state.status_message == SHUT_DOWN
+        for name in ("resting", "running", "gone"):
             await site.client.vms.delete(name)
         await eventually(partial(nothing_left, site))
+
+
+async def test_a_rest_that_came_while_there_was_no_worker_is_no_failure(site: Site) -> None:
+    async with site.working(stop_vms=False):
+        await site.client.vms.create(name="vm", image="any")
+        vm = await site.client.vms.wait("vm")
+    await site.client.vms.patch("vm", powerState="stopped")
+    await site.driver().stop(vm.tart_name)  # as a worker does that is killed before it can say so
+    async with site.working():
+        await site.vm("vm", lambda vm: vm.resting)
+
+
+async def test_what_was_started_but_not_yet_told_is_gone_on_with(site: Site) -> None:
+    await site.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
+    await site.client.vms.create(name="vm", image="any")
+    vm = await site.vm("vm", lambda vm: vm.state.worker == "mac")
+    driver = site.driver()
+    await driver.clone("any", vm.tart_name, lambda _: None)
+    driver.note(vm.tart_name, str(Note(1, (4, 8192, 0), suspendable=False)))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, vm.tart_name, RunOptions())
+        nursery.cancel_scope.cancel()
+    async with site.working():
+        await site.vm("vm", lambda vm: vm.state.status == "running" and vm.state.image_fqn.startswith("any@sha256:"))
+
+
+async def test_a_worker_that_stops_its_vms_says_so(site: Site) -> None:
+    async with site.working():
+        await site.client.vms.create(name="vm", image="any")
+        await site.client.vms.wait("vm")
+    vm = await site.client.vms.get("vm")
+    assert (vm.state.status, vm.state.status_message) == ("failed", STOPPED)
+    assert await site.left() == []
+
+
+async def test_a_failure_is_told_when_the_guest_has_ended(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = site.driver()
+    ended = trio.Event()
+    stop = driver.stop
+
+    async def slow(name: str) -> None:
+        await ended.wait()
+        await stop(name)
+
+    monkeypatch.setattr(driver, "stop", slow)
+    async with site.working():
+        script = {"script_content": "echo begun; exit 1"}
+        await site.client.vms.create(name="vm", image="any", startup_script=script)
+        await eventually(partial(printed, site, ["begun"]))
+        await site.client.vms.create(name="other", image="any")
+        await site.client.vms.wait("other")
+        assert (await site.client.vms.get("vm")).state.status == "running"
+        ended.set()
+        await site.vm("vm", lambda vm: vm.state.status == "failed")
+
+
+async def test_vms_that_could_run_elsewhere_end_before_the_controller_starts_them_there(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    site = Site(tmp_path, nursery, worker_offline_timeout=1.0)
+    await site.start()
+    async with site.working(stop_vms=False):
+        for policy in ("Never", "OnFailure"):
+            await site.client.vms.create(name=policy, image="any", restart_policy=policy)
+            await site.client.vms.wait(policy)
+        names = {vm.name: vm.tart_name for vm in await site.client.vms.list()}
+        await site.stop()
+        await eventually(partial(runs_alone, site, names["Never"]))
+        await site.start()
+        again = await site.vm("OnFailure", lambda vm: vm.state.restart_count == 1 and vm.state.status == "running")
+        assert again.tart_name != names["OnFailure"]
+        assert (await site.client.vms.get("Never")).state.status == "running", "nobody would have started it elsewhere"
+    await site.stop()
+
+
+async def runs_alone(site: Site, name: str) -> bool:
+    return [vm.name for vm in await site.driver().list_vms() if vm.state == "running"] == [name]
 
 
 async def nothing_left(site: Site) -> bool:
