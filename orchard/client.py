@@ -264,8 +264,9 @@ class Client:
     async def aclose(self) -> None:
         """Close the idle connections; those at work close when they are done."""
         self._closed = True
-        while self._idle:
-            await trio.aclose_forcefully(self._idle.pop().stream)
+        with trio.CancelScope(shield=True):  # it waits for nobody; a cancellation would leave all but the first one open
+            while self._idle:
+                await trio.aclose_forcefully(self._idle.pop().stream)
         await trio.lowlevel.checkpoint()
 
     # -- the controller itself

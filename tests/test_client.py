@@ -412,3 +412,19 @@ async def test_a_ping_that_crosses_our_close_is_no_error() -> None:
         async with Client(url) as client, client.websocket("/x"):
             pass
         nursery.cancel_scope.cancel()
+
+
+async def test_a_client_that_is_closed_by_a_cancelled_task_closes_every_connection() -> None:
+    async with scripted([OK], [OK]) as (client, script):
+        async with trio.open_nursery() as nursery:  # two at once, over a connection each
+            nursery.start_soon(client.vms.list)
+            nursery.start_soon(client.vms.list)
+        assert script.opened == 2
+        streams = [connection.stream for connection in client._idle]
+        assert len(streams) == 2
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await client.aclose()
+        for stream in streams:
+            with pytest.raises(trio.ClosedResourceError):
+                await stream.receive_some(1)

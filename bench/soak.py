@@ -1,0 +1,299 @@
+"""What stays behind: hours of random use, and then as many descriptors, tasks, processes and files as before.
+
+    ./run bench soak [--seconds S] [--seed N]
+
+A controller and workers with synthetic VMs live in this process, on real sockets. VMs are created, changed and deleted,
+watched, reached through tunnels that are closed and broken off in every way; workers end and come back, with and without
+their VMs; strangers open connections and say nothing or nonsense. Now and then everything is brought to rest and
+counted. After a first round, which fills caches, nothing may be more than before, and memory may not grow.
+
+Prints what it counted, and ends with 1 if something was left. A seed gives the same actions, though not the same timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from orchard import controller
+from orchard.client import Client, ClientError
+from orchard.schema import TART_VMS
+from orchard.synthetic import SyntheticDriver
+from orchard.worker import Identity, Worker
+
+ACTIONS = 300  # in a round; 8 at once
+AT_ONCE = 8
+WORKERS = 4
+VMS = 12  # at most, of one name each: names are used again and again
+QUIET_SECONDS = 60.0  # for everything to come to rest
+SETTLED = 20  # times that the same is counted, a tenth of a second apart
+MEMORY_SHARE = 0.10  # of growth that is no leak: allocators keep what they got
+SCRIPTS = ("echo hello", "seq 200; exit 3", "sleep 1000", "sleep 1000 & echo over", "")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What there is when nothing happens."""
+
+    descriptors: int
+    tasks: int
+    threads: int
+    processes: int
+    files: int
+    memory: int  # KiB
+
+
+class Site:
+    """A controller, hosts that outlive their workers, and the workers."""
+
+    def __init__(self, home: Path, chance: random.Random) -> None:
+        self.home = home
+        self.chance = chance
+        self.done: Counter[str] = Counter()
+        self.hosts = {f"worker-{n}": SyntheticDriver(home / "vms" / f"worker-{n}") for n in range(WORKERS)}
+        self.client: Client
+        self.echo_port = 0
+        self._inside: trio.Nursery
+        self._scopes: dict[str, trio.CancelScope] = {}
+        self._ended: dict[str, trio.Event] = {}
+        self._restarting: set[str] = set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        settings = controller.Settings(
+            data_dir=self.home / "controller", host="127.0.0.1", port=0, tls=False, auth=False
+        )
+        stop = trio.Event()
+        for name in self.hosts:
+            (self.home / "vms" / name).mkdir(parents=True)
+        async with trio.open_nursery() as outside:
+            run = partial(controller.run, settings, stop=stop, grace=1.0)
+            self.url = (await outside.start(run)).url
+            async with trio.open_nursery() as self._inside, Client(self.url) as self.client:
+                listeners = await self._inside.start(trio.serve_tcp, echo, 0)
+                self.echo_port = listeners[0].socket.getsockname()[1]
+                for name in self.hosts:
+                    await self.start_worker(name)
+                yield
+                self._inside.cancel_scope.cancel()
+            stop.set()
+
+    async def start_worker(self, name: str, *, stop_vms: bool = False) -> None:
+        identity = Identity(name=name, arch="arm64", runtime="tart", machine_id=name, resources={TART_VMS: 4})
+        scope = self._scopes[name] = trio.CancelScope()
+        ended = self._ended[name] = trio.Event()
+
+        async def work(task_status: trio.TaskStatus[None]) -> None:
+            try:
+                with scope:
+                    async with Client(self.url) as client:
+                        worker = Worker(identity, client, self.hosts[name], stop_vms_on_exit=stop_vms)
+                        await worker.run(task_status=task_status)
+            finally:
+                ended.set()
+
+        await self._inside.start(work)
+
+    # -- what people do
+
+    async def act(self) -> None:
+        """Do something at random. What is refused is none of our business."""
+        actions: list[Callable[[], Awaitable[object]]] = [
+            *[self.create] * 6, *[self.delete] * 5, *[self.tunnel] * 6, self.change, self.watch, self.events,
+            self.address, self.restart_worker, self.stranger, self.abandon,
+        ]  # fmt: skip
+        action = self.chance.choice(actions)
+        self.done[getattr(action, "__name__", "?")] += 1
+        with suppress(ClientError, OSError, trio.BrokenResourceError, trio.TooSlowError):
+            await action()
+
+    def vm(self) -> str:
+        return f"vm-{self.chance.randrange(VMS)}"
+
+    async def create(self) -> None:
+        await self.client.vms.create(
+            name=self.vm(),
+            image="image",
+            suspendable=True,
+            restart_policy=self.chance.choice(["Never", "OnFailure"]),
+            startup_script={"script_content": self.chance.choice(SCRIPTS)},
+        )
+
+    async def delete(self) -> None:
+        await self.client.vms.delete(self.vm())
+
+    async def change(self) -> None:
+        await self.client.vms.patch(self.vm(), powerState=self.chance.choice(["running", "stopped", "suspended"]))
+
+    async def watch(self) -> None:
+        with trio.move_on_after(self.chance.random()):
+            async with self.client.vms.watch(self.vm()) as changes:
+                async for _ in changes:
+                    pass
+
+    async def events(self) -> None:
+        async for _ in self.client.vms.events(self.vm()):
+            pass
+
+    async def address(self) -> None:
+        await self.client.vms.ip(self.vm(), wait=1)
+
+    async def tunnel(self) -> None:
+        port = self.echo_port if self.chance.random() < 0.9 else 1
+        with trio.move_on_after(5 * self.chance.random()):
+            async with self.client.vms.port_forward(self.vm(), port, wait=1) as stream:
+                for _ in range(self.chance.randrange(4)):
+                    data = self.chance.randbytes(self.chance.choice([1, 1000, 200_000]))
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(stream.send_all, data)
+                        left = len(data)
+                        while left and (piece := await stream.receive_some(65536)):
+                            left -= len(piece)
+
+    async def restart_worker(self) -> None:
+        name = self.chance.choice(list(self.hosts))
+        if name not in self._restarting:
+            self._restarting.add(name)
+            await self.start_again(name, stop_vms=self.chance.random() < 0.3)
+            self._restarting.remove(name)
+
+    async def start_again(self, name: str, *, stop_vms: bool = False) -> None:
+        self._scopes[name].cancel()
+        await self._ended[name].wait()
+        await self.start_worker(name, stop_vms=stop_vms)
+
+    async def stranger(self) -> None:
+        """Say something, or half of it, on a connection of one's own."""
+        said = self.chance.choice(
+            [b"", b"GET /v1/vms HT", b"nonsense\r\n\r\n", b"POST /v1/vms HTTP/1.1\r\nHost: x\r\n"]
+        )
+        stream = await trio.open_tcp_stream("127.0.0.1", int(self.url.rpartition(":")[2]))
+        async with stream:
+            await stream.send_all(said)
+            with trio.move_on_after(self.chance.random()):
+                await stream.receive_some(1000)
+
+    async def abandon(self) -> None:
+        """Ask for something that takes long, and go away."""
+        with trio.move_on_after(0.1 * self.chance.random()):
+            async with self.client.vms.port_forward("nobody", 22, wait=60):
+                pass
+
+    # -- at rest
+
+    def files(self) -> list[Path]:
+        return sorted(self.home.rglob("*"))
+
+    async def rest(self) -> Count:
+        """Take everything away, wait until it is gone, and count what there is."""
+        with trio.fail_after(QUIET_SECONDS):
+            for vm in await self.client.vms.list():
+                with suppress(ClientError):
+                    await self.client.vms.delete(vm.name)
+            while any([await host.list_vms() for host in self.hosts.values()]) or processes():  # noqa: ASYNC110
+                await trio.sleep(0.05)  # what runs on a host tells nobody that it ended
+            for name in self.hosts:  # with connections as new as at the beginning
+                await self.start_again(name)
+            await self.client.aclose()
+            self.client = Client(self.url)
+            counts = [self.count()]
+            while len(counts) < SETTLED or len(set(counts[-SETTLED:])) > 1:
+                await trio.sleep(0.1)
+                counts.append(self.count())
+        gc.collect()
+        memory = int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())]))  # noqa: ASYNC221
+        return Count(*counts[-1], memory)
+
+    def count(self) -> tuple[int, int, int, int, int]:
+        return (
+            len(os.listdir("/dev/fd")),  # noqa: PTH208 -- names are all that is wanted
+            tasks(trio.lowlevel.current_root_task()),
+            sum(not thread.name.startswith("Trio") for thread in threading.enumerate()),  # those it keeps are idle
+            processes(),
+            len(self.files()),
+        )
+
+
+async def echo(stream: trio.SocketStream) -> None:
+    with suppress(trio.BrokenResourceError):
+        async for data in stream:
+            await stream.send_all(data)
+
+
+def tasks(task: trio.lowlevel.Task | None) -> int:
+    """Count a task and all those in its nurseries."""
+    if task is None:
+        return 0
+    return 1 + sum(tasks(child) for nursery in task.child_nurseries for child in nursery.child_tasks)
+
+
+def processes() -> int:
+    """Count this process's children, without the `ps` that tells."""
+    listed = subprocess.check_output(["ps", "-A", "-o", "ppid=,comm="], text=True)
+    pairs = (line.split(None, 1) for line in listed.splitlines())
+    return sum(1 for parent, name in pairs if int(parent) == os.getpid() and name.strip() != "ps")
+
+
+async def round_of(site: Site) -> None:
+    limit = trio.CapacityLimiter(AT_ONCE)
+
+    async def one() -> None:
+        async with limit:
+            await site.act()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(ACTIONS):
+            nursery.start_soon(one)
+
+
+async def soak(seconds: float, seed: int) -> int:
+    with tempfile.TemporaryDirectory(prefix="orchard-soak-") as home:
+        site = Site(Path(home), random.Random(seed))
+        async with site.running():
+            await round_of(site)
+            first = last = await site.rest()
+            print("at rest", *asdict(first), sep="\t")
+            print("first", *asdict(first).values(), sep="\t", flush=True)
+            until, rounds = trio.current_time() + seconds, 1
+            while trio.current_time() < until or rounds < 3:
+                await round_of(site)
+                last = await site.rest()
+                rounds += 1
+                print(rounds, *asdict(last).values(), sep="\t", flush=True)
+        left = {
+            what: (before, after)
+            for (what, before), after in zip(asdict(first).items(), asdict(last).values(), strict=True)
+            if after > (before * (1 + MEMORY_SHARE) if what == "memory" else before)
+        }
+        if "files" in left:
+            print("files:", *map(str, site.files()), sep="\n  ")
+    print(f"{sum(site.done.values())} actions, seed {seed}:", dict(site.done))
+    for what, (before, after) in left.items():
+        print(f"left behind: {what} were {before}, and are {after}")
+    return 1 if left else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./run bench soak")
+    parser.add_argument("--seconds", type=float, default=60.0, help="to go on for; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="default: a random one")
+    options = parser.parse_args()
+    return trio.run(soak, options.seconds, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
