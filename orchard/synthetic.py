@@ -243,7 +243,8 @@ class SyntheticDriver(Driver):
             _remove(grave)
             await trio.lowlevel.checkpoint()
         else:
-            await trio.to_thread.run_sync(_remove, grave)
+            with trio.CancelScope(shield=True):  # it takes as long as a disk does, and nobody would come back to it
+                await trio.to_thread.run_sync(_remove, grave)
 
     async def run_script(
         self,
@@ -281,7 +282,11 @@ class SyntheticDriver(Driver):
             raise ScriptFailed(transcript.exit_code, transcript.last_line)
 
     async def recover(self) -> None:
-        await trio.lowlevel.checkpoint()  # a killed worker has left nothing under way but what `delete` finds
+        # What a script left is found by `run` and `delete`; here is what a killed worker was just making or removing.
+        if self._home.exists():
+            for left in [*self._home.glob(".*.new"), *self._home.glob(".*.old")]:
+                await trio.to_thread.run_sync(_remove, left)
+        await trio.lowlevel.checkpoint()
 
     def lease(self, soft: float, hard: float) -> None:
         self._lease = trio.current_time() + soft

@@ -361,3 +361,24 @@ async def test_a_boot_can_be_stopped(home: Path, autojump_clock: trio.testing.Mo
         await driver.stop(NAME)
     assert trio.current_time() == pytest.approx(0)
     assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
+
+
+async def test_a_removal_that_has_begun_is_finished_though_it_is_cancelled(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    async with running(driver):
+        await script(driver, "touch file")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await driver.delete(NAME)
+    assert list(home.iterdir()) == []
+
+
+async def test_the_next_worker_removes_what_a_killed_one_was_making_or_removing(
+    driver: SyntheticDriver, home: Path
+) -> None:
+    await made(driver)
+    for left in (f".{LONGER}.new", f".{LONGER}.old"):
+        (home / left / "root").mkdir(parents=True)
+        (home / left / "root" / "file").touch()
+    await driver.recover()
+    assert [path.name for path in home.iterdir()] == [NAME]

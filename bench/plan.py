@@ -1,0 +1,119 @@
+"""What scheduling costs: placements a second, and what one change costs in a small and in a big cluster.
+
+    ./run bench plan
+
+Pure planning: 10,000 pending VMs on 5,000 workers with room for two, against the plain way to do it: sort all workers
+for each VM. One change: a VM's report in clusters of 100 and of 10,000 VMs, from the transaction to the next plan.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from pathlib import Path
+
+import trio
+from measure import async_rounds, rounds, show
+
+from orchard import lifecycle, scheduler
+from orchard.controller import Cluster, Settings
+from orchard.events import EventLog
+from orchard.schema import TART_VMS, VM, Report, Worker, new_spec
+from orchard.store import Store
+
+NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
+VMS, WORKERS, PER_WORKER = 10_000, 5_000, 2
+SORTED_VMS = 100  # of the plain way, which would take minutes for all of them
+CHANGES = 200
+
+
+def vm_of(number: int) -> VM:
+    spec = new_spec({"name": f"vm-{number}", "image": "image"}, [])
+    return lifecycle.create(f"vm-{number}", f"uid-{number}", spec, NOW + datetime.timedelta(seconds=number))
+
+
+def worker_of(number: int) -> Worker:
+    return Worker(name=f"worker-{number}", resources={TART_VMS: PER_WORKER})
+
+
+def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
+    snapshot = scheduler.Snapshot(
+        vms=vms,
+        workers=workers,
+        seen=dict.fromkeys(workers, 0.0),
+        restarted={},
+        profile="optimize-utilization",
+        offline_timeout=180.0,
+    )
+    assert len(scheduler.plan(snapshot, 0.0).assign) == len(vms)
+
+
+def sorted_each_time(vms: list[VM], workers: dict[str, Worker]) -> None:
+    loads = {name: scheduler.Load() for name in workers}
+    for vm in vms:
+        for name in sorted(workers, key=lambda name: (-loads[name].count, name)):
+            if scheduler.fits(vm, workers[name], loads[name]):
+                loads[name].add(vm)
+                break
+
+
+class Busy:
+    """A cluster with so many VMs that run."""
+
+    def __init__(self, home: Path, count: int) -> None:
+        self.store = Store.open(home, NOW)
+        self.cluster = Cluster(Settings(data_dir=home), self.store, EventLog(home / "events"))
+        self.names = [f"vm-{number}" for number in range(count)]
+        with self.store.transaction() as tx:
+            for number in range(-(-count // PER_WORKER)):
+                tx.put(worker_of(number))
+                self.cluster.presence.arrived(f"worker-{number}", ("", ""))
+            for number in range(count):
+                tx.put(vm_of(number))
+        self.cluster.schedule_now(trio.current_time(), NOW)
+        self.turn = 0
+
+    async def change(self) -> None:
+        for _ in range(CHANGES):
+            self.turn += 1
+            old = self.store.state.vms[self.names[self.turn % len(self.names)]]
+            seen = Report(uid=old.uid, status="running", status_message=f"turn {self.turn}")
+            with self.store.transaction() as tx:
+                tx.put(lifecycle.report(old, seen, NOW))
+            self.cluster.schedule_now(trio.current_time(), NOW)
+        await trio.lowlevel.checkpoint()
+
+
+async def changes() -> None:
+    import time
+
+    with tempfile.TemporaryDirectory() as small_home, tempfile.TemporaryDirectory() as big_home:
+        small, big = Busy(Path(small_home), 100), Busy(Path(big_home), VMS)
+        async with trio.open_nursery() as nursery:
+            for busy in (small, big):
+                nursery.start_soon(busy.store.run)
+            await small.store.settled()
+            await big.store.settled()
+            variants = {
+                f"one change among {VMS:,} VMs": (CHANGES, big.change),
+                "one change among 100 VMs": (CHANGES, small.change),
+            }
+            show(await async_rounds(variants, time.process_time))
+            nursery.cancel_scope.cancel()
+
+
+def main() -> None:
+    vms, workers = [vm_of(number) for number in range(VMS)], {w.name: w for w in map(worker_of, range(WORKERS))}
+    show(
+        rounds(
+            {
+                f"plan: {VMS:,} VMs on {WORKERS:,} workers": (VMS, lambda: planned(vms, workers)),
+                "workers sorted anew for each VM": (SORTED_VMS, lambda: sorted_each_time(vms[:SORTED_VMS], workers)),
+            }
+        )
+    )
+    trio.run(changes)
+
+
+if __name__ == "__main__":
+    main()
