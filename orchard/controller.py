@@ -109,15 +109,50 @@ class Cluster:
         self._wake = trio.Event()
         self._restarted: dict[str, float] = {}  # VM uid -> its last restart, by the monotonic clock
         self._offline_timeout = settings.worker_offline_timeout
-        self.presence = Presence(trio.current_time, self._offline_timeout, self.wake, store.state.workers)
+        self.presence = Presence(trio.current_time, self._offline_timeout, self._returned, store.state.workers)
+        self._write_book()
         store.on_commit(self._committed)
+        store.on_undo(self._write_book)
         store.on_durable(self._durable)
 
     def wake(self) -> None:
         """Have the scheduler look again."""
         self._wake.set()
 
+    def _write_book(self) -> None:
+        """Write the scheduler's book anew."""
+        state = self.store.state
+        self._book = scheduler.Book(
+            scheduler.Snapshot(
+                vms=(),
+                workers={},
+                seen=self.presence.seen,
+                restarted=self._restarted,
+                profile=state.settings.scheduler_profile,
+                offline_timeout=self._offline_timeout,
+                departed=self.presence.departed,
+                began=self.presence.began,
+            )
+        )
+        for worker in state.workers.values():
+            self._book.put_worker(worker)
+        for vm in state.vms.values():
+            self._book.put_vm(vm)
+
+    def _returned(self, worker: str) -> None:
+        self._book.heard(worker)
+        self.wake()
+
     def _committed(self, changes: list[Change]) -> None:
+        for change in changes:
+            if isinstance(change.new, VM):
+                self._book.put_vm(change.new)
+            elif isinstance(change.new, Worker):
+                self._book.put_worker(change.new)
+            elif isinstance(change.old, VM) and change.new is None:
+                self._book.drop_vm(change.name)
+            elif isinstance(change.old, Worker) and change.new is None:
+                self._book.drop_worker(change.name)
         self.wake()
 
     def _durable(self, changes: list[Change]) -> None:
@@ -150,18 +185,7 @@ class Cluster:
     def schedule_now(self, now: float, clock: datetime.datetime) -> float:
         """Plan and apply until there is nothing to do, and give when time alone makes it due again."""
         while True:
-            state = self.store.state
-            snapshot = scheduler.Snapshot(
-                vms=state.vms.values(),
-                workers=state.workers,
-                seen=self.presence.seen,
-                restarted=self._restarted,
-                profile=state.settings.scheduler_profile,
-                offline_timeout=self._offline_timeout,
-                departed=self.presence.departed,
-                began=self.presence.began,
-            )
-            plan = scheduler.plan(snapshot, now)
+            plan = self._book.plan(now, self.store.state.settings.scheduler_profile)
             if not self._apply(plan, now, clock):
                 return math.inf if plan.next_at is None else plan.next_at
 

@@ -26,14 +26,14 @@ Source = tuple[str, str]  # (service account, address of the host)
 class Presence:
     """`seen` is the live table that the scheduler reads: worker name -> its last sign of life, in seconds of `clock`.
 
-    `returned` is called when a worker gives a sign of life that had been offline.
+    `returned` is called with the name of a worker that gives a sign of life and had been offline.
     """
 
     def __init__(
         self,
         clock: Callable[[], float],
         offline_timeout: float,
-        returned: Callable[[], None],
+        returned: Callable[[str], None],
         known: Iterable[str] = (),
     ) -> None:
         """`known` are the workers of before the start, to whom the whole time-out is given anew."""
@@ -53,7 +53,7 @@ class Presence:
         now, before = self._clock(), self.seen.get(worker)
         self.seen[worker] = now
         if before is None or now >= before + self._offline_timeout:
-            self._returned()
+            self._returned(worker)
 
     def arrived(self, worker: str, source: Source) -> None:
         """Note a sign of life that only the worker gives, and where it comes from."""
@@ -77,7 +77,8 @@ class Presence:
     def forget(self, worker: str) -> None:
         """Note that a worker was deleted."""
         recent = self._clock() - self._offline_timeout
-        self.departed = {name: seen for name, seen in self.departed.items() if seen > recent}
+        for name in [name for name, seen in self.departed.items() if seen <= recent]:
+            del self.departed[name]
         self.departed[worker] = self.seen.pop(worker, self.began)
         self._last_seen.pop(worker, None)
         self._source.pop(worker, None)

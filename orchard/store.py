@@ -173,6 +173,7 @@ class Store:
         self._watchers: defaultdict[tuple[Kind, str], list[Watcher]] = defaultdict(list)
         self._committed: list[Callable[[list[Change]], None]] = []
         self._durable: list[Callable[[list[Change]], None]] = []
+        self._undone: list[Callable[[], None]] = []
 
     @classmethod
     def open(cls, directory: Path, now: datetime.datetime, disk: Disk | None = None) -> Store:
@@ -318,12 +319,18 @@ class Store:
             self.state.revision -= len(lost.lines)
             lost.error = error
             lost.done.set()
+        for tell in self._undone:
+            tell()
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def on_commit(self, tell: Callable[[list[Change]], None]) -> None:
         """Have `tell` called with the changes of each transaction, at once, before they are durable."""
         self._committed.append(tell)
+
+    def on_undo(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called when changes that were told at their commit were taken back."""
+        self._undone.append(tell)
 
     def on_durable(self, tell: Callable[[list[Change]], None]) -> None:
         """Have `tell` called with the changes of each batch when they are durable."""

@@ -23,7 +23,7 @@ class Site:
     def __init__(self, *known: str) -> None:
         self.now = 1000.0
         self.returns: list[float] = []
-        self.presence = Presence(lambda: self.now, TIMEOUT, lambda: self.returns.append(self.now), known)
+        self.presence = Presence(lambda: self.now, TIMEOUT, lambda worker: self.returns.append(self.now), known)
 
 
 def test_a_later_last_seen_is_a_heartbeat_and_any_other_is_none() -> None:

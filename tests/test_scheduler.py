@@ -46,7 +46,7 @@ from strategies import (
 
 import orchard
 from orchard.lifecycle import assign, change, fail, report, restart, wait
-from orchard.scheduler import RESTART_PAUSE, Plan, Snapshot, plan
+from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE, Book, Plan, Snapshot, plan
 from orchard.schema import TART_VMS, VM, Condition, Report, Worker
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
@@ -389,6 +389,110 @@ def test_time_alone_changes_nothing_before_next_at_and_something_then(snapshot: 
     assert carry_out(after, plan(after, just_before), just_before) == after
     assert plan(after, just_before).next_at == due
     assert carry_out(after, plan(after, due), due) != after
+
+
+# ---- a book that is kept -------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """A book that is told of each change, and the picture that it should be."""
+
+    def __init__(self) -> None:
+        self.now = NOW
+        self.vms: dict[str, VM] = {}
+        self.workers: dict[str, Worker] = {}
+        self.about = replace(cluster([], []), seen={}, restarted={}, departed={})
+        self.book = Book(self.about)
+
+    def become(self, picture: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
+        """Turn into another cluster but for what it `keeps`, one change after the other.
+
+        What was seen of a worker, and when a VM was restarted, only gets later.
+        """
+        seen, restarted = self.about.seen, self.about.restarted
+        assert isinstance(seen, dict)
+        assert isinstance(restarted, dict)
+        for uid, at in picture.restarted.items():
+            restarted[uid] = max(at, restarted.get(uid, at))
+        for name in sorted(self.workers.keys() - picture.workers.keys()):
+            if keeps():
+                continue
+            del self.workers[name]
+            seen.pop(name, None)
+            self.book.drop_worker(name)
+        for name, new in picture.workers.items():
+            if name not in self.workers or not keeps():
+                self.workers[name] = new
+                self.book.put_worker(new)
+            at = picture.seen.get(name, -math.inf) + self.now - NOW
+            if at > seen.get(name, -math.inf):
+                seen[name] = at
+                self.book.heard(name)
+        for name in sorted(self.vms.keys() - {vm.name for vm in picture.vms}):
+            if not keeps():
+                del self.vms[name]
+                self.book.drop_vm(name)
+        for vm in picture.vms:
+            if vm.name not in self.vms or not keeps():
+                self.vms[vm.name] = vm
+                self.book.put_vm(vm)
+        self.about = replace(self.about, profile=picture.profile)
+
+    def picture(self) -> Snapshot:
+        return replace(self.about, vms=list(self.vms.values()), workers=dict(self.workers))
+
+    def untell(self) -> None:
+        """Forget what plans have told that nobody carried out, as putting a VM anew does."""
+        for vm in self.vms.values():
+            self.book.put_vm(vm)
+
+    def settle(self) -> None:
+        for _ in range(4):
+            before = self.picture()
+            after = carry_out(before, self.book.plan(self.now, before.profile), self.now)
+            if after == before:
+                return
+            restarted = self.about.restarted
+            assert isinstance(restarted, dict)
+            restarted.update(after.restarted)
+            for old, new in zip(before.vms, after.vms, strict=True):
+                if new is not old:
+                    self.vms[new.name] = new
+                    self.book.put_vm(new)
+        raise AssertionError("the plans have no end")
+
+
+@QUICK
+@given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
+def test_a_book_that_was_kept_says_what_one_written_anew_does(pictures: list[Snapshot], seed: int) -> None:
+    kept, order = Kept(), random.Random(seed)
+    for picture in pictures:
+        kept.now += order.choice([REASON_SECONDS, 20, 200])
+        kept.become(picture, lambda: order.random() < 0.7)
+        twice = [kept.book.plan(kept.now, picture.profile) for _ in range(2)]
+        assert replace(twice[0], waiting={}, next_at=None) == replace(twice[1], waiting={}, next_at=None)
+        kept.untell()
+        expected = settled(kept.picture(), kept.now)
+        kept.settle()
+        kept.now += REASON_SECONDS  # reasons may have come too fast for it
+        expected = settled(expected, kept.now)
+        kept.settle()
+        assert {vm.name: vm for vm in kept.picture().vms} == {vm.name: vm for vm in expected.vms}
+
+
+def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
+    kept = Kept()
+    kept.become(cluster([pending("a")], [worker(vms=0)]))
+    assert kept.book.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
+    kept.book.put_vm(pending("b"))
+    kept.book.put_worker(worker("x", vms=0))
+    kept.book.heard("x")
+    decided = kept.book.plan(NOW, "optimize-utilization")
+    assert decided.waiting == {"b": f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"}
+    assert decided.next_at == NOW + REASON_SECONDS
+    later = kept.book.plan(NOW + REASON_SECONDS, "optimize-utilization")
+    assert later.waiting.keys() == {"a", "b"}
+    assert later.waiting["a"].startswith("waiting: 2 workers: ")
 
 
 # ---- determinism ---------------------------------------------------------------------------------------------------
