@@ -264,7 +264,13 @@ class Client:
     async def aclose(self) -> None:
         """Close the idle connections; those at work close when they are done."""
         self._closed = True
-        with trio.CancelScope(shield=True):  # it waits for nobody; a cancellation would leave all but the first one open
+        await self.start_afresh()
+
+    async def start_afresh(self) -> None:
+        """Close the idle connections, and open others when they are needed: the way that they took may be broken."""
+        with trio.CancelScope(
+            shield=True
+        ):  # it waits for nobody; a cancellation would leave all but the first one open
             while self._idle:
                 await trio.aclose_forcefully(self._idle.pop().stream)
         await trio.lowlevel.checkpoint()
@@ -445,7 +451,7 @@ class Client:
         """Open a connection. Raises ConnectError."""
         with self._in_time(self._connect_seconds, "no connection within {:g} seconds"):
             try:
-                stream: trio.abc.Stream = await trio.open_tcp_stream(self._host, self._port)
+                stream: trio.abc.Stream = keep_alive(await trio.open_tcp_stream(self._host, self._port))
                 if self._trust is not None:
                     stream = await self._secured(self._trust, stream)
             except tls.TLSError as error:
@@ -470,6 +476,26 @@ class Client:
         if isinstance(error, h11.RemoteProtocolError):
             return ConnectError(f"{self.url} does not speak HTTP as it should: {error}")
         return ConnectError(f"the connection to {self.url} was lost: {in_words(error)}")
+
+
+def keep_alive(stream: trio.SocketStream) -> trio.SocketStream:
+    """Have the system find out when the other end is gone without a word: within 50 seconds, whether or not it sends.
+
+    A WebSocket that only waits would never know: the controller pings it, but nothing is missed when pings stay away.
+    """
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Idle for 20 seconds, then three probes 10 seconds apart; the last is for data under way (milliseconds, Linux).
+    wanted = {
+        "TCP_KEEPIDLE": 20,
+        "TCP_KEEPALIVE": 20,
+        "TCP_KEEPINTVL": 10,
+        "TCP_KEEPCNT": 3,
+        "TCP_USER_TIMEOUT": 50_000,
+    }
+    for name, value in wanted.items():
+        if (option := getattr(socket, name, None)) is not None:  # each system has some of them
+            stream.setsockopt(socket.IPPROTO_TCP, option, value)
+    return stream
 
 
 class TunnelStream(trio.abc.Stream):

@@ -64,6 +64,7 @@ from orchard.tart import Driver, DriverError, NotRunning, State, TartDriver, che
 from orchard.tunnel import BROKEN, NORMAL, splice
 
 HEARTBEAT_SECONDS = 15.0  # or less, if the controller's patience is shorter than the usual
+ANSWER_SECONDS = 30.0  # with a heartbeat each 15, a controller that is gone without a word is found within a minute
 OFFLINE_TIMEOUT = 180.0  # seconds of the controller's patience, if it does not say
 HEARTBEATS = 8  # that may be lost before leased VMs are shut down
 SOFT, HARD = 0.75, 0.95  # of that patience: then leased VMs are told to shut down, and killed
@@ -189,6 +190,7 @@ class Worker:
                 log.exception("a session failed", extra={"worker": self.name}, exc_info=group)
             if refusal is not None:
                 raise refusal
+            await self._client.start_afresh()
             waiting = 0 if trio.current_time() - began > self._heartbeat_seconds else waiting + 1
             pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(waiting, 10))
             await trio.sleep(pause * (1 - JITTER * self._chance()))
@@ -581,8 +583,14 @@ def connect(parser: argparse.ArgumentParser, options: argparse.Namespace, token:
         parser.error("--no-pki needs a bootstrap token with the controller's certificate in it")
     try:
         if token is None:
-            return Client(options.url)
-        return Client(options.url, account=token.account, token=token.token, certificate=certificate)
+            return Client(options.url, answer_seconds=ANSWER_SECONDS)
+        return Client(
+            options.url,
+            account=token.account,
+            token=token.token,
+            certificate=certificate,
+            answer_seconds=ANSWER_SECONDS,
+        )
     except ValueError as error:
         parser.error(str(error))
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -428,3 +429,14 @@ async def test_a_client_that_is_closed_by_a_cancelled_task_closes_every_connecti
         for stream in streams:
             with pytest.raises(trio.ClosedResourceError):
                 await stream.receive_some(1)
+
+
+async def test_the_system_looks_after_connections_that_say_nothing() -> None:
+    async with scripted([OK]) as (client, _):
+        await client.vms.list()
+        stream = client._idle[0].stream
+        assert isinstance(stream, trio.SocketStream)
+        assert stream.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        names = ("TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+        idle, each, count = (stream.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names)
+        assert idle + each * count <= 60

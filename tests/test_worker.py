@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -209,6 +209,57 @@ async def test_heartbeats_leave_a_pause_alone(site: Site, monkeypatch: pytest.Mo
         await site.vm("vm", lambda vm: vm.state.status_message == "waiting: 1 worker: 1 paused")
         await site.client.workers.pause("mac", paused=False)
         await site.client.vms.wait("vm")
+
+
+class Proxy:
+    """Between worker and controller; it can stop saying anything on the connections that it has, without closing them."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._silenced = trio.Event()
+        self.connections = 0
+
+    def silence(self) -> None:
+        self._silenced.set()
+        self._silenced = trio.Event()
+        self.connections = 0
+
+    async def serve(self, near: trio.SocketStream) -> None:
+        self.connections += 1
+        silenced = self._silenced
+        async with await trio.open_tcp_stream("127.0.0.1", self._port) as far, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pump, near, far, silenced)
+            nursery.start_soon(self._pump, far, near, silenced)
+
+    async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream, silenced: trio.Event) -> None:
+        with suppress(trio.BrokenResourceError):
+            async for data in source:
+                if not silenced.is_set():
+                    await sink.send_all(data)
+            await sink.send_eof()
+
+
+async def test_a_controller_that_is_gone_without_a_word_is_found_by_its_silence(
+    site: Site, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    proxy = Proxy(site.port)
+    listeners = await nursery.start(trio.serve_tcp, proxy.serve, 0)
+    url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+    async with Client(url, answer_seconds=0.2) as client:
+        scope = trio.CancelScope()
+
+        async def work(task_status: trio.TaskStatus[None]) -> None:
+            with scope:
+                await site.worker(client).run(task_status=task_status)
+
+        await nursery.start(work)
+        proxy.silence()
+        await eventually(lambda: proxy.connections > 0)
+        await site.client.vms.create(name="vm", image="any")
+        await site.client.vms.wait("vm")
+        scope.cancel()
+    nursery.cancel_scope.cancel()
 
 
 async def test_a_clock_that_was_set_back_does_not_stop_heartbeats(site: Site) -> None:
