@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -158,3 +159,15 @@ def test_without_the_extra_everything_but_its_own_room_can_be_imported() -> None
     rooms = [f"orchard.{room}" for room in ROOMS if room not in ("jump", "pytest_plugin", "__main__")]
     program = f"import sys; sys.modules.update(dict.fromkeys({EXTRA})); import {', '.join(rooms)}"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# ---- the documentation ---------------------------------------------------------------------------------------------
+
+
+def test_each_promise_names_tests_that_are_there() -> None:
+    text = (PACKAGE.parent / "docs" / "promises.md").read_text()
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 20
+    for file, test in named:
+        source = (PACKAGE.parent / file).read_text()
+        assert not test or f"def {test}(" in source, f"{file} has no {test}"
