@@ -92,28 +92,42 @@ class API:
         self.gate = gate
         self.access_key = access_key
         self.offline_timeout = offline_timeout
+        self.failures = auth.Failures(trio.current_time)
         self.clock = clock
         self.prefix = f"{prefix}/v1"
         self._router = Router([Route(op.method, self.prefix + op.path, op) for op in OPERATIONS])
         self._document = dump_json(document(OPERATIONS, prefix=self.prefix, version=__version__))
 
     def admit(self, request: Request) -> None:
-        """Find a request's operation and its account, before its body is read. Raises APIError 400 to 405."""
+        """Find a request's operation and its account, before its body is read. Raises APIError 400 to 405, and 429."""
         route, request.params = self._router.match(request.method, request.path)
         operation: Operation = route.endpoint
         request.extra = operation
         if operation.role == "public":
             return
-        account = _NOBODY
-        token = auth.bearer_of(request.headers.get("authorization"))
+        authorization = request.headers.get("authorization")
+        try:
+            account = self._identify(request, operation, authorization)
+        except APIError as error:
+            if error.status != 401 or authorization is None:  # who shows none has not guessed
+                raise
+            raise self.failures.refusal(request.peer, error) from None
+        if account is not None and operation.role is not None:
+            auth.require(account, operation.role)
+
+    def _identify(
+        self, request: Request, operation: Operation, authorization: str | None
+    ) -> ServiceAccount | None:  # fmt: skip
+        """Find the account that sends a request; None for an access token, which lets in by itself."""
+        token = auth.bearer_of(authorization)
         if token is not None and operation.vm_token:
             self._admit_bearer(request, token)
-            return
-        if self.gate is not None:
-            account = self.gate.identify(request.headers.get("authorization"))
-            request.account = account.name
-        if operation.role is not None:
-            auth.require(account, operation.role)
+            return None
+        if self.gate is None:
+            return _NOBODY
+        account = self.gate.identify(authorization)
+        request.account = account.name
+        return account
 
     def _admit_bearer(self, request: Request, token: str) -> None:
         """Let in who has an access token for the VM in the path. Raises APIError 401, 404, 403."""

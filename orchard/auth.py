@@ -4,6 +4,10 @@ A request comes with HTTP Basic credentials, a service account's name and token.
 the time that it takes for every other request, whether the name is known or not; `require` says whether it has the
 role that an operation demands. Roles do not include each other, with the one exception in IMPLIED.
 
+Who has failed ten times within a minute gets 429 for another wrong guess (`Failures`), counted by the address that it
+comes from. The right credentials are let in from there all the same: many clients may stand behind one address, and a
+token of 190 bits is not guessed however often. What the limit is for is the log and the processor.
+
 A VM access token (a JWT) lets its bearer into one VM for some time, without an account. It is good for the operations
 that reach into that VM, and nowhere else.
 
@@ -17,17 +21,22 @@ import base64
 import binascii
 import datetime
 import hmac
+import ipaddress
+import logging
+import math
 import re
 import secrets
 import string
-from collections.abc import Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import jwt
 
 from orchard.codec import APIError
-from orchard.schema import Role, ServiceAccount
+from orchard.schema import MAX_NAME, Role, ServiceAccount
 
 ROLES: tuple[Role, ...] = get_args(Role)
 IMPLIED: Mapping[Role, Role] = {"compute:connect": "compute:write"}  # who may change VMs may reach into them
@@ -40,9 +49,14 @@ ISSUER = "orchard-controller"
 AUDIENCE = "orchard-vm-access"
 SCOPES = ("vm:port-forward", "vm:ip", "vm:ssh-jumpbox")
 TOKEN_USER = "token"  # noqa: S105 -- the SSH user whose password is an access token
+MAX_FAILURES = 10  # of one source within FAILURE_SECONDS, before it is told to wait
+FAILURE_SECONDS = 60.0
+MAX_SOURCES = 4096  # that are remembered: those that failed last, at some hundred bytes each
 MAX_ACCESS_TOKEN = 8 * 1024  # bytes; decoding takes its time, and ours have half a kilobyte
 _CHALLENGE = (("WWW-Authenticate", 'Basic realm="orchard"'),)
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
+
+log = logging.getLogger("orchard.auth")
 
 
 class Gate:
@@ -56,7 +70,13 @@ class Gate:
         """Find the account that an Authorization header speaks for. Raises APIError(401)."""
         if authorization is None:
             raise APIError(401, "there are no credentials, expected HTTP Basic with a service account", _CHALLENGE)
-        return self.check(*_basic(authorization))
+        splits = _basic(authorization)
+        # A name may hold colons, and so may a token: the account that there is says where the one ends.
+        known = [(name, token) for name, token in splits if name in self._accounts]
+        for name, token in known[:-1]:
+            with suppress(APIError):
+                return self.check(name, token)
+        return self.check(*(known or splits)[-1])
 
     def check(self, name: str, token: str) -> ServiceAccount:
         """Find the account of that name and token. Raises APIError(401)."""
@@ -73,16 +93,58 @@ def _digest(token: str) -> bytes:
     return hmac.digest(b"orchard", token.encode(), "sha256")
 
 
-def _basic(authorization: str) -> tuple[str, str]:
+def _basic(authorization: str) -> list[tuple[str, str]]:
+    """Give each way to read a header as a name and a token: the name may end at any colon."""
     scheme, _, rest = authorization.partition(" ")
     if scheme.lower() == "basic":
         try:
-            name, colon, token = base64.b64decode(rest.strip().encode("latin-1"), validate=True).decode().partition(":")
+            text = base64.b64decode(rest.strip().encode("latin-1"), validate=True).decode()
         except (binascii.Error, UnicodeError):
-            colon = ""
-        if colon:
-            return name, token
+            text = ""
+        if ":" in text[: MAX_NAME + 1]:
+            return [(text[:at], text[at + 1 :]) for at, letter in enumerate(text[: MAX_NAME + 1]) if letter == ":"]
     raise APIError(401, "the Authorization header is no HTTP Basic with a name and a token in it", _CHALLENGE)
+
+
+class Failures:
+    """Who has failed to show credentials lately, by address. `clock` gives seconds that nobody sets."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._recent: OrderedDict[str, deque[float]] = OrderedDict()  # whoever failed last is last
+
+    def refusal(self, address: str, error: APIError) -> APIError:
+        """Note a failure, and give what it is answered with: `error`, or 429 when there were too many."""
+        now, source = self._clock(), source_of(address)
+        times = self._recent.setdefault(source, deque(maxlen=MAX_FAILURES))
+        self._recent.move_to_end(source)
+        while len(self._recent) > MAX_SOURCES:
+            self._recent.popitem(last=False)
+        if len(times) < MAX_FAILURES or now >= times[0] + FAILURE_SECONDS:
+            times.append(now)
+            if len(times) == MAX_FAILURES and now < times[0] + FAILURE_SECONDS:
+                log.warning("wrong credentials again and again", extra={"source": source})
+            return error
+        wait = math.ceil(times[0] + FAILURE_SECONDS - now)
+        return APIError(
+            429,
+            f"{MAX_FAILURES} wrong credentials came from {source} within a minute; the next will be looked at"
+            f" in {wait} seconds, the right ones at any time",
+            (("Retry-After", str(wait)),),
+        )
+
+
+def source_of(address: str) -> str:
+    """Give what counts as one source: an IPv4 address, or the network of 64 bits that a host with IPv6 has."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 def require(account: ServiceAccount, role: Role) -> None:

@@ -24,6 +24,7 @@ PROBLEMS: Mapping[int, str] = {
     409: "The name is already taken",
     412: "A rule refuses it; the message says which",
     426: "The request does not ask for the WebSocket protocol",
+    429: "Too many wrong credentials came from this address; the right ones are let in at any time",
     503: "It could not be stored, or the far end could not be reached",
     507: "The disk is full",
 }
@@ -138,7 +139,7 @@ def _handshake_header(name: str) -> dict[str, Any]:
 def _refusals(operation: Operation) -> set[int]:
     statuses = set(operation.problems)
     if operation.role != "public":
-        statuses |= {401, 503}
+        statuses |= {401, 429, 503}
         if operation.role is not None:
             statuses.add(403)
     if operation.body is not None:

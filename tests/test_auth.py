@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import QUICK
 
 from orchard import auth
-from orchard.auth import BootstrapToken, Gate
+from orchard.auth import MAX_FAILURES, MAX_SOURCES, BootstrapToken, Failures, Gate, source_of
 from orchard.codec import APIError
 from orchard.schema import Role, ServiceAccount
 
@@ -140,3 +140,79 @@ def test_what_is_wrong_with_a_bootstrap_token_is_said_without_it(text: str, word
         BootstrapToken.parse(text)
     assert "c2Vjcm" not in str(refused.value)
     assert "secret" not in str(refused.value)
+
+
+# ---- names with colons ---------------------------------------------------------------------------------------------
+
+
+def test_a_name_may_hold_colons_and_so_may_a_token() -> None:
+    accounts = {
+        name: ServiceAccount(name=name, token=token) for name, token in {"a": "b:c", "a:b": "d", ":": "::"}.items()
+    }
+    gate = Gate(accounts)
+    for text, name in {"a:b:c": "a", "a:b:d": "a:b", ":" + ":" + "::": ":"}.items():
+        assert gate.identify(basic(text)).name == name
+    for text in ("a:b", "a:b:c:", "a:b:", "a:b:e", "b:c", ":::", "a" * 200 + ":b"):
+        with pytest.raises(APIError) as refused:
+            gate.identify(basic(text))
+        assert refused.value.status == 401
+
+
+# ---- too many failures ---------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+WRONG = APIError(401, "wrong", (("WWW-Authenticate", "Basic"),))
+
+
+def test_from_ten_failures_a_minute_on_the_next_is_told_to_wait(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    failures = Failures(clock)
+    for second in range(MAX_FAILURES):
+        clock.now = 1000.0 + second
+        assert failures.refusal("10.0.0.1", WRONG) is WRONG
+    for second, wait in ((9.5, "51"), (59.0, "1")):
+        clock.now = 1000.0 + second
+        refused = failures.refusal("10.0.0.1", WRONG)
+        assert (refused.status, refused.headers) == (429, (("Retry-After", wait),))
+        assert failures.refusal("10.0.0.2", WRONG) is WRONG, "others are not meant"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "wrong credentials again and again")
+    ]
+    clock.now = 1060.0
+    assert failures.refusal("10.0.0.1", WRONG) is WRONG
+    assert failures.refusal("10.0.0.1", WRONG).status == 429, "the second of the ten is not a minute ago"
+
+
+def test_only_so_many_sources_are_remembered_those_that_failed_last() -> None:
+    failures = Failures(Clock())
+    for _ in range(MAX_FAILURES):
+        failures.refusal("first", WRONG)
+    for number in range(MAX_SOURCES - 1):
+        failures.refusal(f"host-{number}", WRONG)
+    assert failures.refusal("first", WRONG).status == 429
+    for number in range(MAX_SOURCES):
+        failures.refusal(f"other-{number}", WRONG)
+    assert failures.refusal("first", WRONG) is WRONG
+
+
+@pytest.mark.parametrize(
+    ("address", "source"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("-", "-"),
+    ],
+)
+def test_a_host_with_many_addresses_is_one_source(address: str, source: str) -> None:
+    assert source_of(address) == source

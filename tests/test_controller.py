@@ -82,6 +82,21 @@ def test_a_token_from_the_environment_is_set_again_and_never_printed(tmp_path: P
             assert token not in "".join(role.said) + role.log.read_text()
 
 
+def test_who_guesses_is_told_to_wait_and_who_knows_is_let_in(tmp_path: Path) -> None:
+    env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "right"}
+    with controller("--insecure-no-tls", home=tmp_path, env=env) as (role, url):
+        for _ in range(auth.MAX_FAILURES):
+            assert call(url, "GET", "/v1/vms", token="wrong")[0] == 401
+        status, problem = call(url, "GET", "/v1/vms", token="wrong")
+        assert status == 429
+        assert re.search(r"10 wrong credentials came from 127\.0\.0\.1 within a minute", problem["message"])
+        assert call(url, "GET", "/v1/vms", token="right") == (200, [])
+        assert call(url, "GET", "/v1/vms")[0] == 401, "who shows nothing has not guessed"
+        assert call(url, "GET", "/v1/vms", token="wrong")[0] == 429
+        assert role.stop() == 0
+    assert sum("wrong credentials again and again" in line for line in log_lines(role)) == 1
+
+
 def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
     with controller(*PLAIN, home=tmp_path) as (role, url):
         created = call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})[1]

@@ -74,7 +74,7 @@ def test_who_may_is_described() -> None:
     anybody = describe(Operation("GET", "/a", print, "public", "Do"))
     assert (anybody["security"], list(anybody["responses"])) == ([], ["200"])
     somebody = describe(Operation("GET", "/a", print, None, "Do"))
-    assert list(somebody["responses"]) == ["200", "401", "503"]
+    assert list(somebody["responses"]) == ["200", "401", "429", "503"]
     assert "security" not in somebody, "it is that of the whole document"
     bearer = describe(Operation("GET", "/a", print, "compute:connect", "Do", vm_token=True))
     assert bearer["description"] == "Needs the role `compute:connect`. Or an access token for the VM."
@@ -107,13 +107,13 @@ def test_a_websocket_is_described() -> None:
         ("header", "Connection", True),
         ("header", "Upgrade", True),
     }
-    assert described["responses"].keys() == {"101", "400", "401", "426", "503"}
+    assert described["responses"].keys() == {"101", "400", "401", "426", "429", "503"}
 
 
 def test_what_an_operation_needs_is_described() -> None:
     operation = Operation("POST", "/a/{name}", print, "compute:write", "Do", body={"type": "object"}, problems=(409,))
     described = describe(operation)
     assert described["description"] == "Needs the role `compute:write`."
-    assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "503", "507"}
+    assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "429", "503", "507"}
     path = document([operation], prefix="/v1", version="1")["paths"]["/a/{name}"]
     assert path["parameters"] == [{"in": "path", "name": "name", "required": True, "schema": {"type": "string"}}]
