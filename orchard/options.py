@@ -71,6 +71,8 @@ def pairs(text: str) -> dict[str, str]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise argparse.ArgumentTypeError(f'"{part}" is no pair, expected KEY=VALUE[,KEY=VALUE...]')
+        if key.strip() in found:
+            raise argparse.ArgumentTypeError(f'"{text}" names "{key.strip()}" twice, expected each key once')
         found[key.strip()] = value.strip()
     return found
 

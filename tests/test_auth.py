@@ -178,8 +178,8 @@ def test_from_ten_failures_a_minute_on_the_next_is_told_to_wait(caplog: pytest.L
     for second in range(MAX_FAILURES):
         clock.now = 1000.0 + second
         assert failures.refusal("10.0.0.1", WRONG) is WRONG
-    for second, wait in ((9.5, "51"), (59.0, "1")):
-        clock.now = 1000.0 + second
+    for at, wait in ((9.5, "51"), (59.0, "1")):
+        clock.now = 1000.0 + at
         refused = failures.refusal("10.0.0.1", WRONG)
         assert (refused.status, refused.headers) == (429, (("Retry-After", wait),))
         assert failures.refusal("10.0.0.2", WRONG) is WRONG, "others are not meant"

@@ -55,6 +55,12 @@ def test_paths_in_front_of_the_api(text: str, read: str) -> None:
     assert options.api_prefix(text) == read
 
 
+def test_a_key_that_is_named_twice_is_refused() -> None:
+    for reader, text in ((options.pairs, "a=1,b=2, a =3"), (options.resources, "a=1,a=1")):
+        with pytest.raises(ArgumentTypeError, match='names "a" twice'):
+            reader(text)
+
+
 def test_pairs_have_a_key_and_a_value_that_may_hold_anything_but_a_comma() -> None:
     assert options.pairs("rack=1, zone = eu-1 ,empty=,equation=a=b") == {
         "rack": "1",
