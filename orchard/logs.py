@@ -9,9 +9,11 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import math
 import re
 import sys
 
+COMPLAINT_SECONDS = 10.0  # between two lines about connections that cannot be accepted
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, equals sign and backslash
 
@@ -39,6 +41,21 @@ class LineFormatter(logging.Formatter):
         return " ".join(f"{key}={plain(value)}" for key, value in pairs.items())
 
 
+class NoDescriptors(logging.Filter):
+    """Of trio's complaints that it cannot accept a connection, ten a second with a traceback each, lets one line pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.created < self._next:
+            return False
+        self._next = record.created + COMPLAINT_SECONDS
+        record.exc_info = None
+        return True
+
+
 def configure(*, debug: bool, quiet: bool = False) -> None:
     """Send what the process logs to stderr: from INFO on; with `debug` all of Orchard's own; `quiet`: warnings only."""
     handler = logging.StreamHandler(sys.stderr)
@@ -46,6 +63,7 @@ def configure(*, debug: bool, quiet: bool = False) -> None:
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("orchard").setLevel(logging.DEBUG if debug else level)
+    logging.getLogger("trio.serve_listeners").addFilter(NoDescriptors())
     # They say goodbye to each connection at INFO; what matters of it is in our own lines.
     for name in ("trio-websocket", "asyncssh"):
         logging.getLogger(name).setLevel(logging.WARNING)
