@@ -390,7 +390,7 @@ async def test_no_more_vms_run_than_the_host_allows(tmp_path: Path) -> None:
         await eventually(partial(answers, driver))
         with pytest.raises(DriverError, match=r"^The number of VMs exceeds the system limit$"):
             await driver.run("second", RunOptions())
-        nursery.cancel_scope.cancel()
+        await driver.stop("vm")
 
 
 async def test_flags_reach_the_program_as_they_are(tmp_path: Path) -> None:
@@ -402,7 +402,7 @@ async def test_flags_reach_the_program_as_they_are(tmp_path: Path) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, "vm", options)
         await eventually(partial(answers, driver))
-        nursery.cancel_scope.cancel()
+        await driver.stop("vm")
     assert ["run", "--no-graphics", "--net-bridged=Wi-Fi: en0", "--nested", "--dir=a b:/x 'y' $z:ro", "vm"] in (
         calls(tmp_path)
     )
