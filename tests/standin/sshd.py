@@ -2,8 +2,8 @@
 
     [SSHD_PASSWORD=P] python sshd.py
 
-prints the number of its port once it listens. A connection gets a shell in a session of its own, for a command if it
-names one. That is killed with its process group when the connection ends, or the server by SIGTERM, as the processes
+prints the number of its port once it listens. A connection gets SFTP, or a shell in a session of its own, for a command
+if it names one. That is killed with its process group when the connection ends, or the server by SIGTERM, as the processes
 of a VM are when it does.
 """
 
@@ -75,6 +75,13 @@ async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
             os.killpg(shell.pid, signal.SIGKILL)
 
 
+class Files(asyncssh.SFTPServer):
+    def exit(self) -> None:
+        """Tell the client that all went well, as OpenSSH's does; asyncssh leaves it without a status, which is -1."""
+        with suppress(OSError):
+            self.channel.exit(0)
+
+
 class Signals:
     """Hands the signals that clients send to the shells; asyncssh keeps them for a read that may never come."""
 
@@ -128,7 +135,7 @@ async def main() -> None:
         process_factory=session,
         encoding=None,
         line_editor=False,
-        sftp_factory=True,
+        sftp_factory=Files,
     )
     # Each session keeps up to four of them waiting.
     asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(400))

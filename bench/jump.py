@@ -1,0 +1,283 @@
+"""What the jump host costs: one SSH channel into a local TCP port, by asyncssh in trio, in a thread, and by OpenSSH.
+
+    ./run bench jump [--megabytes N] [--rounds N] [--cipher NAME]
+
+Each server is a process of its own, which carries the same bytes from the system's `ssh -W` to a sink in this process,
+in turns. `trio-asyncio` is orchard/jump.py itself, only that the far end of its tunnels is a TCP connection. The bare
+relay, the baseline, has no SSH and gets its bytes from a process that does nothing but send them. Operations are
+megabytes, from the first byte that arrives to the last; the seconds of the processor are those of the server alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import getpass
+import logging
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any, Self, cast
+
+import trio
+from measure import Series, show
+
+try:
+    import asyncssh
+
+    from orchard import jump
+    from orchard.groups import unwrapped
+except ImportError:
+    raise SystemExit("this benchmark needs the extra ssh: .venv/bin/pip install -e '.[ssh]'") from None
+
+PIECE = 64 * 1024
+CHACHA = "chacha20-poly1305@openssh.com"  # which OpenSSH's clients like best
+PENDING = 16  # pieces that the thread may be ahead of trio
+READY = 1  # byte that the sink sends back when it has all
+SEND = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1]))).sendfile(sys.stdin.buffer)"
+SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+BUSY = threading.Lock()  # while a child runs, whose seconds are not known yet
+SSHD_CONFIG = """
+HostKey {home}/key
+AuthorizedKeysFile {home}/key.pub
+StrictModes no
+PermitRootLogin yes
+PidFile none
+"""
+
+
+# ---- the servers, each run as a process that prints its port ---------------------------------------------------------
+
+
+async def in_trio(key: Path, _: int) -> None:
+    """The product's own, with another way into its VM."""
+
+    @contextlib.asynccontextmanager
+    async def stream(vm: object, port: int, wait: float) -> AsyncIterator[trio.SocketStream]:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as sink:
+            yield sink
+
+    state = cast("Any", SimpleNamespace(vms={"vm": SimpleNamespace(name="vm")}, accounts={}))
+    jump.ENCRYPTION += (CHACHA,)  # to see what it would cost
+    host = jump.JumpHost(state, cast("Any", SimpleNamespace(stream=stream)), None, b"", lambda: None)
+    async with trio.open_nursery() as nursery:
+        print(await nursery.start(host.serve, "127.0.0.1", 0, asyncssh.read_private_key(key), 30.0), flush=True)
+
+
+async def in_a_thread(key: Path, _: int) -> None:
+    """asyncssh with an asyncio loop of its own; each piece is handed over, and its room given back."""
+    token = trio.lowlevel.current_trio_token()
+
+    class Server(asyncssh.SSHServer):
+        def begin_auth(self, username: str) -> bool:
+            return False
+
+        def connection_requested(self, host: str, port: int, *_: object) -> Callable[..., Awaitable[None]]:
+            return partial(carry, port)
+
+    async def carry(port: int, reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
+        loop = asyncio.get_running_loop()
+        room = asyncio.Semaphore(PENDING)
+        ended = asyncio.Event()
+        pieces, source = trio.open_memory_channel[bytes](PENDING)
+
+        async def send() -> None:
+            async with await trio.open_tcp_stream("127.0.0.1", port) as sink:
+                async for piece in source:
+                    await sink.send_all(piece)
+                    loop.call_soon_threadsafe(room.release)
+                await sink.receive_some(READY)
+            loop.call_soon_threadsafe(ended.set)
+
+        token.run_sync_soon(nursery.start_soon, send)
+        while data := await reader.read(PIECE):
+            await room.acquire()
+            token.run_sync_soon(pieces.send_nowait, data)
+        token.run_sync_soon(pieces.close)
+        await ended.wait()
+        writer.close()
+
+    async def serve() -> None:
+        host_key = asyncssh.read_private_key(key)
+        server = await asyncssh.listen(
+            "127.0.0.1", 0, server_factory=Server, server_host_keys=[host_key], encoding=None, gss_host=None
+        )
+        print(server.get_port(), flush=True)
+        await asyncio.Event().wait()
+
+    async with trio.open_nursery() as nursery:
+        await trio.to_thread.run_sync(asyncio.run, serve())
+
+
+async def bare(_: Path, port: int) -> None:
+    async def relay(near: trio.SocketStream) -> None:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as far:
+            async for data in near:
+                await far.send_all(data)
+            await far.send_eof()
+            await far.receive_some(READY)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, relay, 0)
+        print(listeners[0].socket.getsockname()[1], flush=True)
+
+
+def openssh(key: Path, _: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        print(listener.getsockname()[1], flush=True)
+        while True:
+            connection, _ = listener.accept()
+            with connection, BUSY:
+                number = connection.fileno()
+                subprocess.run([SSHD, "-i", "-f", sshd_config(key)], stdin=number, stdout=number, check=False)
+
+
+def sshd_config(key: Path) -> Path:
+    config = key.with_name("sshd_config")
+    config.write_text(SSHD_CONFIG.format(home=key.parent))
+    return config
+
+
+SERVERS: dict[str, Callable[[Path, int], None]] = {
+    "trio-asyncio": lambda key, port: trio.run(in_trio, key, port),
+    "a thread": lambda key, port: trio.run(in_a_thread, key, port),
+    "OpenSSH's sshd": openssh,
+    "bare relay": lambda key, port: trio.run(bare, key, port),
+}
+
+
+def tell_cpu() -> None:
+    """Answer each line of stdin with the seconds of the processor so far, those of children that ended, too."""
+    for _ in sys.stdin:
+        with BUSY:
+            children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        print(time.process_time() + children.ru_utime + children.ru_stime, flush=True)
+
+
+def serve(name: str, key: Path, port: int) -> None:
+    logging.disable()
+    threading.Thread(target=tell_cpu, daemon=True).start()
+    SERVERS[name](key, port)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """One of them, until the block ends."""
+
+    def __init__(self, name: str, key: Path, port: int) -> None:
+        words = [sys.executable, __file__, "--serve", name, str(key), str(port)]
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        line = self._stdout.readline()
+        if not line:
+            raise SystemExit(f"the server {name} did not start")
+        self.port = int(line)
+
+    def cpu(self) -> float:
+        print(file=self._stdin, flush=True)
+        return float(self._stdout.readline())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def client(name: str, server: int, sink: int, key: Path, cipher: str) -> list[str]:
+    """Give the command that sends its stdin through a server to the sink."""
+    if name == "bare relay":
+        return [sys.executable, "-c", SEND, str(server)]
+    host = "127.0.0.1" if name == "OpenSSH's sshd" else "vm"
+    options = ("StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "BatchMode=yes", "LogLevel=ERROR")
+    words = [word for option in options for word in ("-o", option)]
+    where = ["-p", str(server), "-W", f"{host}:{sink}", f"{getpass.getuser()}@127.0.0.1"]
+    return ["ssh", "-F", "none", "-i", str(key), "-c", cipher, *words, *where]
+
+
+async def transfer(command: list[str], source: IO[bytes], size: int, listener: trio.SocketListener) -> float:
+    """Have a client send a file; give the seconds from the first byte at the sink to the last."""
+    source.seek(0)
+    left = size
+    with unwrapped():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(trio.run_process, command, stdin=source))
+            async with await listener.accept() as stream:
+                left -= len(await stream.receive_some(PIECE))
+                began = trio.current_time()
+                while left > 0:
+                    data = await stream.receive_some(1024 * 1024)
+                    if not data:
+                        raise SystemExit(f"{left} bytes did not arrive from: {' '.join(command)}")
+                    left -= len(data)
+                took = trio.current_time() - began
+    return took
+
+
+@contextlib.contextmanager
+def prepared(size: int) -> Iterator[tuple[Path, IO[bytes]]]:
+    """A key, of hosts and of the client, and the file that is sent."""
+    with tempfile.TemporaryDirectory() as home, Path(home, "source").open("w+b") as source:
+        made = asyncssh.generate_private_key("ssh-ed25519")
+        key = Path(home, "key")
+        key.touch(mode=0o600)
+        made.write_private_key(key)
+        made.write_public_key(key.with_name("key.pub"))
+        source.truncate(size)
+        yield key, source
+
+
+def why_no_sshd(key: Path) -> str:
+    """Say why OpenSSH's server can't run here, "" when it can."""
+    if not os.access(SSHD, os.X_OK):
+        return f"there is no {SSHD}"
+    checked = subprocess.run([SSHD, "-t", "-f", sshd_config(key)], capture_output=True, text=True, check=False)
+    return "" if checked.returncode == 0 else checked.stderr.strip()
+
+
+async def main(options: argparse.Namespace) -> None:
+    size = options.megabytes * 1_000_000
+    with prepared(size) as (key, source), contextlib.ExitStack() as stack:
+        missing = why_no_sshd(key)
+        if missing:
+            print(f"without OpenSSH's sshd: {missing}")
+        names = [name for name in SERVERS if not (missing and name == "OpenSSH's sshd")]
+        series = [Series(name, options.megabytes) for name in names]
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        sink: int = listener.socket.getsockname()[1]
+        servers = [stack.enter_context(Server(name, key, sink)) for name in names]
+        for number in range(options.rounds + 1):
+            for one, server in zip(series, servers, strict=True):
+                command = client(one.name, server.port, sink, key, options.cipher)
+                before = server.cpu()
+                seconds = await transfer(command, source, size, listener)
+                if number > 0:  # the first is to warm up
+                    one.add(seconds, server.cpu() - before)
+    print(f"{options.rounds} rounds of {options.megabytes} MB, {options.cipher}; an operation is a megabyte")
+    show(series)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    parser = argparse.ArgumentParser(prog="bench/jump.py", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--megabytes", type=int, default=200, help="of one transfer; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--cipher", default=jump.ENCRYPTION[0], help="default %(default)s")
+    trio.run(main, parser.parse_args())
