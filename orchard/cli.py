@@ -23,6 +23,7 @@ from pathlib import Path
 import trio
 
 from orchard import __version__, controller, logs, worker
+from orchard.audit import inspect
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError
 from orchard.controller import PORT, StartError
@@ -188,6 +189,20 @@ def bootstrap_token(options: argparse.Namespace) -> int:
     return 0
 
 
+# ---- orchard check -------------------------------------------------------------------------------------------------
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print what is wrong in a data directory, which may be in use."""
+    directory: Path = options.data_dir or orchard_home() / "controller"
+    try:
+        report = inspect(directory)
+    except OSError as error:
+        return _complain(f"cannot read {error.filename}: {error.strerror}")
+    print(*report.problems, *(f"note: {note}" for note in report.notes), f"{directory}: {report.summary()}", sep="\n")
+    return 1 if report.problems else 0
+
+
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -209,6 +224,8 @@ def arguments() -> argparse.ArgumentParser:
     token.add_argument("account", help="service account of the worker, with compute:read and compute:write")
     token.add_argument("--data-dir", type=Path, help="of the controller; default: $ORCHARD_HOME/controller")
     token.add_argument("--no-certificate", action="store_true", help="the workers' hosts trust the certificate anyway")
+    checked = verbs.add_parser("check", help="say what is wrong in a controller's data directory, and change nothing")
+    checked.add_argument("data_dir", metavar="DATA_DIR", nargs="?", type=Path, help="default: $ORCHARD_HOME/controller")
     verbs.add_parser("controller", help="run a controller; see orchard controller --help", add_help=False)
     verbs.add_parser("worker", help="run a worker; see orchard worker --help", add_help=False)
     return parser
@@ -224,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(words)
     if options.verb == "bootstrap-token":
         return bootstrap_token(options)
+    if options.verb == "check":
+        return check(options)
     logs.configure(debug=options.debug, quiet=not options.debug)
     try:
         with _host_to_itself(options), unwrapped():

@@ -22,7 +22,6 @@ import os
 import resource
 import secrets
 import signal
-import stat
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +33,7 @@ import trio
 
 from orchard import __version__, auth, lifecycle, logs, scheduler, tls
 from orchard.api import API
+from orchard.audit import ACCESS_KEY_FILE, EVENTS, exposed
 from orchard.codec import APIError
 from orchard.commands import Executor
 from orchard.events import EventLog
@@ -54,7 +54,6 @@ TICK = 5.0  # seconds between two looks of the scheduler that nothing asked for
 RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more often
 GRACE = 10.0  # seconds for requests at work to end at a stop
 NO_SSH = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
-KEY_FILE = "access-token.key"
 DESCRIPTORS = 64  # that are not connections: files, the log, threads' pipes
 WANTED_DESCRIPTORS = 65_536  # for thousands of workers, watchers and tunnels; the default limit is 256 on macOS
 
@@ -254,9 +253,11 @@ def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
     """Load state and events, and close the state in the end. Raises StartError."""
     with contextlib.ExitStack() as stack:
         try:
+            for problem in exposed(directory):
+                raise StartError(problem)
             store = Store.open(directory, datetime.datetime.now(datetime.UTC))
             stack.callback(store.close)
-            events = EventLog(directory / "events")
+            events = EventLog(directory / EVENTS)
             events.open({vm.uid for vm in store.state.vms.values()})
         except (DamagedError, NotWritten, OSError) as error:
             raise StartError(str(error)) from error
@@ -265,22 +266,21 @@ def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
 
 def access_key(directory: Path) -> bytes:
     """Give the key that signs access tokens, made at the first start: it outlives restarts. Raises StartError."""
-    path = directory / KEY_FILE
+    path = directory / ACCESS_KEY_FILE
     try:
         if not path.exists():
             draft = path.with_suffix(".new")
             draft.unlink(missing_ok=True)
             with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+                os.fchmod(file.fileno(), 0o600)  # whatever the umask
                 file.write(secrets.token_bytes(auth.KEY_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
             Disk().sync_directory(directory)
-        mode, key = path.stat().st_mode, path.read_bytes()
+        key = path.read_bytes()
     except OSError as error:
         raise StartError(f"cannot use the key {path}: {error.strerror}") from error
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise StartError(f"{path} can be read by others than its owner (mode {stat.S_IMODE(mode):o}); chmod 600 it")
     if len(key) != auth.KEY_BYTES:
         raise StartError(f"{path} holds {len(key)} bytes, expected {auth.KEY_BYTES}; without it, tokens are lost")
     return key

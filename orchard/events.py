@@ -14,15 +14,15 @@ from __future__ import annotations
 import logging
 import re
 from array import array
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import trio
 
 from orchard.codec import APIError, dump_json, encode, shown
-from orchard.journal import Broken, DamagedError, Disk, Journal, NotWritten
+from orchard.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten
 from orchard.schema import Event
 
 VERSION = 1  # of the files
@@ -41,9 +41,17 @@ class EventFile:
         self.offsets = array("Q")
 
     def load(self) -> None:
-        """Read and check the file. Raises DamagedError."""
+        """Read and check the file, and remove what a crash left at its end. Raises DamagedError."""
+        self._take(self.journal.load())
+        self.journal.close()
+
+    def inspect(self) -> None:
+        """Do what `load` does, and change nothing. Raises DamagedError; FileNotFoundError."""
+        self._take(self.journal.read())
+
+    def _take(self, lines: Iterator[tuple[int, dict[str, Any]]]) -> None:
         header = True
-        for offset, line in self.journal.load():
+        for offset, line in lines:
             if header:
                 if (
                     line.get("format") != "orchard-events"
@@ -60,7 +68,6 @@ class EventFile:
                 self.offsets.append(offset)
         if header:
             raise DamagedError(self.journal.path, 0, "the file has no header")
-        self.journal.close()
 
     def append(self, events: Sequence[Event]) -> None:
         """Append events durably, or none of them. Raises NotWritten, Broken."""
@@ -120,16 +127,18 @@ class EventLog:
         self._waiting: dict[str, Waiting] = {}
         self._dropped: list[str] = []
         self._wake = trio.Event()
+        self._broken = ""  # why nothing can be appended any more
 
     def open(self, uids: Container[str]) -> None:
         """Load the events of the VMs with these uids, and unlink those of others. Does disk I/O; raises DamagedError."""
         if not self._directory.exists():
             self._directory.mkdir(mode=0o700)
+            self._directory.chmod(0o700)  # whatever the umask
             self._disk.sync_directory(self._directory.parent)
         for path in sorted(self._directory.iterdir()):
             uid = path.name.removesuffix(".jsonl")
             if uid == path.name or uid not in uids:
-                path.unlink()
+                path.unlink(missing_ok=True)  # a draft is gone with its file's loading
                 continue
             file = EventFile(self._directory, uid, self._disk)
             file.load()
@@ -139,6 +148,8 @@ class EventLog:
         """Append events to a VM's, in order, and return when they are durable. Raises APIError 404, 503 or 507."""
         if not events:
             return
+        if self._broken:
+            raise APIError(503, self._broken)
         waiting = self._waiting.setdefault(uid, Waiting())
         waiting.events.extend(events)
         self._wake.set()
@@ -200,6 +211,9 @@ class EventLog:
             for batch in waiting.values():
                 batch.done.set()
             if broken is not None:
+                self._broken = f"no events can be stored any more: {broken}; restart the controller"
+                with trio.CancelScope(shield=True):  # whatever ends meanwhile, this is why
+                    await trio.sleep(LAST_WORDS)
                 raise broken
 
     def _write(self, waiting: dict[str, Waiting], dropped: list[str]) -> Broken | None:

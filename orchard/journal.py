@@ -13,6 +13,10 @@ What may go wrong in an append is one of two things. The bytes did not get into 
 cut back to where it was, and the next append may succeed. Or nobody knows what the disk holds (`Broken`): after a
 failed fsync the system may have dropped the pages and will say "fine" the next time, so nothing can be appended any
 more, and only a restart that reads the file again tells what is there.
+
+A full disk must not keep anybody from making room on it, and that takes a few lines. So a `Reserve` holds some room
+from the beginning, as a file of its own, and gives it back bit by bit to who has to write then. Preallocating room in
+the file itself would be nicer and is no portable operation.
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ SUM_BYTES = 8  # of the digest: 2**-64 for a damaged line to pass
 _START = re.compile(rb'\{"sum":"([0-9a-f]{%d})",' % (2 * SUM_BYTES))
 _LINE = re.compile(rb'\{"sum":"([0-9a-f]{%d})",(.*\})' % (2 * SUM_BYTES), re.DOTALL)
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+RESERVE_STEP = 64 * 1024  # bytes given back beyond what is asked for: file systems count in blocks, and write trees
+LAST_WORDS = 0.5  # seconds from the answers to those who waited for a write that broke to the end of the process
 
 
 class DamagedError(Exception):
@@ -92,28 +98,31 @@ class Journal:
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         self.size = 0  # bytes of it that hold complete lines
+        self.unfinished = 0  # bytes behind them, as they were read: what a crash has left
         self._disk = disk
         self._sum = b""  # of the last line
         self._fd = -1
         self._broken: Broken | None = None
 
     def load(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Read and check the file; give (byte offset, object) for each complete line, and cut off an unfinished one.
+        """Read and check the file; give (byte offset, object) for each complete line, and remove what a crash left.
 
         To be read to the end before anything is appended. Raises DamagedError; FileNotFoundError.
         """
         yield from self.read()
+        draft_of(self.path).unlink(missing_ok=True)
         self._open()
         if os.fstat(self._fd).st_size > self.size:
             self._disk.truncate(self._fd, self.size)
 
     def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Give what `load` gives, and change nothing on the disk."""
-        self.size, self._sum = 0, b""
+        self.size, self.unfinished, self._sum = 0, 0, b""
         with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     self._check_unfinished(line)
+                    self.unfinished = len(line)
                     return
                 yield self.size, self._check(line[:-1])
                 self.size += len(line)
@@ -147,11 +156,12 @@ class Journal:
 
         Each of `objects` is a JSON object on one line. Raises NotWritten when the old file is untouched, else Broken.
         """
-        draft = self.path.with_name(self.path.name + ".new")
+        draft = draft_of(self.path)
         fresh = Journal(draft, self._disk)
         try:
             draft.unlink(missing_ok=True)
             fresh._fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            os.fchmod(fresh._fd, 0o600)  # whatever the umask
             fresh._write(objects)
             self._disk.sync(fresh._fd)
             self._disk.replace(draft, self.path)
@@ -217,6 +227,51 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+class Reserve:
+    """Room on a disk, held by a file of `size` bytes at `path`. No file stays open. Not thread-safe."""
+
+    def __init__(self, path: Path, size: int, disk: Disk) -> None:
+        self.path = path
+        self.size = size
+        self._disk = disk
+
+    def fill(self) -> None:
+        """Take what is missing of the room. Raises NotWritten when there is less; what there is, is held."""
+        try:
+            with self._opened(os.O_CREAT) as fd:
+                os.fchmod(fd, 0o600)
+                missing = self.size - os.fstat(fd).st_size
+                data = memoryview(os.urandom(max(0, missing)))  # nothing that a file system could compress
+                while data:
+                    data = data[self._disk.write(fd, data) :]
+        except OSError as error:
+            raise NotWritten(self.path, error) from error
+
+    def give(self, size: int) -> bool:
+        """Give back room for `size` bytes, or what there is; False when there is none left."""
+        try:
+            with self._opened() as fd:
+                held = os.fstat(fd).st_size
+                self._disk.truncate(fd, max(0, held - size - RESERVE_STEP))
+                self._disk.sync(fd)  # some file systems use blocks again only after that
+        except OSError:
+            return False
+        return held > 0
+
+    @contextlib.contextmanager
+    def _opened(self, flags: int = 0) -> Iterator[int]:
+        fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | flags, 0o600)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+
+def draft_of(path: Path) -> Path:
+    """Name the file in which a new one is written, before it takes the place of `path`."""
+    return path.with_name(path.name + ".new")
 
 
 def chain(last: bytes, rest: bytes) -> bytes:

@@ -1,9 +1,11 @@
 """The SSH jump host: `ssh -J account@controller vm` into every VM. Law: sockets in; only roads into VMs, no shell here.
 
 Needs the extra `orchard-cluster[ssh]`. The server is asyncssh's, on trio-asyncio: its callbacks run in the same thread
-as everything else, so a channel's bytes are handed over without a lock or a queue. So it carries twice as much as
-asyncssh in a thread of its own, for 0.4 times the processor time, and half as much as a bare relay without SSH; OpenSSH's
-own server, in C, carries three times as much (`./run bench jump`).
+as everything else, so a channel's bytes are handed over without a lock or a queue. With idle cores beside it, it carries
+twice as much as asyncssh in a thread of its own, for 0.4 to 0.5 times the processor time, since two threads would fight
+for the interpreter. When all cores are busy, or there is one, a thread does as well (it carries 0.8 to 1.3 times as
+much, for as much time or a quarter more). In both cases it is about half of a bare relay without SSH, and a third of
+OpenSSH's own server (`./run bench jump`, `taskset -c 0 ./run bench jump`).
 
 A client logs in with a service account's name and token, or as `token` with a VM access token. All that it may open
 are direct-tcpip channels, whose host is the name of a VM: what OpenSSH does for `-J`, `-W` and `-L`. Each is joined to
@@ -62,7 +64,7 @@ KEY_EXCHANGE = (
     # What recent clients ask for first, and warn without; not every installation has it.
     *({"mlkem768x25519-sha256"} & {name.decode() for name in get_kex_algs()}),
 )
-# AES alone, which every client has: OpenSSH's would choose ChaCha20, and that carries 0.7 times as much.
+# AES alone, which every client has: OpenSSH's would choose ChaCha20, which takes 1.1 to 1.3 times the processor time.
 ENCRYPTION: tuple[str, ...] = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes256-ctr", "aes128-ctr")
 
 log = logging.getLogger("orchard.ssh")

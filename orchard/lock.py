@@ -21,7 +21,10 @@ class LockError(Exception):
 def locked(directory: Path, file_name: str) -> Iterator[None]:
     """Keep every other process out of a directory, which is made if need be (mode 0700). Raises LockError."""
     try:
+        new = not directory.is_dir()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if new:
+            directory.chmod(0o700)  # whatever the umask
         descriptor = os.open(directory / file_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise LockError(f"{directory}: {error.strerror}") from error

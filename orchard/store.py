@@ -10,6 +10,13 @@ a thread. Then, and not before, watchers are told. Whoever answers anybody first
 the answer could be based on is durable then. When an append fails, the transactions in it and all after it are
 undone in memory, and those who wait are refused; when nobody knows what the disk holds, the store has ended.
 
+A full disk: the first append that finds no room gets it from the reserve (journal.py), and until the reserve could be
+filled again, transactions that add something are refused with 507 before they happen. Those that only delete objects,
+or change what the scheduler and the workers say about a VM, go on with the reserve's help: deleting is how room is
+made, and a report that is lost would leave a VM in a state that it is not in. RESERVE_BYTES are enough for some 500
+reports or 10,000 deletions; when they are used up, these are refused, too. Deletions give room back in the files of
+events, and a snapshot that is much smaller than the file is written at once then, in the room of the reserve.
+
 What a different engine for durability would have to offer stands in two calls: load everything, append a batch.
 """
 
@@ -18,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import math
 import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,13 +36,17 @@ from typing import Any, Literal, TypeVar
 import trio
 
 from orchard.codec import APIError, decode, dump_json, encode, format_time
-from orchard.journal import Broken, DamagedError, Disk, Journal, NotWritten
+from orchard.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten, Reserve
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 
 STATE_FILE = "state.jsonl"  # in the data directory
 VERSION = 1  # of the file; a newer one is refused, an older one is upgraded in _header_of
 COMPACT_BYTES = 4 * 1024 * 1024  # of journal, before a new snapshot is worth its writing
 COMPACT_RATIO = 3  # and it is this many times the snapshot: the cost of compaction stays a share of the writes
+RESERVE_FILE = "reserve"  # in the data directory
+RESERVE_BYTES = 1024 * 1024  # kept free for a full disk: a report takes about two thousand, a deletion a hundred
+RESERVE_SHARE = 4  # the part of it, one in so many, that a batch may take which also adds something
+REFILL_SECONDS = 1.0  # between two tries to fill the reserve again; so long may a disk have room and nobody uses it
 WATCH_BACKLOG = 1024  # changes that a slow watcher may be behind before it is cut off, to begin anew
 
 Kind = Literal["vm", "worker", "account", "settings"]
@@ -144,6 +156,8 @@ class Batch:
     changes: list[Change] = field(default_factory=list)
     old_json: list[bytes] = field(default_factory=list)  # beside `changes`, to undo them
     revision: int = 0
+    adds: bool = False  # something that does not have to be written to a full disk
+    full: str = ""  # why it found the disk full, whether or not the reserve has helped
     done: trio.Event = field(default_factory=trio.Event)
     error: APIError | None = None
 
@@ -161,12 +175,15 @@ class Watcher:
 class Store:
     """The state of a cluster in `directory`. Made by `Store.open`; `run` must be running for anything to be durable."""
 
-    def __init__(self, journal: Journal, state: State) -> None:
+    def __init__(self, journal: Journal, state: State, reserve: Reserve) -> None:
         self.state = state
         self.broken = ""  # why nothing can be written any more
+        self.full = ""  # why nothing can be added now
         self._journal = journal
+        self._reserve = reserve
+        self._refill_at = math.inf  # by trio's clock
         # By what the objects take, not by the file: else each restart would let the file grow to a multiple of itself.
-        self._compact_at = _compact_at(sum(len(json) for table in state.json.values() for json in table.values()))
+        self._compact_at = _compact_at(_bytes_of(state.json))
         self._batch: Batch | None = None  # gathers
         self._flushing: Batch | None = None  # is being written
         self._wake = trio.Event()
@@ -195,7 +212,12 @@ class Store:
             with contextlib.suppress(PermissionError):  # a parent that can't be read can't be synced
                 disk.sync_directory(directory.parent)  # the directory may be as new as the file
             journal.create(snapshot(state.tables(), state.revision, now))
-        return cls(journal, state)
+        store = cls(journal, state, Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk))
+        try:
+            store._reserve.fill()
+        except NotWritten as error:
+            store._found_full(str(error), 0.0)
+        return store
 
     def close(self) -> None:
         """Close the file. What is not durable by now is lost."""
@@ -208,7 +230,7 @@ class Store:
         """Change objects together: at the end of the block, in memory; on disk when `settled()` returns.
 
         The block must not await, nor hold another transaction: RuntimeError. An exception out of it changes nothing.
-        Raises APIError(503) when the store has ended.
+        Raises APIError: 503 when the store has ended, 507 when it adds something and the disk is full.
         """
         if self.broken:
             raise APIError(503, self.broken)
@@ -234,6 +256,9 @@ class Store:
             records.append(_record(kind, name, None if new is None else json))
         if not changes:
             return
+        adds = any(_adds(change) for change in changes)
+        if adds and self.full:
+            raise APIError(507, f"{self.full}; nothing can be added until there is room, deleting goes on")
         # From here on nothing can fail: all of the transaction happens.
         for change in changes:
             self.state.apply(change.kind, change.name, change.new, change.json)
@@ -244,6 +269,7 @@ class Store:
         batch.lines.append(b'{"revision":%d,"changes":[%b]}' % (tx.revision, b",".join(records)))
         batch.changes.extend(changes)
         batch.old_json.extend(old_json)
+        batch.adds = batch.adds or adds
         self._wake.set()
         for tell in self._committed:
             tell(changes)
@@ -267,10 +293,31 @@ class Store:
         """Carry transactions to the disk until cancelled. Raises Broken when nobody knows any more what it holds."""
         task_status.started()
         while True:
-            await self._wake.wait()
+            with trio.move_on_at(self._refill_at):
+                await self._wake.wait()
             self._wake = trio.Event()
+            if trio.current_time() >= self._refill_at:
+                await self._refill()
             if self._batch is not None:
                 await self._flush()
+
+    async def _refill(self) -> None:
+        try:
+            await trio.to_thread.run_sync(self._reserve.fill)
+        except NotWritten:
+            self._refill_at = trio.current_time() + REFILL_SECONDS
+            if self._journal.size > 2 * _bytes_of(self.state.json):
+                self._compact_at = 0
+                self._batch = self._batch or Batch(revision=self.state.revision)
+        else:
+            log.info("there is room on the disk again")
+            self.full, self._refill_at = "", math.inf
+
+    def _found_full(self, why: str, refill_at: float) -> None:
+        if not self.full:
+            log.error("the disk is full, nothing is added to the state any more: %s", why)
+            self._refill_at = refill_at
+        self.full = why
 
     async def _flush(self) -> None:
         batch, self._batch = self._batch, None
@@ -289,7 +336,12 @@ class Store:
         except Broken as error:
             self.broken = f"the controller cannot store anything any more: {error}; restart it"
             self._undo(batch, APIError(503, self.broken))
+            with trio.CancelScope(shield=True):  # whatever ends meanwhile, this is why
+                await trio.sleep(LAST_WORDS)
             raise
+        finally:
+            if batch.full:
+                self._found_full(batch.full, trio.current_time() + REFILL_SECONDS)
         self._flushing = None
         batch.done.set()
         self._publish(batch.changes)
@@ -297,15 +349,38 @@ class Store:
     def _write(self, batch: Batch, tables: Tables | None) -> None:
         """Make a batch durable, with a new snapshot when `tables` is given. Runs in a thread."""
         if tables is not None:
+            lines = snapshot(tables, batch.revision, datetime.datetime.now(datetime.UTC))
+            size = sum(map(len, lines))
             try:
-                self._journal.create(snapshot(tables, batch.revision, datetime.datetime.now(datetime.UTC)))
+                self._write_in_reserve(lambda: self._journal.create(lines), size, RESERVE_BYTES // 2)
             except NotWritten as error:
                 log.warning("compaction was put off: %s", error)
             else:
                 self._compact_at = _compact_at(self._journal.size)
                 return
             self._compact_at = self._journal.size + COMPACT_BYTES  # then it is tried again
-        self._journal.append(batch.lines)
+        size = sum(map(len, batch.lines))
+        # A batch that also adds something is not refused for the sake of the others in it, unless it is large.
+        most = RESERVE_BYTES // RESERVE_SHARE if batch.adds else RESERVE_BYTES
+        try:
+            if self._write_in_reserve(lambda: self._journal.append(batch.lines), size, most):
+                batch.full = f"there is no room for {self._journal.path}"
+        except NotWritten as error:
+            batch.full = str(error) if error.no_room else ""
+            raise
+
+    def _write_in_reserve(self, write: Callable[[], None], size: int, most: int) -> bool:
+        """Write `size` bytes, if need be and they are not more than `most`, in place of the reserve: True then."""
+        helped = False
+        while True:
+            try:
+                write()
+            except NotWritten as error:
+                if not error.no_room or size > most or not self._reserve.give(size):
+                    raise
+                helped = True
+            else:
+                return helped
 
     def _undo(self, batch: Batch, error: APIError) -> None:
         """Take back a batch that is not on the disk, and all that was built on it since."""
@@ -369,6 +444,17 @@ class Store:
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def _adds(change: Change) -> bool:
+    """Whether a change is more than a deletion, or than what the scheduler and the workers say about a VM."""
+    if isinstance(change.old, VM) and isinstance(change.new, VM):
+        return change.old.spec != change.new.spec
+    return change.new is not None
+
+
+def _bytes_of(tables: Tables) -> int:
+    return sum(len(json) for table in tables.values() for json in table.values())
 
 
 def _compact_at(snapshot: int) -> int:

@@ -70,6 +70,24 @@ def no_room(verb: str, number: int) -> int:
     return errno.ENOSPC if verb == "write" else 0
 
 
+class SmallDisk(Disk):
+    """A disk on which the files of `directory` may have `room` bytes together."""
+
+    def __init__(self, directory: Path, room: int) -> None:
+        self.room = room
+        self.refused = 0  # writes, for want of room
+        self._directory = directory
+
+    def free(self) -> int:
+        return self.room - sum(path.stat().st_size for path in self._directory.rglob("*") if path.is_file())
+
+    def write(self, fd: int, data: memoryview) -> int:
+        if self.free() <= 0 < len(data):
+            self.refused += 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(fd, data[: self.free()])
+
+
 class HeldDisk(Disk):
     """A disk that takes its time: nothing is synced while it is `held`."""
 

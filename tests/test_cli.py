@@ -10,12 +10,15 @@ import signal
 import subprocess
 import tempfile
 import urllib.request
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from processes import GENEROUS, controller, finished, started
 
 from orchard import __version__
+from orchard.audit import SSH_HOST_KEY_FILE
 from orchard.auth import BootstrapToken
 
 STEP = re.compile(r" +[0-9]+\.[0-9]{3} s  (.*)\n")
@@ -153,3 +156,154 @@ def test_what_cannot_be_is_said_without_a_traceback(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert file.name in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+# ---- orchard check -------------------------------------------------------------------------------------------------
+
+EVENT = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
+AS_THEY_ARE = re.compile(
+    r"(/.*): 2 VMs, 0 workers, 0 service accounts, 2 events; [5-9] lines up to revision ([0-9]+); all is well\n"
+)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a controller that has ended, with two VMs, each with an event."""
+    home = tmp_path_factory.mktemp("kept")
+    with controller("--insecure-no-auth", home=home) as (role, url):
+        for name in ("a", "b"):
+            for path, body in (("", {"name": name, "image": "any"}), (f"/{name}/events", EVENT)):
+                subprocess.run(
+                    ["curl", "-sSk", "--fail-with-body", f"{url}/v1/vms{path}", "-d", json.dumps(body)],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+        assert role.stop() == 0
+    return home
+
+
+def images(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted([directory, *directory.rglob("*")])
+    }
+
+
+def checked(directory: Path) -> tuple[int, str]:
+    """What `orchard check` gives and prints; it changes nothing."""
+    before = images(directory)
+    done = finished("", "check", str(directory), home=directory.parent)
+    assert images(directory) == before
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def events_file(directory: Path) -> Path:
+    return min((directory / "events").iterdir())
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def another_key(path: Path) -> None:
+    command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384", "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    path.chmod(0o600)
+
+
+def append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def second_line(path: Path) -> int:
+    return path.read_bytes().index(b"\n") + 1
+
+
+def test_check_finds_nothing_where_all_is_well(kept: Path) -> None:
+    status, said = checked(kept / "controller")
+    assert status == 0
+    assert AS_THEY_ARE.fullmatch(said), said
+    default = finished("", "check", home=kept)
+    assert (default.returncode, default.stdout) == (0, said)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda d: flip(d / "state.jsonl", second_line(d / "state.jsonl") + 40), r"{d}/state.jsonl: the checksum does not fit .* at byte {line}; restore the data directory from a backup, .*"),
+        (lambda d: (d / "state.jsonl").unlink(), r"{d}/state.jsonl is missing; is this a controller's data directory\?"),
+        (lambda d: flip(events_file(d), second_line(events_file(d)) + 40), r"{d}/events/.*\.jsonl: the checksum does not fit .* at byte [0-9]+; restore .*"),
+        (lambda d: (d / "access-token.key").write_bytes(b"short"), r"{d}/access-token.key: it has 5 bytes, expected 32; restore .*"),
+        (lambda d: (d / "access-token.key").unlink(), r"{d}/access-token.key is missing; restore .*"),
+        (lambda d: (d / "access-token.key").chmod(0o640), r"{d}/access-token.key can be read by others than its owner \(mode 640\); chmod 600 it"),
+        (lambda d: (d / "controller.key").chmod(0o604), r"{d}/controller.key can be read by others .* \(mode 604\); chmod 600 it"),
+        (lambda d: (d / "state.jsonl").chmod(0o644), r"{d}/state.jsonl can be read by others .*; chmod 600 it"),
+        (lambda d: d.chmod(0o770), r"{d} can be written by others than its owner \(mode 770\); chmod 700 it"),
+        (lambda d: (d / "controller.key").unlink(), r"{d}/controller.crt is without {d}/controller.key; restore .*"),
+        (lambda d: another_key(d / "controller.key"), r"{d}/controller.crt and {d}/controller.key are no certificate and its key .*; restore .*"),
+    ],
+)  # fmt: skip
+def test_check_says_each_problem_with_its_place_and_remedy(
+    kept: Path, tmp_path: Path, spoil: Callable[[Path], object], problem: str
+) -> None:
+    directory = tmp_path / "data"
+    shutil.copytree(kept / "controller", directory)
+    line = second_line(directory / "state.jsonl")
+    spoil(directory)
+    status, said = checked(directory)
+    first, last = said.splitlines()
+    assert status == 1
+    assert re.fullmatch(problem.format(d=re.escape(str(directory)), line=line), first), first
+    assert last.endswith("; 1 problems")
+
+
+def test_check_notes_what_the_next_start_puts_right(kept: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    shutil.copytree(kept / "controller", directory)
+    sizes = {path: path.stat().st_size for path in (directory / "state.jsonl", events_file(directory))}
+    for path in sizes:
+        append(path, b'{"sum":"')
+    (directory / "state.jsonl.new").write_bytes(b"half")
+    (directory / "events" / "x.jsonl.new").write_bytes(b"half")
+    gone = directory / "events" / "gone.jsonl"
+    gone.write_bytes(events_file(directory).read_bytes())
+    status, said = checked(directory)
+    assert status == 1
+    assert f"{gone}: this is no orchard-events file of version 1 for uid gone at byte 0" in said
+    gone.unlink()
+    status, said = checked(directory)
+    *notes, last = said.splitlines()
+    assert (status, len(notes)) == (0, 4)
+    assert AS_THEY_ARE.fullmatch(last + "\n")
+    for path, size in sizes.items():
+        assert f"note: {path}: the last line is not finished at byte {size}; the next start cuts it off" in notes
+    with controller("--insecure-no-auth", "--data-dir", str(directory), home=tmp_path) as (role, _):
+        assert checked(directory) == (0, last + "\n"), "while a controller runs, and has put it right"
+        assert role.stop() == 0
+
+
+def test_events_whose_vm_is_gone_are_noted(kept: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    shutil.copytree(kept / "controller", directory)
+    with controller("--insecure-no-auth", "--data-dir", str(directory), home=tmp_path) as (_, url):
+        subprocess.run(["curl", "-sSk", "--fail-with-body", "-X", "DELETE", f"{url}/v1/vms/a"], check=True)
+    shutil.copytree(kept / "controller" / "events", directory / "events", dirs_exist_ok=True)
+    status, said = checked(directory)
+    note, last = said.splitlines()
+    assert (status, note.startswith(f"note: {directory}/events/")) == (0, True)
+    assert note.endswith("is of a VM that does not exist any more; the next start removes it")
+    assert last.startswith(f"{directory}: 1 VMs")
+
+
+def test_check_of_nothing(tmp_path: Path) -> None:
+    done = finished("", "check", str(tmp_path / "none"), home=tmp_path)
+    assert (done.returncode, done.stderr) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
+    assert finished("", "check", "a", "b", home=tmp_path).returncode == 2
+
+
+def test_check_knows_the_name_of_the_ssh_host_key() -> None:
+    assert pytest.importorskip("orchard.jump").HOST_KEY_FILE == SSH_HOST_KEY_FILE

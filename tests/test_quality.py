@@ -33,6 +33,7 @@ ROOMS = (
     "store",
     "events",
     "tls",
+    "audit",
     "http1",
     "httpd",
     "client",

@@ -19,6 +19,7 @@ import trio
 import trio.testing
 from disks import CrashDisk, FailingDisk, HeldDisk, Image, fails_at, no_room
 from strategies import BEGAN, assigned, failed, pending, running, worker
+from trio.testing import MockClock
 
 import orchard.store
 from orchard.codec import APIError
@@ -30,6 +31,12 @@ from orchard.store import Change, State, Store, Tables, check, encoded, snapshot
 
 ACCOUNT = ServiceAccount(name="a", token="secret", roles=("compute:read",))
 SETTINGS = ClusterSettings(host_dir_policies=(HostDirPolicy("/x"),))
+
+
+@pytest.fixture(autouse=True)
+def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for a full disk is of use in test_disk_full.py; here it is only written again and again."""
+    monkeypatch.setattr(orchard.store, "RESERVE_BYTES", 10_000)
 
 
 def opened(directory: Path, disk: Disk | None = None) -> Store:
@@ -75,6 +82,13 @@ def problems_of(state: State) -> list[str]:
         if vm.state.worker:
             by_worker[vm.state.worker][vm.name] = vm
     return check(state) + ["the index differs"] * (by_worker != state.vms_by_worker)
+
+
+async def has_room(store: Store) -> None:
+    """Wait until something can be added again."""
+    with trio.fail_after(3600):  # of a clock that jumps
+        while store.full:  # noqa: ASYNC110 -- nobody is told
+            await trio.sleep(orchard.store.REFILL_SECONDS / 4)
 
 
 async def refusal(store: Store) -> APIError:
@@ -311,7 +325,7 @@ async def test_a_watcher_that_closed_its_end_is_in_nobodys_way(tmp_path: Path) -
             assert kinds(there) == [("ADDED", 1)]
 
 
-async def test_a_watcher_does_not_hear_of_what_was_undone(tmp_path: Path) -> None:
+async def test_a_watcher_does_not_hear_of_what_was_undone(tmp_path: Path, autojump_clock: MockClock) -> None:
     disk = FailingDisk()
     async with writing(opened(tmp_path, disk)) as store:
         with store.watch("vm", "a") as changes:
@@ -319,6 +333,7 @@ async def test_a_watcher_does_not_hear_of_what_was_undone(tmp_path: Path) -> Non
             put(store, pending("a"))
             await refusal(store)
             disk.fault = lambda verb, number: 0
+            await has_room(store)
             put(store, worker())
             put(store, pending("a"))
             await store.settled()
@@ -328,27 +343,30 @@ async def test_a_watcher_does_not_hear_of_what_was_undone(tmp_path: Path) -> Non
 # ---- disks that fail -----------------------------------------------------------------------------------------------
 
 
-async def test_a_full_disk_refuses_undoes_and_comes_back(tmp_path: Path) -> None:
+async def test_a_disk_without_any_room_refuses_undoes_and_comes_back(tmp_path: Path, autojump_clock: MockClock) -> None:
     disk = FailingDisk(torn=True)
     async with writing(opened(tmp_path, disk)) as store:
         put(store, running(pending("a")), SETTINGS)
         await store.settled()
         before, index = store.state.tables(), dict(store.state.vms_by_worker["w"])
         disk.fault = no_room
+        full = f"cannot write {tmp_path / 'state.jsonl'}: No space left on device"
+        put(store, pending("b"), ClusterSettings())  # nobody knows yet
         for _ in range(3):
-            put(store, failed(store.state.vms["a"]), pending("b"), ClusterSettings())
-            delete(store, store.state.vms["a"], store.state.vms["b"])
-            put(store, pending("a"), worker(), ACCOUNT)
+            put(store, failed(store.state.vms["a"]))
+            delete(store, store.state.vms["a"])
             error = await refusal(store)
-            assert (error.status, error.message) == (
-                507,
-                f"cannot write {tmp_path / 'state.jsonl'}: No space left on device; nothing was changed",
-            )
+            assert (error.status, error.message) == (507, f"{full}; nothing was changed")
             assert (store.state.tables(), store.state.revision) == (before, 1)
             assert store.state.vms_by_worker == {"w": index}
             assert problems_of(store.state) == []
             await store.settled()  # what is left is durable: reads go on
+            with pytest.raises(APIError, match="nothing can be added until there is room") as refused:
+                put(store, failed(store.state.vms["a"]), ACCOUNT)
+            assert refused.value.status == 507
+            assert (store.state.tables(), store.state.revision) == (before, 1)
         disk.fault = lambda verb, number: 0
+        await has_room(store)
         put(store, pending("b"))
         await store.settled()
         assert read(tmp_path).json == store.state.json
@@ -382,7 +400,7 @@ async def test_what_was_built_on_a_write_that_fails_falls_with_it(tmp_path: Path
     assert (store.state.revision, store.state.vms, problems_of(store.state)) == (0, {}, [])
 
 
-async def test_a_failed_sync_ends_the_store(tmp_path: Path) -> None:
+async def test_a_failed_sync_ends_the_store(tmp_path: Path, autojump_clock: MockClock) -> None:
     disk = FailingDisk()
     store = opened(tmp_path, disk)
 
@@ -413,7 +431,7 @@ async def test_a_failed_sync_ends_the_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("torn", [False, True])
 async def test_whatever_call_fails_what_was_told_is_true(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, torn: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, torn: bool, autojump_clock: MockClock
 ) -> None:
     """Transactions and compactions, and each call to the disk in them fails once."""
     monkeypatch.setattr(orchard.store, "COMPACT_BYTES", 2_000)
@@ -438,7 +456,8 @@ async def test_whatever_call_fails_what_was_told_is_true(
             break
         failures[disk.failed[0]].add(story.outcome)
     assert failures == {
-        "write": {"no start", "refused", "went on"},  # in a compaction nobody notices
+        # In a compaction and in filling the reserve nobody notices; and the reserve is for disks that are full.
+        "write": {"no start", "went on"} if code == errno.ENOSPC else {"no start", "refused", "went on"},
         "sync": {"no start", "broken", "went on"},
         "replace": {"no start", "went on"},
         "sync_directory": {"no start", "broken"},
@@ -469,6 +488,7 @@ class Story:
         store, state = self.store, self.store.state
         if store.broken:
             return
+        await has_room(store)
         before = state.tables()
         put(store, worker("w", vms=step), running(pending(f"vm{step % 3}")), pending("other"))
         wanted = state.tables()
@@ -649,6 +669,7 @@ class Life:
             assert (await refusal(self.store)).status == 507
             self.held = dict(self.durable)
             self.disk.fault = lambda verb, number: 0
+            await has_room(self.store)
 
     def give_up(self) -> None:
         with self.store.transaction() as tx:
@@ -678,7 +699,9 @@ class Life:
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_a_long_life_is_that_of_a_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+async def test_a_long_life_is_that_of_a_dict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, autojump_clock: MockClock
+) -> None:
     monkeypatch.setattr(orchard.store, "COMPACT_BYTES", 20_000)
     monkeypatch.setattr(orchard.store, "COMPACT_RATIO", 0)
     life = Life(tmp_path, seed)
