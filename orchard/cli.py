@@ -3,6 +3,7 @@
 orchard demo                   a controller, a worker and a VM on this machine, step by step
 orchard dev                    a controller and a worker to develop against: loopback, no TLS, nobody is asked
 orchard bootstrap-token NAME   print what lets a worker in, from the controller's data directory
+orchard check [DATA_DIR]       say what is wrong in a controller's data directory, and change nothing
 orchard controller ...         the same as python -m orchard.controller
 orchard worker ...             the same as python -m orchard.worker
 """
