@@ -681,7 +681,9 @@ class TartDriver:
         return path
 
     def _file(self, name: str, kind: str) -> Path:
-        return self._directory() / f"{operand('VM name', name)}.{kind}"
+        if re.search("[/\0]", name):
+            raise DriverError(f'the VM name is "{name}", expected one without a slash')
+        return self._directory() / f"{name}.{kind}"
 
     def _guarded(self, name: str) -> bool:
         path = self._file(name, "run")

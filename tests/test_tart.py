@@ -415,6 +415,12 @@ async def test_an_address_that_is_none_is_refused(tmp_path: Path, said: str) -> 
     assert await program(tmp_path / "tart", "echo fd00::1").ip("vm") == "fd00::1"
 
 
+async def test_a_stranger_may_have_any_name(tmp_path: Path) -> None:
+    listed = json.dumps([{"Name": "-rf", "State": "stopped"}, {"Name": "é x", "State": "running"}])
+    found = await program(tmp_path / "tart", f"echo '{listed}'").list_vms()
+    assert found == [LocalVM("-rf", "stopped"), LocalVM("é x", "running")]
+
+
 async def test_a_list_that_cannot_be_read_is_an_error_of_the_driver(tmp_path: Path) -> None:
     with pytest.raises(DriverError, match="cannot read what tart list prints"):
         await program(tmp_path / "tart", "echo nonsense").list_vms()
