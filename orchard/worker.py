@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import logging
 import os
 import platform
@@ -30,7 +31,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -69,7 +70,7 @@ OFFLINE_TIMEOUT = 180.0  # seconds of the controller's patience, if it does not 
 HEARTBEATS = 8  # that may be lost before leased VMs are shut down
 SOFT, HARD = 0.75, 0.95  # of that patience: then leased VMs are told to shut down, and killed
 SYNC_SECONDS = 5.0  # between two looks that nobody asked for
-FIRST_PAUSE, LAST_PAUSE = 0.1, 1.5  # seconds between sessions, doubling: back within two seconds of the controller
+FIRST_PAUSE, LAST_PAUSE = 0.1, 1.5  # seconds between attempts, doubling: back within two seconds of the controller
 JITTER = 0.5  # share of a pause that is left to chance, so that a thousand workers don't come at once
 MACOS_VMS = 2  # that Apple's licence allows to run on one host
 OWN = "orchard-"  # with which the name of every local VM begins that is ours
@@ -192,8 +193,7 @@ class Worker:
                 raise refusal
             await self._client.start_afresh()
             waiting = 0 if trio.current_time() - began > self._heartbeat_seconds else waiting + 1
-            pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(waiting, 10))
-            await trio.sleep(pause * (1 - JITTER * self._chance()))
+            await trio.sleep(pause_after(waiting, self._chance()))
 
     # -- the session
 
@@ -374,7 +374,8 @@ class Worker:
 
     async def _send_events(self, vm: VM, events: Sequence[Event]) -> None:
         """Deliver a script's output, however long the controller is away. It may come twice, but never not at all."""
-        for pause in self._pauses():
+        for failures in itertools.count(1):
+            pause = pause_after(failures, self._chance())
             try:
                 await self._client.vms.append_events(vm.name, [encode(event) for event in events], uid=vm.uid)
             except ConnectError:
@@ -388,12 +389,6 @@ class Worker:
                 return
             else:
                 return
-
-    def _pauses(self) -> Iterator[float]:
-        pause = FIRST_PAUSE
-        while True:
-            yield pause * (1 - JITTER * self._chance())
-            pause = min(LAST_PAUSE, 2 * pause)
 
     # -- the look
 
@@ -492,6 +487,16 @@ class Worker:
             del self.instances[instance.name]
             if instance.stopped:
                 self._stopped.append(instance)
+
+
+def pause_after(failures: int, chance: float) -> float:
+    """Give the seconds before the next attempt, after so many in a row that came to nothing; `chance` is from 0 to 1.
+
+    0: a session that had lasted has broken, as those of a thousand other workers may have at the same moment.
+    """
+    if failures == 0:
+        return LAST_PAUSE * chance
+    return float(min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 10)) * (1 - JITTER * chance))
 
 
 def rests(vm: VM, state: State) -> bool:

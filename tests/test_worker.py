@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -20,7 +22,7 @@ from orchard.life import SHUT_DOWN, STOPPED, Note
 from orchard.schema import TART_VMS, VM, Status
 from orchard.synthetic import SyntheticDriver
 from orchard.tart import RunOptions
-from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker
+from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker, pause_after
 
 
 class Site:
@@ -427,6 +429,25 @@ async def test_what_was_half_made_is_made_again(site: Site) -> None:
     async with site.working():
         assert (await site.client.vms.wait("vm")).state.restart_count == 0
         assert await site.left() == [vm.tart_name]
+
+
+# ---- coming back ---------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_workers_come_back_within_two_seconds_and_never_at_once() -> None:
+    order = random.Random(1)
+    for away in (0.0, 0.5, 3.0, 60.0):  # seconds, from when all sessions break to the controller's return
+        returns = []
+        for _ in range(1000):
+            at = 0.0
+            for failures in itertools.count():
+                at += pause_after(failures, order.random())
+                if at >= away:
+                    break
+            returns.append(at - away)
+        assert max(returns) < 2.0
+        crowds = Counter(int(at * 10) for at in returns)
+        assert max(crowds.values()) < 250, f"of 1,000 in a tenth of a second, after {away} seconds: {crowds}"
 
 
 # ---- being let in --------------------------------------------------------------------------------------------------
