@@ -6,6 +6,9 @@ Each server is a process of its own, which carries the same bytes from the syste
 in turns. `trio-asyncio` is orchard/jump.py itself, only that the far end of its tunnels is a TCP connection. The bare
 relay, the baseline, has no SSH and gets its bytes from a process that does nothing but send them. Operations are
 megabytes, from the first byte that arrives to the last; the seconds of the processor are those of the server alone.
+
+What else the machine does decides between trio-asyncio and the thread, not only how fast both are: measure on an idle
+machine, and on a busy one, or with all of it on one core (`taskset -c 0 ./run bench jump`).
 """
 
 from __future__ import annotations

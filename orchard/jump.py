@@ -2,8 +2,8 @@
 
 Needs the extra `orchard-cluster[ssh]`. The server is asyncssh's, on trio-asyncio: its callbacks run in the same thread
 as everything else, so a channel's bytes are handed over without a lock or a queue. With idle cores beside it, it carries
-twice as much as asyncssh in a thread of its own, for 0.4 to 0.5 times the processor time, since two threads would fight
-for the interpreter. When all cores are busy, or there is one, a thread does as well (it carries 0.8 to 1.3 times as
+twice as much as asyncssh in a thread of its own, for 0.4 to 0.5 times the processor time (probably because two threads
+would fight for the interpreter). When all cores are busy, or there is one, a thread does as well (it carries 0.8 to 1.3 times as
 much, for as much time or a quarter more). In both cases it is about half of a bare relay without SSH, and a third of
 OpenSSH's own server (`./run bench jump`, `taskset -c 0 ./run bench jump`).
 
