@@ -588,7 +588,15 @@ class TartDriver:
 
     async def suspend(self, name: str) -> None:
         self._refuse("suspending")
-        await self._call("suspend", operand("VM name", name))
+        deadline = trio.current_time() + IP_SECONDS
+        while True:
+            try:
+                await self._call("suspend", operand("VM name", name))
+                break
+            except NotRunning:
+                if trio.current_time() >= deadline or not self._guarded(name):
+                    raise
+            await trio.sleep(WATCH_SECONDS)  # it is just being started, and tart does not know it yet
         await self._gone(name, KILL_SECONDS)
 
     async def _gone(self, name: str, seconds: float) -> None:

@@ -264,6 +264,22 @@ async def test_a_vm_that_is_just_being_started_is_asked_for_its_address_again(tm
     assert asked.with_suffix(".3").exists()
 
 
+async def test_a_vm_that_is_just_being_started_is_suspended_when_it_can_be(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    text = f"""
+    case $1 in
+    run)     while [ ! -e {asked}.3 ]; do sleep 0.01; done ;;
+    suspend) for n in 1 2 3; do
+                 [ -e {asked}.$n ] || {{ touch {asked}.$n; [ $n = 3 ] || exit 2; exit 0; }}
+             done ;;
+    esac"""
+    driver = program(tmp_path / "tart", text)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions())
+        await driver.suspend("vm")
+    assert asked.with_suffix(".3").exists()
+
+
 async def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_RUN_EXIT="The number of VMs exceeds the system limit")
     await driver.clone(IMAGE, "vm", lambda _: None)
