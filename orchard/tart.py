@@ -593,9 +593,11 @@ class TartDriver:
             try:
                 await self._call("suspend", operand("VM name", name))
                 break
-            except NotRunning:
-                if trio.current_time() >= deadline or not self._guarded(name):
+            except NotRunning as error:
+                if not self._guarded(name):
                     raise
+                if trio.current_time() >= deadline:
+                    raise DriverError(f"it runs and cannot be suspended: {error}") from error
             await trio.sleep(WATCH_SECONDS)  # it is just being started, and tart does not know it yet
         await self._gone(name, KILL_SECONDS)
 
