@@ -141,14 +141,20 @@ class API:
         """Answer an admitted request. Raises APIError."""
         operation: Operation = request.extra
         for _ in range(REREADS if operation.method == "GET" else 1):
-            decided: Answer | Awaitable[Answer] = operation.handler(self, request)
-            answer = await decided if isinstance(decided, Awaitable) else decided
+            problem: APIError | None = None
+            try:
+                decided: Answer | Awaitable[Answer] = operation.handler(self, request)
+                answer = await decided if isinstance(decided, Awaitable) else decided
+            except APIError as error:
+                problem = error  # that something is not there, or is there already, can be as new as anything else
             try:
                 await self.store.settled()
             except APIError as error:
                 # A write that others made failed and was undone. A read can do without it.
                 refusal = error
             else:
+                if problem is not None:
+                    raise problem
                 return answer
         raise refusal
 

@@ -23,6 +23,7 @@ from orchard.commands import Executor
 from orchard.controller import Cluster, Settings
 from orchard.events import EventLog
 from orchard.http1 import Headers, Request, Response, Stream, refused
+from orchard.journal import Disk
 from orchard.reach import Reach
 from orchard.schema import ServiceAccount
 from orchard.store import Store, check
@@ -131,10 +132,10 @@ class Served:
 
 
 @asynccontextmanager
-async def served(directory: Path, *accounts: ServiceAccount) -> AsyncIterator[Served]:
+async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None = None) -> AsyncIterator[Served]:
     """Serve the API from `directory`; with accounts given, they are asked for. Times stand still at BEGAN."""
     settings = Settings(data_dir=directory)
-    store = Store.open(directory, BEGAN)
+    store = Store.open(directory, BEGAN, disk)
     try:
         events = EventLog(directory / "events")
         events.open({vm.uid for vm in store.state.vms.values()})

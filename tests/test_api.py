@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
+from disks import HeldDisk
 from served import BEGAN, Served, served
 from trio.testing import assert_no_checkpoints
 
@@ -561,3 +563,35 @@ def compare_schema(where: str, theirs: Any, ours: Any) -> None:
             compare_schema(f"{where}[]", theirs[keyword], ours[keyword])
     for index, part in enumerate(theirs.get("allOf", [])):
         compare_schema(f"{where}&{index}", part, ours["allOf"][index])
+
+
+# ---- what an answer is based on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [
+        (("DELETE", "/vms/there"), ("DELETE", "/vms/there"), 404),
+        (("DELETE", "/vms/there"), ("GET", "/vms/there"), 404),
+        (("POST", "/vms", {"name": "new", "image": "i"}), ("POST", "/vms", {"name": "new", "image": "i"}), 409),
+    ],
+)
+async def test_a_refusal_waits_for_the_disk_like_any_answer(
+    tmp_path: Path, first: tuple[Any, ...], second: tuple[Any, ...], status: int
+) -> None:
+    disk = HeldDisk()
+    async with served(tmp_path, disk=disk) as api:
+        await api.create("there")
+        answers: list[int] = []
+
+        async def call(*request: Any) -> None:
+            answers.append((await api.call(*request)).status)
+
+        async with trio.open_nursery() as nursery:
+            with disk.held():
+                nursery.start_soon(lambda: call(*first))
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(lambda: call(*second))
+                await trio.testing.wait_all_tasks_blocked()
+                assert answers == [], "a crash now would take back what was refused for it"
+        assert sorted(answers) == [200, status]
