@@ -8,8 +8,11 @@ out of reach of the worker's terminal, its crash and its upgrade, and stays unti
     lease    until when a VM may run that could be started elsewhere; the worker renews it, for all VMs of the host
 
 The lock on the record is how others know that the VM runs: unlike a process number it can't be anybody else's, and it
-ends with the process, however that ends. SIGTERM asks the guard to end the VM: SIGINT to `tart run`, as `tart stop`
-sends it, and SIGKILL to its process group when it takes too long.
+ends with the process, however that ends. (Who looks has it for an instant, too, so a guard tries again.) The record has
+its room from the start, so that a disk that gets full leaves no VM without one.
+
+SIGTERM asks the guard to end the VM: SIGINT to `tart run`, as `tart stop` sends it, and SIGKILL to its process group
+when it takes too long.
 
 A VM with a lease is ended in the same way when the lease runs out. So a VM does not run on a host that is cut off from
 its controller, even when the worker has crashed there or stands still, and the controller may start it elsewhere.
@@ -37,6 +40,8 @@ from typing import Literal, NoReturn
 LOOK_SECONDS = 1.0  # between two looks at the lease; a renewal that comes late is seen in time all the same
 LOG_BYTES = 1024 * 1024  # of output that is kept; then the log begins anew
 MAX_COMPLAINT = 4096  # bytes
+RECORD_BYTES = 64  # three numbers and a word
+LOCK_TRIES, LOCK_PAUSE = 500, 0.01  # seconds; who only looks has the lock for microseconds
 NEVER = (math.inf, math.inf)
 EXPIRED = "this host has been cut off from its controller for too long to start a VM that could run elsewhere"
 # What Python ignores, or this process does, and a program expects to find as usual.
@@ -80,20 +85,15 @@ def locked(path: Path) -> bool:
 
 def read(path: Path) -> Record:
     """Read a record. Raises OSError."""
-    numbers: list[int] = []
-    order: Order = ""
-    with suppress(ValueError, FileNotFoundError):  # a line that is being written
-        for line in path.read_text().splitlines():
-            *words, last = line.split(" ")
-            numbers += map(int, words)
-            order = "stop" if last == "stop" else "lease" if last == "lease" else ""
-    match numbers:
-        case [guard, child]:
-            return Record(guard, child)
-        case [guard, child, status]:
-            return Record(guard, child, status, order)
-        case _:
-            return Record()
+    with suppress(FileNotFoundError, ValueError):
+        match path.read_text("ascii").split():
+            case [guard, child]:
+                return Record(int(guard), int(child))
+            case [guard, child, status]:
+                return Record(int(guard), int(child), int(status))
+            case [guard, child, status, "stop" | "lease" as order]:
+                return Record(int(guard), int(child), int(status), order)
+    return Record()
 
 
 def write_lease(path: Path, soft: float, hard: float) -> None:
@@ -123,18 +123,17 @@ def main(words: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         record = os.open(record_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not _lock(record):
+            return _complain("the VM is already running")
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.ftruncate(record, 0)
+        os.pwrite(record, b"\n" * RECORD_BYTES, 0)
     except OSError as error:
-        return _complain(f"cannot write {error.filename}: {error.strerror}")
-    try:
-        fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return _complain("the VM is already running")
-    lease = Path(lease_path) if lease_path else None
-    if clock() >= _lease(lease, (-math.inf, -math.inf))[0]:
+        return _complain(f"cannot write {error.filename or record_path}: {error.strerror}")
+    lease = _Lease(lease_path)
+    if clock() >= lease.look()[0]:
         return _complain(EXPIRED)
     heard, told = os.pipe()
-    os.ftruncate(record, 0)
     if not os.fork():
         _guard(record, log, lease, float(patience), command, told)
     os.close(told)
@@ -147,7 +146,22 @@ def _complain(text: str) -> int:
     return 1
 
 
-def _guard(record: int, log: int, lease: Path | None, patience: float, command: Sequence[str], told: int) -> NoReturn:
+def _lock(record: int) -> bool:
+    """Lock a record, unless another guard has it. Raises OSError."""
+    for _ in range(LOCK_TRIES):
+        with suppress(BlockingIOError):
+            fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        try:
+            fcntl.flock(record, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as who only looks can, too, but not beside a guard
+        except BlockingIOError:
+            return False
+        fcntl.flock(record, fcntl.LOCK_UN)
+        time.sleep(LOCK_PAUSE)
+    return False
+
+
+def _guard(record: int, log: int, lease: _Lease, patience: float, command: Sequence[str], told: int) -> NoReturn:
     """Be the guard; `told` is the pipe to whoever waits to hear that the VM's process is there."""
     os.setsid()
     os.chdir("/")
@@ -159,7 +173,12 @@ def _guard(record: int, log: int, lease: Path | None, patience: float, command: 
     except OSError as error:
         os.write(told, f"cannot run {command[0]}: {error.strerror}".encode())
         os._exit(1)
-    os.write(record, b"%d %d \n" % (os.getpid(), child))
+    try:
+        os.write(record, b"%d %d\n" % (os.getpid(), child))
+    except OSError as error:
+        os.killpg(child, signal.SIGKILL)  # nobody else could end it
+        os.write(told, f"cannot write the record of the VM: {error.strerror}".encode())
+        os._exit(1)
     os.write(told, _UP)
     os.close(told)
     status, order = _watch(child, lease, patience, wake)
@@ -188,17 +207,16 @@ def _heed_signals() -> int:
     return wake
 
 
-def _watch(child: int, lease: Path | None, patience: float, wake: int) -> tuple[int, Order]:
+def _watch(child: int, lease: _Lease, patience: float, wake: int) -> tuple[int, Order]:
     """Wait for the child's end, and end it when that is due. Give its status, and what it was ended for."""
     order: Order = ""
     kill_at = math.inf
-    until = NEVER
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status), order
         now = clock()
-        soft, hard = until = _lease(lease, until)
+        soft, hard = lease.look()
         if not order and (_ordered or now >= soft):
             order = "stop" if _ordered else "lease"
             kill_at = now + patience
@@ -216,14 +234,18 @@ def _watch(child: int, lease: Path | None, patience: float, wake: int) -> tuple[
             os.read(wake, 1024)
 
 
-def _lease(path: Path | None, last: tuple[float, float]) -> tuple[float, float]:
-    """Give the lease as it stands now, or what was last known of it."""
-    if path is None:
-        return NEVER
-    try:
-        return read_lease(path)
-    except (OSError, ValueError):
-        return last
+class _Lease:
+    """What is known of the lease in a file ("": it never ends). One that was never read is over."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._until = (-math.inf, -math.inf) if path else NEVER
+
+    def look(self) -> tuple[float, float]:
+        if self._path:
+            with suppress(OSError, ValueError):
+                self._until = read_lease(Path(self._path))
+        return self._until
 
 
 if __name__ == "__main__":

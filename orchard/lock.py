@@ -26,6 +26,7 @@ def locked(directory: Path, file_name: str) -> Iterator[None]:
         if new:
             directory.chmod(0o700)  # whatever the umask
         descriptor = os.open(directory / file_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, 0o600)
     except OSError as error:
         raise LockError(f"{directory}: {error.strerror}") from error
     with os.fdopen(descriptor, "r+") as file:

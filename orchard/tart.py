@@ -236,7 +236,7 @@ class Driver(Protocol):
 def find_tart(path: str | None, runtime: Runtime) -> str:
     """Give the path of the `tart` (or `vetu`) program: `path` if given, else the one on PATH. Raises DriverError."""
     if found := shutil.which(path or runtime):
-        return found
+        return str(Path(found).absolute())  # guards work in another directory
     if path:
         raise DriverError(f"{path} is no program that can be run, expected {runtime}; correct --tart")
     raise DriverError(
@@ -515,10 +515,9 @@ class TartDriver:
 
     async def _until_ended(self, name: str) -> None:
         """Wait until a VM's guard is gone. Raises DriverError when the VM did not simply shut down or was stopped."""
-        while self._guarded(name):
+        while (end := self._end_of(name)) is None:
             with trio.move_on_after(WATCH_SECONDS):
                 await self._look.wait()
-        end = self._record(name)
         if end.order == "lease":
             raise DriverError(LEASE_OVER)
         if end.status is None:
@@ -526,6 +525,13 @@ class TartDriver:
             raise DriverError("the process that watched over the VM was killed")
         if end.status and end.order != "stop":
             raise failure(self._program, "run", end.status, self._said(name))
+
+    def _end_of(self, name: str) -> guard.Record | None:
+        """Give what a VM's guard has left; None as long as it lives, or nobody can tell (for want of a descriptor)."""
+        with suppress(DriverError):
+            if not self._guarded(name):
+                return self._record(name)
+        return None
 
     async def _stop_unguarded(self, name: str) -> None:
         """Return when a VM does not run any more whose guard was killed, and so can't have ended it."""

@@ -61,7 +61,17 @@ from orchard.schema import (
 )
 from orchard.schema import Worker as WorkerNoun
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import Driver, DriverError, NotRunning, State, TartDriver, check_dhcp_lease, find_tart, machine_id
+from orchard.tart import (
+    Driver,
+    DriverError,
+    LocalVM,
+    NotRunning,
+    State,
+    TartDriver,
+    check_dhcp_lease,
+    find_tart,
+    machine_id,
+)
 from orchard.tunnel import BROKEN, NORMAL, splice
 
 HEARTBEAT_SECONDS = 15.0  # or less, if the controller's patience is shorter than the usual
@@ -403,20 +413,23 @@ class Worker:
         except DriverError as error:
             raise ClientError(f"cannot tell which VMs are on this host: {error}") from error
         wanted = {vm.tart_name: vm for vm in await self._client.vms.list(worker=self.name)}
+        ours: list[tuple[LocalVM, VM]] = []
         async with trio.open_nursery() as ending:
             for local in found:
                 vm = wanted.get(local.name)
-                runs = local.state == "running"
-                if vm is None or (vm.state.status == "pending" and not runs):  # it was to go, or is half-made
-                    ending.start_soon(self._remove_stranger, local.name)
-                    continue
-                instance = self._instance(vm, runs=runs)
-                if vm.state.status == "failed":
-                    instance.fail(vm.state.status_message)
-                elif not runs and not rests(vm, local.state):
-                    instance.fail(LOST)
-                log.info("found a VM", extra={"vm": vm.name, "state": local.state})
-                vms.start_soon(self._tend, instance, instance.adopt if runs else instance.keep)
+                if vm is None or (vm.state.status == "pending" and local.state != "running"):
+                    ending.start_soon(self._remove_stranger, local.name)  # it was to go, or is half-made
+                else:
+                    ours.append((local, vm))
+        for local, vm in ours:  # without a checkpoint: a session that ends before this has settled nothing
+            runs = local.state == "running"
+            instance = self._instance(vm, runs=runs)
+            if vm.state.status == "failed":
+                instance.fail(vm.state.status_message)
+            elif not runs and not rests(vm, local.state):
+                instance.fail(LOST)
+            log.info("found a VM", extra={"vm": vm.name, "state": local.state})
+            vms.start_soon(self._tend, instance, instance.adopt if runs else instance.keep)
 
     async def _remove_stranger(self, name: str) -> None:
         try:

@@ -25,7 +25,7 @@ from orchard.schema import VM
 from orchard.worker import architecture
 
 STANDIN = Path(__file__).parent / "standin" / "tart"
-PATIENCE = 2.0  # seconds after which the controller calls a worker offline
+PATIENCE = 2.0  # seconds after which the controller calls a worker offline, where that is to happen
 
 
 class Site:
@@ -67,8 +67,8 @@ class Site:
 
 
 @asynccontextmanager
-async def site(home: Path) -> AsyncIterator[Site]:
-    words = ("--insecure-no-tls", "--insecure-no-auth", "--worker-offline-timeout", str(PATIENCE))
+async def site(home: Path, patience: float = 1000.0) -> AsyncIterator[Site]:
+    words = ("--insecure-no-tls", "--insecure-no-auth", "--worker-offline-timeout", str(patience))
     with nothing_left(home), controller(*words, home=home) as (_, url):
         async with Client(url) as client:
             yield Site(home, url, client)
@@ -155,7 +155,7 @@ async def until_started_again(s: Site, vm: VM) -> None:
 async def test_a_vm_ends_before_it_is_started_elsewhere_though_its_worker_stands_still(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    async with site(tmp_path) as s:
+    async with site(tmp_path, PATIENCE) as s:
         with s.worker() as worker:
             never, again = await s.create("never"), await s.create("again", "OnFailure")
             worker.process.send_signal(number)
@@ -173,7 +173,7 @@ async def test_a_vm_ends_before_it_is_started_elsewhere_though_its_worker_stands
 
 async def test_without_the_lease_it_would_run_twice(tmp_path: Path) -> None:
     """That the test above can fail: with a lease that never ends, what it looks at is seen."""
-    async with site(tmp_path) as s:
+    async with site(tmp_path, PATIENCE) as s:
         with s.worker() as worker:
             vm = await s.create("vm", "OnFailure")
             worker.process.send_signal(signal.SIGSTOP)
