@@ -23,7 +23,7 @@ from trio_websocket import WebSocketConnection
 from orchard import __version__, auth, commands, lifecycle
 from orchard.codec import APIError, dump_json, encode, parse_json, shown
 from orchard.events import EventLog
-from orchard.http1 import Answer, Request, Response, Route, Router, Stream, WebSocketUpgrade
+from orchard.http1 import Answer, Request, Response, Route, Router, Stream, TunnelUpgrade, WebSocketUpgrade
 from orchard.openapi import Operation, Parameter, array_of, document, ref
 from orchard.presence import Presence
 from orchard.reach import Reach
@@ -50,7 +50,7 @@ from orchard.schema import (
     worker_from_client,
 )
 from orchard.store import SETTINGS, Change, Store, encoded
-from orchard.tunnel import MAX_MESSAGE, Session, Switchboard
+from orchard.tunnel import FarEnd, Session, Switchboard
 
 CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
 MAX_LIMIT = 1_000_000_000  # of `limit`: more events than a VM may leave
@@ -278,9 +278,7 @@ class API:
         vm = self._vm_named(request)
         request.require_websocket()
         far = await request.while_connected(partial(self.reach.port, vm, port, WAIT if wait is None else wait))
-        return WebSocketUpgrade(
-            lambda near: self.switchboard.serve_near_end(vm.uid, near, far), max_message_size=MAX_MESSAGE
-        )
+        return self._tunnel(vm.uid, far)
 
     async def forward_worker(self, request: Request) -> Answer:
         port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
@@ -290,9 +288,11 @@ class API:
         far = await request.while_connected(
             partial(self.reach.host_port, worker.name, port, WAIT if wait is None else wait)
         )
-        return WebSocketUpgrade(
-            lambda near: self.switchboard.serve_near_end("", near, far), max_message_size=MAX_MESSAGE
-        )  # fmt: skip
+        return self._tunnel("", far)
+
+    def _tunnel(self, vm_uid: str, far: FarEnd) -> TunnelUpgrade:
+        board = self.switchboard
+        return TunnelUpgrade(partial(board.serve_near_end, vm_uid, far), board.ping_interval)
 
     async def resolve_ip(self, request: Request) -> Answer:
         wait = _number(request, "wait", 0, MAX_WAIT)
@@ -329,9 +329,7 @@ class API:
         if error:
             session.fail(error)
             return WebSocketUpgrade(_nothing_more)
-        return WebSocketUpgrade(
-            lambda websocket: self.switchboard.serve_far_end(session, websocket), max_message_size=MAX_MESSAGE
-        )
+        return TunnelUpgrade(partial(self.switchboard.serve_far_end, session), self.switchboard.ping_interval)
 
     def answer_ip(self, request: Request) -> Answer:
         session = self._answered(request)

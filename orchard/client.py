@@ -45,9 +45,10 @@ from trio_websocket import (
 )
 from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
-from orchard import __version__, tls
+from orchard import __version__, frames, tls
 from orchard.codec import APIError, decode
 from orchard.groups import first, unwrapped
+from orchard.pipe import TunnelStream
 from orchard.schema import (
     IP,
     VM,
@@ -71,10 +72,8 @@ MAX_BODY = 64 * 1024 * 1024  # bytes of an answer, and of one line of a watch
 MAX_HEAD = 64 * 1024  # bytes of an answer's head
 MAX_ACTION = 64 * 1024  # bytes of a message of the worker's watch
 RECEIVE_BYTES = 64 * 1024  # of one read
-MAX_MESSAGE = 16 * 1024 * 1024  # bytes of a message that comes through a tunnel
-PIECE = 64 * 1024  # bytes of those that are sent
-NORMAL, NO_CODE = 1000, 1005  # of a WebSocket that closes as it should; browsers may send none
-MAX_REASON = 123  # bytes of the reason beside a code
+PIECE = 64 * 1024  # bytes of a command's input in a message
+SWITCHING = 101  # HTTP's status of an answer that what follows is no HTTP
 PAGE = 1000  # events that are fetched at once
 MAX_SHOWN = 200  # characters of an answer that is not Orchard's
 REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
@@ -159,7 +158,7 @@ class _Connection:
         events: list[h11.Event] = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
         await self.stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
         self.fresh = False
-        while not isinstance(event := await self._next(), h11.Response):
+        while not isinstance(event := await self._next(), h11.Response) and event.status_code != SWITCHING:
             pass  # 100 Continue and its like
         return event.status_code, {name.decode().lower(): value.decode("latin-1") for name, value in event.headers}
 
@@ -187,6 +186,10 @@ class _Connection:
             self.answering = True
             self._http.receive_data(bytes(data))
         return event
+
+    def early(self) -> bytes:
+        """Give what came beyond the answer that has switched to another protocol."""
+        return bytes(self._http.trailing_data[0])
 
     def reusable(self) -> bool:
         """Make ready for another request, if both sides go on."""
@@ -396,9 +399,34 @@ class Client:
 
     @asynccontextmanager
     async def tunnel(self, path: str, query: Mapping[str, str]) -> AsyncIterator[TunnelStream]:
-        """Open a WebSocket whose binary messages are a stream of bytes, closed at the end of the block."""
-        async with self.websocket(path, query, max_message_size=MAX_MESSAGE) as websocket:
-            yield TunnelStream(websocket)
+        """Open a WebSocket whose binary messages are a stream of bytes, closed at the end of the block.
+
+        Raises ResponseError for a refusal. A BrokenResourceError that the block lets out becomes ConnectError.
+        """
+        key = base64.b64encode(os.urandom(16)).decode()
+        asks = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+        asks += [("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)]
+        request = h11.Request(method="GET", target=self._target(path, query), headers=[*self._headers, *asks])
+        connection = await self._open()
+        _be_patient(connection.stream)
+        try:
+            with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
+                status, headers = await connection.send(request, b"")
+                if status != SWITCHING:
+                    raise _refusal(Answer(status, headers, await connection.body()))
+            if headers.get("sec-websocket-accept") != frames.accept(key) or "sec-websocket-extensions" in headers:
+                raise ConnectError(f"{self.url} does not open a WebSocket as it should")
+            stream = TunnelStream(connection.stream, client=True, early=connection.early())
+            with unwrapped():
+                async with trio.open_nursery() as nursery:  # what keeps the stream going ends with the block
+                    nursery.start_soon(stream.run)
+                    yield stream
+                    await stream.aclose()
+                    nursery.cancel_scope.cancel()
+        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
+            raise self._lost(error) from error
+        finally:
+            await trio.aclose_forcefully(connection.stream)
 
     @asynccontextmanager
     async def rpc_watch(self, worker: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
@@ -498,46 +526,11 @@ def keep_alive(stream: trio.SocketStream) -> trio.SocketStream:
     return stream
 
 
-class TunnelStream(trio.abc.Stream):
-    """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
-
-    Raises BrokenResourceError when the other end has gone, with its reason.
-    """
-
-    def __init__(self, websocket: WebSocketConnection) -> None:
-        self._websocket = websocket
-        self._unread = b""
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        view = memoryview(data)
-        try:
-            for start in range(0, len(view), PIECE):
-                await self._websocket.send_message(bytes(view[start : start + PIECE]))
-        except ConnectionClosed as closed:
-            raise trio.BrokenResourceError(_why_closed(closed)) from closed
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Give bytes, b"" when the other end has closed as it should."""
-        while not self._unread:
-            try:
-                message = await self._websocket.get_message()
-            except ConnectionClosed as closed:
-                if closed.reason is not None and closed.reason.code in (NORMAL, NO_CODE):
-                    return b""
-                raise trio.BrokenResourceError(_why_closed(closed)) from closed
-            self._unread = message.encode() if isinstance(message, str) else bytes(message)
-        data, self._unread = (
-            self._unread[:max_bytes],
-            self._unread[len(self._unread) if max_bytes is None else max_bytes :],
-        )
-        return data
-
-    async def aclose(self, code: int = NORMAL, reason: str = "") -> None:
-        with trio.move_on_after(CLOSE_SECONDS):
-            await self._websocket.aclose(code, reason.encode()[:MAX_REASON].decode("utf-8", "ignore"))
+def _be_patient(stream: trio.abc.Stream) -> None:
+    """Let data under way wait as long as the other end takes none: who doesn't read is not gone, his system answers."""
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    if isinstance(transport, trio.SocketStream) and (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
+        transport.setsockopt(socket.IPPROTO_TCP, option, 0)
 
 
 class RunningCommand:

@@ -4,8 +4,8 @@
 nothing can be smuggled past a proxy in front. `Sized` and `Chunked` then say how many of the bytes that came belong to
 the body. Only what was judged here reaches a parser.
 
-`Router` finds what a request is for. A handler gets a `Request` and gives a `Response`, a `Stream` or a
-`WebSocketUpgrade`, or raises APIError, which `refused` makes an answer of. What these say about clients that go away
+`Router` finds what a request is for. A handler gets a `Request` and gives a `Response`, a `Stream`, a
+`WebSocketUpgrade` or a `TunnelUpgrade`, or raises APIError, which `refused` makes an answer of. What these say about clients that go away
 and about the server's stop is kept by the server.
 """
 
@@ -22,6 +22,7 @@ from urllib.parse import unquote
 from trio_websocket import WebSocketConnection
 
 from orchard.codec import APIError, dump_json, shown
+from orchard.pipe import TunnelStream
 
 CHUNK_DIGITS = 16  # of a chunk's size: 64 bits
 FRAMING_BYTES = 64 * 1024  # of a chunked body that are no body: a million chunks of one byte cost too much time
@@ -201,7 +202,18 @@ class WebSocketUpgrade:
     receive_buffer_size: int = 64 * 1024  # bytes of one read
 
 
-Answer = Response | Stream | WebSocketUpgrade
+@dataclass(slots=True, eq=False)
+class TunnelUpgrade:
+    """As WebSocketUpgrade, but `session` gets the bytes that the messages carry, of whatever sizes and types these are.
+
+    It may let BrokenResourceError out. Pings go out every `ping_interval` seconds.
+    """
+
+    session: Callable[[TunnelStream], Awaitable[None]]
+    ping_interval: float
+
+
+Answer = Response | Stream | WebSocketUpgrade | TunnelUpgrade
 Handler = Callable[[Request], Awaitable[Answer]]
 
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 in, on h11: connection loop, limits, streaming, the hand-over to trio-websocket. Law: it reads and writes
+"""HTTP/1.1 in, on h11: connection loop, limits, streaming, the hand-over to WebSockets. Law: it reads and writes
 the streams that its listeners accept, and nothing else; no noun of the product is known here.
 
 Every byte of a connection is read into one bounded buffer, and h11 gets only what `http1` judged before; where that
@@ -30,6 +30,7 @@ import trio
 from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
+from orchard import frames
 from orchard.codec import APIError
 from orchard.groups import sole
 from orchard.http1 import (
@@ -41,6 +42,7 @@ from orchard.http1 import (
     Response,
     Sized,
     Stream,
+    TunnelUpgrade,
     WebSocketUpgrade,
     check_head,
     head_end,
@@ -48,6 +50,7 @@ from orchard.http1 import (
     refused,
     too_large,
 )
+from orchard.pipe import TunnelStream
 
 RECEIVE_BYTES = 16 * 1024  # of one read: what a TLS record holds
 SEND_BYTES = 256 * 1024  # of one write: each has its own deadline, so that a slow reader of much is not cut off
@@ -260,8 +263,10 @@ class _Exchange:
             await self._respond(answer)
         elif isinstance(answer, Stream):
             await self._respond_piecewise(answer)
-        elif answer is not None:
+        elif isinstance(answer, WebSocketUpgrade):
             await self._websocket(answer)
+        elif answer is not None:
+            await self._tunnel(answer)
         return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
 
     async def fail(self) -> None:
@@ -302,7 +307,7 @@ class _Exchange:
         if length != 0:
             request.body = await self._read_body(Chunked(server.limits.body_bytes) if length is None else Sized(length))
         answer = await server.handler(request)
-        if isinstance(answer, WebSocketUpgrade):
+        if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             request.require_websocket()
         return answer
 
@@ -501,7 +506,28 @@ class _Exchange:
         with trio.move_on_after(CLOSE_SECONDS):
             await websocket.aclose()
 
-    async def _close_at_stop(self, websocket: WebSocketConnection, scope: trio.CancelScope) -> None:
+    async def _tunnel(self, answer: TunnelUpgrade) -> None:
+        assert self._request is not None
+        accept = frames.accept(self._request.headers.get("sec-websocket-key") or "")
+        headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
+        connection = self._connection
+        try:
+            await self._send(h11.InformationalResponse(status_code=101, headers=headers, reason=_REASONS[101]))
+            early, connection.buffer = bytes(connection.buffer), bytearray()
+            stream = TunnelStream(connection.stream, client=False, early=early, ping_interval=answer.ping_interval)
+            async with trio.open_nursery() as nursery:  # what keeps the stream going dies with the session
+                nursery.start_soon(stream.run)
+                nursery.start_soon(self._close_at_stop, stream, nursery.cancel_scope)
+                await answer.session(stream)
+                await stream.aclose()
+                nursery.cancel_scope.cancel()
+        except* trio.BrokenResourceError:
+            pass
+        finally:
+            self._record(101)
+        await connection.linger()
+
+    async def _close_at_stop(self, websocket: WebSocketConnection | TunnelStream, scope: trio.CancelScope) -> None:
         await self._server.stop.wait()
         with trio.move_on_after(CLOSE_SECONDS):
             await websocket.aclose(1001, "controller is stopping")

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from orchard.client import TunnelStream
 from orchard.codec import APIError
+from orchard.pipe import TunnelStream
 from orchard.schema import VM
 from orchard.store import Store
 from orchard.tunnel import FarEnd, Switchboard

@@ -6,11 +6,11 @@ the present state from the API. The newest watch of a name is the one that count
 
 Other actions ask for something. Each has a `Session`, whose unguessable id the worker brings back with the answer, once,
 by a request of its own: an address, or a WebSocket whose other end is a port of the VM. `relay` joins that one to the
-WebSocket of whoever asked. It holds one message of each direction at a time, so that a slow side slows the other and
+WebSocket of whoever asked. It sends on what has come before it takes more, so that a slow side slows the other and
 nothing piles up, and it forwards what one side has sent before it tells the other that this one has closed.
 
 Every WebSocket is pinged, so that load balancers keep it and a dead peer is found: a ping that stays unanswered for a
-whole interval ends the connection, unless data is what it waits behind.
+whole interval ends the connection, unless data is what it waits behind. Tunnels do that themselves (pipe.py).
 """
 
 from __future__ import annotations
@@ -23,21 +23,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import trio
-from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection
+from trio_websocket import WebSocketConnection
 
-from orchard.client import TunnelStream
 from orchard.codec import APIError, dump_json, shown
+from orchard.frames import BROKEN, GOING_AWAY, LOST, NORMAL, UNSAID, Close
 from orchard.groups import first
+from orchard.pipe import RECEIVE_BYTES, TunnelStream
 
 PING_INTERVAL = 30.0  # seconds; shorter than the idle time-out of common load balancers, 60
 TAKE_SECONDS = 10.0  # for a client to take the tunnel that it has asked for
-CLOSE_SECONDS = 5.0  # for the other end to answer that it closes
 MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a request with a deadline
-MAX_MESSAGE = 16 * 1024 * 1024  # bytes of a message of a client; longer ones close the tunnel with 1009
-PIECE = 64 * 1024  # bytes of the messages that are sent on
-NORMAL, GOING_AWAY, BROKEN = 1000, 1001, 1011  # codes with which a WebSocket closes (RFC 6455, section 7.4.1)
-UNSAID, LOST = 1005, 1006  # what stands for a close without a code, and for none at all
-MAX_REASON = 123  # bytes of the reason beside the code
 SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
 
 
@@ -73,9 +68,9 @@ class _Watch:
 
 @dataclass(slots=True)
 class FarEnd:
-    """A worker's end of a tunnel: its WebSocket, until `finished` is set."""
+    """A worker's end of a tunnel: its bytes, until `finished` is set."""
 
-    websocket: WebSocketConnection
+    stream: TunnelStream
     worker: str = ""
     taken: trio.Event = field(default_factory=trio.Event)
     finished: trio.Event = field(default_factory=trio.Event)
@@ -113,7 +108,7 @@ class Switchboard:
     """The watches of all workers, and what was asked over them. `ping_interval` is in seconds."""
 
     def __init__(self, ping_interval: float = PING_INTERVAL) -> None:
-        self._ping_interval = ping_interval
+        self.ping_interval = ping_interval
         self._watches: dict[str, _Watch] = {}
         self._connected = trio.Event()  # that another worker has come
         self._sessions: dict[str, Session] = {}
@@ -141,7 +136,7 @@ class Switchboard:
             with watch.scope:
                 async with trio.open_nursery() as nursery:  # all three end when one of them does
                     nursery.start_soon(drain, websocket)
-                    nursery.start_soon(keep_alive, websocket, self._ping_interval, alive, nursery.cancel_scope)
+                    nursery.start_soon(keep_alive, websocket, self.ping_interval, alive, nursery.cancel_scope)
                     while True:
                         for action in await watch.take():
                             await websocket.send_message(dump_json(action))
@@ -181,19 +176,19 @@ class Switchboard:
 
     # -- tunnels
 
-    async def serve_far_end(self, session: Session, websocket: WebSocketConnection) -> None:
+    async def serve_far_end(self, session: Session, stream: TunnelStream) -> None:
         """Let a worker's WebSocket answer a session, and keep it open as long as the tunnel is."""
-        far = FarEnd(websocket, session.worker)
+        far = FarEnd(stream, session.worker)
         session.resolve(far)
         with trio.move_on_after(TAKE_SECONDS):
             await far.taken.wait()
         if far.taken.is_set():
             await far.finished.wait()
-            await close(websocket, *far.close)
+            await stream.aclose(*far.close)
 
-    async def serve_near_end(self, vm_uid: str, near: WebSocketConnection, far: FarEnd) -> None:
+    async def serve_near_end(self, vm_uid: str, far: FarEnd, near: TunnelStream) -> None:
         """Relay between a client and a worker until one of them closes, or `end_tunnels` does."""
-        tunnel = _Tunnel(near, far, self._ping_interval)
+        tunnel = _Tunnel(near, far)
         with self._listed(vm_uid, tunnel):
             await tunnel.relay()
 
@@ -204,10 +199,7 @@ class Switchboard:
         far.taken.set()
         try:
             with self._listed(vm_uid, use), use.scope:
-                async with trio.open_nursery() as nursery:  # the pings end with the block
-                    nursery.start_soon(ping, far.websocket, self._ping_interval)
-                    yield TunnelStream(far.websocket)
-                    nursery.cancel_scope.cancel()
+                yield far.stream
         finally:
             far.finished.set()
         if use.reason:
@@ -238,60 +230,39 @@ class Switchboard:
 class _Tunnel:
     """Two WebSockets that are joined."""
 
-    def __init__(self, near: WebSocketConnection, far: FarEnd, ping_interval: float) -> None:
+    def __init__(self, near: TunnelStream, far: FarEnd) -> None:
         self.worker = far.worker
         self._near = near
         self._far = far
-        self._ping_interval = ping_interval
-        self._scope = trio.CancelScope()
-        self._sending: set[WebSocketConnection] = set()  # those to which a message is on its way
-        self._moved = 0  # messages
-        self._close = (NORMAL, "")
+        self._ended = trio.Event()
 
     def end(self, code: int, reason: str) -> None:
-        self._close = (code, reason)
-        self._scope.cancel()
+        """Close both ends, if nobody has said before why."""
+        if not self._ended.is_set():
+            self._far.close = (code, reason)
+            self._ended.set()
 
     async def relay(self) -> None:
-        near, far = self._near, self._far.websocket
+        near, far = self._near, self._far.stream
         self._far.taken.set()
         try:
-            with self._scope:
-                async with trio.open_nursery() as nursery:  # ends with the first side that closes
-                    nursery.start_soon(self._pump, near, far, "the client")
-                    nursery.start_soon(self._pump, far, near, "the worker")
-                    for websocket, who in ((near, "the client"), (far, "the worker")):
-                        nursery.start_soon(self._keep_alive, websocket, who)
+            async with trio.open_nursery() as nursery:  # a frame on its way may come to its end before the close
+                nursery.start_soon(self._pump, near, far, "the client")
+                nursery.start_soon(self._pump, far, near, "the worker")
+                await self._ended.wait()
+                async with trio.open_nursery() as closing:
+                    closing.start_soon(near.aclose, *self._far.close)
+                    closing.start_soon(far.aclose, *self._far.close)
+                nursery.cancel_scope.cancel()
         finally:
-            self._far.close = self._close
             self._far.finished.set()
-        await close(near, *self._close)
 
-    async def _pump(self, source: WebSocketConnection, sink: WebSocketConnection, who: str) -> None:
+    async def _pump(self, source: TunnelStream, sink: TunnelStream, who: str) -> None:
         """Send on what comes, until the source closes; what the sink can't take any more is dropped."""
-        while True:
-            try:
-                message = await source.get_message()
-            except ConnectionClosed as closed:
-                self.end(*ending(closed.reason, who))
-                return
-            data = memoryview(message.encode() if isinstance(message, str) else message)
-            self._sending.add(sink)
-            with suppress(ConnectionClosed):  # its own pump still has to send on what came before that
-                for start in range(0, len(data), PIECE):
-                    await sink.send_message(bytes(data[start : start + PIECE]))
-            self._sending.discard(sink)
-            self._moved += 1
-
-    async def _keep_alive(self, websocket: WebSocketConnection, who: str) -> None:
-        """Ping. A pong that stays away is the end, unless data is under way: a slow reader is not dead."""
-        while True:
-            await trio.sleep(self._ping_interval)
-            moved = self._moved
-            with trio.move_on_after(self._ping_interval) as patience, suppress(ConnectionClosed):
-                await websocket.ping()
-            if patience.cancelled_caught and moved == self._moved and not self._sending:
-                self.end(BROKEN, f"{who} does not answer to pings")
+        while data := await source.take():
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await sink.send_all(data)  # if it has closed, its own pump still sends on what came before that
+        self.end(*ending(source.closed, who))
 
 
 class _Use:
@@ -307,14 +278,6 @@ class _Use:
         self.scope.cancel()
 
 
-async def ping(websocket: WebSocketConnection, interval: float) -> None:
-    """Ping every `interval` seconds, so that load balancers keep a connection; what it means is for others to see."""
-    while True:
-        await trio.sleep(interval)
-        with trio.move_on_after(interval), suppress(ConnectionClosed):
-            await websocket.ping()
-
-
 async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
     """Copy bytes both ways until one side ends, and give why if that was not as it should ("": it was).
 
@@ -325,7 +288,7 @@ async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
     async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
         nonlocal why
         try:
-            while data := await source.receive_some(PIECE):
+            while data := await source.receive_some(RECEIVE_BYTES):
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # the other direction will say so
                     await sink.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -338,20 +301,15 @@ async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
     return why
 
 
-def ending(reason: CloseReason | None, who: str) -> tuple[int, str]:
+def ending(closed: Close | None, who: str) -> tuple[int, str]:
     """With what code and reason one side learns that the other has closed."""
-    if reason is None or reason.code == LOST:
-        return BROKEN, f"the connection to {who} was lost"
-    if reason.code in (NORMAL, UNSAID):
+    if closed is None or closed.code == LOST:
+        return BROKEN, f"{who} {closed.reason}" if closed and closed.reason else f"the connection to {who} was lost"
+    if closed.violation:
+        return BROKEN, f"{who} broke the protocol: {closed.reason}"
+    if closed.code in (NORMAL, UNSAID):
         return NORMAL, ""
-    return reason.code, f"{who} closed it: {reason.reason or reason.name}"
-
-
-async def close(websocket: WebSocketConnection, code: int, reason: str) -> None:
-    """Close a WebSocket; nothing happens to one that is closed."""
-    text = reason.encode()[:MAX_REASON].decode("utf-8", "ignore")
-    with trio.move_on_after(CLOSE_SECONDS):
-        await websocket.aclose(code, text)
+    return closed.code, f"{who} closed it: {closed.reason}" if closed.reason else f"{who} closed it"
 
 
 async def drain(websocket: WebSocketConnection) -> None:

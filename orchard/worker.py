@@ -43,6 +43,7 @@ from orchard import __version__, guard, logs
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError, in_words
 from orchard.codec import encode
+from orchard.frames import BROKEN, NORMAL
 from orchard.groups import first, unwrapped
 from orchard.life import Instance
 from orchard.lock import LockError, locked
@@ -72,7 +73,7 @@ from orchard.tart import (
     find_tart,
     machine_id,
 )
-from orchard.tunnel import BROKEN, NORMAL, splice
+from orchard.tunnel import splice
 
 HEARTBEAT_SECONDS = 15.0  # or less, if the controller's patience is shorter than the usual
 ANSWER_SECONDS = 30.0  # with a heartbeat each 15, a controller that is gone without a word is found within a minute

@@ -21,6 +21,7 @@ ROOMS = (
     "schema",
     "scheduler",
     "lifecycle",
+    "frames",
     "openapi",
     "auth",
     "presence",
@@ -34,6 +35,7 @@ ROOMS = (
     "events",
     "tls",
     "audit",
+    "pipe",
     "http1",
     "httpd",
     "client",
@@ -54,7 +56,7 @@ ROOMS = (
     "__main__",
 )
 # Those that decide, and leave it to others to do something.
-PURE = ("codec", "schema", "scheduler", "lifecycle", "openapi", "auth", "presence")
+PURE = ("codec", "schema", "scheduler", "lifecycle", "frames", "openapi", "auth", "presence")
 MEANS = {
     *("asyncio", "fcntl", "io", "os", "pathlib", "random", "select", "shutil", "signal", "socket", "ssl"),
     *("subprocess", "tempfile", "threading", "time", "trio", "trio_websocket"),
@@ -65,11 +67,12 @@ OUTSIDE = {
     "trio_websocket": {"http1", "httpd", "client", "tunnel", "commands", "api"},
     "wsproto": {"httpd", "client"},
     "jwt": {"auth"},
+    "websockets": {"frames"},  # of the extra orchard-cluster[fast]
     "pytest": {"pytest_plugin"},
     "asyncssh": {"jump", "commands"},  # of the extra orchard-cluster[ssh], as the next
     "trio_asyncio": {"jump", "commands"},
 }
-EXTRA = ("asyncssh", "trio_asyncio")
+EXTRA = ("asyncssh", "trio_asyncio", "websockets")
 # Where everything may be caught: each of the three logs it once and ends what it was the task of.
 CAUGHT = {
     ("httpd", "Exception"),  # a connection

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import trio
-from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
 from orchard import tunnel
 from orchard.codec import APIError
-from orchard.tunnel import FarEnd, Switchboard, close, ending
+from orchard.frames import Close
+from orchard.tunnel import Switchboard, ending
 
 
 @asynccontextmanager
@@ -199,46 +200,20 @@ async def test_what_a_worker_says_on_its_watch_is_passed_over_until_it_closes(au
 
 
 @pytest.mark.parametrize(
-    ("reason", "told"),
+    ("closed", "told"),
     [
         (None, (1011, "the connection to the client was lost")),
-        (CloseReason(1006, None), (1011, "the connection to the client was lost")),
-        (CloseReason(1005, None), (1000, "")),  # as browsers close that are not given a code
-        (CloseReason(1000, "bye"), (1000, "")),
-        (CloseReason(1001, None), (1001, "the client closed it: GOING_AWAY")),
-        (CloseReason(4000, "enough"), (4000, "the client closed it: enough")),
+        (Close(1006), (1011, "the connection to the client was lost")),
+        (Close(1006, "does not answer to pings"), (1011, "the client does not answer to pings")),
+        (
+            Close(1002, "a reserved bit is set", violation=True),
+            (1011, "the client broke the protocol: a reserved bit is set"),
+        ),
+        (Close(1005), (1000, "")),  # as browsers close that are not given a code
+        (Close(1000, "bye"), (1000, "")),
+        (Close(1001), (1001, "the client closed it")),
+        (Close(4000, "enough"), (4000, "the client closed it: enough")),
     ],
 )
-def test_how_one_side_learns_that_the_other_has_closed(reason: CloseReason | None, told: tuple[int, str]) -> None:
-    assert ending(reason, "the client") == told
-
-
-async def test_a_long_reason_is_cut_between_characters(autojump_clock: Any) -> None:
-    async with joined() as (ours, peer, _):
-        await close(ours, 1011, "é" * 100)
-        with pytest.raises(ConnectionClosed) as closed:
-            await peer.get_message()
-        assert closed.value.reason is not None
-        assert closed.value.reason.reason == "é" * 61
-
-
-async def test_a_silent_tunnel_whose_end_is_dead_is_closed_within_two_intervals(autojump_clock: Any) -> None:
-    board = Switchboard(ping_interval=10)
-    async with joined() as (near, client, _), joined() as (far, worker, answers):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(board.serve_near_end, "uid", near, FarEnd(far))
-            await client.send_message(b"x" * 200_000)
-            size = 0
-            while size < 200_000:
-                size += len(await worker.get_message())
-            assert size == 200_000
-            answers.send_all_hook = trio.sleep_forever
-            with pytest.raises(ConnectionClosed) as closed:
-                await client.get_message()
-            assert closed.value.reason is not None
-            assert (closed.value.reason.code, closed.value.reason.reason) == (
-                1011,
-                "the worker does not answer to pings",
-            )
-            assert trio.current_time() <= 21
-        assert not board._tunnels
+def test_how_one_side_learns_that_the_other_has_closed(closed: Close | None, told: tuple[int, str]) -> None:
+    assert ending(closed, "the client") == told
