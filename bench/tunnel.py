@@ -1,34 +1,46 @@
-"""What a tunnel costs: throughput against a bare TCP relay of two hops, set-up latency, tunnels per second.
+"""What a tunnel costs: throughput against a bare TCP relay of two hops, set-up latency, a thousand tunnels at once.
 
-    ./run bench tunnel [--megabytes N] [--rounds N]
+    ./run bench tunnel [--megabytes N] [--rounds N] [--tunnels N]
 
-Controller and worker are processes of their own, as they are deployed; the bare relay is two trio processes in a row.
-Both carry the same bytes from the same server in this process, in turns. Prints medians, ranges, and the ratio.
+Controller and worker are processes of their own, as they are deployed, once without the extra fast and once with it; the
+bare relay is two trio processes in a row. All carry the same bytes from the same server in this process, in turns, from
+the VM (down) and to it (up). Operations are megabytes, the seconds of the processor are those of the two processes between
+the ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import trio
+from measure import Series, show
 
+from orchard import frames
 from orchard.client import Client
 
+FAST = importlib.util.find_spec("websockets") is not None
 PIECE = 64 * 1024
+DOWN, UP = b"d", b"u"
 RELAY = """
-import sys, trio
+import contextlib, sys, trio
 async def pump(source, sink):
-    async for data in source: await sink.send_all(data)
-    await sink.send_eof()
+    with contextlib.suppress(trio.BrokenResourceError):
+        async for data in source: await sink.send_all(data)
+        await sink.send_eof()
 async def relay(near):
     async with await trio.open_tcp_stream("127.0.0.1", int(sys.argv[1])) as far, trio.open_nursery() as nursery:
         nursery.start_soon(pump, near, far)
@@ -39,6 +51,40 @@ async def main():
         print(listeners[0].socket.getsockname()[1], flush=True)
 trio.run(main)
 """
+PURE = "import runpy, sys; sys.modules['websockets'] = None; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+Connect = Callable[[], contextlib.AbstractAsyncContextManager[trio.abc.Stream]]
+
+
+@dataclass
+class Way:
+    """A way for the bytes: how to connect, through which processes, and how a client of it masks."""
+
+    name: str
+    connect: Connect
+    processes: list[subprocess.Popen[str]]
+    masked: Callable[[frames.Bytes, bytes], frames.Bytes] = frames.masked
+
+    def cpu(self) -> float:
+        """Seconds of the processor that its processes took."""
+        return sum(processor_seconds(child.pid) for child in self.processes)
+
+    def memory(self) -> float:
+        """KiB of its processes."""
+        listed = subprocess.run(
+            ["ps", "-o", "rss=", "-p", ",".join(str(child.pid) for child in self.processes)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return sum(map(float, listed.stdout.split()))
+
+
+def processor_seconds(pid: int) -> float:
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists():
+        fields = stat.read_text().rpartition(") ")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    listed = subprocess.run(["ps", "-o", "time=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    minutes, _, seconds = listed.stdout.strip().rpartition(":")
+    return 60 * float(minutes) + float(seconds)
 
 
 @contextlib.contextmanager
@@ -62,23 +108,40 @@ def line_of(child: subprocess.Popen[str], pattern: str) -> str:
 
 
 async def served(stream: trio.SocketStream, size: int) -> None:
-    """Send as much as is asked for, after the first byte."""
-    await stream.receive_some(1)
-    data = b"x" * PIECE
+    """Send as much as is asked for, or take it; what is wanted says the first byte."""
     with contextlib.suppress(trio.BrokenResourceError):
-        for _ in range(size // PIECE):
-            await stream.send_all(data)
+        wanted = await stream.receive_some(1)
+        if wanted == DOWN:
+            data = b"x" * PIECE
+            for _ in range(size // PIECE):
+                await stream.send_all(data)
+        elif wanted == UP:
+            await taken(stream, size)
+            await stream.send_all(b"all")
 
 
-async def timed(connect: Callable[[], contextlib.AbstractAsyncContextManager[trio.abc.Stream]], size: int) -> float:
-    """Give MB/s of one transfer, without its set-up."""
-    async with connect() as stream:
-        left = size
-        began = trio.current_time()
-        await stream.send_all(b"x")
-        while left > 0:
-            left -= len(await stream.receive_some(PIECE))
-        return size / 1e6 / (trio.current_time() - began)
+async def taken(stream: trio.abc.Stream, size: int) -> None:
+    while size > 0:
+        data = await stream.receive_some(PIECE)
+        if not data:
+            raise SystemExit(f"the transfer ended {size} bytes before its end")
+        size -= len(data)
+
+
+async def transfer(way: Way, direction: bytes, size: int) -> tuple[float, float]:
+    """Give the seconds of one transfer, without its set-up, and those of the processor."""
+    frames.masked = way.masked
+    async with way.connect() as stream:
+        began, cpu = time.perf_counter(), way.cpu()
+        await stream.send_all(direction)
+        if direction == DOWN:
+            await taken(stream, size)
+        else:
+            data = b"x" * PIECE
+            for _ in range(size // PIECE):
+                await stream.send_all(data)
+            await taken(stream, 3)
+        return time.perf_counter() - began, way.cpu() - cpu
 
 
 @contextlib.asynccontextmanager
@@ -87,13 +150,13 @@ async def plain(port: int) -> AsyncIterator[trio.abc.Stream]:
         yield stream
 
 
-async def latency(connect: Callable[[], contextlib.AbstractAsyncContextManager[trio.abc.Stream]]) -> float:
-    began = trio.current_time()
+async def latency(connect: Connect) -> float:
+    began = time.perf_counter()
     async with connect():
-        return (trio.current_time() - began) * 1000
+        return (time.perf_counter() - began) * 1000
 
 
-async def at_once(connect: Callable[[], contextlib.AbstractAsyncContextManager[trio.abc.Stream]], count: int) -> float:
+async def opened_and_closed(connect: Connect, count: int) -> float:
     """Give how many tunnels are opened and closed in a second, 20 at a time."""
     limit = trio.CapacityLimiter(20)
 
@@ -101,51 +164,108 @@ async def at_once(connect: Callable[[], contextlib.AbstractAsyncContextManager[t
         async with limit, connect():
             pass
 
-    began = trio.current_time()
+    began = time.perf_counter()
     async with trio.open_nursery() as nursery:
         for _ in range(count):
             nursery.start_soon(one)
-    return count / (trio.current_time() - began)
+    return count / (time.perf_counter() - began)
+
+
+@contextlib.asynccontextmanager
+async def held(connect: Connect, count: int) -> AsyncIterator[None]:
+    """Keep so many connections open."""
+    limit = trio.CapacityLimiter(20)
+
+    async def one(task_status: trio.TaskStatus[None]) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            async with limit:
+                await stack.enter_async_context(connect())
+            task_status.started()
+            await trio.sleep_forever()
+
+    async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as opening:
+            for _ in range(count):
+                opening.start_soon(partial(nursery.start, one))
+        yield
+        nursery.cancel_scope.cancel()
 
 
 def told(name: str, values: list[float], unit: str) -> None:
-    print(f"{name:34} {statistics.median(values):10.2f} {unit}   ({min(values):.2f} to {max(values):.2f})")
+    print(f"{name:44} {statistics.median(values):10.2f} {unit}   ({min(values):.2f} to {max(values):.2f})")
 
 
-async def main(options: argparse.Namespace) -> None:
-    size = options.megabytes * 1_000_000 // PIECE * PIECE
+@contextlib.asynccontextmanager
+async def deployed(name: str, port: int, *, fast: bool) -> AsyncIterator[Way]:
+    """A controller and a worker with a VM, in which something listens."""
+    prefix = ("-m",) if fast else ("-c", PURE)
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
         env = {**os.environ, "ORCHARD_HOME": home}
         arguments = ("--listen", "127.0.0.1:0", "--insecure-no-tls", "--insecure-no-auth")
-        controller = stack.enter_context(process("-m", "orchard.controller", *arguments, env=env))
+        controller = stack.enter_context(process(*prefix, "orchard.controller", *arguments, env=env))
         url = line_of(controller, r"listening on (\S+)")
-        stack.enter_context(process("-m", "orchard.worker", url, "--runtime", "synthetic", env=env))
-        async with Client(url) as client, trio.open_nursery() as nursery:
-            listeners = await nursery.start(trio.serve_tcp, partial(served, size=size), 0)
-            port = listeners[0].socket.getsockname()[1]
-            last = stack.enter_context(process("-c", RELAY, str(port)))
-            first = stack.enter_context(process("-c", RELAY, line_of(last, "([0-9]+)")))
-            relay = partial(plain, int(line_of(first, "([0-9]+)")))
+        worker = stack.enter_context(process(*prefix, "orchard.worker", url, "--runtime", "synthetic", env=env))
+        async with Client(url) as client:
             await client.vms.create(name="vm", image="any")
             await client.vms.wait("vm")
-            tunnel = partial(client.vms.port_forward, "vm", port)
-            runs: dict[str, list[float]] = {"bare": [], "tunnel": []}
-            for _ in range(options.rounds):
-                runs["bare"].append(await timed(relay, size))
-                runs["tunnel"].append(await timed(tunnel, size))
-            told("bare relay of two hops", runs["bare"], "MB/s")
-            told("tunnel", runs["tunnel"], "MB/s")
-            told("tunnel / bare relay", [a / b for a, b in zip(runs["tunnel"], runs["bare"], strict=True)], "x")
-            told("set-up of a connection, bare", [await latency(relay) for _ in range(50)], "ms")
-            told("set-up of a tunnel", [await latency(tunnel) for _ in range(50)], "ms")
-            rates = [await at_once(tunnel, 100) for _ in range(options.rounds)]
-            told("tunnels opened and closed, 20 at once", rates, "/s")
-            nursery.cancel_scope.cancel()
+            masked = frames.masked if fast else frames.masked_by_translation
+            yield Way(name, partial(client.vms.port_forward, "vm", port), [controller, worker], masked)
+
+
+@contextlib.contextmanager
+def relayed(name: str, port: int) -> Iterator[Way]:
+    with process("-c", RELAY, str(port)) as last, process("-c", RELAY, line_of(last, "([0-9]+)")) as first:
+        yield Way(name, partial(plain, int(line_of(first, "([0-9]+)"))), [first, last])
+
+
+async def throughput(ways: list[Way], rounds: int, size: int, suffix: str = "") -> None:
+    for word, direction in (("down", DOWN), ("up", UP)):
+        series = [Series(f"{way.name}, {word}{suffix}", size // 1_000_000) for way in ways]
+        for _ in range(rounds):
+            for one, way in zip(series, ways, strict=True):
+                one.add(*await transfer(way, direction, size))
+        show(series)
+
+
+async def main(options: argparse.Namespace) -> None:
+    size = options.megabytes * 1_000_000 // PIECE * PIECE
+    async with contextlib.AsyncExitStack() as stack:
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        listeners = await nursery.start(trio.serve_tcp, partial(served, size=size), 0)
+        port = listeners[0].socket.getsockname()[1]
+        ways = [await stack.enter_async_context(deployed("tunnel", port, fast=False))]
+        if FAST:
+            ways.append(await stack.enter_async_context(deployed("tunnel with the extra fast", port, fast=True)))
+        else:
+            print("the extra fast is not installed, and not measured: .venv/bin/pip install -e '.[fast]'")
+        bare = stack.enter_context(relayed("bare relay", port))
+        await throughput([*ways, bare], options.rounds, size)
+        for way in (ways[-1], bare):
+            told(f"set-up, {way.name}", [await latency(way.connect) for _ in range(100)], "ms")
+        tunnel = ways[-1]
+        rates = [await opened_and_closed(tunnel.connect, 100) for _ in range(options.rounds)]
+        told("opened and closed, 20 at once", rates, "/s")
+        before, began = tunnel.memory(), time.perf_counter()
+        async with held(tunnel.connect, options.tunnels):
+            seconds = time.perf_counter() - began
+            each = (tunnel.memory() - before) / options.tunnels
+            print(
+                f"{options.tunnels} tunnels are open: {seconds:.1f} s, {each:.0f} KiB each, controller and worker together"
+            )
+            cpu = tunnel.cpu()
+            await trio.sleep(5)
+            print(f"at rest they take {(tunnel.cpu() - cpu) / 5:.1%} of a processor")
+            await throughput([tunnel, bare], options.rounds, size, f", {options.tunnels} open")
+            told("set-up of another one", [await latency(tunnel.connect) for _ in range(100)], "ms")
+        nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="bench/tunnel.py", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--megabytes", type=int, default=50, help="of one transfer; default %(default)s")
+    parser.add_argument("--megabytes", type=int, default=100, help="of one transfer; default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--tunnels", type=int, default=1000, help="that are open at once; default %(default)s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(65536, hard), hard))
     trio.run(main, parser.parse_args())

@@ -31,7 +31,7 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth, lifecycle, logs, scheduler, tls
+from orchard import __version__, auth, descriptors, lifecycle, logs, scheduler, tls
 from orchard.api import API
 from orchard.audit import ACCESS_KEY_FILE, EVENTS, exposed
 from orchard.codec import APIError
@@ -55,7 +55,6 @@ RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more 
 GRACE = 10.0  # seconds for requests at work to end at a stop
 NO_SSH = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
 DESCRIPTORS = 64  # that are not connections: files, the log, threads' pipes
-WANTED_DESCRIPTORS = 65_536  # for thousands of workers, watchers and tunnels; the default limit is 256 on macOS
 
 log = logging.getLogger("orchard.controller")
 
@@ -435,10 +434,10 @@ def reachable(host: str) -> str:
 
 
 def _limits() -> Limits:
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors == resource.RLIM_INFINITY:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
         return Limits()
-    return Limits(connections=max(1, min(Limits().connections, descriptors - DESCRIPTORS)))
+    return Limits(connections=max(1, min(Limits().connections, soft - DESCRIPTORS)))
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -515,17 +514,6 @@ def announce(running: Running, out: TextIO) -> None:
     print(f"orchard controller {__version__} is listening on {running.url}", file=out, flush=True)
 
 
-def raise_descriptor_limit() -> None:
-    """Allow this process as many open files as it may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (WANTED_DESCRIPTORS, 10_240):  # macOS says "unlimited" and means the latter
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < limit:
-            with contextlib.suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-                return
-
-
 async def until_signal(settings: Settings) -> None:
     """Run a controller until SIGTERM or SIGINT; a second one does not wait for anybody."""
     stop = trio.Event()
@@ -551,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status."""
     settings, debug = settings_of(arguments(), argv)
     logs.configure(debug=debug)
-    raise_descriptor_limit()
+    descriptors.raise_limit()
     try:
         with unwrapped():
             trio.run(until_signal, settings, strict_exception_groups=True)

@@ -518,11 +518,10 @@ class _Exchange:
             async with trio.open_nursery() as nursery:  # what keeps the stream going dies with the session
                 nursery.start_soon(stream.run)
                 nursery.start_soon(self._close_at_stop, stream, nursery.cancel_scope)
-                await answer.session(stream)
+                with suppress(trio.BrokenResourceError):
+                    await answer.session(stream)
                 await stream.aclose()
                 nursery.cancel_scope.cancel()
-        except* trio.BrokenResourceError:
-            pass
         finally:
             self._record(101)
         await connection.linger()

@@ -24,7 +24,7 @@ import trio
 from orchard import frames
 from orchard.frames import BROKEN, LOST, NORMAL, UNSAID, Bytes, Close, Ping, Pong
 
-RECEIVE_BYTES = 128 * 1024  # of one read
+RECEIVE_BYTES = 128 * 1024  # of one read; twice as many gain nothing
 READ_AHEAD = 128 * 1024  # bytes that were received and not taken; one read may come on top
 PART_BYTES = (
     256  # that a part of them takes beside its own, counted with them: a byte a packet is not to take megabytes

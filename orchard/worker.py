@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 import trio
 
-from orchard import __version__, guard, logs
+from orchard import __version__, descriptors, guard, logs
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError, in_words
 from orchard.codec import encode
@@ -91,7 +91,7 @@ EXIT_REFUSED = 2
 TICK = datetime.timedelta(microseconds=1)  # the least step of a last_seen
 FORWARD = "/rpc/port-forward"
 CONNECT_SECONDS = 10.0  # for a port of a VM to answer
-MAX_TUNNELS = 1000  # at once: each has two sockets and up to a message of 16 MiB
+MAX_TUNNELS = 4096  # at once: each has two sockets, and up to half a MiB that waits for a slow reader
 
 Local = Literal["absent", "pending", "running", "failed"]
 Action = Literal["none", "create", "lost", "report", "follow", "stop", "fail", "remove"]
@@ -671,6 +671,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             find_tart(options.tart, options.runtime)
         # Two workers with the same VMs in front of them would delete each other's.
         place = orchard_home() / "synthetic" / worker_name(options) if synthetic else orchard_home()
+        descriptors.raise_limit()  # each tunnel has two
         with locked(place, "worker.lock"), unwrapped():
             trio.run(until_signal, options, client, strict_exception_groups=True)
     except RefusedError as error:

@@ -8,7 +8,7 @@ import json
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import trio
 from trio_websocket import ConnectionClosed
 
 from orchard import client as client_module
-from orchard import tls
+from orchard import frames, tls
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed, parse_url
 from orchard.controller import Settings, run
 from orchard.testing import cluster
@@ -440,3 +440,96 @@ async def test_the_system_looks_after_connections_that_say_nothing() -> None:
         names = ("TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
         idle, each, count = (stream.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names)
         assert idle + each * count <= 60
+
+
+# ---- tunnels -------------------------------------------------------------------------------------------------------
+
+SWITCHING = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+
+
+@asynccontextmanager
+async def tunnelled(answer: Callable[[str], bytes]) -> AsyncIterator[tuple[Client, list[str]]]:
+    """A client of a server that answers by what it makes of Sec-WebSocket-Accept, and then says nothing more."""
+    heads: list[str] = []
+
+    async def serve(stream: trio.SocketStream) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += await stream.receive_some(1000)
+        heads.append(head.decode())
+        (key,) = (line[19:] for line in head.decode().split("\r\n") if line.startswith("Sec-WebSocket-Key: "))
+        await stream.send_all(answer(frames.accept(key)))
+        with suppress(trio.BrokenResourceError):
+            while await stream.receive_some(1000):
+                pass
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, serve, 0)
+        url = f"http://localhost:{listeners[0].socket.getsockname()[1]}"
+        async with Client(url, account="a", token="t") as client:
+            yield client, heads
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_tunnel_loses_nothing_that_comes_with_the_answer() -> None:
+    def answer(accept: str) -> bytes:
+        return SWITCHING + f"sec-websocket-accept: {accept}\r\n\r\n".encode() + b"\x82\x05early\x88\x02\x03\xe8"
+
+    async with tunnelled(answer) as (client, heads):
+        async with client.tunnel("/vms/vm/port-forward", {"port": "22"}) as stream:
+            assert await stream.receive_some() == b"early"
+            assert await stream.receive_some() == b""
+        assert heads[0].startswith("GET /v1/vms/vm/port-forward?port=22 HTTP/1.1\r\n")
+        for line in ("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", "Authorization: Basic"):
+            assert f"\r\n{line}" in heads[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "words"),
+    [
+        (lambda _: SWITCHING + b"Sec-WebSocket-Accept: x\r\n\r\n", ConnectError, "as it should"),
+        (lambda _: SWITCHING + b"\r\n", ConnectError, "as it should"),
+        (
+            lambda a: SWITCHING + f"Sec-WebSocket-Extensions: x\r\nSec-WebSocket-Accept: {a}\r\n\r\n".encode(),
+            ConnectError,
+            "as it should",
+        ),
+        (lambda _: b"HTTP/1.1 503 x\r\nContent-Length: 15\r\n\r\n" + b'{"message":"m"}', ResponseError, "m .* 503"),
+        (lambda _: OK, ResponseError, "not an answer of Orchard's"),
+        (lambda _: b"HTTP/1.1 101", ConnectError, "was lost|did not answer"),
+        (lambda _: b"nonsense\r\n\r\n", ConnectError, "does not speak HTTP"),
+    ],
+)
+async def test_a_tunnel_that_is_not_opened_as_it_should_be(
+    answer: Callable[[str], bytes], error: type[ClientError], words: str
+) -> None:
+    async with tunnelled(answer) as (client, _):
+        client._answer_seconds = 0.1
+        with pytest.raises(error, match=words):
+            async with client.tunnel("/x", {}):
+                raise AssertionError("it was opened")
+
+
+async def test_a_tunnel_that_breaks_is_a_lost_connection() -> None:
+    def answer(accept: str) -> bytes:
+        return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + b"\x88\x06\x03\xe9gone"
+
+    async with tunnelled(answer) as (client, _):
+        with pytest.raises(ConnectError, match="closed with 1001: gone"):
+            async with client.tunnel("/x", {}) as stream:
+                await stream.receive_some()
+
+
+async def test_the_system_does_not_cut_off_a_tunnel_whose_other_end_reads_slowly() -> None:
+    def answer(accept: str) -> bytes:
+        return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode()
+
+    async with tunnelled(answer) as (client, _):
+        with trio.move_on_after(5) as patience:
+            async with client.tunnel("/x", {}) as stream:
+                assert isinstance(stream._stream, trio.SocketStream)
+                if hasattr(socket, "TCP_USER_TIMEOUT"):
+                    assert stream._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+                assert stream._stream.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                patience.cancel()
+                await trio.sleep_forever()

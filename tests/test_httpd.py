@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import ssl
 import subprocess
 import tracemalloc
@@ -24,8 +25,10 @@ from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 from orchard.codec import APIError
-from orchard.http1 import Answer, Handler, Request, Response, Stream, WebSocketUpgrade
+from orchard.frames import Frames
+from orchard.http1 import Answer, Handler, Request, Response, Stream, TunnelUpgrade, WebSocketUpgrade
 from orchard.httpd import Limits, serve
+from orchard.pipe import TunnelStream
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
@@ -1226,6 +1229,117 @@ async def test_a_session_that_does_not_take_messages_makes_the_client_wait(
         await stream.send_all(HELLO_FRAME * 10_000)
         await trio.sleep(500)
         assert counted.received < 4096
+
+
+# ---- tunnels -------------------------------------------------------------------------------------------------------
+
+
+async def pass_back(stream: TunnelStream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+def tunnelling(session: Callable[[TunnelStream], Awaitable[None]] = pass_back) -> Handler:
+    async def handler(request: Request) -> Answer:
+        return TunnelUpgrade(session, 30.0)
+
+    return handler
+
+
+async def test_a_tunnel_loses_nothing_that_came_early(autojump_clock: Clock) -> None:
+    data = UPGRADE + HELLO_FRAME
+    async with serving(tunnelling()) as served:
+        for cut in range(len(data)):
+            stream = served.connect()
+            if cut:
+                await stream.send_all(data[:cut])
+                await trio.testing.wait_all_tasks_blocked()
+            await stream.send_all(data[cut:])
+            head = await until(stream, b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+            assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=\r\n" in head.lower()
+            reader, got = Frames(masked=False), b""
+            while got != b"hello":
+                for event in reader.feed(await stream.receive_some(1)):
+                    assert isinstance(event, memoryview)
+                    got += event
+                assert b"hello".startswith(got)
+            await stream.send_all(CLOSE_FRAME)
+            assert await Client(stream).rest() == closing(1000)
+        assert served.requests == ["GET /ws 101 0.0 - -"] * len(data)
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_what_is_no_request_for_a_tunnel_is_refused(autojump_clock: Clock, name: str) -> None:
+    status, data = MALFORMED[name]
+    answers, _ = await ask(data, tunnelling())
+    assert [answer.status for answer in answers] == [status]
+
+
+@pytest.mark.parametrize("name", [name for name, (code, _) in VIOLATIONS.items() if code != 1009])
+@pytest.mark.parametrize("flooding", [False, True])
+async def test_a_violation_in_a_tunnel_closes_with_its_code(autojump_clock: Clock, name: str, flooding: bool) -> None:
+    code, data = VIOLATIONS[name]
+    async with serving(tunnelling()) as served:
+        stream = await opened(served, data)
+        if flooding:
+            assert await flood(stream, HELLO_FRAME * 1000) < 1_000_000
+        frame = await Client(stream).rest()
+        assert frame[:1] == b"\x88"
+        assert int.from_bytes(frame[2:4], "big") == code
+        assert len(frame) == 2 + frame[1]
+        assert trio.current_time() <= 1
+
+
+async def test_any_bytes_in_a_tunnel_end_in_a_close_and_never_in_a_failure(autojump_clock: Clock) -> None:
+    chance = random.Random(1)
+    async with serving(tunnelling()) as served:
+        for _ in range(300):
+            stream = await opened(served, chance.randbytes(chance.randrange(200)))
+            await stream.send_eof()
+            await Client(stream).rest()
+        assert len(served.requests) == 300
+
+
+async def test_a_client_that_goes_away_ends_its_tunnel(autojump_clock: Clock) -> None:
+    ended = []
+
+    async def session(stream: TunnelStream) -> None:
+        with pytest.raises(trio.BrokenResourceError):
+            await pass_back(stream)
+        assert stream.closed is not None
+        ended.append(stream.closed.code)
+        raise trio.BrokenResourceError
+
+    async with serving(tunnelling(session)) as served:
+        stream = await opened(served, HELLO_FRAME)
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == [1006]
+        assert served.requests == ["GET /ws 101 0.0 - -"]
+
+
+async def test_a_tunnel_whose_session_breaks_is_logged_once_and_says_nothing(autojump_clock: Clock) -> None:
+    async def session(stream: TunnelStream) -> None:
+        raise KeyError("bug")
+
+    async with serving(tunnelling(session), failures=1) as served:
+        stream = await opened(served)
+        assert await Client(stream).rest() == b""
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_stop_closes_tunnels_with_1001(autojump_clock: Clock, answers: bool) -> None:
+    async with serving(tunnelling()) as served:
+        stream = await opened(served)
+        served.stop.set()
+        assert await stream.receive_some() == closing(1001, b"controller is stopping")
+        if answers:
+            await stream.send_all(CLOSE_FRAME)
+            await stream.send_eof()
+        assert await Client(stream).rest() == b""
+        await served.ended.wait()
+        assert trio.current_time() == pytest.approx(0 if answers else 6)
 
 
 @asynccontextmanager

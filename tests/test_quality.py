@@ -29,6 +29,7 @@ ROOMS = (
     "logs",
     "options",
     "lock",
+    "descriptors",
     "guard",
     "journal",
     "store",
