@@ -26,9 +26,8 @@ from orchard.frames import BROKEN, LOST, NORMAL, UNSAID, Bytes, Close, Ping, Pon
 
 RECEIVE_BYTES = 128 * 1024  # of one read; twice as many gain nothing
 READ_AHEAD = 128 * 1024  # bytes that were received and not taken; one read may come on top
-PART_BYTES = (
-    256  # that a part of them takes beside its own, counted with them: a byte a packet is not to take megabytes
-)
+PART_BYTES = 256  # that a part of them takes beside its own and that count, else a byte a packet would take megabytes
+WORTHWHILE = 64 * 1024  # bytes; with less, who takes them looks whether more are there: TLS comes in records of 16 KiB
 FRAME_BYTES = 256 * 1024  # of one frame that is sent: so long another one has to wait, a pong for example
 CLOSE_SECONDS = 5.0  # for the other end to take a close, and to answer that it closes
 
@@ -145,7 +144,14 @@ class TunnelStream(trio.abc.Stream):
 
     async def take(self) -> Bytes:
         """Give all that has come, at least a byte; nothing when the WebSocket is closed, as `closed` says."""
-        await self._wait()
+        while not self._parts:
+            if self.closed is not None:
+                return b""
+            await self._come.park()
+        before = 0
+        while before < self._ahead < WORTHWHILE and self.closed is None:
+            before = self._ahead
+            await trio.lowlevel.checkpoint()
         parts, self._parts, self._ahead = self._parts, [], 0
         self._taken.unpark_all()
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -153,25 +159,14 @@ class TunnelStream(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Give bytes, b"" when the other end has closed as it should."""
         await trio.lowlevel.checkpoint()
-        await self._wait()
-        if self._parts:
-            part = self._parts[0]
-            if max_bytes is not None and len(part) > max_bytes:
-                self._parts[0] = memoryview(part)[max_bytes:]
-                self._ahead -= max_bytes
-                return bytes(memoryview(part)[:max_bytes])
-            del self._parts[0]
-            self._ahead -= len(part) + PART_BYTES
-            self._taken.unpark_all()
-            return bytes(part)
-        assert self.closed is not None
-        if self.closed.code not in (NORMAL, UNSAID):
+        data = await self.take()
+        if not data and self.closed is not None and self.closed.code not in (NORMAL, UNSAID):
             raise trio.BrokenResourceError(why(self.closed))
-        return b""
-
-    async def _wait(self) -> None:
-        while not self._parts and self.closed is None:
-            await self._come.park()
+        if max_bytes is not None and len(data) > max_bytes:
+            self._parts.insert(0, memoryview(data)[max_bytes:])
+            self._ahead += len(data) - max_bytes + PART_BYTES
+            data = memoryview(data)[:max_bytes]
+        return bytes(data)
 
     # -- sending
 
