@@ -194,8 +194,11 @@ async def test_a_peer_that_says_nothing_is_lost_after_two_intervals(autojump_clo
         await ends.end._done.wait()
 
 
-async def test_who_reads_slowly_is_not_dead(autojump_clock: Any) -> None:
+@pytest.mark.parametrize("pinged", [False, True])
+async def test_who_reads_slowly_is_not_dead(autojump_clock: Any, pinged: bool) -> None:
     async with pair(ping_interval=10, narrow=True) as ends, trio.open_nursery() as nursery:
+        if pinged:
+            assert await ends.peer.events() == [Ping(b"")]
         nursery.start_soon(ends.end.send_all, b"x" * 100_000)
         await trio.sleep(1000)
         assert ends.end.closed is None
@@ -260,8 +263,13 @@ async def test_closing_waits_for_the_answer_and_not_for_ever(autojump_clock: Any
             assert await ends.peer.events() == [Close(4000, "é" * 61)]
             await ends.peer.send(BINARY, b"x" * 10 * pipe.READ_AHEAD)  # it is thrown away
             await trio.sleep(1)
+            await ends.peer.send(PING, b"too late")
+            await wait_all_tasks_blocked()
             await ends.peer.send(CLOSE, b"\x0f\xa0")
         assert trio.current_time() == 1
+        with trio.move_on_after(1) as silence:
+            await ends.peer.events()
+        assert silence.cancelled_caught, "nothing follows a close"
         assert ends.end.closed == Close(4000, "é" * 100)
         assert ends.end._parts == []
     async with pair() as ends:
@@ -410,7 +418,10 @@ async def joined(board: Switchboard, *, narrow: bool = False) -> AsyncIterator[t
         ended = trio.Event()
 
         async def relay() -> None:
-            await board.serve_near_end("uid", FarEnd(far.end, "w"), near.end)
+            given = FarEnd(far.end, "w")
+            await board.serve_near_end("uid", given, near.end)
+            assert given.taken.is_set()
+            assert given.finished.is_set(), "who holds the worker's end can let it go"
             ended.set()
 
         async with trio.open_nursery() as nursery:
