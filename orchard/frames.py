@@ -86,8 +86,8 @@ def _fastest() -> Callable[[Bytes, bytes], Bytes]:
 masked = _fastest()
 
 
-def frame(opcode: int, payload: Bytes, key: bytes | None = None) -> bytes:
-    """Make a whole frame; with a key (4 bytes, unpredictable, and for this frame alone) its payload is masked."""
+def frame(opcode: int, payload: Bytes, key: bytes | None = None) -> tuple[Bytes, ...]:
+    """Make the parts of a whole frame. With a key (4 bytes, unpredictable, for this frame alone) the payload is masked."""
     size = len(payload)
     bit = 0 if key is None else MASKED
     if size < LENGTH_16:
@@ -96,7 +96,7 @@ def frame(opcode: int, payload: Bytes, key: bytes | None = None) -> bytes:
         header = bytes((FIN | opcode, bit | LENGTH_16)) + size.to_bytes(2, "big")
     else:
         header = bytes((FIN | opcode, bit | LENGTH_64)) + size.to_bytes(8, "big")
-    return b"".join((header, payload) if key is None else (header, key, masked(payload, key)))
+    return (header, payload) if key is None else (header, key, masked(payload, key))
 
 
 def close_payload(code: int, reason: str) -> bytes:

@@ -28,7 +28,8 @@ RECEIVE_BYTES = 128 * 1024  # of one read; twice as many gain nothing
 READ_AHEAD = 128 * 1024  # bytes that were received and not taken; one read may come on top
 PART_BYTES = 256  # that a part of them takes beside its own and that count, else a byte a packet would take megabytes
 WORTHWHILE = 64 * 1024  # bytes; with less, who takes them looks whether more are there: TLS comes in records of 16 KiB
-FRAME_BYTES = 256 * 1024  # of one frame that is sent: so long another one has to wait, a pong for example
+SEND_BYTES = 128 * 1024  # of one write: so long another one has to wait, a pong for example
+FRAME_BYTES = 64 * 1024  # of one message that is sent: many clients have a limit to what they take
 CLOSE_SECONDS = 5.0  # for the other end to take a close, and to answer that it closes
 
 
@@ -171,12 +172,12 @@ class TunnelStream(trio.abc.Stream):
     # -- sending
 
     async def send_all(self, data: Bytes) -> None:
-        """Send bytes, in as many frames as they take. Raises BrokenResourceError."""
+        """Send bytes, in as many messages as they take. Raises BrokenResourceError."""
         view = memoryview(data)
-        for start in range(0, len(view), FRAME_BYTES):
+        for start in range(0, len(view), SEND_BYTES):
             if self.closed is not None:
                 raise trio.BrokenResourceError(why(self.closed))
-            await self._send(frames.BINARY, view[start : start + FRAME_BYTES])
+            await self._send(frames.BINARY, view[start : start + SEND_BYTES])
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -187,7 +188,11 @@ class TunnelStream(trio.abc.Stream):
             if self._torn:
                 raise trio.BrokenResourceError("a frame was not sent to its end")
             self._torn = True
-            await self._stream.send_all(frames.frame(opcode, payload, os.urandom(4) if self._client else None))
+            parts: list[Bytes] = []
+            for start in range(0, len(payload) or 1, FRAME_BYTES):
+                key = os.urandom(4) if self._client else None
+                parts += frames.frame(opcode, payload[start : start + FRAME_BYTES], key)
+            await self._stream.send_all(b"".join(parts))
             self._torn = opcode == frames.CLOSE  # nothing may follow it
             self._moved += 1
 

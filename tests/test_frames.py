@@ -151,7 +151,7 @@ def test_codes_of_a_close() -> None:
 
 
 def sent(opcode: int, payload: bytes, key: bytes | None, final: bool) -> bytes:
-    data = bytearray(frames.frame(opcode, payload, key))
+    data = bytearray(b"".join(frames.frame(opcode, payload, key)))
     data[0] &= 0xFF if final else 0x7F
     return bytes(data)
 
@@ -215,7 +215,7 @@ def test_others_understand_what_is_sent(opcode: int, payload: bytes, client: boo
         payload = payload[:125]
     if opcode == TEXT:
         payload = payload.hex().encode()
-    data = frames.frame(opcode, payload, KEY if client else None)
+    data = b"".join(frames.frame(opcode, payload, KEY if client else None))
     decoder = theirs.FrameDecoder(client=not client)
     decoder.receive_bytes(data)
     got = b""
@@ -245,7 +245,7 @@ def test_what_others_send_is_understood(what: list[tuple[int, bytes]], client: b
 def test_a_close_is_sent_so_that_it_can_be_read(code: int, reason: str) -> None:
     payload = frames.close_payload(code, reason)
     assert len(payload) <= 125
-    (close,) = understood(frames.frame(CLOSE, payload, KEY))
+    (close,) = understood(b"".join(frames.frame(CLOSE, payload, KEY)))
     assert isinstance(close, Close)
     assert close.code == code
     assert reason.startswith(close.reason)
