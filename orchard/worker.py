@@ -91,7 +91,7 @@ EXIT_REFUSED = 2
 TICK = datetime.timedelta(microseconds=1)  # the least step of a last_seen
 FORWARD = "/rpc/port-forward"
 CONNECT_SECONDS = 10.0  # for a port of a VM to answer
-MAX_TUNNELS = 4096  # at once: each has two sockets, and up to half a MiB that waits for a slow reader
+MAX_TUNNELS = 4096  # at once: each has two sockets, and half a MiB for each direction in which somebody reads slowly
 
 Local = Literal["absent", "pending", "running", "failed"]
 Action = Literal["none", "create", "lost", "report", "follow", "stop", "fail", "remove"]

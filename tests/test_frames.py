@@ -252,6 +252,11 @@ def test_a_close_is_sent_so_that_it_can_be_read(code: int, reason: str) -> None:
     assert close.reason == reason or len(reason.encode()) > 123
 
 
+def test_a_reason_that_is_no_unicode_is_sent_all_the_same() -> None:
+    (close,) = understood(b"".join(frames.frame(CLOSE, frames.close_payload(1011, "no \udc80"), KEY)))
+    assert close == Close(1011, "no ?")
+
+
 @pytest.mark.parametrize("code", [frames.UNSAID, frames.LOST])
 def test_a_code_that_nobody_may_send_is_left_out(code: int) -> None:
     assert frames.close_payload(code, "x") == b""
