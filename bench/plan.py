@@ -8,32 +8,22 @@ for each VM. One change: a VM's report in clusters of 100 and of 10,000 VMs, fro
 
 from __future__ import annotations
 
-import datetime
 import tempfile
 from pathlib import Path
 
 import trio
-from measure import async_rounds, rounds, show
+from cluster import NOW, PER_WORKER, vm_of, worker_of
+from measure import Variant, compare, turns
 
 from orchard import lifecycle, scheduler
 from orchard.controller import Cluster, Settings
 from orchard.events import EventLog
-from orchard.schema import TART_VMS, VM, Report, Worker, new_spec
+from orchard.schema import VM, Report, Worker
 from orchard.store import Store
 
-NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
-VMS, WORKERS, PER_WORKER = 10_000, 5_000, 2
+VMS, WORKERS = 10_000, 5_000
 SORTED_VMS = 100  # of the plain way, which would take minutes for all of them
 CHANGES = 200
-
-
-def vm_of(number: int) -> VM:
-    spec = new_spec({"name": f"vm-{number}", "image": "image"}, [])
-    return lifecycle.create(f"vm-{number}", f"uid-{number}", spec, NOW + datetime.timedelta(seconds=number))
-
-
-def worker_of(number: int) -> Worker:
-    return Worker(name=f"worker-{number}", resources={TART_VMS: PER_WORKER})
 
 
 def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
@@ -85,8 +75,6 @@ class Busy:
 
 
 async def changes() -> None:
-    import time
-
     with tempfile.TemporaryDirectory() as small_home, tempfile.TemporaryDirectory() as big_home:
         small, big = Busy(Path(small_home), 100), Busy(Path(big_home), VMS)
         async with trio.open_nursery() as nursery:
@@ -94,23 +82,18 @@ async def changes() -> None:
                 nursery.start_soon(busy.store.run)
             await small.store.settled()
             await big.store.settled()
-            variants = {
-                f"one change among {VMS:,} VMs": (CHANGES, big.change),
-                "one change among 100 VMs": (CHANGES, small.change),
-            }
-            show(await async_rounds(variants, time.process_time))
+            await turns(
+                Variant(f"one change among {VMS:,} VMs", big.change, CHANGES),
+                Variant("one change among 100 VMs", small.change, CHANGES),
+            )
             nursery.cancel_scope.cancel()
 
 
 def main() -> None:
     vms, workers = [vm_of(number) for number in range(VMS)], {w.name: w for w in map(worker_of, range(WORKERS))}
-    show(
-        rounds(
-            {
-                f"plan: {VMS:,} VMs on {WORKERS:,} workers": (VMS, lambda: planned(vms, workers)),
-                "workers sorted anew for each VM": (SORTED_VMS, lambda: sorted_each_time(vms[:SORTED_VMS], workers)),
-            }
-        )
+    compare(
+        Variant(f"plan: {VMS:,} VMs on {WORKERS:,} workers", lambda: planned(vms, workers), VMS),
+        Variant("workers sorted anew for each VM", lambda: sorted_each_time(vms[:SORTED_VMS], workers), SORTED_VMS),
     )
     trio.run(changes)
 

@@ -192,7 +192,7 @@ class API:
         table = self.state.json["vm"]
         worker = _worker_filter(request.query.one("filter"))
         if worker is None:
-            return _array(table[name] for name in sorted(table))
+            return _array(table[name] for name in self.state.names["vm"])
         self.presence.polled(worker, _source(request))
         return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
 
@@ -391,14 +391,13 @@ class API:
         self.presence.arrived(new.name, _source(request))
         if wanted.last_seen is not None:
             self.presence.heartbeat(new.name, _source(request), wanted.last_seen)
-        return self._worker(new, unknown)
+        return self._worker(new.name, unknown)
 
     def list_workers(self, request: Request) -> Answer:
-        workers = self.state.workers
-        return _array(dump_json(encode(self.presence.shown(workers[name]))) for name in sorted(workers))
+        return _array(self._worker_json(name) for name in self.state.names["worker"])
 
     def get_worker(self, request: Request) -> Answer:
-        return self._worker(self._worker_named(request))
+        return self._worker(self._worker_named(request).name)
 
     def put_worker(self, request: Request) -> Answer:
         """Take a heartbeat, which is told by its later last_seen, or else set scheduling_paused."""
@@ -406,12 +405,12 @@ class API:
         unknown: list[str] = []
         wanted = worker_from_client(_named(_body(request), worker.name), unknown)
         if wanted.last_seen is not None and self.presence.heartbeat(worker.name, _source(request), wanted.last_seen):
-            return self._worker(worker, unknown)
+            return self._worker(worker.name, unknown)
         if wanted.scheduling_paused != worker.scheduling_paused:
             worker = replace(worker, scheduling_paused=wanted.scheduling_paused)
             with self.store.transaction() as tx:
                 tx.put(worker)
-        return self._worker(worker, unknown)
+        return self._worker(worker.name, unknown)
 
     def delete_worker(self, request: Request) -> Answer:
         worker = self._worker_named(request)
@@ -436,8 +435,13 @@ class API:
     def _worker_named(self, request: Request) -> Worker:
         return _found("worker", request.params["name"], self.state.workers.get(request.params["name"]))
 
-    def _worker(self, worker: Worker, unknown: Sequence[str] = ()) -> Response:
-        return _ok(dump_json(encode(self.presence.shown(worker))), _warning(unknown))
+    def _worker(self, name: str, unknown: Sequence[str] = ()) -> Response:
+        return _ok(self._worker_json(name), _warning(unknown))
+
+    def _worker_json(self, name: str) -> bytes:
+        """Give a worker with its last_seen, which is not part of what is stored."""
+        stored, last_seen = self.state.json["worker"][name], self.presence.last_seen(name)
+        return stored if last_seen is None else b'%b,"last_seen":"%b"}' % (stored[:-1], last_seen)
 
     # -- service accounts
 
@@ -453,7 +457,7 @@ class API:
 
     def list_accounts(self, request: Request) -> Answer:
         table = self.state.json["account"]
-        return _array(table[name] for name in sorted(table))
+        return _array(table[name] for name in self.state.names["account"])
 
     def get_account(self, request: Request) -> Answer:
         return self._account(self._account_named(request).name)
@@ -507,7 +511,12 @@ def _ok(body: bytes, headers: Sequence[tuple[str, str]] = ()) -> Response:
 
 
 def _array(items: Iterable[bytes]) -> Response:
-    return _ok(b"[%b]" % b",".join(items))
+    """Answer with a JSON array of objects, in pieces."""
+    pieces = [b"["]
+    for item in items:
+        pieces += (item, b",")
+    pieces[max(1, len(pieces) - 1) :] = [b"]"]
+    return Response(200, pieces)
 
 
 def _line(kind: str, json_text: bytes) -> bytes:

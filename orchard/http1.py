@@ -137,6 +137,11 @@ class Request:
         self.query = Query(query)
 
     @property
+    def keep_alive(self) -> bool:
+        """Whether the client may send another request over this connection (RFC 9112, section 9.3)."""
+        return self.version == "1.1" and "close" not in _tokens(self.headers.get("connection"))
+
+    @property
     def wants_websocket(self) -> bool:
         return _websocket_refusal(self) is None
 
@@ -164,12 +169,16 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Response:
-    """An answer that is at hand as a whole."""
+    """An answer that is at hand as a whole. A large body comes in pieces, which are not joined before they are sent."""
 
     status: int
-    body: bytes = b""
+    body: bytes | Sequence[bytes] = b""
     headers: Sequence[tuple[str, str]] = ()
     content_type: str = "application/json"
+
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        return (self.body,) if isinstance(self.body, bytes) else self.body
 
 
 @dataclass(slots=True, eq=False)
@@ -214,10 +223,18 @@ def refused(error: APIError) -> Response:
     return Response(error.status, dump_json({"message": error.message}), error.headers)
 
 
+def _tokens(value: str | None) -> list[str]:
+    """Give the words of a header that holds a list of them."""
+    return [token.strip().lower() for token in value.split(",")] if value else []
+
+
 def _websocket_refusal(request: Request) -> APIError | None:
     get = request.headers.get
-    connection = [token.strip().lower() for token in (get("connection") or "").split(",")]
-    asks = "upgrade" in connection and (get("upgrade") or "").lower() == "websocket" and request.version == "1.1"
+    asks = (
+        "upgrade" in _tokens(get("connection"))
+        and (get("upgrade") or "").lower() == "websocket"
+        and request.version == "1.1"
+    )
     if not asks or request.method != "GET":
         message = "this path is a WebSocket; expected GET with Connection: Upgrade, Upgrade: websocket"
         return APIError(426, message, _UPGRADE)

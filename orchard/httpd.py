@@ -3,8 +3,8 @@ the streams that its listeners accept, and nothing else; no noun of the product 
 
 Every byte of a connection is read into one bounded buffer, and h11 gets only what `http1` judged before; where that
 refuses, the connection is closed, for nobody knows where such a request ends. What follows a request stays in the
-buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses, keeps the state, and
-writes the answer.
+buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses it. The answer is written
+here: a head and bytes of known length, or chunks, is less to say than h11 asks for (./run bench api, GET).
 
 A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
 handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import email.utils
 import http
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -55,11 +56,11 @@ BODY_RATE = 4096  # bytes a second that earn a body more time; a slower one is n
 CLOSE_SECONDS = 5.0  # for the WebSocket at the other end to answer that it closes
 LOGGED_PATH = 256  # characters of a path in the log
 
-_ALWAYS = [(b"Server", b"orchard"), (b"Cache-Control", b"no-store"), (b"X-Content-Type-Options", b"nosniff")]
-_CLOSE = (b"Connection", b"close")
-_REASONS = {int(status): status.phrase.encode() for status in http.HTTPStatus}
-_END = h11.EndOfMessage()
+_ALWAYS = "Server: orchard\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+_REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 _UNREAD = frozenset([h11.IDLE, h11.SEND_BODY, h11.ERROR])  # a client's states before the end of its request
+# A header that a handler may add: one line (RFC 9110, section 5), and none of those that say where the answer ends.
+_HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
 
 _log = logging.getLogger("orchard.httpd")
 
@@ -107,7 +108,7 @@ class _Server:
         self.idle: dict[trio.CancelScope, None] = {}  # connections that wait for a request; for longest first
         self._open = 0
         self._clock = clock
-        self._date = (-1, b"")
+        self._date = (-1, "")
 
     async def connect(self, stream: trio.abc.Stream) -> None:
         """Serve one connection, for trio.serve_listeners, which closes the stream afterwards in any case."""
@@ -124,10 +125,10 @@ class _Server:
         finally:
             self._open -= 1
 
-    def date(self) -> bytes:
+    def date(self) -> str:
         now = int(self._clock())
         if now != self._date[0]:
-            self._date = (now, email.utils.formatdate(now, usegmt=True).encode())
+            self._date = (now, email.utils.formatdate(now, usegmt=True))
         return self._date[1]
 
 
@@ -235,7 +236,7 @@ class _Connection:
 class _Exchange:
     """One request and its answer."""
 
-    __slots__ = ("_connection", "_h11", "_request", "_server", "_since")
+    __slots__ = ("_begun", "_connection", "_ended", "_h11", "_request", "_server", "_since")
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -243,6 +244,8 @@ class _Exchange:
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self._server.limits.header_bytes)
         self._request: Request | None = None  # until it is in the request log
         self._since = 0.0  # when the request's head was there
+        self._begun = False  # something of the answer may have been sent
+        self._ended = False  # all of it was, and the client knows where it ends
 
     async def run(self) -> bool:
         """Read a request and answer it. Give whether another may follow. Raises Disconnected."""
@@ -262,11 +265,11 @@ class _Exchange:
             await self._respond_piecewise(answer)
         elif answer is not None:
             await self._websocket(answer)
-        return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+        return self._ended
 
     async def fail(self) -> None:
         """Answer that there is a bug, if nothing was sent yet. Raises Disconnected."""
-        if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if not self._begun:
             await self._respond(refused(APIError(500, "internal error")), close=True)
         await self._connection.linger()
 
@@ -327,7 +330,7 @@ class _Exchange:
     async def _read_body(self, body: Sized | Chunked) -> bytes:
         buffer, seconds = self._connection.buffer, self._server.limits.body_seconds
         if self._h11.they_are_waiting_for_100_continue and not buffer:
-            await self._send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
+            await self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         parts: list[bytes] = []
         size = 0
         start = trio.current_time()
@@ -355,61 +358,77 @@ class _Exchange:
 
     # ---- writing
 
-    async def _send(self, *events: h11.Event) -> None:
-        """Send an answer or a part of it. Raises Disconnected, and h11 knows then that no more is to follow."""
-        data = b"".join([self._h11.send(event) or b"" for event in events])
-        sent = False
-        try:
-            if data:
-                await self._connection.send(data)
-            sent = True
-        finally:
-            if not sent:
-                self._h11.send_failed()
+    def _head(self, answer: Response | Stream, framing: str, keep: bool) -> bytes:
+        """Give the head of an answer. Raises ValueError for a header that is none, or not the handler's to give."""
+        lines = [
+            f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '')}\r\nDate: {self._server.date()}\r\n{_ALWAYS}"
+        ]
+        for name, value in answer.headers:
+            line = f"{name}: {value}\r\n"
+            if not _HEADER.fullmatch(line):
+                raise ValueError(f"an answer has the header {line!r}")
+            lines.append(line)
+        end = "\r\n" if keep else "Connection: close\r\n\r\n"
+        return f"{''.join(lines)}{framing}{end}".encode("latin-1")
 
-    def _head(self, answer: Response | Stream, framing: list[tuple[bytes, bytes]], close: bool) -> h11.Response:
-        headers = [(b"Date", self._server.date()), *_ALWAYS, *framing]
-        headers += [(name.encode("ascii"), value.encode("latin-1")) for name, value in answer.headers]
-        if close or self._server.stop.is_set():
-            headers.append(_CLOSE)
-        return h11.Response(status_code=answer.status, headers=headers, reason=_REASONS.get(answer.status, b""))
+    def _keeps(self) -> bool:
+        """Whether another request may follow the answer."""
+        return self._request is not None and self._request.keep_alive and not self._server.stop.is_set()
 
     async def _respond(self, answer: Response, *, close: bool = False) -> None:
         unread = self._h11.their_state in _UNREAD
-        framing: list[tuple[bytes, bytes]] = []
-        if answer.status not in (204, 304):
-            framing.append((b"Content-Length", b"%d" % len(answer.body)))
-        if answer.body:
-            framing.append((b"Content-Type", answer.content_type.encode("ascii")))
-        events: list[h11.Event] = [self._head(answer, framing, close or unread)]
-        if answer.body and (self._request is None or self._request.method != "HEAD"):
-            events.append(h11.Data(data=answer.body))
+        keep = not (close or unread) and self._keeps()
+        pieces = answer.pieces
+        size = sum(map(len, pieces))
+        framing = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
+        if size:
+            framing += f"Content-Type: {answer.content_type}\r\n"
+        head = self._head(answer, framing, keep)
+        if self._request is not None and self._request.method == "HEAD":
+            pieces = ()
+        self._begun = True
         try:
-            await self._send(*events, _END)
+            # All at once if it is little; else some pieces at a time, for the others who wait (./run bench api, lists).
+            together = max(1, len(pieces) * SEND_BYTES // max(size, 1))
+            await self._connection.send(b"".join([head, *pieces[:together]]))
+            for start in range(together, len(pieces), together):
+                await self._connection.send(b"".join(pieces[start : start + together]))
+            self._ended = keep
         finally:
             self._record(answer.status)
         if unread:
             await self._connection.linger()
 
     async def _respond_piecewise(self, answer: Stream) -> None:
-        head = self._head(answer, [(b"Content-Type", answer.content_type.encode("ascii"))], False)
+        assert self._request is not None
+        chunked, keep = self._request.version == "1.1", self._keeps()
+        framing = f"Content-Type: {answer.content_type}\r\n" + "Transfer-Encoding: chunked\r\n" * chunked
+        head = self._head(answer, framing, keep)
+        broken_off = False
 
         async def send(piece: bytes) -> None:
+            nonlocal broken_off
             if piece:
-                await self._send(h11.Data(data=piece))
+                broken_off = True
+                await self._connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                broken_off = False
 
         async def produce() -> None:
-            await self._send(head)
+            nonlocal broken_off
+            broken_off = True
+            await self._connection.send(head)
+            broken_off = False
             await answer.produce(send)
 
-        assert self._request is not None
+        self._begun = True
         try:
             if self._request.method == "HEAD":
-                await self._send(head)
+                await self._connection.send(head)
             else:
                 await self.watched(produce, until_stop=answer.endless)
-            if self._h11.our_state is h11.SEND_BODY:  # and not broken off in the middle of a piece
-                await self._send(_END)
+                if chunked and not broken_off:
+                    await self._connection.send(b"0\r\n\r\n")
+            self._ended = keep and not broken_off
         except APIError as error:
             # Its status is too late. Without the last chunk the client knows that there should have been more.
             raise Disconnected(f"the answer was cut off: {error.message}") from error
@@ -463,7 +482,7 @@ class _Exchange:
     async def _websocket(self, answer: WebSocketUpgrade) -> None:
         assert self._request is not None
         stream = _HandOver(self._connection.stream, self._request, bytes(self._connection.buffer))
-        self._h11.send_failed()  # it has no more to say, not even that something failed
+        self._begun = True
         try:
             # trio-websocket's reader and _close_at_stop die with the session.
             async with trio.open_nursery() as nursery:

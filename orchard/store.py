@@ -22,6 +22,7 @@ What a different engine for durability would have to offer stands in two calls: 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import datetime
 import logging
@@ -87,6 +88,7 @@ class State:
         self.settings = ClusterSettings()
         self.vms_by_worker: defaultdict[str, dict[str, VM]] = defaultdict(dict)
         self.json: Tables = {kind: {} for kind in KINDS.values()}
+        self.names: dict[Kind, list[str]] = {kind: [] for kind in KINDS.values()}  # in order
 
     def get(self, kind: Kind, name: str) -> Noun | None:
         if kind == "settings":
@@ -106,9 +108,13 @@ class State:
         """Put (or with `new` None take away) one object."""
         if kind == "vm":
             self._index_vm(name, new if isinstance(new, VM) else None)
+        names = self.names[kind]
         if new is None:
             del self.json[kind][name]
+            del names[bisect.bisect_left(names, name)]
         else:
+            if name not in self.json[kind]:
+                bisect.insort(names, name)
             self.json[kind][name] = json
         if kind == "settings":
             self.settings = new if isinstance(new, ClusterSettings) else ClusterSettings()
@@ -574,6 +580,8 @@ def check(state: State) -> list[str]:
         if account.name != name or not account.token:
             problems.append(f'service account "{name}" says that its name is "{account.name}", or has no token')
     for kind, table in state.json.items():
+        if state.names[kind] != sorted(table):
+            problems.append(f"the names of kind {kind} are not in order")
         for name, json in table.items():
             noun = state.get(kind, name)
             if noun is None or json != encoded(noun):

@@ -68,7 +68,8 @@ class Served:
         answer = await self.ask(method, target, body, raw=raw, account=account, authorization=authorization, peer=peer)
         assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         headers = {name.lower(): value for name, value in answer.headers}
-        return Answered(answer.status, headers, json.loads(answer.body) if answer.body else None)
+        body = b"".join(answer.pieces)
+        return Answered(answer.status, headers, json.loads(body) if body else None)
 
     async def ask(
         self,
