@@ -60,8 +60,12 @@ class Busy:
                 self.cluster.presence.arrived(f"worker-{number}", ("", ""))
             for number in range(count):
                 tx.put(vm_of(number))
-        self.cluster.schedule_now(trio.current_time(), NOW)
+        self.schedule()
         self.turn = 0
+
+    def schedule(self) -> None:
+        while self.cluster.schedule_some(trio.current_time(), NOW) is None:
+            pass
 
     async def change(self) -> None:
         for _ in range(CHANGES):
@@ -70,7 +74,7 @@ class Busy:
             seen = Report(uid=old.uid, status="running", status_message=f"turn {self.turn}")
             with self.store.transaction() as tx:
                 tx.put(lifecycle.report(old, seen, NOW))
-            self.cluster.schedule_now(trio.current_time(), NOW)
+            self.schedule()
         await trio.lowlevel.checkpoint()
 
 

@@ -7,7 +7,8 @@ served and VMs are scheduled inside of that, so that whatever stops, what was ac
 connection is accepted any more, those at work get a time of grace, the scheduler ends, then the writers.
 
 The scheduler runs whenever something changed that could matter, when time alone makes it due, and every TICK seconds
-in case that somebody forgot to wake it. Each round plans and applies until a plan has nothing to do.
+in case that somebody forgot to wake it. Each round plans and applies, for some VMs at a time and with a look around in
+between, until a plan has nothing to do.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from orchard.tunnel import PING_INTERVAL, Switchboard
 PORT = 6120
 OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail
 TICK = 5.0  # seconds between two looks of the scheduler that nothing asked for
+AT_ONCE = 50  # VMs that one plan is about: some milliseconds of work, while everybody else waits
 RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more often
 GRACE = 10.0  # seconds for requests at work to end at a stop
 NO_SSH = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
@@ -172,7 +174,8 @@ class Cluster:
             self._wake = trio.Event()
             now = trio.current_time()
             try:
-                due = self.schedule_now(now, datetime.datetime.now(datetime.UTC))
+                while (due := self.schedule_some(now, datetime.datetime.now(datetime.UTC))) is None:
+                    await trio.lowlevel.checkpoint()  # for the others
                 await self.store.settled()
             except APIError as error:
                 log.error("scheduling has to wait: %s", error.message)
@@ -181,12 +184,12 @@ class Cluster:
             with trio.move_on_at(min(due, now + TICK)):
                 await self._wake.wait()
 
-    def schedule_now(self, now: float, clock: datetime.datetime) -> float:
-        """Plan and apply until there is nothing to do, and give when time alone makes it due again."""
-        while True:
-            plan = self._book.plan(now, self.store.state.settings.scheduler_profile)
-            if not self._apply(plan, now, clock):
-                return math.inf if plan.next_at is None else plan.next_at
+    def schedule_some(self, now: float, clock: datetime.datetime) -> float | None:
+        """Plan for some VMs and apply that. Give when time alone makes it due again; None: at once, there may be more."""
+        plan = self._book.plan(now, self.store.state.settings.scheduler_profile, AT_ONCE)
+        if self._apply(plan, now, clock) or not plan.room:
+            return None
+        return math.inf if plan.next_at is None else plan.next_at
 
     def _apply(self, plan: scheduler.Plan, now: float, clock: datetime.datetime) -> bool:
         """Carry a plan out in one transaction; False when it asks for nothing new."""

@@ -1,8 +1,8 @@
 """HTTP/1.1 as data: what a request, an answer and a route are, and which requests are refused. Law: no I/O.
 
 `check_head` judges a whole request head: whatever two HTTP readers could understand differently is refused, so that
-nothing can be smuggled past a proxy in front. `Sized` and `Chunked` then say how many of the bytes that came belong to
-the body. Only what was judged here reaches a parser.
+nothing can be smuggled past a proxy in front. Of a chunked body, `Chunked` then says how many of the bytes that
+came belong to it. Only what was judged here reaches a parser.
 
 `Router` finds what a request is for. A handler gets a `Request` and gives a `Response`, a `Stream` or a
 `WebSocketUpgrade`, or raises APIError, which `refused` makes an answer of. What these say about clients that go away
@@ -421,19 +421,6 @@ def _quoted(value: bytes) -> str:
     return shown(value.decode("latin-1"))
 
 
-class Sized:
-    """A body of known length."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-
-    def advance(self, buffer: bytearray) -> int:
-        """Give how many bytes at the front of the buffer are the body's; remove them before the next call."""
-        ready = min(len(buffer), self._left)
-        self._left -= ready
-        return ready
-
-
 class Chunked:
     """A chunked body, its framing in the one form that nobody reads differently: no extensions, blanks, or trailers."""
 
@@ -446,7 +433,10 @@ class Chunked:
         self._last = False  # whether it is the last one
 
     def advance(self, buffer: bytearray) -> int:
-        """As Sized.advance. Raises APIError: 400 for other framing, 413 for too much."""
+        """Give how many bytes at the front of the buffer are the body's; remove them before the next call.
+
+        Raises APIError: 400 for other framing, 413 for too much.
+        """
         at = 0
         while True:
             if self._left:

@@ -3,7 +3,7 @@ the streams that its listeners accept, and nothing else; no noun of the product 
 
 Every byte of a connection is read into one bounded buffer, and h11 gets only what `http1` judged before; where that
 refuses, the connection is closed, for nobody knows where such a request ends. What follows a request stays in the
-buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses it. The answer is written
+buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses it, but for a body of known length. The answer is written
 here: a head and bytes of known length, or chunks, is less to say than h11 asks for (./run bench api, GET).
 
 A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
@@ -40,7 +40,6 @@ from orchard.http1 import (
     Headers,
     Request,
     Response,
-    Sized,
     Stream,
     WebSocketUpgrade,
     check_head,
@@ -58,7 +57,6 @@ LOGGED_PATH = 256  # characters of a path in the log
 
 _ALWAYS = "Server: orchard\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
-_UNREAD = frozenset([h11.IDLE, h11.SEND_BODY, h11.ERROR])  # a client's states before the end of its request
 # A header that a handler may add: one line (RFC 9110, section 5), and none of those that say where the answer ends.
 _HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
 
@@ -194,6 +192,12 @@ class _Connection:
         self.buffer += data
         return bool(data)
 
+    def take(self, size: int) -> bytes:
+        """Take bytes from the front of the buffer."""
+        taken = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return taken
+
     async def until_gone(self) -> None:
         """Return when the client has gone. What it sends meanwhile is kept."""
         with suppress(Disconnected):
@@ -236,7 +240,7 @@ class _Connection:
 class _Exchange:
     """One request and its answer."""
 
-    __slots__ = ("_begun", "_connection", "_ended", "_h11", "_request", "_server", "_since")
+    __slots__ = ("_begun", "_connection", "_ended", "_h11", "_request", "_server", "_since", "_unread")
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -244,6 +248,7 @@ class _Exchange:
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self._server.limits.header_bytes)
         self._request: Request | None = None  # until it is in the request log
         self._since = 0.0  # when the request's head was there
+        self._unread = True  # nobody knows where the request ends
         self._begun = False  # something of the answer may have been sent
         self._ended = False  # all of it was, and the client knows where it ends
 
@@ -296,14 +301,15 @@ class _Exchange:
             peer=self._connection.peer,
             watched=self.watched,
         )
-        if length == 0:
-            self._next_event()
-        elif length is not None and length > server.limits.body_bytes:
+        if length is not None and length > server.limits.body_bytes:
             raise too_large(server.limits.body_bytes)
+        if length == 0:
+            self._unread = False
         if server.admit is not None:
             server.admit(request)
         if length != 0:
-            request.body = await self._read_body(Chunked(server.limits.body_bytes) if length is None else Sized(length))
+            request.body = await self._read_body(length)
+            self._unread = False
         answer = await server.handler(request)
         if isinstance(answer, WebSocketUpgrade):
             request.require_websocket()
@@ -323,32 +329,34 @@ class _Exchange:
                     end, looked = head_end(buffer, looked, limits.header_bytes)
             if scope.cancelled_caught:
                 raise APIError(408, f"the request head was not complete in {limits.head_seconds:g} seconds")
-        head = bytes(buffer[:end])
-        del buffer[:end]
-        return head
+        return self._connection.take(end)
 
-    async def _read_body(self, body: Sized | Chunked) -> bytes:
-        buffer, seconds = self._connection.buffer, self._server.limits.body_seconds
+    async def _read_body(self, length: int | None) -> bytes:
+        """Give the body, of so many bytes or (None) in chunks. Raises APIError 408, 400, 413, and Disconnected."""
+        connection, limits = self._connection, self._server.limits
+        buffer = connection.buffer
         if self._h11.they_are_waiting_for_100_continue and not buffer:
-            await self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        parts: list[bytes] = []
-        size = 0
-        start = trio.current_time()
-        with trio.CancelScope(deadline=start + seconds) as scope:
+            await connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is not None and len(buffer) >= length:
+            return connection.take(length)
+        chunks, parts, size = Chunked(limits.body_bytes), list[bytes](), 0
+        start = trio.current_time() + limits.body_seconds
+        with trio.CancelScope(deadline=start) as scope:
             while True:
-                ready = body.advance(buffer)
-                if ready:
-                    self._h11.receive_data(bytes(buffer[:ready]))
-                    del buffer[:ready]
-                while (event := self._next_event()) is not h11.NEED_DATA:
-                    if not isinstance(event, h11.Data):
-                        return b"".join(parts)
-                    parts.append(event.data)
-                    size += len(event.data)
-                scope.deadline = start + seconds + size / BODY_RATE
-                if not await self._connection.fill():
+                if length is None:
+                    if ready := chunks.advance(buffer):  # nothing at all would be the end of the stream to h11
+                        self._h11.receive_data(connection.take(ready))
+                    while (event := self._next_event()) is not h11.NEED_DATA:
+                        if not isinstance(event, h11.Data):
+                            return b"".join(parts)
+                        parts.append(event.data)
+                        size += len(event.data)
+                elif len(buffer) >= length:
+                    return connection.take(length)
+                scope.deadline = start + (size or len(buffer)) / BODY_RATE
+                if not await connection.fill():
                     raise Disconnected("the body was not complete")
-        raise APIError(408, f"the body was not complete in {seconds:g} seconds")
+        raise APIError(408, f"the body was not complete in {limits.body_seconds:g} seconds")
 
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
         try:
@@ -376,7 +384,7 @@ class _Exchange:
         return self._request is not None and self._request.keep_alive and not self._server.stop.is_set()
 
     async def _respond(self, answer: Response, *, close: bool = False) -> None:
-        unread = self._h11.their_state in _UNREAD
+        unread = self._unread
         keep = not (close or unread) and self._keeps()
         pieces = answer.pieces
         size = sum(map(len, pieces))

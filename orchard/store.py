@@ -301,6 +301,8 @@ class Store:
         while True:
             with trio.move_on_at(self._refill_at):
                 await self._wake.wait()
+            # The scheduler, which the same change has woken, comes in before the door closes: one sync for both.
+            await trio.lowlevel.cancel_shielded_checkpoint()
             self._wake = trio.Event()
             if trio.current_time() >= self._refill_at:
                 await self._refill()

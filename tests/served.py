@@ -116,7 +116,9 @@ class Served:
 
     def schedule(self) -> float:
         """Let the scheduler look once."""
-        return self.cluster.schedule_now(trio.current_time(), BEGAN)
+        while (due := self.cluster.schedule_some(trio.current_time(), BEGAN)) is None:
+            pass
+        return due
 
     async def watch(self, name: str, nursery: trio.Nursery) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Follow a VM; give a channel of the parsed lines."""

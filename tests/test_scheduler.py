@@ -446,11 +446,16 @@ class Kept:
         for vm in self.vms.values():
             self.book.put_vm(vm)
 
-    def settle(self) -> None:
-        for _ in range(4):
+    def settle(self, most: int = sys.maxsize) -> None:
+        """Plan and carry out until there is nothing more to do, for so many VMs at a time."""
+        for _ in range(4 + 4 * len(self.vms)):
             before = self.picture()
-            after = carry_out(before, self.book.plan(self.now, before.profile), self.now)
-            if after == before:
+            decided = self.book.plan(self.now, before.profile, most)
+            told = [*decided.fail, *decided.restart, *decided.assign, *decided.waiting]
+            assert len(told) == most - decided.room
+            assert overcommits(before, decided) == []
+            after = carry_out(before, decided, self.now)
+            if after == before and decided.room:
                 return
             restarted = self.about.restarted
             assert isinstance(restarted, dict)
@@ -478,6 +483,21 @@ def test_a_book_that_was_kept_says_what_one_written_anew_does(pictures: list[Sna
         expected = settled(expected, kept.now)
         kept.settle()
         assert {vm.name: vm for vm in kept.picture().vms} == {vm.name: vm for vm in expected.vms}
+
+
+@QUICK
+@given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32), st.integers(1, 4))
+def test_plans_for_a_few_vms_at_a_time_end_where_nothing_is_left_to_do(
+    pictures: list[Snapshot], seed: int, most: int
+) -> None:
+    kept, order = Kept(), random.Random(seed)
+    for picture in pictures:
+        kept.now += order.choice([REASON_SECONDS, 20, 200])
+        kept.become(picture, lambda: order.random() < 0.7)
+        kept.settle(most)
+        kept.now += REASON_SECONDS
+        kept.settle(most)
+        assert settled(kept.picture(), kept.now) == kept.picture()
 
 
 def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
