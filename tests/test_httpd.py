@@ -358,6 +358,18 @@ async def test_a_broken_handler_is_answered_with_500_once_logged(autojump_clock:
         assert served.requests == ["GET / 500 0.0 - -"]
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 5001])
+async def test_a_body_in_pieces_arrives_whole_and_is_sent_a_part_at_a_time(autojump_clock: Clock, count: int) -> None:
+    pieces = [b"%d," % number * 50 for number in range(count)]
+
+    async def handler(request: Request) -> Answer:
+        return Response(200, pieces)
+
+    answers, closed = await ask(GET + GET, handler)
+    assert [(answer.status, answer.body) for answer in answers] == [(200, b"".join(pieces))] * 2
+    assert not closed
+
+
 @pytest.mark.parametrize("headers", [[("X-Bad", "a\r\nB: c")], [("X-Bad", "\u20ac")], [("Content-Length", "1")]])
 async def test_headers_that_cannot_be_sent_are_a_broken_handler(
     autojump_clock: Clock, headers: list[tuple[str, str]]
