@@ -49,7 +49,7 @@ from orchard.schema import (
     ttl_from_client,
     worker_from_client,
 )
-from orchard.store import SETTINGS, Change, Store, encoded
+from orchard.store import SETTINGS, Change, Store, encoded, watch_line
 from orchard.tunnel import MAX_MESSAGE, Session, Switchboard
 
 CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
@@ -212,15 +212,15 @@ class API:
         with self.store.watch("vm", name) as changes:
             # What follows is based on what is in memory now, and so may be in `changes` once more when it is durable.
             now = self.state.vms.get(name)
-            lines = [_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
+            lines = [watch_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
             version = (now or known).meta.version
             await self.store.settled()
             if now is None:  # it was deleted between the first look and this one
-                lines.append(_line("DELETED", encoded(known)))
+                lines.append(watch_line("DELETED", encoded(known)))
             await send(b"".join(lines))
             async for change in changes:
                 if _is_news(change, version):
-                    await send(_line(change.type, change.json))
+                    await send(change.line)
 
     def replace_vm(self, request: Request) -> Answer:
         return self._change_vm(request, replaced_spec)
@@ -517,10 +517,6 @@ def _array(items: Iterable[bytes]) -> Response:
         pieces += (item, b",")
     pieces[max(1, len(pieces) - 1) :] = [b"]"]
     return Response(200, pieces)
-
-
-def _line(kind: str, json_text: bytes) -> bytes:
-    return b'{"type":"%b","object":%b}\n' % (kind.encode(), json_text)
 
 
 def _is_news(change: Change, version: int) -> bool:

@@ -133,11 +133,13 @@ class _Server:
 class _Connection:
     """A stream and what was read ahead of it. While it waits for a request it is nothing else: thousands may wait."""
 
-    __slots__ = ("buffer", "peer", "server", "stream")
+    __slots__ = ("buffer", "peer", "server", "socket", "stream")
 
     def __init__(self, server: _Server, stream: trio.abc.Stream) -> None:
         self.server = server
         self.stream = stream
+        # Of a plain socket the calls are made directly: the stream's take a tenth of a small request's time.
+        self.socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         self.peer = _peer(stream)
         self.buffer = bytearray()
 
@@ -186,8 +188,9 @@ class _Connection:
     async def fill(self) -> bool:
         """Read into the buffer; False at the end of what the client sends. Raises Disconnected."""
         try:
-            data = await self.stream.receive_some(RECEIVE_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            receive = self.stream.receive_some if self.socket is None else self.socket.recv
+            data: bytes | bytearray = await receive(RECEIVE_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise Disconnected("the connection broke") from error
         self.buffer += data
         return bool(data)
@@ -211,15 +214,15 @@ class _Connection:
         seconds = self.server.limits.send_seconds
         try:
             with trio.CancelScope(deadline=trio.current_time() + seconds) as scope:
-                if len(data) <= SEND_BYTES:
-                    await self.stream.send_all(data)
+                sent = await self.socket.send(data[:SEND_BYTES]) if self.socket is not None else 0
+                if sent == len(data):
                     return
                 view = memoryview(data)
-                for start in range(0, len(data), SEND_BYTES):
+                for start in range(sent, len(data), SEND_BYTES):
                     scope.deadline = trio.current_time() + seconds
                     await self.stream.send_all(view[start : start + SEND_BYTES])
                 return
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise Disconnected("the connection broke") from error
         raise Disconnected(f"the client took nothing for {seconds:g} seconds")
 

@@ -60,7 +60,7 @@ SETTINGS = "cluster"  # the name of the one settings object
 log = logging.getLogger("orchard.store")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Change:
     """What became of one object: `old` None: added; `new` None: deleted."""
 
@@ -69,12 +69,25 @@ class Change:
     old: Noun | None
     new: Noun | None
     json: bytes  # the new object, or the last one
+    _line: bytes = b""
+
+    @property
+    def line(self) -> bytes:
+        """What watchers are told; made once for all of them."""
+        if not self._line:
+            self._line = watch_line(self.type, self.json)
+        return self._line
 
     @property
     def type(self) -> Literal["ADDED", "MODIFIED", "DELETED"]:
         if self.new is None:
             return "DELETED"
         return "ADDED" if self.old is None else "MODIFIED"
+
+
+def watch_line(kind: str, json_text: bytes) -> bytes:
+    """Give a line of a watch: what happened to an object, and the object."""
+    return b'{"type":"%b","object":%b}\n' % (kind.encode(), json_text)
 
 
 class State:
