@@ -180,6 +180,7 @@ def _guard(record: int, log: int, lease: _Lease, patience: float, command: Seque
     """Be the guard; `told` is the pipe to whoever waits to hear that the VM's process is there."""
     os.setsid()
     os.chdir("/")
+    os.closerange(3, record)  # what was there before: the lock by which the worker knows that the start is under way
     for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(descriptor, target)
     wake = _heed_signals()
