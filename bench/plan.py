@@ -52,7 +52,7 @@ class Busy:
 
     def __init__(self, home: Path, count: int) -> None:
         self.store = Store.open(home, NOW)
-        self.cluster = Cluster(Settings(data_dir=home), self.store, EventLog(home / "events"))
+        self.cluster = Cluster(Settings(data_dir=home), self.store, EventLog(home / "events"), lambda: NOW)
         self.names = [f"vm-{number}" for number in range(count)]
         with self.store.transaction() as tx:
             for number in range(-(-count // PER_WORKER)):

@@ -8,7 +8,8 @@ Three steps, in this order:
 
 1. VMs whose worker is gone or silent fail, with a reason.
 2. Failed VMs that want to be restarted go back to pending, each at most once per RESTART_PAUSE. One whose worker was
-   deleted may still run there, for as long as a silent worker may run it: until then it has to wait.
+   deleted may still run there, for as long as a silent worker may run it: until then it has to wait. So has one that
+   had failed when the controller started, for it may have been for that reason.
 3. Pending VMs, oldest first, get the fullest (or emptiest, by profile) worker that has what they ask for. One that
    fits nowhere gets a reason, and does not hold up the next.
 
@@ -31,7 +32,7 @@ import itertools
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from orchard.schema import VM, SchedulerProfile, Worker
@@ -54,6 +55,7 @@ class Snapshot:
     offline_timeout: float  # seconds of silence after which a worker counts as offline
     departed: Mapping[str, float] = field(default_factory=dict)  # deleted worker -> its last sign of life before that
     began: float = 0.0  # when the controller started: what it knew of deleted workers before, it has forgotten
+    inherited: Container[str] = ()  # uids of VMs that had failed by then, nobody knows why: they may still run
 
     def online(self, worker: str, now: float) -> bool:
         return worker in self.seen and now < self.seen[worker] + self.offline_timeout
@@ -377,6 +379,8 @@ class Book:
         seen = about.departed.get(worker, -math.inf)
         if worker not in self._workers:
             seen = max(seen, about.seen.get(worker, about.began))
+        if vm.uid in about.inherited:
+            seen = max(seen, about.began)
         return max(seen + about.offline_timeout, about.restarted.get(vm.uid, -math.inf) + RESTART_PAUSE)
 
     # -- placing

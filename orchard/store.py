@@ -29,7 +29,7 @@ import logging
 import math
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -55,6 +55,7 @@ Noun = VM | Worker | ServiceAccount | ClusterSettings
 NounT = TypeVar("NounT", VM, Worker, ServiceAccount, ClusterSettings)
 KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
 Tables = dict[Kind, dict[str, bytes]]  # kind -> name -> JSON
+InThread = Callable[..., Awaitable[Any]]  # does blocking work, as trio.to_thread.run_sync
 SETTINGS = "cluster"  # the name of the one settings object
 
 log = logging.getLogger("orchard.store")
@@ -194,12 +195,13 @@ class Watcher:
 class Store:
     """The state of a cluster in `directory`. Made by `Store.open`; `run` must be running for anything to be durable."""
 
-    def __init__(self, journal: Journal, state: State, reserve: Reserve) -> None:
+    def __init__(self, journal: Journal, state: State, reserve: Reserve, in_thread: InThread) -> None:
         self.state = state
         self.broken = ""  # why nothing can be written any more
         self.full = ""  # why nothing can be added now
         self._journal = journal
         self._reserve = reserve
+        self._in_thread = in_thread
         self._refill_at = math.inf  # by trio's clock
         # By what the objects take, not by the file: else each restart would let the file grow to a multiple of itself.
         self._compact_at = _compact_at(_bytes_of(state.json))
@@ -212,8 +214,14 @@ class Store:
         self._undone: list[Callable[[], None]] = []
 
     @classmethod
-    def open(cls, directory: Path, now: datetime.datetime, disk: Disk | None = None) -> Store:
-        """Load the state in `directory`, or begin one there. Does disk I/O.
+    def open(
+        cls,
+        directory: Path,
+        now: datetime.datetime,
+        disk: Disk | None = None,
+        in_thread: InThread = trio.to_thread.run_sync,
+    ) -> Store:
+        """Load the state in `directory`, or begin one there. Does disk I/O; what `run` does of it, `in_thread`.
 
         Raises DamagedError when the file is not what was written, NotWritten when a new one can't be.
         """
@@ -231,7 +239,7 @@ class Store:
             with contextlib.suppress(PermissionError):  # a parent that can't be read can't be synced
                 disk.sync_directory(directory.parent)  # the directory may be as new as the file
             journal.create(snapshot(state.tables(), state.revision, now))
-        store = cls(journal, state, Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk))
+        store = cls(journal, state, Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk), in_thread)
         try:
             store._reserve.fill()
         except NotWritten as error:
@@ -324,7 +332,7 @@ class Store:
 
     async def _refill(self) -> None:
         try:
-            await trio.to_thread.run_sync(self._reserve.fill)
+            await self._in_thread(self._reserve.fill)
         except NotWritten:
             self._refill_at = trio.current_time() + REFILL_SECONDS
             if self._journal.size > 2 * _bytes_of(self.state.json):
@@ -349,7 +357,7 @@ class Store:
         try:
             # Shielded: it takes as long as the disk takes, and nobody may believe that it did not happen.
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._write, batch, tables)
+                await self._in_thread(self._write, batch, tables)
         except NotWritten as error:
             log.error("a write failed and was taken back: %s", error)
             self._undo(batch, APIError(507 if error.no_room else 503, f"{error}; nothing was changed"))

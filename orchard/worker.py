@@ -65,6 +65,7 @@ from orchard.tart import (
     Driver,
     DriverError,
     LocalVM,
+    NoSuchVM,
     NotRunning,
     State,
     TartDriver,
@@ -79,6 +80,7 @@ ANSWER_SECONDS = 30.0  # with a heartbeat each 15, a controller that is gone wit
 OFFLINE_TIMEOUT = 180.0  # seconds of the controller's patience, if it does not say
 HEARTBEATS = 8  # that may be lost before leased VMs are shut down
 SOFT, HARD = 0.75, 0.95  # of that patience: then leased VMs are told to shut down, and killed
+AGAIN_SECONDS = 10.0  # between two attempts to remove what an earlier worker has left
 SYNC_SECONDS = 5.0  # between two looks that nobody asked for
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.5  # seconds between attempts, doubling: back within two seconds of the controller
 JITTER = 0.5  # share of a pause that is left to chance, so that a thousand workers don't come at once
@@ -168,6 +170,8 @@ class Worker:
         self._tunnels = 0  # that are open
         self._admitted = False  # whether the controller has ever let us in
         self._settled = False  # whether what an earlier worker left here is dealt with
+        self._given_up = True  # whether something may run here that the controller has given up, or given to others
+        self._strangers: list[trio.Event] = []  # VMs that run here and could not be ended yet; set when they are
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; `started()` once registered. Raises RefusedError."""
@@ -208,7 +212,7 @@ class Worker:
     # -- the session
 
     async def _session(self, vms: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
-        await self._register()
+        sent = await self._register()
         async with trio.open_nursery() as session:  # the first of them to fail ends the others
             session.start_soon(self._heartbeat)
             if not self._settled:
@@ -219,13 +223,17 @@ class Worker:
             self._changed()
             session.start_soon(self._listen, vms)
             session.start_soon(self._report)
+            await self.sync(vms)
+            self._renew(sent)
             while True:
-                await self.sync(vms)
                 with trio.move_on_after(SYNC_SECONDS):
                     await self._look.wait()
                 self._look = trio.Event()
+                await self.sync(vms)
 
-    async def _register(self) -> None:
+    async def _register(self) -> float:
+        """Register, and give when that was sent, for the lease."""
+        self._given_up = True  # until a look has shown that there is nothing
         sent = self._lease_clock()
         try:
             stored = await self._client.workers.register(self._description())
@@ -235,8 +243,8 @@ class Worker:
             raise
         self._admitted = True
         self._offline_timeout = (await self._client.info()).worker_offline_timeout / 1000 or OFFLINE_TIMEOUT
-        self._renew(sent)
         self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
+        return sent
 
     def _description(self) -> dict[str, Any]:
         """Give the worker as the API takes it."""
@@ -282,7 +290,12 @@ class Worker:
                 self._renew(sent)
 
     def _renew(self, sent: float) -> None:
-        """Let leased VMs run on, by a heartbeat that was sent at `sent` and answered now."""
+        """Let leased VMs run on, by a heartbeat that was sent at `sent` and answered now.
+
+        Not while one runs here that the controller has given up: it starts that elsewhere when the lease must be over.
+        """
+        if self._given_up:
+            return
         soft, hard = (sent + share * self._offline_timeout - self._lease_clock() for share in (SOFT, HARD))
         try:
             self._driver.lease(soft, hard)
@@ -418,7 +431,7 @@ class Worker:
             for local in found:
                 vm = wanted.get(local.name)
                 if vm is None or (vm.state.status == "pending" and local.state != "running"):
-                    ending.start_soon(self._remove_stranger, local.name)  # it was to go, or is half-made
+                    ending.start_soon(self._remove_stranger, local, vms)  # it was to go, or is half-made
                 else:
                     ours.append((local, vm))
         for local, vm in ours:  # without a checkpoint: a session that ends before this has settled nothing
@@ -431,15 +444,34 @@ class Worker:
             log.info("found a VM", extra={"vm": vm.name, "state": local.state})
             vms.start_soon(self._tend, instance, instance.adopt if runs else instance.keep)
 
-    async def _remove_stranger(self, name: str) -> None:
+    async def _remove_stranger(self, local: LocalVM, vms: trio.Nursery) -> None:
+        """Remove a VM that nobody wants; if that fails, go on trying in another nursery."""
+        if not await self._removed(local.name):
+            gone = trio.Event()
+            if local.state == "running":
+                self._strangers.append(gone)
+            vms.start_soon(self._go_on_removing, local.name, gone)
+
+    async def _go_on_removing(self, name: str, gone: trio.Event) -> None:
+        while True:
+            await trio.sleep(AGAIN_SECONDS)
+            # It may be wanted by now under this name: then it goes with that one.
+            if name not in self.instances and await self._removed(name):
+                gone.set()
+                return
+
+    async def _removed(self, name: str) -> bool:
         try:
             with suppress(NotRunning):
                 await self._driver.stop(name)
             await self._driver.delete(name)
+        except NoSuchVM:
+            return True
         except DriverError as error:
             log.error("cannot remove a VM that was left here", extra={"vm": name, "reason": str(error)})
-        else:
-            log.info("removed a VM that was left here", extra={"vm": name})
+            return False
+        log.info("removed a VM that was left here", extra={"vm": name})
+        return True
 
     async def sync(self, vms: trio.Nursery) -> None:
         """Look at what the controller has for this worker, and give orders. Raises ClientError."""
@@ -457,6 +489,9 @@ class Worker:
             for name, instance in self.instances.items()
             if instance.ending and _status(wanted.get(name)) in ("absent", "failed")
         ]
+        self._strangers = [gone for gone in self._strangers if not gone.is_set()]
+        ending += self._strangers
+        self._given_up = bool(ending)
         for name, action in actions.items():
             if action == "create":
                 instance = self._instance(wanted[name])

@@ -142,7 +142,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
     try:
         events = EventLog(directory / "events")
         events.open({vm.uid for vm in store.state.vms.values()})
-        cluster = Cluster(settings, store, events)
+        cluster = Cluster(settings, store, events, lambda: BEGAN)
         reach = Reach(store, cluster.switchboard)
         gate = auth.Gate(store.state.accounts) if accounts else None
         api = API(

@@ -820,6 +820,15 @@ def test_who_restarts(policy: str, vm: Callable[[VM], VM], restarts: bool) -> No
     assert decided.restart == (["vm"] if restarts else [])
 
 
+def test_what_had_failed_when_the_controller_started_may_still_run_as_long_as_a_lease_lasts() -> None:
+    picture = cluster([failed(pending(restart_policy="OnFailure"))], [worker()], began=NOW - 10, inherited={"uid-vm"})
+    assert plan(picture, NOW).restart == []
+    assert plan(picture, NOW).next_at == NOW - 10 + OFFLINE_TIMEOUT
+    later = replace(picture, seen={"w": NOW + 200})
+    assert plan(later, NOW - 10 + OFFLINE_TIMEOUT).restart == ["vm"]
+    assert plan(replace(picture, inherited=()), NOW).restart == ["vm"]
+
+
 def test_a_restarted_vm_leaves_its_worker_in_the_next_plan() -> None:
     lost = cluster([running(pending(restart_policy="OnFailure"), on="gone")], [worker()])
     after = settled(lost, NOW)
