@@ -23,6 +23,7 @@ import argparse
 import datetime
 import itertools
 import logging
+import math
 import os
 import platform
 import random
@@ -170,7 +171,8 @@ class Worker:
         self._tunnels = 0  # that are open
         self._admitted = False  # whether the controller has ever let us in
         self._settled = False  # whether what an earlier worker left here is dealt with
-        self._given_up = True  # whether something may run here that the controller has given up, or given to others
+        self._ending: list[trio.Event] | None = None  # what the controller has given up; None: nobody knows yet
+        self._answered = -math.inf  # when the last sign of life was sent that was answered, by the lease's clock
         self._strangers: list[trio.Event] = []  # VMs that run here and could not be ended yet; set when they are
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -233,7 +235,7 @@ class Worker:
 
     async def _register(self) -> float:
         """Register, and give when that was sent, for the lease."""
-        self._given_up = True  # until a look has shown that there is nothing
+        self._ending = None
         sent = self._lease_clock()
         try:
             stored = await self._client.workers.register(self._description())
@@ -294,9 +296,10 @@ class Worker:
 
         Not while one runs here that the controller has given up: it starts that elsewhere when the lease must be over.
         """
-        if self._given_up:
+        self._answered = max(sent, self._answered)
+        if self._ending is None or not all(ended.is_set() for ended in self._ending):
             return
-        soft, hard = (sent + share * self._offline_timeout - self._lease_clock() for share in (SOFT, HARD))
+        soft, hard = (self._answered + share * self._offline_timeout - self._lease_clock() for share in (SOFT, HARD))
         try:
             self._driver.lease(soft, hard)
         except DriverError as error:
@@ -491,15 +494,25 @@ class Worker:
         ]
         self._strangers = [gone for gone in self._strangers if not gone.is_set()]
         ending += self._strangers
-        self._given_up = bool(ending)
+        self._ending = ending
+        free = trio.Event()
+        if ending and "create" in actions.values():
+            vms.start_soon(self._make_room, ending, free)
         for name, action in actions.items():
             if action == "create":
                 instance = self._instance(wanted[name])
-                vms.start_soon(self._tend, instance, partial(instance.tend, ending))
+                vms.start_soon(self._tend, instance, partial(instance.tend, [free] if ending else []))
             elif action == "lost":
                 instance = self._instance(wanted[name])
                 instance.fail(LOST)
                 vms.start_soon(self._tend, instance, instance.keep)
+
+    async def _make_room(self, ending: Sequence[trio.Event], free: trio.Event) -> None:
+        """Wait until what the controller has given up has ended; only then others may have its place, and a lease."""
+        for ended in ending:
+            await ended.wait()
+        self._renew(self._answered)
+        free.set()
 
     def _order(self, instance: Instance, vm: VM | None, action: Action) -> None:
         if vm is None:

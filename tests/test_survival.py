@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ class Host:
 
     def __init__(self, home: Path, url: str, once: Path) -> None:
         self.home = home
+        self.before: Sequence[str] = ()  # words before a worker's command
         self.tart_home = home / "tart-home"
         self.tart_home.mkdir(parents=True)
         self.url = url
@@ -57,7 +58,8 @@ class Host:
             "--resources",
             f"{TART_VMS}=20",
         )
-        return started("worker", *words, *arguments, home=self.home, env={**self.environ, **environ})
+        env = {**self.environ, **environ}
+        return started("worker", *words, *arguments, home=self.home, env=env, before=self.before)
 
     async def run_by_hand(self, name: str) -> None:
         """Run a VM without a guard, as one whose parent is gone."""
