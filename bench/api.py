@@ -73,7 +73,9 @@ class Benchmark:
         return self._stack.enter_context(running(BARE, str(file)))
 
     def _variant(self, name: str, server: Server, connections: int, count: int, requests: Iterator[bytes]) -> Variant:
-        return Variant(name, lambda: press(server, connections, itertools.islice(requests, count)), count, server.cpu)
+        return Variant(
+            name, lambda: press(server.port, connections, itertools.islice(requests, count)), count, server.cpu
+        )
 
     def gets(self) -> None:
         asked = get("/v1/vms/vm-7")
@@ -124,7 +126,7 @@ class Benchmark:
         line = next(self._creating()) * 2  # about what a create writes
         with (home / "appended").open("ab", buffering=0) as file:
             for _ in range(self.rounds + 1):
-                alone.append(statistics.median(press(server, 1, itertools.islice(self._creating(), ALONE))))
+                alone.append(statistics.median(press(server.port, 1, itertools.islice(self._creating(), ALONE))))
                 waits = []
                 for _ in range(ALONE):
                     began = time.perf_counter()

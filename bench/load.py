@@ -43,9 +43,13 @@ class Server:
         return (int(user) + int(system)) / _TICK
 
     def connect(self) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
+        return connect(self.port)
+
+
+def connect(port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
 
 
 @contextmanager
@@ -85,7 +89,7 @@ def answer_length(head: bytes | bytearray) -> int:
     return end + 4 + (int(found[1]) if found else 0)
 
 
-def press(server: Server, connections: int, requests: Iterator[bytes]) -> list[float]:
+def press(port: int, connections: int, requests: Iterator[bytes]) -> list[float]:
     """Send requests over so many connections, the next on each when the last was answered; give the seconds of each.
 
     Raises RuntimeError at an answer that is no 200.
@@ -94,7 +98,7 @@ def press(server: Server, connections: int, requests: Iterator[bytes]) -> list[f
     poll = select.poll()
     open_: dict[int, tuple[socket.socket, float, bytearray]] = {}
     for sending, _ in zip(requests, range(connections), strict=False):
-        connection = server.connect()
+        connection = connect(port)
         poll.register(connection, select.POLLIN)
         open_[connection.fileno()] = (connection, time.perf_counter(), bytearray())
         connection.sendall(sending)

@@ -6,11 +6,14 @@ measured one after the other, again and again.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+
+import trio
 
 ROUNDS = 5
 
@@ -75,3 +78,17 @@ def show(*variants: Variant) -> None:
         print(
             f"{variant.name:44}{variant.rate:11,.0f}{span:>20}{cpu:13.4f}{statistics.median(ratios):7.2f}{between:>14}"
         )
+
+
+class Turns(trio.abc.Instrument):
+    """How long each task ran until others got their turn, in seconds."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._began = math.inf  # of the task that adds this to the loop, the beginning is not known
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began = time.perf_counter()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.longest = max(self.longest, time.perf_counter() - self._began)
