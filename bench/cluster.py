@@ -24,24 +24,25 @@ def vm_of(number: int) -> VM:
     return lifecycle.create(f"vm-{number}", f"uid-{number}", spec, NOW + datetime.timedelta(seconds=number))
 
 
-def worker_of(number: int) -> Worker:
-    return Worker(name=f"worker-{number}", resources={TART_VMS: PER_WORKER}, created_at=NOW)
+def worker_of(number: int, room: int = PER_WORKER) -> Worker:
+    return Worker(name=f"worker-{number}", resources={TART_VMS: room}, created_at=NOW)
 
 
-def running_vm(number: int) -> VM:
-    """Give a VM that runs: two on each worker."""
-    assigned = lifecycle.assign(vm_of(number), worker_of(number // PER_WORKER), NOW)
+def running_vm(number: int, room: int = PER_WORKER) -> VM:
+    """Give a VM that runs, beside others on a worker that is full."""
+    assigned = lifecycle.assign(vm_of(number), worker_of(number // room), NOW)
     return lifecycle.report(assigned, Report(uid=assigned.uid, status="running"), NOW)
 
 
 def fill(store: Store, vms: int, workers: int) -> None:
     """Put a cluster into a store: the account of AUTHORIZATION, so many workers, and VMs that run on them."""
+    room = max(PER_WORKER, vms // max(1, workers))
     with store.transaction() as tx:
         tx.put(ServiceAccount(name="admin", token=TOKEN, roles=auth.ROLES, created_at=NOW))
         for number in range(workers):
-            tx.put(worker_of(number))
+            tx.put(worker_of(number, room))
         for number in range(vms):
-            tx.put(running_vm(number))
+            tx.put(running_vm(number, room))
 
 
 def prepare(home: Path, vms: int, workers: int) -> None:

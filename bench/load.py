@@ -68,6 +68,8 @@ def running(*arguments: str, home: Path | None = None, env: Mapping[str, str] | 
         finally:
             process.terminate()
             process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 def request(method: str, path: str, body: bytes = b"", authorization: str = "") -> bytes:
