@@ -12,11 +12,12 @@ import argparse
 import contextlib
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 
 import trio
@@ -108,6 +109,43 @@ async def at_once(connect: Callable[[], contextlib.AbstractAsyncContextManager[t
     return count / (trio.current_time() - began)
 
 
+async def held(
+    connect: Callable[[], contextlib.AbstractAsyncContextManager[trio.abc.Stream]],
+    count: int,
+    then: Callable[[], Awaitable[float]],
+) -> tuple[float, float]:
+    """Open so many tunnels and keep them; give the seconds until each has echoed a byte, and what `then` gives."""
+    limit, missing, everybody = trio.CapacityLimiter(20), count, trio.Event()
+
+    async def one() -> None:
+        nonlocal missing
+        async with contextlib.AsyncExitStack() as stack:
+            async with limit:
+                stream = await stack.enter_async_context(connect())
+                await stream.send_all(b"?")
+                assert await stream.receive_some(1) == b"?"
+            missing -= 1
+            if not missing:
+                everybody.set()
+            await trio.sleep_forever()
+
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(one)
+        await everybody.wait()
+        took = trio.current_time() - began
+        result = await then()
+        nursery.cancel_scope.cancel()
+    return took, result
+
+
+async def echo(stream: trio.SocketStream) -> None:
+    with contextlib.suppress(trio.BrokenResourceError):
+        async for data in stream:
+            await stream.send_all(data)
+
+
 def told(name: str, values: list[float], unit: str) -> None:
     print(f"{name:34} {statistics.median(values):10.2f} {unit}   ({min(values):.2f} to {max(values):.2f})")
 
@@ -141,6 +179,10 @@ async def main(options: argparse.Namespace) -> None:
             told("set-up of a tunnel", [await latency(tunnel) for _ in range(50)], "ms")
             rates = [await at_once(tunnel, 100) for _ in range(options.rounds)]
             told("tunnels opened and closed, 20 at once", rates, "/s")
+            echoing = await nursery.start(partial(trio.serve_tcp, echo, 0, host="127.0.0.1"))
+            one_of = partial(client.vms.port_forward, "vm", echoing[0].socket.getsockname()[1])
+            took, beside = await held(one_of, options.tunnels, lambda: timed(tunnel, size))
+            print(f"{options.tunnels:,} tunnels open after {took:.1f} s; beside them, one carries {beside:.0f} MB/s")
             nursery.cancel_scope.cancel()
 
 
@@ -148,4 +190,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="bench/tunnel.py", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--megabytes", type=int, default=50, help="of one transfer; default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
+    parser.add_argument("--tunnels", type=int, default=1_000, help="open at once; default %(default)s")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     trio.run(main, parser.parse_args())

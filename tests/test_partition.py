@@ -94,10 +94,10 @@ class Namespaces:
         return ("nsenter", f"--net=/run/netns/{name}")
 
     def cut(self) -> None:
-        ip(f"-n {self.hub} link set port0 nomaster")
+        ip(f"-n {self.hub} link set port0 down")
 
     def mend(self) -> None:
-        ip(f"-n {self.hub} link set port0 master bridge")
+        ip(f"-n {self.hub} link set port0 up")
 
 
 @contextmanager
