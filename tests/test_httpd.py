@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
+from orchard import httpd
 from orchard.codec import APIError
 from orchard.http1 import Answer, Handler, Request, Response, Stream, WebSocketUpgrade
 from orchard.httpd import Limits, serve
@@ -368,6 +369,31 @@ async def test_a_body_in_pieces_arrives_whole_and_is_sent_a_part_at_a_time(autoj
     answers, closed = await ask(GET + GET, handler)
     assert [(answer.status, answer.body) for answer in answers] == [(200, b"".join(pieces))] * 2
     assert not closed
+
+
+async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a real socket: pieces that are small have no scope of their own there."""
+    monkeypatch.setattr(httpd, "LOOK_SECONDS", 0.01)
+    ended = trio.Event()
+
+    async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+        try:
+            while True:
+                await send(b"x" * 100_000)
+        finally:
+            ended.set()
+
+    async def handler(request: Request) -> Answer:
+        return Stream(produce)
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with (
+        serving(handler, listeners=listeners, limits=Limits(send_seconds=0.05)),
+        await trio.open_tcp_stream("127.0.0.1", listeners[0].socket.getsockname()[1]) as stream,
+    ):
+        await stream.send_all(GET)
+        with trio.fail_after(60):
+            await ended.wait()
 
 
 @pytest.mark.parametrize("headers", [[("X-Bad", "a\r\nB: c")], [("X-Bad", "\u20ac")], [("Content-Length", "1")]])
