@@ -14,8 +14,8 @@ import pytest
 from simulated import Broken
 from simulation import Violation, simulate
 
-SEEDS = 48  # in parts, so that they are spread over processors
-PARTS = 6
+SEEDS = 200  # in parts, so that they are spread over processors
+PARTS = 10
 FIND_WITHIN = 12  # seeds
 # Each of these came up here once: a deleted worker that came back renewed the lease of what it was to end; a VM that an
 # earlier worker had left could not be removed at once, or ended; a restarted controller did not know what it had deleted.
