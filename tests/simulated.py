@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import logging
 import random
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -43,6 +44,9 @@ GRACE = 5.0  # seconds for requests at work when the controller is told to stop
 DISK = (0.0002, 0.03)  # seconds until a write has been done, and until that is known
 FORGOTTEN = 0.05  # of the writes are not done on a forgetful disk
 STOPS_VMS = 0.2  # of the workers take their VMs away when they are told to end
+
+
+_LOCAL = re.compile(r"orchard-[\w-]*?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]+")  # a VM on its host
 
 
 class Killed(Exception):  # noqa: N818 -- it states what is the case
@@ -278,7 +282,7 @@ class _Log(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         extra = ", ".join(str(record.__dict__[key]) for key in ("worker", "vm", "reason") if key in record.__dict__)
-        self._site.note(f"  log: {record.getMessage()} ({extra})")
+        self._site.note(_LOCAL.sub(lambda found: self._site.short(found[0]), f"  log: {record.getMessage()} ({extra})"))
         if record.exc_info and record.exc_info[1] is not None:
             self._site.violate("unexpected: " + "".join(traceback.format_exception(record.exc_info[1])))
 
