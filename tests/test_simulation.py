@@ -14,7 +14,7 @@ import pytest
 from simulated import Broken
 from simulation import Violation, simulate
 
-SEEDS = 200  # in parts, so that they are spread over processors
+SEEDS = 120  # in parts, so that they are spread over processors
 PARTS = 10
 FIND_WITHIN = 12  # seeds
 # Each of these came up here once: a deleted worker that came back renewed the lease of what it was to end; a VM that an
