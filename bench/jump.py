@@ -34,7 +34,7 @@ from types import SimpleNamespace
 from typing import IO, Any, Self, cast
 
 import trio
-from measure import Series, show
+from measure import Variant, show
 
 try:
     import asyncssh
@@ -261,7 +261,7 @@ async def main(options: argparse.Namespace) -> None:
         if missing:
             print(f"without OpenSSH's sshd: {missing}")
         names = [name for name in SERVERS if not (missing and name == "OpenSSH's sshd")]
-        series = [Series(name, options.megabytes) for name in names]
+        series = [Variant(name, lambda: None, options.megabytes) for name in names]
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         sink: int = listener.socket.getsockname()[1]
         servers = [stack.enter_context(Server(name, key, sink)) for name in names]
@@ -273,7 +273,7 @@ async def main(options: argparse.Namespace) -> None:
                 if number > 0:  # the first is to warm up
                     one.add(seconds, server.cpu() - before)
     print(f"{options.rounds} rounds of {options.megabytes} MB, {options.cipher}; an operation is a megabyte")
-    show(series)
+    show(*series)
 
 
 if __name__ == "__main__":

@@ -6,26 +6,39 @@ measured one after the other, again and again.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
+
+import trio
 
 ROUNDS = 5
 
 
 @dataclass
-class Series:
-    """What one variant took, round by round: seconds, and seconds of the processor, of so many operations each."""
+class Variant:
+    """Something to measure: what to call, how many operations a call is, and whose processor time counts."""
 
     name: str
+    run: Callable[[], Awaitable[object] | object]
     operations: int
-    seconds: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+    cpu: Callable[[], float] = time.process_time
+    seconds: list[float] = field(default_factory=list)  # of each round
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    async def measure(self) -> None:
+        cpu, began = self.cpu(), time.perf_counter()
+        result = self.run()
+        if isinstance(result, Awaitable):
+            await result
+        self.add(time.perf_counter() - began, self.cpu() - cpu)
 
     def add(self, seconds: float, cpu: float) -> None:
         self.seconds.append(seconds)
-        self.cpu.append(cpu)
+        self.cpu_seconds.append(cpu)
 
     @property
     def rate(self) -> float:
@@ -33,35 +46,49 @@ class Series:
         return self.operations / statistics.median(self.seconds)
 
 
-def rounds(variants: Mapping[str, tuple[int, Callable[[], object]]], count: int = ROUNDS) -> list[Series]:
-    """Run functions in turns; each comes with the number of operations that a call of it is."""
-    series = [Series(name, operations) for name, (operations, _) in variants.items()]
-    for _ in range(count):
-        for one, (_, run) in zip(series, variants.values(), strict=True):
-            began, cpu = time.perf_counter(), time.process_time()
-            run()
-            one.add(time.perf_counter() - began, time.process_time() - cpu)
-    return series
+async def turns(*variants: Variant, count: int = ROUNDS) -> None:
+    """Measure variants in turns, and show them."""
+    for number in range(count + 1):
+        for variant in variants:
+            await variant.measure()
+            if number == 0:  # unmeasured: caches, imports, connections
+                variant.seconds.clear()
+                variant.cpu_seconds.clear()
+    show(*variants)
 
 
-async def async_rounds(
-    variants: Mapping[str, tuple[int, Callable[[], Awaitable[object]]]], cpu: Callable[[], float], count: int = ROUNDS
-) -> list[Series]:
-    """As `rounds`, with asynchronous functions. `cpu` gives the seconds of the processor that count."""
-    series = [Series(name, operations) for name, (operations, _) in variants.items()]
-    for _ in range(count):
-        for one, (_, run) in zip(series, variants.values(), strict=True):
-            began, before = time.perf_counter(), cpu()
-            await run()
-            one.add(time.perf_counter() - began, cpu() - before)
-    return series
+def compare(*variants: Variant, count: int = ROUNDS) -> None:
+    """Measure functions in turns that need no loop, or have one of their own, and show them."""
+    measuring = turns(*variants, count=count)
+    with suppress(StopIteration):
+        measuring.send(None)  # it never waits
 
 
-def show(series: list[Series]) -> None:
-    """Print a table; the ratio is that of rates, to the last variant, which is the baseline."""
-    print(f"{'':36}{'a second':>12}{'range':>24}{'CPU s/1,000':>14}{'ratio':>8}")
-    for one in series:
-        rates = sorted(one.operations / seconds for seconds in one.seconds)
-        cpu = 1000 * statistics.median(one.cpu) / one.operations
+def show(*variants: Variant) -> None:
+    """Print a table. The ratio is that of rates, round by round, to the last variant, which is the baseline."""
+    base = variants[-1]
+    print(f"{'':44}{'a second':>11}{'range':>20}{'CPU s/1,000':>13}{'ratio':>7}{'range':>14}")
+    for variant in variants:
+        rates = sorted(variant.operations / seconds for seconds in variant.seconds)
+        cpu = 1000 * statistics.median(variant.cpu_seconds) / variant.operations
         span = f"{rates[0]:,.0f} to {rates[-1]:,.0f}"
-        print(f"{one.name:36}{one.rate:12,.0f}{span:>24}{cpu:14.4f}{one.rate / series[-1].rate:8.2f}")
+        scale = variant.operations / base.operations
+        ratios = sorted(scale * theirs / own for own, theirs in zip(variant.seconds, base.seconds, strict=True))
+        between = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+        print(
+            f"{variant.name:44}{variant.rate:11,.0f}{span:>20}{cpu:13.4f}{statistics.median(ratios):7.2f}{between:>14}"
+        )
+
+
+class Turns(trio.abc.Instrument):
+    """How long each task ran until others got their turn, in seconds."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._began = math.inf  # of the task that adds this to the loop, the beginning is not known
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began = time.perf_counter()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.longest = max(self.longest, time.perf_counter() - self._began)

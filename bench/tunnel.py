@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 import trio
-from measure import Series, show
+from measure import Variant, turns
 
 from orchard import frames
 from orchard.client import Client
@@ -128,11 +128,9 @@ async def taken(stream: trio.abc.Stream, size: int) -> None:
         size -= len(data)
 
 
-async def transfer(way: Way, direction: bytes, size: int) -> tuple[float, float]:
-    """Give the seconds of one transfer, without its set-up, and those of the processor."""
+async def transfer(way: Way, direction: bytes, size: int) -> None:
     frames.masked = way.masked
     async with way.connect() as stream:
-        began, cpu = time.perf_counter(), way.cpu()
         await stream.send_all(direction)
         if direction == DOWN:
             await taken(stream, size)
@@ -141,7 +139,6 @@ async def transfer(way: Way, direction: bytes, size: int) -> tuple[float, float]
             for _ in range(size // PIECE):
                 await stream.send_all(data)
             await taken(stream, 3)
-        return time.perf_counter() - began, way.cpu() - cpu
 
 
 @contextlib.asynccontextmanager
@@ -221,11 +218,11 @@ def relayed(name: str, port: int) -> Iterator[Way]:
 
 async def throughput(ways: list[Way], rounds: int, size: int, suffix: str = "") -> None:
     for word, direction in (("down", DOWN), ("up", UP)):
-        series = [Series(f"{way.name}, {word}{suffix}", size // 1_000_000) for way in ways]
-        for _ in range(rounds):
-            for one, way in zip(series, ways, strict=True):
-                one.add(*await transfer(way, direction, size))
-        show(series)
+        variants = [
+            Variant(f"{way.name}, {word}{suffix}", partial(transfer, way, direction, size), size // 1_000_000, way.cpu)
+            for way in ways
+        ]
+        await turns(*variants, count=rounds)
 
 
 async def main(options: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ from orchard.schema import (
     ttl_from_client,
     worker_from_client,
 )
-from orchard.store import SETTINGS, Change, Store, encoded
+from orchard.store import SETTINGS, Change, Store, encoded, watch_line
 from orchard.tunnel import FarEnd, Session, Switchboard
 
 CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
@@ -192,7 +192,7 @@ class API:
         table = self.state.json["vm"]
         worker = _worker_filter(request.query.one("filter"))
         if worker is None:
-            return _array(table[name] for name in sorted(table))
+            return _array(table[name] for name in self.state.names["vm"])
         self.presence.polled(worker, _source(request))
         return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
 
@@ -212,15 +212,15 @@ class API:
         with self.store.watch("vm", name) as changes:
             # What follows is based on what is in memory now, and so may be in `changes` once more when it is durable.
             now = self.state.vms.get(name)
-            lines = [_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
+            lines = [watch_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
             version = (now or known).meta.version
             await self.store.settled()
             if now is None:  # it was deleted between the first look and this one
-                lines.append(_line("DELETED", encoded(known)))
+                lines.append(watch_line("DELETED", encoded(known)))
             await send(b"".join(lines))
             async for change in changes:
                 if _is_news(change, version):
-                    await send(_line(change.type, change.json))
+                    await send(change.line)
 
     def replace_vm(self, request: Request) -> Answer:
         return self._change_vm(request, replaced_spec)
@@ -389,14 +389,13 @@ class API:
         self.presence.arrived(new.name, _source(request))
         if wanted.last_seen is not None:
             self.presence.heartbeat(new.name, _source(request), wanted.last_seen)
-        return self._worker(new, unknown)
+        return self._worker(new.name, unknown)
 
     def list_workers(self, request: Request) -> Answer:
-        workers = self.state.workers
-        return _array(dump_json(encode(self.presence.shown(workers[name]))) for name in sorted(workers))
+        return _array(self._worker_json(name) for name in self.state.names["worker"])
 
     def get_worker(self, request: Request) -> Answer:
-        return self._worker(self._worker_named(request))
+        return self._worker(self._worker_named(request).name)
 
     def put_worker(self, request: Request) -> Answer:
         """Take a heartbeat, which is told by its later last_seen, or else set scheduling_paused."""
@@ -404,12 +403,12 @@ class API:
         unknown: list[str] = []
         wanted = worker_from_client(_named(_body(request), worker.name), unknown)
         if wanted.last_seen is not None and self.presence.heartbeat(worker.name, _source(request), wanted.last_seen):
-            return self._worker(worker, unknown)
+            return self._worker(worker.name, unknown)
         if wanted.scheduling_paused != worker.scheduling_paused:
             worker = replace(worker, scheduling_paused=wanted.scheduling_paused)
             with self.store.transaction() as tx:
                 tx.put(worker)
-        return self._worker(worker, unknown)
+        return self._worker(worker.name, unknown)
 
     def delete_worker(self, request: Request) -> Answer:
         worker = self._worker_named(request)
@@ -434,8 +433,13 @@ class API:
     def _worker_named(self, request: Request) -> Worker:
         return _found("worker", request.params["name"], self.state.workers.get(request.params["name"]))
 
-    def _worker(self, worker: Worker, unknown: Sequence[str] = ()) -> Response:
-        return _ok(dump_json(encode(self.presence.shown(worker))), _warning(unknown))
+    def _worker(self, name: str, unknown: Sequence[str] = ()) -> Response:
+        return _ok(self._worker_json(name), _warning(unknown))
+
+    def _worker_json(self, name: str) -> bytes:
+        """Give a worker with its last_seen, which is not part of what is stored."""
+        stored, last_seen = self.state.json["worker"][name], self.presence.last_seen(name)
+        return stored if last_seen is None else b'%b,"last_seen":"%b"}' % (stored[:-1], last_seen)
 
     # -- service accounts
 
@@ -451,7 +455,7 @@ class API:
 
     def list_accounts(self, request: Request) -> Answer:
         table = self.state.json["account"]
-        return _array(table[name] for name in sorted(table))
+        return _array(table[name] for name in self.state.names["account"])
 
     def get_account(self, request: Request) -> Answer:
         return self._account(self._account_named(request).name)
@@ -505,11 +509,12 @@ def _ok(body: bytes, headers: Sequence[tuple[str, str]] = ()) -> Response:
 
 
 def _array(items: Iterable[bytes]) -> Response:
-    return _ok(b"[%b]" % b",".join(items))
-
-
-def _line(kind: str, json_text: bytes) -> bytes:
-    return b'{"type":"%b","object":%b}\n' % (kind.encode(), json_text)
+    """Answer with a JSON array of objects, in pieces."""
+    pieces = [b"["]
+    for item in items:
+        pieces += (item, b",")
+    pieces[max(1, len(pieces) - 1) :] = [b"]"]
+    return Response(200, pieces)
 
 
 def _is_news(change: Change, version: int) -> bool:

@@ -80,6 +80,7 @@ REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
 JSON = Mapping[str, Any]
 T = TypeVar("T")
+Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 NounT = TypeVar("NounT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
 
 
@@ -215,8 +216,9 @@ class _Connection:
 class Client:
     """A client of the controller at `url`, e.g. "https://controller:6120" or "http://127.0.0.1:6120/prefix".
 
-    `account` and `token` are a service account's; `access_token` in their place lets into one VM. `certificate`, in PEM, is then the only one that is trusted, else the
-    host's CAs are. Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for a URL or a
+    `account` and `token` are a service account's; `access_token` in their place lets into one VM. `certificate`, in PEM,
+    is then the only one that is trusted, else the host's CAs are. `connect` opens the connections, and raises OSError;
+    default: over TCP. Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for a URL or a
     certificate that is none.
     """
 
@@ -230,6 +232,7 @@ class Client:
         certificate: bytes | None = None,
         connect_seconds: float = CONNECT_SECONDS,
         answer_seconds: float = ANSWER_SECONDS,
+        connect: Connect | None = None,
     ) -> None:
         self.url, self._secure, self._host, self._port, self._prefix = parse_url(url)
         try:
@@ -245,6 +248,7 @@ class Client:
             self._headers.append(("Authorization", f"Bearer {access_token}"))
         self._connect_seconds = connect_seconds
         self._answer_seconds = answer_seconds
+        self._connect = connect or open_tcp
         self._idle: list[_Connection] = []
         self._slots = trio.CapacityLimiter(AT_ONCE)
         self._closed = False
@@ -479,7 +483,7 @@ class Client:
         """Open a connection. Raises ConnectError."""
         with self._in_time(self._connect_seconds, "no connection within {:g} seconds"):
             try:
-                stream: trio.abc.Stream = keep_alive(await trio.open_tcp_stream(self._host, self._port))
+                stream = await self._connect(self._host, self._port)
                 if self._trust is not None:
                     stream = await self._secured(self._trust, stream)
             except tls.TLSError as error:
@@ -504,6 +508,11 @@ class Client:
         if isinstance(error, h11.RemoteProtocolError):
             return ConnectError(f"{self.url} does not speak HTTP as it should: {error}")
         return ConnectError(f"the connection to {self.url} was lost: {in_words(error)}")
+
+
+async def open_tcp(host: str, port: int) -> trio.abc.Stream:
+    """Open a connection that does not wait for ever for somebody who is gone. Raises OSError."""
+    return keep_alive(await trio.open_tcp_stream(host, port))
 
 
 def keep_alive(stream: trio.SocketStream) -> trio.SocketStream:

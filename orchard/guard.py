@@ -31,11 +31,15 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NoReturn
+
+TYPE_CHECKING = False  # to import it from typing would take as long as all else that happens here
+if TYPE_CHECKING:  # a VM waits while its guard starts: what is not needed for that is not imported (./run bench life)
+    from collections.abc import Sequence
+    from pathlib import Path
+    from typing import Literal, NoReturn
+
+    Order = Literal["", "stop", "lease"]
 
 LOOK_SECONDS = 1.0  # between two looks at the lease; a renewal that comes late is seen in time all the same
 LOG_BYTES = 1024 * 1024  # of output that is kept; then the log begins anew
@@ -50,17 +54,25 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # on macOS, the 
 _UP = b"\0"  # what a guard says when the VM's process is there
 _LEASE = b"%20.6f %20.6f\n"  # of one length: it is written over, which needs no room on a full disk
 
-Order = Literal["", "stop", "lease"]
 
-
-@dataclass(frozen=True, slots=True)
 class Record:
     """What a guard has written down. `status` is None while the VM runs, and for ever if the guard was killed."""
 
-    guard: int = 0  # process number; 0: not yet
-    child: int = 0
-    status: int | None = None  # exit status of `tart run`, or minus the number of the signal that killed it
-    order: Order = ""  # what made the guard end the VM, if it was the guard
+    __slots__ = ("child", "guard", "order", "status")
+
+    def __init__(self, guard: int = 0, child: int = 0, status: int | None = None, order: Order = "") -> None:
+        self.guard = guard  # process number; 0: not yet
+        self.child = child
+        self.status = status  # exit status of `tart run`, or minus the number of the signal that killed it
+        self.order = order  # what made the guard end the VM, if it was the guard
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Record) and all(getattr(self, each) == getattr(other, each) for each in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Record({self.guard}, {self.child}, {self.status}, {self.order!r})"
 
 
 def clock() -> float:
@@ -74,7 +86,7 @@ def clock() -> float:
 def locked(path: Path) -> bool:
     """Whether a process lives that has locked a file. Raises OSError."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # who only looks is not in the way of others
     except BlockingIOError:
         return True
@@ -86,7 +98,9 @@ def locked(path: Path) -> bool:
 def read(path: Path) -> Record:
     """Read a record. Raises OSError."""
     with suppress(FileNotFoundError, ValueError):
-        match path.read_text("ascii").split():
+        with open(path, encoding="ascii") as file:
+            words = file.read().split()
+        match words:
             case [guard, child]:
                 return Record(int(guard), int(child))
             case [guard, child, status]:
@@ -108,9 +122,10 @@ def write_lease(path: Path, soft: float, hard: float) -> None:
         os.close(descriptor)
 
 
-def read_lease(path: Path) -> tuple[float, float]:
+def read_lease(path: Path | str) -> tuple[float, float]:
     """Give both times of a lease. Raises OSError, ValueError."""
-    soft, hard = path.read_bytes().split()
+    with open(path, "rb") as file:
+        soft, hard = file.read().split()
     return float(soft), float(hard)
 
 
@@ -165,6 +180,7 @@ def _guard(record: int, log: int, lease: _Lease, patience: float, command: Seque
     """Be the guard; `told` is the pipe to whoever waits to hear that the VM's process is there."""
     os.setsid()
     os.chdir("/")
+    os.closerange(3, record)  # what was there before: the lock by which the worker knows that the start is under way
     for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(descriptor, target)
     wake = _heed_signals()
@@ -244,7 +260,7 @@ class _Lease:
     def look(self) -> tuple[float, float]:
         if self._path:
             with suppress(OSError, ValueError):
-                self._until = read_lease(Path(self._path))
+                self._until = read_lease(self._path)
         return self._until
 
 

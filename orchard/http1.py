@@ -1,8 +1,8 @@
 """HTTP/1.1 as data: what a request, an answer and a route are, and which requests are refused. Law: no I/O.
 
 `check_head` judges a whole request head: whatever two HTTP readers could understand differently is refused, so that
-nothing can be smuggled past a proxy in front. `Sized` and `Chunked` then say how many of the bytes that came belong to
-the body. Only what was judged here reaches a parser.
+nothing can be smuggled past a proxy in front. Of a chunked body, `Chunked` then says how many of the bytes that
+came belong to it. Only what was judged here reaches a parser.
 
 `Router` finds what a request is for. A handler gets a `Request` and gives a `Response`, a `Stream`, a
 `WebSocketUpgrade` or a `TunnelUpgrade`, or raises APIError, which `refused` makes an answer of. What these say about clients that go away
@@ -138,6 +138,11 @@ class Request:
         self.query = Query(query)
 
     @property
+    def keep_alive(self) -> bool:
+        """Whether the client may send another request over this connection (RFC 9112, section 9.3)."""
+        return self.version == "1.1" and "close" not in _tokens(self.headers.get("connection"))
+
+    @property
     def wants_websocket(self) -> bool:
         return _websocket_refusal(self) is None
 
@@ -165,12 +170,16 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Response:
-    """An answer that is at hand as a whole."""
+    """An answer that is at hand as a whole. A large body comes in pieces, which are not joined before they are sent."""
 
     status: int
-    body: bytes = b""
+    body: bytes | Sequence[bytes] = b""
     headers: Sequence[tuple[str, str]] = ()
     content_type: str = "application/json"
+
+    @property
+    def pieces(self) -> Sequence[bytes]:
+        return (self.body,) if isinstance(self.body, bytes) else self.body
 
 
 @dataclass(slots=True, eq=False)
@@ -226,10 +235,18 @@ def refused(error: APIError) -> Response:
     return Response(error.status, dump_json({"message": error.message}), error.headers)
 
 
+def _tokens(value: str | None) -> list[str]:
+    """Give the words of a header that holds a list of them."""
+    return [token.strip().lower() for token in value.split(",")] if value else []
+
+
 def _websocket_refusal(request: Request) -> APIError | None:
     get = request.headers.get
-    connection = [token.strip().lower() for token in (get("connection") or "").split(",")]
-    asks = "upgrade" in connection and (get("upgrade") or "").lower() == "websocket" and request.version == "1.1"
+    asks = (
+        "upgrade" in _tokens(get("connection"))
+        and (get("upgrade") or "").lower() == "websocket"
+        and request.version == "1.1"
+    )
     if not asks or request.method != "GET":
         message = "this path is a WebSocket; expected GET with Connection: Upgrade, Upgrade: websocket"
         return APIError(426, message, _UPGRADE)
@@ -416,19 +433,6 @@ def _quoted(value: bytes) -> str:
     return shown(value.decode("latin-1"))
 
 
-class Sized:
-    """A body of known length."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-
-    def advance(self, buffer: bytearray) -> int:
-        """Give how many bytes at the front of the buffer are the body's; remove them before the next call."""
-        ready = min(len(buffer), self._left)
-        self._left -= ready
-        return ready
-
-
 class Chunked:
     """A chunked body, its framing in the one form that nobody reads differently: no extensions, blanks, or trailers."""
 
@@ -441,7 +445,10 @@ class Chunked:
         self._last = False  # whether it is the last one
 
     def advance(self, buffer: bytearray) -> int:
-        """As Sized.advance. Raises APIError: 400 for other framing, 413 for too much."""
+        """Give how many bytes at the front of the buffer are the body's; remove them before the next call.
+
+        Raises APIError: 400 for other framing, 413 for too much.
+        """
         at = 0
         while True:
             if self._left:

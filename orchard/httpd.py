@@ -3,8 +3,8 @@ the streams that its listeners accept, and nothing else; no noun of the product 
 
 Every byte of a connection is read into one bounded buffer, and h11 gets only what `http1` judged before; where that
 refuses, the connection is closed, for nobody knows where such a request ends. What follows a request stays in the
-buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses, keeps the state, and
-writes the answer.
+buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses it, but for a body of known length. The answer is written
+here: a head and bytes of known length, or chunks, is less to say than h11 asks for (./run bench api, GET).
 
 A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
 handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import email.utils
 import http
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -40,7 +41,6 @@ from orchard.http1 import (
     Headers,
     Request,
     Response,
-    Sized,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
@@ -55,14 +55,15 @@ from orchard.pipe import TunnelStream
 RECEIVE_BYTES = 16 * 1024  # of one read: what a TLS record holds
 SEND_BYTES = 256 * 1024  # of one write: each has its own deadline, so that a slow reader of much is not cut off
 BODY_RATE = 4096  # bytes a second that earn a body more time; a slower one is no client but an attack
+LOOK_SECONDS = 1.0  # between two looks for clients that take nothing
 CLOSE_SECONDS = 5.0  # for the WebSocket at the other end to answer that it closes
 LOGGED_PATH = 256  # characters of a path in the log
 
-_ALWAYS = [(b"Server", b"orchard"), (b"Cache-Control", b"no-store"), (b"X-Content-Type-Options", b"nosniff")]
-_CLOSE = (b"Connection", b"close")
-_REASONS = {int(status): status.phrase.encode() for status in http.HTTPStatus}
-_END = h11.EndOfMessage()
-_UNREAD = frozenset([h11.IDLE, h11.SEND_BODY, h11.ERROR])  # a client's states before the end of its request
+_ALWAYS = "Server: orchard\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+_SWITCHING = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+_REASONS = {int(status): status.phrase for status in http.HTTPStatus}
+# A header that a handler may add: one line (RFC 9110, section 5), and none of those that say where the answer ends.
+_HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
 
 _log = logging.getLogger("orchard.httpd")
 
@@ -108,9 +109,10 @@ class _Server:
         self.log = log
         self.stop = stop
         self.idle: dict[trio.CancelScope, None] = {}  # connections that wait for a request; for longest first
+        self.sending: dict[_Connection, float] = {}  # over plain sockets, and until when they may
         self._open = 0
         self._clock = clock
-        self._date = (-1, b"")
+        self._date = (-1, "")
 
     async def connect(self, stream: trio.abc.Stream) -> None:
         """Serve one connection, for trio.serve_listeners, which closes the stream afterwards in any case."""
@@ -127,21 +129,32 @@ class _Server:
         finally:
             self._open -= 1
 
-    def date(self) -> bytes:
+    async def end_slow_readers(self) -> None:
+        """Close the sockets of clients that take nothing for too long, until cancelled."""
+        while True:
+            await trio.sleep(LOOK_SECONDS)
+            now = trio.current_time()
+            for connection in [one for one, until in self.sending.items() if until <= now]:
+                if connection.socket is not None:
+                    connection.socket.close()
+
+    def date(self) -> str:
         now = int(self._clock())
         if now != self._date[0]:
-            self._date = (now, email.utils.formatdate(now, usegmt=True).encode())
+            self._date = (now, email.utils.formatdate(now, usegmt=True))
         return self._date[1]
 
 
 class _Connection:
     """A stream and what was read ahead of it. While it waits for a request it is nothing else: thousands may wait."""
 
-    __slots__ = ("buffer", "peer", "server", "stream")
+    __slots__ = ("buffer", "peer", "server", "socket", "stream")
 
     def __init__(self, server: _Server, stream: trio.abc.Stream) -> None:
         self.server = server
         self.stream = stream
+        # Of a plain socket the calls are made directly: the stream's take a tenth of a small request's time.
+        self.socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         self.peer = _peer(stream)
         self.buffer = bytearray()
 
@@ -190,11 +203,18 @@ class _Connection:
     async def fill(self) -> bool:
         """Read into the buffer; False at the end of what the client sends. Raises Disconnected."""
         try:
-            data = await self.stream.receive_some(RECEIVE_BYTES)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            receive = self.stream.receive_some if self.socket is None else self.socket.recv
+            data: bytes | bytearray = await receive(RECEIVE_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise Disconnected("the connection broke") from error
         self.buffer += data
         return bool(data)
+
+    def take(self, size: int) -> bytes:
+        """Take bytes from the front of the buffer."""
+        taken = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return taken
 
     async def until_gone(self) -> None:
         """Return when the client has gone. What it sends meanwhile is kept."""
@@ -207,19 +227,32 @@ class _Connection:
     async def send(self, data: bytes) -> None:
         """Send. Raises Disconnected."""
         seconds = self.server.limits.send_seconds
+        if self.socket is not None and len(data) <= SEND_BYTES:
+            await self._send_at_once(self.socket, data)
+            return
         try:
             with trio.CancelScope(deadline=trio.current_time() + seconds) as scope:
-                if len(data) <= SEND_BYTES:
-                    await self.stream.send_all(data)
-                    return
                 view = memoryview(data)
                 for start in range(0, len(data), SEND_BYTES):
                     scope.deadline = trio.current_time() + seconds
                     await self.stream.send_all(view[start : start + SEND_BYTES])
                 return
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             raise Disconnected("the connection broke") from error
         raise Disconnected(f"the client took nothing for {seconds:g} seconds")
+
+    async def _send_at_once(self, socket: trio.socket.SocketType, data: bytes) -> None:
+        """Send what is little: a scope with a deadline for each such would take a fifth of the time (./run bench watch)."""
+        sending = self.server.sending
+        sending[self] = trio.current_time() + self.server.limits.send_seconds
+        try:
+            sent = await socket.send(data)
+            while sent < len(data):
+                sent += await socket.send(data[sent:])
+        except (trio.ClosedResourceError, OSError) as error:
+            raise Disconnected("the connection broke, or the client took nothing for too long") from error
+        finally:
+            del sending[self]
 
     async def linger(self) -> None:
         """Give the client time to read a last answer: throw away what it still sends, within bounds."""
@@ -238,7 +271,7 @@ class _Connection:
 class _Exchange:
     """One request and its answer."""
 
-    __slots__ = ("_connection", "_h11", "_request", "_server", "_since")
+    __slots__ = ("_begun", "_connection", "_ended", "_h11", "_request", "_server", "_since", "_unread")
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
@@ -246,6 +279,9 @@ class _Exchange:
         self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self._server.limits.header_bytes)
         self._request: Request | None = None  # until it is in the request log
         self._since = 0.0  # when the request's head was there
+        self._unread = True  # nobody knows where the request ends
+        self._begun = False  # something of the answer may have been sent
+        self._ended = False  # all of it was, and the client knows where it ends
 
     async def run(self) -> bool:
         """Read a request and answer it. Give whether another may follow. Raises Disconnected."""
@@ -267,11 +303,11 @@ class _Exchange:
             await self._websocket(answer)
         elif answer is not None:
             await self._tunnel(answer)
-        return self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE
+        return self._ended
 
     async def fail(self) -> None:
         """Answer that there is a bug, if nothing was sent yet. Raises Disconnected."""
-        if self._h11.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if not self._begun:
             await self._respond(refused(APIError(500, "internal error")), close=True)
         await self._connection.linger()
 
@@ -298,14 +334,15 @@ class _Exchange:
             peer=self._connection.peer,
             watched=self.watched,
         )
-        if length == 0:
-            self._next_event()
-        elif length is not None and length > server.limits.body_bytes:
+        if length is not None and length > server.limits.body_bytes:
             raise too_large(server.limits.body_bytes)
+        if length == 0:
+            self._unread = False
         if server.admit is not None:
             server.admit(request)
         if length != 0:
-            request.body = await self._read_body(Chunked(server.limits.body_bytes) if length is None else Sized(length))
+            request.body = await self._read_body(length)
+            self._unread = False
         answer = await server.handler(request)
         if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             request.require_websocket()
@@ -325,32 +362,34 @@ class _Exchange:
                     end, looked = head_end(buffer, looked, limits.header_bytes)
             if scope.cancelled_caught:
                 raise APIError(408, f"the request head was not complete in {limits.head_seconds:g} seconds")
-        head = bytes(buffer[:end])
-        del buffer[:end]
-        return head
+        return self._connection.take(end)
 
-    async def _read_body(self, body: Sized | Chunked) -> bytes:
-        buffer, seconds = self._connection.buffer, self._server.limits.body_seconds
+    async def _read_body(self, length: int | None) -> bytes:
+        """Give the body, of so many bytes or (None) in chunks. Raises APIError 408, 400, 413, and Disconnected."""
+        connection, limits = self._connection, self._server.limits
+        buffer = connection.buffer
         if self._h11.they_are_waiting_for_100_continue and not buffer:
-            await self._send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue"))
-        parts: list[bytes] = []
-        size = 0
-        start = trio.current_time()
-        with trio.CancelScope(deadline=start + seconds) as scope:
+            await connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is not None and len(buffer) >= length:
+            return connection.take(length)
+        chunks, parts, size = Chunked(limits.body_bytes), list[bytes](), 0
+        start = trio.current_time() + limits.body_seconds
+        with trio.CancelScope(deadline=start) as scope:
             while True:
-                ready = body.advance(buffer)
-                if ready:
-                    self._h11.receive_data(bytes(buffer[:ready]))
-                    del buffer[:ready]
-                while (event := self._next_event()) is not h11.NEED_DATA:
-                    if not isinstance(event, h11.Data):
-                        return b"".join(parts)
-                    parts.append(event.data)
-                    size += len(event.data)
-                scope.deadline = start + seconds + size / BODY_RATE
-                if not await self._connection.fill():
+                if length is None:
+                    if ready := chunks.advance(buffer):  # nothing at all would be the end of the stream to h11
+                        self._h11.receive_data(connection.take(ready))
+                    while (event := self._next_event()) is not h11.NEED_DATA:
+                        if not isinstance(event, h11.Data):
+                            return b"".join(parts)
+                        parts.append(event.data)
+                        size += len(event.data)
+                elif len(buffer) >= length:
+                    return connection.take(length)
+                scope.deadline = start + (size or len(buffer)) / BODY_RATE
+                if not await connection.fill():
                     raise Disconnected("the body was not complete")
-        raise APIError(408, f"the body was not complete in {seconds:g} seconds")
+        raise APIError(408, f"the body was not complete in {limits.body_seconds:g} seconds")
 
     def _next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
         try:
@@ -360,61 +399,77 @@ class _Exchange:
 
     # ---- writing
 
-    async def _send(self, *events: h11.Event) -> None:
-        """Send an answer or a part of it. Raises Disconnected, and h11 knows then that no more is to follow."""
-        data = b"".join([self._h11.send(event) or b"" for event in events])
-        sent = False
-        try:
-            if data:
-                await self._connection.send(data)
-            sent = True
-        finally:
-            if not sent:
-                self._h11.send_failed()
+    def _head(self, answer: Response | Stream, framing: str, keep: bool) -> bytes:
+        """Give the head of an answer. Raises ValueError for a header that is none, or not the handler's to give."""
+        lines = [
+            f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '')}\r\nDate: {self._server.date()}\r\n{_ALWAYS}"
+        ]
+        for name, value in answer.headers:
+            line = f"{name}: {value}\r\n"
+            if not _HEADER.fullmatch(line):
+                raise ValueError(f"an answer has the header {line!r}")
+            lines.append(line)
+        end = "\r\n" if keep else "Connection: close\r\n\r\n"
+        return f"{''.join(lines)}{framing}{end}".encode("latin-1")
 
-    def _head(self, answer: Response | Stream, framing: list[tuple[bytes, bytes]], close: bool) -> h11.Response:
-        headers = [(b"Date", self._server.date()), *_ALWAYS, *framing]
-        headers += [(name.encode("ascii"), value.encode("latin-1")) for name, value in answer.headers]
-        if close or self._server.stop.is_set():
-            headers.append(_CLOSE)
-        return h11.Response(status_code=answer.status, headers=headers, reason=_REASONS.get(answer.status, b""))
+    def _keeps(self) -> bool:
+        """Whether another request may follow the answer."""
+        return self._request is not None and self._request.keep_alive and not self._server.stop.is_set()
 
     async def _respond(self, answer: Response, *, close: bool = False) -> None:
-        unread = self._h11.their_state in _UNREAD
-        framing: list[tuple[bytes, bytes]] = []
-        if answer.status not in (204, 304):
-            framing.append((b"Content-Length", b"%d" % len(answer.body)))
-        if answer.body:
-            framing.append((b"Content-Type", answer.content_type.encode("ascii")))
-        events: list[h11.Event] = [self._head(answer, framing, close or unread)]
-        if answer.body and (self._request is None or self._request.method != "HEAD"):
-            events.append(h11.Data(data=answer.body))
+        unread = self._unread
+        keep = not (close or unread) and self._keeps()
+        pieces = answer.pieces
+        size = sum(map(len, pieces))
+        framing = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
+        if size:
+            framing += f"Content-Type: {answer.content_type}\r\n"
+        head = self._head(answer, framing, keep)
+        if self._request is not None and self._request.method == "HEAD":
+            pieces = ()
+        self._begun = True
         try:
-            await self._send(*events, _END)
+            # All at once if it is little; else some pieces at a time, for the others who wait (./run bench api, lists).
+            together = max(1, len(pieces) * SEND_BYTES // max(size, 1))
+            await self._connection.send(b"".join([head, *pieces[:together]]))
+            for start in range(together, len(pieces), together):
+                await self._connection.send(b"".join(pieces[start : start + together]))
+            self._ended = keep
         finally:
             self._record(answer.status)
         if unread:
             await self._connection.linger()
 
     async def _respond_piecewise(self, answer: Stream) -> None:
-        head = self._head(answer, [(b"Content-Type", answer.content_type.encode("ascii"))], False)
+        assert self._request is not None
+        chunked, keep = self._request.version == "1.1", self._keeps()
+        framing = f"Content-Type: {answer.content_type}\r\n" + "Transfer-Encoding: chunked\r\n" * chunked
+        head = self._head(answer, framing, keep)
+        broken_off = False
 
         async def send(piece: bytes) -> None:
+            nonlocal broken_off
             if piece:
-                await self._send(h11.Data(data=piece))
+                broken_off = True
+                await self._connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                broken_off = False
 
         async def produce() -> None:
-            await self._send(head)
+            nonlocal broken_off
+            broken_off = True
+            await self._connection.send(head)
+            broken_off = False
             await answer.produce(send)
 
-        assert self._request is not None
+        self._begun = True
         try:
             if self._request.method == "HEAD":
-                await self._send(head)
+                await self._connection.send(head)
             else:
                 await self.watched(produce, until_stop=answer.endless)
-            if self._h11.our_state is h11.SEND_BODY:  # and not broken off in the middle of a piece
-                await self._send(_END)
+                if chunked and not broken_off:
+                    await self._connection.send(b"0\r\n\r\n")
+            self._ended = keep and not broken_off
         except APIError as error:
             # Its status is too late. Without the last chunk the client knows that there should have been more.
             raise Disconnected(f"the answer was cut off: {error.message}") from error
@@ -468,7 +523,7 @@ class _Exchange:
     async def _websocket(self, answer: WebSocketUpgrade) -> None:
         assert self._request is not None
         stream = _HandOver(self._connection.stream, self._request, bytes(self._connection.buffer))
-        self._h11.send_failed()  # it has no more to say, not even that something failed
+        self._begun = True
         try:
             # trio-websocket's reader and _close_at_stop die with the session.
             async with trio.open_nursery() as nursery:
@@ -509,11 +564,11 @@ class _Exchange:
     async def _tunnel(self, answer: TunnelUpgrade) -> None:
         assert self._request is not None
         accept = frames.accept(self._request.headers.get("sec-websocket-key") or "")
-        headers = [("Upgrade", "websocket"), ("Connection", "Upgrade"), ("Sec-WebSocket-Accept", accept)]
         connection = self._connection
+        self._begun = True
         try:
-            await self._send(h11.InformationalResponse(status_code=101, headers=headers, reason=_REASONS[101]))
-            early, connection.buffer = bytes(connection.buffer), bytearray()
+            await connection.send(f"{_SWITCHING}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())
+            early = connection.take(len(connection.buffer))
             stream = TunnelStream(connection.stream, client=False, early=early, ping_interval=answer.ping_interval)
             async with trio.open_nursery() as nursery:  # what keeps the stream going dies with the session
                 nursery.start_soon(stream.run)
@@ -620,16 +675,19 @@ async def serve(
     """
     stop = stop if stop is not None else trio.Event()
     server = _Server(handler, admit, limits or Limits(), log, clock, stop)
-    async with trio.open_nursery() as connections:  # ends last: one task a connection
-        async with trio.open_nursery() as accepting:  # ends first
-            accept = partial(trio.serve_listeners, server.connect, list(listeners), handler_nursery=connections)
-            await accepting.start(accept)
-            task_status.started()
-            await stop.wait()
-            accepting.cancel_scope.cancel()
-        for scope in list(server.idle):
-            scope.cancel()
-        connections.cancel_scope.deadline = trio.current_time() + grace
+    async with trio.open_nursery() as watching:  # ends last
+        watching.start_soon(server.end_slow_readers)
+        async with trio.open_nursery() as connections:  # one task a connection
+            async with trio.open_nursery() as accepting:  # ends first
+                accept = partial(trio.serve_listeners, server.connect, list(listeners), handler_nursery=connections)
+                await accepting.start(accept)
+                task_status.started()
+                await stop.wait()
+                accepting.cancel_scope.cancel()
+            for scope in list(server.idle):
+                scope.cancel()
+            connections.cancel_scope.deadline = trio.current_time() + grace
+        watching.cancel_scope.cancel()
 
 
 def _peer(stream: trio.abc.Stream) -> str:

@@ -135,7 +135,7 @@ class Journal:
         if found != chain(self._sum, rest):
             raise DamagedError(self.path, self.size, "the checksum does not fit the line and the one before it")
         self._sum = found
-        value: dict[str, Any] = json.loads(b"{" + rest)
+        value: dict[str, Any] = json.loads("{" + rest.decode())  # of bytes it would find out the encoding each time
         return value
 
     def _check_unfinished(self, tail: bytes) -> None:

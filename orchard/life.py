@@ -248,7 +248,12 @@ class Instance:
             raise DriverError(CUT_OFF)
         self._hardware = self._note.hardware
         self.image_fqn = self.vm.state.image_fqn or await self._driver.fqn(self.vm.spec.image)
-        await self._be_run(self._driver.attach)
+        try:
+            await self._be_run(self._driver.attach)
+        except* NotRunning as group:
+            # It has ended since it was seen to run: no failure if an earlier worker had asked it to, for a change.
+            if self._note.generation == self.vm.meta.generation:
+                raise first(group) from None
         await self._stay()
 
     async def _stay(self) -> None:

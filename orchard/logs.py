@@ -6,12 +6,12 @@ traceback included, so that nobody can forge a line by a clever name. Fields com
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import math
 import re
 import sys
+import time
 
 COMPLAINT_SECONDS = 10.0  # between two lines about connections that cannot be accepted
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -20,6 +20,8 @@ _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, equ
 
 def plain(value: object) -> str:
     """Give a value as it stands in a line: bare if it is one plain word, else quoted."""
+    if type(value) is int:
+        return str(value)
     text = str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
@@ -27,18 +29,22 @@ def plain(value: object) -> str:
 class LineFormatter(logging.Formatter):
     """Formats `time=... level=... logger=... msg="..." field=value ...`, times in UTC."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._second = (-1, "")  # of most records the time is that of the one before, up to here
+
     def format(self, record: logging.LogRecord) -> str:
-        when = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        pairs: dict[str, object] = {
-            "time": when.strftime("%Y-%m-%dT%H:%M:%S.") + f"{when.microsecond // 1000:03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "msg": record.getMessage(),
-        }
-        pairs.update((key, value) for key, value in vars(record).items() if key not in _STANDARD)
+        second = int(record.created)
+        if second != self._second[0]:
+            self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
+        words = [
+            f"time={self._second[1]}.{int(record.created * 1000) % 1000:03d}Z",
+            f"level={record.levelname.lower()} logger={record.name} msg={plain(record.getMessage())}",
+        ]
+        words += [f"{key}={plain(value)}" for key, value in vars(record).items() if key not in _STANDARD]
         if record.exc_info:
-            pairs["traceback"] = self.formatException(record.exc_info)
-        return " ".join(f"{key}={plain(value)}" for key, value in pairs.items())
+            words.append(f"traceback={plain(self.formatException(record.exc_info))}")
+        return " ".join(words)
 
 
 class NoDescriptors(logging.Filter):
@@ -58,6 +64,11 @@ class NoDescriptors(logging.Filter):
 
 def configure(*, debug: bool, quiet: bool = False) -> None:
     """Send what the process logs to stderr: from INFO on; with `debug` all of Orchard's own; `quiet`: warnings only."""
+    # Nobody asked for a record's thread, process, task or place in the source; to find them out takes as long as the rest.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    if hasattr(logging, "logAsyncioTasks"):  # Python 3.12 on
+        logging.logAsyncioTasks = False
+    logging._srcfile = None  # what the Logging HOWTO names for that
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter())
     level = logging.WARNING if quiet else logging.INFO

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
-from orchard.schema import Worker
+from orchard.codec import format_time
 
 Source = tuple[str, str]  # (service account, address of the host)
 
@@ -40,7 +39,7 @@ class Presence:
         self._clock = clock
         self._offline_timeout = offline_timeout
         self._returned = returned
-        self._last_seen: dict[str, datetime.datetime] = {}
+        self._last_seen: dict[str, tuple[datetime.datetime, bytes]] = {}
         self._source: dict[str, Source] = {}
         self.began = clock()
         self.seen: dict[str, float] = dict.fromkeys(known, self.began)
@@ -63,9 +62,9 @@ class Presence:
     def heartbeat(self, worker: str, source: Source, last_seen: datetime.datetime) -> bool:
         """Note a heartbeat, if it is one: if `last_seen` is later than the one before."""
         before = self._last_seen.get(worker)
-        if before is not None and last_seen <= before:
+        if before is not None and last_seen <= before[0]:
             return False
-        self._last_seen[worker] = last_seen
+        self._last_seen[worker] = (last_seen, format_time(last_seen).encode())
         self.arrived(worker, source)
         return True
 
@@ -83,6 +82,7 @@ class Presence:
         self._last_seen.pop(worker, None)
         self._source.pop(worker, None)
 
-    def shown(self, worker: Worker) -> Worker:
-        """Give a worker as the API shows it, with its last_seen."""
-        return replace(worker, last_seen=self._last_seen.get(worker.name))
+    def last_seen(self, worker: str) -> bytes | None:
+        """Give the time of a worker's last heartbeat, as it stands in JSON; None when there was none."""
+        told = self._last_seen.get(worker)
+        return None if told is None else told[1]

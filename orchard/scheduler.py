@@ -8,7 +8,8 @@ Three steps, in this order:
 
 1. VMs whose worker is gone or silent fail, with a reason.
 2. Failed VMs that want to be restarted go back to pending, each at most once per RESTART_PAUSE. One whose worker was
-   deleted may still run there, for as long as a silent worker may run it: until then it has to wait.
+   deleted may still run there, for as long as a silent worker may run it: until then it has to wait. So has one that
+   had failed when the controller started, for it may have been for that reason.
 3. Pending VMs, oldest first, get the fullest (or emptiest, by profile) worker that has what they ask for. One that
    fits nowhere gets a reason, and does not hold up the next.
 
@@ -27,9 +28,11 @@ from __future__ import annotations
 import bisect
 import datetime
 import heapq
+import itertools
 import math
+import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from orchard.schema import VM, SchedulerProfile, Worker
@@ -52,6 +55,7 @@ class Snapshot:
     offline_timeout: float  # seconds of silence after which a worker counts as offline
     departed: Mapping[str, float] = field(default_factory=dict)  # deleted worker -> its last sign of life before that
     began: float = 0.0  # when the controller started: what it knew of deleted workers before, it has forgotten
+    inherited: Container[str] = ()  # uids of VMs that had failed by then, nobody knows why: they may still run
 
     def online(self, worker: str, now: float) -> bool:
         return worker in self.seen and now < self.seen[worker] + self.offline_timeout
@@ -66,6 +70,9 @@ class Plan:
     assign: dict[str, str] = field(default_factory=dict)  # VM name -> worker name
     waiting: dict[str, str] = field(default_factory=dict)  # VM name -> reason, for every VM that stays pending
     next_at: float | None = None  # when time alone makes another plan due
+    room: int = field(
+        default=sys.maxsize, compare=False
+    )  # for so many VMs more; with none left, there may be more to do
 
     def due(self, at: float) -> None:
         self.next_at = at if self.next_at is None else min(self.next_at, at)
@@ -286,9 +293,9 @@ class Book:
 
     # -- plans
 
-    def plan(self, now: float, profile: SchedulerProfile) -> Plan:
-        """Decide what is to be done next."""
-        result = Plan()
+    def plan(self, now: float, profile: SchedulerProfile, most: int = sys.maxsize) -> Plan:
+        """Decide what is to be done next, about so many VMs at most."""
+        result = Plan(room=most)
         self._find_silent(now)
         for worker in sorted(self._doomed):
             self._fail_all(worker, result)
@@ -296,8 +303,8 @@ class Book:
         if profile != self._profile:
             self._profile = profile
             self._classes.clear()
-        self._place(result)
-        self._explain(now, result)
+        placed, loads = self._place(result)
+        self._explain(now, placed, loads, result)
         silence = self._silence if self._waits(result) else self._holding
         if silence:
             result.due(silence[0][0])
@@ -345,7 +352,9 @@ class Book:
             reason = f'worker "{worker}" is offline: no sign of life for {limit} seconds'
         else:
             reason = f'worker "{worker}" was deleted'
-        result.fail.update(dict.fromkeys(self._held[worker], reason))
+        held = list(itertools.islice(self._held[worker], result.room))
+        result.fail.update(dict.fromkeys(held, reason))
+        result.room -= len(held)
 
     def _restart(self, now: float, result: Plan) -> None:
         ready = []
@@ -362,13 +371,16 @@ class Book:
             result.due(self._restarts[0][0])
         for entry in ready:  # until that is done
             heapq.heappush(self._restarts, entry)
-        result.restart = sorted({name for _, name in ready})
+        result.restart = sorted({name for _, name in ready})[: result.room]
+        result.room -= len(result.restart)
 
     def _restart_at(self, vm: VM) -> float:
         about, worker = self._about, vm.state.worker
         seen = about.departed.get(worker, -math.inf)
         if worker not in self._workers:
             seen = max(seen, about.seen.get(worker, about.began))
+        if vm.uid in about.inherited:
+            seen = max(seen, about.began)
         return max(seen + about.offline_timeout, about.restarted.get(vm.uid, -math.inf) + RESTART_PAUSE)
 
     # -- placing
@@ -390,17 +402,19 @@ class Book:
                 del self._classes[old]
         return found
 
-    def _place(self, result: Plan) -> None:
+    def _place(self, result: Plan) -> tuple[Counter[Demand], dict[str, Load]]:
+        """Give VMs to workers. Say how many of each demand (the oldest), and what is changed: loads as they will be."""
         for name in self._touched:
             for demand, candidates in self._classes.items():
                 candidates.put(name, self._rank(demand, name, self._loads[name]))
         self._touched.clear()
-        loads: dict[str, Load] = {}  # as they will be
+        placed: Counter[Demand] = Counter()
+        loads: dict[str, Load] = {}
         classes = {demand: self._class(demand) for demand in self._queues}
         demands = list(self._queues)
         heads = [(queue.vms[0], 0, index) for index, queue in enumerate(self._queues.values())]
         heapq.heapify(heads)  # the oldest of each demand: (its age, its place in its queue, its demand)
-        while heads:
+        while heads and result.room:
             (_, name), at, index = heads[0]
             demand = demands[index]
             worker = classes[demand].best()
@@ -408,6 +422,8 @@ class Book:
                 heapq.heappop(heads)
                 continue
             result.assign[name] = worker
+            result.room -= 1
+            placed[demand] += 1
             load = loads[worker] = loads.get(worker) or self._loads[worker].copy()
             load.add(self._vms[name])
             for other, candidates in classes.items():
@@ -419,30 +435,32 @@ class Book:
                 heapq.heappop(heads)
         for name in loads:  # as they are until the plan is carried out
             self._touch(name)
+        return placed, loads
 
     def _waits(self, result: Plan) -> bool:
         return sum(len(queue.vms) for queue in self._queues.values()) > len(result.assign)
 
-    def _explain(self, now: float, result: Plan) -> None:
-        """Tell those that wait why, if they have not heard it yet."""
-        loads: dict[str, Load] = {}
-        for name, worker in result.assign.items():
-            load = loads[worker] = loads.get(worker) or self._loads[worker].copy()
-            load.add(self._vms[name])
+    def _explain(self, now: float, placed: Mapping[Demand, int], loads: Mapping[str, Load], result: Plan) -> None:
+        """Tell those that wait why, if they have not heard it yet. Looks at none that has."""
         for demand, queue in self._queues.items():
-            waiting = [name for _, name in queue.vms if name not in result.assign]
-            if not waiting:
+            if not result.room:  # who has no place yet may have one in the next plan
+                return
+            first = placed.get(demand, 0)  # of those that wait
+            if first == len(queue.vms):
                 continue
-            reason = queue.reason
             if queue.version != self._version and now >= queue.asked_at + REASON_SECONDS:
                 reason = self._why_not(demand, loads)
                 queue.version, queue.asked_at = self._version, now
+                if reason != queue.reason:
+                    queue.reason = reason
+                    queue.untold = dict.fromkeys(name for _, name in queue.vms[first:])
             elif queue.version != self._version:
                 result.due(queue.asked_at + REASON_SECONDS)
-            told = waiting if reason != queue.reason else [name for name in waiting if name in queue.untold]
-            result.waiting.update(dict.fromkeys(told, reason))
-            queue.reason = reason
-            queue.untold.clear()
+            told = list(itertools.islice((name for name in queue.untold if name not in result.assign), result.room))
+            result.waiting.update(dict.fromkeys(told, queue.reason))
+            result.room -= len(told)
+            for name in told:
+                del queue.untold[name]
 
     def _why_not(self, demand: Demand, loads: Mapping[str, Load]) -> str:
         """Say in a sentence why no worker takes a VM: each worker counts under the first thing that excludes it."""

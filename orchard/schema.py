@@ -288,11 +288,10 @@ def new_spec(raw: object, unknown: list[str]) -> VMSpec:
     """
     spec = decode(VMSpec, raw, also=_NOT_SPEC, unknown=unknown)
     assert isinstance(raw, dict)
-    softnet = _softnet(raw, False)
-    resources = raw.get("resources")
-    if spec.os == "darwin" and spec.runtime == "tart" and (resources is None or TART_VMS not in resources):
-        spec = replace(spec, resources={**spec.resources, TART_VMS: 1})
-    return _complete(replace(spec, net_softnet=softnet))
+    resources = spec.resources
+    if spec.os == "darwin" and spec.runtime == "tart" and TART_VMS not in resources:
+        resources = {**resources, TART_VMS: 1}
+    return _complete(spec, _softnet(raw, False), resources)
 
 
 def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
@@ -308,7 +307,7 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
     }
     spec = decode(VMSpec, raw, base=replace(old, **zeros), also=_NOT_SPEC, unknown=unknown)
     assert isinstance(raw, dict)
-    return _complete(replace(spec, net_softnet=_softnet(raw, old.net_softnet)))
+    return _complete(spec, _softnet(raw, old.net_softnet), spec.resources)
 
 
 def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
@@ -325,7 +324,7 @@ def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
     spec = decode(VMSpec, merged, unknown=unknown)
     unknown.extend(name for name in patch if name not in _SPEC_NAMES | _NOT_SPEC)
     softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
-    return _complete(replace(spec, net_softnet=softnet))
+    return _complete(spec, softnet, spec.resources)
 
 
 def _merge(target: object, patch: object) -> Any:
@@ -357,11 +356,15 @@ def _softnet(raw: Mapping[str, Any], old: bool) -> bool:
     return not old if len(wanted) == 2 else True in wanted
 
 
-def _complete(spec: VMSpec) -> VMSpec:
+def _complete(spec: VMSpec, softnet: bool, resources: Mapping[str, int]) -> VMSpec:
     """Add what one field of a specification says about another, and check the result."""
-    if spec.net_softnet_allow or spec.net_softnet_block:
-        spec = replace(spec, net_softnet=True)
-    spec = replace(spec, username=spec.username or "admin", password=spec.password or "admin")
+    spec = replace(
+        spec,
+        net_softnet=softnet or bool(spec.net_softnet_allow or spec.net_softnet_block),
+        resources=resources,
+        username=spec.username or "admin",
+        password=spec.password or "admin",
+    )
     check_spec(spec)
     return spec
 

@@ -22,13 +22,14 @@ What a different engine for durability would have to offer stands in two calls: 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import datetime
 import logging
 import math
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -54,12 +55,13 @@ Noun = VM | Worker | ServiceAccount | ClusterSettings
 NounT = TypeVar("NounT", VM, Worker, ServiceAccount, ClusterSettings)
 KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
 Tables = dict[Kind, dict[str, bytes]]  # kind -> name -> JSON
+InThread = Callable[..., Awaitable[Any]]  # does blocking work, as trio.to_thread.run_sync
 SETTINGS = "cluster"  # the name of the one settings object
 
 log = logging.getLogger("orchard.store")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Change:
     """What became of one object: `old` None: added; `new` None: deleted."""
 
@@ -68,12 +70,25 @@ class Change:
     old: Noun | None
     new: Noun | None
     json: bytes  # the new object, or the last one
+    _line: bytes = b""
+
+    @property
+    def line(self) -> bytes:
+        """What watchers are told; made once for all of them."""
+        if not self._line:
+            self._line = watch_line(self.type, self.json)
+        return self._line
 
     @property
     def type(self) -> Literal["ADDED", "MODIFIED", "DELETED"]:
         if self.new is None:
             return "DELETED"
         return "ADDED" if self.old is None else "MODIFIED"
+
+
+def watch_line(kind: str, json_text: bytes) -> bytes:
+    """Give a line of a watch: what happened to an object, and the object."""
+    return b'{"type":"%b","object":%b}\n' % (kind.encode(), json_text)
 
 
 class State:
@@ -87,6 +102,7 @@ class State:
         self.settings = ClusterSettings()
         self.vms_by_worker: defaultdict[str, dict[str, VM]] = defaultdict(dict)
         self.json: Tables = {kind: {} for kind in KINDS.values()}
+        self.names: dict[Kind, list[str]] = {kind: [] for kind in KINDS.values()}  # in order
 
     def get(self, kind: Kind, name: str) -> Noun | None:
         if kind == "settings":
@@ -106,9 +122,13 @@ class State:
         """Put (or with `new` None take away) one object."""
         if kind == "vm":
             self._index_vm(name, new if isinstance(new, VM) else None)
+        names = self.names[kind]
         if new is None:
             del self.json[kind][name]
+            del names[bisect.bisect_left(names, name)]
         else:
+            if name not in self.json[kind]:
+                bisect.insort(names, name)
             self.json[kind][name] = json
         if kind == "settings":
             self.settings = new if isinstance(new, ClusterSettings) else ClusterSettings()
@@ -175,12 +195,13 @@ class Watcher:
 class Store:
     """The state of a cluster in `directory`. Made by `Store.open`; `run` must be running for anything to be durable."""
 
-    def __init__(self, journal: Journal, state: State, reserve: Reserve) -> None:
+    def __init__(self, journal: Journal, state: State, reserve: Reserve, in_thread: InThread) -> None:
         self.state = state
         self.broken = ""  # why nothing can be written any more
         self.full = ""  # why nothing can be added now
         self._journal = journal
         self._reserve = reserve
+        self._in_thread = in_thread
         self._refill_at = math.inf  # by trio's clock
         # By what the objects take, not by the file: else each restart would let the file grow to a multiple of itself.
         self._compact_at = _compact_at(_bytes_of(state.json))
@@ -193,8 +214,14 @@ class Store:
         self._undone: list[Callable[[], None]] = []
 
     @classmethod
-    def open(cls, directory: Path, now: datetime.datetime, disk: Disk | None = None) -> Store:
-        """Load the state in `directory`, or begin one there. Does disk I/O.
+    def open(
+        cls,
+        directory: Path,
+        now: datetime.datetime,
+        disk: Disk | None = None,
+        in_thread: InThread = trio.to_thread.run_sync,
+    ) -> Store:
+        """Load the state in `directory`, or begin one there. Does disk I/O; what `run` does of it, `in_thread`.
 
         Raises DamagedError when the file is not what was written, NotWritten when a new one can't be.
         """
@@ -203,7 +230,7 @@ class Store:
         journal = Journal(path, disk)
         if path.exists():
             state = load(path, journal.load())
-            problems = check(state)
+            problems = check(state, json_is_new=True)
             if problems:
                 journal.close()
                 raise DamagedError(path, journal.size, "the state contradicts itself: " + "; ".join(problems[:5]))
@@ -212,7 +239,7 @@ class Store:
             with contextlib.suppress(PermissionError):  # a parent that can't be read can't be synced
                 disk.sync_directory(directory.parent)  # the directory may be as new as the file
             journal.create(snapshot(state.tables(), state.revision, now))
-        store = cls(journal, state, Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk))
+        store = cls(journal, state, Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk), in_thread)
         try:
             store._reserve.fill()
         except NotWritten as error:
@@ -295,6 +322,8 @@ class Store:
         while True:
             with trio.move_on_at(self._refill_at):
                 await self._wake.wait()
+            # The scheduler, which the same change has woken, comes in before the door closes: one sync for both.
+            await trio.lowlevel.cancel_shielded_checkpoint()
             self._wake = trio.Event()
             if trio.current_time() >= self._refill_at:
                 await self._refill()
@@ -303,7 +332,7 @@ class Store:
 
     async def _refill(self) -> None:
         try:
-            await trio.to_thread.run_sync(self._reserve.fill)
+            await self._in_thread(self._reserve.fill)
         except NotWritten:
             self._refill_at = trio.current_time() + REFILL_SECONDS
             if self._journal.size > 2 * _bytes_of(self.state.json):
@@ -328,7 +357,7 @@ class Store:
         try:
             # Shielded: it takes as long as the disk takes, and nobody may believe that it did not happen.
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._write, batch, tables)
+                await self._in_thread(self._write, batch, tables)
         except NotWritten as error:
             log.error("a write failed and was taken back: %s", error)
             self._undo(batch, APIError(507 if error.no_room else 503, f"{error}; nothing was changed"))
@@ -488,28 +517,39 @@ def snapshot(tables: Tables, revision: int, now: datetime.datetime) -> list[byte
 
 
 def load(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State:
-    """Build the state from the lines of its file. Raises DamagedError naming the line that does not fit."""
-    state = State()
+    """Build the state from the lines of its file. Raises DamagedError naming the line that does not fit.
+
+    Only what an object is in the end is made one: most lines of a journal say what it was before (./run bench start).
+    """
     header: dict[str, Any] | None = None
-    objects = 0
+    revision = objects = 0
+    found: dict[tuple[Kind, str], tuple[int, Any]] = {}  # object -> offset of its last line, and what stands there
     for offset, line in lines:
         try:
             if header is None:
                 header = _header_of(path, line)
-                state.revision = header["revision"]
+                revision = header["revision"]
             elif objects < header["objects"]:
                 objects += 1
-                _apply(state, line)
+                _note(found, offset, line)
             else:
-                if line["revision"] != state.revision + 1:
-                    raise DamagedError(path, offset, f"revision {line['revision']} follows revision {state.revision}")
+                if line["revision"] != revision + 1:
+                    raise DamagedError(path, offset, f"revision {line['revision']} follows revision {revision}")
                 for change in line["changes"]:
-                    _apply(state, change)
-                state.revision = line["revision"]
-        except (KeyError, TypeError, APIError) as error:
+                    _note(found, offset, change)
+                revision = line["revision"]
+        except (KeyError, TypeError) as error:
             raise DamagedError(path, offset, f"this line is not understood ({error})") from error
     if header is None or objects < header["objects"]:
         raise DamagedError(path, path.stat().st_size, "the file ends in the middle of its snapshot")
+    state = State()
+    state.revision = revision
+    for (kind, name), (offset, raw) in found.items():
+        try:
+            noun = _noun_of(kind, raw)
+        except (KeyError, TypeError, APIError) as error:
+            raise DamagedError(path, offset, f"this line is not understood ({error})") from error
+        state.apply(kind, name, noun, encoded(noun))
     return state
 
 
@@ -526,26 +566,31 @@ def _header_of(path: Path, line: dict[str, Any]) -> dict[str, Any]:
     return line
 
 
-def _apply(state: State, record: dict[str, Any]) -> None:
+def _note(found: dict[tuple[Kind, str], tuple[int, Any]], offset: int, record: dict[str, Any]) -> None:
+    """Take one record into account. Raises KeyError for one that does not fit to those before."""
     if "delete" in record:
-        state.apply(record["delete"], record["name"], None, b"")
-        return
-    kind: Kind = record["put"]
-    raw = record["object"]
-    noun: Noun
-    if kind == "vm":
-        noun = vm_from_json(raw)
-    elif kind == "worker":
-        noun = decode(Worker, raw)
-    elif kind == "account":
-        noun = decode(ServiceAccount, raw)
+        del found[record["delete"], record["name"]]
     else:
-        noun = decode(ClusterSettings, raw)
-    state.apply(kind, record["name"], noun, encoded(noun))
+        found[record["put"], record["name"]] = (offset, record["object"])
 
 
-def check(state: State) -> list[str]:
-    """Say in a sentence each what in the state contradicts something else in it; empty when nothing does."""
+def _noun_of(kind: Kind, raw: Any) -> Noun:
+    """Read an object. Raises KeyError, TypeError, APIError."""
+    if kind == "vm":
+        return vm_from_json(raw)
+    nouns: dict[Kind, type[Worker | ServiceAccount | ClusterSettings]] = {
+        "worker": Worker,
+        "account": ServiceAccount,
+        "settings": ClusterSettings,
+    }
+    return decode(nouns[kind], raw)
+
+
+def check(state: State, *, json_is_new: bool = False) -> list[str]:
+    """Say in a sentence each what in the state contradicts something else in it; empty when nothing does.
+
+    `json_is_new`: the JSON beside the objects was made a moment ago, and need not be compared with them.
+    """
     problems = []
     uids: dict[str, str] = {}
     for name, vm in state.vms.items():
@@ -574,8 +619,10 @@ def check(state: State) -> list[str]:
         if account.name != name or not account.token:
             problems.append(f'service account "{name}" says that its name is "{account.name}", or has no token')
     for kind, table in state.json.items():
+        if state.names[kind] != sorted(table):
+            problems.append(f"the names of kind {kind} are not in order")
         for name, json in table.items():
             noun = state.get(kind, name)
-            if noun is None or json != encoded(noun):
+            if noun is None or not (json_is_new or json == encoded(noun)):
                 problems.append(f'the JSON kept of {kind} "{name}" is not that of the object')
     return problems

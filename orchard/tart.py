@@ -501,7 +501,7 @@ class TartDriver:
         lease = str(self._home / LEASE) if options.leased else ""
         files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
         start = [sys.executable, *_GUARD, *files, f"{self._stop_seconds:g}", *command]
-        ended = await _execute(start, env=self._environ())
+        ended = await self._execute(start, what="run")
         if ended.status:
             raise DriverError(ssh.last_line(ended.stderr) or f"the guard of the VM ended with {ended.status}")
         task_status.started()

@@ -23,6 +23,7 @@ import argparse
 import datetime
 import itertools
 import logging
+import math
 import os
 import platform
 import random
@@ -66,6 +67,7 @@ from orchard.tart import (
     Driver,
     DriverError,
     LocalVM,
+    NoSuchVM,
     NotRunning,
     State,
     TartDriver,
@@ -80,6 +82,7 @@ ANSWER_SECONDS = 30.0  # with a heartbeat each 15, a controller that is gone wit
 OFFLINE_TIMEOUT = 180.0  # seconds of the controller's patience, if it does not say
 HEARTBEATS = 8  # that may be lost before leased VMs are shut down
 SOFT, HARD = 0.75, 0.95  # of that patience: then leased VMs are told to shut down, and killed
+AGAIN_SECONDS = 10.0  # between two attempts to remove what an earlier worker has left
 SYNC_SECONDS = 5.0  # between two looks that nobody asked for
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.5  # seconds between attempts, doubling: back within two seconds of the controller
 JITTER = 0.5  # share of a pause that is left to chance, so that a thousand workers don't come at once
@@ -169,6 +172,9 @@ class Worker:
         self._tunnels = 0  # that are open
         self._admitted = False  # whether the controller has ever let us in
         self._settled = False  # whether what an earlier worker left here is dealt with
+        self._ending: list[trio.Event] | None = None  # what the controller has given up; None: nobody knows yet
+        self._answered = -math.inf  # when the last sign of life was sent that was answered, by the lease's clock
+        self._strangers: list[trio.Event] = []  # VMs that run here and could not be ended yet; set when they are
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; `started()` once registered. Raises RefusedError."""
@@ -209,7 +215,7 @@ class Worker:
     # -- the session
 
     async def _session(self, vms: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
-        await self._register()
+        sent = await self._register()
         async with trio.open_nursery() as session:  # the first of them to fail ends the others
             session.start_soon(self._heartbeat)
             if not self._settled:
@@ -220,13 +226,17 @@ class Worker:
             self._changed()
             session.start_soon(self._listen, vms)
             session.start_soon(self._report)
+            await self.sync(vms)
+            self._renew(sent)
             while True:
-                await self.sync(vms)
                 with trio.move_on_after(SYNC_SECONDS):
                     await self._look.wait()
                 self._look = trio.Event()
+                await self.sync(vms)
 
-    async def _register(self) -> None:
+    async def _register(self) -> float:
+        """Register, and give when that was sent, for the lease."""
+        self._ending = None
         sent = self._lease_clock()
         try:
             stored = await self._client.workers.register(self._description())
@@ -236,8 +246,8 @@ class Worker:
             raise
         self._admitted = True
         self._offline_timeout = (await self._client.info()).worker_offline_timeout / 1000 or OFFLINE_TIMEOUT
-        self._renew(sent)
         self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
+        return sent
 
     def _description(self) -> dict[str, Any]:
         """Give the worker as the API takes it."""
@@ -283,8 +293,14 @@ class Worker:
                 self._renew(sent)
 
     def _renew(self, sent: float) -> None:
-        """Let leased VMs run on, by a heartbeat that was sent at `sent` and answered now."""
-        soft, hard = (sent + share * self._offline_timeout - self._lease_clock() for share in (SOFT, HARD))
+        """Let leased VMs run on, by a heartbeat that was sent at `sent` and answered now.
+
+        Not while one runs here that the controller has given up: it starts that elsewhere when the lease must be over.
+        """
+        self._answered = max(sent, self._answered)
+        if self._ending is None or not all(ended.is_set() for ended in self._ending):
+            return
+        soft, hard = (self._answered + share * self._offline_timeout - self._lease_clock() for share in (SOFT, HARD))
         try:
             self._driver.lease(soft, hard)
         except DriverError as error:
@@ -419,7 +435,7 @@ class Worker:
             for local in found:
                 vm = wanted.get(local.name)
                 if vm is None or (vm.state.status == "pending" and local.state != "running"):
-                    ending.start_soon(self._remove_stranger, local.name)  # it was to go, or is half-made
+                    ending.start_soon(self._remove_stranger, local, vms)  # it was to go, or is half-made
                 else:
                     ours.append((local, vm))
         for local, vm in ours:  # without a checkpoint: a session that ends before this has settled nothing
@@ -432,15 +448,34 @@ class Worker:
             log.info("found a VM", extra={"vm": vm.name, "state": local.state})
             vms.start_soon(self._tend, instance, instance.adopt if runs else instance.keep)
 
-    async def _remove_stranger(self, name: str) -> None:
+    async def _remove_stranger(self, local: LocalVM, vms: trio.Nursery) -> None:
+        """Remove a VM that nobody wants; if that fails, go on trying in another nursery."""
+        if not await self._removed(local.name):
+            gone = trio.Event()
+            if local.state == "running":
+                self._strangers.append(gone)
+            vms.start_soon(self._go_on_removing, local.name, gone)
+
+    async def _go_on_removing(self, name: str, gone: trio.Event) -> None:
+        while True:
+            await trio.sleep(AGAIN_SECONDS)
+            # It may be wanted by now under this name: then it goes with that one.
+            if name not in self.instances and await self._removed(name):
+                gone.set()
+                return
+
+    async def _removed(self, name: str) -> bool:
         try:
             with suppress(NotRunning):
                 await self._driver.stop(name)
             await self._driver.delete(name)
+        except NoSuchVM:
+            return True
         except DriverError as error:
             log.error("cannot remove a VM that was left here", extra={"vm": name, "reason": str(error)})
-        else:
-            log.info("removed a VM that was left here", extra={"vm": name})
+            return False
+        log.info("removed a VM that was left here", extra={"vm": name})
+        return True
 
     async def sync(self, vms: trio.Nursery) -> None:
         """Look at what the controller has for this worker, and give orders. Raises ClientError."""
@@ -458,14 +493,27 @@ class Worker:
             for name, instance in self.instances.items()
             if instance.ending and _status(wanted.get(name)) in ("absent", "failed")
         ]
+        self._strangers = [gone for gone in self._strangers if not gone.is_set()]
+        ending += self._strangers
+        self._ending = ending
+        free = trio.Event()
+        if ending and "create" in actions.values():
+            vms.start_soon(self._make_room, ending, free)
         for name, action in actions.items():
             if action == "create":
                 instance = self._instance(wanted[name])
-                vms.start_soon(self._tend, instance, partial(instance.tend, ending))
+                vms.start_soon(self._tend, instance, partial(instance.tend, [free] if ending else []))
             elif action == "lost":
                 instance = self._instance(wanted[name])
                 instance.fail(LOST)
                 vms.start_soon(self._tend, instance, instance.keep)
+
+    async def _make_room(self, ending: Sequence[trio.Event], free: trio.Event) -> None:
+        """Wait until what the controller has given up has ended; only then others may have its place, and a lease."""
+        for ended in ending:
+            await ended.wait()
+        self._renew(self._answered)
+        free.set()
 
     def _order(self, instance: Instance, vm: VM | None, action: Action) -> None:
         if vm is None:

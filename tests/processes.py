@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,13 +61,14 @@ def started(
     home: Path,
     env: Mapping[str, str] | None = None,
     stdin: IO[str] | int = subprocess.DEVNULL,
+    before: Sequence[str] = (),
 ) -> Iterator[Role]:
-    """Run a role for the time of the block; kill it if it still runs then."""
+    """Run a role for the time of the block; kill it if it still runs then. `before` are words before its command."""
     home.mkdir(exist_ok=True)
     log = home / f"{role}.log"
     with log.open("a") as stderr:
         process = subprocess.Popen(
-            command(role, *arguments),
+            [*before, *command(role, *arguments)],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=stderr,

@@ -68,7 +68,8 @@ class Served:
         answer = await self.ask(method, target, body, raw=raw, account=account, authorization=authorization, peer=peer)
         assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         headers = {name.lower(): value for name, value in answer.headers}
-        return Answered(answer.status, headers, json.loads(answer.body) if answer.body else None)
+        body = b"".join(answer.pieces)
+        return Answered(answer.status, headers, json.loads(body) if body else None)
 
     async def ask(
         self,
@@ -115,7 +116,9 @@ class Served:
 
     def schedule(self) -> float:
         """Let the scheduler look once."""
-        return self.cluster.schedule_now(trio.current_time(), BEGAN)
+        while (due := self.cluster.schedule_some(trio.current_time(), BEGAN)) is None:
+            pass
+        return due
 
     async def watch(self, name: str, nursery: trio.Nursery) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Follow a VM; give a channel of the parsed lines."""
@@ -139,7 +142,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
     try:
         events = EventLog(directory / "events")
         events.open({vm.uid for vm in store.state.vms.values()})
-        cluster = Cluster(settings, store, events)
+        cluster = Cluster(settings, store, events, lambda: BEGAN)
         reach = Reach(store, cluster.switchboard)
         gate = auth.Gate(store.state.accounts) if accounts else None
         api = API(

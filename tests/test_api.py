@@ -13,11 +13,13 @@ from disks import HeldDisk
 from served import BEGAN, Served, served
 from trio.testing import assert_no_checkpoints
 
-from orchard import __version__, auth
+from orchard import __version__, auth, lifecycle
 from orchard.api import API, OPERATIONS
+from orchard.controller import AT_ONCE
 from orchard.http1 import Headers, Request
 from orchard.openapi import Operation
-from orchard.schema import ServiceAccount
+from orchard.schema import TART_VMS, ServiceAccount, new_spec
+from orchard.store import Change
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "openapi.yaml"
 
@@ -115,6 +117,29 @@ async def test_the_filter_gives_a_workers_vms(api: Served) -> None:
     assert await api.ok("GET", "/vms?filter=worker=w,worker=x") == []
     assert await api.ok("GET", "/vms?filter=worker=x") == []
     assert len(await api.ok("GET", "/vms?filter=")) == 3
+
+
+async def test_scheduling_many_vms_gives_others_their_turn_in_between(api: Served, nursery: trio.Nursery) -> None:
+    count = 2 * AT_ONCE + 1
+    with api.store.transaction() as tx:
+        for number in range(count):
+            spec = new_spec({"name": f"vm-{number}", "image": "image"}, [])
+            tx.put(lifecycle.create(f"vm-{number}", f"uid-{number}", spec, BEGAN))
+    await api.register("w", resources={TART_VMS: count})
+    turn, told, done = 0, list[tuple[int, int]](), trio.Event()
+
+    def committed(changes: list[Change]) -> None:
+        told.append((turn, len(changes)))
+        if sum(size for _, size in told) == count:
+            done.set()
+
+    api.store.on_commit(committed)
+    nursery.start_soon(api.cluster.schedule)
+    while not done.is_set():
+        turn += 1
+        await trio.lowlevel.checkpoint()
+    assert [size for _, size in told] == [AT_ONCE, AT_ONCE, 1]
+    assert len({at for at, _ in told}) > 1
 
 
 async def test_host_dirs_need_a_policy(api: Served) -> None:

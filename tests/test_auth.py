@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -72,11 +73,36 @@ def test_an_unknown_name_costs_the_same_work_as_a_wrong_token(monkeypatch: pytes
         return digest(token)
 
     monkeypatch.setattr(auth, "_digest", counted)
-    for header in (basic("ci:to:ken é"), basic("ci:x"), basic("nobody:x")):
+    gate = Gate({"ci": CI})
+    for header in (basic("ci:to:ken é"), basic("ci:x"), basic("nobody:x"), basic("ci:x")):
         work.append(0)
         with suppress(APIError):
-            GATE.identify(header)
-    assert work == [2, 2, 2]
+            gate.identify(header)
+    assert work == [2, 2, 2, 2]
+
+
+def test_who_was_recognised_is_not_let_in_when_the_account_has_changed_or_is_gone() -> None:
+    accounts = {"ci": CI}
+    gate = Gate(accounts)
+    assert [gate.identify(basic("ci:to:ken é")) for _ in range(2)] == [CI, CI]
+    accounts["ci"] = replace(CI, roles=("admin:read",))
+    assert gate.identify(basic("ci:to:ken é")).roles == ("admin:read",)
+    accounts["ci"] = replace(CI, token="another")
+    with pytest.raises(APIError):
+        gate.identify(basic("ci:to:ken é"))
+    assert gate.identify(basic("ci:another")) is accounts["ci"]
+    del accounts["ci"]
+    for _ in range(2):
+        with pytest.raises(APIError):
+            gate.identify(basic("ci:another"))
+
+
+def test_what_is_recognised_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "RECOGNISED", 3)
+    gate = Gate({"ci": CI})
+    for spaces in range(1, 10):  # any number of them is legal
+        assert gate.identify(basic("ci:to:ken é").replace(" ", " " * spaces)) is CI
+        assert len(gate._recognised) <= 3
 
 
 def test_a_missing_role_is_named() -> None:

@@ -194,6 +194,7 @@ async def test_what_does_not_run_cannot_be_ended(bench: Bench) -> None:
 async def test_what_runs_can_neither_run_again_nor_be_changed_nor_deleted(bench: Bench) -> None:
     await bench.made()
     async with running(bench):
+        await bench.driver.ip(NAME)  # then tart knows that it runs
         for call in (
             partial(bench.driver.run, NAME, RunOptions()),
             partial(bench.driver.configure, NAME, cpu=3),

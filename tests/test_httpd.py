@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
+from orchard import httpd
 from orchard.codec import APIError
 from orchard.frames import Frames
 from orchard.http1 import Answer, Handler, Request, Response, Stream, TunnelUpgrade, WebSocketUpgrade
@@ -359,6 +360,43 @@ async def test_a_broken_handler_is_answered_with_500_once_logged(autojump_clock:
         assert closed
         assert served.failures[0].exc_info is not None
         assert served.requests == ["GET / 500 0.0 - -"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 5001])
+async def test_a_body_in_pieces_arrives_whole_and_is_sent_a_part_at_a_time(autojump_clock: Clock, count: int) -> None:
+    pieces = [b"%d," % number * 50 for number in range(count)]
+
+    async def handler(request: Request) -> Answer:
+        return Response(200, pieces)
+
+    answers, closed = await ask(GET + GET, handler)
+    assert [(answer.status, answer.body) for answer in answers] == [(200, b"".join(pieces))] * 2
+    assert not closed
+
+
+async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a real socket: pieces that are small have no scope of their own there."""
+    monkeypatch.setattr(httpd, "LOOK_SECONDS", 0.01)
+    ended = trio.Event()
+
+    async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+        try:
+            while True:
+                await send(b"x" * 100_000)
+        finally:
+            ended.set()
+
+    async def handler(request: Request) -> Answer:
+        return Stream(produce)
+
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with (
+        serving(handler, listeners=listeners, limits=Limits(send_seconds=0.05)),
+        await trio.open_tcp_stream("127.0.0.1", listeners[0].socket.getsockname()[1]) as stream,
+    ):
+        await stream.send_all(GET)
+        with trio.fail_after(60):
+            await ended.wait()
 
 
 @pytest.mark.parametrize("headers", [[("X-Bad", "a\r\nB: c")], [("X-Bad", "\u20ac")], [("Content-Length", "1")]])
@@ -1612,7 +1650,7 @@ async def test_tls_refusals_streams_and_cut_connections(autojump_clock: Clock, c
 
 # ---- anything at all -----------------------------------------------------------------------------------------------
 
-WORDS = st.sampled_from(
+FRAGMENTS = (
     [
         GET,
         GET[:-2],
@@ -1640,25 +1678,21 @@ WORDS = st.sampled_from(
     ]
     + [frame for _, frame in VIOLATIONS.values() if len(frame) < 200]
 )
+WORDS = st.sampled_from(FRAGMENTS)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(WORDS | st.binary(max_size=20), max_size=12), st.booleans())
-@example([UPGRADE, CLOSE_FRAME, b"\x89\x80abcd"], False)
-@example([UPGRADE, b"\x88\x80abcd", HELLO_FRAME], True)
-def test_any_bytes_end_in_an_answer_or_a_close_and_never_in_a_failure(pieces: list[bytes], at_once: bool) -> None:
+def send_anything(pieces: Sequence[bytes]) -> None:
+    """Send bytes to a server, and see that they end in an answer or a close, and not in a failure."""
+
     async def handler(request: Request) -> Answer:
         if request.path == "/stream":
-            return await counting(3)(replace_path(request))
+            return await counting(3)(replace(request, target="/"))
         return await upgrading()(request)
-
-    def replace_path(request: Request) -> Request:
-        return replace(request, target="/")
 
     async def main() -> None:
         async with serving(handler) as served:
             stream = served.connect()
-            for piece in [b"".join(pieces)] if at_once else pieces:
+            for piece in pieces:
                 try:
                     await stream.send_all(piece)
                 except trio.BrokenResourceError:
@@ -1675,3 +1709,11 @@ def test_any_bytes_end_in_an_answer_or_a_close_and_never_in_a_failure(pieces: li
             await served.ended.wait()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(WORDS | st.binary(max_size=20), max_size=12), st.booleans())
+@example([UPGRADE, CLOSE_FRAME, b"\x89\x80abcd"], False)
+@example([UPGRADE, b"\x88\x80abcd", HELLO_FRAME], True)
+def test_any_bytes_end_in_an_answer_or_a_close_and_never_in_a_failure(pieces: list[bytes], at_once: bool) -> None:
+    send_anything([b"".join(pieces)] if at_once else pieces)

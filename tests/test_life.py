@@ -303,6 +303,23 @@ async def test_what_was_wanted_while_there_was_no_worker_is_done(
         assert host.about(instance)["state"] == state
 
 
+@pytest.mark.parametrize("patch", [{}, {"cpu": 8}, {"powerState": "stopped"}])
+async def test_a_vm_that_has_ended_since_it_was_seen_to_run_has_failed_but_for_a_change(
+    host: Host, patch: dict[str, object]
+) -> None:
+    """An earlier worker may have asked it to end for that, and had no time to wait."""
+    vm = placed()
+    async with abandoned(host, vm) as instance:
+        pass
+    await host.driver.stop(instance.name)
+    async with adopted(host, changed(vm, **patch) if patch else vm) as instance:
+        if patch:
+            await until(instance, lambda i: i.observed == 2)
+            assert (instance.status, instance.running) == ("running", "powerState" not in patch)
+        else:
+            await until(instance, lambda i: i.status == "failed")
+
+
 async def test_a_script_that_nobody_followed_to_its_end_fails_the_vm(host: Host) -> None:
     vm = placed(startup_script={"script_content": "echo begun; sleep 1000"})
     async with abandoned(host, vm):

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from orchard.codec import format_time
 from orchard.presence import Presence
-from orchard.schema import Worker
 
 TIMEOUT = 180.0
 HERE, ELSEWHERE = ("workers", "10.0.0.1"), ("workers", "10.0.0.2")
@@ -39,11 +39,10 @@ def test_a_later_last_seen_is_a_heartbeat_and_any_other_is_none() -> None:
 
 def test_last_seen_is_shown_as_the_worker_said_it() -> None:
     site = Site("w")
-    worker = Worker(name="w", last_seen=SEEN)
-    assert site.presence.shown(worker).last_seen is None, "the stored one is none of this run"
+    assert site.presence.last_seen("w") is None
     site.presence.heartbeat("w", HERE, SEEN + SECOND)
     site.presence.heartbeat("w", HERE, SEEN)
-    assert site.presence.shown(worker) == Worker(name="w", last_seen=SEEN + SECOND)
+    assert site.presence.last_seen("w") == format_time(SEEN + SECOND).encode()
 
 
 def test_a_clock_that_jumps_by_ten_years_makes_nobody_look_dead_or_alive() -> None:
@@ -120,7 +119,7 @@ def test_of_a_forgotten_worker_nothing_is_left() -> None:
     site.presence.forget("w")
     site.presence.forget("never heard of")
     assert site.presence.seen == {"another": 1000}
-    assert site.presence.shown(Worker(name="w")).last_seen is None
+    assert site.presence.last_seen("w") is None
     site.returns.clear()
     site.presence.polled("w", HERE)
     site.presence.alive("w")  # a pong on a watch that is still open

@@ -446,11 +446,16 @@ class Kept:
         for vm in self.vms.values():
             self.book.put_vm(vm)
 
-    def settle(self) -> None:
-        for _ in range(4):
+    def settle(self, most: int = sys.maxsize) -> None:
+        """Plan and carry out until there is nothing more to do, for so many VMs at a time."""
+        for _ in range(4 + 4 * len(self.vms)):
             before = self.picture()
-            after = carry_out(before, self.book.plan(self.now, before.profile), self.now)
-            if after == before:
+            decided = self.book.plan(self.now, before.profile, most)
+            told = [*decided.fail, *decided.restart, *decided.assign, *decided.waiting]
+            assert len(told) == most - decided.room
+            assert overcommits(before, decided) == []
+            after = carry_out(before, decided, self.now)
+            if after == before and decided.room:
                 return
             restarted = self.about.restarted
             assert isinstance(restarted, dict)
@@ -478,6 +483,21 @@ def test_a_book_that_was_kept_says_what_one_written_anew_does(pictures: list[Sna
         expected = settled(expected, kept.now)
         kept.settle()
         assert {vm.name: vm for vm in kept.picture().vms} == {vm.name: vm for vm in expected.vms}
+
+
+@QUICK
+@given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32), st.integers(1, 4))
+def test_plans_for_a_few_vms_at_a_time_end_where_nothing_is_left_to_do(
+    pictures: list[Snapshot], seed: int, most: int
+) -> None:
+    kept, order = Kept(), random.Random(seed)
+    for picture in pictures:
+        kept.now += order.choice([REASON_SECONDS, 20, 200])
+        kept.become(picture, lambda: order.random() < 0.7)
+        kept.settle(most)
+        kept.now += REASON_SECONDS
+        kept.settle(most)
+        assert settled(kept.picture(), kept.now) == kept.picture()
 
 
 def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
@@ -798,6 +818,15 @@ def test_a_vm_restarts_at_most_once_in_15_seconds() -> None:
 def test_who_restarts(policy: str, vm: Callable[[VM], VM], restarts: bool) -> None:
     decided = plan(cluster([vm(pending(restart_policy=policy))], [worker()]), NOW)
     assert decided.restart == (["vm"] if restarts else [])
+
+
+def test_what_had_failed_when_the_controller_started_may_still_run_as_long_as_a_lease_lasts() -> None:
+    picture = cluster([failed(pending(restart_policy="OnFailure"))], [worker()], began=NOW - 10, inherited={"uid-vm"})
+    assert plan(picture, NOW).restart == []
+    assert plan(picture, NOW).next_at == NOW - 10 + OFFLINE_TIMEOUT
+    later = replace(picture, seen={"w": NOW + 200})
+    assert plan(later, NOW - 10 + OFFLINE_TIMEOUT).restart == ["vm"]
+    assert plan(replace(picture, inherited=()), NOW).restart == ["vm"]
 
 
 def test_a_restarted_vm_leaves_its_worker_in_the_next_plan() -> None:

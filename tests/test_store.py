@@ -229,6 +229,25 @@ async def test_many_writers_share_two_syncs_and_none_goes_on_before_them(tmp_pat
         assert len(read(tmp_path).vms) == 50
 
 
+async def test_who_is_woken_by_a_change_still_gets_into_its_sync(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    async with writing(opened(tmp_path, disk)) as store, trio.open_nursery() as nursery:
+        woken = trio.Event()
+        store.on_commit(lambda changes: woken.set())
+
+        async def answer() -> None:
+            await woken.wait()
+            put(store, pending("answer"))
+
+        nursery.start_soon(answer)
+        await trio.testing.wait_all_tasks_blocked()
+        disk.syncs = 0
+        put(store, pending("question"))
+        await store.settled()
+        assert disk.syncs == 1
+        assert read(tmp_path).vms.keys() == {"question", "answer"}
+
+
 async def test_a_reader_waits_for_what_it_has_seen_and_for_nothing_else(tmp_path: Path) -> None:
     disk = HeldDisk()
     async with writing(opened(tmp_path, disk)) as store:

@@ -21,7 +21,7 @@ from orchard.client import Client, ResponseError
 from orchard.life import SHUT_DOWN, STOPPED, Note
 from orchard.schema import TART_VMS, VM, Status
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import RunOptions
+from orchard.tart import DriverError, RunOptions
 from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker, pause_after
 
 
@@ -309,6 +309,57 @@ async def test_only_what_is_ours_and_wanted_by_nobody_is_deleted_at_the_start(si
         assert sorted(await site.left()) == ["mine", "not-orchard-x"]
 
 
+async def test_what_cannot_be_deleted_at_the_start_is_deleted_later(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "AGAIN_SECONDS", 0.01)
+    driver, failures = site.driver(), iter(range(3))
+    await driver.clone("image", "orchard-old-uid-0", lambda _: None)
+    delete = driver.delete
+
+    async def unwilling(name: str) -> None:
+        for _ in failures:
+            raise DriverError("not now")
+        await delete(name)
+
+    monkeypatch.setattr(driver, "delete", unwilling)
+    async with site.working():
+        await eventually(partial(nothing_left, site))
+
+
+async def test_what_still_runs_at_the_start_keeps_its_place_until_it_has_ended(
+    site: Site, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "AGAIN_SECONDS", 0.01)
+    driver, old = site.driver(), "orchard-old-uid-0"
+    await driver.clone("image", old, lambda _: None)
+    await nursery.start(driver.run, old, RunOptions())
+    stop, clone = driver.stop, driver.clone
+    places: list[bool] = []
+    assigned = False
+    attempts = 0
+
+    async def unwilling(name: str) -> None:
+        nonlocal attempts
+        attempts += assigned
+        if attempts < 10:
+            raise DriverError("not now")
+        await stop(name)
+
+    async def watched(source: str, name: str, on_progress: Callable[[int], None]) -> None:
+        places.append(old not in await site.left())
+        await clone(source, name, on_progress)
+
+    monkeypatch.setattr(driver, "stop", unwilling)
+    monkeypatch.setattr(driver, "clone", watched)
+    async with site.working():
+        await site.client.vms.create(name="vm", image="any")
+        await site.vm("vm", lambda vm: bool(vm.state.worker))
+        assigned = True
+        await site.client.vms.wait("vm")
+    assert places == [True]
+
+
 async def test_vms_outlive_their_worker_and_the_next_one_goes_on_with_them(site: Site) -> None:
     async with site.working(stop_vms=False, resources={TART_VMS: 4}):
         for name in ("resting", "running", "gone", "unwanted"):
@@ -411,6 +462,45 @@ async def test_vms_that_could_run_elsewhere_end_before_the_controller_starts_the
         assert again.tart_name != names["OnFailure"]
         assert (await site.client.vms.get("Never")).state.status == "running", "nobody would have started it elsewhere"
     await site.stop()
+
+
+async def test_no_lease_is_renewed_while_a_vm_runs_that_the_controller_has_given_up(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is started elsewhere as long after the worker was deleted as a lease lasts."""
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    driver, allowed = site.driver(), trio.Event()
+    stop, lease = driver.stop, driver.lease
+    renewed: list[bool] = []
+
+    async def slow(name: str) -> None:
+        await allowed.wait()
+        await stop(name)
+
+    def noted(soft: float, hard: float) -> None:
+        renewed.append(allowed.is_set())
+        lease(soft, hard)
+
+    monkeypatch.setattr(driver, "stop", slow)
+    async with site.working(stop_vms=False):
+        await site.client.vms.create(name="vm", image="any", restart_policy="OnFailure")
+        await site.client.vms.wait("vm")
+        await site.client.workers.delete("mac")
+        await eventually(partial(registered, site))
+        monkeypatch.setattr(driver, "lease", noted)
+        before = (await site.client.workers.get("mac")).last_seen
+        assert before is not None
+
+        async def has_beaten() -> bool:
+            now = (await site.client.workers.get("mac")).last_seen
+            return now is not None and now > before + datetime.timedelta(milliseconds=80)
+
+        await eventually(has_beaten)
+        allowed.set()
+        await eventually(lambda: bool(renewed))
+        assert all(renewed)
+        assert "running" not in {vm.state for vm in await driver.list_vms()}
+        await site.client.vms.delete("vm")
 
 
 async def runs_alone(site: Site, name: str) -> bool:

@@ -1,0 +1,80 @@
+"""How long a controller takes from its start until it listens.
+
+    ./run bench start [--rounds N]
+
+Once with nothing, once from a file of 100,000 lines: the snapshot of a cluster and the journal of what became of it, as
+long as it gets before compaction. Against a bare trio + h11 server, whose start is Python's and its packages'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import trio
+from cluster import NOW, PER_WORKER, fill
+from load import BARE, CONTROLLER, NO_AUTH, running
+from measure import ROUNDS, Variant, compare
+
+from orchard import store
+from orchard.store import Store
+
+LINES, VMS = 100_000, 10_000
+FOREVER = ("--worker-offline-timeout", "1000000")
+
+
+def prepare_journal(home: Path) -> None:
+    """Write a file of LINES lines that a controller starts from, without the compaction that it would have come to."""
+    directory = home / "controller"
+    directory.mkdir(mode=0o700)
+    store.COMPACT_BYTES = 10**12
+
+    async def write() -> None:
+        opened = Store.open(directory, NOW)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(opened.run)
+            fill(opened, VMS, VMS // PER_WORKER)
+            for number in range(LINES):
+                vm = opened.state.vms[f"vm-{number % VMS}"]
+                with opened.transaction() as tx:
+                    tx.put(replace(vm, state=replace(vm.state, status_message=f"pulling the image: {number} %")))
+                if number % 1000 == 0:
+                    await opened.settled()
+            await opened.settled()
+            nursery.cancel_scope.cancel()
+        opened.close()
+
+    trio.run(write)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="./run bench start")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default %(default)s")
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        empty, full = (Path(stack.enter_context(tempfile.TemporaryDirectory())) for _ in range(2))
+        prepare_journal(full)
+
+        def start(home: Path) -> None:
+            with running(*CONTROLLER, NO_AUTH, *FOREVER, home=home):
+                pass
+
+        def start_bare() -> None:
+            with running(BARE):
+                pass
+
+        variants = (
+            Variant(f"start from {LINES:,} lines, and stop", lambda: start(full), 1),
+            Variant("start with nothing, and stop", lambda: start(empty), 1),
+            Variant("bare server", start_bare, 1),
+        )
+        compare(*variants, count=options.rounds)
+        for variant in variants:
+            print(f"{variant.name}: {1 / variant.rate:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What it takes to tell many watchers of one change.
+
+    ./run bench watch [--watchers N] [--changes N]
+
+All watch the same VM of a controller that is a process of its own, over a connection each. Prints the time from the
+change's request to the arrival of its line at the last watcher, against a bare trio server that sends the same bytes
+over as many connections whenever it gets one byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import select
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import trio
+from cluster import AUTHORIZATION, prepare
+from load import CONTROLLER, Server, request, running
+from measure import Variant, show
+
+WARM_UP = 3  # changes that are not measured
+RECEIVE_BYTES = 65536
+
+
+class Watchers:
+    """Connections to a server that all get the same lines."""
+
+    def __init__(self, server: Server, count: int, greeting: bytes) -> None:
+        self._poll = select.epoll()
+        self._open: dict[int, socket.socket] = {}
+        for _ in range(count):
+            connection = server.connect()
+            connection.sendall(greeting)
+            self._poll.register(connection, select.EPOLLIN)
+            self._open[connection.fileno()] = connection
+
+    def until_all(self, line: bytes) -> None:
+        """Wait until each has got something that holds the words."""
+        waiting = set(self._open)
+        while waiting:
+            for descriptor, _ in self._poll.poll():
+                if line in self._open[descriptor].recv(RECEIVE_BYTES):
+                    waiting.discard(descriptor)
+
+
+async def bare(line: bytes) -> None:
+    """Send a line to all who are connected whenever one of them sends something."""
+    streams: list[trio.SocketStream] = []
+
+    async def serve(stream: trio.SocketStream) -> None:
+        streams.append(stream)
+        async for data in stream:
+            if data == b"!":
+                for other in streams:
+                    nursery.start_soon(other.send_all, line)
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(partial(trio.serve_tcp, serve, 0, host="127.0.0.1"))
+        print(f"listening on 127.0.0.1:{listeners[0].socket.getsockname()[1]}", flush=True)
+
+
+def measure(changes: int, server: Server, name: str, change: Callable[[int], None]) -> tuple[Variant, list[float]]:
+    variant = Variant(name, lambda: None, 1)
+    for number in range(changes + WARM_UP):
+        cpu, began = server.cpu(), time.perf_counter()
+        change(number)
+        if number >= WARM_UP:
+            variant.add(time.perf_counter() - began, server.cpu() - cpu)
+    return variant, sorted(variant.seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="./run bench watch")
+    parser.add_argument("--watchers", type=int, default=1_000, help="default %(default)s")
+    parser.add_argument("--changes", type=int, default=30, help="default %(default)s")
+    options = parser.parse_args()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with tempfile.TemporaryDirectory() as home:
+        prepare(Path(home), 2, 1)
+        with (
+            running(*CONTROLLER, "--worker-offline-timeout", "100000", home=Path(home)) as controller,
+            running(__file__, "--bare") as server,
+            controller.connect() as user,
+            server.connect() as trigger,
+        ):
+            watchers = Watchers(controller, options.watchers, watch())
+            watchers.until_all(b"ADDED")
+            bare_watchers = Watchers(server, options.watchers, b"?")
+
+            def change(number: int) -> None:
+                user.sendall(patch(number))
+                watchers.until_all(b'"generation":%d,' % (number + 2))
+                user.recv(RECEIVE_BYTES)
+
+            def change_bare(number: int) -> None:
+                trigger.sendall(b"!")
+                bare_watchers.until_all(b"MODIFIED")
+
+            told, seconds = measure(
+                options.changes, controller, f"{options.watchers:,} watchers told of a change", change
+            )
+            base, _ = measure(options.changes, server, "the same bytes, bare", change_bare)
+    show(told, base)
+    middle = 1000 * statistics.median(seconds)
+    print(f"to the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})")
+
+
+def watch() -> bytes:
+    return request("GET", "/v1/vms/vm-0?watch=true", authorization=AUTHORIZATION)
+
+
+def patch(number: int) -> bytes:
+    return request("PATCH", "/v1/vms/vm-0", json.dumps({"cpu": 1 + number % 8}).encode(), AUTHORIZATION)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--bare"]:
+        from cluster import running_vm
+
+        from orchard.store import encoded
+
+        trio.run(bare, b'2f0\r\n{"type":"MODIFIED","object":%b}\n\r\n' % encoded(running_vm(0)))
+    else:
+        main()

@@ -1,0 +1,74 @@
+"""What idle workers cost the controller: heartbeats, polls, watches.
+
+    ./run bench workers [--workers N] [--seconds S]
+
+The workers are real ones on synthetic hosts, all in one process beside the controller's. Prints the controller's share
+of one core and its memory with and without them, and that no heartbeat reached the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import trio
+from cluster import prepare
+from life import registered, working
+from load import BARE, CONTROLLER, NO_AUTH, Server, running
+
+from orchard.client import Client
+
+SPLIT = 5  # parts of the time, for the range
+VMS = 10_000  # for the memory of a big cluster
+
+
+def share(server: Server, seconds: float) -> float:
+    """Give the part of a core that a process takes for some time."""
+    before, began = server.cpu(), time.perf_counter()
+    time.sleep(seconds)
+    return (server.cpu() - before) / (time.perf_counter() - began)
+
+
+async def until_registered(url: str, count: int) -> float:
+    began = trio.current_time()
+    async with Client(url) as client:
+        await registered(client, count)
+    return trio.current_time() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="./run bench workers")
+    parser.add_argument("--workers", type=int, default=1_000, help="default %(default)s")
+    parser.add_argument("--seconds", type=float, default=60, help="default %(default)s")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory)
+        with running(*CONTROLLER, NO_AUTH, home=home) as server, running(BARE) as bare:
+            state = home / "controller" / "state.jsonl"
+            idle, empty = server.memory(), bare.memory()
+            print(f"memory: {idle / 1024:.0f} MiB idle; a bare trio + h11 server {empty / 1024:.0f} MiB")
+            alone = share(server, 3)
+            url = f"http://127.0.0.1:{server.port}"
+            workers = ("--runtime", "synthetic", "--workers", str(options.workers))
+            with working(url, home / "workers", "--name", "w", *workers):
+                took = trio.run(until_registered, url, options.workers)
+                print(f"{options.workers:,} workers registered in {took:.1f} s")
+                time.sleep(20)  # until each has sent a heartbeat
+                size = state.stat().st_size
+                shares = [share(server, options.seconds / SPLIT) for _ in range(SPLIT)]
+                print(
+                    f"{options.workers:,} workers, idle: {100 * statistics.median(shares):.1f} % of a core"
+                    f" ({100 * min(shares):.1f} to {100 * max(shares):.1f}; {100 * alone:.1f} without any),"
+                    f" {state.stat().st_size - size} bytes written to the state, {server.memory() / 1024:.0f} MiB"
+                )
+    with tempfile.TemporaryDirectory() as directory:
+        prepare(Path(directory), VMS, options.workers)
+        with running(*CONTROLLER, NO_AUTH, home=Path(directory)) as server:
+            print(f"memory: {server.memory() / 1024:.0f} MiB with {VMS:,} VMs and {options.workers:,} workers")
+
+
+if __name__ == "__main__":
+    main()
