@@ -45,10 +45,10 @@ from trio_websocket import (
 )
 from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
-from orchard import __version__, frames, tls
+from orchard import __version__, frames, tcp, tls
 from orchard.codec import APIError, decode
 from orchard.groups import first, unwrapped
-from orchard.pipe import TunnelStream
+from orchard.pipe import PING_INTERVAL, TunnelStream
 from orchard.schema import (
     IP,
     VM,
@@ -248,7 +248,7 @@ class Client:
             self._headers.append(("Authorization", f"Bearer {access_token}"))
         self._connect_seconds = connect_seconds
         self._answer_seconds = answer_seconds
-        self._connect = connect or open_tcp
+        self._connect = connect or tcp.connect
         self._idle: list[_Connection] = []
         self._slots = trio.CapacityLimiter(AT_ONCE)
         self._closed = False
@@ -402,7 +402,9 @@ class Client:
             await trio.aclose_forcefully(connection.stream)
 
     @asynccontextmanager
-    async def tunnel(self, path: str, query: Mapping[str, str]) -> AsyncIterator[TunnelStream]:
+    async def tunnel(
+        self, path: str, query: Mapping[str, str], ping_interval: float = PING_INTERVAL
+    ) -> AsyncIterator[TunnelStream]:
         """Open a WebSocket whose binary messages are a stream of bytes, closed at the end of the block.
 
         Raises ResponseError for a refusal. A BrokenResourceError that the block lets out becomes ConnectError.
@@ -412,7 +414,7 @@ class Client:
         asks += [("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)]
         request = h11.Request(method="GET", target=self._target(path, query), headers=[*self._headers, *asks])
         connection = await self._open()
-        _be_patient(connection.stream)
+        tcp.be_patient(connection.stream)
         try:
             with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
                 status, headers = await connection.send(request, b"")
@@ -420,7 +422,7 @@ class Client:
                     raise _refusal(Answer(status, headers, await connection.body()))
             if headers.get("sec-websocket-accept") != frames.accept(key) or "sec-websocket-extensions" in headers:
                 raise ConnectError(f"{self.url} does not open a WebSocket as it should")
-            stream = TunnelStream(connection.stream, client=True, early=connection.early())
+            stream = TunnelStream(connection.stream, client=True, early=connection.early(), ping_interval=ping_interval)
             with unwrapped():
                 async with trio.open_nursery() as nursery:  # what keeps the stream going ends with the block
                     nursery.start_soon(stream.run)
@@ -508,38 +510,6 @@ class Client:
         if isinstance(error, h11.RemoteProtocolError):
             return ConnectError(f"{self.url} does not speak HTTP as it should: {error}")
         return ConnectError(f"the connection to {self.url} was lost: {in_words(error)}")
-
-
-async def open_tcp(host: str, port: int) -> trio.abc.Stream:
-    """Open a connection that does not wait for ever for somebody who is gone. Raises OSError."""
-    return keep_alive(await trio.open_tcp_stream(host, port))
-
-
-def keep_alive(stream: trio.SocketStream) -> trio.SocketStream:
-    """Have the system find out when the other end is gone without a word: within 50 seconds, whether or not it sends.
-
-    A WebSocket that only waits would never know: the controller pings it, but nothing is missed when pings stay away.
-    """
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Idle for 20 seconds, then three probes 10 seconds apart; the last is for data under way (milliseconds, Linux).
-    wanted = {
-        "TCP_KEEPIDLE": 20,
-        "TCP_KEEPALIVE": 20,
-        "TCP_KEEPINTVL": 10,
-        "TCP_KEEPCNT": 3,
-        "TCP_USER_TIMEOUT": 50_000,
-    }
-    for name, value in wanted.items():
-        if (option := getattr(socket, name, None)) is not None:  # each system has some of them
-            stream.setsockopt(socket.IPPROTO_TCP, option, value)
-    return stream
-
-
-def _be_patient(stream: trio.abc.Stream) -> None:
-    """Let data under way wait as long as the other end takes none: who doesn't read is not gone, his system answers."""
-    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
-    if isinstance(transport, trio.SocketStream) and (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
-        transport.setsockopt(socket.IPPROTO_TCP, option, 0)
 
 
 class RunningCommand:

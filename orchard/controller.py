@@ -44,11 +44,12 @@ from orchard.httpd import Limits, serve
 from orchard.journal import Broken, DamagedError, Disk, NotWritten
 from orchard.lock import LockError, locked
 from orchard.options import api_prefix, listen_address, orchard_home, seconds
+from orchard.pipe import PING_INTERVAL
 from orchard.presence import Presence
 from orchard.reach import Reach
 from orchard.schema import VM, ServiceAccount, Worker
 from orchard.store import Change, Store
-from orchard.tunnel import PING_INTERVAL, Switchboard
+from orchard.tunnel import Switchboard
 
 PORT = 6120
 OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail

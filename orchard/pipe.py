@@ -5,10 +5,11 @@ messages, only bytes that are to be somewhere else: here each part of a payload 
 of its own, and nothing but the headers is looked at (frames.py). The handshake is HTTP and has happened already, by
 those who read HTTP anyway (httpd.py, client.py); what they read beyond it comes in as `early`.
 
-`TunnelStream.run` has two tasks. One reads, up to `READ_AHEAD` bytes more than were taken: so a ping is seen, and a close,
-though whoever uses the stream is busy, and a peer that sends faster than that is made to wait. The other answers to
-pings, and pings. It is another one because a peer that takes nothing for a while must still be read from: what it has to
-take may depend on what it sends. Whoever sends holds a lock for the time of a frame.
+`TunnelStream.run` has three tasks. One reads, up to `READ_AHEAD` bytes more than were taken: so a ping is seen, and a
+close, though whoever uses the stream is busy, and a peer that sends faster than that is made to wait. The second sends
+pings and pongs. It is another one because a peer that takes nothing for a while must still be read from: what it has to
+take may depend on what it sends. The third looks whether the peer is still there, whatever the others wait for. Whoever
+sends holds a lock for the time of a frame.
 
 A frame that was not sent to its end (its task was cancelled) is the last one: what followed would be taken for the rest of
 its payload.
@@ -21,9 +22,10 @@ from contextlib import suppress
 
 import trio
 
-from orchard import frames
+from orchard import frames, tcp
 from orchard.frames import BROKEN, LOST, NORMAL, UNSAID, Bytes, Close, Ping, Pong
 
+PING_INTERVAL = 30.0  # seconds; shorter than the idle time-out of common load balancers, 60
 RECEIVE_BYTES = 128 * 1024  # of one read; twice as many gain nothing
 READ_AHEAD = 128 * 1024  # bytes that were received and not taken; one read may come on top
 PART_BYTES = 256  # that a part of them takes beside its own and that count, else a byte a packet would take megabytes
@@ -37,12 +39,12 @@ class TunnelStream(trio.abc.Stream):
     """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
 
     `client` says which end this is. Every `ping_interval` seconds it pings; a peer that says nothing for another one
-    is lost, unless data is what it waits behind. Raises BrokenResourceError when the other end has gone, with its
-    reason. `run` must run meanwhile, in a nursery of whoever closes `stream` afterwards.
+    is lost, unless data is what it waits behind and its system goes on answering. Raises BrokenResourceError when the
+    other end has gone, with its reason. `run` must run meanwhile, in a nursery of whoever closes `stream` afterwards.
     """
 
     def __init__(
-        self, stream: trio.abc.Stream, *, client: bool, early: bytes = b"", ping_interval: float = float("inf")
+        self, stream: trio.abc.Stream, *, client: bool, early: bytes = b"", ping_interval: float = PING_INTERVAL
     ) -> None:
         self.closed: Close | None = None  # how, as soon as either end has closed
         self._stream = stream
@@ -56,18 +58,21 @@ class TunnelStream(trio.abc.Stream):
         self._come = trio.lowlevel.ParkingLot()  # who waits for some
         self._lock = trio.Lock()  # of whoever sends a frame
         self._torn = False  # whether a frame is on its way, or was left so
-        self._moved = 0  # frames that were sent and reads that gave something
+        self._heard = 0  # reads that gave something
+        self._sent = 0  # frames of data
         self._pong: bytes | None = None  # to be sent; an older one need not be
-        self._pinged = trio.Event()  # that there is one
+        self._ping = False  # to be sent
+        self._due = trio.Event()  # that there is one of them
         self._done = trio.Event()  # nothing more is received
 
-    # -- the stream's two tasks
+    # -- the stream's tasks
 
     async def run(self) -> None:
         """Receive, answer and ping, until the WebSocket is closed."""
         try:
-            async with trio.open_nursery() as nursery:  # who answers dies with who reads
-                nursery.start_soon(self._answer, nursery.cancel_scope)
+            async with trio.open_nursery() as nursery:  # the others die with who reads
+                nursery.start_soon(self._send_control)
+                nursery.start_soon(self._watch, nursery.cancel_scope)
                 await self._read()
                 nursery.cancel_scope.cancel()
         finally:
@@ -83,7 +88,7 @@ class TunnelStream(trio.abc.Stream):
                 match event:
                     case Ping(payload):
                         self._pong = payload
-                        self._pinged.set()
+                        self._due.set()
                     case Pong():
                         pass  # that something came was seen
                     case Close():
@@ -104,28 +109,41 @@ class TunnelStream(trio.abc.Stream):
                 return
             if not data:
                 return
-            self._moved += 1
+            self._heard += 1
 
-    async def _answer(self, scope: trio.CancelScope) -> None:
-        """Send pongs, and pings. Cancel `scope` when the peer is dead."""
-        asked_at = -1  # what had moved when it was pinged last
-        due = trio.current_time() + self._ping_interval
+    async def _send_control(self) -> None:
         while True:
-            with trio.move_on_at(due):
-                await self._pinged.wait()
-            self._pinged = trio.Event()
+            await self._due.wait()
+            self._due = trio.Event()
             if self._pong is not None:
                 pong, self._pong = self._pong, None
                 await self._control(frames.PONG, pong)
-            if trio.current_time() < due:
-                continue
-            if self._moved == asked_at and not self._lock.locked() and not self._full():
+            if self._ping:
+                self._ping = False
+                await self._control(frames.PING, b"")
+
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        """Have a ping sent now and then. Cancel `scope` when the peer is dead."""
+        before: tuple[int, int] | None = None
+        while True:
+            await trio.sleep(self._ping_interval)
+            now = self._heard, self._sent
+            if before is not None and now[0] == before[0] and self._dead(busy=now[1] != before[1]):
                 self._end(Close(LOST, "does not answer to pings"))
                 await self._say(Close(BROKEN, "pings are not answered"))
+                if self._lock.locked():  # whoever sends would wait for ever
+                    await trio.aclose_forcefully(self._stream)
                 scope.cancel()
-            await self._control(frames.PING, b"")
-            asked_at = self._moved
-            due = trio.current_time() + self._ping_interval
+            before = now
+            self._ping = True
+            self._due.set()
+
+    def _dead(self, busy: bool) -> bool:
+        """Judge a peer that has said nothing for an interval: its pong may be behind data, in either direction."""
+        outgoing = tcp.outgoing(self._stream)
+        if outgoing.unanswered >= self._ping_interval:
+            return True
+        return not (busy or outgoing.pending or self._lock.locked() or self._full())
 
     # -- receiving
 
@@ -178,6 +196,7 @@ class TunnelStream(trio.abc.Stream):
             if self.closed is not None:
                 raise trio.BrokenResourceError(why(self.closed))
             await self._send(frames.BINARY, view[start : start + SEND_BYTES])
+            self._sent += 1
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
@@ -192,9 +211,11 @@ class TunnelStream(trio.abc.Stream):
             for start in range(0, len(payload) or 1, FRAME_BYTES):
                 key = os.urandom(4) if self._client else None
                 parts += frames.frame(opcode, payload[start : start + FRAME_BYTES], key)
-            await self._stream.send_all(b"".join(parts))
+            try:
+                await self._stream.send_all(b"".join(parts))
+            except trio.ClosedResourceError as error:  # meanwhile, because the peer is dead
+                raise trio.BrokenResourceError(str(error)) from error
             self._torn = opcode == frames.CLOSE  # nothing may follow it
-            self._moved += 1
 
     async def _control(self, opcode: int, payload: bytes) -> None:
         with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # whoever reads will see that it is the end

@@ -28,9 +28,8 @@ from trio_websocket import WebSocketConnection
 from orchard.codec import APIError, dump_json, shown
 from orchard.frames import BROKEN, GOING_AWAY, LOST, NORMAL, UNSAID, Close
 from orchard.groups import first
-from orchard.pipe import RECEIVE_BYTES, TunnelStream
+from orchard.pipe import PING_INTERVAL, RECEIVE_BYTES, TunnelStream
 
-PING_INTERVAL = 30.0  # seconds; shorter than the idle time-out of common load balancers, 60
 TAKE_SECONDS = 10.0  # for a client to take the tunnel that it has asked for
 MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a request with a deadline
 SYNC: Mapping[str, Any] = {"syncVMsAction": {}}

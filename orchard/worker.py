@@ -79,6 +79,7 @@ from orchard.tunnel import splice
 
 HEARTBEAT_SECONDS = 15.0  # or less, if the controller's patience is shorter than the usual
 ANSWER_SECONDS = 30.0  # with a heartbeat each 15, a controller that is gone without a word is found within a minute
+HEARTBEATS_A_PING = 2  # in a tunnel: all that it does is to find a controller that is gone
 OFFLINE_TIMEOUT = 180.0  # seconds of the controller's patience, if it does not say
 HEARTBEATS = 8  # that may be lost before leased VMs are shut down
 SOFT, HARD = 0.75, 0.95  # of that patience: then leased VMs are told to shut down, and killed
@@ -326,7 +327,10 @@ class Worker:
         """Bring the controller a tunnel to a port of a VM (of this host for no VM), or say why there is none."""
         query = {"session": session, "errorMessage": ""}
         try:
-            async with await self._connect(vm_uid, port) as stream, self._client.tunnel(FORWARD, query) as tunnel:
+            async with (
+                await self._connect(vm_uid, port) as stream,
+                self._client.tunnel(FORWARD, query, HEARTBEATS_A_PING * self._heartbeat_seconds) as tunnel,
+            ):
                 self._tunnels += 1
                 try:
                     broken = await splice(stream, tunnel)

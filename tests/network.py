@@ -4,7 +4,7 @@ A `Process` runs on a host; it can be killed (its connections are reset, its lis
 got SIGSTOP: the system goes on taking bytes for it, up to a bound, and it reads none. What is sent needs time to arrive.
 Between two hosts the way can be severed in either direction: then bytes stay where they are and nobody is told. A
 connection that was severed either goes on when the way is healed, as TCP does, or was forgotten meanwhile and is reset.
-The end that has opened a connection is kept alive by its system, as `orchard.client.keep_alive` asks for: it breaks when
+The end that has opened a connection is kept alive by its system, as `orchard.tcp.keep_alive` asks for: it breaks when
 the way was severed for KEEP_ALIVE_SECONDS.
 """
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
@@ -18,10 +19,10 @@ from typing import Protocol
 
 import pytest
 import trio
-from processes import LISTENING, controller, eventually, started
+from processes import GENEROUS, LISTENING, controller, eventually, started
 from test_survival import NO_QUESTIONS, SHORT, Host, Site, ended_well, has_failed, has_run, is_restarted, nothing_left
 
-from orchard.client import Client
+from orchard.client import Client, ConnectError
 
 PING = "1"  # seconds
 # This process and the controller; by this process's number, because others may be testing at the same time.
@@ -234,3 +235,76 @@ async def test_a_vm_is_started_elsewhere_when_it_has_ended_on_the_host_that_is_c
                 await eventually(lambda: s.host.states().keys() | other.states().keys() == {second.tart_name})
                 assert ended_well(stays)
             assert ended_well(worker)
+
+
+# ---- tunnels -------------------------------------------------------------------------------------------------------
+
+# Each connection begins with a letter: what is to be done. Then it tells that it has come to its end.
+SERVE = """
+import socket, threading
+
+def serve(connection):
+    does = connection.recv(1)
+    try:
+        while does == b"p":
+            connection.sendall(b"x" * 10000)
+        while connection.recv(10000):
+            pass
+    except OSError:
+        pass
+    print("ended", does.decode(), flush=True)
+
+listener = socket.create_server(("127.0.0.1", 0))
+print("port", listener.getsockname()[1], flush=True)
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
+
+
+@contextmanager
+def serving(*before: str) -> Iterator[tuple[int, Callable[[], str]]]:
+    """Run it with words before its command: its port, and how to wait for its next line."""
+    with subprocess.Popen([*before, sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield int(process.stdout.readline().split()[1]), process.stdout.readline
+        finally:
+            process.kill()
+
+
+async def test_both_ends_of_a_tunnel_that_is_cut_off_find_out_though_data_is_under_way(tmp_path: Path) -> None:
+    """Data under way waits for its reader however slow he is, but not for one that is gone."""
+    async with in_namespaces(tmp_path) as (s, _, cable):
+        assert isinstance(cable, Namespaces)
+        with s.host.worker(), serving(*cable.inside(cable.hosts[0])) as (port, line):
+            await eventually(partial(registered, s, 1))
+            reasons: dict[str, str] = {}
+
+            async def use(does: str) -> None:
+                try:
+                    async with s.client.workers.port_forward(s.host.home.name, port) as stream:
+                        await stream.send_all(does.encode())
+                        async with trio.open_nursery() as nursery:
+                            if does == "d":
+                                nursery.start_soon(pour, stream)
+                            under_way[does].set()
+                            async for _ in stream:
+                                pass
+                except* ConnectError as errors:
+                    (reasons[does],) = (str(error) for error in errors.exceptions)
+
+            async def pour(stream: trio.abc.Stream) -> None:
+                while True:
+                    await stream.send_all(b"x" * 10000)
+
+            under_way = {does: trio.Event() for does in "pds"}  # it pours, drinks, or is silent
+            with trio.fail_after(GENEROUS):
+                async with trio.open_nursery() as nursery:
+                    for does, begun in under_way.items():
+                        nursery.start_soon(use, does)
+                        await begun.wait()
+                    cable.cut()
+                ended = {await trio.to_thread.run_sync(line, abandon_on_cancel=True) for _ in under_way}
+            assert set(reasons) == set(under_way)
+            assert all("the worker does not answer to pings" in reason for reason in reasons.values()), reasons
+            assert ended == {f"ended {does}\n" for does in under_way}

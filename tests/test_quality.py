@@ -36,6 +36,7 @@ ROOMS = (
     "events",
     "tls",
     "audit",
+    "tcp",
     "pipe",
     "http1",
     "httpd",
