@@ -1,7 +1,7 @@
 """The truth: the cluster's state in memory, its journal on disk, and those who watch it. Law: disk, and nothing else.
 
 One file, `state.jsonl`, holds everything but events: a snapshot (a header and one line an object) and after it the
-journal (one line a transaction). Compaction writes a new such file beside it and renames it into place, so there is
+journal (one line a batch of transactions, with what they have left of each object). Compaction writes a new such file beside it and renames it into place, so there is
 never more than one file that counts, and copying it at any moment gives a consistent backup.
 
 A transaction never waits: it changes the state in memory between two checkpoints, and gets the next revision. A
@@ -170,16 +170,39 @@ class Transaction:
 
 @dataclass(slots=True)
 class Batch:
-    """Transactions on their way to the disk together."""
+    """Transactions on their way to the disk together: all of them get there, or none.
 
-    lines: list[bytes] = field(default_factory=list)
+    Of an object that several of them have changed, only the last record is written: the scheduler answers to most
+    changes with another one of the same object.
+    """
+
+    before: int  # the revision
+    revision: int  # the revision after it
     changes: list[Change] = field(default_factory=list)
     old_json: list[bytes] = field(default_factory=list)  # beside `changes`, to undo them
-    revision: int = 0
+    records: dict[tuple[Kind, str], bytes | None] = field(default_factory=dict)  # JSON, None: deleted
+    added: set[tuple[Kind, str]] = field(default_factory=set)  # what was not there before
     adds: bool = False  # something that does not have to be written to a full disk
     full: str = ""  # why it found the disk full, whether or not the reserve has helped
     done: trio.Event = field(default_factory=trio.Event)
     error: APIError | None = None
+
+    def take(self, change: Change, old_json: bytes) -> None:
+        """Add a change and what undoes it."""
+        self.changes.append(change)
+        self.old_json.append(old_json)
+        key = (change.kind, change.name)
+        if change.old is None and key not in self.records:
+            self.added.add(key)
+        if change.new is None and key in self.added:
+            self.records.pop(key, None)  # the disk will never have known it
+        else:
+            self.records[key] = None if change.new is None else change.json
+
+    def line(self) -> bytes:
+        """Give what the journal is to hold of it."""
+        records = [_record(kind, name, json) for (kind, name), json in self.records.items()]
+        return b'{"revision":%d,"changes":[%b]}' % (self.revision, b",".join(records))
 
 
 @dataclass(eq=False, slots=True)
@@ -271,7 +294,6 @@ class Store:
             raise RuntimeError(f"transaction {tx.revision} waited, and others came to {self.state.revision} meanwhile")
         changes: list[Change] = []
         old_json: list[bytes] = []
-        records: list[bytes] = []
         for (kind, name), new in tx.changes.items():
             old = self.state.get(kind, name)
             if new is None and old is None:
@@ -280,26 +302,26 @@ class Store:
             json = before if new is None else encoded(new)
             changes.append(Change(kind, name, old, new, json))
             old_json.append(before)
-            records.append(_record(kind, name, None if new is None else json))
         if not changes:
             return
         adds = any(_adds(change) for change in changes)
         if adds and self.full:
             raise APIError(507, f"{self.full}; nothing can be added until there is room, deleting goes on")
         # From here on nothing can fail: all of the transaction happens.
-        for change in changes:
+        batch = self._gathering()
+        for change, before in zip(changes, old_json, strict=True):
             self.state.apply(change.kind, change.name, change.new, change.json)
-        if self._batch is None:
-            self._batch = Batch()
-        batch = self._batch
+            batch.take(change, before)
         self.state.revision = batch.revision = tx.revision
-        batch.lines.append(b'{"revision":%d,"changes":[%b]}' % (tx.revision, b",".join(records)))
-        batch.changes.extend(changes)
-        batch.old_json.extend(old_json)
         batch.adds = batch.adds or adds
         self._wake.set()
         for tell in self._committed:
             tell(changes)
+
+    def _gathering(self) -> Batch:
+        if self._batch is None:
+            self._batch = Batch(before=self.state.revision, revision=self.state.revision)
+        return self._batch
 
     async def settled(self) -> None:
         """Wait until everything that the state holds now is on disk.
@@ -337,7 +359,7 @@ class Store:
             self._refill_at = trio.current_time() + REFILL_SECONDS
             if self._journal.size > 2 * _bytes_of(self.state.json):
                 self._compact_at = 0
-                self._batch = self._batch or Batch(revision=self.state.revision)
+                self._gathering()
         else:
             log.info("there is room on the disk again")
             self.full, self._refill_at = "", math.inf
@@ -388,11 +410,13 @@ class Store:
                 self._compact_at = _compact_at(self._journal.size)
                 return
             self._compact_at = self._journal.size + COMPACT_BYTES  # then it is tried again
-        size = sum(map(len, batch.lines))
+        if batch.revision == batch.before:  # there was nothing but the snapshot to write
+            return
+        line = batch.line()
         # A batch that also adds something is not refused for the sake of the others in it, unless it is large.
         most = RESERVE_BYTES // RESERVE_SHARE if batch.adds else RESERVE_BYTES
         try:
-            if self._write_in_reserve(lambda: self._journal.append(batch.lines), size, most):
+            if self._write_in_reserve(lambda: self._journal.append([line]), len(line), most):
                 batch.full = f"there is no room for {self._journal.path}"
         except NotWritten as error:
             batch.full = str(error) if error.no_room else ""
@@ -420,7 +444,7 @@ class Store:
                 continue
             for change, old_json in zip(reversed(lost.changes), reversed(lost.old_json), strict=True):
                 self.state.apply(change.kind, change.name, change.old, old_json)
-            self.state.revision -= len(lost.lines)
+            self.state.revision = lost.before
             lost.error = error
             lost.done.set()
         for tell in self._undone:
@@ -533,7 +557,7 @@ def load(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State:
                 objects += 1
                 _note(found, offset, line)
             else:
-                if line["revision"] != revision + 1:
+                if line["revision"] <= revision:
                     raise DamagedError(path, offset, f"revision {line['revision']} follows revision {revision}")
                 for change in line["changes"]:
                     _note(found, offset, change)

@@ -6,11 +6,13 @@ import errno
 import itertools
 import json
 import random
+import sys
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +449,42 @@ async def test_a_failed_sync_ends_the_store(tmp_path: Path, autojump_clock: Mock
     assert set(read(tmp_path).vms) in ({"a"}, {"a", "b"})
 
 
+class NearlyFullDisk(Disk):
+    """Has room for little at a time."""
+
+    most = sys.maxsize  # bytes
+
+    def write(self, fd: int, data: memoryview) -> int:
+        if len(data) > self.most:
+            raise OSError(errno.ENOSPC, "no room")
+        return super().write(fd, data)
+
+
+async def test_where_a_snapshot_finds_no_room_no_line_is_written_in_its_place(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:  # the clock would not wait for a thread
+        await trio.lowlevel.checkpoint()
+        return work(*arguments)
+
+    disk = NearlyFullDisk()
+    async with writing(Store.open(tmp_path, BEGAN, disk, in_thread=at_once)) as store:
+        for _ in range(5):  # so that a snapshot would be smaller
+            put(store, pending("a"))
+            await store.settled()
+        disk.most = 300
+        put(store, failed(store.state.vms["a"]))
+        await refusal(store)  # though all of the reserve was given to it
+        size = (tmp_path / "state.jsonl").stat().st_size
+        await trio.sleep(3 * orchard.store.REFILL_SECONDS)
+        assert (tmp_path / "state.jsonl").stat().st_size == size
+        disk.most = sys.maxsize
+        await has_room(store)
+        put(store, pending("b"))
+        await store.settled()
+    assert read(tmp_path).json == store.state.json
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("torn", [False, True])
 async def test_whatever_call_fails_what_was_told_is_true(
@@ -738,7 +776,9 @@ async def test_a_person_can_read_the_file_and_others_cannot(tmp_path: Path) -> N
     with locked(directory, "lock"):
         async with writing(opened(directory)) as store:
             put(store, ACCOUNT, worker())
+            await store.settled()
             put(store, pending("a"))
+            await store.settled()
             delete(store, worker())
             await store.settled()
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -749,6 +789,31 @@ async def test_a_person_can_read_the_file_and_others_cannot(tmp_path: Path) -> N
     assert [line["revision"] for line in lines] == [1, 2, 3]
     assert lines[1]["changes"] == [{"put": "vm", "name": "a", "object": json.loads(encoded(store.state.vms["a"]))}]
     assert lines[2]["changes"] == [{"delete": "worker", "name": "w"}]
+
+
+async def test_of_what_changed_while_the_disk_was_busy_only_the_last_is_written(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    async with writing(opened(tmp_path, disk)) as store:
+        put(store, pending("there"), pending("gone"), worker())
+        await store.settled()
+        with disk.held():
+            put(store, ACCOUNT)
+            await trio.testing.wait_all_tasks_blocked()
+            put(store, pending("new"), pending("short"), pending("again"))
+            for name in ("short", "again", "gone", "there"):
+                delete(store, store.state.vms[name])
+            put(store, pending("again"))
+            put(store, assigned(store.state.vms["new"]), pending("there"))
+            delete(store, store.state.vms["again"])
+        await store.settled()
+        line = json.loads((tmp_path / "state.jsonl").read_text().splitlines()[-1])
+        assert line["revision"] == store.state.revision == 10
+        vms = store.state.vms
+        assert sorted(line["changes"], key=itemgetter("name")) == [
+            {"delete": "vm", "name": "gone"},
+            *({"put": "vm", "name": name, "object": json.loads(encoded(vms[name]))} for name in ("new", "there")),
+        ]
+        assert read(tmp_path).json == store.state.json
 
 
 async def test_a_copy_made_at_any_moment_is_a_backup(tmp_path: Path) -> None:
@@ -804,8 +869,8 @@ PUT_A = {"put": "vm", "name": "a", "object": VM_A}
         ([], {"version": 2}, "version 2 is newer than the version 1 that this program knows at byte 0; start the Orchard that wrote it"),
         ([], {"format": "orchard-events"}, "no orchard-state file"),
         ([], {"objects": 1}, "ends in the middle of its snapshot"),
-        ([{"revision": 2, "changes": []}], {}, "revision 2 follows revision 0"),
-        ([{"revision": 1, "changes": []}, {"revision": 1, "changes": []}], {}, "revision 1 follows revision 1"),
+        ([{"revision": 0, "changes": []}], {}, "revision 0 follows revision 0"),
+        ([{"revision": 2, "changes": []}, {"revision": 1, "changes": []}], {}, "revision 1 follows revision 2"),
         ([{"revision": 1, "changes": [{"delete": "vm", "name": "b"}]}], {}, "not understood"),
         ([{"revision": 1, "changes": [{"put": "cat", "name": "b", "object": {}}]}], {}, "not understood"),
         ([{"revision": 1, "changes": [{"put": "vm", "name": "b", "object": {"cpu": "x"}}]}], {}, "cpu"),
@@ -832,9 +897,9 @@ def test_a_file_that_makes_no_sense_is_refused(
 
 
 def test_the_same_file_that_makes_sense_is_taken(tmp_path: Path) -> None:
-    written(tmp_path, PUT_A, {"revision": 8, "changes": []}, objects=1, revision=7)
+    written(tmp_path, PUT_A, {"revision": 8, "changes": []}, {"revision": 11, "changes": []}, objects=1, revision=7)
     state = read(tmp_path)
-    assert (state.revision, list(state.vms)) == (8, ["a"])
+    assert (state.revision, list(state.vms)) == (11, ["a"])
 
 
 def test_check_sees_what_is_wrong_in_memory() -> None:
