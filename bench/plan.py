@@ -44,7 +44,7 @@ def sorted_each_time(vms: list[VM], workers: dict[str, Worker]) -> None:
     loads = {name: scheduler.Load() for name in workers}
     for vm in vms:
         for name in sorted(workers, key=lambda name: (-loads[name].count, name)):
-            if scheduler.fits(scheduler.demand_of(vm), workers[name], loads[name]):
+            if scheduler.fits(scheduler.demand_of(vm.spec), workers[name], loads[name]):
                 loads[name].add(vm)
                 break
 

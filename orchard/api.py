@@ -13,7 +13,6 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +20,7 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, commands, lifecycle
-from orchard.codec import APIError, dump_json, encode, parse_json, shown
+from orchard.codec import APIError, dump_json, encode, parse_json, replace, shown
 from orchard.events import EventLog
 from orchard.http1 import Answer, Request, Response, Route, Router, Stream, TunnelUpgrade, WebSocketUpgrade
 from orchard.openapi import Operation, Parameter, array_of, document, ref
@@ -65,7 +64,10 @@ NounT = TypeVar("NounT", VM, Worker, ServiceAccount)
 
 
 class API:
-    """The handlers and what they work on. `gate` None lets everybody do everything; `offline_timeout` is in seconds."""
+    """The handlers and what they work on. `gate` None lets everybody do everything; `offline_timeout` is in seconds.
+
+    `waits_for` says why a new VM will wait, as far as it is known.
+    """
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class API:
         *,
         prefix: str = "",
         offline_timeout: float = 0.0,
+        waits_for: Callable[[VMSpec], str] = lambda spec: "",
         clock: Callable[[], datetime.datetime] = lambda: datetime.datetime.now(datetime.UTC),
     ) -> None:
         self.store = store
@@ -93,6 +96,7 @@ class API:
         self.access_key = access_key
         self.offline_timeout = offline_timeout
         self.failures = auth.Failures(trio.current_time)
+        self.waits_for = waits_for
         self.clock = clock
         self.prefix = f"{prefix}/v1"
         self._router = Router([Route(op.method, self.prefix + op.path, op) for op in OPERATIONS])
@@ -185,7 +189,7 @@ class API:
         with self.store.transaction() as tx:
             if name in self.state.vms:
                 raise APIError(409, f'VM "{name}" already exists')
-            tx.put(lifecycle.create(name, str(uuid.uuid4()), spec, self.clock()))
+            tx.put(lifecycle.create(name, str(uuid.uuid4()), spec, self.clock(), self.waits_for(spec)))
         return self._vm(name, unknown)
 
     def list_vms(self, request: Request) -> Answer:

@@ -125,6 +125,25 @@ def _options_of(kind: Any) -> tuple[str, ...]:
     return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
 
 
+# ---- nouns from nouns ----------------------------------------------------------------------------------------------
+
+
+def replace(noun: T, **fields: Any) -> T:
+    """Give a noun with other values in some fields: `dataclasses.replace` in half of its time (./run bench api)."""
+    values_of, places = _places(typing.cast("Any", type(noun)))
+    values = list(values_of(noun))
+    for name, value in fields.items():
+        values[places[name]] = value
+    return type(noun)(*values)
+
+
+@functools.cache
+def _places(cls: type) -> tuple[Callable[[Any], tuple[Any, ...]], dict[str, int]]:
+    """Give what gets the values of all fields (at least two), and where among them each stands."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return operator.attrgetter(*names), {name: place for place, name in enumerate(names)}
+
+
 # ---- bytes to values -----------------------------------------------------------------------------------------------
 
 
@@ -255,7 +274,7 @@ def decode(
         known = _names(typing.cast("Any", cls))
         unknown.extend(prefix + key for key in raw if key not in known and key not in also)
     if base is not None:
-        return typing.cast("T", dataclasses.replace(typing.cast("Any", base), **taken))
+        return replace(base, **taken)
     return cls(**taken)
 
 

@@ -138,7 +138,7 @@ class Cluster:
     def _write_book(self) -> None:
         """Write the scheduler's book anew."""
         state = self.store.state
-        self._book = scheduler.Book(
+        self.book = scheduler.Book(
             scheduler.Snapshot(
                 vms=(),
                 workers={},
@@ -152,24 +152,24 @@ class Cluster:
             )
         )
         for worker in state.workers.values():
-            self._book.put_worker(worker)
+            self.book.put_worker(worker)
         for vm in state.vms.values():
-            self._book.put_vm(vm)
+            self.book.put_vm(vm)
 
     def _returned(self, worker: str) -> None:
-        self._book.heard(worker)
+        self.book.heard(worker)
         self.wake()
 
     def _committed(self, changes: list[Change]) -> None:
         for change in changes:
             if isinstance(change.new, VM):
-                self._book.put_vm(change.new)
+                self.book.put_vm(change.new)
             elif isinstance(change.new, Worker):
-                self._book.put_worker(change.new)
+                self.book.put_worker(change.new)
             elif isinstance(change.old, VM) and change.new is None:
-                self._book.drop_vm(change.name)
+                self.book.drop_vm(change.name)
             elif isinstance(change.old, Worker) and change.new is None:
-                self._book.drop_worker(change.name)
+                self.book.drop_worker(change.name)
         self.wake()
 
     def _durable(self, changes: list[Change]) -> None:
@@ -202,7 +202,7 @@ class Cluster:
 
     def schedule_some(self, now: float, clock: datetime.datetime) -> float | None:
         """Plan for some VMs and apply that. Give when time alone makes it due again; None: at once, there may be more."""
-        plan = self._book.plan(now, self.store.state.settings.scheduler_profile, AT_ONCE)
+        plan = self.book.plan(now, self.store.state.settings.scheduler_profile, AT_ONCE)
         if self._apply(plan, now, clock) or not plan.room:
             return None
         return math.inf if plan.next_at is None else plan.next_at
@@ -365,6 +365,7 @@ async def run(
             key,
             prefix=settings.prefix,
             offline_timeout=settings.worker_offline_timeout,
+            waits_for=lambda spec: cluster.book.waits_for(spec),  # there is a new book at times
             clock=clock,
         )
         async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored

@@ -16,9 +16,8 @@ Times are arguments. A function that changes nothing returns the very object tha
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
 
-from orchard.codec import APIError, attrs_of, shown
+from orchard.codec import APIError, attrs_of, replace, shown
 from orchard.schema import DEFAULT_CPU, DEFAULT_MEMORY, VM, Condition, Report, Status, VMMeta, VMSpec, VMState, Worker
 
 # What the worker can apply by stopping (or suspending) the VM and starting it again.
@@ -43,10 +42,10 @@ _UNSCHEDULED = (Condition("scheduled", "false"), Condition("running", "false"))
 _SCHEDULED = (Condition("scheduled", "true"), Condition("running", "false"))
 
 
-def create(name: str, uid: str, spec: VMSpec, now: datetime.datetime) -> VM:
-    """Begin a VM: pending, on no worker, generation 1."""
+def create(name: str, uid: str, spec: VMSpec, now: datetime.datetime, reason: str = "") -> VM:
+    """Begin a VM: pending, on no worker for a reason that may be known, generation 1."""
     meta = VMMeta(name=name, uid=uid, created_at=now, generation=1)
-    return VM(meta, spec, VMState(conditions=_UNSCHEDULED))
+    return VM(meta, spec, VMState(status_message=reason, conditions=_UNSCHEDULED))
 
 
 def change(vm: VM, spec: VMSpec) -> VM:

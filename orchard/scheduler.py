@@ -35,7 +35,7 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from orchard.schema import VM, SchedulerProfile, Worker
+from orchard.schema import VM, SchedulerProfile, VMSpec, Worker
 
 NEVER = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 RESTART_PAUSE = 15.0  # seconds between two restarts of a VM: what fails at once must not busy its worker for ever
@@ -122,8 +122,7 @@ class Demand:
     resources: tuple[tuple[str, int], ...]
 
 
-def demand_of(vm: VM) -> Demand:
-    spec = vm.spec
+def demand_of(spec: VMSpec) -> Demand:
     return Demand(spec.arch, spec.runtime, tuple(sorted(spec.labels.items())), tuple(sorted(spec.resources.items())))
 
 
@@ -246,7 +245,7 @@ class Book:
                 if vm.name in self._failed:
                     self._failed[vm.name] = vm
                 elif vm.state.status == "pending" and not vm.state.worker:
-                    self._queues[demand_of(vm)].ask(vm)
+                    self._queues[demand_of(vm.spec)].ask(vm)
                 return
             self.drop_vm(vm.name)
         self._vms[vm.name] = vm
@@ -267,7 +266,7 @@ class Book:
                 self._loads[worker].add(vm)
                 self._touch(worker)
         elif vm.state.status == "pending":
-            queue = self._queues.setdefault(demand_of(vm), Queue())
+            queue = self._queues.setdefault(demand_of(vm.spec), Queue())
             bisect.insort(queue.vms, _age(vm))
             queue.ask(vm)
 
@@ -284,12 +283,19 @@ class Book:
                 self._loads[worker].add(vm, -1)
                 self._touch(worker)
         elif vm.state.status == "pending":
-            demand = demand_of(vm)
+            demand = demand_of(vm.spec)
             queue = self._queues[demand]
             del queue.vms[bisect.bisect_left(queue.vms, _age(vm))]
             queue.untold.pop(name, None)
             if not queue.vms:
                 del self._queues[demand]
+
+    def waits_for(self, spec: VMSpec) -> str:
+        """Say why a new VM will wait, if others like it were told so and nothing has changed since; else "": it may not."""
+        queue = self._queues.get(demand_of(spec))
+        if queue is None or queue.version != self._version or self._heard:
+            return ""
+        return queue.reason
 
     # -- plans
 
@@ -498,4 +504,4 @@ class Book:
 def _role(vm: VM) -> tuple[object, ...]:
     """All that a plan looks at of a VM; one that keeps it has not changed for the book."""
     status = vm.state.status
-    return status == "failed", status == "pending", vm.state.worker, vm.holds_resources, demand_of(vm), _age(vm)
+    return status == "failed", status == "pending", vm.state.worker, vm.holds_resources, demand_of(vm.spec), _age(vm)

@@ -21,10 +21,10 @@ import datetime
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from orchard.codec import APIError, attr, attrs_of, component, decode, encode, shown
+from orchard.codec import APIError, attr, attrs_of, component, decode, encode, replace, shown
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 MAX_NAME = 128  # characters; a VM's name becomes part of a file name with a limit of 255, beside a uid and a counter
@@ -254,9 +254,12 @@ class VM:
 
     def to_json(self) -> dict[str, Any]:
         """The VM as the API shows it and as it is stored."""
+        return {**self.fate(), **encode(self.spec)}
+
+    def fate(self) -> dict[str, Any]:
+        """All of that but the specification, which comes after it."""
         name = self.tart_name
-        derived = {"localName": name, "tartName": name}
-        return {**encode(self.meta), **encode(self.spec), **encode(self.state), **derived}
+        return {**encode(self.meta), **encode(self.state), "localName": name, "tartName": name}
 
 
 _DERIVED = frozenset({"localName", "tartName"})

@@ -30,13 +30,13 @@ import math
 import secrets
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import trio
 
-from orchard.codec import APIError, decode, dump_json, encode, format_time
+from orchard.codec import APIError, decode, dump_json, encode, format_time, replace
 from orchard.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten, Reserve
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 
@@ -56,6 +56,7 @@ NounT = TypeVar("NounT", VM, Worker, ServiceAccount, ClusterSettings)
 KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
 Tables = dict[Kind, dict[str, bytes]]  # kind -> name -> JSON
 InThread = Callable[..., Awaitable[Any]]  # does blocking work, as trio.to_thread.run_sync
+_SPEC = b',"image":"'  # begins the specification in a VM's JSON; the quotes of a text before it would be escaped
 SETTINGS = "cluster"  # the name of the one settings object
 
 log = logging.getLogger("orchard.store")
@@ -299,7 +300,7 @@ class Store:
             if new is None and old is None:
                 continue
             before = self.state.json[kind].get(name, b"")
-            json = before if new is None else encoded(new)
+            json = before if new is None else encoded(new, old, before)
             changes.append(Change(kind, name, old, new, json))
             old_json.append(before)
         if not changes:
@@ -515,9 +516,17 @@ def _compact_at(snapshot: int) -> int:
     return snapshot + max(COMPACT_BYTES, COMPACT_RATIO * snapshot)
 
 
-def encoded(noun: Noun) -> bytes:
-    """Give an object as the API shows it and as it is stored."""
-    return dump_json(noun.to_json() if isinstance(noun, VM) else encode(noun))
+def encoded(noun: Noun, old: Noun | None = None, old_json: bytes = b"") -> bytes:
+    """Give an object as the API shows it and as it is stored.
+
+    Most changes of a VM leave its specification, half of its JSON, as it was: that is taken over from `old_json`, which
+    is what this gave of `old`.
+    """
+    if not isinstance(noun, VM):
+        return dump_json(encode(noun))
+    if isinstance(old, VM) and old.spec is noun.spec and noun.spec.image:
+        return dump_json(noun.fate())[:-1] + old_json[old_json.index(_SPEC) :]
+    return dump_json(noun.to_json())
 
 
 def _record(kind: Kind, name: str, json: bytes | None) -> bytes:

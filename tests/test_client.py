@@ -338,6 +338,16 @@ async def test_the_other_resources() -> None:
             await client.vms.get("../x")
 
 
+async def test_a_new_vm_says_at_once_why_it_waits_where_that_is_known() -> None:
+    async with cluster(workers=0) as c:
+        await c.client.vms.create(name="first", image="any")
+        async with c.client.vms.watch("first") as changes:
+            while not (await anext(changes))[1].state.status_message:
+                pass
+        second = await c.client.vms.create(name="second", image="any")
+        assert second.state.status_message == "waiting: no worker has registered yet"
+
+
 # ---- WebSockets ----------------------------------------------------------------------------------------------------
 
 

@@ -41,11 +41,12 @@ from strategies import (
     running,
     shuffled,
     snapshots,
+    spec,
     worker,
 )
 
 import orchard
-from orchard.lifecycle import assign, change, fail, report, restart, wait
+from orchard.lifecycle import assign, change, create, fail, report, restart, wait
 from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE, Book, Plan, Snapshot, plan
 from orchard.schema import TART_VMS, VM, Condition, Report, Worker
 
@@ -513,6 +514,39 @@ def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
     later = kept.book.plan(NOW + REASON_SECONDS, "optimize-utilization")
     assert later.waiting.keys() == {"a", "b"}
     assert later.waiting["a"].startswith("waiting: 2 workers: ")
+
+
+@QUICK
+@given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
+def test_what_a_new_vm_is_told_at_once_is_what_a_plan_would_tell_it(pictures: list[Snapshot], seed: int) -> None:
+    kept, order = Kept(), random.Random(seed)
+    for picture in pictures:
+        kept.now += order.choice([REASON_SECONDS, 20, 200])
+        kept.become(picture, lambda: order.random() < 0.7)
+        if order.random() < 0.7:
+            kept.settle()
+        for old in kept.picture().vms:
+            if reason := kept.book.waits_for(old.spec):
+                new = create("new", "uid-new", old.spec, BEGAN, reason)
+                kept.vms["new"] = new
+                kept.book.put_vm(new)
+                kept.settle()
+                assert kept.vms.pop("new").state.status_message == reason
+                kept.book.drop_vm("new")
+
+
+def test_a_new_vm_is_told_at_once_what_others_wait_for() -> None:
+    kept = Kept()
+    kept.become(cluster([pending("a")], [worker(vms=0)]))
+    assert kept.book.waits_for(spec()) == ""
+    kept.settle()
+    assert kept.book.waits_for(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
+    assert kept.book.waits_for(spec(labels={"x": "y"})) == "", "nobody like it waits"
+    kept.book.heard("w")
+    assert kept.book.waits_for(spec()) == "", "it may be there again"
+    kept.settle()
+    kept.book.put_worker(worker())
+    assert kept.book.waits_for(spec()) == ""
 
 
 # ---- determinism ---------------------------------------------------------------------------------------------------

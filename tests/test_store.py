@@ -28,7 +28,7 @@ from orchard.codec import APIError
 from orchard.groups import unwrapped
 from orchard.journal import Broken, DamagedError, Disk, Journal, NotWritten
 from orchard.lock import LockError, locked
-from orchard.schema import VM, ClusterSettings, HostDirPolicy, ServiceAccount, Worker
+from orchard.schema import VM, ClusterSettings, HostDirPolicy, ServiceAccount, VMSpec, Worker
 from orchard.store import Change, State, Store, Tables, check, encoded, snapshot
 
 ACCOUNT = ServiceAccount(name="a", token="secret", roles=("compute:read",))
@@ -359,6 +359,17 @@ async def test_a_watcher_does_not_hear_of_what_was_undone(tmp_path: Path, autoju
             put(store, pending("a"))
             await store.settled()
             assert kinds(changes) == [("ADDED", 2)]
+
+
+@pytest.mark.parametrize("image", ["i", ""])
+async def test_what_is_kept_of_the_json_of_a_vm_is_its_specification(tmp_path: Path, image: str) -> None:
+    store = opened(tmp_path)
+    put(store, VM(pending("a").meta, VMSpec(image=image, labels={"a": "b", "image": "c"}), pending("a").state))
+    for message in (',"image":"z', "", '"'):
+        vm = store.state.vms["a"]
+        put(store, replace(vm, state=replace(vm.state, status_message=message)))
+        assert problems_of(store.state) == []
+    store.close()
 
 
 # ---- disks that fail -----------------------------------------------------------------------------------------------
