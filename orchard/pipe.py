@@ -3,7 +3,7 @@
 trio-websocket takes messages apart and puts them together, which is what watches and commands need. A tunnel has no
 messages, only bytes that are to be somewhere else: here each part of a payload goes on as soon as it has come, in a frame
 of its own, and nothing but the headers is looked at (frames.py). The handshake is HTTP and has happened already, by
-those who read HTTP anyway (httpd.py, client.py); what they read beyond it comes in as `early`.
+those who read HTTP anyway (httpd.py, transport.py); what they read beyond it comes in as `early`.
 
 `TunnelStream.run` has three tasks. One reads, up to `READ_AHEAD` bytes more than were taken: so a ping is seen, and a
 close, though whoever uses the stream is busy, and a peer that sends faster than that is made to wait. The second sends

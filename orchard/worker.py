@@ -42,7 +42,7 @@ import trio
 
 from orchard import __version__, descriptors, guard, logs
 from orchard.auth import BootstrapToken
-from orchard.client import Client, ClientError, ConnectError, ResponseError, in_words
+from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
 from orchard.frames import BROKEN, NORMAL
 from orchard.groups import first, unwrapped
@@ -75,6 +75,7 @@ from orchard.tart import (
     find_tart,
     machine_id,
 )
+from orchard.transport import in_words
 from orchard.tunnel import splice
 
 HEARTBEAT_SECONDS = 15.0  # or less, if the controller's patience is shorter than the usual

@@ -17,10 +17,11 @@ import trio
 from trio_websocket import ConnectionClosed
 
 from orchard import client as client_module
-from orchard import frames, tls
-from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed, parse_url
+from orchard import frames, tls, transport
+from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
 from orchard.controller import Settings, run
 from orchard.testing import cluster
+from orchard.transport import parse_url
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
 
@@ -166,7 +167,7 @@ async def test_an_answer_that_does_not_come_is_not_waited_for(autojump_clock: tr
     ours, theirs = socket.socketpair()
     with ours, theirs:
         client = Client("http://localhost:1", answer_seconds=5)
-        connection = client_module._Connection(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        connection = transport._Connection(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
         client._idle.append(connection)
         with pytest.raises(ConnectError, match="did not answer within 5 seconds"):
             await client.vms.list()
@@ -216,7 +217,7 @@ async def test_what_is_no_answer_of_an_orchard_is_said_to_be(answer: bytes, word
 
 
 async def test_an_answer_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_BODY", 1000)
+    monkeypatch.setattr(transport, "MAX_BODY", 1000)
     async with scripted([answered("200 OK", b"x" * 1001)]) as (client, _):
         with pytest.raises(ClientError, match="larger than 1000 bytes"):
             await client.vms.list()

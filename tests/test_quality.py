@@ -40,6 +40,7 @@ ROOMS = (
     "pipe",
     "http1",
     "httpd",
+    "transport",
     "client",
     "tunnel",
     "reach",
@@ -65,9 +66,9 @@ MEANS = {
 }
 # Who may import what does not come with Python. wsproto is what trio-websocket is built on.
 OUTSIDE = {
-    "h11": {"httpd", "client"},
-    "trio_websocket": {"http1", "httpd", "client", "tunnel", "commands", "api"},
-    "wsproto": {"httpd", "client"},
+    "h11": {"httpd", "transport"},
+    "trio_websocket": {"http1", "httpd", "transport", "client", "tunnel", "commands", "api"},
+    "wsproto": {"httpd", "transport"},
     "jwt": {"auth"},
     "websockets": {"frames"},  # of the extra orchard-cluster[fast]
     "pytest": {"pytest_plugin"},
