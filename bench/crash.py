@@ -49,7 +49,7 @@ START_SECONDS = 0.4  # in which a kill meets a start
 KILLS_IN_START = 0.2  # the share of them
 PATIENCE = 60.0  # seconds for one answer or one start; nothing here takes so long unless it hangs
 SHOWN = 30  # requests that are printed of a name that cannot be explained
-COMPACT_BYTES = 6_000  # so that snapshots are written all the time, several in the run that is swept
+COMPACT_BYTES = 3_000  # so that snapshots are written all the time, several in the run that is swept
 SCRIPT = 90  # requests of the run whose system calls are swept
 # Where the run is killed; writes only to the state, since the log and the wake-ups of threads are of no interest.
 SWEPT = ("write", "fsync", "ftruncate", "rename", "unlink")

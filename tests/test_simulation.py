@@ -14,24 +14,36 @@ import pytest
 from simulated import Broken
 from simulation import Violation, simulate
 
-SEEDS = 120  # in parts, so that they are spread over processors
+SEEDS = 300  # in parts, so that they are spread over processors
 PARTS = 10
 FIND_WITHIN = 12  # seeds
 # Each of these came up here once: a deleted worker that came back renewed the lease of what it was to end; a VM that an
 # earlier worker had left could not be removed at once, or ended; a restarted controller did not know what it had deleted.
 ONCE_FOUND = (1053, 1133, 1144, 1149, 2098, 2189)
-TWICE = """
+PLAY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from simulation import simulate
-print(*map(simulate, range(7, 12)))
+print(*(simulate(int(seed)) for seed in sys.argv[2:]))
 """
+
+
+def played(seeds: range, **environ: str) -> str:
+    """What is told of these days by a process of its own, where no coverage is measured: that takes two thirds."""
+    done = subprocess.run(
+        [sys.executable, "-c", PLAY, str(Path(__file__).parent), *map(str, seeds)],
+        env={**os.environ, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr  # the first names the seed and what was done before
+    return done.stdout
 
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_bad_day_breaks_a_promise(part: int) -> None:
-    for seed in range(part, SEEDS, PARTS):
-        simulate(seed)
+    assert len(played(range(part, SEEDS, PARTS)).split()) == SEEDS / PARTS
 
 
 @pytest.mark.parametrize("seed", ONCE_FOUND)
@@ -63,14 +75,6 @@ def test_what_is_broken_on_purpose_is_found(broken: Broken, words: str) -> None:
 
 
 def test_a_seed_is_the_same_day_whenever_it_is_played() -> None:
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", TWICE, str(Path(__file__).parent)],
-            env={**os.environ, "PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in (1, 2)
-    }
-    assert outputs == {" ".join(map(simulate, range(7, 12))) + "\n"}
+    days = range(7, 12)
+    told = " ".join(map(simulate, days)) + "\n"
+    assert [played(days, PYTHONHASHSEED=str(seed)) for seed in (1, 2)] == [told, told]
