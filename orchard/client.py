@@ -6,9 +6,9 @@
 
 `vms.port_forward` gives a trio Stream to any TCP port of a VM, `vms.exec` runs a command in one.
 
-`vms`, `workers`, `service_accounts` and `cluster_settings` group the API's methods; they take JSON as Python objects, with
-the names that the fields have on the wire, and give the nouns of schema.py. How a request gets there and what may
-happen on its way, and what is raised then, is told by transport.py; its errors can be imported from here.
+`vms`, `workers`, `service_accounts` and `cluster_settings` group the API's methods; they take JSON as Python objects,
+with the names that the fields have on the wire, and give the nouns of schema.py. How a request gets there and what
+may happen on its way, and what is raised then, is told by transport.py; its errors can be imported from here.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ nothing can be smuggled past a proxy in front. Of a chunked body, `Chunked` then
 came belong to it. Only what was judged here reaches a parser.
 
 `Router` finds what a request is for. A handler gets a `Request` and gives a `Response`, a `Stream`, a
-`WebSocketUpgrade` or a `TunnelUpgrade`, or raises APIError, which `refused` makes an answer of. What these say about clients that go away
-and about the server's stop is kept by the server.
+`WebSocketUpgrade` or a `TunnelUpgrade`, or raises APIError, which `refused` makes an answer of. What these say about
+clients that go away and about the server's stop is kept by the server.
 """
 
 from __future__ import annotations

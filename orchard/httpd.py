@@ -3,8 +3,9 @@ the streams that its listeners accept, and nothing else; no noun of the product 
 
 Every byte of a connection is read into one bounded buffer, and h11 gets only what `http1` judged before; where that
 refuses, the connection is closed, for nobody knows where such a request ends. What follows a request stays in the
-buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses it, but for a body of known length. The answer is written
-here: a head and bytes of known length, or chunks, is less to say than h11 asks for (./run bench api, GET).
+buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses it, but for a body of known
+length. The answer is written here: a head and bytes of known length, or chunks, is less to say than h11 asks for
+(./run bench api, GET).
 
 A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
 handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.

@@ -70,9 +70,7 @@ class Plan:
     assign: dict[str, str] = field(default_factory=dict)  # VM name -> worker name
     waiting: dict[str, str] = field(default_factory=dict)  # VM name -> reason, for every VM that stays pending
     next_at: float | None = None  # when time alone makes another plan due
-    room: int = field(
-        default=sys.maxsize, compare=False
-    )  # for so many VMs more; with none left, there may be more to do
+    room: int = field(default=sys.maxsize, compare=False)  # for more VMs; with none left, there may be more to do
 
     def due(self, at: float) -> None:
         self.next_at = at if self.next_at is None else min(self.next_at, at)

@@ -116,6 +116,11 @@ async def eventually(holds: Callable[[], Awaitable[bool] | bool]) -> None:
             await trio.sleep(POLL_SECONDS)
 
 
+def at_last(holds: Callable[[], bool]) -> None:
+    """As `eventually`, where no trio runs."""
+    trio.run(eventually, holds)
+
+
 async def at_rest(look: Callable[[], object]) -> None:
     """Return when something is the same for half a second: it does not go on by itself any more."""
     seen: list[object] = []

@@ -16,13 +16,12 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from processes import GENEROUS, LISTENING, POLL_SECONDS, Role, command, controller, environment, finished, started
+from processes import GENEROUS, LISTENING, Role, at_last, command, controller, environment, finished, started
 from test_controller import PLAIN, call
 
 from orchard import audit
@@ -209,11 +208,14 @@ def test_each_copy_of_a_directory_at_work_is_a_backup(tmp_path: Path) -> None:
         writers = [Writer(url, name) for name in ("a", "b")]
         for writer in writers:
             writer.start()
+
+        def have_told(count: int) -> bool:
+            assert not any(writer.failed for writer in writers)
+            return all(len(writer.told) >= count for writer in writers)
+
         copies = []
         for number in range(12):
-            while min(len(writer.told) for writer in writers) < 20 * (number + 1):
-                assert not any(writer.failed for writer in writers)
-                time.sleep(POLL_SECONDS)
+            at_last(lambda: have_told(20 * (number + 1)))  # noqa: B023 -- it is called now
             before = [list(writer.told) for writer in writers]
             copied(data, tmp_path / f"copy{number}")
             copies.append((tmp_path / f"copy{number}", before))
@@ -326,10 +328,7 @@ def test_what_others_could_read_or_replace_is_refused(tmp_path: Path, name: str,
 def made(url: str, name: str) -> float:
     """Create a VM, wait until it runs, and give when the controller says that it was created."""
     created = call(url, "POST", "/v1/vms", {"name": name, "image": "any"})[1]["createdAt"]
-    until = time.monotonic() + GENEROUS
-    while call(url, "GET", f"/v1/vms/{name}")[1]["status"] != "running":
-        assert time.monotonic() < until
-        time.sleep(POLL_SECONDS)
+    at_last(lambda: call(url, "GET", f"/v1/vms/{name}")[1]["status"] == "running")
     return datetime.datetime.fromisoformat(created).timestamp()
 
 

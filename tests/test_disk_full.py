@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from disks import SmallDisk
-from processes import GENEROUS, POLL_SECONDS, controller
+from processes import at_last, controller
 from strategies import assigned, pending, running, worker
 from test_controller import PLAIN, call
 from test_store import ACCOUNT, SETTINGS, delete, has_room, opened, put, read, refusal, writing
@@ -213,11 +212,13 @@ def answered(url: str, method: str, path: str, body: object = None) -> int:
 
 def answered_at_last(url: str, path: str, body: object) -> None:
     """Ask until it is granted; each time before it is refused for want of room."""
-    until = time.monotonic() + GENEROUS
-    while (status := answered(url, "POST", path, body)) != 200:
-        assert status == 507
-        assert time.monotonic() < until
-        time.sleep(POLL_SECONDS)
+
+    def granted() -> bool:
+        status = answered(url, "POST", path, body)
+        assert status in (200, 507)
+        return status == 200
+
+    at_last(granted)
 
 
 def event(number: int, size: int = 1) -> list[dict[str, object]]:

@@ -216,7 +216,7 @@ async def test_what_a_script_links_to_stays(driver: SyntheticDriver, home: Path,
     outside.mkdir(mode=0o550)
     await made(driver)
     async with running(driver):
-        await script(driver, f"ln -s {outside} link; rm -rf ../root/tmp; ln -s {outside} tmp; ln -s {outside} ../link")
+        await script(driver, f"ln -s {outside} link; rm -rf $TMPDIR; ln -s {outside} $TMPDIR; ln -s {outside} ../link")
     await driver.delete(NAME)
     assert list(home.iterdir()) == []
     assert stat.S_IMODE(outside.stat().st_mode) == 0o550

@@ -195,17 +195,23 @@ async def registered(site: Site) -> bool:
     return [one.name for one in await site.client.workers.list()] == ["mac"]
 
 
+async def has_beaten(site: Site, milliseconds: int) -> None:
+    """Wait for a heartbeat so much later than the last one."""
+    before = (await site.client.workers.get("mac")).last_seen
+    assert before is not None
+
+    async def later() -> bool:
+        now = (await site.client.workers.get("mac")).last_seen
+        return now is not None and now > before + datetime.timedelta(milliseconds=milliseconds)
+
+    await eventually(later)
+
+
 async def test_heartbeats_leave_a_pause_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
     async with site.working():
-        before = (await site.client.workers.pause("mac")).last_seen
-        assert before is not None
-
-        async def has_beaten() -> bool:
-            now = (await site.client.workers.get("mac")).last_seen
-            return now is not None and now > before + datetime.timedelta(milliseconds=40)
-
-        await eventually(has_beaten)
+        await site.client.workers.pause("mac")
+        await has_beaten(site, 40)
         assert (await site.client.workers.get("mac")).scheduling_paused
         await site.client.vms.create(name="vm", image="any")
         await site.vm("vm", lambda vm: vm.state.status_message == "waiting: 1 worker: 1 paused")
@@ -488,14 +494,7 @@ async def test_no_lease_is_renewed_while_a_vm_runs_that_the_controller_has_given
         await site.client.workers.delete("mac")
         await eventually(partial(registered, site))
         monkeypatch.setattr(driver, "lease", noted)
-        before = (await site.client.workers.get("mac")).last_seen
-        assert before is not None
-
-        async def has_beaten() -> bool:
-            now = (await site.client.workers.get("mac")).last_seen
-            return now is not None and now > before + datetime.timedelta(milliseconds=80)
-
-        await eventually(has_beaten)
+        await has_beaten(site, 80)
         allowed.set()
         await eventually(lambda: bool(renewed))
         assert all(renewed)
