@@ -28,13 +28,14 @@ from orchard.audit import inspect
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError
 from orchard.controller import PORT, StartError
+from orchard.driver import Driver
 from orchard.groups import unwrapped
 from orchard.journal import DamagedError, Disk, Journal
 from orchard.lock import LockError, locked
 from orchard.options import count, orchard_home, port
 from orchard.schema import VM
 from orchard.store import STATE_FILE, load
-from orchard.tart import Driver, TartDriver
+from orchard.tart import TartDriver
 from orchard.testing import Cluster, cluster
 from orchard.tls import CERTIFICATE_FILE
 

@@ -27,9 +27,9 @@ from typing import Any, Literal
 
 import trio
 
+from orchard.driver import Driver, DriverError, NoSuchVM, NotRunning, RunOptions, SharedDir
 from orchard.groups import first
 from orchard.schema import VM, Event, Status
-from orchard.tart import Driver, DriverError, NoSuchVM, NotRunning, RunOptions, SharedDir
 
 REMOVE_SECONDS = 60.0  # for stopping and deleting a VM that nobody waits for any more
 LINES = 256  # of a script's output that may wait for the controller; then the script waits, too

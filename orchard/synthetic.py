@@ -34,9 +34,7 @@ from typing import Any
 import trio
 
 from orchard import ssh
-from orchard.guard import EXPIRED
-from orchard.schema import NAME
-from orchard.tart import (
+from orchard.driver import (
     LEASE_OVER,
     Driver,
     DriverError,
@@ -48,6 +46,8 @@ from orchard.tart import (
     ScriptFailed,
     operand,
 )
+from orchard.guard import EXPIRED
+from orchard.schema import NAME
 
 LOCAL = "orchard-"  # how the names of local VMs begin
 ADDRESS = "127.0.0.1"

@@ -34,10 +34,10 @@ import trio
 
 from orchard import controller
 from orchard.client import Client, ClientError
+from orchard.driver import Driver
 from orchard.groups import unwrapped
 from orchard.schema import TART_VMS
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import Driver
 from orchard.worker import Identity, Worker
 
 VMS_PER_WORKER = 2  # as on a Mac

@@ -44,6 +44,7 @@ from orchard import __version__, descriptors, guard, logs
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
+from orchard.driver import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, State
 from orchard.frames import BROKEN, NORMAL
 from orchard.groups import first, unwrapped
 from orchard.life import Instance
@@ -63,18 +64,7 @@ from orchard.schema import (
 )
 from orchard.schema import Worker as WorkerNoun
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import (
-    Driver,
-    DriverError,
-    LocalVM,
-    NoSuchVM,
-    NotRunning,
-    State,
-    TartDriver,
-    check_dhcp_lease,
-    find_tart,
-    machine_id,
-)
+from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
 from orchard.transport import in_words
 from orchard.tunnel import splice
 

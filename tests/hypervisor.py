@@ -19,8 +19,7 @@ from typing import Any, Literal, Protocol
 import trio
 from network import Process
 
-from orchard.guard import EXPIRED
-from orchard.tart import (
+from orchard.driver import (
     LEASE_OVER,
     Driver,
     DriverError,
@@ -32,6 +31,7 @@ from orchard.tart import (
     ScriptFailed,
     State,
 )
+from orchard.guard import EXPIRED
 
 PATIENCE = 30.0  # seconds in which a guest shuts down, or is killed then
 TROUBLE = 0.05  # of the verbs fail while troubles last

@@ -22,20 +22,11 @@ import trio.testing
 from processes import GENEROUS, at_rest, eventually, processes_in
 
 from orchard import guard
+from orchard.driver import LEASE_OVER, Driver, DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, ScriptFailed
 from orchard.groups import unwrapped
 from orchard.guard import EXPIRED
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import (
-    LEASE_OVER,
-    Driver,
-    DriverError,
-    LocalVM,
-    NoSuchVM,
-    NotRunning,
-    RunOptions,
-    ScriptFailed,
-    TartDriver,
-)
+from orchard.tart import TartDriver
 
 STANDIN = Path(__file__).parent / "standin"
 IMAGE = "example.com/image:latest"
@@ -513,7 +504,7 @@ from orchard import guard
 from orchard.groups import unwrapped
 from orchard.guard import EXPIRED
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import RunOptions
+from orchard.driver import RunOptions
 
 async def main(home, name):
     driver = SyntheticDriver(Path(home))

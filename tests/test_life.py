@@ -18,10 +18,11 @@ import trio
 from processes import at_rest, eventually, processes_in
 
 from orchard import lifecycle
+from orchard.driver import Driver, DriverError
 from orchard.life import CUT_OFF, LINES, SHUT_DOWN, STOPPED, UNNOTED, Instance, Note
 from orchard.schema import VM, Event, Worker, new_spec, patched_spec
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import Driver, DriverError, TartDriver
+from orchard.tart import TartDriver
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 WORKER = Worker(name="w", default_cpu=3, default_memory=1024)

@@ -49,6 +49,7 @@ ROOMS = (
     "api",
     "controller",
     "ssh",
+    "driver",
     "tart",
     "synthetic",
     "life",

@@ -20,8 +20,8 @@ import trio
 import trio.testing
 from processes import GENEROUS, eventually, processes_in
 
+from orchard.driver import DriverError, LocalVM, RunOptions
 from orchard.synthetic import ADDRESS, SyntheticDriver
-from orchard.tart import DriverError, LocalVM, RunOptions
 
 IMAGE = "example.com/image:latest"
 NAME = "orchard-vm-uid-0"
@@ -140,7 +140,7 @@ import sys, trio
 from functools import partial
 from pathlib import Path
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import RunOptions
+from orchard.driver import RunOptions
 
 async def main(home, *names):
     driver = SyntheticDriver(Path(home))

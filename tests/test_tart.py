@@ -21,20 +21,14 @@ from processes import eventually, processes_in
 
 from orchard import guard
 from orchard import tart as room
+from orchard.driver import DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, SharedDir, operand
 from orchard.tart import (
-    DriverError,
-    LocalVM,
-    NoSuchVM,
-    NotRunning,
     Percentage,
-    RunOptions,
-    SharedDir,
     TartDriver,
     check_dhcp_lease,
     failure,
     find_tart,
     machine_id,
-    operand,
     parse_list,
     run_arguments,
     set_arguments,

@@ -18,10 +18,10 @@ from processes import eventually
 
 from orchard import controller, worker
 from orchard.client import Client, ResponseError
+from orchard.driver import DriverError, RunOptions
 from orchard.life import SHUT_DOWN, STOPPED, Note
 from orchard.schema import TART_VMS, VM, Status
 from orchard.synthetic import SyntheticDriver
-from orchard.tart import DriverError, RunOptions
 from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker, pause_after
 
 
