@@ -99,7 +99,7 @@ def test_creates_share_their_syncs(home: Path) -> None:
     )
     with running("-c", COUNTED, str(counts), *CONTROLLER[2:], home=home / "created") as server:
         press(server.port, 1, iter([get("/v1/vms")]))
-        before = int(counts.read_text()) if counts.exists() else 0
+        before = int(counts.read_text() or 0)
         press(server.port, 64, creates)
         assert int(counts.read_text()) - before < 1280 / 8
 
