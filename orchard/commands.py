@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
+from orchard import logs
 from orchard.codec import APIError, dump_json, parse_json, shown
 from orchard.groups import first, unwrapped
 from orchard.reach import Reach
@@ -118,6 +119,7 @@ class Executor:
         task_status.started()
         await self._wanted.wait()
         async with trio_asyncio.open_loop() as self._loop, trio.open_nursery() as self._nursery:
+            self._loop.set_exception_handler(logs.complaint)
             self._ready.set()
             await trio.sleep_forever()
 

@@ -37,7 +37,7 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from asyncssh.kex import get_kex_algs
 
-from orchard import auth
+from orchard import auth, logs
 from orchard.codec import APIError
 from orchard.groups import unwrapped
 from orchard.reach import Reach
@@ -145,7 +145,7 @@ class JumpHost:
         """Serve until cancelled; `started(port)` when it listens. Raises OSError when it can't."""
         with unwrapped():
             async with trio_asyncio.open_loop() as loop, trio.open_nursery() as channels:  # end with the server
-                loop.set_exception_handler(_spoiled)
+                loop.set_exception_handler(logs.complaint)
                 acceptor = await trio_asyncio.aio_as_trio(asyncssh.listen)(
                     host or None,
                     port,
@@ -447,11 +447,3 @@ class _Channel(asyncssh.SSHTCPSession[bytes]):
 
     def resume_writing(self) -> None:
         self._stream.window.open()
-
-
-def _spoiled(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what asyncio can tell to nobody else, such as that there are no descriptors left to accept with.
-
-    Otherwise any such thing would end the whole program.
-    """
-    log.error("SSH: %s", context["message"], exc_info=context.get("exception"))

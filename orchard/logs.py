@@ -12,10 +12,16 @@ import math
 import re
 import sys
 import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import asyncio
 
 COMPLAINT_SECONDS = 10.0  # between two lines about connections that cannot be accepted
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, equals sign and backslash
+
+log = logging.getLogger("orchard.logs")
 
 
 def plain(value: object) -> str:
@@ -45,6 +51,14 @@ class LineFormatter(logging.Formatter):
         if record.exc_info:
             words.append(f"traceback={plain(self.formatException(record.exc_info))}")
         return " ".join(words)
+
+
+def complaint(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what asyncio can tell to nobody else, such as that there are no descriptors left to accept with.
+
+    An exception handler for a loop (asyncio's set_exception_handler): without one, any such thing would end the program.
+    """
+    log.error("asyncio: %s", context["message"], exc_info=context.get("exception"))
 
 
 class NoDescriptors(logging.Filter):

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 
 import pytest
 import trio
+import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from processes import GENEROUS, eventually
 from test_forward import outside, refusal, socket_url
 from websockets.exceptions import ConnectionClosed
@@ -92,6 +93,24 @@ async def test_a_command_says_what_it_prints_and_how_it_ended(ssh_port: int) -> 
         assert await ran(c, "cat") == [exited(0)], "without stdin it is at its end at once"
         told = await ran(c, "seq 100000; printf '\\377'")
         assert told[0]["data"] == b"".join(b"%d\n" % n for n in range(1, 100_001)) + b"\xff"
+
+
+async def test_what_fails_in_the_loop_of_ssh_is_logged_and_ends_nothing(
+    ssh_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loops: list[Any] = []
+    log_in = commands._log_in
+
+    async def noting(*arguments: Any) -> Any:
+        loops.append(trio_asyncio.current_loop.get())
+        return await log_in(*arguments)
+
+    monkeypatch.setattr(commands, "_log_in", noting)
+    async with vm() as c:
+        assert await ran(c, "true") == [exited(0)]
+        loops[0].call_soon(lambda: 1 / 0)
+        await eventually(lambda: "ZeroDivisionError" in caplog.text)
+        assert await ran(c, "true") == [exited(0)]
 
 
 async def test_stdin_arrives_and_ends(ssh_port: int) -> None:
