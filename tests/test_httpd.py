@@ -1057,16 +1057,40 @@ def closing(code: int, reason: bytes = b"") -> bytes:
     return bytes([0x88, 2 + len(reason)]) + code.to_bytes(2, "big") + reason
 
 
-async def test_a_frame_that_came_early_is_not_lost(autojump_clock: Clock) -> None:
+async def pass_back(stream: TunnelStream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+def tunnelling(session: Callable[[TunnelStream], Awaitable[None]] = pass_back) -> Handler:
+    async def handler(request: Request) -> Answer:
+        return TunnelUpgrade(session, 30.0)
+
+    return handler
+
+
+UPGRADING = [pytest.param(upgrading(), id="messages"), pytest.param(tunnelling(), id="bytes")]
+
+
+@pytest.mark.parametrize("handler", UPGRADING)
+async def test_a_frame_that_came_early_is_not_lost(autojump_clock: Clock, handler: Handler) -> None:
     data = UPGRADE + HELLO_FRAME
-    async with serving(upgrading()) as served:
+    async with serving(handler) as served:
         for cut in range(len(data)):
             stream = served.connect()
             if cut:
                 await stream.send_all(data[:cut])
                 await trio.testing.wait_all_tasks_blocked()
             await stream.send_all(data[cut:])
-            assert (await until(stream, b"hello")).endswith(b"\r\n\r\n\x82\x05hello")
+            head = await until(stream, b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+            assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=\r\n" in head.lower()
+            reader, got = Frames(masked=False), b""
+            while got != b"hello":
+                for event in reader.feed(await stream.receive_some(1)):
+                    assert isinstance(event, memoryview)
+                    got += event
+                assert b"hello".startswith(got)
             await stream.send_all(CLOSE_FRAME)
             assert await Client(stream).rest() == closing(1000)
         assert served.requests == ["GET /ws 101 0.0 - -"] * len(data)
@@ -1097,9 +1121,12 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-async def test_what_is_no_request_for_a_websocket_is_refused(autojump_clock: Clock, name: str) -> None:
+@pytest.mark.parametrize("handler", UPGRADING)
+async def test_what_is_no_request_for_a_websocket_is_refused(
+    autojump_clock: Clock, name: str, handler: Handler
+) -> None:
     status, data = MALFORMED[name]
-    answers, _ = await ask(data, upgrading())
+    answers, _ = await ask(data, handler)
     assert [answer.status for answer in answers] == [status]
     if status == 426:
         assert answers[0].headers["upgrade"] == "websocket"
@@ -1141,13 +1168,19 @@ VIOLATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", VIOLATIONS)
+@pytest.mark.parametrize(
+    ("handler", "name"),
+    [
+        *((upgrading(max_message_size=500), name) for name in VIOLATIONS),
+        *((tunnelling(), name) for name, (code, _) in VIOLATIONS.items() if code != 1009),
+    ],
+)
 @pytest.mark.parametrize("flooding", [False, True])
 async def test_a_violation_of_the_protocol_closes_with_its_code(
-    autojump_clock: Clock, name: str, flooding: bool
+    autojump_clock: Clock, handler: Handler, name: str, flooding: bool
 ) -> None:
     code, data = VIOLATIONS[name]
-    async with serving(upgrading(max_message_size=500)) as served:
+    async with serving(handler) as served:
         stream = await opened(served, data)
         if flooding:
             assert await flood(stream, HELLO_FRAME * 1000) < 1_000_000
@@ -1270,63 +1303,6 @@ async def test_a_session_that_does_not_take_messages_makes_the_client_wait(
 
 
 # ---- tunnels -------------------------------------------------------------------------------------------------------
-
-
-async def pass_back(stream: TunnelStream) -> None:
-    async for data in stream:
-        await stream.send_all(data)
-
-
-def tunnelling(session: Callable[[TunnelStream], Awaitable[None]] = pass_back) -> Handler:
-    async def handler(request: Request) -> Answer:
-        return TunnelUpgrade(session, 30.0)
-
-    return handler
-
-
-async def test_a_tunnel_loses_nothing_that_came_early(autojump_clock: Clock) -> None:
-    data = UPGRADE + HELLO_FRAME
-    async with serving(tunnelling()) as served:
-        for cut in range(len(data)):
-            stream = served.connect()
-            if cut:
-                await stream.send_all(data[:cut])
-                await trio.testing.wait_all_tasks_blocked()
-            await stream.send_all(data[cut:])
-            head = await until(stream, b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
-            assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=\r\n" in head.lower()
-            reader, got = Frames(masked=False), b""
-            while got != b"hello":
-                for event in reader.feed(await stream.receive_some(1)):
-                    assert isinstance(event, memoryview)
-                    got += event
-                assert b"hello".startswith(got)
-            await stream.send_all(CLOSE_FRAME)
-            assert await Client(stream).rest() == closing(1000)
-        assert served.requests == ["GET /ws 101 0.0 - -"] * len(data)
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-async def test_what_is_no_request_for_a_tunnel_is_refused(autojump_clock: Clock, name: str) -> None:
-    status, data = MALFORMED[name]
-    answers, _ = await ask(data, tunnelling())
-    assert [answer.status for answer in answers] == [status]
-
-
-@pytest.mark.parametrize("name", [name for name, (code, _) in VIOLATIONS.items() if code != 1009])
-@pytest.mark.parametrize("flooding", [False, True])
-async def test_a_violation_in_a_tunnel_closes_with_its_code(autojump_clock: Clock, name: str, flooding: bool) -> None:
-    code, data = VIOLATIONS[name]
-    async with serving(tunnelling()) as served:
-        stream = await opened(served, data)
-        if flooding:
-            assert await flood(stream, HELLO_FRAME * 1000) < 1_000_000
-        frame = await Client(stream).rest()
-        assert frame[:1] == b"\x88"
-        assert int.from_bytes(frame[2:4], "big") == code
-        assert len(frame) == 2 + frame[1]
-        assert trio.current_time() <= 1
 
 
 async def test_any_bytes_in_a_tunnel_end_in_a_close_and_never_in_a_failure(autojump_clock: Clock) -> None:
