@@ -2,8 +2,8 @@
 
     ./run bench fuzz [TARGET] [--seconds S] [--seed N] [--steered]
 
-TARGET is `http` (bytes on a connection, WebSocket frames among them), `json` (bodies of requests), `lines` (files of
-the state) or all of them in turn. The bytes are put together at random from what such bytes consist of; with `--steered`
+TARGET is `http` (bytes on a connection, WebSocket frames among them), `frames` (of tunnels, which are to mean the same in
+any pieces), `json` (bodies of requests), `lines` (files of the state) or all of them in turn. The bytes are put together at random from what such bytes consist of; with `--steered`
 atheris chooses them by what code they reach (`./run python -m pip install atheris`). Ends with 1 and the bytes at the
 first failure.
 """
@@ -40,6 +40,14 @@ def http(data: bytes) -> None:
     send_anything([data[start : start + step] for start in range(1, len(data), step)])
 
 
+def frames(data: bytes) -> None:
+    """A byte says whose they are, another one how large the pieces are."""
+    from test_frames import means_the_same_in_pieces
+
+    whose, size = (data[:2] + b"\0\0")[:2]
+    means_the_same_in_pieces(data[2:], range(0, len(data), 1 + size), masked=bool(whose & 1))
+
+
 def json(data: bytes) -> None:
     with suppress(APIError):
         raw = parse_json(data)
@@ -71,6 +79,26 @@ def words_of(target: str) -> list[bytes]:
         from test_httpd import FRAGMENTS
 
         return FRAGMENTS
+    if target == "frames":
+        from test_httpd import HELLO_FRAME, VIOLATIONS
+
+        headers = [
+            b"\x02\x00",
+            b"\x02\x83key.",
+            b"\x80\x84key.",
+            b"\x00\x7e\x01\x00",
+            b"\x82\xfe\x00\x80key.",
+            b"\x01\x82key.",
+        ]
+        return [
+            HELLO_FRAME,
+            *headers,
+            b"\x89\x02hi",
+            b"\x8a\x82key.hi",
+            b"\x88\x02\x03\xe8",
+            "wörld".encode(),
+            *(frame for _, frame in VIOLATIONS.values()),
+        ]
     texts = ['{"name":"vm",', '"image":"i"', '"cpu":4', '"labels":{"a":"b"}', '"resources":{"x":1}', "}", "{", "[", "]"]
     texts += [":", ",", '"', "\\ud800", "1e999", "-0", "NaN", "null", "true", '"startup_script":{"env":{"A":"b"}}', " "]
     texts += [
@@ -90,7 +118,7 @@ def words_of(target: str) -> list[bytes]:
     return [text.encode() for text in texts]
 
 
-TARGETS: dict[str, Callable[[bytes], None]] = {"http": http, "json": json, "lines": lines}
+TARGETS: dict[str, Callable[[bytes], None]] = {"http": http, "frames": frames, "json": json, "lines": lines}
 
 
 def at_random(target: str, seconds: float, seed: int) -> bytes | None:

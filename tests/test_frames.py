@@ -165,6 +165,10 @@ def test_the_same_bytes_mean_the_same_in_any_pieces(
     what: list[tuple[int, bytes, bool]], cuts: list[int], masked: bool
 ) -> None:
     data = b"".join(sent(opcode, payload, KEY if masked else None, final) for opcode, payload, final in what)
+    means_the_same_in_pieces(data, cuts, masked=masked)
+
+
+def means_the_same_in_pieces(data: bytes, cuts: Sequence[int], *, masked: bool) -> None:
     whole = understood(data, masked=masked)
     pieces = understood(data, [min(cut, len(data)) for cut in cuts], masked=masked)
     if whole and isinstance(whole[-1], Close) and whole[-1].code == 1007:

@@ -1631,6 +1631,7 @@ FRAGMENTS = (
         GET,
         GET[:-2],
         UPGRADE,
+        UPGRADE.replace(b"/ws", b"/tunnel"),
         UPGRADE[:-2],
         HELLO_FRAME,
         CLOSE_FRAME,
@@ -1663,7 +1664,7 @@ def send_anything(pieces: Sequence[bytes]) -> None:
     async def handler(request: Request) -> Answer:
         if request.path == "/stream":
             return await counting(3)(replace(request, target="/"))
-        return await upgrading()(request)
+        return await (tunnelling() if request.path == "/tunnel" else upgrading())(request)
 
     async def main() -> None:
         async with serving(handler) as served:
