@@ -282,17 +282,22 @@ class Instance:
         sources = [] if "/" in spec.image else await self._driver.list_vms()
         resumes = any(source.name == spec.image and source.state == "suspended" for source in sources)
         await self._driver.clone(spec.image, self.name, pulling)
-        self.image_fqn = await self._driver.fqn(spec.image)
-        if not resumes:  # what was suspended can only go on as the machine that it was
-            cpu, memory, disk_size = hardware(vm)
-            await self._driver.configure(
-                self.name,
-                cpu=cpu,
-                memory=memory,
-                disk_size=disk_size,
-                random_mac=True,
-                random_serial=spec.random_serial,
-            )
+
+        async def note_fqn() -> None:
+            self.image_fqn = await self._driver.fqn(spec.image)
+
+        async with trio.open_nursery() as nursery:  # neither needs the other: the VM runs a call earlier
+            nursery.start_soon(note_fqn)
+            if not resumes:  # what was suspended can only go on as the machine that it was
+                cpu, memory, disk_size = hardware(vm)
+                await self._driver.configure(
+                    self.name,
+                    cpu=cpu,
+                    memory=memory,
+                    disk_size=disk_size,
+                    random_mac=True,
+                    random_serial=spec.random_serial,
+                )
         self._exists, self._hardware = True, hardware(vm)
         self._show(message="starting")
 
