@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from cluster import AUTHORIZATION, prepare, vm_of, worker_of
 from load import BARE, CONTROLLER, Server, answer_length, press, request, running
 from plan import Busy, planned, sorted_each_time
 
+from orchard.pipe import TunnelStream
 from orchard.store import Change
 
 ROUNDS = 3
@@ -130,6 +133,33 @@ async def test_a_change_costs_the_same_in_a_big_cluster(tmp_path: Path) -> None:
     for busy in clusters.values():
         busy.store.close()
     assert min(took["big"]) < 3 * min(took["small"])
+
+
+def test_a_tunnel_costs_little_more_than_its_bytes() -> None:
+    piece, count = b"x" * 64 * 1024, 300  # masked in C, by the package that the tests need
+
+    async def carry(tunnelled: bool) -> None:
+        near, far = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
+        async with near, far, trio.open_nursery() as nursery:
+            source: trio.abc.Stream = near
+            sink: trio.abc.Stream = far
+            if tunnelled:
+                source, sink = client, server = TunnelStream(near, client=True), TunnelStream(far, client=False)
+                nursery.start_soon(client.run)
+                nursery.start_soon(server.run)
+
+            async def send() -> None:
+                for _ in range(count):
+                    await source.send_all(piece)
+
+            nursery.start_soon(send)
+            left = count * len(piece)
+            while left:
+                left -= len(await sink.receive_some(len(piece)))
+            nursery.cancel_scope.cancel()
+
+    bare, tunnel = least(*(of_this(partial(trio.run, carry, tunnelled)) for tunnelled in (False, True)))
+    assert tunnel < 6 * bare
 
 
 def test_a_line_of_a_watch_is_made_once_for_all() -> None:
