@@ -175,6 +175,12 @@ class TunnelStream(trio.abc.Stream):
         self._taken.unpark_all()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    async def exhausted(self) -> None:
+        """Return when the WebSocket is closed, if nothing that it carried is left to be taken; else never."""
+        await self._done.wait()
+        if self._parts:
+            await trio.sleep_forever()
+
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Give bytes, b"" when the other end has closed as it should."""
         await trio.lowlevel.checkpoint()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -180,7 +180,14 @@ class Switchboard:
         far = FarEnd(stream, session.worker)
         session.resolve(far)
         with trio.move_on_after(TAKE_SECONDS):
-            await far.taken.wait()
+            async with trio.open_nursery() as nursery:  # one of both is enough
+
+                async def end_with(wait: Callable[[], Awaitable[None]]) -> None:
+                    await wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(end_with, far.taken.wait)
+                nursery.start_soon(end_with, stream.exhausted)
         if far.taken.is_set():
             await far.finished.wait()
             await stream.aclose(*far.close)

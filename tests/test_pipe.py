@@ -13,10 +13,10 @@ import trio
 from trio.testing import MemoryReceiveStream, MemorySendStream, wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
-from orchard import frames, pipe
+from orchard import frames, pipe, tunnel
 from orchard.frames import BINARY, CLOSE, PING, PONG, TEXT, Close, Event, Frames, Ping, Pong
 from orchard.pipe import TunnelStream
-from orchard.tunnel import FarEnd, Switchboard
+from orchard.tunnel import FarEnd, Session, Switchboard
 
 KEY = b"\x01\x02\x03\x04"
 Memory = trio.StapledStream[MemorySendStream, MemoryReceiveStream]
@@ -474,6 +474,22 @@ async def test_who_closes_first_is_told_on_after_all_bytes(autojump_clock: Any) 
         await ended.wait()
         assert await client.peer.rest() == [Close(4000, "enough")]
         assert trio.current_time() == 0
+
+
+@pytest.mark.parametrize(("early", "seconds"), [(b"", 0), (b"greeting", tunnel.TAKE_SECONDS)])
+async def test_a_worker_that_closes_before_its_end_is_taken_is_let_go(
+    autojump_clock: Any, early: bytes, seconds: float
+) -> None:
+    async with pair() as far:
+        if early:
+            await far.peer.send(BINARY, early)
+        await far.peer.send(CLOSE)
+        session = Session("w", "account")
+        await Switchboard().serve_far_end(session, far.end)
+        assert trio.current_time() == seconds, "what came is kept for who has asked"
+        taken = await session.wait()
+        assert isinstance(taken, FarEnd)
+        assert await taken.stream.take() == early
 
 
 async def test_a_busy_tunnel_that_is_ended_says_why_to_both(autojump_clock: Any) -> None:
