@@ -3,7 +3,7 @@
 A file is a sequence of JSON objects, one a line, that a person can read with `less` and a program with `jq`:
 
     {"sum":"6f1c...","format":"orchard-state","version":1,...}
-    {"sum":"09ab...","revision":8,"changes":[...]}
+    {"sum":"09ab...","after":5,"revision":8,"changes":[...]}
 
 `sum` is BLAKE2b over the previous line's sum and the rest of this line, so a line that was altered, moved, repeated
 or taken out is found, wherever it stands. Only the last line may be unfinished (no newline): that is what a crash in

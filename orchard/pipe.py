@@ -224,7 +224,7 @@ class TunnelStream(trio.abc.Stream):
             self._torn = opcode == frames.CLOSE  # nothing may follow it
 
     async def _control(self, opcode: int, payload: bytes) -> None:
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # whoever reads will see that it is the end
+        with suppress(trio.BrokenResourceError):  # whoever reads will see that it is the end
             await self._send(opcode, payload)
 
     async def _say(self, close: Close) -> None:

@@ -203,7 +203,7 @@ class Batch:
     def line(self) -> bytes:
         """Give what the journal is to hold of it."""
         records = [_record(kind, name, json) for (kind, name), json in self.records.items()]
-        return b'{"revision":%d,"changes":[%b]}' % (self.revision, b",".join(records))
+        return b'{"after":%d,"revision":%d,"changes":[%b]}' % (self.before, self.revision, b",".join(records))
 
 
 @dataclass(eq=False, slots=True)
@@ -566,8 +566,10 @@ def load(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State:
                 objects += 1
                 _note(found, offset, line)
             else:
-                if line["revision"] <= revision:
-                    raise DamagedError(path, offset, f"revision {line['revision']} follows revision {revision}")
+                begins = line.get("after", line["revision"] - 1) + 1  # a line without it is of one transaction
+                if begins != revision + 1 or line["revision"] < begins:
+                    begins = min(begins, line["revision"])
+                    raise DamagedError(path, offset, f"revision {begins} follows revision {revision}")
                 for change in line["changes"]:
                     _note(found, offset, change)
                 revision = line["revision"]

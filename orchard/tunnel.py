@@ -266,7 +266,7 @@ class _Tunnel:
     async def _pump(self, source: TunnelStream, sink: TunnelStream, who: str) -> None:
         """Send on what comes, until the source closes; what the sink can't take any more is dropped."""
         while data := await source.take():
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            with suppress(trio.BrokenResourceError):
                 await sink.send_all(data)  # if it has closed, its own pump still sends on what came before that
         self.end(*ending(source.closed, who))
 

@@ -1258,11 +1258,14 @@ async def test_a_session_may_end_by_another_connection_closing(autojump_clock: C
         assert await stream.receive_some() == closing(1000)
 
 
-async def test_a_broken_session_is_logged_once_and_says_nothing(autojump_clock: Clock) -> None:
-    async def session(websocket: WebSocketConnection) -> None:
+@pytest.mark.parametrize("upgraded", [upgrading, tunnelling])
+async def test_a_broken_session_is_logged_once_and_says_nothing(
+    autojump_clock: Clock, upgraded: Callable[[Any], Handler]
+) -> None:
+    async def session(_: object) -> None:
         raise KeyError("bug")
 
-    async with serving(upgrading(session), failures=1) as served:
+    async with serving(upgraded(session), failures=1) as served:
         stream = await opened(served)
         assert await Client(stream).rest() == b""
         assert served.requests == ["GET /ws 101 0.0 - -"]
@@ -1331,29 +1334,6 @@ async def test_a_client_that_goes_away_ends_its_tunnel(autojump_clock: Clock) ->
         await trio.testing.wait_all_tasks_blocked()
         assert ended == [1006]
         assert served.requests == ["GET /ws 101 0.0 - -"]
-
-
-async def test_a_tunnel_whose_session_breaks_is_logged_once_and_says_nothing(autojump_clock: Clock) -> None:
-    async def session(stream: TunnelStream) -> None:
-        raise KeyError("bug")
-
-    async with serving(tunnelling(session), failures=1) as served:
-        stream = await opened(served)
-        assert await Client(stream).rest() == b""
-
-
-@pytest.mark.parametrize("answers", [True, False])
-async def test_stop_closes_tunnels_with_1001(autojump_clock: Clock, answers: bool) -> None:
-    async with serving(tunnelling()) as served:
-        stream = await opened(served)
-        served.stop.set()
-        assert await stream.receive_some() == closing(1001, b"controller is stopping")
-        if answers:
-            await stream.send_all(CLOSE_FRAME)
-            await stream.send_eof()
-        assert await Client(stream).rest() == b""
-        await served.ended.wait()
-        assert trio.current_time() == pytest.approx(0 if answers else 6)
 
 
 @asynccontextmanager
@@ -1482,17 +1462,20 @@ async def test_stop_cuts_off_a_stream_whose_reader_is_slow(autojump_clock: Clock
 
 
 @pytest.mark.parametrize("answers", [True, False])
-async def test_stop_closes_websockets_with_1001(autojump_clock: Clock, answers: bool) -> None:
+@pytest.mark.parametrize("upgraded", [upgrading, tunnelling])
+async def test_stop_closes_websockets_with_1001(
+    autojump_clock: Clock, answers: bool, upgraded: Callable[[Any], Handler]
+) -> None:
     cancelled = trio.Event()
 
-    async def session(websocket: WebSocketConnection) -> None:
+    async def session(_: object) -> None:
         try:
             await trio.sleep_forever()
         except trio.Cancelled:
             cancelled.set()
             raise
 
-    async with serving(upgrading(session)) as served:
+    async with serving(upgraded(session)) as served:
         stream = await opened(served)
         served.stop.set()
         assert await stream.receive_some() == closing(1001, b"controller is stopping")

@@ -880,8 +880,13 @@ PUT_A = {"put": "vm", "name": "a", "object": VM_A}
         ([], {"version": 2}, "version 2 is newer than the version 1 that this program knows at byte 0; start the Orchard that wrote it"),
         ([], {"format": "orchard-events"}, "no orchard-state file"),
         ([], {"objects": 1}, "ends in the middle of its snapshot"),
+        ([{"revision": 2, "changes": []}], {}, "revision 2 follows revision 0"),
         ([{"revision": 0, "changes": []}], {}, "revision 0 follows revision 0"),
-        ([{"revision": 2, "changes": []}, {"revision": 1, "changes": []}], {}, "revision 1 follows revision 2"),
+        ([{"after": 1, "revision": 3, "changes": []}], {}, "revision 2 follows revision 0"),
+        ([{"after": 0, "revision": 0, "changes": []}], {}, "revision 0 follows revision 0"),
+        ([{"after": "0", "revision": 1, "changes": []}], {}, "not understood"),
+        ([{"revision": 1, "changes": []}, {"revision": 1, "changes": []}], {}, "revision 1 follows revision 1"),
+        ([{"after": 0, "revision": 2, "changes": []}, {"revision": 2, "changes": []}], {}, "revision 2 follows revision 2"),
         ([{"revision": 1, "changes": [{"delete": "vm", "name": "b"}]}], {}, "not understood"),
         ([{"revision": 1, "changes": [{"put": "cat", "name": "b", "object": {}}]}], {}, "not understood"),
         ([{"revision": 1, "changes": [{"put": "vm", "name": "b", "object": {"cpu": "x"}}]}], {}, "cpu"),
@@ -908,7 +913,14 @@ def test_a_file_that_makes_no_sense_is_refused(
 
 
 def test_the_same_file_that_makes_sense_is_taken(tmp_path: Path) -> None:
-    written(tmp_path, PUT_A, {"revision": 8, "changes": []}, {"revision": 11, "changes": []}, objects=1, revision=7)
+    written(
+        tmp_path,
+        PUT_A,
+        {"revision": 8, "changes": []},
+        {"after": 8, "revision": 11, "changes": []},
+        objects=1,
+        revision=7,
+    )
     state = read(tmp_path)
     assert (state.revision, list(state.vms)) == (11, ["a"])
 
