@@ -473,9 +473,18 @@ class TartDriver:
         self._look = trio.Event()
 
     async def delete(self, name: str) -> None:
-        await self._call("delete", operand("VM name", name))
+        # To tart, one that is just being started does not run, and it may come back after its deletion.
+        if self._guarded(operand("VM name", name)):
+            raise DriverError(f'VM "{name}" is running')
+        gone: NoSuchVM | None = None
+        try:
+            await self._call("delete", name)
+        except NoSuchVM as error:  # an earlier call may have been cut off before it cleared up here
+            gone = error
         for kind in KINDS:
             self._file(name, kind).unlink(missing_ok=True)
+        if gone is not None:
+            raise gone
 
     async def run_script(
         self,

@@ -274,6 +274,38 @@ async def test_a_vm_that_is_just_being_started_is_suspended_when_it_can_be(tmp_p
     assert asked.with_suffix(".3").exists()
 
 
+async def test_a_vm_that_is_just_being_started_is_not_deleted_behind_its_back(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    driver.note("vm", "noted")
+    (tmp_path / "hold").write_text("run before")  # so long tart says that it does not run
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions())
+        await eventually((tmp_path / "held").exists)
+        with pytest.raises(DriverError, match='^VM "vm" is running$'):
+            await driver.delete("vm")
+        assert driver.noted("vm") == "noted"
+        (tmp_path / "held").unlink()
+        await driver.stop("vm")
+    await driver.delete("vm")
+    assert driver.noted("vm") == ""
+
+
+async def test_a_deletion_that_was_cut_off_is_completed_by_the_next(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    driver.note("vm", "noted")
+    (tmp_path / "hold").write_text("delete after")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.delete, "vm")
+        await eventually((tmp_path / "held").exists)
+        nursery.cancel_scope.cancel()
+    assert driver.noted("vm") == "noted"
+    with pytest.raises(NoSuchVM):
+        await driver.delete("vm")
+    assert driver.noted("vm") == ""
+
+
 async def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_RUN_EXIT="The number of VMs exceeds the system limit")
     await driver.clone(IMAGE, "vm", lambda _: None)
