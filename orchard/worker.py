@@ -77,6 +77,7 @@ SOFT, HARD = 0.75, 0.95  # of that patience: then leased VMs are told to shut do
 AGAIN_SECONDS = 10.0  # between two attempts to remove what an earlier worker has left
 SYNC_SECONDS = 5.0  # between two looks that nobody asked for
 FIRST_PAUSE, LAST_PAUSE = 0.1, 1.5  # seconds between attempts, doubling: back within two seconds of the controller
+CHANCE = random.SystemRandom().random  # the common generator is for an embedding test to seed, and to find as it was
 JITTER = 0.5  # share of a pause that is left to chance, so that a thousand workers don't come at once
 MACOS_VMS = 2  # that Apple's licence allows to run on one host
 OWN = "orchard-"  # with which the name of every local VM begins that is ours
@@ -144,7 +145,7 @@ class Worker:
         stop_vms_on_exit: bool = False,
         clock: Callable[[], float] = time.time,
         lease_clock: Callable[[], float] = guard.clock,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float] = CHANCE,
     ) -> None:
         """`clock` gives seconds since 1970, `lease_clock` seconds that nobody sets, `chance` numbers from 0 to 1."""
         self.identity = identity

@@ -282,7 +282,7 @@ async def test_a_vm_that_is_just_being_started_is_not_deleted_behind_its_back(tm
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, "vm", RunOptions())
         await eventually((tmp_path / "held").exists)
-        with pytest.raises(DriverError, match='^VM "vm" is running$'):
+        with pytest.raises(DriverError, match=r'^VM "vm" is running$'):
             await driver.delete("vm")
         assert driver.noted("vm") == "noted"
         (tmp_path / "held").unlink()

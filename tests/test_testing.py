@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import random
 import tempfile
 import threading
 import urllib.request
@@ -81,6 +82,17 @@ def test_from_a_synchronous_test_the_methods_block() -> None:
         with urllib.request.urlopen(f"{c.url}/v1/vms") as answer:
             assert [vm["name"] for vm in json.load(answer)] == ["bad", "good"]
     assert traces() == before
+
+
+def test_the_random_numbers_of_the_test_suite_stay_its_own() -> None:
+    random.seed(1)  # as a test does that wants the same ones every time
+    expected = random.getstate()
+    with start_cluster() as c:
+        c.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo said"})
+        c.client.vms.wait("vm")
+        with c.client.vms.watch("vm"):
+            c.client.vms.delete("vm")
+    assert random.getstate() == expected
 
 
 def test_an_error_in_the_block_comes_out_and_the_cluster_ends() -> None:

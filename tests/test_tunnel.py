@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -65,11 +66,13 @@ async def test_a_worker_is_told_once_to_look_however_often_it_is_asked(autojump_
 async def test_a_pong_is_a_sign_of_life(autojump_clock: Any) -> None:
     board = Switchboard(ping_interval=10)
     pongs: list[float] = []
+    chance = random.getstate()
     async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, board, "w", ours, pongs)
         await peer.get_message()
         await trio.sleep(35)
         assert pongs == [0, 10, 20, 30]
+        assert random.getstate() == chance, "it is the embedding program's"
         nursery.cancel_scope.cancel()
 
 
