@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cluster import AUTHORIZATION, prepare
-from load import BARE, CONTROLLER, Server, answer_length, press, request, running
+from load import BARE, CONTROLLER, Server, body_of, press, request, running
 from measure import ROUNDS, Variant, compare
 
 CLIENTS, WRITERS, LISTERS = 32, 64, 4  # connections at once
@@ -64,12 +64,7 @@ class Benchmark:
     def _bare(self, like: Server, asked: bytes) -> Server:
         """Start a bare server that gives the same answer as a controller."""
         file = self._home() / "answer"
-        with like.connect() as connection:
-            connection.sendall(asked)
-            answer = b""
-            while not (length := answer_length(answer)) or len(answer) < length:
-                answer += connection.recv(65536)
-        file.write_bytes(answer.partition(b"\r\n\r\n")[2])
+        file.write_bytes(body_of(like, asked))
         return self._stack.enter_context(running(BARE, str(file)))
 
     def _variant(self, name: str, server: Server, connections: int, count: int, requests: Iterator[bytes]) -> Variant:

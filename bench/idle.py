@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import resource
 import socket
+import statistics
 import time
 
 from load import BARE, CONTROLLER, NO_AUTH, Server, request, running
+from measure import Variant, compare
 
 REQUEST = request("GET", "/v1/")
 ASKED = 500  # times by the client that is at work
-ROUNDS = 5
 
 
 class Waiting:
@@ -27,6 +28,7 @@ class Waiting:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.before = server.memory()
+        self.slowest: list[float] = []
         self._idle: list[socket.socket] = []
 
     def fill(self, count: int) -> None:
@@ -36,10 +38,10 @@ class Waiting:
                 ask(connection)
             self._idle.append(connection)
 
-    def waits(self) -> list[float]:
-        """Give the milliseconds of each answer to a client that is at work."""
+    def work(self) -> None:
+        """Be a client that is at work, and note the milliseconds of the slowest answers but one in a hundred."""
         with self.server.connect() as connection:
-            return sorted(ask(connection) for _ in range(ASKED))
+            self.slowest.append(statistics.quantiles((ask(connection) for _ in range(ASKED)), n=100)[98])
 
 
 def ask(connection: socket.socket) -> float:
@@ -47,15 +49,6 @@ def ask(connection: socket.socket) -> float:
     connection.sendall(REQUEST)
     connection.recv(4096)
     return 1000 * (time.perf_counter() - began)
-
-
-def show(what: str, rounds: list[list[float]]) -> None:
-    medians, worst = (sorted(waits[at] for waits in rounds) for at in (ASKED // 2, ASKED * 99 // 100))
-    middle = len(rounds) // 2
-    print(
-        f"{what:32} p50 {medians[middle]:6.2f} ms ({medians[0]:.2f} to {medians[-1]:.2f})"
-        f"   p99 {worst[middle]:6.2f} ms ({worst[0]:.2f} to {worst[-1]:.2f})"
-    )
 
 
 def main() -> None:
@@ -67,14 +60,18 @@ def main() -> None:
     with running(*CONTROLLER, NO_AUTH) as controller, running(BARE) as bare:
         servers = {"controller": Waiting(controller), "bare trio + h11": Waiting(bare)}
         for phase in ("alone", f"beside {count:,} idle"):
-            rounds: dict[str, list[list[float]]] = {name: [] for name in servers}
-            for _ in range(ROUNDS):
-                for name, server in servers.items():
-                    rounds[name].append(server.waits())
-            for name in servers:
-                show(f"{name}, {phase}", rounds[name])
-            if phase == "alone":
-                for server in servers.values():
+            compare(
+                *(
+                    Variant(f"{name}, {phase}", server.work, ASKED, server.server.cpu)
+                    for name, server in servers.items()
+                )
+            )
+            for name, server in servers.items():
+                slowest = sorted(server.slowest[1:])
+                between = f"({slowest[0]:.2f} to {slowest[-1]:.2f})"
+                print(f"{name}, {phase}: p99 {statistics.median(slowest):.2f} ms {between}")
+                server.slowest.clear()
+                if phase == "alone":
                     server.fill(count)
         for name, server in servers.items():
             each = (server.server.memory() - server.before) / count

@@ -91,6 +91,16 @@ def answer_length(head: bytes | bytearray) -> int:
     return end + 4 + (int(found[1]) if found else 0)
 
 
+def body_of(server: Server, asked: bytes) -> bytes:
+    """Send one request, and give the body of its answer."""
+    answer = bytearray()
+    with server.connect() as connection:
+        connection.sendall(asked)
+        while not (length := answer_length(answer)) or len(answer) < length:
+            answer += connection.recv(RECEIVE_BYTES)
+    return bytes(answer).partition(b"\r\n\r\n")[2]
+
+
 def press(port: int, connections: int, requests: Iterator[bytes]) -> list[float]:
     """Send requests over so many connections, the next on each when the last was answered; give the seconds of each.
 

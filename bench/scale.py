@@ -1,44 +1,63 @@
 """How the cost of everything grows with the cluster: up to 5,000 workers and 50,000 VMs.
 
-    ./run bench scale [--most VMS] [--operations N]
+    ./run bench scale [--most VMS] [--operations N] [--minutes M]
 
-For each size a controller process starts from a prepared state, and gets the requests that the life of such a cluster
-consists of: heartbeats, polls, reports, creations and deletions, over real sockets, from clients that cost as little as
-they can. Prints what each operation costs of the controller's processor at each size, and how that grows: 0.0 is not at
-all, 1.0 as fast as the cluster. The last table says how large a share of one core an hour of that life takes.
+For each size a controller process starts from a prepared state, over real sockets and with clients that cost as little
+as they can. It gets two things to do:
+
+* each operation by itself, which tells what that costs of the controller's processor at each size;
+* the life of such a cluster: its workers all watch, send heartbeats and poll, are given VMs and report on them, while
+  users create and delete. It is played as fast as the controller answers, and tells what share of a core it takes.
+
+Prints how the costs grow: 0.0 is not at all, 1.0 as fast as the cluster. An hour of life (`--minutes 60`) is nearly nine
+million requests at the largest size, at the rate at which a controller can answer them.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import itertools
 import json
 import math
 import random
+import resource
+import select
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from cluster import AUTHORIZATION
-from load import CONTROLLER, press, request, running
+from load import CONTROLLER, RECEIVE_BYTES, Server, answer_length, body_of, press, request, running
 
-CLIENTS = 32
+from orchard import frames
+
+CLIENTS = 32  # requests under way at once
+USERS = 8  # connections by which VMs are created and deleted
 ROOM = 10  # VMs on a worker
 STEPS = 4  # sizes, each about twice the one before
 FOREVER = ("--worker-offline-timeout", "1000000")
-# What a worker asks in an hour: heartbeats of a GET and a PUT each 15 s, a poll each 5 s; and what becomes of its VMs
-# when each lives for ten minutes: made, told to run in some steps, deleted.
-HOURLY = {
-    "heartbeat": 240,
-    "poll": 720,
-    "report": 4 * 6 * ROOM,
-    "create": 6 * ROOM,
-    "delete": 6 * ROOM,
-}
+HEARTBEAT, POLL = 15.0, 5.0  # seconds between two of a worker
+LIFE = 600.0  # seconds that a VM runs, on average
+PULLING = 10.0  # seconds between two of the reports before it does
+REPORTS = (
+    ("pending", "pulling image: 25 %"),
+    ("pending", "pulling image: 75 %"),
+    ("pending", "starting"),
+    ("running", ""),
+)
 ALLOWED = 0.15  # of growth, which is what measuring has
+
+Answered = Callable[[bytes], None]
+
+
+# ---- each operation by itself --------------------------------------------------------------------------------------
 
 
 def operations(vms: int, count: int) -> dict[str, Iterator[bytes]]:
@@ -46,58 +65,270 @@ def operations(vms: int, count: int) -> dict[str, Iterator[bytes]]:
     chance = random.Random(1)
     seconds = itertools.count()
 
-    def heartbeat() -> bytes:
-        name = f"worker-{chance.randrange(vms // ROOM)}"
-        moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(1_900_000_000 + next(seconds)))
-        return send("PUT", f"/v1/workers/{name}", {"name": name, "last_seen": moment})
-
-    def poll() -> bytes:
-        return send("GET", f"/v1/vms?filter=worker=worker-{chance.randrange(vms // ROOM)}")
-
-    def report() -> bytes:
-        number = chance.randrange(vms)
-        body = {
-            "uid": f"uid-{number}",
-            "status": "running",
-            "status_message": f"{next(seconds)}",
-            "observedGeneration": 1,
-        }
-        return send("PUT", f"/v1/vms/vm-{number}/state", body)
-
-    def create(number: int) -> bytes:
-        return send("POST", "/v1/vms", {"name": f"new-{number}", "image": "image"})
-
-    def delete(number: int) -> bytes:
-        return send("DELETE", f"/v1/vms/new-{number}")
+    def worker() -> str:
+        return f"worker-{chance.randrange(vms // ROOM)}"
 
     return {
-        "heartbeat": (heartbeat() for _ in range(count)),
-        "poll": (poll() for _ in range(count)),
-        "report": (report() for _ in range(count)),
-        "create": (create(number) for number in range(count)),
-        "delete": (delete(number) for number in range(count)),
+        "heartbeat": (heartbeat(worker(), next(seconds)) for _ in range(count)),
+        "poll": (poll(worker()) for _ in range(count)),
+        "report": (report(f"vm-{(n := chance.randrange(vms))}", f"uid-{n}", "running", f"{i}") for i in range(count)),
+        "create": (create(f"new-{number}") for number in range(count)),
+        "delete": (delete(f"new-{number}") for number in range(count)),
     }
+
+
+def heartbeat(worker: str, seconds: float) -> bytes:
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(1_900_000_000 + seconds))
+    return send("PUT", f"/v1/workers/{worker}", {"name": worker, "last_seen": moment})
+
+
+def poll(worker: str) -> bytes:
+    return send("GET", f"/v1/vms?filter=worker={worker}")
+
+
+def report(vm: str, uid: str, status: str, message: str) -> bytes:
+    running = {"type": "running", "state": "true" if status == "running" else "false"}
+    seen = {"uid": uid, "status": status, "status_message": message, "observedGeneration": 1, "conditions": [running]}
+    return send("PUT", f"/v1/vms/{vm}/state", seen)
+
+
+def create(vm: str) -> bytes:
+    return send("POST", "/v1/vms", {"name": vm, "image": "ghcr.io/cirruslabs/macos-sequoia-base:latest"})
+
+
+def delete(vm: str) -> bytes:
+    return send("DELETE", f"/v1/vms/{vm}")
 
 
 def send(method: str, path: str, body: object = None) -> bytes:
     return request(method, path, b"" if body is None else json.dumps(body).encode(), AUTHORIZATION)
 
 
-def measured(vms: int, count: int) -> tuple[dict[str, float], str]:
-    """Give the CPU milliseconds of each operation, and what else there is to say."""
+def each_by_itself(server: Server, vms: int, count: int) -> dict[str, float]:
+    """Give the CPU milliseconds of each operation."""
+    costs = {}
+    for name, requests in operations(vms, count).items():
+        cpu = server.cpu()
+        press(server.port, CLIENTS, requests)
+        costs[name] = 1000 * (server.cpu() - cpu) / count
+    return costs
+
+
+# ---- life ----------------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """A connection that stays open; the next request goes out when the last was answered."""
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+        self._socket = life.open(self.read)
+        self._answer = bytearray()
+        self._waiting: deque[tuple[bytes, Answered]] = deque()  # the first is under way
+
+    def ask(self, request: bytes, answered: Answered) -> None:
+        self._life.under_way += 1
+        self._waiting.append((request, answered))
+        if len(self._waiting) == 1:
+            self._socket.sendall(request)
+
+    def read(self, data: bytes) -> None:
+        self._answer += data
+        length = answer_length(self._answer)
+        if not length or len(self._answer) < length:
+            return
+        answer = bytes(self._answer)
+        self._answer.clear()
+        asked, answered = self._waiting.popleft()
+        if not answer.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"{asked!r} was answered {answer[:1000]!r}")
+        self._life.under_way -= 1
+        self._life.requests += 1
+        if self._waiting:
+            self._socket.sendall(self._waiting[0][0])
+        answered(answer[-(length - answer.index(b"\r\n\r\n") - 4) :])
+
+
+class Host:
+    """A worker, as far as the controller knows: it watches, sends heartbeats, polls, and reports on its VMs."""
+
+    def __init__(self, life: Life, number: int) -> None:
+        self.watching = False
+        self._life = life
+        self._name = f"worker-{number}"
+        self._requests = Connection(life)
+        self._known: dict[str, str] = {}  # uid -> name
+        self._seen = b"[]"
+        self._frames = frames.Frames(masked=False)
+        self._watch = life.open(self._read)
+        self._watch.sendall(
+            f"GET /v1/rpc/watch?workerName={self._name} HTTP/1.1\r\nHost: c\r\nAuthorization: {AUTHORIZATION}\r\n"
+            f"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: {'A' * 22}==\r\n\r\n".encode()
+        )
+
+    def begin(self, chance: random.Random) -> None:
+        self._life.at(chance.uniform(0, HEARTBEAT), self._beat)
+        self._life.at(chance.uniform(0, POLL), self._poll_again)
+
+    def _read(self, data: bytes) -> None:
+        if not self.watching:
+            head, _, data = data.partition(b"\r\n\r\n")
+            if not head.startswith(b"HTTP/1.1 101"):
+                raise RuntimeError(f"a watch was answered {head!r}")
+            self.watching = True
+        for event in self._frames.feed(data):
+            match event:
+                case frames.Ping(payload):
+                    self._watch.sendall(b"".join(frames.frame(frames.PONG, payload, b"mask")))
+                case frames.Close():
+                    raise RuntimeError(f"a watch was closed: {event}")
+                case frames.Pong():
+                    pass
+                case _:
+                    self._requests.ask(poll(self._name), self._look)  # what it says is: look again
+
+    def _beat(self) -> None:
+        self._requests.ask(send("GET", f"/v1/workers/{self._name}"), lambda _: None)
+        self._requests.ask(heartbeat(self._name, self._life.now), lambda _: None)
+        self._life.at(HEARTBEAT, self._beat)
+
+    def _poll_again(self) -> None:
+        self._requests.ask(poll(self._name), self._look)
+        self._life.at(POLL, self._poll_again)
+
+    def _look(self, body: bytes) -> None:
+        if body == self._seen:
+            return
+        self._seen = body
+        vms = {vm["uid"]: vm for vm in json.loads(body)}
+        if len(vms) > ROOM:
+            raise RuntimeError(f"{self._name} has {len(vms)} VMs and room for {ROOM}")
+        for uid, vm in vms.items():
+            if uid not in self._known and vm["status"] == "pending":
+                self._report(vm["name"], uid, 0)
+        self._known = {uid: vm["name"] for uid, vm in vms.items()}
+
+    def _report(self, vm: str, uid: str, step: int) -> None:
+        def answered(_: bytes) -> None:
+            if step + 1 < len(REPORTS):
+                self._life.at(PULLING, partial(self._report, vm, uid, step + 1))
+            else:
+                self._life.runs(vm)
+
+        self._requests.ask(report(vm, uid, *REPORTS[step]), answered)
+
+
+class Life:
+    """What happens in a cluster, in the order of its own time, which goes on as fast as everything is answered."""
+
+    def __init__(self, port: int, vms: int) -> None:
+        self.now = 0.0  # seconds
+        self.under_way = 0  # requests
+        self.requests = 0  # that were answered
+        self._port = port
+        self._chance = random.Random(1)
+        self._poll = select.epoll()
+        self._open: dict[int, tuple[socket.socket, Callable[[bytes], None]]] = {}
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._hosts: list[Host] = []
+        for number in range(vms // ROOM):
+            self._hosts.append(Host(self, number))
+            while not self._hosts[-1].watching:
+                self._hear()
+        self._users = itertools.cycle([Connection(self) for _ in range(USERS)])
+        for number in range(vms):
+            self.at(self._chance.uniform(0, LIFE), partial(self._end, f"vm-{number}"))
+        for host in self._hosts:
+            host.begin(self._chance)
+
+    def open(self, read: Callable[[bytes], None]) -> socket.socket:
+        """Connect to the controller, and have `read` called with what comes."""
+        connection = socket.create_connection(("127.0.0.1", self._port))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._poll.register(connection, select.EPOLLIN)
+        self._open[connection.fileno()] = (connection, read)
+        return connection
+
+    def close(self) -> None:
+        for connection, _ in self._open.values():
+            connection.close()
+        self._poll.close()
+
+    def at(self, seconds: float, do: Callable[[], None]) -> None:
+        """Do something in so many seconds."""
+        heapq.heappush(self._events, (self.now + seconds, next(self._numbers), do))
+
+    def runs(self, vm: str) -> None:
+        self.at(self._chance.expovariate(1 / LIFE), partial(self._end, vm))
+
+    def play(self, seconds: float) -> None:
+        while True:
+            while self.under_way < CLIENTS and self._events[0][0] <= seconds:
+                self.now, _, do = heapq.heappop(self._events)
+                do()
+            if not self.under_way:
+                return
+            self._hear()
+
+    def _end(self, vm: str) -> None:
+        """Delete a VM, and have another one in its place."""
+        user = next(self._users)
+        user.ask(delete(vm), lambda _: user.ask(create(f"later-{next(self._numbers)}"), lambda _: None))
+
+    def _hear(self) -> None:
+        for descriptor, _ in self._poll.poll():
+            connection, read = self._open[descriptor]
+            data = connection.recv(RECEIVE_BYTES)
+            if not data:
+                raise RuntimeError("the controller has closed a connection")
+            read(data)
+
+
+def lived(server: Server, vms: int, minutes: float) -> float:
+    """Play so much of a cluster's life, and give the share of a core that it takes. Raises RuntimeError."""
+    life = Life(server.port, vms)
+    try:
+        cpu, memory, began = server.cpu(), server.memory(), time.perf_counter()
+        life.play(60 * minutes)
+        share, took = (server.cpu() - cpu) / (60 * minutes), time.perf_counter() - began
+        print(
+            f"{vms // ROOM:6,} workers with {vms:,} VMs: {minutes:g} minutes in {took / 60:.1f}, {life.requests:,} requests;"
+            f" {100 * share:.0f} % of a core, {memory / 1024:.0f} MiB and {server.memory() / 1024:.0f} after it",
+            flush=True,
+        )
+        check(server, vms)
+    finally:
+        life.close()
+    return share
+
+
+def check(server: Server, vms: int) -> None:
+    """Ask whether all is as it should be. Raises RuntimeError."""
+    found = json.loads(body_of(server, send("GET", "/v1/vms")))
+    failed = [vm for vm in found if vm["status"] == "failed"]
+    if len(found) != vms or failed:
+        raise RuntimeError(f"there are {len(found)} VMs, expected {vms}; {len(failed)} have failed: {failed[:1]}")
+
+
+# ---- sizes ---------------------------------------------------------------------------------------------------------
+
+
+def measured(vms: int, count: int, minutes: float) -> tuple[dict[str, float], float]:
+    """Give the CPU milliseconds of each operation, and the share of a core that life takes."""
     with tempfile.TemporaryDirectory() as directory:
         program = "import sys, pathlib, cluster; cluster.prepare(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))"
         words = [directory, str(vms), str(vms // ROOM)]
         subprocess.run([sys.executable, "-c", program, *words], check=True, cwd=Path(__file__).parent)
         began = time.perf_counter()
         with running(*CONTROLLER, *FOREVER, home=Path(directory)) as server:
-            started, costs = time.perf_counter() - began, dict[str, float]()
-            memory = server.memory() / 1024
-            for name, requests in operations(vms, count).items():
-                cpu = server.cpu()
-                press(server.port, CLIENTS, requests)
-                costs[name] = 1000 * (server.cpu() - cpu) / count
-            return costs, f"{vms:7,} VMs: {memory:4.0f} MiB, started in {started:.1f} s"
+            print(
+                f"{vms // ROOM:6,} workers with {vms:,} VMs: started in {time.perf_counter() - began:.1f} s", flush=True
+            )
+            costs = each_by_itself(server, vms, count)
+        with running(*CONTROLLER, *FOREVER, home=Path(directory)) as server:
+            return costs, lived(server, vms, minutes)
 
 
 def exponent(sizes: list[int], costs: list[float]) -> float:
@@ -112,24 +343,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./run bench scale")
     parser.add_argument("--most", type=int, default=50_000, help="VMs; default %(default)s")
     parser.add_argument("--operations", type=int, default=4_000, help="of each kind and size; default %(default)s")
+    parser.add_argument("--minutes", type=float, default=6, help="of life at each size; default %(default)s")
     options = parser.parse_args()
-    sizes = [round(options.most / 10 ** (step / (STEPS - 1))) // 2 * 2 for step in reversed(range(STEPS))]
-    found = []
-    for size in sizes:
-        costs, said = measured(size, options.operations)
-        found.append(costs)
-        print(said, flush=True)
-    print(f"{'CPU ms each':12}" + "".join(f"{size:>10,}" for size in sizes) + f"{'growth':>10}")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    sizes = [round(options.most / 10 ** (step / (STEPS - 1))) // ROOM * ROOM for step in reversed(range(STEPS))]
+    found = [measured(size, options.operations, options.minutes) for size in sizes]
+    rows = {name: [costs[name] for costs, _ in found] for name in found[0][0]}
+    rows["life, % of a core for 1,000 workers"] = [
+        100 * share * 1000 * ROOM / size for (_, share), size in zip(found, sizes, strict=True)
+    ]
+    print(f"{'CPU ms each':38}" + "".join(f"{size:>10,}" for size in sizes) + f"{'growth':>10}")
     grown = []
-    for name in found[0]:
-        series = [costs[name] for costs in found]
+    for name, series in rows.items():
         growth = exponent(sizes, series)
-        print(f"{name:12}" + "".join(f"{cost:10.3f}" for cost in series) + f"{growth:10.2f}")
+        print(f"{name:38}" + "".join(f"{cost:10.3f}" for cost in series) + f"{growth:10.2f}")
         grown += [name] if growth > ALLOWED else []
-    for size, costs in zip(sizes, found, strict=True):
-        workers = size // ROOM
-        seconds = sum(HOURLY[name] * cost for name, cost in costs.items()) * workers / 1000
-        print(f"{workers:6,} workers with {size:,} VMs take {100 * seconds / 3600:.0f} % of one core")
     if grown:
         print(f"grows with the cluster: {', '.join(grown)}")
     return 1 if grown else 0

@@ -10,6 +10,7 @@ over as many connections whenever it gets one byte.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import select
@@ -17,17 +18,14 @@ import socket
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import trio
 from cluster import AUTHORIZATION, prepare
 from load import CONTROLLER, Server, request, running
-from measure import Variant, show
+from measure import Variant, compare
 
-WARM_UP = 3  # changes that are not measured
 RECEIVE_BYTES = 65536
 
 
@@ -68,16 +66,6 @@ async def bare(line: bytes) -> None:
         print(f"listening on 127.0.0.1:{listeners[0].socket.getsockname()[1]}", flush=True)
 
 
-def measure(changes: int, server: Server, name: str, change: Callable[[int], None]) -> tuple[Variant, list[float]]:
-    variant = Variant(name, lambda: None, 1)
-    for number in range(changes + WARM_UP):
-        cpu, began = server.cpu(), time.perf_counter()
-        change(number)
-        if number >= WARM_UP:
-            variant.add(time.perf_counter() - began, server.cpu() - cpu)
-    return variant, sorted(variant.seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./run bench watch")
     parser.add_argument("--watchers", type=int, default=1_000, help="default %(default)s")
@@ -97,20 +85,21 @@ def main() -> None:
             watchers.until_all(b"ADDED")
             bare_watchers = Watchers(server, options.watchers, b"?")
 
-            def change(number: int) -> None:
+            numbers = itertools.count()
+
+            def change() -> None:
+                number = next(numbers)
                 user.sendall(patch(number))
                 watchers.until_all(b'"generation":%d,' % (number + 2))
                 user.recv(RECEIVE_BYTES)
 
-            def change_bare(number: int) -> None:
+            def change_bare() -> None:
                 trigger.sendall(b"!")
                 bare_watchers.until_all(b"MODIFIED")
 
-            told, seconds = measure(
-                options.changes, controller, f"{options.watchers:,} watchers told of a change", change
-            )
-            base, _ = measure(options.changes, server, "the same bytes, bare", change_bare)
-    show(told, base)
+            told = Variant(f"{options.watchers:,} watchers told of a change", change, 1, controller.cpu)
+            compare(told, Variant("the same bytes, bare", change_bare, 1, server.cpu), count=options.changes)
+    seconds = sorted(told.seconds)
     middle = 1000 * statistics.median(seconds)
     print(f"to the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})")
 

@@ -21,7 +21,7 @@ import trio
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 
 from cluster import AUTHORIZATION, prepare, vm_of, worker_of
-from load import BARE, CONTROLLER, Server, answer_length, press, request, running
+from load import BARE, CONTROLLER, Server, body_of, press, request, running
 from plan import Busy, planned, sorted_each_time
 
 from orchard.pipe import TunnelStream
@@ -70,12 +70,7 @@ def small(home: Path) -> Iterator[Server]:
 
 
 def test_an_answer_costs_little_more_than_a_bare_servers(small: Server, home: Path) -> None:
-    with small.connect() as connection:
-        connection.sendall(GET)
-        answer = b""
-        while not (length := answer_length(answer)) or len(answer) < length:
-            answer += connection.recv(65536)
-    (home / "answer").write_bytes(answer.partition(b"\r\n\r\n")[2])
+    (home / "answer").write_bytes(body_of(small, GET))
     with running(BARE, str(home / "answer")) as bare:
         ours, theirs = least(of_server(small, 2000, GET), of_server(bare, 2000, GET))
     assert ours < 3 * theirs
