@@ -293,7 +293,7 @@ class Inner:
     maximum: int
 
     def at(self, step: str) -> Inner:
-        return dataclasses.replace(self, where=self.where + step)
+        return Inner(self.where + step, self.unknown, self.refused, self.maximum)
 
 
 def _decode_value(kind: Any, value: object, at: Inner) -> Any:
