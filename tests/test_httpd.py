@@ -6,9 +6,12 @@ from __future__ import annotations
 import json
 import logging
 import random
+import socket
 import ssl
+import struct
 import subprocess
 import tracemalloc
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -374,6 +377,16 @@ async def test_a_body_in_pieces_arrives_whole_and_is_sent_a_part_at_a_time(autoj
     assert not closed
 
 
+@asynccontextmanager
+async def over_a_socket(handler: Handler, **options: Any) -> AsyncIterator[tuple[Served, trio.SocketStream]]:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with (
+        serving(handler, listeners=listeners, **options) as served,
+        await trio.open_tcp_stream("127.0.0.1", listeners[0].socket.getsockname()[1]) as stream,
+    ):
+        yield served, stream
+
+
 async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a real socket: pieces that are small have no scope of their own there."""
     monkeypatch.setattr(httpd, "LOOK_SECONDS", 0.01)
@@ -389,14 +402,67 @@ async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest
     async def handler(request: Request) -> Answer:
         return Stream(produce)
 
-    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    async with (
-        serving(handler, listeners=listeners, limits=Limits(send_seconds=0.05)),
-        await trio.open_tcp_stream("127.0.0.1", listeners[0].socket.getsockname()[1]) as stream,
-    ):
+    async with over_a_socket(handler, limits=Limits(send_seconds=0.05)) as (_, stream):
         await stream.send_all(GET)
         with trio.fail_after(60):
             await ended.wait()
+
+
+async def test_a_client_that_asks_for_much_at_once_leaves_others_their_turns() -> None:
+    """Over a real socket: an answer that fits goes out there without waiting."""
+    turns, answered_in = 0, list[int]()
+
+    async def handler(request: Request) -> Answer:
+        answered_in.append(turns)
+        return Response(200)
+
+    async with over_a_socket(handler) as (_, stream), trio.open_nursery() as nursery:
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(other)
+        await stream.send_all(GET * 100)
+        await stream.send_eof()
+        async for _ in stream:
+            pass
+        nursery.cancel_scope.cancel()
+    assert len(answered_in) == 100
+    assert max(Counter(answered_in).values()) <= 2, "who comes first in a round of the loop is chance"
+
+
+async def test_an_answer_that_does_not_fit_follows_as_it_is_taken() -> None:
+    answer = bytes(range(256)) * 40_000
+
+    async def handler(request: Request) -> Answer:
+        return Response(200, answer)
+
+    async with over_a_socket(handler) as (_, stream):
+        await stream.send_all(GET * 2)
+        got = bytearray()
+        while len(got) < 2 * len(answer) or not got.endswith(answer):
+            got += await stream.receive_some(10_000)
+        assert got.count(answer) == 2
+
+
+async def test_a_client_that_is_gone_when_its_answer_comes_is_no_failure() -> None:
+    gone = trio.Event()
+
+    async def handler(request: Request) -> Answer:
+        await gone.wait()
+        return Response(200)
+
+    async with over_a_socket(handler) as (served, stream):
+        await stream.send_all(GET * 2)
+        await trio.testing.wait_all_tasks_blocked()
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a close is a reset
+        await stream.aclose()
+        gone.set()
+        served.stop.set()
+        await served.ended.wait()
 
 
 @pytest.mark.parametrize("headers", [[("X-Bad", "a\r\nB: c")], [("X-Bad", "\u20ac")], [("Content-Length", "1")]])
