@@ -152,7 +152,7 @@ class EventLog:
             self._files[uid] = file
 
     async def append(self, uid: str, events: Sequence[Event]) -> None:
-        """Append events to a VM's, in order, and return when they are durable. Raises APIError 404, 503 or 507."""
+        """Append events to a VM's, in order, and return when they are durable. Raises APIError 404, 412, 503 or 507."""
         if not events:
             return
         if self._broken:
@@ -229,7 +229,7 @@ class EventLog:
             file = self._files[uid]
             try:
                 if file.journal.size > MAX_BYTES:
-                    batch.error = APIError(507, f"the VM's events have reached {MAX_BYTES} bytes; no more are kept")
+                    batch.error = APIError(412, f"the VM's events have reached {MAX_BYTES} bytes; no more are kept")
                 else:
                     file.append(batch.events)
             except NotWritten as error:

@@ -396,7 +396,10 @@ class Worker:
         instance.reported = report
 
     async def _send_events(self, vm: VM, events: Sequence[Event]) -> None:
-        """Deliver a script's output, however long the controller is away. It may come twice, but never not at all."""
+        """Deliver a script's output, however long the controller is away or its disk full.
+
+        It may come twice, but never not at all, as long as the VM is there and has room for it.
+        """
         for failures in itertools.count(1):
             pause = pause_after(failures, self._chance())
             try:
@@ -404,7 +407,7 @@ class Worker:
             except ConnectError:
                 await trio.sleep(pause)
             except ResponseError as error:
-                if error.status == 503:
+                if error.status >= 500:
                     await trio.sleep(pause)
                     continue
                 if error.status != 404:

@@ -6,21 +6,24 @@ import datetime
 import itertools
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import trio
+from disks import FailingDisk, no_room
 from processes import eventually
 
 from orchard import controller, worker
 from orchard.client import Client, ResponseError
 from orchard.driver import DriverError, RunOptions
+from orchard.events import EventLog
 from orchard.life import SHUT_DOWN, STOPPED, Note
 from orchard.schema import TART_VMS, VM, Status
+from orchard.store import Store
 from orchard.synthetic import SyntheticDriver
 from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker, pause_after
 
@@ -34,6 +37,7 @@ class Site:
         self.port = 0
         self.nursery = nursery
         self.hosts: dict[str, SyntheticDriver] = {}  # they go on when a worker ends
+        self.events_disk = FailingDisk()
         self.client: Client
         self._stop: trio.Event
         self._stopped: trio.Event
@@ -44,8 +48,15 @@ class Site:
             data_dir=self.home / "controller", host="127.0.0.1", port=self.port, tls=False, auth=False, **self.settings
         )
 
+        @contextmanager
+        def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
+            with controller.opened(directory) as (store, _):
+                events = EventLog(directory / "events", self.events_disk)
+                events.open({vm.uid for vm in store.state.vms.values()})
+                yield store, events
+
         async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
-            await controller.run(settings, stop=self._stop, grace=0.1, task_status=task_status)
+            await controller.run(settings, stop=self._stop, grace=0.1, open_data=opened, task_status=task_status)
             self._stopped.set()
 
         running: controller.Running = await self.nursery.start(run)
@@ -298,6 +309,16 @@ async def test_output_waits_for_a_controller_that_is_away(site: Site) -> None:
         await site.start()
         await eventually(partial(printed, site, ["before", "after"]))
         assert (await site.client.vms.get("vm")).state.status == "running"
+
+
+async def test_output_waits_for_a_controller_whose_disk_is_full(site: Site) -> None:
+    site.events_disk.fault = no_room
+    async with site.working():
+        await site.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo said"})
+        await eventually(lambda: len(site.events_disk.failed) > 1)
+        assert await printed(site, [])
+        site.events_disk.fault = lambda verb, number: 0
+        await eventually(partial(printed, site, ["said"]))
 
 
 async def printed(site: Site, lines: list[str]) -> bool:
