@@ -154,9 +154,7 @@ def parse_json(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise APIError(400, f"the body is not UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}") from None
     try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_int, parse_float=_float
-        )
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise APIError(400, f"the body is not JSON: {error}") from None
     except RecursionError:
@@ -192,6 +190,10 @@ def _float(digits: str) -> float:
     if math.isinf(value):
         raise APIError(400, f"the number {shown(digits)} is out of range")
     return value
+
+
+# json.loads would make one for each text (./run bench api, creates).
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_int, parse_float=_float)
 
 
 def _check_tree(value: object) -> None:
