@@ -5,7 +5,8 @@ do something. `syncVMsAction` means no more than "look again": it is never queue
 the present state from the API. The newest watch of a name is the one that counts.
 
 Other actions ask for something. Each has a `Session`, whose unguessable id the worker brings back with the answer, once,
-by a request of its own: an address, or a WebSocket whose other end is a port of the VM. `relay` joins that one to the
+by a request of its own: an address, or a WebSocket whose other end is a port of the VM. A question that was not answered
+is asked again over the next watch, for the one before may have been dead already. `relay` joins that WebSocket to the
 WebSocket of whoever asked. It sends on what has come before it takes more, so that a slow side slows the other and
 nothing piles up, and it forwards what one side has sent before it tells the other that this one has closed.
 
@@ -79,10 +80,11 @@ class FarEnd:
 class Session:
     """A question to one worker, and its answer."""
 
-    def __init__(self, worker: str, account: str) -> None:
+    def __init__(self, worker: str, account: str, kind: str, asked: Mapping[str, Any]) -> None:
         self.id = secrets.token_urlsafe(24)
         self.worker = worker
         self.account = account
+        self.action: Mapping[str, Any] = {kind: {"session": self.id, **asked}}
         self._answered = trio.Event()
         self._answer: FarEnd | str = ""
         self._error = ""
@@ -129,6 +131,10 @@ class Switchboard:
             tunnel.end(GOING_AWAY, f'worker "{worker}" has reconnected')  # what it had open before may be half-open
         watch = self._watches[worker] = _Watch(account)
         watch.put(SYNC)
+        for session in self._sessions.values():
+            if session.worker == worker:
+                session.account = account
+                watch.put(session.action)
         self._connected.set()
         self._connected = trio.Event()
         try:
@@ -156,15 +162,15 @@ class Switchboard:
             raise APIError(503, f'worker "{worker}" is not connected')
         if len(self._sessions) >= MAX_SESSIONS:
             raise APIError(503, f"{MAX_SESSIONS} requests wait for their workers already")
-        session = Session(worker, watch.account)
+        session = Session(worker, watch.account, kind, {"vmUID": vm_uid, **({} if port is None else {"port": port})})
         self._sessions[session.id] = session
-        action = {kind: {"session": session.id, "vmUID": vm_uid, **({} if port is None else {"port": port})}}
-        watch.put(action)
+        watch.put(session.action)
         try:
             yield session
         finally:
             self._sessions.pop(session.id, None)
-            watch.take_back(action)
+            if now := self._watches.get(worker):
+                now.take_back(session.action)
 
     def answered(self, session: str, account: str) -> Session:
         """Find the question that a worker answers, for the only time. Raises APIError(404)."""

@@ -484,7 +484,7 @@ async def test_a_worker_that_closes_before_its_end_is_taken_is_let_go(
         if early:
             await far.peer.send(BINARY, early)
         await far.peer.send(CLOSE)
-        session = Session("w", "account")
+        session = Session("w", "account", "portForwardAction", {})
         await Switchboard().serve_far_end(session, far.end)
         assert trio.current_time() == seconds, "what came is kept for who has asked"
         taken = await session.wait()

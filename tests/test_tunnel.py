@@ -152,6 +152,32 @@ async def test_a_question_that_nobody_waits_for_any_more_is_not_put(autojump_clo
         nursery.cancel_scope.cancel()
 
 
+async def test_a_question_that_was_put_to_a_watch_which_was_dead_is_put_to_the_next(autojump_clock: Any) -> None:
+    """So a worker that was killed and started again answers what was asked meanwhile."""
+    board = Switchboard()
+    async with (
+        joined() as (first, first_peer, _),
+        joined() as (second, second_peer, _),
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(serve, board, "w", first, [])
+        await first_peer.get_message()
+        with board.ask("w", "resolveIPAction", "uid") as session, board.ask("w", "resolveIPAction", "other") as other:
+            board.answered(other.id, "account").resolve("127.0.0.1")
+            for _ in range(2):
+                await first_peer.get_message()  # and nothing comes of it
+            await first_peer.aclose()
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(board.serve, "w", "another account", second, lambda: None)
+            actions = [json.loads(await second_peer.get_message()) for _ in range(2)]
+            assert actions == [{"syncVMsAction": {}}, {"resolveIPAction": {"session": session.id, "vmUID": "uid"}}]
+            with pytest.raises(APIError, match="does not exist"):
+                board.answered(session.id, "account")
+            board.answered(session.id, "another account").resolve("127.0.0.2")
+            assert await session.wait() == "127.0.0.2"
+        nursery.cancel_scope.cancel()
+
+
 async def test_there_is_an_end_to_questions(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tunnel, "MAX_SESSIONS", 2)
     board = Switchboard()
