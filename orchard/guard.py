@@ -47,6 +47,7 @@ MAX_COMPLAINT = 4096  # bytes
 RECORD_BYTES = 64  # three numbers and a word
 LOCK_TRIES, LOCK_PAUSE = 500, 0.01  # seconds; who only looks has the lock for microseconds
 NEVER = (math.inf, math.inf)
+REFUSED, DIED = 1, 2  # exit status: no VM was started; or nobody knows
 EXPIRED = "this host has been cut off from its controller for too long to start a VM that could run elsewhere"
 # What Python ignores, or this process does, and a program expects to find as usual.
 _ORDINARY = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP)
@@ -153,12 +154,14 @@ def main(words: Sequence[str]) -> int:
         _guard(record, log, lease, float(patience), command, told)
     os.close(told)
     answer = os.read(heard, MAX_COMPLAINT)
-    return 0 if answer == _UP else _complain(answer.decode("utf-8", "replace") or "the guard of the VM has died")
+    if not answer:
+        return _complain("the guard of the VM has died", DIED)
+    return 0 if answer == _UP else _complain(answer.decode("utf-8", "replace"))
 
 
-def _complain(text: str) -> int:
+def _complain(text: str, status: int = REFUSED) -> int:
     print(text, file=sys.stderr)
-    return 1
+    return status
 
 
 def _lock(record: int) -> bool:

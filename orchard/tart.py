@@ -360,6 +360,8 @@ class TartDriver:
         start = [sys.executable, *_GUARD, *files, f"{self._stop_seconds:g}", *command]
         ended = await self._execute(start, what="run")
         if ended.status:
+            if ended.status != guard.REFUSED:  # it was killed, and nobody knows how far it had come
+                await self._end_for_certain(name)
             raise DriverError(ssh.last_line(ended.stderr) or f"the guard of the VM ended with {ended.status}")
         task_status.started()
         await self._until_ended(name)
@@ -378,7 +380,7 @@ class TartDriver:
         if end.order == "lease":
             raise DriverError(LEASE_OVER)
         if end.status is None:
-            await self._stop_unguarded(name)
+            await self._end_for_certain(name)
             raise DriverError("the process that watched over the VM was killed")
         if end.status and end.order != "stop":
             raise failure(self._program, "run", end.status, self._said(name))
@@ -390,11 +392,13 @@ class TartDriver:
                 return self._record(name)
         return None
 
-    async def _stop_unguarded(self, name: str) -> None:
-        """Return when a VM does not run any more whose guard was killed, and so can't have ended it."""
+    async def _end_for_certain(self, name: str) -> None:
+        """Return when a VM does not run any more whose guard was killed, or whoever started that."""
         while True:
             try:
-                await self._call("stop", name, "--timeout", f"{math.ceil(self._stop_seconds)}")
+                if not self._guarded(name):
+                    _kill_orphan(self._record(name))  # tart may not know of it yet
+                await self.stop(name)
                 return
             except (NotRunning, NoSuchVM):
                 return
@@ -462,11 +466,11 @@ class TartDriver:
                 if trio.current_time() >= deadline:
                     raise DriverError(f"it runs and cannot be suspended: {error}") from error
             await trio.sleep(WATCH_SECONDS)  # it is just being started, and tart does not know it yet
-        await self._gone(name, KILL_SECONDS)
+        await self._gone(name, VERB_SECONDS)  # as long as the state may take to be saved
 
     async def _gone(self, name: str, seconds: float) -> None:
         """Wait until a VM that was told to end has, and let others see it at once. Raises DriverError."""
-        if not await _unlocked([self._file(name, "run")], seconds):
+        if not await _unlocked(self._file(name, "run"), seconds):
             self._signal_guard(name, signal.SIGKILL)
             raise DriverError(f"VM {name} did not end within {seconds:g} seconds, and was killed")
         self._look.set()
@@ -516,10 +520,7 @@ class TartDriver:
     async def recover(self) -> None:
         calls = [path for path in self._directory(CALLS).iterdir() if path.is_file()]
         for number, patience in ((signal.SIGINT, self._stop_seconds), (signal.SIGKILL, KILL_SECONDS)):
-            alive = [path for path in calls if guard.locked(path)]
-            for path in alive:
-                _signal_group(path, number)
-            await _unlocked(alive, patience)
+            await _end_calls(calls, number, patience)
         for path in calls:
             path.unlink(missing_ok=True)
         names = {vm.name for vm in await self.list_vms()}
@@ -638,19 +639,40 @@ class TartDriver:
             raise failure(self._program, verb, ended.status, ended.stderr)
 
 
-async def _unlocked(paths: Sequence[Path], seconds: float) -> bool:
-    """Wait until no process has any of some files locked; False when that takes too long."""
+async def _unlocked(path: Path, seconds: float) -> bool:
+    """Wait until no process has a file locked; False when that takes too long."""
     with trio.move_on_after(seconds):
-        while any(map(guard.locked, paths)):  # noqa: ASYNC110 -- nobody tells when a lock ends
+        while guard.locked(path):  # noqa: ASYNC110 -- nobody tells when a lock ends
             await trio.sleep(LOOK_SECONDS)
         return True
     return False
 
 
-def _signal_group(path: Path, number: signal.Signals) -> None:
-    """Send a signal to the process group that has locked a file and written its number into it."""
-    with suppress(OSError, ValueError):  # it has just ended, or has written nothing yet
+async def _end_calls(calls: Sequence[Path], number: signal.Signals, seconds: float) -> None:
+    """Send a signal to each call under way, as soon as it says who it is, and wait for its end."""
+    told: set[Path] = set()
+    with trio.move_on_after(seconds):
+        while alive := [path for path in calls if guard.locked(path)]:
+            told.update(path for path in alive if path not in told and _signal_group(path, number))
+            await trio.sleep(LOOK_SECONDS)
+
+
+def _signal_group(path: Path, number: signal.Signals) -> bool:
+    """Send a signal to the process group whose number is in a file; False when that was not written yet."""
+    try:
         os.killpg(int(path.read_bytes()), number)
+    except ValueError:
+        return False
+    except OSError:
+        pass  # it has just ended
+    return True
+
+
+def _kill_orphan(record: guard.Record) -> None:
+    """Kill the VM of a guard that was killed. By its session, its number is told from one that was given away again."""
+    with suppress(ProcessLookupError, PermissionError):  # only the dead are left in it (macOS: not permitted)
+        if record.child and os.getsid(record.child) == record.guard:
+            os.killpg(record.child, signal.SIGKILL)
 
 
 # ---- the host ------------------------------------------------------------------------------------------------------

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import plistlib
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,11 +19,12 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from processes import eventually, processes_in
+from processes import GENEROUS, eventually, processes_in
 
 from orchard import guard
 from orchard import tart as room
 from orchard.driver import DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, SharedDir, operand
+from orchard.groups import unwrapped
 from orchard.tart import (
     Percentage,
     TartDriver,
@@ -289,6 +292,86 @@ async def test_a_vm_that_is_just_being_started_is_not_deleted_behind_its_back(tm
         await driver.stop("vm")
     await driver.delete("vm")
     assert driver.noted("vm") == ""
+
+
+async def test_nothing_runs_when_a_start_has_failed_however_far_it_had_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"  # as one that is killed when the guard has just said that the VM's process is there
+    python.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nkill -9 $$\n')
+    python.chmod(0o755)
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(DriverError, match=r"^the guard of the VM ended with -9$"):
+        await driver.run("vm", RunOptions())
+    assert processes_in(tmp_path) == []
+    assert await driver.list_vms() == [LocalVM("vm", "stopped")]
+
+
+async def test_a_vm_whose_guard_is_killed_before_tart_knows_of_it_does_not_come_up_later(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    (tmp_path / "hold").write_text("run before")
+
+    async def run_without_a_guard() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(driver.run, "vm", RunOptions())
+            await eventually((tmp_path / "held").exists)
+            os.kill(guard.read(tmp_path / "driver" / "vm.run").guard, signal.SIGKILL)
+
+    with pytest.raises(DriverError, match=r"^the process that watched over the VM was killed$"), unwrapped():
+        await run_without_a_guard()
+    await eventually(lambda: processes_in(tmp_path) == [])  # who is killed takes a moment to be gone
+
+
+async def test_a_vm_is_given_the_time_that_it_takes_to_save_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its guard stands for it here, which is not gone until some time after tart has said that all is done."""
+    monkeypatch.setattr("orchard.tart.KILL_SECONDS", 0.0)
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions(suspendable=True))
+        await driver.ip("vm")
+        number = guard.read(tmp_path / "driver" / "vm.run").guard
+        os.kill(number, signal.SIGSTOP)
+        suspended = trio.Event()
+
+        async def suspend() -> None:
+            await driver.suspend("vm")
+            suspended.set()
+
+        nursery.start_soon(suspend)
+        await eventually(
+            lambda: ["suspend", "vm"] in calls(tmp_path) and not list((tmp_path / "driver/calls").iterdir())
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        assert not suspended.is_set()
+        os.kill(number, signal.SIGCONT)
+    assert suspended.is_set()
+    assert await driver.list_vms() == [LocalVM("vm", "suspended")]
+
+
+async def test_a_call_that_a_killed_worker_left_is_ended_though_it_has_just_begun(tmp_path: Path) -> None:
+    """It is not known who it is until it says so; patience is for those who were told to end."""
+    driver = tart(tmp_path, stop_seconds=1000)
+    (tmp_path / "driver" / "calls").mkdir(parents=True)
+    path, fifo = tmp_path / "driver" / "calls" / "pull-1", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with path.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        words = ["/bin/sh", "-c", f'read line < {fifo}; echo "$$" >&0; exec sleep 1000']
+        left = subprocess.Popen(words, stdin=file, cwd=tmp_path, start_new_session=True)  # noqa: ASYNC220
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.recover)
+        await trio.testing.wait_all_tasks_blocked()
+        assert path.read_bytes() == b""
+        fifo.write_text("go on\n")
+        with trio.fail_after(GENEROUS):
+            assert await trio.to_thread.run_sync(left.wait, abandon_on_cancel=True) == -signal.SIGINT
+    assert not path.exists()
 
 
 async def test_a_deletion_that_was_cut_off_is_completed_by_the_next(tmp_path: Path) -> None:
