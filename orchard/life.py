@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import trio
 
-from orchard.driver import Driver, DriverError, NoSuchVM, NotRunning, RunOptions, SharedDir
+from orchard.driver import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, SharedDir
 from orchard.groups import first
 from orchard.schema import VM, Event, Status
 
@@ -205,8 +205,10 @@ class Instance:
                 removed = await self._remove()
         finally:
             if not removed and not self._left():
-                self.stopped = self._guest
+                ran = self._guest
                 with trio.move_on_after(REMOVE_SECONDS, shield=True):
+                    await self._end_guest()
+                    self.stopped = ran
                     await self._remove()
                 if self.stopped:
                     self._show(status="failed", message=self._reason or STOPPED, running=False)
@@ -252,9 +254,14 @@ class Instance:
             await self._be_run(self._driver.attach)
         except* NotRunning as group:
             # It has ended since it was seen to run: no failure if an earlier worker had asked it to, for a change.
-            if self._note.generation == self.vm.meta.generation:
+            if self._note.generation == self.vm.meta.generation or await self._runs():
                 raise first(group) from None
+            self._guest = False
         await self._stay()
+
+    async def _runs(self) -> bool:
+        """Whether the VM runs, whoever has started it."""
+        return LocalVM(self.name, "running") in await self._driver.list_vms()
 
     async def _stay(self) -> None:
         """Be as the specification says, generation by generation."""

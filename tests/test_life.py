@@ -18,8 +18,8 @@ import trio
 from processes import at_last, at_rest, eventually, processes_in
 
 from orchard import lifecycle
-from orchard.driver import Driver, DriverError
-from orchard.life import CUT_OFF, LINES, SHUT_DOWN, STOPPED, UNNOTED, Instance, Note
+from orchard.driver import Driver, DriverError, LocalVM, NotRunning
+from orchard.life import CUT_OFF, LINES, REMOVE_SECONDS, SHUT_DOWN, STOPPED, UNNOTED, Instance, Note
 from orchard.schema import VM, Event, Worker, new_spec, patched_spec
 from orchard.synthetic import SyntheticDriver
 from orchard.tart import TartDriver
@@ -321,6 +321,39 @@ async def test_a_vm_that_has_ended_since_it_was_seen_to_run_has_failed_but_for_a
             await until(instance, lambda i: i.status == "failed")
 
 
+async def test_a_vm_that_has_come_to_rest_since_it_was_seen_to_run_stays_when_its_worker_ends(host: Host) -> None:
+    vm = placed()
+    stopped = changed(vm, powerState="stopped")
+    async with abandoned(host, vm) as instance:
+        pass
+    await host.driver.stop(instance.name)
+    instance = host.instance(stopped, runs=True, outlives=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(instance.adopt)
+        await until(instance, lambda i: i.observed == 2)
+        nursery.cancel_scope.cancel()
+    assert await host.driver.list_vms() == [LocalVM(vm.tart_name, "stopped")]
+    assert not instance.stopped
+
+
+async def test_a_vm_that_runs_and_cannot_be_gone_on_with_is_ended_before_it_has_failed(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose guard was killed; though a change is wanted, for which it might have ended."""
+    vm = placed()
+    async with abandoned(host, vm):
+        pass
+
+    async def attach(name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        raise NotRunning("it was not started by this driver")
+
+    monkeypatch.setattr(host.driver, "attach", attach)
+    async with adopted(host, changed(vm, headless=True)) as instance:
+        await until(instance, lambda i: i.status == "failed")
+        assert instance.message == "it was not started by this driver"
+        assert await host.driver.list_vms() == [LocalVM(vm.tart_name, "stopped")]
+
+
 async def test_a_script_that_nobody_followed_to_its_end_fails_the_vm(host: Host) -> None:
     vm = placed(startup_script={"script_content": "echo begun; sleep 1000"})
     async with abandoned(host, vm):
@@ -349,6 +382,24 @@ async def test_a_vm_that_is_not_to_outlive_its_worker_ends_with_it(host: Host) -
     assert host.left() == []
     assert instance.stopped
     assert host.story()[-1] == ("failed", STOPPED, False, 1)
+
+
+async def test_a_vm_that_does_not_end_with_its_worker_is_not_called_failed(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be started elsewhere then; and nobody waits for it for ever."""
+    host = Host(tmp_path)
+
+    async def stubborn(name: str) -> None:
+        await trio.sleep(1)
+        raise DriverError("it hangs")
+
+    monkeypatch.setattr(host.driver, "stop", stubborn)
+    async with abandoned(host, placed(), outlives=False) as instance:
+        before = trio.current_time()
+    assert trio.current_time() - before == pytest.approx(REMOVE_SECONDS)
+    assert not instance.stopped
+    assert host.story()[-1] == ("running", "", True, 1)
 
 
 async def test_a_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
