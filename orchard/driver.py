@@ -145,9 +145,10 @@ class Driver(Protocol):
         """End what a killed worker has left under way on this host, other than VMs."""
 
     def lease(self, soft: float, hard: float) -> None:
-        """Let leased VMs run on: from now on for `soft` seconds, then they shut down, and are killed after `hard`.
+        """Let leased VMs run on until `soft`, when they shut down, and `hard`, when they are killed.
 
-        Whatever becomes of the worker, they end then, unless the lease was renewed.
+        Whatever becomes of the worker, they end then, unless the lease was renewed. Both are times of guard.clock, not
+        seconds from now: a worker may stand still before it comes to write them down.
         """
 
     def note(self, name: str, text: str) -> None:

@@ -33,7 +33,7 @@ from typing import Any
 
 import trio
 
-from orchard import ssh
+from orchard import guard, ssh
 from orchard.driver import (
     LEASE_OVER,
     Driver,
@@ -46,7 +46,6 @@ from orchard.driver import (
     ScriptFailed,
     operand,
 )
-from orchard.guard import EXPIRED
 from orchard.schema import NAME
 
 LOCAL = "orchard-"  # how the names of local VMs begin
@@ -157,7 +156,7 @@ class SyntheticDriver(Driver):
         if name in self._guests:
             raise DriverError(f'VM "{name}" is already running')
         if options.leased and trio.current_time() >= self._lease:
-            raise DriverError(EXPIRED)
+            raise DriverError(guard.EXPIRED)
         if about["state"] != "stopped":
             _write(self._directory(name), {**about, "state": "stopped"})
         if (self._directory(name) / "scripted").exists():
@@ -289,7 +288,8 @@ class SyntheticDriver(Driver):
         await trio.lowlevel.checkpoint()
 
     def lease(self, soft: float, hard: float) -> None:
-        self._lease = trio.current_time() + soft
+        now = trio.current_time()
+        self._lease = now + soft - guard.clock()
         for guest in self._guests.values():
             guest.tell()
 

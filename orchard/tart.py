@@ -529,9 +529,8 @@ class TartDriver:
                 path.unlink(missing_ok=True)
 
     def lease(self, soft: float, hard: float) -> None:
-        now = guard.clock()
         try:
-            guard.write_lease(self._directory() / LEASE, now + soft, now + hard)
+            guard.write_lease(self._directory() / LEASE, soft, hard)
         except OSError as error:
             raise DriverError(f"cannot write {self._home / LEASE}: {error.strerror}") from error
 

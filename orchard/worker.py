@@ -293,7 +293,7 @@ class Worker:
         self._answered = max(sent, self._answered)
         if self._ending is None or not all(ended.is_set() for ended in self._ending):
             return
-        soft, hard = (self._answered + share * self._offline_timeout - self._lease_clock() for share in (SOFT, HARD))
+        soft, hard = (self._answered + share * self._offline_timeout for share in (SOFT, HARD))
         try:
             self._driver.lease(soft, hard)
         except DriverError as error:

@@ -103,7 +103,7 @@ class Machine:
 
     def lease(self, soft: float, hard: float) -> None:
         now = trio.current_time()
-        self._lease = (now + soft * self._stretch, now + hard * self._stretch)
+        self._lease = (now + (soft - now) * self._stretch, now + (hard - now) * self._stretch)
         for guest in self.guests.values():
             guest.news.unpark_all()
 

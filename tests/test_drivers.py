@@ -245,17 +245,23 @@ async def test_a_vm_runs_on_when_nobody_stays_with_it_and_can_be_attached_to(ben
     assert processes_in(bench.home) == []
 
 
+def lend(bench: Bench, soft: float, hard: float) -> None:
+    """Give a lease for so many seconds from now."""
+    now = guard.clock()
+    bench.driver.lease(now + soft, now + hard)
+
+
 async def run_until_the_lease_ends(bench: Bench) -> None:
     with unwrapped():
         async with trio.open_nursery() as nursery:
             await nursery.start(partial(bench.driver.run, NAME, RunOptions(leased=True)))
-            bench.driver.lease(0.3, 0.4)
+            lend(bench, 0.3, 0.4)
 
 
 async def test_a_lease_that_runs_out_ends_those_vms_that_have_one(bench: Bench) -> None:
     await bench.made()
     await bench.made("orchard-free")
-    bench.driver.lease(1000.0, 1001.0)
+    lend(bench, 1000.0, 1001.0)
     async with running(bench, "orchard-free") as ended:
         with pytest.raises(DriverError, match=LEASE_OVER), trio.fail_after(GENEROUS):
             await run_until_the_lease_ends(bench)
@@ -268,10 +274,10 @@ async def test_a_lease_that_runs_out_ends_those_vms_that_have_one(bench: Bench) 
 
 async def test_a_lease_that_is_renewed_does_not_end(bench: Bench) -> None:
     await bench.made()
-    bench.driver.lease(1000.0, 1000.0)
+    lend(bench, 1000.0, 1000.0)
     async with running(bench, leased=True) as ended:
-        bench.driver.lease(0.5, 0.5)
-        bench.driver.lease(1000.0, 1000.0)
+        lend(bench, 0.5, 0.5)
+        lend(bench, 1000.0, 1000.0)
         began = guard.clock()
         await eventually(lambda: guard.clock() > began + 0.6)
         assert not ended.is_set()

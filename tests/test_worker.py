@@ -17,7 +17,7 @@ import trio
 from disks import FailingDisk, no_room
 from processes import eventually
 
-from orchard import controller, worker
+from orchard import controller, guard, worker
 from orchard.client import Client, ResponseError
 from orchard.driver import DriverError, RunOptions
 from orchard.events import EventLog
@@ -25,6 +25,7 @@ from orchard.life import SHUT_DOWN, STOPPED, Note
 from orchard.schema import TART_VMS, VM, Status
 from orchard.store import Store
 from orchard.synthetic import SyntheticDriver
+from orchard.tart import TartDriver
 from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker, pause_after
 
 
@@ -521,6 +522,19 @@ async def test_no_lease_is_renewed_while_a_vm_runs_that_the_controller_has_given
         assert all(renewed)
         assert "running" not in {vm.state for vm in await driver.list_vms()}
         await site.client.vms.delete("vm")
+
+
+async def test_a_lease_is_no_longer_for_a_worker_that_stands_still_while_it_renews_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "clock", partial(next, itertools.count(1000.0, 100.0)))  # between any two looks at it
+    async with Client("http://127.0.0.1:1") as client:
+        identity = Identity(name="mac", arch="arm64", runtime="tart", machine_id="m", resources={})
+        mac = Worker(identity, client, TartDriver("/none", tmp_path), lease_clock=guard.clock)
+        mac._ending = []
+        mac._renew(guard.clock())
+        until = [1000.0 + share * worker.OFFLINE_TIMEOUT for share in (worker.SOFT, worker.HARD)]
+        assert list(guard.read_lease(tmp_path / "lease")) == pytest.approx(until)
 
 
 async def runs_alone(site: Site, name: str) -> bool:
