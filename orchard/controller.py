@@ -54,6 +54,7 @@ from orchard.tunnel import Switchboard
 PORT = 6120
 OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail
 TICK = 5.0  # seconds between two looks of the scheduler that nothing asked for
+LATE = 0.1  # seconds after its time that it gets to them: this process stood still, and heard nobody
 AT_ONCE = 50  # VMs that one plan is about: some milliseconds of work, while everybody else waits
 RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more often
 GRACE = 10.0  # seconds for requests at work to end at a stop
@@ -197,8 +198,12 @@ class Cluster:
                 log.error("scheduling has to wait: %s", error.message)
                 await trio.sleep(RETRY_SECONDS)
                 continue
-            with trio.move_on_at(min(due, now + TICK)):
+            due = min(due, now + TICK)
+            with trio.move_on_at(due):
                 await self._wake.wait()
+            if (late := trio.current_time() - due) > LATE:
+                log.warning("the scheduler comes late", extra={"seconds": round(late, 1)})
+                self.presence.deaf(late)
 
     def schedule_some(self, now: float, clock: datetime.datetime) -> float | None:
         """Plan for some VMs and apply that. Give when time alone makes it due again; None: at once, there may be more."""

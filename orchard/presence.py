@@ -3,7 +3,8 @@
 Liveness is the time since a worker's last sign of life, by the controller's own monotonic clock at receipt: nobody's
 wall clock, and nothing that happened while the controller was away, can make a worker look dead or alive. Signs of
 life are its registration, its heartbeats, the pongs on its watch, and its polls of its VMs. A poll counts only when it
-comes from where one of the others came from, because anybody may list a worker's VMs.
+comes from where one of the others came from, because anybody may list a worker's VMs. Nobody is silent for what a
+controller that stood still has not heard.
 
 A worker that was deleted may be alive, and run its VMs until it hears of that or its lease ends: `departed` remembers
 when it was last seen, for as long as that can matter.
@@ -81,6 +82,16 @@ class Presence:
         self.departed[worker] = self.seen.pop(worker, self.began)
         self._last_seen.pop(worker, None)
         self._source.pop(worker, None)
+
+    def deaf(self, seconds: float) -> None:
+        """Note that this process stood still, and should have looked around so many seconds ago.
+
+        Twice as much is given to those who were not silent by then: what they have sent meanwhile is still to be read.
+        """
+        now = self._clock()
+        for worker, seen in self.seen.items():
+            if now - seconds < seen + self._offline_timeout:
+                self.seen[worker] = min(now, seen + 2 * seconds)
 
     def last_seen(self, worker: str) -> bytes | None:
         """Give the time of a worker's last heartbeat, as it stands in JSON; None when there was none."""

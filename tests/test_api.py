@@ -15,7 +15,7 @@ from trio.testing import assert_no_checkpoints
 
 from orchard import __version__, auth, lifecycle
 from orchard.api import API, OPERATIONS
-from orchard.controller import AT_ONCE
+from orchard.controller import AT_ONCE, OFFLINE_TIMEOUT
 from orchard.http1 import Headers, Request
 from orchard.openapi import Operation
 from orchard.schema import TART_VMS, ServiceAccount, new_spec
@@ -314,6 +314,26 @@ async def test_only_a_poll_from_the_workers_own_host_is_a_sign_of_life(
     assert seen["w"] == began
     await api.call("GET", "/vms?filter=worker=w", peer="10.0.0.1")
     assert seen["w"] == began + 10
+
+
+async def test_a_controller_that_stood_still_takes_nobody_for_silent_who_was_not(
+    api: Served, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    await api.register("w")
+    await api.create("vm")
+    nursery.start_soon(api.cluster.schedule)
+    while not (await api.ok("GET", "/vms/vm")).get("worker"):
+        await trio.lowlevel.checkpoint()
+    await api.store.settled()
+    await trio.testing.wait_all_tasks_blocked()
+    mock_clock.jump(2 * OFFLINE_TIMEOUT)
+    await trio.testing.wait_all_tasks_blocked()
+    assert (await api.ok("GET", "/vms/vm"))["status"] == "pending"
+    mock_clock.autojump_threshold = 0.0
+    await trio.sleep(2 * OFFLINE_TIMEOUT)
+    vm = await api.ok("GET", "/vms/vm")
+    assert vm["status_message"] == 'worker "w" is offline: no sign of life for 180 seconds'
+    nursery.cancel_scope.cancel()
 
 
 async def test_the_vms_of_a_deleted_worker_fail_and_say_so(api: Served) -> None:

@@ -112,6 +112,23 @@ def test_returned_is_called_exactly_when_an_offline_worker_gives_a_sign_of_life(
         assert site.returns == [site.now]
 
 
+def test_nobody_is_silent_for_what_was_not_heard() -> None:
+    site = Site("silent", "w", "lately")
+    site.now += 100
+    site.presence.arrived("w", HERE)
+    site.now += 100
+    site.presence.arrived("lately", HERE)
+    site.presence.deaf(0.5)
+    assert site.presence.seen == {"silent": 1000, "w": 1101, "lately": 1200}
+    site.now += TIMEOUT  # of which it was to look 99 seconds before "w" was silent
+    site.presence.deaf(TIMEOUT)
+    assert site.presence.seen == {"silent": 1000, "w": 1380, "lately": 1380}
+    site.returns.clear()
+    site.presence.arrived("w", HERE)
+    site.presence.arrived("silent", HERE)
+    assert site.returns == [1380], "it was offline"
+
+
 def test_of_a_forgotten_worker_nothing_is_left() -> None:
     site = Site()
     site.presence.heartbeat("w", HERE, SEEN)
