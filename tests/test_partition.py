@@ -241,12 +241,13 @@ async def test_a_vm_is_started_elsewhere_when_it_has_ended_on_the_host_that_is_c
 
 # ---- tunnels -------------------------------------------------------------------------------------------------------
 
-# Each connection begins with a letter: what is to be done. Then it tells that it has come to its end.
+# Each connection begins with a letter: what is to be done. It tells that this has arrived, and that it has come to its end.
 SERVE = """
 import socket, threading
 
 def serve(connection):
     does = connection.recv(1)
+    print("begun", does.decode(), flush=True)
     try:
         while does == b"p":
             connection.sendall(b"x" * 10000)
@@ -284,12 +285,11 @@ async def test_both_ends_of_a_tunnel_that_is_cut_off_find_out_though_data_is_und
 
             async def use(does: str) -> None:
                 try:
-                    async with s.client.workers.port_forward(s.host.home.name, port) as stream:
+                    async with s.client.workers.port_forward(s.host.home.name, port, wait=GENEROUS) as stream:
                         await stream.send_all(does.encode())
                         async with trio.open_nursery() as nursery:
                             if does == "d":
                                 nursery.start_soon(pour, stream)
-                            under_way[does].set()
                             async for _ in stream:
                                 pass
                 except* ConnectError as errors:
@@ -299,14 +299,17 @@ async def test_both_ends_of_a_tunnel_that_is_cut_off_find_out_though_data_is_und
                 while True:
                     await stream.send_all(b"x" * 10000)
 
-            under_way = {does: trio.Event() for does in "pds"}  # it pours, drinks, or is silent
+            async def next_line() -> str:
+                return await trio.to_thread.run_sync(line, abandon_on_cancel=True)
+
+            ways = "pds"  # it pours, drinks, or is silent
             with trio.fail_after(GENEROUS):
                 async with trio.open_nursery() as nursery:
-                    for does, begun in under_way.items():
+                    for does in ways:
                         nursery.start_soon(use, does)
-                        await begun.wait()
+                        assert await next_line() == f"begun {does}\n"
                     cable.cut()
-                ended = {await trio.to_thread.run_sync(line, abandon_on_cancel=True) for _ in under_way}
-            assert set(reasons) == set(under_way)
+                ended = {await next_line() for _ in ways}
+            assert set(reasons) == set(ways)
             assert all("the worker does not answer to pings" in reason for reason in reasons.values()), reasons
-            assert ended == {f"ended {does}\n" for does in under_way}
+            assert ended == {f"ended {does}\n" for does in ways}
