@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar
 
 MAX_DEPTH = 32  # levels of nesting in a JSON text; the deepest object of the API has 4
 MAX_UINT = 2**53 - 1  # the largest whole number that every JSON reader keeps exact (RFC 8259, section 6)
+MAX_DIGITS = 20  # of a whole number, with its sign; longer ones are refused before they are converted
 MAX_SHOWN = 64  # characters of a refused value that an error message repeats
 
 _HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
@@ -38,6 +39,12 @@ _TIME = re.compile(
 _NO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)  # the zero value of a Go client's time
 _OPTIONAL = (types.UnionType, typing.Union)  # `X | None`, and how Python keeps `Literal[...] | None`
 
+# What few texts hold. Only in those is each number or text looked at: a body may have millions of them, for which
+# everybody else would wait.
+_LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS}}}")
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
+
+_CONTAINERS = frozenset([list, dict])
 _AS_THEY_ARE = frozenset([str, int, bool, dict])  # types of values that JSON knows
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -154,12 +161,15 @@ def parse_json(body: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise APIError(400, f"the body is not UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}") from None
     try:
-        value = _DECODER.decode(text)
+        decoder = _CAREFUL_DECODER if _LONG_NUMBER.search(text) else _DECODER
+        value = decoder.decode(text)
     except json.JSONDecodeError as error:
         raise APIError(400, f"the body is not JSON: {error}") from None
     except RecursionError:
         raise APIError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels") from None
-    _check_tree(value)
+    _check_depth(value)
+    if _HALF_PAIR.search(text):
+        _check_texts(value)
     return value
 
 
@@ -180,7 +190,7 @@ def _no_constant(name: str) -> None:
 
 def _int(digits: str) -> int:
     # Python refuses to convert very long numbers, and nothing here is as large as that.
-    if len(digits) > 20:
+    if len(digits) > MAX_DIGITS:
         raise APIError(400, f"the number {shown(digits)} is out of range")
     return int(digits)
 
@@ -193,28 +203,37 @@ def _float(digits: str) -> float:
 
 
 # json.loads would make one for each text (./run bench api, creates).
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_int=_int, parse_float=_float)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float)
+_CAREFUL_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float, parse_int=_int
+)
 
 
-def _check_tree(value: object) -> None:
-    level: list[object] = [value]
-    for _ in range(MAX_DEPTH + 1):
-        below: list[object] = []
-        deeper = False
-        for node in level:
-            if isinstance(node, str):
-                _check_text(node)
-            elif isinstance(node, list):
-                deeper = True
-                below.extend(node)
-            elif isinstance(node, dict):
-                deeper = True
-                below.extend(node)
-                below.extend(node.values())
-        if not deeper:
+def _check_depth(value: object) -> None:
+    level = [value] if type(value) in _CONTAINERS else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for node in level
+            for inner in (node.values() if isinstance(node, dict) else typing.cast("list[object]", node))
+            if type(inner) in _CONTAINERS
+        ]
+        if not level:
             return
-        level = below
     raise APIError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels")
+
+
+def _check_texts(value: object) -> None:
+    nodes = [value]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, str):
+            _check_text(node)
+        elif isinstance(node, list):
+            nodes += node
+        elif isinstance(node, dict):
+            nodes += node
+            nodes += node.values()
 
 
 def _check_text(text: str) -> None:
