@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from orchard.codec import APIError, decode
+from orchard.codec import APIError, decode, parse_json
 from orchard.pipe import TunnelStream
 from orchard.schema import (
     IP,
@@ -105,8 +105,8 @@ class Client(Transport):
     async def _action(self, websocket: WebSocketConnection) -> dict[str, Any]:
         message = await websocket.get_message()
         try:
-            action = json.loads(message)
-        except ValueError:
+            action = _parsed(message)
+        except APIError:
             action = None
         if not isinstance(action, dict):
             raise ClientError(f"the controller sent no action over the watch, but {str(message)[:MAX_SHOWN]!r}")
@@ -132,9 +132,9 @@ class _Changes:
                 raise ClientError(f"a line of the watch is longer than {MAX_LINE} bytes")
         line = self._lines.popleft()
         try:
-            change = json.loads(line)
+            change = parse_json(line)
             return str(change["type"]), _vm(change["object"])
-        except (ValueError, KeyError, TypeError):
+        except (APIError, KeyError, TypeError):
             raise ClientError(f"a line of the watch is no change: {excerpt(line)}") from None
 
 
@@ -373,21 +373,26 @@ class RunningCommand:
     async def __anext__(self) -> tuple[str, bytes]:
         """Raises ClientError when the command could not be run to its end."""
         try:
-            frame = json.loads(await self._websocket.get_message())
+            message = await self._websocket.get_message()
         except ConnectionClosed as closed:
             raise ConnectError(f"the command was cut off: {why_closed(closed)}") from None
-        match frame:
-            case {"type": "stdout" | "stderr" as kind, "data": str(data)}:
-                return kind, base64.b64decode(data)
-            case {"type": "exit", "exit": {"code": int(code)}}:
-                self.exit_code = code
-                raise StopAsyncIteration
-            case {"type": "error", "error": str(error)}:
-                raise ClientError(error)
-        raise ClientError(f"a frame of the command is not understood: {str(frame)[:MAX_SHOWN]!r}")
+        with suppress(APIError, ValueError):  # what is no JSON, and what is no base64
+            match _parsed(message):
+                case {"type": "stdout" | "stderr" as kind, "data": str(data)}:
+                    return kind, base64.b64decode(data)
+                case {"type": "exit", "exit": {"code": int(code)}}:
+                    self.exit_code = code
+                    raise StopAsyncIteration
+                case {"type": "error", "error": str(error)}:
+                    raise ClientError(error)
+        raise ClientError(f"a frame of the command is not understood: {str(message)[:MAX_SHOWN]!r}")
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
+
+
+def _parsed(message: str | bytes) -> Any:
+    return parse_json(message.encode() if isinstance(message, str) else message)
 
 
 def _noun(kind: type[NounT], raw: Any) -> NounT:

@@ -27,16 +27,11 @@ from urllib.parse import urlencode, urlsplit
 
 import h11
 import trio
-from trio_websocket import (
-    ConnectionClosed,
-    ConnectionRejected,
-    HandshakeError,
-    WebSocketConnection,
-    wrap_client_stream,
-)
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
 from orchard import __version__, frames, tcp, tls
+from orchard.codec import APIError, parse_json
 from orchard.groups import first, unwrapped
 from orchard.pipe import PING_INTERVAL, TunnelStream
 
@@ -51,6 +46,7 @@ MAX_HEAD = 64 * 1024  # bytes of an answer's head
 RECEIVE_BYTES = 64 * 1024  # of one read
 SWITCHING = 101  # HTTP's status of an answer that what follows is no HTTP
 MAX_SHOWN = 200  # characters of an answer that is not Orchard's
+_KEY_HEADER = b"sec-websocket-key:"
 REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
 T = TypeVar("T")
@@ -85,9 +81,10 @@ class Answer:
     def json(self) -> Any:
         """Parse the body. Raises ClientError."""
         try:
-            return json.loads(self.body)
-        except ValueError:
-            raise ClientError(f"the answer is no JSON, is this an Orchard? It begins: {excerpt(self.body)}") from None
+            return parse_json(self.body)
+        except APIError as error:
+            why = f"the answer is no JSON, is this an Orchard? It begins: {excerpt(self.body)} ({error.message})"
+            raise ClientError(why) from None
 
 
 class Items(Generic[T]):
@@ -173,6 +170,52 @@ class _Connection:
         transport = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
         # A connection at rest has nothing to read but its end.
         return isinstance(transport, trio.SocketStream) and transport.socket.is_readable()
+
+
+@dataclass(frozen=True, slots=True)
+class _Switched:
+    """The stream of a connection that has become a WebSocket, and what of it came with the answer."""
+
+    stream: trio.abc.Stream
+    early: bytes
+
+
+class _HandOver(trio.abc.Stream):
+    """A WebSocket's stream as trio-websocket gets it, which begins with a handshake of its own: it is answered here.
+
+    So what a server says before the WebSocket is open is read in one place, with its bounds.
+    """
+
+    def __init__(self, opened: _Switched) -> None:
+        self._stream = opened.stream
+        self._early = opened.early
+        self._asked: trio.Event | None = trio.Event()  # until the handshake is answered
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        if self._asked is not None:
+            await self._asked.wait()
+            self._asked = None
+        if self._early:
+            await trio.lowlevel.checkpoint()
+            early, self._early = self._early, b""
+            return early
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self._asked is None:
+            await self._stream.send_all(data)
+            return
+        (key,) = (line[18:].strip() for line in bytes(data).split(b"\r\n") if line.lower().startswith(_KEY_HEADER))
+        answer = "HTTP/1.1 101 \r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        self._early = f"{answer}Sec-WebSocket-Accept: {frames.accept(key.decode())}\r\n\r\n".encode() + self._early
+        self._asked.set()
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 # ---- the transport -------------------------------------------------------------------------------------------------
@@ -316,42 +359,31 @@ class Transport:
 
         What the block raises comes out as it is, but for ConnectionClosed, which becomes ConnectError.
         """
-        connection = await self._open()
-        target = self._target(path, query)
         done = False
-        headers = [(name.encode(), value.encode()) for name, value in self._headers[1:]]
         try:
-            with unwrapped():
-                async with trio.open_nursery() as nursery:  # trio-websocket's reader ends with the block
-                    with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
+            async with self._switched(path, query) as opened:
+                with unwrapped():
+                    async with trio.open_nursery() as nursery:  # trio-websocket's reader ends with the block
                         websocket = await wrap_client_stream(
                             nursery,
-                            connection.stream,  # type: ignore[arg-type]  # any stream does
-                            self._headers[0][1],
-                            target,
-                            extra_headers=headers,
+                            _HandOver(opened),  # type: ignore[arg-type]  # any stream does
+                            "orchard",
+                            "/",
                             message_queue_size=1,
                             max_message_size=max_message_size,
                             receive_buffer_size=RECEIVE_BYTES,
                         )
-                    yield websocket
-                    done = True
-                    with trio.move_on_after(CLOSE_SECONDS):
-                        await websocket.aclose()
-                    nursery.cancel_scope.cancel()
-        except ConnectionRejected as error:
-            refused = Answer(error.status_code, {}, error.body or b"")
-            raise _refusal(refused) from None
+                        yield websocket
+                        done = True
+                        with trio.move_on_after(CLOSE_SECONDS):
+                            await websocket.aclose()
+                        nursery.cancel_scope.cancel()
         except ConnectionClosed as error:
             raise ConnectError(f"{self.url} closed the WebSocket ({why_closed(error)})") from None
         except LocalProtocolError as error:
             # trio-websocket's reader answers to a ping even after our own close, and stumbles over itself.
             if not done:
                 raise self._lost(error) from error
-        except (HandshakeError, trio.BrokenResourceError) as error:
-            raise self._lost(error) from error
-        finally:
-            await trio.aclose_forcefully(connection.stream)
 
     @asynccontextmanager
     async def tunnel(
@@ -361,12 +393,27 @@ class Transport:
 
         Raises ResponseError for a refusal. A BrokenResourceError that the block lets out becomes ConnectError.
         """
+        async with self._switched(path, query) as opened:
+            tcp.be_patient(opened.stream)
+            stream = TunnelStream(opened.stream, client=True, early=opened.early, ping_interval=ping_interval)
+            with unwrapped():
+                async with trio.open_nursery() as nursery:  # what keeps the stream going ends with the block
+                    nursery.start_soon(stream.run)
+                    yield stream
+                    await stream.aclose()
+                    nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def _switched(self, path: str, query: Mapping[str, str] | None) -> AsyncIterator[_Switched]:
+        """Have a connection become a WebSocket, closed at the end of the block. Raises ResponseError for a refusal.
+
+        A BrokenResourceError that the block lets out becomes ConnectError.
+        """
         key = base64.b64encode(os.urandom(16)).decode()
         asks = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
         asks += [("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)]
         request = h11.Request(method="GET", target=self._target(path, query), headers=[*self._headers, *asks])
         connection = await self._open()
-        tcp.be_patient(connection.stream)
         try:
             with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
                 status, headers = await connection.send(request, b"")
@@ -374,13 +421,7 @@ class Transport:
                     raise _refusal(Answer(status, headers, await connection.body()))
             if headers.get("sec-websocket-accept") != frames.accept(key) or "sec-websocket-extensions" in headers:
                 raise ConnectError(f"{self.url} does not open a WebSocket as it should")
-            stream = TunnelStream(connection.stream, client=True, early=connection.early(), ping_interval=ping_interval)
-            with unwrapped():
-                async with trio.open_nursery() as nursery:  # what keeps the stream going ends with the block
-                    nursery.start_soon(stream.run)
-                    yield stream
-                    await stream.aclose()
-                    nursery.cancel_scope.cancel()
+            yield _Switched(connection.stream, connection.early())
         except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
             raise self._lost(error) from error
         finally:
@@ -512,7 +553,7 @@ def excerpt(body: bytes) -> str:
 
 def _refusal(answer: Answer) -> ResponseError:
     try:
-        message = json.loads(answer.body)["message"]
-    except (ValueError, TypeError, KeyError):
+        message = parse_json(answer.body)["message"]
+    except (APIError, TypeError, KeyError):
         message = f"not an answer of Orchard's: {excerpt(answer.body)}"
     return ResponseError(answer.status, str(message))

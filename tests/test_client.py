@@ -8,9 +8,9 @@ import json
 import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import trio
@@ -188,6 +188,7 @@ def answered(status: str, body: bytes) -> bytes:
         (answered("502 Bad Gateway", b"<html>\x1b[2J nginx"), "not an answer of Orchard's: '<html> "),
         (answered("500 Oops", b""), "not an answer of Orchard's"),
         (answered("403 No", b'{"message": 1}'), "1"),
+        (answered("500 Deep", b"[" * 100_000), "not an answer of Orchard's"),
     ],
 )
 async def test_a_refusal_has_its_status_and_the_controllers_words(answer: bytes, words: str) -> None:
@@ -205,6 +206,8 @@ async def test_a_refusal_has_its_status_and_the_controllers_words(answer: bytes,
         (answered("200 OK", b"hello"), "is this an Orchard"),
         (answered("200 OK", b"{}"), "no list"),
         (answered("200 OK", b"[1]"), "no VM"),
+        (answered("200 OK", b"[" * 100_000), "is this an Orchard"),
+        (answered("200 OK", b'[{"name": "\\ud800"}]'), "half a surrogate pair"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP as it should"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n[", "does not speak HTTP as it should"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000, "does not speak HTTP as it should"),
@@ -507,18 +510,80 @@ async def test_a_tunnel_loses_nothing_that_comes_with_the_answer() -> None:
         ),
         (lambda _: b"HTTP/1.1 503 x\r\nContent-Length: 15\r\n\r\n" + b'{"message":"m"}', ResponseError, "m .* 503"),
         (lambda _: OK, ResponseError, "not an answer of Orchard's"),
-        (lambda _: b"HTTP/1.1 101", ConnectError, "was lost|did not answer"),
         (lambda _: b"nonsense\r\n\r\n", ConnectError, "does not speak HTTP"),
+        (lambda _: b"HTTP/1.1 101 x\r\n" + b"X-A: b\r\n" * 10_000, ConnectError, "does not speak HTTP"),
+        (lambda _: b"HTTP/1.1 403 x\r\n\r\n" + b"x" * 10_000, ClientError, "larger than 1000 bytes"),
     ],
 )
-async def test_a_tunnel_that_is_not_opened_as_it_should_be(
-    answer: Callable[[str], bytes], error: type[ClientError], words: str
+@pytest.mark.parametrize("way", ["tunnel", "websocket"])
+async def test_a_websocket_that_is_not_opened_as_it_should_be(
+    answer: Callable[[str], bytes],
+    error: type[ClientError],
+    words: str,
+    way: Literal["tunnel", "websocket"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(transport, "MAX_BODY", 1000)
     async with tunnelled(answer) as (client, _):
-        client._answer_seconds = 0.1
+        opened: AbstractAsyncContextManager[object] = (
+            client.tunnel("/x", {}) if way == "tunnel" else client.websocket("/x")
+        )
         with pytest.raises(error, match=words):
-            async with client.tunnel("/x", {}):
+            async with opened:
                 raise AssertionError("it was opened")
+
+
+@pytest.mark.parametrize("way", ["tunnel", "websocket"])
+async def test_an_answer_that_does_not_come_to_its_end_opens_no_websocket(way: Literal["tunnel", "websocket"]) -> None:
+    async with tunnelled(lambda _: b"HTTP/1.1 101") as (client, _):
+        client._answer_seconds = 0.01
+        with pytest.raises(ConnectError, match="did not answer within"):
+            async with client.tunnel("/x", {}) if way == "tunnel" else client.websocket("/x"):
+                raise AssertionError("it was opened")
+
+
+async def test_messages_that_come_with_the_answer_are_not_lost() -> None:
+    def answer(accept: str) -> bytes:
+        return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + b"\x82\x02{}\x81\x02[]\x88\x02\x03\xe8"
+
+    async with tunnelled(answer) as (client, heads):
+        async with client.websocket("/rpc/watch", {"workerName": "w"}) as websocket:
+            assert [await websocket.get_message() for _ in range(2)] == [b"{}", "[]"]
+            with pytest.raises(ConnectionClosed):
+                await websocket.get_message()
+        assert heads[0].startswith("GET /v1/rpc/watch?workerName=w HTTP/1.1\r\n")
+        assert "\r\nAuthorization: Basic" in heads[0]
+
+
+@pytest.mark.parametrize(
+    "message", [b"[" * 30_000, b"[1]", b"\xff", b'{"\\ud800": 1}', b'{"a": 1, "a": 2}', b'{"a": NaN}']
+)
+async def test_what_is_no_action_and_no_frame_of_a_command_is_said_to_be(message: bytes) -> None:
+    def answer(accept: str) -> bytes:
+        message_frame = b"".join(frames.frame(frames.BINARY, message))
+        return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + message_frame
+
+    async with tunnelled(answer) as (client, _):
+        with pytest.raises(ClientError, match="sent no action over the watch"):
+            async with client.rpc_watch("w") as actions:
+                await anext(actions)
+        with pytest.raises(ClientError, match="a frame of the command is not understood"):
+            async with client.vms.exec("vm", "true") as command:
+                await anext(command)
+
+
+@pytest.mark.parametrize(
+    "frame", ['{"type": "stdout", "data": "x"}', '{"type": "stdout", "data": 1}', '{"type": "exit", "exit": {}}']
+)
+async def test_a_frame_of_a_command_that_says_nothing_is_said_to_be(frame: str) -> None:
+    def answer(accept: str) -> bytes:
+        message_frame = b"".join(frames.frame(frames.TEXT, frame.encode()))
+        return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + message_frame
+
+    async with tunnelled(answer) as (client, _):
+        with pytest.raises(ClientError, match="a frame of the command is not understood"):
+            async with client.vms.exec("vm", "true") as command:
+                await anext(command)
 
 
 async def test_a_tunnel_that_breaks_is_a_lost_connection() -> None:
