@@ -32,7 +32,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -86,8 +86,10 @@ GOODBYE_SECONDS = 5.0  # to tell the controller of them
 EXIT_REFUSED = 2
 TICK = datetime.timedelta(microseconds=1)  # the least step of a last_seen
 FORWARD = "/rpc/port-forward"
+PORTS = range(1, 65536)
 CONNECT_SECONDS = 10.0  # for a port of a VM to answer
 MAX_TUNNELS = 4096  # at once: each has two sockets, and half a MiB for each direction in which somebody reads slowly
+MAX_ERRANDS = 2 * MAX_TUNNELS  # at once: those tunnels, the refusal of others, and addresses
 
 Local = Literal["absent", "pending", "running", "failed"]
 Action = Literal["none", "create", "lost", "report", "follow", "stop", "fail", "remove"]
@@ -162,7 +164,8 @@ class Worker:
         self._last_seen = datetime.datetime.min.replace(tzinfo=datetime.UTC)
         self._look = trio.Event()
         self._dirty = trio.Event()
-        self._tunnels = 0  # that are open
+        self._tunnels = 0  # that are open, or are being opened
+        self._errands = 0  # of the controller's that are being done
         self._admitted = False  # whether the controller has ever let us in
         self._settled = False  # whether what an earlier worker left here is dealt with
         self._ending: list[trio.Event] | None = None  # what the controller has given up; None: nobody knows yet
@@ -306,33 +309,50 @@ class Worker:
                 match action:
                     case {"syncVMsAction": _}:
                         self._look.set()
-                    case {"portForwardAction": {"session": str(session), "port": int(port), **rest}}:
-                        lasting.start_soon(self._forward, session, str(rest.get("vmUID") or ""), port)
+                    case {"portForwardAction": {"session": str(session), "port": int(port), **rest}} if port in PORTS:
+                        self._run(lasting, partial(self._forward, session, str(rest.get("vmUID") or ""), port))
                     case {"resolveIPAction": {"session": str(session), **rest}}:
-                        lasting.start_soon(self._resolve, session, str(rest.get("vmUID") or ""))
+                        self._run(lasting, partial(self._resolve, session, str(rest.get("vmUID") or "")))
                     case _:
                         log.warning("an unknown action was passed over", extra={"action": sorted(action)})
 
     # -- into VMs
 
+    def _run(self, lasting: trio.Nursery, errand: Callable[[], Awaitable[None]]) -> None:
+        """Run an errand of the controller's, if there are not too many; who asked for it does not wait for ever."""
+        if self._errands >= MAX_ERRANDS:
+            log.warning("an action was passed over", extra={"worker": self.name, "at_work": self._errands})
+            return
+
+        async def run() -> None:
+            try:
+                await errand()
+            finally:
+                self._errands -= 1
+
+        self._errands += 1
+        lasting.start_soon(run)
+
     async def _forward(self, session: str, vm_uid: str, port: int) -> None:
         """Bring the controller a tunnel to a port of a VM (of this host for no VM), or say why there is none."""
         query = {"session": session, "errorMessage": ""}
+        refusal = ""
+        self._tunnels += 1
         try:
             async with (
                 await self._connect(vm_uid, port) as stream,
                 self._client.tunnel(FORWARD, query, HEARTBEATS_A_PING * self._heartbeat_seconds) as tunnel,
             ):
-                self._tunnels += 1
-                try:
-                    broken = await splice(stream, tunnel)
-                finally:
-                    self._tunnels -= 1
+                broken = await splice(stream, tunnel)
                 await tunnel.aclose(BROKEN if broken else NORMAL, broken)
         except DriverError as error:
-            await self._answer_refusal(session, str(error))
+            refusal = str(error)
         except ClientError as error:
             log.info("a tunnel ended", extra={"worker": self.name, "reason": str(error)})
+        finally:
+            self._tunnels -= 1
+        if refusal:
+            await self._answer_refusal(session, refusal)
 
     async def _answer_refusal(self, session: str, reason: str) -> None:
         with suppress(ClientError):  # whoever asked does not wait for ever
@@ -341,7 +361,7 @@ class Worker:
 
     async def _connect(self, vm_uid: str, port: int) -> trio.SocketStream:
         """Connect to a port of a VM. Raises DriverError that says why that can't be."""
-        if self._tunnels >= MAX_TUNNELS:
+        if self._tunnels > MAX_TUNNELS:  # with this one
             raise DriverError(f"{MAX_TUNNELS} tunnels are open already, expected less")
         host = await self._address(vm_uid)
         where = f"cannot connect to port {port} of {'the VM' if vm_uid else 'the host'}"

@@ -16,11 +16,15 @@ import pytest
 import trio
 from disks import FailingDisk, no_room
 from processes import eventually
+from trio_websocket import WebSocketConnection
 
 from orchard import controller, guard, worker
 from orchard.client import Client, ResponseError
+from orchard.codec import dump_json
 from orchard.driver import DriverError, RunOptions
 from orchard.events import EventLog
+from orchard.http1 import Answer, Request, Response, WebSocketUpgrade
+from orchard.httpd import serve
 from orchard.life import SHUT_DOWN, STOPPED, Note
 from orchard.schema import TART_VMS, VM, Status
 from orchard.store import Store
@@ -597,3 +601,73 @@ async def test_a_worker_that_was_never_let_in_gives_up(tmp_path: Path, nursery: 
         with pytest.raises(RefusedError, match="does not exist"):
             await Worker(identity, client, SyntheticDriver(tmp_path / "vms")).run()
     nursery.cancel_scope.cancel()
+
+
+# ---- a controller that means harm ----------------------------------------------------------------------------------
+
+
+class Impostor:
+    """Lets workers in, says over their watch what it was given to say, and answers nothing that they bring for it."""
+
+    def __init__(self, *actions: object) -> None:
+        self._actions = actions
+        self.brought: list[tuple[str, str | None]] = []  # path, and the error that it names
+
+    async def handle(self, request: Request) -> Answer:
+        answers: dict[str, object] = {"/v1/workers": {"name": "mac"}, "/v1/controller/info": {}, "/v1/vms": []}
+        if request.path in answers:
+            return Response(200, dump_json(answers[request.path]))
+        if request.path == "/v1/rpc/watch":
+            return WebSocketUpgrade(self._watch)
+        self.brought.append((request.path.removeprefix("/v1/rpc/"), request.query.one("errorMessage")))
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async def _watch(self, websocket: WebSocketConnection) -> None:
+        for action in self._actions:
+            await websocket.send_message(dump_json(action))
+        await trio.sleep_forever()
+
+    @asynccontextmanager
+    async def working(self, site: Site) -> AsyncIterator[None]:
+        """Have a worker listen to it."""
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        async with trio.open_nursery() as nursery:
+            await nursery.start(partial(serve, self.handle, listeners))
+            async with Client(url) as client:
+                await nursery.start(site.worker(client).run)
+                yield
+                nursery.cancel_scope.cancel()
+
+
+def forward(port: object, session: object = "s") -> object:
+    return {"portForwardAction": {"session": session, "vmUID": "", "port": port}}
+
+
+async def test_actions_that_make_no_sense_are_passed_over(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    senseless = [forward(port) for port in (0, -1, 65536, 10**19, "22", None)]
+    senseless += [forward(22, 7), {"portForwardAction": {}}, {"resolveIPAction": []}, {"a\nb": 1}, {}]
+    impostor = Impostor(*senseless, {"resolveIPAction": {"session": "s", "vmUID": "none"}})
+    async with impostor.working(site):
+        await eventually(lambda: impostor.brought == [("resolve-ip", "no VM with uid none runs here")])
+    passed_over = [record for record in caplog.records if record.getMessage() == "an unknown action was passed over"]
+    assert len(passed_over) == len(senseless)
+
+
+async def test_what_a_controller_can_have_a_worker_do_at_once_is_bounded(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(worker, "MAX_TUNNELS", 2)
+    monkeypatch.setattr(worker, "MAX_ERRANDS", 3)
+    async with (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] as listener:
+        port = listener.socket.getsockname()[1]
+        impostor = Impostor(*[forward(port)] * 5)
+        async with impostor.working(site):
+            await eventually(lambda: len(impostor.brought) == 3)
+            await eventually(lambda: caplog.text.count("an action was passed over") == 2)
+    assert sorted(impostor.brought) == [
+        ("port-forward", ""),
+        ("port-forward", ""),
+        ("port-forward", "2 tunnels are open already, expected less"),
+    ]
