@@ -20,6 +20,7 @@ import base64
 import binascii
 import shlex
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import trio_asyncio  # type: ignore[import-untyped]  # noqa: TC004 -- it has no types
 
 SSH_PORT = 22
+LOST = "the connection to the VM was lost"
 MISSING = "exec needs the packages of the extra ssh on the controller: pip install 'orchard-cluster[ssh]'"
 PAUSE = 0.5  # seconds between attempts to reach a guest that boots
 LOGIN_SECONDS = 10.0  # of one attempt
@@ -154,8 +156,10 @@ class Executor:
                 await _say(peer, {"type": "error", "error": f"the command did not start: {error}"})
                 return
             try:
-                with unwrapped():
-                    await self._join(process, command, peer)
+                await self._join(process, command, peer)
+            except* (asyncssh.Error, OSError) as lost:
+                broken = isinstance(why := first(lost), asyncssh.ProtocolError)
+                await _say(peer, {"type": "error", "error": f"{LOST}: {_words(why)}" if broken else LOST})
             finally:
                 process.terminate()  # closing the channel alone would leave a command running that writes nothing
                 process.close()
@@ -171,7 +175,7 @@ class Executor:
             await trio_asyncio.aio_as_trio(process.wait_closed)()
             code = process.returncode
             if code is None:
-                await _say(peer, {"type": "error", "error": "the connection to the VM was lost"})
+                await _say(peer, {"type": "error", "error": LOST})
             else:
                 await _say(peer, {"type": "exit", "exit": {"code": code if code >= 0 else 128 - code}})
             nursery.cancel_scope.cancel()
@@ -205,15 +209,15 @@ class Executor:
     async def _hold(self, vm: VM, line: _Line, wait: float) -> None:
         async with self._reach.stream(vm, SSH_PORT, wait) as stream:
             ours, theirs = socket.socketpair()
-            async with trio.SocketStream(trio.socket.from_stdlib_socket(ours)) as near:
-                with unwrapped():
-                    async with trio.open_nursery() as nursery:  # the bytes end with the connection
-                        nursery.start_soon(_splice, near, stream, nursery.cancel_scope)
-                        line.connection = await _log_in(theirs, vm)
-                        line.settled.set()
-                        async with _closed(line.connection):
-                            await trio_asyncio.aio_as_trio(line.connection.wait_closed)()
-                        nursery.cancel_scope.cancel()
+            near = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            with unwrapped():
+                async with trio.open_nursery() as nursery:  # the bytes end with the connection
+                    nursery.start_soon(_carry, near, stream)
+                    line.connection = await _log_in(theirs, vm)
+                    line.settled.set()
+                    async with _closed(line.connection):
+                        await trio_asyncio.aio_as_trio(line.connection.wait_closed)()
+                    nursery.cancel_scope.cancel()
 
     @contextmanager
     def _asyncio(self) -> Iterator[None]:
@@ -227,9 +231,15 @@ class Executor:
 
 async def _log_in(sock: socket.socket, vm: VM) -> asyncssh.SSHClientConnection:
     """Speak SSH over a socket, which is then the connection's. Raises asyncssh.Error, OSError."""
+
+    class Guarded(asyncssh.SSHClient):
+        def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+            conn.internal_error = partial(_broken, conn)  # type: ignore[method-assign]
+
     connect = partial(
         asyncssh.connect,
         vm.name,
+        client_factory=Guarded,
         sock=sock,
         username=vm.spec.username,
         password=vm.spec.password,
@@ -249,6 +259,16 @@ async def _log_in(sock: socket.socket, vm: VM) -> asyncssh.SSHClientConnection:
             sock.close()
 
 
+def _broken(connection: asyncssh.SSHClientConnection, info: Any = None, error_logger: Any = None) -> None:
+    """Take what a guest sends that asyncssh stumbles over for a broken protocol, and close the connection.
+
+    asyncssh would hand on whatever exception that was, to those who wait for the connection or read from it.
+    """
+    _, error, _ = info or sys.exc_info()
+    assert error is not None
+    connection.connection_lost(asyncssh.ProtocolError(f"what it sends is no SSH: {_words(error)}"))
+
+
 @asynccontextmanager
 async def _closed(connection: asyncssh.SSHClientConnection) -> AsyncIterator[None]:
     try:
@@ -257,9 +277,10 @@ async def _closed(connection: asyncssh.SSHClientConnection) -> AsyncIterator[Non
         connection.abort()
 
 
-async def _splice(near: trio.abc.Stream, far: trio.abc.Stream, scope: trio.CancelScope) -> None:
-    await splice(near, far)
-    scope.cancel()
+async def _carry(near: trio.abc.Stream, far: trio.abc.Stream) -> None:
+    """Copy bytes both ways until one side ends. `near` is closed then, which asyncssh heeds more than a cancellation."""
+    async with near:
+        await splice(near, far)
 
 
 def _words(error: BaseException) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import asyncssh
 import pytest
 import trio
 import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from processes import GENEROUS, eventually
-from test_forward import outside, refusal, socket_url
+from test_forward import listening, outside, refusal, socket_url
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
@@ -215,6 +217,101 @@ async def test_a_deleted_vm_ends_its_commands(ssh_port: int, tmp_path: Path) -> 
         await c.client.vms.delete("vm")
         await eventually(lambda: bool(told))
     assert told == [{"type": "error", "error": "the connection to the VM was lost"}]
+
+
+# ---- guests that mean harm -----------------------------------------------------------------------------------------
+
+
+def ssh_packet(payload: bytes) -> bytes:
+    padding = 16 - (len(payload) + 5) % 8
+    return struct.pack(">IB", len(payload) + padding + 1, padding) + payload + bytes(padding)
+
+
+def key_exchange(*names: bytes) -> bytes:
+    lists = b"".join(struct.pack(">I", len(name)) + name for name in names)
+    return b"SSH-2.0-x\r\n" + ssh_packet(b"\x14" + bytes(16) + lists + bytes(5))
+
+
+HOSTILE = {
+    "nothing": b"",
+    "no SSH": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "a line without end": b"x" * 100_000,
+    "lines without end": b"x\r\n" * 10_000,
+    "a packet that is too large": b"SSH-2.0-x\r\n" + b"\xff" * 100,
+    "a packet that is cut off": b"SSH-2.0-x\r\n" + ssh_packet(b"\x14" + bytes(10)),
+    "names that are not ASCII": key_exchange(
+        b"\xff\xfe", b"ssh-ed25519", *[b"aes128-ctr"] * 2, *[b"\xff"] * 2, *[b""] * 4
+    ),
+    "an unknown message": b"SSH-2.0-x\r\n" + ssh_packet(b"\xc8"),
+    "the end": b"SSH-2.0-x\r\n" + ssh_packet(b"\x01" + struct.pack(">II", 11, 3) + b"bye" + bytes(4)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_whatever_a_guest_says_in_place_of_ssh_is_a_refusal_and_nothing_else(
+    name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def say(stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(HOSTILE[name])
+            await stream.send_eof()
+
+    async with vm() as c, listening(say) as port:
+        monkeypatch.setattr(commands, "SSH_PORT", port)
+        status, message = await refusal(c, "/vms/vm/exec", command="a", wait=0)
+        assert status == 503
+        assert 'no SSH into VM "vm"' in message
+        assert await c.client.vms.get("vm"), "the controller goes on"
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+@asynccontextmanager
+async def breaking(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], None]) -> AsyncIterator[None]:
+    """An SSH server in the VM that does something to its connection in the middle of a command."""
+
+    class Server(asyncssh.SSHServer):
+        def begin_auth(self, username: str) -> bool:
+            return False
+
+    async def session(process: asyncssh.SSHServerProcess[str]) -> None:
+        process.stdout.write("begun")
+        await process.stdin.readline()
+        breaks(process.channel.get_connection())
+
+    async with trio_asyncio.open_loop():
+        listen = partial(
+            asyncssh.listen,
+            "127.0.0.1",
+            0,
+            server_factory=Server,
+            server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
+            process_factory=session,
+        )
+        server = await trio_asyncio.aio_as_trio(listen)()
+        monkeypatch.setattr(commands, "SSH_PORT", server.get_port())
+        yield
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        lambda connection: connection.abort(),
+        lambda connection: connection.disconnect(11, "bye\nlevel=error"),
+        lambda connection: connection._transport.write(b"\xff" * 5000),
+        lambda connection: connection.send_packet(98, b"\0"),
+        lambda connection: connection.send_packet(98, b"\0\0\0\0", b"\0\0\0\x0bexit-signal", b"\0\xff"),
+    ],
+)
+async def test_a_guest_that_breaks_the_protocol_ends_the_command_with_the_reason(
+    breaks: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with breaking(monkeypatch, breaks), vm() as c:
+        told = await ran(c, "any", lambda client: client.send(stdin(b"go\n")), interactive="true")
+        assert told[0] == {"type": "stdout", "data": b"begun"}
+        assert told[1]["type"] == "error"
+        assert "the connection to the VM was lost" in told[1]["error"]
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 async def test_refusals_are_plain_answers(ssh_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
