@@ -6,6 +6,7 @@ traceback included, so that nobody can forge a line by a clever name. Fields com
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -21,7 +22,10 @@ COMPLAINT_SECONDS = 10.0  # between two lines about connections that cannot be a
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, equals sign and backslash
 
+NO_ROOM = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])  # to accept a connection
+
 log = logging.getLogger("orchard.logs")
+no_room = logging.getLogger("orchard.logs.no_room")
 
 
 def plain(value: object) -> str:
@@ -58,11 +62,18 @@ def complaint(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
 
     An exception handler for a loop (asyncio's set_exception_handler): without one, any such thing would end the program.
     """
-    log.error("asyncio: %s", context["message"], exc_info=context.get("exception"))
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        no_room.error("asyncio: %s, retrying: %s", context["message"], error.strerror)
+    else:
+        log.error("asyncio: %s", context["message"], exc_info=error)
 
 
 class NoDescriptors(logging.Filter):
-    """Of trio's complaints that it cannot accept a connection, ten a second with a traceback each, lets one line pass."""
+    """Of complaints that no connection can be accepted, lets one line pass, and no traceback.
+
+    trio has ten of them a second, asyncio a hundred.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +99,8 @@ def configure(*, debug: bool, quiet: bool = False) -> None:
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("orchard").setLevel(logging.DEBUG if debug else level)
-    logging.getLogger("trio.serve_listeners").addFilter(NoDescriptors())
+    for logger in (logging.getLogger("trio.serve_listeners"), no_room):
+        logger.addFilter(NoDescriptors())
     # They say goodbye to each connection at INFO; what matters of it is in our own lines.
     for name in ("trio-websocket", "asyncssh"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import http.client
+import re
 import resource
+import socket
 import subprocess
 import urllib.parse
 from pathlib import Path
 
-from processes import GENEROUS, controller
+from processes import GENEROUS, at_last, controller
 from test_controller import PLAIN, call, log_lines
 
 SHORT = 60.0  # seconds until a socket gives up; nothing is asserted about time
@@ -51,6 +53,26 @@ def test_no_descriptor_left_stops_nobody_who_is_there_and_newcomers_only_for_a_w
     assert "Traceback" not in log
     complaints = [line for line in log_lines(role) if "Too many open files" in line]
     assert len(complaints) == 1
+    assert "retrying" in complaints[0]
+
+
+def test_no_descriptor_left_makes_ssh_wait_and_is_told_once(tmp_path: Path) -> None:
+    with controller(*PLAIN, "--listen-ssh", "127.0.0.1:0", home=tmp_path) as (role, _):
+        port = int(re.findall(r"HOST:([0-9]+)", "".join(role.said))[0])
+        pid = role.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), before[1]))
+        newcomers = [socket.create_connection(("127.0.0.1", port), timeout=SHORT) for _ in range(3)]
+        at_last(lambda: "Too many open files" in role.log.read_text())
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        for newcomer in newcomers:
+            assert newcomer.recv(8) == b"SSH-2.0-"
+            newcomer.close()
+        assert role.stop() == 0
+    assert "Traceback" not in role.log.read_text()
+    complaints = [line for line in log_lines(role) if "Too many open files" in line]
+    assert len(complaints) < 10, "asyncio has a hundred at once"
     assert "retrying" in complaints[0]
 
 
