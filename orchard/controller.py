@@ -33,7 +33,7 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth, descriptors, lifecycle, logs, scheduler, tls
+from orchard import __version__, auth, descriptors, lifecycle, logs, scheduler, tcp, tls
 from orchard.api import API
 from orchard.audit import ACCESS_KEY_FILE, EVENTS, exposed
 from orchard.codec import APIError
@@ -445,6 +445,8 @@ async def _listen(settings: Settings) -> Listening:
         listeners = await trio.open_tcp_listeners(settings.port, host=settings.host)
     except OSError as error:
         raise StartError(f"cannot listen on {where}: {error.strerror or error}; see --listen") from error
+    for listener in listeners:
+        tcp.keep_accepted_alive(listener)
     if settings.port == 0:  # each address got another port: one is enough
         for listener in listeners[1:]:
             await listener.aclose()

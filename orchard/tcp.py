@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -42,19 +43,27 @@ def keep_alive(stream: trio.SocketStream) -> trio.SocketStream:
 
     A WebSocket that only waits would never know: the controller pings it, but nothing is missed when pings stay away.
     """
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Idle for 20 seconds, then three probes 10 seconds apart; the last is for data under way (milliseconds, Linux).
-    wanted = {
-        "TCP_KEEPIDLE": 20,
-        "TCP_KEEPALIVE": 20,
-        "TCP_KEEPINTVL": 10,
-        "TCP_KEEPCNT": 3,
-        "TCP_USER_TIMEOUT": 50_000,
-    }
+    _ask_again(stream.setsockopt)
+    if (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
+        stream.setsockopt(socket.IPPROTO_TCP, option, 50_000)  # milliseconds, for data under way
+    return stream
+
+
+def keep_accepted_alive(listener: trio.SocketListener) -> None:
+    """Have the system find out when a client that only waits is gone without a word: accepted connections inherit it.
+
+    Data under way may wait longer: until the system gives up sending it, after a quarter of an hour or so.
+    """
+    _ask_again(listener.socket.setsockopt)
+
+
+def _ask_again(setsockopt: Callable[[int, int, int], None]) -> None:
+    """Idle for 20 seconds, then three probes 10 seconds apart."""
+    setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    wanted = {"TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
     for name, value in wanted.items():
         if (option := getattr(socket, name, None)) is not None:  # each system has some of them
-            stream.setsockopt(socket.IPPROTO_TCP, option, value)
-    return stream
+            setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def be_patient(stream: trio.abc.Stream) -> None:

@@ -7,12 +7,13 @@ import ssl
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from orchard import tcp
+from orchard import controller, tcp
 from orchard.tcp import Outgoing
 
 
@@ -57,3 +58,16 @@ async def test_data_under_way_may_wait_where_that_is_wanted(encrypted: bool) -> 
         assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 50_000
         tcp.be_patient(trio.SSLStream(ours, ssl.create_default_context(), server_hostname="x") if encrypted else ours)
         assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
+
+
+async def test_clients_that_only_wait_are_looked_after_and_may_take_their_time(tmp_path: Path) -> None:
+    settings = controller.Settings(data_dir=tmp_path, host="127.0.0.1", port=0, tls=False)
+    (listener,), _ = await controller._listen(settings)
+    assert isinstance(listener, trio.SocketListener)
+    async with listener, await tcp.connect(*listener.socket.getsockname()), await listener.accept() as accepted:
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        names = ("TCP_KEEPALIVE" if sys.platform == "darwin" else "TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT")
+        idle, each, count = (accepted.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in names)
+        assert idle + each * count <= 60
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
