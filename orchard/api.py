@@ -311,7 +311,8 @@ class API:
         request.require_websocket()
         connect = partial(self.executor.connect, vm, WAIT if wait is None else wait)
         connection = await request.while_connected(connect)
-        return WebSocketUpgrade(partial(self.executor.serve, connection, command))
+        serve = partial(self.executor.serve, connection, command)
+        return WebSocketUpgrade(serve, ping_interval=self.switchboard.ping_interval)
 
     def issue_token(self, request: Request) -> Answer:
         vm = self._vm_named(request)

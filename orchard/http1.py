@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -209,6 +210,7 @@ class WebSocketUpgrade:
     max_message_size: int = 1024 * 1024  # bytes; beyond it the WebSocket closes with 1009
     message_queue_size: int = 1  # messages that wait for `session`; then the client is made to wait
     receive_buffer_size: int = 64 * 1024  # bytes of one read
+    ping_interval: float = math.inf  # seconds; `session` may do more with pings by itself
 
 
 @dataclass(slots=True, eq=False)

@@ -576,12 +576,20 @@ class _Exchange:
             return
         stream.opened(websocket)
         nursery.start_soon(self._close_at_stop, websocket, nursery.cancel_scope)
+        nursery.start_soon(self._ping, websocket, answer.ping_interval)
         try:
             await answer.session(websocket)
         except* ConnectionClosed:
             pass
         with trio.move_on_after(CLOSE_SECONDS):
             await websocket.aclose()
+
+    async def _ping(self, websocket: WebSocketConnection, interval: float) -> None:
+        """Ping, so that load balancers keep the connection. A pong may wait behind data, and only the next ping waits for it."""
+        with suppress(ConnectionClosed, LocalProtocolError):
+            while True:
+                await trio.sleep(interval)
+                await websocket.ping()
 
     async def _tunnel(self, answer: TunnelUpgrade) -> None:
         assert self._request is not None

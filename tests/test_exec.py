@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -16,8 +17,9 @@ import asyncssh
 import pytest
 import trio
 import trio_asyncio  # type: ignore[import-untyped]  # it has no types
-from processes import GENEROUS, eventually
+from processes import GENEROUS, at_last, eventually
 from test_forward import listening, outside, refusal, socket_url
+from test_worker import Site
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
@@ -173,6 +175,27 @@ async def test_a_client_that_goes_away_ends_the_command(ssh_port: int, tmp_path:
         url = f"{socket_url(c, '/vms/vm/exec')}{urlencode({'command': command})}"
         await trio.to_thread.run_sync(talk, url)
         await eventually(ended.exists)
+
+
+async def test_a_client_is_pinged(
+    ssh_port: int, tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "websockets.client")
+    site = Site(tmp_path, nursery, ping_interval=2.0)
+    await site.start()
+
+    def talk() -> list[dict[str, Any]]:
+        url = f"ws://127.0.0.1:{site.port}/v1/vms/vm/exec?command=cat&interactive=true"
+        with outside(url) as client:
+            at_last(lambda: "< PING" in caplog.text)
+            client.send(stdin(b""))
+            return frames(client)
+
+    async with site.working():
+        await site.client.vms.create(name="vm", image="any")
+        await site.client.vms.wait("vm")
+        assert await trio.to_thread.run_sync(talk) == [exited(0)]
+    await site.stop()
 
 
 async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(

@@ -1371,6 +1371,22 @@ async def test_a_session_that_does_not_take_messages_makes_the_client_wait(
         assert counted.received < 4096
 
 
+async def test_pings_go_out_and_one_that_is_not_answered_ends_nothing(autojump_clock: Clock) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        await trio.sleep(1000)
+
+    async with serving(upgrading(session, ping_interval=30.0)) as served:
+        stream = await opened(served)
+        for number in range(1, 4):
+            ping = await stream.receive_some()
+            assert ping[:2] == b"\x89\x04"
+            assert trio.current_time() == 30 * number
+            if number < 3:
+                await stream.send_all(b"\x8a\x84\0\0\0\0" + ping[2:])
+        assert await stream.receive_some() == closing(1000)
+        assert trio.current_time() == 1000
+
+
 # ---- tunnels -------------------------------------------------------------------------------------------------------
 
 
