@@ -95,22 +95,23 @@ def host_key(path: Path) -> asyncssh.SSHKey:
 
 
 class Failures:
-    """How many logins of each address were refused since one was accepted."""
+    """How many logins of each source (auth.source_of) were refused since one was accepted."""
 
     def __init__(self) -> None:
         self._counts: OrderedDict[str, int] = OrderedDict()
 
     def delay(self, source: str) -> float:
         """Give for how many seconds the next login of an address has to wait."""
-        return DELAYS[min(self._counts.get(source, 0), len(DELAYS) - 1)]
+        return DELAYS[min(self._counts.get(auth.source_of(source), 0), len(DELAYS) - 1)]
 
     def refused(self, source: str) -> None:
+        source = auth.source_of(source)
         self._counts[source] = self._counts.pop(source, 0) + 1
         if len(self._counts) > MAX_SOURCES:
             self._counts.popitem(last=False)
 
     def accepted(self, source: str) -> None:
-        self._counts.pop(source, None)
+        self._counts.pop(auth.source_of(source), None)
 
 
 class JumpHost:

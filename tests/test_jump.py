@@ -561,6 +561,16 @@ def test_delays_grow_by_source_and_are_forgotten_after_a_success(monkeypatch: py
     assert len(failures._counts) == 3
 
 
+def test_a_network_of_ipv6_is_one_source_of_logins() -> None:
+    failures = jump.Failures()
+    for host in range(1, 4):
+        failures.refused(f"2001:db8::{host}")
+    assert failures.delay("2001:db8::4") == 2.0
+    assert failures.delay("2001:db8:0:1::1") == 0.0
+    failures.accepted("2001:db8::5")
+    assert failures.delay("2001:db8::1") == 0.0
+
+
 async def test_with_client_auth_off_everybody_gets_in(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
     settings = Settings(
         data_dir=tmp_path / "data",
