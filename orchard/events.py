@@ -39,11 +39,13 @@ class EventFile:
         self.uid = uid
         self.journal = Journal(directory / f"{uid}.jsonl", disk)
         self.offsets = array("Q")
+        self.durable = True  # False: what was read may be in the system's memory alone, and nobody may be told of it
 
     def load(self) -> None:
         """Read and check the file, and remove what a crash left at its end. Raises DamagedError."""
         self._take(self.journal.load())
         self.journal.close()
+        self.durable = not self.offsets
 
     def inspect(self) -> None:
         """Do what `load` does, and change nothing. Raises DamagedError; FileNotFoundError."""
@@ -70,9 +72,10 @@ class EventFile:
             raise DamagedError(self.journal.path, 0, "the file has no header")
 
     def append(self, events: Sequence[Event]) -> None:
-        """Append events durably, or none of them. Raises NotWritten, Broken."""
+        """Append events durably, or none of them; after that all is durable. Raises NotWritten, Broken."""
         try:
             self._append(events)
+            self.durable = True
         finally:
             self.journal.close()  # thousands of VMs must not hold thousands of descriptors
 
@@ -142,6 +145,8 @@ class EventLog:
             self._directory.mkdir(mode=0o700)
             self._directory.chmod(0o700)  # whatever the umask
             self._disk.sync_directory(self._directory.parent)
+        else:
+            self._disk.sync_directory(self._directory)  # a killed process may not have come to that
         for path in sorted(self._directory.iterdir()):
             uid = path.name.removesuffix(".jsonl")
             if uid == path.name or uid not in uids:
@@ -153,8 +158,10 @@ class EventLog:
 
     async def append(self, uid: str, events: Sequence[Event]) -> None:
         """Append events to a VM's, in order, and return when they are durable. Raises APIError 404, 412, 503 or 507."""
-        if not events:
-            return
+        if events:
+            await self._written(uid, events)
+
+    async def _written(self, uid: str, events: Sequence[Event]) -> None:
         if self._broken:
             raise APIError(503, self._broken)
         waiting = self._waiting.setdefault(uid, Waiting())
@@ -179,9 +186,11 @@ class EventLog:
         """Give (a JSON array of events, the cursor of the next page or None when this is the last).
 
         `limit` None is no limit. Raises APIError(400) for a cursor that is not from this VM's events, 404 when the
-        VM was deleted meanwhile.
+        VM was deleted meanwhile, 503 when nobody knows whether they are on the disk.
         """
         file = self._files.get(uid)
+        if file is not None and not file.durable:  # of thousands of files, only those that are read are synced again
+            await self._written(uid, ())
         count = len(file.offsets) if file is not None else 0
         at = _position(uid, cursor, count, order)
         if order == "asc":
@@ -228,7 +237,7 @@ class EventLog:
         for uid, batch in waiting.items():
             file = self._files[uid]
             try:
-                if file.journal.size > MAX_BYTES:
+                if batch.events and file.journal.size > MAX_BYTES:
                     batch.error = APIError(412, f"the VM's events have reached {MAX_BYTES} bytes; no more are kept")
                 else:
                     file.append(batch.events)

@@ -12,7 +12,9 @@ the middle of an append leaves, nobody was told of it, and it is cut off. Everyt
 What may go wrong in an append is one of two things. The bytes did not get into the file (`NotWritten`): the file is
 cut back to where it was, and the next append may succeed. Or nobody knows what the disk holds (`Broken`): after a
 failed fsync the system may have dropped the pages and will say "fine" the next time, so nothing can be appended any
-more, and only a restart that reads the file again tells what is there.
+more, and only a restart that reads the file again tells what is there. Nor does a file that can be read lie on the disk:
+what a process wrote that was killed before its fsync is synced by who reads it next (`make_durable`), and what an
+fsync failed for is cut off, so that nobody takes the system's memory of it for the disk.
 
 A full disk must not keep anybody from making room on it, and that takes a few lines. So a `Reserve` holds some room
 from the beginning, as a file of its own, and gives it back bit by bit to who has to write then. Preallocating room in
@@ -107,13 +109,26 @@ class Journal:
     def load(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Read and check the file; give (byte offset, object) for each complete line, and remove what a crash left.
 
-        To be read to the end before anything is appended. Raises DamagedError; FileNotFoundError.
+        To be read to the end before anything is appended, and to be made durable before anybody is told of it. Raises
+        DamagedError; FileNotFoundError.
         """
         yield from self.read()
         draft_of(self.path).unlink(missing_ok=True)
         self._open()
         if os.fstat(self._fd).st_size > self.size:
             self._disk.truncate(self._fd, self.size)
+
+    def make_durable(self) -> None:
+        """Have on the disk what was loaded: of what a killed process wrote it may be in the system's memory alone.
+
+        Raises Broken.
+        """
+        try:
+            self._disk.sync(self._fd)
+            self._disk.sync_directory(self.path.parent)
+        except OSError as error:
+            self._broken = Broken(self.path, "sync", error)
+            raise self._broken from error
 
     def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Give what `load` gives, and change nothing on the disk."""
@@ -182,6 +197,7 @@ class Journal:
         """Append JSON objects, and return when they are durable. Raises NotWritten or Broken."""
         if self._broken is not None:
             raise self._broken
+        before = self.size
         try:
             if self._fd < 0:
                 self._open()
@@ -192,6 +208,10 @@ class Journal:
         try:
             self._disk.sync(self._fd)
         except OSError as error:
+            # The system may keep in memory, as if it were written, what never got to the disk. The next start must not
+            # find it there.
+            with contextlib.suppress(OSError):
+                self._disk.truncate(self._fd, before)
             self._broken = Broken(self.path, "sync", error)
             raise self._broken from error
 

@@ -247,7 +247,8 @@ class Store:
     ) -> Store:
         """Load the state in `directory`, or begin one there. Does disk I/O; what `run` does of it, `in_thread`.
 
-        Raises DamagedError when the file is not what was written, NotWritten when a new one can't be.
+        Raises DamagedError when the file is not what was written, NotWritten when a new one can't be, Broken when nobody
+        knows whether the disk holds it.
         """
         path = directory / STATE_FILE
         disk = disk or Disk()
@@ -258,6 +259,7 @@ class Store:
             if problems:
                 journal.close()
                 raise DamagedError(path, journal.size, "the state contradicts itself: " + "; ".join(problems[:5]))
+            journal.make_durable()
         else:
             state = State()
             with contextlib.suppress(PermissionError):  # a parent that can't be read can't be synced

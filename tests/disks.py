@@ -115,6 +115,9 @@ class CrashDisk(Disk):
 
     What was synced is there. Of bytes that were appended since, any beginning may be there, of several renamings since
     the directory was synced all or none, and a truncation may have happened or not.
+
+    What is in `faults` under the name of a sync, that raises in place of its work. After an OSError, the system takes
+    bytes for written, as Linux does: they can be read, and no later sync has them on the disk.
     """
 
     def __init__(self, directory: Path, lost_power: Callable[[Image], None], *, every_byte: bool = False) -> None:
@@ -125,6 +128,8 @@ class CrashDisk(Disk):
         self._synced: dict[int, bytes] = {}
         self._names: dict[str, int] = {}  # that are durable, of inodes
         self._renamed: dict[str, int] = {}
+        self._holes: dict[int, tuple[int, int]] = {}  # inode -> beginning and end of what never got to the disk
+        self.faults: dict[str, Exception] = {}
         self.renamings = 0
         for path in directory.iterdir():
             inode = path.stat().st_ino
@@ -137,36 +142,47 @@ class CrashDisk(Disk):
             self._written[status.st_ino] = self._synced[status.st_ino] = b""
         count = super().write(fd, data)
         self._written[status.st_ino] += data[:count]
-        self._cut_power()
+        self.cut_power()
         return count
 
     def truncate(self, fd: int, size: int) -> None:
         super().truncate(fd, size)
         inode = os.fstat(fd).st_ino
         self._written[inode] = self._written[inode][:size]
-        self._cut_power()
+        if inode in self._holes and size <= self._holes[inode][0]:
+            del self._holes[inode]
+        self.cut_power()
 
     def sync(self, fd: int) -> None:
-        super().sync(fd)
         inode = os.fstat(fd).st_ino
-        self._synced[inode] = self._written[inode]
-        self._cut_power()
+        written = self._written[inode]
+        if fault := self.faults.get("sync"):
+            if isinstance(fault, OSError):
+                self._holes[inode] = (len(self._synced[inode]), len(written))
+            raise fault
+        super().sync(fd)
+        begin, end = self._holes.get(inode, (0, 0))
+        self._synced[inode] = written[:begin] + bytes(end - begin) + written[end:]
+        self.cut_power()
 
     def replace(self, source: Path, target: Path) -> None:
         inode = source.stat().st_ino
         super().replace(source, target)
         self._renamed[target.name] = inode
         self.renamings += 1
-        self._cut_power()
+        self.cut_power()
 
     def sync_directory(self, directory: Path) -> None:
+        if fault := self.faults.get("sync_directory"):
+            raise fault
         super().sync_directory(directory)
         if directory == self._directory:
             self._names.update(self._renamed)
             self._renamed.clear()
-        self._cut_power()
+        self.cut_power()
 
-    def _cut_power(self) -> None:
+    def cut_power(self) -> None:
+        """Tell of a power cut now."""
         for names in [self._names, {**self._names, **self._renamed}] if self._renamed else [self._names]:
             for contents in itertools.product(*(self._contents(inode) for inode in names.values())):
                 self._lost_power(dict(zip(names, contents, strict=True)))

@@ -9,7 +9,8 @@ import random
 import re
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -75,11 +76,11 @@ def kept(directory: Path, *uids: str) -> dict[str, list[int]]:
     """What a new start finds, of each VM."""
 
     async def main() -> dict[str, list[int]]:
-        log = EventLog(directory)
-        log.open(set(uids))
-        return {uid: await all_of(log, uid) for uid in uids}
+        async with running(directory, *uids) as log:
+            return {uid: await all_of(log, uid) for uid in uids}
 
-    return trio.run(main)
+    with ThreadPoolExecutor(1) as another:  # trio may run in this thread
+        return another.submit(trio.run, main).result()
 
 
 # ---- appending and paging ------------------------------------------------------------------------------------------
@@ -409,6 +410,52 @@ async def test_after_a_power_cut_at_any_moment_all_that_was_told_is_there(tmp_pa
     assert seen == {0, 1, 2, 3}
 
 
+class Killed(Exception):  # noqa: N818 -- it states what is the case
+    """The process ends here, and does nothing more."""
+
+
+@pytest.mark.parametrize("end", [Killed(), OSError(errno.EIO, "an error of the disk")])
+@pytest.mark.parametrize(("during", "count"), [("sync", 1), ("sync_directory", 0)])
+async def test_what_a_new_start_tells_a_power_cut_does_not_take_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Exception, during: str, count: int
+) -> None:
+    """Whatever ended the process before: what it wrote may be in the system's memory alone."""
+    monkeypatch.setattr(orchard.events, "LAST_WORDS", 0.0)
+    directory, after = tmp_path / "events", tmp_path / "after"
+    directory.mkdir()
+    after.mkdir()
+    told: list[int] = []
+    seen: list[list[int]] = []
+
+    def lost_power(image: Image) -> None:
+        for path in after.iterdir():
+            path.unlink()
+        for name, content in image.items():
+            (after / name).write_bytes(content)
+        seen.append(kept(after, A)[A])
+        assert seen[-1][: len(told)] == told
+
+    async def be_cut_short() -> None:
+        async with running(directory, A, disk=disk) as log:
+            for number in range(count):
+                await log.append(A, events(number))
+            disk.faults[during] = end
+            with suppress(APIError):
+                await log.append(A, events(count))
+
+    disk = CrashDisk(directory, lost_power)
+    with pytest.raises(Killed if isinstance(end, Killed) else Broken), unwrapped():
+        await be_cut_short()
+    disk.faults.clear()
+    async with running(directory, A, disk=disk) as log:
+        told = await all_of(log, A)
+        disk.cut_power()
+        await log.append(A, events(8))
+        told = [*told, 8]
+        disk.cut_power()
+    assert seen[-1] == told
+
+
 # ---- disks that fail -----------------------------------------------------------------------------------------------
 
 
@@ -500,7 +547,11 @@ def test_a_page_read_while_more_is_written_ends_where_it_should(tmp_path: Path) 
     async def main() -> None:
         async with running(tmp_path) as log:
             await log.append(A, events(0, 1))
+        going_on.set()
         async with running(tmp_path, A, disk=Between()) as log, trio.open_nursery() as nursery:
+            assert await all_of(log, A) == [0, 1]
+            going_on.clear()
+            reached.clear()
             try:
                 nursery.start_soon(log.append, A, events(2, 3))
                 await trio.to_thread.run_sync(reached.wait)

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
@@ -678,6 +678,61 @@ async def test_after_a_power_cut_at_any_moment_all_that_was_told_is_there(
                 told = store.state.revision
     assert any(found > told for told, found in seen)
     assert disk.renamings > 2
+
+
+class Killed(Exception):  # noqa: N818 -- it states what is the case
+    """The process ends here, and does nothing more."""
+
+
+@pytest.mark.parametrize("end", [Killed(), OSError(errno.EIO, "an error of the disk")])
+@pytest.mark.parametrize("during", ["sync", "sync_directory"])
+async def test_what_a_new_start_finds_a_power_cut_does_not_take_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Exception, during: str
+) -> None:
+    """Whatever ended the process before: what it wrote may be in the system's memory alone."""
+    if during == "sync_directory":  # of a compaction
+        monkeypatch.setattr(orchard.store, "COMPACT_BYTES", 0)
+        monkeypatch.setattr(orchard.store, "COMPACT_RATIO", 0)
+    monkeypatch.setattr(orchard.store, "LAST_WORDS", 0.0)
+    directory, after = tmp_path / "data", tmp_path / "after"
+    directory.mkdir()
+    after.mkdir()
+    possible = [State().tables()]  # what may be found: what was told at last, and what has not been told since
+
+    def lost_power(image: Image) -> None:
+        for name, content in image.items():
+            (after / name).write_bytes(content)
+        assert read(after).json in possible
+
+    def add(store: Store, name: str) -> None:
+        put(store, pending(name))
+        possible.append(store.state.tables())
+
+    async def settle(store: Store) -> None:
+        await store.settled()
+        possible[:-1] = []
+
+    async def be_cut_short() -> None:
+        async with writing(opened(directory, disk)) as store:
+            add(store, "a")
+            await settle(store)
+            disk.faults[during] = end
+            with suppress(APIError):
+                for number in itertools.count():
+                    add(store, f"b{number}")
+                    await settle(store)
+            await trio.sleep_forever()
+
+    disk = CrashDisk(directory, lost_power)
+    with pytest.raises(Killed if isinstance(end, Killed) else Broken), unwrapped():
+        await be_cut_short()
+    disk.faults.clear()
+    async with writing(opened(directory, disk)) as store:
+        possible[:] = [store.state.tables()]  # from now on anybody may be told
+        disk.cut_power()
+        add(store, "c")
+        await settle(store)
+        disk.cut_power()
 
 
 # ---- a long life ---------------------------------------------------------------------------------------------------
