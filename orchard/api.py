@@ -217,7 +217,7 @@ class API:
             # What follows is based on what is in memory now, and so may be in `changes` once more when it is durable.
             now = self.state.vms.get(name)
             lines = [watch_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
-            version = (now or known).meta.version
+            version = now.meta.version if now is not None else self.state.revision  # that of a deletion is no VM's
             await self.store.settled()
             if now is None:  # it was deleted between the first look and this one
                 lines.append(watch_line("DELETED", encoded(known)))

@@ -273,6 +273,33 @@ async def test_a_vm_deleted_before_its_watch_began_is_told_as_deleted(api: Serve
     nursery.cancel_scope.cancel()
 
 
+async def test_a_deletion_that_is_on_its_way_to_the_disk_is_told_once(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    async with served(tmp_path, disk=disk) as api, trio.open_nursery() as nursery:
+        vm = await api.create("vm")
+        answer = await api.ask("GET", "/vms/vm?watch=true")
+        lines: list[dict[str, Any]] = []
+
+        async def take(piece: bytes) -> None:
+            await trio.lowlevel.checkpoint()
+            lines.extend(json.loads(line) for line in piece.splitlines())
+
+        with disk.held():
+            nursery.start_soon(api.ok, "DELETE", "/vms/vm")
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(answer.produce, take)
+            await trio.testing.wait_all_tasks_blocked()
+            assert lines == []
+        again = await api.create("vm")
+        await trio.testing.wait_all_tasks_blocked()
+        assert [(line["type"], line["object"]["uid"]) for line in lines] == [
+            ("ADDED", vm["uid"]),
+            ("DELETED", vm["uid"]),
+            ("ADDED", again["uid"]),
+        ]
+        nursery.cancel_scope.cancel()
+
+
 # ---- workers -------------------------------------------------------------------------------------------------------
 
 SEEN = "2026-01-31T12:00:15Z"
