@@ -13,9 +13,13 @@ import argparse
 import resource
 import socket
 import statistics
+import sys
 import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from subprocess import PIPE, Popen
 
-from load import BARE, CONTROLLER, NO_AUTH, Server, request, running
+from load import BARE, CONTROLLER, NO_AUTH, Server, connect, request, running
 from measure import Variant, compare
 
 REQUEST = request("GET", "/v1/")
@@ -29,19 +33,21 @@ class Waiting:
         self.server = server
         self.before = server.memory()
         self.slowest: list[float] = []
-        self._idle: list[socket.socket] = []
-
-    def fill(self, count: int) -> None:
-        for number in range(count):
-            connection = self.server.connect()
-            if number % 2:
-                ask(connection)
-            self._idle.append(connection)
 
     def work(self) -> None:
         """Be a client that is at work, and note the milliseconds of the slowest answers but one in a hundred."""
         with self.server.connect() as connection:
             self.slowest.append(statistics.quantiles((ask(connection) for _ in range(ASKED)), n=100)[98])
+
+
+def hold(port: int, count: int) -> None:
+    """Keep idle connections open: in a process of their own, for one has no descriptors for those of two servers."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    idle = [connect(port) for _ in range(count)]
+    for connection in idle[::2]:
+        ask(connection)
+    print("open", flush=True)
+    sys.stdin.read()
 
 
 def ask(connection: socket.socket) -> float:
@@ -53,30 +59,37 @@ def ask(connection: socket.socket) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./run bench idle")
-    parser.add_argument("--connections", type=int, default=9_000, help="idle ones of each; default: %(default)s")
+    parser.add_argument("--connections", type=int, default=10_000, help="idle ones of each; default: %(default)s")
     count = parser.parse_args().connections
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with running(*CONTROLLER, NO_AUTH) as controller, running(BARE) as bare:
-        servers = {"controller": Waiting(controller), "bare trio + h11": Waiting(bare)}
-        for phase in ("alone", f"beside {count:,} idle"):
-            compare(
-                *(
-                    Variant(f"{name}, {phase}", server.work, ASKED, server.server.cpu)
-                    for name, server in servers.items()
-                )
-            )
-            for name, server in servers.items():
-                slowest = sorted(server.slowest[1:])
-                between = f"({slowest[0]:.2f} to {slowest[-1]:.2f})"
-                print(f"{name}, {phase}: p99 {statistics.median(slowest):.2f} ms {between}")
-                server.slowest.clear()
-                if phase == "alone":
-                    server.fill(count)
+    with ExitStack() as stack:
+        servers = {
+            "controller": Waiting(stack.enter_context(running(*CONTROLLER, NO_AUTH))),
+            "bare trio + h11": Waiting(stack.enter_context(running(BARE))),
+        }
+        show(servers, "alone")
+        for server in servers.values():
+            command = [sys.executable, __file__, "--hold", str(server.server.port), str(count)]
+            holding = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))  # it ends with its stdin
+            assert holding.stdout is not None
+            if not holding.stdout.readline():
+                raise SystemExit(f"{count} connections could not be opened")
+        show(servers, f"beside {count:,} idle")
         for name, server in servers.items():
             each = (server.server.memory() - server.before) / count
             print(f"{name}: {server.before / 1024:.0f} MiB before, {each:.1f} KiB for each idle connection")
 
 
+def show(servers: Mapping[str, Waiting], phase: str) -> None:
+    compare(*(Variant(f"{name}, {phase}", server.work, ASKED, server.server.cpu) for name, server in servers.items()))
+    for name, server in servers.items():
+        slowest = sorted(server.slowest[1:])
+        between = f"({slowest[0]:.2f} to {slowest[-1]:.2f})"
+        print(f"{name}, {phase}: p99 {statistics.median(slowest):.2f} ms {between}")
+        server.slowest.clear()
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--hold"]:
+        hold(*map(int, sys.argv[2:]))
+    else:
+        main()
