@@ -217,11 +217,13 @@ class Site:
     def _opened(self, process: Process, directory: Path) -> Iterator[tuple[Store, EventLog]]:
         async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
             await trio.sleep(self.chance.uniform(*DISK))
+            await process.turn()
             if not process.alive:
                 raise Killed
             forgotten = self._broken.forgetful and self.chance.random() < FORGOTTEN
             result = None if forgotten else work(*arguments)
             await trio.sleep(self.chance.uniform(*DISK))
+            await process.turn()
             return result
 
         disk = SyncedDisk()

@@ -38,6 +38,7 @@ NAMES = [f"vm-{number}" for number in range(8)]  # used again and again
 STEPS = 40  # of a storm
 PAUSE = 4.0  # seconds between two of them, on the average
 MOMENT, WHILE = (0.5, 10.0), (10.0, 90.0)  # seconds that a fault lasts
+DEAF = 4  # days: on the last of them the controller stands still at times, on the others they are as they once were
 SLOW = 5.0  # seconds that a slow way takes, at most
 BUSY = 40.0  # seconds after which a request that was never answered can't arrive any more
 CALM = 600.0  # seconds in which everything must come to rest
@@ -250,7 +251,12 @@ class Storm:
 
     def freeze(self) -> None:
         name = self._machine()
-        process = self._site.workers[name].process
+        self._freeze(name, self._site.workers[name].process)
+
+    def freeze_controller(self) -> None:
+        self._freeze(CONTROLLER, self._site.controller.process)
+
+    def _freeze(self, name: str, process: Process) -> None:
         if process.alive and name not in self._down:
             seconds = self._duration()
             self._site.note(f"{name} stands still for {seconds:.0f} s")
@@ -288,6 +294,7 @@ class Storm:
         site = self._site
         site.note("calm")
         site.network.slowness.clear()
+        site.controller.process.thaw()
         for name, machine in site.machines.items():
             machine.troubled = False
             site.network.heal(name, CONTROLLER)
@@ -380,7 +387,7 @@ async def play(seed: int, directory: Path, broken: Broken, steps: int, trace: li
                 users = Users(site, client, nursery)
                 async with trio.open_nursery() as storming:
                     storm = Storm(site, storming)
-                    await rage(site, users, storm, steps)
+                    await rage(site, users, storm, steps, deaf=seed % DEAF == DEAF - 1)
                     storming.cancel_scope.cancel()
                 if not site.violations:
                     await storm.pass_over()
@@ -389,13 +396,15 @@ async def play(seed: int, directory: Path, broken: Broken, steps: int, trace: li
     return site.violations
 
 
-async def rage(site: Site, users: Users, storm: Storm, steps: int) -> None:
+async def rage(site: Site, users: Users, storm: Storm, steps: int, *, deaf: bool) -> None:
     actions: dict[Callable[[], None], int] = {
         users.create: 12, users.delete: 5, users.resize: 3, users.rest: 1, users.pause_worker: 1,
         users.delete_worker: 1, storm.kill_worker: 3, storm.stop_worker: 1, storm.lose_power: 1,
         storm.kill_controller: 2, storm.stop_controller: 1, storm.freeze: 3, storm.sever: 4, storm.slow_down: 2,
         storm.set_clock: 1, storm.shut_down: 2,
     }  # fmt: skip
+    if deaf:
+        actions[storm.freeze_controller] = 3
     for _ in range(steps):
         site.chance.choices(list(actions), list(actions.values()))[0]()
         await trio.sleep(site.chance.expovariate(1 / PAUSE))
