@@ -24,7 +24,7 @@ from test_survival import NO_QUESTIONS, SHORT, Host, Site, ended_well, has_faile
 
 from orchard.client import Client, ConnectError
 
-PING = "1"  # seconds
+PING = "2"  # seconds
 # This process and the controller; by this process's number, because others may be testing at the same time.
 NEAR, FAR = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
 HUB, HOSTS = "10.214.0.1", ("10.214.0.2", "10.214.0.3")  # the controller, and the workers

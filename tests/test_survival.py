@@ -28,7 +28,7 @@ from orchard.schema import TART_VMS, VM
 from orchard.worker import LOST, architecture
 
 STANDIN = Path(__file__).parent / "standin" / "tart"
-SHORT, LONG = 3, 60  # seconds after which a controller calls a worker offline
+SHORT, LONG = 5, 60  # seconds after which a controller calls a worker offline; a busy machine may stand still for two
 NO_QUESTIONS = ("--insecure-no-tls", "--insecure-no-auth")
 
 

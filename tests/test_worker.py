@@ -480,7 +480,7 @@ async def test_a_failure_is_told_when_the_guest_has_ended(site: Site, monkeypatc
 async def test_vms_that_could_run_elsewhere_end_before_the_controller_starts_them_there(
     tmp_path: Path, nursery: trio.Nursery
 ) -> None:
-    site = Site(tmp_path, nursery, worker_offline_timeout=1.0)
+    site = Site(tmp_path, nursery, worker_offline_timeout=3.0)
     await site.start()
     async with site.working(stop_vms=False):
         for policy in ("Never", "OnFailure"):
