@@ -87,7 +87,9 @@ def _inspect_state(directory: Path, report: Report) -> bool:
     try:
         report.state = load(journal.path, counted())
     except FileNotFoundError:
-        report.problems.append(f"{journal.path} is missing; is this a controller's data directory?")
+        report.problems.append(
+            f"{journal.path} is missing; restore it from a backup, or is this no controller's data directory?"
+        )
         return False
     except DamagedError as error:
         report.problems.append(str(error))

@@ -387,7 +387,10 @@ async def run(
                     ssh_port = await _serve_ssh(settings, store, reach, gate, key, planners)
                     task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
                 planners.cancel_scope.cancel()
-            await store.settled()
+            try:
+                await store.settled()
+            except APIError as error:
+                log.error("what was changed last could not be stored, and nobody was told of it: %s", error.message)
             writers.cancel_scope.cancel()
 
 

@@ -77,6 +77,7 @@ def host_key(path: Path) -> asyncssh.SSHKey:
         draft.unlink(missing_ok=True)
         text = asyncssh.generate_private_key("ssh-ed25519", comment="orchard").export_private_key()
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)  # whatever the umask
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -260,6 +260,9 @@ class Store:
                 journal.close()
                 raise DamagedError(path, journal.size, "the state contradicts itself: " + "; ".join(problems[:5]))
             journal.make_durable()
+        elif (reserve := directory / RESERVE_FILE).exists():  # which is made after the state
+            remedy = f"restore it from a backup, or remove {reserve} to begin with nothing, which loses the events, too"
+            raise DamagedError(path, 0, "it is missing in a directory that a controller has used", remedy)
         else:
             state = State()
             with contextlib.suppress(PermissionError):  # a parent that can't be read can't be synced

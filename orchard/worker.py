@@ -166,7 +166,7 @@ class Worker:
         self._dirty = trio.Event()
         self._tunnels = 0  # that are open, or are being opened
         self._errands = 0  # of the controller's that are being done
-        self._admitted = False  # whether the controller has ever let us in
+        self._arrivals = 0  # how often the controller has let us in
         self._settled = False  # whether what an earlier worker left here is dealt with
         self._ending: list[trio.Event] | None = None  # what the controller has given up; None: nobody knows yet
         self._answered = -math.inf  # when the last sign of life was sent that was answered, by the lease's clock
@@ -191,7 +191,7 @@ class Worker:
     async def _sessions(self, vms: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
         waiting = 0
         while True:
-            began = trio.current_time()
+            arrivals = self._arrivals
             refusal: BaseException | None = None
             try:
                 await self._session(vms, task_status)
@@ -205,7 +205,7 @@ class Worker:
             if refusal is not None:
                 raise refusal
             await self._client.start_afresh()
-            waiting = 0 if trio.current_time() - began > self._heartbeat_seconds else waiting + 1
+            waiting = 0 if self._arrivals > arrivals else waiting + 1
             await trio.sleep(pause_after(waiting, self._chance()))
 
     # -- the session
@@ -237,10 +237,10 @@ class Worker:
         try:
             stored = await self._client.workers.register(self._description())
         except ResponseError as error:
-            if error.status in (401, 403) and not self._admitted:
+            if error.status in (401, 403) and not self._arrivals:
                 raise RefusedError(f"the controller refuses this worker: {error.message}") from error
             raise
-        self._admitted = True
+        self._arrivals += 1
         self._offline_timeout = (await self._client.info()).worker_offline_timeout / 1000 or OFFLINE_TIMEOUT
         self._last_seen = max(self._last_seen, stored.last_seen or self._last_seen)
         return sent
@@ -573,7 +573,7 @@ class Worker:
 def pause_after(failures: int, chance: float) -> float:
     """Give the seconds before the next attempt, after so many in a row that came to nothing; `chance` is from 0 to 1.
 
-    0: a session that had lasted has broken, as those of a thousand other workers may have at the same moment.
+    0: a session has broken, as those of a thousand other workers may have at the same moment.
     """
     if failures == 0:
         return LAST_PAUSE * chance

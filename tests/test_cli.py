@@ -235,7 +235,7 @@ def test_check_finds_nothing_where_all_is_well(kept: Path) -> None:
     ("spoil", "problem"),
     [
         (lambda d: flip(d / "state.jsonl", second_line(d / "state.jsonl") + 40), r"{d}/state.jsonl: the checksum does not fit .* at byte {line}; restore the data directory from a backup, .*"),
-        (lambda d: (d / "state.jsonl").unlink(), r"{d}/state.jsonl is missing; is this a controller's data directory\?"),
+        (lambda d: (d / "state.jsonl").unlink(), r"{d}/state.jsonl is missing; restore it from a backup, or is this no controller's data directory\?"),
         (lambda d: flip(events_file(d), second_line(events_file(d)) + 40), r"{d}/events/.*\.jsonl: the checksum does not fit .* at byte [0-9]+; restore .*"),
         (lambda d: (d / "access-token.key").write_bytes(b"short"), r"{d}/access-token.key: it has 5 bytes, expected 32; restore .*"),
         (lambda d: (d / "access-token.key").unlink(), r"{d}/access-token.key is missing; restore .*"),

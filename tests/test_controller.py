@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import base64
+import errno
 import http.client
 import json
 import re
 import signal
 import ssl
 import stat
+import threading
 import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
+from disks import FailingDisk
 from processes import Role, controller, finished
 
 from orchard import auth, tls
+from orchard import controller as program
+from orchard.events import EventLog
+from orchard.schema import ServiceAccount
+from orchard.store import Store
 
 PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
 
@@ -162,6 +173,58 @@ def test_damaged_data_stop_the_start_with_file_offset_and_remedy(tmp_path: Path)
     assert re.search(rf"{re.escape(str(path))}.*byte [0-9]+", refused.stderr), refused.stderr
     assert "backup" in refused.stderr
     assert path.read_bytes() == data
+
+
+def test_a_state_that_is_missing_is_not_taken_for_none(tmp_path: Path) -> None:
+    with controller(*PLAIN, home=tmp_path) as (_, url):
+        assert call(url, "POST", "/v1/vms", {"name": "vm", "image": "any"})[0] == 200
+        events = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
+        assert call(url, "POST", "/v1/vms/vm/events", events)[0] == 200
+    directory = tmp_path / "controller"
+    state = directory / "state.jsonl"
+    state.rename(tmp_path / "state.jsonl")
+    refused = finished("controller", "--listen", "127.0.0.1:0", *PLAIN, home=tmp_path)
+    assert refused.returncode == 1
+    assert f"{state}: it is missing in a directory that a controller has used at byte 0; restore it" in refused.stderr
+    (tmp_path / "state.jsonl").rename(state)
+    with controller(*PLAIN, home=tmp_path) as (_, url):
+        assert len(call(url, "GET", "/v1/vms/vm/events")[1]) == 1
+
+
+async def test_a_last_change_that_cannot_be_stored_is_told_to_the_log_and_ends_in_no_failure(
+    tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, stop, ended = FailingDisk(), trio.Event(), trio.Event()
+    going_on = threading.Event()
+    stores: list[Store] = []
+
+    def fails_when_let(verb: str, number: int) -> int:
+        going_on.wait()
+        return errno.EIO if verb == "write" else 0
+
+    @contextmanager
+    def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
+        store = Store.open(directory, program.utc_now(), disk)
+        events = EventLog(directory / "events")
+        events.open(set())
+        stores.append(store)
+        yield store, events
+        store.close()
+
+    async def run(task_status: trio.TaskStatus[program.Running]) -> None:
+        settings = program.Settings(data_dir=tmp_path / "data", host="127.0.0.1", port=0, tls=False, auth=False)
+        await program.run(settings, stop=stop, open_data=opened, task_status=task_status)
+        ended.set()
+
+    await nursery.start(run)
+    disk.fault = fails_when_let
+    with stores[0].transaction() as tx:
+        tx.put(ServiceAccount(name="last", token="t"))
+    stop.set()
+    await trio.testing.wait_all_tasks_blocked()  # only the disk is waited for
+    going_on.set()
+    await ended.wait()
+    assert "what was changed last could not be stored, and nobody was told of it: cannot write" in caplog.text
 
 
 def test_the_prefix_stands_before_every_path(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def test_the_umask_is_no_matter(tmp_path: Path, umask: int) -> None:
     os.umask(umask)
     try:
         env = {"PYTHONDONTWRITEBYTECODE": "1"}
-        with controller(*PLAIN, home=tmp_path / "home", env=env) as (role, url):
+        with controller(*PLAIN, "--listen-ssh", "127.0.0.1:0", home=tmp_path / "home", env=env) as (role, url):
             assert call(url, "POST", "/v1/vms", {"name": "vm", "image": "any"})[0] == 200
             events = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
             assert call(url, "POST", "/v1/vms/vm/events", events)[0] == 200
@@ -294,7 +294,7 @@ def test_the_umask_is_no_matter(tmp_path: Path, umask: int) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [directory, *directory.rglob("*")]}
     lock = modes.pop("controller.lock")  # in which there is no secret
     assert lock & 0o077 == 0
-    assert len(modes) == 6
+    assert len(modes) == 7
     assert all(mode == (0o700 if name in ("controller", "events") else 0o600) for name, mode in modes.items()), modes
 
 

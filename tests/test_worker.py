@@ -562,6 +562,31 @@ async def test_what_was_half_made_is_made_again(site: Site) -> None:
 # ---- coming back ---------------------------------------------------------------------------------------------------
 
 
+async def test_each_session_that_breaks_is_followed_by_a_pause_of_chance_however_short_it_was(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[int] = []
+
+    def noted(count: int, chance: float) -> float:
+        failures.append(count)
+        return pause_after(count, chance)
+
+    monkeypatch.setattr(worker, "pause_after", noted)
+    async with site.working() as mac:
+        for arrivals in (1, 2, 3):
+            await eventually(partial(has_arrived, mac, arrivals))
+            failures.clear()
+            await site.stop()
+            await eventually(lambda: len(failures) >= 2)
+            assert failures[:2] == [0, 1]
+            await site.start()
+        await eventually(partial(has_arrived, mac, 4))
+
+
+def has_arrived(mac: Worker, times: int) -> bool:
+    return mac._arrivals == times
+
+
 def test_a_thousand_workers_come_back_within_two_seconds_and_never_at_once() -> None:
     order = random.Random(1)
     for away in (0.0, 0.5, 3.0, 60.0):  # seconds, from when all sessions break to the controller's return
