@@ -409,7 +409,7 @@ async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest
 
 
 async def test_a_client_that_asks_for_much_at_once_leaves_others_their_turns() -> None:
-    """Over a real socket: an answer that fits goes out there without waiting."""
+    """Over a real socket: what has come already is read there without waiting."""
     turns, answered_in = 0, list[int]()
 
     async def handler(request: Request) -> Answer:
