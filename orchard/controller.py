@@ -585,12 +585,12 @@ def collect_garbage_less() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status."""
     settings, debug = settings_of(arguments(), argv)
-    logs.configure(debug=debug)
+    log_stream = logs.configure(debug=debug)
     descriptors.raise_limit()
     collect_garbage_less()
     try:
         with unwrapped():
-            trio.run(until_signal, settings, strict_exception_groups=True)
+            trio.run(until_signal, settings, instruments=[log_stream], strict_exception_groups=True)
     except (StartError, Broken) as error:
         print(f"orchard controller: {error}", file=sys.stderr)
         return 1

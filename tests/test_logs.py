@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -9,6 +10,8 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import trio
+import trio.testing
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import QUICK
@@ -95,3 +98,39 @@ def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.endswith('level=info logger=orchard.x msg=said vm="v m"\n')
+
+
+class Writes(io.StringIO):
+    """Notes each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.texts.append(text)
+        return super().write(text)
+
+
+def test_what_is_logged_in_one_turn_of_the_loop_is_written_together_and_all_else_at_once() -> None:
+    written = Writes()
+    stream = logs.TurnStream(written)
+    handler = logging.StreamHandler(stream)
+
+    def say(text: str) -> None:
+        handler.handle(logging.makeLogRecord({"msg": text}))
+
+    async def main() -> None:
+        say("first")
+        say("second")
+        assert written.texts == ["before\n"]
+        await trio.to_thread.run_sync(say, "of a thread")
+        assert written.texts[:2] == ["before\n", "first\nsecond\n"]
+        await trio.testing.wait_all_tasks_blocked()
+        assert written.texts[2:] == ["of a thread\n"]
+        say("last")
+
+    say("before")
+    trio.run(main, instruments=[stream])
+    say("after")
+    assert written.texts[3:] == ["last\n", "after\n"]
