@@ -67,7 +67,7 @@ def compare(*variants: Variant, count: int = ROUNDS) -> None:
 def show(*variants: Variant) -> None:
     """Print a table. The ratio is that of rates, round by round, to the last variant, which is the baseline."""
     base = variants[-1]
-    print(f"{'':44}{'a second':>11}{'range':>20}{'CPU s/1,000':>13}{'ratio':>7}{'range':>14}")
+    print(f"{'':44}{'a second':>11}{'range':>20}{'CPU s/1,000':>13}{'ratio':>8}{'range':>17}")
     for variant in variants:
         rates = sorted(variant.operations / seconds for seconds in variant.seconds)
         cpu = 1000 * statistics.fmean(variant.cpu_seconds) / variant.operations  # systems count it in ticks of 10 ms
@@ -76,7 +76,7 @@ def show(*variants: Variant) -> None:
         ratios = sorted(scale * theirs / own for own, theirs in zip(variant.seconds, base.seconds, strict=True))
         between = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
         print(
-            f"{variant.name:44}{variant.rate:11,.0f}{span:>20}{cpu:13.4f}{statistics.median(ratios):7.2f}{between:>14}"
+            f"{variant.name:44}{variant.rate:11,.0f}{span:>20}{cpu:13.4f}{statistics.median(ratios):8.2f}{between:>17}"
         )
 
 

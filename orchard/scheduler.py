@@ -145,9 +145,10 @@ class Candidates:
 
     __slots__ = ("_heap", "_rank")
 
-    def __init__(self) -> None:
-        self._rank: dict[str, Rank] = {}
-        self._heap: list[Rank] = []
+    def __init__(self, ranks: dict[str, Rank]) -> None:
+        self._rank = ranks
+        self._heap = list(ranks.values())
+        heapq.heapify(self._heap)
 
     def put(self, name: str, rank: Rank | None) -> None:
         """Give a worker its place, or None for none."""
@@ -398,9 +399,8 @@ class Book:
     def _class(self, demand: Demand) -> Candidates:
         found = self._classes.get(demand)
         if found is None:
-            found = self._classes[demand] = Candidates()
-            for name in self._online:
-                found.put(name, self._rank(demand, name, self._loads[name]))
+            ranks = ((name, self._rank(demand, name, self._loads[name])) for name in self._online)
+            found = self._classes[demand] = Candidates({name: rank for name, rank in ranks if rank is not None})
             idle = [one for one in self._classes if one not in self._queues]
             for old in idle[: max(0, len(self._classes) - MAX_CLASSES)]:
                 del self._classes[old]
