@@ -1,11 +1,10 @@
-"""HTTP/1.1 in, on h11: connection loop, limits, streaming, the hand-over to WebSockets. Law: it reads and writes
+"""HTTP/1.1 in: connection loop, limits, streaming, the hand-over to WebSockets. Law: it reads and writes
 the streams that its listeners accept, and nothing else; no noun of the product is known here.
 
-Every byte of a connection is read into one bounded buffer, and h11 gets only what `http1` judged before; where that
+Every byte of a connection is read into one bounded buffer, and judged by `http1` before anything is made of it; where that
 refuses, the connection is closed, for nobody knows where such a request ends. What follows a request stays in the
-buffer: it is the next request, or the first frames of a WebSocket. From there on h11 parses it, but for a body of known
-length. The answer is written here: a head and bytes of known length, or chunks, is less to say than h11 asks for
-(./run bench api, GET).
+buffer: it is the next request, or the first frames of a WebSocket. A body that comes in chunks is put together by h11; with
+a head that was judged, a body of known length and the answer there is less to do than h11 would (./run bench api).
 
 A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
 handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.
@@ -40,15 +39,14 @@ from orchard.http1 import (
     Answer,
     Chunked,
     Handler,
-    Headers,
     Request,
     Response,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
-    check_head,
     head_end,
     printable,
+    read_head,
     refused,
     too_large,
 )
@@ -288,12 +286,11 @@ class _Connection:
 class _Exchange:
     """One request and its answer."""
 
-    __slots__ = ("_begun", "_connection", "_ended", "_h11", "_request", "_server", "_since", "_unread")
+    __slots__ = ("_begun", "_connection", "_ended", "_request", "_server", "_since", "_unread")
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
         self._server = connection.server
-        self._h11 = h11.Connection(h11.SERVER, max_incomplete_event_size=self._server.limits.header_bytes)
         self._request: Request | None = None  # until it is in the request log
         self._since = 0.0  # when the request's head was there
         self._unread = True  # nobody knows where the request ends
@@ -339,26 +336,25 @@ class _Exchange:
         if head is None:
             return None
         self._since = trio.current_time()
-        length = check_head(head, server.limits.header_count)
-        self._h11.receive_data(head)
-        event = self._next_event()
-        assert isinstance(event, h11.Request)
+        read = read_head(head, server.limits.header_count)
         request = self._request = Request(
-            method=event.method.decode(),
-            target=event.target.decode(),
-            headers=Headers(event.headers.raw_items()),
-            version=event.http_version.decode(),
+            method=read.method,
+            target=read.target,
+            headers=read.headers,
+            version=read.version,
             peer=self._connection.peer,
             watched=self.watched,
         )
-        if length is not None and length > server.limits.body_bytes:
+        if read.length is not None and read.length > server.limits.body_bytes:
             raise too_large(server.limits.body_bytes)
-        if length == 0:
+        if read.length == 0:
             self._unread = False
         if server.admit is not None:
             server.admit(request)
-        if length != 0:
-            request.body = await self._read_body(length)
+        if read.length != 0:
+            if read.headers.get("expect") is not None and read.version == "1.1" and not self._connection.buffer:
+                await self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.body = await (self._read_chunks(head) if read.length is None else self._read_body(read.length))
             self._unread = False
         answer = await server.handler(request)
         if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
@@ -381,38 +377,49 @@ class _Exchange:
                 raise APIError(408, f"the request head was not complete in {limits.head_seconds:g} seconds")
         return self._connection.take(end)
 
-    async def _read_body(self, length: int | None) -> bytes:
-        """Give the body, of so many bytes or (None) in chunks. Raises APIError 408, 400, 413, and Disconnected."""
-        connection, limits = self._connection, self._server.limits
-        buffer = connection.buffer
-        if self._h11.they_are_waiting_for_100_continue and not buffer:
-            await connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if length is not None and len(buffer) >= length:
-            return connection.take(length)
-        chunks, parts, size = Chunked(limits.body_bytes), list[bytes](), 0
-        start = trio.current_time() + limits.body_seconds
-        with trio.CancelScope(deadline=start) as scope:
-            while True:
-                if length is None:
-                    if ready := chunks.advance(buffer):  # nothing at all would be the end of the stream to h11
-                        self._h11.receive_data(connection.take(ready))
-                    while (event := self._next_event()) is not h11.NEED_DATA:
-                        if not isinstance(event, h11.Data):
-                            return b"".join(parts)
-                        parts.append(event.data)
-                        size += len(event.data)
-                elif len(buffer) >= length:
-                    return connection.take(length)
-                scope.deadline = start + (size or len(buffer)) / BODY_RATE
-                if not await connection.fill():
-                    raise Disconnected("the body was not complete")
-        raise APIError(408, f"the body was not complete in {limits.body_seconds:g} seconds")
+    async def _read_body(self, length: int) -> bytes:
+        """Give a body of so many bytes. Raises APIError 408, and Disconnected."""
+        buffer = self._connection.buffer
+        if len(buffer) < length:
+            await self._read_until(lambda: len(buffer) >= length, lambda: len(buffer))
+        return self._connection.take(length)
 
-    def _next_event(self) -> h11.Event | type[h11.NEED_DATA | h11.PAUSED]:
+    async def _read_chunks(self, head: bytes) -> bytes:
+        """Give a body in chunks. Raises APIError 408, 400, 413, and Disconnected."""
+        buffer = self._connection.buffer
+        chunks, parts, size = Chunked(self._server.limits.body_bytes), list[bytes](), 0
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._server.limits.header_bytes)
+        parser.receive_data(head)
+
+        def is_complete() -> bool:
+            nonlocal size
+            if ready := chunks.advance(buffer):  # nothing at all would be the end of the stream to h11
+                parser.receive_data(self._connection.take(ready))
+            while (event := parser.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.EndOfMessage):
+                    return True
+                if isinstance(event, h11.Data):
+                    parts.append(event.data)
+                    size += len(event.data)
+            return False
+
         try:
-            return self._h11.next_event()
+            await self._read_until(is_complete, lambda: size)
         except h11.RemoteProtocolError as error:
             raise APIError(400, f"the request is not HTTP/1.1: {error}") from None
+        return b"".join(parts)
+
+    async def _read_until(self, is_complete: Callable[[], bool], size: Callable[[], int]) -> None:
+        """Read until a body is complete, whose `size` so far earns it time. Raises APIError 408, and Disconnected."""
+        limits = self._server.limits
+        start = trio.current_time() + limits.body_seconds
+        with trio.CancelScope(deadline=start) as scope:
+            while not is_complete():
+                scope.deadline = start + size() / BODY_RATE
+                if not await self._connection.fill():
+                    raise Disconnected("the body was not complete")
+            return
+        raise APIError(408, f"the body was not complete in {limits.body_seconds:g} seconds")
 
     # ---- writing
 

@@ -85,7 +85,7 @@ class Served:
         """As `call`, and give the answer as the handler made it."""
         if account is not None:
             authorization = "Basic " + base64.b64encode(":".join(account).encode()).decode()
-        headers = [] if authorization is None else [(b"Authorization", authorization.encode())]
+        headers = {} if authorization is None else {b"authorization": authorization.encode()}
         request = Request(
             method=method,
             target="/v1" + target,

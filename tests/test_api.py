@@ -498,7 +498,7 @@ async def test_unknown_fields_are_named_in_a_warning(api: Served) -> None:
 
 async def test_a_transaction_does_not_wait(api: Served) -> None:
     request = Request(
-        method="POST", target="/v1/vms", headers=Headers([]), body=b'{"name": "vm", "image": "i"}'
+        method="POST", target="/v1/vms", headers=Headers({}), body=b'{"name": "vm", "image": "i"}'
     )  # fmt: skip
     api.api.admit(request)
     with assert_no_checkpoints():

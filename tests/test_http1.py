@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchard.codec import APIError
-from orchard.http1 import Chunked, Query, Route, Router, check_head, head_end
+from orchard.http1 import Chunked, Head, Query, Route, Router, head_end, read_head
 
 # ---- router and query ----------------------------------------------------------------------------------------------
 
@@ -158,6 +158,8 @@ PIECES = st.sampled_from(
         b"Transfer-Encoding: chunked\r\n",
         b"Expect: 100-continue\r\n",
         b"X-A: b\r\n",
+        b"x-a:\t c\xe9 \r\n",
+        b"X-B:\r\n",
         b"\r\n",
         b"\n",
         b"\r",
@@ -171,20 +173,31 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES | st.binary(max_size=20), max_size=8))
-def test_a_head_is_taken_only_if_h11_takes_it_too(pieces: list[bytes]) -> None:
+def test_a_head_is_taken_only_if_h11_takes_it_too_and_read_as_h11_reads_it(pieces: list[bytes]) -> None:
     head = b"".join(pieces).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-    length: int | APIError | None
+    read: Head | APIError
     try:
-        length = check_head(head, 100)
+        read = read_head(head, 100)
     except APIError as error:
-        length = error
-    if isinstance(length, APIError):
-        assert 400 <= length.status <= 505
+        read = error
+    if isinstance(read, APIError):
+        assert 400 <= read.status <= 505
         return
     parser = h11.Connection(h11.SERVER)
     parser.receive_data(head)
-    assert isinstance(parser.next_event(), h11.Request)
-    if length == 0:
+    event = parser.next_event()
+    assert isinstance(event, h11.Request)
+    assert (read.method, read.target, read.version) == (
+        event.method.decode(),
+        event.target.decode(),
+        event.http_version.decode(),
+    )
+    values: dict[str, list[str]] = {}
+    for name, value in event.headers:
+        values.setdefault(name.decode(), []).append(value.decode("latin-1"))
+    assert {name: read.headers.get(name) for name in values} == {name: ", ".join(all_) for name, all_ in values.items()}
+    assert read.headers._values.keys() == {name.encode() for name in values}
+    if read.length == 0:
         assert isinstance(parser.next_event(), h11.EndOfMessage)
     assert parser.trailing_data[0] == b""
 
@@ -213,7 +226,7 @@ def test_a_head_ends_at_the_same_place_however_it_arrives(pieces: list[bytes], c
         assert at_once == data.index(b"\r\n\r\n") + 4
         assert piecewise == (400, "")
         with pytest.raises(APIError):
-            check_head(data[:at_once], 100)
+            read_head(data[:at_once], 100)
     elif isinstance(at_once, int) and at_once >= 0:
         assert data[:at_once].find(b"\r\n\r\n") == at_once - 4 <= limit - 4
 
