@@ -21,6 +21,7 @@ import http
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -591,7 +592,7 @@ class _Exchange:
         with suppress(ConnectionClosed, LocalProtocolError):
             while True:
                 await trio.sleep(interval)
-                await websocket.ping()
+                await websocket.ping(secrets.token_bytes(4))  # by itself it would use up numbers that a test has seeded
 
     async def _tunnel(self, answer: TunnelUpgrade) -> None:
         assert self._request is not None

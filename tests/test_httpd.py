@@ -1377,12 +1377,14 @@ async def test_pings_go_out_and_one_that_is_not_answered_ends_nothing(autojump_c
 
     async with serving(upgrading(session, ping_interval=30.0)) as served:
         stream = await opened(served)
+        chance = random.getstate()
         for number in range(1, 4):
             ping = await stream.receive_some()
             assert ping[:2] == b"\x89\x04"
             assert trio.current_time() == 30 * number
             if number < 3:
                 await stream.send_all(b"\x8a\x84\0\0\0\0" + ping[2:])
+        assert random.getstate() == chance, "it is the embedding program's"
         assert await stream.receive_some() == closing(1000)
         assert trio.current_time() == 1000
 
