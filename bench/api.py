@@ -31,7 +31,8 @@ FOREVER = ("--worker-offline-timeout", "1000000")
 # Counts the times that data was forced to the disk, in a file, by one call of the system each: more would be measured.
 COUNTED = """
 import os, sys
-from orchard import controller, journal
+from orchard import controller
+from orchard.storage import journal
 count, sync = 0, journal.Disk.sync
 file = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 def counted(*arguments):

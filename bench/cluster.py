@@ -8,8 +8,8 @@ from pathlib import Path
 
 import trio
 
-from orchard import auth, lifecycle
-from orchard.schema import TART_VMS, VM, Report, ServiceAccount, Worker, new_spec
+from orchard import auth, transitions
+from orchard.schema import TART_VMS, VM, ServiceAccount, VMReport, Worker, new_spec
 from orchard.store import Store
 
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -21,7 +21,7 @@ AUTHORIZATION = "Basic " + base64.b64encode(f"admin:{TOKEN}".encode()).decode()
 def vm_of(number: int) -> VM:
     """Give a VM that waits."""
     spec = new_spec({"name": f"vm-{number}", "image": "ghcr.io/cirruslabs/macos-sequoia-base:latest"}, [])
-    return lifecycle.create(f"vm-{number}", f"uid-{number}", spec, NOW + datetime.timedelta(seconds=number))
+    return transitions.create(f"vm-{number}", f"uid-{number}", spec, NOW + datetime.timedelta(seconds=number))
 
 
 def worker_of(number: int, room: int = PER_WORKER) -> Worker:
@@ -30,8 +30,8 @@ def worker_of(number: int, room: int = PER_WORKER) -> Worker:
 
 def running_vm(number: int, room: int = PER_WORKER) -> VM:
     """Give a VM that runs, beside others on a worker that is full."""
-    assigned = lifecycle.assign(vm_of(number), worker_of(number // room), NOW)
-    return lifecycle.report(assigned, Report(uid=assigned.uid, status="running"), NOW)
+    assigned = transitions.assign(vm_of(number), worker_of(number // room), NOW)
+    return transitions.report(assigned, VMReport(uid=assigned.uid, status="running"), NOW)
 
 
 def fill(store: Store, vms: int, workers: int) -> None:
@@ -55,7 +55,7 @@ def prepare(home: Path, vms: int, workers: int) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
             fill(store, vms, workers)
-            await store.settled()
+            await store.wait_durable()
             nursery.cancel_scope.cancel()
         store.close()
 

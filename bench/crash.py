@@ -67,7 +67,7 @@ from orchard import controller
 CARELESS = """
 import time
 async def at_once(store): pass
-orchard.store.Store.settled, write = at_once, orchard.store.Store._write
+orchard.store.Store.wait_durable, write = at_once, orchard.store.Store._write
 def later(*arguments): time.sleep(0.05); write(*arguments)
 orchard.store.Store._write = later
 """

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("", "net", "simulation")]
 
 from orchard import schema
 from orchard.codec import APIError, decode, parse_json
-from orchard.journal import DamagedError, Disk, Journal
-from orchard.store import load
+from orchard.storage.journal import DamagedError, Disk, Journal
+from orchard.store import load_state
 
 MOST_WORDS = 12
 MOST_BYTES = 4096  # that atheris tries at once
@@ -33,7 +33,7 @@ MOST_BYTES = 4096  # that atheris tries at once
 
 def http(data: bytes) -> None:
     """Half of a byte says into how many pieces the rest is cut."""
-    from test_httpd import send_anything
+    from test_server import send_anything
 
     parts = 1 + (data[:1] or b"\0")[0] % 8
     step = max(1, len(data) // parts)
@@ -42,7 +42,7 @@ def http(data: bytes) -> None:
 
 def frames(data: bytes) -> None:
     """A byte says whose they are, another one how large the pieces are."""
-    from test_frames import means_the_same_in_pieces
+    from test_wsframes import means_the_same_in_pieces
 
     whose, size = (data[:2] + b"\0\0")[:2]
     means_the_same_in_pieces(data[2:], range(0, len(data), 1 + size), masked=bool(whose & 1))
@@ -70,17 +70,17 @@ def lines(data: bytes) -> None:
         path = Path(home, "state.jsonl")
         path.write_bytes(data)
         with suppress(DamagedError):
-            load(path, Journal(path, Disk()).read())
+            load_state(path, Journal(path, Disk()).read())
 
 
 def words_of(target: str) -> list[bytes]:
     """Give what the bytes of a target consist of."""
     if target == "http":
-        from test_httpd import FRAGMENTS
+        from test_server import FRAGMENTS
 
         return FRAGMENTS
     if target == "frames":
-        from test_httpd import HELLO_FRAME, VIOLATIONS
+        from test_server import HELLO_FRAME, VIOLATIONS
 
         headers = [
             b"\x02\x00",

@@ -39,8 +39,8 @@ from measure import Variant, show
 try:
     import asyncssh
 
-    from orchard import jump
-    from orchard.groups import unwrapped
+    from orchard.nursery import unwrap_groups
+    from orchard.ssh import jump
 except ImportError:
     raise SystemExit("this benchmark needs the extra ssh: .venv/bin/pip install -e '.[ssh]'") from None
 
@@ -218,7 +218,7 @@ async def transfer(command: list[str], source: IO[bytes], size: int, listener: t
     """Have a client send a file; give the seconds from the first byte at the sink to the last."""
     source.seek(0)
     left = size
-    with unwrapped():
+    with unwrap_groups():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(partial(trio.run_process, command, stdin=source))
             async with await listener.accept() as stream:

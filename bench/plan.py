@@ -17,10 +17,10 @@ import trio
 from cluster import NOW, PER_WORKER, vm_of, worker_of
 from measure import ROUNDS, Turns, Variant, compare, turns
 
-from orchard import lifecycle, scheduler
-from orchard.controller import Cluster, Settings, collect_garbage_less
-from orchard.events import EventLog
-from orchard.schema import VM, Report, Worker
+from orchard import scheduler, transitions
+from orchard.controller import Cluster, ControllerSettings, collect_garbage_less
+from orchard.schema import VM, VMReport, Worker
+from orchard.storage.events import EventLog
 from orchard.store import Store
 
 VMS, WORKERS = 10_000, 5_000
@@ -54,12 +54,12 @@ class Busy:
 
     def __init__(self, home: Path, count: int) -> None:
         self.store = Store.open(home, NOW)
-        self.cluster = Cluster(Settings(data_dir=home), self.store, EventLog(home / "events"), lambda: NOW)
+        self.cluster = Cluster(ControllerSettings(data_dir=home), self.store, EventLog(home / "events"), lambda: NOW)
         self.names = [f"vm-{number}" for number in range(count)]
         with self.store.transaction() as tx:
             for number in range(-(-count // PER_WORKER)):
                 tx.put(worker_of(number))
-                self.cluster.presence.arrived(f"worker-{number}", ("", ""))
+                self.cluster.liveness.arrived(f"worker-{number}", ("", ""))
             for number in range(count):
                 tx.put(vm_of(number))
         self.schedule()
@@ -73,9 +73,9 @@ class Busy:
         for _ in range(CHANGES):
             self.turn += 1
             old = self.store.state.vms[self.names[self.turn % len(self.names)]]
-            seen = Report(uid=old.uid, status="running", status_message=f"turn {self.turn}")
+            seen = VMReport(uid=old.uid, status="running", status_message=f"turn {self.turn}")
             with self.store.transaction() as tx:
-                tx.put(lifecycle.report(old, seen, NOW))
+                tx.put(transitions.report(old, seen, NOW))
             self.schedule()
         await trio.lowlevel.checkpoint()
 
@@ -86,8 +86,8 @@ async def changes() -> None:
         async with trio.open_nursery() as nursery:
             for busy in (small, big):
                 nursery.start_soon(busy.store.run)
-            await small.store.settled()
-            await big.store.settled()
+            await small.store.wait_durable()
+            await big.store.wait_durable()
             await turns(
                 Variant(f"one change among {VMS:,} VMs", big.change, CHANGES),
                 Variant("one change among 100 VMs", small.change, CHANGES),
@@ -100,7 +100,7 @@ async def placed_durably() -> tuple[float, float]:
     watched = Turns()
     with tempfile.TemporaryDirectory() as home:
         store = Store.open(Path(home), NOW)
-        cluster = Cluster(Settings(data_dir=Path(home)), store, EventLog(Path(home) / "events"), lambda: NOW)
+        cluster = Cluster(ControllerSettings(data_dir=Path(home)), store, EventLog(Path(home) / "events"), lambda: NOW)
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
             with store.transaction() as tx:
@@ -108,14 +108,14 @@ async def placed_durably() -> tuple[float, float]:
                     tx.put(vm_of(number))
                 for number in range(WORKERS):
                     tx.put(worker_of(number))
-                    cluster.presence.arrived(f"worker-{number}", ("", ""))
-            await store.settled()
+                    cluster.liveness.arrived(f"worker-{number}", ("", ""))
+            await store.wait_durable()
             trio.lowlevel.add_instrument(watched)
             began = trio.current_time()
             nursery.start_soon(cluster.schedule)
             while sum(map(len, store.state.vms_by_worker.values())) < VMS:  # noqa: ASYNC110 -- nobody tells
                 await trio.sleep(0.01)
-            await store.settled()
+            await store.wait_durable()
             took = trio.current_time() - began
             trio.lowlevel.remove_instrument(watched)
             nursery.cancel_scope.cancel()

@@ -36,7 +36,7 @@ from pathlib import Path
 from cluster import AUTHORIZATION
 from load import CONTROLLER, RECEIVE_BYTES, Server, answer_length, body_of, press, request, running
 
-from orchard import frames
+from orchard.net import wsframes
 
 CLIENTS = 32  # requests under way at once
 USERS = 8  # connections by which VMs are created and deleted
@@ -159,7 +159,7 @@ class Host:
         self._requests = Connection(life)
         self._known: dict[str, str] = {}  # uid -> name
         self._seen = b"[]"
-        self._frames = frames.Frames(masked=False)
+        self._frames = wsframes.Frames(masked=False)
         self._watch = life.open(self._read)
         self._watch.sendall(
             f"GET /v1/rpc/watch?workerName={self._name} HTTP/1.1\r\nHost: c\r\nAuthorization: {AUTHORIZATION}\r\n"
@@ -179,11 +179,11 @@ class Host:
             self.watching = True
         for event in self._frames.feed(data):
             match event:
-                case frames.Ping(payload):
-                    self._watch.sendall(b"".join(frames.frame(frames.PONG, payload, b"mask")))
-                case frames.Close():
+                case wsframes.Ping(payload):
+                    self._watch.sendall(b"".join(wsframes.frame(wsframes.PONG, payload, b"mask")))
+                case wsframes.Close():
                     raise RuntimeError(f"a watch was closed: {event}")
-                case frames.Pong():
+                case wsframes.Pong():
                     pass
                 case _:
                     self._requests.ask(poll(self._name), self._look)  # what it says is: look again

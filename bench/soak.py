@@ -33,8 +33,8 @@ import trio
 from orchard import controller
 from orchard.client import Client, ClientError
 from orchard.schema import TART_VMS
-from orchard.synthetic import SyntheticDriver
-from orchard.worker import Identity, Worker
+from orchard.vm.synthetic import SyntheticDriver
+from orchard.worker import Identity, WorkerService
 
 ACTIONS = 300  # in a round; 8 at once
 AT_ONCE = 8
@@ -75,7 +75,7 @@ class Site:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        settings = controller.Settings(
+        settings = controller.ControllerSettings(
             data_dir=self.home / "controller", host="127.0.0.1", port=0, tls=False, auth=False
         )
         stop = trio.Event()
@@ -102,7 +102,7 @@ class Site:
             try:
                 with scope:
                     async with Client(self.url) as client:
-                        worker = Worker(identity, client, self.hosts[name], stop_vms_on_exit=stop_vms)
+                        worker = WorkerService(identity, client, self.hosts[name], stop_vms_on_exit=stop_vms)
                         await worker.run(task_status=task_status)
             finally:
                 ended.set()

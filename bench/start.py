@@ -23,7 +23,7 @@ from load import BARE, CONTROLLER, NO_AUTH, running
 from measure import ROUNDS, Variant, compare
 
 from orchard import store
-from orchard.journal import Disk
+from orchard.storage.journal import Disk
 from orchard.store import Store
 
 LINES, VMS = 100_000, 10_000
@@ -57,7 +57,7 @@ def prepare_journal(home: Path) -> None:
                 vm = opened.state.vms[f"vm-{number % VMS}"]
                 with opened.transaction() as tx:
                     tx.put(replace(vm, state=replace(vm.state, status_message=f"pulling the image: {number} %")))
-                await opened.settled()  # each is a line of its own
+                await opened.wait_durable()  # each is a line of its own
             nursery.cancel_scope.cancel()
         opened.close()
 

@@ -29,8 +29,8 @@ from pathlib import Path
 import trio
 from measure import Variant, turns
 
-from orchard import frames
 from orchard.client import Client
+from orchard.net import wsframes
 
 FAST = importlib.util.find_spec("websockets") is not None
 PIECE = 64 * 1024
@@ -62,7 +62,7 @@ class Way:
     name: str
     connect: Connect
     processes: list[subprocess.Popen[str]]
-    masked: Callable[[frames.Bytes, bytes], frames.Bytes] = frames.masked
+    masked: Callable[[wsframes.Bytes, bytes], wsframes.Bytes] = wsframes.masked
 
     def cpu(self) -> float:
         """Seconds of the processor that its processes took."""
@@ -129,7 +129,7 @@ async def taken(stream: trio.abc.Stream, size: int) -> None:
 
 
 async def transfer(way: Way, direction: bytes, size: int) -> None:
-    frames.masked = way.masked
+    wsframes.masked = way.masked
     async with way.connect() as stream:
         await stream.send_all(direction)
         if direction == DOWN:
@@ -206,7 +206,7 @@ async def deployed(name: str, port: int, *, fast: bool) -> AsyncIterator[Way]:
         async with Client(url) as client:
             await client.vms.create(name="vm", image="any")
             await client.vms.wait("vm")
-            masked = frames.masked if fast else frames.masked_by_translation
+            masked = wsframes.masked if fast else wsframes.masked_by_translation
             yield Way(name, partial(client.vms.port_forward, "vm", port), [controller, worker], masked)
 
 

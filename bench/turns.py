@@ -41,7 +41,7 @@ PATHS = {"list VMs": "/v1/vms", "list workers": "/v1/workers", "get one": "/v1/v
 
 
 async def measure(home: Path, vms: int) -> None:
-    settings = controller.Settings(
+    settings = controller.ControllerSettings(
         data_dir=home / "controller", host="127.0.0.1", port=0, tls=False, worker_offline_timeout=1e6
     )
     async with trio.open_nursery() as nursery:

@@ -2,6 +2,6 @@
 
 import sys
 
-from orchard.cli import main
+from orchard.cli.main import main
 
 sys.exit(main())

@@ -19,13 +19,12 @@ from typing import Any, Literal, TypeVar
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard import __version__, auth, commands, lifecycle
+from orchard import __version__, auth, transitions
 from orchard.codec import APIError, dump_json, encode, parse_json, replace, shown
-from orchard.events import EventLog
-from orchard.http1 import Answer, Request, Response, Route, Router, Stream, TunnelUpgrade, WebSocketUpgrade
-from orchard.openapi import Operation, Parameter, array_of, document, ref
-from orchard.presence import Presence
-from orchard.reach import Reach
+from orchard.liveness import Liveness
+from orchard.net.openapi import Operation, Parameter, array_of, document, ref
+from orchard.net.request import AnyResponse, Request, Response, Route, Router, Stream, TunnelUpgrade, WebSocketUpgrade
+from orchard.reach import VMAccess
 from orchard.schema import (
     IP,
     MAX_NAME,
@@ -48,8 +47,10 @@ from orchard.schema import (
     ttl_from_client,
     worker_from_client,
 )
+from orchard.ssh import exec as vm_exec
+from orchard.storage.events import EventLog
 from orchard.store import SETTINGS, Change, Store, encoded, watch_line
-from orchard.tunnel import FarEnd, Session, Switchboard
+from orchard.tunnel import FarEnd, Rendezvous, Session
 
 CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
 MAX_LIMIT = 1_000_000_000  # of `limit`: more events than a VM may leave
@@ -60,7 +61,7 @@ WARNED = 8  # unknown fields that a Warning names
 _DIGITS = re.compile(r"[0-9]{1,10}")
 _NOBODY = ServiceAccount(name="", token="", roles=auth.ROLES)  # who everybody is when nobody is asked
 
-NounT = TypeVar("NounT", VM, Worker, ServiceAccount)
+ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount)
 
 
 class API:
@@ -73,10 +74,10 @@ class API:
         self,
         store: Store,
         events: EventLog,
-        presence: Presence,
-        switchboard: Switchboard,
-        reach: Reach,
-        executor: commands.Executor,
+        liveness: Liveness,
+        rendezvous: Rendezvous,
+        vm_access: VMAccess,
+        executor: vm_exec.Executor,
         gate: auth.Gate | None,
         access_key: bytes,
         *,
@@ -88,9 +89,9 @@ class API:
         self.store = store
         self.state = store.state
         self.events = events
-        self.presence = presence
-        self.switchboard = switchboard
-        self.reach = reach
+        self.liveness = liveness
+        self.rendezvous = rendezvous
+        self.vm_access = vm_access
         self.executor = executor
         self.gate = gate
         self.access_key = access_key
@@ -141,18 +142,18 @@ class API:
         if vm.uid != access.vm_uid:
             raise APIError(403, f'the access token is for another VM than "{vm.name}" with uid {vm.uid}')
 
-    async def handle(self, request: Request) -> Answer:
-        """Answer an admitted request. Raises APIError."""
+    async def handle(self, request: Request) -> AnyResponse:
+        """AnyResponse an admitted request. Raises APIError."""
         operation: Operation = request.extra
         for _ in range(REREADS if operation.method == "GET" else 1):
             problem: APIError | None = None
             try:
-                decided: Answer | Awaitable[Answer] = operation.handler(self, request)
+                decided: AnyResponse | Awaitable[AnyResponse] = operation.handler(self, request)
                 answer = await decided if isinstance(decided, Awaitable) else decided
             except APIError as error:
                 problem = error  # that something is not there, or is there already, can be as new as anything else
             try:
-                await self.store.settled()
+                await self.store.wait_durable()
             except APIError as error:
                 # A write that others made failed and was undone. A read can do without it.
                 refusal = error
@@ -164,10 +165,10 @@ class API:
 
     # -- the controller itself
 
-    def hello(self, request: Request) -> Answer:
+    def hello(self, request: Request) -> AnyResponse:
         return Response(200)
 
-    def info(self, request: Request) -> Answer:
+    def info(self, request: Request) -> AnyResponse:
         info = ControllerInfo(
             version=__version__,
             capabilities=CAPABILITIES,
@@ -175,12 +176,12 @@ class API:
         )
         return _ok(dump_json(encode(info)))
 
-    def describe(self, request: Request) -> Answer:
+    def describe(self, request: Request) -> AnyResponse:
         return _ok(self._document)
 
     # -- VMs
 
-    def create_vm(self, request: Request) -> Answer:
+    def create_vm(self, request: Request) -> AnyResponse:
         raw, unknown = _body(request), list[str]()
         name = name_of(raw)
         check_name("name", name)
@@ -189,18 +190,18 @@ class API:
         with self.store.transaction() as tx:
             if name in self.state.vms:
                 raise APIError(409, f'VM "{name}" already exists')
-            tx.put(lifecycle.create(name, str(uuid.uuid4()), spec, self.clock(), self.waits_for(spec)))
+            tx.put(transitions.create(name, str(uuid.uuid4()), spec, self.clock(), self.waits_for(spec)))
         return self._vm(name, unknown)
 
-    def list_vms(self, request: Request) -> Answer:
+    def list_vms(self, request: Request) -> AnyResponse:
         table = self.state.json["vm"]
         worker = _worker_filter(request.query.one("filter"))
         if worker is None:
             return _array(table[name] for name in self.state.names["vm"])
-        self.presence.polled(worker, _source(request))
+        self.liveness.polled(worker, _source(request))
         return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
 
-    def get_vm(self, request: Request) -> Answer:
+    def get_vm(self, request: Request) -> AnyResponse:
         vm = self._vm_named(request)
         if not _flag(request, "watch"):
             return self._vm(vm.name)
@@ -218,7 +219,7 @@ class API:
             now = self.state.vms.get(name)
             lines = [watch_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
             version = now.meta.version if now is not None else self.state.revision  # that of a deletion is no VM's
-            await self.store.settled()
+            await self.store.wait_durable()
             if now is None:  # it was deleted between the first look and this one
                 lines.append(watch_line("DELETED", encoded(known)))
             await send(b"".join(lines))
@@ -226,34 +227,34 @@ class API:
                 if _is_news(change, version):
                     await send(change.line)
 
-    def replace_vm(self, request: Request) -> Answer:
+    def replace_vm(self, request: Request) -> AnyResponse:
         return self._change_vm(request, replaced_spec)
 
-    def patch_vm(self, request: Request) -> Answer:
+    def patch_vm(self, request: Request) -> AnyResponse:
         return self._change_vm(request, patched_spec)
 
-    def _change_vm(self, request: Request, read: Callable[[VMSpec, object, list[str]], VMSpec]) -> Answer:
+    def _change_vm(self, request: Request, read: Callable[[VMSpec, object, list[str]], VMSpec]) -> AnyResponse:
         old = self._vm_named(request)
         unknown: list[str] = []
         spec = read(old.spec, _body(request), unknown)
         if spec.host_dirs != old.spec.host_dirs:
             self._check_host_dirs(spec)
-        new = lifecycle.change(old, spec)
+        new = transitions.change(old, spec)
         if new is not old:
             with self.store.transaction() as tx:
                 tx.put(new)
         return self._vm(old.name, unknown)
 
-    def delete_vm(self, request: Request) -> Answer:
+    def delete_vm(self, request: Request) -> AnyResponse:
         vm = self._vm_named(request)
         with self.store.transaction() as tx:
             tx.delete(vm)
         return Response(200)
 
-    def report_vm(self, request: Request) -> Answer:
+    def report_vm(self, request: Request) -> AnyResponse:
         old = self._vm_named(request)
         unknown: list[str] = []
-        new = lifecycle.report(old, report_from_worker(_body(request), unknown), self.clock())
+        new = transitions.report(old, report_from_worker(_body(request), unknown), self.clock())
         if new is not old:
             with self.store.transaction() as tx:
                 tx.put(new)
@@ -276,35 +277,35 @@ class API:
 
     # -- into a VM
 
-    async def forward_vm(self, request: Request) -> Answer:
+    async def forward_vm(self, request: Request) -> AnyResponse:
         port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
         wait = _number(request, "wait", 0, MAX_WAIT)
         vm = self._vm_named(request)
         request.require_websocket()
-        far = await request.while_connected(partial(self.reach.port, vm, port, WAIT if wait is None else wait))
+        far = await request.while_connected(partial(self.vm_access.port, vm, port, WAIT if wait is None else wait))
         return self._tunnel(vm.uid, far)
 
-    async def forward_worker(self, request: Request) -> Answer:
+    async def forward_worker(self, request: Request) -> AnyResponse:
         port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
         wait = _number(request, "wait", 0, MAX_WAIT)
         worker = self._worker_named(request)
         request.require_websocket()
         far = await request.while_connected(
-            partial(self.reach.host_port, worker.name, port, WAIT if wait is None else wait)
+            partial(self.vm_access.host_port, worker.name, port, WAIT if wait is None else wait)
         )
         return self._tunnel("", far)
 
     def _tunnel(self, vm_uid: str, far: FarEnd) -> TunnelUpgrade:
-        board = self.switchboard
+        board = self.rendezvous
         return TunnelUpgrade(partial(board.serve_near_end, vm_uid, far), board.ping_interval)
 
-    async def resolve_ip(self, request: Request) -> Answer:
+    async def resolve_ip(self, request: Request) -> AnyResponse:
         wait = _number(request, "wait", 0, MAX_WAIT)
         vm = self._vm_named(request)
-        address = await request.while_connected(partial(self.reach.address, vm, wait or 0))
+        address = await request.while_connected(partial(self.vm_access.address, vm, wait or 0))
         return _ok(dump_json(encode(IP(address))))
 
-    async def execute(self, request: Request) -> Answer:
+    async def execute(self, request: Request) -> AnyResponse:
         vm = self._vm_named(request)
         wait = _number(request, "wait", 0, MAX_WAIT)
         command = _command(request)
@@ -312,9 +313,9 @@ class API:
         connect = partial(self.executor.connect, vm, WAIT if wait is None else wait)
         connection = await request.while_connected(connect)
         serve = partial(self.executor.serve, connection, command)
-        return WebSocketUpgrade(serve, ping_interval=self.switchboard.ping_interval)
+        return WebSocketUpgrade(serve, ping_interval=self.rendezvous.ping_interval)
 
-    def issue_token(self, request: Request) -> Answer:
+    def issue_token(self, request: Request) -> AnyResponse:
         vm = self._vm_named(request)
         unknown: list[str] = []
         ttl = ttl_from_client(parse_json(request.body) if request.body else None, unknown)
@@ -327,16 +328,16 @@ class API:
 
     # -- what workers answer
 
-    def answer_forward(self, request: Request) -> Answer:
+    def answer_forward(self, request: Request) -> AnyResponse:
         request.require_websocket()
         session = self._answered(request)
         error = request.query.one("errorMessage")
         if error:
             session.fail(error)
             return WebSocketUpgrade(_nothing_more)
-        return TunnelUpgrade(partial(self.switchboard.serve_far_end, session), self.switchboard.ping_interval)
+        return TunnelUpgrade(partial(self.rendezvous.serve_far_end, session), self.rendezvous.ping_interval)
 
-    def answer_ip(self, request: Request) -> Answer:
+    def answer_ip(self, request: Request) -> AnyResponse:
         session = self._answered(request)
         error, address = request.query.one("errorMessage"), request.query.one("ip")
         if error or not address:
@@ -346,11 +347,11 @@ class API:
         return Response(200)
 
     def _answered(self, request: Request) -> Session:
-        return self.switchboard.answered(request.query.one("session") or "", request.account)
+        return self.rendezvous.answered(request.query.one("session") or "", request.account)
 
     # -- events
 
-    async def append_events(self, request: Request) -> Answer:
+    async def append_events(self, request: Request) -> AnyResponse:
         vm = self._vm_named(request)
         uid = request.query.one("uid")
         if uid not in (None, vm.uid):
@@ -359,7 +360,7 @@ class API:
         await self.events.append(vm.uid, events_from_client(_body(request), unknown))
         return Response(200, headers=_warning(unknown))
 
-    async def list_events(self, request: Request) -> Answer:
+    async def list_events(self, request: Request) -> AnyResponse:
         vm = self._vm_named(request)
         query = request.query
         limit = _number(request, "limit", 1, MAX_LIMIT)
@@ -372,7 +373,7 @@ class API:
 
     # -- workers
 
-    def register_worker(self, request: Request) -> Answer:
+    def register_worker(self, request: Request) -> AnyResponse:
         unknown: list[str] = []
         wanted = worker_from_client(_body(request), unknown)
         old = self.state.workers.get(wanted.name)
@@ -391,23 +392,23 @@ class API:
         if new != old:
             with self.store.transaction() as tx:
                 tx.put(new)
-        self.presence.arrived(new.name, _source(request))
+        self.liveness.arrived(new.name, _source(request))
         if wanted.last_seen is not None:
-            self.presence.heartbeat(new.name, _source(request), wanted.last_seen)
+            self.liveness.heartbeat(new.name, _source(request), wanted.last_seen)
         return self._worker(new.name, unknown)
 
-    def list_workers(self, request: Request) -> Answer:
+    def list_workers(self, request: Request) -> AnyResponse:
         return _array(self._worker_json(name) for name in self.state.names["worker"])
 
-    def get_worker(self, request: Request) -> Answer:
+    def get_worker(self, request: Request) -> AnyResponse:
         return self._worker(self._worker_named(request).name)
 
-    def put_worker(self, request: Request) -> Answer:
+    def put_worker(self, request: Request) -> AnyResponse:
         """Take a heartbeat, which is told by its later last_seen, or else set scheduling_paused."""
         worker = self._worker_named(request)
         unknown: list[str] = []
         wanted = worker_from_client(_named(_body(request), worker.name), unknown)
-        if wanted.last_seen is not None and self.presence.heartbeat(worker.name, _source(request), wanted.last_seen):
+        if wanted.last_seen is not None and self.liveness.heartbeat(worker.name, _source(request), wanted.last_seen):
             return self._worker(worker.name, unknown)
         if wanted.scheduling_paused != worker.scheduling_paused:
             worker = replace(worker, scheduling_paused=wanted.scheduling_paused)
@@ -415,13 +416,13 @@ class API:
                 tx.put(worker)
         return self._worker(worker.name, unknown)
 
-    def delete_worker(self, request: Request) -> Answer:
+    def delete_worker(self, request: Request) -> AnyResponse:
         worker = self._worker_named(request)
         with self.store.transaction() as tx:
             tx.delete(worker)
         return Response(200)
 
-    def watch_rpc(self, request: Request) -> Answer:
+    def watch_rpc(self, request: Request) -> AnyResponse:
         request.require_websocket()
         name = request.query.one("workerName")
         if not name:
@@ -430,8 +431,8 @@ class API:
         source = _source(request)
 
         async def session(websocket: WebSocketConnection) -> None:
-            self.presence.arrived(worker, source)
-            await self.switchboard.serve(worker, source[0], websocket, lambda: self.presence.alive(worker))
+            self.liveness.arrived(worker, source)
+            await self.rendezvous.serve(worker, source[0], websocket, lambda: self.liveness.alive(worker))
 
         return WebSocketUpgrade(session)
 
@@ -443,12 +444,12 @@ class API:
 
     def _worker_json(self, name: str) -> bytes:
         """Give a worker with its last_seen, which is not part of what is stored."""
-        stored, last_seen = self.state.json["worker"][name], self.presence.last_seen(name)
+        stored, last_seen = self.state.json["worker"][name], self.liveness.last_seen(name)
         return stored if last_seen is None else b'%b,"last_seen":"%b"}' % (stored[:-1], last_seen)
 
     # -- service accounts
 
-    def create_account(self, request: Request) -> Answer:
+    def create_account(self, request: Request) -> AnyResponse:
         unknown: list[str] = []
         account = account_from_client(_body(request), unknown)
         account = replace(account, token=account.token or auth.random_token(), created_at=self.clock())
@@ -458,14 +459,14 @@ class API:
             tx.put(account)
         return self._account(account.name, unknown)
 
-    def list_accounts(self, request: Request) -> Answer:
+    def list_accounts(self, request: Request) -> AnyResponse:
         table = self.state.json["account"]
         return _array(table[name] for name in self.state.names["account"])
 
-    def get_account(self, request: Request) -> Answer:
+    def get_account(self, request: Request) -> AnyResponse:
         return self._account(self._account_named(request).name)
 
-    def replace_account(self, request: Request) -> Answer:
+    def replace_account(self, request: Request) -> AnyResponse:
         """Change an account's roles and token; what is left out stays as it is."""
         old = self._account_named(request)
         unknown: list[str] = []
@@ -476,7 +477,7 @@ class API:
                 tx.put(new)
         return self._account(old.name, unknown)
 
-    def delete_account(self, request: Request) -> Answer:
+    def delete_account(self, request: Request) -> AnyResponse:
         account = self._account_named(request)
         with self.store.transaction() as tx:
             tx.delete(account)
@@ -490,10 +491,10 @@ class API:
 
     # -- cluster settings
 
-    def get_settings(self, request: Request) -> Answer:
+    def get_settings(self, request: Request) -> AnyResponse:
         return self._settings()
 
-    def put_settings(self, request: Request) -> Answer:
+    def put_settings(self, request: Request) -> AnyResponse:
         unknown: list[str] = []
         settings = settings_from_client(_body(request), unknown)
         if settings != self.state.settings:
@@ -514,7 +515,7 @@ def _ok(body: bytes, headers: Sequence[tuple[str, str]] = ()) -> Response:
 
 
 def _array(items: Iterable[bytes]) -> Response:
-    """Answer with a JSON array of objects, in pieces."""
+    """AnyResponse with a JSON array of objects, in pieces."""
     pieces = [b"["]
     for item in items:
         pieces += (item, b",")
@@ -542,7 +543,7 @@ def _named(raw: Any, name: str) -> Any:
     raise APIError(412, f"name is {shown(raw['name'])}, expected {shown(name)} as in the path, or none")
 
 
-def _found(what: str, name: str, noun: NounT | None) -> NounT:
+def _found(what: str, name: str, noun: ObjectT | None) -> ObjectT:
     if noun is None:
         raise APIError(404, f"{what} {shown(name)} does not exist")
     return noun
@@ -591,7 +592,7 @@ async def _nothing_more(websocket: WebSocketConnection) -> None:
     await trio.lowlevel.checkpoint()
 
 
-def _command(request: Request) -> commands.Command:
+def _command(request: Request) -> vm_exec.Command:
     """Read the query of commands. Raises APIError(400)."""
     query = request.query
     env = {
@@ -599,12 +600,12 @@ def _command(request: Request) -> commands.Command:
         for name in query.fields()
         if name.startswith("env[") and name.endswith("]")
     }
-    command = commands.Command(
+    command = vm_exec.Command(
         command=query.one("command") or "",
         interactive=_flag(request, "interactive"),
         tty=_flag(request, "tty"),
-        rows=_number(request, "rows", 1, commands.MAX_SIZE) or commands.ROWS,
-        cols=_number(request, "cols", 1, commands.MAX_SIZE) or commands.COLS,
+        rows=_number(request, "rows", 1, vm_exec.MAX_SIZE) or vm_exec.ROWS,
+        cols=_number(request, "cols", 1, vm_exec.MAX_SIZE) or vm_exec.COLS,
         env=env,
         workdir=query.one("workdir") or "",
     )
@@ -639,7 +640,7 @@ _UID = Parameter("uid", "Refuse with 404 if the VM of that name has another uid"
 _PORT = Parameter("port", "TCP port number to connect to", {**_WHOLE, "minimum": 1, "maximum": 65535}, required=True)
 _WAIT = {"type": "integer", "minimum": 0, "maximum": MAX_WAIT}
 _WAIT_FORWARD = Parameter("wait", "Seconds to wait for the VM to run, and for its worker", {**_WAIT, "default": 10})
-_SIZE = {"type": "integer", "minimum": 1, "maximum": commands.MAX_SIZE}
+_SIZE = {"type": "integer", "minimum": 1, "maximum": vm_exec.MAX_SIZE}
 _EXEC = (
     Parameter("command", "What to run, by the user's shell in the VM", _TEXT, required=True),
     Parameter("interactive", "Whether it takes stdin", {"type": "boolean"}),
@@ -698,8 +699,8 @@ OPERATIONS: tuple[Operation, ...] = (
               "Change what a JSON merge patch (RFC 7396) names",
               body=_ANY, answer=ref("VM"), problems=(404,)),
     Operation("DELETE", "/vms/{name}", API.delete_vm, "compute:write", "Delete a VM", problems=(404,)),
-    Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "Report what a worker sees of its VM",
-              body=ref("Report"), problems=(404,)),
+    Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "VMReport what a worker sees of its VM",
+              body=ref("VMReport"), problems=(404,)),
     Operation("GET", "/vms/{name}/events", API.list_events, "compute:read", "Retrieve events for a given VM",
               answer=ref("Events"), problems=(404,), query=(_LIMIT, _ORDER, _CURSOR), answer_headers=_NEXT),
     Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to a VM's",
@@ -721,7 +722,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("GET", "/rpc/port-forward", API.answer_forward, "compute:write",
               "Bring the worker's end of a tunnel that a portForwardAction asked for",
               problems=(404,), query=(_SESSION, _ERROR), websocket=True),
-    Operation("POST", "/rpc/resolve-ip", API.answer_ip, "compute:write", "Answer a resolveIPAction",
+    Operation("POST", "/rpc/resolve-ip", API.answer_ip, "compute:write", "AnyResponse a resolveIPAction",
               problems=(404,), query=(_SESSION, _IP, _ERROR)),
     Operation("GET", "/rpc/watch", API.watch_rpc, "compute:read",
               "Be told by WebSocket what a worker is to do: one JSON object per binary message",

@@ -57,7 +57,7 @@ MAX_ACCESS_TOKEN = 8 * 1024  # bytes; decoding takes its time, and ours have hal
 _CHALLENGE = (("WWW-Authenticate", 'Basic realm="orchard"'),)
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 
-log = logging.getLogger("orchard.auth")
+_logger = logging.getLogger("orchard.auth")
 
 
 class Gate:
@@ -136,7 +136,7 @@ class Failures:
         if len(times) < MAX_FAILURES or now >= times[0] + FAILURE_SECONDS:
             times.append(now)
             if len(times) == MAX_FAILURES and now < times[0] + FAILURE_SECONDS:
-                log.warning("wrong credentials again and again", extra={"source": source})
+                _logger.warning("wrong credentials again and again", extra={"source": source})
             return error
         wait = math.ceil(times[0] + FAILURE_SECONDS - now)
         return APIError(

@@ -25,7 +25,17 @@ from urllib.parse import quote
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.codec import APIError, decode, parse_json
-from orchard.pipe import TunnelStream
+from orchard.net.transport import (
+    MAX_SHOWN,
+    ClientError,
+    ConnectError,
+    Items,
+    ResponseError,
+    Transport,
+    excerpt,
+    why_closed,
+)
+from orchard.net.websocket import TunnelStream
 from orchard.schema import (
     IP,
     VM,
@@ -38,16 +48,6 @@ from orchard.schema import (
     Worker,
     vm_from_json,
 )
-from orchard.transport import (
-    MAX_SHOWN,
-    ClientError,
-    ConnectError,
-    Items,
-    ResponseError,
-    Transport,
-    excerpt,
-    why_closed,
-)
 
 __all__ = ["Client", "ClientError", "ConnectError", "ResponseError", "RunningCommand", "VMFailed"]
 
@@ -57,7 +57,7 @@ PIECE = 64 * 1024  # bytes of a command's input in a message
 PAGE = 1000  # events that are fetched at once
 
 JSON = Mapping[str, Any]
-NounT = TypeVar("NounT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
+ObjectT = TypeVar("ObjectT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
 
 
 class VMFailed(ClientError):  # noqa: N818 -- it states what is the case
@@ -395,7 +395,7 @@ def _parsed(message: str | bytes) -> Any:
     return parse_json(message.encode() if isinstance(message, str) else message)
 
 
-def _noun(kind: type[NounT], raw: Any) -> NounT:
+def _noun(kind: type[ObjectT], raw: Any) -> ObjectT:
     try:
         return decode(kind, raw)
     except APIError as error:

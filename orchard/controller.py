@@ -33,23 +33,24 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth, descriptors, lifecycle, logs, scheduler, tcp, tls
+from orchard import __version__, auth, daemon, logs, scheduler, transitions
 from orchard.api import API
-from orchard.audit import ACCESS_KEY_FILE, EVENTS, exposed
 from orchard.codec import APIError
-from orchard.commands import Executor
-from orchard.events import EventLog
-from orchard.groups import unwrapped
-from orchard.httpd import Limits, serve
-from orchard.journal import Broken, DamagedError, Disk, NotWritten
-from orchard.lock import LockError, locked
-from orchard.options import api_prefix, listen_address, orchard_home, seconds
-from orchard.pipe import PING_INTERVAL
-from orchard.presence import Presence
-from orchard.reach import Reach
-from orchard.schema import VM, ServiceAccount, Worker
+from orchard.daemon import listen_address, orchard_home, seconds
+from orchard.files import LockError, lock_directory
+from orchard.fsck import ACCESS_KEY_FILE, EVENTS, exposed
+from orchard.liveness import Liveness
+from orchard.net import tcp, tls
+from orchard.net.server import Limits, serve
+from orchard.net.websocket import PING_INTERVAL
+from orchard.nursery import unwrap_groups
+from orchard.reach import VMAccess
+from orchard.schema import NAME, VM, ServiceAccount, Worker
+from orchard.ssh.exec import Executor
+from orchard.storage.events import EventLog
+from orchard.storage.journal import Broken, DamagedError, Disk, NotWritten
 from orchard.store import Change, Store
-from orchard.tunnel import Switchboard
+from orchard.tunnel import Rendezvous
 
 PORT = 6120
 OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail
@@ -62,7 +63,7 @@ NO_SSH = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard
 DESCRIPTORS = 64  # that are not connections: files, the log, threads' pipes
 COLLECT_AT = (10_000, 20, 25)  # allocations, then rounds of the generation below, before one is looked through
 
-log = logging.getLogger("orchard.controller")
+_logger = logging.getLogger("orchard.controller")
 
 
 class StartError(Exception):
@@ -70,7 +71,7 @@ class StartError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class ControllerSettings:
     """How a controller is run. Times are in seconds; `host` None is every address, port 0 any free one."""
 
     data_dir: Path
@@ -101,7 +102,7 @@ class Running:
 
 
 Listening = tuple[Sequence[trio.abc.Listener[trio.abc.Stream]], Running]
-Listen = Callable[[Settings], Awaitable[Listening]]
+Listen = Callable[[ControllerSettings], Awaitable[Listening]]
 OpenData = Callable[[Path], contextlib.AbstractContextManager[tuple[Store, EventLog]]]
 
 
@@ -116,74 +117,74 @@ class Cluster:
     """The store and those who follow it: the scheduler, the workers to be told, the events of deleted VMs."""
 
     def __init__(
-        self, settings: Settings, store: Store, events: EventLog, clock: Callable[[], datetime.datetime]
+        self, settings: ControllerSettings, store: Store, events: EventLog, clock: Callable[[], datetime.datetime]
     ) -> None:
         self.store = store
         self._clock = clock
         self.events = events
-        self.switchboard = Switchboard(settings.ping_interval)
+        self.rendezvous = Rendezvous(settings.ping_interval)
         self._wake = trio.Event()
         self._restarted: dict[str, float] = {}  # VM uid -> its last restart, by the monotonic clock
         self._inherited = {vm.uid for vm in store.state.vms.values() if vm.state.status == "failed"}
         self._offline_timeout = settings.worker_offline_timeout
-        self.presence = Presence(trio.current_time, self._offline_timeout, self._returned, store.state.workers)
-        self._write_book()
+        self.liveness = Liveness(trio.current_time, self._offline_timeout, self._returned, store.state.workers)
+        self._rebuild_planner()
         store.on_commit(self._committed)
-        store.on_undo(self._write_book)
+        store.on_undo(self._rebuild_planner)
         store.on_durable(self._durable)
 
     def wake(self) -> None:
         """Have the scheduler look again."""
         self._wake.set()
 
-    def _write_book(self) -> None:
-        """Write the scheduler's book anew."""
+    def _rebuild_planner(self) -> None:
+        """Write the scheduler's planner anew."""
         state = self.store.state
-        self.book = scheduler.Book(
+        self.planner = scheduler.Planner(
             scheduler.Snapshot(
                 vms=(),
                 workers={},
-                seen=self.presence.seen,
+                seen=self.liveness.seen,
                 restarted=self._restarted,
                 profile=state.settings.scheduler_profile,
                 offline_timeout=self._offline_timeout,
-                departed=self.presence.departed,
-                began=self.presence.began,
+                departed=self.liveness.departed,
+                began=self.liveness.began,
                 inherited=self._inherited,
             )
         )
         for worker in state.workers.values():
-            self.book.put_worker(worker)
+            self.planner.put_worker(worker)
         for vm in state.vms.values():
-            self.book.put_vm(vm)
+            self.planner.put_vm(vm)
 
     def _returned(self, worker: str) -> None:
-        self.book.heard(worker)
+        self.planner.heard(worker)
         self.wake()
 
     def _committed(self, changes: list[Change]) -> None:
         for change in changes:
             if isinstance(change.new, VM):
-                self.book.put_vm(change.new)
+                self.planner.put_vm(change.new)
             elif isinstance(change.new, Worker):
-                self.book.put_worker(change.new)
+                self.planner.put_worker(change.new)
             elif isinstance(change.old, VM) and change.new is None:
-                self.book.drop_vm(change.name)
+                self.planner.drop_vm(change.name)
             elif isinstance(change.old, Worker) and change.new is None:
-                self.book.drop_worker(change.name)
+                self.planner.drop_worker(change.name)
         self.wake()
 
     def _durable(self, changes: list[Change]) -> None:
         for worker in {worker for change in changes for worker in concerned(change)}:
-            self.switchboard.sync(worker)
+            self.rendezvous.sync(worker)
         for change in changes:
             if isinstance(change.old, VM) and (reason := ended(change.old, change.new)):
-                self.switchboard.end_tunnels(change.old.uid, reason)
+                self.rendezvous.end_tunnels(change.old.uid, reason)
             if change.new is None and isinstance(change.old, VM):
                 self.events.drop(change.old.uid)
                 self._restarted.pop(change.old.uid, None)
             elif change.new is None and isinstance(change.old, Worker):
-                self.presence.forget(change.old.name)
+                self.liveness.forget(change.old.name)
 
     async def schedule(self) -> None:
         """Keep every VM where it belongs, until cancelled."""
@@ -193,21 +194,21 @@ class Cluster:
             try:
                 while (due := self.schedule_some(now, self._clock())) is None:
                     await trio.lowlevel.checkpoint()  # for the others
-                await self.store.settled()
+                await self.store.wait_durable()
             except APIError as error:
-                log.error("scheduling has to wait: %s", error.message)
+                _logger.error("scheduling has to wait: %s", error.message)
                 await trio.sleep(RETRY_SECONDS)
                 continue
             due = min(due, now + TICK)
             with trio.move_on_at(due):
                 await self._wake.wait()
             if (late := trio.current_time() - due) > LATE:
-                log.warning("the scheduler comes late", extra={"seconds": round(late, 1)})
-                self.presence.deaf(late)
+                _logger.warning("the scheduler comes late", extra={"seconds": round(late, 1)})
+                self.liveness.deaf(late)
 
     def schedule_some(self, now: float, clock: datetime.datetime) -> float | None:
         """Plan for some VMs and apply that. Give when time alone makes it due again; None: at once, there may be more."""
-        plan = self.book.plan(now, self.store.state.settings.scheduler_profile, AT_ONCE)
+        plan = self.planner.plan(now, self.store.state.settings.scheduler_profile, AT_ONCE)
         if self._apply(plan, now, clock) or not plan.room:
             return None
         return math.inf if plan.next_at is None else plan.next_at
@@ -217,18 +218,18 @@ class Cluster:
         vms, workers = self.store.state.vms, self.store.state.workers
         with self.store.transaction() as tx:
             for name, reason in plan.fail.items():
-                tx.put(lifecycle.fail(vms[name], reason))
-                log.warning("a VM failed", extra={"vm": name, "reason": reason})
+                tx.put(transitions.fail(vms[name], reason))
+                _logger.warning("a VM failed", extra={"vm": name, "reason": reason})
             for name in plan.restart:
-                tx.put(lifecycle.restart(vms[name], clock))
+                tx.put(transitions.restart(vms[name], clock))
                 self._restarted[vms[name].uid] = now
                 self._inherited.discard(vms[name].uid)
-                log.info("a VM is restarted", extra={"vm": name})
+                _logger.info("a VM is restarted", extra={"vm": name})
             for name, worker in plan.assign.items():
-                tx.put(lifecycle.assign(vms[name], workers[worker], clock))
-                log.info("a VM has a worker", extra={"vm": name, "worker": worker})
+                tx.put(transitions.assign(vms[name], workers[worker], clock))
+                _logger.info("a VM has a worker", extra={"vm": name, "worker": worker})
             for name, reason in plan.waiting.items():
-                waiting = lifecycle.wait(vms[name], reason)
+                waiting = transitions.wait(vms[name], reason)
                 if waiting is not vms[name]:
                     tx.put(waiting)
             return bool(tx.changes)
@@ -267,7 +268,7 @@ def _task(vm: VM) -> tuple[object, ...]:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     try:
-        with locked(directory, "controller.lock"):
+        with lock_directory(directory, "controller.lock"):
             yield
     except LockError as error:
         raise StartError(f"cannot use the data directory: {error}; another can be given with --data-dir") from error
@@ -336,7 +337,7 @@ def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAcc
 
 
 async def run(
-    settings: Settings,
+    settings: ControllerSettings,
     *,
     stop: trio.Event | None = None,
     grace: float = GRACE,
@@ -353,24 +354,24 @@ async def run(
     Raises StartError, and Broken when the disk fails in a way that leaves nobody sure of what it holds.
     """
     stop = stop if stop is not None else trio.Event()
-    with unwrapped(), _locked(settings.data_dir), open_data(settings.data_dir) as (store, events):
+    with unwrap_groups(), _locked(settings.data_dir), open_data(settings.data_dir) as (store, events):
         cluster = Cluster(settings, store, events, clock)
         gate = auth.Gate(store.state.accounts) if settings.auth else None
         key = access_key(settings.data_dir)
-        reach = Reach(store, cluster.switchboard)
-        executor = Executor(reach)
+        vm_access = VMAccess(store, cluster.rendezvous)
+        executor = Executor(vm_access)
         api = API(
             store,
             events,
-            cluster.presence,
-            cluster.switchboard,
-            reach,
+            cluster.liveness,
+            cluster.rendezvous,
+            vm_access,
             executor,
             gate,
             key,
             prefix=settings.prefix,
             offline_timeout=settings.worker_offline_timeout,
-            waits_for=lambda spec: cluster.book.waits_for(spec),  # there is a new book at times
+            waits_for=lambda spec: cluster.planner.waits_for(spec),  # there is a new planner at times
             clock=clock,
         )
         async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored
@@ -384,30 +385,35 @@ async def run(
                 answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
                 async with trio.open_nursery() as serving:  # ends with `stop`
                     await serving.start(answer, listeners)
-                    ssh_port = await _serve_ssh(settings, store, reach, gate, key, planners)
+                    ssh_port = await _serve_ssh(settings, store, vm_access, gate, key, planners)
                     task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
                 planners.cancel_scope.cancel()
             try:
-                await store.settled()
+                await store.wait_durable()
             except APIError as error:
-                log.error("what was changed last could not be stored, and nobody was told of it: %s", error.message)
+                _logger.error("what was changed last could not be stored, and nobody was told of it: %s", error.message)
             writers.cancel_scope.cancel()
 
 
 async def _serve_ssh(
-    settings: Settings, store: Store, reach: Reach, gate: auth.Gate | None, key: bytes, nursery: trio.Nursery
+    settings: ControllerSettings,
+    store: Store,
+    vm_access: VMAccess,
+    gate: auth.Gate | None,
+    key: bytes,
+    nursery: trio.Nursery,
 ) -> int:
     """Start the SSH jump host, if it is wanted, and give its port. Raises StartError."""
     if settings.ssh is None:
         return 0
     try:
-        from orchard import jump  # what it needs may not be installed, and takes a third of a second to import
+        from orchard.ssh import jump  # what it needs may not be installed, and takes a third of a second to import
     except ImportError:
         raise StartError(NO_SSH) from None
     host, port = settings.ssh
     try:
         host_key = jump.host_key(settings.ssh_host_key or settings.data_dir / jump.HOST_KEY_FILE)
-        server = jump.JumpHost(store.state, reach, gate if settings.ssh_auth else None, key, utc_now)
+        server = jump.JumpHost(store.state, vm_access, gate if settings.ssh_auth else None, key, utc_now)
         started: int = await nursery.start(server.serve, host, port, host_key, settings.ping_interval)
     except ValueError as error:
         raise StartError(str(error)) from error
@@ -418,18 +424,18 @@ async def _serve_ssh(
     return started
 
 
-async def _admit_somebody(settings: Settings, store: Store, now: datetime.datetime) -> ServiceAccount | None:
+async def _admit_somebody(settings: ControllerSettings, store: Store, now: datetime.datetime) -> ServiceAccount | None:
     if not settings.auth:
         return None
     try:
         admin = ensure_admin(store, settings.admin_token, now)
-        await store.settled()
+        await store.wait_durable()
     except APIError as error:
         raise StartError(f"cannot store the first service account: {error.message}") from error
     return admin
 
 
-async def _listen(settings: Settings) -> Listening:
+async def _listen(settings: ControllerSettings) -> Listening:
     """Open the sockets, with TLS if it is wanted. Raises StartError."""
     context, certificate, fingerprint = None, None, ""
     try:
@@ -480,6 +486,14 @@ def _limits() -> Limits:
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
+def api_prefix(text: str) -> str:
+    """Read what is put before /v1, without a slash at its end; "/" is nothing."""
+    prefix = text.rstrip("/")
+    if prefix and (prefix[0] != "/" or not all(map(NAME.fullmatch, prefix[1:].split("/")))):
+        raise argparse.ArgumentTypeError(f'"{text}" is no path, expected one such as /orchard')
+    return prefix
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m orchard.controller",
@@ -511,7 +525,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[Settings, bool]:
+def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[ControllerSettings, bool]:
     """Read the command line and the environment; give whether to log more, too. Exits with 2 on a wrong one."""
     options = parser.parse_args(argv)
     if (options.controller_cert is None) != (options.controller_key is None):
@@ -519,7 +533,7 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     if options.insecure_no_tls and options.controller_cert is not None:
         parser.error("--insecure-no-tls and --controller-cert contradict each other")
     host, port = options.listen
-    settings = Settings(
+    settings = ControllerSettings(
         data_dir=options.data_dir or orchard_home() / "controller",
         host=host,
         port=port,
@@ -551,7 +565,7 @@ def announce(running: Running, out: TextIO) -> None:
     print(f"orchard controller {__version__} is listening on {running.url}", file=out, flush=True)
 
 
-async def until_signal(settings: Settings) -> None:
+async def until_signal(settings: ControllerSettings) -> None:
     """Run a controller until SIGTERM or SIGINT; a second one does not wait for anybody."""
     stop = trio.Event()
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -561,7 +575,7 @@ async def until_signal(settings: Settings) -> None:
                 async for number in signals:
                     if stop.is_set():
                         nursery.cancel_scope.cancel()
-                    log.info("stopping", extra={"signal": signal.Signals(number).name})
+                    _logger.info("stopping", extra={"signal": signal.Signals(number).name})
                     stop.set()
 
             async def control(task_status: trio.TaskStatus[Running]) -> None:
@@ -586,10 +600,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status."""
     settings, debug = settings_of(arguments(), argv)
     log_stream = logs.configure(debug=debug)
-    descriptors.raise_limit()
+    daemon.raise_descriptor_limit()
     collect_garbage_less()
     try:
-        with unwrapped():
+        with unwrap_groups():
             trio.run(until_signal, settings, instruments=[log_stream], strict_exception_groups=True)
     except (StartError, Broken) as error:
         print(f"orchard controller: {error}", file=sys.stderr)

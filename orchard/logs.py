@@ -27,7 +27,7 @@ _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, equ
 
 NO_ROOM = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])  # to accept a connection
 
-log = logging.getLogger("orchard.logs")
+_logger = logging.getLogger("orchard.logs")
 no_room = logging.getLogger("orchard.logs.no_room")
 
 
@@ -69,7 +69,7 @@ def complaint(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         no_room.error("asyncio: %s, retrying: %s", context["message"], error.strerror)
     else:
-        log.error("asyncio: %s", context["message"], exc_info=error)
+        _logger.error("asyncio: %s", context["message"], exc_info=error)
 
 
 class TurnStream(trio.abc.Instrument):

@@ -11,20 +11,20 @@ from contextlib import asynccontextmanager
 import trio
 
 from orchard.codec import APIError
-from orchard.pipe import TunnelStream
+from orchard.net.websocket import TunnelStream
 from orchard.schema import VM
 from orchard.store import Store
-from orchard.tunnel import FarEnd, Switchboard
+from orchard.tunnel import FarEnd, Rendezvous
 
 LEAST_SECONDS = 10.0  # for a worker to do what a client does not wait for: to reach a VM that runs takes some time
 
 
-class Reach:
-    """The state, to know where a VM is, and the switchboard, to have its worker do something."""
+class VMAccess:
+    """The state, to know where a VM is, and the rendezvous, to have its worker do something."""
 
-    def __init__(self, store: Store, switchboard: Switchboard) -> None:
+    def __init__(self, store: Store, rendezvous: Rendezvous) -> None:
         self._store = store
-        self._switchboard = switchboard
+        self._switchboard = rendezvous
 
     async def port(self, vm: VM, port: int, wait: float) -> FarEnd:
         """Connect to a port of a VM; `wait` seconds are for it to run and its worker to answer.

@@ -16,10 +16,10 @@ Three steps, in this order:
 Overtaking is therefore unbounded by design: a VM that asks for a whole worker waits as long as smaller ones keep
 every worker partly filled.
 
-The picture is a `Book`, kept up to date change by change, so that a plan looks only at what could have changed: one
+The picture is a `Planner`, kept up to date change by change, so that a plan looks only at what could have changed: one
 change costs the same among a hundred VMs and among ten thousand (./run bench plan). For each kind of demand that was
 asked for lately it has the workers that could take one more such VM now, in order; a worker's load touches its own
-entries. `plan` makes a plan of a whole `Snapshot` by writing a new book: what a book says after any changes is what one
+entries. `plan` makes a plan of a whole `Snapshot` by writing a new planner: what a planner says after any changes is what one
 that is written anew says, but that reasons may lag behind by REASON_SECONDS.
 """
 
@@ -78,12 +78,12 @@ class Plan:
 
 def plan(snapshot: Snapshot, now: float) -> Plan:
     """Decide what the cluster should do next. Deterministic: it depends on nothing but its arguments."""
-    book = Book(snapshot)
+    planner = Planner(snapshot)
     for worker in snapshot.workers.values():
-        book.put_worker(worker)
+        planner.put_worker(worker)
     for vm in snapshot.vms:
-        book.put_vm(vm)
-    return book.plan(now, snapshot.profile)
+        planner.put_vm(vm)
+    return planner.plan(now, snapshot.profile)
 
 
 # ---- what a worker has, and a VM wants -----------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class Queue:
         self.vms: list[Age] = []
         self.untold: dict[str, None] = {}
         self.reason = ""
-        self.version = -1  # of the book, when the reason was found
+        self.version = -1  # of the planner, when the reason was found
         self.asked_at = -math.inf
 
     def ask(self, vm: VM) -> None:
@@ -192,10 +192,10 @@ def _age(vm: VM) -> Age:
     return (vm.meta.created_at or NEVER, vm.name)
 
 
-# ---- the book ------------------------------------------------------------------------------------------------------
+# ---- the planner ------------------------------------------------------------------------------------------------------
 
 
-class Book:
+class Planner:
     """The picture of a cluster that plans are made from. What `about` holds but VMs and workers is looked at live.
 
     Whoever keeps it tells it of each change by `put_worker`, `drop_worker`, `put_vm`, `drop_vm`, and of a worker's first
@@ -500,6 +500,6 @@ class Book:
 
 
 def _role(vm: VM) -> tuple[object, ...]:
-    """All that a plan looks at of a VM; one that keeps it has not changed for the book."""
+    """All that a plan looks at of a VM; one that keeps it has not changed for the planner."""
     status = vm.state.status
     return status == "failed", status == "pending", vm.state.worker, vm.holds_resources, demand_of(vm.spec), _age(vm)

@@ -568,7 +568,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class VMReport:
     """What a worker says of a VM (`PUT /vms/{name}/state`): the life that it means, and what it sees of it.
 
     None and the empty uid are what the worker left out.
@@ -651,7 +651,7 @@ def ttl_from_client(raw: object, unknown: list[str]) -> int:
     return ttl
 
 
-def report_from_worker(raw: object, unknown: list[str]) -> Report:
+def report_from_worker(raw: object, unknown: list[str]) -> VMReport:
     """Read a worker's report; workers send the whole VM, of which only these fields are theirs. Raises APIError.
 
     A condition of a type that only newer workers know is named in `unknown`, like an unknown field.
@@ -664,7 +664,7 @@ def report_from_worker(raw: object, unknown: list[str]) -> Report:
             else:
                 known.append(item)
         raw = {**raw, "conditions": known}
-    return decode(Report, raw, also=_META_NAMES | _SPEC_NAMES | _STATE_NAMES | _DERIVED, unknown=unknown)
+    return decode(VMReport, raw, also=_META_NAMES | _SPEC_NAMES | _STATE_NAMES | _DERIVED, unknown=unknown)
 
 
 def components() -> dict[str, Any]:
@@ -673,7 +673,7 @@ def components() -> dict[str, Any]:
     for name in sorted(_DERIVED):
         text = "Name of the VM on its worker's disk; `localName` and `tartName` are the same"
         spec["properties"][name] = {"type": "string", "readOnly": True, "description": text}
-    nouns: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, Report, Problem)
+    nouns: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, VMReport, Problem)
     nouns += (IP, IssueVMAccessTokenRequest, VMAccessToken)
     return {
         "VMMeta": meta,

@@ -6,7 +6,7 @@ never more than one file that counts, and copying it at any moment gives a consi
 
 A transaction never waits: it changes the state in memory between two checkpoints, and gets the next revision. A
 single task, `Store.run`, carries what has gathered meanwhile to the disk in one append and one fsync (group commit), in
-a thread. Then, and not before, watchers are told. Whoever answers anybody first waits for `settled()`: everything that
+a thread. Then, and not before, watchers are told. Whoever answers anybody first waits for `wait_durable()`: everything that
 the answer could be based on is durable then. When an append fails, the transactions in it and all after it are
 undone in memory, and those who wait are refused; when nobody knows what the disk holds, the store has ended.
 
@@ -37,8 +37,8 @@ from typing import Any, Literal, TypeVar
 import trio
 
 from orchard.codec import APIError, decode, dump_json, encode, format_time, replace
-from orchard.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten, Reserve
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
+from orchard.storage.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten, Reserve
 
 STATE_FILE = "state.jsonl"  # in the data directory
 VERSION = 1  # of the file; a newer one is refused, an older one is upgraded in _header_of
@@ -51,15 +51,15 @@ REFILL_SECONDS = 1.0  # between two tries to fill the reserve again; so long may
 WATCH_BACKLOG = 1024  # changes that a slow watcher may be behind before it is cut off, to begin anew
 
 Kind = Literal["vm", "worker", "account", "settings"]
-Noun = VM | Worker | ServiceAccount | ClusterSettings
-NounT = TypeVar("NounT", VM, Worker, ServiceAccount, ClusterSettings)
+StoredObject = VM | Worker | ServiceAccount | ClusterSettings
+ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings)
 KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
 Tables = dict[Kind, dict[str, bytes]]  # kind -> name -> JSON
 InThread = Callable[..., Awaitable[Any]]  # does blocking work, as trio.to_thread.run_sync
 _SPEC = b',"image":"'  # begins the specification in a VM's JSON; the quotes of a text before it would be escaped
 SETTINGS = "cluster"  # the name of the one settings object
 
-log = logging.getLogger("orchard.store")
+_logger = logging.getLogger("orchard.store")
 
 
 @dataclass(slots=True)
@@ -68,8 +68,8 @@ class Change:
 
     kind: Kind
     name: str
-    old: Noun | None
-    new: Noun | None
+    old: StoredObject | None
+    new: StoredObject | None
     json: bytes  # the new object, or the last one
     _line: bytes = b""
 
@@ -105,7 +105,7 @@ class State:
         self.json: Tables = {kind: {} for kind in KINDS.values()}
         self.names: dict[Kind, list[str]] = {kind: [] for kind in KINDS.values()}  # in order
 
-    def get(self, kind: Kind, name: str) -> Noun | None:
+    def get(self, kind: Kind, name: str) -> StoredObject | None:
         if kind == "settings":
             return self.settings if SETTINGS in self.json["settings"] else None
         table = self._table(kind)
@@ -119,7 +119,7 @@ class State:
         tables: dict[Kind, dict[str, Any]] = {"vm": self.vms, "worker": self.workers, "account": self.accounts}
         return tables[kind]
 
-    def apply(self, kind: Kind, name: str, new: Noun | None, json: bytes) -> None:
+    def apply(self, kind: Kind, name: str, new: StoredObject | None, json: bytes) -> None:
         """Put (or with `new` None take away) one object."""
         if kind == "vm":
             self._index_vm(name, new if isinstance(new, VM) else None)
@@ -154,9 +154,9 @@ class Transaction:
 
     def __init__(self, revision: int) -> None:
         self.revision = revision
-        self.changes: dict[tuple[Kind, str], Noun | None] = {}
+        self.changes: dict[tuple[Kind, str], StoredObject | None] = {}
 
-    def put(self, noun: NounT) -> NounT:
+    def put(self, noun: ObjectT) -> ObjectT:
         """Create or replace an object; a VM's version becomes this transaction's revision. Returns what is stored."""
         stored = noun
         if isinstance(noun, VM):
@@ -254,7 +254,7 @@ class Store:
         disk = disk or Disk()
         journal = Journal(path, disk)
         if path.exists():
-            state = load(path, journal.load())
+            state = load_state(path, journal.load())
             problems = check(state, json_is_new=True)
             if problems:
                 journal.close()
@@ -283,7 +283,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Change objects together: at the end of the block, in memory; on disk when `settled()` returns.
+        """Change objects together: at the end of the block, in memory; on disk when `wait_durable()` returns.
 
         The block must not await, nor hold another transaction: RuntimeError. An exception out of it changes nothing.
         Raises APIError: 503 when the store has ended, 507 when it adds something and the disk is full.
@@ -329,7 +329,7 @@ class Store:
             self._batch = Batch(before=self.state.revision, revision=self.state.revision)
         return self._batch
 
-    async def settled(self) -> None:
+    async def wait_durable(self) -> None:
         """Wait until everything that the state holds now is on disk.
 
         Raises APIError: 507 or 503 when it could not be written, and was undone.
@@ -367,12 +367,12 @@ class Store:
                 self._compact_at = 0
                 self._gathering()
         else:
-            log.info("there is room on the disk again")
+            _logger.info("there is room on the disk again")
             self.full, self._refill_at = "", math.inf
 
     def _found_full(self, why: str, refill_at: float) -> None:
         if not self.full:
-            log.error("the disk is full, nothing is added to the state any more: %s", why)
+            _logger.error("the disk is full, nothing is added to the state any more: %s", why)
             self._refill_at = refill_at
         self.full = why
 
@@ -387,7 +387,7 @@ class Store:
             with trio.CancelScope(shield=True):
                 await self._in_thread(self._write, batch, tables)
         except NotWritten as error:
-            log.error("a write failed and was taken back: %s", error)
+            _logger.error("a write failed and was taken back: %s", error)
             self._undo(batch, APIError(507 if error.no_room else 503, f"{error}; nothing was changed"))
             return
         except Broken as error:
@@ -411,7 +411,7 @@ class Store:
             try:
                 self._write_in_reserve(lambda: self._journal.create(lines), size, RESERVE_BYTES // 2)
             except NotWritten as error:
-                log.warning("compaction was put off: %s", error)
+                _logger.warning("compaction was put off: %s", error)
             else:
                 self._compact_at = _compact_at(self._journal.size)
                 return
@@ -521,7 +521,7 @@ def _compact_at(snapshot: int) -> int:
     return snapshot + max(COMPACT_BYTES, COMPACT_RATIO * snapshot)
 
 
-def encoded(noun: Noun, old: Noun | None = None, old_json: bytes = b"") -> bytes:
+def encoded(noun: StoredObject, old: StoredObject | None = None, old_json: bytes = b"") -> bytes:
     """Give an object as the API shows it and as it is stored.
 
     Most changes of a VM leave its specification, half of its JSON, as it was: that is taken over from `old_json`, which
@@ -554,7 +554,7 @@ def snapshot(tables: Tables, revision: int, now: datetime.datetime) -> list[byte
     return [dump_json(header), *objects]
 
 
-def load(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State:
+def load_state(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State:
     """Build the state from the lines of its file. Raises DamagedError naming the line that does not fit.
 
     Only what an object is in the end is made one: most lines of a journal say what it was before (./run bench start).
@@ -614,7 +614,7 @@ def _note(found: dict[tuple[Kind, str], tuple[int, Any]], offset: int, record: d
         found[record["put"], record["name"]] = (offset, record["object"])
 
 
-def _noun_of(kind: Kind, raw: Any) -> Noun:
+def _noun_of(kind: Kind, raw: Any) -> StoredObject:
     """Read an object. Raises KeyError, TypeError, APIError."""
     if kind == "vm":
         return vm_from_json(raw)

@@ -6,7 +6,7 @@ session of its own, so that a Ctrl-C on the worker's terminal does not hit it, r
 end but keeps only their tails, and asks it to end with SIGINT before it kills its group. All verbs but `run` end by
 themselves, within VERB_SECONDS unless they transfer an image.
 
-`tart run` stays in the foreground and *is* the VM, so a guard (guard.py) has it, and neither this driver nor its end
+`tart run` stays in the foreground and *is* the VM, so a guard (supervisor.py) has it, and neither this driver nor its end
 touch it: `run` and `attach` only look on. What outlives a worker is in files below `home`:
 
     NAME.run, NAME.log   what NAME's guard writes
@@ -42,8 +42,10 @@ from xml.parsers.expat import ExpatError
 
 import trio
 
-from orchard import guard, ssh
-from orchard.driver import (
+from orchard.schema import ARCHIVE, Runtime
+from orchard.vm import script as ssh_script
+from orchard.vm import supervisor
+from orchard.vm.driver import (
     LEASE_OVER,
     DriverError,
     LocalVM,
@@ -55,7 +57,6 @@ from orchard.driver import (
     SharedDir,
     operand,
 )
-from orchard.schema import ARCHIVE, Runtime
 
 VERB_SECONDS = 300.0  # for a verb that transfers no image; the longest writes a big VM's memory to the disk
 STOP_SECONDS = 30.0  # between asking a guest to shut down and pulling the plug, as for `tart stop`
@@ -86,13 +87,13 @@ _KNOWN = 'echo "$$" >&0; exec "$@" 3<&0 </dev/null'
 # The guard as a program, by the Python at hand and without the user's site-packages; out of a zip archive, too.
 _GUARD = (
     "-ISc",
-    "import sys; sys.path.insert(0, sys.argv[1]); from orchard import guard; sys.exit(guard.main(sys.argv[2:]))",
+    "import sys; sys.path.insert(0, sys.argv[1]); from orchard.vm import supervisor; sys.exit(supervisor.main(sys.argv[2:]))",
     str(Path(__file__).parent.parent),
 )
 _PERCENT = re.compile(rb"(\d{1,3})(?:\.\d+)?%")
 _PLATFORM_UUID = re.compile(rb'"IOPlatformUUID" = "([0-9A-Fa-f-]{36})"')
 
-log = logging.getLogger("orchard.tart")
+_logger = logging.getLogger("orchard.tart")
 
 # ---- arguments and answers -----------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ def parse_list(output: bytes) -> list[LocalVM]:
             case {"Name": str(name), "State": "running" | "suspended" | "stopped" as state}:
                 vms.append(LocalVM(name, state))
             case _:
-                raise ValueError(f"not a VM: {ssh.presentable(repr(item))}")
+                raise ValueError(f"not a VM: {ssh_script.presentable(repr(item))}")
     return vms
 
 
@@ -205,7 +206,7 @@ class Percentage:
 
 def failure(program: str, verb: str, status: int, complaint: bytes) -> DriverError:
     """Make the error for a call that ended with another status than 0, out of the last line of its stderr."""
-    line = ssh.last_line(complaint) or f"{program} {verb} failed with exit status {status}"
+    line = ssh_script.last_line(complaint) or f"{program} {verb} failed with exit status {status}"
     if "does not exist" in line or (status == ABSENT and verb in ("clone", "delete")):
         return NoSuchVM(line)
     if status == ABSENT and verb in ("stop", "suspend"):
@@ -282,7 +283,7 @@ async def _end(process: trio.Process) -> None:
         with trio.move_on_after(STOP_SECONDS, shield=True):
             await process.wait()
     if process.returncode is None:
-        await ssh.kill_group(process)
+        await ssh_script.kill_group(process)
 
 
 class TartDriver:
@@ -360,9 +361,9 @@ class TartDriver:
         start = [sys.executable, *_GUARD, *files, f"{self._stop_seconds:g}", *command]
         ended = await self._execute(start, what="run")
         if ended.status:
-            if ended.status != guard.REFUSED:  # it was killed, and nobody knows how far it had come
+            if ended.status != supervisor.REFUSED:  # it was killed, and nobody knows how far it had come
                 await self._end_for_certain(name)
-            raise DriverError(ssh.last_line(ended.stderr) or f"the guard of the VM ended with {ended.status}")
+            raise DriverError(ssh_script.last_line(ended.stderr) or f"the guard of the VM ended with {ended.status}")
         task_status.started()
         await self._until_ended(name)
 
@@ -385,7 +386,7 @@ class TartDriver:
         if end.status and end.order != "stop":
             raise failure(self._program, "run", end.status, self._said(name))
 
-    def _end_of(self, name: str) -> guard.Record | None:
+    def _end_of(self, name: str) -> supervisor.Record | None:
         """Give what a VM's guard has left; None as long as it lives, or nobody can tell (for want of a descriptor)."""
         with suppress(DriverError):
             if not self._guarded(name):
@@ -403,7 +404,7 @@ class TartDriver:
             except (NotRunning, NoSuchVM):
                 return
             except DriverError as error:
-                log.error("a VM without a guard could not be stopped", extra={"vm": name, "reason": str(error)})
+                _logger.error("a VM without a guard could not be stopped", extra={"vm": name, "reason": str(error)})
                 await trio.sleep(KILL_SECONDS)
 
     def _said(self, name: str) -> bytes:
@@ -440,7 +441,7 @@ class TartDriver:
         try:
             return str(ipaddress.ip_address(answer))
         except ValueError as error:
-            said = ssh.presentable(answer)
+            said = ssh_script.presentable(answer)
             raise DriverError(f'{self._program} ip answers "{said}" for {name}, expected an address') from error
 
     async def stop(self, name: str) -> None:
@@ -503,7 +504,7 @@ class TartDriver:
     ) -> None:
         host = await self.ip(name, bridged=bridged)
         try:
-            end = await ssh.run_script(
+            end = await ssh_script.run_script(
                 host,
                 self._ssh_port,
                 username=username,
@@ -512,7 +513,7 @@ class TartDriver:
                 env=env,
                 on_line=on_line,
             )
-        except (ssh.SSHError, ValueError) as error:
+        except (ssh_script.SSHError, ValueError) as error:
             raise DriverError(str(error)) from error
         if end.exit_code:
             raise ScriptFailed(end.exit_code, end.last_line)
@@ -530,7 +531,7 @@ class TartDriver:
 
     def lease(self, soft: float, hard: float) -> None:
         try:
-            guard.write_lease(self._directory() / LEASE, soft, hard)
+            supervisor.write_lease(self._directory() / LEASE, soft, hard)
         except OSError as error:
             raise DriverError(f"cannot write {self._home / LEASE}: {error.strerror}") from error
 
@@ -570,14 +571,14 @@ class TartDriver:
     def _guarded(self, name: str) -> bool:
         path = self._file(name, "run")
         try:
-            return guard.locked(path)
+            return supervisor.is_locked(path)
         except OSError as error:
             raise DriverError(f"cannot read {path}: {error.strerror}") from error
 
-    def _record(self, name: str) -> guard.Record:
+    def _record(self, name: str) -> supervisor.Record:
         path = self._file(name, "run")
         try:
-            return guard.read(path)
+            return supervisor.read(path)
         except OSError as error:
             raise DriverError(f"cannot read {path}: {error.strerror}") from error
 
@@ -618,7 +619,7 @@ class TartDriver:
         finally:
             path.unlink(missing_ok=True)
         if ended.status in (CANNOT_RUN, NOT_FOUND):
-            raise DriverError(f"cannot run {command[0]}: {ssh.last_line(ended.stderr)}")
+            raise DriverError(f"cannot run {command[0]}: {ssh_script.last_line(ended.stderr)}")
         return ended
 
     async def _call(self, verb: str, *words: str) -> bytes:
@@ -641,7 +642,7 @@ class TartDriver:
 async def _unlocked(path: Path, seconds: float) -> bool:
     """Wait until no process has a file locked; False when that takes too long."""
     with trio.move_on_after(seconds):
-        while guard.locked(path):  # noqa: ASYNC110 -- nobody tells when a lock ends
+        while supervisor.is_locked(path):  # noqa: ASYNC110 -- nobody tells when a lock ends
             await trio.sleep(LOOK_SECONDS)
         return True
     return False
@@ -651,7 +652,7 @@ async def _end_calls(calls: Sequence[Path], number: signal.Signals, seconds: flo
     """Send a signal to each call under way, as soon as it says who it is, and wait for its end."""
     told: set[Path] = set()
     with trio.move_on_after(seconds):
-        while alive := [path for path in calls if guard.locked(path)]:
+        while alive := [path for path in calls if supervisor.is_locked(path)]:
             told.update(path for path in alive if path not in told and _signal_group(path, number))
             await trio.sleep(LOOK_SECONDS)
 
@@ -667,7 +668,7 @@ def _signal_group(path: Path, number: signal.Signals) -> bool:
     return True
 
 
-def _kill_orphan(record: guard.Record) -> None:
+def _kill_orphan(record: supervisor.Record) -> None:
     """Kill the VM of a guard that was killed. By its session, its number is told from one that was given away again."""
     with suppress(ProcessLookupError, PermissionError):  # only the dead are left in it (macOS: not permitted)
         if record.child and os.getsid(record.child) == record.guard:

@@ -34,11 +34,11 @@ import trio
 
 from orchard import controller
 from orchard.client import Client, ClientError
-from orchard.driver import Driver
-from orchard.groups import unwrapped
+from orchard.nursery import unwrap_groups
 from orchard.schema import TART_VMS
-from orchard.synthetic import SyntheticDriver
-from orchard.worker import Identity, Worker
+from orchard.vm.driver import Driver
+from orchard.vm.synthetic import SyntheticDriver
+from orchard.worker import Identity, WorkerService
 
 VMS_PER_WORKER = 2  # as on a Mac
 GRACE = 1.0  # seconds for requests at work when the cluster ends
@@ -74,7 +74,7 @@ async def cluster(
     with TemporaryDirectory(prefix="orchard-") as temporary:
         home = directory or Path(temporary)
         make_driver = driver or (lambda name: SyntheticDriver(home / "vms" / name))
-        settings = controller.Settings(
+        settings = controller.ControllerSettings(
             data_dir=home / "controller",
             host="127.0.0.1",
             port=port,
@@ -82,7 +82,7 @@ async def cluster(
             auth=auth,
             ssh=("127.0.0.1", 0) if ssh else None,
         )
-        with unwrapped():
+        with unwrap_groups():
             async with trio.open_nursery() as controlling:  # ends last: the workers have VMs to take away
                 stop = trio.Event()
                 run = partial(controller.run, settings, stop=stop, grace=GRACE)
@@ -96,7 +96,7 @@ async def cluster(
                     async with trio.open_nursery() as starting:
                         for number in range(1, workers + 1):
                             identity = _identity(f"worker-{number}", vms_per_worker)
-                            worker = Worker(identity, client, make_driver(identity.name), stop_vms_on_exit=True)
+                            worker = WorkerService(identity, client, make_driver(identity.name), stop_vms_on_exit=True)
                             starting.start_soon(working.start, worker.run)
                     yield Cluster(running.url, client, account, token, running.ssh_port)
                     working.cancel_scope.cancel()
@@ -172,7 +172,7 @@ class _Portal:
 
     def _run(self) -> None:
         try:
-            with unwrapped():
+            with unwrap_groups():
                 trio.run(self._main, strict_exception_groups=True)
         except BaseException as error:  # noqa: BLE001 -- it is raised again in the thread that waits
             self._error = error

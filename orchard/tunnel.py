@@ -27,9 +27,9 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard.codec import APIError, dump_json, shown
-from orchard.frames import BROKEN, GOING_AWAY, LOST, NORMAL, UNSAID, Close
-from orchard.groups import first
-from orchard.pipe import PING_INTERVAL, RECEIVE_BYTES, TunnelStream
+from orchard.net.websocket import PING_INTERVAL, RECEIVE_BYTES, TunnelStream
+from orchard.net.wsframes import BROKEN, GOING_AWAY, LOST, NORMAL, UNSAID, Close
+from orchard.nursery import first_exception
 
 TAKE_SECONDS = 10.0  # for a client to take the tunnel that it has asked for
 MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a request with a deadline
@@ -105,7 +105,7 @@ class Session:
         return self._answer
 
 
-class Switchboard:
+class Rendezvous:
     """The watches of all workers, and what was asked over them. `ping_interval` is in seconds."""
 
     def __init__(self, ping_interval: float = PING_INTERVAL) -> None:
@@ -304,7 +304,7 @@ async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # the other direction will say so
                     await sink.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            why = f"the connection broke: {first(error.__cause__ or error)}"
+            why = f"the connection broke: {first_exception(error.__cause__ or error)}"
         nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:  # ends with the first side that does

@@ -1,6 +1,6 @@
 """The worker role: what the controller wants on this host, made so. Law: it composes; life.py has one VM's life.
 
-`python -m orchard.worker` runs it; `Worker.run` is the same for an embedding program.
+`python -m orchard.worker` runs it; `WorkerService.run` is the same for an embedding program.
 
 Two things go on beside each other. A *session* is the worker's talk with the controller: registration, heartbeats, a
 watch over which it is told to look again, the look itself (`sync`), and the reports. It ends at the first failure and
@@ -13,7 +13,7 @@ the heartbeat was sent, and is shorter than the controller's patience, which beg
 ended here before it is started there, whatever is broken in between.
 
 A look compares what the controller has with what is here, and ACTIONS says for each pair of states what to do. It gives
-orders and waits for nothing; what is to end is ordered first, and what is to begin waits until that has ended, because
+orders and waits for nothing; what is to end is ordered first_exception, and what is to begin waits until that has ended, because
 the scheduler has given its place away already.
 """
 
@@ -40,16 +40,15 @@ from typing import Any, Literal
 
 import trio
 
-from orchard import __version__, descriptors, guard, logs
+from orchard import __version__, daemon, logs
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
-from orchard.driver import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, State
-from orchard.frames import BROKEN, NORMAL
-from orchard.groups import first, unwrapped
-from orchard.life import Instance
-from orchard.lock import LockError, locked
-from orchard.options import count, orchard_home, pairs, resources
+from orchard.daemon import count, orchard_home, pairs, resources
+from orchard.files import LockError, lock_directory
+from orchard.net.transport import in_words
+from orchard.net.wsframes import BROKEN, NORMAL
+from orchard.nursery import first_exception, unwrap_groups
 from orchard.schema import (
     DEFAULT_CPU,
     DEFAULT_MEMORY,
@@ -61,12 +60,14 @@ from orchard.schema import (
     Arch,
     Event,
     Runtime,
+    Worker,
 )
-from orchard.schema import Worker as WorkerNoun
-from orchard.synthetic import SyntheticDriver
 from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
-from orchard.transport import in_words
 from orchard.tunnel import splice
+from orchard.vm import supervisor
+from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, NoSuchVM, NotRunning
+from orchard.vm.instance import Instance
+from orchard.vm.synthetic import SyntheticDriver
 
 HEARTBEAT_SECONDS = 15.0  # or less, if the controller's patience is shorter than the usual
 ANSWER_SECONDS = 30.0  # with a heartbeat each 15, a controller that is gone without a word is found within a minute
@@ -114,7 +115,7 @@ ACTIONS: Mapping[tuple[Local, Local], Action] = {
     ("failed", "failed"): "none",
 }
 
-log = logging.getLogger("orchard.worker")
+_logger = logging.getLogger("orchard.worker")
 
 
 class RefusedError(Exception):
@@ -135,7 +136,7 @@ class Identity:
     default_memory: int = DEFAULT_MEMORY  # MiB
 
 
-class Worker:
+class WorkerService:
     """One worker. It closes neither `client` nor anything of `driver`'s."""
 
     def __init__(
@@ -146,7 +147,7 @@ class Worker:
         *,
         stop_vms_on_exit: bool = False,
         clock: Callable[[], float] = time.time,
-        lease_clock: Callable[[], float] = guard.clock,
+        lease_clock: Callable[[], float] = supervisor.clock,
         chance: Callable[[], float] = CHANCE,
     ) -> None:
         """`clock` gives seconds since 1970, `lease_clock` seconds that nobody sets, `chance` numbers from 0 to 1."""
@@ -174,7 +175,7 @@ class Worker:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled; `started()` once registered. Raises RefusedError."""
-        with unwrapped():
+        with unwrap_groups():
             try:
                 async with trio.open_nursery() as vms:  # they outlive every session
                     await self._sessions(vms, task_status)
@@ -196,12 +197,12 @@ class Worker:
             try:
                 await self._session(vms, task_status)
             except* RefusedError as group:
-                refusal = first(group)
+                refusal = first_exception(group)
             except* ClientError as group:
-                reason = str(first(group))
-                log.warning("no session with the controller", extra={"worker": self.name, "reason": reason})
+                reason = str(first_exception(group))
+                _logger.warning("no session with the controller", extra={"worker": self.name, "reason": reason})
             except* Exception as group:
-                log.exception("a session failed", extra={"worker": self.name}, exc_info=group)
+                _logger.exception("a session failed", extra={"worker": self.name}, exc_info=group)
             if refusal is not None:
                 raise refusal
             await self._client.start_afresh()
@@ -218,7 +219,7 @@ class Worker:
                 await self._settle(vms)
                 self._settled = True
                 task_status.started()
-            log.info("registered with the controller", extra={"worker": self.name})
+            _logger.info("registered with the controller", extra={"worker": self.name})
             self._changed()
             session.start_soon(self._listen, vms)
             session.start_soon(self._report)
@@ -249,7 +250,7 @@ class Worker:
         """Give the worker as the API takes it."""
         who = self.identity
         return encode(
-            WorkerNoun(
+            Worker(
                 name=who.name,
                 arch=who.arch,
                 runtime=who.runtime,
@@ -300,7 +301,7 @@ class Worker:
         try:
             self._driver.lease(soft, hard)
         except DriverError as error:
-            log.error("the lease of VMs cannot be renewed", extra={"worker": self.name, "reason": str(error)})
+            _logger.error("the lease of VMs cannot be renewed", extra={"worker": self.name, "reason": str(error)})
 
     async def _listen(self, lasting: trio.Nursery) -> None:
         """Follow the watch, and do what it says; what takes long, in a nursery that outlives the session."""
@@ -314,14 +315,14 @@ class Worker:
                     case {"resolveIPAction": {"session": str(session), **rest}}:
                         self._run(lasting, partial(self._resolve, session, str(rest.get("vmUID") or "")))
                     case _:
-                        log.warning("an unknown action was passed over", extra={"action": sorted(action)})
+                        _logger.warning("an unknown action was passed over", extra={"action": sorted(action)})
 
     # -- into VMs
 
     def _run(self, lasting: trio.Nursery, errand: Callable[[], Awaitable[None]]) -> None:
         """Run an errand of the controller's, if there are not too many; who asked for it does not wait for ever."""
         if self._errands >= MAX_ERRANDS:
-            log.warning("an action was passed over", extra={"worker": self.name, "at_work": self._errands})
+            _logger.warning("an action was passed over", extra={"worker": self.name, "at_work": self._errands})
             return
 
         async def run() -> None:
@@ -348,7 +349,7 @@ class Worker:
         except DriverError as error:
             refusal = str(error)
         except ClientError as error:
-            log.info("a tunnel ended", extra={"worker": self.name, "reason": str(error)})
+            _logger.info("a tunnel ended", extra={"worker": self.name, "reason": str(error)})
         finally:
             self._tunnels -= 1
         if refusal:
@@ -383,7 +384,7 @@ class Worker:
         raise DriverError(f"no VM with uid {vm_uid} runs here")
 
     async def _resolve(self, session: str, vm_uid: str) -> None:
-        """Answer what the address of a VM is."""
+        """ClientResponse what the address of a VM is."""
         query = {"session": session, "ip": "", "errorMessage": ""}
         try:
             query["ip"] = await self._address(vm_uid)
@@ -412,7 +413,7 @@ class Worker:
             if error.status >= 500:
                 raise
             if error.status != 404:  # else it is gone or has another life, as the next look will show
-                log.error("a report was refused", extra={"vm": instance.vm.name, "reason": error.message})
+                _logger.error("a report was refused", extra={"vm": instance.vm.name, "reason": error.message})
         instance.reported = report
 
     async def _send_events(self, vm: VM, events: Sequence[Event]) -> None:
@@ -431,7 +432,7 @@ class Worker:
                     await trio.sleep(pause)
                     continue
                 if error.status != 404:
-                    log.error("output was not taken", extra={"vm": vm.name, "reason": error.message})
+                    _logger.error("output was not taken", extra={"vm": vm.name, "reason": error.message})
                 return
             else:
                 return
@@ -464,7 +465,7 @@ class Worker:
                 instance.fail(vm.state.status_message)
             elif not runs and not rests(vm, local.state):
                 instance.fail(LOST)
-            log.info("found a VM", extra={"vm": vm.name, "state": local.state})
+            _logger.info("found a VM", extra={"vm": vm.name, "state": local.state})
             vms.start_soon(self._tend, instance, instance.adopt if runs else instance.keep)
 
     async def _remove_stranger(self, local: LocalVM, vms: trio.Nursery) -> None:
@@ -491,9 +492,9 @@ class Worker:
         except NoSuchVM:
             return True
         except DriverError as error:
-            log.error("cannot remove a VM that was left here", extra={"vm": name, "reason": str(error)})
+            _logger.error("cannot remove a VM that was left here", extra={"vm": name, "reason": str(error)})
             return False
-        log.info("removed a VM that was left here", extra={"vm": name})
+        _logger.info("removed a VM that was left here", extra={"vm": name})
         return True
 
     async def sync(self, vms: trio.Nursery) -> None:
@@ -580,7 +581,7 @@ def pause_after(failures: int, chance: float) -> float:
     return float(min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 10)) * (1 - JITTER * chance))
 
 
-def rests(vm: VM, state: State) -> bool:
+def rests(vm: VM, state: LocalState) -> bool:
     """Whether a VM that does not run is where it was to come to rest."""
     return vm.resting or (vm.state.status == "running" and vm.spec.power_state == state)
 
@@ -688,7 +689,7 @@ async def work(options: argparse.Namespace, client: Client) -> None:
     runtime: Runtime = "vetu" if options.runtime == "vetu" else "tart"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
     if not synthetic and platform.system() == "Darwin" and (warning := check_dhcp_lease()):
-        log.warning(warning)
+        _logger.warning(warning)
     async with client, trio.open_nursery() as nursery:
         for each in names:
             driver: Driver = (
@@ -708,7 +709,7 @@ async def work(options: argparse.Namespace, client: Client) -> None:
             )
             # A synthetic VM is known to its driver alone, and so to this process.
             stop_vms = synthetic or options.stop_vms_on_exit
-            nursery.start_soon(Worker(identity, client, driver, stop_vms_on_exit=stop_vms).run)
+            nursery.start_soon(WorkerService(identity, client, driver, stop_vms_on_exit=stop_vms).run)
 
 
 async def until_signal(options: argparse.Namespace, client: Client) -> None:
@@ -717,7 +718,7 @@ async def until_signal(options: argparse.Namespace, client: Client) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(work, options, client)
             async for number in signals:
-                log.info("stopping", extra={"signal": signal.Signals(number).name})
+                _logger.info("stopping", extra={"signal": signal.Signals(number).name})
                 nursery.cancel_scope.cancel()
                 return
 
@@ -738,8 +739,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             find_tart(options.tart, options.runtime)
         # Two workers with the same VMs in front of them would delete each other's.
         place = orchard_home() / "synthetic" / worker_name(options) if synthetic else orchard_home()
-        descriptors.raise_limit()  # each tunnel has two
-        with locked(place, "worker.lock"), unwrapped():
+        daemon.raise_descriptor_limit()  # each tunnel has two
+        with lock_directory(place, "worker.lock"), unwrap_groups():
             trio.run(until_signal, options, client, strict_exception_groups=True)
     except RefusedError as error:
         print(f"orchard worker: {error}", file=sys.stderr)

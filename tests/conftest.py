@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import GENEROUS, processes_in
+from harness.processes import GENEROUS, processes_in
 
 DYING_SECONDS = 5.0  # for what was killed to be gone
 SSHD = Path(__file__).parent / "standin" / "sshd.py"

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from disks import HeldDisk
-from served import BEGAN, Served, served
+from harness.disks import HeldDisk
+from harness.served import BEGAN, Served, served
 from trio.testing import assert_no_checkpoints
 
-from orchard import __version__, auth, lifecycle
+from orchard import __version__, auth, transitions
 from orchard.api import API, OPERATIONS
 from orchard.controller import AT_ONCE, OFFLINE_TIMEOUT
-from orchard.http1 import Headers, Request
-from orchard.openapi import Operation
+from orchard.net.openapi import Operation
+from orchard.net.request import Headers, Request
 from orchard.schema import TART_VMS, ServiceAccount, new_spec
 from orchard.store import Change
 
@@ -124,7 +124,7 @@ async def test_scheduling_many_vms_gives_others_their_turn_in_between(api: Serve
     with api.store.transaction() as tx:
         for number in range(count):
             spec = new_spec({"name": f"vm-{number}", "image": "image"}, [])
-            tx.put(lifecycle.create(f"vm-{number}", f"uid-{number}", spec, BEGAN))
+            tx.put(transitions.create(f"vm-{number}", f"uid-{number}", spec, BEGAN))
     await api.register("w", resources={TART_VMS: count})
     turn, told, done = 0, list[tuple[int, int]](), trio.Event()
 
@@ -334,7 +334,7 @@ async def test_only_a_poll_from_the_workers_own_host_is_a_sign_of_life(
     api: Served, autojump_clock: trio.testing.MockClock
 ) -> None:
     await api.register("w")
-    seen = api.cluster.presence.seen
+    seen = api.cluster.liveness.seen
     began = seen["w"]
     await trio.sleep(10)
     await api.call("GET", "/vms?filter=worker=w", peer="10.0.0.2")
@@ -351,7 +351,7 @@ async def test_a_controller_that_stood_still_takes_nobody_for_silent_who_was_not
     nursery.start_soon(api.cluster.schedule)
     while not (await api.ok("GET", "/vms/vm")).get("worker"):
         await trio.lowlevel.checkpoint()
-    await api.store.settled()
+    await api.store.wait_durable()
     await trio.testing.wait_all_tasks_blocked()
     mock_clock.jump(2 * OFFLINE_TIMEOUT)
     await trio.testing.wait_all_tasks_blocked()

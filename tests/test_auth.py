@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
+from harness.strategies import QUICK
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import QUICK
 
 from orchard import auth
 from orchard.auth import MAX_FAILURES, MAX_SOURCES, BootstrapToken, Failures, Gate, source_of

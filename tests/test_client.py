@@ -17,11 +17,11 @@ import trio
 from trio_websocket import ConnectionClosed
 
 from orchard import client as client_module
-from orchard import frames, tls, transport
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
-from orchard.controller import Settings, run
+from orchard.controller import ControllerSettings, run
+from orchard.net import tls, transport, wsframes
+from orchard.net.transport import parse_url
 from orchard.testing import cluster
-from orchard.transport import parse_url
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]"
 
@@ -242,8 +242,10 @@ async def test_why_there_is_no_connection_is_said_in_plain_words(tmp_path: Path,
             await Client(f"http://127.0.0.1:{port}").check()
     with pytest.raises(ConnectError, match=r"^cannot reach http://nowhere\.invalid:6120: "):
         await Client("http://nowhere.invalid").check()
-    running = await nursery.start(run, Settings(data_dir=tmp_path / "tls", host="127.0.0.1", port=0))
-    plain = await nursery.start(run, Settings(data_dir=tmp_path / "plain", host="127.0.0.1", port=0, tls=False))
+    running = await nursery.start(run, ControllerSettings(data_dir=tmp_path / "tls", host="127.0.0.1", port=0))
+    plain = await nursery.start(
+        run, ControllerSettings(data_dir=tmp_path / "plain", host="127.0.0.1", port=0, tls=False)
+    )
     with pytest.raises(ConnectError, match="is not trusted"):
         await Client(running.url).check()
     with pytest.raises(ConnectError, match="does not speak TLS; is it http://"):
@@ -472,7 +474,7 @@ async def tunnelled(answer: Callable[[str], bytes]) -> AsyncIterator[tuple[Clien
             head += await stream.receive_some(1000)
         heads.append(head.decode())
         (key,) = (line[19:] for line in head.decode().split("\r\n") if line.startswith("Sec-WebSocket-Key: "))
-        await stream.send_all(answer(frames.accept(key)))
+        await stream.send_all(answer(wsframes.accept(key)))
         with suppress(trio.BrokenResourceError):
             while await stream.receive_some(1000):
                 pass
@@ -560,7 +562,7 @@ async def test_messages_that_come_with_the_answer_are_not_lost() -> None:
 )
 async def test_what_is_no_action_and_no_frame_of_a_command_is_said_to_be(message: bytes) -> None:
     def answer(accept: str) -> bytes:
-        message_frame = b"".join(frames.frame(frames.BINARY, message))
+        message_frame = b"".join(wsframes.frame(wsframes.BINARY, message))
         return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + message_frame
 
     async with tunnelled(answer) as (client, _):
@@ -577,7 +579,7 @@ async def test_what_is_no_action_and_no_frame_of_a_command_is_said_to_be(message
 )
 async def test_a_frame_of_a_command_that_says_nothing_is_said_to_be(frame: str) -> None:
     def answer(accept: str) -> bytes:
-        message_frame = b"".join(frames.frame(frames.TEXT, frame.encode()))
+        message_frame = b"".join(wsframes.frame(wsframes.TEXT, frame.encode()))
         return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + message_frame
 
     async with tunnelled(answer) as (client, _):

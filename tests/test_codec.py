@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
+from harness.strategies import QUICK, any_vm, json_values, noun
 from hypothesis import given
 from hypothesis import strategies as st
 from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import OpenAPIV30SpecValidator
-from strategies import QUICK, any_vm, json_values, noun
 
 from orchard.codec import (
     MAX_DEPTH,
@@ -39,10 +39,10 @@ from orchard.schema import (
     Event,
     HostDir,
     Problem,
-    Report,
     ServiceAccount,
     StartupScript,
     VMMeta,
+    VMReport,
     VMSpec,
     VMState,
     Worker,
@@ -57,7 +57,7 @@ NOUNS = [
     Event,
     HostDir,
     Problem,
-    Report,
+    VMReport,
     ServiceAccount,
     StartupScript,
     VMMeta,

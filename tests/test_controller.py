@@ -20,13 +20,14 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from disks import FailingDisk
-from processes import Role, controller, finished
+from harness.disks import FailingDisk
+from harness.processes import Role, controller, finished
 
-from orchard import auth, tls
+from orchard import auth
 from orchard import controller as program
-from orchard.events import EventLog
+from orchard.net import tls
 from orchard.schema import ServiceAccount
+from orchard.storage.events import EventLog
 from orchard.store import Store
 
 PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
@@ -212,7 +213,9 @@ async def test_a_last_change_that_cannot_be_stored_is_told_to_the_log_and_ends_i
         store.close()
 
     async def run(task_status: trio.TaskStatus[program.Running]) -> None:
-        settings = program.Settings(data_dir=tmp_path / "data", host="127.0.0.1", port=0, tls=False, auth=False)
+        settings = program.ControllerSettings(
+            data_dir=tmp_path / "data", host="127.0.0.1", port=0, tls=False, auth=False
+        )
         await program.run(settings, stop=stop, open_data=opened, task_status=task_status)
         ended.set()
 

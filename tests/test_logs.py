@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 import trio
 import trio.testing
+from harness.strategies import QUICK
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import QUICK
 
 from orchard import logs
 

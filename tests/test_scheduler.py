@@ -22,10 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import Phase, find, given, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from strategies import (
+from harness.strategies import (
     BEGAN,
     NAMES,
     NOW,
@@ -44,11 +41,14 @@ from strategies import (
     spec,
     worker,
 )
+from hypothesis import Phase, find, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import orchard
-from orchard.lifecycle import assign, change, create, fail, report, restart, wait
-from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE, Book, Plan, Snapshot, plan
-from orchard.schema import TART_VMS, VM, Condition, Report, Worker
+from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE, Plan, Planner, Snapshot, plan
+from orchard.schema import TART_VMS, VM, Condition, VMReport, Worker
+from orchard.transitions import assign, change, create, fail, report, restart, wait
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 
@@ -392,18 +392,18 @@ def test_time_alone_changes_nothing_before_next_at_and_something_then(snapshot: 
     assert carry_out(after, plan(after, due), due) != after
 
 
-# ---- a book that is kept -------------------------------------------------------------------------------------------
+# ---- a planner that is kept -------------------------------------------------------------------------------------------
 
 
 class Kept:
-    """A book that is told of each change, and the picture that it should be."""
+    """A planner that is told of each change, and the picture that it should be."""
 
     def __init__(self) -> None:
         self.now = NOW
         self.vms: dict[str, VM] = {}
         self.workers: dict[str, Worker] = {}
         self.about = replace(cluster([], []), seen={}, restarted={}, departed={})
-        self.book = Book(self.about)
+        self.planner = Planner(self.about)
 
     def become(self, picture: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
         """Turn into another cluster but for what it `keeps`, one change after the other.
@@ -420,23 +420,23 @@ class Kept:
                 continue
             del self.workers[name]
             seen.pop(name, None)
-            self.book.drop_worker(name)
+            self.planner.drop_worker(name)
         for name, new in picture.workers.items():
             if name not in self.workers or not keeps():
                 self.workers[name] = new
-                self.book.put_worker(new)
+                self.planner.put_worker(new)
             at = picture.seen.get(name, -math.inf) + self.now - NOW
             if at > seen.get(name, -math.inf):
                 seen[name] = at
-                self.book.heard(name)
+                self.planner.heard(name)
         for name in sorted(self.vms.keys() - {vm.name for vm in picture.vms}):
             if not keeps():
                 del self.vms[name]
-                self.book.drop_vm(name)
+                self.planner.drop_vm(name)
         for vm in picture.vms:
             if vm.name not in self.vms or not keeps():
                 self.vms[vm.name] = vm
-                self.book.put_vm(vm)
+                self.planner.put_vm(vm)
         self.about = replace(self.about, profile=picture.profile)
 
     def picture(self) -> Snapshot:
@@ -445,13 +445,13 @@ class Kept:
     def untell(self) -> None:
         """Forget what plans have told that nobody carried out, as putting a VM anew does."""
         for vm in self.vms.values():
-            self.book.put_vm(vm)
+            self.planner.put_vm(vm)
 
     def settle(self, most: int = sys.maxsize) -> None:
         """Plan and carry out until there is nothing more to do, for so many VMs at a time."""
         for _ in range(4 + 4 * len(self.vms)):
             before = self.picture()
-            decided = self.book.plan(self.now, before.profile, most)
+            decided = self.planner.plan(self.now, before.profile, most)
             told = [*decided.fail, *decided.restart, *decided.assign, *decided.waiting]
             assert len(told) == most - decided.room
             assert overcommits(before, decided) == []
@@ -464,7 +464,7 @@ class Kept:
             for old, new in zip(before.vms, after.vms, strict=True):
                 if new is not old:
                     self.vms[new.name] = new
-                    self.book.put_vm(new)
+                    self.planner.put_vm(new)
         raise AssertionError("the plans have no end")
 
 
@@ -475,7 +475,7 @@ def test_a_book_that_was_kept_says_what_one_written_anew_does(pictures: list[Sna
     for picture in pictures:
         kept.now += order.choice([REASON_SECONDS, 20, 200])
         kept.become(picture, lambda: order.random() < 0.7)
-        twice = [kept.book.plan(kept.now, picture.profile) for _ in range(2)]
+        twice = [kept.planner.plan(kept.now, picture.profile) for _ in range(2)]
         assert replace(twice[0], waiting={}, next_at=None) == replace(twice[1], waiting={}, next_at=None)
         kept.untell()
         expected = settled(kept.picture(), kept.now)
@@ -504,14 +504,14 @@ def test_plans_for_a_few_vms_at_a_time_end_where_nothing_is_left_to_do(
 def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
     kept = Kept()
     kept.become(cluster([pending("a")], [worker(vms=0)]))
-    assert kept.book.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
-    kept.book.put_vm(pending("b"))
-    kept.book.put_worker(worker("x", vms=0))
-    kept.book.heard("x")
-    decided = kept.book.plan(NOW, "optimize-utilization")
+    assert kept.planner.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
+    kept.planner.put_vm(pending("b"))
+    kept.planner.put_worker(worker("x", vms=0))
+    kept.planner.heard("x")
+    decided = kept.planner.plan(NOW, "optimize-utilization")
     assert decided.waiting == {"b": f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"}
     assert decided.next_at == NOW + REASON_SECONDS
-    later = kept.book.plan(NOW + REASON_SECONDS, "optimize-utilization")
+    later = kept.planner.plan(NOW + REASON_SECONDS, "optimize-utilization")
     assert later.waiting.keys() == {"a", "b"}
     assert later.waiting["a"].startswith("waiting: 2 workers: ")
 
@@ -526,27 +526,27 @@ def test_what_a_new_vm_is_told_at_once_is_what_a_plan_would_tell_it(pictures: li
         if order.random() < 0.7:
             kept.settle()
         for old in kept.picture().vms:
-            if reason := kept.book.waits_for(old.spec):
+            if reason := kept.planner.waits_for(old.spec):
                 new = create("new", "uid-new", old.spec, BEGAN, reason)
                 kept.vms["new"] = new
-                kept.book.put_vm(new)
+                kept.planner.put_vm(new)
                 kept.settle()
                 assert kept.vms.pop("new").state.status_message == reason
-                kept.book.drop_vm("new")
+                kept.planner.drop_vm("new")
 
 
 def test_a_new_vm_is_told_at_once_what_others_wait_for() -> None:
     kept = Kept()
     kept.become(cluster([pending("a")], [worker(vms=0)]))
-    assert kept.book.waits_for(spec()) == ""
+    assert kept.planner.waits_for(spec()) == ""
     kept.settle()
-    assert kept.book.waits_for(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
-    assert kept.book.waits_for(spec(labels={"x": "y"})) == "", "nobody like it waits"
-    kept.book.heard("w")
-    assert kept.book.waits_for(spec()) == "", "it may be there again"
+    assert kept.planner.waits_for(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
+    assert kept.planner.waits_for(spec(labels={"x": "y"})) == "", "nobody like it waits"
+    kept.planner.heard("w")
+    assert kept.planner.waits_for(spec()) == "", "it may be there again"
     kept.settle()
-    kept.book.put_worker(worker())
-    assert kept.book.waits_for(spec()) == ""
+    kept.planner.put_worker(worker())
+    assert kept.planner.waits_for(spec()) == ""
 
 
 # ---- determinism ---------------------------------------------------------------------------------------------------
@@ -692,7 +692,7 @@ class Cluster(RuleBasedStateMachine):
         vm = self.pick(number)
         if vm is not None and vm.state.worker:
             conditions = None if runs is None else (Condition("running", runs),)  # type: ignore[arg-type]
-            self.put(report(vm, Report(status=status, conditions=conditions), LATER))  # type: ignore[arg-type]
+            self.put(report(vm, VMReport(status=status, conditions=conditions), LATER))  # type: ignore[arg-type]
 
     @rule(number=st.integers(0, 9))
     def stop_vm(self, number: int) -> None:

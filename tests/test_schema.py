@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from harness.strategies import QUICK, any_vm, failed, json_values, noun, pending, resting, running, spec
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import QUICK, any_vm, failed, json_values, noun, pending, resting, running, spec
 
 from orchard.codec import MAX_UINT, APIError, attrs_of, dump_json, encode, parse_json
-from orchard.lifecycle import change
 from orchard.schema import (
     MAX_NAME,
     TART_VMS,
@@ -23,10 +22,10 @@ from orchard.schema import (
     Event,
     HostDir,
     HostDirPolicy,
-    Report,
     ServiceAccount,
     StartupScript,
     VMMeta,
+    VMReport,
     VMSpec,
     VMState,
     Worker,
@@ -44,6 +43,7 @@ from orchard.schema import (
     vm_from_json,
     worker_from_client,
 )
+from orchard.transitions import change
 
 MINIMAL = {"name": "vm", "image": "base"}
 
@@ -776,12 +776,14 @@ def test_what_an_event_may_not_be(raw: object, status: int, words: str) -> None:
 def test_a_report_is_read_out_of_the_whole_vm() -> None:
     vm = running(pending(labels={"a": "b"}))
     unknown: list[str] = []
-    assert report_from_worker(vm.to_json(), unknown) == Report(
+    assert report_from_worker(vm.to_json(), unknown) == VMReport(
         uid="uid-vm", status="running", observed_generation=1, conditions=vm.state.conditions
     )
     assert unknown == []
-    assert report_from_worker({}, []) == Report()
-    assert report_from_worker({"status_message": "", "conditions": []}, []) == Report(status_message="", conditions=())
+    assert report_from_worker({}, []) == VMReport()
+    assert report_from_worker({"status_message": "", "conditions": []}, []) == VMReport(
+        status_message="", conditions=()
+    )
 
 
 def test_a_condition_of_an_unknown_type_is_passed_over_and_named() -> None:
@@ -813,6 +815,6 @@ def test_what_a_report_may_not_be(raw: object, status: int, words: str) -> None:
 
 
 @QUICK
-@given(noun(Report))
-def test_a_report_is_read_back_as_it_was_written(report: Report) -> None:
+@given(noun(VMReport))
+def test_a_report_is_read_back_as_it_was_written(report: VMReport) -> None:
     assert report_from_worker(parse_json(dump_json(encode(report))), []) == report

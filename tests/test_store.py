@@ -19,16 +19,16 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from disks import CrashDisk, FailingDisk, HeldDisk, Image, fails_at, no_room
-from strategies import BEGAN, assigned, failed, pending, running, worker
+from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, fails_at, no_room
+from harness.strategies import BEGAN, assigned, failed, pending, running, worker
 from trio.testing import MockClock
 
 import orchard.store
 from orchard.codec import APIError
-from orchard.groups import unwrapped
-from orchard.journal import Broken, DamagedError, Disk, Journal, NotWritten
-from orchard.lock import LockError, locked
+from orchard.files import LockError, lock_directory
+from orchard.nursery import unwrap_groups
 from orchard.schema import VM, ClusterSettings, HostDirPolicy, ServiceAccount, VMSpec, Worker
+from orchard.storage.journal import Broken, DamagedError, Disk, Journal, NotWritten
 from orchard.store import Change, State, Store, Tables, check, encoded, snapshot
 
 ACCOUNT = ServiceAccount(name="a", token="secret", roles=("compute:read",))
@@ -95,7 +95,7 @@ async def has_room(store: Store) -> None:
 
 async def refusal(store: Store) -> APIError:
     with pytest.raises(APIError) as refused:
-        await store.settled()
+        await store.wait_durable()
     return refused.value
 
 
@@ -107,7 +107,7 @@ async def test_everything_is_found_again(tmp_path: Path) -> None:
         put(store, pending("a"), assigned(pending("b")), worker("w"), ACCOUNT, SETTINGS)
         put(store, running(pending("c")))
         delete(store, store.state.vms["a"])
-        await store.settled()
+        await store.wait_durable()
         state = read(tmp_path)
         assert state.json == store.state.json
         assert (state.revision, set(state.vms), set(state.workers)) == (3, {"b", "c"}, {"w"})
@@ -157,7 +157,7 @@ async def test_an_exception_changes_nothing(tmp_path: Path) -> None:
         assert store.state.tables() == before
         assert (store.state.revision, list(store.state.vms)) == (1, ["a"])
         put(store, pending("d"))
-        await store.settled()
+        await store.wait_durable()
         assert set(read(tmp_path).vms) == {"a", "d"}
 
 
@@ -171,7 +171,7 @@ async def test_what_comes_to_nothing_is_no_change(tmp_path: Path) -> None:
             tx.put(pending("a"))
             tx.delete(pending("a"))
             tx.delete(worker("never there"))
-        await store.settled()
+        await store.wait_durable()
         assert (store.state.revision, told, read(tmp_path).revision) == (0, [], 0)
 
 
@@ -185,7 +185,7 @@ async def test_one_transaction_in_another_is_refused_before_it_spoils_the_file(t
 
         with pytest.raises(RuntimeError, match="transaction 1 waited"):
             nest()
-        await store.settled()
+        await store.wait_durable()
         assert set(read(tmp_path).vms) == set(store.state.vms) == {"inner"}
 
 
@@ -203,7 +203,7 @@ async def test_who_listens_hears_at_once_and_again_when_it_is_durable(tmp_path: 
             delete(store, store.state.vms["a"])
             await trio.testing.wait_all_tasks_blocked()
             assert (committed, durable) == (expected, [])
-        await store.settled()
+        await store.wait_durable()
         assert durable == expected
 
 
@@ -218,7 +218,7 @@ async def test_many_writers_share_two_syncs_and_none_goes_on_before_them(tmp_pat
 
         async def write(number: int) -> None:
             put(store, pending(f"vm{number}"))
-            await store.settled()
+            await store.wait_durable()
             syncs_at.append(disk.syncs)
 
         async with trio.open_nursery() as writers:
@@ -245,7 +245,7 @@ async def test_who_is_woken_by_a_change_still_gets_into_its_sync(tmp_path: Path)
         await trio.testing.wait_all_tasks_blocked()
         disk.syncs = 0
         put(store, pending("question"))
-        await store.settled()
+        await store.wait_durable()
         assert disk.syncs == 1
         assert read(tmp_path).vms.keys() == {"question", "answer"}
 
@@ -253,13 +253,13 @@ async def test_who_is_woken_by_a_change_still_gets_into_its_sync(tmp_path: Path)
 async def test_a_reader_waits_for_what_it_has_seen_and_for_nothing_else(tmp_path: Path) -> None:
     disk = HeldDisk()
     async with writing(opened(tmp_path, disk)) as store:
-        await store.settled()
+        await store.wait_durable()
         with disk.held():
             put(store, worker())
             with trio.move_on_after(0) as scope:
-                await store.settled()
+                await store.wait_durable()
             assert scope.cancelled_caught
-        await store.settled()
+        await store.wait_durable()
         assert disk.syncs == 2
 
 
@@ -317,10 +317,10 @@ async def test_a_watcher_sees_each_change_once_in_order_when_it_is_durable(tmp_p
                 put(store, pending("a"))
                 await trio.testing.wait_all_tasks_blocked()
                 assert kinds(changes) == []
-            await store.settled()
+            await store.wait_durable()
             assert kinds(changes) == [("ADDED", 1), ("MODIFIED", 3), ("DELETED", 3), ("ADDED", 5)]
         put(store, store.state.vms["a"])
-        await store.settled()
+        await store.wait_durable()
 
 
 async def test_a_slow_watcher_is_cut_off_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ async def test_a_slow_watcher_is_cut_off_and_no_other(tmp_path: Path, monkeypatc
             put(store, pending("a"))
             for version in range(2, 9):
                 put(store, store.state.vms["a"])
-                await store.settled()
+                await store.wait_durable()
                 assert kinds(quick)[-1] == ("MODIFIED", version)
             assert kinds(slow) == [("ADDED", 1), ("MODIFIED", 2), ("MODIFIED", 3)]
             with pytest.raises(trio.EndOfChannel):
@@ -342,7 +342,7 @@ async def test_a_watcher_that_closed_its_end_is_in_nobodys_way(tmp_path: Path) -
         with store.watch("vm", "a") as gone, store.watch("vm", "a") as there:
             gone.close()
             put(store, pending("a"))
-            await store.settled()
+            await store.wait_durable()
             assert kinds(there) == [("ADDED", 1)]
 
 
@@ -357,7 +357,7 @@ async def test_a_watcher_does_not_hear_of_what_was_undone(tmp_path: Path, autoju
             await has_room(store)
             put(store, worker())
             put(store, pending("a"))
-            await store.settled()
+            await store.wait_durable()
             assert kinds(changes) == [("ADDED", 2)]
 
 
@@ -379,7 +379,7 @@ async def test_a_disk_without_any_room_refuses_undoes_and_comes_back(tmp_path: P
     disk = FailingDisk(torn=True)
     async with writing(opened(tmp_path, disk)) as store:
         put(store, running(pending("a")), SETTINGS)
-        await store.settled()
+        await store.wait_durable()
         before, index = store.state.tables(), dict(store.state.vms_by_worker["w"])
         disk.fault = no_room
         full = f"cannot write {tmp_path / 'state.jsonl'}: No space left on device"
@@ -392,7 +392,7 @@ async def test_a_disk_without_any_room_refuses_undoes_and_comes_back(tmp_path: P
             assert (store.state.tables(), store.state.revision) == (before, 1)
             assert store.state.vms_by_worker == {"w": index}
             assert problems_of(store.state) == []
-            await store.settled()  # what is left is durable: reads go on
+            await store.wait_durable()  # what is left is durable: reads go on
             with pytest.raises(APIError, match="nothing can be added until there is room") as refused:
                 put(store, failed(store.state.vms["a"]), ACCOUNT)
             assert refused.value.status == 507
@@ -400,7 +400,7 @@ async def test_a_disk_without_any_room_refuses_undoes_and_comes_back(tmp_path: P
         disk.fault = lambda verb, number: 0
         await has_room(store)
         put(store, pending("b"))
-        await store.settled()
+        await store.wait_durable()
         assert read(tmp_path).json == store.state.json
         assert set(store.state.vms) == {"a", "b"}
 
@@ -439,7 +439,7 @@ async def test_a_failed_sync_ends_the_store(tmp_path: Path, autojump_clock: Mock
     async def live() -> None:
         async with writing(store):
             put(store, pending("a"))
-            await store.settled()
+            await store.wait_durable()
             disk.fault = lambda verb, number: errno.EIO if verb == "sync" else 0
             put(store, pending("b"))
             with trio.CancelScope(shield=True):
@@ -455,7 +455,7 @@ async def test_a_failed_sync_ends_the_store(tmp_path: Path, autojump_clock: Mock
                 assert (await refusal(store)).message == error.message
             assert len(disk.calls) == calls
 
-    with pytest.raises(Broken, match="sync"), unwrapped():
+    with pytest.raises(Broken, match="sync"), unwrap_groups():
         await live()
     assert set(read(tmp_path).vms) in ({"a"}, {"a", "b"})
 
@@ -482,7 +482,7 @@ async def test_where_a_snapshot_finds_no_room_no_line_is_written_in_its_place(
     async with writing(Store.open(tmp_path, BEGAN, disk, in_thread=at_once)) as store:
         for _ in range(5):  # so that a snapshot would be smaller
             put(store, pending("a"))
-            await store.settled()
+            await store.wait_durable()
         disk.most = 300
         put(store, failed(store.state.vms["a"]))
         await refusal(store)  # though all of the reserve was given to it
@@ -492,7 +492,7 @@ async def test_where_a_snapshot_finds_no_room_no_line_is_written_in_its_place(
         disk.most = sys.maxsize
         await has_room(store)
         put(store, pending("b"))
-        await store.settled()
+        await store.wait_durable()
     assert read(tmp_path).json == store.state.json
 
 
@@ -542,7 +542,7 @@ class Story:
 
     async def tell(self) -> None:
         try:
-            with unwrapped():
+            with unwrap_groups():
                 async with writing(self.store):
                     with trio.CancelScope(shield=True):
                         for step in range(8):
@@ -561,7 +561,7 @@ class Story:
         put(store, worker("w", vms=step), running(pending(f"vm{step % 3}")), pending("other"))
         wanted = state.tables()
         try:
-            await store.settled()
+            await store.wait_durable()
         except APIError:
             self.outcome = "broken" if store.broken else "refused"
             assert state.tables() == before
@@ -582,7 +582,7 @@ async def test_the_file_stays_in_proportion_to_what_it_holds(tmp_path: Path, mon
         async with writing(opened(tmp_path)) as store:
             for number in range(20):
                 put(store, worker("w", vms=100 * start + number))
-                await store.settled()
+                await store.wait_durable()
                 sizes.append(path.stat().st_size)
     assert max(sizes) < 6_000, "restarts put compaction off"
     compactions = sum(before > after for before, after in itertools.pairwise(sizes))
@@ -610,7 +610,7 @@ async def test_a_snapshot_holds_nothing_that_came_after_it(tmp_path: Path, monke
             delete(store, worker("a"))
         finally:
             going_on.set()
-        await store.settled()
+        await store.wait_durable()
     header, *objects = (json.loads(line) for line in taken[0])
     assert (header["revision"], [one["name"] for one in objects]) == (1, ["a"])
     assert set(read(tmp_path).workers) == {"b"}
@@ -624,13 +624,13 @@ async def test_compaction_that_fails_is_put_off(tmp_path: Path, monkeypatch: pyt
         disk.fault = lambda verb, number: errno.EIO if verb == "replace" else 0
         for number in range(60):
             put(store, worker("w", vms=number))
-            await store.settled()
+            await store.wait_durable()
         tries = disk.calls.count("replace")
         assert 2 <= tries <= (tmp_path / "state.jsonl").stat().st_size / 1_000
         disk.fault = lambda verb, number: 0
         while disk.calls.count("replace") == tries:
             put(store, worker("w"))
-            await store.settled()
+            await store.wait_durable()
         assert (tmp_path / "state.jsonl").stat().st_size < 1_000
         assert read(tmp_path).json == store.state.json
 
@@ -675,7 +675,7 @@ async def test_after_a_power_cut_at_any_moment_all_that_was_told_is_there(
                 put(store, running(known), ACCOUNT)
             history[store.state.revision] = store.state.tables()
             if order.random() < 0.5:
-                await store.settled()
+                await store.wait_durable()
                 told = store.state.revision
     assert any(found > told for told, found in seen)
     assert disk.renamings > 2
@@ -710,7 +710,7 @@ async def test_what_a_new_start_finds_a_power_cut_does_not_take_back(
         possible.append(store.state.tables())
 
     async def settle(store: Store) -> None:
-        await store.settled()
+        await store.wait_durable()
         possible[:-1] = []
 
     async def be_cut_short() -> None:
@@ -725,7 +725,7 @@ async def test_what_a_new_start_finds_a_power_cut_does_not_take_back(
             await trio.sleep_forever()
 
     disk = CrashDisk(directory, lost_power)
-    with pytest.raises(Killed if isinstance(end, Killed) else Broken), unwrapped():
+    with pytest.raises(Killed if isinstance(end, Killed) else Broken), unwrap_groups():
         await be_cut_short()
     disk.faults.clear()
     async with writing(opened(directory, disk)) as store:
@@ -758,7 +758,7 @@ class Life:
                     steps -= 1
                     await self.step()
                     self.check(self.held)
-                await self.store.settled()
+                await self.store.wait_durable()
                 self.durable = dict(self.held)
             self.store = opened(self.directory, self.disk)
             self.reopened += 1
@@ -782,10 +782,10 @@ class Life:
             with pytest.raises(KeyError):
                 self.give_up()
         elif chance < 0.95:
-            await self.store.settled()
+            await self.store.wait_durable()
             self.durable = dict(self.held)
         else:
-            await self.store.settled()
+            await self.store.wait_durable()
             self.durable = dict(self.held)
             self.disk.fault = no_room
             for _ in range(self.order.randrange(1, 4)):
@@ -840,14 +840,14 @@ async def test_a_long_life_is_that_of_a_dict(
 
 async def test_a_person_can_read_the_file_and_others_cannot(tmp_path: Path) -> None:
     directory = tmp_path / "data"
-    with locked(directory, "lock"):
+    with lock_directory(directory, "lock"):
         async with writing(opened(directory)) as store:
             put(store, ACCOUNT, worker())
-            await store.settled()
+            await store.wait_durable()
             put(store, pending("a"))
-            await store.settled()
+            await store.wait_durable()
             delete(store, worker())
-            await store.settled()
+            await store.wait_durable()
     assert directory.stat().st_mode & 0o777 == 0o700
     assert (directory / "state.jsonl").stat().st_mode & 0o777 == 0o600
     header, *lines = [json.loads(line) for line in (directory / "state.jsonl").read_text().splitlines()]
@@ -862,7 +862,7 @@ async def test_of_what_changed_while_the_disk_was_busy_only_the_last_is_written(
     disk = HeldDisk()
     async with writing(opened(tmp_path, disk)) as store:
         put(store, pending("there"), pending("gone"), worker())
-        await store.settled()
+        await store.wait_durable()
         with disk.held():
             put(store, ACCOUNT)
             await trio.testing.wait_all_tasks_blocked()
@@ -872,7 +872,7 @@ async def test_of_what_changed_while_the_disk_was_busy_only_the_last_is_written(
             put(store, pending("again"))
             put(store, assigned(store.state.vms["new"]), pending("there"))
             delete(store, store.state.vms["again"])
-        await store.settled()
+        await store.wait_durable()
         line = json.loads((tmp_path / "state.jsonl").read_text().splitlines()[-1])
         assert line["revision"] == store.state.revision == 10
         vms = store.state.vms
@@ -887,7 +887,7 @@ async def test_a_copy_made_at_any_moment_is_a_backup(tmp_path: Path) -> None:
     disk = HeldDisk()
     async with writing(opened(tmp_path, disk)) as store:
         put(store, worker())
-        await store.settled()
+        await store.wait_durable()
         told = store.state.tables()
         with disk.held():
             put(store, pending("a"))
@@ -900,9 +900,9 @@ async def test_a_copy_made_at_any_moment_is_a_backup(tmp_path: Path) -> None:
 
 async def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     with (
-        locked(tmp_path, "lock"),
+        lock_directory(tmp_path, "lock"),
         pytest.raises(LockError, match=r"in use by another process \(\d+\)"),
-        locked(tmp_path, "lock"),
+        lock_directory(tmp_path, "lock"),
     ):
         raise AssertionError("there are two")
 
@@ -911,7 +911,7 @@ async def test_two_that_write_the_same_file_are_found_out(tmp_path: Path) -> Non
     async with writing(opened(tmp_path)) as one, writing(opened(tmp_path)) as other:
         for store in (one, other):
             put(store, pending("a"))
-            await store.settled()
+            await store.wait_durable()
     with pytest.raises(DamagedError, match="does not fit the line and the one before it"):
         read(tmp_path)
 

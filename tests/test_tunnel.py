@@ -1,4 +1,4 @@
-"""The switchboard over memory streams, on a virtual clock: watches, pings, and what happens when a side stops answering."""
+"""The rendezvous over memory streams, on a virtual clock: watches, pings, and what happens when a side stops answering."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 
 from orchard import tunnel
 from orchard.codec import APIError
-from orchard.frames import Close
-from orchard.tunnel import Switchboard, ending
+from orchard.net.wsframes import Close
+from orchard.tunnel import Rendezvous, ending
 
 
 @asynccontextmanager
@@ -39,7 +39,7 @@ async def joined() -> AsyncIterator[tuple[WebSocketConnection, WebSocketConnecti
             nursery.cancel_scope.cancel()
 
 
-async def serve(board: Switchboard, worker: str, websocket: WebSocketConnection, pongs: list[float]) -> None:
+async def serve(board: Rendezvous, worker: str, websocket: WebSocketConnection, pongs: list[float]) -> None:
     try:
         await board.serve(worker, "account", websocket, lambda: pongs.append(trio.current_time()))
     except* ConnectionClosed:
@@ -47,7 +47,7 @@ async def serve(board: Switchboard, worker: str, websocket: WebSocketConnection,
 
 
 async def test_a_worker_is_told_once_to_look_however_often_it_is_asked(autojump_clock: Any) -> None:
-    board = Switchboard()
+    board = Rendezvous()
     async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, board, "w", ours, [])
         assert json.loads(await peer.get_message()) == {"syncVMsAction": {}}
@@ -64,7 +64,7 @@ async def test_a_worker_is_told_once_to_look_however_often_it_is_asked(autojump_
 
 
 async def test_a_pong_is_a_sign_of_life(autojump_clock: Any) -> None:
-    board = Switchboard(ping_interval=10)
+    board = Rendezvous(ping_interval=10)
     pongs: list[float] = []
     chance = random.getstate()
     async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
@@ -77,7 +77,7 @@ async def test_a_pong_is_a_sign_of_life(autojump_clock: Any) -> None:
 
 
 async def test_a_peer_that_does_not_answer_is_given_up_within_two_intervals(autojump_clock: Any) -> None:
-    board = Switchboard(ping_interval=10)
+    board = Rendezvous(ping_interval=10)
     async with joined() as (ours, peer, answers):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, board, "w", ours, [])
@@ -91,7 +91,7 @@ async def test_a_peer_that_does_not_answer_is_given_up_within_two_intervals(auto
 
 
 async def test_the_newest_watch_of_a_name_is_the_one_that_counts(autojump_clock: Any) -> None:
-    board = Switchboard()
+    board = Rendezvous()
     async with joined() as (first, first_peer, _), joined() as (second, second_peer, _):
         async with trio.open_nursery() as nursery:
             replaced = trio.Event()
@@ -112,7 +112,7 @@ async def test_the_newest_watch_of_a_name_is_the_one_that_counts(autojump_clock:
 
 
 async def test_a_question_is_answered_once_by_whom_it_was_put_to(autojump_clock: Any) -> None:
-    board = Switchboard()
+    board = Rendezvous()
     with pytest.raises(APIError, match='worker "w" is not connected'), board.ask("w", "resolveIPAction", "uid"):
         raise AssertionError("nobody could be asked")
     async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
@@ -139,7 +139,7 @@ async def test_a_question_is_answered_once_by_whom_it_was_put_to(autojump_clock:
 
 
 async def test_a_question_that_nobody_waits_for_any_more_is_not_put(autojump_clock: Any) -> None:
-    board = Switchboard()
+    board = Rendezvous()
     async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, board, "w", ours, [])
         await board.connected("w")
@@ -154,7 +154,7 @@ async def test_a_question_that_nobody_waits_for_any_more_is_not_put(autojump_clo
 
 async def test_a_question_that_was_put_to_a_watch_which_was_dead_is_put_to_the_next(autojump_clock: Any) -> None:
     """So a worker that was killed and started again answers what was asked meanwhile."""
-    board = Switchboard()
+    board = Rendezvous()
     async with (
         joined() as (first, first_peer, _),
         joined() as (second, second_peer, _),
@@ -180,7 +180,7 @@ async def test_a_question_that_was_put_to_a_watch_which_was_dead_is_put_to_the_n
 
 async def test_there_is_an_end_to_questions(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tunnel, "MAX_SESSIONS", 2)
-    board = Switchboard()
+    board = Rendezvous()
     async with joined() as (ours, _peer, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, board, "w", ours, [])
         await board.connected("w")
@@ -194,7 +194,7 @@ async def test_there_is_an_end_to_questions(autojump_clock: Any, monkeypatch: py
 
 
 async def test_whoever_waits_for_a_worker_goes_on_when_that_one_has_come(autojump_clock: Any) -> None:
-    board = Switchboard()
+    board = Rendezvous()
     came: list[str] = []
 
     async def wait_for(worker: str) -> None:
@@ -214,7 +214,7 @@ async def test_whoever_waits_for_a_worker_goes_on_when_that_one_has_come(autojum
 
 
 async def test_what_a_worker_says_on_its_watch_is_passed_over_until_it_closes(autojump_clock: Any) -> None:
-    board = Switchboard()
+    board = Rendezvous()
     async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, board, "w", ours, [])
         await peer.get_message()

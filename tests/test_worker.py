@@ -14,23 +14,24 @@ from typing import Any, get_args
 
 import pytest
 import trio
-from disks import FailingDisk, no_room
-from processes import eventually
+from harness.disks import FailingDisk, no_room
+from harness.processes import eventually
 from trio_websocket import WebSocketConnection
 
-from orchard import controller, guard, worker
+from orchard import controller, worker
 from orchard.client import Client, ResponseError
 from orchard.codec import dump_json
-from orchard.driver import DriverError, RunOptions
-from orchard.events import EventLog
-from orchard.http1 import Answer, Request, Response, WebSocketUpgrade
-from orchard.httpd import serve
-from orchard.life import SHUT_DOWN, STOPPED, Note
+from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
+from orchard.net.server import serve
 from orchard.schema import TART_VMS, VM, Status
+from orchard.storage.events import EventLog
 from orchard.store import Store
-from orchard.synthetic import SyntheticDriver
 from orchard.tart import TartDriver
-from orchard.worker import ACTIONS, LOST, Identity, RefusedError, Worker, pause_after
+from orchard.vm import supervisor
+from orchard.vm.driver import DriverError, RunOptions
+from orchard.vm.instance import SHUT_DOWN, STOPPED, Note
+from orchard.vm.synthetic import SyntheticDriver
+from orchard.worker import ACTIONS, LOST, Identity, RefusedError, WorkerService, pause_after
 
 
 class Site:
@@ -49,7 +50,7 @@ class Site:
 
     async def start(self) -> None:
         self._stop, self._stopped = trio.Event(), trio.Event()
-        settings = controller.Settings(
+        settings = controller.ControllerSettings(
             data_dir=self.home / "controller", host="127.0.0.1", port=self.port, tls=False, auth=False, **self.settings
         )
 
@@ -76,13 +77,15 @@ class Site:
     def driver(self, name: str = "mac") -> SyntheticDriver:
         return self.hosts.setdefault(name, SyntheticDriver(self.home / "vms" / name))
 
-    def worker(self, client: Client, name: str = "mac", stop_vms: bool = True, **identity: Any) -> Worker:
+    def worker(self, client: Client, name: str = "mac", stop_vms: bool = True, **identity: Any) -> WorkerService:
         identity = {"machine_id": "m", "resources": {TART_VMS: 2}, **identity}
         who = Identity(name=name, arch="arm64", runtime="tart", **identity)
-        return Worker(who, client, self.driver(name), stop_vms_on_exit=stop_vms)
+        return WorkerService(who, client, self.driver(name), stop_vms_on_exit=stop_vms)
 
     @asynccontextmanager
-    async def working(self, name: str = "mac", *, stop_vms: bool = True, **identity: Any) -> AsyncIterator[Worker]:
+    async def working(
+        self, name: str = "mac", *, stop_vms: bool = True, **identity: Any
+    ) -> AsyncIterator[WorkerService]:
         """Run a worker for the time of the block."""
         async with Client(self.client.url) as client, trio.open_nursery() as nursery:
             running = self.worker(client, name, stop_vms, **identity)
@@ -531,14 +534,16 @@ async def test_no_lease_is_renewed_while_a_vm_runs_that_the_controller_has_given
 async def test_a_lease_is_no_longer_for_a_worker_that_stands_still_while_it_renews_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "clock", partial(next, itertools.count(1000.0, 100.0)))  # between any two looks at it
+    monkeypatch.setattr(
+        supervisor, "clock", partial(next, itertools.count(1000.0, 100.0))
+    )  # between any two looks at it
     async with Client("http://127.0.0.1:1") as client:
         identity = Identity(name="mac", arch="arm64", runtime="tart", machine_id="m", resources={})
-        mac = Worker(identity, client, TartDriver("/none", tmp_path), lease_clock=guard.clock)
+        mac = WorkerService(identity, client, TartDriver("/none", tmp_path), lease_clock=supervisor.clock)
         mac._ending = []
-        mac._renew(guard.clock())
+        mac._renew(supervisor.clock())
         until = [1000.0 + share * worker.OFFLINE_TIMEOUT for share in (worker.SOFT, worker.HARD)]
-        assert list(guard.read_lease(tmp_path / "lease")) == pytest.approx(until)
+        assert list(supervisor.read_lease(tmp_path / "lease")) == pytest.approx(until)
 
 
 async def runs_alone(site: Site, name: str) -> bool:
@@ -583,7 +588,7 @@ async def test_each_session_that_breaks_is_followed_by_a_pause_of_chance_however
         await eventually(partial(has_arrived, mac, 4))
 
 
-def has_arrived(mac: Worker, times: int) -> bool:
+def has_arrived(mac: WorkerService, times: int) -> bool:
     return mac._arrivals == times
 
 
@@ -619,12 +624,12 @@ async def test_a_name_that_another_machine_has_is_refused_until_it_is_free(site:
 
 
 async def test_a_worker_that_was_never_let_in_gives_up(tmp_path: Path, nursery: trio.Nursery) -> None:
-    settings = controller.Settings(data_dir=tmp_path / "c", host="127.0.0.1", port=0, tls=False)
+    settings = controller.ControllerSettings(data_dir=tmp_path / "c", host="127.0.0.1", port=0, tls=False)
     running: controller.Running = await nursery.start(partial(controller.run, settings))
     async with Client(running.url, account="nobody", token="t") as client:
         identity = Identity(name="w", arch="arm64", runtime="tart", machine_id="m", resources={})
         with pytest.raises(RefusedError, match="does not exist"):
-            await Worker(identity, client, SyntheticDriver(tmp_path / "vms")).run()
+            await WorkerService(identity, client, SyntheticDriver(tmp_path / "vms")).run()
     nursery.cancel_scope.cancel()
 
 
@@ -638,7 +643,7 @@ class Impostor:
         self._actions = actions
         self.brought: list[tuple[str, str | None]] = []  # path, and the error that it names
 
-    async def handle(self, request: Request) -> Answer:
+    async def handle(self, request: Request) -> AnyResponse:
         answers: dict[str, object] = {"/v1/workers": {"name": "mac"}, "/v1/controller/info": {}, "/v1/vms": []}
         if request.path in answers:
             return Response(200, dump_json(answers[request.path]))

@@ -1,0 +1,1 @@
+"""What is durable: checked, append-only files of JSON lines."""

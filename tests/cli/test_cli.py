@@ -1,0 +1,309 @@
+"""The `orchard` command as people use it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from harness.processes import GENEROUS, controller, finished, started
+
+from orchard import __version__
+from orchard.auth import BootstrapToken
+from orchard.fsck import SSH_HOST_KEY_FILE
+
+STEP = re.compile(r" +[0-9]+\.[0-9]{3} s  (.*)\n")
+
+
+def test_the_demo_shows_each_step_and_leaves_nothing(tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = finished("", "demo", "--synthetic", home=tmp_path, env={"TMPDIR": str(temporary)})
+    assert (done.returncode, done.stderr) == (0, "")
+    steps = STEP.findall(done.stdout)
+    for begins in (
+        "a controller listens on http://127.0.0.1:",
+        "POST /v1/vms: the VM",
+        'the VM is running on "worker-1"',
+        "its script says: Hello from ",
+        "its script says: What's in a variable arrives as it is: \"$HOME\" `uname` 'and quotes'.",
+        "DELETE /v1/vms/demo",
+        "worker and controller have ended",
+    ):
+        assert any(step.startswith(begins) for step in steps), (begins, steps)
+    assert list(temporary.iterdir()) == []
+
+
+def curl(line: str) -> str:
+    """Run a line as it was printed, and give what it prints; without curl, do what it says.
+
+    With -N the answer has no end: only its first line is given.
+    """
+    words = shlex.split(line, comments=True)
+    if shutil.which("curl") is None:
+        options = dict(pairwise(words))
+        url = next(word for word in words if word.startswith("http://"))
+        body = options["-d"].encode() if "-d" in options else None
+        with urllib.request.urlopen(urllib.request.Request(url, body, method=options.get("-X"))) as answer:
+            return str((answer.readline() if "-N" in words else answer.read()).decode())
+    with subprocess.Popen([*words, "-sS", "--fail-with-body"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        if "-N" in words:
+            first = process.stdout.readline()
+            process.kill()
+            return first
+        said = process.stdout.read()
+        assert process.wait(GENEROUS) == 0, (line, said)
+        return said
+
+
+def test_the_demo_that_stays_prints_curl_lines_that_work(tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    with started("", "demo", "--synthetic", "--keep", home=tmp_path, env={"TMPDIR": str(temporary)}) as role:
+        role.wait_for(re.compile("It stays until"))
+        role.wait_for(re.compile(".*-X DELETE"))
+        lines = [line for line in role.said if line.startswith("  curl ")]
+        listed, created, events, watched, deleted = map(curl, lines)
+        assert [vm["name"] for vm in json.loads(listed)] == ["demo"]
+        assert json.loads(created)["name"] == "second"
+        assert isinstance(json.loads(events), list)
+        change = json.loads(watched)
+        assert (change["type"], change["object"]["name"]) == ("ADDED", "second")
+        assert deleted == ""
+        assert [vm["name"] for vm in json.loads(curl(lines[0]))] == ["demo"]
+        assert list(temporary.iterdir()) != []
+        assert role.stop(signal.SIGINT) == 0
+    assert list(temporary.iterdir()) == []
+    assert role.log.read_text() == ""
+
+
+def test_a_demo_that_nobody_reads_on_ends_without_a_traceback(tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    with started("", "demo", "--synthetic", home=tmp_path, env={"TMPDIR": str(temporary)}) as role:
+        assert role.process.stdout is not None
+        role.process.stdout.close()
+        assert role.process.wait(GENEROUS) == 1
+    assert (role.log.read_text(), list(temporary.iterdir())) == ("", [])
+
+
+def test_dev_keeps_its_state(tmp_path: Path) -> None:
+    arguments = ("dev", "--synthetic", "--port", "0", "--directory", str(tmp_path / "dev"), "--workers", "2")
+    listening = re.compile(r"orchard .* for development: (\S+),")
+    with started("", *arguments, home=tmp_path) as role:
+        url = role.wait_for(listening)[1]
+        body = json.dumps({"name": "vm", "image": "any", "labels": {"no": "worker"}})
+        created = json.loads(curl(f"curl {url}/v1/vms -d '{body}'"))
+        workers = json.loads(curl(f"curl {url}/v1/workers"))
+        assert [worker["name"] for worker in workers] == ["worker-1", "worker-2"]
+        assert role.stop(signal.SIGINT) == 0
+    with started("", *arguments, home=tmp_path) as role:
+        url = role.wait_for(listening)[1]
+        (kept,) = json.loads(curl(f"curl {url}/v1/vms"))
+        assert (kept["name"], kept["uid"]) == ("vm", created["uid"])
+        assert role.stop() == 0
+
+
+def test_a_bootstrap_token_is_made_of_the_data_of_a_running_controller(tmp_path: Path) -> None:
+    env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "t"}
+    with controller(home=tmp_path, env=env):
+        made = finished("", "bootstrap-token", "bootstrap-admin", home=tmp_path)
+        certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
+        assert BootstrapToken.parse(made.stdout) == BootstrapToken("bootstrap-admin", "t", certificate)
+        made = finished("", "bootstrap-token", "bootstrap-admin", "--no-certificate", home=tmp_path)
+        assert BootstrapToken.parse(made.stdout) == BootstrapToken("bootstrap-admin", "t")
+        refused = finished("", "bootstrap-token", "nobody", home=tmp_path)
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert '"nobody"' in refused.stderr
+        assert "bootstrap-admin" in refused.stderr
+    state = tmp_path / "controller" / "state.jsonl"
+    state.write_bytes(state.read_bytes().replace(b"bootstrap", b"bootstrab", 1))
+    for home, words in ((tmp_path, "checksum"), (tmp_path / "none", "--data-dir")):
+        refused = finished(
+            "", "bootstrap-token", "bootstrap-admin", "--data-dir", str(home / "controller"), home=tmp_path
+        )
+        assert refused.returncode == 1
+        assert words in refused.stderr
+        assert "Traceback" not in refused.stderr
+
+
+def test_what_cannot_be_is_said_without_a_traceback(tmp_path: Path) -> None:
+    assert finished("", "--version", home=tmp_path).stdout == f"orchard {__version__}\n"
+    unsaid = finished("", home=tmp_path)
+    assert (unsaid.returncode, unsaid.stdout) == (2, "")
+    assert "usage: orchard" in unsaid.stderr
+    assert "VERB" in unsaid.stderr
+    assert finished("", "unknown", home=tmp_path).returncode == 2
+    refused = finished("", "dev", "--port", "65536", home=tmp_path)
+    assert refused.returncode == 2
+    assert '"65536" is no port' in refused.stderr
+    for role in ("controller", "worker"):
+        shown = finished("", role, "--help", home=tmp_path)
+        assert shown.returncode == 0
+        assert "usage:" in shown.stdout
+    with tempfile.NamedTemporaryFile() as file:
+        refused = finished("", "dev", "--synthetic", "--port", "0", "--directory", file.name, home=tmp_path)
+    assert refused.returncode == 1
+    assert file.name in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+# ---- orchard check -------------------------------------------------------------------------------------------------
+
+EVENT = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
+AS_THEY_ARE = re.compile(
+    r"(/.*): 2 VMs, 0 workers, 0 service accounts, 2 events; [3-9] lines up to revision ([0-9]+); all is well\n"
+)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a controller that has ended, with two VMs, each with an event."""
+    home = tmp_path_factory.mktemp("kept")
+    with controller("--insecure-no-auth", home=home) as (role, url):
+        for name in ("a", "b"):
+            for path, body in (("", {"name": name, "image": "any"}), (f"/{name}/events", EVENT)):
+                subprocess.run(
+                    ["curl", "-sSk", "--fail-with-body", f"{url}/v1/vms{path}", "-d", json.dumps(body)],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                )
+        assert role.stop() == 0
+    return home
+
+
+def images(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted([directory, *directory.rglob("*")])
+    }
+
+
+def checked(directory: Path) -> tuple[int, str]:
+    """What `orchard check` gives and prints; it changes nothing."""
+    before = images(directory)
+    done = finished("", "check", str(directory), home=directory.parent)
+    assert images(directory) == before
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def events_file(directory: Path) -> Path:
+    return min((directory / "events").iterdir())
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def another_key(path: Path) -> None:
+    command = ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-384", "-out", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    path.chmod(0o600)
+
+
+def append(path: Path, data: bytes) -> None:
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def second_line(path: Path) -> int:
+    return path.read_bytes().index(b"\n") + 1
+
+
+def test_check_finds_nothing_where_all_is_well(kept: Path) -> None:
+    status, said = checked(kept / "controller")
+    assert status == 0
+    assert AS_THEY_ARE.fullmatch(said), said
+    default = finished("", "check", home=kept)
+    assert (default.returncode, default.stdout) == (0, said)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda d: flip(d / "state.jsonl", second_line(d / "state.jsonl") + 40), r"{d}/state.jsonl: the checksum does not fit .* at byte {line}; restore the data directory from a backup, .*"),
+        (lambda d: (d / "state.jsonl").unlink(), r"{d}/state.jsonl is missing; restore it from a backup, or is this no controller's data directory\?"),
+        (lambda d: flip(events_file(d), second_line(events_file(d)) + 40), r"{d}/events/.*\.jsonl: the checksum does not fit .* at byte [0-9]+; restore .*"),
+        (lambda d: (d / "access-token.key").write_bytes(b"short"), r"{d}/access-token.key: it has 5 bytes, expected 32; restore .*"),
+        (lambda d: (d / "access-token.key").unlink(), r"{d}/access-token.key is missing; restore .*"),
+        (lambda d: (d / "access-token.key").chmod(0o640), r"{d}/access-token.key can be read by others than its owner \(mode 640\); chmod 600 it"),
+        (lambda d: (d / "controller.key").chmod(0o604), r"{d}/controller.key can be read by others .* \(mode 604\); chmod 600 it"),
+        (lambda d: (d / "state.jsonl").chmod(0o644), r"{d}/state.jsonl can be read by others .*; chmod 600 it"),
+        (lambda d: d.chmod(0o770), r"{d} can be written by others than its owner \(mode 770\); chmod 700 it"),
+        (lambda d: (d / "controller.key").unlink(), r"{d}/controller.crt is without {d}/controller.key; restore .*"),
+        (lambda d: another_key(d / "controller.key"), r"{d}/controller.crt and {d}/controller.key are no certificate and its key .*; restore .*"),
+    ],
+)  # fmt: skip
+def test_check_says_each_problem_with_its_place_and_remedy(
+    kept: Path, tmp_path: Path, spoil: Callable[[Path], object], problem: str
+) -> None:
+    directory = tmp_path / "data"
+    shutil.copytree(kept / "controller", directory)
+    line = second_line(directory / "state.jsonl")
+    spoil(directory)
+    status, said = checked(directory)
+    first, last = said.splitlines()
+    assert status == 1
+    assert re.fullmatch(problem.format(d=re.escape(str(directory)), line=line), first), first
+    assert last.endswith("; 1 problems")
+
+
+def test_check_notes_what_the_next_start_puts_right(kept: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    shutil.copytree(kept / "controller", directory)
+    sizes = {path: path.stat().st_size for path in (directory / "state.jsonl", events_file(directory))}
+    for path in sizes:
+        append(path, b'{"sum":"')
+    (directory / "state.jsonl.new").write_bytes(b"half")
+    (directory / "events" / "x.jsonl.new").write_bytes(b"half")
+    gone = directory / "events" / "gone.jsonl"
+    gone.write_bytes(events_file(directory).read_bytes())
+    status, said = checked(directory)
+    assert status == 1
+    assert f"{gone}: this is no orchard-events file of version 1 for uid gone at byte 0" in said
+    gone.unlink()
+    status, said = checked(directory)
+    *notes, last = said.splitlines()
+    assert (status, len(notes)) == (0, 4)
+    assert AS_THEY_ARE.fullmatch(last + "\n")
+    for path, size in sizes.items():
+        assert f"note: {path}: the last line is not finished at byte {size}; the next start cuts it off" in notes
+    with controller("--insecure-no-auth", "--data-dir", str(directory), home=tmp_path) as (role, _):
+        assert checked(directory) == (0, last + "\n"), "while a controller runs, and has put it right"
+        assert role.stop() == 0
+
+
+def test_events_whose_vm_is_gone_are_noted(kept: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    shutil.copytree(kept / "controller", directory)
+    with controller("--insecure-no-auth", "--data-dir", str(directory), home=tmp_path) as (_, url):
+        subprocess.run(["curl", "-sSk", "--fail-with-body", "-X", "DELETE", f"{url}/v1/vms/a"], check=True)
+    shutil.copytree(kept / "controller" / "events", directory / "events", dirs_exist_ok=True)
+    status, said = checked(directory)
+    note, last = said.splitlines()
+    assert (status, note.startswith(f"note: {directory}/events/")) == (0, True)
+    assert note.endswith("is of a VM that does not exist any more; the next start removes it")
+    assert last.startswith(f"{directory}: 1 VMs")
+
+
+def test_check_of_nothing(tmp_path: Path) -> None:
+    done = finished("", "check", str(tmp_path / "none"), home=tmp_path)
+    assert (done.returncode, done.stderr) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
+    assert finished("", "check", "a", "b", home=tmp_path).returncode == 2
+
+
+def test_check_knows_the_name_of_the_ssh_host_key() -> None:
+    assert pytest.importorskip("orchard.ssh.jump").HOST_KEY_FILE == SSH_HOST_KEY_FILE

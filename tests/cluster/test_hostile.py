@@ -1,0 +1,125 @@
+"""What the controller as a process stands: no descriptors left, old TLS, names that would like to be something else."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import resource
+import socket
+import subprocess
+import urllib.parse
+from pathlib import Path
+
+from harness.processes import GENEROUS, at_last, controller
+from test_controller import PLAIN, call, log_lines
+
+SHORT = 60.0  # seconds until a socket gives up; nothing is asserted about time
+
+
+def connected(url: str) -> http.client.HTTPConnection:
+    host, _, port = url.removeprefix("http://").partition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=SHORT)
+    connection.connect()
+    return connection
+
+
+def status_of(connection: http.client.HTTPConnection) -> int:
+    connection.request("GET", "/v1/")
+    answer = connection.getresponse()
+    answer.read()
+    return answer.status
+
+
+def test_no_descriptor_left_stops_nobody_who_is_there_and_newcomers_only_for_a_while(tmp_path: Path) -> None:
+    with controller(*PLAIN, home=tmp_path) as (role, url):
+        there = connected(url)
+        assert status_of(there) == 200
+        pid = role.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        taken = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir())
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (taken + 1, before[1]))
+        newcomers = [connected(url) for _ in range(5)]
+        for newcomer in newcomers:
+            newcomer.request("GET", "/v1/")
+        for _ in range(50):
+            assert status_of(there) == 200
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        for newcomer in newcomers:
+            assert newcomer.getresponse().status == 200
+            newcomer.close()
+        there.close()
+        assert role.stop() == 0
+    log = role.log.read_text()
+    assert "Traceback" not in log
+    complaints = [line for line in log_lines(role) if "Too many open files" in line]
+    assert len(complaints) == 1
+    assert "retrying" in complaints[0]
+
+
+def test_no_descriptor_left_makes_ssh_wait_and_is_told_once(tmp_path: Path) -> None:
+    with controller(*PLAIN, "--listen-ssh", "127.0.0.1:0", home=tmp_path) as (role, _):
+        port = int(re.findall(r"HOST:([0-9]+)", "".join(role.said))[0])
+        pid = role.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(len(taken) + 1)) - taken), before[1]))
+        newcomers = [socket.create_connection(("127.0.0.1", port), timeout=SHORT) for _ in range(3)]
+        at_last(lambda: "Too many open files" in role.log.read_text())
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        for newcomer in newcomers:
+            assert newcomer.recv(8) == b"SSH-2.0-"
+            newcomer.close()
+        assert role.stop() == 0
+    assert "Traceback" not in role.log.read_text()
+    complaints = [line for line in log_lines(role) if "Too many open files" in line]
+    assert len(complaints) < 10, "asyncio has a hundred at once"
+    assert "retrying" in complaints[0]
+
+
+def test_old_tls_is_not_spoken(tmp_path: Path) -> None:
+    with controller("--insecure-no-auth", home=tmp_path) as (role, url):
+        port = url.rpartition(":")[2]
+        for version, spoken in (("-tls1_1", False), ("-tls1_2", True), ("-tls1_3", True)):
+            # The system's openssl, at its most lenient: Python's own refuses before it asks.
+            command = ["openssl", "s_client", version, "-cipher", "ALL:@SECLEVEL=0", "-connect", f"127.0.0.1:{port}"]
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=GENEROUS, check=False
+            )
+            assert (done.returncode == 0) is spoken, done.stdout + done.stderr
+        assert role.stop() == 0
+    assert "Traceback" not in role.log.read_text()
+
+
+# A dash in front is allowed: no name is a word of its own anywhere, VMs are orchard-NAME-... on their hosts.
+NASTY = [
+    "../up",
+    "a/b",
+    "a b",
+    "a\nlevel=error msg=forged",
+    "a\x1b[31m",
+    "$(id)",
+    "`id`",
+    "a;b",
+    "é",
+    "",
+]
+
+
+def test_no_name_is_more_than_a_name(tmp_path: Path) -> None:
+    with controller(*PLAIN, home=tmp_path) as (role, url):
+        for name in NASTY:
+            for path, body in (
+                ("/v1/vms", {"name": name, "image": "image"}),
+                ("/v1/workers", {"name": name, "machine_id": "m"}),
+                ("/v1/service-accounts", {"name": name, "roles": []}),
+            ):
+                status, problem = call(url, "POST", path, body)
+                assert status == 412, (path, name, problem)
+            quoted = urllib.parse.quote(name, safe="")
+            if name:
+                assert call(url, "GET", f"/v1/vms/{quoted}")[0] == 404
+        for image in ("-rf", "--help", "a\0b"):
+            assert call(url, "POST", "/v1/vms", {"name": "vm", "image": image})[0] == 412, image
+        assert role.stop() == 0
+    assert not any(line.startswith("level=") for line in log_lines(role))
+    assert "\x1b" not in role.log.read_text()

@@ -1,0 +1,260 @@
+"""Controller and worker as real processes, as they are deployed: over TLS, let in by a bootstrap token."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from harness.processes import Role, controller, eventually, finished, processes_in, started
+
+from orchard.auth import BootstrapToken
+from orchard.client import Client
+from orchard.schema import TART_VMS
+
+ADMIN = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "admin-token"}
+SCRIPT = 'echo begins; echo "$TEXT"; read line || echo end of file; echo over >&2\n'
+TEXT = "quotes ' and \" and `backticks` and $HOME\nand a second line"
+
+
+@asynccontextmanager
+async def admin(url: str, home: Path) -> AsyncIterator[Client]:
+    certificate = (home / "controller" / "controller.crt").read_bytes()
+    async with Client(url, account="bootstrap-admin", token="admin-token", certificate=certificate) as client:
+        yield client
+
+
+async def let_in(client: Client, home: Path) -> str:
+    """Make an account for workers, and give a bootstrap token for it, by the command for that."""
+    await client.service_accounts.create("workers", roles=["compute:read", "compute:write"])
+    made = finished_orchard(home, "bootstrap-token", "workers")
+    token = BootstrapToken.parse(made)
+    assert token.certificate is not None
+    return made.strip()
+
+
+def finished_orchard(home: Path, *arguments: str) -> str:
+    done = finished("", *arguments, home=home)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+async def workers_of(client: Client, count: int) -> None:
+    async def there() -> bool:
+        return len(await client.workers.list()) == count
+
+    await eventually(there)
+
+
+async def lines_of(client: Client, name: str, count: int) -> list[str]:
+    lines: list[str] = []
+
+    async def printed() -> bool:
+        lines[:] = [event.payload async for event in client.vms.events(name)]
+        return len(lines) >= count
+
+    await eventually(printed)
+    return lines
+
+
+async def gone(directory: Path) -> None:
+    await eventually(lambda: not list(directory.glob("orchard-*")))
+
+
+async def test_a_vms_whole_life_over_tls_with_a_bootstrap_token(tmp_path: Path) -> None:
+    with controller(home=tmp_path, env=ADMIN) as (control, url):
+        async with admin(url, tmp_path) as client:
+            token = await let_in(client, tmp_path)
+            with started(
+                "worker", url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", token, home=tmp_path
+            ) as worker:
+                await workers_of(client, 1)
+                script = {"script_content": SCRIPT, "env": {"TEXT": TEXT}}
+                await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos:latest", startup_script=script)
+                vm = await client.vms.wait("vm")
+                assert vm.state.image_fqn.startswith("ghcr.io/cirruslabs/macos:latest@sha256:")
+                assert vm.state.observed_generation == 1
+                assert vm.condition("running")
+                lines = await lines_of(client, "vm", 5)
+                assert lines == ["begins", *TEXT.split("\n"), "end of file", "over"]
+                await client.vms.delete("vm")
+                await gone(tmp_path / "synthetic" / "mac" / "mac")
+                assert worker.stop() == 0
+            assert control.stop() == 0
+            said = control.log.read_text() + worker.log.read_text()
+            assert "Traceback" not in said
+            assert "level=error" not in said
+            for secret in ("admin-token", token, BootstrapToken.parse(token).token):
+                assert secret not in said
+
+
+async def test_a_killed_worker_leaves_nothing_once_it_is_back(tmp_path: Path) -> None:
+    with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
+        async with Client(url) as client:
+            arguments = (url, "--runtime", "synthetic", "--name", "mac")
+            homes = tmp_path / "synthetic" / "mac" / "mac"
+            with started("worker", *arguments, home=tmp_path) as worker:
+                await workers_of(client, 1)
+                script = {"script_content": "echo begins; sleep 1000 & sleep 1000"}
+                await client.vms.create(name="lost", image="any", startup_script=script)
+                await client.vms.create(name="deleted", image="any", startup_script=script)
+                await lines_of(client, "lost", 1)
+                await lines_of(client, "deleted", 1)
+                worker.stop(signal.SIGKILL)
+            await client.vms.delete("deleted")
+            stranger = homes / "somebody-elses"
+            stranger.mkdir()
+            with started("worker", *arguments, home=tmp_path) as worker:
+                async with client.vms.watch("lost") as changes:
+                    async for _, vm in changes:
+                        if vm.state.status == "failed":
+                            break
+                assert vm.state.status_message.startswith("lost: ")
+                await client.vms.delete("lost")
+                await gone(homes)
+                assert stranger.exists()
+                await eventually(lambda: processes_in(homes) == [])
+                assert worker.stop() == 0
+
+
+async def test_vms_run_on_while_the_controller_is_away(tmp_path: Path) -> None:
+    port = free_port()
+    listen = ("--listen", f"127.0.0.1:{port}", "--insecure-no-tls", "--insecure-no-auth")
+    url = f"http://127.0.0.1:{port}"
+    with started("worker", url, "--runtime", "synthetic", "--name", "mac", home=tmp_path) as worker:
+        with started("controller", *listen, home=tmp_path) as first:
+            first.wait_for(re.compile("orchard controller .* listening"))
+            async with Client(url) as client:
+                await workers_of(client, 1)
+                await client.vms.create(name="vm", image="any")
+                before = await client.vms.wait("vm")
+            first.stop(signal.SIGKILL)
+        with started("controller", *listen, home=tmp_path) as second:
+            second.wait_for(re.compile("orchard controller .* listening"))
+            async with Client(url) as client:
+                await client.vms.create(name="another", image="any")
+                assert (await client.vms.wait("another")).state.worker == "mac"
+                after = await client.vms.get("vm")
+                assert (after.uid, after.state.status, after.state.restart_count) == (before.uid, "running", 0)
+            assert second.stop() == 0
+        assert worker.stop() == 0
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+async def test_many_synthetic_workers_in_one_process(tmp_path: Path) -> None:
+    with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
+        arguments = (url, "--runtime", "synthetic", "--name", "w", "--workers", "20")
+        options = ("--resources", f"{TART_VMS}=1,gpu=2", "--labels", "model=mini", "--default-cpu", "3")
+        with started("worker", *arguments, *options, home=tmp_path) as worker:
+            async with Client(url) as client:
+                await workers_of(client, 20)
+                one = await client.workers.get("w-20")
+                assert (one.labels, one.resources[TART_VMS], one.resources["gpu"]) == ({"model": "mini"}, 1, 2)
+                for number in range(20):
+                    await client.vms.create(name=f"vm-{number}", image="any")
+                vms = [await client.vms.wait(f"vm-{number}") for number in range(20)]
+                assert len({vm.state.worker for vm in vms}) == 20
+                assert {vm.state.assigned_cpu for vm in vms} == {3}
+            assert worker.stop(signal.SIGINT) == 0
+
+
+# ---- what is wrong, and is said ------------------------------------------------------------------------------------
+
+
+async def logged(role: Role, text: str) -> None:
+    """Wait until the log holds a text."""
+
+    def said() -> bool:
+        assert role.process.poll() is None, role.log.read_text()
+        return text in role.log.read_text()
+
+    await eventually(said)
+
+
+async def test_a_worker_says_why_there_is_no_session_and_tries_again(tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with started("worker", url, "--runtime", "synthetic", "--name", "mac", home=tmp_path) as worker:
+        await logged(worker, f'reason="cannot reach {url}: connection refused"')
+        listen = ("--listen", f"127.0.0.1:{port}", "--insecure-no-tls", "--insecure-no-auth")
+        with started("controller", *listen, home=tmp_path):
+            await logged(worker, "registered with the controller")
+        assert worker.stop() == 0
+        assert "Traceback" not in worker.log.read_text()
+
+
+async def test_a_worker_with_a_refused_token_ends_with_2(tmp_path: Path) -> None:
+    with controller(home=tmp_path, env=ADMIN) as (_, url):
+        async with admin(url, tmp_path) as client:
+            certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
+            await client.service_accounts.create("reader", roles=["compute:read"], token="t")
+            for token, words in (
+                (BootstrapToken("bootstrap-admin", "wrong", certificate), "its token is another one"),
+                (BootstrapToken("nobody", "t", certificate), "does not exist"),
+                (BootstrapToken("reader", "t", certificate), "compute:write"),
+            ):
+                arguments = (url, "--runtime", "synthetic", "--bootstrap-token", str(token))
+                refused = finished("worker", *arguments, home=tmp_path)
+                assert refused.returncode == 2, refused.stderr
+                assert words in refused.stderr
+                assert "Traceback" not in refused.stderr
+
+
+async def test_a_worker_that_must_not_trust_the_controller_says_so(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with controller(home=other, env=ADMIN):
+        wrong = (other / "controller" / "controller.crt").read_bytes()
+    with controller(home=tmp_path, env=ADMIN) as (_, url):
+        for certificate, words in ((wrong, "another one than the one to trust"), (None, "not trusted")):
+            token = BootstrapToken("bootstrap-admin", "admin-token", certificate)
+            arguments = (url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", str(token))
+            with started("worker", *arguments, home=tmp_path) as worker:
+                await logged(worker, words)
+                assert worker.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["not-a-url"], 2, ["not-a-url", "https://"]),
+        (["http://h:1", "--bootstrap-token", "x"], 2, ["orchard-bootstrap-token-v0"]),
+        (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ"], 2, ["1 parts", "expected 2 or 3"]),
+        (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ.!"], 2, ["part 2", "base64url"]),
+        (["http://h:1", "--bootstrap-token-stdin"], 2, ["orchard-bootstrap-token-v0"]),
+        (["https://h:1", "--no-pki"], 2, ["--no-pki", "certificate"]),
+        (["http://h:1", "--runtime", "tart"], 1, ["tart", "PATH", "--tart"]),
+        (["http://h:1", "--tart", "/none/tart"], 1, ["/none/tart"]),
+        (["http://h:1", "--runtime", "docker"], 2, ["docker", "synthetic"]),
+        (["http://h:1", "--resources", "a=-1"], 2, ["a=-1", "WHOLE NUMBER"]),
+        (["http://h:1", "--labels", "a"], 2, ['"a"', "KEY=VALUE"]),
+        (["http://h:1", "--name", "a b"], 2, ["a b"]),
+        (["http://h:1", "--workers", "2"], 2, ["--workers", "synthetic"]),
+        (["http://h:1", "--default-cpu", "0"], 2, ['"0"', "from 1 on"]),
+    ],
+)
+def test_a_wrong_command_line_is_refused(tmp_path: Path, arguments: list[str], status: int, words: list[str]) -> None:
+    refused = finished("worker", *arguments, home=tmp_path)
+    assert refused.returncode == status, refused.stderr
+    assert "Traceback" not in refused.stderr
+    for word in words:
+        assert word in refused.stderr
+
+
+async def test_two_workers_with_the_same_vms_before_them_are_refused(tmp_path: Path) -> None:
+    with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
+        arguments = (url, "--runtime", "synthetic", "--name", "mac")
+        with started("worker", *arguments, home=tmp_path) as worker:
+            await logged(worker, "registered with the controller")
+            second = finished("worker", *arguments, home=tmp_path)
+            assert second.returncode == 1
+            assert f"in use by another process ({worker.process.pid})" in second.stderr

@@ -1,0 +1,1 @@
+"""What the tests share: clusters, processes, networks, disks and fakes. tests/README.md says which serves what."""

@@ -1,0 +1,357 @@
+"""Virtual machines in memory. Law: trio and one random number generator; no sockets, no processes, no clock but trio's.
+
+A `Machine` is a host, and outlives the workers on it. It boots and ends guests, keeps their lease, and tells a `Witness`
+of each moment at which one begins or ends to run: what really runs where is known here, whatever anybody believes.
+
+A `Handle` is what one worker process has of its machine: the worker's Driver. What it asks for is carried out by the
+machine, after a random time. A worker that ends orderly ends what it has asked for; of one that is killed it goes on
+until the next worker's `recover`, and the handle of a dead process does nothing any more. While troubles last, verbs
+fail now and then, before or after they have done their work, guests shut down by themselves, and scripts fail.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Literal, Protocol
+
+import trio
+
+from harness.network import Process
+from orchard.vm.driver import (
+    LEASE_OVER,
+    Driver,
+    DriverError,
+    LocalState,
+    LocalVM,
+    NoSuchVM,
+    NotRunning,
+    Progress,
+    RunOptions,
+    ScriptFailed,
+)
+from orchard.vm.supervisor import EXPIRED
+
+PATIENCE = 30.0  # seconds in which a guest shuts down, or is killed then
+TROUBLE = 0.05  # of the verbs fail while troubles last
+# Seconds that the verbs take, from and to.
+LIST, PULL, SET, BOOT, DELETE, SCRIPT = (0.02, 0.3), (0.2, 8.0), (0.05, 0.5), (0.02, 0.3), (0.05, 2.0), (0.5, 15.0)
+STOP, SUSPEND = (0.02, 0.2), (0.1, 5.0)  # until it is under way
+SHUT_DOWN = (0.1, 40.0)  # some never do, and are killed
+
+Order = Literal["", "stop", "suspend", "lease", "power", "itself"]
+
+
+class Witness(Protocol):
+    def began(self, machine: Machine, name: str) -> None: ...
+
+    def ended(self, machine: Machine, name: str, why: Order) -> None: ...
+
+
+class Guest:
+    """A VM that runs."""
+
+    def __init__(self, name: str, *, leased: bool) -> None:
+        self.name = name
+        self.leased = leased
+        self.order: Order = ""  # what ends it
+        self.ended = trio.Event()
+        self.news = trio.lowlevel.ParkingLot()
+
+    def end(self, order: Order) -> None:
+        self.order = self.order or order
+        self.news.unpark_all()
+
+
+class Call:
+    """Something that a machine was asked to do."""
+
+    def __init__(self, *, lasts: bool) -> None:
+        self.lasts = lasts  # whatever becomes of who asked
+        self.scope = trio.CancelScope()
+        self.done = trio.Event()
+        self.result: Any = None
+        self.error: DriverError | None = None
+
+
+class Machine:
+    """A host. Its tasks run in `nursery`. `guarded` False, or another `stretch` than 1 (of leases): it is broken."""
+
+    def __init__(
+        self,
+        name: str,
+        chance: random.Random,
+        nursery: trio.Nursery,
+        witness: Witness,
+        *,
+        guarded: bool = True,
+        stretch: float = 1.0,
+    ) -> None:
+        self.name = name
+        self.chance = chance
+        self.troubled = True
+        self.vms: dict[str, LocalState] = {}  # on its disk, and how they are when they don't run
+        self.notes: dict[str, str] = {}
+        self.guests: dict[str, Guest] = {}
+        self.calls: dict[Call, None] = {}
+        self._nursery = nursery
+        self._witness = witness
+        self._guarded = guarded
+        self._stretch = stretch
+        self._lease = (-math.inf, -math.inf)  # when leased VMs shut down, and are killed
+
+    def lease(self, soft: float, hard: float) -> None:
+        now = trio.current_time()
+        self._lease = (now + (soft - now) * self._stretch, now + (hard - now) * self._stretch)
+        for guest in self.guests.values():
+            guest.news.unpark_all()
+
+    def begin(self, seconds: tuple[float, float], work: Callable[[], Any], *, lasts: bool = False) -> Call:
+        """Do some work in a while."""
+        call = Call(lasts=lasts)
+        self.calls[call] = None
+        self._nursery.start_soon(self._carry_out, call, self.chance.uniform(*seconds), work)
+        return call
+
+    async def _carry_out(self, call: Call, seconds: float, work: Callable[[], Any]) -> None:
+        trouble = self.chance.random() if self.troubled else 1.0
+        with call.scope:
+            await trio.sleep(seconds)
+            try:
+                if trouble < TROUBLE / 2:
+                    raise DriverError("no luck")
+                call.result = work()
+                if trouble < TROUBLE and not call.lasts:  # when `run` fails, nothing runs
+                    raise DriverError("no luck, and yet it was done")
+            except DriverError as error:
+                call.error = error
+        self.calls.pop(call, None)
+        call.done.set()
+
+    def boot(self, name: str, *, leased: bool) -> Guest:
+        if name in self.guests:
+            raise DriverError(f'VM "{name}" is already running')
+        if name not in self.vms:
+            raise NoSuchVM(f'the specified VM "{name}" does not exist')
+        if leased and self._guarded and trio.current_time() >= self._lease[0]:
+            raise DriverError(EXPIRED)
+        guest = self.guests[name] = Guest(name, leased=leased and self._guarded)
+        self._witness.began(self, name)
+        self._nursery.start_soon(self._guard, guest)
+        return guest
+
+    async def _guard(self, guest: Guest) -> None:
+        """See a guest to its end."""
+        while not guest.order:
+            soft = self._lease[0] if guest.leased else math.inf
+            if trio.current_time() >= soft:
+                guest.end("lease")
+            else:
+                with trio.move_on_at(soft):
+                    await guest.news.park()
+        begun = trio.current_time()
+        seconds = self.chance.uniform(*(SUSPEND if guest.order == "suspend" else SHUT_DOWN))
+        over = begun + min(seconds, PATIENCE)
+        while not guest.ended.is_set():
+            end = min(over, self._lease[1]) if guest.leased else over
+            if trio.current_time() >= end:
+                self._end(guest)
+            else:
+                with trio.move_on_at(end):
+                    await guest.news.park()
+
+    def _end(self, guest: Guest) -> None:
+        del self.guests[guest.name]
+        self.vms[guest.name] = "suspended" if guest.order == "suspend" else "stopped"
+        guest.ended.set()
+        guest.news.unpark_all()
+        self._witness.ended(self, guest.name, guest.order)
+
+    def lose_power(self) -> None:
+        """End everything at once; disks stay."""
+        for call in self.calls:
+            call.scope.cancel()
+        for guest in list(self.guests.values()):
+            guest.order = "power"
+            self._end(guest)
+
+
+class Handle(Driver):
+    """The machine as one process has it. `hasty`, or not `recovers`: it is broken, see `simulated.Broken`."""
+
+    def __init__(self, machine: Machine, process: Process, *, hasty: bool = False, recovers: bool = True) -> None:
+        self._machine = machine
+        self._process = process
+        self._hasty = hasty
+        self._recovers = recovers
+
+    async def _ask(self, seconds: tuple[float, float], work: Callable[[], Any], *, lasts: bool = False) -> Any:
+        await self._turn()
+        call = self._machine.begin(seconds, work, lasts=lasts)
+        try:
+            await call.done.wait()
+        finally:
+            if self._process.alive:
+                call.scope.cancel()
+        await self._turn()
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+    async def _turn(self) -> None:
+        await trio.lowlevel.checkpoint()
+        await self._process.turn()
+        if not self._process.alive:
+            raise DriverError("the process was killed")
+
+    def _known(self, name: str) -> None:
+        if name not in self._machine.vms:
+            raise NoSuchVM(f'the specified VM "{name}" does not exist')
+
+    def _guest(self, name: str) -> Guest:
+        self._known(name)
+        guest = self._machine.guests.get(name)
+        if guest is None:
+            raise NotRunning(f'VM "{name}" is not running')
+        return guest
+
+    async def list_vms(self) -> list[LocalVM]:
+        vms, guests = self._machine.vms, self._machine.guests
+        listed: list[LocalVM] = await self._ask(
+            LIST, lambda: [LocalVM(name, "running" if name in guests else state) for name, state in vms.items()]
+        )
+        return listed
+
+    async def pull(self, image: str, on_progress: Progress) -> None:
+        await self._ask(PULL, lambda: None)
+        on_progress(100)
+
+    async def clone(self, source: str, name: str, on_progress: Progress) -> None:
+        def cloned() -> None:
+            if name in self._machine.vms:
+                raise DriverError(f'VM "{name}" already exists')
+            self._machine.vms[name] = "stopped"
+
+        await self._ask(PULL, cloned)
+
+    async def fqn(self, image: str) -> str:
+        await self._turn()
+        return f"{image}@sha256:0"
+
+    async def configure(
+        self,
+        name: str,
+        *,
+        cpu: int = 0,
+        memory: int = 0,
+        disk_size: int = 0,
+        random_mac: bool = False,
+        random_serial: bool = False,
+    ) -> None:
+        def set_() -> None:
+            self._known(name)
+            if name in self._machine.guests:
+                raise DriverError(f'VM "{name}" is running')
+
+        await self._ask(SET, set_)
+
+    async def run(
+        self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        guest = await self._ask(BOOT, lambda: self._machine.boot(name, leased=options.leased), lasts=True)
+        task_status.started()
+        await self._until_ended(guest)
+
+    async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        await self._turn()
+        guest = self._guest(name)
+        task_status.started()
+        await self._until_ended(guest)
+
+    async def _until_ended(self, guest: Guest) -> None:
+        await guest.ended.wait()
+        await self._turn()
+        if guest.order == "lease":
+            raise DriverError(LEASE_OVER)
+
+    async def ip(self, name: str, *, bridged: bool = False) -> str:
+        await self._turn()
+        self._guest(name)
+        return "127.0.0.1"
+
+    async def stop(self, name: str) -> None:
+        def stopped() -> Guest | None:
+            self._known(name)
+            if name not in self._machine.guests and self._machine.vms[name] == "suspended":
+                self._machine.vms[name] = "stopped"
+                return None
+            guest = self._guest(name)
+            guest.end("stop")
+            return guest
+
+        guest = await self._ask(STOP, stopped)
+        if guest is not None and not self._hasty:
+            await guest.ended.wait()
+            await self._turn()
+
+    async def suspend(self, name: str) -> None:
+        def suspended() -> Guest:
+            guest = self._guest(name)
+            guest.end("suspend")
+            return guest
+
+        guest = await self._ask(STOP, suspended)
+        await guest.ended.wait()
+        await self._turn()
+
+    async def delete(self, name: str) -> None:
+        def deleted() -> None:
+            self._known(name)
+            if name in self._machine.guests:
+                raise DriverError(f'VM "{name}" is running')
+            del self._machine.vms[name]
+            self._machine.notes.pop(name, None)
+
+        await self._ask(DELETE, deleted)
+
+    async def run_script(
+        self,
+        name: str,
+        script: str,
+        *,
+        env: Mapping[str, str],
+        username: str,
+        password: str,
+        bridged: bool,
+        on_line: Callable[[str], Awaitable[None]],
+    ) -> None:
+        await self._turn()
+        guest, machine = self._guest(name), self._machine
+        await on_line("hello")
+        with trio.move_on_after(machine.chance.uniform(*SCRIPT)):
+            await guest.ended.wait()
+        await self._turn()
+        if guest.ended.is_set():
+            raise DriverError("the VM ended while its startup script ran")
+        await on_line("good-bye")
+        if machine.troubled and machine.chance.random() < 2 * TROUBLE:
+            raise ScriptFailed(1, "good-bye")
+
+    async def recover(self) -> None:
+        await self._turn()
+        for call in self._machine.calls:
+            if not call.lasts and self._recovers:
+                call.scope.cancel()
+        await self._turn()
+
+    def lease(self, soft: float, hard: float) -> None:
+        if self._process.alive:
+            self._machine.lease(soft, hard)
+
+    def note(self, name: str, text: str) -> None:
+        if self._process.alive:
+            self._machine.notes[name] = text
+
+    def noted(self, name: str) -> str:
+        return self._machine.notes.get(name, "")

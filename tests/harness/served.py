@@ -1,0 +1,168 @@
+"""The API without sockets: `Served` hands requests to the controller's handlers as the HTTP server would.
+
+State and events are on the real disk, their writers run; only what carries the bytes is left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from orchard import auth
+from orchard.api import API
+from orchard.codec import APIError
+from orchard.controller import Cluster, ControllerSettings
+from orchard.net.request import Headers, Request, Response, Stream, refused
+from orchard.reach import VMAccess
+from orchard.schema import ServiceAccount
+from orchard.ssh.exec import Executor
+from orchard.storage.events import EventLog
+from orchard.storage.journal import Disk
+from orchard.store import Store, check
+
+BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A status, the headers by lower-case name, and the body, parsed (None: empty)."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: Any
+
+    @property
+    def message(self) -> str:
+        return str(self.body["message"])
+
+
+class Served:
+    """A controller's API over a store in a directory of its own."""
+
+    def __init__(self, api: API, cluster: Cluster) -> None:
+        self.api = api
+        self.cluster = cluster
+        self.store = api.store
+        self.state = api.state
+
+    async def call(
+        self,
+        method: str,
+        target: str,
+        body: object = ...,
+        *,
+        raw: bytes = b"",
+        account: tuple[str, str] | None = None,
+        authorization: str | None = None,
+        peer: str = "10.0.0.1",
+    ) -> Answered:
+        """Send a request; `body` as JSON. The target is below /v1."""
+        answer = await self.ask(method, target, body, raw=raw, account=account, authorization=authorization, peer=peer)
+        assert isinstance(answer, Response), f"{method} {target} gave {answer}"
+        headers = {name.lower(): value for name, value in answer.headers}
+        body = b"".join(answer.pieces)
+        return Answered(answer.status, headers, json.loads(body) if body else None)
+
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        body: object = ...,
+        *,
+        raw: bytes = b"",
+        account: tuple[str, str] | None = None,
+        authorization: str | None = None,
+        peer: str = "10.0.0.1",
+    ) -> Any:
+        """As `call`, and give the answer as the handler made it."""
+        if account is not None:
+            authorization = "Basic " + base64.b64encode(":".join(account).encode()).decode()
+        headers = {} if authorization is None else {b"authorization": authorization.encode()}
+        request = Request(
+            method=method,
+            target="/v1" + target,
+            headers=Headers(headers),
+            body=raw if body is ... else json.dumps(body).encode(),
+            peer=peer,
+        )
+        try:
+            self.api.admit(request)
+            return await self.api.handle(request)
+        except APIError as error:
+            return refused(error)
+        finally:
+            assert check(self.state) == []
+
+    async def ok(self, method: str, target: str, body: object = ...) -> Any:
+        """Send a request that must succeed, and give its body."""
+        answered = await self.call(method, target, body)
+        assert answered.status == 200, answered
+        return answered.body
+
+    async def create(self, name: str, **spec: object) -> Any:
+        return await self.ok("POST", "/vms", {"name": name, "image": "image", **spec})
+
+    async def register(self, name: str, **fields: object) -> Any:
+        resources = {"org.cirruslabs.tart-vms": 2}
+        return await self.ok("POST", "/workers", {"name": name, "machine_id": "m", "resources": resources, **fields})
+
+    def schedule(self) -> float:
+        """Let the scheduler look once."""
+        while (due := self.cluster.schedule_some(trio.current_time(), BEGAN)) is None:
+            pass
+        return due
+
+    async def watch(self, name: str, nursery: trio.Nursery) -> trio.MemoryReceiveChannel[dict[str, Any]]:
+        """Follow a VM; give a channel of the parsed lines."""
+        answer = await self.ask("GET", f"/vms/{name}?watch=true")
+        assert isinstance(answer, Stream)
+        send, receive = trio.open_memory_channel[dict[str, Any]](100)
+
+        async def take(piece: bytes) -> None:
+            for line in piece.splitlines():
+                await send.send(json.loads(line))
+
+        nursery.start_soon(answer.produce, take)
+        return receive
+
+
+@asynccontextmanager
+async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None = None) -> AsyncIterator[Served]:
+    """Serve the API from `directory`; with accounts given, they are asked for. Times stand still at BEGAN."""
+    settings = ControllerSettings(data_dir=directory)
+    store = Store.open(directory, BEGAN, disk)
+    try:
+        events = EventLog(directory / "events")
+        events.open({vm.uid for vm in store.state.vms.values()})
+        cluster = Cluster(settings, store, events, lambda: BEGAN)
+        vm_access = VMAccess(store, cluster.rendezvous)
+        gate = auth.Gate(store.state.accounts) if accounts else None
+        api = API(
+            store,
+            events,
+            cluster.liveness,
+            cluster.rendezvous,
+            vm_access,
+            Executor(vm_access),
+            gate,
+            b"k" * 32,
+            clock=lambda: BEGAN,
+        )
+        async with trio.open_nursery() as writers:
+            await writers.start(store.run)
+            await writers.start(events.run)
+            with store.transaction() as tx:
+                for account in accounts:
+                    tx.put(account)
+            yield Served(api, cluster)
+            writers.cancel_scope.cancel()
+    finally:
+        store.close()

@@ -1,0 +1,119 @@
+"""The description of the API, held against a running controller: whatever it says may be sent is answered as it says."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from harness.strategies import QUICK
+from hypothesis import settings
+from openapi_spec_validator import validate
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from orchard.api import OPERATIONS
+from orchard.net.openapi import Operation, Parameter, describe, document, ref
+from orchard.testing import BlockingCluster, start_cluster
+
+CHECKS = [
+    not_a_server_error,
+    response_schema_conformance,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[BlockingCluster]:
+    with start_cluster(workers=1) as running:
+        running.client.vms.create(name="0", image="any")  # what a generator is likely to name
+        running.client.service_accounts.create("0")
+        yield running
+
+
+# A watch has no end, and the worker's is a WebSocket: both have tests of their own.
+schema = schemathesis.openapi.from_dict(document(OPERATIONS, prefix="/v1", version="1")).exclude(path="/rpc/watch")
+
+
+@schema.parametrize()
+@settings(QUICK, max_examples=40)
+def test_whatever_fits_the_description_is_answered_as_it_says(case: Any, live: BlockingCluster) -> None:
+    if case.query and str(case.query.get("watch", "")).lower() not in ("", "false"):
+        case.query = {**case.query, "watch": "false"}
+    case.call_and_validate(base_url=f"{live.url}/v1", checks=CHECKS)
+
+
+def test_the_description_is_the_one_of_the_route_table(live: BlockingCluster) -> None:
+    with urllib.request.urlopen(f"{live.url}/v1/openapi.json") as answer:
+        assert json.load(answer)["paths"].keys() == {op.path for op in OPERATIONS}
+
+
+def test_the_document_is_valid_wherever_the_api_is_served() -> None:
+    made = document(OPERATIONS, prefix="/orchard/v1", version="1.2.3")
+    validate(made)
+    assert (made["servers"], made["info"]["version"]) == ([{"url": "/orchard/v1"}], "1.2.3")
+
+
+def test_every_operation_is_in_the_document_once() -> None:
+    paths = document(OPERATIONS, prefix="/v1", version="1")["paths"]
+    described = [(path, method.upper()) for path, item in paths.items() for method in item if method != "parameters"]
+    assert sorted(described) == sorted((op.path, op.method) for op in OPERATIONS)
+
+
+def test_who_may_is_described() -> None:
+    anybody = describe(Operation("GET", "/a", print, "public", "Do"))
+    assert (anybody["security"], list(anybody["responses"])) == ([], ["200"])
+    somebody = describe(Operation("GET", "/a", print, None, "Do"))
+    assert list(somebody["responses"]) == ["200", "401", "429", "503"]
+    assert "security" not in somebody, "it is that of the whole document"
+    bearer = describe(Operation("GET", "/a", print, "compute:connect", "Do", vm_token=True))
+    assert bearer["description"] == "Needs the role `compute:connect`. Or an access token for the VM."
+    assert bearer["security"] == [{"basic": []}, {"vmAccessToken": []}]
+
+
+def test_what_is_sent_and_answered_is_described() -> None:
+    query = (Parameter("uid", "Whose", {"type": "string"}, required=True),)
+    headers = {"X-Next": "What follows"}
+    operation = Operation(
+        "GET", "/a", print, None, "Do", answer=ref("VM"), query=query, answer_headers=headers, ndjson=True
+    )
+    described = describe(operation)
+    assert described["parameters"] == [
+        {"in": "query", "name": "uid", "description": "Whose", "required": True, "schema": {"type": "string"}}
+    ]
+    answer = described["responses"]["200"]
+    assert answer["headers"].keys() == {"X-Next"}
+    assert answer["content"]["application/json"] == {"schema": {"$ref": "#/components/schemas/VM"}}
+    assert answer["content"]["application/x-ndjson"]["schema"]["properties"]["object"] == ref("VM")
+    assert "400" in described["responses"]
+    optional = describe(Operation("POST", "/a", print, None, "Do", body={}, body_required=False))
+    assert optional["requestBody"] == {"required": False, "content": {"application/json": {"schema": {}}}}
+    assert optional["responses"]["200"]["headers"].keys() == {"Warning"}
+
+
+def test_a_websocket_is_described() -> None:
+    described = describe(Operation("GET", "/a", print, None, "Do", websocket=True))
+    assert {(header["in"], header["name"], header["required"]) for header in described["parameters"]} == {
+        ("header", "Connection", True),
+        ("header", "Upgrade", True),
+    }
+    assert described["responses"].keys() == {"101", "400", "401", "426", "429", "503"}
+
+
+def test_what_an_operation_needs_is_described() -> None:
+    operation = Operation("POST", "/a/{name}", print, "compute:write", "Do", body={"type": "object"}, problems=(409,))
+    described = describe(operation)
+    assert described["description"] == "Needs the role `compute:write`."
+    assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "429", "503", "507"}
+    path = document([operation], prefix="/v1", version="1")["paths"]["/a/{name}"]
+    assert path["parameters"] == [{"in": "path", "name": "name", "required": True, "schema": {"type": "string"}}]

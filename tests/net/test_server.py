@@ -1,0 +1,1763 @@
+"""The HTTP server: what it answers, what it refuses, and how it ends. Two ends on memory streams and a virtual clock; a
+few real sockets, with real TLS and a real WebSocket client."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import socket
+import ssl
+import struct
+import subprocess
+import tracemalloc
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h11
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+
+import orchard.net.server
+from orchard.codec import APIError
+from orchard.net.request import AnyResponse, Handler, Request, Response, Stream, TunnelUpgrade, WebSocketUpgrade
+from orchard.net.server import Limits, serve
+from orchard.net.websocket import TunnelStream
+from orchard.net.wsframes import Frames
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
+UPGRADE = (
+    b"GET /ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + KEY + b"\r\n\r\n"
+)
+Clock = trio.testing.MockClock
+HELLO_FRAME = b"\x82\x85\x00\x00\x00\x00hello"  # a binary message, masked with zeros
+CLOSE_FRAME = b"\x88\x82\x00\x00\x00\x00\x03\xe8"  # code 1000
+
+
+# ---- the other end -------------------------------------------------------------------------------------------------
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](100)
+
+    def connect(self, pair: Sequence[trio.abc.Stream]) -> trio.abc.Stream:
+        self._send.send_nowait(pair[1])
+        return pair[0]
+
+    async def accept(self) -> trio.abc.Stream:
+        return await self._receive.receive()
+
+    async def aclose(self) -> None:
+        self._receive.close()
+        await trio.lowlevel.checkpoint()
+
+
+class Counted(trio.abc.Stream):
+    """Counts what the server took from its end."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self.received = 0
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        data = await self._stream.receive_some(max_bytes)
+        self.received += len(data)
+        return data
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+class Served:
+    """A running server and what a test wants to know about it."""
+
+    def __init__(self) -> None:
+        self.listener = MemoryListener()
+        self.stop = trio.Event()
+        self.log = logging.getLogger("orchard.net.server.test")
+        self.log.handlers.clear()
+        self.log.setLevel(logging.DEBUG)
+        self.records = Records()
+        self.log.addHandler(self.records)
+        self.ended = trio.Event()
+        self.scope = trio.CancelScope()
+
+    def connect(self) -> trio.StapledStream[Any, Any]:
+        stream = self.listener.connect(trio.testing.memory_stream_pair())
+        assert isinstance(stream, trio.StapledStream)
+        return stream
+
+    def connect_counted(self) -> tuple[trio.abc.Stream, Counted]:
+        ours, theirs = trio.testing.memory_stream_pair()
+        counted = Counted(theirs)
+        return self.listener.connect((ours, counted)), counted
+
+    @property
+    def failures(self) -> list[logging.LogRecord]:
+        return [record for record in self.records.records if record.levelno > logging.INFO]
+
+    @property
+    def requests(self) -> list[str]:
+        """The request log: method, path, status, duration, account and peer."""
+        logged = [vars(record) for record in self.records.records if record.levelno == logging.INFO]
+        names = ("method", "path", "status", "duration_ms", "account", "peer")
+        return [" ".join(str(fields[name]) for name in names) for fields in logged]
+
+
+@asynccontextmanager
+async def serving(
+    handler: Handler, *, listeners: Sequence[trio.abc.Listener[Any]] = (), failures: int = 0, **options: Any
+) -> AsyncIterator[Served]:
+    served = Served()
+
+    async def run(*, task_status: trio.TaskStatus[None]) -> None:
+        with served.scope:
+            await serve(
+                handler,
+                [served.listener, *listeners],
+                log=served.log,
+                stop=served.stop,
+                clock=lambda: 1_800_000_000.5,
+                task_status=task_status,
+                **options,
+            )
+        served.ended.set()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run)
+        yield served
+        nursery.cancel_scope.cancel()
+    assert len(served.failures) == failures, [record.getMessage() for record in served.failures]
+
+
+@dataclass(frozen=True)
+class Got:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def message(self) -> str:
+        message = json.loads(self.body)["message"]
+        assert isinstance(message, str)
+        return message
+
+
+class Client:
+    """Reads answers off a stream, with h11, one after another."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.stream = stream
+        self.buffer = b""
+        self.eof = False
+        self.informational: list[int] = []
+
+    async def answer(self, method: str = "GET") -> Got | None:
+        """The next answer; None if the connection ends before one. A cut-off one raises h11.RemoteProtocolError."""
+        parser = h11.Connection(h11.CLIENT)
+        parser.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
+        parser.send(h11.EndOfMessage())
+        if self.buffer:
+            parser.receive_data(self.buffer)
+        head: h11.Response | None = None
+        body = b""
+        while True:
+            event = parser.next_event()
+            if event is h11.NEED_DATA:
+                data = await self.stream.receive_some()
+                if not data and head is None and not parser.trailing_data[0]:
+                    self.eof = True
+                    return None
+                parser.receive_data(bytes(data))
+            elif isinstance(event, h11.InformationalResponse):
+                self.informational.append(event.status_code)
+            elif isinstance(event, h11.Response):
+                head = event
+            elif isinstance(event, h11.Data):
+                body += event.data
+            else:
+                assert head is not None
+                self.buffer = parser.trailing_data[0]
+                return Got(head.status_code, {k.decode(): v.decode() for k, v in head.headers}, body)
+
+    async def rest(self) -> bytes:
+        """Everything up to the end of the connection."""
+        while data := await self.stream.receive_some():
+            self.buffer += data
+        return self.buffer
+
+    async def sure(self, method: str = "GET") -> Got:
+        got = await self.answer(method)
+        assert got is not None, "the connection was closed without an answer"
+        return got
+
+
+async def flood(stream: trio.abc.SendStream, piece: bytes, limit: int = 100_000_000) -> int:
+    """Send a piece again and again until the server closes; give how many bytes it took."""
+    sent = 0
+    while sent < limit:
+        try:
+            await stream.send_all(piece)
+        except trio.BrokenResourceError:
+            break
+        sent += len(piece)
+        await trio.testing.wait_all_tasks_blocked()
+    return sent
+
+
+async def echo(request: Request) -> AnyResponse:
+    """Tells what arrived."""
+    told = {"method": request.method, "target": request.target, "body": request.body.decode("latin-1")}
+    return Response(200, json.dumps(told).encode())
+
+
+async def ask(data: bytes, handler: Handler = echo, **options: Any) -> tuple[list[Got], bool]:
+    """Send bytes at once, then nothing; give the answers, and whether the server closed."""
+    async with serving(handler, **options) as served:
+        return await talk(served, [data])
+
+
+async def talk(served: Served, pieces: Sequence[bytes]) -> tuple[list[Got], bool]:
+    stream = served.connect()
+    client = Client(stream)
+    for piece in pieces:
+        try:
+            await stream.send_all(piece)
+        except trio.BrokenResourceError:
+            break
+        await trio.testing.wait_all_tasks_blocked()
+    answers = []
+    # The deadline is virtual: longer than head and body may take, shorter than a connection may be idle.
+    with trio.move_on_after(60):
+        while (answer := await client.answer()) is not None:
+            answers.append(answer)
+    return answers, client.eof
+
+
+# ---- plain requests ------------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_has_its_headers(autojump_clock: Clock) -> None:
+    answers, closed = await ask(GET)
+    assert [answer.status for answer in answers] == [200]
+    assert not closed
+    assert answers[0].headers == {
+        "date": "Fri, 15 Jan 2027 08:00:00 GMT",
+        "server": "orchard",
+        "cache-control": "no-store",
+        "x-content-type-options": "nosniff",
+        "content-length": str(len(answers[0].body)),
+        "content-type": "application/json",
+    }
+
+
+async def test_pipelined_requests_are_answered_in_order(autojump_clock: Clock) -> None:
+    posts = b"".join(
+        b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (n, n, b"z" * n) for n in range(5)
+    )
+    chunked = (
+        b"PUT /c HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n\r\n3\r\nabc\r\n0A\r\n0123456789\r\n0\r\n\r\n"
+    )
+    answers, closed = await ask(posts + chunked + GET)
+    told = [json.loads(answer.body) for answer in answers]
+    assert [(one["target"], one["body"]) for one in told] == [
+        *((f"/{n}", "z" * n) for n in range(5)),
+        ("/c", "abc0123456789"),
+        ("/", ""),
+    ]
+    assert not closed
+
+
+async def test_head_has_the_headers_of_get_and_no_body(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        if request.path == "/error":
+            raise APIError(404, "nothing")
+        return Response(200, b"12345")
+
+    async with serving(handler) as served:
+        stream = served.connect()
+        client = Client(stream)
+        for path, status, length in ((b"/", 200, 5), (b"/error", 404, 21), (b"/", 200, 5)):
+            await stream.send_all(b"HEAD %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+            got = await client.sure("HEAD")
+            assert (got.status, got.headers["content-length"], got.body) == (status, str(length), b"")
+
+
+@pytest.mark.parametrize("connection", [b"", b"Connection: keep-alive\r\n"])
+async def test_http_1_0_is_answered_and_closed(autojump_clock: Clock, connection: bytes) -> None:
+    answers, closed = await ask(b"GET /old HTTP/1.0\r\n" + connection + b"\r\n")
+    assert json.loads(answers[0].body)["target"] == "/old"
+    assert answers[0].headers["connection"] == "close"
+    assert closed
+
+
+async def test_connection_close_is_obeyed(autojump_clock: Clock) -> None:
+    answers, closed = await ask(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" + GET)
+    assert len(answers) == 1
+    assert answers[0].headers["connection"] == "close"
+    assert closed
+
+
+async def test_empty_answers_have_no_type(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        return Response(204 if request.path == "/none" else 200, headers=[("X-Next-Cursor", "c")])
+
+    answers, closed = await ask(GET + GET.replace(b"/ ", b"/none "), handler)
+    assert not closed
+    assert [answer.headers.get("content-length") for answer in answers] == ["0", None]
+    assert [answer.headers.get("content-type") for answer in answers] == [None, None]
+    assert answers[0].headers["x-next-cursor"] == "c"
+
+
+async def test_a_refusal_by_the_handler_keeps_the_connection(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        if request.path == "/grouped":
+            async with trio.open_nursery():
+                raise APIError(409, "the name is taken")
+        raise APIError(401, "who are you?", (("WWW-Authenticate", 'Basic realm="orchard"'),))
+
+    answers, closed = await ask(GET + GET.replace(b"/ ", b"/grouped "), handler)
+    assert [(answer.status, answer.message) for answer in answers] == [
+        (401, "who are you?"),
+        (409, "the name is taken"),
+    ]
+    assert answers[0].headers["www-authenticate"] == 'Basic realm="orchard"'
+    assert not closed
+
+
+async def test_a_broken_handler_is_answered_with_500_once_logged(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        raise KeyError("secret")
+
+    async with serving(handler, failures=1) as served:
+        answers, closed = await talk(served, [GET])
+        assert [(answer.status, answer.body) for answer in answers] == [(500, b'{"message":"internal error"}')]
+        assert answers[0].headers["connection"] == "close"
+        assert closed
+        assert served.failures[0].exc_info is not None
+        assert served.requests == ["GET / 500 0.0 - -"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1000, 5001])
+async def test_a_body_in_pieces_arrives_whole_and_is_sent_a_part_at_a_time(autojump_clock: Clock, count: int) -> None:
+    pieces = [b"%d," % number * 50 for number in range(count)]
+
+    async def handler(request: Request) -> AnyResponse:
+        return Response(200, pieces)
+
+    answers, closed = await ask(GET + GET, handler)
+    assert [(answer.status, answer.body) for answer in answers] == [(200, b"".join(pieces))] * 2
+    assert not closed
+
+
+@asynccontextmanager
+async def over_a_socket(handler: Handler, **options: Any) -> AsyncIterator[tuple[Served, trio.SocketStream]]:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with (
+        serving(handler, listeners=listeners, **options) as served,
+        await trio.open_tcp_stream("127.0.0.1", listeners[0].socket.getsockname()[1]) as stream,
+    ):
+        yield served, stream
+
+
+async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a real socket: pieces that are small have no scope of their own there."""
+    monkeypatch.setattr(orchard.net.server, "LOOK_SECONDS", 0.01)
+    ended = trio.Event()
+
+    async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+        try:
+            while True:
+                await send(b"x" * 100_000)
+        finally:
+            ended.set()
+
+    async def handler(request: Request) -> AnyResponse:
+        return Stream(produce)
+
+    async with over_a_socket(handler, limits=Limits(send_seconds=0.05)) as (_, stream):
+        await stream.send_all(GET)
+        with trio.fail_after(60):
+            await ended.wait()
+
+
+async def test_a_client_that_asks_for_much_at_once_leaves_others_their_turns() -> None:
+    """Over a real socket: what has come already is read there without waiting."""
+    turns, answered_in = 0, list[int]()
+
+    async def handler(request: Request) -> AnyResponse:
+        answered_in.append(turns)
+        return Response(200)
+
+    async with over_a_socket(handler) as (_, stream), trio.open_nursery() as nursery:
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await trio.lowlevel.checkpoint()
+
+        nursery.start_soon(other)
+        await stream.send_all(GET * 100)
+        await stream.send_eof()
+        async for _ in stream:
+            pass
+        nursery.cancel_scope.cancel()
+    assert len(answered_in) == 100
+    assert max(Counter(answered_in).values()) <= 2, "who comes first in a round of the loop is chance"
+
+
+async def test_an_answer_that_does_not_fit_follows_as_it_is_taken() -> None:
+    answer = bytes(range(256)) * 40_000
+
+    async def handler(request: Request) -> AnyResponse:
+        return Response(200, answer)
+
+    async with over_a_socket(handler) as (_, stream):
+        await stream.send_all(GET * 2)
+        got = bytearray()
+        while len(got) < 2 * len(answer) or not got.endswith(answer):
+            got += await stream.receive_some(10_000)
+        assert got.count(answer) == 2
+
+
+async def test_a_client_that_is_gone_when_its_answer_comes_is_no_failure() -> None:
+    gone = trio.Event()
+
+    async def handler(request: Request) -> AnyResponse:
+        await gone.wait()
+        return Response(200)
+
+    async with over_a_socket(handler) as (served, stream):
+        await stream.send_all(GET * 2)
+        await trio.testing.wait_all_tasks_blocked()
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a close is a reset
+        await stream.aclose()
+        gone.set()
+        served.stop.set()
+        await served.ended.wait()
+
+
+@pytest.mark.parametrize("headers", [[("X-Bad", "a\r\nB: c")], [("X-Bad", "\u20ac")], [("Content-Length", "1")]])
+async def test_headers_that_cannot_be_sent_are_a_broken_handler(
+    autojump_clock: Clock, headers: list[tuple[str, str]]
+) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        return Response(200, headers=headers)
+
+    answers, closed = await ask(GET, handler, failures=1)
+    assert [answer.status for answer in answers] == [500]
+    assert closed
+
+
+async def test_headers_and_query_reach_the_handler(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        assert request.headers.get("x-TWICE") == "a, b\xe9"
+        assert request.headers.get("absent") is None
+        assert (request.path, request.query.one("q"), request.peer) == ("/a%2Fb", "1 2/\xe9", "-")
+        return Response(200)
+
+    head = b"GET /a%2Fb?q=1+2%2F%C3%A9 HTTP/1.1\r\nHost: [::1]:80\r\nX-Twice:a\r\nx-twice: \t b\xe9 \r\n\r\n"
+    assert [answer.status for answer in (await ask(head, handler))[0]] == [200]
+
+
+async def test_the_request_log(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        request.account = "eve\n127.0.0.1 forged"
+        await trio.sleep(0.25)
+        return Response(404)
+
+    async with serving(handler) as served:
+        await talk(served, [GET.replace(b"/ ", b"/v1/vms%0a?token=secret ") + b"BAD\r\n\r\n"])
+    assert served.requests == ["GET /v1/vms%0a 404 250.0 eve\\n127.0.0.1 forged -", "- - 400 0.0 - -"]
+    assert vars(served.records.records[0])["duration_ms"] == 250.0
+    assert "secret" not in repr([vars(record) for record in served.records.records])
+
+
+# ---- 100-continue, admission ---------------------------------------------------------------------------------------
+
+EXPECTING = b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-Continue\r\nContent-Length: %d\r\n\r\n"
+
+
+async def test_continue_is_said_before_the_body_is_read(autojump_clock: Clock) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(EXPECTING % 3)
+        assert await stream.receive_some() == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await stream.send_all(b"abc" + GET)
+        assert json.loads((await client.sure()).body)["body"] == "abc"
+        assert (await client.sure()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status"),
+    [
+        (EXPECTING % 0, 200),
+        (EXPECTING % 3 + b"abc", 200),
+        (EXPECTING % 1025, 413),
+        (EXPECTING.replace(b"POST /", b"POST /refused") % 3, 401),
+        ((EXPECTING % 0).replace(b"1.1", b"1.0"), 200),
+    ],
+)
+async def test_continue_is_not_said_when_nothing_waits_for_it(
+    autojump_clock: Clock, request_bytes: bytes, status: int
+) -> None:
+    def admit(request: Request) -> None:
+        if request.path == "/refused":
+            raise APIError(401, "who are you?")
+
+    async with serving(echo, admit=admit, limits=Limits(body_bytes=1024)) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(request_bytes)
+        assert (await client.sure()).status == status
+        assert client.informational == []
+
+
+async def test_admission_closes_only_when_a_body_was_not_read(autojump_clock: Clock) -> None:
+    def admit(request: Request) -> None:
+        assert request.body == b""
+        request.account = "somebody"
+        raise APIError(401, "who are you?")
+
+    async with serving(echo, admit=admit) as served:
+        answers, closed = await talk(served, [GET + GET])
+        assert [answer.status for answer in answers] == [401, 401]
+        assert not closed
+        answers, closed = await talk(served, [EXPECTING % 3])
+        assert [(answer.status, answer.headers["connection"]) for answer in answers] == [(401, "close")]
+        assert closed
+        assert served.requests[0] == "GET / 401 0.0 somebody -"
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def post(*headers: bytes, body: bytes = b"", version: bytes = b"1.1", target: bytes = b"/") -> bytes:
+    lines = [b"POST " + target + b" HTTP/" + version, b"Host: x", *headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+CHUNKED = b"Transfer-Encoding: chunked"
+REFUSED: dict[str, tuple[int, bytes, str]] = {
+    "length and coding": (400, post(b"Content-Length: 3", CHUNKED, body=b"0\r\n\r\n"), "expected one of them"),
+    "coding and length": (400, post(CHUNKED, b"Content-Length: 3", body=b"0\r\n\r\n"), "expected one of them"),
+    "coding in 1.0": (400, post(CHUNKED, body=b"0\r\n\r\n", version=b"1.0"), "HTTP/1.0"),
+    "length as a list": (400, post(b"Content-Length: 1, 1", body=b"a"), '"1, 1"'),
+    "length twice": (400, post(b"Content-Length: 1", b"Content-Length: 1", body=b"a"), "stands twice"),
+    "length signed": (400, post(b"Content-Length: +1", body=b"a"), '"+1"'),
+    "length negative": (400, post(b"Content-Length: -1", body=b"a"), '"-1"'),
+    "length hexadecimal": (400, post(b"Content-Length: 0x1", body=b"a"), '"0x1"'),
+    "length empty": (400, post(b"Content-Length:", body=b"a"), '""'),
+    "length of 20 digits": (400, post(b"Content-Length: 18446744073709551617", body=b"a"), "18 digits"),
+    "length of 19 zeros": (400, post(b"Content-Length: 0000000000000000001", body=b"a"), "18 digits"),
+    "length in other digits": (400, post(b"Content-Length: \xd9\xa1", body=b"a"), "digits"),
+    "length with a blank": (400, post(b"Content-Length: 1 1", body=b"a"), '"1 1"'),
+    "length underscored": (400, post(b"Content_Length: 1", body=b"a"), "content_length"),
+    "coding underscored": (400, post(b"Transfer_Encoding: chunked"), "transfer_encoding"),
+    "another coding": (400, post(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), "gzip, chunked"),
+    "identity coding": (400, post(b"Transfer-Encoding: identity"), "identity"),
+    "xchunked": (400, post(b"Transfer-Encoding: xchunked"), "xchunked"),
+    "coding twice": (400, post(CHUNKED, CHUNKED, body=b"0\r\n\r\n"), "stands twice"),
+    "vertical tab before the coding": (400, post(b"Transfer-Encoding: \x0bchunked"), "header line"),
+    "blank before the colon": (400, post(b"Content-Length : 1", body=b"a"), "header line"),
+    "folded header": (400, post(b"X-A: b", b" c: d"), "header line"),
+    "folded with a tab": (400, post(b"X-A: b", b"\tc"), "header line"),
+    "folded first header": (400, b"GET / HTTP/1.1\r\n Host: x\r\n\r\n", "header line"),
+    "no colon": (400, post(b"X-A"), "header line"),
+    "no name": (400, post(b": a"), "header line"),
+    "bare LF": (400, b"GET / HTTP/1.1\nHost: x\n\n", "CR or LF"),
+    "bare LF in a header": (400, post(b"X-A: b\nContent-Length: 3"), "CR or LF"),
+    "bare CR": (400, post(b"X-A: b\rContent-Length: 3"), "CR or LF"),
+    "CR CR LF": (400, post(b"X-A: b\r"), "CR or LF"),
+    "NUL": (400, post(b"X-A: b\x00c"), "NUL"),
+    "NUL in the target": (400, post(target=b"/\x00"), "NUL"),
+    "HTTP/1.2": (505, post(version=b"1.2"), "HTTP/1.2"),
+    "HTTP/2.0": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2.0"),
+    "HTTP/0.9": (400, b"GET /\r\n\r\n", "request line"),
+    "HTTP/01.1": (400, post(version=b"01.1"), "request line"),
+    "small http": (400, b"GET / http/1.1\r\nHost: x\r\n\r\n", "request line"),
+    "two blanks": (400, b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", "request line"),
+    "blank in the target": (400, post(target=b"/a b"), "request line"),
+    "empty line first": (400, b"\r\n" + GET, "request line"),
+    "absolute form": (400, post(target=b"http://x/"), "http://x/"),
+    "authority form": (400, b"GET x:80 HTTP/1.1\r\nHost: x\r\n\r\n", "x:80"),
+    "asterisk form": (400, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "a path"),
+    "CONNECT": (400, b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", "a path"),
+    "CONNECT with a path": (400, b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n", "proxies"),
+    "fragment": (400, post(target=b"/a#b"), "fragment"),
+    "target not ASCII": (400, post(target=b"/\xc3\xa9"), "request line"),
+    "no host": (400, b"GET / HTTP/1.1\r\n\r\n", "host is missing"),
+    "two hosts": (400, b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", "host stands twice"),
+    "two hosts in 1.0": (400, b"GET / HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", "host stands twice"),
+    "host with a path": (400, b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", '"x/y"'),
+    "host with a user": (400, b"GET / HTTP/1.1\r\nHost: a@x\r\n\r\n", '"a@x"'),
+    "host empty": (400, b"GET / HTTP/1.1\r\nHost:\r\n\r\n", 'host is ""'),
+    "credentials twice": (400, post(b"Authorization: a", b"authorization: b"), "authorization stands twice"),
+    "unknown expect": (417, post(b"Expect: 200-ok"), "200-ok"),
+    "h2c": (400, post(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: "), "h2c"),
+    "gzip": (415, post(b"Content-Encoding: gzip", b"Content-Length: 3", body=b"abc"), "gzip"),
+    "TLS": (400, bytes.fromhex("16030100c0010000bc0303") + b"\x00" * 200, "NUL"),
+    "blank after a chunk size": (400, post(CHUNKED, body=b"3 \r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "blank before a chunk size": (400, post(CHUNKED, body=b" 3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "chunk extension": (400, post(CHUNKED, body=b"3;a=b\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "long chunk extension": (400, post(CHUNKED, body=b"3;" + b"a" * 9000 + b"\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "chunk size of 17 digits": (400, post(CHUNKED, body=b"00000000000000003\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "chunk size of no digit": (400, post(CHUNKED, body=b"\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "chunk size 0x3": (400, post(CHUNKED, body=b"0x3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "chunk size signed": (400, post(CHUNKED, body=b"+3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "LF after a chunk size": (400, post(CHUNKED, body=b"3\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "CR in a chunk size": (400, post(CHUNKED, body=b"3\r3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
+    "LF after a chunk": (400, post(CHUNKED, body=b"3\r\nabc\n0\r\n\r\n"), "followed by CRLF"),
+    "chunk too long": (400, post(CHUNKED, body=b"3\r\nabcd\r\n0\r\n\r\n"), "followed by CRLF"),
+    "LF for the last line": (400, post(CHUNKED, body=b"0\r\n\nX"), "followed by CRLF"),
+    "length in a trailer": (400, post(CHUNKED, body=b"0\r\nContent-Length: 3\r\n\r\n"), "trailers"),
+    "any trailer": (400, post(CHUNKED, body=b"0\r\nX-A: b\r\n\r\n"), "trailers"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_what_could_be_smuggled_is_refused_and_the_connection_closed(autojump_clock: Clock, name: str) -> None:
+    status, data, told = REFUSED[name]
+    answers, closed = await ask(data + GET)
+    assert [answer.status for answer in answers] == [status]
+    assert told in answers[0].message
+    assert answers[0].headers["connection"] == "close"
+    assert closed
+    assert trio.current_time() < 10, "refused by patience, not by what it is"
+
+
+@pytest.mark.parametrize("pieces", [[b"GET / HTTP/1.1\r", b"X"], [b"GET / HTTP/1.1", b"\n"], [b"GET /\x00"]])
+async def test_an_illegal_head_is_refused_before_its_end(autojump_clock: Clock, pieces: list[bytes]) -> None:
+    async with serving(echo) as served:
+        answers, closed = await talk(served, pieces)
+        assert [answer.status for answer in answers] == [400]
+        assert closed
+        assert trio.current_time() < 10
+
+
+ACCEPTED = {
+    "get": GET,
+    "two": GET + GET,
+    "post": post(b"Content-Length: 11", body=b"hello world"),
+    "chunked": post(CHUNKED, body=b"3\r\nabc\r\n00F\r\n0123456789abcde\r\n000\r\n\r\n") + GET,
+    "post and get": post(b"Content-Length: 3", body=b"abc") + GET,
+    "1.0": b"GET / HTTP/1.0\r\n\r\n",
+    "other upgrade refused by the handler": UPGRADE + GET,
+    "obs-text and tabs": b'GET /~a?b{c}|d"e HTTP/1.1\r\nHost:\tx:80\t\r\nX-A:  \xff\t\x80 \r\nX-Empty:\r\n\r\n',
+    "405 characters of method": b"A" * 405 + GET[3:],
+}
+
+
+async def test_byte_by_byte_is_as_at_once(autojump_clock: Clock) -> None:
+    requests = {**ACCEPTED, **{name: data + GET for name, (_, data, _) in REFUSED.items() if len(data) < 500}}
+    async with serving(echo) as served:
+        for name, data in requests.items():
+            at_once = await talk(served, [data])
+            piecewise = await talk(served, [data[n : n + 1] for n in range(len(data))])
+            assert at_once == piecewise, name
+            assert at_once[0], name
+            if name in ACCEPTED:
+                assert {answer.status for answer in at_once[0]} == {200}, name
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+async def test_a_body_cut_anywhere_is_read_the_same(autojump_clock: Clock, cut: int) -> None:
+    data = post(CHUNKED, body=b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n") + GET
+    start = len(data) - len(GET) - cut
+    async with serving(echo) as served:
+        answers, _ = await talk(served, [data[:start], data[start:]])
+    assert [json.loads(answer.body)["body"] for answer in answers] == ["hello!", ""]
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+async def test_a_head_up_to_the_limit_is_taken(autojump_clock: Clock) -> None:
+    async with serving(echo, limits=Limits(header_bytes=200)) as served:
+        for over in (0, 1):
+            head = post(b"X-A: " + b"a" * (200 - len(post(b"X-A: ")) + over))
+            assert len(head) == 200 + over
+            answers, closed = await talk(served, [head])
+            assert [answer.status for answer in answers] == [431 if over else 200]
+            assert closed == bool(over)
+
+
+async def test_a_head_without_end_is_refused_at_the_limit(autojump_clock: Clock) -> None:
+    async with serving(echo, limits=Limits(linger_bytes=1000)) as served:
+        stream = served.connect()
+        assert await flood(stream, b"X-A: 0123456789\r\n" * 100) < 20_000
+        assert (await Client(stream).sure()).status == 431
+
+
+async def test_too_many_headers_are_refused(autojump_clock: Clock) -> None:
+    async with serving(echo, limits=Limits(header_count=5)) as served:
+        for more, status in ((4, 200), (5, 431)):
+            answers, _ = await talk(served, [post(*[b"A: b"] * more)])
+            assert [answer.status for answer in answers] == [status]
+
+
+async def test_bodies_up_to_the_limit_are_taken(autojump_clock: Clock) -> None:
+    async with serving(echo, limits=Limits(body_bytes=1000)) as served:
+        for size, status in ((1000, 200), (1001, 413)):
+            body = b"a" * size
+            for data in (
+                post(b"Content-Length: %d" % size, body=body),
+                post(CHUNKED, body=b"%x\r\n%b\r\n0\r\n\r\n" % (size, body)),
+                post(CHUNKED, body=b"3e7\r\n%b\r\n%x\r\n%b\r\n0\r\n\r\n" % (body[:999], size - 999, body[999:])),
+            ):
+                answers, closed = await talk(served, [data])
+                assert [answer.status for answer in answers] == [status]
+                assert closed == (status == 413)
+
+
+async def test_a_bomb_is_refused_within_the_limit(autojump_clock: Clock) -> None:
+    limits = Limits(body_bytes=1024 * 1024, linger_bytes=16 * 1024)
+    bombs = {
+        "sized": (post(b"Content-Length: 1000000000"), b"a" * 8192, 64 * 1024),
+        "chunked": (post(CHUNKED), b"1FFE\r\n" + b"a" * 8190 + b"\r\n", limits.body_bytes + 64 * 1024),
+        "one byte a chunk": (post(CHUNKED), b"1\r\na\r\n" * 1000, 128 * 1024),
+        "trailers": (post(CHUNKED, body=b"0\r\n"), b"X-A: b\r\n" * 1000, 64 * 1024),
+        "headers": (b"GET / HTTP/1.1\r\n", b"X-A: b\r\n" * 1000, 64 * 1024),
+    }
+    async with serving(echo, limits=limits) as served:
+        for name, (start, piece, expected) in bombs.items():
+            stream = served.connect()
+            tracemalloc.start()
+            await stream.send_all(start)
+            sent = await flood(stream, piece)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert (await Client(stream).sure()).status in (400, 413, 431), name
+            assert sent <= expected, name
+            assert peak <= 2 * limits.body_bytes, name
+
+
+async def test_who_was_idle_for_longest_makes_room(autojump_clock: Clock) -> None:
+    async with serving(echo, limits=Limits(connections=3)) as served:
+        clients = []
+        for _ in range(3):
+            stream = served.connect()
+            clients.append(Client(stream))
+            await trio.testing.wait_all_tasks_blocked()
+        await clients[0].stream.send_all(GET)
+        assert (await clients[0].sure()).status == 200
+        await trio.testing.wait_all_tasks_blocked()
+        newcomer = served.connect()
+        await newcomer.send_all(GET)
+        assert (await Client(newcomer).sure()).status == 200
+        assert await clients[1].answer() is None
+        await clients[0].stream.send_all(GET)
+        assert (await clients[0].sure()).status == 200
+
+
+async def test_each_newcomer_gets_a_room_of_its_own(autojump_clock: Clock) -> None:
+    others = [MemoryListener() for _ in range(5)]
+    async with serving(echo, listeners=others, limits=Limits(connections=5)) as served:
+        idle = [Client(served.connect()) for _ in range(5)]
+        await trio.testing.wait_all_tasks_blocked()
+        newcomers = [Client(listener.connect(trio.testing.memory_stream_pair())) for listener in others]
+        assert [await client.answer() for client in idle] == [None] * 5
+        for client in newcomers:
+            await client.stream.send_all(GET)
+            assert (await client.sure()).status == 200
+
+
+async def test_no_room_is_made_when_all_are_busy(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        await trio.sleep(5)
+        return Response(200)
+
+    async with serving(handler, limits=Limits(connections=1), failures=1) as served:
+        busy = served.connect()
+        await busy.send_all(GET)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await Client(served.connect()).answer() is None
+        assert (await Client(busy).sure()).status == 200
+
+
+# ---- patience ------------------------------------------------------------------------------------------------------
+
+
+async def test_an_idle_connection_is_closed_without_a_word(autojump_clock: Clock) -> None:
+    async with serving(echo) as served:
+        for data in (b"", GET):
+            stream = served.connect()
+            client = Client(stream)
+            await stream.send_all(data)
+            if data:
+                assert (await client.sure()).status == 200
+            before = trio.current_time()
+            assert await client.rest() == b""
+            assert trio.current_time() - before == pytest.approx(75)
+
+
+@pytest.mark.parametrize("data", [b"G", GET[:-1], GET + b"G"])
+async def test_a_slow_head_is_answered_with_408(autojump_clock: Clock, data: bytes) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await trio.sleep(70)
+        for n in range(len(data)):
+            await stream.send_all(data[n : n + 1])
+        if data.startswith(GET):
+            assert (await client.sure()).status == 200
+        before = trio.current_time()
+        got = await client.sure()
+        assert (got.status, got.headers["connection"]) == (408, "close")
+        assert trio.current_time() - before == pytest.approx(10)
+        assert await client.answer() is None
+
+
+async def test_a_head_drop_by_drop_is_answered_with_408(autojump_clock: Clock) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        for n in range(len(GET)):
+            try:
+                await stream.send_all(GET[n : n + 1])
+            except trio.BrokenResourceError:
+                break
+            await trio.sleep(1)
+        assert (await Client(stream).sure()).status == 408
+
+
+@pytest.mark.parametrize(
+    "data", [post(b"Content-Length: 5", body=b"abcd"), post(CHUNKED, body=b"1\r\na"), post(CHUNKED)]
+)
+async def test_a_slow_body_is_answered_with_408(autojump_clock: Clock, data: bytes) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(data)
+        got = await client.sure()
+        assert (got.status, got.headers["connection"]) == (408, "close")
+        assert trio.current_time() == pytest.approx(30, abs=0.01)
+        assert await client.answer() is None
+
+
+@pytest.mark.parametrize(("rate", "status"), [(3000, 408), (5000, 200)])
+async def test_a_large_body_may_take_as_long_as_its_size_needs(autojump_clock: Clock, rate: int, status: int) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        await stream.send_all(post(b"Content-Length: 1000000"))
+        for _ in range(1_000_000 // rate + 1):
+            try:
+                await stream.send_all(b"a" * rate)
+            except trio.BrokenResourceError:
+                break
+            await trio.sleep(1)
+        assert (await Client(stream).sure()).status == status
+
+
+@pytest.mark.parametrize("size", [10, 1_000_000])
+async def test_a_reader_that_takes_nothing_is_closed(autojump_clock: Clock, size: int) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        return Response(200, b"a" * size)
+
+    async with serving(handler) as served:
+        stream = served.listener.connect(trio.testing.lockstep_stream_pair())
+        await stream.send_all(GET)
+        await trio.sleep(40)
+        assert served.requests == ["GET / 200 30000.0 - -"]
+        assert len(await Client(stream).rest()) < 300_000
+
+
+async def test_a_slow_reader_of_much_is_not_closed(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        return Response(200, b"a" * 1_000_000)
+
+    async with serving(handler) as served:
+        stream = served.listener.connect(trio.testing.lockstep_stream_pair())
+        await stream.send_all(GET)
+        got = 0
+        while got < 1_000_000:
+            await trio.sleep(1)
+            got += len(await stream.receive_some(12_500))
+        assert trio.current_time() > 75
+
+
+async def test_unread_bytes_are_thrown_away_for_a_while(autojump_clock: Clock) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(post(b"Content-Length: 5000000"))
+        assert (await client.sure()).status == 413
+        assert await client.answer() is None  # half closed already
+        await stream.send_all(b"a" * 100_000)
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.send_all(b"a" * 200_000)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BrokenResourceError):
+            await stream.send_all(b"a")
+        assert trio.current_time() < 1
+
+
+# ---- clients that go away ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"", b"GET", GET, GET + b"G", post(b"Content-Length: 5", body=b"abc"), post(CHUNKED)])
+@pytest.mark.parametrize("half", [True, False])
+async def test_a_client_that_goes_away_is_no_failure(autojump_clock: Clock, data: bytes, half: bool) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(data)
+        if half:
+            await stream.send_eof()
+            # Whoever has closed one half only still gets what was asked for.
+            assert [got.status for got in [await client.answer()] if got] == ([200] if data.startswith(GET) else [])
+            assert await client.answer() is None
+        else:
+            await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert trio.current_time() < 1
+
+
+async def test_work_is_cancelled_when_the_client_goes_away(autojump_clock: Clock) -> None:
+    ended: list[str] = []
+
+    async def wait() -> str:
+        try:
+            await trio.sleep(1000)
+        except trio.Cancelled:
+            ended.append("cancelled")
+            raise
+        return "done"
+
+    async def handler(request: Request) -> AnyResponse:
+        ended.append(await request.while_connected(wait))
+        return Response(200)
+
+    async with serving(handler) as served:
+        stream = served.connect()
+        await stream.send_all(GET)
+        await trio.sleep(5)
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == ["cancelled"]
+        assert served.requests == ["GET / 499 5000.0 - -"]
+
+
+async def test_work_that_ends_is_answered_and_what_came_meanwhile_too(autojump_clock: Clock) -> None:
+    async def work() -> bytes:
+        await trio.sleep(5)
+        return b"worked"
+
+    async def refuse() -> bytes:
+        await trio.sleep(5)
+        raise APIError(503, "it failed")
+
+    async def handler(request: Request) -> AnyResponse:
+        return Response(200, await request.while_connected(refuse if request.path == "/refuse" else work))
+
+    async with serving(handler) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(GET)
+        await trio.sleep(1)
+        await stream.send_all(GET.replace(b"/ ", b"/refuse ") + GET)
+        assert [(await client.sure()).status for _ in range(3)] == [200, 503, 200]
+        assert trio.current_time() == pytest.approx(15)
+
+
+# ---- streams -------------------------------------------------------------------------------------------------------
+
+
+def counting(pieces: int, **options: Any) -> Handler:
+    async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+        await send(b"")
+        for n in range(pieces):
+            await send(b"%d\n" % n)
+            await trio.sleep(1)
+
+    async def handler(request: Request) -> AnyResponse:
+        return Stream(produce, **options) if request.path == "/" else Response(200)
+
+    return handler
+
+
+async def test_each_piece_of_a_stream_is_flushed(autojump_clock: Clock) -> None:
+    async with serving(counting(3)) as served:
+        stream = served.connect()
+        await stream.send_all(GET)
+        head = await stream.receive_some()
+        assert b"Transfer-Encoding: chunked" in head
+        assert b"Content-Type: application/x-ndjson" in head
+        for n in range(3):
+            assert await stream.receive_some() == b"2\r\n%d\n\r\n" % n
+            assert trio.current_time() == pytest.approx(n)
+        assert await stream.receive_some() == b"0\r\n\r\n"
+        await stream.send_all(GET.replace(b"/ ", b"/after "))
+        assert (await Client(stream).sure()).status == 200
+
+
+async def test_a_stream_for_http_1_0_ends_with_the_connection(autojump_clock: Clock) -> None:
+    async with serving(counting(3)) as served:
+        stream = served.connect()
+        await stream.send_all(GET.replace(b"1.1", b"1.0"))
+        head, _, body = (await Client(stream).rest()).partition(b"\r\n\r\n")
+        assert body == b"0\n1\n2\n"
+        assert b"chunked" not in head
+
+
+async def test_head_of_a_stream_does_not_produce(autojump_clock: Clock) -> None:
+    async with serving(counting(3)) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(GET.replace(b"GET", b"HEAD") + GET.replace(b"/ ", b"/after "))
+        assert (await client.sure("HEAD")).body == b""
+        assert (await client.sure()).status == 200
+        assert trio.current_time() == 0
+
+
+@pytest.mark.parametrize("half", [True, False])
+async def test_a_producer_is_cancelled_when_the_client_goes_away(autojump_clock: Clock, half: bool) -> None:
+    async with serving(counting(1000)) as served:
+        stream = served.connect()
+        await stream.send_all(GET)
+        await trio.sleep(3.5)
+        await (stream.send_eof() if half else stream.aclose())
+        await trio.testing.wait_all_tasks_blocked()
+        assert served.requests == ["GET / 200 3500.0 - -"]
+
+
+async def test_pipelining_into_a_stream_is_bounded(autojump_clock: Clock) -> None:
+    async with serving(counting(1000)) as served:
+        stream, counted = served.connect_counted()
+        await stream.send_all(GET + b"a" * 1_000_000)
+        await trio.sleep(500)
+        assert counted.received < 64 * 1024
+        assert served.requests == []  # and it goes on
+
+
+@pytest.mark.parametrize("error", [APIError(410, "too slow"), KeyError("bug")])
+async def test_a_producer_that_fails_leaves_a_stream_without_an_end(autojump_clock: Clock, error: Exception) -> None:
+    async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+        await send(b"a")
+        raise error
+
+    async def handler(request: Request) -> AnyResponse:
+        return Stream(produce)
+
+    async with serving(handler, failures=int(isinstance(error, KeyError))) as served:
+        stream = served.connect()
+        await stream.send_all(GET)
+        assert (await Client(stream).rest()).endswith(b"\r\n\r\n1\r\na\r\n")
+
+
+async def test_a_watcher_that_takes_nothing_is_closed(autojump_clock: Clock) -> None:
+    async with serving(counting(1000)) as served:
+        stream = served.listener.connect(trio.testing.lockstep_stream_pair())
+        await stream.send_all(GET)
+        await stream.receive_some(1)
+        await trio.sleep(40)
+        assert served.requests == ["GET / 200 30000.0 - -"]
+
+
+# ---- WebSockets ----------------------------------------------------------------------------------------------------
+
+
+async def repeat(websocket: WebSocketConnection) -> None:
+    while True:
+        await websocket.send_message(await websocket.get_message())
+
+
+def upgrading(session: Callable[[WebSocketConnection], Awaitable[None]] = repeat, **options: Any) -> Handler:
+    async def handler(request: Request) -> AnyResponse:
+        if request.path == "/refused":
+            raise APIError(503, "the VM failed")
+        return WebSocketUpgrade(session, **options) if request.path == "/ws" else await echo(request)
+
+    return handler
+
+
+async def until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
+    """Receive byte by byte, so that nothing after the end is taken."""
+    data = b""
+    while not data.endswith(end):
+        byte = await stream.receive_some(1)
+        assert byte, f"the connection ended after {data!r}"
+        data += byte
+    return data
+
+
+async def opened(served: Served, early: bytes = b"") -> trio.StapledStream[Any, Any]:
+    stream = served.connect()
+    await stream.send_all(UPGRADE + early)
+    head = await until(stream, b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=\r\n" in head.lower()
+    return stream
+
+
+def closing(code: int, reason: bytes = b"") -> bytes:
+    """A server's close frame."""
+    return bytes([0x88, 2 + len(reason)]) + code.to_bytes(2, "big") + reason
+
+
+async def pass_back(stream: TunnelStream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+def tunnelling(session: Callable[[TunnelStream], Awaitable[None]] = pass_back) -> Handler:
+    async def handler(request: Request) -> AnyResponse:
+        return TunnelUpgrade(session, 30.0)
+
+    return handler
+
+
+UPGRADING = [pytest.param(upgrading(), id="messages"), pytest.param(tunnelling(), id="bytes")]
+
+
+@pytest.mark.parametrize("handler", UPGRADING)
+async def test_a_frame_that_came_early_is_not_lost(autojump_clock: Clock, handler: Handler) -> None:
+    data = UPGRADE + HELLO_FRAME
+    async with serving(handler) as served:
+        for cut in range(len(data)):
+            stream = served.connect()
+            if cut:
+                await stream.send_all(data[:cut])
+                await trio.testing.wait_all_tasks_blocked()
+            await stream.send_all(data[cut:])
+            head = await until(stream, b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
+            assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=\r\n" in head.lower()
+            reader, got = Frames(masked=False), b""
+            while got != b"hello":
+                for event in reader.feed(await stream.receive_some(1)):
+                    assert isinstance(event, memoryview)
+                    got += event
+                assert b"hello".startswith(got)
+            await stream.send_all(CLOSE_FRAME)
+            assert await Client(stream).rest() == closing(1000)
+        assert served.requests == ["GET /ws 101 0.0 - -"] * len(data)
+
+
+async def test_an_upgrade_may_follow_other_requests(autojump_clock: Clock) -> None:
+    async with serving(upgrading()) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(GET + UPGRADE.replace(b"/ws", b"/refused") + UPGRADE.replace(b"/ws", b"/") + UPGRADE)
+        assert [(await client.sure()).status for _ in range(3)] == [200, 503, 200]
+        await stream.send_all(HELLO_FRAME)
+        await until(stream, b"\x82\x05hello")
+
+
+MALFORMED = {
+    "no upgrade": (426, GET.replace(b"/ ", b"/ws ")),
+    "no option upgrade": (426, UPGRADE.replace(b"Connection: Upgrade\r\n", b"")),
+    "post": (426, UPGRADE.replace(b"GET", b"POST")),
+    "1.0": (426, UPGRADE.replace(b"1.1", b"1.0")),
+    "version 8": (426, UPGRADE.replace(b"Version: 13", b"Version: 8")),
+    "no version": (426, UPGRADE.replace(b"Sec-WebSocket-Version: 13\r\n", b"")),
+    "no key": (400, UPGRADE.replace(b"Sec-WebSocket-Key: " + KEY + b"\r\n", b"")),
+    "short key": (400, UPGRADE.replace(KEY, KEY[4:])),
+    "rubbish key": (400, UPGRADE.replace(KEY, b"\xff" * 24)),
+    "with a body": (400, UPGRADE[:-2] + b"Content-Length: 3\r\n\r\nabc"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("handler", UPGRADING)
+async def test_what_is_no_request_for_a_websocket_is_refused(
+    autojump_clock: Clock, name: str, handler: Handler
+) -> None:
+    status, data = MALFORMED[name]
+    answers, _ = await ask(data, handler)
+    assert [answer.status for answer in answers] == [status]
+    if status == 426:
+        assert answers[0].headers["upgrade"] == "websocket"
+    assert answers[0].headers.get("sec-websocket-version") == ("13" if "version" in name else None)
+
+
+async def test_a_handler_can_ask_before_it_waits(autojump_clock: Clock) -> None:
+    seen = []
+
+    async def handler(request: Request) -> AnyResponse:
+        seen.append(request.wants_websocket)
+        request.require_websocket()
+        await request.while_connected(partial(trio.sleep, 5))
+        return WebSocketUpgrade(repeat)
+
+    async with serving(handler) as served:
+        stream = await opened(served, HELLO_FRAME)
+        assert await until(stream, b"hello") == b"\x82\x05hello"
+        assert [answer.status for answer in (await talk(served, [GET]))[0]] == [426]
+    assert seen == [True, False]
+
+
+VIOLATIONS = {
+    "not masked": (1002, b"\x82\x05hello"),
+    "reserved bit": (1002, b"\xc2" + HELLO_FRAME[1:]),
+    "unknown opcode": (1002, b"\x83" + HELLO_FRAME[1:]),
+    "length beyond 2^63": (1002, b"\x82\xff" + b"\xff" * 8 + b"\x00" * 4),
+    "fragmented ping": (1002, b"\x09\x80\x00\x00\x00\x00"),
+    "long ping": (1002, b"\x89\xfe\x00\x80\x00\x00\x00\x00" + b"a" * 128),
+    "bad close code": (1002, b"\x88\x82\x00\x00\x00\x00\x03\xed"),
+    "half a close code": (1002, b"\x88\x81\x00\x00\x00\x00\x03"),
+    "continuation of nothing": (1002, b"\x80" + HELLO_FRAME[1:]),
+    "not UTF-8": (1007, b"\x81\x81\x00\x00\x00\x00\xff"),
+    "too large": (1009, b"\x82\xfe\x04\x00\x00\x00\x00\x00" + b"a" * 1024),
+    "too large in fragments": (
+        1009,
+        b"\x02\xfe\x01\x00\x00\x00\x00\x00" + b"a" * 256 + b"\x00\xfe\x01\x00\x00\x00\x00\x00" + b"a" * 256,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("handler", "name"),
+    [
+        *((upgrading(max_message_size=500), name) for name in VIOLATIONS),
+        *((tunnelling(), name) for name, (code, _) in VIOLATIONS.items() if code != 1009),
+    ],
+)
+@pytest.mark.parametrize("flooding", [False, True])
+async def test_a_violation_of_the_protocol_closes_with_its_code(
+    autojump_clock: Clock, handler: Handler, name: str, flooding: bool
+) -> None:
+    code, data = VIOLATIONS[name]
+    async with serving(handler) as served:
+        stream = await opened(served, data)
+        if flooding:
+            assert await flood(stream, HELLO_FRAME * 1000) < 1_000_000
+        frames = await Client(stream).rest()
+        assert frames[:1] == b"\x88"
+        assert int.from_bytes(frames[2:4], "big") == code
+        assert len(frames) == 2 + frames[1]
+        assert trio.current_time() <= 1
+
+
+async def test_a_violation_is_told_though_the_session_does_not_listen(autojump_clock: Clock) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        await trio.sleep(100)
+
+    async with serving(upgrading(session)) as served:
+        stream = await opened(served, b"\x82\x05hello")
+        assert await stream.receive_some() == closing(1002)
+        assert trio.current_time() == 0
+
+
+async def test_a_violation_in_the_middle_of_a_message_of_ours(autojump_clock: Clock) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        while True:
+            await websocket.send_message(b"x" * 10)
+
+    async with serving(upgrading(session)) as served:
+        stream = served.listener.connect(trio.testing.lockstep_stream_pair())
+        await stream.send_all(UPGRADE)
+        await until(stream, b"\r\n\r\n\x82\x0axxx")
+        await stream.send_all(b"\x82\x05hello")
+        await trio.testing.wait_all_tasks_blocked()
+        assert await Client(stream).rest() == b"x" * 7 + closing(1002)
+
+
+async def test_a_ping_after_our_close_is_no_failure(autojump_clock: Clock) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        await websocket.get_message()
+
+    async with serving(upgrading(session)) as served:
+        stream = await opened(served, HELLO_FRAME)
+        assert await stream.receive_some() == closing(1000)
+        await stream.send_all(b"\x89\x80\x00\x00\x00\x00")
+        assert await Client(stream).rest() == b""
+
+
+async def test_the_end_of_a_session_closes_for_a_client_that_never_answers(
+    autojump_clock: Clock,
+) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        await trio.sleep(3)
+
+    async with serving(upgrading(session)) as served:
+        stream = await opened(served)
+        assert await Client(stream).rest() == closing(1000)
+        assert trio.current_time() == pytest.approx(8)
+
+
+async def test_a_session_chooses_its_code(autojump_clock: Clock) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        await websocket.aclose(4000, "replaced")
+
+    async with serving(upgrading(session)) as served:
+        stream = await opened(served, CLOSE_FRAME)
+        assert (await Client(stream).rest())[:4] in (closing(1000), closing(4000)[:1] + b"\x0a\x0f\xa0")
+
+
+async def test_a_session_may_end_by_another_connection_closing(autojump_clock: Clock) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(repeat, websocket)
+            raise ConnectionClosed(None)
+
+    async with serving(upgrading(session)) as served:
+        stream = await opened(served)
+        assert await stream.receive_some() == closing(1000)
+
+
+@pytest.mark.parametrize("upgraded", [upgrading, tunnelling])
+async def test_a_broken_session_is_logged_once_and_says_nothing(
+    autojump_clock: Clock, upgraded: Callable[[Any], Handler]
+) -> None:
+    async def session(_: object) -> None:
+        raise KeyError("bug")
+
+    async with serving(upgraded(session), failures=1) as served:
+        stream = await opened(served)
+        assert await Client(stream).rest() == b""
+        assert served.requests == ["GET /ws 101 0.0 - -"]
+
+
+@pytest.mark.parametrize("early", [b"", HELLO_FRAME, b"\x82"])
+async def test_a_client_that_goes_away_ends_the_session(autojump_clock: Clock, early: bytes) -> None:
+    ended = []
+
+    async def session(websocket: WebSocketConnection) -> None:
+        try:
+            await repeat(websocket)
+        except ConnectionClosed as closed:
+            ended.append(closed.reason and closed.reason.code)
+            raise
+
+    async with serving(upgrading(session)) as served:
+        stream = await opened(served, early)
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == [1006]
+        assert served.requests == ["GET /ws 101 0.0 - -"]
+
+
+async def test_a_session_that_does_not_take_messages_makes_the_client_wait(
+    autojump_clock: Clock,
+) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        await trio.sleep(1000)
+
+    async with serving(upgrading(session, message_queue_size=2, receive_buffer_size=1024)) as served:
+        stream, counted = served.connect_counted()
+        await stream.send_all(UPGRADE)
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.send_all(HELLO_FRAME * 10_000)
+        await trio.sleep(500)
+        assert counted.received < 4096
+
+
+async def test_pings_go_out_and_one_that_is_not_answered_ends_nothing(autojump_clock: Clock) -> None:
+    async def session(websocket: WebSocketConnection) -> None:
+        await trio.sleep(1000)
+
+    async with serving(upgrading(session, ping_interval=30.0)) as served:
+        stream = await opened(served)
+        chance = random.getstate()
+        for number in range(1, 4):
+            ping = await stream.receive_some()
+            assert ping[:2] == b"\x89\x04"
+            assert trio.current_time() == 30 * number
+            if number < 3:
+                await stream.send_all(b"\x8a\x84\0\0\0\0" + ping[2:])
+        assert random.getstate() == chance, "it is the embedding program's"
+        assert await stream.receive_some() == closing(1000)
+        assert trio.current_time() == 1000
+
+
+# ---- tunnels -------------------------------------------------------------------------------------------------------
+
+
+async def test_any_bytes_in_a_tunnel_end_in_a_close_and_never_in_a_failure(autojump_clock: Clock) -> None:
+    chance = random.Random(1)
+    async with serving(tunnelling()) as served:
+        for _ in range(300):
+            stream = await opened(served, chance.randbytes(chance.randrange(200)))
+            await stream.send_eof()
+            await Client(stream).rest()
+        assert len(served.requests) == 300
+
+
+async def test_a_client_that_goes_away_ends_its_tunnel(autojump_clock: Clock) -> None:
+    ended = []
+
+    async def session(stream: TunnelStream) -> None:
+        with pytest.raises(trio.BrokenResourceError):
+            await pass_back(stream)
+        assert stream.closed is not None
+        ended.append(stream.closed.code)
+        raise trio.BrokenResourceError
+
+    async with serving(tunnelling(session)) as served:
+        stream = await opened(served, HELLO_FRAME)
+        await stream.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        assert ended == [1006]
+        assert served.requests == ["GET /ws 101 0.0 - -"]
+
+
+@asynccontextmanager
+async def client_websocket(
+    stream: trio.SocketStream | trio.SSLStream[trio.SocketStream], path: str
+) -> AsyncIterator[WebSocketConnection]:
+    """The client's side of trio-websocket, closing the stream: its own functions forget to after the server's close."""
+    async with stream, trio.open_nursery() as nursery:
+        websocket = await wrap_client_stream(nursery, stream, "localhost", path)
+        yield websocket
+        await websocket.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_real_client_over_a_real_socket() -> None:
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    port = listeners[0].socket.getsockname()[1]
+    async with serving(upgrading(message_queue_size=4), listeners=listeners) as served:
+        async with client_websocket(await trio.open_tcp_stream("127.0.0.1", port), "/ws?a=b") as websocket:
+            for message in (b"", b"x" * 300_000, "text"):
+                await websocket.send_message(message)
+                assert await websocket.get_message() == message
+            await websocket.ping()
+        assert websocket.closed is not None
+        assert websocket.closed.code == 1000
+        async with client_websocket(await trio.open_tcp_stream("127.0.0.1", port), "/ws") as websocket:
+            served.stop.set()
+            with pytest.raises(ConnectionClosed) as closed:
+                await websocket.get_message()
+            assert closed.value.reason is not None
+            assert (closed.value.reason.code, closed.value.reason.reason) == (1001, "controller is stopping")
+        await served.ended.wait()
+        assert [line.endswith("127.0.0.1") for line in served.requests] == [True] * 2
+
+
+# ---- stopping ------------------------------------------------------------------------------------------------------
+
+
+async def slow(request: Request) -> AnyResponse:
+    async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+        await send(b"first")
+        await trio.sleep(5)
+        await send(b"last")
+
+    if request.path == "/stream":
+        return Stream(produce, endless=request.query.one("endless") == "1")
+    await trio.sleep(float(request.query.one("s") or 0))
+    return Response(200)
+
+
+async def test_stop_closes_what_is_idle_and_returns(autojump_clock: Clock) -> None:
+    async with serving(slow) as served:
+        fresh, used = Client(served.connect()), Client(served.connect())
+        await used.stream.send_all(GET)
+        assert (await used.sure()).status == 200
+        await trio.testing.wait_all_tasks_blocked()
+        served.stop.set()
+        assert await fresh.rest() == await used.rest() == b""
+        await served.ended.wait()
+        assert trio.current_time() == 0
+        with pytest.raises(trio.BrokenResourceError):
+            served.connect()
+
+
+@pytest.mark.parametrize(("seconds", "status", "end"), [(5, 200, 5), (10.5, None, 11)])
+async def test_stop_lets_requests_end_within_the_grace(
+    autojump_clock: Clock, seconds: float, status: int | None, end: float
+) -> None:
+    async with serving(slow) as served:
+        client = Client(served.connect())
+        await client.stream.send_all(GET.replace(b"/ ", b"/?s=%g " % (seconds + 1)) + GET)
+        await trio.sleep(1)
+        served.stop.set()
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.BrokenResourceError):
+            served.connect()
+        got = await client.answer()
+        assert (got.status, got.headers["connection"]) == (200, "close") if got and status else got is None
+        assert await client.answer() is None
+        await served.ended.wait()
+        assert trio.current_time() == pytest.approx(end + (status == 200))
+        assert [line.split()[2] for line in served.requests] == [str(status or 499)]
+
+
+async def test_stop_lets_a_request_arrive_to_its_end(autojump_clock: Clock) -> None:
+    data = post(b"Content-Length: 5", body=b"hello")
+    async with serving(echo) as served:
+        client = Client(served.connect())
+        await client.stream.send_all(data[:10])
+        await trio.testing.wait_all_tasks_blocked()
+        served.stop.set()
+        await trio.sleep(3)
+        await client.stream.send_all(data[10:-2])
+        await trio.sleep(3)
+        await client.stream.send_all(data[-2:])
+        got = await client.sure()
+        assert (got.status, got.headers["connection"]) == (200, "close")
+        await served.ended.wait()
+        assert trio.current_time() == 6
+
+
+@pytest.mark.parametrize(("endless", "body", "end"), [(1, b"first", 1), (0, b"firstlast", 5)])
+async def test_stop_ends_an_endless_stream_as_if_it_had_ended(
+    autojump_clock: Clock, endless: int, body: bytes, end: float
+) -> None:
+    async with serving(slow) as served:
+        client = Client(served.connect())
+        await client.stream.send_all(GET.replace(b"/ ", b"/stream?endless=%d " % endless))
+        await trio.sleep(1)
+        served.stop.set()
+        assert (await client.sure()).body == body
+        assert await client.answer() is None
+        await served.ended.wait()
+        assert trio.current_time() == pytest.approx(end)
+
+
+async def test_stop_cuts_off_a_stream_whose_reader_is_slow(autojump_clock: Clock) -> None:
+    async with serving(slow) as served:
+        stream = served.listener.connect(trio.testing.lockstep_stream_pair())
+        await stream.send_all(GET.replace(b"/ ", b"/stream?endless=1 "))
+        await trio.testing.wait_all_tasks_blocked()  # in the middle of sending the head
+        served.stop.set()
+        await served.ended.wait()
+        assert trio.current_time() == 0
+        assert b"0\r\n\r\n" not in await Client(stream).rest()
+
+
+@pytest.mark.parametrize("answers", [True, False])
+@pytest.mark.parametrize("upgraded", [upgrading, tunnelling])
+async def test_stop_closes_websockets_with_1001(
+    autojump_clock: Clock, answers: bool, upgraded: Callable[[Any], Handler]
+) -> None:
+    cancelled = trio.Event()
+
+    async def session(_: object) -> None:
+        try:
+            await trio.sleep_forever()
+        except trio.Cancelled:
+            cancelled.set()
+            raise
+
+    async with serving(upgraded(session)) as served:
+        stream = await opened(served)
+        served.stop.set()
+        assert await stream.receive_some() == closing(1001, b"controller is stopping")
+        if answers:
+            await stream.send_all(CLOSE_FRAME)
+            await stream.send_eof()
+        assert await Client(stream).rest() == b""
+        await served.ended.wait()
+        assert cancelled.is_set()
+        assert trio.current_time() == pytest.approx(0 if answers else 6)
+
+
+async def test_cancelling_ends_everything_at_once(autojump_clock: Clock) -> None:
+    async with serving(slow) as served:
+        clients = [Client(served.connect()) for _ in range(4)]
+        for client, target in zip(clients, (b"/?s=100", b"/stream?endless=1", b"/stream"), strict=False):
+            await client.stream.send_all(GET.replace(b"/ ", target + b" "))
+        await trio.testing.wait_all_tasks_blocked()
+        served.scope.cancel()
+        await served.ended.wait()
+        for client in clients:
+            await client.rest()
+        assert trio.current_time() == 0
+
+
+# ---- TLS -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contexts:
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
+    directory: Path = tmp_path_factory.mktemp("tls")
+    key, certificate = directory / "key.pem", directory / "cert.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    command += " -addext subjectAltName=DNS:localhost -keyout"
+    subprocess.run([*command.split(), key, "-out", certificate], check=True, capture_output=True)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate, key)
+    return Contexts(server, ssl.create_default_context(cafile=certificate))
+
+
+async def test_tls_over_a_real_socket(contexts: Contexts) -> None:
+    plain = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listeners = [trio.SSLListener(one, contexts.server) for one in plain]
+    port = plain[0].socket.getsockname()[1]
+    async with serving(upgrading(), listeners=listeners) as served:
+        connect = partial(
+            trio.open_ssl_over_tcp_stream, "localhost", port, ssl_context=contexts.client, https_compatible=True
+        )
+        stream = await connect()
+        client = Client(stream)
+        await stream.send_all(GET + post(b"Content-Length: 5", body=b"hello"))
+        assert [(await client.sure()).status for _ in range(2)] == [200, 200]
+        await stream.aclose()
+        async with client_websocket(await connect(), "/ws") as websocket:
+            await websocket.send_message(b"x" * 100_000)
+            assert await websocket.get_message() == b"x" * 100_000
+        served.stop.set()
+        await served.ended.wait()
+        assert served.requests[0].endswith("127.0.0.1")
+
+
+async def test_tls_that_never_shakes_hands(autojump_clock: Clock, contexts: Contexts) -> None:
+    memory = MemoryListener()
+    listener = trio.SSLListener(memory, contexts.server)
+    async with serving(echo, listeners=[listener]) as served:
+        silent = memory.connect(trio.testing.memory_stream_pair())
+        plain = memory.connect(trio.testing.memory_stream_pair())
+        gone = memory.connect(trio.testing.memory_stream_pair())
+        await plain.send_all(GET)
+        await gone.aclose()
+        alert = await Client(plain).rest()
+        assert not alert.startswith(b"HTTP")
+        assert trio.current_time() == 0
+        assert await silent.receive_some() == b""
+        assert trio.current_time() == pytest.approx(10)
+        late = memory.connect(trio.testing.memory_stream_pair())
+        await trio.testing.wait_all_tasks_blocked()
+        served.stop.set()
+        assert await late.receive_some() == b""
+        await served.ended.wait()
+        assert trio.current_time() == pytest.approx(10)
+
+
+async def test_tls_is_closed_as_it_should_be(autojump_clock: Clock, contexts: Contexts) -> None:
+    memory = MemoryListener()
+    listener = trio.SSLListener(memory, contexts.server)
+    async with serving(echo, listeners=[listener]):
+        raw = memory.connect(trio.testing.memory_stream_pair())
+        # The strict kind of client: an end without a farewell would be a BrokenResourceError.
+        stream = trio.SSLStream(raw, contexts.client, server_hostname="localhost", https_compatible=False)
+        await stream.send_all(GET)
+        assert (await Client(stream).rest()).startswith(b"HTTP/1.1 200 OK\r\n")
+
+
+async def test_tls_loses_nothing_of_what_comes_while_the_client_is_watched(
+    autojump_clock: Clock, contexts: Contexts
+) -> None:
+    memory = MemoryListener()
+    async with serving(counting(5), listeners=[trio.SSLListener(memory, contexts.server)]):
+        raw = memory.connect(trio.testing.memory_stream_pair())
+        client = Client(trio.SSLStream(raw, contexts.client, server_hostname="localhost"))
+        await client.stream.send_all(GET)
+        data = GET.replace(b"/ ", b"/after ")
+        await trio.sleep(2)
+        await client.stream.send_all(data[:9])
+        await trio.sleep(5)
+        await client.stream.send_all(data[9:])
+        assert [(await client.sure()).body for _ in range(2)] == [b"0\n1\n2\n3\n4\n", b""]
+
+
+async def test_tls_refusals_streams_and_cut_connections(autojump_clock: Clock, contexts: Contexts) -> None:
+    memory = MemoryListener()
+    listener = trio.SSLListener(memory, contexts.server)
+    async with serving(counting(5), listeners=[listener]) as served:
+        for data, status in ((GET, 200), (post(b"Content-Length: 1, 1"), 400), (GET + b"\x00", 200)):
+            raw = memory.connect(trio.testing.memory_stream_pair())
+            stream = trio.SSLStream(raw, contexts.client, server_hostname="localhost", https_compatible=True)
+            client = Client(stream)
+            await stream.send_all(data)
+            assert (await client.sure()).status == status
+            await raw.aclose()
+        await trio.sleep(20)
+        assert [line.split()[2] for line in served.requests] == ["200", "400", "200", "400"]
+
+
+# ---- anything at all -----------------------------------------------------------------------------------------------
+
+FRAGMENTS = (
+    [
+        GET,
+        GET[:-2],
+        UPGRADE,
+        UPGRADE.replace(b"/ws", b"/tunnel"),
+        UPGRADE[:-2],
+        HELLO_FRAME,
+        CLOSE_FRAME,
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b" ",
+        b":",
+        b"\x00",
+        b"0\r\n\r\n",
+    ]
+    + [b"POST /stream HTTP/1.1\r\nHost: x\r\n", b"Transfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n", b"HTTP/1.1"]
+    + [
+        b"Content-Length: 3\r\n\r\n",
+        b"Expect: 100-continue\r\n",
+        b"abc",
+        b"%",
+        b"GET /",
+        b"\x89\x80abcd",
+        b"\x16\x03\x01",
+    ]
+    + [frame for _, frame in VIOLATIONS.values() if len(frame) < 200]
+)
+WORDS = st.sampled_from(FRAGMENTS)
+
+
+def send_anything(pieces: Sequence[bytes]) -> None:
+    """Send bytes to a server, and see that they end in an answer or a close, and not in a failure."""
+
+    async def handler(request: Request) -> AnyResponse:
+        if request.path == "/stream":
+            return await counting(3)(replace(request, target="/"))
+        return await (tunnelling() if request.path == "/tunnel" else upgrading())(request)
+
+    async def main() -> None:
+        async with serving(handler) as served:
+            stream = served.connect()
+            for piece in pieces:
+                try:
+                    await stream.send_all(piece)
+                except trio.BrokenResourceError:
+                    break
+                await trio.testing.wait_all_tasks_blocked()
+            client = Client(stream)
+            with trio.move_on_after(1000) as patience:
+                await client.rest()
+            # Only a WebSocket may last for longer than every limit.
+            assert not patience.cancelled_caught or b"HTTP/1.1 101 " in client.buffer
+            served.stop.set()
+            await client.rest()
+            assert client.buffer == b"" or client.buffer.startswith(b"HTTP/1.1 ")
+            await served.ended.wait()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(WORDS | st.binary(max_size=20), max_size=12), st.booleans())
+@example([UPGRADE, CLOSE_FRAME, b"\x89\x80abcd"], False)
+@example([UPGRADE, b"\x88\x80abcd", HELLO_FRAME], True)
+def test_any_bytes_end_in_an_answer_or_a_close_and_never_in_a_failure(pieces: list[bytes], at_once: bool) -> None:
+    send_anything([b"".join(pieces)] if at_once else pieces)

@@ -1,0 +1,168 @@
+"""Certificates: made, shown, pinned; and what is said when they can't be."""
+
+from __future__ import annotations
+
+import os
+import ssl
+import stat
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from orchard.net import tls
+from orchard.net.tls import NotTrustedError, TLSError, Trust
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
+    """Two certificates with their keys."""
+    directories = [tmp_path_factory.mktemp("tls") for _ in range(2)]
+    return [trio.run(tls.self_signed, directory) for directory in directories]
+
+
+Pairs = list[tuple[Path, Path]]
+
+
+@asynccontextmanager
+async def connected(certificate: Path, key: Path, trust: Trust, host: str = "127.0.0.1") -> AsyncIterator[bytes]:
+    """Shake hands over a memory stream, and give what the server then says."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    server = trio.SSLStream(theirs, tls.server_context(certificate, key), server_side=True)
+
+    async def serve() -> None:
+        try:
+            await server.do_handshake()
+            await server.send_all(b"hello")
+        except trio.BrokenResourceError:
+            await theirs.aclose()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve)
+        try:
+            secured = await trust.secure(ours, host)
+            yield bytes(await secured.receive_some(5))
+        finally:
+            await ours.aclose()
+
+
+def openssl(*words: object) -> str:
+    return subprocess.run(["openssl", *map(str, words)], capture_output=True, text=True, check=True).stdout
+
+
+def test_the_certificate_is_as_promised(pairs: Pairs) -> None:
+    certificate, key = pairs[0]
+    text = openssl("x509", "-in", certificate, "-noout", "-text")
+    for words in ("P-384", "DNS:orchard-controller", "CN = orchard-controller"):
+        assert words in text
+    openssl("x509", "-in", certificate, "-noout", "-checkend", 3640 * 24 * 3600)
+    shown = openssl("x509", "-in", certificate, "-noout", "-fingerprint", "-sha256")
+    assert shown.strip().partition("=")[2] == tls.fingerprint(certificate.read_bytes())
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+async def test_it_is_made_once(pairs: Pairs) -> None:
+    certificate, key = pairs[0]
+    before = certificate.read_bytes(), key.read_bytes()
+    assert await tls.self_signed(certificate.parent) == (certificate, key)
+    assert (certificate.read_bytes(), key.read_bytes()) == before
+    assert {path.name for path in certificate.parent.iterdir()} == {"controller.crt", "controller.key"}
+
+
+async def test_a_key_alone_is_left_of_a_crash_and_made_anew(tmp_path: Path) -> None:
+    (tmp_path / "controller.key").write_text("half")
+    certificate, key = await tls.self_signed(tmp_path)
+    tls.server_context(certificate, key)
+
+
+async def test_a_certificate_without_its_key_is_for_somebody_to_look_at(tmp_path: Path, pairs: Pairs) -> None:
+    (tmp_path / "controller.crt").write_bytes(pairs[0][0].read_bytes())
+    with pytest.raises(TLSError, match=r"controller\.key is missing"):
+        await tls.self_signed(tmp_path)
+    assert not (tmp_path / "controller.key").exists()
+
+
+async def test_without_openssl_the_three_ways_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(TLSError, match=r"install it.*--controller-cert and --controller-key.*--insecure-no-tls"):
+        await tls.self_signed(tmp_path)
+
+
+async def test_what_openssl_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin" / "openssl"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho no entropy today >&2\nexit 1\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", str(program.parent))
+    with pytest.raises(TLSError, match="openssl cannot make a certificate: no entropy today"):
+        await tls.self_signed(tmp_path)
+    assert os.listdir(tmp_path) == ["bin"]  # noqa: PTH208 -- not for an asynchronous function
+
+
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path, pairs: Pairs) -> None:
+    certificate, key = pairs[0]
+    open_key = tmp_path / "open.key"
+    open_key.write_bytes(key.read_bytes())
+    for mode in (0o640, 0o604):
+        open_key.chmod(mode)
+        with pytest.raises(TLSError, match=f"open.key can be read by others.*{mode:o}.*chmod 600"):
+            tls.server_context(certificate, open_key)
+
+
+def test_files_that_do_not_belong_together_are_named(tmp_path: Path, pairs: Pairs) -> None:
+    (mine, _), (_, other) = pairs
+    with pytest.raises(TLSError, match=r"controller\.crt and .*controller\.key are no certificate and its key"):
+        tls.server_context(mine, other)
+    with pytest.raises(TLSError, match=r"cannot read .*none\.crt: No such file"):
+        tls.server_context(tmp_path / "none.crt", other)
+
+
+async def test_a_pinned_certificate_is_trusted_by_any_name(pairs: Pairs) -> None:
+    certificate, key = pairs[0]
+    trust = Trust(certificate.read_bytes())
+    for host in ("127.0.0.1", "orchard-controller", "elsewhere.example.com"):
+        async with connected(certificate, key, trust, host) as said:
+            assert said == b"hello"
+
+
+async def test_another_certificate_than_the_pinned_one_is_not(pairs: Pairs) -> None:
+    (mine, key), (other, _) = pairs
+    pinned = other.read_bytes()
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(NotTrustedError, match=tls.fingerprint(mine.read_bytes()) + ".*expected .*"),
+        flatten_subgroups=True,
+    ):
+        async with connected(mine, key, Trust(pinned)):
+            raise AssertionError("it was trusted")
+
+
+async def test_a_certificate_that_no_authority_signed_is_not_trusted(pairs: Pairs) -> None:
+    certificate, key = pairs[0]
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(NotTrustedError, match="certificate is not trusted: self-signed"), flatten_subgroups=True
+    ):
+        async with connected(certificate, key, Trust()):
+            raise AssertionError("it was trusted")
+
+
+async def test_something_else_than_tls_is_said_to_be(nursery: trio.Nursery) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    nursery.start_soon(theirs.send_all, b"HTTP/1.1 400 Bad Request\r\n\r\n")
+    with pytest.raises(TLSError, match="does not speak TLS; is it http://"):
+        await Trust().secure(ours, "h")
+
+
+@pytest.mark.parametrize(
+    "pem",
+    [b"", b"x", b"-----BEGIN CERTIFICATE-----\n-", b"-----BEGIN CERTIFICATE-----\n\xff\n-----END CERTIFICATE-----"],
+)
+def test_what_is_no_certificate_is_not_pinned(pem: bytes) -> None:
+    with pytest.raises(TLSError, match="no certificate in PEM"):
+        Trust(pem)
+
+
+def test_old_versions_of_tls_are_not_spoken(pairs: Pairs) -> None:
+    assert tls.server_context(*pairs[0]).minimum_version == ssl.TLSVersion.TLSv1_2

@@ -1,0 +1,529 @@
+"""One end of a tunnel over memory streams, on a virtual clock: backpressure, pings, closes, and peers of other makes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MemoryReceiveStream, MemorySendStream, wait_all_tasks_blocked
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
+
+from orchard import tunnel
+from orchard.net import websocket, wsframes
+from orchard.net.websocket import TunnelStream
+from orchard.net.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Close, Event, Frames, Ping, Pong
+from orchard.tunnel import FarEnd, Rendezvous, Session
+
+KEY = b"\x01\x02\x03\x04"
+Memory = trio.StapledStream[MemorySendStream, MemoryReceiveStream]
+
+
+def frame(opcode: int, payload: bytes, key: bytes | None) -> bytes:
+    return b"".join(wsframes.frame(opcode, payload, key))
+
+
+class Peer:
+    """A client that does what the test says, and nothing by itself."""
+
+    def __init__(self, stream: trio.abc.Stream, *, client: bool = True) -> None:
+        self.stream = stream
+        self._key = KEY if client else None
+        self._frames = Frames(masked=not client)
+
+    async def send(self, opcode: int, payload: bytes = b"") -> None:
+        await self.stream.send_all(frame(opcode, payload, self._key))
+
+    async def events(self) -> list[Event]:
+        """What comes next; at the end nothing."""
+        return self._frames.feed(await self.stream.receive_some())
+
+    async def rest(self) -> list[Event]:
+        """What comes until nothing more does. Parts of payloads are one."""
+        found: list[Event] = []
+        with trio.move_on_after(websocket.CLOSE_SECONDS * 2):
+            while True:
+                data = await self.stream.receive_some()
+                found += self._frames.feed(data)
+                if not data or (found and isinstance(found[-1], Close)):
+                    break
+        return found
+
+
+@dataclass
+class Ends:
+    end: TunnelStream
+    peer: Peer
+    memory: Memory  # of the peer
+
+
+@asynccontextmanager
+async def pair(
+    *, client: bool = False, early: bytes = b"", ping_interval: float = math.inf, narrow: bool = False
+) -> AsyncIterator[Ends]:
+    """An end that runs, and its peer. `narrow`: nothing is on the way, who sends waits for who receives."""
+    make = trio.testing.lockstep_stream_pair if narrow else trio.testing.memory_stream_pair
+    ours, theirs = make()
+    with trio.fail_after(3600):
+        async with trio.open_nursery() as nursery:
+            end = TunnelStream(ours, client=client, early=early, ping_interval=ping_interval)
+            nursery.start_soon(end.run)
+            yield Ends(end, Peer(theirs, client=not client), theirs)  # type: ignore[arg-type]  # they differ in name
+            nursery.cancel_scope.cancel()
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", [False, True])
+async def test_bytes_go_both_ways(autojump_clock: Any, client: bool) -> None:
+    async with pair(client=client) as ends:
+        await ends.peer.send(BINARY, b"hello ")
+        await ends.peer.send(TEXT, "wörld".encode())
+        await wait_all_tasks_blocked()
+        assert await ends.end.take() == "hello wörld".encode()
+        size = websocket.SEND_BYTES + 1
+        await ends.end.send_all(b"x" * size)
+        messages = await ends.peer.events()
+        assert b"".join(messages) == b"x" * size  # type: ignore[arg-type]
+        assert max(map(len, messages)) <= 64 * 1024, "many clients have a limit"  # type: ignore[arg-type]
+
+
+async def test_what_came_with_the_handshake_is_not_lost(autojump_clock: Any) -> None:
+    data = frame(BINARY, b"early", KEY)
+    for cut in range(len(data) + 1):
+        async with pair(early=data[:cut]) as ends:
+            await ends.memory.send_all(data[cut:] + frame(BINARY, b" bird", KEY))
+            await wait_all_tasks_blocked()
+            assert await ends.end.take() == b"early bird"
+
+
+async def test_as_a_stream_it_gives_no_more_than_was_asked_for(autojump_clock: Any) -> None:
+    async with pair() as ends:
+        for part in (b"abcdef", b"gh"):
+            await ends.peer.send(BINARY, part)
+            await wait_all_tasks_blocked()
+        assert [await ends.end.receive_some(n) for n in (1, 2, 4, None)] == [b"a", b"bc", b"defg", b"h"]
+        assert ends.end._ahead == 0
+        with trio.move_on_after(1) as patience:
+            await ends.end.receive_some(1)
+        assert patience.cancelled_caught
+
+
+async def test_each_frame_of_a_client_has_a_key_of_its_own(autojump_clock: Any) -> None:
+    keys = set()
+    async with pair(client=True) as ends:
+        for _ in range(50):
+            await ends.end.send_all(b"x")
+            data = await ends.memory.receive_some()
+            assert data[:2] == b"\x82\x81"
+            keys.add(bytes(data[2:6]))
+    assert len(keys) == 50
+
+
+# ---- backpressure --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 100, 50_000])
+async def test_a_reader_that_stops_stops_the_sender(autojump_clock: Any, size: int) -> None:
+    async with pair(narrow=True) as ends:
+        sent = 0
+
+        async def pour() -> None:
+            nonlocal sent
+            while True:
+                await ends.peer.send(BINARY, b"x" * size)
+                sent += size
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pour)
+            await wait_all_tasks_blocked()
+            assert 0 < sent < websocket.READ_AHEAD + websocket.RECEIVE_BYTES
+            assert len(ends.end._parts) <= websocket.READ_AHEAD // websocket.PART_BYTES + 1
+            before, got = sent, 0
+            while got <= 2 * before:
+                got += len(await ends.end.receive_some())
+            nursery.cancel_scope.cancel()
+
+
+async def test_pings_are_answered_while_payload_waits_to_be_taken(autojump_clock: Any) -> None:
+    async with pair() as ends:
+        await ends.peer.send(BINARY, b"x" * (websocket.READ_AHEAD // 2))
+        await ends.peer.send(PING, b"are you there?")
+        assert await ends.peer.events() == [Pong(b"are you there?")]
+        assert len(await ends.end.take()) == websocket.READ_AHEAD // 2
+
+
+async def test_a_peer_that_takes_nothing_is_read_from_and_gets_its_pong_when_it_does(autojump_clock: Any) -> None:
+    async with pair(narrow=True) as ends, trio.open_nursery() as nursery:
+        nursery.start_soon(ends.end.send_all, b"x" * 100_000)
+        await wait_all_tasks_blocked()
+        for number in range(1000):
+            await ends.peer.send(PING, b"%d" % number)
+            await ends.peer.send(BINARY, b"y" * 1000)
+            assert len(await ends.end.receive_some()) == 1000
+        size = 0
+        pongs: list[Event] = []
+        while pongs[-1:] != [Pong(b"999")]:
+            for event in await ends.peer.events():
+                if isinstance(event, Pong):
+                    pongs.append(event)
+                else:
+                    size += len(event)  # type: ignore[arg-type]
+        assert size == 100_000
+        assert len(pongs) <= 2, "an older one need not be answered"
+
+
+# ---- pings ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_peer_that_answers_or_says_anything_lives(autojump_clock: Any) -> None:
+    async with pair(ping_interval=10) as ends:
+        for opcode in (PONG, BINARY, PING):
+            while not any(isinstance(event, Ping) for event in await ends.peer.events()):
+                pass
+            await ends.peer.send(opcode, b"x")
+        assert trio.current_time() == 30
+        assert ends.end.closed is None
+
+
+async def test_a_peer_that_says_nothing_is_lost_after_two_intervals(autojump_clock: Any) -> None:
+    async with pair(ping_interval=10) as ends:
+        await ends.peer.send(BINARY, b"x")
+        assert await ends.end.receive_some() == b"x"
+        with pytest.raises(trio.BrokenResourceError, match="does not answer to pings"):
+            await ends.end.receive_some()
+        assert trio.current_time() == 20
+        assert await ends.peer.rest() == [Ping(b""), Close(1011, "pings are not answered")]
+        await ends.end._done.wait()
+
+
+@pytest.mark.parametrize("pinged", [False, True])
+async def test_who_reads_slowly_is_not_dead(autojump_clock: Any, pinged: bool) -> None:
+    async with pair(ping_interval=10, narrow=True) as ends, trio.open_nursery() as nursery:
+        if pinged:
+            assert await ends.peer.events() == [Ping(b"")]
+        nursery.start_soon(ends.end.send_all, b"x" * 100_000)
+        await trio.sleep(1000)
+        assert ends.end.closed is None
+        nursery.cancel_scope.cancel()
+
+
+async def test_who_waits_behind_his_own_data_is_not_dead(autojump_clock: Any) -> None:
+    async with pair(ping_interval=10) as ends:
+        await ends.peer.send(BINARY, b"x" * websocket.READ_AHEAD)
+        await ends.peer.send(PONG)
+        await trio.sleep(1000)
+        assert ends.end.closed is None
+
+
+# ---- closes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", [False, True])
+@pytest.mark.parametrize(("payload", "answer"), [(b"", Close(1005)), (b"\x03\xe8bye", Close(1000, "bye"))])
+async def test_a_close_is_answered_after_all_bytes(
+    autojump_clock: Any, client: bool, payload: bytes, answer: Close
+) -> None:
+    async with pair(client=client) as ends:
+        await ends.peer.send(BINARY, b"last words")
+        await ends.peer.send(CLOSE, payload)
+        assert await ends.peer.rest() == [answer]
+        assert await ends.end.receive_some() == b"last words"
+        assert await ends.end.receive_some() == b""
+        assert ends.end.closed == answer
+        with pytest.raises(trio.BrokenResourceError):
+            await ends.end.send_all(b"x")
+        await ends.end.aclose()
+        assert trio.current_time() == 0
+
+
+async def test_another_close_than_the_usual_is_an_error(autojump_clock: Any) -> None:
+    async with pair() as ends:
+        await ends.peer.send(BINARY, b"last words")
+        await ends.peer.send(CLOSE, b"\x03\xe9gone")
+        assert await ends.end.receive_some() == b"last words"
+        for _ in range(2):
+            with pytest.raises(trio.BrokenResourceError, match="closed with 1001: gone"):
+                await ends.end.receive_some()
+
+
+async def test_an_end_without_a_close_is_an_error(autojump_clock: Any) -> None:
+    async with pair() as ends:
+        await ends.peer.send(BINARY, b"last words")
+        await ends.memory.aclose()
+        assert await ends.end.receive_some() == b"last words"
+        with pytest.raises(trio.BrokenResourceError, match="the connection was lost"):
+            await ends.end.receive_some()
+        assert ends.end.closed == Close(1006)
+        await ends.end.aclose()
+        assert trio.current_time() == 0
+
+
+async def test_closing_waits_for_the_answer_and_not_for_ever(autojump_clock: Any) -> None:
+    async with pair() as ends:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ends.end.aclose, 4000, "é" * 100)
+            assert await ends.peer.events() == [Close(4000, "é" * 61)]
+            await ends.peer.send(BINARY, b"x" * 10 * websocket.READ_AHEAD)  # it is thrown away
+            await trio.sleep(1)
+            await ends.peer.send(PING, b"too late")
+            await wait_all_tasks_blocked()
+            await ends.peer.send(CLOSE, b"\x0f\xa0")
+        assert trio.current_time() == 1
+        with trio.move_on_after(1) as silence:
+            await ends.peer.events()
+        assert silence.cancelled_caught, "nothing follows a close"
+        assert ends.end.closed == Close(4000, "é" * 100)
+        assert ends.end._parts == []
+    async with pair() as ends:
+        began = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ends.end.aclose)
+            nursery.start_soon(ends.end.aclose)
+        assert trio.current_time() - began == websocket.CLOSE_SECONDS
+        assert await ends.peer.events() == [Close(1000)]
+
+
+async def test_a_frame_on_its_way_is_sent_to_its_end_before_the_close(autojump_clock: Any) -> None:
+    async with pair(narrow=True) as ends, trio.open_nursery() as nursery:
+        nursery.start_soon(ends.end.send_all, b"x" * 100_000)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(ends.end.aclose, 1001, "the VM is gone")
+        await wait_all_tasks_blocked()
+        *parts, close = await ends.peer.rest()
+        assert sum(map(len, parts)) == 100_000  # type: ignore[arg-type]
+        assert close == Close(1001, "the VM is gone")
+        await ends.peer.send(CLOSE)
+
+
+async def test_after_a_frame_that_was_cut_off_nothing_is_sent(autojump_clock: Any) -> None:
+    async with pair(narrow=True) as ends:
+        with trio.move_on_after(1):
+            await ends.end.send_all(b"x" * 50_000)
+        with pytest.raises(trio.BrokenResourceError):
+            await ends.end.send_all(b"y")
+        await ends.peer.send(PING)
+        await ends.end.aclose()
+        await ends.memory.send_stream.aclose()
+        got = b""
+        with trio.move_on_after(1):
+            while True:
+                got += await ends.memory.receive_some()
+        assert set(got[4:]) <= {ord("x")}
+
+
+VIOLATIONS = {
+    "not masked": (1002, b"\x82\x05hello"),
+    "a reserved bit": (1002, b"\xc2\x80" + KEY),
+    "a fragmented ping": (1002, b"\x09\x80" + KEY),
+    "text that is none": (1007, b"\x81\x81\x00\x00\x00\x00\xff"),
+}
+
+
+@pytest.mark.parametrize("name", VIOLATIONS)
+async def test_a_violation_is_told_and_the_end(autojump_clock: Any, name: str) -> None:
+    code, data = VIOLATIONS[name]
+    async with pair() as ends:
+        await ends.peer.send(BINARY, b"before")
+        await ends.memory.send_all(data + frame(BINARY, b"after", KEY))
+        assert await ends.end.receive_some() == b"before"
+        with pytest.raises(trio.BrokenResourceError, match=f"closed with {code}"):
+            await ends.end.receive_some()
+        (close,) = await ends.peer.rest()
+        assert isinstance(close, Close)
+        assert close.code == code
+        assert close.reason
+        await ends.end.aclose()
+        assert trio.current_time() == 0
+
+
+# ---- with trio-websocket -------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def other_server(stream: trio.abc.Stream) -> AsyncIterator[Callable[[], WebSocketConnection]]:
+    async with trio.open_nursery() as nursery:
+        ends: list[WebSocketConnection] = []
+
+        async def accept() -> None:
+            ends.append(await (await wrap_server_stream(nursery, stream)).accept())
+
+        nursery.start_soon(accept)
+        yield lambda: ends[0]
+        nursery.cancel_scope.cancel()
+
+
+async def test_trio_websocket_as_the_client(autojump_clock: Any) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with trio.open_nursery() as nursery:
+        request = b""
+
+        async def serve() -> None:
+            nonlocal request
+            while not request.endswith(b"\r\n\r\n"):
+                request += await ours.receive_some()
+            key = next(line for line in request.decode().split("\r\n") if line.lower().startswith("sec-websocket-key"))
+            answer = f"Sec-WebSocket-Accept: {wsframes.accept(key.partition(': ')[2])}"
+            head = f"HTTP/1.1 101 OK\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{answer}\r\n\r\n"
+            await ours.send_all(head.encode())
+
+        nursery.start_soon(serve)
+        peer = await wrap_client_stream(nursery, theirs, "h", "/")  # type: ignore[arg-type]  # any stream does
+        end = TunnelStream(ours, client=False, ping_interval=10)
+        nursery.start_soon(end.run)
+        await conversation(end, peer)
+        nursery.cancel_scope.cancel()
+
+
+async def test_trio_websocket_as_the_server(autojump_clock: Any) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with other_server(theirs) as server, trio.open_nursery() as nursery:
+        await ours.send_all(
+            b"GET / HTTP/1.1\r\nHost: h\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        head = await ours.receive_some()
+        assert wsframes.accept("dGhlIHNhbXBsZSBub25jZQ==").encode() in head
+        end = TunnelStream(ours, client=True, early=bytes(head).partition(b"\r\n\r\n")[2])
+        nursery.start_soon(end.run)
+        await wait_all_tasks_blocked()
+        await conversation(end, server())
+        nursery.cancel_scope.cancel()
+
+
+async def conversation(end: TunnelStream, peer: WebSocketConnection) -> None:
+    for size in (1, 125, 126, 65535, 65536, 100_000):
+        await peer.send_message(b"x" * size)
+        got = 0
+        while got < size:
+            got += len(await end.receive_some())
+        await end.send_all(b"y" * size)
+        message = b""
+        while len(message) < size:
+            part = await peer.get_message()
+            assert isinstance(part, bytes)
+            message += part
+        assert message == b"y" * size
+    await peer.ping()
+    await trio.sleep(100)
+    assert end.closed is None
+    await end.aclose(4000, "enough")
+    with pytest.raises(ConnectionClosed) as closed:
+        await peer.get_message()
+    assert closed.value.reason is not None
+    assert (closed.value.reason.code, closed.value.reason.reason) == (4000, "enough")
+    assert trio.current_time() == 100
+
+
+# ---- two of them, joined -------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def joined(board: Rendezvous, *, narrow: bool = False) -> AsyncIterator[tuple[Ends, Ends, trio.Event]]:
+    """A client's and a worker's end, which the rendezvous joins, and that it has ended."""
+    interval = board.ping_interval
+    async with pair(ping_interval=interval, narrow=narrow) as near, pair(ping_interval=interval, narrow=narrow) as far:
+        ended = trio.Event()
+
+        async def relay() -> None:
+            given = FarEnd(far.end, "w")
+            await board.serve_near_end("uid", given, near.end)
+            assert given.taken.is_set()
+            assert given.finished.is_set(), "who holds the worker's end can let it go"
+            ended.set()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(relay)
+            await wait_all_tasks_blocked()
+            yield near, far, ended
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_silent_tunnel_whose_end_is_dead_is_closed_within_two_intervals(autojump_clock: Any) -> None:
+    board = Rendezvous(ping_interval=10)
+    async with joined(board) as (client, worker, ended), trio.open_nursery() as nursery:
+
+        async def live() -> None:
+            while not any(isinstance(event, Close) for event in await client.peer.events()):
+                await client.peer.send(PONG)
+            told.set()
+
+        told = trio.Event()
+        nursery.start_soon(live)
+        await worker.peer.send(BINARY, b"x")
+        await told.wait()
+        assert 10 < trio.current_time() <= 20
+        await client.peer.send(CLOSE)
+        await ended.wait()
+        assert client.end.closed == Close(1011, "the worker does not answer to pings")
+        assert not board._tunnels
+
+
+async def test_who_closes_first_is_told_on_after_all_bytes(autojump_clock: Any) -> None:
+    board = Rendezvous()
+    async with joined(board) as (client, worker, ended):
+        await client.peer.send(BINARY, b"last words")
+        await client.peer.send(CLOSE, b"\x0f\xa0enough")
+        assert await worker.peer.events() == [b"last words"]
+        assert await worker.peer.events() == [Close(4000, "the client closed it: enough")]
+        await worker.peer.send(CLOSE)
+        await ended.wait()
+        assert await client.peer.rest() == [Close(4000, "enough")]
+        assert trio.current_time() == 0
+
+
+@pytest.mark.parametrize(("early", "seconds"), [(b"", 0), (b"greeting", tunnel.TAKE_SECONDS)])
+async def test_a_worker_that_closes_before_its_end_is_taken_is_let_go(
+    autojump_clock: Any, early: bytes, seconds: float
+) -> None:
+    async with pair() as far:
+        if early:
+            await far.peer.send(BINARY, early)
+        await far.peer.send(CLOSE)
+        session = Session("w", "account", "portForwardAction", {})
+        await Rendezvous().serve_far_end(session, far.end)
+        assert trio.current_time() == seconds, "what came is kept for who has asked"
+        taken = await session.wait()
+        assert isinstance(taken, FarEnd)
+        assert await taken.stream.take() == early
+
+
+async def test_a_busy_tunnel_that_is_ended_says_why_to_both(autojump_clock: Any) -> None:
+    board = Rendezvous()
+    async with joined(board, narrow=True) as (client, worker, ended), trio.open_nursery() as nursery:
+        nursery.start_soon(worker.peer.send, BINARY, b"x" * 10_000_000)
+        await wait_all_tasks_blocked()
+        board.end_tunnels("uid", "the VM is gone")
+        board.end_tunnels("uid", "said too late")
+        await wait_all_tasks_blocked()
+        *parts, close = await client.peer.rest()
+        assert parts
+        assert close == Close(1001, "the VM is gone")
+        assert await worker.peer.rest() == [close]
+        await client.peer.send(CLOSE)
+        await worker.peer.stream.aclose()
+        await ended.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def test_memory_of_a_tunnel_whose_client_does_not_read_is_bounded(autojump_clock: Any) -> None:
+    board = Rendezvous()
+    async with joined(board, narrow=True) as (_, worker, _):
+        sent = 0
+
+        async def pour() -> None:
+            nonlocal sent
+            while True:
+                await worker.peer.send(BINARY, b"x" * 10_000)
+                sent += 10_000
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pour)
+            await trio.sleep(1000)
+            assert 0 < sent <= 3 * (websocket.READ_AHEAD + websocket.RECEIVE_BYTES)
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,622 @@
+"""The SSH jump host, with the system's OpenSSH client and real SSH servers in the VMs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import asyncssh
+import pytest
+import trio
+import trio.testing
+import trio_asyncio  # type: ignore[import-untyped]
+from asyncssh.constants import MSG_USERAUTH_REQUEST
+from asyncssh.packet import Boolean, String
+from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished, processes_in, started
+from test_forward import echo, listening, receive_exactly
+from test_processes import free_port
+
+from orchard.client import Client as OrchardClient
+from orchard.codec import APIError
+from orchard.controller import ControllerSettings, Running, run
+from orchard.ssh import jump
+from orchard.testing import Cluster, cluster
+from orchard.vm.synthetic import SyntheticDriver
+from orchard.worker import Identity, WorkerService
+
+
+class Client:
+    """OpenSSH with a password for the jump host and one for the VM, and nobody's configuration."""
+
+    def __init__(self, c: Cluster, home: Path, sshd: int, user: str = "", password: str = "") -> None:
+        self.user = user or c.account
+        askpass = home / "askpass"
+        askpass.write_text('#!/bin/sh\ncase "$1" in *127.0.0.1*) echo "$JUMP_PASSWORD";; *) echo admin;; esac\n')
+        askpass.chmod(0o700)
+        config = home / "ssh_config"
+        config.write_text(
+            f"Host jump\n  HostName 127.0.0.1\n  Port {c.ssh_port}\n  User {self.user}\n"
+            f"Host vm Vm other\n  ProxyJump jump\n  User admin\n  Port {sshd}\n"
+            "Host *\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n"
+            "  PubkeyAuthentication no\n  NumberOfPasswordPrompts 1\n"
+        )
+        self.config = str(config)
+        self._env = {
+            **os.environ,
+            "SSH_ASKPASS": str(askpass),
+            "SSH_ASKPASS_REQUIRE": "force",
+            "JUMP_PASSWORD": password or c.token,
+        }
+
+    async def run(self, program: str, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        return await self.call(program, "-F", self.config, *words, stdin=stdin)
+
+    async def call(self, *command: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        with trio.fail_after(GENEROUS):
+            return await trio.run_process(
+                command,
+                stdin=stdin,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                env=self._env,
+                start_new_session=True,
+            )
+
+
+@asynccontextmanager
+async def jumping() -> AsyncIterator[Cluster]:
+    """A cluster with a jump host, and a VM "vm" that runs."""
+    async with cluster(auth=True, ssh=True) as c:
+        await c.client.vms.create(name="vm", image="any")
+        await c.client.vms.wait("vm")
+        yield c
+
+
+async def test_stock_openssh_gets_into_a_vm(tmp_path: Path, sshd: int) -> None:
+    async with jumping() as c:
+        client = Client(c, tmp_path, sshd)
+        ran = await client.run("ssh", "vm", stdin=b"echo in the vm; exit 7")
+        assert (ran.returncode, ran.stdout) == (7, b"in the vm\n"), ran.stderr
+
+
+async def test_an_access_token_gets_into_its_vm_alone(tmp_path: Path, sshd: int) -> None:
+    async with jumping() as c:
+        issued = await c.client.vms.issue_access_token("vm")
+        client = Client(c, tmp_path, sshd, issued.ssh_username, issued.token)
+        assert (await client.run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n"
+        await c.client.vms.create(name="other", image="any")
+        ran = await client.run("ssh", "other", stdin=b"echo hi")
+        assert (ran.returncode, ran.stdout) == (255, b"")
+        await c.client.vms.delete("vm")
+        await c.client.vms.create(name="vm", image="any")
+        ran = await client.run("ssh", "vm", stdin=b"echo hi")
+        assert (ran.returncode, ran.stdout) == (255, b""), "it is another VM of that name"
+
+
+@pytest.mark.parametrize("mode", [(), ("-O",)], ids=["sftp", "scp"])
+async def test_scp_copies_files_both_ways(tmp_path: Path, sshd: int, mode: tuple[str, ...]) -> None:
+    data = hashlib.shake_128(b"file").digest(8 * 1024 * 1024)
+    source, there, back = (tmp_path / name for name in ("source", "there", "back"))
+    source.write_bytes(data)
+    async with jumping() as c:
+        client = Client(c, tmp_path, sshd)
+        for one, other in ((str(source), f"vm:{there}"), (f"vm:{there}", str(back))):
+            ran = await client.run("scp", *mode, one, other)
+            assert ran.returncode == 0, ran.stderr
+    assert back.read_bytes() == data
+
+
+async def test_sftp_copies_files_both_ways(tmp_path: Path, sshd: int) -> None:
+    data = hashlib.shake_128(b"file").digest(1024 * 1024)
+    source, there, back, batch = (tmp_path / name for name in ("a source", "there", "back", "batch"))
+    source.write_bytes(data)
+    batch.write_text(f'put "{source}" {there}\nget {there} {back}\nrm {there}\n')
+    async with jumping() as c:
+        ran = await Client(c, tmp_path, sshd).run("sftp", "-oBatchMode=no", "-b", str(batch), "vm")
+        assert ran.returncode == 0, ran.stderr
+    assert back.read_bytes() == data
+    assert not there.exists(), "it was not in the VM"
+
+
+async def test_rsync_copies_a_tree_both_ways(tmp_path: Path, sshd: int) -> None:
+    assert shutil.which("rsync"), "this test needs rsync: apt-get install rsync, or brew install rsync"
+    files = {
+        "small": b"1\n",
+        "a name with a blank": b"2\n",
+        "deep/er/empty": b"",
+        "deep/random": hashlib.shake_128(b"tree").digest(1024 * 1024),
+    }
+    for name, content in files.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    async with jumping() as c:
+        client = Client(c, tmp_path, sshd)
+        remote = f"ssh -F {client.config} -J jump"
+        for one, other in (
+            (f"{tmp_path}/tree/", f"vm:{tmp_path}/there/"),
+            (f"vm:{tmp_path}/there/", f"{tmp_path}/back/"),
+        ):
+            ran = await client.call("rsync", "-a", "-e", remote, one, other)
+            assert ran.returncode == 0, ran.stderr
+    for root in ("there", "back"):
+        found = {
+            str(path.relative_to(tmp_path / root)): path for path in (tmp_path / root).rglob("*") if path.is_file()
+        }
+        assert {name: path.read_bytes() for name, path in found.items()} == files
+
+
+async def test_any_port_of_a_vm_can_be_forwarded(tmp_path: Path, sshd: int) -> None:
+    local = free_port()
+    async with jumping() as c, listening(echo) as port, trio.open_nursery() as nursery:
+        client = Client(c, tmp_path, sshd)
+        nursery.start_soon(partial(client.run, "ssh", "-N", "-L", f"127.0.0.1:{local}:vm:{port}", "jump"))
+
+        async def connects() -> bool:
+            try:
+                stream = await trio.open_tcp_stream("127.0.0.1", local)
+            except OSError:
+                return False
+            await stream.aclose()
+            return True
+
+        await eventually(connects)
+
+        async def one(number: int) -> None:
+            sent = hashlib.shake_128(b"%d" % number).digest(500_000)
+            async with await trio.open_tcp_stream("127.0.0.1", local) as stream, trio.open_nursery() as sending:
+                sending.start_soon(stream.send_all, sent)
+                assert await receive_exactly(stream, len(sent)) == sent
+
+        async with trio.open_nursery() as many:
+            for number in range(20):
+                many.start_soon(one, number)
+        nursery.cancel_scope.cancel()
+    assert processes_in(tmp_path) == []
+
+
+async def test_names_are_found_as_openssh_writes_them(tmp_path: Path, sshd: int) -> None:
+    async with cluster(auth=True, ssh=True) as c:
+        await c.client.vms.create(name="Vm", image="any")
+        await c.client.vms.wait("Vm")
+        assert (await Client(c, tmp_path, sshd).run("ssh", "Vm", stdin=b"echo hi")).stdout == b"hi\n"
+
+
+async def test_a_name_that_could_mean_two_vms_is_refused(tmp_path: Path) -> None:
+    async with cluster(auth=True, ssh=True) as c:
+        for name in ("Vm", "vM"):
+            await c.client.vms.create(name=name, image="any")
+        ran = await Client(c, tmp_path, 22).run("ssh", "-W", "vm:22", "jump")
+        assert b'"vm" could be any of the VMs Vm, vM' in ran.stderr
+
+
+async def test_two_sessions_share_one_connection_to_the_jump_host(
+    tmp_path: Path, sshd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logins = 0
+
+    def counted(server: jump._Server) -> None:
+        nonlocal logins
+        logins += 1
+        server.admitted = True
+
+    monkeypatch.setattr(jump._Server, "auth_completed", counted)
+    first, second = tmp_path / "first", tmp_path / "second"
+    meet = "touch {}; until [ -e {} ]; do sleep 0.01; done; echo met"  # neither ends without the other
+    # Not in tmp_path: its name may be too long for a socket's.
+    with TemporaryDirectory() as sockets:
+        async with jumping() as c, trio.open_nursery() as nursery:
+            client = Client(c, tmp_path, sshd)
+            path = f"{sockets}/s"
+            config = Path(client.config)
+            config.write_text(f"{config.read_text()}Host jump\n  ControlPath {path}\n")
+            nursery.start_soon(client.run, "ssh", "-M", "-N", "jump")
+            await eventually(Path(path).exists)
+            said: list[bytes] = []
+
+            async def session(one: Path, other: Path) -> None:
+                ran = await client.run("ssh", "-J", "jump", "vm", meet.format(one, other))
+                said.append(ran.stdout or ran.stderr)
+
+            async with trio.open_nursery() as both:
+                both.start_soon(session, first, second)
+                both.start_soon(session, second, first)
+            assert said == [b"met\n", b"met\n"]
+            assert logins == 1
+            nursery.cancel_scope.cancel()
+
+
+async def test_an_answer_arrives_after_the_client_has_sent_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = trio.Event()
+    answer = hashlib.shake_128(b"answer").digest(3_000_000)
+
+    class Noticed(jump.ChannelStream):
+        def finished(self) -> None:
+            super().finished()
+            ended.set()
+
+    async def reply(stream: trio.SocketStream) -> None:
+        assert await receive_exactly(stream, 8) == b"question"
+        await ended.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        await stream.send_all(answer)
+
+    monkeypatch.setattr(jump, "ChannelStream", Noticed)
+    async with jumping() as c, listening(reply) as port:
+        ran = await Client(c, tmp_path, 22).run("ssh", "-W", f"vm:{port}", "jump", stdin=b"question")
+        assert ran.stdout == answer
+
+
+async def test_a_client_that_has_sent_all_does_not_wait_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jump, "LINGER_SECONDS", 0.05)
+    got = bytearray()
+
+    async def take(stream: trio.SocketStream) -> None:
+        async for data in stream:
+            got.extend(data)
+
+    async with jumping() as c, listening(take) as port:
+        ran = await Client(c, tmp_path, 22).run("ssh", "-W", f"vm:{port}", "jump", stdin=b"x" * 1_000_000)
+        assert (ran.returncode, ran.stdout) == (0, b"")
+        await eventually(lambda: got == b"x" * 1_000_000)
+
+
+STALLED = """
+import asyncio, asyncssh, sys
+async def main():
+    port, user, password, vm_port = sys.argv[1:]
+    async with asyncssh.connect("127.0.0.1", int(port), username=user, password=password, known_hosts=None,
+                                config=None) as connection:
+        reader, writer = await connection.open_connection("vm", int(vm_port), window=2**32 - 1)
+        print("open", flush=True)
+        sys.stdin.readline()  # nothing is read from the socket meanwhile
+        size = 0
+        while data := await reader.read(65536):
+            size += len(data)
+        print(size, flush=True)
+asyncio.run(main())
+"""
+
+
+async def test_a_client_that_does_not_read_stops_its_vm_whatever_its_window_is() -> None:
+    sent = 0
+
+    async def pour(stream: trio.SocketStream) -> None:
+        nonlocal sent
+        for _ in range(1000):
+            await stream.send_all(bytes(65536))
+            sent += 1
+
+    async with jumping() as c, listening(pour) as port, trio.open_nursery() as nursery:
+        words = [sys.executable, "-c", STALLED, str(c.ssh_port), c.account, c.token, str(port)]
+        start = partial(trio.run_process, words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process: trio.Process = await nursery.start(start)
+        assert process.stdio is not None
+        assert await receive_exactly(process.stdio, 5) == b"open\n"
+        await at_rest(lambda: sent)
+        assert 0 < sent < 500, "what is not read is not taken either"
+        await process.stdio.send_all(b"\n")
+        assert await receive_exactly(process.stdio, 9) == b"%d\n" % (1000 * 65536)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("jump", "echo hi"), b"open failed"),
+        (("-N", "-R", "0:127.0.0.1:1", "-o", "ExitOnForwardFailure=yes", "jump"), b"remote port forwarding failed"),
+        (("-W", "none:22", "jump"), b'VM "none" does not exist'),
+        (("-W", "localhost:22", "jump"), b'VM "localhost" does not exist'),
+        (("-W", "127.0.0.1:22", "jump"), b'VM "127.0.0.1" does not exist'),
+        (("-s", "jump", "sftp"), b"open failed"),
+    ],
+)
+async def test_there_is_no_other_road(tmp_path: Path, words: tuple[str, ...], reason: bytes) -> None:
+    async with jumping() as c:
+        ran = await Client(c, tmp_path, 22).run("ssh", *words)
+        assert ran.returncode != 0
+        assert ran.stdout == b""
+        assert reason in ran.stderr
+
+
+async def test_a_port_where_nobody_listens_is_refused_with_the_reason(tmp_path: Path) -> None:
+    nobody = free_port()
+    async with jumping() as c:
+        ran = await Client(c, tmp_path, 22).run("ssh", "-W", f"vm:{nobody}", "jump")
+        assert f"cannot connect to port {nobody} of the VM: connection refused".encode() in ran.stderr
+
+
+async def test_a_vm_that_is_deleted_ends_its_connections(tmp_path: Path, sshd: int) -> None:
+    async with jumping() as c, trio.open_nursery() as nursery:
+        client = Client(c, tmp_path, sshd)
+        done: list[int] = []
+
+        async def connect() -> None:
+            ran = await client.run("ssh", "vm", stdin=f"touch {tmp_path}/in; sleep 1000".encode())
+            done.append(ran.returncode)
+
+        nursery.start_soon(connect)
+        await eventually((tmp_path / "in").exists)
+        await c.client.vms.delete("vm")
+        await eventually(lambda: done == [255])
+
+
+# ---- who is let in -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("user", "password"),
+    [("bootstrap-admin", "pw-1"), ("nobody", "pw-2"), ("token", "x.y.z"), ("reader", "pw-3"), ("root", "pw-4")],
+)
+async def test_strangers_are_not_let_in(
+    tmp_path: Path, user: str, password: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jump, "DELAYS", (0.0,))
+    async with jumping() as c:
+        await c.client.service_accounts.create("reader", roles=["compute:read"], token="pw-3")
+        ran = await Client(c, tmp_path, 22, user, password).run("ssh", "-W", "vm:22", "jump")
+        assert b"Permission denied" in ran.stderr
+    refused = [record for record in caplog.records if record.message == "a login was refused"]
+    assert len(refused) == 1
+    assert password not in str(vars(refused[0]).get("reason"))
+
+
+async def logged_in(port: int, user: str = "x", password: str = "guess", **options: Any) -> Any:
+    """Connect by asyncssh; within a loop of trio-asyncio."""
+    connect = partial(asyncssh.connect, "127.0.0.1", port, username=user, known_hosts=None, config=None, **options)
+    return await trio_asyncio.aio_as_trio(connect)(password=password)
+
+
+async def test_a_connection_has_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jump, "DELAYS", (0.0, 0.001))
+    tries = 0
+
+    class Guesser(asyncssh.SSHClient):
+        def password_auth_requested(self) -> str:
+            nonlocal tries
+            tries += 1
+            return "guess"
+
+    async with jumping() as c, trio_asyncio.open_loop():
+        with pytest.raises((asyncssh.Error, OSError)):
+            await logged_in(c.ssh_port, password="", client_factory=Guesser)
+    assert 0 < tries <= jump.MAX_TRIES + 1
+
+
+async def test_guesses_that_do_not_wait_for_an_answer_are_tries_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jump, "DELAYS", (0.0,))
+
+    class Hasty(asyncssh.SSHClient):
+        def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+            self.connection = conn
+
+        def password_auth_requested(self) -> str:
+            for number in range(100):
+                words = (String("x"), String("ssh-connection"), String("password"), Boolean(False), String(str(number)))
+                self.connection.send_packet(MSG_USERAUTH_REQUEST, *words)
+            return "guess"
+
+    async with jumping() as c, trio_asyncio.open_loop():
+        with pytest.raises((asyncssh.Error, OSError)):
+            await logged_in(c.ssh_port, password="", client_factory=Hasty)
+    looked_at = [record for record in caplog.records if record.message == "a login was refused"]
+    assert len(looked_at) <= jump.MAX_TRIES
+
+
+async def test_a_login_waits_longer_after_each_that_failed_and_before_it_is_looked_at(
+    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[tuple[str, float]] = []
+
+    def login(host: jump.JumpHost, username: str, password: str) -> None:
+        looked.append((password, trio.current_time() - began))
+        if password != "right":
+            raise APIError(401, "no")
+
+    monkeypatch.setattr(jump.JumpHost, "login", login)
+    host = jump.JumpHost.__new__(jump.JumpHost)
+    host.failures = jump.Failures()
+    async with trio_asyncio.open_loop():
+        for number in range(7):
+            began = trio.current_time()
+            server = jump._Server(host, nursery)  # hanging up, and coming again, helps nothing
+            validate = partial(server.validate_password, "x", "right" if number == 6 else f"wrong {number}")
+            assert await trio_asyncio.aio_as_trio(validate)() is (number == 6)
+    delays = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    assert [seconds for _, seconds in looked] == pytest.approx(delays)
+    assert host.failures.delay("-") == 0.0
+
+
+async def test_who_may_not_any_more_opens_no_more_channels(sshd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with jumping() as c, trio_asyncio.open_loop():
+        await c.client.service_accounts.create("someone", roles=["compute:connect"], token="pw")
+        connection = await logged_in(c.ssh_port, "someone", "pw")
+        reader, _ = await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
+        assert (await trio_asyncio.aio_as_trio(reader.read)(8)) == b"SSH-2.0-"
+        await c.client.service_accounts.delete("someone")
+        with pytest.raises(asyncssh.ChannelOpenError, match="the service account does not exist"):
+            await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
+        connection.close()
+        await trio_asyncio.aio_as_trio(connection.wait_closed)()
+
+
+@pytest.mark.parametrize("said", [b"", b"SSH-2.0-x", b"SSH-2.0-x\r\n", b"\0" * 1000])
+async def test_a_connection_that_does_not_log_in_is_closed(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jump, "LOGIN_SECONDS", 0.05)
+    async with jumping() as c, await trio.open_tcp_stream("127.0.0.1", c.ssh_port) as stream:
+        await stream.send_all(said)
+        await until_closed(stream)
+
+
+async def test_a_client_that_gives_no_password_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jump, "LOGIN_SECONDS", 0.3)
+
+    class Silent(asyncssh.SSHClient):
+        async def password_auth_requested(self) -> str:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async with jumping() as c, trio_asyncio.open_loop():
+        with pytest.raises(asyncssh.Error), trio.fail_after(GENEROUS):
+            await logged_in(c.ssh_port, password="", client_factory=Silent, login_timeout=GENEROUS)
+
+
+async def until_closed(stream: trio.SocketStream) -> bytes:
+    """Give what comes until the other side closes, or breaks off."""
+    data = b""
+    with trio.fail_after(GENEROUS), suppress(trio.BrokenResourceError):
+        async for more in stream:
+            data += more
+    return data
+
+
+async def test_strangers_take_a_bounded_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jump, "MAX_LOGINS", 2)
+    async with jumping() as c, trio_asyncio.open_loop():
+        connect = partial(trio.open_tcp_stream, "127.0.0.1", c.ssh_port)
+        friend = await logged_in(c.ssh_port, c.account, c.token)
+        async with await connect() as one, await connect() as two, await connect() as three:
+            for stream in (one, two):
+                assert (await stream.receive_some()).startswith(b"SSH-2.0-Orchard")
+            assert await until_closed(three) == b""
+            await one.aclose()
+
+            async def admitted() -> bool:
+                async with await connect() as another:
+                    with suppress(trio.BrokenResourceError):
+                        return bool(await another.receive_some())
+                return False
+
+            await eventually(admitted)
+        assert not friend.is_closed()
+        friend.close()
+        await trio_asyncio.aio_as_trio(friend.wait_closed)()
+
+
+async def test_a_controller_outlives_the_lack_of_descriptors(tmp_path: Path) -> None:
+    words = ("--listen", "127.0.0.1:0", "--insecure-no-tls", "--listen-ssh", "127.0.0.1:0")
+    with started("controller", *words, home=tmp_path) as role:
+        port = int(role.wait_for(re.compile(r"SSH into VMs: ssh -J ACCOUNT@HOST:([0-9]+)"))[1])
+        role.wait_for(LISTENING)
+        pid = role.process.pid
+        taken = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (taken + 3, taken + 3))
+        with ExitStack() as connections:
+            for _ in range(10):
+                connections.enter_context(socket.create_connection(("127.0.0.1", port)))
+            await eventually(lambda: "Too many open files" in role.log.read_text())
+        with socket.create_connection(("127.0.0.1", port), timeout=GENEROUS) as again:
+            assert again.recv(100).startswith(b"SSH-2.0-Orchard")
+        assert role.stop() == 0
+
+
+async def test_the_end_of_the_controller_closes_its_connections() -> None:
+    async with AsyncExitStack() as stack:
+        async with jumping() as c:
+            stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", c.ssh_port))
+            assert (await stream.receive_some()).startswith(b"SSH-2.0-Orchard")
+        assert b"the controller stops" in await until_closed(stream)
+
+
+async def test_every_algorithm_that_is_offered_works() -> None:
+    async with jumping() as c, trio_asyncio.open_loop():
+        choices = [{"kex_algs": [name]} for name in jump.KEY_EXCHANGE]
+        choices += [{"encryption_algs": [name]} for name in jump.ENCRYPTION]
+        for choice in choices:
+            connection = await logged_in(c.ssh_port, c.account, c.token, **choice)
+            connection.close()
+            await trio_asyncio.aio_as_trio(connection.wait_closed)()
+
+
+def test_delays_grow_by_source_and_are_forgotten_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = jump.Failures()
+    delays = []
+    for _ in range(8):
+        delays.append(failures.delay("a"))
+        failures.refused("a")
+    assert delays == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+    assert failures.delay("b") == 0.0
+    failures.accepted("a")
+    assert failures.delay("a") == 0.0
+    monkeypatch.setattr(jump, "MAX_SOURCES", 3)
+    for source in "cdefg":
+        failures.refused(source)
+    assert len(failures._counts) == 3
+
+
+def test_a_network_of_ipv6_is_one_source_of_logins() -> None:
+    failures = jump.Failures()
+    for host in range(1, 4):
+        failures.refused(f"2001:db8::{host}")
+    assert failures.delay("2001:db8::4") == 2.0
+    assert failures.delay("2001:db8:0:1::1") == 0.0
+    failures.accepted("2001:db8::5")
+    assert failures.delay("2001:db8::1") == 0.0
+
+
+async def test_with_client_auth_off_everybody_gets_in(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
+    settings = ControllerSettings(
+        data_dir=tmp_path / "data",
+        host="127.0.0.1",
+        port=0,
+        tls=False,
+        auth=False,
+        ssh=("127.0.0.1", 0),
+        ssh_auth=False,
+    )
+    running: Running = await nursery.start(run, settings)
+    async with OrchardClient(running.url) as client:
+        c = Cluster(running.url, client, "anybody", "anything", running.ssh_port)
+        identity = Identity("w", "arm64", "tart", "m", {"org.cirruslabs.tart-vms": 1})
+        await nursery.start(WorkerService(identity, client, SyntheticDriver(tmp_path / "vms")).run)
+        await client.vms.create(name="vm", image="any")
+        await client.vms.wait("vm")
+        assert (await Client(c, tmp_path, sshd).run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n"
+    nursery.cancel_scope.cancel()
+
+
+# ---- its key, and where it is missing ------------------------------------------------------------------------------
+
+
+def test_the_host_key_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    made = jump.host_key(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert made.get_algorithm() == "ssh-ed25519"
+    assert jump.host_key(path).public_data == made.public_data
+    assert [path] == list(tmp_path.iterdir())
+    path.chmod(0o644)
+    with pytest.raises(ValueError, match="chmod 600"):
+        jump.host_key(path)
+    path.write_text("no key")
+    path.chmod(0o600)
+    with pytest.raises(ValueError, match="no SSH private key"):
+        jump.host_key(path)
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+    hidden = tmp_path / "hidden" / "asyncssh.py"
+    hidden.parent.mkdir()
+    hidden.write_text("raise ImportError('not installed')\n")
+    arguments = ("--listen", "127.0.0.1:0", "--insecure-no-tls", "--listen-ssh", "127.0.0.1:0")
+    refused = finished("controller", *arguments, home=tmp_path, env={"PYTHONPATH": str(hidden.parent)})
+    assert refused.returncode == 1
+    assert "pip install 'orchard-cluster[ssh]'" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -1,0 +1,564 @@
+"""The events: each is there once, in order and for good, whatever is appended, deleted or lost meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import random
+import re
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import trio
+import trio.testing
+from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, no_room
+from harness.strategies import QUICK, noun
+from hypothesis import given
+from hypothesis import strategies as st
+
+import orchard.storage.events
+from orchard.codec import APIError, encode
+from orchard.nursery import unwrap_groups
+from orchard.schema import Event
+from orchard.storage.events import EventLog
+from orchard.storage.journal import Broken, DamagedError, Disk, Journal
+
+A = "aaaaaaaa-0000-4000-8000-000000000000"
+B = "bbbbbbbb-0000-4000-8000-000000000000"
+Order = Literal["asc", "desc"]
+
+
+def event(number: int, text: str = "") -> Event:
+    return Event(kind="log", timestamp=number, payload=text)
+
+
+def events(*numbers: int) -> list[Event]:
+    return [event(number) for number in numbers]
+
+
+@asynccontextmanager
+async def running(directory: Path, *uids: str, disk: Disk | None = None) -> AsyncIterator[EventLog]:
+    """The events of the VMs with these uids; what is in the files of others goes."""
+    log = EventLog(directory, disk)
+    log.open(set(uids))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(log.run)
+        yield log
+        nursery.cancel_scope.cancel()
+
+
+async def found(
+    log: EventLog, uid: str, limit: int | None = None, order: Order = "asc", cursor: str | None = None
+) -> tuple[list[int], str | None]:
+    """The numbers of the events of a page, and where the next one begins."""
+    page, following = await log.page(uid, limit, order, cursor)
+    return [one["timestamp"] for one in json.loads(page)], following
+
+
+async def all_of(log: EventLog, uid: str) -> list[int]:
+    numbers, following = await found(log, uid)
+    assert following is None
+    return numbers
+
+
+def names(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def kept(directory: Path, *uids: str) -> dict[str, list[int]]:
+    """What a new start finds, of each VM."""
+
+    async def main() -> dict[str, list[int]]:
+        async with running(directory, *uids) as log:
+            return {uid: await all_of(log, uid) for uid in uids}
+
+    with ThreadPoolExecutor(1) as another:  # trio may run in this thread
+        return another.submit(trio.run, main).result()
+
+
+# ---- appending and paging ------------------------------------------------------------------------------------------
+
+
+@QUICK
+@given(st.lists(st.lists(noun(Event), max_size=4), max_size=6))
+def test_what_was_appended_is_found_as_it_was(tmp_path_factory: pytest.TempPathFactory, batches: list[Any]) -> None:
+    directory = tmp_path_factory.mktemp("events")
+    whole = [encode(one) for batch in batches for one in batch]
+
+    async def main() -> None:
+        async with running(directory) as log:
+            for batch in batches:
+                await log.append(A, batch)
+            assert json.loads((await log.page(A, None, "asc", None))[0]) == whole
+        async with running(directory, A) as log:
+            assert json.loads((await log.page(A, None, "desc", None))[0]) == whole[::-1]
+
+    trio.run(main)
+
+
+async def test_pages(tmp_path: Path) -> None:
+    async with running(tmp_path) as log:
+        assert await found(log, A, 3) == ([], None)
+        await log.append(A, events(*range(7)))
+        await log.append(B, events(99))
+        assert await found(log, A, 3) == ([0, 1, 2], "aaaaaaaa-3")
+        assert await found(log, A, 3, "asc", "aaaaaaaa-3") == ([3, 4, 5], "aaaaaaaa-6")
+        assert await found(log, A, 3, "asc", "aaaaaaaa-6") == ([6], None)
+        assert await found(log, A, 3, "desc") == ([6, 5, 4], "aaaaaaaa-4")
+        assert await found(log, A, 4, "desc", "aaaaaaaa-4") == ([3, 2, 1, 0], None)
+        assert await found(log, A, 7) == ([*range(7)], None)
+        assert await found(log, A, None, "asc", "aaaaaaaa-5") == ([5, 6], None)
+        assert await found(log, A, None, "desc", "aaaaaaaa-2") == ([1, 0], None)
+        assert await found(log, A, 3, "asc", "aaaaaaaa-7") == ([], None)
+
+
+@QUICK
+@given(st.integers(0, 9), st.integers(1, 4), st.sampled_from(["asc", "desc"]), st.lists(st.integers(0, 3), max_size=12))
+def test_paging_skips_and_repeats_nothing_while_others_append(
+    tmp_path_factory: pytest.TempPathFactory, before: int, limit: int, order: Order, meanwhile: list[int]
+) -> None:
+    directory = tmp_path_factory.mktemp("events")
+
+    async def main() -> None:
+        async with running(directory) as log:
+            await log.append(A, events(*range(before)))
+            count, numbers, cursor = before, list[int](), None
+            while True:
+                page, cursor = await found(log, A, limit, order, cursor)
+                assert len(page) == limit or cursor is None
+                numbers += page
+                if cursor is None:
+                    break
+                more = meanwhile.pop() if meanwhile else 0
+                await log.append(A, events(*range(count, count + more)))
+                count += more
+            if order == "desc":
+                assert numbers == list(range(before))[::-1]
+            else:
+                assert numbers == list(range(count))
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "3", "bbbbbbbb-1", "aaaaaaaa-4", "aaaaaaaa--1", "aaaaaaaa-1 ", "aaaaaaaa-1\n", "aaaaaaaa-" + "9" * 5000, "AAAAAAAA-1", "aaaaaaaa-\u0661", "aaaaaaaa"]
+)  # fmt: skip
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_a_cursor_of_something_else_is_refused(tmp_path: Path, order: Order, cursor: str) -> None:
+    async with running(tmp_path) as log:
+        await log.append(A, events(0, 1, 2))
+        with pytest.raises(APIError, match=r"^cursor is .+, expected the X-Next-Cursor of an earlier page") as refused:
+            await log.page(A, 1, order, cursor)
+        assert refused.value.status == 400
+        assert len(refused.value.message) < 500
+
+
+async def test_many_appends_keep_their_order_and_share_their_syncs(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    async with running(tmp_path, disk=disk) as log:
+        await log.append(A, events(-1))
+        disk.syncs = 0
+        told: list[int] = []
+
+        async def append(number: int) -> None:
+            await log.append(A, events(number, number + 100))
+            told.append(disk.syncs)
+
+        async with trio.open_nursery() as writers:
+            with disk.held():
+                for number in range(20):
+                    writers.start_soon(append, number)
+                    await trio.testing.wait_all_tasks_blocked()
+                assert told == []
+                # What is being written is in nobody's page, and no page waits for it.
+                assert await all_of(log, A) == [-1]
+                assert await found(log, A, 5, "desc") == ([-1], None)
+        assert sorted(told) == [1] + 19 * [2]
+        assert await all_of(log, A) == [-1, *(n for number in range(20) for n in (number, number + 100))]
+
+
+async def test_appending_to_one_vm_is_no_matter_of_another(tmp_path: Path) -> None:
+    async with running(tmp_path) as log:
+        async with trio.open_nursery() as nursery:
+            for number in range(10):
+                nursery.start_soon(log.append, (A, B)[number % 2], events(number))
+        assert sorted(await all_of(log, A)) == [0, 2, 4, 6, 8]
+        assert sorted(await all_of(log, B)) == [1, 3, 5, 7, 9]
+    assert names(tmp_path) == {f"{A}.jsonl", f"{B}.jsonl"}
+
+
+async def test_an_append_of_nothing_makes_no_file(tmp_path: Path) -> None:
+    async with running(tmp_path) as log:
+        await log.append(A, [])
+    assert names(tmp_path) == set()
+
+
+async def test_an_append_that_nobody_waits_for_any_more_is_kept(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    async with running(tmp_path, disk=disk) as log, trio.open_nursery() as nursery:
+        with disk.held():
+            nursery.start_soon(log.append, A, events(1))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+    async with running(tmp_path, A) as log:
+        assert await all_of(log, A) == [1]
+
+
+async def test_a_stop_loses_nothing_that_was_taken(tmp_path: Path) -> None:
+    for number in range(10):  # it is chance who is first: the stop or the writing task that has just been woken
+        async with running(tmp_path, A) as log:
+            await trio.testing.wait_all_tasks_blocked()
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await log.append(A, events(number))
+    async with running(tmp_path, A) as log:
+        assert await all_of(log, A) == [*range(10)]
+
+
+async def test_no_file_stays_open(tmp_path: Path) -> None:
+    descriptors = set()
+
+    class Noting(FailingDisk):
+        def write(self, fd: int, data: memoryview) -> int:
+            descriptors.add(fd)
+            return super().write(fd, data)
+
+    disk = Noting()
+    async with running(tmp_path, disk=disk) as log:
+        for number in range(50):
+            disk.fault = no_room if number > 25 else lambda verb, number: 0
+            for uid in (f"{number % 20:08x}-", A):
+                try:
+                    await log.append(uid, events(number))
+                except APIError:
+                    assert number > 25
+    assert len(descriptors) < 5
+
+
+# ---- what becomes of the files -------------------------------------------------------------------------------------
+
+
+async def test_drop_removes_and_forgets(tmp_path: Path) -> None:
+    async with running(tmp_path) as log:
+        await log.append(A, events(1))
+        await log.append(B, events(2))
+        log.drop(A)
+        log.drop("cccccccc-never")
+        await log.append(B, events(3))
+        assert names(tmp_path) == {f"{B}.jsonl"}
+        assert await all_of(log, A) == []
+        assert await all_of(log, B) == [2, 3]
+
+
+async def test_who_appends_to_what_is_dropped_is_told(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    async with running(tmp_path, disk=disk) as log:
+        await log.append(A, events(0))
+        statuses: list[int] = []
+
+        async def append(number: int) -> None:
+            try:
+                await log.append(A, events(number))
+            except APIError as error:
+                statuses.append(error.status)
+            else:
+                statuses.append(200)
+
+        async with trio.open_nursery() as nursery:
+            with disk.held():
+                for number in (1, 2):
+                    nursery.start_soon(append, number)
+                    await trio.testing.wait_all_tasks_blocked()
+                log.drop(A)
+                await trio.testing.wait_all_tasks_blocked()
+                assert statuses == [404]  # the one that was not being written yet
+        assert statuses == [404, 200]
+        await log.append(B, events(0))
+        assert names(tmp_path) == {f"{B}.jsonl"}
+
+
+async def test_a_page_of_a_vm_that_is_deleted_at_the_same_time(tmp_path: Path) -> None:
+    async with running(tmp_path) as log:
+        await log.append(A, events(1))
+        (tmp_path / f"{A}.jsonl").unlink()
+        with pytest.raises(APIError, match="was deleted") as refused:
+            await log.page(A, None, "asc", None)
+        assert refused.value.status == 404
+
+
+async def test_a_start_removes_what_is_left_over(tmp_path: Path) -> None:
+    async with running(tmp_path) as log:
+        await log.append(A, events(1))
+        await log.append(B, events(2))
+    for name in (A, f"{A}.jsonl.new", f"{A}.jsonl~", "x.txt"):
+        (tmp_path / name).write_text("left over from a crash")
+    async with running(tmp_path, A) as log:
+        assert names(tmp_path) == {f"{A}.jsonl"}
+        assert await all_of(log, A) == [1]
+        assert await all_of(log, B) == []
+
+
+async def test_the_files_are_for_people_but_not_for_all(tmp_path: Path) -> None:
+    directory = tmp_path / "events"
+    async with running(directory) as log:
+        await log.append(A, [event(1, "caf\u00e9")])
+        await log.append(A, [event(2)])
+    path = directory / f"{A}.jsonl"
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_mode & 0o777 == 0o600
+    header, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (header["format"], header["version"], header["uid"]) == ("orchard-events", 1, A)
+    assert [(line["n"], line["event"]["timestamp"]) for line in lines] == [(0, 1), (1, 2)]
+    assert "caf\u00e9" in path.read_text()
+
+
+async def test_the_directory_is_durable_before_anything_in_it(tmp_path: Path) -> None:
+    synced: list[Path] = []
+
+    class Noting(Disk):
+        def sync_directory(self, directory: Path) -> None:
+            synced.append(directory)
+            super().sync_directory(directory)
+
+    async with running(tmp_path / "events", disk=Noting()) as log:
+        await log.append(A, events(1))
+        assert synced == [tmp_path, tmp_path / "events"]
+
+
+# ---- damage and crashes --------------------------------------------------------------------------------------------
+
+
+async def test_cut_at_every_byte_the_events_before_it_are_there(tmp_path: Path) -> None:
+    async with running(tmp_path) as log:
+        for number in range(3):
+            await log.append(A, events(number))
+    path = tmp_path / f"{A}.jsonl"
+    data = path.read_bytes()
+    for cut in range(data.index(b"\n") + 1, len(data) + 1):
+        path.write_bytes(data[:cut])
+        complete = data[:cut].count(b"\n") - 1
+        async with running(tmp_path, A) as log:
+            assert await all_of(log, A) == list(range(complete))
+            await log.append(A, events(7))
+            assert await found(log, A, complete + 1, "desc") == ([7, *range(complete)[::-1]], None)
+        async with running(tmp_path, A) as log:
+            assert await all_of(log, A) == [*range(complete), 7]
+
+
+def lines_of(path: Path, *lines: dict[str, Any]) -> None:
+    journal = Journal(path, Disk())
+    journal.create([json.dumps(line).encode() for line in lines])
+    journal.close()
+
+
+HEADER = {"format": "orchard-events", "version": 1, "uid": A}
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([{**HEADER, "uid": B}], f"no orchard-events file of version 1 for uid {A} at byte 0; "),
+        ([{**HEADER, "version": 2}], "no orchard-events file of version 1"),
+        ([{**HEADER, "format": "orchard-state"}], "no orchard-events file"),
+        ([{"format": "orchard-events", "version": 1}], "no orchard-events file"),
+        ([HEADER, {"n": 0, "event": {}}, {"n": 2, "event": {}}], "event 2 follows event 0 at byte"),
+        ([HEADER, {"event": {}}], "event None follows event -1"),
+        ([], "the file has no header"),
+    ],
+)
+def test_a_file_that_is_not_ours_is_refused(tmp_path: Path, lines: list[dict[str, Any]], told: str) -> None:
+    path = tmp_path / f"{A}.jsonl"
+    lines_of(path, *lines)
+    with pytest.raises(DamagedError, match=re.escape(str(path))) as damaged:
+        EventLog(tmp_path).open({A})
+    assert told in str(damaged.value)
+
+
+async def test_after_a_power_cut_at_any_moment_all_that_was_told_is_there(tmp_path: Path) -> None:
+    directory, after = tmp_path / "events", tmp_path / "after"
+    directory.mkdir()
+    after.mkdir()
+    order = random.Random(0)
+    told: dict[str, int] = {A: 0, B: 0}
+    begun: dict[str, int] = {A: 0, B: 0}
+    seen: set[int] = set()
+
+    def lost_power(image: Image) -> None:
+        for path in after.iterdir():
+            path.unlink()
+        for name, content in image.items():
+            (after / name).write_bytes(content)
+        for uid, numbers in kept(after, A, B).items():
+            assert numbers == list(range(len(numbers)))
+            assert told[uid] <= len(numbers) <= begun[uid]
+            seen.add(len(numbers) - told[uid])
+
+    async with running(directory, disk=CrashDisk(directory, lost_power)) as log:
+        for _ in range(12):
+            uid = order.choice([A, B])
+            count = order.randrange(1, 4)
+            begun[uid] += count
+            await log.append(uid, events(*range(told[uid], begun[uid])))
+            told[uid] = begun[uid]
+    assert seen == {0, 1, 2, 3}
+
+
+class Killed(Exception):  # noqa: N818 -- it states what is the case
+    """The process ends here, and does nothing more."""
+
+
+@pytest.mark.parametrize("end", [Killed(), OSError(errno.EIO, "an error of the disk")])
+@pytest.mark.parametrize(("during", "count"), [("sync", 1), ("sync_directory", 0)])
+async def test_what_a_new_start_tells_a_power_cut_does_not_take_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Exception, during: str, count: int
+) -> None:
+    """Whatever ended the process before: what it wrote may be in the system's memory alone."""
+    monkeypatch.setattr(orchard.storage.events, "LAST_WORDS", 0.0)
+    directory, after = tmp_path / "events", tmp_path / "after"
+    directory.mkdir()
+    after.mkdir()
+    told: list[int] = []
+    seen: list[list[int]] = []
+
+    def lost_power(image: Image) -> None:
+        for path in after.iterdir():
+            path.unlink()
+        for name, content in image.items():
+            (after / name).write_bytes(content)
+        seen.append(kept(after, A)[A])
+        assert seen[-1][: len(told)] == told
+
+    async def be_cut_short() -> None:
+        async with running(directory, A, disk=disk) as log:
+            for number in range(count):
+                await log.append(A, events(number))
+            disk.faults[during] = end
+            with suppress(APIError):
+                await log.append(A, events(count))
+
+    disk = CrashDisk(directory, lost_power)
+    with pytest.raises(Killed if isinstance(end, Killed) else Broken), unwrap_groups():
+        await be_cut_short()
+    disk.faults.clear()
+    async with running(directory, A, disk=disk) as log:
+        told = await all_of(log, A)
+        disk.cut_power()
+        await log.append(A, events(8))
+        told = [*told, 8]
+        disk.cut_power()
+    assert seen[-1] == told
+
+
+# ---- disks that fail -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_full_disk_refuses_and_comes_back(tmp_path: Path, first: int, caplog: pytest.LogCaptureFixture) -> None:
+    disk = FailingDisk(torn=True)
+    async with running(tmp_path, disk=disk) as log:
+        await log.append(A, events(*range(first)))
+        disk.fault = no_room
+        for _ in range(3):
+            with pytest.raises(APIError, match="No space left on device; the events were not stored") as refused:
+                await log.append(A, events(8, 9))
+            assert refused.value.status == 507
+            assert await all_of(log, A) == [*range(first)]
+        disk.fault = lambda verb, number: errno.EIO if verb == "write" else 0
+        with pytest.raises(APIError) as refused:
+            await log.append(A, events(8))
+        assert refused.value.status == 503
+        disk.fault = lambda verb, number: 0
+        await log.append(A, events(5))
+        assert await all_of(log, A) == [*range(first), 5]
+    assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == 4
+    async with running(tmp_path, A) as log:
+        assert await all_of(log, A) == [*range(first), 5]
+
+
+async def test_a_failed_sync_ends_the_log_and_confirms_nothing(tmp_path: Path) -> None:
+    disk = FailingDisk()
+
+    async def live() -> None:
+        async with running(tmp_path, disk=disk) as log:
+            await log.append(A, events(0))
+            await log.append(B, events(0))
+            disk.fault = lambda verb, number: errno.EIO if verb == "sync" else 0
+            with trio.CancelScope(shield=True), pytest.raises(APIError, match="may not have been stored") as refused:
+                await log.append(A, events(1))
+            assert refused.value.status == 503
+
+    with pytest.raises(Broken, match="uncertain"), unwrap_groups():
+        await live()
+    async with running(tmp_path, A, B) as log:
+        assert await all_of(log, A) in ([0], [0, 1])
+        assert await all_of(log, B) == [0]
+
+
+async def test_a_file_that_cannot_be_unlinked_is_left_to_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as log:
+        await log.append(A, events(1))
+        (tmp_path / f"{A}.jsonl").unlink()
+        (tmp_path / f"{A}.jsonl").mkdir()  # a file that can't be unlinked by anybody
+        log.drop(A)
+        await log.append(B, events(1))
+        assert f"cannot unlink {tmp_path / A}.jsonl" in caplog.text
+
+
+async def test_a_script_that_logs_without_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchard.storage.events, "MAX_BYTES", 2_000)
+    path = tmp_path / f"{A}.jsonl"
+    count = 0
+    async with running(tmp_path) as log:
+        await log.append(A, events(0))
+        while path.stat().st_size <= 2_000:
+            count += 1
+            await log.append(A, events(count))
+        size = path.stat().st_size
+        with pytest.raises(APIError, match="have reached 2000 bytes") as refused:
+            await log.append(A, events(-1))
+        assert refused.value.status == 412, "there will be no room for them"
+        await log.append(B, events(0))
+        assert await all_of(log, A) == [*range(count + 1)]
+    async with running(tmp_path, A, B) as log:
+        with pytest.raises(APIError, match="have reached"):
+            await log.append(A, events(-1))
+        assert path.stat().st_size == size
+
+
+def test_a_page_read_while_more_is_written_ends_where_it_should(tmp_path: Path) -> None:
+    """The writer's thread may be anywhere: its bytes are in the file, and nobody has said that they are durable."""
+    reached, going_on = threading.Event(), threading.Event()
+
+    class Between(Disk):
+        def sync(self, fd: int) -> None:
+            reached.set()
+            going_on.wait()
+            super().sync(fd)
+
+    async def main() -> None:
+        async with running(tmp_path) as log:
+            await log.append(A, events(0, 1))
+        going_on.set()
+        async with running(tmp_path, A, disk=Between()) as log, trio.open_nursery() as nursery:
+            assert await all_of(log, A) == [0, 1]
+            going_on.clear()
+            reached.clear()
+            try:
+                nursery.start_soon(log.append, A, events(2, 3))
+                await trio.to_thread.run_sync(reached.wait)
+                assert await found(log, A, 5) == ([0, 1], None)
+                assert await found(log, A, 1, "desc") == ([1], "aaaaaaaa-1")
+            finally:
+                going_on.set()
+
+    trio.run(main)
+    assert list(pairwise(kept(tmp_path, A)[A])) == [(0, 1), (1, 2), (2, 3)]

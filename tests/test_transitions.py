@@ -1,0 +1,507 @@
+"""The life of a VM: which change is allowed when, and which fields each of them touches."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from harness.strategies import BEGAN, QUICK, any_vm, assigned, failed, noun, pending, resting, running, spec, worker
+from hypothesis import given
+
+from orchard.codec import APIError, attrs_of
+from orchard.schema import (
+    TART_VMS,
+    VM,
+    Condition,
+    HostDir,
+    StartupScript,
+    VMMeta,
+    VMReport,
+    VMSpec,
+    VMState,
+)
+from orchard.transitions import AT_NEXT_BOOT, assign, change, create, fail, report, restart, wait
+
+LATER = BEGAN + datetime.timedelta(minutes=5)
+RUNS, RUNS_NOT = Condition("running", "true"), Condition("running", "false")
+ON, OFF = Condition("scheduled", "true"), Condition("scheduled", "false")
+
+
+def refusal_of(call: Callable[[], object]) -> tuple[int, str]:
+    with pytest.raises(APIError) as refusal:
+        call()
+    return refusal.value.status, refusal.value.message
+
+
+def changed_fields(old: VM, new: VM) -> set[str]:
+    """The Python names of the fields in which two VMs differ."""
+    return {
+        field.name
+        for part in ("meta", "spec", "state")
+        for field in attrs_of(type(getattr(old, part)))
+        if getattr(getattr(old, part), field.name) != getattr(getattr(new, part), field.name)
+    }
+
+
+def set_to(vm: VM, **fields: Any) -> VM:
+    """Ask for another specification of a VM."""
+    return change(vm, replace(vm.spec, **fields))
+
+
+# ---- the table of transitions --------------------------------------------------------------------------------------
+
+LIVES: dict[str, VM] = {
+    "pending": pending(),
+    "assigned": assigned(pending()),
+    "running": running(pending()),
+    "resting": resting(pending()),
+    "failed": failed(pending()),
+}
+ACTIONS: dict[str, Callable[[VM], VM]] = {
+    "change": lambda vm: set_to(vm, headless=True),
+    "assign": lambda vm: assign(vm, worker(), LATER),
+    "wait": lambda vm: wait(vm, "waiting"),
+    "fail": lambda vm: fail(vm, "why"),
+    "restart": lambda vm: restart(vm, LATER),
+    "report nothing": lambda vm: report(vm, VMReport(), LATER),
+    "report pending": lambda vm: report(vm, VMReport(status="pending", status_message="pulling"), LATER),
+    "report running": lambda vm: report(vm, VMReport(status="running", conditions=(RUNS,)), LATER),
+    "report failed": lambda vm: report(vm, VMReport(status="failed", status_message="broke"), LATER),
+}
+# (life, action) -> status, message, worker, whether it counts against its worker; a number: it is refused with that
+# status; "same": the very same object comes back. What the scheduler alone does is listed for the lives in which it
+# does it.
+TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | int | str] = {
+    ("pending", "change"): ("pending", "", "", False),
+    ("pending", "assign"): ("pending", "", "w", True),
+    ("pending", "wait"): ("pending", "waiting", "", False),
+    ("pending", "fail"): ("failed", "why", "", False),
+    ("pending", "report nothing"): "same",
+    ("pending", "report pending"): ("pending", "pulling", "", False),
+    ("pending", "report running"): ("running", "", "", False),
+    ("pending", "report failed"): ("failed", "broke", "", False),
+    ("assigned", "change"): ("pending", "", "w", True),
+    ("assigned", "fail"): ("failed", "why", "w", False),
+    ("assigned", "report nothing"): "same",
+    ("assigned", "report pending"): ("pending", "pulling", "w", True),
+    ("assigned", "report running"): ("running", "", "w", True),
+    ("assigned", "report failed"): ("failed", "broke", "w", False),
+    ("running", "change"): ("running", "", "w", True),
+    ("running", "fail"): ("failed", "why", "w", False),
+    ("running", "report nothing"): "same",
+    ("running", "report pending"): ("running", "pulling", "w", True),
+    ("running", "report running"): "same",
+    ("running", "report failed"): ("failed", "broke", "w", False),
+    ("resting", "change"): ("running", "", "w", False),
+    ("resting", "fail"): ("failed", "why", "w", False),
+    ("resting", "report nothing"): "same",
+    ("resting", "report pending"): ("running", "pulling", "w", False),
+    ("resting", "report running"): "same",
+    ("resting", "report failed"): ("failed", "broke", "w", False),
+    ("failed", "change"): 412,
+    ("failed", "fail"): ("failed", "why", "w", False),
+    ("failed", "restart"): ("pending", "", "", False),
+    ("failed", "report nothing"): "same",
+    ("failed", "report pending"): "same",
+    ("failed", "report running"): "same",
+    ("failed", "report failed"): "same",
+}
+SCHEDULER_ONLY = {(life, action) for life in LIVES for action in ("assign", "wait", "restart")}
+
+
+def test_the_table_is_total() -> None:
+    everything = {(life, action) for life in LIVES for action in ACTIONS}
+    assert everything == TRANSITIONS.keys() | SCHEDULER_ONLY
+
+
+@pytest.mark.parametrize(("life", "action"), TRANSITIONS, ids=[" x ".join(row) for row in TRANSITIONS])
+def test_every_transition(life: str, action: str) -> None:
+    vm, expected = LIVES[life], TRANSITIONS[life, action]
+    if isinstance(expected, int):
+        assert refusal_of(lambda: ACTIONS[action](vm))[0] == expected
+        return
+    new = ACTIONS[action](vm)
+    if expected == "same":
+        assert new is vm
+        return
+    assert (new.state.status, new.state.status_message, new.state.worker, new.holds_resources) == expected
+    assert new.condition("scheduled") is bool(new.state.worker)
+    assert not (new.condition("running") and new.state.status != "running")
+
+
+# ---- one writer per field ------------------------------------------------------------------------------------------
+
+EVERYTHING = VMReport(
+    uid="uid-vm",
+    restart_count=0,
+    status="running",
+    status_message="booting",
+    image_fqn="base@sha256:1",
+    observed_generation=1,
+    conditions=(RUNS,),
+)
+USED = replace(
+    failed(pending()),
+    state=replace(failed(pending()).state, image_fqn="base@sha256:1", restart_count=2, started_at=BEGAN),
+)
+SHARED = {"status", "status_message", "conditions"}
+# action -> the VM, the action, whose fields it writes, and which of another's it has to touch, too
+WRITES: dict[str, tuple[VM, Callable[[VM], VM], str, set[str], set[str]]] = {
+    "change": (
+        assigned(pending()),
+        lambda vm: set_to(
+            vm,
+            cpu=7,
+            memory=7,
+            disk_size=7,
+            net_softnet=True,
+            net_softnet_allow=("10.0.0.0/8",),
+            net_softnet_block=("0.0.0.0/0",),
+            net_bridged="en0",
+            headless=True,
+            nested=True,
+            suspendable=True,
+            host_dirs=(HostDir("a", "/a"),),
+            power_state="stopped",
+        ),
+        "user",
+        set(AT_NEXT_BOOT),
+        {"generation", "assigned_cpu", "assigned_memory"},  # the size that a worker gives was fixed, and is again
+    ),
+    "assign": (
+        wait(pending(), "waiting"),
+        lambda vm: assign(vm, worker(), LATER),
+        "scheduler",
+        {"worker", "assigned_cpu", "assigned_memory", "scheduled_at", "status_message", "conditions"},
+        set(),
+    ),
+    "wait": (pending(), lambda vm: wait(vm, "waiting"), "scheduler", {"status_message"}, set()),
+    "fail": (running(pending()), lambda vm: fail(vm, "why"), "scheduler", SHARED, set()),
+    "restart": (
+        USED,
+        lambda vm: restart(vm, LATER),
+        "scheduler",
+        {"worker", "assigned_cpu", "assigned_memory", "scheduled_at", "restarted_at", "restart_count", *SHARED},
+        {"image_fqn", "observed_generation"},  # what was seen of the last life
+    ),
+    "report": (
+        assigned(pending()),
+        lambda vm: report(vm, EVERYTHING, LATER),
+        "worker",
+        {"image_fqn", "observed_generation", *SHARED},
+        {"started_at"},  # by the controller's clock
+    ),
+}
+
+
+@pytest.mark.parametrize(("vm", "action", "writer", "own", "others"), WRITES.values(), ids=WRITES)
+def test_each_function_writes_the_fields_of_its_writer(
+    vm: VM, action: Callable[[VM], VM], writer: str, own: set[str], others: set[str]
+) -> None:
+    declared = {field.name: field.writer for noun in (VMMeta, VMSpec, VMState) for field in attrs_of(noun)}
+    assert changed_fields(vm, action(vm)) == own | others
+    assert {name for name in own - SHARED if declared[name] != writer} == set()
+    assert {name for name in others if declared[name] == writer} == set()
+
+
+def test_no_function_touches_who_the_vm_is() -> None:
+    for (life, action), expected in TRANSITIONS.items():
+        if not isinstance(expected, int):
+            assert replace(ACTIONS[action](LIVES[life]).meta, generation=1) == LIVES[life].meta
+
+
+@QUICK
+@given(any_vm(), noun(VMReport))
+def test_any_report_touches_the_worker_s_fields_alone(vm: VM, seen: VMReport) -> None:
+    mine = replace(seen, uid=vm.uid, restart_count=vm.state.restart_count)
+    new = report(vm, mine, LATER)
+    assert changed_fields(vm, new) <= {"image_fqn", "observed_generation", "started_at", *SHARED}
+    assert report(new, mine, LATER + datetime.timedelta(1)) is new
+    assert new.state.observed_generation <= max(vm.meta.generation, vm.state.observed_generation)
+    assert new.condition("scheduled") is vm.condition("scheduled")
+    if vm.state.status == "failed":
+        assert new is vm
+    if not vm.holds_resources:
+        assert not new.holds_resources  # what was given back may be another's by now
+
+
+# ---- create and assign ---------------------------------------------------------------------------------------------
+
+
+def test_a_vm_begins_pending_on_no_worker() -> None:
+    vm = create("a", "u", spec(), BEGAN)
+    assert vm.meta == VMMeta(name="a", uid="u", created_at=BEGAN, generation=1)
+    assert vm.state == VMState(conditions=(OFF, RUNS_NOT))
+    assert vm.key == ("a", "u", 0)
+    assert vm.tart_name == "orchard-a-u-0"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "default", "given"),
+    [((0, 0), (0, 0), (4, 8192)), ((0, 0), (6, 1024), (6, 1024)), ((2, 512), (6, 1024), (2, 512))],
+)
+def test_the_size_is_fixed_when_the_vm_gets_its_worker(
+    wanted: tuple[int, int], default: tuple[int, int], given: tuple[int, int]
+) -> None:
+    on = worker(default_cpu=default[0], default_memory=default[1])
+    vm = assign(pending(cpu=wanted[0], memory=wanted[1]), on, LATER)
+    assert (vm.state.assigned_cpu, vm.state.assigned_memory) == given
+    assert (vm.spec.cpu, vm.spec.memory) == wanted
+    assert vm.state.scheduled_at == LATER
+    assert vm.state.conditions == (ON, RUNS_NOT)
+
+
+def test_a_vm_that_gets_its_worker_waits_no_longer() -> None:
+    vm = wait(pending(), "waiting: no worker has registered yet")
+    assert wait(vm, "waiting: no worker has registered yet") is vm
+    assert assign(vm, worker(), LATER).state.status_message == ""
+
+
+# ---- change --------------------------------------------------------------------------------------------------------
+
+OTHER: dict[str, Any] = {
+    "image": "other",
+    "image_pull_policy": "Always",
+    "cpu": 8,
+    "memory": 1024,
+    "disk_size": 200,
+    "os": "linux",
+    "arch": "amd64",
+    "runtime": "vetu",
+    "net_softnet": True,
+    "net_softnet_allow": ("10.0.0.0/8",),
+    "net_softnet_block": ("10.0.0.0/8",),
+    "suspendable": True,
+    "net_bridged": "en0",
+    "headless": True,
+    "nested": True,
+    "username": "ci",
+    "password": "secret",
+    "startup_script": StartupScript("echo"),
+    "restart_policy": "OnFailure",
+    "resources": {TART_VMS: 2},
+    "labels": {"a": "b"},
+    "host_dirs": (HostDir("a", "/a"),),
+    "random_serial": True,
+    "power_state": "stopped",
+}
+JSON_NAMES = {field.name: field.json for field in attrs_of(VMSpec)}
+
+
+@pytest.mark.parametrize("field", JSON_NAMES)
+@pytest.mark.parametrize("life", ["pending", "assigned", "running"])
+def test_a_field_changes_at_the_next_boot_or_never(life: str, field: str) -> None:
+    vm = LIVES[life]
+    if field in AT_NEXT_BOOT:
+        new = set_to(vm, **{field: OTHER[field]})
+        assert new.meta.generation == 2
+        assert changed_fields(vm, new) - {"assigned_cpu", "assigned_memory"} == {field, "generation"}
+        return
+    status, message = refusal_of(lambda: set_to(vm, **{field: OTHER[field]}))
+    assert status == 412
+    assert message.startswith(f"{JSON_NAMES[field]} cannot be changed")
+    assert "secret" not in message
+
+
+def test_what_can_change_is_what_the_protocol_says() -> None:
+    assert {JSON_NAMES[name] for name in AT_NEXT_BOOT} == {
+        "netSoftnet",
+        "netSoftnetAllow",
+        "netSoftnetBlock",
+        "net-bridged",
+        "headless",
+        "nested",
+        "suspendable",
+        "hostDirs",
+        "cpu",
+        "memory",
+        "diskSize",
+        "powerState",
+    }
+
+
+@pytest.mark.parametrize("life", LIVES)
+def test_no_change_is_no_new_generation(life: str) -> None:
+    assert change(LIVES[life], replace(LIVES[life].spec)) is LIVES[life]
+
+
+def test_a_refused_field_takes_the_others_with_it() -> None:
+    assert refusal_of(lambda: set_to(running(pending()), headless=True, image="other"))[1].startswith("image cannot")
+
+
+def test_every_change_is_one_generation() -> None:
+    vm = set_to(set_to(running(pending()), headless=True), headless=False, nested=True)
+    assert vm.meta.generation == 3
+    assert vm.state.observed_generation == 1
+
+
+def test_a_failed_vm_cannot_be_changed() -> None:
+    status, message = refusal_of(lambda: set_to(failed(pending()), headless=True))
+    assert status == 412
+    assert message == 'VM "vm" has failed and cannot be changed; delete it and create it again'
+
+
+def test_a_new_size_is_what_the_worker_will_give() -> None:
+    vm = set_to(running(pending()), cpu=8, memory=1024)
+    assert (vm.state.assigned_cpu, vm.state.assigned_memory) == (8, 1024)
+    vm = set_to(vm, cpu=0, memory=0)
+    assert (vm.state.assigned_cpu, vm.state.assigned_memory) == (8, 1024)
+    assert set_to(pending(), cpu=8).state.assigned_cpu == 0  # until it has a worker
+
+
+def test_suspendable_stays_on_and_keeps_softnet_as_it_is() -> None:
+    vm = set_to(running(pending()), suspendable=True, net_softnet=True)
+    assert refusal_of(lambda: set_to(vm, suspendable=False)) == (412, "suspendable cannot be turned off once it is on")
+    assert refusal_of(lambda: set_to(vm, net_softnet=False)) == (
+        412,
+        "netSoftnet cannot be turned on or off for a suspendable VM",
+    )
+    assert set_to(vm, net_softnet_allow=("10.0.0.0/8",)).meta.generation == 3
+
+
+@pytest.mark.parametrize(("old", "new", "fits"), [(0, 50, True), (50, 51, True), (50, 49, False), (50, 0, False)])
+def test_a_disk_only_grows(old: int, new: int, fits: bool) -> None:
+    vm = running(pending(disk_size=old))
+    if fits:
+        assert set_to(vm, disk_size=new).spec.disk_size == new
+    else:
+        assert refusal_of(lambda: set_to(vm, disk_size=new)) == (
+            412,
+            f"diskSize is {new}, expected at least 50: a disk can only grow",
+        )
+
+
+@pytest.mark.parametrize("new", ["running", "stopped", "suspended"])
+@pytest.mark.parametrize("old", ["running", "stopped", "suspended"])
+def test_power_state_leaves_running_only_once(old: Any, new: Any) -> None:
+    vm = running(pending(suspendable=True, power_state=old))
+    if new == old:
+        assert set_to(vm, power_state=new) is vm
+    elif old == "running":
+        assert set_to(vm, power_state=new).spec.power_state == new
+    else:
+        assert refusal_of(lambda: set_to(vm, power_state=new)) == (
+            412,
+            f'powerState is "{new}", expected "{old}": it leaves running only once',
+        )
+
+
+def test_a_vm_rests_when_its_worker_says_so_and_never_wakes() -> None:
+    vm = set_to(running(pending()), power_state="stopped")
+    assert not vm.resting
+    assert vm.holds_resources
+    vm = report(vm, VMReport(conditions=(RUNS_NOT,), observed_generation=2), LATER)
+    assert vm.resting
+    assert not vm.holds_resources
+    # A report from before, or a worker that starts it once more before it reads on: its place may be another's.
+    assert report(vm, VMReport(status="running", conditions=(RUNS,)), LATER) is vm
+    vm = set_to(vm, headless=True)
+    assert vm.meta.generation == 3
+    assert vm.resting
+
+
+def test_a_vm_that_is_to_be_stopped_holds_its_place_until_it_was_made() -> None:
+    vm = assigned(pending(power_state="stopped"))
+    assert vm.holds_resources
+    vm = report(vm, VMReport(status="pending", conditions=(RUNS_NOT,)), LATER)
+    assert vm.holds_resources
+    assert report(vm, VMReport(status="running", conditions=(RUNS_NOT,)), LATER).resting
+
+
+# ---- fail and restart ----------------------------------------------------------------------------------------------
+
+
+def test_a_failed_vm_stays_with_its_worker_who_is_to_stop_it() -> None:
+    vm = fail(running(pending()), "why")
+    assert (vm.state.worker, vm.state.conditions) == ("w", (ON, RUNS_NOT))
+    assert vm.state.started_at == BEGAN
+
+
+def test_a_restart_is_another_life_from_the_beginning() -> None:
+    vm = report(running(pending()), replace(EVERYTHING, status="failed", status_message="exit 1"), LATER)
+    again = restart(vm, LATER)
+    assert again.state == VMState(
+        restart_count=1, restarted_at=LATER, started_at=BEGAN, conditions=(OFF, RUNS_NOT), status="pending"
+    )
+    assert (again.meta, again.spec) == (vm.meta, vm.spec)
+    assert again.tart_name == "orchard-vm-uid-vm-1"
+    assert restart(fail(assigned(again), "why"), LATER).state.restart_count == 2
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uid", "count", "fresh"),
+    [
+        ("uid-vm", 2, True),
+        ("", 2, True),
+        ("", None, True),
+        ("uid-vm", 1, False),
+        ("uid-vm", 3, False),
+        ("uid-vm", None, False),  # Go clients leave zero out
+        ("", 1, False),
+        ("another", 2, False),
+        ("another", None, False),
+    ],
+)
+def test_a_report_of_another_life_changes_nothing(uid: str, count: int | None, fresh: bool) -> None:
+    vm = running(pending())
+    vm = replace(vm, state=replace(vm.state, restart_count=2))
+    seen = VMReport(uid=uid, restart_count=count, status="failed", status_message="broke")
+    if fresh:
+        assert report(vm, seen, LATER).state.status == "failed"
+        return
+    status, message = refusal_of(lambda: report(vm, seen, LATER))
+    assert status == 404
+    assert message.startswith('VM "vm" has uid uid-vm and restart_count 2, not ')
+
+
+def test_a_report_without_a_count_means_the_first_life() -> None:
+    assert report(assigned(pending()), VMReport(uid="uid-vm", status="running"), LATER).state.status == "running"
+
+
+def test_started_at_is_the_first_time_that_it_ran() -> None:
+    vm = report(assigned(pending()), VMReport(status="pending"), BEGAN)
+    assert vm.state.started_at is None
+    vm = report(vm, VMReport(status="running"), LATER)
+    assert vm.state.started_at == LATER
+    again = report(vm, VMReport(status="running", image_fqn="x"), LATER + datetime.timedelta(1))
+    assert again.state.started_at == LATER
+    second = running(restart(fail(again, "why"), LATER))
+    assert second.state.started_at == LATER
+
+
+@pytest.mark.parametrize(
+    ("seen", "message"),
+    [
+        (VMReport(), "before"),
+        (VMReport(image_fqn="x"), "before"),
+        (VMReport(status_message=""), ""),
+        (VMReport(status_message="now"), "now"),
+        (VMReport(status="running"), ""),  # Go clients leave an empty text out
+        (VMReport(status="running", status_message="now"), "now"),
+    ],
+)
+def test_a_message_lasts_until_the_next_word(seen: VMReport, message: str) -> None:
+    vm = running(pending())
+    vm = replace(vm, state=replace(vm.state, status_message="before"))
+    assert report(vm, seen, LATER).state.status_message == message
+
+
+def test_conditions_are_taken_over_but_for_the_controller_s_own() -> None:
+    vm = report(assigned(pending()), VMReport(conditions=(OFF, RUNS)), LATER)
+    assert vm.state.conditions == (ON, RUNS)
+    assert report(vm, VMReport(conditions=()), LATER) is vm
+    assert report(vm, VMReport(status="failed"), LATER).state.conditions == (ON, RUNS_NOT)
+    assert report(vm, VMReport(status="failed", conditions=(RUNS,)), LATER).state.conditions == (ON, RUNS_NOT)
+
+
+def test_the_observed_generation_rises_up_to_the_generation() -> None:
+    vm = set_to(set_to(running(pending()), headless=True), nested=True)
+    for seen, observed in ((2, 2), (1, 2), (0, 2), (3, 3), (9, 3), (2, 3)):
+        vm = report(vm, VMReport(observed_generation=seen), LATER)
+        assert vm.state.observed_generation == observed

@@ -1,0 +1,449 @@
+"""Scripts into a VM: what a shell is sent, what its output means, and what the system's ssh does with a real server."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from types import EllipsisType
+
+import pytest
+import trio
+import trio.testing
+from harness.processes import GENEROUS, eventually
+from harness.strategies import QUICK
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchard.vm import script as ssh_script
+from orchard.vm.script import SSHError, Transcript, cut, greeting, script_text
+
+SSHD = Path(__file__).parent.parent / "standin" / "sshd.py"
+MARKER = "0123456789abcdef"
+Clock = trio.testing.MockClock
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that goes like the real one, and can be put forward."""
+    return trio.testing.MockClock(rate=1)
+
+
+def in_shell(shell: str, text: str) -> bytes:
+    return subprocess.run([shell], input=(greeting(MARKER) + text).encode(), capture_output=True, check=False).stdout
+
+
+def read(output: bytes, size: int = 1 << 30) -> tuple[list[str], Transcript]:
+    """Read the output of a shell in pieces."""
+    transcript = Transcript(MARKER)
+    lines: list[str] = []
+    for start in range(0, len(output), size):
+        lines += transcript.feed(output[start : start + size])
+    return lines + transcript.rest(), transcript
+
+
+# ---- what is sent --------------------------------------------------------------------------------------------------
+
+values = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+
+
+@QUICK
+@given(st.dictionaries(st.from_regex(r"ORCHARD_[A-Za-z0-9_]{1,5}", fullmatch=True), values, max_size=3))
+def test_values_come_out_of_a_real_shell_byte_by_byte(env: dict[str, str]) -> None:
+    script = "".join(f'printf "%s" "${name}" | od -An -v -tx1 | tr -d " \\n"; echo\n' for name in env)
+    lines, transcript = read(in_shell("/bin/sh", script_text(script, env, MARKER)))
+    assert [bytes.fromhex(line).decode() for line in lines] == list(env.values())
+    assert transcript.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "lines", "code"),
+    [
+        ("echo a; echo b >&2", ["a", "b"], 0),
+        ("false\necho never", [], 1),
+        ("echo a; exit 7", ["a"], 7),
+        ("cat; echo done", ["done"], 0),
+        ("printf 'no end'", ["no end"], 0),
+        ("echo 'it''s'; : \"$(echo x)\"", ["its"], 0),
+        ("if true; then\n  echo x\nfi\n# comment", ["x"], 0),
+        ("syntax error (", None, None),
+        ("", [], 0),
+        (f"echo {MARKER} 5", None, None),
+    ],
+)
+def test_scripts_in_a_real_shell(script: str, lines: list[str] | None, code: int | None) -> None:
+    for shell in ("/bin/sh", "/bin/bash"):
+        output = in_shell(shell, script_text(script, {}, MARKER))
+        told, transcript = read(output)
+        if lines is not None:
+            assert (told, transcript.exit_code) == (lines, code)
+        else:
+            assert transcript.exit_code not in (0, None)
+
+
+@pytest.mark.parametrize(
+    ("env", "script"), [({"a-b": ""}, ""), ({"1a": ""}, ""), ({"": ""}, ""), ({"a": "\0"}, ""), ({}, "\0")]
+)
+def test_what_no_shell_can_hold_is_refused(env: dict[str, str], script: str) -> None:
+    with pytest.raises(ValueError, match="startup script: "):
+        script_text(script, env, MARKER)
+
+
+# ---- what comes back -----------------------------------------------------------------------------------------------
+
+
+def test_output_is_read_the_same_however_it_is_cut() -> None:
+    marker = MARKER.encode()
+    output = b"welcome\n" + marker + b"\none\n\ntwo \xff" + "é".encode() + b"\nopen" + marker + b" 3\nlogout\n"
+    expected = ["one", "", "two \ufffdé", "open"]
+    for size in range(1, len(output) + 1):
+        lines, transcript = read(output, size)
+        assert (lines, transcript.exit_code, transcript.last_line) == (expected, 3, "open")
+
+
+def test_without_the_last_marker_nobody_knows_how_it_ended() -> None:
+    lines, transcript = read(MARKER.encode() + b"\none\ntw")
+    assert (lines, transcript.began, transcript.exit_code) == (["one", "tw"], True, None)
+    lines, transcript = read(b"motd\n")
+    assert (lines, transcript.began) == ([], False)
+
+
+def test_long_lines_come_in_pieces_and_keep_their_characters() -> None:
+    text = "é" * 20_000
+    for size in (1000, 1 << 30):
+        lines, transcript = read(f"{MARKER}\n{text}\n{MARKER} 0\n".encode(), size)
+        assert "".join(lines) == text
+        assert max(len(line.encode()) for line in lines) <= ssh_script.MAX_LINE
+        assert transcript.exit_code == 0
+
+
+@QUICK
+@given(st.binary(max_size=40), st.integers(4, 9))
+def test_a_line_is_cut_between_characters_if_it_has_any(line: bytes, size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssh_script, "MAX_LINE", size)
+        pieces = list(cut(line))
+    assert b"".join(pieces) == line
+    assert all(size - 3 <= len(piece) <= size for piece in pieces[:-1])
+    assert len(pieces[-1]) <= size
+    with suppress(UnicodeDecodeError):
+        line.decode()
+        assert "".join(piece.decode() for piece in pieces) == line.decode()
+
+
+def test_a_line_without_end_is_handed_on_before_it_ends() -> None:
+    transcript = Transcript(MARKER)
+    transcript.feed(f"{MARKER}\n".encode())
+    fed = given_out = 0
+    for _ in range(100):
+        given_out += sum(map(len, transcript.feed(b"x" * 1000)))
+        fed += 1000
+        assert fed - given_out < ssh_script.MAX_LINE + 100
+
+
+def test_noise_before_the_script_is_not_kept() -> None:
+    transcript = Transcript(MARKER)
+    for _ in range(100):
+        assert transcript.feed(b"welcome " * 1000) == []
+    assert transcript.feed(f"{MARKER}\nx\n".encode()) == ["x"]
+    assert transcript.last_line == "x"
+
+
+def test_what_goes_into_a_message_is_one_harmless_line() -> None:
+    assert ssh_script.presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
+    assert ssh_script.presentable("x" * 1000) == "x" * ssh_script.MAX_SHOWN
+    assert ssh_script.last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
+    assert ssh_script.last_line(b" \n\n") == ssh_script.last_line(b"") == ""
+
+
+def test_nobody_s_configuration_keys_or_hosts_count() -> None:
+    command = ssh_script.ssh_command("ssh", "-oProxyCommand=x", 2222, "-user")
+    assert command[:4] == ["ssh", "-F", "/dev/null", "-T"]
+    assert command[-6:] == ["-l", "-user", "-p", "2222", "--", "-oProxyCommand=x"]
+    assert {"PubkeyAuthentication=no", "UserKnownHostsFile=/dev/null", "StrictHostKeyChecking=no"} <= set(command)
+
+
+# ---- the system's ssh ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(**env: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """An SSH server and its port."""
+    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
+    assert process.stdout is not None
+    try:
+        yield process, int(process.stdout.readline())
+    finally:
+        process.terminate()
+        process.wait(GENEROUS)
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    """The port of an SSH server: admin/admin."""
+    with server() as (_, port):
+        yield port
+
+
+class Front:
+    """A port that handles one connection after the other as `plan` says: None closes it, a number is the port where it
+    is passed on to, ... keeps it without an answer. The last word of the plan holds for all that follow.
+    """
+
+    def __init__(self, *plan: int | EllipsisType | None) -> None:
+        self.plan = list(plan)
+        self.port = 0
+        self.count = 0
+
+    async def serve(self, task_status: trio.TaskStatus[int]) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.port = listeners[0].socket.getsockname()[1]
+        await trio.serve_listeners(self._handle, listeners, task_status=task_status)  # type: ignore[arg-type]
+
+    async def _handle(self, stream: trio.SocketStream) -> None:
+        step = self.plan[min(self.count, len(self.plan) - 1)]
+        self.count += 1
+        if step is ...:
+            await trio.sleep_forever()
+        elif step is not None:
+            async with await trio.open_tcp_stream("127.0.0.1", step) as inner, trio.open_nursery() as nursery:
+                nursery.start_soon(self._pass_on, stream, inner)
+                await self._pass_on(inner, stream)
+                nursery.cancel_scope.cancel()
+
+    async def _pass_on(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):  # whoever is killed resets its connection
+            async for data in source:
+                await target.send_all(data)
+            await target.send_eof()
+
+
+async def run(
+    port: int,
+    script: str,
+    *,
+    password: str = "admin",
+    lines: list[str] | None = None,
+    give_up: float = GENEROUS,
+    **options: float | str,
+) -> ssh_script.ScriptEnd:
+    async def on_line(line: str) -> None:
+        if lines is not None:
+            lines.append(line)
+
+    with trio.fail_after(give_up):
+        return await ssh_script.run_script(
+            "127.0.0.1",
+            port,
+            username="admin",
+            password=password,
+            script=script,
+            env={},
+            on_line=on_line,
+            **options,  # type: ignore[arg-type]
+        )
+
+
+def processes_with(password: str) -> list[int]:
+    """Find the ssh processes that were given a password."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"ORCHARD_SSH_PASSWORD={password}".encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+async def test_a_guest_that_boots_is_waited_for(port: int, nursery: trio.Nursery) -> None:
+    front = Front(None, None, port)
+    await nursery.start(front.serve)
+    lines: list[str] = []
+    assert await run(front.port, "echo hello", lines=lines) == ssh_script.ScriptEnd(0, "hello")
+    assert (lines, front.count) == (["hello"], 3)
+    nursery.cancel_scope.cancel()
+
+
+async def test_an_account_may_come_after_the_server(port: int, nursery: trio.Nursery) -> None:
+    with server(SSHD_PASSWORD="not yet") as (_, first):
+        front = Front(first, port)
+        await nursery.start(front.serve)
+        assert await run(front.port, "echo hello") == ssh_script.ScriptEnd(0, "hello")
+    assert front.count == 2
+    nursery.cancel_scope.cancel()
+
+
+async def test_nobody_there_is_given_up_with_the_reason(nursery: trio.Nursery, clock: Clock) -> None:
+    front = Front(None, ...)
+    await nursery.start(front.serve)
+
+    async def lose_patience() -> None:
+        await eventually(lambda: front.count == 2)  # so the first attempt is over
+        clock.jump(ssh_script.CONNECT_SECONDS)
+
+    nursery.start_soon(lose_patience)
+    expected = f"no SSH at admin@127.0.0.1:{front.port} within 600 seconds: .*(closed|reset) by"
+    with pytest.raises(SSHError, match=expected):
+        await run(front.port, "echo", password="waits-in-vain", give_up=math.inf)
+    assert processes_with("waits-in-vain") == []
+    nursery.cancel_scope.cancel()
+
+
+async def test_the_script_itself_may_take_as_long_as_it_needs(
+    port: int, nursery: trio.Nursery, clock: Clock, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+
+    async def jump() -> None:
+        await eventually(lambda: bool(lines))
+        clock.jump(10 * ssh_script.CONNECT_SECONDS)
+        (tmp_path / "on").touch()
+
+    nursery.start_soon(jump)
+    text = f"echo begun; while [ ! -e {tmp_path}/on ]; do sleep 0.01; done; echo over"
+    assert await run(port, text, lines=lines, give_up=math.inf) == ssh_script.ScriptEnd(0, "over")
+
+
+async def test_a_wrong_password_is_given_up_and_never_shown(
+    port: int, nursery: trio.Nursery, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(0)
+    front = Front(port)
+    await nursery.start(front.serve)
+
+    async def lose_patience() -> None:
+        await eventually(lambda: front.count == 2)
+        clock.jump(ssh_script.PASSWORD_SECONDS)
+
+    nursery.start_soon(lose_patience)
+    with pytest.raises(SSHError, match=r"refuses the password: .*Permission denied") as refused:
+        await run(front.port, "echo", password="s3cret-wrong", give_up=math.inf)
+    assert "s3cret" not in str(refused.value) + caplog.text
+    nursery.cancel_scope.cancel()
+
+
+async def test_a_password_that_no_prompt_can_take_is_refused() -> None:
+    for password in ("a\nb", "a\0", "a\r"):
+        with pytest.raises(SSHError, match="line break or NUL"):
+            await run(1, "echo", password=password)
+
+
+@pytest.mark.parametrize("password", ["$HOME `id` \"'\\ %s", " é ", "-n", "*"])
+async def test_a_password_is_passed_on_as_it_is(password: str) -> None:
+    with server(SSHD_PASSWORD=password) as (_, port):
+        assert await run(port, "exit 5", password=password, password_seconds=0) == ssh_script.ScriptEnd(5, "")
+
+
+def command_lines() -> list[str]:
+    """Give the argument lists of all processes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(path.read_bytes().decode("utf-8", "replace"))
+    return found
+
+
+def check_files(temporary: Path, password: str) -> None:
+    (directory,) = temporary.iterdir()
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert [password in path.read_text() for path in directory.iterdir()] == [False]
+
+
+async def test_the_password_is_in_no_argument_list_and_no_file(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    password = "-".join(("in", "no", "list"))  # not in the argument list of a test run that names this test
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    lines: list[str] = []
+    with server(SSHD_PASSWORD=password) as (_, port):
+        nursery.start_soon(partial(run, port, "echo begun; sleep 1000", password=password, lines=lines))
+        await eventually(lambda: bool(lines))
+        seen = command_lines()
+        assert any("NumberOfPasswordPrompts" in text for text in seen), "the ssh process was looked at"
+        assert not any(password in text for text in seen)
+        check_files(tmp_path, password)
+        nursery.cancel_scope.cancel()
+
+
+async def test_nothing_is_left_of_a_script_that_is_broken_off(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    front = Front(...)
+    lines: list[str] = []
+    async with trio.open_nursery() as nursery:
+        await nursery.start(front.serve)
+        nursery.start_soon(partial(run, front.port, "echo", password="broken-off"))
+        nursery.start_soon(partial(run, port, "echo begun; sleep 1000", lines=lines))
+        await eventually(lambda: front.count == 1 and bool(lines))
+        assert processes_with("broken-off") != []
+        nursery.cancel_scope.cancel()
+    assert processes_with("broken-off") == []
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 -- not for an asynchronous function
+
+
+async def test_an_error_of_who_gets_the_lines_ends_the_script(port: int) -> None:
+    async def on_line(line: str) -> None:
+        raise RuntimeError(line)
+
+    with pytest.raises(RuntimeError, match="begun"):
+        await ssh_script.run_script(
+            "127.0.0.1", port, username="admin", password="admin", script="echo begun; sleep 1000", env={},
+            on_line=on_line,
+        )  # fmt: skip
+
+
+async def test_exit_255_of_the_script_is_not_a_lost_connection(port: int) -> None:
+    assert await run(port, "echo x; exit 255") == ssh_script.ScriptEnd(255, "x")
+
+
+async def test_a_script_is_over_when_it_ends_whatever_it_leaves_running(port: int) -> None:
+    lines: list[str] = []
+    assert await run(port, "sleep 1000 & echo over", lines=lines) == ssh_script.ScriptEnd(0, "over")
+    assert lines == ["over"]
+
+
+async def test_a_profile_may_print_and_set_what_it_likes(tmp_path: Path) -> None:
+    (tmp_path / ".bash_profile").write_text("echo welcome; echo warning >&2; set -eu; export FROM_PROFILE=yes\n")
+    lines: list[str] = []
+    with server(HOME=str(tmp_path)) as (_, port):
+        assert await run(port, "echo $FROM_PROFILE; exit 7", lines=lines) == ssh_script.ScriptEnd(7, "yes")
+    assert lines == ["yes"]
+
+
+async def test_a_connection_that_is_lost_is_no_end_of_the_script(nursery: trio.Nursery) -> None:
+    lines: list[str] = []
+    with server() as (process, port):
+
+        async def lose() -> None:
+            await eventually(lambda: bool(lines))
+            process.terminate()
+
+        nursery.start_soon(lose)
+        with pytest.raises(SSHError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
+            await run(port, "echo begun; sleep 1000", lines=lines)
+    assert lines == ["begun"], "it is not run again"
+
+
+async def test_a_script_that_kills_its_shell_has_no_known_end(port: int) -> None:
+    with pytest.raises(SSHError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
+        await run(port, "kill -9 $$")
+
+
+async def test_without_ssh_the_missing_program_is_named() -> None:
+    with pytest.raises(SSHError, match="cannot run /none/ssh, the OpenSSH client, on this machine: No such file"):
+        await run(1, "echo", program="/none/ssh")
+
+
+async def test_nothing_is_left_in_the_temporary_directory(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    await run(port, "echo")
+    assert os.listdir(tmp_path) == []  # noqa: PTH208 -- not for an asynchronous function

@@ -1,0 +1,384 @@
+"""What only VMs without a hypervisor promise: nothing stays of them, neither processes nor files, whatever a script did.
+
+What they promise as every driver does is in test_drivers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from harness.processes import GENEROUS, eventually, processes_in
+
+from orchard.vm.driver import DriverError, LocalVM, RunOptions
+from orchard.vm.synthetic import ADDRESS, SyntheticDriver
+
+IMAGE = "example.com/image:latest"
+NAME = "orchard-vm-uid-0"
+LONGER = f"{NAME}0"  # a name that begins like the other
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    home = tmp_path / "home"
+    home.mkdir()
+    return home
+
+
+@pytest.fixture
+def driver(home: Path) -> SyntheticDriver:
+    return SyntheticDriver(home)
+
+
+async def made(driver: SyntheticDriver, name: str = NAME, source: str = IMAGE) -> None:
+    await driver.clone(source, name, lambda _: None)
+
+
+@asynccontextmanager
+async def running(driver: SyntheticDriver, name: str = NAME) -> AsyncIterator[trio.Nursery]:
+    """Run a VM for the time of the block."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, name, RunOptions())
+        try:
+            yield nursery
+        finally:
+            with trio.CancelScope(shield=True):
+                for vm in await driver.list_vms():
+                    if (vm.name, vm.state) == (name, "running"):
+                        await driver.stop(name)
+
+
+async def script(driver: SyntheticDriver, text: str, lines: list[str] | None = None) -> list[str]:
+    """Run a script in the running VM, and give its lines, which `lines` holds as they come."""
+    told: list[str] = [] if lines is None else lines
+
+    async def on_line(line: str) -> None:
+        told.append(line)
+
+    with trio.fail_after(GENEROUS):
+        await driver.run_script(
+            NAME, text, env={}, username="somebody", password="", bridged=False, on_line=on_line
+        )  # fmt: skip
+    return told
+
+
+# ---- what a script sees --------------------------------------------------------------------------------------------
+
+
+async def test_a_script_has_a_private_directory(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    async with running(driver):
+        assert await driver.ip(NAME) == ADDRESS
+        lines = await script(driver, 'pwd; echo "$HOME"; echo "$TMPDIR"; echo "$USER $LOGNAME"; touch "$TMPDIR/file"')
+    root = home / NAME / "root"
+    assert lines == [str(root), str(root), str(root / "tmp"), "somebody somebody"]
+    assert (root / "tmp" / "file").exists()
+
+
+async def test_a_home_that_is_named_relatively_is_the_same_for_a_script(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(home.parent)
+    driver = SyntheticDriver(Path(home.name))
+    await made(driver)
+    async with running(driver):
+        assert await script(driver, 'cd /; echo "$HOME"') == [str(home / NAME / "root")]
+
+
+async def test_people_can_read_what_a_vm_is(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    await driver.configure(NAME, cpu=2, memory=1024, disk_size=60)
+    text = (home / NAME / "vm.json").read_text()
+    assert json.loads(text) == {"source": IMAGE, "state": "stopped", "cpu": 2, "memory": 1024, "disk": 60}
+    assert len(text.splitlines()) > 5
+
+
+# ---- processes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["stop", "suspend"])
+async def test_what_a_script_left_in_the_background_ends_with_its_vm(
+    driver: SyntheticDriver, home: Path, verb: str
+) -> None:
+    await made(driver)
+    async with running(driver):
+        await script(driver, "trap '' INT TERM HUP; (sleep 1000 & sleep 1000) & echo begun")
+        assert processes_in(home) != []
+        await getattr(driver, verb)(NAME)
+    await eventually(lambda: processes_in(home) == [])
+    assert await driver.list_vms() == [LocalVM(NAME, "suspended" if verb == "suspend" else "stopped")]
+
+
+async def test_a_script_ends_with_its_vm(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    lines: list[str] = []
+
+    async def stop() -> None:
+        await eventually(lambda: bool(lines))
+        await driver.stop(NAME)
+
+    async with running(driver) as nursery:
+        nursery.start_soon(stop)
+        with pytest.raises(DriverError, match="the VM ended while its startup script ran"):
+            await script(driver, "echo begun; sleep 1000; echo never", lines)
+    assert lines == ["begun"]
+    await eventually(lambda: processes_in(home) == [])
+
+
+KILLED = """
+import sys, trio
+from functools import partial
+from pathlib import Path
+from orchard.vm.synthetic import SyntheticDriver
+from orchard.vm.driver import RunOptions
+
+async def main(home, *names):
+    driver = SyntheticDriver(Path(home))
+
+    async def on_line(line):
+        print(line, flush=True)
+
+    async with trio.open_nursery() as nursery:
+        for name in names:
+            await driver.clone("image", name, lambda _: None)
+            await nursery.start(driver.run, name, RunOptions())
+            text = "sleep 1000 & setsid sleep 1000 & echo begun; sleep 1000"
+            options = {"env": {}, "username": "", "password": "", "bridged": False, "on_line": on_line}
+            nursery.start_soon(partial(driver.run_script, name, text, **options))
+
+trio.run(main, *sys.argv[1:])
+"""
+
+
+async def test_what_a_killed_worker_left_is_removed_by_the_next(driver: SyntheticDriver, home: Path) -> None:
+    with subprocess.Popen(  # noqa: ASYNC220 -- it only has to be started
+        [sys.executable, "-c", KILLED, home, NAME, LONGER], stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        for _ in (NAME, LONGER):
+            assert await trio.to_thread.run_sync(worker.stdout.readline) == "begun\n"
+        worker.send_signal(signal.SIGKILL)
+        worker.wait(GENEROUS)
+    assert await driver.list_vms() == [LocalVM(NAME, "stopped"), LocalVM(LONGER, "stopped")]
+    await driver.delete(NAME)
+    await eventually(lambda: processes_in(home / NAME / "root") == [])
+    assert processes_in(home / LONGER / "root") != [], "those of another VM are none of its business"
+    await driver.delete(LONGER)
+    await eventually(lambda: processes_in(home) == [])
+    assert list(home.iterdir()) == []
+
+
+async def test_a_vm_that_a_killed_worker_left_can_run_again(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    (home / NAME / "scripted").touch()
+    async with running(driver):
+        assert await script(driver, "echo again") == ["again"]
+    assert not (home / NAME / "scripted").exists()
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "mkdir -p a/b; touch a/b/c; chmod 0 a/b; chmod 500 a",
+        "mkdir -p a/b; chmod 0 a/b; chmod 0 a; chmod 0 .",
+        "rm -rf ~",
+        "touch ~/../more",
+        "rm ../scripted; mkdir ../scripted",
+        "rm -rf ../root; touch ../root",
+    ],
+)
+async def test_whatever_a_script_does_to_its_disk_the_vm_can_be_deleted(
+    driver: SyntheticDriver, home: Path, last: str
+) -> None:
+    await made(driver)
+    async with running(driver):
+        await script(driver, last)
+        await driver.stop(NAME)
+    await driver.delete(NAME)
+    assert list(home.iterdir()) == []
+
+
+async def test_what_a_script_links_to_stays(driver: SyntheticDriver, home: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o550)
+    await made(driver)
+    async with running(driver):
+        await script(driver, f"ln -s {outside} link; rm -rf $TMPDIR; ln -s {outside} $TMPDIR; ln -s {outside} ../link")
+    await driver.delete(NAME)
+    assert list(home.iterdir()) == []
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o550
+
+
+async def test_a_clone_has_a_disk_of_its_own(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver, "orchard-first")
+    await made(driver, NAME, "orchard-first")
+    async with running(driver):
+        await script(driver, "echo mine > file; ln -s /none link")
+    await made(driver, "orchard-second", NAME)
+    await driver.delete(NAME)
+    assert list((home / "orchard-first" / "root").iterdir()) == []
+    assert (home / "orchard-second" / "root" / "file").read_text() == "mine\n"
+    assert (home / "orchard-second" / "root" / "link").is_symlink()
+
+
+async def test_a_vm_that_runs_is_not_cloned(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    async with running(driver):
+        with pytest.raises(DriverError, match=f'VM "{NAME}" is running and cannot be cloned'):
+            await made(driver, "orchard-second", NAME)
+    with pytest.raises(DriverError, match=f'VM "{NAME}" already exists'):
+        await made(driver)
+    assert [path.name for path in home.iterdir()] == [NAME]
+
+
+async def test_a_clone_that_fails_leaves_nothing(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    async with running(driver):
+        await script(driver, "mkdir closed; touch closed/file; chmod 500 closed; mkfifo pipe")
+    with pytest.raises(DriverError, match=r'cannot make VM "orchard-second" in .*pipe'):
+        await made(driver, "orchard-second", NAME)
+    assert [path.name for path in home.iterdir()] == [NAME]
+
+
+async def test_the_remains_of_an_interrupted_removal_are_in_nobodys_way(driver: SyntheticDriver, home: Path) -> None:
+    for left in (f".{NAME}.old", f".{NAME}.new"):
+        (home / left / "root" / "tmp").mkdir(parents=True)
+        (home / left / "vm.json").write_text("{}")
+        (home / left / "root").chmod(0o500)
+    assert await driver.list_vms() == []
+    await made(driver)
+    await driver.delete(NAME)
+    assert list(home.iterdir()) == []
+
+
+# Of the first three there is a VM in the place that the name leads to; `delete` would find the last one's as it is.
+LEAVING = ["../outside", f"{NAME}/root", f"{NAME}/../../outside", "..", ".", ".hidden", "/", "a/b", "~", "a\n", "é"]
+
+
+@pytest.mark.parametrize("name", LEAVING)
+async def test_no_name_leads_out_of_the_directory(
+    driver: SyntheticDriver, home: Path, tmp_path: Path, name: str
+) -> None:
+    await made(driver)
+    for place in (tmp_path / "outside", home / NAME / "root", home / ".hidden"):
+        (place / "root").mkdir(parents=True)
+        (place / "vm.json").write_text('{"source": "image", "state": "suspended"}')
+    before = sorted(tmp_path.rglob("*"))
+    for call in (
+        partial(driver.clone, IMAGE, name, lambda _: None),
+        partial(driver.clone, NAME, name, lambda _: None),
+        partial(driver.configure, name, cpu=2),
+        partial(driver.run, name, RunOptions()),
+        partial(driver.ip, name),
+        partial(driver.stop, name),
+        partial(driver.suspend, name),
+        partial(driver.delete, name),
+        partial(script_in, driver, name),
+    ):
+        with pytest.raises(DriverError, match="the VM name is"):
+            await call()
+    if name.startswith("orchard-"):
+        with pytest.raises(DriverError, match="the VM name is"):
+            await made(driver, "orchard-second", name)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
+
+
+async def script_in(driver: SyntheticDriver, name: str) -> None:
+    async def on_line(line: str) -> None:
+        raise AssertionError(line)
+
+    await driver.run_script(name, "echo", env={}, username="", password="", bridged=False, on_line=on_line)
+
+
+async def test_a_disk_that_cannot_be_written_is_an_error_of_the_driver(driver: SyntheticDriver, home: Path) -> None:
+    (home / "file").touch()
+    with pytest.raises(DriverError, match=f'cannot make VM "{NAME}" in .*/file: Not a directory'):
+        await made(SyntheticDriver(home / "file"))
+    await made(driver)
+    (home / NAME / "vm.json.new").mkdir()
+    with pytest.raises(DriverError, match=r"cannot write .*/vm\.json: Is a directory"):
+        await driver.configure(NAME, cpu=2)
+    (home / NAME / "vm.json").write_text("torn {")
+    with pytest.raises(DriverError, match="cannot read the file of VM"):
+        await driver.run(NAME, RunOptions())
+
+
+async def test_a_script_without_a_disk_is_an_error_of_the_driver(driver: SyntheticDriver) -> None:
+    await made(driver)
+    async with running(driver):
+        await script(driver, "rm -rf ~")
+        with pytest.raises(DriverError, match=r"cannot run .* in .*/root: No such file"):
+            await script(driver, "echo")
+
+
+async def test_an_environment_that_no_shell_can_hold_is_an_error_of_the_driver(driver: SyntheticDriver) -> None:
+    await made(driver)
+    async with running(driver):
+        with pytest.raises(DriverError, match="the script holds a NUL character"):
+            await script(driver, "echo \0")
+
+
+# ---- time ----------------------------------------------------------------------------------------------------------
+
+
+async def test_pulls_and_boots_can_take_their_time(home: Path, autojump_clock: trio.testing.MockClock) -> None:
+    driver = SyntheticDriver(home, boot_seconds=30, pull_seconds=60)
+    began = trio.current_time()
+    told: list[int] = []
+    await driver.clone(IMAGE, NAME, told.append)
+    assert told == list(range(10, 101, 10))
+    assert trio.current_time() - began == pytest.approx(60)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, NAME, RunOptions())
+        assert trio.current_time() - began == pytest.approx(90)
+        await driver.suspend(NAME)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, NAME, RunOptions())
+        assert trio.current_time() - began == pytest.approx(90), "who resumes does not boot"
+        await driver.stop(NAME)
+
+
+async def test_a_boot_can_be_stopped(home: Path, autojump_clock: trio.testing.MockClock) -> None:
+    driver = SyntheticDriver(home, boot_seconds=30)
+    await made(driver)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.run, NAME, RunOptions())
+        await trio.testing.wait_all_tasks_blocked()
+        await driver.stop(NAME)
+    assert trio.current_time() == pytest.approx(0)
+    assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
+
+
+async def test_a_removal_that_has_begun_is_finished_though_it_is_cancelled(driver: SyntheticDriver, home: Path) -> None:
+    await made(driver)
+    async with running(driver):
+        await script(driver, "touch file")
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await driver.delete(NAME)
+    assert list(home.iterdir()) == []
+
+
+async def test_the_next_worker_removes_what_a_killed_one_was_making_or_removing(
+    driver: SyntheticDriver, home: Path
+) -> None:
+    await made(driver)
+    for left in (f".{LONGER}.new", f".{LONGER}.old"):
+        (home / left / "root").mkdir(parents=True)
+        (home / left / "root" / "file").touch()
+    await driver.recover()
+    assert [path.name for path in home.iterdir()] == [NAME]

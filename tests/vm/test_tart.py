@@ -1,0 +1,625 @@
+"""The tart command line: every option, what is refused, what its output means; and what is asked of the host."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import plistlib
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from harness.processes import GENEROUS, eventually, processes_in
+
+from orchard import tart as room
+from orchard.nursery import unwrap_groups
+from orchard.tart import (
+    Percentage,
+    TartDriver,
+    check_dhcp_lease,
+    failure,
+    find_tart,
+    machine_id,
+    parse_list,
+    run_arguments,
+    set_arguments,
+)
+from orchard.vm import supervisor
+from orchard.vm.driver import DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, SharedDir, operand
+
+STANDIN = Path(__file__).parent.parent / "standin" / "tart"
+IMAGE = "example.com/image"
+Clock = trio.testing.MockClock
+
+
+def tart(home: Path, *, vetu: bool = False, stop_seconds: float = 5, **env: str) -> TartDriver:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it is called often: by the interpreter at hand
+    return TartDriver(
+        str(STANDIN),
+        home / "driver",
+        vetu=vetu,
+        env={"TART_HOME": str(home), "PATH": path, **env},
+        stop_seconds=stop_seconds,
+    )
+
+
+def program(path: Path, text: str, **options: Any) -> TartDriver:
+    """Give a driver with a shell script in the place of tart."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return TartDriver(str(path), path.parent / "driver", **options)
+
+
+def calls(home: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (home / "calls.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """A clock that goes like the real one, and can be put forward."""
+    return trio.testing.MockClock(rate=1)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, []),
+        ({"headless": True}, ["--no-graphics"]),
+        ({"softnet": True}, ["--net-softnet"]),
+        (
+            {"softnet_allow": ("10.0.0.0/8", "fd00::/8")},
+            ["--net-softnet", "--net-softnet-allow", "10.0.0.0/8,fd00::/8"],
+        ),
+        ({"softnet_block": ("0.0.0.0/0",)}, ["--net-softnet", "--net-softnet-block", "0.0.0.0/0"]),
+        ({"bridged": "en0"}, ["--net-bridged=en0"]),
+        ({"nested": True}, ["--nested"]),
+        ({"suspendable": True}, ["--suspendable"]),
+        ({"dirs": (SharedDir("src", "/a b", ro=True),)}, ["--dir=src:/a b:ro"]),
+        (
+            {"dirs": (SharedDir("x", "/x"), SharedDir("y", "https://h:8/a.tgz"))},
+            ["--dir=x:/x", "--dir=y:https://h:8/a.tgz"],
+        ),
+    ],
+)
+def test_run_arguments(options: dict[str, Any], words: list[str]) -> None:
+    assert run_arguments("vm", RunOptions(**options)) == ["run", *words, "vm"]
+
+
+def test_set_arguments() -> None:
+    assert set_arguments("vm") == []
+    assert set_arguments("vm", cpu=2, memory=1024, disk_size=60, random_mac=True, random_serial=True) == (
+        ["set", "vm", "--cpu", "2", "--memory", "1024", "--disk-size", "60", "--random-mac", "--random-serial"]
+    )
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        SharedDir("a:b", "/x"),
+        SharedDir("a,b", "/x"),
+        SharedDir("a", "/x:ro"),
+        SharedDir("a", "/x,/y"),
+        SharedDir("", "/x"),
+        SharedDir("a", ""),
+        SharedDir("a", "/x\0"),
+        SharedDir("a", "https://h/x:y"),
+    ],
+)
+def test_a_directory_that_tart_would_read_as_another_is_refused(shared: SharedDir) -> None:
+    with pytest.raises(DriverError, match='expected name and path without ":" and ","'):
+        run_arguments("vm", RunOptions(dirs=(shared,)))
+
+
+@pytest.mark.parametrize("text", ["", "-x", "--help", "a\0"])
+def test_no_operand_becomes_an_option(text: str) -> None:
+    with pytest.raises(DriverError, match="the image is"):
+        operand("image", text)
+    with pytest.raises(DriverError):
+        run_arguments(text, RunOptions())
+    with pytest.raises(DriverError, match="network of --net-softnet-allow"):
+        run_arguments("vm", RunOptions(softnet_allow=(text,)))
+
+
+def test_one_network_cannot_become_two_nor_an_interface_be_cut() -> None:
+    with pytest.raises(DriverError, match="expected one network, without a comma"):
+        run_arguments("vm", RunOptions(softnet_block=("10.0.0.0/8,0.0.0.0/0",)))
+    with pytest.raises(DriverError, match="interface to bridge to"):
+        run_arguments("vm", RunOptions(bridged="en0\0"))
+
+
+# ---- output --------------------------------------------------------------------------------------------------------
+
+
+def test_progress_is_told_when_it_changes_wherever_the_bytes_are_cut() -> None:
+    output = b"pulling x...\r\n0%\n0%\nlayer 1/2: 42% of 3 GB\r42.9%\n100%\n200%\nno percent here %\n"
+    for size in range(1, len(output) + 1):
+        told: list[int] = []
+        percentage = Percentage(told.append)
+        for start in range(0, len(output), size):
+            percentage.feed(output[start : start + size])
+        assert told == [0, 42, 100], size
+
+
+def test_what_tart_lists() -> None:
+    listed = [{"Source": "local", "Name": "a", "Running": True, "State": "running", "New": 1}]
+    assert parse_list(json.dumps(listed).encode()) == [LocalVM("a", "running")]
+    for output in (b"", b"{}", b"[1]", b'[{"Name": "a"}]', b'[{"Name": "a", "State": "odd"}]', b"\xff"):
+        with pytest.raises(ValueError, match=r".+"):
+            parse_list(output)
+
+
+@pytest.mark.parametrize(
+    ("verb", "status", "stderr", "kind", "words"),
+    [
+        ("clone", 2, b'the specified VM "x" does not exist\n', NoSuchVM, 'the specified VM "x" does not exist'),
+        ("stop", 2, b'VM "x" is not running\n', NotRunning, 'VM "x" is not running'),
+        ("delete", 2, b"gone", NoSuchVM, "gone"),
+        ("run", 1, b"note\n\nThe number of VMs exceeds the system limit\n\n", DriverError, "exceeds the system limit"),
+        ("run", 1, b"\x1b[31mred\x07", DriverError, "[31mred"),
+        ("pull", -9, b"", DriverError, "tart pull failed with exit status -9"),
+    ],
+)
+def test_the_last_line_of_what_it_says_is_the_error(
+    verb: str, status: int, stderr: bytes, kind: type[DriverError], words: str
+) -> None:
+    error = failure("tart", verb, status, stderr)
+    assert type(error) is kind
+    assert words in str(error)
+    assert str(error).isprintable()
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_program_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DriverError, match=r"no tart on PATH .*brew install cirruslabs/cli/tart.*--tart PATH"):
+        find_tart(None, "tart")
+    with pytest.raises(DriverError, match=r"/none is no program that can be run, expected vetu; correct --tart"):
+        find_tart("/none", "vetu")
+    (tmp_path / "tart").write_text("#!/bin/sh\n")
+    with pytest.raises(DriverError):
+        find_tart(None, "tart")
+    (tmp_path / "tart").chmod(0o755)
+    assert find_tart(None, "tart") == find_tart(str(tmp_path / "tart"), "tart") == str(tmp_path / "tart")
+
+
+async def test_a_program_that_is_gone_is_an_error_of_the_driver(tmp_path: Path) -> None:
+    driver = TartDriver("/none/tart", tmp_path)
+    with pytest.raises(DriverError, match=r"cannot run /none/tart: .*not found"):
+        await driver.list_vms()
+    with pytest.raises(DriverError, match="cannot run /none/tart: No such file"):
+        await driver.run("vm", RunOptions())
+
+
+async def test_each_verb_is_one_call(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    told: list[int] = []
+    await driver.pull(IMAGE, told.append)
+    assert told == [0, 42, 100]
+    await driver.clone(IMAGE, "vm", told.append)
+    assert told == [0, 42, 100], "what is in the cache is not pulled again"
+    assert await driver.fqn(IMAGE) == f"{IMAGE}@sha256:{'0' * 64}"
+    await driver.configure("vm")
+    await driver.configure("vm", cpu=2, random_mac=True)
+    await driver.delete("vm")
+    assert calls(tmp_path) == [
+        ["pull", IMAGE],
+        ["clone", IMAGE, "vm"],
+        ["fqn", IMAGE],
+        ["set", "vm", "--cpu", "2", "--random-mac"],
+        ["delete", "vm"],
+    ]
+
+
+async def test_an_address_on_a_bridge_is_asked_of_the_agent_and_then_of_the_neighbours(
+    tmp_path: Path, nursery: trio.Nursery
+) -> None:
+    driver = tart(tmp_path, TART_NO_IP="1")
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    with pytest.raises(DriverError, match="no IP address found, is your VM running"):
+        await driver.ip("vm", bridged=True)
+    with pytest.raises(DriverError):
+        await driver.ip("vm")
+    assert calls(tmp_path)[1:] == [
+        ["ip", "vm", "--resolver", "agent", "--wait", "5"],
+        ["ip", "vm", "--resolver", "arp"],
+        ["ip", "vm", "--wait", "60"],
+    ]
+
+
+async def test_a_vm_that_is_just_being_started_is_asked_for_its_address_again(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    text = f"""
+    case $1 in
+    run) while [ ! -e {asked}.3 ]; do sleep 0.01; done ;;
+    ip)  for n in 1 2 3; do
+             [ -e {asked}.$n ] || {{ touch {asked}.$n; echo "is your VM running?" >&2; exit 1; }}
+         done ;;
+    esac"""
+    driver = program(tmp_path / "tart", text)
+    with pytest.raises(DriverError, match=r"is your VM running\?"):
+        await driver.ip("vm")
+    assert asked.with_suffix(".1").exists()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions())
+        with pytest.raises(DriverError, match=r"is your VM running\?|expected an address"):
+            await driver.ip("vm")
+    assert asked.with_suffix(".3").exists()
+
+
+async def test_a_vm_that_is_just_being_started_is_suspended_when_it_can_be(tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    text = f"""
+    case $1 in
+    run)     while [ ! -e {asked}.3 ]; do sleep 0.01; done ;;
+    suspend) for n in 1 2 3; do
+                 [ -e {asked}.$n ] || {{ touch {asked}.$n; [ $n = 3 ] || exit 2; exit 0; }}
+             done ;;
+    esac"""
+    driver = program(tmp_path / "tart", text)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions())
+        await driver.suspend("vm")
+    assert asked.with_suffix(".3").exists()
+
+
+async def test_a_vm_that_is_just_being_started_is_not_deleted_behind_its_back(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    driver.note("vm", "noted")
+    (tmp_path / "hold").write_text("run before")  # so long tart says that it does not run
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions())
+        await eventually((tmp_path / "held").exists)
+        with pytest.raises(DriverError, match=r'^VM "vm" is running$'):
+            await driver.delete("vm")
+        assert driver.noted("vm") == "noted"
+        (tmp_path / "held").unlink()
+        await driver.stop("vm")
+    await driver.delete("vm")
+    assert driver.noted("vm") == ""
+
+
+async def test_nothing_runs_when_a_start_has_failed_however_far_it_had_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"  # as one that is killed when the guard has just said that the VM's process is there
+    python.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nkill -9 $$\n')
+    python.chmod(0o755)
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(DriverError, match=r"^the guard of the VM ended with -9$"):
+        await driver.run("vm", RunOptions())
+    assert processes_in(tmp_path) == []
+    assert await driver.list_vms() == [LocalVM("vm", "stopped")]
+
+
+async def test_a_vm_whose_guard_is_killed_before_tart_knows_of_it_does_not_come_up_later(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    (tmp_path / "hold").write_text("run before")
+
+    async def run_without_a_guard() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(driver.run, "vm", RunOptions())
+            await eventually((tmp_path / "held").exists)
+            os.kill(supervisor.read(tmp_path / "driver" / "vm.run").guard, signal.SIGKILL)
+
+    with pytest.raises(DriverError, match=r"^the process that watched over the VM was killed$"), unwrap_groups():
+        await run_without_a_guard()
+    await eventually(lambda: processes_in(tmp_path) == [])  # who is killed takes a moment to be gone
+
+
+async def test_a_vm_is_given_the_time_that_it_takes_to_save_its_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its guard stands for it here, which is not gone until some time after tart has said that all is done."""
+    monkeypatch.setattr("orchard.tart.KILL_SECONDS", 0.0)
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions(suspendable=True))
+        await driver.ip("vm")
+        number = supervisor.read(tmp_path / "driver" / "vm.run").guard
+        os.kill(number, signal.SIGSTOP)
+        suspended = trio.Event()
+
+        async def suspend() -> None:
+            await driver.suspend("vm")
+            suspended.set()
+
+        nursery.start_soon(suspend)
+        await eventually(
+            lambda: ["suspend", "vm"] in calls(tmp_path) and not list((tmp_path / "driver/calls").iterdir())
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        assert not suspended.is_set()
+        os.kill(number, signal.SIGCONT)
+    assert suspended.is_set()
+    assert await driver.list_vms() == [LocalVM("vm", "suspended")]
+
+
+async def test_a_call_that_a_killed_worker_left_is_ended_though_it_has_just_begun(tmp_path: Path) -> None:
+    """It is not known who it is until it says so; patience is for those who were told to end."""
+    driver = tart(tmp_path, stop_seconds=1000)
+    (tmp_path / "driver" / "calls").mkdir(parents=True)
+    path, fifo = tmp_path / "driver" / "calls" / "pull-1", tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with path.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        words = ["/bin/sh", "-c", f'read line < {fifo}; echo "$$" >&0; exec sleep 1000']
+        left = subprocess.Popen(words, stdin=file, cwd=tmp_path, start_new_session=True)  # noqa: ASYNC220
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.recover)
+        await trio.testing.wait_all_tasks_blocked()
+        assert path.read_bytes() == b""
+        fifo.write_text("go on\n")
+        with trio.fail_after(GENEROUS):
+            assert await trio.to_thread.run_sync(left.wait, abandon_on_cancel=True) == -signal.SIGINT
+    assert not path.exists()
+
+
+async def test_a_deletion_that_was_cut_off_is_completed_by_the_next(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    driver.note("vm", "noted")
+    (tmp_path / "hold").write_text("delete after")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.delete, "vm")
+        await eventually((tmp_path / "held").exists)
+        nursery.cancel_scope.cancel()
+    assert driver.noted("vm") == "noted"
+    with pytest.raises(NoSuchVM):
+        await driver.delete("vm")
+    assert driver.noted("vm") == ""
+
+
+async def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    driver = tart(tmp_path, TART_RUN_EXIT="The number of VMs exceeds the system limit")
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    with pytest.raises(DriverError, match=r"^The number of VMs exceeds the system limit$"):
+        await driver.run("vm", RunOptions())
+
+
+@pytest.mark.parametrize("verb", ["pull", "clone", "fqn", "set", "delete", "list"])
+async def test_a_verb_that_fails_says_why(tmp_path: Path, verb: str) -> None:
+    await tart(tmp_path).clone(IMAGE, "vm", lambda _: None)
+    driver = tart(tmp_path, TART_FAIL=verb)
+    doing = {
+        "pull": lambda: driver.pull(IMAGE, lambda _: None),
+        "clone": lambda: driver.clone(IMAGE, "vm2", lambda _: None),
+        "fqn": lambda: driver.fqn(IMAGE),
+        "set": lambda: driver.configure("vm", cpu=2),
+        "delete": lambda: driver.delete("vm"),
+        "list": driver.list_vms,
+    }
+    with pytest.raises(DriverError, match=f"^{verb} was told to fail$"):
+        await doing[verb]()
+
+
+async def test_a_verb_that_hangs_is_ended_when_it_is_cancelled(tmp_path: Path) -> None:
+    driver = tart(tmp_path, TART_BLOCK="list")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(driver.list_vms)
+        await eventually((tmp_path / "calls.jsonl").exists)
+        assert len(processes_in(tmp_path)) == 1
+        nursery.cancel_scope.cancel()
+    assert processes_in(tmp_path) == []
+
+
+async def jump_when(clock: trio.testing.MockClock, holds: Callable[[], bool], seconds: float) -> None:
+    await eventually(holds)
+    clock.jump(seconds)
+
+
+async def test_a_verb_that_does_not_end_is_given_up(tmp_path: Path, nursery: trio.Nursery, clock: Clock) -> None:
+    driver = tart(tmp_path, TART_BLOCK="fqn")
+    nursery.start_soon(jump_when, clock, (tmp_path / "calls.jsonl").exists, room.VERB_SECONDS)
+    with pytest.raises(DriverError, match="tart fqn did not end within 300 seconds"):
+        await driver.fqn(IMAGE)
+    assert processes_in(tmp_path) == []
+
+
+async def test_a_transfer_may_take_hours(tmp_path: Path, nursery: trio.Nursery, clock: Clock) -> None:
+    begun, told = tmp_path / "begun", list[int]()
+    driver = program(tmp_path / "tart", f"touch {begun}; while [ ! -e {begun}.more ]; do sleep 0.01; done; echo 7%")
+
+    async def wait_long() -> None:
+        await jump_when(clock, begun.exists, 86_400)
+        begun.with_suffix(".more").touch()
+
+    nursery.start_soon(wait_long)
+    await driver.pull(IMAGE, told.append)
+    assert told == [7]
+
+
+async def test_what_a_program_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "")
+    monkeypatch.setenv("KEPT", "yes")
+    driver = program(
+        tmp_path / "tart", 'cat; echo "$CI $KEPT $MORE $(cut -d" " -f5,6 /proc/$$/stat) $$"', env={"MORE": "x"}
+    )
+    words = (await driver.fqn(IMAGE)).split()
+    assert words[:3] == ["1", "yes", "x"]
+    assert words[3] == words[4] == words[5], "it leads a session of its own, where no terminal sends signals"
+
+
+async def test_of_a_long_output_the_end_is_kept(tmp_path: Path) -> None:
+    text = "yes 0123456789 | head -c 3000000; echo the end; yes no | head -c 3000000 >&2; echo so it is >&2; exit $1"
+    driver = program(tmp_path / "tart", text.replace("$1", "0"))
+    output = await driver.fqn(IMAGE)
+    assert room.OUTPUT_BYTES - 100 < len(output) <= room.OUTPUT_BYTES
+    assert output.endswith("the end")
+    with pytest.raises(DriverError, match=r"^so it is$"):
+        await program(tmp_path / "tart", text.replace("$1", "1")).fqn(IMAGE)
+
+
+async def test_a_program_that_has_ended_is_over_whoever_holds_its_output(tmp_path: Path) -> None:
+    driver = program(tmp_path / "tart", "sleep 1000 & echo $!")
+    number = int(await driver.fqn(IMAGE))
+    os.kill(number, signal.SIGKILL)
+
+
+async def test_a_guest_that_does_not_shut_down_is_switched_off(tmp_path: Path) -> None:
+    driver = tart(tmp_path, TART_STUBBORN="1", stop_seconds=0)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions())
+        await eventually(partial(answers, driver))
+        await driver.stop("vm")
+    assert await driver.list_vms() == [LocalVM("vm", "stopped")]
+    assert processes_in(tmp_path) == []
+
+
+async def answers(driver: TartDriver) -> bool:
+    with suppress(DriverError):
+        await driver.ip("vm")
+        return True
+    return False
+
+
+async def test_a_guest_that_is_killed_by_somebody_else_has_failed(tmp_path: Path, nursery: trio.Nursery) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+
+    async def kill() -> None:
+        await eventually(partial(answers, driver))
+        os.kill(supervisor.read(tmp_path / "driver" / "vm.run").child, signal.SIGKILL)
+
+    nursery.start_soon(kill)
+    with pytest.raises(DriverError, match="tart run failed with exit status -9"):
+        await driver.run("vm", RunOptions())
+
+
+async def test_no_more_vms_run_than_the_host_allows(tmp_path: Path) -> None:
+    driver = tart(tmp_path, TART_LIMIT="1")
+    for name in ("vm", "second"):
+        await driver.clone(IMAGE, name, lambda _: None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions())
+        await eventually(partial(answers, driver))
+        with pytest.raises(DriverError, match=r"^The number of VMs exceeds the system limit$"):
+            await driver.run("second", RunOptions())
+        await driver.stop("vm")
+
+
+async def test_flags_reach_the_program_as_they_are(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    options = RunOptions(
+        headless=True, bridged="Wi-Fi: en0", nested=True, dirs=(SharedDir("a b", "/x 'y' $z", ro=True),)
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", options)
+        await eventually(partial(answers, driver))
+        await driver.stop("vm")
+    assert ["run", "--no-graphics", "--net-bridged=Wi-Fi: en0", "--nested", "--dir=a b:/x 'y' $z:ro", "vm"] in (
+        calls(tmp_path)
+    )
+
+
+@pytest.mark.parametrize("said", ["", "no address", "10.0.0.1 10.0.0.2", "-oProxyCommand=x"])
+async def test_an_address_that_is_none_is_refused(tmp_path: Path, said: str) -> None:
+    with pytest.raises(DriverError, match=re.escape(f'tart ip answers "{said}" for vm, expected an address')):
+        await program(tmp_path / "tart", f"echo '{said}'").ip("vm")
+    assert await program(tmp_path / "tart", "echo fd00::1").ip("vm") == "fd00::1"
+
+
+async def test_a_stranger_may_have_any_name(tmp_path: Path) -> None:
+    listed = json.dumps([{"Name": "-rf", "State": "stopped"}, {"Name": "é x", "State": "running"}])
+    found = await program(tmp_path / "tart", f"echo '{listed}'").list_vms()
+    assert found == [LocalVM("-rf", "stopped"), LocalVM("é x", "running")]
+
+
+async def test_a_list_that_cannot_be_read_is_an_error_of_the_driver(tmp_path: Path) -> None:
+    with pytest.raises(DriverError, match="cannot read what tart list prints"):
+        await program(tmp_path / "tart", "echo nonsense").list_vms()
+
+
+async def test_a_script_that_no_shell_can_read_never_reaches_ssh(tmp_path: Path) -> None:
+    async def on_line(line: str) -> None:
+        raise AssertionError(line)
+
+    with pytest.raises(DriverError, match="'a-b' is no name of an environment variable"):
+        await program(tmp_path / "tart", "echo 127.0.0.1").run_script(
+            "vm", "echo", env={"a-b": "x"}, username="u", password="p", bridged=False, on_line=on_line
+        )
+
+
+async def test_what_vetu_does_not_have_is_said_to_be_missing(tmp_path: Path) -> None:
+    driver = tart(tmp_path, vetu=True)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    for options, words in (
+        (RunOptions(softnet=True), "Softnet"),
+        (RunOptions(softnet_block=("0.0.0.0/0",)), "Softnet"),
+        (RunOptions(suspendable=True), "suspending"),
+        (RunOptions(dirs=(SharedDir("a", "/a"),)), "shared directories"),
+    ):
+        with pytest.raises(DriverError, match=f"vetu has no {words}: such a VM needs a worker with tart"):
+            await driver.run("vm", options)
+    with pytest.raises(DriverError, match="vetu has no random serial numbers"):
+        await driver.configure("vm", random_serial=True)
+    with pytest.raises(DriverError, match="vetu has no suspending"):
+        await driver.suspend("vm")
+    assert [call[0] for call in calls(tmp_path)] == ["clone"]
+
+
+# ---- the host ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bootpd": {"DHCPLeaseTimeSecs": 600}}, None),
+        ({"bootpd": {"DHCPLeaseTimeSecs": 3600}}, None),
+        ({"bootpd": {"DHCPLeaseTimeSecs": 86400}}, "lease time of 86400 seconds, expected 3600 or less"),
+        ({"bootpd": {"DHCPLeaseTimeSecs": "600"}}, "no whole number"),
+        ({"bootpd": []}, "no whole number"),
+        ([], "no whole number"),
+    ],
+)
+def test_long_leases_are_warned_of(tmp_path: Path, settings: Any, words: str | None) -> None:
+    path = tmp_path / "settings.plist"
+    path.write_bytes(plistlib.dumps(settings))
+    warning = check_dhcp_lease(path)
+    assert (warning is None) == (words is None)
+    if words is not None and warning is not None:
+        assert words in warning
+        assert "sudo defaults write" in warning
+
+
+def test_missing_and_broken_settings_are_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "settings.plist"
+    assert "does not exist" in str(check_dhcp_lease(path))
+    path.write_bytes(b"<plist><dict>")
+    assert "cannot read" in str(check_dhcp_lease(path))
+
+
+async def test_a_machine_has_an_identity_that_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "machine-id"
+    path.write_text("abc\n")
+    assert await machine_id(path) == "abc"
+    program = tmp_path / "ioreg"
+    program.write_text('#!/bin/sh\necho \'  "IOPlatformUUID" = "00000000-1111-2222-3333-444444444444"\'\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert await machine_id(tmp_path / "none") == "00000000-1111-2222-3333-444444444444"
+    program.unlink()
+    fallback = await machine_id(tmp_path / "none")
+    assert fallback.startswith("node-")
+    assert await machine_id(tmp_path / "none") == fallback
