@@ -20,7 +20,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "tests" / folder) for folder in ("", "net", "simulation")]
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "net"))
 
 from orchard import schema
 from orchard.codec import APIError, decode, parse_json

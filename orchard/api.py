@@ -12,7 +12,7 @@ import datetime
 import json
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +23,17 @@ from orchard import __version__, auth, transitions
 from orchard.codec import APIError, dump_json, encode, parse_json, replace, shown
 from orchard.liveness import Liveness
 from orchard.net.openapi import Operation, Parameter, array_of, document, ref
-from orchard.net.request import AnyResponse, Request, Response, Route, Router, Stream, TunnelUpgrade, WebSocketUpgrade
+from orchard.net.request import (
+    AnyResponse,
+    HTTPError,
+    Request,
+    Response,
+    Route,
+    Router,
+    Stream,
+    TunnelUpgrade,
+    WebSocketUpgrade,
+)
 from orchard.reach import VMAccess
 from orchard.schema import (
     IP,
@@ -104,7 +114,13 @@ class API:
         self._document = dump_json(document(OPERATIONS, prefix=self.prefix, version=__version__))
 
     def admit(self, request: Request) -> None:
-        """Find a request's operation and its account, before its body is read. Raises APIError 400 to 405, and 429."""
+        """Find a request's operation and its account, before its body is read. Raises HTTPError."""
+        try:
+            self._admit(request)
+        except PRODUCT_ERRORS as error:
+            raise http_error(error) from error
+
+    def _admit(self, request: Request) -> None:
         route, request.params = self._router.match(request.method, request.path)
         operation: Operation = route.endpoint
         request.extra = operation
@@ -140,17 +156,23 @@ class API:
         request.account = access.account
         vm = self._vm_named(request)
         if vm.uid != access.vm_uid:
-            raise APIError(403, f'the access token is for another VM than "{vm.name}" with uid {vm.uid}')
+            raise HTTPError(403, f'the access token is for another VM than "{vm.name}" with uid {vm.uid}')
 
     async def handle(self, request: Request) -> AnyResponse:
-        """AnyResponse an admitted request. Raises APIError."""
+        """Answer an admitted request. Raises HTTPError."""
+        try:
+            return await self._handle(request)
+        except PRODUCT_ERRORS as error:
+            raise http_error(error) from error
+
+    async def _handle(self, request: Request) -> AnyResponse:
         operation: Operation = request.extra
         for _ in range(REREADS if operation.method == "GET" else 1):
-            problem: APIError | None = None
+            problem: Exception | None = None
             try:
                 decided: AnyResponse | Awaitable[AnyResponse] = operation.handler(self, request)
                 answer = await decided if isinstance(decided, Awaitable) else decided
-            except APIError as error:
+            except REFUSALS as error:
                 problem = error  # that something is not there, or is there already, can be as new as anything else
             try:
                 await self.store.wait_durable()
@@ -189,7 +211,7 @@ class API:
         self._check_host_dirs(spec)
         with self.store.transaction() as tx:
             if name in self.state.vms:
-                raise APIError(409, f'VM "{name}" already exists')
+                raise HTTPError(409, f'VM "{name}" already exists')
             tx.put(transitions.create(name, str(uuid.uuid4()), spec, self.clock(), self.waits_for(spec)))
         return self._vm(name, unknown)
 
@@ -207,7 +229,10 @@ class API:
             return self._vm(vm.name)
 
         async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
-            await self._watch(vm, send)
+            try:
+                await self._watch(vm, send)
+            except PRODUCT_ERRORS as error:
+                raise http_error(error) from error
 
         return Stream(produce)
 
@@ -269,7 +294,7 @@ class API:
     def _check_host_dirs(self, spec: VMSpec) -> None:
         for index, host_dir in enumerate(spec.host_dirs):
             if not allows(self.state.settings.host_dir_policies, host_dir):
-                raise APIError(
+                raise HTTPError(
                     400,
                     f"hostDirs[{index}].path is {shown(host_dir.path)}{'' if host_dir.ro else ', not read only'},"
                     " which no hostDirPolicy of the cluster settings allows",
@@ -355,7 +380,7 @@ class API:
         vm = self._vm_named(request)
         uid = request.query.one("uid")
         if uid not in (None, vm.uid):
-            raise APIError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
+            raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
         unknown: list[str] = []
         await self.events.append(vm.uid, events_from_client(_body(request), unknown))
         return Response(200, headers=_warning(unknown))
@@ -366,7 +391,7 @@ class API:
         limit = _number(request, "limit", 1, MAX_LIMIT)
         order = query.one("order") or "asc"
         if order not in ("asc", "desc"):
-            raise APIError(400, f'order is {shown(order)}, expected "asc" or "desc"')
+            raise HTTPError(400, f'order is {shown(order)}, expected "asc" or "desc"')
         direction: Literal["asc", "desc"] = "asc" if order == "asc" else "desc"
         page, following = await self.events.page(vm.uid, limit, direction, query.one("cursor"))
         return _ok(page, () if following is None else (("X-Next-Cursor", following),))
@@ -378,7 +403,7 @@ class API:
         wanted = worker_from_client(_body(request), unknown)
         old = self.state.workers.get(wanted.name)
         if old is not None and old.machine_id != wanted.machine_id:
-            raise APIError(
+            raise HTTPError(
                 409,
                 f'worker "{wanted.name}" is registered from the machine {shown(old.machine_id)};'
                 " give this one another name, or delete that one first",
@@ -426,7 +451,7 @@ class API:
         request.require_websocket()
         name = request.query.one("workerName")
         if not name:
-            raise APIError(400, "workerName is missing, expected the name of a worker")
+            raise HTTPError(400, "workerName is missing, expected the name of a worker")
         worker = _found("worker", name, self.state.workers.get(name)).name
         source = _source(request)
 
@@ -455,7 +480,7 @@ class API:
         account = replace(account, token=account.token or auth.random_token(), created_at=self.clock())
         with self.store.transaction() as tx:
             if account.name in self.state.accounts:
-                raise APIError(409, f'service account "{account.name}" already exists')
+                raise HTTPError(409, f'service account "{account.name}" already exists')
             tx.put(account)
         return self._account(account.name, unknown)
 
@@ -507,6 +532,22 @@ class API:
         return _ok(body, _warning(unknown))
 
 
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+# How the errors of the layers below become answers. A class stands for its subclasses, too.
+ERROR_STATUS: Mapping[type[Exception], int] = {}
+PRODUCT_ERRORS: tuple[type[Exception], ...] = (APIError, *ERROR_STATUS)
+REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)
+
+
+def http_error(error: Exception) -> HTTPError:
+    """Return the answer to a request that failed with one of PRODUCT_ERRORS."""
+    if isinstance(error, APIError):
+        return HTTPError(error.status, error.message, error.headers)
+    status = next(status for kind, status in ERROR_STATUS.items() if isinstance(error, kind))
+    return HTTPError(status, str(error))
+
+
 # ---- requests and answers ------------------------------------------------------------------------------------------
 
 
@@ -532,7 +573,7 @@ def _is_news(change: Change, version: int) -> bool:
 
 def _body(request: Request) -> Any:
     if not request.body:
-        raise APIError(400, "the body is empty, expected JSON")
+        raise HTTPError(400, "the body is empty, expected JSON")
     return parse_json(request.body)
 
 
@@ -540,12 +581,12 @@ def _named(raw: Any, name: str) -> Any:
     """Let an object that is sent to a path have the name in the path, and no other."""
     if not isinstance(raw, dict) or raw.get("name") in (None, name):
         return {**raw, "name": name} if isinstance(raw, dict) else raw
-    raise APIError(412, f"name is {shown(raw['name'])}, expected {shown(name)} as in the path, or none")
+    raise HTTPError(412, f"name is {shown(raw['name'])}, expected {shown(name)} as in the path, or none")
 
 
 def _found(what: str, name: str, noun: ObjectT | None) -> ObjectT:
     if noun is None:
-        raise APIError(404, f"{what} {shown(name)} does not exist")
+        raise HTTPError(404, f"{what} {shown(name)} does not exist")
     return noun
 
 
@@ -569,7 +610,7 @@ def _flag(request: Request, name: str) -> bool:
         return False
     if value in ("true", "1"):
         return True
-    raise APIError(400, f"{name} is {shown(value)}, expected true or false")
+    raise HTTPError(400, f"{name} is {shown(value)}, expected true or false")
 
 
 def _number(request: Request, name: str, least: int, most: int) -> int | None:
@@ -577,13 +618,13 @@ def _number(request: Request, name: str, least: int, most: int) -> int | None:
     if value is None:
         return None
     if not _DIGITS.fullmatch(value) or not least <= int(value) <= most:
-        raise APIError(400, f"{name} is {shown(value)}, expected a whole number from {least} to {most}")
+        raise HTTPError(400, f"{name} is {shown(value)}, expected a whole number from {least} to {most}")
     return int(value)
 
 
 def _required(value: int | None, name: str, expected: str) -> int:
     if value is None:
-        raise APIError(400, f"{name} is missing, expected {expected}")
+        raise HTTPError(400, f"{name} is missing, expected {expected}")
     return value
 
 
@@ -621,7 +662,7 @@ def _worker_filter(text: str | None) -> str | None:
     for part in text.split(","):
         path, _, name = part.partition("=")
         if path != "worker" or not name:
-            raise APIError(400, f"filter is {shown(text)}, expected worker=NAME")
+            raise HTTPError(400, f"filter is {shown(text)}, expected worker=NAME")
         names.add(name)
     return names.pop() if len(names) == 1 else ""  # on two workers at once is no VM
 

@@ -6,7 +6,7 @@ taken apart here: h11 itself would take a seventh of a request's time (./run ben
 how many of the bytes that came belong to it, before h11 gets them.
 
 `Router` finds what a request is for. A handler gets a `Request` and gives a `Response`, a `Stream`, a
-`WebSocketUpgrade` or a `TunnelUpgrade`, or raises APIError, which `refused` makes an answer of. What these say about
+`WebSocketUpgrade` or a `TunnelUpgrade`, or raises HTTPError, which `refused` makes an answer of. What these say about
 clients that go away and about the server's stop is kept by the server.
 """
 
@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 from trio_websocket import WebSocketConnection
 
-from orchard.codec import APIError, dump_json, shown
+from orchard.codec import dump_json, shown
 from orchard.net.websocket import TunnelStream
 
 CHUNK_DIGITS = 16  # of a chunk's size: 64 bits
@@ -56,20 +56,30 @@ T = TypeVar("T")
 # ---- what handlers get and give ------------------------------------------------------------------------------------
 
 
+class HTTPError(Exception):
+    """A request that is answered with an error: a status, one sentence, and headers that go with it."""
+
+    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = tuple(headers)
+
+
 def percent_decoded(text: str, what: str) -> str:
-    """Decode one segment of a path or one side of a query field. Raises APIError(400) naming `what`."""
+    """Decode one segment of a path or one side of a query field. Raises HTTPError(400) naming `what`."""
     if "%" not in text:
         return text
     if _BAD_PERCENT.search(text):
-        raise APIError(400, f"{what} {shown(text)} holds a % without two hexadecimal digits")
+        raise HTTPError(400, f"{what} {shown(text)} holds a % without two hexadecimal digits")
     try:
         return unquote(text, errors="strict")
     except UnicodeDecodeError:
-        raise APIError(400, f"{what} {shown(text)} is not UTF-8 once decoded") from None
+        raise HTTPError(400, f"{what} {shown(text)} is not UTF-8 once decoded") from None
 
 
 class Query:
-    """The query of a request, parsed when somebody asks. All methods raise APIError(400) if it can't be decoded."""
+    """The query of a request, parsed when somebody asks. All methods raise HTTPError(400) if it can't be decoded."""
 
     __slots__ = ("_fields", "_raw")
 
@@ -93,10 +103,10 @@ class Query:
         return self.fields().get(name, ())
 
     def one(self, name: str) -> str | None:
-        """Give the value of a field, None when it is absent. Raises APIError(400) when it is repeated."""
+        """Give the value of a field, None when it is absent. Raises HTTPError(400) when it is repeated."""
         values = self.all(name)
         if len(values) > 1:
-            raise APIError(400, f"the query parameter {shown(name)} stands {len(values)} times, expected once")
+            raise HTTPError(400, f"the query parameter {shown(name)} stands {len(values)} times, expected once")
         return values[0] if values else None
 
 
@@ -156,7 +166,7 @@ class Request:
         return _websocket_refusal(self) is None
 
     def require_websocket(self) -> None:
-        """Raise APIError(426) or (400) unless this is a well-formed request for a WebSocket."""
+        """Raise HTTPError(426) or (400) unless this is a well-formed request for a WebSocket."""
         refusal = _websocket_refusal(self)
         if refusal is not None:
             raise refusal
@@ -241,7 +251,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
-def refused(error: APIError) -> Response:
+def refused(error: HTTPError) -> Response:
     return Response(error.status, dump_json({"message": error.message}), error.headers)
 
 
@@ -250,7 +260,7 @@ def _tokens(value: str | None) -> list[str]:
     return [token.strip().lower() for token in value.split(",")] if value else []
 
 
-def _websocket_refusal(request: Request) -> APIError | None:
+def _websocket_refusal(request: Request) -> HTTPError | None:
     get = request.headers.get
     asks = (
         "upgrade" in _tokens(get("connection"))
@@ -259,19 +269,19 @@ def _websocket_refusal(request: Request) -> APIError | None:
     )
     if not asks or request.method != "GET":
         message = "this path is a WebSocket; expected GET with Connection: Upgrade, Upgrade: websocket"
-        return APIError(426, message, _UPGRADE)
+        return HTTPError(426, message, _UPGRADE)
     version, key = get("sec-websocket-version"), get("sec-websocket-key")
     if version != "13":
         message = f"Sec-WebSocket-Version is {shown(version)}, expected 13"
-        return APIError(426, message, (("Sec-WebSocket-Version", "13"), *_UPGRADE))
+        return HTTPError(426, message, (("Sec-WebSocket-Version", "13"), *_UPGRADE))
     try:
         nonce = base64.b64decode((key or "").encode("latin-1"), validate=True)
     except binascii.Error:
         nonce = b""
     if len(nonce) != 16:
-        return APIError(400, f"Sec-WebSocket-Key is {shown(key)}, expected 16 bytes in base64")
+        return HTTPError(400, f"Sec-WebSocket-Key is {shown(key)}, expected 16 bytes in base64")
     if request.body:
-        return APIError(400, f"the request for a WebSocket has a body of {len(request.body)} bytes, expected none")
+        return HTTPError(400, f"the request for a WebSocket has a body of {len(request.body)} bytes, expected none")
     return None
 
 
@@ -318,7 +328,7 @@ class Router:
     def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
         """Give the route of a percent-encoded path and what its segments in braces stand for, decoded.
 
-        Literal segments go before those in braces. HEAD is served by GET. Raises APIError: 400 for a path that can't
+        Literal segments go before those in braces. HEAD is served by GET. Raises HTTPError: 400 for a path that can't
         be decoded, 404 for an unknown one, 405 with Allow for a known one with another method.
         """
         segments = [percent_decoded(segment, "the path segment") for segment in path.split("/")[1:]]
@@ -336,11 +346,11 @@ class Router:
                 return route, {name: segments[index] for index, name in names}
             allowed.update(node.routes)
         if not allowed:
-            raise APIError(404, f"there is no {shown(path)}")
+            raise HTTPError(404, f"there is no {shown(path)}")
         if "GET" in allowed:
             allowed.add("HEAD")
         allow = ", ".join(sorted(allowed))
-        raise APIError(405, f"{shown(path)} does not take {shown(method)}, expected {allow}", (("Allow", allow),))
+        raise HTTPError(405, f"{shown(path)} does not take {shown(method)}, expected {allow}", (("Allow", allow),))
 
 
 # ---- what a request may look like ----------------------------------------------------------------------------------
@@ -349,7 +359,7 @@ class Router:
 def head_end(buffer: bytearray, looked: int, limit: int) -> tuple[int, int]:
     """Give (where the head that the buffer starts with ends or -1, how far there is no need to look again).
 
-    `looked` is what the call before gave of the same buffer, or 0. Raises APIError: 400 for a head that can't become
+    `looked` is what the call before gave of the same buffer, or 0. Raises HTTPError: 400 for a head that can't become
     a legal one, 431 for one that is larger than `limit` bytes.
     """
     end = buffer.find(b"\r\n\r\n", max(0, looked - 3), limit)
@@ -359,30 +369,30 @@ def head_end(buffer: bytearray, looked: int, limit: int) -> tuple[int, int]:
     if _STRAY.search(buffer, max(0, looked - 1), limit):
         raise _illegal(bytes(buffer[:limit]))
     if len(buffer) >= limit:
-        raise APIError(431, f"the request head is larger than {limit} bytes")
+        raise HTTPError(431, f"the request head is larger than {limit} bytes")
     return -1, len(buffer)
 
 
 def read_head(head: bytes, header_count: int) -> Head:
     """Judge and read a request head, its last empty line included.
 
-    Raises APIError, after which nobody knows where the request ends: the connection must be closed.
+    Raises HTTPError, after which nobody knows where the request ends: the connection must be closed.
     """
     if not _HEAD.fullmatch(head):
         raise _illegal(head)
     request_line, *lines = head[:-4].split(b"\r\n")
     if len(lines) > header_count:
-        raise APIError(431, f"the request has {len(lines)} headers, expected at most {header_count}")
+        raise HTTPError(431, f"the request has {len(lines)} headers, expected at most {header_count}")
     found: dict[bytes, bytes] = {}
     for line in lines:
         name, _, value = line.partition(b":")
         name, value = name.lower(), value.strip(b" \t")
         if name in found:
             if name in _SINGLE:
-                raise APIError(400, f"the header {name.decode()} stands twice")
+                raise HTTPError(400, f"the header {name.decode()} stands twice")
             value = b"%b, %b" % (found[name], value)
         elif b"_" in name and name.replace(b"_", b"-") in _FRAMING:
-            raise APIError(400, f"the header {name.decode()} is refused: others may take it for the one with dashes")
+            raise HTTPError(400, f"the header {name.decode()} is refused: others may take it for the one with dashes")
         found[name] = value
     method, target, protocol = request_line.decode("ascii").split(" ")
     length = _framing(request_line, found)
@@ -392,54 +402,56 @@ def read_head(head: bytes, header_count: int) -> Head:
 def _framing(request_line: bytes, found: Mapping[bytes, bytes]) -> int | None:
     recent = request_line.endswith(b"1.1")
     if request_line.startswith(b"CONNECT "):
-        raise APIError(400, "CONNECT is for proxies, and this is none")
+        raise HTTPError(400, "CONNECT is for proxies, and this is none")
     host = found.get(b"host")
     if host is None:
         if recent:
-            raise APIError(400, "the header host is missing")
+            raise HTTPError(400, "the header host is missing")
     elif not _HOST.fullmatch(host):
-        raise APIError(400, f"the header host is {_quoted(host)}, expected a name or an address, and a port")
+        raise HTTPError(400, f"the header host is {_quoted(host)}, expected a name or an address, and a port")
     upgrade = found.get(b"upgrade", b"websocket")
     if upgrade.lower() != b"websocket":
         # It might be ignored, but a proxy that lets it through could believe in a tunnel then.
-        raise APIError(400, f"the header upgrade is {_quoted(upgrade)}, expected websocket or none")
+        raise HTTPError(400, f"the header upgrade is {_quoted(upgrade)}, expected websocket or none")
     coding, length = found.get(b"transfer-encoding"), found.get(b"content-length", b"0")
     if coding is not None:
         if b"content-length" in found:
-            raise APIError(400, "the request has content-length and transfer-encoding, expected one of them")
+            raise HTTPError(400, "the request has content-length and transfer-encoding, expected one of them")
         if not recent:
-            raise APIError(400, "the request has transfer-encoding and is HTTP/1.0, which has none")
+            raise HTTPError(400, "the request has transfer-encoding and is HTTP/1.0, which has none")
         if coding.lower() != b"chunked":
-            raise APIError(400, f"the header transfer-encoding is {_quoted(coding)}, expected chunked")
+            raise HTTPError(400, f"the header transfer-encoding is {_quoted(coding)}, expected chunked")
     if not _LENGTH.fullmatch(length):
-        raise APIError(400, f"the header content-length is {_quoted(length)}, expected 1 to 18 digits")
+        raise HTTPError(400, f"the header content-length is {_quoted(length)}, expected 1 to 18 digits")
     expected = found.get(b"expect", b"100-continue")
     if expected.lower() != b"100-continue":
-        raise APIError(417, f"the header expect is {_quoted(expected)}, expected 100-continue")
+        raise HTTPError(417, f"the header expect is {_quoted(expected)}, expected 100-continue")
     encoding = found.get(b"content-encoding", b"identity")
     if encoding.lower() != b"identity":
         message = f"the header content-encoding is {_quoted(encoding)}, expected identity"
-        raise APIError(415, message, (("Accept-Encoding", "identity"),))
+        raise HTTPError(415, message, (("Accept-Encoding", "identity"),))
     return int(length) if coding is None else None
 
 
-def _illegal(head: bytes) -> APIError:
+def _illegal(head: bytes) -> HTTPError:
     """Say why a head is not even a head."""
     if _STRAY.search(head):
-        return APIError(400, "the request head holds a NUL, or a CR or LF that is no line end")
+        return HTTPError(400, "the request head holds a NUL, or a CR or LF that is no line end")
     line, *headers = head.split(b"\r\n")[:-2]
     match = _REQUEST_LINE.fullmatch(line)
     if match is None:
-        return APIError(400, f"the request line is {_quoted(line)}, expected METHOD /path HTTP/1.1")
+        return HTTPError(400, f"the request line is {_quoted(line)}, expected METHOD /path HTTP/1.1")
     _, target, major, minor = match.groups()
     if major != b"1" or minor not in b"01":
-        return APIError(505, f"the protocol is HTTP/{major.decode()}.{minor.decode()}, expected HTTP/1.1")
+        return HTTPError(505, f"the protocol is HTTP/{major.decode()}.{minor.decode()}, expected HTTP/1.1")
     if not target.startswith(b"/") or b"#" in target:
-        return APIError(400, f"the request target is {_quoted(target)}, expected a path, and no fragment")
+        return HTTPError(400, f"the request target is {_quoted(target)}, expected a path, and no fragment")
     for header in headers:
         if not _HEADER_LINE.fullmatch(header):
-            return APIError(400, f"the header line {_quoted(header)} is not a name, a colon, and text on the same line")
-    return APIError(400, "the request head is not HTTP/1.1")
+            return HTTPError(
+                400, f"the header line {_quoted(header)} is not a name, a colon, and text on the same line"
+            )
+    return HTTPError(400, "the request head is not HTTP/1.1")
 
 
 def _quoted(value: bytes) -> str:
@@ -460,7 +472,7 @@ class Chunked:
     def advance(self, buffer: bytearray) -> int:
         """Give how many bytes at the front of the buffer are the body's; remove them before the next call.
 
-        Raises APIError: 400 for other framing, 413 for too much.
+        Raises HTTPError: 400 for other framing, 413 for too much.
         """
         at = 0
         while True:
@@ -474,7 +486,7 @@ class Chunked:
                 if len(buffer) - at < 2:
                     return at
                 if buffer[at : at + 2] != b"\r\n":
-                    raise APIError(400, "a chunk is not followed by CRLF; trailers are not taken")
+                    raise HTTPError(400, "a chunk is not followed by CRLF; trailers are not taken")
                 at += 2
                 self._footer = False
             if self._last:
@@ -489,7 +501,7 @@ class Chunked:
         match = _CHUNK_LINE.match(start)
         if match is None:
             if not _CHUNK_START.fullmatch(start.removesuffix(b"\r")) or start == b"\r":
-                raise APIError(400, f"a chunk size is not 1 to {CHUNK_DIGITS} hexadecimal digits alone on a line")
+                raise HTTPError(400, f"a chunk size is not 1 to {CHUNK_DIGITS} hexadecimal digits alone on a line")
             return 0
         self._left = int(match[0], 16)
         self._last = self._left == 0
@@ -499,9 +511,11 @@ class Chunked:
         if self._size > self._limit:
             raise too_large(self._limit)
         if self._framing > FRAMING_BYTES:
-            raise APIError(413, f"the chunks of the body are so small that there are {FRAMING_BYTES} bytes around them")
+            raise HTTPError(
+                413, f"the chunks of the body are so small that there are {FRAMING_BYTES} bytes around them"
+            )
         return match.end()
 
 
-def too_large(limit: int) -> APIError:
-    return APIError(413, f"the body is larger than {limit} bytes")
+def too_large(limit: int) -> HTTPError:
+    return HTTPError(413, f"the body is larger than {limit} bytes")

@@ -9,7 +9,7 @@ a head that was judged, a body of known length and the answer there is less to d
 A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
 handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.
 
-How it ends: an `APIError` from anywhere below the handler becomes an answer, and the connection goes on if the request
+How it ends: an `HTTPError` from anywhere below the handler becomes an answer, and the connection goes on if the request
 was read to its end. A client that went away, or takes or sends nothing for too long, ends its connection silently. Any
 other exception is logged once and answered with 500. `serve` tells how everything ends together.
 """
@@ -33,12 +33,12 @@ import trio
 from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_server_stream
 from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
-from orchard.codec import APIError
 from orchard.net import wsframes
 from orchard.net.request import (
     AnyResponse,
     Chunked,
     Handler,
+    HTTPError,
     Request,
     Response,
     Stream,
@@ -303,11 +303,11 @@ class _Exchange:
         answer: AnyResponse | None
         try:
             answer = await self._answer()
-        except APIError as error:
+        except HTTPError as error:
             answer = refused(error)
         except BaseExceptionGroup as group:
             cause = sole_exception(group)
-            if not isinstance(cause, APIError):
+            if not isinstance(cause, HTTPError):
                 raise cause from None
             answer = refused(cause)
         if isinstance(answer, Response):
@@ -323,7 +323,7 @@ class _Exchange:
     async def fail(self) -> None:
         """AnyResponse that there is a bug, if nothing was sent yet. Raises Disconnected."""
         if not self._begun:
-            await self._respond(refused(APIError(500, "internal error")), close=True)
+            await self._respond(refused(HTTPError(500, "internal error")), close=True)
         await self._connection.linger()
 
     def end(self) -> None:
@@ -331,7 +331,7 @@ class _Exchange:
             self._record(499)  # no standard has a number for: nobody was left to answer to
 
     async def _answer(self) -> AnyResponse | None:
-        """Read the request and let it be handled; None when it never came to its end. Raises APIError, Disconnected."""
+        """Read the request and let it be handled; None when it never came to its end. Raises HTTPError, Disconnected."""
         server = self._server
         head = await self._read_head()
         if head is None:
@@ -365,7 +365,7 @@ class _Exchange:
     # ---- reading
 
     async def _read_head(self) -> bytes | None:
-        """Give the request's head; None if the client goes away before its end. Raises APIError 408, 431, 400."""
+        """Give the request's head; None if the client goes away before its end. Raises HTTPError 408, 431, 400."""
         buffer, limits = self._connection.buffer, self._server.limits
         end, looked = head_end(buffer, 0, limits.header_bytes)
         if end < 0:
@@ -375,18 +375,18 @@ class _Exchange:
                         return None
                     end, looked = head_end(buffer, looked, limits.header_bytes)
             if scope.cancelled_caught:
-                raise APIError(408, f"the request head was not complete in {limits.head_seconds:g} seconds")
+                raise HTTPError(408, f"the request head was not complete in {limits.head_seconds:g} seconds")
         return self._connection.take(end)
 
     async def _read_body(self, length: int) -> bytes:
-        """Give a body of so many bytes. Raises APIError 408, and Disconnected."""
+        """Give a body of so many bytes. Raises HTTPError 408, and Disconnected."""
         buffer = self._connection.buffer
         if len(buffer) < length:
             await self._read_until(lambda: len(buffer) >= length, lambda: len(buffer))
         return self._connection.take(length)
 
     async def _read_chunks(self, head: bytes) -> bytes:
-        """Give a body in chunks. Raises APIError 408, 400, 413, and Disconnected."""
+        """Give a body in chunks. Raises HTTPError 408, 400, 413, and Disconnected."""
         buffer = self._connection.buffer
         chunks, parts, size = Chunked(self._server.limits.body_bytes), list[bytes](), 0
         parser = h11.Connection(h11.SERVER, max_incomplete_event_size=self._server.limits.header_bytes)
@@ -407,11 +407,11 @@ class _Exchange:
         try:
             await self._read_until(is_complete, lambda: size)
         except h11.RemoteProtocolError as error:
-            raise APIError(400, f"the request is not HTTP/1.1: {error}") from None
+            raise HTTPError(400, f"the request is not HTTP/1.1: {error}") from None
         return b"".join(parts)
 
     async def _read_until(self, is_complete: Callable[[], bool], size: Callable[[], int]) -> None:
-        """Read until a body is complete, whose `size` so far earns it time. Raises APIError 408, and Disconnected."""
+        """Read until a body is complete, whose `size` so far earns it time. Raises HTTPError 408, and Disconnected."""
         limits = self._server.limits
         start = trio.current_time() + limits.body_seconds
         with trio.CancelScope(deadline=start) as scope:
@@ -420,7 +420,7 @@ class _Exchange:
                 if not await self._connection.fill():
                     raise Disconnected("the body was not complete")
             return
-        raise APIError(408, f"the body was not complete in {limits.body_seconds:g} seconds")
+        raise HTTPError(408, f"the body was not complete in {limits.body_seconds:g} seconds")
 
     # ---- writing
 
@@ -495,7 +495,7 @@ class _Exchange:
                 if chunked and not broken_off:
                     await self._connection.send(b"0\r\n\r\n")
             self._ended = keep and not broken_off
-        except APIError as error:
+        except HTTPError as error:
             # Its status is too late. Without the last chunk the client knows that there should have been more.
             raise Disconnected(f"the answer was cut off: {error.message}") from error
         finally:
@@ -699,7 +699,7 @@ async def serve(
 ) -> None:
     """AnyResponse the requests that come in over `listeners` by `handler`, until cancelled or until `stop` is set.
 
-    `admit` sees each request before its body is read or asked for, and refuses it by raising APIError: the place to
+    `admit` sees each request before its body is read or asked for, and refuses it by raising HTTPError: the place to
     ask who the client is, so that a stranger can't make the server keep megabytes. `clock` gives seconds since 1970,
     for the header Date. `started()` is called when connections are accepted; the listeners are closed in any case.
 

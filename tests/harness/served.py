@@ -18,9 +18,8 @@ import trio
 
 from orchard import auth
 from orchard.api import API
-from orchard.codec import APIError
 from orchard.controller import Cluster, ControllerSettings
-from orchard.net.request import Headers, Request, Response, Stream, refused
+from orchard.net.request import Headers, HTTPError, Request, Response, Stream, refused
 from orchard.reach import VMAccess
 from orchard.schema import ServiceAccount
 from orchard.ssh.exec import Executor
@@ -96,7 +95,7 @@ class Served:
         try:
             self.api.admit(request)
             return await self.api.handle(request)
-        except APIError as error:
+        except HTTPError as error:
             return refused(error)
         finally:
             assert check(self.state) == []

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard.codec import APIError
-from orchard.net.request import Chunked, Head, Query, Route, Router, head_end, read_head
+from orchard.net.request import Chunked, Head, HTTPError, Query, Route, Router, head_end, read_head
 
 # ---- router and query ----------------------------------------------------------------------------------------------
 
@@ -73,7 +72,7 @@ def test_routes_are_found(method: str, path: str, endpoint: str, params: dict[st
     ],
 )
 def test_what_has_no_route(method: str, path: str, status: int, allow: str | None) -> None:
-    with pytest.raises(APIError) as refused:
+    with pytest.raises(HTTPError) as refused:
         ROUTER.match(method, path)
     assert refused.value.status == status
     assert dict(refused.value.headers).get("Allow") == allow
@@ -121,7 +120,7 @@ def test_the_router_finds_what_a_search_of_all_routes_finds(
         assert params.keys() == {step[1:-1] for step in route.pattern.split("/") if step.startswith("{")}
         assert set(params.values()) <= set(decoded)
     else:
-        with pytest.raises(APIError) as refused:
+        with pytest.raises(HTTPError) as refused:
             router.match(method, path)
         assert refused.value.status == (405 if fitting else 404)
 
@@ -130,7 +129,7 @@ def test_query() -> None:
     query = Query("a=1&b=x+y%2B&a=2&c&&%64=%C3%A9=")
     assert (query.one("b"), query.one("c"), query.one("d"), query.one("e")) == ("x y+", "", "\xe9=", None)
     assert (list(query.all("a")), list(query.all("e"))) == (["1", "2"], [])
-    with pytest.raises(APIError, match='"a" stands 2 times') as refused:
+    with pytest.raises(HTTPError, match='"a" stands 2 times') as refused:
         query.one("a")
     assert refused.value.status == 400
     assert Query("").one("a") is None
@@ -139,7 +138,7 @@ def test_query() -> None:
 @pytest.mark.parametrize("raw", ["a=%", "a=%4", "a=%zz", "a=%ff", "%ff=1", "b=1&a=%C3"])
 def test_a_query_that_cannot_be_decoded_is_refused(raw: str) -> None:
     for name in ("a", "b", "c"):
-        with pytest.raises(APIError) as refused:
+        with pytest.raises(HTTPError) as refused:
             Query(raw).one(name)
         assert refused.value.status == 400
 
@@ -175,12 +174,12 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES | st.binary(max_size=20), max_size=8))
 def test_a_head_is_taken_only_if_h11_takes_it_too_and_read_as_h11_reads_it(pieces: list[bytes]) -> None:
     head = b"".join(pieces).partition(b"\r\n\r\n")[0] + b"\r\n\r\n"
-    read: Head | APIError
+    read: Head | HTTPError
     try:
         read = read_head(head, 100)
-    except APIError as error:
+    except HTTPError as error:
         read = error
-    if isinstance(read, APIError):
+    if isinstance(read, HTTPError):
         assert 400 <= read.status <= 505
         return
     parser = h11.Connection(h11.SERVER)
@@ -214,7 +213,7 @@ def test_a_head_ends_at_the_same_place_however_it_arrives(pieces: list[bytes], c
                 end, looked = head_end(buffer, looked, limit)
                 if end >= 0:
                     break
-        except APIError as error:
+        except HTTPError as error:
             return error.status, error.message if error.status == 431 else ""
         return end
 
@@ -225,7 +224,7 @@ def test_a_head_ends_at_the_same_place_however_it_arrives(pieces: list[bytes], c
         # What is illegal behind the end of a head is not looked at, and before it only until the end is there.
         assert at_once == data.index(b"\r\n\r\n") + 4
         assert piecewise == (400, "")
-        with pytest.raises(APIError):
+        with pytest.raises(HTTPError):
             read_head(data[:at_once], 100)
     elif isinstance(at_once, int) and at_once >= 0:
         assert data[:at_once].find(b"\r\n\r\n") == at_once - 4 <= limit - 4

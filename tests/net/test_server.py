@@ -28,8 +28,16 @@ from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
 import orchard.net.server
-from orchard.codec import APIError
-from orchard.net.request import AnyResponse, Handler, Request, Response, Stream, TunnelUpgrade, WebSocketUpgrade
+from orchard.net.request import (
+    AnyResponse,
+    Handler,
+    HTTPError,
+    Request,
+    Response,
+    Stream,
+    TunnelUpgrade,
+    WebSocketUpgrade,
+)
 from orchard.net.server import Limits, serve
 from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import Frames
@@ -298,7 +306,7 @@ async def test_pipelined_requests_are_answered_in_order(autojump_clock: Clock) -
 async def test_head_has_the_headers_of_get_and_no_body(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         if request.path == "/error":
-            raise APIError(404, "nothing")
+            raise HTTPError(404, "nothing")
         return Response(200, b"12345")
 
     async with serving(handler) as served:
@@ -340,8 +348,8 @@ async def test_a_refusal_by_the_handler_keeps_the_connection(autojump_clock: Clo
     async def handler(request: Request) -> AnyResponse:
         if request.path == "/grouped":
             async with trio.open_nursery():
-                raise APIError(409, "the name is taken")
-        raise APIError(401, "who are you?", (("WWW-Authenticate", 'Basic realm="orchard"'),))
+                raise HTTPError(409, "the name is taken")
+        raise HTTPError(401, "who are you?", (("WWW-Authenticate", 'Basic realm="orchard"'),))
 
     answers, closed = await ask(GET + GET.replace(b"/ ", b"/grouped "), handler)
     assert [(answer.status, answer.message) for answer in answers] == [
@@ -532,7 +540,7 @@ async def test_continue_is_not_said_when_nothing_waits_for_it(
 ) -> None:
     def admit(request: Request) -> None:
         if request.path == "/refused":
-            raise APIError(401, "who are you?")
+            raise HTTPError(401, "who are you?")
 
     async with serving(echo, admit=admit, limits=Limits(body_bytes=1024)) as served:
         stream = served.connect()
@@ -546,7 +554,7 @@ async def test_admission_closes_only_when_a_body_was_not_read(autojump_clock: Cl
     def admit(request: Request) -> None:
         assert request.body == b""
         request.account = "somebody"
-        raise APIError(401, "who are you?")
+        raise HTTPError(401, "who are you?")
 
     async with serving(echo, admit=admit) as served:
         answers, closed = await talk(served, [GET + GET])
@@ -973,7 +981,7 @@ async def test_work_that_ends_is_answered_and_what_came_meanwhile_too(autojump_c
 
     async def refuse() -> bytes:
         await trio.sleep(5)
-        raise APIError(503, "it failed")
+        raise HTTPError(503, "it failed")
 
     async def handler(request: Request) -> AnyResponse:
         return Response(200, await request.while_connected(refuse if request.path == "/refuse" else work))
@@ -1058,7 +1066,7 @@ async def test_pipelining_into_a_stream_is_bounded(autojump_clock: Clock) -> Non
         assert served.requests == []  # and it goes on
 
 
-@pytest.mark.parametrize("error", [APIError(410, "too slow"), KeyError("bug")])
+@pytest.mark.parametrize("error", [HTTPError(410, "too slow"), KeyError("bug")])
 async def test_a_producer_that_fails_leaves_a_stream_without_an_end(autojump_clock: Clock, error: Exception) -> None:
     async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
         await send(b"a")
@@ -1093,7 +1101,7 @@ async def repeat(websocket: WebSocketConnection) -> None:
 def upgrading(session: Callable[[WebSocketConnection], Awaitable[None]] = repeat, **options: Any) -> Handler:
     async def handler(request: Request) -> AnyResponse:
         if request.path == "/refused":
-            raise APIError(503, "the VM failed")
+            raise HTTPError(503, "the VM failed")
         return WebSocketUpgrade(session, **options) if request.path == "/ws" else await echo(request)
 
     return handler
