@@ -11,6 +11,7 @@ made once before it is traced, so that nothing is counted that happens only the 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import socket
@@ -50,7 +51,7 @@ class Trace:
     def summary(self) -> tuple[int, int, int]:
         """Return the numbers of different functions, of calls, and of changes of file."""
         files = [code.co_filename for code in self.codes]
-        changes = sum(1 for before, after in zip(files, files[1:], strict=False) if before != after)
+        changes = sum(1 for before, after in itertools.pairwise(files) if before != after)
         return len(set(self.codes)), len(self.codes), changes
 
     def listing(self) -> str:
