@@ -1,4 +1,4 @@
-"""Fixtures that several files share."""
+"""Fixtures and rules of the whole suite: slow tests last, missing programs listed, no process left behind."""
 
 from __future__ import annotations
 
@@ -12,14 +12,36 @@ from pathlib import Path
 
 import pytest
 from harness.processes import GENEROUS, processes_in
+from harness.programs import REASON, need
 
-DYING_SECONDS = 5.0  # for what was killed to be gone
+# For killed processes to be gone.
+DYING_SECONDS = 5.0
 SSHD = Path(__file__).parent / "standin" / "sshd.py"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run slow tests last: what fails is seen early."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("needs"):
+        need(*marker.args)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what was not tested for want of a program."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    missed = [report.nodeid for report in skipped if REASON in str(report.longrepr)]
+    if missed:
+        terminalreporter.section("not tested for want of a program")
+        for nodeid in missed:
+            terminalreporter.line(nodeid)
+
+
 @pytest.fixture(scope="session", autouse=True)
-def nothing_runs_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """See to it that no process outlives the tests: guards and their VMs are made to outlive those who start them."""
+def no_process_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fail when a process outlives the tests. Supervisors and their VMs are made to outlive those who start them."""
     yield
     home = tmp_path_factory.getbasetemp()
     until = time.monotonic() + DYING_SECONDS
@@ -33,8 +55,9 @@ def nothing_runs_on(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of an SSH server, as it listens in a VM: admin/admin, and a shell of this host."""
-    # With a home of its own: what a developer's profile does in a login shell would be in these tests otherwise.
+    """The port of an SSH server as it listens in a VM: admin/admin, with a shell of this host."""
+    need("ssh")
+    # A home directory of its own, so that a developer's shell profile is not read.
     home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("home"))}
     process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True, env=home)
     assert process.stdout is not None
