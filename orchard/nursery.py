@@ -1,4 +1,10 @@
-"""What comes out of a nursery: exception groups, and the one exception in them that matters. Law: pure."""
+"""Small tools for trio tasks: a wake-up that re-arms itself, and the exception that matters in an exception group.
+
+`Wakeup` replaces the pattern of one `trio.Event` that is made anew after each wait. The other functions take the
+exceptions apart that leave a nursery, since a nursery wraps even a single one in a group.
+
+This module knows no resource and no role of the product.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +14,43 @@ from contextlib import contextmanager
 import trio
 
 
+class Wakeup:
+    """Tell a task that something may have changed, so that it looks at the state again.
+
+    `set()` before `wait()` is remembered, and several `set()` before one `wait()` wake it once. `wait()` re-arms before
+    it returns, so a change that comes while the woken task reads the state wakes it again: no change is missed.
+
+    One task waits, as a rule. Of several, all that wait at the time of a `set()` wake; a task that is busy then does
+    not. So tasks that each must see every change need a wake-up each.
+    """
+
+    def __init__(self) -> None:
+        self._event = trio.Event()
+
+    def set(self) -> None:
+        """Wake the tasks that wait, or else the first that waits next."""
+        self._event.set()
+
+    async def wait(self) -> None:
+        """Block until `set()` was called since the last `wait()` returned. Always a checkpoint."""
+        event = self._event
+        await event.wait()
+        # Another task that waited for the same event may have re-armed it already.
+        if self._event is event:
+            self._event = trio.Event()
+
+
 def first_exception(error: BaseException) -> BaseException:
-    """Give the first exception of a group that is no group itself; any other exception as it is."""
+    """Return the first exception in a group that is not a group itself; any other exception as it is."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def sole_exception(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Give the exception that a nursery wrapped, or the first of several of one type; else the group.
+    """Return the one exception in a group, or the first if all are of one type; otherwise the group.
 
-    Cancellations beside it do not count.
+    Cancellations in the group are ignored, unless there is nothing else.
     """
     _, own = group.split(trio.Cancelled)
     found = list(_leaves(group if own is None else own))
@@ -35,7 +67,10 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 @contextmanager
 def unwrap_groups() -> Iterator[None]:
-    """Let the exception out that a nursery in the block wrapped, as if there had been no nursery."""
+    """Raise the exception of a nursery in the block without its group, as if there had been no nursery.
+
+    A group of exceptions of several types stays a group (see `sole_exception`).
+    """
     try:
         yield
     except BaseExceptionGroup as group:
