@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "net"))
 
 from orchard import schema
-from orchard.codec import APIError, decode, parse_json
+from orchard.codec import ValidationError, decode, parse_json
 from orchard.storage.journal import DamagedError, Disk, Journal
 from orchard.store import load_state
 
@@ -50,7 +50,7 @@ def frames(data: bytes) -> None:
 
 
 def json(data: bytes) -> None:
-    with suppress(APIError):
+    with suppress(ValidationError):
         raw = parse_json(data)
         for read in (
             lambda: schema.new_spec(raw, []),
@@ -62,7 +62,7 @@ def json(data: bytes) -> None:
             lambda: schema.report_from_worker(raw, []),
             lambda: decode(schema.VMSpec, raw),
         ):
-            with suppress(APIError):
+            with suppress(ValidationError):
                 read()
 
 

@@ -20,7 +20,7 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, transitions
-from orchard.codec import APIError, dump_json, encode, parse_json, replace, shown
+from orchard.codec import APIError, InvalidError, MalformedError, dump_json, encode, parse_json, replace, shown
 from orchard.liveness import Liveness
 from orchard.net.openapi import Operation, Parameter, array_of, document, ref
 from orchard.net.request import (
@@ -129,8 +129,9 @@ class API:
         authorization = request.headers.get("authorization")
         try:
             account = self._identify(request, operation, authorization)
-        except APIError as error:
-            if error.status != 401 or authorization is None:  # who shows none has not guessed
+        except auth.UnauthenticatedError as error:
+            # A request without credentials is not a guess.
+            if authorization is None:
                 raise
             raise self.failures.refusal(request.peer, error) from None
         if account is not None and operation.role is not None:
@@ -151,7 +152,7 @@ class API:
         return account
 
     def _admit_bearer(self, request: Request, token: str) -> None:
-        """Let in who has an access token for the VM in the path. Raises APIError 401, 404, 403."""
+        """Admit the bearer of an access token for the VM in the path. Raises UnauthenticatedError or HTTPError 404, 403."""
         access = auth.read_access_token(self.access_key, token, self.clock())
         request.account = access.account
         vm = self._vm_named(request)
@@ -169,6 +170,7 @@ class API:
         operation: Operation = request.extra
         for _ in range(REREADS if operation.method == "GET" else 1):
             problem: Exception | None = None
+            refusal: Exception
             try:
                 decided: AnyResponse | Awaitable[AnyResponse] = operation.handler(self, request)
                 answer = await decided if isinstance(decided, Awaitable) else decided
@@ -176,7 +178,7 @@ class API:
                 problem = error  # that something is not there, or is there already, can be as new as anything else
             try:
                 await self.store.wait_durable()
-            except APIError as error:
+            except PRODUCT_ERRORS as error:
                 # A write that others made failed and was undone. A read can do without it.
                 refusal = error
             else:
@@ -534,8 +536,16 @@ class API:
 
 # ---- errors --------------------------------------------------------------------------------------------------------
 
-# How the errors of the layers below become answers. A class stands for its subclasses, too.
-ERROR_STATUS: Mapping[type[Exception], int] = {}
+# The status that each error of the layers below is answered with. A class stands for its subclasses, too.
+ERROR_STATUS: Mapping[type[Exception], int] = {
+    MalformedError: 400,
+    InvalidError: 412,
+    transitions.TransitionError: 412,
+    transitions.StaleReportError: 404,
+    auth.UnauthenticatedError: 401,
+    auth.ForbiddenError: 403,
+    auth.TooManyFailuresError: 429,
+}
 PRODUCT_ERRORS: tuple[type[Exception], ...] = (APIError, *ERROR_STATUS)
 REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)
 
@@ -544,8 +554,16 @@ def http_error(error: Exception) -> HTTPError:
     """Return the answer to a request that failed with one of PRODUCT_ERRORS."""
     if isinstance(error, APIError):
         return HTTPError(error.status, error.message, error.headers)
-    status = next(status for kind, status in ERROR_STATUS.items() if isinstance(error, kind))
-    return HTTPError(status, str(error))
+    status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
+    return HTTPError(status, str(error), _error_headers(error))
+
+
+def _error_headers(error: Exception) -> Sequence[tuple[str, str]]:
+    if isinstance(error, auth.UnauthenticatedError):
+        return (("WWW-Authenticate", 'Basic realm="orchard"'),)
+    if isinstance(error, auth.TooManyFailuresError):
+        return (("Retry-After", str(error.retry_after)),)
+    return ()
 
 
 # ---- requests and answers ------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from typing import Any, get_args
 
 import jwt
 
-from orchard.codec import APIError
 from orchard.schema import MAX_NAME, Role, ServiceAccount
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -54,10 +53,25 @@ FAILURE_SECONDS = 60.0
 MAX_SOURCES = 4096  # that are remembered: those that failed last, at some hundred bytes each
 RECOGNISED = 1024  # Authorization headers that are remembered: to check one takes a tenth of a request's time
 MAX_ACCESS_TOKEN = 8 * 1024  # bytes; decoding takes its time, and ours have half a kilobyte
-_CHALLENGE = (("WWW-Authenticate", 'Basic realm="orchard"'),)
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 
 _logger = logging.getLogger("orchard.auth")
+
+
+class UnauthenticatedError(Exception):
+    """The credentials are missing or wrong; `str(error)` never repeats them."""
+
+
+class ForbiddenError(Exception):
+    """The account lacks the role that the operation needs."""
+
+
+class TooManyFailuresError(Exception):
+    """Too many wrong credentials came from one address; the next are checked in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Gate:
@@ -69,9 +83,9 @@ class Gate:
         self._recognised: dict[str, ServiceAccount] = {}  # by the whole header: most requests bring one of a few
 
     def identify(self, authorization: str | None) -> ServiceAccount:
-        """Find the account that an Authorization header speaks for. Raises APIError(401)."""
+        """Find the account that an Authorization header speaks for. Raises UnauthenticatedError."""
         if authorization is None:
-            raise APIError(401, "there are no credentials, expected HTTP Basic with a service account", _CHALLENGE)
+            raise UnauthenticatedError("there are no credentials, expected HTTP Basic with a service account")
         # Only who is right gets here by the short way, so the time says nothing to those who guess.
         account = self._recognised.get(authorization)
         if account is not None and self._accounts.get(account.name) is account:
@@ -87,18 +101,18 @@ class Gate:
         # A name may hold colons, and so may a token: the account that there is says where the one ends.
         known = [(name, token) for name, token in splits if name in self._accounts]
         for name, token in known[:-1]:
-            with suppress(APIError):
+            with suppress(UnauthenticatedError):
                 return self.check(name, token)
         return self.check(*(known or splits)[-1])
 
     def check(self, name: str, token: str) -> ServiceAccount:
-        """Find the account of that name and token. Raises APIError(401)."""
+        """Find the account of that name and token. Raises UnauthenticatedError."""
         account = self._accounts.get(name)
         expected = account.token if account is not None else self._nobody
         # Not only equal in time for every name: a digest hides the length of the token, too.
         same = hmac.compare_digest(_digest(expected), _digest(token))
         if account is None or not same:
-            raise APIError(401, "the service account does not exist, or its token is another one", _CHALLENGE)
+            raise UnauthenticatedError("the service account does not exist, or its token is another one")
         return account
 
 
@@ -116,7 +130,7 @@ def _basic(authorization: str) -> list[tuple[str, str]]:
             text = ""
         if ":" in text[: MAX_NAME + 1]:
             return [(text[:at], text[at + 1 :]) for at, letter in enumerate(text[: MAX_NAME + 1]) if letter == ":"]
-    raise APIError(401, "the Authorization header is no HTTP Basic with a name and a token in it", _CHALLENGE)
+    raise UnauthenticatedError("the Authorization header is no HTTP Basic with a name and a token in it")
 
 
 class Failures:
@@ -126,7 +140,7 @@ class Failures:
         self._clock = clock
         self._recent: OrderedDict[str, deque[float]] = OrderedDict()  # whoever failed last is last
 
-    def refusal(self, address: str, error: APIError) -> APIError:
+    def refusal(self, address: str, error: UnauthenticatedError) -> UnauthenticatedError | TooManyFailuresError:
         """Note a failure, and give what it is answered with: `error`, or 429 when there were too many."""
         now, source = self._clock(), source_of(address)
         times = self._recent.setdefault(source, deque(maxlen=MAX_FAILURES))
@@ -139,11 +153,10 @@ class Failures:
                 _logger.warning("wrong credentials again and again", extra={"source": source})
             return error
         wait = math.ceil(times[0] + FAILURE_SECONDS - now)
-        return APIError(
-            429,
+        return TooManyFailuresError(
             f"{MAX_FAILURES} wrong credentials came from {source} within a minute; the next will be looked at"
             f" in {wait} seconds, the right ones at any time",
-            (("Retry-After", str(wait)),),
+            retry_after=wait,
         )
 
 
@@ -161,9 +174,9 @@ def source_of(address: str) -> str:
 
 
 def require(account: ServiceAccount, role: Role) -> None:
-    """Raise APIError(403) naming the role unless the account has it."""
+    """Raise ForbiddenError naming the role unless the account has it."""
     if role not in account.roles and IMPLIED.get(role) not in account.roles:
-        raise APIError(403, f'service account "{account.name}" lacks the role "{role}"')
+        raise ForbiddenError(f'service account "{account.name}" lacks the role "{role}"')
 
 
 # ---- VM access tokens ----------------------------------------------------------------------------------------------
@@ -199,7 +212,7 @@ def issue_access_token(
 
 
 def read_access_token(key: bytes, token: str, now: datetime.datetime) -> Access:
-    """Check a token. Raises APIError(401) that does not repeat it."""
+    """Check a token. Raises UnauthenticatedError that does not repeat it."""
     if len(token) > MAX_ACCESS_TOKEN:
         raise _no_access(f"it has more than {MAX_ACCESS_TOKEN} bytes")
     try:
@@ -246,8 +259,8 @@ def _why_not(error: Exception) -> str:
     return "it is malformed"
 
 
-def _no_access(why: str) -> APIError:
-    return APIError(401, f"the access token is not accepted: {why}", _CHALLENGE)
+def _no_access(why: str) -> UnauthenticatedError:
+    return UnauthenticatedError(f"the access token is not accepted: {why}")
 
 
 # ---- tokens --------------------------------------------------------------------------------------------------------

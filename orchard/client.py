@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from orchard.codec import APIError, decode, parse_json
+from orchard.codec import ValidationError, decode, parse_json
 from orchard.net.transport import (
     MAX_SHOWN,
     ClientError,
@@ -106,7 +106,7 @@ class Client(Transport):
         message = await websocket.get_message()
         try:
             action = _parsed(message)
-        except APIError:
+        except ValidationError:
             action = None
         if not isinstance(action, dict):
             raise ClientError(f"the controller sent no action over the watch, but {str(message)[:MAX_SHOWN]!r}")
@@ -134,7 +134,7 @@ class _Changes:
         try:
             change = parse_json(line)
             return str(change["type"]), _vm(change["object"])
-        except (APIError, KeyError, TypeError):
+        except (ValidationError, KeyError, TypeError):
             raise ClientError(f"a line of the watch is no change: {excerpt(line)}") from None
 
 
@@ -376,7 +376,7 @@ class RunningCommand:
             message = await self._websocket.get_message()
         except ConnectionClosed as closed:
             raise ConnectError(f"the command was cut off: {why_closed(closed)}") from None
-        with suppress(APIError, ValueError):  # what is no JSON, and what is no base64
+        with suppress(ValidationError, ValueError):  # what is no JSON, and what is no base64
             match _parsed(message):
                 case {"type": "stdout" | "stderr" as kind, "data": str(data)}:
                     return kind, base64.b64decode(data)
@@ -398,14 +398,14 @@ def _parsed(message: str | bytes) -> Any:
 def _noun(kind: type[ObjectT], raw: Any) -> ObjectT:
     try:
         return decode(kind, raw)
-    except APIError as error:
-        raise ClientError(f"the answer is no {kind.__name__}: {error.message}") from error
+    except ValidationError as error:
+        raise ClientError(f"the answer is no {kind.__name__}: {error}") from error
 
 
 def _vm(raw: Any) -> VM:
     try:
         return vm_from_json(raw)
-    except (APIError, TypeError, ValueError) as error:
+    except (ValidationError, TypeError, ValueError) as error:
         raise ClientError(f"the answer is no VM: {error}") from error
 
 

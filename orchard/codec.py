@@ -51,6 +51,18 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 T = TypeVar("T")
 
 
+class ValidationError(Exception):
+    """A value that a client sent is not accepted; `str(error)` names the value and what is accepted."""
+
+
+class MalformedError(ValidationError):
+    """The value is missing, of the wrong type or out of range, or the text is not JSON."""
+
+
+class InvalidError(ValidationError):
+    """The value is well formed, but a rule excludes it."""
+
+
 class APIError(Exception):
     """A refusal and the HTTP status that it answers with; raised anywhere below a handler.
 
@@ -155,18 +167,18 @@ def _places(cls: type) -> tuple[Callable[[Any], tuple[Any, ...]], dict[str, int]
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a JSON text strictly. Raises APIError(400) that says what is wrong with it and where."""
+    """Parse a JSON text strictly. Raises MalformedError that says what is wrong with it and where."""
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise APIError(400, f"the body is not UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}") from None
+        raise MalformedError(f"the body is not UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}") from None
     try:
         decoder = _CAREFUL_DECODER if _LONG_NUMBER.search(text) else _DECODER
         value = decoder.decode(text)
     except json.JSONDecodeError as error:
-        raise APIError(400, f"the body is not JSON: {error}") from None
+        raise MalformedError(f"the body is not JSON: {error}") from None
     except RecursionError:
-        raise APIError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels") from None
+        raise MalformedError(f"the JSON is nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(value)
     if _HALF_PAIR.search(text):
         _check_texts(value)
@@ -179,26 +191,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise APIError(400, f"the JSON key {shown(key)} stands twice in one object")
+                raise MalformedError(f"the JSON key {shown(key)} stands twice in one object")
             seen.add(key)
     return found
 
 
 def _no_constant(name: str) -> None:
-    raise APIError(400, f"{name} is no JSON number")
+    raise MalformedError(f"{name} is no JSON number")
 
 
 def _int(digits: str) -> int:
     # Python refuses to convert very long numbers, and nothing here is as large as that.
     if len(digits) > MAX_DIGITS:
-        raise APIError(400, f"the number {shown(digits)} is out of range")
+        raise MalformedError(f"the number {shown(digits)} is out of range")
     return int(digits)
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise APIError(400, f"the number {shown(digits)} is out of range")
+        raise MalformedError(f"the number {shown(digits)} is out of range")
     return value
 
 
@@ -220,7 +232,7 @@ def _check_depth(value: object) -> None:
         ]
         if not level:
             return
-    raise APIError(400, f"the JSON is nested deeper than {MAX_DEPTH} levels")
+    raise MalformedError(f"the JSON is nested deeper than {MAX_DEPTH} levels")
 
 
 def _check_texts(value: object) -> None:
@@ -240,7 +252,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise APIError(400, f"the JSON text {shown(text)} holds half a surrogate pair") from None
+        raise MalformedError(f"the JSON text {shown(text)} holds half a surrogate pair") from None
 
 
 def shown(value: object) -> str:
@@ -261,7 +273,7 @@ def decode(
     also: frozenset[str] = frozenset(),
     unknown: list[str] | None = None,
     by: frozenset[str] | None = None,
-    refused: int = 412,
+    refusal: type[ValidationError] = InvalidError,
 ) -> T:
     """Make an instance of the noun `cls` from a parsed JSON object.
 
@@ -269,11 +281,11 @@ def decode(
     passed over; other unknown names are appended to `unknown`. Only fields whose writer is in `by` are taken, the
     rest are passed over like those in `also` (None: all are taken). `where` is the path that messages begin with.
 
-    Raises APIError: 400 for a value that is missing, of the wrong type or out of range, `refused` for one that a
-    rule excludes.
+    Raises MalformedError for a value that is missing, of the wrong type or out of range, and `refusal` for a value
+    that is not one of the options.
     """
     if not isinstance(raw, dict):
-        raise APIError(400, f"{where or 'the body'} is {shown(raw)}, expected a JSON object")
+        raise MalformedError(f"{where or 'the body'} is {shown(raw)}, expected a JSON object")
     taken: dict[str, Any] = {}
     prefix = f"{where}." if where else ""
     for field in attrs_of(cls):
@@ -287,10 +299,10 @@ def decode(
             if simple:
                 taken[field.name] = value
                 continue
-            inner = Inner(prefix + field.json, unknown, refused, field.maximum)
+            inner = Inner(prefix + field.json, unknown, refusal, field.maximum)
             taken[field.name] = _decode_value(field.kind, value, inner)
         elif field.required and base is None:
-            raise APIError(400, f"{prefix}{field.json} is missing, expected {field.doc}")
+            raise MalformedError(f"{prefix}{field.json} is missing, expected {field.doc}")
     if unknown is not None:
         known = _names(typing.cast("Any", cls))
         unknown.extend(prefix + key for key in raw if key not in known and key not in also)
@@ -310,11 +322,11 @@ class Inner:
 
     where: str
     unknown: list[str] | None
-    refused: int
+    refusal: type[ValidationError]
     maximum: int
 
     def at(self, step: str) -> Inner:
-        return Inner(self.where + step, self.unknown, self.refused, self.maximum)
+        return Inner(self.where + step, self.unknown, self.refusal, self.maximum)
 
 
 def _decode_value(kind: Any, value: object, at: Inner) -> Any:
@@ -329,7 +341,7 @@ def _decode_value(kind: Any, value: object, at: Inner) -> Any:
         text = _typed(str, value, at, "a text")
         options = typing.get_args(kind)
         if text not in options:
-            raise APIError(at.refused, f"{at.where} is {shown(text)}, expected one of {', '.join(options)}")
+            raise at.refusal(f"{at.where} is {shown(text)}, expected one of {', '.join(options)}")
         return text
     if origin is tuple:
         items = _typed(list, value, at, "a list")
@@ -343,12 +355,12 @@ def _decode_value(kind: Any, value: object, at: Inner) -> Any:
         return _decode_value(typing.get_args(kind)[0], value, at)
     if kind is datetime.datetime:
         return parse_time(_typed(str, value, at, "an RFC 3339 time"), at.where)
-    return decode(kind, value, where=at.where, unknown=at.unknown, refused=at.refused)
+    return decode(kind, value, where=at.where, unknown=at.unknown, refusal=at.refusal)
 
 
 def _typed(kind: type[T], value: object, at: Inner, expected: str) -> T:
     if not isinstance(value, kind):
-        raise APIError(400, f"{at.where} is {shown(value)}, expected {expected}")
+        raise MalformedError(f"{at.where} is {shown(value)}, expected {expected}")
     return value
 
 
@@ -356,14 +368,14 @@ def _decode_int(value: object, at: Inner) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= at.maximum:
-        raise APIError(400, f"{at.where} is {shown(value)}, expected a whole number from 0 to {at.maximum}")
+        raise MalformedError(f"{at.where} is {shown(value)}, expected a whole number from 0 to {at.maximum}")
     return value
 
 
 def parse_time(text: str, where: str) -> datetime.datetime | None:
     """Read an RFC 3339 time of any zone and up to nanoseconds (cut to microseconds); a Go client's zero time is None.
 
-    Raises APIError(400) naming `where`.
+    Raises MalformedError naming `where`.
     """
     match = _TIME.fullmatch(text)
     if match is not None:
@@ -376,7 +388,7 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
             return None if when == _NO_TIME else when
         except (ValueError, OverflowError):
             pass
-    raise APIError(400, f"{where} is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z")
+    raise MalformedError(f"{where} is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z")
 
 
 # ---- nouns to values -----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from orchard.codec import APIError, attr, attrs_of, component, decode, encode, replace, shown
+from orchard.codec import InvalidError, MalformedError, attr, attrs_of, component, decode, encode, replace, shown
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 MAX_NAME = 128  # characters; a VM's name becomes part of a file name with a limit of 255, beside a uid and a counter
@@ -272,14 +272,14 @@ _NOT_SPEC = _META_NAMES | _STATE_NAMES | _DERIVED
 
 
 def vm_from_json(raw: Mapping[str, Any]) -> VM:
-    """Read a VM as `to_json` wrote it. Raises APIError(400) when it is none."""
+    """Read a VM as `to_json` wrote it. Raises MalformedError when it is none."""
     raw = dict(raw)
     spec = decode(VMSpec, raw)
     return VM(decode(VMMeta, raw), spec, decode(VMState, raw))
 
 
 def name_of(raw: object) -> str:
-    """Read the name that a client's object gives itself; empty when it gives none. Raises APIError(400)."""
+    """Read the name that a client's object gives itself; empty when it gives none. Raises MalformedError."""
     meta = decode(VMMeta, raw, by=frozenset({"user"}))
     return meta.name
 
@@ -287,7 +287,7 @@ def name_of(raw: object) -> str:
 def new_spec(raw: object, unknown: list[str]) -> VMSpec:
     """Read the specification of a new VM from a client's object and complete it.
 
-    Read-only fields are passed over, unknown ones named in `unknown`. Raises APIError 400 or 412.
+    Read-only fields are passed over, unknown ones named in `unknown`. Raises ValidationError.
     """
     spec = decode(VMSpec, raw, also=_NOT_SPEC, unknown=unknown)
     assert isinstance(raw, dict)
@@ -301,7 +301,7 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
     """Read a PUT as Go clients mean it, who leave zero values out.
 
     An absent boolean is false and an absent list empty; absent texts, numbers, maps and powerState are unchanged.
-    Raises APIError 400 or 412.
+    Raises ValidationError.
     """
     zeros: dict[str, Any] = {
         field.name: False if field.kind is bool else ()
@@ -316,10 +316,10 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
 def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
     """Read a JSON merge patch (RFC 7396): only what it names changes, and null brings back the zero value.
 
-    Raises APIError 400 or 412.
+    Raises ValidationError.
     """
     if not isinstance(patch, dict):
-        raise APIError(400, f"the body is {shown(patch)}, expected a JSON object (a merge patch)")
+        raise MalformedError(f"the body is {shown(patch)}, expected a JSON object (a merge patch)")
     target = encode(old)
     for name in _SOFTNET:  # the twins would contradict a patch that names only one of them
         del target[name]
@@ -354,7 +354,7 @@ def _softnet(raw: Mapping[str, Any], old: bool) -> bool:
         if value is None:
             continue
         if not isinstance(value, bool):
-            raise APIError(400, f"{name} is {shown(value)}, expected true or false")
+            raise MalformedError(f"{name} is {shown(value)}, expected true or false")
         wanted.add(value)
     return not old if len(wanted) == 2 else True in wanted
 
@@ -373,44 +373,44 @@ def _complete(spec: VMSpec, softnet: bool, resources: Mapping[str, int]) -> VMSp
 
 
 def check_spec(spec: VMSpec) -> None:
-    """Hold a specification against the rules that the types don't say. Raises APIError(412)."""
+    """Hold a specification against the rules that the types don't say. Raises InvalidError."""
     if not spec.image:
-        raise APIError(412, 'image is "", expected the name of a VM image')
+        raise InvalidError('image is "", expected the name of a VM image')
     _check_word("image", spec.image)
     _check_word("username", spec.username)
     _check_word("net-bridged", spec.net_bridged)
     if CONTROL.search(spec.password):
-        raise APIError(412, "password holds a control character, expected printable ones")
+        raise InvalidError("password holds a control character, expected printable ones")
     _check_map("labels", spec.labels)
     _check_map("resources", spec.resources)
     for field, networks in (("netSoftnetAllow", spec.net_softnet_allow), ("netSoftnetBlock", spec.net_softnet_block)):
         for index, network in enumerate(networks):
             _check_network(f"{field}[{index}]", network)
     if spec.power_state == "suspended" and not spec.suspendable:
-        raise APIError(412, 'powerState is "suspended", which needs suspendable to be true')
+        raise InvalidError('powerState is "suspended", which needs suspendable to be true')
     if spec.startup_script is not None:
         for name, value in spec.startup_script.env.items():
             if not ENV_NAME.fullmatch(name):
-                raise APIError(412, f"startup_script.env has the name {shown(name)}, expected {ENV_NAME.pattern}")
+                raise InvalidError(f"startup_script.env has the name {shown(name)}, expected {ENV_NAME.pattern}")
             if "\0" in value:
-                raise APIError(
-                    412, f"startup_script.env[{shown(name)}] holds a NUL character, which no shell can pass on"
+                raise InvalidError(
+                    f"startup_script.env[{shown(name)}] holds a NUL character, which no shell can pass on"
                 )
         if "\0" in spec.startup_script.script_content:
-            raise APIError(412, "startup_script.script_content holds a NUL character, which no shell can read")
+            raise InvalidError("startup_script.script_content holds a NUL character, which no shell can read")
     names: set[str] = set()
     for index, host_dir in enumerate(spec.host_dirs):
         check_host_dir(f"hostDirs[{index}]", host_dir)
         if host_dir.name in names:
-            raise APIError(412, f"hostDirs[{index}].name is {shown(host_dir.name)}, which another hostDir already has")
+            raise InvalidError(f"hostDirs[{index}].name is {shown(host_dir.name)}, which another hostDir already has")
         names.add(host_dir.name)
 
 
 def _check_word(field: str, text: str) -> None:
     """Refuse what a command line could take for an option or for two words, or a log for a new line."""
     if text.startswith("-") or CONTROL.search(text) or " " in text or "," in text:
-        raise APIError(
-            412, f'{field} is {shown(text)}, expected a text without blanks and commas that does not begin with "-"'
+        raise InvalidError(
+            f'{field} is {shown(text)}, expected a text without blanks and commas that does not begin with "-"'
         )
 
 
@@ -418,7 +418,7 @@ def _check_map(field: str, pairs: Mapping[str, object]) -> None:
     """Refuse labels and resources that could not stand in a message of one line."""
     for key, value in pairs.items():
         if CONTROL.search(f"{key}{value}"):
-            raise APIError(412, f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
+            raise InvalidError(f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
 
 
 def _check_network(where: str, text: str) -> None:
@@ -429,22 +429,22 @@ def _check_network(where: str, text: str) -> None:
     except ValueError:
         good = False
     if not good:
-        raise APIError(412, f"{where} is {shown(text)}, expected a network such as 192.168.0.0/24")
+        raise InvalidError(f"{where} is {shown(text)}, expected a network such as 192.168.0.0/24")
 
 
 def check_host_dir(where: str, host_dir: HostDir) -> None:
-    """Refuse a hostDir that could mean another directory than it says. Raises APIError(412)."""
+    """Refuse a hostDir that could mean another directory than it says. Raises InvalidError."""
     for field, text in (("name", host_dir.name), ("path", host_dir.path)):
         if not text:
-            raise APIError(412, f"{where}.{field} is missing: a hostDir needs a name and a path")
+            raise InvalidError(f"{where}.{field} is missing: a hostDir needs a name and a path")
         if CONTROL.search(text) or "," in text:
-            raise APIError(412, f"{where}.{field} is {shown(text)}, expected no commas or control characters")
+            raise InvalidError(f"{where}.{field} is {shown(text)}, expected no commas or control characters")
     name, path = host_dir.name, host_dir.path
     if ":" in name or "/" in name or name.startswith("-") or name in (".", ".."):
-        raise APIError(412, f'{where}.name is {shown(name)}, expected a name without ":" and "/" and no "-" in front')
+        raise InvalidError(f'{where}.name is {shown(name)}, expected a name without ":" and "/" and no "-" in front')
     if not (ARCHIVE.fullmatch(path) or (path.startswith("/") and ":" not in path)):
-        raise APIError(
-            412, f'{where}.path is {shown(path)}, expected an absolute path without ":" or an https:// address'
+        raise InvalidError(
+            f'{where}.path is {shown(path)}, expected an absolute path without ":" or an https:// address'
         )
 
 
@@ -584,43 +584,42 @@ class VMReport:
 
 
 def check_name(what: str, name: str) -> None:
-    """Refuse a name that could not stand in a URL, a file name or a command line. Raises APIError(412)."""
+    """Refuse a name that could not stand in a URL, a file name or a command line. Raises InvalidError."""
     if not NAME.fullmatch(name) or len(name) > MAX_NAME or name in (".", ".."):
-        raise APIError(
-            412, f"{what} is {shown(name)}, expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . - other than dots"
+        raise InvalidError(
+            f"{what} is {shown(name)}, expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . - other than dots"
         )
 
 
 def worker_from_client(raw: object, unknown: list[str]) -> Worker:
-    """Read a worker as it registers itself. Raises APIError 400 or 412."""
+    """Read a worker as it registers itself. Raises ValidationError."""
     worker = decode(Worker, raw, by=frozenset({"user"}), unknown=unknown)
     check_name("name", worker.name)
     if CONTROL.search(worker.machine_id):
-        raise APIError(412, f"machine_id is {shown(worker.machine_id)}, expected no control characters")
+        raise InvalidError(f"machine_id is {shown(worker.machine_id)}, expected no control characters")
     _check_map("labels", worker.labels)
     _check_map("resources", worker.resources)
     return worker
 
 
 def account_from_client(raw: object, unknown: list[str], base: ServiceAccount | None = None) -> ServiceAccount:
-    """Read a service account as an administrator wants it; the fields left out are `base`'s. Raises APIError."""
+    """Read a service account as an administrator wants it; the fields left out are `base`'s. Raises ValidationError."""
     account = decode(ServiceAccount, raw, base=base, by=frozenset({"user"}), unknown=unknown)
     check_name("name", account.name)
     if CONTROL.search(account.token):
-        raise APIError(412, "token holds a control character, expected printable ones")
+        raise InvalidError("token holds a control character, expected printable ones")
     roles = tuple(dict.fromkeys(account.roles))
     return replace(account, roles=roles)
 
 
 def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
-    """Read cluster settings; what is left out has its default. Raises APIError(400)."""
-    settings = decode(ClusterSettings, raw, unknown=unknown, refused=400)
+    """Read cluster settings; what is left out has its default. Raises MalformedError."""
+    settings = decode(ClusterSettings, raw, unknown=unknown, refusal=MalformedError)
     for index, policy in enumerate(settings.host_dir_policies):
         prefix = policy.path_prefix
         fits = prefix.startswith(("/", "https://")) and ".." not in prefix.split("/") and not CONTROL.search(prefix)
         if not fits:
-            raise APIError(
-                400,
+            raise MalformedError(
                 f"hostDirPolicies[{index}].pathPrefix is {shown(prefix)},"
                 " expected an absolute path or https:// address without ..",
             )
@@ -628,31 +627,31 @@ def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
 
 
 def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
-    """Read an array of events, in order; null is an empty one. Raises APIError 400 or 412."""
+    """Read an array of events, in order; null is an empty one. Raises ValidationError."""
     if raw is None:
         return []
     if not isinstance(raw, list):
-        raise APIError(400, f"the body is {shown(raw)}, expected a JSON array of events")
+        raise MalformedError(f"the body is {shown(raw)}, expected a JSON array of events")
     events = []
     for index, item in enumerate(raw):
         event = decode(Event, item, where=f"[{index}]", unknown=unknown)
         if not event.kind or CONTROL.search(event.kind):
-            raise APIError(412, f'[{index}].kind is {shown(event.kind)}, expected a kind of event such as "log_line"')
+            raise InvalidError(f'[{index}].kind is {shown(event.kind)}, expected a kind of event such as "log_line"')
         events.append(event)
     return events
 
 
 def ttl_from_client(raw: object, unknown: list[str]) -> int:
-    """Read for how many seconds an access token is wanted; null is no wish. Raises APIError 400 or 412."""
+    """Read for how many seconds an access token is wanted; null is no wish. Raises ValidationError."""
     wanted = IssueVMAccessTokenRequest() if raw is None else decode(IssueVMAccessTokenRequest, raw, unknown=unknown)
     ttl = DEFAULT_TTL if wanted.ttl_seconds is None else wanted.ttl_seconds
     if not 1 <= ttl <= MAX_TTL:
-        raise APIError(412, f"ttlSeconds is {ttl}, expected 1 to {MAX_TTL}")
+        raise InvalidError(f"ttlSeconds is {ttl}, expected 1 to {MAX_TTL}")
     return ttl
 
 
 def report_from_worker(raw: object, unknown: list[str]) -> VMReport:
-    """Read a worker's report; workers send the whole VM, of which only these fields are theirs. Raises APIError.
+    """Read a worker's report; workers send the whole VM, of which only these fields are theirs. Raises ValidationError.
 
     A condition of a type that only newer workers know is named in `unknown`, like an unknown field.
     """

@@ -36,7 +36,7 @@ from typing import Any, Literal, TypeVar
 
 import trio
 
-from orchard.codec import APIError, decode, dump_json, encode, format_time, replace
+from orchard.codec import APIError, ValidationError, decode, dump_json, encode, format_time, replace
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 from orchard.storage.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten, Reserve
 
@@ -587,7 +587,7 @@ def load_state(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State
     for (kind, name), (offset, raw) in found.items():
         try:
             noun = _noun_of(kind, raw)
-        except (KeyError, TypeError, APIError) as error:
+        except (KeyError, TypeError, ValidationError) as error:
             raise DamagedError(path, offset, f"this line is not understood ({error})") from error
         state.apply(kind, name, noun, encoded(noun))
     return state
@@ -615,7 +615,7 @@ def _note(found: dict[tuple[Kind, str], tuple[int, Any]], offset: int, record: d
 
 
 def _noun_of(kind: Kind, raw: Any) -> StoredObject:
-    """Read an object. Raises KeyError, TypeError, APIError."""
+    """Read an object. Raises KeyError, TypeError, ValidationError."""
     if kind == "vm":
         return vm_from_json(raw)
     nouns: dict[Kind, type[Worker | ServiceAccount | ClusterSettings]] = {

@@ -17,8 +17,17 @@ from __future__ import annotations
 
 import datetime
 
-from orchard.codec import APIError, attrs_of, replace, shown
+from orchard.codec import attrs_of, replace, shown
 from orchard.schema import DEFAULT_CPU, DEFAULT_MEMORY, VM, Condition, Status, VMMeta, VMReport, VMSpec, VMState, Worker
+
+
+class TransitionError(Exception):
+    """The user asked for a change that the VM does not allow; `str(error)` names the field."""
+
+
+class StaleReportError(Exception):
+    """A worker's report is about another VM or an earlier run of the VM."""
+
 
 # What the worker can apply by stopping (or suspending) the VM and starting it again.
 AT_NEXT_BOOT = frozenset(
@@ -51,7 +60,7 @@ def create(name: str, uid: str, spec: VMSpec, now: datetime.datetime, reason: st
 def change(vm: VM, spec: VMSpec) -> VM:
     """Give a VM another specification: the next generation, to be applied at its next boot.
 
-    Raises APIError(412) that names the field when this one can't be changed, or not any more.
+    Raises TransitionError that names the field when this one can't be changed, or not any more.
     """
     old = vm.spec
     changed = {
@@ -60,19 +69,20 @@ def change(vm: VM, spec: VMSpec) -> VM:
     if not changed:
         return vm
     if vm.state.status == "failed":
-        raise APIError(412, f'VM "{vm.name}" has failed and cannot be changed; delete it and create it again')
+        raise TransitionError(f'VM "{vm.name}" has failed and cannot be changed; delete it and create it again')
     for name, json_name in changed.items():
         if name not in AT_NEXT_BOOT:
-            raise APIError(412, f"{json_name} cannot be changed once the VM is created; delete it and create it again")
+            raise TransitionError(
+                f"{json_name} cannot be changed once the VM is created; delete it and create it again"
+            )
     if old.suspendable and not spec.suspendable:
-        raise APIError(412, "suspendable cannot be turned off once it is on")
+        raise TransitionError("suspendable cannot be turned off once it is on")
     if old.suspendable and old.net_softnet != spec.net_softnet:
-        raise APIError(412, "netSoftnet cannot be turned on or off for a suspendable VM")
+        raise TransitionError("netSoftnet cannot be turned on or off for a suspendable VM")
     if spec.disk_size < old.disk_size:
-        raise APIError(412, f"diskSize is {spec.disk_size}, expected at least {old.disk_size}: a disk can only grow")
+        raise TransitionError(f"diskSize is {spec.disk_size}, expected at least {old.disk_size}: a disk can only grow")
     if "power_state" in changed and old.power_state != "running":
-        raise APIError(
-            412,
+        raise TransitionError(
             f"powerState is {shown(spec.power_state)}, expected {shown(old.power_state)}: it leaves running only once",
         )
     state = vm.state
@@ -125,14 +135,13 @@ def restart(vm: VM, now: datetime.datetime) -> VM:
 
 
 def report(vm: VM, seen: VMReport, now: datetime.datetime) -> VM:
-    """Take over what a worker saw. Raises APIError(404) when it speaks of another life of the VM."""
+    """Take over what a worker saw. Raises StaleReportError when it speaks of another life of the VM."""
     state = vm.state
     uid, life = seen.uid or vm.uid, seen.restart_count
     if life is None:
         life = 0 if seen.uid else state.restart_count  # who names the VM and leaves the count out means zero
     if (uid, life) != (vm.uid, state.restart_count):
-        raise APIError(
-            404,
+        raise StaleReportError(
             f'VM "{vm.name}" has uid {vm.uid} and restart_count {state.restart_count}, not {shown(uid)} and {life}',
         )
     if state.status == "failed":

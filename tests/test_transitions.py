@@ -11,7 +11,7 @@ import pytest
 from harness.strategies import BEGAN, QUICK, any_vm, assigned, failed, noun, pending, resting, running, spec, worker
 from hypothesis import given
 
-from orchard.codec import APIError, attrs_of
+from orchard.codec import attrs_of
 from orchard.schema import (
     TART_VMS,
     VM,
@@ -23,17 +23,28 @@ from orchard.schema import (
     VMSpec,
     VMState,
 )
-from orchard.transitions import AT_NEXT_BOOT, assign, change, create, fail, report, restart, wait
+from orchard.transitions import (
+    AT_NEXT_BOOT,
+    StaleReportError,
+    TransitionError,
+    assign,
+    change,
+    create,
+    fail,
+    report,
+    restart,
+    wait,
+)
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 RUNS, RUNS_NOT = Condition("running", "true"), Condition("running", "false")
 ON, OFF = Condition("scheduled", "true"), Condition("scheduled", "false")
 
 
-def refusal_of(call: Callable[[], object]) -> tuple[int, str]:
-    with pytest.raises(APIError) as refusal:
+def refusal_of(call: Callable[[], object]) -> tuple[type[Exception], str]:
+    with pytest.raises((TransitionError, StaleReportError)) as refusal:
         call()
-    return refusal.value.status, refusal.value.message
+    return type(refusal.value), str(refusal.value)
 
 
 def changed_fields(old: VM, new: VM) -> set[str]:
@@ -71,10 +82,10 @@ ACTIONS: dict[str, Callable[[VM], VM]] = {
     "report running": lambda vm: report(vm, VMReport(status="running", conditions=(RUNS,)), LATER),
     "report failed": lambda vm: report(vm, VMReport(status="failed", status_message="broke"), LATER),
 }
-# (life, action) -> status, message, worker, whether it counts against its worker; a number: it is refused with that
-# status; "same": the very same object comes back. What the scheduler alone does is listed for the lives in which it
+# (life, action) -> status, message, worker, whether it counts against its worker; a class: it is refused with that
+# error; "same": the very same object comes back. What the scheduler alone does is listed for the lives in which it
 # does it.
-TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | int | str] = {
+TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | type[Exception] | str] = {
     ("pending", "change"): ("pending", "", "", False),
     ("pending", "assign"): ("pending", "", "w", True),
     ("pending", "wait"): ("pending", "waiting", "", False),
@@ -101,7 +112,7 @@ TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | int | str] = {
     ("resting", "report pending"): ("running", "pulling", "w", False),
     ("resting", "report running"): "same",
     ("resting", "report failed"): ("failed", "broke", "w", False),
-    ("failed", "change"): 412,
+    ("failed", "change"): TransitionError,
     ("failed", "fail"): ("failed", "why", "w", False),
     ("failed", "restart"): ("pending", "", "", False),
     ("failed", "report nothing"): "same",
@@ -120,8 +131,8 @@ def test_the_table_is_total() -> None:
 @pytest.mark.parametrize(("life", "action"), TRANSITIONS, ids=[" x ".join(row) for row in TRANSITIONS])
 def test_every_transition(life: str, action: str) -> None:
     vm, expected = LIVES[life], TRANSITIONS[life, action]
-    if isinstance(expected, int):
-        assert refusal_of(lambda: ACTIONS[action](vm))[0] == expected
+    if isinstance(expected, type):
+        assert refusal_of(lambda: ACTIONS[action](vm))[0] is expected
         return
     new = ACTIONS[action](vm)
     if expected == "same":
@@ -209,7 +220,7 @@ def test_each_function_writes_the_fields_of_its_writer(
 
 def test_no_function_touches_who_the_vm_is() -> None:
     for (life, action), expected in TRANSITIONS.items():
-        if not isinstance(expected, int):
+        if not isinstance(expected, type):
             assert replace(ACTIONS[action](LIVES[life]).meta, generation=1) == LIVES[life].meta
 
 
@@ -300,8 +311,8 @@ def test_a_field_changes_at_the_next_boot_or_never(life: str, field: str) -> Non
         assert new.meta.generation == 2
         assert changed_fields(vm, new) - {"assigned_cpu", "assigned_memory"} == {field, "generation"}
         return
-    status, message = refusal_of(lambda: set_to(vm, **{field: OTHER[field]}))
-    assert status == 412
+    kind, message = refusal_of(lambda: set_to(vm, **{field: OTHER[field]}))
+    assert kind is TransitionError
     assert message.startswith(f"{JSON_NAMES[field]} cannot be changed")
     assert "secret" not in message
 
@@ -339,8 +350,8 @@ def test_every_change_is_one_generation() -> None:
 
 
 def test_a_failed_vm_cannot_be_changed() -> None:
-    status, message = refusal_of(lambda: set_to(failed(pending()), headless=True))
-    assert status == 412
+    kind, message = refusal_of(lambda: set_to(failed(pending()), headless=True))
+    assert kind is TransitionError
     assert message == 'VM "vm" has failed and cannot be changed; delete it and create it again'
 
 
@@ -354,9 +365,12 @@ def test_a_new_size_is_what_the_worker_will_give() -> None:
 
 def test_suspendable_stays_on_and_keeps_softnet_as_it_is() -> None:
     vm = set_to(running(pending()), suspendable=True, net_softnet=True)
-    assert refusal_of(lambda: set_to(vm, suspendable=False)) == (412, "suspendable cannot be turned off once it is on")
+    assert refusal_of(lambda: set_to(vm, suspendable=False)) == (
+        TransitionError,
+        "suspendable cannot be turned off once it is on",
+    )
     assert refusal_of(lambda: set_to(vm, net_softnet=False)) == (
-        412,
+        TransitionError,
         "netSoftnet cannot be turned on or off for a suspendable VM",
     )
     assert set_to(vm, net_softnet_allow=("10.0.0.0/8",)).meta.generation == 3
@@ -369,7 +383,7 @@ def test_a_disk_only_grows(old: int, new: int, fits: bool) -> None:
         assert set_to(vm, disk_size=new).spec.disk_size == new
     else:
         assert refusal_of(lambda: set_to(vm, disk_size=new)) == (
-            412,
+            TransitionError,
             f"diskSize is {new}, expected at least 50: a disk can only grow",
         )
 
@@ -384,7 +398,7 @@ def test_power_state_leaves_running_only_once(old: Any, new: Any) -> None:
         assert set_to(vm, power_state=new).spec.power_state == new
     else:
         assert refusal_of(lambda: set_to(vm, power_state=new)) == (
-            412,
+            TransitionError,
             f'powerState is "{new}", expected "{old}": it leaves running only once',
         )
 
@@ -455,8 +469,8 @@ def test_a_report_of_another_life_changes_nothing(uid: str, count: int | None, f
     if fresh:
         assert report(vm, seen, LATER).state.status == "failed"
         return
-    status, message = refusal_of(lambda: report(vm, seen, LATER))
-    assert status == 404
+    kind, message = refusal_of(lambda: report(vm, seen, LATER))
+    assert kind is StaleReportError
     assert message.startswith('VM "vm" has uid uid-vm and restart_count 2, not ')
 
 

@@ -31,7 +31,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
 
 from orchard import __version__
-from orchard.codec import APIError, parse_json
+from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
 from orchard.net.websocket import PING_INTERVAL, TunnelStream
 from orchard.nursery import first_exception, unwrap_groups
@@ -83,8 +83,8 @@ class ClientResponse:
         """Parse the body. Raises ClientError."""
         try:
             return parse_json(self.body)
-        except APIError as error:
-            why = f"the answer is no JSON, is this an Orchard? It begins: {excerpt(self.body)} ({error.message})"
+        except ValidationError as error:
+            why = f"the answer is no JSON, is this an Orchard? It begins: {excerpt(self.body)} ({error})"
             raise ClientError(why) from None
 
 
@@ -555,6 +555,6 @@ def excerpt(body: bytes) -> str:
 def _refusal(answer: ClientResponse) -> ResponseError:
     try:
         message = parse_json(answer.body)["message"]
-    except (APIError, TypeError, KeyError):
+    except (ValidationError, TypeError, KeyError):
         message = f"not an answer of Orchard's: {excerpt(answer.body)}"
     return ResponseError(answer.status, str(message))

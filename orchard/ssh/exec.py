@@ -31,7 +31,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard import logs
-from orchard.codec import APIError, dump_json, parse_json, shown
+from orchard.codec import APIError, ValidationError, dump_json, parse_json, shown
 from orchard.nursery import first_exception, unwrap_groups
 from orchard.reach import VMAccess
 from orchard.schema import ENV_NAME, VM
@@ -314,8 +314,8 @@ async def _feed(process: Any, command: Command, peer: WebSocketConnection, scope
             break
         try:
             await _act(process, command, parse_json(message.encode() if isinstance(message, str) else message))
-        except APIError as error:
-            await _say(peer, {"type": "error", "error": error.message})
+        except (APIError, ValidationError) as error:
+            await _say(peer, {"type": "error", "error": str(error)})
             break
     scope.cancel()
 

@@ -175,7 +175,7 @@ class JumpHost:
     # -- who, and where to
 
     def login(self, username: str, password: str) -> ServiceAccount | auth.Access:
-        """Find who logs in. Raises APIError when nobody may by these credentials."""
+        """Return who logs in with these credentials. Raises UnauthenticatedError, ForbiddenError."""
         if username == auth.TOKEN_USER and username not in self._state.accounts:
             return auth.read_access_token(self._access_key, password, self._clock())
         assert self._gate is not None
@@ -373,11 +373,11 @@ class _Server(asyncssh.SSHServer):
             await asyncio.sleep(jump.failures.delay(self._source))
             try:
                 jump.login(username, password)
-            except APIError as error:
+            except (auth.UnauthenticatedError, auth.ForbiddenError) as error:
                 jump.failures.refused(self._source)
                 shown = username[:64]
                 _logger.warning(
-                    "a login was refused", extra={"user": shown, "peer": self._source, "reason": error.message}
+                    "a login was refused", extra={"user": shown, "peer": self._source, "reason": str(error)}
                 )
             else:
                 jump.failures.accepted(self._source)
@@ -392,7 +392,7 @@ class _Server(asyncssh.SSHServer):
         if self._jump._gate is None:
             return None
         if self._credentials is None:
-            raise APIError(401, "nobody has logged in")
+            raise auth.UnauthenticatedError("nobody has logged in")
         return self._jump.login(*self._credentials)
 
     def connection_requested(
@@ -414,8 +414,8 @@ class _Server(asyncssh.SSHServer):
             vm = self._jump.vm_named(name, who)
             if not 0 < port < 65536:
                 raise APIError(400, f"port is {port}, expected 1 to 65535")
-        except APIError as error:
-            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, error.message) from None
+        except (APIError, auth.UnauthenticatedError, auth.ForbiddenError) as error:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(error)) from None
         account = who.account if isinstance(who, auth.Access) else who.name if who else "-"
         _logger.info(
             "a tunnel is opened", extra={"vm": vm.name, "port": port, "account": account, "peer": self._source}

@@ -29,8 +29,8 @@ from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished
 from test_forward import echo, listening, receive_exactly
 from test_processes import free_port
 
+from orchard.auth import UnauthenticatedError
 from orchard.client import Client as OrchardClient
-from orchard.codec import APIError
 from orchard.controller import ControllerSettings, Running, run
 from orchard.ssh import jump
 from orchard.testing import Cluster, cluster
@@ -428,7 +428,7 @@ async def test_a_login_waits_longer_after_each_that_failed_and_before_it_is_look
     def login(host: jump.JumpHost, username: str, password: str) -> None:
         looked.append((password, trio.current_time() - began))
         if password != "right":
-            raise APIError(401, "no")
+            raise UnauthenticatedError("no")
 
     monkeypatch.setattr(jump.JumpHost, "login", login)
     host = jump.JumpHost.__new__(jump.JumpHost)
