@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import errno
-import http.client
 import json
 import re
 import signal
 import ssl
 import stat
 import threading
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from harness.clients import call, connect_http
 from harness.disks import FailingDisk
-from harness.processes import Role, controller, finished
+from harness.processes import PLAIN, controller, finished
 
 from orchard import auth
 from orchard import controller as program
@@ -29,35 +26,6 @@ from orchard.net import tls
 from orchard.schema import ServiceAccount
 from orchard.storage.events import EventLog
 from orchard.store import Store
-
-PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
-
-
-def call(
-    url: str, method: str, path: str, body: object = None, *, token: str = "", context: ssl.SSLContext | None = None
-) -> tuple[int, Any]:
-    """Send one request by the standard library's client."""
-    parts = urllib.parse.urlsplit(url)
-    assert parts.hostname is not None
-    connection: http.client.HTTPConnection = (
-        http.client.HTTPConnection(parts.hostname, parts.port)
-        if context is None
-        else http.client.HTTPSConnection(parts.hostname, parts.port, context=context)
-    )
-    headers = {}
-    if token:
-        headers["Authorization"] = "Basic " + base64.b64encode(f"bootstrap-admin:{token}".encode()).decode()
-    try:
-        connection.request(method, parts.path + path, None if body is None else json.dumps(body), headers)
-        answer = connection.getresponse()
-        text = answer.read()
-    finally:
-        connection.close()
-    return answer.status, json.loads(text) if text else None
-
-
-def log_lines(role: Role) -> list[str]:
-    return role.log.read_text().splitlines()
 
 
 def test_the_first_start_makes_an_account_a_certificate_and_says_how_to_get_in(tmp_path: Path) -> None:
@@ -106,7 +74,7 @@ def test_who_guesses_is_told_to_wait_and_who_knows_is_let_in(tmp_path: Path) -> 
         assert call(url, "GET", "/v1/vms")[0] == 401, "who shows nothing has not guessed"
         assert call(url, "GET", "/v1/vms", token="wrong")[0] == 429
         assert role.stop() == 0
-    assert sum("wrong credentials again and again" in line for line in log_lines(role)) == 1
+    assert sum("wrong credentials again and again" in line for line in role.log_lines()) == 1
 
 
 def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
@@ -124,13 +92,11 @@ def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
 def test_a_signal_ends_it_with_status_0_though_clients_are_connected(tmp_path: Path, number: signal.Signals) -> None:
     with controller(*PLAIN, home=tmp_path) as (role, url):
         call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})
-        parts = urllib.parse.urlsplit(url)
-        watching = http.client.HTTPConnection("127.0.0.1", parts.port or 0)
+        watching = connect_http(url)
         watching.request("GET", "/v1/vms/vm?watch=true")
         stream = watching.getresponse()
         assert json.loads(stream.readline())["type"] == "ADDED"
-        idle = http.client.HTTPConnection("127.0.0.1", parts.port or 0)
-        idle.connect()
+        idle = connect_http(url)
         assert role.stop(number) == 0
         assert b"ADDED" not in stream.read(), "the stream ended as a stream should"
         watching.close()
@@ -142,7 +108,7 @@ def test_each_request_is_one_line_of_the_log(tmp_path: Path) -> None:
         call(url, "GET", "/v1/vms/a%0Alevel=forged?filter=hidden", token="s3cret")
         call(url, "GET", "/v1/", token="s3cret")
         role.stop()
-    requests = [text for text in log_lines(role) if "method=" in text]
+    requests = [text for text in role.log_lines() if "method=" in text]
     assert len(requests) == 2
     first = dict(re.findall(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)', requests[0]))
     assert first["level"] == "info"

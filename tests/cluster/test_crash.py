@@ -21,8 +21,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, LISTENING, Role, at_last, command, controller, environment, finished, started
-from test_controller import PLAIN, call
+from harness.clients import call
+from harness.processes import (
+    GENEROUS,
+    LISTENING,
+    PLAIN,
+    Role,
+    at_last,
+    command,
+    controller,
+    environment,
+    finished,
+    started,
+)
 
 from orchard import fsck
 from orchard.storage.journal import Disk, Journal

@@ -18,10 +18,22 @@ from typing import Any
 import jwt
 import pytest
 import trio
-import websockets.sync.client
+from harness.clients import (
+    ADMIN_ENV,
+    SocketHandler,
+    admin_client,
+    connect_websocket,
+    echo,
+    listening,
+    make_bootstrap_token,
+    read_until_closed,
+    receive_exactly,
+    refusal,
+    running_vm,
+    wait_workers,
+    websocket_url,
+)
 from harness.processes import at_rest, controller, eventually, finished, started
-from test_processes import ADMIN, admin, let_in, workers_of
-from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from orchard import auth, tunnel
 from orchard.client import Client, ResponseError
@@ -29,59 +41,12 @@ from orchard.codec import APIError
 from orchard.net.websocket import TunnelStream
 from orchard.testing import Cluster, cluster
 
-Handler = Callable[[trio.SocketStream], Any]
-
 
 @asynccontextmanager
-async def listening(handler: Handler) -> AsyncIterator[int]:
-    """What listens in a VM, on its address 127.0.0.1; give the port."""
-    async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(partial(trio.serve_tcp, handler, 0, host="127.0.0.1"))
-        yield listeners[0].socket.getsockname()[1]
-        nursery.cancel_scope.cancel()
-
-
-async def echo(stream: trio.SocketStream) -> None:
-    async for data in stream:
-        await stream.send_all(data)
-
-
-@asynccontextmanager
-async def vm_with(handler: Handler = echo, **options: Any) -> AsyncIterator[tuple[Cluster, int]]:
+async def vm_with(handler: SocketHandler = echo, **options: Any) -> AsyncIterator[tuple[Cluster, int]]:
     """A cluster with a VM "vm" that runs, and something that listens in it."""
-    async with cluster(**options) as c, listening(handler) as port:
-        await c.client.vms.create(name="vm", image="any")
-        await c.client.vms.wait("vm")
+    async with running_vm(**options) as c, listening(handler) as port:
         yield c, port
-
-
-def socket_url(c: Cluster, path: str, **query: object) -> str:
-    words = "&".join(f"{name}={value}" for name, value in query.items())
-    return f"{c.url.replace('http', 'ws', 1)}/v1{path}?{words}"
-
-
-def outside(url: str) -> websockets.sync.client.ClientConnection:
-    """Connect by a client that knows nothing of Orchard; for a thread. What comes while it sends is kept."""
-    return websockets.sync.client.connect(url, max_size=None, max_queue=None, compression=None)
-
-
-def until_closed(client: websockets.sync.client.ClientConnection) -> tuple[int, int, str]:
-    """Read to the end; give how many bytes came, and the close code and reason."""
-    size = 0
-    try:
-        while True:
-            size += len(client.recv())
-    except ConnectionClosed as closed:
-        return (size, closed.rcvd.code, closed.rcvd.reason) if closed.rcvd is not None else (size, 0, "")
-
-
-async def receive_exactly(stream: trio.abc.Stream, size: int) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        more = await stream.receive_some(size - len(data))
-        assert more, f"it ended after {len(data)} bytes"
-        data += more
-    return bytes(data)
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
@@ -89,7 +54,7 @@ async def receive_exactly(stream: trio.abc.Stream, size: int) -> bytes:
 
 async def test_bytes_arrive_as_they_were_sent_in_messages_of_any_size() -> None:
     def talk(url: str) -> None:
-        with outside(url) as client:
+        with connect_websocket(url) as client:
             for size in (1, 2, 125, 126, 65535, 65536, 65537, 500_000):
                 sent = hashlib.shake_128(b"%d" % size).digest(size)
                 client.send(sent)
@@ -103,7 +68,7 @@ async def test_bytes_arrive_as_they_were_sent_in_messages_of_any_size() -> None:
             assert client.recv() == b"text is bytes, too"
 
     async with vm_with() as (c, port):
-        await trio.to_thread.run_sync(talk, socket_url(c, "/vms/vm/port-forward", port=port))
+        await trio.to_thread.run_sync(talk, websocket_url(c, "/vms/vm/port-forward", port=port))
 
 
 async def test_a_message_may_have_any_size_and_goes_on_before_it_is_complete() -> None:
@@ -122,7 +87,7 @@ async def test_a_message_may_have_any_size_and_goes_on_before_it_is_complete() -
 
     def talk(url: str) -> None:
         data = b"0123456789abcdef" * (size // 16)
-        with outside(url) as client:
+        with connect_websocket(url) as client:
 
             def fragments() -> Iterator[bytes]:
                 yield data[:100_000]
@@ -133,7 +98,7 @@ async def test_a_message_may_have_any_size_and_goes_on_before_it_is_complete() -
             assert client.recv(timeout=60) == b"complete"
 
     async with vm_with(listen) as (c, port):
-        await trio.to_thread.run_sync(talk, socket_url(c, "/vms/vm/port-forward", port=port))
+        await trio.to_thread.run_sync(talk, websocket_url(c, "/vms/vm/port-forward", port=port))
     assert got.hexdigest() == hashlib.sha256(b"0123456789abcdef" * (size // 16)).hexdigest()
 
 
@@ -175,11 +140,11 @@ async def test_an_end_in_the_vm_reaches_the_client_after_all_bytes() -> None:
         await stream.send_all(b"x" * 1_000_000)
 
     def talk(url: str) -> tuple[int, int, str]:
-        with outside(url) as client:
-            return until_closed(client)
+        with connect_websocket(url) as client:
+            return read_until_closed(client)
 
     async with vm_with(say_and_go) as (c, port):
-        url = socket_url(c, "/vms/vm/port-forward", port=port)
+        url = websocket_url(c, "/vms/vm/port-forward", port=port)
         assert await trio.to_thread.run_sync(talk, url) == (1_000_000, 1000, "")
 
 
@@ -224,11 +189,11 @@ async def closed_with(url: str, then: Callable[[], Any]) -> tuple[int, str]:
     result: list[tuple[int, str]] = []
 
     def talk() -> None:
-        with outside(url) as client:
+        with connect_websocket(url) as client:
             client.send(b"hello")
             assert client.recv() == b"hello"
             token.run_sync_soon(opened.set)
-            result.append(until_closed(client)[1:])
+            result.append(read_until_closed(client)[1:])
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trio.to_thread.run_sync, talk)
@@ -250,20 +215,20 @@ async def test_a_reset_in_the_vm_is_told_from_an_end() -> None:
         resets[0].set()
 
     async with vm_with(echo_until_reset) as (c, port):
-        code, reason = await closed_with(socket_url(c, "/vms/vm/port-forward", port=port), reset)
+        code, reason = await closed_with(websocket_url(c, "/vms/vm/port-forward", port=port), reset)
     assert code == 1011
     assert "reset" in reason
 
 
 async def test_a_deleted_vm_ends_its_tunnels_and_says_so() -> None:
     async with vm_with() as (c, port):
-        url = socket_url(c, "/vms/vm/port-forward", port=port)
+        url = websocket_url(c, "/vms/vm/port-forward", port=port)
         assert await closed_with(url, partial(c.client.vms.delete, "vm")) == (1001, 'VM "vm" was deleted')
 
 
 async def test_a_worker_that_reconnects_ends_what_went_through_it() -> None:
     async with vm_with() as (c, port), trio.open_nursery() as nursery:
-        url = socket_url(c, "/vms/vm/port-forward", port=port)
+        url = websocket_url(c, "/vms/vm/port-forward", port=port)
         watch = c.client.rpc_watch("worker-1")
 
         async def reconnect() -> None:
@@ -290,26 +255,26 @@ async def test_a_worker_that_is_killed_in_a_transfer_ends_it(tmp_path: Path) -> 
     ):
 
         def talk(forward: str) -> tuple[int, int, str]:
-            with outside(forward) as client:
+            with connect_websocket(forward) as client:
                 first = len(client.recv())
                 worker.process.kill()
-                size, code, reason = until_closed(client)
+                size, code, reason = read_until_closed(client)
                 return first + size, code, reason
 
         c = Cluster(url, Client(url))
         async with c.client, listening(pour) as port:
-            await workers_of(c.client, 1)
+            await wait_workers(c.client, 1)
             await c.client.vms.create(name="vm", image="any")
             await c.client.vms.wait("vm")
             with trio.fail_after(60):
-                told = await trio.to_thread.run_sync(talk, socket_url(c, "/vms/vm/port-forward", port=port))
+                told = await trio.to_thread.run_sync(talk, websocket_url(c, "/vms/vm/port-forward", port=port))
     assert told[0] > 0
     assert told[1:] == (1011, "the connection to the worker was lost")
 
 
 async def test_a_failed_vm_ends_its_tunnels_and_says_why() -> None:
     async with vm_with() as (c, port):
-        url = socket_url(c, "/vms/vm/port-forward", port=port)
+        url = websocket_url(c, "/vms/vm/port-forward", port=port)
         report = {"status": "failed", "status_message": "no more"}
         ended = await closed_with(url, partial(c.client.vms.report, "vm", report))
         assert ended == (1001, 'VM "vm" has failed: no more')
@@ -329,11 +294,11 @@ async def test_tunnels_end_with_the_process_that_they_go_through(
     ):
         c = Cluster(url, Client(url))
         async with c.client, listening(echo) as port:
-            await workers_of(c.client, 1)
+            await wait_workers(c.client, 1)
             await c.client.vms.create(name="vm", image="any")
             await c.client.vms.wait("vm")
             end = partial(trio.to_thread.run_sync, worker.process.kill if role == "worker" else control.stop)
-            assert await closed_with(socket_url(c, "/vms/vm/port-forward", port=port), end) == expected
+            assert await closed_with(websocket_url(c, "/vms/vm/port-forward", port=port), end) == expected
 
 
 async def test_a_tunnel_that_nobody_takes_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,19 +323,6 @@ async def forgetful(*_: object) -> None:
 
 
 # ---- refusals are plain answers ------------------------------------------------------------------------------------
-
-
-async def refusal(c: Cluster, path: str, **query: object) -> tuple[int, str]:
-    """Give the status and the message of a WebSocket that is refused."""
-
-    def attempt() -> tuple[int, str]:
-        with pytest.raises(InvalidStatus) as refused:
-            outside(socket_url(c, path, **query))
-        response = refused.value.response
-        assert response.body is not None
-        return response.status_code, json.loads(response.body)["message"]
-
-    return await trio.to_thread.run_sync(attempt)
 
 
 async def test_what_cannot_be_reached_is_refused_before_the_upgrade() -> None:
@@ -641,12 +593,12 @@ def test_the_key_outlives_restarts_and_is_nobody_elses(tmp_path: Path) -> None:
 
 
 async def test_a_tunnel_over_tls_between_processes(tmp_path: Path) -> None:
-    with controller(home=tmp_path, env=ADMIN) as (_, url):
-        async with admin(url, tmp_path) as client, listening(echo) as port:
-            token = await let_in(client, tmp_path)
+    with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
+        async with admin_client(url, tmp_path) as client, listening(echo) as port:
+            token = await make_bootstrap_token(client, tmp_path)
             arguments = (url, "--runtime", "synthetic", "--bootstrap-token", token)
             with started("worker", *arguments, home=tmp_path):
-                await workers_of(client, 1)
+                await wait_workers(client, 1)
                 await client.vms.create(name="vm", image="any")
                 async with client.vms.port_forward("vm", port, wait=60) as stream:
                     assert isinstance(stream, TunnelStream)

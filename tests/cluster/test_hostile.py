@@ -10,17 +10,10 @@ import subprocess
 import urllib.parse
 from pathlib import Path
 
-from harness.processes import GENEROUS, at_last, controller
-from test_controller import PLAIN, call, log_lines
+from harness.clients import call, connect_http
+from harness.processes import GENEROUS, PLAIN, at_last, controller
 
 SHORT = 60.0  # seconds until a socket gives up; nothing is asserted about time
-
-
-def connected(url: str) -> http.client.HTTPConnection:
-    host, _, port = url.removeprefix("http://").partition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=SHORT)
-    connection.connect()
-    return connection
 
 
 def status_of(connection: http.client.HTTPConnection) -> int:
@@ -32,13 +25,13 @@ def status_of(connection: http.client.HTTPConnection) -> int:
 
 def test_no_descriptor_left_stops_nobody_who_is_there_and_newcomers_only_for_a_while(tmp_path: Path) -> None:
     with controller(*PLAIN, home=tmp_path) as (role, url):
-        there = connected(url)
+        there = connect_http(url)
         assert status_of(there) == 200
         pid = role.process.pid
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         taken = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir())
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (taken + 1, before[1]))
-        newcomers = [connected(url) for _ in range(5)]
+        newcomers = [connect_http(url) for _ in range(5)]
         for newcomer in newcomers:
             newcomer.request("GET", "/v1/")
         for _ in range(50):
@@ -51,7 +44,7 @@ def test_no_descriptor_left_stops_nobody_who_is_there_and_newcomers_only_for_a_w
         assert role.stop() == 0
     log = role.log.read_text()
     assert "Traceback" not in log
-    complaints = [line for line in log_lines(role) if "Too many open files" in line]
+    complaints = [line for line in role.log_lines() if "Too many open files" in line]
     assert len(complaints) == 1
     assert "retrying" in complaints[0]
 
@@ -71,7 +64,7 @@ def test_no_descriptor_left_makes_ssh_wait_and_is_told_once(tmp_path: Path) -> N
             newcomer.close()
         assert role.stop() == 0
     assert "Traceback" not in role.log.read_text()
-    complaints = [line for line in log_lines(role) if "Too many open files" in line]
+    complaints = [line for line in role.log_lines() if "Too many open files" in line]
     assert len(complaints) < 10, "asyncio has a hundred at once"
     assert "retrying" in complaints[0]
 
@@ -121,5 +114,5 @@ def test_no_name_is_more_than_a_name(tmp_path: Path) -> None:
         for image in ("-rf", "--help", "a\0b"):
             assert call(url, "POST", "/v1/vms", {"name": "vm", "image": image})[0] == 412, image
         assert role.stop() == 0
-    assert not any(line.startswith("level=") for line in log_lines(role))
+    assert not any(line.startswith("level=") for line in role.log_lines())
     assert "\x1b" not in role.log.read_text()

@@ -4,50 +4,18 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from harness.processes import Role, controller, eventually, finished, processes_in, started
+from harness.clients import ADMIN_ENV, admin_client, make_bootstrap_token, wait_workers
+from harness.processes import Role, controller, eventually, finished, free_port, processes_in, started
 
 from orchard.auth import BootstrapToken
 from orchard.client import Client
 from orchard.schema import TART_VMS
 
-ADMIN = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "admin-token"}
 SCRIPT = 'echo begins; echo "$TEXT"; read line || echo end of file; echo over >&2\n'
 TEXT = "quotes ' and \" and `backticks` and $HOME\nand a second line"
-
-
-@asynccontextmanager
-async def admin(url: str, home: Path) -> AsyncIterator[Client]:
-    certificate = (home / "controller" / "controller.crt").read_bytes()
-    async with Client(url, account="bootstrap-admin", token="admin-token", certificate=certificate) as client:
-        yield client
-
-
-async def let_in(client: Client, home: Path) -> str:
-    """Make an account for workers, and give a bootstrap token for it, by the command for that."""
-    await client.service_accounts.create("workers", roles=["compute:read", "compute:write"])
-    made = finished_orchard(home, "bootstrap-token", "workers")
-    token = BootstrapToken.parse(made)
-    assert token.certificate is not None
-    return made.strip()
-
-
-def finished_orchard(home: Path, *arguments: str) -> str:
-    done = finished("", *arguments, home=home)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-async def workers_of(client: Client, count: int) -> None:
-    async def there() -> bool:
-        return len(await client.workers.list()) == count
-
-    await eventually(there)
 
 
 async def lines_of(client: Client, name: str, count: int) -> list[str]:
@@ -66,13 +34,13 @@ async def gone(directory: Path) -> None:
 
 
 async def test_a_vms_whole_life_over_tls_with_a_bootstrap_token(tmp_path: Path) -> None:
-    with controller(home=tmp_path, env=ADMIN) as (control, url):
-        async with admin(url, tmp_path) as client:
-            token = await let_in(client, tmp_path)
+    with controller(home=tmp_path, env=ADMIN_ENV) as (control, url):
+        async with admin_client(url, tmp_path) as client:
+            token = await make_bootstrap_token(client, tmp_path)
             with started(
                 "worker", url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", token, home=tmp_path
             ) as worker:
-                await workers_of(client, 1)
+                await wait_workers(client, 1)
                 script = {"script_content": SCRIPT, "env": {"TEXT": TEXT}}
                 await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos:latest", startup_script=script)
                 vm = await client.vms.wait("vm")
@@ -98,7 +66,7 @@ async def test_a_killed_worker_leaves_nothing_once_it_is_back(tmp_path: Path) ->
             arguments = (url, "--runtime", "synthetic", "--name", "mac")
             homes = tmp_path / "synthetic" / "mac" / "mac"
             with started("worker", *arguments, home=tmp_path) as worker:
-                await workers_of(client, 1)
+                await wait_workers(client, 1)
                 script = {"script_content": "echo begins; sleep 1000 & sleep 1000"}
                 await client.vms.create(name="lost", image="any", startup_script=script)
                 await client.vms.create(name="deleted", image="any", startup_script=script)
@@ -129,7 +97,7 @@ async def test_vms_run_on_while_the_controller_is_away(tmp_path: Path) -> None:
         with started("controller", *listen, home=tmp_path) as first:
             first.wait_for(re.compile("orchard controller .* listening"))
             async with Client(url) as client:
-                await workers_of(client, 1)
+                await wait_workers(client, 1)
                 await client.vms.create(name="vm", image="any")
                 before = await client.vms.wait("vm")
             first.stop(signal.SIGKILL)
@@ -144,20 +112,13 @@ async def test_vms_run_on_while_the_controller_is_away(tmp_path: Path) -> None:
         assert worker.stop() == 0
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
 async def test_many_synthetic_workers_in_one_process(tmp_path: Path) -> None:
     with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
         arguments = (url, "--runtime", "synthetic", "--name", "w", "--workers", "20")
         options = ("--resources", f"{TART_VMS}=1,gpu=2", "--labels", "model=mini", "--default-cpu", "3")
         with started("worker", *arguments, *options, home=tmp_path) as worker:
             async with Client(url) as client:
-                await workers_of(client, 20)
+                await wait_workers(client, 20)
                 one = await client.workers.get("w-20")
                 assert (one.labels, one.resources[TART_VMS], one.resources["gpu"]) == ({"model": "mini"}, 1, 2)
                 for number in range(20):
@@ -194,8 +155,8 @@ async def test_a_worker_says_why_there_is_no_session_and_tries_again(tmp_path: P
 
 
 async def test_a_worker_with_a_refused_token_ends_with_2(tmp_path: Path) -> None:
-    with controller(home=tmp_path, env=ADMIN) as (_, url):
-        async with admin(url, tmp_path) as client:
+    with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
+        async with admin_client(url, tmp_path) as client:
             certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
             await client.service_accounts.create("reader", roles=["compute:read"], token="t")
             for token, words in (
@@ -212,9 +173,9 @@ async def test_a_worker_with_a_refused_token_ends_with_2(tmp_path: Path) -> None
 
 async def test_a_worker_that_must_not_trust_the_controller_says_so(tmp_path: Path) -> None:
     other = tmp_path / "other"
-    with controller(home=other, env=ADMIN):
+    with controller(home=other, env=ADMIN_ENV):
         wrong = (other / "controller" / "controller.crt").read_bytes()
-    with controller(home=tmp_path, env=ADMIN) as (_, url):
+    with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         for certificate, words in ((wrong, "another one than the one to trust"), (None, "not trusted")):
             token = BootstrapToken("bootstrap-admin", "admin-token", certificate)
             arguments = (url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", str(token))

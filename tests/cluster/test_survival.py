@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from harness.processes import GENEROUS, LISTENING, Role, controller, eventually, processes_in, started
+from harness.processes import GENEROUS, LISTENING, Role, controller, eventually, free_port, processes_in, started
 
 from orchard.client import Client
 from orchard.schema import TART_VMS, VM
@@ -408,13 +407,6 @@ async def test_a_session_that_is_lost_while_the_worker_settles_has_settled_nothi
                         assert (now.uid, now.state.status, now.state.restart_count) == (vm.uid, "running", 0)
                         assert ended_well(worker)
                         await eventually(lambda: s.host.states() == {vm.tart_name: "running"})
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 # ---- cut off -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ import trio
 POLL_SECONDS = 0.01  # between two looks; what is looked at gets the processor meanwhile
 GENEROUS = 60  # seconds until a test gives up on a process; nothing is asserted about time
 LISTENING = re.compile(r"orchard controller [0-9.]+ is listening on (\S+)")
+# Arguments of a controller that speaks plain HTTP and lets everybody do everything.
+PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
 
 
 @dataclass
@@ -36,6 +39,9 @@ class Role:
             if match := pattern.match(line):
                 return match
         raise AssertionError(f"it ended with {self.process.wait(GENEROUS)}: {self.said} {self.log.read_text()}")
+
+    def log_lines(self) -> list[str]:
+        return self.log.read_text().splitlines()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal, and give the exit status."""
@@ -104,6 +110,13 @@ def finished(
         timeout=GENEROUS,
         check=False,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
 
 
 async def eventually(holds: Callable[[], Awaitable[bool] | bool]) -> None:

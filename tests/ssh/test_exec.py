@@ -11,14 +11,13 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import asyncssh
 import pytest
 import trio
 import trio_asyncio  # type: ignore[import-untyped]  # it has no types
+from harness.clients import connect_websocket, listening, refusal, running_vm, websocket_url
 from harness.processes import GENEROUS, at_last, eventually
-from test_forward import listening, outside, refusal, socket_url
 from test_worker import Site
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
@@ -27,21 +26,13 @@ from orchard.client import Client, ResponseError
 from orchard.codec import APIError
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.exec import Command
-from orchard.testing import Cluster, cluster
+from orchard.testing import Cluster
 
 
 @pytest.fixture
 def ssh_port(sshd: int, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(vm_exec, "SSH_PORT", sshd)
     return sshd
-
-
-@asynccontextmanager
-async def vm(**options: Any) -> AsyncIterator[Cluster]:
-    async with cluster(**options) as c:
-        await c.client.vms.create(name="vm", image="any")
-        await c.client.vms.wait("vm")
-        yield c
 
 
 def nothing(client: ClientConnection) -> None:
@@ -76,8 +67,7 @@ async def ran(
     """Run a command, and give its frames."""
 
     def talk() -> list[dict[str, Any]]:
-        words = urlencode({"command": command, **query})
-        with outside(f"{socket_url(c, '/vms/vm/exec')}{words}") as client:
+        with connect_websocket(websocket_url(c, "/vms/vm/exec", command=command, **query)) as client:
             send(client)
             return frames(client)
 
@@ -90,7 +80,7 @@ def exited(code: int) -> dict[str, Any]:
 
 
 async def test_a_command_says_what_it_prints_and_how_it_ended(ssh_port: int) -> None:
-    async with vm() as c:
+    async with running_vm() as c:
         assert await ran(c, "echo out; exit 3") == [{"type": "stdout", "data": b"out\n"}, exited(3)]
         assert await ran(c, "echo err >&2") == [{"type": "stderr", "data": b"err\n"}, exited(0)]
         assert await ran(c, "true") == [exited(0)]
@@ -110,7 +100,7 @@ async def test_what_fails_in_the_loop_of_ssh_is_logged_and_ends_nothing(
         return await log_in(*arguments)
 
     monkeypatch.setattr(vm_exec, "_log_in", noting)
-    async with vm() as c:
+    async with running_vm() as c:
         assert await ran(c, "true") == [exited(0)]
         loops[0].call_soon(lambda: 1 / 0)
         await eventually(lambda: "ZeroDivisionError" in caplog.text)
@@ -125,7 +115,7 @@ async def test_stdin_arrives_and_ends(ssh_port: int) -> None:
             client.send(stdin(data[start : start + 100_000]))
         client.send(stdin(b""))
 
-    async with vm() as c:
+    async with running_vm() as c:
         told = await ran(c, "cat", send, interactive="true")
         assert [(frame["type"], len(frame.get("data", b""))) for frame in told] == [("stdout", len(data)), ("exit", 0)]
         assert told[0]["data"] == data
@@ -135,7 +125,7 @@ async def test_variables_are_data_and_the_directory_is_entered(ssh_port: int, tm
     nasty = 'it\'s "$HOME" `id` $(id)\nnext'
     odd = tmp_path / "a 'b' $c"
     odd.mkdir()
-    async with vm() as c:
+    async with running_vm() as c:
         told = await ran(c, 'printf "%s" "$VALUE"', nothing, **{"env[VALUE]": nasty, "env[OTHER]": ""})
         assert told == [{"type": "stdout", "data": nasty.encode()}, exited(0)]
         assert (await ran(c, "pwd", workdir=str(odd)))[0]["data"].decode() == f"{odd}\n"
@@ -154,7 +144,7 @@ async def test_variables_are_data_and_the_directory_is_entered(ssh_port: int, tm
     ],
 )
 async def test_a_frame_that_is_not_understood_ends_it_with_the_reason(ssh_port: int, frame: str, words: str) -> None:
-    async with vm() as c:
+    async with running_vm() as c:
         told = await ran(c, "sleep 1000", lambda client: client.send(frame), interactive="1")
         assert told[-1]["type"] == "error"
         assert words in told[-1]["error"]
@@ -167,12 +157,12 @@ async def test_a_client_that_goes_away_ends_the_command(ssh_port: int, tmp_path:
     command = f"trap 'touch {ended}; exit' TERM HUP; touch {begun}; while :; do sleep 0.05; done"
 
     def talk(url: str) -> None:
-        with outside(url):
+        with connect_websocket(url):
             while not begun.exists():
                 pass
 
-    async with vm() as c:
-        url = f"{socket_url(c, '/vms/vm/exec')}{urlencode({'command': command})}"
+    async with running_vm() as c:
+        url = websocket_url(c, "/vms/vm/exec", command=command)
         await trio.to_thread.run_sync(talk, url)
         await eventually(ended.exists)
 
@@ -186,7 +176,7 @@ async def test_a_client_is_pinged(
 
     def talk() -> list[dict[str, Any]]:
         url = f"ws://127.0.0.1:{site.port}/v1/vms/vm/exec?command=cat&interactive=true"
-        with outside(url) as client:
+        with connect_websocket(url) as client:
             at_last(lambda: "< PING" in caplog.text)
             client.send(stdin(b""))
             return frames(client)
@@ -209,7 +199,7 @@ async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(
         return connections[-1]
 
     monkeypatch.setattr(vm_exec, "_log_in", noted)
-    async with vm() as c:
+    async with running_vm() as c:
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(expect, c, "echo hello", b"hello\n")
@@ -229,7 +219,7 @@ async def expect(c: Cluster, command: str, output: bytes) -> None:
 
 async def test_a_deleted_vm_ends_its_commands(ssh_port: int, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    async with vm() as c, trio.open_nursery() as nursery:
+    async with running_vm() as c, trio.open_nursery() as nursery:
         told: list[dict[str, Any]] = []
 
         async def run() -> None:
@@ -279,7 +269,7 @@ async def test_whatever_a_guest_says_in_place_of_ssh_is_a_refusal_and_nothing_el
             await stream.send_all(HOSTILE[name])
             await stream.send_eof()
 
-    async with vm() as c, listening(say) as port:
+    async with running_vm() as c, listening(say) as port:
         monkeypatch.setattr(vm_exec, "SSH_PORT", port)
         status, message = await refusal(c, "/vms/vm/exec", command="a", wait=0)
         assert status == 503
@@ -329,7 +319,7 @@ async def breaking(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], None
 async def test_a_guest_that_breaks_the_protocol_ends_the_command_with_the_reason(
     breaks: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with breaking(monkeypatch, breaks), vm() as c:
+    async with breaking(monkeypatch, breaks), running_vm() as c:
         told = await ran(c, "any", lambda client: client.send(stdin(b"go\n")), interactive="true")
         assert told[0] == {"type": "stdout", "data": b"begun"}
         assert told[1]["type"] == "error"
@@ -338,14 +328,14 @@ async def test_a_guest_that_breaks_the_protocol_ends_the_command_with_the_reason
 
 
 async def test_refusals_are_plain_answers(ssh_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with vm() as c:
+    async with running_vm() as c:
         path = "/vms/vm/exec"
         for query, words in (
             ({}, "command is missing"),
             ({"command": "a", "rows": 0}, 'rows is "0"'),
             ({"command": "a", "tty": "maybe"}, 'tty is "maybe"'),
             ({"command": "a", "env[1A]": "x"}, 'env["1A"]'),
-            ({"command": "a%00"}, "command holds a NUL"),
+            ({"command": "a\0"}, "command holds a NUL"),
         ):
             status, message = await refusal(c, path, **query)
             assert status == 400
@@ -365,7 +355,7 @@ def not_installed() -> None:
 
 
 async def test_an_access_token_is_enough(ssh_port: int) -> None:
-    async with vm(auth=True) as c:
+    async with running_vm(auth=True) as c:
         token = (await c.client.vms.issue_access_token("vm")).token
         async with Client(c.url, access_token=token) as bearer:
             async with bearer.vms.exec("vm", "cat; exit 4", interactive=True) as running:
@@ -381,7 +371,7 @@ async def test_an_access_token_is_enough(ssh_port: int) -> None:
 
 
 async def test_a_terminal_can_be_had_and_resized(ssh_port: int) -> None:
-    async with vm() as c, c.client.vms.exec("vm", "true", tty=True, rows=10, cols=20) as running:
+    async with running_vm() as c, c.client.vms.exec("vm", "true", tty=True, rows=10, cols=20) as running:
         await running.resize(30, 40)
         assert [kind async for kind, _ in running] in ([], ["stdout"])
         assert running.exit_code == 0

@@ -25,9 +25,8 @@ import trio.testing
 import trio_asyncio  # type: ignore[import-untyped]
 from asyncssh.constants import MSG_USERAUTH_REQUEST
 from asyncssh.packet import Boolean, String
-from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished, processes_in, started
-from test_forward import echo, listening, receive_exactly
-from test_processes import free_port
+from harness.clients import echo, listening, receive_exactly
+from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished, free_port, processes_in, started
 
 from orchard.auth import UnauthenticatedError
 from orchard.client import Client as OrchardClient

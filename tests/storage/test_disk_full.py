@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness.clients import call
 from harness.disks import SmallDisk
-from harness.processes import at_last, controller
+from harness.processes import PLAIN, at_last, controller
 from harness.strategies import assigned, pending, running, worker
-from test_controller import PLAIN, call
 from test_store import ACCOUNT, SETTINGS, delete, has_room, opened, put, read, refusal, writing
 from trio.testing import MockClock
 
