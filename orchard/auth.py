@@ -43,7 +43,6 @@ TOKEN_LENGTH = 32  # characters of a random token: 190 bits
 TOKEN_ALPHABET = string.ascii_letters + string.digits  # a shell, a URL and a double click all take it for one word
 BOOTSTRAP_PREFIX = "orchard-bootstrap-token-v0"
 BOOTSTRAP_ADMIN = "bootstrap-admin"
-KEY_BYTES = 32  # of the key that signs access tokens
 ISSUER = "orchard-controller"
 AUDIENCE = "orchard-vm-access"
 SCOPES = ("vm:port-forward", "vm:ip", "vm:ssh-jumpbox")

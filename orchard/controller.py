@@ -37,8 +37,17 @@ from orchard import __version__, auth, daemon, logs, scheduler, transitions
 from orchard.api import API
 from orchard.codec import APIError
 from orchard.daemon import listen_address, orchard_home, seconds
-from orchard.files import LockError, lock_directory
-from orchard.fsck import ACCESS_KEY_FILE, EVENTS, exposed
+from orchard.files import (
+    ACCESS_KEY_BYTES,
+    ACCESS_KEY_FILE,
+    CONTROLLER_LOCK_FILE,
+    EVENTS_DIRECTORY,
+    SSH_HOST_KEY_FILE,
+    LockError,
+    lock_directory,
+    write_private,
+)
+from orchard.fsck import exposed
 from orchard.liveness import Liveness
 from orchard.net import tcp, tls
 from orchard.net.server import Limits, serve
@@ -48,7 +57,7 @@ from orchard.reach import VMAccess
 from orchard.schema import NAME, VM, ServiceAccount, Worker
 from orchard.ssh.exec import Executor
 from orchard.storage.events import EventLog
-from orchard.storage.journal import Broken, DamagedError, Disk, NotWritten
+from orchard.storage.journal import Broken, DamagedError, NotWritten
 from orchard.store import Change, Store
 from orchard.tunnel import Rendezvous
 
@@ -268,7 +277,7 @@ def _task(vm: VM) -> tuple[object, ...]:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     try:
-        with lock_directory(directory, "controller.lock"):
+        with lock_directory(directory, CONTROLLER_LOCK_FILE):
             yield
     except LockError as error:
         raise StartError(f"cannot use the data directory: {error}; another can be given with --data-dir") from error
@@ -283,7 +292,7 @@ def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
                 raise StartError(problem)
             store = Store.open(directory, utc_now())
             stack.callback(store.close)
-            events = EventLog(directory / EVENTS)
+            events = EventLog(directory / EVENTS_DIRECTORY)
             events.open({vm.uid for vm in store.state.vms.values()})
         except (DamagedError, NotWritten, OSError) as error:
             raise StartError(str(error)) from error
@@ -295,20 +304,12 @@ def access_key(directory: Path) -> bytes:
     path = directory / ACCESS_KEY_FILE
     try:
         if not path.exists():
-            draft = path.with_suffix(".new")
-            draft.unlink(missing_ok=True)
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-                os.fchmod(file.fileno(), 0o600)  # whatever the umask
-                file.write(secrets.token_bytes(auth.KEY_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-            Disk().sync_directory(directory)
+            write_private(path, secrets.token_bytes(ACCESS_KEY_BYTES))
         key = path.read_bytes()
     except OSError as error:
         raise StartError(f"cannot use the key {path}: {error.strerror}") from error
-    if len(key) != auth.KEY_BYTES:
-        raise StartError(f"{path} holds {len(key)} bytes, expected {auth.KEY_BYTES}; without it, tokens are lost")
+    if len(key) != ACCESS_KEY_BYTES:
+        raise StartError(f"{path} holds {len(key)} bytes, expected {ACCESS_KEY_BYTES}; without it, tokens are lost")
     return key
 
 
@@ -412,7 +413,7 @@ async def _serve_ssh(
         raise StartError(NO_SSH) from None
     host, port = settings.ssh
     try:
-        host_key = jump.host_key(settings.ssh_host_key or settings.data_dir / jump.HOST_KEY_FILE)
+        host_key = jump.host_key(settings.ssh_host_key or settings.data_dir / SSH_HOST_KEY_FILE)
         server = jump.JumpHost(store.state, vm_access, gate if settings.ssh_auth else None, key, utc_now)
         started: int = await nursery.start(server.serve, host, port, host_key, settings.ping_interval)
     except ValueError as error:

@@ -1,7 +1,13 @@
-"""One process per directory. Law: one file, and the system's lock on it.
+"""Files of the data directories: their names, durable private writes, and the lock that keeps a second process out.
 
-The lock (flock) ends with the process, however that ends, so a stale one does not exist. The number of the process in
-the file is for people only.
+The contents of the files are written elsewhere: the state and events by `storage/`, the keys by whoever uses them.
+
+`write_private` writes a draft beside the file, syncs it and renames it, so that a crash leaves the old file or the new
+one. On macOS, fsync leaves data in the drive's cache; `sync_file` uses F_FULLFSYNC where the platform has it.
+
+The lock is flock(2), which ends with the process that holds it. The process number in the lock file is for people.
+
+This module imports little, because the supervisor of a VM must start fast.
 """
 
 from __future__ import annotations
@@ -9,22 +15,87 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
-from pathlib import Path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# In the controller's data directory.
+STATE_FILE = "state.jsonl"
+RESERVE_FILE = "reserve"
+EVENTS_DIRECTORY = "events"
+ACCESS_KEY_FILE = "access-token.key"
+TLS_CERTIFICATE_FILE = "controller.crt"
+TLS_KEY_FILE = "controller.key"
+SSH_HOST_KEY_FILE = "ssh_host_ed25519_key"
+CONTROLLER_LOCK_FILE = "controller.lock"
+# In the directory of a worker's VMs.
+WORKER_LOCK_FILE = "worker.lock"
+
+# The state holds the service accounts with their tokens.
+SECRET_FILES = (STATE_FILE, ACCESS_KEY_FILE, TLS_KEY_FILE, SSH_HOST_KEY_FILE)
+
+ACCESS_KEY_BYTES = 32
 
 
 class LockError(Exception):
-    """The directory can't be had; str() says why."""
+    """The directory cannot be locked; str() says why."""
+
+
+def sync_file(fd: int) -> None:
+    """Wait until the contents of an open file or directory are on the drive. Raises OSError."""
+    # macOS: fsync alone leaves the data in the drive's cache.
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def sync_directory(directory: Path) -> None:
+    """Wait until the names of the files in a directory are on the drive. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync_file(fd)
+    finally:
+        os.close(fd)
+
+
+def draft_of(path: Path) -> Path:
+    """Return the path of the draft that is written before it replaces `path`."""
+    return path.with_name(path.name + ".new")
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Create or replace a file of mode 0600, whatever the umask; it is durable when this returns. Raises OSError.
+
+    A crash leaves the old file or the new one, and possibly a draft, which the next call replaces.
+    """
+    draft = draft_of(path)
+    draft.unlink(missing_ok=True)
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(data)
+            file.flush()
+            sync_file(file.fileno())
+        draft.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
 
 
 @contextlib.contextmanager
 def lock_directory(directory: Path, file_name: str) -> Iterator[None]:
-    """Keep every other process out of a directory, which is made if need be (mode 0700). Raises LockError."""
+    """Hold the lock of a directory, which is created with mode 0700 if it does not exist. Raises LockError."""
     try:
         new = not directory.is_dir()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if new:
-            directory.chmod(0o700)  # whatever the umask
+            # The umask may have taken bits from the mode.
+            directory.chmod(0o700)
         descriptor = os.open(directory / file_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)
     except OSError as error:

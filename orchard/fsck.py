@@ -18,16 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchard import auth
+from orchard.files import (
+    ACCESS_KEY_BYTES,
+    ACCESS_KEY_FILE,
+    EVENTS_DIRECTORY,
+    SECRET_FILES,
+    STATE_FILE,
+    TLS_CERTIFICATE_FILE,
+    TLS_KEY_FILE,
+)
 from orchard.net import tls
 from orchard.storage.events import EventFile
 from orchard.storage.journal import DamagedError, Disk, Journal
-from orchard.store import STATE_FILE, State, check, load_state
+from orchard.store import State, check, load_state
 
-EVENTS = "events"  # directory in the data directory
-ACCESS_KEY_FILE = "access-token.key"
-SSH_HOST_KEY_FILE = "ssh_host_ed25519_key"
-SECRETS = (STATE_FILE, ACCESS_KEY_FILE, tls.KEY_FILE, SSH_HOST_KEY_FILE)  # the state holds accounts with their tokens
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -55,7 +59,7 @@ def exposed(directory: Path) -> list[str]:
     mode = stat.S_IMODE(directory.stat().st_mode)
     if mode & OTHERS_WRITE:
         problems.append(f"{directory} can be written by others than its owner (mode {mode:o}); chmod 700 it")
-    for path in (directory / name for name in SECRETS):
+    for path in (directory / name for name in SECRET_FILES):
         mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0
         if mode & (stat.S_IRWXG | stat.S_IRWXO):
             problems.append(f"{path} can be read by others than its owner (mode {mode:o}); chmod 600 it")
@@ -66,7 +70,7 @@ def inspect(directory: Path) -> FsckReport:
     """Look through a data directory. Raises OSError when it or a file in it can't be read."""
     report = FsckReport()
     report.problems += exposed(directory)
-    events = sorted((directory / EVENTS).iterdir()) if (directory / EVENTS).is_dir() else []
+    events = sorted((directory / EVENTS_DIRECTORY).iterdir()) if (directory / EVENTS_DIRECTORY).is_dir() else []
     readable = _inspect_state(directory, report)
     for path in events:
         _inspect_events(path, report, readable)
@@ -131,9 +135,9 @@ def _inspect_keys(directory: Path, report: FsckReport) -> None:
         report.problems.append(
             f"{key} is missing; restore it from a backup, or have the next start make another: tokens for VMs are lost"
         )
-    elif (size := key.stat().st_size) != auth.KEY_BYTES:
-        report.problems.append(f"{key}: it has {size} bytes, expected {auth.KEY_BYTES}; restore it from a backup")
-    certificate, key = directory / tls.CERTIFICATE_FILE, directory / tls.KEY_FILE
+    elif (size := key.stat().st_size) != ACCESS_KEY_BYTES:
+        report.problems.append(f"{key}: it has {size} bytes, expected {ACCESS_KEY_BYTES}; restore it from a backup")
+    certificate, key = directory / TLS_CERTIFICATE_FILE, directory / TLS_KEY_FILE
     if not certificate.exists():
         if key.exists():
             report.notes.append(f"{key} is without its certificate; the next start that needs them makes both anew")

@@ -37,14 +37,13 @@ from typing import Any, Literal, TypeVar
 import trio
 
 from orchard.codec import APIError, ValidationError, decode, dump_json, encode, format_time, replace
+from orchard.files import RESERVE_FILE, STATE_FILE
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 from orchard.storage.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten, Reserve
 
-STATE_FILE = "state.jsonl"  # in the data directory
 VERSION = 1  # of the file; a newer one is refused, an older one is upgraded in _header_of
 COMPACT_BYTES = 4 * 1024 * 1024  # of journal, before a new snapshot is worth its writing
 COMPACT_RATIO = 3  # and it is this many times the snapshot: the cost of compaction stays a share of the writes
-RESERVE_FILE = "reserve"  # in the data directory
 RESERVE_BYTES = 1024 * 1024  # kept free for a full disk: a report takes about two thousand, a deletion a hundred
 RESERVE_SHARE = 4  # the part of it, one in so many, that a batch may take which also adds something
 REFILL_SECONDS = 1.0  # between two tries to fill the reserve again; so long may a disk have room and nobody uses it

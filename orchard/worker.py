@@ -45,7 +45,7 @@ from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
 from orchard.daemon import count, orchard_home, pairs, resources
-from orchard.files import LockError, lock_directory
+from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.net.transport import in_words
 from orchard.net.wsframes import BROKEN, NORMAL
 from orchard.nursery import first_exception, unwrap_groups
@@ -740,7 +740,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Two workers with the same VMs in front of them would delete each other's.
         place = orchard_home() / "synthetic" / worker_name(options) if synthetic else orchard_home()
         daemon.raise_descriptor_limit()  # each tunnel has two
-        with lock_directory(place, "worker.lock"), unwrap_groups():
+        with lock_directory(place, WORKER_LOCK_FILE), unwrap_groups():
             trio.run(until_signal, options, client, strict_exception_groups=True)
     except RefusedError as error:
         print(f"orchard worker: {error}", file=sys.stderr)

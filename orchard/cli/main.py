@@ -28,13 +28,12 @@ from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError
 from orchard.controller import PORT, StartError
 from orchard.daemon import count, orchard_home, port
-from orchard.files import LockError, lock_directory
+from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.fsck import inspect
-from orchard.net.tls import CERTIFICATE_FILE
 from orchard.nursery import unwrap_groups
 from orchard.schema import VM
 from orchard.storage.journal import DamagedError, Disk, Journal
-from orchard.store import STATE_FILE, load_state
+from orchard.store import load_state
 from orchard.tart import TartDriver
 from orchard.testing import Cluster, cluster
 from orchard.vm.driver import Driver
@@ -164,7 +163,7 @@ def _host_to_itself(options: argparse.Namespace) -> Iterator[None]:
         return
     if getattr(options, "workers", 1) > 1:
         raise LockError("one host's VMs belong to one worker, so --workers is for --synthetic")
-    with lock_directory(orchard_home(), "worker.lock"):
+    with lock_directory(orchard_home(), WORKER_LOCK_FILE):
         yield
 
 
@@ -177,7 +176,7 @@ def bootstrap_token(options: argparse.Namespace) -> int:
     path = directory / STATE_FILE
     try:
         state = load_state(path, Journal(path, Disk()).read())
-        certificate = directory / CERTIFICATE_FILE
+        certificate = directory / TLS_CERTIFICATE_FILE
         pem = certificate.read_bytes() if certificate.exists() and not options.no_certificate else None
     except OSError as error:
         return _complain(f"cannot read the controller's data in {directory}: {error.strerror}; see --data-dir")

@@ -12,7 +12,6 @@ does both, so that nobody can do one without the other.
 from __future__ import annotations
 
 import hashlib
-import os
 import ssl
 import stat
 import subprocess
@@ -21,8 +20,8 @@ from pathlib import Path
 
 import trio
 
-CERTIFICATE_FILE = "controller.crt"
-KEY_FILE = "controller.key"
+from orchard.files import TLS_CERTIFICATE_FILE, TLS_KEY_FILE, write_private
+
 HOST_NAME = "orchard-controller"  # in the certificate; existing clients ask for it by this name
 DAYS = 3650  # a certificate that nobody renews must not run out
 OPENSSL_SECONDS = 30.0  # a key on an elliptic curve takes none of them
@@ -66,14 +65,14 @@ def fingerprint(pem: bytes) -> str:
 
 async def self_signed(directory: Path) -> tuple[Path, Path]:
     """Give (certificate, key) of a directory, made at the first call. Raises TLSError."""
-    certificate, key = directory / CERTIFICATE_FILE, directory / KEY_FILE
+    certificate, key = directory / TLS_CERTIFICATE_FILE, directory / TLS_KEY_FILE
     if certificate.exists():
         if not key.exists():
             raise TLSError(f"{certificate} has no key: {key} is missing; bring it back, or remove the certificate, too")
         return certificate, key
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="tls-") as draft:
-            made = Path(draft) / CERTIFICATE_FILE, Path(draft) / KEY_FILE
+            made = Path(draft) / TLS_CERTIFICATE_FILE, Path(draft) / TLS_KEY_FILE
             await _make(*made)
             await trio.to_thread.run_sync(_put_in_place, made, (certificate, key))
     except OSError as error:
@@ -107,22 +106,9 @@ async def _make(certificate: Path, key: Path) -> None:
 
 def _put_in_place(made: tuple[Path, Path], wanted: tuple[Path, Path]) -> None:
     """Move key and certificate where they belong, durably, the certificate last."""
-    for source in made:
-        source.chmod(0o600)
-        _sync(source)
     (made_certificate, made_key), (certificate, key) = made, wanted
-    made_key.replace(key)
-    _sync(key.parent)
-    made_certificate.replace(certificate)
-    _sync(certificate.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_private(key, made_key.read_bytes())
+    write_private(certificate, made_certificate.read_bytes())
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:

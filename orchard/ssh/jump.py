@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -39,6 +38,7 @@ from asyncssh.kex import get_kex_algs
 
 from orchard import auth, logs
 from orchard.codec import APIError
+from orchard.files import write_private
 from orchard.nursery import unwrap_groups
 from orchard.reach import VMAccess
 from orchard.schema import VM, ServiceAccount
@@ -55,7 +55,6 @@ START_SECONDS = 10.0  # between a tunnel that is open and the channel that it is
 WAIT = 10  # seconds for a VM to run and its worker to connect
 LINGER_SECONDS = 10.0  # of silence of a VM after its client has sent all; a request may take as long to be answered
 RECEIVE_BYTES = 256 * 1024  # that a channel may be ahead of its VM, beside the 2 MiB of its window
-HOST_KEY_FILE = "ssh_host_ed25519_key"
 # What the client likes best of these is used. Dropbear guesses that ours begins with curve25519.
 KEY_EXCHANGE = (
     "curve25519-sha256",
@@ -73,20 +72,8 @@ _logger = logging.getLogger("orchard.vm.script")
 def host_key(path: Path) -> asyncssh.SSHKey:
     """Read the host key, made at the first start. Raises OSError, ValueError."""
     if not path.exists():
-        draft = path.with_name(path.name + ".new")
-        draft.unlink(missing_ok=True)
-        text = asyncssh.generate_private_key("ssh-ed25519", comment="orchard").export_private_key()
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            os.fchmod(file.fileno(), 0o600)  # whatever the umask
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        key = asyncssh.generate_private_key("ssh-ed25519", comment="orchard")
+        write_private(path, key.export_private_key())
     if path.stat().st_mode & 0o077:
         raise ValueError(f"{path} can be read by others than its owner; chmod 600 it")
     try:

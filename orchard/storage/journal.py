@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +32,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from orchard.files import draft_of, sync_directory, sync_file
 
 SUM_BYTES = 8  # of the digest: 2**-64 for a damaged line to pass
 _START = re.compile(rb'\{"sum":"([0-9a-f]{%d})",' % (2 * SUM_BYTES))
@@ -78,20 +79,13 @@ class Disk:
         os.ftruncate(fd, size)
 
     def sync(self, fd: int) -> None:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone leaves the data in the drive's cache
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(fd)
+        sync_file(fd)
 
     def replace(self, source: Path, target: Path) -> None:
         os.replace(source, target)  # noqa: PTH105 -- beside its sisters
 
     def sync_directory(self, directory: Path) -> None:
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync_directory(directory)
 
 
 class Journal:
@@ -287,11 +281,6 @@ class Reserve:
             yield fd
         finally:
             os.close(fd)
-
-
-def draft_of(path: Path) -> Path:
-    """Name the file in which a new one is written, before it takes the place of `path`."""
-    return path.with_name(path.name + ".new")
 
 
 def chain(last: bytes, rest: bytes) -> bytes:

@@ -19,7 +19,6 @@ from harness.processes import GENEROUS, controller, finished, started
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
-from orchard.fsck import SSH_HOST_KEY_FILE
 
 STEP = re.compile(r" +[0-9]+\.[0-9]{3} s  (.*)\n")
 
@@ -303,7 +302,3 @@ def test_check_of_nothing(tmp_path: Path) -> None:
     done = finished("", "check", str(tmp_path / "none"), home=tmp_path)
     assert (done.returncode, done.stderr) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
     assert finished("", "check", "a", "b", home=tmp_path).returncode == 2
-
-
-def test_check_knows_the_name_of_the_ssh_host_key() -> None:
-    assert pytest.importorskip("orchard.ssh.jump").HOST_KEY_FILE == SSH_HOST_KEY_FILE

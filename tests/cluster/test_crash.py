@@ -36,8 +36,9 @@ from harness.processes import (
 )
 
 from orchard import fsck
+from orchard.files import STATE_FILE
 from orchard.storage.journal import Disk, Journal
-from orchard.store import STATE_FILE, State, load_state
+from orchard.store import State, load_state
 
 CRASH = Path(__file__).parent.parent.parent / "bench" / "crash.py"
 LIBFAKETIME = (("/usr/lib", "*/faketime/libfaketimeMT.so.1"), ("/usr/lib", "faketime/libfaketimeMT.so.1"))
