@@ -23,7 +23,6 @@ import math
 import os
 import resource
 import secrets
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,10 +32,10 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth, daemon, logs, scheduler, transitions
+from orchard import __version__, auth, scheduler, transitions
 from orchard.api import API
 from orchard.codec import APIError
-from orchard.daemon import listen_address, orchard_home, seconds
+from orchard.daemon import orchard_home, parse_address, parse_seconds, run_program, run_until_signal
 from orchard.files import (
     ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,
@@ -504,22 +503,20 @@ def arguments() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     port = os.environ.get("PORT") or str(PORT)
-    add("--listen", metavar="HOST:PORT", type=listen_address, default=f":{port}",
+    add("--listen", metavar="HOST:PORT", type=parse_address, default=f":{port}",
         help=f"address to serve on; default :{PORT} on all addresses, the port from $PORT")  # fmt: skip
     add("--data-dir", metavar="DIR", type=Path, help="directory of the state; default $ORCHARD_HOME/controller")
     add("--api-prefix", metavar="P", type=api_prefix, default="", help="path that is put before /v1")
     add("--controller-cert", metavar="FILE", type=Path, help="TLS certificate (chain) in PEM; default: self-signed")
     add("--controller-key", metavar="FILE", type=Path, help="its private key in PEM")
-    add(
-        "--listen-ssh", metavar="HOST:PORT", type=listen_address, help="address to serve SSH into VMs on; default: none"
-    )
+    add("--listen-ssh", metavar="HOST:PORT", type=parse_address, help="address to serve SSH into VMs on; default: none")
     add("--ssh-host-key", metavar="FILE", type=Path, help="its private key; default: made at the first start")
     add("--insecure-ssh-no-client-auth", action="store_true", help="let everybody into every VM's SSH port")
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
     add("--insecure-no-auth", action="store_true", help="let everybody do everything")
-    add("--worker-offline-timeout", metavar="S", type=seconds, default=OFFLINE_TIMEOUT,
+    add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=OFFLINE_TIMEOUT,
         help="seconds of silence after which a worker's VMs fail; default %(default)g")  # fmt: skip
-    add("--ping-interval", metavar="S", type=seconds, default=PING_INTERVAL,
+    add("--ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
         help="seconds between two pings on each WebSocket; default %(default)g")  # fmt: skip
     add("--debug", action="store_true", help="log more")
     add("--version", action="version", version=f"orchard {__version__}")
@@ -566,25 +563,15 @@ def announce(running: Running, out: TextIO) -> None:
     print(f"orchard controller {__version__} is listening on {running.url}", file=out, flush=True)
 
 
-async def until_signal(settings: ControllerSettings) -> None:
-    """Run a controller until SIGTERM or SIGINT; a second one does not wait for anybody."""
+async def run_and_announce(settings: ControllerSettings) -> None:
+    """Run a controller until SIGTERM or SIGINT; a second signal ends it without waiting for requests in progress."""
     stop = trio.Event()
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+
+    async def control() -> None:
         async with trio.open_nursery() as nursery:
+            announce(await nursery.start(partial(run, settings, stop=stop)), sys.stdout)
 
-            async def listen_to_signals() -> None:
-                async for number in signals:
-                    if stop.is_set():
-                        nursery.cancel_scope.cancel()
-                    _logger.info("stopping", extra={"signal": signal.Signals(number).name})
-                    stop.set()
-
-            async def control(task_status: trio.TaskStatus[Running]) -> None:
-                await run(settings, stop=stop, task_status=task_status)
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(listen_to_signals)
-            announce(await nursery.start(control), sys.stdout)
+    await run_until_signal(control, stop=stop)
 
 
 def collect_garbage_less() -> None:
@@ -600,16 +587,10 @@ def collect_garbage_less() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; give the exit status."""
     settings, debug = settings_of(arguments(), argv)
-    log_stream = logs.configure(debug=debug)
-    daemon.raise_descriptor_limit()
     collect_garbage_less()
-    try:
-        with unwrap_groups():
-            trio.run(until_signal, settings, instruments=[log_stream], strict_exception_groups=True)
-    except (StartError, Broken) as error:
-        print(f"orchard controller: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(
+        "orchard controller", partial(run_and_announce, settings), {StartError: 1, Broken: 1}, debug=debug
+    )
 
 
 if __name__ == "__main__":

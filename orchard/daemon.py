@@ -1,96 +1,164 @@
-"""What people write on a command line: addresses, time spans, lists of pairs. Law: pure, but for the environment.
+"""How a process of Orchard starts and stops, and how its command line is read.
 
-Each reader is a `type=` for argparse: it raises ArgumentTypeError that repeats the text and says what was expected.
+`run_program` is the common part of every `main`: log configuration, limit of open files, one line on stderr and an exit
+status for an error that was expected. `run_until_signal` handles SIGTERM and SIGINT. The `parse_*` functions are
+`type=` functions for argparse: they raise ArgumentTypeError with the text and what was expected; argparse then exits
+with status 2.
+
+What a role does between its start and its stop is in its own module.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import re
 import resource
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-MAX_RESOURCE = 2**53 - 1  # JSON numbers are exact up to there
+import trio
+
+from orchard import logs
+from orchard.nursery import unwrap_groups
+
+# JSON numbers are exact up to here.
+_MAX_AMOUNT = 2**53 - 1
 _ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})")
-_WHOLE = re.compile(r"[0-9]{1,16}")  # as many digits as MAX_RESOURCE has; int() takes its time for thousands
+# As many digits as _MAX_AMOUNT has: int() takes long for texts of thousands of digits.
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,16}")
+# Enough for thousands of workers, watchers and tunnels. The default limit is 256 on macOS.
+_OPEN_FILES_WANTED = 65_536
+# macOS refuses more than this where it reports the hard limit as "unlimited".
+_OPEN_FILES_FALLBACK = 10_240
+
+_logger = logging.getLogger("orchard.daemon")
 
 
 def orchard_home() -> Path:
-    """Where Orchard keeps its things: $ORCHARD_HOME, or ~/.orchard."""
+    """Return the directory for everything that Orchard stores: $ORCHARD_HOME, or ~/.orchard."""
     return Path(os.environ.get("ORCHARD_HOME") or Path.home() / ".orchard")
 
 
-def listen_address(text: str) -> tuple[str | None, int]:
-    """Read HOST:PORT, [IPV6]:PORT or :PORT, which is every address (None)."""
+# ---- start and stop ------------------------------------------------------------------------------------------------
+
+
+def run_program(
+    name: str,
+    work: Callable[[], Awaitable[None]],
+    failures: Mapping[type[Exception], int],
+    *,
+    debug: bool = False,
+    quiet: bool = False,
+) -> int:
+    """Run `work` under trio until it returns, and return the exit status of the process.
+
+    `failures` maps the errors that `work` may raise to exit statuses: such an error is printed to stderr as one line
+    that begins with `name`. Any other exception propagates. For `debug` and `quiet` see `logs.configure`.
+    """
+    log_stream = logs.configure(debug=debug, quiet=quiet)
+    raise_open_files_limit()
+    try:
+        with unwrap_groups():
+            trio.run(work, instruments=[log_stream], strict_exception_groups=True)
+    except tuple(failures) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return next(status for kind, status in failures.items() if isinstance(error, kind))
+    return 0
+
+
+async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Event | None = None) -> None:
+    """Run `work` until it returns, or until SIGTERM or SIGINT.
+
+    Without `stop`, the first signal cancels `work`. With `stop`, the first signal sets it, so that `work` can end by
+    itself, and a second signal cancels `work`.
+    """
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def handle_signals() -> None:
+                async for number in signals:
+                    _logger.info("stopping", extra={"signal": signal.Signals(number).name})
+                    if stop is None or stop.is_set():
+                        nursery.cancel_scope.cancel()
+                    else:
+                        stop.set()
+
+            nursery.start_soon(handle_signals)
+            await work()
+            nursery.cancel_scope.cancel()
+
+
+def raise_open_files_limit() -> None:
+    """Raise this process's limit of open files as far as the system allows, up to 65,536."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (_OPEN_FILES_WANTED, _OPEN_FILES_FALLBACK):
+        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < limit:
+            with suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                return
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def parse_address(text: str) -> tuple[str | None, int]:
+    """Parse HOST:PORT, [IPV6]:PORT or :PORT. The host is None for :PORT, which means all addresses."""
     match = _ADDRESS.fullmatch(text)
     if match is None or int(match[3]) > 65535:
-        raise argparse.ArgumentTypeError(f'"{text}" is no address, expected HOST:PORT, [IPV6]:PORT or :PORT')
+        raise argparse.ArgumentTypeError(f'address is "{text}", expected HOST:PORT, [IPV6]:PORT or :PORT')
     return match[1] or match[2] or None, int(match[3])
 
 
-def port(text: str) -> int:
-    """Read a TCP port to listen on; 0 is any."""
-    if not _WHOLE.fullmatch(text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f'"{text}" is no port, expected a whole number from 0 to 65535')
+def parse_port(text: str) -> int:
+    """Parse a TCP port to listen on. 0 means any free port."""
+    if not _WHOLE_NUMBER.fullmatch(text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f'port is "{text}", expected a whole number from 0 to 65535')
     return int(text)
 
 
-def seconds(text: str) -> float:
-    """Read a time span in seconds, above 0."""
+def parse_seconds(text: str) -> float:
+    """Parse a time span in seconds, above 0."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'"{text}" is no number of seconds, expected one above 0')
+        raise argparse.ArgumentTypeError(f'time span is "{text}", expected a number of seconds above 0')
     return value
 
 
-def count(text: str) -> int:
-    """Read a whole number from 1 on."""
-    if not _WHOLE.fullmatch(text) or not 0 < int(text) <= MAX_RESOURCE:
-        raise argparse.ArgumentTypeError(f'"{text}" is no count, expected a whole number from 1 on')
+def parse_count(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not _WHOLE_NUMBER.fullmatch(text) or not 0 < int(text) <= _MAX_AMOUNT:
+        raise argparse.ArgumentTypeError(f'number is "{text}", expected a whole number of at least 1')
     return int(text)
 
 
-def pairs(text: str) -> dict[str, str]:
-    """Read KEY=VALUE,KEY=VALUE."""
+def parse_pairs(text: str) -> dict[str, str]:
+    """Parse KEY=VALUE,KEY=VALUE, each key at most once. Blanks around keys and values are dropped."""
     found = {}
     for part in text.split(","):
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
-            raise argparse.ArgumentTypeError(f'"{part}" is no pair, expected KEY=VALUE[,KEY=VALUE...]')
+            raise argparse.ArgumentTypeError(f'pair is "{part}", expected KEY=VALUE[,KEY=VALUE...]')
         if key.strip() in found:
             raise argparse.ArgumentTypeError(f'"{text}" names "{key.strip()}" twice, expected each key once')
         found[key.strip()] = value.strip()
     return found
 
 
-def resources(text: str) -> dict[str, int]:
-    """Read NAME=AMOUNT,NAME=AMOUNT with whole amounts."""
+def parse_resources(text: str) -> dict[str, int]:
+    """Parse NAME=AMOUNT,NAME=AMOUNT with whole amounts."""
     found = {}
-    for name, amount in pairs(text).items():
-        if not _WHOLE.fullmatch(amount) or int(amount) > MAX_RESOURCE:
-            raise argparse.ArgumentTypeError(f'"{name}={amount}" is no resource, expected NAME=WHOLE NUMBER')
+    for name, amount in parse_pairs(text).items():
+        if not _WHOLE_NUMBER.fullmatch(amount) or int(amount) > _MAX_AMOUNT:
+            raise argparse.ArgumentTypeError(f'resource is "{name}={amount}", expected NAME=WHOLE NUMBER')
         found[name] = int(amount)
     return found
-
-
-# ---- open files
-
-DESCRIPTORS_WANTED = 65_536  # for thousands of workers, watchers and tunnels; the default limit is 256 on macOS
-DESCRIPTORS_AT_LEAST = 10_240  # what macOS allows when it says "unlimited"
-
-
-def raise_descriptor_limit() -> None:
-    """Allow this process as many open files as it may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (DESCRIPTORS_WANTED, DESCRIPTORS_AT_LEAST):
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < limit:
-            with suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-                return

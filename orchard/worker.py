@@ -28,7 +28,6 @@ import os
 import platform
 import random
 import re
-import signal
 import socket
 import sys
 import time
@@ -40,11 +39,18 @@ from typing import Any, Literal
 
 import trio
 
-from orchard import __version__, daemon, logs
+from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
-from orchard.daemon import count, orchard_home, pairs, resources
+from orchard.daemon import (
+    orchard_home,
+    parse_count,
+    parse_pairs,
+    parse_resources,
+    run_program,
+    run_until_signal,
+)
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.net.transport import in_words
 from orchard.net.wsframes import BROKEN, NORMAL
@@ -633,15 +639,25 @@ def arguments() -> argparse.ArgumentParser:
         help="what runs VMs; synthetic ones are directories, for trying things out")  # fmt: skip
     add("--tart", metavar="PATH", help="the tart (or vetu) program; default: the one on PATH")
     add(
-        "--resources", metavar="K=V,..", type=resources, default={}, help="resources to offer, instead of what is found"
+        "--resources",
+        metavar="K=V,..",
+        type=parse_resources,
+        default={},
+        help="resources to offer, instead of what is found",
     )
-    add("--labels", metavar="K=V,..", type=pairs, default={}, help="labels that VMs can ask for")
-    add("--default-cpu", metavar="N", type=count, default=DEFAULT_CPU, help="CPUs of a VM that names none")
-    add("--default-memory", metavar="MIB", type=count, default=DEFAULT_MEMORY, help="memory of a VM that names none")
+    add("--labels", metavar="K=V,..", type=parse_pairs, default={}, help="labels that VMs can ask for")
+    add("--default-cpu", metavar="N", type=parse_count, default=DEFAULT_CPU, help="CPUs of a VM that names none")
+    add(
+        "--default-memory",
+        metavar="MIB",
+        type=parse_count,
+        default=DEFAULT_MEMORY,
+        help="memory of a VM that names none",
+    )
     add("--no-pki", action="store_true", help="trust no host's CAs: a certificate must be in the bootstrap token")
     add("--stop-vms-on-exit", action="store_true",
         help="end the VMs when this worker is told to end; default: they run on, for the next one")  # fmt: skip
-    add("--workers", metavar="N", type=count, default=1, help="run N synthetic workers, NAME-1 to NAME-N")
+    add("--workers", metavar="N", type=parse_count, default=1, help="run N synthetic workers, NAME-1 to NAME-N")
     add("--debug", action="store_true", help="log more")
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
@@ -712,15 +728,15 @@ async def work(options: argparse.Namespace, client: Client) -> None:
             nursery.start_soon(WorkerService(identity, client, driver, stop_vms_on_exit=stop_vms).run)
 
 
-async def until_signal(options: argparse.Namespace, client: Client) -> None:
-    """Work until SIGTERM or SIGINT."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(work, options, client)
-            async for number in signals:
-                _logger.info("stopping", extra={"signal": signal.Signals(number).name})
-                nursery.cancel_scope.cancel()
-                return
+async def hold_host_and_work(options: argparse.Namespace, client: Client) -> None:
+    """Work until SIGTERM or SIGINT. Raises LockError, RefusedError, DriverError."""
+    synthetic = options.runtime == "synthetic"
+    if not synthetic:
+        find_tart(options.tart, options.runtime)
+    # Two workers with the same VMs in front of them would delete each other's.
+    place = orchard_home() / "synthetic" / worker_name(options) if synthetic else orchard_home()
+    with lock_directory(place, WORKER_LOCK_FILE):
+        await run_until_signal(partial(work, options, client))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -732,23 +748,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not NAME.fullmatch(worker_name(options)):
         parser.error(f'--name "{options.name}": expected letters, digits and : _ . -')
     client = connect(parser, options, bootstrap_token(parser, options))
-    logs.configure(debug=options.debug)
-    synthetic = options.runtime == "synthetic"
-    try:
-        if not synthetic:
-            find_tart(options.tart, options.runtime)
-        # Two workers with the same VMs in front of them would delete each other's.
-        place = orchard_home() / "synthetic" / worker_name(options) if synthetic else orchard_home()
-        daemon.raise_descriptor_limit()  # each tunnel has two
-        with lock_directory(place, WORKER_LOCK_FILE), unwrap_groups():
-            trio.run(until_signal, options, client, strict_exception_groups=True)
-    except RefusedError as error:
-        print(f"orchard worker: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except (LockError, DriverError) as error:
-        print(f"orchard worker: {error}", file=sys.stderr)
-        return 1
-    return 0
+    failures = {RefusedError: EXIT_REFUSED, LockError: 1, DriverError: 1}
+    return run_program("orchard worker", partial(hold_host_and_work, options, client), failures, debug=options.debug)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-"""What people write on a command line, and what they are told when it is wrong."""
+"""Start and stop of a process, and the parsers of command-line arguments."""
 
 from __future__ import annotations
 
+import io
+import signal
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import trio
 
-from orchard import controller, daemon
+from orchard import controller, daemon, logs
+from orchard.logs import TurnStream
 
-MOST = 2**53 - 1
-NO_ADDRESSES = [
+MAX_AMOUNT = 2**53 - 1
+INVALID_ADDRESSES = [
     *("", "6120", "host", "host:", "host:http", "host:65536", "host:-1", "host:+1", "host:٣", ":" + "9" * 5000),
     *("::1:22", "::1", "[]:22", "[:22", "[::1:22", "::1]:22", "[::1]", "[::1]22", "[::1]x:22", "[[::1]]:22"),
 ]
@@ -28,41 +33,41 @@ NO_ADDRESSES = [
         ("[::]:22", ("::", 22)),
     ],
 )
-def test_addresses(text: str, read: tuple[str | None, int]) -> None:
-    assert daemon.listen_address(text) == read
+def test_parse_address(text: str, read: tuple[str | None, int]) -> None:
+    assert daemon.parse_address(text) == read
 
 
 @pytest.mark.parametrize(("text", "read"), [("0", 0), ("6120", 6120), ("65535", 65535)])
-def test_ports(text: str, read: int) -> None:
-    assert daemon.port(text) == read
+def test_parse_port(text: str, read: int) -> None:
+    assert daemon.parse_port(text) == read
 
 
 @pytest.mark.parametrize(("text", "read"), [("1", 1.0), ("0.25", 0.25), ("1e3", 1000.0)])
-def test_time_spans(text: str, read: float) -> None:
-    assert daemon.seconds(text) == read
+def test_parse_seconds(text: str, read: float) -> None:
+    assert daemon.parse_seconds(text) == read
 
 
-@pytest.mark.parametrize(("text", "read"), [("1", 1), ("007", 7), (str(MOST), MOST)])
-def test_counts(text: str, read: int) -> None:
-    assert daemon.count(text) == read
+@pytest.mark.parametrize(("text", "read"), [("1", 1), ("007", 7), (str(MAX_AMOUNT), MAX_AMOUNT)])
+def test_parse_count(text: str, read: int) -> None:
+    assert daemon.parse_count(text) == read
 
 
 @pytest.mark.parametrize(
     ("text", "read"),
     [("", ""), ("/", ""), ("/orchard", "/orchard"), ("/orchard/", "/orchard"), ("/a/b-c.d", "/a/b-c.d")],
 )
-def test_paths_in_front_of_the_api(text: str, read: str) -> None:
+def test_api_prefix(text: str, read: str) -> None:
     assert controller.api_prefix(text) == read
 
 
-def test_a_key_that_is_named_twice_is_refused() -> None:
-    for reader, text in ((daemon.pairs, "a=1,b=2, a =3"), (daemon.resources, "a=1,a=1")):
+def test_duplicate_key_in_pairs_is_refused() -> None:
+    for reader, text in ((daemon.parse_pairs, "a=1,b=2, a =3"), (daemon.parse_resources, "a=1,a=1")):
         with pytest.raises(ArgumentTypeError, match='names "a" twice'):
             reader(text)
 
 
-def test_pairs_have_a_key_and_a_value_that_may_hold_anything_but_a_comma() -> None:
-    assert daemon.pairs("rack=1, zone = eu-1 ,empty=,equation=a=b") == {
+def test_parse_pairs() -> None:
+    assert daemon.parse_pairs("rack=1, zone = eu-1 ,empty=,equation=a=b") == {
         "rack": "1",
         "zone": "eu-1",
         "empty": "",
@@ -70,53 +75,110 @@ def test_pairs_have_a_key_and_a_value_that_may_hold_anything_but_a_comma() -> No
     }
 
 
-def test_resources_are_whole_amounts() -> None:
-    read = daemon.resources(f"org.cirruslabs.tart-vms=2,gpus=0,bytes={MOST}")
-    assert read == {"org.cirruslabs.tart-vms": 2, "gpus": 0, "bytes": MOST}
+def test_parse_resources() -> None:
+    read = daemon.parse_resources(f"org.cirruslabs.tart-vms=2,gpus=0,bytes={MAX_AMOUNT}")
+    assert read == {"org.cirruslabs.tart-vms": 2, "gpus": 0, "bytes": MAX_AMOUNT}
 
 
 @pytest.mark.parametrize(
     ("reader", "texts", "expected"),
     [
         (
-            daemon.listen_address,
-            NO_ADDRESSES,
+            daemon.parse_address,
+            INVALID_ADDRESSES,
             "HOST:PORT, [IPV6]:PORT or :PORT",
         ),
-        (daemon.port, ["", "65536", "-1", "http", "٣", "9" * 5000], "a whole number from 0 to 65535"),
-        (daemon.seconds, ["", "0", "-1", "nan", "inf", "1e999", "5s", "1,5"], "above 0"),
+        (daemon.parse_port, ["", "65536", "-1", "http", "٣", "9" * 5000], "a whole number from 0 to 65535"),
+        (daemon.parse_seconds, ["", "0", "-1", "nan", "inf", "1e999", "5s", "1,5"], "above 0"),
         (
-            daemon.count,
-            ["", "0", "-1", "+1", "1.0", "1_0", "٣", str(MOST + 1), "9" * 5000],
-            "a whole number from 1 on",
+            daemon.parse_count,
+            ["", "0", "-1", "+1", "1.0", "1_0", "٣", str(MAX_AMOUNT + 1), "9" * 5000],
+            "a whole number of at least 1",
         ),
         (controller.api_prefix, ["orchard", "/a//b", "/a b", "/ä", "/a?b", "/%2e", "//a"], "such as /orchard"),
-        (daemon.pairs, ["", "a", "=1", " =1", "a=1,", "a=1,b", "a=1,b c"], "KEY=VALUE"),
+        (daemon.parse_pairs, ["", "a", "=1", " =1", "a=1,", "a=1,b", "a=1,b c"], "KEY=VALUE"),
         (
-            daemon.resources,
-            ["a=", "a=-1", "a=1.5", "a=1g", "a= 1 1", f"a={MOST + 1}", "b=1,a=٣", "a=" + "9" * 5000],
+            daemon.parse_resources,
+            ["a=", "a=-1", "a=1.5", "a=1g", "a= 1 1", f"a={MAX_AMOUNT + 1}", "b=1,a=٣", "a=" + "9" * 5000],
             "WHOLE NUMBER",
         ),
     ],
 )
-def test_what_is_wrong_is_repeated_with_what_was_expected(
+def test_invalid_argument_error_names_the_value_and_what_is_accepted(
     reader: Callable[[str], object], texts: list[str], expected: str
 ) -> None:
     for text in texts:
         with pytest.raises(ArgumentTypeError) as refused:
             reader(text)
         assert expected in str(refused.value)
-        wrong = text.rpartition(",")[2] if reader in (daemon.pairs, daemon.resources) else text
+        wrong = text.rpartition(",")[2] if reader in (daemon.parse_pairs, daemon.parse_resources) else text
         assert wrong.replace(" ", "") in str(refused.value).replace(" ", "")
 
 
 @pytest.mark.parametrize(
     ("home", "read"), [(None, Path("/people/me/.orchard")), ("", Path("/people/me/.orchard")), ("/srv", Path("/srv"))]
 )
-def test_where_things_are_kept(home: str | None, read: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orchard_home(home: str | None, read: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/people/me")
     if home is None:
         monkeypatch.delenv("ORCHARD_HOME", raising=False)
     else:
         monkeypatch.setenv("ORCHARD_HOME", home)
     assert daemon.orchard_home() == read
+
+
+# ---- start and stop ------------------------------------------------------------------------------------------------
+
+
+async def test_the_first_signal_cancels_the_work() -> None:
+    async def work() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep_forever()
+
+    await daemon.run_until_signal(work)
+
+
+async def test_with_a_stop_event_the_first_signal_sets_it_and_the_second_cancels() -> None:
+    stop = trio.Event()
+    ended = trio.Event()
+
+    async def work() -> None:
+        signal.raise_signal(signal.SIGINT)
+        await stop.wait()
+        ended.set()
+        signal.raise_signal(signal.SIGTERM)
+        await trio.sleep_forever()
+
+    await daemon.run_until_signal(work, stop=stop)
+    assert ended.is_set()
+
+
+async def test_run_until_signal_returns_when_the_work_does() -> None:
+    done = trio.Event()
+
+    async def work() -> None:
+        done.set()
+
+    await daemon.run_until_signal(work)
+    assert done.is_set()
+
+
+def test_an_expected_error_becomes_one_line_and_an_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "configure", lambda **_: TurnStream(io.StringIO()))
+
+    async def fail(error: Exception) -> None:
+        async with trio.open_nursery():
+            raise error
+
+    async def succeed() -> None:
+        await trio.lowlevel.checkpoint()
+
+    failures: dict[type[Exception], int] = {FileNotFoundError: 2, OSError: 1}
+    for error, status in ((FileNotFoundError("not here"), 2), (PermissionError("not allowed"), 1)):
+        assert daemon.run_program("program", partial(fail, error), failures) == status
+        assert capsys.readouterr() == ("", f"program: {error}\n")
+    with pytest.raises(KeyError):
+        daemon.run_program("program", partial(fail, KeyError()), failures)
+    assert daemon.run_program("program", succeed, failures) == 0

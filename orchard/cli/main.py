@@ -14,23 +14,22 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
 
-from orchard import __version__, controller, logs, worker
+from orchard import __version__, controller, worker
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError
 from orchard.controller import PORT, StartError
-from orchard.daemon import count, orchard_home, port
+from orchard.daemon import orchard_home, parse_count, parse_port, run_program, run_until_signal
 from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.fsck import inspect
-from orchard.nursery import unwrap_groups
 from orchard.schema import VM
 from orchard.storage.journal import DamagedError, Disk, Journal
 from orchard.store import load_state
@@ -215,8 +214,8 @@ def arguments() -> argparse.ArgumentParser:
     shown.add_argument("--keep", action="store_true", help="leave it running, and print the curl lines to go on with")
     shown.add_argument("--image", default=DEMO_IMAGE, help="default: %(default)s")
     lasting = verbs.add_parser("dev", help="a controller and workers to develop against: loopback, no TLS, no accounts")
-    lasting.add_argument("--port", type=port, default=PORT, help="default: %(default)s; 0: any")
-    lasting.add_argument("--workers", type=count, default=1, help="default: %(default)s")
+    lasting.add_argument("--port", type=parse_port, default=PORT, help="default: %(default)s; 0: any")
+    lasting.add_argument("--workers", type=parse_count, default=1, help="default: %(default)s")
     lasting.add_argument("--directory", type=Path, default=DEV_DIRECTORY, help="default: %(default)s")
     for verb in (shown, lasting):
         verb.add_argument("--synthetic", action="store_true", help="VMs without a hypervisor, even if there is tart")
@@ -244,30 +243,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bootstrap_token(options)
     if options.verb == "check":
         return check(options)
-    logs.configure(debug=options.debug, quiet=not options.debug)
+    work = partial(run_until_signal, partial(demo if options.verb == "demo" else dev, options))
+    failures = {StartError: 1, ClientError: 1, LockError: 1}
     try:
-        with _host_to_itself(options), unwrap_groups():
-            trio.run(_until_signal, demo if options.verb == "demo" else dev, options, strict_exception_groups=True)
-    except (StartError, ClientError, LockError) as error:
+        with _host_to_itself(options):
+            return run_program("orchard", work, failures, debug=options.debug, quiet=not options.debug)
+    except LockError as error:
         return _complain(str(error))
     except BrokenPipeError:  # whoever read what is printed has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed goes there
         return 1
-    return 0
-
-
-async def _until_signal(work: Callable[[argparse.Namespace], Awaitable[None]], options: argparse.Namespace) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def work_once() -> None:
-                await work(options)
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(work_once)
-            async for _ in signals:
-                nursery.cancel_scope.cancel()
-                break
 
 
 def _complain(text: str) -> int:

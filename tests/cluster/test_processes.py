@@ -200,7 +200,7 @@ async def test_a_worker_that_must_not_trust_the_controller_says_so(tmp_path: Pat
         (["http://h:1", "--labels", "a"], 2, ['"a"', "KEY=VALUE"]),
         (["http://h:1", "--name", "a b"], 2, ["a b"]),
         (["http://h:1", "--workers", "2"], 2, ["--workers", "synthetic"]),
-        (["http://h:1", "--default-cpu", "0"], 2, ['"0"', "from 1 on"]),
+        (["http://h:1", "--default-cpu", "0"], 2, ['"0"', "at least 1"]),
     ],
 )
 def test_a_wrong_command_line_is_refused(tmp_path: Path, arguments: list[str], status: int, words: list[str]) -> None:
