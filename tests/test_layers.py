@@ -40,9 +40,8 @@ IO_MODULES = {
 # The modules that may import a package which does not come with Python (trio may be imported anywhere else).
 OUTSIDE = {
     "h11": {"net.server", "net.transport"},
-    "wsproto": {"net.server", "net.transport"},
     "trio_websocket": {
-        *("net.request", "net.server", "net.transport"),
+        *("net.request", "net.server", "net.transport", "net.websocket"),
         *("client", "tunnel", "ssh.exec", "api"),
     },
     "jwt": {"auth"},

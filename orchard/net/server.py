@@ -30,8 +30,7 @@ from functools import partial
 
 import h11
 import trio
-from trio_websocket import CloseReason, ConnectionClosed, WebSocketConnection, wrap_server_stream
-from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.net import wsframes
 from orchard.net.request import (
@@ -50,14 +49,13 @@ from orchard.net.request import (
     refused,
     too_large,
 )
-from orchard.net.websocket import TunnelStream
+from orchard.net.websocket import CLOSE_SECONDS, TunnelStream, open_messages
 from orchard.nursery import sole_exception
 
 RECEIVE_BYTES = 16 * 1024  # of one read: what a TLS record holds
 SEND_BYTES = 256 * 1024  # of one write: each has its own deadline, so that a slow reader of much is not cut off
 BODY_RATE = 4096  # bytes a second that earn a body more time; a slower one is no client but an attack
 LOOK_SECONDS = 1.0  # between two looks for clients that take nothing
-CLOSE_SECONDS = 5.0  # for the WebSocket at the other end to answer that it closes
 LOGGED_PATH = 256  # characters of a path in the log
 
 _ALWAYS = "Server: orchard\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
@@ -546,62 +544,53 @@ class _Exchange:
     # ---- WebSockets
 
     async def _websocket(self, answer: WebSocketUpgrade) -> None:
-        assert self._request is not None
-        stream = _HandOver(self._connection.stream, self._request, bytes(self._connection.buffer))
-        self._begun = True
+        connection = self._connection
         try:
-            # trio-websocket's reader and _close_at_stop die with the session.
-            async with trio.open_nursery() as nursery:
-                await self._session(answer, stream, nursery)
+            early = await self._switch()
+            async with (
+                open_messages(
+                    connection.stream,
+                    client=False,
+                    early=early,
+                    message_queue_size=answer.message_queue_size,
+                    max_message_size=answer.max_message_size,
+                    receive_buffer_size=answer.receive_buffer_size,
+                ) as websocket,
+                # The pings and _close_at_stop end with the session.
+                trio.open_nursery() as nursery,
+            ):
+                nursery.start_soon(self._close_at_stop, websocket, nursery.cancel_scope)
+                nursery.start_soon(self._ping, websocket, answer.ping_interval)
+                try:
+                    await answer.session(websocket)
+                except* ConnectionClosed:
+                    pass
+                with trio.move_on_after(CLOSE_SECONDS):
+                    await websocket.aclose()
                 nursery.cancel_scope.cancel()
-        except* ConnectionClosed:
-            pass
-        except* LocalProtocolError:
-            # Its reader answers to a ping even after our own close, and stumbles over itself.
-            if stream.closing is None:
-                raise
         finally:
             self._record(101)
-        await stream.say_why()
-        await self._connection.linger()
+        await connection.linger()
 
-    async def _session(self, answer: WebSocketUpgrade, stream: _HandOver, nursery: trio.Nursery) -> None:
-        with trio.move_on_after(self._server.limits.send_seconds) as opening:
-            proposal = await wrap_server_stream(
-                nursery,
-                stream,
-                message_queue_size=answer.message_queue_size,
-                max_message_size=answer.max_message_size,
-                receive_buffer_size=answer.receive_buffer_size,
-            )
-            websocket = await proposal.accept()
-        if opening.cancelled_caught:
-            return
-        stream.opened(websocket)
-        nursery.start_soon(self._close_at_stop, websocket, nursery.cancel_scope)
-        nursery.start_soon(self._ping, websocket, answer.ping_interval)
-        try:
-            await answer.session(websocket)
-        except* ConnectionClosed:
-            pass
-        with trio.move_on_after(CLOSE_SECONDS):
-            await websocket.aclose()
+    async def _switch(self) -> bytes:
+        """Answer that the connection becomes a WebSocket, and return what the client has sent beyond its request."""
+        assert self._request is not None
+        accept = wsframes.accept(self._request.headers.get("sec-websocket-key") or "")
+        self._begun = True
+        await self._connection.send(f"{_SWITCHING}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())
+        return self._connection.take(len(self._connection.buffer))
 
     async def _ping(self, websocket: WebSocketConnection, interval: float) -> None:
         """Ping, so that load balancers keep the connection. A pong may wait behind data, and only the next ping waits for it."""
-        with suppress(ConnectionClosed, LocalProtocolError):
+        with suppress(ConnectionClosed):
             while True:
                 await trio.sleep(interval)
                 await websocket.ping(secrets.token_bytes(4))  # by itself it would use up numbers that a test has seeded
 
     async def _tunnel(self, answer: TunnelUpgrade) -> None:
-        assert self._request is not None
-        accept = wsframes.accept(self._request.headers.get("sec-websocket-key") or "")
         connection = self._connection
-        self._begun = True
         try:
-            await connection.send(f"{_SWITCHING}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())
-            early = connection.take(len(connection.buffer))
+            early = await self._switch()
             stream = TunnelStream(connection.stream, client=False, early=early, ping_interval=answer.ping_interval)
             async with trio.open_nursery() as nursery:  # what keeps the stream going dies with the session
                 nursery.start_soon(stream.run)
@@ -619,67 +608,6 @@ class _Exchange:
         with trio.move_on_after(CLOSE_SECONDS):
             await websocket.aclose(1001, "controller is stopping")
         scope.cancel()
-
-
-class _HandOver(trio.abc.Stream):
-    """The connection's stream as trio-websocket gets it: a handshake, then what had arrived before, then the rest.
-
-    The handshake is written anew with what was checked, so that no other header reaches trio-websocket. Closing this
-    stream leaves the one below open: the connection closes it, after it has lingered.
-    """
-
-    def __init__(self, stream: trio.abc.Stream, request: Request, early: bytes) -> None:
-        key = request.headers.get("sec-websocket-key")
-        self._handshake = (
-            f"GET {request.target} HTTP/1.1\r\nHost: orchard\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n"
-        ).encode()
-        self._stream = stream
-        self._early = early
-        self._open = trio.Event()
-        self._websocket: WebSocketConnection | None = None
-        self._close_sent = False
-
-    def opened(self, websocket: WebSocketConnection) -> None:
-        self._websocket = websocket
-        self._open.set()
-
-    @property
-    def closing(self) -> CloseReason | None:
-        return self._websocket.closed if self._websocket is not None else None
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        if self._handshake:
-            await trio.lowlevel.checkpoint()
-            handshake, self._handshake = self._handshake, b""
-            return handshake
-        await self._open.wait()  # frames that come together with the handshake would be lost
-        if self._early:
-            early, self._early = self._early, b""
-            return early
-        return await self._stream.receive_some(max_bytes)
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        await self._stream.send_all(data)
-        self._close_sent = self._close_sent or data[:1] == b"\x88"  # the first byte of a close frame
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        await self.say_why()
-
-    async def say_why(self) -> None:
-        """Send the close frame that trio-websocket owes a client which violated the protocol."""
-        reason = self.closing
-        if reason is not None and reason.code in (1002, 1007) and not self._close_sent:
-            with (
-                trio.move_on_after(CLOSE_SECONDS),
-                suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
-            ):
-                await self.send_all(b"\x88\x02" + reason.code.to_bytes(2, "big"))
-        else:
-            await trio.lowlevel.checkpoint()
 
 
 # ---- the server ----------------------------------------------------------------------------------------------------

@@ -27,19 +27,17 @@ from urllib.parse import urlencode, urlsplit
 
 import h11
 import trio
-from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
-from wsproto.utilities import LocalProtocolError  # of trio-websocket's own engine, which lets it through
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard import __version__
 from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
-from orchard.net.websocket import PING_INTERVAL, TunnelStream
+from orchard.net.websocket import PING_INTERVAL, TunnelStream, open_messages
 from orchard.nursery import first_exception, unwrap_groups
 
 PORT = 6120  # of a URL that names none
 CONNECT_SECONDS = 10.0  # for TCP and TLS together
 ANSWER_SECONDS = 60.0  # for the whole answer to a request; streams have no such limit
-CLOSE_SECONDS = 2.0  # for the other end to take notice of a close
 KEPT = 8  # idle connections
 AT_ONCE = 64  # requests; the others wait
 MAX_BODY = 64 * 1024 * 1024  # bytes of an answer
@@ -47,7 +45,6 @@ MAX_HEAD = 64 * 1024  # bytes of an answer's head
 RECEIVE_BYTES = 64 * 1024  # of one read
 SWITCHING = 101  # HTTP's status of an answer that what follows is no HTTP
 MAX_SHOWN = 200  # characters of an answer that is not Orchard's
-_KEY_HEADER = b"sec-websocket-key:"
 REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
 T = TypeVar("T")
@@ -179,44 +176,6 @@ class _Switched:
 
     stream: trio.abc.Stream
     early: bytes
-
-
-class _HandOver(trio.abc.Stream):
-    """A WebSocket's stream as trio-websocket gets it, which begins with a handshake of its own: it is answered here.
-
-    So what a server says before the WebSocket is open is read in one place, with its bounds.
-    """
-
-    def __init__(self, opened: _Switched) -> None:
-        self._stream = opened.stream
-        self._early = opened.early
-        self._asked: trio.Event | None = trio.Event()  # until the handshake is answered
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        if self._asked is not None:
-            await self._asked.wait()
-            self._asked = None
-        if self._early:
-            await trio.lowlevel.checkpoint()
-            early, self._early = self._early, b""
-            return early
-        return await self._stream.receive_some(max_bytes)
-
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        if self._asked is None:
-            await self._stream.send_all(data)
-            return
-        (key,) = (line[18:].strip() for line in bytes(data).split(b"\r\n") if line.lower().startswith(_KEY_HEADER))
-        answer = "HTTP/1.1 101 \r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        self._early = f"{answer}Sec-WebSocket-Accept: {wsframes.accept(key.decode())}\r\n\r\n".encode() + self._early
-        self._asked.set()
-        await trio.lowlevel.checkpoint()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        await self._stream.wait_send_all_might_not_block()
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
 
 
 # ---- the transport -------------------------------------------------------------------------------------------------
@@ -360,31 +319,19 @@ class Transport:
 
         What the block raises comes out as it is, but for ConnectionClosed, which becomes ConnectError.
         """
-        done = False
-        try:
-            async with self._switched(path, query) as opened:
-                with unwrap_groups():
-                    async with trio.open_nursery() as nursery:  # trio-websocket's reader ends with the block
-                        websocket = await wrap_client_stream(
-                            nursery,
-                            _HandOver(opened),  # type: ignore[arg-type]  # any stream does
-                            "orchard",
-                            "/",
-                            message_queue_size=1,
-                            max_message_size=max_message_size,
-                            receive_buffer_size=RECEIVE_BYTES,
-                        )
-                        yield websocket
-                        done = True
-                        with trio.move_on_after(CLOSE_SECONDS):
-                            await websocket.aclose()
-                        nursery.cancel_scope.cancel()
-        except ConnectionClosed as error:
-            raise ConnectError(f"{self.url} closed the WebSocket ({why_closed(error)})") from None
-        except LocalProtocolError as error:
-            # trio-websocket's reader answers to a ping even after our own close, and stumbles over itself.
-            if not done:
-                raise self._lost(error) from error
+        async with self._switched(path, query) as opened:
+            try:
+                async with open_messages(
+                    opened.stream,
+                    client=True,
+                    early=opened.early,
+                    message_queue_size=1,
+                    max_message_size=max_message_size,
+                    receive_buffer_size=RECEIVE_BYTES,
+                ) as websocket:
+                    yield websocket
+            except ConnectionClosed as error:
+                raise ConnectError(f"{self.url} closed the WebSocket ({why_closed(error)})") from None
 
     @asynccontextmanager
     async def tunnel(

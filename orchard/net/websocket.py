@@ -18,12 +18,15 @@ its payload.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import trio
+from trio_websocket import WebSocketConnection, wrap_client_stream, wrap_server_stream
 
 from orchard.net import tcp, wsframes
-from orchard.net.wsframes import BROKEN, LOST, NORMAL, UNSAID, Bytes, Close, Ping, Pong
+from orchard.net.wsframes import BROKEN, LOST, NORMAL, NOT_UTF8, PROTOCOL_ERROR, UNSAID, Bytes, Close, Ping, Pong
+from orchard.nursery import unwrap_groups
 
 PING_INTERVAL = 30.0  # seconds; shorter than the idle time-out of common load balancers, 60
 RECEIVE_BYTES = 128 * 1024  # of one read; twice as many gain nothing
@@ -249,3 +252,147 @@ def why(close: Close) -> str:
     if close.code == LOST:
         return f"the peer {close.reason}" if close.reason else "the connection was lost"
     return f"closed with {close.code}: {close.reason}" if close.reason else f"closed with {close.code}"
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+_REQUEST = (
+    b"GET / HTTP/1.1\r\nHost: orchard\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+_ANSWER = "HTTP/1.1 101 \r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: {}\r\n\r\n"
+_KEY_HEADER = b"sec-websocket-key:"
+
+
+@asynccontextmanager
+async def open_messages(
+    stream: trio.abc.Stream,
+    *,
+    client: bool,
+    early: bytes,
+    message_queue_size: int,
+    max_message_size: int,
+    receive_buffer_size: int | None,
+) -> AsyncIterator[WebSocketConnection]:
+    """Run trio-websocket on a stream whose WebSocket handshake has happened, for the time of the block.
+
+    `client` says which end this is, `early` are the bytes that were read beyond the handshake. The sizes are those of
+    `trio_websocket`. At the end of the block the WebSocket is closed within `CLOSE_SECONDS`; `stream` stays open, and
+    is to be closed by the caller. Raises what the block raises, without the group of a nursery.
+    """
+    established = _EstablishedStream(stream, client=client, early=early)
+    try:
+        with unwrap_groups():
+            # The reader of trio-websocket ends with the block.
+            async with trio.open_nursery() as nursery:
+                if client:
+                    websocket = await wrap_client_stream(
+                        nursery,
+                        # trio-websocket declares sockets and TLS, and uses what any stream has.
+                        established,  # type: ignore[arg-type]
+                        "orchard",
+                        "/",
+                        message_queue_size=message_queue_size,
+                        max_message_size=max_message_size,
+                        receive_buffer_size=receive_buffer_size,
+                    )
+                else:
+                    proposal = await wrap_server_stream(
+                        nursery,
+                        established,
+                        message_queue_size=message_queue_size,
+                        max_message_size=max_message_size,
+                        receive_buffer_size=receive_buffer_size,
+                    )
+                    websocket = await proposal.accept()
+                established.opened(websocket)
+                yield websocket
+                with trio.move_on_after(CLOSE_SECONDS):
+                    await websocket.aclose()
+                nursery.cancel_scope.cancel()
+    finally:
+        await established.send_owed_close()
+
+
+class _EstablishedStream(trio.abc.Stream):
+    """A stream whose WebSocket handshake has happened, as trio-websocket reads and writes it.
+
+    trio-websocket begins with a handshake of its own. This stream plays the other side of it and sends none of it, so
+    that HTTP is read and written in one place (server.py, transport.py).
+
+    Frames are delivered one at a time, and no more once trio-websocket has begun to close. Its reader would answer to a
+    ping even after our own close frame, which its engine refuses with an exception that trio-websocket does not catch.
+    The peer's close frame ends the stream then, and with it the wait for that frame.
+
+    Closing this stream leaves the one below open.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, *, client: bool, early: bytes) -> None:
+        self._stream = stream
+        self._client = client
+        # The other side of the handshake: what trio-websocket is to read first.
+        self._handshake = b"" if client else _REQUEST
+        self._handshaken = False
+        self._open = trio.Event()
+        self._websocket: WebSocketConnection | None = None
+        self._received = memoryview(early)
+        self._boundaries = wsframes.Boundaries()
+        self._close_sent = False
+
+    def opened(self, websocket: WebSocketConnection) -> None:
+        """Deliver frames from now on."""
+        self._websocket = websocket
+        self._open.set()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self._handshake:
+            await trio.lowlevel.checkpoint()
+            handshake, self._handshake = self._handshake, b""
+            return handshake
+        await self._open.wait()
+        assert self._websocket is not None
+        while True:
+            if not self._received:
+                self._received = memoryview(await self._stream.receive_some(max_bytes))
+                if not self._received:
+                    return b""
+            size, opcode = self._boundaries.measure(self._received)
+            part, self._received = self._received[:size], self._received[size:]
+            # No checkpoint lies between this look and trio-websocket's answer to the frame.
+            if self._websocket.closed is None:
+                return bytes(part)
+            if opcode == wsframes.CLOSE:
+                return b""
+
+    async def send_all(self, data: Bytes) -> None:
+        if self._handshaken:
+            await self._stream.send_all(data)
+            # The first byte of a close frame.
+            self._close_sent = self._close_sent or data[:1] == b"\x88"
+            return
+        self._handshaken = True
+        if self._client:
+            lines = bytes(data).split(b"\r\n")
+            (key,) = (line[len(_KEY_HEADER) :].strip() for line in lines if line.lower().startswith(_KEY_HEADER))
+            self._handshake = _ANSWER.format(wsframes.accept(key.decode())).encode()
+        await trio.lowlevel.checkpoint()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self.send_owed_close()
+
+    async def send_owed_close(self) -> None:
+        """Send the close frame that trio-websocket owes a peer which broke the protocol. Waits `CLOSE_SECONDS` at most."""
+        reason = self._websocket.closed if self._websocket is not None else None
+        if reason is None or reason.code not in (PROTOCOL_ERROR, NOT_UTF8) or self._close_sent:
+            await trio.lowlevel.checkpoint()
+            return
+        key = os.urandom(4) if self._client else None
+        close = wsframes.frame(wsframes.CLOSE, wsframes.close_payload(reason.code, ""), key)
+        with (
+            trio.move_on_after(CLOSE_SECONDS),
+            suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
+        ):
+            await self.send_all(b"".join(close))

@@ -232,6 +232,40 @@ class Frames:
             events.append(Ping(payload) if self._opcode == PING else Pong(payload))
 
 
+class Boundaries:
+    """Finds where the frames of one direction of a WebSocket end, and looks at nothing but their headers' lengths."""
+
+    def __init__(self) -> None:
+        self._header = bytearray()
+        # Bytes of the payload that are still to come; None until the header is complete.
+        self._left: int | None = None
+
+    def measure(self, data: Bytes) -> tuple[int, int | None]:
+        """Return how many bytes at the front of `data` belong to the present frame, and its opcode if it ends there.
+
+        The next call must begin with the first byte after those. A frame that does not end in `data` has opcode None.
+        """
+        header, used = self._header, 0
+        if self._left is None:
+            while len(header) < (need := _header_size(header)):
+                part = data[used : used + need - len(header)]
+                if not part:
+                    return used, None
+                header += part
+                used += len(part)
+            size = header[1] & ~MASKED
+            width = 2 if size == LENGTH_16 else 8 if size == LENGTH_64 else 0
+            self._left = int.from_bytes(header[2 : 2 + width], "big") if width else size
+        taken = min(self._left, len(data) - used)
+        self._left -= taken
+        if self._left:
+            return used + taken, None
+        opcode = header[0] & OPCODE
+        header.clear()
+        self._left = None
+        return used + taken, opcode
+
+
 def _header_size(header: bytearray) -> int:
     """Give how many bytes a header has, as far as it can be known of its beginning."""
     if len(header) < 2:
