@@ -22,7 +22,7 @@ from trio_websocket import WebSocketConnection
 from orchard import __version__, auth, transitions
 from orchard.codec import APIError, InvalidError, MalformedError, dump_json, encode, parse_json, replace, shown
 from orchard.liveness import Liveness
-from orchard.net.openapi import Operation, Parameter, array_of, document, ref
+from orchard.net.openapi import Operation, Parameter, SecurityScheme, array_of, document, ref
 from orchard.net.request import (
     AnyResponse,
     HTTPError,
@@ -40,6 +40,7 @@ from orchard.schema import (
     MAX_NAME,
     VM,
     ControllerInfo,
+    Role,
     ServiceAccount,
     VMAccessToken,
     VMSpec,
@@ -47,6 +48,7 @@ from orchard.schema import (
     account_from_client,
     allows,
     check_name,
+    components,
     events_from_client,
     name_of,
     new_spec,
@@ -111,7 +113,7 @@ class API:
         self.clock = clock
         self.prefix = f"{prefix}/v1"
         self._router = Router([Route(op.method, self.prefix + op.path, op) for op in OPERATIONS])
-        self._document = dump_json(document(OPERATIONS, prefix=self.prefix, version=__version__))
+        self._document = dump_json(describe_api(self.prefix))
 
     def admit(self, request: Request) -> None:
         """Find a request's operation and its account, before its body is read. Raises HTTPError."""
@@ -122,7 +124,7 @@ class API:
 
     def _admit(self, request: Request) -> None:
         route, request.params = self._router.match(request.method, request.path)
-        operation: Operation = route.endpoint
+        operation: APIOperation = route.endpoint
         request.extra = operation
         if operation.role == "public":
             return
@@ -138,11 +140,11 @@ class API:
             auth.require(account, operation.role)
 
     def _identify(
-        self, request: Request, operation: Operation, authorization: str | None
+        self, request: Request, operation: APIOperation, authorization: str | None
     ) -> ServiceAccount | None:  # fmt: skip
         """Find the account that sends a request; None for an access token, which lets in by itself."""
         token = auth.bearer_of(authorization)
-        if token is not None and operation.vm_token:
+        if token is not None and operation.bearer is not None:
             self._admit_bearer(request, token)
             return None
         if self.gate is None:
@@ -167,7 +169,7 @@ class API:
             raise http_error(error) from error
 
     async def _handle(self, request: Request) -> AnyResponse:
-        operation: Operation = request.extra
+        operation: APIOperation = request.extra
         for _ in range(REREADS if operation.method == "GET" else 1):
             problem: Exception | None = None
             refusal: Exception
@@ -716,9 +718,14 @@ _IP = Parameter("ip", "The VM's address", _TEXT)
 _NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
 _NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
 _ANY = {"type": "object"}
+_VM_TOKEN = SecurityScheme(
+    "vmAccessToken", "an access token for the VM", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+)
+
+APIOperation = Operation[Role | Literal["public"]]
 
 # fmt: off
-OPERATIONS: tuple[Operation, ...] = (
+OPERATIONS: tuple[APIOperation, ...] = (
     Operation("GET", "/", API.hello, None, "Check that this is an Orchard and the credentials are valid"),
     Operation("GET", "/openapi.json", API.describe, "public", "Retrieve this description", answer=_ANY),
     Operation("GET", "/controller/info", API.info, None, "Retrieve controller's information",
@@ -766,12 +773,12 @@ OPERATIONS: tuple[Operation, ...] = (
               body=ref("Events"), problems=(404,), query=(_UID,)),
     Operation("GET", "/vms/{name}/port-forward", API.forward_vm, "compute:connect",
               "Port-forward to a VM using WebSocket protocol: binary messages carry the bytes",
-              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True, vm_token=True),
+              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True, bearer=_VM_TOKEN),
     Operation("GET", "/vms/{name}/ip", API.resolve_ip, "compute:connect", "Resolve the VM's IP address on the worker",
-              answer=ref("IP"), problems=(404, 503), query=(_WAIT_IP,), vm_token=True),
+              answer=ref("IP"), problems=(404, 503), query=(_WAIT_IP,), bearer=_VM_TOKEN),
     Operation("GET", "/vms/{name}/exec", API.execute, "compute:connect",
               "Run a command in a VM over SSH: JSON in text frames, data in base64. `env[NAME]=value` sets variables",
-              problems=(404, 503), query=_EXEC, websocket=True, vm_token=True),
+              problems=(404, 503), query=_EXEC, websocket=True, bearer=_VM_TOKEN),
     Operation("POST", "/vms/{name}/access-tokens", API.issue_token, "compute:write",
               "Issue a temporary VM access token", body=ref("IssueVMAccessTokenRequest"), body_required=False,
               answer=ref("VMAccessToken"), problems=(404,)),
@@ -788,3 +795,9 @@ OPERATIONS: tuple[Operation, ...] = (
               problems=(404,), query=(_WORKER_NAME,), websocket=True),
 )
 # fmt: on
+
+
+def describe_api(prefix: str) -> dict[str, Any]:
+    """Return the OpenAPI document of OPERATIONS, served below `prefix`, for example "/v1"."""
+    info = {"title": "Orchard", "description": "Orchard orchestration API", "version": __version__}
+    return document(OPERATIONS, prefix=prefix, info=info, schemas=components())

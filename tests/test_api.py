@@ -14,9 +14,8 @@ from harness.served import BEGAN, Served, served
 from trio.testing import assert_no_checkpoints
 
 from orchard import __version__, auth, transitions
-from orchard.api import API, OPERATIONS
+from orchard.api import API, OPERATIONS, APIOperation
 from orchard.controller import AT_ONCE, OFFLINE_TIMEOUT
-from orchard.net.openapi import Operation
 from orchard.net.request import Headers, Request
 from orchard.schema import TART_VMS, ServiceAccount, new_spec
 from orchard.store import Change
@@ -513,7 +512,7 @@ NO_ROLES = ServiceAccount(name="none", token="t")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: f"{op.method} {op.path}")
-async def test_every_route_asks_for_exactly_its_role(tmp_path: Path, operation: Operation) -> None:
+async def test_every_route_asks_for_exactly_its_role(tmp_path: Path, operation: APIOperation) -> None:
     target = operation.path.replace("{name}", "nobody")
     async with served(tmp_path, NO_ROLES, *ROLES_ONLY) as api:
         for credentials in (None, "Basic bm9uZTp3cm9uZw==", "Basic bm9ib2R5OnQ=", "Bearer t", "Basic !", "x"):

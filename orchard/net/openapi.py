@@ -1,8 +1,9 @@
-"""The API's description of itself: operations, and the OpenAPI document made of them. Law: pure.
+"""Operations of an HTTP API, and the OpenAPI document made of them. Pure: no I/O.
 
-An `Operation` is one line of the controller's route table. It says what is needed to serve a request (method, path,
-handler, role) and what is needed to describe it; both come from here, so that the document cannot say something else
-than the server does. The nouns' schemas come from schema.py in the same way.
+An `Operation` is one row of a route table. It holds what is needed to serve a request (method, path, handler, role) and
+what is needed to describe it. The server and the document both read that row, so the document describes what is served.
+
+This module knows neither resources nor roles: schemas come in as an argument, and a role is a string.
 """
 
 from __future__ import annotations
@@ -10,32 +11,40 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from orchard.schema import Role, components
+from typing import Any, Generic, TypeVar
 
 OPENAPI_VERSION = "3.0.3"
-# What each status means wherever an operation declares it.
+# The description of each status, the same for all operations that declare it.
 PROBLEMS: Mapping[int, str] = {
     400: "The JSON, a type or a query parameter is wrong",
     401: "No credentials, or wrong ones",
-    403: "The service account lacks the role",
+    403: "The account lacks the role",
     404: "There is no resource with the given name",
     409: "The name is already taken",
-    412: "A rule refuses it; the message says which",
+    412: "The request breaks a rule; the message names it",
     426: "The request does not ask for the WebSocket protocol",
-    429: "Too many wrong credentials came from this address; the right ones are let in at any time",
-    503: "It could not be stored, or the far end could not be reached",
+    429: "Too many wrong credentials came from this address; correct ones are accepted at any time",
+    503: "The change cannot be stored now, or the host that must carry out the request is not reachable",
     507: "The disk is full",
 }
 _PARAMETER = re.compile(r"\{(\w+)\}")
 
 Schema = Mapping[str, Any]
+RoleT = TypeVar("RoleT", bound=str)
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityScheme:
+    """A kind of credentials beside the account's. `doc` completes "Or ..."; `definition` is OpenAPI's."""
+
+    name: str
+    doc: str
+    definition: Schema
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of the query."""
+    """A parameter of the query, with `doc` as its description."""
 
     name: str
     doc: str
@@ -44,36 +53,55 @@ class Parameter:
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
-    """What a method does on a path. `role` None: any valid account may; "public": anybody."""
+class Operation(Generic[RoleT]):
+    """A method on a path: what serves it, and how it is described.
+
+    `path` is below the API's prefix, for example "/vms/{name}". `role` is what the account needs; None admits every
+    valid account, and "public" admits requests without credentials. `bearer` is a scheme that is accepted in place of
+    an account.
+
+    `body` and `answer` are the schemas of the request's and of the answer's JSON; None: there is none. `problems` are the
+    statuses beside those that follow from role, body, query and method. `answer_headers` maps names to descriptions.
+    With `ndjson`, `?watch=true` answers with a stream of objects of the answer's schema. With `websocket` the operation
+    answers 101.
+    """
 
     method: str
-    path: str  # below the API's prefix, e.g. "/vms/{name}"
+    path: str
     handler: Callable[..., Any]
-    role: Role | Literal["public"] | None
+    role: RoleT | None
     summary: str
     body: Schema | None = None
-    answer: Schema | None = None  # of status 200; None: its body is empty
-    problems: tuple[int, ...] = ()  # beside those that every operation with a role, a body or a query may have
+    answer: Schema | None = None
+    problems: tuple[int, ...] = ()
     query: tuple[Parameter, ...] = ()
-    answer_headers: Mapping[str, str] | None = None  # name -> description
-    ndjson: bool = False  # with `?watch=true` the answer is a stream of such objects
-    websocket: bool = False  # it answers 101
-    vm_token: bool = False  # an access token for the VM in the path does as well as an account
+    answer_headers: Mapping[str, str] | None = None
+    ndjson: bool = False
+    websocket: bool = False
+    bearer: SecurityScheme | None = None
     body_required: bool = True
 
 
 def ref(name: str) -> Schema:
+    """Return a reference to the schema of that name among the document's components."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def array_of(name: str) -> Schema:
+    """Return the schema of an array of objects of the schema of that name."""
     return {"type": "array", "items": ref(name)}
 
 
-def document(operations: Iterable[Operation], *, prefix: str, version: str) -> dict[str, Any]:
-    """Make the OpenAPI document of the operations, which are served below `prefix` (e.g. "/v1")."""
+def document(
+    operations: Iterable[Operation[RoleT]], *, prefix: str, info: Mapping[str, str], schemas: Mapping[str, Schema]
+) -> dict[str, Any]:
+    """Return the OpenAPI document of operations that are served below `prefix`, for example "/v1".
+
+    `info` holds the API's title, description and version. `schemas` has all schemas that `ref` was called for, and
+    "Problem", which is that of every answer with a status of 400 or more.
+    """
     paths: dict[str, dict[str, Any]] = {}
+    schemes: dict[str, Schema] = {"basic": {"type": "http", "scheme": "basic"}}
     for operation in operations:
         item = paths.setdefault(operation.path, {})
         if not item and (names := _PARAMETER.findall(operation.path)):
@@ -81,32 +109,28 @@ def document(operations: Iterable[Operation], *, prefix: str, version: str) -> d
                 {"in": "path", "name": name, "required": True, "schema": {"type": "string"}} for name in names
             ]
         item[operation.method.lower()] = describe(operation)
+        if operation.bearer is not None:
+            schemes[operation.bearer.name] = operation.bearer.definition
     return {
         "openapi": OPENAPI_VERSION,
-        "info": {"title": "Orchard", "description": "Orchard orchestration API", "version": version},
+        "info": dict(info),
         "servers": [{"url": prefix}],
         "security": [{"basic": []}],
         "paths": paths,
-        "components": {
-            "securitySchemes": {
-                "basic": {"type": "http", "scheme": "basic"},
-                "vmAccessToken": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
-            },
-            "schemas": components(),
-        },
+        "components": {"securitySchemes": schemes, "schemas": dict(schemas)},
     }
 
 
-def describe(operation: Operation) -> dict[str, Any]:
-    """Describe one operation as an OpenAPI operation object."""
+def describe(operation: Operation[RoleT]) -> dict[str, Any]:
+    """Return the OpenAPI operation object of one operation."""
     described: dict[str, Any] = {"summary": operation.summary, "tags": [operation.path.split("/")[1] or "controller"]}
     if operation.role == "public":
         described["security"] = []
     elif operation.role is not None:
         described["description"] = f"Needs the role `{operation.role}`."
-        if operation.vm_token:
-            described["description"] += " Or an access token for the VM."
-            described["security"] = [{"basic": []}, {"vmAccessToken": []}]
+        if operation.bearer is not None:
+            described["description"] += f" Or {operation.bearer.doc}."
+            described["security"] = [{"basic": []}, {operation.bearer.name: []}]
     if parameters := [_parameter(parameter) for parameter in operation.query]:
         described["parameters"] = parameters
     if operation.websocket:
@@ -116,7 +140,7 @@ def describe(operation: Operation) -> dict[str, Any]:
         described["requestBody"] = {"required": operation.body_required, "content": content}
     described["responses"] = {
         **_success(operation),
-        **{str(status): _problem(status) for status in sorted(_refusals(operation))},
+        **{str(status): _problem(status) for status in sorted(_problem_statuses(operation))},
     }
     return described
 
@@ -136,7 +160,7 @@ def _handshake_header(name: str) -> dict[str, Any]:
     return {"in": "header", "name": name, "description": doc, "required": True, "schema": {"type": "string"}}
 
 
-def _refusals(operation: Operation) -> set[int]:
+def _problem_statuses(operation: Operation[RoleT]) -> set[int]:
     statuses = set(operation.problems)
     if operation.role != "public":
         statuses |= {401, 429, 503}
@@ -153,7 +177,7 @@ def _refusals(operation: Operation) -> set[int]:
     return statuses
 
 
-def _success(operation: Operation) -> dict[str, Any]:
+def _success(operation: Operation[RoleT]) -> dict[str, Any]:
     if operation.websocket:
         return {"101": {"description": "Switching to the WebSocket protocol"}}
     answer: dict[str, Any] = {"description": "OK"}
@@ -164,7 +188,7 @@ def _success(operation: Operation) -> dict[str, Any]:
         answer["content"]["application/x-ndjson"] = {"schema": {"type": "object", "properties": properties}}
     headers = dict(operation.answer_headers or {})
     if operation.body is not None:
-        headers["Warning"] = "Names the fields of the body that were not known, and ignored"
+        headers["Warning"] = "Names the unknown fields of the body, which were ignored"
     if headers:
         answer["headers"] = {name: {"description": doc, "schema": {"type": "string"}} for name, doc in headers.items()}
     return {"200": answer}

@@ -20,8 +20,9 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from orchard.api import OPERATIONS
-from orchard.net.openapi import Operation, Parameter, describe, document, ref
+from orchard import __version__
+from orchard.api import OPERATIONS, describe_api
+from orchard.net.openapi import Operation, Parameter, SecurityScheme, describe, document, ref
 from orchard.testing import BlockingCluster, start_cluster
 
 CHECKS = [
@@ -42,7 +43,7 @@ def live() -> Iterator[BlockingCluster]:
 
 
 # A watch has no end, and the worker's is a WebSocket: both have tests of their own.
-schema = schemathesis.openapi.from_dict(document(OPERATIONS, prefix="/v1", version="1")).exclude(path="/rpc/watch")
+schema = schemathesis.openapi.from_dict(describe_api("/v1")).exclude(path="/rpc/watch")
 
 
 @schema.parametrize()
@@ -59,13 +60,13 @@ def test_the_description_is_the_one_of_the_route_table(live: BlockingCluster) ->
 
 
 def test_the_document_is_valid_wherever_the_api_is_served() -> None:
-    made = document(OPERATIONS, prefix="/orchard/v1", version="1.2.3")
+    made = describe_api("/orchard/v1")
     validate(made)
-    assert (made["servers"], made["info"]["version"]) == ([{"url": "/orchard/v1"}], "1.2.3")
+    assert (made["servers"], made["info"]["version"]) == ([{"url": "/orchard/v1"}], __version__)
 
 
 def test_every_operation_is_in_the_document_once() -> None:
-    paths = document(OPERATIONS, prefix="/v1", version="1")["paths"]
+    paths = describe_api("/v1")["paths"]
     described = [(path, method.upper()) for path, item in paths.items() for method in item if method != "parameters"]
     assert sorted(described) == sorted((op.path, op.method) for op in OPERATIONS)
 
@@ -76,15 +77,20 @@ def test_who_may_is_described() -> None:
     somebody = describe(Operation("GET", "/a", print, None, "Do"))
     assert list(somebody["responses"]) == ["200", "401", "429", "503"]
     assert "security" not in somebody, "it is that of the whole document"
-    bearer = describe(Operation("GET", "/a", print, "compute:connect", "Do", vm_token=True))
-    assert bearer["description"] == "Needs the role `compute:connect`. Or an access token for the VM."
-    assert bearer["security"] == [{"basic": []}, {"vmAccessToken": []}]
+    scheme = SecurityScheme("key", "a key", {"type": "http", "scheme": "bearer"})
+    operation = Operation("GET", "/a", print, "cook", "Do", bearer=scheme)
+    bearer = describe(operation)
+    assert bearer["description"] == "Needs the role `cook`. Or a key."
+    assert bearer["security"] == [{"basic": []}, {"key": []}]
+    components = document([operation], prefix="", info={}, schemas={"Problem": {}})["components"]
+    assert components["securitySchemes"].keys() == {"basic", "key"}
+    assert components["schemas"] == {"Problem": {}}
 
 
 def test_what_is_sent_and_answered_is_described() -> None:
     query = (Parameter("uid", "Whose", {"type": "string"}, required=True),)
     headers = {"X-Next": "What follows"}
-    operation = Operation(
+    operation = Operation[str](
         "GET", "/a", print, None, "Do", answer=ref("VM"), query=query, answer_headers=headers, ndjson=True
     )
     described = describe(operation)
@@ -115,5 +121,5 @@ def test_what_an_operation_needs_is_described() -> None:
     described = describe(operation)
     assert described["description"] == "Needs the role `compute:write`."
     assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "429", "503", "507"}
-    path = document([operation], prefix="/v1", version="1")["paths"]["/a/{name}"]
+    path = document([operation], prefix="/v1", info={}, schemas={})["paths"]["/a/{name}"]
     assert path["parameters"] == [{"in": "path", "name": "name", "required": True, "schema": {"type": "string"}}]
