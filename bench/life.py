@@ -26,7 +26,7 @@ from load import CONTROLLER, NO_AUTH, Server, running
 
 from orchard.client import Client
 from orchard.schema import TART_VMS
-from orchard.worker import architecture
+from orchard.worker import host_architecture
 
 WORKERS, ROOM = 20, 50  # and VMs on each: more than are ever there at once
 STANDIN = Path(__file__).parent.parent / "tests" / "standin" / "tart"
@@ -97,7 +97,7 @@ async def on_standin(url: str, count: int, home: Path) -> None:
             await trio.sleep(0.5)  # until the worker has looked at what the one before has left
             calls_file.write_text("")
             began = time.perf_counter()
-            await client.vms.create(name=f"vm-{number}", image=IMAGE, arch=architecture())
+            await client.vms.create(name=f"vm-{number}", image=IMAGE, arch=host_architecture())
             await client.vms.wait(f"vm-{number}")
             lived.append(time.perf_counter() - began)
             calls = [json.loads(line) for line in calls_file.read_text().splitlines()]

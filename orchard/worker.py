@@ -612,7 +612,7 @@ def _knows(vm: VM, report: Mapping[str, Any]) -> bool:
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
-def architecture() -> Arch:
+def host_architecture() -> Arch:
     return "arm64" if platform.machine().lower() in ("arm64", "aarch64") else "amd64"
 
 
@@ -715,7 +715,7 @@ async def work(options: argparse.Namespace, client: Client) -> None:
             )
             identity = Identity(
                 name=each,
-                arch="arm64" if synthetic else architecture(),
+                arch="arm64" if synthetic else host_architecture(),
                 runtime=runtime,
                 machine_id=host,
                 resources={**host_resources(runtime), **options.resources},

@@ -19,8 +19,16 @@ from typing import Protocol
 
 import pytest
 import trio
-from harness.processes import GENEROUS, LISTENING, controller, eventually, started
-from test_survival import NO_QUESTIONS, SHORT, Host, Site, ended_well, has_failed, has_run, is_restarted, nothing_left
+from harness.hosts import (
+    SHORT_OFFLINE_TIMEOUT,
+    Host,
+    ProcessCluster,
+    ends_well,
+    has_failed,
+    is_restarted,
+    killing_leftovers,
+)
+from harness.processes import GENEROUS, LISTENING, PLAIN, controller, eventually, started
 
 from orchard.client import Client, ConnectError
 
@@ -28,7 +36,7 @@ PING = "2"  # seconds
 # This process and the controller; by this process's number, because others may be testing at the same time.
 NEAR, FAR = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
 HUB, HOSTS = "10.214.0.1", ("10.214.0.2", "10.214.0.3")  # the controller, and the workers
-IMPATIENT = (*NO_QUESTIONS, "--worker-offline-timeout", str(SHORT), "--ping-interval", PING)
+IMPATIENT = (*PLAIN, "--worker-offline-timeout", str(SHORT_OFFLINE_TIMEOUT), "--ping-interval", PING)
 
 
 class Cable(Protocol):
@@ -39,7 +47,7 @@ class Cable(Protocol):
     def mend(self) -> None: ...
 
 
-Connected = tuple[Site, Host, Cable]  # the host of the site is the one that can be cut off
+Connected = tuple[ProcessCluster, Host, Cable]  # the host of the site is the one that can be cut off
 
 
 # ---- network namespaces --------------------------------------------------------------------------------------------
@@ -118,18 +126,18 @@ async def in_namespaces(home: Path) -> AsyncIterator[Connected]:
     if reason := why_no_namespaces():
         pytest.skip(f"no network namespaces: {reason}")
     with (
-        nothing_left(home),
+        killing_leftovers(home),
         namespaces() as network,
         started("controller", "--listen", ":0", *IMPATIENT, home=home, before=network.inside(network.hub)) as control,
     ):
         port = re.findall(r":(\d+)", control.wait_for(LISTENING)[1])[-1]
         async with Client(f"http://{FAR}:{port}") as client:
-            site = Site(home, client)
-            other = site.another("other")
-            for host, name in zip((site.host, other), network.hosts, strict=True):
+            c = ProcessCluster(home, client)
+            other = c.add_host("other")
+            for host, name in zip((c.host, other), network.hosts, strict=True):
                 host.url = f"http://{HUB}:{port}"
                 host.before = network.inside(name)
-            yield site, other, network
+            yield c, other, network
 
 
 # ---- a proxy -------------------------------------------------------------------------------------------------------
@@ -169,20 +177,20 @@ class Proxy:
 
 @asynccontextmanager
 async def behind_a_proxy(home: Path) -> AsyncIterator[Connected]:
-    with nothing_left(home), controller(*IMPATIENT, home=home) as (_, url):
+    with killing_leftovers(home), controller(*IMPATIENT, home=home) as (_, url):
         async with Client(url) as client, trio.open_nursery() as nursery:
             proxy = Proxy(int(url.rpartition(":")[2]))
             (listener,) = await nursery.start(
                 partial(trio.serve_tcp, proxy.serve, 0, host="127.0.0.1", handler_nursery=nursery)
             )
-            site = Site(home, client)
-            site.host.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
-            yield site, site.another("other"), proxy
+            c = ProcessCluster(home, client)
+            c.host.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+            yield c, c.add_host("other"), proxy
             nursery.cancel_scope.cancel()
 
 
-async def registered(site: Site, count: int) -> bool:
-    return len(await site.client.workers.list()) == count
+async def registered(c: ProcessCluster, count: int) -> bool:
+    return len(await c.client.workers.list()) == count
 
 
 # ---- the partition -------------------------------------------------------------------------------------------------
@@ -192,51 +200,51 @@ async def registered(site: Site, count: int) -> bool:
 async def test_a_vm_never_runs_on_both_sides_of_a_partition(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
-    async with connected(tmp_path) as (s, other, cable):
-        with s.host.worker("--labels", "mac=1") as worker, other.worker("--labels", "other=1") as stays:
-            again = await s.create("again", labels={"mac": "1"}, restart_policy="OnFailure")
-            never = await s.create("never", labels={"mac": "1"})
-            elsewhere = await s.create("elsewhere", labels={"other": "1"}, restart_policy="OnFailure")
+    async with connected(tmp_path) as (c, other, cable):
+        with c.host.worker("--labels", "mac=1") as worker, other.worker("--labels", "other=1") as stays:
+            again = await c.create_running("again", labels={"mac": "1"}, restart_policy="OnFailure")
+            never = await c.create_running("never", labels={"mac": "1"})
+            elsewhere = await c.create_running("elsewhere", labels={"other": "1"}, restart_policy="OnFailure")
             cable.cut()
-            assert (await s.vm("never", has_failed)).state.status_message.startswith('worker "mac" is offline')
-            assert s.host.states() == {again.tart_name: "stopped", never.tart_name: "running"}
+            assert (await c.wait_vm("never", has_failed)).state.status_message.startswith('worker "mac" is offline')
+            assert c.host.states() == {again.tart_name: "stopped", never.tart_name: "running"}
             cable.mend()
             # Back again, it has left nothing of what had failed, and begins anew what is still to run.
-            now = await s.vm("again", is_restarted)
-            await eventually(partial(has_run, s, "again", 2))
-            assert s.runs("again") == ["alone", "alone"]
-            await eventually(lambda: s.host.states() == {now.tart_name: "running", never.tart_name: "stopped"})
-            assert await s.client.vms.get("elsewhere") == elsewhere
-            assert ended_well(worker)
-            assert ended_well(stays)
+            now = await c.wait_vm("again", is_restarted)
+            await eventually(partial(c.has_started, "again", 2))
+            assert c.starts("again") == ["alone", "alone"]
+            await eventually(lambda: c.host.states() == {now.tart_name: "running", never.tart_name: "stopped"})
+            assert await c.client.vms.get("elsewhere") == elsewhere
+            assert ends_well(worker)
+            assert ends_well(stays)
 
 
 @pytest.mark.parametrize("connected", [in_namespaces, behind_a_proxy])
 async def test_a_vm_is_started_elsewhere_when_it_has_ended_on_the_host_that_is_cut_off(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
-    async with connected(tmp_path) as (s, other, cable):
-        with s.host.worker() as worker:
-            first = await s.create("vm", restart_policy="OnFailure")
+    async with connected(tmp_path) as (c, other, cable):
+        with c.host.worker() as worker:
+            first = await c.create_running("vm", restart_policy="OnFailure")
             with other.worker() as stays:
-                await eventually(partial(registered, s, 2))
+                await eventually(partial(registered, c, 2))
                 cable.cut()
-                second = await s.vm("vm", is_restarted)
+                second = await c.wait_vm("vm", is_restarted)
                 assert second.state.worker == "other"
-                await eventually(partial(has_run, s, "vm", 2))
-                assert s.runs("vm") == ["alone", "alone"]
-                assert s.host.states() == {first.tart_name: "stopped"}
+                await eventually(partial(c.has_started, "vm", 2))
+                assert c.starts("vm") == ["alone", "alone"]
+                assert c.host.states() == {first.tart_name: "stopped"}
                 cable.mend()
-                await eventually(lambda: s.host.states() == {})
-                assert await s.client.vms.get("vm") == second
+                await eventually(lambda: c.host.states() == {})
+                assert await c.client.vms.get("vm") == second
                 # It is as good as before, as short interruptions leave it.
-                await s.create("here")
+                await c.create_running("here")
                 cable.cut()
                 cable.mend()
-                await s.client.vms.delete("here")
-                await eventually(lambda: s.host.states().keys() | other.states().keys() == {second.tart_name})
-                assert ended_well(stays)
-            assert ended_well(worker)
+                await c.client.vms.delete("here")
+                await eventually(lambda: c.host.states().keys() | other.states().keys() == {second.tart_name})
+                assert ends_well(stays)
+            assert ends_well(worker)
 
 
 # ---- tunnels -------------------------------------------------------------------------------------------------------
@@ -277,15 +285,15 @@ def serving(*before: str) -> Iterator[tuple[int, Callable[[], str]]]:
 
 async def test_both_ends_of_a_tunnel_that_is_cut_off_find_out_though_data_is_under_way(tmp_path: Path) -> None:
     """Data under way waits for its reader however slow he is, but not for one that is gone."""
-    async with in_namespaces(tmp_path) as (s, _, cable):
+    async with in_namespaces(tmp_path) as (c, _, cable):
         assert isinstance(cable, Namespaces)
-        with s.host.worker(), serving(*cable.inside(cable.hosts[0])) as (port, line):
-            await eventually(partial(registered, s, 1))
+        with c.host.worker(), serving(*cable.inside(cable.hosts[0])) as (port, line):
+            await eventually(partial(registered, c, 1))
             reasons: dict[str, str] = {}
 
             async def use(does: str) -> None:
                 try:
-                    async with s.client.workers.port_forward(s.host.home.name, port, wait=GENEROUS) as stream:
+                    async with c.client.workers.port_forward(c.host.home.name, port, wait=GENEROUS) as stream:
                         await stream.send_all(does.encode())
                         async with trio.open_nursery() as nursery:
                             if does == "d":

@@ -17,8 +17,8 @@ import pytest
 import trio
 import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from harness.clients import connect_websocket, listening, refusal, running_vm, websocket_url
+from harness.inprocess import InProcessCluster
 from harness.processes import GENEROUS, at_last, eventually
-from test_worker import Site
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
@@ -171,21 +171,21 @@ async def test_a_client_is_pinged(
     ssh_port: int, tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "websockets.client")
-    site = Site(tmp_path, nursery, ping_interval=2.0)
-    await site.start()
+    pinging = InProcessCluster(tmp_path, nursery, ping_interval=2.0)
+    await pinging.start()
 
     def talk() -> list[dict[str, Any]]:
-        url = f"ws://127.0.0.1:{site.port}/v1/vms/vm/exec?command=cat&interactive=true"
+        url = f"ws://127.0.0.1:{pinging.port}/v1/vms/vm/exec?command=cat&interactive=true"
         with connect_websocket(url) as client:
             at_last(lambda: "< PING" in caplog.text)
             client.send(stdin(b""))
             return frames(client)
 
-    async with site.working():
-        await site.client.vms.create(name="vm", image="any")
-        await site.client.vms.wait("vm")
+    async with pinging.working():
+        await pinging.client.vms.create(name="vm", image="any")
+        await pinging.client.vms.wait("vm")
         assert await trio.to_thread.run_sync(talk) == [exited(0)]
-    await site.stop()
+    await pinging.stop()
 
 
 async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(
