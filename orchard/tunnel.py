@@ -27,9 +27,8 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard.codec import APIError, dump_json, shown
-from orchard.net.websocket import PING_INTERVAL, RECEIVE_BYTES, TunnelStream
+from orchard.net.websocket import PING_INTERVAL, TunnelStream
 from orchard.net.wsframes import BROKEN, GOING_AWAY, LOST, NORMAL, UNSAID, Close
-from orchard.nursery import first_exception
 
 TAKE_SECONDS = 10.0  # for a client to take the tunnel that it has asked for
 MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a request with a deadline
@@ -288,29 +287,6 @@ class _Use:
     def end(self, _: int, reason: str) -> None:
         self.reason = reason
         self.scope.cancel()
-
-
-async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
-    """Copy bytes both ways until one side ends, and give why if that was not as it should ("": it was).
-
-    What came before the end has been sent on then. Closes neither.
-    """
-    why = ""
-
-    async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
-        nonlocal why
-        try:
-            while data := await source.receive_some(RECEIVE_BYTES):
-                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # the other direction will say so
-                    await sink.send_all(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            why = f"the connection broke: {first_exception(error.__cause__ or error)}"
-        nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:  # ends with the first side that does
-        nursery.start_soon(copy, one, other)
-        nursery.start_soon(copy, other, one)
-    return why
 
 
 def ending(closed: Close | None, who: str) -> tuple[int, str]:

@@ -52,6 +52,7 @@ from orchard.daemon import (
     run_until_signal,
 )
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
+from orchard.net.tcp import splice
 from orchard.net.transport import in_words
 from orchard.net.wsframes import BROKEN, NORMAL
 from orchard.nursery import first_exception, unwrap_groups
@@ -69,7 +70,6 @@ from orchard.schema import (
     Worker,
 )
 from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
-from orchard.tunnel import splice
 from orchard.vm import supervisor
 from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, NoSuchVM, NotRunning
 from orchard.vm.instance import Instance

@@ -1,9 +1,11 @@
-"""What the system does for a TCP connection, and knows of it. Law: asks and tells the system; reads and writes nothing.
+"""TCP connections: keep-alive, what the kernel knows of unacknowledged data, and copying bytes between two streams.
 
-A connection can be half open: the other end's host is gone, or the way to it, and nobody has said so. Its system answers
-to everything that is sent, as long as it is there, and though its process may stand still; so a system that answers to
-nothing is the sign of it. Linux tells that of each connection (struct tcp_info of linux/tcp.h, tcp(7)); where a system
-does not, its own keep-alive finds the connections that rest.
+Neither HTTP nor WebSockets are known here.
+
+A connection can be half open: the peer's host or the way to it is gone, and no packet has said so. The peer's kernel
+acknowledges what it receives as long as its host is reachable, even while the peer's process is stopped. So a kernel that
+acknowledges nothing is the sign of a half-open connection. Linux shows this for each connection (struct tcp_info of
+linux/tcp.h, tcp(7)). Elsewhere the kernel's keep-alive finds the idle connections that are half open.
 """
 
 from __future__ import annotations
@@ -12,81 +14,122 @@ import socket
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
-# Consecutive ones without an answer. A system that answers leaves one at most: with a window of zero it is asked for
-# more room again and again, at last every 120 seconds.
-UNANSWERED = 2
-_TCP_INFO = struct.Struct("=xxBB 20x I 28x I 84x I")  # retransmits, probes, unacked, last_ack_recv, notsent_bytes
+from orchard.nursery import first_exception
+
+# Consecutive retransmissions and probes without an answer that mark the peer's kernel as silent. One of them may be
+# unanswered at any time: a peer with a window of zero is probed again and again, at last every 120 seconds.
+_UNANSWERED = 2
+# struct tcp_info: tcpi_retransmits, tcpi_probes, tcpi_unacked, tcpi_last_ack_recv, tcpi_notsent_bytes.
+_TCP_INFO = struct.Struct("=xxBB 20x I 28x I 84x I")
+# The first probe after 20 idle seconds, three probes, 10 seconds apart. Each system has some of these options.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+_SPLICE_BYTES = 128 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Outgoing:
-    """What of that which was sent has not arrived: whether there is any, and since when nothing was heard (seconds).
+class Unacknowledged:
+    """The kernel's view of the data that the peer has not acknowledged.
 
-    `unanswered` is 0.0 as long as the other end's system answers to what is sent again.
+    `pending` says whether there is any. `silent_seconds` is how long the peer's kernel has said nothing, and 0.0 as long
+    as it answers to retransmissions and probes.
     """
 
     pending: bool = False
-    unanswered: float = 0.0
+    silent_seconds: float = 0.0
 
 
 async def connect(host: str, port: int) -> trio.SocketStream:
-    """Open a connection that does not wait for ever for somebody who is gone. Raises OSError."""
+    """Open a connection with keep-alive (see `keep_alive`). The caller closes it. Raises OSError."""
     return keep_alive(await trio.open_tcp_stream(host, port))
 
 
 def keep_alive(stream: trio.SocketStream) -> trio.SocketStream:
-    """Have the system find out when the other end is gone without a word: within 50 seconds, whether or not it sends.
+    """Have the kernel end the connection within 50 seconds after the peer has vanished, and return `stream`.
 
-    A WebSocket that only waits would never know: the controller pings it, but nothing is missed when pings stay away.
+    This holds whether the connection is idle or sends. A WebSocket that only waits needs it: the controller pings such a
+    client, and a client that receives no pings does not miss them.
     """
-    _ask_again(stream.setsockopt)
-    if (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
-        stream.setsockopt(socket.IPPROTO_TCP, option, 50_000)  # milliseconds, for data under way
+    _set_keep_alive(stream.setsockopt)
+    _set_user_timeout(stream.setsockopt, 50_000)
     return stream
 
 
 def keep_accepted_alive(listener: trio.SocketListener) -> None:
-    """Have the system find out when a client that only waits is gone without a word: accepted connections inherit it.
+    """Have the kernel end accepted connections whose client has vanished while they are idle; they inherit this.
 
-    Data under way may wait longer: until the system gives up sending it, after a quarter of an hour or so.
+    Connections with data under way last until the kernel gives up retransmitting, which takes about a quarter of an hour.
     """
-    _ask_again(listener.socket.setsockopt)
+    _set_keep_alive(listener.socket.setsockopt)
 
 
-def _ask_again(setsockopt: Callable[[int, int, int], None]) -> None:
-    """Idle for 20 seconds, then three probes 10 seconds apart."""
+def disable_user_timeout(stream: trio.abc.Stream) -> None:
+    """Let data under way wait for as long as the peer reads nothing. The caller has to watch `unacknowledged` instead.
+
+    TCP_USER_TIMEOUT, which `keep_alive` sets, would end a connection whose reader is paused, though its kernel answers.
+    Does nothing to a stream that is neither a TCP socket nor TLS over one.
+    """
+    connection = _socket(stream)
+    if connection is not None:
+        _set_user_timeout(connection.setsockopt, 0)
+
+
+def unacknowledged(stream: trio.abc.Stream) -> Unacknowledged:
+    """Return the kernel's view of unacknowledged data. Empty for streams other than TCP, and on all systems but Linux."""
+    connection = _socket(stream)
+    if connection is None or sys.platform != "linux":
+        return Unacknowledged()
+    try:
+        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    except OSError:
+        # A socket of another kind, or a closed one.
+        return Unacknowledged()
+    # An older kernel returns a shorter struct.
+    retransmits, probes, unacked, last_ack_ms, unsent = _TCP_INFO.unpack(info.ljust(_TCP_INFO.size, b"\0"))
+    silent = retransmits + probes >= _UNANSWERED
+    return Unacknowledged(bool(unacked or unsent), last_ack_ms / 1000 if silent else 0.0)
+
+
+async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
+    """Copy bytes in both directions until one stream ends, and return why it ended: "" for a regular end of the stream.
+
+    Everything that was received before the end is sent on first. The caller closes both streams.
+    """
+    why = ""
+
+    async def copy(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
+        nonlocal why
+        try:
+            while data := await source.receive_some(_SPLICE_BYTES):
+                # A sink that is broken is reported by the other direction, which reads from it.
+                with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                    await sink.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            why = f"the connection broke: {first_exception(error.__cause__ or error)}"
+        nursery.cancel_scope.cancel()
+
+    # Both directions end with the first of them.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(copy, one, other)
+        nursery.start_soon(copy, other, one)
+    return why
+
+
+def _set_keep_alive(setsockopt: Callable[[int, int, int], None]) -> None:
     setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    wanted = {"TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-    for name, value in wanted.items():
-        if (option := getattr(socket, name, None)) is not None:  # each system has some of them
+    for name, value in _KEEP_ALIVE.items():
+        if (option := getattr(socket, name, None)) is not None:
             setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def be_patient(stream: trio.abc.Stream) -> None:
-    """Let data under way wait as long as the other end takes none. Who does this looks after `outgoing` himself.
-
-    TCP_USER_TIMEOUT would end a connection whose reader stands still, though his system answers.
-    """
-    connection = _socket(stream)
-    if connection is not None and (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
-        connection.setsockopt(socket.IPPROTO_TCP, option, 0)
-
-
-def outgoing(stream: trio.abc.Stream) -> Outgoing:
-    """Give what the system knows of that which was sent; of what is no TCP connection, and elsewhere than on Linux, nothing."""
-    connection = _socket(stream)
-    if connection is None or sys.platform != "linux":
-        return Outgoing()
-    try:
-        told = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-    except OSError:  # it is no TCP connection, or closed
-        return Outgoing()
-    again, probes, unacknowledged, milliseconds, unsent = _TCP_INFO.unpack(told.ljust(_TCP_INFO.size, b"\0"))
-    return Outgoing(bool(unacknowledged or unsent), milliseconds / 1000 if again + probes >= UNANSWERED else 0.0)
+def _set_user_timeout(setsockopt: Callable[[int, int, int], None], milliseconds: int) -> None:
+    """Set how long data under way may stay unacknowledged; 0 is the kernel's own limit. Only Linux has this option."""
+    if (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
+        setsockopt(socket.IPPROTO_TCP, option, milliseconds)
 
 
 def _socket(stream: trio.abc.Stream) -> trio.socket.SocketType | None:

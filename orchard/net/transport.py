@@ -342,7 +342,7 @@ class Transport:
         Raises ResponseError for a refusal. A BrokenResourceError that the block lets out becomes ConnectError.
         """
         async with self._switched(path, query) as opened:
-            tcp.be_patient(opened.stream)
+            tcp.disable_user_timeout(opened.stream)
             stream = TunnelStream(opened.stream, client=True, early=opened.early, ping_interval=ping_interval)
             with unwrap_groups():
                 async with trio.open_nursery() as nursery:  # what keeps the stream going ends with the block

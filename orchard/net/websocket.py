@@ -143,10 +143,10 @@ class TunnelStream(trio.abc.Stream):
 
     def _dead(self, busy: bool) -> bool:
         """Judge a peer that has said nothing for an interval: its pong may be behind data, in either direction."""
-        outgoing = tcp.outgoing(self._stream)
-        if outgoing.unanswered >= self._ping_interval:
+        unacknowledged = tcp.unacknowledged(self._stream)
+        if unacknowledged.silent_seconds >= self._ping_interval:
             return True
-        return not (busy or outgoing.pending or self._lock.locked() or self._full())
+        return not (busy or unacknowledged.pending or self._lock.locked() or self._full())
 
     # -- receiving
 

@@ -32,10 +32,10 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard import logs
 from orchard.codec import APIError, ValidationError, dump_json, parse_json, shown
+from orchard.net.tcp import splice
 from orchard.nursery import first_exception, unwrap_groups
 from orchard.reach import VMAccess
 from orchard.schema import ENV_NAME, VM
-from orchard.tunnel import splice
 
 if TYPE_CHECKING:
     import asyncssh  # noqa: TC004 -- `load` imports them for the time of running

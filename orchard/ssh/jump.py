@@ -39,11 +39,11 @@ from asyncssh.kex import get_kex_algs
 from orchard import auth, logs
 from orchard.codec import APIError
 from orchard.files import write_private
+from orchard.net.tcp import splice
 from orchard.nursery import unwrap_groups
 from orchard.reach import VMAccess
 from orchard.schema import VM, ServiceAccount
 from orchard.store import State
-from orchard.tunnel import splice
 
 LOGIN_SECONDS = 20.0  # from the first byte to the last of a login; a silent connection is closed then
 MAX_TRIES = 6  # passwords on a connection
