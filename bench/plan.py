@@ -18,9 +18,9 @@ from cluster import NOW, PER_WORKER, vm_of, worker_of
 from measure import ROUNDS, Turns, Variant, compare, turns
 
 from orchard import scheduler, transitions
-from orchard.controller import Cluster, ControllerSettings, collect_garbage_less
+from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, collect_garbage_less
+from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM, VMReport, Worker
-from orchard.storage.events import EventLog
 from orchard.store import Store
 
 VMS, WORKERS = 10_000, 5_000
@@ -29,15 +29,20 @@ CHANGES = 200
 
 
 def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
-    snapshot = scheduler.Snapshot(
-        vms=vms,
-        workers=workers,
-        seen=dict.fromkeys(workers, 0.0),
-        restarted={},
-        profile="optimize-utilization",
-        offline_timeout=180.0,
+    inputs = scheduler.PlannerInputs(
+        last_contact=dict.fromkeys(workers, 0.0),
+        last_contact_of_deleted={},
+        restarted_at={},
+        offline_timeout=DEFAULT_OFFLINE_TIMEOUT,
+        started_at=0.0,
+        failed_before_start=set(),
     )
-    assert len(scheduler.plan(snapshot, 0.0).assign) == len(vms)
+    planner = scheduler.Planner(inputs)
+    for worker in workers.values():
+        planner.put_worker(worker)
+    for vm in vms:
+        planner.put_vm(vm)
+    assert len(planner.plan(0.0, "optimize-utilization").assign) == len(vms)
 
 
 def sorted_each_time(vms: list[VM], workers: dict[str, Worker]) -> None:
@@ -54,19 +59,19 @@ class Busy:
 
     def __init__(self, home: Path, count: int) -> None:
         self.store = Store.open(home, NOW)
-        self.cluster = Cluster(ControllerSettings(data_dir=home), self.store, EventLog(home / "events"), lambda: NOW)
+        self.loop = SchedulingLoop(self.store, DEFAULT_OFFLINE_TIMEOUT, lambda: NOW)
         self.names = [f"vm-{number}" for number in range(count)]
         with self.store.transaction() as tx:
             for number in range(-(-count // PER_WORKER)):
                 tx.put(worker_of(number))
-                self.cluster.liveness.arrived(f"worker-{number}", ("", ""))
+                self.loop.liveness.record_worker(f"worker-{number}", ("", ""))
             for number in range(count):
                 tx.put(vm_of(number))
         self.schedule()
         self.turn = 0
 
     def schedule(self) -> None:
-        while self.cluster.schedule_some(trio.current_time(), NOW) is None:
+        while self.loop.schedule_some(trio.current_time(), NOW) is None:
             pass
 
     async def change(self) -> None:
@@ -100,7 +105,7 @@ async def placed_durably() -> tuple[float, float]:
     watched = Turns()
     with tempfile.TemporaryDirectory() as home:
         store = Store.open(Path(home), NOW)
-        cluster = Cluster(ControllerSettings(data_dir=Path(home)), store, EventLog(Path(home) / "events"), lambda: NOW)
+        loop = SchedulingLoop(store, DEFAULT_OFFLINE_TIMEOUT, lambda: NOW)
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
             with store.transaction() as tx:
@@ -108,11 +113,11 @@ async def placed_durably() -> tuple[float, float]:
                     tx.put(vm_of(number))
                 for number in range(WORKERS):
                     tx.put(worker_of(number))
-                    cluster.liveness.arrived(f"worker-{number}", ("", ""))
+                    loop.liveness.record_worker(f"worker-{number}", ("", ""))
             await store.wait_durable()
             trio.lowlevel.add_instrument(watched)
             began = trio.current_time()
-            nursery.start_soon(cluster.schedule)
+            nursery.start_soon(loop.run)
             while sum(map(len, store.state.vms_by_worker.values())) < VMS:  # noqa: ASYNC110 -- nobody tells
                 await trio.sleep(0.01)
             await store.wait_durable()

@@ -224,7 +224,7 @@ class API:
         worker = _worker_filter(request.query.one("filter"))
         if worker is None:
             return _array(table[name] for name in self.state.names["vm"])
-        self.liveness.polled(worker, _source(request))
+        self.liveness.record_poll(worker, _source(request))
         return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
 
     def get_vm(self, request: Request) -> AnyResponse:
@@ -421,9 +421,9 @@ class API:
         if new != old:
             with self.store.transaction() as tx:
                 tx.put(new)
-        self.liveness.arrived(new.name, _source(request))
+        self.liveness.record_worker(new.name, _source(request))
         if wanted.last_seen is not None:
-            self.liveness.heartbeat(new.name, _source(request), wanted.last_seen)
+            self.liveness.record_heartbeat(new.name, _source(request), wanted.last_seen)
         return self._worker(new.name, unknown)
 
     def list_workers(self, request: Request) -> AnyResponse:
@@ -437,7 +437,9 @@ class API:
         worker = self._worker_named(request)
         unknown: list[str] = []
         wanted = worker_from_client(_named(_body(request), worker.name), unknown)
-        if wanted.last_seen is not None and self.liveness.heartbeat(worker.name, _source(request), wanted.last_seen):
+        if wanted.last_seen is not None and self.liveness.record_heartbeat(
+            worker.name, _source(request), wanted.last_seen
+        ):
             return self._worker(worker.name, unknown)
         if wanted.scheduling_paused != worker.scheduling_paused:
             worker = replace(worker, scheduling_paused=wanted.scheduling_paused)
@@ -460,8 +462,8 @@ class API:
         source = _source(request)
 
         async def session(websocket: WebSocketConnection) -> None:
-            self.liveness.arrived(worker, source)
-            await self.rendezvous.serve(worker, source[0], websocket, lambda: self.liveness.alive(worker))
+            self.liveness.record_worker(worker, source)
+            await self.rendezvous.serve(worker, source[0], websocket, lambda: self.liveness.record_pong(worker))
 
         return WebSocketUpgrade(session)
 
@@ -473,7 +475,7 @@ class API:
 
     def _worker_json(self, name: str) -> bytes:
         """Give a worker with its last_seen, which is not part of what is stored."""
-        stored, last_seen = self.state.json["worker"][name], self.liveness.last_seen(name)
+        stored, last_seen = self.state.json["worker"][name], self.liveness.last_seen_json(name)
         return stored if last_seen is None else b'%b,"last_seen":"%b"}' % (stored[:-1], last_seen)
 
     # -- service accounts

@@ -1,14 +1,10 @@
-"""The controller role: settings, first start, the scheduling loop, and how it all starts and stops. Law: it composes.
+"""The controller role: its settings, its composition, its start and its stop.
 
-`python -m orchard.controller` runs it; `run` is the same for an embedding program.
+`python -m orchard.controller` runs it; `run` does the same for an embedding program.
 
-State and events are opened first and closed last; in between, one nursery holds the tasks that write them. The API is
-served and VMs are scheduled inside of that, so that whatever stops, what was acknowledged is on disk. At a stop no
-connection is accepted any more, those at work get a time of grace, the scheduler ends, then the writers.
-
-The scheduler runs whenever something changed that could matter, when time alone makes it due, and every TICK seconds
-in case that somebody forgot to wake it. Each round plans and applies, for some VMs at a time and with a look around in
-between, until a plan has nothing to do.
+State and events are opened first and closed last. In between, nested nurseries determine the order of the shutdown: the
+HTTP server ends first (it accepts nothing more, and requests under way get a grace period), then the scheduler and the
+SSH jump host, then the tasks that write state and events. So everything that was acknowledged is on disk at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +15,6 @@ import datetime
 import gc
 import ipaddress
 import logging
-import math
 import os
 import resource
 import secrets
@@ -32,7 +27,7 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth, scheduler, transitions
+from orchard import __version__, auth
 from orchard.api import API
 from orchard.codec import APIError
 from orchard.daemon import orchard_home, parse_address, parse_seconds, run_program, run_until_signal
@@ -47,230 +42,80 @@ from orchard.files import (
     write_private,
 )
 from orchard.fsck import exposed
-from orchard.liveness import Liveness
 from orchard.net import tcp, tls
 from orchard.net.server import Limits, serve
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
 from orchard.reach import VMAccess
-from orchard.schema import NAME, VM, ServiceAccount, Worker
+from orchard.reactions import Reactions
+from orchard.scheduling_loop import SchedulingLoop
+from orchard.schema import NAME, ServiceAccount
 from orchard.ssh.exec import Executor
 from orchard.storage.events import EventLog
 from orchard.storage.journal import Broken, DamagedError, NotWritten
-from orchard.store import Change, Store
+from orchard.store import Store
 from orchard.tunnel import Rendezvous
 
-PORT = 6120
-OFFLINE_TIMEOUT = 180.0  # seconds of silence after which a worker's VMs fail
-TICK = 5.0  # seconds between two looks of the scheduler that nothing asked for
-LATE = 0.1  # seconds after its time that it gets to them: this process stood still, and heard nobody
-AT_ONCE = 50  # VMs that one plan is about: some milliseconds of work, while everybody else waits
-RETRY_SECONDS = 1.0  # after a write that failed; a full disk is not asked more often
-GRACE = 10.0  # seconds for requests at work to end at a stop
-NO_SSH = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
-DESCRIPTORS = 64  # that are not connections: files, the log, threads' pipes
-COLLECT_AT = (10_000, 20, 25)  # allocations, then rounds of the generation below, before one is looked through
+DEFAULT_PORT = 6120
+# A worker without contact for this long is offline, and its VMs fail.
+DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
+# Time for the requests under way at a stop.
+_GRACE_SECONDS = 10.0
+_SSH_IS_MISSING = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
+# File descriptors that are not connections: files, the log, pipes of threads.
+_OTHER_DESCRIPTORS = 64
+# Python's gc.set_threshold: allocations before a collection, then collections of each generation before the next one's.
+_GC_THRESHOLDS = (10_000, 20, 25)
 
 _logger = logging.getLogger("orchard.controller")
 
 
 class StartError(Exception):
-    """The controller can't start; str() says why, and what to do."""
+    """The controller cannot start; str() says why and how to remedy it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerSettings:
-    """How a controller is run. Times are in seconds; `host` None is every address, port 0 any free one."""
+    """The settings of a controller. Times are in seconds. `host` None means all addresses, port 0 any free port."""
 
     data_dir: Path
     host: str | None = None
-    port: int = PORT
+    port: int = DEFAULT_PORT
     prefix: str = ""
-    certificate: Path | None = None  # PEM; with `key`. None: self-signed, kept in the data directory
+    # PEM files. Without them a self-signed certificate is made and kept in the data directory.
+    certificate: Path | None = None
     key: Path | None = None
     tls: bool = True
     auth: bool = True
-    ssh: tuple[str | None, int] | None = None  # host and port of the SSH jump host; None: there is none
-    ssh_host_key: Path | None = None  # None: made at the first start, kept in the data directory
+    # Host and port of the SSH jump host; None: it is not served.
+    ssh: tuple[str | None, int] | None = None
+    # None: made at the first start and kept in the data directory.
+    ssh_host_key: Path | None = None
     ssh_auth: bool = True
-    admin_token: str = field(default="", repr=False)  # of bootstrap-admin, which is (re)created with it
-    worker_offline_timeout: float = OFFLINE_TIMEOUT
+    # The token of bootstrap-admin, which is created or updated with it.
+    admin_token: str = field(default="", repr=False)
+    worker_offline_timeout: float = DEFAULT_OFFLINE_TIMEOUT
     ping_interval: float = PING_INTERVAL
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A controller that serves. `certificate` (PEM) is set when clients have to be told what to trust."""
+    """A controller that serves. `certificate` (PEM) is set if clients have to be told to trust it."""
 
     url: str
     certificate: bytes | None = None
     fingerprint: str = ""
-    ssh_port: int = 0  # 0: there is no SSH
-    new_admin: ServiceAccount | None = field(default=None, repr=False)  # made at this start, for somebody to be told
+    # 0: SSH is not served.
+    ssh_port: int = 0
+    # The account that this start created with a random token, which nobody knows yet.
+    new_admin: ServiceAccount | None = field(default=None, repr=False)
 
 
-Listening = tuple[Sequence[trio.abc.Listener[trio.abc.Stream]], Running]
-Listen = Callable[[ControllerSettings], Awaitable[Listening]]
-OpenData = Callable[[Path], contextlib.AbstractContextManager[tuple[Store, EventLog]]]
+# ---- the data directory --------------------------------------------------------------------------------------------
 
 
 def utc_now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
-
-
-# ---- scheduling ----------------------------------------------------------------------------------------------------
-
-
-class Cluster:
-    """The store and those who follow it: the scheduler, the workers to be told, the events of deleted VMs."""
-
-    def __init__(
-        self, settings: ControllerSettings, store: Store, events: EventLog, clock: Callable[[], datetime.datetime]
-    ) -> None:
-        self.store = store
-        self._clock = clock
-        self.events = events
-        self.rendezvous = Rendezvous(settings.ping_interval)
-        self._wake = trio.Event()
-        self._restarted: dict[str, float] = {}  # VM uid -> its last restart, by the monotonic clock
-        self._inherited = {vm.uid for vm in store.state.vms.values() if vm.state.status == "failed"}
-        self._offline_timeout = settings.worker_offline_timeout
-        self.liveness = Liveness(trio.current_time, self._offline_timeout, self._returned, store.state.workers)
-        self._rebuild_planner()
-        store.on_commit(self._committed)
-        store.on_undo(self._rebuild_planner)
-        store.on_durable(self._durable)
-
-    def wake(self) -> None:
-        """Have the scheduler look again."""
-        self._wake.set()
-
-    def _rebuild_planner(self) -> None:
-        """Write the scheduler's planner anew."""
-        state = self.store.state
-        self.planner = scheduler.Planner(
-            scheduler.Snapshot(
-                vms=(),
-                workers={},
-                seen=self.liveness.seen,
-                restarted=self._restarted,
-                profile=state.settings.scheduler_profile,
-                offline_timeout=self._offline_timeout,
-                departed=self.liveness.departed,
-                began=self.liveness.began,
-                inherited=self._inherited,
-            )
-        )
-        for worker in state.workers.values():
-            self.planner.put_worker(worker)
-        for vm in state.vms.values():
-            self.planner.put_vm(vm)
-
-    def _returned(self, worker: str) -> None:
-        self.planner.heard(worker)
-        self.wake()
-
-    def _committed(self, changes: list[Change]) -> None:
-        for change in changes:
-            if isinstance(change.new, VM):
-                self.planner.put_vm(change.new)
-            elif isinstance(change.new, Worker):
-                self.planner.put_worker(change.new)
-            elif isinstance(change.old, VM) and change.new is None:
-                self.planner.drop_vm(change.name)
-            elif isinstance(change.old, Worker) and change.new is None:
-                self.planner.drop_worker(change.name)
-        self.wake()
-
-    def _durable(self, changes: list[Change]) -> None:
-        for worker in {worker for change in changes for worker in concerned(change)}:
-            self.rendezvous.sync(worker)
-        for change in changes:
-            if isinstance(change.old, VM) and (reason := ended(change.old, change.new)):
-                self.rendezvous.end_tunnels(change.old.uid, reason)
-            if change.new is None and isinstance(change.old, VM):
-                self.events.drop(change.old.uid)
-                self._restarted.pop(change.old.uid, None)
-            elif change.new is None and isinstance(change.old, Worker):
-                self.liveness.forget(change.old.name)
-
-    async def schedule(self) -> None:
-        """Keep every VM where it belongs, until cancelled."""
-        while True:
-            self._wake = trio.Event()
-            now = trio.current_time()
-            try:
-                while (due := self.schedule_some(now, self._clock())) is None:
-                    await trio.lowlevel.checkpoint()  # for the others
-                await self.store.wait_durable()
-            except APIError as error:
-                _logger.error("scheduling has to wait: %s", error.message)
-                await trio.sleep(RETRY_SECONDS)
-                continue
-            due = min(due, now + TICK)
-            with trio.move_on_at(due):
-                await self._wake.wait()
-            if (late := trio.current_time() - due) > LATE:
-                _logger.warning("the scheduler comes late", extra={"seconds": round(late, 1)})
-                self.liveness.deaf(late)
-
-    def schedule_some(self, now: float, clock: datetime.datetime) -> float | None:
-        """Plan for some VMs and apply that. Give when time alone makes it due again; None: at once, there may be more."""
-        plan = self.planner.plan(now, self.store.state.settings.scheduler_profile, AT_ONCE)
-        if self._apply(plan, now, clock) or not plan.room:
-            return None
-        return math.inf if plan.next_at is None else plan.next_at
-
-    def _apply(self, plan: scheduler.Plan, now: float, clock: datetime.datetime) -> bool:
-        """Carry a plan out in one transaction; False when it asks for nothing new."""
-        vms, workers = self.store.state.vms, self.store.state.workers
-        with self.store.transaction() as tx:
-            for name, reason in plan.fail.items():
-                tx.put(transitions.fail(vms[name], reason))
-                _logger.warning("a VM failed", extra={"vm": name, "reason": reason})
-            for name in plan.restart:
-                tx.put(transitions.restart(vms[name], clock))
-                self._restarted[vms[name].uid] = now
-                self._inherited.discard(vms[name].uid)
-                _logger.info("a VM is restarted", extra={"vm": name})
-            for name, worker in plan.assign.items():
-                tx.put(transitions.assign(vms[name], workers[worker], clock))
-                _logger.info("a VM has a worker", extra={"vm": name, "worker": worker})
-            for name, reason in plan.waiting.items():
-                waiting = transitions.wait(vms[name], reason)
-                if waiting is not vms[name]:
-                    tx.put(waiting)
-            return bool(tx.changes)
-
-
-def concerned(change: Change) -> set[str]:
-    """Name the workers that have something to do because of a change.
-
-    A worker that reports what it sees need not be told of it.
-    """
-    old = change.old if isinstance(change.old, VM) else None
-    new = change.new if isinstance(change.new, VM) else None
-    workers = {vm.state.worker for vm in (old, new) if vm is not None} - {""}
-    if old is not None and new is not None and _task(old) == _task(new):
-        return set()
-    return workers
-
-
-def ended(old: VM, new: object) -> str:
-    """Say why a VM that ran is not there any more for those who are connected to it ("": it is)."""
-    if not isinstance(new, VM):
-        return f'VM "{old.name}" was deleted'
-    if new.state.status == "failed" and old.state.status != "failed":
-        return f'VM "{old.name}" has failed: {new.state.status_message}'
-    return ""
-
-
-def _task(vm: VM) -> tuple[object, ...]:
-    """What a VM asks of its worker."""
-    return (vm.key, vm.state.worker, vm.meta.generation, vm.state.status == "failed")
-
-
-# ---- the data directory --------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -279,12 +124,12 @@ def _locked(directory: Path) -> Iterator[None]:
         with lock_directory(directory, CONTROLLER_LOCK_FILE):
             yield
     except LockError as error:
-        raise StartError(f"cannot use the data directory: {error}; another can be given with --data-dir") from error
+        raise StartError(f"cannot use the data directory: {error}; choose another with --data-dir") from error
 
 
 @contextlib.contextmanager
-def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
-    """Load state and events, and close the state in the end. Raises StartError."""
+def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
+    """Load state and events for the block, and close the state after it. Raises StartError."""
     with contextlib.ExitStack() as stack:
         try:
             for problem in exposed(directory):
@@ -313,9 +158,9 @@ def access_key(directory: Path) -> bytes:
 
 
 def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAccount | None:
-    """Let somebody in: with a token given, bootstrap-admin by that token; else, with no accounts, by a random one.
+    """Create or update bootstrap-admin with `token`. Without a token, create it only if there is no account at all.
 
-    Give the account when its token has to be told to somebody.
+    Return the account if its token is random, because it has to be shown.
     """
     accounts = store.state.accounts
     if not token and accounts:
@@ -335,85 +180,107 @@ def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAcc
 
 # ---- running -------------------------------------------------------------------------------------------------------
 
+Listening = tuple[Sequence[trio.abc.Listener[trio.abc.Stream]], Running]
+
 
 async def run(
     settings: ControllerSettings,
     *,
     stop: trio.Event | None = None,
-    grace: float = GRACE,
-    open_data: OpenData = opened,
-    listen: Listen | None = None,
-    clock: Callable[[], datetime.datetime] = utc_now,
+    grace: float = _GRACE_SECONDS,
+    platform: Platform | None = None,
     task_status: trio.TaskStatus[Running] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run a controller until cancelled or until `stop` is set; `started(Running)` when it serves.
+    """Run a controller until it is cancelled or `stop` is set; call `task_status.started(Running)` when it serves.
 
-    `open_data` opens the data directory, `listen` gives other listeners than the settings ask for, and under which URL
-    they are reached, and `clock` gives the time: with these three a controller runs in a simulation as it does here.
+    `grace` is in seconds. `platform` replaces what the controller uses of its host.
 
-    Raises StartError, and Broken when the disk fails in a way that leaves nobody sure of what it holds.
+    Raises StartError, and Broken if a disk failure leaves unknown what the disk holds.
     """
-    stop = stop if stop is not None else trio.Event()
-    with unwrap_groups(), _locked(settings.data_dir), open_data(settings.data_dir) as (store, events):
-        cluster = Cluster(settings, store, events, clock)
+    stop = trio.Event() if stop is None else stop
+    platform = Platform() if platform is None else platform
+    with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as (store, events):
+        parts = _Parts.compose(settings, store, events, platform.clock)
+        # Ends last, because it stores what the tasks below change.
+        async with trio.open_nursery() as writers:
+            await writers.start(store.run)
+            await writers.start(events.run)
+            new_admin = await _create_admin(settings, store, platform.clock())
+            # Ends when the last answer was sent.
+            async with trio.open_nursery() as background:
+                background.start_soon(parts.loop.run)
+                await background.start(parts.executor.run)
+                listeners, running = await platform.listen(settings)
+                answer = partial(
+                    serve, parts.api.handle, admit=parts.api.admit, limits=_limits(), stop=stop, grace=grace
+                )
+                # Ends with `stop`.
+                async with trio.open_nursery() as servers:
+                    await servers.start(answer, listeners)
+                    ssh_port = await _serve_ssh(settings, parts, background)
+                    task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
+                background.cancel_scope.cancel()
+            try:
+                await store.wait_durable()
+            except APIError as error:
+                _logger.error("last changes were not stored (and not acknowledged): %s", error.message)
+            writers.cancel_scope.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The parts of a controller. `gate` None: authentication is off."""
+
+    store: Store
+    loop: SchedulingLoop
+    gate: auth.Gate | None
+    access_key: bytes
+    vm_access: VMAccess
+    executor: Executor
+    api: API
+
+    @classmethod
+    def compose(
+        cls, settings: ControllerSettings, store: Store, events: EventLog, clock: Callable[[], datetime.datetime]
+    ) -> _Parts:
+        rendezvous = Rendezvous(settings.ping_interval)
+        loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
+        Reactions(store, events, rendezvous, clock)
         gate = auth.Gate(store.state.accounts) if settings.auth else None
         key = access_key(settings.data_dir)
-        vm_access = VMAccess(store, cluster.rendezvous)
+        vm_access = VMAccess(store, rendezvous)
         executor = Executor(vm_access)
         api = API(
             store,
             events,
-            cluster.liveness,
-            cluster.rendezvous,
+            loop.liveness,
+            rendezvous,
             vm_access,
             executor,
             gate,
             key,
             prefix=settings.prefix,
             offline_timeout=settings.worker_offline_timeout,
-            waits_for=lambda spec: cluster.planner.waits_for(spec),  # there is a new planner at times
+            waits_for=loop.waiting_reason,
             clock=clock,
         )
-        async with trio.open_nursery() as writers:  # end last: what the tasks below change is still to be stored
-            await writers.start(store.run)
-            await writers.start(events.run)
-            new_admin = await _admit_somebody(settings, store, clock())
-            async with trio.open_nursery() as planners:  # end when the last answer is out
-                planners.start_soon(cluster.schedule)
-                await planners.start(executor.run)
-                listeners, running = await (listen or _listen)(settings)
-                answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
-                async with trio.open_nursery() as serving:  # ends with `stop`
-                    await serving.start(answer, listeners)
-                    ssh_port = await _serve_ssh(settings, store, vm_access, gate, key, planners)
-                    task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
-                planners.cancel_scope.cancel()
-            try:
-                await store.wait_durable()
-            except APIError as error:
-                _logger.error("what was changed last could not be stored, and nobody was told of it: %s", error.message)
-            writers.cancel_scope.cancel()
+        return cls(store, loop, gate, key, vm_access, executor, api)
 
 
-async def _serve_ssh(
-    settings: ControllerSettings,
-    store: Store,
-    vm_access: VMAccess,
-    gate: auth.Gate | None,
-    key: bytes,
-    nursery: trio.Nursery,
-) -> int:
-    """Start the SSH jump host, if it is wanted, and give its port. Raises StartError."""
+async def _serve_ssh(settings: ControllerSettings, parts: _Parts, nursery: trio.Nursery) -> int:
+    """Start the SSH jump host if the settings ask for it. Return its port, or 0. Raises StartError."""
     if settings.ssh is None:
         return 0
     try:
-        from orchard.ssh import jump  # what it needs may not be installed, and takes a third of a second to import
+        # Its packages may not be installed, and importing them takes a third of a second.
+        from orchard.ssh import jump
     except ImportError:
-        raise StartError(NO_SSH) from None
+        raise StartError(_SSH_IS_MISSING) from None
     host, port = settings.ssh
     try:
+        gate = parts.gate if settings.ssh_auth else None
         host_key = jump.host_key(settings.ssh_host_key or settings.data_dir / SSH_HOST_KEY_FILE)
-        server = jump.JumpHost(store.state, vm_access, gate if settings.ssh_auth else None, key, utc_now)
+        server = jump.JumpHost(parts.store.state, parts.vm_access, gate, parts.access_key, utc_now)
         started: int = await nursery.start(server.serve, host, port, host_key, settings.ping_interval)
     except ValueError as error:
         raise StartError(str(error)) from error
@@ -424,7 +291,7 @@ async def _serve_ssh(
     return started
 
 
-async def _admit_somebody(settings: ControllerSettings, store: Store, now: datetime.datetime) -> ServiceAccount | None:
+async def _create_admin(settings: ControllerSettings, store: Store, now: datetime.datetime) -> ServiceAccount | None:
     if not settings.auth:
         return None
     try:
@@ -461,15 +328,28 @@ async def _listen(settings: ControllerSettings) -> Listening:
             await listener.aclose()
         del listeners[1:]
     host, port = listeners[0].socket.getsockname()[:2]
-    url = f"{'https' if settings.tls else 'http'}://{reachable(host)}:{port}{settings.prefix}"
+    url = f"{'https' if settings.tls else 'http'}://{reachable_host(host)}:{port}{settings.prefix}"
     running = Running(url, certificate, fingerprint)
     if context is None:
         return listeners, running
     return [trio.SSLListener(listener, context) for listener in listeners], running
 
 
-def reachable(host: str) -> str:
-    """Give the address by which this host reaches a socket that listens on `host`, as it stands in a URL."""
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What a controller uses of its host. A simulation replaces it, and otherwise runs the controller as it is.
+
+    `open_data` opens the data directory, `listen` returns the listeners and the URL by which they are reached, and
+    `clock` returns the time in UTC.
+    """
+
+    open_data: Callable[[Path], contextlib.AbstractContextManager[tuple[Store, EventLog]]] = open_data_directory
+    listen: Callable[[ControllerSettings], Awaitable[Listening]] = _listen
+    clock: Callable[[], datetime.datetime] = utc_now
+
+
+def reachable_host(host: str) -> str:
+    """Return the address by which this host reaches a socket that listens on `host`, as written in a URL."""
     address = ipaddress.ip_address(host)
     if address.is_unspecified:
         return "[::1]" if address.version == 6 else "127.0.0.1"
@@ -480,42 +360,47 @@ def _limits() -> Limits:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return Limits()
-    return Limits(connections=max(1, min(Limits().connections, soft - DESCRIPTORS)))
+    return Limits(connections=max(1, min(Limits().connections, soft - _OTHER_DESCRIPTORS)))
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
 def api_prefix(text: str) -> str:
-    """Read what is put before /v1, without a slash at its end; "/" is nothing."""
+    """Read the path before /v1, without a slash at its end. "/" means none."""
     prefix = text.rstrip("/")
     if prefix and (prefix[0] != "/" or not all(map(NAME.fullmatch, prefix[1:].split("/")))):
-        raise argparse.ArgumentTypeError(f'"{text}" is no path, expected one such as /orchard')
+        raise argparse.ArgumentTypeError(f'"{text}" is not a path, expected one such as /orchard')
     return prefix
 
 
-def arguments() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m orchard.controller",
         description="Run an Orchard controller: the REST API, the scheduler and the state of a cluster of Tart VMs.",
-        epilog="ORCHARD_BOOTSTRAP_ADMIN_TOKEN sets the token of the service account bootstrap-admin, which otherwise"
-        " is made at the first start, with a random token that is shown once.",
+        epilog="ORCHARD_BOOTSTRAP_ADMIN_TOKEN sets the token of the service account bootstrap-admin. Without it, the first"
+        " start creates this account with a random token and shows the token once.",
     )
     add = parser.add_argument
-    port = os.environ.get("PORT") or str(PORT)
+    port = os.environ.get("PORT") or str(DEFAULT_PORT)
     add("--listen", metavar="HOST:PORT", type=parse_address, default=f":{port}",
-        help=f"address to serve on; default :{PORT} on all addresses, the port from $PORT")  # fmt: skip
+        help=f"address to serve on; default :{DEFAULT_PORT} on all addresses, the port from $PORT")  # fmt: skip
     add("--data-dir", metavar="DIR", type=Path, help="directory of the state; default $ORCHARD_HOME/controller")
-    add("--api-prefix", metavar="P", type=api_prefix, default="", help="path that is put before /v1")
+    add("--api-prefix", metavar="P", type=api_prefix, default="", help="path before /v1, such as /orchard")
     add("--controller-cert", metavar="FILE", type=Path, help="TLS certificate (chain) in PEM; default: self-signed")
-    add("--controller-key", metavar="FILE", type=Path, help="its private key in PEM")
+    add("--controller-key", metavar="FILE", type=Path, help="private key of the certificate in PEM")
     add("--listen-ssh", metavar="HOST:PORT", type=parse_address, help="address to serve SSH into VMs on; default: none")
-    add("--ssh-host-key", metavar="FILE", type=Path, help="its private key; default: made at the first start")
-    add("--insecure-ssh-no-client-auth", action="store_true", help="let everybody into every VM's SSH port")
+    add(
+        "--ssh-host-key",
+        metavar="FILE",
+        type=Path,
+        help="private key of the SSH server; default: made at the first start",
+    )
+    add("--insecure-ssh-no-client-auth", action="store_true", help="serve SSH without authentication")
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
-    add("--insecure-no-auth", action="store_true", help="let everybody do everything")
-    add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=OFFLINE_TIMEOUT,
-        help="seconds of silence after which a worker's VMs fail; default %(default)g")  # fmt: skip
+    add("--insecure-no-auth", action="store_true", help="serve the API without authentication: anyone may do anything")
+    add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=DEFAULT_OFFLINE_TIMEOUT,
+        help="seconds without contact after which a worker is offline and its VMs fail; default %(default)g")  # fmt: skip
     add("--ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
         help="seconds between two pings on each WebSocket; default %(default)g")  # fmt: skip
     add("--debug", action="store_true", help="log more")
@@ -523,13 +408,17 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[ControllerSettings, bool]:
-    """Read the command line and the environment; give whether to log more, too. Exits with 2 on a wrong one."""
+def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, bool]:
+    """Return the settings from command line and environment, and whether to log more.
+
+    Exits with status 2 if they are invalid.
+    """
+    parser = _parser()
     options = parser.parse_args(argv)
     if (options.controller_cert is None) != (options.controller_key is None):
         parser.error("--controller-cert and --controller-key go together")
     if options.insecure_no_tls and options.controller_cert is not None:
-        parser.error("--insecure-no-tls and --controller-cert contradict each other")
+        parser.error("--insecure-no-tls and --controller-cert exclude each other")
     host, port = options.listen
     settings = ControllerSettings(
         data_dir=options.data_dir or orchard_home() / "controller",
@@ -551,9 +440,9 @@ def settings_of(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
 
 
 def announce(running: Running, out: TextIO) -> None:
-    """Say where the controller listens, and, once, how to get in."""
+    """Print where the controller listens, and after the first start how to log in."""
     if running.new_admin is not None:
-        print("A service account with every role was created. Its token is shown only now:", file=out)
+        print("Created a service account with all roles. Its token is shown only this once:", file=out)
         print(f"  name:  {running.new_admin.name}", file=out)
         print(f"  token: {running.new_admin.token}", file=out)
         if running.fingerprint:
@@ -575,18 +464,20 @@ async def run_and_announce(settings: ControllerSettings) -> None:
 
 
 def collect_garbage_less() -> None:
-    """Have Python look for cycles less often: it stops everything for that, and nearly all that there is lives long.
+    """Run Python's collector of reference cycles less often.
 
-    A look at everything takes tens of milliseconds with ten thousand VMs, and a fifth of the time when a thousand
-    watchers are told of a change (./run bench watch). A process of its own may do so; an embedding one decides itself.
+    A collection stops the process, and nearly all objects of a controller live long. With ten thousand VMs a full
+    collection takes tens of milliseconds. While a thousand watchers are sent a change, collections would take a fifth
+    of the time (./run bench watch). Only the controller's own process does this; an embedding one decides itself.
     """
-    gc.freeze()  # modules, classes, code: they stay
-    gc.set_threshold(*COLLECT_AT)
+    # Modules, classes and code stay anyway.
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; give the exit status."""
-    settings, debug = settings_of(arguments(), argv)
+    """Run the command line. Return the exit status."""
+    settings, debug = _parse_settings(argv)
     collect_garbage_less()
     return run_program(
         "orchard controller", partial(run_and_announce, settings), {StartError: 1, Broken: 1}, debug=debug

@@ -1,16 +1,20 @@
-"""Which workers are alive. Law: in memory only; no I/O, its clock is handed in.
+"""Worker liveness: when each worker was last in contact with the controller.
 
-Liveness is the time since a worker's last sign of life, by the controller's own monotonic clock at receipt: nobody's
-wall clock, and nothing that happened while the controller was away, can make a worker look dead or alive. Signs of
-life are its registration, its heartbeats, the pongs on its watch, and its polls of its VMs. A poll counts only when it
-comes from where one of the others came from, because anybody may list a worker's VMs. Nobody is silent for what a
-controller that stood still has not heard.
+A worker is online while its last contact is less than the offline time-out ago. Contacts are its registration, its
+heartbeats, the pongs on its watch, and its polls for its VMs. They are timed on receipt by the controller's own
+monotonic clock. So neither a wrong wall clock nor a restart of the controller can make a worker look online or offline.
 
-A worker that was deleted may be alive, and run its VMs until it hears of that or its lease ends: `departed` remembers
-when it was last seen, for as long as that can matter.
+Any account may list the VMs of a worker, so a poll counts only if it comes from the source (service account and
+address) of an earlier contact that only the worker itself makes. Time during which the controller itself was stalled
+does not count as silence.
 
-`last_seen`, the time in the API, is what the worker's own clock said: it tells a heartbeat from other changes.
-It is not stored; a thousand heartbeats cost the disk nothing.
+A deleted worker may still run its VMs until it learns of its deletion or its lease expires. `last_contact_of_deleted`
+keeps its last contact for that long.
+
+`last_seen`, the time in the API, comes from the worker's own clock. A later value than before marks a heartbeat.
+
+Everything is kept in memory only, so that thousands of heartbeats cost the disk nothing. This file performs no I/O and
+gets its clock as an argument.
 """
 
 from __future__ import annotations
@@ -20,80 +24,85 @@ from collections.abc import Callable, Iterable
 
 from orchard.codec import format_time
 
-Source = tuple[str, str]  # (service account, address of the host)
+# (service account, address of the host)
+Source = tuple[str, str]
 
 
 class Liveness:
-    """`seen` is the live table that the scheduler reads: worker name -> its last sign of life, in seconds of `clock`.
+    """The last contact of every worker. `last_contact` is a live table that the scheduler reads.
 
-    `returned` is called with the name of a worker that gives a sign of life and had been offline.
+    `last_contact` and `last_contact_of_deleted` map worker names to seconds of `clock`. `on_return` is called with the
+    name of a worker that makes contact and was offline or unknown before.
     """
 
     def __init__(
         self,
         clock: Callable[[], float],
         offline_timeout: float,
-        returned: Callable[[str], None],
+        on_return: Callable[[str], None],
         known: Iterable[str] = (),
     ) -> None:
-        """`known` are the workers of before the start, to whom the whole time-out is given anew."""
+        """Begin with the `known` workers, from before the controller's start. Each gets the whole time-out again."""
         self._clock = clock
         self._offline_timeout = offline_timeout
-        self._returned = returned
+        self._on_return = on_return
         self._last_seen: dict[str, tuple[datetime.datetime, bytes]] = {}
-        self._source: dict[str, Source] = {}
-        self.began = clock()
-        self.seen: dict[str, float] = dict.fromkeys(known, self.began)
-        self.departed: dict[str, float] = {}
+        self._sources: dict[str, Source] = {}
+        self.started_at = clock()
+        self.last_contact: dict[str, float] = dict.fromkeys(known, self.started_at)
+        self.last_contact_of_deleted: dict[str, float] = {}
 
-    def alive(self, worker: str) -> None:
-        """Note a sign of life of a worker that has arrived; one that was forgotten has to arrive again."""
-        if worker not in self._source:
-            return
-        now, before = self._clock(), self.seen.get(worker)
-        self.seen[worker] = now
-        if before is None or now >= before + self._offline_timeout:
-            self._returned(worker)
+    def record_pong(self, worker: str) -> None:
+        """Record a pong on a worker's watch. Ignore it for a deleted worker, which has to register again first."""
+        if worker in self._sources:
+            self._record(worker)
 
-    def arrived(self, worker: str, source: Source) -> None:
-        """Note a sign of life that only the worker gives, and where it comes from."""
-        self._source[worker] = source
-        self.alive(worker)
+    def record_worker(self, worker: str, source: Source) -> None:
+        """Record a request that only the worker itself makes, and its source."""
+        self._sources[worker] = source
+        self._record(worker)
 
-    def heartbeat(self, worker: str, source: Source, last_seen: datetime.datetime) -> bool:
-        """Note a heartbeat, if it is one: if `last_seen` is later than the one before."""
+    def record_heartbeat(self, worker: str, source: Source, last_seen: datetime.datetime) -> bool:
+        """Record a heartbeat if `last_seen` is later than before. Return whether it is."""
         before = self._last_seen.get(worker)
         if before is not None and last_seen <= before[0]:
             return False
         self._last_seen[worker] = (last_seen, format_time(last_seen).encode())
-        self.arrived(worker, source)
+        self.record_worker(worker, source)
         return True
 
-    def polled(self, worker: str, source: Source) -> None:
-        """Note that somebody at `source` asked for the worker's VMs."""
-        if self._source.get(worker) == source:
-            self.alive(worker)
+    def record_poll(self, worker: str, source: Source) -> None:
+        """Record a request for a worker's VMs. Ignore it if it comes from elsewhere than the worker."""
+        if self._sources.get(worker) == source:
+            self._record(worker)
 
-    def forget(self, worker: str) -> None:
-        """Note that a worker was deleted."""
-        recent = self._clock() - self._offline_timeout
-        for name in [name for name, seen in self.departed.items() if seen <= recent]:
-            del self.departed[name]
-        self.departed[worker] = self.seen.pop(worker, self.began)
+    def record_deletion(self, worker: str) -> None:
+        """Record that a worker was deleted."""
+        expired = self._clock() - self._offline_timeout
+        for name in [name for name, at in self.last_contact_of_deleted.items() if at <= expired]:
+            del self.last_contact_of_deleted[name]
+        self.last_contact_of_deleted[worker] = self.last_contact.pop(worker, self.started_at)
         self._last_seen.pop(worker, None)
-        self._source.pop(worker, None)
+        self._sources.pop(worker, None)
 
-    def deaf(self, seconds: float) -> None:
-        """Note that this process stood still, and should have looked around so many seconds ago.
+    def extend_for_stall(self, seconds: float) -> None:
+        """Move the last contacts forward after this process was stalled for `seconds`.
 
-        Twice as much is given to those who were not silent by then: what they have sent meanwhile is still to be read.
+        Workers that were online before the stall get twice that time, because what they sent meanwhile has still to be
+        read.
         """
         now = self._clock()
-        for worker, seen in self.seen.items():
-            if now - seconds < seen + self._offline_timeout:
-                self.seen[worker] = min(now, seen + 2 * seconds)
+        for worker, at in self.last_contact.items():
+            if now - seconds < at + self._offline_timeout:
+                self.last_contact[worker] = min(now, at + 2 * seconds)
 
-    def last_seen(self, worker: str) -> bytes | None:
-        """Give the time of a worker's last heartbeat, as it stands in JSON; None when there was none."""
-        told = self._last_seen.get(worker)
-        return None if told is None else told[1]
+    def last_seen_json(self, worker: str) -> bytes | None:
+        """Return the time of a worker's last heartbeat as the text of a JSON string, without quotes; None before it."""
+        heartbeat = self._last_seen.get(worker)
+        return None if heartbeat is None else heartbeat[1]
+
+    def _record(self, worker: str) -> None:
+        now, before = self._clock(), self.last_contact.get(worker)
+        self.last_contact[worker] = now
+        if before is None or now >= before + self._offline_timeout:
+            self._on_return(worker)

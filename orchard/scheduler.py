@@ -1,26 +1,26 @@
-"""The scheduler: who goes where, who fails, who restarts, and why not. Law: pure; data in, data out.
+"""The scheduler: decide which VM goes to which worker, which VMs fail or restart, and why a VM has to wait.
 
-A plan is made from a picture of the cluster and is data; the controller carries it out in one transaction and makes
-the next plan from the new picture, until a plan is empty. Whatever happens at the same time, a plan is never applied
-to another picture than the one that it was made from, and so never hands out what is gone.
+A plan is data. The scheduling loop applies it in one transaction and makes the next plan from the new state, until a
+plan is empty. A plan is applied only to the state that it was made from, so it never assigns capacity that is gone.
+This file performs no I/O, and times are arguments.
 
-Three steps, in this order:
+A plan has three steps, in this order:
 
-1. VMs whose worker is gone or silent fail, with a reason.
-2. Failed VMs that want to be restarted go back to pending, each at most once per RESTART_PAUSE. One whose worker was
-   deleted may still run there, for as long as a silent worker may run it: until then it has to wait. So has one that
-   had failed when the controller started, for it may have been for that reason.
-3. Pending VMs, oldest first, get the fullest (or emptiest, by profile) worker that has what they ask for. One that
-   fits nowhere gets a reason, and does not hold up the next.
+1. VMs whose worker is deleted or offline fail, with a reason.
+2. Failed VMs with the restart policy OnFailure return to pending, each at most once per RESTART_PAUSE_SECONDS. A VM
+   whose worker was deleted may still run there for as long as it could on an offline worker, so its restart waits that
+   long. So does the restart of a VM that had failed before the controller started, because its worker may have been
+   deleted then.
+3. Pending VMs, oldest first, are assigned to the fullest (or emptiest, by profile) worker that fits. A VM that fits
+   nowhere gets a reason and does not hold up the next one.
 
-Overtaking is therefore unbounded by design: a VM that asks for a whole worker waits as long as smaller ones keep
-every worker partly filled.
+Overtaking is therefore unbounded by design: a VM that asks for a whole worker waits as long as smaller VMs keep every
+worker partly used.
 
-The picture is a `Planner`, kept up to date change by change, so that a plan looks only at what could have changed: one
-change costs the same among a hundred VMs and among ten thousand (./run bench plan). For each kind of demand that was
-asked for lately it has the workers that could take one more such VM now, in order; a worker's load touches its own
-entries. `plan` makes a plan of a whole `Snapshot` by writing a new planner: what a planner says after any changes is what one
-that is written anew says, but that reasons may lag behind by REASON_SECONDS.
+The `Planner` is updated change by change, and a plan looks only at what may have changed. So one change costs the same
+among a hundred VMs and among ten thousand (./run bench plan). For each recent kind of demand the planner has a heap of
+the workers that could take one more such VM. A change of a worker's load moves only that worker in the heaps.
+Incremental and from-scratch plans are equal, except that waiting reasons may be up to REASON_SECONDS old.
 """
 
 from __future__ import annotations
@@ -32,65 +32,85 @@ import itertools
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from orchard.schema import VM, SchedulerProfile, VMSpec, Worker
 
-NEVER = datetime.datetime.min.replace(tzinfo=datetime.UTC)
-RESTART_PAUSE = 15.0  # seconds between two restarts of a VM: what fails at once must not busy its worker for ever
-REASON_SECONDS = 1.0  # between two times that all workers are asked why they can't take those that wait
-MAX_CLASSES = 64  # kinds of demand whose candidates are kept when none of them waits
+# Between two restarts of a VM, so that one that fails at once does not keep its worker busy.
+RESTART_PAUSE_SECONDS = 15.0
+# Between two searches for a waiting reason, because each search examines all workers.
+REASON_SECONDS = 1.0
+# Kinds of demand whose candidates are kept although no VM of the kind waits.
+_MAX_IDLE_DEMANDS = 64
+_LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The picture that a plan is made from. Times are seconds of one monotonic clock."""
+class PlannerInputs:
+    """What plans depend on besides VMs, workers and the profile. Times are seconds of one monotonic clock.
 
-    vms: Iterable[VM]
-    workers: Mapping[str, Worker]
-    seen: Mapping[str, float]  # worker name -> its last sign of life
-    restarted: Mapping[str, float]  # VM uid -> its last restart
-    profile: SchedulerProfile
-    offline_timeout: float  # seconds of silence after which a worker counts as offline
-    departed: Mapping[str, float] = field(default_factory=dict)  # deleted worker -> its last sign of life before that
-    began: float = 0.0  # when the controller started: what it knew of deleted workers before, it has forgotten
-    inherited: Container[str] = ()  # uids of VMs that had failed by then, nobody knows why: they may still run
+    The planner reads the tables live: their owner changes them in place.
+    """
 
-    def online(self, worker: str, now: float) -> bool:
-        return worker in self.seen and now < self.seen[worker] + self.offline_timeout
+    # Worker name -> its last contact.
+    last_contact: Mapping[str, float]
+    # Name of a deleted worker -> its last contact.
+    last_contact_of_deleted: Mapping[str, float]
+    # VM uid -> its last restart.
+    restarted_at: Mapping[str, float]
+    # A worker without contact for this long is offline.
+    offline_timeout: float  # seconds
+    # Start of the controller. Deletions of workers before it are forgotten.
+    started_at: float
+    # Uids of VMs that had failed before the start, for a reason that is forgotten. They may still run.
+    failed_before_start: set[str]
+
+    def offline_at(self, worker: str) -> float:
+        """Return the time at which a worker without further contact counts as offline."""
+        return self.last_contact.get(worker, -math.inf) + self.offline_timeout
+
+    def restart_at(self, vm: VM, *, worker_is_registered: bool) -> float:
+        """Return the earliest time at which a failed VM can neither run any more nor restart too often."""
+        worker = vm.state.worker
+        may_run_since = self.last_contact_of_deleted.get(worker, -math.inf)
+        if not worker_is_registered:
+            may_run_since = max(may_run_since, self.last_contact.get(worker, self.started_at))
+        if vm.uid in self.failed_before_start:
+            may_run_since = max(may_run_since, self.started_at)
+        restarted_at = self.restarted_at.get(vm.uid, -math.inf)
+        return max(may_run_since + self.offline_timeout, restarted_at + RESTART_PAUSE_SECONDS)
 
 
 @dataclass(slots=True)
 class Plan:
-    """What is to be done. Each VM stands in at most one of the four."""
+    """The next changes. Each VM is in at most one of the first four."""
 
-    fail: dict[str, str] = field(default_factory=dict)  # VM name -> reason
+    # VM name -> reason.
+    fail: dict[str, str] = field(default_factory=dict)
     restart: list[str] = field(default_factory=list)
-    assign: dict[str, str] = field(default_factory=dict)  # VM name -> worker name
-    waiting: dict[str, str] = field(default_factory=dict)  # VM name -> reason, for every VM that stays pending
-    next_at: float | None = None  # when time alone makes another plan due
-    room: int = field(default=sys.maxsize, compare=False)  # for more VMs; with none left, there may be more to do
+    # VM name -> worker name.
+    assign: dict[str, str] = field(default_factory=dict)
+    # VM name -> new reason why it waits.
+    waiting: dict[str, str] = field(default_factory=dict)
+    # When time alone makes another plan due.
+    next_at: float | None = None
+    # How many more VMs the plan could take. If 0, there may be more to do.
+    capacity: int = field(default=sys.maxsize, compare=False)
+    # Workers that went offline since the plan before.
+    offline: list[str] = field(default_factory=list, compare=False)
 
-    def due(self, at: float) -> None:
+    def set_due(self, at: float) -> None:
+        """Make another plan due at `at`, or earlier."""
         self.next_at = at if self.next_at is None else min(self.next_at, at)
 
 
-def plan(snapshot: Snapshot, now: float) -> Plan:
-    """Decide what the cluster should do next. Deterministic: it depends on nothing but its arguments."""
-    planner = Planner(snapshot)
-    for worker in snapshot.workers.values():
-        planner.put_worker(worker)
-    for vm in snapshot.vms:
-        planner.put_vm(vm)
-    return planner.plan(now, snapshot.profile)
-
-
-# ---- what a worker has, and a VM wants -----------------------------------------------------------------------------
+# ---- demand and load -----------------------------------------------------------------------------------------------
 
 
 class Load:
-    """What the VMs on one worker use: how many they are, and how much of each resource."""
+    """What the VMs on one worker use: their number, and the amount of each resource."""
 
     __slots__ = ("count", "used")
 
@@ -99,7 +119,7 @@ class Load:
         self.used: dict[str, int] = {}
 
     def add(self, vm: VM, times: int = 1) -> None:
-        """Count a VM in, or with -1 out."""
+        """Add a VM, or with -1 subtract it."""
         self.count += times
         for name, amount in vm.spec.resources.items():
             self.used[name] = self.used.get(name, 0) + times * amount
@@ -112,7 +132,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a VM asks of its worker; VMs of equal demand fit equally."""
+    """What a VM asks of its worker. VMs of equal demand fit on the same workers."""
 
     arch: str
     runtime: str
@@ -125,7 +145,7 @@ def demand_of(spec: VMSpec) -> Demand:
 
 
 def fits(demand: Demand, worker: Worker, load: Load) -> bool:
-    """Say whether a worker could take a VM, were it online."""
+    """Return whether a worker with this load could take a VM, if it is online."""
     if worker.scheduling_paused or (worker.arch, worker.runtime) != (demand.arch, demand.runtime):
         return False
     for label, value in demand.labels:
@@ -137,21 +157,174 @@ def fits(demand: Demand, worker: Worker, load: Load) -> bool:
     return True
 
 
-Rank = tuple[int, str]  # the least is the best
+def _why_not(demand: Demand, workers: Mapping[str, Worker], online: Mapping[str, None], placed: _Placed) -> str:
+    """Return why no worker can take a VM. Each worker counts under the first thing that excludes it."""
+    total = len(workers)
+    if not total:
+        return "waiting: no worker has registered yet"
+    # (position in the sentence, reason) -> number of workers
+    reasons: Counter[tuple[int, str]] = Counter()
+    # (resource, wanted) -> free amount on each worker
+    short: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
+    for name, worker in workers.items():
+        if name not in online:
+            reasons[0, "offline"] += 1
+        elif worker.scheduling_paused:
+            reasons[1, "paused"] += 1
+        elif worker.arch != demand.arch:
+            reasons[2, f"of another arch ({demand.arch} wanted)"] += 1
+        elif worker.runtime != demand.runtime:
+            reasons[3, f"of another runtime ({demand.runtime} wanted)"] += 1
+        elif missing := [pair for pair in demand.labels if worker.labels.get(pair[0]) != pair[1]]:
+            label, value = missing[0]
+            reasons[4, f"without label {label}={value}"] += 1
+        else:
+            used = placed.load_of(name).used
+            for resource, wanted in demand.resources:
+                free = max(0, worker.resources.get(resource, 0) - used.get(resource, 0))
+                if free < wanted:
+                    short[resource, wanted].append(free)
+                    break
+    parts = [f"{count} {reason}" for (_, reason), count in sorted(reasons.items())]
+    for (resource, wanted), free_list in sorted(short.items()):
+        verb, most = ("lacks", "") if len(free_list) == 1 else ("lack", " at most")
+        parts.append(f"{len(free_list)} {verb} {resource} ({wanted} wanted, {max(free_list)} free{most})")
+    return f"waiting: {total} worker{'s' if total > 1 else ''}: {', '.join(parts)}"
 
 
-class Candidates:
-    """The workers that could take one more VM of a kind, the best first. Old entries of the heap are passed over."""
+# ---- parts of the planner ------------------------------------------------------------------------------------------
+
+
+class _OnlineWorkers:
+    """Which workers are online, and when the next one may go offline.
+
+    Entries of the heaps may be too early, because contact moves the time on. They are renewed when they are due.
+    """
+
+    def __init__(self, inputs: PlannerInputs, active_vms: Mapping[str, object]) -> None:
+        self.names: dict[str, None] = {}
+        self._inputs = inputs
+        self._active_vms = active_vms
+        # Workers that may have come online.
+        self._unchecked: dict[str, None] = {}
+        self._times: list[tuple[float, str]] = []
+        # The same for workers that have active VMs.
+        self._times_with_vms: list[tuple[float, str]] = []
+
+    @property
+    def is_checked(self) -> bool:
+        return not self._unchecked
+
+    def check(self, worker: str) -> None:
+        """Let the next update check whether a worker came online."""
+        self._unchecked[worker] = None
+
+    def add_vms(self, worker: str) -> None:
+        """Record that an online worker, which had no active VM, has one now."""
+        heapq.heappush(self._times_with_vms, (self._inputs.offline_at(worker), worker))
+
+    def discard(self, worker: str) -> None:
+        self.names.pop(worker, None)
+
+    def update(self, now: float, registered: Mapping[str, Worker]) -> tuple[list[str], list[str]]:
+        """Return the workers that came online and those that went offline."""
+        came = [
+            worker
+            for worker in self._unchecked
+            if worker in registered and worker not in self.names and self._inputs.offline_at(worker) > now
+        ]
+        self._unchecked.clear()
+        for worker in came:
+            self.names[worker] = None
+            heapq.heappush(self._times, (self._inputs.offline_at(worker), worker))
+            if self._active_vms.get(worker):
+                self.add_vms(worker)
+        went = self._pop_offline(self._times, self.names, now)
+        return came, went + self._pop_offline(self._times_with_vms, self._active_vms, now)
+
+    def next_offline_at(self, *, only_with_vms: bool) -> float | None:
+        """Return the earliest time at which a worker may go offline."""
+        heap = self._times_with_vms if only_with_vms else self._times
+        return heap[0][0] if heap else None
+
+    def _pop_offline(self, heap: list[tuple[float, str]], relevant: Mapping[str, object], now: float) -> list[str]:
+        went = []
+        while heap and (heap[0][0] <= now or heap[0][1] not in relevant or heap[0][1] not in self.names):
+            _, worker = heapq.heappop(heap)
+            if worker not in self.names or worker not in relevant:
+                continue
+            if (at := self._inputs.offline_at(worker)) > now:
+                heapq.heappush(heap, (at, worker))
+            else:
+                self.discard(worker)
+                went.append(worker)
+        return went
+
+
+class _Restarts:
+    """The failed VMs that are to be restarted, with the earliest time for each."""
+
+    def __init__(self, inputs: PlannerInputs, workers: Mapping[str, Worker]) -> None:
+        self._inputs = inputs
+        self._workers = workers
+        self._vms: dict[str, VM] = {}
+        # (not before this time, VM name). The time may be too early.
+        self._heap: list[tuple[float, str]] = []
+
+    def put(self, vm: VM) -> None:
+        """Add a failed VM if it is to be restarted."""
+        # A VM that was to be stopped or suspended has no work left, and its disk is on the worker that it failed on.
+        if vm.spec.restart_policy == "OnFailure" and vm.spec.power_state == "running":
+            self._vms[vm.name] = vm
+            heapq.heappush(self._heap, (-math.inf, vm.name))
+
+    def update(self, vm: VM) -> None:
+        if vm.name in self._vms:
+            self._vms[vm.name] = vm
+
+    def drop(self, name: str) -> None:
+        self._vms.pop(name, None)
+
+    def plan(self, now: float, plan: Plan) -> None:
+        """Add the VMs whose time has come to the plan."""
+        ready = []
+        while self._heap and self._heap[0][0] <= now:
+            _, name = heapq.heappop(self._heap)
+            vm = self._vms.get(name)
+            if vm is None:
+                continue
+            at = self._inputs.restart_at(vm, worker_is_registered=vm.state.worker in self._workers)
+            if at > now:
+                heapq.heappush(self._heap, (at, name))
+            else:
+                ready.append((at, name))
+        if self._heap:
+            plan.set_due(self._heap[0][0])
+        # They stay here until the plan is applied.
+        for entry in ready:
+            heapq.heappush(self._heap, entry)
+        plan.restart = sorted({name for _, name in ready})[: plan.capacity]
+        plan.capacity -= len(plan.restart)
+
+
+# The lowest rank is the best: (load count with the sign of the profile, worker name).
+_Rank = tuple[int, str]
+# The oldest VM comes first: (time of creation, VM name).
+_Age = tuple[datetime.datetime, str]
+
+
+class _Candidates:
+    """The workers that could take one more VM of some demand, the best first. Stale heap entries are skipped."""
 
     __slots__ = ("_heap", "_rank")
 
-    def __init__(self, ranks: dict[str, Rank]) -> None:
+    def __init__(self, ranks: dict[str, _Rank]) -> None:
         self._rank = ranks
         self._heap = list(ranks.values())
         heapq.heapify(self._heap)
 
-    def put(self, name: str, rank: Rank | None) -> None:
-        """Give a worker its place, or None for none."""
+    def put(self, name: str, rank: _Rank | None) -> None:
+        """Set the rank of a worker, or with None remove it."""
         if rank is None:
             self._rank.pop(name, None)
         elif self._rank.get(name) != rank:
@@ -169,337 +342,319 @@ class Candidates:
         return None
 
 
-Age = tuple[datetime.datetime, str]
-
-
-class Queue:
-    """The pending VMs of one demand, oldest first, and what they were told why they wait."""
+class _Queue:
+    """The pending VMs of one demand, oldest first, and the reason why they wait."""
 
     def __init__(self) -> None:
-        self.vms: list[Age] = []
-        self.untold: dict[str, None] = {}
+        self.vms: list[_Age] = []
+        # VMs whose status message is not the reason yet.
+        self.uninformed: dict[str, None] = {}
         self.reason = ""
-        self.version = -1  # of the planner, when the reason was found
-        self.asked_at = -math.inf
+        # The placement's version when the reason was found.
+        self.version = -1
+        self.reason_at = -math.inf
 
-    def ask(self, vm: VM) -> None:
-        """Have a VM told why it waits, if it does not say so already."""
+    def inform(self, vm: VM) -> None:
+        """Have a VM told the reason, unless its status message is the reason already."""
         if not self.reason or vm.state.status_message != self.reason:
-            self.untold[vm.name] = None
+            self.uninformed[vm.name] = None
 
 
-def _age(vm: VM) -> Age:
-    return (vm.meta.created_at or NEVER, vm.name)
+class _Placed:
+    """What a plan assigns: the number of VMs of each demand (its oldest), and the loads with them."""
+
+    def __init__(self, loads: defaultdict[str, Load]) -> None:
+        self.counts: Counter[Demand] = Counter()
+        self.changed: dict[str, Load] = {}
+        self._loads = loads
+
+    def load_of(self, worker: str) -> Load:
+        return self.changed.get(worker) or self._loads[worker]
+
+    def add(self, worker: str, demand: Demand, vm: VM) -> Load:
+        self.counts[demand] += 1
+        load = self.changed[worker] = self.changed.get(worker) or self._loads[worker].copy()
+        load.add(vm)
+        return load
 
 
-# ---- the planner ------------------------------------------------------------------------------------------------------
+class _Placement:
+    """The pending VMs, and the candidates among the online workers for each kind of demand."""
 
-
-class Planner:
-    """The picture of a cluster that plans are made from. What `about` holds but VMs and workers is looked at live.
-
-    Whoever keeps it tells it of each change by `put_worker`, `drop_worker`, `put_vm`, `drop_vm`, and of a worker's first
-    sign of life, also after a silence, by `heard`.
-    """
-
-    def __init__(self, about: Snapshot) -> None:
-        self._about = about
-        self._workers: dict[str, Worker] = {}
-        self._vms: dict[str, VM] = {}
+    def __init__(self, vms: Mapping[str, VM], workers: Mapping[str, Worker], online: Mapping[str, None]) -> None:
+        self._vms = vms
+        self._workers = workers
+        self._online = online
         self._loads: defaultdict[str, Load] = defaultdict(Load)
-        self._held: defaultdict[str, dict[str, None]] = defaultdict(dict)  # worker -> its VMs that have not failed
-        self._queues: dict[Demand, Queue] = {}
-        self._failed: dict[str, VM] = {}  # that want to be restarted
-        self._restarts: list[tuple[float, str]] = []  # heap: not before this time, VM
-        self._online: dict[str, None] = {}
-        self._silence: list[tuple[float, str]] = []  # heap: an online worker is not silent before this time
-        self._holding: list[tuple[float, str]] = []  # the same, of those that have VMs
-        self._doomed: dict[str, None] = {}  # workers that have VMs, and are gone or silent
-        self._heard: dict[str, None] = {}  # workers that may be online now
-        self._touched: dict[str, None] = {}  # workers whose candidacies may have changed
-        self._classes: dict[Demand, Candidates] = {}
-        self._profile: SchedulerProfile = about.profile
-        self._version = 0  # of all that reasons depend on
+        self._queues: dict[Demand, _Queue] = {}
+        self._candidates: dict[Demand, _Candidates] = {}
+        # Workers whose ranks may have changed.
+        self._changed_workers: dict[str, None] = {}
+        self._profile: SchedulerProfile = "optimize-utilization"
+        # Changes with everything that reasons depend on.
+        self._version = 0
 
-    # -- what happens
-
-    def put_worker(self, worker: Worker) -> None:
-        self._workers[worker.name] = worker
-        self._heard[worker.name] = None
-        self._touch(worker.name)
-
-    def drop_worker(self, name: str) -> None:
-        del self._workers[name]
-        self._fall_silent(name)
-
-    def heard(self, name: str) -> None:
-        """Note that a worker gave a sign of life, after a silence or for the first time."""
-        self._heard[name] = None
-
-    def put_vm(self, vm: VM) -> None:
-        old = self._vms.get(vm.name)
-        if old is not None:
-            if _role(old) == _role(vm):
-                self._vms[vm.name] = vm
-                if vm.name in self._failed:
-                    self._failed[vm.name] = vm
-                elif vm.state.status == "pending" and not vm.state.worker:
-                    self._queues[demand_of(vm.spec)].ask(vm)
-                return
-            self.drop_vm(vm.name)
-        self._vms[vm.name] = vm
-        worker = vm.state.worker
-        if vm.state.status == "failed":
-            # A VM that was to rest has nothing to run again for, and its disk is on the worker that it failed on.
-            if vm.spec.restart_policy == "OnFailure" and vm.spec.power_state == "running":
-                self._failed[vm.name] = vm
-                heapq.heappush(self._restarts, (-math.inf, vm.name))
-        elif worker:
-            if not self._held[worker] and worker in self._online:
-                heapq.heappush(self._holding, (self._silent_at(worker), worker))
-            self._held[worker][vm.name] = None
-            if worker not in self._online:
-                self._doomed[worker] = None
-                self._heard[worker] = None
-            if vm.holds_resources:
-                self._loads[worker].add(vm)
-                self._touch(worker)
-        elif vm.state.status == "pending":
-            queue = self._queues.setdefault(demand_of(vm.spec), Queue())
-            bisect.insort(queue.vms, _age(vm))
-            queue.ask(vm)
-
-    def drop_vm(self, name: str) -> None:
-        vm = self._vms.pop(name)
-        worker = vm.state.worker
-        if vm.state.status == "failed":
-            self._failed.pop(name, None)
-        elif worker:
-            del self._held[worker][name]
-            if not self._held[worker]:
-                del self._held[worker]
-            if vm.holds_resources:
-                self._loads[worker].add(vm, -1)
-                self._touch(worker)
-        elif vm.state.status == "pending":
-            demand = demand_of(vm.spec)
-            queue = self._queues[demand]
-            del queue.vms[bisect.bisect_left(queue.vms, _age(vm))]
-            queue.untold.pop(name, None)
-            if not queue.vms:
-                del self._queues[demand]
-
-    def waits_for(self, spec: VMSpec) -> str:
-        """Say why a new VM will wait, if others like it were told so and nothing has changed since; else "": it may not."""
-        queue = self._queues.get(demand_of(spec))
-        if queue is None or queue.version != self._version or self._heard:
-            return ""
-        return queue.reason
-
-    # -- plans
-
-    def plan(self, now: float, profile: SchedulerProfile, most: int = sys.maxsize) -> Plan:
-        """Decide what is to be done next, about so many VMs at most."""
-        result = Plan(room=most)
-        self._find_silent(now)
-        for worker in sorted(self._doomed):
-            self._fail_all(worker, result)
-        self._restart(now, result)
-        if profile != self._profile:
-            self._profile = profile
-            self._classes.clear()
-        placed, loads = self._place(result)
-        self._explain(now, placed, loads, result)
-        silence = self._silence if self._waits(result) else self._holding
-        if silence:
-            result.due(silence[0][0])
-        return result
-
-    def _silent_at(self, worker: str) -> float:
-        return self._about.seen.get(worker, -math.inf) + self._about.offline_timeout
-
-    def _touch(self, worker: str) -> None:
-        self._touched[worker] = None
+    def touch(self, worker: str) -> None:
+        """Record that a worker, its load or its liveness changed."""
+        self._changed_workers[worker] = None
         self._version += 1
 
-    def _fall_silent(self, worker: str) -> None:
-        self._online.pop(worker, None)
-        self._touch(worker)
-        if self._held.get(worker):
-            self._doomed[worker] = None
+    def add_load(self, vm: VM, times: int = 1) -> None:
+        """Add the load of an active VM to its worker, or with -1 subtract it."""
+        if vm.holds_resources:
+            self._loads[vm.state.worker].add(vm, times)
+            self.touch(vm.state.worker)
 
-    def _find_silent(self, now: float) -> None:
-        for worker in self._heard:
-            if worker in self._workers and worker not in self._online and self._silent_at(worker) > now:
-                self._online[worker] = None
-                self._doomed.pop(worker, None)
-                self._touch(worker)
-                heapq.heappush(self._silence, (self._silent_at(worker), worker))
-                if self._held.get(worker):
-                    heapq.heappush(self._holding, (self._silent_at(worker), worker))
-        self._heard.clear()
-        for heap, matters in ((self._silence, self._online), (self._holding, self._held)):
-            while heap and (heap[0][0] <= now or heap[0][1] not in matters or heap[0][1] not in self._online):
-                _, worker = heapq.heappop(heap)
-                if worker not in self._online or worker not in matters:
-                    continue
-                if self._silent_at(worker) > now:
-                    heapq.heappush(heap, (self._silent_at(worker), worker))
-                else:
-                    self._fall_silent(worker)
+    def put(self, vm: VM) -> None:
+        """Add a pending VM."""
+        queue = self._queues.setdefault(demand_of(vm.spec), _Queue())
+        bisect.insort(queue.vms, _age(vm))
+        queue.inform(vm)
 
-    def _fail_all(self, worker: str, result: Plan) -> None:
-        if worker not in self._held:
-            del self._doomed[worker]
-            return
-        if worker in self._workers:
-            limit = f"{self._about.offline_timeout:g}"
-            reason = f'worker "{worker}" is offline: no sign of life for {limit} seconds'
-        else:
-            reason = f'worker "{worker}" was deleted'
-        held = list(itertools.islice(self._held[worker], result.room))
-        result.fail.update(dict.fromkeys(held, reason))
-        result.room -= len(held)
+    def update(self, vm: VM) -> None:
+        """Replace a pending VM by one of the same demand and age."""
+        self._queues[demand_of(vm.spec)].inform(vm)
 
-    def _restart(self, now: float, result: Plan) -> None:
-        ready = []
-        while self._restarts and self._restarts[0][0] <= now:
-            _, name = heapq.heappop(self._restarts)
-            if name not in self._failed:
+    def drop(self, vm: VM) -> None:
+        """Remove a pending VM."""
+        demand = demand_of(vm.spec)
+        queue = self._queues[demand]
+        del queue.vms[bisect.bisect_left(queue.vms, _age(vm))]
+        queue.uninformed.pop(vm.name, None)
+        if not queue.vms:
+            del self._queues[demand]
+
+    def current_reason(self, spec: VMSpec) -> str:
+        """Return why VMs of the same demand wait, or "" if that is unknown or may have changed."""
+        queue = self._queues.get(demand_of(spec))
+        return "" if queue is None or queue.version != self._version else queue.reason
+
+    def plan(self, now: float, profile: SchedulerProfile, plan: Plan) -> bool:
+        """Add assignments and waiting reasons to a plan. Return whether VMs stay pending."""
+        if profile != self._profile:
+            self._profile = profile
+            self._candidates.clear()
+        for name in self._changed_workers:
+            for demand, candidates in self._candidates.items():
+                candidates.put(name, self._rank(demand, name, self._loads[name]))
+        self._changed_workers.clear()
+        placed = self._assign(plan)
+        self._explain(now, placed, plan)
+        return sum(len(queue.vms) for queue in self._queues.values()) > len(plan.assign)
+
+    def _assign(self, plan: Plan) -> _Placed:
+        placed = _Placed(self._loads)
+        demands = list(self._queues)
+        candidates = {demand: self._candidates_for(demand) for demand in demands}
+        # The oldest VM of each demand: (its age, its position in its queue, the position of its demand).
+        heads = [(queue.vms[0], 0, index) for index, queue in enumerate(self._queues.values())]
+        heapq.heapify(heads)
+        while heads and plan.capacity:
+            (_, name), position, index = heads[0]
+            demand = demands[index]
+            worker = candidates[demand].best()
+            if worker is None:
+                # A plan only takes capacity, so the other VMs of this demand do not fit either.
+                heapq.heappop(heads)
                 continue
-            at = self._restart_at(self._failed[name])
-            if at > now:
-                heapq.heappush(self._restarts, (at, name))
+            plan.assign[name] = worker
+            plan.capacity -= 1
+            load = placed.add(worker, demand, self._vms[name])
+            for other, others in candidates.items():
+                others.put(worker, self._rank(other, worker, load))
+            queue = self._queues[demand].vms
+            if position + 1 < len(queue):
+                heapq.heapreplace(heads, (queue[position + 1], position + 1, index))
             else:
-                ready.append((at, name))
-        if self._restarts:
-            result.due(self._restarts[0][0])
-        for entry in ready:  # until that is done
-            heapq.heappush(self._restarts, entry)
-        result.restart = sorted({name for _, name in ready})[: result.room]
-        result.room -= len(result.restart)
+                heapq.heappop(heads)
+        # The ranks are those after the plan, which may not be applied.
+        for name in placed.changed:
+            self.touch(name)
+        return placed
 
-    def _restart_at(self, vm: VM) -> float:
-        about, worker = self._about, vm.state.worker
-        seen = about.departed.get(worker, -math.inf)
-        if worker not in self._workers:
-            seen = max(seen, about.seen.get(worker, about.began))
-        if vm.uid in about.inherited:
-            seen = max(seen, about.began)
-        return max(seen + about.offline_timeout, about.restarted.get(vm.uid, -math.inf) + RESTART_PAUSE)
+    def _explain(self, now: float, placed: _Placed, plan: Plan) -> None:
+        """Add waiting reasons to a plan, for VMs that do not have theirs yet. No other VM is looked at."""
+        for demand, queue in self._queues.items():
+            if not plan.capacity:
+                # The next plan may assign the rest.
+                return
+            first = placed.counts[demand]
+            if first == len(queue.vms):
+                continue
+            if queue.version != self._version and now >= queue.reason_at + REASON_SECONDS:
+                reason = _why_not(demand, self._workers, self._online, placed)
+                queue.version, queue.reason_at = self._version, now
+                if reason != queue.reason:
+                    queue.reason = reason
+                    queue.uninformed = dict.fromkeys(name for _, name in queue.vms[first:])
+            elif queue.version != self._version:
+                plan.set_due(queue.reason_at + REASON_SECONDS)
+            waiting = (name for name in queue.uninformed if name not in plan.assign)
+            informed = list(itertools.islice(waiting, plan.capacity))
+            plan.waiting.update(dict.fromkeys(informed, queue.reason))
+            plan.capacity -= len(informed)
+            for name in informed:
+                del queue.uninformed[name]
 
-    # -- placing
-
-    def _rank(self, demand: Demand, name: str, load: Load) -> Rank | None:
+    def _rank(self, demand: Demand, name: str, load: Load) -> _Rank | None:
         worker = self._workers.get(name)
         if worker is None or name not in self._online or not fits(demand, worker, load):
             return None
         return (-load.count if self._profile == "optimize-utilization" else load.count, name)
 
-    def _class(self, demand: Demand) -> Candidates:
-        found = self._classes.get(demand)
+    def _candidates_for(self, demand: Demand) -> _Candidates:
+        found = self._candidates.get(demand)
         if found is None:
             ranks = ((name, self._rank(demand, name, self._loads[name])) for name in self._online)
-            found = self._classes[demand] = Candidates({name: rank for name, rank in ranks if rank is not None})
-            idle = [one for one in self._classes if one not in self._queues]
-            for old in idle[: max(0, len(self._classes) - MAX_CLASSES)]:
-                del self._classes[old]
+            found = self._candidates[demand] = _Candidates({name: rank for name, rank in ranks if rank is not None})
+            idle = [one for one in self._candidates if one not in self._queues]
+            for old in idle[: max(0, len(self._candidates) - _MAX_IDLE_DEMANDS)]:
+                del self._candidates[old]
         return found
 
-    def _place(self, result: Plan) -> tuple[Counter[Demand], dict[str, Load]]:
-        """Give VMs to workers. Say how many of each demand (the oldest), and what is changed: loads as they will be."""
-        for name in self._touched:
-            for demand, candidates in self._classes.items():
-                candidates.put(name, self._rank(demand, name, self._loads[name]))
-        self._touched.clear()
-        placed: Counter[Demand] = Counter()
-        loads: dict[str, Load] = {}
-        classes = {demand: self._class(demand) for demand in self._queues}
-        demands = list(self._queues)
-        heads = [(queue.vms[0], 0, index) for index, queue in enumerate(self._queues.values())]
-        heapq.heapify(heads)  # the oldest of each demand: (its age, its place in its queue, its demand)
-        while heads and result.room:
-            (_, name), at, index = heads[0]
-            demand = demands[index]
-            worker = classes[demand].best()
-            if worker is None:  # nothing is freed within a plan: what does not fit now never will
-                heapq.heappop(heads)
-                continue
-            result.assign[name] = worker
-            result.room -= 1
-            placed[demand] += 1
-            load = loads[worker] = loads.get(worker) or self._loads[worker].copy()
-            load.add(self._vms[name])
-            for other, candidates in classes.items():
-                candidates.put(worker, self._rank(other, worker, load))
-            queue = self._queues[demand].vms
-            if at + 1 < len(queue):
-                heapq.heapreplace(heads, (queue[at + 1], at + 1, index))
-            else:
-                heapq.heappop(heads)
-        for name in loads:  # as they are until the plan is carried out
-            self._touch(name)
-        return placed, loads
 
-    def _waits(self, result: Plan) -> bool:
-        return sum(len(queue.vms) for queue in self._queues.values()) > len(result.assign)
-
-    def _explain(self, now: float, placed: Mapping[Demand, int], loads: Mapping[str, Load], result: Plan) -> None:
-        """Tell those that wait why, if they have not heard it yet. Looks at none that has."""
-        for demand, queue in self._queues.items():
-            if not result.room:  # who has no place yet may have one in the next plan
-                return
-            first = placed.get(demand, 0)  # of those that wait
-            if first == len(queue.vms):
-                continue
-            if queue.version != self._version and now >= queue.asked_at + REASON_SECONDS:
-                reason = self._why_not(demand, loads)
-                queue.version, queue.asked_at = self._version, now
-                if reason != queue.reason:
-                    queue.reason = reason
-                    queue.untold = dict.fromkeys(name for _, name in queue.vms[first:])
-            elif queue.version != self._version:
-                result.due(queue.asked_at + REASON_SECONDS)
-            told = list(itertools.islice((name for name in queue.untold if name not in result.assign), result.room))
-            result.waiting.update(dict.fromkeys(told, queue.reason))
-            result.room -= len(told)
-            for name in told:
-                del queue.untold[name]
-
-    def _why_not(self, demand: Demand, loads: Mapping[str, Load]) -> str:
-        """Say in a sentence why no worker takes a VM: each worker counts under the first thing that excludes it."""
-        total = len(self._workers)
-        if not total:
-            return "waiting: no worker has registered yet"
-        reasons: Counter[tuple[int, str]] = Counter()  # (place in the sentence, reason) -> workers
-        short: defaultdict[tuple[str, int], list[int]] = defaultdict(list)  # (resource, wanted) -> free on each worker
-        for name, worker in self._workers.items():
-            if name not in self._online:
-                reasons[0, "offline"] += 1
-            elif worker.scheduling_paused:
-                reasons[1, "paused"] += 1
-            elif worker.arch != demand.arch:
-                reasons[2, f"of another arch ({demand.arch} wanted)"] += 1
-            elif worker.runtime != demand.runtime:
-                reasons[3, f"of another runtime ({demand.runtime} wanted)"] += 1
-            elif missing := [pair for pair in demand.labels if worker.labels.get(pair[0]) != pair[1]]:
-                label, value = missing[0]
-                reasons[4, f"without label {label}={value}"] += 1
-            else:
-                used = (loads.get(name) or self._loads[name]).used
-                for resource, wanted in demand.resources:
-                    free = max(0, worker.resources.get(resource, 0) - used.get(resource, 0))
-                    if free < wanted:
-                        short[resource, wanted].append(free)
-                        break
-        parts = [f"{count} {reason}" for (_, reason), count in sorted(reasons.items())]
-        for (resource, wanted), free_list in sorted(short.items()):
-            verb, most = ("lacks", "") if len(free_list) == 1 else ("lack", " at most")
-            parts.append(f"{len(free_list)} {verb} {resource} ({wanted} wanted, {max(free_list)} free{most})")
-        return f"waiting: {total} worker{'s' if total > 1 else ''}: {', '.join(parts)}"
+# ---- the planner ---------------------------------------------------------------------------------------------------
 
 
-def _role(vm: VM) -> tuple[object, ...]:
-    """All that a plan looks at of a VM; one that keeps it has not changed for the planner."""
-    status = vm.state.status
-    return status == "failed", status == "pending", vm.state.worker, vm.holds_resources, demand_of(vm.spec), _age(vm)
+class Planner:
+    """The VMs and workers of a cluster, arranged for planning.
+
+    Its owner reports each change: `put_worker`, `drop_worker`, `put_vm`, `drop_vm`, and `worker_returned` for a
+    worker's first contact, also after it was offline.
+    """
+
+    def __init__(self, inputs: PlannerInputs) -> None:
+        self._inputs = inputs
+        self._workers: dict[str, Worker] = {}
+        self._vms: dict[str, VM] = {}
+        # Worker name -> its VMs that have not failed.
+        self._active_vms: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        # Workers that have active VMs and are deleted or offline.
+        self._lost: dict[str, None] = {}
+        self._online = _OnlineWorkers(inputs, self._active_vms)
+        self._restarts = _Restarts(inputs, self._workers)
+        self._placement = _Placement(self._vms, self._workers, self._online.names)
+
+    def put_worker(self, worker: Worker) -> None:
+        """Add or replace a worker."""
+        self._workers[worker.name] = worker
+        self._online.check(worker.name)
+        self._placement.touch(worker.name)
+
+    def drop_worker(self, name: str) -> None:
+        """Remove a worker."""
+        del self._workers[name]
+        self._online.discard(name)
+        self._lose(name)
+
+    def worker_returned(self, name: str) -> None:
+        """Record that a worker made contact for the first time, or after it was offline."""
+        self._online.check(name)
+
+    def put_vm(self, vm: VM) -> None:
+        """Add or replace a VM."""
+        old = self._vms.get(vm.name)
+        if old is not None and _relevant(old) == _relevant(vm):
+            self._vms[vm.name] = vm
+            match _role(vm):
+                case "failed":
+                    self._restarts.update(vm)
+                case "pending":
+                    self._placement.update(vm)
+            return
+        if old is not None:
+            self.drop_vm(vm.name)
+        self._vms[vm.name] = vm
+        match _role(vm):
+            case "failed":
+                self._restarts.put(vm)
+            case "active":
+                self._put_active(vm)
+            case "pending":
+                self._placement.put(vm)
+
+    def drop_vm(self, name: str) -> None:
+        """Remove a VM."""
+        vm = self._vms.pop(name)
+        match _role(vm):
+            case "failed":
+                self._restarts.drop(name)
+            case "active":
+                vms = self._active_vms[vm.state.worker]
+                del vms[name]
+                if not vms:
+                    del self._active_vms[vm.state.worker]
+                self._placement.add_load(vm, -1)
+            case "pending":
+                self._placement.drop(vm)
+
+    def waiting_reason(self, spec: VMSpec) -> str:
+        """Return why a new VM will wait, if VMs of the same demand wait and nothing has changed since; else ""."""
+        return self._placement.current_reason(spec) if self._online.is_checked else ""
+
+    def plan(self, now: float, profile: SchedulerProfile, limit: int = sys.maxsize) -> Plan:
+        """Decide the next changes, for at most `limit` VMs."""
+        plan = Plan(capacity=limit)
+        self._update_online(now, plan)
+        for worker in sorted(self._lost):
+            self._fail_vms_of(worker, plan)
+        self._restarts.plan(now, plan)
+        some_wait = self._placement.plan(now, profile, plan)
+        # A worker without active VMs going offline matters for reasons only.
+        offline_at = self._online.next_offline_at(only_with_vms=not some_wait)
+        if offline_at is not None:
+            plan.set_due(offline_at)
+        return plan
+
+    def _put_active(self, vm: VM) -> None:
+        worker = vm.state.worker
+        if worker not in self._online.names:
+            self._lost[worker] = None
+            self._online.check(worker)
+        elif not self._active_vms[worker]:
+            self._online.add_vms(worker)
+        self._active_vms[worker][vm.name] = None
+        self._placement.add_load(vm)
+
+    def _update_online(self, now: float, plan: Plan) -> None:
+        came, plan.offline = self._online.update(now, self._workers)
+        for worker in came:
+            self._lost.pop(worker, None)
+            self._placement.touch(worker)
+        for worker in plan.offline:
+            self._lose(worker)
+
+    def _lose(self, worker: str) -> None:
+        self._placement.touch(worker)
+        if self._active_vms.get(worker):
+            self._lost[worker] = None
+
+    def _fail_vms_of(self, worker: str, plan: Plan) -> None:
+        if worker not in self._active_vms:
+            del self._lost[worker]
+            return
+        if worker in self._workers:
+            limit = f"{self._inputs.offline_timeout:g}"
+            reason = f'worker "{worker}" is offline: no contact for {limit} seconds'
+        else:
+            reason = f'worker "{worker}" was deleted'
+        names = list(itertools.islice(self._active_vms[worker], plan.capacity))
+        plan.fail.update(dict.fromkeys(names, reason))
+        plan.capacity -= len(names)
+
+
+def _age(vm: VM) -> _Age:
+    return (vm.meta.created_at or _LONG_AGO, vm.name)
+
+
+def _role(vm: VM) -> Literal["failed", "active", "pending", "none"]:
+    if vm.state.status == "failed":
+        return "failed"
+    if vm.state.worker:
+        return "active"
+    return "pending" if vm.state.status == "pending" else "none"
+
+
+def _relevant(vm: VM) -> tuple[object, ...]:
+    """Return all that plans depend on. A VM that keeps it has not changed for the planner."""
+    return _role(vm), vm.state.worker, vm.holds_resources, demand_of(vm.spec), _age(vm)

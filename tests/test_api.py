@@ -15,8 +15,9 @@ from trio.testing import assert_no_checkpoints
 
 from orchard import __version__, auth, transitions
 from orchard.api import API, OPERATIONS, APIOperation
-from orchard.controller import AT_ONCE, OFFLINE_TIMEOUT
+from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.net.request import Headers, Request
+from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, ServiceAccount, new_spec
 from orchard.store import Change
 
@@ -119,7 +120,7 @@ async def test_the_filter_gives_a_workers_vms(api: Served) -> None:
 
 
 async def test_scheduling_many_vms_gives_others_their_turn_in_between(api: Served, nursery: trio.Nursery) -> None:
-    count = 2 * AT_ONCE + 1
+    count = 2 * VMS_PER_PLAN + 1
     with api.store.transaction() as tx:
         for number in range(count):
             spec = new_spec({"name": f"vm-{number}", "image": "image"}, [])
@@ -133,11 +134,11 @@ async def test_scheduling_many_vms_gives_others_their_turn_in_between(api: Serve
             done.set()
 
     api.store.on_commit(committed)
-    nursery.start_soon(api.cluster.schedule)
+    nursery.start_soon(api.loop.run)
     while not done.is_set():
         turn += 1
         await trio.lowlevel.checkpoint()
-    assert [size for _, size in told] == [AT_ONCE, AT_ONCE, 1]
+    assert [size for _, size in told] == [VMS_PER_PLAN, VMS_PER_PLAN, 1]
     assert len({at for at, _ in told}) > 1
 
 
@@ -333,7 +334,7 @@ async def test_only_a_poll_from_the_workers_own_host_is_a_sign_of_life(
     api: Served, autojump_clock: trio.testing.MockClock
 ) -> None:
     await api.register("w")
-    seen = api.cluster.liveness.seen
+    seen = api.loop.liveness.last_contact
     began = seen["w"]
     await trio.sleep(10)
     await api.call("GET", "/vms?filter=worker=w", peer="10.0.0.2")
@@ -347,18 +348,18 @@ async def test_a_controller_that_stood_still_takes_nobody_for_silent_who_was_not
 ) -> None:
     await api.register("w")
     await api.create("vm")
-    nursery.start_soon(api.cluster.schedule)
+    nursery.start_soon(api.loop.run)
     while not (await api.ok("GET", "/vms/vm")).get("worker"):
         await trio.lowlevel.checkpoint()
     await api.store.wait_durable()
     await trio.testing.wait_all_tasks_blocked()
-    mock_clock.jump(2 * OFFLINE_TIMEOUT)
+    mock_clock.jump(2 * DEFAULT_OFFLINE_TIMEOUT)
     await trio.testing.wait_all_tasks_blocked()
     assert (await api.ok("GET", "/vms/vm"))["status"] == "pending"
     mock_clock.autojump_threshold = 0.0
-    await trio.sleep(2 * OFFLINE_TIMEOUT)
+    await trio.sleep(2 * DEFAULT_OFFLINE_TIMEOUT)
     vm = await api.ok("GET", "/vms/vm")
-    assert vm["status_message"] == 'worker "w" is offline: no sign of life for 180 seconds'
+    assert vm["status_message"] == 'worker "w" is offline: no contact for 180 seconds'
     nursery.cancel_scope.cancel()
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.planning import Snapshot, plan
 from harness.strategies import (
     BEGAN,
     NAMES,
@@ -46,7 +47,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import orchard
-from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE, Plan, Planner, Snapshot, plan
+from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE_SECONDS, Plan, Planner
 from orchard.schema import TART_VMS, VM, Condition, VMReport, Worker
 from orchard.transitions import assign, change, create, fail, report, restart, wait
 
@@ -63,7 +64,7 @@ def cluster(vms: list[VM], workers: list[Worker], **changed: object) -> Snapshot
 def carry_out(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
     """Do what a plan says, as the controller does in one transaction."""
     vms = []
-    restarted = dict(snapshot.restarted)
+    restarted = dict(snapshot.restarted_at)
     for vm in snapshot.vms:
         new = vm
         if vm.name in decided.fail:
@@ -76,7 +77,7 @@ def carry_out(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
         elif vm.name in decided.waiting:
             new = wait(vm, decided.waiting[vm.name])
         vms.append(new)
-    return replace(snapshot, vms=vms, restarted=restarted)
+    return replace(snapshot, vms=vms, restarted_at=restarted)
 
 
 def settled(snapshot: Snapshot, now: float) -> Snapshot:
@@ -127,7 +128,7 @@ def misplaced(before: Snapshot, decided: Plan) -> list[str]:
             f"{name}: {what}"
             for what, wrong in {
                 "is not pending": vm.state.status != "pending" or bool(vm.state.worker),
-                "is on an offline worker": NOW - before.seen.get(chosen, -math.inf) >= OFFLINE_TIMEOUT,
+                "is on an offline worker": NOW - before.last_contact.get(chosen, -math.inf) >= OFFLINE_TIMEOUT,
                 "is on a paused worker": on.scheduling_paused,
                 "has another arch": vm.spec.arch != on.arch,
                 "has another runtime": vm.spec.runtime != on.runtime,
@@ -190,7 +191,7 @@ def lies(before: Snapshot, decided: Plan) -> list[str]:
         truth: Counter[str] = Counter()
         most_free: dict[str, int] = {}
         for name, on in before.workers.items():
-            text, free = why(vm, on, NOW - before.seen.get(name, -math.inf) < OFFLINE_TIMEOUT, taken)
+            text, free = why(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken)
             truth[text] += 1
             most_free[text] = max(free, most_free.get(text, 0))
         _, head, parts = reason.split(": ", 2)
@@ -222,7 +223,7 @@ def expected_places(before: Snapshot) -> dict[str, str]:
         fitting = [
             on
             for name, on in before.workers.items()
-            if why(vm, on, NOW - before.seen.get(name, -math.inf) < OFFLINE_TIMEOUT, taken) == ("", 0)
+            if why(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken) == ("", 0)
         ]
         if fitting:
             sign = -1 if fullest_first else 1
@@ -402,18 +403,18 @@ class Kept:
         self.now = NOW
         self.vms: dict[str, VM] = {}
         self.workers: dict[str, Worker] = {}
-        self.about = replace(cluster([], []), seen={}, restarted={}, departed={})
-        self.planner = Planner(self.about)
+        self.about = replace(cluster([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={})
+        self.planner = Planner(self.about.inputs())
 
     def become(self, picture: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
         """Turn into another cluster but for what it `keeps`, one change after the other.
 
         What was seen of a worker, and when a VM was restarted, only gets later.
         """
-        seen, restarted = self.about.seen, self.about.restarted
+        seen, restarted = self.about.last_contact, self.about.restarted_at
         assert isinstance(seen, dict)
         assert isinstance(restarted, dict)
-        for uid, at in picture.restarted.items():
+        for uid, at in picture.restarted_at.items():
             restarted[uid] = max(at, restarted.get(uid, at))
         for name in sorted(self.workers.keys() - picture.workers.keys()):
             if keeps():
@@ -425,10 +426,10 @@ class Kept:
             if name not in self.workers or not keeps():
                 self.workers[name] = new
                 self.planner.put_worker(new)
-            at = picture.seen.get(name, -math.inf) + self.now - NOW
+            at = picture.last_contact.get(name, -math.inf) + self.now - NOW
             if at > seen.get(name, -math.inf):
                 seen[name] = at
-                self.planner.heard(name)
+                self.planner.worker_returned(name)
         for name in sorted(self.vms.keys() - {vm.name for vm in picture.vms}):
             if not keeps():
                 del self.vms[name]
@@ -453,14 +454,14 @@ class Kept:
             before = self.picture()
             decided = self.planner.plan(self.now, before.profile, most)
             told = [*decided.fail, *decided.restart, *decided.assign, *decided.waiting]
-            assert len(told) == most - decided.room
+            assert len(told) == most - decided.capacity
             assert overcommits(before, decided) == []
             after = carry_out(before, decided, self.now)
-            if after == before and decided.room:
+            if after == before and decided.capacity:
                 return
-            restarted = self.about.restarted
+            restarted = self.about.restarted_at
             assert isinstance(restarted, dict)
-            restarted.update(after.restarted)
+            restarted.update(after.restarted_at)
             for old, new in zip(before.vms, after.vms, strict=True):
                 if new is not old:
                     self.vms[new.name] = new
@@ -507,7 +508,7 @@ def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
     assert kept.planner.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
     kept.planner.put_vm(pending("b"))
     kept.planner.put_worker(worker("x", vms=0))
-    kept.planner.heard("x")
+    kept.planner.worker_returned("x")
     decided = kept.planner.plan(NOW, "optimize-utilization")
     assert decided.waiting == {"b": f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"}
     assert decided.next_at == NOW + REASON_SECONDS
@@ -526,7 +527,7 @@ def test_what_a_new_vm_is_told_at_once_is_what_a_plan_would_tell_it(pictures: li
         if order.random() < 0.7:
             kept.settle()
         for old in kept.picture().vms:
-            if reason := kept.planner.waits_for(old.spec):
+            if reason := kept.planner.waiting_reason(old.spec):
                 new = create("new", "uid-new", old.spec, BEGAN, reason)
                 kept.vms["new"] = new
                 kept.planner.put_vm(new)
@@ -538,15 +539,15 @@ def test_what_a_new_vm_is_told_at_once_is_what_a_plan_would_tell_it(pictures: li
 def test_a_new_vm_is_told_at_once_what_others_wait_for() -> None:
     kept = Kept()
     kept.become(cluster([pending("a")], [worker(vms=0)]))
-    assert kept.planner.waits_for(spec()) == ""
+    assert kept.planner.waiting_reason(spec()) == ""
     kept.settle()
-    assert kept.planner.waits_for(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
-    assert kept.planner.waits_for(spec(labels={"x": "y"})) == "", "nobody like it waits"
-    kept.planner.heard("w")
-    assert kept.planner.waits_for(spec()) == "", "it may be there again"
+    assert kept.planner.waiting_reason(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
+    assert kept.planner.waiting_reason(spec(labels={"x": "y"})) == "", "nobody like it waits"
+    kept.planner.worker_returned("w")
+    assert kept.planner.waiting_reason(spec()) == "", "it may be there again"
     kept.settle()
     kept.planner.put_worker(worker())
-    assert kept.planner.waits_for(spec()) == ""
+    assert kept.planner.waiting_reason(spec()) == ""
 
 
 # ---- determinism ---------------------------------------------------------------------------------------------------
@@ -662,7 +663,7 @@ class Cluster(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES), offered=st.dictionaries(st.sampled_from(RESOURCES), st.integers(0, 3)))
     def register_worker(self, name: str, offered: dict[str, int]) -> None:
         workers = {**self.picture.workers, name: Worker(name=name, resources=offered)}
-        self.happen(workers=workers, seen={**self.picture.seen, name: self.now})
+        self.happen(workers=workers, last_contact={**self.picture.last_contact, name: self.now})
 
     @rule(name=st.sampled_from(NAMES), paused=st.booleans())
     def pause_worker(self, name: str, paused: bool) -> None:
@@ -676,7 +677,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(NAMES))
     def hear_worker(self, name: str) -> None:
-        self.happen(seen={**self.picture.seen, name: self.now})
+        self.happen(last_contact={**self.picture.last_contact, name: self.now})
 
     @rule(seconds=st.sampled_from([1.0, 5.0, 14.0, 15.0, 100.0]))
     def let_time_pass(self, seconds: float) -> None:
@@ -703,7 +704,7 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def no_vm_restarts_twice_in_15_seconds(self) -> None:
         for times in self.restarts.values():
-            assert all(later - earlier >= RESTART_PAUSE for earlier, later in itertools.pairwise(times))
+            assert all(later - earlier >= RESTART_PAUSE_SECONDS for earlier, later in itertools.pairwise(times))
 
     @invariant()
     def every_pending_vm_is_told_why(self) -> None:
@@ -746,7 +747,7 @@ def test_a_resting_vm_and_a_failed_one_are_no_load() -> None:
     workers = [worker("a"), worker("b")]
     assert plan(cluster(vms, workers, profile="distribute-load"), NOW).assign == {"new": "a"}
     assert plan(cluster(vms, workers, profile="optimize-utilization"), NOW).assign == {"new": "b"}
-    assert plan(cluster(vms, [worker("a", vms=1)], seen={"a": ONLINE}), NOW).assign == {"new": "a"}
+    assert plan(cluster(vms, [worker("a", vms=1)], last_contact={"a": ONLINE}), NOW).assign == {"new": "a"}
 
 
 def test_the_oldest_goes_first_whatever_its_name() -> None:
@@ -784,7 +785,7 @@ def test_a_worker_that_shrank_gets_nothing_more_of_what_it_has_too_much_of() -> 
 
 def test_the_reason_counts_every_worker_once() -> None:
     workers = [worker("c", vms=0), worker("b", scheduling_paused=True, vms=0), worker("a", scheduling_paused=True)]
-    picture = cluster([pending()], workers, seen={"a": OFFLINE, "b": ONLINE, "c": ONLINE})
+    picture = cluster([pending()], workers, last_contact={"a": OFFLINE, "b": ONLINE, "c": ONLINE})
     reason = "waiting: 3 workers: 1 offline, 1 paused, 1 lacks org.cirruslabs.tart-vms (1 wanted, 0 free)"
     assert plan(picture, NOW).waiting == {"vm": reason}
 
@@ -815,13 +816,13 @@ def test_the_vms_of_a_worker_that_is_gone_or_silent_fail_with_a_reason() -> None
         resting(pending("b"), on="silent"),
         assign(pending("c"), worker("new"), LATER),
     ]
-    picture = cluster(vms, [worker("silent"), worker("new")], seen={"silent": NOW - OFFLINE_TIMEOUT})
+    picture = cluster(vms, [worker("silent"), worker("new")], last_contact={"silent": NOW - OFFLINE_TIMEOUT})
     assert plan(picture, NOW).fail == {
         "a": 'worker "gone" was deleted',
-        "b": 'worker "silent" is offline: no sign of life for 180 seconds',
-        "c": 'worker "new" is offline: no sign of life for 180 seconds',
+        "b": 'worker "silent" is offline: no contact for 180 seconds',
+        "c": 'worker "new" is offline: no contact for 180 seconds',
     }
-    assert plan(replace(picture, seen={"silent": ONLINE, "new": ONLINE}), NOW).fail == {
+    assert plan(replace(picture, last_contact={"silent": ONLINE, "new": ONLINE}), NOW).fail == {
         "a": 'worker "gone" was deleted'
     }
 
@@ -855,12 +856,17 @@ def test_who_restarts(policy: str, vm: Callable[[VM], VM], restarts: bool) -> No
 
 
 def test_what_had_failed_when_the_controller_started_may_still_run_as_long_as_a_lease_lasts() -> None:
-    picture = cluster([failed(pending(restart_policy="OnFailure"))], [worker()], began=NOW - 10, inherited={"uid-vm"})
+    picture = cluster(
+        [failed(pending(restart_policy="OnFailure"))],
+        [worker()],
+        started_at=NOW - 10,
+        failed_before_start=frozenset({"uid-vm"}),
+    )
     assert plan(picture, NOW).restart == []
     assert plan(picture, NOW).next_at == NOW - 10 + OFFLINE_TIMEOUT
-    later = replace(picture, seen={"w": NOW + 200})
+    later = replace(picture, last_contact={"w": NOW + 200})
     assert plan(later, NOW - 10 + OFFLINE_TIMEOUT).restart == ["vm"]
-    assert plan(replace(picture, inherited=()), NOW).restart == ["vm"]
+    assert plan(replace(picture, failed_before_start=frozenset()), NOW).restart == ["vm"]
 
 
 def test_a_restarted_vm_leaves_its_worker_in_the_next_plan() -> None:
@@ -881,9 +887,9 @@ def test_next_at_is_none_when_time_alone_changes_nothing() -> None:
 
 def test_next_at_is_the_first_of_what_comes() -> None:
     restless = failed(pending("r", restart_policy="OnFailure"))
-    picture = cluster([restless, running(pending("x"))], [worker()], restarted={"uid-r": NOW - 4})
+    picture = cluster([restless, running(pending("x"))], [worker()], restarted_at={"uid-r": NOW - 4})
     assert plan(picture, NOW).next_at == NOW + 11
-    assert plan(replace(picture, seen={"w": NOW - 175}), NOW).next_at == NOW + 5
+    assert plan(replace(picture, last_contact={"w": NOW - 175}), NOW).next_at == NOW + 5
 
 
 def test_who_waits_is_told_when_a_worker_falls_silent() -> None:

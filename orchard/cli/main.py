@@ -26,7 +26,7 @@ import trio
 from orchard import __version__, controller, worker
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError
-from orchard.controller import PORT, StartError
+from orchard.controller import DEFAULT_PORT, StartError
 from orchard.daemon import orchard_home, parse_count, parse_port, run_program, run_until_signal
 from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.fsck import inspect
@@ -214,7 +214,7 @@ def arguments() -> argparse.ArgumentParser:
     shown.add_argument("--keep", action="store_true", help="leave it running, and print the curl lines to go on with")
     shown.add_argument("--image", default=DEMO_IMAGE, help="default: %(default)s")
     lasting = verbs.add_parser("dev", help="a controller and workers to develop against: loopback, no TLS, no accounts")
-    lasting.add_argument("--port", type=parse_port, default=PORT, help="default: %(default)s; 0: any")
+    lasting.add_argument("--port", type=parse_port, default=DEFAULT_PORT, help="default: %(default)s; 0: any")
     lasting.add_argument("--workers", type=parse_count, default=1, help="default: %(default)s")
     lasting.add_argument("--directory", type=Path, default=DEV_DIRECTORY, help="default: %(default)s")
     for verb in (shown, lasting):

@@ -51,13 +51,14 @@ class InProcessCluster:
 
         @contextmanager
         def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
-            with controller.opened(directory) as (store, _):
+            with controller.open_data_directory(directory) as (store, _):
                 events = EventLog(directory / "events", self.events_disk)
                 events.open({vm.uid for vm in store.state.vms.values()})
                 yield store, events
 
         async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
-            await controller.run(settings, stop=self._stop, grace=0.1, open_data=opened, task_status=task_status)
+            platform = controller.Platform(open_data=opened)
+            await controller.run(settings, stop=self._stop, grace=0.1, platform=platform, task_status=task_status)
             self._stopped.set()
 
         running: controller.Running = await self._nursery.start(run)

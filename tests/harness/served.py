@@ -18,14 +18,17 @@ import trio
 
 from orchard import auth
 from orchard.api import API
-from orchard.controller import Cluster, ControllerSettings
+from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.net.request import Headers, HTTPError, Request, Response, Stream, refused
 from orchard.reach import VMAccess
+from orchard.reactions import Reactions
+from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
 from orchard.ssh.exec import Executor
 from orchard.storage.events import EventLog
 from orchard.storage.journal import Disk
 from orchard.store import Store, check
+from orchard.tunnel import Rendezvous
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 
@@ -46,9 +49,9 @@ class Answered:
 class Served:
     """A controller's API over a store in a directory of its own."""
 
-    def __init__(self, api: API, cluster: Cluster) -> None:
+    def __init__(self, api: API, loop: SchedulingLoop) -> None:
         self.api = api
-        self.cluster = cluster
+        self.loop = loop
         self.store = api.store
         self.state = api.state
 
@@ -114,8 +117,8 @@ class Served:
         return await self.ok("POST", "/workers", {"name": name, "machine_id": "m", "resources": resources, **fields})
 
     def schedule(self) -> float:
-        """Let the scheduler look once."""
-        while (due := self.cluster.schedule_some(trio.current_time(), BEGAN)) is None:
+        """Schedule until nothing is left to do. Return when the scheduler is due again."""
+        while (due := self.loop.schedule_some(trio.current_time(), BEGAN)) is None:
             pass
         return due
 
@@ -136,19 +139,20 @@ class Served:
 @asynccontextmanager
 async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None = None) -> AsyncIterator[Served]:
     """Serve the API from `directory`; with accounts given, they are asked for. Times stand still at BEGAN."""
-    settings = ControllerSettings(data_dir=directory)
     store = Store.open(directory, BEGAN, disk)
     try:
         events = EventLog(directory / "events")
         events.open({vm.uid for vm in store.state.vms.values()})
-        cluster = Cluster(settings, store, events, lambda: BEGAN)
-        vm_access = VMAccess(store, cluster.rendezvous)
+        rendezvous = Rendezvous()
+        loop = SchedulingLoop(store, DEFAULT_OFFLINE_TIMEOUT, lambda: BEGAN)
+        Reactions(store, events, rendezvous, lambda: BEGAN)
+        vm_access = VMAccess(store, rendezvous)
         gate = auth.Gate(store.state.accounts) if accounts else None
         api = API(
             store,
             events,
-            cluster.liveness,
-            cluster.rendezvous,
+            loop.liveness,
+            rendezvous,
             vm_access,
             Executor(vm_access),
             gate,
@@ -161,7 +165,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
             with store.transaction() as tx:
                 for account in accounts:
                     tx.put(account)
-            yield Served(api, cluster)
+            yield Served(api, loop)
             writers.cancel_scope.cancel()
     finally:
         store.close()

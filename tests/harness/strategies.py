@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeVar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from harness.planning import Snapshot
 from orchard.codec import MAX_UINT, Attr, attrs_of
-from orchard.scheduler import Snapshot
 from orchard.schema import TART_VMS, VM, Condition, SchedulerProfile, VMMeta, VMReport, VMSpec, VMState, Worker
 from orchard.transitions import assign, create, fail, report
 
@@ -228,4 +228,4 @@ def shuffled(snapshot: Snapshot, seed: int) -> Snapshot:
     order.shuffle(told)
     cluster = mixed(snapshot.workers)
     cluster = {name: replace(w, resources=mixed(w.resources), labels=mixed(w.labels)) for name, w in cluster.items()}
-    return replace(snapshot, vms=told, workers=cluster, seen=mixed(snapshot.seen))
+    return replace(snapshot, vms=told, workers=cluster, last_contact=mixed(snapshot.last_contact))

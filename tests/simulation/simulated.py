@@ -202,9 +202,7 @@ class Site:
                         settings,
                         stop=running.stopping,
                         grace=GRACE,
-                        open_data=partial(self._opened, process),
-                        listen=listen,
-                        clock=self.clock,
+                        platform=controller.Platform(partial(self._opened, process), listen, self.clock),
                         task_status=task_status,
                     )
             finally:

@@ -1,0 +1,104 @@
+"""What the controller does once a change is durable: log it, wake workers, end tunnels, delete events.
+
+A change that is not durable yet may be undone, so none of this happens earlier.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Callable
+
+from orchard.schema import VM
+from orchard.storage.events import EventLog
+from orchard.store import Change, Store
+from orchard.tunnel import Rendezvous
+
+_logger = logging.getLogger("orchard.controller")
+
+
+class Reactions:
+    """Reacts to the durable changes of a store. `clock` is the wall clock."""
+
+    def __init__(
+        self, store: Store, events: EventLog, rendezvous: Rendezvous, clock: Callable[[], datetime.datetime]
+    ) -> None:
+        self._events = events
+        self._rendezvous = rendezvous
+        self._clock = clock
+        store.on_durable(self._react)
+
+    def _react(self, changes: list[Change]) -> None:
+        for worker in {worker for change in changes for worker in workers_to_wake(change)}:
+            self._rendezvous.sync(worker)
+        for change in changes:
+            if change.kind == "vm":
+                self._react_to_vm(_as_vm(change.old), _as_vm(change.new))
+            elif change.kind == "worker":
+                self._log_worker(change)
+
+    def _react_to_vm(self, old: VM | None, new: VM | None) -> None:
+        if old is not None and (reason := tunnel_end_reason(old, new)):
+            self._rendezvous.end_tunnels(old.uid, reason)
+        if old is not None and new is None:
+            self._events.drop(old.uid)
+        self._log_vm(old, new)
+
+    def _log_vm(self, old: VM | None, new: VM | None) -> None:
+        if new is None:
+            if old is not None:
+                _logger.info("VM deleted", extra={"vm": old.name})
+            return
+        before = new.state if old is None else old.state
+        if old is None:
+            _logger.info("VM created", extra={"vm": new.name, "uid": new.uid})
+        elif new.state.restart_count != before.restart_count:
+            _logger.info("VM restarted", extra={"vm": new.name, "restarts": new.state.restart_count})
+        elif new.state.worker != before.worker:
+            _logger.info("VM assigned", extra={"vm": new.name, "worker": new.state.worker})
+        elif new.state.status != before.status:
+            self._log_status(new)
+
+    def _log_status(self, vm: VM) -> None:
+        fields = {"vm": vm.name, "worker": vm.state.worker}
+        if vm.state.status == "failed":
+            _logger.warning("VM failed", extra={**fields, "reason": vm.state.status_message})
+        elif vm.state.status == "running":
+            begun = vm.state.restarted_at or vm.meta.created_at
+            seconds = 0.0 if begun is None else (self._clock() - begun).total_seconds()
+            _logger.info("VM running", extra={**fields, "seconds": round(seconds, 1)})
+
+    def _log_worker(self, change: Change) -> None:
+        if change.old is None:
+            _logger.info("worker registered", extra={"worker": change.name})
+        elif change.new is None:
+            _logger.info("worker deleted", extra={"worker": change.name})
+
+
+def workers_to_wake(change: Change) -> set[str]:
+    """Return the names of the workers that have to look at their VMs because of a change.
+
+    A worker that reported the change itself is not among them.
+    """
+    old, new = _as_vm(change.old), _as_vm(change.new)
+    if old is not None and new is not None and _work_of(old) == _work_of(new):
+        return set()
+    return {vm.state.worker for vm in (old, new) if vm is not None} - {""}
+
+
+def tunnel_end_reason(old: VM, new: VM | None) -> str:
+    """Return why the tunnels to a VM end with a change; empty if they do not."""
+    if new is None:
+        return f'VM "{old.name}" was deleted'
+    if new.state.status == "failed" and old.state.status != "failed":
+        return f'VM "{old.name}" has failed: {new.state.status_message}'
+    return ""
+
+
+def _as_vm(stored: object) -> VM | None:
+    return stored if isinstance(stored, VM) else None
+
+
+def _work_of(vm: VM) -> tuple[object, ...]:
+    """Return all that a VM asks of its worker."""
+    return (vm.key, vm.state.worker, vm.meta.generation, vm.state.status == "failed")
