@@ -13,6 +13,7 @@ import json
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -33,6 +34,7 @@ from orchard.net.request import (
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
+    WhileConnected,
 )
 from orchard.reach import VMAccess
 from orchard.schema import (
@@ -71,9 +73,19 @@ MAX_WAIT = 65_535  # seconds, as the API's description has it
 REREADS = 3  # times that a read is done again because what it was based on was taken back
 WARNED = 8  # unknown fields that a Warning names
 _DIGITS = re.compile(r"[0-9]{1,10}")
-_NOBODY = ServiceAccount(name="", token="", roles=auth.ROLES)  # who everybody is when nobody is asked
+# Who sends a request to a controller that asks for no credentials.
+_ANYBODY = ServiceAccount(name="", token="", roles=auth.ROLES)
 
 ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount)
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """An operation of the table that a request is for, the parameters in its path, and who sent it ("": anybody)."""
+
+    operation: APIOperation
+    params: Mapping[str, str]
+    account: str
 
 
 class API:
@@ -115,86 +127,81 @@ class API:
         self._router = Router([Route(op.method, self.prefix + op.path, op) for op in OPERATIONS])
         self._document = dump_json(describe_api(self.prefix))
 
-    def admit(self, request: Request) -> None:
-        """Find a request's operation and its account, before its body is read. Raises HTTPError."""
+    def admit(self, request: Request) -> Admitted:
+        """Find a request's operation and who sends it, before its body is read. Raises HTTPError."""
+        account = ""
         try:
-            self._admit(request)
-        except PRODUCT_ERRORS as error:
-            raise http_error(error) from error
+            route, params = self._router.match(request.method, request.path)
+            operation: APIOperation = route.endpoint
+            if operation.role != "public":
+                who = self._identify(request, operation)
+                account = who.account if isinstance(who, auth.Access) else who.name
+                self._authorize(who, operation, params)
+            return Admitted(operation, params, account)
+        except REFUSALS as error:
+            raise http_error(error, account) from error
 
-    def _admit(self, request: Request) -> None:
-        route, request.params = self._router.match(request.method, request.path)
-        operation: APIOperation = route.endpoint
-        request.extra = operation
-        if operation.role == "public":
-            return
+    def _identify(self, request: Request, operation: APIOperation) -> ServiceAccount | auth.Access:
+        """Return the account, or what the access token is for. Raises UnauthenticatedError, TooManyFailuresError."""
         authorization = request.headers.get("authorization")
         try:
-            account = self._identify(request, operation, authorization)
+            token = auth.bearer_of(authorization)
+            if token is not None and operation.bearer is not None:
+                return auth.read_access_token(self.access_key, token, self.clock())
+            return _ANYBODY if self.gate is None else self.gate.identify(authorization)
         except auth.UnauthenticatedError as error:
             # A request without credentials is not a guess.
             if authorization is None:
                 raise
             raise self.failures.refusal(request.peer, error) from None
-        if account is not None and operation.role is not None:
-            auth.require(account, operation.role)
 
-    def _identify(
-        self, request: Request, operation: APIOperation, authorization: str | None
-    ) -> ServiceAccount | None:  # fmt: skip
-        """Find the account that sends a request; None for an access token, which lets in by itself."""
-        token = auth.bearer_of(authorization)
-        if token is not None and operation.bearer is not None:
-            self._admit_bearer(request, token)
-            return None
-        if self.gate is None:
-            return _NOBODY
-        account = self.gate.identify(authorization)
-        request.account = account.name
-        return account
+    def _authorize(self, who: ServiceAccount | auth.Access, operation: APIOperation, params: Mapping[str, str]) -> None:
+        """Raise ForbiddenError or HTTPError(404) unless the operation is open to the account or the access token."""
+        if isinstance(who, auth.Access):
+            vm = self._vm_named(params)
+            if vm.uid != who.vm_uid:
+                raise auth.ForbiddenError(f'the access token is for another VM than "{vm.name}" with uid {vm.uid}')
+        elif operation.role is not None and operation.role != "public":
+            auth.require(who, operation.role)
 
-    def _admit_bearer(self, request: Request, token: str) -> None:
-        """Admit the bearer of an access token for the VM in the path. Raises UnauthenticatedError or HTTPError 404, 403."""
-        access = auth.read_access_token(self.access_key, token, self.clock())
-        request.account = access.account
-        vm = self._vm_named(request)
-        if vm.uid != access.vm_uid:
-            raise HTTPError(403, f'the access token is for another VM than "{vm.name}" with uid {vm.uid}')
-
-    async def handle(self, request: Request) -> AnyResponse:
+    async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer an admitted request. Raises HTTPError."""
-        try:
-            return await self._handle(request)
-        except PRODUCT_ERRORS as error:
-            raise http_error(error) from error
+        if admitted.operation.waits:
+            return WhileConnected(partial(self._answer, request, admitted))
+        return await self._answer(request, admitted)
 
-    async def _handle(self, request: Request) -> AnyResponse:
-        operation: APIOperation = request.extra
-        for _ in range(REREADS if operation.method == "GET" else 1):
-            problem: Exception | None = None
-            refusal: Exception
+    async def _answer(self, request: Request, admitted: Admitted) -> AnyResponse:
+        """Let the handler decide, and wait until everything that its answer is based on is durable.
+
+        An error is based on the state, too: the VM that "already exists" may not be on disk yet.
+        """
+        operation = admitted.operation
+        attempts = REREADS if operation.method == "GET" else 1
+        while True:
+            attempts -= 1
+            refusal: Exception | None = None
             try:
-                decided: AnyResponse | Awaitable[AnyResponse] = operation.handler(self, request)
+                decided: AnyResponse | Awaitable[AnyResponse] = operation.handler(self, request, admitted)
                 answer = await decided if isinstance(decided, Awaitable) else decided
             except REFUSALS as error:
-                problem = error  # that something is not there, or is there already, can be as new as anything else
+                refusal = error
             try:
                 await self.store.wait_durable()
             except PRODUCT_ERRORS as error:
-                # A write that others made failed and was undone. A read can do without it.
-                refusal = error
-            else:
-                if problem is not None:
-                    raise problem
-                return answer
-        raise refusal
+                # The state that was read or written was taken back. A read can be done again.
+                if attempts:
+                    continue
+                raise http_error(error) from error
+            if refusal is not None:
+                raise http_error(refusal) from refusal
+            return answer
 
     # -- the controller itself
 
-    def hello(self, request: Request) -> AnyResponse:
+    def hello(self, request: Request, admitted: Admitted) -> AnyResponse:
         return Response(200)
 
-    def info(self, request: Request) -> AnyResponse:
+    def info(self, request: Request, admitted: Admitted) -> AnyResponse:
         info = ControllerInfo(
             version=__version__,
             capabilities=CAPABILITIES,
@@ -202,12 +209,12 @@ class API:
         )
         return _ok(dump_json(encode(info)))
 
-    def describe(self, request: Request) -> AnyResponse:
+    def describe(self, request: Request, admitted: Admitted) -> AnyResponse:
         return _ok(self._document)
 
     # -- VMs
 
-    def create_vm(self, request: Request) -> AnyResponse:
+    def create_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         raw, unknown = _body(request), list[str]()
         name = name_of(raw)
         check_name("name", name)
@@ -219,16 +226,16 @@ class API:
             tx.put(transitions.create(name, str(uuid.uuid4()), spec, self.clock(), self.waits_for(spec)))
         return self._vm(name, unknown)
 
-    def list_vms(self, request: Request) -> AnyResponse:
+    def list_vms(self, request: Request, admitted: Admitted) -> AnyResponse:
         table = self.state.json["vm"]
         worker = _worker_filter(request.query.one("filter"))
         if worker is None:
             return _array(table[name] for name in self.state.names["vm"])
-        self.liveness.record_poll(worker, _source(request))
+        self.liveness.record_poll(worker, _source(request, admitted))
         return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
 
-    def get_vm(self, request: Request) -> AnyResponse:
-        vm = self._vm_named(request)
+    def get_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
+        vm = self._vm_named(admitted.params)
         if not _flag(request, "watch"):
             return self._vm(vm.name)
 
@@ -256,14 +263,16 @@ class API:
                 if _is_news(change, version):
                     await send(change.line)
 
-    def replace_vm(self, request: Request) -> AnyResponse:
-        return self._change_vm(request, replaced_spec)
+    def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
+        return self._change_vm(request, admitted, replaced_spec)
 
-    def patch_vm(self, request: Request) -> AnyResponse:
-        return self._change_vm(request, patched_spec)
+    def patch_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
+        return self._change_vm(request, admitted, patched_spec)
 
-    def _change_vm(self, request: Request, read: Callable[[VMSpec, object, list[str]], VMSpec]) -> AnyResponse:
-        old = self._vm_named(request)
+    def _change_vm(
+        self, request: Request, admitted: Admitted, read: Callable[[VMSpec, object, list[str]], VMSpec]
+    ) -> AnyResponse:
+        old = self._vm_named(admitted.params)
         unknown: list[str] = []
         spec = read(old.spec, _body(request), unknown)
         if spec.host_dirs != old.spec.host_dirs:
@@ -274,14 +283,14 @@ class API:
                 tx.put(new)
         return self._vm(old.name, unknown)
 
-    def delete_vm(self, request: Request) -> AnyResponse:
-        vm = self._vm_named(request)
+    def delete_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
+        vm = self._vm_named(admitted.params)
         with self.store.transaction() as tx:
             tx.delete(vm)
         return Response(200)
 
-    def report_vm(self, request: Request) -> AnyResponse:
-        old = self._vm_named(request)
+    def report_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
+        old = self._vm_named(admitted.params)
         unknown: list[str] = []
         new = transitions.report(old, report_from_worker(_body(request), unknown), self.clock())
         if new is not old:
@@ -289,8 +298,8 @@ class API:
                 tx.put(new)
         return Response(200, headers=_warning(unknown))
 
-    def _vm_named(self, request: Request) -> VM:
-        return _found("VM", request.params["name"], self.state.vms.get(request.params["name"]))
+    def _vm_named(self, params: Mapping[str, str]) -> VM:
+        return _found("VM", params["name"], self.state.vms.get(params["name"]))
 
     def _vm(self, name: str, unknown: Sequence[str] = ()) -> Response:
         return _ok(self.state.json["vm"][name], _warning(unknown))
@@ -306,68 +315,65 @@ class API:
 
     # -- into a VM
 
-    async def forward_vm(self, request: Request) -> AnyResponse:
+    async def forward_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
         wait = _number(request, "wait", 0, MAX_WAIT)
-        vm = self._vm_named(request)
+        vm = self._vm_named(admitted.params)
         request.require_websocket()
-        far = await request.while_connected(partial(self.vm_access.port, vm, port, WAIT if wait is None else wait))
+        far = await self.vm_access.port(vm, port, WAIT if wait is None else wait)
         return self._tunnel(vm.uid, far)
 
-    async def forward_worker(self, request: Request) -> AnyResponse:
+    async def forward_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
         wait = _number(request, "wait", 0, MAX_WAIT)
-        worker = self._worker_named(request)
+        worker = self._worker_named(admitted.params)
         request.require_websocket()
-        far = await request.while_connected(
-            partial(self.vm_access.host_port, worker.name, port, WAIT if wait is None else wait)
-        )
+        far = await self.vm_access.host_port(worker.name, port, WAIT if wait is None else wait)
         return self._tunnel("", far)
 
     def _tunnel(self, vm_uid: str, far: FarEnd) -> TunnelUpgrade:
         board = self.rendezvous
         return TunnelUpgrade(partial(board.serve_near_end, vm_uid, far), board.ping_interval)
 
-    async def resolve_ip(self, request: Request) -> AnyResponse:
+    async def resolve_ip(self, request: Request, admitted: Admitted) -> AnyResponse:
         wait = _number(request, "wait", 0, MAX_WAIT)
-        vm = self._vm_named(request)
-        address = await request.while_connected(partial(self.vm_access.address, vm, wait or 0))
+        vm = self._vm_named(admitted.params)
+        address = await self.vm_access.address(vm, wait or 0)
         return _ok(dump_json(encode(IP(address))))
 
-    async def execute(self, request: Request) -> AnyResponse:
-        vm = self._vm_named(request)
+    async def execute(self, request: Request, admitted: Admitted) -> AnyResponse:
+        vm = self._vm_named(admitted.params)
         wait = _number(request, "wait", 0, MAX_WAIT)
         command = _command(request)
         request.require_websocket()
-        connect = partial(self.executor.connect, vm, WAIT if wait is None else wait)
-        connection = await request.while_connected(connect)
+        connection = await self.executor.connect(vm, WAIT if wait is None else wait)
         serve = partial(self.executor.serve, connection, command)
         return WebSocketUpgrade(serve, ping_interval=self.rendezvous.ping_interval)
 
-    def issue_token(self, request: Request) -> AnyResponse:
-        vm = self._vm_named(request)
+    def issue_token(self, request: Request, admitted: Admitted) -> AnyResponse:
+        vm = self._vm_named(admitted.params)
         unknown: list[str] = []
         ttl = ttl_from_client(parse_json(request.body) if request.body else None, unknown)
         now = self.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
-        access = auth.Access(vm.name, vm.uid, request.account)
+        access = auth.Access(vm.name, vm.uid, admitted.account)
         token = auth.issue_access_token(self.access_key, access, now, expires, str(uuid.uuid4()))
         issued = VMAccessToken(token, "Bearer", expires, auth.TOKEN_USER, vm.name, vm.uid)
         return _ok(dump_json(encode(issued)), _warning(unknown))
 
     # -- what workers answer
 
-    def answer_forward(self, request: Request) -> AnyResponse:
+    def answer_forward(self, request: Request, admitted: Admitted) -> AnyResponse:
         request.require_websocket()
-        session = self._answered(request)
+        session = self._answered(request, admitted)
         error = request.query.one("errorMessage")
         if error:
             session.fail(error)
             return WebSocketUpgrade(_nothing_more)
         return TunnelUpgrade(partial(self.rendezvous.serve_far_end, session), self.rendezvous.ping_interval)
 
-    def answer_ip(self, request: Request) -> AnyResponse:
-        session = self._answered(request)
+    def answer_ip(self, request: Request, admitted: Admitted) -> AnyResponse:
+        session = self._answered(request, admitted)
         error, address = request.query.one("errorMessage"), request.query.one("ip")
         if error or not address:
             session.fail(error or "it has found no address")
@@ -375,13 +381,13 @@ class API:
             session.resolve(address)
         return Response(200)
 
-    def _answered(self, request: Request) -> Session:
-        return self.rendezvous.answered(request.query.one("session") or "", request.account)
+    def _answered(self, request: Request, admitted: Admitted) -> Session:
+        return self.rendezvous.answered(request.query.one("session") or "", admitted.account)
 
     # -- events
 
-    async def append_events(self, request: Request) -> AnyResponse:
-        vm = self._vm_named(request)
+    async def append_events(self, request: Request, admitted: Admitted) -> AnyResponse:
+        vm = self._vm_named(admitted.params)
         uid = request.query.one("uid")
         if uid not in (None, vm.uid):
             raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
@@ -389,8 +395,8 @@ class API:
         await self.events.append(vm.uid, events_from_client(_body(request), unknown))
         return Response(200, headers=_warning(unknown))
 
-    async def list_events(self, request: Request) -> AnyResponse:
-        vm = self._vm_named(request)
+    async def list_events(self, request: Request, admitted: Admitted) -> AnyResponse:
+        vm = self._vm_named(admitted.params)
         query = request.query
         limit = _number(request, "limit", 1, MAX_LIMIT)
         order = query.one("order") or "asc"
@@ -402,7 +408,7 @@ class API:
 
     # -- workers
 
-    def register_worker(self, request: Request) -> AnyResponse:
+    def register_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         unknown: list[str] = []
         wanted = worker_from_client(_body(request), unknown)
         old = self.state.workers.get(wanted.name)
@@ -421,24 +427,24 @@ class API:
         if new != old:
             with self.store.transaction() as tx:
                 tx.put(new)
-        self.liveness.record_worker(new.name, _source(request))
+        self.liveness.record_worker(new.name, _source(request, admitted))
         if wanted.last_seen is not None:
-            self.liveness.record_heartbeat(new.name, _source(request), wanted.last_seen)
+            self.liveness.record_heartbeat(new.name, _source(request, admitted), wanted.last_seen)
         return self._worker(new.name, unknown)
 
-    def list_workers(self, request: Request) -> AnyResponse:
+    def list_workers(self, request: Request, admitted: Admitted) -> AnyResponse:
         return _array(self._worker_json(name) for name in self.state.names["worker"])
 
-    def get_worker(self, request: Request) -> AnyResponse:
-        return self._worker(self._worker_named(request).name)
+    def get_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
+        return self._worker(self._worker_named(admitted.params).name)
 
-    def put_worker(self, request: Request) -> AnyResponse:
+    def put_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Take a heartbeat, which is told by its later last_seen, or else set scheduling_paused."""
-        worker = self._worker_named(request)
+        worker = self._worker_named(admitted.params)
         unknown: list[str] = []
         wanted = worker_from_client(_named(_body(request), worker.name), unknown)
         if wanted.last_seen is not None and self.liveness.record_heartbeat(
-            worker.name, _source(request), wanted.last_seen
+            worker.name, _source(request, admitted), wanted.last_seen
         ):
             return self._worker(worker.name, unknown)
         if wanted.scheduling_paused != worker.scheduling_paused:
@@ -447,19 +453,19 @@ class API:
                 tx.put(worker)
         return self._worker(worker.name, unknown)
 
-    def delete_worker(self, request: Request) -> AnyResponse:
-        worker = self._worker_named(request)
+    def delete_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
+        worker = self._worker_named(admitted.params)
         with self.store.transaction() as tx:
             tx.delete(worker)
         return Response(200)
 
-    def watch_rpc(self, request: Request) -> AnyResponse:
+    def watch_rpc(self, request: Request, admitted: Admitted) -> AnyResponse:
         request.require_websocket()
         name = request.query.one("workerName")
         if not name:
             raise HTTPError(400, "workerName is missing, expected the name of a worker")
         worker = _found("worker", name, self.state.workers.get(name)).name
-        source = _source(request)
+        source = _source(request, admitted)
 
         async def session(websocket: WebSocketConnection) -> None:
             self.liveness.record_worker(worker, source)
@@ -467,8 +473,8 @@ class API:
 
         return WebSocketUpgrade(session)
 
-    def _worker_named(self, request: Request) -> Worker:
-        return _found("worker", request.params["name"], self.state.workers.get(request.params["name"]))
+    def _worker_named(self, params: Mapping[str, str]) -> Worker:
+        return _found("worker", params["name"], self.state.workers.get(params["name"]))
 
     def _worker(self, name: str, unknown: Sequence[str] = ()) -> Response:
         return _ok(self._worker_json(name), _warning(unknown))
@@ -480,7 +486,7 @@ class API:
 
     # -- service accounts
 
-    def create_account(self, request: Request) -> AnyResponse:
+    def create_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         unknown: list[str] = []
         account = account_from_client(_body(request), unknown)
         account = replace(account, token=account.token or auth.random_token(), created_at=self.clock())
@@ -490,16 +496,16 @@ class API:
             tx.put(account)
         return self._account(account.name, unknown)
 
-    def list_accounts(self, request: Request) -> AnyResponse:
+    def list_accounts(self, request: Request, admitted: Admitted) -> AnyResponse:
         table = self.state.json["account"]
         return _array(table[name] for name in self.state.names["account"])
 
-    def get_account(self, request: Request) -> AnyResponse:
-        return self._account(self._account_named(request).name)
+    def get_account(self, request: Request, admitted: Admitted) -> AnyResponse:
+        return self._account(self._account_named(admitted.params).name)
 
-    def replace_account(self, request: Request) -> AnyResponse:
+    def replace_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Change an account's roles and token; what is left out stays as it is."""
-        old = self._account_named(request)
+        old = self._account_named(admitted.params)
         unknown: list[str] = []
         new = account_from_client(_named(_body(request), old.name), unknown, base=old)
         new = replace(new, token=new.token or old.token)
@@ -508,24 +514,24 @@ class API:
                 tx.put(new)
         return self._account(old.name, unknown)
 
-    def delete_account(self, request: Request) -> AnyResponse:
-        account = self._account_named(request)
+    def delete_account(self, request: Request, admitted: Admitted) -> AnyResponse:
+        account = self._account_named(admitted.params)
         with self.store.transaction() as tx:
             tx.delete(account)
         return Response(200)
 
-    def _account_named(self, request: Request) -> ServiceAccount:
-        return _found("service account", request.params["name"], self.state.accounts.get(request.params["name"]))
+    def _account_named(self, params: Mapping[str, str]) -> ServiceAccount:
+        return _found("service account", params["name"], self.state.accounts.get(params["name"]))
 
     def _account(self, name: str, unknown: Sequence[str] = ()) -> Response:
         return _ok(self.state.json["account"][name], _warning(unknown))
 
     # -- cluster settings
 
-    def get_settings(self, request: Request) -> AnyResponse:
+    def get_settings(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._settings()
 
-    def put_settings(self, request: Request) -> AnyResponse:
+    def put_settings(self, request: Request, admitted: Admitted) -> AnyResponse:
         unknown: list[str] = []
         settings = settings_from_client(_body(request), unknown)
         if settings != self.state.settings:
@@ -554,12 +560,14 @@ PRODUCT_ERRORS: tuple[type[Exception], ...] = (APIError, *ERROR_STATUS)
 REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)
 
 
-def http_error(error: Exception) -> HTTPError:
-    """Return the answer to a request that failed with one of PRODUCT_ERRORS."""
+def http_error(error: Exception, account: str = "") -> HTTPError:
+    """Return the answer to a request of `account` that failed with one of REFUSALS."""
+    if isinstance(error, HTTPError):
+        return HTTPError(error.status, error.message, error.headers, account=account)
     if isinstance(error, APIError):
-        return HTTPError(error.status, error.message, error.headers)
+        return HTTPError(error.status, error.message, error.headers, account=account)
     status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
-    return HTTPError(status, str(error), _error_headers(error))
+    return HTTPError(status, str(error), _error_headers(error), account=account)
 
 
 def _error_headers(error: Exception) -> Sequence[tuple[str, str]]:
@@ -622,8 +630,8 @@ def _warning(unknown: Sequence[str]) -> Sequence[tuple[str, str]]:
     return (("Warning", f'299 orchard "{text}"'),)
 
 
-def _source(request: Request) -> tuple[str, str]:
-    return (request.account, request.peer)
+def _source(request: Request, admitted: Admitted) -> tuple[str, str]:
+    return (admitted.account, request.peer)
 
 
 def _flag(request: Request, name: str) -> bool:
@@ -775,18 +783,18 @@ OPERATIONS: tuple[APIOperation, ...] = (
               body=ref("Events"), problems=(404,), query=(_UID,)),
     Operation("GET", "/vms/{name}/port-forward", API.forward_vm, "compute:connect",
               "Port-forward to a VM using WebSocket protocol: binary messages carry the bytes",
-              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True, bearer=_VM_TOKEN),
+              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True, bearer=_VM_TOKEN, waits=True),
     Operation("GET", "/vms/{name}/ip", API.resolve_ip, "compute:connect", "Resolve the VM's IP address on the worker",
-              answer=ref("IP"), problems=(404, 503), query=(_WAIT_IP,), bearer=_VM_TOKEN),
+              answer=ref("IP"), problems=(404, 503), query=(_WAIT_IP,), bearer=_VM_TOKEN, waits=True),
     Operation("GET", "/vms/{name}/exec", API.execute, "compute:connect",
               "Run a command in a VM over SSH: JSON in text frames, data in base64. `env[NAME]=value` sets variables",
-              problems=(404, 503), query=_EXEC, websocket=True, bearer=_VM_TOKEN),
+              problems=(404, 503), query=_EXEC, websocket=True, bearer=_VM_TOKEN, waits=True),
     Operation("POST", "/vms/{name}/access-tokens", API.issue_token, "compute:write",
               "Issue a temporary VM access token", body=ref("IssueVMAccessTokenRequest"), body_required=False,
               answer=ref("VMAccessToken"), problems=(404,)),
     Operation("GET", "/workers/{name}/port-forward", API.forward_worker, "admin:write",
               "Port-forward to a worker using WebSocket protocol: binary messages carry the bytes",
-              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True),
+              problems=(404, 503), query=(_PORT, _WAIT_FORWARD), websocket=True, waits=True),
     Operation("GET", "/rpc/port-forward", API.answer_forward, "compute:write",
               "Bring the worker's end of a tunnel that a portForwardAction asked for",
               problems=(404,), query=(_SESSION, _ERROR), websocket=True),

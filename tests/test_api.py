@@ -500,9 +500,9 @@ async def test_a_transaction_does_not_wait(api: Served) -> None:
     request = Request(
         method="POST", target="/v1/vms", headers=Headers({}), body=b'{"name": "vm", "image": "i"}'
     )  # fmt: skip
-    api.api.admit(request)
+    admitted = api.api.admit(request)
     with assert_no_checkpoints():
-        API.create_vm(api.api, request)
+        API.create_vm(api.api, request, admitted)
         api.schedule()
 
 

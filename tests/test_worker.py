@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import trio
+from harness.admission import Sender, admit_anybody
 from harness.disks import no_room
 from harness.inprocess import InProcessCluster
 from harness.processes import eventually
@@ -580,7 +581,7 @@ class Impostor:
         self._actions = actions
         self.brought: list[tuple[str, str | None]] = []  # path, and the error that it names
 
-    async def handle(self, request: Request) -> AnyResponse:
+    async def handle(self, request: Request, _: Sender) -> AnyResponse:
         answers: dict[str, object] = {"/v1/workers": {"name": "mac"}, "/v1/controller/info": {}, "/v1/vms": []}
         if request.path in answers:
             return Response(200, dump_json(answers[request.path]))
@@ -601,7 +602,7 @@ class Impostor:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, self.handle, listeners))
+            await nursery.start(partial(serve, self.handle, listeners, admit=admit_anybody))
             async with Client(url) as client:
                 await nursery.start(cluster.worker(client).run)
                 yield

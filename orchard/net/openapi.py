@@ -63,7 +63,7 @@ class Operation(Generic[RoleT]):
     `body` and `answer` are the schemas of the request's and of the answer's JSON; None: there is none. `problems` are the
     statuses beside those that follow from role, body, query and method. `answer_headers` maps names to descriptions.
     With `ndjson`, `?watch=true` answers with a stream of objects of the answer's schema. With `websocket` the operation
-    answers 101.
+    answers 101. An operation that `waits` may take long, and is cancelled when the client goes away.
     """
 
     method: str
@@ -78,6 +78,7 @@ class Operation(Generic[RoleT]):
     answer_headers: Mapping[str, str] | None = None
     ndjson: bool = False
     websocket: bool = False
+    waits: bool = False
     bearer: SecurityScheme | None = None
     body_required: bool = True
 

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from trio_websocket import WebSocketConnection
@@ -50,20 +50,23 @@ _FRAMING = _SINGLE | {b"connection", b"te", b"trailer"}
 
 _UPGRADE = (("Upgrade", "websocket"), ("Connection", "Upgrade"))  # goes with 426
 
-T = TypeVar("T")
-
-
 # ---- what handlers get and give ------------------------------------------------------------------------------------
 
 
 class HTTPError(Exception):
-    """A request that is answered with an error: a status, one sentence, and headers that go with it."""
+    """A request that is answered with an error: a status, one sentence, and headers that go with it.
 
-    def __init__(self, status: int, message: str, headers: Sequence[tuple[str, str]] = ()) -> None:
+    `account` is who sent the request, for the request log, when a request is not admitted although its sender is known.
+    """
+
+    def __init__(
+        self, status: int, message: str, headers: Sequence[tuple[str, str]] = (), *, account: str = ""
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.headers = tuple(headers)
+        self.account = account
 
 
 def percent_decoded(text: str, what: str) -> str:
@@ -137,7 +140,7 @@ class Head:
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request that was read to its end. `account` and `params`, `extra` are the application's to set."""
+    """A request. While it is admitted its body is still empty; the server sets the body once it was read."""
 
     method: str
     target: str  # as it stands in the request line
@@ -147,10 +150,6 @@ class Request:
     peer: str = "-"  # the client's address, without the port
     path: str = field(init=False)  # still percent-encoded: an encoded slash is no slash. Router.match decodes it
     query: Query = field(init=False)
-    params: Mapping[str, str] = field(default_factory=dict)
-    account: str = ""  # for the request log
-    extra: Any = None
-    watched: Callable[[Callable[[], Awaitable[None]]], Awaitable[None]] | None = None  # set by the server
 
     def __post_init__(self) -> None:
         self.path, _, query = self.target.partition("?")
@@ -161,30 +160,11 @@ class Request:
         """Whether the client may send another request over this connection (RFC 9112, section 9.3)."""
         return self.version == "1.1" and "close" not in _tokens(self.headers.get("connection"))
 
-    @property
-    def wants_websocket(self) -> bool:
-        return _websocket_refusal(self) is None
-
     def require_websocket(self) -> None:
         """Raise HTTPError(426) or (400) unless this is a well-formed request for a WebSocket."""
         refusal = _websocket_refusal(self)
         if refusal is not None:
             raise refusal
-
-    async def while_connected(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Do work that may take long, cancelled when the client goes away. Raises what it raises, or Disconnected.
-
-        A handler need not catch Disconnected. What the client sends meanwhile is kept for the next request.
-        """
-        if self.watched is None:
-            return await work()
-        results: list[T] = []
-
-        async def keep() -> None:
-            results.append(await work())
-
-        await self.watched(keep)
-        return results[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -242,8 +222,25 @@ class TunnelUpgrade:
     ping_interval: float
 
 
-AnyResponse = Response | Stream | WebSocketUpgrade | TunnelUpgrade
-Handler = Callable[[Request], Awaitable[AnyResponse]]
+@dataclass(slots=True, eq=False)
+class WhileConnected:
+    """An answer that may take long to find: `work` returns it, and is cancelled when the client goes away.
+
+    What the client sends meanwhile is kept for the next request.
+    """
+
+    work: Callable[[], Awaitable[AnyResponse]]
+
+
+AnyResponse = Response | Stream | WebSocketUpgrade | TunnelUpgrade | WhileConnected
+
+
+class Admission(Protocol):
+    """What admission found out about a request. The server reads the account and hands the rest to the handler."""
+
+    @property
+    def account(self) -> str:
+        """Who sent the request, for the request log; "" if that is not known."""
 
 
 def printable(text: str) -> str:

@@ -6,8 +6,8 @@ refuses, the connection is closed, for nobody knows where such a request ends. W
 buffer: it is the next request, or the first frames of a WebSocket. A body that comes in chunks is put together by h11; with
 a head that was judged, a body of known length and the answer there is less to do than h11 would (./run bench api).
 
-A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and a
-handler that asks for it (`Request.while_connected`) have a second one, that notices when the client has gone.
+A connection is one task, and a plain request is answered in it without another. Only a stream, a WebSocket and
+`WhileConnected` have a second one, that notices when the client has gone.
 
 How it ends: an `HTTPError` from anywhere below the handler becomes an answer, and the connection goes on if the request
 was read to its end. A client that went away, or takes or sends nothing for too long, ends its connection silently. Any
@@ -27,6 +27,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import h11
 import trio
@@ -34,15 +35,16 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.net import wsframes
 from orchard.net.request import (
+    Admission,
     AnyResponse,
     Chunked,
-    Handler,
     HTTPError,
     Request,
     Response,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
+    WhileConnected,
     head_end,
     printable,
     read_head,
@@ -63,6 +65,8 @@ _SWITCHING = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnecti
 _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 # A header that a handler may add: one line (RFC 9110, section 5), and none of those that say where the answer ends.
 _HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
+
+AdmittedT = TypeVar("AdmittedT", bound=Admission)
 
 _logger = logging.getLogger("orchard.net.server")
 
@@ -95,8 +99,8 @@ class _Server:
 
     def __init__(
         self,
-        handler: Handler,
-        admit: Callable[[Request], None] | None,
+        handler: Callable[[Request, Any], Awaitable[AnyResponse]],
+        admit: Callable[[Request], Admission],
         limits: Limits,
         log: logging.Logger,
         clock: Callable[[], float],
@@ -285,12 +289,13 @@ class _Connection:
 class _Exchange:
     """One request and its answer."""
 
-    __slots__ = ("_begun", "_connection", "_ended", "_request", "_server", "_since", "_unread")
+    __slots__ = ("_account", "_begun", "_connection", "_ended", "_request", "_server", "_since", "_unread")
 
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
         self._server = connection.server
         self._request: Request | None = None  # until it is in the request log
+        self._account = ""
         self._since = 0.0  # when the request's head was there
         self._unread = True  # nobody knows where the request ends
         self._begun = False  # something of the answer may have been sent
@@ -302,21 +307,25 @@ class _Exchange:
         try:
             answer = await self._answer()
         except HTTPError as error:
-            answer = refused(error)
+            answer = self._refused(error)
         except BaseExceptionGroup as group:
             cause = sole_exception(group)
             if not isinstance(cause, HTTPError):
                 raise cause from None
-            answer = refused(cause)
+            answer = self._refused(cause)
         if isinstance(answer, Response):
             await self._respond(answer)
         elif isinstance(answer, Stream):
             await self._respond_piecewise(answer)
         elif isinstance(answer, WebSocketUpgrade):
             await self._websocket(answer)
-        elif answer is not None:
+        elif isinstance(answer, TunnelUpgrade):
             await self._tunnel(answer)
         return self._ended
+
+    def _refused(self, error: HTTPError) -> Response:
+        self._account = error.account or self._account
+        return refused(error)
 
     async def fail(self) -> None:
         """AnyResponse that there is a bug, if nothing was sent yet. Raises Disconnected."""
@@ -342,23 +351,34 @@ class _Exchange:
             headers=read.headers,
             version=read.version,
             peer=self._connection.peer,
-            watched=self.watched,
         )
         if read.length is not None and read.length > server.limits.body_bytes:
             raise too_large(server.limits.body_bytes)
         if read.length == 0:
             self._unread = False
-        if server.admit is not None:
-            server.admit(request)
+        admitted = server.admit(request)
+        self._account = admitted.account
         if read.length != 0:
             if read.headers.get("expect") is not None and read.version == "1.1" and not self._connection.buffer:
                 await self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.body = await (self._read_chunks(head) if read.length is None else self._read_body(read.length))
             self._unread = False
-        answer = await server.handler(request)
+        answer = await server.handler(request, admitted)
+        while isinstance(answer, WhileConnected):
+            answer = await self._while_connected(answer.work)
         if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             request.require_websocket()
         return answer
+
+    async def _while_connected(self, work: Callable[[], Awaitable[AnyResponse]]) -> AnyResponse:
+        """Find the answer, cancelled when the client goes away. Raises what `work` raises, and Disconnected."""
+        found: list[AnyResponse] = []
+
+        async def find() -> None:
+            found.append(await work())
+
+        await self._watched(find)
+        return found[0]
 
     # ---- reading
 
@@ -489,7 +509,7 @@ class _Exchange:
             if self._request.method == "HEAD":
                 await self._connection.send(head)
             else:
-                await self.watched(produce, until_stop=answer.endless)
+                await self._watched(produce, until_stop=answer.endless)
                 if chunked and not broken_off:
                     await self._connection.send(b"0\r\n\r\n")
             self._ended = keep and not broken_off
@@ -499,7 +519,7 @@ class _Exchange:
         finally:
             self._record(answer.status)
 
-    async def watched(self, work: Callable[[], Awaitable[None]], *, until_stop: bool = False) -> None:
+    async def _watched(self, work: Callable[[], Awaitable[None]], *, until_stop: bool = False) -> None:
         """Do work until it returns, or the server's stop ends it, or the client goes away: then raise Disconnected."""
         gone = ended = False
 
@@ -536,7 +556,7 @@ class _Exchange:
             "path": request.path[:LOGGED_PATH] if request is not None else "-",
             "status": status,
             "duration_ms": round((trio.current_time() - self._since) * 1000, 1) if request is not None else 0.0,
-            "account": printable(request.account) if request is not None and request.account else "-",
+            "account": printable(self._account) or "-",
             "peer": self._connection.peer,
         }
         self._server.log.info("request", extra=fields)
@@ -614,10 +634,10 @@ class _Exchange:
 
 
 async def serve(
-    handler: Handler,
+    handler: Callable[[Request, AdmittedT], Awaitable[AnyResponse]],
     listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
     *,
-    admit: Callable[[Request], None] | None = None,
+    admit: Callable[[Request], AdmittedT],
     limits: Limits | None = None,
     log: logging.Logger = _logger,
     clock: Callable[[], float] = time.time,
@@ -628,7 +648,8 @@ async def serve(
     """AnyResponse the requests that come in over `listeners` by `handler`, until cancelled or until `stop` is set.
 
     `admit` sees each request before its body is read or asked for, and refuses it by raising HTTPError: the place to
-    ask who the client is, so that a stranger can't make the server keep megabytes. `clock` gives seconds since 1970,
+    ask who the client is, so that a stranger can't make the server keep megabytes. The handler gets what `admit`
+    returned. `clock` gives seconds since 1970,
     for the header Date. `started()` is called when connections are accepted; the listeners are closed in any case.
 
     At `stop`: no more connections are accepted, those without a request are closed at once, endless streams end,

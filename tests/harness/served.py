@@ -19,7 +19,7 @@ import trio
 from orchard import auth
 from orchard.api import API
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
-from orchard.net.request import Headers, HTTPError, Request, Response, Stream, refused
+from orchard.net.request import Headers, HTTPError, Request, Response, Stream, WhileConnected, refused
 from orchard.reach import VMAccess
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
@@ -96,8 +96,8 @@ class Served:
             peer=peer,
         )
         try:
-            self.api.admit(request)
-            return await self.api.handle(request)
+            answer = await self.api.handle(request, self.api.admit(request))
+            return await answer.work() if isinstance(answer, WhileConnected) else answer
         except HTTPError as error:
             return refused(error)
         finally:

@@ -23,6 +23,7 @@ import h11
 import pytest
 import trio
 import trio.testing
+from harness.admission import Sender, admit_anybody
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
@@ -30,13 +31,13 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 import orchard.net.server
 from orchard.net.request import (
     AnyResponse,
-    Handler,
     HTTPError,
     Request,
     Response,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
+    WhileConnected,
 )
 from orchard.net.server import Limits, serve
 from orchard.net.websocket import TunnelStream
@@ -103,7 +104,7 @@ class Counted(trio.abc.Stream):
         await self._stream.aclose()
 
 
-class Served:
+class RunningServer:
     """A running server and what a test wants to know about it."""
 
     def __init__(self) -> None:
@@ -139,17 +140,29 @@ class Served:
         return [" ".join(str(fields[name]) for name in names) for fields in logged]
 
 
+Handler = Callable[[Request], Awaitable[AnyResponse]]
+
+
 @asynccontextmanager
 async def serving(
-    handler: Handler, *, listeners: Sequence[trio.abc.Listener[Any]] = (), failures: int = 0, **options: Any
-) -> AsyncIterator[Served]:
-    served = Served()
+    handler: Handler,
+    *,
+    admit: Callable[[Request], Sender] = admit_anybody,
+    listeners: Sequence[trio.abc.Listener[Any]] = (),
+    failures: int = 0,
+    **options: Any,
+) -> AsyncIterator[RunningServer]:
+    served = RunningServer()
+
+    async def handle(request: Request, sender: Sender) -> AnyResponse:
+        return await handler(request)
 
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
         with served.scope:
             await serve(
-                handler,
+                handle,
                 [served.listener, *listeners],
+                admit=admit,
                 log=served.log,
                 stop=served.stop,
                 clock=lambda: 1_800_000_000.5,
@@ -252,7 +265,7 @@ async def ask(data: bytes, handler: Handler = echo, **options: Any) -> tuple[lis
         return await talk(served, [data])
 
 
-async def talk(served: Served, pieces: Sequence[bytes]) -> tuple[list[Got], bool]:
+async def talk(served: RunningServer, pieces: Sequence[bytes]) -> tuple[list[Got], bool]:
     stream = served.connect()
     client = Client(stream)
     for piece in pieces:
@@ -386,7 +399,7 @@ async def test_a_body_in_pieces_arrives_whole_and_is_sent_a_part_at_a_time(autoj
 
 
 @asynccontextmanager
-async def over_a_socket(handler: Handler, **options: Any) -> AsyncIterator[tuple[Served, trio.SocketStream]]:
+async def over_a_socket(handler: Handler, **options: Any) -> AsyncIterator[tuple[RunningServer, trio.SocketStream]]:
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with (
         serving(handler, listeners=listeners, **options) as served,
@@ -498,11 +511,10 @@ async def test_headers_and_query_reach_the_handler(autojump_clock: Clock) -> Non
 
 async def test_the_request_log(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
-        request.account = "eve\n127.0.0.1 forged"
         await trio.sleep(0.25)
         return Response(404)
 
-    async with serving(handler) as served:
+    async with serving(handler, admit=lambda _: Sender("eve\n127.0.0.1 forged")) as served:
         await talk(served, [GET.replace(b"/ ", b"/v1/vms%0a?token=secret ") + b"BAD\r\n\r\n"])
     assert served.requests == ["GET /v1/vms%0a 404 250.0 eve\\n127.0.0.1 forged -", "- - 400 0.0 - -"]
     assert vars(served.records.records[0])["duration_ms"] == 250.0
@@ -538,9 +550,10 @@ async def test_continue_is_said_before_the_body_is_read(autojump_clock: Clock) -
 async def test_continue_is_not_said_when_nothing_waits_for_it(
     autojump_clock: Clock, request_bytes: bytes, status: int
 ) -> None:
-    def admit(request: Request) -> None:
+    def admit(request: Request) -> Sender:
         if request.path == "/refused":
             raise HTTPError(401, "who are you?")
+        return Sender()
 
     async with serving(echo, admit=admit, limits=Limits(body_bytes=1024)) as served:
         stream = served.connect()
@@ -551,19 +564,18 @@ async def test_continue_is_not_said_when_nothing_waits_for_it(
 
 
 async def test_admission_closes_only_when_a_body_was_not_read(autojump_clock: Clock) -> None:
-    def admit(request: Request) -> None:
+    def admit(request: Request) -> Sender:
         assert request.body == b""
-        request.account = "somebody"
-        raise HTTPError(401, "who are you?")
+        raise HTTPError(403, "you may not", account="somebody")
 
     async with serving(echo, admit=admit) as served:
         answers, closed = await talk(served, [GET + GET])
-        assert [answer.status for answer in answers] == [401, 401]
+        assert [answer.status for answer in answers] == [403, 403]
         assert not closed
         answers, closed = await talk(served, [EXPECTING % 3])
-        assert [(answer.status, answer.headers["connection"]) for answer in answers] == [(401, "close")]
+        assert [(answer.status, answer.headers["connection"]) for answer in answers] == [(403, "close")]
         assert closed
-        assert served.requests[0] == "GET / 401 0.0 somebody -"
+        assert served.requests[0] == "GET / 403 0.0 somebody -"
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -952,17 +964,16 @@ async def test_a_client_that_goes_away_is_no_failure(autojump_clock: Clock, data
 async def test_work_is_cancelled_when_the_client_goes_away(autojump_clock: Clock) -> None:
     ended: list[str] = []
 
-    async def wait() -> str:
+    async def wait() -> AnyResponse:
         try:
             await trio.sleep(1000)
         except trio.Cancelled:
             ended.append("cancelled")
             raise
-        return "done"
+        return Response(200)
 
     async def handler(request: Request) -> AnyResponse:
-        ended.append(await request.while_connected(wait))
-        return Response(200)
+        return WhileConnected(wait)
 
     async with serving(handler) as served:
         stream = served.connect()
@@ -975,16 +986,16 @@ async def test_work_is_cancelled_when_the_client_goes_away(autojump_clock: Clock
 
 
 async def test_work_that_ends_is_answered_and_what_came_meanwhile_too(autojump_clock: Clock) -> None:
-    async def work() -> bytes:
+    async def work() -> AnyResponse:
         await trio.sleep(5)
-        return b"worked"
+        return Response(200, b"worked")
 
-    async def refuse() -> bytes:
+    async def refuse() -> AnyResponse:
         await trio.sleep(5)
         raise HTTPError(503, "it failed")
 
     async def handler(request: Request) -> AnyResponse:
-        return Response(200, await request.while_connected(refuse if request.path == "/refuse" else work))
+        return WhileConnected(refuse if request.path == "/refuse" else work)
 
     async with serving(handler) as served:
         stream = served.connect()
@@ -1117,7 +1128,7 @@ async def until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
     return data
 
 
-async def opened(served: Served, early: bytes = b"") -> trio.StapledStream[Any, Any]:
+async def opened(served: RunningServer, early: bytes = b"") -> trio.StapledStream[Any, Any]:
     stream = served.connect()
     await stream.send_all(UPGRADE + early)
     head = await until(stream, b"\r\n\r\n")
@@ -1208,19 +1219,22 @@ async def test_what_is_no_request_for_a_websocket_is_refused(
 
 
 async def test_a_handler_can_ask_before_it_waits(autojump_clock: Clock) -> None:
-    seen = []
+    waited = []
+
+    async def work() -> AnyResponse:
+        await trio.sleep(5)
+        waited.append(trio.current_time())
+        return WebSocketUpgrade(repeat)
 
     async def handler(request: Request) -> AnyResponse:
-        seen.append(request.wants_websocket)
         request.require_websocket()
-        await request.while_connected(partial(trio.sleep, 5))
-        return WebSocketUpgrade(repeat)
+        return WhileConnected(work)
 
     async with serving(handler) as served:
         stream = await opened(served, HELLO_FRAME)
         assert await until(stream, b"hello") == b"\x82\x05hello"
         assert [answer.status for answer in (await talk(served, [GET]))[0]] == [426]
-    assert seen == [True, False]
+    assert len(waited) == 1
 
 
 VIOLATIONS = {
