@@ -43,10 +43,10 @@ def http(data: bytes) -> None:
 
 def frames(data: bytes) -> None:
     """A byte says whose they are, another one how large the pieces are."""
-    from test_wsframes import means_the_same_in_pieces
+    from test_wsframes import check_same_events_in_pieces
 
     whose, size = (data[:2] + b"\0\0")[:2]
-    means_the_same_in_pieces(data[2:], range(0, len(data), 1 + size), masked=bool(whose & 1))
+    check_same_events_in_pieces(data[2:], range(0, len(data), 1 + size), masked=bool(whose & 1))
 
 
 def json(data: bytes) -> None:

@@ -159,7 +159,7 @@ class Host:
         self._requests = Connection(life)
         self._known: dict[str, str] = {}  # uid -> name
         self._seen = b"[]"
-        self._frames = wsframes.Frames(masked=False)
+        self._frames = wsframes.FrameReader(masked=False)
         self._watch = life.open(self._read)
         self._watch.sendall(
             f"GET /v1/rpc/watch?workerName={self._name} HTTP/1.1\r\nHost: c\r\nAuthorization: {AUTHORIZATION}\r\n"
@@ -180,7 +180,7 @@ class Host:
         for event in self._frames.feed(data):
             match event:
                 case wsframes.Ping(payload):
-                    self._watch.sendall(b"".join(wsframes.frame(wsframes.PONG, payload, b"mask")))
+                    self._watch.sendall(b"".join(wsframes.build_frame(wsframes.PONG, payload, b"mask")))
                 case wsframes.Close():
                     raise RuntimeError(f"a watch was closed: {event}")
                 case wsframes.Pong():

@@ -62,7 +62,7 @@ class Way:
     name: str
     connect: Connect
     processes: list[subprocess.Popen[str]]
-    masked: Callable[[wsframes.Bytes, bytes], wsframes.Bytes] = wsframes.masked
+    masked: Callable[[wsframes.Bytes, bytes], wsframes.Bytes] = wsframes.mask
 
     def cpu(self) -> float:
         """Seconds of the processor that its processes took."""
@@ -129,7 +129,7 @@ async def taken(stream: trio.abc.Stream, size: int) -> None:
 
 
 async def transfer(way: Way, direction: bytes, size: int) -> None:
-    wsframes.masked = way.masked
+    wsframes.mask = way.masked
     async with way.connect() as stream:
         await stream.send_all(direction)
         if direction == DOWN:
@@ -206,7 +206,7 @@ async def deployed(name: str, port: int, *, fast: bool) -> AsyncIterator[Way]:
         async with Client(url) as client:
             await client.vms.create(name="vm", image="any")
             await client.vms.wait("vm")
-            masked = wsframes.masked if fast else wsframes.masked_by_translation
+            masked = wsframes.mask if fast else wsframes.mask_in_python
             yield Way(name, partial(client.vms.port_forward, "vm", port), [controller, worker], masked)
 
 

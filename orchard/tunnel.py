@@ -28,7 +28,7 @@ from trio_websocket import WebSocketConnection
 
 from orchard.codec import APIError, dump_json, shown
 from orchard.net.websocket import PING_INTERVAL, TunnelStream
-from orchard.net.wsframes import BROKEN, GOING_AWAY, LOST, NORMAL, UNSAID, Close
+from orchard.net.wsframes import ABNORMAL, GOING_AWAY, INTERNAL_ERROR, NO_STATUS, NORMAL, Close
 
 TAKE_SECONDS = 10.0  # for a client to take the tunnel that it has asked for
 MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a request with a deadline
@@ -192,7 +192,7 @@ class Rendezvous:
                     nursery.cancel_scope.cancel()
 
                 nursery.start_soon(end_with, far.taken.wait)
-                nursery.start_soon(end_with, stream.exhausted)
+                nursery.start_soon(end_with, stream.wait_exhausted)
         if far.taken.is_set():
             await far.finished.wait()
             await stream.aclose(*far.close)
@@ -291,11 +291,14 @@ class _Use:
 
 def ending(closed: Close | None, who: str) -> tuple[int, str]:
     """With what code and reason one side learns that the other has closed."""
-    if closed is None or closed.code == LOST:
-        return BROKEN, f"{who} {closed.reason}" if closed and closed.reason else f"the connection to {who} was lost"
-    if closed.violation:
-        return BROKEN, f"{who} broke the protocol: {closed.reason}"
-    if closed.code in (NORMAL, UNSAID):
+    if closed is None or closed.code == ABNORMAL:
+        return (
+            INTERNAL_ERROR,
+            f"{who} {closed.reason}" if closed and closed.reason else f"the connection to {who} was lost",
+        )
+    if closed.is_violation:
+        return INTERNAL_ERROR, f"{who} broke the protocol: {closed.reason}"
+    if closed.code in (NORMAL, NO_STATUS):
         return NORMAL, ""
     return closed.code, f"{who} closed it: {closed.reason}" if closed.reason else f"{who} closed it"
 

@@ -54,7 +54,7 @@ from orchard.daemon import (
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.net.tcp import splice
 from orchard.net.transport import in_words
-from orchard.net.wsframes import BROKEN, NORMAL
+from orchard.net.wsframes import INTERNAL_ERROR, NORMAL
 from orchard.nursery import first_exception, unwrap_groups
 from orchard.schema import (
     DEFAULT_CPU,
@@ -351,7 +351,7 @@ class WorkerService:
                 self._client.tunnel(FORWARD, query, HEARTBEATS_A_PING * self._heartbeat_seconds) as tunnel,
             ):
                 broken = await splice(stream, tunnel)
-                await tunnel.aclose(BROKEN if broken else NORMAL, broken)
+                await tunnel.aclose(INTERNAL_ERROR if broken else NORMAL, broken)
         except DriverError as error:
             refusal = str(error)
         except ClientError as error:

@@ -474,7 +474,7 @@ async def tunnelled(answer: Callable[[str], bytes]) -> AsyncIterator[tuple[Clien
             head += await stream.receive_some(1000)
         heads.append(head.decode())
         (key,) = (line[19:] for line in head.decode().split("\r\n") if line.startswith("Sec-WebSocket-Key: "))
-        await stream.send_all(answer(wsframes.accept(key)))
+        await stream.send_all(answer(wsframes.accept_value(key)))
         with suppress(trio.BrokenResourceError):
             while await stream.receive_some(1000):
                 pass
@@ -562,7 +562,7 @@ async def test_messages_that_come_with_the_answer_are_not_lost() -> None:
 )
 async def test_what_is_no_action_and_no_frame_of_a_command_is_said_to_be(message: bytes) -> None:
     def answer(accept: str) -> bytes:
-        message_frame = b"".join(wsframes.frame(wsframes.BINARY, message))
+        message_frame = b"".join(wsframes.build_frame(wsframes.BINARY, message))
         return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + message_frame
 
     async with tunnelled(answer) as (client, _):
@@ -579,7 +579,7 @@ async def test_what_is_no_action_and_no_frame_of_a_command_is_said_to_be(message
 )
 async def test_a_frame_of_a_command_that_says_nothing_is_said_to_be(frame: str) -> None:
     def answer(accept: str) -> bytes:
-        message_frame = b"".join(wsframes.frame(wsframes.TEXT, frame.encode()))
+        message_frame = b"".join(wsframes.build_frame(wsframes.TEXT, frame.encode()))
         return SWITCHING + f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode() + message_frame
 
     async with tunnelled(answer) as (client, _):

@@ -235,7 +235,7 @@ async def test_what_a_worker_says_on_its_watch_is_passed_over_until_it_closes(au
         (Close(1006), (1011, "the connection to the client was lost")),
         (Close(1006, "does not answer to pings"), (1011, "the client does not answer to pings")),
         (
-            Close(1002, "a reserved bit is set", violation=True),
+            Close(1002, "a reserved bit is set", is_violation=True),
             (1011, "the client broke the protocol: a reserved bit is set"),
         ),
         (Close(1005), (1000, "")),  # as browsers close that are not given a code

@@ -595,7 +595,7 @@ class _Exchange:
     async def _switch(self) -> bytes:
         """Answer that the connection becomes a WebSocket, and return what the client has sent beyond its request."""
         assert self._request is not None
-        accept = wsframes.accept(self._request.headers.get("sec-websocket-key") or "")
+        accept = wsframes.accept_value(self._request.headers.get("sec-websocket-key") or "")
         self._begun = True
         await self._connection.send(f"{_SWITCHING}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())
         return self._connection.take(len(self._connection.buffer))

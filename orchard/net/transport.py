@@ -367,7 +367,10 @@ class Transport:
                 status, headers = await connection.send(request, b"")
                 if status != SWITCHING:
                     raise _refusal(ClientResponse(status, headers, await connection.body()))
-            if headers.get("sec-websocket-accept") != wsframes.accept(key) or "sec-websocket-extensions" in headers:
+            if (
+                headers.get("sec-websocket-accept") != wsframes.accept_value(key)
+                or "sec-websocket-extensions" in headers
+            ):
                 raise ConnectError(f"{self.url} does not open a WebSocket as it should")
             yield _Switched(connection.stream, connection.early())
         except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:

@@ -25,7 +25,18 @@ import trio
 from trio_websocket import WebSocketConnection, wrap_client_stream, wrap_server_stream
 
 from orchard.net import tcp, wsframes
-from orchard.net.wsframes import BROKEN, LOST, NORMAL, NOT_UTF8, PROTOCOL_ERROR, UNSAID, Bytes, Close, Ping, Pong
+from orchard.net.wsframes import (
+    ABNORMAL,
+    INTERNAL_ERROR,
+    INVALID_PAYLOAD,
+    NO_STATUS,
+    NORMAL,
+    PROTOCOL_ERROR,
+    Bytes,
+    Close,
+    Ping,
+    Pong,
+)
 from orchard.nursery import unwrap_groups
 
 PING_INTERVAL = 30.0  # seconds; shorter than the idle time-out of common load balancers, 60
@@ -53,7 +64,7 @@ class TunnelStream(trio.abc.Stream):
         self._stream = stream
         self._client = client
         self._ping_interval = ping_interval
-        self._frames = wsframes.Frames(masked=not client)
+        self._frames = wsframes.FrameReader(masked=not client)
         self._early = early
         self._parts: list[Bytes] = []  # what was received and not taken
         self._ahead = 0  # bytes of them
@@ -79,7 +90,7 @@ class TunnelStream(trio.abc.Stream):
                 await self._read()
                 nursery.cancel_scope.cancel()
         finally:
-            self._end(Close(LOST))
+            self._end(Close(ABNORMAL))
             self._done.set()
 
     async def _read(self) -> None:
@@ -132,8 +143,8 @@ class TunnelStream(trio.abc.Stream):
             await trio.sleep(self._ping_interval)
             now = self._heard, self._sent
             if before is not None and now[0] == before[0] and self._dead(busy=now[1] != before[1]):
-                self._end(Close(LOST, "does not answer to pings"))
-                await self._say(Close(BROKEN, "pings are not answered"))
+                self._end(Close(ABNORMAL, "does not answer to pings"))
+                await self._say(Close(INTERNAL_ERROR, "pings are not answered"))
                 if self._lock.locked():  # whoever sends would wait for ever
                     await trio.aclose_forcefully(self._stream)
                 scope.cancel()
@@ -178,7 +189,7 @@ class TunnelStream(trio.abc.Stream):
         self._taken.unpark_all()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def exhausted(self) -> None:
+    async def wait_exhausted(self) -> None:
         """Return when the WebSocket is closed, if nothing that it carried is left to be taken; else never."""
         await self._done.wait()
         if self._parts:
@@ -188,7 +199,7 @@ class TunnelStream(trio.abc.Stream):
         """Give bytes, b"" when the other end has closed as it should."""
         await trio.lowlevel.checkpoint()
         data = await self.take()
-        if not data and self.closed is not None and self.closed.code not in (NORMAL, UNSAID):
+        if not data and self.closed is not None and self.closed.code not in (NORMAL, NO_STATUS):
             raise trio.BrokenResourceError(why(self.closed))
         if max_bytes is not None and len(data) > max_bytes:
             self._parts.insert(0, memoryview(data)[max_bytes:])
@@ -219,7 +230,7 @@ class TunnelStream(trio.abc.Stream):
             parts: list[Bytes] = []
             for start in range(0, len(payload) or 1, FRAME_BYTES):
                 key = os.urandom(4) if self._client else None
-                parts += wsframes.frame(opcode, payload[start : start + FRAME_BYTES], key)
+                parts += wsframes.build_frame(opcode, payload[start : start + FRAME_BYTES], key)
             try:
                 await self._stream.send_all(b"".join(parts))
             except trio.ClosedResourceError as error:  # meanwhile, because the peer is dead
@@ -249,7 +260,7 @@ class TunnelStream(trio.abc.Stream):
 
 def why(close: Close) -> str:
     """Say in a few words how a WebSocket was closed."""
-    if close.code == LOST:
+    if close.code == ABNORMAL:
         return f"the peer {close.reason}" if close.reason else "the connection was lost"
     return f"closed with {close.code}: {close.reason}" if close.reason else f"closed with {close.code}"
 
@@ -336,7 +347,7 @@ class _EstablishedStream(trio.abc.Stream):
         self._open = trio.Event()
         self._websocket: WebSocketConnection | None = None
         self._received = memoryview(early)
-        self._boundaries = wsframes.Boundaries()
+        self._boundaries = wsframes.FrameSplitter()
         self._close_sent = False
 
     def opened(self, websocket: WebSocketConnection) -> None:
@@ -374,7 +385,7 @@ class _EstablishedStream(trio.abc.Stream):
         if self._client:
             lines = bytes(data).split(b"\r\n")
             (key,) = (line[len(_KEY_HEADER) :].strip() for line in lines if line.lower().startswith(_KEY_HEADER))
-            self._handshake = _ANSWER.format(wsframes.accept(key.decode())).encode()
+            self._handshake = _ANSWER.format(wsframes.accept_value(key.decode())).encode()
         await trio.lowlevel.checkpoint()
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -386,11 +397,11 @@ class _EstablishedStream(trio.abc.Stream):
     async def send_owed_close(self) -> None:
         """Send the close frame that trio-websocket owes a peer which broke the protocol. Waits `CLOSE_SECONDS` at most."""
         reason = self._websocket.closed if self._websocket is not None else None
-        if reason is None or reason.code not in (PROTOCOL_ERROR, NOT_UTF8) or self._close_sent:
+        if reason is None or reason.code not in (PROTOCOL_ERROR, INVALID_PAYLOAD) or self._close_sent:
             await trio.lowlevel.checkpoint()
             return
         key = os.urandom(4) if self._client else None
-        close = wsframes.frame(wsframes.CLOSE, wsframes.close_payload(reason.code, ""), key)
+        close = wsframes.build_frame(wsframes.CLOSE, wsframes.close_payload(reason.code, ""), key)
         with (
             trio.move_on_after(CLOSE_SECONDS),
             suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),

@@ -1,15 +1,15 @@
-"""WebSocket frames (RFC 6455, section 5) that carry a stream of bytes. Law: no I/O; chance is handed in.
+"""WebSocket frames (RFC 6455, section 5) as data: building them, and reading a byte stream out of them. Pure: no I/O.
 
-A tunnel's messages are nothing but a stream cut into pieces, so no message is ever put together here: `Frames` looks at
-the headers, and gives each part of a payload as soon as it has come, whatever frame or message it belongs to. What is
-kept between two calls is part of a header, of a control frame or of a character, 125 bytes at most. There is therefore
-no limit to the size of a message. Text is taken for the bytes that it is written in.
+A tunnel sends a byte stream in messages whose boundaries mean nothing. `FrameReader` therefore assembles no message: it
+reads the headers and returns each part of a payload as soon as the part has arrived. Between two calls it keeps part of a
+header, of a control frame or of a UTF-8 character, 125 bytes at most, so messages need no size limit. Text is returned as
+its UTF-8 bytes. Messages are read by trio-websocket instead (websocket.py).
 
-What a peer must not do is an event like any other, and the last one, as a close is: the same bytes give the same events
-in whatever pieces they come.
+A breach of the protocol is an event like a close, and the last one. The same bytes give the same events however they are
+cut into pieces.
 
-Masking is half of the cost of a tunnel as long as Python does it; the package websockets (extra
-`orchard-cluster[fast]`) brings a function in C, which is used where it is installed.
+Masking in Python is half of a tunnel's cost. The package websockets (extra `orchard-cluster[fast]`) has a C function for
+it, which is used if it is installed. Random numbers (the masking keys) come from the caller.
 """
 
 from __future__ import annotations
@@ -20,17 +20,25 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes
-NORMAL, GOING_AWAY, PROTOCOL_ERROR, NOT_UTF8, BROKEN = 1000, 1001, 1002, 1007, 1011  # codes of a close (section 7.4.1)
-UNSAID, LOST = 1005, 1006  # never sent: they stand for a close without a code, and for none at all
-MAX_CONTROL = 125  # bytes of the payload of a control frame
-MAX_REASON = MAX_CONTROL - 2  # bytes of the reason beside a code
-FIN, RSV, OPCODE = 0x80, 0x70, 0x0F  # bits of a header's first byte
-MASKED = 0x80  # bit of its second one; the others are the length, or say that 16 or 64 bits of it follow:
-LENGTH_16, LENGTH_64 = 126, 127
-GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # of the handshake (section 4.2.2)
+# Opcodes.
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+# Status codes of a close frame (section 7.4.1).
+NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_PAYLOAD, INTERNAL_ERROR = 1000, 1001, 1002, 1007, 1011
+# Codes that are never sent: a close frame without a code, and a connection that ended without a close frame.
+NO_STATUS, ABNORMAL = 1005, 1006
 
-_SENDABLE = frozenset([*range(1000, 1004), *range(1007, 1015)])  # of the codes below 3000, those that a peer may send
+_MAX_CONTROL_BYTES = 125
+# A close frame's payload is a code of two bytes and the reason.
+_MAX_REASON_BYTES = _MAX_CONTROL_BYTES - 2
+# Fields of a header's first byte.
+_FIN, _RSV, _OPCODE = 0x80, 0x70, 0x0F
+# The mask bit of a header's second byte. The other bits are the length, or say that 16 or 64 bits of length follow.
+_MASKED = 0x80
+_LENGTH_16, _LENGTH_64 = 126, 127
+# A constant of the handshake (section 4.2.2).
+_GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+# The codes below 3000 that a peer may send.
+_SENDABLE = frozenset([*range(1000, 1004), *range(1007, 1015)])
 _XOR = [bytes(byte ^ key for byte in range(256)) for key in range(256)]
 
 Bytes = bytes | bytearray | memoryview
@@ -48,202 +56,215 @@ class Pong:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """How an end of a WebSocket was closed. `violation` marks that the peer broke the protocol, as `reason` says."""
+    """How one side closed a WebSocket. With `is_violation` the peer broke the protocol, and `reason` names the rule."""
 
     code: int
     reason: str = ""
-    violation: bool = False
+    is_violation: bool = False
 
 
-Event = Bytes | Ping | Pong | Close  # bytes are a part of what the stream carries
+# Bytes are a part of the payload of text and binary frames.
+FrameEvent = Bytes | Ping | Pong | Close
 
 
-def accept(key: str) -> str:
-    """Give the header Sec-WebSocket-Accept that proves to have read Sec-WebSocket-Key."""
-    return base64.b64encode(hashlib.sha1((key + GUID).encode("latin-1"), usedforsecurity=False).digest()).decode()
+def accept_value(key: str) -> str:
+    """Return the value of Sec-WebSocket-Accept that answers a Sec-WebSocket-Key."""
+    return base64.b64encode(hashlib.sha1((key + _GUID).encode("latin-1"), usedforsecurity=False).digest()).decode()
 
 
-# ---- out -----------------------------------------------------------------------------------------------------------
+# ---- building ------------------------------------------------------------------------------------------------------
 
 
-def masked_by_translation(data: Bytes, key: bytes) -> bytearray:
-    """Mask or unmask: XOR with a key of 4 bytes, again and again."""
+def mask_in_python(data: Bytes, key: bytes) -> bytearray:
+    """Return data masked (or unmasked): XORed with the 4 bytes of `key` over and over."""
     out = bytearray(data)
     for place in range(4):
         out[place::4] = out[place::4].translate(_XOR[key[place]])
     return out
 
 
-def _fastest() -> Callable[[Bytes, bytes], Bytes]:
+def _fastest_mask() -> Callable[[Bytes, bytes], Bytes]:
     try:
         from websockets.speedups import apply_mask
-    except ImportError:  # it is not installed, or not compiled for this machine
-        return masked_by_translation
+    except ImportError:
+        # The package is not installed, or it has no compiled module for this machine.
+        return mask_in_python
     return apply_mask
 
 
-masked = _fastest()
+mask = _fastest_mask()
 
 
-def frame(opcode: int, payload: Bytes, key: bytes | None = None) -> tuple[Bytes, ...]:
-    """Make the parts of a whole frame. With a key (4 bytes, unpredictable, for this frame alone) the payload is masked."""
+def build_frame(opcode: int, payload: Bytes, key: bytes | None = None) -> tuple[Bytes, ...]:
+    """Return the parts of a whole, final frame, to be sent one after the other.
+
+    A client passes a key, which masks the payload: 4 bytes, unpredictable, used for one frame only.
+    """
     size = len(payload)
-    bit = 0 if key is None else MASKED
-    if size < LENGTH_16:
-        header = bytes((FIN | opcode, bit | size))
+    mask_bit = 0 if key is None else _MASKED
+    if size < _LENGTH_16:
+        header = bytes((_FIN | opcode, mask_bit | size))
     elif size < 1 << 16:
-        header = bytes((FIN | opcode, bit | LENGTH_16)) + size.to_bytes(2, "big")
+        header = bytes((_FIN | opcode, mask_bit | _LENGTH_16)) + size.to_bytes(2, "big")
     else:
-        header = bytes((FIN | opcode, bit | LENGTH_64)) + size.to_bytes(8, "big")
-    return (header, payload) if key is None else (header, key, masked(payload, key))
+        header = bytes((_FIN | opcode, mask_bit | _LENGTH_64)) + size.to_bytes(8, "big")
+    return (header, payload) if key is None else (header, key, mask(payload, key))
 
 
 def close_payload(code: int, reason: str) -> bytes:
-    """Write down why; a reason that is too long is cut between two characters, codes that can't be sent are left out."""
-    if code in (UNSAID, LOST):
+    """Return the payload of a close frame: empty for NO_STATUS and ABNORMAL, which cannot be sent.
+
+    A reason over 123 bytes of UTF-8 is cut between two characters.
+    """
+    if code in (NO_STATUS, ABNORMAL):
         return b""
-    return code.to_bytes(2, "big") + reason.encode("utf-8", "replace")[:MAX_REASON].decode("utf-8", "ignore").encode()
+    text = reason.encode("utf-8", "replace")[:_MAX_REASON_BYTES].decode("utf-8", "ignore")
+    return code.to_bytes(2, "big") + text.encode()
 
 
-# ---- in ------------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 class _ViolationError(Exception):
-    """The peer broke the protocol."""
+    """The peer broke the protocol. `close` holds the code and the reason to close with."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
-        self.close = Close(code, reason, violation=True)
+        self.close = Close(code, reason, is_violation=True)
 
 
-class Frames:
-    """Reads one direction of a WebSocket. `masked` says whether its frames are to be: those of a client are."""
+class FrameReader:
+    """Reads one direction of a WebSocket. `masked` says whether its frames must be masked: those of a client must."""
 
     def __init__(self, *, masked: bool) -> None:
         self._masked = masked
-        self._header = bytearray()  # as far as it came
-        self._opcode = 0  # of the frame whose payload comes; a continuation has that of its message
-        self._final = False  # whether it is the last one of its message
-        self._left = 0  # bytes of its payload that are to come
-        self._key = b""  # for the next one of them
-        self._control = bytearray()  # payload of a control frame
-        self._message = 0  # opcode of the message that is not complete, 0: there is none
-        self._text: codecs.IncrementalDecoder | None = None  # judges the present text
+        # The bytes of the header that have arrived.
+        self._header = bytearray()
+        # The frame whose payload arrives. The opcode of a continuation is that of its message.
+        self._opcode = 0
+        self._final = False
+        self._left = 0
+        self._key = b""
+        # The payload of a control frame, as far as it has arrived.
+        self._control = bytearray()
+        # The opcode of the message that is not complete; CONTINUATION if there is none.
+        self._message = CONTINUATION
+        # Validates the text message that is not complete.
+        self._text: codecs.IncrementalDecoder | None = None
         self._done = False
 
-    def feed(self, data: Bytes) -> list[Event]:
-        """Take what came, and give what it means. After a Close there is nothing more.
+    def feed(self, data: Bytes) -> list[FrameEvent]:
+        """Return the events of the bytes that arrived. After a Close there are no more.
 
         Parts of a payload may be views of `data`.
         """
-        events: list[Event] = []
+        events: list[FrameEvent] = []
         view = memoryview(data)
         try:
             while len(view) and not self._done:
-                view = self._payload(view, events) if self._left else self._head(view, events)
+                view = self._read_payload(view, events) if self._left else self._read_header(view, events)
         except _ViolationError as violation:
             self._end(violation.close, events)
         return events
 
-    def _end(self, close: Close, events: list[Event]) -> None:
+    def _end(self, close: Close, events: list[FrameEvent]) -> None:
         self._done = True
         events.append(close)
 
-    def _head(self, view: memoryview, events: list[Event]) -> memoryview:
-        """Take bytes of a header."""
+    def _read_header(self, view: memoryview, events: list[FrameEvent]) -> memoryview:
         header = self._header
         need = _header_size(header)
         taken = need - len(header)
         header += view[:taken]
         if len(header) == need == _header_size(header):
-            self._begin(header)
-            del header[:]
+            self._begin_frame(header)
+            header.clear()
             if not self._left:
-                self._finish(events)
+                self._end_frame(events)
         return view[taken:]
 
-    def _begin(self, header: bytearray) -> None:
-        """Judge a whole header."""
-        first, second = header[0], header[1]
-        opcode, self._final = first & OPCODE, bool(first & FIN)
-        size = second & ~MASKED
-        if first & RSV:
-            raise _ViolationError(PROTOCOL_ERROR, "a reserved bit is set, and no extension was agreed on")
-        if bool(second & MASKED) != self._masked:
-            whose = "a client is not masked" if self._masked else "the server is masked"
-            raise _ViolationError(PROTOCOL_ERROR, f"a frame of {whose}")
-        if opcode in (CLOSE, PING, PONG):
-            if not self._final:
-                raise _ViolationError(PROTOCOL_ERROR, f"a control frame, opcode {opcode}, is fragmented")
-            if size > MAX_CONTROL:
-                raise _ViolationError(PROTOCOL_ERROR, f"a control frame, opcode {opcode}, is over {MAX_CONTROL} bytes")
-        elif opcode in (TEXT, BINARY):
-            if self._message:
-                raise _ViolationError(PROTOCOL_ERROR, "a message begins before the end of the one before")
-        elif opcode != CONTINUATION:
-            raise _ViolationError(PROTOCOL_ERROR, f"the opcode is {opcode}, which is reserved")
-        elif not self._message:
-            raise _ViolationError(PROTOCOL_ERROR, "a continuation of no message")
+    def _begin_frame(self, header: bytearray) -> None:
+        opcode, self._final = header[0] & _OPCODE, bool(header[0] & _FIN)
+        self._check_header(header, opcode)
         self._key = bytes(header[-4:]) if self._masked else b""
-        self._left = _length(size, header)
+        self._left = _payload_size(header)
+        _check_length(header, self._left)
         if opcode < CLOSE:
             if opcode == TEXT:
                 self._text = codecs.getincrementaldecoder("utf-8")()
             self._message = opcode = opcode or self._message
         self._opcode = opcode
 
-    def _payload(self, view: memoryview, events: list[Event]) -> memoryview:
-        """Take a part of a payload."""
+    def _check_header(self, header: bytearray, opcode: int) -> None:
+        if header[0] & _RSV:
+            raise _ViolationError(PROTOCOL_ERROR, "a reserved bit is set, but no extension was negotiated")
+        if bool(header[1] & _MASKED) != self._masked:
+            rule = "not masked, and a client's must be" if self._masked else "masked, and a server's must not be"
+            raise _ViolationError(PROTOCOL_ERROR, f"a frame is {rule}")
+        if opcode in (CLOSE, PING, PONG):
+            if not self._final:
+                raise _ViolationError(PROTOCOL_ERROR, f"a control frame (opcode {opcode}) is fragmented")
+            if header[1] & ~_MASKED > _MAX_CONTROL_BYTES:
+                limit = f"is over {_MAX_CONTROL_BYTES} bytes"
+                raise _ViolationError(PROTOCOL_ERROR, f"the payload of a control frame (opcode {opcode}) {limit}")
+        elif opcode in (TEXT, BINARY):
+            if self._message:
+                raise _ViolationError(PROTOCOL_ERROR, "a message begins before the previous one has ended")
+        elif opcode != CONTINUATION:
+            raise _ViolationError(PROTOCOL_ERROR, f"opcode {opcode} is reserved")
+        elif not self._message:
+            raise _ViolationError(PROTOCOL_ERROR, "a continuation frame without a message to continue")
+
+    def _read_payload(self, view: memoryview, events: list[FrameEvent]) -> memoryview:
         part: Bytes = view[: self._left]
         size = len(part)
         if self._masked:
-            part = masked(part, self._key)
+            part = mask(part, self._key)
             if turn := size % 4:
                 self._key = self._key[turn:] + self._key[:turn]
         self._left -= size
         if self._opcode >= CLOSE:
             self._control += part
         else:
-            self._judge(part)
+            self._validate_text(part)
             events.append(part)
         if not self._left:
-            self._finish(events)
+            self._end_frame(events)
         return view[size:]
 
-    def _judge(self, part: Bytes, final: bool = False) -> None:
+    def _validate_text(self, part: Bytes, final: bool = False) -> None:
         if self._text is not None:
             try:
                 self._text.decode(bytes(part), final)
             except UnicodeDecodeError as error:
-                raise _ViolationError(NOT_UTF8, f"a text is not UTF-8: {error.reason}") from None
+                raise _ViolationError(INVALID_PAYLOAD, f"a text message is not UTF-8: {error.reason}") from None
 
-    def _finish(self, events: list[Event]) -> None:
-        """See what the end of a frame means."""
+    def _end_frame(self, events: list[FrameEvent]) -> None:
         if self._opcode < CLOSE:
             if self._final:
-                self._judge(b"", final=True)
-                self._message, self._text = 0, None
+                self._validate_text(b"", final=True)
+                self._message, self._text = CONTINUATION, None
             return
         payload = bytes(self._control)
         self._control.clear()
         if self._opcode == CLOSE:
-            self._end(_close(payload), events)
+            self._end(_read_close(payload), events)
         else:
             events.append(Ping(payload) if self._opcode == PING else Pong(payload))
 
 
-class Boundaries:
-    """Finds where the frames of one direction of a WebSocket end, and looks at nothing but their headers' lengths."""
+class FrameSplitter:
+    """Finds where the frames of one direction of a WebSocket end, without checking or unmasking them."""
 
     def __init__(self) -> None:
         self._header = bytearray()
-        # Bytes of the payload that are still to come; None until the header is complete.
+        # Bytes of the payload that have not arrived; None until the header is complete.
         self._left: int | None = None
 
     def measure(self, data: Bytes) -> tuple[int, int | None]:
         """Return how many bytes at the front of `data` belong to the present frame, and its opcode if it ends there.
 
-        The next call must begin with the first byte after those. A frame that does not end in `data` has opcode None.
+        The opcode of a frame that does not end in `data` is None. Pass the bytes that follow to the next call.
         """
         header, used = self._header, 0
         if self._left is None:
@@ -253,50 +274,55 @@ class Boundaries:
                     return used, None
                 header += part
                 used += len(part)
-            size = header[1] & ~MASKED
-            width = 2 if size == LENGTH_16 else 8 if size == LENGTH_64 else 0
-            self._left = int.from_bytes(header[2 : 2 + width], "big") if width else size
+            self._left = _payload_size(header)
         taken = min(self._left, len(data) - used)
         self._left -= taken
         if self._left:
             return used + taken, None
-        opcode = header[0] & OPCODE
+        opcode = header[0] & _OPCODE
         header.clear()
         self._left = None
         return used + taken, opcode
 
 
 def _header_size(header: bytearray) -> int:
-    """Give how many bytes a header has, as far as it can be known of its beginning."""
-    if len(header) < 2:
-        return 2
-    size = header[1] & ~MASKED
-    return 2 + (2 if size == LENGTH_16 else 8 if size == LENGTH_64 else 0) + (4 if header[1] & MASKED else 0)
+    """Return the size of a header, as far as the beginning of it tells."""
+    return 2 if len(header) < 2 else 2 + _length_width(header) + (4 if header[1] & _MASKED else 0)
 
 
-def _length(size: int, header: bytearray) -> int:
-    """Give how long the payload is; a length that could be written shorter would let two readers see two things."""
-    if size < LENGTH_16:
-        return size
-    width, least = (2, LENGTH_16) if size == LENGTH_16 else (8, 1 << 16)
-    length = int.from_bytes(header[2 : 2 + width], "big")
+def _length_width(header: bytearray) -> int:
+    """Return how many bytes of length follow the first two bytes of a header: 0, 2 or 8."""
+    size = header[1] & ~_MASKED
+    return 2 if size == _LENGTH_16 else 8 if size == _LENGTH_64 else 0
+
+
+def _payload_size(header: bytearray) -> int:
+    """Return the size of the payload that a complete header announces."""
+    width = _length_width(header)
+    return int.from_bytes(header[2 : 2 + width], "big") if width else header[1] & ~_MASKED
+
+
+def _check_length(header: bytearray, length: int) -> None:
+    """Raise unless the length has its shortest form, and the 63 bits that the standard allows at most.
+
+    Two readers could understand a length in a longer form differently.
+    """
+    width = _length_width(header)
     if length >> 63:
         raise _ViolationError(PROTOCOL_ERROR, "the length of a frame is over 63 bits")
-    if length < least:
+    if width and length < (_LENGTH_16 if width == 2 else 1 << 16):
         raise _ViolationError(PROTOCOL_ERROR, f"the length {length} is written in {8 * width} bits, expected fewer")
-    return length
 
 
-def _close(payload: bytes) -> Close:
-    """Read the payload of a close."""
+def _read_close(payload: bytes) -> Close:
     if not payload:
-        return Close(UNSAID)
+        return Close(NO_STATUS)
     if len(payload) == 1:
-        raise _ViolationError(PROTOCOL_ERROR, "the code of a close is 1 byte, expected 2")
+        raise _ViolationError(PROTOCOL_ERROR, "the payload of a close frame is 1 byte, expected none or at least 2")
     code = int.from_bytes(payload[:2], "big")
     if code not in _SENDABLE and not 3000 <= code < 5000:
-        raise _ViolationError(PROTOCOL_ERROR, f"the code of a close is {code}, which nobody may send")
+        raise _ViolationError(PROTOCOL_ERROR, f"the code of a close frame is {code}, which must not be sent")
     try:
         return Close(code, payload[2:].decode())
     except UnicodeDecodeError as error:
-        raise _ViolationError(NOT_UTF8, f"the reason of a close is not UTF-8: {error.reason}") from None
+        raise _ViolationError(INVALID_PAYLOAD, f"the reason of a close frame is not UTF-8: {error.reason}") from None

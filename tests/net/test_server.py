@@ -41,7 +41,7 @@ from orchard.net.request import (
 )
 from orchard.net.server import Limits, serve
 from orchard.net.websocket import TunnelStream
-from orchard.net.wsframes import Frames
+from orchard.net.wsframes import FrameReader
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
@@ -1170,7 +1170,7 @@ async def test_a_frame_that_came_early_is_not_lost(autojump_clock: Clock, handle
             head = await until(stream, b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n")
             assert b"sec-websocket-accept: s3pplmbitxaq9kygzzhzrbk+xoo=\r\n" in head.lower()
-            reader, got = Frames(masked=False), b""
+            reader, got = FrameReader(masked=False), b""
             while got != b"hello":
                 for event in reader.feed(await stream.receive_some(1)):
                     assert isinstance(event, memoryview)

@@ -16,7 +16,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 from orchard import tunnel
 from orchard.net import websocket, wsframes
 from orchard.net.websocket import TunnelStream
-from orchard.net.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Close, Event, Frames, Ping, Pong
+from orchard.net.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Close, FrameEvent, FrameReader, Ping, Pong
 from orchard.tunnel import FarEnd, Rendezvous, Session
 
 KEY = b"\x01\x02\x03\x04"
@@ -24,7 +24,7 @@ Memory = trio.StapledStream[MemorySendStream, MemoryReceiveStream]
 
 
 def frame(opcode: int, payload: bytes, key: bytes | None) -> bytes:
-    return b"".join(wsframes.frame(opcode, payload, key))
+    return b"".join(wsframes.build_frame(opcode, payload, key))
 
 
 class Peer:
@@ -33,18 +33,18 @@ class Peer:
     def __init__(self, stream: trio.abc.Stream, *, client: bool = True) -> None:
         self.stream = stream
         self._key = KEY if client else None
-        self._frames = Frames(masked=not client)
+        self._frames = FrameReader(masked=not client)
 
     async def send(self, opcode: int, payload: bytes = b"") -> None:
         await self.stream.send_all(frame(opcode, payload, self._key))
 
-    async def events(self) -> list[Event]:
+    async def events(self) -> list[FrameEvent]:
         """What comes next; at the end nothing."""
         return self._frames.feed(await self.stream.receive_some())
 
-    async def rest(self) -> list[Event]:
+    async def rest(self) -> list[FrameEvent]:
         """What comes until nothing more does. Parts of payloads are one."""
-        found: list[Event] = []
+        found: list[FrameEvent] = []
         with trio.move_on_after(websocket.CLOSE_SECONDS * 2):
             while True:
                 data = await self.stream.receive_some()
@@ -167,7 +167,7 @@ async def test_a_peer_that_takes_nothing_is_read_from_and_gets_its_pong_when_it_
             await ends.peer.send(BINARY, b"y" * 1000)
             assert len(await ends.end.receive_some()) == 1000
         size = 0
-        pongs: list[Event] = []
+        pongs: list[FrameEvent] = []
         while pongs[-1:] != [Pong(b"999")]:
             for event in await ends.peer.events():
                 if isinstance(event, Pong):
@@ -368,7 +368,7 @@ async def test_trio_websocket_as_the_client(autojump_clock: Any) -> None:
             while not request.endswith(b"\r\n\r\n"):
                 request += await ours.receive_some()
             key = next(line for line in request.decode().split("\r\n") if line.lower().startswith("sec-websocket-key"))
-            answer = f"Sec-WebSocket-Accept: {wsframes.accept(key.partition(': ')[2])}"
+            answer = f"Sec-WebSocket-Accept: {wsframes.accept_value(key.partition(': ')[2])}"
             head = f"HTTP/1.1 101 OK\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n{answer}\r\n\r\n"
             await ours.send_all(head.encode())
 
@@ -388,7 +388,7 @@ async def test_trio_websocket_as_the_server(autojump_clock: Any) -> None:
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
         )
         head = await ours.receive_some()
-        assert wsframes.accept("dGhlIHNhbXBsZSBub25jZQ==").encode() in head
+        assert wsframes.accept_value("dGhlIHNhbXBsZSBub25jZQ==").encode() in head
         end = TunnelStream(ours, client=True, early=bytes(head).partition(b"\r\n\r\n")[2])
         nursery.start_soon(end.run)
         await wait_all_tasks_blocked()

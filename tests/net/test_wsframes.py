@@ -1,4 +1,4 @@
-"""The framing of WebSockets: each rule of RFC 6455, section 5, any pieces, any bytes, and two other implementations."""
+"""WebSocket frames: the rules of RFC 6455, section 5, arbitrary bytes in arbitrary pieces, other implementations."""
 
 from __future__ import annotations
 
@@ -14,26 +14,39 @@ from websockets.frames import Opcode
 from websockets.speedups import apply_mask
 
 from orchard.net import wsframes
-from orchard.net.wsframes import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, Close, Event, Frames, Ping, Pong
+from orchard.net.wsframes import (
+    BINARY,
+    CLOSE,
+    CONTINUATION,
+    PING,
+    PONG,
+    TEXT,
+    Close,
+    FrameEvent,
+    FrameReader,
+    Ping,
+    Pong,
+)
 
 KEY = bytes.fromhex("37fa213d")
-HELLO = bytes.fromhex("818537fa213d7f9f4d5158")  # the example of section 5.7
+# The example of section 5.7.
+HELLO = bytes.fromhex("818537fa213d7f9f4d5158")
 FIN = 0x80
 
 
 def raw(first: int, payload: bytes = b"", *, size: bytes | None = None, masked: bool = True) -> bytes:
-    """A frame with any first byte; `size` is what stands for its length in place of the right bytes."""
+    """Return a frame with any first byte; `size` replaces the correct bytes of the length."""
     if size is None:
         size = bytes([len(payload)]) if len(payload) < 126 else b"\x7e" + len(payload).to_bytes(2, "big")
     if not masked:
         return bytes([first]) + size + payload
-    return bytes([first, size[0] | 0x80]) + size[1:] + KEY + wsframes.masked_by_translation(payload, KEY)
+    return bytes([first, size[0] | 0x80]) + size[1:] + KEY + wsframes.mask_in_python(payload, KEY)
 
 
-def understood(data: bytes, cuts: Sequence[int] = (), *, masked: bool = True) -> list[Event]:
-    """What a stream of bytes that comes in pieces means, neighbouring parts of payloads put together."""
-    reader = Frames(masked=masked)
-    events: list[Event] = []
+def read_events(data: bytes, cuts: Sequence[int] = (), *, masked: bool = True) -> list[FrameEvent]:
+    """Return the events of bytes that are fed in pieces, with adjacent parts of payloads joined."""
+    reader = FrameReader(masked=masked)
+    events: list[FrameEvent] = []
     for start, end in itertools.pairwise([0, *sorted(cuts), len(data)]):
         for event in reader.feed(data[start:end]):
             if isinstance(event, Ping | Pong | Close):
@@ -50,7 +63,7 @@ def understood(data: bytes, cuts: Sequence[int] = (), *, masked: bool = True) ->
 
 HI = raw(FIN | BINARY, b"hi")
 
-ALLOWED: dict[str, tuple[bytes, list[Event]]] = {
+ALLOWED: dict[str, tuple[bytes, list[FrameEvent]]] = {
     "the standard's example": (HELLO, [b"Hello"]),
     "binary": (HI, [b"hi"]),
     "empty": (raw(FIN | BINARY), []),
@@ -66,13 +79,13 @@ ALLOWED: dict[str, tuple[bytes, list[Event]]] = {
     ),
     "the longest ping": (raw(FIN | PING, b"p" * 125), [Ping(b"p" * 125)]),
     "a close between fragments": (raw(BINARY, b"a") + raw(FIN | CLOSE), [b"a", Close(1005)]),
-    "nothing counts after a close": (raw(FIN | CLOSE) + HI + b"\xff\xff", [Close(1005)]),
+    "bytes after a close are ignored": (raw(FIN | CLOSE) + HI + b"\xff\xff", [Close(1005)]),
     "close with a reason": (raw(FIN | CLOSE, b"\x03\xe8" + "é".encode()), [Close(1000, "é")]),
     "125": (raw(FIN | BINARY, b"x" * 125), [b"x" * 125]),
     "126": (raw(FIN | BINARY, b"x" * 126), [b"x" * 126]),
     "65535": (raw(FIN | BINARY, b"x" * 65535), [b"x" * 65535]),
     "65536": (raw(FIN | BINARY, b"x" * 65536, size=b"\x7f" + (65536).to_bytes(8, "big")), [b"x" * 65536]),
-    "the longest of all, as far as it comes": (
+    "the beginning of the longest frame": (
         raw(FIN | BINARY, b"abc", size=b"\x7f\x7f" + b"\xff" * 7),
         [b"abc"],
     ),
@@ -80,10 +93,10 @@ ALLOWED: dict[str, tuple[bytes, list[Event]]] = {
 
 
 @pytest.mark.parametrize("name", ALLOWED)
-def test_what_is_allowed_is_understood(name: str) -> None:
+def test_valid_frames_give_their_payload_and_events(name: str) -> None:
     data, expected = ALLOWED[name]
-    assert understood(data) == expected
-    assert understood(data, range(len(data))) == expected
+    assert read_events(data) == expected
+    assert read_events(data, range(len(data))) == expected
 
 
 FORBIDDEN: dict[str, tuple[int, str, bytes]] = {
@@ -91,20 +104,20 @@ FORBIDDEN: dict[str, tuple[int, str, bytes]] = {
     "second reserved bit": (1002, "reserved bit", raw(FIN | 0x20 | BINARY)),
     "third reserved bit": (1002, "reserved bit", raw(FIN | 0x10 | BINARY)),
     "reserved bit of a ping": (1002, "reserved bit", raw(FIN | 0x40 | PING)),
-    "not masked": (1002, "a frame of a client is not masked", raw(FIN | BINARY, b"x", masked=False)),
-    "ping not masked": (1002, "a frame of a client is not masked", raw(FIN | PING, masked=False)),
+    "not masked": (1002, "is not masked", raw(FIN | BINARY, b"x", masked=False)),
+    "ping not masked": (1002, "is not masked", raw(FIN | PING, masked=False)),
     **{
-        f"opcode {code}": (1002, f"the opcode is {code}, which is reserved", raw(FIN | code))
+        f"opcode {code}": (1002, f"opcode {code} is reserved", raw(FIN | code))
         for code in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)
     },
-    "fragmented ping": (1002, "opcode 9, is fragmented", raw(PING)),
-    "fragmented close": (1002, "opcode 8, is fragmented", raw(CLOSE)),
+    "fragmented ping": (1002, "(opcode 9) is fragmented", raw(PING)),
+    "fragmented close": (1002, "(opcode 8) is fragmented", raw(CLOSE)),
     "ping of 126 bytes": (1002, "over 125 bytes", raw(FIN | PING, b"p" * 126)),
     "close of 126 bytes": (1002, "over 125 bytes", raw(FIN | CLOSE, b"\x03\xe8" + b"p" * 124)),
-    "continuation of nothing": (1002, "a continuation of no message", raw(FIN | CONTINUATION, b"x")),
-    "continuation after the end": (1002, "a continuation of no message", HI + raw(FIN | CONTINUATION)),
-    "message in a message": (1002, "begins before the end", raw(BINARY) + raw(FIN | BINARY)),
-    "text in a message": (1002, "begins before the end", raw(BINARY) + raw(TEXT)),
+    "continuation of nothing": (1002, "a continuation frame without a message", raw(FIN | CONTINUATION, b"x")),
+    "continuation after the end": (1002, "a continuation frame without a message", HI + raw(FIN | CONTINUATION)),
+    "message in a message": (1002, "begins before the previous one", raw(BINARY) + raw(FIN | BINARY)),
+    "text in a message": (1002, "begins before the previous one", raw(BINARY) + raw(TEXT)),
     "125 in 16 bits": (1002, "125 is written in 16 bits", raw(FIN | BINARY, size=b"\x7e\x00\x7d")),
     "0 in 16 bits": (1002, "0 is written in 16 bits", raw(FIN | BINARY, size=b"\x7e\x00\x00")),
     "65535 in 64 bits": (
@@ -118,40 +131,41 @@ FORBIDDEN: dict[str, tuple[int, str, bytes]] = {
     "fragments that are cut off": (1007, "not UTF-8", raw(TEXT, b"\xe2") + raw(FIN | CONTINUATION)),
     "a surrogate": (1007, "not UTF-8", raw(FIN | TEXT, b"\xed\xa0\x80")),
     "close of one byte": (1002, "1 byte", raw(FIN | CLOSE, b"\x03")),
-    "reason that is not UTF-8": (1007, "reason of a close is not UTF-8", raw(FIN | CLOSE, b"\x03\xe8\xff")),
-    "reason that is cut off": (1007, "reason of a close is not UTF-8", raw(FIN | CLOSE, b"\x03\xe8\xe2\x82")),
+    "reason that is not UTF-8": (1007, "reason of a close frame is not UTF-8", raw(FIN | CLOSE, b"\x03\xe8\xff")),
+    "reason that is cut off": (1007, "reason of a close frame is not UTF-8", raw(FIN | CLOSE, b"\x03\xe8\xe2\x82")),
 }
 
 
 @pytest.mark.parametrize("name", FORBIDDEN)
-def test_what_is_forbidden_is_named_and_the_end(name: str) -> None:
+def test_violations_are_named_and_end_the_reading(name: str) -> None:
     code, words, data = FORBIDDEN[name]
     for cuts in ((), range(len(data))):
-        *_, last = understood(data + HI, cuts)
+        *_, last = read_events(data + HI, cuts)
         assert isinstance(last, Close)
-        assert (last.code, last.violation) == (code, True)
+        assert (last.code, last.is_violation) == (code, True)
         assert words in last.reason
 
 
-def test_what_a_server_sends_is_not_masked() -> None:
-    assert understood(b"\x82\x02hi", masked=False) == [b"hi"]
-    reason = "a frame of the server is masked"
-    assert understood(HI, masked=False) == [Close(1002, reason, violation=True)]
+def test_frames_of_a_server_must_not_be_masked() -> None:
+    assert read_events(b"\x82\x02hi", masked=False) == [b"hi"]
+    (close,) = read_events(HI, masked=False)
+    assert isinstance(close, Close)
+    assert (close.code, close.is_violation) == (1002, True)
 
 
-def test_codes_of_a_close() -> None:
+def test_only_close_codes_that_may_be_sent_are_accepted() -> None:
     for code in range(65536):
         allowed = code in (1000, 1001, 1002, 1003, *range(1007, 1015)) or 3000 <= code <= 4999
-        (close,) = understood(raw(FIN | CLOSE, code.to_bytes(2, "big")))
+        (close,) = read_events(raw(FIN | CLOSE, code.to_bytes(2, "big")))
         assert isinstance(close, Close)
-        assert (close.code, close.violation) == ((code, False) if allowed else (1002, True)), code
+        assert (close.code, close.is_violation) == ((code, False) if allowed else (1002, True)), code
 
 
-# ---- any pieces, any bytes -----------------------------------------------------------------------------------------
+# ---- arbitrary pieces and bytes ------------------------------------------------------------------------------------
 
 
 def sent(opcode: int, payload: bytes, key: bytes | None, final: bool) -> bytes:
-    data = bytearray(b"".join(wsframes.frame(opcode, payload, key)))
+    data = bytearray(b"".join(wsframes.build_frame(opcode, payload, key)))
     data[0] &= 0xFF if final else 0x7F
     return bytes(data)
 
@@ -161,65 +175,65 @@ some_frames = st.tuples(st.sampled_from([CONTINUATION, BINARY, TEXT, PING, PONG,
 
 
 @given(st.lists(some_frames, max_size=8), st.lists(st.integers(0, 500), max_size=10), st.booleans())
-def test_the_same_bytes_mean_the_same_in_any_pieces(
+def test_frames_give_the_same_events_however_they_are_cut(
     what: list[tuple[int, bytes, bool]], cuts: list[int], masked: bool
 ) -> None:
     data = b"".join(sent(opcode, payload, KEY if masked else None, final) for opcode, payload, final in what)
-    means_the_same_in_pieces(data, cuts, masked=masked)
+    check_same_events_in_pieces(data, cuts, masked=masked)
 
 
-def means_the_same_in_pieces(data: bytes, cuts: Sequence[int], *, masked: bool) -> None:
-    whole = understood(data, masked=masked)
-    pieces = understood(data, [min(cut, len(data)) for cut in cuts], masked=masked)
+def check_same_events_in_pieces(data: bytes, cuts: Sequence[int], *, masked: bool) -> None:
+    whole = read_events(data, masked=masked)
+    pieces = read_events(data, [min(cut, len(data)) for cut in cuts], masked=masked)
     if whole and isinstance(whole[-1], Close) and whole[-1].code == 1007:
-        # Of a text that turns out to be none, what came before may have gone on.
+        # The part of a text before its first invalid byte may have been returned already.
         assert pieces[-1].code == 1007  # type: ignore[union-attr]
         assert text(pieces).startswith(text(whole))
     else:
         assert pieces == whole
 
 
-def text(events: list[Event]) -> bytes:
+def text(events: list[FrameEvent]) -> bytes:
     return b"".join(event for event in events if isinstance(event, bytes))
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5), st.booleans())
 @example(b"\x82\xff" + b"\xff" * 12, [], True)
-def test_any_bytes_are_understood_or_a_violation(data: bytes, cuts: list[int], masked: bool) -> None:
-    for event in understood(data, [min(cut, len(data)) for cut in cuts], masked=masked):
-        if isinstance(event, Close) and not event.violation:
+def test_arbitrary_bytes_give_events_or_a_violation(data: bytes, cuts: list[int], masked: bool) -> None:
+    for event in read_events(data, [min(cut, len(data)) for cut in cuts], masked=masked):
+        if isinstance(event, Close) and not event.is_violation:
             assert event.code == 1005 or 1000 <= event.code < 5000
 
 
-def test_what_is_kept_between_two_pieces_is_small() -> None:
-    reader = Frames(masked=False)
+def test_payload_is_returned_as_it_arrives_and_without_a_copy() -> None:
+    reader = FrameReader(masked=False)
     piece = b"x" * 100_000
     (part,) = reader.feed(b"\x02\x7f" + (1 << 62).to_bytes(8, "big") + piece)
     for _ in range(100):
         (part,) = reader.feed(piece)
-        assert isinstance(part, memoryview), "not even a copy is made of what is not masked"
+        assert isinstance(part, memoryview), "an unmasked payload is not copied"
         assert part.obj is piece
 
 
 @given(st.binary(max_size=1000), st.binary(min_size=4, max_size=4))
-def test_masking_in_python_and_in_c_is_the_same(data: bytes, key: bytes) -> None:
+def test_masking_in_python_equals_masking_in_c(data: bytes, key: bytes) -> None:
     expected = bytes(byte ^ key[index % 4] for index, byte in enumerate(data))
-    assert wsframes.masked_by_translation(data, key) == expected
-    assert wsframes.masked_by_translation(memoryview(data), key) == expected
+    assert wsframes.mask_in_python(data, key) == expected
+    assert wsframes.mask_in_python(memoryview(data), key) == expected
     assert apply_mask(memoryview(data), key) == expected
-    assert wsframes.masked is apply_mask
+    assert wsframes.mask is apply_mask
 
 
-# ---- others --------------------------------------------------------------------------------------------------------
+# ---- other implementations -----------------------------------------------------------------------------------------
 
 
 @given(st.sampled_from([BINARY, PING, PONG, TEXT]), st.binary(max_size=125) | payloads, st.booleans())
-def test_others_understand_what_is_sent(opcode: int, payload: bytes, client: bool) -> None:
+def test_other_implementations_read_our_frames(opcode: int, payload: bytes, client: bool) -> None:
     if opcode in (PING, PONG):
         payload = payload[:125]
     if opcode == TEXT:
         payload = payload.hex().encode()
-    data = b"".join(wsframes.frame(opcode, payload, KEY if client else None))
+    data = b"".join(wsframes.build_frame(opcode, payload, KEY if client else None))
     decoder = theirs.FrameDecoder(client=not client)
     decoder.receive_bytes(data)
     got = b""
@@ -232,9 +246,9 @@ def test_others_understand_what_is_sent(opcode: int, payload: bytes, client: boo
 
 
 @given(st.lists(st.tuples(st.sampled_from([BINARY, PING, PONG]), st.binary(max_size=125)), max_size=5), st.booleans())
-def test_what_others_send_is_understood(what: list[tuple[int, bytes]], client: bool) -> None:
+def test_frames_of_another_implementation_are_read(what: list[tuple[int, bytes]], client: bool) -> None:
     data = b"".join(OtherFrame(Opcode(op), payload).serialize(mask=client, extensions=[]) for op, payload in what)
-    meant: list[Event] = []
+    meant: list[FrameEvent] = []
     for opcode, payload in what:
         if opcode != BINARY:
             meant.append(Ping(payload) if opcode == PING else Pong(payload))
@@ -242,29 +256,55 @@ def test_what_others_send_is_understood(what: list[tuple[int, bytes]], client: b
             meant[-1] += payload
         elif payload:
             meant.append(payload)
-    assert understood(data, masked=client) == meant
+    assert read_events(data, masked=client) == meant
 
 
 @given(st.sampled_from([1000, 1001, 1011, 3000, 4999]), st.text(max_size=200))
-def test_a_close_is_sent_so_that_it_can_be_read(code: int, reason: str) -> None:
+def test_close_payload_is_read_back_with_a_long_reason_cut(code: int, reason: str) -> None:
     payload = wsframes.close_payload(code, reason)
     assert len(payload) <= 125
-    (close,) = understood(b"".join(wsframes.frame(CLOSE, payload, KEY)))
+    (close,) = read_events(b"".join(wsframes.build_frame(CLOSE, payload, KEY)))
     assert isinstance(close, Close)
     assert close.code == code
     assert reason.startswith(close.reason)
     assert close.reason == reason or len(reason.encode()) > 123
 
 
-def test_a_reason_that_is_no_unicode_is_sent_all_the_same() -> None:
-    (close,) = understood(b"".join(wsframes.frame(CLOSE, wsframes.close_payload(1011, "no \udc80"), KEY)))
+def test_close_reason_with_a_lone_surrogate_is_sent_with_a_replacement() -> None:
+    (close,) = read_events(b"".join(wsframes.build_frame(CLOSE, wsframes.close_payload(1011, "no \udc80"), KEY)))
     assert close == Close(1011, "no ?")
 
 
-@pytest.mark.parametrize("code", [wsframes.UNSAID, wsframes.LOST])
-def test_a_code_that_nobody_may_send_is_left_out(code: int) -> None:
+@pytest.mark.parametrize("code", [wsframes.NO_STATUS, wsframes.ABNORMAL])
+def test_close_codes_that_must_not_be_sent_are_left_out(code: int) -> None:
     assert wsframes.close_payload(code, "x") == b""
 
 
-def test_the_handshake_proves_that_the_key_was_read() -> None:
-    assert wsframes.accept("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # the example of section 1.3
+def test_accept_value_of_the_standards_example() -> None:
+    # Section 1.3.
+    assert wsframes.accept_value("dGhlIHNhbXBsZSBub25jZQ==") == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="
+
+
+# ---- where frames end ----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(some_frames, max_size=8), st.lists(st.integers(0, 500), max_size=10), st.booleans())
+def test_frame_splitter_finds_the_end_of_every_frame(
+    what: list[tuple[int, bytes, bool]], cuts: list[int], masked: bool
+) -> None:
+    frames = [sent(opcode, payload, KEY if masked else None, final) for opcode, payload, final in what]
+    data = b"".join(frames)
+    splitter = wsframes.FrameSplitter()
+    found: list[tuple[int, bytes]] = []
+    frame = b""
+    for start, end in itertools.pairwise([0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]):
+        piece = data[start:end]
+        while piece:
+            size, opcode = splitter.measure(piece)
+            frame += piece[:size]
+            piece = piece[size:]
+            if opcode is not None:
+                found.append((opcode, frame))
+                frame = b""
+    assert found == [(opcode, frame) for (opcode, _, _), frame in zip(what, frames, strict=True)]
+    assert frame == b""
