@@ -1,9 +1,9 @@
-"""Bad days of a cluster on a virtual clock, as many as there is time for: tests/simulation.py says what happens on them.
+"""Random faults in a simulated cluster, for as many seeds as there is time (tests/simulation).
 
-    ./run bench simulate [--seeds N] [--from SEED] [--steps N]
+    ./run bench simulate [--seeds N] [--from SEED] [--steps N] [--bug NAME]
 
-Plays a day for each seed, on all processors. Prints what was broken, with the seed by which it can be played again, and
-ends with 1 if anything was.
+Runs seeds on all processors. Prints each violation with its seed, which repeats the run, and exits with 1 if there was
+any. `--bug` plants a bug that the simulation must find: use it to list seeds for tests/simulation/test_simulation.py.
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "simulation"))
 
-from simulation import STEPS, Violation, simulate
+from fault_schedule import STEPS, ViolationError, simulate
+from simulated_cluster import NO_BUG, PLANTED_BUGS, PlantedBug
 
 
-def play(steps: int, seed: int) -> str:
-    """Give what was broken on a day, "" for nothing. What led to it is printed."""
+def violation_of(steps: int, bug: PlantedBug, seed: int) -> str:
+    """Run a seed. Return its violation, "" for none; `simulate` prints the trace before it."""
     try:
-        simulate(seed, steps=steps)
-    except Violation as violation:
+        simulate(seed, bug=bug, steps=steps)
+    except ViolationError as violation:
         return str(violation)
     return ""
 
 
 def main(argv: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./run bench simulate")
-    parser.add_argument("--seeds", type=int, default=500, help="default %(default)s")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="the first of them; default %(default)s")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of a day; default %(default)s")
+    parser.add_argument("--seeds", type=int, default=500, help="number of seeds; default %(default)s")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="first seed; default %(default)s")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of each seed; default %(default)s")
+    parser.add_argument("--bug", choices=PLANTED_BUGS, help="bug to plant; default: none")
     options = parser.parse_args(argv)
     seeds = range(options.first, options.first + options.seeds)
+    run = partial(violation_of, options.steps, PLANTED_BUGS.get(options.bug, NO_BUG))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        broken = [text for text in pool.map(partial(play, options.steps), seeds) if text]
-    print(f"{len(seeds):,} days of {options.steps} steps, {len(broken)} of them broken", *broken, sep="\n")
-    return 1 if broken else 0
+        violations = [text for text in pool.map(run, seeds) if text]
+    print(f"{len(seeds):,} seeds of {options.steps} steps, {len(violations)} with a violation", *violations, sep="\n")
+    return 1 if violations else 0
 
 
 if __name__ == "__main__":

@@ -178,13 +178,12 @@ class Machine:
 
 
 class Handle(Driver):
-    """The machine as one process has it. `hasty`, or not `recovers`: it is broken, see `simulated.Broken`."""
+    """The machine as one process has it. `hasty`: it is broken, see `simulated_cluster.PlantedBug`."""
 
-    def __init__(self, machine: Machine, process: Process, *, hasty: bool = False, recovers: bool = True) -> None:
+    def __init__(self, machine: Machine, process: Process, *, hasty: bool = False) -> None:
         self._machine = machine
         self._process = process
         self._hasty = hasty
-        self._recovers = recovers
 
     async def _ask(self, seconds: tuple[float, float], work: Callable[[], Any], *, lasts: bool = False) -> Any:
         await self._turn()
@@ -341,7 +340,7 @@ class Handle(Driver):
     async def recover(self) -> None:
         await self._turn()
         for call in self._machine.calls:
-            if not call.lasts and self._recovers:
+            if not call.lasts:
                 call.scope.cancel()
         await self._turn()
 

@@ -1,11 +1,12 @@
-"""A simulated cluster: the real controller and workers on a virtual clock. Law: nothing but the disk of the controller is
-real, and that has no syncs and no threads.
+"""A simulated cluster: the real controller and real workers on a virtual clock.
 
-The processes talk over the network of network.py, and the workers run their VMs on the machines of hypervisor.py. Each
-process can be killed, told to stop, frozen, and started again. A `Site` sees three things: what really runs where, each
-commit of the controller, and each record of the log. No VM may ever run twice, no machine may run more than it has room
-for, the controller's books must balance, and no exception may come up that the program did not expect; whatever
-contradicts is a violation, and `trace` tells what led to it.
+Only the controller's files are on a real disk, without fsyncs and threads. Processes talk over the network in memory of
+harness/network.py, and workers run their VMs on the machines in memory of harness/hypervisor.py. Each process can be
+killed, stopped, frozen and started again.
+
+A `SimulatedCluster` observes three things: which VMs really run where, each commit of the controller, and each log
+record. These are violations: a VM that runs twice, a machine that runs more than its capacity, a worker that is assigned
+more than it offers, and an exception that the program did not expect. `trace` records what led to a violation.
 """
 
 from __future__ import annotations
@@ -37,37 +38,56 @@ from orchard.worker import ANSWER_SECONDS, Identity, WorkerService
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 CONTROLLER, USER = "controller", "user"
 URL = f"http://{CONTROLLER}"
-ROOM = 2  # VMs that a machine may run, as Apple has it
-TIMEOUT = 30.0  # seconds of silence after which a worker's VMs fail: shorter than usual, so that more happens
-ANSWER = 20.0  # seconds that users wait
-GRACE = 5.0  # seconds for requests at work when the controller is told to stop
-DISK = (0.0002, 0.03)  # seconds until a write has been done, and until that is known
-FORGOTTEN = 0.05  # of the writes are not done on a forgetful disk
-STOPS_VMS = 0.2  # of the workers take their VMs away when they are told to end
+# VMs that a machine may run, the limit of Apple's licence.
+CAPACITY = 2
+# Shorter than the default, so that more happens.
+OFFLINE_TIMEOUT = 30.0  # seconds
+# The controller's grace period for requests when it is told to stop.
+GRACE_SECONDS = 5.0
+# From and to: until a write is done, and then until its caller knows.
+DISK_SECONDS = (0.0002, 0.03)
+# The share of writes that a forgetful disk does not do.
+FORGOTTEN_SHARE = 0.05
+# The share of workers that stop their VMs when they are told to stop.
+STOPS_VMS_SHARE = 0.2
+
+# The name of a VM on its machine, ending in its uid and restart count.
+_LOCAL_NAME = re.compile(r"orchard-[\w-]*?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]+")
 
 
-_LOCAL = re.compile(r"orchard-[\w-]*?-[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}-[0-9]+")  # a VM on its host
-
-
-class Killed(Exception):  # noqa: N818 -- it states what is the case
-    """The process that has waited for its disk is gone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """What is broken on purpose, to see that it is found."""
-
-    guarded: bool = True  # machines keep leases
-    stretch: float = 1.0  # how much longer they keep them than they are told
-    hasty: bool = False  # drivers say that a guest has stopped when it was told to
-    recovers: bool = True  # drivers end what a killed worker has left under way
-    forgetful: bool = False  # the controller's disk says that it has written what it has not
-    room: int = ROOM  # VMs for which workers say that there is room
+class ProcessKilledError(Exception):
+    """The process that waits for its disk was killed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """A program that runs, and how it ends: killed by `kill`, told to by `stop`."""
+class PlantedBug:
+    """A deliberate bug that the simulation has to find. The defaults are correct behaviour."""
+
+    # Whether machines end VMs whose lease has expired.
+    keeps_leases: bool = True
+    # How many times longer than told machines let a lease last.
+    lease_stretch: float = 1.0
+    # Whether drivers report a VM as stopped as soon as it was told to stop.
+    reports_stopped_early: bool = False
+    # Whether the controller's disk reports some writes as done that it did not do.
+    disk_forgets: bool = False
+    # The number of VMs that workers offer capacity for.
+    offered: int = CAPACITY
+
+
+NO_BUG = PlantedBug()
+PLANTED_BUGS = {
+    "no-lease": PlantedBug(keeps_leases=False),
+    "long-lease": PlantedBug(lease_stretch=2.0),
+    "stopped-early": PlantedBug(reports_stopped_early=True),
+    "over-offered": PlantedBug(offered=CAPACITY + 1),
+    "forgetful-disk": PlantedBug(disk_forgets=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunningProgram:
+    """A program that runs. `stopping` tells a controller to stop; a worker is stopped by cancelling `scope`."""
 
     process: Process
     scope: trio.CancelScope
@@ -79,8 +99,8 @@ class Running:
         self.process.kill()
 
 
-class SyncedDisk(Disk):
-    """A disk that loses nothing that was written: crashes are of processes here, not of power."""
+class UnsyncedDisk(Disk):
+    """A disk without fsync. The simulation crashes processes, never the power of the controller's host."""
 
     def sync(self, fd: int) -> None:
         pass
@@ -89,31 +109,35 @@ class SyncedDisk(Disk):
         pass
 
 
-class Site:
+class SimulatedCluster:
     """The cluster. Its tasks run in `nursery`; `directory` holds the controller's data."""
 
     def __init__(
-        self, chance: random.Random, directory: Path, nursery: trio.Nursery, broken: Broken, trace: list[str]
+        self, chance: random.Random, directory: Path, nursery: trio.Nursery, bug: PlantedBug, trace: list[str]
     ) -> None:
         self.chance = chance
         self.trace = trace
         self.violations: list[str] = []
         self.network = Network(chance)
-        self.store: Store | None = None  # of the controller, while it runs
-        self.controller: Running
-        self.workers: dict[str, Running] = {}
-        self.clocks: dict[str, float] = {}  # worker -> seconds by which its clock is wrong
+        # The controller's store, while the controller runs.
+        self.store: Store | None = None
+        self.controller: RunningProgram
+        self.workers: dict[str, RunningProgram] = {}
+        # Worker name -> the error of its clock in seconds.
+        self.clock_errors: dict[str, float] = {}
         self._directory = directory
         self._nursery = nursery
-        self._broken = broken
-        self._running: dict[str, dict[str, None]] = {}  # orchard-NAME-UID -> where: MACHINE/LIFE
-        self._uids: dict[str, str] = {}  # by order of appearance: the trace must not depend on chance elsewhere
+        self._bug = bug
+        # orchard-NAME-UID -> names of the machines on which that VM runs.
+        self._running: dict[str, dict[str, None]] = {}
+        # Numbers of VMs by order of appearance: uids are random, and the trace must depend on the seed alone.
+        self._uids: dict[str, str] = {}
         self.machines = {
-            name: Machine(name, chance, nursery, self, guarded=broken.guarded, stretch=broken.stretch)
+            name: Machine(name, chance, nursery, self, guarded=bug.keeps_leases, stretch=bug.lease_stretch)
             for name in (f"mac-{number}" for number in range(1, chance.choice((2, 3, 3)) + 1))
         }
 
-    # -- what is seen
+    # -- observation
 
     def note(self, text: str) -> None:
         self.trace.append(f"{trio.current_time():9.3f}  {text}")
@@ -123,46 +147,49 @@ class Site:
         self.violations.append(text)
 
     def short(self, local: str) -> str:
-        """Name a life of a VM for the trace."""
-        vm, _, life = local.removeprefix("orchard-").rpartition("-")
-        return f"{self._uids.setdefault(vm, f'{vm[:4]}#{len(self._uids)}')}.{life}"
+        """Return a short name of a VM on a machine for the trace."""
+        vm, _, restarts = local.removeprefix("orchard-").rpartition("-")
+        return f"{self._uids.setdefault(vm, f'{vm[:4]}#{len(self._uids)}')}.{restarts}"
 
     def began(self, machine: Machine, name: str) -> None:
+        """Check the limits when a VM begins to run on a machine."""
         self.note(f"{machine.name} runs {self.short(name)}")
         where = self._running.setdefault(name.rpartition("-")[0], {})
         if where:
             self.violate(f"{self.short(name)} begins to run on {machine.name}, and runs already on {', '.join(where)}")
         where[machine.name] = None
         load = sum(size_of(guest) for guest in machine.guests)
-        if load > ROOM:
+        if load > CAPACITY:
             guests = ", ".join(map(self.short, machine.guests))
-            self.violate(f"{machine.name} has room for {ROOM}, and runs {load}: {guests}")
+            self.violate(f"{machine.name} runs {load}, more than its capacity of {CAPACITY}: {guests}")
 
     def ended(self, machine: Machine, name: str, why: Order) -> None:
+        """Note that a VM does not run any more."""
         self.note(f"{machine.name} has ended {self.short(name)} ({why})")
         self._running[name.rpartition("-")[0]].pop(machine.name, None)
 
     def committed(self, changes: list[Change]) -> None:
+        """Note a commit of the controller, and check that no worker is assigned more than it offers."""
         assert self.store is not None
         for change in changes:
             if isinstance(change.new, VM):
                 vm = change.new.state
-                life = f"{self.short(change.new.tart_name)}, generation {change.new.meta.generation},"
-                self.note(f"    {life} {vm.status} on {vm.worker or 'none'}: {vm.status_message}")
+                name = f"{self.short(change.new.tart_name)}, generation {change.new.meta.generation},"
+                self.note(f"    {name} {vm.status} on {vm.worker or 'none'}: {vm.status_message}")
             else:
                 self.note(f"    {change.kind} {change.name} {change.type}")
         state = self.store.state
         for name, worker in state.workers.items():
-            held = [vm for vm in state.vms_by_worker.get(name, {}).values() if vm.holds_resources]
-            used = sum(vm.spec.resources[TART_VMS] for vm in held)
+            assigned = [vm for vm in state.vms_by_worker.get(name, {}).values() if vm.holds_resources]
+            used = sum(vm.spec.resources[TART_VMS] for vm in assigned)
             if used > worker.resources[TART_VMS]:
                 self.violate(f"the controller has {used} on {name}, which offers {worker.resources[TART_VMS]}")
 
     @contextmanager
     def logged(self) -> Iterator[None]:
-        """Take what the program logs into the trace; an exception in the log is a violation."""
+        """Add the program's warnings to the trace. An exception in the log is a violation."""
         log = logging.getLogger("orchard")
-        handler = _Log(self)
+        handler = _TraceHandler(self)
         before = log.level, log.propagate
         log.addHandler(handler)
         log.setLevel(logging.WARNING)
@@ -182,28 +209,26 @@ class Site:
     async def start_controller(self) -> None:
         """Start the controller, and return when it serves."""
         process, scope = Process(CONTROLLER), trio.CancelScope()
-        running = self.controller = Running(process, scope, trio.Event(), trio.Event())
+        running = self.controller = RunningProgram(process, scope, trio.Event(), trio.Event())
         settings = controller.ControllerSettings(
             data_dir=self._directory,
             tls=False,
             auth=False,
-            worker_offline_timeout=TIMEOUT,
-            ping_interval=TIMEOUT / 3,
+            worker_offline_timeout=OFFLINE_TIMEOUT,
+            ping_interval=OFFLINE_TIMEOUT / 3,
         )
 
         async def listen(_: controller.ControllerSettings) -> controller.Listening:
             await trio.lowlevel.checkpoint()
             return [self.network.listen(process)], controller.Running(URL)
 
+        platform = controller.Platform(partial(self._open_data, process), listen, self.clock)
+
         async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
             try:
-                with scope, suppress(Killed):
+                with scope, suppress(ProcessKilledError):
                     await controller.run(
-                        settings,
-                        stop=running.stopping,
-                        grace=GRACE,
-                        platform=controller.Platform(partial(self._opened, process), listen, self.clock),
-                        task_status=task_status,
+                        settings, stop=running.stopping, grace=GRACE_SECONDS, platform=platform, task_status=task_status
                     )
             finally:
                 process.kill()
@@ -212,19 +237,19 @@ class Site:
         await self._nursery.start(run)
 
     @contextmanager
-    def _opened(self, process: Process, directory: Path) -> Iterator[tuple[Store, EventLog]]:
+    def _open_data(self, process: Process, directory: Path) -> Iterator[tuple[Store, EventLog]]:
         async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
-            await trio.sleep(self.chance.uniform(*DISK))
+            await trio.sleep(self.chance.uniform(*DISK_SECONDS))
             await process.turn()
             if not process.alive:
-                raise Killed
-            forgotten = self._broken.forgetful and self.chance.random() < FORGOTTEN
+                raise ProcessKilledError
+            forgotten = self._bug.disk_forgets and self.chance.random() < FORGOTTEN_SHARE
             result = None if forgotten else work(*arguments)
-            await trio.sleep(self.chance.uniform(*DISK))
+            await trio.sleep(self.chance.uniform(*DISK_SECONDS))
             await process.turn()
             return result
 
-        disk = SyncedDisk()
+        disk = UnsyncedDisk()
         with ExitStack() as stack:
             store = Store.open(directory, self.clock(), disk, in_thread)
             stack.callback(store.close)
@@ -237,7 +262,7 @@ class Site:
             finally:
                 self.store = None
 
-    # -- the others
+    # -- clients and workers
 
     def client(self, process: Process, answer_seconds: float) -> Client:
         async def connect(host: str, _: int) -> trio.abc.Stream:
@@ -247,22 +272,22 @@ class Site:
 
     def start_worker(self, name: str) -> None:
         process, scope = Process(name), trio.CancelScope()
-        running = self.workers[name] = Running(process, scope, trio.Event(), trio.Event())
-        stops_vms = self.chance.random() < STOPS_VMS
+        running = self.workers[name] = RunningProgram(process, scope, trio.Event(), trio.Event())
+        stops_vms = self.chance.random() < STOPS_VMS_SHARE
         identity = Identity(
-            name=name, arch="arm64", runtime="tart", machine_id=name, resources={TART_VMS: self._broken.room}
+            name=name, arch="arm64", runtime="tart", machine_id=name, resources={TART_VMS: self._bug.offered}
         )
 
         async def run() -> None:
-            handle = Handle(self.machines[name], process, hasty=self._broken.hasty, recovers=self._broken.recovers)
+            driver = Handle(self.machines[name], process, hasty=self._bug.reports_stopped_early)
             with scope:
                 async with self.client(process, ANSWER_SECONDS) as client:
                     worker = WorkerService(
                         identity,
                         client,
-                        handle,
+                        driver,
                         stop_vms_on_exit=stops_vms,
-                        clock=lambda: self.clock().timestamp() + self.clocks.get(name, 0.0),
+                        clock=lambda: self.clock().timestamp() + self.clock_errors.get(name, 0.0),
                         lease_clock=trio.current_time,
                         chance=self.chance.random,
                     )
@@ -273,20 +298,21 @@ class Site:
         self._nursery.start_soon(run)
 
 
-class _Log(logging.Handler):
-    """Looks for what should not be in a log."""
+class _TraceHandler(logging.Handler):
+    """Adds log records to the trace, and finds unexpected exceptions among them."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, cluster: SimulatedCluster) -> None:
         super().__init__(logging.WARNING)
-        self._site = site
+        self._cluster = cluster
 
     def emit(self, record: logging.LogRecord) -> None:
         extra = ", ".join(str(record.__dict__[key]) for key in ("worker", "vm", "reason") if key in record.__dict__)
-        self._site.note(_LOCAL.sub(lambda found: self._site.short(found[0]), f"  log: {record.getMessage()} ({extra})"))
+        text = f"  log: {record.getMessage()} ({extra})"
+        self._cluster.note(_LOCAL_NAME.sub(lambda found: self._cluster.short(found[0]), text))
         if record.exc_info and record.exc_info[1] is not None:
-            self._site.violate("unexpected: " + "".join(traceback.format_exception(record.exc_info[1])))
+            self._cluster.violate("unexpected: " + "".join(traceback.format_exception(record.exc_info[1])))
 
 
 def size_of(name: str) -> int:
-    """How much room a VM takes: vm-3 and vm-7 need all of a machine. `name` may be that of a life on a machine."""
+    """Return the capacity that a VM takes, from its name or its name on a machine. vm-3 and vm-7 take a whole machine."""
     return 2 if int(name.removeprefix("orchard-").split("-")[1]) % 4 == 3 else 1
