@@ -33,9 +33,8 @@ from orchard.net.transport import (
     ResponseError,
     Transport,
     excerpt,
-    why_closed,
 )
-from orchard.net.websocket import TunnelStream
+from orchard.net.websocket import TunnelStream, describe_disconnect
 from orchard.schema import (
     IP,
     VM,
@@ -375,7 +374,7 @@ class RunningCommand:
         try:
             message = await self._websocket.get_message()
         except ConnectionClosed as closed:
-            raise ConnectError(f"the command was cut off: {why_closed(closed)}") from None
+            raise ConnectError(f"the command was cut off: {describe_disconnect(closed)}") from None
         with suppress(ValidationError, ValueError):  # what is no JSON, and what is no base64
             match _parsed(message):
                 case {"type": "stdout" | "stderr" as kind, "data": str(data)}:

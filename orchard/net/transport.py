@@ -32,7 +32,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 from orchard import __version__
 from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
-from orchard.net.websocket import PING_INTERVAL, TunnelStream, open_messages
+from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
 from orchard.nursery import first_exception, unwrap_groups
 
 PORT = 6120  # of a URL that names none
@@ -331,7 +331,7 @@ class Transport:
                 ) as websocket:
                     yield websocket
             except ConnectionClosed as error:
-                raise ConnectError(f"{self.url} closed the WebSocket ({why_closed(error)})") from None
+                raise ConnectError(f"{self.url} closed the WebSocket ({describe_disconnect(error)})") from None
 
     @asynccontextmanager
     async def tunnel(
@@ -436,12 +436,6 @@ class Transport:
         if isinstance(error, h11.RemoteProtocolError):
             return ConnectError(f"{self.url} does not speak HTTP as it should: {error}")
         return ConnectError(f"the connection to {self.url} was lost: {in_words(error)}")
-
-
-def why_closed(closed: ConnectionClosed) -> str:
-    """Say in a few words how a WebSocket was closed."""
-    reason = closed.reason
-    return f"{reason.name}: {reason.reason or reason.code}" if reason is not None else "it was closed"
 
 
 class _InTime:

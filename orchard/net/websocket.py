@@ -1,18 +1,18 @@
-"""One end of a WebSocket as a stream of bytes: the data path of tunnels. Law: reads and writes the stream it is given.
+"""WebSockets after their handshake: as a stream of bytes (`TunnelStream`) and as messages (`open_messages`).
 
-trio-websocket takes messages apart and puts them together, which is what watches and commands need. A tunnel has no
-messages, only bytes that are to be somewhere else: here each part of a payload goes on as soon as it has come, in a frame
-of its own, and nothing but the headers is looked at (wsframes.py). The handshake is HTTP and has happened already, by
-those who read HTTP anyway (httpd.py, transport.py); what they read beyond it comes in as `early`.
+The handshake is HTTP, so server.py and transport.py do it. What they read beyond it comes in as `early`. Frames are built
+and read by wsframes.py.
 
-`TunnelStream.run` has three tasks. One reads, up to `READ_AHEAD` bytes more than were taken: so a ping is seen, and a
-close, though whoever uses the stream is busy, and a peer that sends faster than that is made to wait. The second sends
-pings and pongs. It is another one because a peer that takes nothing for a while must still be read from: what it has to
-take may depend on what it sends. The third looks whether the peer is still there, whatever the others wait for. Whoever
-sends holds a lock for the time of a frame.
+A tunnel carries bytes whose message boundaries mean nothing. `TunnelStream` passes each part of a payload on as soon as
+it has arrived, and sends what it is given in frames of its own. `TunnelStream.run` has three tasks. The first reads up to
+`_READ_AHEAD_BYTES` more than were taken, so that pings and a close are seen while the user of the stream is busy, and a
+peer that sends more has to wait. The second sends pings and pongs; it is a task of its own because a peer that reads
+nothing for a while must still be read from: it may read only after it has sent something. The third task ends the stream
+if the peer is dead, whatever the others wait for. A sender holds a lock for the time of one frame. After a frame that was
+not sent to its end (its task was cancelled) nothing more is sent, because the peer would take it for the rest of the
+payload.
 
-A frame that was not sent to its end (its task was cancelled) is the last one: what followed would be taken for the rest of
-its payload.
+Everything else (watches, commands) is messages, and trio-websocket reads and writes those.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import trio
-from trio_websocket import WebSocketConnection, wrap_client_stream, wrap_server_stream
+from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
 from orchard.net import tcp, wsframes
 from orchard.net.wsframes import (
@@ -37,232 +37,294 @@ from orchard.net.wsframes import (
     Ping,
     Pong,
 )
-from orchard.nursery import unwrap_groups
+from orchard.nursery import Wakeup, unwrap_groups
 
-PING_INTERVAL = 30.0  # seconds; shorter than the idle time-out of common load balancers, 60
-RECEIVE_BYTES = 128 * 1024  # of one read; twice as many gain nothing
-READ_AHEAD = 128 * 1024  # bytes that were received and not taken; one read may come on top
-PART_BYTES = 256  # that a part of them takes beside its own and that count, else a byte a packet would take megabytes
-WORTHWHILE = 64 * 1024  # bytes; with less, who takes them looks whether more are there: TLS comes in records of 16 KiB
-SEND_BYTES = 128 * 1024  # of one write: so long another one has to wait, a pong for example
-FRAME_BYTES = 64 * 1024  # of one message that is sent: many clients have a limit to what they take
-CLOSE_SECONDS = 5.0  # for the other end to take a close, and to answer that it closes
+# Shorter than the idle time-out of common load balancers, 60 seconds.
+PING_INTERVAL = 30.0  # seconds
+# How long a close waits for the peer to take the close frame and to answer it.
+CLOSE_SECONDS = 5.0
+
+# The size of one read. A tunnel is not faster with twice as much.
+_RECEIVE_BYTES = 128 * 1024
+# Bytes that are received before they are taken. One read may come on top.
+_READ_AHEAD_BYTES = 128 * 1024
+# Bookkeeping overhead charged per part, so that one-byte packets cannot use unbounded memory.
+_PART_BYTES = 256
+# With less than this buffered, `take` lets the reader look for more first. TLS arrives in records of 16 KiB.
+_WORTHWHILE_BYTES = 64 * 1024
+# The size of one write. Another sender, of a pong for example, waits that long.
+_SEND_BYTES = 128 * 1024
+# The size of one message. Many clients have a limit to what they accept.
+_FRAME_BYTES = 64 * 1024
+
+
+# ---- bytes ---------------------------------------------------------------------------------------------------------
+
+
+class _Received:
+    """Bytes that were received and not taken yet, and how the peer or this end closed the WebSocket after them."""
+
+    def __init__(self) -> None:
+        self.close: Close | None = None
+        self.parts: list[Bytes] = []
+        # Bytes of the parts, and their overhead.
+        self.size = 0
+        self._room = trio.lowlevel.ParkingLot()
+        self._arrived = trio.lowlevel.ParkingLot()
+
+    def put(self, part: Bytes) -> None:
+        """Append bytes. They are dropped after the close."""
+        if self.close is None:
+            self.parts.append(part)
+            self.size += len(part) + _PART_BYTES
+            self._arrived.unpark_all()
+
+    def put_back(self, part: Bytes) -> None:
+        """Insert the rest of what `take` returned."""
+        self.parts.insert(0, part)
+        self.size += len(part) + _PART_BYTES
+
+    def end(self, close: Close) -> None:
+        """Set the close, if there is none yet."""
+        if self.close is None:
+            self.close = close
+            self._arrived.unpark_all()
+
+    def clear(self) -> None:
+        self.parts, self.size = [], 0
+        self._room.unpark_all()
+
+    def is_full(self) -> bool:
+        return self.size >= _READ_AHEAD_BYTES
+
+    async def wait_room(self) -> None:
+        while self.is_full():
+            await self._room.park()
+
+    async def take(self) -> Bytes:
+        """Remove and return all bytes, at least one; b"" after the close."""
+        while not self.parts:
+            if self.close is not None:
+                return b""
+            await self._arrived.park()
+        before = 0
+        while before < self.size < _WORTHWHILE_BYTES and self.close is None:
+            before = self.size
+            await trio.lowlevel.checkpoint()
+        parts = self.parts
+        self.clear()
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _FrameSender:
+    """Sends whole frames over a stream, one at a time. `client` says which end this is: a client masks its frames."""
+
+    def __init__(self, stream: trio.abc.Stream, *, client: bool) -> None:
+        self._stream = stream
+        self._client = client
+        self._lock = trio.Lock()
+        # Whether the next frame must not be sent: the last one was a close frame, or is not sent to its end.
+        self._ended = False
+
+    def is_busy(self) -> bool:
+        return self._lock.locked()
+
+    async def send(self, opcode: int, payload: Bytes) -> None:
+        """Send a payload in frames of `_FRAME_BYTES`. Raises BrokenResourceError, also after an incomplete frame."""
+        async with self._lock:
+            if self._ended:
+                raise trio.BrokenResourceError("the WebSocket is closed, or a frame was not sent to its end")
+            self._ended = True
+            parts: list[Bytes] = []
+            for start in range(0, len(payload) or 1, _FRAME_BYTES):
+                key = os.urandom(4) if self._client else None
+                parts += wsframes.build_frame(opcode, payload[start : start + _FRAME_BYTES], key)
+            try:
+                await self._stream.send_all(b"".join(parts))
+            except trio.ClosedResourceError as error:
+                # The stream was closed meanwhile because the peer is dead.
+                raise trio.BrokenResourceError(str(error)) from error
+            self._ended = opcode == wsframes.CLOSE
 
 
 class TunnelStream(trio.abc.Stream):
     """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
 
-    `client` says which end this is. Every `ping_interval` seconds it pings; a peer that says nothing for another one
-    is lost, unless data is what it waits behind and its system goes on answering. Raises BrokenResourceError when the
-    other end has gone, with its reason. `run` must run meanwhile, in a nursery of whoever closes `stream` afterwards.
+    `stream` carries the frames. It stays open, and the caller closes it afterwards. `client` says which end this is.
+    `early` are bytes that were read from `stream` beyond the handshake. The task of `run` must run as long as the
+    TunnelStream is used.
+
+    It pings every `ping_interval` seconds. A peer that sends nothing for another interval is dead, unless its answer may
+    be waiting behind data and its kernel goes on acknowledging. The methods raise BrokenResourceError, with the reason,
+    when the WebSocket was closed other than regularly.
     """
 
     def __init__(
         self, stream: trio.abc.Stream, *, client: bool, early: bytes = b"", ping_interval: float = PING_INTERVAL
     ) -> None:
-        self.closed: Close | None = None  # how, as soon as either end has closed
         self._stream = stream
-        self._client = client
+        self._early = early
         self._ping_interval = ping_interval
         self._frames = wsframes.FrameReader(masked=not client)
-        self._early = early
-        self._parts: list[Bytes] = []  # what was received and not taken
-        self._ahead = 0  # bytes of them
-        self._taken = trio.lowlevel.ParkingLot()  # the reader, as long as there are too many
-        self._come = trio.lowlevel.ParkingLot()  # who waits for some
-        self._lock = trio.Lock()  # of whoever sends a frame
-        self._torn = False  # whether a frame is on its way, or was left so
-        self._heard = 0  # reads that gave something
-        self._sent = 0  # frames of data
-        self._pong: bytes | None = None  # to be sent; an older one need not be
-        self._ping = False  # to be sent
-        self._due = trio.Event()  # that there is one of them
-        self._done = trio.Event()  # nothing more is received
+        self._received = _Received()
+        self._sender = _FrameSender(stream, client=client)
+        # Counters of reads that returned something and of sent data frames, from which `_watch` sees activity.
+        self._reads = 0
+        self._sends = 0
+        # Pings and pongs to be sent: payloads by opcode. A newer pong replaces one that was not sent yet.
+        self._control: dict[int, bytes] = {}
+        self._control_due = Wakeup()
+        # Set when nothing more is received.
+        self._done = trio.Event()
+
+    @property
+    def closed(self) -> Close | None:
+        """How the WebSocket was closed, by either end; None while it is open."""
+        return self._received.close
 
     # -- the stream's tasks
 
     async def run(self) -> None:
         """Receive, answer and ping, until the WebSocket is closed."""
         try:
-            async with trio.open_nursery() as nursery:  # the others die with who reads
+            # The other two tasks end with the one that reads.
+            async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._send_control)
                 nursery.start_soon(self._watch, nursery.cancel_scope)
                 await self._read()
                 nursery.cancel_scope.cancel()
         finally:
-            self._end(Close(ABNORMAL))
+            self._received.end(Close(ABNORMAL))
             self._done.set()
 
     async def _read(self) -> None:
         data: Bytes = self._early
         while True:
-            parts: list[Bytes] = []
-            close: Close | None = None
-            for event in self._frames.feed(data):
-                match event:
-                    case Ping(payload):
-                        self._pong = payload
-                        self._due.set()
-                    case Pong():
-                        pass  # that something came was seen
-                    case Close():
-                        close = event
-                    case _:
-                        parts.append(event)
-            if parts:
-                self._put(parts[0] if len(parts) == 1 else b"".join(parts))
-            if close is not None:
-                self._end(close)
-                await self._say(close)
+            if (close := self._handle(data)) is not None:
+                self._received.end(close)
+                await self._send_close(close)
                 return
-            while self._full():
-                await self._taken.park()
+            await self._received.wait_room()
             try:
-                data = await self._stream.receive_some(RECEIVE_BYTES)
+                data = await self._stream.receive_some(_RECEIVE_BYTES)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 return
             if not data:
                 return
-            self._heard += 1
+            self._reads += 1
+
+    def _handle(self, data: Bytes) -> Close | None:
+        """Buffer what arrived and note pings. Return the peer's close."""
+        parts: list[Bytes] = []
+        close: Close | None = None
+        for event in self._frames.feed(data):
+            match event:
+                case Ping(payload):
+                    self._request_control(wsframes.PONG, payload)
+                case Pong():
+                    # `_reads` has counted it as a sign of life.
+                    pass
+                case Close():
+                    close = event
+                case _:
+                    parts.append(event)
+        if parts:
+            self._received.put(parts[0] if len(parts) == 1 else b"".join(parts))
+        return close
+
+    def _request_control(self, opcode: int, payload: bytes) -> None:
+        self._control[opcode] = payload
+        self._control_due.set()
 
     async def _send_control(self) -> None:
         while True:
-            await self._due.wait()
-            self._due = trio.Event()
-            if self._pong is not None:
-                pong, self._pong = self._pong, None
-                await self._control(wsframes.PONG, pong)
-            if self._ping:
-                self._ping = False
-                await self._control(wsframes.PING, b"")
+            await self._control_due.wait()
+            while self._control:
+                await self._try_send(*self._control.popitem())
 
     async def _watch(self, scope: trio.CancelScope) -> None:
-        """Have a ping sent now and then. Cancel `scope` when the peer is dead."""
+        """Ping at every interval, and cancel `scope` when the peer is dead."""
         before: tuple[int, int] | None = None
         while True:
             await trio.sleep(self._ping_interval)
-            now = self._heard, self._sent
-            if before is not None and now[0] == before[0] and self._dead(busy=now[1] != before[1]):
-                self._end(Close(ABNORMAL, "does not answer to pings"))
-                await self._say(Close(INTERNAL_ERROR, "pings are not answered"))
-                if self._lock.locked():  # whoever sends would wait for ever
+            now = self._reads, self._sends
+            if before is not None and now[0] == before[0] and self._is_dead(has_sent=now[1] != before[1]):
+                self._received.end(Close(ABNORMAL, "does not answer to pings"))
+                await self._send_close(Close(INTERNAL_ERROR, "pings are not answered"))
+                # A task that sends would wait for ever.
+                if self._sender.is_busy():
                     await trio.aclose_forcefully(self._stream)
                 scope.cancel()
             before = now
-            self._ping = True
-            self._due.set()
+            self._request_control(wsframes.PING, b"")
 
-    def _dead(self, busy: bool) -> bool:
-        """Judge a peer that has said nothing for an interval: its pong may be behind data, in either direction."""
+    def _is_dead(self, *, has_sent: bool) -> bool:
+        """Judge a peer that sent nothing for an interval. Its pong may be waiting behind data, in either direction."""
         unacknowledged = tcp.unacknowledged(self._stream)
         if unacknowledged.silent_seconds >= self._ping_interval:
             return True
-        return not (busy or unacknowledged.pending or self._lock.locked() or self._full())
+        return not (has_sent or unacknowledged.pending or self._sender.is_busy() or self._received.is_full())
 
     # -- receiving
 
-    def _put(self, part: Bytes) -> None:
-        if self.closed is None:
-            self._parts.append(part)
-            self._ahead += len(part) + PART_BYTES
-            self._come.unpark_all()
-
-    def _full(self) -> bool:
-        return self._ahead >= READ_AHEAD
-
-    def _end(self, close: Close) -> None:
-        if self.closed is None:
-            self.closed = close
-            self._come.unpark_all()
-
     async def take(self) -> Bytes:
-        """Give all that has come, at least a byte; nothing when the WebSocket is closed, as `closed` says."""
-        while not self._parts:
-            if self.closed is not None:
-                return b""
-            await self._come.park()
-        before = 0
-        while before < self._ahead < WORTHWHILE and self.closed is None:
-            before = self._ahead
-            await trio.lowlevel.checkpoint()
-        parts, self._parts, self._ahead = self._parts, [], 0
-        self._taken.unpark_all()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        """Return all bytes that have arrived, at least one; b"" when the WebSocket is closed, as `closed` says."""
+        return await self._received.take()
 
     async def wait_exhausted(self) -> None:
-        """Return when the WebSocket is closed, if nothing that it carried is left to be taken; else never."""
+        """Return when the WebSocket is closed and all its bytes are taken; never if some were left at the close."""
         await self._done.wait()
-        if self._parts:
+        if self._received.parts:
             await trio.sleep_forever()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """Give bytes, b"" when the other end has closed as it should."""
+        """Return bytes, or b"" when the peer has closed regularly. Raises BrokenResourceError after another close."""
         await trio.lowlevel.checkpoint()
         data = await self.take()
         if not data and self.closed is not None and self.closed.code not in (NORMAL, NO_STATUS):
-            raise trio.BrokenResourceError(why(self.closed))
+            raise trio.BrokenResourceError(describe_close(self.closed))
         if max_bytes is not None and len(data) > max_bytes:
-            self._parts.insert(0, memoryview(data)[max_bytes:])
-            self._ahead += len(data) - max_bytes + PART_BYTES
+            self._received.put_back(memoryview(data)[max_bytes:])
             data = memoryview(data)[:max_bytes]
         return bytes(data)
 
     # -- sending
 
     async def send_all(self, data: Bytes) -> None:
-        """Send bytes, in as many messages as they take. Raises BrokenResourceError."""
+        """Send bytes, in as many messages as they need. Raises BrokenResourceError."""
         view = memoryview(data)
-        for start in range(0, len(view), SEND_BYTES):
+        for start in range(0, len(view), _SEND_BYTES):
             if self.closed is not None:
-                raise trio.BrokenResourceError(why(self.closed))
-            await self._send(wsframes.BINARY, view[start : start + SEND_BYTES])
-            self._sent += 1
+                raise trio.BrokenResourceError(describe_close(self.closed))
+            await self._sender.send(wsframes.BINARY, view[start : start + _SEND_BYTES])
+            self._sends += 1
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
 
-    async def _send(self, opcode: int, payload: Bytes) -> None:
-        """Send a frame, if the one before was sent to its end. Raises BrokenResourceError."""
-        async with self._lock:
-            if self._torn:
-                raise trio.BrokenResourceError("a frame was not sent to its end")
-            self._torn = True
-            parts: list[Bytes] = []
-            for start in range(0, len(payload) or 1, FRAME_BYTES):
-                key = os.urandom(4) if self._client else None
-                parts += wsframes.build_frame(opcode, payload[start : start + FRAME_BYTES], key)
-            try:
-                await self._stream.send_all(b"".join(parts))
-            except trio.ClosedResourceError as error:  # meanwhile, because the peer is dead
-                raise trio.BrokenResourceError(str(error)) from error
-            self._torn = opcode == wsframes.CLOSE  # nothing may follow it
+    async def _try_send(self, opcode: int, payload: bytes) -> None:
+        """Send a frame. If the connection is broken, the reader notices that."""
+        with suppress(trio.BrokenResourceError):
+            await self._sender.send(opcode, payload)
 
-    async def _control(self, opcode: int, payload: bytes) -> None:
-        with suppress(trio.BrokenResourceError):  # whoever reads will see that it is the end
-            await self._send(opcode, payload)
-
-    async def _say(self, close: Close) -> None:
+    async def _send_close(self, close: Close) -> None:
         with trio.move_on_after(CLOSE_SECONDS):
-            await self._control(wsframes.CLOSE, wsframes.close_payload(close.code, close.reason))
+            await self._try_send(wsframes.CLOSE, wsframes.close_payload(close.code, close.reason))
 
     async def aclose(self, code: int = NORMAL, reason: str = "") -> None:
-        """Close: send what is under way to its end, then why, and wait for the other end to close, all within a time."""
-        first = self.closed is None
-        self._end(Close(code, reason))
-        if first:
-            self._parts, self._ahead = [], 0
-            self._taken.unpark_all()
+        """Close the WebSocket, within `CLOSE_SECONDS`.
+
+        A frame that is being sent is sent to its end, then the close frame; then this waits for the peer's. Bytes that
+        were received and not taken are dropped.
+        """
+        is_first = self.closed is None
+        self._received.end(Close(code, reason))
+        if is_first:
+            self._received.clear()
         with trio.move_on_after(CLOSE_SECONDS):
-            if first:
-                await self._say(Close(code, reason))
+            if is_first:
+                await self._send_close(Close(code, reason))
             await self._done.wait()
-
-
-def why(close: Close) -> str:
-    """Say in a few words how a WebSocket was closed."""
-    if close.code == ABNORMAL:
-        return f"the peer {close.reason}" if close.reason else "the connection was lost"
-    return f"closed with {close.code}: {close.reason}" if close.reason else f"closed with {close.code}"
 
 
 # ---- messages ------------------------------------------------------------------------------------------------------
@@ -287,9 +349,11 @@ async def open_messages(
 ) -> AsyncIterator[WebSocketConnection]:
     """Run trio-websocket on a stream whose WebSocket handshake has happened, for the time of the block.
 
-    `client` says which end this is, `early` are the bytes that were read beyond the handshake. The sizes are those of
-    `trio_websocket`. At the end of the block the WebSocket is closed within `CLOSE_SECONDS`; `stream` stays open, and
-    is to be closed by the caller. Raises what the block raises, without the group of a nursery.
+    `client` says which end this is. `early` are bytes that were read from `stream` beyond the handshake. The three sizes
+    are those of `trio_websocket.wrap_server_stream`: messages, bytes, bytes.
+
+    At the end of the block the WebSocket is closed, within `CLOSE_SECONDS`. `stream` stays open, and the caller closes
+    it. Raises what the block raises, without the exception group of a nursery.
     """
     established = _EstablishedStream(stream, client=client, early=early)
     try:
@@ -299,7 +363,7 @@ async def open_messages(
                 if client:
                     websocket = await wrap_client_stream(
                         nursery,
-                        # trio-websocket declares sockets and TLS, and uses what any stream has.
+                        # trio-websocket declares sockets and TLS, but any stream will do.
                         established,  # type: ignore[arg-type]
                         "orchard",
                         "/",
@@ -316,7 +380,7 @@ async def open_messages(
                         receive_buffer_size=receive_buffer_size,
                     )
                     websocket = await proposal.accept()
-                established.opened(websocket)
+                established.deliver_to(websocket)
                 yield websocket
                 with trio.move_on_after(CLOSE_SECONDS):
                     await websocket.aclose()
@@ -328,12 +392,11 @@ async def open_messages(
 class _EstablishedStream(trio.abc.Stream):
     """A stream whose WebSocket handshake has happened, as trio-websocket reads and writes it.
 
-    trio-websocket begins with a handshake of its own. This stream plays the other side of it and sends none of it, so
-    that HTTP is read and written in one place (server.py, transport.py).
+    trio-websocket begins with a handshake of its own. This stream plays the other side of it and sends none of it.
 
-    Frames are delivered one at a time, and no more once trio-websocket has begun to close. Its reader would answer to a
-    ping even after our own close frame, which its engine refuses with an exception that trio-websocket does not catch.
-    The peer's close frame ends the stream then, and with it the wait for that frame.
+    Frames are delivered one at a time, and none after trio-websocket has begun to close. Its reader would answer a ping
+    even after our own close frame, which raises an exception that trio-websocket does not catch. Once it closes, the
+    peer's close frame ends this stream, and with it trio-websocket's wait for that frame.
 
     Closing this stream leaves the one below open.
     """
@@ -341,17 +404,17 @@ class _EstablishedStream(trio.abc.Stream):
     def __init__(self, stream: trio.abc.Stream, *, client: bool, early: bytes) -> None:
         self._stream = stream
         self._client = client
-        # The other side of the handshake: what trio-websocket is to read first.
+        # The other side of the handshake, which trio-websocket reads first.
         self._handshake = b"" if client else _REQUEST
-        self._handshaken = False
-        self._open = trio.Event()
+        self._handshake_sent = False
         self._websocket: WebSocketConnection | None = None
+        self._open = trio.Event()
         self._received = memoryview(early)
-        self._boundaries = wsframes.FrameSplitter()
+        self._splitter = wsframes.FrameSplitter()
         self._close_sent = False
 
-    def opened(self, websocket: WebSocketConnection) -> None:
-        """Deliver frames from now on."""
+    def deliver_to(self, websocket: WebSocketConnection) -> None:
+        """Begin to deliver frames. Before that, a close could not be noticed."""
         self._websocket = websocket
         self._open.set()
 
@@ -367,21 +430,21 @@ class _EstablishedStream(trio.abc.Stream):
                 self._received = memoryview(await self._stream.receive_some(max_bytes))
                 if not self._received:
                     return b""
-            size, opcode = self._boundaries.measure(self._received)
+            size, opcode = self._splitter.measure(self._received)
             part, self._received = self._received[:size], self._received[size:]
-            # No checkpoint lies between this look and trio-websocket's answer to the frame.
+            # There is no checkpoint between this look and trio-websocket's answer to the frame.
             if self._websocket.closed is None:
                 return bytes(part)
             if opcode == wsframes.CLOSE:
                 return b""
 
     async def send_all(self, data: Bytes) -> None:
-        if self._handshaken:
+        if self._handshake_sent:
             await self._stream.send_all(data)
             # The first byte of a close frame.
             self._close_sent = self._close_sent or data[:1] == b"\x88"
             return
-        self._handshaken = True
+        self._handshake_sent = True
         if self._client:
             lines = bytes(data).split(b"\r\n")
             (key,) = (line[len(_KEY_HEADER) :].strip() for line in lines if line.lower().startswith(_KEY_HEADER))
@@ -395,15 +458,32 @@ class _EstablishedStream(trio.abc.Stream):
         await self.send_owed_close()
 
     async def send_owed_close(self) -> None:
-        """Send the close frame that trio-websocket owes a peer which broke the protocol. Waits `CLOSE_SECONDS` at most."""
+        """Send the close frame that trio-websocket omits when the peer broke the protocol. Takes up to CLOSE_SECONDS."""
         reason = self._websocket.closed if self._websocket is not None else None
         if reason is None or reason.code not in (PROTOCOL_ERROR, INVALID_PAYLOAD) or self._close_sent:
             await trio.lowlevel.checkpoint()
             return
         key = os.urandom(4) if self._client else None
-        close = wsframes.build_frame(wsframes.CLOSE, wsframes.close_payload(reason.code, ""), key)
+        frame = wsframes.build_frame(wsframes.CLOSE, wsframes.close_payload(reason.code, ""), key)
         with (
             trio.move_on_after(CLOSE_SECONDS),
             suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
         ):
-            await self.send_all(b"".join(close))
+            await self.send_all(b"".join(frame))
+
+
+# ---- descriptions --------------------------------------------------------------------------------------------------
+
+
+def describe_close(close: Close) -> str:
+    """Return a phrase for how a WebSocket was closed, for example "closed with 1001: going away"."""
+    if close.code == ABNORMAL:
+        return f"the peer {close.reason}" if close.reason else "the connection was lost"
+    return f"closed with {close.code}: {close.reason}" if close.reason else f"closed with {close.code}"
+
+
+def describe_disconnect(error: ConnectionClosed) -> str:
+    """Return a phrase for how a WebSocket of trio-websocket was closed, in the words of `describe_close`."""
+    if error.reason is None:
+        return "closed"
+    return describe_close(Close(error.reason.code, error.reason.reason or ""))

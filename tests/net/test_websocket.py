@@ -86,7 +86,7 @@ async def test_bytes_go_both_ways(autojump_clock: Any, client: bool) -> None:
         await ends.peer.send(TEXT, "wörld".encode())
         await wait_all_tasks_blocked()
         assert await ends.end.take() == "hello wörld".encode()
-        size = websocket.SEND_BYTES + 1
+        size = websocket._SEND_BYTES + 1
         await ends.end.send_all(b"x" * size)
         messages = await ends.peer.events()
         assert b"".join(messages) == b"x" * size  # type: ignore[arg-type]
@@ -108,7 +108,7 @@ async def test_as_a_stream_it_gives_no_more_than_was_asked_for(autojump_clock: A
             await ends.peer.send(BINARY, part)
             await wait_all_tasks_blocked()
         assert [await ends.end.receive_some(n) for n in (1, 2, 4, None)] == [b"a", b"bc", b"defg", b"h"]
-        assert ends.end._ahead == 0
+        assert ends.end._received.size == 0
         with trio.move_on_after(1) as patience:
             await ends.end.receive_some(1)
         assert patience.cancelled_caught
@@ -142,8 +142,8 @@ async def test_a_reader_that_stops_stops_the_sender(autojump_clock: Any, size: i
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pour)
             await wait_all_tasks_blocked()
-            assert 0 < sent < websocket.READ_AHEAD + websocket.RECEIVE_BYTES
-            assert len(ends.end._parts) <= websocket.READ_AHEAD // websocket.PART_BYTES + 1
+            assert 0 < sent < websocket._READ_AHEAD_BYTES + websocket._RECEIVE_BYTES
+            assert len(ends.end._received.parts) <= websocket._READ_AHEAD_BYTES // websocket._PART_BYTES + 1
             before, got = sent, 0
             while got <= 2 * before:
                 got += len(await ends.end.receive_some())
@@ -152,10 +152,10 @@ async def test_a_reader_that_stops_stops_the_sender(autojump_clock: Any, size: i
 
 async def test_pings_are_answered_while_payload_waits_to_be_taken(autojump_clock: Any) -> None:
     async with pair() as ends:
-        await ends.peer.send(BINARY, b"x" * (websocket.READ_AHEAD // 2))
+        await ends.peer.send(BINARY, b"x" * (websocket._READ_AHEAD_BYTES // 2))
         await ends.peer.send(PING, b"are you there?")
         assert await ends.peer.events() == [Pong(b"are you there?")]
-        assert len(await ends.end.take()) == websocket.READ_AHEAD // 2
+        assert len(await ends.end.take()) == websocket._READ_AHEAD_BYTES // 2
 
 
 async def test_a_peer_that_takes_nothing_is_read_from_and_gets_its_pong_when_it_does(autojump_clock: Any) -> None:
@@ -215,7 +215,7 @@ async def test_who_reads_slowly_is_not_dead(autojump_clock: Any, pinged: bool) -
 
 async def test_who_waits_behind_his_own_data_is_not_dead(autojump_clock: Any) -> None:
     async with pair(ping_interval=10) as ends:
-        await ends.peer.send(BINARY, b"x" * websocket.READ_AHEAD)
+        await ends.peer.send(BINARY, b"x" * websocket._READ_AHEAD_BYTES)
         await ends.peer.send(PONG)
         await trio.sleep(1000)
         assert ends.end.closed is None
@@ -269,7 +269,7 @@ async def test_closing_waits_for_the_answer_and_not_for_ever(autojump_clock: Any
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ends.end.aclose, 4000, "é" * 100)
             assert await ends.peer.events() == [Close(4000, "é" * 61)]
-            await ends.peer.send(BINARY, b"x" * 10 * websocket.READ_AHEAD)  # it is thrown away
+            await ends.peer.send(BINARY, b"x" * 10 * websocket._READ_AHEAD_BYTES)  # it is thrown away
             await trio.sleep(1)
             await ends.peer.send(PING, b"too late")
             await wait_all_tasks_blocked()
@@ -279,7 +279,7 @@ async def test_closing_waits_for_the_answer_and_not_for_ever(autojump_clock: Any
             await ends.peer.events()
         assert silence.cancelled_caught, "nothing follows a close"
         assert ends.end.closed == Close(4000, "é" * 100)
-        assert ends.end._parts == []
+        assert ends.end._received.parts == []
     async with pair() as ends:
         began = trio.current_time()
         async with trio.open_nursery() as nursery:
@@ -525,5 +525,5 @@ async def test_memory_of_a_tunnel_whose_client_does_not_read_is_bounded(autojump
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pour)
             await trio.sleep(1000)
-            assert 0 < sent <= 3 * (websocket.READ_AHEAD + websocket.RECEIVE_BYTES)
+            assert 0 < sent <= 3 * (websocket._READ_AHEAD_BYTES + websocket._RECEIVE_BYTES)
             nursery.cancel_scope.cancel()
