@@ -67,13 +67,13 @@ async def in_trio(key: Path, _: int) -> None:
     """The product's own, with another way into its VM."""
 
     @contextlib.asynccontextmanager
-    async def stream(vm: object, port: int, wait: float) -> AsyncIterator[trio.SocketStream]:
+    async def open_stream(vm: object, port: int, wait: float) -> AsyncIterator[trio.SocketStream]:
         async with await trio.open_tcp_stream("127.0.0.1", port) as sink:
             yield sink
 
     state = cast("Any", SimpleNamespace(vms={"vm": SimpleNamespace(name="vm")}, accounts={}))
     jump.ENCRYPTION += (CHACHA,)  # to see what it would cost
-    host = jump.JumpHost(state, cast("Any", SimpleNamespace(stream=stream)), None, b"", lambda: None)
+    host = jump.JumpHost(state, cast("Any", SimpleNamespace(open_stream=open_stream)), None, b"", lambda: None)
     async with trio.open_nursery() as nursery:
         print(await nursery.start(host.serve, "127.0.0.1", 0, asyncssh.read_private_key(key), 30.0), flush=True)
 

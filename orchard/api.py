@@ -36,7 +36,6 @@ from orchard.net.request import (
     WebSocketUpgrade,
     WhileConnected,
 )
-from orchard.reach import VMAccess
 from orchard.schema import (
     IP,
     MAX_NAME,
@@ -64,7 +63,7 @@ from orchard.schema import (
 from orchard.ssh import exec as vm_exec
 from orchard.storage.events import EventLog
 from orchard.store import SETTINGS, Change, Store, encoded, watch_line
-from orchard.tunnel import FarEnd, Rendezvous, Session
+from orchard.tunnel import Rendezvous, UnknownSessionError, UnreachableError, VMAccess, VMGoneError, WorkerEnd
 
 CAPABILITIES = ("rpc-v2", "vm-state-endpoint")  # by which existing workers choose how to talk
 MAX_LIMIT = 1_000_000_000  # of `limit`: more events than a VM may leave
@@ -320,25 +319,22 @@ class API:
         wait = _number(request, "wait", 0, MAX_WAIT)
         vm = self._vm_named(admitted.params)
         request.require_websocket()
-        far = await self.vm_access.port(vm, port, WAIT if wait is None else wait)
-        return self._tunnel(vm.uid, far)
+        return self._relay_to(await self.vm_access.connect(vm, port, WAIT if wait is None else wait))
 
     async def forward_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = _required(_number(request, "port", 1, 65535), "port", "a port number from 1 to 65535")
         wait = _number(request, "wait", 0, MAX_WAIT)
         worker = self._worker_named(admitted.params)
         request.require_websocket()
-        far = await self.vm_access.host_port(worker.name, port, WAIT if wait is None else wait)
-        return self._tunnel("", far)
+        return self._relay_to(await self.vm_access.connect_to_host(worker.name, port, WAIT if wait is None else wait))
 
-    def _tunnel(self, vm_uid: str, far: FarEnd) -> TunnelUpgrade:
-        board = self.rendezvous
-        return TunnelUpgrade(partial(board.serve_near_end, vm_uid, far), board.ping_interval)
+    def _relay_to(self, end: WorkerEnd) -> TunnelUpgrade:
+        return TunnelUpgrade(end.relay, self.rendezvous.ping_interval)
 
     async def resolve_ip(self, request: Request, admitted: Admitted) -> AnyResponse:
         wait = _number(request, "wait", 0, MAX_WAIT)
         vm = self._vm_named(admitted.params)
-        address = await self.vm_access.address(vm, wait or 0)
+        address = await self.vm_access.find_address(vm, wait or 0)
         return _ok(dump_json(encode(IP(address))))
 
     async def execute(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -365,24 +361,21 @@ class API:
 
     def answer_forward(self, request: Request, admitted: Admitted) -> AnyResponse:
         request.require_websocket()
-        session = self._answered(request, admitted)
+        pending = self.rendezvous.answer_port(request.query.one("session") or "", admitted.account)
         error = request.query.one("errorMessage")
         if error:
-            session.fail(error)
+            pending.fail(error)
             return WebSocketUpgrade(_nothing_more)
-        return TunnelUpgrade(partial(self.rendezvous.serve_far_end, session), self.rendezvous.ping_interval)
+        return TunnelUpgrade(partial(self.rendezvous.lend, pending), self.rendezvous.ping_interval)
 
     def answer_ip(self, request: Request, admitted: Admitted) -> AnyResponse:
-        session = self._answered(request, admitted)
+        pending = self.rendezvous.answer_address(request.query.one("session") or "", admitted.account)
         error, address = request.query.one("errorMessage"), request.query.one("ip")
         if error or not address:
-            session.fail(error or "it has found no address")
+            pending.fail(error or "no address was found")
         else:
-            session.resolve(address)
+            pending.resolve(address)
         return Response(200)
-
-    def _answered(self, request: Request, admitted: Admitted) -> Session:
-        return self.rendezvous.answered(request.query.one("session") or "", admitted.account)
 
     # -- events
 
@@ -555,6 +548,10 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     auth.UnauthenticatedError: 401,
     auth.ForbiddenError: 403,
     auth.TooManyFailuresError: 429,
+    UnreachableError: 503,
+    VMGoneError: 404,
+    vm_exec.ExecUnavailableError: 503,
+    UnknownSessionError: 404,
 }
 PRODUCT_ERRORS: tuple[type[Exception], ...] = (APIError, *ERROR_STATUS)
 REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)
@@ -675,8 +672,8 @@ def _command(request: Request) -> vm_exec.Command:
         command=query.one("command") or "",
         interactive=_flag(request, "interactive"),
         tty=_flag(request, "tty"),
-        rows=_number(request, "rows", 1, vm_exec.MAX_SIZE) or vm_exec.ROWS,
-        cols=_number(request, "cols", 1, vm_exec.MAX_SIZE) or vm_exec.COLS,
+        rows=_number(request, "rows", 1, vm_exec.MAX_TERMINAL_SIZE) or vm_exec.DEFAULT_ROWS,
+        cols=_number(request, "cols", 1, vm_exec.MAX_TERMINAL_SIZE) or vm_exec.DEFAULT_COLS,
         env=env,
         workdir=query.one("workdir") or "",
     )
@@ -711,7 +708,7 @@ _UID = Parameter("uid", "Refuse with 404 if the VM of that name has another uid"
 _PORT = Parameter("port", "TCP port number to connect to", {**_WHOLE, "minimum": 1, "maximum": 65535}, required=True)
 _WAIT = {"type": "integer", "minimum": 0, "maximum": MAX_WAIT}
 _WAIT_FORWARD = Parameter("wait", "Seconds to wait for the VM to run, and for its worker", {**_WAIT, "default": 10})
-_SIZE = {"type": "integer", "minimum": 1, "maximum": vm_exec.MAX_SIZE}
+_SIZE = {"type": "integer", "minimum": 1, "maximum": vm_exec.MAX_TERMINAL_SIZE}
 _EXEC = (
     Parameter("command", "What to run, by the user's shell in the VM", _TEXT, required=True),
     Parameter("interactive", "Whether it takes stdin", {"type": "boolean"}),

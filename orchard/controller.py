@@ -46,7 +46,6 @@ from orchard.net import tcp, tls
 from orchard.net.server import Limits, serve
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
-from orchard.reach import VMAccess
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import NAME, ServiceAccount
@@ -54,7 +53,7 @@ from orchard.ssh.exec import Executor
 from orchard.storage.events import EventLog
 from orchard.storage.journal import Broken, DamagedError, NotWritten
 from orchard.store import Store
-from orchard.tunnel import Rendezvous
+from orchard.tunnel import Rendezvous, VMAccess
 
 DEFAULT_PORT = 6120
 # A worker without contact for this long is offline, and its VMs fail.

@@ -60,7 +60,7 @@ class LineFormatter(logging.Formatter):
         return " ".join(words)
 
 
-def complaint(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+def log_asyncio_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """Log what asyncio can tell to nobody else, such as that there are no descriptors left to accept with.
 
     An exception handler for a loop (asyncio's set_exception_handler): without one, any such thing would end the program.

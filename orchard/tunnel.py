@@ -1,321 +1,424 @@
-"""The controller's lines to the workers: actions out, tunnels back, pings both ways. Law: WebSocket streams only.
+"""Ways into a VM: port forwards and addresses, which the controller asks a VM's worker for.
 
-A worker behind a NAT can't be called, so each keeps a WebSocket open (its watch), over which the controller tells it to
-do something. `syncVMsAction` means no more than "look again": it is never queued twice, and a worker that reads it gets
-the present state from the API. The newest watch of a name is the one that counts.
+`VMAccess` is what the API and SSH use. It waits until the VM runs and then asks through the `Rendezvous`, which keeps
+the workers' watches and joins the two halves of a request. Both are the controller's; the worker's side of the protocol
+is in worker.py, the bytes of a tunnel are in net/websocket.py.
 
-Other actions ask for something. Each has a `Session`, whose unguessable id the worker brings back with the answer, once,
-by a request of its own: an address, or a WebSocket whose other end is a port of the VM. A question that was not answered
-is asked again over the next watch, for the one before may have been dead already. `relay` joins that WebSocket to the
-WebSocket of whoever asked. It sends on what has come before it takes more, so that a slow side slows the other and
-nothing piles up, and it forwards what one side has sent before it tells the other that this one has closed.
+A worker may be behind a NAT, so the controller cannot connect to it. Each worker keeps a WebSocket open to the
+controller (its *watch*), over which the controller sends actions. `syncVMsAction` means "look again": it is queued at
+most once, and the worker then reads the present state from the API. The newest watch of a worker replaces older ones.
 
-Every WebSocket is pinged, so that load balancers keep it and a dead peer is found: a ping that stays unanswered for a
-whole interval ends the connection, unless data is what it waits behind. Tunnels do that themselves (pipe.py).
+A port forward takes these steps:
+1. `VMAccess.connect` waits until the VM runs. `Rendezvous.ask_port` makes a `PendingRequest` with an unguessable id and
+   sends the worker a `portForwardAction` with that id. (`resolveIPAction` for an address.) If the watch breaks before
+   the worker has answered, the action is sent again over the next watch.
+2. The worker connects to the port and opens a WebSocket to the controller with the id. An id is good for one answer.
+   `Rendezvous.lend` makes this WebSocket a `WorkerEnd`, which answers the request and is lent to the task that asked.
+3. That task relays the bytes to its client's WebSocket (`WorkerEnd.relay`), or uses them itself (`WorkerEnd.borrow`).
+
+A relay sends on each piece before it takes the next one, so a slow side slows the other one and nothing accumulates. It
+sends on everything that one side has sent before it tells the other side that this one has closed.
+
+Every WebSocket is pinged, so that load balancers keep it open and a dead peer is found. A ping that stays unanswered
+for a whole interval ends the connection, unless the pong may be waiting behind data. (Tunnels ping by themselves.)
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard.codec import APIError, dump_json, shown
+from orchard.codec import dump_json, shown
 from orchard.net.websocket import PING_INTERVAL, TunnelStream
 from orchard.net.wsframes import ABNORMAL, GOING_AWAY, INTERNAL_ERROR, NO_STATUS, NORMAL, Close
+from orchard.nursery import Wakeup
+from orchard.schema import VM
+from orchard.store import Store
 
-TAKE_SECONDS = 10.0  # for a client to take the tunnel that it has asked for
-MAX_SESSIONS = 4096  # that wait for an answer of their worker; each is a request with a deadline
+# A client that does not wait still leaves the worker this time to answer: connecting to a running VM is not instant.
+LEAST_SECONDS = 10.0  # seconds
+# A worker's end that its client's task does not use within this time is closed.
+CLAIM_SECONDS = 10.0  # seconds
+# Requests that wait for their workers. Each belongs to an HTTP request or SSH channel with a deadline.
+MAX_PENDING = 4096
 SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
 
-
-# ---- actions -------------------------------------------------------------------------------------------------------
-
-
-class _Watch:
-    """What one worker is to be told, and who speaks for it."""
-
-    def __init__(self, account: str) -> None:
-        self.account = account
-        self.scope = trio.CancelScope()
-        self._actions: list[Mapping[str, Any]] = []
-        self._some = trio.Event()
-
-    def put(self, action: Mapping[str, Any]) -> None:
-        if action is SYNC and SYNC in self._actions:
-            return
-        self._actions.append(action)
-        self._some.set()
-
-    def take_back(self, action: Mapping[str, Any]) -> None:
-        """Forget an action that was not sent yet, so that there are never more than sessions."""
-        with suppress(ValueError):
-            self._actions.remove(action)
-
-    async def take(self) -> list[Mapping[str, Any]]:
-        await self._some.wait()
-        self._some = trio.Event()
-        taken, self._actions = self._actions, []
-        return taken
+AnswerT = TypeVar("AnswerT")
 
 
-@dataclass(slots=True)
-class FarEnd:
-    """A worker's end of a tunnel: its bytes, until `finished` is set."""
-
-    stream: TunnelStream
-    worker: str = ""
-    taken: trio.Event = field(default_factory=trio.Event)
-    finished: trio.Event = field(default_factory=trio.Event)
-    close: tuple[int, str] = (NORMAL, "")  # how it is to be closed
+class UnreachableError(Exception):
+    """The VM or its worker cannot be reached; `str(error)` says why."""
 
 
-class Session:
-    """A question to one worker, and its answer."""
+class VMGoneError(Exception):
+    """The VM was deleted while a client waited for it."""
 
-    def __init__(self, worker: str, account: str, kind: str, asked: Mapping[str, Any]) -> None:
+
+class UnknownSessionError(Exception):
+    """A worker answered a request that does not exist, was answered before, or was sent to another account."""
+
+
+# ---- access to VMs -------------------------------------------------------------------------------------------------
+
+
+class VMAccess:
+    """Connects to ports of VMs and of workers' hosts, and finds addresses of VMs.
+
+    All methods wait up to `wait` seconds until the VM runs and its worker has answered, but for LEAST_SECONDS at least
+    for the answer. They raise UnreachableError, and VMGoneError when the VM is deleted.
+    """
+
+    def __init__(self, store: Store, rendezvous: Rendezvous) -> None:
+        self._store = store
+        self._rendezvous = rendezvous
+
+    async def connect(self, vm: VM, port: int, wait: float) -> WorkerEnd:
+        """Connect to a port of a VM. The worker's end is closed unless it is used within CLAIM_SECONDS."""
+        deadline = trio.current_time() + wait
+        running = await self._wait_running(vm, wait)
+        return await self._rendezvous.ask_port(running.state.worker, vm.uid, port, deadline)
+
+    @asynccontextmanager
+    async def open_stream(self, vm: VM, port: int, wait: float) -> AsyncIterator[TunnelStream]:
+        """Connect to a port of a VM and yield the stream of bytes, which is closed after the block.
+
+        The block is cancelled when the VM ends; UnreachableError is raised then.
+        """
+        end = await self.connect(vm, port, wait)
+        with end.borrow() as stream:
+            yield stream
+
+    async def connect_to_host(self, worker: str, port: int, wait: float) -> WorkerEnd:
+        """Connect to a port of a worker's host."""
+        return await self._rendezvous.ask_port(worker, "", port, trio.current_time() + wait)
+
+    async def find_address(self, vm: VM, wait: float) -> str:
+        """Return a VM's address in its worker's network."""
+        deadline = trio.current_time() + wait
+        running = await self._wait_running(vm, wait)
+        return await self._rendezvous.ask_address(running.state.worker, vm.uid, deadline)
+
+    async def _wait_running(self, vm: VM, wait: float) -> VM:
+        """Return the VM as it is once it runs."""
+        running = self._if_running(vm)
+        if running is None:
+            with trio.move_on_after(wait), self._store.watch("vm", vm.name) as changes:
+                async for _ in changes:
+                    if (running := self._if_running(vm)) is not None:
+                        break
+        if running is None and (running := self._if_running(vm)) is None:
+            state = self._store.state.vms[vm.name].state
+            reason = f": {state.status_message}" if state.status_message else ""
+            raise UnreachableError(f'VM "{vm.name}" is {state.status} after {wait:g} seconds{reason}')
+        return running
+
+    def _if_running(self, vm: VM) -> VM | None:
+        """Return the VM as it is if it runs, None if it may run later. Raises an error if it never will."""
+        now = self._store.state.vms.get(vm.name)
+        if now is None or now.uid != vm.uid:
+            raise VMGoneError(f'VM "{vm.name}" with uid {vm.uid} does not exist any more')
+        if now.state.status == "failed":
+            raise UnreachableError(f'VM "{vm.name}" has failed: {now.state.status_message}')
+        if now.resting:
+            raise UnreachableError(f'VM "{vm.name}" is {now.spec.power_state}')
+        return now if now.state.status == "running" else None
+
+
+# ---- the two halves of a request -----------------------------------------------------------------------------------
+
+
+class PendingRequest(Generic[AnswerT]):
+    """A request to a worker that waits for its answer. `action` is what the worker is sent."""
+
+    def __init__(self, worker: str, account: str, kind: str, vm_uid: str, details: Mapping[str, Any]) -> None:
         self.id = secrets.token_urlsafe(24)
         self.worker = worker
         self.account = account
-        self.action: Mapping[str, Any] = {kind: {"session": self.id, **asked}}
+        self.vm_uid = vm_uid
+        self.action: Mapping[str, Any] = {kind: {"session": self.id, "vmUID": vm_uid, **details}}
         self._answered = trio.Event()
-        self._answer: FarEnd | str = ""
-        self._error = ""
+        self._answer: AnswerT | UnreachableError
 
-    def resolve(self, answer: FarEnd | str) -> None:
+    def resolve(self, answer: AnswerT) -> None:
         self._answer = answer
         self._answered.set()
 
-    def fail(self, error: str) -> None:
-        self._error = error
+    def fail(self, reason: str) -> None:
+        """Have `wait_answered` raise UnreachableError with the worker's reason."""
+        self._answer = UnreachableError(f'worker "{self.worker}": {reason}')
         self._answered.set()
 
-    async def wait(self) -> FarEnd | str:
-        """Give the answer. Raises APIError(503) with the worker's words."""
+    async def wait_answered(self) -> AnswerT:
         await self._answered.wait()
-        if self._error:
-            raise APIError(503, f'worker "{self.worker}": {self._error}')
+        if isinstance(self._answer, UnreachableError):
+            raise self._answer
         return self._answer
 
 
+class WorkerEnd:
+    """The worker's end of a tunnel: a WebSocket that the task of its HTTP connection lends to the task of a client.
+
+    The two tasks have a cancel scope each. The worker's task holds the *loan*: it keeps the WebSocket open until the
+    loan is cancelled, which happens when the client's task returns the end or does not use it within CLAIM_SECONDS.
+    The client's task holds the *use*: `end` cancels it, and the client's task then closes the tunnel.
+    """
+
+    def __init__(self, worker: str, stream: TunnelStream) -> None:
+        self.worker = worker
+        self._stream = stream
+        self._loan = trio.CancelScope(deadline=trio.current_time() + CLAIM_SECONDS)
+        self._use = trio.CancelScope()
+        # The code and the reason with which the tunnel is closed.
+        self._close = (NORMAL, "")
+
+    async def wait_returned(self) -> None:
+        """Return when the WebSocket is not needed any more. For the worker's task."""
+        with self._loan:
+            await trio.sleep_forever()
+
+    async def relay(self, client: TunnelStream) -> None:
+        """Relay bytes between a client and the VM until a side closes or `end` is called; then close both."""
+        with self._claimed():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pump, client, self._stream, "the client")
+                nursery.start_soon(self._pump, self._stream, client, "the worker")
+                with self._use:
+                    await trio.sleep_forever()
+                # The pumps still run: a frame that is half sent must be completed before the close can be sent.
+                async with trio.open_nursery() as closing:
+                    closing.start_soon(client.aclose, *self._close)
+                    closing.start_soon(self._stream.aclose, *self._close)
+                nursery.cancel_scope.cancel()
+
+    @contextmanager
+    def borrow(self) -> Iterator[TunnelStream]:
+        """Yield the stream for the block, which `end` cancels. Raises UnreachableError then."""
+        with self._claimed(), self._use:
+            yield self._stream
+        if self._use.cancel_called:
+            raise UnreachableError(self._close[1])
+
+    def end(self, code: int, reason: str) -> None:
+        """Have the client's task close the tunnel with this code and reason. Only the first call has an effect."""
+        if not self._use.cancel_called:
+            self._close = (code, reason)
+            self._use.cancel()
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        self._loan.deadline = math.inf
+        try:
+            yield
+        finally:
+            self._loan.cancel()
+
+    async def _pump(self, source: TunnelStream, sink: TunnelStream, name: str) -> None:
+        """Send on what arrives until the source closes. What the sink cannot take any more is dropped."""
+        while data := await source.take():
+            # A sink that has closed is no reason to stop: its own pump must still send on what came before the close.
+            with suppress(trio.BrokenResourceError):
+                await sink.send_all(data)
+        self.end(*close_to_relay(source.closed, name))
+
+
 class Rendezvous:
-    """The watches of all workers, and what was asked over them. `ping_interval` is in seconds."""
+    """The watches of all workers, the requests sent over them, and the tunnels that they opened.
+
+    `ping_interval`, in seconds, is that of the watches.
+    """
 
     def __init__(self, ping_interval: float = PING_INTERVAL) -> None:
         self.ping_interval = ping_interval
         self._watches: dict[str, _Watch] = {}
-        self._connected = trio.Event()  # that another worker has come
-        self._sessions: dict[str, Session] = {}
-        self._tunnels: defaultdict[str, set[_Tunnel | _Use]] = defaultdict(set)  # by the uid of their VM
+        self._watch_opened = Wakeup()
+        # Pending requests by their ids.
+        self._ports: dict[str, PendingRequest[WorkerEnd]] = {}
+        self._addresses: dict[str, PendingRequest[str]] = {}
+        # Open tunnels by the uids of their VMs; "" for those to workers' hosts.
+        self._ends: defaultdict[str, set[WorkerEnd]] = defaultdict(set)
+
+    # -- requests
+
+    async def ask_port(self, worker: str, vm_uid: str, port: int, deadline: float) -> WorkerEnd:
+        """Have a worker connect to a port of a VM, or of its host if `vm_uid` is "". Raises UnreachableError."""
+        return await self._ask(self._ports, worker, deadline, ("portForwardAction", vm_uid, {"port": port}))
+
+    async def ask_address(self, worker: str, vm_uid: str, deadline: float) -> str:
+        """Have a worker find the address of a VM. Raises UnreachableError."""
+        return await self._ask(self._addresses, worker, deadline, ("resolveIPAction", vm_uid, {}))
+
+    async def _ask(
+        self,
+        pending: dict[str, PendingRequest[AnswerT]],
+        worker: str,
+        deadline: float,
+        action: tuple[str, str, Mapping[str, Any]],
+    ) -> AnswerT:
+        """Send an action (kind, VM's uid, details) as soon as the worker is connected, and return its answer."""
+        with trio.move_on_at(max(deadline, trio.current_time() + LEAST_SECONDS)):
+            while (watch := self._watches.get(worker)) is None:
+                await self._watch_opened.wait()
+            if len(self._ports) + len(self._addresses) >= MAX_PENDING:
+                raise UnreachableError(f"{MAX_PENDING} requests are waiting for workers, try again later")
+            request = PendingRequest[AnswerT](worker, watch.account, *action)
+            pending[request.id] = request
+            watch.put(request.action)
+            try:
+                return await request.wait_answered()
+            finally:
+                pending.pop(request.id, None)
+                if now := self._watches.get(worker):
+                    now.take_back(request.action)
+        problem = "did not answer in time" if worker in self._watches else "is not connected"
+        raise UnreachableError(f'worker "{worker}" {problem}')
+
+    def answer_port(self, session: str, account: str) -> PendingRequest[WorkerEnd]:
+        """Return the request for a port that a worker answers, for the only time. Raises UnknownSessionError."""
+        return _take_pending(self._ports, session, account)
+
+    def answer_address(self, session: str, account: str) -> PendingRequest[str]:
+        """Return the request for an address that a worker answers, for the only time. Raises UnknownSessionError."""
+        return _take_pending(self._addresses, session, account)
+
+    async def lend(self, request: PendingRequest[WorkerEnd], stream: TunnelStream) -> None:
+        """Answer a request with the worker's WebSocket, and return when that is not needed any more."""
+        end = WorkerEnd(request.worker, stream)
+        ends = self._ends[request.vm_uid]
+        ends.add(end)
+        try:
+            request.resolve(end)
+            await end.wait_returned()
+        finally:
+            ends.discard(end)
+            if not ends:
+                self._ends.pop(request.vm_uid, None)
+
+    def end_tunnels(self, vm_uid: str, reason: str) -> None:
+        """Close all tunnels into a VM that has ended."""
+        for end in self._ends.get(vm_uid, ()):
+            end.end(GOING_AWAY, reason)
+
+    # -- watches
 
     def sync(self, worker: str) -> None:
-        """Tell a worker to look at its VMs; one that has no watch open looks when it opens one."""
+        """Tell a worker to look at its VMs. A worker without a watch looks as soon as it opens one."""
         if watch := self._watches.get(worker):
             watch.put(SYNC)
 
     async def serve(self, worker: str, account: str, websocket: WebSocketConnection, alive: Callable[[], None]) -> None:
-        """Serve a worker's watch until another takes its place, or it is dead. Raises ConnectionClosed.
+        """Serve a worker's watch until a newer one replaces it or it is dead; call `alive` at each pong.
 
-        `alive` is called at each sign of life.
+        Raises ConnectionClosed.
         """
-        if before := self._watches.get(worker):
-            before.scope.cancel()
-        for tunnel in self._tunnels_through(worker):
-            tunnel.end(GOING_AWAY, f'worker "{worker}" has reconnected')  # what it had open before may be half-open
-        watch = self._watches[worker] = _Watch(account)
-        watch.put(SYNC)
-        for session in self._sessions.values():
-            if session.worker == worker:
-                session.account = account
-                watch.put(session.action)
-        self._connected.set()
-        self._connected = trio.Event()
+        watch = self._open_watch(worker, account)
         try:
             with watch.scope:
-                async with trio.open_nursery() as nursery:  # all three end when one of them does
-                    nursery.start_soon(drain, websocket)
-                    nursery.start_soon(keep_alive, websocket, self.ping_interval, alive, nursery.cancel_scope)
+                # The three tasks end together.
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_discard_messages, websocket)
+                    nursery.start_soon(_ping_watch, websocket, self.ping_interval, alive, nursery.cancel_scope)
                     while True:
-                        for action in await watch.take():
+                        for action in await watch.wait_actions():
                             await websocket.send_message(dump_json(action))
         finally:
             if self._watches.get(worker) is watch:
                 del self._watches[worker]
 
-    async def connected(self, worker: str) -> None:
-        """Wait until a worker has a watch open."""
-        while worker not in self._watches:
-            await self._connected.wait()
-
-    @contextmanager
-    def ask(self, worker: str, kind: str, vm_uid: str, port: int | None = None) -> Iterator[Session]:
-        """Ask a worker that has a watch open; forget the question at the end of the block. Raises APIError(503)."""
-        watch = self._watches.get(worker)
-        if watch is None:
-            raise APIError(503, f'worker "{worker}" is not connected')
-        if len(self._sessions) >= MAX_SESSIONS:
-            raise APIError(503, f"{MAX_SESSIONS} requests wait for their workers already")
-        session = Session(worker, watch.account, kind, {"vmUID": vm_uid, **({} if port is None else {"port": port})})
-        self._sessions[session.id] = session
-        watch.put(session.action)
-        try:
-            yield session
-        finally:
-            self._sessions.pop(session.id, None)
-            if now := self._watches.get(worker):
-                now.take_back(session.action)
-
-    def answered(self, session: str, account: str) -> Session:
-        """Find the question that a worker answers, for the only time. Raises APIError(404)."""
-        found = self._sessions.get(session)
-        if found is None or found.account != account:
-            raise APIError(404, f"session {shown(session)} does not exist, or was answered already, or is another's")
-        return self._sessions.pop(session)
-
-    # -- tunnels
-
-    async def serve_far_end(self, session: Session, stream: TunnelStream) -> None:
-        """Let a worker's WebSocket answer a session, and keep it open as long as the tunnel is."""
-        far = FarEnd(stream, session.worker)
-        session.resolve(far)
-        with trio.move_on_after(TAKE_SECONDS):
-            async with trio.open_nursery() as nursery:  # one of both is enough
-
-                async def end_with(wait: Callable[[], Awaitable[None]]) -> None:
-                    await wait()
-                    nursery.cancel_scope.cancel()
-
-                nursery.start_soon(end_with, far.taken.wait)
-                nursery.start_soon(end_with, stream.wait_exhausted)
-        if far.taken.is_set():
-            await far.finished.wait()
-            await stream.aclose(*far.close)
-
-    async def serve_near_end(self, vm_uid: str, far: FarEnd, near: TunnelStream) -> None:
-        """Relay between a client and a worker until one of them closes, or `end_tunnels` does."""
-        tunnel = _Tunnel(near, far)
-        with self._listed(vm_uid, tunnel):
-            await tunnel.relay()
-
-    @asynccontextmanager
-    async def far_stream(self, vm_uid: str, far: FarEnd) -> AsyncIterator[TunnelStream]:
-        """Give the bytes of a far end for the time of the block. Raises APIError(503) when `end_tunnels` ends it."""
-        use = _Use(far.worker)
-        far.taken.set()
-        try:
-            with self._listed(vm_uid, use), use.scope:
-                yield far.stream
-        finally:
-            far.finished.set()
-        if use.reason:
-            raise APIError(503, use.reason)
-
-    @contextmanager
-    def _listed(self, vm_uid: str, tunnel: _Tunnel | _Use) -> Iterator[None]:
-        self._tunnels[vm_uid].add(tunnel)
-        try:
-            yield
-        finally:
-            self._tunnels[vm_uid].discard(tunnel)
-            if not self._tunnels[vm_uid]:
-                del self._tunnels[vm_uid]
-
-    def _tunnels_through(self, worker: str) -> list[_Tunnel | _Use]:
-        return [tunnel for tunnels in self._tunnels.values() for tunnel in tunnels if tunnel.worker == worker]
-
-    def end_tunnels(self, vm_uid: str, reason: str) -> None:
-        """Close all tunnels into a VM that is no more."""
-        for tunnel in self._tunnels.get(vm_uid, ()):
-            tunnel.end(GOING_AWAY, reason)
+    def _open_watch(self, worker: str, account: str) -> _Watch:
+        """Replace a worker's watch by a new one, which sends again what was not answered."""
+        if replaced := self._watches.get(worker):
+            replaced.scope.cancel()
+        # Connections that the worker had open before may be half-open.
+        for end in [end for ends in self._ends.values() for end in ends if end.worker == worker]:
+            end.end(GOING_AWAY, f'worker "{worker}" has reconnected')
+        watch = self._watches[worker] = _Watch(account)
+        watch.put(SYNC)
+        pending: list[PendingRequest[Any]] = [*self._ports.values(), *self._addresses.values()]
+        for request in pending:
+            if request.worker == worker:
+                request.account = account
+                watch.put(request.action)
+        self._watch_opened.set()
+        return watch
 
 
-# ---- relaying ------------------------------------------------------------------------------------------------------
+class _Watch:
+    """The actions that are to be sent to one worker. Cancelling `scope` ends the task that sends them."""
 
-
-class _Tunnel:
-    """Two WebSockets that are joined."""
-
-    def __init__(self, near: TunnelStream, far: FarEnd) -> None:
-        self.worker = far.worker
-        self._near = near
-        self._far = far
-        self._ended = trio.Event()
-
-    def end(self, code: int, reason: str) -> None:
-        """Close both ends, if nobody has said before why."""
-        if not self._ended.is_set():
-            self._far.close = (code, reason)
-            self._ended.set()
-
-    async def relay(self) -> None:
-        near, far = self._near, self._far.stream
-        self._far.taken.set()
-        try:
-            async with trio.open_nursery() as nursery:  # a frame on its way may come to its end before the close
-                nursery.start_soon(self._pump, near, far, "the client")
-                nursery.start_soon(self._pump, far, near, "the worker")
-                await self._ended.wait()
-                async with trio.open_nursery() as closing:
-                    closing.start_soon(near.aclose, *self._far.close)
-                    closing.start_soon(far.aclose, *self._far.close)
-                nursery.cancel_scope.cancel()
-        finally:
-            self._far.finished.set()
-
-    async def _pump(self, source: TunnelStream, sink: TunnelStream, who: str) -> None:
-        """Send on what comes, until the source closes; what the sink can't take any more is dropped."""
-        while data := await source.take():
-            with suppress(trio.BrokenResourceError):
-                await sink.send_all(data)  # if it has closed, its own pump still sends on what came before that
-        self.end(*ending(source.closed, who))
-
-
-class _Use:
-    """A far end whose bytes somebody in this process uses."""
-
-    def __init__(self, worker: str) -> None:
-        self.worker = worker
+    def __init__(self, account: str) -> None:
+        self.account = account
         self.scope = trio.CancelScope()
-        self.reason = ""
+        self._actions: list[Mapping[str, Any]] = []
+        self._changed = Wakeup()
 
-    def end(self, _: int, reason: str) -> None:
-        self.reason = reason
-        self.scope.cancel()
+    def put(self, action: Mapping[str, Any]) -> None:
+        if action is SYNC and SYNC in self._actions:
+            return
+        self._actions.append(action)
+        self._changed.set()
+
+    def take_back(self, action: Mapping[str, Any]) -> None:
+        """Drop an action that was not sent yet, so that there are never more actions than pending requests."""
+        with suppress(ValueError):
+            self._actions.remove(action)
+
+    async def wait_actions(self) -> list[Mapping[str, Any]]:
+        """Return the actions that are to be sent, in order, as soon as there are any."""
+        while not self._actions:
+            await self._changed.wait()
+        actions, self._actions = self._actions, []
+        return actions
 
 
-def ending(closed: Close | None, who: str) -> tuple[int, str]:
-    """With what code and reason one side learns that the other has closed."""
+def _take_pending(
+    pending: dict[str, PendingRequest[AnswerT]], session: str, account: str
+) -> PendingRequest[AnswerT]:  # fmt: skip
+    request = pending.get(session)
+    if request is None or request.account != account:
+        raise UnknownSessionError(
+            f"session {shown(session)} is unknown, was answered before, or belongs to another account"
+        )
+    return pending.pop(session)
+
+
+def close_to_relay(closed: Close | None, name: str) -> tuple[int, str]:
+    """Return the code and the reason that one side of a tunnel is closed with after the other side has closed.
+
+    `name` is what the reason calls the other side.
+    """
     if closed is None or closed.code == ABNORMAL:
         return (
             INTERNAL_ERROR,
-            f"{who} {closed.reason}" if closed and closed.reason else f"the connection to {who} was lost",
+            f"{name} {closed.reason}" if closed and closed.reason else f"the connection to {name} was lost",
         )
     if closed.is_violation:
-        return INTERNAL_ERROR, f"{who} broke the protocol: {closed.reason}"
+        return INTERNAL_ERROR, f"{name} broke the protocol: {closed.reason}"
     if closed.code in (NORMAL, NO_STATUS):
         return NORMAL, ""
-    return closed.code, f"{who} closed it: {closed.reason}" if closed.reason else f"{who} closed it"
+    return closed.code, f"{name} closed it: {closed.reason}" if closed.reason else f"{name} closed it"
 
 
-async def drain(websocket: WebSocketConnection) -> None:
-    """Throw away what a peer sends that has nothing to say, so that its pongs and its close are seen."""
+async def _discard_messages(websocket: WebSocketConnection) -> None:
+    """Read messages that have no meaning, so that trio-websocket handles pongs and the close among them."""
     while True:
         await websocket.get_message()
 
 
-async def keep_alive(
+async def _ping_watch(
     websocket: WebSocketConnection, interval: float, alive: Callable[[], None], scope: trio.CancelScope
 ) -> None:
-    """Ping every `interval` seconds, and call `alive` for each pong. Cancels `scope` when one stays away as long."""
+    """Ping every `interval` seconds and call `alive` for each pong. Cancel `scope` when a pong takes that long."""
     while True:
         with trio.move_on_after(interval) as patience:
-            await websocket.ping(secrets.token_bytes(4))  # by itself it would use up numbers that a test has seeded
+            # Without a payload of ours, trio-websocket would use up random numbers that an embedding test has seeded.
+            await websocket.ping(secrets.token_bytes(4))
         if patience.cancelled_caught:
             scope.cancel()
             return

@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("people", ("__main__", "cli/", "testing", "pytest_plugin")),
     ("roles", ("controller", "scheduling_loop", "reactions", "worker", "api")),
-    ("access", ("ssh/", "reach", "tunnel", "client")),
+    ("access", ("ssh/", "tunnel", "client")),
     ("decisions", ("scheduler", "transitions", "auth", "liveness")),
     ("state", ("store", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),

@@ -1,28 +1,41 @@
-"""The rendezvous over memory streams, on a virtual clock: watches, pings, and what happens when a side stops answering."""
+"""The rendezvous over memory streams, on a virtual clock: watches, requests to workers, relays, and silent peers."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
+from harness.peers import Ends, pair
+from trio.testing import wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
 from orchard import tunnel
-from orchard.codec import APIError
-from orchard.net.wsframes import Close
-from orchard.tunnel import Rendezvous, ending
+from orchard.net import websocket
+from orchard.net.wsframes import BINARY, CLOSE, PONG, Close
+from orchard.tunnel import (
+    CLAIM_SECONDS,
+    LEAST_SECONDS,
+    PendingRequest,
+    Rendezvous,
+    UnknownSessionError,
+    UnreachableError,
+    WorkerEnd,
+    close_to_relay,
+)
 
 
 @asynccontextmanager
-async def joined() -> AsyncIterator[tuple[WebSocketConnection, WebSocketConnection, trio.testing.MemorySendStream]]:
-    """Two ends of a WebSocket: the controller's, the peer's, and the stream by which the peer's answers come.
+async def watch_pair() -> AsyncIterator[
+    tuple[WebSocketConnection, WebSocketConnection, trio.testing.MemorySendStream]
+]:  # fmt: skip
+    """Yield both ends of a watch, the controller's and the worker's, and the stream of what the worker's end sends.
 
-    What is waited for in vain fails after a virtual hour: pings would go on forever.
+    A wait that would not end fails after a virtual hour, because pings keep the virtual clock going.
     """
     ours, theirs = trio.testing.memory_stream_pair()
     with trio.fail_after(3600):
@@ -33,203 +46,408 @@ async def joined() -> AsyncIterator[tuple[WebSocketConnection, WebSocketConnecti
                 ends.append(await (await wrap_server_stream(nursery, ours)).accept())
 
             nursery.start_soon(accept)
-            peer = await wrap_client_stream(nursery, theirs, "h", "/")  # type: ignore[arg-type]  # any stream does
-            await trio.testing.wait_all_tasks_blocked()
-            yield ends[0], peer, theirs.send_stream
+            # trio-websocket declares sockets and TLS, and uses what any stream has.
+            worker = await wrap_client_stream(nursery, theirs, "h", "/")  # type: ignore[arg-type]
+            await wait_all_tasks_blocked()
+            yield ends[0], worker, theirs.send_stream
             nursery.cancel_scope.cancel()
 
 
-async def serve(board: Rendezvous, worker: str, websocket: WebSocketConnection, pongs: list[float]) -> None:
+async def serve(rendezvous: Rendezvous, worker: str, websocket: WebSocketConnection, pongs: list[float]) -> None:
     try:
-        await board.serve(worker, "account", websocket, lambda: pongs.append(trio.current_time()))
+        await rendezvous.serve(worker, "account", websocket, lambda: pongs.append(trio.current_time()))
     except* ConnectionClosed:
         pass
 
 
-async def test_a_worker_is_told_once_to_look_however_often_it_is_asked(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
-        nursery.start_soon(serve, board, "w", ours, [])
-        assert json.loads(await peer.get_message()) == {"syncVMsAction": {}}
+async def next_action(worker: WebSocketConnection) -> Any:
+    message = await worker.get_message()
+    assert isinstance(message, bytes), "actions are binary messages"
+    return json.loads(message)
+
+
+class Asked:
+    """A question that a task of its own asks; `answer` is what came of it."""
+
+    def __init__(self, nursery: trio.Nursery, ask: Callable[[], Awaitable[object]]) -> None:
+        self.answer: object = None
+        self.scope = trio.CancelScope()
+        self.done = trio.Event()
+        nursery.start_soon(self._run, ask)
+
+    async def _run(self, ask: Callable[[], Awaitable[object]]) -> None:
+        with self.scope:
+            try:
+                self.answer = await ask()
+            except UnreachableError as error:
+                self.answer = error
+        self.done.set()
+
+
+def ask_address(nursery: trio.Nursery, rendezvous: Rendezvous, vm_uid: str = "uid", worker: str = "w") -> Asked:
+    return Asked(nursery, lambda: rendezvous.ask_address(worker, vm_uid, 3000))
+
+
+# ---- watches -------------------------------------------------------------------------------------------------------
+
+
+async def test_sync_action_is_queued_once(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        assert await next_action(worker) == {"syncVMsAction": {}}
         for _ in range(100):
-            board.sync("w")
-            board.sync("another")
-        message = await peer.get_message()
-        assert isinstance(message, bytes), "actions are binary messages"
-        assert json.loads(message) == {"syncVMsAction": {}}
+            rendezvous.sync("w")
+            rendezvous.sync("another")
+        assert await next_action(worker) == {"syncVMsAction": {}}
         with trio.move_on_after(5) as patience:
-            await peer.get_message()
+            await worker.get_message()
         assert patience.cancelled_caught
         nursery.cancel_scope.cancel()
 
 
-async def test_a_pong_is_a_sign_of_life(autojump_clock: Any) -> None:
-    board = Rendezvous(ping_interval=10)
+async def test_pong_is_a_sign_of_life_and_spares_the_random_numbers(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous(ping_interval=10)
     pongs: list[float] = []
-    chance = random.getstate()
-    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
-        nursery.start_soon(serve, board, "w", ours, pongs)
-        await peer.get_message()
+    before = random.getstate()
+    async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, pongs)
+        await worker.get_message()
         await trio.sleep(35)
         assert pongs == [0, 10, 20, 30]
-        assert random.getstate() == chance, "it is the embedding program's"
+        assert random.getstate() == before, "the common random numbers are the embedding program's"
         nursery.cancel_scope.cancel()
 
 
-async def test_a_peer_that_does_not_answer_is_given_up_within_two_intervals(autojump_clock: Any) -> None:
-    board = Rendezvous(ping_interval=10)
-    async with joined() as (ours, peer, answers):
+async def test_watch_without_pongs_ends_within_two_intervals(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous(ping_interval=10)
+    async with watch_pair() as (ours, worker, answers):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve, board, "w", ours, [])
-            await peer.get_message()
+            nursery.start_soon(serve, rendezvous, "w", ours, [])
+            await worker.get_message()
             await trio.sleep(1)
             answers.send_all_hook = trio.sleep_forever
-            await trio.testing.wait_all_tasks_blocked()
-            while board._watches:  # noqa: ASYNC110 -- on a virtual clock
-                await trio.sleep(1)
+            await wait_all_tasks_blocked()
+        assert not rendezvous._watches
         assert trio.current_time() <= 21
 
 
-async def test_the_newest_watch_of_a_name_is_the_one_that_counts(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    async with joined() as (first, first_peer, _), joined() as (second, second_peer, _):
+async def test_newest_watch_of_a_worker_replaces_the_older_one(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (first, first_worker, _), watch_pair() as (second, second_worker, _):
         async with trio.open_nursery() as nursery:
             replaced = trio.Event()
 
             async def serve_first() -> None:
-                await serve(board, "w", first, [])
+                await serve(rendezvous, "w", first, [])
                 replaced.set()
 
             nursery.start_soon(serve_first)
-            await first_peer.get_message()
-            nursery.start_soon(serve, board, "w", second, [])
+            await first_worker.get_message()
+            nursery.start_soon(serve, rendezvous, "w", second, [])
             await replaced.wait()
-            await second_peer.get_message()
-            board.sync("w")
-            assert json.loads(await second_peer.get_message()) == {"syncVMsAction": {}}
-            await second_peer.aclose()
-        assert board._watches == {}
+            await second_worker.get_message()
+            rendezvous.sync("w")
+            assert await next_action(second_worker) == {"syncVMsAction": {}}
+            await second_worker.aclose()
+        assert rendezvous._watches == {}
 
 
-async def test_a_question_is_answered_once_by_whom_it_was_put_to(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    with pytest.raises(APIError, match='worker "w" is not connected'), board.ask("w", "resolveIPAction", "uid"):
-        raise AssertionError("nobody could be asked")
-    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
-        nursery.start_soon(serve, board, "w", ours, [])
-        await peer.get_message()
-        with board.ask("w", "portForwardAction", "uid", 22) as session:
-            action = json.loads(await peer.get_message())
-            assert action == {"portForwardAction": {"session": session.id, "vmUID": "uid", "port": 22}}
-            with pytest.raises(APIError, match="does not exist"):
-                board.answered(session.id, "another account")
-            board.answered(session.id, "account").fail("no such port")
-            with pytest.raises(APIError, match='worker "w": no such port') as refused:
-                await session.wait()
-            assert refused.value.status == 503
-            with pytest.raises(APIError) as refused:
-                board.answered(session.id, "account")
-            assert refused.value.status == 404
-        with board.ask("w", "resolveIPAction", "uid") as session:
-            pass
-        with pytest.raises(APIError, match="does not exist"):
-            board.answered(session.id, "account")
-        assert board._sessions == {}
+async def test_messages_of_a_worker_on_its_watch_are_ignored_until_it_closes(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        await worker.get_message()
+        for message in ("text", b"\xff", b"", "{}"):
+            await worker.send_message(message)
+        rendezvous.sync("w")
+        assert await next_action(worker) == {"syncVMsAction": {}}
+        await worker.aclose(4000, "enough")
+        await wait_all_tasks_blocked()
+        assert not nursery.child_tasks
+        assert rendezvous._watches == {}
+
+
+# ---- requests to workers -------------------------------------------------------------------------------------------
+
+
+async def test_request_is_answered_once_and_by_the_account_it_was_sent_to(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        await worker.get_message()
+        asked = Asked(nursery, lambda: rendezvous.ask_port("w", "uid", 22, 3000))
+        action = await next_action(worker)
+        session = action["portForwardAction"]["session"]
+        assert action == {"portForwardAction": {"session": session, "vmUID": "uid", "port": 22}}
+        with pytest.raises(UnknownSessionError):
+            rendezvous.answer_port(session, "another account")
+        with pytest.raises(UnknownSessionError):
+            rendezvous.answer_address(session, "account")
+        rendezvous.answer_port(session, "account").fail("no such port")
+        await asked.done.wait()
+        assert isinstance(asked.answer, UnreachableError)
+        assert str(asked.answer) == 'worker "w": no such port'
+        with pytest.raises(UnknownSessionError):
+            rendezvous.answer_port(session, "account")
+
+        asked = ask_address(nursery, rendezvous)
+        session = (await next_action(worker))["resolveIPAction"]["session"]
+        asked.scope.cancel()
+        await asked.done.wait()
+        with pytest.raises(UnknownSessionError):
+            rendezvous.answer_address(session, "account")
+        assert not rendezvous._ports
+        assert not rendezvous._addresses
         nursery.cancel_scope.cancel()
 
 
-async def test_a_question_that_nobody_waits_for_any_more_is_not_put(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
-        nursery.start_soon(serve, board, "w", ours, [])
-        await board.connected("w")
-        await peer.get_message()
+async def test_request_that_was_cancelled_is_not_sent(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
+        sent = trio.Event()
+        worker_takes = ours.send_message
+
+        async def hold(message: Any) -> None:
+            await sent.wait()
+            await worker_takes(message)
+
+        # The first action keeps the watch busy, so the requests stay in its queue.
+        ours.send_message = hold  # type: ignore[method-assign]
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        await wait_all_tasks_blocked()
         for _ in range(3):
-            with board.ask("w", "resolveIPAction", "uid"):
-                pass
-        with board.ask("w", "resolveIPAction", "another"):
-            assert json.loads(await peer.get_message())["resolveIPAction"]["vmUID"] == "another"
+            asked = ask_address(nursery, rendezvous)
+            await wait_all_tasks_blocked()
+            asked.scope.cancel()
+            await asked.done.wait()
+        ask_address(nursery, rendezvous, "another")
+        await wait_all_tasks_blocked()
+        sent.set()
+        assert await next_action(worker) == {"syncVMsAction": {}}
+        assert (await next_action(worker))["resolveIPAction"]["vmUID"] == "another"
         nursery.cancel_scope.cancel()
 
 
-async def test_a_question_that_was_put_to_a_watch_which_was_dead_is_put_to_the_next(autojump_clock: Any) -> None:
-    """So a worker that was killed and started again answers what was asked meanwhile."""
-    board = Rendezvous()
+async def test_request_sent_over_a_dead_watch_is_sent_again_over_the_next(autojump_clock: Any) -> None:
+    """A worker that was killed and restarted answers what was asked meanwhile."""
+    rendezvous = Rendezvous()
     async with (
-        joined() as (first, first_peer, _),
-        joined() as (second, second_peer, _),
+        watch_pair() as (first, first_worker, _),
+        watch_pair() as (second, second_worker, _),
         trio.open_nursery() as nursery,
     ):
-        nursery.start_soon(serve, board, "w", first, [])
-        await first_peer.get_message()
-        with board.ask("w", "resolveIPAction", "uid") as session, board.ask("w", "resolveIPAction", "other") as other:
-            board.answered(other.id, "account").resolve("127.0.0.1")
-            for _ in range(2):
-                await first_peer.get_message()  # and nothing comes of it
-            await first_peer.aclose()
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(board.serve, "w", "another account", second, lambda: None)
-            actions = [json.loads(await second_peer.get_message()) for _ in range(2)]
-            assert actions == [{"syncVMsAction": {}}, {"resolveIPAction": {"session": session.id, "vmUID": "uid"}}]
-            with pytest.raises(APIError, match="does not exist"):
-                board.answered(session.id, "account")
-            board.answered(session.id, "another account").resolve("127.0.0.2")
-            assert await session.wait() == "127.0.0.2"
+        nursery.start_soon(serve, rendezvous, "w", first, [])
+        await first_worker.get_message()
+        asked, answered = ask_address(nursery, rendezvous), ask_address(nursery, rendezvous, "other")
+        sessions = {}
+        for _ in range(2):
+            action = (await next_action(first_worker))["resolveIPAction"]
+            sessions[action["vmUID"]] = action["session"]
+        rendezvous.answer_address(sessions["other"], "account").resolve("127.0.0.1")
+        await answered.done.wait()
+        await first_worker.aclose()
+        await wait_all_tasks_blocked()
+        nursery.start_soon(rendezvous.serve, "w", "another account", second, lambda: None)
+        actions = [await next_action(second_worker) for _ in range(2)]
+        assert actions == [{"syncVMsAction": {}}, {"resolveIPAction": {"session": sessions["uid"], "vmUID": "uid"}}]
+        with pytest.raises(UnknownSessionError):
+            rendezvous.answer_address(sessions["uid"], "account")
+        rendezvous.answer_address(sessions["uid"], "another account").resolve("127.0.0.2")
+        await asked.done.wait()
+        assert asked.answer == "127.0.0.2"
         nursery.cancel_scope.cancel()
 
 
-async def test_there_is_an_end_to_questions(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel, "MAX_SESSIONS", 2)
-    board = Rendezvous()
-    async with joined() as (ours, _peer, _), trio.open_nursery() as nursery:
-        nursery.start_soon(serve, board, "w", ours, [])
-        await board.connected("w")
-        with board.ask("w", "resolveIPAction", "1"), board.ask("w", "resolveIPAction", "2"):
-            with pytest.raises(APIError, match="2 requests wait") as refused, board.ask("w", "resolveIPAction", "3"):
-                raise AssertionError("one too many")
-            assert refused.value.status == 503
-        with board.ask("w", "resolveIPAction", "4"):
-            pass
+async def test_number_of_pending_requests_is_bounded(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tunnel, "MAX_PENDING", 2)
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, _worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        await wait_all_tasks_blocked()
+        first, _second = ask_address(nursery, rendezvous, "1"), ask_address(nursery, rendezvous, "2")
+        await wait_all_tasks_blocked()
+        with pytest.raises(UnreachableError, match="2 requests"):
+            await rendezvous.ask_port("w", "3", 22, 3000)
+        first.scope.cancel()
+        await first.done.wait()
+        fourth = ask_address(nursery, rendezvous, "4")
+        await wait_all_tasks_blocked()
+        assert not fourth.done.is_set()
+        assert len(rendezvous._addresses) == 2
         nursery.cancel_scope.cancel()
 
 
-async def test_whoever_waits_for_a_worker_goes_on_when_that_one_has_come(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    came: list[str] = []
-
-    async def wait_for(worker: str) -> None:
-        await board.connected(worker)
-        came.append(worker)
-
-    async with joined() as (ours, _peer, _), joined() as (others, _, _), trio.open_nursery() as nursery:
-        nursery.start_soon(wait_for, "w")
-        nursery.start_soon(wait_for, "another")
-        nursery.start_soon(serve, board, "another", others, [])
-        await trio.testing.wait_all_tasks_blocked()
-        assert came == ["another"]
-        nursery.start_soon(serve, board, "w", ours, [])
-        await trio.testing.wait_all_tasks_blocked()
-        assert came == ["another", "w"]
+async def test_request_waits_until_its_worker_connects(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, worker, _), watch_pair() as (others, other, _), trio.open_nursery() as nursery:
+        asked = ask_address(nursery, rendezvous, worker="w")
+        ask_address(nursery, rendezvous, worker="another")
+        nursery.start_soon(serve, rendezvous, "another", others, [])
+        assert await next_action(other) == {"syncVMsAction": {}}
+        assert "resolveIPAction" in await next_action(other)
+        assert not asked.done.is_set()
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        assert await next_action(worker) == {"syncVMsAction": {}}
+        assert "resolveIPAction" in await next_action(worker)
         nursery.cancel_scope.cancel()
 
 
-async def test_what_a_worker_says_on_its_watch_is_passed_over_until_it_closes(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    async with joined() as (ours, peer, _), trio.open_nursery() as nursery:
-        nursery.start_soon(serve, board, "w", ours, [])
-        await peer.get_message()
-        for message in ("text", b"\xff", b"", "{}"):
-            await peer.send_message(message)
-        board.sync("w")
-        assert json.loads(await peer.get_message()) == {"syncVMsAction": {}}
-        await peer.aclose(4000, "enough")
-        await trio.testing.wait_all_tasks_blocked()
-        assert not nursery.child_tasks
-        assert board._watches == {}
+async def test_request_leaves_the_worker_a_least_time_to_answer(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    with pytest.raises(UnreachableError, match='worker "w" is not connected'):
+        await rendezvous.ask_address("w", "uid", trio.current_time())
+    assert trio.current_time() == LEAST_SECONDS
+    async with watch_pair() as (ours, _worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        with pytest.raises(UnreachableError, match='worker "w" did not answer'):
+            await rendezvous.ask_address("w", "uid", trio.current_time() + 3 * LEAST_SECONDS)
+        assert trio.current_time() == 4 * LEAST_SECONDS
+        nursery.cancel_scope.cancel()
+
+
+# ---- relays --------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def relay(rendezvous: Rendezvous, *, narrow: bool = False) -> AsyncIterator[tuple[Ends, Ends, trio.Event]]:
+    """Join a client's and a worker's WebSocket; yield both and an event that is set when the relay has ended."""
+    interval = rendezvous.ping_interval
+    async with (
+        pair(ping_interval=interval, narrow=narrow) as client,
+        pair(ping_interval=interval, narrow=narrow) as worker,
+        trio.open_nursery() as nursery,
+    ):
+        request = PendingRequest[WorkerEnd]("w", "account", "portForwardAction", "uid", {})
+        ended, returned = trio.Event(), trio.Event()
+
+        async def serve_worker() -> None:
+            await rendezvous.lend(request, worker.end)
+            returned.set()
+
+        async def serve_client() -> None:
+            await (await request.wait_answered()).relay(client.end)
+            with trio.fail_after(1):
+                await returned.wait()
+            assert not rendezvous._ends
+            ended.set()
+
+        nursery.start_soon(serve_worker)
+        nursery.start_soon(serve_client)
+        await wait_all_tasks_blocked()
+        yield client, worker, ended
+        nursery.cancel_scope.cancel()
+
+
+async def test_silent_tunnel_with_a_dead_end_is_closed_within_two_ping_intervals(autojump_clock: Any) -> None:
+    async with relay(Rendezvous(ping_interval=10)) as (client, worker, ended), trio.open_nursery() as nursery:
+
+        async def live() -> None:
+            while not any(isinstance(event, Close) for event in await client.peer.events()):
+                await client.peer.send(PONG)
+            told.set()
+
+        told = trio.Event()
+        nursery.start_soon(live)
+        await worker.peer.send(BINARY, b"x")
+        await told.wait()
+        assert 10 < trio.current_time() <= 20
+        await client.peer.send(CLOSE)
+        await ended.wait()
+        assert client.end.closed == Close(1011, "the worker does not answer to pings")
+
+
+async def test_close_of_one_side_is_relayed_after_all_bytes(autojump_clock: Any) -> None:
+    async with relay(Rendezvous()) as (client, worker, ended):
+        await client.peer.send(BINARY, b"last words")
+        await client.peer.send(CLOSE, b"\x0f\xa0enough")
+        assert await worker.peer.events() == [b"last words"]
+        assert await worker.peer.events() == [Close(4000, "the client closed it: enough")]
+        await worker.peer.send(CLOSE)
+        await ended.wait()
+        assert await client.peer.rest() == [Close(4000, "enough")]
+        assert trio.current_time() == 0
+
+
+async def test_busy_tunnel_that_is_ended_tells_both_sides_the_reason(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with relay(rendezvous, narrow=True) as (client, worker, ended), trio.open_nursery() as nursery:
+        nursery.start_soon(worker.peer.send, BINARY, b"x" * 10_000_000)
+        await wait_all_tasks_blocked()
+        rendezvous.end_tunnels("uid", "the VM is gone")
+        rendezvous.end_tunnels("uid", "a second reason")
+        await wait_all_tasks_blocked()
+        *parts, close = await client.peer.rest()
+        assert parts
+        assert close == Close(1001, "the VM is gone")
+        assert await worker.peer.rest() == [close]
+        await client.peer.send(CLOSE)
+        await worker.peer.stream.aclose()
+        await ended.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def test_memory_of_a_tunnel_whose_client_does_not_read_is_bounded(autojump_clock: Any) -> None:
+    async with relay(Rendezvous(), narrow=True) as (_, worker, _):
+        sent = 0
+
+        async def pour() -> None:
+            nonlocal sent
+            while True:
+                await worker.peer.send(BINARY, b"x" * 10_000)
+                sent += 10_000
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pour)
+            await trio.sleep(1000)
+            assert 0 < sent <= 3 * (websocket._READ_AHEAD_BYTES + websocket._RECEIVE_BYTES)
+            nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("early", [b"", b"greeting"])
+async def test_workers_end_that_is_not_used_is_returned_after_a_time(autojump_clock: Any, early: bytes) -> None:
+    rendezvous = Rendezvous()
+    async with pair() as worker:
+        if early:
+            await worker.peer.send(BINARY, early)
+        await worker.peer.send(CLOSE)
+        request = PendingRequest[WorkerEnd]("w", "account", "portForwardAction", "uid", {})
+        await rendezvous.lend(request, worker.end)
+        assert trio.current_time() == CLAIM_SECONDS
+        with (await request.wait_answered()).borrow() as stream:
+            assert await stream.take() == early
+
+
+async def test_borrowed_end_is_kept_until_its_block_ends_and_cancelled_when_the_vm_ends(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with pair() as worker, trio.open_nursery() as nursery:
+        request = PendingRequest[WorkerEnd]("w", "account", "portForwardAction", "uid", {})
+        returned: list[float] = []
+
+        async def lend() -> None:
+            await rendezvous.lend(request, worker.end)
+            returned.append(trio.current_time())
+
+        nursery.start_soon(lend)
+        end = await request.wait_answered()
+
+        async def use() -> None:
+            with end.borrow():
+                await trio.sleep(10 * CLAIM_SECONDS)
+                assert returned == []
+                rendezvous.end_tunnels("another", "another VM is gone")
+                await trio.sleep(1)
+                rendezvous.end_tunnels("uid", "the VM is gone")
+                await trio.sleep_forever()
+
+        with pytest.raises(UnreachableError, match="the VM is gone"):
+            await use()
+        await wait_all_tasks_blocked()
+        assert returned == [10 * CLAIM_SECONDS + 1]
 
 
 @pytest.mark.parametrize(
-    ("closed", "told"),
+    ("closed", "expected"),
     [
         (None, (1011, "the connection to the client was lost")),
         (Close(1006), (1011, "the connection to the client was lost")),
@@ -238,11 +456,12 @@ async def test_what_a_worker_says_on_its_watch_is_passed_over_until_it_closes(au
             Close(1002, "a reserved bit is set", is_violation=True),
             (1011, "the client broke the protocol: a reserved bit is set"),
         ),
-        (Close(1005), (1000, "")),  # as browsers close that are not given a code
+        # Browsers send this when the page gave no code.
+        (Close(1005), (1000, "")),
         (Close(1000, "bye"), (1000, "")),
         (Close(1001), (1001, "the client closed it")),
         (Close(4000, "enough"), (4000, "the client closed it: enough")),
     ],
 )
-def test_how_one_side_learns_that_the_other_has_closed(closed: Close | None, told: tuple[int, str]) -> None:
-    assert ending(closed, "the client") == told
+def test_close_code_and_reason_that_the_other_side_is_told(closed: Close | None, expected: tuple[int, str]) -> None:
+    assert close_to_relay(closed, "the client") == expected

@@ -271,12 +271,6 @@ class TunnelStream(trio.abc.Stream):
         """Return all bytes that have arrived, at least one; b"" when the WebSocket is closed, as `closed` says."""
         return await self._received.take()
 
-    async def wait_exhausted(self) -> None:
-        """Return when the WebSocket is closed and all its bytes are taken; never if some were left at the close."""
-        await self._done.wait()
-        if self._received.parts:
-            await trio.sleep_forever()
-
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Return bytes, or b"" when the peer has closed regularly. Raises BrokenResourceError after another close."""
         await trio.lowlevel.checkpoint()

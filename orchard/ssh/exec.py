@@ -1,17 +1,19 @@
-"""Commands in VMs: `GET /vms/NAME/exec`, a WebSocket in front of SSH. Law: runs what it is asked to, and no shell here.
+"""Commands in VMs: `GET /vms/NAME/exec`, a WebSocket in front of SSH. Needs the extra `orchard-cluster[ssh]`.
 
-Needs the extra `orchard-cluster[ssh]`, like the jump host, and lives beside trio in the same way (jump.py says how).
+Every command runs in the guest, by the shell of the VM's user. asyncssh runs on trio-asyncio in the controller's own
+thread; jump.py says why. Its packages are imported when the first command comes, because they take a third of a second
+and much memory.
 
-One SSH connection into each VM is shared by all commands in it, and kept as long as it lasts: the first command opens
-it over a tunnel, retrying while the guest boots. A command's channel is joined to its WebSocket by text frames of JSON,
-their data in base64:
+All commands in a VM share one SSH connection, which is kept until it is lost or the VM ends. The first command opens it
+over a tunnel, with retries while the guest boots. The channel of a command is joined to its WebSocket by text frames of
+JSON, whose data is in base64:
 
-    from the client     {"type": "stdin", "data": ...}, empty data closes it
+    from the client     {"type": "stdin", "data": ...}; empty data closes stdin
                         {"type": "resize", "terminal": {"rows": ..., "cols": ...}}
-    from the controller {"type": "stdout", "data": ...}, {"type": "stderr", "data": ...}
-                        and at last {"type": "exit", "exit": {"code": N}} or {"type": "error", "error": "..."}
+    from the controller {"type": "stdout", "data": ...}, {"type": "stderr", "data": ...},
+                        and as the last one {"type": "exit", "exit": {"code": N}} or {"type": "error", "error": "..."}
 
-A client that goes away ends its command.
+When a client goes away, its command is terminated.
 """
 
 from __future__ import annotations
@@ -31,197 +33,200 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard import logs
-from orchard.codec import APIError, ValidationError, dump_json, parse_json, shown
+from orchard.codec import MalformedError, ValidationError, dump_json, parse_json, shown
 from orchard.net.tcp import splice
 from orchard.nursery import first_exception, unwrap_groups
-from orchard.reach import VMAccess
 from orchard.schema import ENV_NAME, VM
+from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 
 if TYPE_CHECKING:
-    import asyncssh  # noqa: TC004 -- `load` imports them for the time of running
+    import asyncssh  # noqa: TC004 -- import_extra imports them at run time
     import trio_asyncio  # type: ignore[import-untyped]  # noqa: TC004 -- it has no types
 
 SSH_PORT = 22
-LOST = "the connection to the VM was lost"
-MISSING = "exec needs the packages of the extra ssh on the controller: pip install 'orchard-cluster[ssh]'"
-PAUSE = 0.5  # seconds between attempts to reach a guest that boots
-LOGIN_SECONDS = 10.0  # of one attempt
-KEEPALIVE = 30.0  # seconds between questions whether the guest is still there
-MAX_SIZE = 10_000  # rows and columns of a terminal
-READ_BYTES = 64 * 1024  # of output in a frame
-TERM = "xterm-256color"
-ROWS, COLS = 24, 80  # of a terminal that names none
+# Rows, and columns, that a terminal has at most.
+MAX_TERMINAL_SIZE = 10_000
+# The size of a terminal whose client names none.
+DEFAULT_ROWS, DEFAULT_COLS = 24, 80
+
+_TERMINAL = "xterm-256color"
+# Between two attempts to reach a guest that boots.
+_RETRY_SECONDS = 0.5  # seconds
+# For one attempt to log in; a guest that accepts connections before its SSH server works would block it otherwise.
+_LOGIN_SECONDS = 10.0  # seconds
+# Between two checks that a guest still answers.
+_KEEPALIVE_SECONDS = 30.0  # seconds
+# Of output in one frame.
+_OUTPUT_BYTES = 64 * 1024  # bytes
+_LOST = "the connection to the VM was lost"
 
 
-def load() -> None:
-    """Import the packages of the extra at their first use: they take a third of a second, and much memory.
+class ExecUnavailableError(Exception):
+    """This controller cannot run commands, because the packages of the extra are not installed."""
 
-    Raises APIError(503) when they are not installed.
-    """
+
+def import_extra() -> None:
+    """Import the packages of the extra, at the first call only. Raises ExecUnavailableError."""
     global asyncssh, trio_asyncio
     try:
         import asyncssh
         import trio_asyncio
     except ImportError:
-        raise APIError(503, MISSING) from None
+        raise ExecUnavailableError(
+            "exec needs the packages of the extra ssh on the controller: pip install 'orchard-cluster[ssh]'"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is to run, and how. `rows` and `cols` are the terminal's, when there is one."""
+    """A command and how it is run. `rows` and `cols` are the size of its terminal, if `tty` asks for one."""
 
     command: str
     interactive: bool = False
     tty: bool = False
-    rows: int = ROWS
-    cols: int = COLS
+    rows: int = DEFAULT_ROWS
+    cols: int = DEFAULT_COLS
     env: Mapping[str, str] = field(default_factory=dict)
     workdir: str = ""
 
     def check(self) -> None:
-        """Raise APIError(400) for what no shell can run."""
+        """Raise MalformedError for a command that a shell cannot run."""
         if not self.command:
-            raise APIError(400, "command is missing, expected what is to run")
+            raise MalformedError("command is missing, expected a command line")
         for name, value in {"command": self.command, "workdir": self.workdir, **self.env}.items():
             if "\0" in value:
-                raise APIError(400, f"{name} holds a NUL character")
+                raise MalformedError(f"{name} contains a NUL character")
         for name in self.env:
             if not ENV_NAME.fullmatch(name):
-                raise APIError(400, f"env[{shown(name)}] is no name of a variable, expected {ENV_NAME.pattern}")
+                raise MalformedError(f"env[{shown(name)}]: expected the name of a variable, {ENV_NAME.pattern}")
 
     def line(self) -> str:
-        """Give the line for the user's shell in the VM: values are data there, the command is code."""
+        """Return the line for the user's shell in the VM. The command is code there; all other values are quoted."""
         exports = [f"export {name}={shlex.quote(value)};" for name, value in self.env.items()]
         enter = [f"cd -- {shlex.quote(self.workdir)} || exit 1;"] if self.workdir else []
         return " ".join([*exports, *enter, self.command])
 
 
-class _Line:
-    """The SSH connection into one VM, or why there is none."""
+class _SharedConnection:
+    """The SSH connection into one VM. Once `decided`, there is either a connection or the error that prevented it."""
 
     def __init__(self) -> None:
-        self.wait_durable = trio.Event()
+        self.decided = trio.Event()
         self.connection: asyncssh.SSHClientConnection | None = None
-        self.error: APIError | None = None
+        self.error: UnreachableError | VMGoneError | None = None
 
 
 class Executor:
-    """Runs commands in VMs. `run` must be running."""
+    """Runs commands in VMs and owns the SSH connections into them. `run` must be running."""
 
     def __init__(self, vm_access: VMAccess) -> None:
         self._vm_access = vm_access
-        self._lines: dict[str, _Line] = {}  # by the VM's uid
-        self._wanted = trio.Event()  # that there ever was a command; before that there is no loop
+        # By the uids of the VMs.
+        self._shared: dict[str, _SharedConnection] = {}
+        # The asyncio loop is opened for the first command: a controller that runs none needs no extra.
+        self._wanted = trio.Event()
         self._ready = trio.Event()
         self._loop: Any = None
         self._nursery: trio.Nursery
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the connections, until cancelled."""
+        """Keep the connections until cancelled."""
         task_status.started()
         await self._wanted.wait()
         async with trio_asyncio.open_loop() as self._loop, trio.open_nursery() as self._nursery:
-            self._loop.set_exception_handler(logs.complaint)
+            self._loop.set_exception_handler(logs.log_asyncio_error)
             self._ready.set()
             await trio.sleep_forever()
 
     async def connect(self, vm: VM, wait: float) -> asyncssh.SSHClientConnection:
-        """Give the connection into a VM, opened within `wait` seconds. Raises APIError: 503, 404."""
-        load()
+        """Return the connection into a VM, which is opened within `wait` seconds if there is none.
+
+        Raises UnreachableError, VMGoneError, ExecUnavailableError. The connection stays the executor's.
+        """
+        import_extra()
         self._wanted.set()
         await self._ready.wait()
-        line = self._lines.get(vm.uid)
-        if line is None:
-            line = self._lines[vm.uid] = _Line()
-            self._nursery.start_soon(self._keep, vm, line, trio.current_time() + wait, wait)
-        await line.wait_durable.wait()
-        if line.connection is None:
-            assert line.error is not None
-            raise line.error
-        return line.connection
+        shared = self._shared.get(vm.uid)
+        if shared is None:
+            shared = self._shared[vm.uid] = _SharedConnection()
+            self._nursery.start_soon(self._keep, vm, shared, wait)
+        await shared.decided.wait()
+        if shared.connection is None:
+            assert shared.error is not None
+            raise shared.error
+        return shared.connection
 
     async def serve(
-        self, connection: asyncssh.SSHClientConnection, command: Command, peer: WebSocketConnection
+        self, connection: asyncssh.SSHClientConnection, command: Command, websocket: WebSocketConnection
     ) -> None:
-        """Run a command, its streams joined to a WebSocket, and end it when that closes."""
-        with self._asyncio():
+        """Run a command whose streams are joined to a WebSocket; terminate it when the WebSocket closes."""
+        with self._in_loop():
             try:
                 process = await trio_asyncio.aio_as_trio(connection.create_process)(
                     command.line(),
                     encoding=None,
-                    term_type=TERM if command.tty else None,
+                    term_type=_TERMINAL if command.tty else None,
                     term_size=(command.cols, command.rows) if command.tty else None,
                 )
             except (asyncssh.Error, OSError) as error:
-                await _say(peer, {"type": "error", "error": f"the command did not start: {error}"})
+                await _send_frame(websocket, {"type": "error", "error": f"the command did not start: {error}"})
                 return
             try:
-                await self._join(process, command, peer)
-            except* (asyncssh.Error, OSError) as lost:
-                broken = isinstance(why := first_exception(lost), asyncssh.ProtocolError)
-                await _say(peer, {"type": "error", "error": f"{LOST}: {_words(why)}" if broken else LOST})
+                await _Bridge(process, command, websocket).run()
+            except* (asyncssh.Error, OSError) as group:
+                lost = first_exception(group)
+                reason = f"{_LOST}: {_reason(lost)}" if isinstance(lost, asyncssh.ProtocolError) else _LOST
+                await _send_frame(websocket, {"type": "error", "error": reason})
             finally:
-                process.terminate()  # closing the channel alone would leave a command running that writes nothing
+                # Closing the channel alone would leave a command running that writes nothing.
+                process.terminate()
                 process.close()
-
-    async def _join(
-        self, process: asyncssh.SSHClientProcess[bytes], command: Command, peer: WebSocketConnection
-    ) -> None:
-        async with trio.open_nursery() as nursery:  # what the client sends is of interest as long as the command runs
-            nursery.start_soon(_feed, process, command, peer, nursery.cancel_scope)
-            async with trio.open_nursery() as output:
-                output.start_soon(_forward, "stdout", process.stdout, peer)
-                output.start_soon(_forward, "stderr", process.stderr, peer)
-            await trio_asyncio.aio_as_trio(process.wait_closed)()
-            code = process.returncode
-            if code is None:
-                await _say(peer, {"type": "error", "error": LOST})
-            else:
-                await _say(peer, {"type": "exit", "exit": {"code": code if code >= 0 else 128 - code}})
-            nursery.cancel_scope.cancel()
 
     # -- connections
 
-    async def _keep(self, vm: VM, line: _Line, deadline: float, wait: float) -> None:
-        """Open a VM's connection, and keep it until it is lost or the VM ends."""
+    async def _keep(self, vm: VM, shared: _SharedConnection, wait: float) -> None:
+        """Open a VM's connection within `wait` seconds, and keep it until it is lost or the VM ends."""
+        deadline = trio.current_time() + wait
         try:
-            with self._asyncio():
+            with self._in_loop():
                 while True:
                     try:
                         with unwrap_groups():
-                            await self._hold(vm, line, max(0.0, deadline - trio.current_time()))
+                            await self._hold(vm, shared, max(0.0, deadline - trio.current_time()))
                         return
                     except (asyncssh.Error, OSError, trio.BrokenResourceError) as error:
-                        line.error = APIError(
-                            503, f'no SSH into VM "{vm.name}" within {wait:g} seconds: {_words(error)}'
+                        shared.error = UnreachableError(
+                            f'no SSH into VM "{vm.name}" within {wait:g} seconds: {_reason(error)}'
                         )
-                        if line.wait_durable.is_set() or trio.current_time() + PAUSE > deadline:
+                        if shared.decided.is_set() or trio.current_time() + _RETRY_SECONDS > deadline:
                             return
-                    await trio.sleep(PAUSE)
-        except APIError as error:
-            line.error = error
+                    await trio.sleep(_RETRY_SECONDS)
+        except (UnreachableError, VMGoneError) as error:
+            shared.error = error
         finally:
-            line.error = line.error or APIError(503, f'the SSH connection into VM "{vm.name}" was lost')
-            if self._lines.get(vm.uid) is line:
-                del self._lines[vm.uid]
-            line.wait_durable.set()
+            shared.error = shared.error or UnreachableError(f'the SSH connection into VM "{vm.name}" was lost')
+            if self._shared.get(vm.uid) is shared:
+                del self._shared[vm.uid]
+            shared.decided.set()
 
-    async def _hold(self, vm: VM, line: _Line, wait: float) -> None:
-        async with self._vm_access.stream(vm, SSH_PORT, wait) as stream:
+    async def _hold(self, vm: VM, shared: _SharedConnection, wait: float) -> None:
+        """Make one attempt to open the connection, and return when it is closed. Raises what the attempt raises."""
+        async with self._vm_access.open_stream(vm, SSH_PORT, wait) as stream:
             ours, theirs = socket.socketpair()
-            near = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+            local = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
             with unwrap_groups():
-                async with trio.open_nursery() as nursery:  # the bytes end with the connection
-                    nursery.start_soon(_carry, near, stream)
-                    line.connection = await _log_in(theirs, vm)
-                    line.wait_durable.set()
-                    async with _closed(line.connection):
-                        await trio_asyncio.aio_as_trio(line.connection.wait_closed)()
+                # The bytes are carried as long as the connection lasts.
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_carry, local, stream)
+                    shared.connection = await _log_in(theirs, vm)
+                    shared.decided.set()
+                    async with _abort_at_exit(shared.connection):
+                        await trio_asyncio.aio_as_trio(shared.connection.wait_closed)()
                     nursery.cancel_scope.cancel()
 
     @contextmanager
-    def _asyncio(self) -> Iterator[None]:
-        """Let the block's task use asyncio's things."""
+    def _in_loop(self) -> Iterator[None]:
+        """Let the task call asyncio code in the block."""
         token = trio_asyncio.current_loop.set(self._loop)
         try:
             yield
@@ -230,25 +235,26 @@ class Executor:
 
 
 async def _log_in(sock: socket.socket, vm: VM) -> asyncssh.SSHClientConnection:
-    """Speak SSH over a socket, which is then the connection's. Raises asyncssh.Error, OSError."""
+    """Log in to a VM over a socket, which belongs to the connection then. Raises asyncssh.Error, OSError."""
 
-    class Guarded(asyncssh.SSHClient):
+    class GuardedClient(asyncssh.SSHClient):
         def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
-            conn.internal_error = partial(_broken, conn)  # type: ignore[method-assign]
+            conn.internal_error = partial(_end_broken, conn)  # type: ignore[method-assign]
 
     connect = partial(
         asyncssh.connect,
         vm.name,
-        client_factory=Guarded,
+        client_factory=GuardedClient,
         sock=sock,
         username=vm.spec.username,
         password=vm.spec.password,
-        known_hosts=None,  # each VM makes its own key
+        # Each VM makes a key of its own.
+        known_hosts=None,
         config=None,
         client_keys=None,
         agent_path=None,
-        login_timeout=LOGIN_SECONDS,
-        keepalive_interval=KEEPALIVE,
+        login_timeout=_LOGIN_SECONDS,
+        keepalive_interval=_KEEPALIVE_SECONDS,
     )
     connection: asyncssh.SSHClientConnection | None = None
     try:
@@ -259,31 +265,31 @@ async def _log_in(sock: socket.socket, vm: VM) -> asyncssh.SSHClientConnection:
             sock.close()
 
 
-def _broken(connection: asyncssh.SSHClientConnection, info: Any = None, error_logger: Any = None) -> None:
-    """Take what a guest sends that asyncssh stumbles over for a broken protocol, and close the connection.
+def _end_broken(connection: asyncssh.SSHClientConnection, info: Any = None, error_logger: Any = None) -> None:
+    """Close a connection whose guest sent data that made asyncssh fail, as after a protocol error.
 
-    asyncssh would hand on whatever exception that was, to those who wait for the connection or read from it.
+    asyncssh itself would pass on the exception, whatever it is, to those that wait for the connection or read from it.
     """
     _, error, _ = info or sys.exc_info()
     assert error is not None
-    connection.connection_lost(asyncssh.ProtocolError(f"what it sends is no SSH: {_words(error)}"))
+    connection.connection_lost(asyncssh.ProtocolError(f"the VM does not speak SSH: {_reason(error)}"))
 
 
 @asynccontextmanager
-async def _closed(connection: asyncssh.SSHClientConnection) -> AsyncIterator[None]:
+async def _abort_at_exit(connection: asyncssh.SSHClientConnection) -> AsyncIterator[None]:
     try:
         yield
     finally:
         connection.abort()
 
 
-async def _carry(near: trio.abc.Stream, far: trio.abc.Stream) -> None:
-    """Copy bytes both ways until one side ends. `near` is closed then, which asyncssh heeds more than a cancellation."""
-    async with near:
-        await splice(near, far)
+async def _carry(local: trio.abc.Stream, tunnel: trio.abc.Stream) -> None:
+    """Copy bytes both ways until one side ends, then close `local`: asyncssh ends on that, not on a cancellation."""
+    async with local:
+        await splice(local, tunnel)
 
 
-def _words(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     cause = first_exception(error)
     return str(cause) or type(cause).__name__
 
@@ -291,55 +297,86 @@ def _words(error: BaseException) -> str:
 # ---- frames --------------------------------------------------------------------------------------------------------
 
 
-async def _say(peer: WebSocketConnection, frame: Mapping[str, Any]) -> None:
+async def _send_frame(websocket: WebSocketConnection, frame: Mapping[str, Any]) -> None:
     with suppress(ConnectionClosed):
-        await peer.send_message(dump_json(frame).decode())
+        await websocket.send_message(dump_json(frame).decode())
 
 
-async def _forward(kind: str, source: Any, peer: WebSocketConnection) -> None:
-    """Send what a command prints."""
-    read = trio_asyncio.aio_as_trio(source.read)
-    while data := await read(READ_BYTES):
-        await _say(peer, {"type": kind, "data": base64.b64encode(data).decode()})
+class _Bridge:
+    """Joins the streams of a running command to its WebSocket."""
 
+    def __init__(self, process: Any, command: Command, websocket: WebSocketConnection) -> None:
+        self._process = process
+        self._command = command
+        self._websocket = websocket
 
-async def _feed(process: Any, command: Command, peer: WebSocketConnection, scope: trio.CancelScope) -> None:
-    """Do what the client's frames say; cancel `scope` when it goes away, or says what is not understood."""
-    if not command.interactive:
-        process.stdin.write_eof()
-    while True:
+    async def run(self) -> None:
+        """Return when the command has ended, or the client has gone or sent a frame that is not understood.
+
+        Raises asyncssh.Error and OSError, in groups, when the connection to the VM is lost.
+        """
+        # The client's frames are read as long as the command runs.
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receive_frames, nursery.cancel_scope)
+            async with trio.open_nursery() as output:
+                output.start_soon(self._send_output, "stdout", self._process.stdout)
+                output.start_soon(self._send_output, "stderr", self._process.stderr)
+            await trio_asyncio.aio_as_trio(self._process.wait_closed)()
+            code = self._process.returncode
+            if code is None:
+                await self._send({"type": "error", "error": _LOST})
+            else:
+                # asyncssh has the negative number of the signal that ended the command.
+                await self._send({"type": "exit", "exit": {"code": code if code >= 0 else 128 - code}})
+            nursery.cancel_scope.cancel()
+
+    async def _send(self, frame: Mapping[str, Any]) -> None:
+        await _send_frame(self._websocket, frame)
+
+    async def _send_output(self, kind: str, source: Any) -> None:
+        read = trio_asyncio.aio_as_trio(source.read)
+        while data := await read(_OUTPUT_BYTES):
+            await self._send({"type": kind, "data": base64.b64encode(data).decode()})
+
+    async def _receive_frames(self, scope: trio.CancelScope) -> None:
+        """Carry out the client's frames; cancel `scope` when it goes away or sends one that is not understood."""
+        if not self._command.interactive:
+            self._process.stdin.write_eof()
         try:
-            message = await peer.get_message()
+            while True:
+                message = await self._websocket.get_message()
+                await self._carry_out(parse_json(message.encode() if isinstance(message, str) else message))
         except ConnectionClosed:
-            break
+            pass
+        except ValidationError as error:
+            await self._send({"type": "error", "error": str(error)})
+        scope.cancel()
+
+    async def _carry_out(self, frame: Any) -> None:
+        """Carry out one frame. Raises MalformedError."""
+        match frame:
+            case {"type": "stdin", "data": str(text)}:
+                await self._write_stdin(text)
+            case {"type": "resize", "terminal": {"rows": int(rows), "cols": int(cols)}}:
+                if not (0 < rows <= MAX_TERMINAL_SIZE and 0 < cols <= MAX_TERMINAL_SIZE):
+                    raise MalformedError(f"the terminal is {rows} x {cols}, expected 1 to {MAX_TERMINAL_SIZE} each")
+                if self._command.tty:
+                    self._process.change_terminal_size(cols, rows)
+            case _:
+                raise MalformedError(f"the frame is {shown(frame)}, expected one of type stdin or resize")
+
+    async def _write_stdin(self, text: str) -> None:
+        """Write a frame's data to the command's stdin; close it for empty data. Raises MalformedError."""
+        if not self._command.interactive:
+            raise MalformedError("the command is not interactive and takes no stdin")
         try:
-            await _act(process, command, parse_json(message.encode() if isinstance(message, str) else message))
-        except (APIError, ValidationError) as error:
-            await _say(peer, {"type": "error", "error": str(error)})
-            break
-    scope.cancel()
-
-
-async def _act(process: Any, command: Command, frame: Any) -> None:
-    """Do what one frame says. Raises APIError for one that says nothing."""
-    match frame:
-        case {"type": "stdin", "data": str(text)}:
-            if not command.interactive:
-                raise APIError(400, "the command is not interactive and takes no stdin")
-            try:
-                data = base64.b64decode(text, validate=True)
-            except (binascii.Error, ValueError):
-                raise APIError(400, f"the data of a stdin frame is {shown(text)}, expected base64") from None
-            with suppress(OSError):  # it does not read any more
-                if data:
-                    process.stdin.write(data)
-                    await trio_asyncio.aio_as_trio(process.stdin.drain)()
-                else:
-                    process.stdin.write_eof()
-        case {"type": "resize", "terminal": {"rows": int(rows), "cols": int(cols)}}:
-            if not (0 < rows <= MAX_SIZE and 0 < cols <= MAX_SIZE):
-                raise APIError(400, f"the terminal is {rows} x {cols}, expected 1 to {MAX_SIZE} each")
-            if command.tty:
-                process.change_terminal_size(cols, rows)
-        case _:
-            raise APIError(400, f"a frame is {shown(frame)}, expected one of type stdin or resize")
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise MalformedError(f"the data of a stdin frame is {shown(text)}, expected base64") from None
+        # A command that has closed its stdin can still run and print.
+        with suppress(OSError):
+            if data:
+                self._process.stdin.write(data)
+                await trio_asyncio.aio_as_trio(self._process.stdin.drain)()
+            else:
+                self._process.stdin.write_eof()

@@ -1,23 +1,23 @@
-"""The SSH jump host: `ssh -J account@controller vm` into every VM. Law: sockets in; only roads into VMs, no shell here.
+"""The SSH jump host: `ssh -J account@controller vm` into every VM. Needs the extra `orchard-cluster[ssh]`.
 
-Needs the extra `orchard-cluster[ssh]`. The server is asyncssh's, on trio-asyncio: its callbacks run in the same thread
-as everything else, so a channel's bytes are handed over without a lock or a queue. With idle cores beside it, it carries
-twice as much as asyncssh in a thread of its own, for 0.4 to 0.5 times the processor time (probably because two threads
-would fight for the interpreter). When all cores are busy, or there is one, a thread does as well (it carries 0.8 to 1.3 times as
-much, for as much time or a quarter more). In both cases it is about half of a bare relay without SSH, and a third of
-OpenSSH's own server (`./run bench jump`, `taskset -c 0 ./run bench jump`).
+A client logs in with a service account's name and token, or as `token` with a VM access token. It can open direct-tcpip
+channels whose host is the name of a VM: the channels that OpenSSH opens for `-J`, `-W` and `-L`. Each channel is joined
+to a tunnel into that VM, and is opened after the tunnel. Shells, commands, remote forwarding, agents and everything else
+are refused.
 
-A client logs in with a service account's name and token, or as `token` with a VM access token. All that it may open
-are direct-tcpip channels, whose host is the name of a VM: what OpenSSH does for `-J`, `-W` and `-L`. Each is joined to
-a tunnel into that VM, which is open before the channel is. A shell, a command, remote forwarding, agents and
-everything else is refused.
+The server is asyncssh's, on trio-asyncio: its callbacks run in the thread of everything else, so the bytes of a channel
+need neither locks nor queues. With idle cores beside it, this carries twice as much as asyncssh in a thread of its own,
+for 0.4 to 0.5 times the processor time (probably because two threads would compete for the interpreter). On one core, or
+when all cores are busy, a thread does as well: it carries 0.8 to 1.3 times as much, for as much processor time or a
+quarter more. Both carry about half of a bare relay without SSH, and a third of OpenSSH's own server
+(`./run bench jump`, `taskset -c 0 ./run bench jump`).
 
-Guessing is slow: every refused login of an address makes its next one wait longer before it is looked at, so that
-hanging up early or sending many at once gains nothing, and a connection has few tries. Who logged in is looked up again
-for each channel: an account that is gone, or a token that has expired, opens no more of them.
+Guessing is slow: after each refused login from an address, the next one from there waits longer before it is checked, so
+hanging up early or logging in many times at once gains nothing. The number of tries in a connection is limited. The
+credentials are checked again for each channel: a deleted account or an expired token opens no more of them.
 
-A tunnel can't be closed in one direction. So the end of what a client sends does not end the tunnel while the VM still
-answers; when the VM has been silent for some time, it does.
+A tunnel cannot be closed in one direction. So when a client has sent everything, its tunnel stays open while the VM
+still answers, and is closed after the VM has been silent for some time.
 """
 
 from __future__ import annotations
@@ -37,73 +37,90 @@ import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from asyncssh.kex import get_kex_algs
 
 from orchard import auth, logs
-from orchard.codec import APIError
 from orchard.files import write_private
 from orchard.net.tcp import splice
-from orchard.nursery import unwrap_groups
-from orchard.reach import VMAccess
+from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, ServiceAccount
 from orchard.store import State
+from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 
-LOGIN_SECONDS = 20.0  # from the first byte to the last of a login; a silent connection is closed then
-MAX_TRIES = 6  # passwords on a connection
-MAX_LOGINS = 100  # connections that have not logged in yet: strangers can't take all descriptors
-MAX_CONNECTIONS = 1000  # at once, with those; each may have many channels
-DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before a login is looked at, by how many failed from its address
-MAX_SOURCES = 10_000  # addresses whose failures are remembered; the oldest is forgotten
-START_SECONDS = 10.0  # between a tunnel that is open and the channel that it is for
-WAIT = 10  # seconds for a VM to run and its worker to connect
-LINGER_SECONDS = 10.0  # of silence of a VM after its client has sent all; a request may take as long to be answered
-RECEIVE_BYTES = 256 * 1024  # that a channel may be ahead of its VM, beside the 2 MiB of its window
-# What the client likes best of these is used. Dropbear guesses that ours begins with curve25519.
+# From the first byte of a login to its last; a silent connection is closed then.
+LOGIN_SECONDS = 20.0  # seconds
+# Passwords in one connection.
+MAX_TRIES = 6
+# Connections that have not logged in yet, so that strangers cannot take all file descriptors.
+MAX_LOGINS = 100
+# All connections, with those; each can have many channels.
+MAX_CONNECTIONS = 1000
+# How long the check of a login waits, by the number of refused logins from its address.
+DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds
+# How long a VM may be silent after its client has sent everything: an answer may take as long.
+LINGER_SECONDS = 10.0  # seconds
+# asyncssh uses the first algorithm of the client's list that is in ours. Dropbear guesses that ours begins with
+# curve25519. Recent clients ask for mlkem768 first and warn without it, but not every installation has it.
 KEY_EXCHANGE = (
     "curve25519-sha256",
     "curve25519-sha256@libssh.org",
     "ecdh-sha2-nistp256",
-    # What recent clients ask for first, and warn without; not every installation has it.
     *({"mlkem768x25519-sha256"} & {name.decode() for name in get_kex_algs()}),
 )
-# AES alone, which every client has: OpenSSH's would choose ChaCha20, which takes 1.1 to 1.3 times the processor time.
+# Only AES, which every client has. OpenSSH's clients would choose ChaCha20, which takes 1.1 to 1.3 times the processor
+# time.
 ENCRYPTION: tuple[str, ...] = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes256-ctr", "aes128-ctr")
 
-_logger = logging.getLogger("orchard.vm.script")
+# Between the opening of a tunnel and the opening of the channel that it is for.
+_START_SECONDS = 10.0  # seconds
+# For a VM to run and its worker to connect.
+_WAIT_SECONDS = 10.0  # seconds
+# What a channel may have received before its VM takes it, in addition to the 2 MiB of the channel's window.
+_AHEAD_BYTES = 256 * 1024  # bytes
+_LOGGED_NAME = 64  # characters
+
+_logger = logging.getLogger("orchard.ssh")
+
+
+class ChannelRefusedError(Exception):
+    """A channel cannot be opened; `str(error)` is what the client is told."""
 
 
 def host_key(path: Path) -> asyncssh.SSHKey:
-    """Read the host key, made at the first start. Raises OSError, ValueError."""
+    """Return the host key, which the first start creates. Raises OSError, ValueError."""
     if not path.exists():
         key = asyncssh.generate_private_key("ssh-ed25519", comment="orchard")
         write_private(path, key.export_private_key())
     if path.stat().st_mode & 0o077:
-        raise ValueError(f"{path} can be read by others than its owner; chmod 600 it")
+        raise ValueError(f"{path} can be read by others than its owner; run: chmod 600 {path}")
     try:
         return asyncssh.read_private_key(path)
     except asyncssh.KeyImportError as error:
-        raise ValueError(f"{path} is no SSH private key: {error}") from error
+        raise ValueError(f"{path} is not an SSH private key: {error}") from error
 
 
-class Failures:
-    """How many logins of each source (auth.source_of) were refused since one was accepted."""
+class LoginDelays:
+    """How long logins wait, by the number of refused logins of each source (`auth.source_of`) since an accepted one.
+
+    At most auth.MAX_SOURCES sources are remembered; the one that failed least recently is forgotten first.
+    """
 
     def __init__(self) -> None:
-        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._refused: OrderedDict[str, int] = OrderedDict()
 
-    def delay(self, source: str) -> float:
-        """Give for how many seconds the next login of an address has to wait."""
-        return DELAYS[min(self._counts.get(auth.source_of(source), 0), len(DELAYS) - 1)]
+    def delay(self, address: str) -> float:
+        """Return the seconds that the next login from an address has to wait."""
+        return DELAYS[min(self._refused.get(auth.source_of(address), 0), len(DELAYS) - 1)]
 
-    def refused(self, source: str) -> None:
-        source = auth.source_of(source)
-        self._counts[source] = self._counts.pop(source, 0) + 1
-        if len(self._counts) > MAX_SOURCES:
-            self._counts.popitem(last=False)
+    def note_refused(self, address: str) -> None:
+        source = auth.source_of(address)
+        self._refused[source] = self._refused.pop(source, 0) + 1
+        if len(self._refused) > auth.MAX_SOURCES:
+            self._refused.popitem(last=False)
 
-    def accepted(self, source: str) -> None:
-        self._counts.pop(auth.source_of(source), None)
+    def note_accepted(self, address: str) -> None:
+        self._refused.pop(auth.source_of(address), None)
 
 
 class JumpHost:
-    """Lets SSH clients into VMs. `gate` None asks nobody who they are."""
+    """Lets SSH clients into VMs. With `gate` None, anybody may connect to any VM."""
 
     def __init__(
         self,
@@ -113,13 +130,13 @@ class JumpHost:
         access_key: bytes,
         clock: Callable[[], Any],
     ) -> None:
-        """`clock` gives the time, in UTC, for access tokens."""
+        """`access_key` verifies VM access tokens; `clock` returns the time in UTC, for their expiry."""
         self._state = state
         self._vm_access = vm_access
-        self._gate = gate
         self._access_key = access_key
         self._clock = clock
-        self.failures = Failures()
+        self.gate = gate
+        self.delays = LoginDelays()
         self.connections: dict[_Server, asyncssh.SSHServerConnection] = {}
 
     async def serve(
@@ -131,10 +148,11 @@ class JumpHost:
         *,
         task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serve until cancelled; `started(port)` when it listens. Raises OSError when it can't."""
+        """Serve until cancelled; call `started` with the port. `keepalive` is in seconds. Raises OSError."""
         with unwrap_groups():
-            async with trio_asyncio.open_loop() as loop, trio.open_nursery() as channels:  # end with the server
-                loop.set_exception_handler(logs.complaint)
+            # The tasks of the channels end with the server.
+            async with trio_asyncio.open_loop() as loop, trio.open_nursery() as channels:
+                loop.set_exception_handler(logs.log_asyncio_error)
                 acceptor = await trio_asyncio.aio_as_trio(asyncssh.listen)(
                     host or None,
                     port,
@@ -144,8 +162,10 @@ class JumpHost:
                     keepalive_interval=keepalive,
                     kex_algs=KEY_EXCHANGE,
                     encryption_algs=ENCRYPTION,
-                    compression_algs=("none",),  # a packet that unpacks to a gigabyte would be taken
-                    gss_host=None,  # neither Kerberos, where that is installed, nor a name server asked at the start
+                    # asyncssh would take a packet that unpacks to a gigabyte.
+                    compression_algs=("none",),
+                    # No Kerberos, where that is installed, and so no name lookup at the start.
+                    gss_host=None,
                     allow_pty=False,
                     agent_forwarding=False,
                     x11_forwarding=False,
@@ -157,115 +177,126 @@ class JumpHost:
                 finally:
                     acceptor.close()
                     for connection in list(self.connections.values()):
-                        connection.disconnect(asyncssh.DISC_BY_APPLICATION, "the controller stops")
-
-    # -- who, and where to
+                        connection.disconnect(asyncssh.DISC_BY_APPLICATION, "the controller is stopping")
 
     def login(self, username: str, password: str) -> ServiceAccount | auth.Access:
         """Return who logs in with these credentials. Raises UnauthenticatedError, ForbiddenError."""
         if username == auth.TOKEN_USER and username not in self._state.accounts:
             return auth.read_access_token(self._access_key, password, self._clock())
-        assert self._gate is not None
-        account = self._gate.check(username, password)
+        assert self.gate is not None
+        account = self.gate.check(username, password)
         auth.require(account, "compute:connect")
         return account
 
-    def vm_named(self, name: str, who: ServiceAccount | auth.Access | None) -> VM:
-        """Find the VM that a client means; clients write the names of hosts in lower case. Raises APIError."""
+    def find_vm(self, name: str, who: ServiceAccount | auth.Access | None) -> VM:
+        """Return the VM that a client means. Raises ChannelRefusedError.
+
+        SSH clients write the names of hosts in lower case, so a name may differ from the VM's in the case of letters.
+        """
         vms = self._state.vms
         found = vms.get(name)
         if found is None:
             alike = [vm for vm in vms.values() if vm.name.lower() == name.lower()]
             if not alike:
-                raise APIError(404, f'VM "{name}" does not exist')
+                raise ChannelRefusedError(f'VM "{name}" does not exist')
             if len(alike) > 1:
                 names = ", ".join(sorted(vm.name for vm in alike))
-                raise APIError(409, f'"{name}" could be any of the VMs {names}; SSH clients write names in lower case')
+                raise ChannelRefusedError(
+                    f'"{name}" could be any of the VMs {names}; SSH clients write names in lower case'
+                )
             found = alike[0]
         if isinstance(who, auth.Access) and who.vm_uid != found.uid:
-            raise APIError(403, f'the access token is for another VM than "{found.name}"')
+            raise ChannelRefusedError(f'the access token is for another VM than "{found.name}"')
         return found
 
     async def join(self, channel: ChannelStream, vm: VM, port: int, opened: Callable[[Exception | None], None]) -> None:
-        """Connect a channel to a port of a VM, call `opened`, and relay until one of them ends."""
+        """Relay between a channel and a port of a VM until one side ends; close the channel.
+
+        Calls `opened` when the tunnel is open, or with the error that prevented it.
+        """
         try:
             async with channel:
                 with unwrap_groups():
-                    async with self._vm_access.stream(vm, port, WAIT) as stream:
+                    async with self._vm_access.open_stream(vm, port, _WAIT_SECONDS) as stream:
                         opened(None)
-                        with trio.move_on_after(START_SECONDS):  # the client may have gone meanwhile
+                        # The client may have gone meanwhile.
+                        with trio.move_on_after(_START_SECONDS):
                             await channel.started.wait()
                         if channel.started.is_set():
                             await splice(channel, stream)
-        except APIError as error:
+        except (UnreachableError, VMGoneError) as error:
             opened(error)
-            _logger.info("a tunnel ended", extra={"vm": vm.name, "port": port, "reason": error.message})
+            _logger.info("SSH tunnel ended", extra={"vm": vm.name, "port": port, "reason": str(error)})
 
 
-class Valve:
-    """Holds senders back while it is shut."""
+class FlowControl:
+    """Blocks senders between `pause` and `resume`."""
 
     def __init__(self) -> None:
-        self._opening: trio.Event | None = None  # while it is shut
+        # Set by `resume`; None while senders may go on.
+        self._resumed: trio.Event | None = None
 
-    def shut(self) -> None:
-        self._opening = self._opening or trio.Event()
+    def pause(self) -> None:
+        self._resumed = self._resumed or trio.Event()
 
-    def open(self) -> None:
-        if self._opening is not None:
-            self._opening.set()
-            self._opening = None
+    def resume(self) -> None:
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
 
-    async def passed(self) -> None:
-        while self._opening is not None:
-            await self._opening.wait()
+    async def wait_resumed(self) -> None:
+        while self._resumed is not None:
+            await self._resumed.wait()
 
 
 class ChannelStream(trio.abc.Stream):
-    """A channel of asyncssh's as a trio stream. The callbacks of `_Channel` feed it, in the same thread."""
+    """A channel of asyncssh's as a trio stream. `_Channel` feeds it from asyncssh's callbacks, in the same thread."""
 
-    def __init__(self, line: Valve) -> None:
-        """`line` is shut while the connection's socket takes no more."""
+    def __init__(self, connection_flow: FlowControl) -> None:
+        """`connection_flow` is paused while the connection's socket takes no more."""
         self.started = trio.Event()
         self.channel: asyncssh.SSHTCPChannel[bytes] | None = None
-        self.window = Valve()  # shut while the client takes no more on this channel
-        self._line = line
+        # Paused while the client takes no more on this channel.
+        self.flow = FlowControl()
+        self._connection_flow = connection_flow
         self._buffer = bytearray()
-        self._readable = trio.Event()
-        self._finished = False  # the client sends no more
-        self._gone = trio.Event()  # the channel is closed
-        self._broken: Exception | None = None
-        self._sent = 0  # times that something was sent
+        self._readable = Wakeup()
+        # The client sends no more.
+        self._at_eof = False
+        # The channel is closed, by `_error` if there is one.
+        self._gone = trio.Event()
+        self._error: Exception | None = None
+        # The number of writes, by which a silent VM is noticed.
+        self._writes = 0
 
     # -- from asyncssh
 
-    def fed(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         self._buffer += data
         self._readable.set()
-        if len(self._buffer) > RECEIVE_BYTES and self.channel is not None:
+        if len(self._buffer) > _AHEAD_BYTES and self.channel is not None:
             self.channel.pause_reading()
 
-    def finished(self) -> None:
-        self._finished = True
+    def feed_eof(self) -> None:
+        self._at_eof = True
         self._readable.set()
 
-    def lost(self, error: Exception | None) -> None:
-        self._broken = error
+    def feed_lost(self, error: Exception | None) -> None:
+        self._error = error
         self._gone.set()
         self._readable.set()
-        self.window.open()
+        self.flow.resume()
 
     # -- as a stream
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         while not self._buffer:
-            if self._finished:
-                await self._silence()
-            if self._broken is not None:
-                raise trio.BrokenResourceError("the SSH connection was lost") from self._broken
-            if self._finished or self._gone.is_set():
+            if self._at_eof:
+                await self._wait_silence()
+            if self._error is not None:
+                raise trio.BrokenResourceError("the SSH connection was lost") from self._error
+            if self._at_eof or self._gone.is_set():
                 return b""
-            self._readable = trio.Event()
             await self._readable.wait()
         data = bytes(self._buffer[:max_bytes])
         del self._buffer[:max_bytes]
@@ -274,11 +305,11 @@ class ChannelStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
         return data
 
-    async def _silence(self) -> None:
-        """Wait until the channel is closed, or nothing is sent on it any more."""
+    async def _wait_silence(self) -> None:
+        """Wait until the channel is closed, or nothing was sent on it for LINGER_SECONDS."""
         before = -1
-        while before != self._sent and not self._gone.is_set():
-            before = self._sent
+        while before != self._writes and not self._gone.is_set():
+            before = self._writes
             with trio.move_on_after(LINGER_SECONDS):
                 await self._gone.wait()
 
@@ -290,9 +321,9 @@ class ChannelStream(trio.abc.Stream):
             self.channel.write(bytes(data))
         except OSError as error:
             raise trio.BrokenResourceError("the SSH channel is closed") from error
-        self._sent += 1
-        await self.window.passed()
-        await self._line.passed()
+        self._writes += 1
+        await self.flow.wait_resumed()
+        await self._connection_flow.wait_resumed()
 
     async def wait_send_all_might_not_block(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -314,34 +345,33 @@ class _Server(asyncssh.SSHServer):
         self._jump = jump
         self._channels = channels
         self._connection: asyncssh.SSHServerConnection | None = None
-        self._line = Valve()
-        self._credentials: tuple[str, str] | None = None  # with which it has logged in
-        self._source = "-"
+        self._flow = FlowControl()
+        # The user name and password that were accepted.
+        self._credentials: tuple[str, str] | None = None
+        self._address = "-"
         self._tries = 0
         self.admitted = False
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._connection = conn
         peer = conn.get_extra_info("peername")
-        self._source = str(peer[0]) if peer else "-"
+        self._address = str(peer[0]) if peer else "-"
         # asyncssh sends as much as the client's window allows, which may be 4 GiB, whatever the socket takes.
-        conn.pause_writing = self._line.shut  # type: ignore[method-assign]
-        conn.resume_writing = self._line.open  # type: ignore[method-assign]
+        conn.pause_writing = self._flow.pause  # type: ignore[method-assign]
+        conn.resume_writing = self._flow.resume  # type: ignore[method-assign]
         others = self._jump.connections
         if len(others) >= MAX_CONNECTIONS or sum(not other.admitted for other in others) >= MAX_LOGINS:
-            _logger.warning(
-                "there are too many SSH connections", extra={"peer": self._source, "connections": len(others)}
-            )
+            _logger.warning("too many SSH connections", extra={"peer": self._address, "connections": len(others)})
             conn.abort()
         else:
             others[self] = conn
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._jump.connections.pop(self, None)
-        self._line.open()
+        self._flow.resume()
 
     def begin_auth(self, username: str) -> bool:
-        return self._jump._gate is not None
+        return self._jump.gate is not None
 
     def auth_completed(self) -> None:
         self.admitted = True
@@ -350,36 +380,40 @@ class _Server(asyncssh.SSHServer):
         return True
 
     def kbdint_auth_supported(self) -> bool:
-        return False  # it would be the same password once more
+        # Clients would ask for the same password a second time.
+        return False
 
     async def validate_password(self, username: str, password: str) -> bool:
-        """Look at a password; asyncssh cancels this when the client sends another one meanwhile."""
+        """Check a password. asyncssh cancels this when the client sends another one meanwhile."""
         jump = self._jump
         self._tries += 1
         if self._tries <= MAX_TRIES:
-            await asyncio.sleep(jump.failures.delay(self._source))
+            await asyncio.sleep(jump.delays.delay(self._address))
             try:
                 jump.login(username, password)
             except (auth.UnauthenticatedError, auth.ForbiddenError) as error:
-                jump.failures.refused(self._source)
-                shown = username[:64]
+                jump.delays.note_refused(self._address)
                 _logger.warning(
-                    "a login was refused", extra={"user": shown, "peer": self._source, "reason": str(error)}
+                    "SSH login refused",
+                    extra={"user": username[:_LOGGED_NAME], "peer": self._address, "reason": str(error)},
                 )
             else:
-                jump.failures.accepted(self._source)
+                jump.delays.note_accepted(self._address)
                 self._credentials = username, password
                 return True
         if self._tries >= MAX_TRIES and self._connection is not None:
             self._connection.disconnect(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
         return False
 
-    def _who(self) -> ServiceAccount | auth.Access | None:
-        """Find who has logged in, None if nobody is asked. Raises APIError when they may not any more."""
-        if self._jump._gate is None:
+    def _identify(self) -> ServiceAccount | auth.Access | None:
+        """Return who has logged in, None without a gate.
+
+        Raises UnauthenticatedError and ForbiddenError, also when the credentials are not valid any more.
+        """
+        if self._jump.gate is None:
             return None
         if self._credentials is None:
-            raise auth.UnauthenticatedError("nobody has logged in")
+            raise auth.UnauthenticatedError("not logged in")
         return self._jump.login(*self._credentials)
 
     def connection_requested(
@@ -388,34 +422,34 @@ class _Server(asyncssh.SSHServer):
         return self._open(dest_host, dest_port)
 
     async def _open(self, name: str, port: int) -> _Channel:
-        """Give the channel's session once its tunnel is open; a refusal tells the client why."""
-        stream = ChannelStream(self._line)
-        opened = asyncio.get_running_loop().create_future()
-
-        def tell(error: Exception | None) -> None:
-            if not opened.done():
-                opened.set_result(error)
-
+        """Return the channel's session once its tunnel is open. Raises ChannelOpenError, which tells the client why."""
         try:
-            who = self._who()
-            vm = self._jump.vm_named(name, who)
+            who = self._identify()
+            vm = self._jump.find_vm(name, who)
             if not 0 < port < 65536:
-                raise APIError(400, f"port is {port}, expected 1 to 65535")
-        except (APIError, auth.UnauthenticatedError, auth.ForbiddenError) as error:
+                raise ChannelRefusedError(f"port is {port}, expected 1 to 65535")
+        except (ChannelRefusedError, auth.UnauthenticatedError, auth.ForbiddenError) as error:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(error)) from None
         account = who.account if isinstance(who, auth.Access) else who.name if who else "-"
         _logger.info(
-            "a tunnel is opened", extra={"vm": vm.name, "port": port, "account": account, "peer": self._source}
+            "opening SSH tunnel", extra={"vm": vm.name, "port": port, "account": account, "peer": self._address}
         )
-        self._channels.start_soon(partial(self._jump.join, stream, vm, port, tell))
-        failure = await opened
+        stream = ChannelStream(self._flow)
+        outcome = asyncio.get_running_loop().create_future()
+
+        def opened(error: Exception | None) -> None:
+            if not outcome.done():
+                outcome.set_result(error)
+
+        self._channels.start_soon(partial(self._jump.join, stream, vm, port, opened))
+        failure = await outcome
         if failure is not None:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(failure))
         return _Channel(stream)
 
 
 class _Channel(asyncssh.SSHTCPSession[bytes]):
-    """One channel: what asyncssh says goes to its stream."""
+    """One channel: passes what asyncssh reports to the channel's stream."""
 
     def __init__(self, stream: ChannelStream) -> None:
         self._stream = stream
@@ -427,18 +461,19 @@ class _Channel(asyncssh.SSHTCPSession[bytes]):
         self._stream.started.set()
 
     def data_received(self, data: bytes, datatype: int | None) -> None:
-        self._stream.fed(data)
+        self._stream.feed(data)
 
     def eof_received(self) -> bool:
-        self._stream.finished()
-        return True  # the other direction stays open
+        self._stream.feed_eof()
+        # The other direction stays open.
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stream.started.set()
-        self._stream.lost(exc)
+        self._stream.feed_lost(exc)
 
     def pause_writing(self) -> None:
-        self._stream.window.shut()
+        self._stream.flow.pause()
 
     def resume_writing(self) -> None:
-        self._stream.window.open()
+        self._stream.flow.resume()

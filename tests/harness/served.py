@@ -20,7 +20,6 @@ from orchard import auth
 from orchard.api import API
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.net.request import Headers, HTTPError, Request, Response, Stream, WhileConnected, refused
-from orchard.reach import VMAccess
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
@@ -28,7 +27,7 @@ from orchard.ssh.exec import Executor
 from orchard.storage.events import EventLog
 from orchard.storage.journal import Disk
 from orchard.store import Store, check
-from orchard.tunnel import Rendezvous
+from orchard.tunnel import Rendezvous, VMAccess
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 

@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import trio
-from trio.testing import MemoryReceiveStream, MemorySendStream, wait_all_tasks_blocked
+from harness.peers import KEY, frame, pair
+from trio.testing import wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
-from orchard import tunnel
 from orchard.net import websocket, wsframes
 from orchard.net.websocket import TunnelStream
-from orchard.net.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Close, FrameEvent, FrameReader, Ping, Pong
-from orchard.tunnel import FarEnd, Rendezvous, Session
-
-KEY = b"\x01\x02\x03\x04"
-Memory = trio.StapledStream[MemorySendStream, MemoryReceiveStream]
-
-
-def frame(opcode: int, payload: bytes, key: bytes | None) -> bytes:
-    return b"".join(wsframes.build_frame(opcode, payload, key))
-
-
-class Peer:
-    """A client that does what the test says, and nothing by itself."""
-
-    def __init__(self, stream: trio.abc.Stream, *, client: bool = True) -> None:
-        self.stream = stream
-        self._key = KEY if client else None
-        self._frames = FrameReader(masked=not client)
-
-    async def send(self, opcode: int, payload: bytes = b"") -> None:
-        await self.stream.send_all(frame(opcode, payload, self._key))
-
-    async def events(self) -> list[FrameEvent]:
-        """What comes next; at the end nothing."""
-        return self._frames.feed(await self.stream.receive_some())
-
-    async def rest(self) -> list[FrameEvent]:
-        """What comes until nothing more does. Parts of payloads are one."""
-        found: list[FrameEvent] = []
-        with trio.move_on_after(websocket.CLOSE_SECONDS * 2):
-            while True:
-                data = await self.stream.receive_some()
-                found += self._frames.feed(data)
-                if not data or (found and isinstance(found[-1], Close)):
-                    break
-        return found
-
-
-@dataclass
-class Ends:
-    end: TunnelStream
-    peer: Peer
-    memory: Memory  # of the peer
-
-
-@asynccontextmanager
-async def pair(
-    *, client: bool = False, early: bytes = b"", ping_interval: float = math.inf, narrow: bool = False
-) -> AsyncIterator[Ends]:
-    """An end that runs, and its peer. `narrow`: nothing is on the way, who sends waits for who receives."""
-    make = trio.testing.lockstep_stream_pair if narrow else trio.testing.memory_stream_pair
-    ours, theirs = make()
-    with trio.fail_after(3600):
-        async with trio.open_nursery() as nursery:
-            end = TunnelStream(ours, client=client, early=early, ping_interval=ping_interval)
-            nursery.start_soon(end.run)
-            yield Ends(end, Peer(theirs, client=not client), theirs)  # type: ignore[arg-type]  # they differ in name
-            nursery.cancel_scope.cancel()
-
+from orchard.net.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Close, FrameEvent, Ping, Pong
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
 
@@ -418,112 +358,3 @@ async def conversation(end: TunnelStream, peer: WebSocketConnection) -> None:
     assert closed.value.reason is not None
     assert (closed.value.reason.code, closed.value.reason.reason) == (4000, "enough")
     assert trio.current_time() == 100
-
-
-# ---- two of them, joined -------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def joined(board: Rendezvous, *, narrow: bool = False) -> AsyncIterator[tuple[Ends, Ends, trio.Event]]:
-    """A client's and a worker's end, which the rendezvous joins, and that it has ended."""
-    interval = board.ping_interval
-    async with pair(ping_interval=interval, narrow=narrow) as near, pair(ping_interval=interval, narrow=narrow) as far:
-        ended = trio.Event()
-
-        async def relay() -> None:
-            given = FarEnd(far.end, "w")
-            await board.serve_near_end("uid", given, near.end)
-            assert given.taken.is_set()
-            assert given.finished.is_set(), "who holds the worker's end can let it go"
-            ended.set()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(relay)
-            await wait_all_tasks_blocked()
-            yield near, far, ended
-            nursery.cancel_scope.cancel()
-
-
-async def test_a_silent_tunnel_whose_end_is_dead_is_closed_within_two_intervals(autojump_clock: Any) -> None:
-    board = Rendezvous(ping_interval=10)
-    async with joined(board) as (client, worker, ended), trio.open_nursery() as nursery:
-
-        async def live() -> None:
-            while not any(isinstance(event, Close) for event in await client.peer.events()):
-                await client.peer.send(PONG)
-            told.set()
-
-        told = trio.Event()
-        nursery.start_soon(live)
-        await worker.peer.send(BINARY, b"x")
-        await told.wait()
-        assert 10 < trio.current_time() <= 20
-        await client.peer.send(CLOSE)
-        await ended.wait()
-        assert client.end.closed == Close(1011, "the worker does not answer to pings")
-        assert not board._tunnels
-
-
-async def test_who_closes_first_is_told_on_after_all_bytes(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    async with joined(board) as (client, worker, ended):
-        await client.peer.send(BINARY, b"last words")
-        await client.peer.send(CLOSE, b"\x0f\xa0enough")
-        assert await worker.peer.events() == [b"last words"]
-        assert await worker.peer.events() == [Close(4000, "the client closed it: enough")]
-        await worker.peer.send(CLOSE)
-        await ended.wait()
-        assert await client.peer.rest() == [Close(4000, "enough")]
-        assert trio.current_time() == 0
-
-
-@pytest.mark.parametrize(("early", "seconds"), [(b"", 0), (b"greeting", tunnel.TAKE_SECONDS)])
-async def test_a_worker_that_closes_before_its_end_is_taken_is_let_go(
-    autojump_clock: Any, early: bytes, seconds: float
-) -> None:
-    async with pair() as far:
-        if early:
-            await far.peer.send(BINARY, early)
-        await far.peer.send(CLOSE)
-        session = Session("w", "account", "portForwardAction", {})
-        await Rendezvous().serve_far_end(session, far.end)
-        assert trio.current_time() == seconds, "what came is kept for who has asked"
-        taken = await session.wait()
-        assert isinstance(taken, FarEnd)
-        assert await taken.stream.take() == early
-
-
-async def test_a_busy_tunnel_that_is_ended_says_why_to_both(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    async with joined(board, narrow=True) as (client, worker, ended), trio.open_nursery() as nursery:
-        nursery.start_soon(worker.peer.send, BINARY, b"x" * 10_000_000)
-        await wait_all_tasks_blocked()
-        board.end_tunnels("uid", "the VM is gone")
-        board.end_tunnels("uid", "said too late")
-        await wait_all_tasks_blocked()
-        *parts, close = await client.peer.rest()
-        assert parts
-        assert close == Close(1001, "the VM is gone")
-        assert await worker.peer.rest() == [close]
-        await client.peer.send(CLOSE)
-        await worker.peer.stream.aclose()
-        await ended.wait()
-        nursery.cancel_scope.cancel()
-
-
-async def test_memory_of_a_tunnel_whose_client_does_not_read_is_bounded(autojump_clock: Any) -> None:
-    board = Rendezvous()
-    async with joined(board, narrow=True) as (_, worker, _):
-        sent = 0
-
-        async def pour() -> None:
-            nonlocal sent
-            while True:
-                await worker.peer.send(BINARY, b"x" * 10_000)
-                sent += 10_000
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pour)
-            await trio.sleep(1000)
-            assert 0 < sent <= 3 * (websocket._READ_AHEAD_BYTES + websocket._RECEIVE_BYTES)
-            nursery.cancel_scope.cancel()

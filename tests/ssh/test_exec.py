@@ -23,7 +23,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
 from orchard.client import Client, ResponseError
-from orchard.codec import APIError
+from orchard.codec import MalformedError
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.exec import Command
 from orchard.testing import Cluster
@@ -335,7 +335,7 @@ async def test_refusals_are_plain_answers(ssh_port: int, monkeypatch: pytest.Mon
             ({"command": "a", "rows": 0}, 'rows is "0"'),
             ({"command": "a", "tty": "maybe"}, 'tty is "maybe"'),
             ({"command": "a", "env[1A]": "x"}, 'env["1A"]'),
-            ({"command": "a\0"}, "command holds a NUL"),
+            ({"command": "a\0"}, "command contains a NUL"),
         ):
             status, message = await refusal(c, path, **query)
             assert status == 400
@@ -345,13 +345,13 @@ async def test_refusals_are_plain_answers(ssh_port: int, monkeypatch: pytest.Mon
         status, message = await refusal(c, "/vms/wrong/exec", command="a", wait=1)
         assert status == 503
         assert 'no SSH into VM "wrong" within 1 seconds' in message
-        monkeypatch.setattr(vm_exec, "load", not_installed)
+        monkeypatch.setattr(vm_exec, "import_extra", not_installed)
         status, message = await refusal(c, path, command="a")
-        assert (status, message) == (503, vm_exec.MISSING)
+        assert (status, message) == (503, "not installed")
 
 
 def not_installed() -> None:
-    raise APIError(503, vm_exec.MISSING)
+    raise vm_exec.ExecUnavailableError("not installed")
 
 
 async def test_an_access_token_is_enough(ssh_port: int) -> None:
@@ -381,5 +381,5 @@ def test_the_line_for_the_shell() -> None:
     command = Command("make test", env={"A": "it's"}, workdir="/a b")
     assert command.line() == "export A='it'\"'\"'s'; cd -- '/a b' || exit 1; make test"
     for wrong in (Command(""), Command("\0"), Command("a", env={"": "x"}), Command("a", env={"a b": "x"})):
-        with pytest.raises(APIError):
+        with pytest.raises(MalformedError):
             wrong.check()

@@ -28,7 +28,7 @@ from asyncssh.packet import Boolean, String
 from harness.clients import echo, listening, receive_exactly
 from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished, free_port, processes_in, started
 
-from orchard.auth import UnauthenticatedError
+from orchard import auth
 from orchard.client import Client as OrchardClient
 from orchard.controller import ControllerSettings, Running, run
 from orchard.ssh import jump
@@ -244,8 +244,8 @@ async def test_an_answer_arrives_after_the_client_has_sent_all(tmp_path: Path, m
     answer = hashlib.shake_128(b"answer").digest(3_000_000)
 
     class Noticed(jump.ChannelStream):
-        def finished(self) -> None:
-            super().finished()
+        def feed_eof(self) -> None:
+            super().feed_eof()
             ended.set()
 
     async def reply(stream: trio.SocketStream) -> None:
@@ -370,7 +370,7 @@ async def test_strangers_are_not_let_in(
         await c.client.service_accounts.create("reader", roles=["compute:read"], token="pw-3")
         ran = await Client(c, tmp_path, 22, user, password).run("ssh", "-W", "vm:22", "jump")
         assert b"Permission denied" in ran.stderr
-    refused = [record for record in caplog.records if record.message == "a login was refused"]
+    refused = [record for record in caplog.records if record.message == "SSH login refused"]
     assert len(refused) == 1
     assert password not in str(vars(refused[0]).get("reason"))
 
@@ -415,7 +415,7 @@ async def test_guesses_that_do_not_wait_for_an_answer_are_tries_too(
     async with jumping() as c, trio_asyncio.open_loop():
         with pytest.raises((asyncssh.Error, OSError)):
             await logged_in(c.ssh_port, password="", client_factory=Hasty)
-    looked_at = [record for record in caplog.records if record.message == "a login was refused"]
+    looked_at = [record for record in caplog.records if record.message == "SSH login refused"]
     assert len(looked_at) <= jump.MAX_TRIES
 
 
@@ -427,11 +427,11 @@ async def test_a_login_waits_longer_after_each_that_failed_and_before_it_is_look
     def login(host: jump.JumpHost, username: str, password: str) -> None:
         looked.append((password, trio.current_time() - began))
         if password != "right":
-            raise UnauthenticatedError("no")
+            raise auth.UnauthenticatedError("no")
 
     monkeypatch.setattr(jump.JumpHost, "login", login)
     host = jump.JumpHost.__new__(jump.JumpHost)
-    host.failures = jump.Failures()
+    host.delays = jump.LoginDelays()
     async with trio_asyncio.open_loop():
         for number in range(7):
             began = trio.current_time()
@@ -440,7 +440,7 @@ async def test_a_login_waits_longer_after_each_that_failed_and_before_it_is_look
             assert await trio_asyncio.aio_as_trio(validate)() is (number == 6)
     delays = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
     assert [seconds for _, seconds in looked] == pytest.approx(delays)
-    assert host.failures.delay("-") == 0.0
+    assert host.delays.delay("-") == 0.0
 
 
 async def test_who_may_not_any_more_opens_no_more_channels(sshd: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +531,7 @@ async def test_the_end_of_the_controller_closes_its_connections() -> None:
         async with jumping() as c:
             stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", c.ssh_port))
             assert (await stream.receive_some()).startswith(b"SSH-2.0-Orchard")
-        assert b"the controller stops" in await until_closed(stream)
+        assert b"the controller is stopping" in await until_closed(stream)
 
 
 async def test_every_algorithm_that_is_offered_works() -> None:
@@ -545,29 +545,29 @@ async def test_every_algorithm_that_is_offered_works() -> None:
 
 
 def test_delays_grow_by_source_and_are_forgotten_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = jump.Failures()
-    delays = []
+    delays = jump.LoginDelays()
+    seconds = []
     for _ in range(8):
-        delays.append(failures.delay("a"))
-        failures.refused("a")
-    assert delays == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
-    assert failures.delay("b") == 0.0
-    failures.accepted("a")
-    assert failures.delay("a") == 0.0
-    monkeypatch.setattr(jump, "MAX_SOURCES", 3)
+        seconds.append(delays.delay("a"))
+        delays.note_refused("a")
+    assert seconds == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+    assert delays.delay("b") == 0.0
+    delays.note_accepted("a")
+    assert delays.delay("a") == 0.0
+    monkeypatch.setattr(auth, "MAX_SOURCES", 3)
     for source in "cdefg":
-        failures.refused(source)
-    assert len(failures._counts) == 3
+        delays.note_refused(source)
+    assert len(delays._refused) == 3
 
 
 def test_a_network_of_ipv6_is_one_source_of_logins() -> None:
-    failures = jump.Failures()
+    delays = jump.LoginDelays()
     for host in range(1, 4):
-        failures.refused(f"2001:db8::{host}")
-    assert failures.delay("2001:db8::4") == 2.0
-    assert failures.delay("2001:db8:0:1::1") == 0.0
-    failures.accepted("2001:db8::5")
-    assert failures.delay("2001:db8::1") == 0.0
+        delays.note_refused(f"2001:db8::{host}")
+    assert delays.delay("2001:db8::4") == 2.0
+    assert delays.delay("2001:db8:0:1::1") == 0.0
+    delays.note_accepted("2001:db8::5")
+    assert delays.delay("2001:db8::1") == 0.0
 
 
 async def test_with_client_auth_off_everybody_gets_in(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
@@ -606,7 +606,7 @@ def test_the_host_key_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
         jump.host_key(path)
     path.write_text("no key")
     path.chmod(0o600)
-    with pytest.raises(ValueError, match="no SSH private key"):
+    with pytest.raises(ValueError, match="not an SSH private key"):
         jump.host_key(path)
 
 
