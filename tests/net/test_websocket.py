@@ -1,14 +1,14 @@
-"""One end of a tunnel over memory streams, on a virtual clock: backpressure, pings, closes, and peers of other makes."""
+"""WebSockets over memory streams, on a virtual clock: backpressure, pings, closes, and trio-websocket as the peer."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
 import trio
-from harness.peers import KEY, frame, pair
+from harness.peers import KEY, Peer, frame, pair
 from trio.testing import wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
@@ -20,7 +20,7 @@ from orchard.net.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Close, FrameEv
 
 
 @pytest.mark.parametrize("client", [False, True])
-async def test_bytes_go_both_ways(autojump_clock: Any, client: bool) -> None:
+async def test_bytes_are_carried_both_ways(autojump_clock: Any, client: bool) -> None:
     async with pair(client=client) as ends:
         await ends.peer.send(BINARY, b"hello ")
         await ends.peer.send(TEXT, "wörld".encode())
@@ -30,10 +30,10 @@ async def test_bytes_go_both_ways(autojump_clock: Any, client: bool) -> None:
         await ends.end.send_all(b"x" * size)
         messages = await ends.peer.events()
         assert b"".join(messages) == b"x" * size  # type: ignore[arg-type]
-        assert max(map(len, messages)) <= 64 * 1024, "many clients have a limit"  # type: ignore[arg-type]
+        assert max(map(len, messages)) <= 64 * 1024, "many clients limit the size of a message"  # type: ignore[arg-type]
 
 
-async def test_what_came_with_the_handshake_is_not_lost(autojump_clock: Any) -> None:
+async def test_bytes_received_with_the_handshake_are_delivered(autojump_clock: Any) -> None:
     data = frame(BINARY, b"early", KEY)
     for cut in range(len(data) + 1):
         async with pair(early=data[:cut]) as ends:
@@ -42,7 +42,7 @@ async def test_what_came_with_the_handshake_is_not_lost(autojump_clock: Any) -> 
             assert await ends.end.take() == b"early bird"
 
 
-async def test_as_a_stream_it_gives_no_more_than_was_asked_for(autojump_clock: Any) -> None:
+async def test_receive_some_returns_at_most_max_bytes(autojump_clock: Any) -> None:
     async with pair() as ends:
         for part in (b"abcdef", b"gh"):
             await ends.peer.send(BINARY, part)
@@ -54,7 +54,7 @@ async def test_as_a_stream_it_gives_no_more_than_was_asked_for(autojump_clock: A
         assert patience.cancelled_caught
 
 
-async def test_each_frame_of_a_client_has_a_key_of_its_own(autojump_clock: Any) -> None:
+async def test_every_frame_of_a_client_has_a_new_masking_key(autojump_clock: Any) -> None:
     keys = set()
     async with pair(client=True) as ends:
         for _ in range(50):
@@ -69,7 +69,7 @@ async def test_each_frame_of_a_client_has_a_key_of_its_own(autojump_clock: Any) 
 
 
 @pytest.mark.parametrize("size", [1, 100, 50_000])
-async def test_a_reader_that_stops_stops_the_sender(autojump_clock: Any, size: int) -> None:
+async def test_a_paused_reader_makes_the_sender_wait(autojump_clock: Any, size: int) -> None:
     async with pair(narrow=True) as ends:
         sent = 0
 
@@ -90,7 +90,7 @@ async def test_a_reader_that_stops_stops_the_sender(autojump_clock: Any, size: i
             nursery.cancel_scope.cancel()
 
 
-async def test_pings_are_answered_while_payload_waits_to_be_taken(autojump_clock: Any) -> None:
+async def test_pings_are_answered_while_payload_is_not_taken(autojump_clock: Any) -> None:
     async with pair() as ends:
         await ends.peer.send(BINARY, b"x" * (websocket._READ_AHEAD_BYTES // 2))
         await ends.peer.send(PING, b"are you there?")
@@ -98,7 +98,7 @@ async def test_pings_are_answered_while_payload_waits_to_be_taken(autojump_clock
         assert len(await ends.end.take()) == websocket._READ_AHEAD_BYTES // 2
 
 
-async def test_a_peer_that_takes_nothing_is_read_from_and_gets_its_pong_when_it_does(autojump_clock: Any) -> None:
+async def test_a_peer_that_reads_nothing_is_still_read_from_and_gets_its_pong_later(autojump_clock: Any) -> None:
     async with pair(narrow=True) as ends, trio.open_nursery() as nursery:
         nursery.start_soon(ends.end.send_all, b"x" * 100_000)
         await wait_all_tasks_blocked()
@@ -115,13 +115,13 @@ async def test_a_peer_that_takes_nothing_is_read_from_and_gets_its_pong_when_it_
                 else:
                     size += len(event)  # type: ignore[arg-type]
         assert size == 100_000
-        assert len(pongs) <= 2, "an older one need not be answered"
+        assert len(pongs) <= 2, "only the newest ping needs a pong"
 
 
 # ---- pings ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_peer_that_answers_or_says_anything_lives(autojump_clock: Any) -> None:
+async def test_any_frame_from_the_peer_counts_as_a_sign_of_life(autojump_clock: Any) -> None:
     async with pair(ping_interval=10) as ends:
         for opcode in (PONG, BINARY, PING):
             while not any(isinstance(event, Ping) for event in await ends.peer.events()):
@@ -131,7 +131,7 @@ async def test_a_peer_that_answers_or_says_anything_lives(autojump_clock: Any) -
         assert ends.end.closed is None
 
 
-async def test_a_peer_that_says_nothing_is_lost_after_two_intervals(autojump_clock: Any) -> None:
+async def test_a_silent_peer_is_dead_after_two_ping_intervals(autojump_clock: Any) -> None:
     async with pair(ping_interval=10) as ends:
         await ends.peer.send(BINARY, b"x")
         assert await ends.end.receive_some() == b"x"
@@ -143,7 +143,7 @@ async def test_a_peer_that_says_nothing_is_lost_after_two_intervals(autojump_clo
 
 
 @pytest.mark.parametrize("pinged", [False, True])
-async def test_who_reads_slowly_is_not_dead(autojump_clock: Any, pinged: bool) -> None:
+async def test_a_slow_reader_is_not_dead(autojump_clock: Any, pinged: bool) -> None:
     async with pair(ping_interval=10, narrow=True) as ends, trio.open_nursery() as nursery:
         if pinged:
             assert await ends.peer.events() == [Ping(b"")]
@@ -153,7 +153,7 @@ async def test_who_reads_slowly_is_not_dead(autojump_clock: Any, pinged: bool) -
         nursery.cancel_scope.cancel()
 
 
-async def test_who_waits_behind_his_own_data_is_not_dead(autojump_clock: Any) -> None:
+async def test_a_peer_whose_pong_waits_behind_its_data_is_not_dead(autojump_clock: Any) -> None:
     async with pair(ping_interval=10) as ends:
         await ends.peer.send(BINARY, b"x" * websocket._READ_AHEAD_BYTES)
         await ends.peer.send(PONG)
@@ -166,7 +166,7 @@ async def test_who_waits_behind_his_own_data_is_not_dead(autojump_clock: Any) ->
 
 @pytest.mark.parametrize("client", [False, True])
 @pytest.mark.parametrize(("payload", "answer"), [(b"", Close(1005)), (b"\x03\xe8bye", Close(1000, "bye"))])
-async def test_a_close_is_answered_after_all_bytes(
+async def test_a_close_is_answered_and_ends_the_stream_after_all_bytes(
     autojump_clock: Any, client: bool, payload: bytes, answer: Close
 ) -> None:
     async with pair(client=client) as ends:
@@ -182,7 +182,7 @@ async def test_a_close_is_answered_after_all_bytes(
         assert trio.current_time() == 0
 
 
-async def test_another_close_than_the_usual_is_an_error(autojump_clock: Any) -> None:
+async def test_an_irregular_close_raises_broken_resource_error(autojump_clock: Any) -> None:
     async with pair() as ends:
         await ends.peer.send(BINARY, b"last words")
         await ends.peer.send(CLOSE, b"\x03\xe9gone")
@@ -192,7 +192,7 @@ async def test_another_close_than_the_usual_is_an_error(autojump_clock: Any) -> 
                 await ends.end.receive_some()
 
 
-async def test_an_end_without_a_close_is_an_error(autojump_clock: Any) -> None:
+async def test_a_connection_lost_without_a_close_raises_broken_resource_error(autojump_clock: Any) -> None:
     async with pair() as ends:
         await ends.peer.send(BINARY, b"last words")
         await ends.memory.aclose()
@@ -204,12 +204,13 @@ async def test_an_end_without_a_close_is_an_error(autojump_clock: Any) -> None:
         assert trio.current_time() == 0
 
 
-async def test_closing_waits_for_the_answer_and_not_for_ever(autojump_clock: Any) -> None:
+async def test_aclose_waits_for_the_peers_close_up_to_a_limit(autojump_clock: Any) -> None:
     async with pair() as ends:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ends.end.aclose, 4000, "é" * 100)
             assert await ends.peer.events() == [Close(4000, "é" * 61)]
-            await ends.peer.send(BINARY, b"x" * 10 * websocket._READ_AHEAD_BYTES)  # it is thrown away
+            # These bytes are dropped.
+            await ends.peer.send(BINARY, b"x" * 10 * websocket._READ_AHEAD_BYTES)
             await trio.sleep(1)
             await ends.peer.send(PING, b"too late")
             await wait_all_tasks_blocked()
@@ -217,7 +218,7 @@ async def test_closing_waits_for_the_answer_and_not_for_ever(autojump_clock: Any
         assert trio.current_time() == 1
         with trio.move_on_after(1) as silence:
             await ends.peer.events()
-        assert silence.cancelled_caught, "nothing follows a close"
+        assert silence.cancelled_caught, "no frame follows a close"
         assert ends.end.closed == Close(4000, "é" * 100)
         assert ends.end._received.parts == []
     async with pair() as ends:
@@ -229,7 +230,7 @@ async def test_closing_waits_for_the_answer_and_not_for_ever(autojump_clock: Any
         assert await ends.peer.events() == [Close(1000)]
 
 
-async def test_a_frame_on_its_way_is_sent_to_its_end_before_the_close(autojump_clock: Any) -> None:
+async def test_a_frame_being_sent_is_completed_before_the_close(autojump_clock: Any) -> None:
     async with pair(narrow=True) as ends, trio.open_nursery() as nursery:
         nursery.start_soon(ends.end.send_all, b"x" * 100_000)
         await wait_all_tasks_blocked()
@@ -241,7 +242,7 @@ async def test_a_frame_on_its_way_is_sent_to_its_end_before_the_close(autojump_c
         await ends.peer.send(CLOSE)
 
 
-async def test_after_a_frame_that_was_cut_off_nothing_is_sent(autojump_clock: Any) -> None:
+async def test_nothing_is_sent_after_an_incomplete_frame(autojump_clock: Any) -> None:
     async with pair(narrow=True) as ends:
         with trio.move_on_after(1):
             await ends.end.send_all(b"x" * 50_000)
@@ -261,12 +262,12 @@ VIOLATIONS = {
     "not masked": (1002, b"\x82\x05hello"),
     "a reserved bit": (1002, b"\xc2\x80" + KEY),
     "a fragmented ping": (1002, b"\x09\x80" + KEY),
-    "text that is none": (1007, b"\x81\x81\x00\x00\x00\x00\xff"),
+    "text that is not UTF-8": (1007, b"\x81\x81\x00\x00\x00\x00\xff"),
 }
 
 
 @pytest.mark.parametrize("name", VIOLATIONS)
-async def test_a_violation_is_told_and_the_end(autojump_clock: Any, name: str) -> None:
+async def test_a_protocol_violation_closes_with_its_code(autojump_clock: Any, name: str) -> None:
     code, data = VIOLATIONS[name]
     async with pair() as ends:
         await ends.peer.send(BINARY, b"before")
@@ -282,11 +283,12 @@ async def test_a_violation_is_told_and_the_end(autojump_clock: Any, name: str) -
         assert trio.current_time() == 0
 
 
-# ---- with trio-websocket -------------------------------------------------------------------------------------------
+# ---- trio-websocket as the peer ------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
 async def other_server(stream: trio.abc.Stream) -> AsyncIterator[Callable[[], WebSocketConnection]]:
+    """Serve a WebSocket with trio-websocket; the function returns the connection once the handshake is done."""
     async with trio.open_nursery() as nursery:
         ends: list[WebSocketConnection] = []
 
@@ -298,7 +300,7 @@ async def other_server(stream: trio.abc.Stream) -> AsyncIterator[Callable[[], We
         nursery.cancel_scope.cancel()
 
 
-async def test_trio_websocket_as_the_client(autojump_clock: Any) -> None:
+async def test_tunnel_with_trio_websocket_as_the_client(autojump_clock: Any) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     async with trio.open_nursery() as nursery:
         request = b""
@@ -313,14 +315,15 @@ async def test_trio_websocket_as_the_client(autojump_clock: Any) -> None:
             await ours.send_all(head.encode())
 
         nursery.start_soon(serve)
-        peer = await wrap_client_stream(nursery, theirs, "h", "/")  # type: ignore[arg-type]  # any stream does
+        # trio-websocket declares sockets and TLS, but any stream will do.
+        peer = await wrap_client_stream(nursery, theirs, "h", "/")  # type: ignore[arg-type]
         end = TunnelStream(ours, client=False, ping_interval=10)
         nursery.start_soon(end.run)
         await conversation(end, peer)
         nursery.cancel_scope.cancel()
 
 
-async def test_trio_websocket_as_the_server(autojump_clock: Any) -> None:
+async def test_tunnel_with_trio_websocket_as_the_server(autojump_clock: Any) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     async with other_server(theirs) as server, trio.open_nursery() as nursery:
         await ours.send_all(
@@ -358,3 +361,59 @@ async def conversation(end: TunnelStream, peer: WebSocketConnection) -> None:
     assert closed.value.reason is not None
     assert (closed.value.reason.code, closed.value.reason.reason) == (4000, "enough")
     assert trio.current_time() == 100
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+
+def serving(stream: trio.abc.Stream, *, client: bool = False) -> AbstractAsyncContextManager[WebSocketConnection]:
+    return websocket.open_messages(
+        stream, client=client, early=b"", message_queue_size=1, max_message_size=1000, receive_buffer_size=None
+    )
+
+
+async def test_frames_read_together_are_not_delivered_after_our_close(autojump_clock: Any) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    peer = Peer(theirs)
+    async with serving(ours):
+        # The second message waits for room in the queue, where the reader learns of the close.
+        await theirs.send_all(
+            frame(BINARY, b"x", KEY) * 2 + frame(PING, b"", KEY) * 2 + frame(BINARY, b"x" * 2000, KEY)
+        )
+        await wait_all_tasks_blocked()
+        await peer.send(CLOSE)
+    assert await peer.events() == [Close(1000)]
+    assert trio.current_time() == 0
+
+
+async def test_a_ping_is_ignored_while_our_close_waits_behind_a_message(autojump_clock: Any) -> None:
+    ours, theirs = trio.testing.lockstep_stream_pair()
+    peer = Peer(theirs)
+    events: list[FrameEvent] = []
+
+    async def answer() -> None:
+        await wait_all_tasks_blocked()
+        await peer.send(PING)
+        events.extend(await peer.rest())
+        await peer.send(CLOSE)
+
+    async with trio.open_nursery() as nursery, serving(ours) as messages:
+        nursery.start_soon(messages.send_message, b"x" * 100)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(answer)
+    *parts, close = events
+    assert b"".join(parts) == b"x" * 100  # type: ignore[arg-type]
+    assert close == Close(1000)
+    assert trio.current_time() == 0
+
+
+@pytest.mark.parametrize("client", [False, True])
+async def test_a_violation_in_messages_is_answered_with_a_close(autojump_clock: Any, client: bool) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    peer = Peer(theirs, client=not client)
+    # A client must mask its frames, and a server must not.
+    await theirs.send_all(frame(BINARY, b"x", KEY if client else None))
+    async with serving(ours, client=client) as messages:
+        with pytest.raises(ConnectionClosed):
+            await messages.get_message()
+    assert await peer.events() == [Close(1002)]
