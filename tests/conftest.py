@@ -19,6 +19,15 @@ DYING_SECONDS = 5.0
 SSHD = Path(__file__).parent / "standin" / "sshd.py"
 
 
+def pytest_configure() -> None:
+    """Handle SIGINT also when a shell started the tests in the background, with SIGINT ignored.
+
+    Programs that the tests start would inherit that, and none could be interrupted. A worker always handles SIGINT.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run slow tests last: what fails is seen early."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
