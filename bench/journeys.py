@@ -28,6 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import trio
+import trio.testing
 
 import orchard
 from orchard.testing import cluster
@@ -35,6 +36,7 @@ from orchard.testing import cluster
 PACKAGE = str(Path(orchard.__file__).parent) + "/"
 SECONDS = 30.0
 POLL_SECONDS = 0.002
+SETTLE_SECONDS = 0.05
 
 
 class Trace:
@@ -139,6 +141,8 @@ async def in_thread(work: Callable[[], object]) -> None:
 async def second_time(journey: Callable[[str], Awaitable[None]]) -> Trace:
     """Make a journey twice, for the VMs `first` and `second`, and return the trace of the second one."""
     await journey("first")
+    # The end of the first journey, such as the close of its tunnel, is not part of the second one.
+    await trio.testing.wait_all_tasks_blocked(SETTLE_SECONDS)
     with tracing() as trace:
         await journey("second")
     return trace
@@ -174,6 +178,8 @@ async def forward_until_first_byte() -> Trace:
 
         async def greet(stream: trio.SocketStream) -> None:
             await stream.send_all(b"hello")
+            # The journey ends with the first byte. A close by this end would be traced as well.
+            await trio.sleep_forever()
 
         listeners = await nursery.start(trio.serve_tcp, greet, 0)
         port = listeners[0].socket.getsockname()[1]

@@ -48,7 +48,7 @@ LEAST_SECONDS = 10.0  # seconds
 CLAIM_SECONDS = 10.0  # seconds
 # Requests that wait for their workers. Each belongs to an HTTP request or SSH channel with a deadline.
 MAX_PENDING = 4096
-SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
+_SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
 
 AnswerT = TypeVar("AnswerT")
 
@@ -82,7 +82,7 @@ class VMAccess:
     async def connect(self, vm: VM, port: int, wait: float) -> WorkerEnd:
         """Connect to a port of a VM. The worker's end is closed unless it is used within CLAIM_SECONDS."""
         deadline = trio.current_time() + wait
-        running = await self._wait_running(vm, wait)
+        running = self._if_running(vm) or await self._wait_running(vm, wait)
         return await self._rendezvous.ask_port(running.state.worker, vm.uid, port, deadline)
 
     @asynccontextmanager
@@ -102,22 +102,20 @@ class VMAccess:
     async def find_address(self, vm: VM, wait: float) -> str:
         """Return a VM's address in its worker's network."""
         deadline = trio.current_time() + wait
-        running = await self._wait_running(vm, wait)
+        running = self._if_running(vm) or await self._wait_running(vm, wait)
         return await self._rendezvous.ask_address(running.state.worker, vm.uid, deadline)
 
     async def _wait_running(self, vm: VM, wait: float) -> VM:
-        """Return the VM as it is once it runs."""
-        running = self._if_running(vm)
-        if running is None:
-            with trio.move_on_after(wait), self._store.watch("vm", vm.name) as changes:
-                async for _ in changes:
-                    if (running := self._if_running(vm)) is not None:
-                        break
-        if running is None and (running := self._if_running(vm)) is None:
-            state = self._store.state.vms[vm.name].state
-            reason = f": {state.status_message}" if state.status_message else ""
-            raise UnreachableError(f'VM "{vm.name}" is {state.status} after {wait:g} seconds{reason}')
-        return running
+        """Wait until a VM runs, and return it as it is then. It does not run now."""
+        with trio.move_on_after(wait), self._store.watch("vm", vm.name) as changes:
+            async for _ in changes:
+                if running := self._if_running(vm):
+                    return running
+        if running := self._if_running(vm):
+            return running
+        state = self._store.state.vms[vm.name].state
+        reason = f": {state.status_message}" if state.status_message else ""
+        raise UnreachableError(f'VM "{vm.name}" is {state.status} after {wait:g} seconds{reason}')
 
     def _if_running(self, vm: VM) -> VM | None:
         """Return the VM as it is if it runs, None if it may run later. Raises an error if it never will."""
@@ -165,27 +163,23 @@ class PendingRequest(Generic[AnswerT]):
 class WorkerEnd:
     """The worker's end of a tunnel: a WebSocket that the task of its HTTP connection lends to the task of a client.
 
-    The two tasks have a cancel scope each. The worker's task holds the *loan*: it keeps the WebSocket open until the
-    loan is cancelled, which happens when the client's task returns the end or does not use it within CLAIM_SECONDS.
-    The client's task holds the *use*: `end` cancels it, and the client's task then closes the tunnel.
+    The two tasks have a cancel scope each. The worker's task waits in `loan`, with the WebSocket open, until that is
+    cancelled: when the client's task has finished, or has not begun within CLAIM_SECONDS. The client's task works in
+    `_use`, which `end` cancels, and then closes the tunnel.
     """
 
     def __init__(self, worker: str, stream: TunnelStream) -> None:
         self.worker = worker
         self._stream = stream
-        self._loan = trio.CancelScope(deadline=trio.current_time() + CLAIM_SECONDS)
+        self.loan = trio.CancelScope(deadline=trio.current_time() + CLAIM_SECONDS)
         self._use = trio.CancelScope()
         # The code and the reason with which the tunnel is closed.
         self._close = (NORMAL, "")
 
-    async def wait_returned(self) -> None:
-        """Return when the WebSocket is not needed any more. For the worker's task."""
-        with self._loan:
-            await trio.sleep_forever()
-
     async def relay(self, client: TunnelStream) -> None:
         """Relay bytes between a client and the VM until a side closes or `end` is called; then close both."""
-        with self._claimed():
+        self.loan.deadline = math.inf
+        try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._pump, client, self._stream, "the client")
                 nursery.start_soon(self._pump, self._stream, client, "the worker")
@@ -196,12 +190,18 @@ class WorkerEnd:
                     closing.start_soon(client.aclose, *self._close)
                     closing.start_soon(self._stream.aclose, *self._close)
                 nursery.cancel_scope.cancel()
+        finally:
+            self.loan.cancel()
 
     @contextmanager
     def borrow(self) -> Iterator[TunnelStream]:
         """Yield the stream for the block, which `end` cancels. Raises UnreachableError then."""
-        with self._claimed(), self._use:
-            yield self._stream
+        self.loan.deadline = math.inf
+        try:
+            with self._use:
+                yield self._stream
+        finally:
+            self.loan.cancel()
         if self._use.cancel_called:
             raise UnreachableError(self._close[1])
 
@@ -210,14 +210,6 @@ class WorkerEnd:
         if not self._use.cancel_called:
             self._close = (code, reason)
             self._use.cancel()
-
-    @contextmanager
-    def _claimed(self) -> Iterator[None]:
-        self._loan.deadline = math.inf
-        try:
-            yield
-        finally:
-            self._loan.cancel()
 
     async def _pump(self, source: TunnelStream, sink: TunnelStream, name: str) -> None:
         """Send on what arrives until the source closes. What the sink cannot take any more is dropped."""
@@ -273,8 +265,8 @@ class Rendezvous:
             try:
                 return await request.wait_answered()
             finally:
-                pending.pop(request.id, None)
-                if now := self._watches.get(worker):
+                # An answered request is not pending any more, and was sent.
+                if pending.pop(request.id, None) and (now := self._watches.get(worker)):
                     now.take_back(request.action)
         problem = "did not answer in time" if worker in self._watches else "is not connected"
         raise UnreachableError(f'worker "{worker}" {problem}')
@@ -294,7 +286,8 @@ class Rendezvous:
         ends.add(end)
         try:
             request.resolve(end)
-            await end.wait_returned()
+            with end.loan:
+                await trio.sleep_forever()
         finally:
             ends.discard(end)
             if not ends:
@@ -310,7 +303,7 @@ class Rendezvous:
     def sync(self, worker: str) -> None:
         """Tell a worker to look at its VMs. A worker without a watch looks as soon as it opens one."""
         if watch := self._watches.get(worker):
-            watch.put(SYNC)
+            watch.put(_SYNC)
 
     async def serve(self, worker: str, account: str, websocket: WebSocketConnection, alive: Callable[[], None]) -> None:
         """Serve a worker's watch until a newer one replaces it or it is dead; call `alive` at each pong.
@@ -325,7 +318,9 @@ class Rendezvous:
                     nursery.start_soon(_discard_messages, websocket)
                     nursery.start_soon(_ping_watch, websocket, self.ping_interval, alive, nursery.cancel_scope)
                     while True:
-                        for action in await watch.wait_actions():
+                        await watch.changed.wait()
+                        actions, watch.actions = watch.actions, []
+                        for action in actions:
                             await websocket.send_message(dump_json(action))
         finally:
             if self._watches.get(worker) is watch:
@@ -339,7 +334,7 @@ class Rendezvous:
         for end in [end for ends in self._ends.values() for end in ends if end.worker == worker]:
             end.end(GOING_AWAY, f'worker "{worker}" has reconnected')
         watch = self._watches[worker] = _Watch(account)
-        watch.put(SYNC)
+        watch.put(_SYNC)
         pending: list[PendingRequest[Any]] = [*self._ports.values(), *self._addresses.values()]
         for request in pending:
             if request.worker == worker:
@@ -355,26 +350,18 @@ class _Watch:
     def __init__(self, account: str) -> None:
         self.account = account
         self.scope = trio.CancelScope()
-        self._actions: list[Mapping[str, Any]] = []
-        self._changed = Wakeup()
+        self.actions: list[Mapping[str, Any]] = []
+        self.changed = Wakeup()
 
     def put(self, action: Mapping[str, Any]) -> None:
-        if action is SYNC and SYNC in self._actions:
-            return
-        self._actions.append(action)
-        self._changed.set()
+        if action is not _SYNC or _SYNC not in self.actions:
+            self.actions.append(action)
+            self.changed.set()
 
     def take_back(self, action: Mapping[str, Any]) -> None:
         """Drop an action that was not sent yet, so that there are never more actions than pending requests."""
         with suppress(ValueError):
-            self._actions.remove(action)
-
-    async def wait_actions(self) -> list[Mapping[str, Any]]:
-        """Return the actions that are to be sent, in order, as soon as there are any."""
-        while not self._actions:
-            await self._changed.wait()
-        actions, self._actions = self._actions, []
-        return actions
+            self.actions.remove(action)
 
 
 def _take_pending(
