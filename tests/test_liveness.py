@@ -1,4 +1,4 @@
-"""Who is alive: by the controller's monotonic clock alone, whatever the clocks of the workers say."""
+"""Liveness depends on the controller's monotonic clock alone, whatever the clocks of the workers say."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ TIMEOUT = 180.0
 HERE, ELSEWHERE = ("workers", "10.0.0.1"), ("workers", "10.0.0.2")
 SEEN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 SECOND = datetime.timedelta(seconds=1)
-DECADE = datetime.timedelta(days=3653)
+TEN_YEARS = datetime.timedelta(days=3653)
 
 
-class Site:
-    """A liveness, its clock, and when it told of workers that returned."""
+class Clocked:
+    """A liveness with its clock, and the times at which it reported that a worker returned."""
 
     def __init__(self, *known: str) -> None:
         self.now = 1000.0
@@ -26,120 +26,122 @@ class Site:
         self.liveness = Liveness(lambda: self.now, TIMEOUT, lambda worker: self.returns.append(self.now), known)
 
 
-def test_a_later_last_seen_is_a_heartbeat_and_any_other_is_none() -> None:
-    site = Site()
-    assert site.liveness.record_heartbeat("w", HERE, SEEN)
+def test_heartbeat_needs_a_later_last_seen() -> None:
+    clocked = Clocked()
+    assert clocked.liveness.record_heartbeat("w", HERE, SEEN)
     for last_seen in (SEEN, SEEN - SECOND):
-        site.now += 1
-        assert not site.liveness.record_heartbeat("w", HERE, last_seen)
-        assert site.liveness.last_contact == {"w": 1000}
-    assert site.liveness.record_heartbeat("w", HERE, SEEN + datetime.timedelta(microseconds=1))
-    assert site.liveness.last_contact == {"w": 1002}
+        clocked.now += 1
+        assert not clocked.liveness.record_heartbeat("w", HERE, last_seen)
+        assert clocked.liveness.last_contact == {"w": 1000}
+    assert clocked.liveness.record_heartbeat("w", HERE, SEEN + datetime.timedelta(microseconds=1))
+    assert clocked.liveness.last_contact == {"w": 1002}
 
 
-def test_last_seen_is_shown_as_the_worker_said_it() -> None:
-    site = Site("w")
-    assert site.liveness.last_seen_json("w") is None
-    site.liveness.record_heartbeat("w", HERE, SEEN + SECOND)
-    site.liveness.record_heartbeat("w", HERE, SEEN)
-    assert site.liveness.last_seen_json("w") == format_time(SEEN + SECOND).encode()
+def test_last_seen_is_returned_as_the_worker_sent_it() -> None:
+    clocked = Clocked("w")
+    assert clocked.liveness.last_seen_json("w") is None
+    clocked.liveness.record_heartbeat("w", HERE, SEEN + SECOND)
+    clocked.liveness.record_heartbeat("w", HERE, SEEN)
+    assert clocked.liveness.last_seen_json("w") == format_time(SEEN + SECOND).encode()
 
 
-def test_a_clock_that_jumps_by_ten_years_makes_nobody_look_dead_or_alive() -> None:
-    site = Site()
-    site.liveness.record_worker("w", HERE)
-    site.liveness.record_heartbeat("w", HERE, SEEN)
-    site.now += 100
-    assert site.liveness.record_heartbeat("w", HERE, SEEN + DECADE)
-    assert site.liveness.last_contact == {"w": 1100}
-    site.now += 100
-    assert not site.liveness.record_heartbeat("w", HERE, SEEN), "back in the present, it is no heartbeat"
-    site.liveness.record_poll("w", HERE)
-    assert site.liveness.last_contact == {"w": 1200}, "but what it polls is a sign of life"
-    site.now += TIMEOUT
-    assert site.liveness.record_heartbeat("w", HERE, SEEN + DECADE + SECOND)
-    assert site.returns == [1000, 1200 + TIMEOUT], "it was away for the whole time-out, whatever its clock says"
+def test_worker_clock_jump_of_ten_years_changes_no_liveness() -> None:
+    clocked = Clocked()
+    clocked.liveness.record_worker("w", HERE)
+    clocked.liveness.record_heartbeat("w", HERE, SEEN)
+    clocked.now += 100
+    assert clocked.liveness.record_heartbeat("w", HERE, SEEN + TEN_YEARS)
+    assert clocked.liveness.last_contact == {"w": 1100}
+    clocked.now += 100
+    assert not clocked.liveness.record_heartbeat("w", HERE, SEEN), "last_seen is earlier than before"
+    clocked.liveness.record_poll("w", HERE)
+    assert clocked.liveness.last_contact == {"w": 1200}, "a poll still counts"
+    clocked.now += TIMEOUT
+    assert clocked.liveness.record_heartbeat("w", HERE, SEEN + TEN_YEARS + SECOND)
+    assert clocked.returns == [1000, 1200 + TIMEOUT], "it was silent for the whole time-out"
 
 
 @pytest.mark.parametrize("source", [ELSEWHERE, ("people", HERE[1])])
-def test_a_poll_counts_only_from_where_the_worker_is(source: tuple[str, str]) -> None:
-    site = Site("w")
-    site.now += 1
-    site.liveness.record_poll("w", HERE)
-    assert site.liveness.last_contact == {"w": 1000}, "it has not said yet where it is"
-    site.liveness.record_heartbeat("w", HERE, SEEN)
-    site.now += 1
-    site.liveness.record_poll("w", source)
-    assert site.liveness.last_contact == {"w": 1001}
-    site.liveness.record_poll("w", HERE)
-    assert site.liveness.last_contact == {"w": 1002}
-    site.liveness.record_worker("w", source)
-    site.now += 1
-    site.liveness.record_poll("w", HERE)
-    assert site.liveness.last_contact == {"w": 1002}, "it has moved"
+def test_poll_counts_only_from_the_source_of_the_worker(source: tuple[str, str]) -> None:
+    clocked = Clocked("w")
+    clocked.now += 1
+    clocked.liveness.record_poll("w", HERE)
+    assert clocked.liveness.last_contact == {"w": 1000}, "its source is not known yet"
+    clocked.liveness.record_heartbeat("w", HERE, SEEN)
+    clocked.now += 1
+    clocked.liveness.record_poll("w", source)
+    assert clocked.liveness.last_contact == {"w": 1001}
+    clocked.liveness.record_poll("w", HERE)
+    assert clocked.liveness.last_contact == {"w": 1002}
+    clocked.liveness.record_worker("w", source)
+    clocked.now += 1
+    clocked.liveness.record_poll("w", HERE)
+    assert clocked.liveness.last_contact == {"w": 1002}, "the source has changed"
 
 
-def test_a_heartbeat_that_is_none_does_not_move_the_worker() -> None:
-    site = Site()
-    site.liveness.record_heartbeat("w", HERE, SEEN)
-    site.liveness.record_heartbeat("w", ELSEWHERE, SEEN)
-    site.now += 1
-    site.liveness.record_poll("w", ELSEWHERE)
-    assert site.liveness.last_contact == {"w": 1000}
+def test_update_without_a_later_last_seen_does_not_change_the_source() -> None:
+    clocked = Clocked()
+    clocked.liveness.record_heartbeat("w", HERE, SEEN)
+    clocked.liveness.record_heartbeat("w", ELSEWHERE, SEEN)
+    clocked.now += 1
+    clocked.liveness.record_poll("w", ELSEWHERE)
+    assert clocked.liveness.last_contact == {"w": 1000}
 
 
-def test_returned_is_called_exactly_when_an_offline_worker_gives_a_sign_of_life() -> None:
-    site = Site("known")
-    site.now += TIMEOUT - 1
-    site.liveness.record_worker("known", HERE)
-    assert site.returns == [], "it has the whole time-out after a start"
-    site.liveness.record_worker("new", HERE)
-    assert site.returns == [site.now], "a new one was offline before"
-    signs: tuple[Callable[[], object], ...] = (
-        lambda: site.liveness.record_pong("known"),
-        lambda: site.liveness.record_poll("known", HERE),
-        lambda: site.liveness.record_worker("known", HERE),
-        lambda: site.liveness.record_heartbeat("known", HERE, SEEN + site.now * SECOND),
+def test_return_is_reported_once_when_an_offline_worker_makes_contact() -> None:
+    clocked = Clocked("known")
+    clocked.now += TIMEOUT - 1
+    clocked.liveness.record_worker("known", HERE)
+    assert clocked.returns == [], "it has the whole time-out after a start"
+    clocked.liveness.record_worker("new", HERE)
+    assert clocked.returns == [clocked.now], "an unknown worker was offline"
+    contacts: tuple[Callable[[], object], ...] = (
+        lambda: clocked.liveness.record_pong("known"),
+        lambda: clocked.liveness.record_poll("known", HERE),
+        lambda: clocked.liveness.record_worker("known", HERE),
+        lambda: clocked.liveness.record_heartbeat("known", HERE, SEEN + clocked.now * SECOND),
     )
-    for give_sign in signs:
-        site.returns.clear()
-        site.now += TIMEOUT - 1
-        give_sign()
-        assert site.returns == []
-        site.now += TIMEOUT
-        give_sign()
-        give_sign()
-        assert site.returns == [site.now]
+    for make_contact in contacts:
+        clocked.returns.clear()
+        clocked.now += TIMEOUT - 1
+        make_contact()
+        assert clocked.returns == []
+        clocked.now += TIMEOUT
+        make_contact()
+        make_contact()
+        assert clocked.returns == [clocked.now]
 
 
-def test_nobody_is_silent_for_what_was_not_heard() -> None:
-    site = Site("silent", "w", "lately")
-    site.now += 100
-    site.liveness.record_worker("w", HERE)
-    site.now += 100
-    site.liveness.record_worker("lately", HERE)
-    site.liveness.extend_for_stall(0.5)
-    assert site.liveness.last_contact == {"silent": 1000, "w": 1101, "lately": 1200}
-    site.now += TIMEOUT  # of which it was to look 99 seconds before "w" was silent
-    site.liveness.extend_for_stall(TIMEOUT)
-    assert site.liveness.last_contact == {"silent": 1000, "w": 1380, "lately": 1380}
-    site.returns.clear()
-    site.liveness.record_worker("w", HERE)
-    site.liveness.record_worker("silent", HERE)
-    assert site.returns == [1380], "it was offline"
+def test_stall_of_the_controller_does_not_count_as_silence() -> None:
+    clocked = Clocked("silent", "w", "recent")
+    clocked.now += 100
+    clocked.liveness.record_worker("w", HERE)
+    clocked.now += 100
+    clocked.liveness.record_worker("recent", HERE)
+    clocked.liveness.extend_for_stall(0.5)
+    assert clocked.liveness.last_contact == {"silent": 1000, "w": 1101, "recent": 1200}
+    # When the next stall begins, "w" has 81 seconds left.
+    clocked.now += TIMEOUT
+    clocked.liveness.extend_for_stall(TIMEOUT)
+    assert clocked.liveness.last_contact == {"silent": 1000, "w": 1380, "recent": 1380}
+    clocked.returns.clear()
+    clocked.liveness.record_worker("w", HERE)
+    clocked.liveness.record_worker("silent", HERE)
+    assert clocked.returns == [1380], "it was offline before the stall"
 
 
-def test_of_a_forgotten_worker_nothing_is_left() -> None:
-    site = Site()
-    site.liveness.record_heartbeat("w", HERE, SEEN)
-    site.liveness.record_heartbeat("another", HERE, SEEN)
-    site.liveness.record_deletion("w")
-    site.liveness.record_deletion("never heard of")
-    assert site.liveness.last_contact == {"another": 1000}
-    assert site.liveness.last_seen_json("w") is None
-    site.returns.clear()
-    site.liveness.record_poll("w", HERE)
-    site.liveness.record_pong("w")  # a pong on a watch that is still open
-    assert (site.liveness.last_contact, site.returns) == ({"another": 1000}, [])
-    assert site.liveness.record_heartbeat("w", HERE, SEEN - SECOND), "a new worker of that name begins anew"
-    assert site.returns == [1000]
+def test_deleted_worker_is_forgotten_and_has_to_register_again() -> None:
+    clocked = Clocked()
+    clocked.liveness.record_heartbeat("w", HERE, SEEN)
+    clocked.liveness.record_heartbeat("another", HERE, SEEN)
+    clocked.liveness.record_deletion("w")
+    clocked.liveness.record_deletion("never registered")
+    assert clocked.liveness.last_contact == {"another": 1000}
+    assert clocked.liveness.last_seen_json("w") is None
+    clocked.returns.clear()
+    clocked.liveness.record_poll("w", HERE)
+    # Its watch may still be open.
+    clocked.liveness.record_pong("w")
+    assert (clocked.liveness.last_contact, clocked.returns) == ({"another": 1000}, [])
+    assert clocked.liveness.record_heartbeat("w", HERE, SEEN - SECOND), "a new worker may have an earlier clock"
+    assert clocked.returns == [1000]
