@@ -1,7 +1,7 @@
-"""The scheduler: safety on random clusters, against a reference that is slow and plain, and the words of its reasons.
+"""The scheduler on random clusters, compared with a slow and simple reference, and on clusters made for one case.
 
-Each important property is a function that says what is wrong with a plan. Beside the test that it finds nothing stands
-one that it finds plans which were damaged on purpose.
+Each important property is a function that returns what is wrong with a plan. One test checks that it finds nothing in
+real plans, another that it finds plans that were damaged on purpose.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from orchard.transitions import assign, change, create, fail, report, restart, w
 LATER = BEGAN + datetime.timedelta(minutes=5)
 
 
-def cluster(vms: list[VM], workers: list[Worker], **changed: object) -> Snapshot:
-    """A picture in which every worker is online and nothing was restarted, unless it says otherwise."""
-    seen = dict.fromkeys([w.name for w in workers], ONLINE)
-    picture = Snapshot(vms, {w.name: w for w in workers}, seen, {}, "optimize-utilization", OFFLINE_TIMEOUT)
-    return replace(picture, **changed)  # type: ignore[arg-type]
+def snapshot_of(vms: list[VM], workers: list[Worker], **changed: object) -> Snapshot:
+    """Return a snapshot in which every worker is online and no VM was restarted, with some fields changed."""
+    last_contact = dict.fromkeys([w.name for w in workers], ONLINE)
+    snapshot = Snapshot(vms, {w.name: w for w in workers}, last_contact, {}, "optimize-utilization", OFFLINE_TIMEOUT)
+    return replace(snapshot, **changed)  # type: ignore[arg-type]
 
 
-def carry_out(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
-    """Do what a plan says, as the controller does in one transaction."""
+def apply(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
+    """Apply a plan as the controller does in one transaction."""
     vms = []
     restarted = dict(snapshot.restarted_at)
     for vm in snapshot.vms:
@@ -80,20 +80,21 @@ def carry_out(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
     return replace(snapshot, vms=vms, restarted_at=restarted)
 
 
-def settled(snapshot: Snapshot, now: float) -> Snapshot:
-    """Plan and carry out until nothing changes, and never give too much on the way."""
-    for _ in range(4):  # fail, restart, place, and find that nothing is left to do
+def settle(snapshot: Snapshot, now: float) -> Snapshot:
+    """Plan and apply until nothing changes. No plan on the way may overcommit."""
+    # At most four plans: fail, restart, assign, and an empty one.
+    for _ in range(4):
         decided = plan(snapshot, now)
-        assert overcommits(snapshot, decided) == []
-        after = carry_out(snapshot, decided, now)
+        assert overcommitted(snapshot, decided) == []
+        after = apply(snapshot, decided, now)
         if after == snapshot:
             return after
         snapshot = after
     raise AssertionError("the plans have no end")
 
 
-def used(snapshot: Snapshot) -> Counter[tuple[str, str]]:
-    """What is used of each resource on each worker, counted anew from the VMs."""
+def used_resources(snapshot: Snapshot) -> Counter[tuple[str, str]]:
+    """Count what is used of each resource on each worker."""
     total: Counter[tuple[str, str]] = Counter()
     for vm in snapshot.vms:
         if vm.holds_resources:
@@ -105,11 +106,11 @@ def used(snapshot: Snapshot) -> Counter[tuple[str, str]]:
 # ---- the properties ------------------------------------------------------------------------------------------------
 
 
-def overcommits(before: Snapshot, decided: Plan) -> list[str]:
-    """Where a worker gets more than it offers, or still more of what it has too much of already."""
-    now_used, then_used = used(before), used(carry_out(before, decided, NOW))
+def overcommitted(before: Snapshot, decided: Plan) -> list[str]:
+    """Return where a plan exceeds what a worker offers, or adds to what exceeds it already."""
+    now_used, then_used = used_resources(before), used_resources(apply(before, decided, NOW))
     return [
-        f"{name} gives {amount} of {resource}"
+        f"{name} has {amount} of {resource} assigned"
         for (name, resource), amount in then_used.items()
         if amount
         > max(
@@ -119,7 +120,7 @@ def overcommits(before: Snapshot, decided: Plan) -> list[str]:
 
 
 def misplaced(before: Snapshot, decided: Plan) -> list[str]:
-    """Which VMs were put on a worker that is not as they ask for, or were not free to be put anywhere."""
+    """Return the VMs that do not fit on their worker, or were not to be assigned at all."""
     vms = {vm.name: vm for vm in before.vms}
     problems = []
     for name, chosen in decided.assign.items():
@@ -139,8 +140,8 @@ def misplaced(before: Snapshot, decided: Plan) -> list[str]:
     return problems
 
 
-def forgotten(before: Snapshot, decided: Plan) -> list[str]:
-    """Which VMs have no decision that should have one, or two, or one too many."""
+def undecided(before: Snapshot, decided: Plan) -> list[str]:
+    """Return the VMs that have no decision although they need one, or two decisions, or an unneeded one."""
     problems = []
     decisions = Counter([*decided.fail, *decided.restart, *decided.assign, *decided.waiting])
     for vm in before.vms:
@@ -149,11 +150,11 @@ def forgotten(before: Snapshot, decided: Plan) -> list[str]:
             problems.append(f"{vm.name} is {vm.state.status}")
         if decisions.pop(vm.name, 0) > 1:
             problems.append(f"{vm.name} is decided twice")
-    return problems + [f"{name} is no VM" for name in decisions]
+    return problems + [f"{name} is not a VM" for name in decisions]
 
 
-def why(vm: VM, on: Worker, online: bool, taken: Counter[tuple[str, str]]) -> tuple[str, int]:
-    """The first thing that keeps a VM from a worker, and for a resource how much of it is free."""
+def exclusion(vm: VM, on: Worker, online: bool, taken: Counter[tuple[str, str]]) -> tuple[str, int]:
+    """Return the first thing that excludes a worker, and for a resource its free amount."""
     if not online:
         return "offline", 0
     if on.scheduling_paused:
@@ -175,10 +176,10 @@ def why(vm: VM, on: Worker, online: bool, taken: Counter[tuple[str, str]]) -> tu
 REASON = re.compile(r"(\d+) (?:lacks? (?P<short>\S+ \(\d+ wanted), (?P<free>\d+) free(?: at most)?\)|(?P<other>.+))")
 
 
-def lies(before: Snapshot, decided: Plan) -> list[str]:
-    """Which reasons are not true of the cluster as it is when the plan was carried out."""
-    after = carry_out(before, decided, NOW)
-    taken = used(after)
+def wrong_reasons(before: Snapshot, decided: Plan) -> list[str]:
+    """Return the waiting reasons that are not true after the plan was applied."""
+    after = apply(before, decided, NOW)
+    taken = used_resources(after)
     problems = []
     for vm in after.vms:
         reason = decided.waiting.get(vm.name)
@@ -191,7 +192,7 @@ def lies(before: Snapshot, decided: Plan) -> list[str]:
         truth: Counter[str] = Counter()
         most_free: dict[str, int] = {}
         for name, on in before.workers.items():
-            text, free = why(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken)
+            text, free = exclusion(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken)
             truth[text] += 1
             most_free[text] = max(free, most_free.get(text, 0))
         _, head, parts = reason.split(": ", 2)
@@ -199,7 +200,7 @@ def lies(before: Snapshot, decided: Plan) -> list[str]:
         for part in re.split(r", (?=\d+ (?!free))", parts):
             match = REASON.fullmatch(part)
             if match is None:
-                problems.append(f"{part!r} is no reason")
+                problems.append(f"{part!r} is not a known reason")
                 continue
             text = match["short"] or match["other"]
             said[text] += int(match[1])
@@ -212,18 +213,18 @@ def lies(before: Snapshot, decided: Plan) -> list[str]:
 
 
 def expected_places(before: Snapshot) -> dict[str, str]:
-    """The reference: oldest first, each on the best of all workers that could take it, counted anew each time."""
+    """Return the reference: VMs oldest first, each on the best of all workers, with everything counted each time."""
     fullest_first = before.profile == "optimize-utilization"
     for vm in sorted(before.vms, key=lambda vm: (vm.meta.created_at or BEGAN, vm.name)):
         if vm.state.status != "pending" or vm.state.worker:
             continue
-        taken = used(before)
-        # A VM whose worker is gone or silent fails in the same plan; no place depends on it.
+        taken = used_resources(before)
+        # VMs of a deleted or offline worker fail in the same plan, but no assignment depends on them.
         counts = Counter(other.state.worker for other in before.vms if other.holds_resources)
         fitting = [
             on
             for name, on in before.workers.items()
-            if why(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken) == ("", 0)
+            if exclusion(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken) == ("", 0)
         ]
         if fitting:
             sign = -1 if fullest_first else 1
@@ -233,15 +234,15 @@ def expected_places(before: Snapshot) -> dict[str, str]:
     return {vm.name: vm.state.worker for vm in before.vms if vm.state.scheduled_at == LATER}
 
 
-def out_of_place(before: Snapshot, decided: Plan) -> list[str]:
-    """Which VMs are not where the order and the profile say."""
+def wrongly_assigned(before: Snapshot, decided: Plan) -> list[str]:
+    """Return the VMs that are not on the worker that order and profile demand."""
     expected = expected_places(before)
     names = sorted(expected.keys() | decided.assign.keys())
     return [name for name in names if expected.get(name) != decided.assign.get(name)]
 
 
-def jumped_the_queue(before: Snapshot, decided: Plan) -> list[str]:
-    """Which VMs wait although a younger one that asks for the same got a place."""
+def overtaken(before: Snapshot, decided: Plan) -> list[str]:
+    """Return the VMs that wait although a younger one of the same demand was assigned."""
     vms = {vm.name: vm for vm in before.vms}
 
     def demand(vm: VM) -> tuple[object, ...]:
@@ -259,42 +260,42 @@ def jumped_the_queue(before: Snapshot, decided: Plan) -> list[str]:
 
 
 Property = Callable[[Snapshot, Plan], list[str]]
-PROPERTIES: list[Property] = [overcommits, misplaced, forgotten, lies, out_of_place, jumped_the_queue]
+PROPERTIES: list[Property] = [overcommitted, misplaced, undecided, wrong_reasons, wrongly_assigned, overtaken]
 
 
 @THOROUGH
 @given(snapshots())
-def test_no_plan_is_wrong(snapshot: Snapshot) -> None:
+def test_plans_of_random_clusters_have_all_properties(snapshot: Snapshot) -> None:
     decided = plan(snapshot, NOW)
     assert {wrong.__name__: found for wrong in PROPERTIES if (found := wrong(snapshot, decided))} == {}
 
 
-# ---- damage that the properties must see ---------------------------------------------------------------------------
+# ---- damaged plans -------------------------------------------------------------------------------------------------
 
 
-def take_one_more(snapshot: Snapshot, decided: Plan) -> Plan:
-    """One of those that wait gets the first worker."""
+def assign_one_more(snapshot: Snapshot, decided: Plan) -> Plan:
+    """Assign a waiting VM to the first worker."""
     name = min(decided.waiting)
     rest = {other: reason for other, reason in decided.waiting.items() if other != name}
     return replace(decided, assign={**decided.assign, name: min(snapshot.workers)}, waiting=rest)
 
 
 def move_one(snapshot: Snapshot, decided: Plan) -> Plan:
-    """One of those that got a worker gets another one."""
+    """Move an assigned VM to another worker."""
     name = min(decided.assign)
     other = min(other for other in snapshot.workers if other != decided.assign[name])
     return replace(decided, assign={**decided.assign, name: other})
 
 
-def forget_one(snapshot: Snapshot, decided: Plan) -> Plan:
-    """One of those that wait is not told why."""
+def drop_one(snapshot: Snapshot, decided: Plan) -> Plan:
+    """Drop a waiting reason."""
     return replace(
         decided, waiting={name: why for name, why in decided.waiting.items() if name != min(decided.waiting)}
     )
 
 
 def miscount(snapshot: Snapshot, decided: Plan) -> Plan:
-    """A reason counts one worker twice."""
+    """Count one worker twice in a reason."""
     name = min(decided.waiting)
     number = re.compile(r"(?<=: )\d+(?= (?!workers?:))")
     reason = number.sub(lambda match: str(int(match[0]) + 1), decided.waiting[name], count=1)
@@ -303,53 +304,54 @@ def miscount(snapshot: Snapshot, decided: Plan) -> Plan:
     return replace(decided, waiting={**decided.waiting, name: reason})
 
 
-def free_too_much(snapshot: Snapshot, decided: Plan) -> Plan:
-    """A reason tells of more that is free than there is."""
+def overstate_free(snapshot: Snapshot, decided: Plan) -> Plan:
+    """Increase the free amount in a reason."""
     name = next(name for name, reason in decided.waiting.items() if " free" in reason)
     reason = re.sub(r"(\d+) free", lambda match: f"{int(match[1]) + 1} free", decided.waiting[name])
     return replace(decided, waiting={**decided.waiting, name: reason})
 
 
 def swap(snapshot: Snapshot, decided: Plan) -> Plan:
-    """One that waits and one that got a worker change their parts."""
+    """Exchange a waiting and an assigned VM."""
     placed, waits = max(decided.assign), min(decided.waiting)
     assigned = {waits if name == placed else name: on for name, on in decided.assign.items()}
     waiting = {placed if name == waits else name: reason for name, reason in decided.waiting.items()}
     return replace(decided, assign=assigned, waiting=waiting)
 
 
-def revive(snapshot: Snapshot, decided: Plan) -> Plan:
-    """A failed VM is restarted and placed at once."""
+def assign_failed_vm(snapshot: Snapshot, decided: Plan) -> Plan:
+    """Assign a failed VM that is only to be restarted."""
     return replace(decided, assign={**decided.assign, min(decided.restart): min(snapshot.workers)})
 
 
 DAMAGE: list[tuple[Property, Callable[[Snapshot, Plan], Plan]]] = [
-    (overcommits, take_one_more),
-    (overcommits, move_one),
-    (misplaced, take_one_more),
+    (overcommitted, assign_one_more),
+    (overcommitted, move_one),
+    (misplaced, assign_one_more),
     (misplaced, move_one),
-    (misplaced, revive),
-    (forgotten, forget_one),
-    (forgotten, revive),
-    (lies, miscount),
-    (lies, free_too_much),
-    (lies, swap),
-    (out_of_place, move_one),
-    (out_of_place, swap),
-    (jumped_the_queue, swap),
+    (misplaced, assign_failed_vm),
+    (undecided, drop_one),
+    (undecided, assign_failed_vm),
+    (wrong_reasons, miscount),
+    (wrong_reasons, overstate_free),
+    (wrong_reasons, swap),
+    (wrongly_assigned, move_one),
+    (wrongly_assigned, swap),
+    (overtaken, swap),
 ]
 
 
 @pytest.mark.parametrize(
     ("wrong", "damage"), DAMAGE, ids=[f"{wrong.__name__}, {how.__name__}" for wrong, how in DAMAGE]
 )
-def test_a_damaged_plan_is_seen(wrong: Property, damage: Callable[[Snapshot, Plan], Plan]) -> None:
+def test_damaged_plan_violates_its_property(wrong: Property, damage: Callable[[Snapshot, Plan], Plan]) -> None:
     def caught(snapshot: Snapshot) -> bool:
         decided = plan(snapshot, NOW)
         try:
             damaged = damage(snapshot, decided)
         except (ValueError, StopIteration):
-            return False  # there is nothing in it to damage
+            # The plan has nothing to damage.
+            return False
         return bool(wrong(snapshot, damaged))
 
     find(snapshots(), caught, settings=settings(QUICK, max_examples=1_000, phases=[Phase.generate]))
@@ -358,105 +360,105 @@ def test_a_damaged_plan_is_seen(wrong: Property, damage: Callable[[Snapshot, Pla
 # ---- plans one after another ---------------------------------------------------------------------------------------
 
 
-@THOROUGH
+@settings(QUICK, max_examples=500)
 @given(snapshots())
-def test_plans_come_to_an_end_and_the_next_one_is_empty(snapshot: Snapshot) -> None:
-    after = settled(snapshot, NOW)
+def test_planning_ends_with_an_empty_plan(snapshot: Snapshot) -> None:
+    after = settle(snapshot, NOW)
     last = plan(after, NOW)
     assert (last.fail, last.restart, last.assign) == ({}, [], {})
-    assert carry_out(after, last, NOW) == after
+    assert apply(after, last, NOW) == after
     assert plan(after, NOW) == last
 
 
-def test_two_plans_of_one_picture_would_give_too_much() -> None:
-    """Why a plan is applied to no other picture than its own: the property sees it."""
-    one = cluster([pending("a")], [worker(vms=1)])
-    two = cluster([running(pending("a")), pending("b")], [worker(vms=1)])
+def test_stale_plan_overcommits() -> None:
+    """A plan must not be applied to another state than it was made from; the property finds it."""
+    one = snapshot_of([pending("a")], [worker(vms=1)])
+    two = snapshot_of([running(pending("a")), pending("b")], [worker(vms=1)])
     stale = plan(replace(one, vms=[pending("b")]), NOW)
-    assert overcommits(one, plan(one, NOW)) == []
-    assert overcommits(two, stale) == [f"w gives 2 of {TART_VMS}"]
+    assert overcommitted(one, plan(one, NOW)) == []
+    assert overcommitted(two, stale) == [f"w has 2 of {TART_VMS} assigned"]
 
 
 @QUICK
 @given(snapshots())
-def test_time_alone_changes_nothing_before_next_at_and_something_then(snapshot: Snapshot) -> None:
-    after = settled(snapshot, NOW)
+def test_next_at_is_the_first_time_at_which_a_plan_changes_anything(snapshot: Snapshot) -> None:
+    after = settle(snapshot, NOW)
     due = plan(after, NOW).next_at
     if due is None:
         for later in (NOW + 1, NOW + 200, NOW + 1e6):
-            assert carry_out(after, plan(after, later), later) == after
+            assert apply(after, plan(after, later), later) == after
         return
     assert due > NOW
     just_before = math.nextafter(due, 0)
-    assert carry_out(after, plan(after, just_before), just_before) == after
+    assert apply(after, plan(after, just_before), just_before) == after
     assert plan(after, just_before).next_at == due
-    assert carry_out(after, plan(after, due), due) != after
+    assert apply(after, plan(after, due), due) != after
 
 
-# ---- a planner that is kept -------------------------------------------------------------------------------------------
+# ---- the incremental planner -------------------------------------------------------------------------------------------
 
 
-class Kept:
-    """A planner that is told of each change, and the picture that it should be."""
+class KeptPlanner:
+    """A planner that is updated change by change, with the VMs and workers that it should know."""
 
     def __init__(self) -> None:
         self.now = NOW
         self.vms: dict[str, VM] = {}
         self.workers: dict[str, Worker] = {}
-        self.about = replace(cluster([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={})
+        self.about = replace(snapshot_of([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={})
         self.planner = Planner(self.about.inputs())
 
-    def become(self, picture: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
-        """Turn into another cluster but for what it `keeps`, one change after the other.
+    def become(self, snapshot: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
+        """Change into another cluster one object at a time, except objects for which `keeps` returns true.
 
-        What was seen of a worker, and when a VM was restarted, only gets later.
+        Last contacts and restarts only move forward.
         """
-        seen, restarted = self.about.last_contact, self.about.restarted_at
-        assert isinstance(seen, dict)
+        last_contact, restarted = self.about.last_contact, self.about.restarted_at
+        assert isinstance(last_contact, dict)
         assert isinstance(restarted, dict)
-        for uid, at in picture.restarted_at.items():
+        for uid, at in snapshot.restarted_at.items():
             restarted[uid] = max(at, restarted.get(uid, at))
-        for name in sorted(self.workers.keys() - picture.workers.keys()):
+        for name in sorted(self.workers.keys() - snapshot.workers.keys()):
             if keeps():
                 continue
             del self.workers[name]
-            seen.pop(name, None)
+            last_contact.pop(name, None)
             self.planner.drop_worker(name)
-        for name, new in picture.workers.items():
+        for name, new in snapshot.workers.items():
             if name not in self.workers or not keeps():
                 self.workers[name] = new
                 self.planner.put_worker(new)
-            at = picture.last_contact.get(name, -math.inf) + self.now - NOW
-            if at > seen.get(name, -math.inf):
-                seen[name] = at
+            at = snapshot.last_contact.get(name, -math.inf) + self.now - NOW
+            if at > last_contact.get(name, -math.inf):
+                last_contact[name] = at
                 self.planner.worker_returned(name)
-        for name in sorted(self.vms.keys() - {vm.name for vm in picture.vms}):
+        for name in sorted(self.vms.keys() - {vm.name for vm in snapshot.vms}):
             if not keeps():
                 del self.vms[name]
                 self.planner.drop_vm(name)
-        for vm in picture.vms:
+        for vm in snapshot.vms:
             if vm.name not in self.vms or not keeps():
                 self.vms[vm.name] = vm
                 self.planner.put_vm(vm)
-        self.about = replace(self.about, profile=picture.profile)
+        self.about = replace(self.about, profile=snapshot.profile)
 
-    def picture(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         return replace(self.about, vms=list(self.vms.values()), workers=dict(self.workers))
 
-    def untell(self) -> None:
-        """Forget what plans have told that nobody carried out, as putting a VM anew does."""
+    def repeat_reasons(self) -> None:
+        """Have the planner repeat waiting reasons of plans that were not applied."""
         for vm in self.vms.values():
             self.planner.put_vm(vm)
 
     def settle(self, most: int = sys.maxsize) -> None:
-        """Plan and carry out until there is nothing more to do, for so many VMs at a time."""
+        """Plan and apply until nothing changes, for at most `most` VMs at a time."""
         for _ in range(4 + 4 * len(self.vms)):
-            before = self.picture()
+            before = self.snapshot()
             decided = self.planner.plan(self.now, before.profile, most)
-            told = [*decided.fail, *decided.restart, *decided.assign, *decided.waiting]
-            assert len(told) == most - decided.capacity
-            assert overcommits(before, decided) == []
-            after = carry_out(before, decided, self.now)
+            planned = [*decided.fail, *decided.restart, *decided.assign, *decided.waiting]
+            assert len(planned) == most - decided.capacity
+            assert overcommitted(before, decided) == []
+            after = apply(before, decided, self.now)
             if after == before and decided.capacity:
                 return
             restarted = self.about.restarted_at
@@ -471,40 +473,39 @@ class Kept:
 
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
-def test_a_book_that_was_kept_says_what_one_written_anew_does(pictures: list[Snapshot], seed: int) -> None:
-    kept, order = Kept(), random.Random(seed)
-    for picture in pictures:
+def test_incremental_planner_equals_a_new_planner(snapshots_: list[Snapshot], seed: int) -> None:
+    kept, order = KeptPlanner(), random.Random(seed)
+    for snapshot in snapshots_:
         kept.now += order.choice([REASON_SECONDS, 20, 200])
-        kept.become(picture, lambda: order.random() < 0.7)
-        twice = [kept.planner.plan(kept.now, picture.profile) for _ in range(2)]
+        kept.become(snapshot, lambda: order.random() < 0.7)
+        twice = [kept.planner.plan(kept.now, snapshot.profile) for _ in range(2)]
         assert replace(twice[0], waiting={}, next_at=None) == replace(twice[1], waiting={}, next_at=None)
-        kept.untell()
-        expected = settled(kept.picture(), kept.now)
+        kept.repeat_reasons()
+        expected = settle(kept.snapshot(), kept.now)
         kept.settle()
-        kept.now += REASON_SECONDS  # reasons may have come too fast for it
-        expected = settled(expected, kept.now)
+        # Some reasons may be too old.
+        kept.now += REASON_SECONDS
+        expected = settle(expected, kept.now)
         kept.settle()
-        assert {vm.name: vm for vm in kept.picture().vms} == {vm.name: vm for vm in expected.vms}
+        assert {vm.name: vm for vm in kept.snapshot().vms} == {vm.name: vm for vm in expected.vms}
 
 
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32), st.integers(1, 4))
-def test_plans_for_a_few_vms_at_a_time_end_where_nothing_is_left_to_do(
-    pictures: list[Snapshot], seed: int, most: int
-) -> None:
-    kept, order = Kept(), random.Random(seed)
-    for picture in pictures:
+def test_limited_plans_end_in_a_settled_cluster(snapshots_: list[Snapshot], seed: int, most: int) -> None:
+    kept, order = KeptPlanner(), random.Random(seed)
+    for snapshot in snapshots_:
         kept.now += order.choice([REASON_SECONDS, 20, 200])
-        kept.become(picture, lambda: order.random() < 0.7)
+        kept.become(snapshot, lambda: order.random() < 0.7)
         kept.settle(most)
         kept.now += REASON_SECONDS
         kept.settle(most)
-        assert settled(kept.picture(), kept.now) == kept.picture()
+        assert settle(kept.snapshot(), kept.now) == kept.snapshot()
 
 
-def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
-    kept = Kept()
-    kept.become(cluster([pending("a")], [worker(vms=0)]))
+def test_waiting_reasons_are_renewed_at_most_every_second() -> None:
+    kept = KeptPlanner()
+    kept.become(snapshot_of([pending("a")], [worker(vms=0)]))
     assert kept.planner.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
     kept.planner.put_vm(pending("b"))
     kept.planner.put_worker(worker("x", vms=0))
@@ -519,14 +520,14 @@ def test_reasons_are_told_at_once_and_then_at_most_every_second() -> None:
 
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
-def test_what_a_new_vm_is_told_at_once_is_what_a_plan_would_tell_it(pictures: list[Snapshot], seed: int) -> None:
-    kept, order = Kept(), random.Random(seed)
-    for picture in pictures:
+def test_waiting_reason_of_a_new_vm_equals_that_of_a_plan(snapshots_: list[Snapshot], seed: int) -> None:
+    kept, order = KeptPlanner(), random.Random(seed)
+    for snapshot in snapshots_:
         kept.now += order.choice([REASON_SECONDS, 20, 200])
-        kept.become(picture, lambda: order.random() < 0.7)
+        kept.become(snapshot, lambda: order.random() < 0.7)
         if order.random() < 0.7:
             kept.settle()
-        for old in kept.picture().vms:
+        for old in kept.snapshot().vms:
             if reason := kept.planner.waiting_reason(old.spec):
                 new = create("new", "uid-new", old.spec, BEGAN, reason)
                 kept.vms["new"] = new
@@ -536,15 +537,15 @@ def test_what_a_new_vm_is_told_at_once_is_what_a_plan_would_tell_it(pictures: li
                 kept.planner.drop_vm("new")
 
 
-def test_a_new_vm_is_told_at_once_what_others_wait_for() -> None:
-    kept = Kept()
-    kept.become(cluster([pending("a")], [worker(vms=0)]))
+def test_waiting_reason_is_known_while_equal_vms_wait() -> None:
+    kept = KeptPlanner()
+    kept.become(snapshot_of([pending("a")], [worker(vms=0)]))
     assert kept.planner.waiting_reason(spec()) == ""
     kept.settle()
     assert kept.planner.waiting_reason(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
-    assert kept.planner.waiting_reason(spec(labels={"x": "y"})) == "", "nobody like it waits"
+    assert kept.planner.waiting_reason(spec(labels={"x": "y"})) == "", "no VM of equal demand waits"
     kept.planner.worker_returned("w")
-    assert kept.planner.waiting_reason(spec()) == "", "it may be there again"
+    assert kept.planner.waiting_reason(spec()) == "", "the worker may be online again"
     kept.settle()
     kept.planner.put_worker(worker())
     assert kept.planner.waiting_reason(spec()) == ""
@@ -555,14 +556,14 @@ def test_a_new_vm_is_told_at_once_what_others_wait_for() -> None:
 
 @QUICK
 @given(snapshots(), st.integers(0, 99))
-def test_the_order_of_telling_changes_nothing(snapshot: Snapshot, seed: int) -> None:
+def test_order_of_vms_and_workers_does_not_change_a_plan(snapshot: Snapshot, seed: int) -> None:
     assert plan(shuffled(snapshot, seed), NOW) == plan(snapshot, NOW)
 
 
 def decisions() -> str:
-    """What is decided on some clusters, in the order in which it would be carried out."""
+    """Return the plans of some clusters as text, in the order of their application."""
     order = random.Random(1)
-    told = []
+    planned = []
     for _ in range(20):
         workers = [
             worker(f"w{number}", vms=order.randrange(4), labels={"zone": order.choice("ab")}, arch=order.choice(ARCHS))
@@ -576,20 +577,20 @@ def decisions() -> str:
         ]
         vms += [failed(pending(f"failed{number}", restart_policy="OnFailure")) for number in range(3)]
         vms += [running(pending(f"lost{number}"), on=f"gone{number}") for number in range(3)]
-        decided = plan(cluster(vms, workers), NOW)
-        told.append(
+        decided = plan(snapshot_of(vms, workers), NOW)
+        planned.append(
             [list(decided.fail.items()), decided.restart, list(decided.assign.items()), [*decided.waiting.items()]]
         )
-    return json.dumps(told)
+    return json.dumps(planned)
 
 
 ARCHS = ["arm64", "arm64", "amd64"]
 
 
-def test_the_seed_of_hashes_changes_nothing() -> None:
+def test_hash_seed_does_not_change_plans() -> None:
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(orchard.__file__).parent.parent)])
     script = "import test_scheduler; print(test_scheduler.decisions(), hash('orchard'))"
-    told = [
+    planned = [
         subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
@@ -599,40 +600,41 @@ def test_the_seed_of_hashes_changes_nothing() -> None:
         ).stdout.rsplit(" ", 1)
         for seed in ("1", "2")
     ]
-    assert told[0][1] != told[1][1]
-    assert told[0][0] == told[1][0] == decisions()
+    assert planned[0][1] != planned[1][1]
+    assert planned[0][0] == planned[1][0] == decisions()
 
 
-# ---- the life of a cluster -----------------------------------------------------------------------------------------
+# ---- random histories -----------------------------------------------------------------------------------------------
 
 
-class Cluster(RuleBasedStateMachine):
-    """A controller in small: whatever happens, the plans are carried out at once, as it does."""
+class ClusterHistory(RuleBasedStateMachine):
+    """Random changes of a cluster. After each, plans are applied until nothing changes, as the controller does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = NOW
         self.vms: dict[str, VM] = {}
-        self.picture = cluster([], [])
+        self.snapshot = snapshot_of([], [])
         self.restarts: dict[str, list[float]] = {}
 
-    def happen(self, **changed: object) -> None:
-        """Let something happen, and schedule until nothing is left to do."""
-        before = used(self.picture)
-        self.picture = replace(self.picture, vms=list(self.vms.values()), **changed)  # type: ignore[arg-type]
-        assert used(self.picture) <= before  # plans alone take
+    def change_to(self, **changed: object) -> None:
+        """Change the cluster, then plan and apply until nothing changes."""
+        before = used_resources(self.snapshot)
+        self.snapshot = replace(self.snapshot, vms=list(self.vms.values()), **changed)  # type: ignore[arg-type]
+        # Only plans assign resources.
+        assert used_resources(self.snapshot) <= before
         for _ in range(4):
-            already = used(self.picture)
-            decided = plan(self.picture, self.now)
+            already = used_resources(self.snapshot)
+            decided = plan(self.snapshot, self.now)
             for name in decided.restart:
                 self.restarts.setdefault(name, []).append(self.now)
-            self.picture = carry_out(self.picture, decided, self.now)
-            for name, on in self.picture.workers.items():
+            self.snapshot = apply(self.snapshot, decided, self.now)
+            for name, on in self.snapshot.workers.items():
                 for resource in RESOURCES:
                     offered = on.resources.get(resource, 0)
-                    assert used(self.picture)[name, resource] <= max(offered, already[name, resource])
-        assert carry_out(self.picture, plan(self.picture, self.now), self.now) == self.picture
-        self.vms = {vm.name: vm for vm in self.picture.vms}
+                    assert used_resources(self.snapshot)[name, resource] <= max(offered, already[name, resource])
+        assert apply(self.snapshot, plan(self.snapshot, self.now), self.now) == self.snapshot
+        self.vms = {vm.name: vm for vm in self.snapshot.vms}
 
     def pick(self, number: int) -> VM | None:
         names = sorted(self.vms)
@@ -640,7 +642,7 @@ class Cluster(RuleBasedStateMachine):
 
     def put(self, vm: VM) -> None:
         self.vms[vm.name] = vm
-        self.happen()
+        self.change_to()
 
     @rule(
         number=st.integers(0, 9),
@@ -658,31 +660,31 @@ class Cluster(RuleBasedStateMachine):
         vm = self.pick(number)
         if vm is not None:
             del self.vms[vm.name]
-            self.happen()
+            self.change_to()
 
     @rule(name=st.sampled_from(NAMES), offered=st.dictionaries(st.sampled_from(RESOURCES), st.integers(0, 3)))
     def register_worker(self, name: str, offered: dict[str, int]) -> None:
-        workers = {**self.picture.workers, name: Worker(name=name, resources=offered)}
-        self.happen(workers=workers, last_contact={**self.picture.last_contact, name: self.now})
+        workers = {**self.snapshot.workers, name: Worker(name=name, resources=offered)}
+        self.change_to(workers=workers, last_contact={**self.snapshot.last_contact, name: self.now})
 
     @rule(name=st.sampled_from(NAMES), paused=st.booleans())
     def pause_worker(self, name: str, paused: bool) -> None:
-        if name in self.picture.workers:
-            on = replace(self.picture.workers[name], scheduling_paused=paused)
-            self.happen(workers={**self.picture.workers, name: on})
+        if name in self.snapshot.workers:
+            on = replace(self.snapshot.workers[name], scheduling_paused=paused)
+            self.change_to(workers={**self.snapshot.workers, name: on})
 
     @rule(name=st.sampled_from(NAMES))
     def delete_worker(self, name: str) -> None:
-        self.happen(workers={other: on for other, on in self.picture.workers.items() if other != name})
+        self.change_to(workers={other: on for other, on in self.snapshot.workers.items() if other != name})
 
     @rule(name=st.sampled_from(NAMES))
-    def hear_worker(self, name: str) -> None:
-        self.happen(last_contact={**self.picture.last_contact, name: self.now})
+    def contact_worker(self, name: str) -> None:
+        self.change_to(last_contact={**self.snapshot.last_contact, name: self.now})
 
     @rule(seconds=st.sampled_from([1.0, 5.0, 14.0, 15.0, 100.0]))
     def let_time_pass(self, seconds: float) -> None:
         self.now += seconds
-        self.happen()
+        self.change_to()
 
     @rule(
         number=st.integers(0, 9),
@@ -707,28 +709,28 @@ class Cluster(RuleBasedStateMachine):
             assert all(later - earlier >= RESTART_PAUSE_SECONDS for earlier, later in itertools.pairwise(times))
 
     @invariant()
-    def every_pending_vm_is_told_why(self) -> None:
+    def every_pending_vm_has_a_waiting_reason(self) -> None:
         for vm in self.vms.values():
             if vm.state.status == "pending" and not vm.state.worker:
                 assert vm.state.status_message.startswith("waiting: ")
 
 
-def test_a_cluster_lives_without_giving_too_much() -> None:
-    run_state_machine_as_test(Cluster, settings=settings(QUICK, max_examples=40, stateful_step_count=30))
+def test_random_cluster_history_never_overcommits() -> None:
+    run_state_machine_as_test(ClusterHistory, settings=settings(QUICK, max_examples=40, stateful_step_count=30))
 
 
-# ---- where to ------------------------------------------------------------------------------------------------------
+# ---- assignment ----------------------------------------------------------------------------------------------------
 
 
 def full_and_empty(**changed: object) -> Snapshot:
-    """Workers with 0 to 2 VMs out of 3, two of each, and one that is full."""
+    """Return six workers with room for 3 VMs that run 0, 0, 1, 1, 2 and 2 VMs, one full worker, and nine pending VMs."""
     vms = [
         running(pending(f"{name}-{number}"), on=name)
         for name, count in {"a1": 1, "b1": 1, "a2": 2, "b2": 2, "full": 3}.items()
         for number in range(count)
     ]
     workers = [worker(name, vms=3) for name in ("full", "b2", "a2", "b1", "a1", "b0", "a0")]
-    return cluster([*vms, *(pending(f"new{number}") for number in range(9))], workers, **changed)
+    return snapshot_of([*vms, *(pending(f"new{number}") for number in range(9))], workers, **changed)
 
 
 def test_optimize_utilization_fills_one_worker_after_another() -> None:
@@ -737,57 +739,57 @@ def test_optimize_utilization_fills_one_worker_after_another() -> None:
     assert list(decided.assign) == [f"new{number}" for number in range(9)]
 
 
-def test_distribute_load_evens_out() -> None:
+def test_distribute_load_evens_out_the_workers() -> None:
     decided = plan(full_and_empty(profile="distribute-load"), NOW)
     assert list(decided.assign.values()) == ["a0", "b0", "a0", "a1", "b0", "b1", "a0", "a1", "a2"]
 
 
-def test_a_resting_vm_and_a_failed_one_are_no_load() -> None:
+def test_stopped_and_failed_vms_do_not_count_as_load() -> None:
     vms = [resting(pending("r"), on="a"), failed(pending("f"), on="a"), running(pending("x"), on="b"), pending("new")]
     workers = [worker("a"), worker("b")]
-    assert plan(cluster(vms, workers, profile="distribute-load"), NOW).assign == {"new": "a"}
-    assert plan(cluster(vms, workers, profile="optimize-utilization"), NOW).assign == {"new": "b"}
-    assert plan(cluster(vms, [worker("a", vms=1)], last_contact={"a": ONLINE}), NOW).assign == {"new": "a"}
+    assert plan(snapshot_of(vms, workers, profile="distribute-load"), NOW).assign == {"new": "a"}
+    assert plan(snapshot_of(vms, workers, profile="optimize-utilization"), NOW).assign == {"new": "b"}
+    assert plan(snapshot_of(vms, [worker("a", vms=1)], last_contact={"a": ONLINE}), NOW).assign == {"new": "a"}
 
 
-def test_the_oldest_goes_first_whatever_its_name() -> None:
+def test_oldest_vm_is_assigned_first() -> None:
     vms = [pending("a", age=1), pending("b", age=3), pending("c", age=2), pending("d", age=3)]
-    assert list(plan(cluster(vms, [worker(vms=3)]), NOW).assign) == ["b", "d", "c"]
+    assert list(plan(snapshot_of(vms, [worker(vms=3)]), NOW).assign) == ["b", "d", "c"]
 
 
-def test_the_age_is_the_time_and_not_its_spelling() -> None:
+def test_age_compares_times_of_different_time_zones() -> None:
     east = datetime.timezone(datetime.timedelta(hours=5))
     old = pending("old")
     old = replace(old, meta=replace(old.meta, created_at=(BEGAN - datetime.timedelta(seconds=1)).astimezone(east)))
-    assert plan(cluster([pending("new"), old], [worker(vms=1)]), NOW).assign == {"old": "w"}
+    assert plan(snapshot_of([pending("new"), old], [worker(vms=1)]), NOW).assign == {"old": "w"}
 
 
-def test_a_big_vm_does_not_hold_up_small_ones_and_gets_a_worker_that_empties() -> None:
+def test_large_vm_waits_without_blocking_small_ones() -> None:
     big = pending("big", age=60, resources={TART_VMS: 2})
-    busy = cluster([running(pending("first")), big, pending("small")], [worker()])
+    busy = snapshot_of([running(pending("first")), big, pending("small")], [worker()])
     decided = plan(busy, NOW)
     assert decided.assign == {"small": "w"}
     assert decided.waiting == {"big": f"waiting: 1 worker: 1 lacks {TART_VMS} (2 wanted, 0 free)"}
-    assert plan(cluster([big, pending("small")], [worker()]), NOW).assign == {"big": "w"}
+    assert plan(snapshot_of([big, pending("small")], [worker()]), NOW).assign == {"big": "w"}
 
 
-def test_a_worker_that_shrank_gets_nothing_more_of_what_it_has_too_much_of() -> None:
+def test_worker_with_reduced_resources_gets_nothing_more_of_them() -> None:
     vms = [running(pending(f"vm{number}")) for number in range(3)]
     vms += [pending("new"), pending("other", resources={"gpu": 1}), pending("nothing", resources={TART_VMS: 0})]
-    decided = plan(cluster(vms, [worker(resources={TART_VMS: 1, "gpu": 1})]), NOW)
+    decided = plan(snapshot_of(vms, [worker(resources={TART_VMS: 1, "gpu": 1})]), NOW)
     assert decided.assign == {"nothing": "w", "other": "w"}
     assert decided.waiting == {"new": f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"}
     assert decided.fail == {}
 
 
-# ---- why not -------------------------------------------------------------------------------------------------------
+# ---- waiting reasons -----------------------------------------------------------------------------------------------
 
 
-def test_the_reason_counts_every_worker_once() -> None:
+def test_waiting_reason_counts_every_worker_once() -> None:
     workers = [worker("c", vms=0), worker("b", scheduling_paused=True, vms=0), worker("a", scheduling_paused=True)]
-    picture = cluster([pending()], workers, last_contact={"a": OFFLINE, "b": ONLINE, "c": ONLINE})
+    snapshot = snapshot_of([pending()], workers, last_contact={"a": OFFLINE, "b": ONLINE, "c": ONLINE})
     reason = "waiting: 3 workers: 1 offline, 1 paused, 1 lacks org.cirruslabs.tart-vms (1 wanted, 0 free)"
-    assert plan(picture, NOW).waiting == {"vm": reason}
+    assert plan(snapshot, NOW).waiting == {"vm": reason}
 
 
 @pytest.mark.parametrize(
@@ -803,40 +805,41 @@ def test_the_reason_counts_every_worker_once() -> None:
         ([worker(), worker("x", resources={"gpu": 1})], {"resources": {"gpu": 1, TART_VMS: 1}}, f"2 workers: 1 lacks gpu (1 wanted, 0 free), 1 lacks {TART_VMS} (1 wanted, 0 free)"),
     ],
 )  # fmt: skip
-def test_the_words_of_a_reason(workers: list[Worker], wanted: dict[str, Any], reason: str) -> None:
-    assert plan(cluster([pending(**wanted)], workers), NOW).waiting == {"vm": f"waiting: {reason}"}
+def test_wording_of_waiting_reasons(workers: list[Worker], wanted: dict[str, Any], reason: str) -> None:
+    assert plan(snapshot_of([pending(**wanted)], workers), NOW).waiting == {"vm": f"waiting: {reason}"}
 
 
 # ---- fail and restart ----------------------------------------------------------------------------------------------
 
 
-def test_the_vms_of_a_worker_that_is_gone_or_silent_fail_with_a_reason() -> None:
+def test_vms_of_deleted_and_offline_workers_fail() -> None:
     vms = [
         running(pending("a"), on="gone"),
         resting(pending("b"), on="silent"),
         assign(pending("c"), worker("new"), LATER),
     ]
-    picture = cluster(vms, [worker("silent"), worker("new")], last_contact={"silent": NOW - OFFLINE_TIMEOUT})
-    assert plan(picture, NOW).fail == {
+    snapshot = snapshot_of(vms, [worker("silent"), worker("new")], last_contact={"silent": NOW - OFFLINE_TIMEOUT})
+    assert plan(snapshot, NOW).fail == {
         "a": 'worker "gone" was deleted',
         "b": 'worker "silent" is offline: no contact for 180 seconds',
         "c": 'worker "new" is offline: no contact for 180 seconds',
     }
-    assert plan(replace(picture, last_contact={"silent": ONLINE, "new": ONLINE}), NOW).fail == {
+    assert plan(replace(snapshot, last_contact={"silent": ONLINE, "new": ONLINE}), NOW).fail == {
         "a": 'worker "gone" was deleted'
     }
 
 
-def test_a_vm_restarts_at_most_once_in_15_seconds() -> None:
-    picture = cluster([failed(pending(restart_policy="OnFailure"))], [worker()], offline_timeout=1e6)
+def test_vm_restarts_at_most_once_in_15_seconds() -> None:
+    snapshot = snapshot_of([failed(pending(restart_policy="OnFailure"))], [worker()], offline_timeout=1e6)
     restarts = []
-    for tenth in range(1_000):  # a hundred seconds, in which it breaks as soon as it is placed
+    # For a hundred seconds the VM fails as soon as it is assigned.
+    for tenth in range(1_000):
         now = NOW + tenth / 10
-        decided = plan(picture, now)
+        decided = plan(snapshot, now)
         restarts += [now - NOW] * len(decided.restart)
-        picture = carry_out(picture, decided, now)
+        snapshot = apply(snapshot, decided, now)
         if decided.assign:
-            picture = replace(picture, vms=[fail(vm, "broke at once") for vm in picture.vms])
+            snapshot = replace(snapshot, vms=[fail(vm, "broke at once") for vm in snapshot.vms])
     assert restarts == [0, 15, 30, 45, 60, 75, 90]
 
 
@@ -850,50 +853,50 @@ def test_a_vm_restarts_at_most_once_in_15_seconds() -> None:
         ("OnFailure", lambda vm: fail(vm, "never had a worker"), True),
     ],
 )
-def test_who_restarts(policy: str, vm: Callable[[VM], VM], restarts: bool) -> None:
-    decided = plan(cluster([vm(pending(restart_policy=policy))], [worker()]), NOW)
+def test_restart_policy_and_power_state_decide_on_restarts(policy: str, vm: Callable[[VM], VM], restarts: bool) -> None:
+    decided = plan(snapshot_of([vm(pending(restart_policy=policy))], [worker()]), NOW)
     assert decided.restart == (["vm"] if restarts else [])
 
 
-def test_what_had_failed_when_the_controller_started_may_still_run_as_long_as_a_lease_lasts() -> None:
-    picture = cluster(
+def test_vm_failed_before_the_start_restarts_after_the_offline_timeout() -> None:
+    snapshot = snapshot_of(
         [failed(pending(restart_policy="OnFailure"))],
         [worker()],
         started_at=NOW - 10,
         failed_before_start=frozenset({"uid-vm"}),
     )
-    assert plan(picture, NOW).restart == []
-    assert plan(picture, NOW).next_at == NOW - 10 + OFFLINE_TIMEOUT
-    later = replace(picture, last_contact={"w": NOW + 200})
+    assert plan(snapshot, NOW).restart == []
+    assert plan(snapshot, NOW).next_at == NOW - 10 + OFFLINE_TIMEOUT
+    later = replace(snapshot, last_contact={"w": NOW + 200})
     assert plan(later, NOW - 10 + OFFLINE_TIMEOUT).restart == ["vm"]
-    assert plan(replace(picture, failed_before_start=frozenset()), NOW).restart == ["vm"]
+    assert plan(replace(snapshot, failed_before_start=frozenset()), NOW).restart == ["vm"]
 
 
-def test_a_restarted_vm_leaves_its_worker_in_the_next_plan() -> None:
-    lost = cluster([running(pending(restart_policy="OnFailure"), on="gone")], [worker()])
-    after = settled(lost, NOW)
+def test_restarted_vm_is_assigned_again_in_the_next_plan() -> None:
+    lost = snapshot_of([running(pending(restart_policy="OnFailure"), on="gone")], [worker()])
+    after = settle(lost, NOW)
     [vm] = after.vms
     assert (vm.state.status, vm.state.worker, vm.state.restart_count) == ("pending", "w", 1)
 
 
-# ---- when again ----------------------------------------------------------------------------------------------------
+# ---- the next time --------------------------------------------------------------------------------------------------
 
 
 def test_next_at_is_none_when_time_alone_changes_nothing() -> None:
-    assert plan(cluster([], []), NOW).next_at is None
-    assert plan(cluster([], [worker()]), NOW).next_at is None
-    assert plan(cluster([failed(pending())], [worker()]), NOW).next_at is None
+    assert plan(snapshot_of([], []), NOW).next_at is None
+    assert plan(snapshot_of([], [worker()]), NOW).next_at is None
+    assert plan(snapshot_of([failed(pending())], [worker()]), NOW).next_at is None
 
 
-def test_next_at_is_the_first_of_what_comes() -> None:
+def test_next_at_is_the_earliest_restart_or_offline_timeout() -> None:
     restless = failed(pending("r", restart_policy="OnFailure"))
-    picture = cluster([restless, running(pending("x"))], [worker()], restarted_at={"uid-r": NOW - 4})
-    assert plan(picture, NOW).next_at == NOW + 11
-    assert plan(replace(picture, last_contact={"w": NOW - 175}), NOW).next_at == NOW + 5
+    snapshot = snapshot_of([restless, running(pending("x"))], [worker()], restarted_at={"uid-r": NOW - 4})
+    assert plan(snapshot, NOW).next_at == NOW + 11
+    assert plan(replace(snapshot, last_contact={"w": NOW - 175}), NOW).next_at == NOW + 5
 
 
-def test_who_waits_is_told_when_a_worker_falls_silent() -> None:
-    picture = cluster([pending()], [worker("full", vms=0)])
-    assert plan(picture, NOW).next_at == ONLINE + OFFLINE_TIMEOUT
-    assert plan(picture, ONLINE + OFFLINE_TIMEOUT).waiting == {"vm": "waiting: 1 worker: 1 offline"}
-    assert plan(picture, ONLINE + OFFLINE_TIMEOUT).next_at is None
+def test_waiting_reason_changes_when_a_worker_goes_offline() -> None:
+    snapshot = snapshot_of([pending()], [worker("full", vms=0)])
+    assert plan(snapshot, NOW).next_at == ONLINE + OFFLINE_TIMEOUT
+    assert plan(snapshot, ONLINE + OFFLINE_TIMEOUT).waiting == {"vm": "waiting: 1 worker: 1 offline"}
+    assert plan(snapshot, ONLINE + OFFLINE_TIMEOUT).next_at is None
