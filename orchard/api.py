@@ -459,12 +459,9 @@ class API:
             raise HTTPError(400, "workerName is missing, expected the name of a worker")
         worker = _found("worker", name, self.state.workers.get(name)).name
         source = _source(request, admitted)
-
-        async def session(websocket: WebSocketConnection) -> None:
-            self.liveness.record_worker(worker, source)
-            await self.rendezvous.serve(worker, source[0], websocket, lambda: self.liveness.record_pong(worker))
-
-        return WebSocketUpgrade(session)
+        self.liveness.record_worker(worker, source)
+        record_pong = partial(self.liveness.record_pong, worker)
+        return WebSocketUpgrade(partial(self.rendezvous.serve, worker, source[0], record_pong))
 
     def _worker_named(self, params: Mapping[str, str]) -> Worker:
         return _found("worker", params["name"], self.state.workers.get(params["name"]))

@@ -1,7 +1,9 @@
-"""The log: one line on stderr for each record, as `key=value` pairs. Law: formats and writes; decides nothing.
+"""The log format: one line on stderr for each record, as `key=value` pairs (logfmt), with times in UTC.
 
-Whatever a record holds stays on its line: a value with anything but plain characters in it is quoted as JSON, a
-traceback included, so that nobody can forge a line by a clever name. Fields come from `extra=` of the logging call.
+A record is always one line. A value that is not a plain word is quoted as JSON, tracebacks included, so no name or
+message can forge a line or a field. The fields of a line come from `extra=` of the logging call.
+
+`configure` sets up the logging of a process. What is logged, and at which level, is decided by the other modules.
 """
 
 from __future__ import annotations
@@ -21,67 +23,71 @@ import trio
 if TYPE_CHECKING:
     import asyncio
 
-COMPLAINT_SECONDS = 10.0  # between two lines about connections that cannot be accepted
-_STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII but blank, quote, equals sign and backslash
-
-NO_ROOM = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])  # to accept a connection
+# Between two lines about connections that cannot be accepted.
+_ACCEPT_ERROR_SECONDS = 10.0  # seconds
+# Errors of accepting a connection that pass when the process or the system has resources again.
+_OUT_OF_RESOURCES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+_STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+# Printable ASCII without blank, quote, equals sign and backslash.
+_PLAIN_WORD = re.compile(r"[!#-<>-\[\]-~]+")
 
 _logger = logging.getLogger("orchard.logs")
-no_room = logging.getLogger("orchard.logs.no_room")
+_accept_logger = logging.getLogger("orchard.logs.accept")
 
 
-def plain(value: object) -> str:
-    """Give a value as it stands in a line: bare if it is one plain word, else quoted."""
+def format_value(value: object) -> str:
+    """Return a value as it is written in a line: bare if it is one plain word, otherwise quoted as JSON."""
     if type(value) is int:
         return str(value)
     text = str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+    return text if _PLAIN_WORD.fullmatch(text) else json.dumps(text)
 
 
 class LineFormatter(logging.Formatter):
-    """Formats `time=... level=... logger=... msg="..." field=value ...`, times in UTC."""
+    """Formats `time=... level=... logger=... msg="..." field=value ...`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._second = (-1, "")  # of most records the time is that of the one before, up to here
+        # The last second and its text: most records have the second of the record before.
+        self._second = (-1, "")
 
     def format(self, record: logging.LogRecord) -> str:
         second = int(record.created)
         if second != self._second[0]:
             self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
-        words = [
+        pairs = [
             f"time={self._second[1]}.{int(record.created * 1000) % 1000:03d}Z",
-            f"level={record.levelname.lower()} logger={record.name} msg={plain(record.getMessage())}",
+            f"level={record.levelname.lower()} logger={record.name} msg={format_value(record.getMessage())}",
         ]
-        words += [f"{key}={plain(value)}" for key, value in vars(record).items() if key not in _STANDARD]
+        pairs += [f"{key}={format_value(value)}" for key, value in vars(record).items() if key not in _STANDARD_FIELDS]
         if record.exc_info:
-            words.append(f"traceback={plain(self.formatException(record.exc_info))}")
-        return " ".join(words)
+            pairs.append(f"traceback={format_value(self.formatException(record.exc_info))}")
+        return " ".join(pairs)
 
 
 def log_asyncio_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what asyncio can tell to nobody else, such as that there are no descriptors left to accept with.
+    """Log an error that asyncio cannot raise anywhere, such as a lack of file descriptors to accept connections with.
 
-    An exception handler for a loop (asyncio's set_exception_handler): without one, any such thing would end the program.
+    Set it as the exception handler of an asyncio loop: without a handler, trio-asyncio ends the program on such errors.
     """
     error = context.get("exception")
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        no_room.error("asyncio: %s, retrying: %s", context["message"], error.strerror)
+    if isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES:
+        _accept_logger.error("asyncio: %s, retrying: %s", context["message"], error.strerror)
     else:
         _logger.error("asyncio: %s", context["message"], exc_info=error)
 
 
 class TurnStream(trio.abc.Instrument):
-    """A text stream that writes what comes in one turn of a trio loop together, when the loop waits; else at once.
+    """A text stream that writes together what is written to it in one turn of a trio loop, when the loop waits.
 
-    To be an instrument of the loop. Each write lets other threads go first, and so takes a tenth of a small request where
-    there is one for each (./run bench api).
+    Add it to the loop as an instrument; while no loop runs, each flush writes at once. A write lets other threads run
+    first, and one write for each small request takes a tenth of the request's time (./run bench api).
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._texts: deque[str] = deque()  # of other threads, too
+        # Other threads write as well; the operations of a deque are atomic.
+        self._texts: deque[str] = deque()
         self._in_turn = False
 
     def write(self, text: str) -> None:
@@ -110,10 +116,10 @@ class TurnStream(trio.abc.Instrument):
         self.before_io_wait(0)
 
 
-class NoDescriptors(logging.Filter):
-    """Of complaints that no connection can be accepted, lets one line pass, and no traceback.
+class AcceptErrorFilter(logging.Filter):
+    """Lets one line pass in _ACCEPT_ERROR_SECONDS, without a traceback.
 
-    trio has ten of them a second, asyncio a hundred.
+    While connections cannot be accepted, trio logs ten errors a second, and asyncio a hundred.
     """
 
     def __init__(self) -> None:
@@ -123,30 +129,32 @@ class NoDescriptors(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.created < self._next:
             return False
-        self._next = record.created + COMPLAINT_SECONDS
+        self._next = record.created + _ACCEPT_ERROR_SECONDS
         record.exc_info = None
         return True
 
 
 def configure(*, debug: bool, quiet: bool = False) -> TurnStream:
-    """Send what the process logs to stderr: from INFO on; with `debug` all of Orchard's own; `quiet`: warnings only.
+    """Log to stderr from INFO on; `debug`: all of Orchard's records; `quiet`: from WARNING on.
 
-    Gives what a loop may have as an instrument, that it writes less often.
+    Returns the stream, which a trio loop can have as an instrument, so that it writes less often.
     """
-    # Nobody asked for a record's thread, process, task or place in the source; to find them out takes as long as the rest.
+    # The lines do not show a record's thread, process, task and place in the source. Finding these takes as long as
+    # everything else. The Logging HOWTO names these switches.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    if hasattr(logging, "logAsyncioTasks"):  # Python 3.12 on
+    # From Python 3.12 on.
+    if hasattr(logging, "logAsyncioTasks"):
         logging.logAsyncioTasks = False
-    logging._srcfile = None  # what the Logging HOWTO names for that
+    logging._srcfile = None
     stream = TurnStream(sys.stderr)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LineFormatter())
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("orchard").setLevel(logging.DEBUG if debug else level)
-    for logger in (logging.getLogger("trio.serve_listeners"), no_room):
-        logger.addFilter(NoDescriptors())
-    # They say goodbye to each connection at INFO; what matters of it is in our own lines.
+    for logger in (logging.getLogger("trio.serve_listeners"), _accept_logger):
+        logger.addFilter(AcceptErrorFilter())
+    # These log every connection at INFO. Orchard's own lines have what matters of it.
     for name in ("trio-websocket", "asyncssh"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return stream

@@ -305,7 +305,7 @@ class Rendezvous:
         if watch := self._watches.get(worker):
             watch.put(_SYNC)
 
-    async def serve(self, worker: str, account: str, websocket: WebSocketConnection, alive: Callable[[], None]) -> None:
+    async def serve(self, worker: str, account: str, alive: Callable[[], None], websocket: WebSocketConnection) -> None:
         """Serve a worker's watch until a newer one replaces it or it is dead; call `alive` at each pong.
 
         Raises ConnectionClosed.

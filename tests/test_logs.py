@@ -1,4 +1,4 @@
-"""The log: one line a record, whatever is in it."""
+"""The log format: one line for each record, whatever the record holds."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def line(message: str, **fields: object) -> str:
     return logs.LineFormatter().format(record)
 
 
-def test_a_line_is_pairs() -> None:
-    assert line("a VM failed", vm="vm-1", reason='it said "no"', ms=0.5) == (
-        'time=1970-01-01T00:00:00.500Z level=info logger=orchard.x msg="a VM failed"'
+def test_line_has_time_level_logger_message_and_fields() -> None:
+    assert line("VM failed", vm="vm-1", reason='it said "no"', ms=0.5) == (
+        'time=1970-01-01T00:00:00.500Z level=info logger=orchard.x msg="VM failed"'
         ' vm=vm-1 reason="it said \\"no\\"" ms=0.5'
     )
 
 
-anything = st.text(st.characters(), max_size=50)  # with half surrogates, as in names of files that are not UTF-8
+# With lone surrogates, which names of files that are not UTF-8 have.
+anything = st.text(st.characters(), max_size=50)
 
 
 def wide(text: str) -> bytes:
-    """Two half surrogates beside each other are the same as the character that they stand for."""
+    """Return the text as UTF-16, in which a pair of lone surrogates equals the character that it encodes."""
     return text.encode("utf-16", "surrogatepass")
 
 
@@ -46,7 +47,7 @@ def wide(text: str) -> bytes:
 @example("x level=error", 'a" level="error')
 @example("a\nb\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029", "\x00\x1b[2J\x7f\u202e\udcff")
 @example("", "\\")
-def test_nobody_can_forge_a_line_or_a_field(message: str, value: str) -> None:
+def test_values_cannot_forge_a_line_or_a_field(message: str, value: str) -> None:
     written = line(message, vm=value)
     assert written.isascii()
     assert written.isprintable()
@@ -57,7 +58,7 @@ def test_nobody_can_forge_a_line_or_a_field(message: str, value: str) -> None:
     assert (wide(read["msg"]), wide(read["vm"])) == (wide(message), wide(value))
 
 
-def test_a_traceback_stays_on_its_line() -> None:
+def test_traceback_is_one_field_of_the_line() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError:
@@ -68,7 +69,7 @@ def test_a_traceback_stays_on_its_line() -> None:
 
 @pytest.fixture
 def loggers() -> Iterator[None]:
-    """Leaves the process's logging as it was."""
+    """Restore the logging of the process after a test."""
     root = logging.getLogger()
     changed = [root, *map(logging.getLogger, ("orchard", "trio-websocket", "asyncssh"))]
     handlers, levels = list(root.handlers), [logger.level for logger in changed]
@@ -83,7 +84,7 @@ def loggers() -> Iterator[None]:
     [({"debug": False}, 20, 20), ({"debug": True}, 10, 20), ({"debug": False, "quiet": True}, 30, 30)],
 )
 @pytest.mark.usefixtures("loggers")
-def test_levels(options: dict[str, bool], ours: int, others: int) -> None:
+def test_levels_of_configure(options: dict[str, bool], ours: int, others: int) -> None:
     logs.configure(**options)
     assert logging.getLogger("orchard.x").getEffectiveLevel() == ours
     assert logging.getLogger("other").getEffectiveLevel() == others
@@ -91,17 +92,17 @@ def test_levels(options: dict[str, bool], ours: int, others: int) -> None:
 
 
 @pytest.mark.usefixtures("loggers")
-def test_lines_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_are_written_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure(debug=False)
-    logging.getLogger("orchard.x").info("said", extra={"vm": "v m"})
-    logging.getLogger("orchard.x").debug("not said")
+    logging.getLogger("orchard.x").info("logged", extra={"vm": "v m"})
+    logging.getLogger("orchard.x").debug("not logged")
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.endswith('level=info logger=orchard.x msg=said vm="v m"\n')
+    assert err.endswith('level=info logger=orchard.x msg=logged vm="v m"\n')
 
 
 class Writes(io.StringIO):
-    """Notes each write."""
+    """Records each write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,25 +113,25 @@ class Writes(io.StringIO):
         return super().write(text)
 
 
-def test_what_is_logged_in_one_turn_of_the_loop_is_written_together_and_all_else_at_once() -> None:
+def test_records_of_one_loop_turn_are_written_together_and_others_at_once() -> None:
     written = Writes()
     stream = logs.TurnStream(written)
     handler = logging.StreamHandler(stream)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         handler.handle(logging.makeLogRecord({"msg": text}))
 
     async def main() -> None:
-        say("first")
-        say("second")
+        log("first")
+        log("second")
         assert written.texts == ["before\n"]
-        await trio.to_thread.run_sync(say, "of a thread")
+        await trio.to_thread.run_sync(log, "thread")
         assert written.texts[:2] == ["before\n", "first\nsecond\n"]
         await trio.testing.wait_all_tasks_blocked()
-        assert written.texts[2:] == ["of a thread\n"]
-        say("last")
+        assert written.texts[2:] == ["thread\n"]
+        log("last")
 
-    say("before")
+    log("before")
     trio.run(main, instruments=[stream])
-    say("after")
+    log("after")
     assert written.texts[3:] == ["last\n", "after\n"]

@@ -55,7 +55,7 @@ async def watch_pair() -> AsyncIterator[
 
 async def serve(rendezvous: Rendezvous, worker: str, websocket: WebSocketConnection, pongs: list[float]) -> None:
     try:
-        await rendezvous.serve(worker, "account", websocket, lambda: pongs.append(trio.current_time()))
+        await rendezvous.serve(worker, "account", lambda: pongs.append(trio.current_time()), websocket)
     except* ConnectionClosed:
         pass
 
@@ -248,7 +248,7 @@ async def test_request_sent_over_a_dead_watch_is_sent_again_over_the_next(autoju
         await answered.done.wait()
         await first_worker.aclose()
         await wait_all_tasks_blocked()
-        nursery.start_soon(rendezvous.serve, "w", "another account", second, lambda: None)
+        nursery.start_soon(rendezvous.serve, "w", "another account", lambda: None, second)
         actions = [await next_action(second_worker) for _ in range(2)]
         assert actions == [{"syncVMsAction": {}}, {"resolveIPAction": {"session": sessions["uid"], "vmUID": "uid"}}]
         with pytest.raises(UnknownSessionError):
