@@ -1,6 +1,6 @@
 """What stays behind: hours of random use, and then as many descriptors, tasks, processes and files as before.
 
-    ./run bench soak [--seconds S] [--seed N]
+    ./run bench soak [--seconds S] [--actions N] [--seed N]
 
 A controller and workers with synthetic VMs live in this process, on real sockets. VMs are created, changed and deleted,
 watched, reached through tunnels that are closed and broken off in every way; workers end and come back, with and without
@@ -36,7 +36,7 @@ from orchard.schema import TART_VMS
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import Identity, WorkerService
 
-ACTIONS = 300  # in a round; 8 at once
+ACTIONS = 300  # in a round
 AT_ONCE = 8
 WORKERS = 4
 VMS = 12  # at most, of one name each: names are used again and again
@@ -249,7 +249,7 @@ def processes() -> int:
     return sum(1 for parent, name in pairs if int(parent) == os.getpid() and name.strip() != "ps")
 
 
-async def round_of(site: Site) -> None:
+async def round_of(site: Site, actions: int) -> None:
     limit = trio.CapacityLimiter(AT_ONCE)
 
     async def one() -> None:
@@ -257,7 +257,7 @@ async def round_of(site: Site) -> None:
             await site.act()
 
     async with trio.open_nursery() as nursery:
-        for _ in range(ACTIONS):
+        for _ in range(actions):
             nursery.start_soon(one)
 
 
@@ -268,14 +268,14 @@ def compared(counts: list[Count]) -> dict[str, tuple[int, int]]:
     return {what: (number, after[what]) for what, number in before.items() if after[what] > number}
 
 
-async def soak(seconds: float, seed: int) -> int:
+async def soak(seconds: float, actions: int, seed: int) -> int:
     with tempfile.TemporaryDirectory(prefix="orchard-soak-") as home:
         site = Site(Path(home), random.Random(seed))
         async with site.running():
             counts: list[Count] = []
             until = trio.current_time() + seconds
             while trio.current_time() < until or len(counts) < 3:
-                await round_of(site)
+                await round_of(site, actions)
                 counts.append(await site.rest())
                 if len(counts) == 1:
                     print("round", *asdict(counts[0]), sep="\t")
@@ -292,9 +292,10 @@ async def soak(seconds: float, seed: int) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./run bench soak")
     parser.add_argument("--seconds", type=float, default=60.0, help="to go on for; default: %(default)s")
+    parser.add_argument("--actions", type=int, default=ACTIONS, help="in a round; default: %(default)s")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="default: a random one")
     options = parser.parse_args()
-    return trio.run(soak, options.seconds, options.seed)
+    return trio.run(soak, options.seconds, options.actions, options.seed)
 
 
 if __name__ == "__main__":

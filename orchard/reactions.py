@@ -62,7 +62,7 @@ class Reactions:
     def _log_status(self, vm: VM) -> None:
         fields = {"vm": vm.name, "worker": vm.state.worker}
         if vm.state.status == "failed":
-            _logger.warning("VM failed", extra={**fields, "reason": vm.state.status_message})
+            _logger.info("VM failed", extra={**fields, "reason": vm.state.status_message})
         elif vm.state.status == "running":
             begun = vm.state.restarted_at or vm.meta.created_at
             seconds = 0.0 if begun is None else (self._clock() - begun).total_seconds()

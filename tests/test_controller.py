@@ -1,4 +1,4 @@
-"""The controller as a process: its command line, its first start, its data directory, its log, and how it ends."""
+"""The controller as a process: its command line, its first start, its data directory, its log, and its stop."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from orchard.storage.events import EventLog
 from orchard.store import Store
 
 
-def test_the_first_start_makes_an_account_a_certificate_and_says_how_to_get_in(tmp_path: Path) -> None:
+def test_first_start_creates_account_and_certificate_and_prints_them_once(tmp_path: Path) -> None:
     with controller(home=tmp_path) as (role, url):
-        told = "".join(role.said)
-        token = re.search(r"token: ([A-Za-z0-9]{32})\n", told)
-        assert token is not None, told
+        printed = "".join(role.said)
+        token = re.search(r"token: ([A-Za-z0-9]{32})\n", printed)
+        assert token is not None, printed
         certificate = tmp_path / "controller" / "controller.crt"
-        assert tls.fingerprint(certificate.read_bytes()) in told
+        assert tls.fingerprint(certificate.read_bytes()) in printed
         context = ssl.create_default_context(cafile=str(certificate))
         context.check_hostname = False
         assert call(url, "GET", "/v1/", token=token[1], context=context) == (200, None)
@@ -52,7 +52,7 @@ def test_the_first_start_makes_an_account_a_certificate_and_says_how_to_get_in(t
             assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
-def test_a_token_from_the_environment_is_set_again_and_never_printed(tmp_path: Path) -> None:
+def test_admin_token_from_the_environment_is_updated_and_never_printed(tmp_path: Path) -> None:
     for token in ("first-token", "second-token"):
         env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": token}
         with controller("--insecure-no-tls", home=tmp_path, env=env) as (role, url):
@@ -62,7 +62,7 @@ def test_a_token_from_the_environment_is_set_again_and_never_printed(tmp_path: P
             assert token not in "".join(role.said) + role.log.read_text()
 
 
-def test_who_guesses_is_told_to_wait_and_who_knows_is_let_in(tmp_path: Path) -> None:
+def test_failed_logins_get_429_and_correct_credentials_still_work(tmp_path: Path) -> None:
     env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "right"}
     with controller("--insecure-no-tls", home=tmp_path, env=env) as (role, url):
         for _ in range(auth.MAX_FAILURES):
@@ -71,13 +71,13 @@ def test_who_guesses_is_told_to_wait_and_who_knows_is_let_in(tmp_path: Path) -> 
         assert status == 429
         assert re.search(r"10 wrong credentials came from 127\.0\.0\.1 within a minute", problem["message"])
         assert call(url, "GET", "/v1/vms", token="right") == (200, [])
-        assert call(url, "GET", "/v1/vms")[0] == 401, "who shows nothing has not guessed"
+        assert call(url, "GET", "/v1/vms")[0] == 401, "a request without credentials is not a failed login"
         assert call(url, "GET", "/v1/vms", token="wrong")[0] == 429
         assert role.stop() == 0
     assert sum("wrong credentials again and again" in line for line in role.log_lines()) == 1
 
 
-def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
+def test_acknowledged_changes_survive_a_kill(tmp_path: Path) -> None:
     with controller(*PLAIN, home=tmp_path) as (role, url):
         created = call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})[1]
         call(url, "POST", "/v1/vms/vm/events", [{"kind": "log_line", "payload": "x", "timestamp": 1}])
@@ -89,7 +89,9 @@ def test_what_was_acknowledged_is_there_after_a_restart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_with_status_0_though_clients_are_connected(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_stops_the_controller_with_status_0_while_clients_are_connected(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     with controller(*PLAIN, home=tmp_path) as (role, url):
         call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})
         watching = connect_http(url)
@@ -98,12 +100,12 @@ def test_a_signal_ends_it_with_status_0_though_clients_are_connected(tmp_path: P
         assert json.loads(stream.readline())["type"] == "ADDED"
         idle = connect_http(url)
         assert role.stop(number) == 0
-        assert b"ADDED" not in stream.read(), "the stream ended as a stream should"
+        assert b"ADDED" not in stream.read(), "the chunked body ended properly"
         watching.close()
         idle.close()
 
 
-def test_each_request_is_one_line_of_the_log(tmp_path: Path) -> None:
+def test_each_request_is_logged_on_one_line(tmp_path: Path) -> None:
     with controller("--insecure-no-tls", home=tmp_path, env={"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "s3cret"}) as (role, url):
         call(url, "GET", "/v1/vms/a%0Alevel=forged?filter=hidden", token="s3cret")
         call(url, "GET", "/v1/", token="s3cret")
@@ -118,7 +120,7 @@ def test_each_request_is_one_line_of_the_log(tmp_path: Path) -> None:
     assert "hidden" not in role.log.read_text()
 
 
-def test_a_data_directory_in_use_is_refused(tmp_path: Path) -> None:
+def test_data_directory_in_use_is_refused(tmp_path: Path) -> None:
     with controller(*PLAIN, home=tmp_path) as (role, _):
         second = finished("controller", "--listen", "127.0.0.1:0", *PLAIN, home=tmp_path)
         assert second.returncode == 1
@@ -127,7 +129,7 @@ def test_a_data_directory_in_use_is_refused(tmp_path: Path) -> None:
         assert "Traceback" not in second.stderr
 
 
-def test_damaged_data_stop_the_start_with_file_offset_and_remedy(tmp_path: Path) -> None:
+def test_damaged_state_file_stops_the_start_with_file_offset_and_remedy(tmp_path: Path) -> None:
     with controller(*PLAIN, home=tmp_path) as (role, url):
         call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})
         role.stop()
@@ -142,7 +144,7 @@ def test_damaged_data_stop_the_start_with_file_offset_and_remedy(tmp_path: Path)
     assert path.read_bytes() == data
 
 
-def test_a_state_that_is_missing_is_not_taken_for_none(tmp_path: Path) -> None:
+def test_missing_state_file_in_a_used_directory_stops_the_start(tmp_path: Path) -> None:
     with controller(*PLAIN, home=tmp_path) as (_, url):
         assert call(url, "POST", "/v1/vms", {"name": "vm", "image": "any"})[0] == 200
         events = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
@@ -158,15 +160,15 @@ def test_a_state_that_is_missing_is_not_taken_for_none(tmp_path: Path) -> None:
         assert len(call(url, "GET", "/v1/vms/vm/events")[1]) == 1
 
 
-async def test_a_last_change_that_cannot_be_stored_is_told_to_the_log_and_ends_in_no_failure(
+async def test_failed_write_during_the_stop_is_logged(
     tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk, stop, ended = FailingDisk(), trio.Event(), trio.Event()
-    going_on = threading.Event()
+    resume = threading.Event()
     stores: list[Store] = []
 
-    def fails_when_let(verb: str, number: int) -> int:
-        going_on.wait()
+    def fail_when_resumed(verb: str, number: int) -> int:
+        resume.wait()
         return errno.EIO if verb == "write" else 0
 
     @contextmanager
@@ -186,17 +188,18 @@ async def test_a_last_change_that_cannot_be_stored_is_told_to_the_log_and_ends_i
         ended.set()
 
     await nursery.start(run)
-    disk.fault = fails_when_let
+    disk.fault = fail_when_resumed
     with stores[0].transaction() as tx:
         tx.put(ServiceAccount(name="last", token="t"))
     stop.set()
-    await trio.testing.wait_all_tasks_blocked()  # only the disk is waited for
-    going_on.set()
+    # Everything now waits for the disk.
+    await trio.testing.wait_all_tasks_blocked()
+    resume.set()
     await ended.wait()
     assert "last changes were not stored (and not acknowledged): cannot write" in caplog.text
 
 
-def test_the_prefix_stands_before_every_path(tmp_path: Path) -> None:
+def test_api_prefix_is_before_every_path(tmp_path: Path) -> None:
     with controller(*PLAIN, "--api-prefix", "/orchard/", home=tmp_path) as (_, url):
         assert url.endswith("/orchard")
         assert call(url, "GET", "/v1/vms") == (200, [])
@@ -221,7 +224,7 @@ def test_the_prefix_stands_before_every_path(tmp_path: Path) -> None:
         (["--unknown"], ["--unknown"]),
     ],
 )
-def test_a_wrong_command_line_is_refused_with_status_2(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+def test_invalid_command_line_exits_with_status_2(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
     refused = finished("controller", *arguments, home=tmp_path)
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
@@ -238,7 +241,7 @@ def test_a_wrong_command_line_is_refused_with_status_2(tmp_path: Path, arguments
         (["--data-dir", "/proc/none"], {}, ["/proc/none", "--data-dir"]),
     ],
 )
-def test_what_it_cannot_start_without_is_named(
+def test_start_error_names_the_cause_and_the_option(
     tmp_path: Path, arguments: list[str], env: dict[str, str], words: list[str]
 ) -> None:
     refused = finished("controller", *arguments, home=tmp_path, env=env)
@@ -248,7 +251,7 @@ def test_what_it_cannot_start_without_is_named(
         assert word in refused.stderr
 
 
-def test_the_port_comes_from_the_environment(tmp_path: Path) -> None:
+def test_default_port_comes_from_the_environment(tmp_path: Path) -> None:
     refused = finished("controller", *PLAIN, home=tmp_path, env={"PORT": "http"})
     assert refused.returncode == 2
     assert ":http" in refused.stderr

@@ -1,0 +1,66 @@
+"""The scheduling loop and the reactions to durable changes, over the API: what they log."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from harness.served import served
+
+from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
+    """Return message and named fields of each record of the controller's log, and clear it."""
+    names = ("vm", "worker", "reason", "restarts", "seconds")
+    records = [record for record in caplog.records if record.name == "orchard.controller"]
+    caplog.clear()
+    return [
+        (record.getMessage(), {name: vars(record)[name] for name in names if name in vars(record)})
+        for record in records
+    ]
+
+
+async def test_life_of_a_vm_and_its_worker_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with served(tmp_path) as api:
+
+        async def changed() -> list[tuple[str, dict[str, Any]]]:
+            api.schedule()
+            await api.store.wait_durable()
+            return logged(caplog)
+
+        await api.register("w")
+        assert await changed() == [("worker registered", {"worker": "w"})]
+        uid = (await api.create("vm", restart_policy="OnFailure"))["uid"]
+        assert await changed() == [("VM created", {"vm": "vm"}), ("VM assigned", {"vm": "vm", "worker": "w"})]
+        await api.ok("PUT", "/vms/vm/state", {"uid": uid, "status": "running"})
+        assert await changed() == [("VM running", {"vm": "vm", "worker": "w", "seconds": 0.0})]
+        await api.ok("PUT", "/vms/vm/state", {"uid": uid, "status": "failed", "status_message": "broken"})
+        assert await changed() == [
+            ("VM failed", {"vm": "vm", "worker": "w", "reason": "broken"}),
+            ("VM restarted", {"vm": "vm", "restarts": 1}),
+            ("VM assigned", {"vm": "vm", "worker": "w"}),
+        ]
+        await api.ok("DELETE", "/vms/vm")
+        await api.ok("DELETE", "/workers/w")
+        assert await changed() == [("VM deleted", {"vm": "vm"}), ("worker deleted", {"worker": "w"})]
+
+
+async def test_worker_that_goes_offline_and_returns_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with served(tmp_path) as api, trio.open_nursery() as nursery:
+        await api.register("w")
+        nursery.start_soon(api.loop.run)
+        await trio.sleep(2 * DEFAULT_OFFLINE_TIMEOUT)
+        assert logged(caplog) == [("worker registered", {"worker": "w"}), ("worker offline", {"worker": "w"})]
+        for second in (1, 2):
+            await api.ok("PUT", "/workers/w", {"name": "w", "last_seen": f"2026-01-31T12:00:0{second}Z"})
+        assert logged(caplog) == [("worker returned", {"worker": "w"})]
+        nursery.cancel_scope.cancel()
