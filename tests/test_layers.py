@@ -21,7 +21,10 @@ ROOT = PACKAGE.parent
 # A name with a slash at its end is a folder. Files of one layer, like files of one folder, have no import cycles.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("people", ("__main__", "cli/", "testing", "pytest_plugin")),
-    ("roles", ("controller", "scheduling_loop", "reactions", "worker", "api")),
+    (
+        "roles",
+        ("controller", "scheduling_loop", "reactions", "worker", "reconciler", "heartbeat", "worker_requests", "api"),
+    ),
     ("access", ("ssh/", "tunnel", "client")),
     ("decisions", ("scheduler", "transitions", "auth", "liveness")),
     ("state", ("store", "fsck")),

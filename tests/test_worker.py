@@ -1,4 +1,4 @@
-"""The worker against a real controller on a loopback port: the look, what it finds on its host, what it reports."""
+"""The worker against a real controller on a loopback port: sync, adoption, reports, heartbeats, and requests."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from harness.inprocess import InProcessCluster
 from harness.processes import eventually
 from trio_websocket import WebSocketConnection
 
-from orchard import controller, worker
+from orchard import controller, heartbeat, reconciler, worker_requests
 from orchard.client import Client, ResponseError
 from orchard.codec import dump_json
+from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
+from orchard.reconciler import SYNC_ACTIONS, VM_LOST
 from orchard.schema import TART_VMS, Status
 from orchard.tart import TartDriver
 from orchard.vm import supervisor
 from orchard.vm.driver import DriverError, RunOptions
 from orchard.vm.instance import SHUT_DOWN, STOPPED, Note
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.worker import ACTIONS, LOST, Identity, RefusedError, WorkerService, pause_after
+from orchard.worker import Identity, RefusedError, WorkerService
 
 
 @pytest.fixture
@@ -42,21 +44,21 @@ async def cluster(tmp_path: Path, nursery: trio.Nursery) -> AsyncIterator[InProc
     await cluster.stop()
 
 
-# ---- the table -----------------------------------------------------------------------------------------------------
+# ---- the table of actions -------------------------------------------------------------------------------------------
 
 
-def test_the_table_says_for_every_pair_of_states_what_to_do() -> None:
+def test_sync_actions_cover_every_pair_of_states() -> None:
     states = ("absent", *get_args(Status))
-    assert set(ACTIONS) == set(itertools.product(states, states))
-    # Whatever is here and wanted by nobody goes; whatever has failed on one side does not run on.
-    assert {ACTIONS[here, "absent"] for here in states} == {"none", "remove"}
-    assert {ACTIONS[here, "failed"] for here in states} == {"none", "stop"}
+    assert set(SYNC_ACTIONS) == set(itertools.product(states, states))
+    # A VM that the controller does not have is removed, and a VM that has failed at the controller is stopped.
+    assert {SYNC_ACTIONS[here, "absent"] for here in states} == {"none", "remove"}
+    assert {SYNC_ACTIONS[here, "failed"] for here in states} == {"none", "stop"}
 
 
-# ---- VMs -----------------------------------------------------------------------------------------------------------
+# ---- VMs ------------------------------------------------------------------------------------------------------------
 
 
-async def test_what_a_worker_says_reaches_the_controller_at_once(cluster: InProcessCluster) -> None:
+async def test_status_of_a_vm_is_reported_at_once(cluster: InProcessCluster) -> None:
     async with cluster.working():
         with trio.fail_after(60):
             await cluster.client.vms.create(name="vm", image="any")
@@ -72,7 +74,7 @@ async def test_what_a_worker_says_reaches_the_controller_at_once(cluster: InProc
     assert vm.condition("running")
 
 
-async def test_a_changed_specification_is_followed_and_observed(cluster: InProcessCluster) -> None:
+async def test_changed_spec_is_applied_and_its_generation_observed(cluster: InProcessCluster) -> None:
     async with cluster.working():
         await cluster.client.vms.create(name="vm", image="any", suspendable=True)
         await cluster.client.vms.wait("vm")
@@ -83,13 +85,13 @@ async def test_a_changed_specification_is_followed_and_observed(cluster: InProce
         vm = await cluster.wait_vm("vm", lambda vm: vm.state.observed_generation == 3)
         assert (vm.state.status, vm.condition("running"), vm.resting) == ("running", False, True)
         assert [one.state for one in await cluster.driver().list_vms()] == ["suspended"]
-        # It uses no resources any more, and another can be made of it.
+        # A suspended VM uses no slots, and can be cloned.
         for name in ("a", "b"):
             await cluster.client.vms.create(name=name, image="any" if name == "a" else vm.tart_name)
             await cluster.client.vms.wait(name)
 
 
-async def test_a_failed_vm_that_wants_it_is_started_again_elsewhere_or_here(cluster: InProcessCluster) -> None:
+async def test_failed_vm_with_restart_policy_is_restarted(cluster: InProcessCluster) -> None:
     async with cluster.working():
         script = {"script_content": "test -e ../../ran || { touch ../../ran; echo no; exit 1; }"}
         await cluster.client.vms.create(name="vm", image="any", restart_policy="OnFailure", startup_script=script)
@@ -102,22 +104,22 @@ async def one_left(cluster: InProcessCluster, name: str) -> bool:
     return await cluster.local_vms() == [name]
 
 
-async def test_a_deleted_vm_ends_before_another_takes_its_place(
+async def test_deleted_vm_has_ended_before_another_starts_in_its_slot(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with cluster.working(resources={TART_VMS: 1}) as mac:
-        driver = mac._driver
+    async with cluster.working(resources={TART_VMS: 1}):
+        driver = cluster.driver()
         story: list[str] = []
         run = driver.run
 
-        async def told_run(name: str, *args: Any, **kwargs: Any) -> None:
+        async def recorded_run(name: str, *args: Any, **kwargs: Any) -> None:
             story.append(f"ran {name}")
             try:
                 await run(name, *args, **kwargs)
             finally:
                 story.append(f"ended {name}")
 
-        monkeypatch.setattr(driver, "run", told_run)
+        monkeypatch.setattr(driver, "run", recorded_run)
         await cluster.client.vms.create(name="first", image="any")
         first = await cluster.client.vms.wait("first")
         await cluster.client.vms.create(name="second", image="any")
@@ -127,10 +129,10 @@ async def test_a_deleted_vm_ends_before_another_takes_its_place(
         assert story.index(f"ran {second.tart_name}") > story.index(f"ended {first.tart_name}")
 
 
-async def test_a_worker_that_was_deleted_comes_back_and_its_vm_is_gone(
+async def test_deleted_worker_registers_again_and_its_vm_has_failed(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.02)
     async with cluster.working():
         await cluster.client.vms.create(name="vm", image="any")
         await cluster.client.vms.wait("vm")
@@ -144,8 +146,8 @@ async def registered(cluster: InProcessCluster) -> bool:
     return [one.name for one in await cluster.client.workers.list()] == ["mac"]
 
 
-async def has_beaten(cluster: InProcessCluster, milliseconds: int) -> None:
-    """Wait for a heartbeat so much later than the last one."""
+async def wait_last_seen_later(cluster: InProcessCluster, milliseconds: int) -> None:
+    """Wait until `last_seen` is later than now by so many milliseconds."""
     before = (await cluster.client.workers.get("mac")).last_seen
     assert before is not None
 
@@ -156,11 +158,13 @@ async def has_beaten(cluster: InProcessCluster, milliseconds: int) -> None:
     await eventually(later)
 
 
-async def test_heartbeats_leave_a_pause_alone(cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+async def test_heartbeats_do_not_undo_a_scheduling_pause(
+    cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.02)
     async with cluster.working():
         await cluster.client.workers.pause("mac")
-        await has_beaten(cluster, 40)
+        await wait_last_seen_later(cluster, 40)
         assert (await cluster.client.workers.get("mac")).scheduling_paused
         await cluster.client.vms.create(name="vm", image="any")
         await cluster.wait_vm("vm", lambda vm: vm.state.status_message == "waiting: 1 worker: 1 paused")
@@ -169,7 +173,7 @@ async def test_heartbeats_leave_a_pause_alone(cluster: InProcessCluster, monkeyp
 
 
 class Proxy:
-    """Between worker and controller; it can stop saying anything on the connections that it has, without closing them."""
+    """A TCP proxy in front of the controller that can go silent on its open connections without closing them."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -196,10 +200,10 @@ class Proxy:
             await sink.send_eof()
 
 
-async def test_a_controller_that_is_gone_without_a_word_is_found_by_its_silence(
+async def test_worker_reconnects_when_the_controller_stops_answering(
     cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.02)
     proxy = Proxy(cluster.port)
     listeners = await nursery.start(trio.serve_tcp, proxy.serve, 0)
     url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
@@ -219,16 +223,22 @@ async def test_a_controller_that_is_gone_without_a_word_is_found_by_its_silence(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_clock_that_was_set_back_does_not_stop_heartbeats(cluster: InProcessCluster) -> None:
-    async with Client(cluster.client.url) as client:
-        times = iter([2_000_000_000.0, 1_000_000_000.0, 1_000_000_001.0])
-        mac = cluster.worker(client)
-        mac._clock = lambda: next(times)
-        stamps = [mac._now() for _ in range(3)]
-    assert stamps == sorted(set(stamps))
+def test_last_seen_increases_when_the_clock_is_set_back() -> None:
+    clock = LastSeenClock(partial(next, iter([2_000_000_000.0, 1_000_000_000.0, 1_000_000_001.0])))
+    times = [clock.now() for _ in range(3)]
+    assert times == sorted(set(times))
+    assert times[0] == datetime.datetime.fromtimestamp(2_000_000_000, datetime.UTC)
 
 
-async def test_a_last_seen_at_the_end_of_time_is_survived(cluster: InProcessCluster) -> None:
+def test_last_seen_is_later_than_what_the_controller_has() -> None:
+    clock = LastSeenClock(lambda: 1_000_000_000.0)
+    stored = datetime.datetime.fromtimestamp(1_000_000_007, datetime.UTC)
+    clock.observe(stored)
+    clock.observe(None)
+    assert clock.now() > stored
+
+
+async def test_last_seen_at_the_end_of_the_calendar_is_accepted(cluster: InProcessCluster) -> None:
     await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 1}})
     await cluster.client.workers.put("mac", {"last_seen": "9999-12-31T23:59:59.999999Z"})
     async with cluster.working():
@@ -236,7 +246,7 @@ async def test_a_last_seen_at_the_end_of_time_is_survived(cluster: InProcessClus
         await cluster.client.vms.wait("vm")
 
 
-async def test_output_waits_for_a_controller_that_is_away(cluster: InProcessCluster) -> None:
+async def test_script_output_is_kept_while_the_controller_is_away(cluster: InProcessCluster) -> None:
     async with cluster.working():
         script = {"script_content": "echo before; while test ! -e ../go; do :; done; echo after"}
         await cluster.client.vms.create(name="vm", image="any", startup_script=script)
@@ -249,7 +259,7 @@ async def test_output_waits_for_a_controller_that_is_away(cluster: InProcessClus
         assert (await cluster.client.vms.get("vm")).state.status == "running"
 
 
-async def test_output_waits_for_a_controller_whose_disk_is_full(cluster: InProcessCluster) -> None:
+async def test_script_output_is_kept_while_the_disk_of_the_controller_is_full(cluster: InProcessCluster) -> None:
     cluster.events_disk.fault = no_room
     async with cluster.working():
         await cluster.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo said"})
@@ -263,10 +273,10 @@ async def printed(cluster: InProcessCluster, lines: list[str]) -> bool:
     return [event.payload async for event in cluster.client.vms.events("vm")] == lines
 
 
-# ---- what an earlier worker left -----------------------------------------------------------------------------------
+# ---- VMs of an earlier worker ---------------------------------------------------------------------------------------
 
 
-async def test_only_what_is_ours_and_wanted_by_nobody_is_deleted_at_the_start(cluster: InProcessCluster) -> None:
+async def test_only_unassigned_vms_with_our_prefix_are_deleted_at_the_start(cluster: InProcessCluster) -> None:
     driver = cluster.driver()
     for name in ("orchard-old-uid-0", "mine", "not-orchard-x"):
         await driver.clone("image", name, lambda _: None)
@@ -274,28 +284,26 @@ async def test_only_what_is_ours_and_wanted_by_nobody_is_deleted_at_the_start(cl
         assert sorted(await cluster.local_vms()) == ["mine", "not-orchard-x"]
 
 
-async def test_what_cannot_be_deleted_at_the_start_is_deleted_later(
-    cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(worker, "AGAIN_SECONDS", 0.01)
+async def test_removal_of_a_leftover_vm_is_retried(cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reconciler, "_REMOVE_AGAIN_SECONDS", 0.01)
     driver, failures = cluster.driver(), iter(range(3))
     await driver.clone("image", "orchard-old-uid-0", lambda _: None)
     delete = driver.delete
 
-    async def unwilling(name: str) -> None:
+    async def failing(name: str) -> None:
         for _ in failures:
             raise DriverError("not now")
         await delete(name)
 
-    monkeypatch.setattr(driver, "delete", unwilling)
+    monkeypatch.setattr(driver, "delete", failing)
     async with cluster.working():
         await eventually(partial(nothing_left, cluster))
 
 
-async def test_what_still_runs_at_the_start_keeps_its_place_until_it_has_ended(
+async def test_running_leftover_vm_keeps_its_slot_until_it_has_ended(
     cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(reconciler, "_REMOVE_AGAIN_SECONDS", 0.01)
     driver, old = cluster.driver(), "orchard-old-uid-0"
     await driver.clone("image", old, lambda _: None)
     await nursery.start(driver.run, old, RunOptions())
@@ -304,19 +312,19 @@ async def test_what_still_runs_at_the_start_keeps_its_place_until_it_has_ended(
     assigned = False
     attempts = 0
 
-    async def unwilling(name: str) -> None:
+    async def failing(name: str) -> None:
         nonlocal attempts
         attempts += assigned
         if attempts < 10:
             raise DriverError("not now")
         await stop(name)
 
-    async def watched(source: str, name: str, on_progress: Callable[[int], None]) -> None:
+    async def recorded_clone(source: str, name: str, on_progress: Callable[[int], None]) -> None:
         places.append(old not in await cluster.local_vms())
         await clone(source, name, on_progress)
 
-    monkeypatch.setattr(driver, "stop", unwilling)
-    monkeypatch.setattr(driver, "clone", watched)
+    monkeypatch.setattr(driver, "stop", failing)
+    monkeypatch.setattr(driver, "clone", recorded_clone)
     async with cluster.working():
         await cluster.client.vms.create(name="vm", image="any")
         await cluster.wait_vm("vm", lambda vm: bool(vm.state.worker))
@@ -325,7 +333,7 @@ async def test_what_still_runs_at_the_start_keeps_its_place_until_it_has_ended(
     assert places == [True]
 
 
-async def test_vms_outlive_their_worker_and_the_next_one_goes_on_with_them(cluster: InProcessCluster) -> None:
+async def test_vms_outlive_their_worker_and_the_next_worker_adopts_them(cluster: InProcessCluster) -> None:
     async with cluster.working(stop_vms=False, resources={TART_VMS: 4}):
         for name in ("resting", "running", "gone", "unwanted"):
             await cluster.client.vms.create(name=name, image="any")
@@ -338,7 +346,7 @@ async def test_vms_outlive_their_worker_and_the_next_one_goes_on_with_them(clust
     await cluster.client.vms.delete("unwanted")
     async with cluster.working(stop_vms=False, resources={TART_VMS: 4}):
         lost = await cluster.wait_vm("gone", lambda vm: vm.state.status == "failed")
-        assert lost.state.status_message == LOST
+        assert lost.state.status_message == VM_LOST
         assert await cluster.client.vms.get("running") == before["running"]
         assert await cluster.client.vms.get("resting") == before["resting"]
         states = {vm.name: vm.state for vm in await cluster.driver().list_vms()}
@@ -347,7 +355,7 @@ async def test_vms_outlive_their_worker_and_the_next_one_goes_on_with_them(clust
             before["resting"].tart_name: "stopped",
             before["gone"].tart_name: "stopped",
         }
-        # It is looked after as ever: its end is seen, and told.
+        # The adopted VM is supervised as before: its end is noticed and reported.
         await cluster.driver().stop(before["running"].tart_name)
         failed = await cluster.wait_vm("running", lambda vm: vm.state.status == "failed")
         assert failed.state.status_message == SHUT_DOWN
@@ -356,17 +364,20 @@ async def test_vms_outlive_their_worker_and_the_next_one_goes_on_with_them(clust
         await eventually(partial(nothing_left, cluster))
 
 
-async def test_a_rest_that_came_while_there_was_no_worker_is_no_failure(cluster: InProcessCluster) -> None:
+async def test_vm_that_was_stopped_on_request_before_the_worker_restarted_has_not_failed(
+    cluster: InProcessCluster,
+) -> None:
     async with cluster.working(stop_vms=False):
         await cluster.client.vms.create(name="vm", image="any")
         vm = await cluster.client.vms.wait("vm")
     await cluster.client.vms.patch("vm", powerState="stopped")
-    await cluster.driver().stop(vm.tart_name)  # as a worker does that is killed before it can say so
+    # A worker that is killed at this point has stopped the VM and not reported it.
+    await cluster.driver().stop(vm.tart_name)
     async with cluster.working():
         await cluster.wait_vm("vm", lambda vm: vm.resting)
 
 
-async def test_what_was_started_but_not_yet_told_is_gone_on_with(cluster: InProcessCluster) -> None:
+async def test_vm_that_was_started_but_not_reported_is_adopted(cluster: InProcessCluster) -> None:
     await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
     await cluster.client.vms.create(name="vm", image="any")
     vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
@@ -382,7 +393,7 @@ async def test_what_was_started_but_not_yet_told_is_gone_on_with(cluster: InProc
         )
 
 
-async def test_a_worker_that_stops_its_vms_says_so(cluster: InProcessCluster) -> None:
+async def test_vms_that_are_stopped_with_their_worker_are_reported_failed(cluster: InProcessCluster) -> None:
     async with cluster.working():
         await cluster.client.vms.create(name="vm", image="any")
         await cluster.client.vms.wait("vm")
@@ -391,7 +402,7 @@ async def test_a_worker_that_stops_its_vms_says_so(cluster: InProcessCluster) ->
     assert await cluster.local_vms() == []
 
 
-async def test_a_failure_is_told_when_the_guest_has_ended(
+async def test_failure_is_reported_only_after_the_guest_has_ended(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = cluster.driver()
@@ -414,7 +425,7 @@ async def test_a_failure_is_told_when_the_guest_has_ended(
         await cluster.wait_vm("vm", lambda vm: vm.state.status == "failed")
 
 
-async def test_vms_that_could_run_elsewhere_end_before_the_controller_starts_them_there(
+async def test_leased_vms_end_before_the_controller_starts_them_elsewhere(
     tmp_path: Path, nursery: trio.Nursery
 ) -> None:
     cluster = InProcessCluster(tmp_path, nursery, worker_offline_timeout=3.0)
@@ -432,16 +443,16 @@ async def test_vms_that_could_run_elsewhere_end_before_the_controller_starts_the
         )
         assert again.tart_name != names["OnFailure"]
         assert (await cluster.client.vms.get("Never")).state.status == "running", (
-            "nobody would have started it elsewhere"
+            "it has no lease, since it is never started elsewhere"
         )
     await cluster.stop()
 
 
-async def test_no_lease_is_renewed_while_a_vm_runs_that_the_controller_has_given_up(
+async def test_lease_is_not_renewed_while_a_vm_runs_that_the_controller_has_given_up(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is started elsewhere as long after the worker was deleted as a lease lasts."""
-    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.02)
+    """The controller starts such a VM elsewhere when the last lease before the deletion of the worker is over."""
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.02)
     driver, allowed = cluster.driver(), trio.Event()
     stop, lease = driver.stop, driver.lease
     renewed: list[bool] = []
@@ -461,7 +472,7 @@ async def test_no_lease_is_renewed_while_a_vm_runs_that_the_controller_has_given
         await cluster.client.workers.delete("mac")
         await eventually(partial(registered, cluster))
         monkeypatch.setattr(driver, "lease", noted)
-        await has_beaten(cluster, 80)
+        await wait_last_seen_later(cluster, 80)
         allowed.set()
         await eventually(lambda: bool(renewed))
         assert all(renewed)
@@ -469,19 +480,41 @@ async def test_no_lease_is_renewed_while_a_vm_runs_that_the_controller_has_given
         await cluster.client.vms.delete("vm")
 
 
-async def test_a_lease_is_no_longer_for_a_worker_that_stands_still_while_it_renews_it(
+def test_lease_is_not_longer_when_the_worker_is_stalled_while_renewing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        supervisor, "clock", partial(next, itertools.count(1000.0, 100.0))
-    )  # between any two looks at it
-    async with Client("http://127.0.0.1:1") as client:
-        identity = Identity(name="mac", arch="arm64", runtime="tart", machine_id="m", resources={})
-        mac = WorkerService(identity, client, TartDriver("/none", tmp_path), lease_clock=supervisor.clock)
-        mac._ending = []
-        mac._renew(supervisor.clock())
-        until = [1000.0 + share * worker.OFFLINE_TIMEOUT for share in (worker.SOFT, worker.HARD)]
-        assert list(supervisor.read_lease(tmp_path / "lease")) == pytest.approx(until)
+    # The worker is stalled for 100 s between any two readings of the clock.
+    monkeypatch.setattr(supervisor, "clock", partial(next, itertools.count(1000.0, 100.0)))
+    lease = Lease(TartDriver("/none", tmp_path), supervisor.clock)
+    lease.begin_session(180.0, lease.now())
+    lease.set_given_up([])
+    lease.renew()
+    assert list(supervisor.read_lease(tmp_path / "lease")) == pytest.approx([1000.0 + 135.0, 1000.0 + 171.0])
+
+
+def test_lease_is_renewed_only_when_it_is_known_that_all_given_up_vms_have_ended() -> None:
+    leases: list[tuple[float, float]] = []
+
+    class Recorder(SyntheticDriver):
+        def lease(self, soft: float, hard: float) -> None:
+            leases.append((soft, hard))
+
+    lease = Lease(Recorder(Path("/none")), lambda: 0.0)
+    lease.renew(10.0)
+    assert leases == []
+    ended = trio.Event()
+    lease.set_given_up([ended])
+    lease.renew(20.0)
+    assert leases == []
+    ended.set()
+    lease.renew(15.0)
+    assert leases == [(20.0 + 135.0, 20.0 + 171.0)], "counted from the last answered heartbeat, 180 s by default"
+    lease.begin_session(40.0, 30.0)
+    lease.renew(31.0)
+    assert len(leases) == 1, "a new session does not know yet what the controller has given up"
+    lease.set_given_up([])
+    lease.renew()
+    assert leases[1:] == [(31.0 + 30.0, 31.0 + 38.0)]
 
 
 async def runs_alone(cluster: InProcessCluster, name: str) -> bool:
@@ -492,7 +525,7 @@ async def nothing_left(cluster: InProcessCluster) -> bool:
     return await cluster.local_vms() == []
 
 
-async def test_what_was_half_made_is_made_again(cluster: InProcessCluster) -> None:
+async def test_incomplete_vm_is_created_again(cluster: InProcessCluster) -> None:
     await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
     await cluster.client.vms.create(name="vm", image="any")
     vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
@@ -502,42 +535,43 @@ async def test_what_was_half_made_is_made_again(cluster: InProcessCluster) -> No
         assert await cluster.local_vms() == [vm.tart_name]
 
 
-# ---- coming back ---------------------------------------------------------------------------------------------------
+# ---- reconnecting ---------------------------------------------------------------------------------------------------
 
 
-async def test_each_session_that_breaks_is_followed_by_a_pause_of_chance_however_short_it_was(
+async def test_each_broken_session_is_followed_by_a_random_pause(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures: list[int] = []
 
     def noted(count: int, chance: float) -> float:
         failures.append(count)
-        return pause_after(count, chance)
+        return backoff_seconds(count, chance)
 
-    monkeypatch.setattr(worker, "pause_after", noted)
+    monkeypatch.setattr("orchard.worker.backoff_seconds", noted)
     async with cluster.working() as mac:
         for arrivals in (1, 2, 3):
-            await eventually(partial(has_arrived, mac, arrivals))
+            await eventually(partial(has_registered, mac, arrivals))
             failures.clear()
             await cluster.stop()
             await eventually(lambda: len(failures) >= 2)
             assert failures[:2] == [0, 1]
             await cluster.start()
-        await eventually(partial(has_arrived, mac, 4))
+        await eventually(partial(has_registered, mac, 4))
 
 
-def has_arrived(mac: WorkerService, times: int) -> bool:
-    return mac._arrivals == times
+def has_registered(mac: WorkerService, times: int) -> bool:
+    return mac._registrations == times
 
 
-def test_a_thousand_workers_come_back_within_two_seconds_and_never_at_once() -> None:
+def test_thousand_workers_reconnect_within_two_seconds_and_spread_out() -> None:
     order = random.Random(1)
-    for away in (0.0, 0.5, 3.0, 60.0):  # seconds, from when all sessions break to the controller's return
+    # Seconds from the end of all sessions to the return of the controller.
+    for away in (0.0, 0.5, 3.0, 60.0):
         returns = []
         for _ in range(1000):
             at = 0.0
             for failures in itertools.count():
-                at += pause_after(failures, order.random())
+                at += backoff_seconds(failures, order.random())
                 if at >= away:
                     break
             returns.append(at - away)
@@ -546,10 +580,10 @@ def test_a_thousand_workers_come_back_within_two_seconds_and_never_at_once() -> 
         assert max(crowds.values()) < 250, f"of 1,000 in a tenth of a second, after {away} seconds: {crowds}"
 
 
-# ---- being let in --------------------------------------------------------------------------------------------------
+# ---- registration ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_name_that_another_machine_has_is_refused_until_it_is_free(cluster: InProcessCluster) -> None:
+async def test_name_of_another_machine_is_refused_until_it_is_free(cluster: InProcessCluster) -> None:
     await cluster.client.workers.register({"name": "mac", "machine_id": "another"})
     async with Client(cluster.client.url) as client, trio.open_nursery() as nursery:
         mac = cluster.worker(client)
@@ -557,11 +591,11 @@ async def test_a_name_that_another_machine_has_is_refused_until_it_is_free(clust
             await mac._register()
         nursery.start_soon(mac.run)
         await cluster.client.workers.delete("mac")
-        await eventually(lambda: mac._settled)
+        await eventually(lambda: mac._vms.has_adopted)
         nursery.cancel_scope.cancel()
 
 
-async def test_a_worker_that_was_never_let_in_gives_up(tmp_path: Path, nursery: trio.Nursery) -> None:
+async def test_worker_gives_up_when_its_first_registration_is_refused(tmp_path: Path, nursery: trio.Nursery) -> None:
     settings = controller.ControllerSettings(data_dir=tmp_path / "c", host="127.0.0.1", port=0, tls=False)
     running: controller.Running = await nursery.start(partial(controller.run, settings))
     async with Client(running.url, account="nobody", token="t") as client:
@@ -571,15 +605,16 @@ async def test_a_worker_that_was_never_let_in_gives_up(tmp_path: Path, nursery: 
     nursery.cancel_scope.cancel()
 
 
-# ---- a controller that means harm ----------------------------------------------------------------------------------
+# ---- a malicious controller -----------------------------------------------------------------------------------------
 
 
 class Impostor:
-    """Lets workers in, says over their watch what it was given to say, and answers nothing that they bring for it."""
+    """A controller that accepts a worker, sends it the given actions, and never answers what the worker sends for them."""
 
     def __init__(self, *actions: object) -> None:
         self._actions = actions
-        self.brought: list[tuple[str, str | None]] = []  # path, and the error that it names
+        # Paths and error messages of what the worker sent for the actions.
+        self.received: list[tuple[str, str | None]] = []
 
     async def handle(self, request: Request, _: Sender) -> AnyResponse:
         answers: dict[str, object] = {"/v1/workers": {"name": "mac"}, "/v1/controller/info": {}, "/v1/vms": []}
@@ -587,7 +622,7 @@ class Impostor:
             return Response(200, dump_json(answers[request.path]))
         if request.path == "/v1/rpc/watch":
             return WebSocketUpgrade(self._watch)
-        self.brought.append((request.path.removeprefix("/v1/rpc/"), request.query.one("errorMessage")))
+        self.received.append((request.path.removeprefix("/v1/rpc/"), request.query.one("errorMessage")))
         await trio.sleep_forever()
         raise AssertionError
 
@@ -598,7 +633,7 @@ class Impostor:
 
     @asynccontextmanager
     async def working(self, cluster: InProcessCluster) -> AsyncIterator[None]:
-        """Have a worker listen to it."""
+        """Run a worker that is connected to this controller for the time of the block."""
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         async with trio.open_nursery() as nursery:
@@ -609,35 +644,33 @@ class Impostor:
                 nursery.cancel_scope.cancel()
 
 
-def forward(port: object, session: object = "s") -> object:
+def forward_action(port: object, session: object = "s") -> object:
     return {"portForwardAction": {"session": session, "vmUID": "", "port": port}}
 
 
-async def test_actions_that_make_no_sense_are_passed_over(
-    cluster: InProcessCluster, caplog: pytest.LogCaptureFixture
-) -> None:
-    senseless = [forward(port) for port in (0, -1, 65536, 10**19, "22", None)]
-    senseless += [forward(22, 7), {"portForwardAction": {}}, {"resolveIPAction": []}, {"a\nb": 1}, {}]
-    impostor = Impostor(*senseless, {"resolveIPAction": {"session": "s", "vmUID": "none"}})
+async def test_invalid_actions_are_ignored(cluster: InProcessCluster, caplog: pytest.LogCaptureFixture) -> None:
+    invalid = [forward_action(port) for port in (0, -1, 65536, 10**19, "22", None)]
+    invalid += [forward_action(22, 7), {"portForwardAction": {}}, {"resolveIPAction": []}, {"a\nb": 1}, {}]
+    impostor = Impostor(*invalid, {"resolveIPAction": {"session": "s", "vmUID": "none"}})
     async with impostor.working(cluster):
-        await eventually(lambda: impostor.brought == [("resolve-ip", "no VM with uid none runs here")])
-    passed_over = [record for record in caplog.records if record.getMessage() == "an unknown action was passed over"]
-    assert len(passed_over) == len(senseless)
+        await eventually(lambda: impostor.received == [("resolve-ip", "no VM with uid none runs on this worker")])
+    ignored = [record for record in caplog.records if record.getMessage() == "unknown action ignored"]
+    assert len(ignored) == len(invalid)
 
 
-async def test_what_a_controller_can_have_a_worker_do_at_once_is_bounded(
+async def test_number_of_requests_in_progress_is_bounded(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(worker, "MAX_TUNNELS", 2)
-    monkeypatch.setattr(worker, "MAX_ERRANDS", 3)
+    monkeypatch.setattr(worker_requests, "_MAX_TUNNELS", 2)
+    monkeypatch.setattr(worker_requests, "_MAX_REQUESTS", 3)
     async with (await trio.open_tcp_listeners(0, host="127.0.0.1"))[0] as listener:
         port = listener.socket.getsockname()[1]
-        impostor = Impostor(*[forward(port)] * 5)
+        impostor = Impostor(*[forward_action(port)] * 5)
         async with impostor.working(cluster):
-            await eventually(lambda: len(impostor.brought) == 3)
-            await eventually(lambda: caplog.text.count("an action was passed over") == 2)
-    assert sorted(impostor.brought) == [
+            await eventually(lambda: len(impostor.received) == 3)
+            await eventually(lambda: caplog.text.count("action ignored, too many running") == 2)
+    assert sorted(impostor.received) == [
         ("port-forward", ""),
         ("port-forward", ""),
-        ("port-forward", "2 tunnels are open already, expected less"),
+        ("port-forward", "the worker has 2 tunnels open, which is its limit; close some"),
     ]

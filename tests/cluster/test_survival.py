@@ -32,10 +32,10 @@ from harness.hosts import (
 from harness.processes import GENEROUS, LISTENING, PLAIN, eventually, free_port, processes_in, started
 
 from orchard.client import Client
+from orchard.reconciler import VM_LOST
 from orchard.schema import VM
 from orchard.vm import supervisor
 from orchard.vm.instance import CUT_OFF, SHUT_DOWN, STOPPED
-from orchard.worker import LOST
 
 # ---- the worker goes, and the VMs stay -----------------------------------------------------------------------------
 
@@ -196,11 +196,11 @@ async def test_what_a_killed_worker_was_in_the_middle_of_is_ended_and_done_again
 # Where the worker is killed, what the user wanted, and what comes of it: it is done, or the VM is lost.
 CHANGES: list[tuple[str, dict[str, object], str]] = [
     ("suspend before", {"headless": True}, "running"),
-    ("suspend after", {"headless": True}, LOST),
+    ("suspend after", {"headless": True}, VM_LOST),
     ("run before", {"headless": True}, "running"),
     ("run ending", {"cpu": 3}, "running"),
-    ("set before", {"cpu": 3}, LOST),
-    ("set after", {"cpu": 3}, LOST),
+    ("set before", {"cpu": 3}, VM_LOST),
+    ("set after", {"cpu": 3}, VM_LOST),
     ("suspend before", {"powerState": "suspended"}, "suspended"),
     ("suspend after", {"powerState": "suspended"}, "suspended"),
     ("run ending", {"powerState": "stopped"}, "stopped"),
@@ -215,8 +215,8 @@ async def test_a_change_that_a_killed_worker_was_in_the_middle_of_is_made_or_the
             name = f"vm-{number}"
             before = await c.client.vms.wait(name)
             await workers.killed_at(place, partial(c.client.vms.patch, name, patch))
-            if outcome == LOST:
-                assert (await c.wait_vm(name, has_failed)).state.status_message == LOST
+            if outcome == VM_LOST:
+                assert (await c.wait_vm(name, has_failed)).state.status_message == VM_LOST
                 assert c.host.states()[before.tart_name] != "running"
             else:
                 now = await c.wait_vm(name, lambda vm: vm.state.observed_generation == 2)

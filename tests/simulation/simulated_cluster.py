@@ -33,7 +33,7 @@ from orchard.schema import TART_VMS, VM
 from orchard.storage.events import EventLog
 from orchard.storage.journal import Disk
 from orchard.store import Change, Store
-from orchard.worker import ANSWER_SECONDS, Identity, WorkerService
+from orchard.worker import CONTROLLER_ANSWER_SECONDS, Identity, WorkerService
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 CONTROLLER, USER = "controller", "user"
@@ -281,7 +281,7 @@ class SimulatedCluster:
         async def run() -> None:
             driver = Handle(self.machines[name], process, hasty=self._bug.reports_stopped_early)
             with scope:
-                async with self.client(process, ANSWER_SECONDS) as client:
+                async with self.client(process, CONTROLLER_ANSWER_SECONDS) as client:
                     worker = WorkerService(
                         identity,
                         client,
