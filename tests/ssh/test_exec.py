@@ -1,4 +1,4 @@
-"""exec: commands in a VM over a WebSocket, by an independent client, through a real SSH server to a real shell."""
+"""exec: commands in a VM over a WebSocket, by an independent client, with a real SSH server and a real shell."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def ssh_port(sshd: int, monkeypatch: pytest.MonkeyPatch) -> int:
     return sshd
 
 
-def nothing(client: ClientConnection) -> None:
-    """Send nothing."""
+def send_nothing(client: ClientConnection) -> None:
+    """The default of `run_command`."""
 
 
-def frames(client: ClientConnection) -> list[dict[str, Any]]:
-    """Read all frames; give them with their data decoded, neighbours of one kind joined."""
-    told: list[dict[str, Any]] = []
+def read_frames(client: ClientConnection) -> list[dict[str, Any]]:
+    """Read to the end; return the frames with decoded data, the data of neighbours of one type joined."""
+    found: list[dict[str, Any]] = []
     try:
         while True:
             message = client.recv()
@@ -49,27 +49,27 @@ def frames(client: ClientConnection) -> list[dict[str, Any]]:
             frame = json.loads(message)
             if "data" in frame:
                 frame["data"] = base64.b64decode(frame["data"])
-                if told and told[-1]["type"] == frame["type"]:
-                    told[-1]["data"] += frame["data"]
+                if found and found[-1]["type"] == frame["type"]:
+                    found[-1]["data"] += frame["data"]
                     continue
-            told.append(frame)
+            found.append(frame)
     except ConnectionClosed:
-        return told
+        return found
 
 
 def stdin(data: bytes) -> str:
     return json.dumps({"type": "stdin", "data": base64.b64encode(data).decode()})
 
 
-async def ran(
-    c: Cluster, command: str, send: Callable[[ClientConnection], None] = nothing, /, **query: str
+async def run_command(
+    c: Cluster, command: str, send: Callable[[ClientConnection], None] = send_nothing, /, **query: str
 ) -> list[dict[str, Any]]:
-    """Run a command, and give its frames."""
+    """Run a command in the VM "vm" and return its frames; `send` may send frames first."""
 
     def talk() -> list[dict[str, Any]]:
         with connect_websocket(websocket_url(c, "/vms/vm/exec", command=command, **query)) as client:
             send(client)
-            return frames(client)
+            return read_frames(client)
 
     with trio.fail_after(GENEROUS):
         return await trio.to_thread.run_sync(talk)
@@ -79,17 +79,17 @@ def exited(code: int) -> dict[str, Any]:
     return {"type": "exit", "exit": {"code": code}}
 
 
-async def test_a_command_says_what_it_prints_and_how_it_ended(ssh_port: int) -> None:
+async def test_output_and_exit_code_of_a_command(ssh_port: int) -> None:
     async with running_vm() as c:
-        assert await ran(c, "echo out; exit 3") == [{"type": "stdout", "data": b"out\n"}, exited(3)]
-        assert await ran(c, "echo err >&2") == [{"type": "stderr", "data": b"err\n"}, exited(0)]
-        assert await ran(c, "true") == [exited(0)]
-        assert await ran(c, "cat") == [exited(0)], "without stdin it is at its end at once"
-        told = await ran(c, "seq 100000; printf '\\377'")
-        assert told[0]["data"] == b"".join(b"%d\n" % n for n in range(1, 100_001)) + b"\xff"
+        assert await run_command(c, "echo out; exit 3") == [{"type": "stdout", "data": b"out\n"}, exited(3)]
+        assert await run_command(c, "echo err >&2") == [{"type": "stderr", "data": b"err\n"}, exited(0)]
+        assert await run_command(c, "true") == [exited(0)]
+        assert await run_command(c, "cat") == [exited(0)], "stdin is at its end without interactive"
+        frames = await run_command(c, "seq 100000; printf '\\377'")
+        assert frames[0]["data"] == b"".join(b"%d\n" % n for n in range(1, 100_001)) + b"\xff"
 
 
-async def test_what_fails_in_the_loop_of_ssh_is_logged_and_ends_nothing(
+async def test_error_in_the_asyncio_loop_is_logged_and_ends_nothing(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loops: list[Any] = []
@@ -101,13 +101,13 @@ async def test_what_fails_in_the_loop_of_ssh_is_logged_and_ends_nothing(
 
     monkeypatch.setattr(vm_exec, "_log_in", noting)
     async with running_vm() as c:
-        assert await ran(c, "true") == [exited(0)]
+        assert await run_command(c, "true") == [exited(0)]
         loops[0].call_soon(lambda: 1 / 0)
         await eventually(lambda: "ZeroDivisionError" in caplog.text)
-        assert await ran(c, "true") == [exited(0)]
+        assert await run_command(c, "true") == [exited(0)]
 
 
-async def test_stdin_arrives_and_ends(ssh_port: int) -> None:
+async def test_stdin_is_passed_on_and_closed(ssh_port: int) -> None:
     data = bytes(range(256)) * 4096
 
     def send(client: ClientConnection) -> None:
@@ -116,20 +116,23 @@ async def test_stdin_arrives_and_ends(ssh_port: int) -> None:
         client.send(stdin(b""))
 
     async with running_vm() as c:
-        told = await ran(c, "cat", send, interactive="true")
-        assert [(frame["type"], len(frame.get("data", b""))) for frame in told] == [("stdout", len(data)), ("exit", 0)]
-        assert told[0]["data"] == data
+        frames = await run_command(c, "cat", send, interactive="true")
+        assert [(frame["type"], len(frame.get("data", b""))) for frame in frames] == [
+            ("stdout", len(data)),
+            ("exit", 0),
+        ]
+        assert frames[0]["data"] == data
 
 
-async def test_variables_are_data_and_the_directory_is_entered(ssh_port: int, tmp_path: Path) -> None:
+async def test_environment_and_workdir_of_a_command(ssh_port: int, tmp_path: Path) -> None:
     nasty = 'it\'s "$HOME" `id` $(id)\nnext'
     odd = tmp_path / "a 'b' $c"
     odd.mkdir()
     async with running_vm() as c:
-        told = await ran(c, 'printf "%s" "$VALUE"', nothing, **{"env[VALUE]": nasty, "env[OTHER]": ""})
-        assert told == [{"type": "stdout", "data": nasty.encode()}, exited(0)]
-        assert (await ran(c, "pwd", workdir=str(odd)))[0]["data"].decode() == f"{odd}\n"
-        assert (await ran(c, "echo no", workdir=str(odd / "none")))[-1] == exited(1)
+        frames = await run_command(c, 'printf "%s" "$VALUE"', send_nothing, **{"env[VALUE]": nasty, "env[OTHER]": ""})
+        assert frames == [{"type": "stdout", "data": nasty.encode()}, exited(0)]
+        assert (await run_command(c, "pwd", workdir=str(odd)))[0]["data"].decode() == f"{odd}\n"
+        assert (await run_command(c, "echo no", workdir=str(odd / "none")))[-1] == exited(1)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +146,16 @@ async def test_variables_are_data_and_the_directory_is_entered(ssh_port: int, tm
         ('{"type": "resize", "terminal": {"rows": 0, "cols": 1}}', "expected 1 to"),
     ],
 )
-async def test_a_frame_that_is_not_understood_ends_it_with_the_reason(ssh_port: int, frame: str, words: str) -> None:
+async def test_malformed_frame_ends_the_command_with_the_reason(ssh_port: int, frame: str, words: str) -> None:
     async with running_vm() as c:
-        told = await ran(c, "sleep 1000", lambda client: client.send(frame), interactive="1")
-        assert told[-1]["type"] == "error"
-        assert words in told[-1]["error"]
-        told = await ran(c, "sleep 1000", lambda client: client.send(stdin(b"x")))
-        assert "not interactive" in told[-1]["error"]
+        frames = await run_command(c, "sleep 1000", lambda client: client.send(frame), interactive="1")
+        assert frames[-1]["type"] == "error"
+        assert words in frames[-1]["error"]
+        frames = await run_command(c, "sleep 1000", lambda client: client.send(stdin(b"x")))
+        assert "not interactive" in frames[-1]["error"]
 
 
-async def test_a_client_that_goes_away_ends_the_command(ssh_port: int, tmp_path: Path) -> None:
+async def test_disconnected_client_ends_its_command(ssh_port: int, tmp_path: Path) -> None:
     begun, ended = tmp_path / "begun", tmp_path / "ended"
     command = f"trap 'touch {ended}; exit' TERM HUP; touch {begun}; while :; do sleep 0.05; done"
 
@@ -167,7 +170,8 @@ async def test_a_client_that_goes_away_ends_the_command(ssh_port: int, tmp_path:
         await eventually(ended.exists)
 
 
-async def test_a_client_is_pinged(
+@pytest.mark.slow
+async def test_exec_client_is_pinged(
     ssh_port: int, tmp_path: Path, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "websockets.client")
@@ -179,7 +183,7 @@ async def test_a_client_is_pinged(
         with connect_websocket(url) as client:
             at_last(lambda: "< PING" in caplog.text)
             client.send(stdin(b""))
-            return frames(client)
+            return read_frames(client)
 
     async with pinging.working():
         await pinging.client.vms.create(name="vm", image="any")
@@ -188,7 +192,7 @@ async def test_a_client_is_pinged(
     await pinging.stop()
 
 
-async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(
+async def test_commands_share_one_connection_that_is_reopened_when_lost(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connections: list[Any] = []
@@ -210,29 +214,29 @@ async def test_commands_share_a_connection_that_is_opened_again_when_it_is_lost(
 
 
 async def works(c: Cluster) -> bool:
-    return (await ran(c, "true"))[-1] == exited(0)
+    return (await run_command(c, "true"))[-1] == exited(0)
 
 
 async def expect(c: Cluster, command: str, output: bytes) -> None:
-    assert await ran(c, command) == [{"type": "stdout", "data": output}, exited(0)]
+    assert await run_command(c, command) == [{"type": "stdout", "data": output}, exited(0)]
 
 
-async def test_a_deleted_vm_ends_its_commands(ssh_port: int, tmp_path: Path) -> None:
+async def test_deleting_a_vm_ends_its_commands(ssh_port: int, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     async with running_vm() as c, trio.open_nursery() as nursery:
-        told: list[dict[str, Any]] = []
+        frames: list[dict[str, Any]] = []
 
         async def run() -> None:
-            told.extend(await ran(c, f"touch {begun}; sleep 1000"))
+            frames.extend(await run_command(c, f"touch {begun}; sleep 1000"))
 
         nursery.start_soon(run)
         await eventually(begun.exists)
         await c.client.vms.delete("vm")
-        await eventually(lambda: bool(told))
-    assert told == [{"type": "error", "error": "the connection to the VM was lost"}]
+        await eventually(lambda: bool(frames))
+    assert frames == [{"type": "error", "error": "the connection to the VM was lost"}]
 
 
-# ---- guests that mean harm -----------------------------------------------------------------------------------------
+# ---- hostile guests --------------------------------------------------------------------------------------------------
 
 
 def ssh_packet(payload: bytes) -> bytes:
@@ -261,7 +265,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_whatever_a_guest_says_in_place_of_ssh_is_a_refusal_and_nothing_else(
+async def test_guest_that_does_not_speak_ssh_is_answered_with_503(
     name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def say(stream: trio.SocketStream) -> None:
@@ -316,18 +320,18 @@ async def breaking(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], None
         lambda connection: connection.send_packet(98, b"\0\0\0\0", b"\0\0\0\x0bexit-signal", b"\0\xff"),
     ],
 )
-async def test_a_guest_that_breaks_the_protocol_ends_the_command_with_the_reason(
+async def test_guest_that_breaks_the_ssh_protocol_ends_the_command_with_the_reason(
     breaks: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with breaking(monkeypatch, breaks), running_vm() as c:
-        told = await ran(c, "any", lambda client: client.send(stdin(b"go\n")), interactive="true")
-        assert told[0] == {"type": "stdout", "data": b"begun"}
-        assert told[1]["type"] == "error"
-        assert "the connection to the VM was lost" in told[1]["error"]
+        frames = await run_command(c, "any", lambda client: client.send(stdin(b"go\n")), interactive="true")
+        assert frames[0] == {"type": "stdout", "data": b"begun"}
+        assert frames[1]["type"] == "error"
+        assert "the connection to the VM was lost" in frames[1]["error"]
     assert [record for record in caplog.records if record.exc_info] == []
 
 
-async def test_refusals_are_plain_answers(ssh_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_exec_is_refused_before_the_upgrade(ssh_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running_vm() as c:
         path = "/vms/vm/exec"
         for query, words in (
@@ -354,7 +358,7 @@ def not_installed() -> None:
     raise vm_exec.ExecUnavailableError("not installed")
 
 
-async def test_an_access_token_is_enough(ssh_port: int) -> None:
+async def test_exec_with_an_access_token(ssh_port: int) -> None:
     async with running_vm(auth=True) as c:
         token = (await c.client.vms.issue_access_token("vm")).token
         async with Client(c.url, access_token=token) as bearer:
@@ -370,14 +374,14 @@ async def test_an_access_token_is_enough(ssh_port: int) -> None:
             assert refused.value.status == 404
 
 
-async def test_a_terminal_can_be_had_and_resized(ssh_port: int) -> None:
+async def test_exec_with_a_terminal_that_is_resized(ssh_port: int) -> None:
     async with running_vm() as c, c.client.vms.exec("vm", "true", tty=True, rows=10, cols=20) as running:
         await running.resize(30, 40)
         assert [kind async for kind, _ in running] in ([], ["stdout"])
         assert running.exit_code == 0
 
 
-def test_the_line_for_the_shell() -> None:
+def test_shell_line_of_a_command() -> None:
     command = Command("make test", env={"A": "it's"}, workdir="/a b")
     assert command.line() == "export A='it'\"'\"'s'; cd -- '/a b' || exit 1; make test"
     for wrong in (Command(""), Command("\0"), Command("a", env={"": "x"}), Command("a", env={"a b": "x"})):

@@ -1,4 +1,4 @@
-"""The SSH jump host, with the system's OpenSSH client and real SSH servers in the VMs."""
+"""The SSH jump host, with the system's OpenSSH programs as clients and a real SSH server in the VMs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ import asyncssh
 import pytest
 import trio
 import trio.testing
-import trio_asyncio  # type: ignore[import-untyped]
+import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from asyncssh.constants import MSG_USERAUTH_REQUEST
 from asyncssh.packet import Boolean, String
 from harness.clients import echo, listening, receive_exactly
 from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished, free_port, processes_in, started
 
 from orchard import auth
-from orchard.client import Client as OrchardClient
+from orchard.client import Client
 from orchard.controller import ControllerSettings, Running, run
 from orchard.ssh import jump
 from orchard.testing import Cluster, cluster
@@ -37,8 +37,8 @@ from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import Identity, WorkerService
 
 
-class Client:
-    """OpenSSH with a password for the jump host and one for the VM, and nobody's configuration."""
+class OpenSSH:
+    """The OpenSSH programs with a configuration and passwords of their own, for the jump host and the VM."""
 
     def __init__(self, c: Cluster, home: Path, sshd: int, user: str = "", password: str = "") -> None:
         self.user = user or c.account
@@ -78,24 +78,24 @@ class Client:
 
 @asynccontextmanager
 async def jumping() -> AsyncIterator[Cluster]:
-    """A cluster with a jump host, and a VM "vm" that runs."""
+    """Yield a cluster with a jump host and a running VM "vm"."""
     async with cluster(auth=True, ssh=True) as c:
         await c.client.vms.create(name="vm", image="any")
         await c.client.vms.wait("vm")
         yield c
 
 
-async def test_stock_openssh_gets_into_a_vm(tmp_path: Path, sshd: int) -> None:
+async def test_openssh_client_runs_a_shell_in_a_vm(tmp_path: Path, sshd: int) -> None:
     async with jumping() as c:
-        client = Client(c, tmp_path, sshd)
+        client = OpenSSH(c, tmp_path, sshd)
         ran = await client.run("ssh", "vm", stdin=b"echo in the vm; exit 7")
         assert (ran.returncode, ran.stdout) == (7, b"in the vm\n"), ran.stderr
 
 
-async def test_an_access_token_gets_into_its_vm_alone(tmp_path: Path, sshd: int) -> None:
+async def test_ssh_with_an_access_token_reaches_its_vm_only(tmp_path: Path, sshd: int) -> None:
     async with jumping() as c:
         issued = await c.client.vms.issue_access_token("vm")
-        client = Client(c, tmp_path, sshd, issued.ssh_username, issued.token)
+        client = OpenSSH(c, tmp_path, sshd, issued.ssh_username, issued.token)
         assert (await client.run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n"
         await c.client.vms.create(name="other", image="any")
         ran = await client.run("ssh", "other", stdin=b"echo hi")
@@ -103,35 +103,35 @@ async def test_an_access_token_gets_into_its_vm_alone(tmp_path: Path, sshd: int)
         await c.client.vms.delete("vm")
         await c.client.vms.create(name="vm", image="any")
         ran = await client.run("ssh", "vm", stdin=b"echo hi")
-        assert (ran.returncode, ran.stdout) == (255, b""), "it is another VM of that name"
+        assert (ran.returncode, ran.stdout) == (255, b""), "another VM has the name now"
 
 
 @pytest.mark.parametrize("mode", [(), ("-O",)], ids=["sftp", "scp"])
-async def test_scp_copies_files_both_ways(tmp_path: Path, sshd: int, mode: tuple[str, ...]) -> None:
+async def test_scp_in_both_directions(tmp_path: Path, sshd: int, mode: tuple[str, ...]) -> None:
     data = hashlib.shake_128(b"file").digest(8 * 1024 * 1024)
     source, there, back = (tmp_path / name for name in ("source", "there", "back"))
     source.write_bytes(data)
     async with jumping() as c:
-        client = Client(c, tmp_path, sshd)
+        client = OpenSSH(c, tmp_path, sshd)
         for one, other in ((str(source), f"vm:{there}"), (f"vm:{there}", str(back))):
             ran = await client.run("scp", *mode, one, other)
             assert ran.returncode == 0, ran.stderr
     assert back.read_bytes() == data
 
 
-async def test_sftp_copies_files_both_ways(tmp_path: Path, sshd: int) -> None:
+async def test_sftp_in_both_directions(tmp_path: Path, sshd: int) -> None:
     data = hashlib.shake_128(b"file").digest(1024 * 1024)
     source, there, back, batch = (tmp_path / name for name in ("a source", "there", "back", "batch"))
     source.write_bytes(data)
     batch.write_text(f'put "{source}" {there}\nget {there} {back}\nrm {there}\n')
     async with jumping() as c:
-        ran = await Client(c, tmp_path, sshd).run("sftp", "-oBatchMode=no", "-b", str(batch), "vm")
+        ran = await OpenSSH(c, tmp_path, sshd).run("sftp", "-oBatchMode=no", "-b", str(batch), "vm")
         assert ran.returncode == 0, ran.stderr
     assert back.read_bytes() == data
-    assert not there.exists(), "it was not in the VM"
+    assert not there.exists(), "sftp must have removed it in the VM"
 
 
-async def test_rsync_copies_a_tree_both_ways(tmp_path: Path, sshd: int) -> None:
+async def test_rsync_in_both_directions(tmp_path: Path, sshd: int) -> None:
     assert shutil.which("rsync"), "this test needs rsync: apt-get install rsync, or brew install rsync"
     files = {
         "small": b"1\n",
@@ -144,7 +144,7 @@ async def test_rsync_copies_a_tree_both_ways(tmp_path: Path, sshd: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     async with jumping() as c:
-        client = Client(c, tmp_path, sshd)
+        client = OpenSSH(c, tmp_path, sshd)
         remote = f"ssh -F {client.config} -J jump"
         for one, other in (
             (f"{tmp_path}/tree/", f"vm:{tmp_path}/there/"),
@@ -159,10 +159,10 @@ async def test_rsync_copies_a_tree_both_ways(tmp_path: Path, sshd: int) -> None:
         assert {name: path.read_bytes() for name, path in found.items()} == files
 
 
-async def test_any_port_of_a_vm_can_be_forwarded(tmp_path: Path, sshd: int) -> None:
+async def test_local_forwarding_of_a_vms_port(tmp_path: Path, sshd: int) -> None:
     local = free_port()
     async with jumping() as c, listening(echo) as port, trio.open_nursery() as nursery:
-        client = Client(c, tmp_path, sshd)
+        client = OpenSSH(c, tmp_path, sshd)
         nursery.start_soon(partial(client.run, "ssh", "-N", "-L", f"127.0.0.1:{local}:vm:{port}", "jump"))
 
         async def connects() -> bool:
@@ -188,22 +188,22 @@ async def test_any_port_of_a_vm_can_be_forwarded(tmp_path: Path, sshd: int) -> N
     assert processes_in(tmp_path) == []
 
 
-async def test_names_are_found_as_openssh_writes_them(tmp_path: Path, sshd: int) -> None:
+async def test_vm_name_with_capitals_is_found_in_lower_case(tmp_path: Path, sshd: int) -> None:
     async with cluster(auth=True, ssh=True) as c:
         await c.client.vms.create(name="Vm", image="any")
         await c.client.vms.wait("Vm")
-        assert (await Client(c, tmp_path, sshd).run("ssh", "Vm", stdin=b"echo hi")).stdout == b"hi\n"
+        assert (await OpenSSH(c, tmp_path, sshd).run("ssh", "Vm", stdin=b"echo hi")).stdout == b"hi\n"
 
 
-async def test_a_name_that_could_mean_two_vms_is_refused(tmp_path: Path) -> None:
+async def test_ambiguous_vm_name_in_lower_case_is_refused(tmp_path: Path) -> None:
     async with cluster(auth=True, ssh=True) as c:
         for name in ("Vm", "vM"):
             await c.client.vms.create(name=name, image="any")
-        ran = await Client(c, tmp_path, 22).run("ssh", "-W", "vm:22", "jump")
+        ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", "vm:22", "jump")
         assert b'"vm" could be any of the VMs Vm, vM' in ran.stderr
 
 
-async def test_two_sessions_share_one_connection_to_the_jump_host(
+async def test_two_sessions_over_one_connection_to_the_jump_host(
     tmp_path: Path, sshd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logins = 0
@@ -215,11 +215,12 @@ async def test_two_sessions_share_one_connection_to_the_jump_host(
 
     monkeypatch.setattr(jump._Server, "auth_completed", counted)
     first, second = tmp_path / "first", tmp_path / "second"
-    meet = "touch {}; until [ -e {} ]; do sleep 0.01; done; echo met"  # neither ends without the other
-    # Not in tmp_path: its name may be too long for a socket's.
+    # Each session waits for the other one, so both must be open at the same time.
+    meet = "touch {}; until [ -e {} ]; do sleep 0.01; done; echo met"
+    # The path of tmp_path may be too long for a Unix socket.
     with TemporaryDirectory() as sockets:
         async with jumping() as c, trio.open_nursery() as nursery:
-            client = Client(c, tmp_path, sshd)
+            client = OpenSSH(c, tmp_path, sshd)
             path = f"{sockets}/s"
             config = Path(client.config)
             config.write_text(f"{config.read_text()}Host jump\n  ControlPath {path}\n")
@@ -239,7 +240,7 @@ async def test_two_sessions_share_one_connection_to_the_jump_host(
             nursery.cancel_scope.cancel()
 
 
-async def test_an_answer_arrives_after_the_client_has_sent_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_answer_arrives_after_the_clients_end_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = trio.Event()
     answer = hashlib.shake_128(b"answer").digest(3_000_000)
 
@@ -256,11 +257,11 @@ async def test_an_answer_arrives_after_the_client_has_sent_all(tmp_path: Path, m
 
     monkeypatch.setattr(jump, "ChannelStream", Noticed)
     async with jumping() as c, listening(reply) as port:
-        ran = await Client(c, tmp_path, 22).run("ssh", "-W", f"vm:{port}", "jump", stdin=b"question")
+        ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", f"vm:{port}", "jump", stdin=b"question")
         assert ran.stdout == answer
 
 
-async def test_a_client_that_has_sent_all_does_not_wait_for_ever(
+async def test_tunnel_is_closed_when_the_vm_is_silent_after_the_clients_end_of_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jump, "LINGER_SECONDS", 0.05)
@@ -271,7 +272,7 @@ async def test_a_client_that_has_sent_all_does_not_wait_for_ever(
             got.extend(data)
 
     async with jumping() as c, listening(take) as port:
-        ran = await Client(c, tmp_path, 22).run("ssh", "-W", f"vm:{port}", "jump", stdin=b"x" * 1_000_000)
+        ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", f"vm:{port}", "jump", stdin=b"x" * 1_000_000)
         assert (ran.returncode, ran.stdout) == (0, b"")
         await eventually(lambda: got == b"x" * 1_000_000)
 
@@ -284,7 +285,8 @@ async def main():
                                 config=None) as connection:
         reader, writer = await connection.open_connection("vm", int(vm_port), window=2**32 - 1)
         print("open", flush=True)
-        sys.stdin.readline()  # nothing is read from the socket meanwhile
+        # Nothing is read from the socket meanwhile.
+        sys.stdin.readline()
         size = 0
         while data := await reader.read(65536):
             size += len(data)
@@ -293,7 +295,7 @@ asyncio.run(main())
 """
 
 
-async def test_a_client_that_does_not_read_stops_its_vm_whatever_its_window_is() -> None:
+async def test_ssh_client_that_does_not_read_stops_its_vm_for_any_window_size() -> None:
     sent = 0
 
     async def pour(stream: trio.SocketStream) -> None:
@@ -309,7 +311,7 @@ async def test_a_client_that_does_not_read_stops_its_vm_whatever_its_window_is()
         assert process.stdio is not None
         assert await receive_exactly(process.stdio, 5) == b"open\n"
         await at_rest(lambda: sent)
-        assert 0 < sent < 500, "what is not read is not taken either"
+        assert 0 < sent < 500, "the sender must stop while the client does not read"
         await process.stdio.send_all(b"\n")
         assert await receive_exactly(process.stdio, 9) == b"%d\n" % (1000 * 65536)
 
@@ -325,24 +327,26 @@ async def test_a_client_that_does_not_read_stops_its_vm_whatever_its_window_is()
         (("-s", "jump", "sftp"), b"open failed"),
     ],
 )
-async def test_there_is_no_other_road(tmp_path: Path, words: tuple[str, ...], reason: bytes) -> None:
+async def test_shells_remote_forwarding_and_other_hosts_are_refused(
+    tmp_path: Path, words: tuple[str, ...], reason: bytes
+) -> None:
     async with jumping() as c:
-        ran = await Client(c, tmp_path, 22).run("ssh", *words)
+        ran = await OpenSSH(c, tmp_path, 22).run("ssh", *words)
         assert ran.returncode != 0
         assert ran.stdout == b""
         assert reason in ran.stderr
 
 
-async def test_a_port_where_nobody_listens_is_refused_with_the_reason(tmp_path: Path) -> None:
-    nobody = free_port()
+async def test_closed_port_of_a_vm_is_refused_with_the_reason(tmp_path: Path) -> None:
+    closed_port = free_port()
     async with jumping() as c:
-        ran = await Client(c, tmp_path, 22).run("ssh", "-W", f"vm:{nobody}", "jump")
-        assert f"cannot connect to port {nobody} of the VM: connection refused".encode() in ran.stderr
+        ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", f"vm:{closed_port}", "jump")
+        assert f"cannot connect to port {closed_port} of the VM: connection refused".encode() in ran.stderr
 
 
-async def test_a_vm_that_is_deleted_ends_its_connections(tmp_path: Path, sshd: int) -> None:
+async def test_deleting_a_vm_ends_its_ssh_connections(tmp_path: Path, sshd: int) -> None:
     async with jumping() as c, trio.open_nursery() as nursery:
-        client = Client(c, tmp_path, sshd)
+        client = OpenSSH(c, tmp_path, sshd)
         done: list[int] = []
 
         async def connect() -> None:
@@ -355,20 +359,20 @@ async def test_a_vm_that_is_deleted_ends_its_connections(tmp_path: Path, sshd: i
         await eventually(lambda: done == [255])
 
 
-# ---- who is let in -------------------------------------------------------------------------------------------------
+# ---- logins ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("user", "password"),
     [("bootstrap-admin", "pw-1"), ("nobody", "pw-2"), ("token", "x.y.z"), ("reader", "pw-3"), ("root", "pw-4")],
 )
-async def test_strangers_are_not_let_in(
+async def test_wrong_credentials_are_refused_and_logged_without_the_password(
     tmp_path: Path, user: str, password: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jump, "DELAYS", (0.0,))
     async with jumping() as c:
         await c.client.service_accounts.create("reader", roles=["compute:read"], token="pw-3")
-        ran = await Client(c, tmp_path, 22, user, password).run("ssh", "-W", "vm:22", "jump")
+        ran = await OpenSSH(c, tmp_path, 22, user, password).run("ssh", "-W", "vm:22", "jump")
         assert b"Permission denied" in ran.stderr
     refused = [record for record in caplog.records if record.message == "SSH login refused"]
     assert len(refused) == 1
@@ -376,12 +380,12 @@ async def test_strangers_are_not_let_in(
 
 
 async def logged_in(port: int, user: str = "x", password: str = "guess", **options: Any) -> Any:
-    """Connect by asyncssh; within a loop of trio-asyncio."""
+    """Connect by asyncssh. For use within a loop of trio-asyncio."""
     connect = partial(asyncssh.connect, "127.0.0.1", port, username=user, known_hosts=None, config=None, **options)
     return await trio_asyncio.aio_as_trio(connect)(password=password)
 
 
-async def test_a_connection_has_few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_password_tries_in_a_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jump, "DELAYS", (0.0, 0.001))
     tries = 0
 
@@ -397,7 +401,7 @@ async def test_a_connection_has_few_tries(monkeypatch: pytest.MonkeyPatch) -> No
     assert 0 < tries <= jump.MAX_TRIES + 1
 
 
-async def test_guesses_that_do_not_wait_for_an_answer_are_tries_too(
+async def test_passwords_sent_without_waiting_count_as_tries(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jump, "DELAYS", (0.0,))
@@ -419,7 +423,7 @@ async def test_guesses_that_do_not_wait_for_an_answer_are_tries_too(
     assert len(looked_at) <= jump.MAX_TRIES
 
 
-async def test_a_login_waits_longer_after_each_that_failed_and_before_it_is_looked_at(
+async def test_check_of_a_login_is_delayed_after_each_refused_one(
     autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[tuple[str, float]] = []
@@ -435,7 +439,8 @@ async def test_a_login_waits_longer_after_each_that_failed_and_before_it_is_look
     async with trio_asyncio.open_loop():
         for number in range(7):
             began = trio.current_time()
-            server = jump._Server(host, nursery)  # hanging up, and coming again, helps nothing
+            # Each login has a connection of its own: reconnecting must not shorten the delay.
+            server = jump._Server(host, nursery)
             validate = partial(server.validate_password, "x", "right" if number == 6 else f"wrong {number}")
             assert await trio_asyncio.aio_as_trio(validate)() is (number == 6)
     delays = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
@@ -443,7 +448,7 @@ async def test_a_login_waits_longer_after_each_that_failed_and_before_it_is_look
     assert host.delays.delay("-") == 0.0
 
 
-async def test_who_may_not_any_more_opens_no_more_channels(sshd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_deleted_account_opens_no_more_channels(sshd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     async with jumping() as c, trio_asyncio.open_loop():
         await c.client.service_accounts.create("someone", roles=["compute:connect"], token="pw")
         connection = await logged_in(c.ssh_port, "someone", "pw")
@@ -457,14 +462,14 @@ async def test_who_may_not_any_more_opens_no_more_channels(sshd: int, monkeypatc
 
 
 @pytest.mark.parametrize("said", [b"", b"SSH-2.0-x", b"SSH-2.0-x\r\n", b"\0" * 1000])
-async def test_a_connection_that_does_not_log_in_is_closed(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connection_without_a_login_is_closed(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jump, "LOGIN_SECONDS", 0.05)
     async with jumping() as c, await trio.open_tcp_stream("127.0.0.1", c.ssh_port) as stream:
         await stream.send_all(said)
         await until_closed(stream)
 
 
-async def test_a_client_that_gives_no_password_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_sends_no_password_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jump, "LOGIN_SECONDS", 0.3)
 
     class Silent(asyncssh.SSHClient):
@@ -478,7 +483,7 @@ async def test_a_client_that_gives_no_password_is_sent_away(monkeypatch: pytest.
 
 
 async def until_closed(stream: trio.SocketStream) -> bytes:
-    """Give what comes until the other side closes, or breaks off."""
+    """Return everything that is received until the other side closes or resets the connection."""
     data = b""
     with trio.fail_after(GENEROUS), suppress(trio.BrokenResourceError):
         async for more in stream:
@@ -486,7 +491,7 @@ async def until_closed(stream: trio.SocketStream) -> bytes:
     return data
 
 
-async def test_strangers_take_a_bounded_number_of_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_number_of_connections_without_a_login_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jump, "MAX_LOGINS", 2)
     async with jumping() as c, trio_asyncio.open_loop():
         connect = partial(trio.open_tcp_stream, "127.0.0.1", c.ssh_port)
@@ -509,7 +514,8 @@ async def test_strangers_take_a_bounded_number_of_connections(monkeypatch: pytes
         await trio_asyncio.aio_as_trio(friend.wait_closed)()
 
 
-async def test_a_controller_outlives_the_lack_of_descriptors(tmp_path: Path) -> None:
+@pytest.mark.slow
+async def test_jump_host_recovers_from_a_lack_of_file_descriptors(tmp_path: Path) -> None:
     words = ("--listen", "127.0.0.1:0", "--insecure-no-tls", "--listen-ssh", "127.0.0.1:0")
     with started("controller", *words, home=tmp_path) as role:
         port = int(role.wait_for(re.compile(r"SSH into VMs: ssh -J ACCOUNT@HOST:([0-9]+)"))[1])
@@ -526,7 +532,7 @@ async def test_a_controller_outlives_the_lack_of_descriptors(tmp_path: Path) -> 
         assert role.stop() == 0
 
 
-async def test_the_end_of_the_controller_closes_its_connections() -> None:
+async def test_stop_of_the_controller_closes_ssh_connections() -> None:
     async with AsyncExitStack() as stack:
         async with jumping() as c:
             stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", c.ssh_port))
@@ -534,7 +540,7 @@ async def test_the_end_of_the_controller_closes_its_connections() -> None:
         assert b"the controller is stopping" in await until_closed(stream)
 
 
-async def test_every_algorithm_that_is_offered_works() -> None:
+async def test_every_offered_algorithm_works() -> None:
     async with jumping() as c, trio_asyncio.open_loop():
         choices = [{"kex_algs": [name]} for name in jump.KEY_EXCHANGE]
         choices += [{"encryption_algs": [name]} for name in jump.ENCRYPTION]
@@ -544,7 +550,7 @@ async def test_every_algorithm_that_is_offered_works() -> None:
             await trio_asyncio.aio_as_trio(connection.wait_closed)()
 
 
-def test_delays_grow_by_source_and_are_forgotten_after_a_success(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_login_delays_grow_by_source_and_end_with_an_accepted_login(monkeypatch: pytest.MonkeyPatch) -> None:
     delays = jump.LoginDelays()
     seconds = []
     for _ in range(8):
@@ -560,7 +566,7 @@ def test_delays_grow_by_source_and_are_forgotten_after_a_success(monkeypatch: py
     assert len(delays._refused) == 3
 
 
-def test_a_network_of_ipv6_is_one_source_of_logins() -> None:
+def test_ipv6_network_is_one_source_of_logins() -> None:
     delays = jump.LoginDelays()
     for host in range(1, 4):
         delays.note_refused(f"2001:db8::{host}")
@@ -570,7 +576,7 @@ def test_a_network_of_ipv6_is_one_source_of_logins() -> None:
     assert delays.delay("2001:db8::1") == 0.0
 
 
-async def test_with_client_auth_off_everybody_gets_in(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
+async def test_jump_host_without_authentication(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
     settings = ControllerSettings(
         data_dir=tmp_path / "data",
         host="127.0.0.1",
@@ -581,20 +587,20 @@ async def test_with_client_auth_off_everybody_gets_in(tmp_path: Path, sshd: int,
         ssh_auth=False,
     )
     running: Running = await nursery.start(run, settings)
-    async with OrchardClient(running.url) as client:
+    async with Client(running.url) as client:
         c = Cluster(running.url, client, "anybody", "anything", running.ssh_port)
         identity = Identity("w", "arm64", "tart", "m", {"org.cirruslabs.tart-vms": 1})
         await nursery.start(WorkerService(identity, client, SyntheticDriver(tmp_path / "vms")).run)
         await client.vms.create(name="vm", image="any")
         await client.vms.wait("vm")
-        assert (await Client(c, tmp_path, sshd).run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n"
+        assert (await OpenSSH(c, tmp_path, sshd).run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n"
     nursery.cancel_scope.cancel()
 
 
-# ---- its key, and where it is missing ------------------------------------------------------------------------------
+# ---- start -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_host_key_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
+def test_host_key_is_created_once_and_private(tmp_path: Path) -> None:
     path = tmp_path / "key"
     made = jump.host_key(path)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -610,7 +616,7 @@ def test_the_host_key_is_made_once_and_is_nobody_elses(tmp_path: Path) -> None:
         jump.host_key(path)
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
+def test_missing_extra_is_reported_with_the_remedy(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden" / "asyncssh.py"
     hidden.parent.mkdir()
     hidden.write_text("raise ImportError('not installed')\n")
