@@ -1,8 +1,9 @@
-"""The least that can be served with trio and h11: the baseline of what the controller costs.
+"""A minimal HTTP server with trio and h11: the baseline for the costs of the controller.
 
-    python bench/bare.py [FILE]     every request is answered with the bytes of FILE (nothing: with none)
+    python bench/bare.py [FILE]
 
-It prints where it listens. Requests may have a body; nothing is checked, nothing is logged, nothing has a deadline.
+Every request is answered with the bytes of FILE, or with an empty body. The server prints its address. It accepts
+requests with a body, and checks nothing, logs nothing and sets no deadlines.
 """
 
 import sys

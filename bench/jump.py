@@ -1,14 +1,14 @@
-"""What the jump host costs: one SSH channel into a local TCP port, by asyncssh in trio, in a thread, and by OpenSSH.
+"""The costs of the jump host: one SSH channel to a local TCP port, by asyncssh in trio, in a thread, and by OpenSSH.
 
     ./run bench jump [--megabytes N] [--rounds N] [--cipher NAME]
 
-Each server is a process of its own, which carries the same bytes from the system's `ssh -W` to a sink in this process,
-in turns. `trio-asyncio` is orchard/jump.py itself, only that the far end of its tunnels is a TCP connection. The bare
-relay, the baseline, has no SSH and gets its bytes from a process that does nothing but send them. Operations are
-megabytes, from the first byte that arrives to the last; the seconds of the processor are those of the server alone.
+Each server is a process of its own. In turns, each carries the same bytes from the system's `ssh -W` to a sink in this
+process. `trio-asyncio` is orchard/ssh/jump.py itself, with TCP connections in place of its tunnels. The bare relay, the
+baseline, has no SSH; its client is a process that only sends. An operation is a megabyte, measured from the first byte
+that arrives to the last; the processor time is that of the server alone.
 
-What else the machine does decides between trio-asyncio and the thread, not only how fast both are: measure on an idle
-machine, and on a busy one, or with all of it on one core (`taskset -c 0 ./run bench jump`).
+The comparison of trio-asyncio with the thread depends on the load of the machine: measure on an idle machine, and on a
+busy one or with everything on one core (`taskset -c 0 ./run bench jump`).
 """
 
 from __future__ import annotations
@@ -44,13 +44,17 @@ try:
 except ImportError:
     raise SystemExit("this benchmark needs the extra ssh: .venv/bin/pip install -e '.[ssh]'") from None
 
-PIECE = 64 * 1024
-CHACHA = "chacha20-poly1305@openssh.com"  # which OpenSSH's clients like best
-PENDING = 16  # pieces that the thread may be ahead of trio
-READY = 1  # byte that the sink sends back when it has all
+PIECE = 64 * 1024  # bytes
+# The first choice of OpenSSH's clients.
+CHACHA = "chacha20-poly1305@openssh.com"
+# Pieces that the thread may be ahead of trio.
+PENDING = 16
+# The size of what the sink sends back when it has received everything.
+READY = 1  # bytes
 SEND = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1]))).sendfile(sys.stdin.buffer)"
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
-BUSY = threading.Lock()  # while a child runs, whose seconds are not known yet
+# Held while a child runs, because its processor time is unknown until it ends.
+BUSY = threading.Lock()
 SSHD_CONFIG = """
 HostKey {home}/key
 AuthorizedKeysFile {home}/key.pub
@@ -64,7 +68,7 @@ PidFile none
 
 
 async def in_trio(key: Path, _: int) -> None:
-    """The product's own, with another way into its VM."""
+    """The product's jump host, with a TCP connection in place of its tunnel."""
 
     @contextlib.asynccontextmanager
     async def open_stream(vm: object, port: int, wait: float) -> AsyncIterator[trio.SocketStream]:
@@ -72,14 +76,15 @@ async def in_trio(key: Path, _: int) -> None:
             yield sink
 
     state = cast("Any", SimpleNamespace(vms={"vm": SimpleNamespace(name="vm")}, accounts={}))
-    jump.ENCRYPTION += (CHACHA,)  # to see what it would cost
+    # The product does not offer it; this shows what it would cost.
+    jump.ENCRYPTION += (CHACHA,)
     host = jump.JumpHost(state, cast("Any", SimpleNamespace(open_stream=open_stream)), None, b"", lambda: None)
     async with trio.open_nursery() as nursery:
         print(await nursery.start(host.serve, "127.0.0.1", 0, asyncssh.read_private_key(key), 30.0), flush=True)
 
 
 async def in_a_thread(key: Path, _: int) -> None:
-    """asyncssh with an asyncio loop of its own; each piece is handed over, and its room given back."""
+    """asyncssh with an asyncio loop in a thread; a semaphore bounds the pieces that are handed over to trio."""
     token = trio.lowlevel.current_trio_token()
 
     class Server(asyncssh.SSHServer):
@@ -91,7 +96,7 @@ async def in_a_thread(key: Path, _: int) -> None:
 
     async def carry(port: int, reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
         loop = asyncio.get_running_loop()
-        room = asyncio.Semaphore(PENDING)
+        slots = asyncio.Semaphore(PENDING)
         ended = asyncio.Event()
         pieces, source = trio.open_memory_channel[bytes](PENDING)
 
@@ -99,13 +104,13 @@ async def in_a_thread(key: Path, _: int) -> None:
             async with await trio.open_tcp_stream("127.0.0.1", port) as sink:
                 async for piece in source:
                     await sink.send_all(piece)
-                    loop.call_soon_threadsafe(room.release)
+                    loop.call_soon_threadsafe(slots.release)
                 await sink.receive_some(READY)
             loop.call_soon_threadsafe(ended.set)
 
         token.run_sync_soon(nursery.start_soon, send)
         while data := await reader.read(PIECE):
-            await room.acquire()
+            await slots.acquire()
             token.run_sync_soon(pieces.send_nowait, data)
         token.run_sync_soon(pieces.close)
         await ended.wait()
@@ -124,12 +129,12 @@ async def in_a_thread(key: Path, _: int) -> None:
 
 
 async def bare(_: Path, port: int) -> None:
-    async def relay(near: trio.SocketStream) -> None:
-        async with await trio.open_tcp_stream("127.0.0.1", port) as far:
-            async for data in near:
-                await far.send_all(data)
-            await far.send_eof()
-            await far.receive_some(READY)
+    async def relay(client: trio.SocketStream) -> None:
+        async with await trio.open_tcp_stream("127.0.0.1", port) as sink:
+            async for data in client:
+                await sink.send_all(data)
+            await sink.send_eof()
+            await sink.receive_some(READY)
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(trio.serve_tcp, relay, 0)
@@ -161,7 +166,7 @@ SERVERS: dict[str, Callable[[Path, int], None]] = {
 
 
 def tell_cpu() -> None:
-    """Answer each line of stdin with the seconds of the processor so far, those of children that ended, too."""
+    """Answer each line of stdin with the processor time so far, in seconds, that of ended children included."""
     for _ in sys.stdin:
         with BUSY:
             children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -178,7 +183,7 @@ def serve(name: str, key: Path, port: int) -> None:
 
 
 class Server:
-    """One of them, until the block ends."""
+    """A process that runs one of SERVERS until the block ends."""
 
     def __init__(self, name: str, key: Path, port: int) -> None:
         words = [sys.executable, __file__, "--serve", name, str(key), str(port)]
@@ -204,7 +209,7 @@ class Server:
 
 
 def client(name: str, server: int, sink: int, key: Path, cipher: str) -> list[str]:
-    """Give the command that sends its stdin through a server to the sink."""
+    """Return the command that sends its stdin through a server to the sink."""
     if name == "bare relay":
         return [sys.executable, "-c", SEND, str(server)]
     host = "127.0.0.1" if name == "OpenSSH's sshd" else "vm"
@@ -215,7 +220,7 @@ def client(name: str, server: int, sink: int, key: Path, cipher: str) -> list[st
 
 
 async def transfer(command: list[str], source: IO[bytes], size: int, listener: trio.SocketListener) -> float:
-    """Have a client send a file; give the seconds from the first byte at the sink to the last."""
+    """Have a client send a file; return the seconds from the first byte at the sink to the last."""
     source.seek(0)
     left = size
     with unwrap_groups():
@@ -235,7 +240,7 @@ async def transfer(command: list[str], source: IO[bytes], size: int, listener: t
 
 @contextlib.contextmanager
 def prepared(size: int) -> Iterator[tuple[Path, IO[bytes]]]:
-    """A key, of hosts and of the client, and the file that is sent."""
+    """Yield a key, which is the hosts' and the client's, and the file that is sent."""
     with tempfile.TemporaryDirectory() as home, Path(home, "source").open("w+b") as source:
         made = asyncssh.generate_private_key("ssh-ed25519")
         key = Path(home, "key")
@@ -247,7 +252,7 @@ def prepared(size: int) -> Iterator[tuple[Path, IO[bytes]]]:
 
 
 def why_no_sshd(key: Path) -> str:
-    """Say why OpenSSH's server can't run here, "" when it can."""
+    """Return why OpenSSH's server cannot run here, "" if it can."""
     if not os.access(SSHD, os.X_OK):
         return f"there is no {SSHD}"
     checked = subprocess.run([SSHD, "-t", "-f", sshd_config(key)], capture_output=True, text=True, check=False)
@@ -270,7 +275,8 @@ async def main(options: argparse.Namespace) -> None:
                 command = client(one.name, server.port, sink, key, options.cipher)
                 before = server.cpu()
                 seconds = await transfer(command, source, size, listener)
-                if number > 0:  # the first is to warm up
+                # The first round warms up.
+                if number > 0:
                     one.add(seconds, server.cpu() - before)
     print(f"{options.rounds} rounds of {options.megabytes} MB, {options.cipher}; an operation is a megabyte")
     show(*series)
@@ -280,7 +286,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
     parser = argparse.ArgumentParser(prog="bench/jump.py", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--megabytes", type=int, default=200, help="of one transfer; default %(default)s")
+    parser.add_argument("--megabytes", type=int, default=200, help="size of one transfer; default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
     parser.add_argument("--cipher", default=jump.ENCRYPTION[0], help="default %(default)s")
     trio.run(main, parser.parse_args())

@@ -1,11 +1,11 @@
-"""What a tunnel costs: throughput against a bare TCP relay of two hops, set-up latency, a thousand tunnels at once.
+"""The costs of tunnels: throughput beside a bare TCP relay of two hops, latency of the set-up, a thousand at a time.
 
     ./run bench tunnel [--megabytes N] [--rounds N] [--tunnels N]
 
-Controller and worker are processes of their own, as they are deployed, once without the extra fast and once with it; the
-bare relay is two trio processes in a row. All carry the same bytes from the same server in this process, in turns, from
-the VM (down) and to it (up). Operations are megabytes, the seconds of the processor are those of the two processes between
-the ends.
+Controller and worker are processes of their own, as in a deployment, once without the extra fast and once with it. The
+bare relay is a chain of two trio processes. All of them carry the same bytes from and to the same server in this process,
+in turns: from the VM (down) and to the VM (up). An operation is a megabyte; the processor time is that of the two
+processes between the ends.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ Connect = Callable[[], contextlib.AbstractAsyncContextManager[trio.abc.Stream]]
 
 
 @dataclass
-class Way:
-    """A way for the bytes: how to connect, through which processes, and how a client of it masks."""
+class Route:
+    """A route for the bytes: how to connect, the processes on it, and how its client masks."""
 
     name: str
     connect: Connect
@@ -65,11 +65,11 @@ class Way:
     masked: Callable[[wsframes.Bytes, bytes], wsframes.Bytes] = wsframes.mask
 
     def cpu(self) -> float:
-        """Seconds of the processor that its processes took."""
+        """Return the processor time of the processes so far, in seconds."""
         return sum(processor_seconds(child.pid) for child in self.processes)
 
     def memory(self) -> float:
-        """KiB of its processes."""
+        """Return the memory of the processes, in KiB."""
         listed = subprocess.run(
             ["ps", "-o", "rss=", "-p", ",".join(str(child.pid) for child in self.processes)],
             capture_output=True, text=True, check=True,
@@ -104,11 +104,11 @@ def line_of(child: subprocess.Popen[str], pattern: str) -> str:
     for line in child.stdout:
         if match := re.search(pattern, line):
             return match[1]
-    raise SystemExit("a process did not start")
+    raise SystemExit(f"a process ended before it printed a line that matches {pattern}")
 
 
-async def served(stream: trio.SocketStream, size: int) -> None:
-    """Send as much as is asked for, or take it; what is wanted says the first byte."""
+async def serve_transfer(stream: trio.SocketStream, size: int) -> None:
+    """Serve one transfer in the VM. Its first byte is the direction: DOWN sends `size` bytes, UP receives them."""
     with contextlib.suppress(trio.BrokenResourceError):
         wanted = await stream.receive_some(1)
         if wanted == DOWN:
@@ -116,11 +116,11 @@ async def served(stream: trio.SocketStream, size: int) -> None:
             for _ in range(size // PIECE):
                 await stream.send_all(data)
         elif wanted == UP:
-            await taken(stream, size)
+            await receive_all(stream, size)
             await stream.send_all(b"all")
 
 
-async def taken(stream: trio.abc.Stream, size: int) -> None:
+async def receive_all(stream: trio.abc.Stream, size: int) -> None:
     while size > 0:
         data = await stream.receive_some(PIECE)
         if not data:
@@ -128,17 +128,17 @@ async def taken(stream: trio.abc.Stream, size: int) -> None:
         size -= len(data)
 
 
-async def transfer(way: Way, direction: bytes, size: int) -> None:
-    wsframes.mask = way.masked
-    async with way.connect() as stream:
+async def transfer(route: Route, direction: bytes, size: int) -> None:
+    wsframes.mask = route.masked
+    async with route.connect() as stream:
         await stream.send_all(direction)
         if direction == DOWN:
-            await taken(stream, size)
+            await receive_all(stream, size)
         else:
             data = b"x" * PIECE
             for _ in range(size // PIECE):
                 await stream.send_all(data)
-            await taken(stream, 3)
+            await receive_all(stream, 3)
 
 
 @contextlib.asynccontextmanager
@@ -147,14 +147,14 @@ async def plain(port: int) -> AsyncIterator[trio.abc.Stream]:
         yield stream
 
 
-async def latency(connect: Connect) -> float:
+async def measure_latency(connect: Connect) -> float:
     began = time.perf_counter()
     async with connect():
         return (time.perf_counter() - began) * 1000
 
 
-async def opened_and_closed(connect: Connect, count: int) -> float:
-    """Give how many tunnels are opened and closed in a second, 20 at a time."""
+async def measure_open_and_close(connect: Connect, count: int) -> float:
+    """Return how many tunnels are opened and closed in a second, 20 at a time."""
     limit = trio.CapacityLimiter(20)
 
     async def one() -> None:
@@ -170,7 +170,7 @@ async def opened_and_closed(connect: Connect, count: int) -> float:
 
 @contextlib.asynccontextmanager
 async def held(connect: Connect, count: int) -> AsyncIterator[None]:
-    """Keep so many connections open."""
+    """Keep `count` connections open during the block."""
     limit = trio.CapacityLimiter(20)
 
     async def one(task_status: trio.TaskStatus[None]) -> None:
@@ -188,13 +188,13 @@ async def held(connect: Connect, count: int) -> AsyncIterator[None]:
         nursery.cancel_scope.cancel()
 
 
-def told(name: str, values: list[float], unit: str) -> None:
+def show_median(name: str, values: list[float], unit: str) -> None:
     print(f"{name:44} {statistics.median(values):10.2f} {unit}   ({min(values):.2f} to {max(values):.2f})")
 
 
 @contextlib.asynccontextmanager
-async def deployed(name: str, port: int, *, fast: bool) -> AsyncIterator[Way]:
-    """A controller and a worker with a VM, in which something listens."""
+async def deployed(name: str, port: int, *, fast: bool) -> AsyncIterator[Route]:
+    """Run a controller and a worker with a VM, and yield the route to the port in it."""
     prefix = ("-m",) if fast else ("-c", PURE)
     with contextlib.ExitStack() as stack:
         home = stack.enter_context(tempfile.TemporaryDirectory())
@@ -207,20 +207,22 @@ async def deployed(name: str, port: int, *, fast: bool) -> AsyncIterator[Way]:
             await client.vms.create(name="vm", image="any")
             await client.vms.wait("vm")
             masked = wsframes.mask if fast else wsframes.mask_in_python
-            yield Way(name, partial(client.vms.port_forward, "vm", port), [controller, worker], masked)
+            yield Route(name, partial(client.vms.port_forward, "vm", port), [controller, worker], masked)
 
 
 @contextlib.contextmanager
-def relayed(name: str, port: int) -> Iterator[Way]:
+def relayed(name: str, port: int) -> Iterator[Route]:
     with process("-c", RELAY, str(port)) as last, process("-c", RELAY, line_of(last, "([0-9]+)")) as first:
-        yield Way(name, partial(plain, int(line_of(first, "([0-9]+)"))), [first, last])
+        yield Route(name, partial(plain, int(line_of(first, "([0-9]+)"))), [first, last])
 
 
-async def throughput(ways: list[Way], rounds: int, size: int, suffix: str = "") -> None:
+async def throughput(routes: list[Route], rounds: int, size: int, suffix: str = "") -> None:
     for word, direction in (("down", DOWN), ("up", UP)):
         variants = [
-            Variant(f"{way.name}, {word}{suffix}", partial(transfer, way, direction, size), size // 1_000_000, way.cpu)
-            for way in ways
+            Variant(
+                f"{route.name}, {word}{suffix}", partial(transfer, route, direction, size), size // 1_000_000, route.cpu
+            )
+            for route in routes
         ]
         await turns(*variants, count=rounds)
 
@@ -229,20 +231,20 @@ async def main(options: argparse.Namespace) -> None:
     size = options.megabytes * 1_000_000 // PIECE * PIECE
     async with contextlib.AsyncExitStack() as stack:
         nursery = await stack.enter_async_context(trio.open_nursery())
-        listeners = await nursery.start(trio.serve_tcp, partial(served, size=size), 0)
+        listeners = await nursery.start(trio.serve_tcp, partial(serve_transfer, size=size), 0)
         port = listeners[0].socket.getsockname()[1]
-        ways = [await stack.enter_async_context(deployed("tunnel", port, fast=False))]
+        routes = [await stack.enter_async_context(deployed("tunnel", port, fast=False))]
         if FAST:
-            ways.append(await stack.enter_async_context(deployed("tunnel with the extra fast", port, fast=True)))
+            routes.append(await stack.enter_async_context(deployed("tunnel with the extra fast", port, fast=True)))
         else:
-            print("the extra fast is not installed, and not measured: .venv/bin/pip install -e '.[fast]'")
+            print("the extra fast is not installed and not measured; to install it: .venv/bin/pip install -e '.[fast]'")
         bare = stack.enter_context(relayed("bare relay", port))
-        await throughput([*ways, bare], options.rounds, size)
-        for way in (ways[-1], bare):
-            told(f"set-up, {way.name}", [await latency(way.connect) for _ in range(100)], "ms")
-        tunnel = ways[-1]
-        rates = [await opened_and_closed(tunnel.connect, 100) for _ in range(options.rounds)]
-        told("opened and closed, 20 at once", rates, "/s")
+        await throughput([*routes, bare], options.rounds, size)
+        for route in (routes[-1], bare):
+            show_median(f"set-up, {route.name}", [await measure_latency(route.connect) for _ in range(100)], "ms")
+        tunnel = routes[-1]
+        rates = [await measure_open_and_close(tunnel.connect, 100) for _ in range(options.rounds)]
+        show_median("opened and closed, 20 at once", rates, "/s")
         before, began = tunnel.memory(), time.perf_counter()
         async with held(tunnel.connect, options.tunnels):
             seconds = time.perf_counter() - began
@@ -252,17 +254,22 @@ async def main(options: argparse.Namespace) -> None:
             )
             cpu = tunnel.cpu()
             await trio.sleep(5)
-            print(f"at rest they take {(tunnel.cpu() - cpu) / 5:.1%} of a processor")
+            print(f"while idle they take {(tunnel.cpu() - cpu) / 5:.1%} of a processor")
             await throughput([tunnel, bare], options.rounds, size, f", {options.tunnels} open")
-            told("set-up of another one", [await latency(tunnel.connect) for _ in range(100)], "ms")
+            show_median("set-up of another one", [await measure_latency(tunnel.connect) for _ in range(100)], "ms")
         nursery.cancel_scope.cancel()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="bench/tunnel.py", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--megabytes", type=int, default=100, help="of one transfer; default %(default)s")
+    parser.add_argument("--megabytes", type=int, default=100, help="size of one transfer; default %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default %(default)s")
-    parser.add_argument("--tunnels", type=int, default=1000, help="that are open at once; default %(default)s")
+    parser.add_argument(
+        "--tunnels",
+        type=int,
+        default=1000,
+        help="number of tunnels that are open at the same time; default %(default)s",
+    )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(65536, hard), hard))
     trio.run(main, parser.parse_args())
