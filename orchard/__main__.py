@@ -1,4 +1,4 @@
-"""`python -m orchard`: the `orchard` command."""
+"""`python -m orchard` is the `orchard` command."""
 
 import sys
 

@@ -1,1 +1,1 @@
-"""The `orchard` command."""
+"""The `orchard` command; its entry point is `orchard.cli.main:main`."""

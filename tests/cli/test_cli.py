@@ -1,7 +1,8 @@
-"""The `orchard` command as people use it."""
+"""The `orchard` command: demo and dev as processes, the other verbs mostly by calling `main`."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,11 +21,27 @@ from harness.processes import GENEROUS, controller, finished, started
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
+from orchard.cli.main import main
+
+# What a verb returned, and what it printed to standard output and standard error.
+Ended = tuple[int, str, str]
 
 STEP = re.compile(r" +[0-9]+\.[0-9]{3} s  (.*)\n")
 
 
-def test_the_demo_shows_each_step_and_leaves_nothing(tmp_path: Path) -> None:
+def call_main(*arguments: str, home: Path) -> Ended:
+    """Run a command line in this process, and return its exit status and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("ORCHARD_HOME", str(home))
+        try:
+            status = main(arguments)
+        except SystemExit as ended:
+            status = int(str(ended.code))
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_demo_prints_each_step_and_leaves_nothing(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     done = finished("", "demo", "--synthetic", home=tmp_path, env={"TMPDIR": str(temporary)})
@@ -33,8 +51,8 @@ def test_the_demo_shows_each_step_and_leaves_nothing(tmp_path: Path) -> None:
         "a controller listens on http://127.0.0.1:",
         "POST /v1/vms: the VM",
         'the VM is running on "worker-1"',
-        "its script says: Hello from ",
-        "its script says: What's in a variable arrives as it is: \"$HOME\" `uname` 'and quotes'.",
+        "its script printed: Hello from ",
+        "its script printed: Variables arrive unchanged: \"$HOME\" `uname` 'and quotes'.",
         "DELETE /v1/vms/demo",
         "worker and controller have ended",
     ):
@@ -43,9 +61,9 @@ def test_the_demo_shows_each_step_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def curl(line: str) -> str:
-    """Run a line as it was printed, and give what it prints; without curl, do what it says.
+    """Run a printed curl command, and return what it prints; without curl, send the same request.
 
-    With -N the answer has no end: only its first line is given.
+    With -N the answer has no end, and only its first line is returned.
     """
     words = shlex.split(line, comments=True)
     if shutil.which("curl") is None:
@@ -65,11 +83,11 @@ def curl(line: str) -> str:
         return said
 
 
-def test_the_demo_that_stays_prints_curl_lines_that_work(tmp_path: Path) -> None:
+def test_curl_commands_that_demo_keep_prints_work(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     with started("", "demo", "--synthetic", "--keep", home=tmp_path, env={"TMPDIR": str(temporary)}) as role:
-        role.wait_for(re.compile("It stays until"))
+        role.wait_for(re.compile("It runs until"))
         role.wait_for(re.compile(".*-X DELETE"))
         lines = [line for line in role.said if line.startswith("  curl ")]
         listed, created, events, watched, deleted = map(curl, lines)
@@ -86,7 +104,7 @@ def test_the_demo_that_stays_prints_curl_lines_that_work(tmp_path: Path) -> None
     assert role.log.read_text() == ""
 
 
-def test_a_demo_that_nobody_reads_on_ends_without_a_traceback(tmp_path: Path) -> None:
+def test_demo_ends_quietly_when_its_output_is_closed(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     with started("", "demo", "--synthetic", home=tmp_path, env={"TMPDIR": str(temporary)}) as role:
@@ -113,43 +131,46 @@ def test_dev_keeps_its_state(tmp_path: Path) -> None:
         assert role.stop() == 0
 
 
-def test_a_bootstrap_token_is_made_of_the_data_of_a_running_controller(tmp_path: Path) -> None:
+def test_bootstrap_token_is_read_from_the_data_of_a_running_controller(tmp_path: Path) -> None:
     env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "t"}
     with controller(home=tmp_path, env=env):
         made = finished("", "bootstrap-token", "bootstrap-admin", home=tmp_path)
         certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
         assert BootstrapToken.parse(made.stdout) == BootstrapToken("bootstrap-admin", "t", certificate)
-        made = finished("", "bootstrap-token", "bootstrap-admin", "--no-certificate", home=tmp_path)
-        assert BootstrapToken.parse(made.stdout) == BootstrapToken("bootstrap-admin", "t")
-        refused = finished("", "bootstrap-token", "nobody", home=tmp_path)
-        assert (refused.returncode, refused.stdout) == (1, "")
-        assert '"nobody"' in refused.stderr
-        assert "bootstrap-admin" in refused.stderr
+        status, out, _ = call_main("bootstrap-token", "bootstrap-admin", "--no-certificate", home=tmp_path)
+        assert status == 0
+        assert BootstrapToken.parse(out) == BootstrapToken("bootstrap-admin", "t")
+        status, out, err = call_main("bootstrap-token", "unknown", home=tmp_path)
+        assert (status, out) == (1, "")
+        assert '"unknown"' in err
+        assert "bootstrap-admin" in err
     state = tmp_path / "controller" / "state.jsonl"
     state.write_bytes(state.read_bytes().replace(b"bootstrap", b"bootstrab", 1))
     for home, words in ((tmp_path, "checksum"), (tmp_path / "none", "--data-dir")):
-        refused = finished(
-            "", "bootstrap-token", "bootstrap-admin", "--data-dir", str(home / "controller"), home=tmp_path
-        )
-        assert refused.returncode == 1
-        assert words in refused.stderr
-        assert "Traceback" not in refused.stderr
+        arguments = ("bootstrap-token", "bootstrap-admin", "--data-dir", str(home / "controller"))
+        status, out, err = call_main(*arguments, home=tmp_path)
+        assert (status, out) == (1, "")
+        assert words in err
+        assert "Traceback" not in err
 
 
-def test_what_cannot_be_is_said_without_a_traceback(tmp_path: Path) -> None:
-    assert finished("", "--version", home=tmp_path).stdout == f"orchard {__version__}\n"
-    unsaid = finished("", home=tmp_path)
-    assert (unsaid.returncode, unsaid.stdout) == (2, "")
-    assert "usage: orchard" in unsaid.stderr
-    assert "VERB" in unsaid.stderr
-    assert finished("", "unknown", home=tmp_path).returncode == 2
-    refused = finished("", "dev", "--port", "65536", home=tmp_path)
-    assert refused.returncode == 2
-    assert 'port is "65536"' in refused.stderr
+def test_invalid_command_lines_are_refused_without_a_traceback(tmp_path: Path) -> None:
+    assert call_main("--version", home=tmp_path) == (0, f"orchard {__version__}\n", "")
+    status, out, err = call_main(home=tmp_path)
+    assert (status, out) == (2, "")
+    assert "usage: orchard" in err
+    assert "VERB" in err
+    assert call_main("unknown", home=tmp_path)[0] == 2
+    status, _, err = call_main("dev", "--port", "65536", home=tmp_path)
+    assert status == 2
+    assert "65536" in err
     for role in ("controller", "worker"):
-        shown = finished("", role, "--help", home=tmp_path)
-        assert shown.returncode == 0
-        assert "usage:" in shown.stdout
+        status, out, _ = call_main(role, "--help", home=tmp_path)
+        assert status == 0
+        assert "usage:" in out
+
+
+def test_dev_in_a_file_fails_without_a_traceback(tmp_path: Path) -> None:
     with tempfile.NamedTemporaryFile() as file:
         refused = finished("", "dev", "--synthetic", "--port", "0", "--directory", file.name, home=tmp_path)
     assert refused.returncode == 1
@@ -157,17 +178,25 @@ def test_what_cannot_be_is_said_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in refused.stderr
 
 
+def test_two_workers_cannot_share_a_host_with_tart(tmp_path: Path) -> None:
+    (tmp_path / "tart").touch(mode=0o755)
+    env = {"PATH": str(tmp_path)}
+    refused = finished("", "dev", "--port", "0", "--workers", "2", home=tmp_path, env=env)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "--workers is 2" in refused.stderr
+
+
 # ---- orchard check -------------------------------------------------------------------------------------------------
 
 EVENT = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
-AS_THEY_ARE = re.compile(
+HEALTHY = re.compile(
     r"(/.*): 2 VMs, 0 workers, 0 service accounts, 2 events; [3-9] lines up to revision ([0-9]+); all is well\n"
 )
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home of a controller that has ended, with two VMs, each with an event."""
+    """Return the home of a controller that has ended, with two VMs, each with an event."""
     home = tmp_path_factory.mktemp("kept")
     with controller("--insecure-no-auth", home=home) as (role, url):
         for name in ("a", "b"):
@@ -189,12 +218,12 @@ def images(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def checked(directory: Path) -> tuple[int, str]:
-    """What `orchard check` gives and prints; it changes nothing."""
+    """Run `orchard check`, and return its status and output. It must change nothing."""
     before = images(directory)
-    done = finished("", "check", str(directory), home=directory.parent)
+    status, out, err = call_main("check", str(directory), home=directory.parent)
     assert images(directory) == before
-    assert done.stderr == ""
-    return done.returncode, done.stdout
+    assert err == ""
+    return status, out
 
 
 def events_file(directory: Path) -> Path:
@@ -222,10 +251,10 @@ def second_line(path: Path) -> int:
     return path.read_bytes().index(b"\n") + 1
 
 
-def test_check_finds_nothing_where_all_is_well(kept: Path) -> None:
+def test_check_of_a_healthy_directory_reports_no_problem(kept: Path) -> None:
     status, said = checked(kept / "controller")
     assert status == 0
-    assert AS_THEY_ARE.fullmatch(said), said
+    assert HEALTHY.fullmatch(said), said
     default = finished("", "check", home=kept)
     assert (default.returncode, default.stdout) == (0, said)
 
@@ -246,7 +275,7 @@ def test_check_finds_nothing_where_all_is_well(kept: Path) -> None:
         (lambda d: another_key(d / "controller.key"), r"{d}/controller.crt and {d}/controller.key are no certificate and its key .*; restore .*"),
     ],
 )  # fmt: skip
-def test_check_says_each_problem_with_its_place_and_remedy(
+def test_check_reports_each_problem_with_its_place_and_remedy(
     kept: Path, tmp_path: Path, spoil: Callable[[Path], object], problem: str
 ) -> None:
     directory = tmp_path / "data"
@@ -260,7 +289,7 @@ def test_check_says_each_problem_with_its_place_and_remedy(
     assert last.endswith("; 1 problems")
 
 
-def test_check_notes_what_the_next_start_puts_right(kept: Path, tmp_path: Path) -> None:
+def test_check_notes_what_the_next_start_repairs(kept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "data"
     shutil.copytree(kept / "controller", directory)
     sizes = {path: path.stat().st_size for path in (directory / "state.jsonl", events_file(directory))}
@@ -277,15 +306,15 @@ def test_check_notes_what_the_next_start_puts_right(kept: Path, tmp_path: Path) 
     status, said = checked(directory)
     *notes, last = said.splitlines()
     assert (status, len(notes)) == (0, 4)
-    assert AS_THEY_ARE.fullmatch(last + "\n")
+    assert HEALTHY.fullmatch(last + "\n")
     for path, size in sizes.items():
         assert f"note: {path}: the last line is not finished at byte {size}; the next start cuts it off" in notes
     with controller("--insecure-no-auth", "--data-dir", str(directory), home=tmp_path) as (role, _):
-        assert checked(directory) == (0, last + "\n"), "while a controller runs, and has put it right"
+        assert checked(directory) == (0, last + "\n"), "a running controller has repaired it"
         assert role.stop() == 0
 
 
-def test_events_whose_vm_is_gone_are_noted(kept: Path, tmp_path: Path) -> None:
+def test_check_notes_events_of_deleted_vms(kept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "data"
     shutil.copytree(kept / "controller", directory)
     with controller("--insecure-no-auth", "--data-dir", str(directory), home=tmp_path) as (_, url):
@@ -298,7 +327,7 @@ def test_events_whose_vm_is_gone_are_noted(kept: Path, tmp_path: Path) -> None:
     assert last.startswith(f"{directory}: 1 VMs")
 
 
-def test_check_of_nothing(tmp_path: Path) -> None:
-    done = finished("", "check", str(tmp_path / "none"), home=tmp_path)
-    assert (done.returncode, done.stderr) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
-    assert finished("", "check", "a", "b", home=tmp_path).returncode == 2
+def test_check_of_a_missing_directory_fails(tmp_path: Path) -> None:
+    status, _, err = call_main("check", str(tmp_path / "none"), home=tmp_path)
+    assert (status, err) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
+    assert call_main("check", "a", "b", home=tmp_path)[0] == 2

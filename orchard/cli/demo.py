@@ -1,0 +1,188 @@
+"""The verbs `demo` and `dev`: a whole cluster in this process, to look at or to develop against.
+
+Both run `orchard.testing.cluster`, with tart if this host has it, otherwise with synthetic VMs, and both end at SIGINT,
+SIGTERM or an error. `demo` creates one VM, prints each step with its duration, and deletes everything. `dev` runs until
+it is stopped, on a fixed port, and keeps the controller's state in a directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from orchard import __version__
+from orchard.client import Client, ClientError
+from orchard.controller import StartError
+from orchard.daemon import orchard_home, run_program, run_until_signal
+from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
+from orchard.schema import VM
+from orchard.tart import TartDriver
+from orchard.testing import Cluster, cluster
+from orchard.vm.driver import Driver
+
+_SCRIPT = """\
+echo "Hello from $(uname -s), I am $(id -un)."
+echo "$GREETING"
+echo "My working directory is $PWD."
+"""
+_SCRIPT_ENV = {"GREETING": "Variables arrive unchanged: \"$HOME\" `uname` 'and quotes'."}
+# Between two requests for new lines of the script.
+_POLL_SECONDS = 0.02
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `orchard demo` or `orchard dev`, and return the exit status. BrokenPipeError propagates."""
+    work = partial(_run_with_driver, _demo if options.verb == "demo" else _dev, options)
+    failures: dict[type[Exception], int] = {StartError: 1, ClientError: 1, LockError: 1}
+    return run_program("orchard", work, failures, debug=options.debug, quiet=not options.debug)
+
+
+# ---- what runs the VMs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _VMs:
+    """What runs the VMs: a function from a worker's name to its driver (None: synthetic), and a description."""
+
+    driver: Callable[[str], Driver] | None
+    description: str
+
+
+_Verb = Callable[[argparse.Namespace, _VMs], Awaitable[None]]
+
+
+async def _run_with_driver(verb: _Verb, options: argparse.Namespace) -> None:
+    """Run a verb until it ends, or until SIGINT or SIGTERM. Raises StartError, ClientError, LockError."""
+    with _choose_driver(options) as vms:
+        await run_until_signal(partial(verb, options, vms))
+
+
+@contextmanager
+def _choose_driver(options: argparse.Namespace) -> Iterator[_VMs]:
+    """Choose tart if this host has it and `--synthetic` is not set. Raises LockError.
+
+    For tart, the host is locked for the time of the block: each of two workers on one host would delete the other's VMs.
+    """
+    tart = None if options.synthetic else shutil.which("tart")
+    if tart is None:
+        yield _VMs(None, "with synthetic VMs: directories and processes, no hypervisor")
+        return
+    if options.verb == "dev" and options.workers > 1:
+        raise LockError(f"--workers is {options.workers}, expected 1: only with --synthetic can one host have more")
+    with lock_directory(orchard_home(), WORKER_LOCK_FILE):
+        yield _VMs(lambda _: TartDriver(tart, orchard_home() / "tart"), f"with VMs by {tart}")
+
+
+# ---- orchard demo --------------------------------------------------------------------------------------------------
+
+
+class _StepPrinter:
+    """Prints what happens, each line with the seconds since the line before."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def say(self, text: str) -> None:
+        now = time.monotonic()
+        print(f"{now - self._last:8.3f} s  {text}", flush=True)
+        self._last = now
+
+
+async def _demo(options: argparse.Namespace, vms: _VMs) -> None:
+    """Create a VM, show what happens to it, and delete it. Raises StartError, ClientError."""
+    steps = _StepPrinter()
+    print(f"Orchard {__version__}: a controller, a worker and a VM on this machine, in a temporary directory.\n")
+    async with cluster(workers=1, driver=vms.driver) as running:
+        steps.say(f'a controller listens on {running.url}, and the worker "worker-1" has registered,')
+        steps.say(vms.description)
+        client = running.client
+        await client.vms.create(
+            name="demo",
+            image=options.image,
+            headless=True,
+            startup_script={"script_content": _SCRIPT, "env": _SCRIPT_ENV},
+        )
+        steps.say(f'POST /v1/vms: the VM "demo" of {options.image} is created')
+        await _show_status(client, steps)
+        await _show_script_output(client, steps)
+        if options.keep:
+            _print_curl_lines(running)
+            await trio.sleep_forever()
+        await client.vms.delete("demo")
+        steps.say("DELETE /v1/vms/demo: the VM is deleted")
+    steps.say("worker and controller have ended, and the directory is deleted")
+
+
+async def _show_status(client: Client, steps: _StepPrinter) -> None:
+    """Print each status of the VM until it runs or has failed."""
+    shown = ""
+    async with client.vms.watch("demo") as changes:
+        async for _, vm in changes:
+            if (now := _describe(vm)) != shown:
+                steps.say(now)
+                shown = now
+            if vm.state.status != "pending":
+                return
+
+
+def _describe(vm: VM) -> str:
+    where = f' on "{vm.state.worker}"' if vm.state.worker else ""
+    message = f": {vm.state.status_message}" if vm.state.status_message else ""
+    return f"the VM is {vm.state.status}{where}{message}"
+
+
+async def _show_script_output(client: Client, steps: _StepPrinter) -> None:
+    """Print the lines of the VM's script until all are there. Raises ClientError if the VM fails."""
+    seen = 0
+    while seen < _SCRIPT.count("\n"):
+        vm = await client.vms.get("demo")
+        lines = [event.payload async for event in client.vms.events("demo")]
+        for line in lines[seen:]:
+            steps.say(f"its script printed: {line}")
+        seen = len(lines)
+        if vm.state.status == "failed":
+            raise ClientError(f"the VM failed: {vm.state.status_message}")
+        await trio.sleep(_POLL_SECONDS)
+
+
+def _print_curl_lines(running: Cluster) -> None:
+    body = json.dumps({"name": "second", "image": "any", "startup_script": {"script_content": "echo Hello; uptime"}})
+    print(
+        f"""
+It runs until you press Ctrl-C. From another terminal:
+
+  curl {running.url}/v1/vms                              # list the VMs
+  curl {running.url}/v1/vms -d '{body}'
+  curl {running.url}/v1/vms/second/events                # what its script printed
+  curl -N '{running.url}/v1/vms/second?watch=true'       # follow its changes
+  curl -X DELETE {running.url}/v1/vms/second
+""",
+        flush=True,
+    )
+
+
+# ---- orchard dev ---------------------------------------------------------------------------------------------------
+
+
+async def _dev(options: argparse.Namespace, vms: _VMs) -> None:
+    """Run a controller and workers until cancelled. Raises StartError."""
+    async with cluster(
+        workers=options.workers, driver=vms.driver, directory=options.directory, port=options.port
+    ) as running:
+        print(
+            f"orchard {__version__} for development: {running.url}, workers {vms.description},"
+            f" data in {options.directory}"
+        )
+        print(
+            "Any program on this host can use it without credentials. Press Ctrl-C to stop it; state is kept, VMs are not.",
+            flush=True,
+        )
+        await trio.sleep_forever()

@@ -1,0 +1,58 @@
+"""The verbs `bootstrap-token` and `check`, which read a controller's data directory.
+
+They need no running controller, do not disturb one that uses the directory, and change nothing in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from orchard.auth import BootstrapToken
+from orchard.daemon import orchard_home
+from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE
+from orchard.fsck import inspect
+from orchard.storage.journal import DamagedError, Disk, Journal
+from orchard.store import load_state
+
+
+def print_bootstrap_token(options: argparse.Namespace) -> int:
+    """Print a bootstrap token for the service account `options.account`, and return the exit status."""
+    directory = _data_directory(options)
+    path = directory / STATE_FILE
+    try:
+        state = load_state(path, Journal(path, Disk()).read())
+        certificate = directory / TLS_CERTIFICATE_FILE
+        pem = certificate.read_bytes() if certificate.exists() and not options.no_certificate else None
+    except OSError as error:
+        return _fail(f"cannot read the controller's data in {directory}: {error.strerror}; see --data-dir")
+    except DamagedError as error:
+        return _fail(str(error))
+    account = state.accounts.get(options.account)
+    if account is None:
+        known = ", ".join(sorted(state.accounts)) or "none"
+        return _fail(f'service account "{options.account}" does not exist in {path}, expected one of: {known}')
+    print(BootstrapToken(account.name, account.token, pem))
+    return 0
+
+
+def check_data_directory(options: argparse.Namespace) -> int:
+    """Print the problems of a data directory, and return the exit status: 1 if there is one."""
+    directory = _data_directory(options)
+    try:
+        report = inspect(directory)
+    except OSError as error:
+        return _fail(f"cannot read {error.filename}: {error.strerror}")
+    print(*report.problems, *(f"note: {note}" for note in report.notes), f"{directory}: {report.summary()}", sep="\n")
+    return 1 if report.problems else 0
+
+
+def _data_directory(options: argparse.Namespace) -> Path:
+    directory: Path = options.data_dir or orchard_home() / "controller"
+    return directory
+
+
+def _fail(message: str) -> int:
+    print(f"orchard: {message}", file=sys.stderr)
+    return 1
