@@ -1,9 +1,9 @@
-"""What scheduling costs: placements a second, and what one change costs in a small and in a big cluster.
+"""The cost of scheduling: assignments per second, and one change in a small and in a large cluster.
 
     ./run bench plan
 
-Pure planning: 10,000 pending VMs on 5,000 workers with room for two, against the plain way to do it: sort all workers
-for each VM. Durable: the same with a real store and its disk, and how long others had to wait for their turn meanwhile.
+Planning alone: 10,000 pending VMs on 5,000 workers with capacity for two, compared with sorting all workers for each VM.
+Durable: the same with a real store on disk, and the longest time for which other tasks had to wait.
 One change: a VM's report in clusters of 100 and of 10,000 VMs, from the transaction to the next plan.
 """
 
@@ -24,11 +24,13 @@ from orchard.schema import VM, VMReport, Worker
 from orchard.store import Store
 
 VMS, WORKERS = 10_000, 5_000
-SORTED_VMS = 100  # of the plain way, which would take minutes for all of them
+# Sorting all workers for each of VMS would take minutes.
+SORTED_VMS = 100
 CHANGES = 200
 
 
 def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
+    """Plan for VMs that all fit."""
     inputs = scheduler.PlannerInputs(
         last_contact=dict.fromkeys(workers, 0.0),
         last_contact_of_deleted={},
@@ -46,6 +48,7 @@ def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
 
 
 def sorted_each_time(vms: list[VM], workers: dict[str, Worker]) -> None:
+    """Assign VMs in the simplest way: sort all workers for each."""
     loads = {name: scheduler.Load() for name in workers}
     for vm in vms:
         for name in sorted(workers, key=lambda name: (-loads[name].count, name)):
@@ -54,8 +57,8 @@ def sorted_each_time(vms: list[VM], workers: dict[str, Worker]) -> None:
                 break
 
 
-class Busy:
-    """A cluster with so many VMs that run."""
+class BusyCluster:
+    """A cluster with `count` running VMs, in a store in `home`."""
 
     def __init__(self, home: Path, count: int) -> None:
         self.store = Store.open(home, NOW)
@@ -68,31 +71,31 @@ class Busy:
             for number in range(count):
                 tx.put(vm_of(number))
         self.schedule()
-        self.turn = 0
+        self.changes = 0
 
     def schedule(self) -> None:
         while self.loop.schedule_some(trio.current_time(), NOW) is None:
             pass
 
     async def change(self) -> None:
+        """Apply CHANGES reports, each followed by planning."""
         for _ in range(CHANGES):
-            self.turn += 1
-            old = self.store.state.vms[self.names[self.turn % len(self.names)]]
-            seen = VMReport(uid=old.uid, status="running", status_message=f"turn {self.turn}")
+            self.changes += 1
+            old = self.store.state.vms[self.names[self.changes % len(self.names)]]
+            seen = VMReport(uid=old.uid, status="running", status_message=f"change {self.changes}")
             with self.store.transaction() as tx:
                 tx.put(transitions.report(old, seen, NOW))
             self.schedule()
         await trio.lowlevel.checkpoint()
 
 
-async def changes() -> None:
+async def measure_changes() -> None:
     with tempfile.TemporaryDirectory() as small_home, tempfile.TemporaryDirectory() as big_home:
-        small, big = Busy(Path(small_home), 100), Busy(Path(big_home), VMS)
+        small, big = BusyCluster(Path(small_home), 100), BusyCluster(Path(big_home), VMS)
         async with trio.open_nursery() as nursery:
             for busy in (small, big):
                 nursery.start_soon(busy.store.run)
-            await small.store.wait_durable()
-            await big.store.wait_durable()
+                await busy.store.wait_durable()
             await turns(
                 Variant(f"one change among {VMS:,} VMs", big.change, CHANGES),
                 Variant("one change among 100 VMs", small.change, CHANGES),
@@ -100,8 +103,8 @@ async def changes() -> None:
             nursery.cancel_scope.cancel()
 
 
-async def placed_durably() -> tuple[float, float]:
-    """Place VMS VMs on WORKERS workers, on the disk; give the seconds, and those of the longest turn."""
+async def assign_durably() -> tuple[float, float]:
+    """Assign VMS VMs to WORKERS workers, on disk. Return the seconds, and those of the longest task step."""
     watched = Turns()
     with tempfile.TemporaryDirectory() as home:
         store = Store.open(Path(home), NOW)
@@ -118,7 +121,7 @@ async def placed_durably() -> tuple[float, float]:
             trio.lowlevel.add_instrument(watched)
             began = trio.current_time()
             nursery.start_soon(loop.run)
-            while sum(map(len, store.state.vms_by_worker.values())) < VMS:  # noqa: ASYNC110 -- nobody tells
+            while sum(map(len, store.state.vms_by_worker.values())) < VMS:  # noqa: ASYNC110 -- nothing signals it
                 await trio.sleep(0.01)
             await store.wait_durable()
             took = trio.current_time() - began
@@ -132,17 +135,18 @@ def main() -> None:
     vms, workers = [vm_of(number) for number in range(VMS)], {w.name: w for w in map(worker_of, range(WORKERS))}
     compare(
         Variant(f"plan: {VMS:,} VMs on {WORKERS:,} workers", lambda: planned(vms, workers), VMS),
-        Variant("workers sorted anew for each VM", lambda: sorted_each_time(vms[:SORTED_VMS], workers), SORTED_VMS),
+        Variant("all workers sorted for each VM", lambda: sorted_each_time(vms[:SORTED_VMS], workers), SORTED_VMS),
     )
-    collect_garbage_less()  # as the controller's process does
-    measured = [trio.run(placed_durably) for _ in range(ROUNDS)]
+    # As the controller's process does.
+    collect_garbage_less()
+    measured = [trio.run(assign_durably) for _ in range(ROUNDS)]
     rates = sorted(VMS / took for took, _ in measured)
     longest = sorted(1000 * turn for _, turn in measured)
     print(
-        f"placed durably: {statistics.median(rates):,.0f} a second ({rates[0]:,.0f} to {rates[-1]:,.0f});"
-        f" longest turn {statistics.median(longest):.1f} ms ({longest[0]:.1f} to {longest[-1]:.1f})"
+        f"assigned durably: {statistics.median(rates):,.0f} a second ({rates[0]:,.0f} to {rates[-1]:,.0f});"
+        f" longest task step {statistics.median(longest):.1f} ms ({longest[0]:.1f} to {longest[-1]:.1f})"
     )
-    trio.run(changes)
+    trio.run(measure_changes)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""A controller under load is killed every few seconds: how long until it is back, and is anything lost or failed?
+"""The time to recover when a controller under load is killed every few seconds.
 
     ./run bench restart [--seconds S] [--every S] [--workers N] [--tunnels N]
 
-Controller and synthetic workers are processes of their own. Users go on creating VMs and keep tunnels busy meanwhile. After
-each kill it prints when the API answered, and when all workers had registered and all tunnels carried bytes again, in
-seconds from the new start. Ends with 1 when a VM that was acknowledged is not there, or one has failed.
+Controller and synthetic workers are processes of their own. Users create VMs and keep tunnels busy all the time. After
+each kill the benchmark prints when the API answered, when all workers had registered, and when all tunnels carried bytes
+again, in seconds from the new start. Exits with 1 if an acknowledged VM is lost or a VM has failed.
 """
 
 from __future__ import annotations
@@ -25,22 +25,28 @@ import trio
 
 from orchard.client import Client, ClientError
 
-VMS = 300  # that are created in the course of time
-CREATE_SECONDS = 0.1  # between two of them
-LOOK_SECONDS = 0.02  # between two looks whether something is back
-PATIENCE = 60.0  # seconds for anything to come back
+# VMs that are created in the course of the run.
+VMS = 300
+# Between two creations, and between two bytes over a tunnel.
+PAUSE_SECONDS = 0.1
+# Between two checks of a condition.
+CHECK_SECONDS = 0.02
+# The time in which everything must recover.
+RECOVERY_SECONDS = 60.0
 
 
-class Site:
-    """A controller that comes and goes, and those who use it."""
+class RestartedCluster:
+    """A controller that is killed and started, its workers, and its users."""
 
     def __init__(self, home: Path, port: int, workers: int) -> None:
         self.home = home
         self.port = port
         self.workers = [f"w-{number}" for number in range(1, workers + 1)]
         self.url = f"http://127.0.0.1:{port}"
-        self.created: list[str] = []  # and acknowledged
-        self.carried: set[int] = set()  # tunnels that have carried bytes lately
+        # Names of acknowledged VMs.
+        self.created: list[str] = []
+        # Numbers of the tunnels that carried bytes since the last kill.
+        self.carried: set[int] = set()
         self._log = (home / "log").open("w")
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -61,10 +67,10 @@ class Site:
             with suppress(ClientError):
                 await client.vms.create(name=name, image="any")
                 self.created.append(name)
-            await trio.sleep(CREATE_SECONDS)
+            await trio.sleep(PAUSE_SECONDS)
 
     async def keep_busy(self, client: Client, number: int, port: int) -> None:
-        """Send bytes through a tunnel all the time, and open another when it breaks."""
+        """Send bytes through a tunnel, and open another when it breaks."""
         while True:
             with suppress(ClientError, trio.BrokenResourceError, trio.ClosedResourceError):
                 async with client.workers.port_forward(self.workers[number % len(self.workers)], port) as stream:
@@ -73,8 +79,8 @@ class Site:
                         if not await stream.receive_some(1):
                             break
                         self.carried.add(number)
-                        await trio.sleep(CREATE_SECONDS)
-            await trio.sleep(LOOK_SECONDS)
+                        await trio.sleep(PAUSE_SECONDS)
+            await trio.sleep(CHECK_SECONDS)
 
     async def answers(self, client: Client) -> bool:
         with suppress(ClientError):
@@ -83,7 +89,7 @@ class Site:
         return False
 
     async def registered(self, client: Client) -> bool:
-        """Whether each worker has been heard since the start."""
+        """Return whether each worker has sent a heartbeat since the start."""
         found = await client.workers.list()
         return len(found) == len(self.workers) and all(worker.last_seen for worker in found)
 
@@ -95,14 +101,14 @@ class Site:
         return [f"{name} is lost" for name in before if name not in found] + failed
 
 
-async def until(holds: Callable[[], object]) -> float:
-    """Wait until something holds, and give when it did."""
-    with trio.fail_after(PATIENCE):
+async def wait_until(condition: Callable[[], object]) -> float:
+    """Wait until a condition holds, and return the time."""
+    with trio.fail_after(RECOVERY_SECONDS):
         while True:
-            held = holds()
+            held = condition()
             if held if isinstance(held, bool) else await held:  # type: ignore[misc]
                 return trio.current_time()
-            await trio.sleep(LOOK_SECONDS)
+            await trio.sleep(CHECK_SECONDS)
 
 
 async def echo(stream: trio.SocketStream) -> None:
@@ -111,34 +117,34 @@ async def echo(stream: trio.SocketStream) -> None:
             await stream.send_all(data)
 
 
-async def play(site: Site, options: argparse.Namespace) -> list[str]:
-    """Kill and start again; give what went wrong."""
+async def run_kills(cluster: RestartedCluster, options: argparse.Namespace) -> list[str]:
+    """Kill and start the controller again and again. Return what was lost or failed."""
     problems: list[str] = []
-    control, workers = site.start_controller(), site.start_workers()
+    control, workers = cluster.start_controller(), cluster.start_workers()
     try:
-        async with Client(site.url) as client, trio.open_nursery() as nursery:
-            await until(partial(site.answers, client))
-            await until(partial(site.registered, client))
+        async with Client(cluster.url) as client, trio.open_nursery() as nursery:
+            await wait_until(partial(cluster.answers, client))
+            await wait_until(partial(cluster.registered, client))
             listeners = await nursery.start(partial(trio.serve_tcp, echo, 0, host="127.0.0.1"))
-            nursery.start_soon(site.create, client)
+            nursery.start_soon(cluster.create, client)
             for number in range(options.tunnels):
-                nursery.start_soon(site.keep_busy, client, number, listeners[0].socket.getsockname()[1])
+                nursery.start_soon(cluster.keep_busy, client, number, listeners[0].socket.getsockname()[1])
             end = trio.current_time() + options.seconds
             print("kill", "API", "workers", "tunnels", "VMs", sep="\t")
             kills = 0
             while trio.current_time() < end and not problems:
                 await trio.sleep(options.every)
-                before = list(site.created)
+                before = list(cluster.created)
                 control.send_signal(signal.SIGKILL)
                 control.wait()
-                site.carried.clear()
+                cluster.carried.clear()
                 kills += 1
-                control, began = site.start_controller(), trio.current_time()
-                times = [await until(partial(site.answers, client)) - began]
-                times.append(await until(partial(site.registered, client)) - began)
-                times.append(await until(lambda: len(site.carried) == options.tunnels) - began)
+                control, began = cluster.start_controller(), trio.current_time()
+                times = [await wait_until(partial(cluster.answers, client)) - began]
+                times.append(await wait_until(partial(cluster.registered, client)) - began)
+                times.append(await wait_until(lambda: len(cluster.carried) == options.tunnels) - began)
                 print(kills, *(f"{seconds:.2f} s" for seconds in times), len(before), sep="\t", flush=True)
-                problems = await site.lost(client, before)
+                problems = await cluster.lost(client, before)
             nursery.cancel_scope.cancel()
     finally:
         for process in (workers, control):
@@ -150,17 +156,17 @@ async def play(site: Site, options: argparse.Namespace) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./run bench restart")
     add = parser.add_argument
-    add("--seconds", type=float, default=60.0, help="to go on for; default: %(default)s")
-    add("--every", type=float, default=5.0, help="seconds between a return and the next kill; default: %(default)s")
-    add("--workers", type=int, default=500, help="synthetic ones, in one process; default: %(default)s")
-    add("--tunnels", type=int, default=50, help="that are busy; default: %(default)s")
+    add("--seconds", type=float, default=60.0, help="duration of the run; default: %(default)s")
+    add("--every", type=float, default=5.0, help="seconds between recovery and the next kill; default: %(default)s")
+    add("--workers", type=int, default=500, help="synthetic workers, in one process; default: %(default)s")
+    add("--tunnels", type=int, default=50, help="busy tunnels; default: %(default)s")
     options = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="orchard-restart-") as home:
-        problems = trio.run(play, Site(Path(home), port, options.workers), options)
-    print(*problems or ["nothing was lost, and nothing has failed"], sep="\n")
+        problems = trio.run(run_kills, RestartedCluster(Path(home), port, options.workers), options)
+    print(*problems or ["no VM was lost, and none has failed"], sep="\n")
     return 1 if problems else 0
 
 

@@ -1,9 +1,9 @@
-"""How long a controller's loop is held up by one task, while everybody else waits.
+"""The longest steps of the controller's event loop: how long one request makes all other tasks wait.
 
     ./run bench turns [--vms N]
 
-The controller runs in this process, where each step of its loop is timed; those who ask it are another process. Prints
-the longest steps by what was asked for.
+The controller runs in this process, where each step of its event loop is timed. Its clients are another process. Prints
+the longest steps by kind of request.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ from measure import ROUNDS, Turns
 
 from orchard import controller
 
-COUNT = 50  # requests of a round
+# Requests of one round.
+COUNT = 50
+PATHS = {"list VMs": "/v1/vms", "list workers": "/v1/workers", "get one": "/v1/vms/vm-7", "create": ""}
 
 
-def requests(what: str, number: int) -> Iterator[bytes]:
-    for each in itertools.count(number * COUNT):
-        if what == "create":
-            body = {"name": f"new-{each}", "image": "image", "labels": {"nobody": "has this"}}
+def requests(kind: str, round_number: int) -> Iterator[bytes]:
+    for number in itertools.count(round_number * COUNT):
+        if kind == "create":
+            body = {"name": f"new-{number}", "image": "image", "labels": {"label": "that no worker has"}}
             yield request("POST", "/v1/vms", json.dumps(body).encode(), AUTHORIZATION)
         else:
-            yield request("GET", PATHS[what], authorization=AUTHORIZATION)
-
-
-PATHS = {"list VMs": "/v1/vms", "list workers": "/v1/workers", "get one": "/v1/vms/vm-7", "create": ""}
+            yield request("GET", PATHS[kind], authorization=AUTHORIZATION)
 
 
 async def measure(home: Path, vms: int) -> None:
@@ -47,33 +46,34 @@ async def measure(home: Path, vms: int) -> None:
     async with trio.open_nursery() as nursery:
         running: controller.Running = await nursery.start(controller.run, settings)
         port = running.url.rpartition(":")[2]
-        for what in PATHS:
+        for kind in PATHS:
             longest = []
             for number in range(ROUNDS):
                 turns = Turns()
                 trio.lowlevel.add_instrument(turns)
-                await trio.run_process([sys.executable, __file__, "--press", port, what, str(number)])
+                await trio.run_process([sys.executable, __file__, "--press", port, kind, str(number)])
                 trio.lowlevel.remove_instrument(turns)
                 longest.append(1000 * turns.longest)
             longest.sort()
             print(
-                f"{what:14} longest step {statistics.median(longest):5.1f} ms ({longest[0]:.1f} to {longest[-1]:.1f}),"
+                f"{kind:14} longest step {statistics.median(longest):5.1f} ms ({longest[0]:.1f} to {longest[-1]:.1f}),"
                 f" {vms:,} VMs"
             )
         nursery.cancel_scope.cancel()
 
 
 def main() -> None:
+    # The process of the clients.
     if sys.argv[1:2] == ["--press"]:
-        port, what, number = sys.argv[2:]
-        press(int(port), 4, itertools.islice(requests(what, int(number)), COUNT))
+        port, kind, number = sys.argv[2:]
+        press(int(port), 4, itertools.islice(requests(kind, int(number)), COUNT))
         return
     parser = argparse.ArgumentParser(prog="./run bench turns")
-    parser.add_argument("--vms", type=int, default=10_000, help="default %(default)s")
+    parser.add_argument("--vms", type=int, default=10_000, help="VMs in the cluster; default %(default)s")
     vms = parser.parse_args().vms
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
-        # Prepared by another process, whose garbage is none of this one's.
+        # Another process prepares the cluster, so that its garbage is not collected here.
         program = "import sys, pathlib, cluster; cluster.prepare(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))"
         words = [str(home), str(vms), str(vms // PER_WORKER)]
         subprocess.run([sys.executable, "-c", program, *words], check=True, cwd=Path(__file__).parent)

@@ -1,7 +1,7 @@
-"""What the benchmarks measure, in small: costs that are bounded by a generous ratio to something measured beside them.
+"""Costs compared with a baseline of the same run, with generous bounds, as short forms of the benchmarks.
 
-It is the processor's time that is compared, not the clock's, in turns, and the least of each: other work on the machine
-makes things slower, and never faster. SPECIFICATION.md has the real limits, `./run bench` what really is.
+The tests compare the least processor time of several turns, because other work on the machine makes a turn only slower.
+SPECIFICATION.md has the real limits and figures, `./run bench` measures them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
 from cluster import AUTHORIZATION, prepare, vm_of, worker_of
 from load import BARE, CONTROLLER, Server, body_of, press, request, running
-from plan import Busy, planned, sorted_each_time
+from plan import BusyCluster, planned, sorted_each_time
 
 from orchard.net.websocket import TunnelStream
 from orchard.store import Change
@@ -33,12 +33,12 @@ FOREVER = ("--worker-offline-timeout", "1000000")
 
 
 def least(*runs: Callable[[], float]) -> list[float]:
-    """Run functions in turns that give what they took of the processor, and give the least of each."""
+    """Run functions in turns. Each returns its processor time; return the least of each function."""
     rounds = [[run() for run in runs] for _ in range(ROUNDS)]
     return [min(each) for each in zip(*rounds, strict=True)]
 
 
-def of_server(server: Server, count: int, asked: bytes) -> Callable[[], float]:
+def server_cpu(server: Server, count: int, asked: bytes) -> Callable[[], float]:
     def run() -> float:
         before = server.cpu()
         press(server.port, 8, itertools.repeat(asked, count))
@@ -47,7 +47,7 @@ def of_server(server: Server, count: int, asked: bytes) -> Callable[[], float]:
     return run
 
 
-def of_this(work: Callable[[], object]) -> Callable[[], float]:
+def own_cpu(work: Callable[[], object]) -> Callable[[], float]:
     def run() -> float:
         before = time.process_time()
         work()
@@ -69,23 +69,24 @@ def small(home: Path) -> Iterator[Server]:
         yield server
 
 
-def test_an_answer_costs_little_more_than_a_bare_servers(small: Server, home: Path) -> None:
+def test_small_request_costs_at_most_three_times_a_bare_server(small: Server, home: Path) -> None:
     (home / "answer").write_bytes(body_of(small, GET))
     with running(BARE, str(home / "answer")) as bare:
-        ours, theirs = least(of_server(small, 2000, GET), of_server(bare, 2000, GET))
+        ours, theirs = least(server_cpu(small, 1500, GET), server_cpu(bare, 1500, GET))
     assert ours < 3 * theirs
 
 
-def test_a_workers_poll_costs_the_same_in_a_big_cluster(small: Server, home: Path) -> None:
+@pytest.mark.slow
+def test_poll_of_a_worker_costs_the_same_in_a_large_cluster(small: Server, home: Path) -> None:
     (home / "big").mkdir()
-    prepare(home / "big", 5000, 2500)
+    prepare(home / "big", 2000, 1000)
     asked = request("GET", "/v1/vms?filter=worker=worker-7", authorization=AUTHORIZATION)
     with running(*CONTROLLER, *FOREVER, home=home / "big") as big:
-        in_big, in_small = least(of_server(big, 1500, asked), of_server(small, 1500, asked))
+        in_big, in_small = least(server_cpu(big, 1000, asked), server_cpu(small, 1000, asked))
     assert in_big < 2 * in_small
 
 
-def test_creates_share_their_syncs(home: Path) -> None:
+def test_concurrent_creations_share_fsyncs(home: Path) -> None:
     from api import COUNTED, get
 
     counts = home / "syncs"
@@ -93,27 +94,29 @@ def test_creates_share_their_syncs(home: Path) -> None:
     prepare(home / "created", 0, 0)
     creates = (
         request("POST", "/v1/vms", json.dumps({"name": f"vm-{number}", "image": "i"}).encode(), AUTHORIZATION)
-        for number in range(1280)
+        for number in range(640)
     )
     with running("-c", COUNTED, str(counts), *CONTROLLER[2:], home=home / "created") as server:
         press(server.port, 1, iter([get("/v1/vms")]))
         before = int(counts.read_text() or 0)
         press(server.port, 64, creates)
-        assert int(counts.read_text()) - before < 1280 / 8
+        assert int(counts.read_text()) - before < 640 / 8
 
 
-def test_planning_beats_sorting_all_workers_for_each_vm() -> None:
+def test_planning_costs_less_than_sorting_all_workers_for_each_vm() -> None:
     vms = [vm_of(number) for number in range(1000)]
     workers = {worker.name: worker for worker in map(worker_of, range(500))}
-    ours, theirs = least(of_this(lambda: planned(vms, workers)), of_this(lambda: sorted_each_time(vms, workers)))
-    assert 5 * ours < theirs
+    # Sorting is slow, so it gets a tenth of the VMs.
+    few = vms[:100]
+    ours, theirs = least(own_cpu(lambda: planned(vms, workers)), own_cpu(lambda: sorted_each_time(few, workers)))
+    assert 5 * ours < 10 * theirs
 
 
-async def test_a_change_costs_the_same_in_a_big_cluster(tmp_path: Path) -> None:
+async def test_one_change_costs_the_same_in_a_large_cluster(tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     (tmp_path / "small").mkdir()
     took: dict[str, list[float]] = {"big": [], "small": []}
-    clusters = {"big": Busy(tmp_path / "big", 2000), "small": Busy(tmp_path / "small", 50)}
+    clusters = {"big": BusyCluster(tmp_path / "big", 2000), "small": BusyCluster(tmp_path / "small", 50)}
     async with trio.open_nursery() as nursery:
         for busy in clusters.values():
             nursery.start_soon(busy.store.run)
@@ -130,8 +133,9 @@ async def test_a_change_costs_the_same_in_a_big_cluster(tmp_path: Path) -> None:
     assert min(took["big"]) < 3 * min(took["small"])
 
 
-def test_a_tunnel_costs_little_more_than_its_bytes() -> None:
-    piece, count = b"x" * 64 * 1024, 300  # masked in C, by the package that the tests need
+def test_tunnel_costs_at_most_six_times_a_bare_stream() -> None:
+    # The tests install the package that masks frames in C.
+    piece, count = b"x" * 64 * 1024, 300
 
     async def carry(tunnelled: bool) -> None:
         near, far = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
@@ -153,17 +157,17 @@ def test_a_tunnel_costs_little_more_than_its_bytes() -> None:
                 left -= len(await sink.receive_some(len(piece)))
             nursery.cancel_scope.cancel()
 
-    bare, tunnel = least(*(of_this(partial(trio.run, carry, tunnelled)) for tunnelled in (False, True)))
+    bare, tunnel = least(*(own_cpu(partial(trio.run, carry, tunnelled)) for tunnelled in (False, True)))
     assert tunnel < 6 * bare
 
 
-def test_a_line_of_a_watch_is_made_once_for_all() -> None:
+def test_watch_line_is_built_once_for_all_watchers() -> None:
     change = Change("vm", "vm", None, vm_of(1), b"{}")
     assert change.line is change.line
     assert change.line == b'{"type":"ADDED","object":{}}\n'
 
 
-def test_heartbeats_do_not_reach_the_disk(small: Server, home: Path) -> None:
+def test_heartbeats_are_not_written_to_disk(small: Server, home: Path) -> None:
     state = home / "small" / "controller" / "state.jsonl"
     before = state.stat()
     beats = (
