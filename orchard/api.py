@@ -658,7 +658,7 @@ async def _nothing_more(websocket: WebSocketConnection) -> None:
 
 
 def _command(request: Request) -> vm_exec.Command:
-    """Read the query of commands. Raises APIError(400)."""
+    """Return the command that a query describes. Raises HTTPError(400), MalformedError."""
     query = request.query
     env = {
         name.removeprefix("env[").removesuffix("]"): query.one(name) or ""

@@ -2,7 +2,7 @@
 
 `VMAccess` is what the API and SSH use. It waits until the VM runs and then asks through the `Rendezvous`, which keeps
 the workers' watches and joins the two halves of a request. Both are the controller's; the worker's side of the protocol
-is in worker.py, the bytes of a tunnel are in net/websocket.py.
+is in worker_requests.py, the bytes of a tunnel are in net/websocket.py.
 
 A worker may be behind a NAT, so the controller cannot connect to it. Each worker keeps a WebSocket open to the
 controller (its *watch*), over which the controller sends actions. `syncVMsAction` means "look again": it is queued at
