@@ -9,7 +9,7 @@ from pathlib import Path
 import trio
 
 from orchard import auth, transitions
-from orchard.schema import TART_VMS, VM, ServiceAccount, VMReport, Worker, new_spec
+from orchard.schema import TART_VMS, VM, ServiceAccount, VMReport, Worker, vm_from_client
 from orchard.store import Store
 
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -20,7 +20,7 @@ AUTHORIZATION = "Basic " + base64.b64encode(f"admin:{TOKEN}".encode()).decode()
 
 def vm_of(number: int) -> VM:
     """Give a VM that waits."""
-    spec = new_spec({"name": f"vm-{number}", "image": "ghcr.io/cirruslabs/macos-sequoia-base:latest"}, [])
+    spec = vm_from_client({"name": f"vm-{number}", "image": "ghcr.io/cirruslabs/macos-sequoia-base:latest"}, [])[1]
     return transitions.create(f"vm-{number}", f"uid-{number}", spec, NOW + datetime.timedelta(seconds=number))
 
 

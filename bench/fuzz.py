@@ -53,7 +53,7 @@ def json(data: bytes) -> None:
     with suppress(ValidationError):
         raw = parse_json(data)
         for read in (
-            lambda: schema.new_spec(raw, []),
+            lambda: schema.vm_from_client(raw, []),
             lambda: schema.patched_spec(schema.VMSpec(image="i"), raw, []),
             lambda: schema.worker_from_client(raw, []),
             lambda: schema.account_from_client(raw, []),

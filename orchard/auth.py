@@ -1,18 +1,18 @@
-"""Who you are and what you may: accounts, roles, VM access and bootstrap tokens. Law: no I/O, no clock; keys handed in.
+"""Accounts, roles and tokens: who sends a request, and what it may do. No I/O; keys and clocks are arguments.
 
-A request comes with HTTP Basic credentials, a service account's name and token. `Gate.identify` finds the account in
-the time that it takes for every other request, whether the name is known or not; `require` says whether it has the
-role that an operation demands. Roles do not include each other, with the one exception in IMPLIED.
+A request carries HTTP Basic credentials: the name and the token of a service account. `Gate.identify` finds the account,
+and takes the same time for an unknown name as for a wrong token. `require` checks that the account has the role that an
+operation needs. Roles do not include each other, except as IMPLIED says.
 
-Who has failed ten times within a minute gets 429 for another wrong guess (`Failures`), counted by the address that it
-comes from. The right credentials are let in from there all the same: many clients may stand behind one address, and a
-token of 190 bits is not guessed however often. What the limit is for is the log and the processor.
+`FailureLimit` counts wrong credentials by source address. From a source with ten failures within a minute, further
+wrong credentials get a TooManyFailuresError. Correct ones are still accepted, because many clients may share an address
+and a token of 190 bits cannot be guessed. The limit protects the log and the CPU.
 
-A VM access token (a JWT) lets its bearer into one VM for some time, without an account. It is good for the operations
-that reach into that VM, and nowhere else.
+A VM access token (a JWT) admits its bearer to one VM for some time, without an account. It is valid only for the
+operations that connect to that VM.
 
-A bootstrap token carries all that a worker needs to be let in: an account, its token, and, when the controller's
-certificate is not one that every host trusts, that certificate to trust alone.
+A bootstrap token has what a new worker needs: an account's name, its token and, unless every host trusts the
+controller's certificate, that certificate.
 """
 
 from __future__ import annotations
@@ -38,20 +38,31 @@ import jwt
 from orchard.schema import MAX_NAME, Role, ServiceAccount
 
 ROLES: tuple[Role, ...] = get_args(Role)
-IMPLIED: Mapping[Role, Role] = {"compute:connect": "compute:write"}  # who may change VMs may reach into them
-TOKEN_LENGTH = 32  # characters of a random token: 190 bits
-TOKEN_ALPHABET = string.ascii_letters + string.digits  # a shell, a URL and a double click all take it for one word
-BOOTSTRAP_PREFIX = "orchard-bootstrap-token-v0"
+# An account with the second role has the first one, too: who may change VMs may connect to them.
+IMPLIED: Mapping[Role, Role] = {"compute:connect": "compute:write"}
 BOOTSTRAP_ADMIN = "bootstrap-admin"
-ISSUER = "orchard-controller"
-AUDIENCE = "orchard-vm-access"
-SCOPES = ("vm:port-forward", "vm:ip", "vm:ssh-jumpbox")
-TOKEN_USER = "token"  # noqa: S105 -- the SSH user whose password is an access token
-MAX_FAILURES = 10  # of one source within FAILURE_SECONDS, before it is told to wait
-FAILURE_SECONDS = 60.0
-MAX_SOURCES = 4096  # that are remembered: those that failed last, at some hundred bytes each
-RECOGNISED = 1024  # Authorization headers that are remembered: to check one takes a tenth of a request's time
-MAX_ACCESS_TOKEN = 8 * 1024  # bytes; decoding takes its time, and ours have half a kilobyte
+# The user name with which an SSH client sends an access token as its password.
+TOKEN_USER = "token"  # noqa: S105
+# Length of the key that signs access tokens.
+KEY_BYTES = 32
+# Failures of one source within _FAILURE_SECONDS, before it is told to wait.
+MAX_FAILURES = 10
+# Sources that are remembered, those with the latest failures, at some hundred bytes each.
+MAX_FAILED_SOURCES = 4096
+
+_FAILURE_SECONDS = 60.0
+# Characters of a random token: 190 bits.
+_TOKEN_LENGTH = 32
+# Shells, URLs and double clicks take a text of these as one word.
+_TOKEN_ALPHABET = string.ascii_letters + string.digits
+_BOOTSTRAP_PREFIX = "orchard-bootstrap-token-v0"
+_ISSUER = "orchard-controller"
+_AUDIENCE = "orchard-vm-access"
+_SCOPES = ("vm:port-forward", "vm:ip", "vm:ssh-jumpbox")
+# Authorization headers that are remembered with their account: checking one takes a tenth of a request's time.
+_MAX_RECOGNISED = 1024
+# Decoding a token takes time in proportion to its length, and ours have half a kilobyte.
+_MAX_ACCESS_TOKEN = 8 * 1024  # bytes
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 
 _logger = logging.getLogger("orchard.auth")
@@ -62,42 +73,47 @@ class UnauthenticatedError(Exception):
 
 
 class ForbiddenError(Exception):
-    """The account lacks the role that the operation needs."""
+    """The credentials are correct, but do not allow the operation."""
 
 
 class TooManyFailuresError(Exception):
-    """Too many wrong credentials came from one address; the next are checked in `retry_after` seconds."""
+    """Too many wrong credentials came from one source; it is to wait `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
+# ---- accounts ------------------------------------------------------------------------------------------------------
+
+
 class Gate:
-    """Tells who sent a request. `accounts` is the live table, by name."""
+    """Finds the account of a request. `accounts` is the store's table of accounts, by name."""
 
     def __init__(self, accounts: Mapping[str, ServiceAccount]) -> None:
         self._accounts = accounts
-        self._nobody = random_token()  # what the token of an unknown account is compared with
-        self._recognised: dict[str, ServiceAccount] = {}  # by the whole header: most requests bring one of a few
+        # The token of an unknown account is compared with this one.
+        self._decoy = random_token()
+        # By the whole header, because most requests carry one of a few.
+        self._recognised: dict[str, ServiceAccount] = {}
 
     def identify(self, authorization: str | None) -> ServiceAccount:
-        """Find the account that an Authorization header speaks for. Raises UnauthenticatedError."""
+        """Return the account whose credentials an Authorization header carries. Raises UnauthenticatedError."""
         if authorization is None:
-            raise UnauthenticatedError("there are no credentials, expected HTTP Basic with a service account")
-        # Only who is right gets here by the short way, so the time says nothing to those who guess.
+            raise UnauthenticatedError("credentials are missing, expected HTTP Basic with a service account")
+        # Only correct credentials are cached, so timing reveals nothing about wrong ones.
         account = self._recognised.get(authorization)
         if account is not None and self._accounts.get(account.name) is account:
             return account
         account = self._identify(authorization)
-        if len(self._recognised) >= RECOGNISED:
+        if len(self._recognised) >= _MAX_RECOGNISED:
             self._recognised.clear()
         self._recognised[authorization] = account
         return account
 
     def _identify(self, authorization: str) -> ServiceAccount:
-        splits = _basic(authorization)
-        # A name may hold colons, and so may a token: the account that there is says where the one ends.
+        splits = _basic_credentials(authorization)
+        # A name and a token may both have colons. The accounts that exist show where the name ends.
         known = [(name, token) for name, token in splits if name in self._accounts]
         for name, token in known[:-1]:
             with suppress(UnauthenticatedError):
@@ -105,13 +121,13 @@ class Gate:
         return self.check(*(known or splits)[-1])
 
     def check(self, name: str, token: str) -> ServiceAccount:
-        """Find the account of that name and token. Raises UnauthenticatedError."""
+        """Return the account of that name if its token is right. Raises UnauthenticatedError."""
         account = self._accounts.get(name)
-        expected = account.token if account is not None else self._nobody
-        # Not only equal in time for every name: a digest hides the length of the token, too.
+        expected = account.token if account is not None else self._decoy
+        # Digests have one length, so the time of the comparison does not depend on the length of the token either.
         same = hmac.compare_digest(_digest(expected), _digest(token))
         if account is None or not same:
-            raise UnauthenticatedError("the service account does not exist, or its token is another one")
+            raise UnauthenticatedError("unknown service account or wrong token")
         return account
 
 
@@ -119,8 +135,8 @@ def _digest(token: str) -> bytes:
     return hmac.digest(b"orchard", token.encode(), "sha256")
 
 
-def _basic(authorization: str) -> list[tuple[str, str]]:
-    """Give each way to read a header as a name and a token: the name may end at any colon."""
+def _basic_credentials(authorization: str) -> list[tuple[str, str]]:
+    """Return every split of HTTP Basic credentials into a name and a token: the name may end at any colon."""
     scheme, _, rest = authorization.partition(" ")
     if scheme.lower() == "basic":
         try:
@@ -129,38 +145,44 @@ def _basic(authorization: str) -> list[tuple[str, str]]:
             text = ""
         if ":" in text[: MAX_NAME + 1]:
             return [(text[:at], text[at + 1 :]) for at, letter in enumerate(text[: MAX_NAME + 1]) if letter == ":"]
-    raise UnauthenticatedError("the Authorization header is no HTTP Basic with a name and a token in it")
+    raise UnauthenticatedError("the Authorization header is malformed, expected HTTP Basic with a name and a token")
 
 
-class Failures:
-    """Who has failed to show credentials lately, by address. `clock` gives seconds that nobody sets."""
+def require(account: ServiceAccount, role: Role) -> None:
+    """Raise ForbiddenError naming the role unless the account has it."""
+    if role not in account.roles and IMPLIED.get(role) not in account.roles:
+        raise ForbiddenError(f'service account "{account.name}" lacks the role "{role}"')
+
+
+class FailureLimit:
+    """Counts wrong credentials by source. `clock` returns monotonic seconds."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._recent: OrderedDict[str, deque[float]] = OrderedDict()  # whoever failed last is last
+        # The times of each source's last failures. The source that failed last is last.
+        self._recent: OrderedDict[str, deque[float]] = OrderedDict()
 
-    def refusal(self, address: str, error: UnauthenticatedError) -> UnauthenticatedError | TooManyFailuresError:
-        """Note a failure, and give what it is answered with: `error`, or 429 when there were too many."""
+    def record(self, address: str) -> None:
+        """Count a failure of a client's address. Raises TooManyFailuresError if its source had too many."""
         now, source = self._clock(), source_of(address)
         times = self._recent.setdefault(source, deque(maxlen=MAX_FAILURES))
         self._recent.move_to_end(source)
-        while len(self._recent) > MAX_SOURCES:
+        while len(self._recent) > MAX_FAILED_SOURCES:
             self._recent.popitem(last=False)
-        if len(times) < MAX_FAILURES or now >= times[0] + FAILURE_SECONDS:
-            times.append(now)
-            if len(times) == MAX_FAILURES and now < times[0] + FAILURE_SECONDS:
-                _logger.warning("wrong credentials again and again", extra={"source": source})
-            return error
-        wait = math.ceil(times[0] + FAILURE_SECONDS - now)
-        return TooManyFailuresError(
-            f"{MAX_FAILURES} wrong credentials came from {source} within a minute; the next will be looked at"
-            f" in {wait} seconds, the right ones at any time",
-            retry_after=wait,
-        )
+        if len(times) == MAX_FAILURES and now < times[0] + _FAILURE_SECONDS:
+            wait = math.ceil(times[0] + _FAILURE_SECONDS - now)
+            raise TooManyFailuresError(
+                f"{MAX_FAILURES} wrong credentials came from {source} within a minute; wait {wait} seconds before"
+                " further attempts (correct credentials are accepted at any time)",
+                retry_after=wait,
+            )
+        times.append(now)
+        if len(times) == MAX_FAILURES and now < times[0] + _FAILURE_SECONDS:
+            _logger.warning("many failed logins", extra={"source": source})
 
 
 def source_of(address: str) -> str:
-    """Give what counts as one source: an IPv4 address, or the network of 64 bits that a host with IPv6 has."""
+    """Return the source of an address: an IPv4 address itself, or an IPv6 host's network of 64 bits."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -172,18 +194,12 @@ def source_of(address: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
-def require(account: ServiceAccount, role: Role) -> None:
-    """Raise ForbiddenError naming the role unless the account has it."""
-    if role not in account.roles and IMPLIED.get(role) not in account.roles:
-        raise ForbiddenError(f'service account "{account.name}" lacks the role "{role}"')
-
-
 # ---- VM access tokens ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What an access token is about: one VM, and who let the bearer in."""
+    """The contents of an access token: one VM, and the account that issued the token."""
 
     vm_name: str
     vm_uid: str
@@ -193,35 +209,35 @@ class Access:
 def issue_access_token(
     key: bytes, access: Access, now: datetime.datetime, expires: datetime.datetime, token_id: str
 ) -> str:
-    """Make a token that is good from `now` until it `expires`; `token_id` is new for each."""
+    """Return a token that is valid from `now` until `expires`. `token_id` is unique."""
     claims = {
-        "iss": ISSUER,
+        "iss": _ISSUER,
         "sub": access.account,
-        "aud": [AUDIENCE],
+        "aud": [_AUDIENCE],
         "iat": int(now.timestamp()),
         "nbf": int(now.timestamp()),
         "exp": int(expires.timestamp()),
         "jti": token_id,
         "vm_uid": access.vm_uid,
         "vm_name": access.vm_name,
-        "scopes": list(SCOPES),
+        "scopes": list(_SCOPES),
         "ports": "*",
     }
     return jwt.encode(claims, key, algorithm="HS256")
 
 
 def read_access_token(key: bytes, token: str, now: datetime.datetime) -> Access:
-    """Check a token. Raises UnauthenticatedError that does not repeat it."""
-    if len(token) > MAX_ACCESS_TOKEN:
-        raise _no_access(f"it has more than {MAX_ACCESS_TOKEN} bytes")
+    """Return the contents of a valid token. Raises UnauthenticatedError, whose message does not repeat the token."""
+    if len(token) > _MAX_ACCESS_TOKEN:
+        raise _rejected(f"it is longer than {_MAX_ACCESS_TOKEN} bytes")
     try:
-        # The times are checked below: against our clock, and only if they are numbers, which PyJWT does not ask for.
+        # The times are checked below, against `now`, and only if they are whole numbers, which PyJWT does not check.
         claims: dict[str, Any] = jwt.decode(
             token,
             key,
             algorithms=["HS256"],
-            audience=AUDIENCE,
-            issuer=ISSUER,
+            audience=_AUDIENCE,
+            issuer=_ISSUER,
             options={
                 "require": ["iss", "sub", "aud", "iat", "nbf", "exp", "jti", "vm_uid", "vm_name"],
                 "verify_exp": False,
@@ -230,22 +246,22 @@ def read_access_token(key: bytes, token: str, now: datetime.datetime) -> Access:
             },
         )
     except (jwt.PyJWTError, ValueError, TypeError) as error:
-        raise _no_access(_why_not(error)) from error
+        raise _rejected(_why_not(error)) from error
     begins, ends = claims["nbf"], claims["exp"]
     if type(begins) is not int or type(ends) is not int:
-        raise _no_access("its times are no whole numbers")
+        raise _rejected("its times are not whole numbers")
     if now.timestamp() >= ends:
-        raise _no_access("it has expired")
+        raise _rejected("it has expired")
     if now.timestamp() < begins:
-        raise _no_access("it is not valid yet")
+        raise _rejected("it is not valid yet")
     subject, uid, name = claims["sub"], claims["vm_uid"], claims["vm_name"]
     if not (isinstance(subject, str) and isinstance(uid, str) and isinstance(name, str)):
-        raise _no_access("a claim in it is no text")
+        raise _rejected("one of its claims is not a string")
     return Access(name, uid, subject)
 
 
 def bearer_of(authorization: str | None) -> str | None:
-    """Give the token of an Authorization header with the scheme Bearer, None for any other."""
+    """Return the token of an Authorization header with the scheme Bearer; None for another scheme."""
     scheme, _, token = (authorization or "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else None
 
@@ -254,11 +270,11 @@ def _why_not(error: Exception) -> str:
     if isinstance(error, jwt.InvalidSignatureError | jwt.InvalidAlgorithmError):
         return "it was not signed by this controller"
     if isinstance(error, jwt.InvalidAudienceError | jwt.InvalidIssuerError | jwt.MissingRequiredClaimError):
-        return "it is no access token for a VM"
+        return "it is not an access token for a VM"
     return "it is malformed"
 
 
-def _no_access(why: str) -> UnauthenticatedError:
+def _rejected(why: str) -> UnauthenticatedError:
     return UnauthenticatedError(f"the access token is not accepted: {why}")
 
 
@@ -266,12 +282,13 @@ def _no_access(why: str) -> UnauthenticatedError:
 
 
 def random_token() -> str:
-    return "".join(secrets.choice(TOKEN_ALPHABET) for _ in range(TOKEN_LENGTH))
+    """Return a new secret token of 32 letters and digits."""
+    return "".join(secrets.choice(_TOKEN_ALPHABET) for _ in range(_TOKEN_LENGTH))
 
 
 @dataclass(frozen=True, slots=True)
 class BootstrapToken:
-    """What a worker is let in with. `certificate` is the PEM to pin, None when the host's CAs are to be trusted."""
+    """A worker's credentials. `certificate` is the PEM to pin; None: the worker trusts its host's CAs."""
 
     account: str
     token: str = field(repr=False)
@@ -280,19 +297,19 @@ class BootstrapToken:
     def __str__(self) -> str:
         parts = [self.account.encode(), self.token.encode(), self.certificate]
         encoded = (base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts if part is not None)
-        return ".".join([BOOTSTRAP_PREFIX, *encoded])
+        return ".".join([_BOOTSTRAP_PREFIX, *encoded])
 
     @classmethod
     def parse(cls, text: str) -> BootstrapToken:
-        """Read a bootstrap token. Raises ValueError that says what is wrong with it, without repeating it."""
+        """Return the bootstrap token of a text. Raises ValueError, whose message does not repeat the text."""
         prefix, *parts = text.strip().split(".")
-        if prefix != BOOTSTRAP_PREFIX:
-            raise ValueError(f"the bootstrap token does not begin with {BOOTSTRAP_PREFIX}")
+        if prefix != _BOOTSTRAP_PREFIX:
+            raise ValueError(f"the bootstrap token does not begin with {_BOOTSTRAP_PREFIX}")
         if len(parts) not in (2, 3):
-            raise ValueError(f"the bootstrap token has {len(parts)} parts after {BOOTSTRAP_PREFIX}, expected 2 or 3")
+            raise ValueError(f"the bootstrap token has {len(parts)} parts after {_BOOTSTRAP_PREFIX}, expected 2 or 3")
         account, token, *certificate = (_unpadded(part, index) for index, part in enumerate(parts, 1))
         if certificate and b"-----BEGIN CERTIFICATE-----" not in certificate[0]:
-            raise ValueError("the third part of the bootstrap token is no certificate in PEM")
+            raise ValueError("part 3 of the bootstrap token is not a certificate in PEM")
         try:
             parsed = cls(account.decode(), token.decode(), certificate[0] if certificate else None)
         except UnicodeDecodeError:
@@ -304,5 +321,5 @@ class BootstrapToken:
 
 def _unpadded(part: str, index: int) -> bytes:
     if not _BASE64URL.fullmatch(part) or len(part) % 4 == 1:
-        raise ValueError(f"part {index} of the bootstrap token is no base64url; was it cut off?")
+        raise ValueError(f"part {index} of the bootstrap token is not base64url; was it cut off?")
     return base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))

@@ -1,15 +1,15 @@
-"""JSON in and out of dataclasses. Law: pure functions over bytes and values; no noun of the product is known here.
+"""JSON texts to dataclasses and back. Pure functions; the classes themselves are in schema.py.
 
-The ground floor. A noun of the API is a frozen dataclass whose attributes are made by `attr`, which says what the
-field is called on the wire, what it means and which values it takes. From that one description come
+A resource of the API is a frozen dataclass whose fields are declared with `attr`, which holds a field's name in JSON, its
+documentation and its bounds. Three functions read that declaration:
 
-* `decode`: a parsed JSON value to an instance, refusing what does not fit in a sentence that names field, value and
-  what was expected;
-* `encode`: an instance to a JSON object, zero values left out unless the field promises a default;
-* `component`: the field's and the class's OpenAPI schema.
+* `decode` and `decode_from_client` make an instance from a parsed JSON object, or raise a ValidationError whose message
+  names the field, the value and what is accepted;
+* `encode` makes a JSON object from an instance, without zero values unless the field promises a default;
+* `openapi_schema` makes the class's OpenAPI schema.
 
-`parse_json` is stricter than `json.loads`: it refuses everything on which two JSON readers may disagree (duplicate
-keys, NaN, lone surrogates, UTF-16, absurd nesting), so that what is stored is read back the same by anybody.
+`parse_json` is stricter than `json.loads`. It refuses every text that two JSON parsers may read differently (duplicate
+keys, NaN, lone surrogates, UTF-16, very deep nesting), so every other program reads stored data as this one does.
 """
 
 from __future__ import annotations
@@ -23,32 +23,53 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-MAX_DEPTH = 32  # levels of nesting in a JSON text; the deepest object of the API has 4
-MAX_UINT = 2**53 - 1  # the largest whole number that every JSON reader keeps exact (RFC 8259, section 6)
-MAX_DIGITS = 20  # of a whole number, with its sign; longer ones are refused before they are converted
-MAX_SHOWN = 64  # characters of a refused value that an error message repeats
+# Levels of nesting in a JSON text. The deepest object of the API has 4.
+MAX_DEPTH = 32
+# The largest whole number that every JSON parser keeps exact (RFC 8259, section 6).
+MAX_UINT = 2**53 - 1
+# Characters of a refused value that an error message repeats.
+SHOWN_CHARACTERS = 64
+# Digits of a whole number, with its sign. Longer ones are refused before they are converted.
+_MAX_DIGITS = 20
 
 _HOUR = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
 _TIME = re.compile(
     rf"([0-9]{{4}}-[0-9]{{2}}-[0-9]{{2}})[Tt]({_HOUR}):([0-5][0-9]|60)(?:\.([0-9]{{1,9}}))?([Zz]|[+-]{_HOUR})"
 )
-_NO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)  # the zero value of a Go client's time
-_OPTIONAL = (types.UnionType, typing.Union)  # `X | None`, and how Python keeps `Literal[...] | None`
+# The zero value of a Go client's time.
+_NO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
+# The origins of the type `X | None`; Python keeps `Literal[...] | None` as a typing.Union.
+_OPTIONAL = (types.UnionType, typing.Union)
 
-# What few texts hold. Only in those is each number or text looked at: a body may have millions of them, for which
-# everybody else would wait.
-_LONG_NUMBER = re.compile(rf"[0-9]{{{MAX_DIGITS}}}")
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # or a whole one
+# Cheap pre-checks. A body may have millions of numbers and strings, and all other requests wait while it is parsed, so
+# the expensive per-value checks run only on texts that match.
+_LONG_NUMBER = re.compile(rf"[0-9]{{{_MAX_DIGITS}}}")
+# Matches escapes of complete surrogate pairs, too.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _CONTAINERS = frozenset([list, dict])
-_AS_THEY_ARE = frozenset([str, int, bool, dict])  # types of values that JSON knows
+# The types of values that are the same in JSON.
+_JSON_TYPES = frozenset([str, int, bool, dict])
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
-T = TypeVar("T")
+ResourceT = TypeVar("ResourceT")
+
+# Until store.py imports it from dataclasses.
+replace = dataclasses.replace
+
+
+class APIError(Exception):
+    """An error with the HTTP status of its answer. Being replaced by the errors of each layer."""
+
+    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = headers
 
 
 class ValidationError(Exception):
@@ -63,41 +84,34 @@ class InvalidError(ValidationError):
     """The value is well formed, but a rule excludes it."""
 
 
-class APIError(Exception):
-    """A refusal and the HTTP status that it answers with; raised anywhere below a handler.
-
-    `message` is one sentence for a person; `headers` are sent with the answer.
-    """
-
-    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.headers = headers
+# ---- declarations --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Attr:
-    """What `attr` was told about one field, with its Python name and type once `attrs_of` has resolved them."""
+    """The declaration of one field: the arguments of `attr`, then what `attrs_of` found in the class.
+
+    `options` are the strings of a Literal, and empty for every other type.
+    """
 
     json: str
     doc: str
-    writer: str  # who may set it: "user", "controller", "scheduler", "worker"
-    default: object = None  # promised by the schema: then the field is in every answer, zero or not
-    number: bool = False  # an integer that the published schema calls a number
+    writer: str
+    default: object = None
+    number: bool = False
     maximum: int = MAX_UINT
-    twin: str = ""  # a deprecated second name of the same field on the wire
+    twin: str = ""
     example: object = None
-    required: bool = False  # it has no zero value: an object without it is none
+    required: bool = False
     name: str = ""
-    kind: Any = None
-    options: tuple[str, ...] = ()  # of a Literal
+    type: Any = None
+    options: tuple[str, ...] = ()
 
     def is_list(self) -> bool:
-        return typing.get_origin(self.kind) is tuple
+        return typing.get_origin(self.type) is tuple
 
     def is_optional(self) -> bool:
-        return typing.get_origin(self.kind) in _OPTIONAL
+        return typing.get_origin(self.type) in _OPTIONAL
 
 
 def attr(
@@ -112,9 +126,11 @@ def attr(
     twin: str = "",
     example: object = None,
 ) -> Any:
-    """Declare a field of a noun: `json_name` on the wire, `doc` for people, `zero` its value when absent.
+    """Declare a field of a resource: its name in JSON and its documentation.
 
-    Without a `zero` the field has to be there.
+    `zero` is the field's value when it is absent; a field without a zero is required. `writer` is who sets the field:
+    "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
+    has the published schema call an integer a number. `twin` is a deprecated second name of the field in JSON.
     """
     required = zero is dataclasses.MISSING
     about = Attr(json_name, doc, writer, default, number, maximum, twin, example, required)
@@ -127,61 +143,41 @@ _ATTRS: dict[type, tuple[Attr, ...]] = {}
 
 
 def attrs_of(cls: type) -> tuple[Attr, ...]:
-    """Give the fields of a noun (a dataclass) in the order of their declaration; resolved once per class."""
+    """Return the declarations of a resource's fields, in order. They are resolved once per class."""
     found = _ATTRS.get(cls)
     if found is None:
-        hints = typing.get_type_hints(cls)
-        found = _ATTRS[cls] = tuple(
-            dataclasses.replace(
-                field.metadata["attr"], name=field.name, kind=hints[field.name], options=_options_of(hints[field.name])
-            )
-            for field in dataclasses.fields(cls)
-        )
+        found = _ATTRS[cls] = tuple(_resolved_attrs(cls))
     return found
 
 
-def _options_of(kind: Any) -> tuple[str, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-
-
-# ---- nouns from nouns ----------------------------------------------------------------------------------------------
-
-
-def replace(noun: T, **fields: Any) -> T:
-    """Give a noun with other values in some fields: `dataclasses.replace` in half of its time (./run bench api)."""
-    values_of, places = _places(typing.cast("Any", type(noun)))
-    values = list(values_of(noun))
-    for name, value in fields.items():
-        values[places[name]] = value
-    return type(noun)(*values)
-
-
-@functools.cache
-def _places(cls: type) -> tuple[Callable[[Any], tuple[Any, ...]], dict[str, int]]:
-    """Give what gets the values of all fields (at least two), and where among them each stands."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    return operator.attrgetter(*names), {name: place for place, name in enumerate(names)}
+def _resolved_attrs(cls: type) -> Iterator[Attr]:
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        options = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        yield dataclasses.replace(field.metadata["attr"], name=field.name, type=hint, options=options)
 
 
 # ---- bytes to values -----------------------------------------------------------------------------------------------
 
 
 def parse_json(body: bytes) -> Any:
-    """Parse a JSON text strictly. Raises MalformedError that says what is wrong with it and where."""
+    """Return the value of a JSON text. Raises MalformedError that says what is wrong and where."""
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MalformedError(f"the body is not UTF-8: byte 0x{body[error.start]:02x} at offset {error.start}") from None
+        found = f"byte 0x{body[error.start]:02x} at offset {error.start}"
+        raise MalformedError(f"the body is not UTF-8: {found}") from None
     try:
-        decoder = _CAREFUL_DECODER if _LONG_NUMBER.search(text) else _DECODER
+        decoder = _LONG_NUMBER_DECODER if _LONG_NUMBER.search(text) else _DECODER
         value = decoder.decode(text)
     except json.JSONDecodeError as error:
         raise MalformedError(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise MalformedError(f"the JSON is nested deeper than {MAX_DEPTH} levels") from None
     _check_depth(value)
-    if _HALF_PAIR.search(text):
-        _check_texts(value)
+    if _SURROGATE.search(text):
+        _check_strings(value)
     return value
 
 
@@ -191,33 +187,33 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise MalformedError(f"the JSON key {shown(key)} stands twice in one object")
+                raise MalformedError(f"the JSON key {shown(key)} is repeated in one object, expected each key once")
             seen.add(key)
     return found
 
 
-def _no_constant(name: str) -> None:
-    raise MalformedError(f"{name} is no JSON number")
+def _refuse_constant(name: str) -> None:
+    raise MalformedError(f"{name} is not a JSON number")
 
 
 def _int(digits: str) -> int:
-    # Python refuses to convert very long numbers, and nothing here is as large as that.
-    if len(digits) > MAX_DIGITS:
-        raise MalformedError(f"the number {shown(digits)} is out of range")
+    # Python raises ValueError for very long numbers, and no field is as large as that.
+    if len(digits) > _MAX_DIGITS:
+        raise MalformedError(f"the number {shown(digits)} is out of range, expected at most {_MAX_DIGITS} characters")
     return int(digits)
 
 
 def _float(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
-        raise MalformedError(f"the number {shown(digits)} is out of range")
+        raise MalformedError(f"the number {shown(digits)} is out of range, expected a 64-bit floating-point number")
     return value
 
 
-# json.loads would make one for each text (./run bench api, creates).
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float)
-_CAREFUL_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_float, parse_int=_int
+# json.loads would make a decoder for each text (./run bench api, creates).
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_float)
+_LONG_NUMBER_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_float, parse_int=_int
 )
 
 
@@ -235,12 +231,15 @@ def _check_depth(value: object) -> None:
     raise MalformedError(f"the JSON is nested deeper than {MAX_DEPTH} levels")
 
 
-def _check_texts(value: object) -> None:
+def _check_strings(value: object) -> None:
     nodes = [value]
     while nodes:
         node = nodes.pop()
         if isinstance(node, str):
-            _check_text(node)
+            try:
+                node.encode()
+            except UnicodeEncodeError:
+                raise MalformedError(f"the JSON string {shown(node)} holds half a surrogate pair") from None
         elif isinstance(node, list):
             nodes += node
         elif isinstance(node, dict):
@@ -248,139 +247,156 @@ def _check_texts(value: object) -> None:
             nodes += node.values()
 
 
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise MalformedError(f"the JSON text {shown(text)} holds half a surrogate pair") from None
-
-
 def shown(value: object) -> str:
-    """A refused value as an error message shows it: JSON, ASCII, not long."""
+    """Return a refused value as an error message shows it: JSON in ASCII, at most SHOWN_CHARACTERS long."""
     text = json.dumps(value)
-    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-# ---- values to nouns -----------------------------------------------------------------------------------------------
+# ---- values to resources -------------------------------------------------------------------------------------------
 
 
-def decode(
-    cls: type[T],
-    raw: object,
-    *,
-    base: T | None = None,
-    where: str = "",
-    also: frozenset[str] = frozenset(),
-    unknown: list[str] | None = None,
-    by: frozenset[str] | None = None,
-    refusal: type[ValidationError] = InvalidError,
-) -> T:
-    """Make an instance of the noun `cls` from a parsed JSON object.
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """A place in the body, and how its value is read. `unknown` None: the object is our own, not a client's."""
 
-    An absent or null field takes its value from `base`, without one its zero value. Names in `also` are known and
-    passed over; other unknown names are appended to `unknown`. Only fields whose writer is in `by` are taken, the
-    rest are passed over like those in `also` (None: all are taken). `where` is the path that messages begin with.
+    path: str = ""
+    unknown: list[str] | None = None
+    refusal: type[ValidationError] = InvalidError
+    maximum: int = MAX_UINT
 
-    Raises MalformedError for a value that is missing, of the wrong type or out of range, and `refusal` for a value
+    def below(self, step: str) -> _Position:
+        return _Position(self.path + step, self.unknown, self.refusal, self.maximum)
+
+
+def decode(cls: type[ResourceT], raw: object) -> ResourceT:
+    """Make an instance of `cls` from a parsed JSON object that this product wrote.
+
+    An absent or null field gets its zero value. Unknown fields are ignored.
+
+    Raises MalformedError for a value that is missing, of the wrong type or out of range, and InvalidError for a string
     that is not one of the options.
     """
+    return _decode_object(cls, raw, None, _Position())
+
+
+def decode_from_client(
+    cls: type[ResourceT],
+    raw: object,
+    unknown: list[str],
+    *,
+    base: ResourceT | None = None,
+    also: frozenset[str] = frozenset(),
+    refusal: type[ValidationError] = InvalidError,
+) -> ResourceT:
+    """Make an instance of `cls` from a parsed JSON object that a client sent.
+
+    Only fields whose writer is the user are taken; the others are ignored, like the fields named in `also`. The names of
+    unknown fields are appended to `unknown`. An absent or null field gets its value from `base`, or its zero value.
+
+    Raises as `decode` does, with `refusal` for a string that is not one of the options.
+    """
+    return _decode_object(cls, raw, base, _Position("", unknown, refusal), also)
+
+
+def decode_array_from_client(cls: type[ResourceT], raw: object, unknown: list[str]) -> list[ResourceT]:
+    """Make instances of `cls` from a JSON array that a client sent. Raises as `decode_from_client` does."""
+    if not isinstance(raw, list):
+        raise MalformedError(f"the body is {shown(raw)}, expected a JSON array")
+    return [_decode_object(cls, item, None, _Position(f"[{index}]", unknown)) for index, item in enumerate(raw)]
+
+
+def _decode_object(
+    cls: type[ResourceT],
+    raw: object,
+    base: ResourceT | None,
+    position: _Position,
+    also: frozenset[str] = frozenset(),
+) -> ResourceT:
     if not isinstance(raw, dict):
-        raise MalformedError(f"{where or 'the body'} is {shown(raw)}, expected a JSON object")
+        raise MalformedError(f"{position.path or 'the body'} is {shown(raw)}, expected a JSON object")
     taken: dict[str, Any] = {}
-    prefix = f"{where}." if where else ""
+    prefix = f"{position.path}." if position.path else ""
+    unknown = position.unknown
     for field in attrs_of(cls):
         value = raw.get(field.json)
-        if value is not None and (by is None or field.writer in by):
-            # Most values are just what is asked for; at a start there are a million of them (./run bench start).
-            if type(value) is field.kind:
-                simple = field.kind is not int or 0 <= value <= field.maximum
+        if value is not None and (unknown is None or field.writer == "user"):
+            # Most values need no conversion, and a start decodes a million of them (./run bench start).
+            if type(value) is field.type:
+                plain = field.type is not int or 0 <= value <= field.maximum
             else:
-                simple = type(value) is str and value in field.options
-            if simple:
+                plain = type(value) is str and value in field.options
+            if plain:
                 taken[field.name] = value
-                continue
-            inner = Inner(prefix + field.json, unknown, refusal, field.maximum)
-            taken[field.name] = _decode_value(field.kind, value, inner)
+            else:
+                inner = _Position(prefix + field.json, unknown, position.refusal, field.maximum)
+                taken[field.name] = _decode_value(field.type, value, inner)
         elif field.required and base is None:
             raise MalformedError(f"{prefix}{field.json} is missing, expected {field.doc}")
     if unknown is not None:
-        known = _names(typing.cast("Any", cls))
+        known = _json_names(typing.cast("Any", cls))
         unknown.extend(prefix + key for key in raw if key not in known and key not in also)
     if base is not None:
-        return replace(base, **taken)
+        return typing.cast("ResourceT", dataclasses.replace(typing.cast("Any", base), **taken))
     return cls(**taken)
 
 
 @functools.cache
-def _names(cls: type) -> frozenset[str]:
+def _json_names(cls: type) -> frozenset[str]:
     return frozenset(name for field in attrs_of(cls) for name in (field.json, field.twin) if name)
 
 
-@dataclass(frozen=True, slots=True)
-class Inner:
-    """Where in the body a value stands, and how its refusal is to be answered."""
-
-    where: str
-    unknown: list[str] | None
-    refusal: type[ValidationError]
-    maximum: int
-
-    def at(self, step: str) -> Inner:
-        return Inner(self.where + step, self.unknown, self.refusal, self.maximum)
-
-
-def _decode_value(kind: Any, value: object, at: Inner) -> Any:
-    if kind is str:
-        return _typed(str, value, at, "a text")
-    if kind is bool:
-        return _typed(bool, value, at, "true or false")
-    if kind is int:
+def _decode_value(hint: Any, value: object, at: _Position) -> Any:
+    """Make a value of the type `hint`. Raises as `decode` does."""
+    if hint is str:
+        return _expect(str, value, at, "a string")
+    if hint is bool:
+        return _expect(bool, value, at, "true or false")
+    if hint is int:
         return _decode_int(value, at)
-    origin = typing.get_origin(kind)
+    if hint is datetime.datetime:
+        return parse_time(_expect(str, value, at, "an RFC 3339 time"), at.path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        text = _typed(str, value, at, "a text")
-        options = typing.get_args(kind)
-        if text not in options:
-            raise at.refusal(f"{at.where} is {shown(text)}, expected one of {', '.join(options)}")
+        text = _expect(str, value, at, "a string")
+        if text not in arguments:
+            raise at.refusal(f"{at.path} is {shown(text)}, expected one of {', '.join(arguments)}")
         return text
     if origin is tuple:
-        items = _typed(list, value, at, "a list")
-        item_kind = typing.get_args(kind)[0]
-        return tuple(_decode_value(item_kind, item, at.at(f"[{index}]")) for index, item in enumerate(items))
+        items = _expect(list, value, at, "a list")
+        return tuple(_decode_value(arguments[0], item, at.below(f"[{index}]")) for index, item in enumerate(items))
     if origin is Mapping:
-        value_kind = typing.get_args(kind)[1]
-        pairs = _typed(dict, value, at, "a JSON object")
-        return {key: _decode_value(value_kind, item, at.at(f"[{shown(key)}]")) for key, item in pairs.items()}
+        pairs = _expect(dict, value, at, "a JSON object")
+        return {key: _decode_value(arguments[1], item, at.below(f"[{shown(key)}]")) for key, item in pairs.items()}
     if origin in _OPTIONAL:
-        return _decode_value(typing.get_args(kind)[0], value, at)
-    if kind is datetime.datetime:
-        return parse_time(_typed(str, value, at, "an RFC 3339 time"), at.where)
-    return decode(kind, value, where=at.where, unknown=at.unknown, refusal=at.refusal)
+        return _decode_value(arguments[0], value, at)
+    return _decode_object(hint, value, None, at)
 
 
-def _typed(kind: type[T], value: object, at: Inner, expected: str) -> T:
+def _expect(kind: type[ResourceT], value: object, at: _Position, expected: str) -> ResourceT:
     if not isinstance(value, kind):
-        raise MalformedError(f"{at.where} is {shown(value)}, expected {expected}")
+        raise MalformedError(f"{at.path} is {shown(value)}, expected {expected}")
     return value
 
 
-def _decode_int(value: object, at: Inner) -> int:
+def _decode_int(value: object, at: _Position) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= at.maximum:
-        raise MalformedError(f"{at.where} is {shown(value)}, expected a whole number from 0 to {at.maximum}")
+        raise MalformedError(f"{at.path} is {shown(value)}, expected a whole number from 0 to {at.maximum}")
     return value
 
 
 def parse_time(text: str, where: str) -> datetime.datetime | None:
-    """Read an RFC 3339 time of any zone and up to nanoseconds (cut to microseconds); a Go client's zero time is None.
+    """Return the time of an RFC 3339 text of any zone, in UTC; None for a Go client's zero time.
 
-    Raises MalformedError naming `where`.
+    Nanoseconds are accepted and cut to microseconds. Raises MalformedError naming `where`.
     """
     match = _TIME.fullmatch(text)
     if match is not None:
         day, minute, second, fraction, zone = match.groups()
-        second = "59" if second == "60" else second  # a leap second
+        # A leap second.
+        second = "59" if second == "60" else second
         micros = (fraction or "0").ljust(6, "0")[:6]
         try:
             local = datetime.datetime.fromisoformat(f"{day}T{minute}:{second}.{micros}{zone.upper()}")
@@ -391,20 +407,20 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
     raise MalformedError(f"{where} is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z")
 
 
-# ---- nouns to values -----------------------------------------------------------------------------------------------
+# ---- resources to values -------------------------------------------------------------------------------------------
 
 
-def encode(noun: Any) -> dict[str, Any]:
-    """Give a noun as a JSON object.
+def encode(resource: Any) -> dict[str, Any]:
+    """Return a resource as a JSON object.
 
     Zero values are left out unless their field promises a default; of an optional field, None is the zero value.
     """
-    shape, values_of = _shape(typing.cast("Any", type(noun)))
+    shape, values_of = _shape(typing.cast("Any", type(resource)))
     out: dict[str, Any] = {}
-    for (name, twin, keeps_zero, is_optional), value in zip(shape, values_of(noun), strict=True):
+    for (name, twin, keeps_zero, is_optional), value in zip(shape, values_of(resource), strict=True):
         if not value and not keeps_zero and (value is None or not is_optional):
             continue
-        if type(value) not in _AS_THEY_ARE:
+        if type(value) not in _JSON_TYPES:
             value = _encode_value(value)
         out[name] = value
         if twin:
@@ -414,16 +430,20 @@ def encode(noun: Any) -> dict[str, Any]:
 
 @functools.cache
 def _shape(cls: type) -> tuple[list[tuple[str, str, bool, bool]], Callable[[Any], tuple[Any, ...]]]:
-    """Give what `encode` asks of each field, and what gets their values: every change is encoded (./run bench api)."""
+    """Return JSON name, twin, "promises a default" and "is optional" of each field, and a getter of all values.
+
+    Every change is encoded, so this is computed once per class (./run bench api).
+    """
     attrs = attrs_of(cls)
     values_of = operator.attrgetter(*[field.name for field in attrs])
-    asked = [(field.json, field.twin, field.default is not None, field.is_optional()) for field in attrs]
-    return asked, values_of if len(attrs) > 1 else lambda noun: (values_of(noun),)
+    shape = [(field.json, field.twin, field.default is not None, field.is_optional()) for field in attrs]
+    # With one name, attrgetter returns the bare value.
+    return shape, values_of if len(attrs) > 1 else lambda resource: (values_of(resource),)
 
 
 def _encode_value(value: Any) -> Any:
     kind = type(value)
-    if kind in _AS_THEY_ARE:
+    if kind in _JSON_TYPES:
         return value
     if kind is tuple:
         return [_encode_value(item) for item in value]
@@ -433,24 +453,24 @@ def _encode_value(value: Any) -> Any:
 
 
 def format_time(when: datetime.datetime) -> str:
-    """Write a time as RFC 3339 in UTC."""
+    """Return a time as RFC 3339 in UTC."""
     utc = when if when.tzinfo is datetime.UTC else when.astimezone(datetime.UTC)
     return utc.isoformat()[:-6] + "Z"
 
 
 def dump_json(value: object) -> bytes:
-    """Write a JSON text on one line, in UTF-8."""
+    """Return a JSON text on one line, in UTF-8."""
     return _ENCODER.encode(value).encode()
 
 
-# ---- nouns to OpenAPI ----------------------------------------------------------------------------------------------
+# ---- resources to OpenAPI ------------------------------------------------------------------------------------------
 
 
-def component(cls: type) -> dict[str, Any]:
-    """Describe a noun as an OpenAPI 3.0 schema; nested nouns are written out in place."""
+def openapi_schema(cls: type) -> dict[str, Any]:
+    """Return the OpenAPI 3.0 schema of a resource; resources inside it are written out in place."""
     properties: dict[str, Any] = {}
     for field in attrs_of(cls):
-        schema = _value_schema(field.kind, field)
+        schema = _value_schema(field.type, field)
         schema["description"] = field.doc
         if field.default is not None:
             schema["default"] = field.default
@@ -460,34 +480,30 @@ def component(cls: type) -> dict[str, Any]:
             schema["readOnly"] = True
         properties[field.json] = schema
         if field.twin:
-            properties[field.twin] = {
-                **schema,
-                "description": f"Please use `{field.json}` instead",
-                "deprecated": True,
-            }
+            twin = {"description": f"Please use `{field.json}` instead", "deprecated": True}
+            properties[field.twin] = {**schema, **twin}
     schema = {"type": "object", "properties": properties}
     required = [field.json for field in attrs_of(cls) if field.required]
     return {**schema, "required": required} if required else schema
 
 
-def _value_schema(kind: Any, field: Attr) -> dict[str, Any]:
-    if kind is str:
+def _value_schema(hint: Any, field: Attr) -> dict[str, Any]:
+    if hint is str:
         return {"type": "string"}
-    if kind is bool:
+    if hint is bool:
         return {"type": "boolean"}
-    if kind is int:
-        if field.number:
-            return {"type": "number", "multipleOf": 1, "minimum": 0, "maximum": field.maximum}
-        return {"type": "integer", "minimum": 0, "maximum": field.maximum}
-    origin = typing.get_origin(kind)
-    if origin is Literal:
-        return {"type": "string", "enum": list(typing.get_args(kind))}
-    if origin is tuple:
-        return {"type": "array", "items": _value_schema(typing.get_args(kind)[0], field)}
-    if origin is Mapping:
-        return {"type": "object", "additionalProperties": _value_schema(typing.get_args(kind)[1], field)}
-    if origin in _OPTIONAL:
-        return _value_schema(typing.get_args(kind)[0], field)
-    if kind is datetime.datetime:
+    if hint is int:
+        kind = {"type": "number", "multipleOf": 1} if field.number else {"type": "integer"}
+        return {**kind, "minimum": 0, "maximum": field.maximum}
+    if hint is datetime.datetime:
         return {"type": "string", "format": "date-time"}
-    return component(kind)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return {"type": "string", "enum": list(arguments)}
+    if origin is tuple:
+        return {"type": "array", "items": _value_schema(arguments[0], field)}
+    if origin is Mapping:
+        return {"type": "object", "additionalProperties": _value_schema(arguments[1], field)}
+    if origin in _OPTIONAL:
+        return _value_schema(arguments[0], field)
+    return openapi_schema(hint)

@@ -28,7 +28,7 @@ from typing import TextIO
 import trio
 
 from orchard import __version__, auth
-from orchard.api import API
+from orchard.api import API, ControllerParts
 from orchard.codec import APIError
 from orchard.daemon import orchard_home, parse_address, parse_seconds, run_program, run_until_signal
 from orchard.files import (
@@ -249,7 +249,7 @@ class _Parts:
         key = access_key(settings.data_dir)
         vm_access = VMAccess(store, rendezvous)
         executor = Executor(vm_access)
-        api = API(
+        api_parts = ControllerParts(
             store,
             events,
             loop.liveness,
@@ -258,12 +258,12 @@ class _Parts:
             executor,
             gate,
             key,
-            prefix=settings.prefix,
-            offline_timeout=settings.worker_offline_timeout,
-            waits_for=loop.waiting_reason,
-            clock=clock,
+            loop.waiting_reason,
+            clock,
+            settings.prefix,
+            settings.worker_offline_timeout,
         )
-        return cls(store, loop, gate, key, vm_access, executor, api)
+        return cls(store, loop, gate, key, vm_access, executor, API(api_parts))
 
 
 async def _serve_ssh(settings: ControllerSettings, parts: _Parts, nursery: trio.Nursery) -> int:

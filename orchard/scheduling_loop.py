@@ -114,7 +114,7 @@ class SchedulingLoop:
             for name, worker in plan.assign.items():
                 tx.put(transitions.assign(vms[name], workers[worker], clock))
             for name, reason in plan.waiting.items():
-                waiting = transitions.wait(vms[name], reason)
+                waiting = transitions.explain(vms[name], reason)
                 if waiting is not vms[name]:
                     tx.put(waiting)
             return bool(tx.changes)

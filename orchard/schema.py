@@ -1,18 +1,19 @@
-"""The nouns: VM, Worker, ServiceAccount, ClusterSettings, Event; their JSON; what is valid. Law: no I/O, no clock.
+"""The API's resources: VM, Worker, ServiceAccount, ClusterSettings, Event; their JSON; the rules for their fields.
 
-Every noun is a frozen dataclass: a change makes a new object, so whoever holds one holds a consistent picture. Each
-field names its one writer:
+Every resource is a frozen dataclass. A change makes a new object, so an object that was read from the store stays as it
+was. Each field names its one writer:
 
-* *user*: a client of the API asks for it (the specification);
-* *controller*: set once or counted by the controller;
-* *scheduler*: belongs to one assignment of a VM to a worker;
-* *worker*: observed on the worker's host.
+* *user*: a client of the API sets it (the specification);
+* *controller*: the controller sets it once, or counts it;
+* *scheduler*: it belongs to one assignment of a VM to a worker;
+* *worker*: the worker observed it on its host.
 
-`status` and `status_message` are the one shared pair: the worker reports them for the assignment that it holds, the
-scheduler sets them when an assignment begins, fails or is taken back. What may happen to a VM, and when, is the next
-room's business (lifecycle.py); here is only what a single object may look like.
+`status` and `status_message` have two writers: the worker reports them for the VM that is assigned to it, and the
+scheduler sets them when it assigns, fails or restarts a VM. This file has the rules for a single object. transitions.py
+has the rules for its changes.
 
-The names on the wire mix three spellings (`createdAt`, `scheduled_at`, `net-softnet`): they are the protocol's.
+Functions named `..._from_client` and `report_from_worker` read what a client sent, and raise codec.ValidationError.
+Field names in JSON mix three spellings (`createdAt`, `scheduled_at`, `net-softnet`), because existing clients use them.
 """
 
 from __future__ import annotations
@@ -21,28 +22,43 @@ import datetime
 import ipaddress
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from orchard.codec import InvalidError, MalformedError, attr, attrs_of, component, decode, encode, replace, shown
+from orchard.codec import (
+    InvalidError,
+    MalformedError,
+    attr,
+    attrs_of,
+    decode,
+    decode_array_from_client,
+    decode_from_client,
+    encode,
+    openapi_schema,
+    shown,
+)
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
-MAX_NAME = 128  # characters; a VM's name becomes part of a file name with a limit of 255, beside a uid and a counter
+# Characters. A VM's name becomes part of a file name, which has at most 255 bytes, together with a uid and a counter.
+MAX_NAME = 128
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # could forge a line in a log or on a terminal
-# The address of an archive: tart takes what follows a ":" in its path for an option.
+# Control characters could forge a line in a log or on a terminal.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# The URL of an archive. It has no ":" after the host, because tart takes what follows a ":" in a path as an option.
 ARCHIVE = re.compile(r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[^:]*)?")
-# What whoever fetches an archive might read as another address than the one that a policy was held against.
-ARCHIVE_TRICKS = re.compile(r"%2e|%2f|%5c|[\\?#@]|//|/\.{1,2}(/|$)", re.IGNORECASE)
+# URL spellings that a downloader may normalise to a different URL than the one that the policy was checked against.
+_AMBIGUOUS_URL = re.compile(r"%2e|%2f|%5c|[\\?#@]|//|/\.{1,2}(/|$)", re.IGNORECASE)
 
 TART_VMS = "org.cirruslabs.tart-vms"
 LOGICAL_CORES = "org.cirruslabs.logical-cores"
 MEMORY_MIB = "org.cirruslabs.memory-mib"
 
-DEFAULT_TTL, MAX_TTL = 86_400, 2_592_000  # seconds that an access token is good for: a day, thirty days
+# Seconds that an access token is valid: a day by default, thirty days at most.
+_DEFAULT_TTL, _MAX_TTL = 86_400, 2_592_000
 
-DEFAULT_CPU = 4  # when neither the VM nor its worker says
-DEFAULT_MEMORY = 8192  # MiB, likewise
+# CPUs and MiB of a VM when neither the VM nor its worker says otherwise.
+DEFAULT_CPU = 4
+DEFAULT_MEMORY = 8192
 
 PullPolicy = Literal["IfNotPresent", "Always"]
 OS = Literal["darwin", "linux"]
@@ -71,22 +87,24 @@ class StartupScript:
 @dataclass(frozen=True, slots=True)
 class HostDir:
     name: str = attr("name", "Name under which the VM sees the directory", zero="")
-    path: str = attr("path", "Absolute path on the worker's host, or the https:// address of an archive", zero="")
+    path: str = attr("path", "Absolute path on the worker's host, or the https:// URL of an archive", zero="")
     ro: bool = attr("ro", "Read only", zero=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    type: ConditionType = attr("type", "`scheduled`, which is the controller's, or `running`, the worker's")
-    state: ConditionState = attr("state", "whether the condition holds: `true` or `false`")
+    type: ConditionType = attr("type", "`scheduled`, set by the controller, or `running`, reported by the worker")
+    state: ConditionState = attr("state", "Whether the condition holds: `true` or `false`")
 
 
 @dataclass(frozen=True, slots=True)
 class VMMeta:
     name: str = attr("name", "VM name", zero="", example="macos-tahoe-base")
-    uid: str = attr("uid", "Unique identity, new for each VM even under an old name", zero="", writer="controller")
+    uid: str = attr(
+        "uid", "Unique identity; a new VM under an earlier VM's name has another one", zero="", writer="controller"
+    )
     created_at: Clock | None = attr("createdAt", "When the VM was created", zero=None, writer="controller")
-    version: int = attr("version", "Rises with every change of the VM", zero=0, writer="controller", number=True)
+    version: int = attr("version", "Increases with every change of the VM", zero=0, writer="controller", number=True)
     generation: int = attr(
         "generation",
         "Incremented by the controller each time a VM's specification changes",
@@ -98,7 +116,7 @@ class VMMeta:
 
 @dataclass(frozen=True, slots=True)
 class VMSpec:
-    """What the user asks for; `lifecycle.change` says which of it may change later."""
+    """What the user asks for. `transitions.change` says which fields may change later."""
 
     image: str = attr("image", "VM image for this VM", zero="", example="ghcr.io/cirruslabs/macos-tahoe-base:latest")
     image_pull_policy: PullPolicy = attr(
@@ -106,14 +124,14 @@ class VMSpec:
     )
     cpu: int = attr(
         "cpu",
-        "Number of CPUs assigned to this VM; 0 leaves it to the worker's default",
+        "Number of CPUs assigned to this VM; 0: the worker's default",
         zero=0,
         default=DEFAULT_CPU,
         number=True,
     )
     memory: int = attr(
         "memory",
-        "Amount of RAM in megabytes assigned to this VM; 0 leaves it to the worker's default",
+        "Amount of RAM in megabytes assigned to this VM; 0: the worker's default",
         zero=0,
         default=DEFAULT_MEMORY,
         number=True,
@@ -143,7 +161,7 @@ class VMSpec:
     )
     suspendable: bool = attr(
         "suspendable",
-        "Start the VM so that it can be suspended; later generations suspend it instead of stopping it",
+        "Start the VM so that it can be suspended; later generations suspend the VM instead of stopping it",
         zero=False,
         default=False,
     )
@@ -181,7 +199,7 @@ class VMSpec:
         zero=(),
         example=[{"name": "src", "path": "/Users/ci/src", "ro": True}],
     )
-    random_serial: bool = attr("randomSerial", "Give the VM a serial number of its own", zero=False)
+    random_serial: bool = attr("randomSerial", "Give the VM a random serial number", zero=False)
     power_state: PowerState = attr(
         "powerState",
         "Desired power state. A stopped or suspended VM consumes no resources and can be cloned on the same worker by"
@@ -193,26 +211,30 @@ class VMSpec:
 
 @dataclass(frozen=True, slots=True)
 class VMState:
-    """Where the VM is and how it fares. All but the worker's fields begin anew with each assignment."""
+    """Where the VM is and what its worker reports. Each restart begins with a new VMState."""
 
     status: Status = attr("status", "VM status", zero="pending", writer="worker", default="pending")
     status_message: str = attr("status_message", "VM status message", zero="", writer="worker")
-    worker: str = attr("worker", "Worker on which the VM was assigned to", zero="", writer="scheduler")
+    worker: str = attr("worker", "Worker that the VM is assigned to", zero="", writer="scheduler")
     assigned_cpu: int = attr("assignedCPU", "CPUs that the VM gets", zero=0, writer="scheduler", number=True)
     assigned_memory: int = attr("assignedMemory", "MiB that the VM gets", zero=0, writer="scheduler", number=True)
-    scheduled_at: Clock | None = attr("scheduled_at", "When it got its worker", zero=None, writer="scheduler")
-    started_at: Clock | None = attr("started_at", "When it first ran", zero=None, writer="controller")
-    restarted_at: Clock | None = attr("restarted_at", "When it was last restarted", zero=None, writer="scheduler")
-    restart_count: int = attr("restart_count", "How often it was restarted", zero=0, writer="scheduler", number=True)
-    image_fqn: str = attr("image_fqn", "The image with its digest", zero="", writer="worker")
+    scheduled_at: Clock | None = attr(
+        "scheduled_at", "When the VM was assigned to its worker", zero=None, writer="scheduler"
+    )
+    started_at: Clock | None = attr("started_at", "When the VM first ran", zero=None, writer="controller")
+    restarted_at: Clock | None = attr("restarted_at", "When the VM was last restarted", zero=None, writer="scheduler")
+    restart_count: int = attr(
+        "restart_count", "How often the VM was restarted", zero=0, writer="scheduler", number=True
+    )
+    image_fqn: str = attr("image_fqn", "Image with its digest", zero="", writer="worker")
     observed_generation: int = attr(
         "observedGeneration",
-        "Corresponds to the `Generation` value on which the worker had acted upon",
+        "The `generation` that the worker has applied",
         zero=0,
         writer="worker",
         number=True,
     )
-    conditions: tuple[Condition, ...] = attr("conditions", "What holds of the VM", zero=(), writer="worker")
+    conditions: tuple[Condition, ...] = attr("conditions", "Conditions of the VM", zero=(), writer="worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,12 +253,12 @@ class VM:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """One life of the VM: a restart begins another."""
+        """The identity of one run of the VM. A restart begins another run."""
         return self.meta.name, self.meta.uid, self.state.restart_count
 
     @property
     def tart_name(self) -> str:
-        """The name of the VM on its worker's disk."""
+        """Name of the VM on its worker's disk."""
         return f"orchard-{self.meta.name}-{self.meta.uid}-{self.state.restart_count}"
 
     def condition(self, kind: ConditionType) -> bool:
@@ -244,7 +266,7 @@ class VM:
 
     @property
     def resting(self) -> bool:
-        """Stopped or suspended for good, and the worker has said that it happened."""
+        """Whether the user has stopped or suspended the VM, and the worker has reported that it does not run."""
         return self.spec.power_state != "running" and self.state.status == "running" and not self.condition("running")
 
     @property
@@ -253,85 +275,88 @@ class VM:
         return bool(self.state.worker) and self.state.status != "failed" and not self.resting
 
     def to_json(self) -> dict[str, Any]:
-        """The VM as the API shows it and as it is stored."""
-        return {**self.fate(), **encode(self.spec)}
+        """Return the VM as the API shows it and as it is stored."""
+        return {**self.state_to_json(), **encode(self.spec)}
 
-    def fate(self) -> dict[str, Any]:
-        """All of that but the specification, which comes after it."""
+    def state_to_json(self) -> dict[str, Any]:
+        """Return the first part of `to_json`: everything but the specification."""
         name = self.tart_name
         return {**encode(self.meta), **encode(self.state), "localName": name, "tartName": name}
 
+    # Until store.py uses the other name.
+    fate = state_to_json
 
+
+# Fields that are computed from others.
 _DERIVED = frozenset({"localName", "tartName"})
 _META_NAMES = frozenset(field.json for field in attrs_of(VMMeta))
 _STATE_NAMES = frozenset(field.json for field in attrs_of(VMState))
 _SPEC_NAMES = frozenset(name for field in attrs_of(VMSpec) for name in (field.json, field.twin) if name)
+_NOT_SPEC = _META_NAMES | _STATE_NAMES | _DERIVED
 _CONDITION_TYPES = get_args(ConditionType)
 _SOFTNET = frozenset({"netSoftnet", "net-softnet"})
-_NOT_SPEC = _META_NAMES | _STATE_NAMES | _DERIVED
+# What the value of these fields is in a PUT that leaves them out.
+_PUT_ZEROS: Mapping[str, Any] = {
+    field.name: False if field.type is bool else ()
+    for field in attrs_of(VMSpec)
+    if field.type is bool or field.is_list()
+}
 
 
 def vm_from_json(raw: Mapping[str, Any]) -> VM:
-    """Read a VM as `to_json` wrote it. Raises MalformedError when it is none."""
-    raw = dict(raw)
-    spec = decode(VMSpec, raw)
-    return VM(decode(VMMeta, raw), spec, decode(VMState, raw))
+    """Return the VM of a JSON object that `VM.to_json` made. Raises ValidationError."""
+    return VM(decode(VMMeta, raw), decode(VMSpec, raw), decode(VMState, raw))
 
 
-def name_of(raw: object) -> str:
-    """Read the name that a client's object gives itself; empty when it gives none. Raises MalformedError."""
-    meta = decode(VMMeta, raw, by=frozenset({"user"}))
-    return meta.name
+def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
+    """Return the name and the specification of a new VM. Raises ValidationError.
 
-
-def new_spec(raw: object, unknown: list[str]) -> VMSpec:
-    """Read the specification of a new VM from a client's object and complete it.
-
-    Read-only fields are passed over, unknown ones named in `unknown`. Raises ValidationError.
+    Read-only fields are ignored. The names of unknown fields are appended to `unknown`.
     """
-    spec = decode(VMSpec, raw, also=_NOT_SPEC, unknown=unknown)
+    spec = decode_from_client(VMSpec, raw, unknown, also=_NOT_SPEC)
     assert isinstance(raw, dict)
+    name = raw.get("name")
+    if not isinstance(name, str | None):
+        raise MalformedError(f"name is {shown(name)}, expected a string")
+    check_name("name", name or "")
     resources = spec.resources
     if spec.os == "darwin" and spec.runtime == "tart" and TART_VMS not in resources:
         resources = {**resources, TART_VMS: 1}
-    return _complete(spec, _softnet(raw, False), resources)
+    return name or "", _complete(spec, _softnet(raw, False), resources)
 
 
 def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
-    """Read a PUT as Go clients mean it, who leave zero values out.
+    """Return the specification that a PUT asks for. Raises ValidationError.
 
-    An absent boolean is false and an absent list empty; absent texts, numbers, maps and powerState are unchanged.
-    Raises ValidationError.
+    Go clients leave zero values out. So an absent boolean is false and an absent list is empty, while absent strings,
+    numbers, maps and powerState are unchanged.
     """
-    zeros: dict[str, Any] = {
-        field.name: False if field.kind is bool else ()
-        for field in attrs_of(VMSpec)
-        if field.kind is bool or field.is_list()
-    }
-    spec = decode(VMSpec, raw, base=replace(old, **zeros), also=_NOT_SPEC, unknown=unknown)
+    base = replace(old, **_PUT_ZEROS)
+    spec = decode_from_client(VMSpec, raw, unknown, base=base, also=_NOT_SPEC)
     assert isinstance(raw, dict)
     return _complete(spec, _softnet(raw, old.net_softnet), spec.resources)
 
 
 def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
-    """Read a JSON merge patch (RFC 7396): only what it names changes, and null brings back the zero value.
+    """Return the specification after a JSON merge patch (RFC 7396): null sets a field to its zero value.
 
     Raises ValidationError.
     """
     if not isinstance(patch, dict):
         raise MalformedError(f"the body is {shown(patch)}, expected a JSON object (a merge patch)")
     target = encode(old)
-    for name in _SOFTNET:  # the twins would contradict a patch that names only one of them
+    # The deprecated twin would contradict a patch that names only one of the two.
+    for name in _SOFTNET:
         del target[name]
     merged = _merge(target, {name: value for name, value in patch.items() if name in _SPEC_NAMES})
-    spec = decode(VMSpec, merged, unknown=unknown)
+    spec = decode_from_client(VMSpec, merged, unknown)
     unknown.extend(name for name in patch if name not in _SPEC_NAMES | _NOT_SPEC)
     softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
     return _complete(spec, softnet, spec.resources)
 
 
 def _merge(target: object, patch: object) -> Any:
-    """Apply an RFC 7396 merge patch to a JSON value (the algorithm of its section 2)."""
+    """Return a JSON value after a merge patch (the algorithm of RFC 7396, section 2)."""
     if not isinstance(patch, dict):
         return patch
     result = dict(target) if isinstance(target, dict) else {}
@@ -344,9 +369,10 @@ def _merge(target: object, patch: object) -> Any:
 
 
 def _softnet(raw: Mapping[str, Any], old: bool) -> bool:
-    """Settle netSoftnet and its deprecated twin: each sets the other.
+    """Return the value of netSoftnet, which has a deprecated twin. Raises MalformedError.
 
-    A client that sends a whole object back with one of them changed contradicts itself: the changed one was meant.
+    A client that changes one of the two in an object that it read, and sends the object back, sends two different
+    values. The value that differs from `old` is the one that it wants.
     """
     wanted = set()
     for name in sorted(_SOFTNET):
@@ -360,7 +386,7 @@ def _softnet(raw: Mapping[str, Any], old: bool) -> bool:
 
 
 def _complete(spec: VMSpec, softnet: bool, resources: Mapping[str, int]) -> VMSpec:
-    """Add what one field of a specification says about another, and check the result."""
+    """Return the specification with the fields that follow from others. Raises InvalidError if it breaks a rule."""
     spec = replace(
         spec,
         net_softnet=softnet or bool(spec.net_softnet_allow or spec.net_softnet_block),
@@ -368,88 +394,106 @@ def _complete(spec: VMSpec, softnet: bool, resources: Mapping[str, int]) -> VMSp
         username=spec.username or "admin",
         password=spec.password or "admin",
     )
-    check_spec(spec)
+    _check_spec(spec)
     return spec
 
 
-def check_spec(spec: VMSpec) -> None:
-    """Hold a specification against the rules that the types don't say. Raises InvalidError."""
+# ---- rules ---------------------------------------------------------------------------------------------------------
+
+
+def check_name(field: str, name: str) -> None:
+    """Raise InvalidError for a name that is not safe in URLs, file names and command lines."""
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME or name in (".", ".."):
+        raise InvalidError(
+            f'{field} is {shown(name)}, expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . - other than "." and ".."'
+        )
+
+
+def _check_spec(spec: VMSpec) -> None:
+    """Raise InvalidError if a specification breaks a rule that its types do not express."""
     if not spec.image:
         raise InvalidError('image is "", expected the name of a VM image')
-    _check_word("image", spec.image)
-    _check_word("username", spec.username)
-    _check_word("net-bridged", spec.net_bridged)
+    for field, text in (("image", spec.image), ("username", spec.username), ("net-bridged", spec.net_bridged)):
+        # A command line could take such a text as an option or as two words, a log as two lines.
+        if text.startswith("-") or CONTROL.search(text) or " " in text or "," in text:
+            raise InvalidError(
+                f'{field} is {shown(text)}, expected no spaces, commas or control characters, and no "-" at the start'
+            )
     if CONTROL.search(spec.password):
-        raise InvalidError("password holds a control character, expected printable ones")
-    _check_map("labels", spec.labels)
-    _check_map("resources", spec.resources)
+        raise InvalidError("password has a control character, expected printable characters")
+    _check_maps(spec.labels, spec.resources)
     for field, networks in (("netSoftnetAllow", spec.net_softnet_allow), ("netSoftnetBlock", spec.net_softnet_block)):
         for index, network in enumerate(networks):
             _check_network(f"{field}[{index}]", network)
     if spec.power_state == "suspended" and not spec.suspendable:
-        raise InvalidError('powerState is "suspended", which needs suspendable to be true')
+        raise InvalidError('powerState is "suspended", expected "running" or "stopped" unless suspendable is true')
     if spec.startup_script is not None:
-        for name, value in spec.startup_script.env.items():
-            if not ENV_NAME.fullmatch(name):
-                raise InvalidError(f"startup_script.env has the name {shown(name)}, expected {ENV_NAME.pattern}")
-            if "\0" in value:
-                raise InvalidError(
-                    f"startup_script.env[{shown(name)}] holds a NUL character, which no shell can pass on"
-                )
-        if "\0" in spec.startup_script.script_content:
-            raise InvalidError("startup_script.script_content holds a NUL character, which no shell can read")
-    names: set[str] = set()
-    for index, host_dir in enumerate(spec.host_dirs):
-        check_host_dir(f"hostDirs[{index}]", host_dir)
-        if host_dir.name in names:
-            raise InvalidError(f"hostDirs[{index}].name is {shown(host_dir.name)}, which another hostDir already has")
-        names.add(host_dir.name)
+        _check_script(spec.startup_script)
+    if spec.host_dirs:
+        _check_host_dirs(spec.host_dirs)
 
 
-def _check_word(field: str, text: str) -> None:
-    """Refuse what a command line could take for an option or for two words, or a log for a new line."""
-    if text.startswith("-") or CONTROL.search(text) or " " in text or "," in text:
-        raise InvalidError(
-            f'{field} is {shown(text)}, expected a text without blanks and commas that does not begin with "-"'
-        )
-
-
-def _check_map(field: str, pairs: Mapping[str, object]) -> None:
-    """Refuse labels and resources that could not stand in a message of one line."""
-    for key, value in pairs.items():
-        if CONTROL.search(f"{key}{value}"):
-            raise InvalidError(f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
+def _check_maps(labels: Mapping[str, str], resources: Mapping[str, int]) -> None:
+    """Raise InvalidError for keys and values with control characters, which could forge a line in a log."""
+    for field, pairs in (("labels", labels), ("resources", resources)):
+        for key, value in pairs.items():
+            if CONTROL.search(f"{key}{value}"):
+                raise InvalidError(f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
 
 
 def _check_network(where: str, text: str) -> None:
-    """Refuse what is no CIDR, among it some that Python takes for networks: masks, and zones, which may hold commas."""
+    """Raise InvalidError for a text that is not a CIDR.
+
+    Python's `ip_network` also accepts netmasks and IPv6 zones, which may hold commas. Both are refused.
+    """
     try:
         ipaddress.ip_network(text, strict=False)
-        good = re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]+)?", text) is not None
+        is_cidr = re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]+)?", text) is not None
     except ValueError:
-        good = False
-    if not good:
+        is_cidr = False
+    if not is_cidr:
         raise InvalidError(f"{where} is {shown(text)}, expected a network such as 192.168.0.0/24")
 
 
-def check_host_dir(where: str, host_dir: HostDir) -> None:
-    """Refuse a hostDir that could mean another directory than it says. Raises InvalidError."""
+def _check_script(script: StartupScript) -> None:
+    for name, value in script.env.items():
+        if not ENV_NAME.fullmatch(name):
+            raise InvalidError(f"startup_script.env has the name {shown(name)}, expected {ENV_NAME.pattern}")
+        if "\0" in value:
+            raise InvalidError(f"startup_script.env[{shown(name)}] has a NUL character, which no shell can pass on")
+    if "\0" in script.script_content:
+        raise InvalidError("startup_script.script_content has a NUL character, which no shell can read")
+
+
+def _check_host_dirs(host_dirs: Iterable[HostDir]) -> None:
+    names: set[str] = set()
+    for index, host_dir in enumerate(host_dirs):
+        _check_host_dir(f"hostDirs[{index}]", host_dir)
+        if host_dir.name in names:
+            raise InvalidError(
+                f"hostDirs[{index}].name is {shown(host_dir.name)}, expected a name that no other hostDir has"
+            )
+        names.add(host_dir.name)
+
+
+def _check_host_dir(where: str, host_dir: HostDir) -> None:
+    """Raise InvalidError for a hostDir that the hypervisor's command line could read as another directory."""
     for field, text in (("name", host_dir.name), ("path", host_dir.path)):
         if not text:
-            raise InvalidError(f"{where}.{field} is missing: a hostDir needs a name and a path")
+            raise InvalidError(f"{where}.{field} is missing, expected a hostDir with a name and a path")
         if CONTROL.search(text) or "," in text:
             raise InvalidError(f"{where}.{field} is {shown(text)}, expected no commas or control characters")
     name, path = host_dir.name, host_dir.path
     if ":" in name or "/" in name or name.startswith("-") or name in (".", ".."):
-        raise InvalidError(f'{where}.name is {shown(name)}, expected a name without ":" and "/" and no "-" in front')
-    if not (ARCHIVE.fullmatch(path) or (path.startswith("/") and ":" not in path)):
         raise InvalidError(
-            f'{where}.path is {shown(path)}, expected an absolute path without ":" or an https:// address'
+            f'{where}.name is {shown(name)}, expected a name without ":" and "/", and no "-" at the start'
         )
+    if not (ARCHIVE.fullmatch(path) or (path.startswith("/") and ":" not in path)):
+        raise InvalidError(f'{where}.path is {shown(path)}, expected an absolute path without ":", or an https:// URL')
 
 
-def allows(policies: Iterable[HostDirPolicy], host_dir: HostDir) -> bool:
-    """Say whether some policy covers a hostDir: by whole path components, never through `..`."""
+def is_allowed(policies: Iterable[HostDirPolicy], host_dir: HostDir) -> bool:
+    """Return whether some policy covers a hostDir: by whole path components, and never through `..`."""
     return any(_covers(policy.path_prefix, host_dir.path) and (host_dir.ro or not policy.ro) for policy in policies)
 
 
@@ -458,7 +502,7 @@ def _covers(prefix: str, path: str) -> bool:
     if not path.startswith(scheme if prefix.startswith(scheme) else "/"):
         return False
     want, have = ([part for part in text.split("/") if part not in ("", ".")] for text in (prefix, path))
-    if ".." in have or (path.startswith(scheme) and ARCHIVE_TRICKS.search(path, len(scheme) - 1)):
+    if ".." in have or (path.startswith(scheme) and _AMBIGUOUS_URL.search(path, len(scheme) - 1)):
         return False
     return have[: len(want)] == want
 
@@ -476,27 +520,27 @@ class Worker:
         "Dictionary that maps the resource name to the amount of this resource provided by the worker for running VMs",
         zero={},
     )
-    labels: Mapping[str, str] = attr("labels", "Labels that VMs may ask for", zero={})
-    default_cpu: int = attr("defaultCPU", "CPUs of a VM that names none", zero=0, number=True)
-    default_memory: int = attr("defaultMemory", "MiB of a VM that names none", zero=0, number=True)
+    labels: Mapping[str, str] = attr("labels", "Labels that VMs may require", zero={})
+    default_cpu: int = attr("defaultCPU", "CPUs of a VM that asks for none", zero=0, number=True)
+    default_memory: int = attr("defaultMemory", "MiB of RAM of a VM that asks for none", zero=0, number=True)
     machine_id: str = attr("machine_id", "Identity of the host", zero="")
-    last_seen: Clock | None = attr("last_seen", "The worker's last sign of life", zero=None)
-    scheduling_paused: bool = attr("scheduling_paused", "Whether it gets no new VMs", zero=False)
+    last_seen: Clock | None = attr("last_seen", "Time of the worker's last heartbeat, by its own clock", zero=None)
+    scheduling_paused: bool = attr("scheduling_paused", "Whether no new VMs are assigned to the worker", zero=False)
     created_at: Clock | None = attr("createdAt", "When the worker first registered", zero=None, writer="controller")
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceAccount:
     name: str = attr("name", "Name", zero="")
-    token: str = attr("token", "Secret token used to access the API; a random one when none is given", zero="")
+    token: str = attr("token", "Secret token used to access the API; random if a new account names none", zero="")
     roles: tuple[Role, ...] = attr("roles", "What the account may do", zero=())
     created_at: Clock | None = attr("createdAt", "When the account was created", zero=None, writer="controller")
 
 
 @dataclass(frozen=True, slots=True)
 class HostDirPolicy:
-    path_prefix: str = attr("pathPrefix", "Directory (or https:// address) below which hostDirs are allowed", zero="")
-    ro: bool = attr("ro", "Whether they must be read only", zero=False)
+    path_prefix: str = attr("pathPrefix", "Directory or https:// URL below which hostDirs are allowed", zero="")
+    ro: bool = attr("ro", "Whether hostDirs below it must be read only", zero=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -510,8 +554,8 @@ class ClusterSettings:
     )
     scheduler_profile: SchedulerProfile = attr(
         "schedulerProfile",
-        "`optimize-utilization`: a VM goes to the busiest worker that can fit it (the default);"
-        " `distribute-load`: to the least occupied one",
+        "`optimize-utilization`: a VM is assigned to the worker with the most VMs that has resources for it (the default);"
+        " `distribute-load`: to the worker with the fewest VMs",
         zero="optimize-utilization",
         default="optimize-utilization",
     )
@@ -543,7 +587,7 @@ class IP:
 class IssueVMAccessTokenRequest:
     ttl_seconds: int | None = attr(
         "ttlSeconds",
-        f"Requested token lifetime in seconds: {DEFAULT_TTL} when omitted, at most {MAX_TTL}",
+        f"Requested token lifetime in seconds: {_DEFAULT_TTL} when omitted, at most {_MAX_TTL}",
         zero=None,
     )
 
@@ -562,96 +606,85 @@ class VMAccessToken:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """The body of every answer that is an error."""
+    """The body of every answer with a status of 400 or more."""
 
-    message: str = attr("message", "What was refused, and what would be accepted", zero="", default="")
+    message: str = attr("message", "The refused value, and what is accepted", zero="", default="")
 
 
 @dataclass(frozen=True, slots=True)
 class VMReport:
-    """What a worker says of a VM (`PUT /vms/{name}/state`): the life that it means, and what it sees of it.
+    """A worker's report about one run of a VM (`PUT /vms/{name}/state`). None, or an empty string: not reported."""
 
-    None and the empty uid are what the worker left out.
-    """
-
-    uid: str = attr("uid", "The VM's uid; a report about another one is refused", zero="")
-    restart_count: int | None = attr("restart_count", "The VM's restart_count, likewise", zero=None, number=True)
+    uid: str = attr("uid", "The VM's uid; a report about another uid is refused", zero="")
+    restart_count: int | None = attr(
+        "restart_count",
+        "The VM's restart_count; a report about another restart_count is refused",
+        zero=None,
+        number=True,
+    )
     status: Status | None = attr("status", "VM status", zero=None)
     status_message: str | None = attr("status_message", "VM status message", zero=None)
-    image_fqn: str = attr("image_fqn", "The image with its digest", zero="")
-    observed_generation: int = attr("observedGeneration", "The generation acted upon", zero=0, number=True)
-    conditions: tuple[Condition, ...] | None = attr("conditions", "What holds of the VM", zero=None)
-
-
-def check_name(what: str, name: str) -> None:
-    """Refuse a name that could not stand in a URL, a file name or a command line. Raises InvalidError."""
-    if not NAME.fullmatch(name) or len(name) > MAX_NAME or name in (".", ".."):
-        raise InvalidError(
-            f"{what} is {shown(name)}, expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . - other than dots"
-        )
+    image_fqn: str = attr("image_fqn", "Image with its digest", zero="")
+    observed_generation: int = attr(
+        "observedGeneration", "The generation that the worker has applied", zero=0, number=True
+    )
+    conditions: tuple[Condition, ...] | None = attr("conditions", "Conditions of the VM", zero=None)
 
 
 def worker_from_client(raw: object, unknown: list[str]) -> Worker:
-    """Read a worker as it registers itself. Raises ValidationError."""
-    worker = decode(Worker, raw, by=frozenset({"user"}), unknown=unknown)
+    """Return the worker that registers itself. Raises ValidationError."""
+    worker = decode_from_client(Worker, raw, unknown)
     check_name("name", worker.name)
     if CONTROL.search(worker.machine_id):
         raise InvalidError(f"machine_id is {shown(worker.machine_id)}, expected no control characters")
-    _check_map("labels", worker.labels)
-    _check_map("resources", worker.resources)
+    _check_maps(worker.labels, worker.resources)
     return worker
 
 
 def account_from_client(raw: object, unknown: list[str], base: ServiceAccount | None = None) -> ServiceAccount:
-    """Read a service account as an administrator wants it; the fields left out are `base`'s. Raises ValidationError."""
-    account = decode(ServiceAccount, raw, base=base, by=frozenset({"user"}), unknown=unknown)
+    """Return the service account that an administrator asks for; absent fields are those of `base`.
+
+    Raises ValidationError.
+    """
+    account = decode_from_client(ServiceAccount, raw, unknown, base=base)
     check_name("name", account.name)
     if CONTROL.search(account.token):
-        raise InvalidError("token holds a control character, expected printable ones")
-    roles = tuple(dict.fromkeys(account.roles))
-    return replace(account, roles=roles)
+        raise InvalidError("token has a control character, expected printable characters")
+    return replace(account, roles=tuple(dict.fromkeys(account.roles)))
 
 
 def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
-    """Read cluster settings; what is left out has its default. Raises MalformedError."""
-    settings = decode(ClusterSettings, raw, unknown=unknown, refusal=MalformedError)
+    """Return cluster settings; absent fields have their defaults. Raises MalformedError, also for broken rules."""
+    settings = decode_from_client(ClusterSettings, raw, unknown, refusal=MalformedError)
     for index, policy in enumerate(settings.host_dir_policies):
         prefix = policy.path_prefix
-        fits = prefix.startswith(("/", "https://")) and ".." not in prefix.split("/") and not CONTROL.search(prefix)
-        if not fits:
-            raise MalformedError(
-                f"hostDirPolicies[{index}].pathPrefix is {shown(prefix)},"
-                " expected an absolute path or https:// address without ..",
-            )
+        if not prefix.startswith(("/", "https://")) or ".." in prefix.split("/") or CONTROL.search(prefix):
+            where = f"hostDirPolicies[{index}].pathPrefix"
+            raise MalformedError(f"{where} is {shown(prefix)}, expected an absolute path or https:// URL without ..")
     return settings
 
 
 def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
-    """Read an array of events, in order; null is an empty one. Raises ValidationError."""
-    if raw is None:
-        return []
-    if not isinstance(raw, list):
-        raise MalformedError(f"the body is {shown(raw)}, expected a JSON array of events")
-    events = []
-    for index, item in enumerate(raw):
-        event = decode(Event, item, where=f"[{index}]", unknown=unknown)
+    """Return an array of events, in order; null is an empty one. Raises ValidationError."""
+    events = [] if raw is None else decode_array_from_client(Event, raw, unknown)
+    for index, event in enumerate(events):
         if not event.kind or CONTROL.search(event.kind):
             raise InvalidError(f'[{index}].kind is {shown(event.kind)}, expected a kind of event such as "log_line"')
-        events.append(event)
     return events
 
 
 def ttl_from_client(raw: object, unknown: list[str]) -> int:
-    """Read for how many seconds an access token is wanted; null is no wish. Raises ValidationError."""
-    wanted = IssueVMAccessTokenRequest() if raw is None else decode(IssueVMAccessTokenRequest, raw, unknown=unknown)
-    ttl = DEFAULT_TTL if wanted.ttl_seconds is None else wanted.ttl_seconds
-    if not 1 <= ttl <= MAX_TTL:
-        raise InvalidError(f"ttlSeconds is {ttl}, expected 1 to {MAX_TTL}")
+    """Return the requested lifetime of an access token in seconds; null asks for the default. Raises ValidationError."""
+    ttl = None if raw is None else decode_from_client(IssueVMAccessTokenRequest, raw, unknown).ttl_seconds
+    if ttl is None:
+        return _DEFAULT_TTL
+    if not 1 <= ttl <= _MAX_TTL:
+        raise InvalidError(f"ttlSeconds is {ttl}, expected 1 to {_MAX_TTL}")
     return ttl
 
 
 def report_from_worker(raw: object, unknown: list[str]) -> VMReport:
-    """Read a worker's report; workers send the whole VM, of which only these fields are theirs. Raises ValidationError.
+    """Return a worker's report. Workers send the whole VM, of which only these fields count. Raises ValidationError.
 
     A condition of a type that only newer workers know is named in `unknown`, like an unknown field.
     """
@@ -663,25 +696,21 @@ def report_from_worker(raw: object, unknown: list[str]) -> VMReport:
             else:
                 known.append(item)
         raw = {**raw, "conditions": known}
-    return decode(VMReport, raw, also=_META_NAMES | _SPEC_NAMES | _STATE_NAMES | _DERIVED, unknown=unknown)
+    return decode_from_client(VMReport, raw, unknown, also=_NOT_SPEC | _SPEC_NAMES)
 
 
 def components() -> dict[str, Any]:
-    """Describe all nouns as OpenAPI components."""
-    meta, spec, state = component(VMMeta), component(VMSpec), component(VMState)
+    """Return the schemas of all resources, as components of an OpenAPI document."""
+    spec = openapi_schema(VMSpec)
     for name in sorted(_DERIVED):
         text = "Name of the VM on its worker's disk; `localName` and `tartName` are the same"
         spec["properties"][name] = {"type": "string", "readOnly": True, "description": text}
-    nouns: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, VMReport, Problem)
-    nouns += (IP, IssueVMAccessTokenRequest, VMAccessToken)
+    parts = {"VMMeta": openapi_schema(VMMeta), "VMSpec": spec, "VMState": openapi_schema(VMState)}
+    resources: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, VMReport, Problem)
+    resources += (IP, IssueVMAccessTokenRequest, VMAccessToken)
     return {
-        "VMMeta": meta,
-        "VMSpec": spec,
-        "VMState": state,
-        "VM": {
-            "type": "object",
-            "allOf": [{"$ref": f"#/components/schemas/{n}"} for n in ("VMMeta", "VMSpec", "VMState")],
-        },
-        **{noun.__name__: component(noun) for noun in nouns},
+        **parts,
+        "VM": {"type": "object", "allOf": [{"$ref": f"#/components/schemas/{name}"} for name in parts]},
+        **{resource.__name__: openapi_schema(resource) for resource in resources},
         "Events": {"type": "array", "items": {"$ref": "#/components/schemas/Event"}},
     }

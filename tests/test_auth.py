@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from orchard import auth
 from orchard.auth import (
+    MAX_FAILED_SOURCES,
     MAX_FAILURES,
-    MAX_SOURCES,
     BootstrapToken,
-    Failures,
+    FailureLimit,
     ForbiddenError,
     Gate,
     TooManyFailuresError,
@@ -105,7 +105,7 @@ def test_who_was_recognised_is_not_let_in_when_the_account_has_changed_or_is_gon
 
 
 def test_what_is_recognised_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "RECOGNISED", 3)
+    monkeypatch.setattr(auth, "_MAX_RECOGNISED", 3)
     gate = Gate({"ci": CI})
     for spaces in range(1, 10):  # any number of them is legal
         assert gate.identify(basic("ci:to:ken é").replace(" ", " " * spaces)) is CI
@@ -159,9 +159,9 @@ def test_a_bootstrap_token_is_as_other_programs_write_it() -> None:
         ("orchard-bootstrap-token-v0", "has 0 parts"),
         ("orchard-bootstrap-token-v0.c2VjcmV0", "has 1 parts"),
         ("orchard-bootstrap-token-v0.YQ.YQ.YQ.YQ", "has 4 parts"),
-        ("orchard-bootstrap-token-v0.YQ.c2VjcmV0.YQ", "third part .* is no certificate"),
-        ("orchard-bootstrap-token-v0.Y.c2VjcmV0", "part 1 .* no base64url"),
-        ("orchard-bootstrap-token-v0.YQ.c2Vjcm+0", "part 2 .* no base64url"),
+        ("orchard-bootstrap-token-v0.YQ.c2VjcmV0.YQ", "part 3 .* not a certificate"),
+        ("orchard-bootstrap-token-v0.Y.c2VjcmV0", "part 1 .* not base64url"),
+        ("orchard-bootstrap-token-v0.YQ.c2Vjcm+0", "part 2 .* not base64url"),
         ("orchard-bootstrap-token-v0.YQ==.YQ", "part 1"),
         ("orchard-bootstrap-token-v0._w.c2VjcmV0", "not UTF-8"),
         ("orchard-bootstrap-token-v0..c2VjcmV0", "is empty"),
@@ -200,41 +200,41 @@ class Clock:
         return self.now
 
 
-WRONG = UnauthenticatedError("wrong")
+def retry_after(limit: FailureLimit, address: str) -> int:
+    """Record a failure. Return the seconds that its source is told to wait, or 0."""
+    try:
+        limit.record(address)
+    except TooManyFailuresError as error:
+        return error.retry_after
+    return 0
 
 
-def test_from_ten_failures_a_minute_on_the_next_is_told_to_wait(caplog: pytest.LogCaptureFixture) -> None:
+def test_after_ten_failures_a_minute_a_source_is_told_how_long_to_wait(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    failures = Failures(clock)
+    limit = FailureLimit(clock)
     for second in range(MAX_FAILURES):
         clock.now = 1000.0 + second
-        assert failures.refusal("10.0.0.1", WRONG) is WRONG
-    for at, wait in ((9.5, 51), (59.0, 1)):
+        assert retry_after(limit, "10.0.0.1") == 0
+    for at, seconds in ((9.5, 51), (59.0, 1)):
         clock.now = 1000.0 + at
-        refused = failures.refusal("10.0.0.1", WRONG)
-        assert isinstance(refused, TooManyFailuresError)
-        assert refused.retry_after == wait
-        assert failures.refusal("10.0.0.2", WRONG) is WRONG, "others are not meant"
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "wrong credentials again and again")
-    ]
+        assert retry_after(limit, "10.0.0.1") == seconds
+        assert retry_after(limit, "10.0.0.2") == 0, "another source is not limited"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", "many failed logins")]
     clock.now = 1060.0
-    assert failures.refusal("10.0.0.1", WRONG) is WRONG
-    assert isinstance(failures.refusal("10.0.0.1", WRONG), TooManyFailuresError), (
-        "the second of the ten is not a minute ago"
-    )
+    assert retry_after(limit, "10.0.0.1") == 0
+    assert retry_after(limit, "10.0.0.1") > 0, "the second of the last ten failures is less than a minute ago"
 
 
-def test_only_so_many_sources_are_remembered_those_that_failed_last() -> None:
-    failures = Failures(Clock())
+def test_only_the_sources_that_failed_last_are_remembered() -> None:
+    limit = FailureLimit(Clock())
     for _ in range(MAX_FAILURES):
-        failures.refusal("first", WRONG)
-    for number in range(MAX_SOURCES - 1):
-        failures.refusal(f"host-{number}", WRONG)
-    assert isinstance(failures.refusal("first", WRONG), TooManyFailuresError)
-    for number in range(MAX_SOURCES):
-        failures.refusal(f"other-{number}", WRONG)
-    assert failures.refusal("first", WRONG) is WRONG
+        limit.record("first")
+    for number in range(MAX_FAILED_SOURCES - 1):
+        limit.record(f"host-{number}")
+    assert retry_after(limit, "first") > 0
+    for number in range(MAX_FAILED_SOURCES):
+        limit.record(f"other-{number}")
+    assert retry_after(limit, "first") == 0
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,17 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("people", ("__main__", "cli/", "testing", "pytest_plugin")),
     (
         "roles",
-        ("controller", "scheduling_loop", "reactions", "worker", "reconciler", "heartbeat", "worker_requests", "api"),
+        (
+            "controller",
+            "scheduling_loop",
+            "reactions",
+            "worker",
+            "reconciler",
+            "heartbeat",
+            "worker_requests",
+            "api",
+            "parameters",
+        ),
     ),
     ("access", ("ssh/", "tunnel", "client")),
     ("decisions", ("scheduler", "transitions", "auth", "liveness")),

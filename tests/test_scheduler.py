@@ -49,7 +49,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import orchard
 from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE_SECONDS, Plan, Planner
 from orchard.schema import TART_VMS, VM, Condition, VMReport, Worker
-from orchard.transitions import assign, change, create, fail, report, restart, wait
+from orchard.transitions import assign, change, create, explain, fail, report, restart
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 
@@ -75,7 +75,7 @@ def apply(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
         elif vm.name in decided.assign:
             new = assign(vm, snapshot.workers[decided.assign[vm.name]], LATER)
         elif vm.name in decided.waiting:
-            new = wait(vm, decided.waiting[vm.name])
+            new = explain(vm, decided.waiting[vm.name])
         vms.append(new)
     return replace(snapshot, vms=vms, restarted_at=restarted)
 

@@ -40,15 +40,14 @@ from orchard.schema import (
     Worker,
     _merge,
     account_from_client,
-    allows,
     check_name,
     events_from_client,
-    name_of,
-    new_spec,
+    is_allowed,
     patched_spec,
     replaced_spec,
     report_from_worker,
     settings_from_client,
+    vm_from_client,
     vm_from_json,
     worker_from_client,
 )
@@ -59,7 +58,7 @@ MINIMAL = {"name": "vm", "image": "base"}
 
 def created(**fields: Any) -> VMSpec:
     """The specification of a VM that a client creates with these fields, whose names are those on the wire."""
-    return new_spec({**MINIMAL, **fields}, [])
+    return vm_from_client({**MINIMAL, **fields}, [])[1]
 
 
 def refusal_of(call: Callable[[], object]) -> tuple[type[ValidationError], str]:
@@ -81,7 +80,7 @@ def outcome_of(call: Callable[[], object]) -> ValidationError | None:
 
 
 def test_the_defaults_of_a_new_vm() -> None:
-    assert new_spec(MINIMAL, []) == VMSpec(
+    assert created() == VMSpec(
         image="base",
         image_pull_policy="IfNotPresent",
         restart_policy="Never",
@@ -110,7 +109,9 @@ def test_the_defaults_of_a_new_vm() -> None:
         ({"os": "linux", "resources": {"gpu": 1}}, {"gpu": 1}),
     ],
 )
-def test_a_macos_vm_takes_one_of_the_two_that_apple_allows(fields: dict[str, Any], resources: dict[str, int]) -> None:
+def test_a_macos_vm_takes_one_of_the_two_that_apple_is_allowed(
+    fields: dict[str, Any], resources: dict[str, int]
+) -> None:
     assert created(**fields).resources == resources
 
 
@@ -142,7 +143,7 @@ def test_every_field_of_a_specification_is_read_by_its_name() -> None:
         "powerState": "suspended",
     }
     unknown: list[str] = []
-    read = new_spec({**raw, "name": "vm"}, unknown)
+    _, read = vm_from_client({**raw, "name": "vm"}, unknown)
     assert unknown == []
     assert [
         field.json for field in attrs_of(VMSpec) if getattr(read, field.name) == getattr(VMSpec(), field.name)
@@ -154,7 +155,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     # the wrong type
     (None, MalformedError, "the body is null, expected a JSON object"),
     ([], MalformedError, "the body is [], expected a JSON object"),
-    ({"image": 5}, MalformedError, "image is 5, expected a text"),
+    ({"image": 5}, MalformedError, "image is 5, expected a string"),
     ({"cpu": "4"}, MalformedError, 'cpu is "4", expected a whole number from 0'),
     ({"cpu": -1}, MalformedError, "cpu is -1, expected a whole number from 0"),
     ({"memory": 1.5}, MalformedError, "memory is 1.5, expected a whole number from 0"),
@@ -164,11 +165,11 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ({"netSoftnet": 1}, MalformedError, "netSoftnet is 1, expected true or false"),
     ({"resources": {"gpu": -1}}, MalformedError, 'resources["gpu"] is -1, expected a whole number from 0'),
     ({"resources": {"gpu": "1"}}, MalformedError, 'resources["gpu"] is "1", expected a whole number from 0'),
-    ({"labels": {"a": 1}}, MalformedError, 'labels["a"] is 1, expected a text'),
+    ({"labels": {"a": 1}}, MalformedError, 'labels["a"] is 1, expected a string'),
     ({"labels": ["a"]}, MalformedError, 'labels is ["a"], expected a JSON object'),
     ({"hostDirs": [5]}, MalformedError, "hostDirs[0] is 5, expected a JSON object"),
     ({"startup_script": "echo"}, MalformedError, 'startup_script is "echo", expected a JSON object'),
-    ({"startup_script": {"env": {"A": 1}}}, MalformedError, 'startup_script.env["A"] is 1, expected a text'),
+    ({"startup_script": {"env": {"A": 1}}}, MalformedError, 'startup_script.env["A"] is 1, expected a string'),
     # well-formed, but refused by a rule
     ({"image": ""}, InvalidError, 'image is "", expected the name of a VM image'),
     ({"image": None}, InvalidError, 'image is "", expected the name of a VM image'),
@@ -182,9 +183,9 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ({"os": "windows"}, InvalidError, 'os is "windows", expected one of darwin, linux'),
     ({"arch": "x86_64"}, InvalidError, 'arch is "x86_64", expected one of arm64, amd64'),
     ({"runtime": "docker"}, InvalidError, 'runtime is "docker", expected one of tart, vetu'),
-    ({"powerState": "suspended"}, InvalidError, 'powerState is "suspended", which needs suspendable to be true'),
+    ({"powerState": "suspended"}, InvalidError, 'powerState is "suspended"'),
     # nothing that a command line could take for something else
-    ({"image": "--help"}, InvalidError, 'image is "--help", expected a text without blanks'),
+    ({"image": "--help"}, InvalidError, 'image is "--help", expected no spaces'),
     ({"image": "a b"}, InvalidError, 'image is "a b", expected'),
     ({"image": "a\nb"}, InvalidError, 'image is "a\\nb", expected'),
     ({"image": "a\0"}, InvalidError, 'image is "a\\u0000", expected'),
@@ -192,7 +193,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ({"username": "ci\r"}, InvalidError, 'username is "ci\\r", expected'),
     ({"net-bridged": "--nested"}, InvalidError, 'net-bridged is "--nested", expected'),
     ({"net-bridged": "en0,en1"}, InvalidError, 'net-bridged is "en0,en1", expected'),
-    ({"password": "secret\n"}, InvalidError, "password holds a control character"),
+    ({"password": "secret\n"}, InvalidError, "password has a control character"),
     ({"netSoftnetAllow": ["--nested"]}, InvalidError, 'netSoftnetAllow[0] is "--nested", expected a network such as'),
     ({"netSoftnetAllow": ["10.0.0.0/8", "a"]}, InvalidError, 'netSoftnetAllow[1] is "a", expected a network such as'),
     ({"netSoftnetAllow": ["10.0.0.0/8,0.0.0.0/0"]}, InvalidError, "netSoftnetAllow[0] is"),
@@ -218,11 +219,11 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ),
     ({"startup_script": {"env": {"A\n": "x"}}}, InvalidError, 'startup_script.env has the name "A\\n", expected'),
     ({"startup_script": {"env": {"Ä": "x"}}}, InvalidError, "startup_script.env has the name"),
-    ({"startup_script": {"env": {"A": "\0"}}}, InvalidError, 'startup_script.env["A"] holds a NUL character'),
+    ({"startup_script": {"env": {"A": "\0"}}}, InvalidError, 'startup_script.env["A"] has a NUL character'),
     (
         {"startup_script": {"script_content": "a\0b"}},
         InvalidError,
-        "startup_script.script_content holds a NUL character",
+        "startup_script.script_content has a NUL character",
     ),
     # directories of the host
     ({"hostDirs": [{"path": "/a"}]}, InvalidError, "hostDirs[0].name is missing"),
@@ -230,7 +231,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     (
         {"hostDirs": [{"name": "a", "path": "/a"}, {"name": "a", "path": "/b"}]},
         InvalidError,
-        'hostDirs[1].name is "a", which',
+        'hostDirs[1].name is "a", expected',
     ),
     ({"hostDirs": [{"name": "a:/etc", "path": "/a"}]}, InvalidError, 'hostDirs[0].name is "a:/etc", expected'),
     ({"hostDirs": [{"name": "a,b", "path": "/a"}]}, InvalidError, 'hostDirs[0].name is "a,b", expected no commas'),
@@ -276,7 +277,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
 @pytest.mark.parametrize(("fields", "kind", "words"), CREATE, ids=[json.dumps(row[0])[:60] for row in CREATE])
 def test_what_a_new_vm_may_not_be(fields: Any, kind: type[ValidationError], words: str) -> None:
     raw = {**MINIMAL, **fields} if isinstance(fields, dict) else fields
-    refused = refusal_of(lambda: new_spec(raw, []))
+    refused = refusal_of(lambda: vm_from_client(raw, []))
     assert refused[0] is kind
     assert words in refused[1]
     assert "secret" not in refused[1]
@@ -305,11 +306,15 @@ def test_bad_names(name: str) -> None:
     assert f"expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . -" in message
 
 
-def test_the_name_is_read_apart_from_the_specification() -> None:
-    assert name_of({"name": "vm", "uid": 5}) == "vm"
-    assert name_of({}) == name_of({"name": None}) == ""
-    assert refusal_of(lambda: name_of({"name": 5})) == (MalformedError, "name is 5, expected a text")
-    assert refusal_of(lambda: name_of([])) == (MalformedError, "the body is [], expected a JSON object")
+def test_the_name_of_a_new_vm_is_required_and_a_string() -> None:
+    assert vm_from_client({**MINIMAL, "name": "other", "uid": 5}, [])[0] == "other"
+    for raw in ({"image": "base"}, {"image": "base", "name": None}, {"image": "base", "name": ""}):
+        assert refusal_of(lambda raw=raw: vm_from_client(raw, []))[0] is InvalidError  # type: ignore[misc]
+    wrongs: list[object] = [5, 0, False, []]
+    for name in wrongs:
+        kind, message = refusal_of(lambda name=name: vm_from_client({**MINIMAL, "name": name}, []))  # type: ignore[misc]
+        assert kind is MalformedError
+        assert message.startswith("name is ")
 
 
 # ---- the two names of netSoftnet -----------------------------------------------------------------------------------
@@ -502,7 +507,7 @@ def test_a_patch_is_an_object(patch: object) -> None:
         ({"image": None}, InvalidError, 'image is "", expected'),
         ({"labels": "x"}, MalformedError, 'labels is "x", expected a JSON object'),
         ({"resources": {"gpu": "x"}}, MalformedError, 'resources["gpu"] is "x", expected a whole number'),
-        ({"suspendable": False}, InvalidError, 'powerState is "suspended", which needs suspendable'),
+        ({"suspendable": False}, InvalidError, 'powerState is "suspended"'),
     ],
 )
 def test_a_patched_specification_is_held_to_the_rules(patch: object, kind: type[ValidationError], words: str) -> None:
@@ -564,7 +569,7 @@ def test_a_vm_sent_back_whole_with_read_only_fields_changed_alters_nothing(
 
 def test_read_only_fields_of_a_new_vm_are_passed_over() -> None:
     unknown: list[str] = []
-    assert new_spec({**FORGED, **MINIMAL}, unknown) == new_spec(MINIMAL, [])
+    assert vm_from_client({**FORGED, **MINIMAL}, unknown) == ("vm", created())
     assert unknown == []
 
 
@@ -572,7 +577,7 @@ def test_unknown_fields_are_named_whichever_way_they_come() -> None:
     strange = {"sparkle": 1, "startup_script": {"shell": "zsh"}, "hostDirs": [{"name": "a", "path": "/a", "tag": "x"}]}
     names = ["hostDirs[0].tag", "sparkle", "startup_script.shell"]
     reads: list[Callable[[list[str]], object]] = [
-        lambda unknown: new_spec({**MINIMAL, **strange}, unknown),
+        lambda unknown: vm_from_client({**MINIMAL, **strange}, unknown),
         lambda unknown: replaced_spec(spec(), strange, unknown),
         lambda unknown: patched_spec(spec(), strange, unknown),
     ]
@@ -594,7 +599,7 @@ def test_a_vm_is_read_back_as_it_was_written(vm: VM) -> None:
 )
 def test_whatever_a_client_sends_is_taken_or_refused(raw: dict[str, Any]) -> None:
     for read in (
-        lambda: new_spec(raw, []),
+        lambda: vm_from_client(raw, []),
         lambda: replaced_spec(FULL, raw, []),
         lambda: patched_spec(FULL, raw, []),
         lambda: worker_from_client(raw, []),
@@ -683,22 +688,22 @@ def pairs(table: Mapping[str, list[str]]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("prefix", "path"), pairs(ALLOWED))
 def test_a_policy_covers_what_lies_below_it(prefix: str, path: str) -> None:
-    assert allows([HostDirPolicy(prefix)], HostDir("a", path))
+    assert is_allowed([HostDirPolicy(prefix)], HostDir("a", path))
 
 
 @pytest.mark.parametrize(("prefix", "path"), pairs(ESCAPES))
 def test_a_policy_covers_nothing_else(prefix: str, path: str) -> None:
-    assert not allows([HostDirPolicy(prefix)], HostDir("a", path))
+    assert not is_allowed([HostDirPolicy(prefix)], HostDir("a", path))
 
 
 def test_a_read_only_policy_needs_a_read_only_directory() -> None:
     reading, writing = HostDir("a", "/a/b", ro=True), HostDir("a", "/a/b", ro=False)
-    assert not allows([], reading)
-    assert allows([HostDirPolicy("/a", ro=True)], reading)
-    assert not allows([HostDirPolicy("/a", ro=True)], writing)
-    assert allows([HostDirPolicy("/a")], reading)
-    assert allows([HostDirPolicy("/a", ro=True), HostDirPolicy("/a/b")], writing)
-    assert not allows([HostDirPolicy("/a", ro=True), HostDirPolicy("/b")], writing)
+    assert not is_allowed([], reading)
+    assert is_allowed([HostDirPolicy("/a", ro=True)], reading)
+    assert not is_allowed([HostDirPolicy("/a", ro=True)], writing)
+    assert is_allowed([HostDirPolicy("/a")], reading)
+    assert is_allowed([HostDirPolicy("/a", ro=True), HostDirPolicy("/a/b")], writing)
+    assert not is_allowed([HostDirPolicy("/a", ro=True), HostDirPolicy("/b")], writing)
 
 
 # ---- the other nouns -----------------------------------------------------------------------------------------------
@@ -762,7 +767,7 @@ def test_an_account_keeps_what_is_left_out() -> None:
             'roles[0] is "root", expected one of compute:read, compute:write',
         ),
         ({"name": "a", "roles": "admin:read"}, MalformedError, 'roles is "admin:read", expected a list'),
-        ({"name": "a", "token": "secret\n"}, InvalidError, "token holds a control character"),
+        ({"name": "a", "token": "secret\n"}, InvalidError, "token has a control character"),
     ],
 )
 def test_what_an_account_may_not_be(raw: object, kind: type[ValidationError], words: str) -> None:
@@ -810,7 +815,7 @@ def test_events_are_read_in_order_and_null_is_none() -> None:
 @pytest.mark.parametrize(
     ("raw", "kind", "words"),
     [
-        ({}, MalformedError, "the body is {}, expected a JSON array of events"),
+        ({}, MalformedError, "the body is {}, expected a JSON array"),
         ([{"kind": "log_line"}, None], MalformedError, "[1] is null, expected a JSON object"),
         ([{"kind": "log_line", "timestamp": "now"}], MalformedError, '[0].timestamp is "now", expected a whole number'),
         ([{"payload": "x"}], InvalidError, '[0].kind is "", expected a kind of event'),
@@ -852,7 +857,7 @@ def test_a_condition_of_an_unknown_type_is_passed_over_and_named() -> None:
     [
         (None, MalformedError, "the body is null, expected a JSON object"),
         ({"status": "asleep"}, InvalidError, 'status is "asleep", expected one of pending, running, failed'),
-        ({"status": 5}, MalformedError, "status is 5, expected a text"),
+        ({"status": 5}, MalformedError, "status is 5, expected a string"),
         ({"restart_count": -1}, MalformedError, "restart_count is -1, expected a whole number"),
         ({"conditions": {}}, MalformedError, "conditions is {}, expected a list"),
         ({"conditions": [{}]}, MalformedError, "conditions[0].type is missing"),
@@ -860,7 +865,7 @@ def test_a_condition_of_an_unknown_type_is_passed_over_and_named() -> None:
         (
             {"conditions": [{"type": "running", "state": True}]},
             MalformedError,
-            "conditions[0].state is true, expected a text",
+            "conditions[0].state is true, expected a string",
         ),
         (
             {"conditions": [{"type": "running", "state": "yes"}]},

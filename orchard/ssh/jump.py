@@ -99,7 +99,7 @@ def host_key(path: Path) -> asyncssh.SSHKey:
 class LoginDelays:
     """How long logins wait, by the number of refused logins of each source (`auth.source_of`) since an accepted one.
 
-    At most auth.MAX_SOURCES sources are remembered; the one that failed least recently is forgotten first.
+    At most auth.MAX_FAILED_SOURCES sources are remembered; the one that failed least recently is forgotten first.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class LoginDelays:
     def note_refused(self, address: str) -> None:
         source = auth.source_of(address)
         self._refused[source] = self._refused.pop(source, 0) + 1
-        if len(self._refused) > auth.MAX_SOURCES:
+        if len(self._refused) > auth.MAX_FAILED_SOURCES:
             self._refused.popitem(last=False)
 
     def note_accepted(self, address: str) -> None:

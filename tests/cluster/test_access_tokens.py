@@ -41,7 +41,8 @@ async def test_access_token_is_valid_for_its_vm_only() -> None:
         assert claims.keys() == {
             *("iss", "sub", "aud", "iat", "nbf", "exp", "jti", "vm_uid", "vm_name", "scopes", "ports")
         }
-        assert (claims["iss"], claims["aud"], claims["sub"]) == (auth.ISSUER, [auth.AUDIENCE], "bootstrap-admin")
+        assert (claims["iss"], claims["sub"]) == ("orchard-controller", "bootstrap-admin")
+        assert claims["aud"] == ["orchard-vm-access"]
         assert claims["exp"] - claims["iat"] == 86_400
         assert await bearer.vms.ip("vm") == "127.0.0.1"
         async with bearer.vms.port_forward("vm", port) as stream:

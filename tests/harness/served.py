@@ -17,7 +17,7 @@ from typing import Any
 import trio
 
 from orchard import auth
-from orchard.api import API
+from orchard.api import API, ControllerParts
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.net.request import Headers, HTTPError, Request, Response, Stream, WhileConnected, refused
 from orchard.reactions import Reactions
@@ -147,7 +147,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
         Reactions(store, events, rendezvous, lambda: BEGAN)
         vm_access = VMAccess(store, rendezvous)
         gate = auth.Gate(store.state.accounts) if accounts else None
-        api = API(
+        parts = ControllerParts(
             store,
             events,
             loop.liveness,
@@ -155,9 +155,11 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
             vm_access,
             Executor(vm_access),
             gate,
-            b"k" * 32,
+            access_key=b"k" * 32,
+            waiting_reason=lambda _: "",
             clock=lambda: BEGAN,
         )
+        api = API(parts)
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
             await writers.start(events.run)

@@ -54,7 +54,7 @@ def times() -> st.SearchStrategy[datetime.datetime]:
 
 def noun(cls: type[T], **given: st.SearchStrategy[Any]) -> st.SearchStrategy[T]:
     """Any instance of a noun; `given` are strategies for some of its fields, by their Python name."""
-    return st.builds(cls, **{field.name: given.get(field.name, _value(field.kind, field)) for field in attrs_of(cls)})
+    return st.builds(cls, **{field.name: given.get(field.name, _value(field.type, field)) for field in attrs_of(cls)})
 
 
 def _value(kind: Any, field: Attr) -> st.SearchStrategy[Any]:

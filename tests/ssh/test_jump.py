@@ -560,7 +560,7 @@ def test_login_delays_grow_by_source_and_end_with_an_accepted_login(monkeypatch:
     assert delays.delay("b") == 0.0
     delays.note_accepted("a")
     assert delays.delay("a") == 0.0
-    monkeypatch.setattr(auth, "MAX_SOURCES", 3)
+    monkeypatch.setattr(auth, "MAX_FAILED_SOURCES", 3)
     for source in "cdefg":
         delays.note_refused(source)
     assert len(delays._refused) == 3

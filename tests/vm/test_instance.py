@@ -18,7 +18,7 @@ import trio
 from harness.processes import at_last, at_rest, eventually, processes_in
 
 from orchard import transitions
-from orchard.schema import VM, Event, Worker, new_spec, patched_spec
+from orchard.schema import VM, Event, Worker, patched_spec, vm_from_client
 from orchard.tart import TartDriver
 from orchard.vm.driver import Driver, DriverError, LocalVM, NotRunning
 from orchard.vm.instance import CUT_OFF, LINES, REMOVE_SECONDS, SHUT_DOWN, STOPPED, UNNOTED, Instance, Note
@@ -34,7 +34,7 @@ def uid_of(name: str) -> str:
 
 def placed(name: str = "vm", **spec: object) -> VM:
     """A VM as the controller hands it to a worker."""
-    wanted = new_spec({"name": name, "image": "image", **spec}, [])
+    wanted = vm_from_client({"name": name, "image": "image", **spec}, [])[1]
     return transitions.assign(transitions.create(name, uid_of(name), wanted, BEGAN), WORKER, BEGAN)
 
 

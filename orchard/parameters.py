@@ -1,0 +1,138 @@
+"""The query parameters of the API: what each is called and accepts, and how its value is read.
+
+A parameter is declared here once. The route table (api.OPERATIONS) lists the declarations for the OpenAPI document, and
+the functions below read a request's query by the same declarations. They raise HTTPError with status 400 for a
+parameter that is repeated, missing although it is required, or outside what its schema accepts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from orchard.codec import shown
+from orchard.net.openapi import Parameter
+from orchard.net.request import HTTPError, Query
+from orchard.ssh import exec as vm_exec
+
+# The largest `limit`: more events than a VM can have.
+_MAX_LIMIT = 1_000_000_000
+# Seconds that a port forward waits by default and at most.
+_DEFAULT_WAIT, _MAX_WAIT = 10, 65_535
+_DIGITS = re.compile(r"[0-9]{1,10}")
+
+_TEXT = {"type": "string"}
+_FLAG = {"type": "boolean"}
+
+
+def _whole(least: int, most: int, **more: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": least, "maximum": most, **more}
+
+
+WATCH = Parameter("watch", "Stream the VM's changes as ADDED, MODIFIED and DELETED notifications", _FLAG)
+FILTER = Parameter("filter", "`worker=NAME`: only the VMs assigned to that worker", _TEXT)
+LIMIT = Parameter("limit", "Maximum number of events to return", _whole(1, _MAX_LIMIT))
+ORDER = Parameter("order", "Sort order of events; asc (default) or desc", {"type": "string", "enum": ["asc", "desc"]})
+CURSOR = Parameter("cursor", "Opaque cursor from the X-Next-Cursor response header", _TEXT)
+UID = Parameter("uid", "Answer 404 if the VM of that name has another uid", _TEXT)
+PORT_NUMBER = Parameter("port", "TCP port number to connect to", _whole(1, 65535), required=True)
+WAIT_FORWARD = Parameter(
+    "wait",
+    "Seconds to wait for the VM to run and for its worker to connect",
+    _whole(0, _MAX_WAIT, default=_DEFAULT_WAIT),
+)
+WAIT_ADDRESS = Parameter("wait", WAIT_FORWARD.doc, _whole(0, _MAX_WAIT, default=0))
+COMMAND = Parameter("command", "Command line for the user's shell in the VM", _TEXT, required=True)
+INTERACTIVE = Parameter("interactive", "Whether the command reads stdin", _FLAG)
+TTY = Parameter("tty", "Whether the command gets a terminal", _FLAG)
+ROWS = Parameter("rows", "Rows of the terminal", _whole(1, vm_exec.MAX_TERMINAL_SIZE))
+COLS = Parameter("cols", "Columns of the terminal", _whole(1, vm_exec.MAX_TERMINAL_SIZE))
+WORKDIR = Parameter("workdir", "Directory to run the command in", _TEXT)
+SESSION = Parameter("session", "The session of the action that is answered", _TEXT)
+ERROR_MESSAGE = Parameter("errorMessage", "Why the action failed; empty: it succeeded", _TEXT)
+ADDRESS = Parameter("ip", "The VM's address", _TEXT)
+WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required=True)
+
+
+def read_text(query: Query, parameter: Parameter) -> str:
+    """Return a parameter's text; empty if it is absent and not required."""
+    text = query.one(parameter.name) or ""
+    if parameter.required and not text:
+        raise HTTPError(400, f"{parameter.name} is missing, expected a string: {parameter.doc}")
+    return text
+
+
+def read_flag(query: Query, parameter: Parameter) -> bool:
+    """Return a parameter's truth value; False if it is absent."""
+    value = query.one(parameter.name)
+    if value in (None, "false", "0"):
+        return False
+    if value in ("true", "1"):
+        return True
+    raise HTTPError(400, f"{parameter.name} is {shown(value)}, expected true or false")
+
+
+def read_choice(query: Query, parameter: Parameter) -> str:
+    """Return one of a parameter's choices; the first one if it is absent."""
+    choices: list[str] = parameter.schema["enum"]
+    value = query.one(parameter.name) or choices[0]
+    if value not in choices:
+        raise HTTPError(400, f"{parameter.name} is {shown(value)}, expected one of {', '.join(choices)}")
+    return value
+
+
+def read_number(query: Query, parameter: Parameter) -> int | None:
+    """Return a parameter's number; if it is absent, its default, or None without a default."""
+    value = query.one(parameter.name)
+    if value is None and not parameter.required:
+        return parameter.schema.get("default")
+    least, most = parameter.schema["minimum"], parameter.schema["maximum"]
+    if value is None or not _DIGITS.fullmatch(value) or not least <= int(value) <= most:
+        found = "missing" if value is None else shown(value)
+        raise HTTPError(400, f"{parameter.name} is {found}, expected a whole number from {least} to {most}")
+    return int(value)
+
+
+def read_count(query: Query, parameter: Parameter) -> int:
+    """Return the number of a parameter that is required or has a default."""
+    number = read_number(query, parameter)
+    assert number is not None
+    return number
+
+
+def read_worker_filter(query: Query) -> str | None:
+    """Return the worker's name of `filter`; None without a filter.
+
+    Several conditions, with commas between them, must all hold. A VM is never on two workers, so a filter with two
+    workers gives "", which no worker is called.
+    """
+    text = query.one(FILTER.name)
+    if not text:
+        return None
+    names = set()
+    for condition in text.split(","):
+        field, _, name = condition.partition("=")
+        if field != "worker" or not name:
+            raise HTTPError(400, f"filter is {shown(text)}, expected worker=NAME")
+        names.add(name)
+    return names.pop() if len(names) == 1 else ""
+
+
+def read_command(query: Query) -> vm_exec.Command:
+    """Return the command of an exec request; `env[NAME]` parameters are its environment. Raises MalformedError, too."""
+    env = {
+        name.removeprefix("env[").removesuffix("]"): query.one(name) or ""
+        for name in query.fields()
+        if name.startswith("env[") and name.endswith("]")
+    }
+    command = vm_exec.Command(
+        command=query.one(COMMAND.name) or "",
+        interactive=read_flag(query, INTERACTIVE),
+        tty=read_flag(query, TTY),
+        rows=read_number(query, ROWS) or vm_exec.DEFAULT_ROWS,
+        cols=read_number(query, COLS) or vm_exec.DEFAULT_COLS,
+        env=env,
+        workdir=query.one(WORKDIR.name) or "",
+    )
+    command.check()
+    return command
