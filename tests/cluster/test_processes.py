@@ -160,7 +160,7 @@ async def test_a_worker_with_a_refused_token_ends_with_2(tmp_path: Path) -> None
             certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
             await client.service_accounts.create("reader", roles=["compute:read"], token="t")
             for token, words in (
-                (BootstrapToken("bootstrap-admin", "wrong", certificate), "its token is another one"),
+                (BootstrapToken("bootstrap-admin", "wrong", certificate), "wrong token"),
                 (BootstrapToken("nobody", "t", certificate), "does not exist"),
                 (BootstrapToken("reader", "t", certificate), "compute:write"),
             ):
