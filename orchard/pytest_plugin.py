@@ -1,7 +1,13 @@
-"""The pytest plugin: the fixture `orchard_cluster`, a whole cluster for one test. Law: imports nothing until it is asked.
+"""The pytest plugin: the fixture `orchard_cluster`, a whole cluster for one test.
 
-pytest finds it by the entry point `orchard`. `@pytest.mark.orchard(workers=3, vms_per_worker=4)` on a test passes
-options to `orchard.testing.start_cluster`.
+    def test_vm_runs(orchard_cluster):
+        orchard_cluster.client.vms.create(name="vm", image="any")
+        assert orchard_cluster.client.vms.wait("vm").state.status == "running"
+
+It is installed with Orchard, by the entry point `orchard` of the group `pytest11`. The marker
+`@pytest.mark.orchard(workers=3, vms_per_worker=4)` passes arguments to `orchard.testing.start_cluster`.
+
+pytest loads this module at every start, so it imports the rest of Orchard only when a test uses the fixture.
 """
 
 from __future__ import annotations
@@ -16,12 +22,14 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "orchard(workers=1, ...): options of the fixture orchard_cluster")
+    config.addinivalue_line(
+        "markers", "orchard(workers=2, vms_per_worker=2, ...): arguments of the fixture orchard_cluster"
+    )
 
 
 @pytest.fixture
 def orchard_cluster(request: pytest.FixtureRequest) -> Iterator[BlockingCluster]:
-    """A controller and two workers with synthetic VMs, for this test alone: `url`, and `client`, whose methods block."""
+    """A running cluster for one test, with two workers by default: an `orchard.testing.BlockingCluster`."""
     from orchard.testing import start_cluster
 
     marker = request.node.get_closest_marker("orchard")

@@ -1,22 +1,24 @@
-"""A whole cluster inside somebody's test: a controller on a loopback port, and workers whose VMs are directories.
+"""A whole Orchard cluster inside a test: a controller on a loopback port, and workers with synthetic VMs.
 
-In trio:
+With trio:
 
     async with cluster(workers=2) as c:
-        vm = await c.client.vms.create(name="vm", image="any")
-        await c.client.vms.wait("vm")
+        await c.client.vms.create(name="vm", image="any")
+        vm = await c.client.vms.wait("vm")
 
-From any synchronous test, where the same methods block:
+In a synchronous test, where the same methods block:
 
     with start_cluster(workers=2) as c:
         c.client.vms.create(name="vm", image="any")
-        c.client.vms.wait("vm")
+        vm = c.client.vms.wait("vm")
 
-or as the pytest fixture `orchard_cluster`. `c.url` is for any other client: it is plain HTTP, and asks nobody who they
-are unless the cluster was made with `auth=True`. The VMs really run their startup scripts, as processes of this host.
-When the block ends, so do they, and the directory in which everything was is gone.
+With pytest, the fixture `orchard_cluster` is such a blocking cluster (see `orchard.pytest_plugin`).
 
-Law: it composes the roles as they are; nothing here is a simpler copy of them.
+A synthetic VM is a directory and the processes of its startup script, which really runs on this host. At the end of the
+block the processes are ended and the temporary directory with all state is deleted. Other clients can use `c.url`: plain
+HTTP, without credentials unless the cluster was started with `auth=True`.
+
+Controller and workers are the product's own, not imitations; only the driver of the VMs is another one.
 """
 
 from __future__ import annotations
@@ -40,36 +42,51 @@ from orchard.vm.driver import Driver
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import Identity, WorkerService
 
-VMS_PER_WORKER = 2  # as on a Mac
-GRACE = 1.0  # seconds for requests at work when the cluster ends
+# As on a Mac.
+_VMS_PER_WORKER = 2
+# For requests in progress at the end of the cluster.
+_GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A running cluster. `client` is closed with it."""
+    """A running cluster.
+
+    url: the controller's URL, for any HTTP client.
+    client: an asynchronous client with every role, closed at the end of the cluster.
+    account, token: credentials of a service account with every role; "" if the cluster needs no credentials.
+    ssh_port: port of the SSH jump host on 127.0.0.1; 0 without one.
+    """
 
     url: str
     client: Client
-    account: str = ""  # with every role; empty when nobody is asked
+    account: str = ""
     token: str = field(default="", repr=False)
-    ssh_port: int = 0  # of the jump host, on 127.0.0.1; 0: there is none
+    ssh_port: int = 0
 
 
 @asynccontextmanager
 async def cluster(
     workers: int = 1,
     *,
-    vms_per_worker: int = VMS_PER_WORKER,
+    vms_per_worker: int = _VMS_PER_WORKER,
     auth: bool = False,
     ssh: bool = False,
     directory: Path | None = None,
     port: int = 0,
     driver: Callable[[str], Driver] | None = None,
 ) -> AsyncIterator[Cluster]:
-    """Run a cluster for the time of the block: `worker-1`, `worker-2` and so on, each with room for `vms_per_worker`.
+    """Run a cluster for the time of an `async with` block under trio.
 
-    `ssh` serves the SSH jump host, too, which needs orchard-cluster[ssh]. `directory` keeps state and VMs, else a temporary one does. `driver` makes the driver of a worker from its name,
-    else they are synthetic. Raises orchard.controller.StartError.
+    workers: number of workers, named worker-1, worker-2 and so on. They are registered when the block begins.
+    vms_per_worker: how many VMs run on one worker at the same time.
+    auth: require credentials; `Cluster.account` and `Cluster.token` are those of an administrator.
+    ssh: serve the SSH jump host too, which needs orchard-cluster[ssh].
+    directory: where state and VMs are stored, and stay after the block; by default a temporary directory.
+    port: TCP port of the controller on 127.0.0.1; 0 means any free port.
+    driver: returns the driver of the worker with the given name; by default one for synthetic VMs.
+
+    Raises orchard.controller.StartError if the controller cannot start, for example because the port is in use.
     """
     with TemporaryDirectory(prefix="orchard-") as temporary:
         home = directory or Path(temporary)
@@ -83,9 +100,10 @@ async def cluster(
             ssh=("127.0.0.1", 0) if ssh else None,
         )
         with unwrap_groups():
-            async with trio.open_nursery() as controlling:  # ends last: the workers have VMs to take away
+            # The controller ends last, since the workers report the end of their VMs to it.
+            async with trio.open_nursery() as controlling:
                 stop = trio.Event()
-                run = partial(controller.run, settings, stop=stop, grace=GRACE)
+                run = partial(controller.run, settings, stop=stop, grace=_GRACE_SECONDS)
                 running: controller.Running = await controlling.start(run)
                 admin = running.new_admin
                 account, token = (admin.name, admin.token) if admin is not None else ("", "")
@@ -107,14 +125,15 @@ def _identity(name: str, vms: int) -> Identity:
     return Identity(name=name, arch="arm64", runtime="tart", machine_id=name, resources={TART_VMS: vms})
 
 
-# ---- for those without trio ----------------------------------------------------------------------------------------
+# ---- without trio ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class BlockingCluster:
-    """A running cluster, for a thread that is not trio's. `client` is a Client whose methods block.
+    """A running cluster for a thread that does not run trio.
 
-    What the Client gives as an asynchronous iterator or context manager is an ordinary one here.
+    `client` has the methods of `orchard.client.Client`, and they block: where that one returns an asynchronous iterator
+    or context manager, this one returns an ordinary one. The other attributes are those of `Cluster`.
     """
 
     url: str
@@ -126,7 +145,10 @@ class BlockingCluster:
 
 @contextmanager
 def start_cluster(workers: int = 1, **options: Any) -> Iterator[BlockingCluster]:
-    """Run a cluster in a thread of its own for the time of the block; `options` are those of `cluster`."""
+    """Run a cluster in a thread of its own for the time of a `with` block.
+
+    The arguments are those of `cluster`, and so are the errors.
+    """
     portal = _Portal(partial(cluster, workers, **options))
     inside = portal.start()
     try:
@@ -137,7 +159,7 @@ def start_cluster(workers: int = 1, **options: Any) -> Iterator[BlockingCluster]
 
 
 class _Portal:
-    """A thread that runs a cluster under trio, and lets others call into it."""
+    """A thread that runs a cluster under trio, and in which other threads can call asynchronous functions."""
 
     def __init__(self, make: Callable[[], AbstractAsyncContextManager[Cluster]]) -> None:
         self._make = make
@@ -146,11 +168,12 @@ class _Portal:
         self._token: trio.lowlevel.TrioToken | None = None
         self._cluster: Cluster | None = None
         self._error: BaseException | None = None
-        self.holding: trio.Nursery  # of the tasks in which context managers are entered
+        # For the tasks that hold asynchronous context managers open.
+        self.holding: trio.Nursery
         self._thread = threading.Thread(target=self._run, name="orchard cluster", daemon=True)
 
     def start(self) -> Cluster:
-        """Give the cluster once it is up. Raises what it raises."""
+        """Start the cluster, and return it when it runs. Raises what `cluster` raises."""
         self._thread.start()
         self._ready.wait()
         if self._cluster is None:
@@ -160,7 +183,7 @@ class _Portal:
         return self._cluster
 
     def stop(self) -> None:
-        """End the cluster, and wait for it. Raises what it raised."""
+        """End the cluster, and wait until it has ended. Raises the error with which the cluster failed, if any."""
         if self._token is not None and self._stop is not None and self._thread.is_alive():
             self._token.run_sync_soon(self._stop.set)
         self._thread.join()
@@ -174,7 +197,8 @@ class _Portal:
         try:
             with unwrap_groups():
                 trio.run(self._main, strict_exception_groups=True)
-        except BaseException as error:  # noqa: BLE001 -- it is raised again in the thread that waits
+        # Raised again by `start` or `stop` in the other thread.
+        except BaseException as error:  # noqa: BLE001
             self._error = error
         finally:
             self._ready.set()
@@ -190,7 +214,7 @@ class _Portal:
 
 
 class _Blocking:
-    """An object of the client, seen from another thread."""
+    """A client, or a part of one such as `client.vms`, whose methods block the calling thread."""
 
     def __init__(self, target: object, portal: _Portal) -> None:
         self._target = target
@@ -205,22 +229,22 @@ class _Blocking:
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         result = method(*arguments, **options)
         if isinstance(result, AbstractAsyncContextManager):
-            return self._managed(result)
-        return self._plain(result)
+            return self._enter(result)
+        return self._block_on(result)
 
-    def _plain(self, result: Any) -> Any:
+    def _block_on(self, result: Any) -> Any:
         if isinstance(result, Awaitable):
             return self._portal.call(lambda: result)
         if isinstance(result, AsyncIterator):
-            return self._iterated(result)
+            return self._iterate(result)
         return result
 
     @contextmanager
-    def _managed(self, manager: AbstractAsyncContextManager[Any]) -> Iterator[Any]:
+    def _enter(self, manager: AbstractAsyncContextManager[Any]) -> Iterator[Any]:
         release, released = trio.Event(), trio.Event()
         failures: list[ClientError] = []
 
-        # One task enters and leaves: scopes and nurseries of trio belong to the task that opened them.
+        # One task both enters and leaves the context manager, as trio demands it for cancel scopes and nurseries.
         async def hold(task_status: trio.TaskStatus[Any]) -> None:
             try:
                 async with manager as value:
@@ -237,13 +261,13 @@ class _Blocking:
 
         value = self._portal.call(partial(self._portal.holding.start, hold))
         try:
-            yield self._plain(value)
+            yield self._block_on(value)
         finally:
             self._portal.call(leave)
         if failures:
             raise failures[0]
 
-    def _iterated(self, iterator: AsyncIterator[Any]) -> Iterator[Any]:
+    def _iterate(self, iterator: AsyncIterator[Any]) -> Iterator[Any]:
         nothing = object()
 
         async def following() -> Any:

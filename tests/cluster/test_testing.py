@@ -1,4 +1,4 @@
-"""`orchard.testing` and the pytest fixture, as somebody's test suite uses them."""
+"""`orchard.testing` and the pytest fixture, as another project's test suite uses them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.processes import eventually
 
 from orchard.client import ResponseError, VMFailed
 from orchard.controller import StartError
+from orchard.schema import Event
 from orchard.testing import BlockingCluster, cluster, start_cluster
 
 pytest_plugins = ["pytester"]
@@ -28,20 +30,25 @@ def own_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def traces() -> tuple[int, list[str], list[str]]:
-    """What a cluster could leave behind: open files, directories, threads (but trio's, which wait for other work)."""
+    """Return what a cluster could leave behind: open files, directories, and threads, except those that trio keeps."""
     gc.collect()
     threads = [thread.name for thread in threading.enumerate() if "trio" not in thread.name.lower()]
     return len(os.listdir("/dev/fd")), os.listdir(tempfile.gettempdir()), threads  # noqa: PTH208
 
 
-async def test_a_vm_runs_its_script_and_is_gone_when_it_is_deleted(tmp_path: Path) -> None:
+async def test_vm_runs_its_script_and_leaves_nothing_when_deleted(tmp_path: Path) -> None:
     async with cluster(workers=2, directory=tmp_path) as c:
         script = {"script_content": 'echo "$A"\necho error >&2\n', "env": {"A": "it's `$HOME`"}}
         await c.client.vms.create(name="vm", image="any", startup_script=script)
         vm = await c.client.vms.wait("vm")
         assert vm.state.worker == "worker-1"
-        while len(events := [event async for event in c.client.vms.events("vm")]) < 2:
-            pass
+        events: list[Event] = []
+
+        async def has_printed() -> bool:
+            events[:] = [event async for event in c.client.vms.events("vm")]
+            return len(events) == 2
+
+        await eventually(has_printed)
         assert [(event.kind, event.payload) for event in events] == [
             ("log_line", "it's `$HOME`"),
             ("log_line", "error"),
@@ -63,7 +70,7 @@ async def until_deleted(changes: Any) -> Any:
             return
 
 
-def test_from_a_synchronous_test_the_methods_block() -> None:
+def test_methods_of_a_blocking_cluster() -> None:
     before = traces()
     with start_cluster(workers=2) as c:
         assert [worker.name for worker in c.client.workers.list()] == ["worker-1", "worker-2"]
@@ -84,8 +91,9 @@ def test_from_a_synchronous_test_the_methods_block() -> None:
     assert traces() == before
 
 
-def test_the_random_numbers_of_the_test_suite_stay_its_own() -> None:
-    random.seed(1)  # as a test does that wants the same ones every time
+def test_cluster_does_not_use_the_global_random_generator() -> None:
+    # As a test suite does that needs the same numbers every time.
+    random.seed(1)
     expected = random.getstate()
     with start_cluster() as c:
         c.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo said"})
@@ -95,20 +103,20 @@ def test_the_random_numbers_of_the_test_suite_stay_its_own() -> None:
     assert random.getstate() == expected
 
 
-def test_an_error_in_the_block_comes_out_and_the_cluster_ends() -> None:
+def test_error_in_the_block_propagates_and_ends_the_cluster() -> None:
     before = traces()
     with pytest.raises(ZeroDivisionError), start_cluster():
         raise ZeroDivisionError
     assert traces() == before
 
 
-def test_a_cluster_that_cannot_start_says_why(tmp_path: Path) -> None:
+def test_cluster_that_cannot_start_raises_start_error(tmp_path: Path) -> None:
     (tmp_path / "controller").write_text("not a directory")
     with pytest.raises(StartError, match="controller"), start_cluster(directory=tmp_path):
         raise AssertionError("it started")
 
 
-def test_with_auth_strangers_are_refused() -> None:
+def test_auth_refuses_requests_without_credentials() -> None:
     with start_cluster(auth=True) as c:
         assert c.account == "bootstrap-admin"
         c.client.check()
@@ -117,17 +125,20 @@ def test_with_auth_strangers_are_refused() -> None:
         assert c.token not in repr(c)
 
 
-def test_the_fixture_is_a_cluster_of_two_workers(orchard_cluster: BlockingCluster) -> None:
+def test_fixture_is_a_cluster_of_two_workers(orchard_cluster: BlockingCluster) -> None:
     assert len(orchard_cluster.client.workers.list()) == 2
 
 
 @pytest.mark.orchard(workers=3, vms_per_worker=1)
-def test_a_mark_passes_options_to_the_fixture(orchard_cluster: BlockingCluster) -> None:
+def test_marker_passes_arguments_to_the_fixture(orchard_cluster: BlockingCluster) -> None:
     workers = orchard_cluster.client.workers.list()
     assert [worker.resources["org.cirruslabs.tart-vms"] for worker in workers] == [1, 1, 1]
 
 
-def test_the_plugin_is_there_for_a_test_suite_that_only_installs_orchard(pytester: pytest.Pytester) -> None:
+@pytest.mark.slow
+def test_plugin_is_found_by_a_test_suite_that_only_installs_orchard(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_it(orchard_cluster):\n    orchard_cluster.client.check()\n")
-    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider")
+    # Without plugins that take seconds to import.
+    unused = [word for name in ("schemathesis", "hypothesispytest") for word in ("-p", f"no:{name}")]
+    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *unused)
     result.assert_outcomes(passed=1)
