@@ -1,14 +1,30 @@
-"""The API as methods. Law: asks the controller; keeps no state of VMs.
+"""The controller's REST API as methods of an asynchronous client, on trio.
 
-    async with Client("https://controller:6120", account="ci", token=..., certificate=pem) as client:
-        vm = await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos-tahoe-base:latest")
-        vm = await client.vms.wait("vm")
+    import trio
+    from orchard.client import Client, VMFailed
 
-`vms.port_forward` gives a trio Stream to any TCP port of a VM, `vms.exec` runs a command in one.
+    async def main():
+        async with Client("https://controller:6120", account="ci", token="s3cret", certificate=pem) as client:
+            await client.vms.create(name="build", image="ghcr.io/cirruslabs/macos-tahoe-base:latest")
+            try:
+                vm = await client.vms.wait("build")
+                print(vm.name, "runs on", vm.state.worker)
+                async with client.vms.exec("build", "sw_vers") as command:
+                    async for stream, data in command:
+                        print(stream, data.decode())
+                print("exit code", command.exit_code)
+            finally:
+                await client.vms.delete("build")
 
-`vms`, `workers`, `service_accounts` and `cluster_settings` group the API's methods; they take JSON as Python objects,
-with the names that the fields have on the wire, and give the nouns of schema.py. How a request gets there and what
-may happen on its way, and what is raised then, is told by transport.py; its errors can be imported from here.
+    trio.run(main)
+
+`Client.vms`, `.workers`, `.service_accounts` and `.cluster_settings` have one method for each operation of the API.
+Methods take JSON as Python objects, with field names as on the wire, and return the dataclasses of schema.py. The client
+keeps no state of VMs.
+
+Every method raises a ClientError: ConnectError if the controller cannot be reached or the connection was lost, and
+ResponseError if the controller refused (`status` is the HTTP status, `message` says why). A method that may raise another
+one says so. How connections are opened, kept and repeated is in net/transport.py.
 """
 
 from __future__ import annotations
@@ -26,8 +42,8 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.codec import ValidationError, decode, parse_json
 from orchard.net.transport import (
-    MAX_SHOWN,
     ClientError,
+    Connect,
     ConnectError,
     Items,
     ResponseError,
@@ -50,17 +66,25 @@ from orchard.schema import (
 
 __all__ = ["Client", "ClientError", "ConnectError", "ResponseError", "RunningCommand", "VMFailed"]
 
-MAX_LINE = 64 * 1024 * 1024  # bytes of a change in a watch of a VM
-MAX_ACTION = 64 * 1024  # bytes of a message of the worker's watch
-PIECE = 64 * 1024  # bytes of a command's input in a message
-PAGE = 1000  # events that are fetched at once
+# For TCP and TLS together.
+_CONNECT_SECONDS = 10.0
+# For the whole answer to a request.
+_ANSWER_SECONDS = 60.0
+# A line of a VM's watch holds the whole VM.
+_MAX_LINE_BYTES = 64 * 1024 * 1024
+# A message of a worker's watch holds one action.
+_MAX_ACTION_BYTES = 64 * 1024
+# A command's input is sent in messages of this size.
+_STDIN_BYTES = 64 * 1024
+# Events that one request fetches.
+_PAGE_EVENTS = 1000
 
 JSON = Mapping[str, Any]
-ObjectT = TypeVar("ObjectT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
+_ResourceT = TypeVar("_ResourceT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
 
 
-class VMFailed(ClientError):  # noqa: N818 -- it states what is the case
-    """The VM that was waited for has failed, or was deleted; str() says why. `vm` is how it was last seen."""
+class VMFailed(ClientError):  # noqa: N818 -- the name says what has happened to the VM
+    """The VM that was waited for has failed, or was deleted. str() says why, `vm` is its last known state."""
 
     def __init__(self, message: str, vm: VM) -> None:
         super().__init__(message)
@@ -68,113 +92,178 @@ class VMFailed(ClientError):  # noqa: N818 -- it states what is the case
 
 
 class Client(Transport):
-    """A client of the controller: `Transport` with the API's methods."""
+    """A client of the controller at `url`, for example "https://controller:6120" or "http://127.0.0.1:6120/prefix".
+
+    `account` and `token` are the name and the token of a service account. `access_token` (see
+    `VMs.issue_access_token`) is used in their place, and admits to one VM only. `certificate` is the controller's own
+    certificate in PEM, which is then the only one that is trusted; by default the host's CAs decide.
+
+    `connect_seconds` bounds the opening of a connection and `answer_seconds` a whole answer, except that watches,
+    tunnels and commands have no limit once they are open. `connect` opens a connection to a host and port in place of
+    TCP, and raises OSError.
+
+    Use the client as an asynchronous context manager, or call `aclose`. Any number of tasks may share it. Raises
+    ValueError for an invalid URL or certificate.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        account: str = "",
+        token: str = "",
+        access_token: str = "",
+        certificate: bytes | None = None,
+        connect_seconds: float = _CONNECT_SECONDS,
+        answer_seconds: float = _ANSWER_SECONDS,
+        connect: Connect | None = None,
+    ) -> None:
+        super().__init__(
+            url,
+            base_path="/v1",
+            authorization=_authorization(account, token, access_token),
+            certificate=certificate,
+            connect_seconds=connect_seconds,
+            answer_seconds=answer_seconds,
+            connect=connect,
+        )
 
     @cached_property
     def vms(self) -> VMs:
+        """The methods of /vms."""
         return VMs(self)
 
     @cached_property
     def workers(self) -> Workers:
+        """The methods of /workers."""
         return Workers(self)
 
     @cached_property
     def service_accounts(self) -> ServiceAccounts:
+        """The methods of /service-accounts."""
         return ServiceAccounts(self)
 
     @cached_property
     def cluster_settings(self) -> Settings:
+        """The methods of /cluster-settings."""
         return Settings(self)
 
     async def check(self) -> None:
-        """Make sure that there is an Orchard, and that it lets us in."""
+        """Return if the URL is a controller's and the credentials are valid."""
         await self.request("GET", "/")
 
     async def info(self) -> ControllerInfo:
-        return _noun(ControllerInfo, (await self.request("GET", "/controller/info")).json())
+        """Return the controller's version and capabilities."""
+        return _decode(ControllerInfo, (await self.request("GET", "/controller/info")).json())
 
     @asynccontextmanager
     async def rpc_watch(self, worker: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-        """Follow what a worker is told to do: an iterator of actions, which raises ConnectError when it is cut off."""
-        async with self.websocket(
-            "/rpc/watch", {"workerName": worker}, max_message_size=MAX_ACTION
-        ) as websocket:  # fmt: skip
-            yield Items(partial(self._action, websocket))
+        """Follow the actions that the controller sends to a worker, for the time of the block. Used by workers.
 
-    async def _action(self, websocket: WebSocketConnection) -> dict[str, Any]:
-        message = await websocket.get_message()
-        try:
-            action = _parsed(message)
-        except ValidationError:
-            action = None
-        if not isinstance(action, dict):
-            raise ClientError(f"the controller sent no action over the watch, but {str(message)[:MAX_SHOWN]!r}")
-        return action
+        Yields an iterator of actions such as `{"syncVMsAction": {}}`. It raises `trio_websocket.ConnectionClosed` when the
+        watch ends, which becomes ConnectError outside of the block, and ClientError for anything but an action.
+        """
+        query = {"workerName": worker}
+        async with self.websocket("/rpc/watch", query, max_message_size=_MAX_ACTION_BYTES) as websocket:
+            yield Items(partial(_receive_action, websocket))
+
+
+async def _receive_action(websocket: WebSocketConnection) -> dict[str, Any]:
+    message = await websocket.get_message()
+    try:
+        action = _parse_message(message)
+    except ValidationError:
+        action = None
+    if not isinstance(action, dict):
+        raise ClientError(f"the controller sent {excerpt(message)} over the watch, expected an action")
+    return action
 
 
 class _Changes:
-    """Reads the lines of a watch."""
+    """Reads the lines of a VM's watch out of the pieces of its body."""
 
     def __init__(self, pieces: AsyncIterator[bytes]) -> None:
         self._pieces = pieces
         self._lines: deque[bytes] = deque()
-        self._open = b""  # a line whose end was not seen yet
+        # The beginning of a line whose end has not arrived.
+        self._incomplete = b""
 
     async def take(self) -> tuple[str, VM] | None:
+        """Return the next change, None at the end of the body. Raises ClientError."""
         while not self._lines:
             piece = await anext(self._pieces, None)
             if piece is None:
                 return None
-            *lines, self._open = (self._open + piece).split(b"\n")
+            *lines, self._incomplete = (self._incomplete + piece).split(b"\n")
             self._lines.extend(lines)
-            if len(self._open) > MAX_LINE:
-                raise ClientError(f"a line of the watch is longer than {MAX_LINE} bytes")
+            if len(self._incomplete) > _MAX_LINE_BYTES:
+                raise ClientError(f"a line of the watch is longer than {_MAX_LINE_BYTES} bytes")
         line = self._lines.popleft()
         try:
             change = parse_json(line)
-            return str(change["type"]), _vm(change["object"])
+            return str(change["type"]), _decode_vm(change["object"])
         except (ValidationError, KeyError, TypeError):
-            raise ClientError(f"a line of the watch is no change: {excerpt(line)}") from None
+            raise ClientError(f"a line of the watch is {excerpt(line)}, expected a change of a VM") from None
 
 
 class VMs:
-    """/vms"""
+    """The methods of /vms. VMs are named by their `name`; a name can be used again after its VM was deleted."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     async def create(self, vm: JSON | None = None, /, **fields: Any) -> VM:
-        """Create a VM from an object, from fields by their names on the wire, or both."""
-        return _vm((await self._client.request("POST", "/vms", json={**(vm or {}), **fields})).json())
+        """Create a VM from an object, from fields (`name`, `image`, `cpu`, ...), or both. Return it as it was stored.
+
+        It begins as "pending"; see `wait`. Raises ResponseError: 409 if the name is taken, 412 for an invalid field.
+        """
+        return _decode_vm((await self._client.request("POST", "/vms", json={**(vm or {}), **fields})).json())
 
     async def get(self, name: str) -> VM:
-        return _vm((await self._client.request("GET", _path("vms", name))).json())
+        """Return a VM. Raises ResponseError: 404."""
+        return _decode_vm((await self._client.request("GET", _path("vms", name))).json())
 
     async def list(self, *, worker: str | None = None) -> list[VM]:
-        """List all VMs, or those on one worker."""
+        """Return all VMs, or those that are assigned to one worker."""
         query = None if worker is None else {"filter": f"worker={worker}"}
-        return [_vm(raw) for raw in _list((await self._client.request("GET", "/vms", query=query)).json())]
+        return [_decode_vm(raw) for raw in _list((await self._client.request("GET", "/vms", query=query)).json())]
 
     async def replace(self, name: str, spec: JSON) -> VM:
-        """Replace a VM's specification; absent booleans are false, absent lists empty, all else is unchanged."""
-        return _vm((await self._client.request("PUT", _path("vms", name), json=spec)).json())
+        """Replace a VM's specification, and return the VM.
+
+        A boolean that `spec` omits becomes false and a list becomes empty; other omitted fields keep their values. Raises
+        ResponseError: 404, 412.
+        """
+        return _decode_vm((await self._client.request("PUT", _path("vms", name), json=spec)).json())
 
     async def patch(self, name: str, patch: JSON | None = None, /, **fields: Any) -> VM:
-        """Change what a JSON merge patch names."""
+        """Change the fields of a VM's specification that a JSON merge patch (RFC 7396) names, and return the VM.
+
+        Raises ResponseError: 404, 412.
+        """
         body = {**(patch or {}), **fields}
-        return _vm((await self._client.request("PATCH", _path("vms", name), json=body)).json())
+        return _decode_vm((await self._client.request("PATCH", _path("vms", name), json=body)).json())
 
     async def delete(self, name: str) -> None:
+        """Delete a VM. Its worker stops and removes it a moment later. Raises ResponseError: 404."""
         await self._client.request("DELETE", _path("vms", name))
 
     @asynccontextmanager
     async def watch(self, name: str) -> AsyncIterator[AsyncIterator[tuple[str, VM]]]:
-        """Follow a VM: an iterator of ("ADDED", "MODIFIED" or "DELETED", VM), which ends when the controller does."""
+        """Follow a VM for the time of the block.
+
+        Yields an iterator of (kind, VM), where kind is "ADDED" for its state at the beginning, "MODIFIED" or "DELETED".
+        The iterator ends when the controller stops, and raises ConnectError when the connection is lost. Raises
+        ResponseError: 404.
+        """
         async with self._client.stream(_path("vms", name), {"watch": "true"}) as pieces:
             yield Items(_Changes(pieces).take)
 
     async def wait(self, name: str, status: Status = "running") -> VM:
-        """Wait until a VM has a status, and give it. Raises VMFailed when it fails before that, or is deleted."""
+        """Wait until a VM has a status, for any time, and return it.
+
+        Raises VMFailed if it fails before that or is deleted, and ResponseError: 404.
+        """
         async with self.watch(name) as changes:
             async for kind, vm in changes:
                 if kind == "DELETED":
@@ -183,17 +272,20 @@ class VMs:
                     return vm
                 if vm.state.status == "failed":
                     raise VMFailed(f'VM "{name}" failed: {vm.state.status_message}', vm)
-        raise ConnectError(f"{self._client.url} ended the watch of VM {name!r}")
+        raise ConnectError(f'{self._client.url} ended the watch of VM "{name}"')
 
     def events(self, name: str, *, order: Literal["asc", "desc"] = "asc") -> AsyncIterator[Event]:
-        """Give all events of a VM, fetched page by page."""
+        """Return an iterator over all events of a VM, among them the lines that its script has printed.
+
+        The iterator fetches 1,000 events at a time, and raises ResponseError: 404.
+        """
         page: deque[Event] = deque()
         cursor: str | None = ""
 
         async def take() -> Event | None:
             nonlocal cursor
             while not page and cursor is not None:
-                events, cursor = await self.events_page(name, limit=PAGE, order=order, cursor=cursor or None)
+                events, cursor = await self.events_page(name, limit=_PAGE_EVENTS, order=order, cursor=cursor or None)
                 page.extend(events)
             return page.popleft() if page else None
 
@@ -207,21 +299,29 @@ class VMs:
         order: Literal["asc", "desc"] = "asc",
         cursor: str | None = None,
     ) -> tuple[Sequence[Event], str | None]:
-        """Give events of a VM, and the cursor of the next page (None: there is none)."""
+        """Return up to `limit` events of a VM, and the cursor of the next page (None after the last page).
+
+        Raises ResponseError: 404, and 400 for a cursor that no page had.
+        """
         given = {"limit": None if limit is None else str(limit), "order": order, "cursor": cursor}
         query = {name: value for name, value in given.items() if value is not None}
         answer = await self._client.request("GET", _path("vms", name, "events"), query=query)
-        return [_noun(Event, raw) for raw in _list(answer.json())], answer.headers.get("x-next-cursor")
+        return [_decode(Event, raw) for raw in _list(answer.json())], answer.headers.get("x-next-cursor")
 
     async def append_events(self, name: str, events: Sequence[JSON], *, uid: str | None = None) -> None:
-        """Append events, in order; with `uid` only to the VM that has it."""
+        """Append events to a VM's, in order. With `uid` only if the VM of that name has that uid. Used by workers.
+
+        Raises ResponseError: 404.
+        """
         query = None if uid is None else {"uid": uid}
         await self._client.request("POST", _path("vms", name, "events"), query=query, json=events)
 
     def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
-        """Connect to a TCP port of a VM, for the time of an `async with` block, which gets a trio Stream.
+        """Connect to a TCP port of a VM, for the time of an `async with` block.
 
-        `wait` seconds are given to the VM to run, and to its worker to connect. Raises ResponseError: 404, 503.
+        The block gets a `trio.abc.Stream` that has no half-close, and it is closed at the end of the block. The
+        controller waits up to `wait` seconds for the VM to run and for its worker to connect. Raises ResponseError: 404,
+        and 503 if there is no connection. A BrokenResourceError of the block becomes ConnectError.
         """
         return self._client.tunnel(_path("vms", name, "port-forward"), {"port": str(port), "wait": str(wait)})
 
@@ -239,9 +339,11 @@ class VMs:
         workdir: str = "",
         wait: int = 10,
     ) -> AsyncIterator[RunningCommand]:
-        """Run a command in a VM, which ends with the block. `interactive` gives it a stdin, `tty` a terminal.
+        """Run a command by the user's shell in a VM, for the time of the block. The end of the block ends the command.
 
-        `wait` seconds are given to the VM to run and to answer. Raises ResponseError: 400, 404, 503.
+        `interactive` gives it a stdin, `tty` a terminal of `rows` by `cols`. `env` are environment variables for it, and
+        `workdir` is its directory. The controller waits up to `wait` seconds for the VM to run and to answer. Raises
+        ResponseError: 400 for invalid arguments, 404, and 503 if the VM cannot be reached.
         """
         query = {"command": command, "wait": str(wait), **({"workdir": workdir} if workdir else {})}
         query |= {"interactive": "true"} if interactive else {}
@@ -251,132 +353,162 @@ class VMs:
             yield RunningCommand(websocket)
 
     async def ip(self, name: str, *, wait: int = 0) -> str:
-        """Give a VM's address in the network of its worker's host. Raises ResponseError: 404, 503."""
+        """Return a VM's IP address in the network of its worker's host.
+
+        The controller waits up to `wait` seconds for the VM to run. Raises ResponseError: 404, and 503 if the address
+        cannot be found.
+        """
         answer = await self._client.request("GET", _path("vms", name, "ip"), query={"wait": str(wait)})
-        return _noun(IP, answer.json()).ip
+        return _decode(IP, answer.json()).ip
 
     async def issue_access_token(self, name: str, *, ttl: int | None = None) -> VMAccessToken:
-        """Make a token that lets its bearer into this VM for `ttl` seconds, or a day."""
+        """Issue a token that admits its bearer to this VM (port_forward, exec, ip) for `ttl` seconds, by default a day.
+
+        Raises ResponseError: 404, and 412 for an invalid `ttl`.
+        """
         body = {} if ttl is None else {"ttlSeconds": ttl}
         answer = await self._client.request("POST", _path("vms", name, "access-tokens"), json=body)
-        return _noun(VMAccessToken, answer.json())
+        return _decode(VMAccessToken, answer.json())
 
     async def report(self, name: str, report: JSON) -> None:
-        """Say what a worker sees of its VM."""
+        """Report what a worker observes of its VM. Used by workers. Raises ResponseError: 404, 412."""
         await self._client.request("PUT", _path("vms", name, "state"), json=report)
 
 
 class Workers:
-    """/workers"""
+    """The methods of /workers."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     async def register(self, worker: JSON) -> Worker:
-        return _noun(Worker, (await self._client.request("POST", "/workers", json=worker)).json())
+        """Register a worker, or renew its registration, and return it as it was stored. Used by workers."""
+        return _decode(Worker, (await self._client.request("POST", "/workers", json=worker)).json())
 
     async def get(self, name: str) -> Worker:
-        return _noun(Worker, (await self._client.request("GET", _path("workers", name))).json())
+        """Return a worker. Raises ResponseError: 404."""
+        return _decode(Worker, (await self._client.request("GET", _path("workers", name))).json())
 
     async def list(self) -> list[Worker]:
-        return [_noun(Worker, raw) for raw in _list((await self._client.request("GET", "/workers")).json())]
+        """Return all workers."""
+        return [_decode(Worker, raw) for raw in _list((await self._client.request("GET", "/workers")).json())]
 
     async def put(self, name: str, worker: JSON) -> Worker:
-        """Send a heartbeat, when last_seen is later than the one before; else set scheduling_paused."""
-        return _noun(Worker, (await self._client.request("PUT", _path("workers", name), json=worker)).json())
+        """Update a worker, and return it. Raises ResponseError: 404.
+
+        A `last_seen` later than the stored one is a heartbeat; otherwise only `scheduling_paused` is set.
+        """
+        return _decode(Worker, (await self._client.request("PUT", _path("workers", name), json=worker)).json())
 
     def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
-        """Connect to a TCP port of a worker's host; see `VMs.port_forward`."""
+        """Connect to a TCP port of a worker's host, as `VMs.port_forward` does to one of a VM."""
         return self._client.tunnel(_path("workers", name, "port-forward"), {"port": str(port), "wait": str(wait)})
 
     async def pause(self, name: str, *, paused: bool = True) -> Worker:
-        """Let a worker get no new VMs, or let it again."""
+        """Have the scheduler assign no more VMs to a worker, or with `paused=False` assign some again.
+
+        Raises ResponseError: 404.
+        """
         return await self.put(name, {"scheduling_paused": paused})
 
     async def delete(self, name: str) -> None:
-        """Delete a worker; its VMs fail."""
+        """Delete a worker. Its VMs fail. Raises ResponseError: 404."""
         await self._client.request("DELETE", _path("workers", name))
 
 
 class ServiceAccounts:
-    """/service-accounts"""
+    """The methods of /service-accounts."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     async def create(self, name: str, *, roles: Sequence[str] = (), token: str = "") -> ServiceAccount:
-        """Create an account; without a token it gets a random one, which the answer holds."""
+        """Create an account, and return it with its token. Without a `token` the controller makes a random one.
+
+        Raises ResponseError: 409 if the name is taken, 412 for an invalid field.
+        """
         body = {"name": name, "roles": list(roles), **({"token": token} if token else {})}
-        return _noun(ServiceAccount, (await self._client.request("POST", "/service-accounts", json=body)).json())
+        return _decode(ServiceAccount, (await self._client.request("POST", "/service-accounts", json=body)).json())
 
     async def get(self, name: str) -> ServiceAccount:
-        return _noun(ServiceAccount, (await self._client.request("GET", _path("service-accounts", name))).json())
+        """Return an account. Raises ResponseError: 404."""
+        return _decode(ServiceAccount, (await self._client.request("GET", _path("service-accounts", name))).json())
 
     async def list(self) -> list[ServiceAccount]:
+        """Return all accounts."""
         answer = await self._client.request("GET", "/service-accounts")
-        return [_noun(ServiceAccount, raw) for raw in _list(answer.json())]
+        return [_decode(ServiceAccount, raw) for raw in _list(answer.json())]
 
     async def replace(self, name: str, **fields: Any) -> ServiceAccount:
-        """Change an account's `roles`, `token` or both."""
+        """Change an account's `roles`, `token` or both, and return it. Raises ResponseError: 404, 412."""
         path = _path("service-accounts", name)
-        return _noun(ServiceAccount, (await self._client.request("PUT", path, json=fields)).json())
+        return _decode(ServiceAccount, (await self._client.request("PUT", path, json=fields)).json())
 
     async def delete(self, name: str) -> None:
+        """Delete an account. Raises ResponseError: 404."""
         await self._client.request("DELETE", _path("service-accounts", name))
 
 
 class Settings:
-    """/cluster-settings"""
+    """The methods of /cluster-settings."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
 
     async def get(self) -> ClusterSettings:
-        return _noun(ClusterSettings, (await self._client.request("GET", "/cluster-settings")).json())
+        """Return the settings."""
+        return _decode(ClusterSettings, (await self._client.request("GET", "/cluster-settings")).json())
 
     async def put(self, settings: JSON) -> ClusterSettings:
-        """Replace the settings; what is left out gets its default."""
-        return _noun(ClusterSettings, (await self._client.request("PUT", "/cluster-settings", json=settings)).json())
+        """Replace the settings, and return them. Omitted fields get their defaults. Raises ResponseError: 412."""
+        return _decode(ClusterSettings, (await self._client.request("PUT", "/cluster-settings", json=settings)).json())
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
 class RunningCommand:
-    """A command in a VM: an asynchronous iterator of ("stdout" or "stderr", bytes), and after its end `exit_code`."""
+    """A command that runs in a VM: an asynchronous iterator over its output, as ("stdout" or "stderr", bytes).
+
+    After the end of the iteration `exit_code` is set. The iterator raises ClientError if the command could not be run, and
+    ConnectError if the connection was lost.
+    """
 
     def __init__(self, websocket: WebSocketConnection) -> None:
         self._websocket = websocket
         self.exit_code: int | None = None
 
     async def send(self, data: bytes) -> None:
-        """Send to its stdin; it must be interactive."""
-        for start in range(0, len(data), PIECE):
-            await self._frame({"type": "stdin", "data": base64.b64encode(data[start : start + PIECE]).decode()})
+        """Send bytes to its stdin, which `interactive` commands have. After its end they are dropped."""
+        for start in range(0, len(data), _STDIN_BYTES):
+            await self._send_frame(
+                {"type": "stdin", "data": base64.b64encode(data[start : start + _STDIN_BYTES]).decode()}
+            )
 
     async def send_eof(self) -> None:
         """End its stdin."""
-        await self._frame({"type": "stdin", "data": ""})
+        await self._send_frame({"type": "stdin", "data": ""})
 
     async def resize(self, rows: int, cols: int) -> None:
-        """Tell it the size of its terminal."""
-        await self._frame({"type": "resize", "terminal": {"rows": rows, "cols": cols}})
+        """Set the size of its terminal."""
+        await self._send_frame({"type": "resize", "terminal": {"rows": rows, "cols": cols}})
 
-    async def _frame(self, frame: JSON) -> None:
-        with suppress(ConnectionClosed):  # it has ended, as whoever reads on will see
+    async def _send_frame(self, frame: JSON) -> None:
+        # The iterator reports why the connection has ended.
+        with suppress(ConnectionClosed):
             await self._websocket.send_message(json.dumps(frame))
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> tuple[str, bytes]:
-        """Raises ClientError when the command could not be run to its end."""
         try:
             message = await self._websocket.get_message()
         except ConnectionClosed as closed:
             raise ConnectError(f"the command was cut off: {describe_disconnect(closed)}") from None
-        with suppress(ValidationError, ValueError):  # what is no JSON, and what is no base64
-            match _parsed(message):
+        # ValueError is raised for invalid base64.
+        with suppress(ValidationError, ValueError):
+            match _parse_message(message):
                 case {"type": "stdout" | "stderr" as kind, "data": str(data)}:
                     return kind, base64.b64decode(data)
                 case {"type": "exit", "exit": {"code": int(code)}}:
@@ -384,33 +516,40 @@ class RunningCommand:
                     raise StopAsyncIteration
                 case {"type": "error", "error": str(error)}:
                     raise ClientError(error)
-        raise ClientError(f"a frame of the command is not understood: {str(message)[:MAX_SHOWN]!r}")
+        raise ClientError(f"the controller sent {excerpt(message)} of a command, expected output, an exit or an error")
 
 
-# ---- answers -------------------------------------------------------------------------------------------------------
+# ---- credentials and answers ---------------------------------------------------------------------------------------
 
 
-def _parsed(message: str | bytes) -> Any:
+def _authorization(account: str, token: str, access_token: str) -> str:
+    """Return the value of the header Authorization, "" for none."""
+    if account:
+        return "Basic " + base64.b64encode(f"{account}:{token}".encode()).decode()
+    return f"Bearer {access_token}" if access_token else ""
+
+
+def _parse_message(message: str | bytes) -> Any:
     return parse_json(message.encode() if isinstance(message, str) else message)
 
 
-def _noun(kind: type[ObjectT], raw: Any) -> ObjectT:
+def _decode(kind: type[_ResourceT], raw: Any) -> _ResourceT:
     try:
         return decode(kind, raw)
     except ValidationError as error:
-        raise ClientError(f"the answer is no {kind.__name__}: {error}") from error
+        raise ClientError(f"the answer is not a valid {kind.__name__}: {error}") from error
 
 
-def _vm(raw: Any) -> VM:
+def _decode_vm(raw: Any) -> VM:
     try:
         return vm_from_json(raw)
     except (ValidationError, TypeError, ValueError) as error:
-        raise ClientError(f"the answer is no VM: {error}") from error
+        raise ClientError(f"the answer is not a valid VM: {error}") from error
 
 
 def _list(raw: Any) -> list[Any]:
     if not isinstance(raw, list):
-        raise ClientError(f"the answer is no list, but {str(raw)[:MAX_SHOWN]}")
+        raise ClientError(f"the answer is {excerpt(str(raw))}, expected a list")
     return raw
 
 

@@ -44,6 +44,7 @@ from orchard.files import (
 from orchard.fsck import exposed
 from orchard.net import tcp, tls
 from orchard.net.server import Limits, serve
+from orchard.net.transport import DEFAULT_PORT
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
 from orchard.reactions import Reactions
@@ -55,7 +56,6 @@ from orchard.storage.journal import Broken, DamagedError, NotWritten
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
 
-DEFAULT_PORT = 6120
 # A worker without contact for this long is offline, and its VMs fail.
 DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
 # Time for the requests under way at a stop.

@@ -153,7 +153,7 @@ class WorkerService:
                 _logger.exception("the session failed unexpectedly, retrying", extra=extra, exc_info=group)
             if refusal is not None:
                 raise refusal
-            await self._client.start_afresh()
+            await self._client.close_idle()
             failures = 0 if self._registrations > registrations else failures + 1
             await trio.sleep(backoff_seconds(failures, self._chance()))
 

@@ -20,7 +20,7 @@ import trio
 
 from orchard.client import Client, ClientError
 from orchard.net.tcp import splice
-from orchard.net.transport import in_words
+from orchard.net.transport import describe_network_error
 from orchard.net.wsframes import INTERNAL_ERROR, NORMAL
 from orchard.vm.driver import Driver, DriverError
 from orchard.vm.instance import Instance
@@ -123,7 +123,7 @@ class RequestHandler:
         except trio.TooSlowError:
             raise DriverError(f"{failure}: no answer within {_CONNECT_SECONDS:g} seconds") from None
         except OSError as error:
-            raise DriverError(f"{failure}: {in_words(error)}") from error
+            raise DriverError(f"{failure}: {describe_network_error(error)}") from error
 
     async def _resolve_ip(self, session: str, vm_uid: str) -> None:
         """Send the controller the IP address of a VM."""

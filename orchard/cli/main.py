@@ -20,8 +20,8 @@ from pathlib import Path
 
 from orchard import __version__, controller, worker
 from orchard.cli import demo, offline
-from orchard.controller import DEFAULT_PORT
 from orchard.daemon import parse_count, parse_port
+from orchard.net.transport import DEFAULT_PORT
 
 _DEMO_IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
 _DEV_DIRECTORY = Path(".dev-data")

@@ -73,14 +73,14 @@ def disable_user_timeout(stream: trio.abc.Stream) -> None:
     TCP_USER_TIMEOUT, which `keep_alive` sets, would end a connection whose reader is paused, though its kernel answers.
     Does nothing to a stream that is neither a TCP socket nor TLS over one.
     """
-    connection = _socket(stream)
+    connection = socket_of(stream)
     if connection is not None:
         _set_user_timeout(connection.setsockopt, 0)
 
 
 def unacknowledged(stream: trio.abc.Stream) -> Unacknowledged:
     """Return the kernel's view of unacknowledged data. Empty for streams other than TCP, and on all systems but Linux."""
-    connection = _socket(stream)
+    connection = socket_of(stream)
     if connection is None or sys.platform != "linux":
         return Unacknowledged()
     try:
@@ -132,6 +132,7 @@ def _set_user_timeout(setsockopt: Callable[[int, int, int], None], milliseconds:
         setsockopt(socket.IPPROTO_TCP, option, milliseconds)
 
 
-def _socket(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
+def socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
+    """Return the socket of a TCP stream, or of TLS over one; None for other streams."""
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
     return transport.socket if isinstance(transport, trio.SocketStream) else None

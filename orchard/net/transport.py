@@ -1,13 +1,15 @@
-"""The way to one controller: HTTP/1.1 and WebSockets out, on h11 and trio-websocket. Law: sockets out; of what is asked
-and answered it knows the frame and not the meaning, but for the one field of a refusal.
+"""An HTTP/1.1 client of one server: requests, endless answers, and WebSockets, on h11 and trio.
 
-`Transport` keeps a few connections alive and opens more when it must; it has no tasks of its own, and any number of tasks
-may share it. A request that fails on a kept-alive connection before any byte of its answer came is sent once more if
-doing it twice is the same as once (GET, PUT, PATCH). A POST or DELETE is not: whoever sent it has to find out what became
-of it. A cancelled request closes its connection.
+h11 reads every answer, head and body. What an answer means is not known here, but for one field: the "message" of an
+error's JSON. client.py has the methods of the API.
 
-Everything raises ClientError: ConnectError when nobody was reached or the connection was lost, ResponseError when the
-controller refused. No message holds a token.
+`Transport` keeps a few idle connections and opens more when all are in use. It has no tasks of its own, and any number of
+tasks may share it. A cancelled request closes its connection. A kept-alive connection may be closed by the server at any
+time; a request that fails on one before the first byte of an answer is sent once more if that is safe (GET, PUT, PATCH).
+A POST or DELETE is not repeated, and its caller has to find out whether it was carried out.
+
+Every failure is a ClientError: ConnectError if there is no connection or it was lost, ResponseError for a status of 400
+or more. No message contains a token.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ import json
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 import h11
@@ -35,32 +37,36 @@ from orchard.net import tcp, tls, wsframes
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
 from orchard.nursery import first_exception, unwrap_groups
 
-PORT = 6120  # of a URL that names none
-CONNECT_SECONDS = 10.0  # for TCP and TLS together
-ANSWER_SECONDS = 60.0  # for the whole answer to a request; streams have no such limit
-KEPT = 8  # idle connections
-AT_ONCE = 64  # requests; the others wait
-MAX_BODY = 64 * 1024 * 1024  # bytes of an answer
-MAX_HEAD = 64 * 1024  # bytes of an answer's head
-RECEIVE_BYTES = 64 * 1024  # of one read
-SWITCHING = 101  # HTTP's status of an answer that what follows is no HTTP
-MAX_SHOWN = 200  # characters of an answer that is not Orchard's
-REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
+# The controller's port, and the port of a URL that has none.
+DEFAULT_PORT = 6120
 
-T = TypeVar("T")
+# More idle connections than these are closed.
+_MAX_IDLE = 8
+# Requests at the same time. Others wait for one of them to end.
+_MAX_REQUESTS = 64
+_MAX_BODY_BYTES = 64 * 1024 * 1024
+_MAX_HEAD_BYTES = 64 * 1024
+_RECEIVE_BYTES = 64 * 1024
+# Characters of an unexpected answer that an error message repeats.
+_EXCERPT_CHARACTERS = 200
+_REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
+# Raised when a connection ends or carries something other than HTTP.
+_CONNECTION_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError)
+
+ItemT = TypeVar("ItemT")
 Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 
 
 class ClientError(Exception):
-    """A request did not succeed; str() is a sentence for the user."""
+    """A request did not succeed. str() is a sentence for the user."""
 
 
 class ConnectError(ClientError):
-    """The controller was not reached, or the connection was lost; a request may or may not have been carried out."""
+    """There is no connection, or it was lost. The request may or may not have been carried out."""
 
 
 class ResponseError(ClientError):
-    """The controller refused: `status` is HTTP's, `message` the controller's own words."""
+    """The server answered with an error. `status` is the HTTP status, `message` the server's own words."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{message} (HTTP status {status})")
@@ -70,109 +76,122 @@ class ResponseError(ClientError):
 
 @dataclass(frozen=True, slots=True)
 class ClientResponse:
-    """A whole answer; header names are in lower case."""
+    """A complete answer. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
     def json(self) -> Any:
-        """Parse the body. Raises ClientError."""
+        """Parse the body as JSON. Raises ClientError."""
         try:
             return parse_json(self.body)
         except ValidationError as error:
-            why = f"the answer is no JSON, is this an Orchard? It begins: {excerpt(self.body)} ({error})"
-            raise ClientError(why) from None
+            hint = "is this the URL of an Orchard controller?"
+            begins = f"The answer begins: {excerpt(self.body)}"
+            raise ClientError(f"the answer is not JSON, {hint} {begins} ({error})") from None
 
 
-class Items(Generic[T]):
-    """An asynchronous iterator that may be left at any time, other than a generator. `take` gives None at the end."""
+class Items(Generic[ItemT]):
+    """An asynchronous iterator over what `take` returns, until that is None.
 
-    def __init__(self, take: Callable[[], Awaitable[T | None]]) -> None:
+    Unlike an asynchronous generator it needs no closing, so a loop over it may be left at any time.
+    """
+
+    def __init__(self, take: Callable[[], Awaitable[ItemT | None]]) -> None:
         self._take = take
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> T:
+    async def __anext__(self) -> ItemT:
         item = await self._take()
         if item is None:
             raise StopAsyncIteration
         return item
 
 
+class ServerURL(NamedTuple):
+    """The parts of a server's URL. `text` is its normal form, `prefix` a path without a slash at its end, or ""."""
+
+    text: str
+    is_tls: bool
+    host: str
+    port: int
+    prefix: str
+
+
 # ---- connections ---------------------------------------------------------------------------------------------------
 
 
 class _Connection:
-    """A stream to the controller, and HTTP's state on it."""
+    """A stream to the server, and h11's state of it."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
-        self.fresh = True  # nothing was sent over it yet
-        self.answering = False  # whether a byte of the present answer came
-        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=MAX_HEAD)
+        # Whether a request was sent over it.
+        self.is_used = False
+        # Whether a byte of the present answer has arrived.
+        self.is_answering = False
+        self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
 
-    async def send(self, request: h11.Request, body: bytes) -> tuple[int, dict[str, str]]:
-        """Send a request, and give its answer's status and headers."""
-        self.answering = False
+    async def exchange(self, request: h11.Request, body: bytes = b"") -> tuple[int, dict[str, str]]:
+        """Send a request and return the status and the headers of its answer. Raises one of `_CONNECTION_ERRORS`."""
+        self.is_answering = False
         events: list[h11.Event] = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
         await self.stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
-        self.fresh = False
-        while not isinstance(event := await self._next(), h11.Response) and event.status_code != SWITCHING:
-            pass  # 100 Continue and its like
+        self.is_used = True
+        # Informational answers such as 100 are skipped. 101 is the last of an upgraded connection.
+        while not isinstance(event := await self._next_event(), h11.Response) and event.status_code != 101:
+            pass
         return event.status_code, {name.decode().lower(): value.decode("latin-1") for name, value in event.headers}
 
-    async def piece(self) -> bytes | None:
-        """Give the next piece of the answer's body, None at its end."""
-        event = await self._next()
+    async def receive_piece(self) -> bytes | None:
+        """Return the next piece of the answer's body, None at its end. Raises one of `_CONNECTION_ERRORS`."""
+        event = await self._next_event()
         return bytes(event.data) if isinstance(event, h11.Data) else None
 
-    async def body(self) -> bytes:
-        """Give the answer's whole body. Raises ClientError when it is too large."""
+    async def receive_body(self) -> bytes:
+        """Return the answer's whole body. Raises ClientError if it is too large, or one of `_CONNECTION_ERRORS`."""
         parts: list[bytes] = []
         size = 0
-        while (part := await self.piece()) is not None:
+        while (part := await self.receive_piece()) is not None:
             parts.append(part)
             size += len(part)
-            if size > MAX_BODY:
-                raise ClientError(f"the answer is larger than {MAX_BODY} bytes")
+            if size > _MAX_BODY_BYTES:
+                raise ClientError(f"the answer is larger than {_MAX_BODY_BYTES} bytes")
         return b"".join(parts)
 
-    async def _next(self) -> Any:
+    async def _next_event(self) -> Any:
         while (event := self._http.next_event()) is h11.NEED_DATA:
-            data = await self.stream.receive_some(RECEIVE_BYTES)
-            if not data and not self.answering:
+            data = await self.stream.receive_some(_RECEIVE_BYTES)
+            if not data and not self.is_answering:
                 raise trio.BrokenResourceError("it was closed before an answer came")
-            self.answering = True
+            self.is_answering = True
             self._http.receive_data(bytes(data))
         return event
 
     def early(self) -> bytes:
-        """Give what came beyond the answer that has switched to another protocol."""
+        """Return the bytes that were read beyond an answer of 101."""
         return bytes(self._http.trailing_data[0])
 
-    def reusable(self) -> bool:
-        """Make ready for another request, if both sides go on."""
-        if (
-            self._http.our_state is not h11.DONE
-            or self._http.their_state is not h11.DONE
-            or self._http.trailing_data[0]
-        ):
+    def prepare_reuse(self) -> bool:
+        """Make ready for another request. Return whether that is possible."""
+        done = self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
+        if not done or self._http.trailing_data[0]:
             return False
         self._http.start_next_cycle()
         return True
 
-    def stale(self) -> bool:
-        """Whether the server has closed it meanwhile, or sent what nobody asked for."""
-        transport = self.stream.transport_stream if isinstance(self.stream, trio.SSLStream) else self.stream
-        # A connection at rest has nothing to read but its end.
-        return isinstance(transport, trio.SocketStream) and transport.socket.is_readable()
+    def is_stale(self) -> bool:
+        """Return whether an idle connection has something to read: its end, or bytes that no request has asked for."""
+        connection = tcp.socket_of(self.stream)
+        return connection is not None and connection.is_readable()
 
 
 @dataclass(frozen=True, slots=True)
-class _Switched:
-    """The stream of a connection that has become a WebSocket, and what of it came with the answer."""
+class _Upgraded:
+    """The stream of a connection that has become a WebSocket, and the bytes that were read beyond the answer."""
 
     stream: trio.abc.Stream
     early: bytes
@@ -182,44 +201,50 @@ class _Switched:
 
 
 class Transport:
-    """The way to the controller at `url`, e.g. "https://controller:6120" or "http://127.0.0.1:6120/prefix".
+    """A client of the server at `url`, for example "https://controller:6120" or "http://127.0.0.1:6120/prefix".
 
-    `account` and `token` are a service account's; `access_token` in their place lets into one VM. `certificate`, in PEM,
-    is then the only one that is trusted, else the host's CAs are. `connect` opens the connections, and raises OSError;
-    default: over TCP. Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for a URL or a
-    certificate that is none.
+    All paths are below the URL and `base_path`, for example "/v1". `authorization` is the value of that header, "" for
+    none. `certificate`, in PEM, is then the only one that is trusted; by default the host's CAs are. `connect_seconds`
+    bounds TCP and TLS together, `answer_seconds` a whole answer, or the head of an endless one. `connect` opens a
+    connection to a host and port, and raises OSError; by default it is TCP with keep-alive.
+
+    Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for an invalid URL or certificate.
     """
 
     def __init__(
         self,
         url: str,
         *,
-        account: str = "",
-        token: str = "",
-        access_token: str = "",
+        base_path: str = "",
+        authorization: str = "",
         certificate: bytes | None = None,
-        connect_seconds: float = CONNECT_SECONDS,
-        answer_seconds: float = ANSWER_SECONDS,
+        connect_seconds: float,
+        answer_seconds: float,
         connect: Connect | None = None,
     ) -> None:
-        self.url, self._secure, self._host, self._port, self._prefix = parse_url(url)
+        self._server = parse_url(url, base_path)
         try:
-            self._trust = tls.Trust(certificate) if self._secure else None
+            self._trust = tls.Trust(certificate) if self._server.is_tls else None
         except tls.TLSError as error:
             raise ValueError(f"the certificate to trust: {error}") from error
-        authority = f"[{self._host}]" if ":" in self._host else self._host
-        self._headers = [("Host", f"{authority}:{self._port}"), ("User-Agent", f"orchard/{__version__}")]
-        if account:
-            basic = base64.b64encode(f"{account}:{token}".encode()).decode()
-            self._headers.append(("Authorization", f"Basic {basic}"))
-        elif access_token:
-            self._headers.append(("Authorization", f"Bearer {access_token}"))
+        self._base_path = self._server.prefix + base_path
+        self._headers = [
+            ("Host", f"{_bracketed(self._server.host)}:{self._server.port}"),
+            ("User-Agent", f"orchard/{__version__}"),
+        ]
+        if authorization:
+            self._headers.append(("Authorization", authorization))
         self._connect_seconds = connect_seconds
         self._answer_seconds = answer_seconds
         self._connect = connect or tcp.connect
         self._idle: list[_Connection] = []
-        self._slots = trio.CapacityLimiter(AT_ONCE)
+        self._requests = trio.CapacityLimiter(_MAX_REQUESTS)
         self._closed = False
+
+    @property
+    def url(self) -> str:
+        """The URL in its normal form."""
+        return self._server.text
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -233,15 +258,14 @@ class Transport:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close the idle connections; those at work close when they are done."""
+        """Close the idle connections. Connections in use are closed when their requests end."""
         self._closed = True
-        await self.start_afresh()
+        await self.close_idle()
 
-    async def start_afresh(self) -> None:
-        """Close the idle connections, and open others when they are needed: the way that they took may be broken."""
-        with trio.CancelScope(
-            shield=True
-        ):  # it waits for nobody; a cancellation would leave all but the first one open
+    async def close_idle(self) -> None:
+        """Close the idle connections, so that the next requests open others. The network path may have changed."""
+        # Closing forcefully waits for nothing. A cancellation would leave all but the first connection open.
+        with trio.CancelScope(shield=True):
             while self._idle:
                 await trio.aclose_forcefully(self._idle.pop().stream)
         await trio.lowlevel.checkpoint()
@@ -249,85 +273,82 @@ class Transport:
     # -- requests
 
     async def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Mapping[str, str] | None = None,
-        json: object = ...,
-        body: bytes = b"",
+        self, method: str, path: str, *, query: Mapping[str, str] | None = None, json: object = ...
     ) -> ClientResponse:
-        """Send a request to a path below /v1, and give its answer. `json` is sent as JSON in place of `body`.
+        """Send a request, and return its answer. `json` is sent as the body, unless it is `...`.
 
-        Raises ResponseError for a status of 400 or more.
+        Raises ConnectError, ResponseError for a status of 400 or more, and ClientError for an answer over 64 MiB.
         """
-        request, body = self._request(method, path, query, json, body)
-        async with self._slots:
-            with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
-                answer = await self._exchange(request, body, may_repeat=method in REPEATABLE)
+        request, body = self._build_request(method, path, query, json)
+        async with self._requests:
+            with self._answer_deadline():
+                answer = await self._exchange(request, body, may_repeat=method in _REPEATABLE)
         if answer.status >= 400:
-            raise _refusal(answer)
+            raise _response_error(answer)
         return answer
 
     async def _exchange(self, request: h11.Request, body: bytes, *, may_repeat: bool) -> ClientResponse:
         while True:
-            connection = await self._connection()
-            reused = not connection.fresh
-            whole = False
+            connection = await self._take_connection()
+            was_used = connection.is_used
+            is_complete = False
             try:
-                status, headers = await connection.send(request, body)
-                content = await connection.body()
-                whole = True
-            except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
-                if reused and may_repeat and not connection.answering:
-                    continue  # the server closed it while it was idle
+                status, headers = await connection.exchange(request, body)
+                content = await connection.receive_body()
+                is_complete = True
+            except _CONNECTION_ERRORS as error:
+                # The server closed the connection while it was idle.
+                if was_used and may_repeat and not connection.is_answering:
+                    continue
                 raise self._lost(error) from error
             finally:
-                await self._put_back(connection, reusable=whole)
+                await self._put_back(connection, is_complete=is_complete)
             return ClientResponse(status, headers, content)
 
     @asynccontextmanager
     async def stream(
         self, path: str, query: Mapping[str, str] | None = None
     ) -> AsyncIterator[AsyncIterator[bytes]]:  # fmt: skip
-        """GET an answer that may have no end: an iterator of its pieces. Raises ResponseError for a refusal."""
-        request, _ = self._request("GET", path, query, ..., b"")
+        """GET an answer that may be endless, over a connection of its own, for the time of the block.
+
+        Yields an iterator over the pieces of the body, which raises ConnectError when the connection is lost. Raises
+        ConnectError and ResponseError.
+        """
+        request, _ = self._build_request("GET", path, query, ...)
         connection = await self._open()
         try:
-            with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
-                try:
-                    status, headers = await connection.send(request, b"")
-                    if status >= 400:
-                        raise _refusal(ClientResponse(status, headers, await connection.body()))
-                except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
-                    raise self._lost(error) from error
-            yield Items(partial(self._piece, connection))
+            with self._answer_deadline(), self._translated_errors():
+                status, headers = await connection.exchange(request)
+                if status >= 400:
+                    raise _response_error(ClientResponse(status, headers, await connection.receive_body()))
+            yield Items(partial(self._receive_piece, connection))
         finally:
             await trio.aclose_forcefully(connection.stream)
 
-    async def _piece(self, connection: _Connection) -> bytes | None:
-        try:
-            return await connection.piece()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
-            raise self._lost(error) from error
+    async def _receive_piece(self, connection: _Connection) -> bytes | None:
+        with self._translated_errors():
+            return await connection.receive_piece()
+
+    # -- WebSockets
 
     @asynccontextmanager
     async def websocket(
         self, path: str, query: Mapping[str, str] | None = None, *, max_message_size: int = 1024 * 1024
     ) -> AsyncIterator[WebSocketConnection]:
-        """Open a WebSocket, closed at the end of the block. Raises ResponseError for a refusal.
+        """Open a WebSocket for messages, which is closed at the end of the block.
 
-        What the block raises comes out as it is, but for ConnectionClosed, which becomes ConnectError.
+        A message over `max_message_size` bytes closes it. Raises ConnectError, and ResponseError if the server refuses.
+        Exceptions of the block pass unchanged, except that ConnectionClosed becomes ConnectError.
         """
-        async with self._switched(path, query) as opened:
+        async with self._upgraded(path, query) as upgraded:
             try:
                 async with open_messages(
-                    opened.stream,
+                    upgraded.stream,
                     client=True,
-                    early=opened.early,
+                    early=upgraded.early,
                     message_queue_size=1,
                     max_message_size=max_message_size,
-                    receive_buffer_size=RECEIVE_BYTES,
+                    receive_buffer_size=_RECEIVE_BYTES,
                 ) as websocket:
                     yield websocket
             except ConnectionClosed as error:
@@ -337,149 +358,155 @@ class Transport:
     async def tunnel(
         self, path: str, query: Mapping[str, str], ping_interval: float = PING_INTERVAL
     ) -> AsyncIterator[TunnelStream]:
-        """Open a WebSocket whose binary messages are a stream of bytes, closed at the end of the block.
+        """Open a WebSocket for a stream of bytes, which is closed at the end of the block.
 
-        Raises ResponseError for a refusal. A BrokenResourceError that the block lets out becomes ConnectError.
+        Raises ConnectError, and ResponseError if the server refuses. A BrokenResourceError of the block becomes
+        ConnectError.
         """
-        async with self._switched(path, query) as opened:
-            tcp.disable_user_timeout(opened.stream)
-            stream = TunnelStream(opened.stream, client=True, early=opened.early, ping_interval=ping_interval)
+        async with self._upgraded(path, query) as upgraded:
+            # The pings of TunnelStream tell a dead peer from a slow reader.
+            tcp.disable_user_timeout(upgraded.stream)
+            stream = TunnelStream(upgraded.stream, client=True, early=upgraded.early, ping_interval=ping_interval)
             with unwrap_groups():
-                async with trio.open_nursery() as nursery:  # what keeps the stream going ends with the block
+                # The tasks of the stream end with the block.
+                async with trio.open_nursery() as nursery:
                     nursery.start_soon(stream.run)
                     yield stream
                     await stream.aclose()
                     nursery.cancel_scope.cancel()
 
     @asynccontextmanager
-    async def _switched(self, path: str, query: Mapping[str, str] | None) -> AsyncIterator[_Switched]:
-        """Have a connection become a WebSocket, closed at the end of the block. Raises ResponseError for a refusal.
+    async def _upgraded(self, path: str, query: Mapping[str, str] | None) -> AsyncIterator[_Upgraded]:
+        """Make a WebSocket of a connection, and close it at the end of the block.
 
-        A BrokenResourceError that the block lets out becomes ConnectError.
+        Raises ConnectError, and ResponseError if the server refuses. A BrokenResourceError of the block becomes
+        ConnectError.
         """
         key = base64.b64encode(os.urandom(16)).decode()
-        asks = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-        asks += [("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)]
-        request = h11.Request(method="GET", target=self._target(path, query), headers=[*self._headers, *asks])
+        upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+        upgrade += [("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)]
+        request = h11.Request(method="GET", target=self._target(path, query), headers=[*self._headers, *upgrade])
         connection = await self._open()
         try:
-            with self._in_time(self._answer_seconds, "it did not answer within {:g} seconds"):
-                status, headers = await connection.send(request, b"")
-                if status != SWITCHING:
-                    raise _refusal(ClientResponse(status, headers, await connection.body()))
-            if (
-                headers.get("sec-websocket-accept") != wsframes.accept_value(key)
-                or "sec-websocket-extensions" in headers
-            ):
-                raise ConnectError(f"{self.url} does not open a WebSocket as it should")
-            yield _Switched(connection.stream, connection.early())
-        except (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError) as error:
-            raise self._lost(error) from error
+            with self._translated_errors():
+                with self._answer_deadline():
+                    status, headers = await connection.exchange(request)
+                    if status != 101:
+                        raise _response_error(ClientResponse(status, headers, await connection.receive_body()))
+                accept = headers.get("sec-websocket-accept")
+                if accept != wsframes.accept_value(key) or "sec-websocket-extensions" in headers:
+                    raise ConnectError(f"{self.url} answered the WebSocket handshake incorrectly")
+                yield _Upgraded(connection.stream, connection.early())
         finally:
             await trio.aclose_forcefully(connection.stream)
 
     # -- connections
 
-    def _request(
-        self, method: str, path: str, query: Mapping[str, str] | None, value: object, body: bytes
+    def _build_request(
+        self, method: str, path: str, query: Mapping[str, str] | None, value: object
     ) -> tuple[h11.Request, bytes]:
-        if value is not ...:
-            body = json.dumps(value, ensure_ascii=False).encode()
+        body = b"" if value is ... else json.dumps(value, ensure_ascii=False).encode()
         headers = list(self._headers)
         if body or method in ("POST", "PUT", "PATCH"):
             headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
         return h11.Request(method=method, target=self._target(path, query), headers=headers), body
 
     def _target(self, path: str, query: Mapping[str, str] | None) -> str:
-        return f"{self._prefix}/v1{path}" + (f"?{urlencode(query)}" if query else "")
+        return f"{self._base_path}{path}" + (f"?{urlencode(query)}" if query else "")
 
-    async def _connection(self) -> _Connection:
+    async def _take_connection(self) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.stale():
+            if not connection.is_stale():
                 return connection
             await trio.aclose_forcefully(connection.stream)
         return await self._open()
 
-    async def _put_back(self, connection: _Connection, *, reusable: bool) -> None:
-        if reusable and connection.reusable() and not self._closed and len(self._idle) < KEPT:
+    async def _put_back(self, connection: _Connection, *, is_complete: bool) -> None:
+        """Keep a connection whose answer is complete, if there is room, or close it."""
+        if is_complete and connection.prepare_reuse() and not self._closed and len(self._idle) < _MAX_IDLE:
             self._idle.append(connection)
         else:
             await trio.aclose_forcefully(connection.stream)
 
     async def _open(self) -> _Connection:
         """Open a connection. Raises ConnectError."""
-        with self._in_time(self._connect_seconds, "no connection within {:g} seconds"):
+        with _deadline(self._connect_seconds, f"cannot reach {self.url}: no connection within"):
             try:
-                stream = await self._connect(self._host, self._port)
+                stream = await self._connect(self._server.host, self._server.port)
                 if self._trust is not None:
-                    stream = await self._secured(self._trust, stream)
+                    stream = await self._secure(self._trust, stream)
             except tls.TLSError as error:
                 raise ConnectError(f"cannot reach {self.url}: {error}") from error
             except (OSError, trio.BrokenResourceError) as error:
-                raise ConnectError(f"cannot reach {self.url}: {in_words(error)}") from error
+                raise ConnectError(f"cannot reach {self.url}: {describe_network_error(error)}") from error
         return _Connection(stream)
 
-    async def _secured(self, trust: tls.Trust, stream: trio.abc.Stream) -> trio.abc.Stream:
+    async def _secure(self, trust: tls.Trust, stream: trio.abc.Stream) -> trio.abc.Stream:
+        """Do the TLS handshake. The stream is closed if that fails."""
         secured: trio.abc.Stream | None = None
         try:
-            secured = await trust.secure(stream, self._host)
+            secured = await trust.secure(stream, self._server.host)
             return secured
         finally:
             if secured is None:
                 await trio.aclose_forcefully(stream)
 
-    def _in_time(self, seconds: float, complaint: str) -> _InTime:
-        return _InTime(seconds, f"{self.url}: {complaint.format(seconds)}")
+    # -- errors
+
+    @contextmanager
+    def _translated_errors(self) -> Iterator[None]:
+        """Raise ConnectError for one of `_CONNECTION_ERRORS` in the block."""
+        try:
+            yield
+        except _CONNECTION_ERRORS as error:
+            raise self._lost(error) from error
+
+    def _answer_deadline(self) -> AbstractContextManager[None]:
+        return _deadline(self._answer_seconds, f"{self.url} did not answer within")
 
     def _lost(self, error: Exception) -> ConnectError:
         if isinstance(error, h11.RemoteProtocolError):
-            return ConnectError(f"{self.url} does not speak HTTP as it should: {error}")
-        return ConnectError(f"the connection to {self.url} was lost: {in_words(error)}")
+            return ConnectError(f"{self.url} sent an invalid HTTP answer: {error}")
+        return ConnectError(f"the connection to {self.url} was lost: {describe_network_error(error)}")
 
 
-class _InTime:
-    """A deadline for a block, which raises ConnectError when it passes."""
-
-    def __init__(self, seconds: float, complaint: str) -> None:
-        self._seconds = seconds
-        self._complaint = complaint
-        self._scope = trio.CancelScope()
-
-    def __enter__(self) -> None:
-        self._scope.deadline = trio.current_time() + self._seconds
-        self._scope.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        swallowed = bool(self._scope.__exit__(kind, error, traceback))
-        if self._scope.cancelled_caught:
-            raise ConnectError(self._complaint)
-        return swallowed
+@contextmanager
+def _deadline(seconds: float, complaint: str) -> Iterator[None]:
+    """Cancel the block after some seconds, and raise ConnectError then."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise ConnectError(f"{complaint} {seconds:g} seconds")
 
 
-def parse_url(url: str) -> tuple[str, bool, str, int, str]:
-    """Give (normal form, whether it is TLS, host, port, prefix). Raises ValueError that says what was expected."""
-    expected = "expected one such as https://controller.example.com:6120"
+def parse_url(url: str, base_path: str = "") -> ServerURL:
+    """Parse a server's URL. A `base_path` at its end is dropped. Raises ValueError that says what is accepted."""
+    expected = "expected a URL such as https://controller.example.com:6120"
     try:
         parts = urlsplit(url)
-        port = parts.port or PORT
+        port = parts.port or DEFAULT_PORT
     except ValueError as error:
-        raise ValueError(f'the controller\'s URL is "{url}" ({error}), {expected}') from None
+        raise ValueError(f'the URL is "{url}" ({error}), {expected}') from None
+    # The message must not repeat a password.
     if parts.username is not None or parts.password is not None:
-        raise ValueError(f"the controller's URL holds a user name, {expected}, and the account apart from it")
+        raise ValueError(f"the URL contains a user name, {expected}; pass the account's name and token separately")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f'the controller\'s URL is "{url}", {expected}')
+        raise ValueError(f'the URL is "{url}", {expected}')
     if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f'the controller\'s URL is "{url}", {expected}, in ASCII and without blanks')
-    prefix = parts.path.rstrip("/").removesuffix("/v1")
-    authority = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme}://{authority}:{port}{prefix}", parts.scheme == "https", parts.hostname, port, prefix
+        raise ValueError(f'the URL is "{url}", {expected}, in ASCII and without blanks')
+    prefix = parts.path.rstrip("/").removesuffix(base_path)
+    text = f"{parts.scheme}://{_bracketed(parts.hostname)}:{port}{prefix}"
+    return ServerURL(text, parts.scheme == "https", parts.hostname, port, prefix)
 
 
-def in_words(error: BaseException) -> str:
-    """Say in plain words why there is no connection; trio's own words hold lists of attempts."""
+def _bracketed(host: str) -> str:
+    """Return a host as a URL has it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def describe_network_error(error: BaseException) -> str:
+    """Return a short phrase for why there is no connection. trio's own text lists every attempt."""
     cause = first_exception(error.__cause__) if error.__cause__ is not None else error
     if isinstance(cause, ssl.SSLError):
         return str(cause.reason or "TLS failed").replace("_", " ").lower()
@@ -487,18 +514,18 @@ def in_words(error: BaseException) -> str:
         return str(cause.strerror).lower()
     if isinstance(cause, OSError) and cause.errno is not None:
         return os.strerror(cause.errno).lower()
-    return str(cause) or "the other end closed it"
+    return str(cause) or "the peer closed it"
 
 
-def excerpt(body: bytes) -> str:
-    """Quote the beginning of what came in place of what was expected."""
-    text = body[: 4 * MAX_SHOWN].decode("utf-8", "replace")
-    return repr("".join(char if char.isprintable() else " " for char in text)[:MAX_SHOWN])
+def excerpt(content: bytes | str) -> str:
+    """Return the beginning of an unexpected answer in quotes, without control characters."""
+    text = content if isinstance(content, str) else content[: 4 * _EXCERPT_CHARACTERS].decode("utf-8", "replace")
+    return repr("".join(char if char.isprintable() else " " for char in text[:_EXCERPT_CHARACTERS]))
 
 
-def _refusal(answer: ClientResponse) -> ResponseError:
+def _response_error(answer: ClientResponse) -> ResponseError:
     try:
         message = parse_json(answer.body)["message"]
     except (ValidationError, TypeError, KeyError):
-        message = f"not an answer of Orchard's: {excerpt(answer.body)}"
+        message = f"the error is not one of Orchard's, its body begins: {excerpt(answer.body)}"
     return ResponseError(answer.status, str(message))

@@ -366,19 +366,21 @@ async def conversation(end: TunnelStream, peer: WebSocketConnection) -> None:
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
-def serving(stream: trio.abc.Stream, *, client: bool = False) -> AbstractAsyncContextManager[WebSocketConnection]:
+def messages_over(stream: trio.abc.Stream, *, client: bool = False) -> AbstractAsyncContextManager[WebSocketConnection]:
     return websocket.open_messages(
         stream, client=client, early=b"", message_queue_size=1, max_message_size=1000, receive_buffer_size=None
     )
 
 
-async def test_frames_read_together_are_not_delivered_after_our_close(autojump_clock: Any) -> None:
+@pytest.mark.parametrize("client", [False, True])
+async def test_frames_read_together_are_not_delivered_after_our_close(autojump_clock: Any, client: bool) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
-    peer = Peer(theirs)
-    async with serving(ours):
+    peer = Peer(theirs, client=not client)
+    key = None if client else KEY
+    async with messages_over(ours, client=client):
         # The second message waits for room in the queue, where the reader learns of the close.
         await theirs.send_all(
-            frame(BINARY, b"x", KEY) * 2 + frame(PING, b"", KEY) * 2 + frame(BINARY, b"x" * 2000, KEY)
+            frame(BINARY, b"x", key) * 2 + frame(PING, b"", key) * 2 + frame(BINARY, b"x" * 2000, key)
         )
         await wait_all_tasks_blocked()
         await peer.send(CLOSE)
@@ -386,9 +388,10 @@ async def test_frames_read_together_are_not_delivered_after_our_close(autojump_c
     assert trio.current_time() == 0
 
 
-async def test_a_ping_is_ignored_while_our_close_waits_behind_a_message(autojump_clock: Any) -> None:
+@pytest.mark.parametrize("client", [False, True])
+async def test_a_ping_is_ignored_while_our_close_waits_behind_a_message(autojump_clock: Any, client: bool) -> None:
     ours, theirs = trio.testing.lockstep_stream_pair()
-    peer = Peer(theirs)
+    peer = Peer(theirs, client=not client)
     events: list[FrameEvent] = []
 
     async def answer() -> None:
@@ -397,7 +400,7 @@ async def test_a_ping_is_ignored_while_our_close_waits_behind_a_message(autojump
         events.extend(await peer.rest())
         await peer.send(CLOSE)
 
-    async with trio.open_nursery() as nursery, serving(ours) as messages:
+    async with trio.open_nursery() as nursery, messages_over(ours, client=client) as messages:
         nursery.start_soon(messages.send_message, b"x" * 100)
         await wait_all_tasks_blocked()
         nursery.start_soon(answer)
@@ -413,7 +416,7 @@ async def test_a_violation_in_messages_is_answered_with_a_close(autojump_clock: 
     peer = Peer(theirs, client=not client)
     # A client must mask its frames, and a server must not.
     await theirs.send_all(frame(BINARY, b"x", KEY if client else None))
-    async with serving(ours, client=client) as messages:
+    async with messages_over(ours, client=client) as messages:
         with pytest.raises(ConnectionClosed):
             await messages.get_message()
     assert await peer.events() == [Close(1002)]
