@@ -30,6 +30,7 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -83,7 +84,7 @@ class VMAccess:
         """Connect to a port of a VM. The worker's end is closed unless it is used within CLAIM_SECONDS."""
         deadline = trio.current_time() + wait
         running = self._if_running(vm) or await self._wait_running(vm, wait)
-        return await self._rendezvous.ask_port(running.state.worker, vm.uid, port, deadline)
+        return await self._rendezvous.ask_port(running.state.worker, vm.meta.uid, port, deadline)
 
     @asynccontextmanager
     async def open_stream(self, vm: VM, port: int, wait: float) -> AsyncIterator[TunnelStream]:
@@ -119,8 +120,8 @@ class VMAccess:
 
     def _if_running(self, vm: VM) -> VM | None:
         """Return the VM as it is if it runs, None if it may run later. Raises an error if it never will."""
-        now = self._store.state.vms.get(vm.name)
-        if now is None or now.uid != vm.uid:
+        now = self._store.state.vms.get(vm.meta.name)
+        if now is None or now.meta.uid != vm.meta.uid:
             raise VMGoneError(f'VM "{vm.name}" with uid {vm.uid} does not exist any more')
         if now.state.status == "failed":
             raise UnreachableError(f'VM "{vm.name}" has failed: {now.state.status_message}')
@@ -181,11 +182,13 @@ class WorkerEnd:
         self.loan.deadline = math.inf
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, client, self._stream, "the client")
-                nursery.start_soon(self._pump, self._stream, client, "the worker")
+                nursery.start_soon(client.forward_to, self._stream, partial(self._end_after, client, "the client"))
+                nursery.start_soon(
+                    self._stream.forward_to, client, partial(self._end_after, self._stream, "the worker")
+                )
                 with self._use:
                     await trio.sleep_forever()
-                # The pumps still run: a frame that is half sent must be completed before the close can be sent.
+                # The forwarding goes on: a frame that is half sent must be completed before the close can be sent.
                 async with trio.open_nursery() as closing:
                     closing.start_soon(client.aclose, *self._close)
                     closing.start_soon(self._stream.aclose, *self._close)
@@ -211,13 +214,9 @@ class WorkerEnd:
             self._close = (code, reason)
             self._use.cancel()
 
-    async def _pump(self, source: TunnelStream, sink: TunnelStream, name: str) -> None:
-        """Send on what arrives until the source closes. What the sink cannot take any more is dropped."""
-        while data := await source.take():
-            # A sink that has closed is no reason to stop: its own pump must still send on what came before the close.
-            with suppress(trio.BrokenResourceError):
-                await sink.send_all(data)
-        self.end(*close_to_relay(source.closed, name))
+    def _end_after(self, side: TunnelStream, name: str) -> None:
+        """Close the tunnel as one of its sides was closed."""
+        self.end(*close_to_relay(side.closed, name))
 
 
 class Rendezvous:

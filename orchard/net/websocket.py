@@ -18,7 +18,7 @@ Everything else (watches, commands) is messages, and trio-websocket reads and wr
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import trio
@@ -295,6 +295,17 @@ class TunnelStream(trio.abc.Stream):
 
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
+
+    async def forward_to(self, sink: TunnelStream, at_close: Callable[[], None]) -> None:
+        """Send on what arrives until this WebSocket is closed, then call `at_close`.
+
+        A piece is sent on before the next one is taken. What the sink cannot take any more is dropped.
+        """
+        while data := await self._received.take():
+            # The sink's own close is noticed by who reads from it, after the bytes that came before that close.
+            with suppress(trio.BrokenResourceError):
+                await sink.send_all(data)
+        at_close()
 
     async def _try_send(self, opcode: int, payload: bytes) -> None:
         """Send a frame. If the connection is broken, the reader notices that."""
