@@ -59,17 +59,18 @@ EXT4_SHUTDOWN, NO_FLUSH = 0x8004587D, 2  # ioctl EXT4_IOC_SHUTDOWN: from now on 
 
 # The controller, but for how often it writes a snapshot.
 CONTROLLER = f"""
-import sys, orchard.store
-orchard.store.COMPACT_BYTES, orchard.store.COMPACT_RATIO = {COMPACT_BYTES}, 0
+import sys
+from orchard.storage import engine
+engine.COMPACT_BYTES, engine.COMPACT_RATIO = {COMPACT_BYTES}, 0
 from orchard import controller
 """
 # One that answers before it writes: what must be found out.
 CARELESS = """
-import time
+import time, orchard.store
 async def at_once(store): pass
-orchard.store.Store.wait_durable, write = at_once, orchard.store.Store._write
-def later(*arguments): time.sleep(0.05); write(*arguments)
-orchard.store.Store._write = later
+orchard.store.Store.wait_durable, append = at_once, engine.FileEngine.append
+def later(*arguments): time.sleep(0.05); append(*arguments)
+engine.FileEngine.append = later
 """
 RUN = "\nsys.exit(controller.main(sys.argv[1:]))"
 

@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "net"))
 
 from orchard import schema
 from orchard.codec import ValidationError, decode, parse_json
-from orchard.storage.journal import DamagedError, Disk, Journal
-from orchard.store import load_state
+from orchard.storage.errors import DamagedError
+from orchard.store import read_state
 
 MOST_WORDS = 12
 MOST_BYTES = 4096  # that atheris tries at once
@@ -71,7 +71,7 @@ def lines(data: bytes) -> None:
         path = Path(home, "state.jsonl")
         path.write_bytes(data)
         with suppress(DamagedError):
-            load_state(path, Journal(path, Disk()).read())
+            read_state(path)
 
 
 def words_of(target: str) -> list[bytes]:

@@ -22,7 +22,7 @@ from cluster import NOW, PER_WORKER, fill
 from load import BARE, CONTROLLER, NO_AUTH, running
 from measure import ROUNDS, Variant, compare
 
-from orchard import store
+from orchard.storage import engine
 from orchard.storage.journal import Disk
 from orchard.store import Store
 
@@ -46,7 +46,7 @@ def prepare_journal(home: Path) -> None:
     """Write a file of LINES lines that a controller starts from, without the compaction that it would have come to."""
     directory = home / "controller"
     directory.mkdir(mode=0o700)
-    store.COMPACT_BYTES = 10**12
+    engine.COMPACT_BYTES = 10**12
 
     async def write() -> None:
         opened = Store.open(directory, NOW, Hasty(), in_thread=at_once)

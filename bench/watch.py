@@ -116,8 +116,8 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--bare"]:
         from cluster import running_vm
 
-        from orchard.store import encoded
+        from orchard.store import encode_object
 
-        trio.run(bare, b'2f0\r\n{"type":"MODIFIED","object":%b}\n\r\n' % encoded(running_vm(0)))
+        trio.run(bare, b'2f0\r\n{"type":"MODIFIED","object":%b}\n\r\n' % encode_object(running_vm(0)))
     else:
         main()

@@ -64,8 +64,9 @@ from orchard.schema import (
     worker_from_client,
 )
 from orchard.ssh import exec as vm_exec
-from orchard.storage.events import EventLog
-from orchard.store import SETTINGS, Change, Store, encoded, watch_line
+from orchard.storage.errors import StorageFullError, StorageUnavailableError
+from orchard.storage.events import EventLimitError, EventLog, EventsDeletedError, InvalidCursorError
+from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_line
 from orchard.tunnel import Rendezvous, UnknownSessionError, UnreachableError, VMAccess, VMGoneError, WorkerEnd
 
 # Existing workers choose their protocol by these.
@@ -98,6 +99,11 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     VMGoneError: 404,
     vm_exec.ExecUnavailableError: 503,
     UnknownSessionError: 404,
+    StorageFullError: 507,
+    StorageUnavailableError: 503,
+    InvalidCursorError: 400,
+    EventLimitError: 412,
+    EventsDeletedError: 404,
 }
 _PRODUCT_ERRORS: tuple[type[Exception], ...] = (APIError, *ERROR_STATUS)
 _REFUSALS: tuple[type[Exception], ...] = (HTTPError, *_PRODUCT_ERRORS)
@@ -295,7 +301,7 @@ class API:
         with self.store.watch("vm", name) as changes:
             # The first lines show the state in memory. `changes` repeats its changes once they are durable.
             now = self.state.vms.get(name)
-            lines = [watch_line("ADDED", self.state.json["vm"].get(name) or encoded(known))]
+            lines = [format_watch_line("ADDED", self.state.json["vm"].get(name) or encode_object(known))]
             # The revision is newer than every version, so it stands for the deletion.
             version = now.meta.version if now is not None else self.state.revision
             try:
@@ -304,7 +310,7 @@ class API:
                 raise http_error(error) from error
             # The VM was deleted after the handler had found it.
             if now is None:
-                lines.append(watch_line("DELETED", encoded(known)))
+                lines.append(format_watch_line("DELETED", encode_object(known)))
             await send(b"".join(lines))
             async for change in changes:
                 if _is_newer(change, version):
@@ -532,7 +538,7 @@ class API:
         return self._settings(warning)
 
     def _settings(self, headers: Headers = ()) -> Response:
-        body = self.state.json["settings"].get(SETTINGS) or encoded(self.state.settings)
+        body = self.state.json["settings"].get(SETTINGS) or encode_object(self.state.settings)
         return Response(200, body, headers)
 
 

@@ -29,7 +29,6 @@ import trio
 
 from orchard import __version__, auth
 from orchard.api import API, ControllerParts
-from orchard.codec import APIError
 from orchard.daemon import orchard_home, parse_address, parse_seconds, run_program, run_until_signal
 from orchard.files import (
     ACCESS_KEY_BYTES,
@@ -41,7 +40,7 @@ from orchard.files import (
     lock_directory,
     write_private,
 )
-from orchard.fsck import exposed
+from orchard.fsck import find_exposures
 from orchard.net import tcp, tls
 from orchard.net.server import Limits, serve
 from orchard.net.transport import DEFAULT_PORT
@@ -51,8 +50,8 @@ from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import NAME, ServiceAccount
 from orchard.ssh.exec import Executor
+from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
 from orchard.storage.events import EventLog
-from orchard.storage.journal import Broken, DamagedError, NotWritten
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
 
@@ -131,13 +130,13 @@ def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
     """Load state and events for the block, and close the state after it. Raises StartError."""
     with contextlib.ExitStack() as stack:
         try:
-            for problem in exposed(directory):
+            for problem in find_exposures(directory):
                 raise StartError(problem)
             store = Store.open(directory, utc_now())
             stack.callback(store.close)
             events = EventLog(directory / EVENTS_DIRECTORY)
             events.open({vm.uid for vm in store.state.vms.values()})
-        except (DamagedError, NotWritten, OSError) as error:
+        except (DamagedError, NotWrittenError, OSError) as error:
             raise StartError(str(error)) from error
         yield store, events
 
@@ -194,7 +193,7 @@ async def run(
 
     `grace` is in seconds. `platform` replaces what the controller uses of its host.
 
-    Raises StartError, and Broken if a disk failure leaves unknown what the disk holds.
+    Raises StartError, and BrokenError if a disk failure leaves unknown what the disk holds.
     """
     stop = trio.Event() if stop is None else stop
     platform = Platform() if platform is None else platform
@@ -221,8 +220,8 @@ async def run(
                 background.cancel_scope.cancel()
             try:
                 await store.wait_durable()
-            except APIError as error:
-                _logger.error("last changes were not stored (and not acknowledged): %s", error.message)
+            except StorageError as error:
+                _logger.error("last changes were not stored (and not acknowledged): %s", error)
             writers.cancel_scope.cancel()
 
 
@@ -296,8 +295,8 @@ async def _create_admin(settings: ControllerSettings, store: Store, now: datetim
     try:
         admin = ensure_admin(store, settings.admin_token, now)
         await store.wait_durable()
-    except APIError as error:
-        raise StartError(f"cannot store the first service account: {error.message}") from error
+    except StorageError as error:
+        raise StartError(f"cannot store the first service account: {error}") from error
     return admin
 
 
@@ -479,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings, debug = _parse_settings(argv)
     collect_garbage_less()
     return run_program(
-        "orchard controller", partial(run_and_announce, settings), {StartError: 1, Broken: 1}, debug=debug
+        "orchard controller", partial(run_and_announce, settings), {StartError: 1, BrokenError: 1}, debug=debug
     )
 
 

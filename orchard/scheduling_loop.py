@@ -17,11 +17,11 @@ from collections.abc import Callable
 import trio
 
 from orchard import transitions
-from orchard.codec import APIError
 from orchard.liveness import Liveness
 from orchard.nursery import Wakeup
 from orchard.scheduler import Plan, Planner, PlannerInputs
 from orchard.schema import VM, VMSpec, Worker
+from orchard.storage.errors import StorageError
 from orchard.store import Change, Store
 
 # A plan of this many VMs takes some milliseconds, for which all other tasks wait.
@@ -77,8 +77,8 @@ class SchedulingLoop:
                 while (due := self.schedule_some(now, self._clock())) is None:
                     await trio.lowlevel.checkpoint()
                 await self._store.wait_durable()
-            except APIError as error:
-                _logger.error("scheduling paused, cannot write: %s", error.message)
+            except StorageError as error:
+                _logger.error("scheduling paused, cannot write: %s", error)
                 await trio.sleep(WRITE_RETRY_SECONDS)
                 continue
             due = min(due, now + TICK_SECONDS)

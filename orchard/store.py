@@ -1,23 +1,17 @@
-"""The truth: the cluster's state in memory, its journal on disk, and those who watch it. Law: disk, and nothing else.
+"""The state of a cluster in memory: objects, transactions, watches, and the check of their invariants.
 
-One file, `state.jsonl`, holds everything but events: a snapshot (a header and one line an object) and after it the
-journal (one line a batch of transactions, with what they have left of each object). Compaction writes a new such file beside it and renames it into place, so there is
-never more than one file that counts, and copying it at any moment gives a consistent backup.
+How the state gets to the disk is decided by an engine (storage/engine.py). All that the store uses of it: `load`,
+`begin`, `append` a batch, `upkeep` while it is `full`, `close`.
 
-A transaction never waits: it changes the state in memory between two checkpoints, and gets the next revision. A
-single task, `Store.run`, carries what has gathered meanwhile to the disk in one append and one fsync (group commit), in
-a thread. Then, and not before, watchers are told. Whoever answers anybody first waits for `wait_durable()`: everything that
-the answer could be based on is durable then. When an append fails, the transactions in it and all after it are
-undone in memory, and those who wait are refused; when nobody knows what the disk holds, the store has ended.
+A transaction never awaits. It changes the state in memory between two checkpoints, and gets the next revision. A single
+task, `Store.run`, makes durable what has gathered meanwhile by one append and one fsync (group commit), in a thread.
+Only then are watchers told. Everything that answers a client first waits for `wait_durable()`, after which all that the
+answer could be based on is durable. When an append fails, its transactions and all later ones are undone in memory, and
+those who wait for them get a StorageError. When it is not known what the disk holds, the store ends (`broken`).
 
-A full disk: the first append that finds no room gets it from the reserve (journal.py), and until the reserve could be
-filled again, transactions that add something are refused with 507 before they happen. Those that only delete objects,
-or change what the scheduler and the workers say about a VM, go on with the reserve's help: deleting is how room is
-made, and a report that is lost would leave a VM in a state that it is not in. RESERVE_BYTES are enough for some 500
-reports or 10,000 deletions; when they are used up, these are refused, too. Deletions give room back in the files of
-events, and a snapshot that is much smaller than the file is written at once then, in the room of the reserve.
-
-What a different engine for durability would have to offer stands in two calls: load everything, append a batch.
+While the disk is full, transactions that add something are refused with StorageFullError before they happen. Those that
+only delete objects, or change what the scheduler and the workers say about a VM, go on as long as the engine's reserve
+lasts: deletions free space, and a lost report would leave a VM in a state that it is not in.
 """
 
 from __future__ import annotations
@@ -27,56 +21,70 @@ import contextlib
 import datetime
 import logging
 import math
-import secrets
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import trio
 
-from orchard.codec import APIError, ValidationError, decode, dump_json, encode, format_time, replace
-from orchard.files import RESERVE_FILE, STATE_FILE
+from orchard.codec import ValidationError, decode, dump_json, encode
+from orchard.nursery import Wakeup
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
-from orchard.storage.journal import LAST_WORDS, Broken, DamagedError, Disk, Journal, NotWritten, Reserve
+from orchard.storage.engine import Batch, Contents, FileEngine, Tables, read_contents
+from orchard.storage.errors import (
+    BrokenError,
+    NotWrittenError,
+    StorageError,
+    StorageFullError,
+    StorageUnavailableError,
+)
+from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 
-VERSION = 1  # of the file; a newer one is refused, an older one is upgraded in _header_of
-COMPACT_BYTES = 4 * 1024 * 1024  # of journal, before a new snapshot is worth its writing
-COMPACT_RATIO = 3  # and it is this many times the snapshot: the cost of compaction stays a share of the writes
-RESERVE_BYTES = 1024 * 1024  # kept free for a full disk: a report takes about two thousand, a deletion a hundred
-RESERVE_SHARE = 4  # the part of it, one in so many, that a batch may take which also adds something
-REFILL_SECONDS = 1.0  # between two tries to fill the reserve again; so long may a disk have room and nobody uses it
-WATCH_BACKLOG = 1024  # changes that a slow watcher may be behind before it is cut off, to begin anew
+# Between two calls of the engine's `upkeep`. For so long, freed disk space may go unnoticed.
+UPKEEP_SECONDS = 1.0
+# Changes by which a slow watcher may be behind before its channel is closed.
+WATCH_BACKLOG = 1024
 
 Kind = Literal["vm", "worker", "account", "settings"]
 StoredObject = VM | Worker | ServiceAccount | ClusterSettings
 ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings)
-KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
-Tables = dict[Kind, dict[str, bytes]]  # kind -> name -> JSON
-InThread = Callable[..., Awaitable[Any]]  # does blocking work, as trio.to_thread.run_sync
-_SPEC = b',"image":"'  # begins the specification in a VM's JSON; the quotes of a text before it would be escaped
-SETTINGS = "cluster"  # the name of the one settings object
+# Runs blocking work, as trio.to_thread.run_sync does.
+InThread = Callable[..., Awaitable[Any]]
+
+# The name of the only object of kind "settings".
+SETTINGS = "cluster"
+_KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
+_CLASSES: dict[str, type[Worker | ServiceAccount | ClusterSettings]] = {
+    "worker": Worker,
+    "account": ServiceAccount,
+    "settings": ClusterSettings,
+}
 
 _logger = logging.getLogger("orchard.store")
 
 
 @dataclass(slots=True)
 class Change:
-    """What became of one object: `old` None: added; `new` None: deleted."""
+    """A change of one object. `old` is None when it was created, `new` when it was deleted."""
 
     kind: Kind
     name: str
     old: StoredObject | None
     new: StoredObject | None
-    json: bytes  # the new object, or the last one
+    # The JSON of the new object, or of the deleted one.
+    json: bytes
+    old_json: bytes = b""
+    # Where in a VM's JSON its specification begins.
+    spec_at: int = 0
     _line: bytes = b""
 
     @property
     def line(self) -> bytes:
-        """What watchers are told; made once for all of them."""
+        """The line that watchers are sent, formatted once for all of them."""
         if not self._line:
-            self._line = watch_line(self.type, self.json)
+            self._line = format_watch_line(self.type, self.json)
         return self._line
 
     @property
@@ -85,14 +93,21 @@ class Change:
             return "DELETED"
         return "ADDED" if self.old is None else "MODIFIED"
 
+    @property
+    def adds(self) -> bool:
+        """Whether it is more than a deletion, or than a change of what the scheduler and the workers say about a VM."""
+        if isinstance(self.old, VM) and isinstance(self.new, VM):
+            return self.old.spec is not self.new.spec and self.old.spec != self.new.spec
+        return self.new is not None
 
-def watch_line(kind: str, json_text: bytes) -> bytes:
-    """Give a line of a watch: what happened to an object, and the object."""
+
+def format_watch_line(kind: str, json_text: bytes) -> bytes:
+    """Return a line of a watch: the kind of change and the object."""
     return b'{"type":"%b","object":%b}\n' % (kind.encode(), json_text)
 
 
 class State:
-    """The objects, each with its JSON beside it, and the indices over them. Only `apply` changes it."""
+    """The objects, the JSON of each, and indices over them. Only `apply` changes it."""
 
     def __init__(self) -> None:
         self.revision = 0
@@ -101,27 +116,29 @@ class State:
         self.accounts: dict[str, ServiceAccount] = {}
         self.settings = ClusterSettings()
         self.vms_by_worker: defaultdict[str, dict[str, VM]] = defaultdict(dict)
-        self.json: Tables = {kind: {} for kind in KINDS.values()}
-        self.names: dict[Kind, list[str]] = {kind: [] for kind in KINDS.values()}  # in order
+        self.json: Tables = {kind: {} for kind in _KINDS.values()}
+        # Sorted.
+        self.names: dict[Kind, list[str]] = {kind: [] for kind in _KINDS.values()}
+        # Where in the JSON of a VM its specification begins, unless an undo has removed the entry.
+        self.spec_at: dict[str, int] = {}
 
     def get(self, kind: Kind, name: str) -> StoredObject | None:
         if kind == "settings":
             return self.settings if SETTINGS in self.json["settings"] else None
-        table = self._table(kind)
-        return table.get(name)
+        return self._table(kind).get(name)
 
     def tables(self) -> Tables:
-        """Copy the JSON of all objects, for a thread to write while the state goes on changing."""
+        """Return a copy of the JSON of all objects."""
         return {kind: dict(table) for kind, table in self.json.items()}
 
-    def _table(self, kind: Kind) -> dict[str, Any]:
-        tables: dict[Kind, dict[str, Any]] = {"vm": self.vms, "worker": self.workers, "account": self.accounts}
-        return tables[kind]
-
-    def apply(self, kind: Kind, name: str, new: StoredObject | None, json: bytes) -> None:
-        """Put (or with `new` None take away) one object."""
+    def apply(self, kind: Kind, name: str, new: StoredObject | None, json: bytes, spec_at: int = 0) -> None:
+        """Create or replace one object, or delete it when `new` is None."""
         if kind == "vm":
             self._index_vm(name, new if isinstance(new, VM) else None)
+            if spec_at:
+                self.spec_at[name] = spec_at
+            else:
+                self.spec_at.pop(name, None)
         names = self.names[kind]
         if new is None:
             del self.json[kind][name]
@@ -137,101 +154,77 @@ class State:
         else:
             self._table(kind)[name] = new
 
+    def _table(self, kind: Kind) -> dict[str, Any]:
+        tables: dict[Kind, dict[str, Any]] = {"vm": self.vms, "worker": self.workers, "account": self.accounts}
+        return tables[kind]
+
     def _index_vm(self, name: str, new: VM | None) -> None:
         old = self.vms.get(name)
         if old is not None and old.state.worker:
-            held = self.vms_by_worker[old.state.worker]
-            del held[name]
-            if not held:
+            assigned = self.vms_by_worker[old.state.worker]
+            del assigned[name]
+            if not assigned:
                 del self.vms_by_worker[old.state.worker]
         if new is not None and new.state.worker:
             self.vms_by_worker[new.state.worker][name] = new
 
 
 class Transaction:
-    """Changes that happen together or not at all. Collects; `Store.transaction` carries it out."""
+    """Collects changes that happen together or not at all. `Store.transaction` carries them out."""
 
     def __init__(self, revision: int) -> None:
         self.revision = revision
         self.changes: dict[tuple[Kind, str], StoredObject | None] = {}
 
-    def put(self, noun: ObjectT) -> ObjectT:
-        """Create or replace an object; a VM's version becomes this transaction's revision. Returns what is stored."""
-        stored = noun
-        if isinstance(noun, VM):
-            stored = replace(noun, meta=replace(noun.meta, version=self.revision))
-        kind = KINDS[type(noun)]
-        self.changes[kind, SETTINGS if isinstance(noun, ClusterSettings) else noun.name] = stored
+    def put(self, new: ObjectT) -> ObjectT:
+        """Create or replace an object; return what is stored. A VM's version becomes this transaction's revision."""
+        stored = new
+        if isinstance(new, VM):
+            stored = VM(replace(new.meta, version=self.revision), new.spec, new.state)
+        self.changes[_KINDS[type(new)], SETTINGS if isinstance(new, ClusterSettings) else new.name] = stored
         return stored
 
-    def delete(self, noun: VM | Worker | ServiceAccount) -> None:
-        self.changes[KINDS[type(noun)], noun.name] = None
+    def delete(self, old: VM | Worker | ServiceAccount) -> None:
+        self.changes[_KINDS[type(old)], old.name] = None
 
 
 @dataclass(slots=True)
-class Batch:
-    """Transactions on their way to the disk together: all of them get there, or none.
+class _Write:
+    """Transactions that are written together, and what those who wait for them are told."""
 
-    Of an object that several of them have changed, only the last record is written: the scheduler answers to most
-    changes with another one of the same object.
-    """
-
-    before: int  # the revision
-    revision: int  # the revision after it
+    batch: Batch
     changes: list[Change] = field(default_factory=list)
-    old_json: list[bytes] = field(default_factory=list)  # beside `changes`, to undo them
-    records: dict[tuple[Kind, str], bytes | None] = field(default_factory=dict)  # JSON, None: deleted
-    added: set[tuple[Kind, str]] = field(default_factory=set)  # what was not there before
-    adds: bool = False  # something that does not have to be written to a full disk
-    full: str = ""  # why it found the disk full, whether or not the reserve has helped
     done: trio.Event = field(default_factory=trio.Event)
-    error: APIError | None = None
+    error: StorageError | None = None
 
-    def take(self, change: Change, old_json: bytes) -> None:
-        """Add a change and what undoes it."""
-        self.changes.append(change)
-        self.old_json.append(old_json)
-        key = (change.kind, change.name)
-        if change.old is None and key not in self.records:
-            self.added.add(key)
-        if change.new is None and key in self.added:
-            self.records.pop(key, None)  # the disk will never have known it
-        else:
-            self.records[key] = None if change.new is None else change.json
-
-    def line(self) -> bytes:
-        """Give what the journal is to hold of it."""
-        records = [_record(kind, name, json) for (kind, name), json in self.records.items()]
-        return b'{"after":%d,"revision":%d,"changes":[%b]}' % (self.before, self.revision, b",".join(records))
-
-
-@dataclass(eq=False, slots=True)
-class Watcher:
-    """Somebody who is told of every change to one object, in order, once it is durable."""
-
-    kind: Kind
-    name: str
-    send: trio.MemorySendChannel[Change]
-    changes: trio.MemoryReceiveChannel[Change]
+    def take(self, changes: list[Change], revision: int) -> None:
+        """Add the changes of a transaction."""
+        self.changes += changes
+        self.batch.revision = revision
+        for change in changes:
+            key = (change.kind, change.name)
+            if change.new is None:
+                self.batch.delete(key)
+            else:
+                self.batch.put(key, change.json, is_new=change.old is None)
 
 
 class Store:
-    """The state of a cluster in `directory`. Made by `Store.open`; `run` must be running for anything to be durable."""
+    """The state of a cluster. Made by `Store.open`; `run` must be running for anything to become durable."""
 
-    def __init__(self, journal: Journal, state: State, reserve: Reserve, in_thread: InThread) -> None:
+    def __init__(self, engine: FileEngine, state: State, in_thread: InThread) -> None:
         self.state = state
-        self.broken = ""  # why nothing can be written any more
-        self.full = ""  # why nothing can be added now
-        self._journal = journal
-        self._reserve = reserve
+        # Why nothing can be written any more; empty while the store works.
+        self.broken = ""
+        self._engine = engine
         self._in_thread = in_thread
-        self._refill_at = math.inf  # by trio's clock
-        # By what the objects take, not by the file: else each restart would let the file grow to a multiple of itself.
-        self._compact_at = _compact_at(_bytes_of(state.json))
-        self._batch: Batch | None = None  # gathers
-        self._flushing: Batch | None = None  # is being written
-        self._wake = trio.Event()
-        self._watchers: defaultdict[tuple[Kind, str], list[Watcher]] = defaultdict(list)
+        # By trio's clock; infinite while the disk is not full.
+        self._upkeep_at = math.inf
+        # The transactions since the last write began, and those that are being written.
+        self._gathering: _Write | None = None
+        self._writing: _Write | None = None
+        self._wakeup = Wakeup()
+        self._watchers: defaultdict[tuple[Kind, str], list[trio.MemorySendChannel[Change]]] = defaultdict(list)
         self._committed: list[Callable[[list[Change]], None]] = []
         self._durable: list[Callable[[list[Change]], None]] = []
         self._undone: list[Callable[[], None]] = []
@@ -244,424 +237,315 @@ class Store:
         disk: Disk | None = None,
         in_thread: InThread = trio.to_thread.run_sync,
     ) -> Store:
-        """Load the state in `directory`, or begin one there. Does disk I/O; what `run` does of it, `in_thread`.
+        """Load the state in `directory`, or create it there. Does disk I/O; what `run` does of it, `in_thread`.
 
-        Raises DamagedError when the file is not what was written, NotWritten when a new one can't be, Broken when nobody
-        knows whether the disk holds it.
+        Changes nothing on the disk before all that was read has been decoded and checked. Raises DamagedError when the
+        file does not hold a state, NotWrittenError when a new one cannot be written, BrokenError when it is not known
+        whether the disk holds it, OSError.
         """
-        path = directory / STATE_FILE
-        disk = disk or Disk()
-        journal = Journal(path, disk)
-        if path.exists():
-            state = load_state(path, journal.load())
-            problems = check(state, json_is_new=True)
-            if problems:
-                journal.close()
-                raise DamagedError(path, journal.size, "the state contradicts itself: " + "; ".join(problems[:5]))
-            journal.make_durable()
-        elif (reserve := directory / RESERVE_FILE).exists():  # which is made after the state
-            remedy = f"restore it from a backup, or remove {reserve} to begin with nothing, which loses the events, too"
-            raise DamagedError(path, 0, "it is missing in a directory that a controller has used", remedy)
-        else:
-            state = State()
-            with contextlib.suppress(PermissionError):  # a parent that can't be read can't be synced
-                disk.sync_directory(directory.parent)  # the directory may be as new as the file
-            journal.create(snapshot(state.tables(), state.revision, now))
-        store = cls(journal, state, Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk), in_thread)
-        try:
-            store._reserve.fill()
-        except NotWritten as error:
-            store._found_full(str(error), 0.0)
+        engine = FileEngine(directory, disk or Disk())
+        contents = engine.load()
+        state = build_state(contents)
+        problems = check(state, json_is_new=True)
+        if problems:
+            raise contents.contradicts_itself(problems[:5])
+        engine.begin(state.tables(), now)
+        store = cls(engine, state, in_thread)
+        if store.full:
+            # At once: `run` begins with it.
+            store._upkeep_at = 0.0
+            _log_full(store.full)
         return store
 
+    @property
+    def full(self) -> str:
+        """Why nothing can be added at present; empty when there is space."""
+        return self._engine.full
+
     def close(self) -> None:
-        """Close the file. What is not durable by now is lost."""
-        self._journal.close()
+        """Close the file. What is not durable by then is lost."""
+        self._engine.close()
 
     # -- changing ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[Transaction]:
-        """Change objects together: at the end of the block, in memory; on disk when `wait_durable()` returns.
+        """Change objects together: in memory at the end of the block, on disk when `wait_durable()` returns.
 
-        The block must not await, nor hold another transaction: RuntimeError. An exception out of it changes nothing.
-        Raises APIError: 503 when the store has ended, 507 when it adds something and the disk is full.
+        The block must neither await nor contain another transaction: RuntimeError. An exception in it changes nothing.
+        Raises StorageUnavailableError when the store has ended, StorageFullError when the disk is full and the
+        transaction adds something.
         """
         if self.broken:
-            raise APIError(503, self.broken)
+            raise StorageUnavailableError(self.broken)
         tx = Transaction(self.state.revision + 1)
         yield tx
-        if tx.changes:
-            self._commit(tx)
+        if tx.revision != self.state.revision + 1 and tx.changes:
+            raise RuntimeError(f"transaction {tx.revision} awaited, and the revision became {self.state.revision}")
+        changes = [change for key, new in tx.changes.items() if (change := self._change(*key, new)) is not None]
+        if changes:
+            self._commit(changes)
 
-    def _commit(self, tx: Transaction) -> None:
-        if tx.revision != self.state.revision + 1:
-            raise RuntimeError(f"transaction {tx.revision} waited, and others came to {self.state.revision} meanwhile")
-        changes: list[Change] = []
-        old_json: list[bytes] = []
-        for (kind, name), new in tx.changes.items():
-            old = self.state.get(kind, name)
-            if new is None and old is None:
-                continue
-            before = self.state.json[kind].get(name, b"")
-            json = before if new is None else encoded(new, old, before)
-            changes.append(Change(kind, name, old, new, json))
-            old_json.append(before)
-        if not changes:
-            return
-        adds = any(_adds(change) for change in changes)
+    def _change(self, kind: Kind, name: str, new: StoredObject | None) -> Change | None:
+        """Return what a transaction does to one object; None for the deletion of an object that does not exist."""
+        old = self.state.get(kind, name)
+        old_json = self.state.json[kind].get(name, b"")
+        if new is None:
+            return Change(kind, name, old, None, old_json, old_json) if old is not None else None
+        spec_at = self.state.spec_at.get(name, 0) if kind == "vm" else 0
+        json, spec_at = _encode_change(new, old, old_json, spec_at)
+        return Change(kind, name, old, new, json, old_json, spec_at)
+
+    def _commit(self, changes: list[Change]) -> None:
+        adds = any(change.adds for change in changes)
         if adds and self.full:
-            raise APIError(507, f"{self.full}; nothing can be added until there is room, deleting goes on")
-        # From here on nothing can fail: all of the transaction happens.
-        batch = self._gathering()
-        for change, before in zip(changes, old_json, strict=True):
-            self.state.apply(change.kind, change.name, change.new, change.json)
-            batch.take(change, before)
-        self.state.revision = batch.revision = tx.revision
-        batch.adds = batch.adds or adds
-        self._wake.set()
+            raise StorageFullError(f"{self.full}; nothing can be added until there is space, deletions are accepted")
+        # Nothing below can fail, so all of the transaction happens.
+        write = self._gather()
+        for change in changes:
+            self.state.apply(change.kind, change.name, change.new, change.json, change.spec_at)
+        self.state.revision += 1
+        write.take(changes, self.state.revision)
+        write.batch.adds = write.batch.adds or adds
+        self._wakeup.set()
         for tell in self._committed:
             tell(changes)
 
-    def _gathering(self) -> Batch:
-        if self._batch is None:
-            self._batch = Batch(before=self.state.revision, revision=self.state.revision)
-        return self._batch
+    def _gather(self) -> _Write:
+        if self._gathering is None:
+            self._gathering = _Write(Batch(self.state.revision, self.state.revision))
+        return self._gathering
 
     async def wait_durable(self) -> None:
-        """Wait until everything that the state holds now is on disk.
+        """Wait until all that the state holds now is on disk.
 
-        Raises APIError: 507 or 503 when it could not be written, and was undone.
+        Raises StorageFullError or StorageUnavailableError when it could not be written and was undone.
         """
-        batch = self._batch or self._flushing
-        if batch is not None:
-            await batch.done.wait()
-            if batch.error is not None:
-                raise batch.error
+        write = self._gathering or self._writing
+        if write is not None:
+            await write.done.wait()
+            if write.error is not None:
+                raise write.error
         elif self.broken:
-            raise APIError(503, self.broken)
+            raise StorageUnavailableError(self.broken)
 
     # -- writing -----------------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Carry transactions to the disk until cancelled. Raises Broken when nobody knows any more what it holds."""
+        """Make transactions durable until cancelled. Raises BrokenError when it is not known what the disk holds."""
         task_status.started()
         while True:
-            with trio.move_on_at(self._refill_at):
-                await self._wake.wait()
-            # The scheduler, which the same change has woken, comes in before the door closes: one sync for both.
+            with trio.move_on_at(self._upkeep_at):
+                await self._wakeup.wait()
+            # The same change may have woken the scheduler. Its transaction shares this fsync.
             await trio.lowlevel.cancel_shielded_checkpoint()
-            self._wake = trio.Event()
-            if trio.current_time() >= self._refill_at:
-                await self._refill()
-            if self._batch is not None:
-                await self._flush()
+            if trio.current_time() >= self._upkeep_at:
+                await self._call_engine(self._engine.upkeep)
+                self._upkeep_at = trio.current_time() + UPKEEP_SECONDS
+                self._follow_full()
+            if self._gathering is not None:
+                await self._write()
 
-    async def _refill(self) -> None:
+    async def _write(self) -> None:
+        self._writing, self._gathering = self._gathering, None
+        assert self._writing is not None
         try:
-            await self._in_thread(self._reserve.fill)
-        except NotWritten:
-            self._refill_at = trio.current_time() + REFILL_SECONDS
-            if self._journal.size > 2 * _bytes_of(self.state.json):
-                self._compact_at = 0
-                self._gathering()
+            await self._call_engine(self._engine.append, self._writing.batch)
+        except NotWrittenError as error:
+            _logger.error("write failed, its changes were undone: %s", error)
+            self._undo(error.as_storage_error("nothing was changed"))
         else:
-            _logger.info("there is room on the disk again")
-            self.full, self._refill_at = "", math.inf
-
-    def _found_full(self, why: str, refill_at: float) -> None:
-        if not self.full:
-            _logger.error("the disk is full, nothing is added to the state any more: %s", why)
-            self._refill_at = refill_at
-        self.full = why
-
-    async def _flush(self) -> None:
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        self._flushing = batch
-        # The state in memory holds this batch already: a snapshot of it makes the batch durable, too.
-        tables = self.state.tables() if self._journal.size > self._compact_at else None
-        try:
-            # Shielded: it takes as long as the disk takes, and nobody may believe that it did not happen.
-            with trio.CancelScope(shield=True):
-                await self._in_thread(self._write, batch, tables)
-        except NotWritten as error:
-            _logger.error("a write failed and was taken back: %s", error)
-            self._undo(batch, APIError(507 if error.no_room else 503, f"{error}; nothing was changed"))
-            return
-        except Broken as error:
-            self.broken = f"the controller cannot store anything any more: {error}; restart it"
-            self._undo(batch, APIError(503, self.broken))
-            with trio.CancelScope(shield=True):  # whatever ends meanwhile, this is why
-                await trio.sleep(LAST_WORDS)
-            raise
+            written, self._writing = self._writing, None
+            written.done.set()
+            self._publish(written.changes)
         finally:
-            if batch.full:
-                self._found_full(batch.full, trio.current_time() + REFILL_SECONDS)
-        self._flushing = None
-        batch.done.set()
-        self._publish(batch.changes)
+            self._follow_full()
 
-    def _write(self, batch: Batch, tables: Tables | None) -> None:
-        """Make a batch durable, with a new snapshot when `tables` is given. Runs in a thread."""
-        if tables is not None:
-            lines = snapshot(tables, batch.revision, datetime.datetime.now(datetime.UTC))
-            size = sum(map(len, lines))
-            try:
-                self._write_in_reserve(lambda: self._journal.create(lines), size, RESERVE_BYTES // 2)
-            except NotWritten as error:
-                _logger.warning("compaction was put off: %s", error)
-            else:
-                self._compact_at = _compact_at(self._journal.size)
-                return
-            self._compact_at = self._journal.size + COMPACT_BYTES  # then it is tried again
-        if batch.revision == batch.before:  # there was nothing but the snapshot to write
-            return
-        line = batch.line()
-        # A batch that also adds something is not refused for the sake of the others in it, unless it is large.
-        most = RESERVE_BYTES // RESERVE_SHARE if batch.adds else RESERVE_BYTES
+    async def _call_engine(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Call the engine in a thread. Raises NotWrittenError; BrokenError, after those who wait have been told."""
         try:
-            if self._write_in_reserve(lambda: self._journal.append([line]), len(line), most):
-                batch.full = f"there is no room for {self._journal.path}"
-        except NotWritten as error:
-            batch.full = str(error) if error.no_room else ""
+            # Shielded: the write goes on in its thread, and must not be taken for undone.
+            with trio.CancelScope(shield=True):
+                await self._in_thread(work, *arguments)
+        except BrokenError as error:
+            self.broken = f"the controller cannot store anything any more: {error}; restart it"
+            self._undo(StorageUnavailableError(self.broken))
+            # The answers that say so leave before the process ends.
+            with trio.CancelScope(shield=True):
+                await trio.sleep(BROKEN_DELAY)
             raise
 
-    def _write_in_reserve(self, write: Callable[[], None], size: int, most: int) -> bool:
-        """Write `size` bytes, if need be and they are not more than `most`, in place of the reserve: True then."""
-        helped = False
-        while True:
-            try:
-                write()
-            except NotWritten as error:
-                if not error.no_room or size > most or not self._reserve.give(size):
-                    raise
-                helped = True
-            else:
-                return helped
+    def _follow_full(self) -> None:
+        """Log that the disk became full or has space again, and plan the first upkeep or none."""
+        if self.full and self._upkeep_at == math.inf:
+            _log_full(self.full)
+            self._upkeep_at = trio.current_time() + UPKEEP_SECONDS
+        elif not self.full and self._upkeep_at < math.inf:
+            _logger.info("disk has space again")
+            self._upkeep_at = math.inf
 
-    def _undo(self, batch: Batch, error: APIError) -> None:
-        """Take back a batch that is not on the disk, and all that was built on it since."""
-        self._flushing = None
-        later, self._batch = self._batch, None
-        for lost in (later, batch):
-            if lost is None:
+    def _undo(self, error: StorageError) -> None:
+        """Undo in memory all that is not on the disk, and tell those who wait for it."""
+        for write in (self._gathering, self._writing):
+            if write is None:
                 continue
-            for change, old_json in zip(reversed(lost.changes), reversed(lost.old_json), strict=True):
-                self.state.apply(change.kind, change.name, change.old, old_json)
-            self.state.revision = lost.before
-            lost.error = error
-            lost.done.set()
+            for change in reversed(write.changes):
+                self.state.apply(change.kind, change.name, change.old, change.old_json)
+            self.state.revision = write.batch.before
+            write.error = error
+            write.done.set()
+        self._gathering = self._writing = None
         for tell in self._undone:
             tell()
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
     def on_commit(self, tell: Callable[[list[Change]], None]) -> None:
-        """Have `tell` called with the changes of each transaction, at once, before they are durable."""
+        """Have `tell` called with the changes of each transaction at once, before they are durable."""
         self._committed.append(tell)
 
     def on_undo(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called when changes that were told at their commit were taken back."""
+        """Have `tell` called when changes were undone that `on_commit` has told."""
         self._undone.append(tell)
 
     def on_durable(self, tell: Callable[[list[Change]], None]) -> None:
-        """Have `tell` called with the changes of each batch when they are durable."""
+        """Have `tell` called with the changes of each write when they are durable."""
         self._durable.append(tell)
 
     @contextlib.contextmanager
     def watch(self, kind: Kind, name: str) -> Iterator[trio.MemoryReceiveChannel[Change]]:
-        """Follow the changes of one object that become durable from now on.
+        """Follow the changes of one object that become durable from now on, in their order.
 
-        The channel ends when the watcher was WATCH_BACKLOG changes behind: it has to begin anew.
+        The channel ends when the watcher is WATCH_BACKLOG changes behind; it has to begin anew.
         """
         send, receive = trio.open_memory_channel[Change](WATCH_BACKLOG)
-        watcher = Watcher(kind, name, send, receive)
-        self._watchers[kind, name].append(watcher)
+        self._watchers[kind, name].append(send)
         try:
             yield receive
         finally:
             send.close()
             receive.close()
             watching = self._watchers[kind, name]
-            watching.remove(watcher)
+            watching.remove(send)
             if not watching:
                 del self._watchers[kind, name]
 
     def _publish(self, changes: list[Change]) -> None:
         for change in changes:
-            for watcher in self._watchers.get((change.kind, change.name), ()):
+            for send in self._watchers.get((change.kind, change.name), ()):
                 try:
-                    watcher.send.send_nowait(change)
+                    send.send_nowait(change)
                 except trio.WouldBlock:
-                    watcher.send.close()  # it reads what it has and then sees the end
+                    # The watcher reads what it has, and then sees the end.
+                    send.close()
                 except (trio.ClosedResourceError, trio.BrokenResourceError):
                     pass
         for tell in self._durable:
             tell(changes)
 
 
-# ---- the file ------------------------------------------------------------------------------------------------------
+def _log_full(why: str) -> None:
+    _logger.error("disk full, refusing what adds something: %s", why)
 
 
-def _adds(change: Change) -> bool:
-    """Whether a change is more than a deletion, or than what the scheduler and the workers say about a VM."""
-    if isinstance(change.old, VM) and isinstance(change.new, VM):
-        return change.old.spec != change.new.spec
-    return change.new is not None
+# ---- objects and their JSON ----------------------------------------------------------------------------------------
 
 
-def _bytes_of(tables: Tables) -> int:
-    return sum(len(json) for table in tables.values() for json in table.values())
+def encode_object(item: StoredObject) -> bytes:
+    """Return an object's JSON as the API shows it and as it is stored."""
+    return _encode_change(item, None, b"", 0)[0]
 
 
-def _compact_at(snapshot: int) -> int:
-    """How many bytes a file whose snapshot takes `snapshot` bytes may have, before a new one is worth its writing."""
-    return snapshot + max(COMPACT_BYTES, COMPACT_RATIO * snapshot)
+def _encode_change(new: StoredObject, old: StoredObject | None, old_json: bytes, spec_at: int) -> tuple[bytes, int]:
+    """Return an object's JSON, and where in a VM's JSON its specification begins (otherwise 0).
 
-
-def encoded(noun: StoredObject, old: StoredObject | None = None, old_json: bytes = b"") -> bytes:
-    """Give an object as the API shows it and as it is stored.
-
-    Most changes of a VM leave its specification, half of its JSON, as it was: that is taken over from `old_json`, which
-    is what this gave of `old`.
+    Most changes of a VM leave its specification, half of its JSON, as it was. Then these bytes are copied from
+    `old_json`, where they begin at `spec_at` (0: unknown).
     """
-    if not isinstance(noun, VM):
-        return dump_json(encode(noun))
-    if isinstance(old, VM) and old.spec is noun.spec and noun.spec.image:
-        return dump_json(noun.fate())[:-1] + old_json[old_json.index(_SPEC) :]
-    return dump_json(noun.to_json())
+    if not isinstance(new, VM):
+        return dump_json(encode(new)), 0
+    head = dump_json(new.fate())
+    if spec_at and isinstance(old, VM) and old.spec is new.spec:
+        spec = old_json[spec_at:]
+    else:
+        # Never empty, since some fields are written even when they have their default.
+        spec = dump_json(encode(new.spec))[1:]
+    return b"%b,%b" % (head[:-1], spec), len(head)
 
 
-def _record(kind: Kind, name: str, json: bytes | None) -> bytes:
-    if json is None:
-        return dump_json({"delete": kind, "name": name})
-    return b'{"put":"%b","name":%b,"object":%b}' % (kind.encode(), dump_json(name), json)
+def _decode_object(kind: str, raw: Any) -> StoredObject:
+    """Decode an object. Raises KeyError, TypeError, ValidationError."""
+    return vm_from_json(raw) if kind == "vm" else decode(_CLASSES[kind], raw)
 
 
-def snapshot(tables: Tables, revision: int, now: datetime.datetime) -> list[bytes]:
-    """Give the lines with which a file begins: a header, and one line an object."""
-    objects = [_record(kind, name, json) for kind, table in tables.items() for name, json in table.items()]
-    header = {
-        "format": "orchard-state",
-        "version": VERSION,
-        "id": secrets.token_hex(8),  # no line of another file fits behind this one
-        "written": format_time(now),
-        "revision": revision,
-        "objects": len(objects),
-    }
-    return [dump_json(header), *objects]
-
-
-def load_state(path: Path, lines: Iterator[tuple[int, dict[str, Any]]]) -> State:
-    """Build the state from the lines of its file. Raises DamagedError naming the line that does not fit.
-
-    Only what an object is in the end is made one: most lines of a journal say what it was before (./run bench start).
-    """
-    header: dict[str, Any] | None = None
-    revision = objects = 0
-    found: dict[tuple[Kind, str], tuple[int, Any]] = {}  # object -> offset of its last line, and what stands there
-    for offset, line in lines:
-        try:
-            if header is None:
-                header = _header_of(path, line)
-                revision = header["revision"]
-            elif objects < header["objects"]:
-                objects += 1
-                _note(found, offset, line)
-            else:
-                begins = line.get("after", line["revision"] - 1) + 1  # a line without it is of one transaction
-                if begins != revision + 1 or line["revision"] < begins:
-                    begins = min(begins, line["revision"])
-                    raise DamagedError(path, offset, f"revision {begins} follows revision {revision}")
-                for change in line["changes"]:
-                    _note(found, offset, change)
-                revision = line["revision"]
-        except (KeyError, TypeError) as error:
-            raise DamagedError(path, offset, f"this line is not understood ({error})") from error
-    if header is None or objects < header["objects"]:
-        raise DamagedError(path, path.stat().st_size, "the file ends in the middle of its snapshot")
+def build_state(contents: Contents) -> State:
+    """Decode what an engine has loaded. Raises DamagedError naming the line that cannot be decoded."""
     state = State()
-    state.revision = revision
-    for (kind, name), (offset, raw) in found.items():
+    state.revision = contents.revision
+    for (kind, name), (offset, raw) in contents.objects.items():
         try:
-            noun = _noun_of(kind, raw)
+            item = _decode_object(kind, raw)
         except (KeyError, TypeError, ValidationError) as error:
-            raise DamagedError(path, offset, f"this line is not understood ({error})") from error
-        state.apply(kind, name, noun, encoded(noun))
+            raise contents.not_understood(offset, error) from error
+        state.apply(cast("Kind", kind), name, item, *_encode_change(item, None, b"", 0))
     return state
 
 
-def _header_of(path: Path, line: dict[str, Any]) -> dict[str, Any]:
-    if line.get("format") != "orchard-state":
-        raise DamagedError(path, 0, "this is no orchard-state file")
-    if line["version"] > VERSION:
-        raise DamagedError(
-            path,
-            0,
-            f"version {line['version']} is newer than the version {VERSION} that this program knows",
-            "start the Orchard that wrote it, or a newer one",
-        )
-    return line
+def read_state(path: Path) -> State:
+    """Read a state file, also one in use, and change nothing. Raises DamagedError, OSError."""
+    return build_state(read_contents(Journal(path, Disk())))
 
 
-def _note(found: dict[tuple[Kind, str], tuple[int, Any]], offset: int, record: dict[str, Any]) -> None:
-    """Take one record into account. Raises KeyError for one that does not fit to those before."""
-    if "delete" in record:
-        del found[record["delete"], record["name"]]
-    else:
-        found[record["put"], record["name"]] = (offset, record["object"])
-
-
-def _noun_of(kind: Kind, raw: Any) -> StoredObject:
-    """Read an object. Raises KeyError, TypeError, ValidationError."""
-    if kind == "vm":
-        return vm_from_json(raw)
-    nouns: dict[Kind, type[Worker | ServiceAccount | ClusterSettings]] = {
-        "worker": Worker,
-        "account": ServiceAccount,
-        "settings": ClusterSettings,
-    }
-    return decode(nouns[kind], raw)
+# ---- the invariants ------------------------------------------------------------------------------------------------
 
 
 def check(state: State, *, json_is_new: bool = False) -> list[str]:
-    """Say in a sentence each what in the state contradicts something else in it; empty when nothing does.
+    """Return a sentence for each invariant of the state that is broken.
 
-    `json_is_new`: the JSON beside the objects was made a moment ago, and need not be compared with them.
+    With `json_is_new`, the JSON of the objects was made from them a moment ago and is not compared.
     """
-    problems = []
+    problems = [*_check_vms(state), *_check_assignments(state)]
+    for name, worker in state.workers.items():
+        if worker.name != name:
+            problems.append(f'worker "{name}" has the name "{worker.name}"')
+    for name, account in state.accounts.items():
+        if account.name != name:
+            problems.append(f'service account "{name}" has the name "{account.name}"')
+        if not account.token:
+            problems.append(f'service account "{name}" has no token')
+    for kind, names in state.names.items():
+        if names != sorted(state.json[kind]):
+            problems.append(f"the names of kind {kind} are not in order")
+        for name, json in state.json[kind].items():
+            item = state.get(kind, name)
+            if item is None or not (json_is_new or json == encode_object(item)):
+                problems.append(f'the JSON of {kind} "{name}" is not that of the object')
+    return problems
+
+
+def _check_vms(state: State) -> Iterator[str]:
     uids: dict[str, str] = {}
     for name, vm in state.vms.items():
         who = f'VM "{name}"'
         if vm.name != name:
-            problems.append(f'{who} says that its name is "{vm.name}"')
+            yield f'{who} has the name "{vm.name}"'
         if vm.uid in uids or not vm.uid:
-            problems.append(f'{who} has the uid "{vm.uid}" of VM "{uids.get(vm.uid, "")}"')
+            yield f'{who} has the uid "{vm.uid}" of VM "{uids.get(vm.uid, "")}"'
         uids[vm.uid] = name
         if not 0 < vm.meta.version <= state.revision:
-            problems.append(f"{who} has version {vm.meta.version} in a state of revision {state.revision}")
-        if not vm.state.observed_generation <= vm.meta.generation:
-            problems.append(f"{who} is of generation {vm.meta.generation}, observed {vm.state.observed_generation}")
-        if bool(vm.state.worker) != vm.condition("scheduled"):
-            problems.append(f'{who} is on worker "{vm.state.worker}" against its condition scheduled')
-        if vm.state.worker and state.vms_by_worker.get(vm.state.worker, {}).get(name) is not vm:
-            problems.append(f'{who} is missing in the index of worker "{vm.state.worker}"')
-    indexed = sum(len(held) for held in state.vms_by_worker.values())
+            yield f"{who} has version {vm.meta.version} in a state of revision {state.revision}"
+        if vm.state.observed_generation > vm.meta.generation:
+            yield f"{who} has generation {vm.meta.generation}, but observedGeneration {vm.state.observed_generation}"
+
+
+def _check_assignments(state: State) -> Iterator[str]:
+    for name, vm in state.vms.items():
+        worker = vm.state.worker
+        if bool(worker) != vm.condition("scheduled"):
+            yield f'VM "{name}" has worker "{worker}", which contradicts its condition scheduled'
+        if worker and state.vms_by_worker.get(worker, {}).get(name) is not vm:
+            yield f'VM "{name}" is missing in the index of worker "{worker}"'
+    indexed = sum(len(assigned) for assigned in state.vms_by_worker.values())
     assigned = sum(1 for vm in state.vms.values() if vm.state.worker)
     if indexed != assigned:
-        problems.append(f"{indexed} VMs are indexed by worker, and {assigned} have one")
-    for name, worker in state.workers.items():
-        if worker.name != name:
-            problems.append(f'worker "{name}" says that its name is "{worker.name}"')
-    for name, account in state.accounts.items():
-        if account.name != name or not account.token:
-            problems.append(f'service account "{name}" says that its name is "{account.name}", or has no token')
-    for kind, table in state.json.items():
-        if state.names[kind] != sorted(table):
-            problems.append(f"the names of kind {kind} are not in order")
-        for name, json in table.items():
-            noun = state.get(kind, name)
-            if noun is None or not (json_is_new or json == encoded(noun)):
-                problems.append(f'the JSON kept of {kind} "{name}" is not that of the object')
-    return problems
+        yield f"{indexed} VMs are indexed by worker, but {assigned} are assigned"

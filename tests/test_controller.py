@@ -154,7 +154,10 @@ def test_missing_state_file_in_a_used_directory_stops_the_start(tmp_path: Path) 
     state.rename(tmp_path / "state.jsonl")
     refused = finished("controller", "--listen", "127.0.0.1:0", *PLAIN, home=tmp_path)
     assert refused.returncode == 1
-    assert f"{state}: it is missing in a directory that a controller has used at byte 0; restore it" in refused.stderr
+    assert (
+        f"{state}: the file is missing in a directory that a controller has used at byte 0; restore it"
+        in refused.stderr
+    )
     (tmp_path / "state.jsonl").rename(state)
     with controller(*PLAIN, home=tmp_path) as (_, url):
         assert len(call(url, "GET", "/v1/vms/vm/events")[1]) == 1

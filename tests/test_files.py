@@ -1,4 +1,4 @@
-"""Private durable files: their mode, what a crash or a failure leaves, and which system calls make them durable."""
+"""Files of a data directory: private durable writes, what a crash or a failure leaves, and the lock."""
 
 from __future__ import annotations
 
@@ -90,3 +90,25 @@ def test_failed_write_keeps_the_old_file_and_leaves_no_draft(
     with pytest.raises(OSError, match="Input/output error"):
         files.write_private(path, b"new")
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"old", [path])
+
+
+# ---- the lock ------------------------------------------------------------------------------------------------------
+
+
+def test_locked_directory_is_refused_to_a_second_process(tmp_path: Path) -> None:
+    with (
+        files.lock_directory(tmp_path, "lock"),
+        pytest.raises(files.LockError, match=r"in use by another process \(\d+\)"),
+        files.lock_directory(tmp_path, "lock"),
+    ):
+        raise AssertionError("the directory was locked twice")
+
+
+@pytest.mark.usefixtures("no_umask")
+def test_lock_creates_the_directory_with_mode_0700(tmp_path: Path) -> None:
+    directory = tmp_path / "data" / "controller"
+    with files.lock_directory(directory, "lock"):
+        assert directory.stat().st_mode & 0o777 == 0o700
+        assert (directory / "lock").stat().st_mode & 0o777 == 0o600
+    with files.lock_directory(directory, "lock"):
+        pass

@@ -13,8 +13,8 @@ from orchard.auth import BootstrapToken
 from orchard.daemon import orchard_home
 from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE
 from orchard.fsck import inspect
-from orchard.storage.journal import DamagedError, Disk, Journal
-from orchard.store import load_state
+from orchard.storage.errors import DamagedError
+from orchard.store import read_state
 
 
 def print_bootstrap_token(options: argparse.Namespace) -> int:
@@ -22,7 +22,7 @@ def print_bootstrap_token(options: argparse.Namespace) -> int:
     directory = _data_directory(options)
     path = directory / STATE_FILE
     try:
-        state = load_state(path, Journal(path, Disk()).read())
+        state = read_state(path)
         certificate = directory / TLS_CERTIFICATE_FILE
         pem = certificate.read_bytes() if certificate.exists() and not options.no_certificate else None
     except OSError as error:

@@ -1,76 +1,58 @@
-"""Checked lines on disk. Law: files and bytes, synchronous, no nouns; store.py runs it in a thread.
+"""Append-only files of checked lines, and the reserve of disk space that keeps them writable on a full disk.
 
-A file is a sequence of JSON objects, one a line, that a person can read with `less` and a program with `jq`:
+What the lines mean is decided elsewhere: engine.py writes the state, events.py the events of VMs. Everything here is
+synchronous, for a thread.
+
+A file is a sequence of JSON objects, one a line, for `less` and `jq`:
 
     {"sum":"6f1c...","format":"orchard-state","version":1,...}
     {"sum":"09ab...","after":5,"revision":8,"changes":[...]}
 
-`sum` is BLAKE2b over the previous line's sum and the rest of this line, so a line that was altered, moved, repeated
-or taken out is found, wherever it stands. Only the last line may be unfinished (no newline): that is what a crash in
-the middle of an append leaves, nobody was told of it, and it is cut off. Everything else stops the start.
+`sum` is BLAKE2b over the sum of the previous line and the rest of this line. So an altered, moved, repeated or removed
+line is found anywhere in the file. Only the last line may be unfinished (without a newline): a crash during an append
+leaves it, its append was not acknowledged, and the next start cuts it off. Any other damage stops the start.
 
-What may go wrong in an append is one of two things. The bytes did not get into the file (`NotWritten`): the file is
-cut back to where it was, and the next append may succeed. Or nobody knows what the disk holds (`Broken`): after a
-failed fsync the system may have dropped the pages and will say "fine" the next time, so nothing can be appended any
-more, and only a restart that reads the file again tells what is there. Nor does a file that can be read lie on the disk:
-what a process wrote that was killed before its fsync is synced by who reads it next (`make_durable`), and what an
-fsync failed for is cut off, so that nobody takes the system's memory of it for the disk.
+An append fails in one of two ways. With `NotWrittenError` the bytes did not get into the file; the file is truncated to
+its previous size, and the next append may succeed. With `BrokenError` it is not known what the disk holds: after a
+failed fsync the system may drop the written pages and report success the next time. So nothing more is appended, and
+only a restart, which reads the file again, shows what is there.
 
-A full disk must not keep anybody from making room on it, and that takes a few lines. So a `Reserve` holds some room
-from the beginning, as a file of its own, and gives it back bit by bit to who has to write then. Preallocating room in
-the file itself would be nicer and is no portable operation.
+Readable data may still be only in the page cache. So a start syncs what it read (`sync`), and data whose fsync failed
+is truncated.
+
+A full disk must not prevent deletions, which free space, and they need a few lines of journal. So `Reserve` is a file
+that holds some space and gives it back in parts. Preallocating the space in the journal itself is not portable.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchard.files import draft_of, sync_directory, sync_file
+from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError
 
-SUM_BYTES = 8  # of the digest: 2**-64 for a damaged line to pass
-_START = re.compile(rb'\{"sum":"([0-9a-f]{%d})",' % (2 * SUM_BYTES))
-_LINE = re.compile(rb'\{"sum":"([0-9a-f]{%d})",(.*\})' % (2 * SUM_BYTES), re.DOTALL)
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-RESERVE_STEP = 64 * 1024  # bytes given back beyond what is asked for: file systems count in blocks, and write trees
-LAST_WORDS = 0.5  # seconds from the answers to those who waited for a write that broke to the end of the process
+# Bytes of the digest. A damaged line passes with a probability of 2**-64.
+_SUM_BYTES = 8
+_START = re.compile(rb'\{"sum":"([0-9a-f]{%d})",' % (2 * _SUM_BYTES))
+_LINE = re.compile(rb'\{"sum":"([0-9a-f]{%d})",(.*\})' % (2 * _SUM_BYTES), re.DOTALL)
+# Bytes that the reserve gives back beyond what is asked for: file systems allocate blocks and write metadata.
+RESERVE_STEP = 64 * 1024
+# Seconds between the answers to those who waited for a write that broke a file, and the end of the process.
+BROKEN_DELAY = 0.5
 
-
-class DamagedError(Exception):
-    """A file does not hold what was written. str() names file, offset and what to do."""
-
-    def __init__(self, path: Path, offset: int, what: str, remedy: str = "") -> None:
-        self.path = path
-        self.offset = offset
-        self.what = what
-        remedy = remedy or "restore the data directory from a backup, or cut the file there and lose what follows"
-        super().__init__(f"{path}: {what} at byte {offset}; {remedy}")
-
-
-class NotWritten(Exception):  # noqa: N818 -- it states what is the case; nothing is broken
-    """An append did not happen, and the file is as it was. `no_room`: for want of space."""
-
-    def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(f"cannot write {path}: {os.strerror(error.errno or 0)}")
-        self.no_room = error.errno in _NO_ROOM
-
-
-class Broken(Exception):  # noqa: N818 -- likewise
-    """Nobody knows what of an append is on the disk; only reading it again at a new start tells."""
-
-    def __init__(self, path: Path, action: str, error: OSError) -> None:
-        super().__init__(f"cannot {action} {path}: {os.strerror(error.errno or 0)}; what is on the disk is uncertain")
+# A line that was read: its byte offset and its JSON object without the sum.
+Line = tuple[int, dict[str, Any]]
 
 
 class Disk:
-    """The system calls by which anything becomes durable, in one place so that tests can make them fail."""
+    """The system calls that make data durable. Tests replace them to make them fail."""
 
     def write(self, fd: int, data: memoryview) -> int:
         return os.write(fd, data)
@@ -82,95 +64,81 @@ class Disk:
         sync_file(fd)
 
     def replace(self, source: Path, target: Path) -> None:
-        os.replace(source, target)  # noqa: PTH105 -- beside its sisters
+        source.replace(target)
 
     def sync_directory(self, directory: Path) -> None:
         sync_directory(directory)
 
 
 class Journal:
-    """A file of checked lines, open for appending after `load` or `create`. Not thread-safe; `close` it."""
+    """A file of checked lines. Not thread-safe; the user closes it.
+
+    An existing file is taken over in two steps: `read` to its end, which changes nothing, and `open_for_append`. A new
+    file, or one that replaces the old, is written by `create`. Before either, `append` raises RuntimeError.
+    """
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
-        self.size = 0  # bytes of it that hold complete lines
-        self.unfinished = 0  # bytes behind them, as they were read: what a crash has left
+        # Bytes of complete lines, and bytes of an unfinished line that was read after them.
+        self.size = 0
+        self.unfinished = 0
         self._disk = disk
-        self._sum = b""  # of the last line
+        self._last_sum = b""
         self._fd = -1
-        self._broken: Broken | None = None
+        self._phase: Literal["unread", "read", "open"] = "unread"
+        self._broken: BrokenError | None = None
 
-    def load(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Read and check the file; give (byte offset, object) for each complete line, and remove what a crash left.
+    def read(self) -> Iterator[Line]:
+        """Read and check the file without changing it; yield (byte offset, object) of each complete line.
 
-        To be read to the end before anything is appended, and to be made durable before anybody is told of it. Raises
-        DamagedError; FileNotFoundError.
+        Raises DamagedError; FileNotFoundError.
         """
-        yield from self.read()
-        draft_of(self.path).unlink(missing_ok=True)
-        self._open()
-        if os.fstat(self._fd).st_size > self.size:
-            self._disk.truncate(self._fd, self.size)
-
-    def make_durable(self) -> None:
-        """Have on the disk what was loaded: of what a killed process wrote it may be in the system's memory alone.
-
-        Raises Broken.
-        """
-        try:
-            self._disk.sync(self._fd)
-            self._disk.sync_directory(self.path.parent)
-        except OSError as error:
-            self._broken = Broken(self.path, "sync", error)
-            raise self._broken from error
-
-    def read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Give what `load` gives, and change nothing on the disk."""
-        self.size, self.unfinished, self._sum = 0, 0, b""
+        self.size, self.unfinished, self._last_sum, self._phase = 0, 0, b"", "unread"
         with self.path.open("rb") as file:
             for line in file:
                 if not line.endswith(b"\n"):
                     self._check_unfinished(line)
                     self.unfinished = len(line)
-                    return
+                    break
                 yield self.size, self._check(line[:-1])
                 self.size += len(line)
+        self._phase = "read"
 
-    def _check(self, line: bytes) -> dict[str, Any]:
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise DamagedError(self.path, self.size, "this is no line with a checksum")
-        found, rest = match.groups()
-        if found != chain(self._sum, rest):
-            raise DamagedError(self.path, self.size, "the checksum does not fit the line and the one before it")
-        self._sum = found
-        value: dict[str, Any] = json.loads("{" + rest.decode())  # of bytes it would find out the encoding each time
-        return value
+    def open_for_append(self) -> None:
+        """Cut off the unfinished line that `read` found, and open the file for appending.
 
-    def _check_unfinished(self, tail: bytes) -> None:
-        # A whole line whose newline has become another byte was acknowledged: damage, not a crash in an append.
-        match = _START.match(tail)
-        if match is None:
-            return
-        digest = hashlib.blake2b(self._sum, digest_size=SUM_BYTES)
-        at = match.end()
-        while end := tail.find(b"}", at, -1) + 1:
-            digest.update(tail[at:end])
-            if digest.hexdigest().encode() == match[1]:
-                raise DamagedError(self.path, self.size + end, "a newline was expected")
-            at = end
+        Call `sync` before anything that was read is shown to a user. Raises OSError; RuntimeError when the file was not
+        read to its end.
+        """
+        if self._phase == "unread":
+            raise RuntimeError(f"{self.path} was not read to its end, so its last checksum is unknown")
+        draft_of(self.path).unlink(missing_ok=True)
+        self._open()
+        if os.fstat(self._fd).st_size > self.size:
+            self._disk.truncate(self._fd, self.size)
+        self._phase = "open"
+
+    def sync(self) -> None:
+        """Make what was read durable: a killed process may have left it in the page cache only. Raises BrokenError."""
+        try:
+            self._disk.sync(self._fd)
+            self._disk.sync_directory(self.path.parent)
+        except OSError as error:
+            raise self._break("sync", error) from error
 
     def create(self, objects: Iterable[bytes]) -> None:
-        """Write a new file in place of the old one, if any: complete and durable, or not there at all.
+        """Write a new file that replaces the old one, if any, and is durable when this returns.
 
-        Each of `objects` is a JSON object on one line. Raises NotWritten when the old file is untouched, else Broken.
+        Each of `objects` is a JSON object on one line. Raises NotWrittenError when the old file is unchanged, otherwise
+        BrokenError.
         """
         draft = draft_of(self.path)
         fresh = Journal(draft, self._disk)
         try:
             draft.unlink(missing_ok=True)
             fresh._fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-            os.fchmod(fresh._fd, 0o600)  # whatever the umask
+            # The umask may have taken bits from the mode.
+            os.fchmod(fresh._fd, 0o600)
             fresh._write(objects)
             self._disk.sync(fresh._fd)
             self._disk.replace(draft, self.path)
@@ -178,19 +146,20 @@ class Journal:
             fresh.close()
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-            raise NotWritten(self.path, error) from error
+            raise NotWrittenError(self.path, error) from error
         self.close()
-        self._fd, self.size, self._sum = fresh._fd, fresh.size, fresh._sum
+        self._fd, self.size, self._last_sum, self._phase = fresh._fd, fresh.size, fresh._last_sum, "open"
         try:
             self._disk.sync_directory(self.path.parent)
         except OSError as error:
-            self._broken = Broken(self.path, "make durable the renaming of", error)
-            raise self._broken from error
+            raise self._break("make durable the renaming of", error) from error
 
     def append(self, objects: Iterable[bytes]) -> None:
-        """Append JSON objects, and return when they are durable. Raises NotWritten or Broken."""
+        """Append JSON objects, which are durable when this returns. Raises NotWrittenError or BrokenError."""
         if self._broken is not None:
             raise self._broken
+        if self._phase != "open":
+            raise RuntimeError(f"{self.path} is not open for appending")
         before = self.size
         try:
             if self._fd < 0:
@@ -198,43 +167,14 @@ class Journal:
             self._write(objects)
         except OSError as error:
             self._cut_back()
-            raise NotWritten(self.path, error) from error
+            raise NotWrittenError(self.path, error) from error
         try:
             self._disk.sync(self._fd)
         except OSError as error:
-            # The system may keep in memory, as if it were written, what never got to the disk. The next start must not
-            # find it there.
+            # The page cache may go on showing data that never reached the disk. The next start must not find it.
             with contextlib.suppress(OSError):
                 self._disk.truncate(self._fd, before)
-            self._broken = Broken(self.path, "sync", error)
-            raise self._broken from error
-
-    def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-
-    def _write(self, objects: Iterable[bytes]) -> None:
-        lines = []
-        last = self._sum
-        for text in objects:
-            rest = text[1:]
-            last = chain(last, rest)
-            lines.append(b'{"sum":"%b",%b\n' % (last, rest))
-        data = memoryview(b"".join(lines))
-        size = self.size + len(data)
-        while data:
-            data = data[self._disk.write(self._fd, data) :]
-        self.size, self._sum = size, last
-
-    def _cut_back(self) -> None:
-        if self._fd < 0:
-            return
-        # Synced, because a crash could bring back lines that somebody was told are not there.
-        try:
-            self._disk.truncate(self._fd, self.size)
-            self._disk.sync(self._fd)
-        except OSError as error:
-            self._broken = Broken(self.path, "take back an unfinished write to", error)
-            raise self._broken from error
+            raise self._break("sync", error) from error
 
     def close(self) -> None:
         """Close the file; `append` opens it again."""
@@ -242,9 +182,64 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
+    def _check(self, line: bytes) -> dict[str, Any]:
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise DamagedError(self.path, self.size, "the line has no checksum")
+        found, rest = match.groups()
+        if found != chain_sum(self._last_sum, rest):
+            raise DamagedError(self.path, self.size, "the checksum does not fit the line and the one before it")
+        self._last_sum = found
+        # json.loads of bytes would detect the encoding of each line.
+        value: dict[str, Any] = json.loads("{" + rest.decode())
+        return value
+
+    def _check_unfinished(self, tail: bytes) -> None:
+        """Raise DamagedError when the tail begins with a complete line, whose newline was altered after its append."""
+        match = _START.match(tail)
+        if match is None:
+            return
+        digest = hashlib.blake2b(self._last_sum, digest_size=_SUM_BYTES)
+        at = match.end()
+        while end := tail.find(b"}", at, -1) + 1:
+            digest.update(tail[at:end])
+            if digest.hexdigest().encode() == match[1]:
+                raise DamagedError(self.path, self.size + end, "a newline was expected")
+            at = end
+
+    def _open(self) -> None:
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def _write(self, objects: Iterable[bytes]) -> None:
+        lines = []
+        last = self._last_sum
+        for text in objects:
+            rest = text[1:]
+            last = chain_sum(last, rest)
+            lines.append(b'{"sum":"%b",%b\n' % (last, rest))
+        data = memoryview(b"".join(lines))
+        size = self.size + len(data)
+        while data:
+            data = data[self._disk.write(self._fd, data) :]
+        self.size, self._last_sum = size, last
+
+    def _cut_back(self) -> None:
+        """Remove what a failed write left, durably: a power cut must not bring back lines that were refused."""
+        if self._fd < 0:
+            return
+        try:
+            self._disk.truncate(self._fd, self.size)
+            self._disk.sync(self._fd)
+        except OSError as error:
+            raise self._break("take back an unfinished write to", error) from error
+
+    def _break(self, action: str, error: OSError) -> BrokenError:
+        self._broken = BrokenError(self.path, action, error)
+        return self._broken
+
 
 class Reserve:
-    """Room on a disk, held by a file of `size` bytes at `path`. No file stays open. Not thread-safe."""
+    """Disk space that a file of `size` bytes at `path` holds. No file stays open. Not thread-safe."""
 
     def __init__(self, path: Path, size: int, disk: Disk) -> None:
         self.path = path
@@ -252,24 +247,26 @@ class Reserve:
         self._disk = disk
 
     def fill(self) -> None:
-        """Take what is missing of the room. Raises NotWritten when there is less; what there is, is held."""
+        """Take the part of the space that is missing. Raises NotWrittenError when not all could be taken."""
         try:
             with self._opened(os.O_CREAT) as fd:
                 os.fchmod(fd, 0o600)
                 missing = self.size - os.fstat(fd).st_size
-                data = memoryview(os.urandom(max(0, missing)))  # nothing that a file system could compress
+                # A file system must not be able to compress it.
+                data = memoryview(os.urandom(max(0, missing)))
                 while data:
                     data = data[self._disk.write(fd, data) :]
         except OSError as error:
-            raise NotWritten(self.path, error) from error
+            raise NotWrittenError(self.path, error) from error
 
-    def give(self, size: int) -> bool:
-        """Give back room for `size` bytes, or what there is; False when there is none left."""
+    def release(self, size: int) -> bool:
+        """Free space for `size` bytes, or as much as is held. Return False when none is held."""
         try:
             with self._opened() as fd:
                 held = os.fstat(fd).st_size
                 self._disk.truncate(fd, max(0, held - size - RESERVE_STEP))
-                self._disk.sync(fd)  # some file systems use blocks again only after that
+                # Some file systems reuse the blocks only after a sync.
+                self._disk.sync(fd)
         except OSError:
             return False
         return held > 0
@@ -283,6 +280,11 @@ class Reserve:
             os.close(fd)
 
 
-def chain(last: bytes, rest: bytes) -> bytes:
-    """Give the sum of a line: over the sum of the line before it (empty for the first) and the rest of this one."""
-    return hashlib.blake2b(last + rest, digest_size=SUM_BYTES).hexdigest().encode()
+def chain_sum(last: bytes, rest: bytes) -> bytes:
+    """Return the sum of a line, from the sum of the line before (empty for the first) and the rest of the line."""
+    return hashlib.blake2b(last + rest, digest_size=_SUM_BYTES).hexdigest().encode()
+
+
+def line_length(text: bytes) -> int:
+    """Return how many bytes of a file the JSON object `text` takes, with its sum and newline."""
+    return len(text) + len('"sum":"",\n') + 2 * _SUM_BYTES

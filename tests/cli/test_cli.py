@@ -190,7 +190,7 @@ def test_two_workers_cannot_share_a_host_with_tart(tmp_path: Path) -> None:
 
 EVENT = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
 HEALTHY = re.compile(
-    r"(/.*): 2 VMs, 0 workers, 0 service accounts, 2 events; [3-9] lines up to revision ([0-9]+); all is well\n"
+    r"(/.*): 2 VMs, 0 workers, 0 service accounts, 2 events; [3-9] lines up to revision ([0-9]+); no problems\n"
 )
 
 
@@ -263,15 +263,15 @@ def test_check_of_a_healthy_directory_reports_no_problem(kept: Path) -> None:
     ("spoil", "problem"),
     [
         (lambda d: flip(d / "state.jsonl", second_line(d / "state.jsonl") + 40), r"{d}/state.jsonl: the checksum does not fit .* at byte {line}; restore the data directory from a backup, .*"),
-        (lambda d: (d / "state.jsonl").unlink(), r"{d}/state.jsonl is missing; restore it from a backup, or is this no controller's data directory\?"),
+        (lambda d: (d / "state.jsonl").unlink(), r"{d}/state.jsonl is missing; restore it from a backup, or give .*"),
         (lambda d: flip(events_file(d), second_line(events_file(d)) + 40), r"{d}/events/.*\.jsonl: the checksum does not fit .* at byte [0-9]+; restore .*"),
-        (lambda d: (d / "access-token.key").write_bytes(b"short"), r"{d}/access-token.key: it has 5 bytes, expected 32; restore .*"),
+        (lambda d: (d / "access-token.key").write_bytes(b"short"), r"{d}/access-token.key has 5 bytes, expected 32; restore .*"),
         (lambda d: (d / "access-token.key").unlink(), r"{d}/access-token.key is missing; restore .*"),
         (lambda d: (d / "access-token.key").chmod(0o640), r"{d}/access-token.key can be read by others than its owner \(mode 640\); chmod 600 it"),
         (lambda d: (d / "controller.key").chmod(0o604), r"{d}/controller.key can be read by others .* \(mode 604\); chmod 600 it"),
         (lambda d: (d / "state.jsonl").chmod(0o644), r"{d}/state.jsonl can be read by others .*; chmod 600 it"),
         (lambda d: d.chmod(0o770), r"{d} can be written by others than its owner \(mode 770\); chmod 700 it"),
-        (lambda d: (d / "controller.key").unlink(), r"{d}/controller.crt is without {d}/controller.key; restore .*"),
+        (lambda d: (d / "controller.key").unlink(), r"{d}/controller.crt has no key {d}/controller.key; restore .*"),
         (lambda d: another_key(d / "controller.key"), r"{d}/controller.crt and {d}/controller.key are no certificate and its key .*; restore .*"),
     ],
 )  # fmt: skip
@@ -301,7 +301,7 @@ def test_check_notes_what_the_next_start_repairs(kept: Path, tmp_path: Path) -> 
     gone.write_bytes(events_file(directory).read_bytes())
     status, said = checked(directory)
     assert status == 1
-    assert f"{gone}: this is no orchard-events file of version 1 for uid gone at byte 0" in said
+    assert f"{gone}: the header is not that of orchard-events version 1 for uid gone at byte 0" in said
     gone.unlink()
     status, said = checked(directory)
     *notes, last = said.splitlines()
@@ -323,7 +323,7 @@ def test_check_notes_events_of_deleted_vms(kept: Path, tmp_path: Path) -> None:
     status, said = checked(directory)
     note, last = said.splitlines()
     assert (status, note.startswith(f"note: {directory}/events/")) == (0, True)
-    assert note.endswith("is of a VM that does not exist any more; the next start removes it")
+    assert note.endswith("belongs to a VM that does not exist any more; the next start removes it")
     assert last.startswith(f"{directory}: 1 VMs")
 
 

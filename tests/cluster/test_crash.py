@@ -38,7 +38,7 @@ from harness.processes import (
 from orchard import fsck
 from orchard.files import STATE_FILE
 from orchard.storage.journal import Disk, Journal
-from orchard.store import State, load_state
+from orchard.store import State, read_state
 
 CRASH = Path(__file__).parent.parent.parent / "bench" / "crash.py"
 LIBFAKETIME = (("/usr/lib", "*/faketime/libfaketimeMT.so.1"), ("/usr/lib", "faketime/libfaketimeMT.so.1"))
@@ -212,7 +212,7 @@ def copied(source: Path, target: Path) -> None:
 
 
 def test_each_copy_of_a_directory_at_work_is_a_backup(tmp_path: Path) -> None:
-    launch = "import sys, orchard.store; orchard.store.COMPACT_BYTES, orchard.store.COMPACT_RATIO = 20_000, 0\n"
+    launch = "import sys; from orchard.storage import engine; engine.COMPACT_BYTES, engine.COMPACT_RATIO = 20_000, 0\n"
     launch += "from orchard import controller; sys.exit(controller.main(sys.argv[1:]))"
     data = tmp_path / "controller"
     snapshots = set()
@@ -375,7 +375,5 @@ def test_a_clock_that_jumps_fails_nothing(tmp_path: Path) -> None:
         worker.stop()
     assert "failed" not in role.log.read_text()
     assert fsck.inspect(tmp_path / "controller").problems == []
-    state = load_state(
-        tmp_path / "controller" / STATE_FILE, Journal(tmp_path / "controller" / STATE_FILE, Disk()).read()
-    )
+    state = read_state(tmp_path / "controller" / STATE_FILE)
     assert set(state.vms) == {"first"}

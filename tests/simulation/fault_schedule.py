@@ -34,7 +34,7 @@ from trio.testing import MockClock
 from orchard.client import Client, ClientError, ResponseError
 from orchard.nursery import first_exception
 from orchard.schema import TART_VMS, VM
-from orchard.storage.journal import DamagedError
+from orchard.storage.errors import DamagedError
 from orchard.store import State, check
 
 # Few names, so that they are used again and again.

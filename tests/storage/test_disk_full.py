@@ -1,4 +1,4 @@
-"""A full disk: nothing is added, nothing is lost, what makes room goes on, and when there is room all is well again."""
+"""A full disk: additions are refused, nothing is lost, deletions and reports go on, and space is noticed when it is back."""
 
 from __future__ import annotations
 
@@ -15,21 +15,34 @@ import pytest
 from harness.clients import call
 from harness.disks import SmallDisk
 from harness.processes import PLAIN, at_last, controller
+from harness.stores import (
+    ACCOUNT,
+    SETTINGS,
+    delete,
+    open_store,
+    put,
+    read,
+    refused_write,
+    running_store,
+    wait_not_full,
+)
 from harness.strategies import assigned, pending, running, worker
-from test_store import ACCOUNT, SETTINGS, delete, has_room, opened, put, read, refusal, writing
 from trio.testing import MockClock
 
-from orchard.codec import APIError
 from orchard.schema import VM
+from orchard.storage.engine import RESERVE_BYTES, RESERVE_SHARE
+from orchard.storage.errors import StorageFullError
 from orchard.storage.journal import RESERVE_STEP
-from orchard.store import RESERVE_BYTES, RESERVE_SHARE, State, Store
+from orchard.store import State, Store
 
+# Bytes of the small disk.
 ROOM = 2 * RESERVE_BYTES
-LARGE = 10_000 * "x"  # an image whose VM takes that many bytes
+# An image that makes the record of its VM so large.
+LARGE = 10_000 * "x"
 
 
 def found(directory: Path) -> State:
-    """What a new start finds, in a copy: a start takes room itself."""
+    """Return what a restart would find. It reads a copy, since a start takes space itself."""
     copy = directory.with_name("copy")
     copy.mkdir(exist_ok=True)
     shutil.copy(directory / "state.jsonl", copy)
@@ -37,20 +50,28 @@ def found(directory: Path) -> State:
 
 
 async def add_until_full(store: Store) -> list[str]:
-    """Add VMs until one is refused; give the names of those that were not."""
+    """Add VMs until one is refused; return the names of the others."""
     added: list[str] = []
-    refused = None
-    while refused is None:
+    while True:
         name = f"vm{len(added)}"
         try:
             put(store, pending(name, image=LARGE))
             await store.wait_durable()
-        except APIError as error:
-            refused = error
-        else:
-            added.append(name)
-    assert refused.status == 507
-    return added
+        except StorageFullError:
+            return added
+        added.append(name)
+
+
+async def assign_until_full(store: Store, name: str) -> int:
+    """Assign a VM to w1, w2, ... until that is refused; return the number of the last worker."""
+    number = 0
+    while True:
+        try:
+            put(store, assigned(store.state.vms[name], f"w{number + 1}"))
+            await store.wait_durable()
+        except StorageFullError:
+            return number
+        number += 1
 
 
 @pytest.fixture
@@ -63,18 +84,17 @@ def data(tmp_path: Path) -> Path:
 # ---- the store on a disk that has so many bytes --------------------------------------------------------------------
 
 
-async def test_deletions_and_reports_go_on_and_nothing_else_does(data: Path, autojump_clock: MockClock) -> None:
+async def test_full_disk_accepts_deletions_and_reports_only(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
-    async with writing(opened(data, disk)) as store:
+    async with running_store(open_store(data, disk)) as store:
         names = await add_until_full(store)
         assert len(names) > 90
         assert disk.free() < 20_000 + RESERVE_STEP
         for name in names[:20]:
             vm = store.state.vms[name]
-            for noun in (pending("new"), ACCOUNT, SETTINGS, worker("new"), change_of_user(vm)):
-                with pytest.raises(APIError, match="deleting goes on") as refused:
-                    put(store, noun)
-                assert refused.value.status == 507
+            for item in (pending("new"), ACCOUNT, SETTINGS, worker("new"), change_of_user(vm)):
+                with pytest.raises(StorageFullError, match="deletions are accepted"):
+                    put(store, item)
             put(store, running(vm))
             await store.wait_durable()
             assert found(data).vms[name] == store.state.vms[name]
@@ -90,59 +110,50 @@ def change_of_user(vm: VM) -> VM:
     return replace(vm, spec=replace(vm.spec, cpu=vm.spec.cpu + 1))
 
 
-async def test_deletions_make_room(data: Path, autojump_clock: MockClock) -> None:
+async def test_deletions_free_space_for_additions(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
-    async with writing(opened(data, disk)) as store:
+    async with running_store(open_store(data, disk)) as store:
         names = await add_until_full(store)
         for name in names:
             delete(store, store.state.vms[name])
             await store.wait_durable()
-        await has_room(store)
+        await wait_not_full(store)
         assert found(data).json == store.state.json
         assert len(await add_until_full(store)) >= len(names) - 10
         assert found(data).json == store.state.json
 
 
-async def test_a_reserve_that_is_used_up_refuses_without_a_loss(data: Path, autojump_clock: MockClock) -> None:
+async def test_used_up_reserve_refuses_reports_without_loss(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
-    async with writing(opened(data, disk)) as store:
+    async with running_store(open_store(data, disk)) as store:
         names = await add_until_full(store)
-        told, refused = 0, None
-        while refused is None:
-            try:
-                put(store, assigned(store.state.vms[names[0]], f"w{told + 1}"))
-                await store.wait_durable()
-            except APIError as error:
-                refused = error
-            else:
-                told += 1
-        assert refused.status == 507
+        told = await assign_until_full(store, names[0])
         assert told > 50
         assert store.state.vms[names[0]].state.worker == f"w{told}"
         assert found(data).json == store.state.json
         disk.room += 2 * ROOM
-        await has_room(store)
+        await wait_not_full(store)
         put(store, running(store.state.vms[names[0]], "w"), pending("new"))
         await store.wait_durable()
         assert found(data).json == store.state.json
 
 
-async def test_room_that_somebody_else_made_is_found(data: Path, autojump_clock: MockClock) -> None:
+async def test_space_freed_by_another_program_is_noticed(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
-    async with writing(opened(data, disk)) as store:
+    async with running_store(open_store(data, disk)) as store:
         names = await add_until_full(store)
         disk.room += 2 * ROOM
-        await has_room(store)
+        await wait_not_full(store)
         assert (data / "reserve").stat().st_size == RESERVE_BYTES
         assert len(await add_until_full(store)) > len(names)
         assert found(data).json == store.state.json
 
 
-async def test_who_is_written_with_somebody_who_adds_is_not_refused_for_it(
+async def test_deletion_in_one_batch_with_a_small_addition_gets_the_reserve(
     data: Path, autojump_clock: MockClock
 ) -> None:
     disk = SmallDisk(data, ROOM)
-    async with writing(opened(data, disk)) as store:
+    async with running_store(open_store(data, disk)) as store:
         put(store, pending("a"), pending("b"))
         await store.wait_durable()
         disk.room -= disk.free()
@@ -151,22 +162,23 @@ async def test_who_is_written_with_somebody_who_adds_is_not_refused_for_it(
         await store.wait_durable()
         assert set(found(data).vms) == {"b", "c"}
         disk.room += ROOM
-        await has_room(store)
+        await wait_not_full(store)
         disk.room -= disk.free()
         put(store, pending("d", image=RESERVE_BYTES // RESERVE_SHARE * "x"))
-        assert (await refusal(store)).status == 507, "the reserve is not for one that adds much"
+        # A large batch that adds something does not get the reserve.
+        await refused_write(store, StorageFullError)
         assert (data / "reserve").stat().st_size == RESERVE_BYTES
 
 
-async def test_a_start_without_room_for_the_reserve_adds_nothing_until_there_is(
+async def test_start_without_space_for_the_reserve_refuses_additions_until_there_is_space(
     data: Path, autojump_clock: MockClock
 ) -> None:
     disk = SmallDisk(data, 10_000)
-    async with writing(opened(data, disk)) as store:
-        with pytest.raises(APIError, match=r"reserve: No space left on device; nothing can be added"):
+    async with running_store(open_store(data, disk)) as store:
+        with pytest.raises(StorageFullError, match=r"reserve: No space left on device; nothing can be added"):
             put(store, pending("a"))
         disk.room = ROOM
-        await has_room(store)
+        await wait_not_full(store)
         put(store, pending("a"))
         await store.wait_durable()
     assert set(found(data).vms) == {"a"}
@@ -178,7 +190,7 @@ async def test_a_start_without_room_for_the_reserve_adds_nothing_until_there_is(
 
 @pytest.fixture(params=["tmpfs", "ext4"])
 def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
+    """Mount a file system of 8 MiB."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small file system; the tests above do without")
     point, image = tmp_path / "mounted", tmp_path / "image"
@@ -198,7 +210,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(path: Path) -> None:
-    """Write a file until there is no room for a byte more."""
+    """Write a file until not one byte more fits."""
     with suppress(OSError), path.open("ab", buffering=0) as file:
         for size in (65536, 4096, 512, 1):
             with suppress(OSError):
@@ -211,7 +223,7 @@ def answered(url: str, method: str, path: str, body: object = None) -> int:
 
 
 def answered_at_last(url: str, path: str, body: object) -> None:
-    """Ask until it is granted; each time before it is refused for want of room."""
+    """Send a POST until it is answered with 200; before, it is answered with 507."""
 
     def granted() -> bool:
         status = answered(url, "POST", path, body)
@@ -225,7 +237,7 @@ def event(number: int, size: int = 1) -> list[dict[str, object]]:
     return [{"kind": "log_line", "payload": f"{number}".rjust(size), "timestamp": number}]
 
 
-def test_a_controller_lives_through_a_full_file_system(mounted: Path, tmp_path: Path) -> None:
+def test_controller_survives_a_full_file_system(mounted: Path, tmp_path: Path) -> None:
     arguments = (*PLAIN, "--data-dir", str(mounted / "data"))
     vm = {"image": "any", "startup_script": {"script_content": 20_000 * "x"}}
     with controller(*arguments, home=tmp_path) as (role, url):

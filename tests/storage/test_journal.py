@@ -1,5 +1,4 @@
-"""The checked lines: whatever a crash, a bad disk or a stray hand does to a file, what is read from it was written to
-it, in the same order and without a gap, or the file is refused."""
+"""The journal: after a crash, a disk error or an edit, a file yields a prefix of what was written to it, or is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ from harness.strategies import QUICK
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard.storage.journal import Broken, DamagedError, Disk, Journal, NotWritten, chain
+from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError
+from orchard.storage.journal import Disk, Journal, chain_sum
 
 Lines = list[dict[str, Any]]
 OBJECTS: Lines = [{"format": "test"}, {"n": 1, "text": "a\u00e9\u2028b"}, {"n": 2}, {"n": 3, "deep": [{"x": None}]}]
@@ -31,7 +31,7 @@ def texts(values: Lines) -> list[bytes]:
 
 
 def made(path: Path, values: Lines, disk: Disk | None = None) -> Journal:
-    """A journal whose first line was there from its beginning, and the others were appended one after another."""
+    """Create a journal with the first line, and append the others one after another."""
     journal = Journal(path, disk or Disk())
     journal.create(texts(values[:1]))
     for value in values[1:]:
@@ -44,9 +44,12 @@ def bare(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def loaded(path: Path) -> Lines:
+    """Return what a restart reads, after it has cut off what a crash left."""
     journal = Journal(path, Disk())
     try:
-        return [line for _, line in journal.load()]
+        found = [line for _, line in journal.read()]
+        journal.open_for_append()
+        return found
     finally:
         journal.close()
 
@@ -59,11 +62,12 @@ def path(tmp_path: Path) -> Path:
 # ---- what is written is read ---------------------------------------------------------------------------------------
 
 
-def test_what_was_appended_is_read_with_its_offsets(path: Path) -> None:
+def test_appended_lines_are_read_with_their_offsets(path: Path) -> None:
     made(path, OBJECTS).close()
     data = path.read_bytes()
     journal = Journal(path, Disk())
-    found = list(journal.load())
+    found = list(journal.read())
+    journal.open_for_append()
     journal.append([text({"n": 4}), text({"n": 5})])
     journal.close()
     assert [line for _, line in found] == OBJECTS
@@ -73,7 +77,7 @@ def test_what_was_appended_is_read_with_its_offsets(path: Path) -> None:
     assert path.read_bytes().startswith(data)
 
 
-def test_a_person_can_read_the_file_and_others_cannot(path: Path) -> None:
+def test_file_is_readable_json_with_mode_0600(path: Path) -> None:
     made(path, OBJECTS).close()
     assert [bare(json.loads(line)) for line in path.read_text().split("\n")[:-1]] == OBJECTS
     assert path.read_bytes().startswith(b'{"sum":"')
@@ -81,18 +85,18 @@ def test_a_person_can_read_the_file_and_others_cannot(path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_the_sums_are_what_the_description_of_the_file_says(path: Path) -> None:
+def test_checksums_are_chained_blake2b(path: Path) -> None:
     made(path, OBJECTS).close()
     last = b""
     for line in path.read_bytes().split(b"\n")[:-1]:
         before, rest = line[:26], line[26:]
-        assert before == b'{"sum":"%b",' % chain(last, rest)
+        assert before == b'{"sum":"%b",' % chain_sum(last, rest)
         last = before[8:24]
     # Another program can compute it: BLAKE2b of 8 bytes.
-    assert chain(b"", b"") == b"e4a6a0577479b2b4"
+    assert chain_sum(b"", b"") == b"e4a6a0577479b2b4"
 
 
-def test_the_empty_append_writes_nothing(path: Path) -> None:
+def test_empty_append_writes_nothing(path: Path) -> None:
     journal = made(path, OBJECTS)
     size = path.stat().st_size
     journal.append([])
@@ -100,7 +104,7 @@ def test_the_empty_append_writes_nothing(path: Path) -> None:
     assert path.stat().st_size == journal.size == size
 
 
-def test_a_closed_journal_goes_on_with_the_next_append(path: Path) -> None:
+def test_append_reopens_a_closed_journal(path: Path) -> None:
     journal = made(path, OBJECTS)
     for n in range(3):
         journal.close()
@@ -109,7 +113,7 @@ def test_a_closed_journal_goes_on_with_the_next_append(path: Path) -> None:
     assert loaded(path) == [*OBJECTS, {"n": 0}, {"n": 1}, {"n": 2}]
 
 
-def test_a_disk_that_takes_a_byte_at_a_time(path: Path) -> None:
+def test_partial_writes_are_continued(path: Path) -> None:
     class Slow(Disk):
         def write(self, fd: int, data: memoryview) -> int:
             return super().write(fd, data[:1])
@@ -118,7 +122,7 @@ def test_a_disk_that_takes_a_byte_at_a_time(path: Path) -> None:
     assert loaded(path) == OBJECTS
 
 
-def test_create_takes_the_place_of_the_old_file_at_once(path: Path) -> None:
+def test_create_replaces_the_old_file_atomically(path: Path) -> None:
     journal = made(path, OBJECTS)
     other = Journal(path, Disk())
     reading = other.read()
@@ -126,12 +130,13 @@ def test_create_takes_the_place_of_the_old_file_at_once(path: Path) -> None:
     journal.create([text({"format": "new"})])
     journal.append([text({"n": 1})])
     journal.close()
-    assert [line for _, line in reading] == OBJECTS[1:]  # who reads the old one reads it to its end
+    # A reader of the old file reads it to its end.
+    assert [line for _, line in reading] == OBJECTS[1:]
     assert loaded(path) == [{"format": "new"}, {"n": 1}]
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_the_draft_of_a_crash_is_in_nobodys_way(path: Path) -> None:
+def test_draft_left_by_a_crash_is_replaced(path: Path) -> None:
     draft = path.with_name(path.name + ".new")
     draft.write_bytes(b"half a line")
     made(path, OBJECTS).close()
@@ -142,7 +147,7 @@ def test_the_draft_of_a_crash_is_in_nobodys_way(path: Path) -> None:
 # ---- cut, altered, moved -------------------------------------------------------------------------------------------
 
 
-def test_cut_at_every_byte_the_beginning_is_read_and_goes_on(path: Path) -> None:
+def test_file_cut_at_any_byte_yields_its_complete_lines_and_takes_appends(path: Path) -> None:
     made(path, OBJECTS).close()
     data = path.read_bytes()
     for cut in range(len(data) + 1):
@@ -150,8 +155,8 @@ def test_cut_at_every_byte_the_beginning_is_read_and_goes_on(path: Path) -> None
         journal = Journal(path, Disk())
         complete = data[:cut].count(b"\n")
         assert [line for _, line in journal.read()] == OBJECTS[:complete]
-        assert path.stat().st_size == cut, "reading has changed the file"
-        assert [line for _, line in journal.load()] == OBJECTS[:complete]
+        assert path.stat().st_size == cut, "read has changed the file"
+        journal.open_for_append()
         assert path.read_bytes() == data[: data.rfind(b"\n", 0, cut) + 1]
         journal.append([text({"after": cut})])
         journal.close()
@@ -159,7 +164,7 @@ def test_cut_at_every_byte_the_beginning_is_read_and_goes_on(path: Path) -> None
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"sum":"0123456789abcdef","n', b"\x00" * 40])
-def test_each_altered_byte_is_found_and_said_where(path: Path, tail: bytes) -> None:
+def test_each_altered_byte_is_reported_with_its_offset(path: Path, tail: bytes) -> None:
     made(path, OBJECTS).close()
     data = path.read_bytes()
     starts = [0, *(n + 1 for n, byte in enumerate(data) if byte == ord("\n"))]
@@ -168,14 +173,14 @@ def test_each_altered_byte_is_found_and_said_where(path: Path, tail: bytes) -> N
             path.write_bytes(data[:at] + bytes([byte]) + data[at + 1 :] + tail)
             with pytest.raises(DamagedError) as damaged:
                 loaded(path)
-            # A newline that is none any more makes one line of two; behind the last one there may be no other.
+            # An altered newline joins two lines; the last one is not followed by another.
             where = at if at == len(data) - 1 and byte != ord("\n") else max(n for n in starts if n <= at)
             assert damaged.value.offset == where
             assert str(damaged.value).startswith(f"{path}: ")
             assert f" at byte {where}; restore the data directory from a backup, or cut the file" in str(damaged.value)
 
 
-def test_an_altered_tail_is_dropped_and_never_read(path: Path) -> None:
+def test_altered_unfinished_line_is_cut_off(path: Path) -> None:
     made(path, OBJECTS).close()
     data = path.read_bytes()
     whole = data[data.rfind(b"\n", 0, -1) + 1 : -1]
@@ -185,7 +190,7 @@ def test_an_altered_tail_is_dropped_and_never_read(path: Path) -> None:
             assert loaded(path) == OBJECTS[:-1]
 
 
-def test_lines_that_were_moved_are_found(path: Path) -> None:
+def test_moved_removed_and_foreign_lines_are_detected(path: Path) -> None:
     made(path, OBJECTS).close()
     lines = path.read_bytes().splitlines(keepends=True)
     other = path.with_name("other.jsonl")
@@ -212,7 +217,7 @@ def test_lines_that_were_moved_are_found(path: Path) -> None:
 
 @QUICK
 @given(st.lists(st.sampled_from([b"\n", b'{"sum":"', b"0123456789abcdef", b'",', b"{}", b"}"]) | st.binary(max_size=9)))
-def test_any_bytes_are_read_as_nothing_or_refused(
+def test_arbitrary_bytes_are_refused_or_yield_nothing(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[bytes]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
@@ -224,7 +229,7 @@ def test_any_bytes_are_read_as_nothing_or_refused(
         assert loaded(path) == []
 
 
-def test_a_file_that_is_not_there(path: Path) -> None:
+def test_missing_file_raises_file_not_found_error(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         loaded(path)
 
@@ -234,7 +239,7 @@ def test_a_file_that_is_not_there(path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 @pytest.mark.parametrize("torn", [False, True])
-def test_every_call_that_fails_leaves_what_was_told(path: Path, code: int, torn: bool) -> None:
+def test_each_failing_disk_call_keeps_acknowledged_lines(path: Path, code: int, torn: bool) -> None:
     number = 0
     outcomes: dict[str, set[str]] = {}
     while True:
@@ -249,22 +254,22 @@ def test_every_call_that_fails_leaves_what_was_told(path: Path, code: int, torn:
         outcomes.setdefault(disk.failed[0], set()).add(outcome)
         number += 1
     assert number == len(disk.calls) > 8
-    # A sync that fails in `create` fails a draft that nobody knows of.
+    # A failed sync in `create` is one of the draft.
     expected = {"write": {"not written"}, "replace": {"not written"}, "sync_directory": {"broken"}}
     assert outcomes == {**expected, "sync": {"not written", "broken"}}
 
 
 def attempts(path: Path, disk: Disk, code: int) -> tuple[Lines, Lines, str]:
-    """Write on as if nothing had happened; give what was acknowledged, what nobody knows of, and what went wrong."""
+    """Append several times; return the acknowledged lines, those with an unknown outcome, and what failed."""
     journal, told, outcome = Journal(path, disk), list[dict[str, Any]](), ""
     for number in range(4):
         lines: Lines = [{"n": number}, {"n": number, "second": True}] if told else [{"format": "test"}]
         try:
             (journal.append if told else journal.create)(texts(lines))
-        except NotWritten as error:
+        except NotWrittenError as error:
             outcome = "not written"
-            problem, no_room = str(error), error.no_room
-        except Broken as error:
+            problem, no_space = str(error), error.no_space
+        except BrokenError as error:
             outcome = "broken"
             check_broken(journal, error)
             journal.close()
@@ -274,41 +279,41 @@ def attempts(path: Path, disk: Disk, code: int) -> tuple[Lines, Lines, str]:
     journal.close()
     if outcome:
         assert problem == f"cannot write {path}: {os.strerror(code)}"
-        assert no_room == (code != errno.EIO)
+        assert no_space == (code != errno.EIO)
     return told, [], outcome
 
 
-def check_broken(journal: Journal, error: Broken) -> None:
-    """Nothing more is written to a file of which nobody knows what it holds."""
+def check_broken(journal: Journal, error: BrokenError) -> None:
+    """Check that nothing more is appended to a file whose contents are unknown."""
     size = journal.path.stat().st_size
-    with pytest.raises(Broken, match="uncertain") as again:
+    with pytest.raises(BrokenError, match="uncertain") as again:
         journal.append([text({"n": 99})])
     assert again.value is error
     assert str(journal.path) in str(error)
     assert journal.path.stat().st_size == size
 
 
-def test_what_cannot_be_taken_back_breaks_the_journal(path: Path) -> None:
+def test_failed_truncation_after_a_failed_write_breaks_the_journal(path: Path) -> None:
     for bad in ("truncate", "sync"):
         disk = FailingDisk(torn=True)
         journal = made(path, OBJECTS, disk)
         disk.fault = lambda verb, number, bad=bad: errno.EIO if verb in ("write", bad) else 0  # type: ignore[misc]
-        with pytest.raises(Broken, match="take back an unfinished write"):
+        with pytest.raises(BrokenError, match="take back an unfinished write"):
             journal.append([text({"n": 9})])
         disk.fault = lambda verb, number: 0
-        with pytest.raises(Broken):
+        with pytest.raises(BrokenError):
             journal.append([text({"n": 9})])
         journal.close()
         assert loaded(path) == OBJECTS
 
 
-def test_an_append_that_did_not_happen_is_durably_not_there(path: Path) -> None:
-    """Else a power cut could bring back lines that were refused."""
+def test_failed_append_is_removed_durably(path: Path) -> None:
+    """Otherwise a power cut could bring back lines that were refused."""
     disk = FailingDisk(torn=True)
     journal = made(path, OBJECTS, disk)
     disk.calls.clear()
     disk.fault = fails_at(0, errno.ENOSPC)
-    with pytest.raises(NotWritten):
+    with pytest.raises(NotWrittenError):
         journal.append([text({"n": 4}), text({"n": 5}), text({"n": 6})])
     assert disk.calls == ["write", "truncate", "sync"]
     journal.append([text({"n": 7})])
@@ -316,21 +321,37 @@ def test_an_append_that_did_not_happen_is_durably_not_there(path: Path) -> None:
     assert loaded(path) == [*OBJECTS, {"n": 7}]
 
 
-def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+def test_create_in_a_missing_directory_raises_not_written_error(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "gone" / "test.jsonl", Disk())
-    with pytest.raises(NotWritten, match="No such file") as refused:
+    with pytest.raises(NotWrittenError, match="No such file") as refused:
         journal.create([b"{}"])
-    assert not refused.value.no_room
-    with pytest.raises(NotWritten):
+    assert not refused.value.no_space
+
+
+def test_append_before_the_file_was_read_and_opened_is_an_error(path: Path) -> None:
+    made(path, OBJECTS).close()
+    data = path.read_bytes()
+    journal = Journal(path, Disk())
+    with pytest.raises(RuntimeError, match="not open for appending"):
         journal.append([b"{}"])
+    reading = journal.read()
+    next(reading)
+    with pytest.raises(RuntimeError, match="not read to its end"):
+        journal.open_for_append()
+    for _ in reading:
+        pass
+    with pytest.raises(RuntimeError, match="not open for appending"):
+        journal.append([b"{}"])
+    assert path.read_bytes() == data
 
 
 # ---- power cuts ----------------------------------------------------------------------------------------------------
 
 
-def test_after_a_power_cut_at_any_moment_all_that_was_told_is_there(tmp_path: Path) -> None:
-    before: Lines = []  # what was acknowledged
-    now: Lines = []  # what is being made of it
+def test_power_cut_at_any_moment_keeps_acknowledged_lines(tmp_path: Path) -> None:
+    # What was acknowledged, and what it is about to become.
+    before: Lines = []
+    now: Lines = []
     after = tmp_path / "after.jsonl"
     seen: list[Lines] = []
 
@@ -357,6 +378,6 @@ def test_after_a_power_cut_at_any_moment_all_that_was_told_is_there(tmp_path: Pa
             journal.append(texts(lines))
         before = now
     journal.close()
-    # The sweep has been where it is dangerous: in the middle of an append, and between two files.
+    # The sweep includes the middle of an append, and the moment between two files.
     assert OBJECTS[:3] in seen
     assert (OBJECTS, anew) in itertools.pairwise(seen)

@@ -1,0 +1,56 @@
+"""Errors of the storage layer.
+
+`DamagedError`, `NotWrittenError` and `BrokenError` say what happened to a file. `StorageError` and its subclasses tell
+a caller that a change was refused or undone. None has an HTTP status: api.py maps them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DamagedError(Exception):
+    """A file does not hold what was written to it. str() names the file, the offset and the remedy."""
+
+    def __init__(self, path: Path, offset: int, what: str, remedy: str = "") -> None:
+        self.path = path
+        self.offset = offset
+        self.what = what
+        remedy = remedy or "restore the data directory from a backup, or cut the file there and lose what follows"
+        super().__init__(f"{path}: {what} at byte {offset}; {remedy}")
+
+
+class StorageError(Exception):
+    """A change was refused, or undone because it could not be written; str() says why."""
+
+
+class StorageFullError(StorageError):
+    """There is no space left for the change."""
+
+
+class StorageUnavailableError(StorageError):
+    """A write failed for another reason than a full disk."""
+
+
+class NotWrittenError(Exception):
+    """A write failed, and the file is as it was before. `no_space`: the disk or the quota is full."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"cannot write {path}: {os.strerror(error.errno or 0)}")
+        self.no_space = error.errno in _NO_SPACE
+
+    def as_storage_error(self, consequence: str) -> StorageError:
+        """Return the error for those whose changes were in the write."""
+        kind = StorageFullError if self.no_space else StorageUnavailableError
+        return kind(f"{self}; {consequence}")
+
+
+class BrokenError(Exception):
+    """It is not known what the disk holds after a failed write; only a restart, which reads it again, can tell."""
+
+    def __init__(self, path: Path, action: str, error: OSError) -> None:
+        super().__init__(f"cannot {action} {path}: {os.strerror(error.errno or 0)}; what is on the disk is uncertain")
