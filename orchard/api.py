@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard import __version__, auth, parameters, transitions
+from orchard import __version__, auth, parameters, schema, transitions
 from orchard.codec import APIError, InvalidError, MalformedError, dump_json, encode, parse_json, shown
 from orchard.liveness import Liveness, Source
 from orchard.net.openapi import Operation, SecurityScheme, array_of, document, ref
@@ -51,17 +51,6 @@ from orchard.schema import (
     VMAccessToken,
     VMSpec,
     Worker,
-    account_from_client,
-    components,
-    events_from_client,
-    is_allowed,
-    patched_spec,
-    replaced_spec,
-    report_from_worker,
-    settings_from_client,
-    ttl_from_client,
-    vm_from_client,
-    worker_from_client,
 )
 from orchard.ssh import exec as vm_exec
 from orchard.storage.errors import StorageFullError, StorageUnavailableError
@@ -179,10 +168,16 @@ class API:
             route, params = self._router.match(request.method, request.path)
             operation: APIOperation = route.endpoint
             name = params.get("name", "")
-            if operation.role != "public":
-                sender = self._identify(request, operation)
-                account = sender.account if isinstance(sender, auth.Access) else sender.name
-                self._authorize(sender, operation, name)
+            if operation.role == "public":
+                return Admitted(operation, name, account)
+            sender = self._identify(request, operation)
+            if isinstance(sender, auth.Access):
+                account = sender.account
+                self._check_access(sender, name)
+            else:
+                account = sender.name
+                if operation.role is not None:
+                    auth.require(sender, operation.role)
             return Admitted(operation, name, account)
         except _REFUSALS as error:
             raise http_error(error, account) from error
@@ -194,8 +189,7 @@ class API:
         """
         authorization = request.headers.get("authorization")
         try:
-            token = auth.bearer_of(authorization)
-            if token is not None and operation.bearer is not None:
+            if operation.bearer is not None and (token := auth.bearer_of(authorization)) is not None:
                 return auth.read_access_token(self.parts.access_key, token, self.parts.clock())
             return _ANYBODY if self.parts.gate is None else self.parts.gate.identify(authorization)
         except auth.UnauthenticatedError:
@@ -204,14 +198,11 @@ class API:
                 self._failures.record(request.peer)
             raise
 
-    def _authorize(self, sender: ServiceAccount | auth.Access, operation: APIOperation, name: str) -> None:
-        """Raise ForbiddenError or HTTPError(404) unless the sender may use the operation."""
-        if isinstance(sender, auth.Access):
-            vm = _found("VM", self.state.vms, name)
-            if vm.uid != sender.vm_uid:
-                raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
-        elif operation.role is not None and operation.role != "public":
-            auth.require(sender, operation.role)
+    def _check_access(self, access: auth.Access, name: str) -> None:
+        """Raise ForbiddenError or HTTPError(404) unless the access token is for the VM that has the name now."""
+        vm = _found("VM", self.state.vms, name)
+        if vm.uid != access.vm_uid:
+            raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
 
     async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer an admitted request. Raises HTTPError."""
@@ -273,8 +264,9 @@ class API:
     # -- VMs
 
     def create_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        (name, spec), warning = _read_body(request, vm_from_client)
-        self._check_host_dirs(spec)
+        (name, spec), warning = _read_body(request, schema.vm_from_client)
+        if spec.host_dirs:
+            self._check_host_dirs(spec)
         if name in self.state.vms:
             raise HTTPError(409, f'VM "{name}" already exists')
         reason = self.parts.waiting_reason(spec)
@@ -317,10 +309,10 @@ class API:
                     await send(change.line)
 
     def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._change_vm(request, admitted, replaced_spec)
+        return self._change_vm(request, admitted, schema.replaced_spec)
 
     def patch_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._change_vm(request, admitted, patched_spec)
+        return self._change_vm(request, admitted, schema.patched_spec)
 
     def _change_vm(
         self, request: Request, admitted: Admitted, read: Callable[[VMSpec, object, list[str]], VMSpec]
@@ -337,7 +329,7 @@ class API:
 
     def report_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         old = _found("VM", self.state.vms, admitted.name)
-        report, warning = _read_body(request, report_from_worker)
+        report, warning = _read_body(request, schema.report_from_worker)
         self._put(transitions.report(old, report, self.parts.clock()), old)
         return Response(200, headers=warning)
 
@@ -346,7 +338,7 @@ class API:
 
     def _check_host_dirs(self, spec: VMSpec) -> None:
         for index, host_dir in enumerate(spec.host_dirs):
-            if not is_allowed(self.state.settings.host_dir_policies, host_dir):
+            if not schema.is_allowed(self.state.settings.host_dir_policies, host_dir):
                 access = "read only" if host_dir.ro else "writable"
                 raise HTTPError(
                     400,
@@ -361,7 +353,7 @@ class API:
         uid = request.query.one(parameters.UID.name)
         if uid not in (None, vm.uid):
             raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
-        events, warning = _read_body(request, events_from_client)
+        events, warning = _read_body(request, schema.events_from_client)
         await self.parts.events.append(vm.uid, events)
         return Response(200, headers=warning)
 
@@ -409,7 +401,7 @@ class API:
 
     def issue_token(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = _found("VM", self.state.vms, admitted.name)
-        ttl, warning = _read_body(request, ttl_from_client, if_empty=b"null")
+        ttl, warning = _read_body(request, schema.ttl_from_client, if_empty=b"null")
         now = self.parts.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
         access = auth.Access(vm.name, vm.uid, admitted.account)
@@ -420,7 +412,7 @@ class API:
     # -- workers
 
     def register_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted, warning = _read_body(request, worker_from_client)
+        wanted, warning = _read_body(request, schema.worker_from_client)
         old = self.state.workers.get(wanted.name)
         if old is not None and old.machine_id != wanted.machine_id:
             raise HTTPError(
@@ -450,7 +442,7 @@ class API:
     def put_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Record a heartbeat, which has a later last_seen than the one before, or else set scheduling_paused."""
         worker = _found("worker", self.state.workers, admitted.name)
-        wanted, warning = _read_body(request, _named(worker.name, worker_from_client))
+        wanted, warning = _read_body(request, _named(worker.name, schema.worker_from_client))
         seen, source = wanted.last_seen, _source(request, admitted)
         if seen is None or not self.parts.liveness.record_heartbeat(worker.name, source, seen):
             self._put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
@@ -501,7 +493,7 @@ class API:
     # -- service accounts
 
     def create_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted, warning = _read_body(request, account_from_client)
+        wanted, warning = _read_body(request, schema.account_from_client)
         if wanted.name in self.state.accounts:
             raise HTTPError(409, f'service account "{wanted.name}" already exists')
         self._put(replace(wanted, token=wanted.token or auth.random_token(), created_at=self.parts.clock()))
@@ -517,7 +509,7 @@ class API:
     def replace_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Change an account's roles and token; absent fields stay as they are."""
         old = _found("service account", self.state.accounts, admitted.name)
-        new, warning = _read_body(request, _named(old.name, partial(account_from_client, base=old)))
+        new, warning = _read_body(request, _named(old.name, partial(schema.account_from_client, base=old)))
         self._put(replace(new, token=new.token or old.token), old)
         return self._account(old.name, warning)
 
@@ -533,7 +525,7 @@ class API:
         return self._settings()
 
     def put_settings(self, request: Request, admitted: Admitted) -> AnyResponse:
-        settings, warning = _read_body(request, settings_from_client)
+        settings, warning = _read_body(request, schema.settings_from_client)
         self._put(settings, self.state.settings)
         return self._settings(warning)
 
@@ -713,4 +705,4 @@ OPERATIONS: tuple[APIOperation, ...] = (
 def describe_api(prefix: str) -> dict[str, Any]:
     """Return the OpenAPI document of OPERATIONS, served below `prefix`, for example "/v1"."""
     info = {"title": "Orchard", "description": "Orchard orchestration API", "version": __version__}
-    return document(OPERATIONS, prefix=prefix, info=info, schemas=components())
+    return document(OPERATIONS, prefix=prefix, info=info, schemas=schema.components())

@@ -123,11 +123,7 @@ class VMSpec:
         "imagePullPolicy", "VM image pull policy", zero="IfNotPresent", default="IfNotPresent"
     )
     cpu: int = attr(
-        "cpu",
-        "Number of CPUs assigned to this VM; 0: the worker's default",
-        zero=0,
-        default=DEFAULT_CPU,
-        number=True,
+        "cpu", "Number of CPUs assigned to this VM; 0: the worker's default", zero=0, default=DEFAULT_CPU, number=True
     )
     memory: int = attr(
         "memory",
@@ -228,11 +224,7 @@ class VMState:
     )
     image_fqn: str = attr("image_fqn", "Image with its digest", zero="", writer="worker")
     observed_generation: int = attr(
-        "observedGeneration",
-        "The `generation` that the worker has applied",
-        zero=0,
-        writer="worker",
-        number=True,
+        "observedGeneration", "The `generation` that the worker has applied", zero=0, writer="worker", number=True
     )
     conditions: tuple[Condition, ...] = attr("conditions", "Conditions of the VM", zero=(), writer="worker")
 
@@ -586,9 +578,7 @@ class IP:
 @dataclass(frozen=True, slots=True)
 class IssueVMAccessTokenRequest:
     ttl_seconds: int | None = attr(
-        "ttlSeconds",
-        f"Requested token lifetime in seconds: {_DEFAULT_TTL} when omitted, at most {_MAX_TTL}",
-        zero=None,
+        "ttlSeconds", f"Requested token lifetime in seconds: {_DEFAULT_TTL} when omitted, at most {_MAX_TTL}", zero=None
     )
 
 

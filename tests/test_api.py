@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,16 @@ from harness.disks import HeldDisk
 from harness.served import BEGAN, Served, served
 from trio.testing import assert_no_checkpoints
 
+import orchard
 from orchard import __version__, auth, transitions
-from orchard.api import API, OPERATIONS, APIOperation
+from orchard.api import API, ERROR_STATUS, OPERATIONS, APIOperation, http_error
+from orchard.codec import APIError, InvalidError, ValidationError
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
-from orchard.net.request import Headers, Request
+from orchard.net.openapi import PROBLEMS
+from orchard.net.request import Headers, HTTPError, Request
 from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, ServiceAccount, vm_from_client
 from orchard.store import Change
-
-SHARED = Path(__file__).parent.parent.parent / "shared" / "openapi.yaml"
 
 
 @pytest.fixture
@@ -581,60 +584,54 @@ async def test_the_description_is_valid_openapi(api: Served) -> None:
     assert described == {(op.method, op.path) for op in OPERATIONS}
 
 
-ODD = {"Events"}  # an array that the file calls an object
+# ---- errors of the layers below ------------------------------------------------------------------------------------
+
+# Their errors never reach a handler: they end a start, a worker, a client or a connection.
+NOT_BELOW_THE_API = (
+    "client",
+    "controller",
+    "files",
+    "net.",
+    "reconciler",
+    "ssh.jump",
+    "storage.journal",
+    "tart",
+    "vm.",
+    "worker",
+)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the user's openapi.yaml is not beside the project")
-async def test_the_description_has_all_that_the_users_has_and_contradicts_nothing(api: Served) -> None:
-    import yaml  # type: ignore[import-untyped]
-
-    theirs = yaml.safe_load(SHARED.read_text())
-    ours = await api.ok("GET", "/openapi.json")
-    for path, item in theirs["paths"].items():
-        for method in item.keys() - {"parameters"}:
-            compare_operation(f"{method} {path}", item, ours["paths"][path], method)
-    for name, schema in theirs["components"]["schemas"].items():
-        if name not in ODD:
-            compare_schema(name, schema, ours["components"]["schemas"][name])
-
-
-def compare_operation(where: str, their_item: Any, our_item: Any, method: str) -> None:
-    theirs, ours = their_item[method], our_item[method]
-    assert theirs["responses"].keys() <= ours["responses"].keys(), where
-    for status, answer in theirs["responses"].items():
-        for media_type, content in answer.get("content", {}).items():
-            compare_schema(
-                f"{where} {status}", content["schema"], ours["responses"][status]["content"][media_type]["schema"]
-            )
-        assert answer.get("headers", {}).keys() <= ours["responses"][status].get("headers", {}).keys(), where
-    if "requestBody" in theirs:
-        their_body, our_body = theirs["requestBody"], ours["requestBody"]
-        assert their_body["required"] == our_body["required"], where
-        compare_schema(where, *(body["content"]["application/json"]["schema"] for body in (their_body, our_body)))
-    our_parameters = {
-        (p["in"], p["name"]): p for p in [*our_item.get("parameters", []), *ours.get("parameters", [])]
-    }  # fmt: skip
-    for parameter in [*their_item.get("parameters", []), *theirs.get("parameters", [])]:
-        if (parameter["name"], method) in (("watch", "put"), ("watch", "delete")):
-            continue  # there it stands beside the path, but is about GET
-        found = our_parameters[parameter["in"], parameter["name"]]
-        assert parameter.get("required", False) == found["required"], where
-        compare_schema(f"{where} {parameter['name']}", parameter["schema"], found["schema"])
+def error_classes() -> list[type[Exception]]:
+    """Return every exception class that the package defines below the API."""
+    found = []
+    for info in pkgutil.walk_packages(orchard.__path__, "orchard."):
+        name = info.name.removeprefix("orchard.")
+        if not name.startswith(NOT_BELOW_THE_API) and name != "__main__":
+            module = vars(importlib.import_module(info.name))
+            found += [
+                value
+                for value in module.values()
+                if isinstance(value, type) and issubclass(value, Exception) and value.__module__ == info.name
+            ]
+    return found
 
 
-def compare_schema(where: str, theirs: Any, ours: Any) -> None:
-    for keyword in ("$ref", "type", "enum", "default", "readOnly", "minimum", "maximum"):
-        if keyword in theirs:
-            assert ours.get(keyword) == theirs[keyword], f"{where}: {keyword}"
-    for name, schema in theirs.get("properties", {}).items():
-        if where == "VMSpec" and name == "tartName":
-            assert ours["properties"][name]["readOnly"] is True
-        compare_schema(f"{where}.{name}", schema, ours["properties"][name])
-    for keyword in ("items", "additionalProperties"):
-        if keyword in theirs:
-            compare_schema(f"{where}[]", theirs[keyword], ours[keyword])
-    for index, part in enumerate(theirs.get("allOf", [])):
-        compare_schema(f"{where}&{index}", part, ours["allOf"][index])
+def test_every_error_of_the_layers_below_has_a_status() -> None:
+    errors = error_classes()
+    assert len(errors) > 10
+    without = [error for error in errors if error not in (APIError, ValidationError)]
+    assert [error for error in without if not issubclass(error, tuple(ERROR_STATUS))] == []
+    assert set(ERROR_STATUS.values()) <= PROBLEMS.keys(), "the OpenAPI document describes each status"
+
+
+def test_errors_become_answers_with_their_status_message_and_headers() -> None:
+    unauthenticated = http_error(auth.UnauthenticatedError("who?"), "ci")
+    assert (unauthenticated.status, unauthenticated.message, unauthenticated.account) == (401, "who?", "ci")
+    assert unauthenticated.headers == (("WWW-Authenticate", 'Basic realm="orchard"'),)
+    assert http_error(auth.TooManyFailuresError("wait", retry_after=7)).headers == (("Retry-After", "7"),)
+    assert http_error(InvalidError("no")).headers == ()
+    kept = http_error(HTTPError(405, "no", (("Allow", "GET"),)), "ci")
+    assert (kept.status, kept.message, kept.headers, kept.account) == (405, "no", (("Allow", "GET"),), "ci")
 
 
 # ---- what an answer is based on ------------------------------------------------------------------------------------
