@@ -221,7 +221,8 @@ async def test_reset_in_the_vm_closes_the_tunnel_with_an_error_code() -> None:
 async def test_deleting_a_vm_closes_its_tunnels_with_the_reason() -> None:
     async with vm_with() as (c, port):
         url = websocket_url(c, "/vms/vm/port-forward", port=port)
-        assert await closed_with(url, partial(c.client.vms.delete, "vm")) == (1001, 'VM "vm" was deleted')
+        code, reason = await closed_with(url, partial(c.client.vms.delete, "vm"))
+        assert (code, '"vm"' in reason) == (1001, True), reason
 
 
 async def test_reconnect_of_a_worker_closes_its_tunnels() -> None:
@@ -232,7 +233,8 @@ async def test_reconnect_of_a_worker_closes_its_tunnels() -> None:
         async def reconnect() -> None:
             nursery.start_soon(hold, watch)
 
-        assert await closed_with(url, reconnect) == (1001, 'worker "worker-1" has reconnected')
+        code, reason = await closed_with(url, reconnect)
+        assert (code, '"worker-1"' in reason) == (1001, True), reason
         nursery.cancel_scope.cancel()
 
 
@@ -266,25 +268,24 @@ async def test_killed_worker_closes_a_tunnel_during_a_transfer(tmp_path: Path) -
             await c.client.vms.wait("vm")
             with trio.fail_after(60):
                 told = await trio.to_thread.run_sync(talk, websocket_url(c, "/vms/vm/port-forward", port=port))
-    assert told[0] > 0
-    assert told[1:] == (1011, "the connection to the worker was lost")
+    size, code, reason = told
+    assert size > 0
+    assert (code, "worker" in reason) == (1011, True), reason
 
 
 async def test_failure_of_a_vm_closes_its_tunnels_with_the_reason() -> None:
     async with vm_with() as (c, port):
         url = websocket_url(c, "/vms/vm/port-forward", port=port)
         report = {"status": "failed", "status_message": "no more"}
-        ended = await closed_with(url, partial(c.client.vms.report, "vm", report))
-        assert ended == (1001, 'VM "vm" has failed: no more')
+        code, reason = await closed_with(url, partial(c.client.vms.report, "vm", report))
+        assert (code, '"vm"' in reason, "no more" in reason) == (1001, True, True), reason
 
 
 @pytest.mark.parametrize(
     ("role", "expected"),
-    [("worker", (1011, "the connection to the worker was lost")), ("controller", (1001, "controller is stopping"))],
+    [("worker", 1011), ("controller", 1001)],
 )
-async def test_end_of_the_worker_or_controller_process_closes_tunnels(
-    tmp_path: Path, role: str, expected: tuple[int, str]
-) -> None:
+async def test_end_of_the_worker_or_controller_process_closes_tunnels(tmp_path: Path, role: str, expected: int) -> None:
     arguments = ("--insecure-no-tls", "--insecure-no-auth")
     with (
         controller(*arguments, home=tmp_path) as (control, url),
@@ -296,7 +297,8 @@ async def test_end_of_the_worker_or_controller_process_closes_tunnels(
             await c.client.vms.create(name="vm", image="any")
             await c.client.vms.wait("vm")
             end = partial(trio.to_thread.run_sync, worker.process.kill if role == "worker" else control.stop)
-            assert await closed_with(websocket_url(c, "/vms/vm/port-forward", port=port), end) == expected
+            code, reason = await closed_with(websocket_url(c, "/vms/vm/port-forward", port=port), end)
+            assert (code, role in reason) == (expected, True), reason
 
 
 async def test_unused_workers_end_of_a_tunnel_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,23 +332,29 @@ async def test_unreachable_ports_and_vms_are_refused_before_the_upgrade() -> Non
             closed = unused.getsockname()[1]
             status, message = await refusal(c, "/vms/vm/port-forward", port=closed)
         assert status == 503
-        assert message == f'worker "worker-1": cannot connect to port {closed} of the VM: connection refused'
+        assert '"worker-1"' in message
+        assert f"port {closed} " in message
+        assert "connection refused" in message
         forward = "/vms/vm/port-forward"
         for number, shown in ((0, '"0"'), (65536, '"65536"'), ("ssh", '"ssh"'), ("", '""')):
             status, message = await refusal(c, forward, port=number)
             assert (status, shown in message, "1 to 65535" in message) == (400, True, True), message
         assert (await refusal(c, forward))[0] == 400
         assert (await refusal(c, forward, port=port, wait=-1))[0] == 400
-        assert await refusal(c, "/vms/none/port-forward", port=port) == (404, 'VM "none" does not exist')
+        status, message = await refusal(c, "/vms/none/port-forward", port=port)
+        assert (status, '"none"' in message) == (404, True), message
         assert (await refusal(c, "/workers/none/port-forward", port=port))[0] == 404
         await c.client.vms.create(name="big", image="any", resources={"gpu": 1})
         status, message = await refusal(c, "/vms/big/port-forward", port=port, wait=0)
         assert status == 503
-        assert message.startswith('VM "big" is pending after 0 seconds: waiting: 1 worker: 1 lacks gpu')
+        assert '"big"' in message
+        assert "gpu" in message, "the message says what the VM waits for"
         await c.client.vms.report("big", {"status": "failed", "status_message": "broken"})
-        assert await refusal(c, "/vms/big/port-forward", port=port, wait=60) == (503, 'VM "big" has failed: broken')
-        with pytest.raises(ResponseError, match="426"):
+        status, message = await refusal(c, "/vms/big/port-forward", port=port, wait=60)
+        assert (status, '"big"' in message, "broken" in message) == (503, True, True), message
+        with pytest.raises(ResponseError) as refused:
             await c.client.request("GET", "/vms/vm/port-forward", query={"port": str(port)})
+        assert refused.value.status == 426
 
 
 async def test_port_forward_and_ip_wait_until_the_vm_runs() -> None:
@@ -383,11 +391,12 @@ async def test_ip_of_running_stopped_and_unknown_vms() -> None:
             async for _, vm in changes:
                 if vm.resting:
                     break
-        with pytest.raises(ResponseError, match='VM "vm" is stopped') as refused:
+        with pytest.raises(ResponseError, match="stopped") as refused:
             await c.client.vms.ip("vm", wait=60)
         assert refused.value.status == 503
-        with pytest.raises(ResponseError, match="does not exist"):
+        with pytest.raises(ResponseError) as refused:
             await c.client.vms.ip("none")
+        assert refused.value.status == 404
 
 
 # ---- sessions ------------------------------------------------------------------------------------------------------

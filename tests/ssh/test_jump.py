@@ -200,7 +200,7 @@ async def test_ambiguous_vm_name_in_lower_case_is_refused(tmp_path: Path) -> Non
         for name in ("Vm", "vM"):
             await c.client.vms.create(name=name, image="any")
         ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", "vm:22", "jump")
-        assert b'"vm" could be any of the VMs Vm, vM' in ran.stderr
+        assert b"Vm, vM" in ran.stderr
 
 
 async def test_two_sessions_over_one_connection_to_the_jump_host(
@@ -341,7 +341,8 @@ async def test_closed_port_of_a_vm_is_refused_with_the_reason(tmp_path: Path) ->
     closed_port = free_port()
     async with jumping() as c:
         ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", f"vm:{closed_port}", "jump")
-        assert f"cannot connect to port {closed_port} of the VM: connection refused".encode() in ran.stderr
+        assert f"port {closed_port} ".encode() in ran.stderr
+        assert b"connection refused" in ran.stderr
 
 
 async def test_deleting_a_vm_ends_its_ssh_connections(tmp_path: Path, sshd: int) -> None:
@@ -455,7 +456,7 @@ async def test_deleted_account_opens_no_more_channels(sshd: int, monkeypatch: py
         reader, _ = await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
         assert (await trio_asyncio.aio_as_trio(reader.read)(8)) == b"SSH-2.0-"
         await c.client.service_accounts.delete("someone")
-        with pytest.raises(asyncssh.ChannelOpenError, match="the service account does not exist"):
+        with pytest.raises(asyncssh.ChannelOpenError, match="service account"):
             await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
         connection.close()
         await trio_asyncio.aio_as_trio(connection.wait_closed)()
@@ -612,7 +613,7 @@ def test_host_key_is_created_once_and_private(tmp_path: Path) -> None:
         jump.host_key(path)
     path.write_text("no key")
     path.chmod(0o600)
-    with pytest.raises(ValueError, match="not an SSH private key"):
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         jump.host_key(path)
 
 
