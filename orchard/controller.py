@@ -105,7 +105,7 @@ class Running:
     fingerprint: str = ""
     # 0: SSH is not served.
     ssh_port: int = 0
-    # The account that this start created with a random token, which nobody knows yet.
+    # The account that this start created with a random token, which has to be shown.
     new_admin: ServiceAccount | None = field(default=None, repr=False)
 
 
@@ -141,8 +141,8 @@ def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
         yield store, events
 
 
-def access_key(directory: Path) -> bytes:
-    """Give the key that signs access tokens, made at the first start: it outlives restarts. Raises StartError."""
+def load_access_key(directory: Path) -> bytes:
+    """Return the key that signs access tokens. The first start creates it; later starts load it. Raises StartError."""
     path = directory / ACCESS_KEY_FILE
     try:
         if not path.exists():
@@ -245,7 +245,7 @@ class _Parts:
         loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
         Reactions(store, events, rendezvous, clock)
         gate = auth.Gate(store.state.accounts) if settings.auth else None
-        key = access_key(settings.data_dir)
+        key = load_access_key(settings.data_dir)
         vm_access = VMAccess(store, rendezvous)
         executor = Executor(vm_access)
         api_parts = ControllerParts(
@@ -364,11 +364,11 @@ def _limits() -> Limits:
 # ---- the command line ----------------------------------------------------------------------------------------------
 
 
-def api_prefix(text: str) -> str:
-    """Read the path before /v1, without a slash at its end. "/" means none."""
+def parse_api_prefix(text: str) -> str:
+    """Parse the path before /v1, without a slash at its end. "/" means none."""
     prefix = text.rstrip("/")
     if prefix and (prefix[0] != "/" or not all(map(NAME.fullmatch, prefix[1:].split("/")))):
-        raise argparse.ArgumentTypeError(f'"{text}" is not a path, expected one such as /orchard')
+        raise argparse.ArgumentTypeError(f'prefix is "{text}", expected a path such as /orchard')
     return prefix
 
 
@@ -384,7 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--listen", metavar="HOST:PORT", type=parse_address, default=f":{port}",
         help=f"address to serve on; default :{DEFAULT_PORT} on all addresses, the port from $PORT")  # fmt: skip
     add("--data-dir", metavar="DIR", type=Path, help="directory of the state; default $ORCHARD_HOME/controller")
-    add("--api-prefix", metavar="P", type=api_prefix, default="", help="path before /v1, such as /orchard")
+    add("--api-prefix", metavar="P", type=parse_api_prefix, default="", help="path before /v1, such as /orchard")
     add("--controller-cert", metavar="FILE", type=Path, help="TLS certificate (chain) in PEM; default: self-signed")
     add("--controller-key", metavar="FILE", type=Path, help="private key of the certificate in PEM")
     add("--listen-ssh", metavar="HOST:PORT", type=parse_address, help="address to serve SSH into VMs on; default: none")
@@ -414,9 +414,9 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
     parser = _parser()
     options = parser.parse_args(argv)
     if (options.controller_cert is None) != (options.controller_key is None):
-        parser.error("--controller-cert and --controller-key go together")
+        parser.error("--controller-cert and --controller-key must be given together")
     if options.insecure_no_tls and options.controller_cert is not None:
-        parser.error("--insecure-no-tls and --controller-cert exclude each other")
+        parser.error("--insecure-no-tls and --controller-cert cannot be combined")
     host, port = options.listen
     settings = ControllerSettings(
         data_dir=options.data_dir or orchard_home() / "controller",

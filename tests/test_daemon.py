@@ -57,7 +57,7 @@ def test_parse_count(text: str, read: int) -> None:
     [("", ""), ("/", ""), ("/orchard", "/orchard"), ("/orchard/", "/orchard"), ("/a/b-c.d", "/a/b-c.d")],
 )
 def test_api_prefix(text: str, read: str) -> None:
-    assert controller.api_prefix(text) == read
+    assert controller.parse_api_prefix(text) == read
 
 
 def test_duplicate_key_in_pairs_is_refused() -> None:
@@ -95,7 +95,7 @@ def test_parse_resources() -> None:
             ["", "0", "-1", "+1", "1.0", "1_0", "٣", str(MAX_AMOUNT + 1), "9" * 5000],
             "a whole number of at least 1",
         ),
-        (controller.api_prefix, ["orchard", "/a//b", "/a b", "/ä", "/a?b", "/%2e", "//a"], "such as /orchard"),
+        (controller.parse_api_prefix, ["orchard", "/a//b", "/a b", "/ä", "/a?b", "/%2e", "//a"], "such as /orchard"),
         (daemon.parse_pairs, ["", "a", "=1", " =1", "a=1,", "a=1,b", "a=1,b c"], "KEY=VALUE"),
         (
             daemon.parse_resources,

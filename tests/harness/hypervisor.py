@@ -1,12 +1,12 @@
-"""Virtual machines in memory. Law: trio and one random number generator; no sockets, no processes, no clock but trio's.
+"""Virtual machines in memory, for deterministic simulation. They use trio's clock and one random number generator.
 
-A `Machine` is a host, and outlives the workers on it. It boots and ends guests, keeps their lease, and tells a `Witness`
-of each moment at which one begins or ends to run: what really runs where is known here, whatever anybody believes.
+A `Machine` is a host and outlives the workers on it. It boots and ends guests, enforces their lease, and notifies a
+`Witness` whenever a guest begins or ends to run. So the witness knows what really runs where.
 
-A `Handle` is what one worker process has of its machine: the worker's Driver. What it asks for is carried out by the
-machine, after a random time. A worker that ends orderly ends what it has asked for; of one that is killed it goes on
-until the next worker's `recover`, and the handle of a dead process does nothing any more. While troubles last, verbs
-fail now and then, before or after they have done their work, guests shut down by themselves, and scripts fail.
+A `Handle` is the driver of one worker process. The machine carries out its calls after a random time. A worker that stops
+in order cancels its calls. Calls of a killed worker continue until the next worker calls `recover`, and the killed
+worker's handle raises errors. While a machine is `troubled`, calls fail now and then, before or after they have done
+their work, and scripts fail.
 """
 
 from __future__ import annotations
@@ -33,13 +33,18 @@ from orchard.vm.driver import (
 )
 from orchard.vm.supervisor import EXPIRED
 
-PATIENCE = 30.0  # seconds in which a guest shuts down, or is killed then
-TROUBLE = 0.05  # of the verbs fail while troubles last
-# Seconds that the verbs take, from and to.
+# A guest that does not shut down in this time is killed.
+SHUT_DOWN_LIMIT = 30.0  # seconds
+# The share of calls that fail while a machine is troubled.
+TROUBLE_SHARE = 0.05
+# How long the calls take in seconds, from and to.
 LIST, PULL, SET, BOOT, DELETE, SCRIPT = (0.02, 0.3), (0.2, 8.0), (0.05, 0.5), (0.02, 0.3), (0.05, 2.0), (0.5, 15.0)
-STOP, SUSPEND = (0.02, 0.2), (0.1, 5.0)  # until it is under way
-SHUT_DOWN = (0.1, 40.0)  # some never do, and are killed
+# STOP is the time until a stop or suspension begins.
+STOP, SUSPEND = (0.02, 0.2), (0.1, 5.0)
+# Some guests take longer than SHUT_DOWN_LIMIT.
+SHUT_DOWN = (0.1, 40.0)
 
+# Why a guest ends.
 Order = Literal["", "stop", "suspend", "lease", "power", "itself"]
 
 
@@ -50,25 +55,26 @@ class Witness(Protocol):
 
 
 class Guest:
-    """A VM that runs."""
+    """A running VM."""
 
     def __init__(self, name: str, *, leased: bool) -> None:
         self.name = name
         self.leased = leased
-        self.order: Order = ""  # what ends it
+        self.order: Order = ""
         self.ended = trio.Event()
-        self.news = trio.lowlevel.ParkingLot()
+        self.changed = trio.lowlevel.ParkingLot()
 
     def end(self, order: Order) -> None:
         self.order = self.order or order
-        self.news.unpark_all()
+        self.changed.unpark_all()
 
 
 class Call:
-    """Something that a machine was asked to do."""
+    """A driver call that a machine carries out."""
 
     def __init__(self, *, lasts: bool) -> None:
-        self.lasts = lasts  # whatever becomes of who asked
+        # It continues when its caller is cancelled.
+        self.lasts = lasts
         self.scope = trio.CancelScope()
         self.done = trio.Event()
         self.result: Any = None
@@ -76,7 +82,10 @@ class Call:
 
 
 class Machine:
-    """A host. Its tasks run in `nursery`. `guarded` False, or another `stretch` than 1 (of leases): it is broken."""
+    """A host. Its tasks run in `nursery`.
+
+    Planted bugs: with `guarded` False no lease is enforced, and leases last `stretch` times as long as told.
+    """
 
     def __init__(
         self,
@@ -91,7 +100,8 @@ class Machine:
         self.name = name
         self.chance = chance
         self.troubled = True
-        self.vms: dict[str, LocalState] = {}  # on its disk, and how they are when they don't run
+        # VMs on its disk, with their state while they do not run.
+        self.vms: dict[str, LocalState] = {}
         self.notes: dict[str, str] = {}
         self.guests: dict[str, Guest] = {}
         self.calls: dict[Call, None] = {}
@@ -99,16 +109,17 @@ class Machine:
         self._witness = witness
         self._guarded = guarded
         self._stretch = stretch
-        self._lease = (-math.inf, -math.inf)  # when leased VMs shut down, and are killed
+        # When leased VMs are shut down, and killed.
+        self._lease = (-math.inf, -math.inf)
 
     def lease(self, soft: float, hard: float) -> None:
         now = trio.current_time()
         self._lease = (now + (soft - now) * self._stretch, now + (hard - now) * self._stretch)
         for guest in self.guests.values():
-            guest.news.unpark_all()
+            guest.changed.unpark_all()
 
     def begin(self, seconds: tuple[float, float], work: Callable[[], Any], *, lasts: bool = False) -> Call:
-        """Do some work in a while."""
+        """Carry out a call after a random time."""
         call = Call(lasts=lasts)
         self.calls[call] = None
         self._nursery.start_soon(self._carry_out, call, self.chance.uniform(*seconds), work)
@@ -119,11 +130,12 @@ class Machine:
         with call.scope:
             await trio.sleep(seconds)
             try:
-                if trouble < TROUBLE / 2:
-                    raise DriverError("no luck")
+                if trouble < TROUBLE_SHARE / 2:
+                    raise DriverError("injected failure before the call")
                 call.result = work()
-                if trouble < TROUBLE and not call.lasts:  # when `run` fails, nothing runs
-                    raise DriverError("no luck, and yet it was done")
+                # A failed `run` leaves no guest running.
+                if trouble < TROUBLE_SHARE and not call.lasts:
+                    raise DriverError("injected failure after the call")
             except DriverError as error:
                 call.error = error
         self.calls.pop(call, None)
@@ -138,38 +150,38 @@ class Machine:
             raise DriverError(EXPIRED)
         guest = self.guests[name] = Guest(name, leased=leased and self._guarded)
         self._witness.began(self, name)
-        self._nursery.start_soon(self._guard, guest)
+        self._nursery.start_soon(self._supervise, guest)
         return guest
 
-    async def _guard(self, guest: Guest) -> None:
-        """See a guest to its end."""
+    async def _supervise(self, guest: Guest) -> None:
+        """Wait until a guest is ordered to end or its lease expires, and end it."""
         while not guest.order:
             soft = self._lease[0] if guest.leased else math.inf
             if trio.current_time() >= soft:
                 guest.end("lease")
             else:
                 with trio.move_on_at(soft):
-                    await guest.news.park()
+                    await guest.changed.park()
         begun = trio.current_time()
         seconds = self.chance.uniform(*(SUSPEND if guest.order == "suspend" else SHUT_DOWN))
-        over = begun + min(seconds, PATIENCE)
+        over = begun + min(seconds, SHUT_DOWN_LIMIT)
         while not guest.ended.is_set():
             end = min(over, self._lease[1]) if guest.leased else over
             if trio.current_time() >= end:
                 self._end(guest)
             else:
                 with trio.move_on_at(end):
-                    await guest.news.park()
+                    await guest.changed.park()
 
     def _end(self, guest: Guest) -> None:
         del self.guests[guest.name]
         self.vms[guest.name] = "suspended" if guest.order == "suspend" else "stopped"
         guest.ended.set()
-        guest.news.unpark_all()
+        guest.changed.unpark_all()
         self._witness.ended(self, guest.name, guest.order)
 
     def lose_power(self) -> None:
-        """End everything at once; disks stay."""
+        """End all guests and calls at once. Disks stay."""
         for call in self.calls:
             call.scope.cancel()
         for guest in list(self.guests.values()):
@@ -178,7 +190,7 @@ class Machine:
 
 
 class Handle(Driver):
-    """The machine as one process has it. `hasty`: it is broken, see `simulated_cluster.PlantedBug`."""
+    """The driver of one process. `hasty` is a planted bug: `stop` returns before the guest has ended."""
 
     def __init__(self, machine: Machine, process: Process, *, hasty: bool = False) -> None:
         self._machine = machine
@@ -186,30 +198,30 @@ class Handle(Driver):
         self._hasty = hasty
 
     async def _ask(self, seconds: tuple[float, float], work: Callable[[], Any], *, lasts: bool = False) -> Any:
-        await self._turn()
+        await self._check_process()
         call = self._machine.begin(seconds, work, lasts=lasts)
         try:
             await call.done.wait()
         finally:
             if self._process.alive:
                 call.scope.cancel()
-        await self._turn()
+        await self._check_process()
         if call.error is not None:
             raise call.error
         return call.result
 
-    async def _turn(self) -> None:
+    async def _check_process(self) -> None:
         await trio.lowlevel.checkpoint()
-        await self._process.turn()
+        await self._process.wait_thawed()
         if not self._process.alive:
             raise DriverError("the process was killed")
 
-    def _known(self, name: str) -> None:
+    def _check_exists(self, name: str) -> None:
         if name not in self._machine.vms:
             raise NoSuchVM(f'the specified VM "{name}" does not exist')
 
     def _guest(self, name: str) -> Guest:
-        self._known(name)
+        self._check_exists(name)
         guest = self._machine.guests.get(name)
         if guest is None:
             raise NotRunning(f'VM "{name}" is not running')
@@ -235,7 +247,7 @@ class Handle(Driver):
         await self._ask(PULL, cloned)
 
     async def fqn(self, image: str) -> str:
-        await self._turn()
+        await self._check_process()
         return f"{image}@sha256:0"
 
     async def configure(
@@ -248,40 +260,40 @@ class Handle(Driver):
         random_mac: bool = False,
         random_serial: bool = False,
     ) -> None:
-        def set_() -> None:
-            self._known(name)
+        def configured() -> None:
+            self._check_exists(name)
             if name in self._machine.guests:
                 raise DriverError(f'VM "{name}" is running')
 
-        await self._ask(SET, set_)
+        await self._ask(SET, configured)
 
     async def run(
         self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         guest = await self._ask(BOOT, lambda: self._machine.boot(name, leased=options.leased), lasts=True)
         task_status.started()
-        await self._until_ended(guest)
+        await self._wait_ended(guest)
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        await self._turn()
+        await self._check_process()
         guest = self._guest(name)
         task_status.started()
-        await self._until_ended(guest)
+        await self._wait_ended(guest)
 
-    async def _until_ended(self, guest: Guest) -> None:
+    async def _wait_ended(self, guest: Guest) -> None:
         await guest.ended.wait()
-        await self._turn()
+        await self._check_process()
         if guest.order == "lease":
             raise DriverError(LEASE_OVER)
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
-        await self._turn()
+        await self._check_process()
         self._guest(name)
         return "127.0.0.1"
 
     async def stop(self, name: str) -> None:
         def stopped() -> Guest | None:
-            self._known(name)
+            self._check_exists(name)
             if name not in self._machine.guests and self._machine.vms[name] == "suspended":
                 self._machine.vms[name] = "stopped"
                 return None
@@ -292,7 +304,7 @@ class Handle(Driver):
         guest = await self._ask(STOP, stopped)
         if guest is not None and not self._hasty:
             await guest.ended.wait()
-            await self._turn()
+            await self._check_process()
 
     async def suspend(self, name: str) -> None:
         def suspended() -> Guest:
@@ -302,11 +314,11 @@ class Handle(Driver):
 
         guest = await self._ask(STOP, suspended)
         await guest.ended.wait()
-        await self._turn()
+        await self._check_process()
 
     async def delete(self, name: str) -> None:
         def deleted() -> None:
-            self._known(name)
+            self._check_exists(name)
             if name in self._machine.guests:
                 raise DriverError(f'VM "{name}" is running')
             del self._machine.vms[name]
@@ -325,24 +337,24 @@ class Handle(Driver):
         bridged: bool,
         on_line: Callable[[str], Awaitable[None]],
     ) -> None:
-        await self._turn()
+        await self._check_process()
         guest, machine = self._guest(name), self._machine
         await on_line("hello")
         with trio.move_on_after(machine.chance.uniform(*SCRIPT)):
             await guest.ended.wait()
-        await self._turn()
+        await self._check_process()
         if guest.ended.is_set():
             raise DriverError("the VM ended while its startup script ran")
         await on_line("good-bye")
-        if machine.troubled and machine.chance.random() < 2 * TROUBLE:
+        if machine.troubled and machine.chance.random() < 2 * TROUBLE_SHARE:
             raise ScriptFailed(1, "good-bye")
 
     async def recover(self) -> None:
-        await self._turn()
+        await self._check_process()
         for call in self._machine.calls:
             if not call.lasts:
                 call.scope.cancel()
-        await self._turn()
+        await self._check_process()
 
     def lease(self, soft: float, hard: float) -> None:
         if self._process.alive:

@@ -1,11 +1,13 @@
-"""A network in memory. Law: trio and one random number generator; no sockets, no threads, no clock but trio's.
+"""A network in memory, for deterministic simulation. It uses trio's clock and one random number generator.
 
-A `Process` runs on a host; it can be killed (its connections are reset, its listeners gone) or stand still, as one that
-got SIGSTOP: the system goes on taking bytes for it, up to a bound, and it reads none. What is sent needs time to arrive.
-Between two hosts the way can be severed in either direction: then bytes stay where they are and nobody is told. A
-connection that was severed either goes on when the way is healed, as TCP does, or was forgotten meanwhile and is reset.
-The end that has opened a connection is kept alive by its system, as `orchard.tcp.keep_alive` asks for: it breaks when
-the way was severed for KEEP_ALIVE_SECONDS.
+There are no sockets and no threads. A `Process` runs on a host. A killed process loses its listeners, and its
+connections are reset. A frozen process, as after SIGSTOP, reads nothing, while its system buffers bytes up to a bound.
+Bytes arrive after a random latency.
+
+The link between two hosts can be cut in either direction: then bytes stay where they are, and neither end is notified.
+After the link is healed, a connection either continues, as TCP does, or is reset because one system has given it up. The
+end that opened a connection has TCP keep-alive, as in `orchard.net.tcp`: it breaks when the link was cut for
+KEEP_ALIVE_SECONDS.
 """
 
 from __future__ import annotations
@@ -18,17 +20,22 @@ from functools import partial
 
 import trio
 
-BUFFER_BYTES = 256 * 1024  # of a direction that were sent and not read; then the sender waits
-BACKLOG = 128  # connections that a listener has not accepted yet
-LATENCY = (0.0005, 0.02)  # seconds, from and to
-RETRANSMISSION = 3.0  # seconds, at most, until what was sent while the way was severed arrives after that
+# Unread bytes of one direction, beyond which the sender waits.
+BUFFER_BYTES = 256 * 1024
+# Connections that a listener has not accepted yet.
+BACKLOG = 128
+# From and to.
+LATENCY_SECONDS = (0.0005, 0.02)
+# After a link is healed, bytes that were sent meanwhile arrive within this time.
+RETRANSMISSION_SECONDS = 3.0
 KEEP_ALIVE_SECONDS = 50.0
 
-Hosts = tuple[str, str]  # from and to
+# From and to.
+Hosts = tuple[str, str]
 
 
 class Process:
-    """Somebody who has connections, and can be killed or made to stand still."""
+    """A process with connections. It can be killed, frozen and thawed."""
 
     def __init__(self, host: str) -> None:
         self.host = host
@@ -36,8 +43,9 @@ class Process:
         self.frozen = False
         self.ends: dict[End, None] = {}
         self.listeners: dict[Listener, None] = {}
-        self.at_thaw: list[Callable[[], None]] = []  # what its system hears of it only then
-        self._still = trio.lowlevel.ParkingLot()
+        # Calls that closed a connection while the process was frozen.
+        self.at_thaw: list[Callable[[], None]] = []
+        self._thawed = trio.lowlevel.ParkingLot()
 
     def kill(self) -> None:
         self.alive = False
@@ -52,45 +60,46 @@ class Process:
 
     def thaw(self) -> None:
         self.frozen = False
-        for tell in self.at_thaw:
-            tell()
+        for call in self.at_thaw:
+            call()
         self.at_thaw.clear()
-        self._still.unpark_all()
+        self._thawed.unpark_all()
 
-    async def turn(self) -> None:
-        """Return when this process does not stand still."""
+    async def wait_thawed(self) -> None:
+        """Wait while this process is frozen."""
         while self.frozen:
-            await self._still.park()
+            await self._thawed.park()
 
 
 class Network:
-    """The ways between all hosts. `slowness` is up to how many seconds longer a host's bytes take."""
+    """The links between all hosts. `slowness` maps a host to its greatest additional latency in seconds."""
 
     def __init__(self, chance: random.Random) -> None:
         self.slowness: dict[str, float] = {}
         self._chance = chance
-        self._severed: dict[Hosts, float] = {}  # -> since when
+        # Cut links -> since when.
+        self._cuts: dict[Hosts, float] = {}
         self._healed = trio.lowlevel.ParkingLot()
         self._listeners: dict[str, Listener] = {}
         self._connections: dict[Connection, None] = {}
 
     def latency(self, hosts: Hosts) -> float:
         slowness = sum(self.slowness.get(host, 0.0) for host in hosts)
-        return self._chance.uniform(*LATENCY) + (self._chance.uniform(0, slowness) if slowness else 0.0)
+        return self._chance.uniform(*LATENCY_SECONDS) + (self._chance.uniform(0, slowness) if slowness else 0.0)
 
-    def severed_at(self, hosts: Hosts) -> float | None:
-        return self._severed.get(hosts)
+    def cut_at(self, hosts: Hosts) -> float | None:
+        return self._cuts.get(hosts)
 
-    def sever(self, source: str, target: str) -> None:
-        """Let nothing through any more from one host to another."""
-        self._severed.setdefault((source, target), trio.current_time())
+    def cut(self, source: str, target: str) -> None:
+        """Cut the link from one host to another."""
+        self._cuts.setdefault((source, target), trio.current_time())
         for pipe in self._pipes((source, target)):
-            pipe.tell()
+            pipe.notify()
 
     def heal(self, one: str, other: str) -> None:
-        """Let everything through again, both ways."""
+        """Heal the link between two hosts, in both directions."""
         now = trio.current_time()
-        was = [self._severed.pop(hosts, None) is not None for hosts in ((one, other), (other, one))]
+        was = [self._cuts.pop(hosts, None) is not None for hosts in ((one, other), (other, one))]
         if not any(was):
             return
         for connection in [each for each in self._connections if {one, other} == set(each.hosts)]:
@@ -99,7 +108,7 @@ class Network:
                     end.incoming.reset(now)
             else:
                 for end in connection.ends:
-                    end.incoming.delay_until(now + self._chance.uniform(0, RETRANSMISSION))
+                    end.incoming.delay_until(now + self._chance.uniform(0, RETRANSMISSION_SECONDS))
         self._healed.unpark_all()
 
     def _pipes(self, hosts: Hosts) -> Iterator[Pipe]:
@@ -110,32 +119,29 @@ class Network:
 
     def listen(self, process: Process) -> Listener:
         if process.host in self._listeners:
-            raise OSError(f"{process.host} is listened on already")
+            raise OSError(f"a process listens on {process.host} already")
         listener = self._listeners[process.host] = Listener(self, process)
         process.listeners[listener] = None
         return listener
 
-    def forget(self, what: Listener | Connection) -> None:
+    def remove(self, what: Listener | Connection) -> None:
         if isinstance(what, Listener):
             del self._listeners[what.process.host]
         else:
             self._connections.pop(what, None)
 
     async def connect(self, process: Process, host: str) -> End:
-        """Connect a process to the one that listens on a host; waits for as long as there is no way to it.
-
-        Raises OSError.
-        """
+        """Connect a process to the one that listens on a host. Waits while the link is cut. Raises OSError."""
         there, back = (process.host, host), (host, process.host)
         await trio.sleep(self.latency(there) + self.latency(back))
-        while there in self._severed or back in self._severed or process.frozen:
-            await process.turn()
-            while there in self._severed or back in self._severed:
+        while there in self._cuts or back in self._cuts or process.frozen:
+            await process.wait_thawed()
+            while there in self._cuts or back in self._cuts:
                 await self._healed.park()
             await trio.sleep(self.latency(there))
         listener = self._listeners.get(host)
         if listener is None or not process.alive:
-            raise ConnectionRefusedError(f"nobody listens on {host}")
+            raise ConnectionRefusedError(f"no process listens on {host}")
         connection = Connection(self, process, listener.process)
         listener.offer(connection.ends[1])
         self._connections[connection] = None
@@ -143,80 +149,83 @@ class Network:
 
 
 class Pipe:
-    """One direction of a connection: pieces with their times of arrival; b"" is the end, None a reset."""
+    """One direction of a connection: pieces of bytes with their times of arrival. b"" is the end, None a reset."""
 
     def __init__(self, network: Network, hosts: Hosts) -> None:
         self.hosts = hosts
-        self.size = 0  # bytes that are under way
-        self.closed = False  # nobody will read any more
+        # Bytes that were sent and not read.
+        self.size = 0
+        # The reader has closed its end.
+        self.closed = False
         self._network = network
         self._pieces: deque[tuple[float, bytes | None]] = deque()
-        self._last = 0.0  # arrival of what was put last: nothing overtakes it
-        self._news = trio.lowlevel.ParkingLot()
+        # The last arrival. No later piece arrives before it.
+        self._last = 0.0
+        self._changed = trio.lowlevel.ParkingLot()
 
     def put(self, piece: bytes | None) -> None:
         arrival = self._last = max(self._last, trio.current_time() + self._network.latency(self.hosts))
         self._pieces.append((arrival, piece))
         self.size += len(piece or b"")
-        self.tell()
+        self.notify()
 
     def reset(self, now: float) -> None:
-        """Forget what is under way, and have the reader find the connection broken."""
+        """Drop what has not been read, and break the connection for the reader."""
         self._pieces.clear()
         self._pieces.append((now, None))
         self.size = 0
-        self.tell()
+        self.notify()
 
     def delay_until(self, time: float) -> None:
         self._pieces = deque((max(arrival, time), piece) for arrival, piece in self._pieces)
         self._last = max(self._last, time)
-        self.tell()
+        self.notify()
 
-    def tell(self) -> None:
-        self._news.unpark_all()
+    def notify(self) -> None:
+        self._changed.unpark_all()
 
     @property
-    def severed_at(self) -> float | None:
-        return self._network.severed_at(self.hosts)
+    def cut_at(self) -> float | None:
+        return self._network.cut_at(self.hosts)
 
     def is_broken(self) -> bool:
-        """Whether a reset has arrived."""
+        """Return whether a reset has arrived."""
         return (
             bool(self._pieces)
             and self._pieces[-1][1] is None
             and self._pieces[-1][0] <= trio.current_time()
-            and self.severed_at is None
+            and self.cut_at is None
         )
 
     def next_at(self) -> float:
-        """When there will be something to read, as far as is known."""
-        return self._pieces[0][0] if self._pieces and self.severed_at is None else math.inf
+        """Return when the next piece arrives, as far as is known."""
+        return self._pieces[0][0] if self._pieces and self.cut_at is None else math.inf
 
     def take(self, max_bytes: int | None) -> bytes | None:
-        """Give what has arrived, of what `next_at` has told. An end or a reset stays."""
+        """Return what has arrived; `next_at()` must be past. An end or a reset stays."""
         _, piece = self._pieces[0]
         if not piece:
             return piece
         parts, size = [], 0
         while self._pieces and self.next_at() <= trio.current_time() and (piece := self._pieces[0][1]):
-            room = len(piece) if max_bytes is None else max_bytes - size
-            parts.append(piece[:room])
+            wanted = len(piece) if max_bytes is None else max_bytes - size
+            parts.append(piece[:wanted])
             size += len(parts[-1])
-            if room < len(piece):
-                self._pieces[0] = (self._pieces[0][0], piece[room:])
+            if wanted < len(piece):
+                self._pieces[0] = (self._pieces[0][0], piece[wanted:])
                 break
             self._pieces.popleft()
         self.size -= size
-        self.tell()
+        self.notify()
         return b"".join(parts)
 
     async def wait(self, until: float) -> None:
         with trio.move_on_at(until):
-            await self._news.park()
+            await self._changed.park()
 
 
 class Connection:
-    """Two ends: that of the process which has opened it, and that of the one which listened."""
+    """A connection with two ends: of the process that opened it, and of the one that listened."""
 
     def __init__(self, network: Network, opener: Process, listener: Process) -> None:
         self.hosts = (opener.host, listener.host)
@@ -226,11 +235,11 @@ class Connection:
 
     def closed(self) -> None:
         if all(end.closed for end in self.ends):
-            self._network.forget(self)
+            self._network.remove(self)
 
 
 class End(trio.abc.HalfCloseableStream):
-    """What a process has of a connection."""
+    """One end of a connection."""
 
     def __init__(self, connection: Connection, process: Process, incoming: Pipe, outgoing: Pipe, *, opened: bool):
         self.incoming = incoming
@@ -239,7 +248,8 @@ class End(trio.abc.HalfCloseableStream):
         self._connection = connection
         self._process = process
         self._opened = opened
-        self._ended = False  # what this end sends
+        # Whether this end has sent its end of stream.
+        self._ended = False
         process.ends[self] = None
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
@@ -257,7 +267,7 @@ class End(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
         while True:
             await self._check()
-            if self.incoming.is_broken() or (self.outgoing.closed and self.outgoing.severed_at is None):
+            if self.incoming.is_broken() or (self.outgoing.closed and self.outgoing.cut_at is None):
                 raise trio.BrokenResourceError("the connection was reset")
             if self.outgoing.size < BUFFER_BYTES:
                 break
@@ -277,24 +287,24 @@ class End(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
     def abort(self) -> None:
-        """Reset the connection, as the system does for a process that is gone."""
+        """Reset the connection, as the system does for a killed process."""
         self._close(None)
 
     async def _check(self) -> None:
-        """Wait while the process stands still, and raise what keeps this end from being used."""
+        """Wait while the process is frozen. Raise an error if this end cannot be used."""
         if self._process.frozen:
-            await self._process.turn()
+            await self._process.wait_thawed()
         if self._process.alive and not self.closed and trio.current_time() >= self._dead_at():
             self.abort()
-            raise trio.BrokenResourceError("the other end has not answered for too long")
+            raise trio.BrokenResourceError("TCP keep-alive got no answer")
         if not self._process.alive:
-            raise trio.BrokenResourceError("the process is gone")
+            raise trio.BrokenResourceError("the process was killed")
         if self.closed:
             raise trio.ClosedResourceError
 
     def _dead_at(self) -> float:
-        """When the system finds that nothing comes through any more."""
-        since = [pipe.severed_at for pipe in (self.incoming, self.outgoing)] if self._opened else []
+        """Return when keep-alive finds that the link is cut."""
+        since = [pipe.cut_at for pipe in (self.incoming, self.outgoing)] if self._opened else []
         return min((at + KEEP_ALIVE_SECONDS for at in since if at is not None), default=math.inf)
 
     def _close(self, last: bytes | None) -> None:
@@ -302,7 +312,7 @@ class End(trio.abc.HalfCloseableStream):
             return
         self.closed = self.incoming.closed = True
         self._end(last)
-        self.incoming.tell()
+        self.incoming.notify()
         self._process.ends.pop(self, None)
         self._connection.closed()
 
@@ -316,7 +326,7 @@ class End(trio.abc.HalfCloseableStream):
 
 
 class Listener(trio.abc.Listener[End]):
-    """Accepts what connects to a process."""
+    """Accepts connections to a process."""
 
     def __init__(self, network: Network, process: Process) -> None:
         self.process = process
@@ -325,7 +335,7 @@ class Listener(trio.abc.Listener[End]):
         self._closed = False
 
     def offer(self, end: End) -> None:
-        """Raises OSError."""
+        """Queue a connection for `accept`. Raises OSError."""
         try:
             self._send.send_nowait(end)
         except trio.WouldBlock:
@@ -333,7 +343,7 @@ class Listener(trio.abc.Listener[End]):
 
     async def accept(self) -> End:
         while True:
-            await self.process.turn()
+            await self.process.wait_thawed()
             end = await self._receive.receive()
             if not end.closed:
                 return end
@@ -341,7 +351,7 @@ class Listener(trio.abc.Listener[End]):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._network.forget(self)
+            self._network.remove(self)
             self.process.listeners.pop(self, None)
             self._receive.close()
             self._send.close()

@@ -234,7 +234,7 @@ class Faults:
         )
         for source, target in directions:
             self._cluster.note(f"cut for {seconds:.0f} s: {source} to {target}")
-            self._cluster.network.sever(source, target)
+            self._cluster.network.cut(source, target)
         self._call_later(seconds, lambda: self._cluster.network.heal(name, CONTROLLER))
 
     def slow_connection(self) -> None:

@@ -240,13 +240,13 @@ class SimulatedCluster:
     def _open_data(self, process: Process, directory: Path) -> Iterator[tuple[Store, EventLog]]:
         async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
-            await process.turn()
+            await process.wait_thawed()
             if not process.alive:
                 raise ProcessKilledError
             forgotten = self._bug.disk_forgets and self.chance.random() < FORGOTTEN_SHARE
             result = None if forgotten else work(*arguments)
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
-            await process.turn()
+            await process.wait_thawed()
             return result
 
         disk = UnsyncedDisk()
