@@ -587,7 +587,7 @@ async def test_name_of_another_machine_is_refused_until_it_is_free(cluster: InPr
     await cluster.client.workers.register({"name": "mac", "machine_id": "another"})
     async with Client(cluster.client.url) as client, trio.open_nursery() as nursery:
         mac = cluster.worker(client)
-        with pytest.raises(ResponseError, match="give this one another name"):
+        with pytest.raises(ResponseError):
             await mac._register()
         nursery.start_soon(mac.run)
         await cluster.client.workers.delete("mac")
@@ -600,7 +600,7 @@ async def test_worker_gives_up_when_its_first_registration_is_refused(tmp_path: 
     running: controller.Running = await nursery.start(partial(controller.run, settings))
     async with Client(running.url, account="nobody", token="t") as client:
         identity = Identity(name="w", arch="arm64", runtime="tart", machine_id="m", resources={})
-        with pytest.raises(RefusedError, match="does not exist"):
+        with pytest.raises(RefusedError, match="unknown service account"):
             await WorkerService(identity, client, SyntheticDriver(tmp_path / "vms")).run()
     nursery.cancel_scope.cancel()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shlex
@@ -12,33 +11,17 @@ import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, controller, finished, started
+from harness.processes import GENEROUS, call_main, controller, finished, started
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.cli.main import main
 
-# What a verb returned, and what it printed to standard output and standard error.
-Ended = tuple[int, str, str]
-
 STEP = re.compile(r" +[0-9]+\.[0-9]{3} s  (.*)\n")
-
-
-def call_main(*arguments: str, home: Path) -> Ended:
-    """Run a command line in this process, and return its exit status and what it printed."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.setenv("ORCHARD_HOME", str(home))
-        try:
-            status = main(arguments)
-        except SystemExit as ended:
-            status = int(str(ended.code))
-    return status, out.getvalue(), err.getvalue()
 
 
 def test_demo_prints_each_step_and_leaves_nothing(tmp_path: Path) -> None:
@@ -137,10 +120,10 @@ def test_bootstrap_token_is_read_from_the_data_of_a_running_controller(tmp_path:
         made = finished("", "bootstrap-token", "bootstrap-admin", home=tmp_path)
         certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
         assert BootstrapToken.parse(made.stdout) == BootstrapToken("bootstrap-admin", "t", certificate)
-        status, out, _ = call_main("bootstrap-token", "bootstrap-admin", "--no-certificate", home=tmp_path)
+        status, out, _ = call_main(main, "bootstrap-token", "bootstrap-admin", "--no-certificate", home=tmp_path)
         assert status == 0
         assert BootstrapToken.parse(out) == BootstrapToken("bootstrap-admin", "t")
-        status, out, err = call_main("bootstrap-token", "unknown", home=tmp_path)
+        status, out, err = call_main(main, "bootstrap-token", "unknown", home=tmp_path)
         assert (status, out) == (1, "")
         assert '"unknown"' in err
         assert "bootstrap-admin" in err
@@ -148,24 +131,24 @@ def test_bootstrap_token_is_read_from_the_data_of_a_running_controller(tmp_path:
     state.write_bytes(state.read_bytes().replace(b"bootstrap", b"bootstrab", 1))
     for home, words in ((tmp_path, "checksum"), (tmp_path / "none", "--data-dir")):
         arguments = ("bootstrap-token", "bootstrap-admin", "--data-dir", str(home / "controller"))
-        status, out, err = call_main(*arguments, home=tmp_path)
+        status, out, err = call_main(main, *arguments, home=tmp_path)
         assert (status, out) == (1, "")
         assert words in err
         assert "Traceback" not in err
 
 
 def test_invalid_command_lines_are_refused_without_a_traceback(tmp_path: Path) -> None:
-    assert call_main("--version", home=tmp_path) == (0, f"orchard {__version__}\n", "")
-    status, out, err = call_main(home=tmp_path)
+    assert call_main(main, "--version", home=tmp_path) == (0, f"orchard {__version__}\n", "")
+    status, out, err = call_main(main, home=tmp_path)
     assert (status, out) == (2, "")
     assert "usage: orchard" in err
     assert "VERB" in err
-    assert call_main("unknown", home=tmp_path)[0] == 2
-    status, _, err = call_main("dev", "--port", "65536", home=tmp_path)
+    assert call_main(main, "unknown", home=tmp_path)[0] == 2
+    status, _, err = call_main(main, "dev", "--port", "65536", home=tmp_path)
     assert status == 2
     assert "65536" in err
     for role in ("controller", "worker"):
-        status, out, _ = call_main(role, "--help", home=tmp_path)
+        status, out, _ = call_main(main, role, "--help", home=tmp_path)
         assert status == 0
         assert "usage:" in out
 
@@ -220,7 +203,7 @@ def images(directory: Path) -> dict[str, tuple[int, bytes]]:
 def checked(directory: Path) -> tuple[int, str]:
     """Run `orchard check`, and return its status and output. It must change nothing."""
     before = images(directory)
-    status, out, err = call_main("check", str(directory), home=directory.parent)
+    status, out, err = call_main(main, "check", str(directory), home=directory.parent)
     assert images(directory) == before
     assert err == ""
     return status, out
@@ -328,6 +311,6 @@ def test_check_notes_events_of_deleted_vms(kept: Path, tmp_path: Path) -> None:
 
 
 def test_check_of_a_missing_directory_fails(tmp_path: Path) -> None:
-    status, _, err = call_main("check", str(tmp_path / "none"), home=tmp_path)
+    status, _, err = call_main(main, "check", str(tmp_path / "none"), home=tmp_path)
     assert (status, err) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
-    assert call_main("check", "a", "b", home=tmp_path)[0] == 2
+    assert call_main(main, "check", "a", "b", home=tmp_path)[0] == 2

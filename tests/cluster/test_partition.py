@@ -1,7 +1,7 @@
-"""A worker's host that is cut off: nothing arrives any more, and nobody is told. Real processes.
+"""A worker's host is cut off from the controller: nothing arrives, and no connection is closed. Real processes.
 
-Once in network namespaces, where a link is taken down; that needs root. Once through a proxy that lets nothing pass,
-which anybody may do.
+Each test runs in network namespaces, where a link is taken down and which needs root, and through a proxy that stops
+passing bytes on.
 """
 
 from __future__ import annotations
@@ -32,25 +32,27 @@ from harness.processes import GENEROUS, LISTENING, PLAIN, controller, eventually
 
 from orchard.client import Client, ConnectError
 
-PING = "2"  # seconds
-# This process and the controller; by this process's number, because others may be testing at the same time.
+PING_INTERVAL = "2"  # seconds
+# Addresses of this process and the controller. They depend on the process number, since tests may run in parallel.
 NEAR, FAR = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
-HUB, HOSTS = "10.214.0.1", ("10.214.0.2", "10.214.0.3")  # the controller, and the workers
-IMPATIENT = (*PLAIN, "--worker-offline-timeout", str(SHORT_OFFLINE_TIMEOUT), "--ping-interval", PING)
+# Addresses of the controller and the workers inside of the namespaces.
+HUB, HOSTS = "10.214.0.1", ("10.214.0.2", "10.214.0.3")
+IMPATIENT = (*PLAIN, "--worker-offline-timeout", str(SHORT_OFFLINE_TIMEOUT), "--ping-interval", PING_INTERVAL)
 
 
 class Cable(Protocol):
-    """The way between the controller and the host that is cut off."""
+    """The link between the controller and the host that is cut off."""
 
     def cut(self) -> None: ...
 
     def mend(self) -> None: ...
 
 
-Connected = tuple[ProcessCluster, Host, Cable]  # the host of the site is the one that can be cut off
+# The cluster, whose host can be cut off; another host; and the link of the first.
+Connected = tuple[ProcessCluster, Host, Cable]
 
 
-# ---- network namespaces --------------------------------------------------------------------------------------------
+# ---- network namespaces ---------------------------------------------------------------------------------------------
 
 
 def ip(words: str) -> None:
@@ -59,9 +61,9 @@ def ip(words: str) -> None:
 
 
 def why_no_namespaces() -> str:
-    """Say why there can't be network namespaces here ("": there can)."""
+    """Return why network namespaces cannot be made here; "" if they can."""
     if shutil.which("ip") is None or shutil.which("nsenter") is None:
-        return "there is no ip, or no nsenter"
+        return "the program ip or nsenter is missing"
     name = f"orchard-try-{os.getpid()}"
     tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     if tried.returncode == 0:
@@ -70,11 +72,12 @@ def why_no_namespaces() -> str:
 
 
 class Namespaces:
-    """One for the controller, with a bridge in it, and one for each of two workers; no other traffic gets there."""
+    """One namespace for the controller, with a bridge in it, and one for each of two workers."""
 
     def __init__(self) -> None:
         self.hub, *self.hosts = (f"orchard-{os.getpid()}-{name}" for name in ("hub", "a", "b"))
-        self.near = f"orch{os.getpid()}"  # 15 characters at most
+        # The name of a link has at most 15 characters.
+        self.near = f"orch{os.getpid()}"
 
     def make(self) -> None:
         for name in (self.hub, *self.hosts):
@@ -95,7 +98,7 @@ class Namespaces:
             ip(f"-n {name} link set eth0 up")
 
     def remove(self) -> None:
-        # With a namespace go the links that it has an end of, but later: the next test would find this one still there.
+        # The kernel removes a namespace's links some time after the namespace: the next test could still find this one.
         subprocess.run(["ip", "link", "delete", self.near], capture_output=True, check=False)
         for name in (self.hub, *self.hosts):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
@@ -140,11 +143,11 @@ async def in_namespaces(home: Path) -> AsyncIterator[Connected]:
             yield c, other, network
 
 
-# ---- a proxy -------------------------------------------------------------------------------------------------------
+# ---- a proxy --------------------------------------------------------------------------------------------------------
 
 
 class Proxy:
-    """Passes on what it gets, but for the time that it is cut; then it keeps it, as TCP does what is not confirmed."""
+    """A TCP proxy. While it is cut, it keeps what it received, as TCP keeps unacknowledged data."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -157,11 +160,11 @@ class Proxy:
     def mend(self) -> None:
         self._whole.set()
 
-    async def serve(self, near: trio.SocketStream) -> None:
+    async def serve(self, client: trio.SocketStream) -> None:
         await self._whole.wait()
-        async with await trio.open_tcp_stream("127.0.0.1", self._port) as far, trio.open_nursery() as nursery:
-            nursery.start_soon(self._pump, near, far)
-            nursery.start_soon(self._pump, far, near)
+        async with await trio.open_tcp_stream("127.0.0.1", self._port) as server, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pump, client, server)
+            nursery.start_soon(self._pump, server, client)
 
     async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
         try:
@@ -193,15 +196,15 @@ async def registered(c: ProcessCluster, count: int) -> bool:
     return len(await c.client.workers.list()) == count
 
 
-# ---- the partition -------------------------------------------------------------------------------------------------
+# ---- the partition --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("connected", [in_namespaces, behind_a_proxy])
-async def test_a_vm_never_runs_on_both_sides_of_a_partition(
+async def test_vm_never_runs_on_both_sides_of_a_partition(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
     async with connected(tmp_path) as (c, other, cable):
-        with c.host.worker("--labels", "mac=1") as worker, other.worker("--labels", "other=1") as stays:
+        with c.host.worker("--labels", "mac=1") as worker, other.worker("--labels", "other=1") as other_worker:
             again = await c.create_running("again", labels={"mac": "1"}, restart_policy="OnFailure")
             never = await c.create_running("never", labels={"mac": "1"})
             elsewhere = await c.create_running("elsewhere", labels={"other": "1"}, restart_policy="OnFailure")
@@ -209,24 +212,24 @@ async def test_a_vm_never_runs_on_both_sides_of_a_partition(
             assert (await c.wait_vm("never", has_failed)).state.status_message.startswith('worker "mac" is offline')
             assert c.host.states() == {again.tart_name: "stopped", never.tart_name: "running"}
             cable.mend()
-            # Back again, it has left nothing of what had failed, and begins anew what is still to run.
+            # When the link is back, the worker ends the VM that has failed, and starts the other one again.
             now = await c.wait_vm("again", is_restarted)
             await eventually(partial(c.has_started, "again", 2))
             assert c.starts("again") == ["alone", "alone"]
             await eventually(lambda: c.host.states() == {now.tart_name: "running", never.tart_name: "stopped"})
             assert await c.client.vms.get("elsewhere") == elsewhere
             assert ends_well(worker)
-            assert ends_well(stays)
+            assert ends_well(other_worker)
 
 
 @pytest.mark.parametrize("connected", [in_namespaces, behind_a_proxy])
-async def test_a_vm_is_started_elsewhere_when_it_has_ended_on_the_host_that_is_cut_off(
+async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_cut_off(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
     async with connected(tmp_path) as (c, other, cable):
         with c.host.worker() as worker:
             first = await c.create_running("vm", restart_policy="OnFailure")
-            with other.worker() as stays:
+            with other.worker() as other_worker:
                 await eventually(partial(registered, c, 2))
                 cable.cut()
                 second = await c.wait_vm("vm", is_restarted)
@@ -237,21 +240,25 @@ async def test_a_vm_is_started_elsewhere_when_it_has_ended_on_the_host_that_is_c
                 cable.mend()
                 await eventually(lambda: c.host.states() == {})
                 assert await c.client.vms.get("vm") == second
-                # It is as good as before, as short interruptions leave it.
+                # The worker works as before, also after a short interruption.
                 await c.create_running("here")
                 cable.cut()
                 cable.mend()
                 await c.client.vms.delete("here")
                 await eventually(lambda: c.host.states().keys() | other.states().keys() == {second.tart_name})
-                assert ends_well(stays)
+                assert ends_well(other_worker)
             assert ends_well(worker)
 
 
-# ---- tunnels -------------------------------------------------------------------------------------------------------
+# ---- tunnels --------------------------------------------------------------------------------------------------------
 
-# Each connection begins with a letter: what is to be done. It tells that this has arrived, and that it has come to its end.
+# The first byte of each connection says what the server does: send without end (p), or only receive. The server prints
+# a line when that byte has arrived, and another when the connection has ended.
 SERVE = """
 import socket, threading
+
+# Processes are started and time-outs of seconds waited for.
+pytestmark = pytest.mark.slow
 
 def serve(connection):
     does = connection.recv(1)
@@ -274,7 +281,7 @@ while True:
 
 @contextmanager
 def serving(*before: str) -> Iterator[tuple[int, Callable[[], str]]]:
-    """Run it with words before its command: its port, and how to wait for its next line."""
+    """Run SERVE with words before its command. Yield its port, and a blocking function that returns its next line."""
     with subprocess.Popen([*before, sys.executable, "-c", SERVE], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -283,8 +290,8 @@ def serving(*before: str) -> Iterator[tuple[int, Callable[[], str]]]:
             process.kill()
 
 
-async def test_both_ends_of_a_tunnel_that_is_cut_off_find_out_though_data_is_under_way(tmp_path: Path) -> None:
-    """Data under way waits for its reader however slow he is, but not for one that is gone."""
+async def test_both_ends_of_a_tunnel_notice_a_cut_while_data_is_in_flight(tmp_path: Path) -> None:
+    """A tunnel waits for a slow reader without limit, but not for one that is unreachable."""
     async with in_namespaces(tmp_path) as (c, _, cable):
         assert isinstance(cable, Namespaces)
         with c.host.worker(), serving(*cable.inside(cable.hosts[0])) as (port, line):
@@ -310,7 +317,8 @@ async def test_both_ends_of_a_tunnel_that_is_cut_off_find_out_though_data_is_und
             async def next_line() -> str:
                 return await trio.to_thread.run_sync(line, abandon_on_cancel=True)
 
-            ways = "pds"  # it pours, drinks, or is silent
+            # The server pours data, the client pours data ("drain"), or both are silent.
+            ways = "pds"
             with trio.fail_after(GENEROUS):
                 async with trio.open_nursery() as nursery:
                     for does in ways:

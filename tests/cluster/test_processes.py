@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from harness.clients import ADMIN_ENV, admin_client, make_bootstrap_token, wait_workers
-from harness.processes import Role, controller, eventually, finished, free_port, processes_in, started
+from harness.processes import Role, call_main, controller, eventually, finished, free_port, processes_in, started
 
+from orchard import worker
 from orchard.auth import BootstrapToken
 from orchard.client import Client
 from orchard.schema import TART_VMS
@@ -33,7 +36,7 @@ async def gone(directory: Path) -> None:
     await eventually(lambda: not list(directory.glob("orchard-*")))
 
 
-async def test_a_vms_whole_life_over_tls_with_a_bootstrap_token(tmp_path: Path) -> None:
+async def test_vm_from_creation_to_deletion_over_tls_with_a_bootstrap_token(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (control, url):
         async with admin_client(url, tmp_path) as client:
             token = await make_bootstrap_token(client, tmp_path)
@@ -60,7 +63,7 @@ async def test_a_vms_whole_life_over_tls_with_a_bootstrap_token(tmp_path: Path) 
                 assert secret not in said
 
 
-async def test_a_killed_worker_leaves_nothing_once_it_is_back(tmp_path: Path) -> None:
+async def test_worker_that_was_killed_removes_its_vms_when_it_is_back(tmp_path: Path) -> None:
     with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
         async with Client(url) as client:
             arguments = (url, "--runtime", "synthetic", "--name", "mac")
@@ -129,39 +132,39 @@ async def test_many_synthetic_workers_in_one_process(tmp_path: Path) -> None:
             assert worker.stop(signal.SIGINT) == 0
 
 
-# ---- what is wrong, and is said ------------------------------------------------------------------------------------
+# ---- errors and their messages ------------------------------------------------------------------------------------
 
 
-async def logged(role: Role, text: str) -> None:
-    """Wait until the log holds a text."""
+async def wait_logged(role: Role, text: str) -> None:
+    """Wait until the log contains a text."""
 
-    def said() -> bool:
+    def has_text() -> bool:
         assert role.process.poll() is None, role.log.read_text()
         return text in role.log.read_text()
 
-    await eventually(said)
+    await eventually(has_text)
 
 
-async def test_a_worker_says_why_there_is_no_session_and_tries_again(tmp_path: Path) -> None:
+async def test_worker_logs_why_it_cannot_connect_and_retries(tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with started("worker", url, "--runtime", "synthetic", "--name", "mac", home=tmp_path) as worker:
-        await logged(worker, f'reason="cannot reach {url}: connection refused"')
+        await wait_logged(worker, f'reason="cannot reach {url}: connection refused"')
         listen = ("--listen", f"127.0.0.1:{port}", "--insecure-no-tls", "--insecure-no-auth")
         with started("controller", *listen, home=tmp_path):
-            await logged(worker, "registered with the controller")
+            await wait_logged(worker, "registered with the controller")
         assert worker.stop() == 0
         assert "Traceback" not in worker.log.read_text()
 
 
-async def test_a_worker_with_a_refused_token_ends_with_2(tmp_path: Path) -> None:
+async def test_worker_with_refused_credentials_exits_with_2(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         async with admin_client(url, tmp_path) as client:
             certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
             await client.service_accounts.create("reader", roles=["compute:read"], token="t")
             for token, words in (
                 (BootstrapToken("bootstrap-admin", "wrong", certificate), "wrong token"),
-                (BootstrapToken("nobody", "t", certificate), "does not exist"),
+                (BootstrapToken("unknown", "t", certificate), "unknown service account"),
                 (BootstrapToken("reader", "t", certificate), "compute:write"),
             ):
                 arguments = (url, "--runtime", "synthetic", "--bootstrap-token", str(token))
@@ -171,7 +174,7 @@ async def test_a_worker_with_a_refused_token_ends_with_2(tmp_path: Path) -> None
                 assert "Traceback" not in refused.stderr
 
 
-async def test_a_worker_that_must_not_trust_the_controller_says_so(tmp_path: Path) -> None:
+async def test_worker_logs_that_it_does_not_trust_the_certificate(tmp_path: Path) -> None:
     other = tmp_path / "other"
     with controller(home=other, env=ADMIN_ENV):
         wrong = (other / "controller" / "controller.crt").read_bytes()
@@ -180,42 +183,54 @@ async def test_a_worker_that_must_not_trust_the_controller_says_so(tmp_path: Pat
             token = BootstrapToken("bootstrap-admin", "admin-token", certificate)
             arguments = (url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", str(token))
             with started("worker", *arguments, home=tmp_path) as worker:
-                await logged(worker, words)
+                await wait_logged(worker, words)
                 assert worker.stop() == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "words"),
+    ("arguments", "words"),
     [
-        (["not-a-url"], 2, ["not-a-url", "https://"]),
-        (["http://h:1", "--bootstrap-token", "x"], 2, ["orchard-bootstrap-token-v0"]),
-        (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ"], 2, ["1 parts", "expected 2 or 3"]),
-        (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ.!"], 2, ["part 2", "base64url"]),
-        (["http://h:1", "--bootstrap-token-stdin"], 2, ["orchard-bootstrap-token-v0"]),
-        (["https://h:1", "--no-pki"], 2, ["--no-pki", "certificate"]),
-        (["http://h:1", "--runtime", "tart"], 1, ["tart", "PATH", "--tart"]),
-        (["http://h:1", "--tart", "/none/tart"], 1, ["/none/tart"]),
-        (["http://h:1", "--runtime", "docker"], 2, ["docker", "synthetic"]),
-        (["http://h:1", "--resources", "a=-1"], 2, ["a=-1", "WHOLE NUMBER"]),
-        (["http://h:1", "--labels", "a"], 2, ['"a"', "KEY=VALUE"]),
-        (["http://h:1", "--name", "a b"], 2, ["a b"]),
-        (["http://h:1", "--workers", "2"], 2, ["--workers", "synthetic"]),
-        (["http://h:1", "--default-cpu", "0"], 2, ['"0"', "at least 1"]),
+        (["not-a-url"], ["not-a-url", "https://"]),
+        (["http://h:1", "--bootstrap-token", "x"], ["orchard-bootstrap-token-v0"]),
+        (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ"], ["1 parts", "expected 2 or 3"]),
+        (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ.!"], ["part 2", "base64url"]),
+        (["http://h:1", "--bootstrap-token-stdin"], ["orchard-bootstrap-token-v0"]),
+        (["https://h:1", "--no-pki"], ["--no-pki", "certificate"]),
+        (["http://h:1", "--runtime", "docker"], ["docker", "synthetic"]),
+        (["http://h:1", "--resources", "a=-1"], ["a=-1", "WHOLE NUMBER"]),
+        (["http://h:1", "--labels", "a"], ['"a"', "KEY=VALUE"]),
+        (["http://h:1", "--name", "a b"], ["a b"]),
+        (["http://h:1", "--workers", "2"], ["--workers", "synthetic"]),
+        (["http://h:1", "--default-cpu", "0"], ['"0"', "at least 1"]),
     ],
 )
-def test_a_wrong_command_line_is_refused(tmp_path: Path, arguments: list[str], status: int, words: list[str]) -> None:
-    refused = finished("worker", *arguments, home=tmp_path)
-    assert refused.returncode == status, refused.stderr
+def test_invalid_command_line_is_refused(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    stdin = io.StringIO("no token\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        status, out, err = call_main(worker.main, *arguments, home=tmp_path)
+    assert (status, out) == (2, "")
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--runtime", "tart"], ["tart", "PATH", "--tart"]), (["--tart", "/none/tart"], ["/none/tart"])],
+)
+def test_missing_tart_is_an_error_on_stderr(tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    refused = finished("worker", "http://h:1", *arguments, home=tmp_path)
+    assert (refused.returncode, refused.stdout) == (1, "")
     assert "Traceback" not in refused.stderr
     for word in words:
         assert word in refused.stderr
 
 
-async def test_two_workers_with_the_same_vms_before_them_are_refused(tmp_path: Path) -> None:
+async def test_second_worker_on_the_same_vms_is_refused(tmp_path: Path) -> None:
     with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
         arguments = (url, "--runtime", "synthetic", "--name", "mac")
         with started("worker", *arguments, home=tmp_path) as worker:
-            await logged(worker, "registered with the controller")
+            await wait_logged(worker, "registered with the controller")
             second = finished("worker", *arguments, home=tmp_path)
             assert second.returncode == 1
             assert f"in use by another process ({worker.process.pid})" in second.stderr

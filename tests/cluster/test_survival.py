@@ -1,6 +1,6 @@
-"""VMs outlive their worker, and never run twice: real processes, stopped, killed and frozen at bad moments.
+"""VMs outlive their worker and never run twice, when workers are stopped, killed and frozen at bad moments.
 
-The hypervisor is the stand-in for tart: a VM is a process with a guard, in a session of its own.
+All processes are real, and the hypervisor is the stand-in for tart (see `harness.hosts`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from orchard.schema import VM
 from orchard.vm import supervisor
 from orchard.vm.instance import CUT_OFF, SHUT_DOWN, STOPPED
 
-# ---- the worker goes, and the VMs stay -----------------------------------------------------------------------------
+# Processes are started and time-outs of seconds waited for.
+pytestmark = pytest.mark.slow
+
+# ---- VMs outlive their worker ---------------------------------------------------------------------------------------
 
 
 async def echo(stream: trio.SocketStream) -> None:
@@ -46,7 +49,7 @@ async def echo(stream: trio.SocketStream) -> None:
 
 
 async def follow(client: Client, name: str, seen: list[VM], task_status: trio.TaskStatus[None]) -> None:
-    """Note whatever the controller says of a VM, until it is deleted."""
+    """Record each state of a VM until the VM is deleted."""
     async with client.vms.watch(name) as changes:
         task_status.started()
         async for kind, vm in changes:
@@ -67,13 +70,13 @@ async def test_vms_outlive_a_worker_that_is_stopped_or_killed(
             assert worker.stop(number) == (0 if number == signal.SIGTERM else -number)
         processes = [c.host.record(vm).child for vm in (a, b)]
         with c.host.worker() as worker:
-            # It is looked after as before: it can be reached, what is changed is followed, its end is seen and told.
+            # The adopted VM can be reached, follows changes of its spec, and its end is noticed and reported.
             port = (await nursery.start(trio.serve_tcp, echo, 0))[0].socket.getsockname()[1]
             async with c.client.vms.port_forward("b", port, wait=GENEROUS) as tunnel:
                 await tunnel.send_all(b"there")
                 assert await tunnel.receive_some() == b"there"
             assert [c.host.record(vm).child for vm in (a, b)] == processes
-            assert await c.client.vms.get("b") == b, "nothing has happened to it"
+            assert await c.client.vms.get("b") == b, "the VM did not change"
             await c.client.vms.patch("a", headless=True)
             now = await c.wait_vm("a", lambda vm: vm.state.observed_generation == 2)
             assert (now.uid, now.state.restart_count) == (a.uid, 0)
@@ -85,7 +88,7 @@ async def test_vms_outlive_a_worker_that_is_stopped_or_killed(
         assert processes_in(c.host.tart_home) == []
 
 
-async def test_a_worker_that_is_told_to_takes_its_vms_with_it(tmp_path: Path) -> None:
+async def test_worker_with_stop_vms_on_exit_stops_its_vms(tmp_path: Path) -> None:
     async with process_cluster(tmp_path) as c:
         with c.host.worker("--stop-vms-on-exit", TART_TOGETHER="3") as worker:
             for name in ("a", "b", "c"):
@@ -93,14 +96,17 @@ async def test_a_worker_that_is_told_to_takes_its_vms_with_it(tmp_path: Path) ->
             assert ends_well(worker)
         for vm in await c.client.vms.list():
             assert (vm.state.status, vm.state.status_message) == ("failed", STOPPED)
-        assert (c.host.tart_home / "ended").read_text().split() == ["ended"] * 3, "side by side: nobody was killed"
+        assert (c.host.tart_home / "ended").read_text().split() == ["ended"] * 3, (
+            "shut down side by side, and not killed"
+        )
         assert c.host.states() == {}
         assert processes_in(c.host.tart_home) == []
 
 
-async def test_a_script_that_was_cut_off_by_the_end_of_its_worker_fails_the_vm(tmp_path: Path, sshd: int) -> None:
+async def test_vm_fails_if_its_worker_was_killed_while_its_script_ran(tmp_path: Path, sshd: int) -> None:
     async with process_cluster(tmp_path) as c:
-        ssh = tmp_path / "bin" / "ssh"  # the real one, but for the port
+        # The real ssh, with the port of the test's server.
+        ssh = tmp_path / "bin" / "ssh"
         ssh.parent.mkdir()
         ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -p {sshd} "$@"\n')
         ssh.chmod(0o755)
@@ -118,19 +124,19 @@ async def test_a_script_that_was_cut_off_by_the_end_of_its_worker_fails_the_vm(t
             await c.client.vms.patch("done", headless=True)
             await c.wait_vm("done", lambda vm: vm.state.observed_generation == 2)
             assert ends_well(worker)
-        assert await has_printed(c.client, done), "once"
+        assert await has_printed(c.client, done), "the script did not run again"
 
 
 async def has_printed(client: Client, vm: VM) -> bool:
-    """Whether a VM's script has printed the VM's name, and nothing else."""
+    """Return whether a VM's script has printed the VM's name and nothing else."""
     return [event.payload async for event in client.vms.events(vm.name)] == [vm.name]
 
 
-# ---- killed in the middle of things --------------------------------------------------------------------------------
+# ---- workers killed in the middle of a call of tart -----------------------------------------------------------------
 
 
 class Workers:
-    """One worker after the other on a host, each killed in the middle of something."""
+    """One worker after the other on a host, each killed while it calls tart."""
 
     def __init__(self, host: Host, stack: ExitStack) -> None:
         self._host = host
@@ -138,15 +144,18 @@ class Workers:
         self.last = stack.enter_context(host.worker())
 
     async def next(self) -> None:
-        """Kill the worker, start another, and wait until it has settled."""
+        """Kill the worker, start another, and wait until that one has adopted the VMs."""
         self.last.stop(signal.SIGKILL)
         self.last = self._stack.enter_context(self._host.worker())
         await eventually(lambda: has_logged(self.last, "registered with the controller"))
 
-    async def killed_at(self, place: str, order: Callable[[], Awaitable[object]]) -> None:
-        """Have the worker come to a place, and make way for the next there, who is to end the call if it is no VM."""
+    async def kill_at(self, place: str, request: Callable[[], Awaitable[object]]) -> None:
+        """Replace the worker when it comes to a place ("clone before") after a request of the user.
+
+        The next worker must end the call of tart, unless the call runs a VM.
+        """
         self._host.hold(place)
-        await order()
+        await request()
         number = await self._host.wait_held()
         await self.next()
         assert place.startswith("run") or process_state(number) == "Z", f"{place} goes on"
@@ -155,7 +164,7 @@ class Workers:
 
 @asynccontextmanager
 async def workers_to_kill(home: Path) -> AsyncIterator[tuple[ProcessCluster, Workers]]:
-    """Give a site and its workers. At the end, a VM has run through it all, and is all that is there."""
+    """Run a cluster and its workers. At the end of the block, a VM that was there from the beginning must still run."""
     async with process_cluster(home) as c:
         with ExitStack() as stack:
             workers = Workers(c.host, stack)
@@ -174,15 +183,16 @@ async def workers_to_kill(home: Path) -> AsyncIterator[tuple[ProcessCluster, Wor
 MAKING = ["pull before", "pull after", "clone before", "clone after", "fqn before", "set before", "set after"]
 
 
-async def test_what_a_killed_worker_was_in_the_middle_of_is_ended_and_done_again(tmp_path: Path) -> None:
+async def test_steps_interrupted_by_killing_the_worker_are_ended_and_repeated(tmp_path: Path) -> None:
     async with workers_to_kill(tmp_path) as (c, workers):
         for number, place in enumerate([*MAKING, "run before"]):
             name = f"vm-{number}"
-            await workers.killed_at(place, partial(c.create, name, imagePullPolicy="Always"))
+            await workers.kill_at(place, partial(c.create, name, imagePullPolicy="Always"))
             vm = await c.client.vms.wait(name)
             assert vm.state.restart_count == 0
             await eventually(partial(has_state, c.host, vm, "running"))
-        for kind in ("note", "run", "log"):  # while its guard is started
+        # Files that appear one after the other while the supervisor of a VM is started.
+        for kind in ("note", "run", "log"):
             vm = await c.create(kind)
             await eventually((c.host.home / "tart" / f"{vm.tart_name}.{kind}").exists)
             await workers.next()
@@ -190,10 +200,10 @@ async def test_what_a_killed_worker_was_in_the_middle_of_is_ended_and_done_again
             await eventually(partial(c.has_started, kind))
             assert c.starts(kind) == ["alone"]
         for name, place in (("note", "delete before"), ("run", "delete after")):
-            await workers.killed_at(place, partial(c.client.vms.delete, name))
+            await workers.kill_at(place, partial(c.client.vms.delete, name))
 
 
-# Where the worker is killed, what the user wanted, and what comes of it: it is done, or the VM is lost.
+# Where the worker is killed, the change of the user, and the state of the VM after it (or its failure).
 CHANGES: list[tuple[str, dict[str, object], str]] = [
     ("suspend before", {"headless": True}, "running"),
     ("suspend after", {"headless": True}, VM_LOST),
@@ -207,14 +217,14 @@ CHANGES: list[tuple[str, dict[str, object], str]] = [
 ]
 
 
-async def test_a_change_that_a_killed_worker_was_in_the_middle_of_is_made_or_the_vm_has_failed(tmp_path: Path) -> None:
+async def test_change_interrupted_by_killing_the_worker_is_made_or_the_vm_fails(tmp_path: Path) -> None:
     async with workers_to_kill(tmp_path) as (c, workers):
         for number in range(len(CHANGES)):
             await c.create(f"vm-{number}", suspendable=True)
         for number, (place, patch, outcome) in enumerate(CHANGES):
             name = f"vm-{number}"
             before = await c.client.vms.wait(name)
-            await workers.killed_at(place, partial(c.client.vms.patch, name, patch))
+            await workers.kill_at(place, partial(c.client.vms.patch, name, patch))
             if outcome == VM_LOST:
                 assert (await c.wait_vm(name, has_failed)).state.status_message == VM_LOST
                 assert c.host.states()[before.tart_name] != "running"
@@ -225,7 +235,7 @@ async def test_a_change_that_a_killed_worker_was_in_the_middle_of_is_made_or_the
                 await eventually(partial(has_state, c.host, now, outcome))
 
 
-async def test_a_session_that_is_lost_while_the_worker_settles_has_settled_nothing(tmp_path: Path) -> None:
+async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(tmp_path: Path) -> None:
     listen = ("--listen", f"127.0.0.1:{(port := free_port())}", "--worker-offline-timeout", "10", *PLAIN)
     with killing_leftovers(tmp_path):
         async with Client(f"http://127.0.0.1:{port}") as client:
@@ -252,26 +262,26 @@ async def test_a_session_that_is_lost_while_the_worker_settles_has_settled_nothi
                         await eventually(lambda: c.host.states() == {vm.tart_name: "running"})
 
 
-# ---- cut off -------------------------------------------------------------------------------------------------------
+# ---- leases ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_vm_ends_before_it_is_started_elsewhere_though_its_worker_stands_still(tmp_path: Path) -> None:
-    """Or has died; and one whose lease is taken away shows that it would be seen if it ran twice."""
+async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_or_killed(tmp_path: Path) -> None:
+    """A VM whose lease is made endless runs twice, which shows that the test notices it."""
     async with process_cluster(tmp_path, SHORT_OFFLINE_TIMEOUT) as c:
         names = ("frozen", "killed", "unleashed")
         hosts = {name: c.add_host(name) for name in names}
         with (
-            hosts["frozen"].worker("--labels", "frozen=1") as stands_still,
-            hosts["killed"].worker("--labels", "killed=1", TART_STUBBORN="1") as dies,
-            hosts["unleashed"].worker("--labels", "unleashed=1") as knows_no_lease,
+            hosts["frozen"].worker("--labels", "frozen=1") as frozen_worker,
+            hosts["killed"].worker("--labels", "killed=1", TART_STUBBORN="1") as killed_worker,
+            hosts["unleashed"].worker("--labels", "unleashed=1") as unleashed_worker,
         ):
             never = await c.create_running("never", labels={"frozen": "1"})
             for name in names:
                 await c.create_running(name, labels={name: "1"}, restart_policy="OnFailure")
-            await freeze(knows_no_lease)
+            await freeze(unleashed_worker)
             supervisor.write_lease(hosts["unleashed"].home / "tart" / "lease", *supervisor.NEVER)
-            dies.stop(signal.SIGKILL)
-            await freeze(stands_still)
+            killed_worker.stop(signal.SIGKILL)
+            await freeze(frozen_worker)
             with c.host.worker("--labels", "frozen=1,killed=1,unleashed=1"):
                 now = {name: await c.wait_vm(name, is_restarted) for name in names}
                 assert {vm.state.worker for vm in now.values()} == {"mac"}
@@ -279,15 +289,17 @@ async def test_a_vm_ends_before_it_is_started_elsewhere_though_its_worker_stands
                     await eventually(partial(c.has_started, name, 2))
                 assert [c.starts(name)[1] for name in names] == ["alone", "alone", "twice"]
                 await c.wait_vm("never", has_failed)
-                assert hosts["frozen"].states()[never.tart_name] == "running", "nobody starts it elsewhere"
-                stands_still.process.send_signal(signal.SIGCONT)
-                # Back again, the worker removes what is not its own any more, and does as it is told.
+                assert hosts["frozen"].states()[never.tart_name] == "running", (
+                    "it has no lease, since it is never started elsewhere"
+                )
+                frozen_worker.process.send_signal(signal.SIGCONT)
+                # When it goes on, the worker removes the VM that was started elsewhere, and stops the one that has failed.
                 await eventually(lambda: hosts["frozen"].states() == {never.tart_name: "stopped"})
                 assert await c.client.vms.get("frozen") == now["frozen"]
-                assert ends_well(stands_still)
+                assert ends_well(frozen_worker)
 
 
-async def test_while_the_controller_is_away_only_that_ends_which_it_would_start_elsewhere(tmp_path: Path) -> None:
+async def test_only_leased_vms_end_while_the_controller_is_away(tmp_path: Path) -> None:
     listen = (
         "--listen",
         f"127.0.0.1:{(port := free_port())}",
@@ -319,10 +331,10 @@ async def test_while_the_controller_is_away_only_that_ends_which_it_would_start_
                     assert ends_well(worker)
 
 
-# ---- without a guard -----------------------------------------------------------------------------------------------
+# ---- VMs without a supervisor ---------------------------------------------------------------------------------------
 
 
-async def test_a_vm_whose_guard_is_killed_ends(tmp_path: Path) -> None:
+async def test_vm_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
     async with process_cluster(tmp_path) as c:
         with c.host.worker() as worker:
             vm = await c.create_running("vm")
@@ -333,15 +345,13 @@ async def test_a_vm_whose_guard_is_killed_ends(tmp_path: Path) -> None:
             assert ends_well(worker)
 
 
-async def test_a_vm_without_a_guard_is_none_to_go_on_with(tmp_path: Path) -> None:
+async def test_vm_without_a_supervisor_is_not_adopted(tmp_path: Path) -> None:
     async with process_cluster(tmp_path) as c:
         with c.host.worker() as worker:
             vm = await c.create_running("vm")
             worker.stop(signal.SIGKILL)
         os.kill(c.host.record(vm).guard, signal.SIGKILL)
-        await c.host.run_without_supervisor(
-            "orchard-left"
-        )  # as by a worker that knew no guards, of a VM that is gone meanwhile
+        await c.host.run_without_supervisor("orchard-left")
         await c.host.run_without_supervisor("somebody-elses")
         assert c.host.states() == dict.fromkeys([vm.tart_name, "orchard-left", "somebody-elses"], "running")
         with c.host.worker() as worker:

@@ -1,7 +1,11 @@
-"""The controller and the worker as real processes of their own, for tests that need signals, exit codes and the log."""
+"""Controllers, workers and the `orchard` command as real processes, and waiting for what happens in them.
+
+For tests that need signals, exit statuses and logs. `call_main` is the fast way to test a command line that ends at once.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -9,15 +13,18 @@ import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+import pytest
 import trio
 
-POLL_SECONDS = 0.01  # between two looks; what is looked at gets the processor meanwhile
-GENEROUS = 60  # seconds until a test gives up on a process; nothing is asserted about time
+# Between two checks of a condition, in which the observed process gets the processor.
+POLL_SECONDS = 0.01
+# Seconds until a test gives up on a process. No test asserts how long something takes.
+GENEROUS = 60
 LISTENING = re.compile(r"orchard controller [0-9.]+ is listening on (\S+)")
 # Arguments of a controller that speaks plain HTTP and lets everybody do everything.
 PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
@@ -25,38 +32,41 @@ PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
 
 @dataclass
 class Role:
-    """A running process; what it says on stderr goes to the file `log`."""
+    """A running process. Its standard error goes to the file `log`."""
 
     process: subprocess.Popen[str]
     log: Path
-    said: list[str] = field(default_factory=list)  # lines of its stdout, as far as they were read
+    # Lines of its standard output, as far as they were read.
+    said: list[str] = field(default_factory=list)
 
     def wait_for(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Read its stdout until a line matches."""
+        """Read the standard output until a line matches."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.said.append(line)
             if match := pattern.match(line):
                 return match
-        raise AssertionError(f"it ended with {self.process.wait(GENEROUS)}: {self.said} {self.log.read_text()}")
+        raise AssertionError(
+            f"the process ended with {self.process.wait(GENEROUS)}: {self.said} {self.log.read_text()}"
+        )
 
     def log_lines(self) -> list[str]:
         return self.log.read_text().splitlines()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal, and give the exit status."""
+        """Send a signal, wait for the end of the process, and return the exit status."""
         self.process.send_signal(number)
         return self.process.wait(GENEROUS)
 
 
 def environment(home: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Give the environment of a process that keeps its things in `home`."""
+    """Return the environment of a process whose ORCHARD_HOME is `home`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ORCHARD_") and name != "PORT"}
     return {**kept, "ORCHARD_HOME": str(home), **(extra or {})}
 
 
 def command(role: str, *arguments: str) -> list[str]:
-    """Give the command line of a role; "" is the `orchard` command."""
+    """Return the command of a role: "controller", "worker", or "" for the `orchard` command."""
     return [sys.executable, "-m", f"orchard.{role}" if role else "orchard", *arguments]
 
 
@@ -69,7 +79,7 @@ def started(
     stdin: IO[str] | int = subprocess.DEVNULL,
     before: Sequence[str] = (),
 ) -> Iterator[Role]:
-    """Run a role for the time of the block; kill it if it still runs then. `before` are words before its command."""
+    """Run a role for the time of the block, and kill it if it still runs then. `before` are words before its command."""
     home.mkdir(exist_ok=True)
     log = home / f"{role}.log"
     with log.open("a") as stderr:
@@ -92,7 +102,7 @@ def started(
 
 @contextmanager
 def controller(*arguments: str, home: Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[Role, str]]:
-    """Run a controller on a free loopback port, and give its URL, too."""
+    """Run a controller on a free loopback port for the time of the block, and yield it with its URL."""
     with started("controller", "--listen", "127.0.0.1:0", *arguments, home=home, env=env) as role:
         yield role, role.wait_for(LISTENING)[1]
 
@@ -100,7 +110,7 @@ def controller(*arguments: str, home: Path, env: Mapping[str, str] | None = None
 def finished(
     role: str, *arguments: str, home: Path, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a role that is to end by itself."""
+    """Run a role that ends by itself, and return its exit status and output."""
     return subprocess.run(
         command(role, *arguments),
         stdin=subprocess.DEVNULL,
@@ -119,8 +129,23 @@ def free_port() -> int:
         return port
 
 
+def call_main(main: Callable[[Sequence[str]], int], *arguments: str, home: Path) -> tuple[int, str, str]:
+    """Call the main function of a program in this process, and return its exit status, standard output and error.
+
+    Only for command lines with which the program ends before it starts trio, since that also configures logging.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setenv("ORCHARD_HOME", str(home))
+        try:
+            status = main(arguments)
+        except SystemExit as ended:
+            status = int(str(ended.code))
+    return status, out.getvalue(), err.getvalue()
+
+
 async def eventually(holds: Callable[[], Awaitable[bool] | bool]) -> None:
-    """Look again and again until something holds; give up after GENEROUS seconds."""
+    """Wait until a condition holds. Raises trio.TooSlowError after GENEROUS seconds."""
     with trio.fail_after(GENEROUS):
         while True:
             held = holds()
@@ -130,12 +155,12 @@ async def eventually(holds: Callable[[], Awaitable[bool] | bool]) -> None:
 
 
 def at_last(holds: Callable[[], bool]) -> None:
-    """As `eventually`, where no trio runs."""
+    """Do the same as `eventually` in a thread that does not run trio."""
     trio.run(eventually, holds)
 
 
 async def at_rest(look: Callable[[], object]) -> None:
-    """Return when something is the same for half a second: it does not go on by itself any more."""
+    """Wait until the result of `look` has not changed for half a second."""
     seen: list[object] = []
 
     def same() -> bool:
@@ -146,7 +171,7 @@ async def at_rest(look: Callable[[], object]) -> None:
 
 
 def processes_in(home: Path) -> list[int]:
-    """Find the processes that have a directory in their environment, or stand in it. Needs /proc."""
+    """Return the processes that have a directory in their environment or as their working directory. Needs /proc."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
