@@ -587,8 +587,9 @@ async def test_name_of_another_machine_is_refused_until_it_is_free(cluster: InPr
     await cluster.client.workers.register({"name": "mac", "machine_id": "another"})
     async with Client(cluster.client.url) as client, trio.open_nursery() as nursery:
         mac = cluster.worker(client)
-        with pytest.raises(ResponseError):
+        with pytest.raises(ResponseError) as refused:
             await mac._register()
+        assert refused.value.status == 409
         nursery.start_soon(mac.run)
         await cluster.client.workers.delete("mac")
         await eventually(lambda: mac._vms.has_adopted)
