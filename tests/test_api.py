@@ -1,4 +1,4 @@
-"""The REST API's handlers, request by request: bodies, statuses, roles, defaults, what changes and what must not."""
+"""The REST API's handlers: bodies, statuses, roles, defaults, and which requests change the state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ async def api(tmp_path: Path) -> Any:
 # ---- VMs -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_created_vm_is_answered_with_its_defaults(api: Served) -> None:
+async def test_create_vm_answers_with_defaults(api: Served) -> None:
     vm = await api.create("hello")
     uid = vm["uid"]
     assert len(uid) == 36
@@ -72,7 +72,7 @@ async def test_a_created_vm_is_answered_with_its_defaults(api: Served) -> None:
     assert await api.ok("GET", "/vms") == [vm]
 
 
-async def test_lists_are_sorted_by_name_and_empty_ones_are_lists(api: Served) -> None:
+async def test_lists_are_sorted_by_name_and_never_null(api: Served) -> None:
     assert await api.ok("GET", "/vms") == []
     assert await api.ok("GET", "/workers") == []
     assert await api.ok("GET", "/service-accounts") == []
@@ -81,7 +81,7 @@ async def test_lists_are_sorted_by_name_and_empty_ones_are_lists(api: Served) ->
     assert [vm["name"] for vm in await api.ok("GET", "/vms")] == ["a", "b", "c"]
 
 
-async def test_a_client_that_sends_a_vm_back_whole_changes_nothing(api: Served) -> None:
+async def test_put_and_patch_of_an_unchanged_vm_change_nothing(api: Served) -> None:
     vm = await api.create("vm", labels={"a": "b"}, netSoftnet=True, suspendable=True)
     revision = api.state.revision
     sent = {**vm, "status": "running", "uid": "other", "worker": "w", "generation": 9, "createdAt": BEGAN.isoformat()}
@@ -90,7 +90,7 @@ async def test_a_client_that_sends_a_vm_back_whole_changes_nothing(api: Served) 
     assert api.state.revision == revision
 
 
-async def test_put_takes_absent_booleans_for_false_and_patch_leaves_them(api: Served) -> None:
+async def test_absent_booleans_are_false_in_put_and_unchanged_in_patch(api: Served) -> None:
     await api.create("vm", headless=True, netSoftnetAllow=["10.0.0.0/8"])
     patched = await api.ok("PATCH", "/vms/vm", {"cpu": 6})
     assert (patched["headless"], patched["cpu"], patched["generation"]) == (True, 6, 2)
@@ -99,7 +99,7 @@ async def test_put_takes_absent_booleans_for_false_and_patch_leaves_them(api: Se
     assert "netSoftnetAllow" not in replaced
 
 
-async def test_a_deleted_vm_is_gone_and_its_name_is_free_for_another(api: Served) -> None:
+async def test_deleted_vm_is_gone_and_its_name_can_be_reused(api: Served) -> None:
     first = await api.create("vm")
     await api.ok("POST", "/vms/vm/events", [{"kind": "log_line", "payload": "old", "timestamp": 1}])
     assert await api.ok("DELETE", "/vms/vm") is None
@@ -110,7 +110,7 @@ async def test_a_deleted_vm_is_gone_and_its_name_is_free_for_another(api: Served
     assert await api.ok("GET", "/vms/vm/events") == []
 
 
-async def test_the_filter_gives_a_workers_vms(api: Served) -> None:
+async def test_list_vms_filtered_by_worker(api: Served) -> None:
     await api.register("w")
     for name in ("a", "b", "c"):
         await api.create(name)
@@ -122,7 +122,7 @@ async def test_the_filter_gives_a_workers_vms(api: Served) -> None:
     assert len(await api.ok("GET", "/vms?filter=")) == 3
 
 
-async def test_scheduling_many_vms_gives_others_their_turn_in_between(api: Served, nursery: trio.Nursery) -> None:
+async def test_scheduling_many_vms_yields_to_other_tasks(api: Served, nursery: trio.Nursery) -> None:
     count = 2 * VMS_PER_PLAN + 1
     with api.store.transaction() as tx:
         for number in range(count):
@@ -154,16 +154,16 @@ async def test_host_dirs_need_a_policy(api: Served) -> None:
     await api.ok("PUT", "/cluster-settings", {"hostDirPolicies": [{"pathPrefix": "/Users/ci", "ro": True}]})
     assert (await api.call("POST", "/vms", {"name": "vm", "image": "i", "hostDirs": [host_dir]})).status == 400
     await api.create("vm", hostDirs=[{**host_dir, "ro": True}])
-    # A policy that is taken away later does not get in the way of other changes.
+    # After the policy was removed, other fields can still be changed.
     await api.ok("PUT", "/cluster-settings", {})
     assert (await api.ok("PATCH", "/vms/vm", {"cpu": 2}))["generation"] == 2
     assert (await api.call("PATCH", "/vms/vm", {"hostDirs": [host_dir]})).status == 400
 
 
-# ---- what a worker says of its VM ----------------------------------------------------------------------------------
+# ---- reports of a worker about its VM ----------------------------------------------------------------------------------
 
 
-async def test_a_report_changes_what_the_worker_may_say_and_nothing_else(api: Served) -> None:
+async def test_state_report_changes_only_the_workers_fields(api: Served) -> None:
     await api.register("w")
     await api.create("vm")
     api.schedule()
@@ -194,7 +194,7 @@ async def test_a_report_changes_what_the_worker_may_say_and_nothing_else(api: Se
     assert (failed["status"], failed["status_message"]) == ("failed", "no disk")
 
 
-async def test_a_report_about_another_life_of_the_vm_is_not_found(api: Served) -> None:
+async def test_state_report_about_another_run_is_not_found(api: Served) -> None:
     vm = await api.create("vm")
     for stale in ({"uid": "other"}, {"uid": vm["uid"], "restart_count": 1}):
         refusal = await api.call("PUT", "/vms/vm/state", {**stale, "status": "running"})
@@ -210,7 +210,7 @@ def line(number: int) -> dict[str, object]:
     return {"kind": "log_line", "payload": f"line {number}", "timestamp": number}
 
 
-async def test_events_come_in_pages_and_the_cursor_ends_with_them(api: Served) -> None:
+async def test_events_are_paged_and_the_last_page_has_no_cursor(api: Served) -> None:
     await api.create("vm")
     await api.ok("POST", "/vms/vm/events", [line(n) for n in range(5)])
     await api.ok("POST", "/vms/vm/events", None)
@@ -224,7 +224,7 @@ async def test_events_come_in_pages_and_the_cursor_ends_with_them(api: Served) -
     assert "x-next-cursor" not in second.headers
 
 
-async def test_events_meant_for_an_earlier_vm_of_that_name_are_not_found(api: Served) -> None:
+async def test_events_with_the_uid_of_an_earlier_vm_are_not_found(api: Served) -> None:
     vm = await api.create("vm")
     await api.ok("POST", f"/vms/vm/events?uid={vm['uid']}", [line(1)])
     refusal = await api.call("POST", "/vms/vm/events?uid=other", [line(2)])
@@ -235,7 +235,7 @@ async def test_events_meant_for_an_earlier_vm_of_that_name_are_not_found(api: Se
 # ---- watching ------------------------------------------------------------------------------------------------------
 
 
-async def test_a_watch_tells_a_vms_whole_story_and_that_of_its_successor(
+async def test_watch_follows_a_vm_and_the_next_vm_of_its_name(
     api: Served, nursery: trio.Nursery
 ) -> None:  # fmt: skip
     created = await api.create("vm")
@@ -250,12 +250,11 @@ async def test_a_watch_tells_a_vms_whole_story_and_that_of_its_successor(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_watch_that_begins_between_a_change_and_the_disk_tells_it_once(
-    api: Served, nursery: trio.Nursery
-) -> None:
+async def test_watch_begun_before_a_change_is_durable_sends_it_once(api: Served, nursery: trio.Nursery) -> None:
     await api.create("vm")
     answer = await api.ask("GET", "/vms/vm?watch=1")
-    api.schedule()  # a change ("no worker has registered yet") that is in memory, and on its way to the disk
+    # This change of the waiting reason is in memory, and not durable yet.
+    api.schedule()
     send, receive = trio.open_memory_channel[bytes](100)
     nursery.start_soon(answer.produce, send.send)
     first = json.loads(await receive.receive())
@@ -265,7 +264,7 @@ async def test_a_watch_that_begins_between_a_change_and_the_disk_tells_it_once(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_vm_deleted_before_its_watch_began_is_told_as_deleted(api: Served, nursery: trio.Nursery) -> None:
+async def test_watch_of_a_vm_deleted_meanwhile_sends_deleted(api: Served, nursery: trio.Nursery) -> None:
     vm = await api.create("vm")
     answer = await api.ask("GET", "/vms/vm?watch=true")
     await api.ok("DELETE", "/vms/vm")
@@ -276,7 +275,7 @@ async def test_a_vm_deleted_before_its_watch_began_is_told_as_deleted(api: Serve
     nursery.cancel_scope.cancel()
 
 
-async def test_a_deletion_that_is_on_its_way_to_the_disk_is_told_once(tmp_path: Path) -> None:
+async def test_watch_begun_before_a_deletion_is_durable_sends_it_once(tmp_path: Path) -> None:
     disk = HeldDisk()
     async with served(tmp_path, disk=disk) as api, trio.open_nursery() as nursery:
         vm = await api.create("vm")
@@ -308,7 +307,7 @@ async def test_a_deletion_that_is_on_its_way_to_the_disk_is_told_once(tmp_path: 
 SEEN = "2026-01-31T12:00:15Z"
 
 
-async def test_registering_again_renews_a_worker_and_keeps_it_paused(api: Served) -> None:
+async def test_registering_again_updates_a_worker_and_keeps_it_paused(api: Served) -> None:
     worker = await api.register("w", labels={"a": "1"})
     assert worker["createdAt"] == "2026-01-31T12:00:00Z"
     assert (worker["arch"], worker["runtime"]) == ("arm64", "tart")
@@ -320,20 +319,20 @@ async def test_registering_again_renews_a_worker_and_keeps_it_paused(api: Served
     assert '"m"' in refusal.message
 
 
-async def test_a_later_last_seen_is_a_heartbeat_and_changes_nothing_else(api: Served) -> None:
+async def test_put_worker_with_a_later_last_seen_is_only_a_heartbeat(api: Served) -> None:
     await api.register("w")
     await api.ok("PUT", "/workers/w", {"scheduling_paused": True})
     revision = api.state.revision
     beat = await api.ok("PUT", "/workers/w", {"name": "w", "last_seen": SEEN})
     assert (beat["last_seen"], beat["scheduling_paused"]) == (SEEN, True)
-    assert api.state.revision == revision, "a heartbeat costs the disk nothing"
-    # The same time again is no heartbeat: this is how Go clients, who leave out false, take the pause back.
+    assert api.state.revision == revision, "a heartbeat is not stored"
+    # The same time again is not a heartbeat. Go clients resume a worker in this way, because they leave false out.
     resumed = await api.ok("PUT", "/workers/w", {"name": "w", "last_seen": SEEN})
     assert "scheduling_paused" not in resumed
     assert (await api.ok("GET", "/workers/w"))["last_seen"] == SEEN
 
 
-async def test_only_a_poll_from_the_workers_own_host_is_a_sign_of_life(
+async def test_only_a_poll_from_the_workers_own_host_counts_for_liveness(
     api: Served, autojump_clock: trio.testing.MockClock
 ) -> None:
     await api.register("w")
@@ -346,7 +345,7 @@ async def test_only_a_poll_from_the_workers_own_host_is_a_sign_of_life(
     assert seen["w"] == began + 10
 
 
-async def test_a_controller_that_stood_still_takes_nobody_for_silent_who_was_not(
+async def test_stalled_controller_does_not_fail_vms_of_live_workers(
     api: Served, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
 ) -> None:
     await api.register("w")
@@ -366,7 +365,7 @@ async def test_a_controller_that_stood_still_takes_nobody_for_silent_who_was_not
     nursery.cancel_scope.cancel()
 
 
-async def test_the_vms_of_a_deleted_worker_fail_and_say_so(api: Served) -> None:
+async def test_vms_of_a_deleted_worker_fail_with_that_reason(api: Served) -> None:
     await api.register("w")
     await api.create("vm")
     api.schedule()
@@ -381,7 +380,7 @@ async def test_the_vms_of_a_deleted_worker_fail_and_say_so(api: Served) -> None:
 # ---- accounts and settings -----------------------------------------------------------------------------------------
 
 
-async def test_an_account_without_a_token_gets_a_random_one(api: Served) -> None:
+async def test_account_without_a_token_gets_a_random_one(api: Served) -> None:
     created = await api.ok("POST", "/service-accounts", {"name": "ci", "roles": ["compute:read"]})
     assert len(created["token"]) == 32
     changed = await api.ok("PUT", "/service-accounts/ci", {"roles": ["compute:write", "compute:write"]})
@@ -392,7 +391,7 @@ async def test_an_account_without_a_token_gets_a_random_one(api: Served) -> None
     assert (await api.call("GET", "/service-accounts/ci")).status == 404
 
 
-async def test_settings_have_defaults_and_are_replaced_whole(api: Served) -> None:
+async def test_put_settings_replaces_all_and_absent_ones_have_defaults(api: Served) -> None:
     defaults = {"hostDirPolicies": [], "schedulerProfile": "optimize-utilization"}
     assert await api.ok("GET", "/cluster-settings") == defaults
     wanted = {"hostDirPolicies": [{"pathPrefix": "/a"}], "schedulerProfile": "distribute-load"}
@@ -401,7 +400,7 @@ async def test_settings_have_defaults_and_are_replaced_whole(api: Served) -> Non
     assert await api.ok("PUT", "/cluster-settings", {}) == defaults
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- refused requests -----------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[str, str, object, int, list[str]]] = [
     ("GET", "/nothing", ..., 404, ["/v1/nothing"]),
@@ -457,7 +456,7 @@ REFUSED: list[tuple[str, str, object, int, list[str]]] = [
 
 
 @pytest.mark.parametrize(("method", "target", "body", "status", "words"), REFUSED)
-async def test_a_refusal_names_the_field_and_the_value_and_changes_nothing(
+async def test_refused_request_names_field_and_value_and_changes_nothing(
     api: Served, method: str, target: str, body: object, status: int, words: list[str]
 ) -> None:
     await api.register("w")
@@ -474,7 +473,7 @@ async def test_a_refusal_names_the_field_and_the_value_and_changes_nothing(
     "raw",
     [b"{", b'{"name": NaN}', b'{"name":"a","name":"b"}', b'"\\ud800"', b"[" * 40, b'{"cpu": 1e999}', b"\xff", b"{} {}"],
 )
-async def test_broken_json_is_refused_and_changes_nothing(api: Served, raw: bytes) -> None:
+async def test_malformed_json_is_refused_and_changes_nothing(api: Served, raw: bytes) -> None:
     for operation in OPERATIONS:
         if operation.body is not None:
             await api.register("w")
@@ -489,7 +488,7 @@ async def test_broken_json_is_refused_and_changes_nothing(api: Served, raw: byte
             assert api.state.revision == revision
 
 
-async def test_unknown_fields_are_named_in_a_warning(api: Served) -> None:
+async def test_unknown_fields_are_named_in_a_warning_header(api: Served) -> None:
     answered = await api.call("POST", "/vms", {"name": "vm", "image": "i", "colour": 1, 'a"\n\\é': 2})
     assert answered.status == 200
     warning = answered.headers["warning"]
@@ -499,7 +498,7 @@ async def test_unknown_fields_are_named_in_a_warning(api: Served) -> None:
     assert "warning" not in (await api.call("GET", "/vms/vm")).headers
 
 
-async def test_a_transaction_does_not_wait(api: Served) -> None:
+async def test_create_vm_and_scheduling_do_not_await(api: Served) -> None:
     request = Request(
         method="POST", target="/v1/vms", headers=Headers({}), body=b'{"name": "vm", "image": "i"}'
     )  # fmt: skip
@@ -509,14 +508,14 @@ async def test_a_transaction_does_not_wait(api: Served) -> None:
         api.schedule()
 
 
-# ---- who may do what -----------------------------------------------------------------------------------------------
+# ---- roles -----------------------------------------------------------------------------------------------
 
 ROLES_ONLY = [ServiceAccount(name=role.replace(":", "."), token="t", roles=(role,)) for role in auth.ROLES]
 NO_ROLES = ServiceAccount(name="none", token="t")
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda op: f"{op.method} {op.path}")
-async def test_every_route_asks_for_exactly_its_role(tmp_path: Path, operation: APIOperation) -> None:
+async def test_every_operation_requires_exactly_its_role(tmp_path: Path, operation: APIOperation) -> None:
     target = operation.path.replace("{name}", "nobody")
     async with served(tmp_path, NO_ROLES, *ROLES_ONLY) as api:
         for credentials in (None, "Basic bm9uZTp3cm9uZw==", "Basic bm9ib2R5OnQ=", "Bearer t", "Basic !", "x"):
@@ -535,7 +534,7 @@ async def test_every_route_asks_for_exactly_its_role(tmp_path: Path, operation: 
                 assert f'"{operation.role}"' in answered.message
 
 
-def test_roles_are_as_the_contract_has_them() -> None:
+def test_roles_of_all_operations() -> None:
     by_role: dict[str | None, set[str]] = {}
     for op in OPERATIONS:
         by_role.setdefault(op.role, set()).add(f"{op.method} {op.path}")
@@ -560,20 +559,20 @@ def test_roles_are_as_the_contract_has_them() -> None:
     }
 
 
-def test_who_may_change_vms_may_reach_into_them() -> None:
+def test_compute_write_allows_connecting_to_vms() -> None:
     auth.require(ServiceAccount(name="a", roles=("compute:write",)), "compute:connect")
 
 
-# ---- the description -----------------------------------------------------------------------------------------------
+# ---- the OpenAPI document -----------------------------------------------------------------------------------------------
 
 
-async def test_info_says_how_workers_are_to_talk(api: Served) -> None:
+async def test_controller_info_has_version_and_capabilities(api: Served) -> None:
     info = await api.ok("GET", "/controller/info")
     assert info == {"version": __version__, "commit": "", "capabilities": ["rpc-v2", "vm-state-endpoint"]}
     assert await api.ok("GET", "/") is None
 
 
-async def test_the_description_is_valid_openapi(api: Served) -> None:
+async def test_openapi_document_is_valid_and_complete(api: Served) -> None:
     from openapi_spec_validator import validate
 
     document = await api.ok("GET", "/openapi.json")
@@ -634,7 +633,7 @@ def test_errors_become_answers_with_their_status_message_and_headers() -> None:
     assert (kept.status, kept.message, kept.headers, kept.account) == (405, "no", (("Allow", "GET"),), "ci")
 
 
-# ---- what an answer is based on ------------------------------------------------------------------------------------
+# ---- durability of what an answer is based on ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -645,7 +644,7 @@ def test_errors_become_answers_with_their_status_message_and_headers() -> None:
         (("POST", "/vms", {"name": "new", "image": "i"}), ("POST", "/vms", {"name": "new", "image": "i"}), 409),
     ],
 )
-async def test_a_refusal_waits_for_the_disk_like_any_answer(
+async def test_refusal_waits_until_its_reason_is_durable(
     tmp_path: Path, first: tuple[Any, ...], second: tuple[Any, ...], status: int
 ) -> None:
     disk = HeldDisk()

@@ -1,4 +1,4 @@
-"""Who is let in: HTTP Basic, roles, and bootstrap tokens."""
+"""Credentials: HTTP Basic, roles, bootstrap tokens, and the limit for failures."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def basic(text: str | bytes) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["Basic", "basic", "BASIC"])
-def test_the_right_token_is_let_in(scheme: str) -> None:
+def test_correct_credentials_are_accepted(scheme: str) -> None:
     assert GATE.identify(basic("ci:to:ken é").replace("Basic", scheme)) is CI
 
 
@@ -65,13 +65,13 @@ def test_the_right_token_is_let_in(scheme: str) -> None:
         "Digest x",
     ],
 )
-def test_everybody_else_is_not(header: str | None) -> None:
+def test_other_credentials_are_refused(header: str | None) -> None:
     with pytest.raises(UnauthenticatedError) as refused:
         GATE.identify(header)
     assert "to:ken" not in str(refused.value)
 
 
-def test_an_unknown_name_costs_the_same_work_as_a_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name_takes_as_many_digests_as_wrong_token(monkeypatch: pytest.MonkeyPatch) -> None:
     work: list[int] = []
     digest = auth._digest
 
@@ -88,7 +88,7 @@ def test_an_unknown_name_costs_the_same_work_as_a_wrong_token(monkeypatch: pytes
     assert work == [2, 2, 2, 2]
 
 
-def test_who_was_recognised_is_not_let_in_when_the_account_has_changed_or_is_gone() -> None:
+def test_cached_credentials_are_refused_after_the_account_changed() -> None:
     accounts = {"ci": CI}
     gate = Gate(accounts)
     assert [gate.identify(basic("ci:to:ken é")) for _ in range(2)] == [CI, CI]
@@ -104,21 +104,22 @@ def test_who_was_recognised_is_not_let_in_when_the_account_has_changed_or_is_gon
             gate.identify(basic("ci:another"))
 
 
-def test_what_is_recognised_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credential_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "_MAX_RECOGNISED", 3)
     gate = Gate({"ci": CI})
-    for spaces in range(1, 10):  # any number of them is legal
+    # HTTP allows any number of spaces here.
+    for spaces in range(1, 10):
         assert gate.identify(basic("ci:to:ken é").replace(" ", " " * spaces)) is CI
         assert len(gate._recognised) <= 3
 
 
-def test_a_missing_role_is_named() -> None:
+def test_missing_role_is_named() -> None:
     auth.require(CI, "compute:read")
     with pytest.raises(ForbiddenError, match='service account "ci" lacks the role "admin:write"'):
         auth.require(CI, "admin:write")
 
 
-def test_roles_do_not_include_each_other_but_for_one() -> None:
+def test_only_compute_write_implies_another_role() -> None:
     includes = {(has, role) for has in auth.ROLES for role in auth.ROLES if has != role and _has(has, role)}
     assert includes == {("compute:write", "compute:connect")}
 
@@ -130,7 +131,7 @@ def _has(has: Role, role: Role) -> bool:
     return False
 
 
-def test_random_tokens_are_one_word_for_every_shell() -> None:
+def test_random_tokens_are_alphanumeric() -> None:
     tokens = {auth.random_token() for _ in range(100)}
     assert len(tokens) == 100
     assert all(len(token) == 32 and token.isalnum() and token.isascii() for token in tokens)
@@ -141,12 +142,12 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 @QUICK
 @given(texts, texts, st.none() | st.binary().map(lambda tail: PEM + tail))
-def test_bootstrap_tokens_are_read_as_they_were_written(account: str, token: str, certificate: bytes | None) -> None:
+def test_bootstrap_token_round_trips(account: str, token: str, certificate: bytes | None) -> None:
     written = BootstrapToken(account, token, certificate)
     assert BootstrapToken.parse(f" {written}\n") == written
 
 
-def test_a_bootstrap_token_is_as_other_programs_write_it() -> None:
+def test_bootstrap_token_format_and_repr() -> None:
     assert str(BootstrapToken("account", "token")) == "orchard-bootstrap-token-v0.YWNjb3VudA.dG9rZW4"
     assert "s3cret" not in repr(BootstrapToken("account", "s3cret"))
 
@@ -167,7 +168,7 @@ def test_a_bootstrap_token_is_as_other_programs_write_it() -> None:
         ("orchard-bootstrap-token-v0..c2VjcmV0", "is empty"),
     ],
 )
-def test_what_is_wrong_with_a_bootstrap_token_is_said_without_it(text: str, words: str) -> None:
+def test_malformed_bootstrap_token_is_refused_without_repeating_it(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as refused:
         BootstrapToken.parse(text)
     assert "c2Vjcm" not in str(refused.value)
@@ -177,7 +178,7 @@ def test_what_is_wrong_with_a_bootstrap_token_is_said_without_it(text: str, word
 # ---- names with colons ---------------------------------------------------------------------------------------------
 
 
-def test_a_name_may_hold_colons_and_so_may_a_token() -> None:
+def test_names_and_tokens_may_have_colons() -> None:
     accounts = {
         name: ServiceAccount(name=name, token=token) for name, token in {"a": "b:c", "a:b": "d", ":": "::"}.items()
     }
@@ -209,7 +210,7 @@ def retry_after(limit: FailureLimit, address: str) -> int:
     return 0
 
 
-def test_after_ten_failures_a_minute_a_source_is_told_how_long_to_wait(caplog: pytest.LogCaptureFixture) -> None:
+def test_source_with_ten_failures_a_minute_has_to_wait(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     limit = FailureLimit(clock)
     for second in range(MAX_FAILURES):
@@ -225,7 +226,7 @@ def test_after_ten_failures_a_minute_a_source_is_told_how_long_to_wait(caplog: p
     assert retry_after(limit, "10.0.0.1") > 0, "the second of the last ten failures is less than a minute ago"
 
 
-def test_only_the_sources_that_failed_last_are_remembered() -> None:
+def test_failure_limit_remembers_the_latest_sources() -> None:
     limit = FailureLimit(Clock())
     for _ in range(MAX_FAILURES):
         limit.record("first")
@@ -248,5 +249,5 @@ def test_only_the_sources_that_failed_last_are_remembered() -> None:
         ("-", "-"),
     ],
 )
-def test_a_host_with_many_addresses_is_one_source(address: str, source: str) -> None:
+def test_source_of_address(address: str, source: str) -> None:
     assert source_of(address) == source

@@ -1,4 +1,4 @@
-"""The codec: which JSON texts are refused, and that a noun survives the way out and back in."""
+"""The codec: which JSON texts are refused, and how resources are decoded, encoded and described."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
-from harness.strategies import QUICK, any_vm, json_values, noun
+from harness.strategies import QUICK, any_vm, json_values, resources
 from hypothesis import given
 from hypothesis import strategies as st
 from openapi_schema_validator import OAS30Validator
@@ -54,7 +54,7 @@ from orchard.schema import (
 )
 
 UTC = datetime.UTC
-NOUNS = [
+RESOURCES = [
     ClusterSettings,
     Condition,
     ControllerInfo,
@@ -105,7 +105,7 @@ DEEP = {
 
 
 @pytest.mark.parametrize("make", DEEP.values(), ids=DEEP)
-def test_json_is_accepted_down_to_the_last_level_and_no_deeper(make: Any) -> None:
+def test_json_nesting_is_accepted_up_to_the_limit(make: Any) -> None:
     body = make(MAX_DEPTH)
     assert parse_json(body) == json.loads(body)
     with pytest.raises(ValidationError, match="nested deeper than 32 levels") as refusal:
@@ -115,7 +115,7 @@ def test_json_is_accepted_down_to_the_last_level_and_no_deeper(make: Any) -> Non
 
 @pytest.mark.parametrize("make", DEEP.values(), ids=DEEP)
 @pytest.mark.parametrize("depth", [5_000, 100_000])
-def test_absurdly_deep_json_is_refused_like_any_other(make: Any, depth: int) -> None:
+def test_very_deep_json_is_refused(make: Any, depth: int) -> None:
     with pytest.raises(ValidationError, match="nested deeper than 32 levels") as refusal:
         parse_json(make(depth))
     assert type(refusal.value) is MalformedError
@@ -163,7 +163,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("body", "words"), REFUSED.values(), ids=REFUSED)
-def test_json_on_which_two_readers_may_disagree_is_refused(body: bytes, words: str) -> None:
+def test_ambiguous_json_is_refused(body: bytes, words: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         parse_json(body)
     assert words in str(refusal.value)
@@ -183,13 +183,13 @@ def test_json_on_which_two_readers_may_disagree_is_refused(body: bytes, words: s
         (b"[1e308, -0.0, 1E+2]", [1e308, 0.0, 100.0]),
     ],
 )
-def test_json_that_everybody_reads_alike_is_accepted(body: bytes, value: object) -> None:
+def test_unambiguous_json_is_accepted(body: bytes, value: object) -> None:
     assert parse_json(body) == value
 
 
 @QUICK
 @given(json_values())
-def test_what_is_written_is_read_back(value: object) -> None:
+def test_dumped_json_parses_to_the_same_value(value: object) -> None:
     text = dump_json(value)
     assert b"\n" not in text
     assert parse_json(text) == value
@@ -197,7 +197,7 @@ def test_what_is_written_is_read_back(value: object) -> None:
 
 @QUICK
 @given(st.binary(max_size=60) | st.text('{}[]",:\\u0dNaIe1+-. \t\0', max_size=40).map(str.encode))
-def test_any_bytes_are_a_value_or_refused_with_400(body: bytes) -> None:
+def test_arbitrary_bytes_are_parsed_or_malformed(body: bytes) -> None:
     try:
         value = parse_json(body)
     except MalformedError:
@@ -205,7 +205,7 @@ def test_any_bytes_are_a_value_or_refused_with_400(body: bytes) -> None:
     assert parse_json(dump_json(value)) == value
 
 
-def test_a_refused_value_is_shown_short_and_on_one_line() -> None:
+def test_shown_value_is_short_and_on_one_line() -> None:
     assert shown("ä\n\x1b") == '"\\u00e4\\n\\u001b"'
     assert shown({"a": [1, None]}) == '{"a": [1, null]}'
     assert len(shown(["x"] * 10_000)) == SHOWN_CHARACTERS
@@ -234,7 +234,7 @@ def test_a_refused_value_is_shown_short_and_on_one_line() -> None:
         ("0001-01-01T00:00:00.000000000Z", None),
     ],
 )
-def test_times_are_rfc_3339_of_any_zone(text: str, when: datetime.datetime | None) -> None:
+def test_rfc_3339_times_of_any_zone_are_parsed(text: str, when: datetime.datetime | None) -> None:
     assert parse_time(text, "at") == when
 
 
@@ -267,20 +267,20 @@ def test_times_are_rfc_3339_of_any_zone(text: str, when: datetime.datetime | Non
         "now",
     ],
 )
-def test_what_is_no_time_is_refused(text: str) -> None:
+def test_other_time_formats_are_refused(text: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         parse_time(text, "at")
     assert type(refusal.value) is MalformedError
     assert str(refusal.value) == f"at is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z"
 
 
-def test_times_are_written_in_utc() -> None:
+def test_times_are_formatted_in_utc() -> None:
     east = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
     assert format_time(datetime.datetime(2026, 1, 31, 12, tzinfo=east)) == "2026-01-31T06:30:00Z"
     assert format_time(datetime.datetime(7, 1, 31, 12, 0, 0, 5, tzinfo=UTC)) == "0007-01-31T12:00:00.000005Z"
 
 
-# ---- values to nouns -----------------------------------------------------------------------------------------------
+# ---- values to resources -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,13 +313,13 @@ def test_times_are_written_in_utc() -> None:
         ({"text": {"x": "y" * 100}}, 'text is {"x": "' + "y" * (SHOWN_CHARACTERS - 10) + "..., expected a string"),
     ],
 )
-def test_a_wrong_type_is_named_with_field_value_and_what_was_expected(raw: object, message: str) -> None:
+def test_wrong_type_is_refused_with_field_value_and_expectation(raw: object, message: str) -> None:
     with pytest.raises(ValidationError) as refusal:
         decode(Thing, raw)
     assert (type(refusal.value), str(refusal.value)) == (MalformedError, message)
 
 
-def test_a_choice_that_is_none_is_refused_by_rule() -> None:
+def test_unknown_option_is_refused_with_the_given_error() -> None:
     with pytest.raises(ValidationError) as refusal:
         decode(Thing, {"items": [{"kind": "c"}]})
     assert (type(refusal.value), str(refusal.value)) == (InvalidError, 'items[0].kind is "c", expected one of a, b')
@@ -328,7 +328,7 @@ def test_a_choice_that_is_none_is_refused_by_rule() -> None:
     assert type(refusal.value) is MalformedError
 
 
-def test_an_array_is_decoded_with_the_index_in_every_path() -> None:
+def test_array_elements_have_their_index_in_paths() -> None:
     unknown: list[str] = []
     things = decode_array_from_client(Thing, [{}, {"x": 1, "inner": {"kind": "a", "y": 2}}], unknown)
     assert things == [Thing(), Thing(inner=Inner("a", 0))]
@@ -341,7 +341,7 @@ def test_an_array_is_decoded_with_the_index_in_every_path() -> None:
             decode_array_from_client(Thing, wrong, [])
 
 
-def test_the_unknown_fields_of_a_client_are_named_at_every_depth_and_change_nothing() -> None:
+def test_unknown_fields_are_collected_at_every_depth() -> None:
     unknown: list[str] = []
     raw = {"Text": "case counts", "items": [{"kind": "a"}, {"kind": "b", "new": {}}], "known": 1, "newer": None}
     things = Thing(items=(Inner("a", 0), Inner("b", 0)))
@@ -360,7 +360,7 @@ def test_null_is_the_same_as_absent() -> None:
     assert changed == dataclasses.replace(full, text="", words=())
 
 
-def test_only_the_users_fields_are_taken_from_a_client() -> None:
+def test_clients_can_only_set_user_fields() -> None:
     raw = {"text": "mine", "seen": "theirs"}
     assert decode(Thing, raw) == Thing(text="mine", seen="theirs")
     unknown: list[str] = []
@@ -369,15 +369,15 @@ def test_only_the_users_fields_are_taken_from_a_client() -> None:
     assert decode_from_client(Thing, {"seen": 5}, []) == Thing(), "an ignored field may have any value"
 
 
-def test_a_whole_number_may_be_written_as_a_float() -> None:
+def test_integral_float_is_accepted_as_integer() -> None:
     assert decode(Thing, {"count": 4.0}).count == 4
     assert type(decode(Thing, {"count": 4.0}).count) is int
 
 
-# ---- out and back in -----------------------------------------------------------------------------------------------
+# ---- resources to values -----------------------------------------------------------------------------------------------
 
 
-def test_zero_values_are_left_out_unless_promised() -> None:
+def test_zero_values_are_omitted_unless_they_have_a_default() -> None:
     assert encode(Thing()) == {"flag": False, "choice": "red"}
     assert encode(Thing(inner=Inner("a", 0), words=("",))) == {
         "flag": False,
@@ -387,10 +387,10 @@ def test_zero_values_are_left_out_unless_promised() -> None:
     }
 
 
-@pytest.mark.parametrize("cls", NOUNS, ids=lambda cls: cls.__name__)
-def test_every_noun_survives_the_way_out_and_back_in(cls: type[Any]) -> None:
+@pytest.mark.parametrize("cls", RESOURCES, ids=lambda cls: cls.__name__)
+def test_every_resource_round_trips_through_json(cls: type[Any]) -> None:
     @QUICK
-    @given(noun(cls))
+    @given(resources(cls))
     def check(value: object) -> None:
         out = encode(value)
         assert None not in out.values()
@@ -403,12 +403,12 @@ def test_every_noun_survives_the_way_out_and_back_in(cls: type[Any]) -> None:
     check()
 
 
-@pytest.mark.parametrize("cls", NOUNS, ids=lambda cls: cls.__name__)
-def test_what_is_encoded_is_what_the_schema_says(cls: type[Any]) -> None:
+@pytest.mark.parametrize("cls", RESOURCES, ids=lambda cls: cls.__name__)
+def test_encoded_resources_match_their_schema(cls: type[Any]) -> None:
     validator = OAS30Validator(openapi_schema(cls))
 
     @QUICK
-    @given(noun(cls))
+    @given(resources(cls))
     def check(value: object) -> None:
         out = encode(value)
         validator.validate(out)
@@ -417,9 +417,9 @@ def test_what_is_encoded_is_what_the_schema_says(cls: type[Any]) -> None:
     check()
 
 
-@pytest.mark.parametrize("cls", NOUNS, ids=lambda cls: cls.__name__)
-def test_what_the_schema_refuses_is_refused(cls: type[Any]) -> None:
-    """One field of a wrong type at a time: the schema and `decode` agree that it is wrong."""
+@pytest.mark.parametrize("cls", RESOURCES, ids=lambda cls: cls.__name__)
+def test_values_outside_the_schema_are_refused(cls: type[Any]) -> None:
+    """For each field, whatever the schema refuses `decode` refuses, too."""
     validator = OAS30Validator(openapi_schema(cls))
     base = {field.json: "true" if "state" in field.json else "running" for field in attrs_of(cls) if field.required}
     wrongs: list[object] = [5.5, -1, True, "no such choice", [5], {"a": []}]
@@ -432,7 +432,7 @@ def test_what_the_schema_refuses_is_refused(cls: type[Any]) -> None:
             assert str(refusal.value).startswith(field.json)
 
 
-def test_the_components_are_valid_openapi_and_a_vm_is_one() -> None:
+def test_components_are_valid_openapi_and_describe_a_vm() -> None:
     document = {
         "openapi": "3.0.0",
         "info": {"title": "Orchard", "version": "1"},
@@ -455,7 +455,7 @@ def test_the_components_are_valid_openapi_and_a_vm_is_one() -> None:
     assert not validator.is_valid({"status": "asleep"})
 
 
-def test_the_schema_says_what_is_required_read_only_deprecated_and_default() -> None:
+def test_schema_has_required_read_only_deprecated_and_default() -> None:
     schema = openapi_schema(Thing)
     assert schema["properties"]["items"]["items"]["required"] == ["kind"]
     assert "required" not in schema

@@ -1,4 +1,4 @@
-"""The nouns: what is valid, and how an object that a client sends becomes a specification."""
+"""Resources: which values are valid, and how an object that a client sends becomes a resource."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness.strategies import QUICK, any_vm, failed, json_values, noun, pending, resting, running, spec
+from harness.strategies import QUICK, any_vm, failed, json_values, pending, resources, resting, running, spec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ MINIMAL = {"name": "vm", "image": "base"}
 
 
 def created(**fields: Any) -> VMSpec:
-    """The specification of a VM that a client creates with these fields, whose names are those on the wire."""
+    """Return the specification of a VM that a client creates with these fields, which have their JSON names."""
     return vm_from_client({**MINIMAL, **fields}, [])[1]
 
 
@@ -68,7 +68,7 @@ def refusal_of(call: Callable[[], object]) -> tuple[type[ValidationError], str]:
 
 
 def outcome_of(call: Callable[[], object]) -> ValidationError | None:
-    """Give the refusal of a call that may succeed; whatever else it raises is a bug."""
+    """Return the ValidationError of a call, or None if the call succeeds."""
     try:
         call()
     except ValidationError as refusal:
@@ -79,7 +79,7 @@ def outcome_of(call: Callable[[], object]) -> ValidationError | None:
 # ---- creating ------------------------------------------------------------------------------------------------------
 
 
-def test_the_defaults_of_a_new_vm() -> None:
+def test_defaults_of_a_new_vm() -> None:
     assert created() == VMSpec(
         image="base",
         image_pull_policy="IfNotPresent",
@@ -109,13 +109,11 @@ def test_the_defaults_of_a_new_vm() -> None:
         ({"os": "linux", "resources": {"gpu": 1}}, {"gpu": 1}),
     ],
 )
-def test_a_macos_vm_takes_one_of_the_two_that_apple_is_allowed(
-    fields: dict[str, Any], resources: dict[str, int]
-) -> None:
+def test_macos_vm_takes_one_tart_vms_resource(fields: dict[str, Any], resources: dict[str, int]) -> None:
     assert created(**fields).resources == resources
 
 
-def test_every_field_of_a_specification_is_read_by_its_name() -> None:
+def test_every_specification_field_is_read_by_its_json_name() -> None:
     raw = {
         "image": "ghcr.io/cirruslabs/macos-tahoe-base:latest",
         "imagePullPolicy": "Always",
@@ -152,7 +150,7 @@ def test_every_field_of_a_specification_is_read_by_its_name() -> None:
 
 
 CREATE: list[tuple[Any, type[ValidationError], str]] = [
-    # the wrong type
+    # Values of the wrong type.
     (None, MalformedError, "the body is null, expected a JSON object"),
     ([], MalformedError, "the body is [], expected a JSON object"),
     ({"image": 5}, MalformedError, "image is 5, expected a string"),
@@ -170,7 +168,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ({"hostDirs": [5]}, MalformedError, "hostDirs[0] is 5, expected a JSON object"),
     ({"startup_script": "echo"}, MalformedError, 'startup_script is "echo", expected a JSON object'),
     ({"startup_script": {"env": {"A": 1}}}, MalformedError, 'startup_script.env["A"] is 1, expected a string'),
-    # well-formed, but refused by a rule
+    # Well-formed values that a rule refuses.
     ({"image": ""}, InvalidError, 'image is "", expected the name of a VM image'),
     ({"image": None}, InvalidError, 'image is "", expected the name of a VM image'),
     (
@@ -184,7 +182,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ({"arch": "x86_64"}, InvalidError, 'arch is "x86_64", expected one of arm64, amd64'),
     ({"runtime": "docker"}, InvalidError, 'runtime is "docker", expected one of tart, vetu'),
     ({"powerState": "suspended"}, InvalidError, 'powerState is "suspended"'),
-    # nothing that a command line could take for something else
+    # Values that a command line could take as an option or as two words.
     ({"image": "--help"}, InvalidError, 'image is "--help", expected no spaces'),
     ({"image": "a b"}, InvalidError, 'image is "a b", expected'),
     ({"image": "a\nb"}, InvalidError, 'image is "a\\nb", expected'),
@@ -208,7 +206,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ({"labels": {"a": "b\nforged"}}, InvalidError, 'labels["a"] is "b\\nforged", expected no control characters'),
     ({"labels": {"a\x1b[2J": "b"}}, InvalidError, 'labels["a\\u001b[2J"] is "b", expected no control characters'),
     ({"resources": {"gpu\u2028": 1}}, InvalidError, 'resources["gpu\\u2028"] is 1, expected no control characters'),
-    # names of environment variables
+    # Environment variables.
     ({"startup_script": {"env": {"": "x"}}}, InvalidError, 'startup_script.env has the name "", expected'),
     ({"startup_script": {"env": {"1A": "x"}}}, InvalidError, 'startup_script.env has the name "1A", expected'),
     ({"startup_script": {"env": {"A-B": "x"}}}, InvalidError, 'startup_script.env has the name "A-B", expected'),
@@ -225,7 +223,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
         InvalidError,
         "startup_script.script_content has a NUL character",
     ),
-    # directories of the host
+    # Directories of the host.
     ({"hostDirs": [{"path": "/a"}]}, InvalidError, "hostDirs[0].name is missing"),
     ({"hostDirs": [{"name": "a"}]}, InvalidError, "hostDirs[0].path is missing"),
     (
@@ -275,38 +273,38 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "kind", "words"), CREATE, ids=[json.dumps(row[0])[:60] for row in CREATE])
-def test_what_a_new_vm_may_not_be(fields: Any, kind: type[ValidationError], words: str) -> None:
+def test_invalid_new_vm_is_refused(fields: Any, kind: type[ValidationError], words: str) -> None:
     raw = {**MINIMAL, **fields} if isinstance(fields, dict) else fields
     refused = refusal_of(lambda: vm_from_client(raw, []))
     assert refused[0] is kind
     assert words in refused[1]
     assert "secret" not in refused[1]
-    # A change is held to the same rules, so that nothing comes in by the back door.
+    # PUT and PATCH apply the same rules.
     if isinstance(fields, dict) and fields.get("image") is not None:
         assert refusal_of(lambda: replaced_spec(spec(), raw, [])) == refused
     if isinstance(fields, dict):
         assert refusal_of(lambda: patched_spec(spec(), fields, [])) == refused
 
 
-def test_a_hostdir_may_be_the_archive_at_an_address() -> None:
+def test_host_dir_path_may_be_an_archive_url() -> None:
     for path in ("https://example.com/a.tar.gz", "https://example.com:8443/a/b.tar.gz", "https://example.com"):
         assert created(hostDirs=[{"name": "a", "path": path}]).host_dirs == (HostDir("a", path),)
 
 
 @pytest.mark.parametrize("name", ["a", "A.b_c-d:e", "0", "...", "-", "a" * MAX_NAME])
-def test_good_names(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     check_name("name", name)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "a\n", "ä", "a%2f", "a?", "a\0", "a" * (MAX_NAME + 1)])
-def test_bad_names(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     kind, message = refusal_of(lambda: check_name("name", name))
     assert kind is InvalidError
     assert message.startswith("name is ")
     assert f"expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . -" in message
 
 
-def test_the_name_of_a_new_vm_is_required_and_a_string() -> None:
+def test_name_of_a_new_vm_is_required_and_a_string() -> None:
     assert vm_from_client({**MINIMAL, "name": "other", "uid": 5}, [])[0] == "other"
     for raw in ({"image": "base"}, {"image": "base", "name": None}, {"image": "base", "name": ""}):
         assert refusal_of(lambda raw=raw: vm_from_client(raw, []))[0] is InvalidError  # type: ignore[misc]
@@ -320,7 +318,7 @@ def test_the_name_of_a_new_vm_is_required_and_a_string() -> None:
 # ---- the two names of netSoftnet -----------------------------------------------------------------------------------
 
 TWINS: list[tuple[dict[str, Any], bool, bool]] = [
-    # the body, what it makes of a VM without softnet, and of one with it
+    # Body, then the result for a VM without Softnet, and for a VM with it.
     ({"netSoftnet": True}, True, True),
     ({"net-softnet": True}, True, True),
     ({"netSoftnet": True, "net-softnet": True}, True, True),
@@ -330,7 +328,7 @@ TWINS: list[tuple[dict[str, Any], bool, bool]] = [
     ({"netSoftnet": None, "net-softnet": True}, True, True),
     ({"netSoftnet": True, "net-softnet": None}, True, True),
     ({"netSoftnet": None, "net-softnet": None}, False, False),
-    # One of them was changed in an object that was read before: it is the one that was meant.
+    # A client changed one of the two in an object that it had read. The changed one counts.
     ({"netSoftnet": True, "net-softnet": False}, True, False),
     ({"netSoftnet": False, "net-softnet": True}, True, False),
 ]
@@ -338,14 +336,14 @@ WITH, WITHOUT = spec(net_softnet=True), spec(net_softnet=False)
 
 
 @pytest.mark.parametrize(("body", "was_off", "was_on"), TWINS, ids=[json.dumps(row[0]) for row in TWINS])
-def test_each_name_of_netsoftnet_sets_the_other(body: dict[str, Any], was_off: bool, was_on: bool) -> None:
+def test_netsoftnet_and_its_twin_set_each_other(body: dict[str, Any], was_off: bool, was_on: bool) -> None:
     assert created(**body).net_softnet is was_off
     for change_spec in (replaced_spec, patched_spec):
         assert change_spec(WITHOUT, body, []).net_softnet is was_off
         assert change_spec(WITH, body, []).net_softnet is was_on
 
 
-def test_without_either_name_a_put_turns_softnet_off_and_a_patch_leaves_it() -> None:
+def test_absent_netsoftnet_is_false_in_put_and_unchanged_in_patch() -> None:
     assert created().net_softnet is False
     assert replaced_spec(WITH, {}, []).net_softnet is False
     assert patched_spec(WITH, {}, []).net_softnet is True
@@ -353,7 +351,7 @@ def test_without_either_name_a_put_turns_softnet_off_and_a_patch_leaves_it() -> 
 
 
 @pytest.mark.parametrize("field", ["netSoftnetAllow", "netSoftnetBlock"])
-def test_either_list_turns_softnet_on(field: str) -> None:
+def test_allow_and_block_lists_turn_softnet_on(field: str) -> None:
     networks = {field: ["10.0.0.0/8"]}
     for body in (networks, {**networks, "netSoftnet": False}, {**networks, "net-softnet": False}):
         assert created(**body).net_softnet is True
@@ -366,7 +364,7 @@ def test_either_list_turns_softnet_on(field: str) -> None:
 
 
 @pytest.mark.parametrize("body", [row[0] for row in TWINS[:9]], ids=[json.dumps(row[0]) for row in TWINS[:9]])
-def test_a_change_sent_twice_is_the_change_sent_once(body: dict[str, Any]) -> None:
+def test_put_and_patch_are_idempotent(body: dict[str, Any]) -> None:
     for change_spec in (replaced_spec, patched_spec):
         for old in (WITH, WITHOUT):
             once = change_spec(old, body, [])
@@ -397,7 +395,7 @@ FULL = created(
 )
 
 
-def test_a_put_reads_absent_booleans_as_false_and_absent_lists_as_empty_and_keeps_the_rest() -> None:
+def test_put_zeroes_absent_booleans_and_lists_and_keeps_the_rest() -> None:
     for absent in ({"powerState": "stopped"}, {"powerState": "stopped", **dict.fromkeys(["headless", "cpu"])}):
         put = replaced_spec(FULL, absent, [])
         assert put == replace(
@@ -415,25 +413,25 @@ def test_a_put_reads_absent_booleans_as_false_and_absent_lists_as_empty_and_keep
 
 
 def go_omits_zeros(value: Any) -> Any:
-    """What a Go client writes of an object: a field of a zero value is left out."""
+    """Return the object as a Go client sends it: without fields of a zero value."""
     return {key: inner for key, inner in value.items() if inner not in (False, 0, "", [], {}, None)}
 
 
 @QUICK
 @given(any_vm())
-def test_an_object_sent_back_as_go_writes_it_changes_nothing(vm: VM) -> None:
+def test_put_of_an_object_as_go_writes_it_changes_nothing(vm: VM) -> None:
     valid = replace(vm, spec=replace(FULL, headless=vm.spec.headless, cpu=vm.spec.cpu, nested=vm.spec.nested))
     body = go_omits_zeros(valid.to_json())
     assert replaced_spec(valid.spec, body, []) == valid.spec
 
 
-def test_a_put_sets_what_it_names_even_to_zero() -> None:
+def test_put_sets_fields_to_explicit_zero_values() -> None:
     body = {**encode(FULL), "net-bridged": "", "cpu": 0, "labels": {}, "startup_script": {"script_content": "new"}}
     expected = replace(FULL, net_bridged="", cpu=0, labels={}, startup_script=StartupScript("new"))
     assert replaced_spec(FULL, body, []) == expected
 
 
-def test_a_put_does_not_add_the_default_resource_again() -> None:
+def test_put_does_not_add_the_default_resource() -> None:
     without = replace(FULL, resources={})
     assert replaced_spec(without, encode(without), []).resources == {}
 
@@ -443,7 +441,8 @@ def test_a_put_does_not_add_the_default_resource_again() -> None:
 
 @pytest.mark.parametrize(
     ("target", "patch", "result"),
-    [  # RFC 7396, appendix A
+    # RFC 7396, appendix A.
+    [
         ({"a": "b"}, {"a": "c"}, {"a": "c"}),
         ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
         ({"a": "b"}, {"a": None}, {}),
@@ -461,7 +460,7 @@ def test_a_put_does_not_add_the_default_resource_again() -> None:
         ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
     ],
 )
-def test_the_vectors_of_rfc_7396(target: Any, patch: Any, result: Any) -> None:
+def test_merge_patch_test_vectors_of_rfc_7396(target: Any, patch: Any, result: Any) -> None:
     before = json.dumps([target, patch])
     assert _merge(target, patch) == result
     assert json.dumps([target, patch]) == before
@@ -492,12 +491,12 @@ def test_the_vectors_of_rfc_7396(target: Any, patch: Any, result: Any) -> None:
         ({"netSoftnetAllow": ["10.1.0.0/16"]}, {"net_softnet_allow": ("10.1.0.0/16",)}),
     ],
 )
-def test_a_patch_changes_what_it_names_and_nothing_else(patch: dict[str, Any], changed: dict[str, Any]) -> None:
+def test_patch_changes_only_the_named_fields(patch: dict[str, Any], changed: dict[str, Any]) -> None:
     assert patched_spec(FULL, patch, []) == replace(FULL, **changed)
 
 
 @pytest.mark.parametrize("patch", [None, [], "x", 5, [{"cpu": 1}]])
-def test_a_patch_is_an_object(patch: object) -> None:
+def test_patch_must_be_an_object(patch: object) -> None:
     assert refusal_of(lambda: patched_spec(FULL, patch, []))[0] is MalformedError
 
 
@@ -510,13 +509,13 @@ def test_a_patch_is_an_object(patch: object) -> None:
         ({"suspendable": False}, InvalidError, 'powerState is "suspended"'),
     ],
 )
-def test_a_patched_specification_is_held_to_the_rules(patch: object, kind: type[ValidationError], words: str) -> None:
+def test_invalid_patch_is_refused(patch: object, kind: type[ValidationError], words: str) -> None:
     refused = refusal_of(lambda: patched_spec(FULL, patch, []))
     assert refused[0] is kind
     assert words in refused[1]
 
 
-def test_a_change_leaves_the_old_specification_as_it_was() -> None:
+def test_change_leaves_the_old_specification_unmodified() -> None:
     before = dump_json(encode(FULL))
     patched_spec(FULL, {"labels": {"model": None, "a": "b"}, "startup_script": {"env": {"A": None}}}, [])
     replaced_spec(FULL, {"labels": {"a": "b"}, "powerState": "stopped"}, [])
@@ -556,7 +555,7 @@ LIVES = {
 
 @pytest.mark.parametrize("vm", LIVES.values(), ids=LIVES)
 @pytest.mark.parametrize("change_spec", [replaced_spec, patched_spec])
-def test_a_vm_sent_back_whole_with_read_only_fields_changed_alters_nothing(
+def test_changed_read_only_fields_are_ignored(
     vm: VM, change_spec: Callable[[VMSpec, object, list[str]], VMSpec]
 ) -> None:
     read_only = {field.json for noun in (VMMeta, VMState) for field in attrs_of(noun)}
@@ -567,13 +566,13 @@ def test_a_vm_sent_back_whole_with_read_only_fields_changed_alters_nothing(
         assert unknown == []
 
 
-def test_read_only_fields_of_a_new_vm_are_passed_over() -> None:
+def test_read_only_fields_of_a_new_vm_are_ignored() -> None:
     unknown: list[str] = []
     assert vm_from_client({**FORGED, **MINIMAL}, unknown) == ("vm", created())
     assert unknown == []
 
 
-def test_unknown_fields_are_named_whichever_way_they_come() -> None:
+def test_unknown_fields_are_collected_in_create_put_and_patch() -> None:
     strange = {"sparkle": 1, "startup_script": {"shell": "zsh"}, "hostDirs": [{"name": "a", "path": "/a", "tag": "x"}]}
     names = ["hostDirs[0].tag", "sparkle", "startup_script.shell"]
     reads: list[Callable[[list[str]], object]] = [
@@ -589,7 +588,7 @@ def test_unknown_fields_are_named_whichever_way_they_come() -> None:
 
 @QUICK
 @given(any_vm())
-def test_a_vm_is_read_back_as_it_was_written(vm: VM) -> None:
+def test_vm_round_trips_through_json(vm: VM) -> None:
     assert vm_from_json(parse_json(dump_json(vm.to_json()))) == vm
 
 
@@ -597,7 +596,7 @@ def test_a_vm_is_read_back_as_it_was_written(vm: VM) -> None:
 @given(
     st.dictionaries(st.sampled_from([field.json for field in attrs_of(VMSpec)]) | st.text(), json_values(), max_size=4)
 )
-def test_whatever_a_client_sends_is_taken_or_refused(raw: dict[str, Any]) -> None:
+def test_arbitrary_objects_are_accepted_or_refused(raw: dict[str, Any]) -> None:
     for read in (
         lambda: vm_from_client(raw, []),
         lambda: replaced_spec(FULL, raw, []),
@@ -687,16 +686,16 @@ def pairs(table: Mapping[str, list[str]]) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("prefix", "path"), pairs(ALLOWED))
-def test_a_policy_covers_what_lies_below_it(prefix: str, path: str) -> None:
+def test_policy_covers_paths_below_its_prefix(prefix: str, path: str) -> None:
     assert is_allowed([HostDirPolicy(prefix)], HostDir("a", path))
 
 
 @pytest.mark.parametrize(("prefix", "path"), pairs(ESCAPES))
-def test_a_policy_covers_nothing_else(prefix: str, path: str) -> None:
+def test_policy_does_not_cover_other_paths(prefix: str, path: str) -> None:
     assert not is_allowed([HostDirPolicy(prefix)], HostDir("a", path))
 
 
-def test_a_read_only_policy_needs_a_read_only_directory() -> None:
+def test_read_only_policy_needs_a_read_only_host_dir() -> None:
     reading, writing = HostDir("a", "/a/b", ro=True), HostDir("a", "/a/b", ro=False)
     assert not is_allowed([], reading)
     assert is_allowed([HostDirPolicy("/a", ro=True)], reading)
@@ -709,7 +708,7 @@ def test_a_read_only_policy_needs_a_read_only_directory() -> None:
 # ---- the other nouns -----------------------------------------------------------------------------------------------
 
 
-def test_a_worker_registers_with_defaults_and_without_what_is_not_its_own() -> None:
+def test_registering_worker_has_defaults_and_cannot_set_created_at() -> None:
     unknown: list[str] = []
     raw = {"name": "mac", "machine_id": "m", "createdAt": "2026-01-31T12:00:00Z", "sparkle": 1, "last_seen": None}
     assert worker_from_client(raw, unknown) == Worker(name="mac", machine_id="m", arch="arm64", runtime="tart")
@@ -743,13 +742,13 @@ def test_a_worker_registers_with_defaults_and_without_what_is_not_its_own() -> N
         ({"name": "w", "last_seen": "x"}, MalformedError, 'last_seen is "x", expected an RFC 3339 time'),
     ],
 )
-def test_what_a_worker_may_not_be(raw: object, kind: type[ValidationError], words: str) -> None:
+def test_invalid_worker_is_refused(raw: object, kind: type[ValidationError], words: str) -> None:
     refused = refusal_of(lambda: worker_from_client(raw, []))
     assert refused[0] is kind
     assert words in refused[1]
 
 
-def test_an_account_keeps_what_is_left_out() -> None:
+def test_absent_account_fields_are_kept() -> None:
     old = account_from_client({"name": "ci", "token": "t", "roles": ["admin:read", "compute:read", "admin:read"]}, [])
     assert old == ServiceAccount("ci", "t", ("admin:read", "compute:read"))
     assert account_from_client({"name": "ci"}, [], base=old) == old
@@ -770,7 +769,7 @@ def test_an_account_keeps_what_is_left_out() -> None:
         ({"name": "a", "token": "secret\n"}, InvalidError, "token has a control character"),
     ],
 )
-def test_what_an_account_may_not_be(raw: object, kind: type[ValidationError], words: str) -> None:
+def test_invalid_account_is_refused(raw: object, kind: type[ValidationError], words: str) -> None:
     refused = refusal_of(lambda: account_from_client(raw, []))
     assert refused[0] is kind
     assert words in refused[1]
@@ -798,13 +797,13 @@ def test_settings_have_defaults() -> None:
         ({"hostDirPolicies": [{"pathPrefix": "/a\n"}]}, 'hostDirPolicies[0].pathPrefix is "/a\\n", expected'),
     ],
 )
-def test_an_invalid_cluster_setting_is_a_bad_request(raw: object, words: str) -> None:
+def test_invalid_cluster_setting_is_malformed(raw: object, words: str) -> None:
     kind, message = refusal_of(lambda: settings_from_client(raw, []))
     assert kind is MalformedError
     assert words in message
 
 
-def test_events_are_read_in_order_and_null_is_none() -> None:
+def test_events_keep_their_order_and_null_is_empty() -> None:
     assert events_from_client(None, []) == events_from_client([], []) == []
     raw = [{"kind": "log_line", "payload": "b", "timestamp": 2}, {"kind": "log_line", "new": 1}]
     unknown: list[str] = []
@@ -822,7 +821,7 @@ def test_events_are_read_in_order_and_null_is_none() -> None:
         ([{"kind": "a\nb"}], InvalidError, '[0].kind is "a\\nb", expected a kind of event'),
     ],
 )
-def test_what_an_event_may_not_be(raw: object, kind: type[ValidationError], words: str) -> None:
+def test_invalid_event_is_refused(raw: object, kind: type[ValidationError], words: str) -> None:
     refused = refusal_of(lambda: events_from_client(raw, []))
     assert refused[0] is kind
     assert words in refused[1]
@@ -831,7 +830,7 @@ def test_what_an_event_may_not_be(raw: object, kind: type[ValidationError], word
 # ---- the worker's report -------------------------------------------------------------------------------------------
 
 
-def test_a_report_is_read_out_of_the_whole_vm() -> None:
+def test_report_is_read_from_a_whole_vm() -> None:
     vm = running(pending(labels={"a": "b"}))
     unknown: list[str] = []
     assert report_from_worker(vm.to_json(), unknown) == VMReport(
@@ -844,7 +843,7 @@ def test_a_report_is_read_out_of_the_whole_vm() -> None:
     )
 
 
-def test_a_condition_of_an_unknown_type_is_passed_over_and_named() -> None:
+def test_condition_of_unknown_type_is_ignored_and_named() -> None:
     unknown: list[str] = []
     raw = {"conditions": [{"type": "suspending", "state": "maybe"}, {"type": "running", "state": "true"}]}
     assert report_from_worker(raw, unknown).conditions == (Condition("running", "true"),)
@@ -874,13 +873,13 @@ def test_a_condition_of_an_unknown_type_is_passed_over_and_named() -> None:
         ),
     ],
 )
-def test_what_a_report_may_not_be(raw: object, kind: type[ValidationError], words: str) -> None:
+def test_invalid_report_is_refused(raw: object, kind: type[ValidationError], words: str) -> None:
     refused = refusal_of(lambda: report_from_worker(raw, []))
     assert refused[0] is kind
     assert words in refused[1]
 
 
 @QUICK
-@given(noun(VMReport))
-def test_a_report_is_read_back_as_it_was_written(report: VMReport) -> None:
+@given(resources(VMReport))
+def test_report_round_trips_through_json(report: VMReport) -> None:
     assert report_from_worker(parse_json(dump_json(encode(report))), []) == report

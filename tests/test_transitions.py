@@ -1,4 +1,4 @@
-"""The life of a VM: which change is allowed when, and which fields each of them touches."""
+"""Transitions of a VM: which are allowed in each state, and which fields each of them changes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from harness.strategies import BEGAN, QUICK, any_vm, assigned, failed, noun, pending, resting, running, spec, worker
+from harness.strategies import (
+    BEGAN,
+    QUICK,
+    any_vm,
+    assigned,
+    failed,
+    pending,
+    resources,
+    resting,
+    running,
+    spec,
+    worker,
+)
 from hypothesis import given
 
 from orchard.codec import attrs_of
@@ -48,7 +60,7 @@ def refusal_of(call: Callable[[], object]) -> tuple[type[Exception], str]:
 
 
 def changed_fields(old: VM, new: VM) -> set[str]:
-    """The Python names of the fields in which two VMs differ."""
+    """Return the Python names of the fields in which two VMs differ."""
     return {
         field.name
         for part in ("meta", "spec", "state")
@@ -58,13 +70,13 @@ def changed_fields(old: VM, new: VM) -> set[str]:
 
 
 def set_to(vm: VM, **fields: Any) -> VM:
-    """Ask for another specification of a VM."""
+    """Return the VM with a changed specification."""
     return change(vm, replace(vm.spec, **fields))
 
 
 # ---- the table of transitions --------------------------------------------------------------------------------------
 
-LIVES: dict[str, VM] = {
+STATES: dict[str, VM] = {
     "pending": pending(),
     "assigned": assigned(pending()),
     "running": running(pending()),
@@ -82,9 +94,9 @@ ACTIONS: dict[str, Callable[[VM], VM]] = {
     "report running": lambda vm: report(vm, VMReport(status="running", conditions=(RUNS,)), LATER),
     "report failed": lambda vm: report(vm, VMReport(status="failed", status_message="broke"), LATER),
 }
-# (life, action) -> status, message, worker, whether it counts against its worker; a class: it is refused with that
-# error; "same": the very same object comes back. What the scheduler alone does is listed for the lives in which it
-# does it.
+# (state, action) -> status, message, worker, and whether the VM holds resources of its worker. A class: the action
+# raises that error. "same": the action returns the same object. The
+# scheduler's own actions are listed for the states in which it takes them.
 TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | type[Exception] | str] = {
     ("pending", "change"): ("pending", "", "", False),
     ("pending", "assign"): ("pending", "", "w", True),
@@ -120,17 +132,17 @@ TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | type[Exception] 
     ("failed", "report running"): "same",
     ("failed", "report failed"): "same",
 }
-SCHEDULER_ONLY = {(life, action) for life in LIVES for action in ("assign", "explain", "restart")}
+SCHEDULER_ONLY = {(state, action) for state in STATES for action in ("assign", "explain", "restart")}
 
 
-def test_the_table_is_total() -> None:
-    everything = {(life, action) for life in LIVES for action in ACTIONS}
+def test_table_covers_every_state_and_action() -> None:
+    everything = {(state, action) for state in STATES for action in ACTIONS}
     assert everything == TRANSITIONS.keys() | SCHEDULER_ONLY
 
 
-@pytest.mark.parametrize(("life", "action"), TRANSITIONS, ids=[" x ".join(row) for row in TRANSITIONS])
-def test_every_transition(life: str, action: str) -> None:
-    vm, expected = LIVES[life], TRANSITIONS[life, action]
+@pytest.mark.parametrize(("state", "action"), TRANSITIONS, ids=[" x ".join(row) for row in TRANSITIONS])
+def test_transition_gives_the_state_in_the_table(state: str, action: str) -> None:
+    vm, expected = STATES[state], TRANSITIONS[state, action]
     if isinstance(expected, type):
         assert refusal_of(lambda: ACTIONS[action](vm))[0] is expected
         return
@@ -159,7 +171,7 @@ USED = replace(
     state=replace(failed(pending()).state, image_fqn="base@sha256:1", restart_count=2, started_at=BEGAN),
 )
 SHARED = {"status", "status_message", "conditions"}
-# action -> the VM, the action, whose fields it writes, and which of another's it has to touch, too
+# action -> the VM, the action, its writer, the writer's fields that it changes, and the fields of other writers
 WRITES: dict[str, tuple[VM, Callable[[VM], VM], str, set[str], set[str]]] = {
     "change": (
         assigned(pending()),
@@ -180,7 +192,8 @@ WRITES: dict[str, tuple[VM, Callable[[VM], VM], str, set[str], set[str]]] = {
         ),
         "user",
         set(AT_NEXT_BOOT),
-        {"generation", "assigned_cpu", "assigned_memory"},  # the size that a worker gives was fixed, and is again
+        # The assigned size follows the specification.
+        {"generation", "assigned_cpu", "assigned_memory"},
     ),
     "assign": (
         explain(pending(), "waiting"),
@@ -196,37 +209,39 @@ WRITES: dict[str, tuple[VM, Callable[[VM], VM], str, set[str], set[str]]] = {
         lambda vm: restart(vm, LATER),
         "scheduler",
         {"worker", "assigned_cpu", "assigned_memory", "scheduled_at", "restarted_at", "restart_count", *SHARED},
-        {"image_fqn", "observed_generation"},  # what was seen of the last life
+        # Observations of the last run.
+        {"image_fqn", "observed_generation"},
     ),
     "report": (
         assigned(pending()),
         lambda vm: report(vm, EVERYTHING, LATER),
         "worker",
         {"image_fqn", "observed_generation", *SHARED},
-        {"started_at"},  # by the controller's clock
+        # By the controller's clock.
+        {"started_at"},
     ),
 }
 
 
 @pytest.mark.parametrize(("vm", "action", "writer", "own", "others"), WRITES.values(), ids=WRITES)
-def test_each_function_writes_the_fields_of_its_writer(
+def test_transition_writes_only_the_fields_of_its_writer(
     vm: VM, action: Callable[[VM], VM], writer: str, own: set[str], others: set[str]
 ) -> None:
-    declared = {field.name: field.writer for noun in (VMMeta, VMSpec, VMState) for field in attrs_of(noun)}
+    declared = {field.name: field.writer for part in (VMMeta, VMSpec, VMState) for field in attrs_of(part)}
     assert changed_fields(vm, action(vm)) == own | others
     assert {name for name in own - SHARED if declared[name] != writer} == set()
     assert {name for name in others if declared[name] == writer} == set()
 
 
-def test_no_function_touches_who_the_vm_is() -> None:
-    for (life, action), expected in TRANSITIONS.items():
+def test_transitions_leave_metadata_unchanged() -> None:
+    for (state, action), expected in TRANSITIONS.items():
         if not isinstance(expected, type):
-            assert replace(ACTIONS[action](LIVES[life]).meta, generation=1) == LIVES[life].meta
+            assert replace(ACTIONS[action](STATES[state]).meta, generation=1) == STATES[state].meta
 
 
 @QUICK
-@given(any_vm(), noun(VMReport))
-def test_any_report_touches_the_worker_s_fields_alone(vm: VM, seen: VMReport) -> None:
+@given(any_vm(), resources(VMReport))
+def test_any_report_changes_only_the_workers_fields(vm: VM, seen: VMReport) -> None:
     mine = replace(seen, uid=vm.uid, restart_count=vm.state.restart_count)
     new = report(vm, mine, LATER)
     assert changed_fields(vm, new) <= {"image_fqn", "observed_generation", "started_at", *SHARED}
@@ -236,13 +251,13 @@ def test_any_report_touches_the_worker_s_fields_alone(vm: VM, seen: VMReport) ->
     if vm.state.status == "failed":
         assert new is vm
     if not vm.holds_resources:
-        assert not new.holds_resources  # what was given back may be another's by now
+        assert not new.holds_resources, "the scheduler may have reassigned its resources"
 
 
 # ---- create and assign ---------------------------------------------------------------------------------------------
 
 
-def test_a_vm_begins_pending_on_no_worker() -> None:
+def test_new_vm_is_pending_and_unassigned() -> None:
     vm = create("a", "u", spec(), BEGAN)
     assert vm.meta == VMMeta(name="a", uid="u", created_at=BEGAN, generation=1)
     assert vm.state == VMState(conditions=(OFF, RUNS_NOT))
@@ -254,7 +269,7 @@ def test_a_vm_begins_pending_on_no_worker() -> None:
     ("wanted", "default", "given"),
     [((0, 0), (0, 0), (4, 8192)), ((0, 0), (6, 1024), (6, 1024)), ((2, 512), (6, 1024), (2, 512))],
 )
-def test_the_size_is_fixed_when_the_vm_gets_its_worker(
+def test_assignment_fixes_cpu_and_memory(
     wanted: tuple[int, int], default: tuple[int, int], given: tuple[int, int]
 ) -> None:
     on = worker(default_cpu=default[0], default_memory=default[1])
@@ -265,7 +280,7 @@ def test_the_size_is_fixed_when_the_vm_gets_its_worker(
     assert vm.state.conditions == (ON, RUNS_NOT)
 
 
-def test_a_vm_that_gets_its_worker_waits_no_longer() -> None:
+def test_assignment_clears_the_waiting_reason() -> None:
     vm = explain(pending(), "waiting: no worker has registered yet")
     assert explain(vm, "waiting: no worker has registered yet") is vm
     assert assign(vm, worker(), LATER).state.status_message == ""
@@ -303,9 +318,9 @@ JSON_NAMES = {field.name: field.json for field in attrs_of(VMSpec)}
 
 
 @pytest.mark.parametrize("field", JSON_NAMES)
-@pytest.mark.parametrize("life", ["pending", "assigned", "running"])
-def test_a_field_changes_at_the_next_boot_or_never(life: str, field: str) -> None:
-    vm = LIVES[life]
+@pytest.mark.parametrize("state", ["pending", "assigned", "running"])
+def test_field_changes_at_the_next_boot_or_is_refused(state: str, field: str) -> None:
+    vm = STATES[state]
     if field in AT_NEXT_BOOT:
         new = set_to(vm, **{field: OTHER[field]})
         assert new.meta.generation == 2
@@ -317,7 +332,7 @@ def test_a_field_changes_at_the_next_boot_or_never(life: str, field: str) -> Non
     assert "secret" not in message
 
 
-def test_what_can_change_is_what_the_protocol_says() -> None:
+def test_changeable_fields_are_those_of_the_contract() -> None:
     assert {JSON_NAMES[name] for name in AT_NEXT_BOOT} == {
         "netSoftnet",
         "netSoftnetAllow",
@@ -334,16 +349,16 @@ def test_what_can_change_is_what_the_protocol_says() -> None:
     }
 
 
-@pytest.mark.parametrize("life", LIVES)
-def test_no_change_is_no_new_generation(life: str) -> None:
-    assert change(LIVES[life], replace(LIVES[life].spec)) is LIVES[life]
+@pytest.mark.parametrize("state", STATES)
+def test_equal_specification_keeps_the_generation(state: str) -> None:
+    assert change(STATES[state], replace(STATES[state].spec)) is STATES[state]
 
 
-def test_a_refused_field_takes_the_others_with_it() -> None:
+def test_one_unchangeable_field_refuses_the_whole_change() -> None:
     assert refusal_of(lambda: set_to(running(pending()), headless=True, image="other"))[1].startswith("image cannot")
 
 
-def test_every_change_is_one_generation() -> None:
+def test_each_change_increments_the_generation() -> None:
     vm = set_to(set_to(running(pending()), headless=True), headless=False, nested=True)
     assert vm.meta.generation == 3
     assert vm.state.observed_generation == 1
@@ -355,15 +370,15 @@ def test_a_failed_vm_cannot_be_changed() -> None:
     assert message == 'VM "vm" has failed and cannot be changed; delete it and create it again'
 
 
-def test_a_new_size_is_what_the_worker_will_give() -> None:
+def test_changed_cpu_and_memory_are_assigned() -> None:
     vm = set_to(running(pending()), cpu=8, memory=1024)
     assert (vm.state.assigned_cpu, vm.state.assigned_memory) == (8, 1024)
     vm = set_to(vm, cpu=0, memory=0)
     assert (vm.state.assigned_cpu, vm.state.assigned_memory) == (8, 1024)
-    assert set_to(pending(), cpu=8).state.assigned_cpu == 0  # until it has a worker
+    assert set_to(pending(), cpu=8).state.assigned_cpu == 0, "it is unassigned"
 
 
-def test_suspendable_stays_on_and_keeps_softnet_as_it_is() -> None:
+def test_suspendable_cannot_be_turned_off_and_fixes_softnet() -> None:
     vm = set_to(running(pending()), suspendable=True, net_softnet=True)
     for field, changed in (("suspendable", {"suspendable": False}), ("netSoftnet", {"net_softnet": False})):
         kind, message = refusal_of(lambda changed=changed: set_to(vm, **changed))  # type: ignore[misc]
@@ -373,7 +388,7 @@ def test_suspendable_stays_on_and_keeps_softnet_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(("old", "new", "fits"), [(0, 50, True), (50, 51, True), (50, 49, False), (50, 0, False)])
-def test_a_disk_only_grows(old: int, new: int, fits: bool) -> None:
+def test_disk_size_can_only_grow(old: int, new: int, fits: bool) -> None:
     vm = running(pending(disk_size=old))
     if fits:
         assert set_to(vm, disk_size=new).spec.disk_size == new
@@ -397,21 +412,21 @@ def test_power_state_leaves_running_only_once(old: Any, new: Any) -> None:
         assert message.startswith(f'powerState is "{new}", expected "{old}"')
 
 
-def test_a_vm_rests_when_its_worker_says_so_and_never_wakes() -> None:
+def test_stopped_vm_frees_resources_after_the_report_for_good() -> None:
     vm = set_to(running(pending()), power_state="stopped")
     assert not vm.resting
     assert vm.holds_resources
     vm = report(vm, VMReport(conditions=(RUNS_NOT,), observed_generation=2), LATER)
     assert vm.resting
     assert not vm.holds_resources
-    # A report from before, or a worker that starts it once more before it reads on: its place may be another's.
+    # A late report, or one of a worker that has not read the change yet: the resources may already be reassigned.
     assert report(vm, VMReport(status="running", conditions=(RUNS,)), LATER) is vm
     vm = set_to(vm, headless=True)
     assert vm.meta.generation == 3
     assert vm.resting
 
 
-def test_a_vm_that_is_to_be_stopped_holds_its_place_until_it_was_made() -> None:
+def test_vm_created_stopped_holds_resources_until_it_was_cloned() -> None:
     vm = assigned(pending(power_state="stopped"))
     assert vm.holds_resources
     vm = report(vm, VMReport(status="pending", conditions=(RUNS_NOT,)), LATER)
@@ -422,13 +437,13 @@ def test_a_vm_that_is_to_be_stopped_holds_its_place_until_it_was_made() -> None:
 # ---- fail and restart ----------------------------------------------------------------------------------------------
 
 
-def test_a_failed_vm_stays_with_its_worker_who_is_to_stop_it() -> None:
+def test_failed_vm_stays_assigned() -> None:
     vm = fail(running(pending()), "why")
     assert (vm.state.worker, vm.state.conditions) == ("w", (ON, RUNS_NOT))
     assert vm.state.started_at == BEGAN
 
 
-def test_a_restart_is_another_life_from_the_beginning() -> None:
+def test_restart_resets_the_state_and_increments_restart_count() -> None:
     vm = report(running(pending()), replace(EVERYTHING, status="failed", status_message="exit 1"), LATER)
     again = restart(vm, LATER)
     assert again.state == VMState(
@@ -450,13 +465,14 @@ def test_a_restart_is_another_life_from_the_beginning() -> None:
         ("", None, True),
         ("uid-vm", 1, False),
         ("uid-vm", 3, False),
-        ("uid-vm", None, False),  # Go clients leave zero out
+        # A Go client leaves a count of zero out.
+        ("uid-vm", None, False),
         ("", 1, False),
         ("another", 2, False),
         ("another", None, False),
     ],
 )
-def test_a_report_of_another_life_changes_nothing(uid: str, count: int | None, fresh: bool) -> None:
+def test_report_about_another_run_is_stale(uid: str, count: int | None, fresh: bool) -> None:
     vm = running(pending())
     vm = replace(vm, state=replace(vm.state, restart_count=2))
     seen = VMReport(uid=uid, restart_count=count, status="failed", status_message="broke")
@@ -468,11 +484,11 @@ def test_a_report_of_another_life_changes_nothing(uid: str, count: int | None, f
     assert 'VM "vm" has uid uid-vm and restart_count 2' in message
 
 
-def test_a_report_without_a_count_means_the_first_life() -> None:
+def test_report_with_uid_and_without_restart_count_means_zero() -> None:
     assert report(assigned(pending()), VMReport(uid="uid-vm", status="running"), LATER).state.status == "running"
 
 
-def test_started_at_is_the_first_time_that_it_ran() -> None:
+def test_started_at_is_the_time_of_the_first_running_report() -> None:
     vm = report(assigned(pending()), VMReport(status="pending"), BEGAN)
     assert vm.state.started_at is None
     vm = report(vm, VMReport(status="running"), LATER)
@@ -490,17 +506,18 @@ def test_started_at_is_the_first_time_that_it_ran() -> None:
         (VMReport(image_fqn="x"), "before"),
         (VMReport(status_message=""), ""),
         (VMReport(status_message="now"), "now"),
-        (VMReport(status="running"), ""),  # Go clients leave an empty text out
+        # A Go client leaves an empty message out.
+        (VMReport(status="running"), ""),
         (VMReport(status="running", status_message="now"), "now"),
     ],
 )
-def test_a_message_lasts_until_the_next_word(seen: VMReport, message: str) -> None:
+def test_status_message_is_kept_until_the_next_status_or_message(seen: VMReport, message: str) -> None:
     vm = running(pending())
     vm = replace(vm, state=replace(vm.state, status_message="before"))
     assert report(vm, seen, LATER).state.status_message == message
 
 
-def test_conditions_are_taken_over_but_for_the_controller_s_own() -> None:
+def test_report_sets_the_running_condition_only() -> None:
     vm = report(assigned(pending()), VMReport(conditions=(OFF, RUNS)), LATER)
     assert vm.state.conditions == (ON, RUNS)
     assert report(vm, VMReport(conditions=()), LATER) is vm
@@ -508,7 +525,7 @@ def test_conditions_are_taken_over_but_for_the_controller_s_own() -> None:
     assert report(vm, VMReport(status="failed", conditions=(RUNS,)), LATER).state.conditions == (ON, RUNS_NOT)
 
 
-def test_the_observed_generation_rises_up_to_the_generation() -> None:
+def test_observed_generation_increases_up_to_the_generation() -> None:
     vm = set_to(set_to(running(pending()), headless=True), nested=True)
     for seen, observed in ((2, 2), (1, 2), (0, 2), (3, 3), (9, 3), (2, 3)):
         vm = report(vm, VMReport(observed_generation=seen), LATER)

@@ -1,6 +1,6 @@
-"""The API without sockets: `Served` hands requests to the controller's handlers as the HTTP server would.
+"""The API without sockets: `Served` passes requests to the controller's handlers, as the HTTP server does.
 
-State and events are on the real disk, their writers run; only what carries the bytes is left out.
+State and events are on the real disk, and their writers run. Only the HTTP server and its sockets are left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Answered:
 
 
 class Served:
-    """A controller's API over a store in a directory of its own."""
+    """A controller's API over a store in a directory of its own, called without sockets."""
 
     def __init__(self, api: API, loop: SchedulingLoop) -> None:
         self.api = api
@@ -83,7 +83,7 @@ class Served:
         authorization: str | None = None,
         peer: str = "10.0.0.1",
     ) -> Any:
-        """As `call`, and give the answer as the handler made it."""
+        """Do as `call`, and return the handler's own answer."""
         if account is not None:
             authorization = "Basic " + base64.b64encode(":".join(account).encode()).decode()
         headers = {} if authorization is None else {b"authorization": authorization.encode()}
@@ -103,7 +103,7 @@ class Served:
             assert check(self.state) == []
 
     async def ok(self, method: str, target: str, body: object = ...) -> Any:
-        """Send a request that must succeed, and give its body."""
+        """Send a request that must succeed, and return its body."""
         answered = await self.call(method, target, body)
         assert answered.status == 200, answered
         return answered.body
@@ -122,7 +122,7 @@ class Served:
         return due
 
     async def watch(self, name: str, nursery: trio.Nursery) -> trio.MemoryReceiveChannel[dict[str, Any]]:
-        """Follow a VM; give a channel of the parsed lines."""
+        """Watch a VM. Return a channel of the parsed lines."""
         answer = await self.ask("GET", f"/vms/{name}?watch=true")
         assert isinstance(answer, Stream)
         send, receive = trio.open_memory_channel[dict[str, Any]](100)
@@ -137,7 +137,7 @@ class Served:
 
 @asynccontextmanager
 async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None = None) -> AsyncIterator[Served]:
-    """Serve the API from `directory`; with accounts given, they are asked for. Times stand still at BEGAN."""
+    """Serve the API from `directory`; it asks for credentials if accounts are given. The time is always BEGAN."""
     store = Store.open(directory, BEGAN, disk)
     try:
         events = EventLog(directory / "events")

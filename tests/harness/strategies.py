@@ -1,9 +1,10 @@
-"""Hypothesis strategies for the nouns, and small builders. Law: whatever is drawn here is valid by the rules.
+"""Hypothesis strategies and builders for resources. Every object that they make is valid by the rules.
 
-`noun(cls)` draws any instance of a dataclass of `attr` fields, zero values and edges included: for what has to hold of
-every object that can be written down. `snapshots` draws clusters that could have come about: for the scheduler.
+`resources(cls)` draws any instance of a dataclass with `attr` fields, zero values and bounds included. It is for
+properties of every object that can be written as JSON. `snapshots` draws clusters in states that can occur. It is for
+the scheduler.
 
-The clusters are small and their values few on purpose: what goes wrong needs VMs that meet on a worker.
+The clusters are small and have few different values, because errors show only where several VMs share a worker.
 """
 
 from __future__ import annotations
@@ -26,34 +27,38 @@ from orchard.transitions import assign, create, fail, report
 
 T = TypeVar("T")
 
-# Without a deadline, because the machine may be busy; derandomized, so that a failure is one for everybody.
+# Without a deadline, because the machine may be busy. Derandomized, so that a failure can be repeated.
 QUICK = settings(
     max_examples=100, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 THOROUGH = settings(QUICK, max_examples=1_500)
 
 UTC = datetime.UTC
-BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=UTC)  # the day on which all tests play
-NOW = 1_000_000.0  # seconds of the monotonic clock of a snapshot
-OFFLINE_TIMEOUT = 180.0  # seconds; the default of the controller
-ONLINE, OFFLINE = NOW - 5, NOW - 500  # a last sign of life
+# The time in all tests.
+BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=UTC)
+# The monotonic clock of a snapshot.
+NOW = 1_000_000.0  # seconds
+# The controller's default.
+OFFLINE_TIMEOUT = 180.0  # seconds
+# Times of the last contact with a worker.
+ONLINE, OFFLINE = NOW - 5, NOW - 500
 
 
-# ---- any noun ------------------------------------------------------------------------------------------------------
+# ---- any resource ------------------------------------------------------------------------------------------------------
 
 
 def texts() -> st.SearchStrategy[str]:
-    """Every text that has a UTF-8 form."""
+    """Draw strings that can be encoded in UTF-8."""
     return st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 
 def times() -> st.SearchStrategy[datetime.datetime]:
-    """Times in UTC, but for the first instant of year 1, which means no time."""
+    """Draw times in UTC, without the first instant of year 1, which means no time."""
     return st.datetimes(timezones=st.just(UTC)).filter(lambda when: when != datetime.datetime.min.replace(tzinfo=UTC))
 
 
-def noun(cls: type[T], **given: st.SearchStrategy[Any]) -> st.SearchStrategy[T]:
-    """Any instance of a noun; `given` are strategies for some of its fields, by their Python name."""
+def resources(cls: type[T], **given: st.SearchStrategy[Any]) -> st.SearchStrategy[T]:
+    """Draw instances of a resource; `given` has strategies for some of its fields, by their Python name."""
     return st.builds(cls, **{field.name: given.get(field.name, _value(field.type, field)) for field in attrs_of(cls)})
 
 
@@ -75,19 +80,19 @@ def _value(kind: Any, field: Attr) -> st.SearchStrategy[Any]:
         return st.dictionaries(texts(), _value(inner[1], field), max_size=3)
     if origin in (types.UnionType, typing.Union):
         return st.none() | _value(inner[0], field)
-    return noun(kind)
+    return resources(kind)
 
 
 def any_vm() -> st.SearchStrategy[VM]:
-    """Any VM that can be written down, whether or not it could have come about."""
-    return st.builds(VM, noun(VMMeta), noun(VMSpec), noun(VMState))
+    """Draw VMs that can be written as JSON, whether or not they can occur."""
+    return st.builds(VM, resources(VMMeta), resources(VMSpec), resources(VMState))
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------------------
 
 
 def json_values() -> st.SearchStrategy[Any]:
-    """Any JSON value that every reader understands in the same way."""
+    """Draw JSON values that every parser reads alike."""
     leaves = st.none() | st.booleans() | texts() | st.integers(-MAX_UINT, MAX_UINT) | st.floats(-1e9, 1e9)
     return st.recursive(
         leaves,
@@ -100,22 +105,22 @@ def json_values() -> st.SearchStrategy[Any]:
 
 
 def spec(**changed: Any) -> VMSpec:
-    """A specification as a new VM has it, with some fields changed."""
+    """Return a new VM's specification, with some fields changed."""
     return replace(VMSpec(image="base", resources={TART_VMS: 1}), **changed)
 
 
 def born(age: float) -> datetime.datetime:
-    """When a VM was created that is `age` seconds older than the others."""
+    """Return the creation time of a VM that is `age` seconds older than the others."""
     return BEGAN - datetime.timedelta(seconds=age)
 
 
 def pending(name: str = "vm", age: float = 0, **changed: Any) -> VM:
-    """A VM that has just been created; `age` seconds before the others."""
+    """Return a VM that was just created, `age` seconds before the others."""
     return create(name, f"uid-{name}", spec(**changed), born(age))
 
 
 def worker(name: str = "w", vms: int = 2, **changed: Any) -> Worker:
-    """A worker with room for some VMs."""
+    """Return a worker that can run `vms` VMs."""
     return replace(Worker(name=name, resources={TART_VMS: vms}, machine_id=f"machine-{name}"), **changed)
 
 
@@ -124,7 +129,7 @@ def assigned(vm: VM, to: str = "w") -> VM:
 
 
 def running(vm: VM, on: str = "w") -> VM:
-    """The VM on a worker that has said that it runs."""
+    """Return the VM on a worker that has reported it as running."""
     seen = VMReport(
         status="running", observed_generation=vm.meta.generation, conditions=(Condition("running", "true"),)
     )
@@ -132,7 +137,7 @@ def running(vm: VM, on: str = "w") -> VM:
 
 
 def resting(vm: VM, on: str = "w", power_state: Literal["stopped", "suspended"] = "stopped") -> VM:
-    """The VM stopped or suspended, and its worker has said so."""
+    """Return the VM stopped or suspended, as its worker has reported."""
     wanted = replace(vm, spec=replace(vm.spec, power_state=power_state, suspendable=power_state == "suspended"))
     return report(running(wanted, on), VMReport(conditions=(Condition("running", "false"),)), BEGAN)
 
@@ -145,7 +150,8 @@ def failed(vm: VM, on: str = "w") -> VM:
 
 NAMES = [f"w{number}" for number in range(5)]
 RESOURCES = [TART_VMS, "gpu"]
-SHAPES = 400  # how many VMs and workers of random shape are in the pools: to take one of them is cheap
+# VMs and workers of random shape in the pools. Choosing one of them is cheaper than making one.
+SHAPES = 400
 
 
 def _labels(order: random.Random) -> dict[str, str]:
@@ -171,7 +177,7 @@ def _worker_shape(order: random.Random) -> Worker:
 
 
 def _vm_shape(order: random.Random) -> VM:
-    """A VM in any state that it could come into, on one of the workers NAMES, one that was deleted, or none."""
+    """Return a VM in any state that can occur: on one of the workers NAMES, on a deleted one, or on none."""
     policy = order.choice(["Never", "OnFailure"])
     vm = pending(resources=_resources(order, 3, [0, 1, 1, 2]), restart_policy=policy, **_hosts(order))
     history = order.choice([None] * 5 + [assigned, running, resting, failed])
@@ -187,9 +193,9 @@ _PROFILES: list[SchedulerProfile] = ["optimize-utilization", "distribute-load"]
 
 
 def cluster_of(workers: int, vms: int, seed: int) -> Snapshot:
-    """A cluster at NOW: workers that may have shrunk below what is used on them, and VMs in every state.
+    """Return a cluster at NOW: workers that may have shrunk below what is used on them, and VMs in every state.
 
-    In most clusters many VMs are alike, so that some of them get a place while others of their kind wait.
+    In most clusters many VMs are alike, so that some are assigned while others of their kind wait.
     """
     order = random.Random(f"{workers} {vms} {seed}")
     names = order.sample(NAMES, workers)
@@ -208,12 +214,12 @@ def cluster_of(workers: int, vms: int, seed: int) -> Snapshot:
 
 
 def snapshots() -> st.SearchStrategy[Snapshot]:
-    """Clusters of all sizes. Only a size and a seed are drawn: a thousand clusters take a second, and still shrink."""
+    """Draw clusters of all sizes. Only a size and a seed are drawn, so a thousand clusters take a second, and shrink."""
     return st.builds(cluster_of, st.integers(0, len(NAMES)), st.integers(0, 12), st.integers(0, 2**32))
 
 
 def shuffled(snapshot: Snapshot, seed: int) -> Snapshot:
-    """The same cluster, told in another order."""
+    """Return the same cluster with everything in another order."""
     order = random.Random(seed)
 
     def mixed(pairs: Mapping[str, Any]) -> dict[str, Any]:

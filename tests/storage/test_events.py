@@ -19,7 +19,7 @@ import pytest
 import trio
 import trio.testing
 from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, no_room
-from harness.strategies import QUICK, noun
+from harness.strategies import QUICK, resources
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -95,7 +95,7 @@ def kept(directory: Path, *uids: str) -> dict[str, list[int]]:
 
 
 @QUICK
-@given(st.lists(st.lists(noun(Event), max_size=4), max_size=6))
+@given(st.lists(st.lists(resources(Event), max_size=4), max_size=6))
 def test_appended_events_are_read_unchanged(tmp_path_factory: pytest.TempPathFactory, batches: list[Any]) -> None:
     directory = tmp_path_factory.mktemp("events")
     whole = [encode(one) for batch in batches for one in batch]
