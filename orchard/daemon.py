@@ -61,11 +61,11 @@ def run_program(
     `failures` maps the errors that `work` may raise to exit statuses: such an error is printed to stderr as one line
     that begins with `name`. Any other exception propagates. For `debug` and `quiet` see `logs.configure`.
     """
-    log_stream = logs.configure(debug=debug, quiet=quiet)
+    logs.configure(debug=debug, quiet=quiet)
     raise_open_files_limit()
     try:
         with unwrap_groups():
-            trio.run(work, instruments=[log_stream], strict_exception_groups=True)
+            trio.run(work, strict_exception_groups=True)
     except tuple(failures) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return next(status for kind, status in failures.items() if isinstance(error, kind))

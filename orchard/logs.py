@@ -15,10 +15,7 @@ import math
 import re
 import sys
 import time
-from collections import deque
-from typing import TYPE_CHECKING, Any, TextIO
-
-import trio
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import asyncio
@@ -77,45 +74,6 @@ def log_asyncio_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
         _logger.error("asyncio: %s", context["message"], exc_info=error)
 
 
-class TurnStream(trio.abc.Instrument):
-    """A text stream that writes together what is written to it in one turn of a trio loop, when the loop waits.
-
-    Add it to the loop as an instrument; while no loop runs, each flush writes at once. A write lets other threads run
-    first, and one write for each small request takes a tenth of the request's time (./run bench api).
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        # Other threads write as well; the operations of a deque are atomic.
-        self._texts: deque[str] = deque()
-        self._in_turn = False
-
-    def write(self, text: str) -> None:
-        self._texts.append(text)
-
-    def flush(self) -> None:
-        if not self._in_turn:
-            self._write_out()
-
-    def _write_out(self) -> None:
-        if texts := [self._texts.popleft() for _ in range(len(self._texts))]:
-            self._stream.write("".join(texts))
-            self._stream.flush()
-
-    def before_run(self) -> None:
-        self._in_turn = True
-
-    def before_io_wait(self, timeout: float) -> None:
-        self._in_turn = False
-        self._write_out()
-
-    def after_io_wait(self, timeout: float) -> None:
-        self._in_turn = True
-
-    def after_run(self) -> None:
-        self.before_io_wait(0)
-
-
 class AcceptErrorFilter(logging.Filter):
     """Lets one line pass in _ACCEPT_ERROR_SECONDS, without a traceback.
 
@@ -134,11 +92,8 @@ class AcceptErrorFilter(logging.Filter):
         return True
 
 
-def configure(*, debug: bool, quiet: bool = False) -> TurnStream:
-    """Log to stderr from INFO on; `debug`: all of Orchard's records; `quiet`: from WARNING on.
-
-    Returns the stream, which a trio loop can have as an instrument, so that it writes less often.
-    """
+def configure(*, debug: bool, quiet: bool = False) -> None:
+    """Log to stderr from INFO on; `debug`: all of Orchard's records; `quiet`: from WARNING on."""
     # The lines do not show a record's thread, process, task and place in the source. Finding these takes as long as
     # everything else. The Logging HOWTO names these switches.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -146,8 +101,7 @@ def configure(*, debug: bool, quiet: bool = False) -> TurnStream:
     if hasattr(logging, "logAsyncioTasks"):
         logging.logAsyncioTasks = False
     logging._srcfile = None
-    stream = TurnStream(sys.stderr)
-    handler = logging.StreamHandler(stream)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter())
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=level, handlers=[handler], force=True)
@@ -157,4 +111,3 @@ def configure(*, debug: bool, quiet: bool = False) -> TurnStream:
     # These log every connection at INFO. Orchard's own lines have what matters of it.
     for name in ("trio-websocket", "asyncssh"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    return stream

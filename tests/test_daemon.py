@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import pytest
 import trio
 
 from orchard import controller, daemon, logs
-from orchard.logs import TurnStream
 
 MAX_AMOUNT = 2**53 - 1
 INVALID_ADDRESSES = [
@@ -166,7 +164,7 @@ async def test_run_until_signal_returns_when_the_work_does() -> None:
 def test_an_expected_error_becomes_one_line_and_an_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logs, "configure", lambda **_: TurnStream(io.StringIO()))
+    monkeypatch.setattr(logs, "configure", lambda **_: None)
 
     async def fail(error: Exception) -> None:
         async with trio.open_nursery():

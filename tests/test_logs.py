@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
@@ -10,8 +9,6 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import trio
-import trio.testing
 from harness.strategies import QUICK
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -99,39 +96,3 @@ def test_records_are_written_to_stderr(capsys: pytest.CaptureFixture[str]) -> No
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert err.endswith('level=info logger=orchard.x msg=logged vm="v m"\n')
-
-
-class Writes(io.StringIO):
-    """Records each write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def write(self, text: str) -> int:
-        self.texts.append(text)
-        return super().write(text)
-
-
-def test_records_of_one_loop_turn_are_written_together_and_others_at_once() -> None:
-    written = Writes()
-    stream = logs.TurnStream(written)
-    handler = logging.StreamHandler(stream)
-
-    def log(text: str) -> None:
-        handler.handle(logging.makeLogRecord({"msg": text}))
-
-    async def main() -> None:
-        log("first")
-        log("second")
-        assert written.texts == ["before\n"]
-        await trio.to_thread.run_sync(log, "thread")
-        assert written.texts[:2] == ["before\n", "first\nsecond\n"]
-        await trio.testing.wait_all_tasks_blocked()
-        assert written.texts[2:] == ["thread\n"]
-        log("last")
-
-    log("before")
-    trio.run(main, instruments=[stream])
-    log("after")
-    assert written.texts[3:] == ["last\n", "after\n"]
