@@ -233,19 +233,18 @@ class FlowControl:
     """Blocks senders between `pause` and `resume`."""
 
     def __init__(self) -> None:
-        # Set by `resume`; None while senders may go on.
-        self._resumed: trio.Event | None = None
+        self._is_paused = False
+        self._resumed = Wakeup()
 
     def pause(self) -> None:
-        self._resumed = self._resumed or trio.Event()
+        self._is_paused = True
 
     def resume(self) -> None:
-        if self._resumed is not None:
-            self._resumed.set()
-            self._resumed = None
+        self._is_paused = False
+        self._resumed.set()
 
     async def wait_resumed(self) -> None:
-        while self._resumed is not None:
+        while self._is_paused:
             await self._resumed.wait()
 
 
