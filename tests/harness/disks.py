@@ -1,4 +1,8 @@
-"""Disks that fail, that make one wait, and that lose power. Law: each does what `Disk` does, but for its own fault."""
+"""Disks for tests of durability: one that fails, one with little space, one that can be held up, one that loses power.
+
+Each does what `Disk` does except for its own fault. None of them waits for a real fsync, which would only take time:
+what a test sees of a file is what was written, and `CrashDisk` models what was synced.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,32 @@ from pathlib import Path
 
 from orchard.storage.journal import Disk
 
-Image = dict[str, bytes]  # file name -> content
+# File name -> content.
+Image = dict[str, bytes]
 
 
-class FailingDisk(Disk):
-    """Asks `fault(verb, number of the call)` before each call for the errno that it is to fail with, 0 for none."""
+class UnsyncedDisk(Disk):
+    """A disk without fsyncs."""
+
+    def sync(self, fd: int) -> None:
+        pass
+
+    def sync_directory(self, directory: Path) -> None:
+        pass
+
+
+class FailingDisk(UnsyncedDisk):
+    """Before each call, asks `fault(verb, number of the call)` for the errno that it is to fail with, 0 for none.
+
+    With `torn`, a write that fails has written the first half of its data.
+    """
 
     def __init__(self, *, torn: bool = False) -> None:
         self.calls: list[str] = []
         self.fault: Callable[[str, int], int] = lambda verb, number: 0
-        self.failed: list[str] = []  # the verbs of calls that did
-        self._torn = torn  # whether a write that fails has written one half before
+        # The verbs of the calls that failed.
+        self.failed: list[str] = []
+        self._torn = torn
 
     def write(self, fd: int, data: memoryview) -> int:
         if error := self._next("write"):
@@ -37,7 +56,6 @@ class FailingDisk(Disk):
 
     def sync(self, fd: int) -> None:
         self._check("sync")
-        super().sync(fd)
 
     def replace(self, source: Path, target: Path) -> None:
         self._check("replace")
@@ -45,7 +63,6 @@ class FailingDisk(Disk):
 
     def sync_directory(self, directory: Path) -> None:
         self._check("sync_directory")
-        super().sync_directory(directory)
 
     def _check(self, verb: str) -> None:
         if error := self._next(verb):
@@ -61,35 +78,37 @@ class FailingDisk(Disk):
 
 
 def fails_at(number: int, code: int) -> Callable[[str, int], int]:
-    """The fault of one call alone."""
+    """Return a fault of one call alone."""
     return lambda verb, at: code if at == number else 0
 
 
 def no_room(verb: str, number: int) -> int:
-    """The fault of a disk that is full for as long as this lasts."""
+    """Be the fault of a full disk."""
     return errno.ENOSPC if verb == "write" else 0
 
 
-class SmallDisk(Disk):
+class SmallDisk(UnsyncedDisk):
     """A disk on which the files of `directory` may have `room` bytes together."""
 
     def __init__(self, directory: Path, room: int) -> None:
         self.room = room
-        self.refused = 0  # writes, for want of room
+        # Writes that found no space.
+        self.refused = 0
         self._directory = directory
 
     def free(self) -> int:
         return self.room - sum(path.stat().st_size for path in self._directory.rglob("*") if path.is_file())
 
     def write(self, fd: int, data: memoryview) -> int:
-        if self.free() <= 0 < len(data):
+        free = self.free()
+        if free <= 0 < len(data):
             self.refused += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(fd, data[: self.free()])
+        return super().write(fd, data[:free])
 
 
-class HeldDisk(Disk):
-    """A disk that takes its time: nothing is synced while it is `held`."""
+class HeldDisk(UnsyncedDisk):
+    """A disk whose syncs wait while it is `held`."""
 
     def __init__(self) -> None:
         self.syncs = 0
@@ -106,29 +125,31 @@ class HeldDisk(Disk):
 
     def sync(self, fd: int) -> None:
         self._open.wait()
-        super().sync(fd)
         self.syncs += 1
 
 
-class CrashDisk(Disk):
-    """Tells `lost_power`, after every call, each content that `directory` could have after a power cut at that moment.
+class CrashDisk(UnsyncedDisk):
+    """Calls `lost_power`, after every call, with each content that `directory` could have after a power cut then.
 
-    What was synced is there. Of bytes that were appended since, any beginning may be there, of several renamings since
-    the directory was synced all or none, and a truncation may have happened or not.
+    Synced data is there. Of bytes that were appended since, any prefix may be there; of renamings since the directory
+    was synced, all or none; a truncation may have happened or not.
 
-    What is in `faults` under the name of a sync, that raises in place of its work. After an OSError, the system takes
-    bytes for written, as Linux does: they can be read, and no later sync has them on the disk.
+    An exception in `faults` under the name of a sync is raised by it. After an OSError, the system takes bytes for
+    written that are not, as Linux does: they can be read, and no later sync writes them to the disk.
     """
 
     def __init__(self, directory: Path, lost_power: Callable[[Image], None], *, every_byte: bool = False) -> None:
         self._directory = directory
         self._lost_power = lost_power
         self._every_byte = every_byte
-        self._written: dict[int, bytes] = {}  # inode -> content that programs see
+        # Inode -> content that programs see, and content that is on the disk.
+        self._written: dict[int, bytes] = {}
         self._synced: dict[int, bytes] = {}
-        self._names: dict[str, int] = {}  # that are durable, of inodes
+        # File name -> inode, of names that are durable, and of names that were renamed since.
+        self._names: dict[str, int] = {}
         self._renamed: dict[str, int] = {}
-        self._holes: dict[int, tuple[int, int]] = {}  # inode -> beginning and end of what never got to the disk
+        # Inode -> begin and end of the bytes that never got to the disk.
+        self._holes: dict[int, tuple[int, int]] = {}
         self.faults: dict[str, Exception] = {}
         self.renamings = 0
         for path in directory.iterdir():
@@ -138,7 +159,8 @@ class CrashDisk(Disk):
 
     def write(self, fd: int, data: memoryview) -> int:
         status = os.fstat(fd)
-        if status.st_size == 0:  # a new file; its number may be that of one that is gone
+        # A new file may have the inode of a deleted one.
+        if status.st_size == 0:
             self._written[status.st_ino] = self._synced[status.st_ino] = b""
         count = super().write(fd, data)
         self._written[status.st_ino] += data[:count]
@@ -160,7 +182,6 @@ class CrashDisk(Disk):
             if isinstance(fault, OSError):
                 self._holes[inode] = (len(self._synced[inode]), len(written))
             raise fault
-        super().sync(fd)
         begin, end = self._holes.get(inode, (0, 0))
         self._synced[inode] = written[:begin] + bytes(end - begin) + written[end:]
         self.cut_power()
@@ -175,14 +196,13 @@ class CrashDisk(Disk):
     def sync_directory(self, directory: Path) -> None:
         if fault := self.faults.get("sync_directory"):
             raise fault
-        super().sync_directory(directory)
         if directory == self._directory:
             self._names.update(self._renamed)
             self._renamed.clear()
         self.cut_power()
 
     def cut_power(self) -> None:
-        """Tell of a power cut now."""
+        """Report a power cut at this moment."""
         for names in [self._names, {**self._names, **self._renamed}] if self._renamed else [self._names]:
             for contents in itertools.product(*(self._contents(inode) for inode in names.values())):
                 self._lost_power(dict(zip(names, contents, strict=True)))

@@ -12,6 +12,7 @@ import pytest
 import trio
 
 import orchard.store
+from harness.disks import UnsyncedDisk
 from harness.strategies import BEGAN
 from orchard.schema import VM, ClusterSettings, HostDirPolicy, ServiceAccount, Worker
 from orchard.storage.errors import StorageError
@@ -25,7 +26,8 @@ ErrorT = TypeVar("ErrorT", bound=StorageError)
 
 
 def open_store(directory: Path, disk: Disk | None = None) -> Store:
-    return Store.open(directory, BEGAN, disk)
+    """Open a store, by default on a disk without fsyncs."""
+    return Store.open(directory, BEGAN, disk or UnsyncedDisk())
 
 
 @asynccontextmanager

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from harness.disks import UnsyncedDisk
 from harness.hypervisor import Handle, Machine, Order
 from harness.network import Network, Process
 
@@ -31,7 +32,6 @@ from orchard import controller
 from orchard.client import Client
 from orchard.schema import TART_VMS, VM
 from orchard.storage.events import EventLog
-from orchard.storage.journal import Disk
 from orchard.store import Change, Store
 from orchard.worker import CONTROLLER_ANSWER_SECONDS, Identity, WorkerService
 
@@ -97,16 +97,6 @@ class RunningProgram:
     def kill(self) -> None:
         self.scope.cancel()
         self.process.kill()
-
-
-class UnsyncedDisk(Disk):
-    """A disk without fsync. The simulation crashes processes, never the power of the controller's host."""
-
-    def sync(self, fd: int) -> None:
-        pass
-
-    def sync_directory(self, directory: Path) -> None:
-        pass
 
 
 class SimulatedCluster:
@@ -249,6 +239,7 @@ class SimulatedCluster:
             await process.wait_thawed()
             return result
 
+        # The simulation crashes processes, never the power of the controller's host.
         disk = UnsyncedDisk()
         with ExitStack() as stack:
             store = Store.open(directory, self.clock(), disk, in_thread)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -20,8 +19,8 @@ from harness.stores import (
     SETTINGS,
     delete,
     open_store,
+    problems_of,
     put,
-    read,
     refused_write,
     running_store,
     wait_not_full,
@@ -29,11 +28,12 @@ from harness.stores import (
 from harness.strategies import assigned, pending, running, worker
 from trio.testing import MockClock
 
+from orchard.files import STATE_FILE
 from orchard.schema import VM
 from orchard.storage.engine import RESERVE_BYTES, RESERVE_SHARE
 from orchard.storage.errors import StorageFullError
 from orchard.storage.journal import RESERVE_STEP
-from orchard.store import State, Store
+from orchard.store import State, Store, read_state
 
 # Bytes of the small disk.
 ROOM = 2 * RESERVE_BYTES
@@ -42,11 +42,10 @@ LARGE = 10_000 * "x"
 
 
 def found(directory: Path) -> State:
-    """Return what a restart would find. It reads a copy, since a start takes space itself."""
-    copy = directory.with_name("copy")
-    copy.mkdir(exist_ok=True)
-    shutil.copy(directory / "state.jsonl", copy)
-    return read(copy)
+    """Return the state on the disk, after checking it. A restart would take space itself."""
+    state = read_state(directory / STATE_FILE)
+    assert problems_of(state) == []
+    return state
 
 
 async def add_until_full(store: Store) -> list[str]:

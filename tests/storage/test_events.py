@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pytest
 import trio
 import trio.testing
-from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, no_room
+from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, UnsyncedDisk, no_room
 from harness.strategies import QUICK, resources
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,7 +53,7 @@ def events(*numbers: int) -> list[Event]:
 @asynccontextmanager
 async def running(directory: Path, *uids: str, disk: Disk | None = None) -> AsyncIterator[EventLog]:
     """Run the event log for the VMs with these uids. Files of other VMs are removed."""
-    log = EventLog(directory, disk)
+    log = EventLog(directory, disk or UnsyncedDisk())
     log.open(set(uids))
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)
