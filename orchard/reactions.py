@@ -1,6 +1,7 @@
-"""What the controller does once a change is durable: log it, wake workers, end tunnels, delete events.
+"""What the controller does once a change is durable: wake workers, end tunnels, delete events, and log the change.
 
-A change that is not durable yet may be undone, so none of this happens earlier.
+A change that is not durable yet may be undone, so none of this happens earlier. The log does not say which account made
+a change: the request's own log line does, with its method, path and account.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ class Reactions:
         store.on_durable(self._react)
 
     def _react(self, changes: list[Change]) -> None:
-        for worker in {worker for change in changes for worker in workers_to_wake(change)}:
-            self._rendezvous.sync(worker)
         for change in changes:
             if change.kind == "vm":
                 self._react_to_vm(_as_vm(change.old), _as_vm(change.new))
@@ -38,6 +37,8 @@ class Reactions:
                 self._log_worker(change)
 
     def _react_to_vm(self, old: VM | None, new: VM | None) -> None:
+        for worker in workers_to_wake(old, new):
+            self._rendezvous.sync(worker)
         if old is not None and (reason := tunnel_end_reason(old, new)):
             self._rendezvous.end_tunnels(old.uid, reason)
         if old is not None and new is None:
@@ -51,7 +52,7 @@ class Reactions:
             return
         before = new.state if old is None else old.state
         if old is None:
-            _logger.info("VM created", extra={"vm": new.name, "uid": new.uid})
+            _logger.info("VM created", extra={"vm": new.name})
         elif new.state.restart_count != before.restart_count:
             _logger.info("VM restarted", extra={"vm": new.name, "restarts": new.state.restart_count})
         elif new.state.worker != before.worker:
@@ -75,19 +76,18 @@ class Reactions:
             _logger.info("worker deleted", extra={"worker": change.name})
 
 
-def workers_to_wake(change: Change) -> set[str]:
+def workers_to_wake(old: VM | None, new: VM | None) -> list[str]:
     """Return the names of the workers that have to look at their VMs because of a change.
 
     A worker that reported the change itself is not among them.
     """
-    old, new = _as_vm(change.old), _as_vm(change.new)
     if old is not None and new is not None and _work_of(old) == _work_of(new):
-        return set()
-    return {vm.state.worker for vm in (old, new) if vm is not None} - {""}
+        return []
+    return [vm.state.worker for vm in (old, new) if vm is not None and vm.state.worker]
 
 
 def tunnel_end_reason(old: VM, new: VM | None) -> str:
-    """Return why the tunnels to a VM end with a change; empty if they do not."""
+    """Return why a change ends the tunnels to a VM, or "" if it does not."""
     if new is None:
         return f'VM "{old.name}" was deleted'
     if new.state.status == "failed" and old.state.status != "failed":
