@@ -42,7 +42,9 @@ from orchard.files import (
 )
 from orchard.fsck import find_exposures
 from orchard.net import tcp, tls
-from orchard.net.server import Limits, serve
+from orchard.net.connection import Limits
+from orchard.net.server import serve
+from orchard.net.streams import TLSListener
 from orchard.net.transport import DEFAULT_PORT
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
@@ -330,7 +332,7 @@ async def _listen(settings: ControllerSettings) -> Listening:
     running = Running(url, certificate, fingerprint)
     if context is None:
         return listeners, running
-    return [trio.SSLListener(listener, context) for listener in listeners], running
+    return [TLSListener(listener, context) for listener in listeners], running
 
 
 @dataclass(frozen=True, slots=True)

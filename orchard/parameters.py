@@ -122,7 +122,7 @@ def read_command(query: Query) -> vm_exec.Command:
     """Return the command of an exec request; `env[NAME]` parameters are its environment. Raises MalformedError, too."""
     env = {
         name.removeprefix("env[").removesuffix("]"): query.one(name) or ""
-        for name in query.fields()
+        for name in query.parameters()
         if name.startswith("env[") and name.endswith("]")
     }
     command = vm_exec.Command(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import trio
 
+from orchard.net.streams import TLSStream
 from orchard.nursery import first_exception
 
 # Consecutive retransmissions and probes without an answer that mark the peer's kernel as silent. One of them may be
@@ -134,5 +135,5 @@ def _set_user_timeout(setsockopt: Callable[[int, int, int], None], milliseconds:
 
 def socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
     """Return the socket of a TCP stream, or of TLS over one; None for other streams."""
-    transport = stream.transport_stream if isinstance(stream, trio.SSLStream) else stream
+    transport = stream.transport_stream if isinstance(stream, trio.SSLStream | TLSStream) else stream
     return transport.socket if isinstance(transport, trio.SocketStream) else None

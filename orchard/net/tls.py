@@ -128,7 +128,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
         # An encrypted key would make OpenSSL ask on the terminal for its password.
         context.load_cert_chain(certificate, key, password=lambda: "")
     except (ssl.SSLError, OSError) as error:
-        raise TLSError(f"{certificate} and {key} are no certificate and its key in PEM: {_in_words(error)}") from error
+        raise TLSError(f"{certificate} and {key} are no certificate and its key in PEM: {reason_of(error)}") from error
     return context
 
 
@@ -169,7 +169,7 @@ class Trust:
             if isinstance(cause, ssl.SSLError) and cause.reason in NOT_TLS:
                 raise TLSError("it does not speak TLS; is it http:// and not https://?") from error
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
-                raise TLSError(f"the TLS handshake failed: {_in_words(cause)}") from error
+                raise TLSError(f"the TLS handshake failed: {reason_of(cause)}") from error
             raise
         shown = secured.getpeercert(binary_form=True) or b""
         if self._pinned is not None and shown != self._pinned:
@@ -183,6 +183,7 @@ def _hash(der: bytes) -> str:
     return hashlib.sha256(der).digest().hex(":").upper()
 
 
-def _in_words(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """Return the reason of an error of TLS in plain words."""
     reason = getattr(error, "reason", None)
     return str(reason).replace("_", " ").lower() if reason else str(error)

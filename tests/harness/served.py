@@ -19,7 +19,7 @@ import trio
 from orchard import auth
 from orchard.api import API, ControllerParts
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
-from orchard.net.request import Headers, HTTPError, Request, Response, Stream, WhileConnected, refused
+from orchard.net.request import Headers, HTTPError, Request, Response, Stream, WhileConnected, error_response
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
@@ -86,7 +86,7 @@ class Served:
         """Do as `call`, and return the handler's own answer."""
         if account is not None:
             authorization = "Basic " + base64.b64encode(":".join(account).encode()).decode()
-        headers = {} if authorization is None else {b"authorization": authorization.encode()}
+        headers = {} if authorization is None else {"authorization": authorization}
         request = Request(
             method=method,
             target="/v1" + target,
@@ -98,7 +98,7 @@ class Served:
             answer = await self.api.handle(request, self.api.admit(request))
             return await answer.work() if isinstance(answer, WhileConnected) else answer
         except HTTPError as error:
-            return refused(error)
+            return error_response(error)
         finally:
             assert check(self.state) == []
 

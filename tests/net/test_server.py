@@ -12,12 +12,13 @@ import struct
 import subprocess
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h11
 import pytest
@@ -28,7 +29,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
-import orchard.net.server
+import orchard.net.connection
+from orchard.net import tls
+from orchard.net.connection import Limits
 from orchard.net.request import (
     AnyResponse,
     HTTPError,
@@ -39,7 +42,8 @@ from orchard.net.request import (
     WebSocketUpgrade,
     WhileConnected,
 )
-from orchard.net.server import Limits, serve
+from orchard.net.server import serve
+from orchard.net.streams import TLSListener, TLSStream
 from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import FrameReader
 
@@ -50,6 +54,8 @@ UPGRADE = (
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + KEY + b"\r\n\r\n"
 )
 Clock = trio.testing.MockClock
+T = TypeVar("T")
+pytestmark = pytest.mark.usefixtures("transport")
 HELLO_FRAME = b"\x82\x85\x00\x00\x00\x00hello"  # a binary message, masked with zeros
 CLOSE_FRAME = b"\x88\x82\x00\x00\x00\x00\x03\xe8"  # code 1000
 
@@ -66,12 +72,109 @@ class Records(logging.Handler):
         self.records.append(record)
 
 
+@dataclass(frozen=True)
+class Contexts:
+    server: ssl.SSLContext
+    client: ssl.SSLContext
+
+
+# Whether `RunningServer.connect` opens connections over TLS, and how.
+TRANSPORT: ContextVar[Contexts | None] = ContextVar("TRANSPORT", default=None)
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
+    directory: Path = tmp_path_factory.mktemp("tls")
+    key, certificate = directory / "key.pem", directory / "cert.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
+    command += " -addext subjectAltName=DNS:localhost -keyout"
+    subprocess.run([*command.split(), key, "-out", certificate], check=True, capture_output=True)
+    return Contexts(tls.server_context(certificate, key), ssl.create_default_context(cafile=certificate))
+
+
+@pytest.fixture(params=["plain", "tls"])
+def transport(request: pytest.FixtureRequest, contexts: Contexts) -> Iterator[str]:
+    """Run a test over plain sockets and over TLS."""
+    token = TRANSPORT.set(contexts if request.param == "tls" else None)
+    yield request.param
+    TRANSPORT.reset(token)
+
+
+def socket_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
+    ends = socket.socketpair()
+    for end in ends:
+        # Small, so that the bounds of the server show.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in ends)
+    return ours, theirs
+
+
+class TLSClient(trio.abc.HalfCloseableStream):
+    """A client's end of TLS. Unlike trio's it can receive after a send has failed.
+
+    `send_eof` ends the connection without close_notify, as many clients do.
+    """
+
+    def __init__(self, stream: trio.SocketStream, context: ssl.SSLContext) -> None:
+        self._stream = stream
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="localhost")
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        while True:
+            try:
+                result = call()
+            except ssl.SSLWantReadError:
+                await self._flush()
+                if received := await self._stream.receive_some():
+                    self._incoming.write(received)
+                else:
+                    self._incoming.write_eof()
+            else:
+                await self._flush()
+                return result
+
+    async def _flush(self) -> None:
+        if data := self._outgoing.read():
+            await self._stream.send_all(data)
+
+    async def do_handshake(self) -> None:
+        await self._call(self._tls.do_handshake)
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        try:
+            return await self._call(lambda: self._tls.read(max_bytes or 65536))
+        except ssl.SSLEOFError:
+            return b""
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            await self.do_handshake()
+        except ssl.SSLEOFError as error:
+            raise trio.BrokenResourceError from error
+        for start in range(0, len(data), 16384):
+            self._tls.write(data[start : start + 16384])
+        await self._flush()
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](100)
 
+    def offer(self, stream: trio.abc.Stream) -> None:
+        self._send.send_nowait(stream)
+
     def connect(self, pair: Sequence[trio.abc.Stream]) -> trio.abc.Stream:
-        self._send.send_nowait(pair[1])
+        self.offer(pair[1])
         return pair[0]
 
     async def accept(self) -> trio.abc.Stream:
@@ -117,10 +220,29 @@ class RunningServer:
         self.log.addHandler(self.records)
         self.ended = trio.Event()
         self.scope = trio.CancelScope()
+        self.contexts = TRANSPORT.get()
+        self.sockets: list[trio.socket.SocketType] = []
 
-    def connect(self) -> trio.StapledStream[Any, Any]:
-        stream = self.listener.connect(trio.testing.memory_stream_pair())
-        assert isinstance(stream, trio.StapledStream)
+    def connect(self) -> trio.abc.HalfCloseableStream:
+        """Return a client's end of a connection, in the clear or over TLS as `transport` says.
+
+        It is a pair of Unix sockets, so that the server reads and writes as it does in production, and bytes arrive as
+        soon as they are sent. (They would not over TCP, and the virtual clock would run on.)
+        """
+        ours, theirs = socket_pair()
+        self.sockets += [ours.socket, theirs.socket]
+        if self.contexts is None:
+            self.listener.offer(theirs)
+            return ours
+        self.listener.offer(TLSStream(theirs, self.contexts.server))
+        return TLSClient(ours, self.contexts.client)
+
+    async def open(self) -> trio.abc.HalfCloseableStream:
+        """Return a client's end of a connection on which a request can be sent at once."""
+        stream = self.connect()
+        if isinstance(stream, TLSClient):
+            await stream.do_handshake()
+        await trio.testing.wait_all_tasks_blocked()
         return stream
 
     def connect_counted(self) -> tuple[trio.abc.Stream, Counted]:
@@ -173,7 +295,11 @@ async def serving(
 
     async with trio.open_nursery() as nursery:
         await nursery.start(run)
-        yield served
+        try:
+            yield served
+        finally:
+            for end in served.sockets:
+                end.close()
         nursery.cancel_scope.cancel()
     assert len(served.failures) == failures, [record.getMessage() for record in served.failures]
 
@@ -238,6 +364,15 @@ class Client:
         got = await self.answer(method)
         assert got is not None, "the connection was closed without an answer"
         return got
+
+
+async def is_closed(stream: trio.abc.Stream) -> bool:
+    """Return whether the server closes a connection without an answer."""
+    try:
+        return await Client(stream).answer() is None
+    except trio.BrokenResourceError:
+        # It was closed before the client began its TLS handshake.
+        return True
 
 
 async def flood(stream: trio.abc.SendStream, piece: bytes, limit: int = 100_000_000) -> int:
@@ -410,7 +545,7 @@ async def over_a_socket(handler: Handler, **options: Any) -> AsyncIterator[tuple
 
 async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a real socket: pieces that are small have no scope of their own there."""
-    monkeypatch.setattr(orchard.net.server, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(orchard.net.connection, "_LOOK_SECONDS", 0.01)
     ended = trio.Event()
 
     async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
@@ -587,80 +722,126 @@ def post(*headers: bytes, body: bytes = b"", version: bytes = b"1.1", target: by
 
 
 CHUNKED = b"Transfer-Encoding: chunked"
+# Each entry: the status of the answer, the request, and a word that its message has. What two parsers could read
+# differently is refused although RFC 9110 and RFC 9112 leave it open.
 REFUSED: dict[str, tuple[int, bytes, str]] = {
-    "length and coding": (400, post(b"Content-Length: 3", CHUNKED, body=b"0\r\n\r\n"), "expected one of them"),
-    "coding and length": (400, post(CHUNKED, b"Content-Length: 3", body=b"0\r\n\r\n"), "expected one of them"),
+    # RFC 9112, section 6.3, rule 3, and section 6.1: the framing is ambiguous.
+    "length and coding": (400, post(b"Content-Length: 3", CHUNKED, body=b"0\r\n\r\n"), "content-length"),
+    "coding and length": (400, post(CHUNKED, b"Content-Length: 3", body=b"0\r\n\r\n"), "content-length"),
     "coding in 1.0": (400, post(CHUNKED, body=b"0\r\n\r\n", version=b"1.0"), "HTTP/1.0"),
-    "length as a list": (400, post(b"Content-Length: 1, 1", body=b"a"), '"1, 1"'),
-    "length twice": (400, post(b"Content-Length: 1", b"Content-Length: 1", body=b"a"), "stands twice"),
-    "length signed": (400, post(b"Content-Length: +1", body=b"a"), '"+1"'),
-    "length negative": (400, post(b"Content-Length: -1", body=b"a"), '"-1"'),
-    "length hexadecimal": (400, post(b"Content-Length: 0x1", body=b"a"), '"0x1"'),
-    "length empty": (400, post(b"Content-Length:", body=b"a"), '""'),
-    "length of 20 digits": (400, post(b"Content-Length: 18446744073709551617", body=b"a"), "18 digits"),
-    "length of 19 zeros": (400, post(b"Content-Length: 0000000000000000001", body=b"a"), "18 digits"),
-    "length in other digits": (400, post(b"Content-Length: \xd9\xa1", body=b"a"), "digits"),
-    "length with a blank": (400, post(b"Content-Length: 1 1", body=b"a"), '"1 1"'),
+    # RFC 9112, section 6.3, rule 5: an invalid length. A list of equal lengths may be refused.
+    "length as a list": (400, post(b"Content-Length: 1, 1", body=b"a"), "1, 1"),
+    "length twice": (400, post(b"Content-Length: 1", b"Content-Length: 1", body=b"a"), "content-length"),
+    "two lengths": (400, post(b"Content-Length: 1", b"Content-Length: 2", body=b"a"), "Content-Length"),
+    "length signed": (400, post(b"Content-Length: +1", body=b"a"), "Content-Length"),
+    "length negative": (400, post(b"Content-Length: -1", body=b"a"), "Content-Length"),
+    "length hexadecimal": (400, post(b"Content-Length: 0x1", body=b"a"), "Content-Length"),
+    "length empty": (400, post(b"Content-Length:", body=b"a"), "Content-Length"),
+    "length of 20 digits": (400, post(b"Content-Length: 18446744073709551617", body=b"a"), "18446744073709551617"),
+    "length of 19 zeros": (400, post(b"Content-Length: 0000000000000000001", body=b"a"), "0000000000000000001"),
+    "length in other digits": (400, post(b"Content-Length: \xd9\xa1", body=b"a"), "Content-Length"),
+    "length with a blank": (400, post(b"Content-Length: 1 1", body=b"a"), "Content-Length"),
+    "length with an empty member": (400, post(b"Content-Length: 1,", body=b"a"), "Content-Length"),
     "length underscored": (400, post(b"Content_Length: 1", body=b"a"), "content_length"),
     "coding underscored": (400, post(b"Transfer_Encoding: chunked"), "transfer_encoding"),
-    "another coding": (400, post(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), "gzip, chunked"),
-    "identity coding": (400, post(b"Transfer-Encoding: identity"), "identity"),
-    "xchunked": (400, post(b"Transfer-Encoding: xchunked"), "xchunked"),
-    "coding twice": (400, post(CHUNKED, CHUNKED, body=b"0\r\n\r\n"), "stands twice"),
-    "vertical tab before the coding": (400, post(b"Transfer-Encoding: \x0bchunked"), "header line"),
+    # RFC 9112, section 6.1: an unknown coding is answered with 501.
+    "another coding": (501, post(b"Transfer-Encoding: gzip, chunked", body=b"0\r\n\r\n"), "chunked"),
+    "coding after chunked": (501, post(b"Transfer-Encoding: chunked, gzip", body=b"0\r\n\r\n"), "chunked"),
+    "coding with a parameter": (501, post(b"Transfer-Encoding: chunked;a=b", body=b"0\r\n\r\n"), "chunked"),
+    "identity coding": (501, post(b"Transfer-Encoding: identity"), "chunked"),
+    "xchunked": (501, post(b"Transfer-Encoding: xchunked"), "chunked"),
+    "coding twice": (501, post(CHUNKED, CHUNKED, body=b"0\r\n\r\n"), "Transfer-Encoding"),
+    "chunked twice": (501, post(b"Transfer-Encoding: chunked, chunked", body=b"0\r\n\r\n"), "chunked"),
+    "vertical tab before the coding": (400, post(b"Transfer-Encoding: \x0bchunked"), "control character"),
+    # RFC 9112, section 5.1: no blank before the colon. Section 5.2: folded lines may be refused.
     "blank before the colon": (400, post(b"Content-Length : 1", body=b"a"), "header line"),
-    "folded header": (400, post(b"X-A: b", b" c: d"), "header line"),
-    "folded with a tab": (400, post(b"X-A: b", b"\tc"), "header line"),
-    "folded first header": (400, b"GET / HTTP/1.1\r\n Host: x\r\n\r\n", "header line"),
+    "folded header": (400, post(b"X-A: b", b" c: d"), "folded"),
+    "folded with a tab": (400, post(b"X-A: b", b"\tc"), "folded"),
+    # RFC 9112, section 2.2: blanks between the first line and the headers.
+    "folded first header": (400, b"GET / HTTP/1.1\r\n Host: x\r\n\r\n", "folded"),
     "no colon": (400, post(b"X-A"), "header line"),
     "no name": (400, post(b": a"), "header line"),
-    "bare LF": (400, b"GET / HTTP/1.1\nHost: x\n\n", "CR or LF"),
-    "bare LF in a header": (400, post(b"X-A: b\nContent-Length: 3"), "CR or LF"),
-    "bare CR": (400, post(b"X-A: b\rContent-Length: 3"), "CR or LF"),
-    "CR CR LF": (400, post(b"X-A: b\r"), "CR or LF"),
-    "NUL": (400, post(b"X-A: b\x00c"), "NUL"),
-    "NUL in the target": (400, post(target=b"/\x00"), "NUL"),
-    "HTTP/1.2": (505, post(version=b"1.2"), "HTTP/1.2"),
+    # RFC 9112, section 2.2: a bare LF may be read as a line end, and a bare CR must not.
+    "bare LF": (400, b"GET / HTTP/1.1\nHost: x\n\n", "bare CR or LF"),
+    "bare LF in a header": (400, post(b"X-A: b\nContent-Length: 3"), "bare CR or LF"),
+    "bare LF before the end": (400, post(b"X-A: b\n"), "bare CR or LF"),
+    "bare CR": (400, post(b"X-A: b\rContent-Length: 3"), "bare CR or LF"),
+    "CR CR LF": (400, post(b"X-A: b\r"), "bare CR or LF"),
+    # RFC 9110, section 5.5: control characters.
+    "NUL": (400, post(b"X-A: b\x00c"), "control character"),
+    "another control character": (400, post(b"X-A: b\x01c"), "control character"),
+    "DEL": (400, post(b"X-A: b\x7fc"), "control character"),
+    "NUL in the target": (400, post(target=b"/\x00"), "control character"),
+    # RFC 9112, section 2.3, and RFC 9110, section 15.6.6.
     "HTTP/2.0": (505, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2.0"),
+    "HTTP/2.1": (505, post(version=b"2.1"), "HTTP/2.1"),
     "HTTP/0.9": (400, b"GET /\r\n\r\n", "request line"),
+    "HTTP/1.10": (400, post(version=b"1.10"), "request line"),
     "HTTP/01.1": (400, post(version=b"01.1"), "request line"),
     "small http": (400, b"GET / http/1.1\r\nHost: x\r\n\r\n", "request line"),
+    # RFC 9112, section 3: a request line that is not exact may be refused.
     "two blanks": (400, b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", "request line"),
     "blank in the target": (400, post(target=b"/a b"), "request line"),
-    "empty line first": (400, b"\r\n" + GET, "request line"),
-    "absolute form": (400, post(target=b"http://x/"), "http://x/"),
+    "two empty lines first": (400, b"\r\n\r\n" + GET, "request line"),
+    "blank before the method": (400, b" " + GET, "request line"),
+    # RFC 9112, section 3.2: forms of the target that are for proxies.
     "authority form": (400, b"GET x:80 HTTP/1.1\r\nHost: x\r\n\r\n", "x:80"),
-    "asterisk form": (400, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "a path"),
-    "CONNECT": (400, b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", "a path"),
-    "CONNECT with a path": (400, b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n", "proxies"),
+    "asterisk form": (400, b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", "target"),
+    "CONNECT": (400, b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", "target"),
+    "CONNECT with a path": (400, b"CONNECT / HTTP/1.1\r\nHost: x\r\n\r\n", "target"),
+    "CONNECT with a URL": (400, b"CONNECT http://x/ HTTP/1.1\r\nHost: x\r\n\r\n", "target"),
+    "absolute form of another scheme": (400, post(target=b"ftp://x/"), "ftp://x/"),
+    "absolute form without a host": (400, post(target=b"http:///"), "http:///"),
+    # RFC 9110, section 4.2.4.
+    "absolute form with a user": (400, post(target=b"http://a@x/"), "a@x"),
+    "absolute form without Host": (400, b"GET http://x/ HTTP/1.1\r\n\r\n", "Host"),
     "fragment": (400, post(target=b"/a#b"), "fragment"),
+    "fragment in absolute form": (400, post(target=b"http://x/a#b"), "fragment"),
     "target not ASCII": (400, post(target=b"/\xc3\xa9"), "request line"),
-    "no host": (400, b"GET / HTTP/1.1\r\n\r\n", "host is missing"),
-    "two hosts": (400, b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", "host stands twice"),
-    "two hosts in 1.0": (400, b"GET / HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", "host stands twice"),
-    "host with a path": (400, b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", '"x/y"'),
-    "host with a user": (400, b"GET / HTTP/1.1\r\nHost: a@x\r\n\r\n", '"a@x"'),
-    "host empty": (400, b"GET / HTTP/1.1\r\nHost:\r\n\r\n", 'host is ""'),
-    "credentials twice": (400, post(b"Authorization: a", b"authorization: b"), "authorization stands twice"),
+    # RFC 9112, section 3.2: Host is missing, repeated or invalid.
+    "no host": (400, b"GET / HTTP/1.1\r\n\r\n", "Host"),
+    "no host in HTTP/1.2": (400, b"GET / HTTP/1.2\r\n\r\n", "Host"),
+    "two hosts": (400, b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", "Host"),
+    "two hosts in 1.0": (400, b"GET / HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", "Host"),
+    "host with a path": (400, b"GET / HTTP/1.1\r\nHost: x/y\r\n\r\n", "x/y"),
+    "host with a user": (400, b"GET / HTTP/1.1\r\nHost: a@x\r\n\r\n", "a@x"),
+    "host empty": (400, b"GET / HTTP/1.1\r\nHost:\r\n\r\n", "host"),
+    "host with an open bracket": (400, b"GET / HTTP/1.1\r\nHost: [::1\r\n\r\n", "host"),
+    "credentials twice": (400, post(b"Authorization: a", b"authorization: b"), "authorization"),
+    "key twice": (400, post(b"Sec-WebSocket-Key: a", b"Sec-WebSocket-Key: a"), "sec-websocket-key"),
+    # RFC 9110, section 10.1.1.
     "unknown expect": (417, post(b"Expect: 200-ok"), "200-ok"),
-    "h2c": (400, post(b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: "), "h2c"),
+    "known and unknown expect": (417, post(b"Expect: 100-continue, 200-ok"), "200-ok"),
+    # RFC 9110, section 8.4.
     "gzip": (415, post(b"Content-Encoding: gzip", b"Content-Length: 3", body=b"abc"), "gzip"),
-    "TLS": (400, bytes.fromhex("16030100c0010000bc0303") + b"\x00" * 200, "NUL"),
-    "blank after a chunk size": (400, post(CHUNKED, body=b"3 \r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "blank before a chunk size": (400, post(CHUNKED, body=b" 3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "chunk extension": (400, post(CHUNKED, body=b"3;a=b\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "long chunk extension": (400, post(CHUNKED, body=b"3;" + b"a" * 9000 + b"\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "chunk size of 17 digits": (400, post(CHUNKED, body=b"00000000000000003\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "chunk size of no digit": (400, post(CHUNKED, body=b"\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "chunk size 0x3": (400, post(CHUNKED, body=b"0x3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "chunk size signed": (400, post(CHUNKED, body=b"+3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "LF after a chunk size": (400, post(CHUNKED, body=b"3\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "CR in a chunk size": (400, post(CHUNKED, body=b"3\r3\r\nabc\r\n0\r\n\r\n"), "chunk size"),
-    "LF after a chunk": (400, post(CHUNKED, body=b"3\r\nabc\n0\r\n\r\n"), "followed by CRLF"),
-    "chunk too long": (400, post(CHUNKED, body=b"3\r\nabcd\r\n0\r\n\r\n"), "followed by CRLF"),
-    "LF for the last line": (400, post(CHUNKED, body=b"0\r\n\nX"), "followed by CRLF"),
-    "length in a trailer": (400, post(CHUNKED, body=b"0\r\nContent-Length: 3\r\n\r\n"), "trailers"),
-    "any trailer": (400, post(CHUNKED, body=b"0\r\nX-A: b\r\n\r\n"), "trailers"),
+    "TLS": (400, bytes.fromhex("16030100c0010000bc0303") + b"\x00" * 200, "control character"),
+    # RFC 9112, section 7.1.
+    "blank after a chunk size": (400, post(CHUNKED, body=b"3 \r\nabc\r\n0\r\n\r\n"), "3 "),
+    "blank before a chunk size": (400, post(CHUNKED, body=b" 3\r\nabc\r\n0\r\n\r\n"), " 3"),
+    "blank before an extension": (400, post(CHUNKED, body=b"3 ;a\r\nabc\r\n0\r\n\r\n"), "3 ;a"),
+    "chunk size of 17 digits": (400, post(CHUNKED, body=b"00000000000000003\r\nabc\r\n0\r\n\r\n"), "digits"),
+    "chunk size of 20 digits": (400, post(CHUNKED, body=b"fffffffffffffffffff3\r\nabc\r\n0\r\n\r\n"), "digits"),
+    "chunk size of no digit": (400, post(CHUNKED, body=b"\r\nabc\r\n0\r\n\r\n"), "chunk"),
+    "chunk size 0x3": (400, post(CHUNKED, body=b"0x3\r\nabc\r\n0\r\n\r\n"), "chunk"),
+    "chunk size signed": (400, post(CHUNKED, body=b"+3\r\nabc\r\n0\r\n\r\n"), "chunk"),
+    "last chunk size of 17 digits": (400, post(CHUNKED, body=b"00000000000000000\r\n\r\n"), "digits"),
+    "LF after a chunk size": (400, post(CHUNKED, body=b"3\nabc\r\n0\r\n\r\n"), "chunk"),
+    "CR in a chunk size": (400, post(CHUNKED, body=b"3\r3\r\nabc\r\n0\r\n\r\n"), "chunk"),
+    "CR in a chunk extension": (400, post(CHUNKED, body=b"3;a\rb\r\nabc\r\n0\r\n\r\n"), "chunk"),
+    "LF in a chunk extension": (400, post(CHUNKED, body=b"3;a\nb\r\nabc\r\n0\r\n\r\n"), "chunk"),
+    "NUL in a chunk extension": (400, post(CHUNKED, body=b"3;\x00\r\nabc\r\n0\r\n\r\n"), "chunk"),
+    "LF after a chunk": (400, post(CHUNKED, body=b"3\r\nabc\n0\r\n\r\n"), "chunk"),
+    "chunk too long": (400, post(CHUNKED, body=b"3\r\nabcd\r\n0\r\n\r\n"), "chunk"),
+    # RFC 9112, section 7.1.2, and RFC 9110, section 6.5.1: fields that a trailer must not have.
+    "LF for the last line": (400, post(CHUNKED, body=b"0\r\n\nX"), "bare CR or LF"),
+    "LF after a trailer": (400, post(CHUNKED, body=b"0\r\nX-A: b\n\r\n"), "bare CR or LF"),
+    "LF after the last trailer": (400, post(CHUNKED, body=b"0\r\nX-A: b\r\n\n"), "bare CR or LF"),
+    "folded trailer": (400, post(CHUNKED, body=b"0\r\nX-A: b\r\n c\r\n\r\n"), "folded"),
+    "length in a trailer": (400, post(CHUNKED, body=b"0\r\nContent-Length: 3\r\n\r\n"), "content-length"),
+    "coding in a trailer": (400, post(CHUNKED, body=b"0\r\nTransfer-Encoding: chunked\r\n\r\n"), "transfer-encoding"),
+    "credentials in a trailer": (400, post(CHUNKED, body=b"0\r\nAuthorization: a\r\n\r\n"), "authorization"),
+    "underscores in a trailer": (400, post(CHUNKED, body=b"0\r\nContent_Length: 3\r\n\r\n"), "content_length"),
+    "trailer without a colon": (400, post(CHUNKED, body=b"0\r\nX-A\r\n\r\n"), "header line"),
 }
 
 
@@ -684,26 +865,165 @@ async def test_an_illegal_head_is_refused_before_its_end(autojump_clock: Clock, 
         assert trio.current_time() < 10
 
 
-ACCEPTED = {
-    "get": GET,
-    "two": GET + GET,
-    "post": post(b"Content-Length: 11", body=b"hello world"),
-    "chunked": post(CHUNKED, body=b"3\r\nabc\r\n00F\r\n0123456789abcde\r\n000\r\n\r\n") + GET,
-    "post and get": post(b"Content-Length: 3", body=b"abc") + GET,
-    "1.0": b"GET / HTTP/1.0\r\n\r\n",
-    "other upgrade refused by the handler": UPGRADE + GET,
-    "obs-text and tabs": b'GET /~a?b{c}|d"e HTTP/1.1\r\nHost:\tx:80\t\r\nX-A:  \xff\t\x80 \r\nX-Empty:\r\n\r\n',
-    "405 characters of method": b"A" * 405 + GET[3:],
+# Each entry: the request, and the target and body that the handler gets.
+ACCEPTED: dict[str, tuple[bytes, str, str]] = {
+    "get": (GET, "/", ""),
+    "post": (post(b"Content-Length: 11", body=b"hello world"), "/", "hello world"),
+    "other upgrade refused by the handler": (UPGRADE, "/ws", ""),
+    "obs-text and tabs": (
+        b'GET /~a?b{c}|d"e HTTP/1.1\r\nHost:\tx:80\t\r\nX-A:  \xff\t\x80 \r\nX-Empty:\r\n\r\n',
+        '/~a?b{c}|d"e',
+        "",
+    ),
+    "405 characters of method": (b"A" * 405 + GET[3:], "/", ""),
+    # RFC 9112, section 2.2: an empty line before the request line is ignored.
+    "empty line first": (b"\r\n" + GET, "/", ""),
+    "empty line before a chunked body": (b"\r\n" + post(CHUNKED, body=b"1\r\na\r\n0\r\n\r\n"), "/", "a"),
+    # RFC 9110, section 2.5: a later minor version is read as 1.1.
+    "HTTP/1.2": (post(b"Content-Length: 1", body=b"a", version=b"1.2"), "/", "a"),
+    "HTTP/1.9, chunked": (post(CHUNKED, body=b"1\r\na\r\n0\r\n\r\n", version=b"1.9"), "/", "a"),
+    # RFC 9112, section 3.2.2: the absolute form must be accepted.
+    "absolute form": (post(target=b"http://other:80/a?b"), "/a?b", ""),
+    "absolute form of https in capitals": (post(target=b"HTTPS://x/a"), "/a", ""),
+    "absolute form without a path": (post(target=b"http://x"), "/", ""),
+    "absolute form with a query only": (post(target=b"http://x?a=b"), "/?a=b", ""),
+    "absolute form with IPv6": (post(target=b"http://[::1]:80/"), "/", ""),
+    "absolute form and chunks": (post(CHUNKED, body=b"1\r\na\r\n0\r\n\r\n", target=b"http://x/a"), "/a", "a"),
+    # RFC 9112, section 3.2, and RFC 3986, section 3.2.2; RFC 6874: zones.
+    "Host with IPv6": (b"GET / HTTP/1.1\r\nHost: [2001:db8::1]:80\r\n\r\n", "/", ""),
+    "Host with IPv4 in IPv6": (b"GET / HTTP/1.1\r\nHost: [::ffff:10.0.0.1]\r\n\r\n", "/", ""),
+    "Host with an encoded zone": (b"GET / HTTP/1.1\r\nHost: [fe80::1%25eth0]:80\r\n\r\n", "/", ""),
+    "Host with a zone": (b"GET / HTTP/1.1\r\nHost: [fe80::1%eth0]\r\n\r\n", "/", ""),
+    "Host with a future address": (b"GET / HTTP/1.1\r\nHost: [v7.a:b]\r\n\r\n", "/", ""),
+    "Host with an empty port": (b"GET / HTTP/1.1\r\nHost: x:\r\n\r\n", "/", ""),
+    # RFC 9110, section 5.6.1.2: empty members of lists are ignored.
+    "lists with empty members": (
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: , keep-alive,, TE\r\nExpect: ,100-continue,\r\n\r\n",
+        "/",
+        "",
+    ),
+    # RFC 9112, section 5: optional blanks around a value.
+    "blanks around the length": (post(b"Content-Length:  \t1\t ", body=b"a"), "/", "a"),
+    "blanks around the coding": (post(b"Transfer-Encoding:\t chunked \t", body=b"0\r\n\r\n"), "/", ""),
+    "no blank before a value": (post(b"Content-Length:1", body=b"a"), "/", "a"),
+    # RFC 9112, section 7: names of codings in any case.
+    "Chunked": (post(b"TRANSFER-encoding: cHunKed", body=b"1\r\na\r\n0\r\n\r\n"), "/", "a"),
+    # RFC 9112, section 6.3: any method may have a body.
+    "chunked get": (b"GET / HTTP/1.1\r\nHost: x\r\n" + CHUNKED + b"\r\n\r\n2\r\nab\r\n0\r\n\r\n", "/", "ab"),
+    # RFC 9110, section 10.1.1: expectations in any case, and again; the body is here already.
+    "Expect in capitals": (post(b"Expect: 100-CONTINUE", b"Content-Length: 1", body=b"a"), "/", "a"),
+    "Expect twice": (
+        post(b"Expect: 100-continue", b"Expect: 100-continue", b"Content-Length: 1", body=b"a"),
+        "/",
+        "a",
+    ),
+    # RFC 9110, section 8.4.1.
+    "identity": (post(b"Content-Encoding: Identity", b"Content-Length: 1", body=b"a"), "/", "a"),
+    # RFC 9112, section 7.1.
+    "chunks": (post(CHUNKED, body=b"3\r\nabc\r\n00F\r\n0123456789abcde\r\n000\r\n\r\n"), "/", "abc0123456789abcde"),
+    "chunk size in capitals": (post(CHUNKED, body=b"0A\r\n0123456789\r\n0\r\n\r\n"), "/", "0123456789"),
+    "chunk size of 16 digits": (post(CHUNKED, body=b"0000000000000003\r\nabc\r\n0\r\n\r\n"), "/", "abc"),
+    # RFC 9112, section 7.1.1: unknown extensions must be ignored.
+    "chunk extensions": (
+        post(CHUNKED, body=b'3;a=b;c\r\nabc\r\n1; x = "y;\t\xe9"\r\nd\r\n0;last\r\n\r\n'),
+        "/",
+        "abcd",
+    ),
+    "long chunk extension": (post(CHUNKED, body=b"3;" + b"a" * 9000 + b"\r\nabc\r\n0\r\n\r\n"), "/", "abc"),
+    # RFC 9112, section 7.1.2: trailers may be discarded.
+    "trailers": (post(CHUNKED, body=b"1\r\na\r\n0\r\nX-A: b\r\nX-Checksum:c\r\n\r\n"), "/", "a"),
 }
 
 
-async def test_byte_by_byte_is_as_at_once(autojump_clock: Clock) -> None:
-    requests = {**ACCEPTED, **{name: data + GET for name, (_, data, _) in REFUSED.items() if len(data) < 500}}
+@pytest.mark.parametrize("name", ACCEPTED)
+async def test_what_a_client_may_send_is_accepted(autojump_clock: Clock, name: str) -> None:
+    data, target, body = ACCEPTED[name]
+    answers, closed = await ask(data + GET)
+    assert [answer.status for answer in answers] == [200, 200]
+    told = json.loads(answers[0].body)
+    assert (told["target"], told["body"]) == (target, body)
+    assert not closed
+
+
+UPGRADES = {
+    # RFC 9110, section 7.8: an Upgrade may be ignored. Java's HTTP client and `curl --http2` send the first one.
+    "h2c": (b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"),
+    "h2c without the connection option": (b"Upgrade: h2c",),
+    "a list": (b"Connection: Upgrade", b"Upgrade: TLS/1.0, h2c"),
+    "two headers": (b"Connection: Upgrade", b"Upgrade: TLS/1.0", b"Upgrade: websocket"),
+}
+
+
+@pytest.mark.parametrize("name", UPGRADES)
+@pytest.mark.parametrize("framing", [b"Content-Length: 3\r\n\r\nabc", CHUNKED + b"\r\n\r\n3\r\nabc\r\n0\r\n\r\n"])
+async def test_unknown_upgrade_is_ignored_and_the_connection_closed(
+    autojump_clock: Clock, name: str, framing: bytes
+) -> None:
+    answers, closed = await ask(post(*UPGRADES[name])[:-2] + framing + GET)
+    assert [answer.status for answer in answers] == [200]
+    assert json.loads(answers[0].body)["body"] == "abc"
+    assert answers[0].headers["connection"] == "close"
+    assert closed
+
+
+async def test_absolute_form_replaces_host(autojump_clock: Clock) -> None:
+    async def handler(request: Request) -> AnyResponse:
+        return Response(200, (request.headers.get("host") or "").encode())
+
+    answers, _ = await ask(post(target=b"http://other:80/") + post() + post(target=b"http://other/"), handler)
+    assert [answer.body for answer in answers] == [b"other:80", b"x", b"other"]
+
+
+async def test_refused_header_block_is_refused_every_time(autojump_clock: Clock) -> None:
+    async with serving(echo) as served:
+        for _ in range(3):
+            for name in ("length as a list", "no host", "unknown expect", "NUL"):
+                answers, closed = await talk(served, [REFUSED[name][1]])
+                assert [answer.status for answer in answers] == [REFUSED[name][0]]
+                assert closed
+
+
+async def test_same_header_lines_with_another_version_are_judged_again(autojump_clock: Clock) -> None:
+    async with serving(echo) as served:
+        for version, status in ((b"1.1", 200), (b"1.0", 400), (b"1.1", 200)):
+            data = post(CHUNKED, body=b"0\r\n\r\n", version=version)
+            answers, _ = await talk(served, [data])
+            assert [answer.status for answer in answers] == [status]
+
+
+async def test_request_line_beyond_the_limit_is_answered_with_414(autojump_clock: Clock) -> None:
+    answers, closed = await ask(b"GET /" + b"a" * 20_000)
+    assert [answer.status for answer in answers] == [414]
+    assert closed
+
+
+async def test_empty_line_between_requests_leaves_the_connection_idle(autojump_clock: Clock) -> None:
+    async with serving(echo) as served:
+        stream = served.connect()
+        client = Client(stream)
+        await stream.send_all(GET + b"\r\n")
+        assert (await client.sure()).status == 200
+        await trio.sleep(50)
+        await stream.send_all(GET + b"\r\n" + GET)
+        assert [(await client.sure()).status for _ in range(2)] == [200, 200]
+        assert await client.rest() == b""
+        assert trio.current_time() == pytest.approx(50 + 75)
+
+
+def readings(outcome: tuple[list[Got], bool]) -> list[object]:
+    answers, closed = outcome
+    return [closed, *((answer.status, answer.status == 200 and answer.body) for answer in answers)]
+
+
+async def test_requests_read_byte_by_byte_are_read_the_same(autojump_clock: Clock) -> None:
+    requests = {name: data + GET for name, (data, _, _) in ACCEPTED.items() if len(data) < 500}
+    requests |= {name: data + GET for name, (_, data, _) in REFUSED.items() if len(data) < 500}
     async with serving(echo) as served:
         for name, data in requests.items():
             at_once = await talk(served, [data])
             piecewise = await talk(served, [data[n : n + 1] for n in range(len(data))])
-            assert at_once == piecewise, name
+            # h11's messages quote what had arrived.
+            assert readings(at_once) == readings(piecewise), name
             assert at_once[0], name
             if name in ACCEPTED:
                 assert {answer.status for answer in at_once[0]} == {200}, name
@@ -783,11 +1103,7 @@ async def test_a_bomb_is_refused_within_the_limit(autojump_clock: Clock) -> None
 
 async def test_who_was_idle_for_longest_makes_room(autojump_clock: Clock) -> None:
     async with serving(echo, limits=Limits(connections=3)) as served:
-        clients = []
-        for _ in range(3):
-            stream = served.connect()
-            clients.append(Client(stream))
-            await trio.testing.wait_all_tasks_blocked()
+        clients = [Client(await served.open()) for _ in range(3)]
         await clients[0].stream.send_all(GET)
         assert (await clients[0].sure()).status == 200
         await trio.testing.wait_all_tasks_blocked()
@@ -802,8 +1118,7 @@ async def test_who_was_idle_for_longest_makes_room(autojump_clock: Clock) -> Non
 async def test_each_newcomer_gets_a_room_of_its_own(autojump_clock: Clock) -> None:
     others = [MemoryListener() for _ in range(5)]
     async with serving(echo, listeners=others, limits=Limits(connections=5)) as served:
-        idle = [Client(served.connect()) for _ in range(5)]
-        await trio.testing.wait_all_tasks_blocked()
+        idle = [Client(await served.open()) for _ in range(5)]
         newcomers = [Client(listener.connect(trio.testing.memory_stream_pair())) for listener in others]
         assert [await client.answer() for client in idle] == [None] * 5
         for client in newcomers:
@@ -820,7 +1135,7 @@ async def test_no_room_is_made_when_all_are_busy(autojump_clock: Clock) -> None:
         busy = served.connect()
         await busy.send_all(GET)
         await trio.testing.wait_all_tasks_blocked()
-        assert await Client(served.connect()).answer() is None
+        assert await is_closed(served.connect())
         assert (await Client(busy).sure()).status == 200
 
 
@@ -843,7 +1158,7 @@ async def test_an_idle_connection_is_closed_without_a_word(autojump_clock: Clock
 @pytest.mark.parametrize("data", [b"G", GET[:-1], GET + b"G"])
 async def test_a_slow_head_is_answered_with_408(autojump_clock: Clock, data: bytes) -> None:
     async with serving(echo) as served:
-        stream = served.connect()
+        stream = await served.open()
         client = Client(stream)
         await trio.sleep(70)
         for n in range(len(data)):
@@ -931,12 +1246,7 @@ async def test_unread_bytes_are_thrown_away_for_a_while(autojump_clock: Clock) -
         await stream.send_all(post(b"Content-Length: 5000000"))
         assert (await client.sure()).status == 413
         assert await client.answer() is None  # half closed already
-        await stream.send_all(b"a" * 100_000)
-        await trio.testing.wait_all_tasks_blocked()
-        await stream.send_all(b"a" * 200_000)
-        await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(trio.BrokenResourceError):
-            await stream.send_all(b"a")
+        assert 200_000 < await flood(stream, b"a" * 10_000) < 400_000
         assert trio.current_time() < 1
 
 
@@ -1027,11 +1337,11 @@ async def test_each_piece_of_a_stream_is_flushed(autojump_clock: Clock) -> None:
     async with serving(counting(3)) as served:
         stream = served.connect()
         await stream.send_all(GET)
-        head = await stream.receive_some()
+        head = await until(stream, b"\r\n\r\n")
         assert b"Transfer-Encoding: chunked" in head
         assert b"Content-Type: application/x-ndjson" in head
         for n in range(3):
-            assert await stream.receive_some() == b"2\r\n%d\n\r\n" % n
+            assert await until(stream, b"\n\r\n") == b"2\r\n%d\n\r\n" % n
             assert trio.current_time() == pytest.approx(n)
         assert await stream.receive_some() == b"0\r\n\r\n"
         await stream.send_all(GET.replace(b"/ ", b"/after "))
@@ -1128,7 +1438,7 @@ async def until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
     return data
 
 
-async def opened(served: RunningServer, early: bytes = b"") -> trio.StapledStream[Any, Any]:
+async def opened(served: RunningServer, early: bytes = b"") -> trio.abc.HalfCloseableStream:
     stream = served.connect()
     await stream.send_all(UPGRADE + early)
     head = await until(stream, b"\r\n\r\n")
@@ -1596,7 +1906,7 @@ async def test_stop_closes_websockets_with_1001(
 
 async def test_cancelling_ends_everything_at_once(autojump_clock: Clock) -> None:
     async with serving(slow) as served:
-        clients = [Client(served.connect()) for _ in range(4)]
+        clients = [Client(await served.open()) for _ in range(4)]
         for client, target in zip(clients, (b"/?s=100", b"/stream?endless=1", b"/stream"), strict=False):
             await client.stream.send_all(GET.replace(b"/ ", target + b" "))
         await trio.testing.wait_all_tasks_blocked()
@@ -1610,27 +1920,9 @@ async def test_cancelling_ends_everything_at_once(autojump_clock: Clock) -> None
 # ---- TLS -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Contexts:
-    server: ssl.SSLContext
-    client: ssl.SSLContext
-
-
-@pytest.fixture(scope="module")
-def contexts(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
-    directory: Path = tmp_path_factory.mktemp("tls")
-    key, certificate = directory / "key.pem", directory / "cert.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-    command += " -addext subjectAltName=DNS:localhost -keyout"
-    subprocess.run([*command.split(), key, "-out", certificate], check=True, capture_output=True)
-    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    server.load_cert_chain(certificate, key)
-    return Contexts(server, ssl.create_default_context(cafile=certificate))
-
-
 async def test_tls_over_a_real_socket(contexts: Contexts) -> None:
     plain = await trio.open_tcp_listeners(0, host="127.0.0.1")
-    listeners = [trio.SSLListener(one, contexts.server) for one in plain]
+    listeners = [TLSListener(one, contexts.server) for one in plain]
     port = plain[0].socket.getsockname()[1]
     async with serving(upgrading(), listeners=listeners) as served:
         connect = partial(
@@ -1651,7 +1943,7 @@ async def test_tls_over_a_real_socket(contexts: Contexts) -> None:
 
 async def test_tls_that_never_shakes_hands(autojump_clock: Clock, contexts: Contexts) -> None:
     memory = MemoryListener()
-    listener = trio.SSLListener(memory, contexts.server)
+    listener = TLSListener(memory, contexts.server)
     async with serving(echo, listeners=[listener]) as served:
         silent = memory.connect(trio.testing.memory_stream_pair())
         plain = memory.connect(trio.testing.memory_stream_pair())
@@ -1673,7 +1965,7 @@ async def test_tls_that_never_shakes_hands(autojump_clock: Clock, contexts: Cont
 
 async def test_tls_is_closed_as_it_should_be(autojump_clock: Clock, contexts: Contexts) -> None:
     memory = MemoryListener()
-    listener = trio.SSLListener(memory, contexts.server)
+    listener = TLSListener(memory, contexts.server)
     async with serving(echo, listeners=[listener]):
         raw = memory.connect(trio.testing.memory_stream_pair())
         # The strict kind of client: an end without a farewell would be a BrokenResourceError.
@@ -1686,7 +1978,7 @@ async def test_tls_loses_nothing_of_what_comes_while_the_client_is_watched(
     autojump_clock: Clock, contexts: Contexts
 ) -> None:
     memory = MemoryListener()
-    async with serving(counting(5), listeners=[trio.SSLListener(memory, contexts.server)]):
+    async with serving(counting(5), listeners=[TLSListener(memory, contexts.server)]):
         raw = memory.connect(trio.testing.memory_stream_pair())
         client = Client(trio.SSLStream(raw, contexts.client, server_hostname="localhost"))
         await client.stream.send_all(GET)
@@ -1700,7 +1992,7 @@ async def test_tls_loses_nothing_of_what_comes_while_the_client_is_watched(
 
 async def test_tls_refusals_streams_and_cut_connections(autojump_clock: Clock, contexts: Contexts) -> None:
     memory = MemoryListener()
-    listener = trio.SSLListener(memory, contexts.server)
+    listener = TLSListener(memory, contexts.server)
     async with serving(counting(5), listeners=[listener]) as served:
         for data, status in ((GET, 200), (post(b"Content-Length: 1, 1"), 400), (GET + b"\x00", 200)):
             raw = memory.connect(trio.testing.memory_stream_pair())

@@ -1,0 +1,358 @@
+"""One request and its answer: reads the head and the body, calls the handler, writes what it returned.
+
+Heads and bodies are bytes of the connection's buffer, parsed by parser.py. Bytes that follow a request stay in the
+buffer: they are the next request, or the first frames of a WebSocket. After an error the connection goes on only if the
+whole request was read.
+
+Answers are written by hand and not by h11, which would add half to the CPU of a small request (`./run bench api`).
+"""
+
+from __future__ import annotations
+
+import http
+import logging
+import re
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from orchard.net import upgrade
+from orchard.net.connection import SEND_BYTES, Connection, Disconnected
+from orchard.net.parser import ChunkedBody, body_too_large, find_head_end, parse_head, strip_empty_line
+from orchard.net.request import (
+    AnyResponse,
+    HTTPError,
+    Request,
+    Response,
+    Stream,
+    TunnelUpgrade,
+    WebSocketUpgrade,
+    WhileConnected,
+    error_response,
+)
+from orchard.nursery import sole_exception
+
+# Bytes a second that earn a body more time. No client on a usable network is slower.
+_BODY_RATE = 4096
+_LOGGED_PATH = 256  # characters of a path in the log
+# No standard status says that the client went away before the answer.
+_CLIENT_GONE = 499
+
+_ALWAYS = "Server: orchard\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+_REASONS = {int(status): status.phrase for status in http.HTTPStatus}
+# A header that a handler may add: one line (RFC 9110, section 5), and not one that says where the answer ends.
+_HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
+
+
+class Exchange:
+    """One request and its answer. `run` is called once; `fail` after it raised, `end` in any case."""
+
+    __slots__ = (
+        "_account",
+        "_begun",
+        "_connection",
+        "_ended",
+        "_keep_alive",
+        "_request",
+        "_server",
+        "_since",
+        "_unread",
+    )
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._server = connection.server
+        # Until it is in the request log.
+        self._request: Request | None = None
+        # Who sent it, for the request log.
+        self._account = ""
+        # When the head was complete.
+        self._since = 0.0
+        # Whether the client lets another request follow.
+        self._keep_alive = False
+        # Whether bytes of the request may be unread, or its end is unknown.
+        self._unread = True
+        # Whether something of the answer may have been sent, and whether all of it was and its end is known.
+        self._begun = False
+        self._ended = False
+
+    async def run(self) -> bool:
+        """Read a request and answer it. Return whether another one may follow. Raises Disconnected."""
+        answer: AnyResponse | None
+        try:
+            answer = await self._handle()
+        except HTTPError as error:
+            answer = self._refuse(error)
+        except BaseExceptionGroup as group:
+            cause = sole_exception(group)
+            if not isinstance(cause, HTTPError):
+                raise cause from None
+            answer = self._refuse(cause)
+        if isinstance(answer, Response):
+            await self._respond(answer)
+        elif isinstance(answer, Stream):
+            await self._respond_in_pieces(answer)
+        elif isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
+            await self._upgrade(answer)
+        return self._ended
+
+    def _refuse(self, error: HTTPError) -> Response:
+        self._account = error.account or self._account
+        return error_response(error)
+
+    async def fail(self) -> None:
+        """Answer with status 500, unless an answer was begun. Raises Disconnected."""
+        if not self._begun:
+            await self._respond(error_response(HTTPError(500, "internal error")), close=True)
+        await self._connection.linger()
+
+    def end(self) -> None:
+        """Write the log's line for a request without an answer."""
+        if self._request is not None:
+            self._record(_CLIENT_GONE)
+
+    async def _find_while_connected(self, work: Callable[[], Awaitable[AnyResponse]]) -> AnyResponse:
+        """Return what `work` returns. Raises what it raises; Disconnected if the client goes away, which cancels it."""
+        found: list[AnyResponse] = []
+
+        async def find() -> None:
+            found.append(await work())
+
+        await self._watched(find)
+        return found[0]
+
+    # ---- reading
+
+    async def _handle(self) -> AnyResponse | None:
+        """Read the request and call the handler. Return None if the client went away before the end of the head.
+
+        Raises HTTPError, Disconnected.
+        """
+        server = self._server
+        raw = await self._read_head()
+        if raw is None:
+            return None
+        self._since = trio.current_time()
+        head = parse_head(raw, server.limits.header_count)
+        block = head.block
+        request = self._request = Request(
+            method=head.method,
+            target=head.target,
+            headers=block.headers,
+            version=head.version,
+            peer=self._connection.peer,
+        )
+        self._keep_alive = block.keep_alive
+        length = block.length
+        if length == 0:
+            self._unread = False
+        elif length is not None and length > server.limits.body_bytes:
+            raise body_too_large(server.limits.body_bytes)
+        admitted = server.admit(request)
+        self._account = admitted.account
+        if length != 0:
+            if block.expects_continue and not self._connection.buffer:
+                await self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.body = await (self._read_chunks(raw) if length is None else self._read_body(length))
+            self._unread = False
+        answer = await server.handler(request, admitted)
+        while isinstance(answer, WhileConnected):
+            answer = await self._find_while_connected(answer.work)
+        if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
+            request.require_websocket()
+        return answer
+
+    async def _read_head(self) -> bytes | None:
+        """Return the request's head, None if the client goes away before its end. Raises HTTPError 408, 414, 431, 400."""
+        buffer, limits = self._connection.buffer, self._server.limits
+        end, searched = find_head_end(buffer, 0, limits.header_bytes)
+        if end < 0:
+            with trio.move_on_after(limits.head_seconds) as scope:
+                while end < 0:
+                    if not await self._connection.fill():
+                        return None
+                    end, searched = find_head_end(buffer, searched, limits.header_bytes)
+            if scope.cancelled_caught:
+                raise HTTPError(408, f"the request head was not complete within {limits.head_seconds:g} seconds")
+        return self._connection.take(end)
+
+    async def _read_body(self, length: int) -> bytes:
+        """Return a body of `length` bytes. Raises HTTPError 408, and Disconnected."""
+        buffer = self._connection.buffer
+        if len(buffer) < length:
+            await self._read_until(lambda: len(buffer) >= length, lambda: len(buffer))
+        return self._connection.take(length)
+
+    async def _read_chunks(self, head: bytes) -> bytes:
+        """Return a chunked body. Raises HTTPError 408, 400, 413, 431, and Disconnected."""
+        connection, limits = self._connection, self._server.limits
+        body = ChunkedBody(strip_empty_line(head), limits.body_bytes, limits.header_bytes)
+
+        def is_complete() -> bool:
+            if not connection.buffer:
+                return False
+            following = body.feed(connection.take_all())
+            connection.buffer += following or b""
+            return following is not None
+
+        await self._read_until(is_complete, lambda: body.size)
+        return body.content
+
+    async def _read_until(self, is_complete: Callable[[], bool], size: Callable[[], int]) -> None:
+        """Read until a body is complete. `size` returns its bytes so far, which earn it time.
+
+        Raises HTTPError 408, and Disconnected.
+        """
+        limits = self._server.limits
+        start = trio.current_time() + limits.body_seconds
+        with trio.CancelScope(deadline=start) as scope:
+            while not is_complete():
+                scope.deadline = start + size() / _BODY_RATE
+                if not await self._connection.fill():
+                    raise Disconnected("the client closed the connection before the end of the body")
+            return
+        raise HTTPError(408, f"the body was not complete within {limits.body_seconds:g} seconds")
+
+    # ---- writing
+
+    def _head(self, answer: Response | Stream, framing: str, keep: bool) -> bytes:
+        """Return the head of an answer. Raises ValueError for an illegal header, or one that only the server may set."""
+        lines = [
+            f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '')}\r\nDate: {self._server.date()}\r\n{_ALWAYS}"
+        ]
+        for name, value in answer.headers:
+            line = f"{name}: {value}\r\n"
+            if not _HEADER.fullmatch(line):
+                raise ValueError(f"the answer has the header {line!r}, expected one line without framing")
+            lines.append(line)
+        end = "\r\n" if keep else "Connection: close\r\n\r\n"
+        return f"{''.join(lines)}{framing}{end}".encode("latin-1")
+
+    def _may_continue(self) -> bool:
+        """Whether another request may follow the answer."""
+        return self._keep_alive and not self._server.stop.is_set()
+
+    async def _respond(self, answer: Response, *, close: bool = False) -> None:
+        unread = self._unread
+        keep = not (close or unread) and self._may_continue()
+        pieces = answer.pieces
+        size = sum(map(len, pieces))
+        framing = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
+        if size:
+            framing += f"Content-Type: {answer.content_type}\r\n"
+        head = self._head(answer, framing, keep)
+        if self._request is not None and self._request.method == "HEAD":
+            pieces = ()
+        self._begun = True
+        try:
+            # A small answer is sent at once, a large one some pieces at a time, so that other tasks get their turn.
+            together = max(1, len(pieces) * SEND_BYTES // max(size, 1))
+            await self._connection.send(b"".join([head, *pieces[:together]]))
+            for start in range(together, len(pieces), together):
+                await self._connection.send(b"".join(pieces[start : start + together]))
+            self._ended = keep
+        finally:
+            self._record(answer.status)
+        if unread:
+            await self._connection.linger()
+
+    async def _respond_in_pieces(self, answer: Stream) -> None:
+        assert self._request is not None
+        chunked, keep = self._request.version == "1.1", self._may_continue()
+        framing = f"Content-Type: {answer.content_type}\r\n" + "Transfer-Encoding: chunked\r\n" * chunked
+        head = self._head(answer, framing, keep)
+        # Whether a write was begun and not completed, so that nothing more may be sent.
+        torn = False
+
+        async def send(piece: bytes) -> None:
+            nonlocal torn
+            if piece:
+                torn = True
+                await self._connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                torn = False
+
+        async def produce() -> None:
+            nonlocal torn
+            torn = True
+            await self._connection.send(head)
+            torn = False
+            await answer.produce(send)
+
+        self._begun = True
+        try:
+            if self._request.method == "HEAD":
+                await self._connection.send(head)
+            else:
+                await self._watched(produce, until_stop=answer.endless)
+                if chunked and not torn:
+                    await self._connection.send(b"0\r\n\r\n")
+            self._ended = keep and not torn
+        except HTTPError as error:
+            # The status was sent already. Without the last chunk the client knows that the answer is incomplete.
+            raise Disconnected(f"the answer was cut off: {error.message}") from error
+        finally:
+            self._record(answer.status)
+
+    async def _watched(self, work: Callable[[], Awaitable[None]], *, until_stop: bool = False) -> None:
+        """Do work until it returns or, with `until_stop`, the server stops.
+
+        Raises what the work raises; Disconnected if the client goes away first, which cancels the work.
+        """
+        gone = ended = False
+
+        async def watch_client() -> None:
+            nonlocal gone
+            await self._connection.until_gone()
+            gone = True
+            nursery.cancel_scope.cancel()
+
+        async def watch_stop() -> None:
+            await self._server.stop.wait()
+            nursery.cancel_scope.cancel()
+
+        try:
+            # The watchers end with the work.
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(watch_client)
+                if until_stop:
+                    nursery.start_soon(watch_stop)
+                await work()
+                ended = True
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            raise sole_exception(group) from None
+        if gone and not ended:
+            raise Disconnected("the client went away")
+
+    async def _upgrade(self, answer: WebSocketUpgrade | TunnelUpgrade) -> None:
+        assert self._request is not None
+        self._begun = True
+        try:
+            early = await upgrade.switch_protocols(self._connection, self._request)
+            if isinstance(answer, WebSocketUpgrade):
+                await upgrade.run_websocket(self._connection, answer, early)
+            else:
+                await upgrade.run_tunnel(self._connection, answer, early)
+        finally:
+            self._record(upgrade.SWITCHING_PROTOCOLS)
+        await self._connection.linger()
+
+    def _record(self, status: int) -> None:
+        """Write the request's line in the log. It never has the query, which may hold secrets."""
+        request, self._request = self._request, None
+        if not self._server.log.isEnabledFor(logging.INFO):
+            return
+        fields = {
+            "method": request.method if request is not None else "-",
+            "path": request.path[:_LOGGED_PATH] if request is not None else "-",
+            "status": status,
+            "duration_ms": round((trio.current_time() - self._since) * 1000, 1) if request is not None else 0.0,
+            "account": _printable(self._account) if request is not None and self._account else "-",
+            "peer": self._connection.peer,
+        }
+        self._server.log.info("request", extra=fields)
+
+
+def _printable(text: str) -> str:
+    """Escape characters that could end a line of the log or hide in it."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
