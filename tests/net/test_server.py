@@ -1746,6 +1746,7 @@ async def test_a_client_that_goes_away_ends_its_tunnel(autojump_clock: Clock) ->
 
     async with serving(tunnelling(session)) as served:
         stream = await opened(served, HELLO_FRAME)
+        await until(stream, b"hello")
         await stream.aclose()
         await trio.testing.wait_all_tasks_blocked()
         assert ended == [1006]
