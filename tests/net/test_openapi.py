@@ -90,7 +90,7 @@ def test_who_may_is_described() -> None:
 def test_what_is_sent_and_answered_is_described() -> None:
     query = (Parameter("uid", "Whose", {"type": "string"}, required=True),)
     headers = {"X-Next": "What follows"}
-    operation = Operation[str](
+    operation: Operation[str] = Operation(
         "GET", "/a", print, None, "Do", answer=ref("VM"), query=query, answer_headers=headers, ndjson=True
     )
     described = describe(operation)
