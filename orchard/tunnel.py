@@ -182,10 +182,10 @@ class WorkerEnd:
         self.loan.deadline = math.inf
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(client.forward_to, self._stream, partial(self._end_after, client, "the client"))
-                nursery.start_soon(
-                    self._stream.forward_to, client, partial(self._end_after, self._stream, "the worker")
-                )
+                client_closed = partial(self._end_after, client, "the client")
+                worker_closed = partial(self._end_after, self._stream, "the worker")
+                nursery.start_soon(client.forward_to, self._stream, client_closed)
+                nursery.start_soon(self._stream.forward_to, client, worker_closed)
                 with self._use:
                     await trio.sleep_forever()
                 # The forwarding goes on: a frame that is half sent must be completed before the close can be sent.
@@ -253,7 +253,8 @@ class Rendezvous:
         action: tuple[str, str, Mapping[str, Any]],
     ) -> AnswerT:
         """Send an action (kind, VM's uid, details) as soon as the worker is connected, and return its answer."""
-        with trio.move_on_at(max(deadline, trio.current_time() + LEAST_SECONDS)):
+        seconds = max(LEAST_SECONDS, deadline - trio.current_time())
+        with trio.move_on_after(seconds):
             while (watch := self._watches.get(worker)) is None:
                 await self._watch_opened.wait()
             if len(self._ports) + len(self._addresses) >= MAX_PENDING:
@@ -267,8 +268,8 @@ class Rendezvous:
                 # An answered request is not pending any more, and was sent.
                 if pending.pop(request.id, None) and (now := self._watches.get(worker)):
                     now.take_back(request.action)
-        problem = "did not answer in time" if worker in self._watches else "is not connected"
-        raise UnreachableError(f'worker "{worker}" {problem}')
+        problem = "did not answer" if worker in self._watches else "did not connect"
+        raise UnreachableError(f'worker "{worker}" {problem} within {seconds:.0f} seconds')
 
     def answer_port(self, session: str, account: str) -> PendingRequest[WorkerEnd]:
         """Return the request for a port that a worker answers, for the only time. Raises UnknownSessionError."""
@@ -363,15 +364,13 @@ class _Watch:
             self.actions.remove(action)
 
 
-def _take_pending(
-    pending: dict[str, PendingRequest[AnswerT]], session: str, account: str
-) -> PendingRequest[AnswerT]:  # fmt: skip
-    request = pending.get(session)
+def _take_pending(requests: dict[str, PendingRequest[AnswerT]], session: str, account: str) -> PendingRequest[AnswerT]:
+    request = requests.get(session)
     if request is None or request.account != account:
         raise UnknownSessionError(
             f"session {shown(session)} is unknown, was answered before, or belongs to another account"
         )
-    return pending.pop(session)
+    return requests.pop(session)
 
 
 def close_to_relay(closed: Close | None, name: str) -> tuple[int, str]:
@@ -379,11 +378,10 @@ def close_to_relay(closed: Close | None, name: str) -> tuple[int, str]:
 
     `name` is what the reason calls the other side.
     """
-    if closed is None or closed.code == ABNORMAL:
-        return (
-            INTERNAL_ERROR,
-            f"{name} {closed.reason}" if closed and closed.reason else f"the connection to {name} was lost",
-        )
+    if closed is None or (closed.code == ABNORMAL and not closed.reason):
+        return INTERNAL_ERROR, f"the connection to {name} was lost"
+    if closed.code == ABNORMAL:
+        return INTERNAL_ERROR, f"{name} {closed.reason}"
     if closed.is_violation:
         return INTERNAL_ERROR, f"{name} broke the protocol: {closed.reason}"
     if closed.code in (NORMAL, NO_STATUS):
