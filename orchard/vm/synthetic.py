@@ -26,6 +26,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +55,8 @@ ADDRESS = "127.0.0.1"
 SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")  # as login shell
 STEPS = 10  # of a pull's progress
 KILL_SECONDS = 5.0  # for killed processes to be gone
+# Between two lists of processes, in which those that were killed end.
+_LEFTOVER_POLL_SECONDS = 0.01
 VARIABLE = "ORCHARD_VM"
 
 
@@ -388,10 +391,16 @@ async def _kill(shells: list[trio.Process]) -> None:
 
 
 def _kill_leftovers(directory: Path) -> None:
-    """Kill what a script left that a killed worker could not."""
-    for number in _processes_of(directory):
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(number, signal.SIGKILL)
+    """Kill the processes of a VM that a killed worker has left, and wait until they have ended.
+
+    A process may start another one while the list of processes is read. So the list is read again until it is empty.
+    """
+    until = time.monotonic() + KILL_SECONDS
+    while (found := list(_processes_of(directory))) and time.monotonic() < until:
+        for number in found:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(_LEFTOVER_POLL_SECONDS)
 
 
 def _processes_of(directory: Path) -> Iterator[int]:

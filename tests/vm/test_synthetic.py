@@ -6,11 +6,12 @@ What they promise as every driver does is in test_drivers.py.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import trio
 import trio.testing
 from harness.processes import GENEROUS, eventually, processes_in
 
+from orchard.vm import synthetic
 from orchard.vm.driver import DriverError, LocalVM, RunOptions
 from orchard.vm.synthetic import ADDRESS, SyntheticDriver
 
@@ -176,6 +178,31 @@ async def test_what_a_killed_worker_left_is_removed_by_the_next(driver: Syntheti
     await driver.delete(LONGER)
     await eventually(lambda: processes_in(home) == [])
     assert list(home.iterdir()) == []
+
+
+async def test_processes_that_start_while_leftovers_are_killed_are_killed_too(
+    driver: SyntheticDriver, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await made(driver)
+    (home / NAME / "scripted").touch()
+    environ = {**os.environ, synthetic.VARIABLE: str(home / NAME)}
+    started: list[subprocess.Popen[bytes]] = []
+    list_processes = synthetic._processes_of
+
+    def fork() -> None:
+        started.append(subprocess.Popen(["sleep", "1000"], env=environ, start_new_session=True))
+
+    def list_and_fork(directory: Path) -> Iterator[int]:
+        """Start another process after the list was read, as one that is about to be killed may do."""
+        found = list(list_processes(directory))
+        if len(started) < 3:
+            fork()
+        return iter(found)
+
+    monkeypatch.setattr(synthetic, "_processes_of", list_and_fork)
+    fork()
+    await driver.delete(NAME)
+    assert [process.wait(GENEROUS) for process in started] == [-signal.SIGKILL] * 3
 
 
 async def test_a_vm_that_a_killed_worker_left_can_run_again(driver: SyntheticDriver, home: Path) -> None:
