@@ -26,7 +26,7 @@ from trio_websocket import WebSocketConnection
 from orchard import __version__, auth, parameters, schema, transitions
 from orchard.codec import APIError, InvalidError, MalformedError, dump_json, encode, parse_json, shown
 from orchard.liveness import Liveness, Source
-from orchard.net.openapi import Operation, SecurityScheme, array_of, document, ref
+from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 from orchard.net.request import (
     AnyResponse,
     HTTPError,
@@ -704,4 +704,4 @@ OPERATIONS: tuple[APIOperation, ...] = (
 def describe_api(prefix: str) -> dict[str, Any]:
     """Return the OpenAPI document of OPERATIONS, served below `prefix`, for example "/v1"."""
     info = {"title": "Orchard", "description": "Orchard orchestration API", "version": __version__}
-    return document(OPERATIONS, prefix=prefix, info=info, schemas=schema.components())
+    return build_document(OPERATIONS, prefix=prefix, info=info, schemas=schema.components())

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-OPENAPI_VERSION = "3.0.3"
+_OPENAPI_VERSION = "3.0.3"
 # The description of each status, the same for all operations that declare it.
 PROBLEMS: Mapping[int, str] = {
     400: "The JSON, a type or a query parameter is wrong",
@@ -93,7 +93,7 @@ def array_of(name: str) -> Schema:
     return {"type": "array", "items": ref(name)}
 
 
-def document(
+def build_document(
     operations: Iterable[Operation[RoleT]], *, prefix: str, info: Mapping[str, str], schemas: Mapping[str, Schema]
 ) -> dict[str, Any]:
     """Return the OpenAPI document of operations that are served below `prefix`, for example "/v1".
@@ -109,11 +109,11 @@ def document(
             item["parameters"] = [
                 {"in": "path", "name": name, "required": True, "schema": {"type": "string"}} for name in names
             ]
-        item[operation.method.lower()] = describe(operation)
+        item[operation.method.lower()] = describe_operation(operation)
         if operation.bearer is not None:
             schemes[operation.bearer.name] = operation.bearer.definition
     return {
-        "openapi": OPENAPI_VERSION,
+        "openapi": _OPENAPI_VERSION,
         "info": dict(info),
         "servers": [{"url": prefix}],
         "security": [{"basic": []}],
@@ -122,7 +122,7 @@ def document(
     }
 
 
-def describe(operation: Operation[RoleT]) -> dict[str, Any]:
+def describe_operation(operation: Operation[RoleT]) -> dict[str, Any]:
     """Return the OpenAPI operation object of one operation."""
     described: dict[str, Any] = {"summary": operation.summary, "tags": [operation.path.split("/")[1] or "controller"]}
     if operation.role == "public":
@@ -162,6 +162,7 @@ def _handshake_header(name: str) -> dict[str, Any]:
 
 
 def _problem_statuses(operation: Operation[RoleT]) -> set[int]:
+    """Return the statuses of 400 or more that an operation may answer with."""
     statuses = set(operation.problems)
     if operation.role != "public":
         statuses |= {401, 429, 503}

@@ -1,4 +1,4 @@
-"""The description of the API, held against a running controller: whatever it says may be sent is answered as it says."""
+"""The OpenAPI document: how operations are described, and that a running controller answers as its document says."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
 
 from orchard import __version__
 from orchard.api import OPERATIONS, describe_api
-from orchard.net.openapi import Operation, Parameter, SecurityScheme, describe, document, ref
+from orchard.net.openapi import Operation, Parameter, SecurityScheme, build_document, describe_operation, ref
 from orchard.testing import BlockingCluster, start_cluster
 
 CHECKS = [
@@ -37,29 +37,31 @@ CHECKS = [
 @pytest.fixture(scope="module")
 def live() -> Iterator[BlockingCluster]:
     with start_cluster(workers=1) as running:
-        running.client.vms.create(name="0", image="any")  # what a generator is likely to name
+        # Generated requests are likely to use this name.
+        running.client.vms.create(name="0", image="any")
         running.client.service_accounts.create("0")
         yield running
 
 
-# A watch has no end, and the worker's is a WebSocket: both have tests of their own.
+# A worker's watch is a WebSocket without an end, and has tests of its own.
 schema = schemathesis.openapi.from_dict(describe_api("/v1")).exclude(path="/rpc/watch")
 
 
 @schema.parametrize()
 @settings(QUICK, max_examples=40)
-def test_whatever_fits_the_description_is_answered_as_it_says(case: Any, live: BlockingCluster) -> None:
+def test_requests_that_fit_the_document_are_answered_as_it_says(case: Any, live: BlockingCluster) -> None:
+    # The watch of a VM is an answer without an end, and has tests of its own.
     if case.query and str(case.query.get("watch", "")).lower() not in ("", "false"):
         case.query = {**case.query, "watch": "false"}
     case.call_and_validate(base_url=f"{live.url}/v1", checks=CHECKS)
 
 
-def test_the_description_is_the_one_of_the_route_table(live: BlockingCluster) -> None:
+def test_the_served_document_has_the_paths_of_the_route_table(live: BlockingCluster) -> None:
     with urllib.request.urlopen(f"{live.url}/v1/openapi.json") as answer:
         assert json.load(answer)["paths"].keys() == {op.path for op in OPERATIONS}
 
 
-def test_the_document_is_valid_wherever_the_api_is_served() -> None:
+def test_the_document_is_valid_openapi_below_any_prefix() -> None:
     made = describe_api("/orchard/v1")
     validate(made)
     assert (made["servers"], made["info"]["version"]) == ([{"url": "/orchard/v1"}], __version__)
@@ -71,29 +73,29 @@ def test_every_operation_is_in_the_document_once() -> None:
     assert sorted(described) == sorted((op.path, op.method) for op in OPERATIONS)
 
 
-def test_who_may_is_described() -> None:
-    anybody = describe(Operation("GET", "/a", print, "public", "Do"))
-    assert (anybody["security"], list(anybody["responses"])) == ([], ["200"])
-    somebody = describe(Operation("GET", "/a", print, None, "Do"))
-    assert list(somebody["responses"]) == ["200", "401", "429", "503"]
-    assert "security" not in somebody, "it is that of the whole document"
+def test_roles_and_security_are_described() -> None:
+    public = describe_operation(Operation("GET", "/a", print, "public", "Do"))
+    assert (public["security"], list(public["responses"])) == ([], ["200"])
+    authenticated = describe_operation(Operation("GET", "/a", print, None, "Do"))
+    assert list(authenticated["responses"]) == ["200", "401", "429", "503"]
+    assert "security" not in authenticated, "the security of the whole document applies"
     scheme = SecurityScheme("key", "a key", {"type": "http", "scheme": "bearer"})
     operation = Operation("GET", "/a", print, "cook", "Do", bearer=scheme)
-    bearer = describe(operation)
+    bearer = describe_operation(operation)
     assert bearer["description"] == "Needs the role `cook`. Or a key."
     assert bearer["security"] == [{"basic": []}, {"key": []}]
-    components = document([operation], prefix="", info={}, schemas={"Problem": {}})["components"]
+    components = build_document([operation], prefix="", info={}, schemas={"Problem": {}})["components"]
     assert components["securitySchemes"].keys() == {"basic", "key"}
     assert components["schemas"] == {"Problem": {}}
 
 
-def test_what_is_sent_and_answered_is_described() -> None:
+def test_query_body_answer_and_headers_are_described() -> None:
     query = (Parameter("uid", "Whose", {"type": "string"}, required=True),)
     headers = {"X-Next": "What follows"}
     operation: Operation[str] = Operation(
         "GET", "/a", print, None, "Do", answer=ref("VM"), query=query, answer_headers=headers, ndjson=True
     )
-    described = describe(operation)
+    described = describe_operation(operation)
     assert described["parameters"] == [
         {"in": "query", "name": "uid", "description": "Whose", "required": True, "schema": {"type": "string"}}
     ]
@@ -102,13 +104,13 @@ def test_what_is_sent_and_answered_is_described() -> None:
     assert answer["content"]["application/json"] == {"schema": {"$ref": "#/components/schemas/VM"}}
     assert answer["content"]["application/x-ndjson"]["schema"]["properties"]["object"] == ref("VM")
     assert "400" in described["responses"]
-    optional = describe(Operation("POST", "/a", print, None, "Do", body={}, body_required=False))
+    optional = describe_operation(Operation("POST", "/a", print, None, "Do", body={}, body_required=False))
     assert optional["requestBody"] == {"required": False, "content": {"application/json": {"schema": {}}}}
     assert optional["responses"]["200"]["headers"].keys() == {"Warning"}
 
 
-def test_a_websocket_is_described() -> None:
-    described = describe(Operation("GET", "/a", print, None, "Do", websocket=True))
+def test_websocket_operation_is_described() -> None:
+    described = describe_operation(Operation("GET", "/a", print, None, "Do", websocket=True))
     assert {(header["in"], header["name"], header["required"]) for header in described["parameters"]} == {
         ("header", "Connection", True),
         ("header", "Upgrade", True),
@@ -116,10 +118,10 @@ def test_a_websocket_is_described() -> None:
     assert described["responses"].keys() == {"101", "400", "401", "426", "429", "503"}
 
 
-def test_what_an_operation_needs_is_described() -> None:
+def test_statuses_and_path_parameters_are_described() -> None:
     operation = Operation("POST", "/a/{name}", print, "compute:write", "Do", body={"type": "object"}, problems=(409,))
-    described = describe(operation)
+    described = describe_operation(operation)
     assert described["description"] == "Needs the role `compute:write`."
     assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "429", "503", "507"}
-    path = document([operation], prefix="/v1", info={}, schemas={})["paths"]["/a/{name}"]
+    path = build_document([operation], prefix="/v1", info={}, schemas={})["paths"]["/a/{name}"]
     assert path["parameters"] == [{"in": "path", "name": "name", "required": True, "schema": {"type": "string"}}]
