@@ -29,7 +29,7 @@ _FORWARD_PATH = "/rpc/port-forward"
 _PORTS = range(1, 65536)
 # For a port of a VM to accept a connection.
 _CONNECT_SECONDS = 10.0
-# Each tunnel has two sockets, and buffers half a MiB for each direction in which somebody reads slowly.
+# Each tunnel has two sockets, and buffers half a MiB for each direction whose reader is slow.
 _MAX_TUNNELS = 4096
 # In progress at once: as many tunnels as there may be, and as many refusals and addresses.
 _MAX_REQUESTS = 2 * _MAX_TUNNELS
@@ -102,7 +102,7 @@ class RequestHandler:
         except DriverError as error:
             refusal = str(error)
         except ClientError as error:
-            _logger.info("a tunnel ended", extra={"worker": self._worker, "reason": str(error)})
+            _logger.info("tunnel ended", extra={"worker": self._worker, "reason": str(error)})
         finally:
             self._tunnels -= 1
         # Sent only now, since sending may take long and the refusal is no tunnel that counts against the bound.

@@ -274,7 +274,7 @@ class TunnelStream(trio.abc.Stream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Return bytes, or b"" when the peer has closed regularly. Raises BrokenResourceError after another close."""
         await trio.lowlevel.checkpoint()
-        data = await self.take()
+        data = await self._received.take()
         if not data and self.closed is not None and self.closed.code not in (NORMAL, NO_STATUS):
             raise trio.BrokenResourceError(describe_close(self.closed))
         if max_bytes is not None and len(data) > max_bytes:
