@@ -1,6 +1,6 @@
-"""A real controller, killed, with a disk that fails, copied while it works, in clocks that jump: nothing is lost.
+"""Durability of a controller process: kills, failing disks, copies of its directory while it works, jumping clocks.
 
-What kills it is bench/crash.py; here are short rounds of it, and what a single life is enough for.
+Some tests are short rounds of bench/crash.py, which kills a controller again and again.
 """
 
 from __future__ import annotations
@@ -50,34 +50,28 @@ def crash(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def needed(program: str, package: str) -> str:
-    """Find a program; without it, the test fails and says what to do. Where there is none it is skipped."""
-    if sys.platform != "linux":
-        pytest.skip(f"{program} is for Linux")
-    path = shutil.which(program)
-    assert path is not None, f"this test needs {program}: apt-get install {package}"
-    return path
-
-
 # ---- killed --------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_acknowledged_survives_kills_at_random_moments() -> None:
+@pytest.mark.slow
+def test_acknowledged_changes_survive_kills_at_random_moments() -> None:
     done = crash("--kills", "5")
     assert done.returncode == 0, done.stderr
     assert re.match(r"5 kills, [0-9]+ events, [0-9]+ reads, [1-9][0-9]+ writes; nothing was lost; seed", done.stdout)
 
 
-def test_a_controller_that_answers_too_early_is_found_out() -> None:
-    """Else the test above would prove nothing."""
+@pytest.mark.slow
+def test_controller_that_acknowledges_before_writing_is_detected() -> None:
+    """Check that the test above can fail."""
     done = crash("--kills", "20", "--careless")
     assert done.returncode == 1
     assert re.search(r"and meanwhile:|were acknowledged", done.stderr), done.stderr
     shutil.rmtree(done.stderr.split()[-1])
 
 
-def test_a_kill_at_each_renaming_of_a_run() -> None:
-    needed("strace", "strace")
+@pytest.mark.slow
+@pytest.mark.needs("strace")
+def test_acknowledged_changes_survive_a_kill_at_each_rename() -> None:
     done = crash("--sweep", "rename")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"rename: ([3-9]) kills\n\1 kills, nothing was lost\n", done.stdout), done.stdout
@@ -88,10 +82,10 @@ def test_a_kill_at_each_renaming_of_a_run() -> None:
 
 @contextmanager
 def traced(home: Path, *options: str) -> Iterator[tuple[Role, str]]:
-    """Run a controller under strace, and give its URL, too."""
+    """Run a controller under strace; yield it and its URL."""
     home.mkdir(exist_ok=True)
     log = home / "controller.log"
-    trace = [needed("strace", "strace"), "-f", "-qq", "-o", "/dev/null", *options]
+    trace = ["strace", "-f", "-qq", "-o", "/dev/null", *options]
     with log.open("a") as stderr:
         process = subprocess.Popen(
             [*trace, *command("controller", "--listen", "127.0.0.1:0", *PLAIN)],
@@ -100,7 +94,8 @@ def traced(home: Path, *options: str) -> Iterator[tuple[Role, str]]:
             stderr=stderr,
             text=True,
             env=environment(home),
-            start_new_session=True,  # strace and what it traces are killed together
+            # strace and the controller are killed together.
+            start_new_session=True,
         )
     role = Role(process, log)
     try:
@@ -113,9 +108,11 @@ def traced(home: Path, *options: str) -> Iterator[tuple[Role, str]]:
         process.stdout.close()
 
 
+@pytest.mark.slow
+@pytest.mark.needs("strace")
 @pytest.mark.parametrize("what", ["", "/events"])
-def test_after_a_failed_fsync_nobody_is_told_that_it_went_well(tmp_path: Path, what: str) -> None:
-    """Nor is it tried again: the controller says why it ends, and the next one has all that was acknowledged."""
+def test_failed_fsync_is_not_acknowledged_and_ends_the_controller(tmp_path: Path, what: str) -> None:
+    """It is not retried either. The controller logs why it ends, and the next one has all acknowledged changes."""
     with controller(*PLAIN, home=tmp_path) as (role, url):
         assert call(url, "POST", "/v1/vms", {"name": "vm", "image": "any"})[0] == 200
         assert role.stop() == 0
@@ -144,7 +141,7 @@ def test_after_a_failed_fsync_nobody_is_told_that_it_went_well(tmp_path: Path, w
             client.join(GENEROUS)
         assert role.process.wait(GENEROUS) == 1
     assert set(answers) == {200, 503}
-    assert answers.count(503) >= 4, "those who waited were not told"
+    assert answers.count(503) >= 4, "waiting clients got no answer"
     path = r"events/\S+" if what else "state.jsonl"
     said = (
         rf"\norchard controller: cannot sync {tmp_path}/controller/{path}: Input/output error; what .* is uncertain\n"
@@ -164,14 +161,15 @@ def test_after_a_failed_fsync_nobody_is_told_that_it_went_well(tmp_path: Path, w
 
 
 class Writer(threading.Thread):
-    """Creates VMs one after another, deletes every other one, and appends an event to each that stays."""
+    """Creates VMs one after another, deletes every second one, and appends an event to each of the others."""
 
     def __init__(self, url: str, name: str) -> None:
         super().__init__()
         self.name = name
         self.url = url
         self.stopped = threading.Event()
-        self.told: list[tuple[str, str]] = []  # what was acknowledged, in order: (verb, VM)
+        # What was acknowledged, in order: (verb, VM).
+        self.told: list[tuple[str, str]] = []
         self.failed = ""
 
     def run(self) -> None:
@@ -199,7 +197,7 @@ def vms_after(told: list[tuple[str, str]]) -> set[str]:
 
 
 def copied(source: Path, target: Path) -> None:
-    """Copy a directory in which files come and go, as `cp -r` does: what is gone meanwhile is passed over."""
+    """Copy a directory as `cp -r` does: files that were deleted meanwhile are skipped."""
     target.mkdir(mode=0o700)
     for entry in os.scandir(source):
         if entry.is_dir():
@@ -211,7 +209,8 @@ def copied(source: Path, target: Path) -> None:
                 continue
 
 
-def test_each_copy_of_a_directory_at_work_is_a_backup(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_each_copy_of_a_data_directory_in_use_is_a_backup(tmp_path: Path) -> None:
     launch = "import sys; from orchard.storage import engine; engine.COMPACT_BYTES, engine.COMPACT_RATIO = 20_000, 0\n"
     launch += "from orchard import controller; sys.exit(controller.main(sys.argv[1:]))"
     data = tmp_path / "controller"
@@ -227,7 +226,7 @@ def test_each_copy_of_a_directory_at_work_is_a_backup(tmp_path: Path) -> None:
 
         copies = []
         for number in range(12):
-            at_last(lambda: have_told(20 * (number + 1)))  # noqa: B023 -- it is called now
+            at_last(lambda: have_told(20 * (number + 1)))  # noqa: B023 -- at_last calls it at once
             before = [list(writer.told) for writer in writers]
             copied(data, tmp_path / f"copy{number}")
             copies.append((tmp_path / f"copy{number}", before))
@@ -237,7 +236,7 @@ def test_each_copy_of_a_directory_at_work_is_a_backup(tmp_path: Path) -> None:
             writer.join(GENEROUS)
             assert not writer.failed
         assert role.stop() == 0
-    assert len(snapshots) > 2, "no snapshot was written meanwhile"
+    assert len(snapshots) > 2, "the state file was not compacted meanwhile"
     for directory, before in copies:
         report = fsck.inspect(directory)
         assert report.problems == []
@@ -253,7 +252,7 @@ def test_each_copy_of_a_directory_at_work_is_a_backup(tmp_path: Path) -> None:
 
 @contextmanager
 def compacting(home: Path, program: str) -> Iterator[tuple[Role, str]]:
-    """Run a controller that writes snapshots all the time."""
+    """Run a controller that compacts its state file again and again."""
     with (home / "compacting.log").open("a") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-c", program, "--listen", "127.0.0.1:0", *PLAIN],
@@ -274,7 +273,7 @@ def compacting(home: Path, program: str) -> Iterator[tuple[Role, str]]:
 
 
 def check_copy(directory: Path, state: State, writer: Writer, before: list[tuple[str, str]]) -> None:
-    """A copy has what a writer was told before it began, and is what the writer's story was at some moment."""
+    """Check that a copy has what a writer was told before, and all changes of the writer up to some moment."""
     changes = [(verb, vm) for verb, vm in writer.told if verb != "append"]
     least = sum(verb != "append" for verb, _ in before)
     held = {name for name in state.vms if name.startswith(f"{writer.name}-")}
@@ -289,7 +288,7 @@ def check_copy(directory: Path, state: State, writer: Writer, before: list[tuple
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o777])
-def test_the_umask_is_no_matter(tmp_path: Path, umask: int) -> None:
+def test_files_of_a_data_directory_are_private_under_any_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(0o022)
     (tmp_path / "home").mkdir()
     os.umask(umask)
@@ -304,8 +303,7 @@ def test_the_umask_is_no_matter(tmp_path: Path, umask: int) -> None:
         os.umask(before)
     directory = tmp_path / "home" / "controller"
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [directory, *directory.rglob("*")]}
-    lock = modes.pop("controller.lock")  # in which there is no secret
-    assert lock & 0o077 == 0
+    assert modes.pop("controller.lock") & 0o077 == 0
     assert len(modes) == 7
     assert all(mode == (0o700 if name in ("controller", "events") else 0o600) for name, mode in modes.items()), modes
 
@@ -321,7 +319,9 @@ def test_the_umask_is_no_matter(tmp_path: Path, umask: int) -> None:
         ("", 0o1777, "can be written by others than its owner (mode 1777); chmod 700 it"),
     ],
 )
-def test_what_others_could_read_or_replace_is_refused(tmp_path: Path, name: str, mode: int, words: str) -> None:
+def test_start_is_refused_when_others_can_read_or_replace_a_secret(
+    tmp_path: Path, name: str, mode: int, words: str
+) -> None:
     directory = tmp_path / "controller"
     directory.mkdir(mode=0o700)
     path = directory / name if name else directory
@@ -338,15 +338,16 @@ def test_what_others_could_read_or_replace_is_refused(tmp_path: Path, name: str,
 
 
 def made(url: str, name: str) -> float:
-    """Create a VM, wait until it runs, and give when the controller says that it was created."""
+    """Create a VM, wait until it runs, and return its createdAt as a Unix time."""
     created = call(url, "POST", "/v1/vms", {"name": name, "image": "any"})[1]["createdAt"]
     at_last(lambda: call(url, "GET", f"/v1/vms/{name}")[1]["status"] == "running")
     return datetime.datetime.fromisoformat(created).timestamp()
 
 
-def test_a_clock_that_jumps_fails_nothing(tmp_path: Path) -> None:
-    """The host's clock is set an hour forward, and two back: nobody is offline, nothing fails, and the data are good."""
-    needed("faketime", "faketime")
+@pytest.mark.slow
+@pytest.mark.needs("faketime")
+def test_jumping_clock_neither_fails_vms_nor_damages_data(tmp_path: Path) -> None:
+    """Set the host's clock an hour forward, two back, and ten years forward."""
     library = next(path for root, pattern in LIBFAKETIME for path in Path(root).glob(pattern))
     offset = tmp_path / "offset"
     offset.write_text("+0")

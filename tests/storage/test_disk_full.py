@@ -236,6 +236,7 @@ def event(number: int, size: int = 1) -> list[dict[str, object]]:
     return [{"kind": "log_line", "payload": f"{number}".rjust(size), "timestamp": number}]
 
 
+@pytest.mark.slow
 def test_controller_survives_a_full_file_system(mounted: Path, tmp_path: Path) -> None:
     arguments = (*PLAIN, "--data-dir", str(mounted / "data"))
     vm = {"image": "any", "startup_script": {"script_content": 20_000 * "x"}}
