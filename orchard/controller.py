@@ -200,7 +200,8 @@ async def run(
     stop = trio.Event() if stop is None else stop
     platform = Platform() if platform is None else platform
     with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as (store, events):
-        parts = _Parts.compose(settings, store, events, platform.clock)
+        loop, parts = _compose(settings, store, events, platform.clock)
+        api = API(parts)
         # Ends last, because it stores what the tasks below change.
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
@@ -208,66 +209,53 @@ async def run(
             new_admin = await _create_admin(settings, store, platform.clock())
             # Ends when the last answer was sent.
             async with trio.open_nursery() as background:
-                background.start_soon(parts.loop.run)
+                background.start_soon(loop.run)
                 await background.start(parts.executor.run)
                 listeners, running = await platform.listen(settings)
-                answer = partial(
-                    serve, parts.api.handle, admit=parts.api.admit, limits=_limits(), stop=stop, grace=grace
-                )
+                answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
                 # Ends with `stop`.
                 async with trio.open_nursery() as servers:
                     await servers.start(answer, listeners)
                     ssh_port = await _serve_ssh(settings, parts, background)
                     task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
                 background.cancel_scope.cancel()
-            try:
-                await store.wait_durable()
-            except StorageError as error:
-                _logger.error("last changes were not stored (and not acknowledged): %s", error)
+            await _store_last_changes(store)
             writers.cancel_scope.cancel()
 
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """The parts of a controller. `gate` None: authentication is off."""
-
-    store: Store
-    loop: SchedulingLoop
-    gate: auth.Gate | None
-    access_key: bytes
-    vm_access: VMAccess
-    executor: Executor
-    api: API
-
-    @classmethod
-    def compose(
-        cls, settings: ControllerSettings, store: Store, events: EventLog, clock: Callable[[], datetime.datetime]
-    ) -> _Parts:
-        rendezvous = Rendezvous(settings.ping_interval)
-        loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
-        Reactions(store, events, rendezvous, clock)
-        gate = auth.Gate(store.state.accounts) if settings.auth else None
-        key = load_access_key(settings.data_dir)
-        vm_access = VMAccess(store, rendezvous)
-        executor = Executor(vm_access)
-        api_parts = ControllerParts(
-            store,
-            events,
-            loop.liveness,
-            rendezvous,
-            vm_access,
-            executor,
-            gate,
-            key,
-            loop.waiting_reason,
-            clock,
-            settings.prefix,
-            settings.worker_offline_timeout,
-        )
-        return cls(store, loop, gate, key, vm_access, executor, API(api_parts))
+def _compose(
+    settings: ControllerSettings, store: Store, events: EventLog, clock: Callable[[], datetime.datetime]
+) -> tuple[SchedulingLoop, ControllerParts]:
+    """Connect the parts of a controller. No task runs yet. Raises StartError."""
+    rendezvous = Rendezvous(settings.ping_interval)
+    loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
+    Reactions(store, events, rendezvous, clock)
+    vm_access = VMAccess(store, rendezvous)
+    parts = ControllerParts(
+        store=store,
+        events=events,
+        liveness=loop.liveness,
+        rendezvous=rendezvous,
+        vm_access=vm_access,
+        executor=Executor(vm_access),
+        gate=auth.Gate(store.state.accounts) if settings.auth else None,
+        access_key=load_access_key(settings.data_dir),
+        waiting_reason=loop.waiting_reason,
+        clock=clock,
+        prefix=settings.prefix,
+        offline_timeout=settings.worker_offline_timeout,
+    )
+    return loop, parts
 
 
-async def _serve_ssh(settings: ControllerSettings, parts: _Parts, nursery: trio.Nursery) -> int:
+async def _store_last_changes(store: Store) -> None:
+    try:
+        await store.wait_durable()
+    except StorageError as error:
+        _logger.error("last changes were not stored (and not acknowledged): %s", error)
+
+
+async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nursery: trio.Nursery) -> int:
     """Start the SSH jump host if the settings ask for it. Return its port, or 0. Raises StartError."""
     if settings.ssh is None:
         return 0
