@@ -24,7 +24,7 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, parameters, schema, transitions
-from orchard.codec import APIError, InvalidError, MalformedError, dump_json, encode, parse_json, shown
+from orchard.codec import InvalidError, MalformedError, dump_json, encode, parse_json, shown
 from orchard.liveness import Liveness, Source
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 from orchard.net.request import (
@@ -93,15 +93,13 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     EventLimitError: 412,
     EventsDeletedError: 404,
 }
-_PRODUCT_ERRORS: tuple[type[Exception], ...] = (APIError, *ERROR_STATUS)
+_PRODUCT_ERRORS: tuple[type[Exception], ...] = tuple(ERROR_STATUS)
 _REFUSALS: tuple[type[Exception], ...] = (HTTPError, *_PRODUCT_ERRORS)
 
 
 def http_error(error: Exception, account: str = "") -> HTTPError:
     """Return the answer to a request of `account` that failed with an HTTPError or an error of ERROR_STATUS."""
     if isinstance(error, HTTPError):
-        return HTTPError(error.status, error.message, error.headers, account=account)
-    if isinstance(error, APIError):
         return HTTPError(error.status, error.message, error.headers, account=account)
     status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
     headers: Headers = ()

@@ -58,19 +58,6 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan
 
 ResourceT = TypeVar("ResourceT")
 
-# Until store.py imports it from dataclasses.
-replace = dataclasses.replace
-
-
-class APIError(Exception):
-    """An error with the HTTP status of its answer. Being replaced by the errors of each layer."""
-
-    def __init__(self, status: int, message: str, headers: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.headers = headers
-
 
 class ValidationError(Exception):
     """A value that a client sent is not accepted; `str(error)` names the value and what is accepted."""

@@ -275,9 +275,6 @@ class VM:
         name = self.tart_name
         return {**encode(self.meta), **encode(self.state), "localName": name, "tartName": name}
 
-    # Until store.py uses the other name.
-    fate = state_to_json
-
 
 # Fields that are computed from others.
 _DERIVED = frozenset({"localName", "tartName"})

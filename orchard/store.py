@@ -464,7 +464,7 @@ def _encode_change(new: StoredObject, old: StoredObject | None, old_json: bytes,
     """
     if not isinstance(new, VM):
         return dump_json(encode(new)), 0
-    head = dump_json(new.fate())
+    head = dump_json(new.state_to_json())
     if spec_at and isinstance(old, VM) and old.spec is new.spec:
         spec = old_json[spec_at:]
     else:

@@ -201,16 +201,16 @@ def cluster_of(workers: int, vms: int, seed: int) -> Snapshot:
     names = order.sample(NAMES, workers)
     seen = {name: at for name in names if (at := order.choice(_SEEN)) is not None}
     kinds = order.sample(_VM_SHAPES, order.choice([1, 2, 3, SHAPES]))
-    told = []
+    made = []
     restarted = {}
     for number in range(vms):
         shape = order.choice(kinds)
         meta = replace(shape.meta, name=f"vm{number}", uid=f"uid{number}", created_at=born(order.randrange(4)))
-        told.append(replace(shape, meta=meta))
+        made.append(replace(shape, meta=meta))
         if (at := order.choice(_RESTARTED)) is not None:
             restarted[f"uid{number}"] = at
     pool = {name: replace(order.choice(_WORKER_SHAPES), name=name) for name in names}
-    return Snapshot(told, pool, seen, restarted, order.choice(_PROFILES), OFFLINE_TIMEOUT)
+    return Snapshot(made, pool, seen, restarted, order.choice(_PROFILES), OFFLINE_TIMEOUT)
 
 
 def snapshots() -> st.SearchStrategy[Snapshot]:
@@ -227,11 +227,11 @@ def shuffled(snapshot: Snapshot, seed: int) -> Snapshot:
         order.shuffle(items)
         return dict(items)
 
-    told = [
+    vms = [
         replace(vm, spec=replace(vm.spec, resources=mixed(vm.spec.resources), labels=mixed(vm.spec.labels)))
         for vm in snapshot.vms
     ]
-    order.shuffle(told)
+    order.shuffle(vms)
     cluster = mixed(snapshot.workers)
     cluster = {name: replace(w, resources=mixed(w.resources), labels=mixed(w.labels)) for name, w in cluster.items()}
-    return replace(snapshot, vms=told, workers=cluster, last_contact=mixed(snapshot.last_contact))
+    return replace(snapshot, vms=vms, workers=cluster, last_contact=mixed(snapshot.last_contact))
