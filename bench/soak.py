@@ -1,14 +1,16 @@
-"""What stays behind: hours of random use, and then as many descriptors, tasks, processes and files as before.
+"""Leaks: whether random use, for hours if wanted, leaves descriptors, tasks, threads, processes, files or memory behind.
 
     ./run bench soak [--seconds S] [--actions N] [--seed N]
 
-A controller and workers with synthetic VMs live in this process, on real sockets. VMs are created, changed and deleted,
-watched, reached through tunnels that are closed and broken off in every way; workers end and come back, with and without
-their VMs; strangers open connections and say nothing or nonsense. Now and then everything is brought to rest and
-counted. After a first round, which fills caches, nothing may be more than before. Memory may grow for as long as
-allocators keep more of it for themselves, but not after the first half of the rounds.
+A controller and workers with synthetic VMs run in this process, on real sockets. VMs are created, changed, deleted,
+watched, and reached through tunnels that end in every way. Workers are restarted with and without their VMs. Other
+clients open connections and send nothing or garbage. After each round all VMs are deleted and everything is counted.
 
-Prints what it counted, and ends with 1 if something was left. A seed gives the same actions, though not the same timing.
+The first round fills caches; after it, no count may grow. Memory may grow during the first half of the rounds, while
+allocators keep more of it.
+
+It prints the counts, and exits with status 1 if something was left. A seed gives the same actions, but not the same
+timing.
 """
 
 from __future__ import annotations
@@ -36,19 +38,25 @@ from orchard.schema import TART_VMS
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import Identity, WorkerService
 
-ACTIONS = 300  # in a round
+# In a round.
+ACTIONS = 300
+# Actions in progress at the same time.
 AT_ONCE = 8
 WORKERS = 4
-VMS = 12  # at most, of one name each: names are used again and again
-QUIET_SECONDS = 60.0  # for everything to come to rest
-SETTLED = 20  # times that the same is counted, a tenth of a second apart
-MEMORY_SHARE = 0.05  # of growth from the first half of the rounds on that is no leak
+# Names of VMs, which are used again and again.
+VMS = 12
+# For everything to come to rest.
+QUIET_SECONDS = 60.0
+# So many counts in a row, a tenth of a second apart, must be equal.
+EQUAL_COUNTS = 20
+# Memory may grow by this share after the first half of the rounds.
+MEMORY_SHARE = 0.05
 SCRIPTS = ("echo hello", "seq 200; exit 3", "sleep 1000", "sleep 1000 & echo over", "")
 
 
 @dataclass(frozen=True)
 class Count:
-    """What there is when nothing happens."""
+    """What exists while nothing happens."""
 
     descriptors: int
     tasks: int
@@ -58,8 +66,8 @@ class Count:
     memory: int  # KiB
 
 
-class Site:
-    """A controller, hosts that outlive their workers, and the workers."""
+class SoakCluster:
+    """A controller, hosts, and workers that can be restarted on their hosts."""
 
     def __init__(self, home: Path, chance: random.Random) -> None:
         self.home = home
@@ -109,13 +117,13 @@ class Site:
 
         await self._inside.start(work)
 
-    # -- what people do
+    # -- actions of users and other clients
 
     async def act(self) -> None:
-        """Do something at random. What is refused is none of our business."""
+        """Do something at random. Refused requests are ignored."""
         actions: list[Callable[[], Awaitable[object]]] = [
             *[self.create] * 6, *[self.delete] * 5, *[self.tunnel] * 6, self.change, self.watch, self.events,
-            self.address, self.restart_worker, self.stranger, self.abandon,
+            self.address, self.restart_worker, self.connect_only, self.abandon,
         ]  # fmt: skip
         action = self.chance.choice(actions)
         self.done[getattr(action, "__name__", "?")] += 1
@@ -177,21 +185,21 @@ class Site:
         await self._ended[name].wait()
         await self.start_worker(name, stop_vms=stop_vms)
 
-    async def stranger(self) -> None:
-        """Say something, or half of it, on a connection of one's own."""
-        said = self.chance.choice(
+    async def connect_only(self) -> None:
+        """Open a connection, and send nothing, garbage or half of a request."""
+        sent = self.chance.choice(
             [b"", b"GET /v1/vms HT", b"nonsense\r\n\r\n", b"POST /v1/vms HTTP/1.1\r\nHost: x\r\n"]
         )
         stream = await trio.open_tcp_stream("127.0.0.1", int(self.url.rpartition(":")[2]))
         async with stream:
-            await stream.send_all(said)
+            await stream.send_all(sent)
             with trio.move_on_after(self.chance.random()):
                 await stream.receive_some(1000)
 
     async def abandon(self) -> None:
-        """Ask for something that takes long, and go away."""
+        """Send a request that takes long, and close the connection."""
         with trio.move_on_after(0.1 * self.chance.random()):
-            async with self.client.vms.port_forward("nobody", 22, wait=60):
+            async with self.client.vms.port_forward("unknown", 22, wait=60):
                 pass
 
     # -- at rest
@@ -200,19 +208,20 @@ class Site:
         return sorted(self.home.rglob("*"))
 
     async def rest(self) -> Count:
-        """Take everything away, wait until it is gone, and count what there is."""
+        """Delete all VMs, wait until they are gone, restart the workers, and count what exists."""
         with trio.fail_after(QUIET_SECONDS):
             for vm in await self.client.vms.list():
                 with suppress(ClientError):
                     await self.client.vms.delete(vm.name)
             while any([await host.list_vms() for host in self.hosts.values()]) or processes():  # noqa: ASYNC110
-                await trio.sleep(0.05)  # what runs on a host tells nobody that it ended
-            for name in self.hosts:  # with connections as new as at the beginning
+                await trio.sleep(0.05)
+            # All connections are new, as at the beginning.
+            for name in self.hosts:
                 await self.start_again(name)
             await self.client.aclose()
             self.client = Client(self.url)
             counts = [self.count()]
-            while len(counts) < SETTLED or len(set(counts[-SETTLED:])) > 1:
+            while len(counts) < EQUAL_COUNTS or len(set(counts[-EQUAL_COUNTS:])) > 1:
                 await trio.sleep(0.1)
                 counts.append(self.count())
         gc.collect()
@@ -221,9 +230,10 @@ class Site:
 
     def count(self) -> tuple[int, int, int, int, int]:
         return (
-            len(os.listdir("/dev/fd")),  # noqa: PTH208 -- names are all that is wanted
+            len(os.listdir("/dev/fd")),  # noqa: PTH208
             tasks(trio.lowlevel.current_root_task()),
-            sum(not thread.name.startswith("Trio") for thread in threading.enumerate()),  # those it keeps are idle
+            # trio keeps idle threads.
+            sum(not thread.name.startswith("Trio") for thread in threading.enumerate()),
             processes(),
             len(self.files()),
         )
@@ -236,33 +246,33 @@ async def echo(stream: trio.SocketStream) -> None:
 
 
 def tasks(task: trio.lowlevel.Task | None) -> int:
-    """Count a task and all those in its nurseries."""
+    """Count a task and all tasks in its nurseries."""
     if task is None:
         return 0
     return 1 + sum(tasks(child) for nursery in task.child_nurseries for child in nursery.child_tasks)
 
 
 def processes() -> int:
-    """Count this process's children, without the `ps` that tells."""
+    """Count the children of this process, without the `ps` that lists them."""
     listed = subprocess.check_output(["ps", "-A", "-o", "ppid=,comm="], text=True)
     pairs = (line.split(None, 1) for line in listed.splitlines())
     return sum(1 for parent, name in pairs if int(parent) == os.getpid() and name.strip() != "ps")
 
 
-async def round_of(site: Site, actions: int) -> None:
+async def run_round(c: SoakCluster, actions: int) -> None:
     limit = trio.CapacityLimiter(AT_ONCE)
 
     async def one() -> None:
         async with limit:
-            await site.act()
+            await c.act()
 
     async with trio.open_nursery() as nursery:
         for _ in range(actions):
             nursery.start_soon(one)
 
 
-def compared(counts: list[Count]) -> dict[str, tuple[int, int]]:
-    """Give what there is more of in the last round: what there was, and is."""
+def grown(counts: list[Count]) -> dict[str, tuple[int, int]]:
+    """Return the counts that have grown, with their values in the first and the last round."""
     before, after = asdict(counts[0]), asdict(counts[-1])
     before["memory"] = int(max(count.memory for count in counts[: -(-len(counts) // 2)]) * (1 + MEMORY_SHARE))
     return {what: (number, after[what]) for what, number in before.items() if after[what] > number}
@@ -270,28 +280,28 @@ def compared(counts: list[Count]) -> dict[str, tuple[int, int]]:
 
 async def soak(seconds: float, actions: int, seed: int) -> int:
     with tempfile.TemporaryDirectory(prefix="orchard-soak-") as home:
-        site = Site(Path(home), random.Random(seed))
-        async with site.running():
+        c = SoakCluster(Path(home), random.Random(seed))
+        async with c.running():
             counts: list[Count] = []
             until = trio.current_time() + seconds
             while trio.current_time() < until or len(counts) < 3:
-                await round_of(site, actions)
-                counts.append(await site.rest())
+                await run_round(c, actions)
+                counts.append(await c.rest())
                 if len(counts) == 1:
                     print("round", *asdict(counts[0]), sep="\t")
                 print(len(counts), *asdict(counts[-1]).values(), sep="\t", flush=True)
-        left = compared(counts)
+        left = grown(counts)
         if "files" in left:
-            print("files:", *map(str, site.files()), sep="\n  ")
-    print(f"{sum(site.done.values())} actions, seed {seed}:", dict(site.done))
+            print("files:", *map(str, c.files()), sep="\n  ")
+    print(f"{sum(c.done.values())} actions, seed {seed}:", dict(c.done))
     for what, (before, after) in left.items():
-        print(f"left behind: {what} were {before}, and are {after}")
+        print(f"left behind: {what} grew from {before} to {after}")
     return 1 if left else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./run bench soak")
-    parser.add_argument("--seconds", type=float, default=60.0, help="to go on for; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to run; default: %(default)s")
     parser.add_argument("--actions", type=int, default=ACTIONS, help="in a round; default: %(default)s")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="default: a random one")
     options = parser.parse_args()

@@ -1,9 +1,10 @@
-"""What idle workers cost the controller: heartbeats, polls, watches.
+"""The controller's CPU and memory with many idle workers, which send heartbeats, poll, and hold a watch each.
 
     ./run bench workers [--workers N] [--seconds S]
 
-The workers are real ones on synthetic hosts, all in one process beside the controller's. Prints the controller's share
-of one core and its memory with and without them, and that no heartbeat reached the disk.
+The workers are the product's own with synthetic VMs, all in one process beside the controller's. Printed are the
+controller's share of one core and its memory with and without workers, and how many bytes it wrote to its state (none:
+heartbeats are not stored).
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from load import BARE, CONTROLLER, NO_AUTH, Server, running
 
 from orchard.client import Client
 
-SPLIT = 5  # parts of the time, for the range
-VMS = 10_000  # for the memory of a big cluster
+# Parts of the time that are measured separately, for the range.
+SPLIT = 5
+# To measure the memory of a big cluster.
+VMS = 10_000
 
 
 def share(server: Server, seconds: float) -> float:
-    """Give the part of a core that a process takes for some time."""
+    """Return the share of one core that a process uses during some seconds."""
     before, began = server.cpu(), time.perf_counter()
     time.sleep(seconds)
     return (server.cpu() - before) / (time.perf_counter() - began)
@@ -56,7 +59,8 @@ def main() -> None:
             with working(url, home / "workers", "--name", "w", *workers):
                 took = trio.run(until_registered, url, options.workers)
                 print(f"{options.workers:,} workers registered in {took:.1f} s")
-                time.sleep(20)  # until each has sent a heartbeat
+                # Until each worker has sent a heartbeat.
+                time.sleep(20)
                 size = state.stat().st_size
                 shares = [share(server, options.seconds / SPLIT) for _ in range(SPLIT)]
                 print(

@@ -38,7 +38,7 @@ _SCRIPT_ENV = {"GREETING": "Variables arrive unchanged: \"$HOME\" `uname` 'and q
 _POLL_SECONDS = 0.02
 
 
-def run(options: argparse.Namespace) -> int:
+def run_verb(options: argparse.Namespace) -> int:
     """Run `orchard demo` or `orchard dev`, and return the exit status. BrokenPipeError propagates."""
     work = partial(_run_with_driver, _demo if options.verb == "demo" else _dev, options)
     failures: dict[type[Exception], int] = {StartError: 1, ClientError: 1, LockError: 1}

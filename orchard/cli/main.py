@@ -51,7 +51,7 @@ def _make_parser() -> argparse.ArgumentParser:
     for verb in (demo_parser, dev_parser):
         verb.add_argument("--synthetic", action="store_true", help="use VMs without a hypervisor even if tart is there")
         verb.add_argument("--debug", action="store_true", help="log to standard error")
-        verb.set_defaults(run=demo.run)
+        verb.set_defaults(run=demo.run_verb)
 
     token_parser = verbs.add_parser("bootstrap-token", help="print a bootstrap token for a worker")
     token_parser.add_argument(
