@@ -76,16 +76,15 @@ class Query:
                 name, _, value = pair.replace("+", " ").partition("=")
                 if pair:
                     name = percent_decoded(name, "the query parameter")
-                    found.setdefault(name, []).append(percent_decoded(value, f"the query parameter {shown(name)}:"))
+                    if "%" in value:
+                        value = percent_decoded(value, f"the query parameter {shown(name)}:")
+                    found.setdefault(name, []).append(value)
             self._parameters = found
         return self._parameters
 
-    def all(self, name: str) -> Sequence[str]:
-        return self.parameters().get(name, ())
-
     def one(self, name: str) -> str | None:
         """Return the value of a parameter, None if it is absent. Raises HTTPError 400 if it is repeated."""
-        values = self.all(name)
+        values = self.parameters().get(name, ())
         if len(values) > 1:
             raise HTTPError(400, f"the query parameter {shown(name)} is given {len(values)} times, expected once")
         return values[0] if values else None

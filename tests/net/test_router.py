@@ -123,7 +123,8 @@ def test_router_finds_what_a_search_of_all_routes_finds(table: list[tuple[str, s
 def test_query_parameters_are_decoded_in_order() -> None:
     query = Query("a=1&b=x+y%2B&a=2&c&&%64=%C3%A9=")
     assert (query.one("b"), query.one("c"), query.one("d"), query.one("e")) == ("x y+", "", "\xe9=", None)
-    assert (list(query.all("a")), list(query.all("e"))) == (["1", "2"], [])
+    assert query.parameters()["a"] == ["1", "2"]
+    assert "e" not in query.parameters()
     with pytest.raises(HTTPError, match='"a" is given 2 times') as refused:
         query.one("a")
     assert refused.value.status == 400
