@@ -64,7 +64,7 @@ ALLOWED_GROWTH = 0.15
 Answered = Callable[[bytes], None]
 
 
-# ---- single operations --------------------------------------------------------------------------------------------
+# ---- single operations -----------------------------------------------------------------------------------------------
 
 
 def operations(vms: int, count: int) -> dict[str, Iterator[bytes]]:
@@ -121,7 +121,7 @@ def measure_operations(server: Server, vms: int, count: int) -> dict[str, float]
     return costs
 
 
-# ---- traffic -------------------------------------------------------------------------------------------------------
+# ---- traffic ---------------------------------------------------------------------------------------------------------
 
 
 class Connection:
@@ -324,7 +324,7 @@ def check(server: Server, vms: int) -> None:
         raise RuntimeError(f"there are {len(found)} VMs, expected {vms}; {len(failed)} have failed: {failed[:1]}")
 
 
-# ---- sizes ---------------------------------------------------------------------------------------------------------
+# ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
 def measured(vms: int, count: int, minutes: float) -> tuple[dict[str, float], float]:

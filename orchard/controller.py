@@ -111,7 +111,7 @@ class Running:
     new_admin: ServiceAccount | None = field(default=None, repr=False)
 
 
-# ---- the data directory --------------------------------------------------------------------------------------------
+# ---- the data directory ----------------------------------------------------------------------------------------------
 
 
 def utc_now() -> datetime.datetime:
@@ -178,7 +178,7 @@ def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAcc
     return None if token else admin
 
 
-# ---- running -------------------------------------------------------------------------------------------------------
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 Listening = tuple[Sequence[trio.abc.Listener[trio.abc.Stream]], Running]
 
@@ -351,7 +351,7 @@ def _limits() -> Limits:
     return Limits(connections=max(1, min(Limits().connections, soft - _OTHER_DESCRIPTORS)))
 
 
-# ---- the command line ----------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def parse_api_prefix(text: str) -> str:

@@ -74,13 +74,14 @@ class PlannerInputs:
     def restart_at(self, vm: VM, *, worker_is_registered: bool) -> float:
         """Return the earliest time at which a failed VM can neither run any more nor restart too often."""
         worker = vm.state.worker
-        may_run_since = self.last_contact_of_deleted.get(worker, -math.inf)
+        # The last time at which a worker that may still run the VM could have renewed its lease.
+        renewed_at = self.last_contact_of_deleted.get(worker, -math.inf)
         if not worker_is_registered:
-            may_run_since = max(may_run_since, self.last_contact.get(worker, self.started_at))
+            renewed_at = max(renewed_at, self.last_contact.get(worker, self.started_at))
         if vm.uid in self.failed_before_start:
-            may_run_since = max(may_run_since, self.started_at)
+            renewed_at = max(renewed_at, self.started_at)
         restarted_at = self.restarted_at.get(vm.uid, -math.inf)
-        return max(may_run_since + self.offline_timeout, restarted_at + RESTART_PAUSE_SECONDS)
+        return max(renewed_at + self.offline_timeout, restarted_at + RESTART_PAUSE_SECONDS)
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ class Plan:
         self.next_at = at if self.next_at is None else min(self.next_at, at)
 
 
-# ---- demand and load -----------------------------------------------------------------------------------------------
+# ---- demand and load -------------------------------------------------------------------------------------------------
 
 
 class Load:
@@ -192,7 +193,7 @@ def _why_not(demand: Demand, workers: Mapping[str, Worker], online: Mapping[str,
     return f"waiting: {total} worker{'s' if total > 1 else ''}: {', '.join(parts)}"
 
 
-# ---- parts of the planner ------------------------------------------------------------------------------------------
+# ---- parts of the planner --------------------------------------------------------------------------------------------
 
 
 class _OnlineWorkers:
@@ -355,7 +356,7 @@ class _Queue:
         self.reason_at = -math.inf
 
     def inform(self, vm: VM) -> None:
-        """Have a VM told the reason, unless its status message is the reason already."""
+        """Mark a VM as uninformed, unless its status message is the reason already."""
         if not self.reason or vm.state.status_message != self.reason:
             self.uninformed[vm.name] = None
 
@@ -513,7 +514,7 @@ class _Placement:
         return found
 
 
-# ---- the planner ---------------------------------------------------------------------------------------------------
+# ---- the planner -----------------------------------------------------------------------------------------------------
 
 
 class Planner:

@@ -103,7 +103,7 @@ def used_resources(snapshot: Snapshot) -> Counter[tuple[str, str]]:
     return total
 
 
-# ---- the properties ------------------------------------------------------------------------------------------------
+# ---- the properties --------------------------------------------------------------------------------------------------
 
 
 def overcommitted(before: Snapshot, decided: Plan) -> list[str]:
@@ -270,7 +270,7 @@ def test_plans_of_random_clusters_have_all_properties(snapshot: Snapshot) -> Non
     assert {wrong.__name__: found for wrong in PROPERTIES if (found := wrong(snapshot, decided))} == {}
 
 
-# ---- damaged plans -------------------------------------------------------------------------------------------------
+# ---- damaged plans ---------------------------------------------------------------------------------------------------
 
 
 def assign_one_more(snapshot: Snapshot, decided: Plan) -> Plan:
@@ -357,7 +357,7 @@ def test_damaged_plan_violates_its_property(wrong: Property, damage: Callable[[S
     find(snapshots(), caught, settings=settings(QUICK, max_examples=1_000, phases=[Phase.generate]))
 
 
-# ---- plans one after another ---------------------------------------------------------------------------------------
+# ---- plans one after another -----------------------------------------------------------------------------------------
 
 
 @settings(QUICK, max_examples=500)
@@ -395,7 +395,7 @@ def test_next_at_is_the_first_time_at_which_a_plan_changes_anything(snapshot: Sn
     assert apply(after, plan(after, due), due) != after
 
 
-# ---- the incremental planner -------------------------------------------------------------------------------------------
+# ---- the incremental planner -----------------------------------------------------------------------------------------
 
 
 class KeptPlanner:
@@ -405,15 +405,15 @@ class KeptPlanner:
         self.now = NOW
         self.vms: dict[str, VM] = {}
         self.workers: dict[str, Worker] = {}
-        self.about = replace(snapshot_of([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={})
-        self.planner = Planner(self.about.inputs())
+        self.base = replace(snapshot_of([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={})
+        self.planner = Planner(self.base.inputs())
 
-    def become(self, snapshot: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
+    def change_into(self, snapshot: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
         """Change into another cluster one object at a time, except objects for which `keeps` returns true.
 
         Last contacts and restarts only move forward.
         """
-        last_contact, restarted = self.about.last_contact, self.about.restarted_at
+        last_contact, restarted = self.base.last_contact, self.base.restarted_at
         assert isinstance(last_contact, dict)
         assert isinstance(restarted, dict)
         for uid, at in snapshot.restarted_at.items():
@@ -440,10 +440,10 @@ class KeptPlanner:
             if vm.name not in self.vms or not keeps():
                 self.vms[vm.name] = vm
                 self.planner.put_vm(vm)
-        self.about = replace(self.about, profile=snapshot.profile)
+        self.base = replace(self.base, profile=snapshot.profile)
 
     def snapshot(self) -> Snapshot:
-        return replace(self.about, vms=list(self.vms.values()), workers=dict(self.workers))
+        return replace(self.base, vms=list(self.vms.values()), workers=dict(self.workers))
 
     def repeat_reasons(self) -> None:
         """Have the planner repeat waiting reasons of plans that were not applied."""
@@ -461,7 +461,7 @@ class KeptPlanner:
             after = apply(before, decided, self.now)
             if after == before and decided.capacity:
                 return
-            restarted = self.about.restarted_at
+            restarted = self.base.restarted_at
             assert isinstance(restarted, dict)
             restarted.update(after.restarted_at)
             for old, new in zip(before.vms, after.vms, strict=True):
@@ -473,11 +473,11 @@ class KeptPlanner:
 
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
-def test_incremental_planner_equals_a_new_planner(snapshots_: list[Snapshot], seed: int) -> None:
+def test_incremental_planner_equals_a_new_planner(sequence: list[Snapshot], seed: int) -> None:
     kept, order = KeptPlanner(), random.Random(seed)
-    for snapshot in snapshots_:
+    for snapshot in sequence:
         kept.now += order.choice([REASON_SECONDS, 20, 200])
-        kept.become(snapshot, lambda: order.random() < 0.7)
+        kept.change_into(snapshot, lambda: order.random() < 0.7)
         twice = [kept.planner.plan(kept.now, snapshot.profile) for _ in range(2)]
         assert replace(twice[0], waiting={}, next_at=None) == replace(twice[1], waiting={}, next_at=None)
         kept.repeat_reasons()
@@ -492,11 +492,11 @@ def test_incremental_planner_equals_a_new_planner(snapshots_: list[Snapshot], se
 
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32), st.integers(1, 4))
-def test_limited_plans_end_in_a_settled_cluster(snapshots_: list[Snapshot], seed: int, most: int) -> None:
+def test_limited_plans_end_in_a_settled_cluster(sequence: list[Snapshot], seed: int, most: int) -> None:
     kept, order = KeptPlanner(), random.Random(seed)
-    for snapshot in snapshots_:
+    for snapshot in sequence:
         kept.now += order.choice([REASON_SECONDS, 20, 200])
-        kept.become(snapshot, lambda: order.random() < 0.7)
+        kept.change_into(snapshot, lambda: order.random() < 0.7)
         kept.settle(most)
         kept.now += REASON_SECONDS
         kept.settle(most)
@@ -505,7 +505,7 @@ def test_limited_plans_end_in_a_settled_cluster(snapshots_: list[Snapshot], seed
 
 def test_waiting_reasons_are_renewed_at_most_every_second() -> None:
     kept = KeptPlanner()
-    kept.become(snapshot_of([pending("a")], [worker(vms=0)]))
+    kept.change_into(snapshot_of([pending("a")], [worker(vms=0)]))
     assert kept.planner.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
     kept.planner.put_vm(pending("b"))
     kept.planner.put_worker(worker("x", vms=0))
@@ -520,11 +520,11 @@ def test_waiting_reasons_are_renewed_at_most_every_second() -> None:
 
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
-def test_waiting_reason_of_a_new_vm_equals_that_of_a_plan(snapshots_: list[Snapshot], seed: int) -> None:
+def test_waiting_reason_of_a_new_vm_equals_that_of_a_plan(sequence: list[Snapshot], seed: int) -> None:
     kept, order = KeptPlanner(), random.Random(seed)
-    for snapshot in snapshots_:
+    for snapshot in sequence:
         kept.now += order.choice([REASON_SECONDS, 20, 200])
-        kept.become(snapshot, lambda: order.random() < 0.7)
+        kept.change_into(snapshot, lambda: order.random() < 0.7)
         if order.random() < 0.7:
             kept.settle()
         for old in kept.snapshot().vms:
@@ -539,7 +539,7 @@ def test_waiting_reason_of_a_new_vm_equals_that_of_a_plan(snapshots_: list[Snaps
 
 def test_waiting_reason_is_known_while_equal_vms_wait() -> None:
     kept = KeptPlanner()
-    kept.become(snapshot_of([pending("a")], [worker(vms=0)]))
+    kept.change_into(snapshot_of([pending("a")], [worker(vms=0)]))
     assert kept.planner.waiting_reason(spec()) == ""
     kept.settle()
     assert kept.planner.waiting_reason(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
@@ -551,7 +551,7 @@ def test_waiting_reason_is_known_while_equal_vms_wait() -> None:
     assert kept.planner.waiting_reason(spec()) == ""
 
 
-# ---- determinism ---------------------------------------------------------------------------------------------------
+# ---- determinism -----------------------------------------------------------------------------------------------------
 
 
 @QUICK
@@ -604,7 +604,7 @@ def test_hash_seed_does_not_change_plans() -> None:
     assert planned[0][0] == planned[1][0] == decisions()
 
 
-# ---- random histories -----------------------------------------------------------------------------------------------
+# ---- random histories ------------------------------------------------------------------------------------------------
 
 
 class ClusterHistory(RuleBasedStateMachine):
@@ -617,7 +617,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.snapshot = snapshot_of([], [])
         self.restarts: dict[str, list[float]] = {}
 
-    def change_to(self, **changed: object) -> None:
+    def change_cluster(self, **changed: object) -> None:
         """Change the cluster, then plan and apply until nothing changes."""
         before = used_resources(self.snapshot)
         self.snapshot = replace(self.snapshot, vms=list(self.vms.values()), **changed)  # type: ignore[arg-type]
@@ -642,7 +642,7 @@ class ClusterHistory(RuleBasedStateMachine):
 
     def put(self, vm: VM) -> None:
         self.vms[vm.name] = vm
-        self.change_to()
+        self.change_cluster()
 
     @rule(
         number=st.integers(0, 9),
@@ -660,31 +660,31 @@ class ClusterHistory(RuleBasedStateMachine):
         vm = self.pick(number)
         if vm is not None:
             del self.vms[vm.name]
-            self.change_to()
+            self.change_cluster()
 
     @rule(name=st.sampled_from(NAMES), offered=st.dictionaries(st.sampled_from(RESOURCES), st.integers(0, 3)))
     def register_worker(self, name: str, offered: dict[str, int]) -> None:
         workers = {**self.snapshot.workers, name: Worker(name=name, resources=offered)}
-        self.change_to(workers=workers, last_contact={**self.snapshot.last_contact, name: self.now})
+        self.change_cluster(workers=workers, last_contact={**self.snapshot.last_contact, name: self.now})
 
     @rule(name=st.sampled_from(NAMES), paused=st.booleans())
     def pause_worker(self, name: str, paused: bool) -> None:
         if name in self.snapshot.workers:
             on = replace(self.snapshot.workers[name], scheduling_paused=paused)
-            self.change_to(workers={**self.snapshot.workers, name: on})
+            self.change_cluster(workers={**self.snapshot.workers, name: on})
 
     @rule(name=st.sampled_from(NAMES))
     def delete_worker(self, name: str) -> None:
-        self.change_to(workers={other: on for other, on in self.snapshot.workers.items() if other != name})
+        self.change_cluster(workers={other: on for other, on in self.snapshot.workers.items() if other != name})
 
     @rule(name=st.sampled_from(NAMES))
     def contact_worker(self, name: str) -> None:
-        self.change_to(last_contact={**self.snapshot.last_contact, name: self.now})
+        self.change_cluster(last_contact={**self.snapshot.last_contact, name: self.now})
 
     @rule(seconds=st.sampled_from([1.0, 5.0, 14.0, 15.0, 100.0]))
     def let_time_pass(self, seconds: float) -> None:
         self.now += seconds
-        self.change_to()
+        self.change_cluster()
 
     @rule(
         number=st.integers(0, 9),
@@ -719,7 +719,7 @@ def test_random_cluster_history_never_overcommits() -> None:
     run_state_machine_as_test(ClusterHistory, settings=settings(QUICK, max_examples=40, stateful_step_count=30))
 
 
-# ---- assignment ----------------------------------------------------------------------------------------------------
+# ---- assignment ------------------------------------------------------------------------------------------------------
 
 
 def full_and_empty(**changed: object) -> Snapshot:
@@ -782,7 +782,7 @@ def test_worker_with_reduced_resources_gets_nothing_more_of_them() -> None:
     assert decided.fail == {}
 
 
-# ---- waiting reasons -----------------------------------------------------------------------------------------------
+# ---- waiting reasons -------------------------------------------------------------------------------------------------
 
 
 def test_waiting_reason_counts_every_worker_once() -> None:
@@ -809,7 +809,7 @@ def test_wording_of_waiting_reasons(workers: list[Worker], wanted: dict[str, Any
     assert plan(snapshot_of([pending(**wanted)], workers), NOW).waiting == {"vm": f"waiting: {reason}"}
 
 
-# ---- fail and restart ----------------------------------------------------------------------------------------------
+# ---- fail and restart ------------------------------------------------------------------------------------------------
 
 
 def test_vms_of_deleted_and_offline_workers_fail() -> None:
@@ -879,7 +879,7 @@ def test_restarted_vm_is_assigned_again_in_the_next_plan() -> None:
     assert (vm.state.status, vm.state.worker, vm.state.restart_count) == ("pending", "w", 1)
 
 
-# ---- the next time --------------------------------------------------------------------------------------------------
+# ---- the next time ---------------------------------------------------------------------------------------------------
 
 
 def test_next_at_is_none_when_time_alone_changes_nothing() -> None:
