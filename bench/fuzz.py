@@ -1,11 +1,12 @@
-"""Any bytes, for as long as there is time: none may lead to anything but an answer, a refusal or a close.
+"""Feed arbitrary bytes to the parsers and the server: each input must lead to an answer, a refusal or a close.
 
     ./run bench fuzz [TARGET] [--seconds S] [--seed N] [--steered]
 
-TARGET is `http` (bytes on a connection, WebSocket frames among them), `frames` (of tunnels, which are to mean the same in
-any pieces), `json` (bodies of requests), `lines` (files of the state) or all of them in turn. The bytes are put together at random from what such bytes consist of; with `--steered`
-atheris chooses them by what code they reach (`./run python -m pip install atheris`). Ends with 1 and the bytes at the
-first failure.
+TARGET is `http` (bytes on a connection to the HTTP server, WebSocket frames among them), `frames` (WebSocket frames of
+tunnels, which must give the same events however they are cut), `json` (bodies of requests), `lines` (files of the stored
+state), or by default all of these in turn. The inputs are put together at random from typical fragments. With `--steered`
+atheris chooses them by the code that they reach (`./run python -m pip install atheris`). The first input that fails is
+printed, and the exit status is 1 then.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,12 +29,13 @@ from orchard.codec import ValidationError, decode, parse_json
 from orchard.storage.errors import DamagedError
 from orchard.store import read_state
 
-MOST_WORDS = 12
-MOST_BYTES = 4096  # that atheris tries at once
+MAX_FRAGMENTS = 12
+# The longest input that atheris tries.
+MAX_INPUT = 4096  # bytes
 
 
 def http(data: bytes) -> None:
-    """Half of a byte says into how many pieces the rest is cut."""
+    """Send bytes to the server. The first byte chooses into how many pieces the rest is cut."""
     from test_server import send_anything
 
     parts = 1 + (data[:1] or b"\0")[0] % 8
@@ -42,14 +44,15 @@ def http(data: bytes) -> None:
 
 
 def frames(data: bytes) -> None:
-    """A byte says whose they are, another one how large the pieces are."""
+    """Read frames. The first byte chooses whose they are, the second one the size of the pieces."""
     from test_wsframes import check_same_events_in_pieces
 
-    whose, size = (data[:2] + b"\0\0")[:2]
-    check_same_events_in_pieces(data[2:], range(0, len(data), 1 + size), masked=bool(whose & 1))
+    sender, size = (data[:2] + b"\0\0")[:2]
+    check_same_events_in_pieces(data[2:], range(0, len(data), 1 + size), masked=bool(sender & 1))
 
 
 def json(data: bytes) -> None:
+    """Parse a body, and decode what it contains as each resource."""
     with suppress(ValidationError):
         raw = parse_json(data)
         for read in (
@@ -67,6 +70,7 @@ def json(data: bytes) -> None:
 
 
 def lines(data: bytes) -> None:
+    """Load a file of the stored state."""
     with tempfile.TemporaryDirectory() as home:
         path = Path(home, "state.jsonl")
         path.write_bytes(data)
@@ -74,8 +78,8 @@ def lines(data: bytes) -> None:
             read_state(path)
 
 
-def words_of(target: str) -> list[bytes]:
-    """Give what the bytes of a target consist of."""
+def fragments_of(target: str) -> Sequence[bytes]:
+    """Return the fragments that the inputs of a target are made of."""
     if target == "http":
         from test_server import FRAGMENTS
 
@@ -122,35 +126,37 @@ def words_of(target: str) -> list[bytes]:
 TARGETS: dict[str, Callable[[bytes], None]] = {"http": http, "frames": frames, "json": json, "lines": lines}
 
 
-def at_random(target: str, seconds: float, seed: int) -> bytes | None:
-    """Try random bytes; give those that failed."""
+def fuzz(target: str, seconds: float, seed: int) -> bytes | None:
+    """Try random inputs. Return the first that fails."""
+    fragments = fragments_of(target)
+    # The first input imports the tests that a target uses.
+    TARGETS[target](b"")
     chance, until, tried = random.Random(seed), time.monotonic() + seconds, 0
-    words = words_of(target)
     while time.monotonic() < until:
-        count = chance.randrange(MOST_WORDS)
+        count = chance.randrange(MAX_FRAGMENTS)
         data = b"".join(
-            chance.choice(words) if chance.random() < 0.8 else chance.randbytes(chance.randrange(20))
+            chance.choice(fragments) if chance.random() < 0.8 else chance.randbytes(chance.randrange(20))
             for _ in range(count)
         )
         tried += 1
         try:
             TARGETS[target](data)
-        except Exception:  # noqa: BLE001 -- whatever it is, it is what was looked for
+        except Exception:  # noqa: BLE001 -- any exception is a finding
             traceback.print_exc()
             return data
-    print(f"{target}: {tried:,} tried, none failed; seed {seed}")
+    print(f"{target}: {tried:,} inputs, none failed; seed {seed}")
     return None
 
 
-def steered(target: str, seconds: float, seed: int) -> None:
-    """Have atheris choose the bytes. It ends the process."""
+def fuzz_steered(target: str, seconds: float, seed: int) -> None:
+    """Have atheris choose the inputs. It ends the process."""
     import atheris  # type: ignore[import-untyped]
 
     atheris.instrument_all()
     with tempfile.TemporaryDirectory() as corpus:
-        for number, word in enumerate(words_of(target)):
-            Path(corpus, str(number)).write_bytes(word)
-        options = [f"-max_total_time={seconds:.0f}", f"-seed={seed}", f"-max_len={MOST_BYTES}", "-print_final_stats=1"]
+        for number, fragment in enumerate(fragments_of(target)):
+            Path(corpus, str(number)).write_bytes(fragment)
+        options = [f"-max_total_time={seconds:.0f}", f"-seed={seed}", f"-max_len={MAX_INPUT}", "-print_final_stats=1"]
         atheris.Setup([sys.argv[0], *options, corpus], TARGETS[target])
         atheris.Fuzz()
 
@@ -160,14 +166,14 @@ def main() -> int:
     parser.add_argument("target", nargs="?", choices=list(TARGETS))
     parser.add_argument("--seconds", type=float, default=60, help="for each target; default %(default)s")
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="default: a random one")
-    parser.add_argument("--steered", action="store_true", help="by atheris; needs a TARGET")
+    parser.add_argument("--steered", action="store_true", help="have atheris choose the inputs; needs a TARGET")
     options = parser.parse_args()
     if options.steered:
         if options.target is None:
             parser.error("--steered needs a TARGET")
-        steered(options.target, options.seconds, options.seed)
+        fuzz_steered(options.target, options.seconds, options.seed)
     for target in [options.target] if options.target else TARGETS:
-        failed = at_random(target, options.seconds, options.seed)
+        failed = fuzz(target, options.seconds, options.seed)
         if failed is not None:
             print(f"{target} fails with {failed!r}; seed {options.seed}", file=sys.stderr)
             return 1

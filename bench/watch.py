@@ -1,10 +1,10 @@
-"""What it takes to tell many watchers of one change.
+"""Measure how long it takes until many watchers of a VM have received one change.
 
     ./run bench watch [--watchers N] [--changes N]
 
-All watch the same VM of a controller that is a process of its own, over a connection each. Prints the time from the
-change's request to the arrival of its line at the last watcher, against a bare trio server that sends the same bytes
-over as many connections whenever it gets one byte.
+Each watcher has a connection of its own to a controller in another process. The time is from the request of a change to
+the arrival of its line at the last watcher. The baseline is a bare trio server that sends the same bytes over as many
+connections each time it receives a byte.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RECEIVE_BYTES = 65536
 
 
 class Watchers:
-    """Connections to a server that all get the same lines."""
+    """Connections to a server that all receive the same lines."""
 
     def __init__(self, server: Server, count: int, greeting: bytes) -> None:
         self._poll = select.epoll()
@@ -41,8 +41,8 @@ class Watchers:
             self._poll.register(connection, select.EPOLLIN)
             self._open[connection.fileno()] = connection
 
-    def until_all(self, line: bytes) -> None:
-        """Wait until each has got something that holds the words."""
+    def wait_all(self, line: bytes) -> None:
+        """Wait until each connection has received something that contains `line`."""
         waiting = set(self._open)
         while waiting:
             for descriptor, _ in self._poll.poll():
@@ -50,8 +50,8 @@ class Watchers:
                     waiting.discard(descriptor)
 
 
-async def bare(line: bytes) -> None:
-    """Send a line to all who are connected whenever one of them sends something."""
+async def serve_bare(line: bytes) -> None:
+    """Send a line over all connections each time "!" arrives over one of them."""
     streams: list[trio.SocketStream] = []
 
     async def serve(stream: trio.SocketStream) -> None:
@@ -81,34 +81,34 @@ def main() -> None:
             controller.connect() as user,
             server.connect() as trigger,
         ):
-            watchers = Watchers(controller, options.watchers, watch())
-            watchers.until_all(b"ADDED")
+            watchers = Watchers(controller, options.watchers, watch_request())
+            watchers.wait_all(b"ADDED")
             bare_watchers = Watchers(server, options.watchers, b"?")
 
             numbers = itertools.count()
 
             def change() -> None:
                 number = next(numbers)
-                user.sendall(patch(number))
-                watchers.until_all(b'"generation":%d,' % (number + 2))
+                user.sendall(patch_request(number))
+                watchers.wait_all(b'"generation":%d,' % (number + 2))
                 user.recv(RECEIVE_BYTES)
 
             def change_bare() -> None:
                 trigger.sendall(b"!")
-                bare_watchers.until_all(b"MODIFIED")
+                bare_watchers.wait_all(b"MODIFIED")
 
-            told = Variant(f"{options.watchers:,} watchers told of a change", change, 1, controller.cpu)
-            compare(told, Variant("the same bytes, bare", change_bare, 1, server.cpu), count=options.changes)
-    seconds = sorted(told.seconds)
+            watched = Variant(f"a change to {options.watchers:,} watchers", change, 1, controller.cpu)
+            compare(watched, Variant("the same bytes, bare", change_bare, 1, server.cpu), count=options.changes)
+    seconds = sorted(watched.seconds)
     middle = 1000 * statistics.median(seconds)
-    print(f"to the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})")
+    print(f"until the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})")
 
 
-def watch() -> bytes:
+def watch_request() -> bytes:
     return request("GET", "/v1/vms/vm-0?watch=true", authorization=AUTHORIZATION)
 
 
-def patch(number: int) -> bytes:
+def patch_request(number: int) -> bytes:
     return request("PATCH", "/v1/vms/vm-0", json.dumps({"cpu": 1 + number % 8}).encode(), AUTHORIZATION)
 
 
@@ -118,6 +118,6 @@ if __name__ == "__main__":
 
         from orchard.store import encode_object
 
-        trio.run(bare, b'2f0\r\n{"type":"MODIFIED","object":%b}\n\r\n' % encode_object(running_vm(0)))
+        trio.run(serve_bare, b'2f0\r\n{"type":"MODIFIED","object":%b}\n\r\n' % encode_object(running_vm(0)))
     else:
         main()

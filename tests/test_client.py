@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -167,3 +169,15 @@ async def test_incomplete_frame_of_a_command_is_a_client_error(frame: str) -> No
         with pytest.raises(ClientError, match="of a command"):
             async with client.vms.exec("vm", "true") as command:
                 await anext(command)
+
+
+# ---- imports -------------------------------------------------------------------------------------------------------
+
+
+def test_the_client_imports_nothing_of_the_controller_and_the_worker() -> None:
+    program = "import sys, orchard.client; print(*(name for name in sys.modules if name.startswith('orchard.')))"
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
+    assert {name for name in loaded if name.count(".") == 1} == {
+        *("orchard.client", "orchard.codec", "orchard.files", "orchard.net", "orchard.nursery", "orchard.schema"),
+    }
+    assert "orchard.net.server" not in loaded
