@@ -13,40 +13,41 @@ from orchard.schema import TART_VMS, VM, ServiceAccount, VMReport, Worker, vm_fr
 from orchard.store import Store
 
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
-PER_WORKER = 2  # VMs that a host may run, as Apple's licence has it
+# VMs that a host may run, the limit of Apple's licence.
+PER_WORKER = 2
 TOKEN = "t" * 32
 AUTHORIZATION = "Basic " + base64.b64encode(f"admin:{TOKEN}".encode()).decode()
 
 
 def vm_of(number: int) -> VM:
-    """Give a VM that waits."""
+    """Return a pending VM."""
     spec = vm_from_client({"name": f"vm-{number}", "image": "ghcr.io/cirruslabs/macos-sequoia-base:latest"}, [])[1]
     return transitions.create(f"vm-{number}", f"uid-{number}", spec, NOW + datetime.timedelta(seconds=number))
 
 
-def worker_of(number: int, room: int = PER_WORKER) -> Worker:
-    return Worker(name=f"worker-{number}", resources={TART_VMS: room}, created_at=NOW)
+def worker_of(number: int, capacity: int = PER_WORKER) -> Worker:
+    return Worker(name=f"worker-{number}", resources={TART_VMS: capacity}, created_at=NOW)
 
 
-def running_vm(number: int, room: int = PER_WORKER) -> VM:
-    """Give a VM that runs, beside others on a worker that is full."""
-    assigned = transitions.assign(vm_of(number), worker_of(number // room), NOW)
+def running_vm(number: int, capacity: int = PER_WORKER) -> VM:
+    """Return a running VM. It shares its worker with others, so that the worker is full."""
+    assigned = transitions.assign(vm_of(number), worker_of(number // capacity), NOW)
     return transitions.report(assigned, VMReport(uid=assigned.uid, status="running"), NOW)
 
 
 def fill(store: Store, vms: int, workers: int) -> None:
-    """Put a cluster into a store: the account of AUTHORIZATION, so many workers, and VMs that run on them."""
-    room = max(PER_WORKER, vms // max(1, workers))
+    """Add a cluster to a store: the account of AUTHORIZATION, workers, and VMs that run on them."""
+    capacity = max(PER_WORKER, vms // max(1, workers))
     with store.transaction() as tx:
         tx.put(ServiceAccount(name="admin", token=TOKEN, roles=auth.ROLES, created_at=NOW))
         for number in range(workers):
-            tx.put(worker_of(number, room))
+            tx.put(worker_of(number, capacity))
         for number in range(vms):
-            tx.put(running_vm(number, room))
+            tx.put(running_vm(number, capacity))
 
 
 def prepare(home: Path, vms: int, workers: int) -> None:
-    """Write a cluster into the place where a controller with that ORCHARD_HOME looks for it."""
+    """Write a cluster to the data directory of a controller with ORCHARD_HOME `home`."""
     directory = home / "controller"
     directory.mkdir(mode=0o700)
 

@@ -1,7 +1,7 @@
-"""How the benchmarks measure: variants in turns, medians and ranges, and the ratio to a bare baseline of the same run.
+"""Measuring for the benchmarks: variants in turns, medians and ranges, and the ratio to a baseline of the same run.
 
-Machines are shared and noisy, so an absolute time is only for reading; what counts is the ratio of two things that were
-measured one after the other, again and again.
+Machines are shared and noisy, so absolute times are only a guide. What counts is the ratio of two variants that were
+measured in turns.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ ROUNDS = 5
 
 @dataclass
 class Variant:
-    """Something to measure: what to call, how many operations a call is, and whose processor time counts."""
+    """Something to measure: a function, the number of operations in a call, and the processor time that counts."""
 
     name: str
     run: Callable[[], Awaitable[object] | object]
     operations: int
     cpu: Callable[[], float] = time.process_time
-    seconds: list[float] = field(default_factory=list)  # of each round
+    # Of each round.
+    seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
     async def measure(self) -> None:
@@ -42,35 +43,38 @@ class Variant:
 
     @property
     def rate(self) -> float:
-        """Operations a second, in the median round."""
+        """Operations per second in the median round."""
         return self.operations / statistics.median(self.seconds)
 
 
 async def turns(*variants: Variant, count: int = ROUNDS) -> None:
-    """Measure variants in turns, and show them."""
+    """Measure variants in turns, and print the results."""
     for number in range(count + 1):
         for variant in variants:
             await variant.measure()
-            if number == 0:  # unmeasured: caches, imports, connections
+            # The first round fills caches, imports modules and opens connections.
+            if number == 0:
                 variant.seconds.clear()
                 variant.cpu_seconds.clear()
     show(*variants)
 
 
 def compare(*variants: Variant, count: int = ROUNDS) -> None:
-    """Measure functions in turns that need no loop, or have one of their own, and show them."""
+    """Measure functions without an event loop in turns, and print the results."""
     measuring = turns(*variants, count=count)
     with suppress(StopIteration):
-        measuring.send(None)  # it never waits
+        # It has nothing to wait for, so one step runs it to its end.
+        measuring.send(None)
 
 
 def show(*variants: Variant) -> None:
-    """Print a table. The ratio is that of rates, round by round, to the last variant, which is the baseline."""
+    """Print a table. The ratio compares the rates of each round with those of the last variant, the baseline."""
     base = variants[-1]
     print(f"{'':44}{'a second':>11}{'range':>20}{'CPU s/1,000':>13}{'ratio':>8}{'range':>17}")
     for variant in variants:
         rates = sorted(variant.operations / seconds for seconds in variant.seconds)
-        cpu = 1000 * statistics.fmean(variant.cpu_seconds) / variant.operations  # systems count it in ticks of 10 ms
+        # A mean, because Linux counts the time of another process in ticks of 10 ms.
+        cpu = 1000 * statistics.fmean(variant.cpu_seconds) / variant.operations
         span = f"{rates[0]:,.0f} to {rates[-1]:,.0f}"
         scale = variant.operations / base.operations
         ratios = sorted(scale * theirs / own for own, theirs in zip(variant.seconds, base.seconds, strict=True))
@@ -81,11 +85,12 @@ def show(*variants: Variant) -> None:
 
 
 class Turns(trio.abc.Instrument):
-    """How long each task ran until others got their turn, in seconds."""
+    """Measures the longest step of any task, in seconds."""
 
     def __init__(self) -> None:
         self.longest = 0.0
-        self._began = math.inf  # of the task that adds this to the loop, the beginning is not known
+        # The step that adds this instrument to the loop began earlier, at an unknown time.
+        self._began = math.inf
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         self._began = time.perf_counter()
