@@ -14,7 +14,6 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, Literal
 
 import trio
@@ -25,7 +24,7 @@ from orchard.heartbeat import Lease, backoff_seconds
 from orchard.nursery import Wakeup
 from orchard.schema import VM, Event
 from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, NoSuchVM, NotRunning
-from orchard.vm.instance import Instance
+from orchard.vm.instance import Instance, InstanceHost
 
 # Between two attempts to remove a leftover VM.
 _REMOVE_AGAIN_SECONDS = 10.0
@@ -92,10 +91,11 @@ class Reconciler:
         self._client = client
         self._driver = driver
         self._lease = lease
-        self._stop_vms_on_exit = stop_vms_on_exit
-        self._clock = clock
         self._chance = chance
         self._report_due = Wakeup()
+        self._instance_host = InstanceHost(
+            driver, self._report_due.set, self._send_events, clock, outlives=not stop_vms_on_exit
+        )
         # One event for each leftover VM that runs and could not be ended yet.
         self._leftovers: list[trio.Event] = []
 
@@ -125,7 +125,7 @@ class Reconciler:
     async def report_stopped(self) -> None:
         """Report the VMs that ended with this worker, if the controller can be reached."""
         with suppress(ClientError):
-            for instance in [instance for instance in self.instances.values() if instance.stopped]:
+            for instance in [instance for instance in self.instances.values() if instance.has_unreported_failure]:
                 await self._send_report(instance, instance.report())
 
     async def _send_events(self, vm: VM, events: Sequence[Event]) -> None:
@@ -180,14 +180,14 @@ class Reconciler:
 
     def _adopt_one(self, local: LocalVM, vm: VM, nursery: trio.Nursery) -> None:
         runs = local.state == "running"
-        instance = self._new_instance(vm, runs=runs)
+        instance = self._new_instance(vm, local.state)
         if vm.state.status == "failed":
             instance.fail(vm.state.status_message)
         elif not runs and not is_at_rest(vm, local.state):
             instance.fail(VM_LOST)
         message = "adopted running VM" if runs else "found VM at rest"
         _logger.info(message, extra={"vm": vm.name, "state": local.state})
-        nursery.start_soon(self._tend, instance, instance.adopt if runs else instance.keep)
+        nursery.start_soon(self._tend, instance)
 
     async def _remove_leftover(self, local: LocalVM, nursery: trio.Nursery) -> None:
         """Remove a VM that the controller does not know; if that fails, go on trying in a task of the nursery."""
@@ -252,11 +252,11 @@ class Reconciler:
         for name, action in actions.items():
             if action == "create":
                 instance = self._new_instance(wanted[name])
-                nursery.start_soon(self._tend, instance, partial(instance.tend, slots_free))
+                nursery.start_soon(self._tend, instance, slots_free)
             elif action == "lost":
                 instance = self._new_instance(wanted[name])
                 instance.fail(VM_LOST)
-                nursery.start_soon(self._tend, instance, instance.keep)
+                nursery.start_soon(self._tend, instance)
 
     async def _fetch_wanted(self) -> dict[str, VM]:
         """Return the VMs that are assigned to this worker, by their local names. Raises ClientError."""
@@ -296,25 +296,17 @@ class Reconciler:
                 instance.reported = None
                 self._report_due.set()
 
-    def _new_instance(self, vm: VM, *, runs: bool = False) -> Instance:
-        instance = Instance(
-            vm,
-            self._driver,
-            changed=self._report_due.set,
-            send_events=self._send_events,
-            clock=self._clock,
-            runs=runs,
-            outlives=not self._stop_vms_on_exit,
-        )
+    def _new_instance(self, vm: VM, found: LocalState | None = None) -> Instance:
+        instance = Instance(vm, self._instance_host, found=found)
         self.instances[instance.name] = instance
         return instance
 
-    async def _tend(self, instance: Instance, task: Callable[[], Any]) -> None:
+    async def _tend(self, instance: Instance, after: Sequence[trio.Event] = ()) -> None:
         try:
-            await task()
+            await instance.tend(after)
         finally:
             # A VM that was ended with the worker is still to be reported.
-            if not instance.stopped:
+            if not instance.has_unreported_failure:
                 del self.instances[instance.name]
 
 

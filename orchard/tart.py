@@ -1,26 +1,23 @@
-"""The `tart` command line. Law: processes; the only room that knows tart.
+"""The `tart` command line, and its Linux sister `vetu`, which has fewer flags.
 
-`TartDriver` makes each verb one call of `tart` (or of `vetu`, its Linux sister, which has fewer flags). Pure functions
-make the argument list and read the output; `_execute` is the one place where a process lives. It gives the process a
-session of its own, so that a Ctrl-C on the worker's terminal does not hit it, reads both of its pipes from start to
-end but keeps only their tails, and asks it to end with SIGINT before it kills its group. All verbs but `run` end by
-themselves, within VERB_SECONDS unless they transfer an image.
+`TartDriver` makes each verb one call of the program. Pure functions make the argument lists and read the output. How
+programs are run and ended is in vm/processes.py. Every verb but `run` ends by itself, within VERB_SECONDS unless it
+transfers an image.
 
-`tart run` stays in the foreground and *is* the VM, so a guard (supervisor.py) has it, and neither this driver nor its end
-touch it: `run` and `attach` only look on. What outlives a worker is in files below `home`:
+`tart run` stays in the foreground and *is* the VM. So a supervisor (vm/supervisor.py) owns it; `run` and `attach` only
+observe the supervisor, and the VM outlives this driver. These files below `home` outlive the worker:
 
-    NAME.run, NAME.log   what NAME's guard writes
-    NAME.note            what the worker wants to remember of NAME
-    lease                until when VMs may run that could be started elsewhere
-    calls/               a file for each call under way, locked as long as that lives, with the number of its process
-                         group: `recover` ends those that a killed worker has left
+    NAME.run, NAME.log   the record and the log of NAME's supervisor
+    NAME.note            the worker's note about NAME
+    lease                until when leased VMs may run
+    calls/               a locked file for each call under way, with its process number (see `processes.Calls`)
 
-Here too is what a worker asks of its Mac once, at start-up: the machine's id and the leases of the DHCP server.
+This module also reads what a worker needs to know about its Mac at start-up: the machine's id, and for how long the
+DHCP server lends addresses.
 """
 
 from __future__ import annotations
 
-import fcntl
 import ipaddress
 import json
 import logging
@@ -28,22 +25,19 @@ import math
 import os
 import plistlib
 import re
-import secrets
 import shutil
 import signal
-import subprocess
 import sys
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from xml.parsers.expat import ExpatError
 
 import trio
 
+from orchard.nursery import Wakeup
 from orchard.schema import ARCHIVE, Runtime
-from orchard.vm import script as ssh_script
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
@@ -51,41 +45,54 @@ from orchard.vm.driver import (
     LocalVM,
     NoSuchVM,
     NotRunning,
+    OnLine,
     Progress,
     RunOptions,
-    ScriptFailed,
+    Script,
     SharedDir,
     operand,
 )
+from orchard.vm.processes import (
+    KILL_SECONDS,
+    LOOK_SECONDS,
+    STOP_SECONDS,
+    Calls,
+    Completed,
+    is_locked,
+    last_line,
+    presentable,
+    run,
+    signal_group,
+    wait_unlocked,
+)
+from orchard.vm.script import SSHServer, run_over_ssh
 
-VERB_SECONDS = 300.0  # for a verb that transfers no image; the longest writes a big VM's memory to the disk
-STOP_SECONDS = 30.0  # between asking a guest to shut down and pulling the plug, as for `tart stop`
-IP_SECONDS = 60  # a macOS guest asks for its address some seconds after its boot
-AGENT_SECONDS = 5  # for a guest agent to answer; images without one never do
-DRAIN_SECONDS = 1.0  # for the end of the output once the process ended: its own child may hold the pipe open
-OUTPUT_BYTES = 1024 * 1024  # kept of each pipe; `tart list` says some 200 bytes a VM
-ABSENT = 2  # exit status of tart when there is no such VM, or it does not run
-MACHINE_ID_SECONDS = 10.0  # for ioreg
-READ_BYTES = 64 * 1024  # what a pipe holds
-MAX_PROGRESS = 4096  # bytes of an unfinished line in which a percentage is looked for
-WATCH_SECONDS = 0.25  # between two looks whether a VM runs; each is an open and a flock
-LOOK_SECONDS = 0.01  # the same, where somebody waits for it
-KILL_SECONDS = 5.0  # for a killed process to be gone
-NOT_FOUND, CANNOT_RUN = 127, 126  # exit status of a shell that was to run something
-KINDS = ("run", "log", "note", "new")  # of files about a VM
-CALLS, LEASE = "calls", "lease"
-MAX_LEASE = 3600  # seconds for which macOS may lend an address before it runs out of them
+# For a verb that transfers no image. The longest one writes a big VM's memory to the disk.
+VERB_SECONDS = 300.0  # seconds
+# A macOS guest asks for its address some seconds after its boot.
+_IP_SECONDS = 60  # seconds
+# For a guest agent to answer. In an image without an agent none ever does.
+_AGENT_SECONDS = 5  # seconds
+# Between two looks whether a VM still runs. Each is an open and a flock.
+_WATCH_SECONDS = 0.25  # seconds
+_MACHINE_ID_SECONDS = 10.0  # seconds
+# tart's exit status when the VM does not exist or does not run.
+_ABSENT = 2
+# Of an unfinished line in which a percentage is searched.
+_PROGRESS_BYTES = 4096  # bytes
+# The suffixes of the files about a VM.
+_KINDS = ("run", "log", "note", "new")
+# With longer leases macOS runs out of addresses.
+_MAX_DHCP_LEASE = 3600  # seconds
 
-INSTALL: Mapping[Runtime, str] = {
+_INSTALL: Mapping[Runtime, str] = {
     "tart": "brew install cirruslabs/cli/tart",
     "vetu": "https://github.com/cirruslabs/vetu",
 }
-DHCP_PLIST = Path("/Library/Preferences/SystemConfiguration/com.apple.InternetSharing.default.plist")
-MACHINE_ID = Path("/etc/machine-id")
-# A shell writes its number where the next worker can read it, and becomes the program, which keeps the lock's descriptor.
-_KNOWN = 'echo "$$" >&0; exec "$@" 3<&0 </dev/null'
-# The guard as a program, by the Python at hand and without the user's site-packages; out of a zip archive, too.
-_GUARD = (
+_DHCP_PLIST = Path("/Library/Preferences/SystemConfiguration/com.apple.InternetSharing.default.plist")
+_MACHINE_ID = Path("/etc/machine-id")
+# The supervisor as a program: run by the Python at hand, without the user's site-packages, also from a zip archive.
+_SUPERVISOR = (
     "-ISc",
     "import sys; sys.path.insert(0, sys.argv[1]); from orchard.vm import supervisor; sys.exit(supervisor.main(sys.argv[2:]))",
     str(Path(__file__).parent.parent),
@@ -95,18 +102,19 @@ _PLATFORM_UUID = re.compile(rb'"IOPlatformUUID" = "([0-9A-Fa-f-]{36})"')
 
 _logger = logging.getLogger("orchard.tart")
 
-# ---- arguments and answers -----------------------------------------------------------------------------------------
+# ---- arguments and output ------------------------------------------------------------------------------------------
 
 
 def find_tart(path: str | None, runtime: Runtime) -> str:
-    """Give the path of the `tart` (or `vetu`) program: `path` if given, else the one on PATH. Raises DriverError."""
+    """Return the path of the `tart` (or `vetu`) program: `path` if given, else the one on PATH. Raises DriverError."""
     if found := shutil.which(path or runtime):
-        return str(Path(found).absolute())  # guards work in another directory
+        # Absolute, since supervisors work in another directory.
+        return str(Path(found).absolute())
     if path:
-        raise DriverError(f"{path} is no program that can be run, expected {runtime}; correct --tart")
+        raise DriverError(f"{path} is not an executable program, expected {runtime}; correct --tart")
     raise DriverError(
         f"there is no {runtime} on PATH ({os.environ.get('PATH', '')}):"
-        f" install it ({INSTALL[runtime]}), or say where it is with --tart PATH"
+        f" install it ({_INSTALL[runtime]}), or name it with --tart PATH"
     )
 
 
@@ -119,7 +127,7 @@ def set_arguments(
     random_mac: bool = False,
     random_serial: bool = False,
 ) -> list[str]:
-    """Give the arguments of `tart set`, or none at all when there is nothing to set."""
+    """Return the arguments of `tart set`, or an empty list when there is nothing to set."""
     numbers = (("--cpu", cpu), ("--memory", memory), ("--disk-size", disk_size))
     words = [word for flag, number in numbers if number for word in (flag, str(number))]
     words += ["--random-mac"] * random_mac + ["--random-serial"] * random_serial
@@ -127,7 +135,7 @@ def set_arguments(
 
 
 def run_arguments(name: str, options: RunOptions) -> list[str]:
-    """Give the arguments of `tart run`. Raises DriverError for what they cannot express."""
+    """Return the arguments of `tart run`. Raises DriverError for options that they cannot express."""
     words = ["run"]
     words += ["--no-graphics"] * options.headless
     words += ["--net-softnet"] * bool(options.softnet or options.softnet_allow or options.softnet_block)
@@ -147,7 +155,7 @@ def run_arguments(name: str, options: RunOptions) -> list[str]:
 
 def _network(flag: str, network: str) -> str:
     if "," in network:
-        raise DriverError(f'{flag} is given "{network}", expected one network, without a comma')
+        raise DriverError(f'{flag} is "{network}", expected one network, without a comma')
     return operand(f"network of {flag}", network)
 
 
@@ -161,17 +169,17 @@ def _dir_flag(shared: SharedDir) -> str:
 
 
 def missing_in_vetu(options: RunOptions) -> str:
-    """Give what of the options vetu does not have, in words ("": nothing)."""
+    """Return the names of the features among the options that vetu does not have, or ""."""
     wanted = {
         "Softnet": options.softnet or options.softnet_allow or options.softnet_block,
         "suspending": options.suspendable,
         "shared directories": options.dirs,
     }
-    return ", ".join(what for what, asked in wanted.items() if asked)
+    return ", ".join(feature for feature, asked in wanted.items() if asked)
 
 
 def parse_list(output: bytes) -> list[LocalVM]:
-    """Read what `tart list --source local --format json` prints. Raises ValueError."""
+    """Read the output of `tart list --source local --format json`. Raises ValueError."""
     listed = json.loads(output)
     if not isinstance(listed, list):
         raise ValueError("not a list")
@@ -181,12 +189,12 @@ def parse_list(output: bytes) -> list[LocalVM]:
             case {"Name": str(name), "State": "running" | "suspended" | "stopped" as state}:
                 vms.append(LocalVM(name, state))
             case _:
-                raise ValueError(f"not a VM: {ssh_script.presentable(repr(item))}")
+                raise ValueError(f"not a VM: {presentable(repr(item))}")
     return vms
 
 
 class Percentage:
-    """Finds `N%` in the output of a transfer, and reports each number that differs from the one before."""
+    """Finds `N%` in the output of a transfer, and reports each number that differs from the last."""
 
     def __init__(self, report: Progress) -> None:
         self._report = report
@@ -195,7 +203,7 @@ class Percentage:
 
     def feed(self, data: bytes) -> None:
         *lines, rest = re.split(rb"[\r\n]", self._open + data)
-        self._open = rest[-MAX_PROGRESS:]
+        self._open = rest[-_PROGRESS_BYTES:]
         for line in lines:
             for number in _PERCENT.findall(line):
                 percent = min(int(number), 100)
@@ -204,93 +212,24 @@ class Percentage:
                     self._report(percent)
 
 
-def failure(program: str, verb: str, status: int, complaint: bytes) -> DriverError:
-    """Make the error for a call that ended with another status than 0, out of the last line of its stderr."""
-    line = ssh_script.last_line(complaint) or f"{program} {verb} failed with exit status {status}"
-    if "does not exist" in line or (status == ABSENT and verb in ("clone", "delete")):
+def verb_error(program: str, verb: str, status: int, stderr: bytes) -> DriverError:
+    """Return the error for a call that ended with another exit status than 0, from the last line of its stderr."""
+    line = last_line(stderr) or f"{program} {verb} failed with exit status {status}"
+    if "does not exist" in line or (status == _ABSENT and verb in ("clone", "delete")):
         return NoSuchVM(line)
-    if status == ABSENT and verb in ("stop", "suspend"):
+    if status == _ABSENT and verb in ("stop", "suspend"):
         return NotRunning(line)
     return DriverError(line)
 
 
-# ---- processes -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """How a process ended, and the last OUTPUT_BYTES of its output."""
-
-    status: int
-    stdout: bytes
-    stderr: bytes
-
-
-async def _execute(
-    command: Sequence[str],
-    *,
-    env: Mapping[str, str] | None = None,
-    stdin: int = subprocess.DEVNULL,
-    on_output: Callable[[bytes], None] = lambda _: None,
-) -> Ended:
-    """Run a program to its end. Cancelled: SIGINT, after STOP_SECONDS SIGKILL to its group, and it is reaped.
-
-    `on_output` sees the bytes of both pipes as they come. Raises DriverError when it cannot be started.
-    """
-    pipe = subprocess.PIPE
-    try:
-        process = await trio.lowlevel.open_process(
-            command, stdin=stdin, stdout=pipe, stderr=pipe, env=env, start_new_session=True
-        )
-    except OSError as error:
-        raise DriverError(f"cannot run {command[0]}: {error.strerror}") from error
-    assert process.stdout is not None
-    assert process.stderr is not None
-    stdout, stderr = bytearray(), bytearray()
-    # Both pipes are read until the process has ended, cancelled or not: what is told to end may have something to say,
-    # and would die of a pipe that nobody reads before it has put its things in order.
-    reading = trio.CancelScope(shield=True)
-
-    async def read_both(streams: Sequence[tuple[trio.abc.ReceiveStream, bytearray]]) -> None:
-        with reading:
-            async with trio.open_nursery() as readers:
-                for stream, tail in streams:
-                    readers.start_soon(_read, stream, tail, on_output)
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(read_both, [(process.stdout, stdout), (process.stderr, stderr)])
-        try:
-            await process.wait()
-        finally:
-            await _end(process)
-            reading.deadline = trio.current_time() + DRAIN_SECONDS
-    assert process.returncode is not None
-    return Ended(process.returncode, bytes(stdout), bytes(stderr))
-
-
-async def _read(pipe: trio.abc.ReceiveStream, tail: bytearray, on_output: Callable[[bytes], None]) -> None:
-    async with pipe:
-        while data := await pipe.receive_some(READ_BYTES):
-            on_output(bytes(data))
-            tail += data
-            del tail[:-OUTPUT_BYTES]
-
-
-async def _end(process: trio.Process) -> None:
-    """Have a process end and reap it, if it did not yet; whether or not cancelled."""
-    if process.returncode is None:
-        process.send_signal(signal.SIGINT)
-        with trio.move_on_after(STOP_SECONDS, shield=True):
-            await process.wait()
-    if process.returncode is None:
-        await ssh_script.kill_group(process)
+# ---- the driver ----------------------------------------------------------------------------------------------------
 
 
 class TartDriver:
-    """VMs by the `tart` program at `path`, or by `vetu`, with scripts over SSH. Makes no I/O until asked.
+    """VMs by the `tart` program at `path`, or by `vetu`, with scripts over SSH. Performs no I/O before the first verb.
 
-    `home` is this driver's directory: one that another worker has written to tells it which VMs run. `env` adds to the
-    worker's environment, which tart gets. `stop_seconds`: how long a guest may take to shut down.
+    `home` is the driver's directory; with the directory of an earlier worker the driver knows which VMs run. `env` is
+    added to the worker's environment for tart. A guest that has not shut down after `stop_seconds` is killed.
     """
 
     def __init__(
@@ -310,16 +249,17 @@ class TartDriver:
         self._program = "vetu" if vetu else "tart"
         self._stop_seconds = stop_seconds
         self._env = dict(env or {})
-        self._look = trio.Event()  # that a VM may have ended
+        # Set when a VM has ended by an order of this driver, so that `run` and `attach` see it at once.
+        self._ended = Wakeup()
 
     async def list_vms(self) -> list[LocalVM]:
         output = await self._call("list", "--source", "local", "--format", "json")
         try:
             found = parse_list(output)
         except ValueError as error:
-            raise DriverError(f"cannot read what {self._program} list prints: {error}") from error
-        # One that was started a moment ago runs, even if tart does not say so yet.
-        return [LocalVM(vm.name, "running") if self._guarded(vm.name) else vm for vm in found]
+            raise DriverError(f"cannot read the output of {self._program} list: {error}") from error
+        # A VM that was started a moment ago runs, even if tart does not list it as running yet.
+        return [LocalVM(vm.name, "running") if self._is_supervised(vm.name) else vm for vm in found]
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         await self._transfer(on_progress, "pull", operand("image", image))
@@ -342,7 +282,7 @@ class TartDriver:
         random_serial: bool = False,
     ) -> None:
         if random_serial:
-            self._refuse("random serial numbers")
+            self._refuse_on_vetu("random serial numbers")
         words = set_arguments(
             name, cpu=cpu, memory=memory, disk_size=disk_size, random_mac=random_mac, random_serial=random_serial
         )
@@ -354,186 +294,174 @@ class TartDriver:
     async def run(
         self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        self._refuse(missing_in_vetu(options))
+        self._refuse_on_vetu(missing_in_vetu(options))
         command = [self._path, *run_arguments(name, options)]
-        lease = str(self._home / LEASE) if options.leased else ""
+        lease = str(self._home / "lease") if options.leased else ""
         files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
-        start = [sys.executable, *_GUARD, *files, f"{self._stop_seconds:g}", *command]
-        ended = await self._execute(start, what="run")
-        if ended.status:
-            if ended.status != supervisor.REFUSED:  # it was killed, and nobody knows how far it had come
-                await self._end_for_certain(name)
-            raise DriverError(ssh_script.last_line(ended.stderr) or f"the guard of the VM ended with {ended.status}")
+        start = [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}", *command]
+        completed = await self._run_program(start, label="run")
+        if completed.status:
+            # Another status than REFUSED: the start was killed, and it is unknown whether a VM runs.
+            if completed.status != supervisor.REFUSED:
+                await self._stop_unsupervised(name)
+            line = last_line(completed.stderr)
+            raise DriverError(line or f"the start of the VM's supervisor ended with status {completed.status}")
         task_status.started()
-        await self._until_ended(name)
+        await self._wait_ended(name)
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        if not self._guarded(name):
+        if not self._is_supervised(name):
             raise NotRunning(f'VM "{name}" is not running, or was not started by a worker with this directory')
         task_status.started()
-        await self._until_ended(name)
+        await self._wait_ended(name)
 
-    async def _until_ended(self, name: str) -> None:
-        """Wait until a VM's guard is gone. Raises DriverError when the VM did not simply shut down or was stopped."""
-        while (end := self._end_of(name)) is None:
-            with trio.move_on_after(WATCH_SECONDS):
-                await self._look.wait()
-        if end.order == "lease":
+    async def _wait_ended(self, name: str) -> None:
+        """Wait until a VM's supervisor has ended. Raises DriverError unless the VM shut down or was stopped."""
+        while (record := self._final_record(name)) is None:
+            with trio.move_on_after(_WATCH_SECONDS):
+                await self._ended.wait()
+        if record.order == "lease":
             raise DriverError(LEASE_OVER)
-        if end.status is None:
-            await self._end_for_certain(name)
-            raise DriverError("the process that watched over the VM was killed")
-        if end.status and end.order != "stop":
-            raise failure(self._program, "run", end.status, self._said(name))
+        if record.status is None:
+            await self._stop_unsupervised(name)
+            raise DriverError("the supervisor of the VM was killed")
+        if record.status and record.order != "stop":
+            log = b""
+            with suppress(OSError):
+                log = self._file(name, "log").read_bytes()
+            raise verb_error(self._program, "run", record.status, log)
 
-    def _end_of(self, name: str) -> supervisor.Record | None:
-        """Give what a VM's guard has left; None as long as it lives, or nobody can tell (for want of a descriptor)."""
+    def _final_record(self, name: str) -> supervisor.Record | None:
+        """Return the record of a VM whose supervisor has ended.
+
+        None while the supervisor lives, and when that is unknown because the worker has no file descriptor left.
+        """
         with suppress(DriverError):
-            if not self._guarded(name):
+            if not self._is_supervised(name):
                 return self._record(name)
         return None
 
-    async def _end_for_certain(self, name: str) -> None:
-        """Return when a VM does not run any more whose guard was killed, or whoever started that."""
+    async def _stop_unsupervised(self, name: str) -> None:
+        """Stop a VM whose supervisor was killed, or whose start was, and return when it does not run any more."""
         while True:
             try:
-                if not self._guarded(name):
-                    _kill_orphan(self._record(name))  # tart may not know of it yet
+                # tart may not know the VM as running yet.
+                if not self._is_supervised(name):
+                    _kill_unsupervised(self._record(name))
                 await self.stop(name)
                 return
             except (NotRunning, NoSuchVM):
                 return
             except DriverError as error:
-                _logger.error("a VM without a guard could not be stopped", extra={"vm": name, "reason": str(error)})
+                _logger.error("cannot stop a VM without supervisor, retrying", extra={"vm": name, "reason": str(error)})
                 await trio.sleep(KILL_SECONDS)
-
-    def _said(self, name: str) -> bytes:
-        with suppress(OSError):
-            return self._file(name, "log").read_bytes()
-        return b""
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
         operand("VM name", name)
-        deadline = trio.current_time() + IP_SECONDS
+        deadline = trio.current_time() + _IP_SECONDS
         while True:
             try:
-                return await self._found_ip(name, bridged=bridged)
+                return await self._look_up_ip(name, bridged=bridged)
             except NoSuchVM:
                 raise
             except DriverError:
-                # tart may say at once, and not only when it has waited, that a VM has none that is just being started.
-                if trio.current_time() >= deadline or not self._guarded(name):
+                # While a VM starts, tart may fail at once instead of waiting for the address.
+                if trio.current_time() >= deadline or not self._is_supervised(name):
                     raise
-            await trio.sleep(WATCH_SECONDS)
+            await trio.sleep(_WATCH_SECONDS)
 
-    async def _found_ip(self, name: str, *, bridged: bool) -> str:
+    async def _look_up_ip(self, name: str, *, bridged: bool) -> str:
         if not bridged:
-            return await self._ip(name, "--wait", str(IP_SECONDS))
+            return await self._tart_ip(name, "--wait", str(_IP_SECONDS))
         try:
-            return await self._ip(name, "--resolver", "agent", "--wait", str(AGENT_SECONDS))
+            return await self._tart_ip(name, "--resolver", "agent", "--wait", str(_AGENT_SECONDS))
         except NoSuchVM:
             raise
-        except DriverError:  # the image has no agent: ask the host's own table of neighbours
-            return await self._ip(name, "--resolver", "arp")
+        except DriverError:
+            # The image has no guest agent: use the host's ARP table.
+            return await self._tart_ip(name, "--resolver", "arp")
 
-    async def _ip(self, name: str, *words: str) -> str:
+    async def _tart_ip(self, name: str, *words: str) -> str:
         answer = (await self._call("ip", name, *words)).decode("utf-8", "replace").strip()
         try:
             return str(ipaddress.ip_address(answer))
         except ValueError as error:
-            said = ssh_script.presentable(answer)
-            raise DriverError(f'{self._program} ip answers "{said}" for {name}, expected an address') from error
+            raise DriverError(
+                f'{self._program} ip printed "{presentable(answer)}" for {name}, expected an IP address'
+            ) from error
 
     async def stop(self, name: str) -> None:
         operand("VM name", name)
-        if not self._guarded(name):  # it rests, or somebody else has started it
+        # A VM without a supervisor is at rest, or another program has started it.
+        if not self._is_supervised(name):
             await self._call("stop", name, "--timeout", f"{math.ceil(self._stop_seconds)}")
             return
         with trio.move_on_after(KILL_SECONDS):
-            while not self._signal_guard(name, signal.SIGTERM):  # noqa: ASYNC110 -- it writes its number down soon
+            # A supervisor that has just started has not written its number yet.
+            while not self._signal_supervisor(name, signal.SIGTERM):  # noqa: ASYNC110
                 await trio.sleep(LOOK_SECONDS)
-        await self._gone(name, self._stop_seconds + KILL_SECONDS)
+        await self._wait_unsupervised(name, self._stop_seconds + KILL_SECONDS)
 
     async def suspend(self, name: str) -> None:
-        self._refuse("suspending")
-        deadline = trio.current_time() + IP_SECONDS
+        self._refuse_on_vetu("suspending")
+        deadline = trio.current_time() + _IP_SECONDS
         while True:
             try:
                 await self._call("suspend", operand("VM name", name))
                 break
             except NotRunning as error:
-                if not self._guarded(name):
+                # While a VM starts, tart does not know yet that it runs.
+                if not self._is_supervised(name):
                     raise
                 if trio.current_time() >= deadline:
-                    raise DriverError(f"it runs and cannot be suspended: {error}") from error
-            await trio.sleep(WATCH_SECONDS)  # it is just being started, and tart does not know it yet
-        await self._gone(name, VERB_SECONDS)  # as long as the state may take to be saved
+                    raise DriverError(f"VM {name} runs, but cannot be suspended: {error}") from error
+            await trio.sleep(_WATCH_SECONDS)
+        # Saving the memory of a big VM takes minutes.
+        await self._wait_unsupervised(name, VERB_SECONDS)
 
-    async def _gone(self, name: str, seconds: float) -> None:
-        """Wait until a VM that was told to end has, and let others see it at once. Raises DriverError."""
-        if not await _unlocked(self._file(name, "run"), seconds):
-            self._signal_guard(name, signal.SIGKILL)
-            raise DriverError(f"VM {name} did not end within {seconds:g} seconds, and was killed")
-        self._look.set()
-        self._look = trio.Event()
+    async def _wait_unsupervised(self, name: str, seconds: float) -> None:
+        """Wait until a VM that was told to end has ended, and wake `run` and `attach`.
+
+        Kills the VM and raises DriverError if that takes longer than `seconds`.
+        """
+        if not await wait_unlocked(self._file(name, "run"), seconds):
+            self._signal_supervisor(name, signal.SIGKILL)
+            raise DriverError(f"VM {name} did not end within {seconds:g} seconds and was killed")
+        self._ended.set()
 
     async def delete(self, name: str) -> None:
-        # To tart, one that is just being started does not run, and it may come back after its deletion.
-        if self._guarded(operand("VM name", name)):
+        # tart would delete a VM that is being started, and the VM might come up after its deletion.
+        if self._is_supervised(operand("VM name", name)):
             raise DriverError(f'VM "{name}" is running')
         gone: NoSuchVM | None = None
         try:
             await self._call("delete", name)
-        except NoSuchVM as error:  # an earlier call may have been cut off before it cleared up here
+        except NoSuchVM as error:
+            # An earlier deletion may have been cancelled before it deleted the files.
             gone = error
-        for kind in KINDS:
+        for kind in _KINDS:
             self._file(name, kind).unlink(missing_ok=True)
         if gone is not None:
             raise gone
 
-    async def run_script(
-        self,
-        name: str,
-        script: str,
-        *,
-        env: Mapping[str, str],
-        username: str,
-        password: str,
-        bridged: bool,
-        on_line: Callable[[str], Awaitable[None]],
-    ) -> None:
-        host = await self.ip(name, bridged=bridged)
-        try:
-            end = await ssh_script.run_script(
-                host,
-                self._ssh_port,
-                username=username,
-                password=password,
-                script=script,
-                env=env,
-                on_line=on_line,
-            )
-        except (ssh_script.SSHError, ValueError) as error:
-            raise DriverError(str(error)) from error
-        if end.exit_code:
-            raise ScriptFailed(end.exit_code, end.last_line)
+    async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
+        host = await self.ip(name, bridged=script.bridged)
+        await run_over_ssh(SSHServer(host, self._ssh_port), script, on_line)
 
     async def recover(self) -> None:
-        calls = [path for path in self._directory(CALLS).iterdir() if path.is_file()]
-        for number, patience in ((signal.SIGINT, self._stop_seconds), (signal.SIGKILL, KILL_SECONDS)):
-            await _end_calls(calls, number, patience)
-        for path in calls:
-            path.unlink(missing_ok=True)
+        await self._calls().end_left(self._stop_seconds)
+        # Files about VMs that another program has deleted.
         names = {vm.name for vm in await self.list_vms()}
-        for path in self._home.iterdir():  # of VMs that somebody else has deleted
-            if path.suffix[1:] in KINDS and path.stem not in names and not self._guarded(path.stem):
+        for path in self._home.iterdir():
+            if path.suffix[1:] in _KINDS and path.stem not in names and not self._is_supervised(path.stem):
                 path.unlink(missing_ok=True)
 
     def lease(self, soft: float, hard: float) -> None:
+        path = self._directory() / "lease"
         try:
-            supervisor.write_lease(self._directory() / LEASE, soft, hard)
+            supervisor.write_lease(path, soft, hard)
         except OSError as error:
-            raise DriverError(f"cannot write {self._home / LEASE}: {error.strerror}") from error
+            raise DriverError(f"cannot write {path}: {error.strerror}") from error
 
     def note(self, name: str, text: str) -> None:
         path = self._file(name, "note")
@@ -549,9 +477,9 @@ class TartDriver:
             return self._file(name, "note").read_text()
         return ""
 
-    def _refuse(self, what: str) -> None:
-        if self._vetu and what:
-            raise DriverError(f"vetu has no {what}: such a VM needs a worker with tart")
+    def _refuse_on_vetu(self, features: str) -> None:
+        if self._vetu and features:
+            raise DriverError(f"vetu does not support {features}: such a VM needs a worker with tart")
 
     # -- files
 
@@ -568,118 +496,80 @@ class TartDriver:
             raise DriverError(f'the VM name is "{name}", expected one without a slash')
         return self._directory() / f"{name}.{kind}"
 
-    def _guarded(self, name: str) -> bool:
+    def _is_supervised(self, name: str) -> bool:
+        """Return whether a supervisor of the VM lives. Raises DriverError."""
         path = self._file(name, "run")
         try:
-            return supervisor.is_locked(path)
+            return is_locked(path)
         except OSError as error:
             raise DriverError(f"cannot read {path}: {error.strerror}") from error
 
     def _record(self, name: str) -> supervisor.Record:
         path = self._file(name, "run")
         try:
-            return supervisor.read(path)
+            return supervisor.read_record(path)
         except OSError as error:
             raise DriverError(f"cannot read {path}: {error.strerror}") from error
 
-    def _signal_guard(self, name: str, number: signal.Signals) -> bool:
-        """Send a signal to a VM's guard (SIGKILL to the VM, too); False when its number is not known yet."""
+    def _signal_supervisor(self, name: str, number: signal.Signals) -> bool:
+        """Send a signal to a VM's supervisor, and SIGKILL also to the VM.
+
+        Return True if that was done or the supervisor has ended, False if its number is not known yet.
+        """
         record = self._record(name)
-        if not self._guarded(name):
+        if not self._is_supervised(name):
             return True
-        if not record.guard:
+        if not record.supervisor:
             return False
-        with suppress(ProcessLookupError):  # it lives, so its number is still its own
-            os.kill(record.guard, number)
+        # The supervisor held its lock after the record was read, so the number is still its own.
+        with suppress(ProcessLookupError):
+            os.kill(record.supervisor, number)
             if number == signal.SIGKILL:
                 os.killpg(record.child, number)
         return True
 
-    # -- processes
+    # -- calls
 
-    def _environ(self) -> dict[str, str]:
-        return {**os.environ, "CI": "1", **self._env}  # CI: progress in plain lines
+    def _calls(self) -> Calls:
+        return Calls(self._directory("calls"))
 
-    async def _execute(
-        self, command: Sequence[str], *, what: str, on_output: Callable[[bytes], None] = lambda _: None
-    ) -> Ended:
-        """Run a program to its end, and let the next worker know of it until then. Raises DriverError."""
-        path = self._directory(CALLS) / f"{what}-{secrets.token_hex(8)}"
-        try:
-            with path.open("xb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                ended = await _execute(
-                    ["/bin/sh", "-c", _KNOWN, command[0], *command],
-                    stdin=file.fileno(),
-                    env=self._environ(),
-                    on_output=on_output,
-                )
-        except OSError as error:
-            raise DriverError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            path.unlink(missing_ok=True)
-        if ended.status in (CANNOT_RUN, NOT_FOUND):
-            raise DriverError(f"cannot run {command[0]}: {ssh_script.last_line(ended.stderr)}")
-        return ended
+    async def _run_program(
+        self, command: list[str], *, label: str, on_output: Callable[[bytes], None] | None = None
+    ) -> Completed:
+        # With CI set, tart prints its progress in plain lines.
+        env = {**os.environ, "CI": "1", **self._env}
+        return await self._calls().run(command, label=label, env=env, on_output=on_output)
 
     async def _call(self, verb: str, *words: str) -> bytes:
-        """Run a verb that ends soon, and give its stdout. Raises DriverError."""
+        """Run a verb that ends within VERB_SECONDS, and return its stdout. Raises DriverError."""
         with trio.move_on_after(VERB_SECONDS):
-            ended = await self._execute([self._path, verb, *words], what=verb)
-            if ended.status:
-                raise failure(self._program, verb, ended.status, ended.stderr)
-            return ended.stdout
+            return await self._transfer(None, verb, *words)
         raise DriverError(f"{self._program} {verb} did not end within {VERB_SECONDS:g} seconds")
 
-    async def _transfer(self, on_progress: Progress, verb: str, *words: str) -> None:
-        """Run a verb that may take hours: it is for the caller to lose patience. Raises DriverError."""
-        percentage = Percentage(on_progress)
-        ended = await self._execute([self._path, verb, *words], what=verb, on_output=percentage.feed)
-        if ended.status:
-            raise failure(self._program, verb, ended.status, ended.stderr)
+    async def _transfer(self, on_progress: Progress | None, verb: str, *words: str) -> bytes:
+        """Run a verb that may transfer an image for hours, and return its stdout. Raises DriverError."""
+        on_output = Percentage(on_progress).feed if on_progress is not None else None
+        completed = await self._run_program([self._path, verb, *words], label=verb, on_output=on_output)
+        if completed.status:
+            raise verb_error(self._program, verb, completed.status, completed.stderr)
+        return completed.stdout
 
 
-async def _unlocked(path: Path, seconds: float) -> bool:
-    """Wait until no process has a file locked; False when that takes too long."""
-    with trio.move_on_after(seconds):
-        while supervisor.is_locked(path):  # noqa: ASYNC110 -- nobody tells when a lock ends
-            await trio.sleep(LOOK_SECONDS)
-        return True
-    return False
+def _kill_unsupervised(record: supervisor.Record) -> None:
+    """Kill the VM of a supervisor that was killed.
 
-
-async def _end_calls(calls: Sequence[Path], number: signal.Signals, seconds: float) -> None:
-    """Send a signal to each call under way, as soon as it says who it is, and wait for its end."""
-    told: set[Path] = set()
-    with trio.move_on_after(seconds):
-        while alive := [path for path in calls if supervisor.is_locked(path)]:
-            told.update(path for path in alive if path not in told and _signal_group(path, number))
-            await trio.sleep(LOOK_SECONDS)
-
-
-def _signal_group(path: Path, number: signal.Signals) -> bool:
-    """Send a signal to the process group whose number is in a file; False when that was not written yet."""
-    try:
-        os.killpg(int(path.read_bytes()), number)
-    except ValueError:
-        return False
-    except OSError:
-        pass  # it has just ended
-    return True
-
-
-def _kill_orphan(record: supervisor.Record) -> None:
-    """Kill the VM of a guard that was killed. By its session, its number is told from one that was given away again."""
-    with suppress(ProcessLookupError, PermissionError):  # only the dead are left in it (macOS: not permitted)
-        if record.child and os.getsid(record.child) == record.guard:
-            os.killpg(record.child, signal.SIGKILL)
+    A process number that was given to another process is recognised: the VM is in the supervisor's session.
+    """
+    with suppress(ProcessLookupError):
+        if record.child and os.getsid(record.child) == record.supervisor:
+            signal_group(record.child)
 
 
 # ---- the host ------------------------------------------------------------------------------------------------------
 
 
-def check_dhcp_lease(path: Path = DHCP_PLIST) -> str | None:
-    """Say what is wrong with the time for which macOS lends addresses to VMs, or None when nothing is. Reads a file."""
+def check_dhcp_lease(path: Path = _DHCP_PLIST) -> str | None:
+    """Return a warning if macOS lends DHCP addresses to VMs for too long, else None. Reads a file."""
     remedy = (
         f"VMs may run out of addresses; for leases of ten minutes:"
         f" sudo defaults write {path} bootpd -dict DHCPLeaseTimeSecs -int 600"
@@ -695,24 +585,26 @@ def check_dhcp_lease(path: Path = DHCP_PLIST) -> str | None:
     seconds = bootpd.get("DHCPLeaseTimeSecs") if isinstance(bootpd, dict) else None
     if type(seconds) is not int:
         return f"{path} has no whole number bootpd.DHCPLeaseTimeSecs, so macOS lends each address for a day: {remedy}"
-    if seconds > MAX_LEASE:
-        return f"{path} has a DHCP lease time of {seconds} seconds, expected {MAX_LEASE} or less: {remedy}"
+    if seconds > _MAX_DHCP_LEASE:
+        return f"{path} has a DHCP lease time of {seconds} seconds, expected {_MAX_DHCP_LEASE} or less: {remedy}"
     return None
 
 
-async def machine_id(path: Path = MACHINE_ID) -> str:
-    """Give an identity of this machine that lasts: the one of systemd, of the Mac, or of a network card."""
+async def machine_id(path: Path = _MACHINE_ID) -> str:
+    """Return a permanent id of this machine: from systemd, else from macOS, else from a network card."""
     try:
-        if text := path.read_text("ascii", "replace").strip():  # noqa: ASYNC240 -- a local file of one line
+        if text := path.read_text("ascii", "replace").strip():  # noqa: ASYNC240
             return text
     except OSError:
-        pass  # a Mac has none
-    with trio.move_on_after(MACHINE_ID_SECONDS):
+        # macOS has no such file.
+        pass
+    with trio.move_on_after(_MACHINE_ID_SECONDS):
         try:
-            ended = await _execute(["ioreg", "-rd1", "-c", "IOPlatformExpertDevice"])
-        except DriverError:
-            pass  # no Mac either
+            completed = await run(["ioreg", "-rd1", "-c", "IOPlatformExpertDevice"])
+        except OSError:
+            # Not a Mac.
+            pass
         else:
-            if found := _PLATFORM_UUID.search(ended.stdout):
+            if found := _PLATFORM_UUID.search(completed.stdout):
                 return found[1].decode()
     return f"node-{await trio.to_thread.run_sync(uuid.getnode):012x}"

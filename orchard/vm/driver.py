@@ -1,15 +1,17 @@
-"""What the worker knows of virtual machines: a dozen verbs, and what they raise. Law: no I/O; nothing happens here.
+"""The interface between the worker and what runs VMs on its host: verbs, the values they take, the errors they raise.
 
-Each driver has a room of its own: tart.py for `tart` and `vetu`, synthetic.py for VMs without a hypervisor. Errors have
-texts that are fit for a status message. Every verb can be cancelled at any time: what it started is ended and reaped
-before the cancellation goes on. Only VMs run on: they outlive their worker, and the next one can `attach` to them.
-Nothing but their own end, `stop`, `suspend` and a lease that runs out ends them.
+Two drivers implement `Driver`: orchard/tart.py for `tart` and `vetu`, synthetic.py for VMs without a hypervisor. This
+module performs no I/O.
+
+Every verb can be cancelled at any time. A program that the verb started is ended and reaped before the cancellation
+goes on. Running VMs are the exception: they outlive the worker that started them, and the next worker adopts them with
+`attach`. A running VM ends only by itself, by `stop`, by `suspend`, or when its lease expires.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import trio
@@ -17,29 +19,31 @@ import trio
 LEASE_OVER = "ended by its host, which was cut off from the controller for so long that the VM might run elsewhere"
 
 LocalState = Literal["running", "suspended", "stopped"]
+# Called with a percentage from 0 to 100 whenever it has changed.
 Progress = Callable[[int], None]
+OnLine = Callable[[str], Awaitable[None]]
 
 
 class DriverError(Exception):
-    """A verb failed. str() is the one line that a user wants to see in the VM's status message."""
+    """A verb failed. str() is one line, fit for the VM's status message."""
 
 
-class NoSuchVM(DriverError):  # noqa: N818 -- it states what is the case
+class NoSuchVM(DriverError):  # noqa: N818
     """There is no local VM of that name."""
 
 
-class NotRunning(DriverError):  # noqa: N818 -- likewise
+class NotRunning(DriverError):  # noqa: N818
     """The VM is neither running nor suspended."""
 
 
-class ScriptFailed(DriverError):  # noqa: N818 -- likewise
-    """The startup script ended with another exit status than 0. `last_line` may be ""."""
+class ScriptFailed(DriverError):  # noqa: N818
+    """The startup script ended with an exit status other than 0. `last_line` is its last non-blank line or ""."""
 
     def __init__(self, exit_code: int, last_line: str) -> None:
         self.exit_code = exit_code
         self.last_line = last_line
-        said = f": {last_line}" if last_line else ""
-        super().__init__(f"startup script failed with exit code {exit_code}{said}")
+        quoted = f": {last_line}" if last_line else ""
+        super().__init__(f"startup script failed with exit code {exit_code}{quoted}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,10 @@ class SharedDir:
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What holds for one run of a VM. `bridged` names an interface of the host ("": none)."""
+    """The options of one run of a VM. `bridged` names a network interface of the host, or is "".
+
+    `leased`: the VM ends when the host's lease expires.
+    """
 
     headless: bool = False
     softnet: bool = False
@@ -69,23 +76,34 @@ class RunOptions:
     nested: bool = False
     suspendable: bool = False
     dirs: tuple[SharedDir, ...] = ()
-    leased: bool = False  # it is to end when the lease does
+    leased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A startup script, and how to log in to run it. `bridged`: the VM is on a bridged network (see `Driver.ip`)."""
+
+    text: str
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    username: str = "admin"
+    password: str = field(default="admin", repr=False)
+    bridged: bool = False
 
 
 class Driver(Protocol):
-    """Virtual machines on this host. Every verb raises DriverError, and NoSuchVM where it is given an unknown name."""
+    """The VMs on this host. Every verb raises DriverError, and NoSuchVM when it is given an unknown name."""
 
     async def list_vms(self) -> list[LocalVM]:
-        """Give all local VMs, whoever made them."""
+        """Return all local VMs, including those that other programs made."""
 
     async def pull(self, image: str, on_progress: Progress) -> None:
-        """Bring the newest version of an image to this host. `on_progress` gets a percentage whenever it changed."""
+        """Bring the newest version of an image to this host."""
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
-        """Make the local VM `name` from an image, which is pulled if it must be, or from a local VM."""
+        """Make the local VM `name` from a local VM, or from an image, which is pulled unless it is on this host."""
 
     async def fqn(self, image: str) -> str:
-        """Give a pulled image with its digest; a local name as it is."""
+        """Return the name of a pulled image with its digest. Return the name of a local VM unchanged."""
 
     async def configure(
         self,
@@ -97,69 +115,67 @@ class Driver(Protocol):
         random_mac: bool = False,
         random_serial: bool = False,
     ) -> None:
-        """Change a stopped VM: `memory` in MiB, `disk_size` in GB, which can only grow. 0 and False leave it as it is."""
+        """Change a stopped VM: `memory` in MiB, `disk_size` in GB, which can only grow. 0 and False change nothing."""
 
     async def run(
         self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Run a VM until it has shut down or was stopped or suspended; a suspended one resumes.
+        """Run a VM until it has shut down or was stopped or suspended. A suspended VM resumes.
 
-        For `nursery.start`: started when the process is there. Cancelled, it leaves the VM running; else nothing of it
-        runs any more.
+        For `nursery.start`: started when the VM's process exists. When cancelled, it leaves the VM running. In all
+        other cases nothing of the VM runs when it returns or raises.
         """
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Stay with a VM that runs already, as `run` would have. Raises what `run` raises, and NotRunning for one that
-        was not started by this driver, whether or not it runs.
+        """Adopt a VM that an earlier worker left running: return when it ends, as `run` would have.
+
+        For `nursery.start`. Raises what `run` raises. Raises NotRunning for a VM that this driver did not start, even
+        if that VM runs.
         """
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
-        """Give the address of a running VM, which it may take a minute to get."""
+        """Return the IP address of a running VM. May take a minute. `bridged`: the VM is on a bridged network."""
 
     async def stop(self, name: str) -> None:
-        """Shut a VM down and wait for it; a suspended one loses its saved state. Raises NotRunning."""
+        """Shut down a VM and wait until it has ended. A suspended VM loses its saved state. Raises NotRunning."""
 
     async def suspend(self, name: str) -> None:
-        """Save the state of a running VM, and end it. Raises NotRunning."""
+        """Save the state of a running VM, and wait until it has ended. Raises NotRunning."""
 
     async def delete(self, name: str) -> None:
-        """Delete a VM that is not running, with its disk."""
+        """Delete a VM that is not running, with its disk and its note."""
 
-    async def run_script(
-        self,
-        name: str,
-        script: str,
-        *,
-        env: Mapping[str, str],
-        username: str,
-        password: str,
-        bridged: bool,
-        on_line: Callable[[str], Awaitable[None]],
-    ) -> None:
-        """Run a script in a running VM, and return when it ended with 0. Each line of its output is awaited as
-        `on_line(line)`. Raises ScriptFailed; another DriverError when it did not begin or was cut off; and what
-        `on_line` raises.
+    async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
+        """Run a script in a running VM, and return when it has ended with exit status 0.
+
+        Awaits `on_line(line)` for each line of output, in order. Raises ScriptFailed for another exit status, another
+        DriverError if the script did not start or its end was not seen, and what `on_line` raises.
         """
 
     async def recover(self) -> None:
-        """End what a killed worker has left under way on this host, other than VMs."""
+        """Clean up at the worker's start: end the calls, other than running VMs, that a killed worker left behind."""
 
     def lease(self, soft: float, hard: float) -> None:
-        """Let leased VMs run on until `soft`, when they shut down, and `hard`, when they are killed.
+        """Renew the lease of this host: VMs run with `leased` may run until then, and are ended even without a worker.
 
-        Whatever becomes of the worker, they end then, unless the lease was renewed. Both are times of guard.clock, not
-        seconds from now: a worker may stand still before it comes to write them down.
+        Both times are absolute, in seconds of `supervisor.clock()`, so that a delay of the worker does not extend them.
+        At `soft` the VMs are asked to shut down, at `hard` they are killed. Every call replaces the lease before.
         """
 
     def note(self, name: str, text: str) -> None:
-        """Keep a line with a local VM, for the next worker to read; it is gone when the VM is deleted."""
+        """Store a line of text with a local VM, for the next worker to read. `delete` deletes it."""
 
     def noted(self, name: str) -> str:
-        """Give the line that was kept with a local VM ("": none)."""
+        """Return the text that `note` stored with a local VM, or ""."""
 
 
-def operand(what: str, text: str) -> str:
-    """Give a name or an image back if the command line cannot take it for anything else. Raises DriverError."""
+def operand(kind: str, text: str) -> str:
+    """Return a name or an image unchanged if no command line can mistake it for an option. Raises DriverError.
+
+    `kind` says in the message what `text` is.
+    """
     if not text or text.startswith("-") or "\0" in text:
-        raise DriverError(f'the {what} is "{text}", expected one that is not empty and has no "-" in front')
+        raise DriverError(
+            f'{kind} is "{text}", expected a text that is not empty, has no NUL and does not begin with "-"'
+        )
     return text

@@ -1,55 +1,170 @@
-"""One life of a VM on this host: made, booted, its script run, its specification followed, removed. Law: driver verbs.
+"""The worker's task for one VM, from its creation on this host to its removal.
 
-An `Instance` is what the worker holds of one (name, uid, restart_count). Its task, `tend`, goes through the life in
-plain sequence:
+An `Instance` is one (name, uid, restart_count) on this host. Its task, `tend`, performs driver verbs in plain sequence:
 
-    wait for the slots of those that are ending -> pull, clone -> set -> run, with the script -> a newer generation? ->
-    stop or suspend -> set -> run ... until the VM fails or is told to end -> removed when nobody wants it any more
+    wait until ending instances have released their slots -> pull, clone -> set -> run, with the script
+    -> newer generation? -> stop or suspend -> set -> run ...
+    -> failed, or told to end: stop -> when the controller does not have the VM any more: delete
 
-What it says of itself (`status`, `message`, `running`, `observed`) changes only by `_show`, and each change is told at
-once. Nobody else touches those fields; the worker gives orders by `follow`, `fail` and `remove`. A VM has failed when
-its guest has ended, and not before that: the controller may start it elsewhere the moment it hears of it.
+`InstanceState` is the decision part, without I/O: the phase, and what the instance reports. The phase changes only by
+`TRANSITIONS`, a table from (phase, event) to the next phase. Only the task changes it; the worker gives orders by
+`follow`, `fail` and `remove`. A VM is reported as failed only when its guest has ended, since the controller may start
+the VM elsewhere as soon as it knows.
 
-A task that is cancelled (the worker ends) leaves VMs that run and VMs at rest, and nothing half-made. With the driver
-it notes for each VM that runs under which specification that is, and how far its script has come, so that the next
-worker's `adopt` goes on where this one was, even if it was killed.
+When the task is cancelled (the worker ends), running VMs and VMs at rest stay on the host, and half-made ones are
+deleted. A note kept with the driver says under which generation each VM runs and how far its script has come. So the
+next worker can adopt the VM, even if this worker was killed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import trio
 
-from orchard.nursery import first_exception
+from orchard.nursery import Wakeup, first_exception
 from orchard.schema import VM, Event, Status
-from orchard.vm.driver import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, SharedDir
+from orchard.vm.driver import (
+    Driver,
+    DriverError,
+    LocalState,
+    LocalVM,
+    NoSuchVM,
+    NotRunning,
+    RunOptions,
+    Script,
+    SharedDir,
+)
 
-REMOVE_SECONDS = 60.0  # for stopping and deleting a VM that nobody waits for any more
-LINES = 256  # of a script's output that may wait for the controller; then the script waits, too
-BATCH_CHARACTERS = 256 * 1024  # of output in one request: well below its limit, whatever JSON makes of them
+# For stopping and deleting a VM when the worker ends.
+REMOVE_SECONDS = 60.0  # seconds
+# Between attempts to stop or delete a VM.
+RETRY_SECONDS = 5.0  # seconds
+# Lines of script output that may wait for delivery. When the queue is full, the script waits.
+QUEUED_LINES = 256
+# Output in one request: far below the request limit, however JSON escapes it.
+_BATCH_CHARACTERS = 256 * 1024
+
 STOPPED = "ended with its worker, which was told to stop its VMs"
 SHUT_DOWN = "the VM shut down by itself"
-CUT_OFF = "the worker was restarted while the startup script ran, and nobody knows what it did"
-UNNOTED = "lost: the VM runs, and nothing tells any more what an earlier worker did to it"
-STOP_PAUSE = 5.0  # seconds between two attempts to end a guest that does not end
+CUT_OFF = "the worker was restarted while the startup script ran, so how the script ended is unknown"
+UNNOTED = "lost: the VM runs, but the worker's note about it is missing or unreadable"
 
 SendEvents = Callable[[VM, Sequence[Event]], Awaitable[None]]
-
-Hardware = tuple[int, int, int]  # CPUs, MiB, GB of disk
+# CPUs, memory in MiB, disk in GB.
+Hardware = tuple[int, int, int]
 
 _logger = logging.getLogger("orchard.vm.instance")
 
 
+# ---- decisions -----------------------------------------------------------------------------------------------------
+
+Phase = Literal[
+    # Nothing is on the host: slots have to become free first.
+    "waiting",
+    # Being pulled, cloned and configured: half-made.
+    "creating",
+    # An earlier worker started the guest, which may have ended meanwhile.
+    "adopting",
+    # Complete on the disk; no guest.
+    "stopped",
+    # The guest is being started for the generation in the note.
+    "starting",
+    # The guest runs.
+    "running",
+    # The guest was told to end because there is a newer generation.
+    "stopping",
+    # Stopped or suspended, as the specification says.
+    "resting",
+    # Failed, or told to end; no guest.
+    "ended",
+    # Deleted from the host.
+    "removed",
+]
+Step = Literal["create", "created", "start", "up", "change", "down", "rest", "over", "deleted"]
+
+# Every instance can be told to end in every phase. `over` comes when no guest is left then.
+_ALWAYS: Mapping[Step, Phase] = {"over": "ended", "deleted": "removed"}
+# A step that is not in a phase's row cannot happen in that phase.
+TRANSITIONS: Mapping[Phase, Mapping[Step, Phase]] = {
+    "waiting": {"create": "creating", **_ALWAYS},
+    "creating": {"created": "stopped", **_ALWAYS},
+    "adopting": {"up": "running", "down": "stopped", **_ALWAYS},
+    "stopped": {"start": "starting", "rest": "resting", **_ALWAYS},
+    "starting": {"up": "running", "down": "stopped", **_ALWAYS},
+    "running": {"change": "stopping", "down": "stopped", **_ALWAYS},
+    "stopping": {"down": "stopped", **_ALWAYS},
+    "resting": {"start": "starting", "rest": "resting", **_ALWAYS},
+    "ended": {**_ALWAYS},
+    "removed": {},
+}
+PHASES: tuple[Phase, ...] = get_args(Phase)
+STEPS: tuple[Step, ...] = get_args(Step)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """The phase of an instance, and what it says of itself.
+
+    `observed` is the generation that was last acted upon; None before the first run. `progress` says what a pending VM
+    is waiting for, or is "". `reason` says why the VM fails; it is set before the VM has failed, while its guest ends.
+    """
+
+    phase: Phase
+    observed: int | None = None
+    progress: str = ""
+    image_fqn: str = ""
+    reason: str | None = None
+
+    def after(self, step: Step) -> InstanceState:
+        """Return the state after a step. Raises ValueError for a step that cannot happen in this phase."""
+        try:
+            return replace(self, phase=TRANSITIONS[self.phase][step])
+        except KeyError:
+            raise ValueError(
+                f'step is "{step}" in phase {self.phase}, expected {list(TRANSITIONS[self.phase])}'
+            ) from None
+
+    @property
+    def has_guest(self) -> bool:
+        """Whether something of the VM may run on the host."""
+        return self.phase in ("adopting", "starting", "running", "stopping")
+
+    @property
+    def status(self) -> Status:
+        if self.reason is not None and self.phase in ("ended", "removed"):
+            return "failed"
+        return "pending" if self.observed is None else "running"
+
+    @property
+    def message(self) -> str:
+        return self.reason or "" if self.status == "failed" else self.progress
+
+    @property
+    def running(self) -> bool:
+        """Whether the guest runs, as far as is known."""
+        return self.phase in ("adopting", "running", "stopping")
+
+    def report(self) -> dict[str, Any]:
+        """Return what the controller is told, but for the VM's identity."""
+        return {
+            "status": self.status,
+            "status_message": self.message,
+            "image_fqn": self.image_fqn,
+            "observedGeneration": self.observed or 0,
+            "conditions": [{"type": "running", "state": "true" if self.running else "false"}],
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What has to be known of a VM that runs: under which specification, and how far its script has come."""
+    """What the next worker has to know about a running VM: its generation, and how far its script has come."""
 
     generation: int
     hardware: Hardware
@@ -61,382 +176,25 @@ class Note:
 
     @classmethod
     def parse(cls, text: str) -> Note:
-        """Read what str() gave. Raises ValueError."""
+        """Read what str() returned. Raises ValueError."""
         try:
             match json.loads(text):
                 case [int(generation), [int(cpu), int(memory), int(disk)], bool(able), "" | "begun" | "done" as script]:
                     return cls(generation, (cpu, memory, disk), able, script)
         except ValueError:
             pass
-        raise ValueError(f'"{text}" is no note about a VM')
-
-
-class Instance:
-    """A VM on this host. `changed` is called when it has something new to say, `send_events` delivers its output.
-
-    `runs`: an earlier worker has started it, and it is to be adopted. `outlives`: whether it is left running when its
-    task is cancelled.
-    """
-
-    def __init__(
-        self,
-        vm: VM,
-        driver: Driver,
-        *,
-        changed: Callable[[], None],
-        send_events: SendEvents,
-        clock: Callable[[], float],
-        runs: bool = False,
-        outlives: bool = True,
-    ) -> None:
-        """`clock` gives seconds since 1970, for the events."""
-        self.vm = vm  # as the controller has it
-        self.name = vm.tart_name
-        self.status: Status = "running" if runs else "pending"
-        self.message = ""
-        self.running = runs
-        self.observed = vm.state.observed_generation if runs else 0  # the generation that was last acted upon
-        self.image_fqn = ""
-        self.reported: dict[str, Any] | None = None  # what the controller has acknowledged
-        self.stopped = False  # its guest was ended because its task was cancelled
-        self.ended = trio.Event()  # it holds none of the host's resources any more, but for its disk
-        self._driver = driver
-        self._changed = changed
-        self._send_events = send_events
-        self._clock = clock
-        self._outlives = outlives
-        self._life = trio.CancelScope()
-        self._news = trio.Event()  # that the specification has changed, or the guest has ended
-        self._unwanted = trio.Event()
-        self._exists = runs  # whole, on the disk
-        self._guest = runs  # whether something of it may run
-        self._hardware = hardware(vm)  # that it was last given
-        self._note = Note(0, self._hardware, suspendable=False)
-        self._reason: str | None = None  # why it fails
-
-    # -- orders and answers
-
-    def follow(self, vm: VM) -> None:
-        """Take over what the controller says now."""
-        self.vm = vm
-        self._tell_self()
-
-    def fail(self, reason: str) -> None:
-        """End this life, as failed for a reason: the first that is given."""
-        self._reason = reason if self._reason is None else self._reason
-        self._life.cancel()
-
-    def remove(self) -> None:
-        """End this life, and leave nothing of it on the host."""
-        self._life.cancel()
-        self._unwanted.set()
-
-    @property
-    def ending(self) -> bool:
-        """Whether it was told to end, and may still hold something."""
-        return self._life.cancel_called and not self.ended.is_set()
-
-    def report(self) -> dict[str, Any]:
-        """What the controller is to know."""
-        return {
-            "uid": self.vm.uid,
-            "restart_count": self.vm.state.restart_count,
-            "status": self.status,
-            "status_message": self.message,
-            "image_fqn": self.image_fqn,
-            "observedGeneration": self.observed,
-            "conditions": [{"type": "running", "state": "true" if self.running else "false"}],
-        }
-
-    def _show(
-        self,
-        *,
-        status: Status | None = None,
-        message: str | None = None,
-        running: bool | None = None,
-        observed: int | None = None,
-    ) -> None:
-        if self.status == "failed":
-            return  # for good; what happens while it ends is no news
-        self.status = self.status if status is None else status
-        self.message = self.message if message is None else message
-        self.running = self.running if running is None else running
-        self.observed = self.observed if observed is None else observed
-        self._changed()
-
-    def _tell_self(self) -> None:
-        self._news.set()
-        self._news = trio.Event()
-
-    # -- the task
-
-    async def tend(self, after: Sequence[trio.Event] = ()) -> None:
-        """Live, once all of `after` have come to pass, until the VM is removed."""
-        await self._whole(partial(self._begin, after))
-
-    async def adopt(self) -> None:
-        """Go on with a VM that an earlier worker has started and that runs, until it is removed."""
-        await self._whole(self._go_on)
-
-    async def keep(self) -> None:
-        """Watch over a VM that an earlier worker left at rest, or not at all, until it is removed."""
-        self._exists = True
-        await self._whole(self._stay)
-
-    async def _whole(self, live: Callable[[], Awaitable[None]]) -> None:
-        removed = False
-        try:
-            try:
-                with self._life:
-                    await trio.lowlevel.checkpoint()  # it may have ended before it began
-                    await live()
-            except* DriverError as group:
-                self.fail(str(first_exception(group)))
-            except* Exception as group:
-                _logger.exception("the task of a VM failed", extra={"vm": self.vm.name}, exc_info=group)
-                self.fail("internal error of the worker; its log says more")
-            await self._end_guest()
-            if self._reason is not None:
-                self._show(status="failed", message=self._reason, running=False)
-            self.ended.set()
-            while not removed:
-                await self._unwanted.wait()
-                self._unwanted = trio.Event()
-                removed = await self._remove()
-        finally:
-            if not removed and not self._left():
-                ran = self._guest
-                with trio.move_on_after(REMOVE_SECONDS, shield=True):
-                    await self._end_guest()
-                    self.stopped = ran
-                    await self._remove()
-                if self.stopped:
-                    self._show(status="failed", message=self._reason or STOPPED, running=False)
-            self.ended.set()
-
-    def _left(self) -> bool:
-        """Whether it stays on the host when its task is cancelled."""
-        if self._life.cancel_called:  # it was to end anyway
-            return False
-        if self._guest:
-            return self._outlives
-        return self._exists and self.vm.spec.power_state != "running" and self.status == "running"
-
-    async def _end_guest(self) -> None:
-        """Return when nothing of the VM runs any more."""
-        while self._guest:
-            try:
-                await self._driver.stop(self.name)
-            except (NotRunning, NoSuchVM):
-                pass
-            except DriverError as error:
-                _logger.error("a VM could not be stopped", extra={"vm": self.name, "reason": str(error)})
-                await trio.sleep(STOP_PAUSE)
-                continue
-            self._guest = False
-
-    async def _begin(self, after: Sequence[trio.Event]) -> None:
-        for event in after:
-            await event.wait()
-        await self._create(self.vm)
-        await self._stay()
-
-    async def _go_on(self) -> None:
-        try:
-            self._note = Note.parse(self._driver.noted(self.name))
-        except ValueError:
-            raise DriverError(UNNOTED) from None
-        if self._note.script == "begun":
-            raise DriverError(CUT_OFF)
-        self._hardware = self._note.hardware
-        self.image_fqn = self.vm.state.image_fqn or await self._driver.fqn(self.vm.spec.image)
-        try:
-            await self._be_run(self._driver.attach)
-        except* NotRunning as group:
-            # It has ended since it was seen to run: no failure if an earlier worker had asked it to, for a change.
-            if self._note.generation == self.vm.meta.generation or await self._runs():
-                raise first_exception(group) from None
-            self._guest = False
-        await self._stay()
-
-    async def _runs(self) -> bool:
-        """Whether the VM runs, whoever has started it."""
-        return LocalVM(self.name, "running") in await self._driver.list_vms()
-
-    async def _stay(self) -> None:
-        """Be as the specification says, generation by generation."""
-        while True:
-            vm = self.vm
-            if hardware(vm) != self._hardware and vm.spec.power_state != "suspended":
-                cpu, memory, disk_size = self._hardware = hardware(vm)
-                await self._driver.configure(self.name, cpu=cpu, memory=memory, disk_size=disk_size)
-            if vm.spec.power_state == "running":
-                await self._run(vm)
-            else:
-                await self._rest(vm)
-
-    async def _create(self, vm: VM) -> None:
-        spec = vm.spec
-
-        def pulling(percent: int) -> None:
-            self._show(message=f"pulling image: {percent} %")
-
-        self._show(message="pulling image" if spec.image_pull_policy == "Always" else "cloning image")
-        if spec.image_pull_policy == "Always":
-            await self._driver.pull(spec.image, pulling)
-            self._show(message="cloning image")
-        # Only a local VM can be suspended, and its name has no slash in it.
-        sources = [] if "/" in spec.image else await self._driver.list_vms()
-        resumes = any(source.name == spec.image and source.state == "suspended" for source in sources)
-        await self._driver.clone(spec.image, self.name, pulling)
-
-        async def note_fqn() -> None:
-            self.image_fqn = await self._driver.fqn(spec.image)
-
-        async with trio.open_nursery() as nursery:  # neither needs the other: the VM runs a call earlier
-            nursery.start_soon(note_fqn)
-            if not resumes:  # what was suspended can only go on as the machine that it was
-                cpu, memory, disk_size = hardware(vm)
-                await self._driver.configure(
-                    self.name,
-                    cpu=cpu,
-                    memory=memory,
-                    disk_size=disk_size,
-                    random_mac=True,
-                    random_serial=spec.random_serial,
-                )
-        self._exists, self._hardware = True, hardware(vm)
-        self._show(message="starting")
-
-    async def _rest(self, vm: VM) -> None:
-        """Be stopped or suspended, until there is a newer generation."""
-        self._show(status="running", message="", running=False, observed=vm.meta.generation)
-        await self._newer(vm)
-
-    async def _newer(self, vm: VM) -> None:
-        while self.vm.meta.generation == vm.meta.generation:
-            await self._news.wait()
-
-    async def _run(self, vm: VM) -> None:
-        """Run the VM until there is a newer generation, and end it then. Raises DriverError."""
-        self._write(Note(vm.meta.generation, self._hardware, vm.spec.suspendable, self._note.script))
-        self._guest = True
-        await self._be_run(partial(self._driver.run, options=run_options(vm)))
-
-    async def _be_run(self, run: Callable[..., Awaitable[None]]) -> None:
-        """Have `run` stay with the guest until there is a newer generation, and end it then. Raises DriverError."""
-        ended = trio.Event()
-
-        async def guest(task_status: trio.TaskStatus[None]) -> None:
-            try:
-                await run(self.name, task_status=task_status)
-            except NotRunning:  # but something of it may, that the driver knows nothing of
-                raise
-            except DriverError:
-                self._guest = False
-                raise
-            self._guest = False
-            ended.set()
-            self._tell_self()
-
-        async with trio.open_nursery() as nursery:  # the guest ends last, and with it everything that uses it
-            await nursery.start(guest)
-            self._show(status="running", message="", running=True, observed=self._note.generation)
-            async with trio.open_nursery() as using:
-                using.start_soon(self._run_script, self.vm)
-                while self.vm.meta.generation == self._note.generation and not ended.is_set():
-                    await self._news.wait()
-                using.cancel_scope.cancel()
-            if ended.is_set():
-                raise DriverError(SHUT_DOWN)
-            await self._shut_down(self.vm)
-            await ended.wait()
-        self._show(running=False)
-
-    async def _shut_down(self, new: VM) -> None:
-        """End the guest so that it can go on as `new` says."""
-        suspend = self._note.suspendable and new.spec.power_state != "stopped" and self._hardware == hardware(new)
-        with suppress(NotRunning):  # then it has just ended, which is what was wanted
-            await (self._driver.suspend(self.name) if suspend else self._driver.stop(self.name))
-
-    def _write(self, note: Note) -> None:
-        self._driver.note(self.name, str(note))
-        self._note = note
-
-    async def _run_script(self, vm: VM) -> None:
-        """Run the startup script, and deliver what it prints. Raises DriverError.
-
-        It runs once in a life. One that was cut off by a new generation is run again.
-        """
-        script, spec = vm.spec.startup_script, vm.spec
-        if script is None or not script.script_content or self._note.script == "done":
-            return
-        self._write(replace(self._note, script="begun"))
-        send, receive = trio.open_memory_channel[Event](LINES)
-
-        async def on_line(line: str) -> None:
-            await send.send(Event(kind="log_line", payload=line, timestamp=int(self._clock())))
-
-        failure: DriverError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._deliver, vm, receive)
-            async with send:
-                try:
-                    await self._driver.run_script(
-                        self.name,
-                        script.script_content,
-                        env=script.env,
-                        username=spec.username,
-                        password=spec.password,
-                        bridged=bool(spec.net_bridged),
-                        on_line=on_line,
-                    )
-                except DriverError as error:
-                    failure = error  # told after all that was printed before it
-        if failure is not None:
-            raise failure
-        self._write(replace(self._note, script="done"))
-
-    async def _deliver(self, vm: VM, lines: trio.MemoryReceiveChannel[Event]) -> None:
-        async with lines:
-            async for event in lines:
-                batch = [event]
-                size = len(event.payload)
-                while size < BATCH_CHARACTERS:
-                    try:
-                        event = lines.receive_nowait()
-                    except (trio.WouldBlock, trio.EndOfChannel):
-                        break
-                    batch.append(event)
-                    size += len(event.payload)
-                await self._send_events(vm, batch)
-
-    async def _remove(self) -> bool:
-        """Delete the VM from the host, and give whether it is gone."""
-        try:
-            try:
-                await self._driver.delete(self.name)
-            except NoSuchVM:
-                raise
-            except DriverError:
-                with suppress(NotRunning):
-                    await self._driver.stop(self.name)
-                await self._driver.delete(self.name)
-        except NoSuchVM:
-            return True
-        except DriverError as error:
-            _logger.error("a VM could not be deleted from this host", extra={"vm": self.name, "reason": str(error)})
-            return False
-        return True
+        raise ValueError(
+            f'note about a VM is "{text}", expected [generation, [cpu, memory, disk], suspendable, script]'
+        )
 
 
 def hardware(vm: VM) -> Hardware:
-    """What is set while the VM does not run."""
+    """Return what can be configured only while the VM does not run."""
     return vm.state.assigned_cpu, vm.state.assigned_memory, vm.spec.disk_size
 
 
 def run_options(vm: VM) -> RunOptions:
-    """What holds for one run."""
+    """Return the options of one run."""
     spec = vm.spec
     return RunOptions(
         headless=spec.headless,
@@ -447,5 +205,351 @@ def run_options(vm: VM) -> RunOptions:
         nested=spec.nested,
         suspendable=spec.suspendable,
         dirs=tuple(SharedDir(dir_.name, dir_.path, dir_.ro) for dir_ in spec.host_dirs),
-        leased=spec.restart_policy == "OnFailure",  # no other is ever started elsewhere
+        # The controller starts no other VM elsewhere.
+        leased=spec.restart_policy == "OnFailure",
     )
+
+
+# ---- the task ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceHost:
+    """What all instances of one worker share.
+
+    `changed` is called when an instance has something new to report. `send_events` delivers the output of scripts.
+    `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends.
+    """
+
+    driver: Driver
+    changed: Callable[[], None]
+    send_events: SendEvents
+    clock: Callable[[], float]
+    outlives: bool = True
+
+
+class Instance:
+    """A VM on this host. `found` is its local state if an earlier worker left it here, None for a VM to be created."""
+
+    def __init__(self, vm: VM, host: InstanceHost, *, found: LocalState | None = None) -> None:
+        # The VM as the controller last sent it.
+        self.vm = vm
+        # The report that the controller has acknowledged; the worker sets it.
+        self.reported: dict[str, Any] | None = None
+        # Set when the instance holds no resources of the host but its disk.
+        self.ended = trio.Event()
+        self.state = InstanceState(
+            phase="waiting" if found is None else "adopting" if found == "running" else "stopped",
+            observed=None if found is None and vm.state.status == "pending" else vm.state.observed_generation,
+            image_fqn="" if found is None else vm.state.image_fqn,
+        )
+        self._host = host
+        self._note = Note(0, hardware(vm), suspendable=False)
+        # Cancelled when the VM is told to end.
+        self._life = trio.CancelScope()
+        self._unwanted = False
+        # Set when there is an order, or the guest has ended.
+        self._news = Wakeup()
+
+    # -- orders and answers
+
+    def follow(self, vm: VM) -> None:
+        """Replace the VM by what the controller has now."""
+        self.vm = vm
+        self._news.set()
+
+    def fail(self, reason: str) -> None:
+        """End the VM as failed. The first reason counts."""
+        if self.state.reason is None:
+            self.state = replace(self.state, reason=reason)
+        self._life.cancel()
+
+    def remove(self) -> None:
+        """End the VM and delete it from the host."""
+        self._unwanted = True
+        self._life.cancel()
+        self._news.set()
+
+    @property
+    def name(self) -> str:
+        """The VM's name on this host."""
+        return self.vm.tart_name
+
+    @property
+    def status(self) -> Status:
+        return self.state.status
+
+    @property
+    def running(self) -> bool:
+        return self.state.running
+
+    @property
+    def ending(self) -> bool:
+        """Whether the VM was told to end and may still hold resources."""
+        return self._life.cancel_called and not self.ended.is_set()
+
+    @property
+    def has_unreported_failure(self) -> bool:
+        """Whether the VM has failed, and the controller still has the VM and has not acknowledged the failure."""
+        return self.status == "failed" and not self._unwanted and self.report() != self.reported
+
+    def report(self) -> dict[str, Any]:
+        """Return what the controller is told of this instance."""
+        return {"uid": self.vm.uid, "restart_count": self.vm.state.restart_count, **self.state.report()}
+
+    def _show(self, step: Step | None = None, **changes: Any) -> None:
+        """Change the state, by a step if one is given, and have it reported."""
+        state = self.state if step is None else self.state.after(step)
+        self.state = replace(state, **changes)
+        self._host.changed()
+
+    # -- the task
+
+    async def tend(self, after: Sequence[trio.Event] = ()) -> None:
+        """Create or adopt the VM once all of `after` are set, and keep it as specified until it is removed."""
+        try:
+            try:
+                with self._life:
+                    # The VM may have been told to end before its task began.
+                    await trio.lowlevel.checkpoint()
+                    await self._live(after)
+            except* DriverError as group:
+                self.fail(str(first_exception(group)))
+            except* Exception as group:
+                _logger.exception("the task of a VM failed", extra={"vm": self.vm.name}, exc_info=group)
+                self.fail("internal error of the worker; its log says more")
+            await self._end_guest()
+            self._end()
+            self.ended.set()
+            while not self._unwanted:
+                await self._news.wait()
+            while not await self._delete():  # noqa: ASYNC110
+                await trio.sleep(RETRY_SECONDS)
+        finally:
+            if not self._stays():
+                # Shielded, because the worker's end cancels the task. The deadline keeps the worker's end bounded.
+                with trio.move_on_after(REMOVE_SECONDS, shield=True):
+                    had_guest = self.state.has_guest
+                    await self._end_guest()
+                    if had_guest:
+                        self.fail(STOPPED)
+                    self._end()
+                    await self._delete()
+            self.ended.set()
+
+    def _stays(self) -> bool:
+        """Return whether the VM is left as it is when its task is cancelled."""
+        if self.state.phase == "removed":
+            return True
+        if self._life.cancel_called:
+            return False
+        if self.state.has_guest:
+            return self._host.outlives
+        rests = self.state.phase in ("stopped", "resting") and self.vm.spec.power_state != "running"
+        return rests and self.status == "running"
+
+    async def _live(self, after: Sequence[trio.Event]) -> None:
+        """Keep the VM as its specification says, generation by generation. Raises DriverError when the VM fails."""
+        if self.state.phase == "waiting":
+            for event in after:
+                await event.wait()
+            await self._create(self.vm)
+        elif self.state.phase == "adopting":
+            await self._adopt()
+        while True:
+            vm = self.vm
+            if hardware(vm) != self._note.hardware and vm.spec.power_state != "suspended":
+                self._note = replace(self._note, hardware=hardware(vm))
+                cpu, memory, disk_size = self._note.hardware
+                await self._host.driver.configure(self.name, cpu=cpu, memory=memory, disk_size=disk_size)
+            if vm.spec.power_state == "running":
+                self._write(Note(vm.meta.generation, self._note.hardware, vm.spec.suspendable, self._note.script))
+                self.state = self.state.after("start")
+                await self._run(partial(self._host.driver.run, options=run_options(vm)))
+            else:
+                self._show("rest", progress="", observed=vm.meta.generation)
+                while self.vm.meta.generation == vm.meta.generation:
+                    await self._news.wait()
+
+    async def _create(self, vm: VM) -> None:
+        driver, spec = self._host.driver, vm.spec
+        pulls = spec.image_pull_policy == "Always"
+
+        def show_progress(percent: int) -> None:
+            self._show(progress=f"pulling image: {percent} %")
+
+        self._show("create", progress="pulling image" if pulls else "cloning image")
+        if pulls:
+            await driver.pull(spec.image, show_progress)
+            self._show(progress="cloning image")
+        # Only a local VM can be suspended, and only an image has a slash in its name.
+        sources = [] if "/" in spec.image else await driver.list_vms()
+        await driver.clone(spec.image, self.name, show_progress)
+
+        async def look_up_fqn() -> None:
+            image_fqn = await driver.fqn(spec.image)
+            self.state = replace(self.state, image_fqn=image_fqn)
+
+        async with trio.open_nursery() as nursery:
+            # Beside `configure`, which does not need it: the VM runs one call earlier.
+            nursery.start_soon(look_up_fqn)
+            # A suspended VM can resume only with the hardware that it had.
+            if LocalVM(spec.image, "suspended") not in sources:
+                cpu, memory, disk_size = hardware(vm)
+                await driver.configure(
+                    self.name,
+                    cpu=cpu,
+                    memory=memory,
+                    disk_size=disk_size,
+                    random_mac=True,
+                    random_serial=spec.random_serial,
+                )
+        self._note = replace(self._note, hardware=hardware(vm))
+        self._show("created", progress="starting")
+
+    async def _adopt(self) -> None:
+        """Stay with a VM that an earlier worker started, until there is a newer generation. Raises DriverError."""
+        try:
+            self._note = Note.parse(self._host.driver.noted(self.name))
+        except ValueError:
+            raise DriverError(UNNOTED) from None
+        if self._note.script == "begun":
+            raise DriverError(CUT_OFF)
+        if not self.state.image_fqn:
+            image_fqn = await self._host.driver.fqn(self.vm.spec.image)
+            self.state = replace(self.state, image_fqn=image_fqn)
+        try:
+            await self._run(self._host.driver.attach)
+        except* NotRunning as group:
+            # The VM has ended since it was seen running. That is no failure if an earlier worker had stopped it for a
+            # newer generation. A VM that runs without a supervisor fails.
+            same = self._note.generation == self.vm.meta.generation
+            if same or LocalVM(self.name, "running") in await self._host.driver.list_vms():
+                raise first_exception(group) from None
+            self.state = self.state.after("down")
+
+    async def _run(self, stay: Callable[..., Awaitable[None]]) -> None:
+        """Have `stay`, the driver's `run` or `attach`, stay with the guest; end the guest for a newer generation.
+
+        Runs the script beside it. Raises DriverError if the guest ends by itself.
+        """
+        # The guest's task ends last, and with it everything that uses the guest.
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._stay_with_guest, stay)
+            self._show("up", progress="", observed=self._note.generation)
+            async with trio.open_nursery() as using:
+                using.start_soon(self._run_script, self.vm)
+                while self.vm.meta.generation == self._note.generation and self.state.has_guest:
+                    await self._news.wait()
+                using.cancel_scope.cancel()
+            if not self.state.has_guest:
+                raise DriverError(SHUT_DOWN)
+            self.state = self.state.after("change")
+            spec = self.vm.spec
+            same_hardware = self._note.hardware == hardware(self.vm)
+            suspend = self._note.suspendable and spec.power_state != "stopped" and same_hardware
+            # NotRunning: the guest has just ended by itself.
+            with suppress(NotRunning):
+                await (self._host.driver.suspend(self.name) if suspend else self._host.driver.stop(self.name))
+        self._host.changed()
+
+    async def _stay_with_guest(
+        self, stay: Callable[..., Awaitable[None]], *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        try:
+            await stay(self.name, task_status=task_status)
+        except NotRunning:
+            # The driver does not know the guest, which may run nevertheless.
+            raise
+        except DriverError:
+            self.state = self.state.after("down")
+            raise
+        self.state = self.state.after("down")
+        self._news.set()
+
+    async def _end_guest(self) -> None:
+        """Return when no guest of the VM is left. The caller takes the step that follows."""
+        while self.state.has_guest:
+            try:
+                await self._host.driver.stop(self.name)
+            except (NotRunning, NoSuchVM):
+                return
+            except DriverError as error:
+                _logger.error("cannot stop a VM, retrying", extra={"vm": self.name, "reason": str(error)})
+                await trio.sleep(RETRY_SECONDS)
+            else:
+                return
+
+    def _end(self) -> None:
+        """Take the step after `_end_guest`, and report a failure."""
+        self.state = self.state.after("over")
+        if self.state.reason is not None:
+            self._host.changed()
+
+    async def _delete(self) -> bool:
+        """Delete the VM from the host. Return whether that has succeeded."""
+        driver = self._host.driver
+        try:
+            try:
+                await driver.delete(self.name)
+            except NoSuchVM:
+                raise
+            except DriverError:
+                with suppress(NotRunning):
+                    await driver.stop(self.name)
+                await driver.delete(self.name)
+        except NoSuchVM:
+            pass
+        except DriverError as error:
+            _logger.error("cannot delete a VM, retrying", extra={"vm": self.name, "reason": str(error)})
+            return False
+        self.state = self.state.after("deleted")
+        return True
+
+    def _write(self, note: Note) -> None:
+        self._host.driver.note(self.name, str(note))
+        self._note = note
+
+    # -- the script
+
+    async def _run_script(self, vm: VM) -> None:
+        """Run the startup script, and deliver its output. Raises DriverError.
+
+        An instance runs its script once. A script that a newer generation interrupted is run again.
+        """
+        spec, script = vm.spec, vm.spec.startup_script
+        if script is None or not script.script_content or self._note.script == "done":
+            return
+        self._write(replace(self._note, script="begun"))
+        send, receive = trio.open_memory_channel[Event](QUEUED_LINES)
+
+        async def on_line(line: str) -> None:
+            await send.send(Event(kind="log_line", payload=line, timestamp=int(self._host.clock())))
+
+        failure: DriverError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._deliver, vm, receive)
+            async with send:
+                try:
+                    await self._host.driver.run_script(
+                        self.name,
+                        Script(script.script_content, script.env, spec.username, spec.password, bool(spec.net_bridged)),
+                        on_line,
+                    )
+                except DriverError as error:
+                    # Raised after the nursery, so that all output is delivered before the VM fails.
+                    failure = error
+        if failure is not None:
+            raise failure
+        self._write(replace(self._note, script="done"))
+
+    async def _deliver(self, vm: VM, lines: trio.MemoryReceiveChannel[Event]) -> None:
+        """Send lines of output in batches, until the channel is closed."""
+        async with lines:
+            async for event in lines:
+                batch, size = [event], len(event.payload)
+                with suppress(trio.WouldBlock, trio.EndOfChannel):
+                    while size < _BATCH_CHARACTERS:
+                        batch.append(lines.receive_nowait())
+                        size += len(batch[-1].payload)
+                await self._host.send_events(vm, batch)

@@ -1,25 +1,28 @@
-"""The process that watches over one VM, and outlives its worker. Law: a process; the standard library, nothing of ours.
+"""The supervisor: the process that runs one VM and outlives the worker.
 
-`tart run` *is* the VM, so whoever starts it decides what else can end it. A guard starts it in a session of its own,
-out of reach of the worker's terminal, its crash and its upgrade, and stays until it has ended:
+`tart run` *is* the VM, so its parent decides what else can end it. A supervisor starts `tart run` in a session of its
+own, where the worker's terminal, crash and upgrade do not reach it, and lives until the VM has ended. It uses three
+files:
 
-    record   the guard's and its child's process numbers, and in the end how it ended; locked as long as the guard lives
-    log      what `tart run` prints
-    lease    until when a VM may run that could be started elsewhere; the worker renews it, for all VMs of the host
+    record   the process numbers of supervisor and VM, and at the end the exit status; locked while the supervisor lives
+    log      the output of `tart run`
+    lease    until when leased VMs may run; one file for all VMs of the host, which the worker renews
 
-The lock on the record is how others know that the VM runs: unlike a process number it can't be anybody else's, and it
-ends with the process, however that ends. (Who looks has it for an instant, too, so a guard tries again.) The record has
-its room from the start, so that a disk that gets full leaves no VM without one.
+The lock on the record tells others that the VM runs. Unlike a process number, it cannot belong to another process, and
+it ends with the process in every case. (A checker takes the same lock for a moment, so the supervisor retries.) The
+record has its full size from the start, so that a full disk cannot keep the exit status out of it.
 
-SIGTERM asks the guard to end the VM: SIGINT to `tart run`, as `tart stop` sends it, and SIGKILL to its process group
-when it takes too long.
+SIGTERM asks the supervisor to end the VM: it sends SIGINT to `tart run`, as `tart stop` does, and later SIGKILL to the
+VM's process group.
 
-A VM with a lease is ended in the same way when the lease runs out. So a VM does not run on a host that is cut off from
-its controller, even when the worker has crashed there or stands still, and the controller may start it elsewhere.
-Leases are in seconds of a clock that nobody sets and that goes on while the machine sleeps.
+The supervisor ends a leased VM in the same way when the lease expires. So no leased VM runs on a host that is cut off
+from its controller, even if the worker there has crashed or hangs, and the controller can start the VM elsewhere. Lease
+times are in seconds of a clock that cannot be set and that goes on while the machine sleeps.
 
-The worker starts a guard as a program (`main`) that returns when the VM's process is there, with what is wrong on stderr
-if it is not. The other functions are for the worker: to read a record, and to write the lease.
+The worker starts a supervisor as a program (`main`). The program returns when the VM's process exists, or says on
+stderr why it does not. The other functions are for the worker: read a record, write the lease.
+
+A VM waits while its supervisor starts, so this module imports only what that needs (`./run bench life` measures it).
 """
 
 from __future__ import annotations
@@ -33,39 +36,55 @@ import sys
 import time
 from contextlib import suppress
 
-TYPE_CHECKING = False  # to import it from typing would take as long as all else that happens here
-if TYPE_CHECKING:  # a VM waits while its guard starts: what is not needed for that is not imported (./run bench life)
+# Importing `typing` would take as long as everything else that happens here.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
     from typing import Literal, NoReturn
 
+    # What made the supervisor end the VM, or "".
     Order = Literal["", "stop", "lease"]
 
-LOOK_SECONDS = 1.0  # between two looks at the lease; a renewal that comes late is seen in time all the same
-LOG_BYTES = 1024 * 1024  # of output that is kept; then the log begins anew
-MAX_COMPLAINT = 4096  # bytes
-RECORD_BYTES = 64  # three numbers and a word
-LOCK_TRIES, LOCK_PAUSE = 500, 0.01  # seconds; who only looks has the lock for microseconds
-NEVER = (math.inf, math.inf)
-REFUSED, DIED = 1, 2  # exit status: no VM was started; or nobody knows
+# Between two looks at the lease. At expiry it is read once more, so a late renewal counts.
+_LEASE_SECONDS = 1.0  # seconds
+# A longer log is truncated to nothing.
+LOG_BYTES = 1024 * 1024  # bytes
+# The longest message of a failed start.
+_MESSAGE_BYTES = 4096  # bytes
+# Three numbers and a word.
+RECORD_BYTES = 64  # bytes
+# A checker holds the lock for microseconds.
+_LOCK_TRIES = 500
+_LOCK_PAUSE = 0.01  # seconds
+# Exit statuses: no VM was started; it is unknown whether one was.
+REFUSED, DIED = 1, 2
 EXPIRED = "this host has been cut off from its controller for too long to start a VM that could run elsewhere"
-# What Python ignores, or this process does, and a program expects to find as usual.
-_ORDINARY = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP)
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # on macOS, the monotonic one counts sleep, too
-_UP = b"\0"  # what a guard says when the VM's process is there
-_LEASE = b"%20.6f %20.6f\n"  # of one length: it is written over, which needs no room on a full disk
+NEVER = (math.inf, math.inf)
+# Signals that Python or this process ignores and that a program expects in their default state.
+_DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP)
+# On macOS the monotonic clock counts sleep, too.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+# What the supervisor tells the starting program when the VM's process exists.
+_UP = b"\0"
+# A fixed length: the file is overwritten in place, which needs no space on a full disk.
+_LEASE_FORMAT = b"%20.6f %20.6f\n"
 
 
 class Record:
-    """What a guard has written down. `status` is None while the VM runs, and for ever if the guard was killed."""
+    """The contents of a record file. `status` is None while the VM runs, and stays None if the supervisor was killed.
 
-    __slots__ = ("child", "guard", "order", "status")
+    `supervisor` and `child` are process numbers, 0 until they are known; `child` is `tart run`. `status` is the exit
+    status of `tart run`, or minus the number of the signal that killed it.
+    """
 
-    def __init__(self, guard: int = 0, child: int = 0, status: int | None = None, order: Order = "") -> None:
-        self.guard = guard  # process number; 0: not yet
+    __slots__ = ("child", "order", "status", "supervisor")
+
+    def __init__(self, supervisor: int = 0, child: int = 0, status: int | None = None, order: Order = "") -> None:
+        self.supervisor = supervisor
         self.child = child
-        self.status = status  # exit status of `tart run`, or minus the number of the signal that killed it
-        self.order = order  # what made the guard end the VM, if it was the guard
+        self.status = status
+        self.order = order
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Record) and all(getattr(self, each) == getattr(other, each) for each in self.__slots__)
@@ -73,58 +92,46 @@ class Record:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Record({self.guard}, {self.child}, {self.status}, {self.order!r})"
+        return f"Record({self.supervisor}, {self.child}, {self.status}, {self.order!r})"
 
 
 def clock() -> float:
-    """Give the seconds of the clock that leases are in."""
+    """Return the time of the clock that leases use, in seconds."""
     return time.clock_gettime(_CLOCK)
 
 
 # ---- for the worker ------------------------------------------------------------------------------------------------
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process lives that has locked a file. Raises OSError."""
-    try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # who only looks is not in the way of others
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
-
-
-def read(path: Path) -> Record:
-    """Read a record. Raises OSError."""
+def read_record(path: Path) -> Record:
+    """Read a record; an empty one if the file is missing or incomplete. Raises OSError."""
     with suppress(FileNotFoundError, ValueError):
         with open(path, encoding="ascii") as file:
             words = file.read().split()
         match words:
-            case [guard, child]:
-                return Record(int(guard), int(child))
-            case [guard, child, status]:
-                return Record(int(guard), int(child), int(status))
-            case [guard, child, status, "stop" | "lease" as order]:
-                return Record(int(guard), int(child), int(status), order)
+            case [supervisor, child]:
+                return Record(int(supervisor), int(child))
+            case [supervisor, child, status]:
+                return Record(int(supervisor), int(child), int(status))
+            case [supervisor, child, status, "stop" | "lease" as order]:
+                return Record(int(supervisor), int(child), int(status), order)
     return Record()
 
 
 def write_lease(path: Path, soft: float, hard: float) -> None:
-    """Let the VMs of a host run until `soft`, when they are asked to end, and `hard`, when they are killed.
+    """Let the leased VMs of a host run until `soft`, when they are asked to end, and `hard`, when they are killed.
 
-    Raises OSError.
+    Both are times of `clock()`. Raises OSError.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.pwrite(descriptor, _LEASE % (soft, hard), 0)
+        os.pwrite(descriptor, _LEASE_FORMAT % (soft, hard), 0)
     finally:
         os.close(descriptor)
 
 
 def read_lease(path: Path | str) -> tuple[float, float]:
-    """Give both times of a lease. Raises OSError, ValueError."""
+    """Return the two times of a lease. Raises OSError, ValueError."""
     with open(path, "rb") as file:
         soft, hard = file.read().split()
     return float(soft), float(hard)
@@ -134,92 +141,100 @@ def read_lease(path: Path | str) -> tuple[float, float]:
 
 
 def main(words: Sequence[str]) -> int:
-    """Start a guard for `RECORD LOG LEASE PATIENCE COMMAND...`, where LEASE may be empty. Give the exit status."""
+    """Start a supervisor for `RECORD LOG LEASE PATIENCE COMMAND...`, and return the exit status of this program.
+
+    LEASE is the path of the lease file, or empty for a VM without a lease. PATIENCE is in seconds, from the request to
+    end the VM until it is killed.
+    """
     record_path, log_path, lease_path, patience, *command = words
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         record = os.open(record_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if not _lock(record):
-            return _complain("the VM is already running")
+            return _fail("the VM is already running")
         log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         os.ftruncate(record, 0)
         os.pwrite(record, b"\n" * RECORD_BYTES, 0)
     except OSError as error:
-        return _complain(f"cannot write {error.filename or record_path}: {error.strerror}")
+        return _fail(f"cannot write {error.filename or record_path}: {error.strerror}")
     lease = _Lease(lease_path)
-    if clock() >= lease.look()[0]:
-        return _complain(EXPIRED)
-    heard, told = os.pipe()
+    if clock() >= lease.read()[0]:
+        return _fail(EXPIRED)
+    answer_end, supervisor_end = os.pipe()
     if not os.fork():
-        _guard(record, log, lease, float(patience), command, told)
-    os.close(told)
-    answer = os.read(heard, MAX_COMPLAINT)
+        _supervise(record, log, lease, float(patience), command, supervisor_end)
+    os.close(supervisor_end)
+    answer = os.read(answer_end, _MESSAGE_BYTES)
     if not answer:
-        return _complain("the guard of the VM has died", DIED)
-    return 0 if answer == _UP else _complain(answer.decode("utf-8", "replace"))
+        return _fail("the supervisor of the VM has died", DIED)
+    return 0 if answer == _UP else _fail(answer.decode("utf-8", "replace"))
 
 
-def _complain(text: str, status: int = REFUSED) -> int:
+def _fail(text: str, status: int = REFUSED) -> int:
     print(text, file=sys.stderr)
     return status
 
 
 def _lock(record: int) -> bool:
-    """Lock a record, unless another guard has it. Raises OSError."""
-    for _ in range(LOCK_TRIES):
+    """Lock a record; return False if another supervisor holds it. Raises OSError."""
+    for _ in range(_LOCK_TRIES):
         with suppress(BlockingIOError):
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
+        # A shared lock is refused only while a supervisor has the exclusive one; a checker has a shared one itself.
         try:
-            fcntl.flock(record, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as who only looks can, too, but not beside a guard
+            fcntl.flock(record, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         fcntl.flock(record, fcntl.LOCK_UN)
-        time.sleep(LOCK_PAUSE)
+        time.sleep(_LOCK_PAUSE)
     return False
 
 
-def _guard(record: int, log: int, lease: _Lease, patience: float, command: Sequence[str], told: int) -> NoReturn:
-    """Be the guard; `told` is the pipe to whoever waits to hear that the VM's process is there."""
+def _supervise(record: int, log: int, lease: _Lease, patience: float, command: Sequence[str], answer: int) -> NoReturn:
+    """Be the supervisor. Write to the pipe `answer` that the VM's process exists, or why it does not."""
     os.setsid()
     os.chdir("/")
-    os.closerange(3, record)  # what was there before: the lock by which the worker knows that the start is under way
+    # Close what was inherited. That includes the lock which tells the next worker that the start is under way.
+    os.closerange(3, record)
     for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(descriptor, target)
-    wake = _heed_signals()
+    wake = _handle_signals()
     try:
-        child = os.posix_spawn(command[0], list(command), os.environ, setpgroup=0, setsigdef=_ORDINARY)
+        child = os.posix_spawn(command[0], list(command), os.environ, setpgroup=0, setsigdef=_DEFAULT_SIGNALS)
     except OSError as error:
-        os.write(told, f"cannot run {command[0]}: {error.strerror}".encode())
+        os.write(answer, f"cannot run {command[0]}: {error.strerror}".encode())
         os._exit(1)
     try:
         os.write(record, b"%d %d\n" % (os.getpid(), child))
     except OSError as error:
-        os.killpg(child, signal.SIGKILL)  # nobody else could end it
-        os.write(told, f"cannot write the record of the VM: {error.strerror}".encode())
+        # Without a record no other process could end the VM.
+        os.killpg(child, signal.SIGKILL)
+        os.write(answer, f"cannot write the record of the VM: {error.strerror}".encode())
         os._exit(1)
-    os.write(told, _UP)
-    os.close(told)
+    os.write(answer, _UP)
+    os.close(answer)
     status, order = _watch(child, lease, patience, wake)
     os.write(record, f"{status} {order}\n".encode())
     os._exit(0)
 
 
-_ordered = False  # by SIGTERM
+# Whether SIGTERM has come.
+_stop_requested = False
 
 
-def _heed_signals() -> int:
-    """Take note of orders and of the child's end; give the descriptor that can be read when there is news."""
+def _handle_signals() -> int:
+    """Handle SIGTERM and the child's end, ignore the rest; return a descriptor that is readable after each signal."""
 
-    def order(number: int, frame: object) -> None:
-        global _ordered
-        _ordered = True
+    def request_stop(number: int, frame: object) -> None:
+        global _stop_requested
+        _stop_requested = True
 
-    wake, news = os.pipe()
+    wake, signalled = os.pipe()
     os.set_blocking(wake, False)
-    os.set_blocking(news, False)
-    signal.set_wakeup_fd(news, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, order)
+    os.set_blocking(signalled, False)
+    signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, request_stop)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -227,7 +242,7 @@ def _heed_signals() -> int:
 
 
 def _watch(child: int, lease: _Lease, patience: float, wake: int) -> tuple[int, Order]:
-    """Wait for the child's end, and end it when that is due. Give its status, and what it was ended for."""
+    """Wait until the child has ended, and end it when that is due. Return its status, and why it was ended."""
     order: Order = ""
     kill_at = math.inf
     while True:
@@ -235,36 +250,37 @@ def _watch(child: int, lease: _Lease, patience: float, wake: int) -> tuple[int, 
         if ended:
             return os.waitstatus_to_exitcode(status), order
         now = clock()
-        soft, hard = lease.look()
-        if not order and (_ordered or now >= soft):
-            order = "stop" if _ordered else "lease"
+        soft, hard = lease.read()
+        if not order and (_stop_requested or now >= soft):
+            order = "stop" if _stop_requested else "lease"
             kill_at = now + patience
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGINT)
         if now >= min(kill_at, hard):
             order = order or "lease"
-            with suppress(ProcessLookupError, PermissionError):  # only the dead are left in it (macOS: not permitted)
+            # macOS says "not permitted" when only zombies are left in the group.
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child, signal.SIGKILL)
         if os.fstat(1).st_size > LOG_BYTES:
             os.ftruncate(1, 0)
-        next_at = min(at for at in (now + LOOK_SECONDS, soft, hard, kill_at) if at > now)
+        next_at = min(at for at in (now + _LEASE_SECONDS, soft, hard, kill_at) if at > now)
         select.select([wake], [], [], next_at - now)
         with suppress(BlockingIOError):
             os.read(wake, 1024)
 
 
 class _Lease:
-    """What is known of the lease in a file ("": it never ends). One that was never read is over."""
+    """The times in a lease file, as last read. An empty path is a lease that never ends; an unread one has expired."""
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._until = (-math.inf, -math.inf) if path else NEVER
+        self._times = (-math.inf, -math.inf) if path else NEVER
 
-    def look(self) -> tuple[float, float]:
+    def read(self) -> tuple[float, float]:
         if self._path:
             with suppress(OSError, ValueError):
-                self._until = read_lease(self._path)
-        return self._until
+                self._times = read_lease(self._path)
+        return self._times
 
 
 if __name__ == "__main__":

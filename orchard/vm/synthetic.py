@@ -1,19 +1,19 @@
-"""VMs without a hypervisor: the verbs of tart.py on directories and processes. Law: files below `home`, and processes.
+"""VMs without a hypervisor, for demonstrations and tests: directories and processes behind the interface of driver.py.
 
-`home/NAME/vm.json` says what the VM is, `home/NAME/root` is its disk: the startup script really runs there, in a login
-shell of this host, with that directory as HOME. There is no isolation whatever: the script is a process of this user.
-127.0.0.1 is every VM's address. Any image can be pulled; a source whose name begins with `orchard-` is a local VM, and
+`home/NAME/vm.json` describes the VM, and `home/NAME/root` is its disk. The startup script really runs, in a login shell
+of this host with that directory as HOME. There is no isolation: the script is a process of the worker's user. The
+address of every VM is 127.0.0.1. Any image can be pulled. A source whose name begins with `orchard-` is a local VM and
 has to exist.
 
-What the script starts is in a session of its own and gets ORCHARD_VM=home/NAME in its environment. It is killed with
-its process group when the VM ends. If the worker was killed itself, the file `scripted` is left, and `run` and `delete` look
-for processes by that variable: a process number alone could be somebody else's by then.
+The shell of a script has a session of its own and ORCHARD_VM=home/NAME in its environment. It is killed with its process
+group when the VM ends. A killed worker leaves the file `home/NAME/scripted`; then `run` and `delete` find processes by
+that variable, since the process number alone could belong to another process by now.
 
-A VM that runs is known to this object alone: it outlives a worker that is given the same driver again, and lives no longer
-than the process. So does the keeping of its lease.
+Which VMs run is known to the driver object alone. They outlive a worker if the next one gets the same object, and end
+with the process. The same holds for the lease.
 
-Nothing is synced to the disk: a power failure may cost VMs, as it does for any host. A life without a script takes
-about a millisecond of the processor; a thread is only worth it where a script has left files to copy or to remove.
+Nothing is synced to the disk: a power failure may lose VMs, as on any host. Creating and deleting a VM without a script
+takes about a millisecond of CPU. A thread is used only where a script may have left many files to copy or to delete.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from orchard.nursery import Wakeup
 from orchard.schema import NAME
-from orchard.vm import script as ssh_script
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
@@ -44,46 +43,53 @@ from orchard.vm.driver import (
     LocalVM,
     NoSuchVM,
     NotRunning,
+    OnLine,
     Progress,
     RunOptions,
+    Script,
     ScriptFailed,
     operand,
 )
+from orchard.vm.processes import KILL_SECONDS, kill, signal_group
+from orchard.vm.script import converse, wrap
 
-LOCAL = "orchard-"  # how the names of local VMs begin
 ADDRESS = "127.0.0.1"
-SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")  # as login shell
-STEPS = 10  # of a pull's progress
-KILL_SECONDS = 5.0  # for killed processes to be gone
+# A source that begins so is a local VM.
+_LOCAL_PREFIX = "orchard-"
+_SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")
+# How often a pull reports its progress.
+_PULL_STEPS = 10
 # Between two lists of processes, in which those that were killed end.
 _LEFTOVER_POLL_SECONDS = 0.01
-VARIABLE = "ORCHARD_VM"
+_VARIABLE = "ORCHARD_VM"
 
 
 class _Guest:
-    """A VM that runs, and the shells that were started in it."""
+    """A running VM, and the shells that were started in it.
+
+    `ending` is set when the VM begins to end, `ended` when nothing of it runs, `changed` at its end and when the lease
+    is renewed.
+    """
 
     def __init__(self, *, leased: bool) -> None:
         self.leased = leased
-        self.order = trio.Event()  # to end
+        self.ending = trio.Event()
         self.ended = trio.Event()
-        self.look = trio.Event()  # that it has ended, or has another lease
+        self.changed = Wakeup()
         self.shells: list[trio.Process] = []
-
-    def tell(self) -> None:
-        self.look.set()
-        self.look = trio.Event()
 
 
 class SyntheticDriver(Driver):
     """VMs as directories below `home`. A boot takes `boot_seconds`, a pull `pull_seconds`, with progress."""
 
     def __init__(self, home: Path, *, boot_seconds: float = 0.0, pull_seconds: float = 0.0) -> None:
-        self._home = home.absolute()  # scripts get it as HOME, from another working directory
+        # Scripts get a path below it as HOME, and have another working directory.
+        self._home = home.absolute()
         self._boot_seconds = boot_seconds
         self._pull_seconds = pull_seconds
         self._guests: dict[str, _Guest] = {}
-        self._lease = math.inf  # until when leased VMs may run, in trio's time
+        # Until when leased VMs may run, in trio's time.
+        self._lease = math.inf
 
     async def list_vms(self) -> list[LocalVM]:
         await trio.lowlevel.checkpoint()
@@ -96,13 +102,13 @@ class SyntheticDriver(Driver):
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         operand("image", image)
-        for step in range(1, STEPS + 1) if self._pull_seconds else ():
-            await trio.sleep(self._pull_seconds / STEPS)
-            on_progress(100 * step // STEPS)
+        for step in range(1, _PULL_STEPS + 1) if self._pull_seconds else ():
+            await trio.sleep(self._pull_seconds / _PULL_STEPS)
+            on_progress(100 * step // _PULL_STEPS)
         await trio.lowlevel.checkpoint()
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
-        local = source.startswith(LOCAL)
+        local = source.startswith(_LOCAL_PREFIX)
         about = self._read(source) if local else {"state": "stopped"}
         if local and source in self._guests:
             raise DriverError(f'VM "{source}" is running and cannot be cloned')
@@ -111,7 +117,8 @@ class SyntheticDriver(Driver):
         directory = self._directory(name)
         if directory.exists():
             raise DriverError(f'VM "{name}" already exists')
-        draft = self._home / f".{name}.new"  # no VM's name begins with a dot
+        # The name of a VM does not begin with a dot.
+        draft = self._home / f".{name}.new"
         try:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
@@ -131,7 +138,7 @@ class SyntheticDriver(Driver):
 
     async def fqn(self, image: str) -> str:
         await trio.lowlevel.checkpoint()
-        local = image.startswith(LOCAL) or "@" in image
+        local = image.startswith(_LOCAL_PREFIX) or "@" in image
         return image if local else f"{image}@sha256:{hashlib.sha256(image.encode()).hexdigest()}"
 
     async def configure(
@@ -147,9 +154,11 @@ class SyntheticDriver(Driver):
         await trio.lowlevel.checkpoint()
         about = self._read(name)
         if name in self._guests or about["state"] != "stopped":
-            raise DriverError(f'VM "{name}" is not stopped, and can only be changed then')
+            raise DriverError(f'VM "{name}" is not stopped; stop it before changing its hardware')
         if disk_size and disk_size < about.get("disk", 0):
-            raise DriverError(f'the disk of VM "{name}" has {about["disk"]} GB and cannot shrink to {disk_size}')
+            raise DriverError(
+                f'disk size of VM "{name}" is {disk_size} GB, expected at least its present {about["disk"]} GB'
+            )
         wanted = {"cpu": cpu, "memory": memory, "disk": disk_size}
         _write(self._directory(name), {**about, **{key: value for key, value in wanted.items() if value}})
 
@@ -167,7 +176,7 @@ class SyntheticDriver(Driver):
             await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
         guest = self._guests[name] = _Guest(leased=options.leased)
         with trio.move_on_after(self._boot_seconds if about["state"] == "stopped" else 0):
-            await guest.order.wait()
+            await guest.ending.wait()
         task_status.started()
         await self._until_ended(name, guest)
 
@@ -180,26 +189,30 @@ class SyntheticDriver(Driver):
         await self._until_ended(name, guest)
 
     async def _until_ended(self, name: str, guest: _Guest) -> None:
-        """Wait until a guest has ended, and end it when its lease does."""
+        """Wait until a guest has ended; end it when the lease expires, and raise DriverError."""
         while not guest.ended.is_set():
             with trio.move_on_at(self._lease if guest.leased else math.inf):
-                await guest.look.wait()
+                await guest.changed.wait()
             if guest.leased and trio.current_time() >= self._lease and not guest.ended.is_set():
                 await self._end(name, guest)
                 raise DriverError(LEASE_OVER)
 
     async def _end(self, name: str, guest: _Guest) -> None:
-        """End a guest with all that was started in it; whether or not cancelled."""
-        if guest.order.is_set():
+        """End a guest with everything that was started in it. Completes even when cancelled."""
+        if guest.ending.is_set():
             await guest.ended.wait()
             return
-        guest.order.set()
-        await _kill(guest.shells)
-        with suppress(OSError):  # a script may have done anything to it; `delete` looks closer then
+        guest.ending.set()
+        # First all groups, since `kill` spares the group of a shell that has ended, with what it left in the background.
+        for shell in guest.shells:
+            signal_group(shell.pid)
+        await kill(*guest.shells)
+        # A script can do anything to this file. While it is there, `delete` looks for processes.
+        with suppress(OSError):
             (self._directory(name) / "scripted").unlink(missing_ok=True)
         del self._guests[name]
         guest.ended.set()
-        guest.tell()
+        guest.changed.set()
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
         await trio.lowlevel.checkpoint()
@@ -234,10 +247,11 @@ class SyntheticDriver(Driver):
         directory = self._directory(name)
         if (directory / "scripted").exists():
             await trio.to_thread.run_sync(_kill_leftovers, directory)
-        # From here on there is no such VM, even if what is left of it takes long to remove.
+        # After the rename the VM does not exist any more, even if removing its files takes long.
         grave = self._home / f".{name}.old"
         try:
-            if grave.exists():  # a worker was killed while it removed a VM of that name
+            # A worker was killed while it deleted a VM of that name.
+            if grave.exists():
                 await trio.to_thread.run_sync(_remove, grave)
             directory.rename(grave)
         except OSError as error:
@@ -246,46 +260,34 @@ class SyntheticDriver(Driver):
             _remove(grave)
             await trio.lowlevel.checkpoint()
         else:
-            with trio.CancelScope(shield=True):  # it takes as long as a disk does, and nobody would come back to it
+            # Shielded, because only the next worker's `recover` would complete it. It takes as long as the disk needs.
+            with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_remove, grave)
 
-    async def run_script(
-        self,
-        name: str,
-        script: str,
-        *,
-        env: Mapping[str, str],
-        username: str,
-        password: str,
-        bridged: bool,
-        on_line: Callable[[str], Awaitable[None]],
-    ) -> None:
+    async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         self._read(name)
         guest = self._guests.get(name)
         if guest is None:
             raise NotRunning(f'VM "{name}" is not running')
-        directory = self._directory(name)
-        marker = secrets.token_hex(16)
-        try:
-            text = ssh_script.script_text(script, env, marker).encode()
-        except ValueError as error:
-            raise DriverError(str(error)) from error
-        shell = await _start_shell(directory, username)
-        if guest.order.is_set():  # it has not waited for this one
-            await _kill([shell])
+        wrapped = wrap(script)
+        shell = await _start_shell(self._directory(name), script.username)
+        if guest.ending.is_set():
+            # The VM ended while the shell was started, so `_end` did not see it.
+            await kill(shell)
         else:
-            guest.shells.append(shell)  # reaped when the VM ends: until then its number is its process group's
+            # Not reaped before the VM ends: until then its number is the number of its process group.
+            guest.shells.append(shell)
         assert shell.stdin is not None
         assert shell.stdout is not None
         async with shell.stdin, shell.stdout:
-            transcript = await ssh_script.converse(shell.stdin, shell.stdout, marker, text, on_line, trio.CancelScope())
+            transcript = await converse(shell, wrapped, on_line)
         if transcript.exit_code is None:
             raise DriverError("the VM ended while its startup script ran")
         if transcript.exit_code != 0:
             raise ScriptFailed(transcript.exit_code, transcript.last_line)
 
     async def recover(self) -> None:
-        # What a script left is found by `run` and `delete`; here is what a killed worker was just making or removing.
+        # What a killed worker was making or deleting. Processes that a script left are found by `run` and `delete`.
         if self._home.exists():
             for left in [*self._home.glob(".*.new"), *self._home.glob(".*.old")]:
                 await trio.to_thread.run_sync(_remove, left)
@@ -295,7 +297,7 @@ class SyntheticDriver(Driver):
         now = trio.current_time()
         self._lease = now + soft - supervisor.clock()
         for guest in self._guests.values():
-            guest.tell()
+            guest.changed.set()
 
     def note(self, name: str, text: str) -> None:
         path = self._directory(name) / "note"
@@ -314,7 +316,9 @@ class SyntheticDriver(Driver):
 
     def _directory(self, name: str) -> Path:
         if not NAME.fullmatch(name) or name.startswith((".", "-")):
-            raise DriverError(f'the VM name is "{name}", expected letters, digits and : _ . - without . or - in front')
+            raise DriverError(
+                f'the VM name is "{name}", expected letters, digits and : _ . - without . or - at its beginning'
+            )
         return self._home / name
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -340,12 +344,14 @@ def _is_empty(directory: Path) -> bool:
     try:
         return not any(directory.iterdir())
     except OSError:
-        return False  # a script has removed it, or taken itself the right to read it
+        # A script has deleted it, or made it unreadable.
+        return False
 
 
 def _remove(directory: Path) -> None:
-    """Remove a directory, even if a script has taken itself the right to."""
-    for parent, names, _ in os.walk(directory):  # from the top: each is opened before it is looked into
+    """Delete a directory, even if a script has made parts of it inaccessible."""
+    # From the top, so that each directory is accessible before os.walk reads it.
+    for parent, names, _ in os.walk(directory):
         for path in (Path(parent) / name for name in names):
             if not path.is_symlink():
                 with suppress(OSError):
@@ -362,9 +368,9 @@ async def _start_shell(directory: Path, username: str) -> trio.Process:
     environ = {
         "HOME": str(root),
         "LOGNAME": username,
-        VARIABLE: str(directory),
+        _VARIABLE: str(directory),
         "PATH": os.environ.get("PATH", os.defpath),
-        "SHELL": SHELL,
+        "SHELL": _SHELL,
         "TMPDIR": str(temporary),
         "USER": username,
     }
@@ -373,21 +379,11 @@ async def _start_shell(directory: Path, username: str) -> trio.Process:
         (directory / "scripted").touch()
         temporary.mkdir(exist_ok=True)
         return await trio.lowlevel.open_process(
-            [SHELL, "-l"], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
+            [_SHELL, "-l"], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
             start_new_session=True,
         )  # fmt: skip
     except OSError as error:
-        raise DriverError(f"cannot run {SHELL} in {root}: {error.strerror}") from error
-
-
-async def _kill(shells: list[trio.Process]) -> None:
-    """Kill shells with their process groups, and reap them; whether or not cancelled."""
-    for shell in shells:
-        with suppress(ProcessLookupError, PermissionError):  # only the dead are left in it (macOS: not permitted)
-            os.killpg(shell.pid, signal.SIGKILL)
-    with trio.move_on_after(KILL_SECONDS, shield=True):
-        for shell in shells:
-            await shell.wait()
+        raise DriverError(f"cannot run {_SHELL} in {root}: {error.strerror}") from error
 
 
 def _kill_leftovers(directory: Path) -> None:
@@ -404,8 +400,8 @@ def _kill_leftovers(directory: Path) -> None:
 
 
 def _processes_of(directory: Path) -> Iterator[int]:
-    """Find processes by the variable in their environment."""
-    wanted = f"{VARIABLE}={directory}"
+    """Yield the numbers of the processes that have ORCHARD_VM=`directory` in their environment."""
+    wanted = f"{_VARIABLE}={directory}"
     proc = Path("/proc")
     if (proc / "self" / "environ").exists():
         for path in proc.glob("[0-9]*/environ"):

@@ -338,7 +338,7 @@ async def test_vm_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
     async with process_cluster(tmp_path) as c:
         with c.host.worker() as worker:
             vm = await c.create_running("vm")
-            os.kill(c.host.record(vm).guard, signal.SIGKILL)
+            os.kill(c.host.record(vm).supervisor, signal.SIGKILL)
             failed = await c.wait_vm("vm", has_failed)
             assert failed.state.status_message == "the process that watched over the VM was killed"
             assert c.host.states() == {vm.tart_name: "stopped"}
@@ -350,7 +350,7 @@ async def test_vm_without_a_supervisor_is_not_adopted(tmp_path: Path) -> None:
         with c.host.worker() as worker:
             vm = await c.create_running("vm")
             worker.stop(signal.SIGKILL)
-        os.kill(c.host.record(vm).guard, signal.SIGKILL)
+        os.kill(c.host.record(vm).supervisor, signal.SIGKILL)
         await c.host.run_without_supervisor("orchard-left")
         await c.host.run_without_supervisor("somebody-elses")
         assert c.host.states() == dict.fromkeys([vm.tart_name, "orchard-left", "somebody-elses"], "running")

@@ -23,6 +23,7 @@ from harness.processes import GENEROUS, PLAIN, Role, controller, eventually, pro
 from orchard.client import Client
 from orchard.schema import TART_VMS, VM
 from orchard.vm import supervisor
+from orchard.vm.processes import is_locked
 from orchard.worker import host_architecture
 
 STANDIN = Path(__file__).parent.parent / "standin" / "tart"
@@ -66,7 +67,7 @@ class Host:
         return {path.stem: state for path in (self.tart_home / "vms").glob("*.json") if (state := _state_in(path))}
 
     def record(self, vm: VM) -> supervisor.Record:
-        return supervisor.read(self.home / "tart" / f"{vm.tart_name}.run")
+        return supervisor.read_record(self.home / "tart" / f"{vm.tart_name}.run")
 
     def hold(self, place: str) -> None:
         """Stop the next call of tart that comes to a place ("clone before") there."""
@@ -88,7 +89,7 @@ def _state_in(path: Path) -> str:
         vm: dict[str, str] = json.loads(path.read_text())
     except FileNotFoundError:
         return ""
-    return "running" if vm.get("lock") and supervisor.is_locked(Path(vm["lock"])) else vm["state"]
+    return "running" if vm.get("lock") and is_locked(Path(vm["lock"])) else vm["state"]
 
 
 class ProcessCluster:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import trio
@@ -27,8 +27,10 @@ from orchard.vm.driver import (
     LocalVM,
     NoSuchVM,
     NotRunning,
+    OnLine,
     Progress,
     RunOptions,
+    Script,
     ScriptFailed,
 )
 from orchard.vm.supervisor import EXPIRED
@@ -326,17 +328,7 @@ class Handle(Driver):
 
         await self._ask(DELETE, deleted)
 
-    async def run_script(
-        self,
-        name: str,
-        script: str,
-        *,
-        env: Mapping[str, str],
-        username: str,
-        password: str,
-        bridged: bool,
-        on_line: Callable[[str], Awaitable[None]],
-    ) -> None:
+    async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         await self._check_process()
         guest, machine = self._guest(name), self._machine
         await on_line("hello")

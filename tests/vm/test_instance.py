@@ -20,8 +20,18 @@ from harness.processes import at_last, at_rest, eventually, processes_in
 from orchard import transitions
 from orchard.schema import VM, Event, Worker, patched_spec, vm_from_client
 from orchard.tart import TartDriver
-from orchard.vm.driver import Driver, DriverError, LocalVM, NotRunning
-from orchard.vm.instance import CUT_OFF, LINES, REMOVE_SECONDS, SHUT_DOWN, STOPPED, UNNOTED, Instance, Note
+from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, NotRunning
+from orchard.vm.instance import (
+    CUT_OFF,
+    QUEUED_LINES,
+    REMOVE_SECONDS,
+    SHUT_DOWN,
+    STOPPED,
+    UNNOTED,
+    Instance,
+    InstanceHost,
+    Note,
+)
 from orchard.vm.synthetic import SyntheticDriver
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -54,15 +64,12 @@ class Host:
         self.hold: trio.Event | None = None  # what deliveries wait for
         self.runs = trio.Event()  # set when an instance has said that it runs
 
-    def instance(self, vm: VM, **options: bool) -> Instance:
-        instance = Instance(
-            vm,
-            self.driver,
-            **options,
-            changed=lambda: self.heard(instance),
-            send_events=self.send,
-            clock=lambda: 1_700_000_000.5,
-        )
+    def instance(self, vm: VM, *, found: LocalState | None = None, outlives: bool = True) -> Instance:
+        def changed() -> None:
+            self.heard(instance)
+
+        host = InstanceHost(self.driver, changed, self.send, lambda: 1_700_000_000.5, outlives)
+        instance = Instance(vm, host, found=found)
         return instance
 
     def heard(self, instance: Instance) -> None:
@@ -122,7 +129,7 @@ async def test_a_life_tells_its_story_and_leaves_nothing(host: Host) -> None:
         ("running", "", True, 1),
     ]
     assert instance.report()["uid"] == uid_of("vm")
-    assert instance.image_fqn.startswith("image@sha256:")
+    assert instance.state.image_fqn.startswith("image@sha256:")
     assert host.left() == []
 
 
@@ -138,7 +145,7 @@ async def test_a_pull_tells_its_progress(tmp_path: Path, autojump_clock: trio.te
 async def test_an_image_that_does_not_exist_fails_the_vm_with_the_drivers_words(host: Host) -> None:
     async with tended(host, placed(image="orchard-none")) as instance:
         await until(instance, lambda i: i.status == "failed")
-        assert instance.message == 'the specified VM "orchard-none" does not exist'
+        assert instance.state.message == 'the specified VM "orchard-none" does not exist'
         assert instance.ended.is_set()
     assert host.left() == []
 
@@ -147,12 +154,12 @@ async def test_a_script_that_fails_fails_the_vm_after_all_that_it_printed(host: 
     script = {"script_content": "seq 1000; echo last words; exit 7", "env": {}}
     async with tended(host, placed(startup_script=script)) as instance:
         await until(instance, lambda i: i.status == "failed")
-        assert instance.message == "startup script failed with exit code 7: last words"
+        assert instance.state.message == "startup script failed with exit code 7: last words"
         assert host.sent == [*map(str, range(1, 1001)), "last words"]
         await instance.ended.wait()
         assert (await host.driver.list_vms())[0].state == "stopped"
         instance.follow(changed(instance.vm, headless=True))
-        assert host.story()[-1] == ("failed", instance.message, False, 1)
+        assert host.story()[-1] == ("failed", instance.state.message, False, 1)
 
 
 async def test_a_script_waits_while_its_lines_cannot_be_delivered(host: Host) -> None:
@@ -160,7 +167,7 @@ async def test_a_script_waits_while_its_lines_cannot_be_delivered(host: Host) ->
     script = {"script_content": "for i in $(seq 3000); do printf %01000d\\\\n $i; echo $i > reached; done"}
     async with tended(host, placed(startup_script=script)) as instance:
         reached = host.home / instance.name / "root" / "reached"
-        await until(instance, lambda _: reached.exists() and int(reached.read_text() or 0) > LINES)
+        await until(instance, lambda _: reached.exists() and int(reached.read_text() or 0) > QUEUED_LINES)
         await at_rest(reached.read_text)
         assert int(reached.read_text()) < 3000
         assert host.sent == []
@@ -174,7 +181,7 @@ async def test_a_guest_that_shuts_down_by_itself_has_failed(host: Host) -> None:
         await until(instance, lambda i: i.running)
         await host.driver.stop(instance.name)
         await until(instance, lambda i: i.status == "failed")
-        assert (instance.message, instance.running) == (SHUT_DOWN, False)
+        assert (instance.state.message, instance.running) == (SHUT_DOWN, False)
 
 
 async def test_the_next_generation_is_booted_with_what_changed(host: Host) -> None:
@@ -183,7 +190,7 @@ async def test_the_next_generation_is_booted_with_what_changed(host: Host) -> No
         await until(instance, lambda _: host.sent == ["once"])
         await until(instance, lambda i: i._note.script == "done")
         instance.follow(changed(vm, cpu=8, headless=True))
-        await until(instance, lambda i: i.observed == 2)
+        await until(instance, lambda i: i.state.observed == 2)
         assert host.about(instance)["cpu"] == 8
         assert (instance.running, instance.status) == (True, "running")
     assert host.story()[-3:] == [("running", "", True, 1), ("running", "", False, 1), ("running", "", True, 2)]
@@ -206,7 +213,7 @@ async def test_a_vm_that_is_to_rest_stays_on_the_disk(
     async with tended(host, vm) as instance:
         await until(instance, lambda i: i.running)
         instance.follow(changed(vm, **patch))
-        await until(instance, lambda i: i.observed == 2)
+        await until(instance, lambda i: i.state.observed == 2)
         assert (instance.status, instance.running) == ("running", False)
         assert host.about(instance)["state"] == state
         assert not instance.ended.is_set()
@@ -218,7 +225,7 @@ async def test_a_clone_of_a_suspended_vm_resumes_as_it_was(host: Host) -> None:
     async with tended(host, vm) as source:
         await until(source, lambda i: i.running)
         source.follow(changed(vm, powerState="suspended"))
-        await until(source, lambda i: i.observed == 2)
+        await until(source, lambda i: i.state.observed == 2)
         async with tended(host, placed("second", image=source.name, cpu=7)) as second:
             await until(second, lambda i: i.running)
             assert host.about(second)["cpu"] == 5
@@ -235,9 +242,9 @@ async def test_a_life_begins_when_those_that_were_told_to_end_have(host: Host) -
 
 
 @asynccontextmanager
-async def abandoned(host: Host, vm: VM, **options: bool) -> AsyncIterator[Instance]:
+async def abandoned(host: Host, vm: VM, *, outlives: bool = True) -> AsyncIterator[Instance]:
     """Let a VM live for the time of the block; then its worker ends."""
-    instance = host.instance(vm, **options)
+    instance = host.instance(vm, outlives=outlives)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(instance.tend)
         await until(instance, lambda i: i.running)
@@ -248,9 +255,9 @@ async def abandoned(host: Host, vm: VM, **options: bool) -> AsyncIterator[Instan
 @asynccontextmanager
 async def adopted(host: Host, vm: VM) -> AsyncIterator[Instance]:
     """Go on with a VM for the time of the block, and remove it then."""
-    instance = host.instance(vm, runs=True)
+    instance = host.instance(vm, found="running")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.adopt)
+        nursery.start_soon(instance.tend)
         yield instance
         instance.remove()
 
@@ -260,12 +267,12 @@ async def test_a_vm_at_rest_stays_when_its_worker_ends_and_the_next_one_can_dele
     stopped = changed(vm, powerState="stopped")
     async with abandoned(host, vm) as instance:
         instance.follow(stopped)
-        await until(instance, lambda i: i.observed == 2)
+        await until(instance, lambda i: i.state.observed == 2)
     assert [(local.name, local.state) for local in await host.driver.list_vms()] == [(vm.tart_name, "stopped")]
-    again = host.instance(stopped)
+    again = host.instance(stopped, found="stopped")
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(again.keep)
-        await until(again, lambda i: i.observed == 2)
+        nursery.start_soon(again.tend)
+        await until(again, lambda i: i.state.observed == 2)
         again.remove()
     assert host.left() == []
 
@@ -278,10 +285,10 @@ async def test_a_vm_that_runs_outlives_its_worker_and_is_gone_on_with(host: Host
     host.said.clear()
     async with adopted(host, vm) as instance:
         assert (instance.status, instance.running) == ("running", True)
-        await until(instance, lambda i: i.observed == 1)
-        assert instance.image_fqn.startswith("image@sha256:")
+        await until(instance, lambda i: i.state.observed == 1)
+        assert instance.state.image_fqn.startswith("image@sha256:")
         instance.follow(changed(vm, cpu=8))
-        await until(instance, lambda i: i.observed == 2)
+        await until(instance, lambda i: i.state.observed == 2)
         assert host.about(instance)["cpu"] == 8
     assert host.sent == ["once"], "the script runs once in a life"
     assert host.story() == [("running", "", True, 1), ("running", "", False, 1), ("running", "", True, 2)]
@@ -299,7 +306,7 @@ async def test_what_was_wanted_while_there_was_no_worker_is_done(
     async with abandoned(host, vm):
         pass
     async with adopted(host, changed(vm, **patch)) as instance:
-        await until(instance, lambda i: i.observed == 2)
+        await until(instance, lambda i: i.state.observed == 2)
         assert (instance.status, instance.running) == ("running", False)
         assert host.about(instance)["state"] == state
 
@@ -315,7 +322,7 @@ async def test_a_vm_that_has_ended_since_it_was_seen_to_run_has_failed_but_for_a
     await host.driver.stop(instance.name)
     async with adopted(host, changed(vm, **patch) if patch else vm) as instance:
         if patch:
-            await until(instance, lambda i: i.observed == 2)
+            await until(instance, lambda i: i.state.observed == 2)
             assert (instance.status, instance.running) == ("running", "powerState" not in patch)
         else:
             await until(instance, lambda i: i.status == "failed")
@@ -327,13 +334,13 @@ async def test_a_vm_that_has_come_to_rest_since_it_was_seen_to_run_stays_when_it
     async with abandoned(host, vm) as instance:
         pass
     await host.driver.stop(instance.name)
-    instance = host.instance(stopped, runs=True, outlives=False)
+    instance = host.instance(stopped, found="running", outlives=False)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.adopt)
-        await until(instance, lambda i: i.observed == 2)
+        nursery.start_soon(instance.tend)
+        await until(instance, lambda i: i.state.observed == 2)
         nursery.cancel_scope.cancel()
     assert await host.driver.list_vms() == [LocalVM(vm.tart_name, "stopped")]
-    assert not instance.stopped
+    assert not instance.has_unreported_failure
 
 
 async def test_a_vm_that_runs_and_cannot_be_gone_on_with_is_ended_before_it_has_failed(
@@ -350,7 +357,7 @@ async def test_a_vm_that_runs_and_cannot_be_gone_on_with_is_ended_before_it_has_
     monkeypatch.setattr(host.driver, "attach", attach)
     async with adopted(host, changed(vm, headless=True)) as instance:
         await until(instance, lambda i: i.status == "failed")
-        assert instance.message == "it was not started by this driver"
+        assert instance.state.message == "it was not started by this driver"
         assert await host.driver.list_vms() == [LocalVM(vm.tart_name, "stopped")]
 
 
@@ -360,7 +367,7 @@ async def test_a_script_that_nobody_followed_to_its_end_fails_the_vm(host: Host)
         await eventually(lambda: host.sent == ["begun"])
     async with adopted(host, vm) as instance:
         await until(instance, lambda i: i.status == "failed")
-        assert instance.message == CUT_OFF
+        assert instance.state.message == CUT_OFF
         assert [local.state for local in await host.driver.list_vms()] == ["stopped"]
     await eventually(lambda: processes_in(host.home) == [])
 
@@ -372,7 +379,7 @@ async def test_a_vm_of_which_nothing_is_noted_is_ended(host: Host) -> None:
     host.driver.note(instance.name, "[]")
     async with adopted(host, vm) as instance:
         await until(instance, lambda i: i.status == "failed")
-        assert instance.message == UNNOTED
+        assert instance.state.message == UNNOTED
         assert [local.state for local in await host.driver.list_vms()] == ["stopped"]
 
 
@@ -380,7 +387,7 @@ async def test_a_vm_that_is_not_to_outlive_its_worker_ends_with_it(host: Host) -
     async with abandoned(host, placed(), outlives=False) as instance:
         pass
     assert host.left() == []
-    assert instance.stopped
+    assert instance.has_unreported_failure
     assert host.story()[-1] == ("failed", STOPPED, False, 1)
 
 
@@ -398,7 +405,7 @@ async def test_a_vm_that_does_not_end_with_its_worker_is_not_called_failed(
     async with abandoned(host, placed(), outlives=False) as instance:
         before = trio.current_time()
     assert trio.current_time() - before == pytest.approx(REMOVE_SECONDS)
-    assert not instance.stopped
+    assert not instance.has_unreported_failure
     assert host.story()[-1] == ("running", "", True, 1)
 
 
@@ -413,7 +420,7 @@ async def test_a_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkey
         await stop(name)
 
     monkeypatch.setattr(host.driver, "stop", stubborn)
-    monkeypatch.setattr("orchard.vm.instance.STOP_PAUSE", 0.0)
+    monkeypatch.setattr("orchard.vm.instance.RETRY_SECONDS", 0.0)
     async with tended(host, placed()) as instance:
         await until(instance, lambda i: i.running)
         states: list[str] = []
@@ -430,7 +437,7 @@ def test_a_note_is_read_as_it_was_written() -> None:
         note = Note(3, (4, 8192, 50), suspendable=True, script=script)
         assert Note.parse(str(note)) == note
     for text in ("", "{}", "[]", '[1, [1, 2], true, ""]', '[1, [1, 2, 3], 1, ""]', '[1, [1, 2, 3], true, "x"]'):
-        with pytest.raises(ValueError, match="is no note about a VM"):
+        with pytest.raises(ValueError, match="note about a VM is"):
             Note.parse(text)
 
 
@@ -444,6 +451,7 @@ async def test_a_vm_that_cannot_be_deleted_is_tried_again(host: Host, monkeypatc
         await delete(name)
 
     monkeypatch.setattr(host.driver, "delete", stubborn)
+    monkeypatch.setattr("orchard.vm.instance.RETRY_SECONDS", 0.0)
     instance = host.instance(placed())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(instance.tend)
@@ -517,8 +525,8 @@ async def taken_over(host: Host, vm: VM) -> None:
             await host.driver.delete(local.name)
             continue
         async with adopted(host, vm) as instance:
-            await until(instance, lambda i: i.observed == 1 or i.status == "failed")
-            assert instance.message in ("", CUT_OFF)
+            await until(instance, lambda i: i.state.observed == 1 or i.status == "failed")
+            assert instance.state.message in ("", CUT_OFF)
 
 
 @pytest.mark.parametrize(

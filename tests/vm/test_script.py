@@ -22,7 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchard.vm import script as ssh_script
-from orchard.vm.script import SSHError, Transcript, cut, greeting, script_text
+from orchard.vm.driver import DriverError, Script, ScriptFailed
+from orchard.vm.processes import last_line, presentable
+from orchard.vm.script import SSHServer, Transcript, cut, greeting, run_over_ssh, script_text
 
 SSHD = Path(__file__).parent.parent / "standin" / "sshd.py"
 MARKER = "0123456789abcdef"
@@ -91,7 +93,7 @@ def test_scripts_in_a_real_shell(script: str, lines: list[str] | None, code: int
     ("env", "script"), [({"a-b": ""}, ""), ({"1a": ""}, ""), ({"": ""}, ""), ({"a": "\0"}, ""), ({}, "\0")]
 )
 def test_what_no_shell_can_hold_is_refused(env: dict[str, str], script: str) -> None:
-    with pytest.raises(ValueError, match="startup script: "):
+    with pytest.raises(DriverError, match="startup script: "):
         script_text(script, env, MARKER)
 
 
@@ -156,10 +158,10 @@ def test_noise_before_the_script_is_not_kept() -> None:
 
 
 def test_what_goes_into_a_message_is_one_harmless_line() -> None:
-    assert ssh_script.presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
-    assert ssh_script.presentable("x" * 1000) == "x" * ssh_script.MAX_SHOWN
-    assert ssh_script.last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
-    assert ssh_script.last_line(b" \n\n") == ssh_script.last_line(b"") == ""
+    assert presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
+    assert presentable("x" * 1000) == "x" * 400
+    assert last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
+    assert last_line(b" \n\n") == last_line(b"") == ""
 
 
 def test_nobody_s_configuration_keys_or_hosts_count() -> None:
@@ -226,29 +228,25 @@ class Front:
 
 
 async def run(
-    port: int,
-    script: str,
+    server: int | SSHServer,
+    text: str,
     *,
     password: str = "admin",
     lines: list[str] | None = None,
     give_up: float = GENEROUS,
-    **options: float | str,
-) -> ssh_script.ScriptEnd:
-    async def on_line(line: str) -> None:
-        if lines is not None:
-            lines.append(line)
+    program: str = "ssh",
+) -> list[str]:
+    """Run a script at a port of this host, and return its lines, which `lines` gets as they come."""
+    received: list[str] = [] if lines is None else lines
 
+    async def on_line(line: str) -> None:
+        received.append(line)
+
+    if isinstance(server, int):
+        server = SSHServer("127.0.0.1", server)
     with trio.fail_after(give_up):
-        return await ssh_script.run_script(
-            "127.0.0.1",
-            port,
-            username="admin",
-            password=password,
-            script=script,
-            env={},
-            on_line=on_line,
-            **options,  # type: ignore[arg-type]
-        )
+        await run_over_ssh(server, Script(text, password=password), on_line, program=program)
+    return received
 
 
 def processes_with(password: str) -> list[int]:
@@ -264,9 +262,8 @@ def processes_with(password: str) -> list[int]:
 async def test_a_guest_that_boots_is_waited_for(port: int, nursery: trio.Nursery) -> None:
     front = Front(None, None, port)
     await nursery.start(front.serve)
-    lines: list[str] = []
-    assert await run(front.port, "echo hello", lines=lines) == ssh_script.ScriptEnd(0, "hello")
-    assert (lines, front.count) == (["hello"], 3)
+    assert await run(front.port, "echo hello") == ["hello"]
+    assert front.count == 3
     nursery.cancel_scope.cancel()
 
 
@@ -274,7 +271,7 @@ async def test_an_account_may_come_after_the_server(port: int, nursery: trio.Nur
     with server(SSHD_PASSWORD="not yet") as (_, first):
         front = Front(first, port)
         await nursery.start(front.serve)
-        assert await run(front.port, "echo hello") == ssh_script.ScriptEnd(0, "hello")
+        assert await run(front.port, "echo hello") == ["hello"]
     assert front.count == 2
     nursery.cancel_scope.cancel()
 
@@ -289,7 +286,7 @@ async def test_nobody_there_is_given_up_with_the_reason(nursery: trio.Nursery, c
 
     nursery.start_soon(lose_patience)
     expected = f"no SSH at admin@127.0.0.1:{front.port} within 600 seconds: .*(closed|reset) by"
-    with pytest.raises(SSHError, match=expected):
+    with pytest.raises(DriverError, match=expected):
         await run(front.port, "echo", password="waits-in-vain", give_up=math.inf)
     assert processes_with("waits-in-vain") == []
     nursery.cancel_scope.cancel()
@@ -307,7 +304,7 @@ async def test_the_script_itself_may_take_as_long_as_it_needs(
 
     nursery.start_soon(jump)
     text = f"echo begun; while [ ! -e {tmp_path}/on ]; do sleep 0.01; done; echo over"
-    assert await run(port, text, lines=lines, give_up=math.inf) == ssh_script.ScriptEnd(0, "over")
+    assert await run(port, text, lines=lines, give_up=math.inf) == ["begun", "over"]
 
 
 async def test_a_wrong_password_is_given_up_and_never_shown(
@@ -322,7 +319,7 @@ async def test_a_wrong_password_is_given_up_and_never_shown(
         clock.jump(ssh_script.PASSWORD_SECONDS)
 
     nursery.start_soon(lose_patience)
-    with pytest.raises(SSHError, match=r"refuses the password: .*Permission denied") as refused:
+    with pytest.raises(DriverError, match=r"refuses the password: .*Permission denied") as refused:
         await run(front.port, "echo", password="s3cret-wrong", give_up=math.inf)
     assert "s3cret" not in str(refused.value) + caplog.text
     nursery.cancel_scope.cancel()
@@ -330,14 +327,14 @@ async def test_a_wrong_password_is_given_up_and_never_shown(
 
 async def test_a_password_that_no_prompt_can_take_is_refused() -> None:
     for password in ("a\nb", "a\0", "a\r"):
-        with pytest.raises(SSHError, match="line break or NUL"):
+        with pytest.raises(DriverError, match="line break or NUL"):
             await run(1, "echo", password=password)
 
 
 @pytest.mark.parametrize("password", ["$HOME `id` \"'\\ %s", " é ", "-n", "*"])
 async def test_a_password_is_passed_on_as_it_is(password: str) -> None:
     with server(SSHD_PASSWORD=password) as (_, port):
-        assert await run(port, "exit 5", password=password, password_seconds=0) == ssh_script.ScriptEnd(5, "")
+        assert await run(SSHServer("127.0.0.1", port, password_seconds=0), "echo in", password=password) == ["in"]
 
 
 def command_lines() -> list[str]:
@@ -393,27 +390,24 @@ async def test_an_error_of_who_gets_the_lines_ends_the_script(port: int) -> None
         raise RuntimeError(line)
 
     with pytest.raises(RuntimeError, match="begun"):
-        await ssh_script.run_script(
-            "127.0.0.1", port, username="admin", password="admin", script="echo begun; sleep 1000", env={},
-            on_line=on_line,
-        )  # fmt: skip
+        await run_over_ssh(SSHServer("127.0.0.1", port), Script("echo begun; sleep 1000"), on_line)
 
 
 async def test_exit_255_of_the_script_is_not_a_lost_connection(port: int) -> None:
-    assert await run(port, "echo x; exit 255") == ssh_script.ScriptEnd(255, "x")
+    with pytest.raises(ScriptFailed, match="exit code 255: x") as failed:
+        await run(port, "echo x; exit 255")
+    assert (failed.value.exit_code, failed.value.last_line) == (255, "x")
 
 
 async def test_a_script_is_over_when_it_ends_whatever_it_leaves_running(port: int) -> None:
-    lines: list[str] = []
-    assert await run(port, "sleep 1000 & echo over", lines=lines) == ssh_script.ScriptEnd(0, "over")
-    assert lines == ["over"]
+    assert await run(port, "sleep 1000 & echo over") == ["over"]
 
 
 async def test_a_profile_may_print_and_set_what_it_likes(tmp_path: Path) -> None:
     (tmp_path / ".bash_profile").write_text("echo welcome; echo warning >&2; set -eu; export FROM_PROFILE=yes\n")
     lines: list[str] = []
-    with server(HOME=str(tmp_path)) as (_, port):
-        assert await run(port, "echo $FROM_PROFILE; exit 7", lines=lines) == ssh_script.ScriptEnd(7, "yes")
+    with server(HOME=str(tmp_path)) as (_, port), pytest.raises(ScriptFailed, match="exit code 7: yes"):
+        await run(port, "echo $FROM_PROFILE; exit 7", lines=lines)
     assert lines == ["yes"]
 
 
@@ -426,18 +420,18 @@ async def test_a_connection_that_is_lost_is_no_end_of_the_script(nursery: trio.N
             process.terminate()
 
         nursery.start_soon(lose)
-        with pytest.raises(SSHError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
+        with pytest.raises(DriverError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
             await run(port, "echo begun; sleep 1000", lines=lines)
     assert lines == ["begun"], "it is not run again"
 
 
 async def test_a_script_that_kills_its_shell_has_no_known_end(port: int) -> None:
-    with pytest.raises(SSHError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
+    with pytest.raises(DriverError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
         await run(port, "kill -9 $$")
 
 
 async def test_without_ssh_the_missing_program_is_named() -> None:
-    with pytest.raises(SSHError, match="cannot run /none/ssh, the OpenSSH client, on this machine: No such file"):
+    with pytest.raises(DriverError, match="cannot run /none/ssh, the OpenSSH client, on this machine: No such file"):
         await run(1, "echo", program="/none/ssh")
 
 

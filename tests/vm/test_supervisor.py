@@ -20,6 +20,7 @@ import pytest
 from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard.vm import supervisor
+from orchard.vm.processes import is_locked
 from orchard.vm.supervisor import EXPIRED, LOG_BYTES, RECORD_BYTES, Record
 
 LONG = 1e6  # seconds
@@ -82,27 +83,27 @@ class Guarded:
     async def start_guest(self, code: str, *, patience: float = LONG, leased: bool = False) -> Record:
         self.start(sys.executable, "-ISc", code, patience=patience, leased=leased)
         await eventually(lambda: "up\n" in self.log.read_text())
-        return supervisor.read(self.path)
+        return supervisor.read_record(self.path)
 
     def lend(self, soft: float, hard: float) -> None:
         """Write a lease that ends in so many seconds, and have the guard look at it."""
         supervisor.write_lease(self.lease, supervisor.clock() + soft, supervisor.clock() + hard)
-        if number := supervisor.read(self.path).guard:
+        if number := supervisor.read_record(self.path).supervisor:
             os.kill(number, signal.SIGCHLD)
 
     async def ended(self) -> Record:
         """Wait for the end of the guard; its VM has ended then."""
-        await eventually(lambda: not supervisor.is_locked(self.path))
+        await eventually(lambda: not is_locked(self.path))
         await eventually(lambda: processes_in(self.home) == [])  # those that were killed with it are going
-        return supervisor.read(self.path)
+        return supervisor.read_record(self.path)
 
     def runs(self) -> bool:
-        record = supervisor.read(self.path)
-        return supervisor.is_locked(self.path) and record.status is None and Path(f"/proc/{record.child}").exists()
+        record = supervisor.read_record(self.path)
+        return is_locked(self.path) and record.status is None and Path(f"/proc/{record.child}").exists()
 
     async def has_looked(self) -> None:
         """Wake the guard, and wait until it sleeps again."""
-        number = supervisor.read(self.path).guard
+        number = supervisor.read_record(self.path).supervisor
         for _ in range(2):  # the first one may find it awake
             before = sleeps(number)
             os.kill(number, signal.SIGCHLD)
@@ -129,22 +130,27 @@ def guarded(tmp_path: Path) -> Iterator[Guarded]:
 
 @pytest.mark.parametrize(("last", "status"), [("exit 0", 0), ("exit 3", 3), ("kill -9 $$", -9), ("kill -2 $$", -2)])
 async def test_a_record_says_who_runs_and_how_it_ended(guarded: Guarded, last: str, status: int) -> None:
-    assert supervisor.read(guarded.path) == Record()
-    assert not supervisor.is_locked(guarded.path)
+    assert supervisor.read_record(guarded.path) == Record()
+    assert not is_locked(guarded.path)
     fifo = guarded.home / "fifo"
     os.mkfifo(fifo)
     go = os.open(fifo, os.O_RDWR)
     guarded.start("/bin/sh", "-c", f"echo begins; read line < {fifo}; echo ends >&2; {last}")
-    running = supervisor.read(guarded.path)
-    assert running == Record(running.guard, running.child)
+    running = supervisor.read_record(guarded.path)
+    assert running == Record(running.supervisor, running.child)
     assert guarded.runs()
     # Out of reach of whoever started it: a session of its own, a group for the VM, and no directory kept busy.
-    assert os.getsid(running.guard) == os.getsid(running.child) == os.getpgid(running.guard) == running.guard
+    assert (
+        os.getsid(running.supervisor)
+        == os.getsid(running.child)
+        == os.getpgid(running.supervisor)
+        == running.supervisor
+    )
     assert os.getpgid(running.child) == running.child
-    assert Path(f"/proc/{running.guard}/cwd").readlink() == Path("/")
+    assert Path(f"/proc/{running.supervisor}/cwd").readlink() == Path("/")
     os.write(go, b"\n")
     os.close(go)
-    assert await guarded.ended() == Record(running.guard, running.child, status)
+    assert await guarded.ended() == Record(running.supervisor, running.child, status)
     assert guarded.log.read_text() == "begins\nends\n"
     assert guarded.path.stat().st_mode & 0o777 == guarded.log.stat().st_mode & 0o777 == 0o600
 
@@ -152,18 +158,18 @@ async def test_a_record_says_who_runs_and_how_it_ended(guarded: Guarded, last: s
 @pytest.mark.parametrize("content", ["", "12", "12 x", "12 13 x", "12 13 0 else", "1 2 3 stop 5", "\0" * 64, "é"])
 def test_what_is_no_record_is_none_yet(tmp_path: Path, content: str) -> None:
     (tmp_path / "vm.run").write_text(content)
-    assert supervisor.read(tmp_path / "vm.run") == Record()
+    assert supervisor.read_record(tmp_path / "vm.run") == Record()
 
 
 async def test_the_next_run_begins_with_nothing_of_the_last(guarded: Guarded) -> None:
     await guarded.start_guest(POLITE)
-    os.kill(supervisor.read(guarded.path).guard, signal.SIGTERM)
+    os.kill(supervisor.read_record(guarded.path).supervisor, signal.SIGTERM)
     first = await guarded.ended()
     guarded.start("/bin/true")
     second = await guarded.ended()
     assert (first.status, first.order) == (7, "stop")
     assert (second.status, second.order) == (0, "")
-    assert first.guard != second.guard
+    assert first.supervisor != second.supervisor
     assert guarded.log.read_bytes() == b""
 
 
@@ -212,7 +218,7 @@ def test_a_file_that_cannot_be_written_is_named(guarded: Guarded, which: str) ->
 async def test_one_vm_has_one_guard(guarded: Guarded) -> None:
     record = await guarded.start_guest(POLITE)
     assert guarded.tried("/bin/true") == (1, "the VM is already running\n")
-    assert supervisor.read(guarded.path) == record
+    assert supervisor.read_record(guarded.path) == record
     assert guarded.log.read_text() == "up\n"
     assert guarded.runs()
 
@@ -244,7 +250,7 @@ async def test_the_lock_of_whoever_starts_it_ends_with_the_start(guarded: Guarde
         words = ["/bin/sh", "-c", 'exec "$@" 3<&0 </dev/null', "sh", *guarded.words("/bin/sleep", "1000")]
         subprocess.run(words, stdin=lock, env=guarded.environ, check=True)  # noqa: ASYNC221 -- it ends soon
     assert guarded.runs()
-    await eventually(lambda: not supervisor.is_locked(starting))
+    await eventually(lambda: not is_locked(starting))
 
 
 async def test_a_vm_finds_signals_and_descriptors_as_usual(guarded: Guarded) -> None:
@@ -265,23 +271,23 @@ async def test_a_vm_finds_signals_and_descriptors_as_usual(guarded: Guarded) -> 
 
 async def test_an_order_asks_the_vm_and_waits(guarded: Guarded) -> None:
     record = await guarded.start_guest(POLITE)
-    os.kill(record.guard, signal.SIGTERM)
-    assert await guarded.ended() == Record(record.guard, record.child, 7, "stop")
+    os.kill(record.supervisor, signal.SIGTERM)
+    assert await guarded.ended() == Record(record.supervisor, record.child, 7, "stop")
 
 
 async def test_a_vm_that_does_not_heed_an_order_is_killed_with_all_that_is_its_own(guarded: Guarded) -> None:
     record = await guarded.start_guest(STUBBORN, patience=0.3)
     assert len(processes_in(guarded.home)) == 3
-    os.kill(record.guard, signal.SIGTERM)
-    assert await guarded.ended() == Record(record.guard, record.child, -9, "stop")
+    os.kill(record.supervisor, signal.SIGTERM)
+    assert await guarded.ended() == Record(record.supervisor, record.child, -9, "stop")
     assert guarded.log.read_text() == "up\nasked\n"
 
 
 async def test_patience_is_patience(guarded: Guarded) -> None:
     record = await guarded.start_guest(STUBBORN)
-    os.kill(record.guard, signal.SIGTERM)
+    os.kill(record.supervisor, signal.SIGTERM)
     await eventually(lambda: "asked" in guarded.log.read_text())
-    os.kill(record.guard, signal.SIGTERM)
+    os.kill(record.supervisor, signal.SIGTERM)
     await guarded.has_looked()
     assert guarded.runs()
     assert guarded.log.read_text() == "up\nasked\n", "it is asked once"
@@ -290,16 +296,16 @@ async def test_patience_is_patience(guarded: Guarded) -> None:
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGCHLD])
 async def test_no_other_signal_ends_a_guard(guarded: Guarded, number: signal.Signals) -> None:
     record = await guarded.start_guest(POLITE)
-    os.kill(record.guard, number)
+    os.kill(record.supervisor, number)
     await guarded.has_looked()
     assert guarded.runs()
 
 
 async def test_a_guard_that_is_killed_leaves_the_lock_and_the_vm(guarded: Guarded) -> None:
     record = await guarded.start_guest(POLITE)
-    os.kill(record.guard, signal.SIGKILL)
-    await eventually(lambda: not supervisor.is_locked(guarded.path))
-    assert supervisor.read(guarded.path) == record
+    os.kill(record.supervisor, signal.SIGKILL)
+    await eventually(lambda: not is_locked(guarded.path))
+    assert supervisor.read_record(guarded.path) == record
     assert processes_in(guarded.home) == [record.child]
 
 
@@ -310,7 +316,7 @@ async def test_a_lease_that_runs_out_asks_the_vm_and_waits(guarded: Guarded) -> 
     guarded.lend(LONG, LONG)
     record = await guarded.start_guest(POLITE, leased=True)
     guarded.lend(0.1, LONG)
-    assert await guarded.ended() == Record(record.guard, record.child, 7, "lease")
+    assert await guarded.ended() == Record(record.supervisor, record.child, 7, "lease")
 
 
 async def test_a_vm_that_does_not_heed_its_lease_is_killed_whatever_the_patience(guarded: Guarded) -> None:
@@ -320,7 +326,7 @@ async def test_a_vm_that_does_not_heed_its_lease_is_killed_whatever_the_patience
     await eventually(lambda: "asked" in guarded.log.read_text())
     assert guarded.runs()
     guarded.lend(-1.0, 0.0)
-    assert await guarded.ended() == Record(record.guard, record.child, -9, "lease")
+    assert await guarded.ended() == Record(record.supervisor, record.child, -9, "lease")
     assert guarded.log.read_text() == "up\nasked\n"
 
 
@@ -328,16 +334,16 @@ async def test_a_vm_that_is_asked_by_its_lease_has_no_more_than_the_patience(gua
     guarded.lend(LONG, LONG)
     record = await guarded.start_guest(STUBBORN, leased=True, patience=0.3)
     guarded.lend(0.0, LONG)
-    assert await guarded.ended() == Record(record.guard, record.child, -9, "lease")
+    assert await guarded.ended() == Record(record.supervisor, record.child, -9, "lease")
 
 
 async def test_an_order_stays_one_when_the_lease_ends_too(guarded: Guarded) -> None:
     guarded.lend(LONG, LONG)
     record = await guarded.start_guest(STUBBORN, leased=True)
-    os.kill(record.guard, signal.SIGTERM)
+    os.kill(record.supervisor, signal.SIGTERM)
     await eventually(lambda: "asked" in guarded.log.read_text())
     guarded.lend(0.0, 0.0)
-    assert await guarded.ended() == Record(record.guard, record.child, -9, "stop")
+    assert await guarded.ended() == Record(record.supervisor, record.child, -9, "stop")
     assert guarded.log.read_text() == "up\nasked\n"
 
 
@@ -356,7 +362,7 @@ async def test_a_lease_that_cannot_be_read_stays_as_it_was_known(guarded: Guarde
     assert guarded.runs()
     guarded.lease.rmdir()
     guarded.lend(0.0, LONG)
-    assert await guarded.ended() == Record(record.guard, record.child, 7, "lease")
+    assert await guarded.ended() == Record(record.supervisor, record.child, 7, "lease")
 
 
 async def test_a_lease_that_cannot_be_read_any_more_ends_when_it_was_to(guarded: Guarded) -> None:
@@ -374,7 +380,7 @@ def test_no_vm_starts_without_a_lease_that_lasts(guarded: Guarded, content: byte
         guarded.lease.write_bytes(content)
     assert guarded.tried("/bin/sleep", "1000", leased=True) == (1, EXPIRED + "\n")
     assert processes_in(guarded.home) == []
-    assert not supervisor.is_locked(guarded.path)
+    assert not is_locked(guarded.path)
 
 
 def test_a_lease_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import trio.testing
 from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard.vm import synthetic
-from orchard.vm.driver import DriverError, LocalVM, RunOptions
+from orchard.vm.driver import DriverError, LocalVM, RunOptions, Script
 from orchard.vm.synthetic import ADDRESS, SyntheticDriver
 
 IMAGE = "example.com/image:latest"
@@ -68,9 +68,7 @@ async def script(driver: SyntheticDriver, text: str, lines: list[str] | None = N
         told.append(line)
 
     with trio.fail_after(GENEROUS):
-        await driver.run_script(
-            NAME, text, env={}, username="somebody", password="", bridged=False, on_line=on_line
-        )  # fmt: skip
+        await driver.run_script(NAME, Script(text, username="alice"), on_line)
     return told
 
 
@@ -83,7 +81,7 @@ async def test_a_script_has_a_private_directory(driver: SyntheticDriver, home: P
         assert await driver.ip(NAME) == ADDRESS
         lines = await script(driver, 'pwd; echo "$HOME"; echo "$TMPDIR"; echo "$USER $LOGNAME"; touch "$TMPDIR/file"')
     root = home / NAME / "root"
-    assert lines == [str(root), str(root), str(root / "tmp"), "somebody somebody"]
+    assert lines == [str(root), str(root), str(root / "tmp"), "alice alice"]
     assert (root / "tmp" / "file").exists()
 
 
@@ -139,10 +137,9 @@ async def test_a_script_ends_with_its_vm(driver: SyntheticDriver, home: Path) ->
 
 KILLED = """
 import sys, trio
-from functools import partial
 from pathlib import Path
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.vm.driver import RunOptions
+from orchard.vm.driver import RunOptions, Script
 
 async def main(home, *names):
     driver = SyntheticDriver(Path(home))
@@ -155,8 +152,7 @@ async def main(home, *names):
             await driver.clone("image", name, lambda _: None)
             await nursery.start(driver.run, name, RunOptions())
             text = "sleep 1000 & setsid sleep 1000 & echo begun; sleep 1000"
-            options = {"env": {}, "username": "", "password": "", "bridged": False, "on_line": on_line}
-            nursery.start_soon(partial(driver.run_script, name, text, **options))
+            nursery.start_soon(driver.run_script, name, Script(text), on_line)
 
 trio.run(main, *sys.argv[1:])
 """
@@ -185,7 +181,7 @@ async def test_processes_that_start_while_leftovers_are_killed_are_killed_too(
 ) -> None:
     await made(driver)
     (home / NAME / "scripted").touch()
-    environ = {**os.environ, synthetic.VARIABLE: str(home / NAME)}
+    environ = {**os.environ, "ORCHARD_VM": str(home / NAME)}
     started: list[subprocess.Popen[bytes]] = []
     list_processes = synthetic._processes_of
 
@@ -328,7 +324,7 @@ async def script_in(driver: SyntheticDriver, name: str) -> None:
     async def on_line(line: str) -> None:
         raise AssertionError(line)
 
-    await driver.run_script(name, "echo", env={}, username="", password="", bridged=False, on_line=on_line)
+    await driver.run_script(name, Script("echo"), on_line)
 
 
 async def test_a_disk_that_cannot_be_written_is_an_error_of_the_driver(driver: SyntheticDriver, home: Path) -> None:
@@ -355,7 +351,7 @@ async def test_a_script_without_a_disk_is_an_error_of_the_driver(driver: Synthet
 async def test_an_environment_that_no_shell_can_hold_is_an_error_of_the_driver(driver: SyntheticDriver) -> None:
     await made(driver)
     async with running(driver):
-        with pytest.raises(DriverError, match="the script holds a NUL character"):
+        with pytest.raises(DriverError, match="the script contains a NUL character"):
             await script(driver, "echo \0")
 
 

@@ -21,21 +21,22 @@ import trio
 import trio.testing
 from harness.processes import GENEROUS, eventually, processes_in
 
-from orchard import tart as room
+from orchard import tart as tart_module
 from orchard.nursery import unwrap_groups
 from orchard.tart import (
     Percentage,
     TartDriver,
     check_dhcp_lease,
-    failure,
     find_tart,
     machine_id,
     parse_list,
     run_arguments,
     set_arguments,
+    verb_error,
 )
 from orchard.vm import supervisor
-from orchard.vm.driver import DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, SharedDir, operand
+from orchard.vm.driver import DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, Script, SharedDir, operand
+from orchard.vm.processes import OUTPUT_BYTES
 
 STANDIN = Path(__file__).parent.parent / "standin" / "tart"
 IMAGE = "example.com/image"
@@ -125,7 +126,7 @@ def test_a_directory_that_tart_would_read_as_another_is_refused(shared: SharedDi
 
 @pytest.mark.parametrize("text", ["", "-x", "--help", "a\0"])
 def test_no_operand_becomes_an_option(text: str) -> None:
-    with pytest.raises(DriverError, match="the image is"):
+    with pytest.raises(DriverError, match="image is"):
         operand("image", text)
     with pytest.raises(DriverError):
         run_arguments(text, RunOptions())
@@ -175,7 +176,7 @@ def test_what_tart_lists() -> None:
 def test_the_last_line_of_what_it_says_is_the_error(
     verb: str, status: int, stderr: bytes, kind: type[DriverError], words: str
 ) -> None:
-    error = failure("tart", verb, status, stderr)
+    error = verb_error("tart", verb, status, stderr)
     assert type(error) is kind
     assert words in str(error)
     assert str(error).isprintable()
@@ -188,7 +189,7 @@ def test_a_missing_program_is_told_with_what_to_do(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DriverError, match=r"no tart on PATH .*brew install cirruslabs/cli/tart.*--tart PATH"):
         find_tart(None, "tart")
-    with pytest.raises(DriverError, match=r"/none is no program that can be run, expected vetu; correct --tart"):
+    with pytest.raises(DriverError, match=r"/none is not an executable program, expected vetu; correct --tart"):
         find_tart("/none", "vetu")
     (tmp_path / "tart").write_text("#!/bin/sh\n")
     with pytest.raises(DriverError):
@@ -256,7 +257,7 @@ async def test_a_vm_that_is_just_being_started_is_asked_for_its_address_again(tm
     assert asked.with_suffix(".1").exists()
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, "vm", RunOptions())
-        with pytest.raises(DriverError, match=r"is your VM running\?|expected an address"):
+        with pytest.raises(DriverError, match=r"is your VM running\?|expected an IP address"):
             await driver.ip("vm")
     assert asked.with_suffix(".3").exists()
 
@@ -303,7 +304,7 @@ async def test_nothing_runs_when_a_start_has_failed_however_far_it_had_come(
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(DriverError, match=r"^the guard of the VM ended with -9$"):
+    with pytest.raises(DriverError, match=r"^the start of the VM's supervisor ended with status -9$"):
         await driver.run("vm", RunOptions())
     assert processes_in(tmp_path) == []
     assert await driver.list_vms() == [LocalVM("vm", "stopped")]
@@ -318,9 +319,9 @@ async def test_a_vm_whose_guard_is_killed_before_tart_knows_of_it_does_not_come_
         async with trio.open_nursery() as nursery:
             await nursery.start(driver.run, "vm", RunOptions())
             await eventually((tmp_path / "held").exists)
-            os.kill(supervisor.read(tmp_path / "driver" / "vm.run").guard, signal.SIGKILL)
+            os.kill(supervisor.read_record(tmp_path / "driver" / "vm.run").supervisor, signal.SIGKILL)
 
-    with pytest.raises(DriverError, match=r"^the process that watched over the VM was killed$"), unwrap_groups():
+    with pytest.raises(DriverError, match=r"^the supervisor of the VM was killed$"), unwrap_groups():
         await run_without_a_guard()
     await eventually(lambda: processes_in(tmp_path) == [])  # who is killed takes a moment to be gone
 
@@ -335,7 +336,7 @@ async def test_a_vm_is_given_the_time_that_it_takes_to_save_its_state(
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, "vm", RunOptions(suspendable=True))
         await driver.ip("vm")
-        number = supervisor.read(tmp_path / "driver" / "vm.run").guard
+        number = supervisor.read_record(tmp_path / "driver" / "vm.run").supervisor
         os.kill(number, signal.SIGSTOP)
         suspended = trio.Event()
 
@@ -429,7 +430,7 @@ async def jump_when(clock: trio.testing.MockClock, holds: Callable[[], bool], se
 
 async def test_a_verb_that_does_not_end_is_given_up(tmp_path: Path, nursery: trio.Nursery, clock: Clock) -> None:
     driver = tart(tmp_path, TART_BLOCK="fqn")
-    nursery.start_soon(jump_when, clock, (tmp_path / "calls.jsonl").exists, room.VERB_SECONDS)
+    nursery.start_soon(jump_when, clock, (tmp_path / "calls.jsonl").exists, tart_module.VERB_SECONDS)
     with pytest.raises(DriverError, match="tart fqn did not end within 300 seconds"):
         await driver.fqn(IMAGE)
     assert processes_in(tmp_path) == []
@@ -463,7 +464,7 @@ async def test_of_a_long_output_the_end_is_kept(tmp_path: Path) -> None:
     text = "yes 0123456789 | head -c 3000000; echo the end; yes no | head -c 3000000 >&2; echo so it is >&2; exit $1"
     driver = program(tmp_path / "tart", text.replace("$1", "0"))
     output = await driver.fqn(IMAGE)
-    assert room.OUTPUT_BYTES - 100 < len(output) <= room.OUTPUT_BYTES
+    assert OUTPUT_BYTES - 100 < len(output) <= OUTPUT_BYTES
     assert output.endswith("the end")
     with pytest.raises(DriverError, match=r"^so it is$"):
         await program(tmp_path / "tart", text.replace("$1", "1")).fqn(IMAGE)
@@ -499,7 +500,7 @@ async def test_a_guest_that_is_killed_by_somebody_else_has_failed(tmp_path: Path
 
     async def kill() -> None:
         await eventually(partial(answers, driver))
-        os.kill(supervisor.read(tmp_path / "driver" / "vm.run").child, signal.SIGKILL)
+        os.kill(supervisor.read_record(tmp_path / "driver" / "vm.run").child, signal.SIGKILL)
 
     nursery.start_soon(kill)
     with pytest.raises(DriverError, match="tart run failed with exit status -9"):
@@ -535,7 +536,7 @@ async def test_flags_reach_the_program_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("said", ["", "no address", "10.0.0.1 10.0.0.2", "-oProxyCommand=x"])
 async def test_an_address_that_is_none_is_refused(tmp_path: Path, said: str) -> None:
-    with pytest.raises(DriverError, match=re.escape(f'tart ip answers "{said}" for vm, expected an address')):
+    with pytest.raises(DriverError, match=re.escape(f'tart ip printed "{said}" for vm, expected an IP address')):
         await program(tmp_path / "tart", f"echo '{said}'").ip("vm")
     assert await program(tmp_path / "tart", "echo fd00::1").ip("vm") == "fd00::1"
 
@@ -547,7 +548,7 @@ async def test_a_stranger_may_have_any_name(tmp_path: Path) -> None:
 
 
 async def test_a_list_that_cannot_be_read_is_an_error_of_the_driver(tmp_path: Path) -> None:
-    with pytest.raises(DriverError, match="cannot read what tart list prints"):
+    with pytest.raises(DriverError, match="cannot read the output of tart list"):
         await program(tmp_path / "tart", "echo nonsense").list_vms()
 
 
@@ -555,10 +556,8 @@ async def test_a_script_that_no_shell_can_read_never_reaches_ssh(tmp_path: Path)
     async def on_line(line: str) -> None:
         raise AssertionError(line)
 
-    with pytest.raises(DriverError, match="'a-b' is no name of an environment variable"):
-        await program(tmp_path / "tart", "echo 127.0.0.1").run_script(
-            "vm", "echo", env={"a-b": "x"}, username="u", password="p", bridged=False, on_line=on_line
-        )
+    with pytest.raises(DriverError, match="named 'a-b', expected"):
+        await program(tmp_path / "tart", "echo 127.0.0.1").run_script("vm", Script("echo", {"a-b": "x"}), on_line)
 
 
 async def test_what_vetu_does_not_have_is_said_to_be_missing(tmp_path: Path) -> None:
@@ -570,11 +569,11 @@ async def test_what_vetu_does_not_have_is_said_to_be_missing(tmp_path: Path) -> 
         (RunOptions(suspendable=True), "suspending"),
         (RunOptions(dirs=(SharedDir("a", "/a"),)), "shared directories"),
     ):
-        with pytest.raises(DriverError, match=f"vetu has no {words}: such a VM needs a worker with tart"):
+        with pytest.raises(DriverError, match=f"vetu does not support {words}: such a VM needs a worker with tart"):
             await driver.run("vm", options)
-    with pytest.raises(DriverError, match="vetu has no random serial numbers"):
+    with pytest.raises(DriverError, match="vetu does not support random serial numbers"):
         await driver.configure("vm", random_serial=True)
-    with pytest.raises(DriverError, match="vetu has no suspending"):
+    with pytest.raises(DriverError, match="vetu does not support suspending"):
         await driver.suspend("vm")
     assert [call[0] for call in calls(tmp_path)] == ["clone"]
 

@@ -1,0 +1,229 @@
+"""Programs on this host: run them in sessions of their own, keep a bounded part of their output, and end them.
+
+Every program gets a session of its own, so that a Ctrl-C on the worker's terminal does not reach it and the program can
+be killed together with its children. `run` captures output. `Calls` also records each program in a file, so that the
+next worker can end what a killed worker left running.
+
+Nothing here knows VMs, tart or ssh.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from orchard.nursery import unwrap_groups
+from orchard.vm.driver import DriverError
+
+# Between asking a program to end and killing it. `tart stop` gives a guest as long.
+STOP_SECONDS = 30.0  # seconds
+# For a killed process to be gone. Only a process that hangs in the kernel takes longer.
+KILL_SECONDS = 5.0  # seconds
+# Between two looks at a lock that someone waits for.
+LOOK_SECONDS = 0.01  # seconds
+# For the rest of the output after the program ended: its own children may hold the pipes open.
+_DRAIN_SECONDS = 1.0  # seconds
+# The capacity of a pipe on Linux and macOS.
+READ_BYTES = 64 * 1024  # bytes
+# Kept of each pipe, the last ones: `tart list` prints some 200 bytes a VM.
+OUTPUT_BYTES = 1024 * 1024  # bytes
+_MAX_SHOWN = 400  # characters
+# What a shell exits with when it cannot run the program.
+_SHELL_FAILURES = (126, 127)
+# A shell writes its process number to standard input, which is the locked file of the call, and becomes the program.
+# The program keeps the file open as descriptor 3, and with it the lock.
+_RECORDED = 'echo "$$" >&0; exec "$@" 3<&0 </dev/null'
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def presentable(line: str) -> str:
+    """Return a line of a program's output made fit for a message: short, and without control characters."""
+    return "".join(char if char.isprintable() else " " for char in line).strip()[:_MAX_SHOWN]
+
+
+def last_line(output: bytes) -> str:
+    """Return the last non-blank line of a program's output, presentable, or ""."""
+    lines = map(presentable, reversed(output.decode("utf-8", "replace").splitlines()))
+    return next(filter(None, lines), "")
+
+
+# ---- locks ---------------------------------------------------------------------------------------------------------
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether a live process holds the lock of a file. Raises OSError."""
+    try:
+        with path.open("rb") as file:
+            # A shared lock, so that those who only look do not exclude each other.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+async def wait_unlocked(path: Path, seconds: float) -> bool:
+    """Wait until no process holds the lock of a file. Return False if that takes longer than `seconds`."""
+    with trio.move_on_after(seconds):
+        while is_locked(path):  # noqa: ASYNC110
+            await trio.sleep(LOOK_SECONDS)
+        return True
+    return False
+
+
+# ---- ending --------------------------------------------------------------------------------------------------------
+
+
+def signal_group(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Send a signal to a process group. Does nothing if the group is gone.
+
+    The caller makes sure that the leader is not reaped: until then no other process can have its number.
+    """
+    # macOS says "not permitted" when only zombies are left in the group.
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, number)
+
+
+async def kill(*processes: trio.Process) -> None:
+    """Kill processes that lead a process group, with their groups, and reap them. Completes even when cancelled."""
+    for process in processes:
+        if process.returncode is None:
+            signal_group(process.pid)
+    with trio.move_on_after(KILL_SECONDS, shield=True):
+        for process in processes:
+            await process.wait()
+
+
+async def _interrupt(process: trio.Process) -> None:
+    """Ask a process to end with SIGINT; kill its group if it has not ended after STOP_SECONDS."""
+    process.send_signal(signal.SIGINT)
+    await trio.sleep(STOP_SECONDS)
+    await kill(process)
+
+
+# ---- running -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """How a program ended, and the last OUTPUT_BYTES of its output."""
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+
+async def run(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    on_output: Callable[[bytes], None] | None = None,
+) -> Completed:
+    """Run a program until it ends. `on_output` gets the bytes of both its pipes as they come.
+
+    When cancelled, it sends SIGINT to the program and after STOP_SECONDS SIGKILL to its group, and reaps it. Raises
+    OSError when the program cannot be started.
+    """
+    stdout, stderr = bytearray(), bytearray()
+    # Reading goes on after a cancellation: a program that is asked to end may write first, and would block or fail.
+    reading = trio.CancelScope(shield=True)
+    pipe = subprocess.PIPE
+    start = partial(
+        trio.run_process, command, stdin=stdin, stdout=pipe, stderr=pipe, env=env, check=False,
+        deliver_cancel=_interrupt, start_new_session=True,
+    )  # fmt: skip
+    with unwrap_groups():
+        async with trio.open_nursery() as nursery:
+            process: trio.Process = await nursery.start(start)
+            assert process.stdout is not None
+            assert process.stderr is not None
+            with reading:
+                async with trio.open_nursery() as readers:
+                    readers.start_soon(_read, process.stdout, stdout, on_output)
+                    readers.start_soon(_read, process.stderr, stderr, on_output)
+                    # Ends also when cancelled, since run_process ends the program then.
+                    await process.wait()
+                    reading.deadline = trio.current_time() + _DRAIN_SECONDS
+    assert process.returncode is not None
+    return Completed(process.returncode, bytes(stdout), bytes(stderr))
+
+
+async def _read(pipe: trio.abc.ReceiveStream, tail: bytearray, on_output: Callable[[bytes], None] | None) -> None:
+    async with pipe:
+        while data := await pipe.receive_some(READ_BYTES):
+            if on_output is not None:
+                on_output(bytes(data))
+            tail += data
+            del tail[:-OUTPUT_BYTES]
+
+
+# ---- calls that the next worker can find -----------------------------------------------------------------------------
+
+
+class Calls:
+    """Runs programs, each with a file in `directory` that is locked while the program lives and holds its number.
+
+    `directory` exists. The file is deleted when the program has ended. A file that is left belongs to a program that a
+    killed worker started.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    async def run(
+        self,
+        command: Sequence[str],
+        *,
+        label: str,
+        env: Mapping[str, str] | None = None,
+        on_output: Callable[[bytes], None] | None = None,
+    ) -> Completed:
+        """Run a program as the function `run` does. `label` begins the file's name. Raises DriverError."""
+        path = self._directory / f"{label}-{secrets.token_hex(8)}"
+        try:
+            with path.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                wrapped = ["/bin/sh", "-c", _RECORDED, command[0], *command]
+                completed = await run(wrapped, stdin=file.fileno(), env=env, on_output=on_output)
+        except OSError as error:
+            raise DriverError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            path.unlink(missing_ok=True)
+        if completed.status in _SHELL_FAILURES:
+            raise DriverError(f"cannot run {command[0]}: {last_line(completed.stderr)}")
+        return completed
+
+    async def end_left(self, seconds: float) -> None:
+        """End the programs that a killed worker left: with SIGINT, and after `seconds` with SIGKILL. Raises OSError."""
+        left = [path for path in self._directory.iterdir() if path.is_file()]
+        await _signal_until_ended(left, signal.SIGINT, seconds)
+        await _signal_until_ended(left, signal.SIGKILL, KILL_SECONDS)
+        for path in left:
+            path.unlink(missing_ok=True)
+
+
+async def _signal_until_ended(calls: Sequence[Path], number: signal.Signals, seconds: float) -> None:
+    """Signal each program once, as soon as its file holds its number, and wait up to `seconds` for all to end."""
+    signalled: set[Path] = set()
+    with trio.move_on_after(seconds):
+        while alive := [path for path in calls if is_locked(path)]:
+            for path in alive:
+                # Empty until the shell has written the number.
+                if path not in signalled and (pid := path.read_bytes().strip()):
+                    signal_group(int(pid), number)
+                    signalled.add(path)
+            await trio.sleep(LOOK_SECONDS)
