@@ -56,7 +56,7 @@ SCRIPTS = ("echo hello", "seq 200; exit 3", "sleep 1000", "sleep 1000 & echo ove
 
 @dataclass(frozen=True)
 class Count:
-    """What exists while nothing happens."""
+    """Counts of what exists while nothing happens."""
 
     descriptors: int
     tasks: int

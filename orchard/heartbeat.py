@@ -1,4 +1,4 @@
-"""What a worker's heartbeats carry and renew: its `last_seen`, and the lease of its VMs. Also the pauses between attempts.
+"""The times in a worker's life: `last_seen` of its heartbeats, the lease of its VMs, and pauses between attempts.
 
 Each heartbeat that the controller answers renews the lease: the driver is told until when those VMs may run that the
 controller would start elsewhere after this worker goes offline. That time is counted from the sending of the heartbeat

@@ -15,7 +15,7 @@ import trio
 
 
 class Wakeup:
-    """Tell a task that something may have changed, so that it looks at the state again.
+    """A signal to a task that something may have changed, so that the task looks at the state again.
 
     `set()` before `wait()` is remembered, and several `set()` before one `wait()` wake it once. `wait()` re-arms before
     it returns, so a change that comes while the woken task reads the state wakes it again: no change is missed.

@@ -77,7 +77,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What a worker says about itself when it registers."""
+    """The description of a worker, with which it registers."""
 
     name: str
     arch: Arch

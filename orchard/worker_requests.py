@@ -1,4 +1,4 @@
-"""What the controller asks a worker for over the watch: a tunnel to a port of a VM, or a VM's IP address.
+"""The controller's requests to a worker over the watch: a tunnel to a port of a VM, or a VM's IP address.
 
 The controller names a session with each request, and the worker answers for that session by an HTTP request of its own:
 `/rpc/port-forward` becomes the worker's end of a tunnel, `/rpc/resolve-ip` carries the address. If the request cannot
@@ -105,7 +105,7 @@ class RequestHandler:
             _logger.info("tunnel ended", extra={"worker": self._worker, "reason": str(error)})
         finally:
             self._tunnels -= 1
-        # Sent only now, since sending may take long and the refusal is no tunnel that counts against the bound.
+        # Sent only here, because sending may take long and must not count as an open tunnel.
         if refusal:
             with suppress(ClientError):
                 async with self._client.websocket(_FORWARD_PATH, {"session": session, "errorMessage": refusal}):

@@ -614,7 +614,7 @@ class Impostor:
 
     def __init__(self, *actions: object) -> None:
         self._actions = actions
-        # Paths and error messages of what the worker sent for the actions.
+        # Paths and error messages of the worker's requests.
         self.received: list[tuple[str, str | None]] = []
 
     async def handle(self, request: Request, _: Sender) -> AnyResponse:

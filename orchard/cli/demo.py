@@ -50,7 +50,7 @@ def run_verb(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _VMs:
-    """What runs the VMs: a function from a worker's name to its driver (None: synthetic), and a description."""
+    """The way in which VMs run: a function from a worker's name to its driver (None: synthetic), and a description."""
 
     driver: Callable[[str], Driver] | None
     description: str
