@@ -1,7 +1,11 @@
-"""Sweeps over the points at which a task can be interrupted: an action before the N-th step of any task, for many N."""
+"""Sweeps over the points at which a task can be interrupted: an action before the N-th step of any task, for many N.
+
+Where a try takes long, only chosen steps are tried. With ORCHARD_SWEEP_GROWTH=1 in the environment each step is.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import trio
@@ -25,6 +29,7 @@ class AtStep(trio.abc.Instrument):
 
 def growing_steps(growth: float) -> Iterator[int]:
     """Yield 1, 2, 3, ... and then numbers that grow by a factor; all numbers for the factor 1."""
+    growth = float(os.environ.get("ORCHARD_SWEEP_GROWTH", growth))
     step = 1
     while True:
         yield step
