@@ -80,7 +80,7 @@ class _Received:
             self._arrived.unpark_all()
 
     def put_back(self, part: Bytes) -> None:
-        """Insert the rest of what `take` returned."""
+        """Insert bytes in front of all others, for a caller of `take` that cannot use all."""
         self.parts.insert(0, part)
         self.size += len(part) + _PART_BYTES
 
@@ -428,8 +428,9 @@ class _EstablishedStream(trio.abc.Stream):
             await trio.lowlevel.checkpoint()
             handshake, self._handshake = self._handshake, b""
             return handshake
-        await self._open.wait()
-        assert self._websocket is not None
+        if self._websocket is None:
+            await self._open.wait()
+            assert self._websocket is not None
         while True:
             if not self._received:
                 self._received = memoryview(await self._stream.receive_some(max_bytes))
