@@ -1,4 +1,4 @@
-"""The tart command line: every option, what is refused, what its output means; and what is asked of the host."""
+"""The tart driver: argument lists, parsed output, calls that fail, hang or are cancelled, and facts about the host."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ Clock = trio.testing.MockClock
 
 
 def tart(home: Path, *, vetu: bool = False, stop_seconds: float = 5, **env: str) -> TartDriver:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # it is called often: by the interpreter at hand
+    """Return a driver with the stand-in, which reads the variables `env`."""
+    # The stand-in is started often: by the Python at hand.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return TartDriver(
         str(STANDIN),
         home / "driver",
@@ -55,7 +57,7 @@ def tart(home: Path, *, vetu: bool = False, stop_seconds: float = 5, **env: str)
 
 
 def program(path: Path, text: str, **options: Any) -> TartDriver:
-    """Give a driver with a shell script in the place of tart."""
+    """Return a driver with a shell script in the place of tart."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return TartDriver(str(path), path.parent / "driver", **options)
@@ -67,7 +69,7 @@ def calls(home: Path) -> list[list[str]]:
 
 @pytest.fixture
 def clock() -> Clock:
-    """A clock that goes like the real one, and can be put forward."""
+    """A clock that runs at the speed of the real one and can be advanced."""
     return trio.testing.MockClock(rate=1)
 
 
@@ -119,13 +121,13 @@ def test_set_arguments() -> None:
         SharedDir("a", "https://h/x:y"),
     ],
 )
-def test_a_directory_that_tart_would_read_as_another_is_refused(shared: SharedDir) -> None:
+def test_shared_directory_with_colon_or_comma_is_refused(shared: SharedDir) -> None:
     with pytest.raises(DriverError, match='expected name and path without ":" and ","'):
         run_arguments("vm", RunOptions(dirs=(shared,)))
 
 
 @pytest.mark.parametrize("text", ["", "-x", "--help", "a\0"])
-def test_no_operand_becomes_an_option(text: str) -> None:
+def test_operand_that_looks_like_an_option_is_refused(text: str) -> None:
     with pytest.raises(DriverError, match="image is"):
         operand("image", text)
     with pytest.raises(DriverError):
@@ -134,7 +136,7 @@ def test_no_operand_becomes_an_option(text: str) -> None:
         run_arguments("vm", RunOptions(softnet_allow=(text,)))
 
 
-def test_one_network_cannot_become_two_nor_an_interface_be_cut() -> None:
+def test_network_with_a_comma_and_interface_with_nul_are_refused() -> None:
     with pytest.raises(DriverError, match="expected one network, without a comma"):
         run_arguments("vm", RunOptions(softnet_block=("10.0.0.0/8,0.0.0.0/0",)))
     with pytest.raises(DriverError, match="interface to bridge to"):
@@ -144,7 +146,7 @@ def test_one_network_cannot_become_two_nor_an_interface_be_cut() -> None:
 # ---- output --------------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_told_when_it_changes_wherever_the_bytes_are_cut() -> None:
+def test_changed_percentages_are_reported_for_any_chunking() -> None:
     output = b"pulling x...\r\n0%\n0%\nlayer 1/2: 42% of 3 GB\r42.9%\n100%\n200%\nno percent here %\n"
     for size in range(1, len(output) + 1):
         told: list[int] = []
@@ -154,7 +156,7 @@ def test_progress_is_told_when_it_changes_wherever_the_bytes_are_cut() -> None:
         assert told == [0, 42, 100], size
 
 
-def test_what_tart_lists() -> None:
+def test_list_output_is_parsed_or_refused() -> None:
     listed = [{"Source": "local", "Name": "a", "Running": True, "State": "running", "New": 1}]
     assert parse_list(json.dumps(listed).encode()) == [LocalVM("a", "running")]
     for output in (b"", b"{}", b"[1]", b'[{"Name": "a"}]', b'[{"Name": "a", "State": "odd"}]', b"\xff"):
@@ -173,7 +175,7 @@ def test_what_tart_lists() -> None:
         ("pull", -9, b"", DriverError, "tart pull failed with exit status -9"),
     ],
 )
-def test_the_last_line_of_what_it_says_is_the_error(
+def test_error_is_the_last_line_of_stderr(
     verb: str, status: int, stderr: bytes, kind: type[DriverError], words: str
 ) -> None:
     error = verb_error("tart", verb, status, stderr)
@@ -185,7 +187,7 @@ def test_the_last_line_of_what_it_says_is_the_error(
 # ---- the program ---------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_program_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_program_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DriverError, match=r"no tart on PATH .*brew install cirruslabs/cli/tart.*--tart PATH"):
         find_tart(None, "tart")
@@ -198,7 +200,7 @@ def test_a_missing_program_is_told_with_what_to_do(tmp_path: Path, monkeypatch: 
     assert find_tart(None, "tart") == find_tart(str(tmp_path / "tart"), "tart") == str(tmp_path / "tart")
 
 
-async def test_a_program_that_is_gone_is_an_error_of_the_driver(tmp_path: Path) -> None:
+async def test_deleted_program_raises_driver_error(tmp_path: Path) -> None:
     driver = TartDriver("/none/tart", tmp_path)
     with pytest.raises(DriverError, match=r"cannot run /none/tart: .*not found"):
         await driver.list_vms()
@@ -212,7 +214,7 @@ async def test_each_verb_is_one_call(tmp_path: Path) -> None:
     await driver.pull(IMAGE, told.append)
     assert told == [0, 42, 100]
     await driver.clone(IMAGE, "vm", told.append)
-    assert told == [0, 42, 100], "what is in the cache is not pulled again"
+    assert told == [0, 42, 100]
     assert await driver.fqn(IMAGE) == f"{IMAGE}@sha256:{'0' * 64}"
     await driver.configure("vm")
     await driver.configure("vm", cpu=2, random_mac=True)
@@ -226,9 +228,7 @@ async def test_each_verb_is_one_call(tmp_path: Path) -> None:
     ]
 
 
-async def test_an_address_on_a_bridge_is_asked_of_the_agent_and_then_of_the_neighbours(
-    tmp_path: Path, nursery: trio.Nursery
-) -> None:
+async def test_bridged_address_comes_from_the_agent_or_the_arp_table(tmp_path: Path, nursery: trio.Nursery) -> None:
     driver = tart(tmp_path, TART_NO_IP="1")
     await driver.clone(IMAGE, "vm", lambda _: None)
     with pytest.raises(DriverError, match="no IP address found, is your VM running"):
@@ -242,7 +242,7 @@ async def test_an_address_on_a_bridge_is_asked_of_the_agent_and_then_of_the_neig
     ]
 
 
-async def test_a_vm_that_is_just_being_started_is_asked_for_its_address_again(tmp_path: Path) -> None:
+async def test_address_of_a_starting_vm_is_asked_for_again(tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     text = f"""
     case $1 in
@@ -262,7 +262,7 @@ async def test_a_vm_that_is_just_being_started_is_asked_for_its_address_again(tm
     assert asked.with_suffix(".3").exists()
 
 
-async def test_a_vm_that_is_just_being_started_is_suspended_when_it_can_be(tmp_path: Path) -> None:
+async def test_suspending_a_starting_vm_is_retried(tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     text = f"""
     case $1 in
@@ -278,11 +278,12 @@ async def test_a_vm_that_is_just_being_started_is_suspended_when_it_can_be(tmp_p
     assert asked.with_suffix(".3").exists()
 
 
-async def test_a_vm_that_is_just_being_started_is_not_deleted_behind_its_back(tmp_path: Path) -> None:
+async def test_starting_vm_is_not_deleted(tmp_path: Path) -> None:
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     driver.note("vm", "noted")
-    (tmp_path / "hold").write_text("run before")  # so long tart says that it does not run
+    # Until the hold is released, tart says that the VM does not run.
+    (tmp_path / "hold").write_text("run before")
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, "vm", RunOptions())
         await eventually((tmp_path / "held").exists)
@@ -295,10 +296,9 @@ async def test_a_vm_that_is_just_being_started_is_not_deleted_behind_its_back(tm
     assert driver.noted("vm") == ""
 
 
-async def test_nothing_runs_when_a_start_has_failed_however_far_it_had_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python = tmp_path / "python"  # as one that is killed when the guard has just said that the VM's process is there
+async def test_killed_start_leaves_no_vm_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A start that is killed when the supervisor has just told it that the VM's process exists.
+    python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nkill -9 $$\n')
     python.chmod(0o755)
     driver = tart(tmp_path)
@@ -310,26 +310,25 @@ async def test_nothing_runs_when_a_start_has_failed_however_far_it_had_come(
     assert await driver.list_vms() == [LocalVM("vm", "stopped")]
 
 
-async def test_a_vm_whose_guard_is_killed_before_tart_knows_of_it_does_not_come_up_later(tmp_path: Path) -> None:
+async def test_starting_vm_ends_when_its_supervisor_is_killed(tmp_path: Path) -> None:
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     (tmp_path / "hold").write_text("run before")
 
-    async def run_without_a_guard() -> None:
+    async def run_until_the_supervisor_is_killed() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(driver.run, "vm", RunOptions())
             await eventually((tmp_path / "held").exists)
             os.kill(supervisor.read_record(tmp_path / "driver" / "vm.run").supervisor, signal.SIGKILL)
 
     with pytest.raises(DriverError, match=r"^the supervisor of the VM was killed$"), unwrap_groups():
-        await run_without_a_guard()
-    await eventually(lambda: processes_in(tmp_path) == [])  # who is killed takes a moment to be gone
+        await run_until_the_supervisor_is_killed()
+    # Killed processes take a moment to end.
+    await eventually(lambda: processes_in(tmp_path) == [])
 
 
-async def test_a_vm_is_given_the_time_that_it_takes_to_save_its_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its guard stands for it here, which is not gone until some time after tart has said that all is done."""
+async def test_suspend_waits_longer_than_for_a_killed_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saving takes minutes. Here the supervisor is stopped, so that it ends long after `tart suspend` has."""
     monkeypatch.setattr("orchard.tart.KILL_SECONDS", 0.0)
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
@@ -355,8 +354,8 @@ async def test_a_vm_is_given_the_time_that_it_takes_to_save_its_state(
     assert await driver.list_vms() == [LocalVM("vm", "suspended")]
 
 
-async def test_a_call_that_a_killed_worker_left_is_ended_though_it_has_just_begun(tmp_path: Path) -> None:
-    """It is not known who it is until it says so; patience is for those who were told to end."""
+async def test_recover_ends_a_call_that_has_not_written_its_number_yet(tmp_path: Path) -> None:
+    """The time limit counts from the signal, which is sent as soon as the number is known."""
     driver = tart(tmp_path, stop_seconds=1000)
     (tmp_path / "driver" / "calls").mkdir(parents=True)
     path, fifo = tmp_path / "driver" / "calls" / "pull-1", tmp_path / "fifo"
@@ -375,7 +374,7 @@ async def test_a_call_that_a_killed_worker_left_is_ended_though_it_has_just_begu
     assert not path.exists()
 
 
-async def test_a_deletion_that_was_cut_off_is_completed_by_the_next(tmp_path: Path) -> None:
+async def test_cancelled_deletion_is_completed_by_the_next(tmp_path: Path) -> None:
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     driver.note("vm", "noted")
@@ -390,7 +389,7 @@ async def test_a_deletion_that_was_cut_off_is_completed_by_the_next(tmp_path: Pa
     assert driver.noted("vm") == ""
 
 
-async def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+async def test_failed_run_raises_the_message_of_tart(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_RUN_EXIT="The number of VMs exceeds the system limit")
     await driver.clone(IMAGE, "vm", lambda _: None)
     with pytest.raises(DriverError, match=r"^The number of VMs exceeds the system limit$"):
@@ -398,7 +397,7 @@ async def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["pull", "clone", "fqn", "set", "delete", "list"])
-async def test_a_verb_that_fails_says_why(tmp_path: Path, verb: str) -> None:
+async def test_failed_verb_raises_the_message_of_tart(tmp_path: Path, verb: str) -> None:
     await tart(tmp_path).clone(IMAGE, "vm", lambda _: None)
     driver = tart(tmp_path, TART_FAIL=verb)
     doing = {
@@ -413,7 +412,7 @@ async def test_a_verb_that_fails_says_why(tmp_path: Path, verb: str) -> None:
         await doing[verb]()
 
 
-async def test_a_verb_that_hangs_is_ended_when_it_is_cancelled(tmp_path: Path) -> None:
+async def test_cancelled_verb_ends_its_program(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_BLOCK="list")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(driver.list_vms)
@@ -428,7 +427,7 @@ async def jump_when(clock: trio.testing.MockClock, holds: Callable[[], bool], se
     clock.jump(seconds)
 
 
-async def test_a_verb_that_does_not_end_is_given_up(tmp_path: Path, nursery: trio.Nursery, clock: Clock) -> None:
+async def test_verb_is_ended_after_its_time_limit(tmp_path: Path, nursery: trio.Nursery, clock: Clock) -> None:
     driver = tart(tmp_path, TART_BLOCK="fqn")
     nursery.start_soon(jump_when, clock, (tmp_path / "calls.jsonl").exists, tart_module.VERB_SECONDS)
     with pytest.raises(DriverError, match="tart fqn did not end within 300 seconds"):
@@ -436,7 +435,7 @@ async def test_a_verb_that_does_not_end_is_given_up(tmp_path: Path, nursery: tri
     assert processes_in(tmp_path) == []
 
 
-async def test_a_transfer_may_take_hours(tmp_path: Path, nursery: trio.Nursery, clock: Clock) -> None:
+async def test_transfer_has_no_time_limit(tmp_path: Path, nursery: trio.Nursery, clock: Clock) -> None:
     begun, told = tmp_path / "begun", list[int]()
     driver = program(tmp_path / "tart", f"touch {begun}; while [ ! -e {begun}.more ]; do sleep 0.01; done; echo 7%")
 
@@ -449,18 +448,20 @@ async def test_a_transfer_may_take_hours(tmp_path: Path, nursery: trio.Nursery, 
     assert told == [7]
 
 
-async def test_what_a_program_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_environment_input_and_session_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CI", "")
     monkeypatch.setenv("KEPT", "yes")
     driver = program(
         tmp_path / "tart", 'cat; echo "$CI $KEPT $MORE $(cut -d" " -f5,6 /proc/$$/stat) $$"', env={"MORE": "x"}
     )
     words = (await driver.fqn(IMAGE)).split()
+    # `cat` has printed nothing: standard input is empty.
     assert words[:3] == ["1", "yes", "x"]
-    assert words[3] == words[4] == words[5], "it leads a session of its own, where no terminal sends signals"
+    # Process group and session are its own, so no terminal sends it signals.
+    assert words[3] == words[4] == words[5]
 
 
-async def test_of_a_long_output_the_end_is_kept(tmp_path: Path) -> None:
+async def test_only_the_end_of_long_output_is_kept(tmp_path: Path) -> None:
     text = "yes 0123456789 | head -c 3000000; echo the end; yes no | head -c 3000000 >&2; echo so it is >&2; exit $1"
     driver = program(tmp_path / "tart", text.replace("$1", "0"))
     output = await driver.fqn(IMAGE)
@@ -470,13 +471,16 @@ async def test_of_a_long_output_the_end_is_kept(tmp_path: Path) -> None:
         await program(tmp_path / "tart", text.replace("$1", "1")).fqn(IMAGE)
 
 
-async def test_a_program_that_has_ended_is_over_whoever_holds_its_output(tmp_path: Path) -> None:
+async def test_call_returns_while_a_child_of_the_program_holds_the_pipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchard.vm.processes._DRAIN_SECONDS", 0.1)
     driver = program(tmp_path / "tart", "sleep 1000 & echo $!")
     number = int(await driver.fqn(IMAGE))
     os.kill(number, signal.SIGKILL)
 
 
-async def test_a_guest_that_does_not_shut_down_is_switched_off(tmp_path: Path) -> None:
+async def test_guest_that_does_not_shut_down_is_killed(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_STUBBORN="1", stop_seconds=0)
     await driver.clone(IMAGE, "vm", lambda _: None)
     async with trio.open_nursery() as nursery:
@@ -494,7 +498,7 @@ async def answers(driver: TartDriver) -> bool:
     return False
 
 
-async def test_a_guest_that_is_killed_by_somebody_else_has_failed(tmp_path: Path, nursery: trio.Nursery) -> None:
+async def test_guest_killed_from_outside_fails_the_run(tmp_path: Path, nursery: trio.Nursery) -> None:
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
 
@@ -507,7 +511,7 @@ async def test_a_guest_that_is_killed_by_somebody_else_has_failed(tmp_path: Path
         await driver.run("vm", RunOptions())
 
 
-async def test_no_more_vms_run_than_the_host_allows(tmp_path: Path) -> None:
+async def test_run_beyond_the_system_limit_fails(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_LIMIT="1")
     for name in ("vm", "second"):
         await driver.clone(IMAGE, name, lambda _: None)
@@ -519,7 +523,7 @@ async def test_no_more_vms_run_than_the_host_allows(tmp_path: Path) -> None:
         await driver.stop("vm")
 
 
-async def test_flags_reach_the_program_as_they_are(tmp_path: Path) -> None:
+async def test_flags_reach_the_program_unchanged(tmp_path: Path) -> None:
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     options = RunOptions(
@@ -535,24 +539,24 @@ async def test_flags_reach_the_program_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("said", ["", "no address", "10.0.0.1 10.0.0.2", "-oProxyCommand=x"])
-async def test_an_address_that_is_none_is_refused(tmp_path: Path, said: str) -> None:
+async def test_invalid_address_from_tart_is_refused(tmp_path: Path, said: str) -> None:
     with pytest.raises(DriverError, match=re.escape(f'tart ip printed "{said}" for vm, expected an IP address')):
         await program(tmp_path / "tart", f"echo '{said}'").ip("vm")
     assert await program(tmp_path / "tart", "echo fd00::1").ip("vm") == "fd00::1"
 
 
-async def test_a_stranger_may_have_any_name(tmp_path: Path) -> None:
+async def test_listed_vms_of_other_programs_may_have_any_name(tmp_path: Path) -> None:
     listed = json.dumps([{"Name": "-rf", "State": "stopped"}, {"Name": "é x", "State": "running"}])
     found = await program(tmp_path / "tart", f"echo '{listed}'").list_vms()
     assert found == [LocalVM("-rf", "stopped"), LocalVM("é x", "running")]
 
 
-async def test_a_list_that_cannot_be_read_is_an_error_of_the_driver(tmp_path: Path) -> None:
+async def test_unreadable_list_raises_driver_error(tmp_path: Path) -> None:
     with pytest.raises(DriverError, match="cannot read the output of tart list"):
         await program(tmp_path / "tart", "echo nonsense").list_vms()
 
 
-async def test_a_script_that_no_shell_can_read_never_reaches_ssh(tmp_path: Path) -> None:
+async def test_script_with_an_invalid_variable_is_refused_before_ssh(tmp_path: Path) -> None:
     async def on_line(line: str) -> None:
         raise AssertionError(line)
 
@@ -560,7 +564,7 @@ async def test_a_script_that_no_shell_can_read_never_reaches_ssh(tmp_path: Path)
         await program(tmp_path / "tart", "echo 127.0.0.1").run_script("vm", Script("echo", {"a-b": "x"}), on_line)
 
 
-async def test_what_vetu_does_not_have_is_said_to_be_missing(tmp_path: Path) -> None:
+async def test_features_missing_in_vetu_are_refused_by_name(tmp_path: Path) -> None:
     driver = tart(tmp_path, vetu=True)
     await driver.clone(IMAGE, "vm", lambda _: None)
     for options, words in (
@@ -592,7 +596,7 @@ async def test_what_vetu_does_not_have_is_said_to_be_missing(tmp_path: Path) -> 
         ([], "no whole number"),
     ],
 )
-def test_long_leases_are_warned_of(tmp_path: Path, settings: Any, words: str | None) -> None:
+def test_long_dhcp_lease_is_warned_about(tmp_path: Path, settings: Any, words: str | None) -> None:
     path = tmp_path / "settings.plist"
     path.write_bytes(plistlib.dumps(settings))
     warning = check_dhcp_lease(path)
@@ -602,14 +606,14 @@ def test_long_leases_are_warned_of(tmp_path: Path, settings: Any, words: str | N
         assert "sudo defaults write" in warning
 
 
-def test_missing_and_broken_settings_are_warned_of(tmp_path: Path) -> None:
+def test_missing_or_broken_dhcp_settings_are_warned_about(tmp_path: Path) -> None:
     path = tmp_path / "settings.plist"
     assert "does not exist" in str(check_dhcp_lease(path))
     path.write_bytes(b"<plist><dict>")
     assert "cannot read" in str(check_dhcp_lease(path))
 
 
-async def test_a_machine_has_an_identity_that_lasts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_machine_id_is_stable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "machine-id"
     path.write_text("abc\n")
     assert await machine_id(path) == "abc"
