@@ -1,4 +1,4 @@
-"""Scripts into a VM: what a shell is sent, what its output means, and what the system's ssh does with a real server."""
+"""Startup scripts: what a shell is sent, what its output means, and how the system's ssh behaves with a real server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import trio
 import trio.testing
 from harness.processes import GENEROUS, eventually
 from harness.strategies import QUICK
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard.vm import script as ssh_script
@@ -33,7 +33,7 @@ Clock = trio.testing.MockClock
 
 @pytest.fixture
 def clock() -> Clock:
-    """A clock that goes like the real one, and can be put forward."""
+    """A clock that runs at the speed of the real one and can be advanced."""
     return trio.testing.MockClock(rate=1)
 
 
@@ -42,7 +42,7 @@ def in_shell(shell: str, text: str) -> bytes:
 
 
 def read(output: bytes, size: int = 1 << 30) -> tuple[list[str], Transcript]:
-    """Read the output of a shell in pieces."""
+    """Read the output of a shell in chunks of some size."""
     transcript = Transcript(MARKER)
     lines: list[str] = []
     for start in range(0, len(output), size):
@@ -55,9 +55,10 @@ def read(output: bytes, size: int = 1 << 30) -> tuple[list[str], Transcript]:
 values = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
 
 
-@QUICK
+# Each example starts some ten processes.
+@settings(QUICK, max_examples=25)
 @given(st.dictionaries(st.from_regex(r"ORCHARD_[A-Za-z0-9_]{1,5}", fullmatch=True), values, max_size=3))
-def test_values_come_out_of_a_real_shell_byte_by_byte(env: dict[str, str]) -> None:
+def test_environment_values_survive_a_real_shell(env: dict[str, str]) -> None:
     script = "".join(f'printf "%s" "${name}" | od -An -v -tx1 | tr -d " \\n"; echo\n' for name in env)
     lines, transcript = read(in_shell("/bin/sh", script_text(script, env, MARKER)))
     assert [bytes.fromhex(line).decode() for line in lines] == list(env.values())
@@ -79,7 +80,7 @@ def test_values_come_out_of_a_real_shell_byte_by_byte(env: dict[str, str]) -> No
         (f"echo {MARKER} 5", None, None),
     ],
 )
-def test_scripts_in_a_real_shell(script: str, lines: list[str] | None, code: int | None) -> None:
+def test_script_output_and_exit_code_in_real_shells(script: str, lines: list[str] | None, code: int | None) -> None:
     for shell in ("/bin/sh", "/bin/bash"):
         output = in_shell(shell, script_text(script, {}, MARKER))
         told, transcript = read(output)
@@ -92,7 +93,7 @@ def test_scripts_in_a_real_shell(script: str, lines: list[str] | None, code: int
 @pytest.mark.parametrize(
     ("env", "script"), [({"a-b": ""}, ""), ({"1a": ""}, ""), ({"": ""}, ""), ({"a": "\0"}, ""), ({}, "\0")]
 )
-def test_what_no_shell_can_hold_is_refused(env: dict[str, str], script: str) -> None:
+def test_invalid_variable_names_and_nul_are_refused(env: dict[str, str], script: str) -> None:
     with pytest.raises(DriverError, match="startup script: "):
         script_text(script, env, MARKER)
 
@@ -100,7 +101,7 @@ def test_what_no_shell_can_hold_is_refused(env: dict[str, str], script: str) -> 
 # ---- what comes back -----------------------------------------------------------------------------------------------
 
 
-def test_output_is_read_the_same_however_it_is_cut() -> None:
+def test_transcript_is_the_same_for_any_chunking() -> None:
     marker = MARKER.encode()
     output = b"welcome\n" + marker + b"\none\n\ntwo \xff" + "é".encode() + b"\nopen" + marker + b" 3\nlogout\n"
     expected = ["one", "", "two \ufffdé", "open"]
@@ -109,14 +110,14 @@ def test_output_is_read_the_same_however_it_is_cut() -> None:
         assert (lines, transcript.exit_code, transcript.last_line) == (expected, 3, "open")
 
 
-def test_without_the_last_marker_nobody_knows_how_it_ended() -> None:
+def test_exit_code_is_unknown_without_the_last_marker() -> None:
     lines, transcript = read(MARKER.encode() + b"\none\ntw")
     assert (lines, transcript.began, transcript.exit_code) == (["one", "tw"], True, None)
     lines, transcript = read(b"motd\n")
     assert (lines, transcript.began) == ([], False)
 
 
-def test_long_lines_come_in_pieces_and_keep_their_characters() -> None:
+def test_long_lines_are_cut_between_characters() -> None:
     text = "é" * 20_000
     for size in (1000, 1 << 30):
         lines, transcript = read(f"{MARKER}\n{text}\n{MARKER} 0\n".encode(), size)
@@ -127,7 +128,7 @@ def test_long_lines_come_in_pieces_and_keep_their_characters() -> None:
 
 @QUICK
 @given(st.binary(max_size=40), st.integers(4, 9))
-def test_a_line_is_cut_between_characters_if_it_has_any(line: bytes, size: int) -> None:
+def test_cut_keeps_all_bytes_and_whole_characters(line: bytes, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssh_script, "MAX_LINE", size)
         pieces = list(cut(line))
@@ -139,7 +140,7 @@ def test_a_line_is_cut_between_characters_if_it_has_any(line: bytes, size: int) 
         assert "".join(piece.decode() for piece in pieces) == line.decode()
 
 
-def test_a_line_without_end_is_handed_on_before_it_ends() -> None:
+def test_unfinished_long_line_is_handed_on() -> None:
     transcript = Transcript(MARKER)
     transcript.feed(f"{MARKER}\n".encode())
     fed = given_out = 0
@@ -149,7 +150,7 @@ def test_a_line_without_end_is_handed_on_before_it_ends() -> None:
         assert fed - given_out < ssh_script.MAX_LINE + 100
 
 
-def test_noise_before_the_script_is_not_kept() -> None:
+def test_output_before_the_first_marker_is_dropped() -> None:
     transcript = Transcript(MARKER)
     for _ in range(100):
         assert transcript.feed(b"welcome " * 1000) == []
@@ -157,14 +158,14 @@ def test_noise_before_the_script_is_not_kept() -> None:
     assert transcript.last_line == "x"
 
 
-def test_what_goes_into_a_message_is_one_harmless_line() -> None:
+def test_output_in_a_message_is_one_short_printable_line() -> None:
     assert presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
     assert presentable("x" * 1000) == "x" * 400
     assert last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
     assert last_line(b" \n\n") == last_line(b"") == ""
 
 
-def test_nobody_s_configuration_keys_or_hosts_count() -> None:
+def test_ssh_reads_no_configuration_keys_or_known_hosts() -> None:
     command = ssh_script.ssh_command("ssh", "-oProxyCommand=x", 2222, "-user")
     assert command[:4] == ["ssh", "-F", "/dev/null", "-T"]
     assert command[-6:] == ["-l", "-user", "-p", "2222", "--", "-oProxyCommand=x"]
@@ -195,8 +196,9 @@ def port() -> Iterator[int]:
 
 
 class Front:
-    """A port that handles one connection after the other as `plan` says: None closes it, a number is the port where it
-    is passed on to, ... keeps it without an answer. The last word of the plan holds for all that follow.
+    """A listener that treats each connection by the next entry of `plan`, and by the last entry from then on.
+
+    None closes the connection, a number forwards it to that port, and ... keeps it open without an answer.
     """
 
     def __init__(self, *plan: int | EllipsisType | None) -> None:
@@ -221,7 +223,8 @@ class Front:
                 nursery.cancel_scope.cancel()
 
     async def _pass_on(self, source: trio.SocketStream, target: trio.SocketStream) -> None:
-        with suppress(trio.BrokenResourceError):  # whoever is killed resets its connection
+        # A killed process resets its connection.
+        with suppress(trio.BrokenResourceError):
             async for data in source:
                 await target.send_all(data)
             await target.send_eof()
@@ -250,7 +253,7 @@ async def run(
 
 
 def processes_with(password: str) -> list[int]:
-    """Find the ssh processes that were given a password."""
+    """Return the numbers of the ssh processes that have a password in their environment."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -259,7 +262,7 @@ def processes_with(password: str) -> list[int]:
     return found
 
 
-async def test_a_guest_that_boots_is_waited_for(port: int, nursery: trio.Nursery) -> None:
+async def test_ssh_is_retried_until_the_guest_answers(port: int, nursery: trio.Nursery) -> None:
     front = Front(None, None, port)
     await nursery.start(front.serve)
     assert await run(front.port, "echo hello") == ["hello"]
@@ -267,7 +270,7 @@ async def test_a_guest_that_boots_is_waited_for(port: int, nursery: trio.Nursery
     nursery.cancel_scope.cancel()
 
 
-async def test_an_account_may_come_after_the_server(port: int, nursery: trio.Nursery) -> None:
+async def test_ssh_is_retried_while_the_account_does_not_exist(port: int, nursery: trio.Nursery) -> None:
     with server(SSHD_PASSWORD="not yet") as (_, first):
         front = Front(first, port)
         await nursery.start(front.serve)
@@ -276,12 +279,13 @@ async def test_an_account_may_come_after_the_server(port: int, nursery: trio.Nur
     nursery.cancel_scope.cancel()
 
 
-async def test_nobody_there_is_given_up_with_the_reason(nursery: trio.Nursery, clock: Clock) -> None:
+async def test_guest_that_never_answers_fails_with_the_last_reason(nursery: trio.Nursery, clock: Clock) -> None:
     front = Front(None, ...)
     await nursery.start(front.serve)
 
     async def lose_patience() -> None:
-        await eventually(lambda: front.count == 2)  # so the first attempt is over
+        # The second connection means that the first attempt is over.
+        await eventually(lambda: front.count == 2)
         clock.jump(ssh_script.CONNECT_SECONDS)
 
     nursery.start_soon(lose_patience)
@@ -292,9 +296,7 @@ async def test_nobody_there_is_given_up_with_the_reason(nursery: trio.Nursery, c
     nursery.cancel_scope.cancel()
 
 
-async def test_the_script_itself_may_take_as_long_as_it_needs(
-    port: int, nursery: trio.Nursery, clock: Clock, tmp_path: Path
-) -> None:
+async def test_script_has_no_time_limit(port: int, nursery: trio.Nursery, clock: Clock, tmp_path: Path) -> None:
     lines: list[str] = []
 
     async def jump() -> None:
@@ -307,7 +309,7 @@ async def test_the_script_itself_may_take_as_long_as_it_needs(
     assert await run(port, text, lines=lines, give_up=math.inf) == ["begun", "over"]
 
 
-async def test_a_wrong_password_is_given_up_and_never_shown(
+async def test_wrong_password_fails_and_is_not_shown(
     port: int, nursery: trio.Nursery, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(0)
@@ -325,20 +327,20 @@ async def test_a_wrong_password_is_given_up_and_never_shown(
     nursery.cancel_scope.cancel()
 
 
-async def test_a_password_that_no_prompt_can_take_is_refused() -> None:
+async def test_password_with_line_break_or_nul_is_refused() -> None:
     for password in ("a\nb", "a\0", "a\r"):
         with pytest.raises(DriverError, match="line break or NUL"):
             await run(1, "echo", password=password)
 
 
 @pytest.mark.parametrize("password", ["$HOME `id` \"'\\ %s", " é ", "-n", "*"])
-async def test_a_password_is_passed_on_as_it_is(password: str) -> None:
+async def test_password_with_special_characters_is_passed_unchanged(password: str) -> None:
     with server(SSHD_PASSWORD=password) as (_, port):
         assert await run(SSHServer("127.0.0.1", port, password_seconds=0), "echo in", password=password) == ["in"]
 
 
 def command_lines() -> list[str]:
-    """Give the argument lists of all processes."""
+    """Return the argument lists of all processes."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
@@ -352,23 +354,24 @@ def check_files(temporary: Path, password: str) -> None:
     assert [password in path.read_text() for path in directory.iterdir()] == [False]
 
 
-async def test_the_password_is_in_no_argument_list_and_no_file(
+async def test_password_is_in_no_argument_list_and_no_file(
     tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    password = "-".join(("in", "no", "list"))  # not in the argument list of a test run that names this test
+    # Joined, so that the argument list of a test run that names this test does not contain it.
+    password = "-".join(("in", "no", "list"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     lines: list[str] = []
     with server(SSHD_PASSWORD=password) as (_, port):
         nursery.start_soon(partial(run, port, "echo begun; sleep 1000", password=password, lines=lines))
         await eventually(lambda: bool(lines))
         seen = command_lines()
-        assert any("NumberOfPasswordPrompts" in text for text in seen), "the ssh process was looked at"
+        assert any("NumberOfPasswordPrompts" in text for text in seen)
         assert not any(password in text for text in seen)
         check_files(tmp_path, password)
         nursery.cancel_scope.cancel()
 
 
-async def test_nothing_is_left_of_a_script_that_is_broken_off(
+async def test_cancelled_script_leaves_no_process_and_no_file(
     port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -382,10 +385,10 @@ async def test_nothing_is_left_of_a_script_that_is_broken_off(
         assert processes_with("broken-off") != []
         nursery.cancel_scope.cancel()
     assert processes_with("broken-off") == []
-    assert os.listdir(tmp_path) == []  # noqa: PTH208 -- not for an asynchronous function
+    assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
-async def test_an_error_of_who_gets_the_lines_ends_the_script(port: int) -> None:
+async def test_exception_from_on_line_ends_the_script(port: int) -> None:
     async def on_line(line: str) -> None:
         raise RuntimeError(line)
 
@@ -393,17 +396,17 @@ async def test_an_error_of_who_gets_the_lines_ends_the_script(port: int) -> None
         await run_over_ssh(SSHServer("127.0.0.1", port), Script("echo begun; sleep 1000"), on_line)
 
 
-async def test_exit_255_of_the_script_is_not_a_lost_connection(port: int) -> None:
+async def test_exit_code_255_of_a_script_is_not_a_lost_connection(port: int) -> None:
     with pytest.raises(ScriptFailed, match="exit code 255: x") as failed:
         await run(port, "echo x; exit 255")
     assert (failed.value.exit_code, failed.value.last_line) == (255, "x")
 
 
-async def test_a_script_is_over_when_it_ends_whatever_it_leaves_running(port: int) -> None:
+async def test_script_ends_although_its_background_processes_run_on(port: int) -> None:
     assert await run(port, "sleep 1000 & echo over") == ["over"]
 
 
-async def test_a_profile_may_print_and_set_what_it_likes(tmp_path: Path) -> None:
+async def test_output_and_options_of_a_profile_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / ".bash_profile").write_text("echo welcome; echo warning >&2; set -eu; export FROM_PROFILE=yes\n")
     lines: list[str] = []
     with server(HOME=str(tmp_path)) as (_, port), pytest.raises(ScriptFailed, match="exit code 7: yes"):
@@ -411,7 +414,7 @@ async def test_a_profile_may_print_and_set_what_it_likes(tmp_path: Path) -> None
     assert lines == ["yes"]
 
 
-async def test_a_connection_that_is_lost_is_no_end_of_the_script(nursery: trio.Nursery) -> None:
+async def test_lost_connection_fails_and_the_script_is_not_run_again(nursery: trio.Nursery) -> None:
     lines: list[str] = []
     with server() as (process, port):
 
@@ -422,22 +425,20 @@ async def test_a_connection_that_is_lost_is_no_end_of_the_script(nursery: trio.N
         nursery.start_soon(lose)
         with pytest.raises(DriverError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
             await run(port, "echo begun; sleep 1000", lines=lines)
-    assert lines == ["begun"], "it is not run again"
+    assert lines == ["begun"]
 
 
-async def test_a_script_that_kills_its_shell_has_no_known_end(port: int) -> None:
+async def test_script_that_kills_its_shell_fails_with_unknown_end(port: int) -> None:
     with pytest.raises(DriverError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
         await run(port, "kill -9 $$")
 
 
-async def test_without_ssh_the_missing_program_is_named() -> None:
+async def test_missing_ssh_program_is_named() -> None:
     with pytest.raises(DriverError, match="cannot run /none/ssh, the OpenSSH client, on this machine: No such file"):
         await run(1, "echo", program="/none/ssh")
 
 
-async def test_nothing_is_left_in_the_temporary_directory(
-    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_completed_script_leaves_no_file(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     await run(port, "echo")
-    assert os.listdir(tmp_path) == []  # noqa: PTH208 -- not for an asynchronous function
+    assert os.listdir(tmp_path) == []  # noqa: PTH208

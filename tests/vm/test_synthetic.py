@@ -1,6 +1,6 @@
-"""What only VMs without a hypervisor promise: nothing stays of them, neither processes nor files, whatever a script did.
+"""VMs without a hypervisor: no process and no file of a deleted VM is left, whatever its script did.
 
-What they promise as every driver does is in test_drivers.py.
+What the synthetic driver has in common with the other drivers is in test_drivers.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from orchard.vm.synthetic import ADDRESS, SyntheticDriver
 
 IMAGE = "example.com/image:latest"
 NAME = "orchard-vm-uid-0"
-LONGER = f"{NAME}0"  # a name that begins like the other
+# A name that begins with the other.
+LONGER = f"{NAME}0"
 
 
 @pytest.fixture
@@ -42,13 +43,13 @@ def driver(home: Path) -> SyntheticDriver:
     return SyntheticDriver(home)
 
 
-async def made(driver: SyntheticDriver, name: str = NAME, source: str = IMAGE) -> None:
+async def create(driver: SyntheticDriver, name: str = NAME, source: str = IMAGE) -> None:
     await driver.clone(source, name, lambda _: None)
 
 
 @asynccontextmanager
 async def running(driver: SyntheticDriver, name: str = NAME) -> AsyncIterator[trio.Nursery]:
-    """Run a VM for the time of the block."""
+    """Run a VM during the block."""
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, name, RunOptions())
         try:
@@ -61,7 +62,7 @@ async def running(driver: SyntheticDriver, name: str = NAME) -> AsyncIterator[tr
 
 
 async def script(driver: SyntheticDriver, text: str, lines: list[str] | None = None) -> list[str]:
-    """Run a script in the running VM, and give its lines, which `lines` holds as they come."""
+    """Run a script in the running VM, and return its lines, which `lines` gets as they come."""
     told: list[str] = [] if lines is None else lines
 
     async def on_line(line: str) -> None:
@@ -75,8 +76,8 @@ async def script(driver: SyntheticDriver, text: str, lines: list[str] | None = N
 # ---- what a script sees --------------------------------------------------------------------------------------------
 
 
-async def test_a_script_has_a_private_directory(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver)
+async def test_script_has_its_own_home_and_temporary_directory(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     async with running(driver):
         assert await driver.ip(NAME) == ADDRESS
         lines = await script(driver, 'pwd; echo "$HOME"; echo "$TMPDIR"; echo "$USER $LOGNAME"; touch "$TMPDIR/file"')
@@ -85,18 +86,16 @@ async def test_a_script_has_a_private_directory(driver: SyntheticDriver, home: P
     assert (root / "tmp" / "file").exists()
 
 
-async def test_a_home_that_is_named_relatively_is_the_same_for_a_script(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_relative_home_is_made_absolute_for_a_script(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home.parent)
     driver = SyntheticDriver(Path(home.name))
-    await made(driver)
+    await create(driver)
     async with running(driver):
         assert await script(driver, 'cd /; echo "$HOME"') == [str(home / NAME / "root")]
 
 
-async def test_people_can_read_what_a_vm_is(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver)
+async def test_vm_json_is_readable_by_people(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     await driver.configure(NAME, cpu=2, memory=1024, disk_size=60)
     text = (home / NAME / "vm.json").read_text()
     assert json.loads(text) == {"source": IMAGE, "state": "stopped", "cpu": 2, "memory": 1024, "disk": 60}
@@ -107,10 +106,8 @@ async def test_people_can_read_what_a_vm_is(driver: SyntheticDriver, home: Path)
 
 
 @pytest.mark.parametrize("verb", ["stop", "suspend"])
-async def test_what_a_script_left_in_the_background_ends_with_its_vm(
-    driver: SyntheticDriver, home: Path, verb: str
-) -> None:
-    await made(driver)
+async def test_background_processes_of_a_script_end_with_the_vm(driver: SyntheticDriver, home: Path, verb: str) -> None:
+    await create(driver)
     async with running(driver):
         await script(driver, "trap '' INT TERM HUP; (sleep 1000 & sleep 1000) & echo begun")
         assert processes_in(home) != []
@@ -119,8 +116,8 @@ async def test_what_a_script_left_in_the_background_ends_with_its_vm(
     assert await driver.list_vms() == [LocalVM(NAME, "suspended" if verb == "suspend" else "stopped")]
 
 
-async def test_a_script_ends_with_its_vm(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver)
+async def test_script_ends_with_its_vm(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     lines: list[str] = []
 
     async def stop() -> None:
@@ -158,8 +155,8 @@ trio.run(main, *sys.argv[1:])
 """
 
 
-async def test_what_a_killed_worker_left_is_removed_by_the_next(driver: SyntheticDriver, home: Path) -> None:
-    with subprocess.Popen(  # noqa: ASYNC220 -- it only has to be started
+async def test_processes_of_a_killed_worker_are_removed_by_the_next(driver: SyntheticDriver, home: Path) -> None:
+    with subprocess.Popen(  # noqa: ASYNC220
         [sys.executable, "-c", KILLED, home, NAME, LONGER], stdout=subprocess.PIPE, text=True
     ) as worker:
         assert worker.stdout is not None
@@ -170,7 +167,7 @@ async def test_what_a_killed_worker_left_is_removed_by_the_next(driver: Syntheti
     assert await driver.list_vms() == [LocalVM(NAME, "stopped"), LocalVM(LONGER, "stopped")]
     await driver.delete(NAME)
     await eventually(lambda: processes_in(home / NAME / "root") == [])
-    assert processes_in(home / LONGER / "root") != [], "those of another VM are none of its business"
+    assert processes_in(home / LONGER / "root") != []
     await driver.delete(LONGER)
     await eventually(lambda: processes_in(home) == [])
     assert list(home.iterdir()) == []
@@ -179,7 +176,7 @@ async def test_what_a_killed_worker_left_is_removed_by_the_next(driver: Syntheti
 async def test_processes_that_start_while_leftovers_are_killed_are_killed_too(
     driver: SyntheticDriver, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await made(driver)
+    await create(driver)
     (home / NAME / "scripted").touch()
     environ = {**os.environ, "ORCHARD_VM": str(home / NAME)}
     started: list[subprocess.Popen[bytes]] = []
@@ -201,8 +198,8 @@ async def test_processes_that_start_while_leftovers_are_killed_are_killed_too(
     assert [process.wait(GENEROUS) for process in started] == [-signal.SIGKILL] * 3
 
 
-async def test_a_vm_that_a_killed_worker_left_can_run_again(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver)
+async def test_vm_of_a_killed_worker_can_run_again(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     (home / NAME / "scripted").touch()
     async with running(driver):
         assert await script(driver, "echo again") == ["again"]
@@ -223,10 +220,10 @@ async def test_a_vm_that_a_killed_worker_left_can_run_again(driver: SyntheticDri
         "rm -rf ../root; touch ../root",
     ],
 )
-async def test_whatever_a_script_does_to_its_disk_the_vm_can_be_deleted(
+async def test_vm_can_be_deleted_whatever_its_script_did_to_the_disk(
     driver: SyntheticDriver, home: Path, last: str
 ) -> None:
-    await made(driver)
+    await create(driver)
     async with running(driver):
         await script(driver, last)
         await driver.stop(NAME)
@@ -234,10 +231,10 @@ async def test_whatever_a_script_does_to_its_disk_the_vm_can_be_deleted(
     assert list(home.iterdir()) == []
 
 
-async def test_what_a_script_links_to_stays(driver: SyntheticDriver, home: Path, tmp_path: Path) -> None:
+async def test_deletion_does_not_follow_symbolic_links(driver: SyntheticDriver, home: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir(mode=0o550)
-    await made(driver)
+    await create(driver)
     async with running(driver):
         await script(driver, f"ln -s {outside} link; rm -rf $TMPDIR; ln -s {outside} $TMPDIR; ln -s {outside} ../link")
     await driver.delete(NAME)
@@ -245,57 +242,57 @@ async def test_what_a_script_links_to_stays(driver: SyntheticDriver, home: Path,
     assert stat.S_IMODE(outside.stat().st_mode) == 0o550
 
 
-async def test_a_clone_has_a_disk_of_its_own(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver, "orchard-first")
-    await made(driver, NAME, "orchard-first")
+async def test_clone_has_its_own_disk(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver, "orchard-first")
+    await create(driver, NAME, "orchard-first")
     async with running(driver):
         await script(driver, "echo mine > file; ln -s /none link")
-    await made(driver, "orchard-second", NAME)
+    await create(driver, "orchard-second", NAME)
     await driver.delete(NAME)
     assert list((home / "orchard-first" / "root").iterdir()) == []
     assert (home / "orchard-second" / "root" / "file").read_text() == "mine\n"
     assert (home / "orchard-second" / "root" / "link").is_symlink()
 
 
-async def test_a_vm_that_runs_is_not_cloned(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver)
+async def test_running_vm_can_not_be_cloned(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     async with running(driver):
         with pytest.raises(DriverError, match=f'VM "{NAME}" is running and cannot be cloned'):
-            await made(driver, "orchard-second", NAME)
+            await create(driver, "orchard-second", NAME)
     with pytest.raises(DriverError, match=f'VM "{NAME}" already exists'):
-        await made(driver)
+        await create(driver)
     assert [path.name for path in home.iterdir()] == [NAME]
 
 
-async def test_a_clone_that_fails_leaves_nothing(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver)
+async def test_failed_clone_leaves_nothing(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     async with running(driver):
         await script(driver, "mkdir closed; touch closed/file; chmod 500 closed; mkfifo pipe")
     with pytest.raises(DriverError, match=r'cannot make VM "orchard-second" in .*pipe'):
-        await made(driver, "orchard-second", NAME)
+        await create(driver, "orchard-second", NAME)
     assert [path.name for path in home.iterdir()] == [NAME]
 
 
-async def test_the_remains_of_an_interrupted_removal_are_in_nobodys_way(driver: SyntheticDriver, home: Path) -> None:
+async def test_leftovers_of_an_interrupted_deletion_are_replaced(driver: SyntheticDriver, home: Path) -> None:
     for left in (f".{NAME}.old", f".{NAME}.new"):
         (home / left / "root" / "tmp").mkdir(parents=True)
         (home / left / "vm.json").write_text("{}")
         (home / left / "root").chmod(0o500)
     assert await driver.list_vms() == []
-    await made(driver)
+    await create(driver)
     await driver.delete(NAME)
     assert list(home.iterdir()) == []
 
 
-# Of the first three there is a VM in the place that the name leads to; `delete` would find the last one's as it is.
+# The first three lead to directories that look like VMs.
 LEAVING = ["../outside", f"{NAME}/root", f"{NAME}/../../outside", "..", ".", ".hidden", "/", "a/b", "~", "a\n", "é"]
 
 
 @pytest.mark.parametrize("name", LEAVING)
-async def test_no_name_leads_out_of_the_directory(
+async def test_name_that_leads_out_of_the_directory_is_refused(
     driver: SyntheticDriver, home: Path, tmp_path: Path, name: str
 ) -> None:
-    await made(driver)
+    await create(driver)
     for place in (tmp_path / "outside", home / NAME / "root", home / ".hidden"):
         (place / "root").mkdir(parents=True)
         (place / "vm.json").write_text('{"source": "image", "state": "suspended"}')
@@ -315,7 +312,7 @@ async def test_no_name_leads_out_of_the_directory(
             await call()
     if name.startswith("orchard-"):
         with pytest.raises(DriverError, match="the VM name is"):
-            await made(driver, "orchard-second", name)
+            await create(driver, "orchard-second", name)
     assert sorted(tmp_path.rglob("*")) == before
     assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
 
@@ -327,11 +324,11 @@ async def script_in(driver: SyntheticDriver, name: str) -> None:
     await driver.run_script(name, Script("echo"), on_line)
 
 
-async def test_a_disk_that_cannot_be_written_is_an_error_of_the_driver(driver: SyntheticDriver, home: Path) -> None:
+async def test_unwritable_directory_raises_driver_error(driver: SyntheticDriver, home: Path) -> None:
     (home / "file").touch()
     with pytest.raises(DriverError, match=f'cannot make VM "{NAME}" in .*/file: Not a directory'):
-        await made(SyntheticDriver(home / "file"))
-    await made(driver)
+        await create(SyntheticDriver(home / "file"))
+    await create(driver)
     (home / NAME / "vm.json.new").mkdir()
     with pytest.raises(DriverError, match=r"cannot write .*/vm\.json: Is a directory"):
         await driver.configure(NAME, cpu=2)
@@ -340,16 +337,16 @@ async def test_a_disk_that_cannot_be_written_is_an_error_of_the_driver(driver: S
         await driver.run(NAME, RunOptions())
 
 
-async def test_a_script_without_a_disk_is_an_error_of_the_driver(driver: SyntheticDriver) -> None:
-    await made(driver)
+async def test_script_in_a_vm_without_a_disk_raises_driver_error(driver: SyntheticDriver) -> None:
+    await create(driver)
     async with running(driver):
         await script(driver, "rm -rf ~")
         with pytest.raises(DriverError, match=r"cannot run .* in .*/root: No such file"):
             await script(driver, "echo")
 
 
-async def test_an_environment_that_no_shell_can_hold_is_an_error_of_the_driver(driver: SyntheticDriver) -> None:
-    await made(driver)
+async def test_script_with_nul_raises_driver_error(driver: SyntheticDriver) -> None:
+    await create(driver)
     async with running(driver):
         with pytest.raises(DriverError, match="the script contains a NUL character"):
             await script(driver, "echo \0")
@@ -358,7 +355,7 @@ async def test_an_environment_that_no_shell_can_hold_is_an_error_of_the_driver(d
 # ---- time ----------------------------------------------------------------------------------------------------------
 
 
-async def test_pulls_and_boots_can_take_their_time(home: Path, autojump_clock: trio.testing.MockClock) -> None:
+async def test_pull_and_boot_take_the_configured_time(home: Path, autojump_clock: trio.testing.MockClock) -> None:
     driver = SyntheticDriver(home, boot_seconds=30, pull_seconds=60)
     began = trio.current_time()
     told: list[int] = []
@@ -371,13 +368,13 @@ async def test_pulls_and_boots_can_take_their_time(home: Path, autojump_clock: t
         await driver.suspend(NAME)
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, NAME, RunOptions())
-        assert trio.current_time() - began == pytest.approx(90), "who resumes does not boot"
+        assert trio.current_time() - began == pytest.approx(90)
         await driver.stop(NAME)
 
 
-async def test_a_boot_can_be_stopped(home: Path, autojump_clock: trio.testing.MockClock) -> None:
+async def test_vm_can_be_stopped_while_it_boots(home: Path, autojump_clock: trio.testing.MockClock) -> None:
     driver = SyntheticDriver(home, boot_seconds=30)
-    await made(driver)
+    await create(driver)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(driver.run, NAME, RunOptions())
         await trio.testing.wait_all_tasks_blocked()
@@ -386,8 +383,8 @@ async def test_a_boot_can_be_stopped(home: Path, autojump_clock: trio.testing.Mo
     assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
 
 
-async def test_a_removal_that_has_begun_is_finished_though_it_is_cancelled(driver: SyntheticDriver, home: Path) -> None:
-    await made(driver)
+async def test_cancelled_deletion_is_completed(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     async with running(driver):
         await script(driver, "touch file")
     with trio.CancelScope() as scope:
@@ -396,10 +393,8 @@ async def test_a_removal_that_has_begun_is_finished_though_it_is_cancelled(drive
     assert list(home.iterdir()) == []
 
 
-async def test_the_next_worker_removes_what_a_killed_one_was_making_or_removing(
-    driver: SyntheticDriver, home: Path
-) -> None:
-    await made(driver)
+async def test_recover_removes_half_made_and_half_deleted_vms(driver: SyntheticDriver, home: Path) -> None:
+    await create(driver)
     for left in (f".{LONGER}.new", f".{LONGER}.old"):
         (home / left / "root").mkdir(parents=True)
         (home / left / "root" / "file").touch()
