@@ -32,6 +32,9 @@ from harness.processes import GENEROUS, LISTENING, PLAIN, controller, eventually
 
 from orchard.client import Client, ConnectError
 
+# Processes are started and time-outs of seconds waited for.
+pytestmark = pytest.mark.slow
+
 PING_INTERVAL = "2"  # seconds
 # Addresses of this process and the controller. They depend on the process number, since tests may run in parallel.
 NEAR, FAR = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
@@ -215,7 +218,7 @@ async def test_vm_never_runs_on_both_sides_of_a_partition(
             # When the link is back, the worker ends the VM that has failed, and starts the other one again.
             now = await c.wait_vm("again", is_restarted)
             await eventually(partial(c.has_started, "again", 2))
-            assert c.starts("again") == ["alone", "alone"]
+            assert c.always_alone("again")
             await eventually(lambda: c.host.states() == {now.tart_name: "running", never.tart_name: "stopped"})
             assert await c.client.vms.get("elsewhere") == elsewhere
             assert ends_well(worker)
@@ -235,7 +238,7 @@ async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_c
                 second = await c.wait_vm("vm", is_restarted)
                 assert second.state.worker == "other"
                 await eventually(partial(c.has_started, "vm", 2))
-                assert c.starts("vm") == ["alone", "alone"]
+                assert c.always_alone("vm")
                 assert c.host.states() == {first.tart_name: "stopped"}
                 cable.mend()
                 await eventually(lambda: c.host.states() == {})
@@ -257,8 +260,6 @@ async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_c
 SERVE = """
 import socket, threading
 
-# Processes are started and time-outs of seconds waited for.
-pytestmark = pytest.mark.slow
 
 def serve(connection):
     does = connection.recv(1)

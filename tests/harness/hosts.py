@@ -141,6 +141,10 @@ class ProcessCluster:
         noted = (self._starts / "runs").read_text().splitlines()
         return [found for vm, found in map(str.split, noted) if vm.startswith(f"orchard-{name}-")]
 
+    def always_alone(self, name: str) -> bool:
+        """Return whether no start of a VM found another instance of it running."""
+        return set(self.starts(name)) == {"alone"}
+
     def has_started(self, name: str, times: int = 1) -> bool:
         return len(self.starts(name)) >= times
 
@@ -174,7 +178,8 @@ def has_failed(vm: VM) -> bool:
 
 
 def is_restarted(vm: VM) -> bool:
-    return vm.state.restart_count == 1 and vm.state.status == "running"
+    """Return whether a VM runs again, possibly more than once: a lease also ends when the machine stalls."""
+    return vm.state.restart_count >= 1 and vm.state.status == "running"
 
 
 def process_state(number: int) -> str:
