@@ -1,9 +1,10 @@
-"""How long a controller takes from its start until it listens.
+"""Measure how long a controller takes from its start until it listens.
 
     ./run bench start [--rounds N]
 
-Once with nothing, once from a file of 100,000 lines: the snapshot of a cluster and the journal of what became of it, as
-long as it gets before compaction. Against a bare trio + h11 server, whose start is Python's and its packages'.
+It starts with an empty directory, and from a state file of 100,000 lines: the snapshot of a cluster and a journal as
+long as it gets before compaction. The comparison is a bare trio + h11 server, which shows the share of Python and the
+packages.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ LINES, VMS = 100_000, 10_000
 FOREVER = ("--worker-offline-timeout", "1000000")
 
 
-class Hasty(Disk):
-    """Forces nothing to the disk: what is prepared is written anew if it is lost."""
+class UnsyncedDisk(Disk):
+    """A disk without fsyncs: the data of a benchmark need not survive a crash."""
 
     def sync(self, fd: int) -> None:
         pass
 
 
-async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
+async def run_inline(work: Callable[..., Any], *arguments: Any) -> Any:
     await trio.lowlevel.checkpoint()
     return work(*arguments)
 
 
 def prepare_journal(home: Path) -> None:
-    """Write a file of LINES lines that a controller starts from, without the compaction that it would have come to."""
+    """Write a state file of LINES lines, without compaction."""
     directory = home / "controller"
     directory.mkdir(mode=0o700)
     engine.COMPACT_BYTES = 10**12
 
     async def write() -> None:
-        opened = Store.open(directory, NOW, Hasty(), in_thread=at_once)
+        opened = Store.open(directory, NOW, UnsyncedDisk(), in_thread=run_inline)
         async with trio.open_nursery() as nursery:
             await nursery.start(opened.run)
             fill(opened, VMS, VMS // PER_WORKER)
@@ -57,15 +58,16 @@ def prepare_journal(home: Path) -> None:
                 vm = opened.state.vms[f"vm-{number % VMS}"]
                 with opened.transaction() as tx:
                     tx.put(replace(vm, state=replace(vm.state, status_message=f"pulling the image: {number} %")))
-                await opened.wait_durable()  # each is a line of its own
+                # Each transaction becomes a line of its own.
+                await opened.wait_durable()
             nursery.cancel_scope.cancel()
         opened.close()
 
     trio.run(write)
 
 
-def of_processes() -> float:
-    """Give the seconds of the processor that processes took which have ended."""
+def cpu_of_children() -> float:
+    """Return the CPU seconds of all child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -87,9 +89,9 @@ def main() -> None:
                 pass
 
         variants = (
-            Variant(f"start from {LINES:,} lines, and stop", lambda: start(full), 1, of_processes),
-            Variant("start with nothing, and stop", lambda: start(empty), 1, of_processes),
-            Variant("bare server", start_bare, 1, of_processes),
+            Variant(f"start from {LINES:,} lines, and stop", lambda: start(full), 1, cpu_of_children),
+            Variant("start with nothing, and stop", lambda: start(empty), 1, cpu_of_children),
+            Variant("bare server", start_bare, 1, cpu_of_children),
         )
         compare(*variants, count=options.rounds)
         for variant in variants:

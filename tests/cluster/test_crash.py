@@ -311,17 +311,14 @@ def test_files_of_a_data_directory_are_private_under_any_umask(tmp_path: Path, u
 @pytest.mark.parametrize(
     ("name", "mode", "words"),
     [
-        ("access-token.key", 0o640, "can be read by others than its owner (mode 640); chmod 600 it"),
-        ("controller.key", 0o604, "can be read by others than its owner (mode 604); chmod 600 it"),
-        ("ssh_host_ed25519_key", 0o644, "can be read by others than its owner (mode 644); chmod 600 it"),
         ("state.jsonl", 0o644, "can be read by others than its owner (mode 644); chmod 600 it"),
         ("", 0o720, "can be written by others than its owner (mode 720); chmod 700 it"),
-        ("", 0o1777, "can be written by others than its owner (mode 1777); chmod 700 it"),
     ],
 )
 def test_start_is_refused_when_others_can_read_or_replace_a_secret(
     tmp_path: Path, name: str, mode: int, words: str
 ) -> None:
+    """Each file and mode is tested in tests/test_fsck.py."""
     directory = tmp_path / "controller"
     directory.mkdir(mode=0o700)
     path = directory / name if name else directory
