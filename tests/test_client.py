@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
 
 import pytest
-import trio
 from harness.scripted import scripted, switched, upgrading
 from trio_websocket import ConnectionClosed
 
@@ -19,18 +18,26 @@ from orchard.testing import cluster
 # ---- resources -----------------------------------------------------------------------------------------------------
 
 
+def watch_line(kind: str, **state: object) -> bytes:
+    vm = {"name": "vm", "uid": "u", "image": "any", "generation": 0, "createdAt": "2026-01-31T12:00:00Z", **state}
+    return json.dumps({"type": kind, "object": vm}).encode() + b"\n"
+
+
+def chunked(*pieces: bytes) -> bytes:
+    """Return a whole answer that has these pieces as chunks."""
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks
+
+
 async def test_watch_of_a_vm_is_read_however_its_bytes_are_cut() -> None:
-    async with cluster() as c:
-        vm = await c.client.vms.create(name="vm", image="any")
-        raw = (await c.client.request("GET", "/vms/vm")).body
-    line = b'{"type":"ADDED","object":' + raw + b"}\n"
-    stream = line + line.replace(b"ADDED", b"DELETED")
+    line = watch_line("ADDED", status="pending")
+    stream = line + watch_line("DELETED", status="pending")
     for cut in (1, 5, len(line) - 1, len(line), len(line) + 1):
-        pieces = b"".join(b"%x\r\n%b\r\n" % (len(p), p) for p in (stream[:cut], stream[cut:])) + b"0\r\n\r\n"
-        answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + pieces
-        async with scripted([answer]) as (client, _), client.vms.watch("vm") as changes:
-            seen = [(kind, vm.uid) async for kind, vm in changes]
-        assert seen == [("ADDED", vm.uid), ("DELETED", vm.uid)]
+        async with (
+            scripted([chunked(stream[:cut], stream[cut:])]) as (client, _),
+            client.vms.watch("vm") as changes,
+        ):
+            assert [(kind, vm.uid) async for kind, vm in changes] == [("ADDED", "u"), ("DELETED", "u")]
 
 
 async def test_invalid_line_of_a_watch_is_a_client_error() -> None:
@@ -40,24 +47,38 @@ async def test_invalid_line_of_a_watch_is_a_client_error() -> None:
             await anext(changes)
 
 
-async def test_wait_ends_when_the_vm_fails_or_is_deleted() -> None:
-    async with cluster() as c:
-        await c.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo no; exit 2"})
-        await c.client.vms.wait("vm", "failed")
-        with pytest.raises(VMFailed, match='VM "vm" failed: startup script failed with exit code 2: no'):
-            await c.client.vms.wait("vm")
-        with pytest.raises(ResponseError, match='"none" does not exist'):
+async def test_wait_returns_a_vm_that_has_the_status() -> None:
+    lines = watch_line("ADDED", status="pending"), watch_line("MODIFIED", status="running")
+    async with scripted([chunked(*lines)]) as (client, script):
+        assert (await client.vms.wait("vm")).state.status == "running"
+        assert script.requests[0].startswith(b"GET /v1/vms/vm?watch=true ")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (watch_line("DELETED", status="pending"), 'VM "vm" was deleted'),
+        (watch_line("MODIFIED", status="failed", status_message="exit code 2"), "exit code 2"),
+    ],
+)
+async def test_wait_raises_vm_failed_when_the_vm_fails_or_is_deleted(change: bytes, words: str) -> None:
+    async with scripted([chunked(watch_line("ADDED", status="pending"), change)]) as (client, _):
+        with pytest.raises(VMFailed, match=words) as failure:
+            await client.vms.wait("vm")
+        assert failure.value.vm.uid == "u"
+
+
+async def test_wait_raises_connect_error_when_the_controller_ends_the_watch() -> None:
+    async with scripted([chunked(watch_line("ADDED", status="pending"))]) as (client, _):
+        with pytest.raises(ConnectError, match='watch of VM "vm"'):
+            await client.vms.wait("vm")
+
+
+async def test_wait_for_a_vm_that_does_not_exist_is_a_response_error() -> None:
+    async with cluster(workers=0) as c:
+        with pytest.raises(ResponseError) as refusal:
             await c.client.vms.wait("none")
-        await c.client.vms.create(name="big", image="any", resources={"gpu": 1})
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(raises, c.client.vms.wait, "big", VMFailed, "was deleted")
-            await trio.testing.wait_all_tasks_blocked(0.05)
-            await c.client.vms.delete("big")
-
-
-async def raises(call: Callable[[str], Awaitable[object]], name: str, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
-        await call(name)
+        assert refusal.value.status == 404
 
 
 async def test_events_are_fetched_from_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +116,10 @@ async def test_methods_of_the_other_resources() -> None:
         assert (await client.vms.patch("vm", {"cpu": 3}, memory=5)).spec.memory == 5
         assert [one.uid for one in await client.vms.list()] == [vm.uid]
         await client.workers.delete("worker-1")
-        with pytest.raises(ResponseError, match=r'VM "\.\./x" does not exist'):
+        # A name is quoted as one segment of the path.
+        with pytest.raises(ResponseError, match=r'"\.\./x"') as refusal:
             await client.vms.get("../x")
+        assert refusal.value.status == 404
 
 
 async def test_new_vm_has_its_waiting_reason_at_once_if_the_scheduler_knows_it() -> None:
@@ -106,7 +129,7 @@ async def test_new_vm_has_its_waiting_reason_at_once_if_the_scheduler_knows_it()
             while not (await anext(changes))[1].state.status_message:
                 pass
         second = await c.client.vms.create(name="second", image="any")
-        assert second.state.status_message == "waiting: no worker has registered yet"
+        assert "no worker" in second.state.status_message
 
 
 # ---- watches of workers, commands ----------------------------------------------------------------------------------
@@ -127,7 +150,7 @@ async def test_actions_arrive_over_a_workers_watch_until_a_newer_watch_replaces_
 
 async def test_refused_websocket_is_a_response_error() -> None:
     async with cluster(workers=0) as c:
-        with pytest.raises(ResponseError, match='worker "none" does not exist') as refusal:
+        with pytest.raises(ResponseError, match='"none"') as refusal:
             async with c.client.rpc_watch("none"):
                 raise AssertionError("it was opened")
         assert refusal.value.status == 404
