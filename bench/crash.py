@@ -87,7 +87,7 @@ RUN = "\nsys.exit(controller.main(sys.argv[1:]))"
 
 
 class ContradictionError(Exception):
-    """What was found contradicts what was acknowledged; str() says both."""
+    """The data contradict what was acknowledged; str() says both."""
 
 
 # ---- what a name holds ---------------------------------------------------------------------------------------------

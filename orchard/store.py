@@ -95,7 +95,7 @@ class Change:
 
     @property
     def adds(self) -> bool:
-        """Whether it is more than a deletion, or than a change of what the scheduler and the workers say about a VM."""
+        """Whether the change adds something: not for deletions and for the fields of VMs that the system writes."""
         if isinstance(self.old, VM) and isinstance(self.new, VM):
             return self.old.spec is not self.new.spec and self.old.spec != self.new.spec
         return self.new is not None

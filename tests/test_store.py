@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, fails_at, no_room
+from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, fails_at, no_space
 from harness.stores import (
     ACCOUNT,
     SETTINGS,
@@ -250,7 +250,7 @@ async def test_store_cancelled_right_after_a_change_still_writes_it(tmp_path: Pa
 
 
 def kinds(changes: trio.MemoryReceiveChannel[Change]) -> list[tuple[str, int]]:
-    """What a watcher finds now: the kinds of changes, and the versions of the VM."""
+    """Return the changes that a watcher has received: their types, and the versions of the VM."""
     found: list[tuple[str, int]] = []
     while True:
         try:
@@ -309,7 +309,7 @@ async def test_watcher_gets_no_undone_change(tmp_path: Path, autojump_clock: Moc
     disk = FailingDisk()
     async with running_store(open_store(tmp_path, disk)) as store:
         with store.watch("vm", "a") as changes:
-            disk.fault = no_room
+            disk.fault = no_space
             put(store, pending("a"))
             await refused_write(store, StorageFullError)
             disk.fault = lambda verb, number: 0
@@ -342,7 +342,7 @@ async def test_disk_without_space_refuses_and_undoes_changes_until_there_is_spac
         put(store, running(pending("a")), SETTINGS)
         await store.wait_durable()
         before, index = store.state.tables(), dict(store.state.vms_by_worker["w"])
-        disk.fault = no_room
+        disk.fault = no_space
         full = f"cannot write {tmp_path / 'state.jsonl'}: No space left on device"
         # Accepted, since the store has not noticed that the disk is full.
         put(store, pending("b"), ClusterSettings())
@@ -710,7 +710,7 @@ async def test_power_cut_after_a_restart_keeps_what_the_restart_read(
 
 
 class RandomOperations:
-    """Random operations on a store, and a dict of what it should hold."""
+    """Random operations on a store, and a dict with the expected objects."""
 
     def __init__(self, directory: Path, seed: int) -> None:
         self.directory = directory
@@ -757,7 +757,7 @@ class RandomOperations:
         else:
             await self.store.wait_durable()
             self.durable = dict(self.held)
-            self.disk.fault = no_room
+            self.disk.fault = no_space
             for _ in range(self.order.randrange(1, 4)):
                 self.change()
             await refused_write(self.store, StorageFullError)

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 import trio
 from harness.admission import Sender, admit_anybody
-from harness.disks import no_room
+from harness.disks import no_space
 from harness.inprocess import InProcessCluster
 from harness.processes import eventually
 from trio_websocket import WebSocketConnection
@@ -260,7 +260,7 @@ async def test_script_output_is_kept_while_the_controller_is_away(cluster: InPro
 
 
 async def test_script_output_is_kept_while_the_disk_of_the_controller_is_full(cluster: InProcessCluster) -> None:
-    cluster.events_disk.fault = no_room
+    cluster.events_disk.fault = no_space
     async with cluster.working():
         await cluster.client.vms.create(name="vm", image="any", startup_script={"script_content": "echo said"})
         await eventually(lambda: len(cluster.events_disk.failed) > 1)

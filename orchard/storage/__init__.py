@@ -1,1 +1,1 @@
-"""What is durable: checked, append-only files of JSON lines."""
+"""Durable data: files of checked JSON lines, and the engine that keeps the state in one."""

@@ -85,7 +85,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Contents:
-    """What a state file holds: its revision, and the parsed JSON of each object with the offset of its last line.
+    """The contents of a state file: its revision, and the parsed JSON of each object with the offset of its last line.
 
     Objects are decoded from it only once each, since most lines of a journal are outdated by later ones
     (./run bench start).

@@ -223,7 +223,7 @@ class EventLog:
     ) -> tuple[bytes, str | None]:
         """Return (a JSON array of events, the cursor of the next page or None after the last).
 
-        `limit` None is no limit. Raises InvalidCursorError; EventsDeletedError when the VM was deleted meanwhile;
+        Without a `limit` the page has all events. Raises InvalidCursorError; EventsDeletedError when the VM was deleted meanwhile;
         StorageFullError or StorageUnavailableError when it is not known whether the events are on the disk.
         """
         file = self._files.get(uid)

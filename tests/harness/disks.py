@@ -82,7 +82,7 @@ def fails_at(number: int, code: int) -> Callable[[str, int], int]:
     return lambda verb, at: code if at == number else 0
 
 
-def no_room(verb: str, number: int) -> int:
+def no_space(verb: str, number: int) -> int:
     """Be the fault of a full disk."""
     return errno.ENOSPC if verb == "write" else 0
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pytest
 import trio
 import trio.testing
-from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, UnsyncedDisk, no_room
+from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, UnsyncedDisk, no_space
 from harness.strategies import QUICK, resources
 from hypothesis import given
 from hypothesis import strategies as st
@@ -241,7 +241,7 @@ async def test_no_file_stays_open(tmp_path: Path) -> None:
     disk = Noting()
     async with running(tmp_path, disk=disk) as log:
         for number in range(50):
-            disk.fault = no_room if number > 25 else lambda verb, number: 0
+            disk.fault = no_space if number > 25 else lambda verb, number: 0
             for uid in (f"{number % 20:08x}-", A):
                 try:
                     await log.append(uid, events(number))
@@ -474,7 +474,7 @@ async def test_full_disk_refuses_events_until_there_is_space(
     disk = FailingDisk(torn=True)
     async with running(tmp_path, disk=disk) as log:
         await log.append(A, events(*range(first)))
-        disk.fault = no_room
+        disk.fault = no_space
         for _ in range(3):
             with pytest.raises(StorageFullError, match="No space left on device; the events were not stored"):
                 await log.append(A, events(8, 9))

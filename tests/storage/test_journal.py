@@ -1,4 +1,4 @@
-"""The journal: after a crash, a disk error or an edit, a file yields a prefix of what was written to it, or is refused."""
+"""The journal: after a crash, a disk error or an edit, a file yields a prefix of its lines, or is refused."""
 
 from __future__ import annotations
 
