@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trio
 from cluster import prepare
-from life import registered, working
+from life import wait_registered, working
 from load import BARE, CONTROLLER, NO_AUTH, Server, running
 
 from orchard.client import Client
@@ -38,7 +38,7 @@ def share(server: Server, seconds: float) -> float:
 async def until_registered(url: str, count: int) -> float:
     began = trio.current_time()
     async with Client(url) as client:
-        await registered(client, count)
+        await wait_registered(client, count)
     return trio.current_time() - began
 
 

@@ -110,7 +110,7 @@ STEPS: tuple[Step, ...] = get_args(Step)
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """The phase of an instance, and what it says of itself.
+    """The phase of an instance, and what its reports are derived from.
 
     `observed` is the generation that was last acted upon; None before the first run. `progress` says what a pending VM
     is waiting for, or is "". `reason` says why the VM fails; it is set before the VM has failed, while its guest ends.
@@ -150,16 +150,6 @@ class InstanceState:
     def running(self) -> bool:
         """Whether the guest runs, as far as is known."""
         return self.phase in ("adopting", "running", "stopping")
-
-    def report(self) -> dict[str, Any]:
-        """Return what the controller is told, but for the VM's identity."""
-        return {
-            "status": self.status,
-            "status_message": self.message,
-            "image_fqn": self.image_fqn,
-            "observedGeneration": self.observed or 0,
-            "conditions": [{"type": "running", "state": "true" if self.running else "false"}],
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +224,8 @@ class Instance:
     def __init__(self, vm: VM, host: InstanceHost, *, found: LocalState | None = None) -> None:
         # The VM as the controller last sent it.
         self.vm = vm
+        # The VM's name on this host.
+        self.name = vm.tart_name
         # The report that the controller has acknowledged; the worker sets it.
         self.reported: dict[str, Any] | None = None
         # Set when the instance holds no resources of the host but its disk.
@@ -271,11 +263,6 @@ class Instance:
         self._news.set()
 
     @property
-    def name(self) -> str:
-        """The VM's name on this host."""
-        return self.vm.tart_name
-
-    @property
     def status(self) -> Status:
         return self.state.status
 
@@ -295,7 +282,16 @@ class Instance:
 
     def report(self) -> dict[str, Any]:
         """Return what the controller is told of this instance."""
-        return {"uid": self.vm.uid, "restart_count": self.vm.state.restart_count, **self.state.report()}
+        state = self.state
+        return {
+            "uid": self.vm.uid,
+            "restart_count": self.vm.state.restart_count,
+            "status": state.status,
+            "status_message": state.message,
+            "image_fqn": state.image_fqn,
+            "observedGeneration": state.observed or 0,
+            "conditions": [{"type": "running", "state": "true" if state.running else "false"}],
+        }
 
     def _show(self, step: Step | None = None, **changes: Any) -> None:
         """Change the state, by a step if one is given, and have it reported."""

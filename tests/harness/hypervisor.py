@@ -86,7 +86,7 @@ class Call:
 class Machine:
     """A host. Its tasks run in `nursery`.
 
-    Planted bugs: with `guarded` False no lease is enforced, and leases last `stretch` times as long as told.
+    Planted bugs: with `keeps_leases` False no lease is enforced, and leases last `stretch` times as long as told.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Machine:
         nursery: trio.Nursery,
         witness: Witness,
         *,
-        guarded: bool = True,
+        keeps_leases: bool = True,
         stretch: float = 1.0,
     ) -> None:
         self.name = name
@@ -109,7 +109,7 @@ class Machine:
         self.calls: dict[Call, None] = {}
         self._nursery = nursery
         self._witness = witness
-        self._guarded = guarded
+        self._keeps_leases = keeps_leases
         self._stretch = stretch
         # When leased VMs are shut down, and killed.
         self._lease = (-math.inf, -math.inf)
@@ -148,9 +148,9 @@ class Machine:
             raise DriverError(f'VM "{name}" is already running')
         if name not in self.vms:
             raise NoSuchVM(f'the specified VM "{name}" does not exist')
-        if leased and self._guarded and trio.current_time() >= self._lease[0]:
+        if leased and self._keeps_leases and trio.current_time() >= self._lease[0]:
             raise DriverError(EXPIRED)
-        guest = self.guests[name] = Guest(name, leased=leased and self._guarded)
+        guest = self.guests[name] = Guest(name, leased=leased and self._keeps_leases)
         self._witness.began(self, name)
         self._nursery.start_soon(self._supervise, guest)
         return guest

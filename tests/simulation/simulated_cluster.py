@@ -123,7 +123,7 @@ class SimulatedCluster:
         # Numbers of VMs by order of appearance: uids are random, and the trace must depend on the seed alone.
         self._uids: dict[str, str] = {}
         self.machines = {
-            name: Machine(name, chance, nursery, self, guarded=bug.keeps_leases, stretch=bug.lease_stretch)
+            name: Machine(name, chance, nursery, self, keeps_leases=bug.keeps_leases, stretch=bug.lease_stretch)
             for name in (f"mac-{number}" for number in range(1, chance.choice((2, 3, 3)) + 1))
         }
 

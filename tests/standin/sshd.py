@@ -2,9 +2,9 @@
 
     [SSHD_PASSWORD=P] python sshd.py
 
-prints the number of its port once it listens. A connection gets SFTP, or a shell in a session of its own, for a command
-if it names one. That is killed with its process group when the connection ends, or the server by SIGTERM, as the processes
-of a VM are when it does.
+prints its port number when it listens. A connection gets SFTP or a shell in a session of its own, for a command if the
+client names one. The shell is killed with its process group when the connection ends and when the server gets SIGTERM,
+like the processes of a VM that ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import IO
 import asyncssh
 
 USER = "admin"
-PRINTING_SECONDS = 1.0  # for what is still in the pipes of a shell that has ended
+# For the output that is still in the pipes of a shell that has ended.
+PRINTING_SECONDS = 1.0  # seconds
 
 
 class Server(asyncssh.SSHServer):
@@ -38,7 +39,8 @@ class Server(asyncssh.SSHServer):
 
 
 async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
-    shell = subprocess.Popen(  # noqa: ASYNC220 -- asyncio's own waits for whoever inherited its pipes, too
+    # asyncio's own subprocesses also wait for processes that inherited the pipes.
+    shell = subprocess.Popen(  # noqa: ASYNC220
         ["/bin/bash", *(["-c", process.command] if process.command else ["-l"])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -53,15 +55,15 @@ async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
     SIGNALS.shells[process] = shell.pid
     feeding = asyncio.ensure_future(feed(process, shell.stdin))
     printing = [
-        asyncio.ensure_future(give(shell.stdout, process.stdout)),
-        asyncio.ensure_future(give(shell.stderr, process.stderr)),
+        asyncio.ensure_future(send_output(shell.stdout, process.stdout)),
+        asyncio.ensure_future(send_output(shell.stderr, process.stderr)),
     ]
     ended = asyncio.ensure_future(asyncio.to_thread(shell.wait))
     closed = asyncio.ensure_future(process.wait_closed())
     try:
         await asyncio.wait([ended, closed], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
-            # What the shell itself has printed is in the pipes by now; who inherited them may keep them open for ever.
+            # The shell's own output is in the pipes by now. Its background processes may keep them open.
             await asyncio.wait(printing, timeout=PRINTING_SECONDS)
             status = ended.result()
             process.exit(status if status >= 0 else 128 - status)
@@ -77,13 +79,13 @@ async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
 
 class Files(asyncssh.SFTPServer):
     def exit(self) -> None:
-        """Tell the client that all went well, as OpenSSH's does; asyncssh leaves it without a status, which is -1."""
+        """Send exit status 0 as OpenSSH does. Without it the client sees -1."""
         with suppress(OSError):
             self.channel.exit(0)
 
 
 class Signals:
-    """Hands the signals that clients send to the shells; asyncssh keeps them for a read that may never come."""
+    """Sends the signals of clients to the shells. asyncssh would hold them until the next read."""
 
     def __init__(self) -> None:
         self.shells: dict[asyncssh.SSHServerProcess[bytes], int] = {}
@@ -102,7 +104,7 @@ setattr(asyncssh.SSHServerProcess, "signal_received", lambda process, name: SIGN
 
 
 async def feed(process: asyncssh.SSHServerProcess[bytes], sink: IO[bytes]) -> None:
-    """Hand on the bytes that the client sends."""
+    """Write the bytes that the client sends to the shell."""
     with suppress(ConnectionError, asyncssh.ConnectionLost), sink:
         while True:
             try:
@@ -118,8 +120,8 @@ def write_all(sink: IO[bytes], data: bytes) -> None:
         data = data[sink.write(data) :]
 
 
-async def give(source: IO[bytes], sink: asyncssh.SSHWriter[bytes]) -> None:
-    """Send what the shell prints. (asyncssh's own redirection stumbles when the client is slow.)"""
+async def send_output(source: IO[bytes], sink: asyncssh.SSHWriter[bytes]) -> None:
+    """Send the shell's output to the client. (asyncssh's own redirection fails when the client is slow.)"""
     with suppress(ConnectionError, asyncssh.ConnectionLost), source:
         while data := await asyncio.to_thread(source.read, 65536):
             sink.write(data)
@@ -137,12 +139,13 @@ async def main() -> None:
         line_editor=False,
         sftp_factory=Files,
     )
-    # Each session keeps up to four of them waiting.
+    # Each session blocks up to four threads.
     asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(400))
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     print(server.get_port(), flush=True)
-    await ended.wait()  # then the sessions are cancelled
+    # The end of main cancels the sessions.
+    await ended.wait()
 
 
 asyncio.run(main())
