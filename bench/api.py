@@ -1,10 +1,13 @@
-"""What requests cost, against a bare trio + h11 server that answers the same bytes.
+"""What requests cost, over TLS and in the clear, beside a bare trio + h11 server that sends the same bytes.
 
-    ./run bench api [--rounds N]
+    ./run bench api [--rounds N] [--only PART] [--against DIRECTORY]
 
-Controllers with 100, 1,000 and 10,000 VMs are processes of their own, and so are the bare servers. Prints the rates of
-getting one VM, of listing 1,000, of a worker's poll in a big and in a small cluster, and of durable creates by many
-clients at once and by one alone, which is compared with what the disk takes by itself.
+All servers are processes of their own and are measured in turns. Shown are the rate and the server's CPU time of: one VM;
+1,000 different VMs; a list of 1,000 VMs; the polls of 5,000 workers; a worker's poll in a big cluster; durable creations
+by many clients at once, and by one alone, which is compared with what the disk takes by itself.
+
+With --against, the controller of another checkout, which has a `.venv` of its own, is measured in the same turns. The
+ratio of CPU times is the one to look at then: rates are as noisy as the machine.
 """
 
 from __future__ import annotations
@@ -14,21 +17,29 @@ import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
-from cluster import AUTHORIZATION, prepare
-from load import BARE, CONTROLLER, Server, body_of, press, request, running
+from cluster import AUTHORIZATION
+from load import BARE, CONTROLLER, CONTROLLER_TLS, Server, body_of, press, press_over, request, running
 from measure import ROUNDS, Variant, compare
 
-CLIENTS, WRITERS, LISTERS = 32, 64, 4  # connections at once
-GETS, CREATES, LISTS, ALONE = 8_000, 3_000, 200, 200  # requests of a round
-SMALL, MIDDLE, BIG = 100, 1_000, 10_000  # VMs
+# Connections at once.
+CLIENTS, WRITERS, LISTERS = 32, 64, 4
+# Requests of one round.
+GETS, CREATES, LISTS, ALONE = 8_000, 3_000, 200, 200
+# VMs, and workers that poll.
+SMALL, MIDDLE, BIG = 100, 1_000, 10_000
+POLLERS = 5_000
 FOREVER = ("--worker-offline-timeout", "1000000")
-# Counts the times that data was forced to the disk, in a file, by one call of the system each: more would be measured.
+PARTS = ("gets", "lists", "polls", "creates")
+# Counts how often data was forced to the disk, in a file.
 COUNTED = """
 import os, sys
 from orchard import controller
@@ -43,83 +54,117 @@ def counted(*arguments):
 journal.Disk.sync = counted
 controller.main(sys.argv[2:])
 """
+PREPARE = "import sys, pathlib, cluster; cluster.prepare(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
+
+
+class Checkout:
+    """A copy of the project: the interpreter that has it installed, and its benchmarks."""
+
+    def __init__(self, name: str, python: str, bench: Path) -> None:
+        self.name = name
+        self.python = python
+        self._bench = bench
+
+    def prepare(self, home: Path, vms: int, workers: int) -> None:
+        """Write a cluster in this checkout's file format."""
+        command = [self.python, "-c", PREPARE, str(home), str(vms), str(workers)]
+        subprocess.run(command, cwd=self._bench, check=True)
 
 
 class Benchmark:
-    """Servers by what they are, for the time of `stack`."""
+    """Servers, which run for the time of `stack`."""
 
-    def __init__(self, stack: ExitStack, rounds: int) -> None:
+    def __init__(self, stack: ExitStack, rounds: int, against: Path | None) -> None:
         self.rounds = rounds
         self._stack = stack
         self._numbers = itertools.count()
-        self.small, self.middle, self.big = map(self._controller, (SMALL, MIDDLE, BIG))
+        self._checkouts = [Checkout("", sys.executable, Path(__file__).parent)]
+        if against is not None:
+            self._checkouts.append(Checkout(f"{against.name}: ", str(against / ".venv/bin/python"), against / "bench"))
 
     def _home(self) -> Path:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
 
-    def _controller(self, vms: int) -> Server:
-        home = self._home()
-        prepare(home, vms, vms // 2)
-        return self._stack.enter_context(running(*CONTROLLER, *FOREVER, home=home))
+    def _controllers(self, vms: int, workers: int) -> dict[str, Server]:
+        """Start a controller of each checkout over TLS and in the clear. Return them by names for the table."""
+        found = {}
+        for checkout in self._checkouts:
+            for how, arguments in (("TLS", CONTROLLER_TLS), ("in the clear", CONTROLLER)):
+                home = self._home()
+                checkout.prepare(home, vms, workers)
+                server = running(*arguments, *FOREVER, home=home, python=checkout.python)
+                found[f"{checkout.name}%s, {how}"] = self._stack.enter_context(server)
+        return found
 
     def _bare(self, like: Server, asked: bytes) -> Server:
-        """Start a bare server that gives the same answer as a controller."""
+        """Start a bare server, in the clear, that sends the same body as a controller."""
         file = self._home() / "answer"
         file.write_bytes(body_of(like, asked))
         return self._stack.enter_context(running(BARE, str(file)))
 
-    def _variant(self, name: str, server: Server, connections: int, count: int, requests: Iterator[bytes]) -> Variant:
-        return Variant(
-            name, lambda: press(server.port, connections, itertools.islice(requests, count)), count, server.cpu
-        )
+    def _compare(
+        self,
+        what: str,
+        servers: dict[str, Server],
+        count: int,
+        connections: int,
+        requests: Callable[[], Iterator[bytes]],
+    ) -> None:
+        """Measure the same requests to several servers in turns. The last server is the baseline."""
+
+        def variant(name: str, server: Server) -> Variant:
+            # Handshakes are not part of a request's cost.
+            opened = [self._stack.enter_context(server.connect()) for _ in range(connections)]
+
+            def run() -> None:
+                press_over(opened, itertools.islice(requests(), count))
+
+            return Variant(name.replace("%s", what), run, count, server.cpu)
+
+        compare(*itertools.starmap(variant, servers.items()), count=self.rounds)
 
     def gets(self) -> None:
+        small, middle = self._controllers(SMALL, SMALL // 2), self._controllers(MIDDLE, MIDDLE // 2)
         asked = get("/v1/vms/vm-7")
-        bare = self._bare(self.small, asked)
-        compare(
-            self._variant("GET one VM", self.small, CLIENTS, GETS, itertools.repeat(asked)),
-            self._variant("GET one VM of 10,000", self.big, CLIENTS, GETS, itertools.repeat(asked)),
-            self._variant("bare server", bare, CLIENTS, GETS, itertools.repeat(asked)),
-            count=self.rounds,
-        )
+        bare = self._bare(next(iter(small.values())), asked)
+        self._compare("GET one VM", {**small, "bare server": bare}, GETS, CLIENTS, partial(itertools.repeat, asked))
+        different = [get(f"/v1/vms/vm-{number}") for number in range(MIDDLE)]
+        servers = {**middle, "bare server": bare}
+        self._compare("GET of 1,000 VMs", servers, GETS, CLIENTS, partial(itertools.cycle, different))
 
     def lists(self) -> None:
+        middle = self._controllers(MIDDLE, MIDDLE // 2)
         asked = get("/v1/vms")
-        bare = self._bare(self.middle, asked)
-        compare(
-            self._variant(f"list of {MIDDLE:,} VMs", self.middle, LISTERS, LISTS, itertools.repeat(asked)),
-            self._variant("the same bytes, bare", bare, LISTERS, LISTS, itertools.repeat(asked)),
-            count=self.rounds,
-        )
+        bare = self._bare(next(iter(middle.values())), asked)
+        servers = {**middle, "the same bytes, bare": bare}
+        self._compare(f"list of {MIDDLE:,} VMs", servers, LISTS, LISTERS, partial(itertools.repeat, asked))
 
     def polls(self) -> None:
-        asked = get("/v1/vms?filter=worker=worker-7")
-        compare(
-            self._variant(f"a worker's poll, {BIG:,} VMs", self.big, CLIENTS, GETS, itertools.repeat(asked)),
-            self._variant(f"a worker's poll, {SMALL:,} VMs", self.small, CLIENTS, GETS, itertools.repeat(asked)),
-            count=self.rounds,
-        )
+        big, small = self._controllers(BIG, POLLERS), self._controllers(SMALL, SMALL // 2)
+        polls = [get(f"/v1/vms?filter=worker=worker-{number}") for number in range(POLLERS)]
+        self._compare(f"polls of {POLLERS:,} workers", big, GETS, CLIENTS, partial(itertools.cycle, polls))
+        servers = {f"{name} {BIG:,} VMs": server for name, server in big.items()}
+        servers |= {f"{name} {SMALL:,} VMs": server for name, server in small.items()}
+        self._compare("poll", servers, GETS, CLIENTS, partial(itertools.repeat, polls[7]))
 
     def creates(self) -> None:
+        servers = self._controllers(0, 0)
+        bare = self._bare(next(iter(self._controllers(SMALL, SMALL // 2).values())), get("/v1/vms/vm-7"))
+        self._compare("durable creates", {**servers, "bare server": bare}, CREATES, WRITERS, self._creating)
         home = self._home()
-        prepare(home, 0, 0)
+        self._checkouts[0].prepare(home, 0, 0)
         counts = home / "syncs"
         server = self._stack.enter_context(running("-c", COUNTED, str(counts), *CONTROLLER[2:], home=home))
-        bare = self._bare(self.small, get("/v1/vms/vm-7"))
         before = int(counts.read_text() or 0)
-        compare(
-            self._variant("durable creates", server, WRITERS, CREATES, self._creating()),
-            self._variant("bare server", bare, WRITERS, CREATES, self._creating()),
-            count=self.rounds,
-        )
-        synced = int(counts.read_text()) - before
-        print(f"{'':44}{CREATES * (self.rounds + 1) / synced:.1f} creates to a sync")
+        press(server.port, WRITERS, itertools.islice(self._creating(), CREATES))
+        print(f"{'':44}{CREATES / (int(counts.read_text()) - before):.1f} creates to a sync")
         self._alone(server, home)
 
     def _alone(self, server: Server, home: Path) -> None:
-        """Compare one create at a time with one append and sync at a time."""
+        """Compare one creation at a time with one append and sync at a time."""
         alone, appended = list[float](), list[float]()
-        line = next(self._creating()) * 2  # about what a create writes
+        # About what a creation writes.
+        line = next(self._creating()) * 2
         with (home / "appended").open("ab", buffering=0) as file:
             for _ in range(self.rounds + 1):
                 alone.append(statistics.median(press(server.port, 1, itertools.islice(self._creating(), ALONE))))
@@ -143,19 +188,20 @@ class Benchmark:
 
 
 def get(path: str) -> bytes:
+    """Return a GET request of the account that `cluster.fill` creates."""
     return request("GET", path, authorization=AUTHORIZATION)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./run bench api")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default %(default)s")
-    parser.add_argument("--only", choices=("gets", "lists", "polls", "creates"), help="default: everything")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="default: %(default)s")
+    parser.add_argument("--only", choices=PARTS, help="default: everything")
+    parser.add_argument("--against", type=Path, metavar="DIRECTORY", help="also measure the checkout in DIRECTORY")
     options = parser.parse_args()
-    with ExitStack() as stack:
-        benchmark = Benchmark(stack, options.rounds)
-        for name in ("gets", "lists", "polls", "creates"):
-            if options.only in (None, name):
-                getattr(benchmark, name)()
+    for name in PARTS:
+        if options.only in (None, name):
+            with ExitStack() as stack:
+                getattr(Benchmark(stack, options.rounds, options.against), name)()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""What idle connections cost: memory for each, and whether anybody else notices.
+"""What idle connections cost, over TLS and in the clear: memory for each, and whether other clients notice.
 
-    ./run bench idle [--connections N]
+    ./run bench idle [--connections N] [--silent N]
 
-A controller and a bare trio + h11 server are processes of their own. Half of the connections have asked for something
-once, the other half never said a word. Prints KiB for each connection, and how long a client that is at work waits for
-its answers, without and with the idle ones.
+First `--silent` connections are opened to a controller with TLS that send nothing at all, not even a handshake. Shown
+is its memory before, with them, and after they are gone.
+
+Then controllers over TLS and in the clear and a bare trio + h11 server are processes of their own. Half of the connections have
+asked for something once, the other half has sent nothing after the handshake. Shown are the KiB of each connection and how
+long a busy client waits for its answers, without and with the idle connections.
 """
 
 from __future__ import annotations
@@ -15,15 +18,18 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from subprocess import PIPE, Popen
 
-from load import BARE, CONTROLLER, NO_AUTH, Server, connect, request, running
+from load import BARE, CONTROLLER, CONTROLLER_TLS, NO_AUTH, Server, connect, request, running
 from measure import Variant, compare
 
 REQUEST = request("GET", "/v1/")
-ASKED = 500  # times by the client that is at work
+# Requests of the busy client.
+ASKED = 500
+# Seconds within which the controller must have closed connections that send nothing.
+SILENT_SECONDS = 20.0
 
 
 class Waiting:
@@ -31,65 +37,107 @@ class Waiting:
 
     def __init__(self, server: Server) -> None:
         self.server = server
+        with server.connect() as connection:
+            ask(connection)
         self.before = server.memory()
+        # Milliseconds: the 99th percentile of each round.
         self.slowest: list[float] = []
 
     def work(self) -> None:
-        """Be a client that is at work, and note the milliseconds of the slowest answers but one in a hundred."""
+        """Be a busy client for one round."""
         with self.server.connect() as connection:
             self.slowest.append(statistics.quantiles((ask(connection) for _ in range(ASKED)), n=100)[98])
 
 
-def hold(port: int, count: int) -> None:
-    """Keep idle connections open: in a process of their own, for one has no descriptors for those of two servers."""
+def hold(port: int, count: int, kind: str) -> None:
+    """Keep connections open until stdin ends, in a process of their own, because descriptors are limited per process."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    idle = [connect(port) for _ in range(count)]
-    for connection in idle[::2]:
-        ask(connection)
+    idle = []
+    for number in range(count):
+        idle.append(connect(port, tls=kind == "tls"))
+        if number % 2 == 0 and kind != "silent":
+            ask(idle[-1])
     print("open", flush=True)
     sys.stdin.read()
 
 
 def ask(connection: socket.socket) -> float:
+    """Send a request, wait for its answer, and return the milliseconds of that."""
     began = time.perf_counter()
     connection.sendall(REQUEST)
     connection.recv(4096)
     return 1000 * (time.perf_counter() - began)
 
 
+@contextmanager
+def holding(server: Server, count: int, kind: str) -> Iterator[None]:
+    """Keep connections to a server open for the time of the block. Raises SystemExit if they cannot be opened."""
+    command = [sys.executable, __file__, "--hold", str(server.port), str(count), kind]
+    # It ends with its stdin.
+    with Popen(command, stdin=PIPE, stdout=PIPE) as process:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise SystemExit(f"{count} connections could not be opened")
+        yield
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./run bench idle")
-    parser.add_argument("--connections", type=int, default=10_000, help="idle ones of each; default: %(default)s")
-    count = parser.parse_args().connections
+    parser.add_argument(
+        "--connections", type=int, default=10_000, help="idle ones of each server; default: %(default)s"
+    )
+    parser.add_argument(
+        "--silent", type=int, default=15_000, help="connections that send nothing; default: %(default)s"
+    )
+    options = parser.parse_args()
+    if options.silent:
+        # A controller that has not served anything yet.
+        with running(*CONTROLLER_TLS, NO_AUTH) as server:
+            silent(server, options.silent)
     with ExitStack() as stack:
         servers = {
-            "controller": Waiting(stack.enter_context(running(*CONTROLLER, NO_AUTH))),
+            "controller, TLS": Waiting(stack.enter_context(running(*CONTROLLER_TLS, NO_AUTH))),
+            "controller, in the clear": Waiting(stack.enter_context(running(*CONTROLLER, NO_AUTH))),
             "bare trio + h11": Waiting(stack.enter_context(running(BARE))),
         }
-        show(servers, "alone")
-        for server in servers.values():
-            command = [sys.executable, __file__, "--hold", str(server.server.port), str(count)]
-            holding = stack.enter_context(Popen(command, stdin=PIPE, stdout=PIPE))  # it ends with its stdin
-            assert holding.stdout is not None
-            if not holding.stdout.readline():
-                raise SystemExit(f"{count} connections could not be opened")
+        if options.connections:
+            beside_idle(servers, options.connections)
+
+
+def beside_idle(servers: Mapping[str, Waiting], count: int) -> None:
+    show(servers, "alone")
+    with ExitStack() as stack:
+        for waiting in servers.values():
+            kind = "tls" if waiting.server.tls else "plain"
+            stack.enter_context(holding(waiting.server, count, kind))
         show(servers, f"beside {count:,} idle")
-        for name, server in servers.items():
-            each = (server.server.memory() - server.before) / count
-            print(f"{name}: {server.before / 1024:.0f} MiB before, {each:.1f} KiB for each idle connection")
+        for name, waiting in servers.items():
+            each = (waiting.server.memory() - waiting.before) / count
+            print(f"{name}: {waiting.before / 1024:.0f} MiB before, {each:.1f} KiB for each idle connection")
+
+
+def silent(server: Server, count: int) -> None:
+    before = server.memory()
+    with holding(server, count, "silent"):
+        during = server.memory()
+        time.sleep(SILENT_SECONDS)
+        after = server.memory()
+    print(f"{count:,} connections without a handshake: {before / 1024:.0f} MiB before, {during / 1024:.0f} MiB with them,"
+          f" {after / 1024:.0f} MiB after {SILENT_SECONDS:g} seconds")  # fmt: skip
 
 
 def show(servers: Mapping[str, Waiting], phase: str) -> None:
-    compare(*(Variant(f"{name}, {phase}", server.work, ASKED, server.server.cpu) for name, server in servers.items()))
-    for name, server in servers.items():
-        slowest = sorted(server.slowest[1:])
+    compare(*(Variant(f"{name}, {phase}", one.work, ASKED, one.server.cpu) for name, one in servers.items()))
+    for name, waiting in servers.items():
+        # The first round does not count.
+        slowest = sorted(waiting.slowest[1:])
         between = f"({slowest[0]:.2f} to {slowest[-1]:.2f})"
         print(f"{name}, {phase}: p99 {statistics.median(slowest):.2f} ms {between}")
-        server.slowest.clear()
+        waiting.slowest.clear()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--hold"]:
-        hold(*map(int, sys.argv[2:]))
+        hold(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
     else:
         main()

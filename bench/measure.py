@@ -70,17 +70,16 @@ def compare(*variants: Variant, count: int = ROUNDS) -> None:
 def show(*variants: Variant) -> None:
     """Print a table. The ratio compares the rates of each round with those of the last variant, the baseline."""
     base = variants[-1]
-    print(f"{'':44}{'a second':>11}{'range':>20}{'CPU s/1,000':>13}{'ratio':>8}{'range':>17}")
+    print(f"{'':44}{'a second':>11}{'range':>20}{'CPU us':>10}{'ratio':>8}{'range':>17}")
     for variant in variants:
         rates = sorted(variant.operations / seconds for seconds in variant.seconds)
-        # A mean, because Linux counts the time of another process in ticks of 10 ms.
-        cpu = 1000 * statistics.fmean(variant.cpu_seconds) / variant.operations
+        cpu = 1e6 * statistics.median(variant.cpu_seconds) / variant.operations
         span = f"{rates[0]:,.0f} to {rates[-1]:,.0f}"
         scale = variant.operations / base.operations
         ratios = sorted(scale * theirs / own for own, theirs in zip(variant.seconds, base.seconds, strict=True))
         between = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
         print(
-            f"{variant.name:44}{variant.rate:11,.0f}{span:>20}{cpu:13.4f}{statistics.median(ratios):8.2f}{between:>17}"
+            f"{variant.name:44}{variant.rate:11,.0f}{span:>20}{cpu:10.1f}{statistics.median(ratios):8.2f}{between:>17}"
         )
 
 

@@ -52,9 +52,9 @@ class Limits:
     linger_bytes: int = 256 * 1024
     # Beyond it the connection that has been idle for longest is closed.
     connections: int = 16_384
-    # TLS connections whose handshake is not complete. Beyond it the oldest of those is closed. 4,096 that have sent
-    # nothing take 30 MiB (`./run bench idle --silent`).
-    handshakes: int = 4_096
+    # TLS connections whose handshake is not complete. Beyond it the oldest of those is closed. So many that have sent
+    # nothing take 16 MiB (`./run bench idle`).
+    handshakes: int = 2_048
 
 
 class WaitingList:

@@ -95,9 +95,15 @@ class PlainStream:
 
     async def send_all(self, data: Data) -> None:
         """Send all of it. Raises BrokenResourceError, ClosedResourceError."""
-        sent = await self.send_some(data)
-        while sent < len(data):
-            sent += await self.send_some(data[sent:])
+        if self._socket is None:
+            await self.transport_stream.send_all(data)
+            return
+        try:
+            sent = await self._socket.send(data)
+            while sent < len(data):
+                sent += await self._socket.send(data[sent:])
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
 
     async def send_last(self, data: bytes) -> None:
         """Send if the socket takes it at once: for a last message that the client can do without."""
