@@ -61,7 +61,7 @@ from orchard.vm.processes import (
     is_locked,
     last_line,
     presentable,
-    run,
+    run_program,
     signal_group,
     wait_unlocked,
 )
@@ -600,7 +600,7 @@ async def machine_id(path: Path = _MACHINE_ID) -> str:
         pass
     with trio.move_on_after(_MACHINE_ID_SECONDS):
         try:
-            completed = await run(["ioreg", "-rd1", "-c", "IOPlatformExpertDevice"])
+            completed = await run_program(["ioreg", "-rd1", "-c", "IOPlatformExpertDevice"])
         except OSError:
             # Not a Mac.
             pass

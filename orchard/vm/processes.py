@@ -1,7 +1,7 @@
 """Programs on this host: run them in sessions of their own, keep a bounded part of their output, and end them.
 
 Every program gets a session of its own, so that a Ctrl-C on the worker's terminal does not reach it and the program can
-be killed together with its children. `run` captures output. `Calls` also records each program in a file, so that the
+be killed together with its children. `run_program` captures output. `Calls` also records each program in a file, so that the
 next worker can end what a killed worker left running.
 
 Nothing here knows VMs, tart or ssh.
@@ -126,7 +126,7 @@ class Completed:
     stderr: bytes
 
 
-async def run(
+async def run_program(
     command: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
@@ -192,13 +192,13 @@ class Calls:
         env: Mapping[str, str] | None = None,
         on_output: Callable[[bytes], None] | None = None,
     ) -> Completed:
-        """Run a program as the function `run` does. `label` begins the file's name. Raises DriverError."""
+        """Run a program as `run_program` does. `label` begins the file's name. Raises DriverError."""
         path = self._directory / f"{label}-{secrets.token_hex(8)}"
         try:
             with path.open("xb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 wrapped = ["/bin/sh", "-c", _RECORDED, command[0], *command]
-                completed = await run(wrapped, stdin=file.fileno(), env=env, on_output=on_output)
+                completed = await run_program(wrapped, stdin=file.fileno(), env=env, on_output=on_output)
         except OSError as error:
             raise DriverError(f"cannot write {path}: {error.strerror}") from error
         finally:

@@ -53,7 +53,7 @@ from orchard.vm.driver import (
 from orchard.vm.processes import KILL_SECONDS, kill, signal_group
 from orchard.vm.script import converse, wrap
 
-ADDRESS = "127.0.0.1"
+VM_ADDRESS = "127.0.0.1"
 # A source that begins so is a local VM.
 _LOCAL_PREFIX = "orchard-"
 _SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")
@@ -178,7 +178,7 @@ class SyntheticDriver(Driver):
         with trio.move_on_after(self._boot_seconds if about["state"] == "stopped" else 0):
             await guest.ending.wait()
         task_status.started()
-        await self._until_ended(name, guest)
+        await self._wait_ended(name, guest)
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         self._read(name)
@@ -186,9 +186,9 @@ class SyntheticDriver(Driver):
         if guest is None:
             raise NotRunning(f'VM "{name}" is not running')
         task_status.started()
-        await self._until_ended(name, guest)
+        await self._wait_ended(name, guest)
 
-    async def _until_ended(self, name: str, guest: _Guest) -> None:
+    async def _wait_ended(self, name: str, guest: _Guest) -> None:
         """Wait until a guest has ended; end it when the lease expires, and raise DriverError."""
         while not guest.ended.is_set():
             with trio.move_on_at(self._lease if guest.leased else math.inf):
@@ -219,7 +219,7 @@ class SyntheticDriver(Driver):
         self._read(name)
         if name not in self._guests:
             raise DriverError("no IP address found, is your VM running?")
-        return ADDRESS
+        return VM_ADDRESS
 
     async def stop(self, name: str) -> None:
         about = self._read(name)
@@ -248,21 +248,21 @@ class SyntheticDriver(Driver):
         if (directory / "scripted").exists():
             await trio.to_thread.run_sync(_kill_leftovers, directory)
         # After the rename the VM does not exist any more, even if removing its files takes long.
-        grave = self._home / f".{name}.old"
+        deleted = self._home / f".{name}.old"
         try:
             # A worker was killed while it deleted a VM of that name.
-            if grave.exists():
-                await trio.to_thread.run_sync(_remove, grave)
-            directory.rename(grave)
+            if deleted.exists():
+                await trio.to_thread.run_sync(_remove, deleted)
+            directory.rename(deleted)
         except OSError as error:
             raise DriverError(f'cannot delete VM "{name}" in {self._home}: {error.strerror}') from error
-        if _is_empty(grave / "root"):
-            _remove(grave)
+        if _is_empty(deleted / "root"):
+            _remove(deleted)
             await trio.lowlevel.checkpoint()
         else:
             # Shielded, because only the next worker's `recover` would complete it. It takes as long as the disk needs.
             with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(_remove, grave)
+                await trio.to_thread.run_sync(_remove, deleted)
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         self._read(name)

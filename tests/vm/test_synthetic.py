@@ -23,7 +23,7 @@ from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard.vm import synthetic
 from orchard.vm.driver import DriverError, LocalVM, RunOptions, Script
-from orchard.vm.synthetic import ADDRESS, SyntheticDriver
+from orchard.vm.synthetic import VM_ADDRESS, SyntheticDriver
 
 IMAGE = "example.com/image:latest"
 NAME = "orchard-vm-uid-0"
@@ -79,7 +79,7 @@ async def script(driver: SyntheticDriver, text: str, lines: list[str] | None = N
 async def test_script_has_its_own_home_and_temporary_directory(driver: SyntheticDriver, home: Path) -> None:
     await create(driver)
     async with running(driver):
-        assert await driver.ip(NAME) == ADDRESS
+        assert await driver.ip(NAME) == VM_ADDRESS
         lines = await script(driver, 'pwd; echo "$HOME"; echo "$TMPDIR"; echo "$USER $LOGNAME"; touch "$TMPDIR/file"')
     root = home / NAME / "root"
     assert lines == [str(root), str(root), str(root / "tmp"), "alice alice"]
