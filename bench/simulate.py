@@ -3,7 +3,7 @@
     ./run bench simulate [--seeds N] [--from SEED] [--steps N] [--bug NAME]
 
 Runs seeds on all processors. Prints each violation with its seed, which repeats the run, and exits with 1 if there was
-any. `--bug` plants a bug that the simulation must find: use it to list seeds for tests/simulation/test_simulation.py.
+any. `--bug` plants a bug that the simulation must find, to see in how many seeds it does.
 """
 
 from __future__ import annotations

@@ -42,8 +42,11 @@ NAMES = [f"vm-{number}" for number in range(8)]
 STEPS = 40
 # The average time between two steps.
 STEP_SECONDS = 4.0
-# How long faults last, from and to.
-SHORT_FAULT, LONG_FAULT = (0.5, 10.0), (10.0, 90.0)
+# How long faults last, from and to; one range is chosen for each fault.
+Durations = tuple[tuple[float, float], ...]
+DURATIONS: Durations = ((0.5, 10.0), (0.5, 10.0), (10.0, 90.0))
+# Longer than the offline time-out, so that VMs are started elsewhere meanwhile.
+ISOLATION: Durations = ((60.0, 120.0),)
 # One seed in this many also freezes the controller.
 FREEZE_CONTROLLER_EVERY = 4
 # How long users wait for an answer.
@@ -195,12 +198,13 @@ class Users:
 
 
 class Faults:
-    """Random faults. The tasks that end them run in `nursery`."""
+    """Random faults of random `durations`. The tasks that end them run in `nursery`."""
 
-    def __init__(self, cluster: SimulatedCluster, nursery: trio.Nursery) -> None:
+    def __init__(self, cluster: SimulatedCluster, nursery: trio.Nursery, durations: Durations) -> None:
         self._cluster = cluster
         self._nursery = nursery
         self._chance = cluster.chance
+        self._durations = durations
         # Programs that do not run, or were told to stop.
         self._down: dict[str, None] = {}
 
@@ -268,7 +272,7 @@ class Faults:
             await self._start(name)
 
     def _random_duration(self) -> float:
-        return self._chance.uniform(*self._chance.choice((SHORT_FAULT, SHORT_FAULT, LONG_FAULT)))
+        return self._chance.uniform(*self._chance.choice(self._durations))
 
     def _random_machine(self) -> str:
         return self._chance.choice(list(self._cluster.machines))
@@ -392,9 +396,15 @@ async def settle(cluster: SimulatedCluster, users: Users, client: Client) -> Non
 
 
 async def inject(
-    cluster: SimulatedCluster, users: Users, faults: Faults, steps: int, *, freeze_controller: bool
+    cluster: SimulatedCluster,
+    users: Users,
+    faults: Faults,
+    steps: int,
+    *,
+    freeze_controller: bool,
+    isolate_workers: bool,
 ) -> None:
-    """Take random steps of users and faults."""
+    """Take random steps of users and faults. With `isolate_workers`, only create VMs, kill and freeze workers."""
     actions: dict[Callable[[], None], int] = {
         users.create: 12, users.delete: 5, users.resize: 3, users.stop_or_suspend: 1, users.pause_worker: 1,
         users.delete_worker: 1, faults.kill_worker: 3, faults.stop_worker: 1, faults.lose_power: 1,
@@ -403,6 +413,8 @@ async def inject(
     }  # fmt: skip
     if freeze_controller:
         actions[faults.freeze_controller] = 3
+    if isolate_workers:
+        actions = {users.create: 3, faults.kill_worker: 1, faults.freeze_worker: 1}
     for _ in range(steps):
         cluster.chance.choices(list(actions), list(actions.values()))[0]()
         await trio.sleep(cluster.chance.expovariate(1 / STEP_SECONDS))
@@ -423,8 +435,15 @@ async def run_schedule(seed: int, directory: Path, bug: PlantedBug, steps: int, 
             async with cluster.client(Process(USER), ANSWER_SECONDS) as client:
                 users = Users(cluster, client, nursery)
                 async with trio.open_nursery() as fault_nursery:
-                    faults = Faults(cluster, fault_nursery)
-                    await inject(cluster, users, faults, steps, freeze_controller=freeze_controller)
+                    faults = Faults(cluster, fault_nursery, ISOLATION if bug.shows_in_isolation else DURATIONS)
+                    await inject(
+                        cluster,
+                        users,
+                        faults,
+                        steps,
+                        freeze_controller=freeze_controller,
+                        isolate_workers=bug.shows_in_isolation,
+                    )
                     fault_nursery.cancel_scope.cancel()
                 if not cluster.violations:
                     await faults.end_all()

@@ -73,12 +73,16 @@ class PlantedBug:
     disk_forgets: bool = False
     # The number of VMs that workers offer capacity for.
     offered: int = CAPACITY
+    # Whether the schedule mostly isolates workers, because the bug is rare otherwise.
+    shows_in_isolation: bool = False
 
 
 NO_BUG = PlantedBug()
+# The schedule for bugs of leases, without one.
+NO_BUG_IN_ISOLATION = PlantedBug(shows_in_isolation=True)
 PLANTED_BUGS = {
-    "no-lease": PlantedBug(keeps_leases=False),
-    "long-lease": PlantedBug(lease_stretch=2.0),
+    "no-lease": PlantedBug(keeps_leases=False, shows_in_isolation=True),
+    "long-lease": PlantedBug(lease_stretch=2.0, shows_in_isolation=True),
     "stopped-early": PlantedBug(reports_stopped_early=True),
     "over-offered": PlantedBug(offered=CAPACITY + 1),
     "forgetful-disk": PlantedBug(disk_forgets=True),

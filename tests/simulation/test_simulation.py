@@ -20,25 +20,25 @@ PARTS = 4
 # of an earlier worker could not be removed, or ended, at once; a restarted controller did not know what it had deleted.
 ONCE_FOUND = (1053, 1133, 1144, 1149, 2098, 2189)
 
-# Planted bug -> (words of the violation, seeds that found it). Which seeds find a bug moves with each change of timing.
-# So the test goes on to search when none of these does; `./run bench simulate --bug NAME` lists seeds to put here.
-FOUND_BY = {
-    "no-lease": ("runs already on", (11, 18, 42, 47)),
-    "long-lease": ("runs already on", (42, 47, 56, 71)),
-    "stopped-early": ("more than its capacity", (1, 3, 11)),
-    "over-offered": ("more than its capacity", (1, 3, 4)),
-    "forgetful-disk": ("", (1, 2, 4)),
+# Planted bug -> words of the violation.
+VIOLATIONS = {
+    "no-lease": "runs already on",
+    "long-lease": "runs already on",
+    "stopped-early": "more than its capacity",
+    "over-offered": "more than its capacity",
+    "forgetful-disk": "",
 }
-# The bound of that search. The rarest bug shows in one seed of ten.
-SEARCHED = 80
+# The rarest bug, stopped-early, shows in about one seed of six, so 60 seeds miss it once in 50,000 times. Which seeds show a
+# bug changes with the product's timing; `./run bench simulate --bug NAME` lists them.
+SEARCHED = 60
 
 # A process of its own, because measuring coverage would triple the time. Prints a line for each seed, up to a violation.
 PROGRAM = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 from fault_schedule import ViolationError, simulate
-from simulated_cluster import NO_BUG, PLANTED_BUGS
-bug = PLANTED_BUGS.get(sys.argv[3], NO_BUG)
+from simulated_cluster import NO_BUG, NO_BUG_IN_ISOLATION, PLANTED_BUGS
+bug = {"": NO_BUG, "isolation": NO_BUG_IN_ISOLATION, **PLANTED_BUGS}[sys.argv[3]]
 for seed in map(int, sys.argv[4:]):
     print("digest", simulate(seed, bug=bug), flush=True)
 """
@@ -56,8 +56,8 @@ def simulated(seeds: Iterable[int], bug: str = "", **environ: str) -> subprocess
     )
 
 
-def digests(seeds: Iterable[int], **environ: str) -> list[str]:
-    done = simulated(seeds, **environ)
+def digests(seeds: Iterable[int], schedule: str = "", **environ: str) -> list[str]:
+    done = simulated(seeds, schedule, **environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -73,18 +73,23 @@ def test_seeds_that_once_found_a_bug_find_none() -> None:
     assert len(digests(ONCE_FOUND)) == len(ONCE_FOUND)
 
 
-@pytest.mark.parametrize("bug", FOUND_BY)
+@pytest.mark.slow
+def test_isolated_workers_break_no_guarantee() -> None:
+    assert len(digests(range(5), "isolation")) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", VIOLATIONS)
 def test_planted_bug_is_found(bug: str) -> None:
-    words, known = FOUND_BY[bug]
     others = []
-    seeds = [*known, *(seed for seed in range(SEARCHED) if seed not in known)]
+    seeds = range(SEARCHED)
     while seeds:
         done = simulated(seeds, bug)
         if done.returncode == 0:
             break
         violation = done.stderr.rstrip().rpartition("\n")[2]
         assert "ViolationError" in violation, done.stderr
-        if words in violation:
+        if VIOLATIONS[bug] in violation:
             return
         others.append(violation)
         seeds = seeds[done.stdout.count("digest ") + 1 :]
