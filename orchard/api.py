@@ -66,7 +66,7 @@ _MAX_WARNED = 8
 # The sender of each request to a controller that asks for no credentials.
 _ANYBODY = ServiceAccount(name="", token="", roles=auth.ROLES)
 
-Headers = Sequence[tuple[str, str]]
+HeaderPairs = Sequence[tuple[str, str]]
 StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings)
 NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
 BodyT = TypeVar("BodyT")
@@ -102,7 +102,7 @@ def http_error(error: Exception, account: str = "") -> HTTPError:
     if isinstance(error, HTTPError):
         return HTTPError(error.status, error.message, error.headers, account=account)
     status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
-    headers: Headers = ()
+    headers: HeaderPairs = ()
     if isinstance(error, auth.UnauthenticatedError):
         headers = (("WWW-Authenticate", 'Basic realm="orchard"'),)
     elif isinstance(error, auth.TooManyFailuresError):
@@ -239,6 +239,10 @@ class API:
             with self.store.transaction() as tx:
                 tx.put(new)
 
+    def _stored(self, kind: Literal["vm", "account"], name: str, headers: HeaderPairs = ()) -> Response:
+        """Return an answer with a resource as it is stored."""
+        return Response(200, self.state.json[kind][name], headers)
+
     def _delete(self, resource: VM | Worker | ServiceAccount) -> AnyResponse:
         with self.store.transaction() as tx:
             tx.delete(resource)
@@ -268,7 +272,7 @@ class API:
             raise HTTPError(409, f'VM "{name}" already exists')
         reason = self.parts.waiting_reason(spec)
         self._put(transitions.create(name, str(uuid.uuid4()), spec, self.parts.clock(), reason))
-        return self._vm(name, warning)
+        return self._stored("vm", name, warning)
 
     def list_vms(self, request: Request, admitted: Admitted) -> AnyResponse:
         table = self.state.json["vm"]
@@ -282,7 +286,7 @@ class API:
         vm = _found("VM", self.state.vms, admitted.name)
         if read_flag(request.query, parameters.WATCH):
             return Stream(partial(self._watch, vm))
-        return self._vm(vm.name)
+        return self._stored("vm", vm.name)
 
     async def _watch(self, known: VM, send: Callable[[bytes], Awaitable[None]]) -> None:
         """Send the changes of a VM since `known`, and those of later VMs with its name. Raises HTTPError."""
@@ -319,7 +323,7 @@ class API:
         if spec.host_dirs != old.spec.host_dirs:
             self._check_host_dirs(spec)
         self._put(transitions.change(old, spec), old)
-        return self._vm(old.name, warning)
+        return self._stored("vm", old.name, warning)
 
     def delete_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._delete(_found("VM", self.state.vms, admitted.name))
@@ -329,9 +333,6 @@ class API:
         report, warning = _read_body(request, schema.report_from_worker)
         self._put(transitions.report(old, report, self.parts.clock()), old)
         return Response(200, headers=warning)
-
-    def _vm(self, name: str, headers: Headers = ()) -> Response:
-        return Response(200, self.state.json["vm"][name], headers)
 
     def _check_host_dirs(self, spec: VMSpec) -> None:
         for index, host_dir in enumerate(spec.host_dirs):
@@ -448,7 +449,7 @@ class API:
     def delete_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._delete(_found("worker", self.state.workers, admitted.name))
 
-    def _worker(self, name: str, headers: Headers = ()) -> Response:
+    def _worker(self, name: str, headers: HeaderPairs = ()) -> Response:
         return Response(200, self._worker_json(name), headers)
 
     def _worker_json(self, name: str) -> bytes:
@@ -480,7 +481,7 @@ class API:
         session = read_text(request.query, parameters.SESSION)
         pending = self.parts.rendezvous.answer_address(session, admitted.account)
         error = read_text(request.query, parameters.ERROR_MESSAGE)
-        address = read_text(request.query, parameters.ADDRESS)
+        address = read_text(request.query, parameters.VM_ADDRESS)
         if error or not address:
             pending.fail(error or "no address was found")
         else:
@@ -494,27 +495,23 @@ class API:
         if wanted.name in self.state.accounts:
             raise HTTPError(409, f'service account "{wanted.name}" already exists')
         self._put(replace(wanted, token=wanted.token or auth.random_token(), created_at=self.parts.clock()))
-        return self._account(wanted.name, warning)
+        return self._stored("account", wanted.name, warning)
 
     def list_accounts(self, request: Request, admitted: Admitted) -> AnyResponse:
-        table = self.state.json["account"]
-        return _array(table[name] for name in self.state.names["account"])
+        return _array(self.state.json["account"][name] for name in self.state.names["account"])
 
     def get_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._account(_found("service account", self.state.accounts, admitted.name).name)
+        return self._stored("account", _found("service account", self.state.accounts, admitted.name).name)
 
     def replace_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Change an account's roles and token; absent fields stay as they are."""
         old = _found("service account", self.state.accounts, admitted.name)
         new, warning = _read_body(request, _named(old.name, partial(schema.account_from_client, base=old)))
         self._put(replace(new, token=new.token or old.token), old)
-        return self._account(old.name, warning)
+        return self._stored("account", old.name, warning)
 
     def delete_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._delete(_found("service account", self.state.accounts, admitted.name))
-
-    def _account(self, name: str, headers: Headers = ()) -> Response:
-        return Response(200, self.state.json["account"][name], headers)
 
     # -- cluster settings
 
@@ -526,7 +523,7 @@ class API:
         self._put(settings, self.state.settings)
         return self._settings(warning)
 
-    def _settings(self, headers: Headers = ()) -> Response:
+    def _settings(self, headers: HeaderPairs = ()) -> Response:
         body = self.state.json["settings"].get(SETTINGS) or encode_object(self.state.settings)
         return Response(200, body, headers)
 
@@ -544,7 +541,7 @@ def _found(kind: str, table: Mapping[str, NamedT], name: str) -> NamedT:
 
 def _read_body(
     request: Request, read: Callable[[Any, list[str]], BodyT], *, if_empty: bytes = b""
-) -> tuple[BodyT, Headers]:
+) -> tuple[BodyT, HeaderPairs]:
     """Decode the body, which is the text `if_empty` when the client sent none, with a function of schema.py.
 
     Return what the function returned, and the header that names the unknown fields. Raises HTTPError(400),
@@ -571,7 +568,7 @@ def _named(name: str, read: Callable[[Any, list[str]], BodyT]) -> Callable[[Any,
     return read_named
 
 
-def _warning(unknown: Sequence[str]) -> Headers:
+def _warning(unknown: Sequence[str]) -> HeaderPairs:
     """Return a Warning header (RFC 7234, section 5.5) that names the first unknown fields of a body."""
     names = [json.dumps(name[:MAX_NAME])[1:-1] for name in unknown[:_MAX_WARNED]]
     more = f" and {len(unknown) - _MAX_WARNED} more" if len(unknown) > _MAX_WARNED else ""
@@ -616,7 +613,7 @@ _EXEC = (
 )
 _FORWARD = (parameters.PORT_NUMBER, parameters.WAIT_FORWARD)
 _PAGE = (parameters.LIMIT, parameters.ORDER, parameters.CURSOR)
-_ANSWER_IP = (parameters.SESSION, parameters.ADDRESS, parameters.ERROR_MESSAGE)
+_ANSWER_IP = (parameters.SESSION, parameters.VM_ADDRESS, parameters.ERROR_MESSAGE)
 _NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
 _NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
 _ANY = {"type": "object"}

@@ -354,6 +354,9 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
         return tuple(_decode_value(arguments[0], item, at.below(f"[{index}]")) for index, item in enumerate(items))
     if origin is Mapping:
         pairs = _expect(dict, value, at, "a JSON object")
+        # Most maps are of strings, and a position for each value would cost more than the value.
+        if arguments[1] is str and all(type(item) is str for item in pairs.values()):
+            return dict(pairs)
         return {key: _decode_value(arguments[1], item, at.below(f"[{shown(key)}]")) for key, item in pairs.items()}
     if origin in _OPTIONAL:
         return _decode_value(arguments[0], value, at)

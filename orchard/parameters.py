@@ -50,7 +50,7 @@ COLS = Parameter("cols", "Columns of the terminal", _whole(1, vm_exec.MAX_TERMIN
 WORKDIR = Parameter("workdir", "Directory to run the command in", _TEXT)
 SESSION = Parameter("session", "The session of the action that is answered", _TEXT)
 ERROR_MESSAGE = Parameter("errorMessage", "Why the action failed; empty: it succeeded", _TEXT)
-ADDRESS = Parameter("ip", "The VM's address", _TEXT)
+VM_ADDRESS = Parameter("ip", "The VM's address", _TEXT)
 WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required=True)
 
 
