@@ -1,9 +1,12 @@
 """The controller's REST API as methods of an asynchronous client, on trio.
 
+    from pathlib import Path
+
     import trio
     from orchard.client import Client, VMFailed
 
     async def main():
+        pem = Path("controller.crt").read_bytes()
         async with Client("https://controller:6120", account="ci", token="s3cret", certificate=pem) as client:
             await client.vms.create(name="build", image="ghcr.io/cirruslabs/macos-tahoe-base:latest")
             try:
@@ -13,6 +16,8 @@
                     async for stream, data in command:
                         print(stream, data.decode())
                 print("exit code", command.exit_code)
+            except VMFailed as failure:
+                print(failure)
             finally:
                 await client.vms.delete("build")
 
