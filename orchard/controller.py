@@ -18,6 +18,7 @@ import logging
 import os
 import resource
 import secrets
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -291,36 +292,40 @@ async def _create_admin(settings: ControllerSettings, store: Store, now: datetim
 
 
 async def _listen(settings: ControllerSettings) -> Listening:
-    """Open the sockets, with TLS if it is wanted. Raises StartError."""
-    context, certificate, fingerprint = None, None, ""
-    try:
-        if settings.tls:
-            if settings.certificate is not None and settings.key is not None:
-                cert_file, key_file = settings.certificate, settings.key
-            else:
-                cert_file, key_file = await tls.self_signed(settings.data_dir)
-                certificate = await trio.Path(cert_file).read_bytes()
-            context = tls.server_context(cert_file, key_file)
-            fingerprint = tls.fingerprint(await trio.Path(cert_file).read_bytes())
-    except tls.TLSError as error:
-        raise StartError(str(error)) from error
-    where = f"{settings.host or ''}:{settings.port}"
+    """Open the listening sockets, with TLS unless the settings turn it off. Raises StartError."""
+    context, certificate, fingerprint = await _load_tls(settings) if settings.tls else (None, None, "")
     try:
         listeners = await trio.open_tcp_listeners(settings.port, host=settings.host)
     except OSError as error:
-        raise StartError(f"cannot listen on {where}: {error.strerror or error}; see --listen") from error
+        address = f"{settings.host or ''}:{settings.port}"
+        raise StartError(f"cannot listen on {address}: {error.strerror or error}; see --listen") from error
     for listener in listeners:
         tcp.keep_accepted_alive(listener)
-    if settings.port == 0:  # each address got another port: one is enough
+    # With port 0 each address got another port, and the URL has only one.
+    if settings.port == 0:
         for listener in listeners[1:]:
             await listener.aclose()
         del listeners[1:]
     host, port = listeners[0].socket.getsockname()[:2]
-    url = f"{'https' if settings.tls else 'http'}://{reachable_host(host)}:{port}{settings.prefix}"
-    running = Running(url, certificate, fingerprint)
+    scheme = "http" if context is None else "https"
+    running = Running(f"{scheme}://{reachable_host(host)}:{port}{settings.prefix}", certificate, fingerprint)
     if context is None:
         return listeners, running
     return [TLSListener(listener, context) for listener in listeners], running
+
+
+async def _load_tls(settings: ControllerSettings) -> tuple[ssl.SSLContext, bytes | None, str]:
+    """Return the TLS context, the certificate if it is self-signed (PEM), and its fingerprint. Raises StartError."""
+    try:
+        if settings.certificate is not None and settings.key is not None:
+            files, self_signed = (settings.certificate, settings.key), False
+        else:
+            files, self_signed = await tls.self_signed(settings.data_dir), True
+        context = tls.server_context(*files)
+        certificate = await trio.Path(files[0]).read_bytes()
+        return context, certificate if self_signed else None, tls.fingerprint(certificate)
+    except tls.TLSError as error:
+        raise StartError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
