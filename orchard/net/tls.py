@@ -123,6 +123,8 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
         raise TLSError(f"{key} can be read by others than its owner (mode {stat.S_IMODE(mode):o}); chmod 600 it")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # A client of TLS 1.2 could make the server do handshakes without end.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     try:
         # An encrypted key would make OpenSSL ask on the terminal for its password.
