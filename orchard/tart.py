@@ -42,6 +42,7 @@ from orchard.vm import supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
     DriverError,
+    Hardware,
     LocalVM,
     NoSuchVM,
     NotRunning,
@@ -118,17 +119,9 @@ def find_tart(path: str | None, runtime: Runtime) -> str:
     )
 
 
-def set_arguments(
-    name: str,
-    *,
-    cpu: int = 0,
-    memory: int = 0,
-    disk_size: int = 0,
-    random_mac: bool = False,
-    random_serial: bool = False,
-) -> list[str]:
+def set_arguments(name: str, hardware: Hardware, *, random_mac: bool = False, random_serial: bool = False) -> list[str]:
     """Return the arguments of `tart set`, or an empty list when there is nothing to set."""
-    numbers = (("--cpu", cpu), ("--memory", memory), ("--disk-size", disk_size))
+    numbers = (("--cpu", hardware.cpu), ("--memory", hardware.memory), ("--disk-size", hardware.disk_size))
     words = [word for flag, number in numbers if number for word in (flag, str(number))]
     words += ["--random-mac"] * random_mac + ["--random-serial"] * random_serial
     return ["set", operand("VM name", name), *words] if words else []
@@ -272,21 +265,11 @@ class TartDriver:
         return output.decode("utf-8", "replace").strip()
 
     async def configure(
-        self,
-        name: str,
-        *,
-        cpu: int = 0,
-        memory: int = 0,
-        disk_size: int = 0,
-        random_mac: bool = False,
-        random_serial: bool = False,
+        self, name: str, hardware: Hardware, *, random_mac: bool = False, random_serial: bool = False
     ) -> None:
         if random_serial:
             self._refuse_on_vetu("random serial numbers")
-        words = set_arguments(
-            name, cpu=cpu, memory=memory, disk_size=disk_size, random_mac=random_mac, random_serial=random_serial
-        )
-        if words:
+        if words := set_arguments(name, hardware, random_mac=random_mac, random_serial=random_serial):
             await self._call(*words)
         else:
             await trio.lowlevel.checkpoint()

@@ -30,7 +30,7 @@ from orchard.reconciler import SYNC_ACTIONS, VM_LOST
 from orchard.schema import TART_VMS, Status
 from orchard.tart import TartDriver
 from orchard.vm import supervisor
-from orchard.vm.driver import DriverError, RunOptions
+from orchard.vm.driver import DriverError, Hardware, RunOptions
 from orchard.vm.instance import SHUT_DOWN, STOPPED, Note
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import Identity, RefusedError, WorkerService
@@ -383,7 +383,7 @@ async def test_vm_that_was_started_but_not_reported_is_adopted(cluster: InProces
     vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
     driver = cluster.driver()
     await driver.clone("any", vm.tart_name, lambda _: None)
-    driver.note(vm.tart_name, str(Note(1, (4, 8192, 0), suspendable=False)))
+    driver.note(vm.tart_name, str(Note(1, Hardware(4, 8192, 0), suspendable=False)))
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run, vm.tart_name, RunOptions())
         nursery.cancel_scope.cancel()

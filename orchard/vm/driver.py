@@ -53,6 +53,15 @@ class LocalVM:
 
 
 @dataclass(frozen=True, slots=True)
+class Hardware:
+    """What can be changed while a VM is stopped: `memory` in MiB, `disk_size` in GB. 0 leaves a value unchanged."""
+
+    cpu: int = 0
+    memory: int = 0
+    disk_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SharedDir:
     """A directory of the host, or an https:// archive, that the VM sees under `name`."""
 
@@ -106,16 +115,9 @@ class Driver(Protocol):
         """Return the name of a pulled image with its digest. Return the name of a local VM unchanged."""
 
     async def configure(
-        self,
-        name: str,
-        *,
-        cpu: int = 0,
-        memory: int = 0,
-        disk_size: int = 0,
-        random_mac: bool = False,
-        random_serial: bool = False,
+        self, name: str, hardware: Hardware, *, random_mac: bool = False, random_serial: bool = False
     ) -> None:
-        """Change a stopped VM: `memory` in MiB, `disk_size` in GB, which can only grow. 0 and False change nothing."""
+        """Change a stopped VM, and give it a new MAC address or serial number. A disk can only grow."""
 
     async def run(
         self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

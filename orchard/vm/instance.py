@@ -22,7 +22,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -33,6 +33,7 @@ from orchard.schema import VM, Event, Status
 from orchard.vm.driver import (
     Driver,
     DriverError,
+    Hardware,
     LocalState,
     LocalVM,
     NoSuchVM,
@@ -57,8 +58,6 @@ CUT_OFF = "the worker was restarted while the startup script ran, so how the scr
 UNNOTED = "lost: the VM runs, but the worker's note about it is missing or unreadable"
 
 SendEvents = Callable[[VM, Sequence[Event]], Awaitable[None]]
-# CPUs, memory in MiB, disk in GB.
-Hardware = tuple[int, int, int]
 
 _logger = logging.getLogger("orchard.vm.instance")
 
@@ -162,7 +161,7 @@ class Note:
     script: Literal["", "begun", "done"] = ""
 
     def __str__(self) -> str:
-        return json.dumps([self.generation, self.hardware, self.suspendable, self.script])
+        return json.dumps([self.generation, astuple(self.hardware), self.suspendable, self.script])
 
     @classmethod
     def parse(cls, text: str) -> Note:
@@ -170,7 +169,7 @@ class Note:
         try:
             match json.loads(text):
                 case [int(generation), [int(cpu), int(memory), int(disk)], bool(able), "" | "begun" | "done" as script]:
-                    return cls(generation, (cpu, memory, disk), able, script)
+                    return cls(generation, Hardware(cpu, memory, disk), able, script)
         except ValueError:
             pass
         raise ValueError(
@@ -178,9 +177,9 @@ class Note:
         )
 
 
-def hardware(vm: VM) -> Hardware:
-    """Return what can be configured only while the VM does not run."""
-    return vm.state.assigned_cpu, vm.state.assigned_memory, vm.spec.disk_size
+def hardware_of(vm: VM) -> Hardware:
+    """Return the hardware that a VM is to have at its next start."""
+    return Hardware(vm.state.assigned_cpu, vm.state.assigned_memory, vm.spec.disk_size)
 
 
 def run_options(vm: VM) -> RunOptions:
@@ -236,7 +235,7 @@ class Instance:
             image_fqn="" if found is None else vm.state.image_fqn,
         )
         self._host = host
-        self._note = Note(0, hardware(vm), suspendable=False)
+        self._note = Note(0, hardware_of(vm), suspendable=False)
         # Cancelled when the VM is told to end.
         self._life = trio.CancelScope()
         self._unwanted = False
@@ -354,10 +353,9 @@ class Instance:
             await self._adopt()
         while True:
             vm = self.vm
-            if hardware(vm) != self._note.hardware and vm.spec.power_state != "suspended":
-                self._note = replace(self._note, hardware=hardware(vm))
-                cpu, memory, disk_size = self._note.hardware
-                await self._host.driver.configure(self.name, cpu=cpu, memory=memory, disk_size=disk_size)
+            if hardware_of(vm) != self._note.hardware and vm.spec.power_state != "suspended":
+                self._note = replace(self._note, hardware=hardware_of(vm))
+                await self._host.driver.configure(self.name, self._note.hardware)
             if vm.spec.power_state == "running":
                 self._write(Note(vm.meta.generation, self._note.hardware, vm.spec.suspendable, self._note.script))
                 self.state = self.state.after("start")
@@ -391,16 +389,8 @@ class Instance:
             nursery.start_soon(look_up_fqn)
             # A suspended VM can resume only with the hardware that it had.
             if LocalVM(spec.image, "suspended") not in sources:
-                cpu, memory, disk_size = hardware(vm)
-                await driver.configure(
-                    self.name,
-                    cpu=cpu,
-                    memory=memory,
-                    disk_size=disk_size,
-                    random_mac=True,
-                    random_serial=spec.random_serial,
-                )
-        self._note = replace(self._note, hardware=hardware(vm))
+                await driver.configure(self.name, hardware_of(vm), random_mac=True, random_serial=spec.random_serial)
+        self._note = replace(self._note, hardware=hardware_of(vm))
         self._show("created", progress="starting")
 
     async def _adopt(self) -> None:
@@ -442,7 +432,7 @@ class Instance:
                 raise DriverError(SHUT_DOWN)
             self.state = self.state.after("change")
             spec = self.vm.spec
-            same_hardware = self._note.hardware == hardware(self.vm)
+            same_hardware = self._note.hardware == hardware_of(self.vm)
             suspend = self._note.suspendable and spec.power_state != "stopped" and same_hardware
             # NotRunning: the guest has just ended by itself.
             with suppress(NotRunning):

@@ -40,6 +40,7 @@ from orchard.vm.driver import (
     LEASE_OVER,
     Driver,
     DriverError,
+    Hardware,
     LocalVM,
     NoSuchVM,
     NotRunning,
@@ -142,24 +143,17 @@ class SyntheticDriver(Driver):
         return image if local else f"{image}@sha256:{hashlib.sha256(image.encode()).hexdigest()}"
 
     async def configure(
-        self,
-        name: str,
-        *,
-        cpu: int = 0,
-        memory: int = 0,
-        disk_size: int = 0,
-        random_mac: bool = False,
-        random_serial: bool = False,
+        self, name: str, hardware: Hardware, *, random_mac: bool = False, random_serial: bool = False
     ) -> None:
         await trio.lowlevel.checkpoint()
         about = self._read(name)
         if name in self._guests or about["state"] != "stopped":
             raise DriverError(f'VM "{name}" is not stopped; stop it before changing its hardware')
-        if disk_size and disk_size < about.get("disk", 0):
+        if 0 < hardware.disk_size < about.get("disk", 0):
             raise DriverError(
-                f'disk size of VM "{name}" is {disk_size} GB, expected at least its present {about["disk"]} GB'
+                f'disk size of VM "{name}" is {hardware.disk_size} GB, expected at least its present {about["disk"]} GB'
             )
-        wanted = {"cpu": cpu, "memory": memory, "disk": disk_size}
+        wanted = {"cpu": hardware.cpu, "memory": hardware.memory, "disk": hardware.disk_size}
         _write(self._directory(name), {**about, **{key: value for key, value in wanted.items() if value}})
 
     async def run(

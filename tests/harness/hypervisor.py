@@ -23,6 +23,7 @@ from orchard.vm.driver import (
     LEASE_OVER,
     Driver,
     DriverError,
+    Hardware,
     LocalState,
     LocalVM,
     NoSuchVM,
@@ -253,14 +254,7 @@ class Handle(Driver):
         return f"{image}@sha256:0"
 
     async def configure(
-        self,
-        name: str,
-        *,
-        cpu: int = 0,
-        memory: int = 0,
-        disk_size: int = 0,
-        random_mac: bool = False,
-        random_serial: bool = False,
+        self, name: str, hardware: Hardware, *, random_mac: bool = False, random_serial: bool = False
     ) -> None:
         def configured() -> None:
             self._check_exists(name)

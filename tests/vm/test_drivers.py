@@ -26,6 +26,7 @@ from orchard.vm.driver import (
     LEASE_OVER,
     Driver,
     DriverError,
+    Hardware,
     LocalVM,
     NoSuchVM,
     NotRunning,
@@ -119,7 +120,7 @@ async def test_vm_is_created_configured_run_stopped_and_deleted(bench: Bench) ->
     await driver.pull(IMAGE, lambda _: None)
     assert (await driver.fqn(IMAGE)).startswith(f"{IMAGE}@sha256:")
     await bench.create()
-    await driver.configure(NAME, cpu=2, memory=1024, disk_size=60, random_mac=True, random_serial=True)
+    await driver.configure(NAME, Hardware(cpu=2, memory=1024, disk_size=60), random_mac=True, random_serial=True)
     assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
     async with bench.running(headless=True) as ended:
         assert await driver.ip(NAME) == "127.0.0.1"
@@ -163,7 +164,7 @@ async def test_unknown_vm_raises_no_such_vm(bench: Bench) -> None:
     driver = bench.driver
     calls: list[Callable[[], Awaitable[object]]] = [
         lambda: driver.clone("orchard-none", NAME, lambda _: None),
-        lambda: driver.configure("orchard-none", cpu=2),
+        lambda: driver.configure("orchard-none", Hardware(cpu=2)),
         lambda: driver.run("orchard-none", RunOptions()),
         lambda: driver.stop("orchard-none"),
         lambda: driver.suspend("orchard-none"),
@@ -193,7 +194,7 @@ async def test_running_vm_can_not_be_run_again_configured_or_deleted(bench: Benc
         await bench.driver.ip(NAME)
         for call in (
             partial(bench.driver.run, NAME, RunOptions()),
-            partial(bench.driver.configure, NAME, cpu=3),
+            partial(bench.driver.configure, NAME, Hardware(cpu=3)),
             partial(bench.driver.delete, NAME),
         ):
             with pytest.raises(DriverError):
@@ -216,9 +217,9 @@ async def test_name_that_looks_like_an_option_is_refused(bench: Bench, name: str
 
 async def test_disk_can_not_shrink(bench: Bench) -> None:
     await bench.create()
-    await bench.driver.configure(NAME, disk_size=90)
+    await bench.driver.configure(NAME, Hardware(disk_size=90))
     with pytest.raises(DriverError):
-        await bench.driver.configure(NAME, disk_size=70)
+        await bench.driver.configure(NAME, Hardware(disk_size=70))
 
 
 # ---- what outlives a worker ----------------------------------------------------------------------------------------
@@ -292,7 +293,7 @@ async def test_note_is_kept_until_its_vm_is_deleted(bench: Bench) -> None:
     for text in ("one", "two"):
         bench.driver.note(NAME, text)
         assert bench.driver.noted(NAME) == text
-    await bench.driver.configure(NAME, cpu=3)
+    await bench.driver.configure(NAME, Hardware(cpu=3))
     async with bench.running():
         assert bench.driver.noted(NAME) == "two"
     await bench.create("orchard-clone", NAME)
@@ -419,7 +420,7 @@ VERBS: dict[str, tuple[str, Callable[[Bench], Awaitable[object]]]] = {
     "clone": ("absent", lambda bench: bench.create()),
     "clone locally": ("stopped", lambda bench: bench.create("orchard-second", NAME)),
     "fqn": ("absent", lambda bench: bench.driver.fqn(IMAGE)),
-    "configure": ("stopped", lambda bench: bench.driver.configure(NAME, cpu=2, random_mac=True)),
+    "configure": ("stopped", lambda bench: bench.driver.configure(NAME, Hardware(cpu=2), random_mac=True)),
     "list": ("stopped", lambda bench: bench.driver.list_vms()),
     "delete": ("stopped", lambda bench: bench.driver.delete(NAME)),
     "run": ("stopped", run_and_stop),

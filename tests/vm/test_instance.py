@@ -25,7 +25,7 @@ from harness.sweeps import AtStep, growing_steps
 from orchard import transitions
 from orchard.schema import VM, Event, Worker, patched_spec, vm_from_client
 from orchard.tart import TartDriver
-from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, NotRunning
+from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning
 from orchard.vm.instance import (
     CUT_OFF,
     PHASES,
@@ -501,7 +501,7 @@ async def test_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypa
 
 def test_note_is_parsed_as_written_and_anything_else_is_refused() -> None:
     for script in ("", "begun", "done"):
-        note = Note(3, (4, 8192, 50), suspendable=True, script=script)
+        note = Note(3, Hardware(4, 8192, 50), suspendable=True, script=script)
         assert Note.parse(str(note)) == note
     for text in ("", "{}", "[]", '[1, [1, 2], true, ""]', '[1, [1, 2, 3], 1, ""]', '[1, [1, 2, 3], true, "x"]'):
         with pytest.raises(ValueError, match="note about a VM is"):
@@ -509,12 +509,13 @@ def test_note_is_parsed_as_written_and_anything_else_is_refused() -> None:
 
 
 async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusals = iter([DriverError("busy"), DriverError("still busy")])
+    refusals = [DriverError("busy"), DriverError("still busy"), DriverError("busy again")]
     delete = host.driver.delete
 
     async def stubborn(name: str) -> None:
-        for refusal in refusals:
-            raise refusal
+        assert instance.ended.is_set()
+        if refusals:
+            raise refusals.pop()
         await delete(name)
 
     monkeypatch.setattr(host.driver, "delete", stubborn)
@@ -524,14 +525,7 @@ async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.Monkey
         nursery.start_soon(instance.tend)
         await until(instance, lambda i: i.running)
         instance.remove()
-        await instance.ended.wait()
-        assert host.files() != []
-
-        def is_gone() -> bool:
-            instance.remove()
-            return not nursery.child_tasks
-
-        await eventually(is_gone)
+    assert refusals == []
     assert host.files() == []
 
 

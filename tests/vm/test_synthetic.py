@@ -22,7 +22,7 @@ import trio.testing
 from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard.vm import synthetic
-from orchard.vm.driver import DriverError, LocalVM, RunOptions, Script
+from orchard.vm.driver import DriverError, Hardware, LocalVM, RunOptions, Script
 from orchard.vm.synthetic import VM_ADDRESS, SyntheticDriver
 
 IMAGE = "example.com/image:latest"
@@ -96,7 +96,7 @@ async def test_relative_home_is_made_absolute_for_a_script(home: Path, monkeypat
 
 async def test_vm_json_is_readable_by_people(driver: SyntheticDriver, home: Path) -> None:
     await create(driver)
-    await driver.configure(NAME, cpu=2, memory=1024, disk_size=60)
+    await driver.configure(NAME, Hardware(cpu=2, memory=1024, disk_size=60))
     text = (home / NAME / "vm.json").read_text()
     assert json.loads(text) == {"source": IMAGE, "state": "stopped", "cpu": 2, "memory": 1024, "disk": 60}
     assert len(text.splitlines()) > 5
@@ -300,7 +300,7 @@ async def test_name_that_leads_out_of_the_directory_is_refused(
     for call in (
         partial(driver.clone, IMAGE, name, lambda _: None),
         partial(driver.clone, NAME, name, lambda _: None),
-        partial(driver.configure, name, cpu=2),
+        partial(driver.configure, name, Hardware(cpu=2)),
         partial(driver.run, name, RunOptions()),
         partial(driver.ip, name),
         partial(driver.stop, name),
@@ -331,7 +331,7 @@ async def test_unwritable_directory_raises_driver_error(driver: SyntheticDriver,
     await create(driver)
     (home / NAME / "vm.json.new").mkdir()
     with pytest.raises(DriverError, match=r"cannot write .*/vm\.json: Is a directory"):
-        await driver.configure(NAME, cpu=2)
+        await driver.configure(NAME, Hardware(cpu=2))
     (home / NAME / "vm.json").write_text("torn {")
     with pytest.raises(DriverError, match="cannot read the file of VM"):
         await driver.run(NAME, RunOptions())

@@ -35,7 +35,17 @@ from orchard.tart import (
     verb_error,
 )
 from orchard.vm import supervisor
-from orchard.vm.driver import DriverError, LocalVM, NoSuchVM, NotRunning, RunOptions, Script, SharedDir, operand
+from orchard.vm.driver import (
+    DriverError,
+    Hardware,
+    LocalVM,
+    NoSuchVM,
+    NotRunning,
+    RunOptions,
+    Script,
+    SharedDir,
+    operand,
+)
 from orchard.vm.processes import OUTPUT_BYTES
 
 STANDIN = Path(__file__).parent.parent / "standin" / "tart"
@@ -102,8 +112,8 @@ def test_run_arguments(options: dict[str, Any], words: list[str]) -> None:
 
 
 def test_set_arguments() -> None:
-    assert set_arguments("vm") == []
-    assert set_arguments("vm", cpu=2, memory=1024, disk_size=60, random_mac=True, random_serial=True) == (
+    assert set_arguments("vm", Hardware()) == []
+    assert set_arguments("vm", Hardware(cpu=2, memory=1024, disk_size=60), random_mac=True, random_serial=True) == (
         ["set", "vm", "--cpu", "2", "--memory", "1024", "--disk-size", "60", "--random-mac", "--random-serial"]
     )
 
@@ -216,8 +226,8 @@ async def test_each_verb_is_one_call(tmp_path: Path) -> None:
     await driver.clone(IMAGE, "vm", told.append)
     assert told == [0, 42, 100]
     assert await driver.fqn(IMAGE) == f"{IMAGE}@sha256:{'0' * 64}"
-    await driver.configure("vm")
-    await driver.configure("vm", cpu=2, random_mac=True)
+    await driver.configure("vm", Hardware())
+    await driver.configure("vm", Hardware(cpu=2), random_mac=True)
     await driver.delete("vm")
     assert calls(tmp_path) == [
         ["pull", IMAGE],
@@ -404,7 +414,7 @@ async def test_failed_verb_raises_the_message_of_tart(tmp_path: Path, verb: str)
         "pull": lambda: driver.pull(IMAGE, lambda _: None),
         "clone": lambda: driver.clone(IMAGE, "vm2", lambda _: None),
         "fqn": lambda: driver.fqn(IMAGE),
-        "set": lambda: driver.configure("vm", cpu=2),
+        "set": lambda: driver.configure("vm", Hardware(cpu=2)),
         "delete": lambda: driver.delete("vm"),
         "list": driver.list_vms,
     }
@@ -576,7 +586,7 @@ async def test_features_missing_in_vetu_are_refused_by_name(tmp_path: Path) -> N
         with pytest.raises(DriverError, match=f"vetu does not support {words}: such a VM needs a worker with tart"):
             await driver.run("vm", options)
     with pytest.raises(DriverError, match="vetu does not support random serial numbers"):
-        await driver.configure("vm", random_serial=True)
+        await driver.configure("vm", Hardware(), random_serial=True)
     with pytest.raises(DriverError, match="vetu does not support suspending"):
         await driver.suspend("vm")
     assert [call[0] for call in calls(tmp_path)] == ["clone"]
