@@ -32,7 +32,7 @@ import trio
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
-from orchard.client import Client, ClientError, ResponseError
+from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
 from orchard.daemon import orchard_home, parse_count, parse_pairs, parse_resources, run_program, run_until_signal
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
@@ -147,8 +147,10 @@ class WorkerService:
             except* RefusedError as group:
                 refusal = first_exception(group)
             except* (ClientError, HostError) as group:
-                reason = str(first_exception(group))
-                _logger.warning("no session with the controller, retrying", extra={**extra, "reason": reason})
+                error = first_exception(group)
+                lost = isinstance(error, ConnectError)
+                message = "cannot reach the controller, retrying" if lost else "the session failed, retrying"
+                _logger.warning(message, extra={**extra, "reason": str(error)})
             except* Exception as group:
                 _logger.exception("the session failed unexpectedly, retrying", extra=extra, exc_info=group)
             if refusal is not None:

@@ -185,12 +185,12 @@ class Proxy:
         self._silenced = trio.Event()
         self.connections = 0
 
-    async def serve(self, near: trio.SocketStream) -> None:
+    async def serve(self, client: trio.SocketStream) -> None:
         self.connections += 1
         silenced = self._silenced
-        async with await trio.open_tcp_stream("127.0.0.1", self._port) as far, trio.open_nursery() as nursery:
-            nursery.start_soon(self._pump, near, far, silenced)
-            nursery.start_soon(self._pump, far, near, silenced)
+        async with await trio.open_tcp_stream("127.0.0.1", self._port) as server, trio.open_nursery() as nursery:
+            nursery.start_soon(self._pump, client, server, silenced)
+            nursery.start_soon(self._pump, server, client, silenced)
 
     async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream, silenced: trio.Event) -> None:
         with suppress(trio.BrokenResourceError):

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 PING_INTERVAL = "2"  # seconds
 # Addresses of this process and the controller. They depend on the process number, since tests may run in parallel.
-NEAR, FAR = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
+TEST_ADDRESS, CONTROLLER_ADDRESS = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
 # Addresses of the controller and the workers inside of the namespaces.
 HUB, HOSTS = "10.214.0.1", ("10.214.0.2", "10.214.0.3")
 IMPATIENT = (*PLAIN, "--worker-offline-timeout", str(SHORT_OFFLINE_TIMEOUT), "--ping-interval", PING_INTERVAL)
@@ -80,16 +80,16 @@ class Namespaces:
     def __init__(self) -> None:
         self.hub, *self.hosts = (f"orchard-{os.getpid()}-{name}" for name in ("hub", "a", "b"))
         # The name of a link has at most 15 characters.
-        self.near = f"orch{os.getpid()}"
+        self.link = f"orch{os.getpid()}"
 
     def make(self) -> None:
         for name in (self.hub, *self.hosts):
             ip(f"netns add {name}")
             ip(f"-n {name} link set lo up")
-        ip(f"link add {self.near} type veth peer name near netns {self.hub}")
-        ip(f"addr add {NEAR}/30 dev {self.near}")
-        ip(f"link set {self.near} up")
-        ip(f"-n {self.hub} addr add {FAR}/30 dev near")
+        ip(f"link add {self.link} type veth peer name near netns {self.hub}")
+        ip(f"addr add {TEST_ADDRESS}/30 dev {self.link}")
+        ip(f"link set {self.link} up")
+        ip(f"-n {self.hub} addr add {CONTROLLER_ADDRESS}/30 dev near")
         ip(f"-n {self.hub} link set near up")
         ip(f"-n {self.hub} link add bridge type bridge")
         ip(f"-n {self.hub} addr add {HUB}/24 dev bridge")
@@ -102,7 +102,7 @@ class Namespaces:
 
     def remove(self) -> None:
         # The kernel removes a namespace's links some time after the namespace: the next test could still find this one.
-        subprocess.run(["ip", "link", "delete", self.near], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "delete", self.link], capture_output=True, check=False)
         for name in (self.hub, *self.hosts):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
@@ -137,7 +137,7 @@ async def in_namespaces(home: Path) -> AsyncIterator[Connected]:
         started("controller", "--listen", ":0", *IMPATIENT, home=home, before=network.inside(network.hub)) as control,
     ):
         port = re.findall(r":(\d+)", control.wait_for(LISTENING)[1])[-1]
-        async with Client(f"http://{FAR}:{port}") as client:
+        async with Client(f"http://{CONTROLLER_ADDRESS}:{port}") as client:
             c = ProcessCluster(home, client)
             other = c.add_host("other")
             for host, name in zip((c.host, other), network.hosts, strict=True):
