@@ -72,9 +72,9 @@ NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
 BodyT = TypeVar("BodyT")
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
-# The status of each error of the layers below. A class stands for its subclasses, too.
+# The status of each error of the layers below. A row is for the subclasses of its class, too.
 ERROR_STATUS: Mapping[type[Exception], int] = {
     MalformedError: 400,
     InvalidError: 412,
@@ -110,7 +110,7 @@ def http_error(error: Exception, account: str = "") -> HTTPError:
     return HTTPError(status, str(error), headers, account=account)
 
 
-# ---- the API -------------------------------------------------------------------------------------------------------
+# ---- the API --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +295,7 @@ class API:
             # The first lines show the state in memory. `changes` repeats its changes once they are durable.
             now = self.state.vms.get(name)
             lines = [format_watch_line("ADDED", self.state.json["vm"].get(name) or encode_object(known))]
-            # The revision is newer than every version, so it stands for the deletion.
+            # The revision is newer than every version, so only later VMs of that name are newer.
             version = now.meta.version if now is not None else self.state.revision
             try:
                 await self.store.wait_durable()
@@ -528,7 +528,7 @@ class API:
         return Response(200, body, headers)
 
 
-# ---- requests and answers ------------------------------------------------------------------------------------------
+# ---- requests and answers -------------------------------------------------------------------------------------------
 
 
 def _found(kind: str, table: Mapping[str, NamedT], name: str) -> NamedT:
@@ -600,7 +600,7 @@ async def _close_at_once(websocket: WebSocketConnection) -> None:
     await trio.lowlevel.checkpoint()
 
 
-# ---- the table of contents -----------------------------------------------------------------------------------------
+# ---- the table of contents ------------------------------------------------------------------------------------------
 
 _EXEC = (
     parameters.COMMAND,

@@ -43,8 +43,6 @@ IMPLIED: Mapping[Role, Role] = {"compute:connect": "compute:write"}
 BOOTSTRAP_ADMIN = "bootstrap-admin"
 # The user name with which an SSH client sends an access token as its password.
 TOKEN_USER = "token"  # noqa: S105
-# Length of the key that signs access tokens.
-KEY_BYTES = 32
 # Failures of one source within _FAILURE_SECONDS, before it is told to wait.
 MAX_FAILURES = 10
 # Sources that are remembered, those with the latest failures, at some hundred bytes each.
@@ -84,7 +82,7 @@ class TooManyFailuresError(Exception):
         self.retry_after = retry_after
 
 
-# ---- accounts ------------------------------------------------------------------------------------------------------
+# ---- accounts -------------------------------------------------------------------------------------------------------
 
 
 class Gate:
@@ -194,7 +192,7 @@ def source_of(address: str) -> str:
     return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
-# ---- VM access tokens ----------------------------------------------------------------------------------------------
+# ---- VM access tokens -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +276,7 @@ def _rejected(why: str) -> UnauthenticatedError:
     return UnauthenticatedError(f"the access token is not accepted: {why}")
 
 
-# ---- tokens --------------------------------------------------------------------------------------------------------
+# ---- tokens ---------------------------------------------------------------------------------------------------------
 
 
 def random_token() -> str:

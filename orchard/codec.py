@@ -71,7 +71,7 @@ class InvalidError(ValidationError):
     """The value is well formed, but a rule excludes it."""
 
 
-# ---- declarations --------------------------------------------------------------------------------------------------
+# ---- declarations ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def _resolved_attrs(cls: type) -> Iterator[Attr]:
         yield dataclasses.replace(field.metadata["attr"], name=field.name, type=hint, options=options)
 
 
-# ---- bytes to values -----------------------------------------------------------------------------------------------
+# ---- bytes to values ------------------------------------------------------------------------------------------------
 
 
 def parse_json(body: bytes) -> Any:
@@ -240,7 +240,7 @@ def shown(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-# ---- values to resources -------------------------------------------------------------------------------------------
+# ---- values to resources --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +397,7 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
     raise MalformedError(f"{where} is {shown(text)}, expected an RFC 3339 time such as 2026-01-31T12:00:00Z")
 
 
-# ---- resources to values -------------------------------------------------------------------------------------------
+# ---- resources to values --------------------------------------------------------------------------------------------
 
 
 def encode(resource: Any) -> dict[str, Any]:
@@ -453,7 +453,7 @@ def dump_json(value: object) -> bytes:
     return _ENCODER.encode(value).encode()
 
 
-# ---- resources to OpenAPI ------------------------------------------------------------------------------------------
+# ---- resources to OpenAPI -------------------------------------------------------------------------------------------
 
 
 def openapi_schema(cls: type) -> dict[str, Any]:

@@ -43,7 +43,7 @@ NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 MAX_NAME = 128
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Control characters could forge a line in a log or on a terminal.
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # The URL of an archive. It has no ":" after the host, because tart takes what follows a ":" in a path as an option.
 ARCHIVE = re.compile(r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[^:]*)?")
 # URL spellings that a downloader may normalise to a different URL than the one that the policy was checked against.
@@ -75,7 +75,7 @@ Role = Literal["compute:read", "compute:write", "compute:connect", "admin:read",
 Clock = datetime.datetime
 
 
-# ---- VM ------------------------------------------------------------------------------------------------------------
+# ---- VM -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +307,7 @@ def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
     name = raw.get("name")
     if not isinstance(name, str | None):
         raise MalformedError(f"name is {shown(name)}, expected a string")
-    check_name("name", name or "")
+    _check_name("name", name or "")
     resources = spec.resources
     if spec.os == "darwin" and spec.runtime == "tart" and TART_VMS not in resources:
         resources = {**resources, TART_VMS: 1}
@@ -387,10 +387,10 @@ def _complete(spec: VMSpec, softnet: bool, resources: Mapping[str, int]) -> VMSp
     return spec
 
 
-# ---- rules ---------------------------------------------------------------------------------------------------------
+# ---- rules ----------------------------------------------------------------------------------------------------------
 
 
-def check_name(field: str, name: str) -> None:
+def _check_name(field: str, name: str) -> None:
     """Raise InvalidError for a name that is not safe in URLs, file names and command lines."""
     if not NAME.fullmatch(name) or len(name) > MAX_NAME or name in (".", ".."):
         raise InvalidError(
@@ -404,11 +404,11 @@ def _check_spec(spec: VMSpec) -> None:
         raise InvalidError('image is "", expected the name of a VM image')
     for field, text in (("image", spec.image), ("username", spec.username), ("net-bridged", spec.net_bridged)):
         # A command line could take such a text as an option or as two words, a log as two lines.
-        if text.startswith("-") or CONTROL.search(text) or " " in text or "," in text:
+        if text.startswith("-") or _CONTROL.search(text) or " " in text or "," in text:
             raise InvalidError(
                 f'{field} is {shown(text)}, expected no spaces, commas or control characters, and no "-" at the start'
             )
-    if CONTROL.search(spec.password):
+    if _CONTROL.search(spec.password):
         raise InvalidError("password has a control character, expected printable characters")
     _check_maps(spec.labels, spec.resources)
     for field, networks in (("netSoftnetAllow", spec.net_softnet_allow), ("netSoftnetBlock", spec.net_softnet_block)):
@@ -426,7 +426,7 @@ def _check_maps(labels: Mapping[str, str], resources: Mapping[str, int]) -> None
     """Raise InvalidError for keys and values with control characters, which could forge a line in a log."""
     for field, pairs in (("labels", labels), ("resources", resources)):
         for key, value in pairs.items():
-            if CONTROL.search(f"{key}{value}"):
+            if _CONTROL.search(f"{key}{value}"):
                 raise InvalidError(f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
 
 
@@ -470,7 +470,7 @@ def _check_host_dir(where: str, host_dir: HostDir) -> None:
     for field, text in (("name", host_dir.name), ("path", host_dir.path)):
         if not text:
             raise InvalidError(f"{where}.{field} is missing, expected a hostDir with a name and a path")
-        if CONTROL.search(text) or "," in text:
+        if _CONTROL.search(text) or "," in text:
             raise InvalidError(f"{where}.{field} is {shown(text)}, expected no commas or control characters")
     name, path = host_dir.name, host_dir.path
     if ":" in name or "/" in name or name.startswith("-") or name in (".", ".."):
@@ -496,7 +496,7 @@ def _covers(prefix: str, path: str) -> bool:
     return have[: len(want)] == want
 
 
-# ---- worker, account, settings, event ------------------------------------------------------------------------------
+# ---- worker, account, settings, event -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -621,8 +621,8 @@ class VMReport:
 def worker_from_client(raw: object, unknown: list[str]) -> Worker:
     """Return the worker that registers itself. Raises ValidationError."""
     worker = decode_from_client(Worker, raw, unknown)
-    check_name("name", worker.name)
-    if CONTROL.search(worker.machine_id):
+    _check_name("name", worker.name)
+    if _CONTROL.search(worker.machine_id):
         raise InvalidError(f"machine_id is {shown(worker.machine_id)}, expected no control characters")
     _check_maps(worker.labels, worker.resources)
     return worker
@@ -634,8 +634,8 @@ def account_from_client(raw: object, unknown: list[str], base: ServiceAccount | 
     Raises ValidationError.
     """
     account = decode_from_client(ServiceAccount, raw, unknown, base=base)
-    check_name("name", account.name)
-    if CONTROL.search(account.token):
+    _check_name("name", account.name)
+    if _CONTROL.search(account.token):
         raise InvalidError("token has a control character, expected printable characters")
     return replace(account, roles=tuple(dict.fromkeys(account.roles)))
 
@@ -645,7 +645,7 @@ def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
     settings = decode_from_client(ClusterSettings, raw, unknown, refusal=MalformedError)
     for index, policy in enumerate(settings.host_dir_policies):
         prefix = policy.path_prefix
-        if not prefix.startswith(("/", "https://")) or ".." in prefix.split("/") or CONTROL.search(prefix):
+        if not prefix.startswith(("/", "https://")) or ".." in prefix.split("/") or _CONTROL.search(prefix):
             where = f"hostDirPolicies[{index}].pathPrefix"
             raise MalformedError(f"{where} is {shown(prefix)}, expected an absolute path or https:// URL without ..")
     return settings
@@ -655,7 +655,7 @@ def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
     """Return an array of events, in order; null is an empty one. Raises ValidationError."""
     events = [] if raw is None else decode_array_from_client(Event, raw, unknown)
     for index, event in enumerate(events):
-        if not event.kind or CONTROL.search(event.kind):
+        if not event.kind or _CONTROL.search(event.kind):
             raise InvalidError(f'[{index}].kind is {shown(event.kind)}, expected a kind of event such as "log_line"')
     return events
 

@@ -33,7 +33,7 @@ async def api(tmp_path: Path) -> Any:
         yield serving
 
 
-# ---- VMs -----------------------------------------------------------------------------------------------------------
+# ---- VMs ------------------------------------------------------------------------------------------------------------
 
 
 async def test_create_vm_answers_with_defaults(api: Served) -> None:
@@ -160,7 +160,7 @@ async def test_host_dirs_need_a_policy(api: Served) -> None:
     assert (await api.call("PATCH", "/vms/vm", {"hostDirs": [host_dir]})).status == 400
 
 
-# ---- reports of a worker about its VM ----------------------------------------------------------------------------------
+# ---- reports of a worker about its VM -------------------------------------------------------------------------------
 
 
 async def test_state_report_changes_only_the_workers_fields(api: Served) -> None:
@@ -203,7 +203,7 @@ async def test_state_report_about_another_run_is_not_found(api: Served) -> None:
     assert await api.ok("GET", "/vms/vm") == vm
 
 
-# ---- events --------------------------------------------------------------------------------------------------------
+# ---- events ---------------------------------------------------------------------------------------------------------
 
 
 def line(number: int) -> dict[str, object]:
@@ -232,7 +232,7 @@ async def test_events_with_the_uid_of_an_earlier_vm_are_not_found(api: Served) -
     assert await api.ok("GET", "/vms/vm/events") == [line(1)]
 
 
-# ---- watching ------------------------------------------------------------------------------------------------------
+# ---- watching -------------------------------------------------------------------------------------------------------
 
 
 async def test_watch_follows_a_vm_and_the_next_vm_of_its_name(
@@ -302,7 +302,7 @@ async def test_watch_begun_before_a_deletion_is_durable_sends_it_once(tmp_path: 
         nursery.cancel_scope.cancel()
 
 
-# ---- workers -------------------------------------------------------------------------------------------------------
+# ---- workers --------------------------------------------------------------------------------------------------------
 
 SEEN = "2026-01-31T12:00:15Z"
 
@@ -377,7 +377,7 @@ async def test_vms_of_a_deleted_worker_fail_with_that_reason(api: Served) -> Non
     assert (await api.call("DELETE", "/workers/w")).status == 404
 
 
-# ---- accounts and settings -----------------------------------------------------------------------------------------
+# ---- accounts and settings ------------------------------------------------------------------------------------------
 
 
 async def test_account_without_a_token_gets_a_random_one(api: Served) -> None:
@@ -508,7 +508,7 @@ async def test_create_vm_and_scheduling_do_not_await(api: Served) -> None:
         api.schedule()
 
 
-# ---- roles -----------------------------------------------------------------------------------------------
+# ---- roles ----------------------------------------------------------------------------------------------------------
 
 ROLES_ONLY = [ServiceAccount(name=role.replace(":", "."), token="t", roles=(role,)) for role in auth.ROLES]
 NO_ROLES = ServiceAccount(name="none", token="t")
@@ -563,7 +563,7 @@ def test_compute_write_allows_connecting_to_vms() -> None:
     auth.require(ServiceAccount(name="a", roles=("compute:write",)), "compute:connect")
 
 
-# ---- the OpenAPI document -----------------------------------------------------------------------------------------------
+# ---- the OpenAPI document -------------------------------------------------------------------------------------------
 
 
 async def test_controller_info_has_version_and_capabilities(api: Served) -> None:
@@ -583,7 +583,7 @@ async def test_openapi_document_is_valid_and_complete(api: Served) -> None:
     assert described == {(op.method, op.path) for op in OPERATIONS}
 
 
-# ---- errors of the layers below ------------------------------------------------------------------------------------
+# ---- errors of the layers below -------------------------------------------------------------------------------------
 
 # Modules whose errors end a start, a worker, a client or a connection, and errors that the store maps to its own.
 OTHER_MODULES = ("client", "controller", "files", "net.", "reconciler", "ssh.jump", "tart", "vm.", "worker")
@@ -622,7 +622,7 @@ def test_errors_become_answers_with_their_status_message_and_headers() -> None:
     assert (kept.status, kept.message, kept.headers, kept.account) == (405, "no", (("Allow", "GET"),), "ci")
 
 
-# ---- durability of what an answer is based on ------------------------------------------------------------------------------------
+# ---- durability of what an answer is based on -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_malformed_bootstrap_token_is_refused_without_repeating_it(text: str, wo
     assert "secret" not in str(refused.value)
 
 
-# ---- names with colons ---------------------------------------------------------------------------------------------
+# ---- names with colons ----------------------------------------------------------------------------------------------
 
 
 def test_names_and_tokens_may_have_colons() -> None:
@@ -190,7 +190,7 @@ def test_names_and_tokens_may_have_colons() -> None:
             gate.identify(basic(text))
 
 
-# ---- too many failures ---------------------------------------------------------------------------------------------
+# ---- too many failures ----------------------------------------------------------------------------------------------
 
 
 class Clock:

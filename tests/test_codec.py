@@ -91,7 +91,7 @@ class Thing:
     seen: str = attr("seen", "Not the user's", zero="", writer="worker")
 
 
-# ---- bytes to values -----------------------------------------------------------------------------------------------
+# ---- bytes to values ------------------------------------------------------------------------------------------------
 
 DEEP = {
     "arrays": lambda depth: b"[" * depth + b"]" * depth,
@@ -211,7 +211,7 @@ def test_shown_value_is_short_and_on_one_line() -> None:
     assert len(shown(["x"] * 10_000)) == SHOWN_CHARACTERS
 
 
-# ---- times ---------------------------------------------------------------------------------------------------------
+# ---- times ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_times_are_formatted_in_utc() -> None:
     assert format_time(datetime.datetime(7, 1, 31, 12, 0, 0, 5, tzinfo=UTC)) == "0007-01-31T12:00:00.000005Z"
 
 
-# ---- values to resources -----------------------------------------------------------------------------------------------
+# ---- values to resources --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_integral_float_is_accepted_as_integer() -> None:
     assert type(decode(Thing, {"count": 4.0}).count) is int
 
 
-# ---- resources to values -----------------------------------------------------------------------------------------------
+# ---- resources to values --------------------------------------------------------------------------------------------
 
 
 def test_zero_values_are_omitted_unless_they_have_a_default() -> None:

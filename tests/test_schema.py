@@ -38,9 +38,9 @@ from orchard.schema import (
     VMSpec,
     VMState,
     Worker,
+    _check_name,
     _merge,
     account_from_client,
-    check_name,
     events_from_client,
     is_allowed,
     patched_spec,
@@ -76,7 +76,7 @@ def outcome_of(call: Callable[[], object]) -> ValidationError | None:
     return None
 
 
-# ---- creating ------------------------------------------------------------------------------------------------------
+# ---- creating -------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_of_a_new_vm() -> None:
@@ -293,12 +293,12 @@ def test_host_dir_path_may_be_an_archive_url() -> None:
 
 @pytest.mark.parametrize("name", ["a", "A.b_c-d:e", "0", "...", "-", "a" * MAX_NAME])
 def test_valid_names_are_accepted(name: str) -> None:
-    check_name("name", name)
+    _check_name("name", name)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a b", "a/b", "a\n", "ä", "a%2f", "a?", "a\0", "a" * (MAX_NAME + 1)])
 def test_invalid_names_are_refused(name: str) -> None:
-    kind, message = refusal_of(lambda: check_name("name", name))
+    kind, message = refusal_of(lambda: _check_name("name", name))
     assert kind is InvalidError
     assert message.startswith("name is ")
     assert f"expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . -" in message
@@ -315,7 +315,7 @@ def test_name_of_a_new_vm_is_required_and_a_string() -> None:
         assert message.startswith("name is ")
 
 
-# ---- the two names of netSoftnet -----------------------------------------------------------------------------------
+# ---- the two names of netSoftnet ------------------------------------------------------------------------------------
 
 TWINS: list[tuple[dict[str, Any], bool, bool]] = [
     # Body, then the result for a VM without Softnet, and for a VM with it.
@@ -371,7 +371,7 @@ def test_put_and_patch_are_idempotent(body: dict[str, Any]) -> None:
             assert change_spec(once, body, []) == once
 
 
-# ---- PUT -----------------------------------------------------------------------------------------------------------
+# ---- PUT ------------------------------------------------------------------------------------------------------------
 
 FULL = created(
     cpu=8,
@@ -436,7 +436,7 @@ def test_put_does_not_add_the_default_resource() -> None:
     assert replaced_spec(without, encode(without), []).resources == {}
 
 
-# ---- PATCH ---------------------------------------------------------------------------------------------------------
+# ---- PATCH ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_change_leaves_the_old_specification_unmodified() -> None:
     assert dump_json(encode(FULL)) == before
 
 
-# ---- whole objects, read-only and unknown fields -------------------------------------------------------------------
+# ---- whole objects, read-only and unknown fields --------------------------------------------------------------------
 
 FORGED = {
     "name": "another",
@@ -558,7 +558,7 @@ LIVES = {
 def test_changed_read_only_fields_are_ignored(
     vm: VM, change_spec: Callable[[VMSpec, object, list[str]], VMSpec]
 ) -> None:
-    read_only = {field.json for noun in (VMMeta, VMState) for field in attrs_of(noun)}
+    read_only = {field.json for part in (VMMeta, VMState) for field in attrs_of(part)}
     assert FORGED.keys() == read_only | {"localName", "tartName"}
     for body in (vm.to_json(), {**vm.to_json(), **FORGED}, {**go_omits_zeros(vm.to_json()), **FORGED}):
         unknown: list[str] = []
@@ -611,7 +611,7 @@ def test_arbitrary_objects_are_accepted_or_refused(raw: dict[str, Any]) -> None:
         assert refusal is None or "\n" not in str(refusal)
 
 
-# ---- hostDirs and policies -----------------------------------------------------------------------------------------
+# ---- hostDirs and policies ------------------------------------------------------------------------------------------
 
 ALLOWED = {
     "/allowed": ["/allowed", "/allowed/", "/allowed/a", "//allowed//a", "/allowed/./a", "/./allowed", "/allowed/..."],
@@ -705,7 +705,7 @@ def test_read_only_policy_needs_a_read_only_host_dir() -> None:
     assert not is_allowed([HostDirPolicy("/a", ro=True), HostDirPolicy("/b")], writing)
 
 
-# ---- the other nouns -----------------------------------------------------------------------------------------------
+# ---- the other resources --------------------------------------------------------------------------------------------
 
 
 def test_registering_worker_has_defaults_and_cannot_set_created_at() -> None:
@@ -827,7 +827,7 @@ def test_invalid_event_is_refused(raw: object, kind: type[ValidationError], word
     assert words in refused[1]
 
 
-# ---- the worker's report -------------------------------------------------------------------------------------------
+# ---- the worker's report --------------------------------------------------------------------------------------------
 
 
 def test_report_is_read_from_a_whole_vm() -> None:

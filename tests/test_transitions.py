@@ -74,7 +74,7 @@ def set_to(vm: VM, **fields: Any) -> VM:
     return change(vm, replace(vm.spec, **fields))
 
 
-# ---- the table of transitions --------------------------------------------------------------------------------------
+# ---- the table of transitions ---------------------------------------------------------------------------------------
 
 STATES: dict[str, VM] = {
     "pending": pending(),
@@ -155,7 +155,7 @@ def test_transition_gives_the_state_in_the_table(state: str, action: str) -> Non
     assert not (new.condition("running") and new.state.status != "running")
 
 
-# ---- one writer per field ------------------------------------------------------------------------------------------
+# ---- one writer per field -------------------------------------------------------------------------------------------
 
 EVERYTHING = VMReport(
     uid="uid-vm",
@@ -254,7 +254,7 @@ def test_any_report_changes_only_the_workers_fields(vm: VM, seen: VMReport) -> N
         assert not new.holds_resources, "the scheduler may have reassigned its resources"
 
 
-# ---- create and assign ---------------------------------------------------------------------------------------------
+# ---- create and assign ----------------------------------------------------------------------------------------------
 
 
 def test_new_vm_is_pending_and_unassigned() -> None:
@@ -286,7 +286,7 @@ def test_assignment_clears_the_waiting_reason() -> None:
     assert assign(vm, worker(), LATER).state.status_message == ""
 
 
-# ---- change --------------------------------------------------------------------------------------------------------
+# ---- change ---------------------------------------------------------------------------------------------------------
 
 OTHER: dict[str, Any] = {
     "image": "other",
@@ -434,7 +434,7 @@ def test_vm_created_stopped_holds_resources_until_it_was_cloned() -> None:
     assert report(vm, VMReport(status="running", conditions=(RUNS_NOT,)), LATER).resting
 
 
-# ---- fail and restart ----------------------------------------------------------------------------------------------
+# ---- fail and restart -----------------------------------------------------------------------------------------------
 
 
 def test_failed_vm_stays_assigned() -> None:
@@ -454,7 +454,7 @@ def test_restart_resets_the_state_and_increments_restart_count() -> None:
     assert restart(fail(assigned(again), "why"), LATER).state.restart_count == 2
 
 
-# ---- report --------------------------------------------------------------------------------------------------------
+# ---- report ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Admission of every request, for tests of a server that asks nobody for credentials."""
+"""Admission of every request, for tests of a server that checks no credentials."""
 
 from __future__ import annotations
 
