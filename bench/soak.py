@@ -56,7 +56,7 @@ SCRIPTS = ("echo hello", "seq 200; exit 3", "sleep 1000", "sleep 1000 & echo ove
 
 @dataclass(frozen=True)
 class Count:
-    """Counts of what exists while nothing happens."""
+    """The numbers of things that exist while nothing happens."""
 
     descriptors: int
     tasks: int

@@ -30,7 +30,7 @@ import trio
 
 from orchard import __version__, auth
 from orchard.api import API, ControllerParts
-from orchard.daemon import orchard_home, parse_address, parse_seconds, run_program, run_until_signal
+from orchard.daemon import orchard_home, parse_address, parse_seconds, run_main, run_until_signal
 from orchard.files import (
     ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,
@@ -472,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status."""
     settings, debug = _parse_settings(argv)
     collect_garbage_less()
-    return run_program(
+    return run_main(
         "orchard controller", partial(run_and_announce, settings), {StartError: 1, BrokenError: 1}, debug=debug
     )
 

@@ -1,6 +1,6 @@
 """How a process of Orchard starts and stops, and how its command line is read.
 
-`run_program` is the common part of every `main`: log configuration, limit of open files, one line on stderr and an exit
+`run_main` is the common part of every `main`: log configuration, limit of open files, one line on stderr and an exit
 status for an error that was expected. `run_until_signal` handles SIGTERM and SIGINT. The `parse_*` functions are
 `type=` functions for argparse: they raise ArgumentTypeError with the text and what was expected; argparse then exits
 with status 2.
@@ -48,7 +48,7 @@ def orchard_home() -> Path:
 # ---- start and stop ------------------------------------------------------------------------------------------------
 
 
-def run_program(
+def run_main(
     name: str,
     work: Callable[[], Awaitable[None]],
     failures: Mapping[type[Exception], int],

@@ -34,7 +34,7 @@ from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
-from orchard.daemon import orchard_home, parse_count, parse_pairs, parse_resources, run_program, run_until_signal
+from orchard.daemon import orchard_home, parse_count, parse_pairs, parse_resources, run_main, run_until_signal
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
 from orchard.nursery import first_exception, unwrap_groups
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f'--name is "{options.name}", expected letters, digits and : _ . -')
     work = partial(_work, options, _make_client(parser, options))
     failures: dict[type[Exception], int] = {RefusedError: _EXIT_REFUSED, LockError: 1, DriverError: 1}
-    return run_program("orchard worker", work, failures, debug=options.debug)
+    return run_main("orchard worker", work, failures, debug=options.debug)
 
 
 if __name__ == "__main__":

@@ -175,8 +175,8 @@ def test_an_expected_error_becomes_one_line_and_an_exit_status(
 
     failures: dict[type[Exception], int] = {FileNotFoundError: 2, OSError: 1}
     for error, status in ((FileNotFoundError("not here"), 2), (PermissionError("not allowed"), 1)):
-        assert daemon.run_program("program", partial(fail, error), failures) == status
+        assert daemon.run_main("program", partial(fail, error), failures) == status
         assert capsys.readouterr() == ("", f"program: {error}\n")
     with pytest.raises(KeyError):
-        daemon.run_program("program", partial(fail, KeyError()), failures)
-    assert daemon.run_program("program", succeed, failures) == 0
+        daemon.run_main("program", partial(fail, KeyError()), failures)
+    assert daemon.run_main("program", succeed, failures) == 0

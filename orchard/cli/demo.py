@@ -21,7 +21,7 @@ import trio
 from orchard import __version__
 from orchard.client import Client, ClientError
 from orchard.controller import StartError
-from orchard.daemon import orchard_home, run_program, run_until_signal
+from orchard.daemon import orchard_home, run_main, run_until_signal
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.schema import VM
 from orchard.tart import TartDriver
@@ -42,7 +42,7 @@ def run_verb(options: argparse.Namespace) -> int:
     """Run `orchard demo` or `orchard dev`, and return the exit status. BrokenPipeError propagates."""
     work = partial(_run_with_driver, _demo if options.verb == "demo" else _dev, options)
     failures: dict[type[Exception], int] = {StartError: 1, ClientError: 1, LockError: 1}
-    return run_program("orchard", work, failures, debug=options.debug, quiet=not options.debug)
+    return run_main("orchard", work, failures, debug=options.debug, quiet=not options.debug)
 
 
 # ---- what runs the VMs ---------------------------------------------------------------------------------------------
