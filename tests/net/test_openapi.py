@@ -47,6 +47,7 @@ def live() -> Iterator[BlockingCluster]:
 schema = schemathesis.openapi.from_dict(describe_api("/v1")).exclude(path="/rpc/watch")
 
 
+@pytest.mark.slow
 @schema.parametrize()
 @settings(QUICK, max_examples=40)
 def test_requests_that_fit_the_document_are_answered_as_it_says(case: Any, live: BlockingCluster) -> None:
