@@ -72,7 +72,7 @@ ConditionState = Literal["true", "false"]
 SchedulerProfile = Literal["optimize-utilization", "distribute-load"]
 Role = Literal["compute:read", "compute:write", "compute:connect", "admin:read", "admin:write"]
 
-Clock = datetime.datetime
+_Time = datetime.datetime
 
 
 # ---- VM -------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ class VMMeta:
     uid: str = attr(
         "uid", "Unique identity; a new VM under an earlier VM's name has another one", zero="", writer="controller"
     )
-    created_at: Clock | None = attr("createdAt", "When the VM was created", zero=None, writer="controller")
+    created_at: _Time | None = attr("createdAt", "When the VM was created", zero=None, writer="controller")
     version: int = attr("version", "Increases with every change of the VM", zero=0, writer="controller", number=True)
     generation: int = attr(
         "generation",
@@ -214,11 +214,11 @@ class VMState:
     worker: str = attr("worker", "Worker that the VM is assigned to", zero="", writer="scheduler")
     assigned_cpu: int = attr("assignedCPU", "CPUs that the VM gets", zero=0, writer="scheduler", number=True)
     assigned_memory: int = attr("assignedMemory", "MiB that the VM gets", zero=0, writer="scheduler", number=True)
-    scheduled_at: Clock | None = attr(
+    scheduled_at: _Time | None = attr(
         "scheduled_at", "When the VM was assigned to its worker", zero=None, writer="scheduler"
     )
-    started_at: Clock | None = attr("started_at", "When the VM first ran", zero=None, writer="controller")
-    restarted_at: Clock | None = attr("restarted_at", "When the VM was last restarted", zero=None, writer="scheduler")
+    started_at: _Time | None = attr("started_at", "When the VM first ran", zero=None, writer="controller")
+    restarted_at: _Time | None = attr("restarted_at", "When the VM was last restarted", zero=None, writer="scheduler")
     restart_count: int = attr(
         "restart_count", "How often the VM was restarted", zero=0, writer="scheduler", number=True
     )
@@ -513,9 +513,9 @@ class Worker:
     default_cpu: int = attr("defaultCPU", "CPUs of a VM that asks for none", zero=0, number=True)
     default_memory: int = attr("defaultMemory", "MiB of RAM of a VM that asks for none", zero=0, number=True)
     machine_id: str = attr("machine_id", "Identity of the host", zero="")
-    last_seen: Clock | None = attr("last_seen", "Time of the worker's last heartbeat, by its own clock", zero=None)
+    last_seen: _Time | None = attr("last_seen", "Time of the worker's last heartbeat, by its own clock", zero=None)
     scheduling_paused: bool = attr("scheduling_paused", "Whether no new VMs are assigned to the worker", zero=False)
-    created_at: Clock | None = attr("createdAt", "When the worker first registered", zero=None, writer="controller")
+    created_at: _Time | None = attr("createdAt", "When the worker first registered", zero=None, writer="controller")
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,7 +523,7 @@ class ServiceAccount:
     name: str = attr("name", "Name", zero="")
     token: str = attr("token", "Secret token used to access the API; random if a new account names none", zero="")
     roles: tuple[Role, ...] = attr("roles", "What the account may do", zero=())
-    created_at: Clock | None = attr("createdAt", "When the account was created", zero=None, writer="controller")
+    created_at: _Time | None = attr("createdAt", "When the account was created", zero=None, writer="controller")
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,7 +583,7 @@ class IssueVMAccessTokenRequest:
 class VMAccessToken:
     token: str = attr("token", "Signed temporary JWT token", zero="")
     token_type: str = attr("tokenType", "Token type to use in the Authorization header", zero="", example="Bearer")
-    expires_at: Clock | None = attr("expiresAt", "When the token expires", zero=None)
+    expires_at: _Time | None = attr("expiresAt", "When the token expires", zero=None)
     ssh_username: str = attr(
         "sshUsername", "Username to use when authenticating to the built-in SSH server", zero="", example="token"
     )
