@@ -1,5 +1,9 @@
-"""The HTTP server: what it answers, what it refuses, and how it ends. Two ends on memory streams and a virtual clock; a
-few real sockets, with real TLS and a real WebSocket client."""
+"""The HTTP server: what it answers, what it refuses, and how it ends.
+
+Most tests run twice, in the clear and over TLS (the fixture `transport`), over pairs of Unix sockets with a virtual clock.
+Some use memory streams, where what is in the kernel's buffers would hide what the server does. TLS itself is tested in
+test_streams.py.
+"""
 
 from __future__ import annotations
 
@@ -56,11 +60,13 @@ UPGRADE = (
 Clock = trio.testing.MockClock
 T = TypeVar("T")
 pytestmark = pytest.mark.usefixtures("transport")
-HELLO_FRAME = b"\x82\x85\x00\x00\x00\x00hello"  # a binary message, masked with zeros
-CLOSE_FRAME = b"\x88\x82\x00\x00\x00\x00\x03\xe8"  # code 1000
+# A binary message, masked with zeros.
+HELLO_FRAME = b"\x82\x85\x00\x00\x00\x00hello"
+# A close with code 1000.
+CLOSE_FRAME = b"\x88\x82\x00\x00\x00\x00\x03\xe8"
 
 
-# ---- the other end -------------------------------------------------------------------------------------------------
+# ---- the client's end ----------------------------------------------------------------------------------------------
 
 
 class Records(logging.Handler):
@@ -186,7 +192,7 @@ class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
 
 
 class Counted(trio.abc.Stream):
-    """Counts what the server took from its end."""
+    """Counts the bytes that the server has read."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
@@ -208,7 +214,7 @@ class Counted(trio.abc.Stream):
 
 
 class RunningServer:
-    """A running server and what a test wants to know about it."""
+    """A running server, its log and its connections."""
 
     def __init__(self) -> None:
         self.listener = MemoryListener()
@@ -318,7 +324,7 @@ class Got:
 
 
 class Client:
-    """Reads answers off a stream, with h11, one after another."""
+    """Reads answers from a stream with h11, one after another."""
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.stream = stream
@@ -327,7 +333,7 @@ class Client:
         self.informational: list[int] = []
 
     async def answer(self, method: str = "GET") -> Got | None:
-        """The next answer; None if the connection ends before one. A cut-off one raises h11.RemoteProtocolError."""
+        """Return the next answer, None if the connection ends before. Raises h11.RemoteProtocolError if it is cut off."""
         parser = h11.Connection(h11.CLIENT)
         parser.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
         parser.send(h11.EndOfMessage())
@@ -355,7 +361,7 @@ class Client:
                 return Got(head.status_code, {k.decode(): v.decode() for k, v in head.headers}, body)
 
     async def rest(self) -> bytes:
-        """Everything up to the end of the connection."""
+        """Return everything up to the end of the connection."""
         while data := await self.stream.receive_some():
             self.buffer += data
         return self.buffer
@@ -376,7 +382,7 @@ async def is_closed(stream: trio.abc.Stream) -> bool:
 
 
 async def flood(stream: trio.abc.SendStream, piece: bytes, limit: int = 100_000_000) -> int:
-    """Send a piece again and again until the server closes; give how many bytes it took."""
+    """Send a piece again and again until the server closes. Return how many bytes it took."""
     sent = 0
     while sent < limit:
         try:
@@ -389,13 +395,13 @@ async def flood(stream: trio.abc.SendStream, piece: bytes, limit: int = 100_000_
 
 
 async def echo(request: Request) -> AnyResponse:
-    """Tells what arrived."""
+    """Answer with what arrived."""
     told = {"method": request.method, "target": request.target, "body": request.body.decode("latin-1")}
     return Response(200, json.dumps(told).encode())
 
 
 async def ask(data: bytes, handler: Handler = echo, **options: Any) -> tuple[list[Got], bool]:
-    """Send bytes at once, then nothing; give the answers, and whether the server closed."""
+    """Send bytes at once, then nothing. Return the answers, and whether the server closed the connection."""
     async with serving(handler, **options) as served:
         return await talk(served, [data])
 
@@ -420,7 +426,7 @@ async def talk(served: RunningServer, pieces: Sequence[bytes]) -> tuple[list[Got
 # ---- plain requests ------------------------------------------------------------------------------------------------
 
 
-async def test_an_answer_has_its_headers(autojump_clock: Clock) -> None:
+async def test_answer_has_date_server_and_length_headers(autojump_clock: Clock) -> None:
     answers, closed = await ask(GET)
     assert [answer.status for answer in answers] == [200]
     assert not closed
@@ -474,14 +480,14 @@ async def test_http_1_0_is_answered_and_closed(autojump_clock: Clock, connection
     assert closed
 
 
-async def test_connection_close_is_obeyed(autojump_clock: Clock) -> None:
+async def test_connection_close_ends_the_connection(autojump_clock: Clock) -> None:
     answers, closed = await ask(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n" + GET)
     assert len(answers) == 1
     assert answers[0].headers["connection"] == "close"
     assert closed
 
 
-async def test_empty_answers_have_no_type(autojump_clock: Clock) -> None:
+async def test_empty_answer_has_no_content_type(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         return Response(204 if request.path == "/none" else 200, headers=[("X-Next-Cursor", "c")])
 
@@ -492,7 +498,7 @@ async def test_empty_answers_have_no_type(autojump_clock: Clock) -> None:
     assert answers[0].headers["x-next-cursor"] == "c"
 
 
-async def test_a_refusal_by_the_handler_keeps_the_connection(autojump_clock: Clock) -> None:
+async def test_error_raised_by_the_handler_keeps_the_connection(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         if request.path == "/grouped":
             async with trio.open_nursery():
@@ -508,7 +514,7 @@ async def test_a_refusal_by_the_handler_keeps_the_connection(autojump_clock: Clo
     assert not closed
 
 
-async def test_a_broken_handler_is_answered_with_500_once_logged(autojump_clock: Clock) -> None:
+async def test_unexpected_exception_is_answered_with_500_and_logged_once(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         raise KeyError("secret")
 
@@ -522,7 +528,7 @@ async def test_a_broken_handler_is_answered_with_500_once_logged(autojump_clock:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000, 5001])
-async def test_a_body_in_pieces_arrives_whole_and_is_sent_a_part_at_a_time(autojump_clock: Clock, count: int) -> None:
+async def test_answer_in_pieces_arrives_whole(autojump_clock: Clock, count: int) -> None:
     pieces = [b"%d," % number * 50 for number in range(count)]
 
     async def handler(request: Request) -> AnyResponse:
@@ -543,8 +549,8 @@ async def over_a_socket(handler: Handler, **options: Any) -> AsyncIterator[tuple
         yield served, stream
 
 
-async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a real socket: pieces that are small have no scope of their own there."""
+async def test_socket_of_a_reader_that_takes_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TCP: small writes there have no cancel scope, and a slow reader's socket is closed by another task."""
     monkeypatch.setattr(orchard.net.connection, "_LOOK_SECONDS", 0.01)
     ended = trio.Event()
 
@@ -564,8 +570,8 @@ async def test_who_takes_none_of_many_small_pieces_is_closed(monkeypatch: pytest
             await ended.wait()
 
 
-async def test_a_client_that_asks_for_much_at_once_leaves_others_their_turns() -> None:
-    """Over a real socket: what has come already is read there without waiting."""
+async def test_pipelined_requests_leave_other_tasks_their_turns() -> None:
+    """Over TCP: what has arrived there is read without waiting."""
     turns, answered_in = 0, list[int]()
 
     async def handler(request: Request) -> AnyResponse:
@@ -587,10 +593,10 @@ async def test_a_client_that_asks_for_much_at_once_leaves_others_their_turns() -
             pass
         nursery.cancel_scope.cancel()
     assert len(answered_in) == 100
-    assert max(Counter(answered_in).values()) <= 2, "who comes first in a round of the loop is chance"
+    assert max(Counter(answered_in).values()) <= 2, "the order within a round of the loop is random"
 
 
-async def test_an_answer_that_does_not_fit_follows_as_it_is_taken() -> None:
+async def test_answer_larger_than_the_socket_buffer_arrives_whole() -> None:
     answer = bytes(range(256)) * 40_000
 
     async def handler(request: Request) -> AnyResponse:
@@ -604,7 +610,7 @@ async def test_an_answer_that_does_not_fit_follows_as_it_is_taken() -> None:
         assert got.count(answer) == 2
 
 
-async def test_a_client_that_is_gone_when_its_answer_comes_is_no_failure() -> None:
+async def test_client_reset_before_its_answer_is_not_an_error() -> None:
     gone = trio.Event()
 
     async def handler(request: Request) -> AnyResponse:
@@ -622,7 +628,7 @@ async def test_a_client_that_is_gone_when_its_answer_comes_is_no_failure() -> No
 
 
 @pytest.mark.parametrize("headers", [[("X-Bad", "a\r\nB: c")], [("X-Bad", "\u20ac")], [("Content-Length", "1")]])
-async def test_headers_that_cannot_be_sent_are_a_broken_handler(
+async def test_illegal_answer_header_is_answered_with_500(
     autojump_clock: Clock, headers: list[tuple[str, str]]
 ) -> None:
     async def handler(request: Request) -> AnyResponse:
@@ -644,7 +650,7 @@ async def test_headers_and_query_reach_the_handler(autojump_clock: Clock) -> Non
     assert [answer.status for answer in (await ask(head, handler))[0]] == [200]
 
 
-async def test_the_request_log(autojump_clock: Clock) -> None:
+async def test_request_log_escapes_and_leaves_out_the_query(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         await trio.sleep(0.25)
         return Response(404)
@@ -661,7 +667,7 @@ async def test_the_request_log(autojump_clock: Clock) -> None:
 EXPECTING = b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-Continue\r\nContent-Length: %d\r\n\r\n"
 
 
-async def test_continue_is_said_before_the_body_is_read(autojump_clock: Clock) -> None:
+async def test_100_continue_is_sent_before_the_body_is_read(autojump_clock: Clock) -> None:
     async with serving(echo) as served:
         stream = served.connect()
         client = Client(stream)
@@ -682,7 +688,7 @@ async def test_continue_is_said_before_the_body_is_read(autojump_clock: Clock) -
         ((EXPECTING % 0).replace(b"1.1", b"1.0"), 200),
     ],
 )
-async def test_continue_is_not_said_when_nothing_waits_for_it(
+async def test_100_continue_is_not_sent_if_the_body_is_here_or_refused(
     autojump_clock: Clock, request_bytes: bytes, status: int
 ) -> None:
     def admit(request: Request) -> Sender:
@@ -698,7 +704,7 @@ async def test_continue_is_not_said_when_nothing_waits_for_it(
         assert client.informational == []
 
 
-async def test_admission_closes_only_when_a_body_was_not_read(autojump_clock: Clock) -> None:
+async def test_refused_admission_closes_only_if_a_body_is_unread(autojump_clock: Clock) -> None:
     def admit(request: Request) -> Sender:
         assert request.body == b""
         raise HTTPError(403, "you may not", account="somebody")
@@ -713,7 +719,7 @@ async def test_admission_closes_only_when_a_body_was_not_read(autojump_clock: Cl
         assert served.requests[0] == "GET / 403 0.0 somebody -"
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- requests that are refused and accepted ------------------------------------------------------------------------
 
 
 def post(*headers: bytes, body: bytes = b"", version: bytes = b"1.1", target: bytes = b"/") -> bytes:
@@ -846,18 +852,18 @@ REFUSED: dict[str, tuple[int, bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_what_could_be_smuggled_is_refused_and_the_connection_closed(autojump_clock: Clock, name: str) -> None:
+async def test_ambiguous_request_is_refused_and_the_connection_closed(autojump_clock: Clock, name: str) -> None:
     status, data, told = REFUSED[name]
     answers, closed = await ask(data + GET)
     assert [answer.status for answer in answers] == [status]
     assert told in answers[0].message
     assert answers[0].headers["connection"] == "close"
     assert closed
-    assert trio.current_time() < 10, "refused by patience, not by what it is"
+    assert trio.current_time() < 10, "refused by a deadline"
 
 
 @pytest.mark.parametrize("pieces", [[b"GET / HTTP/1.1\r", b"X"], [b"GET / HTTP/1.1", b"\n"], [b"GET /\x00"]])
-async def test_an_illegal_head_is_refused_before_its_end(autojump_clock: Clock, pieces: list[bytes]) -> None:
+async def test_illegal_head_is_refused_before_its_end(autojump_clock: Clock, pieces: list[bytes]) -> None:
     async with serving(echo) as served:
         answers, closed = await talk(served, pieces)
         assert [answer.status for answer in answers] == [400]
@@ -936,7 +942,7 @@ ACCEPTED: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-async def test_what_a_client_may_send_is_accepted(autojump_clock: Clock, name: str) -> None:
+async def test_conforming_request_is_accepted(autojump_clock: Clock, name: str) -> None:
     data, target, body = ACCEPTED[name]
     answers, closed = await ask(data + GET)
     assert [answer.status for answer in answers] == [200, 200]
@@ -1030,7 +1036,7 @@ async def test_requests_read_byte_by_byte_are_read_the_same(autojump_clock: Cloc
 
 
 @pytest.mark.parametrize("cut", range(1, 12))
-async def test_a_body_cut_anywhere_is_read_the_same(autojump_clock: Clock, cut: int) -> None:
+async def test_chunked_body_in_two_parts_is_read_the_same(autojump_clock: Clock, cut: int) -> None:
     data = post(CHUNKED, body=b"5\r\nhello\r\n1\r\n!\r\n0\r\n\r\n") + GET
     start = len(data) - len(GET) - cut
     async with serving(echo) as served:
@@ -1041,7 +1047,7 @@ async def test_a_body_cut_anywhere_is_read_the_same(autojump_clock: Clock, cut: 
 # ---- limits --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_head_up_to_the_limit_is_taken(autojump_clock: Clock) -> None:
+async def test_head_up_to_the_limit_is_accepted(autojump_clock: Clock) -> None:
     async with serving(echo, limits=Limits(header_bytes=200)) as served:
         for over in (0, 1):
             head = post(b"X-A: " + b"a" * (200 - len(post(b"X-A: ")) + over))
@@ -1051,7 +1057,7 @@ async def test_a_head_up_to_the_limit_is_taken(autojump_clock: Clock) -> None:
             assert closed == bool(over)
 
 
-async def test_a_head_without_end_is_refused_at_the_limit(autojump_clock: Clock) -> None:
+async def test_endless_head_is_refused_at_the_limit(autojump_clock: Clock) -> None:
     async with serving(echo, limits=Limits(linger_bytes=1000)) as served:
         stream = served.connect()
         assert await flood(stream, b"X-A: 0123456789\r\n" * 100) < 20_000
@@ -1065,7 +1071,7 @@ async def test_too_many_headers_are_refused(autojump_clock: Clock) -> None:
             assert [answer.status for answer in answers] == [status]
 
 
-async def test_bodies_up_to_the_limit_are_taken(autojump_clock: Clock) -> None:
+async def test_body_up_to_the_limit_is_accepted(autojump_clock: Clock) -> None:
     async with serving(echo, limits=Limits(body_bytes=1000)) as served:
         for size, status in ((1000, 200), (1001, 413)):
             body = b"a" * size
@@ -1079,7 +1085,7 @@ async def test_bodies_up_to_the_limit_are_taken(autojump_clock: Clock) -> None:
                 assert closed == (status == 413)
 
 
-async def test_a_bomb_is_refused_within_the_limit(autojump_clock: Clock) -> None:
+async def test_endless_request_is_refused_within_limit_and_memory(autojump_clock: Clock) -> None:
     limits = Limits(body_bytes=1024 * 1024, linger_bytes=16 * 1024)
     bombs = {
         "sized": (post(b"Content-Length: 1000000000"), b"a" * 8192, 64 * 1024),
@@ -1101,7 +1107,7 @@ async def test_a_bomb_is_refused_within_the_limit(autojump_clock: Clock) -> None
             assert peak <= 2 * limits.body_bytes, name
 
 
-async def test_who_was_idle_for_longest_makes_room(autojump_clock: Clock) -> None:
+async def test_longest_idle_connection_is_closed_for_a_new_one(autojump_clock: Clock) -> None:
     async with serving(echo, limits=Limits(connections=3)) as served:
         clients = [Client(await served.open()) for _ in range(3)]
         await clients[0].stream.send_all(GET)
@@ -1115,7 +1121,7 @@ async def test_who_was_idle_for_longest_makes_room(autojump_clock: Clock) -> Non
         assert (await clients[0].sure()).status == 200
 
 
-async def test_each_newcomer_gets_a_room_of_its_own(autojump_clock: Clock) -> None:
+async def test_each_new_connection_closes_another_idle_one(autojump_clock: Clock) -> None:
     others = [MemoryListener() for _ in range(5)]
     async with serving(echo, listeners=others, limits=Limits(connections=5)) as served:
         idle = [Client(await served.open()) for _ in range(5)]
@@ -1126,7 +1132,7 @@ async def test_each_newcomer_gets_a_room_of_its_own(autojump_clock: Clock) -> No
             assert (await client.sure()).status == 200
 
 
-async def test_no_room_is_made_when_all_are_busy(autojump_clock: Clock) -> None:
+async def test_connection_is_refused_if_all_others_are_busy(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         await trio.sleep(5)
         return Response(200)
@@ -1139,10 +1145,10 @@ async def test_no_room_is_made_when_all_are_busy(autojump_clock: Clock) -> None:
         assert (await Client(busy).sure()).status == 200
 
 
-# ---- patience ------------------------------------------------------------------------------------------------------
+# ---- deadlines -----------------------------------------------------------------------------------------------------
 
 
-async def test_an_idle_connection_is_closed_without_a_word(autojump_clock: Clock) -> None:
+async def test_idle_connection_is_closed_without_an_answer(autojump_clock: Clock) -> None:
     async with serving(echo) as served:
         for data in (b"", GET):
             stream = served.connect()
@@ -1156,7 +1162,7 @@ async def test_an_idle_connection_is_closed_without_a_word(autojump_clock: Clock
 
 
 @pytest.mark.parametrize("data", [b"G", GET[:-1], GET + b"G"])
-async def test_a_slow_head_is_answered_with_408(autojump_clock: Clock, data: bytes) -> None:
+async def test_slow_head_is_answered_with_408(autojump_clock: Clock, data: bytes) -> None:
     async with serving(echo) as served:
         stream = await served.open()
         client = Client(stream)
@@ -1172,7 +1178,7 @@ async def test_a_slow_head_is_answered_with_408(autojump_clock: Clock, data: byt
         assert await client.answer() is None
 
 
-async def test_a_head_drop_by_drop_is_answered_with_408(autojump_clock: Clock) -> None:
+async def test_head_at_a_byte_per_second_is_answered_with_408(autojump_clock: Clock) -> None:
     async with serving(echo) as served:
         stream = served.connect()
         for n in range(len(GET)):
@@ -1187,7 +1193,7 @@ async def test_a_head_drop_by_drop_is_answered_with_408(autojump_clock: Clock) -
 @pytest.mark.parametrize(
     "data", [post(b"Content-Length: 5", body=b"abcd"), post(CHUNKED, body=b"1\r\na"), post(CHUNKED)]
 )
-async def test_a_slow_body_is_answered_with_408(autojump_clock: Clock, data: bytes) -> None:
+async def test_slow_body_is_answered_with_408(autojump_clock: Clock, data: bytes) -> None:
     async with serving(echo) as served:
         stream = served.connect()
         client = Client(stream)
@@ -1199,7 +1205,7 @@ async def test_a_slow_body_is_answered_with_408(autojump_clock: Clock, data: byt
 
 
 @pytest.mark.parametrize(("rate", "status"), [(3000, 408), (5000, 200)])
-async def test_a_large_body_may_take_as_long_as_its_size_needs(autojump_clock: Clock, rate: int, status: int) -> None:
+async def test_large_body_gets_time_by_its_size(autojump_clock: Clock, rate: int, status: int) -> None:
     async with serving(echo) as served:
         stream = served.connect()
         await stream.send_all(post(b"Content-Length: 1000000"))
@@ -1213,7 +1219,7 @@ async def test_a_large_body_may_take_as_long_as_its_size_needs(autojump_clock: C
 
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
-async def test_a_reader_that_takes_nothing_is_closed(autojump_clock: Clock, size: int) -> None:
+async def test_memory_stream_of_a_reader_that_takes_nothing_is_closed(autojump_clock: Clock, size: int) -> None:
     async def handler(request: Request) -> AnyResponse:
         return Response(200, b"a" * size)
 
@@ -1225,7 +1231,7 @@ async def test_a_reader_that_takes_nothing_is_closed(autojump_clock: Clock, size
         assert len(await Client(stream).rest()) < 300_000
 
 
-async def test_a_slow_reader_of_much_is_not_closed(autojump_clock: Clock) -> None:
+async def test_slow_reader_of_a_large_answer_is_not_closed(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         return Response(200, b"a" * 1_000_000)
 
@@ -1239,13 +1245,14 @@ async def test_a_slow_reader_of_much_is_not_closed(autojump_clock: Clock) -> Non
         assert trio.current_time() > 75
 
 
-async def test_unread_bytes_are_thrown_away_for_a_while(autojump_clock: Clock) -> None:
+async def test_unread_body_is_discarded_within_bounds(autojump_clock: Clock) -> None:
     async with serving(echo) as served:
         stream = served.connect()
         client = Client(stream)
         await stream.send_all(post(b"Content-Length: 5000000"))
         assert (await client.sure()).status == 413
-        assert await client.answer() is None  # half closed already
+        # The server has ended its sending half already.
+        assert await client.answer() is None
         assert 200_000 < await flood(stream, b"a" * 10_000) < 400_000
         assert trio.current_time() < 1
 
@@ -1255,14 +1262,14 @@ async def test_unread_bytes_are_thrown_away_for_a_while(autojump_clock: Clock) -
 
 @pytest.mark.parametrize("data", [b"", b"GET", GET, GET + b"G", post(b"Content-Length: 5", body=b"abc"), post(CHUNKED)])
 @pytest.mark.parametrize("half", [True, False])
-async def test_a_client_that_goes_away_is_no_failure(autojump_clock: Clock, data: bytes, half: bool) -> None:
+async def test_disconnected_client_is_not_an_error(autojump_clock: Clock, data: bytes, half: bool) -> None:
     async with serving(echo) as served:
         stream = served.connect()
         client = Client(stream)
         await stream.send_all(data)
         if half:
             await stream.send_eof()
-            # Whoever has closed one half only still gets what was asked for.
+            # A client that has only ended its sending half gets its answer.
             assert [got.status for got in [await client.answer()] if got] == ([200] if data.startswith(GET) else [])
             assert await client.answer() is None
         else:
@@ -1271,7 +1278,7 @@ async def test_a_client_that_goes_away_is_no_failure(autojump_clock: Clock, data
         assert trio.current_time() < 1
 
 
-async def test_work_is_cancelled_when_the_client_goes_away(autojump_clock: Clock) -> None:
+async def test_while_connected_work_is_cancelled_by_a_disconnect(autojump_clock: Clock) -> None:
     ended: list[str] = []
 
     async def wait() -> AnyResponse:
@@ -1295,7 +1302,7 @@ async def test_work_is_cancelled_when_the_client_goes_away(autojump_clock: Clock
         assert served.requests == ["GET / 499 5000.0 - -"]
 
 
-async def test_work_that_ends_is_answered_and_what_came_meanwhile_too(autojump_clock: Clock) -> None:
+async def test_requests_sent_during_while_connected_work_are_answered(autojump_clock: Clock) -> None:
     async def work() -> AnyResponse:
         await trio.sleep(5)
         return Response(200, b"worked")
@@ -1348,7 +1355,7 @@ async def test_each_piece_of_a_stream_is_flushed(autojump_clock: Clock) -> None:
         assert (await Client(stream).sure()).status == 200
 
 
-async def test_a_stream_for_http_1_0_ends_with_the_connection(autojump_clock: Clock) -> None:
+async def test_stream_for_http_1_0_ends_with_the_connection(autojump_clock: Clock) -> None:
     async with serving(counting(3)) as served:
         stream = served.connect()
         await stream.send_all(GET.replace(b"1.1", b"1.0"))
@@ -1357,7 +1364,7 @@ async def test_a_stream_for_http_1_0_ends_with_the_connection(autojump_clock: Cl
         assert b"chunked" not in head
 
 
-async def test_head_of_a_stream_does_not_produce(autojump_clock: Clock) -> None:
+async def test_head_request_for_a_stream_does_not_run_it(autojump_clock: Clock) -> None:
     async with serving(counting(3)) as served:
         stream = served.connect()
         client = Client(stream)
@@ -1368,7 +1375,7 @@ async def test_head_of_a_stream_does_not_produce(autojump_clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("half", [True, False])
-async def test_a_producer_is_cancelled_when_the_client_goes_away(autojump_clock: Clock, half: bool) -> None:
+async def test_producer_is_cancelled_when_the_client_goes_away(autojump_clock: Clock, half: bool) -> None:
     async with serving(counting(1000)) as served:
         stream = served.connect()
         await stream.send_all(GET)
@@ -1384,11 +1391,12 @@ async def test_pipelining_into_a_stream_is_bounded(autojump_clock: Clock) -> Non
         await stream.send_all(GET + b"a" * 1_000_000)
         await trio.sleep(500)
         assert counted.received < 64 * 1024
-        assert served.requests == []  # and it goes on
+        # The stream goes on.
+        assert served.requests == []
 
 
 @pytest.mark.parametrize("error", [HTTPError(410, "too slow"), KeyError("bug")])
-async def test_a_producer_that_fails_leaves_a_stream_without_an_end(autojump_clock: Clock, error: Exception) -> None:
+async def test_failed_stream_has_no_last_chunk(autojump_clock: Clock, error: Exception) -> None:
     async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
         await send(b"a")
         raise error
@@ -1402,7 +1410,7 @@ async def test_a_producer_that_fails_leaves_a_stream_without_an_end(autojump_clo
         assert (await Client(stream).rest()).endswith(b"\r\n\r\n1\r\na\r\n")
 
 
-async def test_a_watcher_that_takes_nothing_is_closed(autojump_clock: Clock) -> None:
+async def test_stream_to_a_reader_that_takes_nothing_is_closed(autojump_clock: Clock) -> None:
     async with serving(counting(1000)) as served:
         stream = served.listener.connect(trio.testing.lockstep_stream_pair())
         await stream.send_all(GET)
@@ -1429,7 +1437,7 @@ def upgrading(session: Callable[[WebSocketConnection], Awaitable[None]] = repeat
 
 
 async def until(stream: trio.abc.ReceiveStream, end: bytes) -> bytes:
-    """Receive byte by byte, so that nothing after the end is taken."""
+    """Receive byte by byte up to `end`, and return that."""
     data = b""
     while not data.endswith(end):
         byte = await stream.receive_some(1)
@@ -1468,7 +1476,7 @@ UPGRADING = [pytest.param(upgrading(), id="messages"), pytest.param(tunnelling()
 
 
 @pytest.mark.parametrize("handler", UPGRADING)
-async def test_a_frame_that_came_early_is_not_lost(autojump_clock: Clock, handler: Handler) -> None:
+async def test_frame_sent_with_the_handshake_is_not_lost(autojump_clock: Clock, handler: Handler) -> None:
     data = UPGRADE + HELLO_FRAME
     async with serving(handler) as served:
         for cut in range(len(data)):
@@ -1491,7 +1499,7 @@ async def test_a_frame_that_came_early_is_not_lost(autojump_clock: Clock, handle
         assert served.requests == ["GET /ws 101 0.0 - -"] * len(data)
 
 
-async def test_an_upgrade_may_follow_other_requests(autojump_clock: Clock) -> None:
+async def test_upgrade_may_follow_other_requests(autojump_clock: Clock) -> None:
     async with serving(upgrading()) as served:
         stream = served.connect()
         client = Client(stream)
@@ -1517,9 +1525,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 @pytest.mark.parametrize("handler", UPGRADING)
-async def test_what_is_no_request_for_a_websocket_is_refused(
-    autojump_clock: Clock, name: str, handler: Handler
-) -> None:
+async def test_malformed_websocket_request_is_refused(autojump_clock: Clock, name: str, handler: Handler) -> None:
     status, data = MALFORMED[name]
     answers, _ = await ask(data, handler)
     assert [answer.status for answer in answers] == [status]
@@ -1528,7 +1534,7 @@ async def test_what_is_no_request_for_a_websocket_is_refused(
     assert answers[0].headers.get("sec-websocket-version") == ("13" if "version" in name else None)
 
 
-async def test_a_handler_can_ask_before_it_waits(autojump_clock: Clock) -> None:
+async def test_handler_can_require_a_websocket_before_it_waits(autojump_clock: Clock) -> None:
     waited = []
 
     async def work() -> AnyResponse:
@@ -1574,7 +1580,7 @@ VIOLATIONS = {
     ],
 )
 @pytest.mark.parametrize("flooding", [False, True])
-async def test_a_violation_of_the_protocol_closes_with_its_code(
+async def test_protocol_violation_closes_the_websocket_with_its_code(
     autojump_clock: Clock, handler: Handler, name: str, flooding: bool
 ) -> None:
     code, data = VIOLATIONS[name]
@@ -1589,7 +1595,7 @@ async def test_a_violation_of_the_protocol_closes_with_its_code(
         assert trio.current_time() <= 1
 
 
-async def test_a_violation_is_told_though_the_session_does_not_listen(autojump_clock: Clock) -> None:
+async def test_protocol_violation_is_reported_while_the_session_is_busy(autojump_clock: Clock) -> None:
     async def session(websocket: WebSocketConnection) -> None:
         await trio.sleep(100)
 
@@ -1599,7 +1605,7 @@ async def test_a_violation_is_told_though_the_session_does_not_listen(autojump_c
         assert trio.current_time() == 0
 
 
-async def test_a_violation_in_the_middle_of_a_message_of_ours(autojump_clock: Clock) -> None:
+async def test_protocol_violation_during_a_message_of_the_server(autojump_clock: Clock) -> None:
     async def session(websocket: WebSocketConnection) -> None:
         while True:
             await websocket.send_message(b"x" * 10)
@@ -1613,7 +1619,7 @@ async def test_a_violation_in_the_middle_of_a_message_of_ours(autojump_clock: Cl
         assert await Client(stream).rest() == b"x" * 7 + closing(1002)
 
 
-async def test_a_ping_after_our_close_is_no_failure(autojump_clock: Clock) -> None:
+async def test_ping_after_the_servers_close_frame_is_not_an_error(autojump_clock: Clock) -> None:
     async def session(websocket: WebSocketConnection) -> None:
         await websocket.get_message()
 
@@ -1624,7 +1630,7 @@ async def test_a_ping_after_our_close_is_no_failure(autojump_clock: Clock) -> No
         assert await Client(stream).rest() == b""
 
 
-async def test_the_end_of_a_session_closes_for_a_client_that_never_answers(
+async def test_websocket_close_does_not_wait_for_ever(
     autojump_clock: Clock,
 ) -> None:
     async def session(websocket: WebSocketConnection) -> None:
@@ -1636,7 +1642,7 @@ async def test_the_end_of_a_session_closes_for_a_client_that_never_answers(
         assert trio.current_time() == pytest.approx(8)
 
 
-async def test_a_session_chooses_its_code(autojump_clock: Clock) -> None:
+async def test_session_can_choose_the_close_code(autojump_clock: Clock) -> None:
     async def session(websocket: WebSocketConnection) -> None:
         await websocket.aclose(4000, "replaced")
 
@@ -1645,7 +1651,7 @@ async def test_a_session_chooses_its_code(autojump_clock: Clock) -> None:
         assert (await Client(stream).rest())[:4] in (closing(1000), closing(4000)[:1] + b"\x0a\x0f\xa0")
 
 
-async def test_a_session_may_end_by_another_connection_closing(autojump_clock: Clock) -> None:
+async def test_session_may_raise_connection_closed(autojump_clock: Clock) -> None:
     async def session(websocket: WebSocketConnection) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(repeat, websocket)
@@ -1657,7 +1663,7 @@ async def test_a_session_may_end_by_another_connection_closing(autojump_clock: C
 
 
 @pytest.mark.parametrize("upgraded", [upgrading, tunnelling])
-async def test_a_broken_session_is_logged_once_and_says_nothing(
+async def test_unexpected_exception_in_a_session_is_logged_once(
     autojump_clock: Clock, upgraded: Callable[[Any], Handler]
 ) -> None:
     async def session(_: object) -> None:
@@ -1670,7 +1676,7 @@ async def test_a_broken_session_is_logged_once_and_says_nothing(
 
 
 @pytest.mark.parametrize("early", [b"", HELLO_FRAME, b"\x82"])
-async def test_a_client_that_goes_away_ends_the_session(autojump_clock: Clock, early: bytes) -> None:
+async def test_disconnect_ends_the_websocket_session(autojump_clock: Clock, early: bytes) -> None:
     ended = []
 
     async def session(websocket: WebSocketConnection) -> None:
@@ -1688,7 +1694,7 @@ async def test_a_client_that_goes_away_ends_the_session(autojump_clock: Clock, e
         assert served.requests == ["GET /ws 101 0.0 - -"]
 
 
-async def test_a_session_that_does_not_take_messages_makes_the_client_wait(
+async def test_messages_ahead_of_a_busy_session_are_bounded(
     autojump_clock: Clock,
 ) -> None:
     async def session(websocket: WebSocketConnection) -> None:
@@ -1703,7 +1709,7 @@ async def test_a_session_that_does_not_take_messages_makes_the_client_wait(
         assert counted.received < 4096
 
 
-async def test_pings_go_out_and_one_that_is_not_answered_ends_nothing(autojump_clock: Clock) -> None:
+async def test_pings_are_sent_and_a_missing_pong_is_tolerated(autojump_clock: Clock) -> None:
     async def session(websocket: WebSocketConnection) -> None:
         await trio.sleep(1000)
 
@@ -1716,7 +1722,7 @@ async def test_pings_go_out_and_one_that_is_not_answered_ends_nothing(autojump_c
             assert trio.current_time() == 30 * number
             if number < 3:
                 await stream.send_all(b"\x8a\x84\0\0\0\0" + ping[2:])
-        assert random.getstate() == chance, "it is the embedding program's"
+        assert random.getstate() == chance, "`random` belongs to the embedding program"
         assert await stream.receive_some() == closing(1000)
         assert trio.current_time() == 1000
 
@@ -1724,7 +1730,7 @@ async def test_pings_go_out_and_one_that_is_not_answered_ends_nothing(autojump_c
 # ---- tunnels -------------------------------------------------------------------------------------------------------
 
 
-async def test_any_bytes_in_a_tunnel_end_in_a_close_and_never_in_a_failure(autojump_clock: Clock) -> None:
+async def test_random_bytes_in_a_tunnel_end_in_a_close(autojump_clock: Clock) -> None:
     chance = random.Random(1)
     async with serving(tunnelling()) as served:
         for _ in range(300):
@@ -1734,7 +1740,7 @@ async def test_any_bytes_in_a_tunnel_end_in_a_close_and_never_in_a_failure(autoj
         assert len(served.requests) == 300
 
 
-async def test_a_client_that_goes_away_ends_its_tunnel(autojump_clock: Clock) -> None:
+async def test_disconnect_ends_the_tunnel_session(autojump_clock: Clock) -> None:
     ended = []
 
     async def session(stream: TunnelStream) -> None:
@@ -1757,7 +1763,7 @@ async def test_a_client_that_goes_away_ends_its_tunnel(autojump_clock: Clock) ->
 async def client_websocket(
     stream: trio.SocketStream | trio.SSLStream[trio.SocketStream], path: str
 ) -> AsyncIterator[WebSocketConnection]:
-    """The client's side of trio-websocket, closing the stream: its own functions forget to after the server's close."""
+    """A client of trio-websocket that closes its stream, which the package does not do after the server's close."""
     async with stream, trio.open_nursery() as nursery:
         websocket = await wrap_client_stream(nursery, stream, "localhost", path)
         yield websocket
@@ -1765,7 +1771,7 @@ async def client_websocket(
         nursery.cancel_scope.cancel()
 
 
-async def test_a_real_client_over_a_real_socket() -> None:
+async def test_trio_websocket_client_over_tcp() -> None:
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     port = listeners[0].socket.getsockname()[1]
     async with serving(upgrading(message_queue_size=4), listeners=listeners) as served:
@@ -1801,7 +1807,7 @@ async def slow(request: Request) -> AnyResponse:
     return Response(200)
 
 
-async def test_stop_closes_what_is_idle_and_returns(autojump_clock: Clock) -> None:
+async def test_stop_closes_idle_connections_at_once(autojump_clock: Clock) -> None:
     async with serving(slow) as served:
         fresh, used = Client(served.connect()), Client(served.connect())
         await used.stream.send_all(GET)
@@ -1816,7 +1822,7 @@ async def test_stop_closes_what_is_idle_and_returns(autojump_clock: Clock) -> No
 
 
 @pytest.mark.parametrize(("seconds", "status", "end"), [(5, 200, 5), (10.5, None, 11)])
-async def test_stop_lets_requests_end_within_the_grace(
+async def test_stop_gives_requests_a_grace_period(
     autojump_clock: Clock, seconds: float, status: int | None, end: float
 ) -> None:
     async with serving(slow) as served:
@@ -1835,7 +1841,7 @@ async def test_stop_lets_requests_end_within_the_grace(
         assert [line.split()[2] for line in served.requests] == [str(status or 499)]
 
 
-async def test_stop_lets_a_request_arrive_to_its_end(autojump_clock: Clock) -> None:
+async def test_stop_lets_a_request_in_transfer_complete(autojump_clock: Clock) -> None:
     data = post(b"Content-Length: 5", body=b"hello")
     async with serving(echo) as served:
         client = Client(served.connect())
@@ -1853,7 +1859,7 @@ async def test_stop_lets_a_request_arrive_to_its_end(autojump_clock: Clock) -> N
 
 
 @pytest.mark.parametrize(("endless", "body", "end"), [(1, b"first", 1), (0, b"firstlast", 5)])
-async def test_stop_ends_an_endless_stream_as_if_it_had_ended(
+async def test_stop_ends_endless_streams_with_a_last_chunk(
     autojump_clock: Clock, endless: int, body: bytes, end: float
 ) -> None:
     async with serving(slow) as served:
@@ -1867,11 +1873,12 @@ async def test_stop_ends_an_endless_stream_as_if_it_had_ended(
         assert trio.current_time() == pytest.approx(end)
 
 
-async def test_stop_cuts_off_a_stream_whose_reader_is_slow(autojump_clock: Clock) -> None:
+async def test_stop_cuts_off_a_stream_to_a_slow_reader(autojump_clock: Clock) -> None:
     async with serving(slow) as served:
         stream = served.listener.connect(trio.testing.lockstep_stream_pair())
         await stream.send_all(GET.replace(b"/ ", b"/stream?endless=1 "))
-        await trio.testing.wait_all_tasks_blocked()  # in the middle of sending the head
+        # The server is in the middle of sending the head.
+        await trio.testing.wait_all_tasks_blocked()
         served.stop.set()
         await served.ended.wait()
         assert trio.current_time() == 0
@@ -1905,7 +1912,7 @@ async def test_stop_closes_websockets_with_1001(
         assert trio.current_time() == pytest.approx(0 if answers else 6)
 
 
-async def test_cancelling_ends_everything_at_once(autojump_clock: Clock) -> None:
+async def test_cancelling_the_server_ends_everything_at_once(autojump_clock: Clock) -> None:
     async with serving(slow) as served:
         clients = [Client(await served.open()) for _ in range(4)]
         for client, target in zip(clients, (b"/?s=100", b"/stream?endless=1", b"/stream"), strict=False):
@@ -1921,7 +1928,7 @@ async def test_cancelling_ends_everything_at_once(autojump_clock: Clock) -> None
 # ---- TLS -----------------------------------------------------------------------------------------------------------
 
 
-async def test_tls_over_a_real_socket(contexts: Contexts) -> None:
+async def test_requests_and_websocket_over_tls_and_tcp(contexts: Contexts) -> None:
     plain = await trio.open_tcp_listeners(0, host="127.0.0.1")
     listeners = [TLSListener(one, contexts.server) for one in plain]
     port = plain[0].socket.getsockname()[1]
@@ -1942,7 +1949,27 @@ async def test_tls_over_a_real_socket(contexts: Contexts) -> None:
         assert served.requests[0].endswith("127.0.0.1")
 
 
-async def test_tls_that_never_shakes_hands(autojump_clock: Clock, contexts: Contexts) -> None:
+async def test_oldest_incomplete_tls_handshake_is_closed_for_a_new_one(
+    autojump_clock: Clock, contexts: Contexts
+) -> None:
+    async with serving(echo, limits=Limits(handshakes=3)) as served:
+        served.contexts = contexts
+        pairs = [socket_pair() for _ in range(5)]
+        clients = [TLSClient(ours, contexts.client) for ours, _ in pairs]
+        served.sockets += [end.socket for pair in pairs for end in pair]
+        established = Client(await served.open())
+        for _, theirs in pairs:
+            served.listener.offer(TLSStream(theirs, contexts.server))
+            await trio.testing.wait_all_tasks_blocked()
+        # The first two were closed, and one with a complete handshake was not.
+        assert [await is_closed(client) for client in clients[:2]] == [True, True]
+        for client in (established, *map(Client, clients[2:])):
+            await client.stream.send_all(GET)
+            assert (await client.sure()).status == 200
+        assert trio.current_time() == 0
+
+
+async def test_tls_handshake_has_a_deadline_and_ends_at_stop(autojump_clock: Clock, contexts: Contexts) -> None:
     memory = MemoryListener()
     listener = TLSListener(memory, contexts.server)
     async with serving(echo, listeners=[listener]) as served:
@@ -1964,20 +1991,18 @@ async def test_tls_that_never_shakes_hands(autojump_clock: Clock, contexts: Cont
         assert trio.current_time() == pytest.approx(10)
 
 
-async def test_tls_is_closed_as_it_should_be(autojump_clock: Clock, contexts: Contexts) -> None:
+async def test_tls_is_closed_with_close_notify(autojump_clock: Clock, contexts: Contexts) -> None:
     memory = MemoryListener()
     listener = TLSListener(memory, contexts.server)
     async with serving(echo, listeners=[listener]):
         raw = memory.connect(trio.testing.memory_stream_pair())
-        # The strict kind of client: an end without a farewell would be a BrokenResourceError.
+        # A strict client: an end without close_notify would be a BrokenResourceError.
         stream = trio.SSLStream(raw, contexts.client, server_hostname="localhost", https_compatible=False)
         await stream.send_all(GET)
         assert (await Client(stream).rest()).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
-async def test_tls_loses_nothing_of_what_comes_while_the_client_is_watched(
-    autojump_clock: Clock, contexts: Contexts
-) -> None:
+async def test_tls_keeps_bytes_that_arrive_during_a_stream(autojump_clock: Clock, contexts: Contexts) -> None:
     memory = MemoryListener()
     async with serving(counting(5), listeners=[TLSListener(memory, contexts.server)]):
         raw = memory.connect(trio.testing.memory_stream_pair())
@@ -1991,7 +2016,7 @@ async def test_tls_loses_nothing_of_what_comes_while_the_client_is_watched(
         assert [(await client.sure()).body for _ in range(2)] == [b"0\n1\n2\n3\n4\n", b""]
 
 
-async def test_tls_refusals_streams_and_cut_connections(autojump_clock: Clock, contexts: Contexts) -> None:
+async def test_tls_over_memory_streams_cut_off_after_the_answer(autojump_clock: Clock, contexts: Contexts) -> None:
     memory = MemoryListener()
     listener = TLSListener(memory, contexts.server)
     async with serving(counting(5), listeners=[listener]) as served:
@@ -2006,7 +2031,7 @@ async def test_tls_refusals_streams_and_cut_connections(autojump_clock: Clock, c
         assert [line.split()[2] for line in served.requests] == ["200", "400", "200", "400"]
 
 
-# ---- anything at all -----------------------------------------------------------------------------------------------
+# ---- random bytes --------------------------------------------------------------------------------------------------
 
 FRAGMENTS = (
     [
@@ -2041,7 +2066,7 @@ WORDS = st.sampled_from(FRAGMENTS)
 
 
 def send_anything(pieces: Sequence[bytes]) -> None:
-    """Send bytes to a server, and see that they end in an answer or a close, and not in a failure."""
+    """Send bytes to a server, and check that it answers or closes without an unexpected exception."""
 
     async def handler(request: Request) -> AnyResponse:
         if request.path == "/stream":
@@ -2060,7 +2085,7 @@ def send_anything(pieces: Sequence[bytes]) -> None:
             client = Client(stream)
             with trio.move_on_after(1000) as patience:
                 await client.rest()
-            # Only a WebSocket may last for longer than every limit.
+            # Only a WebSocket may outlast all deadlines.
             assert not patience.cancelled_caught or b"HTTP/1.1 101 " in client.buffer
             served.stop.set()
             await client.rest()
@@ -2074,5 +2099,5 @@ def send_anything(pieces: Sequence[bytes]) -> None:
 @given(st.lists(WORDS | st.binary(max_size=20), max_size=12), st.booleans())
 @example([UPGRADE, CLOSE_FRAME, b"\x89\x80abcd"], False)
 @example([UPGRADE, b"\x88\x80abcd", HELLO_FRAME], True)
-def test_any_bytes_end_in_an_answer_or_a_close_and_never_in_a_failure(pieces: list[bytes], at_once: bool) -> None:
+def test_random_bytes_end_in_an_answer_or_a_close(pieces: list[bytes], at_once: bool) -> None:
     send_anything([b"".join(pieces)] if at_once else pieces)

@@ -53,7 +53,7 @@ def openssl(*words: object) -> str:
     return subprocess.run(["openssl", *map(str, words)], capture_output=True, text=True, check=True).stdout
 
 
-def test_the_certificate_is_as_promised(pairs: Pairs) -> None:
+def test_certificate_has_curve_name_lifetime_and_private_key(pairs: Pairs) -> None:
     certificate, key = pairs[0]
     text = openssl("x509", "-in", certificate, "-noout", "-text")
     for words in ("P-384", "DNS:orchard-controller", "CN = orchard-controller"):
@@ -64,7 +64,7 @@ def test_the_certificate_is_as_promised(pairs: Pairs) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
-async def test_it_is_made_once(pairs: Pairs) -> None:
+async def test_self_signed_certificate_is_created_once(pairs: Pairs) -> None:
     certificate, key = pairs[0]
     before = certificate.read_bytes(), key.read_bytes()
     assert await tls.self_signed(certificate.parent) == (certificate, key)
@@ -72,26 +72,26 @@ async def test_it_is_made_once(pairs: Pairs) -> None:
     assert {path.name for path in certificate.parent.iterdir()} == {"controller.crt", "controller.key"}
 
 
-async def test_a_key_alone_is_left_of_a_crash_and_made_anew(tmp_path: Path) -> None:
+async def test_key_without_certificate_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "controller.key").write_text("half")
     certificate, key = await tls.self_signed(tmp_path)
     tls.server_context(certificate, key)
 
 
-async def test_a_certificate_without_its_key_is_for_somebody_to_look_at(tmp_path: Path, pairs: Pairs) -> None:
+async def test_certificate_without_its_key_is_an_error(tmp_path: Path, pairs: Pairs) -> None:
     (tmp_path / "controller.crt").write_bytes(pairs[0][0].read_bytes())
     with pytest.raises(TLSError, match=r"controller\.key is missing"):
         await tls.self_signed(tmp_path)
     assert not (tmp_path / "controller.key").exists()
 
 
-async def test_without_openssl_the_three_ways_out_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_openssl_names_the_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TLSError, match=r"install it.*--controller-cert and --controller-key.*--insecure-no-tls"):
         await tls.self_signed(tmp_path)
 
 
-async def test_what_openssl_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_error_of_openssl_is_in_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "bin" / "openssl"
     program.parent.mkdir()
     program.write_text("#!/bin/sh\necho no entropy today >&2\nexit 1\n")
@@ -102,7 +102,7 @@ async def test_what_openssl_says_is_passed_on(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == ["bin"]  # noqa: PTH208 -- not for an asynchronous function
 
 
-def test_a_key_that_others_can_read_is_refused(tmp_path: Path, pairs: Pairs) -> None:
+def test_key_that_others_can_read_is_refused(tmp_path: Path, pairs: Pairs) -> None:
     certificate, key = pairs[0]
     open_key = tmp_path / "open.key"
     open_key.write_bytes(key.read_bytes())
@@ -112,7 +112,7 @@ def test_a_key_that_others_can_read_is_refused(tmp_path: Path, pairs: Pairs) -> 
             tls.server_context(certificate, open_key)
 
 
-def test_files_that_do_not_belong_together_are_named(tmp_path: Path, pairs: Pairs) -> None:
+def test_certificate_and_key_that_do_not_match_are_named(tmp_path: Path, pairs: Pairs) -> None:
     (mine, _), (_, other) = pairs
     with pytest.raises(TLSError, match=r"controller\.crt and .*controller\.key are no certificate and its key"):
         tls.server_context(mine, other)
@@ -120,7 +120,7 @@ def test_files_that_do_not_belong_together_are_named(tmp_path: Path, pairs: Pair
         tls.server_context(tmp_path / "none.crt", other)
 
 
-async def test_a_pinned_certificate_is_trusted_by_any_name(pairs: Pairs) -> None:
+async def test_pinned_certificate_is_trusted_for_any_host_name(pairs: Pairs) -> None:
     certificate, key = pairs[0]
     trust = Trust(certificate.read_bytes())
     for host in ("127.0.0.1", "orchard-controller", "elsewhere.example.com"):
@@ -128,7 +128,7 @@ async def test_a_pinned_certificate_is_trusted_by_any_name(pairs: Pairs) -> None
             assert said == b"hello"
 
 
-async def test_another_certificate_than_the_pinned_one_is_not(pairs: Pairs) -> None:
+async def test_other_certificate_than_the_pinned_one_is_refused(pairs: Pairs) -> None:
     (mine, key), (other, _) = pairs
     pinned = other.read_bytes()
     with pytest.RaisesGroup(
@@ -139,7 +139,7 @@ async def test_another_certificate_than_the_pinned_one_is_not(pairs: Pairs) -> N
             raise AssertionError("it was trusted")
 
 
-async def test_a_certificate_that_no_authority_signed_is_not_trusted(pairs: Pairs) -> None:
+async def test_self_signed_certificate_is_refused_without_pinning(pairs: Pairs) -> None:
     certificate, key = pairs[0]
     with pytest.RaisesGroup(
         pytest.RaisesExc(NotTrustedError, match="certificate is not trusted: self-signed"), flatten_subgroups=True
@@ -148,7 +148,7 @@ async def test_a_certificate_that_no_authority_signed_is_not_trusted(pairs: Pair
             raise AssertionError("it was trusted")
 
 
-async def test_something_else_than_tls_is_said_to_be(nursery: trio.Nursery) -> None:
+async def test_server_without_tls_is_reported(nursery: trio.Nursery) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     nursery.start_soon(theirs.send_all, b"HTTP/1.1 400 Bad Request\r\n\r\n")
     with pytest.raises(TLSError, match="does not speak TLS; is it http://"):
@@ -159,10 +159,10 @@ async def test_something_else_than_tls_is_said_to_be(nursery: trio.Nursery) -> N
     "pem",
     [b"", b"x", b"-----BEGIN CERTIFICATE-----\n-", b"-----BEGIN CERTIFICATE-----\n\xff\n-----END CERTIFICATE-----"],
 )
-def test_what_is_no_certificate_is_not_pinned(pem: bytes) -> None:
+def test_text_without_a_certificate_cannot_be_pinned(pem: bytes) -> None:
     with pytest.raises(TLSError, match="no certificate in PEM"):
         Trust(pem)
 
 
-def test_old_versions_of_tls_are_not_spoken(pairs: Pairs) -> None:
+def test_minimum_tls_version_is_1_2(pairs: Pairs) -> None:
     assert tls.server_context(*pairs[0]).minimum_version == ssl.TLSVersion.TLSv1_2
