@@ -509,7 +509,7 @@ def describe_network_error(error: BaseException) -> str:
     """Return a short phrase for why there is no connection. trio's own text lists every attempt."""
     cause = first_exception(error.__cause__) if error.__cause__ is not None else error
     if isinstance(cause, ssl.SSLError):
-        return str(cause.reason or "TLS failed").replace("_", " ").lower()
+        return tls.reason_of(cause)
     if isinstance(cause, socket.gaierror):
         return str(cause.strerror).lower()
     if isinstance(cause, OSError) and cause.errno is not None:

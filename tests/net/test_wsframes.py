@@ -154,7 +154,7 @@ def test_frames_of_a_server_must_not_be_masked() -> None:
 
 
 def test_only_close_codes_that_may_be_sent_are_accepted() -> None:
-    for code in range(65536):
+    for code in (*range(5100), *range(5100, 65536, 97), 65535):
         allowed = code in (1000, 1001, 1002, 1003, *range(1007, 1015)) or 3000 <= code <= 4999
         (close,) = read_events(raw(FIN | CLOSE, code.to_bytes(2, "big")))
         assert isinstance(close, Close)
