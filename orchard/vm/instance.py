@@ -237,7 +237,7 @@ class Instance:
         self._host = host
         self._note = Note(0, hardware_of(vm), suspendable=False)
         # Cancelled when the VM is told to end.
-        self._life = trio.CancelScope()
+        self._scope = trio.CancelScope()
         self._unwanted = False
         # Set when there is an order, or the guest has ended.
         self._news = Wakeup()
@@ -253,12 +253,12 @@ class Instance:
         """End the VM as failed. The first reason counts."""
         if self.state.reason is None:
             self.state = replace(self.state, reason=reason)
-        self._life.cancel()
+        self._scope.cancel()
 
     def remove(self) -> None:
         """End the VM and delete it from the host."""
         self._unwanted = True
-        self._life.cancel()
+        self._scope.cancel()
         self._news.set()
 
     @property
@@ -272,7 +272,7 @@ class Instance:
     @property
     def ending(self) -> bool:
         """Whether the VM was told to end and may still hold resources."""
-        return self._life.cancel_called and not self.ended.is_set()
+        return self._scope.cancel_called and not self.ended.is_set()
 
     @property
     def has_unreported_failure(self) -> bool:
@@ -304,7 +304,7 @@ class Instance:
         """Create or adopt the VM once all of `after` are set, and keep it as specified until it is removed."""
         try:
             try:
-                with self._life:
+                with self._scope:
                     # The VM may have been told to end before its task began.
                     await trio.lowlevel.checkpoint()
                     await self._live(after)
@@ -336,7 +336,7 @@ class Instance:
         """Return whether the VM is left as it is when its task is cancelled."""
         if self.state.phase == "removed":
             return True
-        if self._life.cancel_called:
+        if self._scope.cancel_called:
             return False
         if self.state.has_guest:
             return self._host.outlives

@@ -1,8 +1,8 @@
 """Programs on this host: run them in sessions of their own, keep a bounded part of their output, and end them.
 
 Every program gets a session of its own, so that a Ctrl-C on the worker's terminal does not reach it and the program can
-be killed together with its children. `run_program` captures output. `Calls` also records each program in a file, so that the
-next worker can end what a killed worker left running.
+be killed together with its children. `run_program` captures output. `Calls` also records each program in a file, so
+that the next worker can end what a killed worker left running.
 
 Nothing here knows VMs, tart or ssh.
 """

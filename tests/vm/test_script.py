@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from orchard.vm import script as ssh_script
 from orchard.vm.driver import DriverError, Script, ScriptFailed
-from orchard.vm.processes import last_line, presentable
 from orchard.vm.script import SSHServer, Transcript, cut, greeting, run_over_ssh, script_text
 
 SSHD = Path(__file__).parent.parent / "standin" / "sshd.py"
@@ -156,13 +155,6 @@ def test_output_before_the_first_marker_is_dropped() -> None:
         assert transcript.feed(b"welcome " * 1000) == []
     assert transcript.feed(f"{MARKER}\nx\n".encode()) == ["x"]
     assert transcript.last_line == "x"
-
-
-def test_output_in_a_message_is_one_short_printable_line() -> None:
-    assert presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
-    assert presentable("x" * 1000) == "x" * 400
-    assert last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
-    assert last_line(b" \n\n") == last_line(b"") == ""
 
 
 def test_ssh_reads_no_configuration_keys_or_known_hosts() -> None:

@@ -1,0 +1,139 @@
+"""Running and ending programs: captured output, cancellation, and calls that a killed worker left."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from harness.processes import eventually, processes_in
+
+from orchard.vm.driver import DriverError
+from orchard.vm.processes import (
+    OUTPUT_BYTES,
+    Calls,
+    is_locked,
+    kill,
+    last_line,
+    presentable,
+    run_program,
+    wait_unlocked,
+)
+
+
+def shell(home: Path, text: str) -> list[str]:
+    """Return the command of a shell that `processes_in(home)` finds."""
+    return ["/bin/sh", "-c", f"cd {home}; {text}"]
+
+
+def test_output_in_a_message_is_one_short_printable_line() -> None:
+    assert presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
+    assert presentable("x" * 1000) == "x" * 400
+    assert last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
+    assert last_line(b" \n\n") == last_line(b"") == ""
+
+
+async def test_status_and_the_end_of_both_outputs_are_returned(tmp_path: Path) -> None:
+    received = bytearray()
+    text = "yes 0123456789 | head -c 3000000; echo the end; echo error >&2; exit 3"
+    completed = await run_program(shell(tmp_path, text), on_output=received.extend)
+    assert completed.status == 3
+    assert len(completed.stdout) == OUTPUT_BYTES
+    assert completed.stdout.endswith(b"the end\n")
+    assert completed.stderr == b"error\n"
+    assert len(received) == 3_000_000 + len("the end\nerror\n")
+
+
+async def test_missing_program_raises_file_not_found() -> None:
+    with pytest.raises(FileNotFoundError):
+        await run_program(["/none/program"])
+
+
+async def run_until_it_prints(home: Path, text: str) -> bytearray:
+    """Run a shell, cancel it when it has printed something, and return all output."""
+    received = bytearray()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(run_program, shell(home, text), on_output=received.extend))
+        await eventually(lambda: bool(received))
+        nursery.cancel_scope.cancel()
+    return received
+
+
+async def test_cancelled_program_is_interrupted_and_its_last_output_is_read(tmp_path: Path) -> None:
+    text = "trap 'echo bye; exit 0' INT; echo up; while :; do sleep 0.01; done"
+    assert await run_until_it_prints(tmp_path, text) == b"up\nbye\n"
+    assert processes_in(tmp_path) == []
+
+
+async def test_program_that_ignores_the_interrupt_is_killed_with_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchard.vm.processes.STOP_SECONDS", 0.0)
+    assert await run_until_it_prints(tmp_path, "trap '' INT; sleep 1000 & echo up; wait") == b"up\n"
+    await eventually(lambda: processes_in(tmp_path) == [])
+
+
+async def test_kill_leaves_no_child_and_reaps(tmp_path: Path) -> None:
+    process = await trio.lowlevel.open_process(shell(tmp_path, "sleep 1000 & touch up; wait"), start_new_session=True)
+    await eventually((tmp_path / "up").exists)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await kill(process)
+    assert process.returncode == -signal.SIGKILL
+    await eventually(lambda: processes_in(tmp_path) == [])
+
+
+async def test_lock_of_another_process_is_seen_until_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_locked(path)
+    with path.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        holder = subprocess.Popen(["/bin/sleep", "1000"], stdin=file)  # noqa: ASYNC220
+    assert is_locked(path)
+    assert not await wait_unlocked(path, 0.0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(wait_unlocked, path, 1000.0)
+        holder.kill()
+        await trio.to_thread.run_sync(holder.wait)
+    assert not is_locked(path)
+
+
+async def test_call_has_a_locked_file_with_its_number_while_it_runs(tmp_path: Path) -> None:
+    calls, found = Calls(tmp_path), list[tuple[bytes, bool, int]]()
+
+    def look(printed: bytes) -> None:
+        (path,) = tmp_path.glob("verb-*")
+        found.append((path.read_bytes(), is_locked(path), int(printed)))
+
+    completed = await calls.run(["/bin/sh", "-c", "echo $$"], label="verb", on_output=look)
+    number = int(completed.stdout)
+    assert found == [(b"%d\n" % number, True, number)]
+    assert list(tmp_path.glob("*")) == []
+    with pytest.raises(DriverError, match=r"cannot run /none/program: .*not found"):
+        await calls.run(["/none/program"], label="verb")
+
+
+@pytest.mark.parametrize(
+    ("before", "seconds", "number"), [(":", 1000.0, signal.SIGINT), ("trap '' INT", 0.0, signal.SIGKILL)]
+)
+async def test_end_left_interrupts_or_kills_the_call_of_a_killed_worker(
+    tmp_path: Path, before: str, seconds: float, number: signal.Signals
+) -> None:
+    directory = tmp_path / "calls"
+    directory.mkdir()
+    path = directory / "pull-1"
+    with path.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        words = ["/bin/sh", "-c", f'{before}; echo "$$" >&0; exec sleep 1000']
+        left = subprocess.Popen(words, stdin=file, start_new_session=True)  # noqa: ASYNC220
+    # A file without a lock belongs to a call that has ended. Its number may be that of another process by now.
+    (directory / "pull-2").write_text(f"{os.getpid()}\n")
+    await eventually(lambda: path.read_bytes() != b"")
+    await Calls(directory).end_left(seconds)
+    assert await trio.to_thread.run_sync(left.wait) == -number
+    assert list(directory.iterdir()) == []
