@@ -422,7 +422,9 @@ class Instance:
         # The guest's task ends last, and with it everything that uses the guest.
         async with trio.open_nursery() as nursery:
             await nursery.start(self._stay_with_guest, stay)
-            self._show("up", progress="", observed=self._note.generation)
+            # A guest may end at once, before its start is seen here.
+            if self.state.has_guest:
+                self._show("up", progress="", observed=self._note.generation)
             async with trio.open_nursery() as using:
                 using.start_soon(self._run_script, self.vm)
                 while self.vm.meta.generation == self._note.generation and self.state.has_guest:

@@ -25,7 +25,7 @@ from harness.sweeps import AtStep, growing_steps
 from orchard import transitions
 from orchard.schema import VM, Event, Worker, patched_spec, vm_from_client
 from orchard.tart import TartDriver
-from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning
+from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning, RunOptions
 from orchard.vm.instance import (
     CUT_OFF,
     PHASES,
@@ -249,6 +249,18 @@ async def test_guest_that_shuts_down_by_itself_fails_the_vm(host: Host) -> None:
         await host.driver.stop(instance.name)
         await until(instance, lambda i: i.status == "failed")
         assert (instance.state.message, instance.running) == (SHUT_DOWN, False)
+
+
+async def test_guest_that_ends_at_once_fails_the_vm(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(
+        name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        task_status.started()
+
+    monkeypatch.setattr(host.driver, "run", run)
+    async with tended(host, assigned_vm()) as instance:
+        await until(instance, lambda i: i.status == "failed")
+        assert instance.state.message == SHUT_DOWN
 
 
 async def test_next_generation_is_booted_with_the_new_hardware(host: Host) -> None:
