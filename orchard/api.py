@@ -481,7 +481,7 @@ class API:
         session = read_text(request.query, parameters.SESSION)
         pending = self.parts.rendezvous.answer_address(session, admitted.account)
         error = read_text(request.query, parameters.ERROR_MESSAGE)
-        address = read_text(request.query, parameters.VM_ADDRESS)
+        address = read_text(request.query, parameters.RESOLVED_ADDRESS)
         if error or not address:
             pending.fail(error or "no address was found")
         else:
@@ -602,18 +602,6 @@ async def _close_at_once(websocket: WebSocketConnection) -> None:
 
 # ---- the table of contents ------------------------------------------------------------------------------------------
 
-_EXEC = (
-    parameters.COMMAND,
-    parameters.INTERACTIVE,
-    parameters.TTY,
-    parameters.ROWS,
-    parameters.COLS,
-    parameters.WORKDIR,
-    parameters.WAIT_FORWARD,
-)
-_FORWARD = (parameters.PORT_NUMBER, parameters.WAIT_FORWARD)
-_PAGE = (parameters.LIMIT, parameters.ORDER, parameters.CURSOR)
-_ANSWER_IP = (parameters.SESSION, parameters.VM_ADDRESS, parameters.ERROR_MESSAGE)
 _NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
 _NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
 _ANY = {"type": "object"}
@@ -667,28 +655,28 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "Report what a worker observed of its VM",
               body=ref("VMReport"), problems=(404,)),
     Operation("GET", "/vms/{name}/events", API.list_events, "compute:read", "Retrieve events for a given VM",
-              answer=ref("Events"), problems=(404,), query=_PAGE, answer_headers=_NEXT),
+              answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT),
     Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to those of a VM",
               body=ref("Events"), problems=(404,), query=(parameters.UID,)),
     Operation("GET", "/vms/{name}/port-forward", API.forward_vm, "compute:connect",
               "Port-forward to a VM using WebSocket protocol: binary messages carry the bytes",
-              problems=(404, 503), query=_FORWARD, websocket=True, bearer=_VM_TOKEN, waits=True),
+              problems=(404, 503), query=parameters.FORWARD, websocket=True, bearer=_VM_TOKEN, waits=True),
     Operation("GET", "/vms/{name}/ip", API.resolve_ip, "compute:connect", "Resolve the VM's IP address on the worker",
               answer=ref("IP"), problems=(404, 503), query=(parameters.WAIT_ADDRESS,), bearer=_VM_TOKEN, waits=True),
     Operation("GET", "/vms/{name}/exec", API.execute, "compute:connect",
               "Run a command in a VM over SSH: JSON in text frames, data in base64. `env[NAME]=value` sets variables",
-              problems=(404, 503), query=_EXEC, websocket=True, bearer=_VM_TOKEN, waits=True),
+              problems=(404, 503), query=parameters.EXEC, websocket=True, bearer=_VM_TOKEN, waits=True),
     Operation("POST", "/vms/{name}/access-tokens", API.issue_token, "compute:write",
               "Issue a temporary VM access token", body=ref("IssueVMAccessTokenRequest"), body_required=False,
               answer=ref("VMAccessToken"), problems=(404,)),
     Operation("GET", "/workers/{name}/port-forward", API.forward_worker, "admin:write",
               "Port-forward to a worker using WebSocket protocol: binary messages carry the bytes",
-              problems=(404, 503), query=_FORWARD, websocket=True, waits=True),
+              problems=(404, 503), query=parameters.FORWARD, websocket=True, waits=True),
     Operation("GET", "/rpc/port-forward", API.answer_forward, "compute:write",
               "Open the worker's end of the tunnel that a portForwardAction asked for",
               problems=(404,), query=(parameters.SESSION, parameters.ERROR_MESSAGE), websocket=True),
     Operation("POST", "/rpc/resolve-ip", API.answer_ip, "compute:write", "Answer a resolveIPAction",
-              problems=(404,), query=_ANSWER_IP),
+              problems=(404,), query=parameters.ANSWER_IP),
     Operation("GET", "/rpc/watch", API.watch_rpc, "compute:read",
               "Receive actions for a worker over a WebSocket: one JSON object per binary message",
               problems=(404,), query=(parameters.WORKER_NAME,), websocket=True),

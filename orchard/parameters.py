@@ -50,8 +50,14 @@ COLS = Parameter("cols", "Columns of the terminal", _whole(1, vm_exec.MAX_TERMIN
 WORKDIR = Parameter("workdir", "Directory to run the command in", _TEXT)
 SESSION = Parameter("session", "The session of the action that is answered", _TEXT)
 ERROR_MESSAGE = Parameter("errorMessage", "Why the action failed; empty: it succeeded", _TEXT)
-VM_ADDRESS = Parameter("ip", "The VM's address", _TEXT)
+RESOLVED_ADDRESS = Parameter("ip", "The VM's address", _TEXT)
 WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required=True)
+
+# The parameters of operations with several.
+FORWARD = (PORT_NUMBER, WAIT_FORWARD)
+EXEC = (COMMAND, INTERACTIVE, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
+PAGE = (LIMIT, ORDER, CURSOR)
+ANSWER_IP = (SESSION, RESOLVED_ADDRESS, ERROR_MESSAGE)
 
 
 def read_text(query: Query, parameter: Parameter) -> str:
