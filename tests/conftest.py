@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness.processes import GENEROUS, processes_in
-from harness.programs import REASON, need
+from harness.programs import REASON, ROOT_REASON, need
 
 # For killed processes to be gone.
 DYING_SECONDS = 5.0
@@ -39,13 +40,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """List what was not tested for want of a program."""
-    skipped = terminalreporter.stats.get("skipped", [])
-    missed = [report.nodeid for report in skipped if REASON in str(report.longrepr)]
+    """List what was not tested for want of a program or of the rights of root, with the number of cases of each test."""
+    missed: dict[str, Counter[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        if reason.startswith((REASON, ROOT_REASON)):
+            missed.setdefault(reason, Counter())[report.nodeid.partition("[")[0]] += 1
     if missed:
-        terminalreporter.section("not tested for want of a program")
-        for nodeid in missed:
-            terminalreporter.line(nodeid)
+        terminalreporter.section("not tested on this machine")
+    for reason, tests in sorted(missed.items()):
+        terminalreporter.line(f"{reason}:")
+        for test, cases in tests.items():
+            terminalreporter.line(f"  {test}" + (f" ({cases} cases)" if cases > 1 else ""))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,7 +71,6 @@ def no_process_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an SSH server as it listens in a VM: admin/admin, with a shell of this host."""
-    need("ssh")
     # A home directory of its own, so that a developer's shell profile is not read.
     home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("home"))}
     process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True, env=home)

@@ -28,6 +28,7 @@ from orchard.storage.events import EventLog
 from orchard.store import Store
 
 
+@pytest.mark.needs("openssl")
 def test_first_start_creates_account_and_certificate_and_prints_them_once(tmp_path: Path) -> None:
     with controller(home=tmp_path) as (role, url):
         printed = "".join(role.said)

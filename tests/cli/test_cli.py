@@ -9,13 +9,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import urllib.request
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from harness.processes import GENEROUS, call_main, controller, finished, started
+from harness.programs import need
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
@@ -44,17 +43,11 @@ def test_demo_prints_each_step_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def curl(line: str) -> str:
-    """Run a printed curl command, and return what it prints; without curl, send the same request.
+    """Run a printed curl command, and return what it prints.
 
     With -N the answer has no end, and only its first line is returned.
     """
     words = shlex.split(line, comments=True)
-    if shutil.which("curl") is None:
-        options = dict(pairwise(words))
-        url = next(word for word in words if word.startswith("http://"))
-        body = options["-d"].encode() if "-d" in options else None
-        with urllib.request.urlopen(urllib.request.Request(url, body, method=options.get("-X"))) as answer:
-            return str((answer.readline() if "-N" in words else answer.read()).decode())
     with subprocess.Popen([*words, "-sS", "--fail-with-body"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         if "-N" in words:
@@ -66,6 +59,7 @@ def curl(line: str) -> str:
         return said
 
 
+@pytest.mark.needs("curl")
 def test_curl_commands_that_demo_keep_prints_work(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -97,6 +91,7 @@ def test_demo_ends_quietly_when_its_output_is_closed(tmp_path: Path) -> None:
     assert (role.log.read_text(), list(temporary.iterdir())) == ("", [])
 
 
+@pytest.mark.needs("curl")
 def test_dev_keeps_its_state(tmp_path: Path) -> None:
     arguments = ("dev", "--synthetic", "--port", "0", "--directory", str(tmp_path / "dev"), "--workers", "2")
     listening = re.compile(r"orchard .* for development: (\S+),")
@@ -114,6 +109,7 @@ def test_dev_keeps_its_state(tmp_path: Path) -> None:
         assert role.stop() == 0
 
 
+@pytest.mark.needs("openssl")
 def test_bootstrap_token_is_read_from_the_data_of_a_running_controller(tmp_path: Path) -> None:
     env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "t"}
     with controller(home=tmp_path, env=env):
@@ -180,6 +176,7 @@ HEALTHY = re.compile(
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the home of a controller that has ended, with two VMs, each with an event."""
+    need("curl", "openssl")
     home = tmp_path_factory.mktemp("kept")
     with controller("--insecure-no-auth", home=home) as (role, url):
         for name in ("a", "b"):

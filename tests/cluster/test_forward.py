@@ -440,6 +440,7 @@ async def assigned(c: Cluster, name: str) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.needs("openssl")
 async def test_tunnel_over_tls_between_processes(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         async with admin_client(url, tmp_path) as client, listening(echo) as port:

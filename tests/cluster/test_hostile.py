@@ -72,6 +72,7 @@ def test_ssh_connections_wait_while_no_file_descriptor_is_free(tmp_path: Path) -
     assert "retrying" in complaints[0]
 
 
+@pytest.mark.needs("openssl")
 def test_tls_older_than_1_2_is_refused(tmp_path: Path) -> None:
     with controller("--insecure-no-auth", home=tmp_path) as (role, url):
         port = url.rpartition(":")[2]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -29,6 +28,7 @@ from harness.hosts import (
     killing_leftovers,
 )
 from harness.processes import GENEROUS, LISTENING, PLAIN, controller, eventually, started
+from harness.programs import ROOT_REASON, need
 
 from orchard.client import Client, ConnectError
 
@@ -63,15 +63,15 @@ def ip(words: str) -> None:
     assert done.returncode == 0, f"ip {words}: {done.stderr}"
 
 
-def why_no_namespaces() -> str:
-    """Return why network namespaces cannot be made here; "" if they can."""
-    if shutil.which("ip") is None or shutil.which("nsenter") is None:
-        return "the program ip or nsenter is missing"
+@pytest.fixture
+def can_make_namespaces() -> None:
+    """Skip the test where network namespaces cannot be made."""
+    need("ip", "nsenter")
     name = f"orchard-try-{os.getpid()}"
     tried = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
-    if tried.returncode == 0:
-        subprocess.run(["ip", "netns", "delete", name], check=True)
-    return tried.stderr.strip()
+    if tried.returncode:
+        pytest.skip(f"{ROOT_REASON}: cannot make network namespaces: {tried.stderr.strip()}")
+    subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
 class Namespaces:
@@ -129,8 +129,6 @@ def namespaces() -> Iterator[Namespaces]:
 
 @asynccontextmanager
 async def in_namespaces(home: Path) -> AsyncIterator[Connected]:
-    if reason := why_no_namespaces():
-        pytest.skip(f"no network namespaces: {reason}")
     with (
         killing_leftovers(home),
         namespaces() as network,
@@ -202,7 +200,14 @@ async def registered(c: ProcessCluster, count: int) -> bool:
 # ---- the partition --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("connected", [in_namespaces, behind_a_proxy])
+@pytest.fixture(params=[in_namespaces, behind_a_proxy])
+def connected(request: pytest.FixtureRequest) -> Callable[[Path], AbstractAsyncContextManager[Connected]]:
+    if request.param is in_namespaces:
+        request.getfixturevalue("can_make_namespaces")
+    connect: Callable[[Path], AbstractAsyncContextManager[Connected]] = request.param
+    return connect
+
+
 async def test_vm_never_runs_on_both_sides_of_a_partition(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
@@ -291,6 +296,7 @@ def serving(*before: str) -> Iterator[tuple[int, Callable[[], str]]]:
             process.kill()
 
 
+@pytest.mark.usefixtures("can_make_namespaces")
 async def test_both_ends_of_a_tunnel_notice_a_cut_while_data_is_in_flight(tmp_path: Path) -> None:
     """A tunnel waits for a slow reader without limit, but not for one that is unreachable."""
     async with in_namespaces(tmp_path) as (c, _, cable):

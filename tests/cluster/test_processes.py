@@ -36,6 +36,7 @@ async def gone(directory: Path) -> None:
     await eventually(lambda: not list(directory.glob("orchard-*")))
 
 
+@pytest.mark.needs("openssl")
 async def test_vm_from_creation_to_deletion_over_tls_with_a_bootstrap_token(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (control, url):
         async with admin_client(url, tmp_path) as client:
@@ -157,6 +158,7 @@ async def test_worker_logs_why_it_cannot_connect_and_retries(tmp_path: Path) -> 
         assert "Traceback" not in worker.log.read_text()
 
 
+@pytest.mark.needs("openssl")
 async def test_worker_with_refused_credentials_exits_with_2(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         async with admin_client(url, tmp_path) as client:
@@ -174,6 +176,7 @@ async def test_worker_with_refused_credentials_exits_with_2(tmp_path: Path) -> N
                 assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.needs("openssl")
 async def test_worker_logs_that_it_does_not_trust_the_certificate(tmp_path: Path) -> None:
     other = tmp_path / "other"
     with controller(home=other, env=ADMIN_ENV):

@@ -103,6 +103,7 @@ async def test_worker_with_stop_vms_on_exit_stops_its_vms(tmp_path: Path) -> Non
         assert processes_in(c.host.tart_home) == []
 
 
+@pytest.mark.needs("ssh")
 async def test_vm_fails_if_its_worker_was_killed_while_its_script_ran(tmp_path: Path, sshd: int) -> None:
     async with process_cluster(tmp_path) as c:
         # The real ssh, with the port of the test's server.

@@ -2,32 +2,53 @@
 
 `tests/programs.txt` lists them. A test that runs one is marked `@pytest.mark.needs("rsync")`, or its fixture calls
 `need("rsync")`. Where the program is missing the test is skipped, and listed at the end of the run; with
-ORCHARD_REQUIRE_PROGRAMS=1 in the environment, as in `.ci/run`, it fails.
+ORCHARD_REQUIRE_PROGRAMS=1 in the environment, as in `.ci/run`, it fails. A test that only Linux or only root can run is
+skipped elsewhere, and the latter is listed, too.
+
+An asynchronous test uses the marker: pytest-trio loses the reason of a skip in the body of a test.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 REQUIRE = "ORCHARD_REQUIRE_PROGRAMS"
 LISTED = Path(__file__).parent.parent / "programs.txt"
+# How the reason of a skip begins.
 REASON = "needs the program"
+ROOT_REASON = "needs the rights of root"
 
 
-def packages() -> dict[str, str]:
-    """Return the Debian package of each program that the tests run."""
+@dataclass(frozen=True)
+class Program:
+    # Of Debian.
+    package: str
+    # Who can run its tests: "" for everybody, "Linux", or "root" (on Linux).
+    where: str = ""
+
+
+def listed() -> dict[str, Program]:
+    """Return the programs that the tests run, by their names."""
     lines = (line.split() for line in LISTED.read_text().splitlines() if line and not line.startswith("#"))
-    return {program: package for program, package in lines}  # noqa: C416 -- checks that there are two words a line
+    return {name: Program(*rest) for name, *rest in lines}
 
 
-def need(*programs: str) -> None:
-    """Skip the test that is running unless all `programs` are installed; fail it where they are required."""
-    known = packages()
-    missing = {program: known[program] for program in programs if shutil.which(program) is None}
+def need(*names: str) -> None:
+    """Skip the test that is running unless all programs are installed; fail it where they are required."""
+    known = listed()
+    wanted = {name: known[name] for name in names}
+    limits = {program.where for program in wanted.values()} - {""}
+    if limits and sys.platform != "linux":
+        pytest.skip("runs on Linux only")
+    if "root" in limits and os.geteuid() != 0:
+        pytest.skip(f"{ROOT_REASON}: runs {', '.join(names)}")
+    missing = {name: program.package for name, program in wanted.items() if shutil.which(name) is None}
     if not missing:
         return
     reason = f"{REASON} {', '.join(missing)} (Debian: apt-get install {' '.join(sorted(set(missing.values())))})"

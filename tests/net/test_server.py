@@ -29,6 +29,7 @@ import pytest
 import trio
 import trio.testing
 from harness.admission import Sender, admit_anybody
+from harness.programs import need
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
@@ -90,6 +91,7 @@ TRANSPORT: ContextVar[Contexts | None] = ContextVar("TRANSPORT", default=None)
 
 @pytest.fixture(scope="module")
 def contexts(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
+    need("openssl")
     directory: Path = tmp_path_factory.mktemp("tls")
     key, certificate = directory / "key.pem", directory / "cert.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
@@ -99,9 +101,9 @@ def contexts(tmp_path_factory: pytest.TempPathFactory) -> Contexts:
 
 
 @pytest.fixture(params=["plain", "tls"])
-def transport(request: pytest.FixtureRequest, contexts: Contexts) -> Iterator[str]:
+def transport(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test over plain sockets and over TLS."""
-    token = TRANSPORT.set(contexts if request.param == "tls" else None)
+    token = TRANSPORT.set(request.getfixturevalue("contexts") if request.param == "tls" else None)
     yield request.param
     TRANSPORT.reset(token)
 

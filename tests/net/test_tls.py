@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from harness.programs import need
 
 from orchard.net import tls
 from orchard.net.tls import NotTrustedError, TLSError, Trust
@@ -20,6 +21,7 @@ from orchard.net.tls import NotTrustedError, TLSError, Trust
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
     """Two certificates with their keys."""
+    need("openssl")
     directories = [tmp_path_factory.mktemp("tls") for _ in range(2)]
     return [trio.run(tls.self_signed, directory) for directory in directories]
 
@@ -72,6 +74,7 @@ async def test_self_signed_certificate_is_created_once(pairs: Pairs) -> None:
     assert {path.name for path in certificate.parent.iterdir()} == {"controller.crt", "controller.key"}
 
 
+@pytest.mark.needs("openssl")
 async def test_key_without_certificate_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "controller.key").write_text("half")
     certificate, key = await tls.self_signed(tmp_path)

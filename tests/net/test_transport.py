@@ -229,6 +229,7 @@ async def test_informational_answers_are_skipped() -> None:
 # ---- connection errors ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.needs("openssl")
 async def test_connection_errors_say_what_is_wrong(tmp_path: Path, nursery: trio.Nursery) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

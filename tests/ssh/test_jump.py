@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -85,6 +84,7 @@ async def jumping() -> AsyncIterator[Cluster]:
         yield c
 
 
+@pytest.mark.needs("ssh")
 async def test_openssh_client_runs_a_shell_in_a_vm(tmp_path: Path, sshd: int) -> None:
     async with jumping() as c:
         client = OpenSSH(c, tmp_path, sshd)
@@ -92,6 +92,7 @@ async def test_openssh_client_runs_a_shell_in_a_vm(tmp_path: Path, sshd: int) ->
         assert (ran.returncode, ran.stdout) == (7, b"in the vm\n"), ran.stderr
 
 
+@pytest.mark.needs("ssh")
 async def test_ssh_with_an_access_token_reaches_its_vm_only(tmp_path: Path, sshd: int) -> None:
     async with jumping() as c:
         issued = await c.client.vms.issue_access_token("vm")
@@ -107,6 +108,7 @@ async def test_ssh_with_an_access_token_reaches_its_vm_only(tmp_path: Path, sshd
 
 
 @pytest.mark.parametrize("mode", [(), ("-O",)], ids=["sftp", "scp"])
+@pytest.mark.needs("ssh", "scp")
 async def test_scp_in_both_directions(tmp_path: Path, sshd: int, mode: tuple[str, ...]) -> None:
     data = hashlib.shake_128(b"file").digest(8 * 1024 * 1024)
     source, there, back = (tmp_path / name for name in ("source", "there", "back"))
@@ -119,6 +121,7 @@ async def test_scp_in_both_directions(tmp_path: Path, sshd: int, mode: tuple[str
     assert back.read_bytes() == data
 
 
+@pytest.mark.needs("ssh", "sftp")
 async def test_sftp_in_both_directions(tmp_path: Path, sshd: int) -> None:
     data = hashlib.shake_128(b"file").digest(1024 * 1024)
     source, there, back, batch = (tmp_path / name for name in ("a source", "there", "back", "batch"))
@@ -131,8 +134,8 @@ async def test_sftp_in_both_directions(tmp_path: Path, sshd: int) -> None:
     assert not there.exists(), "sftp must have removed it in the VM"
 
 
+@pytest.mark.needs("ssh", "rsync")
 async def test_rsync_in_both_directions(tmp_path: Path, sshd: int) -> None:
-    assert shutil.which("rsync"), "this test needs rsync: apt-get install rsync, or brew install rsync"
     files = {
         "small": b"1\n",
         "a name with a blank": b"2\n",
@@ -159,6 +162,7 @@ async def test_rsync_in_both_directions(tmp_path: Path, sshd: int) -> None:
         assert {name: path.read_bytes() for name, path in found.items()} == files
 
 
+@pytest.mark.needs("ssh")
 async def test_local_forwarding_of_a_vms_port(tmp_path: Path, sshd: int) -> None:
     local = free_port()
     async with jumping() as c, listening(echo) as port, trio.open_nursery() as nursery:
@@ -188,6 +192,7 @@ async def test_local_forwarding_of_a_vms_port(tmp_path: Path, sshd: int) -> None
     assert processes_in(tmp_path) == []
 
 
+@pytest.mark.needs("ssh")
 async def test_vm_name_with_capitals_is_found_in_lower_case(tmp_path: Path, sshd: int) -> None:
     async with cluster(auth=True, ssh=True) as c:
         await c.client.vms.create(name="Vm", image="any")
@@ -195,6 +200,7 @@ async def test_vm_name_with_capitals_is_found_in_lower_case(tmp_path: Path, sshd
         assert (await OpenSSH(c, tmp_path, sshd).run("ssh", "Vm", stdin=b"echo hi")).stdout == b"hi\n"
 
 
+@pytest.mark.needs("ssh")
 async def test_ambiguous_vm_name_in_lower_case_is_refused(tmp_path: Path) -> None:
     async with cluster(auth=True, ssh=True) as c:
         for name in ("Vm", "vM"):
@@ -203,6 +209,7 @@ async def test_ambiguous_vm_name_in_lower_case_is_refused(tmp_path: Path) -> Non
         assert b"Vm, vM" in ran.stderr
 
 
+@pytest.mark.needs("ssh")
 async def test_two_sessions_over_one_connection_to_the_jump_host(
     tmp_path: Path, sshd: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +247,7 @@ async def test_two_sessions_over_one_connection_to_the_jump_host(
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.needs("ssh")
 async def test_answer_arrives_after_the_clients_end_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = trio.Event()
     answer = hashlib.shake_128(b"answer").digest(3_000_000)
@@ -261,6 +269,7 @@ async def test_answer_arrives_after_the_clients_end_of_file(tmp_path: Path, monk
         assert ran.stdout == answer
 
 
+@pytest.mark.needs("ssh")
 async def test_tunnel_is_closed_when_the_vm_is_silent_after_the_clients_end_of_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +336,7 @@ async def test_ssh_client_that_does_not_read_stops_its_vm_for_any_window_size() 
         (("-s", "jump", "sftp"), b"open failed"),
     ],
 )
+@pytest.mark.needs("ssh")
 async def test_shells_remote_forwarding_and_other_hosts_are_refused(
     tmp_path: Path, words: tuple[str, ...], reason: bytes
 ) -> None:
@@ -337,6 +347,7 @@ async def test_shells_remote_forwarding_and_other_hosts_are_refused(
         assert reason in ran.stderr
 
 
+@pytest.mark.needs("ssh")
 async def test_closed_port_of_a_vm_is_refused_with_the_reason(tmp_path: Path) -> None:
     closed_port = free_port()
     async with jumping() as c:
@@ -345,6 +356,7 @@ async def test_closed_port_of_a_vm_is_refused_with_the_reason(tmp_path: Path) ->
         assert b"connection refused" in ran.stderr
 
 
+@pytest.mark.needs("ssh")
 async def test_deleting_a_vm_ends_its_ssh_connections(tmp_path: Path, sshd: int) -> None:
     async with jumping() as c, trio.open_nursery() as nursery:
         client = OpenSSH(c, tmp_path, sshd)
@@ -367,6 +379,7 @@ async def test_deleting_a_vm_ends_its_ssh_connections(tmp_path: Path, sshd: int)
     ("user", "password"),
     [("bootstrap-admin", "pw-1"), ("nobody", "pw-2"), ("token", "x.y.z"), ("reader", "pw-3"), ("root", "pw-4")],
 )
+@pytest.mark.needs("ssh")
 async def test_wrong_credentials_are_refused_and_logged_without_the_password(
     tmp_path: Path, user: str, password: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -577,6 +590,7 @@ def test_ipv6_network_is_one_source_of_logins() -> None:
     assert delays.delay("2001:db8::1") == 0.0
 
 
+@pytest.mark.needs("ssh")
 async def test_jump_host_without_authentication(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
     settings = ControllerSettings(
         data_dir=tmp_path / "data",

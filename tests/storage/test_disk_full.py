@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import pytest
 from harness.clients import call
 from harness.disks import SmallDisk
 from harness.processes import PLAIN, at_last, controller
+from harness.programs import ROOT_REASON, need
 from harness.stores import (
     ACCOUNT,
     SETTINGS,
@@ -190,8 +190,7 @@ async def test_start_without_space_for_the_reserve_refuses_additions_until_there
 @pytest.fixture(params=["tmpfs", "ext4"])
 def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """Mount a file system of 8 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system; the tests above do without")
+    need("mount", *(["mkfs.ext4"] if request.param == "ext4" else []))
     point, image = tmp_path / "mounted", tmp_path / "image"
     point.mkdir()
     if request.param == "tmpfs":
@@ -203,7 +202,7 @@ def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         mount = ["mount", "-o", "loop", str(image), str(point)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"this root cannot mount: {done.stderr.strip()}")
+        pytest.skip(f"{ROOT_REASON}: cannot mount: {done.stderr.strip()}")
     yield point
     subprocess.run(["umount", point], check=True)
 

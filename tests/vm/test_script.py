@@ -254,6 +254,7 @@ def processes_with(password: str) -> list[int]:
     return found
 
 
+@pytest.mark.needs("ssh")
 async def test_ssh_is_retried_until_the_guest_answers(port: int, nursery: trio.Nursery) -> None:
     front = Front(None, None, port)
     await nursery.start(front.serve)
@@ -262,6 +263,7 @@ async def test_ssh_is_retried_until_the_guest_answers(port: int, nursery: trio.N
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.needs("ssh")
 async def test_ssh_is_retried_while_the_account_does_not_exist(port: int, nursery: trio.Nursery) -> None:
     with server(SSHD_PASSWORD="not yet") as (_, first):
         front = Front(first, port)
@@ -271,6 +273,7 @@ async def test_ssh_is_retried_while_the_account_does_not_exist(port: int, nurser
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.needs("ssh")
 async def test_guest_that_never_answers_fails_with_the_last_reason(nursery: trio.Nursery, clock: Clock) -> None:
     front = Front(None, ...)
     await nursery.start(front.serve)
@@ -288,6 +291,7 @@ async def test_guest_that_never_answers_fails_with_the_last_reason(nursery: trio
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.needs("ssh")
 async def test_script_has_no_time_limit(port: int, nursery: trio.Nursery, clock: Clock, tmp_path: Path) -> None:
     lines: list[str] = []
 
@@ -301,6 +305,7 @@ async def test_script_has_no_time_limit(port: int, nursery: trio.Nursery, clock:
     assert await run(port, text, lines=lines, give_up=math.inf) == ["begun", "over"]
 
 
+@pytest.mark.needs("ssh")
 async def test_wrong_password_fails_and_is_not_shown(
     port: int, nursery: trio.Nursery, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -326,6 +331,7 @@ async def test_password_with_line_break_or_nul_is_refused() -> None:
 
 
 @pytest.mark.parametrize("password", ["$HOME `id` \"'\\ %s", " é ", "-n", "*"])
+@pytest.mark.needs("ssh")
 async def test_password_with_special_characters_is_passed_unchanged(password: str) -> None:
     with server(SSHD_PASSWORD=password) as (_, port):
         assert await run(SSHServer("127.0.0.1", port, password_seconds=0), "echo in", password=password) == ["in"]
@@ -346,6 +352,7 @@ def check_files(temporary: Path, password: str) -> None:
     assert [password in path.read_text() for path in directory.iterdir()] == [False]
 
 
+@pytest.mark.needs("ssh")
 async def test_password_is_in_no_argument_list_and_no_file(
     tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +370,7 @@ async def test_password_is_in_no_argument_list_and_no_file(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.needs("ssh")
 async def test_cancelled_script_leaves_no_process_and_no_file(
     port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +388,7 @@ async def test_cancelled_script_leaves_no_process_and_no_file(
     assert os.listdir(tmp_path) == []  # noqa: PTH208
 
 
+@pytest.mark.needs("ssh")
 async def test_exception_from_on_line_ends_the_script(port: int) -> None:
     async def on_line(line: str) -> None:
         raise RuntimeError(line)
@@ -388,16 +397,19 @@ async def test_exception_from_on_line_ends_the_script(port: int) -> None:
         await run_over_ssh(SSHServer("127.0.0.1", port), Script("echo begun; sleep 1000"), on_line)
 
 
+@pytest.mark.needs("ssh")
 async def test_exit_code_255_of_a_script_is_not_a_lost_connection(port: int) -> None:
     with pytest.raises(ScriptFailed, match="exit code 255: x") as failed:
         await run(port, "echo x; exit 255")
     assert (failed.value.exit_code, failed.value.last_line) == (255, "x")
 
 
+@pytest.mark.needs("ssh")
 async def test_script_ends_although_its_background_processes_run_on(port: int) -> None:
     assert await run(port, "sleep 1000 & echo over") == ["over"]
 
 
+@pytest.mark.needs("ssh")
 async def test_output_and_options_of_a_profile_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / ".bash_profile").write_text("echo welcome; echo warning >&2; set -eu; export FROM_PROFILE=yes\n")
     lines: list[str] = []
@@ -406,6 +418,7 @@ async def test_output_and_options_of_a_profile_do_not_matter(tmp_path: Path) -> 
     assert lines == ["yes"]
 
 
+@pytest.mark.needs("ssh")
 async def test_lost_connection_fails_and_the_script_is_not_run_again(nursery: trio.Nursery) -> None:
     lines: list[str] = []
     with server() as (process, port):
@@ -420,6 +433,7 @@ async def test_lost_connection_fails_and_the_script_is_not_run_again(nursery: tr
     assert lines == ["begun"]
 
 
+@pytest.mark.needs("ssh")
 async def test_script_that_kills_its_shell_fails_with_unknown_end(port: int) -> None:
     with pytest.raises(DriverError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
         await run(port, "kill -9 $$")
@@ -430,6 +444,7 @@ async def test_missing_ssh_program_is_named() -> None:
         await run(1, "echo", program="/none/ssh")
 
 
+@pytest.mark.needs("ssh")
 async def test_completed_script_leaves_no_file(port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     await run(port, "echo")
