@@ -1,12 +1,13 @@
-"""Certificates: self-signed at the first start, pinned by clients, shown as fingerprints. Law: files, and `openssl`.
+"""Certificates and TLS contexts: a self-signed certificate for the first start, fingerprints, and whom a client trusts.
 
 The controller makes its own certificate with the system's `openssl`, so that no package for it is needed. Key and
-certificate are two files: the key is in place before the certificate, so a crash in between leaves a key without a
-certificate, and the next start makes both anew.
+certificate are two files. The key is in place before the certificate, so a crash in between leaves a key without a
+certificate, and the next start makes both again.
 
-A client that *pins* a certificate trusts it alone, whatever host name it is asked for: the handshake ends with the
-comparison of what the server has shown, byte by byte, before the first byte of a request is sent. `Trust.secure`
-does both, so that nobody can do one without the other.
+A client that *pins* a certificate trusts only that one, whatever the host name is. The handshake ends with a comparison of
+the whole certificate, before the first byte of a request is sent. `Trust.secure` does both, so neither can be forgotten.
+
+The server's end of a TLS connection is in streams.py.
 """
 
 from __future__ import annotations
@@ -22,28 +23,32 @@ import trio
 
 from orchard.files import TLS_CERTIFICATE_FILE, TLS_KEY_FILE, write_private
 
-HOST_NAME = "orchard-controller"  # in the certificate; existing clients ask for it by this name
-DAYS = 3650  # a certificate that nobody renews must not run out
-OPENSSL_SECONDS = 30.0  # a key on an elliptic curve takes none of them
-MAX_COMPLAINT = 400  # characters of what openssl says
-NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})  # what comes is something else
+# The name in the certificate. Existing clients ask for it.
+_HOST_NAME = "orchard-controller"
+# Nothing renews the certificate, so it must not expire.
+_DAYS = 3650
+# Creating a key on an elliptic curve takes milliseconds.
+_OPENSSL_SECONDS = 30.0
+_MAX_ERROR = 400  # characters of what openssl prints
+# The reasons that OpenSSL gives for bytes which are not TLS.
+_NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 
-NO_OPENSSL = (
-    "there is no openssl on PATH to make a certificate with; install it,"
-    " or give a certificate with --controller-cert and --controller-key, or do without TLS by --insecure-no-tls"
+_NO_OPENSSL = (
+    "openssl, which creates the certificate, is not on PATH; install it,"
+    " or pass a certificate with --controller-cert and --controller-key, or serve without TLS with --insecure-no-tls"
 )
 
 
 class TLSError(Exception):
-    """A certificate or key can't be made, used or trusted; str() says which, and what to do."""
+    """A certificate or key cannot be created, used or trusted. The message names it and the remedy."""
 
 
 class NotTrustedError(TLSError):
-    """The server showed another certificate than the one to trust."""
+    """The server presented a certificate that the client does not trust."""
 
 
 def pem_to_der(pem: bytes) -> bytes:
-    """Give the first certificate of a PEM text. Raises TLSError when there is none."""
+    """Return the first certificate of a PEM text in DER. Raises TLSError if there is none."""
     begin, end = b"-----BEGIN CERTIFICATE-----", b"-----END CERTIFICATE-----"
     _, found, rest = pem.partition(begin)
     body, closed, _ = rest.partition(end)
@@ -52,11 +57,11 @@ def pem_to_der(pem: bytes) -> bytes:
             return ssl.PEM_cert_to_DER_cert((begin + body + end).decode("ascii"))
     except ValueError:
         pass
-    raise TLSError("there is no certificate in PEM")
+    raise TLSError("no certificate in PEM format found")
 
 
 def fingerprint(pem: bytes) -> str:
-    """Give the SHA-256 fingerprint of a certificate as `openssl x509 -fingerprint` writes it. Raises TLSError."""
+    """Return the SHA-256 fingerprint of a PEM certificate as `openssl x509 -fingerprint` prints it. Raises TLSError."""
     return _hash(pem_to_der(pem))
 
 
@@ -64,11 +69,13 @@ def fingerprint(pem: bytes) -> str:
 
 
 async def self_signed(directory: Path) -> tuple[Path, Path]:
-    """Give (certificate, key) of a directory, made at the first call. Raises TLSError."""
+    """Return the certificate and the key of a directory, which the first call creates. Raises TLSError."""
     certificate, key = directory / TLS_CERTIFICATE_FILE, directory / TLS_KEY_FILE
     if certificate.exists():
         if not key.exists():
-            raise TLSError(f"{certificate} has no key: {key} is missing; bring it back, or remove the certificate, too")
+            raise TLSError(
+                f"{key} is missing, the key of {certificate}; restore the key, or remove the certificate to create both again"
+            )
         return certificate, key
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="tls-") as draft:
@@ -81,38 +88,38 @@ async def self_signed(directory: Path) -> tuple[Path, Path]:
 
 
 async def _make(certificate: Path, key: Path) -> None:
-    """Have openssl make a key on the curve P-384 and a certificate for it."""
+    """Create a key on the curve P-384 and a certificate for it with openssl."""
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:secp384r1", "-nodes"]
-    command += ["-sha384", "-days", str(DAYS), "-subj", f"/CN={HOST_NAME}"]
-    command += ["-addext", f"subjectAltName=DNS:{HOST_NAME}", "-keyout", str(key), "-out", str(certificate)]
-    complaint = b""
+    command += ["-sha384", "-days", str(_DAYS), "-subj", f"/CN={_HOST_NAME}"]
+    command += ["-addext", f"subjectAltName=DNS:{_HOST_NAME}", "-keyout", str(key), "-out", str(certificate)]
+    error_output = b""
     try:
-        with trio.move_on_after(OPENSSL_SECONDS) as patience:
+        with trio.move_on_after(_OPENSSL_SECONDS) as patience:
             ended = await trio.run_process(
                 command, stdin=b"", capture_stderr=True, stdout=subprocess.DEVNULL, check=False
             )  # fmt: skip
-            complaint = ended.stderr or b""
+            error_output = ended.stderr or b""
             if ended.returncode == 0:
                 return
     except FileNotFoundError:
-        raise TLSError(NO_OPENSSL) from None
+        raise TLSError(_NO_OPENSSL) from None
     except OSError as error:
         raise TLSError(f"cannot run openssl: {error.strerror}") from error
-    said = complaint.decode("utf-8", "replace").strip()[-MAX_COMPLAINT:]
+    said = error_output.decode("utf-8", "replace").strip()[-_MAX_ERROR:]
     if patience.cancelled_caught:
-        said = f"it did not end within {OPENSSL_SECONDS:g} seconds"
-    raise TLSError(f"openssl cannot make a certificate: {said}")
+        said = f"not finished within {_OPENSSL_SECONDS:g} seconds"
+    raise TLSError(f"openssl cannot create a certificate: {said}")
 
 
 def _put_in_place(made: tuple[Path, Path], wanted: tuple[Path, Path]) -> None:
-    """Move key and certificate where they belong, durably, the certificate last."""
+    """Move the key and then the certificate to their places, each durably."""
     (made_certificate, made_key), (certificate, key) = made, wanted
     write_private(key, made_key.read_bytes())
     write_private(certificate, made_certificate.read_bytes())
 
 
 def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
-    """Make the context of a server that shows `certificate`. Raises TLSError naming the file that is wrong."""
+    """Return the TLS context of a server with a certificate and its key. Raises TLSError, which names the file."""
     for path in (certificate, key):
         try:
             mode = path.stat().st_mode
@@ -120,17 +127,21 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
         except OSError as error:
             raise TLSError(f"cannot read {path}: {error.strerror}") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise TLSError(f"{key} can be read by others than its owner (mode {stat.S_IMODE(mode):o}); chmod 600 it")
+        raise TLSError(
+            f"{key} has mode {stat.S_IMODE(mode):o}, so others can read it, expected 600; run: chmod 600 {key}"
+        )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A client of TLS 1.2 could make the server do handshakes without end.
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     try:
-        # An encrypted key would make OpenSSL ask on the terminal for its password.
+        # Without `password` OpenSSL would ask on the terminal for the password of an encrypted key.
         context.load_cert_chain(certificate, key, password=lambda: "")
     except (ssl.SSLError, OSError) as error:
-        raise TLSError(f"{certificate} and {key} are no certificate and its key in PEM: {reason_of(error)}") from error
+        raise TLSError(
+            f"{certificate} and {key} are not a certificate and its key in PEM format: {reason_of(error)}"
+        ) from error
     return context
 
 
@@ -138,9 +149,9 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
 
 
 class Trust:
-    """Whom a client trusts: the host's CAs, or with `pinned`, a certificate in PEM, nobody but that.
+    """Which servers a client trusts: those that the host's CAs certify, or only the one with the `pinned` certificate.
 
-    Raises TLSError when `pinned` is no certificate.
+    `pinned` is in PEM. Raises TLSError if it is not a certificate.
     """
 
     def __init__(self, pinned: bytes | None = None) -> None:
@@ -149,17 +160,16 @@ class Trust:
             self._context = ssl.create_default_context()
         else:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            # Names and dates don't matter, nor who signed it: `secure` compares the whole certificate.
+            # Names, dates and the issuer do not matter, because `secure` compares the whole certificate.
             self._context.check_hostname = False
             self._context.verify_mode = ssl.CERT_NONE
         self._context.minimum_version = ssl.TLSVersion.TLSv1_2
         self._context.set_alpn_protocols(["http/1.1"])
 
     async def secure(self, stream: trio.abc.Stream, host: str) -> trio.SSLStream[trio.abc.Stream]:
-        """Speak TLS over a stream, with a server that is known to be the right one when this returns.
+        """Shake hands over a stream. When this returns, the server is one that is trusted.
 
-        The stream is the caller's to close. Raises TLSError, NotTrustedError; BrokenResourceError when the connection
-        breaks.
+        The caller closes `stream`. Raises TLSError, NotTrustedError; BrokenResourceError if the connection breaks.
         """
         secured = trio.SSLStream(stream, self._context, server_hostname=host)
         try:
@@ -168,15 +178,15 @@ class Trust:
             cause = error.__cause__
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise NotTrustedError(f"its certificate is not trusted: {cause.verify_message}") from error
-            if isinstance(cause, ssl.SSLError) and cause.reason in NOT_TLS:
-                raise TLSError("it does not speak TLS; is it http:// and not https://?") from error
+            if isinstance(cause, ssl.SSLError) and cause.reason in _NOT_TLS:
+                raise TLSError("the server does not speak TLS; is its URL http:// instead of https://?") from error
             if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
                 raise TLSError(f"the TLS handshake failed: {reason_of(cause)}") from error
             raise
         shown = secured.getpeercert(binary_form=True) or b""
         if self._pinned is not None and shown != self._pinned:
             raise NotTrustedError(
-                f"its certificate is another one than the one to trust: {_hash(shown)}, expected {_hash(self._pinned)}"
+                f"the fingerprint of its certificate is {_hash(shown)}, expected {_hash(self._pinned)}"
             )
         return secured
 

@@ -182,7 +182,7 @@ async def test_worker_logs_that_it_does_not_trust_the_certificate(tmp_path: Path
     with controller(home=other, env=ADMIN_ENV):
         wrong = (other / "controller" / "controller.crt").read_bytes()
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
-        for certificate, words in ((wrong, "another one than the one to trust"), (None, "not trusted")):
+        for certificate, words in ((wrong, "fingerprint of its certificate"), (None, "not trusted")):
             token = BootstrapToken("bootstrap-admin", "admin-token", certificate)
             arguments = (url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", str(token))
             with started("worker", *arguments, home=tmp_path) as worker:

@@ -1,4 +1,4 @@
-"""Certificates: made, shown, pinned; and what is said when they can't be."""
+"""Certificates are created, presented and pinned; errors name the file and the remedy."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Pairs = list[tuple[Path, Path]]
 
 @asynccontextmanager
 async def connected(certificate: Path, key: Path, trust: Trust, host: str = "127.0.0.1") -> AsyncIterator[bytes]:
-    """Shake hands over a memory stream, and give what the server then says."""
+    """Shake hands over a memory stream, and yield what the server sends then."""
     ours, theirs = trio.testing.memory_stream_pair()
     server = trio.SSLStream(theirs, tls.server_context(certificate, key), server_side=True)
 
@@ -100,7 +100,7 @@ async def test_error_of_openssl_is_in_the_message(tmp_path: Path, monkeypatch: p
     program.write_text("#!/bin/sh\necho no entropy today >&2\nexit 1\n")
     program.chmod(0o700)
     monkeypatch.setenv("PATH", str(program.parent))
-    with pytest.raises(TLSError, match="openssl cannot make a certificate: no entropy today"):
+    with pytest.raises(TLSError, match="no entropy today"):
         await tls.self_signed(tmp_path)
     assert os.listdir(tmp_path) == ["bin"]  # noqa: PTH208 -- not for an asynchronous function
 
@@ -111,13 +111,13 @@ def test_key_that_others_can_read_is_refused(tmp_path: Path, pairs: Pairs) -> No
     open_key.write_bytes(key.read_bytes())
     for mode in (0o640, 0o604):
         open_key.chmod(mode)
-        with pytest.raises(TLSError, match=f"open.key can be read by others.*{mode:o}.*chmod 600"):
+        with pytest.raises(TLSError, match=rf"open\.key has mode {mode:o}.*chmod 600"):
             tls.server_context(certificate, open_key)
 
 
 def test_certificate_and_key_that_do_not_match_are_named(tmp_path: Path, pairs: Pairs) -> None:
     (mine, _), (_, other) = pairs
-    with pytest.raises(TLSError, match=r"controller\.crt and .*controller\.key are no certificate and its key"):
+    with pytest.raises(TLSError, match=r"controller\.crt and .*controller\.key are not a certificate and its key"):
         tls.server_context(mine, other)
     with pytest.raises(TLSError, match=r"cannot read .*none\.crt: No such file"):
         tls.server_context(tmp_path / "none.crt", other)
@@ -154,7 +154,7 @@ async def test_self_signed_certificate_is_refused_without_pinning(pairs: Pairs) 
 async def test_server_without_tls_is_reported(nursery: trio.Nursery) -> None:
     ours, theirs = trio.testing.memory_stream_pair()
     nursery.start_soon(theirs.send_all, b"HTTP/1.1 400 Bad Request\r\n\r\n")
-    with pytest.raises(TLSError, match="does not speak TLS; is it http://"):
+    with pytest.raises(TLSError, match="http://"):
         await Trust().secure(ours, "h")
 
 
@@ -163,7 +163,7 @@ async def test_server_without_tls_is_reported(nursery: trio.Nursery) -> None:
     [b"", b"x", b"-----BEGIN CERTIFICATE-----\n-", b"-----BEGIN CERTIFICATE-----\n\xff\n-----END CERTIFICATE-----"],
 )
 def test_text_without_a_certificate_cannot_be_pinned(pem: bytes) -> None:
-    with pytest.raises(TLSError, match="no certificate in PEM"):
+    with pytest.raises(TLSError, match="PEM"):
         Trust(pem)
 
 
