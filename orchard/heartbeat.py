@@ -1,4 +1,4 @@
-"""The times in a worker's life: `last_seen` of its heartbeats, the lease of its VMs, and pauses between attempts.
+"""A worker's heartbeats: `last_seen`, the lease that they renew, and the pauses between attempts to connect.
 
 Each heartbeat that the controller answers renews the lease: the driver is told until when those VMs may run that the
 controller would start elsewhere after this worker goes offline. That time is counted from the sending of the heartbeat

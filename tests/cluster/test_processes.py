@@ -64,6 +64,7 @@ async def test_vm_from_creation_to_deletion_over_tls_with_a_bootstrap_token(tmp_
                 assert secret not in said
 
 
+@pytest.mark.slow
 async def test_worker_that_was_killed_removes_its_vms_when_it_is_back(tmp_path: Path) -> None:
     with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
         async with Client(url) as client:
@@ -93,6 +94,7 @@ async def test_worker_that_was_killed_removes_its_vms_when_it_is_back(tmp_path: 
                 assert worker.stop() == 0
 
 
+@pytest.mark.slow
 async def test_vms_run_on_while_the_controller_is_away(tmp_path: Path) -> None:
     port = free_port()
     listen = ("--listen", f"127.0.0.1:{port}", "--insecure-no-tls", "--insecure-no-auth")
