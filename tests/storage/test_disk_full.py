@@ -137,12 +137,17 @@ async def test_used_up_reserve_refuses_reports_without_loss(data: Path, autojump
         assert found(data).json == store.state.json
 
 
-async def test_space_freed_by_another_program_is_noticed(data: Path, autojump_clock: MockClock) -> None:
+async def test_space_freed_by_another_program_is_noticed(
+    data: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     disk = SmallDisk(data, ROOM)
     async with running_store(open_store(data, disk)) as store:
         names = await add_until_full(store)
         disk.room += 2 * ROOM
         await wait_not_full(store)
+        logged = [record.getMessage() for record in caplog.records]
+        assert [line.partition(",")[0] for line in logged] == ["disk full", "disk has space again"]
         assert (data / "reserve").stat().st_size == RESERVE_BYTES
         assert len(await add_until_full(store)) > len(names)
         assert found(data).json == store.state.json

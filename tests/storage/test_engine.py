@@ -16,16 +16,17 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from harness.disks import FailingDisk, HeldDisk, SmallDisk, UnsyncedDisk
+from harness.disks import FailingDisk, HeldDisk, SmallDisk, UnsyncedDisk, no_space
 from harness.stores import ACCOUNT, delete, open_store, put, read, refused_write, running_store, wait_not_full
 from harness.strategies import BEGAN, assigned, failed, pending, worker
 from trio.testing import MockClock
 
 import orchard.store
 from orchard.files import STATE_FILE
+from orchard.nursery import unwrap_groups
 from orchard.storage import engine
 from orchard.storage.engine import Batch, FileEngine, snapshot_lines
-from orchard.storage.errors import DamagedError, StorageFullError
+from orchard.storage.errors import BrokenError, DamagedError, StorageFullError, StorageUnavailableError
 from orchard.storage.journal import Disk, Journal
 from orchard.store import Store, encode_object
 
@@ -185,6 +186,12 @@ async def test_failed_compaction_is_postponed(tmp_path: Path, monkeypatch: pytes
         assert read(tmp_path).json == store.state.json
 
 
+async def run_inline(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Run work without a thread. The mock clock would jump while a thread works."""
+    await trio.lowlevel.checkpoint()
+    return work(*arguments)
+
+
 class NearlyFullDisk(Disk):
     """A disk that takes at most `most` bytes at a time."""
 
@@ -197,13 +204,8 @@ class NearlyFullDisk(Disk):
 
 
 async def test_failed_compaction_on_a_full_disk_writes_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:
-    # The mock clock would jump while a thread works.
-    async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
-        await trio.lowlevel.checkpoint()
-        return work(*arguments)
-
     disk = NearlyFullDisk()
-    async with running_store(Store.open(tmp_path, BEGAN, disk, in_thread=at_once)) as store:
+    async with running_store(Store.open(tmp_path, BEGAN, disk, in_thread=run_inline)) as store:
         # After these changes a snapshot would be smaller than the file.
         for _ in range(5):
             put(store, pending("a"))
@@ -220,6 +222,32 @@ async def test_failed_compaction_on_a_full_disk_writes_nothing(tmp_path: Path, a
         put(store, pending("b"))
         await store.wait_durable()
     assert read(tmp_path).json == store.state.json
+
+
+async def test_uncertain_compaction_on_a_full_disk_ends_the_store(tmp_path: Path, autojump_clock: MockClock) -> None:
+    disk = FailingDisk()
+    store = Store.open(tmp_path, BEGAN, disk, in_thread=run_inline)
+
+    async def fill_and_compact() -> None:
+        async with running_store(store):
+            # After these changes a snapshot is smaller than the file.
+            for _ in range(5):
+                put(store, pending("a"))
+                await store.wait_durable()
+            disk.fault = no_space
+            put(store, failed(store.state.vms["a"]))
+            await refused_write(store, StorageFullError)
+            # The reserve cannot be filled, and the compaction that follows fails when the directory is synced.
+            codes = iter([errno.ENOSPC])
+            disk.fault = lambda verb, number: {"write": next(codes, 0), "sync_directory": errno.EIO}.get(verb, 0)
+            await trio.sleep_forever()
+
+    with pytest.raises(BrokenError, match="renaming"), unwrap_groups():
+        await fill_and_compact()
+    assert store.broken.endswith("restart it")
+    with pytest.raises(StorageUnavailableError), store.transaction():
+        raise AssertionError("the block was entered")
+    assert set(read(tmp_path).vms) == {"a"}
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
