@@ -209,6 +209,14 @@ class _Write:
                 self.batch.put(key, change.json, is_new=change.old is None)
 
 
+@dataclass(slots=True)
+class _FullDisk:
+    """Why nothing can be added, and when by trio's clock the engine's `upkeep` is due."""
+
+    why: str
+    upkeep_at: float
+
+
 class Store:
     """The state of a cluster. Made by `Store.open`; `run` must be running for anything to become durable."""
 
@@ -218,8 +226,8 @@ class Store:
         self.broken = ""
         self._engine = engine
         self._in_thread = in_thread
-        # By trio's clock; infinite while the disk is not full.
-        self._upkeep_at = math.inf
+        # What the engine's `full` was after its last call.
+        self._full_disk: _FullDisk | None = None
         # The transactions since the last write began, and those that are being written.
         self._gathering: _Write | None = None
         self._writing: _Write | None = None
@@ -251,16 +259,14 @@ class Store:
             raise contents.contradicts_itself(problems[:5])
         engine.begin(state.tables(), now)
         store = cls(engine, state, in_thread)
-        if store.full:
-            # At once: `run` begins with it.
-            store._upkeep_at = 0.0
-            _log_full(store.full)
+        # When the disk is full, `run` begins with an upkeep.
+        store._follow_full(0.0)
         return store
 
     @property
     def full(self) -> str:
         """Why nothing can be added at present; empty when there is space."""
-        return self._engine.full
+        return self._full_disk.why if self._full_disk is not None else ""
 
     def close(self) -> None:
         """Close the file. What is not durable by then is lost."""
@@ -335,14 +341,15 @@ class Store:
         """Make transactions durable until cancelled. Raises BrokenError when it is not known what the disk holds."""
         task_status.started()
         while True:
-            with trio.move_on_at(self._upkeep_at):
+            upkeep_at = self._full_disk.upkeep_at if self._full_disk is not None else math.inf
+            with trio.move_on_at(upkeep_at):
                 await self._wakeup.wait()
             # The same change may have woken the scheduler. Its transaction shares this fsync.
             await trio.lowlevel.cancel_shielded_checkpoint()
-            if trio.current_time() >= self._upkeep_at:
+            if self._full_disk is not None and trio.current_time() >= upkeep_at:
                 await self._call_engine(self._engine.upkeep)
-                self._upkeep_at = trio.current_time() + UPKEEP_SECONDS
-                self._follow_full()
+                self._full_disk.upkeep_at = trio.current_time() + UPKEEP_SECONDS
+                self._follow_full(math.inf)
             if self._gathering is not None:
                 await self._write()
 
@@ -359,7 +366,7 @@ class Store:
             written.done.set()
             self._publish(written.changes)
         finally:
-            self._follow_full()
+            self._follow_full(trio.current_time() + UPKEEP_SECONDS)
 
     async def _call_engine(self, work: Callable[..., None], *arguments: Any) -> None:
         """Call the engine in a thread. Raises NotWrittenError; BrokenError, after those who wait have been told."""
@@ -375,14 +382,17 @@ class Store:
                 await trio.sleep(BROKEN_DELAY)
             raise
 
-    def _follow_full(self) -> None:
-        """Log that the disk became full or has space again, and plan the first upkeep or none."""
-        if self.full and self._upkeep_at == math.inf:
-            _log_full(self.full)
-            self._upkeep_at = trio.current_time() + UPKEEP_SECONDS
-        elif not self.full and self._upkeep_at < math.inf:
-            _logger.info("disk has space again")
-            self._upkeep_at = math.inf
+    def _follow_full(self, upkeep_at: float) -> None:
+        """Follow the engine's `full` after a call. When the disk has become full, the first upkeep is `upkeep_at`."""
+        why = self._engine.full
+        if self._full_disk is not None:
+            self._full_disk.why = why
+            if not why:
+                _logger.info("disk has space again")
+                self._full_disk = None
+        elif why:
+            _logger.error("disk full, refusing what adds something: %s", why)
+            self._full_disk = _FullDisk(why, upkeep_at)
 
     def _undo(self, error: StorageError) -> None:
         """Undo in memory all that is not on the disk, and tell those who wait for it."""
@@ -442,10 +452,6 @@ class Store:
                     pass
         for tell in self._durable:
             tell(changes)
-
-
-def _log_full(why: str) -> None:
-    _logger.error("disk full, refusing what adds something: %s", why)
 
 
 # ---- objects and their JSON ----------------------------------------------------------------------------------------
