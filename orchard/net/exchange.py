@@ -246,7 +246,7 @@ class Exchange:
         self._begun = True
         try:
             # A small answer is sent at once, a large one some pieces at a time, so that other tasks get their turn.
-            together = max(1, len(pieces) * SEND_BYTES // max(size, 1))
+            together = max(1, len(pieces) * (SEND_BYTES - len(head)) // max(size, 1))
             await self._connection.send(b"".join([head, *pieces[:together]]))
             for start in range(together, len(pieces), together):
                 await self._connection.send(b"".join(pieces[start : start + together]))
