@@ -195,12 +195,13 @@ async def test_start_without_space_for_the_reserve_refuses_additions_until_there
 @pytest.fixture(params=["tmpfs", "ext4"])
 def mounted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """Mount a file system of 8 MiB."""
-    need("mount", *(["mkfs.ext4"] if request.param == "ext4" else []))
+    need("mount")
     point, image = tmp_path / "mounted", tmp_path / "image"
     point.mkdir()
     if request.param == "tmpfs":
         mount = ["mount", "-t", "tmpfs", "-o", "size=8m,mode=700", "orchard", str(point)]
     else:
+        need("mkfs.ext4")
         with image.open("wb") as file:
             file.truncate(8 * 1024 * 1024)
         subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)

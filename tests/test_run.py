@@ -1,0 +1,184 @@
+"""The script `run` where programs are missing, and the declarations of programs in the tests."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.programs import REASON, REQUIRE, ROOT_REASON, listed, need
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+SYSTEM = ("basename", "cat", "dirname", "find", "grep", "sed", "sh")
+# Stands for each tool of the environment, and prints how it was called.
+TOOL = '#!/bin/sh\necho "$(basename "$0") $*"\n'
+APT_GET = '#!/bin/sh\necho "apt-get $*"\n[ "$1" = update ] || exit "${APT_STATUS:-0}"\n'
+
+
+# ---- run -----------------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """A copy of `run` with an environment already made, on a machine that has the programs of `add` only."""
+
+    def __init__(self, home: Path, user: int, system: str) -> None:
+        self.project = home / "a project"
+        self.programs = home / "bin"
+        (self.project / "tests").mkdir(parents=True)
+        (self.project / ".venv" / "bin").mkdir(parents=True)
+        self.programs.mkdir()
+        for name in ("run", "tests/programs.txt", "pyproject.toml"):
+            shutil.copy(ROOT / name, self.project / name)
+        for name in ("", "[test]"):
+            (self.project / ".venv" / f"installed{name}").write_text(f"{self.project}\n")
+        for name in ("python", "pip"):
+            write_program(self.project / ".venv" / "bin" / name, TOOL)
+        for name in SYSTEM:
+            found = shutil.which(name)
+            assert found is not None
+            (self.programs / name).symlink_to(found)
+        self.add("id", f"#!/bin/sh\necho {user}\n")
+        self.add("uname", f"#!/bin/sh\necho {system}\n")
+
+    def add(self, name: str, text: str = TOOL) -> None:
+        write_program(self.programs / name, text)
+
+    def run(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        # By a relative path, from another directory.
+        return subprocess.run(
+            ["/bin/sh", f"{self.project.name}/run", *words],
+            cwd=self.project.parent,
+            env={"PATH": str(self.programs), **env},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def missing_packages(where: set[str]) -> list[str]:
+    """Return the Debian packages of all programs whose tests can run there, in the order of the list."""
+    return list(dict.fromkeys(program.package for program in listed().values() if program.where in where))
+
+
+def test_missing_programs_are_installed_on_debian_as_root(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, user=0, system="Linux")
+    machine.add("apt-get", APT_GET)
+    done = machine.run("test")
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"apt-get install -y -qq --no-install-recommends {' '.join(missing_packages({'', 'Linux', 'root'}))}\n"
+        in done.stderr
+    )
+    assert done.stdout.splitlines()[-1].startswith("python -m pytest ")
+    for program in listed():
+        machine.add(program)
+    assert "apt-get" not in machine.run("test").stderr
+
+
+@pytest.mark.parametrize(("system", "where"), [("Linux", {"", "Linux"}), ("Darwin", {""})])
+def test_command_to_install_missing_programs_is_printed_for_other_users(
+    tmp_path: Path, system: str, where: set[str]
+) -> None:
+    machine = Machine(tmp_path, user=1000, system=system)
+    machine.add("apt-get", APT_GET)
+    machine.add("rsync")
+    done = machine.run("test", "-q")
+    packages = [package for package in missing_packages(where) if package != "rsync"]
+    assert done.returncode == 0, done.stderr
+    assert f"sudo apt-get install {' '.join(packages)}\n" in done.stderr
+    assert done.stdout.splitlines()[-1].endswith(" -q")
+
+
+@pytest.mark.parametrize("apt_get", [False, True], ids=["absent", "failing"])
+def test_tests_run_without_programs_that_cannot_be_installed(tmp_path: Path, apt_get: bool) -> None:
+    machine = Machine(tmp_path, user=0, system="Linux")
+    if apt_get:
+        machine.add("apt-get", APT_GET)
+    done = machine.run("test", APT_STATUS="100")
+    assert done.returncode == 0, done.stderr
+    assert "skipped" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("python -m pytest ")
+
+
+def test_run_without_a_verb_prints_its_usage(tmp_path: Path) -> None:
+    done = Machine(tmp_path, user=1000, system="Linux").run()
+    assert done.returncode == 2
+    assert "./run test" in done.stdout
+
+
+def test_run_without_a_suitable_python_says_how_to_name_one(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, user=1000, system="Linux")
+    shutil.rmtree(machine.project / ".venv")
+    for env in ({}, {"PYTHON": "/none/python3"}):
+        done = machine.run("demo", **env)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "PYTHON=" in done.stderr
+        assert not (machine.project / ".venv").exists()
+
+
+# ---- declarations --------------------------------------------------------------------------------------------------
+
+
+def test_missing_program_skips_its_test_or_fails_it_where_it_is_required(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(REQUIRE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(pytest.skip.Exception, match=f"{REASON} ssh, scp .*apt-get install openssh-client\\)"):
+        need("ssh", "scp")
+    monkeypatch.setenv(REQUIRE, "1")
+    with pytest.raises(pytest.fail.Exception, match=f"{REASON} ssh "):
+        need("ssh")
+    for name in ("ssh", "scp"):
+        write_program(tmp_path / name, TOOL)
+    need("ssh", "scp")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the tests for root do not run")
+def test_tests_for_root_are_skipped_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv(REQUIRE, "1")
+    with pytest.raises(pytest.skip.Exception, match=f"{ROOT_REASON}: runs ip, nsenter"):
+        need("ip", "nsenter")
+
+
+def declared(tree: ast.AST) -> set[str]:
+    """Return the programs that calls of `need` and marks `needs` name in a file."""
+    return {
+        constant.value
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("need", "pytest.mark.needs")
+        for constant in ast.walk(call)
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+    }
+
+
+def commands(tree: ast.AST) -> set[str]:
+    """Return the first words of lists and of calls of methods `run` and `call`, which are programs or something else."""
+    words = [node.elts for node in ast.walk(tree) if isinstance(node, ast.List)]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    words += [call.args for call in calls if call.func.attr in ("run", "call")]  # type: ignore[attr-defined]
+    firsts = [several[0] for several in words if several]
+    return {first.value for first in firsts if isinstance(first, ast.Constant) and isinstance(first.value, str)}
+
+
+def test_every_program_that_tests_run_is_declared_and_listed() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in TESTS.rglob("*.py") if path != Path(__file__)}
+    for path, tree in trees.items():
+        assert declared(tree) <= set(listed()), path
+        run = commands(tree) & set(listed())
+        if path.name == "test_tart.py":
+            # A verb of tart, too.
+            run -= {"ip"}
+        assert run <= declared(tree), f"{path} runs {run}: mark these tests with pytest.mark.needs"
+    assert set().union(*map(declared, trees.values())) == set(listed())
