@@ -75,6 +75,8 @@ def running(
     with tempfile.TemporaryDirectory() as own:
         process = subprocess.Popen(
             [python, *arguments],
+            # Python looks for modules in the current directory first, which may be another checkout.
+            cwd=home or own,
             env={**os.environ, "ORCHARD_HOME": str(home or own), **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
