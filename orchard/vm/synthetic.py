@@ -121,7 +121,7 @@ class SyntheticDriver(Driver):
         # The name of a VM does not begin with a dot.
         draft = self._home / f".{name}.new"
         try:
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove(draft)
             draft.mkdir(parents=True)
             if local:
                 await trio.to_thread.run_sync(
@@ -134,7 +134,7 @@ class SyntheticDriver(Driver):
         except OSError as error:
             raise DriverError(f'cannot make VM "{name}" in {self._home}: {error.strerror or error}') from error
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove(draft)
         await trio.lowlevel.checkpoint_if_cancelled()
 
     async def fqn(self, image: str) -> str:

@@ -19,6 +19,7 @@ import pytest
 import trio
 import trio.testing
 from harness.admission import Sender, admit_anybody
+from harness.programs import need
 
 from orchard.net import tls
 from orchard.net.request import AnyResponse, Request, Response
@@ -33,6 +34,7 @@ BIG = bytes(range(256)) * 8000
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for localhost and its key."""
+    need("openssl")
     directory = tmp_path_factory.mktemp("tls")
     certificate, key = directory / "cert.pem", directory / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"

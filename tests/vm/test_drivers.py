@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 from harness.processes import GENEROUS, at_rest, eventually, processes_in
+from harness.programs import need
 from harness.sweeps import AtStep, growing_steps
 
 from orchard.nursery import unwrap_groups
@@ -109,6 +110,13 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     port = request.getfixturevalue("sshd")
     env = {"TART_HOME": str(home), "PATH": path}
     return Bench(TartDriver(str(STANDIN), home / "driver", ssh_port=port, env=env, stop_seconds=10), home)
+
+
+@pytest.fixture
+def can_run_scripts(bench: Bench) -> None:
+    """Skip the test where the driver cannot run a startup script: TartDriver runs the system's ssh."""
+    if isinstance(bench.driver, TartDriver):
+        need("ssh")
 
 
 # ---- from creation to deletion -------------------------------------------------------------------------------------
@@ -317,6 +325,7 @@ NASTY = {
 }
 
 
+@pytest.mark.usefixtures("can_run_scripts")
 async def test_environment_values_are_not_evaluated(bench: Bench) -> None:
     await bench.create()
     text = "".join(f"printf '%s' \"${name}\" | od -An -v -tx1 | tr -d ' \\n'; echo\n" for name in NASTY)
@@ -326,6 +335,7 @@ async def test_environment_values_are_not_evaluated(bench: Bench) -> None:
     assert lines[-1] == "safe"
 
 
+@pytest.mark.usefixtures("can_run_scripts")
 async def test_failed_script_reports_its_exit_code_and_last_line(bench: Bench) -> None:
     await bench.create()
     async with bench.running():
@@ -340,6 +350,7 @@ async def test_failed_script_reports_its_exit_code_and_last_line(bench: Bench) -
         assert await bench.run_script("echo again") == ["again"]
 
 
+@pytest.mark.usefixtures("can_run_scripts")
 async def test_script_has_an_empty_standard_input(bench: Bench) -> None:
     await bench.create()
     async with bench.running():
@@ -347,6 +358,7 @@ async def test_script_has_an_empty_standard_input(bench: Bench) -> None:
         assert await bench.run_script(text) == ["end of file", "last"]
 
 
+@pytest.mark.usefixtures("can_run_scripts")
 async def test_ten_thousand_lines_arrive_in_order(bench: Bench) -> None:
     await bench.create()
     async with bench.running():
@@ -354,6 +366,7 @@ async def test_ten_thousand_lines_arrive_in_order(bench: Bench) -> None:
     assert lines == [*map(str, range(1, 10_001)), "no newline"]
 
 
+@pytest.mark.usefixtures("can_run_scripts")
 async def test_stdout_and_stderr_keep_their_order_and_invalid_utf8_is_replaced(bench: Bench) -> None:
     await bench.create()
     async with bench.running():
@@ -362,6 +375,7 @@ async def test_stdout_and_stderr_keep_their_order_and_invalid_utf8_is_replaced(b
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("can_run_scripts")
 async def test_slow_consumer_slows_the_script(bench: Bench, tmp_path: Path) -> None:
     await bench.create()
     # More bytes than all buffers on the way hold.
@@ -383,6 +397,7 @@ async def test_slow_consumer_slows_the_script(bench: Bench, tmp_path: Path) -> N
     assert lines == count
 
 
+@pytest.mark.usefixtures("can_run_scripts")
 async def test_cancelled_script_leaves_no_process_after_its_vm_has_ended(bench: Bench) -> None:
     await bench.create()
     async with bench.running():
@@ -476,7 +491,9 @@ async def test_verb_cancelled_at_any_step_leaves_what_delete_can_remove(bench: B
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bench", ["tart"], indirect=True)
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=pytest.mark.needs("ssh") if verb == "script" else ()) for verb in VERBS]
+)
 async def test_cancelled_call_of_tart_leaves_what_delete_can_remove(bench: Bench, verb: str) -> None:
     # Each try starts the stand-in several times, so not all of some 100 steps are tried.
     await sweep(bench, verb, 1.6)
