@@ -39,7 +39,7 @@ import json
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, Literal, Self, TypeVar
 from urllib.parse import quote
 
@@ -85,7 +85,7 @@ _STDIN_BYTES = 64 * 1024
 _PAGE_EVENTS = 1000
 
 JSON = Mapping[str, Any]
-_ResourceT = TypeVar("_ResourceT", Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
+_ObjectT = TypeVar("_ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
 
 
 class VMFailed(ClientError):  # noqa: N818 -- the name says what has happened to the VM
@@ -103,9 +103,11 @@ class Client(Transport):
     `VMs.issue_access_token`) is used in their place, and admits to one VM only. `certificate` is the controller's own
     certificate in PEM, which is then the only one that is trusted; by default the host's CAs decide.
 
-    `connect_seconds` bounds the opening of a connection and `answer_seconds` a whole answer, except that watches,
-    tunnels and commands have no limit once they are open. `connect` opens a connection to a host and port in place of
-    TCP, and raises OSError.
+    `connect_seconds` bounds the opening of a connection. `answer_seconds` bounds a whole answer; watches, tunnels and
+    commands have no limit once they are open. `connect` opens a connection to a host and port in place of TCP, and
+    raises OSError.
+
+    `vms`, `workers`, `service_accounts` and `cluster_settings` hold the methods of these resources.
 
     Use the client as an asynchronous context manager, or call `aclose`. Any number of tasks may share it. Raises
     ValueError for an invalid URL or certificate.
@@ -132,26 +134,10 @@ class Client(Transport):
             answer_seconds=answer_seconds,
             connect=connect,
         )
-
-    @cached_property
-    def vms(self) -> VMs:
-        """The methods of /vms."""
-        return VMs(self)
-
-    @cached_property
-    def workers(self) -> Workers:
-        """The methods of /workers."""
-        return Workers(self)
-
-    @cached_property
-    def service_accounts(self) -> ServiceAccounts:
-        """The methods of /service-accounts."""
-        return ServiceAccounts(self)
-
-    @cached_property
-    def cluster_settings(self) -> Settings:
-        """The methods of /cluster-settings."""
-        return Settings(self)
+        self.vms = VMs(self)
+        self.workers = Workers(self)
+        self.service_accounts = ServiceAccounts(self)
+        self.cluster_settings = Settings(self)
 
     async def check(self) -> None:
         """Return if the URL is a controller's and the credentials are valid."""
@@ -206,32 +192,54 @@ class _Changes:
         line = self._lines.popleft()
         try:
             change = parse_json(line)
-            return str(change["type"]), _decode_vm(change["object"])
+            return str(change["type"]), _decode(VM, change["object"])
         except (ValidationError, KeyError, TypeError):
             raise ClientError(f"a line of the watch is {excerpt(line)}, expected a change of a VM") from None
 
 
-class VMs:
-    """The methods of /vms. VMs are named by their `name`; a name can be used again after its VM was deleted."""
+class _Resource:
+    """The methods of one resource of the API."""
 
     def __init__(self, client: Client) -> None:
         self._client = client
+
+    async def _fetch(
+        self,
+        kind: type[_ObjectT],
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        json: object = ...,
+    ) -> _ObjectT:
+        """Send a request and return the object of its answer. Raises ClientError."""
+        return _decode(kind, (await self._client.request(method, path, query=query, json=json)).json())
+
+    async def _fetch_list(
+        self, kind: type[_ObjectT], path: str, query: Mapping[str, str] | None = None
+    ) -> list[_ObjectT]:
+        """Return the objects of a list. Raises ClientError."""
+        return _decode_list(kind, (await self._client.request("GET", path, query=query)).json())
+
+
+class VMs(_Resource):
+    """The methods of /vms. VMs are named by their `name`; a name can be used again after its VM was deleted."""
 
     async def create(self, vm: JSON | None = None, /, **fields: Any) -> VM:
         """Create a VM from an object, from fields (`name`, `image`, `cpu`, ...), or both. Return it as it was stored.
 
         It begins as "pending"; see `wait`. Raises ResponseError: 409 if the name is taken, 412 for an invalid field.
         """
-        return _decode_vm((await self._client.request("POST", "/vms", json={**(vm or {}), **fields})).json())
+        return await self._fetch(VM, "POST", "/vms", json={**(vm or {}), **fields})
 
     async def get(self, name: str) -> VM:
         """Return a VM. Raises ResponseError: 404."""
-        return _decode_vm((await self._client.request("GET", _path("vms", name))).json())
+        return await self._fetch(VM, "GET", _path("vms", name))
 
     async def list(self, *, worker: str | None = None) -> list[VM]:
         """Return all VMs, or those that are assigned to one worker."""
         query = None if worker is None else {"filter": f"worker={worker}"}
-        return [_decode_vm(raw) for raw in _list((await self._client.request("GET", "/vms", query=query)).json())]
+        return await self._fetch_list(VM, "/vms", query)
 
     async def replace(self, name: str, spec: JSON) -> VM:
         """Replace a VM's specification, and return the VM.
@@ -239,15 +247,14 @@ class VMs:
         A boolean that `spec` omits becomes false and a list becomes empty; other omitted fields keep their values. Raises
         ResponseError: 404, 412.
         """
-        return _decode_vm((await self._client.request("PUT", _path("vms", name), json=spec)).json())
+        return await self._fetch(VM, "PUT", _path("vms", name), json=spec)
 
     async def patch(self, name: str, patch: JSON | None = None, /, **fields: Any) -> VM:
         """Change the fields of a VM's specification that a JSON merge patch (RFC 7396) names, and return the VM.
 
         Raises ResponseError: 404, 412.
         """
-        body = {**(patch or {}), **fields}
-        return _decode_vm((await self._client.request("PATCH", _path("vms", name), json=body)).json())
+        return await self._fetch(VM, "PATCH", _path("vms", name), json={**(patch or {}), **fields})
 
     async def delete(self, name: str) -> None:
         """Delete a VM. Its worker stops and removes it a moment later. Raises ResponseError: 404."""
@@ -311,10 +318,10 @@ class VMs:
         given = {"limit": None if limit is None else str(limit), "order": order, "cursor": cursor}
         query = {name: value for name, value in given.items() if value is not None}
         answer = await self._client.request("GET", _path("vms", name, "events"), query=query)
-        return [_decode(Event, raw) for raw in _list(answer.json())], answer.headers.get("x-next-cursor")
+        return _decode_list(Event, answer.json()), answer.headers.get("x-next-cursor")
 
     async def append_events(self, name: str, events: Sequence[JSON], *, uid: str | None = None) -> None:
-        """Append events to a VM's, in order. With `uid` only if the VM of that name has that uid. Used by workers.
+        """Append events to those of a VM, in order. With `uid`, only if the VM has that uid. Used by workers.
 
         Raises ResponseError: 404.
         """
@@ -363,8 +370,7 @@ class VMs:
         The controller waits up to `wait` seconds for the VM to run. Raises ResponseError: 404, and 503 if the address
         cannot be found.
         """
-        answer = await self._client.request("GET", _path("vms", name, "ip"), query={"wait": str(wait)})
-        return _decode(IP, answer.json()).ip
+        return (await self._fetch(IP, "GET", _path("vms", name, "ip"), query={"wait": str(wait)})).ip
 
     async def issue_access_token(self, name: str, *, ttl: int | None = None) -> VMAccessToken:
         """Issue a token that admits its bearer to this VM (port_forward, exec, ip) for `ttl` seconds, by default a day.
@@ -372,38 +378,34 @@ class VMs:
         Raises ResponseError: 404, and 412 for an invalid `ttl`.
         """
         body = {} if ttl is None else {"ttlSeconds": ttl}
-        answer = await self._client.request("POST", _path("vms", name, "access-tokens"), json=body)
-        return _decode(VMAccessToken, answer.json())
+        return await self._fetch(VMAccessToken, "POST", _path("vms", name, "access-tokens"), json=body)
 
     async def report(self, name: str, report: JSON) -> None:
         """Report what a worker observes of its VM. Used by workers. Raises ResponseError: 404, 412."""
         await self._client.request("PUT", _path("vms", name, "state"), json=report)
 
 
-class Workers:
+class Workers(_Resource):
     """The methods of /workers."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
 
     async def register(self, worker: JSON) -> Worker:
         """Register a worker, or renew its registration, and return it as it was stored. Used by workers."""
-        return _decode(Worker, (await self._client.request("POST", "/workers", json=worker)).json())
+        return await self._fetch(Worker, "POST", "/workers", json=worker)
 
     async def get(self, name: str) -> Worker:
         """Return a worker. Raises ResponseError: 404."""
-        return _decode(Worker, (await self._client.request("GET", _path("workers", name))).json())
+        return await self._fetch(Worker, "GET", _path("workers", name))
 
     async def list(self) -> list[Worker]:
         """Return all workers."""
-        return [_decode(Worker, raw) for raw in _list((await self._client.request("GET", "/workers")).json())]
+        return await self._fetch_list(Worker, "/workers")
 
     async def put(self, name: str, worker: JSON) -> Worker:
         """Update a worker, and return it. Raises ResponseError: 404.
 
         A `last_seen` later than the stored one is a heartbeat; otherwise only `scheduling_paused` is set.
         """
-        return _decode(Worker, (await self._client.request("PUT", _path("workers", name), json=worker)).json())
+        return await self._fetch(Worker, "PUT", _path("workers", name), json=worker)
 
     def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
         """Connect to a TCP port of a worker's host, as `VMs.port_forward` does to one of a VM."""
@@ -421,11 +423,8 @@ class Workers:
         await self._client.request("DELETE", _path("workers", name))
 
 
-class ServiceAccounts:
+class ServiceAccounts(_Resource):
     """The methods of /service-accounts."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
 
     async def create(self, name: str, *, roles: Sequence[str] = (), token: str = "") -> ServiceAccount:
         """Create an account, and return it with its token. Without a `token` the controller makes a random one.
@@ -433,40 +432,35 @@ class ServiceAccounts:
         Raises ResponseError: 409 if the name is taken, 412 for an invalid field.
         """
         body = {"name": name, "roles": list(roles), **({"token": token} if token else {})}
-        return _decode(ServiceAccount, (await self._client.request("POST", "/service-accounts", json=body)).json())
+        return await self._fetch(ServiceAccount, "POST", "/service-accounts", json=body)
 
     async def get(self, name: str) -> ServiceAccount:
         """Return an account. Raises ResponseError: 404."""
-        return _decode(ServiceAccount, (await self._client.request("GET", _path("service-accounts", name))).json())
+        return await self._fetch(ServiceAccount, "GET", _path("service-accounts", name))
 
     async def list(self) -> list[ServiceAccount]:
         """Return all accounts."""
-        answer = await self._client.request("GET", "/service-accounts")
-        return [_decode(ServiceAccount, raw) for raw in _list(answer.json())]
+        return await self._fetch_list(ServiceAccount, "/service-accounts")
 
     async def replace(self, name: str, **fields: Any) -> ServiceAccount:
         """Change an account's `roles`, `token` or both, and return it. Raises ResponseError: 404, 412."""
-        path = _path("service-accounts", name)
-        return _decode(ServiceAccount, (await self._client.request("PUT", path, json=fields)).json())
+        return await self._fetch(ServiceAccount, "PUT", _path("service-accounts", name), json=fields)
 
     async def delete(self, name: str) -> None:
         """Delete an account. Raises ResponseError: 404."""
         await self._client.request("DELETE", _path("service-accounts", name))
 
 
-class Settings:
+class Settings(_Resource):
     """The methods of /cluster-settings."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
 
     async def get(self) -> ClusterSettings:
         """Return the settings."""
-        return _decode(ClusterSettings, (await self._client.request("GET", "/cluster-settings")).json())
+        return await self._fetch(ClusterSettings, "GET", "/cluster-settings")
 
     async def put(self, settings: JSON) -> ClusterSettings:
         """Replace the settings, and return them. Omitted fields get their defaults. Raises ResponseError: 412."""
-        return _decode(ClusterSettings, (await self._client.request("PUT", "/cluster-settings", json=settings)).json())
+        return await self._fetch(ClusterSettings, "PUT", "/cluster-settings", json=settings)
 
 
 # ---- commands ------------------------------------------------------------------------------------------------------
@@ -538,24 +532,17 @@ def _parse_message(message: str | bytes) -> Any:
     return parse_json(message.encode() if isinstance(message, str) else message)
 
 
-def _decode(kind: type[_ResourceT], raw: Any) -> _ResourceT:
+def _decode(kind: type[_ObjectT], raw: Any) -> _ObjectT:
     try:
-        return decode(kind, raw)
-    except ValidationError as error:
+        return vm_from_json(raw) if kind is VM else decode(kind, raw)
+    except (ValidationError, TypeError, ValueError) as error:
         raise ClientError(f"the answer is not a valid {kind.__name__}: {error}") from error
 
 
-def _decode_vm(raw: Any) -> VM:
-    try:
-        return vm_from_json(raw)
-    except (ValidationError, TypeError, ValueError) as error:
-        raise ClientError(f"the answer is not a valid VM: {error}") from error
-
-
-def _list(raw: Any) -> list[Any]:
+def _decode_list(kind: type[_ObjectT], raw: Any) -> list[_ObjectT]:
     if not isinstance(raw, list):
         raise ClientError(f"the answer is {excerpt(str(raw))}, expected a list")
-    return raw
+    return [_decode(kind, item) for item in raw]
 
 
 def _path(*segments: str) -> str:
