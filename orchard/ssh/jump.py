@@ -248,15 +248,15 @@ class FlowControl:
             await self._resumed.wait()
 
 
-class ChannelStream(trio.abc.Stream):
-    """A channel of asyncssh's as a trio stream. `_Channel` feeds it from asyncssh's callbacks, in the same thread."""
+class ChannelStream(trio.abc.Stream, asyncssh.SSHTCPSession[bytes]):
+    """A channel of asyncssh's as a trio stream. asyncssh calls it back in the thread that reads from it."""
 
     def __init__(self, connection_flow: FlowControl) -> None:
         """`connection_flow` is paused while the connection's socket takes no more."""
         self.started = trio.Event()
         self.channel: asyncssh.SSHTCPChannel[bytes] | None = None
         # Paused while the client takes no more on this channel.
-        self.flow = FlowControl()
+        self._flow = FlowControl()
         self._connection_flow = connection_flow
         self._buffer = bytearray()
         self._readable = Wakeup()
@@ -268,23 +268,38 @@ class ChannelStream(trio.abc.Stream):
         # The number of writes, by which a silent VM is noticed.
         self._writes = 0
 
-    # -- from asyncssh
+    # -- asyncssh's callbacks
 
-    def feed(self, data: bytes) -> None:
+    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
+        self.channel = chan
+
+    def session_started(self) -> None:
+        self.started.set()
+
+    def data_received(self, data: bytes, datatype: int | None) -> None:
         self._buffer += data
         self._readable.set()
         if len(self._buffer) > _AHEAD_BYTES and self.channel is not None:
             self.channel.pause_reading()
 
-    def feed_eof(self) -> None:
+    def eof_received(self) -> bool:
         self._at_eof = True
         self._readable.set()
+        # The other direction stays open.
+        return True
 
-    def feed_lost(self, error: Exception | None) -> None:
-        self._error = error
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._error = exc
         self._gone.set()
+        self.started.set()
         self._readable.set()
-        self.flow.resume()
+        self._flow.resume()
+
+    def pause_writing(self) -> None:
+        self._flow.pause()
+
+    def resume_writing(self) -> None:
+        self._flow.resume()
 
     # -- as a stream
 
@@ -321,7 +336,7 @@ class ChannelStream(trio.abc.Stream):
         except OSError as error:
             raise trio.BrokenResourceError("the SSH channel is closed") from error
         self._writes += 1
-        await self.flow.wait_resumed()
+        await self._flow.wait_resumed()
         await self._connection_flow.wait_resumed()
 
     async def wait_send_all_might_not_block(self) -> None:
@@ -334,11 +349,11 @@ class ChannelStream(trio.abc.Stream):
         await trio.lowlevel.checkpoint()
 
 
-# ---- asyncssh's callbacks ------------------------------------------------------------------------------------------
+# ---- connections --------------------------------------------------------------------------------------------------
 
 
 class _Server(asyncssh.SSHServer):
-    """One connection."""
+    """One connection: asyncssh's callbacks for its login and its channels."""
 
     def __init__(self, jump: JumpHost, channels: trio.Nursery) -> None:
         self._jump = jump
@@ -417,11 +432,11 @@ class _Server(asyncssh.SSHServer):
 
     def connection_requested(
         self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
-    ) -> Awaitable[_Channel]:
+    ) -> Awaitable[ChannelStream]:
         return self._open(dest_host, dest_port)
 
-    async def _open(self, name: str, port: int) -> _Channel:
-        """Return the channel's session once its tunnel is open. Raises ChannelOpenError, which tells the client why."""
+    async def _open(self, name: str, port: int) -> ChannelStream:
+        """Return the channel once its tunnel is open. Raises ChannelOpenError, which tells the client why."""
         try:
             who = self._identify()
             vm = self._jump.find_vm(name, who)
@@ -444,35 +459,4 @@ class _Server(asyncssh.SSHServer):
         failure = await outcome
         if failure is not None:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(failure))
-        return _Channel(stream)
-
-
-class _Channel(asyncssh.SSHTCPSession[bytes]):
-    """One channel: passes what asyncssh reports to the channel's stream."""
-
-    def __init__(self, stream: ChannelStream) -> None:
-        self._stream = stream
-
-    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
-        self._stream.channel = chan
-
-    def session_started(self) -> None:
-        self._stream.started.set()
-
-    def data_received(self, data: bytes, datatype: int | None) -> None:
-        self._stream.feed(data)
-
-    def eof_received(self) -> bool:
-        self._stream.feed_eof()
-        # The other direction stays open.
-        return True
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stream.started.set()
-        self._stream.feed_lost(exc)
-
-    def pause_writing(self) -> None:
-        self._stream.flow.pause()
-
-    def resume_writing(self) -> None:
-        self._stream.flow.resume()
+        return stream

@@ -253,9 +253,9 @@ async def test_answer_arrives_after_the_clients_end_of_file(tmp_path: Path, monk
     answer = hashlib.shake_128(b"answer").digest(3_000_000)
 
     class Noticed(jump.ChannelStream):
-        def feed_eof(self) -> None:
-            super().feed_eof()
+        def eof_received(self) -> bool:
             ended.set()
+            return super().eof_received()
 
     async def reply(stream: trio.SocketStream) -> None:
         assert await receive_exactly(stream, 8) == b"question"
