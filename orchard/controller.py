@@ -211,7 +211,7 @@ async def run(
             # Ends when the last answer was sent.
             async with trio.open_nursery() as background:
                 background.start_soon(loop.run)
-                await background.start(parts.executor.run)
+                background.start_soon(parts.executor.run)
                 listeners, running = await platform.listen(settings)
                 answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
                 # Ends with `stop`.

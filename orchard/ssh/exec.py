@@ -23,8 +23,8 @@ import binascii
 import shlex
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -44,19 +44,19 @@ if TYPE_CHECKING:
     import trio_asyncio  # type: ignore[import-untyped]  # noqa: TC004 -- it has no types
 
 SSH_PORT = 22
-# Rows, and columns, that a terminal has at most.
+# The most rows that a terminal may have, and the most columns.
 MAX_TERMINAL_SIZE = 10_000
-# The size of a terminal whose client names none.
+# The size of a terminal if the client does not say it.
 DEFAULT_ROWS, DEFAULT_COLS = 24, 80
 
 _TERMINAL = "xterm-256color"
 # Between two attempts to reach a guest that boots.
 _RETRY_SECONDS = 0.5  # seconds
-# For one attempt to log in; a guest that accepts connections before its SSH server works would block it otherwise.
+# Bounds one attempt to log in: a guest may accept connections before its SSH server answers.
 _LOGIN_SECONDS = 10.0  # seconds
 # Between two checks that a guest still answers.
 _KEEPALIVE_SECONDS = 30.0  # seconds
-# Of output in one frame.
+# The most output in one frame.
 _OUTPUT_BYTES = 64 * 1024  # bytes
 _LOST = "the connection to the VM was lost"
 
@@ -123,15 +123,14 @@ class Executor:
         self._vm_access = vm_access
         # By the uids of the VMs.
         self._shared: dict[str, _SharedConnection] = {}
-        # The asyncio loop is opened for the first command: a controller that runs none needs no extra.
+        # The asyncio loop is opened for the first command, so a controller that runs no command does not need the extra.
         self._wanted = trio.Event()
         self._ready = trio.Event()
         self._loop: Any = None
         self._nursery: trio.Nursery
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self) -> None:
         """Keep the connections until cancelled."""
-        task_status.started()
         await self._wanted.wait()
         async with trio_asyncio.open_loop() as self._loop, trio.open_nursery() as self._nursery:
             self._loop.set_exception_handler(logs.log_asyncio_error)
@@ -191,8 +190,7 @@ class Executor:
             with self._in_loop():
                 while True:
                     try:
-                        with unwrap_groups():
-                            await self._hold(vm, shared, max(0.0, deadline - trio.current_time()))
+                        await self._hold(vm, shared, max(0.0, deadline - trio.current_time()))
                         return
                     except (asyncssh.Error, OSError, trio.BrokenResourceError) as error:
                         shared.error = UnreachableError(
@@ -220,8 +218,10 @@ class Executor:
                     nursery.start_soon(_carry, local, stream)
                     shared.connection = await _log_in(theirs, vm)
                     shared.decided.set()
-                    async with _abort_at_exit(shared.connection):
+                    try:
                         await trio_asyncio.aio_as_trio(shared.connection.wait_closed)()
+                    finally:
+                        shared.connection.abort()
                     nursery.cancel_scope.cancel()
 
     @contextmanager
@@ -268,19 +268,11 @@ async def _log_in(sock: socket.socket, vm: VM) -> asyncssh.SSHClientConnection:
 def _end_broken(connection: asyncssh.SSHClientConnection, info: Any = None, error_logger: Any = None) -> None:
     """Close a connection whose guest sent data that made asyncssh fail, as after a protocol error.
 
-    asyncssh itself would pass on the exception, whatever it is, to those that wait for the connection or read from it.
+    asyncssh itself would raise the exception, of any type, in each task that waits for the connection or reads from it.
     """
     _, error, _ = info or sys.exc_info()
     assert error is not None
     connection.connection_lost(asyncssh.ProtocolError(f"the VM does not speak SSH: {_reason(error)}"))
-
-
-@asynccontextmanager
-async def _abort_at_exit(connection: asyncssh.SSHClientConnection) -> AsyncIterator[None]:
-    try:
-        yield
-    finally:
-        connection.abort()
 
 
 async def _carry(local: trio.abc.Stream, tunnel: trio.abc.Stream) -> None:
@@ -324,19 +316,17 @@ class _Bridge:
             await trio_asyncio.aio_as_trio(self._process.wait_closed)()
             code = self._process.returncode
             if code is None:
-                await self._send({"type": "error", "error": _LOST})
+                await _send_frame(self._websocket, {"type": "error", "error": _LOST})
             else:
-                # asyncssh has the negative number of the signal that ended the command.
-                await self._send({"type": "exit", "exit": {"code": code if code >= 0 else 128 - code}})
+                # For a command that a signal has ended, asyncssh returns the negative number of the signal.
+                code = code if code >= 0 else 128 - code
+                await _send_frame(self._websocket, {"type": "exit", "exit": {"code": code}})
             nursery.cancel_scope.cancel()
-
-    async def _send(self, frame: Mapping[str, Any]) -> None:
-        await _send_frame(self._websocket, frame)
 
     async def _send_output(self, kind: str, source: Any) -> None:
         read = trio_asyncio.aio_as_trio(source.read)
         while data := await read(_OUTPUT_BYTES):
-            await self._send({"type": kind, "data": base64.b64encode(data).decode()})
+            await _send_frame(self._websocket, {"type": kind, "data": base64.b64encode(data).decode()})
 
     async def _receive_frames(self, scope: trio.CancelScope) -> None:
         """Carry out the client's frames; cancel `scope` when it goes away or sends one that is not understood."""
@@ -349,7 +339,7 @@ class _Bridge:
         except ConnectionClosed:
             pass
         except ValidationError as error:
-            await self._send({"type": "error", "error": str(error)})
+            await _send_frame(self._websocket, {"type": "error", "error": str(error)})
         scope.cancel()
 
     async def _carry_out(self, frame: Any) -> None:
