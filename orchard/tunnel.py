@@ -1,26 +1,27 @@
-"""Ways into a VM: port forwards and addresses, which the controller asks a VM's worker for.
+"""The controller's ways into a VM: it asks the VM's worker to forward a port or to find the VM's address.
 
-`VMAccess` is what the API and SSH use. It waits until the VM runs and then asks through the `Rendezvous`, which keeps
-the workers' watches and joins the two halves of a request. Both are the controller's; the worker's side of the protocol
-is in worker_requests.py, the bytes of a tunnel are in net/websocket.py.
+The API and SSH use `VMAccess`. It waits until the VM runs and then asks through the `Rendezvous`, which keeps the
+workers' watches and joins each request to its answer. The worker's side of the protocol is in worker_requests.py, and
+the stream of bytes over a WebSocket is in net/websocket.py.
 
 A worker may be behind a NAT, so the controller cannot connect to it. Each worker keeps a WebSocket open to the
 controller (its *watch*), over which the controller sends actions. `syncVMsAction` means "look again": it is queued at
-most once, and the worker then reads the present state from the API. The newest watch of a worker replaces older ones.
+most once, and the worker then reads the present state from the API. A worker's new watch replaces its older one.
 
 A port forward takes these steps:
 1. `VMAccess.connect` waits until the VM runs. `Rendezvous.ask_port` makes a `PendingRequest` with an unguessable id and
    sends the worker a `portForwardAction` with that id. (`resolveIPAction` for an address.) If the watch breaks before
    the worker has answered, the action is sent again over the next watch.
-2. The worker connects to the port and opens a WebSocket to the controller with the id. An id is good for one answer.
-   `Rendezvous.lend` makes this WebSocket a `WorkerEnd`, which answers the request and is lent to the task that asked.
+2. The worker connects to the port and opens a WebSocket to the controller with the id, which is valid once.
+   `Rendezvous.lend` makes this WebSocket a `WorkerEnd`, which is the answer: it is lent to the task that asked.
 3. That task relays the bytes to its client's WebSocket (`WorkerEnd.relay`), or uses them itself (`WorkerEnd.borrow`).
 
-A relay sends on each piece before it takes the next one, so a slow side slows the other one and nothing accumulates. It
-sends on everything that one side has sent before it tells the other side that this one has closed.
+A relay sends on each piece before it takes the next one, so a slow side slows the other one and nothing accumulates.
+When one side closes, the relay sends on everything that this side has sent, and then closes the other side.
 
 Every WebSocket is pinged, so that load balancers keep it open and a dead peer is found. A ping that stays unanswered
-for a whole interval ends the connection, unless the pong may be waiting behind data. (Tunnels ping by themselves.)
+for a whole interval ends the connection, unless the pong may be waiting behind data. This file pings the watches, and
+`TunnelStream` pings the tunnels.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import secrets
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -43,9 +43,9 @@ from orchard.nursery import Wakeup
 from orchard.schema import VM
 from orchard.store import Store
 
-# A client that does not wait still leaves the worker this time to answer: connecting to a running VM is not instant.
+# The worker has at least this time to answer, even if the client does not wait: connecting to a VM takes a moment.
 LEAST_SECONDS = 10.0  # seconds
-# A worker's end that its client's task does not use within this time is closed.
+# A worker's end is closed if the client's task does not begin to use it within this time.
 CLAIM_SECONDS = 10.0  # seconds
 # Requests that wait for their workers. Each belongs to an HTTP request or SSH channel with a deadline.
 MAX_PENDING = 4096
@@ -72,8 +72,8 @@ class UnknownSessionError(Exception):
 class VMAccess:
     """Connects to ports of VMs and of workers' hosts, and finds addresses of VMs.
 
-    All methods wait up to `wait` seconds until the VM runs and its worker has answered, but for LEAST_SECONDS at least
-    for the answer. They raise UnreachableError, and VMGoneError when the VM is deleted.
+    All methods wait up to `wait` seconds until the VM runs and its worker has answered. The answer has at least
+    LEAST_SECONDS. They raise UnreachableError, and VMGoneError when the VM is deleted.
     """
 
     def __init__(self, store: Store, rendezvous: Rendezvous) -> None:
@@ -81,9 +81,9 @@ class VMAccess:
         self._rendezvous = rendezvous
 
     async def connect(self, vm: VM, port: int, wait: float) -> WorkerEnd:
-        """Connect to a port of a VM. The worker's end is closed unless it is used within CLAIM_SECONDS."""
+        """Connect to a port of a VM. The worker's end is closed if it is not used within CLAIM_SECONDS."""
         deadline = trio.current_time() + wait
-        running = self._if_running(vm) or await self._wait_running(vm, wait)
+        running = await self._wait_running(vm, wait)
         return await self._rendezvous.ask_port(running.state.worker, vm.meta.uid, port, deadline)
 
     @asynccontextmanager
@@ -103,11 +103,13 @@ class VMAccess:
     async def find_address(self, vm: VM, wait: float) -> str:
         """Return a VM's address in its worker's network."""
         deadline = trio.current_time() + wait
-        running = self._if_running(vm) or await self._wait_running(vm, wait)
+        running = await self._wait_running(vm, wait)
         return await self._rendezvous.ask_address(running.state.worker, vm.uid, deadline)
 
     async def _wait_running(self, vm: VM, wait: float) -> VM:
-        """Wait until a VM runs, and return it as it is then. It does not run now."""
+        """Wait until a VM runs, and return it as it is then."""
+        if running := self._if_running(vm):
+            return running
         with trio.move_on_after(wait), self._store.watch("vm", vm.name) as changes:
             async for _ in changes:
                 if running := self._if_running(vm):
@@ -136,11 +138,12 @@ class VMAccess:
 class PendingRequest(Generic[AnswerT]):
     """A request to a worker that waits for its answer. `action` is what the worker is sent."""
 
-    def __init__(self, worker: str, account: str, kind: str, vm_uid: str, details: Mapping[str, Any]) -> None:
+    def __init__(self, worker: str, kind: str, vm_uid: str, **details: Any) -> None:
         self.id = secrets.token_urlsafe(24)
         self.worker = worker
-        self.account = account
         self.vm_uid = vm_uid
+        # The account of the watch over which the action was sent last. Only this account may answer.
+        self.account: str | None = None
         self.action: Mapping[str, Any] = {kind: {"session": self.id, "vmUID": vm_uid, **details}}
         self._answered = trio.Event()
         self._answer: AnswerT | UnreachableError
@@ -164,9 +167,9 @@ class PendingRequest(Generic[AnswerT]):
 class WorkerEnd:
     """The worker's end of a tunnel: a WebSocket that the task of its HTTP connection lends to the task of a client.
 
-    The two tasks have a cancel scope each. The worker's task waits in `loan`, with the WebSocket open, until that is
-    cancelled: when the client's task has finished, or has not begun within CLAIM_SECONDS. The client's task works in
-    `_use`, which `end` cancels, and then closes the tunnel.
+    Each task has a cancel scope. The worker's task waits in the scope `loan` and keeps the WebSocket open. `loan` is
+    cancelled when the client's task has finished, or has not begun within CLAIM_SECONDS. The client's task works in the
+    scope `_use`. `end` cancels `_use`, and the client's task then closes the tunnel.
     """
 
     def __init__(self, worker: str, stream: TunnelStream) -> None:
@@ -182,10 +185,8 @@ class WorkerEnd:
         self.loan.deadline = math.inf
         try:
             async with trio.open_nursery() as nursery:
-                client_closed = partial(self._end_after, client, "the client")
-                worker_closed = partial(self._end_after, self._stream, "the worker")
-                nursery.start_soon(client.forward_to, self._stream, client_closed)
-                nursery.start_soon(self._stream.forward_to, client, worker_closed)
+                nursery.start_soon(self._forward, client, self._stream, "the client")
+                nursery.start_soon(self._forward, self._stream, client, "the worker")
                 with self._use:
                     await trio.sleep_forever()
                 # The forwarding goes on: a frame that is half sent must be completed before the close can be sent.
@@ -198,7 +199,7 @@ class WorkerEnd:
 
     @contextmanager
     def borrow(self) -> Iterator[TunnelStream]:
-        """Yield the stream for the block, which `end` cancels. Raises UnreachableError then."""
+        """Yield the stream for the block. If `end` is called, the block is cancelled and UnreachableError is raised."""
         self.loan.deadline = math.inf
         try:
             with self._use:
@@ -214,15 +215,16 @@ class WorkerEnd:
             self._close = (code, reason)
             self._use.cancel()
 
-    def _end_after(self, side: TunnelStream, name: str) -> None:
-        """Close the tunnel as one of its sides was closed."""
-        self.end(*close_to_relay(side.closed, name))
+    async def _forward(self, source: TunnelStream, sink: TunnelStream, name: str) -> None:
+        """Send on what one side sends until it closes, then end the tunnel. `name` is what `sink` is told of that side."""
+        await source.forward_to(sink)
+        self.end(*close_to_relay(source.closed, name))
 
 
 class Rendezvous:
     """The watches of all workers, the requests sent over them, and the tunnels that they opened.
 
-    `ping_interval`, in seconds, is that of the watches.
+    `ping_interval`, in seconds, is the interval of the pings on the watches.
     """
 
     def __init__(self, ping_interval: float = PING_INTERVAL) -> None:
@@ -239,33 +241,30 @@ class Rendezvous:
 
     async def ask_port(self, worker: str, vm_uid: str, port: int, deadline: float) -> WorkerEnd:
         """Have a worker connect to a port of a VM, or of its host if `vm_uid` is "". Raises UnreachableError."""
-        return await self._ask(self._ports, worker, deadline, ("portForwardAction", vm_uid, {"port": port}))
+        request = PendingRequest[WorkerEnd](worker, "portForwardAction", vm_uid, port=port)
+        return await self._ask(request, self._ports, deadline)
 
     async def ask_address(self, worker: str, vm_uid: str, deadline: float) -> str:
         """Have a worker find the address of a VM. Raises UnreachableError."""
-        return await self._ask(self._addresses, worker, deadline, ("resolveIPAction", vm_uid, {}))
+        return await self._ask(PendingRequest[str](worker, "resolveIPAction", vm_uid), self._addresses, deadline)
 
     async def _ask(
-        self,
-        pending: dict[str, PendingRequest[AnswerT]],
-        worker: str,
-        deadline: float,
-        action: tuple[str, str, Mapping[str, Any]],
+        self, request: PendingRequest[AnswerT], pending: dict[str, PendingRequest[AnswerT]], deadline: float
     ) -> AnswerT:
-        """Send an action (kind, VM's uid, details) as soon as the worker is connected, and return its answer."""
+        """Send a request as soon as its worker is connected, keep it in `pending` meanwhile, and return the answer."""
+        worker = request.worker
         seconds = max(LEAST_SECONDS, deadline - trio.current_time())
         with trio.move_on_after(seconds):
             while (watch := self._watches.get(worker)) is None:
                 await self._watch_opened.wait()
             if len(self._ports) + len(self._addresses) >= MAX_PENDING:
                 raise UnreachableError(f"{MAX_PENDING} requests are waiting for workers, try again later")
-            request = PendingRequest[AnswerT](worker, watch.account, *action)
             pending[request.id] = request
-            watch.put(request.action)
+            watch.send(request)
             try:
                 return await request.wait_answered()
             finally:
-                # An answered request is not pending any more, and was sent.
+                # The action of an answered request was sent. That of another one may still be queued.
                 if pending.pop(request.id, None) and (now := self._watches.get(worker)):
                     now.take_back(request.action)
         problem = "did not answer" if worker in self._watches else "did not connect"
@@ -338,8 +337,7 @@ class Rendezvous:
         pending: list[PendingRequest[Any]] = [*self._ports.values(), *self._addresses.values()]
         for request in pending:
             if request.worker == worker:
-                request.account = account
-                watch.put(request.action)
+                watch.send(request)
         self._watch_opened.set()
         return watch
 
@@ -357,6 +355,11 @@ class _Watch:
         if action is not _SYNC or _SYNC not in self.actions:
             self.actions.append(action)
             self.changed.set()
+
+    def send(self, request: PendingRequest[Any]) -> None:
+        """Queue a request's action. From now on the account of this watch may answer it, and no other."""
+        request.account = self.account
+        self.put(request.action)
 
     def take_back(self, action: Mapping[str, Any]) -> None:
         """Drop an action that was not sent yet, so that there are never more actions than pending requests."""

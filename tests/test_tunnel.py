@@ -318,7 +318,7 @@ async def relay(rendezvous: Rendezvous, *, narrow: bool = False) -> AsyncIterato
         pair(ping_interval=interval, narrow=narrow) as worker,
         trio.open_nursery() as nursery,
     ):
-        request = PendingRequest[WorkerEnd]("w", "account", "portForwardAction", "uid", {})
+        request = PendingRequest[WorkerEnd]("w", "portForwardAction", "uid")
         ended, returned = trio.Event(), trio.Event()
 
         async def serve_worker() -> None:
@@ -411,17 +411,17 @@ async def test_workers_end_that_is_not_used_is_returned_after_a_time(autojump_cl
         if early:
             await worker.peer.send(BINARY, early)
         await worker.peer.send(CLOSE)
-        request = PendingRequest[WorkerEnd]("w", "account", "portForwardAction", "uid", {})
+        request = PendingRequest[WorkerEnd]("w", "portForwardAction", "uid")
         await rendezvous.lend(request, worker.end)
         assert trio.current_time() == CLAIM_SECONDS
         with (await request.wait_answered()).borrow() as stream:
-            assert await stream.take() == early
+            assert await stream.receive_some() == early
 
 
 async def test_borrowed_end_is_kept_until_its_block_ends_and_cancelled_when_the_vm_ends(autojump_clock: Any) -> None:
     rendezvous = Rendezvous()
     async with pair() as worker, trio.open_nursery() as nursery:
-        request = PendingRequest[WorkerEnd]("w", "account", "portForwardAction", "uid", {})
+        request = PendingRequest[WorkerEnd]("w", "portForwardAction", "uid")
         returned: list[float] = []
 
         async def lend() -> None:

@@ -1,16 +1,18 @@
 """WebSockets after their handshake: as a stream of bytes (`TunnelStream`) and as messages (`open_messages`).
 
-The handshake is HTTP, so server.py and transport.py do it. What they read beyond it comes in as `early`. Frames are built
-and read by wsframes.py.
+The handshake is HTTP, so upgrade.py and transport.py do it. Bytes that they read beyond it are passed in as `early`.
+Frames are built and read by wsframes.py.
 
 A tunnel carries bytes whose message boundaries mean nothing. `TunnelStream` passes each part of a payload on as soon as
-it has arrived, and sends what it is given in frames of its own. `TunnelStream.run` has three tasks. The first reads up to
-`_READ_AHEAD_BYTES` more than were taken, so that pings and a close are seen while the user of the stream is busy, and a
-peer that sends more has to wait. The second sends pings and pongs; it is a task of its own because a peer that reads
-nothing for a while must still be read from: it may read only after it has sent something. The third task ends the stream
-if the peer is dead, whatever the others wait for. A sender holds a lock for the time of one frame. After a frame that was
-not sent to its end (its task was cancelled) nothing more is sent, because the peer would take it for the rest of the
-payload.
+it has arrived, and chooses the frames that it sends by itself. `TunnelStream.run` has three tasks:
+- The first reads up to `_READ_AHEAD_BYTES` before they are taken. So pings and a close are seen while the user of the
+  stream is busy, and a peer that sends more has to wait.
+- The second sends pings and pongs. Sending may block while the peer reads nothing, and the peer may read only after it
+  has sent something, so the first task must go on reading meanwhile.
+- The third ends the stream if the peer is dead, whatever the other two wait for.
+
+A sender holds a lock for the time of one write. After a frame that was not sent to its end (its task was cancelled)
+nothing more is sent, because the peer would take it for the rest of the payload.
 
 Everything else (watches, commands) is messages, and trio-websocket reads and writes those.
 """
@@ -18,7 +20,7 @@ Everything else (watches, commands) is messages, and trio-websocket reads and wr
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import trio
@@ -46,11 +48,11 @@ CLOSE_SECONDS = 5.0
 
 # The size of one read. A tunnel is not faster with twice as much.
 _RECEIVE_BYTES = 128 * 1024
-# Bytes that are received before they are taken. One read may come on top.
+# Reading pauses when so many bytes wait to be taken. The last read may exceed this by its own size.
 _READ_AHEAD_BYTES = 128 * 1024
 # Bookkeeping overhead charged per part, so that one-byte packets cannot use unbounded memory.
 _PART_BYTES = 256
-# With less than this buffered, `take` lets the reader look for more first. TLS arrives in records of 16 KiB.
+# With less than this buffered, `take` first lets the reader read more. TLS arrives in records of 16 KiB.
 _WORTHWHILE_BYTES = 64 * 1024
 # The size of one write. Another sender, of a pong for example, waits that long.
 _SEND_BYTES = 128 * 1024
@@ -73,7 +75,7 @@ class _Received:
         self._arrived = trio.lowlevel.ParkingLot()
 
     def put(self, part: Bytes) -> None:
-        """Append bytes. They are dropped after the close."""
+        """Append bytes. After the close, drop them."""
         if self.close is None:
             self.parts.append(part)
             self.size += len(part) + _PART_BYTES
@@ -267,10 +269,6 @@ class TunnelStream(trio.abc.Stream):
 
     # -- receiving
 
-    async def take(self) -> Bytes:
-        """Return all bytes that have arrived, at least one; b"" when the WebSocket is closed, as `closed` says."""
-        return await self._received.take()
-
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Return bytes, or b"" when the peer has closed regularly. Raises BrokenResourceError after another close."""
         await trio.lowlevel.checkpoint()
@@ -296,16 +294,15 @@ class TunnelStream(trio.abc.Stream):
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
 
-    async def forward_to(self, sink: TunnelStream, at_close: Callable[[], None]) -> None:
-        """Send on what arrives until this WebSocket is closed, then call `at_close`.
+    async def forward_to(self, sink: TunnelStream) -> None:
+        """Send on what arrives until this WebSocket is closed, and drop it after `sink` was closed.
 
-        A piece is sent on before the next one is taken. What the sink cannot take any more is dropped.
+        Each piece is sent on before the next one is taken.
         """
         while data := await self._received.take():
-            # The sink's own close is noticed by who reads from it, after the bytes that came before that close.
+            # The task that reads from the sink notices the sink's close, after the bytes that came before that close.
             with suppress(trio.BrokenResourceError):
                 await sink.send_all(data)
-        at_close()
 
     async def _try_send(self, opcode: int, payload: bytes) -> None:
         """Send a frame. If the connection is broken, the reader notices that."""
@@ -391,7 +388,7 @@ async def open_messages(
                     await websocket.aclose()
                 nursery.cancel_scope.cancel()
     finally:
-        await established.send_owed_close()
+        await established.aclose()
 
 
 class _EstablishedStream(trio.abc.Stream):
@@ -403,7 +400,7 @@ class _EstablishedStream(trio.abc.Stream):
     even after our own close frame, which raises an exception that trio-websocket does not catch. Once it closes, the
     peer's close frame ends this stream, and with it trio-websocket's wait for that frame.
 
-    Closing this stream leaves the one below open.
+    `aclose` leaves the stream below open.
     """
 
     def __init__(self, stream: trio.abc.Stream, *, client: bool, early: bytes) -> None:
@@ -461,9 +458,6 @@ class _EstablishedStream(trio.abc.Stream):
         await self._stream.wait_send_all_might_not_block()
 
     async def aclose(self) -> None:
-        await self.send_owed_close()
-
-    async def send_owed_close(self) -> None:
         """Send the close frame that trio-websocket omits when the peer broke the protocol. Takes up to CLOSE_SECONDS."""
         reason = self._websocket.closed if self._websocket is not None else None
         if reason is None or reason.code not in (PROTOCOL_ERROR, INVALID_PAYLOAD) or self._close_sent:

@@ -25,7 +25,7 @@ async def test_bytes_are_carried_both_ways(autojump_clock: Any, client: bool) ->
         await ends.peer.send(BINARY, b"hello ")
         await ends.peer.send(TEXT, "wörld".encode())
         await wait_all_tasks_blocked()
-        assert await ends.end.take() == "hello wörld".encode()
+        assert await ends.end.receive_some() == "hello wörld".encode()
         size = websocket._SEND_BYTES + 1
         await ends.end.send_all(b"x" * size)
         messages = await ends.peer.events()
@@ -39,7 +39,7 @@ async def test_bytes_received_with_the_handshake_are_delivered(autojump_clock: A
         async with pair(early=data[:cut]) as ends:
             await ends.memory.send_all(data[cut:] + frame(BINARY, b" bird", KEY))
             await wait_all_tasks_blocked()
-            assert await ends.end.take() == b"early bird"
+            assert await ends.end.receive_some() == b"early bird"
 
 
 async def test_receive_some_returns_at_most_max_bytes(autojump_clock: Any) -> None:
@@ -95,7 +95,7 @@ async def test_pings_are_answered_while_payload_is_not_taken(autojump_clock: Any
         await ends.peer.send(BINARY, b"x" * (websocket._READ_AHEAD_BYTES // 2))
         await ends.peer.send(PING, b"are you there?")
         assert await ends.peer.events() == [Pong(b"are you there?")]
-        assert len(await ends.end.take()) == websocket._READ_AHEAD_BYTES // 2
+        assert len(await ends.end.receive_some()) == websocket._READ_AHEAD_BYTES // 2
 
 
 async def test_a_peer_that_reads_nothing_is_still_read_from_and_gets_its_pong_later(autojump_clock: Any) -> None:
