@@ -3,9 +3,9 @@
 A tunnel sends a byte stream in messages whose boundaries mean nothing. `FrameReader` therefore assembles no message: it
 reads the headers and returns each part of a payload as soon as the part has arrived. Between two calls it keeps part of a
 header, of a control frame or of a UTF-8 character, 125 bytes at most, so messages need no size limit. Text is returned as
-its UTF-8 bytes. Messages are read by trio-websocket instead (websocket.py).
+its UTF-8 bytes. Where messages matter, trio-websocket reads them (websocket.py).
 
-A breach of the protocol is an event like a close, and the last one. The same bytes give the same events however they are
+A breach of the protocol is returned as a `Close`, the last event. The same bytes give the same events however they are
 cut into pieces.
 
 Masking in Python is half of a tunnel's cost. The package websockets (extra `orchard-cluster[fast]`) has a C function for
@@ -35,6 +35,7 @@ _FIN, _RSV, _OPCODE = 0x80, 0x70, 0x0F
 # The mask bit of a header's second byte. The other bits are the length, or say that 16 or 64 bits of length follow.
 _MASKED = 0x80
 _LENGTH_16, _LENGTH_64 = 126, 127
+_LENGTH_BYTES = {_LENGTH_16: 2, _LENGTH_64: 8}
 # A constant of the handshake (section 4.2.2).
 _GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # The codes below 3000 that a peer may send.
@@ -128,7 +129,7 @@ def close_payload(code: int, reason: str) -> bytes:
 class _ViolationError(Exception):
     """The peer broke the protocol. `close` holds the code and the reason to close with."""
 
-    def __init__(self, code: int, reason: str) -> None:
+    def __init__(self, reason: str, code: int = PROTOCOL_ERROR) -> None:
         super().__init__(reason)
         self.close = Close(code, reason, is_violation=True)
 
@@ -172,16 +173,13 @@ class FrameReader:
         events.append(close)
 
     def _read_header(self, view: memoryview, events: list[FrameEvent]) -> memoryview:
-        header = self._header
-        need = _header_size(header)
-        taken = need - len(header)
-        header += view[:taken]
-        if len(header) == need == _header_size(header):
-            self._begin_frame(header)
-            header.clear()
+        used, is_complete = _extend_header(self._header, view)
+        if is_complete:
+            self._begin_frame(self._header)
+            self._header.clear()
             if not self._left:
                 self._end_frame(events)
-        return view[taken:]
+        return view[used:]
 
     def _begin_frame(self, header: bytearray) -> None:
         opcode, self._final = header[0] & _OPCODE, bool(header[0] & _FIN)
@@ -197,23 +195,24 @@ class FrameReader:
 
     def _check_header(self, header: bytearray, opcode: int) -> None:
         if header[0] & _RSV:
-            raise _ViolationError(PROTOCOL_ERROR, "a reserved bit is set, but no extension was negotiated")
+            raise _ViolationError("a reserved bit is set, but no extension was negotiated")
         if bool(header[1] & _MASKED) != self._masked:
             rule = "not masked, and a client's must be" if self._masked else "masked, and a server's must not be"
-            raise _ViolationError(PROTOCOL_ERROR, f"a frame is {rule}")
+            raise _ViolationError(f"a frame is {rule}")
         if opcode in (CLOSE, PING, PONG):
             if not self._final:
-                raise _ViolationError(PROTOCOL_ERROR, f"a control frame (opcode {opcode}) is fragmented")
+                raise _ViolationError(f"a control frame (opcode {opcode}) is fragmented")
             if header[1] & ~_MASKED > _MAX_CONTROL_BYTES:
-                limit = f"is over {_MAX_CONTROL_BYTES} bytes"
-                raise _ViolationError(PROTOCOL_ERROR, f"the payload of a control frame (opcode {opcode}) {limit}")
+                raise _ViolationError(
+                    f"a control frame (opcode {opcode}) has over {_MAX_CONTROL_BYTES} bytes of payload"
+                )
         elif opcode in (TEXT, BINARY):
             if self._message:
-                raise _ViolationError(PROTOCOL_ERROR, "a message begins before the previous one has ended")
+                raise _ViolationError("a message begins before the previous one has ended")
         elif opcode != CONTINUATION:
-            raise _ViolationError(PROTOCOL_ERROR, f"opcode {opcode} is reserved")
+            raise _ViolationError(f"opcode {opcode} is reserved")
         elif not self._message:
-            raise _ViolationError(PROTOCOL_ERROR, "a continuation frame without a message to continue")
+            raise _ViolationError("a continuation frame without a message to continue")
 
     def _read_payload(self, view: memoryview, events: list[FrameEvent]) -> memoryview:
         part: Bytes = view[: self._left]
@@ -237,7 +236,7 @@ class FrameReader:
             try:
                 self._text.decode(bytes(part), final)
             except UnicodeDecodeError as error:
-                raise _ViolationError(INVALID_PAYLOAD, f"a text message is not UTF-8: {error.reason}") from None
+                raise _ViolationError(f"a text message is not UTF-8: {error.reason}", INVALID_PAYLOAD) from None
 
     def _end_frame(self, events: list[FrameEvent]) -> None:
         if self._opcode < CLOSE:
@@ -266,63 +265,68 @@ class FrameSplitter:
 
         The opcode of a frame that does not end in `data` is None. Pass the bytes that follow to the next call.
         """
-        header, used = self._header, 0
+        used = 0
         if self._left is None:
-            while len(header) < (need := _header_size(header)):
-                part = data[used : used + need - len(header)]
-                if not part:
-                    return used, None
-                header += part
-                used += len(part)
-            self._left = _payload_size(header)
+            used, is_complete = _extend_header(self._header, data)
+            if not is_complete:
+                return used, None
+            self._left = _payload_size(self._header)
         taken = min(self._left, len(data) - used)
         self._left -= taken
         if self._left:
             return used + taken, None
-        opcode = header[0] & _OPCODE
-        header.clear()
+        opcode = self._header[0] & _OPCODE
+        self._header.clear()
         self._left = None
         return used + taken, opcode
 
 
+def _extend_header(header: bytearray, data: Bytes) -> tuple[int, bool]:
+    """Append the bytes of `data` that belong to the header. Return their number, and whether the header is complete."""
+    used = 0
+    while missing := _header_size(header) - len(header):
+        if used == len(data):
+            return used, False
+        part = data[used : used + missing]
+        header += part
+        used += len(part)
+    return used, True
+
+
 def _header_size(header: bytearray) -> int:
     """Return the size of a header, as far as the beginning of it tells."""
-    return 2 if len(header) < 2 else 2 + _length_width(header) + (4 if header[1] & _MASKED else 0)
-
-
-def _length_width(header: bytearray) -> int:
-    """Return how many bytes of length follow the first two bytes of a header: 0, 2 or 8."""
-    size = header[1] & ~_MASKED
-    return 2 if size == _LENGTH_16 else 8 if size == _LENGTH_64 else 0
+    if len(header) < 2:
+        return 2
+    return 2 + _LENGTH_BYTES.get(header[1] & ~_MASKED, 0) + (4 if header[1] & _MASKED else 0)
 
 
 def _payload_size(header: bytearray) -> int:
     """Return the size of the payload that a complete header announces."""
-    width = _length_width(header)
-    return int.from_bytes(header[2 : 2 + width], "big") if width else header[1] & ~_MASKED
+    short = header[1] & ~_MASKED
+    return int.from_bytes(header[2 : 2 + _LENGTH_BYTES[short]], "big") if short in _LENGTH_BYTES else short
 
 
 def _check_length(header: bytearray, length: int) -> None:
-    """Raise unless the length has its shortest form, and the 63 bits that the standard allows at most.
+    """Raise unless the length has its shortest form, and at most the 63 bits that the standard allows.
 
     Two readers could understand a length in a longer form differently.
     """
-    width = _length_width(header)
+    short = header[1] & ~_MASKED
     if length >> 63:
-        raise _ViolationError(PROTOCOL_ERROR, "the length of a frame is over 63 bits")
-    if width and length < (_LENGTH_16 if width == 2 else 1 << 16):
-        raise _ViolationError(PROTOCOL_ERROR, f"the length {length} is written in {8 * width} bits, expected fewer")
+        raise _ViolationError("the length of a frame is over 63 bits")
+    if (short == _LENGTH_16 and length < _LENGTH_16) or (short == _LENGTH_64 and length < 1 << 16):
+        raise _ViolationError(f"the length {length} is written in {8 * _LENGTH_BYTES[short]} bits, expected fewer")
 
 
 def _read_close(payload: bytes) -> Close:
     if not payload:
         return Close(NO_STATUS)
     if len(payload) == 1:
-        raise _ViolationError(PROTOCOL_ERROR, "the payload of a close frame is 1 byte, expected none or at least 2")
+        raise _ViolationError("the payload of a close frame is 1 byte, expected none or at least 2")
     code = int.from_bytes(payload[:2], "big")
     if code not in _SENDABLE and not 3000 <= code < 5000:
-        raise _ViolationError(PROTOCOL_ERROR, f"the code of a close frame is {code}, which must not be sent")
+        raise _ViolationError(f"the code of a close frame is {code}, which must not be sent")
     try:
         return Close(code, payload[2:].decode())
     except UnicodeDecodeError as error:
-        raise _ViolationError(INVALID_PAYLOAD, f"the reason of a close frame is not UTF-8: {error.reason}") from None
+        raise _ViolationError(f"the reason of a close frame is not UTF-8: {error.reason}", INVALID_PAYLOAD) from None
