@@ -1,7 +1,7 @@
 """An HTTP/1.1 client of one server: requests, endless answers, and WebSockets, on h11 and trio.
 
-h11 reads every answer, head and body. What an answer means is not known here, but for one field: the "message" of an
-error's JSON. client.py has the methods of the API.
+h11 reads every answer, head and body. This file knows one field of the answers' JSON: the "message" of an error. The
+methods of the API are in client.py.
 
 `Transport` keeps a few idle connections and opens more when all are in use. It has no tasks of its own, and any number of
 tasks may share it. A cancelled request closes its connection. A kept-alive connection may be closed by the server at any
@@ -9,7 +9,7 @@ time; a request that fails on one before the first byte of an answer is sent onc
 A POST or DELETE is not repeated, and its caller has to find out whether it was carried out.
 
 Every failure is a ClientError: ConnectError if there is no connection or it was lost, ResponseError for a status of 400
-or more. No message contains a token.
+or more. Error messages contain no tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
 
@@ -176,7 +175,7 @@ class _Connection:
         return bytes(self._http.trailing_data[0])
 
     def prepare_reuse(self) -> bool:
-        """Make ready for another request. Return whether that is possible."""
+        """Prepare the connection for another request, and return True. Return False if it cannot be used again."""
         done = self._http.our_state is h11.DONE and self._http.their_state is h11.DONE
         if not done or self._http.trailing_data[0]:
             return False
@@ -184,17 +183,9 @@ class _Connection:
         return True
 
     def is_stale(self) -> bool:
-        """Return whether an idle connection has something to read: its end, or bytes that no request has asked for."""
+        """Return whether an idle connection was closed by the server, or has received bytes that belong to no answer."""
         connection = tcp.socket_of(self.stream)
         return connection is not None and connection.is_readable()
-
-
-@dataclass(frozen=True, slots=True)
-class _Upgraded:
-    """The stream of a connection that has become a WebSocket, and the bytes that were read beyond the answer."""
-
-    stream: trio.abc.Stream
-    early: bytes
 
 
 # ---- the transport -------------------------------------------------------------------------------------------------
@@ -204,9 +195,9 @@ class Transport:
     """A client of the server at `url`, for example "https://controller:6120" or "http://127.0.0.1:6120/prefix".
 
     All paths are below the URL and `base_path`, for example "/v1". `authorization` is the value of that header, "" for
-    none. `certificate`, in PEM, is then the only one that is trusted; by default the host's CAs are. `connect_seconds`
-    bounds TCP and TLS together, `answer_seconds` a whole answer, or the head of an endless one. `connect` opens a
-    connection to a host and port, and raises OSError; by default it is TCP with keep-alive.
+    none. `certificate` is a certificate in PEM, the only one that is then trusted; without it, the host's CAs are.
+    `connect_seconds` bounds TCP and TLS together, `answer_seconds` a whole answer, or the head of an endless one.
+    `connect` opens a connection to a host and port, and raises OSError; by default it is TCP with keep-alive.
 
     Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for an invalid URL or certificate.
     """
@@ -252,9 +243,7 @@ class Transport:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -297,7 +286,7 @@ class Transport:
                 content = await connection.receive_body()
                 is_complete = True
             except _CONNECTION_ERRORS as error:
-                # The server closed the connection while it was idle.
+                # If the server closed the connection while it was idle, send the request over another one.
                 if was_used and may_repeat and not connection.is_answering:
                     continue
                 raise self._lost(error) from error
@@ -340,12 +329,12 @@ class Transport:
         A message over `max_message_size` bytes closes it. Raises ConnectError, and ResponseError if the server refuses.
         Exceptions of the block pass unchanged, except that ConnectionClosed becomes ConnectError.
         """
-        async with self._upgraded(path, query) as upgraded:
+        async with self._upgraded(path, query) as (stream, early):
             try:
                 async with open_messages(
-                    upgraded.stream,
+                    stream,
                     client=True,
-                    early=upgraded.early,
+                    early=early,
                     message_queue_size=1,
                     max_message_size=max_message_size,
                     receive_buffer_size=_RECEIVE_BYTES,
@@ -363,21 +352,25 @@ class Transport:
         Raises ConnectError, and ResponseError if the server refuses. A BrokenResourceError of the block becomes
         ConnectError.
         """
-        async with self._upgraded(path, query) as upgraded:
+        async with self._upgraded(path, query) as (stream, early):
             # The pings of TunnelStream tell a dead peer from a slow reader.
-            tcp.disable_user_timeout(upgraded.stream)
-            stream = TunnelStream(upgraded.stream, client=True, early=upgraded.early, ping_interval=ping_interval)
+            tcp.disable_user_timeout(stream)
+            tunnel = TunnelStream(stream, client=True, early=early, ping_interval=ping_interval)
             with unwrap_groups():
                 # The tasks of the stream end with the block.
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(stream.run)
-                    yield stream
-                    await stream.aclose()
+                    nursery.start_soon(tunnel.run)
+                    yield tunnel
+                    await tunnel.aclose()
                     nursery.cancel_scope.cancel()
 
     @asynccontextmanager
-    async def _upgraded(self, path: str, query: Mapping[str, str] | None) -> AsyncIterator[_Upgraded]:
-        """Make a WebSocket of a connection, and close it at the end of the block.
+    async def _upgraded(
+        self, path: str, query: Mapping[str, str] | None
+    ) -> AsyncIterator[tuple[trio.abc.Stream, bytes]]:
+        """Make a connection a WebSocket, and close it at the end of the block.
+
+        Yields the connection's stream, and the bytes that were read from it beyond the answer.
 
         Raises ConnectError, and ResponseError if the server refuses. A BrokenResourceError of the block becomes
         ConnectError.
@@ -396,7 +389,7 @@ class Transport:
                 accept = headers.get("sec-websocket-accept")
                 if accept != wsframes.accept_value(key) or "sec-websocket-extensions" in headers:
                     raise ConnectError(f"{self.url} answered the WebSocket handshake incorrectly")
-                yield _Upgraded(connection.stream, connection.early())
+                yield connection.stream, connection.early()
         finally:
             await trio.aclose_forcefully(connection.stream)
 
