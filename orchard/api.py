@@ -271,7 +271,8 @@ class API:
         if name in self.state.vms:
             raise HTTPError(409, f'VM "{name}" already exists')
         reason = self.parts.waiting_reason(spec)
-        self._put(transitions.create(name, str(uuid.uuid4()), spec, self.parts.clock(), reason))
+        with self.store.transaction() as tx:
+            tx.put(transitions.create(name, str(uuid.uuid4()), spec, self.parts.clock(), reason))
         return self._stored("vm", name, warning)
 
     def list_vms(self, request: Request, admitted: Admitted) -> AnyResponse:

@@ -115,8 +115,7 @@ class Running:
 # ---- the data directory ----------------------------------------------------------------------------------------------
 
 
-def utc_now() -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC)
+utc_now: Callable[[], datetime.datetime] = partial(datetime.datetime.now, datetime.UTC)
 
 
 @contextlib.contextmanager
@@ -230,7 +229,7 @@ def _compose(
     """Connect the parts of a controller. No task runs yet. Raises StartError."""
     rendezvous = Rendezvous(settings.ping_interval)
     loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
-    Reactions(store, events, rendezvous, clock)
+    Reactions(store, events, rendezvous, loop, clock)
     vm_access = VMAccess(store, rendezvous)
     parts = ControllerParts(
         store=store,

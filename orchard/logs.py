@@ -9,6 +9,7 @@ message can forge a line or a field. The fields of a line come from `extra=` of 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 _ACCEPT_ERROR_SECONDS = 10.0  # seconds
 # Errors of accepting a connection that pass when the process or the system has resources again.
 _OUT_OF_RESOURCES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
+_FIRST_EXTRA = len(vars(logging.makeLogRecord({})))
 _STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 # Printable ASCII without blank, quote, equals sign and backslash.
 _PLAIN_WORD = re.compile(r"[!#-<>-\[\]-~]+")
@@ -52,14 +54,17 @@ class LineFormatter(logging.Formatter):
         second = int(record.created)
         if second != self._second[0]:
             self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
-        pairs = [
-            f"time={self._second[1]}.{int(record.created * 1000) % 1000:03d}Z",
-            f"level={record.levelname.lower()} logger={record.name} msg={format_value(record.getMessage())}",
-        ]
-        pairs += [f"{key}={format_value(value)}" for key, value in vars(record).items() if key not in _STANDARD_FIELDS]
+        line = (
+            f"time={self._second[1]}.{int(record.created * 1000) % 1000:03d}Z"
+            f" level={record.levelname.lower()} logger={record.name} msg={format_value(record.getMessage())}"
+        )
+        # The fields of `extra=` are the last ones in a record.
+        for key, value in itertools.islice(vars(record).items(), _FIRST_EXTRA, None):
+            if key not in _STANDARD_FIELDS:
+                line += f" {key}={format_value(value)}"
         if record.exc_info:
-            pairs.append(f"traceback={format_value(self.formatException(record.exc_info))}")
-        return " ".join(pairs)
+            line += f" traceback={format_value(self.formatException(record.exc_info))}"
+        return line
 
 
 def log_asyncio_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

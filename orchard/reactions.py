@@ -1,4 +1,6 @@
-"""What the controller does once a change is durable: wake workers, end tunnels, delete events, and log the change.
+"""What the controller does once a change is durable.
+
+It wakes workers, ends tunnels, deletes events, lets the scheduling loop forget what was deleted, and logs the change.
 
 A change that is not durable yet may be undone, so none of this happens earlier. The log does not say which account made
 a change: the request's own log line does, with its method, path and account.
@@ -10,6 +12,7 @@ import datetime
 import logging
 from collections.abc import Callable
 
+from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM
 from orchard.storage.events import EventLog
 from orchard.store import Change, Store
@@ -22,38 +25,48 @@ class Reactions:
     """Reacts to the durable changes of a store. `clock` is the wall clock."""
 
     def __init__(
-        self, store: Store, events: EventLog, rendezvous: Rendezvous, clock: Callable[[], datetime.datetime]
+        self,
+        store: Store,
+        events: EventLog,
+        rendezvous: Rendezvous,
+        loop: SchedulingLoop,
+        clock: Callable[[], datetime.datetime],
     ) -> None:
         self._events = events
         self._rendezvous = rendezvous
+        self._loop = loop
         self._clock = clock
         store.on_durable(self._react)
 
     def _react(self, changes: list[Change]) -> None:
         for change in changes:
-            if change.kind == "vm":
-                self._react_to_vm(_as_vm(change.old), _as_vm(change.new))
-            elif change.kind == "worker":
-                self._log_worker(change)
+            old, new = change.old, change.new
+            if isinstance(old, VM):
+                self._react_to_vm(old, new if isinstance(new, VM) else None)
+            elif isinstance(new, VM):
+                # A new VM has no worker to wake, and no tunnels.
+                _logger.info("VM created", extra={"vm": change.name})
+            elif change.kind == "worker" and old is None:
+                _logger.info("worker registered", extra={"worker": change.name})
+            elif change.kind == "worker" and new is None:
+                self._loop.forget_worker(change.name)
+                _logger.info("worker deleted", extra={"worker": change.name})
 
-    def _react_to_vm(self, old: VM | None, new: VM | None) -> None:
+    def _react_to_vm(self, old: VM, new: VM | None) -> None:
         for worker in workers_to_wake(old, new):
             self._rendezvous.sync(worker)
-        if old is not None and (reason := tunnel_end_reason(old, new)):
+        if reason := tunnel_end_reason(old, new):
             self._rendezvous.end_tunnels(old.uid, reason)
-        if old is not None and new is None:
-            self._events.drop(old.uid)
-        self._log_vm(old, new)
-
-    def _log_vm(self, old: VM | None, new: VM | None) -> None:
         if new is None:
-            if old is not None:
-                _logger.info("VM deleted", extra={"vm": old.name})
-            return
-        before = new.state if old is None else old.state
-        if old is None:
-            _logger.info("VM created", extra={"vm": new.name})
-        elif new.state.restart_count != before.restart_count:
+            self._events.drop(old.uid)
+            self._loop.forget_vm(old.uid)
+            _logger.info("VM deleted", extra={"vm": old.name})
+        else:
+            self._log_change(old, new)
+
+    def _log_change(self, old: VM, new: VM) -> None:
+        before = old.state
+        if new.state.restart_count != before.restart_count:
             _logger.info("VM restarted", extra={"vm": new.name, "restarts": new.state.restart_count})
         elif new.state.worker != before.worker:
             _logger.info("VM assigned", extra={"vm": new.name, "worker": new.state.worker})
@@ -69,19 +82,13 @@ class Reactions:
             seconds = 0.0 if begun is None else (self._clock() - begun).total_seconds()
             _logger.info("VM running", extra={**fields, "seconds": round(seconds, 1)})
 
-    def _log_worker(self, change: Change) -> None:
-        if change.old is None:
-            _logger.info("worker registered", extra={"worker": change.name})
-        elif change.new is None:
-            _logger.info("worker deleted", extra={"worker": change.name})
 
-
-def workers_to_wake(old: VM | None, new: VM | None) -> list[str]:
+def workers_to_wake(old: VM, new: VM | None) -> list[str]:
     """Return the names of the workers that have to look at their VMs because of a change.
 
     A worker that reported the change itself is not among them.
     """
-    if old is not None and new is not None and _work_of(old) == _work_of(new):
+    if new is not None and _work_of(old) == _work_of(new):
         return []
     return [vm.state.worker for vm in (old, new) if vm is not None and vm.state.worker]
 
@@ -93,10 +100,6 @@ def tunnel_end_reason(old: VM, new: VM | None) -> str:
     if new.state.status == "failed" and old.state.status != "failed":
         return f'VM "{old.name}" has failed: {new.state.status_message}'
     return ""
-
-
-def _as_vm(stored: object) -> VM | None:
-    return stored if isinstance(stored, VM) else None
 
 
 def _work_of(vm: VM) -> tuple[object, ...]:

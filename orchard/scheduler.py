@@ -34,7 +34,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from orchard.schema import VM, SchedulerProfile, VMSpec, Worker
 
@@ -96,15 +96,19 @@ class Plan:
     # VM name -> new reason why it waits.
     waiting: dict[str, str] = field(default_factory=dict)
     # When time alone makes another plan due.
-    next_at: float | None = None
+    next_at: float = math.inf
     # How many more VMs the plan could take. If 0, there may be more to do.
     capacity: int = field(default=sys.maxsize, compare=False)
     # Workers that went offline since the plan before.
     offline: list[str] = field(default_factory=list, compare=False)
 
+    @property
+    def has_changes(self) -> bool:
+        return bool(self.fail or self.restart or self.assign or self.waiting)
+
     def set_due(self, at: float) -> None:
         """Make another plan due at `at`, or earlier."""
-        self.next_at = at if self.next_at is None else min(self.next_at, at)
+        self.next_at = min(self.next_at, at)
 
 
 # ---- demand and load -------------------------------------------------------------------------------------------------
@@ -131,8 +135,7 @@ class Load:
         return load
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What a VM asks of its worker. VMs of equal demand fit on the same workers."""
 
     arch: str
@@ -199,30 +202,27 @@ def _why_not(demand: Demand, workers: Mapping[str, Worker], online: Mapping[str,
 class _OnlineWorkers:
     """Which workers are online, and when the next one may go offline.
 
-    Entries of the heaps may be too early, because contact moves the time on. They are renewed when they are due.
+    Contact moves a worker's time on, but not in the heaps: an entry is renewed when it is due.
     """
 
     def __init__(self, inputs: PlannerInputs, active_vms: Mapping[str, object]) -> None:
         self.names: dict[str, None] = {}
         self._inputs = inputs
         self._active_vms = active_vms
-        # Workers that may have come online.
-        self._unchecked: dict[str, None] = {}
-        self._times: list[tuple[float, str]] = []
+        # Workers that may have come online since the last update.
+        self.unchecked: dict[str, None] = {}
+        # Heap: (not offline before this time, worker). The time may be too early.
+        self.times: list[tuple[float, str]] = []
         # The same for workers that have active VMs.
-        self._times_with_vms: list[tuple[float, str]] = []
-
-    @property
-    def is_checked(self) -> bool:
-        return not self._unchecked
+        self.times_with_vms: list[tuple[float, str]] = []
 
     def check(self, worker: str) -> None:
         """Let the next update check whether a worker came online."""
-        self._unchecked[worker] = None
+        self.unchecked[worker] = None
 
     def add_vms(self, worker: str) -> None:
         """Record that an online worker, which had no active VM, has one now."""
-        heapq.heappush(self._times_with_vms, (self._inputs.offline_at(worker), worker))
+        heapq.heappush(self.times_with_vms, (self._inputs.offline_at(worker), worker))
 
     def discard(self, worker: str) -> None:
         self.names.pop(worker, None)
@@ -231,22 +231,17 @@ class _OnlineWorkers:
         """Return the workers that came online and those that went offline."""
         came = [
             worker
-            for worker in self._unchecked
+            for worker in self.unchecked
             if worker in registered and worker not in self.names and self._inputs.offline_at(worker) > now
         ]
-        self._unchecked.clear()
+        self.unchecked.clear()
         for worker in came:
             self.names[worker] = None
-            heapq.heappush(self._times, (self._inputs.offline_at(worker), worker))
+            heapq.heappush(self.times, (self._inputs.offline_at(worker), worker))
             if self._active_vms.get(worker):
                 self.add_vms(worker)
-        went = self._pop_offline(self._times, self.names, now)
-        return came, went + self._pop_offline(self._times_with_vms, self._active_vms, now)
-
-    def next_offline_at(self, *, only_with_vms: bool) -> float | None:
-        """Return the earliest time at which a worker may go offline."""
-        heap = self._times_with_vms if only_with_vms else self._times
-        return heap[0][0] if heap else None
+        went = self._pop_offline(self.times, self.names, now)
+        return came, went + self._pop_offline(self.times_with_vms, self._active_vms, now)
 
     def _pop_offline(self, heap: list[tuple[float, str]], relevant: Mapping[str, object], now: float) -> list[str]:
         went = []
@@ -358,7 +353,7 @@ class _Queue:
     def inform(self, vm: VM) -> None:
         """Mark a VM as uninformed, unless its status message is the reason already."""
         if not self.reason or vm.state.status_message != self.reason:
-            self.uninformed[vm.name] = None
+            self.uninformed[vm.meta.name] = None
 
 
 class _Placed:
@@ -554,9 +549,10 @@ class Planner:
 
     def put_vm(self, vm: VM) -> None:
         """Add or replace a VM."""
-        old = self._vms.get(vm.name)
+        name = vm.meta.name
+        old = self._vms.get(name)
         if old is not None and _relevant(old) == _relevant(vm):
-            self._vms[vm.name] = vm
+            self._vms[name] = vm
             match _role(vm):
                 case "failed":
                     self._restarts.update(vm)
@@ -564,13 +560,20 @@ class Planner:
                     self._placement.update(vm)
             return
         if old is not None:
-            self.drop_vm(vm.name)
-        self._vms[vm.name] = vm
+            self.drop_vm(name)
+        self._vms[name] = vm
         match _role(vm):
             case "failed":
                 self._restarts.put(vm)
             case "active":
-                self._put_active(vm)
+                worker = vm.state.worker
+                if worker not in self._online.names:
+                    self._lost[worker] = None
+                    self._online.check(worker)
+                elif not self._active_vms[worker]:
+                    self._online.add_vms(worker)
+                self._active_vms[worker][name] = None
+                self._placement.add_load(vm)
             case "pending":
                 self._placement.put(vm)
 
@@ -591,7 +594,7 @@ class Planner:
 
     def waiting_reason(self, spec: VMSpec) -> str:
         """Return why a new VM will wait, if VMs of the same demand wait and nothing has changed since; else ""."""
-        return self._placement.current_reason(spec) if self._online.is_checked else ""
+        return self._placement.current_reason(spec) if not self._online.unchecked else ""
 
     def plan(self, now: float, profile: SchedulerProfile, limit: int = sys.maxsize) -> Plan:
         """Decide the next changes, for at most `limit` VMs."""
@@ -602,20 +605,10 @@ class Planner:
         self._restarts.plan(now, plan)
         some_wait = self._placement.plan(now, profile, plan)
         # A worker without active VMs going offline matters for reasons only.
-        offline_at = self._online.next_offline_at(only_with_vms=not some_wait)
-        if offline_at is not None:
-            plan.set_due(offline_at)
+        times = self._online.times if some_wait else self._online.times_with_vms
+        if times:
+            plan.set_due(times[0][0])
         return plan
-
-    def _put_active(self, vm: VM) -> None:
-        worker = vm.state.worker
-        if worker not in self._online.names:
-            self._lost[worker] = None
-            self._online.check(worker)
-        elif not self._active_vms[worker]:
-            self._online.add_vms(worker)
-        self._active_vms[worker][vm.name] = None
-        self._placement.add_load(vm)
 
     def _update_online(self, now: float, plan: Plan) -> None:
         came, plan.offline = self._online.update(now, self._workers)
@@ -645,7 +638,7 @@ class Planner:
 
 
 def _age(vm: VM) -> _Age:
-    return (vm.meta.created_at or _LONG_AGO, vm.name)
+    return (vm.meta.created_at or _LONG_AGO, vm.meta.name)
 
 
 def _role(vm: VM) -> Literal["failed", "active", "pending", "none"]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import math
 from collections.abc import Callable
 
 import trio
@@ -59,15 +58,19 @@ class SchedulingLoop:
         self._rebuild_planner()
         store.on_commit(self._update_planner)
         store.on_undo(self._rebuild_planner)
-        store.on_durable(self._forget_deleted)
 
     def waiting_reason(self, spec: VMSpec) -> str:
         """Return why a new VM will wait, as far as that is known; else ""."""
         return self.planner.waiting_reason(spec)
 
-    def wake(self) -> None:
-        """Start another round soon."""
-        self._wakeup.set()
+    def forget_vm(self, uid: str) -> None:
+        """Forget a VM whose deletion is durable."""
+        self._restarted_at.pop(uid, None)
+
+    def forget_worker(self, name: str) -> None:
+        """Forget a worker whose deletion is durable."""
+        self.liveness.record_deletion(name)
+        self._offline.discard(name)
 
     async def run(self) -> None:
         """Schedule until cancelled."""
@@ -97,9 +100,10 @@ class SchedulingLoop:
         for worker in plan.offline:
             self._offline.add(worker)
             _logger.warning("worker offline", extra={"worker": worker})
-        if self._apply(plan, now, clock) or not plan.capacity:
+        if plan.has_changes and self._apply(plan, now, clock):
             return None
-        return math.inf if plan.next_at is None else plan.next_at
+        # A plan that is full, but changed nothing, may be followed by one that does.
+        return plan.next_at if plan.capacity else None
 
     def _apply(self, plan: Plan, now: float, clock: datetime.datetime) -> bool:
         """Apply a plan in one transaction. Return whether it changed anything."""
@@ -137,19 +141,11 @@ class SchedulingLoop:
                 self.planner.drop_vm(change.name)
             elif isinstance(change.old, Worker) and change.new is None:
                 self.planner.drop_worker(change.name)
-        self.wake()
-
-    def _forget_deleted(self, changes: list[Change]) -> None:
-        for change in changes:
-            if change.new is None and isinstance(change.old, VM):
-                self._restarted_at.pop(change.old.uid, None)
-            elif change.new is None and isinstance(change.old, Worker):
-                self.liveness.record_deletion(change.old.name)
-                self._offline.discard(change.old.name)
+        self._wakeup.set()
 
     def _worker_returned(self, worker: str) -> None:
         if worker in self._offline:
             self._offline.discard(worker)
             _logger.info("worker returned", extra={"worker": worker})
         self.planner.worker_returned(worker)
-        self.wake()
+        self._wakeup.set()

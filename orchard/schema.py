@@ -302,16 +302,24 @@ def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
 
     Read-only fields are ignored. The names of unknown fields are appended to `unknown`.
     """
+    if isinstance(raw, dict):
+        raw = _with_tart_resource(raw)
     spec = decode_from_client(VMSpec, raw, unknown, also=_NOT_SPEC)
     assert isinstance(raw, dict)
     name = raw.get("name")
     if not isinstance(name, str | None):
         raise MalformedError(f"name is {shown(name)}, expected a string")
     _check_name("name", name or "")
-    resources = spec.resources
-    if spec.os == "darwin" and spec.runtime == "tart" and TART_VMS not in resources:
-        resources = {**resources, TART_VMS: 1}
-    return name or "", _complete(spec, _softnet(raw, False), resources)
+    return name or "", _complete(spec, _softnet(raw, False))
+
+
+def _with_tart_resource(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a new VM that asks for one of its worker's Tart VMs, if it is a macOS VM and does not say how many."""
+    resources = raw.get("resources")
+    is_macos = raw.get("os") in (None, "darwin") and raw.get("runtime") in (None, "tart")
+    if not is_macos or not isinstance(resources, dict | None) or TART_VMS in (resources or {}):
+        return raw
+    return {**raw, "resources": {**(resources or {}), TART_VMS: 1}}
 
 
 def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
@@ -323,7 +331,7 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
     base = replace(old, **_PUT_ZEROS)
     spec = decode_from_client(VMSpec, raw, unknown, base=base, also=_NOT_SPEC)
     assert isinstance(raw, dict)
-    return _complete(spec, _softnet(raw, old.net_softnet), spec.resources)
+    return _complete(spec, _softnet(raw, old.net_softnet))
 
 
 def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
@@ -341,7 +349,7 @@ def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
     spec = decode_from_client(VMSpec, merged, unknown)
     unknown.extend(name for name in patch if name not in _SPEC_NAMES | _NOT_SPEC)
     softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
-    return _complete(spec, softnet, spec.resources)
+    return _complete(spec, softnet)
 
 
 def _merge(target: object, patch: object) -> Any:
@@ -374,15 +382,13 @@ def _softnet(raw: Mapping[str, Any], old: bool) -> bool:
     return not old if len(wanted) == 2 else True in wanted
 
 
-def _complete(spec: VMSpec, softnet: bool, resources: Mapping[str, int]) -> VMSpec:
+def _complete(spec: VMSpec, softnet: bool) -> VMSpec:
     """Return the specification with the fields that follow from others. Raises InvalidError if it breaks a rule."""
-    spec = replace(
-        spec,
-        net_softnet=softnet or bool(spec.net_softnet_allow or spec.net_softnet_block),
-        resources=resources,
-        username=spec.username or "admin",
-        password=spec.password or "admin",
-    )
+    softnet = softnet or bool(spec.net_softnet_allow or spec.net_softnet_block)
+    # Most specifications are complete, and copying one takes as long as reading it.
+    if softnet != spec.net_softnet or not spec.username or not spec.password:
+        username, password = spec.username or "admin", spec.password or "admin"
+        spec = replace(spec, net_softnet=softnet, username=username, password=password)
     _check_spec(spec)
     return spec
 

@@ -117,15 +117,17 @@ class State:
         self.settings = ClusterSettings()
         self.vms_by_worker: defaultdict[str, dict[str, VM]] = defaultdict(dict)
         self.json: Tables = {kind: {} for kind in _KINDS.values()}
+        # The same objects as `vms`, `workers`, `accounts` and `settings`, by kind and name.
+        self.objects: dict[Kind, dict[str, Any]] = {
+            "vm": self.vms,
+            "worker": self.workers,
+            "account": self.accounts,
+            "settings": {},
+        }
         # Sorted.
         self.names: dict[Kind, list[str]] = {kind: [] for kind in _KINDS.values()}
         # Where in the JSON of a VM its specification begins, unless an undo has removed the entry.
         self.spec_at: dict[str, int] = {}
-
-    def get(self, kind: Kind, name: str) -> StoredObject | None:
-        if kind == "settings":
-            return self.settings if SETTINGS in self.json["settings"] else None
-        return self._table(kind).get(name)
 
     def tables(self) -> Tables:
         """Return a copy of the JSON of all objects."""
@@ -134,39 +136,29 @@ class State:
     def apply(self, kind: Kind, name: str, new: StoredObject | None, json: bytes, spec_at: int = 0) -> None:
         """Create or replace one object, or delete it when `new` is None."""
         if kind == "vm":
-            self._index_vm(name, new if isinstance(new, VM) else None)
+            old = self.vms.get(name)
+            if old is not None and (worker := old.state.worker):
+                del self.vms_by_worker[worker][name]
+                if not self.vms_by_worker[worker]:
+                    del self.vms_by_worker[worker]
+            if isinstance(new, VM) and new.state.worker:
+                self.vms_by_worker[new.state.worker][name] = new
             if spec_at:
                 self.spec_at[name] = spec_at
             else:
                 self.spec_at.pop(name, None)
-        names = self.names[kind]
+        elif kind == "settings":
+            self.settings = new if isinstance(new, ClusterSettings) else ClusterSettings()
+        objects, names = self.objects[kind], self.names[kind]
         if new is None:
+            del objects[name]
             del self.json[kind][name]
             del names[bisect.bisect_left(names, name)]
         else:
-            if name not in self.json[kind]:
+            if name not in objects:
                 bisect.insort(names, name)
+            objects[name] = new
             self.json[kind][name] = json
-        if kind == "settings":
-            self.settings = new if isinstance(new, ClusterSettings) else ClusterSettings()
-        elif new is None:
-            del self._table(kind)[name]
-        else:
-            self._table(kind)[name] = new
-
-    def _table(self, kind: Kind) -> dict[str, Any]:
-        tables: dict[Kind, dict[str, Any]] = {"vm": self.vms, "worker": self.workers, "account": self.accounts}
-        return tables[kind]
-
-    def _index_vm(self, name: str, new: VM | None) -> None:
-        old = self.vms.get(name)
-        if old is not None and old.state.worker:
-            assigned = self.vms_by_worker[old.state.worker]
-            del assigned[name]
-            if not assigned:
-                del self.vms_by_worker[old.state.worker]
-        if new is not None and new.state.worker:
-            self.vms_by_worker[new.state.worker][name] = new
 
 
 class Transaction:
@@ -178,11 +170,12 @@ class Transaction:
 
     def put(self, new: ObjectT) -> ObjectT:
         """Create or replace an object; return what is stored. A VM's version becomes this transaction's revision."""
-        stored = new
         if isinstance(new, VM):
             stored = VM(replace(new.meta, version=self.revision), new.spec, new.state)
-        self.changes[_KINDS[type(new)], SETTINGS if isinstance(new, ClusterSettings) else new.name] = stored
-        return stored
+            self.changes["vm", new.meta.name] = stored
+            return stored
+        self.changes[_KINDS[type(new)], SETTINGS if isinstance(new, ClusterSettings) else new.name] = new
+        return new
 
     def delete(self, old: VM | Worker | ServiceAccount) -> None:
         self.changes[_KINDS[type(old)], old.name] = None
@@ -196,17 +189,6 @@ class _Write:
     changes: list[Change] = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)
     error: StorageError | None = None
-
-    def take(self, changes: list[Change], revision: int) -> None:
-        """Add the changes of a transaction."""
-        self.changes += changes
-        self.batch.revision = revision
-        for change in changes:
-            key = (change.kind, change.name)
-            if change.new is None:
-                self.batch.delete(key)
-            else:
-                self.batch.put(key, change.json, is_new=change.old is None)
 
 
 @dataclass(slots=True)
@@ -294,7 +276,7 @@ class Store:
 
     def _change(self, kind: Kind, name: str, new: StoredObject | None) -> Change | None:
         """Return what a transaction does to one object; None for the deletion of an object that does not exist."""
-        old = self.state.get(kind, name)
+        old = self.state.objects[kind].get(name)
         old_json = self.state.json[kind].get(name, b"")
         if new is None:
             return Change(kind, name, old, None, old_json, old_json) if old is not None else None
@@ -304,23 +286,21 @@ class Store:
 
     def _commit(self, changes: list[Change]) -> None:
         adds = any(change.adds for change in changes)
-        if adds and self.full:
+        if adds and self._full_disk is not None:
             raise StorageFullError(f"{self.full}; nothing can be added until there is space, deletions are accepted")
         # Nothing below can fail, so all of the transaction happens.
-        write = self._gather()
+        if self._gathering is None:
+            self._gathering = _Write(Batch(self.state.revision, self.state.revision))
+        batch = self._gathering.batch
         for change in changes:
             self.state.apply(change.kind, change.name, change.new, change.json, change.spec_at)
-        self.state.revision += 1
-        write.take(changes, self.state.revision)
-        write.batch.adds = write.batch.adds or adds
+            batch.record((change.kind, change.name), change.json if change.new else None, is_new=change.old is None)
+        self._gathering.changes += changes
+        self.state.revision = batch.revision = self.state.revision + 1
+        batch.adds = batch.adds or adds
         self._wakeup.set()
         for tell in self._committed:
             tell(changes)
-
-    def _gather(self) -> _Write:
-        if self._gathering is None:
-            self._gathering = _Write(Batch(self.state.revision, self.state.revision))
-        return self._gathering
 
     async def wait_durable(self) -> None:
         """Wait until all that the state holds now is on disk.
@@ -523,7 +503,7 @@ def check(state: State, *, json_is_new: bool = False) -> list[str]:
         if names != sorted(state.json[kind]):
             problems.append(f"the names of kind {kind} are not in order")
         for name, json in state.json[kind].items():
-            item = state.get(kind, name)
+            item = state.objects[kind].get(name)
             if item is None or not (json_is_new or json == encode_object(item)):
                 problems.append(f'the JSON of {kind} "{name}" is not that of the object')
     return problems

@@ -384,7 +384,7 @@ def test_stale_plan_overcommits() -> None:
 def test_next_at_is_the_first_time_at_which_a_plan_changes_anything(snapshot: Snapshot) -> None:
     after = settle(snapshot, NOW)
     due = plan(after, NOW).next_at
-    if due is None:
+    if due == math.inf:
         for later in (NOW + 1, NOW + 200, NOW + 1e6):
             assert apply(after, plan(after, later), later) == after
         return
@@ -479,7 +479,7 @@ def test_incremental_planner_equals_a_new_planner(sequence: list[Snapshot], seed
         kept.now += order.choice([REASON_SECONDS, 20, 200])
         kept.change_into(snapshot, lambda: order.random() < 0.7)
         twice = [kept.planner.plan(kept.now, snapshot.profile) for _ in range(2)]
-        assert replace(twice[0], waiting={}, next_at=None) == replace(twice[1], waiting={}, next_at=None)
+        assert replace(twice[0], waiting={}, next_at=0) == replace(twice[1], waiting={}, next_at=0)
         kept.repeat_reasons()
         expected = settle(kept.snapshot(), kept.now)
         kept.settle()
@@ -885,9 +885,9 @@ def test_restarted_vm_is_assigned_again_in_the_next_plan() -> None:
 
 
 def test_next_at_is_none_when_time_alone_changes_nothing() -> None:
-    assert plan(snapshot_of([], []), NOW).next_at is None
-    assert plan(snapshot_of([], [worker()]), NOW).next_at is None
-    assert plan(snapshot_of([failed(pending())], [worker()]), NOW).next_at is None
+    assert plan(snapshot_of([], []), NOW).next_at == math.inf
+    assert plan(snapshot_of([], [worker()]), NOW).next_at == math.inf
+    assert plan(snapshot_of([failed(pending())], [worker()]), NOW).next_at == math.inf
 
 
 def test_next_at_is_the_earliest_restart_or_offline_timeout() -> None:
@@ -901,4 +901,4 @@ def test_waiting_reason_changes_when_a_worker_goes_offline() -> None:
     snapshot = snapshot_of([pending()], [worker("full", vms=0)])
     assert plan(snapshot, NOW).next_at == ONLINE + OFFLINE_TIMEOUT
     assert plan(snapshot, ONLINE + OFFLINE_TIMEOUT).waiting == {"vm": "waiting: 1 worker: 1 offline"}
-    assert plan(snapshot, ONLINE + OFFLINE_TIMEOUT).next_at is None
+    assert plan(snapshot, ONLINE + OFFLINE_TIMEOUT).next_at == math.inf

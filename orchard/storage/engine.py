@@ -64,18 +64,17 @@ class Batch:
     adds: bool = False
     _created: set[Key] = field(default_factory=set)
 
-    def put(self, key: Key, json: bytes, *, is_new: bool) -> None:
-        """Record an object that was created (`is_new`) or changed."""
+    def record(self, key: Key, json: bytes | None, *, is_new: bool = False) -> None:
+        """Record an object that was created (`is_new`), changed, or with None deleted.
+
+        An object that is created and deleted in the same batch leaves no record.
+        """
         if is_new and key not in self.records:
             self._created.add(key)
-        self.records[key] = json
-
-    def delete(self, key: Key) -> None:
-        """Record a deletion. An object that was created in this batch leaves no record."""
-        if key in self._created:
+        if json is None and key in self._created:
             self.records.pop(key, None)
         else:
-            self.records[key] = None
+            self.records[key] = json
 
     def line(self) -> bytes:
         """Return the batch as a line of the journal."""

@@ -144,7 +144,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
         events.open({vm.uid for vm in store.state.vms.values()})
         rendezvous = Rendezvous()
         loop = SchedulingLoop(store, DEFAULT_OFFLINE_TIMEOUT, lambda: BEGAN)
-        Reactions(store, events, rendezvous, lambda: BEGAN)
+        Reactions(store, events, rendezvous, loop, lambda: BEGAN)
         vm_access = VMAccess(store, rendezvous)
         gate = auth.Gate(store.state.accounts) if accounts else None
         parts = ControllerParts(

@@ -52,7 +52,7 @@ def batch(revision: int, *names: str, size: int = 2) -> Batch:
     """Return a batch of one transaction that puts objects of `size` bytes."""
     made = Batch(revision - 1, revision)
     for name in names:
-        made.put(("vm", name), b'{"x":"%b"}' % (b"x" * (size - 8)) if size > 8 else b"{}", is_new=True)
+        made.record(("vm", name), b'{"x":"%b"}' % (b"x" * (size - 8)) if size > 8 else b"{}", is_new=True)
     return made
 
 
@@ -82,12 +82,12 @@ def test_load_changes_nothing_and_begin_cuts_off_an_unfinished_line(tmp_path: Pa
 def test_object_created_and_deleted_in_one_batch_leaves_no_record(tmp_path: Path) -> None:
     file_engine = begun(tmp_path)
     made = batch(1, "a", "b")
-    made.delete(("vm", "a"))
+    made.record(("vm", "a"), None)
     file_engine.append(made)
     made = Batch(1, 2)
-    made.delete(("vm", "b"))
-    made.put(("vm", "b"), b"{}", is_new=True)
-    made.delete(("vm", "b"))
+    made.record(("vm", "b"), None)
+    made.record(("vm", "b"), b"{}", is_new=True)
+    made.record(("vm", "b"), None)
     assert made.records == {("vm", "b"): None}
     file_engine.append(made)
     file_engine.close()
