@@ -1,8 +1,8 @@
-"""Accounts, roles and tokens: who sends a request, and what it may do. No I/O; keys and clocks are arguments.
+"""Accounts, roles and tokens: who sends a request, and what that account may do. No I/O; keys and clocks are arguments.
 
 A request carries HTTP Basic credentials: the name and the token of a service account. `Gate.identify` finds the account,
 and takes the same time for an unknown name as for a wrong token. `require` checks that the account has the role that an
-operation needs. Roles do not include each other, except as IMPLIED says.
+operation needs. A role does not include another one, except as IMPLIED says.
 
 `FailureLimit` counts wrong credentials by source address. From a source with ten failures within a minute, further
 wrong credentials get a TooManyFailuresError. Correct ones are still accepted, because many clients may share an address
@@ -11,8 +11,8 @@ and a token of 190 bits cannot be guessed. The limit protects the log and the CP
 A VM access token (a JWT) admits its bearer to one VM for some time, without an account. It is valid only for the
 operations that connect to that VM.
 
-A bootstrap token has what a new worker needs: an account's name, its token and, unless every host trusts the
-controller's certificate, that certificate.
+A bootstrap token holds what a new worker needs: an account's name, its token and the controller's certificate. It can
+omit the certificate if the workers' hosts trust it anyway.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ import jwt
 from orchard.schema import MAX_NAME, Role, ServiceAccount
 
 ROLES: tuple[Role, ...] = get_args(Role)
-# An account with the second role has the first one, too: who may change VMs may connect to them.
+# The second role includes the first one: an account that may change VMs may connect to them.
 IMPLIED: Mapping[Role, Role] = {"compute:connect": "compute:write"}
 BOOTSTRAP_ADMIN = "bootstrap-admin"
 # The user name with which an SSH client sends an access token as its password.
 TOKEN_USER = "token"  # noqa: S105
 # Failures of one source within _FAILURE_SECONDS, before it is told to wait.
 MAX_FAILURES = 10
-# Sources that are remembered, those with the latest failures, at some hundred bytes each.
+# The most sources that are remembered, at some hundred bytes each. Those that failed least recently are forgotten first.
 MAX_FAILED_SOURCES = 4096
 
 _FAILURE_SECONDS = 60.0
 # Characters of a random token: 190 bits.
 _TOKEN_LENGTH = 32
-# Shells, URLs and double clicks take a text of these as one word.
+# Characters that need no quoting in shells and URLs, and that a double click selects as one word.
 _TOKEN_ALPHABET = string.ascii_letters + string.digits
 _BOOTSTRAP_PREFIX = "orchard-bootstrap-token-v0"
 _ISSUER = "orchard-controller"
 _AUDIENCE = "orchard-vm-access"
 _SCOPES = ("vm:port-forward", "vm:ip", "vm:ssh-jumpbox")
-# Authorization headers that are remembered with their account: checking one takes a tenth of a request's time.
+# The most Authorization headers that are remembered with their account. Checking one takes a tenth of a request's time.
 _MAX_RECOGNISED = 1024
-# Decoding a token takes time in proportion to its length, and ours have half a kilobyte.
+# Decoding a token takes time in proportion to its length. Our tokens have half a kilobyte.
 _MAX_ACCESS_TOKEN = 8 * 1024  # bytes
 _BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 
@@ -92,7 +92,7 @@ class Gate:
         self._accounts = accounts
         # The token of an unknown account is compared with this one.
         self._decoy = random_token()
-        # By the whole header, because most requests carry one of a few.
+        # Accounts by the whole header: most requests carry one of a few headers.
         self._recognised: dict[str, ServiceAccount] = {}
 
     def identify(self, authorization: str | None) -> ServiceAccount:
@@ -111,7 +111,7 @@ class Gate:
 
     def _identify(self, authorization: str) -> ServiceAccount:
         splits = _basic_credentials(authorization)
-        # A name and a token may both have colons. The accounts that exist show where the name ends.
+        # Names and tokens may contain colons, so try each split whose name is that of an account.
         known = [(name, token) for name, token in splits if name in self._accounts]
         for name, token in known[:-1]:
             with suppress(UnauthenticatedError):
@@ -134,7 +134,7 @@ def _digest(token: str) -> bytes:
 
 
 def _basic_credentials(authorization: str) -> list[tuple[str, str]]:
-    """Return every split of HTTP Basic credentials into a name and a token: the name may end at any colon."""
+    """Return every split of HTTP Basic credentials into a name and a token: one for each colon. Raises UnauthenticatedError."""
     scheme, _, rest = authorization.partition(" ")
     if scheme.lower() == "basic":
         try:

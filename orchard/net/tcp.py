@@ -1,11 +1,11 @@
-"""TCP connections: keep-alive, what the kernel knows of unacknowledged data, and copying bytes between two streams.
+"""TCP connections: keep-alive, the kernel's view of unacknowledged data, and copying bytes between two streams.
 
-Neither HTTP nor WebSockets are known here.
+HTTP and WebSockets are in other files.
 
-A connection can be half open: the peer's host or the way to it is gone, and no packet has said so. The peer's kernel
-acknowledges what it receives as long as its host is reachable, even while the peer's process is stopped. So a kernel that
-acknowledges nothing is the sign of a half-open connection. Linux shows this for each connection (struct tcp_info of
-linux/tcp.h, tcp(7)). Elsewhere the kernel's keep-alive finds the idle connections that are half open.
+A connection can be half open: the peer's host or the network path to it is gone, and no packet has told this host. The
+peer's kernel acknowledges what it receives as long as its host is reachable, even while the peer's process is stopped. So
+a connection is half open if its peer's kernel acknowledges nothing. Linux shows this for each connection (struct tcp_info
+of linux/tcp.h, tcp(7)). Elsewhere the kernel's keep-alive finds the idle connections that are half open.
 """
 
 from __future__ import annotations
@@ -45,34 +45,30 @@ class Unacknowledged:
 
 
 async def connect(host: str, port: int) -> trio.SocketStream:
-    """Open a connection with keep-alive (see `keep_alive`). The caller closes it. Raises OSError."""
-    return keep_alive(await trio.open_tcp_stream(host, port))
+    """Open a connection that the kernel ends within 50 seconds after the peer has vanished, whether it is idle or sends.
 
-
-def keep_alive(stream: trio.SocketStream) -> trio.SocketStream:
-    """Have the kernel end the connection within 50 seconds after the peer has vanished, and return `stream`.
-
-    This holds whether the connection is idle or sends. A WebSocket that only waits needs it: the controller pings such a
-    client, and a client that receives no pings does not miss them.
+    A WebSocket that only waits needs that: the controller pings such a client, and a client that receives no pings does
+    not miss them. The caller closes the connection. Raises OSError.
     """
+    stream = await trio.open_tcp_stream(host, port)
     _set_keep_alive(stream.setsockopt)
     _set_user_timeout(stream.setsockopt, 50_000)
     return stream
 
 
 def keep_accepted_alive(listener: trio.SocketListener) -> None:
-    """Have the kernel end accepted connections whose client has vanished while they are idle; they inherit this.
+    """Have the kernel end idle connections of this listener whose client has vanished. They inherit the options.
 
-    Connections with data under way last until the kernel gives up retransmitting, which takes about a quarter of an hour.
+    Connections with unacknowledged data last until the kernel gives up retransmitting, which takes about a quarter of an hour.
     """
     _set_keep_alive(listener.socket.setsockopt)
 
 
 def disable_user_timeout(stream: trio.abc.Stream) -> None:
-    """Let data under way wait for as long as the peer reads nothing. The caller has to watch `unacknowledged` instead.
+    """Keep the connection while the peer reads nothing, however long. The caller has to check `unacknowledged` instead.
 
-    TCP_USER_TIMEOUT, which `keep_alive` sets, would end a connection whose reader is paused, though its kernel answers.
-    Does nothing to a stream that is neither a TCP socket nor TLS over one.
+    TCP_USER_TIMEOUT, which `connect` sets, would end a connection whose reader is paused, though its kernel answers. Does
+    nothing to a stream that is neither a TCP socket nor TLS over one.
     """
     connection = socket_of(stream)
     if connection is not None:
@@ -96,7 +92,7 @@ def unacknowledged(stream: trio.abc.Stream) -> Unacknowledged:
 
 
 async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
-    """Copy bytes in both directions until one stream ends, and return why it ended: "" for a regular end of the stream.
+    """Copy bytes in both directions until one stream ends. Return why it broke, or "" if it ended regularly.
 
     Everything that was received before the end is sent on first. The caller closes both streams.
     """
@@ -106,7 +102,7 @@ async def splice(one: trio.abc.Stream, other: trio.abc.Stream) -> str:
         nonlocal why
         try:
             while data := await source.receive_some(_SPLICE_BYTES):
-                # A sink that is broken is reported by the other direction, which reads from it.
+                # The other direction reads from the sink, and so notices that the sink is broken.
                 with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                     await sink.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
@@ -128,7 +124,7 @@ def _set_keep_alive(setsockopt: Callable[[int, int, int], None]) -> None:
 
 
 def _set_user_timeout(setsockopt: Callable[[int, int, int], None], milliseconds: int) -> None:
-    """Set how long data under way may stay unacknowledged; 0 is the kernel's own limit. Only Linux has this option."""
+    """Set how long sent data may stay unacknowledged; 0 is the kernel's own limit. Only Linux has this option."""
     if (option := getattr(socket, "TCP_USER_TIMEOUT", None)) is not None:
         setsockopt(socket.IPPROTO_TCP, option, milliseconds)
 

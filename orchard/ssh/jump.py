@@ -1,15 +1,15 @@
 """The SSH jump host: `ssh -J account@controller vm` into every VM. Needs the extra `orchard-cluster[ssh]`.
 
-A client logs in with a service account's name and token, or as `token` with a VM access token. It can open direct-tcpip
-channels whose host is the name of a VM: the channels that OpenSSH opens for `-J`, `-W` and `-L`. Each channel is joined
-to a tunnel into that VM, and is opened after the tunnel. Shells, commands, remote forwarding, agents and everything else
-are refused.
+A client logs in with a service account's name and token, or as user `token` with a VM access token as its password. It
+can open direct-tcpip channels, which OpenSSH opens for `-J`, `-W` and `-L`; their host is the name of a VM. Each channel
+is joined to a tunnel into that VM, and is opened after the tunnel. Shells, commands, remote forwarding, agents and
+everything else are refused.
 
-The server is asyncssh's, on trio-asyncio: its callbacks run in the thread of everything else, so the bytes of a channel
-need neither locks nor queues. With idle cores beside it, this carries twice as much as asyncssh in a thread of its own,
+The server is asyncssh's, on trio-asyncio: its callbacks run in the controller's own thread, so the bytes of a channel
+need neither locks nor queues. While other cores are idle, this carries twice as much as asyncssh in a thread of its own,
 for 0.4 to 0.5 times the processor time (probably because two threads would compete for the interpreter). On one core, or
-when all cores are busy, a thread does as well: it carries 0.8 to 1.3 times as much, for as much processor time or a
-quarter more. Both carry about half of a bare relay without SSH, and a third of OpenSSH's own server
+when all cores are busy, a thread would do as well: it carries 0.8 to 1.3 times as much, for as much processor time or a
+quarter more. Both carry about half of what a relay without SSH carries, and a third of what OpenSSH's own server carries
 (`./run bench jump`, `taskset -c 0 ./run bench jump`).
 
 Guessing is slow: after each refused login from an address, the next one from there waits longer before it is checked, so
@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -44,13 +44,13 @@ from orchard.schema import VM, ServiceAccount
 from orchard.store import State
 from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 
-# From the first byte of a login to its last; a silent connection is closed then.
+# A connection that has not logged in after this time is closed.
 LOGIN_SECONDS = 20.0  # seconds
-# Passwords in one connection.
+# The most passwords that one connection may try.
 MAX_TRIES = 6
-# Connections that have not logged in yet, so that strangers cannot take all file descriptors.
+# The most connections that have not logged in yet, so that strangers cannot use up the file descriptors.
 MAX_LOGINS = 100
-# All connections, with those; each can have many channels.
+# The most connections, including those that have not logged in. Each can have many channels.
 MAX_CONNECTIONS = 1000
 # How long the check of a login waits, by the number of refused logins from its address.
 DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds
@@ -68,11 +68,11 @@ KEY_EXCHANGE = (
 # time.
 ENCRYPTION: tuple[str, ...] = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes256-ctr", "aes128-ctr")
 
-# Between the opening of a tunnel and the opening of the channel that it is for.
+# How long a tunnel waits for its channel to be opened.
 _START_SECONDS = 10.0  # seconds
-# For a VM to run and its worker to connect.
+# How long a channel waits for its VM to run and for the worker to connect.
 _WAIT_SECONDS = 10.0  # seconds
-# What a channel may have received before its VM takes it, in addition to the 2 MiB of the channel's window.
+# The most that a channel buffers for its VM, in addition to the 2 MiB of the channel's window.
 _AHEAD_BYTES = 256 * 1024  # bytes
 _LOGGED_NAME = 64  # characters
 
@@ -120,7 +120,7 @@ class LoginDelays:
 
 
 class JumpHost:
-    """Lets SSH clients into VMs. With `gate` None, anybody may connect to any VM."""
+    """Lets SSH clients into VMs. If `gate` is None, every client may connect to every VM."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class JumpHost:
 
 
 class FlowControl:
-    """Blocks senders between `pause` and `resume`."""
+    """Blocks `wait_resumed` between `pause` and `resume`."""
 
     def __init__(self) -> None:
         self._is_paused = False
@@ -260,9 +260,9 @@ class ChannelStream(trio.abc.Stream, asyncssh.SSHTCPSession[bytes]):
         self._connection_flow = connection_flow
         self._buffer = bytearray()
         self._readable = Wakeup()
-        # The client sends no more.
+        # Whether the client has sent its end of file.
         self._at_eof = False
-        # The channel is closed, by `_error` if there is one.
+        # Set when the channel is closed. `_error` is the reason, if the connection was lost.
         self._gone = trio.Event()
         self._error: Exception | None = None
         # The number of writes, by which a silent VM is noticed.
@@ -430,12 +430,7 @@ class _Server(asyncssh.SSHServer):
             raise auth.UnauthenticatedError("not logged in")
         return self._jump.login(*self._credentials)
 
-    def connection_requested(
-        self, dest_host: str, dest_port: int, orig_host: str, orig_port: int
-    ) -> Awaitable[ChannelStream]:
-        return self._open(dest_host, dest_port)
-
-    async def _open(self, name: str, port: int) -> ChannelStream:
+    async def connection_requested(self, name: str, port: int, orig_host: str, orig_port: int) -> ChannelStream:
         """Return the channel once its tunnel is open. Raises ChannelOpenError, which tells the client why."""
         try:
             who = self._identify()
