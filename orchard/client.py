@@ -28,8 +28,8 @@ Methods take JSON as Python objects, with field names as on the wire, and return
 keeps no state of VMs.
 
 Every method raises a ClientError: ConnectError if the controller cannot be reached or the connection was lost, and
-ResponseError if the controller refused (`status` is the HTTP status, `message` says why). A method that may raise another
-one says so. How connections are opened, kept and repeated is in net/transport.py.
+ResponseError if the controller refused (`status` is the HTTP status, `message` says why). The docstring of a method names
+the statuses to expect, and other errors. net/transport.py opens the connections, keeps them and repeats requests.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ from orchard.schema import (
 
 __all__ = ["Client", "ClientError", "ConnectError", "ResponseError", "RunningCommand", "VMFailed"]
 
-# For TCP and TLS together.
+# For opening a connection, TCP and TLS together.
 _CONNECT_SECONDS = 10.0
 # For the whole answer to a request.
 _ANSWER_SECONDS = 60.0
-# A line of a VM's watch holds the whole VM.
+# The longest line of a VM's watch, which holds the whole VM.
 _MAX_LINE_BYTES = 64 * 1024 * 1024
-# A message of a worker's watch holds one action.
+# The longest message of a worker's watch, which holds one action.
 _MAX_ACTION_BYTES = 64 * 1024
 # A command's input is sent in messages of this size.
 _STDIN_BYTES = 64 * 1024
@@ -140,7 +140,7 @@ class Client(Transport):
         self.cluster_settings = Settings(self)
 
     async def check(self) -> None:
-        """Return if the URL is a controller's and the credentials are valid."""
+        """Raise a ClientError unless the URL is a controller's and the credentials are valid."""
         await self.request("GET", "/")
 
     async def info(self) -> ControllerInfo:
@@ -478,18 +478,18 @@ class RunningCommand:
         self.exit_code: int | None = None
 
     async def send(self, data: bytes) -> None:
-        """Send bytes to its stdin, which `interactive` commands have. After its end they are dropped."""
+        """Send bytes to the stdin of an `interactive` command. Bytes sent after the command's end are dropped."""
         for start in range(0, len(data), _STDIN_BYTES):
             await self._send_frame(
                 {"type": "stdin", "data": base64.b64encode(data[start : start + _STDIN_BYTES]).decode()}
             )
 
     async def send_eof(self) -> None:
-        """End its stdin."""
+        """Close the command's stdin."""
         await self._send_frame({"type": "stdin", "data": ""})
 
     async def resize(self, rows: int, cols: int) -> None:
-        """Set the size of its terminal."""
+        """Set the size of the command's terminal."""
         await self._send_frame({"type": "resize", "terminal": {"rows": rows, "cols": cols}})
 
     async def _send_frame(self, frame: JSON) -> None:

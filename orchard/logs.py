@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import asyncio
 
-# Between two lines about connections that cannot be accepted.
+# The least time between two lines about connections that cannot be accepted.
 _ACCEPT_ERROR_SECONDS = 10.0  # seconds
 # Errors of accepting a connection that pass when the process or the system has resources again.
 _OUT_OF_RESOURCES = frozenset([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
@@ -47,7 +47,7 @@ class LineFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__()
-        # The last second and its text: most records have the second of the record before.
+        # The second of the last record and its text: the next record often has the same second.
         self._second = (-1, "")
 
     def format(self, record: logging.LogRecord) -> str:
@@ -80,7 +80,7 @@ def log_asyncio_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> 
 
 
 class AcceptErrorFilter(logging.Filter):
-    """Lets one line pass in _ACCEPT_ERROR_SECONDS, without a traceback.
+    """Passes one record every _ACCEPT_ERROR_SECONDS, without its traceback.
 
     While connections cannot be accepted, trio logs ten errors a second, and asyncio a hundred.
     """
@@ -98,9 +98,9 @@ class AcceptErrorFilter(logging.Filter):
 
 
 def configure(*, debug: bool, quiet: bool = False) -> None:
-    """Log to stderr from INFO on; `debug`: all of Orchard's records; `quiet`: from WARNING on."""
-    # The lines do not show a record's thread, process, task and place in the source. Finding these takes as long as
-    # everything else. The Logging HOWTO names these switches.
+    """Log to stderr what is INFO or above: with `quiet` only WARNING and above, with `debug` all of Orchard's records."""
+    # The lines do not show a record's thread, process, task and place in the source, and finding these takes as long as
+    # everything else. The Logging HOWTO documents these switches.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     # From Python 3.12 on.
     if hasattr(logging, "logAsyncioTasks"):
@@ -113,6 +113,6 @@ def configure(*, debug: bool, quiet: bool = False) -> None:
     logging.getLogger("orchard").setLevel(logging.DEBUG if debug else level)
     for logger in (logging.getLogger("trio.serve_listeners"), _accept_logger):
         logger.addFilter(AcceptErrorFilter())
-    # These log every connection at INFO. Orchard's own lines have what matters of it.
+    # These libraries log every connection at INFO. Orchard's own lines say what matters about it.
     for name in ("trio-websocket", "asyncssh"):
         logging.getLogger(name).setLevel(logging.WARNING)

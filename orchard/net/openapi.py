@@ -1,9 +1,9 @@
-"""Operations of an HTTP API, and the OpenAPI document made of them. Pure: no I/O.
+"""Operations of an HTTP API, and the OpenAPI document that describes them. Pure: no I/O.
 
 An `Operation` is one row of a route table. It holds what is needed to serve a request (method, path, handler, role) and
 what is needed to describe it. The server and the document both read that row, so the document describes what is served.
 
-This module knows neither resources nor roles: schemas come in as an argument, and a role is a string.
+Resources and roles are defined elsewhere: schemas are passed in as an argument, and a role is a string.
 """
 
 from __future__ import annotations
@@ -32,10 +32,24 @@ _PARAMETER = re.compile(r"\{(\w+)\}")
 Schema = Mapping[str, Any]
 RoleT = TypeVar("RoleT", bound=str)
 
+_HANDSHAKE_HEADERS: tuple[Schema, ...] = tuple(
+    {
+        "in": "header",
+        "name": name,
+        "description": "WebSocket protocol required header",
+        "required": True,
+        "schema": {"type": "string"},
+    }
+    for name in ("Connection", "Upgrade")
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SecurityScheme:
-    """A kind of credentials beside the account's. `doc` completes "Or ..."; `definition` is OpenAPI's."""
+    """A kind of credentials that an operation accepts in place of an account's.
+
+    `doc` completes the sentence "Or ..." in the operation's description. `definition` is the scheme as OpenAPI has it.
+    """
 
     name: str
     doc: str
@@ -60,8 +74,8 @@ class Operation(Generic[RoleT]):
     valid account, and "public" admits requests without credentials. `bearer` is a scheme that is accepted in place of
     an account.
 
-    `body` and `answer` are the schemas of the request's and of the answer's JSON; None: there is none. `problems` are the
-    statuses beside those that follow from role, body, query and method. `answer_headers` maps names to descriptions.
+    `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `problems` are the statuses
+    that do not follow from role, body, query or method. `answer_headers` maps names to descriptions.
     With `ndjson`, `?watch=true` answers with a stream of objects of the answer's schema. With `websocket` the operation
     answers 101. An operation that `waits` may take long, and is cancelled when the client goes away.
     """
@@ -135,7 +149,7 @@ def describe_operation(operation: Operation[RoleT]) -> dict[str, Any]:
     if parameters := [_parameter(parameter) for parameter in operation.query]:
         described["parameters"] = parameters
     if operation.websocket:
-        described["parameters"] = [*parameters, *(_handshake_header(name) for name in ("Connection", "Upgrade"))]
+        described["parameters"] = [*parameters, *_HANDSHAKE_HEADERS]
     if operation.body is not None:
         content = {"application/json": {"schema": operation.body}}
         described["requestBody"] = {"required": operation.body_required, "content": content}
@@ -154,11 +168,6 @@ def _parameter(parameter: Parameter) -> dict[str, Any]:
         "required": parameter.required,
         "schema": parameter.schema,
     }
-
-
-def _handshake_header(name: str) -> dict[str, Any]:
-    doc = "WebSocket protocol required header"
-    return {"in": "header", "name": name, "description": doc, "required": True, "schema": {"type": "string"}}
 
 
 def _problem_statuses(operation: Operation[RoleT]) -> set[int]:

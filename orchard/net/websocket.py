@@ -119,13 +119,13 @@ class _Received:
 
 
 class _FrameSender:
-    """Sends whole frames over a stream, one at a time. `client` says which end this is: a client masks its frames."""
+    """Sends frames over a stream, one payload at a time. `client` says which end this is: a client masks its frames."""
 
     def __init__(self, stream: trio.abc.Stream, *, client: bool) -> None:
         self._stream = stream
         self._client = client
         self._lock = trio.Lock()
-        # Whether the next frame must not be sent: the last one was a close frame, or is not sent to its end.
+        # Whether no more frames may be sent: the last one was a close frame, or was not sent to its end.
         self._ended = False
 
     def is_busy(self) -> bool:
@@ -153,8 +153,8 @@ class TunnelStream(trio.abc.Stream):
     """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
 
     `stream` carries the frames. It stays open, and the caller closes it afterwards. `client` says which end this is.
-    `early` are bytes that were read from `stream` beyond the handshake. The task of `run` must run as long as the
-    TunnelStream is used.
+    `early` are bytes that were read from `stream` beyond the handshake. A task must run `run` as long as the TunnelStream
+    is used.
 
     It pings every `ping_interval` seconds. A peer that sends nothing for another interval is dead, unless its answer may
     be waiting behind data and its kernel goes on acknowledging. The methods raise BrokenResourceError, with the reason,
@@ -170,7 +170,7 @@ class TunnelStream(trio.abc.Stream):
         self._frames = wsframes.FrameReader(masked=not client)
         self._received = _Received()
         self._sender = _FrameSender(stream, client=client)
-        # Counters of reads that returned something and of sent data frames, from which `_watch` sees activity.
+        # The numbers of reads that returned something and of writes of data, by which `_watch` notices activity.
         self._reads = 0
         self._sends = 0
         # Pings and pongs to be sent: payloads by opcode. A newer pong replaces one that was not sent yet.
@@ -261,7 +261,7 @@ class TunnelStream(trio.abc.Stream):
             self._request_control(wsframes.PING, b"")
 
     def _is_dead(self, *, has_sent: bool) -> bool:
-        """Judge a peer that sent nothing for an interval. Its pong may be waiting behind data, in either direction."""
+        """Return whether a peer that sent nothing for an interval is dead. Its pong may be waiting behind data."""
         unacknowledged = tcp.unacknowledged(self._stream)
         if unacknowledged.silent_seconds >= self._ping_interval:
             return True
@@ -394,11 +394,11 @@ async def open_messages(
 class _EstablishedStream(trio.abc.Stream):
     """A stream whose WebSocket handshake has happened, as trio-websocket reads and writes it.
 
-    trio-websocket begins with a handshake of its own. This stream plays the other side of it and sends none of it.
+    trio-websocket begins with a handshake of its own. This stream answers it and sends nothing of it to the peer.
 
     Frames are delivered one at a time, and none after trio-websocket has begun to close. Its reader would answer a ping
-    even after our own close frame, which raises an exception that trio-websocket does not catch. Once it closes, the
-    peer's close frame ends this stream, and with it trio-websocket's wait for that frame.
+    even after our own close frame, which raises an exception that trio-websocket does not catch. Once trio-websocket has
+    begun to close, the peer's close frame ends this stream, and trio-websocket waits no longer for that frame.
 
     `aclose` leaves the stream below open.
     """
@@ -406,7 +406,7 @@ class _EstablishedStream(trio.abc.Stream):
     def __init__(self, stream: trio.abc.Stream, *, client: bool, early: bytes) -> None:
         self._stream = stream
         self._client = client
-        # The other side of the handshake, which trio-websocket reads first.
+        # The peer's part of trio-websocket's handshake, which it reads before any frame.
         self._handshake = b"" if client else _REQUEST
         self._handshake_sent = False
         self._websocket: WebSocketConnection | None = None
@@ -416,7 +416,7 @@ class _EstablishedStream(trio.abc.Stream):
         self._close_sent = False
 
     def deliver_to(self, websocket: WebSocketConnection) -> None:
-        """Begin to deliver frames. Before that, a close could not be noticed."""
+        """Begin to deliver frames, now that `websocket` shows whether trio-websocket has begun to close."""
         self._websocket = websocket
         self._open.set()
 
