@@ -230,7 +230,6 @@ async def test_vm_never_runs_on_both_sides_of_a_partition(
             assert ends_well(other_worker)
 
 
-@pytest.mark.parametrize("connected", [in_namespaces, behind_a_proxy])
 async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_cut_off(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
