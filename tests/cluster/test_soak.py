@@ -13,6 +13,7 @@ SOAK = Path(__file__).parent.parent.parent / "bench" / "soak.py"
 
 
 @pytest.mark.slow
+@pytest.mark.needs("ps")
 def test_random_use_leaves_nothing_behind() -> None:
     soak = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", SOAK, "--seconds", "0", "--actions", "100"],
