@@ -33,9 +33,9 @@ from orchard.tunnel import (
 async def watch_pair() -> AsyncIterator[
     tuple[WebSocketConnection, WebSocketConnection, trio.testing.MemorySendStream]
 ]:  # fmt: skip
-    """Yield both ends of a watch, the controller's and the worker's, and the stream of what the worker's end sends.
+    """Yield both ends of a watch, the controller's and the worker's, and the stream that the worker's end writes to.
 
-    A wait that would not end fails after a virtual hour, because pings keep the virtual clock going.
+    Pings keep the virtual clock going, so a wait that never ends fails after a virtual hour.
     """
     ours, theirs = trio.testing.memory_stream_pair()
     with trio.fail_after(3600):
@@ -67,7 +67,7 @@ async def next_action(worker: WebSocketConnection) -> Any:
 
 
 class Asked:
-    """A question that a task of its own asks; `answer` is what came of it."""
+    """A request that its own task sends. `answer` is the answer, or the UnreachableError that was raised."""
 
     def __init__(self, nursery: trio.Nursery, ask: Callable[[], Awaitable[object]]) -> None:
         self.answer: object = None
@@ -106,7 +106,7 @@ async def test_sync_action_is_queued_once(autojump_clock: Any) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def test_pong_is_a_sign_of_life_and_spares_the_random_numbers(autojump_clock: Any) -> None:
+async def test_each_pong_is_reported_and_pings_draw_no_shared_random_numbers(autojump_clock: Any) -> None:
     rendezvous = Rendezvous(ping_interval=10)
     pongs: list[float] = []
     before = random.getstate()
@@ -230,7 +230,7 @@ async def test_request_that_was_cancelled_is_not_sent(autojump_clock: Any) -> No
 
 
 async def test_request_sent_over_a_dead_watch_is_sent_again_over_the_next(autojump_clock: Any) -> None:
-    """A worker that was killed and restarted answers what was asked meanwhile."""
+    """A worker that was killed and restarted answers the requests that were made meanwhile."""
     rendezvous = Rendezvous()
     async with (
         watch_pair() as (first, first_worker, _),
@@ -293,7 +293,7 @@ async def test_request_waits_until_its_worker_connects(autojump_clock: Any) -> N
         nursery.cancel_scope.cancel()
 
 
-async def test_request_leaves_the_worker_a_least_time_to_answer(autojump_clock: Any) -> None:
+async def test_worker_has_a_minimum_time_to_answer_a_request(autojump_clock: Any) -> None:
     rendezvous = Rendezvous()
     with pytest.raises(UnreachableError, match='worker "w" did not connect'):
         await rendezvous.ask_address("w", "uid", trio.current_time())
@@ -311,7 +311,7 @@ async def test_request_leaves_the_worker_a_least_time_to_answer(autojump_clock: 
 
 @asynccontextmanager
 async def relay(rendezvous: Rendezvous, *, narrow: bool = False) -> AsyncIterator[tuple[Ends, Ends, trio.Event]]:
-    """Join a client's and a worker's WebSocket; yield both and an event that is set when the relay has ended."""
+    """Relay between the WebSockets of a client and a worker. Yield both, and an event that is set when the relay ends."""
     interval = rendezvous.ping_interval
     async with (
         pair(ping_interval=interval, narrow=narrow) as client,
@@ -405,7 +405,7 @@ async def test_memory_of_a_tunnel_whose_client_does_not_read_is_bounded(autojump
 
 
 @pytest.mark.parametrize("early", [b"", b"greeting"])
-async def test_workers_end_that_is_not_used_is_returned_after_a_time(autojump_clock: Any, early: bytes) -> None:
+async def test_workers_end_that_is_not_used_is_closed_after_a_time(autojump_clock: Any, early: bytes) -> None:
     rendezvous = Rendezvous()
     async with pair() as worker:
         if early:

@@ -214,6 +214,8 @@ class Transport:
         connect: Connect | None = None,
     ) -> None:
         self._server = parse_url(url, base_path)
+        # The URL in its normal form.
+        self.url = self._server.text
         try:
             self._trust = tls.Trust(certificate) if self._server.is_tls else None
         except tls.TLSError as error:
@@ -231,11 +233,6 @@ class Transport:
         self._idle: list[_Connection] = []
         self._requests = trio.CapacityLimiter(_MAX_REQUESTS)
         self._closed = False
-
-    @property
-    def url(self) -> str:
-        """The URL in its normal form."""
-        return self._server.text
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"

@@ -98,7 +98,7 @@ async def test_pings_are_answered_while_payload_is_not_taken(autojump_clock: Any
         assert len(await ends.end.receive_some()) == websocket._READ_AHEAD_BYTES // 2
 
 
-async def test_a_peer_that_reads_nothing_is_still_read_from_and_gets_its_pong_later(autojump_clock: Any) -> None:
+async def test_a_peer_that_reads_nothing_is_read_from_and_gets_the_newest_pong_later(autojump_clock: Any) -> None:
     async with pair(narrow=True) as ends, trio.open_nursery() as nursery:
         nursery.start_soon(ends.end.send_all, b"x" * 100_000)
         await wait_all_tasks_blocked()
