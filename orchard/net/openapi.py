@@ -32,17 +32,6 @@ _PARAMETER = re.compile(r"\{(\w+)\}")
 Schema = Mapping[str, Any]
 RoleT = TypeVar("RoleT", bound=str)
 
-_HANDSHAKE_HEADERS: tuple[Schema, ...] = tuple(
-    {
-        "in": "header",
-        "name": name,
-        "description": "WebSocket protocol required header",
-        "required": True,
-        "schema": {"type": "string"},
-    }
-    for name in ("Connection", "Upgrade")
-)
-
 
 @dataclass(frozen=True, slots=True)
 class SecurityScheme:
@@ -58,12 +47,18 @@ class SecurityScheme:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of the query, with `doc` as its description."""
+    """A parameter of the query or a header, with `doc` as its description."""
 
     name: str
     doc: str
     schema: Schema
     required: bool = False
+
+
+_HANDSHAKE_HEADERS = tuple(
+    Parameter(name, "WebSocket protocol required header", {"type": "string"}, required=True)
+    for name in ("Connection", "Upgrade")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +141,11 @@ def describe_operation(operation: Operation[RoleT]) -> dict[str, Any]:
         if operation.bearer is not None:
             described["description"] += f" Or {operation.bearer.doc}."
             described["security"] = [{"basic": []}, {operation.bearer.name: []}]
-    if parameters := [_parameter(parameter) for parameter in operation.query]:
-        described["parameters"] = parameters
+    parameters = [_parameter("query", parameter) for parameter in operation.query]
     if operation.websocket:
-        described["parameters"] = [*parameters, *_HANDSHAKE_HEADERS]
+        parameters += [_parameter("header", parameter) for parameter in _HANDSHAKE_HEADERS]
+    if parameters:
+        described["parameters"] = parameters
     if operation.body is not None:
         content = {"application/json": {"schema": operation.body}}
         described["requestBody"] = {"required": operation.body_required, "content": content}
@@ -160,9 +156,9 @@ def describe_operation(operation: Operation[RoleT]) -> dict[str, Any]:
     return described
 
 
-def _parameter(parameter: Parameter) -> dict[str, Any]:
+def _parameter(place: str, parameter: Parameter) -> dict[str, Any]:
     return {
-        "in": "query",
+        "in": place,
         "name": parameter.name,
         "description": parameter.doc,
         "required": parameter.required,
