@@ -3,8 +3,8 @@
 `API.admit` sees a request before its body is read. It finds the operation in OPERATIONS, the table at the end of this
 file, and checks the credentials. `API.handle` then lets the operation's handler answer.
 
-A handler is a plain function over the state in memory, and changes it in one transaction. No handler sees another's
-change by half. `handle` sends no answer before everything that the answer is based on is durable. Handlers that read
+A handler is a plain function over the state in memory, and changes it in one transaction. So no handler sees half of
+another's change. `handle` sends no answer before everything that the answer is based on is durable. Handlers that read
 events or connect to a VM are `async`.
 
 ERROR_STATUS maps the errors of the layers below to HTTP. Query parameters are read in parameters.py.

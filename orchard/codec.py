@@ -245,7 +245,11 @@ def shown(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Position:
-    """A place in the body, and how its value is read. `unknown` None: the object is our own, not a client's."""
+    """A place in the body, and how its value is read.
+
+    `unknown` collects the names of unknown fields in a client's object; it is None for an object that this product
+    wrote. `refusal` is the error for a string that is not one of the options, and `maximum` the bound of a number.
+    """
 
     path: str = ""
     unknown: list[str] | None = None
@@ -354,10 +358,12 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
         return tuple(_decode_value(arguments[0], item, at.below(f"[{index}]")) for index, item in enumerate(items))
     if origin is Mapping:
         pairs = _expect(dict, value, at, "a JSON object")
-        # Most maps are of strings, and a position for each value would cost more than the value.
-        if arguments[1] is str and all(type(item) is str for item in pairs.values()):
+        # A position for each value would cost more than the value, and only an error message needs it.
+        kind = arguments[1]
+        is_plain = all(type(item) is kind for item in pairs.values())
+        if is_plain and (kind is str or all(0 <= item <= at.maximum for item in pairs.values())):
             return dict(pairs)
-        return {key: _decode_value(arguments[1], item, at.below(f"[{shown(key)}]")) for key, item in pairs.items()}
+        return {key: _decode_value(kind, item, at.below(f"[{shown(key)}]")) for key, item in pairs.items()}
     if origin in _OPTIONAL:
         return _decode_value(arguments[0], value, at)
     return _decode_object(hint, value, None, at)
@@ -432,14 +438,9 @@ def _shape(cls: type) -> tuple[list[tuple[str, str, bool, bool]], Callable[[Any]
 
 
 def _encode_value(value: Any) -> Any:
-    kind = type(value)
-    if kind in _JSON_TYPES:
-        return value
-    if kind is tuple:
-        return [_encode_value(item) for item in value]
-    if kind is datetime.datetime:
-        return format_time(value)
-    return encode(value)
+    if type(value) is tuple:
+        return [item if type(item) is str else encode(item) for item in value]
+    return format_time(value) if type(value) is datetime.datetime else encode(value)
 
 
 def format_time(when: datetime.datetime) -> str:

@@ -88,7 +88,7 @@ def workers_to_wake(old: VM, new: VM | None) -> list[str]:
 
     A worker that reported the change itself is not among them.
     """
-    if new is not None and _work_of(old) == _work_of(new):
+    if new is not None and _asked_of_worker(old) == _asked_of_worker(new):
         return []
     return [vm.state.worker for vm in (old, new) if vm is not None and vm.state.worker]
 
@@ -102,6 +102,6 @@ def tunnel_end_reason(old: VM, new: VM | None) -> str:
     return ""
 
 
-def _work_of(vm: VM) -> tuple[object, ...]:
+def _asked_of_worker(vm: VM) -> tuple[object, ...]:
     """Return all that a VM asks of its worker."""
     return (vm.key, vm.state.worker, vm.meta.generation, vm.state.status == "failed")

@@ -599,7 +599,12 @@ class Planner:
     def plan(self, now: float, profile: SchedulerProfile, limit: int = sys.maxsize) -> Plan:
         """Decide the next changes, for at most `limit` VMs."""
         plan = Plan(capacity=limit)
-        self._update_online(now, plan)
+        came, plan.offline = self._online.update(now, self._workers)
+        for worker in came:
+            self._lost.pop(worker, None)
+            self._placement.touch(worker)
+        for worker in plan.offline:
+            self._lose(worker)
         for worker in sorted(self._lost):
             self._fail_vms_of(worker, plan)
         self._restarts.plan(now, plan)
@@ -609,14 +614,6 @@ class Planner:
         if times:
             plan.set_due(times[0][0])
         return plan
-
-    def _update_online(self, now: float, plan: Plan) -> None:
-        came, plan.offline = self._online.update(now, self._workers)
-        for worker in came:
-            self._lost.pop(worker, None)
-            self._placement.touch(worker)
-        for worker in plan.offline:
-            self._lose(worker)
 
     def _lose(self, worker: str) -> None:
         self._placement.touch(worker)

@@ -91,7 +91,7 @@ class SchedulingLoop:
                 _logger.warning("scheduler stalled", extra={"seconds": round(late, 1)})
                 self.liveness.extend_for_stall(late)
 
-    def schedule_some(self, now: float, clock: datetime.datetime) -> float | None:
+    def schedule_some(self, now: float, wall_time: datetime.datetime) -> float | None:
         """Plan for some VMs and apply the plan.
 
         Return when time alone makes another plan due (by the monotonic clock), or None if there may be more to do now.
@@ -100,23 +100,23 @@ class SchedulingLoop:
         for worker in plan.offline:
             self._offline.add(worker)
             _logger.warning("worker offline", extra={"worker": worker})
-        if plan.has_changes and self._apply(plan, now, clock):
+        if plan.has_changes and self._apply(plan, now, wall_time):
             return None
         # A plan that is full, but changed nothing, may be followed by one that does.
         return plan.next_at if plan.capacity else None
 
-    def _apply(self, plan: Plan, now: float, clock: datetime.datetime) -> bool:
+    def _apply(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
         """Apply a plan in one transaction. Return whether it changed anything."""
         vms, workers = self._store.state.vms, self._store.state.workers
         with self._store.transaction() as tx:
             for name, reason in plan.fail.items():
                 tx.put(transitions.fail(vms[name], reason))
             for name in plan.restart:
-                tx.put(transitions.restart(vms[name], clock))
+                tx.put(transitions.restart(vms[name], wall_time))
                 self._restarted_at[vms[name].uid] = now
                 self._inputs.failed_before_start.discard(vms[name].uid)
             for name, worker in plan.assign.items():
-                tx.put(transitions.assign(vms[name], workers[worker], clock))
+                tx.put(transitions.assign(vms[name], workers[worker], wall_time))
             for name, reason in plan.waiting.items():
                 waiting = transitions.explain(vms[name], reason)
                 if waiting is not vms[name]:

@@ -284,7 +284,7 @@ _SPEC_NAMES = frozenset(name for field in attrs_of(VMSpec) for name in (field.js
 _NOT_SPEC = _META_NAMES | _STATE_NAMES | _DERIVED
 _CONDITION_TYPES = get_args(ConditionType)
 _SOFTNET = frozenset({"netSoftnet", "net-softnet"})
-# What the value of these fields is in a PUT that leaves them out.
+# The values of the fields that a PUT resets when it leaves them out.
 _PUT_ZEROS: Mapping[str, Any] = {
     field.name: False if field.type is bool else ()
     for field in attrs_of(VMSpec)

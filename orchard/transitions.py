@@ -128,6 +128,7 @@ def report(vm: VM, seen: VMReport, now: datetime.datetime) -> VM:
     if state.status == "failed":
         return vm
     status: Status = state.status
+    # A report never makes a running VM pending again.
     if seen.status is not None and (status, seen.status) != ("running", "pending"):
         status = seen.status
     message = state.status_message

@@ -37,7 +37,7 @@ COMPACT_BYTES = 4 * 1024 * 1024
 COMPACT_RATIO = 3
 # A report takes about two thousand bytes, a deletion a hundred.
 RESERVE_BYTES = 1024 * 1024
-# A batch that also adds something may take this part of the reserve, one in so many.
+# A batch that also adds something may take this fraction of the reserve: one fourth.
 RESERVE_SHARE = 4
 
 # Kind and name of an object.

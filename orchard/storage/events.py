@@ -30,7 +30,7 @@ from orchard.storage.errors import (
     StorageError,
     StorageUnavailableError,
 )
-from orchard.storage.journal import BROKEN_DELAY, Disk, Journal, Line, line_length
+from orchard.storage.journal import BROKEN_DELAY, Disk, Journal, line_length
 
 # Version of the files.
 _EVENTS_VERSION = 1
@@ -84,41 +84,34 @@ class EventFile:
         first = next(lines, None)
         if first is None:
             raise DamagedError(self.journal.path, 0, "the file has no header")
-        self._check_header(first)
+        header = first[1]
+        if any(header.get(name) != value for name, value in self._header().items()):
+            what = f"the header is not that of orchard-events version {_EVENTS_VERSION} for uid {self.uid}"
+            raise DamagedError(self.journal.path, 0, what)
         for offset, line in lines:
             if line.get("n") != len(self.offsets):
                 what = f"event {line.get('n')} follows event {len(self.offsets) - 1}"
                 raise DamagedError(self.journal.path, offset, what)
             self.offsets.append(offset)
 
-    def _check_header(self, first: Line) -> None:
-        _, header = first
-        if any(header.get(name) != value for name, value in self._header().items()):
-            what = f"the header is not that of orchard-events version {_EVENTS_VERSION} for uid {self.uid}"
-            raise DamagedError(self.journal.path, 0, what)
-
     def _header(self) -> dict[str, Any]:
         return {"format": "orchard-events", "version": _EVENTS_VERSION, "uid": self.uid}
 
     def append(self, events: Sequence[Event]) -> None:
         """Append events, all or none; then all events of the file are durable. Raises NotWrittenError, BrokenError."""
+        first, offset = len(self.offsets), self.journal.size
+        lines = [b'{"n":%d,"event":%b}' % (first + i, dump_json(encode(event))) for i, event in enumerate(events)]
         try:
-            self._append(events)
+            if first == 0:
+                header = dump_json(self._header())
+                self.journal.create([header, *lines])
+                offset = line_length(header)
+            else:
+                self.journal.append(lines)
             self.is_durable = True
         finally:
             # Thousands of VMs must not hold thousands of descriptors.
             self.journal.close()
-
-    def _append(self, events: Sequence[Event]) -> None:
-        first = len(self.offsets)
-        lines = [b'{"n":%d,"event":%b}' % (first + i, dump_json(encode(event))) for i, event in enumerate(events)]
-        if first == 0:
-            header = dump_json(self._header())
-            self.journal.create([header, *lines])
-            offset = line_length(header)
-        else:
-            offset = self.journal.size
-            self.journal.append(lines)
         for line in lines:
             self.offsets.append(offset)
             offset += line_length(line)
@@ -202,19 +195,19 @@ class EventLog:
     async def _write_durably(self, uid: str, events: Sequence[Event]) -> None:
         if self._broken:
             raise StorageUnavailableError(self._broken)
-        waiting = self._appends.setdefault(uid, _Append())
-        waiting.events.extend(events)
+        append = self._appends.setdefault(uid, _Append())
+        append.events.extend(events)
         self._wakeup.set()
-        await waiting.done.wait()
-        if waiting.error is not None:
-            raise waiting.error
+        await append.done.wait()
+        if append.error is not None:
+            raise append.error
 
     def drop(self, uid: str) -> None:
         """Forget a VM's events, and have their file unlinked."""
-        waiting = self._appends.pop(uid, None)
-        if waiting is not None:
-            waiting.error = EventsDeletedError(uid)
-            waiting.done.set()
+        append = self._appends.pop(uid, None)
+        if append is not None:
+            append.error = EventsDeletedError(uid)
+            append.done.set()
         self._dropped.append(uid)
         self._wakeup.set()
 
@@ -263,8 +256,8 @@ class EventLog:
                 broken = await self._in_thread(self._write, appends, dropped)
             for uid in dropped:
                 self._files.pop(uid, None)
-            for waiting in appends.values():
-                waiting.done.set()
+            for append in appends.values():
+                append.done.set()
             if broken is not None:
                 self._broken = f"no events can be stored any more: {broken}; restart the controller"
                 # The answers that say so leave before the process ends.
@@ -274,20 +267,20 @@ class EventLog:
 
     def _write(self, appends: dict[str, _Append], dropped: list[str]) -> BrokenError | None:
         broken = None
-        for uid, waiting in appends.items():
+        for uid, append in appends.items():
             file = self._files[uid]
             try:
-                if waiting.events and file.journal.size > MAX_EVENT_BYTES:
+                if append.events and file.journal.size > MAX_EVENT_BYTES:
                     what = f"the VM's events have reached {MAX_EVENT_BYTES} bytes; no more are stored"
-                    waiting.error = EventLimitError(what)
+                    append.error = EventLimitError(what)
                 else:
-                    file.append(waiting.events)
+                    file.append(append.events)
             except NotWrittenError as error:
                 _logger.error("events were not stored: %s", error)
-                waiting.error = error.as_storage_error("the events were not stored")
+                append.error = error.as_storage_error("the events were not stored")
             except BrokenError as error:
                 broken = error
-                waiting.error = StorageUnavailableError(f"the events may not have been stored: {error}")
+                append.error = StorageUnavailableError(f"the events may not have been stored: {error}")
         for uid in dropped:
             path = self._directory / f"{uid}.jsonl"
             try:

@@ -195,7 +195,11 @@ class Journal:
         return value
 
     def _check_unfinished(self, tail: bytes) -> None:
-        """Raise DamagedError when the tail begins with a complete line, whose newline was altered after its append."""
+        """Raise DamagedError when the tail is damage and not an unfinished append.
+
+        That is so when a complete line is at its beginning: its newline was altered after the append. Each "}" may be
+        the end of that line, so the checksum is compared there.
+        """
         match = _START.match(tail)
         if match is None:
             return
