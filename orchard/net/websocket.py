@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
@@ -341,18 +342,13 @@ _KEY_HEADER = b"sec-websocket-key:"
 
 @asynccontextmanager
 async def open_messages(
-    stream: trio.abc.Stream,
-    *,
-    client: bool,
-    early: bytes,
-    message_queue_size: int,
-    max_message_size: int,
-    receive_buffer_size: int | None,
+    stream: trio.abc.Stream, *, client: bool, early: bytes, **sizes: Any
 ) -> AsyncIterator[WebSocketConnection]:
     """Run trio-websocket on a stream whose WebSocket handshake has happened, for the time of the block.
 
-    `client` says which end this is. `early` are bytes that were read from `stream` beyond the handshake. The three sizes
-    are those of `trio_websocket.wrap_server_stream`: messages, bytes, bytes.
+    `client` says which end this is. `early` are bytes that were read from `stream` beyond the handshake. The
+    `sizes` are arguments of `trio_websocket.wrap_server_stream`: `message_queue_size` in messages, `max_message_size` and
+    `receive_buffer_size` in bytes.
 
     At the end of the block the WebSocket is closed, within `CLOSE_SECONDS`. `stream` stays open, and the caller closes
     it. Raises what the block raises, without the exception group of a nursery.
@@ -363,25 +359,11 @@ async def open_messages(
             # The reader of trio-websocket ends with the block.
             async with trio.open_nursery() as nursery:
                 if client:
-                    websocket = await wrap_client_stream(
-                        nursery,
-                        # trio-websocket declares sockets and TLS, but any stream will do.
-                        established,  # type: ignore[arg-type]
-                        "orchard",
-                        "/",
-                        message_queue_size=message_queue_size,
-                        max_message_size=max_message_size,
-                        receive_buffer_size=receive_buffer_size,
-                    )
+                    # trio-websocket declares sockets and TLS, but any stream will do.
+                    raw: Any = established
+                    websocket = await wrap_client_stream(nursery, raw, "orchard", "/", **sizes)
                 else:
-                    proposal = await wrap_server_stream(
-                        nursery,
-                        established,
-                        message_queue_size=message_queue_size,
-                        max_message_size=max_message_size,
-                        receive_buffer_size=receive_buffer_size,
-                    )
-                    websocket = await proposal.accept()
+                    websocket = await (await wrap_server_stream(nursery, established, **sizes)).accept()
                 established.deliver_to(websocket)
                 yield websocket
                 with trio.move_on_after(CLOSE_SECONDS):
