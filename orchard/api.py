@@ -170,7 +170,9 @@ class API:
             sender = self._identify(request, operation)
             if isinstance(sender, auth.Access):
                 account = sender.account
-                self._check_access(sender, name)
+                vm = _found("VM", self.state.vms, name)
+                if vm.uid != sender.vm_uid:
+                    raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
             else:
                 account = sender.name
                 if operation.role is not None:
@@ -194,12 +196,6 @@ class API:
             if authorization is not None:
                 self._failures.record(request.peer)
             raise
-
-    def _check_access(self, access: auth.Access, name: str) -> None:
-        """Raise ForbiddenError or HTTPError(404) unless the access token is for the VM that has the name now."""
-        vm = _found("VM", self.state.vms, name)
-        if vm.uid != access.vm_uid:
-            raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
 
     async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer an admitted request. Raises HTTPError."""
@@ -238,6 +234,10 @@ class API:
         if new != old:
             with self.store.transaction() as tx:
                 tx.put(new)
+
+    def _vm(self, admitted: Admitted) -> VM:
+        """Return the VM that the path names. Raises HTTPError(404)."""
+        return _found("VM", self.state.vms, admitted.name)
 
     def _stored(self, kind: Literal["vm", "account"], name: str, headers: HeaderPairs = ()) -> Response:
         """Return an answer with a resource as it is stored."""
@@ -284,7 +284,7 @@ class API:
         return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
 
     def get_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        vm = _found("VM", self.state.vms, admitted.name)
+        vm = self._vm(admitted)
         if read_flag(request.query, parameters.WATCH):
             return Stream(partial(self._watch, vm))
         return self._stored("vm", vm.name)
@@ -319,7 +319,7 @@ class API:
     def _change_vm(
         self, request: Request, admitted: Admitted, read: Callable[[VMSpec, object, list[str]], VMSpec]
     ) -> AnyResponse:
-        old = _found("VM", self.state.vms, admitted.name)
+        old = self._vm(admitted)
         spec, warning = _read_body(request, partial(read, old.spec))
         if spec.host_dirs != old.spec.host_dirs:
             self._check_host_dirs(spec)
@@ -327,10 +327,10 @@ class API:
         return self._stored("vm", old.name, warning)
 
     def delete_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._delete(_found("VM", self.state.vms, admitted.name))
+        return self._delete(self._vm(admitted))
 
     def report_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        old = _found("VM", self.state.vms, admitted.name)
+        old = self._vm(admitted)
         report, warning = _read_body(request, schema.report_from_worker)
         self._put(transitions.report(old, report, self.parts.clock()), old)
         return Response(200, headers=warning)
@@ -348,7 +348,7 @@ class API:
     # -- events of a VM
 
     async def append_events(self, request: Request, admitted: Admitted) -> AnyResponse:
-        vm = _found("VM", self.state.vms, admitted.name)
+        vm = self._vm(admitted)
         uid = request.query.one(parameters.UID.name)
         if uid not in (None, vm.uid):
             raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
@@ -357,7 +357,7 @@ class API:
         return Response(200, headers=warning)
 
     async def list_events(self, request: Request, admitted: Admitted) -> AnyResponse:
-        vm = _found("VM", self.state.vms, admitted.name)
+        vm = self._vm(admitted)
         limit = read_number(request.query, parameters.LIMIT)
         order: Literal["asc", "desc"] = "asc" if read_choice(request.query, parameters.ORDER) == "asc" else "desc"
         cursor = request.query.one(parameters.CURSOR.name)
@@ -369,7 +369,7 @@ class API:
     async def forward_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = read_count(request.query, parameters.PORT_NUMBER)
         wait = read_count(request.query, parameters.WAIT_FORWARD)
-        vm = _found("VM", self.state.vms, admitted.name)
+        vm = self._vm(admitted)
         request.require_websocket()
         return self._relay_to(await self.parts.vm_access.connect(vm, port, wait))
 
@@ -385,12 +385,12 @@ class API:
 
     async def resolve_ip(self, request: Request, admitted: Admitted) -> AnyResponse:
         wait = read_count(request.query, parameters.WAIT_ADDRESS)
-        vm = _found("VM", self.state.vms, admitted.name)
+        vm = self._vm(admitted)
         address = await self.parts.vm_access.find_address(vm, wait)
         return Response(200, dump_json(encode(IP(address))))
 
     async def execute(self, request: Request, admitted: Admitted) -> AnyResponse:
-        vm = _found("VM", self.state.vms, admitted.name)
+        vm = self._vm(admitted)
         wait = read_count(request.query, parameters.WAIT_FORWARD)
         command = parameters.read_command(request.query)
         request.require_websocket()
@@ -399,7 +399,7 @@ class API:
         return WebSocketUpgrade(serve, ping_interval=self.parts.rendezvous.ping_interval)
 
     def issue_token(self, request: Request, admitted: Admitted) -> AnyResponse:
-        vm = _found("VM", self.state.vms, admitted.name)
+        vm = self._vm(admitted)
         ttl, warning = _read_body(request, schema.ttl_from_client, if_empty=b"null")
         now = self.parts.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
