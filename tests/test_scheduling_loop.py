@@ -64,3 +64,16 @@ async def test_worker_that_goes_offline_and_returns_is_logged_once(
             await api.ok("PUT", "/workers/w", {"name": "w", "last_seen": f"2026-01-31T12:00:0{second}Z"})
         assert logged(caplog) == [("worker returned", {"worker": "w"})]
         nursery.cancel_scope.cancel()
+
+
+async def test_vms_created_in_one_group_commit_are_logged_in_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    async with served(tmp_path) as api:
+        async with trio.open_nursery() as nursery:
+            for name in ("a", "b", "c"):
+                nursery.start_soon(api.create, name)
+        created = [fields["vm"] for message, fields in logged(caplog) if message == "VM created"]
+        assert sorted(",".join(created).split(",")) == ["a", "b", "c"]
+        assert len(created) == 1
