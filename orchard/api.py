@@ -32,12 +32,13 @@ from orchard.net.request import (
     HTTPError,
     Request,
     Response,
+    Route,
+    Router,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
     WhileConnected,
 )
-from orchard.net.router import Route, Router
 from orchard.parameters import read_choice, read_count, read_flag, read_number, read_text
 from orchard.schema import (
     IP,

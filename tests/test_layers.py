@@ -52,9 +52,9 @@ IO_MODULES = {
 }
 # The modules that may import a package which does not come with Python (trio may be imported anywhere else).
 OUTSIDE = {
-    "h11": {"net.parser", "net.transport"},
+    "h11": {"net.request", "net.transport"},
     "trio_websocket": {
-        *("net.request", "net.transport", "net.upgrade", "net.websocket"),
+        *("net.request", "net.transport", "net.exchange", "net.websocket"),
         *("client", "tunnel", "ssh.exec", "api"),
     },
     "jwt": {"auth"},

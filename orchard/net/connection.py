@@ -57,35 +57,6 @@ class Limits:
     handshakes: int = 2_048
 
 
-class WaitingList:
-    """The cancel scopes of connections that can be closed to make room: for longest first."""
-
-    def __init__(self) -> None:
-        self._scopes: dict[trio.CancelScope, None] = {}
-
-    def __len__(self) -> int:
-        return len(self._scopes)
-
-    def add(self, scope: trio.CancelScope) -> None:
-        self._scopes[scope] = None
-
-    def remove(self, scope: trio.CancelScope) -> None:
-        self._scopes.pop(scope, None)
-
-    def cancel_oldest(self) -> bool:
-        """Cancel and remove the oldest scope. Return whether there was one."""
-        oldest = next(iter(self._scopes), None)
-        if oldest is None:
-            return False
-        del self._scopes[oldest]
-        oldest.cancel()
-        return True
-
-    def cancel_all(self) -> None:
-        for scope in list(self._scopes):
-            scope.cancel()
-
-
 class ServerState:
     """What all connections of a server share."""
 
@@ -104,8 +75,9 @@ class ServerState:
         self.log = log
         self.stop = stop
         # Connections that wait for a request, and those whose TLS handshake is not complete.
-        self.idle = WaitingList()
-        self.handshaking = WaitingList()
+        # Their cancel scopes can be cancelled to make room, the oldest first.
+        self.idle: dict[trio.CancelScope, None] = {}
+        self.handshaking: dict[trio.CancelScope, None] = {}
         # Connections over sockets that are sending, and until when they may (trio's clock).
         self.sending: dict[Connection, float] = {}
         self.open = 0  # connections
@@ -115,10 +87,10 @@ class ServerState:
     def make_room(self) -> bool:
         """Close a waiting connection if there are too many. Return whether there is room for another one."""
         if len(self.handshaking) >= self.limits.handshakes:
-            self.handshaking.cancel_oldest()
+            _cancel_oldest(self.handshaking)
         if self.open < self.limits.connections:
             return True
-        return self.handshaking.cancel_oldest() or self.idle.cancel_oldest()
+        return _cancel_oldest(self.handshaking) or _cancel_oldest(self.idle)
 
     async def close_slow_readers(self) -> None:
         """Close the sockets of clients that take nothing for too long, until cancelled.
@@ -201,7 +173,9 @@ class Connection:
                 return
         self.buffer.clear()
 
-    async def _wait(self, waiting: WaitingList, seconds: float, wait: Callable[[], Awaitable[object]]) -> bool:
+    async def _wait(
+        self, waiting: dict[trio.CancelScope, None], seconds: float, wait: Callable[[], Awaitable[object]]
+    ) -> bool:
         """Wait with the connection in a list, from which it can be closed to make room, or when the server stops.
 
         Return whether the wait ended by itself and in time.
@@ -209,12 +183,12 @@ class Connection:
         scope = trio.CancelScope(deadline=trio.current_time() + seconds)
         if self.server.stop.is_set():
             scope.cancel()
-        waiting.add(scope)
+        waiting[scope] = None
         try:
             with scope:
                 await wait()
         finally:
-            waiting.remove(scope)
+            waiting.pop(scope, None)
         return not scope.cancelled_caught
 
     async def until_gone(self) -> None:
@@ -237,15 +211,11 @@ class Connection:
         self.buffer += data
         return bool(data)
 
-    def take(self, size: int) -> bytes:
-        """Take bytes from the front of the buffer."""
+    def take(self, size: int | None = None) -> bytes:
+        """Take bytes from the front of the buffer, all without a size."""
         taken = bytes(self.buffer[:size])
         del self.buffer[:size]
         return taken
-
-    def take_all(self) -> bytes:
-        """Take the whole buffer."""
-        return self.take(len(self.buffer))
 
     async def send(self, data: bytes) -> None:
         """Send. Raises Disconnected, also if the client takes nothing for too long."""
@@ -298,6 +268,16 @@ class Connection:
         """Close the connection within `linger_seconds`."""
         with trio.move_on_after(self.server.limits.linger_seconds):
             await self.stream.aclose()
+
+
+def _cancel_oldest(waiting: dict[trio.CancelScope, None]) -> bool:
+    """Cancel and remove the scope that was added first. Return whether there was one."""
+    oldest = next(iter(waiting), None)
+    if oldest is None:
+        return False
+    del waiting[oldest]
+    oldest.cancel()
+    return True
 
 
 def _peer_address(stream: trio.abc.Stream) -> str:

@@ -1,8 +1,11 @@
 """One request and its answer: reads the head and the body, calls the handler, writes what it returned.
 
-Heads and bodies are bytes of the connection's buffer, parsed by parser.py. Bytes that follow a request stay in the
+Heads and bodies are bytes of the connection's buffer, parsed by request.py. Bytes that follow a request stay in the
 buffer: they are the next request, or the first frames of a WebSocket. After an error the connection goes on only if the
 whole request was read.
+
+A connection that becomes a WebSocket or a tunnel is kept for the session, and closed at its end or at the server's stop.
+Its messages are exchanged by trio-websocket, the bytes of tunnels by `TunnelStream` (websocket.py).
 
 Answers are written by hand and not by h11, which would add half to the CPU of a small request (`./run bench api`).
 """
@@ -12,15 +15,19 @@ from __future__ import annotations
 import http
 import logging
 import re
+import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import TypeVar
 
 import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
-from orchard.net import upgrade
+from orchard.net import wsframes
 from orchard.net.connection import SEND_BYTES, Connection, Disconnected
-from orchard.net.parser import ChunkedBody, body_too_large, find_head_end, parse_head, strip_empty_line
 from orchard.net.request import (
     AnyResponse,
+    ChunkedBody,
     HTTPError,
     Request,
     Response,
@@ -28,8 +35,13 @@ from orchard.net.request import (
     TunnelUpgrade,
     WebSocketUpgrade,
     WhileConnected,
+    body_too_large,
     error_response,
+    find_head_end,
+    parse_head,
+    strip_empty_line,
 )
+from orchard.net.websocket import CLOSE_SECONDS, TunnelStream, open_messages
 from orchard.nursery import sole_exception
 
 # Bytes a second that earn a body more time. No client on a usable network is slower.
@@ -42,6 +54,11 @@ _ALWAYS = "Server: orchard\r\nCache-Control: no-store\r\nX-Content-Type-Options:
 _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 # A header that a handler may add: one line (RFC 9110, section 5), and not one that says where the answer ends.
 _HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
+_SWITCHING_PROTOCOLS = 101
+_RECEIVE_BYTES = 64 * 1024  # bytes of one read from a WebSocket
+_UPGRADED = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+
+ResultT = TypeVar("ResultT")
 
 
 class Exchange:
@@ -78,16 +95,14 @@ class Exchange:
 
     async def run(self) -> bool:
         """Read a request and answer it. Return whether another one may follow. Raises Disconnected."""
-        answer: AnyResponse | None
         try:
-            answer = await self._handle()
+            try:
+                answer = await self._handle()
+            except BaseExceptionGroup as group:
+                raise sole_exception(group) from None
         except HTTPError as error:
-            answer = self._refuse(error)
-        except BaseExceptionGroup as group:
-            cause = sole_exception(group)
-            if not isinstance(cause, HTTPError):
-                raise cause from None
-            answer = self._refuse(cause)
+            self._account = error.account or self._account
+            answer = error_response(error)
         if isinstance(answer, Response):
             await self._respond(answer)
         elif isinstance(answer, Stream):
@@ -95,10 +110,6 @@ class Exchange:
         elif isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             await self._upgrade(answer)
         return self._ended
-
-    def _refuse(self, error: HTTPError) -> Response:
-        self._account = error.account or self._account
-        return error_response(error)
 
     async def fail(self) -> None:
         """Answer with status 500, unless an answer was begun. Raises Disconnected."""
@@ -110,16 +121,6 @@ class Exchange:
         """Write the log's line for a request without an answer."""
         if self._request is not None:
             self._record(_CLIENT_GONE)
-
-    async def _find_while_connected(self, work: Callable[[], Awaitable[AnyResponse]]) -> AnyResponse:
-        """Return what `work` returns. Raises what it raises; Disconnected if the client goes away, which cancels it."""
-        found: list[AnyResponse] = []
-
-        async def find() -> None:
-            found.append(await work())
-
-        await self._watched(find)
-        return found[0]
 
     # ---- reading
 
@@ -155,9 +156,9 @@ class Exchange:
                 await self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.body = await (self._read_chunks(raw) if length is None else self._read_body(length))
             self._unread = False
-        answer = await server.handler(request, admitted)
+        answer: AnyResponse | None = await server.handler(request, admitted)
         while isinstance(answer, WhileConnected):
-            answer = await self._find_while_connected(answer.work)
+            answer = await self._watched(answer.work)
         if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             request.require_websocket()
         return answer
@@ -191,7 +192,7 @@ class Exchange:
         def is_complete() -> bool:
             if not connection.buffer:
                 return False
-            following = body.feed(connection.take_all())
+            following = body.feed(connection.take())
             connection.buffer += following or b""
             return following is not None
 
@@ -235,7 +236,7 @@ class Exchange:
     async def _respond(self, answer: Response, *, close: bool = False) -> None:
         unread = self._unread
         keep = not (close or unread) and self._may_continue()
-        pieces = answer.pieces
+        pieces = (answer.body,) if isinstance(answer.body, bytes) else answer.body
         size = sum(map(len, pieces))
         framing = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
         if size:
@@ -293,11 +294,12 @@ class Exchange:
         finally:
             self._record(answer.status)
 
-    async def _watched(self, work: Callable[[], Awaitable[None]], *, until_stop: bool = False) -> None:
-        """Do work until it returns or, with `until_stop`, the server stops.
+    async def _watched(self, work: Callable[[], Awaitable[ResultT]], *, until_stop: bool = False) -> ResultT | None:
+        """Return what work returns; None if, with `until_stop`, the server stops before that.
 
         Raises what the work raises; Disconnected if the client goes away first, which cancels the work.
         """
+        result: ResultT | None = None
         gone = ended = False
 
         async def watch_client() -> None:
@@ -316,25 +318,29 @@ class Exchange:
                 nursery.start_soon(watch_client)
                 if until_stop:
                     nursery.start_soon(watch_stop)
-                await work()
+                result = await work()
                 ended = True
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise sole_exception(group) from None
         if gone and not ended:
             raise Disconnected("the client went away")
+        return result
 
     async def _upgrade(self, answer: WebSocketUpgrade | TunnelUpgrade) -> None:
         assert self._request is not None
         self._begun = True
         try:
-            early = await upgrade.switch_protocols(self._connection, self._request)
+            accept = wsframes.accept_value(self._request.headers.get("sec-websocket-key") or "")
+            await self._connection.send(f"{_UPGRADED}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())
+            # What the client has sent beyond its request.
+            early = self._connection.take()
             if isinstance(answer, WebSocketUpgrade):
-                await upgrade.run_websocket(self._connection, answer, early)
+                await _run_websocket(self._connection, answer, early)
             else:
-                await upgrade.run_tunnel(self._connection, answer, early)
+                await _run_tunnel(self._connection, answer, early)
         finally:
-            self._record(upgrade.SWITCHING_PROTOCOLS)
+            self._record(_SWITCHING_PROTOCOLS)
         await self._connection.linger()
 
     def _record(self, status: int) -> None:
@@ -356,3 +362,68 @@ class Exchange:
 def _printable(text: str) -> str:
     """Escape characters that could end a line of the log or hide in it."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+# ---- WebSockets and tunnels -------------------------------------------------------------------------------------------
+
+
+async def _run_websocket(connection: Connection, answer: WebSocketUpgrade, early: bytes) -> None:
+    """Run a session over WebSocket messages, then close the WebSocket."""
+    async with (
+        open_messages(
+            connection.stream.as_stream(),
+            client=False,
+            early=early,
+            # The client has to wait while a message waits for the session.
+            message_queue_size=1,
+            max_message_size=answer.max_message_size,
+            receive_buffer_size=_RECEIVE_BYTES,
+        ) as websocket,
+        # The pings and _close_at_stop end with the session.
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(_close_at_stop, connection.server.stop, websocket, nursery.cancel_scope)
+        nursery.start_soon(_ping, websocket, answer.ping_interval)
+        try:
+            await answer.session(websocket)
+        except* ConnectionClosed:
+            pass
+        with trio.move_on_after(CLOSE_SECONDS):
+            await websocket.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def _run_tunnel(connection: Connection, answer: TunnelUpgrade, early: bytes) -> None:
+    """Run a session over the bytes of WebSocket messages, then close the WebSocket."""
+    stream = TunnelStream(
+        connection.stream.as_stream(), client=False, early=early, ping_interval=answer.ping_interval
+    )  # fmt: skip
+    # The stream's own tasks and _close_at_stop end with the session.
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(stream.run)
+        nursery.start_soon(_close_at_stop, connection.server.stop, stream, nursery.cancel_scope)
+        with suppress(trio.BrokenResourceError):
+            await answer.session(stream)
+        await stream.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def _ping(websocket: WebSocketConnection, interval: float) -> None:
+    """Ping, so that load balancers keep the connection.
+
+    A pong may come late, behind data, and only the next ping waits for it.
+    """
+    with suppress(ConnectionClosed):
+        while True:
+            await trio.sleep(interval)
+            # Without a payload of ours trio-websocket would draw one from `random`, which an embedding program may seed.
+            await websocket.ping(secrets.token_bytes(4))
+
+
+async def _close_at_stop(
+    stop: trio.Event, websocket: WebSocketConnection | TunnelStream, scope: trio.CancelScope
+) -> None:
+    await stop.wait()
+    with trio.move_on_after(CLOSE_SECONDS):
+        await websocket.aclose(1001, "controller is stopping")
+    scope.cancel()

@@ -1,10 +1,18 @@
-"""What a handler of the HTTP server gets and returns: requests, answers and errors. No I/O and no parsing of HTTP.
+"""Requests, answers, errors and routes: what the server and its handlers pass to each other, and how it is parsed. No I/O.
 
 A handler gets a `Request` and what its admission returned. It returns a `Response`, a `Stream`, a `WebSocketUpgrade`, a
-`TunnelUpgrade` or a `WhileConnected`, or raises `HTTPError`, of which `error_response` makes an answer. The server keeps what these classes promise for clients that go
-away and for its own stop.
+`TunnelUpgrade` or a `WhileConnected`, or raises `HTTPError`, from which `error_response` makes an answer. exchange.py
+reads and writes them.
 
-Heads and bodies are parsed in parser.py, routes are in router.py.
+h11 reads every block of header lines and every chunked body. Only the request line is matched by a regular expression
+here. What h11 said about a header block is remembered, because clients send the same block again and again: a request
+costs 0.87 to 0.95 of the CPU that a parser written by hand takes, measured in a bare loop. The whole head as the key
+would make the cache useless, since each path is another one. A refusal is never remembered.
+
+h11 is lenient where two readers of the same bytes could disagree about what a request is or where it ends, so that one
+request could be smuggled inside another one past a proxy. Those cases are refused here: before h11 by a look at the raw
+bytes (control characters, bare CR and LF, folded lines), or after it by a look at what it read. The comments name the
+sections of RFC 9110 and RFC 9112.
 """
 
 from __future__ import annotations
@@ -14,15 +22,57 @@ import binascii
 import math
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 from urllib.parse import unquote
 
+import h11
 from trio_websocket import WebSocketConnection
 
 from orchard.codec import dump_json, shown
 from orchard.net.websocket import TunnelStream
 
+Version = Literal["1.0", "1.1"]
+
+_BLOCKS = 1024  # header blocks that are remembered
+_BLOCK_BYTES = 2 * 1024  # bytes of the longest one that is remembered; with 1,024 of 100 headers that is 15 MB
+# Bytes of a chunked body that are not content. Each chunk of one byte costs as much CPU as one of 16 KiB.
+_FRAMING_BYTES = 64 * 1024
+
+_METHOD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+# A fragment is never part of a request target, and CONNECT is only for proxies.
+_ORIGIN_FORM = re.compile(rb"(?!CONNECT )(%b) (/[\x21\x22\x24-\x7e]*) HTTP/1\.([0-9])" % _METHOD)
+_ABSOLUTE_FORM = re.compile(rb"(?i:https?)://([^/?#]*)((?:[/?][\x21\x22\x24-\x7e]*)?)")
+_REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _METHOD)
+# A bare CR or LF, a NUL.
+_STRAY = re.compile(rb"\x00|(?<!\r)\n|\r(?=[^\n])")
+# In header and trailer lines also other control characters than tabs, and a line that continues the one before it.
+_ILLEGAL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)|(?:\A|\n)[ \t]")
+# A name or an address and a port. The brackets hold IPv6 (with a zone, RFC 6874, encoded or not) or a future version.
+_HOST = re.compile(
+    r"(?:[A-Za-z0-9._~!$&'()*+,;=%-]+|\[(?:[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._~%-]+)?|[vV][0-9A-Fa-f]+\.[A-Za-z0-9._~!$&'()*+,;=:-]+)\])"
+    r"(?::[0-9]{0,5})?"
+)
+_LENGTH_LINE = re.compile(rb"^content-length:[ \t]*(.*?)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+# h11 takes 20 digits and blanks after them.
+_CHUNK_LINE = re.compile(rb"[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+# Fields whose repetition would mean one thing here and another elsewhere.
+_SINGLE = frozenset(
+    [
+        "authorization",
+        "content-length",
+        "content-type",
+        "host",
+        "sec-websocket-key",
+        "sec-websocket-version",
+        "transfer-encoding",
+    ]
+)
+# Fields that programs which read "_" as "-" (CGI and its descendants) must not see under another name, and which a
+# trailer must not hold.
+_FRAMING = _SINGLE | {"connection", "content-encoding", "expect", "te", "trailer", "upgrade"}
 _BAD_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # The headers of an answer with status 426 (RFC 9110, section 15.5.22).
 _UPGRADE = (("Upgrade", "websocket"), ("Connection", "Upgrade"))
@@ -137,36 +187,24 @@ class Request:
         self.query = Query(query)
 
     def require_websocket(self) -> None:
-        """Raise HTTPError 426 or 400 unless this is a well-formed request for a WebSocket."""
-        refusal = _websocket_refusal(self)
-        if refusal is not None:
-            raise refusal
-
-
-def _websocket_refusal(request: Request) -> HTTPError | None:
-    """Return why a request is not a well-formed one for a WebSocket (RFC 6455, section 4.2.1), None if it is."""
-    get = request.headers.get
-    asks = (
-        "upgrade" in list_members(get("connection"))
-        and "websocket" in list_members(get("upgrade"))
-        and request.version == "1.1"
-    )
-    if not asks or request.method != "GET":
-        message = "this path is a WebSocket; expected GET with Connection: Upgrade, Upgrade: websocket"
-        return HTTPError(426, message, _UPGRADE)
-    version, key = get("sec-websocket-version"), get("sec-websocket-key")
-    if version != "13":
-        message = f"Sec-WebSocket-Version is {shown(version)}, expected 13"
-        return HTTPError(426, message, (("Sec-WebSocket-Version", "13"), *_UPGRADE))
-    try:
-        nonce = base64.b64decode((key or "").encode("latin-1"), validate=True)
-    except binascii.Error:
-        nonce = b""
-    if len(nonce) != 16:
-        return HTTPError(400, f"Sec-WebSocket-Key is {shown(key)}, expected 16 bytes in base64")
-    if request.body:
-        return HTTPError(400, f"the request for a WebSocket has a body of {len(request.body)} bytes, expected none")
-    return None
+        """Raise HTTPError 426 or 400 unless this is a well-formed request for a WebSocket (RFC 6455, section 4.2.1)."""
+        get = self.headers.get
+        asks = "upgrade" in list_members(get("connection")) and "websocket" in list_members(get("upgrade"))
+        if not asks or self.method != "GET" or self.version != "1.1":
+            message = "this path is a WebSocket; expected GET with Connection: Upgrade, Upgrade: websocket"
+            raise HTTPError(426, message, _UPGRADE)
+        version, key = get("sec-websocket-version"), get("sec-websocket-key")
+        if version != "13":
+            message = f"Sec-WebSocket-Version is {shown(version)}, expected 13"
+            raise HTTPError(426, message, (("Sec-WebSocket-Version", "13"), *_UPGRADE))
+        try:
+            nonce = base64.b64decode((key or "").encode("latin-1"), validate=True)
+        except binascii.Error:
+            nonce = b""
+        if len(nonce) != 16:
+            raise HTTPError(400, f"Sec-WebSocket-Key is {shown(key)}, expected 16 bytes in base64")
+        if self.body:
+            raise HTTPError(400, f"the request for a WebSocket has a body of {len(self.body)} bytes, expected none")
 
 
 # ---- answers -------------------------------------------------------------------------------------------------------
@@ -213,10 +251,6 @@ class WebSocketUpgrade:
     session: Callable[[WebSocketConnection], Awaitable[None]]
     # Bytes; a larger message closes the WebSocket with 1009.
     max_message_size: int = 1024 * 1024
-    # Messages that wait for the session; the client has to wait while there are so many.
-    message_queue_size: int = 1
-    # Bytes of one read.
-    receive_buffer_size: int = 64 * 1024
     # Seconds between pings of the server; the session may send others.
     ping_interval: float = math.inf
 
@@ -256,3 +290,348 @@ class Admission(Protocol):
 def error_response(error: HTTPError) -> Response:
     """Return the answer to a request that failed."""
     return Response(error.status, dump_json({"message": error.message}), error.headers)
+
+
+# ---- parsing heads -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderBlock:
+    """The headers of a request, and what follows from them."""
+
+    headers: Headers
+    # Bytes of the body; None: it is chunked.
+    length: int | None
+    # Whether another request may follow on the connection.
+    keep_alive: bool
+    # Whether the client waits for "100 Continue" before it sends the body.
+    expects_continue: bool
+
+
+@dataclass(slots=True, eq=False)
+class RequestHead:
+    """The head of a request. `target` is a path and a query, whatever its form was."""
+
+    method: str
+    target: str
+    version: Version
+    block: HeaderBlock
+
+
+def find_head_end(buffer: bytearray, searched: int, limit: int) -> tuple[int, int]:
+    """Return (the end of the head that the buffer begins with or -1, how many bytes need not be searched again).
+
+    `searched` is what the previous call returned for the same buffer, or 0. Raises HTTPError: 400 for a head that can
+    not become a legal one, 431 if it is longer than `limit` bytes, 414 if the request line alone is.
+    """
+    end = buffer.find(b"\r\n\r\n", max(0, searched - 3), limit)
+    if end >= 0:
+        return end + 4, 0
+    # A client that does not speak HTTP may never send the end of a head.
+    if _STRAY.search(buffer, max(0, searched - 1), limit):
+        raise _stray_bytes()
+    if len(buffer) >= limit:
+        # RFC 9112, section 3: a target that is too long is answered with 414.
+        long_line = buffer.find(b"\r\n", 2, limit) < 0
+        raise HTTPError(414 if long_line else 431, f"the request head is longer than {limit} bytes")
+    return -1, len(buffer)
+
+
+def parse_head(head: bytes, header_count: int) -> RequestHead:
+    """Parse a request head, from its first line to the empty line at its end.
+
+    Raises HTTPError. The end of the request is unknown then, so the connection must be closed.
+    """
+    line, _, block = strip_empty_line(head).partition(b"\r\n")
+    match = _ORIGIN_FORM.fullmatch(line)
+    authority = b""
+    if match is not None:
+        method, target, minor = match.groups()
+    else:
+        method, authority, target, minor = _parse_other_line(head, line)
+    # RFC 9110, section 2.5: a later minor version is read as the latest one that is known.
+    version: Version = "1.0" if minor == b"0" else "1.1"
+    read_block = _read_remembered_block if len(block) <= _BLOCK_BYTES else _read_block
+    fields = read_block(version, block, header_count)
+    if authority:
+        # RFC 9112, section 3.2.2: the target of an absolute form replaces the Host header.
+        fields = replace(fields, headers=fields.headers.replaced("host", authority.decode("ascii")))
+    return RequestHead(method.decode("ascii"), target.decode("ascii"), version, fields)
+
+
+def strip_empty_line(head: bytes) -> bytes:
+    """Return a head without the one empty line that may precede it (RFC 9112, section 2.2)."""
+    return head[2:] if head.startswith(b"\r\n") else head
+
+
+def _parse_other_line(head: bytes, line: bytes) -> tuple[bytes, bytes, bytes, bytes]:
+    """Return (method, authority, target, minor version) of a request line in absolute form. Raises HTTPError."""
+    if _STRAY.search(head):
+        raise _stray_bytes()
+    match = _REQUEST_LINE.fullmatch(line)
+    if match is None:
+        raise HTTPError(400, f"the request line is {_quoted(line)}, expected METHOD /path HTTP/1.1")
+    method, target, major, minor = match.groups()
+    if major != b"1":
+        raise HTTPError(505, f"the protocol is HTTP/{major.decode()}.{minor.decode()}, expected HTTP/1.1")
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
+    if method == b"CONNECT" or absolute is None:
+        raise HTTPError(400, f"the request target is {_quoted(target)}, expected a path without a fragment")
+    authority, path = absolute.groups()
+    # User names in a URL are refused as well: RFC 9110, section 4.2.4.
+    if not _HOST.fullmatch(authority.decode("ascii")):
+        raise HTTPError(400, f"the request target is {_quoted(target)}, expected a host name or an address in it")
+    return method, authority, path if path.startswith(b"/") else b"/" + path, minor
+
+
+def _read_block(version: Version, block: bytes, header_count: int) -> HeaderBlock:
+    """Read the lines of a head after the first one, the empty line included. Raises HTTPError."""
+    count = block.count(b"\r\n") - 1
+    if count > header_count:
+        raise HTTPError(431, f"the request has {count} headers, expected at most {header_count}")
+    if _ILLEGAL.search(block):
+        raise _stray_bytes()
+    parser = h11.Connection(h11.SERVER)
+    parser.receive_data(b"GET / HTTP/%b\r\n%b" % (version.encode(), block))
+    try:
+        event = parser.next_event()
+    except h11.RemoteProtocolError as error:
+        raise _not_http(error) from None
+    assert isinstance(event, h11.Request)
+    found: dict[str, str] = {}
+    for raw_name, raw_value in event.headers:
+        name, value = raw_name.decode("ascii"), raw_value.decode("latin-1")
+        if name in found:
+            if name in _SINGLE:
+                raise HTTPError(400, f"the header {name} is repeated, expected it once")
+            value = f"{found[name]}, {value}"
+        elif "_" in name and name.replace("_", "-") in _FRAMING:
+            raise HTTPError(400, f"the header {shown(name)} is refused, expected dashes instead of underscores")
+        found[name] = value
+    return _decide(version, block, found)
+
+
+_read_remembered_block = lru_cache(_BLOCKS)(_read_block)
+
+
+def _decide(version: Version, block: bytes, found: Mapping[str, str]) -> HeaderBlock:
+    """Judge the headers, and decide how the body and the connection end. Raises HTTPError."""
+    host = found.get("host")
+    # RFC 9112, section 3.2. That it is missing from HTTP/1.1, or there twice, h11 has refused.
+    if host is not None and not _HOST.fullmatch(host):
+        raise HTTPError(400, f"the header host is {shown(host)}, expected a name or an address, and a port")
+    for encoding in list_members(found.get("content-encoding")):
+        if encoding != "identity":
+            message = f"the header content-encoding has {shown(encoding)}, expected identity"
+            raise HTTPError(415, message, (("Accept-Encoding", "identity"),))
+    expected = list_members(found.get("expect"))
+    for expectation in expected:
+        # RFC 9110, section 10.1.1.
+        if expectation != "100-continue":
+            raise HTTPError(417, f"the header expect has {shown(expectation)}, expected 100-continue")
+    # RFC 9110, section 7.8: an Upgrade to an unknown protocol is ignored. The connection is closed after the answer, so
+    # that a proxy which expects the other protocol cannot take what follows for it.
+    unknown_upgrade = any(protocol != "websocket" for protocol in list_members(found.get("upgrade")))
+    return HeaderBlock(
+        Headers(found),
+        _body_length(version, block, found),
+        keep_alive=version == "1.1" and not unknown_upgrade and "close" not in list_members(found.get("connection")),
+        # RFC 9110, section 10.1.1: in HTTP/1.0 it is ignored.
+        expects_continue=version == "1.1" and bool(expected),
+    )
+
+
+def _body_length(version: Version, block: bytes, found: Mapping[str, str]) -> int | None:
+    """Return the bytes of the body, None if it is chunked (RFC 9112, section 6.3). Raises HTTPError."""
+    if "transfer-encoding" in found:
+        # h11 has refused every coding but "chunked", in any case.
+        if "content-length" in found:
+            raise HTTPError(400, "the request has content-length and transfer-encoding, expected one of them")
+        if version == "1.0":
+            raise HTTPError(400, "the request has transfer-encoding, expected none in HTTP/1.0")
+        return None
+    if "content-length" not in found:
+        return 0
+    # h11 reads "1, 1" and two lines of the same value as one length, and takes 20 digits.
+    values = _LENGTH_LINE.findall(block)
+    if len(values) != 1 or not _LENGTH.fullmatch(values[0]):
+        told = shown(b", ".join(values).decode("latin-1"))
+        raise HTTPError(400, f"the header content-length is {told}, expected one number of 1 to 18 digits")
+    return int(values[0])
+
+
+def _stray_bytes() -> HTTPError:
+    return HTTPError(400, "the request head has a control character, a bare CR or LF, or a folded header line")
+
+
+def _not_http(error: h11.RemoteProtocolError) -> HTTPError:
+    # h11 suggests 501 for a transfer coding that it does not know (RFC 9112, section 6.1), and 431 for long lines.
+    return HTTPError(error.error_status_hint, f"the request is not HTTP/1.1: {shown(str(error))}")
+
+
+def _quoted(value: bytes) -> str:
+    return shown(value.decode("latin-1"))
+
+
+# ---- parsing bodies --------------------------------------------------------------------------------------------------
+
+
+class ChunkedBody:
+    """A chunked body, read by h11. Chunk extensions and trailers are ignored within bounds (RFC 9112, section 7.1).
+
+    h11 is lenient about the lines around the chunks. Its events say how many bytes of content it has read, and it reads
+    a line up to the first CRLF, so the events locate each line in the bytes that it was given. The lines are checked
+    there, and nothing of the chunks' sizes is computed here.
+    """
+
+    def __init__(self, head: bytes, body_limit: int, line_limit: int) -> None:
+        """`head` is the request's, with nothing before it. Limits are in bytes: of the content, and of one line."""
+        self._parts: list[bytes] = []
+        self.size = 0  # bytes of content
+        self._body_limit = body_limit
+        # h11 refuses a line, or all trailers together, that are longer.
+        self._parser = h11.Connection(h11.SERVER, max_incomplete_event_size=line_limit)
+        self._parser.receive_data(head)
+        request = self._parser.next_event()
+        assert isinstance(request, h11.Request)
+        # What h11 was given, from the end of the last content that it has read.
+        self._unchecked = bytearray()
+        # Whether a part of a chunk's content is still to come.
+        self._in_chunk = False
+        # What precedes the next line: the CRLF after a chunk.
+        self._separator = 0  # bytes
+        self._framing = 0  # bytes
+
+    @property
+    def content(self) -> bytes:
+        return b"".join(self._parts)
+
+    def feed(self, data: bytes) -> bytes | None:
+        """Read more of the body. Return None if it goes on, else what follows it.
+
+        Raises HTTPError: 400 for illegal framing, 413 for too much content or framing, 431 for long lines.
+        """
+        self._parser.receive_data(data)
+        self._unchecked += data
+        at = 0
+        try:
+            while (event := self._parser.next_event()) is not h11.NEED_DATA:
+                if isinstance(event, h11.EndOfMessage):
+                    following = self._parser.trailing_data[0]
+                    self._check_end(at, len(self._unchecked) - len(following), event)
+                    return following
+                if isinstance(event, h11.Data):
+                    at = self._take(event, at)
+        except h11.RemoteProtocolError as error:
+            raise _not_http(error) from None
+        del self._unchecked[:at]
+        return None
+
+    def _take(self, event: h11.Data, at: int) -> int:
+        """Keep content, after a look at the line before it, which begins at `at`. Return where the content ends."""
+        # Not `event.chunk_start`, which h11 leaves out if the line arrives without content.
+        if not self._in_chunk:
+            at = self._check_line(at)
+        self._parts.append(event.data)
+        self.size += len(event.data)
+        if self.size > self._body_limit:
+            raise body_too_large(self._body_limit)
+        self._in_chunk = not event.chunk_end
+        if event.chunk_end:
+            self._separator = 2
+        return at + len(event.data)
+
+    def _check_line(self, at: int) -> int:
+        """Check the line with the size of a chunk, and return where it ends. Raises HTTPError."""
+        begin = at + self._separator
+        end = self._unchecked.index(b"\r\n", begin) + 2
+        if not _CHUNK_LINE.fullmatch(self._unchecked, begin, end):
+            line = _quoted(bytes(self._unchecked[begin : end - 2]))
+            raise HTTPError(400, f"the line before a chunk is {line}, expected 1 to 16 hexadecimal digits")
+        self._separator = 0
+        self._framing += end - at
+        if self._framing > _FRAMING_BYTES:
+            raise HTTPError(413, f"the framing of the body is longer than {_FRAMING_BYTES} bytes, send larger chunks")
+        return end
+
+    def _check_end(self, at: int, end: int, event: h11.EndOfMessage) -> None:
+        """Check the line of the last chunk and the trailers, which end at `end`. Raises HTTPError."""
+        trailers = bytes(self._unchecked[self._check_line(at) : end])
+        if _ILLEGAL.search(trailers) or not (b"\r\n" + trailers).endswith(b"\r\n\r\n"):
+            raise HTTPError(400, "the trailers have a control character, a bare CR or LF, or a folded line")
+        for name, _ in event.headers:
+            if name.decode("ascii").replace("_", "-") in _FRAMING:
+                raise HTTPError(400, f"the trailers have {_quoted(name)}, which belongs in the head")
+
+
+def body_too_large(limit: int) -> HTTPError:
+    return HTTPError(413, f"the body is larger than {limit} bytes")
+
+
+# ---- routes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`pattern` is a path with its first slash. A segment in braces matches any one segment that is not empty."""
+
+    method: str
+    pattern: str
+    endpoint: Any
+
+
+class _Node:
+    __slots__ = ("below", "param", "routes")
+
+    def __init__(self) -> None:
+        self.below: dict[str, _Node] = {}
+        self.param: _Node | None = None
+        # By method: the route, and the index and name of each segment in braces.
+        self.routes: dict[str, tuple[Route, tuple[tuple[int, str], ...]]] = {}
+
+
+class Router:
+    """Routes by method and path."""
+
+    def __init__(self, routes: Sequence[Route]) -> None:
+        """Raises ValueError if two routes have one method, and patterns that differ in names in braces only."""
+        self._root = _Node()
+        for route in routes:
+            node = self._root
+            names: list[tuple[int, str]] = []
+            for index, segment in enumerate(route.pattern.split("/")[1:]):
+                if segment.startswith("{"):
+                    names.append((index, segment[1:-1]))
+                    node.param = node = node.param or _Node()
+                else:
+                    node = node.below.setdefault(segment, _Node())
+            if route.method in node.routes:
+                raise ValueError(f"{route.method} {route.pattern} hides {node.routes[route.method][0].pattern}")
+            node.routes[route.method] = (route, tuple(names))
+
+    def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
+        """Return the route of a percent-encoded path, and the decoded values of its segments in braces by their names.
+
+        Literal segments go before those in braces. HEAD is served by GET. Raises HTTPError: 400 for a path that cannot
+        be decoded, 404 for an unknown one, 405 with Allow for a known one with another method.
+        """
+        segments = [percent_decoded(segment, "the path segment") for segment in path.split("/")[1:]]
+        nodes = [self._root]
+        for segment in segments:
+            below = [node.below[segment] for node in nodes if segment in node.below]
+            if segment:
+                below += [node.param for node in nodes if node.param is not None]
+            nodes = below
+        allowed: set[str] = set()
+        for node in nodes:
+            found = node.routes.get(method) or (node.routes.get("GET") if method == "HEAD" else None)
+            if found is not None:
+                route, names = found
+                return route, {name: segments[index] for index, name in names}
+            allowed.update(node.routes)
+        if not allowed:
+            raise HTTPError(404, f"unknown path {shown(path)}")
+        if "GET" in allowed:
+            allowed.add("HEAD")
+        allow = ", ".join(sorted(allowed))
+        raise HTTPError(405, f"the method is {shown(method)}, expected {allow} for {shown(path)}", (("Allow", allow),))

@@ -66,8 +66,8 @@ async def serve(
                 task_status.started()
                 await stop.wait()
                 accepting.cancel_scope.cancel()
-            server.idle.cancel_all()
-            server.handshaking.cancel_all()
+            for scope in (*server.idle, *server.handshaking):
+                scope.cancel()
             connections.cancel_scope.deadline = trio.current_time() + grace
         watching.cancel_scope.cancel()
 

@@ -1,6 +1,6 @@
 """WebSockets after their handshake: as a stream of bytes (`TunnelStream`) and as messages (`open_messages`).
 
-The handshake is HTTP, so upgrade.py and transport.py do it. Bytes that they read beyond it are passed in as `early`.
+The handshake is HTTP, so exchange.py and transport.py do it. Bytes that they read beyond it are passed in as `early`.
 Frames are built and read by wsframes.py.
 
 A tunnel carries bytes whose message boundaries mean nothing. `TunnelStream` passes each part of a payload on as soon as

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard.net import parser
-from orchard.net.parser import ChunkedBody, find_head_end, parse_head
-from orchard.net.request import HTTPError
+from orchard.net import request
+from orchard.net.request import ChunkedBody, HTTPError, find_head_end, parse_head
 
 PIECES = st.sampled_from(
     [
@@ -69,7 +68,7 @@ def test_accepted_head_is_read_as_h11_reads_it(pieces: list[bytes]) -> None:
 
 
 def test_header_blocks_are_remembered_within_bounds() -> None:
-    cache = parser._read_remembered_block
+    cache = request._read_remembered_block
     cache.cache_clear()
     head = b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n"
     first, second = parse_head(head % 1, 100), parse_head(head % 2, 100)

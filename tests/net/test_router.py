@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard.net.request import HTTPError, Query
-from orchard.net.router import Route, Router
+from orchard.net.request import HTTPError, Query, Route, Router
 
 ROUTER = Router(
     [
