@@ -189,6 +189,28 @@ def test_a_pure_module_performs_no_io(module: str) -> None:
     assert not [node for node in ast.walk(tree(module)) if isinstance(node, ast.AsyncFunctionDef | ast.Await)]
 
 
+def public_names(module: str) -> Iterator[str]:
+    """Yield the names without underscore that a module defines at its top level."""
+    for node in tree(module).body:
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+            case ast.Assign(targets=targets):
+                yield from (part.id for each in targets for part in ast.walk(each) if isinstance(part, ast.Name))
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                yield name
+
+
+def test_a_public_name_is_defined_in_one_file() -> None:
+    """One name, one thing. `main` is the entry point of each program, and TYPE_CHECKING no name of ours."""
+    homes: dict[str, list[str]] = {}
+    for module in MODULES:
+        for name in set(public_names(module)):
+            if not name.startswith("_") and name not in ("main", "TYPE_CHECKING"):
+                homes.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
+
+
 def test_any_exception_is_caught_only_where_declared() -> None:
     found = []
     for module in MODULES:

@@ -17,7 +17,7 @@ import trio
 from harness.admission import Sender, admit_anybody
 from harness.disks import no_space
 from harness.inprocess import InProcessCluster
-from harness.processes import eventually
+from harness.processes import GENEROUS, eventually
 from trio_websocket import WebSocketConnection
 
 from orchard import controller, heartbeat, reconciler, worker_requests
@@ -60,7 +60,7 @@ def test_sync_actions_cover_every_pair_of_states() -> None:
 
 async def test_status_of_a_vm_is_reported_at_once(cluster: InProcessCluster) -> None:
     async with cluster.working():
-        with trio.fail_after(60):
+        with trio.fail_after(GENEROUS):
             await cluster.client.vms.create(name="vm", image="any")
             async with cluster.client.vms.watch("vm") as changes:
                 seen = []

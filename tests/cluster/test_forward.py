@@ -28,7 +28,7 @@ from harness.clients import (
     wait_workers,
     websocket_url,
 )
-from harness.processes import at_rest, controller, eventually, started
+from harness.processes import GENEROUS, at_rest, controller, eventually, started
 
 from orchard import tunnel
 from orchard.client import Client, ResponseError
@@ -158,7 +158,7 @@ async def test_close_by_the_client_ends_the_stream_in_the_vm_after_all_bytes() -
     async with vm_with(listen) as (c, port):
         async with c.client.vms.port_forward("vm", port) as stream:
             await stream.send_all(b"x" * 1_000_000)
-        with trio.fail_after(60):
+        with trio.fail_after(GENEROUS):
             await ended.wait()
     assert len(got) == 1_000_000
 
@@ -176,7 +176,7 @@ async def test_reset_by_the_client_ends_the_stream_in_the_vm() -> None:
         assert isinstance(transport, trio.SocketStream)
         transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await trio.aclose_forcefully(transport)
-        with trio.fail_after(60):
+        with trio.fail_after(GENEROUS):
             await ended.wait()
 
 
@@ -266,7 +266,7 @@ async def test_killed_worker_closes_a_tunnel_during_a_transfer(tmp_path: Path) -
             await wait_workers(c.client, 1)
             await c.client.vms.create(name="vm", image="any")
             await c.client.vms.wait("vm")
-            with trio.fail_after(60):
+            with trio.fail_after(GENEROUS):
                 told = await trio.to_thread.run_sync(talk, websocket_url(c, "/vms/vm/port-forward", port=port))
     size, code, reason = told
     assert size > 0
@@ -314,7 +314,7 @@ async def test_unused_workers_end_of_a_tunnel_is_closed(monkeypatch: pytest.Monk
     async with vm_with(listen) as (c, port):
         async with c.client.vms.port_forward("vm", port):
             pass
-        with trio.fail_after(60):
+        with trio.fail_after(GENEROUS):
             await ended.wait()
 
 

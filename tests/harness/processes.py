@@ -24,7 +24,7 @@ import trio
 # Between two checks of a condition, in which the observed process gets the processor.
 POLL_SECONDS = 0.01
 # Seconds until a test gives up on a process. No test asserts how long something takes.
-GENEROUS = 60
+GENEROUS = 300
 LISTENING = re.compile(r"orchard controller [0-9.]+ is listening on (\S+)")
 # Arguments of a controller that speaks plain HTTP and needs no credentials.
 PLAIN = ("--insecure-no-tls", "--insecure-no-auth")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from harness.processes import GENEROUS
 
 from orchard import controller
 from orchard.net import tcp
@@ -36,7 +37,7 @@ async def test_data_that_a_live_peer_does_not_read_is_pending_but_not_silent() -
     # More than the buffers of both kernels hold.
     size = 20_000_000
     async with connected() as (ours, theirs):
-        with trio.fail_after(60):
+        with trio.fail_after(GENEROUS):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(ours.send_all, bytes(size))
                 await trio.testing.wait_all_tasks_blocked()
@@ -97,7 +98,7 @@ async def test_splice_copies_both_ways_and_all_that_came_before_the_end() -> Non
     async def run() -> None:
         ended.append(await tcp.splice(one, other))
 
-    with trio.fail_after(60):
+    with trio.fail_after(GENEROUS):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run)
             await first.send_all(b"ping")
@@ -120,7 +121,7 @@ async def test_splice_says_why_a_stream_broke_and_ignores_a_broken_sink() -> Non
         await trio.testing.wait_all_tasks_blocked()
         await other.receive_stream.aclose()
 
-    with trio.fail_after(60):
+    with trio.fail_after(GENEROUS):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fail)
             assert (await tcp.splice(one, other)).startswith("the connection broke")
