@@ -134,15 +134,8 @@ class Exchange:
         if raw is None:
             return None
         self._since = trio.current_time()
-        head = parse_head(raw, server.limits.header_count)
-        block = head.block
-        request = self._request = Request(
-            method=head.method,
-            target=head.target,
-            headers=block.headers,
-            version=head.version,
-            peer=self._connection.peer,
-        )
+        request, block = parse_head(raw, server.limits.header_count, self._connection.peer)
+        self._request = request
         self._keep_alive = block.keep_alive
         length = block.length
         if length == 0:

@@ -308,16 +308,6 @@ class HeaderBlock:
     expects_continue: bool
 
 
-@dataclass(slots=True, eq=False)
-class RequestHead:
-    """The head of a request. `target` is a path and a query, whatever its form was."""
-
-    method: str
-    target: str
-    version: Version
-    block: HeaderBlock
-
-
 def find_head_end(buffer: bytearray, searched: int, limit: int) -> tuple[int, int]:
     """Return (the end of the head that the buffer begins with or -1, how many bytes need not be searched again).
 
@@ -337,8 +327,8 @@ def find_head_end(buffer: bytearray, searched: int, limit: int) -> tuple[int, in
     return -1, len(buffer)
 
 
-def parse_head(head: bytes, header_count: int) -> RequestHead:
-    """Parse a request head, from its first line to the empty line at its end.
+def parse_head(head: bytes, header_count: int, peer: str = "-") -> tuple[Request, HeaderBlock]:
+    """Return the request of a head, which goes from its first line to the empty line at its end, and its headers.
 
     Raises HTTPError. The end of the request is unknown then, so the connection must be closed.
     """
@@ -356,7 +346,8 @@ def parse_head(head: bytes, header_count: int) -> RequestHead:
     if authority:
         # RFC 9112, section 3.2.2: the target of an absolute form replaces the Host header.
         fields = replace(fields, headers=fields.headers.replaced("host", authority.decode("ascii")))
-    return RequestHead(method.decode("ascii"), target.decode("ascii"), version, fields)
+    request = Request(method.decode("ascii"), target.decode("ascii"), fields.headers, version, peer=peer)
+    return request, fields
 
 
 def strip_empty_line(head: bytes) -> bytes:

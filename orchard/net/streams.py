@@ -5,7 +5,7 @@ arrived without waiting, send without a cancel scope, close from another task. O
 directly, because trio's stream classes would take a tenth of a small request's time (`./run bench api`).
 
 `TLSStream` drives OpenSSL through two memory buffers (`ssl.MemoryBIO`) instead of using `trio.SSLStream`, which costs
-32 microseconds for a small request where this costs 20 and a plain socket 15. OpenSSL's state is created when the
+32 microseconds for a small request where this costs 20 and a plain socket 15, measured in a bare loop. OpenSSL's state is created when the
 client's first record has arrived, so a connection that sends nothing needs no more memory than a plain one.
 
 Certificates, contexts and the client's side of TLS are in tls.py.
@@ -26,12 +26,13 @@ RECEIVE_BYTES = 16 * 1024  # bytes of one read by default: what a TLS record hol
 
 # Data is encrypted in records of this size. OpenSSL's memory buffers never shrink, so each stays below 24 KiB.
 _RECORD_BYTES = 16 * 1024  # bytes
-# Bytes that are encrypted for one write to the socket. This bounds the ciphertext that is held for a slow reader. Each
-# write costs a turn of trio's loop, so half as many bytes would cost a tenth of a list's time (`./run bench api`).
+# Bytes that are encrypted for one write to the socket, as many as are written at once in the clear. This bounds the
+# ciphertext that is held for a slow reader. With 64 KiB a list of 1,000 VMs takes 1.02 of the CPU.
 _FLUSH_BYTES = 16 * _RECORD_BYTES
-# Records of one write to the socket. They are not joined: that would be a sixth of a list's time.
+# Records of one write to the socket at most; the system takes 1,024. They are not joined first, which would cost 5 % of
+# the CPU of a list of 1,000 VMs (`./run bench api --only lists --against`).
 _MAX_PARTS = 64
-# More than this is never read from the socket at once, for the same reason.
+# More than this is never read from the socket at once, so that OpenSSL's memory buffer stays small.
 _MAX_RECEIVE_BYTES = 128 * 1024
 # A longer first record is given to OpenSSL before it is complete. A ClientHello takes 300 to 2,000 bytes.
 _MAX_HELLO_BYTES = 4 * 1024
@@ -46,16 +47,13 @@ Data = bytes | bytearray | memoryview
 class PlainStream:
     """An accepted connection in the clear. The caller closes it; `as_stream` is for what follows HTTP on it."""
 
-    __slots__ = ("_socket", "transport_stream")
+    __slots__ = ("_socket", "is_socket", "transport_stream")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.transport_stream = stream
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
-
-    @property
-    def is_socket(self) -> bool:
-        """Whether `receive_now` and `abort` work: false for the memory streams of tests."""
-        return self._socket is not None
+        # Whether `receive_now` and `abort` work: false for the memory streams of tests.
+        self.is_socket = self._socket is not None
 
     def as_stream(self) -> trio.abc.Stream:
         return self.transport_stream
@@ -147,11 +145,12 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     __slots__ = (
         *("_context", "_early", "_ended", "_flushed", "_flushing", "_incoming", "_outgoing", "_plain", "_receiving"),
-        *("_sending", "_tls", "_unsent"),
+        *("_sending", "_tls", "_unsent", "is_socket"),
     )
 
     def __init__(self, stream: trio.abc.Stream, context: ssl.SSLContext) -> None:
         self._plain = PlainStream(stream)
+        self.is_socket = self._plain.is_socket
         self._context = context
         # What arrived before OpenSSL's state was created.
         self._early = b""
@@ -169,10 +168,6 @@ class TLSStream(trio.abc.HalfCloseableStream):
     @property
     def transport_stream(self) -> trio.abc.Stream:
         return self._plain.transport_stream
-
-    @property
-    def is_socket(self) -> bool:
-        return self._plain.is_socket
 
     def as_stream(self) -> trio.abc.Stream:
         return self
