@@ -20,7 +20,8 @@ from orchard.net.streams import PlainStream, TLSStream
 
 # Bytes of one write. Each write has its own deadline, so that a slow reader of a large answer is not closed.
 SEND_BYTES = 256 * 1024
-_LOOK_SECONDS = 1.0  # between two searches for clients that take nothing
+# Between two searches for clients that read nothing.
+_LOOK_SECONDS = 1.0
 _EMPTY_LINE = b"\r\n"
 
 

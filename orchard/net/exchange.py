@@ -46,7 +46,8 @@ from orchard.nursery import sole_exception
 
 # Bytes a second that earn a body more time. No client on a usable network is slower.
 _BODY_RATE = 4096
-_LOGGED_PATH = 256  # characters of a path in the log
+# A longer path is cut in the request log.
+_LOGGED_PATH = 256  # characters
 # No standard status says that the client went away before the answer.
 _CLIENT_GONE = 499
 
@@ -55,7 +56,8 @@ _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 # A header that a handler may add: one line (RFC 9110, section 5), and not one that says where the answer ends.
 _HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
 _SWITCHING_PROTOCOLS = 101
-_RECEIVE_BYTES = 64 * 1024  # bytes of one read from a WebSocket
+# One read from a WebSocket that carries messages.
+_RECEIVE_BYTES = 64 * 1024
 _UPGRADED = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
 
 ResultT = TypeVar("ResultT")

@@ -35,8 +35,10 @@ from orchard.net.websocket import TunnelStream
 
 Version = Literal["1.0", "1.1"]
 
-_BLOCKS = 1024  # header blocks that are remembered
-_BLOCK_BYTES = 2 * 1024  # bytes of the longest one that is remembered; with 1,024 of 100 headers that is 15 MB
+# Header blocks that are remembered, and the length of the longest one. At worst they take 15 MB: 1,024 blocks of 100
+# headers each.
+_BLOCKS = 1024
+_BLOCK_BYTES = 2 * 1024
 # Bytes of a chunked body that are not content. Each chunk of one byte costs as much CPU as one of 16 KiB.
 _FRAMING_BYTES = 64 * 1024
 
@@ -478,7 +480,8 @@ class ChunkedBody:
     def __init__(self, head: bytes, body_limit: int, line_limit: int) -> None:
         """`head` is the request's, with nothing before it. Limits are in bytes: of the content, and of one line."""
         self._parts: list[bytes] = []
-        self.size = 0  # bytes of content
+        # Bytes of content so far.
+        self.size = 0
         self._body_limit = body_limit
         # h11 refuses a line, or all trailers together, that are longer.
         self._parser = h11.Connection(h11.SERVER, max_incomplete_event_size=line_limit)

@@ -22,7 +22,8 @@ import trio
 
 from orchard.net import tls
 
-RECEIVE_BYTES = 16 * 1024  # bytes of one read by default: what a TLS record holds
+# One read by default: as much as a TLS record holds.
+RECEIVE_BYTES = 16 * 1024
 
 # Data is encrypted in records of this size. OpenSSL's memory buffers never shrink, so each stays below 24 KiB.
 _RECORD_BYTES = 16 * 1024  # bytes
@@ -36,8 +37,9 @@ _MAX_PARTS = 64
 _MAX_RECEIVE_BYTES = 128 * 1024
 # A longer first record is given to OpenSSL before it is complete. A ClientHello takes 300 to 2,000 bytes.
 _MAX_HELLO_BYTES = 4 * 1024
-_HEADER_BYTES = 5  # bytes before a TLS record
-_HANDSHAKE = 0x16  # the type of a TLS record that carries a handshake message
+# The header of a TLS record, and the type of one that carries a handshake message (RFC 8446, section 5.1).
+_HEADER_BYTES = 5
+_HANDSHAKE = 0x16
 # For the close_notify alert on a stream that is not a socket.
 _CLOSE_SECONDS = 1.0
 

@@ -29,7 +29,8 @@ _HOST_NAME = "orchard-controller"
 _DAYS = 3650
 # Creating a key on an elliptic curve takes milliseconds.
 _OPENSSL_SECONDS = 30.0
-_MAX_ERROR = 400  # characters of what openssl prints
+# Output of openssl that is repeated in an error.
+_MAX_ERROR = 400  # characters
 # The reasons that OpenSSL gives for bytes which are not TLS.
 _NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 

@@ -407,8 +407,8 @@ class Instance:
         try:
             await self._run(self._host.driver.attach)
         except* NotRunning as group:
-            # The VM has ended since it was seen running. That is no failure if an earlier worker had stopped it for a
-            # newer generation. A VM that runs without a supervisor fails.
+            # The VM has ended since it was seen running. It has not failed if an earlier worker stopped it for a newer
+            # generation. A VM that runs without a supervisor fails.
             same = self._note.generation == self.vm.meta.generation
             if same or LocalVM(self.name, "running") in await self._host.driver.list_vms():
                 raise first_exception(group) from None

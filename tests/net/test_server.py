@@ -622,7 +622,8 @@ async def test_client_reset_before_its_answer_is_not_an_error() -> None:
     async with over_a_socket(handler) as (served, stream):
         await stream.send_all(GET * 2)
         await trio.testing.wait_all_tasks_blocked()
-        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a close is a reset
+        # With this option, closing the socket resets the connection.
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         await stream.aclose()
         gone.set()
         served.stop.set()
