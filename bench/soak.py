@@ -34,9 +34,9 @@ import trio
 
 from orchard import controller
 from orchard.client import Client, ClientError
-from orchard.schema import TART_VMS
+from orchard.schema import TART_VMS, Worker
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.worker import Identity, WorkerService
+from orchard.worker import WorkerService
 
 # In a round.
 ACTIONS = 300
@@ -102,7 +102,7 @@ class SoakCluster:
             stop.set()
 
     async def start_worker(self, name: str, *, stop_vms: bool = False) -> None:
-        identity = Identity(name=name, arch="arm64", runtime="tart", machine_id=name, resources={TART_VMS: 4})
+        description = Worker(name=name, machine_id=name, resources={TART_VMS: 4})
         scope = self._scopes[name] = trio.CancelScope()
         ended = self._ended[name] = trio.Event()
 
@@ -110,7 +110,7 @@ class SoakCluster:
             try:
                 with scope:
                     async with Client(self.url) as client:
-                        worker = WorkerService(identity, client, self.hosts[name], stop_vms_on_exit=stop_vms)
+                        worker = WorkerService(description, client, self.hosts[name], stop_vms_on_exit=stop_vms)
                         await worker.run(task_status=task_status)
             finally:
                 ended.set()

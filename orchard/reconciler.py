@@ -61,14 +61,10 @@ SYNC_ACTIONS: Mapping[tuple[SyncState, SyncState], SyncAction] = {
 _logger = logging.getLogger("orchard.worker")
 
 
-class HostError(Exception):
-    """The VMs on this host cannot be listed. The worker tries again in the next session."""
-
-
 class Reconciler:
     """The VMs on this host: it makes them what the controller wants, and reports them.
 
-    `instances` are keyed by local names. `sync_due` is set by those who know that a `sync` is needed.
+    `instances` are keyed by local names. Set `sync_due` to ask for a `sync`.
     """
 
     def __init__(
@@ -94,7 +90,7 @@ class Reconciler:
         self._chance = chance
         self._report_due = Wakeup()
         self._instance_host = InstanceHost(
-            driver, self._report_due.set, self._send_events, clock, outlives=not stop_vms_on_exit
+            driver, self._report_due.set, self._forget, self._send_events, clock, outlives=not stop_vms_on_exit
         )
         # One event for each leftover VM that runs and could not be ended yet.
         self._leftovers: list[trio.Event] = []
@@ -125,8 +121,9 @@ class Reconciler:
     async def report_stopped(self) -> None:
         """Report the VMs that ended with this worker, if the controller can be reached."""
         with suppress(ClientError):
-            for instance in [instance for instance in self.instances.values() if instance.has_unreported_failure]:
-                await self._send_report(instance, instance.report())
+            for instance in self.instances.values():
+                if instance.has_unreported_failure:
+                    await self._send_report(instance, instance.report())
 
     async def _send_events(self, vm: VM, events: Sequence[Event]) -> None:
         """Send a script's output, and retry while the controller is away or its disk is full.
@@ -135,34 +132,31 @@ class Reconciler:
         or the controller rejects the output.
         """
         for failures in itertools.count(1):
-            pause = backoff_seconds(failures, self._chance())
             try:
                 await self._client.vms.append_events(vm.name, [encode(event) for event in events], uid=vm.uid)
+                return
             except ConnectError:
-                await trio.sleep(pause)
+                pass
             except ResponseError as error:
-                if error.status >= 500:
-                    await trio.sleep(pause)
-                    continue
-                if error.status != 404:
-                    extra = {"vm": vm.name, "reason": error.message}
-                    _logger.error("controller rejected script output", extra=extra)
-                return
-            else:
-                return
+                if error.status < 500:
+                    if error.status != 404:
+                        extra = {"vm": vm.name, "reason": error.message}
+                        _logger.error("controller rejected script output", extra=extra)
+                    return
+            await trio.sleep(backoff_seconds(failures, self._chance()))
 
     # -- VMs of an earlier worker
 
     async def adopt(self, nursery: trio.Nursery) -> None:
         """Deal with the VMs that an earlier worker left: adopt running ones, keep those at rest, delete all others.
 
-        Only VMs with Orchard's prefix are touched. Raises HostError, ClientError.
+        Only VMs with Orchard's prefix are touched. Raises DriverError, ClientError.
         """
         try:
             await self._driver.recover()
             local_vms = [local for local in await self._driver.list_vms() if local.name.startswith(_VM_PREFIX)]
         except DriverError as error:
-            raise HostError(f"cannot list the VMs on this host: {error}") from error
+            raise DriverError(f"cannot list the VMs on this host: {error}") from error
         wanted = await self._fetch_wanted()
         kept: list[tuple[LocalVM, VM]] = []
         async with trio.open_nursery() as removing:
@@ -187,7 +181,7 @@ class Reconciler:
             instance.fail(VM_LOST)
         message = "adopted running VM" if runs else "found VM at rest"
         _logger.info(message, extra={"vm": vm.name, "state": local.state})
-        nursery.start_soon(self._tend, instance)
+        nursery.start_soon(instance.tend)
 
     async def _remove_leftover(self, local: LocalVM, nursery: trio.Nursery) -> None:
         """Remove a VM that the controller does not know; if that fails, go on trying in a task of the nursery."""
@@ -245,18 +239,19 @@ class Reconciler:
                 self._instruct(self.instances[name], wanted.get(name), action)
         given_up = self._given_up(wanted)
         self._lease.set_given_up(given_up)
-        slots_free: list[trio.Event] = []
-        if given_up and "create" in actions.values():
-            slots_free.append(trio.Event())
-            nursery.start_soon(self._free_slots, given_up, slots_free[0])
+        slots_free = trio.Event()
+        if not given_up:
+            slots_free.set()
+        elif "create" in actions.values():
+            nursery.start_soon(self._free_slots, given_up, slots_free)
         for name, action in actions.items():
             if action == "create":
                 instance = self._new_instance(wanted[name])
-                nursery.start_soon(self._tend, instance, slots_free)
+                nursery.start_soon(instance.tend, slots_free)
             elif action == "lost":
                 instance = self._new_instance(wanted[name])
                 instance.fail(VM_LOST)
-                nursery.start_soon(self._tend, instance)
+                nursery.start_soon(instance.tend)
 
     async def _fetch_wanted(self) -> dict[str, VM]:
         """Return the VMs that are assigned to this worker, by their local names. Raises ClientError."""
@@ -301,13 +296,10 @@ class Reconciler:
         self.instances[instance.name] = instance
         return instance
 
-    async def _tend(self, instance: Instance, after: Sequence[trio.Event] = ()) -> None:
-        try:
-            await instance.tend(after)
-        finally:
-            # A VM that was ended with the worker is still to be reported.
-            if not instance.has_unreported_failure:
-                del self.instances[instance.name]
+    def _forget(self, instance: Instance) -> None:
+        """Drop an instance whose task has ended, unless `report_stopped` has to report that it ended with the worker."""
+        if not instance.has_unreported_failure:
+            del self.instances[instance.name]
 
 
 def is_at_rest(vm: VM, state: LocalState) -> bool:
@@ -316,9 +308,7 @@ def is_at_rest(vm: VM, state: LocalState) -> bool:
 
 
 def _sync_state(vm: Instance | VM | None) -> SyncState:
-    if vm is None:
-        return "absent"
-    return vm.status if isinstance(vm, Instance) else vm.state.status
+    return "absent" if vm is None else vm.state.status
 
 
 def _has_report(vm: VM, report: Mapping[str, Any]) -> bool:

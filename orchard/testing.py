@@ -37,10 +37,10 @@ import trio
 from orchard import controller
 from orchard.client import Client, ClientError
 from orchard.nursery import unwrap_groups
-from orchard.schema import TART_VMS
+from orchard.schema import TART_VMS, Worker
 from orchard.vm.driver import Driver
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.worker import Identity, WorkerService
+from orchard.worker import WorkerService
 
 # As on a Mac.
 _VMS_PER_WORKER = 2
@@ -113,34 +113,27 @@ async def cluster(
                 ):
                     async with trio.open_nursery() as starting:
                         for number in range(1, workers + 1):
-                            identity = _identity(f"worker-{number}", vms_per_worker)
-                            worker = WorkerService(identity, client, make_driver(identity.name), stop_vms_on_exit=True)
+                            name = f"worker-{number}"
+                            description = Worker(name=name, machine_id=name, resources={TART_VMS: vms_per_worker})
+                            worker = WorkerService(description, client, make_driver(name), stop_vms_on_exit=True)
                             starting.start_soon(working.start, worker.run)
                     yield Cluster(running.url, client, account, token, running.ssh_port)
                     working.cancel_scope.cancel()
                 stop.set()
 
 
-def _identity(name: str, vms: int) -> Identity:
-    return Identity(name=name, arch="arm64", runtime="tart", machine_id=name, resources={TART_VMS: vms})
-
-
 # ---- without trio ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class BlockingCluster:
+class BlockingCluster(Cluster):
     """A running cluster for a thread that does not run trio.
 
     `client` has the methods of `orchard.client.Client`, and they block: where that one returns an asynchronous iterator
     or context manager, this one returns an ordinary one. The other attributes are those of `Cluster`.
     """
 
-    url: str
     client: Any
-    account: str = ""
-    token: str = field(default="", repr=False)
-    ssh_port: int = 0
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """The worker role: it makes the VMs on this host what the controller wants, and reports what they do.
 
 `python -m orchard.worker` runs it; `WorkerService.run` does the same inside another program. Here are the sessions with
-the controller and the command line. The VMs are reconciled by reconciler.py, and what the controller asks for besides
-(port forwards, IP addresses) is in worker_requests.py.
+the controller and the command line. reconciler.py reconciles the VMs, and worker_requests.py answers the controller's
+other requests (port forwards, IP addresses).
 
 A *session* is the conversation with the controller: registration, heartbeats, the watch over which the controller says
 that something changed, `sync`, and reports. The session ends at the first failure, and the next one begins after a
 pause. The VMs' tasks (`Instance`) run in a nursery around all sessions, so that a failed session does not touch them.
 
-VMs outlive the worker unless it runs with `--stop-vms-on-exit`, and the next worker adopts them. They do not outlive
-their lease, which heartbeats renew (heartbeat.py).
+VMs outlive the worker unless it runs with `--stop-vms-on-exit`, and the next worker adopts them. A leased VM does not
+outlive its lease, which heartbeats renew (heartbeat.py).
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import trio
 
@@ -38,7 +37,7 @@ from orchard.daemon import orchard_home, parse_count, parse_pairs, parse_resourc
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
 from orchard.nursery import first_exception, unwrap_groups
-from orchard.reconciler import HostError, Reconciler
+from orchard.reconciler import Reconciler
 from orchard.schema import (
     DEFAULT_CPU,
     DEFAULT_MEMORY,
@@ -58,8 +57,6 @@ from orchard.worker_requests import RequestHandler
 
 # For an answer of the controller. With a heartbeat every 15 s, a controller that vanished is noticed within a minute.
 CONTROLLER_ANSWER_SECONDS = 30.0
-# Pings in a tunnel only serve to notice a controller that vanished.
-_HEARTBEATS_PER_PING = 2
 # Not the generator of the module `random`: an embedding test seeds that one, and expects its own sequence.
 _random_share = random.SystemRandom().random
 # Apple's licence allows two macOS VMs to run on one host.
@@ -75,26 +72,15 @@ class RefusedError(Exception):
     """The controller refused this worker's first registration, so that trying again would not help."""
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """The description of a worker, with which it registers."""
-
-    name: str
-    arch: Arch
-    runtime: Runtime
-    machine_id: str
-    resources: Mapping[str, int]
-    labels: Mapping[str, str] = field(default_factory=dict)
-    default_cpu: int = DEFAULT_CPU
-    default_memory: int = DEFAULT_MEMORY  # MiB
-
-
 class WorkerService:
-    """One worker: its sessions with the controller. It closes neither `client` nor `driver`."""
+    """One worker: its sessions with the controller. It closes neither `client` nor `driver`.
+
+    `description` is what the worker registers with; the service adds `last_seen`.
+    """
 
     def __init__(
         self,
-        identity: Identity,
+        description: Worker,
         client: Client,
         driver: Driver,
         *,
@@ -104,13 +90,13 @@ class WorkerService:
         chance: Callable[[], float] = _random_share,
     ) -> None:
         """`clock` returns seconds since 1970, `lease_clock` seconds of a clock that is never set, `chance` 0 to 1."""
-        self.identity = identity
+        self.description = description
         self._client = client
         self._chance = chance
         self._last_seen = LastSeenClock(clock)
         self._lease = Lease(driver, lease_clock)
         self._vms = Reconciler(
-            identity.name,
+            description.name,
             client,
             driver,
             self._lease,
@@ -118,7 +104,7 @@ class WorkerService:
             clock=clock,
             chance=chance,
         )
-        self._requests = RequestHandler(identity.name, client, driver, self._vms.instances, self._ping_seconds)
+        self._requests = RequestHandler(description.name, client, driver, self._vms.instances, self._lease)
         # How often this worker has registered.
         self._registrations = 0
 
@@ -138,15 +124,16 @@ class WorkerService:
 
     async def _run_sessions(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
         failures = 0
-        extra = {"worker": self.identity.name}
+        extra = {"worker": self.description.name}
         while True:
             registrations = self._registrations
             refusal: BaseException | None = None
             try:
                 await self._run_session(nursery, task_status)
             except* RefusedError as group:
+                # Raised after the handlers, since what `except*` raises is a group again.
                 refusal = first_exception(group)
-            except* (ClientError, HostError) as group:
+            except* (ClientError, DriverError) as group:
                 error = first_exception(group)
                 lost = isinstance(error, ConnectError)
                 message = "cannot reach the controller, retrying" if lost else "the session failed, retrying"
@@ -167,16 +154,17 @@ class WorkerService:
             if not self._vms.has_adopted:
                 await self._vms.adopt(nursery)
                 task_status.started()
-            _logger.info("registered with the controller", extra={"worker": self.identity.name})
+            _logger.info("registered with the controller", extra={"worker": self.description.name})
             session.start_soon(self._follow_watch, nursery)
             session.start_soon(self._vms.send_reports)
             session.start_soon(self._vms.keep_in_sync, nursery)
 
     async def _register(self) -> None:
         """Register. Raises RefusedError if the first registration is refused, and ClientError."""
+        description = replace(self.description, last_seen=self._last_seen.now())
         sent = self._lease.now()
         try:
-            stored = await self._client.workers.register(self._description())
+            stored = await self._client.workers.register(encode(description))
         except ResponseError as error:
             if error.status in (401, 403) and not self._registrations:
                 raise RefusedError(f"the controller refuses this worker: {error.message}") from error
@@ -186,25 +174,8 @@ class WorkerService:
         info = await self._client.info()
         self._lease.begin_session(info.worker_offline_timeout / 1000, sent)
 
-    def _description(self) -> dict[str, Any]:
-        """Return the worker as a JSON object of the API."""
-        identity = self.identity
-        return encode(
-            Worker(
-                name=identity.name,
-                arch=identity.arch,
-                runtime=identity.runtime,
-                resources=identity.resources,
-                labels=identity.labels,
-                default_cpu=identity.default_cpu,
-                default_memory=identity.default_memory,
-                machine_id=identity.machine_id,
-                last_seen=self._last_seen.now(),
-            )
-        )
-
     async def _send_heartbeats(self) -> None:
-        name = self.identity.name
+        name = self.description.name
         while True:
             await trio.sleep(self._lease.heartbeat_seconds)
             # The heartbeat repeats what the controller has stored. If the network delivers it twice, the second one has
@@ -220,15 +191,12 @@ class WorkerService:
 
     async def _follow_watch(self, nursery: trio.Nursery) -> None:
         """Follow the watch. Requests run in the nursery, since they may outlast the session."""
-        async with self._client.rpc_watch(self.identity.name) as actions:
+        async with self._client.rpc_watch(self.description.name) as actions:
             async for action in actions:
                 if "syncVMsAction" in action:
                     self._vms.sync_due.set()
                 else:
                     self._requests.start(action, nursery)
-
-    def _ping_seconds(self) -> float:
-        return _HEARTBEATS_PER_PING * self._lease.heartbeat_seconds
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
@@ -278,9 +246,9 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _worker_name(options: argparse.Namespace) -> str:
-    """Return the name of the worker: `--name`, or the host name with each invalid character replaced by "-"."""
-    return options.name or re.sub(r"[^A-Za-z0-9:_.-]", "-", socket.gethostname()) or "worker"
+def _default_name() -> str:
+    """Return the host name with each character that a worker's name cannot have replaced by "-"."""
+    return re.sub(r"[^A-Za-z0-9:_.-]", "-", socket.gethostname()) or "worker"
 
 
 def _read_bootstrap_token(parser: argparse.ArgumentParser, options: argparse.Namespace) -> BootstrapToken | None:
@@ -315,14 +283,14 @@ def _make_client(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 def _make_driver(options: argparse.Namespace, worker: str) -> Driver:
     """Return the driver of a worker. Raises DriverError if there is no tart or vetu program."""
     if options.runtime == "synthetic":
-        return SyntheticDriver(orchard_home() / "synthetic" / _worker_name(options) / worker)
+        return SyntheticDriver(orchard_home() / "synthetic" / options.name / worker)
     program = find_tart(options.tart, options.runtime)
     return TartDriver(program, orchard_home() / options.runtime, vetu=options.runtime == "vetu")
 
 
-def _make_identity(options: argparse.Namespace, name: str, machine: str) -> Identity:
+def _describe_worker(options: argparse.Namespace, name: str, machine: str) -> Worker:
     runtime: Runtime = "vetu" if options.runtime == "vetu" else "tart"
-    return Identity(
+    return Worker(
         name=name,
         arch="arm64" if options.runtime == "synthetic" else host_architecture(),
         runtime=runtime,
@@ -336,7 +304,7 @@ def _make_identity(options: argparse.Namespace, name: str, machine: str) -> Iden
 
 async def _work(options: argparse.Namespace, client: Client) -> None:
     """Run the workers of a command line until SIGTERM or SIGINT. Raises LockError, RefusedError, DriverError."""
-    name, synthetic = _worker_name(options), options.runtime == "synthetic"
+    name, synthetic = options.name, options.runtime == "synthetic"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
     drivers = {each: _make_driver(options, each) for each in names}
     # The VMs of a synthetic driver are known to this process alone.
@@ -348,9 +316,8 @@ async def _work(options: argparse.Namespace, client: Client) -> None:
             _logger.warning(warning)
         async with client, trio.open_nursery() as nursery:
             for each, driver in drivers.items():
-                service = WorkerService(
-                    _make_identity(options, each, machine), client, driver, stop_vms_on_exit=stop_vms
-                )
+                description = _describe_worker(options, each, machine)
+                service = WorkerService(description, client, driver, stop_vms_on_exit=stop_vms)
                 nursery.start_soon(service.run)
 
     # Of two workers on the same VMs, each would delete those of the other.
@@ -365,7 +332,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.workers > 1 and options.runtime != "synthetic":
         parser.error(f"--workers is {options.workers}, expected 1: only --runtime synthetic can run more on one host")
-    if not NAME.fullmatch(_worker_name(options)):
+    options.name = options.name or _default_name()
+    if not NAME.fullmatch(options.name):
         parser.error(f'--name is "{options.name}", expected letters, digits and : _ . -')
     work = partial(_work, options, _make_client(parser, options))
     failures: dict[type[Exception], int] = {RefusedError: _EXIT_REFUSED, LockError: 1, DriverError: 1}

@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 from orchard.client import Client, ClientError
+from orchard.heartbeat import Lease
 from orchard.net.tcp import splice
 from orchard.net.transport import describe_network_error
 from orchard.net.wsframes import INTERNAL_ERROR, NORMAL
@@ -27,6 +28,8 @@ from orchard.vm.instance import Instance
 
 _FORWARD_PATH = "/rpc/port-forward"
 _PORTS = range(1, 65536)
+# Pings in a tunnel only serve to notice a controller that vanished.
+_HEARTBEATS_PER_PING = 2
 # For a port of a VM to accept a connection.
 _CONNECT_SECONDS = 10.0
 # Each tunnel has two sockets, and buffers half a MiB for each direction whose reader is slow.
@@ -40,8 +43,8 @@ _logger = logging.getLogger("orchard.worker")
 class RequestHandler:
     """Fulfils the controller's requests to one worker.
 
-    `instances` are the worker's, by their local names; it may change at any time. `ping_seconds` returns the interval of
-    pings in a tunnel. The handler closes neither `client` nor `driver`.
+    `instances` are the worker's, by their local names; the mapping may change at any time. The pings in a tunnel follow
+    the heartbeats of `lease`. The handler closes neither `client` nor `driver`.
     """
 
     def __init__(
@@ -50,13 +53,13 @@ class RequestHandler:
         client: Client,
         driver: Driver,
         instances: Mapping[str, Instance],
-        ping_seconds: Callable[[], float],
+        lease: Lease,
     ) -> None:
         self._worker = worker
         self._client = client
         self._driver = driver
         self._instances = instances
-        self._ping_seconds = ping_seconds
+        self._lease = lease
         # Open, or being opened.
         self._tunnels = 0
         self._requests = 0
@@ -90,12 +93,13 @@ class RequestHandler:
     async def _forward_port(self, session: str, vm_uid: str, port: int) -> None:
         """Connect a port of a VM to the controller until one side closes; without a VM, a port of this host."""
         query = {"session": session, "errorMessage": ""}
+        ping_seconds = _HEARTBEATS_PER_PING * self._lease.heartbeat_seconds
         refusal = ""
         self._tunnels += 1
         try:
             async with (
                 await self._connect(vm_uid, port) as stream,
-                self._client.tunnel(_FORWARD_PATH, query, self._ping_seconds()) as tunnel,
+                self._client.tunnel(_FORWARD_PATH, query, ping_seconds) as tunnel,
             ):
                 broken = await splice(stream, tunnel)
                 await tunnel.aclose(INTERNAL_ERROR if broken else NORMAL, broken)
@@ -140,6 +144,6 @@ class RequestHandler:
         if not vm_uid:
             return "localhost"
         for instance in self._instances.values():
-            if instance.vm.uid == vm_uid and instance.running:
+            if instance.vm.uid == vm_uid and instance.state.running:
                 return await self._driver.ip(instance.name, bridged=bool(instance.vm.spec.net_bridged))
         raise DriverError(f"no VM with uid {vm_uid} runs on this worker")

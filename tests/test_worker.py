@@ -27,13 +27,13 @@ from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
 from orchard.reconciler import SYNC_ACTIONS, VM_LOST
-from orchard.schema import TART_VMS, Status
+from orchard.schema import TART_VMS, Status, Worker
 from orchard.tart import TartDriver
 from orchard.vm import supervisor
 from orchard.vm.driver import DriverError, Hardware, RunOptions
 from orchard.vm.instance import SHUT_DOWN, STOPPED, Note
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.worker import Identity, RefusedError, WorkerService
+from orchard.worker import RefusedError, WorkerService
 
 
 @pytest.fixture
@@ -600,9 +600,9 @@ async def test_worker_gives_up_when_its_first_registration_is_refused(tmp_path: 
     settings = controller.ControllerSettings(data_dir=tmp_path / "c", host="127.0.0.1", port=0, tls=False)
     running: controller.Running = await nursery.start(partial(controller.run, settings))
     async with Client(running.url, account="nobody", token="t") as client:
-        identity = Identity(name="w", arch="arm64", runtime="tart", machine_id="m", resources={})
+        description = Worker(name="w", machine_id="m", resources={})
         with pytest.raises(RefusedError, match="unknown service account"):
-            await WorkerService(identity, client, SyntheticDriver(tmp_path / "vms")).run()
+            await WorkerService(description, client, SyntheticDriver(tmp_path / "vms")).run()
     nursery.cancel_scope.cancel()
 
 

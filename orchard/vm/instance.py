@@ -206,12 +206,14 @@ def run_options(vm: VM) -> RunOptions:
 class InstanceHost:
     """What all instances of one worker share.
 
-    `changed` is called when an instance has something new to report. `send_events` delivers the output of scripts.
+    `changed` is called when an instance has something new to report, and `ended` when its task has ended. `send_events`
+    delivers the output of scripts.
     `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends.
     """
 
     driver: Driver
     changed: Callable[[], None]
+    ended: Callable[[Instance], None]
     send_events: SendEvents
     clock: Callable[[], float]
     outlives: bool = True
@@ -262,14 +264,6 @@ class Instance:
         self._news.set()
 
     @property
-    def status(self) -> Status:
-        return self.state.status
-
-    @property
-    def running(self) -> bool:
-        return self.state.running
-
-    @property
     def ending(self) -> bool:
         """Whether the VM was told to end and may still hold resources."""
         return self._scope.cancel_called and not self.ended.is_set()
@@ -277,7 +271,7 @@ class Instance:
     @property
     def has_unreported_failure(self) -> bool:
         """Whether the VM has failed, and the controller still has the VM and has not acknowledged the failure."""
-        return self.status == "failed" and not self._unwanted and self.report() != self.reported
+        return self.state.status == "failed" and not self._unwanted and self.report() != self.reported
 
     def report(self) -> dict[str, Any]:
         """Return what the controller is told of this instance."""
@@ -300,21 +294,20 @@ class Instance:
 
     # -- the task
 
-    async def tend(self, after: Sequence[trio.Event] = ()) -> None:
-        """Create or adopt the VM once all of `after` are set, and keep it as specified until it is removed."""
+    async def tend(self, slots_free: trio.Event | None = None) -> None:
+        """Create the VM once `slots_free` is set, or adopt it, and keep it as specified until it is removed."""
         try:
             try:
                 with self._scope:
                     # The VM may have been told to end before its task began.
                     await trio.lowlevel.checkpoint()
-                    await self._live(after)
+                    await self._live(slots_free)
             except* DriverError as group:
                 self.fail(str(first_exception(group)))
             except* Exception as group:
                 _logger.exception("the task of a VM failed", extra={"vm": self.vm.name}, exc_info=group)
                 self.fail("internal error of the worker; its log says more")
-            await self._end_guest()
-            self._end()
+            await self._end()
             self.ended.set()
             while not self._unwanted:
                 await self._news.wait()
@@ -324,13 +317,12 @@ class Instance:
             if not self._stays():
                 # Shielded, because the worker's end cancels the task. The deadline keeps the worker's end bounded.
                 with trio.move_on_after(REMOVE_SECONDS, shield=True):
-                    had_guest = self.state.has_guest
-                    await self._end_guest()
-                    if had_guest:
+                    if self.state.has_guest:
                         self.fail(STOPPED)
-                    self._end()
+                    await self._end()
                     await self._delete()
             self.ended.set()
+            self._host.ended(self)
 
     def _stays(self) -> bool:
         """Return whether the VM is left as it is when its task is cancelled."""
@@ -341,13 +333,13 @@ class Instance:
         if self.state.has_guest:
             return self._host.outlives
         rests = self.state.phase in ("stopped", "resting") and self.vm.spec.power_state != "running"
-        return rests and self.status == "running"
+        return rests and self.state.status == "running"
 
-    async def _live(self, after: Sequence[trio.Event]) -> None:
+    async def _live(self, slots_free: trio.Event | None) -> None:
         """Keep the VM as its specification says, generation by generation. Raises DriverError when the VM fails."""
         if self.state.phase == "waiting":
-            for event in after:
-                await event.wait()
+            if slots_free is not None:
+                await slots_free.wait()
             await self._create(self.vm)
         elif self.state.phase == "adopting":
             await self._adopt()
@@ -455,21 +447,17 @@ class Instance:
         self.state = self.state.after("down")
         self._news.set()
 
-    async def _end_guest(self) -> None:
-        """Return when no guest of the VM is left. The caller takes the step that follows."""
+    async def _end(self) -> None:
+        """Stop the guest, take the step "over", and report a failure."""
         while self.state.has_guest:
             try:
                 await self._host.driver.stop(self.name)
+                break
             except (NotRunning, NoSuchVM):
-                return
+                break
             except DriverError as error:
                 _logger.error("cannot stop a VM, retrying", extra={"vm": self.name, "reason": str(error)})
                 await trio.sleep(RETRY_SECONDS)
-            else:
-                return
-
-    def _end(self) -> None:
-        """Take the step after `_end_guest`, and report a failure."""
         self.state = self.state.after("over")
         if self.state.reason is not None:
             self._host.changed()

@@ -28,6 +28,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +98,7 @@ class SyntheticDriver(Driver):
         if not self._home.exists():
             return []
         names = sorted(path.parent.name for path in self._home.glob("[!.]*/vm.json"))
-        return [
-            LocalVM(name, "running" if name in self._guests else self._read(name)["state"]) for name in names
-        ]  # fmt: skip
+        return [LocalVM(name, "running" if name in self._guests else self._read(name)["state"]) for name in names]
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         operand("image", image)
@@ -124,9 +123,8 @@ class SyntheticDriver(Driver):
             _remove(draft)
             draft.mkdir(parents=True)
             if local:
-                await trio.to_thread.run_sync(
-                    shutil.copytree, self._directory(source) / "root", draft / "root", True
-                )  # fmt: skip
+                root = self._directory(source) / "root"
+                await trio.to_thread.run_sync(partial(shutil.copytree, root, draft / "root", symlinks=True))
             else:
                 (draft / "root").mkdir()
             _write(draft, {**about, "source": source})
@@ -175,12 +173,16 @@ class SyntheticDriver(Driver):
         await self._wait_ended(name, guest)
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        self._read(name)
-        guest = self._guests.get(name)
-        if guest is None:
-            raise NotRunning(f'VM "{name}" is not running')
+        guest = self._running(name)
         task_status.started()
         await self._wait_ended(name, guest)
+
+    def _running(self, name: str) -> _Guest:
+        """Return the guest of a running VM. Raises NoSuchVM, NotRunning."""
+        self._read(name)
+        if name not in self._guests:
+            raise NotRunning(f'VM "{name}" is not running')
+        return self._guests[name]
 
     async def _wait_ended(self, name: str, guest: _Guest) -> None:
         """Wait until a guest has ended; end it when the lease expires, and raise DriverError."""
@@ -217,20 +219,15 @@ class SyntheticDriver(Driver):
 
     async def stop(self, name: str) -> None:
         about = self._read(name)
-        if guest := self._guests.get(name):
-            await self._end(name, guest)
-        elif about["state"] == "suspended":
+        if name not in self._guests and about["state"] == "suspended":
             _write(self._directory(name), {**about, "state": "stopped"})
         else:
-            raise NotRunning(f'VM "{name}" is not running')
+            await self._end(name, self._running(name))
         await trio.lowlevel.checkpoint()
 
     async def suspend(self, name: str) -> None:
-        about = self._read(name)
-        guest = self._guests.get(name)
-        if guest is None:
-            raise NotRunning(f'VM "{name}" is not running')
-        _write(self._directory(name), {**about, "state": "suspended"})
+        guest = self._running(name)
+        _write(self._directory(name), {**self._read(name), "state": "suspended"})
         await self._end(name, guest)
         await trio.lowlevel.checkpoint()
 
@@ -259,10 +256,7 @@ class SyntheticDriver(Driver):
                 await trio.to_thread.run_sync(_remove, deleted)
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
-        self._read(name)
-        guest = self._guests.get(name)
-        if guest is None:
-            raise NotRunning(f'VM "{name}" is not running')
+        guest = self._running(name)
         wrapped = wrap(script)
         shell = await _start_shell(self._directory(name), script.username)
         if guest.ending.is_set():

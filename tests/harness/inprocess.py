@@ -17,11 +17,11 @@ from harness.disks import FailingDisk
 from harness.processes import GENEROUS
 from orchard import controller
 from orchard.client import Client
-from orchard.schema import TART_VMS, VM
+from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog
 from orchard.store import Store
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.worker import Identity, WorkerService
+from orchard.worker import WorkerService
 
 
 class InProcessCluster:
@@ -75,19 +75,16 @@ class InProcessCluster:
         """Return the driver of a host."""
         return self._drivers.setdefault(name, SyntheticDriver(self.home / "vms" / name))
 
-    def worker(self, client: Client, name: str = "mac", stop_vms: bool = True, **identity: Any) -> WorkerService:
+    def worker(self, client: Client, name: str = "mac", stop_vms: bool = True, **fields: Any) -> WorkerService:
         """Make the worker of a host, without running it."""
-        identity = {"machine_id": "m", "resources": {TART_VMS: 2}, **identity}
-        who = Identity(name=name, arch="arm64", runtime="tart", **identity)
-        return WorkerService(who, client, self.driver(name), stop_vms_on_exit=stop_vms)
+        description = Worker(name=name, **{"machine_id": "m", "resources": {TART_VMS: 2}, **fields})
+        return WorkerService(description, client, self.driver(name), stop_vms_on_exit=stop_vms)
 
     @asynccontextmanager
-    async def working(
-        self, name: str = "mac", *, stop_vms: bool = True, **identity: Any
-    ) -> AsyncIterator[WorkerService]:
+    async def working(self, name: str = "mac", *, stop_vms: bool = True, **fields: Any) -> AsyncIterator[WorkerService]:
         """Run a worker for the time of the block, with a client of its own."""
         async with Client(self.client.url) as client, trio.open_nursery() as nursery:
-            running = self.worker(client, name, stop_vms, **identity)
+            running = self.worker(client, name, stop_vms, **fields)
             await nursery.start(running.run)
             yield running
             nursery.cancel_scope.cancel()

@@ -30,10 +30,10 @@ from harness.network import Network, Process
 
 from orchard import controller
 from orchard.client import Client
-from orchard.schema import TART_VMS, VM
+from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog
 from orchard.store import Change, Store
-from orchard.worker import CONTROLLER_ANSWER_SECONDS, Identity, WorkerService
+from orchard.worker import CONTROLLER_ANSWER_SECONDS, WorkerService
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 CONTROLLER, USER = "controller", "user"
@@ -269,16 +269,14 @@ class SimulatedCluster:
         process, scope = Process(name), trio.CancelScope()
         running = self.workers[name] = RunningProgram(process, scope, trio.Event(), trio.Event())
         stops_vms = self.chance.random() < STOPS_VMS_SHARE
-        identity = Identity(
-            name=name, arch="arm64", runtime="tart", machine_id=name, resources={TART_VMS: self._bug.offered}
-        )
+        description = Worker(name=name, machine_id=name, resources={TART_VMS: self._bug.offered})
 
         async def run() -> None:
             driver = Handle(self.machines[name], process, hasty=self._bug.reports_stopped_early)
             with scope:
                 async with self.client(process, CONTROLLER_ANSWER_SECONDS) as client:
                     worker = WorkerService(
-                        identity,
+                        description,
                         client,
                         driver,
                         stop_vms_on_exit=stops_vms,

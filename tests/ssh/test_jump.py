@@ -30,10 +30,11 @@ from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished
 from orchard import auth
 from orchard.client import Client
 from orchard.controller import ControllerSettings, Running, run
+from orchard.schema import TART_VMS, Worker
 from orchard.ssh import jump
 from orchard.testing import Cluster, cluster
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.worker import Identity, WorkerService
+from orchard.worker import WorkerService
 
 
 class OpenSSH:
@@ -604,8 +605,8 @@ async def test_jump_host_without_authentication(tmp_path: Path, sshd: int, nurse
     running: Running = await nursery.start(run, settings)
     async with Client(running.url) as client:
         c = Cluster(running.url, client, "anybody", "anything", running.ssh_port)
-        identity = Identity("w", "arm64", "tart", "m", {"org.cirruslabs.tart-vms": 1})
-        await nursery.start(WorkerService(identity, client, SyntheticDriver(tmp_path / "vms")).run)
+        description = Worker(name="w", machine_id="m", resources={TART_VMS: 1})
+        await nursery.start(WorkerService(description, client, SyntheticDriver(tmp_path / "vms")).run)
         await client.vms.create(name="vm", image="any")
         await client.vms.wait("vm")
         assert (await OpenSSH(c, tmp_path, sshd).run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n"

@@ -82,13 +82,13 @@ class Host:
         def changed() -> None:
             self.record_report(instance)
 
-        host = InstanceHost(self.driver, changed, self.send, lambda: 1_700_000_000.5, outlives)
+        host = InstanceHost(self.driver, changed, lambda _: None, self.send, lambda: 1_700_000_000.5, outlives)
         instance = Instance(vm, host, found=found)
         return instance
 
     def record_report(self, instance: Instance) -> None:
         self.reports.append(instance.report())
-        if instance.running:
+        if instance.state.running:
             self.runs.set()
 
     async def send(self, vm: VM, events: Sequence[Event]) -> None:
@@ -114,11 +114,11 @@ class Host:
 
 
 @asynccontextmanager
-async def tended(host: Host, vm: VM, after: Sequence[trio.Event] = ()) -> AsyncIterator[Instance]:
+async def tended(host: Host, vm: VM, slots_free: trio.Event | None = None) -> AsyncIterator[Instance]:
     """Create a VM at the beginning of the block and remove it at its end."""
     instance = host.instance(vm)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.tend, after)
+        nursery.start_soon(instance.tend, slots_free)
         yield instance
         instance.remove()
 
@@ -186,7 +186,7 @@ def test_status_and_condition_follow_from_the_phase(phase: Phase) -> None:
 
 async def test_vm_reports_each_phase_and_leaves_nothing_when_removed(host: Host) -> None:
     async with tended(host, assigned_vm(cpu=2)) as instance:
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
         assert host.vm_json(instance) == {"source": "image", "state": "stopped", "cpu": 2, "memory": 1024}
         assert await host.driver.ip(instance.name) == "127.0.0.1"
     assert host.history() == [
@@ -202,7 +202,7 @@ async def test_vm_reports_each_phase_and_leaves_nothing_when_removed(host: Host)
 async def test_pull_progress_is_reported(tmp_path: Path, autojump_clock: trio.testing.MockClock) -> None:
     host = Host(tmp_path, pull_seconds=10.0, boot_seconds=5.0)
     async with tended(host, assigned_vm(imagePullPolicy="Always")) as instance:
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
     messages = [message for _, message, _, _ in host.history()]
     progress = [f"pulling image: {percent} %" for percent in range(10, 101, 10)]
     assert messages == ["pulling image", *progress, "cloning image", *progress, "starting", ""]
@@ -210,7 +210,7 @@ async def test_pull_progress_is_reported(tmp_path: Path, autojump_clock: trio.te
 
 async def test_missing_image_fails_the_vm_with_the_drivers_message(host: Host) -> None:
     async with tended(host, assigned_vm(image="orchard-none")) as instance:
-        await until(instance, lambda i: i.status == "failed")
+        await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == 'the specified VM "orchard-none" does not exist'
         assert instance.ended.is_set()
     assert host.files() == []
@@ -219,7 +219,7 @@ async def test_missing_image_fails_the_vm_with_the_drivers_message(host: Host) -
 async def test_failed_script_fails_the_vm_after_its_output_is_delivered(host: Host) -> None:
     script = {"script_content": "seq 1000; echo last words; exit 7", "env": {}}
     async with tended(host, assigned_vm(startup_script=script)) as instance:
-        await until(instance, lambda i: i.status == "failed")
+        await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == "startup script failed with exit code 7: last words"
         assert host.lines == [*map(str, range(1, 1001)), "last words"]
         await instance.ended.wait()
@@ -245,10 +245,10 @@ async def test_script_waits_while_its_output_can_not_be_delivered(host: Host) ->
 
 async def test_guest_that_shuts_down_by_itself_fails_the_vm(host: Host) -> None:
     async with tended(host, assigned_vm()) as instance:
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
         await host.driver.stop(instance.name)
-        await until(instance, lambda i: i.status == "failed")
-        assert (instance.state.message, instance.running) == (SHUT_DOWN, False)
+        await until(instance, lambda i: i.state.status == "failed")
+        assert (instance.state.message, instance.state.running) == (SHUT_DOWN, False)
 
 
 async def test_guest_that_ends_at_once_fails_the_vm(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +259,7 @@ async def test_guest_that_ends_at_once_fails_the_vm(host: Host, monkeypatch: pyt
 
     monkeypatch.setattr(host.driver, "run", run)
     async with tended(host, assigned_vm()) as instance:
-        await until(instance, lambda i: i.status == "failed")
+        await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == SHUT_DOWN
 
 
@@ -271,7 +271,7 @@ async def test_next_generation_is_booted_with_the_new_hardware(host: Host) -> No
         instance.follow(changed(vm, cpu=8, headless=True))
         await until(instance, lambda i: i.state.observed == 2)
         assert host.vm_json(instance)["cpu"] == 8
-        assert (instance.running, instance.status) == (True, "running")
+        assert (instance.state.running, instance.state.status) == (True, "running")
     assert host.history()[-3:] == [("running", "", True, 1), ("running", "", False, 1), ("running", "", True, 2)]
     assert host.lines == ["once"]
 
@@ -290,10 +290,10 @@ async def test_stopped_or_suspended_vm_stays_on_the_disk(
 ) -> None:
     vm = assigned_vm("vm", **spec)
     async with tended(host, vm) as instance:
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
         instance.follow(changed(vm, **patch))
         await until(instance, lambda i: i.state.observed == 2)
-        assert (instance.status, instance.running) == ("running", False)
+        assert (instance.state.status, instance.state.running) == ("running", False)
         assert host.vm_json(instance)["state"] == state
         assert not instance.ended.is_set()
     assert host.files() == []
@@ -302,22 +302,22 @@ async def test_stopped_or_suspended_vm_stays_on_the_disk(
 async def test_clone_of_a_suspended_vm_keeps_its_hardware(host: Host) -> None:
     vm = assigned_vm(suspendable=True, cpu=5)
     async with tended(host, vm) as source:
-        await until(source, lambda i: i.running)
+        await until(source, lambda i: i.state.running)
         source.follow(changed(vm, powerState="suspended"))
         await until(source, lambda i: i.state.observed == 2)
         async with tended(host, assigned_vm("second", image=source.name, cpu=7)) as second:
-            await until(second, lambda i: i.running)
+            await until(second, lambda i: i.state.running)
             assert host.vm_json(second)["cpu"] == 5
     assert host.files() == []
 
 
 async def test_creation_waits_for_the_end_of_other_vms(host: Host) -> None:
     ended = trio.Event()
-    async with tended(host, assigned_vm(), [ended]) as instance:
+    async with tended(host, assigned_vm(), ended) as instance:
         await trio.testing.wait_all_tasks_blocked()
         assert host.reports == []
         ended.set()
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
 
 
 @asynccontextmanager
@@ -326,7 +326,7 @@ async def left_by_a_worker(host: Host, vm: VM, *, outlives: bool = True) -> Asyn
     instance = host.instance(vm, outlives=outlives)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(instance.tend)
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
         yield instance
         nursery.cancel_scope.cancel()
 
@@ -363,7 +363,7 @@ async def test_running_vm_outlives_its_worker_and_is_adopted(host: Host) -> None
     assert [local.state for local in await host.driver.list_vms()] == ["running"]
     host.reports.clear()
     async with adopted(host, vm) as instance:
-        assert (instance.status, instance.running) == ("running", True)
+        assert (instance.state.status, instance.state.running) == ("running", True)
         await until(instance, lambda i: i.state.observed == 1)
         assert instance.state.image_fqn.startswith("image@sha256:")
         instance.follow(changed(vm, cpu=8))
@@ -386,7 +386,7 @@ async def test_change_made_without_a_worker_is_applied_after_adoption(
         pass
     async with adopted(host, changed(vm, **patch)) as instance:
         await until(instance, lambda i: i.state.observed == 2)
-        assert (instance.status, instance.running) == ("running", False)
+        assert (instance.state.status, instance.state.running) == ("running", False)
         assert host.vm_json(instance)["state"] == state
 
 
@@ -402,9 +402,9 @@ async def test_vm_that_ended_before_its_adoption_fails_unless_there_is_a_newer_g
     async with adopted(host, changed(vm, **patch) if patch else vm) as instance:
         if patch:
             await until(instance, lambda i: i.state.observed == 2)
-            assert (instance.status, instance.running) == ("running", "powerState" not in patch)
+            assert (instance.state.status, instance.state.running) == ("running", "powerState" not in patch)
         else:
-            await until(instance, lambda i: i.status == "failed")
+            await until(instance, lambda i: i.state.status == "failed")
 
 
 async def test_vm_that_came_to_rest_before_its_adoption_outlives_the_worker(host: Host) -> None:
@@ -435,7 +435,7 @@ async def test_running_vm_that_can_not_be_adopted_is_stopped_before_it_fails(
 
     monkeypatch.setattr(host.driver, "attach", attach)
     async with adopted(host, changed(vm, headless=True)) as instance:
-        await until(instance, lambda i: i.status == "failed")
+        await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == "it was not started by this driver"
         assert await host.driver.list_vms() == [LocalVM(vm.tart_name, "stopped")]
 
@@ -445,7 +445,7 @@ async def test_script_that_outlived_its_worker_fails_the_vm(host: Host) -> None:
     async with left_by_a_worker(host, vm):
         await eventually(lambda: host.lines == ["begun"])
     async with adopted(host, vm) as instance:
-        await until(instance, lambda i: i.status == "failed")
+        await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == CUT_OFF
         assert [local.state for local in await host.driver.list_vms()] == ["stopped"]
     await eventually(lambda: processes_in(host.home) == [])
@@ -457,7 +457,7 @@ async def test_running_vm_without_a_note_is_stopped_and_fails(host: Host) -> Non
         pass
     host.driver.note(instance.name, "[]")
     async with adopted(host, vm) as instance:
-        await until(instance, lambda i: i.status == "failed")
+        await until(instance, lambda i: i.state.status == "failed")
         assert instance.state.message == UNNOTED
         assert [local.state for local in await host.driver.list_vms()] == ["stopped"]
 
@@ -501,10 +501,10 @@ async def test_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypa
     monkeypatch.setattr(host.driver, "stop", stubborn)
     monkeypatch.setattr("orchard.vm.instance.RETRY_SECONDS", 0.0)
     async with tended(host, assigned_vm()) as instance:
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
         states: list[str] = []
         guests = vars(host.driver)["_guests"]
-        monkeypatch.setattr(host, "record_report", lambda i: states.append(f"{i.status} {i.name in guests}"))
+        monkeypatch.setattr(host, "record_report", lambda i: states.append(f"{i.state.status} {i.name in guests}"))
         instance.fail("told to")
         await instance.ended.wait()
         assert refused.is_set()
@@ -535,7 +535,7 @@ async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.Monkey
     instance = host.instance(assigned_vm())
     async with trio.open_nursery() as nursery:
         nursery.start_soon(instance.tend)
-        await until(instance, lambda i: i.running)
+        await until(instance, lambda i: i.state.running)
         instance.remove()
     assert refusals == []
     assert host.files() == []
@@ -586,7 +586,7 @@ async def adopted_or_deleted(host: Host, vm: VM) -> None:
             await host.driver.delete(local.name)
             continue
         async with adopted(host, vm) as instance:
-            await until(instance, lambda i: i.state.observed == 1 or i.status == "failed")
+            await until(instance, lambda i: i.state.observed == 1 or i.state.status == "failed")
             assert instance.state.message in ("", CUT_OFF)
 
 
