@@ -172,6 +172,7 @@ def commands(tree: ast.AST) -> set[str]:
     return {first.value for first in firsts if isinstance(first, ast.Constant) and isinstance(first.value, str)}
 
 
+@pytest.mark.slow
 def test_every_program_that_tests_run_is_declared_and_listed() -> None:
     trees = {path: ast.parse(path.read_text()) for path in TESTS.rglob("*.py") if path != Path(__file__)}
     for path, tree in trees.items():

@@ -265,6 +265,7 @@ PROPERTIES: list[Property] = [overcommitted, misplaced, undecided, wrong_reasons
 
 @THOROUGH
 @given(snapshots())
+@pytest.mark.slow
 def test_plans_of_random_clusters_have_all_properties(snapshot: Snapshot) -> None:
     decided = plan(snapshot, NOW)
     assert {wrong.__name__: found for wrong in PROPERTIES if (found := wrong(snapshot, decided))} == {}

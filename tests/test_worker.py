@@ -425,6 +425,7 @@ async def test_failure_is_reported_only_after_the_guest_has_ended(
         await cluster.wait_vm("vm", lambda vm: vm.state.status == "failed")
 
 
+@pytest.mark.slow
 async def test_leased_vms_end_before_the_controller_starts_them_elsewhere(
     tmp_path: Path, nursery: trio.Nursery
 ) -> None:
@@ -538,6 +539,7 @@ async def test_incomplete_vm_is_created_again(cluster: InProcessCluster) -> None
 # ---- reconnecting ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_each_broken_session_is_followed_by_a_random_pause(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

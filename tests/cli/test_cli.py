@@ -92,6 +92,7 @@ def test_demo_ends_quietly_when_its_output_is_closed(tmp_path: Path) -> None:
 
 
 @pytest.mark.needs("curl")
+@pytest.mark.slow
 def test_dev_keeps_its_state(tmp_path: Path) -> None:
     arguments = ("dev", "--synthetic", "--port", "0", "--directory", str(tmp_path / "dev"), "--workers", "2")
     listening = re.compile(r"orchard .* for development: (\S+),")
@@ -252,7 +253,7 @@ def test_check_of_a_healthy_directory_reports_no_problem(kept: Path) -> None:
         (lambda d: (d / "state.jsonl").chmod(0o644), r"{d}/state.jsonl can be read by others .*; chmod 600 it"),
         (lambda d: d.chmod(0o770), r"{d} can be written by others than its owner \(mode 770\); chmod 700 it"),
         (lambda d: (d / "controller.key").unlink(), r"{d}/controller.crt has no key {d}/controller.key; restore .*"),
-        (lambda d: another_key(d / "controller.key"), r"{d}/controller.crt and {d}/controller.key are no certificate and its key .*; restore .*"),
+        (lambda d: another_key(d / "controller.key"), r"{d}/controller.crt and {d}/controller.key are not a certificate and its key .*; restore .*"),
     ],
 )  # fmt: skip
 def test_check_reports_each_problem_with_its_place_and_remedy(

@@ -37,6 +37,7 @@ async def gone(directory: Path) -> None:
 
 
 @pytest.mark.needs("openssl")
+@pytest.mark.slow
 async def test_vm_from_creation_to_deletion_over_tls_with_a_bootstrap_token(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (control, url):
         async with admin_client(url, tmp_path) as client:

@@ -1024,6 +1024,7 @@ def readings(outcome: tuple[list[Got], bool]) -> list[object]:
     return [closed, *((answer.status, answer.status == 200 and answer.body) for answer in answers)]
 
 
+@pytest.mark.slow
 async def test_requests_read_byte_by_byte_are_read_the_same(autojump_clock: Clock) -> None:
     requests = {name: data + GET for name, (data, _, _) in ACCEPTED.items() if len(data) < 500}
     requests |= {name: data + GET for name, (_, data, _) in REFUSED.items() if len(data) < 500}
@@ -1088,6 +1089,7 @@ async def test_body_up_to_the_limit_is_accepted(autojump_clock: Clock) -> None:
                 assert closed == (status == 413)
 
 
+@pytest.mark.slow
 async def test_endless_request_is_refused_within_limit_and_memory(autojump_clock: Clock) -> None:
     limits = Limits(body_bytes=1024 * 1024, linger_bytes=16 * 1024)
     bombs = {
@@ -1734,6 +1736,7 @@ async def test_pings_are_sent_and_a_missing_pong_is_tolerated(autojump_clock: Cl
 # ---- tunnels -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_random_bytes_in_a_tunnel_end_in_a_close(autojump_clock: Clock) -> None:
     chance = random.Random(1)
     async with serving(tunnelling()) as served:
@@ -2103,5 +2106,6 @@ def send_anything(pieces: Sequence[bytes]) -> None:
 @given(st.lists(WORDS | st.binary(max_size=20), max_size=12), st.booleans())
 @example([UPGRADE, CLOSE_FRAME, b"\x89\x80abcd"], False)
 @example([UPGRADE, b"\x88\x80abcd", HELLO_FRAME], True)
+@pytest.mark.slow
 def test_random_bytes_end_in_an_answer_or_a_close(pieces: list[bytes], at_once: bool) -> None:
     send_anything([b"".join(pieces)] if at_once else pieces)

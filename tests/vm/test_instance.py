@@ -228,6 +228,7 @@ async def test_failed_script_fails_the_vm_after_its_output_is_delivered(host: Ho
         assert host.history()[-1] == ("failed", instance.state.message, False, 1)
 
 
+@pytest.mark.slow
 async def test_script_waits_while_its_output_can_not_be_delivered(host: Host) -> None:
     host.hold_delivery = trio.Event()
     # More lines than the queue holds, and more bytes than the pipe.

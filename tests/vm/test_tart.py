@@ -306,6 +306,7 @@ async def test_starting_vm_is_not_deleted(tmp_path: Path) -> None:
     assert driver.noted("vm") == ""
 
 
+@pytest.mark.slow
 async def test_killed_start_leaves_no_vm_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A start that is killed when the supervisor has just told it that the VM's process exists.
     python = tmp_path / "python"
