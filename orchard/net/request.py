@@ -221,10 +221,6 @@ class Response:
     headers: Sequence[tuple[str, str]] = ()
     content_type: str = "application/json"
 
-    @property
-    def pieces(self) -> Sequence[bytes]:
-        return (self.body,) if isinstance(self.body, bytes) else self.body
-
 
 @dataclass(slots=True, eq=False)
 class Stream:

@@ -69,7 +69,7 @@ class Served:
         answer = await self.ask(method, target, body, raw=raw, account=account, authorization=authorization, peer=peer)
         assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         headers = {name.lower(): value for name, value in answer.headers}
-        body = b"".join(answer.pieces)
+        body = answer.body if isinstance(answer.body, bytes) else b"".join(answer.body)
         return Answered(answer.status, headers, json.loads(body) if body else None)
 
     async def ask(
