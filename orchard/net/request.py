@@ -602,15 +602,20 @@ class Router:
     def match(self, method: str, path: str) -> tuple[Route, dict[str, str]]:
         """Return the route of a percent-encoded path, and the decoded values of its segments in braces by their names.
 
-        Literal segments go before those in braces. HEAD is served by GET. Raises HTTPError: 400 for a path that cannot
-        be decoded, 404 for an unknown one, 405 with Allow for a known one with another method.
+        Where two patterns first differ, a literal segment goes before one in braces. HEAD is served by GET. Raises
+        HTTPError: 400 for a path that cannot be decoded, 404 for an unknown one, 405 with Allow for a known one with
+        another method.
         """
         segments = [percent_decoded(segment, "the path segment") for segment in path.split("/")[1:]]
         nodes = [self._root]
         for segment in segments:
-            below = [node.below[segment] for node in nodes if segment in node.below]
-            if segment:
-                below += [node.param for node in nodes if node.param is not None]
+            # Kept in the order of preference: the first segment in which two patterns differ decides.
+            below: list[_Node] = []
+            for node in nodes:
+                if segment in node.below:
+                    below.append(node.below[segment])
+                if segment and node.param is not None:
+                    below.append(node.param)
             nodes = below
         allowed: set[str] = set()
         for node in nodes:

@@ -79,6 +79,12 @@ def test_two_routes_of_one_method_and_pattern_are_refused() -> None:
         Router([Route("GET", "/vms/{a}", 1), Route("GET", "/vms/{b}", 2)])
 
 
+def test_literal_segment_wins_where_two_patterns_first_differ() -> None:
+    late, early = Route("GET", "/{x}/b", 1), Route("GET", "/a/{y}", 2)
+    for routes in ([late, early], [early, late]):
+        assert Router(routes).match("GET", "/a/b") == (early, {"y": "b"})
+
+
 PATTERNS = st.lists(st.sampled_from(["a", "b", "", "{x}", "{y}"]), min_size=1, max_size=4).map(
     lambda s: "/" + "/".join(s)
 )
