@@ -90,7 +90,7 @@ def main() -> None:
             def change() -> None:
                 number = next(numbers)
                 user.sendall(patch_request(number))
-                watchers.wait_all(b'"generation":%d,' % (number + 2))
+                watchers.wait_all(b'"generation":%d,' % (number + 1))
                 user.recv(RECEIVE_BYTES)
 
             def change_bare() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,6 +61,9 @@ from orchard.tunnel import Rendezvous, UnknownSessionError, UnreachableError, VM
 
 # Existing workers choose their protocol by these.
 _CAPABILITIES = ("rpc-v2", "vm-state-endpoint")
+# Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
+_GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
+_STATE_ENDPOINT_SINCE = 44
 # How often a read is tried when the state that it is based on could not be made durable.
 _READ_ATTEMPTS = 3
 # Unknown fields that a Warning header names.
@@ -312,6 +316,8 @@ class API:
                     await send(change.line)
 
     def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
+        if _is_old_worker(request):
+            return self._report(request, admitted, schema.report_from_old_worker)
         return self._change_vm(request, admitted, schema.replaced_spec)
 
     def patch_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -331,10 +337,16 @@ class API:
         return self._delete(self._vm(admitted))
 
     def report_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
+        return self._report(request, admitted, schema.report_from_worker)
+
+    def _report(
+        self, request: Request, admitted: Admitted, read: Callable[[object, list[str]], schema.VMReport]
+    ) -> AnyResponse:
+        """Take over a worker's report. The answer is the VM: existing workers end their session when it is not."""
         old = self._vm(admitted)
-        report, warning = _read_body(request, schema.report_from_worker)
+        report, warning = _read_body(request, read)
         self._put(transitions.report(old, report, self.parts.clock()), old)
-        return Response(200, headers=warning)
+        return self._stored("vm", old.name, warning)
 
     def _check_host_dirs(self, spec: VMSpec) -> None:
         for index, host_dir in enumerate(spec.host_dirs):
@@ -423,6 +435,7 @@ class API:
         new = replace(
             wanted,
             last_seen=None,
+            unknown=old.unknown if old is not None else {},
             created_at=old.created_at if old is not None else self.parts.clock(),
             scheduling_paused=old.scheduling_paused if old is not None else wanted.scheduling_paused,
         )
@@ -522,7 +535,7 @@ class API:
 
     def put_settings(self, request: Request, admitted: Admitted) -> AnyResponse:
         settings, warning = _read_body(request, schema.settings_from_client)
-        self._put(settings, self.state.settings)
+        self._put(replace(settings, unknown=self.state.settings.unknown), self.state.settings)
         return self._settings(warning)
 
     def _settings(self, headers: HeaderPairs = ()) -> Response:
@@ -575,6 +588,12 @@ def _warning(unknown: Sequence[str]) -> HeaderPairs:
     names = [json.dumps(name[:MAX_NAME])[1:-1] for name in unknown[:_MAX_WARNED]]
     more = f" and {len(unknown) - _MAX_WARNED} more" if len(unknown) > _MAX_WARNED else ""
     return (("Warning", f'299 orchard "unknown fields were ignored: {", ".join(names)}{more}"'),)
+
+
+def _is_old_worker(request: Request) -> bool:
+    """Return whether a worker that reports states by `PUT /vms/{name}` has sent a request."""
+    version = _GO_VERSION.match(request.headers.get("user-agent") or "")
+    return version is not None and int(version[1]) < _STATE_ENDPOINT_SINCE
 
 
 def _source(request: Request, admitted: Admitted) -> Source:
@@ -655,7 +674,7 @@ OPERATIONS: tuple[APIOperation, ...] = (
               body=_ANY, answer=ref("VM"), problems=(404,)),
     Operation("DELETE", "/vms/{name}", API.delete_vm, "compute:write", "Delete a VM", problems=(404,)),
     Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "Report what a worker observed of its VM",
-              body=ref("VMReport"), problems=(404,)),
+              body=ref("VMReport"), answer=ref("VM"), problems=(404,)),
     Operation("GET", "/vms/{name}/events", API.list_events, "compute:read", "Retrieve events for a given VM",
               answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT),
     Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to those of a VM",

@@ -126,6 +126,14 @@ def attr(
     return dataclasses.field(default=zero, metadata={"attr": about})
 
 
+def unknown_fields() -> Any:
+    """Declare the field `unknown` of a stored resource: JSON values by name, as a newer version may have stored them.
+
+    They are stored again with each change. Clients cannot set them.
+    """
+    return dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+
 _ATTRS: dict[type, tuple[Attr, ...]] = {}
 
 
@@ -140,6 +148,8 @@ def attrs_of(cls: type) -> tuple[Attr, ...]:
 def _resolved_attrs(cls: type) -> Iterator[Attr]:
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
+        if "attr" not in field.metadata:
+            continue
         hint = hints[field.name]
         options = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         yield dataclasses.replace(field.metadata["attr"], name=field.name, type=hint, options=options)
@@ -260,15 +270,16 @@ class _Position:
         return _Position(self.path + step, self.unknown, self.refusal, self.maximum)
 
 
-def decode(cls: type[ResourceT], raw: object) -> ResourceT:
+def decode(cls: type[ResourceT], raw: object, also: frozenset[str] = frozenset()) -> ResourceT:
     """Make an instance of `cls` from a parsed JSON object that this product wrote.
 
-    An absent or null field gets its zero value. Unknown fields are ignored.
+    An absent or null field gets its zero value. Unknown fields are kept if `cls` declares `unknown_fields`, except for
+    those named in `also`.
 
     Raises MalformedError for a value that is missing, of the wrong type or out of range, and InvalidError for a string
     that is not one of the options.
     """
-    return _decode_object(cls, raw, None, _Position())
+    return _decode_object(cls, raw, None, _Position(), also)
 
 
 def decode_from_client(
@@ -324,9 +335,11 @@ def _decode_object(
                 taken[field.name] = _decode_value(field.type, value, inner)
         elif field.required and base is None:
             raise MalformedError(f"{prefix}{field.json} is missing, expected {field.doc}")
+    known = _json_names(typing.cast("Any", cls))
     if unknown is not None:
-        known = _json_names(typing.cast("Any", cls))
         unknown.extend(prefix + key for key in raw if key not in known and key not in also)
+    elif _keeps_unknown(typing.cast("Any", cls)) and (new := raw.keys() - known - also):
+        taken["unknown"] = {key: raw[key] for key in sorted(new)}
     if base is not None:
         return typing.cast("ResourceT", dataclasses.replace(typing.cast("Any", base), **taken))
     return cls(**taken)
@@ -335,6 +348,11 @@ def _decode_object(
 @functools.cache
 def _json_names(cls: type) -> frozenset[str]:
     return frozenset(name for field in attrs_of(cls) for name in (field.json, field.twin) if name)
+
+
+@functools.cache
+def _keeps_unknown(cls: type) -> bool:
+    return any(field.name == "unknown" for field in dataclasses.fields(cls))
 
 
 def _decode_value(hint: Any, value: object, at: _Position) -> Any:
@@ -421,6 +439,8 @@ def encode(resource: Any) -> dict[str, Any]:
         out[name] = value
         if twin:
             out[twin] = value
+    if _keeps_unknown(typing.cast("Any", type(resource))):
+        out.update(resource.unknown)
     return out
 
 

@@ -36,11 +36,14 @@ from orchard.codec import (
     encode,
     openapi_schema,
     shown,
+    unknown_fields,
 )
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 # Characters. A VM's name becomes part of a file name, which has at most 255 bytes, together with a uid and a counter.
 MAX_NAME = 128
+# Characters. A machine_id is any text; those of existing workers have at most a hundred.
+MAX_MACHINE_ID = 1024
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Control characters could forge a line in a log or on a terminal.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -107,11 +110,14 @@ class VMMeta:
     version: int = attr("version", "Increases with every change of the VM", zero=0, writer="controller", number=True)
     generation: int = attr(
         "generation",
-        "Incremented by the controller each time a VM's specification changes",
+        "Incremented by the controller each time a VM's specification changes; 0 for a new VM",
         zero=0,
+        default=0,
         writer="controller",
         number=True,
     )
+    # Of the whole VM.
+    unknown: Mapping[str, Any] = unknown_fields()
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +230,12 @@ class VMState:
     )
     image_fqn: str = attr("image_fqn", "Image with its digest", zero="", writer="worker")
     observed_generation: int = attr(
-        "observedGeneration", "The `generation` that the worker has applied", zero=0, writer="worker", number=True
+        "observedGeneration",
+        "The `generation` that the worker has applied",
+        zero=0,
+        default=0,
+        writer="worker",
+        number=True,
     )
     conditions: tuple[Condition, ...] = attr("conditions", "Conditions of the VM", zero=(), writer="worker")
 
@@ -281,8 +292,11 @@ _DERIVED = frozenset({"localName", "tartName"})
 _META_NAMES = frozenset(field.json for field in attrs_of(VMMeta))
 _STATE_NAMES = frozenset(field.json for field in attrs_of(VMState))
 _SPEC_NAMES = frozenset(name for field in attrs_of(VMSpec) for name in (field.json, field.twin) if name)
+_NOT_META = _STATE_NAMES | _SPEC_NAMES | _DERIVED
 _NOT_SPEC = _META_NAMES | _STATE_NAMES | _DERIVED
 _CONDITION_TYPES = get_args(ConditionType)
+# What a report of an old worker says, and about which run of the VM.
+_OLD_REPORT = ("uid", "restart_count", "status", "status_message", "image_fqn")
 _SOFTNET = frozenset({"netSoftnet", "net-softnet"})
 # The values of the fields that a PUT resets when it leaves them out.
 _PUT_ZEROS: Mapping[str, Any] = {
@@ -294,7 +308,7 @@ _PUT_ZEROS: Mapping[str, Any] = {
 
 def vm_from_json(raw: Mapping[str, Any]) -> VM:
     """Return the VM of a JSON object that `VM.to_json` made. Raises ValidationError."""
-    return VM(decode(VMMeta, raw), decode(VMSpec, raw), decode(VMState, raw))
+    return VM(decode(VMMeta, raw, _NOT_META), decode(VMSpec, raw), decode(VMState, raw))
 
 
 def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
@@ -522,6 +536,7 @@ class Worker:
     last_seen: _Time | None = attr("last_seen", "Time of the worker's last heartbeat, by its own clock", zero=None)
     scheduling_paused: bool = attr("scheduling_paused", "Whether no new VMs are assigned to the worker", zero=False)
     created_at: _Time | None = attr("createdAt", "When the worker first registered", zero=None, writer="controller")
+    unknown: Mapping[str, Any] = unknown_fields()
 
 
 @dataclass(frozen=True, slots=True)
@@ -530,6 +545,7 @@ class ServiceAccount:
     token: str = attr("token", "Secret token used to access the API; random if a new account names none", zero="")
     roles: tuple[Role, ...] = attr("roles", "What the account may do", zero=())
     created_at: _Time | None = attr("createdAt", "When the account was created", zero=None, writer="controller")
+    unknown: Mapping[str, Any] = unknown_fields()
 
 
 @dataclass(frozen=True, slots=True)
@@ -554,6 +570,7 @@ class ClusterSettings:
         zero="optimize-utilization",
         default="optimize-utilization",
     )
+    unknown: Mapping[str, Any] = unknown_fields()
 
 
 @dataclass(frozen=True, slots=True)
@@ -628,8 +645,8 @@ def worker_from_client(raw: object, unknown: list[str]) -> Worker:
     """Return the worker that registers itself. Raises ValidationError."""
     worker = decode_from_client(Worker, raw, unknown)
     _check_name("name", worker.name)
-    if _CONTROL.search(worker.machine_id):
-        raise InvalidError(f"machine_id is {shown(worker.machine_id)}, expected no control characters")
+    if len(worker.machine_id) > MAX_MACHINE_ID:
+        raise InvalidError(f"machine_id has {len(worker.machine_id)} characters, expected at most {MAX_MACHINE_ID}")
     _check_maps(worker.labels, worker.resources)
     return worker
 
@@ -690,6 +707,17 @@ def report_from_worker(raw: object, unknown: list[str]) -> VMReport:
                 known.append(item)
         raw = {**raw, "conditions": known}
     return decode_from_client(VMReport, raw, unknown, also=_NOT_SPEC | _SPEC_NAMES)
+
+
+def report_from_old_worker(raw: object, unknown: list[str]) -> VMReport:
+    """Return the report of a worker older than 0.44, which sends the whole VM. Raises ValidationError.
+
+    Such a worker knows no conditions and no powerState: a VM that it reports as running does run.
+    """
+    if isinstance(raw, dict):
+        raw = {name: raw[name] for name in _OLD_REPORT if name in raw}
+    seen = decode_from_client(VMReport, raw, unknown)
+    return replace(seen, conditions=(Condition("running", "true"),)) if seen.status == "running" else seen
 
 
 def components() -> dict[str, Any]:

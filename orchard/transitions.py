@@ -53,8 +53,8 @@ class StaleReportError(Exception):
 
 
 def create(name: str, uid: str, spec: VMSpec, now: datetime.datetime, reason: str = "") -> VM:
-    """Return a new VM: pending, unassigned for `reason` ("": not known yet), generation 1."""
-    meta = VMMeta(name=name, uid=uid, created_at=now, generation=1)
+    """Return a new VM: pending, unassigned for `reason` ("": not known yet), generation 0."""
+    meta = VMMeta(name=name, uid=uid, created_at=now)
     return VM(meta, spec, VMState(status_message=reason, conditions=_UNSCHEDULED))
 
 

@@ -20,11 +20,14 @@ from orchard import __version__, auth, transitions
 from orchard.api import API, ERROR_STATUS, OPERATIONS, APIOperation, http_error
 from orchard.codec import InvalidError
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
+from orchard.files import STATE_FILE
 from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Headers, HTTPError, Request
 from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, ServiceAccount, vm_from_client
-from orchard.store import Change
+from orchard.storage.engine import snapshot_lines
+from orchard.storage.journal import Disk, Journal
+from orchard.store import Change, read_state
 
 
 @pytest.fixture
@@ -46,7 +49,8 @@ async def test_create_vm_answers_with_defaults(api: Served) -> None:
         "uid": uid,
         "createdAt": "2026-01-31T12:00:00Z",
         "version": 1,
-        "generation": 1,
+        "generation": 0,
+        "observedGeneration": 0,
         "imagePullPolicy": "IfNotPresent",
         "os": "darwin",
         "arch": "arm64",
@@ -93,9 +97,9 @@ async def test_put_and_patch_of_an_unchanged_vm_change_nothing(api: Served) -> N
 async def test_absent_booleans_are_false_in_put_and_unchanged_in_patch(api: Served) -> None:
     await api.create("vm", headless=True, netSoftnetAllow=["10.0.0.0/8"])
     patched = await api.ok("PATCH", "/vms/vm", {"cpu": 6})
-    assert (patched["headless"], patched["cpu"], patched["generation"]) == (True, 6, 2)
+    assert (patched["headless"], patched["cpu"], patched["generation"]) == (True, 6, 1)
     replaced = await api.ok("PUT", "/vms/vm", {"image": "image"})
-    assert (replaced["headless"], replaced["cpu"], replaced["generation"]) == (False, 6, 3)
+    assert (replaced["headless"], replaced["cpu"], replaced["generation"]) == (False, 6, 2)
     assert "netSoftnetAllow" not in replaced
 
 
@@ -156,7 +160,7 @@ async def test_host_dirs_need_a_policy(api: Served) -> None:
     await api.create("vm", hostDirs=[{**host_dir, "ro": True}])
     # After the policy was removed, other fields can still be changed.
     await api.ok("PUT", "/cluster-settings", {})
-    assert (await api.ok("PATCH", "/vms/vm", {"cpu": 2}))["generation"] == 2
+    assert (await api.ok("PATCH", "/vms/vm", {"cpu": 2}))["generation"] == 1
     assert (await api.call("PATCH", "/vms/vm", {"hostDirs": [host_dir]})).status == 400
 
 
@@ -167,7 +171,7 @@ async def test_state_report_changes_only_the_workers_fields(api: Served) -> None
     await api.register("w")
     await api.create("vm")
     api.schedule()
-    before = await api.ok("GET", "/vms/vm")
+    before = await api.ok("PATCH", "/vms/vm", {"cpu": 2})
     report = {
         **before,
         "image": "changed",
@@ -177,11 +181,13 @@ async def test_state_report_changes_only_the_workers_fields(api: Served) -> None
         "observedGeneration": 1,
         "conditions": [{"type": "running", "state": "true"}, {"type": "scheduled", "state": "false"}],
     }
-    assert await api.ok("PUT", "/vms/vm/state", report) is None
+    answer = await api.ok("PUT", "/vms/vm/state", report)
     after = await api.ok("GET", "/vms/vm")
+    assert answer == after, "existing workers decode the answer"
     assert after == {
         **before,
         "version": after["version"],
+        "generation": 1,
         "status": "running",
         "image_fqn": "image@sha256:0",
         "observedGeneration": 1,
@@ -201,6 +207,40 @@ async def test_state_report_about_another_run_is_not_found(api: Served) -> None:
         assert refusal.status == 404, stale
     assert (await api.call("PUT", "/vms/none/state", {"status": "running"})).status == 404
     assert await api.ok("GET", "/vms/vm") == vm
+
+
+@pytest.mark.parametrize(
+    ("agent", "is_old"),
+    [
+        ("Orchard/0.43.2-abcdef", True),
+        ("Orchard/0.9", True),
+        ("Orchard/0.0.0-unknown", True),
+        ("Orchard/0.44.0", False),
+        ("Orchard/0.430.0", False),
+        ("Orchard/1.2.0", False),
+        ("orchard/0.1.0", False),
+        ("Go-http-client/1.1 Orchard/0.43.2", False),
+        (None, False),
+    ],
+)
+async def test_put_of_a_worker_older_than_the_state_endpoint_is_a_report(
+    api: Served, agent: str | None, is_old: bool
+) -> None:
+    await api.register("w")
+    await api.create("vm")
+    api.schedule()
+    before = await api.ok("GET", "/vms/vm")
+    seen = {"status": "running", "status_message": "booted", "image_fqn": "image@sha256:0"}
+    sent = {**before, **seen, "cpu": 2, "observedGeneration": 9, "worker": "other", "conditions": None}
+    after = (await api.call("PUT", "/vms/vm", sent, agent=agent)).body
+    if is_old:
+        started = {"started_at": "2026-01-31T12:00:00Z", "version": after["version"]}
+        runs = [{"type": "scheduled", "state": "true"}, {"type": "running", "state": "true"}]
+        assert after == {**before, **seen, **started, "conditions": runs}
+        stale = await api.call("PUT", "/vms/vm", {**sent, "uid": "another"}, agent=agent)
+        assert stale.status == 404
+    else:
+        assert (after["cpu"], after["status"], after["generation"]) == (2, "pending", 1)
 
 
 # ---- events ---------------------------------------------------------------------------------------------------------
@@ -398,6 +438,38 @@ async def test_put_settings_replaces_all_and_absent_ones_have_defaults(api: Serv
     assert await api.ok("PUT", "/cluster-settings", wanted) == wanted
     assert await api.ok("GET", "/cluster-settings") == wanted
     assert await api.ok("PUT", "/cluster-settings", {}) == defaults
+
+
+async def test_fields_that_only_a_newer_version_knows_stay_stored(tmp_path: Path) -> None:
+    new = {"newField": {"deep": [1, None]}}
+    with trio.fail_after(60):
+        async with served(tmp_path) as api:
+            vm = await api.create("vm")
+            await api.register("w")
+            await api.ok("POST", "/service-accounts", {"name": "a", "roles": ["compute:read"]})
+            await api.ok("PUT", "/cluster-settings", {"schedulerProfile": "distribute-load"})
+            tables, revision = api.state.tables(), api.state.revision
+        with_new = {
+            kind: {name: json.dumps({**json.loads(text), **new}).encode() for name, text in table.items()}
+            for kind, table in tables.items()
+        }
+        journal = Journal(tmp_path / STATE_FILE, Disk())
+        journal.create(snapshot_lines(with_new, revision, BEGAN))
+        journal.close()
+        async with served(tmp_path) as api:
+            api.schedule()
+            await api.ok("PUT", "/vms/vm/state", {"uid": vm["uid"], "status": "running"})
+            await api.ok("PUT", "/vms/vm", {"headless": True})
+            await api.ok("PATCH", "/vms/vm", {"cpu": 3, "newField": "of a client"})
+            await api.ok("PUT", "/workers/w", {"scheduling_paused": True})
+            await api.register("w", labels={"a": "b"})
+            await api.ok("PUT", "/service-accounts/a", {"roles": ["compute:write"]})
+            await api.ok("PUT", "/cluster-settings", {})
+    state = read_state(tmp_path / STATE_FILE)
+    assert (state.vms["vm"].spec.cpu, state.vms["vm"].meta.generation) == (3, 2)
+    for kind, table in state.json.items():
+        for text in table.values():
+            assert json.loads(text)["newField"] == new["newField"], kind
 
 
 # ---- refused requests -----------------------------------------------------------------------------------------------

@@ -726,6 +726,8 @@ def test_registering_worker_has_defaults_and_cannot_set_created_at() -> None:
         "scheduling_paused": True,
     }
     assert encode(worker_from_client(full, unknown)) == full
+    # The content of /etc/machine-id.
+    assert worker_from_client({**full, "machine_id": "0123456789abcdef\n"}, []).machine_id == "0123456789abcdef\n"
 
 
 @pytest.mark.parametrize(
@@ -737,7 +739,7 @@ def test_registering_worker_has_defaults_and_cannot_set_created_at() -> None:
         ({"name": "w", "resources": {"a": -1}}, MalformedError, 'resources["a"] is -1'),
         ({"name": "w", "resources": {"a\n": 1}}, InvalidError, 'resources["a\\n"] is 1, expected no control'),
         ({"name": "w", "labels": {"a": "\n"}}, InvalidError, 'labels["a"] is "\\n", expected no control'),
-        ({"name": "w", "machine_id": "m\n"}, InvalidError, 'machine_id is "m\\n", expected no control'),
+        ({"name": "w", "machine_id": "m" * 1025}, InvalidError, "machine_id has 1025 characters, expected at most"),
         ({"name": "w", "scheduling_paused": 1}, MalformedError, "scheduling_paused is 1, expected true or false"),
         ({"name": "w", "last_seen": "x"}, MalformedError, 'last_seen is "x", expected an RFC 3339 time'),
     ],
@@ -834,7 +836,7 @@ def test_report_is_read_from_a_whole_vm() -> None:
     vm = running(pending(labels={"a": "b"}))
     unknown: list[str] = []
     assert report_from_worker(vm.to_json(), unknown) == VMReport(
-        uid="uid-vm", status="running", observed_generation=1, conditions=vm.state.conditions
+        uid="uid-vm", status="running", observed_generation=0, conditions=vm.state.conditions
     )
     assert unknown == []
     assert report_from_worker({}, []) == VMReport()

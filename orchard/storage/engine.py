@@ -29,8 +29,9 @@ from orchard.files import RESERVE_FILE, STATE_FILE
 from orchard.storage.errors import DamagedError, NotWrittenError
 from orchard.storage.journal import Disk, Journal, Reserve
 
-# Version of the file. A newer one is refused.
-STATE_VERSION = 1
+# Version of the file. A newer one is refused. A file of an older one is read, and rewritten before anything is added to
+# it, so that a program that knows only the older version does not read what it would not understand.
+STATE_VERSION = 2
 # Bytes of journal before a new snapshot is written; and it must be COMPACT_RATIO times the snapshot, so that compaction
 # stays a constant share of all writes.
 COMPACT_BYTES = 4 * 1024 * 1024
@@ -91,6 +92,7 @@ class Contents:
     """
 
     path: Path
+    version: int = STATE_VERSION
     revision: int = 0
     objects: dict[Key, tuple[int, Any]] = field(default_factory=dict)
     # Lines of the file, and bytes up to the end of the last one.
@@ -120,6 +122,7 @@ class FileEngine:
         self._reserve = Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk)
         # The objects as they are on the disk, for the next snapshot, with their size and revision.
         self._tables: Tables = {}
+        self._version = STATE_VERSION
         self._revision = 0
         self._object_bytes = 0
         self._compact_at = 0
@@ -129,7 +132,7 @@ class FileEngine:
         path, reserve = self._journal.path, self._reserve.path
         if path.exists():
             contents = read_contents(self._journal)
-            self._revision = contents.revision
+            self._version, self._revision = contents.version, contents.revision
             return contents
         # The reserve is created after the state.
         if reserve.exists():
@@ -140,13 +143,16 @@ class FileEngine:
     def begin(self, tables: Tables, now: datetime.datetime) -> None:
         """Make what was loaded durable and open it for appending; in a new directory, create the file.
 
-        `tables` holds the loaded objects as `append` will get them; the engine keeps it. `now` is the time in the header
-        of a new file. Raises NotWrittenError when the file cannot be created, BrokenError when it is not known whether
-        the disk holds it, OSError.
+        A file of an older version is replaced by one of this version. `tables` holds the loaded objects as `append` will
+        get them; the engine keeps it. `now` is the time in the header of a new file. Raises NotWrittenError when the file
+        cannot be created or replaced, BrokenError when it is not known whether the disk holds it, OSError.
         """
         if self._journal.path.exists():
             self._journal.open_for_append()
             self._journal.sync()
+            if self._version < STATE_VERSION:
+                lines = snapshot_lines(tables, self._revision, now)
+                self._write_with_reserve(lambda: self._journal.create(lines), sum(map(len, lines)), RESERVE_BYTES)
         else:
             # The data directory may be as new as the file. Its parent cannot be synced when it cannot be read.
             with contextlib.suppress(PermissionError):
@@ -286,7 +292,7 @@ def read_contents(journal: Journal) -> Contents:
         try:
             if snapshot_end is None:
                 _check_header(contents.path, line)
-                contents.revision = line["revision"]
+                contents.version, contents.revision = line["version"], line["revision"]
                 snapshot_end = 1 + line["objects"]
             elif contents.lines < snapshot_end:
                 _take_record(contents, offset, line)

@@ -50,7 +50,7 @@ async def test_vm_from_creation_to_deletion_over_tls_with_a_bootstrap_token(tmp_
                 await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos:latest", startup_script=script)
                 vm = await client.vms.wait("vm")
                 assert vm.state.image_fqn.startswith("ghcr.io/cirruslabs/macos:latest@sha256:")
-                assert vm.state.observed_generation == 1
+                assert vm.state.observed_generation == 0
                 assert vm.condition("running")
                 lines = await lines_of(client, "vm", 5)
                 assert lines == ["begins", *TEXT.split("\n"), "end of file", "over"]

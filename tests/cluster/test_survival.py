@@ -78,7 +78,7 @@ async def test_vms_outlive_a_worker_that_is_stopped_or_killed(
             assert [c.host.record(vm).child for vm in (a, b)] == processes
             assert await c.client.vms.get("b") == b, "the VM did not change"
             await c.client.vms.patch("a", headless=True)
-            now = await c.wait_vm("a", lambda vm: vm.state.observed_generation == 2)
+            now = await c.wait_vm("a", lambda vm: vm.state.observed_generation == 1)
             assert (now.uid, now.state.restart_count) == (a.uid, 0)
             assert {vm.state.status for vm in seen} == {"running"}
             os.kill(c.host.record(b).child, signal.SIGINT)
@@ -123,7 +123,7 @@ async def test_vm_fails_if_its_worker_was_killed_while_its_script_ran(tmp_path: 
             assert (await c.wait_vm("begun", has_failed)).state.status_message == CUT_OFF
             assert c.host.states() == {done.tart_name: "running", begun.tart_name: "stopped"}
             await c.client.vms.patch("done", headless=True)
-            await c.wait_vm("done", lambda vm: vm.state.observed_generation == 2)
+            await c.wait_vm("done", lambda vm: vm.state.observed_generation == 1)
             assert ends_well(worker)
         assert await has_printed(c.client, done), "the script did not run again"
 
@@ -230,7 +230,7 @@ async def test_change_interrupted_by_killing_the_worker_is_made_or_the_vm_fails(
                 assert (await c.wait_vm(name, has_failed)).state.status_message == VM_LOST
                 assert c.host.states()[before.tart_name] != "running"
             else:
-                now = await c.wait_vm(name, lambda vm: vm.state.observed_generation == 2)
+                now = await c.wait_vm(name, lambda vm: vm.state.observed_generation == 1)
                 assert (now.state.status, now.state.restart_count) == ("running", 0)
                 assert now.condition("running") is (outcome == "running")
                 await eventually(partial(has_state, c.host, now, outcome))
@@ -257,7 +257,7 @@ async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(
                         again.wait_for(LISTENING)
                         await eventually(lambda: c.host.states() == {vm.tart_name: "running"})
                         await c.client.vms.patch("vm", headless=True)
-                        now = await c.wait_vm("vm", lambda vm: vm.state.observed_generation == 2)
+                        now = await c.wait_vm("vm", lambda vm: vm.state.observed_generation == 1)
                         assert (now.uid, now.state.status, now.state.restart_count) == (vm.uid, "running", 0)
                         assert ends_well(worker)
                         await eventually(lambda: c.host.states() == {vm.tart_name: "running"})

@@ -64,9 +64,12 @@ class Served:
         account: tuple[str, str] | None = None,
         authorization: str | None = None,
         peer: str = "10.0.0.1",
+        agent: str | None = None,
     ) -> Answered:
         """Send a request; `body` as JSON. The target is below /v1."""
-        answer = await self.ask(method, target, body, raw=raw, account=account, authorization=authorization, peer=peer)
+        answer = await self.ask(
+            method, target, body, raw=raw, account=account, authorization=authorization, peer=peer, agent=agent
+        )
         assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         headers = {name.lower(): value for name, value in answer.headers}
         body = answer.body if isinstance(answer.body, bytes) else b"".join(answer.body)
@@ -82,11 +85,13 @@ class Served:
         account: tuple[str, str] | None = None,
         authorization: str | None = None,
         peer: str = "10.0.0.1",
+        agent: str | None = None,
     ) -> Any:
         """Do as `call`, and return the handler's own answer."""
         if account is not None:
             authorization = "Basic " + base64.b64encode(":".join(account).encode()).decode()
-        headers = {} if authorization is None else {"authorization": authorization}
+        given = {"authorization": authorization, "user-agent": agent}
+        headers = {name: value for name, value in given.items() if value is not None}
         request = Request(
             method=method,
             target="/v1" + target,

@@ -26,7 +26,7 @@ from orchard.files import STATE_FILE
 from orchard.nursery import unwrap_groups
 from orchard.storage import engine
 from orchard.storage.engine import Batch, FileEngine, snapshot_lines
-from orchard.storage.errors import BrokenError, DamagedError, StorageFullError, StorageUnavailableError
+from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageFullError, StorageUnavailableError
 from orchard.storage.journal import Disk, Journal
 from orchard.store import Store, encode_object
 
@@ -265,7 +265,7 @@ async def test_state_file_is_readable_json_with_mode_0600(tmp_path: Path) -> Non
         await store.wait_durable()
     assert (directory / "state.jsonl").stat().st_mode & 0o777 == 0o600
     header, *lines = [json.loads(line) for line in (directory / "state.jsonl").read_text().splitlines()]
-    assert (header["format"], header["version"], header["revision"], header["objects"]) == ("orchard-state", 1, 0, 0)
+    assert (header["format"], header["version"], header["revision"], header["objects"]) == ("orchard-state", 2, 0, 0)
     assert header["written"] == "2026-01-31T12:00:00Z"
     assert [line["revision"] for line in lines] == [1, 2, 3]
     assert lines[1]["changes"] == [
@@ -337,10 +337,32 @@ VM_A = json.loads(encode_object(replace(pending("a"), meta=replace(pending("a").
 PUT_A = {"put": "vm", "name": "a", "object": VM_A}
 
 
+async def test_file_of_an_older_version_is_replaced_before_anything_is_added(tmp_path: Path) -> None:
+    vm = {**VM_A, "generation": 1, "observedGeneration": 1}
+    path = written(tmp_path, {**PUT_A, "object": vm}, version=1, revision=7, objects=1)
+    async with running_store(open_store(tmp_path)) as store:
+        header, *_ = [json.loads(line) for line in path.read_text().splitlines()]
+        assert (header["version"], header["revision"], header["objects"]) == (2, 7, 1)
+        assert (store.state.vms["a"].meta.generation, store.state.vms["a"].state.observed_generation) == (1, 1)
+        put(store, pending("b"))
+        await store.wait_durable()
+    assert set(read(tmp_path).vms) == {"a", "b"}
+
+
+def test_file_of_an_older_version_that_cannot_be_replaced_stays_as_it_was(tmp_path: Path) -> None:
+    path = written(tmp_path, PUT_A, version=1, revision=7, objects=1)
+    before = path.read_bytes()
+    disk = FailingDisk()
+    disk.fault = lambda verb, number: errno.EROFS if verb == "replace" else 0
+    with pytest.raises(NotWrittenError):
+        open_store(tmp_path, disk)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("lines", "header", "told"),
     [
-        ([], {"version": 2}, "version 2 is newer than the version 1 that this program knows at byte 0; start the Orchard that wrote it"),
+        ([], {"version": 3}, "version 3 is newer than the version 2 that this program knows at byte 0; start the Orchard that wrote it"),
         ([], {"format": "orchard-events"}, 'the format is not "orchard-state"'),
         ([], {"objects": 1}, "ends in the middle of its snapshot"),
         ([{"revision": 2, "changes": []}], {}, "revision 2 follows revision 0"),
