@@ -25,6 +25,7 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, parameters, schema, transitions
+from orchard.cluster import WORKER_STATE, ClusterIdentity
 from orchard.codec import InvalidError, MalformedError, dump_json, encode, parse_json, shown
 from orchard.liveness import Liveness, Source
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
@@ -60,7 +61,7 @@ from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_l
 from orchard.tunnel import Rendezvous, UnknownSessionError, UnreachableError, VMAccess, VMGoneError, WorkerEnd
 
 # Existing workers choose their protocol by these.
-_CAPABILITIES = ("rpc-v2", "vm-state-endpoint")
+_CAPABILITIES = ("rpc-v2", "vm-state-endpoint", WORKER_STATE)
 # Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
 _GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
 _STATE_ENDPOINT_SINCE = 44
@@ -72,7 +73,7 @@ _MAX_WARNED = 8
 _ANYBODY = ServiceAccount(name="", token="", roles=auth.ROLES)
 
 HeaderPairs = Sequence[tuple[str, str]]
-StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings)
+StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity)
 NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
 BodyT = TypeVar("BodyT")
 
@@ -248,6 +249,14 @@ class API:
         """Return an answer with a resource as it is stored."""
         return Response(200, self.state.json[kind][name], headers)
 
+    def _list(self, items: Iterable[bytes]) -> Response:
+        """Return an answer with a JSON array of objects, in pieces, and the revision of the state that they are from."""
+        pieces = [b"["]
+        for item in items:
+            pieces += (item, b",")
+        pieces[max(1, len(pieces) - 1) :] = [b"]"]
+        return Response(200, pieces, (("X-Stored-Revision", str(self.state.revision)),))
+
     def _delete(self, resource: VM | Worker | ServiceAccount) -> AnyResponse:
         with self.store.transaction() as tx:
             tx.delete(resource)
@@ -261,8 +270,21 @@ class API:
     def info(self, request: Request, admitted: Admitted) -> AnyResponse:
         # Rounded down: a worker must give up its VMs before the controller does.
         timeout = int(1000 * self.parts.offline_timeout)
-        info = ControllerInfo(version=__version__, capabilities=_CAPABILITIES, worker_offline_timeout=timeout)
+        may_write = self.parts.gate is None or "compute:write" in self.state.accounts[admitted.account].roles
+        info = ControllerInfo(
+            version=__version__,
+            capabilities=_CAPABILITIES,
+            worker_offline_timeout=timeout,
+            cluster_id=self.state.cluster.id,
+            host_dir_policies=self.state.settings.host_dir_policies if may_write else (),
+        )
         return Response(200, dump_json(encode(info)))
+
+    def accept_state(self, request: Request, admitted: Admitted) -> AnyResponse:
+        """Accept a state that was restored from an older copy, which workers have noticed."""
+        old = self.state.cluster
+        self._put(ClusterIdentity(uuid.uuid4().hex, holds_back=bool(old.restored_from) or old.holds_back), old)
+        return self.info(request, admitted)
 
     def describe(self, request: Request, admitted: Admitted) -> AnyResponse:
         return Response(200, self._document)
@@ -284,9 +306,9 @@ class API:
         table = self.state.json["vm"]
         worker = parameters.read_worker_filter(request.query)
         if worker is None:
-            return _array(table[name] for name in self.state.names["vm"])
+            return self._list(table[name] for name in self.state.names["vm"])
         self.parts.liveness.record_poll(worker, _source(request, admitted))
-        return _array(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
+        return self._list(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
 
     def get_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
@@ -447,7 +469,7 @@ class API:
         return self._worker(new.name, warning)
 
     def list_workers(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return _array(self._worker_json(name) for name in self.state.names["worker"])
+        return self._list(self._worker_json(name) for name in self.state.names["worker"])
 
     def get_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._worker(_found("worker", self.state.workers, admitted.name).name)
@@ -482,6 +504,11 @@ class API:
         record_pong = partial(self.parts.liveness.record_pong, worker)
         return WebSocketUpgrade(partial(self.parts.rendezvous.serve, worker, admitted.account, record_pong))
 
+    def say_goodbye(self, request: Request, admitted: Admitted) -> AnyResponse:
+        name = read_text(request.query, parameters.WORKER_NAME)
+        _found("worker", self.state.workers, name)
+        return Response(200)
+
     def answer_forward(self, request: Request, admitted: Admitted) -> AnyResponse:
         request.require_websocket()
         session = read_text(request.query, parameters.SESSION)
@@ -513,7 +540,7 @@ class API:
         return self._stored("account", wanted.name, warning)
 
     def list_accounts(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return _array(self.state.json["account"][name] for name in self.state.names["account"])
+        return self._list(self.state.json["account"][name] for name in self.state.names["account"])
 
     def get_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._stored("account", _found("service account", self.state.accounts, admitted.name).name)
@@ -600,15 +627,6 @@ def _source(request: Request, admitted: Admitted) -> Source:
     return (admitted.account, request.peer)
 
 
-def _array(items: Iterable[bytes]) -> Response:
-    """Return an answer with a JSON array of objects, in pieces."""
-    pieces = [b"["]
-    for item in items:
-        pieces += (item, b",")
-    pieces[max(1, len(pieces) - 1) :] = [b"]"]
-    return Response(200, pieces)
-
-
 def _is_newer(change: Change, version: int) -> bool:
     """Return whether a change came after a VM had this version. Versions never decrease, also under a reused name."""
     if change.new is None:
@@ -624,6 +642,7 @@ async def _close_at_once(websocket: WebSocketConnection) -> None:
 # ---- the table of contents ------------------------------------------------------------------------------------------
 
 _NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
+_REVISION = {"X-Stored-Revision": "Rises with each stored change of the cluster"}
 _NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
 _ANY = {"type": "object"}
 _VM_TOKEN = SecurityScheme(
@@ -638,6 +657,9 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("GET", "/openapi.json", API.describe, "public", "Retrieve this OpenAPI document", answer=_ANY),
     Operation("GET", "/controller/info", API.info, None, "Retrieve controller's information",
               answer=ref("ControllerInfo")),
+    Operation("POST", "/controller/accept-state", API.accept_state, "admin:write",
+              "Accept a state that was restored from an older copy, and give it a new clusterId",
+              answer=ref("ControllerInfo")),
     Operation("GET", "/cluster-settings", API.get_settings, "admin:read", "Retrieve cluster settings",
               answer=ref("ClusterSettings")),
     Operation("PUT", "/cluster-settings", API.put_settings, "admin:write", "Update cluster settings",
@@ -645,7 +667,7 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("POST", "/service-accounts", API.create_account, "admin:write", "Create a Service Account",
               body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(409,)),
     Operation("GET", "/service-accounts", API.list_accounts, "admin:read", "List Service Accounts",
-              answer=array_of("ServiceAccount")),
+              answer=array_of("ServiceAccount"), answer_headers=_REVISION),
     Operation("GET", "/service-accounts/{name}", API.get_account, "admin:read", "Retrieve a Service Account",
               answer=ref("ServiceAccount"), problems=(404,)),
     Operation("PUT", "/service-accounts/{name}", API.replace_account, "admin:write", "Update a Service Account",
@@ -654,7 +676,8 @@ OPERATIONS: tuple[APIOperation, ...] = (
               problems=(404,)),
     Operation("POST", "/workers", API.register_worker, "compute:write", "Register a Worker, or update its registration",
               body=ref("Worker"), answer=ref("Worker"), problems=(409,)),
-    Operation("GET", "/workers", API.list_workers, "compute:read", "List Workers", answer=array_of("Worker")),
+    Operation("GET", "/workers", API.list_workers, "compute:read", "List Workers", answer=array_of("Worker"),
+              answer_headers=_REVISION),
     Operation("GET", "/workers/{name}", API.get_worker, "compute:read", "Retrieve a Worker",
               answer=ref("Worker"), problems=(404,)),
     Operation("PUT", "/workers/{name}", API.put_worker, "compute:write",
@@ -664,7 +687,8 @@ OPERATIONS: tuple[APIOperation, ...] = (
               problems=(404,)),
     Operation("POST", "/vms", API.create_vm, "compute:write", "Create a VM",
               body=_NEW_VM, answer=ref("VM"), problems=(409,)),
-    Operation("GET", "/vms", API.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=(parameters.FILTER,)),
+    Operation("GET", "/vms", API.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=(parameters.FILTER,),
+              answer_headers=_REVISION),
     Operation("GET", "/vms/{name}", API.get_vm, "compute:read", "Retrieve a VM",
               answer=ref("VM"), problems=(404,), query=(parameters.WATCH,), ndjson=True),
     Operation("PUT", "/vms/{name}", API.replace_vm, "compute:write", "Update a VM",
@@ -698,7 +722,9 @@ OPERATIONS: tuple[APIOperation, ...] = (
               problems=(404,), query=(parameters.SESSION, parameters.ERROR_MESSAGE), websocket=True),
     Operation("POST", "/rpc/resolve-ip", API.answer_ip, "compute:write", "Answer a resolveIPAction",
               problems=(404,), query=parameters.ANSWER_IP),
-    Operation("GET", "/rpc/watch", API.watch_rpc, "compute:read",
+    Operation("POST", "/rpc/goodbye", API.say_goodbye, "compute:write", "Say that a worker stops: it gets no new VMs",
+              problems=(404,), query=(parameters.WORKER_NAME,)),
+    Operation("GET", "/rpc/watch", API.watch_rpc, "compute:write",
               "Receive actions for a worker over a WebSocket: one JSON object per binary message",
               problems=(404,), query=(parameters.WORKER_NAME,), websocket=True),
 )

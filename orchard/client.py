@@ -147,6 +147,10 @@ class Client(Transport):
         """Return the controller's version and capabilities."""
         return _decode(ControllerInfo, (await self.request("GET", "/controller/info")).json())
 
+    async def accept_state(self) -> ControllerInfo:
+        """Accept a state that was restored from an older copy as it is, and return the new clusterId. Needs admin:write."""
+        return _decode(ControllerInfo, (await self.request("POST", "/controller/accept-state")).json())
+
     @asynccontextmanager
     async def rpc_watch(self, worker: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """Follow the actions that the controller sends to a worker, for the time of the block. Used by workers.
@@ -236,10 +240,16 @@ class VMs(_Resource):
         """Return a VM. Raises ResponseError: 404."""
         return await self._fetch(VM, "GET", _path("vms", name))
 
+    async def list_with_revision(self, *, worker: str | None = None) -> tuple[list[VM], int]:
+        """Return as `list` does, and the revision of the stored state (0: the controller does not tell it)."""
+        query = None if worker is None else {"filter": f"worker={worker}"}
+        answer = await self._client.request("GET", "/vms", query=query)
+        revision = answer.headers.get("x-stored-revision") or "0"
+        return _decode_list(VM, answer.json()), int(revision) if revision.isdecimal() else 0
+
     async def list(self, *, worker: str | None = None) -> list[VM]:
         """Return all VMs, or those that are assigned to one worker."""
-        query = None if worker is None else {"filter": f"worker={worker}"}
-        return await self._fetch_list(VM, "/vms", query)
+        return (await self.list_with_revision(worker=worker))[0]
 
     async def replace(self, name: str, spec: JSON) -> VM:
         """Replace a VM's specification, and return the VM.
@@ -410,6 +420,13 @@ class Workers(_Resource):
     def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
         """Connect to a TCP port of a worker's host, as `VMs.port_forward` does to one of a VM."""
         return self._client.tunnel(_path("workers", name, "port-forward"), {"port": str(port), "wait": str(wait)})
+
+    async def goodbye(self, name: str) -> None:
+        """Tell the controller that a worker stops: it gets no new VMs from now on. Used by workers.
+
+        Raises ResponseError: 403 for another account than the one that registered it, 404.
+        """
+        await self._client.request("POST", "/rpc/goodbye", query={"workerName": name})
 
     async def pause(self, name: str, *, paused: bool = True) -> Worker:
         """Have the scheduler assign no more VMs to a worker, or with `paused=False` assign some again.

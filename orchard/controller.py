@@ -30,6 +30,7 @@ import trio
 
 from orchard import __version__, auth
 from orchard.api import API, ControllerParts
+from orchard.cluster import ClusterIdentity
 from orchard.daemon import orchard_home, parse_address, parse_seconds, run_main, run_until_signal
 from orchard.files import (
     ACCESS_KEY_BYTES,
@@ -157,6 +158,13 @@ def load_access_key(directory: Path) -> bytes:
     return key
 
 
+def ensure_identity(store: Store) -> None:
+    """Store a clusterId, unless the state has one."""
+    if not store.state.cluster.id:
+        with store.transaction() as tx:
+            tx.put(ClusterIdentity(secrets.token_hex(16)))
+
+
 def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAccount | None:
     """Create or update bootstrap-admin with `token`. Without a token, create it only if there is no account at all.
 
@@ -206,7 +214,7 @@ async def run(
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
             await writers.start(events.run)
-            new_admin = await _create_admin(settings, store, platform.clock())
+            new_admin = await _store_first_objects(settings, store, platform.clock())
             # Ends when the last answer was sent.
             async with trio.open_nursery() as background:
                 background.start_soon(loop.run)
@@ -279,14 +287,15 @@ async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nurse
     return started
 
 
-async def _create_admin(settings: ControllerSettings, store: Store, now: datetime.datetime) -> ServiceAccount | None:
-    if not settings.auth:
-        return None
+async def _store_first_objects(
+    settings: ControllerSettings, store: Store, now: datetime.datetime
+) -> ServiceAccount | None:
     try:
-        admin = ensure_admin(store, settings.admin_token, now)
+        ensure_identity(store)
+        admin = ensure_admin(store, settings.admin_token, now) if settings.auth else None
         await store.wait_durable()
     except StorageError as error:
-        raise StartError(f"cannot store the first service account: {error}") from error
+        raise StartError(f"cannot store the first objects of the state: {error}") from error
     return admin
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from orchard.cluster import Health, WorkerState, bounded
 from orchard.codec import (
     InvalidError,
     MalformedError,
@@ -44,6 +45,7 @@ NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 MAX_NAME = 128
 # Characters. A machine_id is any text; those of existing workers have at most a hundred.
 MAX_MACHINE_ID = 1024
+_MAX_CAPABILITIES = 64
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Control characters could forge a line in a log or on a terminal.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -536,6 +538,29 @@ class Worker:
     last_seen: _Time | None = attr("last_seen", "Time of the worker's last heartbeat, by its own clock", zero=None)
     scheduling_paused: bool = attr("scheduling_paused", "Whether no new VMs are assigned to the worker", zero=False)
     created_at: _Time | None = attr("createdAt", "When the worker first registered", zero=None, writer="controller")
+    instance_id: str = attr("instance_id", "Identity of the worker's directory on its host", zero="")
+    capabilities: tuple[str, ...] = attr("capabilities", "What the worker supports, such as `worker-state`", zero=())
+    registered_by: str = attr(
+        "registeredBy", "Service account that registered the worker; only this account may speak for it", zero="",
+        writer="controller",
+    )  # fmt: skip
+    promised: int = attr(
+        "promisedOfflineTimeoutMs", "Milliseconds of silence after which the worker was told that its VMs fail", zero=0,
+        writer="controller",
+    )  # fmt: skip
+    # Sent by workers and not stored.
+    highest_revision: int = attr(
+        "highestRevision",
+        "At registration: the revision that the worker saw before an older state was restored",
+        zero=0,
+    )
+    settled: bool = attr("settled", "In a heartbeat: whether the worker's session is whole", zero=False)
+    health: Health | None = attr("health", "What fails on the worker", zero=None)
+    # Computed for answers.
+    state: WorkerState | None = attr("state", "Whether the worker takes new VMs", zero=None, writer="controller")
+    since: _Time | None = attr("since", "Since when it is in this state", zero=None, writer="controller")
+    used: Mapping[str, int] = attr("used", "Resources that its VMs use", zero={}, writer="controller")
+    vms: int = attr("vms", "Number of its VMs that use resources", zero=0, writer="controller")
     unknown: Mapping[str, Any] = unknown_fields()
 
 
@@ -587,6 +612,10 @@ class ControllerInfo:
     capabilities: tuple[str, ...] = attr("capabilities", "Supported capabilities", zero=(), default=[])
     worker_offline_timeout: int = attr(
         "workerOfflineTimeoutMs", "Milliseconds of silence after which a worker's VMs fail", zero=0
+    )
+    cluster_id: str = attr("clusterId", "Identity of the state; a new one after `accept-state`", zero="")
+    host_dir_policies: tuple[HostDirPolicy, ...] = attr(
+        "hostDirPolicies", "The cluster's hostDirPolicies, shown to accounts that have compute:write", zero=()
     )
 
 
@@ -648,7 +677,20 @@ def worker_from_client(raw: object, unknown: list[str]) -> Worker:
     if len(worker.machine_id) > MAX_MACHINE_ID:
         raise InvalidError(f"machine_id has {len(worker.machine_id)} characters, expected at most {MAX_MACHINE_ID}")
     _check_maps(worker.labels, worker.resources)
-    return worker
+    _check_identity(worker)
+    return replace(worker, health=bounded(worker.health)) if worker.health is not None else worker
+
+
+def _check_identity(worker: Worker) -> None:
+    if len(worker.instance_id) > MAX_NAME or _CONTROL.search(worker.instance_id):
+        raise InvalidError(
+            f"instance_id is {shown(worker.instance_id)}, expected at most {MAX_NAME} printable characters"
+        )
+    if len(worker.capabilities) > _MAX_CAPABILITIES:
+        raise InvalidError(f"capabilities has {len(worker.capabilities)} texts, expected at most {_MAX_CAPABILITIES}")
+    for index, capability in enumerate(worker.capabilities):
+        if not NAME.fullmatch(capability) or len(capability) > MAX_NAME:
+            raise InvalidError(f"capabilities[{index}] is {shown(capability)}, expected a name such as worker-state")
 
 
 def account_from_client(raw: object, unknown: list[str], base: ServiceAccount | None = None) -> ServiceAccount:

@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import trio
 
+from orchard.cluster import ClusterIdentity, Promise
 from orchard.codec import ValidationError, decode, dump_json, encode
 from orchard.nursery import Wakeup
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
@@ -47,20 +48,22 @@ UPKEEP_SECONDS = 1.0
 # Changes by which a slow watcher may be behind before its channel is closed.
 WATCH_BACKLOG = 1024
 
-Kind = Literal["vm", "worker", "account", "settings"]
-StoredObject = VM | Worker | ServiceAccount | ClusterSettings
-ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings)
+Kind = Literal["vm", "worker", "account", "settings", "cluster", "promise"]
+StoredObject = VM | Worker | ServiceAccount | ClusterSettings | ClusterIdentity | Promise
+ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity, Promise)
 # Runs blocking work, as trio.to_thread.run_sync does.
 InThread = Callable[..., Awaitable[Any]]
 
-# The name of the only object of kind "settings".
+# The name of the only object of kind "settings", and of the only one of kind "cluster".
 SETTINGS = "cluster"
-_KINDS: dict[type, Kind] = {VM: "vm", Worker: "worker", ServiceAccount: "account", ClusterSettings: "settings"}
-_CLASSES: dict[str, type[Worker | ServiceAccount | ClusterSettings]] = {
+_CLASSES: dict[Kind, type[Worker | ServiceAccount | ClusterSettings | ClusterIdentity | Promise]] = {
     "worker": Worker,
     "account": ServiceAccount,
     "settings": ClusterSettings,
+    "cluster": ClusterIdentity,
+    "promise": Promise,
 }
+_KINDS: dict[type, Kind] = {VM: "vm", **{cls: kind for kind, cls in _CLASSES.items()}}
 
 _logger = logging.getLogger("orchard.store")
 
@@ -95,10 +98,10 @@ class Change:
 
     @property
     def adds(self) -> bool:
-        """Whether the change adds something: not for deletions and for the fields of VMs that the system writes."""
+        """Whether the change adds something: not for deletions and for what only the system writes."""
         if isinstance(self.old, VM) and isinstance(self.new, VM):
             return self.old.spec is not self.new.spec and self.old.spec != self.new.spec
-        return self.new is not None
+        return self.new is not None and self.kind not in ("cluster", "promise")
 
 
 def format_watch_line(kind: str, json_text: bytes) -> bytes:
@@ -115,14 +118,19 @@ class State:
         self.workers: dict[str, Worker] = {}
         self.accounts: dict[str, ServiceAccount] = {}
         self.settings = ClusterSettings()
+        self.cluster = ClusterIdentity(id="")
+        # By the names of deleted workers.
+        self.promises: dict[str, Promise] = {}
         self.vms_by_worker: defaultdict[str, dict[str, VM]] = defaultdict(dict)
         self.json: Tables = {kind: {} for kind in _KINDS.values()}
-        # The same objects as `vms`, `workers`, `accounts` and `settings`, by kind and name.
+        # The same objects as above, by kind and name.
         self.objects: dict[Kind, dict[str, Any]] = {
             "vm": self.vms,
             "worker": self.workers,
             "account": self.accounts,
             "settings": {},
+            "cluster": {},
+            "promise": self.promises,
         }
         # Sorted.
         self.names: dict[Kind, list[str]] = {kind: [] for kind in _KINDS.values()}
@@ -149,6 +157,8 @@ class State:
                 self.spec_at.pop(name, None)
         elif kind == "settings":
             self.settings = new if isinstance(new, ClusterSettings) else ClusterSettings()
+        elif kind == "cluster":
+            self.cluster = new if isinstance(new, ClusterIdentity) else ClusterIdentity(id="")
         objects, names = self.objects[kind], self.names[kind]
         if new is None:
             del objects[name]
@@ -174,10 +184,12 @@ class Transaction:
             stored = VM(replace(new.meta, version=self.revision), new.spec, new.state)
             self.changes["vm", new.meta.name] = stored
             return stored
-        self.changes[_KINDS[type(new)], SETTINGS if isinstance(new, ClusterSettings) else new.name] = new
+        self.changes[
+            _KINDS[type(new)], SETTINGS if isinstance(new, ClusterSettings | ClusterIdentity) else new.name
+        ] = new
         return new
 
-    def delete(self, old: VM | Worker | ServiceAccount) -> None:
+    def delete(self, old: VM | Worker | ServiceAccount | Promise) -> None:
         self.changes[_KINDS[type(old)], old.name] = None
 
 
@@ -461,7 +473,7 @@ def _encode_change(new: StoredObject, old: StoredObject | None, old_json: bytes,
 
 def _decode_object(kind: str, raw: Any) -> StoredObject:
     """Decode an object. Raises KeyError, TypeError, ValidationError."""
-    return vm_from_json(raw) if kind == "vm" else decode(_CLASSES[kind], raw)
+    return vm_from_json(raw) if kind == "vm" else decode(_CLASSES[cast("Kind", kind)], raw)
 
 
 def build_state(contents: Contents) -> State:

@@ -615,18 +615,18 @@ def test_roles_of_all_operations() -> None:
         None: {"GET /", "GET /controller/info"},
         "compute:read": {
             *("GET /workers", "GET /workers/{name}", "GET /vms", "GET /vms/{name}", "GET /vms/{name}/events"),
-            "GET /rpc/watch",
         },
         "compute:write": {
             *("POST /vms", "PUT /vms/{name}", "PATCH /vms/{name}", "DELETE /vms/{name}", "PUT /vms/{name}/state"),
             *("POST /vms/{name}/events", "POST /workers", "PUT /workers/{name}", "DELETE /workers/{name}"),
             *("POST /vms/{name}/access-tokens", "GET /rpc/port-forward", "POST /rpc/resolve-ip"),
+            *("GET /rpc/watch", "POST /rpc/goodbye"),
         },
         "compute:connect": {"GET /vms/{name}/port-forward", "GET /vms/{name}/ip", "GET /vms/{name}/exec"},
         "admin:read": {"GET /service-accounts", "GET /service-accounts/{name}", "GET /cluster-settings"},
         "admin:write": {
             *("POST /service-accounts", "PUT /service-accounts/{name}", "DELETE /service-accounts/{name}"),
-            *("PUT /cluster-settings", "GET /workers/{name}/port-forward"),
+            *("PUT /cluster-settings", "GET /workers/{name}/port-forward", "POST /controller/accept-state"),
         },
     }
 
@@ -640,7 +640,11 @@ def test_compute_write_allows_connecting_to_vms() -> None:
 
 async def test_controller_info_has_version_and_capabilities(api: Served) -> None:
     info = await api.ok("GET", "/controller/info")
-    assert info == {"version": __version__, "commit": "", "capabilities": ["rpc-v2", "vm-state-endpoint"]}
+    assert info == {
+        "version": __version__,
+        "commit": "",
+        "capabilities": ["rpc-v2", "vm-state-endpoint", "worker-state"],
+    }
     assert await api.ok("GET", "/") is None
 
 

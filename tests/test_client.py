@@ -107,7 +107,7 @@ async def test_methods_of_the_other_resources() -> None:
         assert (await client.cluster_settings.put({"schedulerProfile": "distribute-load"})) == (
             await client.cluster_settings.get()
         )
-        assert (await client.info()).capabilities == ("rpc-v2", "vm-state-endpoint")
+        assert (await client.info()).capabilities == ("rpc-v2", "vm-state-endpoint", "worker-state")
         assert (await client.workers.pause("worker-1")).scheduling_paused
         assert not (await client.workers.pause("worker-1", paused=False)).scheduling_paused
         assert [w.name for w in await client.workers.list()] == ["worker-1"]
@@ -201,6 +201,14 @@ def test_the_client_imports_nothing_of_the_controller_and_the_worker() -> None:
     program = "import sys, orchard.client; print(*(name for name in sys.modules if name.startswith('orchard.')))"
     loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert {name for name in loaded if name.count(".") == 1} == {
-        *("orchard.client", "orchard.codec", "orchard.files", "orchard.net", "orchard.nursery", "orchard.schema"),
+        *(
+            "orchard.client",
+            "orchard.cluster",
+            "orchard.codec",
+            "orchard.files",
+            "orchard.net",
+            "orchard.nursery",
+            "orchard.schema",
+        ),
     }
     assert "orchard.net.server" not in loaded

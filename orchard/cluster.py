@@ -1,0 +1,84 @@
+"""What the controller knows of the cluster as a whole, and of a worker's health; their JSON.
+
+`ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health` is reported by
+workers with their heartbeats and kept in memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from orchard.codec import attr
+
+# Of one worker. A report is cut to these, since a refused heartbeat would end the worker's session.
+MAX_PROBLEMS = 20
+MAX_PROBLEM_TEXT = 300  # characters
+_MAX_WHAT = 32  # characters
+
+# The capability of a worker and of a controller that speak the protocol of contract "State".
+WORKER_STATE = "worker-state"
+
+WorkerState = Literal["offline", "drained", "draining", "paused", "online"]
+
+
+@dataclass(frozen=True, slots=True)
+class HealthProblem:
+    what: str = attr("what", "What fails, for example `list`, `clone` or `start`", zero="")
+    since: datetime.datetime | None = attr("since", "When it began to fail", zero=None)
+    message: str = attr("message", "Why, on one line", zero="")
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    ok: bool = attr("ok", "Whether there is no problem", zero=True, default=True)
+    problems: tuple[HealthProblem, ...] = attr("problems", "What fails on the worker", zero=(), default=[])
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterIdentity:
+    """The identity of a state, and whether the state is older than one that workers have seen."""
+
+    id: str = attr("id", "Identity of the state", writer="controller")
+    restored_from: int = attr(
+        "restoredFrom",
+        "The revision that workers saw before an older state was restored; 0 once the state is accepted",
+        zero=0,
+        writer="controller",
+    )
+    holds_back: bool = attr(
+        "holdsBack",
+        "Whether VMs that were in the restored state may still run where it does not show them",
+        zero=False,
+        writer="controller",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """The offline timeout of a deleted worker, which may run its VMs for that long."""
+
+    name: str = attr("name", "Name of the deleted worker", writer="controller")
+    milliseconds: int = attr("milliseconds", "The offline timeout", zero=0, writer="controller")
+
+
+def bounded(health: Health) -> Health:
+    """Return a reported health with at most MAX_PROBLEMS problems, each of whose texts is one short line."""
+    problems = tuple(
+        replace(problem, what=_one_line(problem.what, _MAX_WHAT), message=_one_line(problem.message, MAX_PROBLEM_TEXT))
+        for problem in health.problems[:MAX_PROBLEMS]
+    )
+    return Health(ok=not problems, problems=problems)
+
+
+def merge(*parts: Iterable[HealthProblem]) -> Health:
+    """Return the health with the problems of all parts."""
+    problems = tuple(problem for part in parts for problem in part)[:MAX_PROBLEMS]
+    return Health(ok=not problems, problems=problems)
+
+
+def _one_line(text: str, limit: int) -> str:
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 4 * limit]).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
