@@ -41,6 +41,8 @@ from orchard.net.request import (
     WebSocketUpgrade,
     WhileConnected,
 )
+from orchard.net.websocket import TunnelStream
+from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.parameters import read_choice, read_count, read_flag, read_number, read_text
 from orchard.schema import (
     IP,
@@ -54,6 +56,7 @@ from orchard.schema import (
     VMSpec,
     Worker,
 )
+from orchard.sessions import ISSUER_ROLE, AccountSessions
 from orchard.ssh import exec as vm_exec
 from orchard.storage.errors import StorageFullError, StorageUnavailableError
 from orchard.storage.events import EventLimitError, EventLog, EventsDeletedError, InvalidCursorError
@@ -133,6 +136,7 @@ class ControllerParts:
     rendezvous: Rendezvous
     vm_access: VMAccess
     executor: vm_exec.Executor
+    sessions: AccountSessions
     gate: auth.Gate | None
     access_key: bytes = field(repr=False)
     waiting_reason: Callable[[VMSpec], str]
@@ -143,11 +147,15 @@ class ControllerParts:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The operation that a request is for, the name in its path, and the account that sent it ("": anybody)."""
+    """The operation that a request is for, the name in its path, the account that sent it ("": anybody), and its role.
+
+    `role` is what the account must keep for as long as the answer lasts.
+    """
 
     operation: APIOperation
     name: str
     account: str
+    role: Role | None = None
 
 
 class API:
@@ -183,7 +191,10 @@ class API:
                 account = sender.name
                 if operation.role is not None:
                     auth.require(sender, operation.role)
-            return Admitted(operation, name, account)
+            if self.parts.gate is None:
+                return Admitted(operation, name, "")
+            role = ISSUER_ROLE if isinstance(sender, auth.Access) else operation.role
+            return Admitted(operation, name, account, role)
         except _REFUSALS as error:
             raise http_error(error, account) from error
 
@@ -206,8 +217,18 @@ class API:
     async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer an admitted request. Raises HTTPError."""
         if admitted.operation.waits:
-            return WhileConnected(partial(self._answer, request, admitted))
-        return await self._answer(request, admitted)
+            return WhileConnected(partial(self._answer_later, request, admitted))
+        answer = await self._answer(request, admitted)
+        return self.parts.sessions.tie(answer, admitted.account, admitted.role)
+
+    async def _answer_later(self, request: Request, admitted: Admitted) -> AnyResponse:
+        """Answer a request that waits, unless its sender is deleted or loses its role meanwhile. Raises HTTPError."""
+        sessions, sender = self.parts.sessions, (admitted.account, admitted.role)
+        try:
+            with sessions.cancel_when_over(*sender):
+                return sessions.tie(await self._answer(request, admitted), *sender)
+        except auth.ForbiddenError as error:
+            raise http_error(error, admitted.account) from error
 
     async def _answer(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Let the handler answer, and wait until everything that its answer is based on is durable.
@@ -406,17 +427,21 @@ class API:
         wait = read_count(request.query, parameters.WAIT_FORWARD)
         vm = self._vm(admitted)
         request.require_websocket()
-        return self._relay_to(await self.parts.vm_access.connect(vm, port, wait))
+        return self._relay_to(await self.parts.vm_access.connect(vm, port, wait), admitted)
 
     async def forward_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = read_count(request.query, parameters.PORT_NUMBER)
         wait = read_count(request.query, parameters.WAIT_FORWARD)
         worker = _found("worker", self.state.workers, admitted.name)
         request.require_websocket()
-        return self._relay_to(await self.parts.vm_access.connect_to_host(worker.name, port, wait))
+        return self._relay_to(await self.parts.vm_access.connect_to_host(worker.name, port, wait), admitted)
 
-    def _relay_to(self, end: WorkerEnd) -> TunnelUpgrade:
-        return TunnelUpgrade(end.relay, self.parts.rendezvous.ping_interval)
+    def _relay_to(self, end: WorkerEnd, admitted: Admitted) -> TunnelUpgrade:
+        return TunnelUpgrade(partial(self._relay, end, admitted), self.parts.rendezvous.ping_interval)
+
+    async def _relay(self, end: WorkerEnd, admitted: Admitted, client: TunnelStream) -> None:
+        with self.parts.sessions.hold(admitted.account, admitted.role, partial(end.end, POLICY_VIOLATION)):
+            await end.relay(client)
 
     async def resolve_ip(self, request: Request, admitted: Admitted) -> AnyResponse:
         wait = read_count(request.query, parameters.WAIT_ADDRESS)

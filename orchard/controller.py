@@ -53,6 +53,7 @@ from orchard.nursery import unwrap_groups
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import NAME, ServiceAccount
+from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
 from orchard.storage.events import EventLog
@@ -237,7 +238,8 @@ def _compose(
     """Connect the parts of a controller. No task runs yet. Raises StartError."""
     rendezvous = Rendezvous(settings.ping_interval)
     loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
-    Reactions(store, events, rendezvous, loop, clock)
+    sessions = AccountSessions(store.state.accounts)
+    Reactions(store, events, rendezvous, loop, sessions, clock)
     vm_access = VMAccess(store, rendezvous)
     parts = ControllerParts(
         store=store,
@@ -246,6 +248,7 @@ def _compose(
         rendezvous=rendezvous,
         vm_access=vm_access,
         executor=Executor(vm_access),
+        sessions=sessions,
         gate=auth.Gate(store.state.accounts) if settings.auth else None,
         access_key=load_access_key(settings.data_dir),
         waiting_reason=loop.waiting_reason,

@@ -1,6 +1,6 @@
 """What the controller does once a change is durable.
 
-It wakes workers, ends tunnels, deletes events, lets the scheduling loop forget what was deleted, and logs the change.
+It wakes workers, ends tunnels and the sessions of accounts, deletes events, lets the scheduling loop forget what was deleted, and logs the change.
 
 A change that is not durable yet may be undone, so none of this happens earlier. The log does not say which account made
 a change: the request's own log line does, with its method, path and account.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM
+from orchard.sessions import AccountSessions
 from orchard.storage.events import EventLog
 from orchard.store import Change, Store
 from orchard.tunnel import Rendezvous
@@ -33,11 +34,13 @@ class Reactions:
         events: EventLog,
         rendezvous: Rendezvous,
         loop: SchedulingLoop,
+        sessions: AccountSessions,
         clock: Callable[[], datetime.datetime],
     ) -> None:
         self._events = events
         self._rendezvous = rendezvous
         self._loop = loop
+        self._sessions = sessions
         self._clock = clock
         store.on_durable(self._react)
 
@@ -48,6 +51,8 @@ class Reactions:
             old, new = change.old, change.new
             if isinstance(old, VM):
                 self._react_to_vm(old, new if isinstance(new, VM) else None)
+            elif change.kind == "account" and old is not None:
+                self._sessions.review(change.name)
             elif change.kind == "worker" and old is None:
                 _logger.info("worker registered", extra={"worker": change.name})
             elif change.kind == "worker" and new is None:

@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "parameters",
         ),
     ),
-    ("access", ("ssh/", "tunnel", "client")),
+    ("access", ("ssh/", "sessions", "tunnel", "client")),
     ("decisions", ("scheduler", "transitions", "auth", "liveness")),
     ("state", ("store", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
@@ -55,7 +55,7 @@ OUTSIDE = {
     "h11": {"net.request", "net.transport"},
     "trio_websocket": {
         *("net.request", "net.transport", "net.exchange", "net.websocket"),
-        *("client", "tunnel", "ssh.exec", "api"),
+        *("client", "tunnel", "sessions", "ssh.exec", "api"),
     },
     "jwt": {"auth"},
     # The extra orchard-cluster[fast].

@@ -23,6 +23,7 @@ from orchard.net.request import Headers, HTTPError, Request, Response, Stream, W
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
+from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.events import EventLog
 from orchard.storage.journal import Disk
@@ -149,7 +150,8 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
         events.open({vm.uid for vm in store.state.vms.values()})
         rendezvous = Rendezvous()
         loop = SchedulingLoop(store, DEFAULT_OFFLINE_TIMEOUT, lambda: BEGAN)
-        Reactions(store, events, rendezvous, loop, lambda: BEGAN)
+        sessions = AccountSessions(store.state.accounts)
+        Reactions(store, events, rendezvous, loop, sessions, lambda: BEGAN)
         vm_access = VMAccess(store, rendezvous)
         gate = auth.Gate(store.state.accounts) if accounts else None
         parts = ControllerParts(
@@ -159,6 +161,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
             rendezvous,
             vm_access,
             Executor(vm_access),
+            sessions,
             gate,
             access_key=b"k" * 32,
             waiting_reason=lambda _: "",

@@ -1,0 +1,124 @@
+"""The open watches, tunnels and SSH connections of each account, which end with the account or its role.
+
+A handler of something that outlasts the check of its credentials holds it here (`AccountSessions.hold`). It is ended when
+the account is deleted or loses the role that the check required. A VM access token counts as its issuing account with
+the role that issuing needs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import trio
+from trio_websocket import ConnectionClosed, WebSocketConnection
+
+from orchard.auth import ForbiddenError, require
+from orchard.net.request import AnyResponse, Stream, WebSocketUpgrade
+from orchard.net.wsframes import POLICY_VIOLATION
+from orchard.schema import Role, ServiceAccount
+
+# The role of the account that issued a VM access token.
+ISSUER_ROLE: Role = "compute:write"
+
+# For a peer to answer the close of a WebSocket.
+_CLOSE_SECONDS = 2.0
+
+_End = Callable[[str], None]
+
+
+class AccountSessions:
+    """The open sessions of all accounts. `accounts` is the store's table of accounts, by name."""
+
+    def __init__(self, accounts: Mapping[str, ServiceAccount]) -> None:
+        self._accounts = accounts
+        # By account; the keys of the inner tables only tell one session from another.
+        self._open: defaultdict[str, dict[object, tuple[Role | None, _End]]] = defaultdict(dict)
+
+    @contextmanager
+    def hold(self, account: str, role: Role | None, end: _End) -> Iterator[None]:
+        """Call `end` with the reason if the account is deleted or loses the role during the block, or has before it.
+
+        With the account "", which stands for anybody where no credentials are asked for, `end` is never called.
+        """
+        if not account:
+            yield
+            return
+        key = object()
+        self._open[account][key] = (role, end)
+        try:
+            self.review(account)
+            yield
+        finally:
+            self._open[account].pop(key, None)
+            if not self._open[account]:
+                del self._open[account]
+
+    @contextmanager
+    def cancel_when_over(self, account: str, role: Role | None) -> Iterator[None]:
+        """Cancel the block when the account is deleted or loses the role. Raises ForbiddenError then."""
+        scope, reasons = trio.CancelScope(), list[str]()
+
+        def end(reason: str) -> None:
+            reasons.append(reason)
+            scope.cancel()
+
+        with self.hold(account, role, end), scope:
+            yield
+        if scope.cancelled_caught:
+            raise ForbiddenError(reasons[0])
+
+    def tie(self, answer: AnyResponse, account: str, role: Role | None) -> AnyResponse:
+        """Return an answer like this one, whose stream or WebSocket ends with the account or its role."""
+        if isinstance(answer, Stream):
+            answer.produce = partial(self._produce, account, role, answer.produce)
+        elif isinstance(answer, WebSocketUpgrade):
+            answer.session = partial(self._converse, account, role, answer.session)
+        return answer
+
+    async def _produce(
+        self,
+        account: str,
+        role: Role | None,
+        produce: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]],
+        send: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        with suppress(ForbiddenError), self.cancel_when_over(account, role):
+            await produce(send)
+
+    async def _converse(
+        self,
+        account: str,
+        role: Role | None,
+        session: Callable[[WebSocketConnection], Awaitable[None]],
+        websocket: WebSocketConnection,
+    ) -> None:
+        try:
+            with self.cancel_when_over(account, role):
+                await session(websocket)
+        except ForbiddenError as error:
+            with trio.move_on_after(_CLOSE_SECONDS), suppress(ConnectionClosed):
+                await websocket.aclose(POLICY_VIOLATION, str(error))
+
+    def review(self, name: str) -> None:
+        """End the sessions of an account that may have changed, unless it still has their role."""
+        account = self._accounts.get(name)
+        for key, (role, end) in list(self._open.get(name, {}).items()):
+            reason = _why_ended(name, account, role)
+            if reason:
+                del self._open[name][key]
+                end(reason)
+
+
+def _why_ended(name: str, account: ServiceAccount | None, role: Role | None) -> str:
+    if account is None:
+        return f'service account "{name}" was deleted'
+    if role is None:
+        return ""
+    try:
+        require(account, role)
+    except ForbiddenError as error:
+        return str(error)
+    return ""
