@@ -14,9 +14,29 @@ from harness.programs import REASON, REQUIRE, ROOT_REASON, listed, need
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-SYSTEM = ("basename", "cat", "dirname", "find", "grep", "sed", "sh")
+SYSTEM = ("basename", "cat", "cp", "dirname", "find", "grep", "mkdir", "rm", "sed", "sh")
 # Stands for each tool of the environment, and prints how it was called.
 TOOL = '#!/bin/sh\necho "$(basename "$0") $*"\n'
+# Stands for Python. It makes environments that consist of itself, and its pip does what $PIP says.
+PYTHON = """#!/bin/sh
+[ "$1" = -c ] || echo "$(basename "$0") $*"
+case "$2 ${PIP:-}" in
+"venv "*)
+    rm -rf "$4"
+    mkdir -p "$4/bin" "$4/lib"
+    cp "$0" "$4/bin/python"
+    cp "$0" "$4/bin/pip"
+    ;;
+"pip interrupted")
+    kill -INT $PPID
+    ;;
+"pip fails early") exit 1 ;;
+"pip fails late")
+    mkdir "$(dirname "$0")/../lib/trio.dist-info"
+    exit 1
+    ;;
+esac
+"""
 APT_GET = '#!/bin/sh\necho "apt-get $*"\n[ "$1" = update ] || exit "${APT_STATUS:-0}"\n'
 
 
@@ -108,6 +128,54 @@ def test_tests_run_without_programs_that_cannot_be_installed(tmp_path: Path, apt
     assert done.returncode == 0, done.stderr
     assert "skipped" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("python -m pytest ")
+
+
+# ---- run: the environment ------------------------------------------------------------------------------------------
+
+
+def new_clone(home: Path) -> Machine:
+    """Return a machine with Python and a copy of `run` that was never used."""
+    machine = Machine(home, user=1000, system="Linux")
+    machine.add("python3", PYTHON)
+    shutil.rmtree(machine.project / ".venv")
+    return machine
+
+
+def was_made_anew(done: subprocess.CompletedProcess[str], machine: Machine) -> bool:
+    """Return whether a successful run of `demo` made the environment anew, which it must have used."""
+    assert (done.returncode, done.stdout) == (0, "python -P -m orchard demo\n"), done.stderr
+    again = machine.run("demo")
+    assert (again.returncode, again.stderr) == (0, ""), "the second run installs again"
+    return not (machine.project / ".venv" / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("pip", "status", "anew"), [("interrupted", 130, True), ("fails early", 1, False), ("fails late", 1, True)]
+)
+def test_environment_is_made_anew_unless_the_installation_changed_nothing(
+    tmp_path: Path, pip: str, status: int, anew: bool
+) -> None:
+    machine = new_clone(tmp_path)
+    refused = machine.run("demo", PIP=pip)
+    assert (refused.returncode, refused.stdout) == (status, ""), refused.stderr
+    assert ("PIP_FIND_LINKS" in refused.stderr) == (status == 1)
+    (machine.project / ".venv" / "old").touch()
+    assert was_made_anew(machine.run("demo"), machine) == anew
+
+
+def test_environment_whose_making_was_interrupted_is_made_anew(tmp_path: Path) -> None:
+    machine = new_clone(tmp_path)
+    (machine.project / ".venv" / "bin").mkdir(parents=True)
+    (machine.project / ".venv" / "old").touch()
+    write_program(machine.project / ".venv" / "bin" / "python", PYTHON)
+    assert was_made_anew(machine.run("demo"), machine)
+
+
+@pytest.mark.parametrize("verb", ["demo", "orchard", "python"])
+def test_commands_run_in_the_directory_of_their_caller(tmp_path: Path, verb: str) -> None:
+    machine = Machine(tmp_path, user=1000, system="Linux")
+    write_program(machine.project / ".venv" / "bin" / "python", '#!/bin/sh\necho "$PWD"\n')
+    assert machine.run(verb).stdout == f"{tmp_path}\n"
 
 
 def test_run_without_a_verb_prints_its_usage(tmp_path: Path) -> None:
