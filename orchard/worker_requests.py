@@ -123,6 +123,8 @@ class RequestHandler:
         failure = f"cannot connect to port {port} of {'the VM' if vm_uid else 'the host'}"
         try:
             with trio.fail_after(_CONNECT_SECONDS):
+                if vm_uid:
+                    port = await self._driver.find_port(self._running(vm_uid).name, port)
                 return await trio.open_tcp_stream(host, port)
         except trio.TooSlowError:
             raise DriverError(f"{failure}: no answer within {_CONNECT_SECONDS:g} seconds") from None
@@ -143,7 +145,12 @@ class RequestHandler:
         """Return the address of a VM, or of this host if there is no uid. Raises DriverError."""
         if not vm_uid:
             return "localhost"
+        instance = self._running(vm_uid)
+        return await self._driver.ip(instance.name, bridged=bool(instance.vm.spec.net_bridged))
+
+    def _running(self, vm_uid: str) -> Instance:
+        """Return the instance of a VM that runs here. Raises DriverError."""
         for instance in self._instances.values():
             if instance.vm.uid == vm_uid and instance.state.running:
-                return await self._driver.ip(instance.name, bridged=bool(instance.vm.spec.net_bridged))
+                return instance
         raise DriverError(f"no VM with uid {vm_uid} runs on this worker")

@@ -74,7 +74,7 @@ class SharedDir:
 class RunOptions:
     """The options of one run of a VM. `bridged` names a network interface of the host, or is "".
 
-    `leased`: the VM ends when the host's lease expires.
+    `audio`, `clipboard`: the guest shares the host's. `leased`: the VM ends when the host's lease expires.
     """
 
     headless: bool = False
@@ -85,6 +85,8 @@ class RunOptions:
     nested: bool = False
     suspendable: bool = False
     dirs: tuple[SharedDir, ...] = ()
+    audio: bool = False
+    clipboard: bool = False
     leased: bool = False
 
 
@@ -137,6 +139,12 @@ class Driver(Protocol):
 
     async def ip(self, name: str, *, bridged: bool = False) -> str:
         """Return the IP address of a running VM. May take a minute. `bridged`: the VM is on a bridged network."""
+
+    async def find_port(self, name: str, port: int) -> int:
+        """Return the port at the address of a running VM that leads to a port of this VM.
+
+        Raises DriverError if the driver knows that nothing in the VM listens there.
+        """
 
     async def stop(self, name: str) -> None:
         """Shut down a VM and wait until it has ended. A suspended VM loses its saved state. Raises NotRunning."""

@@ -1,9 +1,12 @@
 """VMs without a hypervisor, for demonstrations and tests: directories and processes behind the interface of driver.py.
 
 `home/NAME/vm.json` describes the VM, and `home/NAME/root` is its disk. The startup script really runs, in a login shell
-of this host with that directory as HOME. There is no isolation: the script is a process of the worker's user. The
-address of every VM is 127.0.0.1. Any image can be pulled. A source whose name begins with `orchard-` is a local VM and
-has to exist.
+of this host with that directory as HOME. There is no isolation: the script is a process of the worker's user. Any image
+can be pulled. A source whose name begins with `orchard-` is a local VM and has to exist.
+
+The address of every VM is 127.0.0.1. A port of a VM is one on which a process of that VM listens. For programs that
+play a VM's server themselves, it may also be this process, the one that started it, or a child that belongs to no VM.
+`ssh_port` may lead port 22 elsewhere.
 
 The shell of a script has a session of its own and ORCHARD_VM=home/NAME in its environment. It is killed with its process
 group when the VM ends. A killed worker leaves the file `home/NAME/scripted`; then `run` and `delete` find processes by
@@ -26,11 +29,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -64,6 +67,7 @@ _PULL_STEPS = 10
 # Between two lists of processes, in which those that were killed end.
 _LEFTOVER_POLL_SECONDS = 0.01
 _VARIABLE = "ORCHARD_VM"
+_SSH_PORT = 22
 
 
 class _Guest:
@@ -75,6 +79,8 @@ class _Guest:
 
     def __init__(self, *, leased: bool) -> None:
         self.leased = leased
+        # Whether programs were started by `enter`, which only their environment shows.
+        self.entered = False
         self.ending = trio.Event()
         self.ended = trio.Event()
         self.changed = Wakeup()
@@ -92,6 +98,8 @@ class SyntheticDriver(Driver):
         self._guests: dict[str, _Guest] = {}
         # Until when leased VMs may run, in trio's time.
         self._lease = math.inf
+        # Returns the port of an SSH server for a VM; None where there is none.
+        self.ssh_port: Callable[[str], Awaitable[int]] | None = None
 
     async def list_vms(self) -> list[LocalVM]:
         await trio.lowlevel.checkpoint()
@@ -203,6 +211,9 @@ class SyntheticDriver(Driver):
         for shell in guest.shells:
             signal_group(shell.pid)
         await kill(*guest.shells)
+        if guest.entered:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
         # A script can do anything to this file. While it is there, `delete` looks for processes.
         with suppress(OSError):
             (self._directory(name) / "scripted").unlink(missing_ok=True)
@@ -216,6 +227,22 @@ class SyntheticDriver(Driver):
         if name not in self._guests:
             raise DriverError("no IP address found, is your VM running?")
         return VM_ADDRESS
+
+    async def find_port(self, name: str, port: int) -> int:
+        self._running(name)
+        if port == _SSH_PORT and self.ssh_port is not None:
+            return await self.ssh_port(name)
+        if await trio.to_thread.run_sync(_listens, self._directory(name), port):
+            return port
+        raise DriverError(f"cannot connect to port {port} of the VM: connection refused, nothing in it listens there")
+
+    def enter(self, name: str, username: str) -> tuple[Path, dict[str, str]]:
+        """Return working directory and environment for a program that is to run in a running VM.
+
+        Programs with this environment are killed when the VM ends. Raises NoSuchVM, NotRunning, DriverError.
+        """
+        self._running(name).entered = True
+        return _enter(self._directory(name), username)
 
     async def stop(self, name: str) -> None:
         about = self._read(name)
@@ -350,10 +377,31 @@ def _remove(directory: Path) -> None:
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
-async def _start_shell(directory: Path, username: str) -> trio.Process:
+class _Process(NamedTuple):
+    """A process of this host. `words` is its environment, each word between two `separator`."""
+
+    parent: int
+    words: str
+    separator: str
+
+    def has(self, beginning: str) -> bool:
+        return f"{self.separator}{beginning}" in self.words
+
+    def is_of(self, directory: Path) -> bool:
+        """Return whether the process belongs to the VM of a directory."""
+        return self.has(f"{_VARIABLE}={directory}{self.separator}")
+
+
+def _enter(directory: Path, username: str) -> tuple[Path, dict[str, str]]:
+    """Prepare a VM for a program; return its working directory and environment. Raises DriverError."""
     root = directory / "root"
     temporary = root / "tmp"
-    environ = {
+    try:
+        (directory / "scripted").touch()
+        temporary.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DriverError(f"cannot start a program in {root}: {error.strerror}") from error
+    return root, {
         "HOME": str(root),
         "LOGNAME": username,
         _VARIABLE: str(directory),
@@ -362,10 +410,12 @@ async def _start_shell(directory: Path, username: str) -> trio.Process:
         "TMPDIR": str(temporary),
         "USER": username,
     }
+
+
+async def _start_shell(directory: Path, username: str) -> trio.Process:
+    root, environ = _enter(directory, username)
     pipe = subprocess.PIPE
     try:
-        (directory / "scripted").touch()
-        temporary.mkdir(exist_ok=True)
         return await trio.lowlevel.open_process(
             [_SHELL, "-l"], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
             start_new_session=True,
@@ -375,7 +425,7 @@ async def _start_shell(directory: Path, username: str) -> trio.Process:
 
 
 def _kill_leftovers(directory: Path) -> None:
-    """Kill the processes of a VM that a killed worker has left, and wait until they have ended.
+    """Kill the processes of a VM that no task waits for, and wait until they have ended.
 
     A process may start another one while the list of processes is read. So the list is read again until it is empty.
     """
@@ -389,18 +439,83 @@ def _kill_leftovers(directory: Path) -> None:
 
 def _processes_of(directory: Path) -> Iterator[int]:
     """Yield the numbers of the processes that have ORCHARD_VM=`directory` in their environment."""
-    wanted = f"{_VARIABLE}={directory}"
-    proc = Path("/proc")
-    if (proc / "self" / "environ").exists():
-        for path in proc.glob("[0-9]*/environ"):
-            with suppress(OSError):
-                if wanted.encode() in path.read_bytes().split(b"\0"):
-                    yield int(path.parent.name)
+    return (number for number, process in _processes() if process.is_of(directory))
+
+
+def _processes() -> Iterator[tuple[int, _Process]]:
+    """Yield number, parent and environment of the processes of this user."""
+    if _has_proc():
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError, IndexError):
+                words = (path / "environ").read_text(errors="surrogateescape")
+                parent = int((path / "stat").read_text(errors="replace").rpartition(") ")[2].split()[1])
+                yield int(path.name), _Process(parent, f"\0{words}\0", "\0")
         return
-    listed = subprocess.run(
-        ["/bin/ps", "-axEww", "-o", "pid=,command="], capture_output=True, text=True, errors="replace", check=False
-    )  # fmt: skip
-    for line in listed.stdout.splitlines():
-        number, _, words = line.strip().partition(" ")
-        if f" {wanted} " in f" {words} ":
-            yield int(number)
+    for line in _output("/bin/ps", "-axEww", "-o", "pid=,ppid=,command="):
+        columns = line.split(None, 2)
+        yield int(columns[0]), _Process(int(columns[1]), f" {columns[2]} ", " ")
+
+
+def _has_proc() -> bool:
+    return Path("/proc/self/environ").exists()
+
+
+def _output(*command: str) -> list[str]:
+    """Run a program of the system, and return the lines of its output."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, errors="replace", check=False)  # noqa: S603
+    return done.stdout.splitlines()
+
+
+def _listens(directory: Path, port: int) -> bool:
+    """Return whether the VM of a directory, or a program that plays its server, listens on a TCP port.
+
+    Takes milliseconds.
+    """
+    sockets = _listening_sockets(port)
+    # init may listen for others, as for the host's sshd.
+    if _holds(os.getpid(), sockets) or (os.getppid() != 1 and _holds(os.getppid(), sockets)):
+        return True
+    processes = dict(_processes())
+    return any(
+        _holds(number, sockets)
+        for number, process in processes.items()
+        if process.is_of(directory) or (not process.has(f"{_VARIABLE}=") and _is_child(number, processes))
+    )
+
+
+def _is_child(number: int, processes: Mapping[int, _Process]) -> bool:
+    """Return whether a process was started by this one, or by a process that was."""
+    for _ in range(len(processes)):
+        if number not in processes:
+            return False
+        number = processes[number].parent
+        if number == os.getpid():
+            return True
+    return False
+
+
+def _listening_sockets(port: int) -> set[str]:
+    """Return the listening TCP sockets of a port as `_holds` compares them: by inode, or without /proc by process."""
+    if not _has_proc():
+        return set(_output("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-t"))
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for row in Path(table).read_text().splitlines()[1:]:
+                # number, local address and port, remote ones, state (0A: listening), five more, inode
+                words = row.split()
+                if words[3] == "0A" and int(words[1].rpartition(":")[2], 16) == port:
+                    found.add(f"socket:[{words[9]}]")
+    return found
+
+
+def _holds(number: int, sockets: set[str]) -> bool:
+    """Return whether a process has one of the sockets open."""
+    if not _has_proc():
+        return str(number) in sockets
+    with suppress(OSError):
+        for descriptor in Path(f"/proc/{number}/fd").iterdir():
+            with suppress(OSError):
+                if str(descriptor.readlink()) in sockets:
+                    return True
+    return False

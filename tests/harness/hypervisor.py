@@ -287,6 +287,10 @@ class Handle(Driver):
         self._guest(name)
         return "127.0.0.1"
 
+    async def find_port(self, name: str, port: int) -> int:
+        await self._check_process()
+        return port
+
     async def stop(self, name: str) -> None:
         def stopped() -> Guest | None:
             self._check_exists(name)
