@@ -192,7 +192,7 @@ async def test_vm_reports_each_phase_and_leaves_nothing_when_removed(host: Host)
     assert host.history() == [
         ("pending", "cloning image", False, 0),
         ("pending", "starting", False, 0),
-        ("running", "", True, 1),
+        ("running", "", True, 0),
     ]
     assert instance.report()["uid"] == uid_of("vm")
     assert instance.state.image_fqn.startswith("image@sha256:")
@@ -225,7 +225,7 @@ async def test_failed_script_fails_the_vm_after_its_output_is_delivered(host: Ho
         await instance.ended.wait()
         assert (await host.driver.list_vms())[0].state == "stopped"
         instance.follow(changed(instance.vm, headless=True))
-        assert host.history()[-1] == ("failed", instance.state.message, False, 1)
+        assert host.history()[-1] == ("failed", instance.state.message, False, 0)
 
 
 @pytest.mark.slow
@@ -270,10 +270,10 @@ async def test_next_generation_is_booted_with_the_new_hardware(host: Host) -> No
         await until(instance, lambda _: host.lines == ["once"])
         await until(instance, lambda i: i._note.script == "done")
         instance.follow(changed(vm, cpu=8, headless=True))
-        await until(instance, lambda i: i.state.observed == 2)
+        await until(instance, lambda i: i.state.observed == 1)
         assert host.vm_json(instance)["cpu"] == 8
         assert (instance.state.running, instance.state.status) == (True, "running")
-    assert host.history()[-3:] == [("running", "", True, 1), ("running", "", False, 1), ("running", "", True, 2)]
+    assert host.history()[-3:] == [("running", "", True, 0), ("running", "", False, 0), ("running", "", True, 1)]
     assert host.lines == ["once"]
 
 
@@ -293,7 +293,7 @@ async def test_stopped_or_suspended_vm_stays_on_the_disk(
     async with tended(host, vm) as instance:
         await until(instance, lambda i: i.state.running)
         instance.follow(changed(vm, **patch))
-        await until(instance, lambda i: i.state.observed == 2)
+        await until(instance, lambda i: i.state.observed == 1)
         assert (instance.state.status, instance.state.running) == ("running", False)
         assert host.vm_json(instance)["state"] == state
         assert not instance.ended.is_set()
@@ -305,7 +305,7 @@ async def test_clone_of_a_suspended_vm_keeps_its_hardware(host: Host) -> None:
     async with tended(host, vm) as source:
         await until(source, lambda i: i.state.running)
         source.follow(changed(vm, powerState="suspended"))
-        await until(source, lambda i: i.state.observed == 2)
+        await until(source, lambda i: i.state.observed == 1)
         async with tended(host, assigned_vm("second", image=source.name, cpu=7)) as second:
             await until(second, lambda i: i.state.running)
             assert host.vm_json(second)["cpu"] == 5
@@ -347,12 +347,12 @@ async def test_vm_at_rest_outlives_its_worker_and_the_next_can_delete_it(host: H
     stopped = changed(vm, powerState="stopped")
     async with left_by_a_worker(host, vm) as instance:
         instance.follow(stopped)
-        await until(instance, lambda i: i.state.observed == 2)
+        await until(instance, lambda i: i.state.observed == 1)
     assert [(local.name, local.state) for local in await host.driver.list_vms()] == [(vm.tart_name, "stopped")]
     again = host.instance(stopped, found="stopped")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(again.tend)
-        await until(again, lambda i: i.state.observed == 2)
+        await until(again, lambda i: i.state.observed == 1)
         again.remove()
     assert host.files() == []
 
@@ -365,13 +365,13 @@ async def test_running_vm_outlives_its_worker_and_is_adopted(host: Host) -> None
     host.reports.clear()
     async with adopted(host, vm) as instance:
         assert (instance.state.status, instance.state.running) == ("running", True)
-        await until(instance, lambda i: i.state.observed == 1)
+        await until(instance, lambda i: i.state.phase == "running")
         assert instance.state.image_fqn.startswith("image@sha256:")
         instance.follow(changed(vm, cpu=8))
-        await until(instance, lambda i: i.state.observed == 2)
+        await until(instance, lambda i: i.state.observed == 1)
         assert host.vm_json(instance)["cpu"] == 8
     assert host.lines == ["once"]
-    assert host.history() == [("running", "", True, 1), ("running", "", False, 1), ("running", "", True, 2)]
+    assert host.history() == [("running", "", True, 0), ("running", "", False, 0), ("running", "", True, 1)]
     assert host.files() == []
 
 
@@ -386,7 +386,7 @@ async def test_change_made_without_a_worker_is_applied_after_adoption(
     async with left_by_a_worker(host, vm):
         pass
     async with adopted(host, changed(vm, **patch)) as instance:
-        await until(instance, lambda i: i.state.observed == 2)
+        await until(instance, lambda i: i.state.observed == 1)
         assert (instance.state.status, instance.state.running) == ("running", False)
         assert host.vm_json(instance)["state"] == state
 
@@ -402,7 +402,7 @@ async def test_vm_that_ended_before_its_adoption_fails_unless_there_is_a_newer_g
     await host.driver.stop(instance.name)
     async with adopted(host, changed(vm, **patch) if patch else vm) as instance:
         if patch:
-            await until(instance, lambda i: i.state.observed == 2)
+            await until(instance, lambda i: i.state.observed == 1)
             assert (instance.state.status, instance.state.running) == ("running", "powerState" not in patch)
         else:
             await until(instance, lambda i: i.state.status == "failed")
@@ -417,7 +417,7 @@ async def test_vm_that_came_to_rest_before_its_adoption_outlives_the_worker(host
     instance = host.instance(stopped, found="running", outlives=False)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(instance.tend)
-        await until(instance, lambda i: i.state.observed == 2)
+        await until(instance, lambda i: i.state.observed == 1)
         nursery.cancel_scope.cancel()
     assert await host.driver.list_vms() == [LocalVM(vm.tart_name, "stopped")]
     assert not instance.has_unreported_failure
@@ -468,7 +468,7 @@ async def test_vm_ends_with_its_worker_when_told_so(host: Host) -> None:
         pass
     assert host.files() == []
     assert instance.has_unreported_failure
-    assert host.history()[-1] == ("failed", STOPPED, False, 1)
+    assert host.history()[-1] == ("failed", STOPPED, False, 0)
 
 
 async def test_vm_that_can_not_be_stopped_with_its_worker_does_not_fail(
@@ -486,7 +486,7 @@ async def test_vm_that_can_not_be_stopped_with_its_worker_does_not_fail(
         before = trio.current_time()
     assert trio.current_time() - before == pytest.approx(REMOVE_SECONDS)
     assert not instance.has_unreported_failure
-    assert host.history()[-1] == ("running", "", True, 1)
+    assert host.history()[-1] == ("running", "", True, 0)
 
 
 async def test_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,7 +587,7 @@ async def adopted_or_deleted(host: Host, vm: VM) -> None:
             await host.driver.delete(local.name)
             continue
         async with adopted(host, vm) as instance:
-            await until(instance, lambda i: i.state.observed == 1 or i.state.status == "failed")
+            await until(instance, lambda i: i.state.phase == "running" or i.state.status == "failed")
             assert instance.state.message in ("", CUT_OFF)
 
 
