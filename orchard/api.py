@@ -70,6 +70,8 @@ _GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
 _STATE_ENDPOINT_SINCE = 44
 # How often a read is tried when the state that it is based on could not be made durable.
 _READ_ATTEMPTS = 3
+# The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
+_LARGE_BODY = 4 * 1024 * 1024  # bytes
 # Unknown fields that a Warning header names.
 _MAX_WARNED = 8
 # The sender of each request to a controller that asks for no credentials.
@@ -156,6 +158,15 @@ class Admitted:
     name: str
     account: str
     role: Role | None = None
+
+    @property
+    def authenticated(self) -> bool:
+        """Also of a controller that asks for no credentials: there, everybody may do everything."""
+        return self.operation.role != "public"
+
+    @property
+    def body_limit(self) -> int:
+        return self.operation.body_limit if self.operation.body is not None else 0
 
 
 class API:
@@ -711,23 +722,23 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("DELETE", "/workers/{name}", API.delete_worker, "compute:write", "Delete a Worker; its VMs fail",
               problems=(404,)),
     Operation("POST", "/vms", API.create_vm, "compute:write", "Create a VM",
-              body=_NEW_VM, answer=ref("VM"), problems=(409,)),
+              body=_NEW_VM, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(409,)),
     Operation("GET", "/vms", API.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=(parameters.FILTER,),
               answer_headers=_REVISION),
     Operation("GET", "/vms/{name}", API.get_vm, "compute:read", "Retrieve a VM",
               answer=ref("VM"), problems=(404,), query=(parameters.WATCH,), ndjson=True),
     Operation("PUT", "/vms/{name}", API.replace_vm, "compute:write", "Update a VM",
-              body=ref("VMSpec"), answer=ref("VM"), problems=(404,)),
+              body=ref("VMSpec"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
     Operation("PATCH", "/vms/{name}", API.patch_vm, "compute:write",
               "Change the fields that a JSON merge patch (RFC 7396) names",
-              body=_ANY, answer=ref("VM"), problems=(404,)),
+              body=_ANY, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
     Operation("DELETE", "/vms/{name}", API.delete_vm, "compute:write", "Delete a VM", problems=(404,)),
     Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "Report what a worker observed of its VM",
-              body=ref("VMReport"), answer=ref("VM"), problems=(404,)),
+              body=ref("VMReport"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
     Operation("GET", "/vms/{name}/events", API.list_events, "compute:read", "Retrieve events for a given VM",
               answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT),
     Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to those of a VM",
-              body=ref("Events"), problems=(404,), query=(parameters.UID,)),
+              body=ref("Events"), body_limit=_LARGE_BODY, problems=(404,), query=(parameters.UID,)),
     Operation("GET", "/vms/{name}/port-forward", API.forward_vm, "compute:connect",
               "Port-forward to a VM using WebSocket protocol: binary messages carry the bytes",
               problems=(404, 503), query=parameters.FORWARD, websocket=True, bearer=_VM_TOKEN, waits=True),

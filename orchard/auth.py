@@ -21,7 +21,6 @@ import base64
 import binascii
 import datetime
 import hmac
-import ipaddress
 import logging
 import math
 import re
@@ -35,6 +34,7 @@ from typing import Any, get_args
 
 import jwt
 
+from orchard.net.unauthenticated import source_of
 from orchard.schema import MAX_NAME, Role, ServiceAccount
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -177,19 +177,6 @@ class FailureLimit:
         times.append(now)
         if len(times) == MAX_FAILURES and now < times[0] + _FAILURE_SECONDS:
             _logger.warning("many failed logins", extra={"source": source})
-
-
-def source_of(address: str) -> str:
-    """Return the source of an address: an IPv4 address itself, or an IPv6 host's network of 64 bits."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return address
-    if isinstance(ip, ipaddress.IPv4Address):
-        return str(ip)
-    if ip.ipv4_mapped is not None:
-        return str(ip.ipv4_mapped)
-    return str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 # ---- VM access tokens -----------------------------------------------------------------------------------------------

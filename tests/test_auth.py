@@ -21,7 +21,6 @@ from orchard.auth import (
     Gate,
     TooManyFailuresError,
     UnauthenticatedError,
-    source_of,
 )
 from orchard.schema import Role, ServiceAccount
 
@@ -236,18 +235,3 @@ def test_failure_limit_remembers_the_latest_sources() -> None:
     for number in range(MAX_FAILED_SOURCES):
         limit.record(f"other-{number}")
     assert retry_after(limit, "first") == 0
-
-
-@pytest.mark.parametrize(
-    ("address", "source"),
-    [
-        ("192.0.2.7", "192.0.2.7"),
-        ("::ffff:192.0.2.7", "192.0.2.7"),
-        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
-        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
-        ("fe80::1%eth0", "fe80::/64"),
-        ("-", "-"),
-    ],
-)
-def test_source_of_address(address: str, source: str) -> None:
-    assert source_of(address) == source

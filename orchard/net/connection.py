@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import email.utils
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+import string
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
-from orchard.net.request import Admission, AnyResponse, Request
+from orchard.net.request import Admission, AnyResponse, HTTPError, Request
 from orchard.net.streams import PlainStream, TLSStream
+from orchard.net.unauthenticated import Unauthenticated
 
 # Bytes of one write. Each write has its own deadline, so that a slow reader of a large answer is not closed.
 SEND_BYTES = 256 * 1024
+# A write of more bytes takes one of the places of which there are `held_bytes`. Most answers are smaller.
+_SMALL_SEND_BYTES = 16 * 1024
 # Between two searches for clients that read nothing.
 _LOOK_SECONDS = 1.0
 _EMPTY_LINE = b"\r\n"
+# What a client of TLS never begins with, and a request in the clear always.
+_LETTERS = frozenset(string.ascii_uppercase.encode())
 
 
 class Disconnected(Exception):  # noqa: N818 -- a state of the connection, not an error of the program
@@ -37,13 +43,11 @@ class Limits:
     header_bytes: int = 16 * 1024
     # 431.
     header_count: int = 100
-    # 413.
-    body_bytes: int = 4 * 1024 * 1024
     # Between requests. The connection is closed without an answer, as clients expect.
     first_byte_seconds: float = 75.0
     # 408: from the first byte of a request to its last header. A TLS handshake may take as long, from the accept.
     head_seconds: float = 10.0
-    # 408: for the body, and one second more for each 4 KiB of it.
+    # 408: for the body, and one second more for each 4 KiB of it. How large it may be depends on the operation.
     body_seconds: float = 30.0
     # A client that takes none of 256 KiB in this time is closed.
     send_seconds: float = 30.0
@@ -51,11 +55,83 @@ class Limits:
     # bytes would send a reset, which can overtake the answer.
     linger_seconds: float = 1.0
     linger_bytes: int = 256 * 1024
-    # Beyond it the connection that has been idle for longest is closed.
+    # Beyond it a connection that has not authenticated is closed, or else the one that has been idle for longest.
     connections: int = 16_384
-    # TLS connections whose handshake is not complete. Beyond it the oldest of those is closed. So many that have sent
-    # nothing take 16 MiB (`./run bench idle`).
-    handshakes: int = 2_048
+    # Connections that have not authenticated, in all and of one source. Beyond it the oldest of them is closed. A host
+    # with hundreds of workers, or a proxy, opens as many within the time of a few handshakes. One that has sent nothing
+    # takes 8 KiB, one with half a head 45 KiB over TLS.
+    unauthenticated: int = 2_048
+    unauthenticated_of_source: int = 512
+    # Bytes of all bodies that are being read; beyond it the connection of the oldest one is closed. As many may be held
+    # by all large answers that are being sent; beyond it answers wait for each other, and clients that take nothing are
+    # closed.
+    held_bytes: int = 64 * 1024 * 1024
+
+
+class Bodies:
+    """The bodies that are being read, which together hold at most `limit` bytes. The oldest one gives way."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._sizes: dict[Connection, int] = {}
+        self._total = 0
+
+    def grow(self, connection: Connection, size: int) -> None:
+        """Count the bytes that a connection has read of its body, and close others if all have read too many."""
+        self._total += size - self._sizes.get(connection, 0)
+        self._sizes[connection] = size
+        while self._total > self._limit:
+            oldest = next(iter(self._sizes))
+            self.end(oldest)
+            oldest.abort()
+
+    def end(self, connection: Connection) -> None:
+        self._total -= self._sizes.pop(connection, 0)
+
+
+class Sends:
+    """What is being sent over sockets, until when each write may take, and how many large ones there are at once.
+
+    A cancel scope with a deadline for each small write would cost more than the write's other work.
+    """
+
+    def __init__(self, seconds: float, held_bytes: int) -> None:
+        self._seconds = seconds
+        # By trio's clock.
+        self._until: dict[Connection, float] = {}
+        # One for each large write, which holds a block of the answer, and as much again when it was encrypted.
+        self._places = trio.Semaphore(max(1, held_bytes // (2 * SEND_BYTES)))
+        self._large: dict[Connection, float] = {}
+
+    async def send(self, connection: Connection, parts: Sequence[bytes | memoryview]) -> None:
+        """Send parts of at most SEND_BYTES together. Raises BrokenResourceError, ClosedResourceError."""
+        writes = self._until
+        if sum(map(len, parts)) > _SMALL_SEND_BYTES:
+            writes = self._large
+            try:
+                self._places.acquire_nowait()
+            except trio.WouldBlock:
+                await self._places.acquire()
+        writes[connection] = trio.current_time() + self._seconds
+        try:
+            await connection.stream.send_all(parts[0] if len(parts) == 1 else b"".join(parts))
+        finally:
+            del writes[connection]
+            if writes is self._large:
+                self._places.release()
+
+    async def close_slow_readers(self) -> None:
+        """Close the sockets of clients that take nothing for too long, until cancelled.
+
+        While large answers wait for a place, this is the time between two looks.
+        """
+        while True:
+            await trio.sleep(_LOOK_SECONDS)
+            now = trio.current_time()
+            slow = [one for writes in (self._until, self._large) for one, until in writes.items() if until <= now]
+            stuck = [one for one, until in self._large.items() if until <= now + self._seconds - _LOOK_SECONDS]
+            for connection in {*slow, *stuck[: self._places.statistics().tasks_waiting]}:
+                connection.stream.abort()
 
 
 class ServerState:
@@ -75,34 +151,28 @@ class ServerState:
         self.limits = limits
         self.log = log
         self.stop = stop
-        # Connections that wait for a request, and those whose TLS handshake is not complete.
-        # Their cancel scopes can be cancelled to make room, the oldest first.
-        self.idle: dict[trio.CancelScope, None] = {}
-        self.handshaking: dict[trio.CancelScope, None] = {}
-        # Connections over sockets that are sending, and until when they may (trio's clock).
-        self.sending: dict[Connection, float] = {}
+        # Connections that wait for a handshake or a request, the one that has waited for longest first. Their cancel
+        # scopes can be cancelled to make room.
+        self.waiting: dict[trio.CancelScope, None] = {}
+        self.unauthenticated = Unauthenticated(
+            Connection.abort, limits.unauthenticated_of_source, limits.unauthenticated
+        )  # fmt: skip
+        self.bodies = Bodies(limits.held_bytes)
+        self.sends = Sends(limits.send_seconds, limits.held_bytes)
         self.open = 0  # connections
         self._clock = clock
         self._date = (-1, "")
 
     def make_room(self) -> bool:
-        """Close a waiting connection if there are too many. Return whether there is room for another one."""
-        if len(self.handshaking) >= self.limits.handshakes:
-            _cancel_oldest(self.handshaking)
-        if self.open < self.limits.connections:
+        """Close a connection if there are too many. Return whether there is room for another one."""
+        if self.open < self.limits.connections or self.unauthenticated.make_room():
             return True
-        return _cancel_oldest(self.handshaking) or _cancel_oldest(self.idle)
-
-    async def close_slow_readers(self) -> None:
-        """Close the sockets of clients that take nothing for too long, until cancelled.
-
-        A cancel scope with a deadline for each small write would take a fifth of its time (`./run bench watch`).
-        """
-        while True:
-            await trio.sleep(_LOOK_SECONDS)
-            now = trio.current_time()
-            for connection in [one for one, until in self.sending.items() if until <= now]:
-                connection.stream.abort()
+        idle = next(iter(self.waiting), None)
+        if idle is None:
+            return False
+        del self.waiting[idle]
+        idle.cancel()
+        return True
 
     def date(self) -> str:
         """Return the value of the header Date for now."""
@@ -113,7 +183,7 @@ class ServerState:
 
 
 class Connection:
-    """A client's connection and what was read from it ahead of use."""
+    """A client's connection and what was read from it ahead of use. The task that makes one calls `end`."""
 
     # Thousands of connections wait for a request and have nothing but this and a task.
     __slots__ = ("buffer", "peer", "server", "stream")
@@ -123,74 +193,69 @@ class Connection:
         self.stream: PlainStream | TLSStream = stream if isinstance(stream, TLSStream) else PlainStream(stream)
         self.peer = _peer_address(self.stream.transport_stream)
         self.buffer = bytearray()
+        server.open += 1
+        server.unauthenticated.add(self, self.peer)
+
+    def authenticate(self) -> None:
+        """Note that the client has authenticated, so that the connection is not closed for newer ones."""
+        self.server.unauthenticated.remove(self)
 
     # ---- waiting
 
     async def shake_hands(self) -> bool:
         """Complete the TLS handshake, if the connection is over TLS. Return False if that took too long.
 
-        Raises Disconnected.
+        Raises Disconnected; HTTPError 400 if the client sends HTTP in the clear, in which it can be answered then.
         """
         stream = self.stream
         if not isinstance(stream, TLSStream):
             return True
-
-        async def handshake() -> None:
-            if not await stream.wait_hello():
-                raise Disconnected("the client closed the connection before the TLS handshake")
-            await stream.do_handshake()
-
         try:
-            return await self._wait(self.server.handshaking, self.server.limits.head_seconds, handshake)
+            with self._waiting(self.server.limits.head_seconds) as scope:
+                if not await stream.wait_hello():
+                    raise Disconnected("the client closed the connection before the TLS handshake")
+                if stream.early[0] in _LETTERS:
+                    self.stream = PlainStream(stream.transport_stream)
+                    raise HTTPError(
+                        400, "this port expects HTTPS, and the request is plain HTTP; use a URL with https://"
+                    )
+                await stream.do_handshake()
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise Disconnected(str(error)) from error
+        return not scope.cancelled_caught
 
     async def wait_request(self) -> bool:
         """Wait for the first bytes of a request. Return False at the end of the connection. Raises Disconnected."""
-        if self._has_request():
-            return True
-        waited = await self._wait(self.server.idle, self.server.limits.first_byte_seconds, self._fill_with_request)
-        return waited and bool(self.buffer)
-
-    def _has_request(self) -> bool:
-        """Whether something of a request was read or can be read now. Raises Disconnected.
-
-        Busy clients have sent their next request while others had their turn, and to wait for it would take a fifth of a
-        small request's time (`./run bench api`). Other connections get their turn with each answer that is sent.
-        """
-        if not self.buffer:
+        buffer = self.buffer
+        if not buffer:
+            # Busy clients have sent their next request while others had their turn, and to wait for it would cost more.
+            # Other connections get their turn with each answer that is sent.
             try:
-                data = self.stream.receive_now()
+                buffer += self.stream.receive_now() or b""
             except trio.BrokenResourceError as error:
                 raise Disconnected("the connection broke") from error
-            if data:
-                self.buffer += data
         # A single empty line between requests is ignored (RFC 9112, section 2.2), and does not begin one.
-        return bool(self.buffer) and self.buffer != _EMPTY_LINE
+        if buffer and buffer != _EMPTY_LINE:
+            return True
+        with self._waiting(self.server.limits.first_byte_seconds):
+            while await self.fill():
+                if buffer != _EMPTY_LINE:
+                    return True
+        return False
 
-    async def _fill_with_request(self) -> None:
-        while await self.fill():
-            if self.buffer != _EMPTY_LINE:
-                return
-        self.buffer.clear()
-
-    async def _wait(
-        self, waiting: dict[trio.CancelScope, None], seconds: float, wait: Callable[[], Awaitable[object]]
-    ) -> bool:
-        """Wait with the connection in a list, from which it can be closed to make room, or when the server stops.
-
-        Return whether the wait ended by itself and in time.
-        """
+    @contextmanager
+    def _waiting(self, seconds: float) -> Iterator[trio.CancelScope]:
+        """Cancel the block after that time, when the connection is closed to make room, and when the server stops."""
+        waiting = self.server.waiting
         scope = trio.CancelScope(deadline=trio.current_time() + seconds)
         if self.server.stop.is_set():
             scope.cancel()
         waiting[scope] = None
         try:
             with scope:
-                await wait()
+                yield scope
         finally:
             waiting.pop(scope, None)
-        return not scope.cancelled_caught
 
     async def until_gone(self) -> None:
         """Return when the client has gone. What it sends meanwhile is kept."""
@@ -214,44 +279,24 @@ class Connection:
 
     def take(self, size: int | None = None) -> bytes:
         """Take bytes from the front of the buffer, all without a size."""
-        taken = bytes(self.buffer[:size])
+        with memoryview(self.buffer) as view:
+            taken = bytes(view[:size])
         del self.buffer[:size]
         return taken
 
-    async def send(self, data: bytes) -> None:
-        """Send. Raises Disconnected, also if the client takes nothing for too long."""
-        server, stream = self.server, self.stream
-        if not stream.is_socket:
-            await self._send_to_memory(data)
-            return
-        seconds = server.limits.send_seconds
+    async def send(self, *parts: bytes) -> None:
+        """Send. Parts of SEND_BYTES together are joined. Raises Disconnected, also if the client takes nothing for too long."""
+        send = self.server.sends.send if self.stream.is_socket else _send_to_memory
         try:
-            server.sending[self] = trio.current_time() + seconds
-            if len(data) <= SEND_BYTES:
-                await stream.send_all(data)
+            if sum(map(len, parts)) <= SEND_BYTES:
+                await send(self, parts)
                 return
-            view = memoryview(data)
-            for start in range(0, len(data), SEND_BYTES):
-                server.sending[self] = trio.current_time() + seconds
-                await stream.send_all(view[start : start + SEND_BYTES])
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(part), SEND_BYTES):
+                    await send(self, (view[start : start + SEND_BYTES],))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise Disconnected("the connection broke, or the client took nothing for too long") from error
-        finally:
-            server.sending.pop(self, None)
-
-    async def _send_to_memory(self, data: bytes) -> None:
-        """Send over a stream that cannot be closed by another task, which only tests and the simulation have."""
-        seconds = self.server.limits.send_seconds
-        try:
-            with trio.CancelScope(deadline=trio.current_time() + seconds) as scope:
-                view = memoryview(data)
-                for start in range(0, len(data), SEND_BYTES):
-                    scope.deadline = trio.current_time() + seconds
-                    await self.stream.send_all(view[start : start + SEND_BYTES])
-                return
-        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
-            raise Disconnected("the connection broke") from error
-        raise Disconnected(f"the client took nothing for {seconds:g} seconds")
 
     async def linger(self) -> None:
         """End the sending half, then discard what the client still sends, within bounds, so that it reads the answer."""
@@ -265,20 +310,30 @@ class Connection:
             while left > 0 and (size := await self.stream.discard_some()):
                 left -= size
 
+    # ---- ending
+
+    def abort(self) -> None:
+        """Close the connection at once. The task that serves it ends with Disconnected."""
+        self.stream.abort()
+
     async def aclose(self) -> None:
         """Close the connection within `linger_seconds`."""
         with trio.move_on_after(self.server.limits.linger_seconds):
             await self.stream.aclose()
 
+    def end(self) -> None:
+        """Count the connection no longer."""
+        self.server.open -= 1
+        self.server.unauthenticated.remove(self)
 
-def _cancel_oldest(waiting: dict[trio.CancelScope, None]) -> bool:
-    """Cancel and remove the scope that was added first. Return whether there was one."""
-    oldest = next(iter(waiting), None)
-    if oldest is None:
-        return False
-    del waiting[oldest]
-    oldest.cancel()
-    return True
+
+async def _send_to_memory(connection: Connection, parts: Sequence[bytes | memoryview]) -> None:
+    """Send over a stream that cannot be closed by another task, which only tests and the simulation have."""
+    seconds = connection.server.limits.send_seconds
+    with trio.move_on_after(seconds):
+        await connection.stream.send_all(b"".join(parts))
+        return
+    raise Disconnected(f"the client took nothing for {seconds:g} seconds")
 
 
 def _peer_address(stream: trio.abc.Stream) -> str:

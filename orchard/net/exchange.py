@@ -16,8 +16,10 @@ import http
 import logging
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import accumulate
 from typing import TypeVar
 
 import trio
@@ -28,6 +30,7 @@ from orchard.net.connection import SEND_BYTES, Connection, Disconnected
 from orchard.net.request import (
     AnyResponse,
     ChunkedBody,
+    HeaderBlock,
     HTTPError,
     Request,
     Response,
@@ -46,6 +49,9 @@ from orchard.nursery import sole_exception
 
 # Bytes a second that earn a body more time. No client on a usable network is slower.
 _BODY_RATE = 4096
+# A body of an operation that takes none is ignored up to this size, because some clients send "{}" or "null" with
+# everything. A larger one is refused.
+_IGNORED_BODY_BYTES = 4 * 1024
 # A longer path is cut in the request log.
 _LOGGED_PATH = 256  # characters
 # No standard status says that the client went away before the answer.
@@ -68,31 +74,31 @@ class Exchange:
 
     __slots__ = (
         "_account",
-        "_begun",
         "_connection",
         "_ended",
         "_keep_alive",
         "_request",
         "_server",
         "_since",
+        "_status",
         "_unread",
     )
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._server = connection.server
-        # Until it is in the request log.
         self._request: Request | None = None
         # Who sent it, for the request log.
         self._account = ""
-        # When the head was complete.
+        # When the head was complete; negative when the request was logged.
         self._since = 0.0
         # Whether the client lets another request follow.
         self._keep_alive = False
         # Whether bytes of the request may be unread, or its end is unknown.
         self._unread = True
-        # Whether something of the answer may have been sent, and whether all of it was and its end is known.
-        self._begun = False
+        # That of the answer, once something of it may have been sent.
+        self._status = 0
+        # Whether all of the answer was sent, and its end is known.
         self._ended = False
 
     async def run(self) -> bool:
@@ -111,18 +117,38 @@ class Exchange:
             await self._respond_in_pieces(answer)
         elif isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             await self._upgrade(answer)
+        else:
+            return False
+        self.end()
+        if self._unread or self._status == _SWITCHING_PROTOCOLS:
+            await self._connection.linger()
         return self._ended
 
-    async def fail(self) -> None:
-        """Answer with status 500, unless an answer was begun. Raises Disconnected."""
-        if not self._begun:
-            await self._respond(error_response(HTTPError(500, "internal error")), close=True)
+    async def fail(self, error: HTTPError) -> None:
+        """Answer with an error unless an answer was begun, and end the connection. Raises Disconnected."""
+        self._unread = True
+        if not self._status:
+            await self._respond(error_response(error))
+        self.end()
         await self._connection.linger()
 
     def end(self) -> None:
-        """Write the log's line for a request without an answer."""
-        if self._request is not None:
-            self._record(_CLIENT_GONE)
+        """Write the request's line in the log, once. It never has the query, which may hold secrets."""
+        request, since = self._request, self._since
+        if since < 0 or not (request or self._status):
+            return
+        self._since = -1.0
+        if not self._server.log.isEnabledFor(logging.INFO):
+            return
+        fields = {
+            "method": request.method if request is not None else "-",
+            "path": request.path[:_LOGGED_PATH] if request is not None else "-",
+            "status": self._status or _CLIENT_GONE,
+            "duration_ms": round((trio.current_time() - since) * 1000, 1) if request is not None else 0.0,
+            "account": _printable(self._account) if self._account else "-",
+            "peer": self._connection.peer,
+        }
+        self._server.log.info("request", extra=fields)
 
     # ---- reading
 
@@ -139,17 +165,14 @@ class Exchange:
         request, block = parse_head(raw, server.limits.header_count, self._connection.peer)
         self._request = request
         self._keep_alive = block.keep_alive
-        length = block.length
-        if length == 0:
-            self._unread = False
-        elif length is not None and length > server.limits.body_bytes:
-            raise body_too_large(server.limits.body_bytes)
+        self._unread = block.length != 0
         admitted = server.admit(request)
         self._account = admitted.account
-        if length != 0:
-            if block.expects_continue and not self._connection.buffer:
-                await self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-            request.body = await (self._read_chunks(raw) if length is None else self._read_body(length))
+        if admitted.authenticated:
+            self._connection.authenticate()
+        if self._unread:
+            body = await self._read_body(raw, block, admitted.body_limit or _IGNORED_BODY_BYTES)
+            request.body = body if admitted.body_limit else b""
             self._unread = False
         answer: AnyResponse | None = await server.handler(request, admitted)
         while isinstance(answer, WhileConnected):
@@ -172,17 +195,18 @@ class Exchange:
                 raise HTTPError(408, f"the request head was not complete within {limits.head_seconds:g} seconds")
         return self._connection.take(end)
 
-    async def _read_body(self, length: int) -> bytes:
-        """Return a body of `length` bytes. Raises HTTPError 408, and Disconnected."""
-        buffer = self._connection.buffer
-        if len(buffer) < length:
-            await self._read_until(lambda: len(buffer) >= length, lambda: len(buffer))
-        return self._connection.take(length)
-
-    async def _read_chunks(self, head: bytes) -> bytes:
-        """Return a chunked body. Raises HTTPError 408, 400, 413, 431, and Disconnected."""
-        connection, limits = self._connection, self._server.limits
-        body = ChunkedBody(strip_empty_line(head), limits.body_bytes, limits.header_bytes)
+    async def _read_body(self, head: bytes, block: HeaderBlock, limit: int) -> bytes:
+        """Return the body of a request that has one. Raises HTTPError 408, 400, 413, 431, and Disconnected."""
+        connection, length = self._connection, block.length
+        if length is not None and length > limit:
+            raise body_too_large(limit)
+        if block.expects_continue and not connection.buffer:
+            await connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if length is not None:
+            if len(connection.buffer) < length:
+                await self._read_until(lambda: len(connection.buffer) >= length, lambda: len(connection.buffer))
+            return connection.take(length)
+        body = ChunkedBody(strip_empty_line(head), limit, self._server.limits.header_bytes)
 
         def is_complete() -> bool:
             if not connection.buffer:
@@ -199,14 +223,19 @@ class Exchange:
 
         Raises HTTPError 408, and Disconnected.
         """
-        limits = self._server.limits
+        connection, limits, bodies = self._connection, self._server.limits, self._server.bodies
         start = trio.current_time() + limits.body_seconds
-        with trio.CancelScope(deadline=start) as scope:
-            while not is_complete():
-                scope.deadline = start + size() / _BODY_RATE
-                if not await self._connection.fill():
-                    raise Disconnected("the client closed the connection before the end of the body")
-            return
+        try:
+            with trio.CancelScope(deadline=start) as scope:
+                while not is_complete():
+                    read = size()
+                    bodies.grow(connection, read)
+                    scope.deadline = start + read / _BODY_RATE
+                    if not await connection.fill():
+                        raise Disconnected("the client closed the connection before the end of the body")
+                return
+        finally:
+            bodies.end(connection)
         raise HTTPError(408, f"the body was not complete within {limits.body_seconds:g} seconds")
 
     # ---- writing
@@ -226,31 +255,33 @@ class Exchange:
 
     def _may_continue(self) -> bool:
         """Whether another request may follow the answer."""
-        return self._keep_alive and not self._server.stop.is_set()
+        return self._keep_alive and not self._unread and not self._server.stop.is_set()
 
-    async def _respond(self, answer: Response, *, close: bool = False) -> None:
-        unread = self._unread
-        keep = not (close or unread) and self._may_continue()
+    async def _respond(self, answer: Response) -> None:
+        keep = self._may_continue()
         pieces = (answer.body,) if isinstance(answer.body, bytes) else answer.body
-        size = sum(map(len, pieces))
+        # Where in the body each piece ends.
+        ends = list(accumulate(map(len, pieces)))
+        size = ends[-1] if ends else 0
         framing = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
         if size:
             framing += f"Content-Type: {answer.content_type}\r\n"
         head = self._head(answer, framing, keep)
+        self._status = answer.status
         if self._request is not None and self._request.method == "HEAD":
-            pieces = ()
-        self._begun = True
-        try:
-            # A small answer is sent at once, a large one some pieces at a time, so that other tasks get their turn.
-            together = max(1, len(pieces) * (SEND_BYTES - len(head)) // max(size, 1))
-            await self._connection.send(b"".join([head, *pieces[:together]]))
-            for start in range(together, len(pieces), together):
-                await self._connection.send(b"".join(pieces[start : start + together]))
-            self._ended = keep
-        finally:
-            self._record(answer.status)
-        if unread:
-            await self._connection.linger()
+            size, pieces = 0, ()
+        if len(head) + size <= SEND_BYTES:
+            await self._connection.send(head, *pieces)
+        else:
+            await self._connection.send(head)
+            start = 0
+            # Some pieces at a time, so that other tasks get their turn and little is copied.
+            while start < len(pieces):
+                sent = ends[start - 1] if start else 0
+                stop = max(start + 1, bisect_right(ends, sent + SEND_BYTES))
+                await self._connection.send(*pieces[start:stop])
+                start = stop
+        self._ended = keep
 
     async def _respond_in_pieces(self, answer: Stream) -> None:
         assert self._request is not None
@@ -264,7 +295,8 @@ class Exchange:
             nonlocal torn
             if piece:
                 torn = True
-                await self._connection.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+                framed = (b"%x\r\n" % len(piece), piece, b"\r\n") if chunked else (piece,)
+                await self._connection.send(*framed)
                 torn = False
 
         async def produce() -> None:
@@ -274,7 +306,7 @@ class Exchange:
             torn = False
             await answer.produce(send)
 
-        self._begun = True
+        self._status = answer.status
         try:
             if self._request.method == "HEAD":
                 await self._connection.send(head)
@@ -286,8 +318,6 @@ class Exchange:
         except HTTPError as error:
             # The status was sent already. Without the last chunk the client knows that the answer is incomplete.
             raise Disconnected(f"the answer was cut off: {error.message}") from error
-        finally:
-            self._record(answer.status)
 
     async def _watched(self, work: Callable[[], Awaitable[ResultT]], *, until_stop: bool = False) -> ResultT | None:
         """Return what work returns; None if, with `until_stop`, the server stops before that.
@@ -324,34 +354,15 @@ class Exchange:
 
     async def _upgrade(self, answer: WebSocketUpgrade | TunnelUpgrade) -> None:
         assert self._request is not None
-        self._begun = True
-        try:
-            accept = wsframes.accept_value(self._request.headers.get("sec-websocket-key") or "")
-            await self._connection.send(f"{_UPGRADED}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())
-            # What the client has sent beyond its request.
-            early = self._connection.take()
-            if isinstance(answer, WebSocketUpgrade):
-                await _run_websocket(self._connection, answer, early)
-            else:
-                await _run_tunnel(self._connection, answer, early)
-        finally:
-            self._record(_SWITCHING_PROTOCOLS)
-        await self._connection.linger()
-
-    def _record(self, status: int) -> None:
-        """Write the request's line in the log. It never has the query, which may hold secrets."""
-        request, self._request = self._request, None
-        if not self._server.log.isEnabledFor(logging.INFO):
-            return
-        fields = {
-            "method": request.method if request is not None else "-",
-            "path": request.path[:_LOGGED_PATH] if request is not None else "-",
-            "status": status,
-            "duration_ms": round((trio.current_time() - self._since) * 1000, 1) if request is not None else 0.0,
-            "account": _printable(self._account) if request is not None and self._account else "-",
-            "peer": self._connection.peer,
-        }
-        self._server.log.info("request", extra=fields)
+        self._status = _SWITCHING_PROTOCOLS
+        accept = wsframes.accept_value(self._request.headers.get("sec-websocket-key") or "")
+        await self._connection.send(f"{_UPGRADED}Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())
+        # What the client has sent beyond its request.
+        early = self._connection.take()
+        if isinstance(answer, WebSocketUpgrade):
+            await _run_websocket(self._connection, answer, early)
+        else:
+            await _run_tunnel(self._connection, answer, early)
 
 
 def _printable(text: str) -> str:

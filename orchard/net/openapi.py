@@ -22,6 +22,7 @@ PROBLEMS: Mapping[int, str] = {
     404: "There is no resource with the given name",
     409: "The name is already taken",
     412: "The request breaks a rule; the message names it",
+    413: "The body is too large",
     426: "The request does not ask for the WebSocket protocol",
     429: "Too many wrong credentials came from this address; correct ones are accepted at any time",
     503: "The change cannot be stored now, or the host that must carry out the request is not reachable",
@@ -69,8 +70,9 @@ class Operation(Generic[RoleT]):
     valid account, and "public" admits requests without credentials. `bearer` is a scheme that is accepted in place of
     an account.
 
-    `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `problems` are the statuses
-    that do not follow from role, body, query or method. `answer_headers` maps names to descriptions.
+    `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `body_limit` is the largest
+    body in bytes, if there is a `body`. `problems` are the statuses that do not follow from role, body, query or method.
+    `answer_headers` maps names to descriptions.
     With `ndjson`, `?watch=true` answers with a stream of objects of the answer's schema. With `websocket` the operation
     answers 101. An operation that `waits` may take long, and is cancelled when the client goes away.
     """
@@ -90,6 +92,7 @@ class Operation(Generic[RoleT]):
     waits: bool = False
     bearer: SecurityScheme | None = None
     body_required: bool = True
+    body_limit: int = 256 * 1024
 
 
 def ref(name: str) -> Schema:
@@ -174,7 +177,7 @@ def _problem_statuses(operation: Operation[RoleT]) -> set[int]:
         if operation.role is not None:
             statuses.add(403)
     if operation.body is not None:
-        statuses |= {400, 412}
+        statuses |= {400, 412, 413}
     if operation.method != "GET":
         statuses.add(507)
     if operation.query or "{" in operation.path:

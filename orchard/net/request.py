@@ -278,11 +278,19 @@ AnyResponse = Response | Stream | WebSocketUpgrade | TunnelUpgrade | WhileConnec
 
 
 class Admission(Protocol):
-    """What admission found out about a request. The server reads the account and hands the rest to the handler."""
+    """What admission found out about a request, as far as the server needs it; the handler gets all of it."""
 
     @property
     def account(self) -> str:
         """The account that sent the request, for the request log; "" if it is not known."""
+
+    @property
+    def authenticated(self) -> bool:
+        """Whether the sender may do what not everybody may, so that its connection need not make room for others."""
+
+    @property
+    def body_limit(self) -> int:
+        """The largest body that the operation takes, in bytes; 0: none, and a small one is read and ignored."""
 
 
 def error_response(error: HTTPError) -> Response:

@@ -21,7 +21,7 @@ import trio
 
 from orchard.net.connection import Connection, Disconnected, Limits, ServerState
 from orchard.net.exchange import Exchange
-from orchard.net.request import Admission, AnyResponse, Request
+from orchard.net.request import Admission, AnyResponse, HTTPError, Request
 
 AdmittedT = TypeVar("AdmittedT", bound=Admission)
 
@@ -54,56 +54,50 @@ async def serve(
     server = ServerState(handler, admit, limits or Limits(), log, clock, stop)
     # Ends last.
     async with trio.open_nursery() as watching:
-        watching.start_soon(server.close_slow_readers)
+        watching.start_soon(server.sends.close_slow_readers)
         # One task for each connection. Ends when all connections have ended, or after the grace period.
         async with trio.open_nursery() as connections:
             # Ends first.
             async with trio.open_nursery() as accepting:
                 accept = partial(
-                    trio.serve_listeners, partial(_connect, server), list(listeners), handler_nursery=connections
+                    trio.serve_listeners,
+                    partial(_serve_connection, server),
+                    list(listeners),
+                    handler_nursery=connections,
                 )
                 await accepting.start(accept)
                 task_status.started()
                 await stop.wait()
                 accepting.cancel_scope.cancel()
-            for scope in (*server.idle, *server.handshaking):
+            for scope in server.waiting:
                 scope.cancel()
             connections.cancel_scope.deadline = trio.current_time() + grace
         watching.cancel_scope.cancel()
 
 
-async def _connect(server: ServerState, stream: trio.abc.Stream) -> None:
-    """Serve one connection if there is room; trio.serve_listeners closes the stream afterwards in any case."""
+async def _serve_connection(server: ServerState, stream: trio.abc.Stream) -> None:
+    """Answer the requests of a connection; trio.serve_listeners closes the stream afterwards in any case."""
     if not server.make_room():
         server.log.warning("connection refused: %d are open, and none of them is idle", server.open)
         return
-    server.open += 1
+    connection = Connection(server, stream)
+    exchange = Exchange(connection)
     try:
-        await _run(Connection(server, stream))
-    finally:
-        server.open -= 1
-
-
-async def _run(connection: Connection) -> None:
-    """Answer the requests of a connection until it ends."""
-    log = connection.server.log
-    exchange: Exchange | None = None
-    try:
-        if not await connection.shake_hands():
-            return
-        while await connection.wait_request():
+        try:
+            more = await connection.shake_hands()
+        except HTTPError as refused:
+            await exchange.fail(refused)
+            more = False
+        while more and await connection.wait_request():
             exchange = Exchange(connection)
-            if not await exchange.run():
-                break
-            exchange = None
+            more = await exchange.run()
         await connection.aclose()
     except (Disconnected, trio.BrokenResourceError, trio.ClosedResourceError) as gone:
-        log.debug("%s: the connection ended: %r", connection.peer, gone.__cause__ or gone)
+        server.log.debug("%s: the connection ended: %r", connection.peer, gone.__cause__ or gone)
     except Exception:
-        log.exception("a request failed")
-        if exchange is not None:
-            with suppress(Disconnected):
-                await exchange.fail()
+        server.log.exception("a request failed")
+        with suppress(Disconnected):
+            await exchange.fail(HTTPError(500, "internal error"))
     finally:
-        if exchange is not None:
-            exchange.end()
+        exchange.end()
+        connection.end()

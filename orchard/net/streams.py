@@ -146,8 +146,8 @@ class TLSStream(trio.abc.HalfCloseableStream):
     """
 
     __slots__ = (
-        *("_context", "_early", "_ended", "_flushed", "_flushing", "_incoming", "_outgoing", "_plain", "_receiving"),
-        *("_sending", "_tls", "_unsent", "is_socket"),
+        *("_context", "_ended", "_flushed", "_flushing", "_incoming", "_outgoing", "_plain", "_receiving"),
+        *("_sending", "_tls", "_unsent", "early", "is_socket"),
     )
 
     def __init__(self, stream: trio.abc.Stream, context: ssl.SSLContext) -> None:
@@ -155,7 +155,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
         self.is_socket = self._plain.is_socket
         self._context = context
         # What arrived before OpenSSL's state was created.
-        self._early = b""
+        self.early = b""
         self._tls: ssl.SSLObject | None = None
         self._incoming: ssl.MemoryBIO | None = None
         self._outgoing: ssl.MemoryBIO | None = None
@@ -178,19 +178,19 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     async def wait_hello(self) -> bool:
         """Wait for the client's first record, and return whether it came before the end. Raises BrokenResourceError."""
-        while not _is_complete_record(self._early):
+        while not _is_complete_record(self.early):
             data = await self._plain.receive_some()
             if not data:
                 return False
-            self._early += data
+            self.early += data
         return True
 
     async def do_handshake(self) -> None:
         """Negotiate keys with the client. Raises BrokenResourceError, whose cause is OpenSSL's error if there is one."""
         incoming, outgoing = self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = self._context.wrap_bio(incoming, outgoing, server_side=True)
-        incoming.write(self._early)
-        self._early = b""
+        incoming.write(self.early)
+        self.early = b""
         while True:
             try:
                 self._tls.do_handshake()

@@ -39,6 +39,7 @@ from asyncssh.kex import get_kex_algs
 from orchard import auth, logs
 from orchard.files import write_private
 from orchard.net.tcp import splice
+from orchard.net.unauthenticated import source_of
 from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, ServiceAccount
 from orchard.store import State
@@ -97,7 +98,7 @@ def host_key(path: Path) -> asyncssh.SSHKey:
 
 
 class LoginDelays:
-    """How long logins wait, by the number of refused logins of each source (`auth.source_of`) since an accepted one.
+    """How long logins wait, by the number of refused logins of each source (`source_of`) since an accepted one.
 
     At most auth.MAX_FAILED_SOURCES sources are remembered; the one that failed least recently is forgotten first.
     """
@@ -107,16 +108,16 @@ class LoginDelays:
 
     def delay(self, address: str) -> float:
         """Return the seconds that the next login from an address has to wait."""
-        return DELAYS[min(self._refused.get(auth.source_of(address), 0), len(DELAYS) - 1)]
+        return DELAYS[min(self._refused.get(source_of(address), 0), len(DELAYS) - 1)]
 
     def note_refused(self, address: str) -> None:
-        source = auth.source_of(address)
+        source = source_of(address)
         self._refused[source] = self._refused.pop(source, 0) + 1
         if len(self._refused) > auth.MAX_FAILED_SOURCES:
             self._refused.popitem(last=False)
 
     def note_accepted(self, address: str) -> None:
-        self._refused.pop(auth.source_of(address), None)
+        self._refused.pop(source_of(address), None)
 
 
 class JumpHost:

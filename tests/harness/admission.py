@@ -9,9 +9,11 @@ from orchard.net.request import Request
 
 @dataclass(frozen=True)
 class Sender:
-    """An admitted sender; `account` is for the request log."""
+    """An admitted sender; `account` is for the request log, `body_limit` in bytes."""
 
     account: str = ""
+    authenticated: bool = True
+    body_limit: int = 4 * 1024 * 1024
 
 
 def admit_anybody(request: Request) -> Sender:

@@ -123,6 +123,6 @@ def test_statuses_and_path_parameters_are_described() -> None:
     operation = Operation("POST", "/a/{name}", print, "compute:write", "Do", body={"type": "object"}, problems=(409,))
     described = describe_operation(operation)
     assert described["description"] == "Needs the role `compute:write`."
-    assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "429", "503", "507"}
+    assert described["responses"].keys() == {"200", "400", "401", "403", "409", "412", "413", "429", "503", "507"}
     path = build_document([operation], prefix="/v1", info={}, schemas={})["paths"]["/a/{name}"]
     assert path["parameters"] == [{"in": "path", "name": "name", "required": True, "schema": {"type": "string"}}]

@@ -697,9 +697,9 @@ async def test_100_continue_is_not_sent_if_the_body_is_here_or_refused(
     def admit(request: Request) -> Sender:
         if request.path == "/refused":
             raise HTTPError(401, "who are you?")
-        return Sender()
+        return Sender(body_limit=1024)
 
-    async with serving(echo, admit=admit, limits=Limits(body_bytes=1024)) as served:
+    async with serving(echo, admit=admit) as served:
         stream = served.connect()
         client = Client(stream)
         await stream.send_all(request_bytes)
@@ -1076,7 +1076,7 @@ async def test_too_many_headers_are_refused(autojump_clock: Clock) -> None:
 
 
 async def test_body_up_to_the_limit_is_accepted(autojump_clock: Clock) -> None:
-    async with serving(echo, limits=Limits(body_bytes=1000)) as served:
+    async with serving(echo, admit=lambda _: Sender(body_limit=1000)) as served:
         for size, status in ((1000, 200), (1001, 413)):
             body = b"a" * size
             for data in (
@@ -1091,15 +1091,16 @@ async def test_body_up_to_the_limit_is_accepted(autojump_clock: Clock) -> None:
 
 @pytest.mark.slow
 async def test_endless_request_is_refused_within_limit_and_memory(autojump_clock: Clock) -> None:
-    limits = Limits(body_bytes=1024 * 1024, linger_bytes=16 * 1024)
+    limit = 1024 * 1024
     bombs = {
         "sized": (post(b"Content-Length: 1000000000"), b"a" * 8192, 64 * 1024),
-        "chunked": (post(CHUNKED), b"1FFE\r\n" + b"a" * 8190 + b"\r\n", limits.body_bytes + 64 * 1024),
+        "chunked": (post(CHUNKED), b"1FFE\r\n" + b"a" * 8190 + b"\r\n", limit + 64 * 1024),
         "one byte a chunk": (post(CHUNKED), b"1\r\na\r\n" * 1000, 128 * 1024),
         "trailers": (post(CHUNKED, body=b"0\r\n"), b"X-A: b\r\n" * 1000, 64 * 1024),
         "headers": (b"GET / HTTP/1.1\r\n", b"X-A: b\r\n" * 1000, 64 * 1024),
     }
-    async with serving(echo, limits=limits) as served:
+    admit, limits = lambda _: Sender(body_limit=limit), Limits(linger_bytes=16 * 1024)
+    async with serving(echo, admit=admit, limits=limits) as served:
         for name, (start, piece, expected) in bombs.items():
             stream = served.connect()
             tracemalloc.start()
@@ -1109,7 +1110,7 @@ async def test_endless_request_is_refused_within_limit_and_memory(autojump_clock
             tracemalloc.stop()
             assert (await Client(stream).sure()).status in (400, 413, 431), name
             assert sent <= expected, name
-            assert peak <= 2 * limits.body_bytes, name
+            assert peak <= 2 * limit, name
 
 
 async def test_longest_idle_connection_is_closed_for_a_new_one(autojump_clock: Clock) -> None:
@@ -1959,16 +1960,18 @@ async def test_requests_and_websocket_over_tls_and_tcp(contexts: Contexts) -> No
 async def test_oldest_incomplete_tls_handshake_is_closed_for_a_new_one(
     autojump_clock: Clock, contexts: Contexts
 ) -> None:
-    async with serving(echo, limits=Limits(handshakes=3)) as served:
+    async with serving(echo, limits=Limits(unauthenticated=3)) as served:
         served.contexts = contexts
         pairs = [socket_pair() for _ in range(5)]
         clients = [TLSClient(ours, contexts.client) for ours, _ in pairs]
         served.sockets += [end.socket for pair in pairs for end in pair]
         established = Client(await served.open())
+        await established.stream.send_all(GET)
+        assert (await established.sure()).status == 200
         for _, theirs in pairs:
             served.listener.offer(TLSStream(theirs, contexts.server))
             await trio.testing.wait_all_tasks_blocked()
-        # The first two were closed, and one with a complete handshake was not.
+        # The first two were closed, and one that has authenticated was not.
         assert [await is_closed(client) for client in clients[:2]] == [True, True]
         for client in (established, *map(Client, clients[2:])):
             await client.stream.send_all(GET)
@@ -1983,7 +1986,7 @@ async def test_tls_handshake_has_a_deadline_and_ends_at_stop(autojump_clock: Clo
         silent = memory.connect(trio.testing.memory_stream_pair())
         plain = memory.connect(trio.testing.memory_stream_pair())
         gone = memory.connect(trio.testing.memory_stream_pair())
-        await plain.send_all(GET)
+        await plain.send_all(b"\x00" * 20)
         await gone.aclose()
         alert = await Client(plain).rest()
         assert not alert.startswith(b"HTTP")
