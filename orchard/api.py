@@ -56,8 +56,9 @@ from orchard.schema import (
     VMSpec,
     Worker,
 )
-from orchard.sessions import ISSUER_ROLE, AccountSessions
+from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
+from orchard.ssh.connections import ExecUnavailableError
 from orchard.storage.errors import StorageFullError, StorageUnavailableError
 from orchard.storage.events import EventLimitError, EventLog, EventsDeletedError, InvalidCursorError
 from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_line
@@ -96,7 +97,8 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     auth.TooManyFailuresError: 429,
     UnreachableError: 503,
     VMGoneError: 404,
-    vm_exec.ExecUnavailableError: 503,
+    ExecUnavailableError: 503,
+    vm_exec.TooManyCommandsError: 503,
     UnknownSessionError: 404,
     StorageFullError: 507,
     StorageUnavailableError: 503,
@@ -151,13 +153,15 @@ class ControllerParts:
 class Admitted:
     """The operation that a request is for, the name in its path, the account that sent it ("": anybody), and its role.
 
-    `role` is what the account must keep for as long as the answer lasts.
+    `role` is what the account must keep for as long as the answer lasts. `sender` tells the bearers of the account's
+    access tokens from the account itself.
     """
 
     operation: APIOperation
     name: str
     account: str
     role: Role | None = None
+    sender: str = ""
 
     @property
     def authenticated(self) -> bool:
@@ -204,8 +208,9 @@ class API:
                     auth.require(sender, operation.role)
             if self.parts.gate is None:
                 return Admitted(operation, name, "")
-            role = ISSUER_ROLE if isinstance(sender, auth.Access) else operation.role
-            return Admitted(operation, name, account, role)
+            if isinstance(sender, auth.Access):
+                return Admitted(operation, name, account, auth.ISSUER_ROLE, f"{account} {sender.token_id}")
+            return Admitted(operation, name, account, operation.role, account)
         except _REFUSALS as error:
             raise http_error(error, account) from error
 
@@ -214,11 +219,15 @@ class API:
 
         Raises UnauthenticatedError, TooManyFailuresError.
         """
+        if self.parts.gate is None:
+            return _ANYBODY
         authorization = request.headers.get("authorization")
         try:
             if operation.bearer is not None and (token := auth.bearer_of(authorization)) is not None:
-                return auth.read_access_token(self.parts.access_key, token, self.parts.clock())
-            return _ANYBODY if self.parts.gate is None else self.parts.gate.identify(authorization)
+                access = auth.read_access_token(self.parts.access_key, token, self.parts.clock())
+                auth.require_issuer(self.state.accounts, access)
+                return access
+            return self.parts.gate.identify(authorization)
         except auth.UnauthenticatedError:
             # A request without credentials is not a guess.
             if authorization is not None:
@@ -465,8 +474,8 @@ class API:
         wait = read_count(request.query, parameters.WAIT_FORWARD)
         command = parameters.read_command(request.query)
         request.require_websocket()
-        connection = await self.parts.executor.connect(vm, wait)
-        serve = partial(self.parts.executor.serve, connection, command)
+        await self.parts.executor.connect(vm, admitted.sender, wait)
+        serve = partial(self.parts.executor.serve, vm, command, admitted.sender, wait)
         return WebSocketUpgrade(serve, ping_interval=self.parts.rendezvous.ping_interval)
 
     def issue_token(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -474,8 +483,8 @@ class API:
         ttl, warning = _read_body(request, schema.ttl_from_client, if_empty=b"null")
         now = self.parts.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
-        access = auth.Access(vm.name, vm.uid, admitted.account)
-        token = auth.issue_access_token(self.parts.access_key, access, now, expires, str(uuid.uuid4()))
+        access = auth.Access(vm.name, vm.uid, admitted.account, int(now.timestamp()), str(uuid.uuid4()))
+        token = auth.issue_access_token(self.parts.access_key, access, expires)
         issued = VMAccessToken(token, "Bearer", expires, auth.TOKEN_USER, vm.name, vm.uid)
         return Response(200, dump_json(encode(issued)), warning)
 

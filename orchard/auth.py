@@ -40,6 +40,8 @@ from orchard.schema import MAX_NAME, Role, ServiceAccount
 ROLES: tuple[Role, ...] = get_args(Role)
 # The second role includes the first one: an account that may change VMs may connect to them.
 IMPLIED: Mapping[Role, Role] = {"compute:connect": "compute:write"}
+# What an account needs to issue VM access tokens, and to keep for as long as they are valid.
+ISSUER_ROLE: Role = "compute:write"
 BOOTSTRAP_ADMIN = "bootstrap-admin"
 # The user name with which an SSH client sends an access token as its password.
 TOKEN_USER = "token"  # noqa: S105
@@ -184,25 +186,25 @@ class FailureLimit:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The contents of an access token: one VM, and the account that issued the token."""
+    """The contents of an access token: one VM, the account that issued the token, and when; and the token's own id."""
 
     vm_name: str
     vm_uid: str
     account: str
+    issued: int = 0  # Unix seconds
+    token_id: str = ""
 
 
-def issue_access_token(
-    key: bytes, access: Access, now: datetime.datetime, expires: datetime.datetime, token_id: str
-) -> str:
-    """Return a token that is valid from `now` until `expires`. `token_id` is unique."""
+def issue_access_token(key: bytes, access: Access, expires: datetime.datetime) -> str:
+    """Return a token that is valid from `access.issued` until `expires`. Its id is unique."""
     claims = {
         "iss": _ISSUER,
         "sub": access.account,
         "aud": [_AUDIENCE],
-        "iat": int(now.timestamp()),
-        "nbf": int(now.timestamp()),
+        "iat": access.issued,
+        "nbf": access.issued,
         "exp": int(expires.timestamp()),
-        "jti": token_id,
+        "jti": access.token_id,
         "vm_uid": access.vm_uid,
         "vm_name": access.vm_name,
         "scopes": list(_SCOPES),
@@ -232,17 +234,29 @@ def read_access_token(key: bytes, token: str, now: datetime.datetime) -> Access:
         )
     except (jwt.PyJWTError, ValueError, TypeError) as error:
         raise _rejected(_why_not(error)) from error
-    begins, ends = claims["nbf"], claims["exp"]
-    if type(begins) is not int or type(ends) is not int:
+    begins, ends, issued = claims["nbf"], claims["exp"], claims["iat"]
+    if not all(type(each) is int for each in (begins, ends, issued)):
         raise _rejected("its times are not whole numbers")
     if now.timestamp() >= ends:
         raise _rejected("it has expired")
     if now.timestamp() < begins:
         raise _rejected("it is not valid yet")
     subject, uid, name = claims["sub"], claims["vm_uid"], claims["vm_name"]
-    if not (isinstance(subject, str) and isinstance(uid, str) and isinstance(name, str)):
+    if not all(isinstance(each, str) for each in (subject, uid, name, claims["jti"])):
         raise _rejected("one of its claims is not a string")
-    return Access(name, uid, subject)
+    return Access(name, uid, subject, issued, claims["jti"])
+
+
+def require_issuer(accounts: Mapping[str, ServiceAccount], access: Access) -> None:
+    """Raise UnauthenticatedError unless the account that issued a token exists and may still issue tokens.
+
+    An account that was deleted and created again is another account. (Times of issue are whole seconds.)
+    """
+    issuer = accounts.get(access.account)
+    if issuer is None or (issuer.created_at is not None and int(issuer.created_at.timestamp()) > access.issued):
+        raise _rejected("the account that issued it was deleted")
+    if ISSUER_ROLE not in issuer.roles:
+        raise _rejected(f'the account that issued it lacks the role "{ISSUER_ROLE}"')
 
 
 def bearer_of(authorization: str | None) -> str | None:

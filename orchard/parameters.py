@@ -44,6 +44,7 @@ WAIT_FORWARD = Parameter(
 WAIT_ADDRESS = Parameter("wait", WAIT_FORWARD.doc, _whole(0, _MAX_WAIT, default=0))
 COMMAND = Parameter("command", "Command line for the user's shell in the VM", _TEXT, required=True)
 INTERACTIVE = Parameter("interactive", "Whether the command reads stdin", _FLAG)
+STDIN = Parameter("stdin", "Another name of `interactive`", _FLAG)
 TTY = Parameter("tty", "Whether the command gets a terminal", _FLAG)
 ROWS = Parameter("rows", "Rows of the terminal", _whole(1, vm_exec.MAX_TERMINAL_SIZE))
 COLS = Parameter("cols", "Columns of the terminal", _whole(1, vm_exec.MAX_TERMINAL_SIZE))
@@ -55,7 +56,7 @@ WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required
 
 # The parameters of operations with several.
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
-EXEC = (COMMAND, INTERACTIVE, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
+EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
 PAGE = (LIMIT, ORDER, CURSOR)
 ANSWER_IP = (SESSION, RESOLVED_ADDRESS, ERROR_MESSAGE)
 
@@ -131,9 +132,13 @@ def read_command(query: Query) -> vm_exec.Command:
         for name in query.parameters()
         if name.startswith("env[") and name.endswith("]")
     }
+    line, session = query.one(COMMAND.name) or "", query.one(SESSION.name)
+    if session and not line:
+        # Other controllers let a client come back to its command.
+        raise HTTPError(404, f"session {shown(session)} does not exist: a command ends with its connection")
     command = vm_exec.Command(
-        command=query.one(COMMAND.name) or "",
-        interactive=read_flag(query, INTERACTIVE),
+        command=line,
+        interactive=read_flag(query, INTERACTIVE) or read_flag(query, STDIN),
         tty=read_flag(query, TTY),
         rows=read_number(query, ROWS) or vm_exec.DEFAULT_ROWS,
         cols=read_number(query, COLS) or vm_exec.DEFAULT_COLS,

@@ -20,9 +20,6 @@ from orchard.net.request import AnyResponse, Stream, WebSocketUpgrade
 from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.schema import Role, ServiceAccount
 
-# The role of the account that issued a VM access token.
-ISSUER_ROLE: Role = "compute:write"
-
 # For a peer to answer the close of a WebSocket.
 _CLOSE_SECONDS = 2.0
 

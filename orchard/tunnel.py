@@ -83,7 +83,7 @@ class VMAccess:
     async def connect(self, vm: VM, port: int, wait: float) -> WorkerEnd:
         """Connect to a port of a VM. The worker's end is closed if it is not used within CLAIM_SECONDS."""
         deadline = trio.current_time() + wait
-        running = await self._wait_running(vm, wait)
+        running = await self.wait_running(vm, wait)
         return await self._rendezvous.ask_port(running.state.worker, vm.meta.uid, port, deadline)
 
     @asynccontextmanager
@@ -103,10 +103,10 @@ class VMAccess:
     async def find_address(self, vm: VM, wait: float) -> str:
         """Return a VM's address in its worker's network."""
         deadline = trio.current_time() + wait
-        running = await self._wait_running(vm, wait)
+        running = await self.wait_running(vm, wait)
         return await self._rendezvous.ask_address(running.state.worker, vm.uid, deadline)
 
-    async def _wait_running(self, vm: VM, wait: float) -> VM:
+    async def wait_running(self, vm: VM, wait: float) -> VM:
         """Wait until a VM runs, and return it as it is then."""
         if running := self._if_running(vm):
             return running

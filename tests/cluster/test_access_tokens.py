@@ -69,12 +69,12 @@ async def test_access_token_is_valid_for_its_vm_only() -> None:
 KEY = b"k" * 32
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 HOUR = datetime.timedelta(hours=1)
-ABOUT = auth.Access("vm", "uid", "account")
+ABOUT = auth.Access("vm", "uid", "account", int(NOW.timestamp()), "id")
 
 
 def forged(key: bytes = KEY, algorithm: str = "HS256", header: dict[str, Any] | None = None, **claims: object) -> str:
     """Return a token with some of its claims replaced; None leaves a claim out."""
-    good = auth.issue_access_token(KEY, ABOUT, NOW, NOW + HOUR, "id")
+    good = auth.issue_access_token(KEY, ABOUT, NOW + HOUR)
     changed = {**jwt.decode(good, options={"verify_signature": False}), **claims}
     changed = {name: value for name, value in changed.items() if value is not None}
     return jwt.encode(changed, key, algorithm=algorithm, headers=header)
@@ -125,7 +125,7 @@ def test_forged_or_malformed_access_token_is_refused(forgery: str) -> None:
 
 
 def test_access_token_with_one_changed_byte_is_refused() -> None:
-    good = auth.issue_access_token(KEY, ABOUT, NOW, NOW + HOUR, "id")
+    good = auth.issue_access_token(KEY, ABOUT, NOW + HOUR)
     assert auth.read_access_token(KEY, good, NOW) == ABOUT
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     accepted = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
 import struct
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ import asyncssh
 import pytest
 import trio
 import trio_asyncio  # type: ignore[import-untyped]  # it has no types
+from asyncssh.packet import UInt32
 from harness.clients import connect_websocket, listening, refusal, running_vm, websocket_url
 from harness.inprocess import InProcessCluster
-from harness.processes import GENEROUS, at_last, eventually
+from harness.processes import GENEROUS, at_last, eventually, free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
 from orchard.client import Client, ResponseError
 from orchard.codec import MalformedError
+from orchard.ssh import connections
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.exec import Command
 from orchard.testing import Cluster
@@ -31,7 +34,7 @@ from orchard.testing import Cluster
 
 @pytest.fixture
 def ssh_port(sshd: int, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(vm_exec, "SSH_PORT", sshd)
+    monkeypatch.setattr(connections, "SSH_PORT", sshd)
     return sshd
 
 
@@ -40,13 +43,19 @@ def send_nothing(client: ClientConnection) -> None:
 
 
 def read_frames(client: ClientConnection) -> list[dict[str, Any]]:
-    """Read to the end; return the frames with decoded data, the data of neighbours of one type joined."""
+    """Read to the end; return the frames with decoded data, the data of neighbours of one type joined.
+
+    Each frame must have the next watermark, which is left out of what is returned.
+    """
     found: list[dict[str, Any]] = []
+    number = 0
     try:
         while True:
             message = client.recv()
             assert isinstance(message, str), "frames are text"
             frame = json.loads(message)
+            number += 1
+            assert frame.pop("watermark") == number
             if "data" in frame:
                 frame["data"] = base64.b64decode(frame["data"])
                 if found and found[-1]["type"] == frame["type"]:
@@ -79,6 +88,52 @@ def exited(code: int) -> dict[str, Any]:
     return {"type": "exit", "exit": {"code": code}}
 
 
+Session = Callable[[asyncssh.SSHServerProcess[Any]], Any]
+
+
+# The connections of the guests.
+OPEN: list[asyncssh.SSHServerConnection] = []
+
+
+class Guest(asyncssh.SSHServer):
+    """The side of a guest in one connection: lets everybody in."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        OPEN.append(conn)
+
+    def begin_auth(self, username: str) -> bool:
+        return False
+
+    async def session_requested(self) -> Any:
+        return asyncssh.SSHServerProcess(self.session, None, 0, False)
+
+
+@asynccontextmanager
+async def guest(
+    monkeypatch: pytest.MonkeyPatch, session: Session, server: Callable[[Session], Guest] = Guest, **options: Any
+) -> AsyncIterator[None]:
+    """An SSH server of the test in the VM, which calls `session` for each command."""
+    async with trio_asyncio.open_loop():
+        listen = partial(
+            asyncssh.listen,
+            "127.0.0.1",
+            options.pop("port", 0),
+            server_factory=partial(server, session),
+            server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
+            **options,
+        )
+        acceptor = await trio_asyncio.aio_as_trio(listen)()
+        monkeypatch.setattr(connections, "SSH_PORT", acceptor.get_port())
+        yield
+        acceptor.close()
+        while OPEN:
+            OPEN.pop().abort()
+        await trio_asyncio.aio_as_trio(acceptor.wait_closed)()
+
+
 async def test_output_and_exit_code_of_a_command(ssh_port: int) -> None:
     async with running_vm() as c:
         assert await run_command(c, "echo out; exit 3") == [{"type": "stdout", "data": b"out\n"}, exited(3)]
@@ -93,13 +148,13 @@ async def test_error_in_the_asyncio_loop_is_logged_and_ends_nothing(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     loops: list[Any] = []
-    log_in = vm_exec._log_in
+    log_in = connections._log_in
 
     async def noting(*arguments: Any) -> Any:
         loops.append(trio_asyncio.current_loop.get())
         return await log_in(*arguments)
 
-    monkeypatch.setattr(vm_exec, "_log_in", noting)
+    monkeypatch.setattr(connections, "_log_in", noting)
     async with running_vm() as c:
         assert await run_command(c, "true") == [exited(0)]
         loops[0].call_soon(lambda: 1 / 0)
@@ -155,6 +210,58 @@ async def test_malformed_frame_ends_the_command_with_the_reason(ssh_port: int, f
         assert "not interactive" in frames[-1]["error"]
 
 
+async def test_stdin_frame_without_data_closes_stdin(ssh_port: int) -> None:
+    for end in ({"type": "stdin"}, {"type": "stdin", "data": None}, {"type": "stdin", "data": ""}):
+        async with running_vm() as c:
+
+            def send(client: ClientConnection, end: dict[str, Any] = end) -> None:
+                client.send(stdin(b"hello"))
+                client.send(json.dumps(end))
+
+            frames = await run_command(c, "cat", send, stdin="true")
+            assert frames == [{"type": "stdout", "data": b"hello"}, exited(0)]
+
+
+async def test_process_in_the_background_does_not_hold_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm_exec, "REST_SECONDS", 0.1)
+    monkeypatch.setattr(vm_exec, "REST_BYTES", 100_000)
+    # As OpenSSH does it: the status of the command at its end, the end of the output when the last process closes it.
+    rest = {"silent": b"", "chatty": b"x", "flooding": b"x" * 60_000}
+
+    async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
+        process.channel._send_request(b"exit-status", UInt32(3))
+        process.stdout.write(b"out")
+        while data := rest[process.command or ""]:
+            process.stdout.write(data)
+            await process.stdout.drain()
+            await asyncio.sleep(0.01)
+        await process.wait_closed()
+
+    async with guest(monkeypatch, session, encoding=None), running_vm() as c:
+        for kind in rest:
+            frames = await run_command(c, kind)
+            assert [frame["type"] for frame in frames] == ["stdout", "exit"]
+            assert frames[0]["data"].startswith(b"out")
+            assert len(frames[0]["data"]) < 500_000
+            assert frames[1] == exited(3)
+
+
+async def test_slow_client_gets_all_output_of_a_command_that_has_ended(
+    ssh_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vm_exec, "REST_SECONDS", 0.1)
+    send = vm_exec._Frames.send
+
+    async def slow(frames: Any, kind: str, **content: Any) -> None:
+        await trio.sleep(0.15)
+        await send(frames, kind, **content)
+
+    monkeypatch.setattr(vm_exec._Frames, "send", slow)
+    async with running_vm() as c:
+        frames = await run_command(c, "head -c 500000 /dev/zero")
+        assert [len(frame.get("data", b"")) for frame in frames] == [500_000, 0]
+
+
 async def test_disconnected_client_ends_its_command(ssh_port: int, tmp_path: Path) -> None:
     begun, ended = tmp_path / "begun", tmp_path / "ended"
     command = f"trap 'touch {ended}; exit' TERM HUP; touch {begun}; while :; do sleep 0.05; done"
@@ -195,22 +302,119 @@ async def test_exec_client_is_pinged(
 async def test_commands_share_one_connection_that_is_reopened_when_lost(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connections: list[Any] = []
-    log_in = vm_exec._log_in
+    opened: list[Any] = []
+    log_in = connections._log_in
 
     async def noted(*arguments: Any) -> Any:
-        connections.append(await log_in(*arguments))
-        return connections[-1]
+        opened.append(await log_in(*arguments))
+        return opened[-1]
 
-    monkeypatch.setattr(vm_exec, "_log_in", noted)
+    monkeypatch.setattr(connections, "_log_in", noted)
     async with running_vm() as c:
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(expect, c, "echo hello", b"hello\n")
-        assert len(connections) == 1
-        connections[0].abort()
+        assert len(opened) == 1
+        opened[0].abort()
         await eventually(partial(works, c))
-        assert len(connections) == 2
+        assert len(opened) == 2
+
+
+class Narrow(Guest):
+    """Takes two sessions on each connection, as OpenSSH does with `MaxSessions 2`."""
+
+    opened = 0
+
+    async def session_requested(self) -> Any:
+        self.opened += 1
+        if self.opened > 2:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "open failed")
+        return await super().session_requested()
+
+
+async def test_guest_that_refuses_another_session_gets_another_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    servers: list[Narrow] = []
+    running = 0
+    all_run = asyncio.Event()
+
+    def server(session: Session) -> Narrow:
+        servers.append(Narrow(session))
+        return servers[-1]
+
+    async def session(process: asyncssh.SSHServerProcess[str]) -> None:
+        nonlocal running
+        running += 1
+        if running == 5:
+            all_run.set()
+        await all_run.wait()
+        process.exit(0)
+
+    async with guest(monkeypatch, session, server), running_vm() as c:
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(succeed, c)
+        assert len(servers) == 3
+
+
+async def succeed(c: Cluster) -> None:
+    assert (await run_command(c, "any", wait="60"))[-1] == exited(0)
+
+
+async def test_connection_that_does_not_answer_any_more_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SESSION_SECONDS", 0.1)
+    servers: list[Guest] = []
+
+    class Stuck(Guest):
+        async def session_requested(self) -> Any:
+            if self is servers[0]:
+                await asyncio.Event().wait()
+            return await super().session_requested()
+
+    def server(session: Session) -> Guest:
+        servers.append(Stuck(session))
+        return servers[-1]
+
+    async def session(process: asyncssh.SSHServerProcess[str]) -> None:
+        process.exit(0)
+
+    async with guest(monkeypatch, session, server), running_vm() as c:
+        await succeed(c)
+        assert len(servers) == 2
+
+
+async def test_each_caller_waits_for_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def session(process: asyncssh.SSHServerProcess[str]) -> None:
+        process.exit(0)
+
+    port = free_port()
+    monkeypatch.setattr(connections, "SSH_PORT", port)
+    served = trio.Event()
+
+    async def patient(c: Cluster) -> None:
+        await succeed(c)
+        served.set()
+
+    async with running_vm() as c, trio.open_nursery() as nursery:
+        nursery.start_soon(patient, c)
+        for _ in range(2):
+            assert (await refusal(c, "/vms/vm/exec", command="a", wait=0))[0] == 503
+        async with guest(monkeypatch, session, port=port):
+            await served.wait()
+
+
+async def test_number_of_commands_in_a_vm_is_bounded(ssh_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm_exec, "MAX_VM_COMMANDS", 3)
+    monkeypatch.setattr(vm_exec, "MAX_SENDER_COMMANDS", 2)
+    async with running_vm(auth=True) as c, AsyncExitStack() as commands:
+        tokens = [(await c.client.vms.issue_access_token("vm")).token for _ in range(3)]
+        bearers = [await commands.enter_async_context(Client(c.url, access_token=token)) for token in tokens]
+        for bearer, status in (*((bearers[0], 101),) * 2, (bearers[0], 503), (bearers[1], 101), (bearers[2], 503)):
+            if status == 101:
+                await commands.enter_async_context(bearer.vms.exec("vm", "cat", interactive=True))
+                continue
+            with pytest.raises(ResponseError) as refused:
+                await commands.enter_async_context(bearer.vms.exec("vm", "true"))
+            assert refused.value.status == status
 
 
 async def works(c: Cluster) -> bool:
@@ -274,7 +478,7 @@ async def test_guest_that_does_not_speak_ssh_is_answered_with_503(
             await stream.send_eof()
 
     async with running_vm() as c, listening(say) as port:
-        monkeypatch.setattr(vm_exec, "SSH_PORT", port)
+        monkeypatch.setattr(connections, "SSH_PORT", port)
         status, message = await refusal(c, "/vms/vm/exec", command="a", wait=0)
         assert status == 503
         assert '"vm"' in message
@@ -286,28 +490,13 @@ async def test_guest_that_does_not_speak_ssh_is_answered_with_503(
 async def breaking(monkeypatch: pytest.MonkeyPatch, breaks: Callable[[Any], None]) -> AsyncIterator[None]:
     """An SSH server in the VM that does something to its connection in the middle of a command."""
 
-    class Server(asyncssh.SSHServer):
-        def begin_auth(self, username: str) -> bool:
-            return False
-
     async def session(process: asyncssh.SSHServerProcess[str]) -> None:
         process.stdout.write("begun")
         await process.stdin.readline()
         breaks(process.channel.get_connection())
 
-    async with trio_asyncio.open_loop():
-        listen = partial(
-            asyncssh.listen,
-            "127.0.0.1",
-            0,
-            server_factory=Server,
-            server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
-            process_factory=session,
-        )
-        server = await trio_asyncio.aio_as_trio(listen)()
-        monkeypatch.setattr(vm_exec, "SSH_PORT", server.get_port())
+    async with guest(monkeypatch, session):
         yield
-        server.close()
 
 
 @pytest.mark.parametrize(
@@ -345,17 +534,18 @@ async def test_exec_is_refused_before_the_upgrade(ssh_port: int, monkeypatch: py
             assert status == 400
             assert words in message
         assert (await refusal(c, "/vms/none/exec", command="a"))[0] == 404
+        assert (await refusal(c, path, session="abc"))[0] == 404
         await c.client.vms.create(name="wrong", image="any", password="wrong")
         status, message = await refusal(c, "/vms/wrong/exec", command="a", wait=1)
         assert status == 503
         assert '"wrong"' in message
-        monkeypatch.setattr(vm_exec, "import_extra", not_installed)
+        monkeypatch.setattr(connections, "import_extra", not_installed)
         status, message = await refusal(c, path, command="a")
         assert (status, message) == (503, "not installed")
 
 
 def not_installed() -> None:
-    raise vm_exec.ExecUnavailableError("not installed")
+    raise connections.ExecUnavailableError("not installed")
 
 
 async def test_exec_with_an_access_token(ssh_port: int) -> None:
