@@ -186,12 +186,12 @@ class FailureLimit:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The contents of an access token: one VM, the account that issued the token, and when; and the token's own id."""
+    """The contents of an access token: one VM, the account that issued the token, when (Unix seconds), and its own id."""
 
     vm_name: str
     vm_uid: str
     account: str
-    issued: int = 0  # Unix seconds
+    issued: int = 0
     token_id: str = ""
 
 

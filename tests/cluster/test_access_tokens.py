@@ -7,7 +7,7 @@ import datetime
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from harness.processes import PLAIN, controller, finished
 
 from orchard import auth
 from orchard.client import Client, ResponseError
+from orchard.schema import ServiceAccount
 from orchard.testing import Cluster, cluster
 
 
@@ -64,6 +65,32 @@ async def test_access_token_is_valid_for_its_vm_only() -> None:
         with pytest.raises(ResponseError) as refused:
             await bearer.vms.ip("vm", wait=60)
         assert refused.value.status == 403, "another VM has the name now"
+
+
+@pytest.mark.parametrize("roles", [None, ["compute:read", "compute:connect"]], ids=["deleted", "without the role"])
+async def test_access_token_ends_with_the_account_that_issued_it(roles: list[str] | None) -> None:
+    async with running_vm(auth=True) as c:
+        account = await c.client.service_accounts.create("guest", roles=["compute:write"])
+        async with Client(c.url, account="guest", token=account.token) as guest:
+            token = (await guest.vms.issue_access_token("vm")).token
+        async with Client(c.url, access_token=token) as bearer:
+            assert await bearer.vms.ip("vm") == "127.0.0.1"
+            if roles is None:
+                await c.client.service_accounts.delete("guest")
+            else:
+                await c.client.service_accounts.replace("guest", roles=roles)
+            with pytest.raises(ResponseError) as refused:
+                await bearer.vms.ip("vm")
+            assert refused.value.status == 401
+
+
+def test_access_token_is_not_that_of_an_account_created_later_under_the_same_name() -> None:
+    for seconds, valid in ((-60, True), (0.5, True), (1, False)):
+        created = NOW + datetime.timedelta(seconds=seconds)
+        account = ServiceAccount(name="account", token="t", roles=("compute:write",), created_at=created)
+        refused = nullcontext() if valid else pytest.raises(auth.UnauthenticatedError)
+        with refused:
+            auth.require_issuer({"account": account}, ABOUT)
 
 
 KEY = b"k" * 32
