@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "net"))
 
-from orchard import schema
+from orchard import schema, validation
 from orchard.codec import ValidationError, decode, parse_json
 from orchard.storage.errors import DamagedError
 from orchard.store import read_state
@@ -56,13 +56,13 @@ def json(data: bytes) -> None:
     with suppress(ValidationError):
         raw = parse_json(data)
         for read in (
-            lambda: schema.vm_from_client(raw, []),
-            lambda: schema.patched_spec(schema.VMSpec(image="i"), raw, []),
-            lambda: schema.worker_from_client(raw, []),
-            lambda: schema.account_from_client(raw, []),
-            lambda: schema.settings_from_client(raw, []),
-            lambda: schema.events_from_client(raw, []),
-            lambda: schema.report_from_worker(raw, []),
+            lambda: validation.vm_from_client(raw, []),
+            lambda: validation.patched_spec(schema.VMSpec(image="i"), raw, []),
+            lambda: validation.worker_from_client(raw, []),
+            lambda: validation.account_from_client(raw, []),
+            lambda: validation.settings_from_client(raw, []),
+            lambda: validation.events_from_client(raw, []),
+            lambda: validation.report_from_worker(raw, []),
             lambda: decode(schema.VMSpec, raw),
         ):
             with suppress(ValidationError):

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard import __version__, auth, parameters, schema, transitions
+from orchard import __version__, auth, parameters, schema, transitions, validation
 from orchard.cluster import WORKER_STATE, ClusterIdentity
 from orchard.codec import InvalidError, MalformedError, dump_json, encode, parse_json, shown
 from orchard.liveness import Liveness, Source
@@ -333,7 +333,7 @@ class API:
     # -- VMs
 
     def create_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        (name, spec), warning = _read_body(request, schema.vm_from_client)
+        (name, spec), warning = _read_body(request, validation.vm_from_client)
         if spec.host_dirs:
             self._check_host_dirs(spec)
         if name in self.state.vms:
@@ -380,11 +380,11 @@ class API:
 
     def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         if _is_old_worker(request):
-            return self._report(request, admitted, schema.report_from_old_worker)
-        return self._change_vm(request, admitted, schema.replaced_spec)
+            return self._report(request, admitted, validation.report_from_old_worker)
+        return self._change_vm(request, admitted, validation.replaced_spec)
 
     def patch_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._change_vm(request, admitted, schema.patched_spec)
+        return self._change_vm(request, admitted, validation.patched_spec)
 
     def _change_vm(
         self, request: Request, admitted: Admitted, read: Callable[[VMSpec, object, list[str]], VMSpec]
@@ -400,7 +400,7 @@ class API:
         return self._delete(self._vm(admitted))
 
     def report_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._report(request, admitted, schema.report_from_worker)
+        return self._report(request, admitted, validation.report_from_worker)
 
     def _report(
         self, request: Request, admitted: Admitted, read: Callable[[object, list[str]], schema.VMReport]
@@ -428,7 +428,7 @@ class API:
         uid = request.query.one(parameters.UID.name)
         if uid not in (None, vm.uid):
             raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
-        events, warning = _read_body(request, schema.events_from_client)
+        events, warning = _read_body(request, validation.events_from_client)
         await self.parts.events.append(vm.uid, events)
         return Response(200, headers=warning)
 
@@ -480,7 +480,7 @@ class API:
 
     def issue_token(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
-        ttl, warning = _read_body(request, schema.ttl_from_client, if_empty=b"null")
+        ttl, warning = _read_body(request, validation.ttl_from_client, if_empty=b"null")
         now = self.parts.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
         access = auth.Access(vm.name, vm.uid, admitted.account, int(now.timestamp()), str(uuid.uuid4()))
@@ -491,7 +491,7 @@ class API:
     # -- workers
 
     def register_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted, warning = _read_body(request, schema.worker_from_client)
+        wanted, warning = _read_body(request, validation.worker_from_client)
         old = self.state.workers.get(wanted.name)
         if old is not None and old.machine_id != wanted.machine_id:
             raise HTTPError(
@@ -522,7 +522,7 @@ class API:
     def put_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Record a heartbeat, which has a later last_seen than the one before, or else set scheduling_paused."""
         worker = _found("worker", self.state.workers, admitted.name)
-        wanted, warning = _read_body(request, _named(worker.name, schema.worker_from_client))
+        wanted, warning = _read_body(request, _named(worker.name, validation.worker_from_client))
         seen, source = wanted.last_seen, _source(request, admitted)
         if seen is None or not self.parts.liveness.record_heartbeat(worker.name, source, seen):
             self._put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
@@ -578,7 +578,7 @@ class API:
     # -- service accounts
 
     def create_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted, warning = _read_body(request, schema.account_from_client)
+        wanted, warning = _read_body(request, validation.account_from_client)
         if wanted.name in self.state.accounts:
             raise HTTPError(409, f'service account "{wanted.name}" already exists')
         self._put(replace(wanted, token=wanted.token or auth.random_token(), created_at=self.parts.clock()))
@@ -593,7 +593,7 @@ class API:
     def replace_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Change an account's roles and token; absent fields stay as they are."""
         old = _found("service account", self.state.accounts, admitted.name)
-        new, warning = _read_body(request, _named(old.name, partial(schema.account_from_client, base=old)))
+        new, warning = _read_body(request, _named(old.name, partial(validation.account_from_client, base=old)))
         self._put(replace(new, token=new.token or old.token), old)
         return self._stored("account", old.name, warning)
 
@@ -606,7 +606,7 @@ class API:
         return self._settings()
 
     def put_settings(self, request: Request, admitted: Admitted) -> AnyResponse:
-        settings, warning = _read_body(request, schema.settings_from_client)
+        settings, warning = _read_body(request, validation.settings_from_client)
         self._put(replace(settings, unknown=self.state.settings.unknown), self.state.settings)
         return self._settings(warning)
 

@@ -24,10 +24,11 @@ from orchard.files import STATE_FILE
 from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Headers, HTTPError, Request
 from orchard.scheduling_loop import VMS_PER_PLAN
-from orchard.schema import TART_VMS, ServiceAccount, vm_from_client
+from orchard.schema import TART_VMS, ServiceAccount
 from orchard.storage.engine import snapshot_lines
 from orchard.storage.journal import Disk, Journal
 from orchard.store import Change, read_state
+from orchard.validation import vm_from_client
 
 
 @pytest.fixture

@@ -39,13 +39,24 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("decisions", ("scheduler", "transitions", "auth", "liveness")),
     ("state", ("store", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
-    ("resources", ("schema", "cluster", "codec")),
+    ("resources", ("validation", "schema", "cluster", "codec")),
     ("base", ("daemon", "files", "logs", "nursery")),
 )
 # Parts of one layer that do not import from each other.
 SEPARATE = ({"storage/"}, {"vm/", "tart"}, {"net/"})
 # Modules that decide and perform no I/O.
-PURE = ("codec", "cluster", "schema", "scheduler", "transitions", "liveness", "auth", "net.wsframes", "net.openapi")
+PURE = (
+    "codec",
+    "cluster",
+    "schema",
+    "validation",
+    "scheduler",
+    "transitions",
+    "liveness",
+    "auth",
+    "net.wsframes",
+    "net.openapi",
+)
 IO_MODULES = {
     *("asyncio", "fcntl", "io", "os", "pathlib", "random", "select", "shutil", "signal", "socket", "ssl"),
     *("subprocess", "tempfile", "threading", "time", "trio", "trio_websocket"),

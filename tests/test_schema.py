@@ -38,20 +38,22 @@ from orchard.schema import (
     VMSpec,
     VMState,
     Worker,
+    is_allowed,
+    vm_from_json,
+)
+from orchard.transitions import change
+from orchard.validation import (
     _check_name,
     _merge,
     account_from_client,
     events_from_client,
-    is_allowed,
     patched_spec,
     replaced_spec,
     report_from_worker,
     settings_from_client,
     vm_from_client,
-    vm_from_json,
     worker_from_client,
 )
-from orchard.transitions import change
 
 MINIMAL = {"name": "vm", "image": "base"}
 

@@ -23,8 +23,9 @@ from harness.processes import at_last, at_rest, eventually, processes_in
 from harness.sweeps import AtStep, growing_steps
 
 from orchard import transitions
-from orchard.schema import VM, Event, Worker, patched_spec, vm_from_client
+from orchard.schema import VM, Event, Worker
 from orchard.tart import TartDriver
+from orchard.validation import patched_spec, vm_from_client
 from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning, RunOptions
 from orchard.vm.instance import (
     CUT_OFF,

@@ -1,0 +1,346 @@
+"""What clients and workers send, made into resources: reading and the rules for single objects. Pure functions.
+
+Functions named `..._from_client` and `report_from_worker` take parsed JSON and raise codec.ValidationError. They append
+the names of unknown fields to a list. The resources themselves are in schema.py; transitions.py has the rules for changes
+of a VM.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, get_args
+
+from orchard.cluster import bounded
+from orchard.codec import (
+    InvalidError,
+    MalformedError,
+    attrs_of,
+    decode_array_from_client,
+    decode_from_client,
+    encode,
+    shown,
+)
+from orchard.schema import (
+    ARCHIVE,
+    DEFAULT_TTL,
+    ENV_NAME,
+    MAX_NAME,
+    MAX_TTL,
+    NAME,
+    NOT_SPEC,
+    SPEC_NAMES,
+    TART_VMS,
+    ClusterSettings,
+    Condition,
+    ConditionType,
+    Event,
+    HostDir,
+    IssueVMAccessTokenRequest,
+    ServiceAccount,
+    StartupScript,
+    VMReport,
+    VMSpec,
+    Worker,
+)
+
+# Characters. A machine_id is any text; those of existing workers have at most a hundred.
+MAX_MACHINE_ID = 1024
+_MAX_CAPABILITIES = 64
+# Control characters could forge a line in a log or on a terminal.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+_CONDITION_TYPES = get_args(ConditionType)
+# What a report of an old worker says, and about which run of the VM.
+_OLD_REPORT = ("uid", "restart_count", "status", "status_message", "image_fqn")
+_SOFTNET = frozenset({"netSoftnet", "net-softnet"})
+# The values of the fields that a PUT resets when it leaves them out.
+_PUT_ZEROS: Mapping[str, Any] = {
+    field.name: False if field.type is bool else ()
+    for field in attrs_of(VMSpec)
+    if field.type is bool or field.is_list()
+}
+
+
+def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
+    """Return the name and the specification of a new VM. Raises ValidationError.
+
+    Read-only fields are ignored. The names of unknown fields are appended to `unknown`.
+    """
+    if isinstance(raw, dict):
+        raw = _with_tart_resource(raw)
+    spec = decode_from_client(VMSpec, raw, unknown, also=NOT_SPEC)
+    assert isinstance(raw, dict)
+    name = raw.get("name")
+    if not isinstance(name, str | None):
+        raise MalformedError(f"name is {shown(name)}, expected a string")
+    _check_name("name", name or "")
+    return name or "", _complete(spec, _softnet(raw, False))
+
+
+def _with_tart_resource(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return a new VM that asks for one of its worker's Tart VMs, if it is a macOS VM and does not say how many."""
+    resources = raw.get("resources")
+    is_macos = raw.get("os") in (None, "darwin") and raw.get("runtime") in (None, "tart")
+    if not is_macos or not isinstance(resources, dict | None) or TART_VMS in (resources or {}):
+        return raw
+    return {**raw, "resources": {**(resources or {}), TART_VMS: 1}}
+
+
+def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
+    """Return the specification that a PUT asks for. Raises ValidationError.
+
+    Go clients leave zero values out. So an absent boolean is false and an absent list is empty, while absent strings,
+    numbers, maps and powerState are unchanged.
+    """
+    base = replace(old, **_PUT_ZEROS)
+    spec = decode_from_client(VMSpec, raw, unknown, base=base, also=NOT_SPEC)
+    assert isinstance(raw, dict)
+    return _complete(spec, _softnet(raw, old.net_softnet))
+
+
+def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
+    """Return the specification after a JSON merge patch (RFC 7396): null sets a field to its zero value.
+
+    Raises ValidationError.
+    """
+    if not isinstance(patch, dict):
+        raise MalformedError(f"the body is {shown(patch)}, expected a JSON object (a merge patch)")
+    target = encode(old)
+    # The deprecated twin would contradict a patch that names only one of the two.
+    for name in _SOFTNET:
+        del target[name]
+    merged = _merge(target, {name: value for name, value in patch.items() if name in SPEC_NAMES})
+    spec = decode_from_client(VMSpec, merged, unknown)
+    unknown.extend(name for name in patch if name not in SPEC_NAMES | NOT_SPEC)
+    softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
+    return _complete(spec, softnet)
+
+
+def _merge(target: object, patch: object) -> Any:
+    """Return a JSON value after a merge patch (the algorithm of RFC 7396, section 2)."""
+    if not isinstance(patch, dict):
+        return patch
+    result = dict(target) if isinstance(target, dict) else {}
+    for key, value in patch.items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = _merge(result.get(key), value)
+    return result
+
+
+def _softnet(raw: Mapping[str, Any], old: bool) -> bool:
+    """Return the value of netSoftnet, which has a deprecated twin. Raises MalformedError.
+
+    A client that changes one of the two in an object that it read, and sends the object back, sends two different
+    values. The value that differs from `old` is the one that it wants.
+    """
+    wanted = set()
+    for name in sorted(_SOFTNET):
+        value = raw.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, bool):
+            raise MalformedError(f"{name} is {shown(value)}, expected true or false")
+        wanted.add(value)
+    return not old if len(wanted) == 2 else True in wanted
+
+
+def _complete(spec: VMSpec, softnet: bool) -> VMSpec:
+    """Return the specification with the fields that follow from others. Raises InvalidError if it breaks a rule."""
+    softnet = softnet or bool(spec.net_softnet_allow or spec.net_softnet_block)
+    # Most specifications are complete, and copying one takes as long as reading it.
+    if softnet != spec.net_softnet or not spec.username or not spec.password:
+        username, password = spec.username or "admin", spec.password or "admin"
+        spec = replace(spec, net_softnet=softnet, username=username, password=password)
+    _check_spec(spec)
+    return spec
+
+
+# ---- rules ----------------------------------------------------------------------------------------------------------
+
+
+def _check_name(field: str, name: str) -> None:
+    """Raise InvalidError for a name that is not safe in URLs, file names and command lines."""
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME or name in (".", ".."):
+        raise InvalidError(
+            f'{field} is {shown(name)}, expected 1 to {MAX_NAME} characters of A-Z a-z 0-9 : _ . - other than "." and ".."'
+        )
+
+
+def _check_spec(spec: VMSpec) -> None:
+    """Raise InvalidError if a specification breaks a rule that its types do not express."""
+    if not spec.image:
+        raise InvalidError('image is "", expected the name of a VM image')
+    for field, text in (("image", spec.image), ("username", spec.username), ("net-bridged", spec.net_bridged)):
+        # A command line could take such a text as an option or as two words, a log as two lines.
+        if text.startswith("-") or _CONTROL.search(text) or " " in text or "," in text:
+            raise InvalidError(
+                f'{field} is {shown(text)}, expected no spaces, commas or control characters, and no "-" at the start'
+            )
+    if _CONTROL.search(spec.password):
+        raise InvalidError("password has a control character, expected printable characters")
+    _check_maps(spec.labels, spec.resources)
+    for field, networks in (("netSoftnetAllow", spec.net_softnet_allow), ("netSoftnetBlock", spec.net_softnet_block)):
+        for index, network in enumerate(networks):
+            _check_network(f"{field}[{index}]", network)
+    if spec.power_state == "suspended" and not spec.suspendable:
+        raise InvalidError('powerState is "suspended", expected "running" or "stopped" unless suspendable is true')
+    if spec.startup_script is not None:
+        _check_script(spec.startup_script)
+    if spec.host_dirs:
+        _check_host_dirs(spec.host_dirs)
+
+
+def _check_maps(labels: Mapping[str, str], resources: Mapping[str, int]) -> None:
+    """Raise InvalidError for keys and values with control characters, which could forge a line in a log."""
+    for field, pairs in (("labels", labels), ("resources", resources)):
+        for key, value in pairs.items():
+            if _CONTROL.search(f"{key}{value}"):
+                raise InvalidError(f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
+
+
+def _check_network(where: str, text: str) -> None:
+    """Raise InvalidError for a text that is not a CIDR.
+
+    Python's `ip_network` also accepts netmasks and IPv6 zones, which may hold commas. Both are refused.
+    """
+    try:
+        ipaddress.ip_network(text, strict=False)
+        is_cidr = re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]+)?", text) is not None
+    except ValueError:
+        is_cidr = False
+    if not is_cidr:
+        raise InvalidError(f"{where} is {shown(text)}, expected a network such as 192.168.0.0/24")
+
+
+def _check_script(script: StartupScript) -> None:
+    for name, value in script.env.items():
+        if not ENV_NAME.fullmatch(name):
+            raise InvalidError(f"startup_script.env has the name {shown(name)}, expected {ENV_NAME.pattern}")
+        if "\0" in value:
+            raise InvalidError(f"startup_script.env[{shown(name)}] has a NUL character, which no shell can pass on")
+    if "\0" in script.script_content:
+        raise InvalidError("startup_script.script_content has a NUL character, which no shell can read")
+
+
+def _check_host_dirs(host_dirs: Iterable[HostDir]) -> None:
+    names: set[str] = set()
+    for index, host_dir in enumerate(host_dirs):
+        _check_host_dir(f"hostDirs[{index}]", host_dir)
+        if host_dir.name in names:
+            raise InvalidError(
+                f"hostDirs[{index}].name is {shown(host_dir.name)}, expected a name that no other hostDir has"
+            )
+        names.add(host_dir.name)
+
+
+def _check_host_dir(where: str, host_dir: HostDir) -> None:
+    """Raise InvalidError for a hostDir that the hypervisor's command line could read as another directory."""
+    for field, text in (("name", host_dir.name), ("path", host_dir.path)):
+        if not text:
+            raise InvalidError(f"{where}.{field} is missing, expected a hostDir with a name and a path")
+        if _CONTROL.search(text) or "," in text:
+            raise InvalidError(f"{where}.{field} is {shown(text)}, expected no commas or control characters")
+    name, path = host_dir.name, host_dir.path
+    if ":" in name or "/" in name or name.startswith("-") or name in (".", ".."):
+        raise InvalidError(
+            f'{where}.name is {shown(name)}, expected a name without ":" and "/", and no "-" at the start'
+        )
+    if not (ARCHIVE.fullmatch(path) or (path.startswith("/") and ":" not in path)):
+        raise InvalidError(f'{where}.path is {shown(path)}, expected an absolute path without ":", or an https:// URL')
+
+
+def worker_from_client(raw: object, unknown: list[str]) -> Worker:
+    """Return the worker that registers itself. Raises ValidationError."""
+    worker = decode_from_client(Worker, raw, unknown)
+    _check_name("name", worker.name)
+    if len(worker.machine_id) > MAX_MACHINE_ID:
+        raise InvalidError(f"machine_id has {len(worker.machine_id)} characters, expected at most {MAX_MACHINE_ID}")
+    _check_maps(worker.labels, worker.resources)
+    _check_identity(worker)
+    return replace(worker, health=bounded(worker.health)) if worker.health is not None else worker
+
+
+def _check_identity(worker: Worker) -> None:
+    if len(worker.instance_id) > MAX_NAME or _CONTROL.search(worker.instance_id):
+        raise InvalidError(
+            f"instance_id is {shown(worker.instance_id)}, expected at most {MAX_NAME} printable characters"
+        )
+    if len(worker.capabilities) > _MAX_CAPABILITIES:
+        raise InvalidError(f"capabilities has {len(worker.capabilities)} texts, expected at most {_MAX_CAPABILITIES}")
+    for index, capability in enumerate(worker.capabilities):
+        if not NAME.fullmatch(capability) or len(capability) > MAX_NAME:
+            raise InvalidError(f"capabilities[{index}] is {shown(capability)}, expected a name such as worker-state")
+
+
+def account_from_client(raw: object, unknown: list[str], base: ServiceAccount | None = None) -> ServiceAccount:
+    """Return the service account that an administrator asks for; absent fields are those of `base`.
+
+    Raises ValidationError.
+    """
+    account = decode_from_client(ServiceAccount, raw, unknown, base=base)
+    _check_name("name", account.name)
+    if _CONTROL.search(account.token):
+        raise InvalidError("token has a control character, expected printable characters")
+    return replace(account, roles=tuple(dict.fromkeys(account.roles)))
+
+
+def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
+    """Return cluster settings; absent fields have their defaults. Raises MalformedError, also for broken rules."""
+    settings = decode_from_client(ClusterSettings, raw, unknown, refusal=MalformedError)
+    for index, policy in enumerate(settings.host_dir_policies):
+        prefix = policy.path_prefix
+        if not prefix.startswith(("/", "https://")) or ".." in prefix.split("/") or _CONTROL.search(prefix):
+            where = f"hostDirPolicies[{index}].pathPrefix"
+            raise MalformedError(f"{where} is {shown(prefix)}, expected an absolute path or https:// URL without ..")
+    return settings
+
+
+def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
+    """Return an array of events, in order; null is an empty one. Raises ValidationError."""
+    events = [] if raw is None else decode_array_from_client(Event, raw, unknown)
+    for index, event in enumerate(events):
+        if not event.kind or _CONTROL.search(event.kind):
+            raise InvalidError(f'[{index}].kind is {shown(event.kind)}, expected a kind of event such as "log_line"')
+    return events
+
+
+def ttl_from_client(raw: object, unknown: list[str]) -> int:
+    """Return the requested lifetime of an access token in seconds; null asks for the default. Raises ValidationError."""
+    ttl = None if raw is None else decode_from_client(IssueVMAccessTokenRequest, raw, unknown).ttl_seconds
+    if ttl is None:
+        return DEFAULT_TTL
+    if not 1 <= ttl <= MAX_TTL:
+        raise InvalidError(f"ttlSeconds is {ttl}, expected 1 to {MAX_TTL}")
+    return ttl
+
+
+def report_from_worker(raw: object, unknown: list[str]) -> VMReport:
+    """Return a worker's report. Workers send the whole VM, of which only these fields count. Raises ValidationError.
+
+    A condition of a type that only newer workers know is named in `unknown`, like an unknown field.
+    """
+    if isinstance(raw, dict) and isinstance(raw.get("conditions"), list):
+        known = []
+        for index, item in enumerate(raw["conditions"]):
+            if isinstance(item, dict) and isinstance(kind := item.get("type"), str) and kind not in _CONDITION_TYPES:
+                unknown.append(f"conditions[{index}].type")
+            else:
+                known.append(item)
+        raw = {**raw, "conditions": known}
+    return decode_from_client(VMReport, raw, unknown, also=NOT_SPEC | SPEC_NAMES)
+
+
+def report_from_old_worker(raw: object, unknown: list[str]) -> VMReport:
+    """Return the report of a worker older than 0.44, which sends the whole VM. Raises ValidationError.
+
+    Such a worker knows no conditions and no powerState: a VM that it reports as running does run.
+    """
+    if isinstance(raw, dict):
+        raw = {name: raw[name] for name in _OLD_REPORT if name in raw}
+    seen = decode_from_client(VMReport, raw, unknown)
+    return replace(seen, conditions=(Condition("running", "true"),)) if seen.status == "running" else seen
