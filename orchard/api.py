@@ -60,7 +60,7 @@ from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
 from orchard.storage.errors import StorageFullError, StorageUnavailableError
-from orchard.storage.events import EventLimitError, EventLog, EventsDeletedError, InvalidCursorError
+from orchard.storage.events import EventLimitError, EventLog, EventsDeletedError, InvalidCursorError, SendPage
 from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_line
 from orchard.tunnel import Rendezvous, UnknownSessionError, UnreachableError, VMAccess, VMGoneError, WorkerEnd
 
@@ -438,7 +438,10 @@ class API:
         order: Literal["asc", "desc"] = "asc" if read_choice(request.query, parameters.ORDER) == "asc" else "desc"
         cursor = request.query.one(parameters.CURSOR.name)
         page, following = await self.parts.events.page(vm.uid, limit, order, cursor)
-        return Response(200, page, () if following is None else (("X-Next-Cursor", following),))
+        headers = () if following is None else (("X-Next-Cursor", following),)
+        if isinstance(page, bytes):
+            return Response(200, page, headers)
+        return Stream(partial(_send_page, page), "application/json", headers=headers, endless=False)
 
     # -- connections to a VM or to a worker's host
 
@@ -677,6 +680,14 @@ def _is_newer(change: Change, version: int) -> bool:
     if change.new is None:
         return isinstance(change.old, VM) and change.old.meta.version >= version
     return isinstance(change.new, VM) and change.new.meta.version > version
+
+
+async def _send_page(page: SendPage, send: Callable[[bytes], Awaitable[None]]) -> None:
+    """Send a page of events. Raises HTTPError."""
+    try:
+        await page(send)
+    except EventsDeletedError as error:
+        raise http_error(error) from error
 
 
 async def _close_at_once(websocket: WebSocketConnection) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,15 @@ from orchard.storage.journal import BROKEN_DELAY, Disk, Journal, line_length
 _EVENTS_VERSION = 1
 # Bytes of events of one VM: a script that logs without end must not fill the disk.
 MAX_EVENT_BYTES = 64 * 1024 * 1024
+# Bytes of events that are read at once, so that an answer which its client does not take holds no more.
+BLOCK_BYTES = 64 * 1024
+_EVENT = b'"event":'
+# In the line of an event, what precedes it: its number, and the sum.
+_HEAD_BYTES = 256
 _CURSOR = re.compile(r"([0-9a-f]{8})-([0-9]{1,15})")
+
+# Sends a page of events, piece by piece, with the function that it is given.
+SendPage = Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]
 
 _logger = logging.getLogger("orchard.storage.events")
 
@@ -116,17 +125,43 @@ class EventFile:
             self.offsets.append(offset)
             offset += line_length(line)
 
-    def read(self, start: int, stop: int, end: int) -> list[bytes]:
-        """Return the JSON of the events number `start` to `stop` - 1, from the first `end` bytes of the file."""
-        if start >= stop:
-            return []
-        first = self.offsets[start]
-        last = self.offsets[stop] if stop < len(self.offsets) else end
+    def blocks(self, start: int, stop: int) -> list[range]:
+        """Return the events number `start` to `stop` - 1 in blocks of BLOCK_BYTES, or of one event that is longer."""
+        blocks = []
+        end = self._end(stop - 1)
+        while start < stop:
+            limit = self.offsets[start] + BLOCK_BYTES
+            after = stop if end <= limit else bisect_right(self.offsets, limit, start, stop) - 1
+            blocks.append(range(start, max(start + 1, after)))
+            start = blocks[-1].stop
+        return blocks
+
+    def read(self, block: range) -> list[bytes]:
+        """Return the JSON of each event of a block."""
         with self.journal.path.open("rb") as file:
-            file.seek(first)
-            block = file.read(last - first)
-        # The block may end with events that are being appended and are not durable yet.
-        return [line.split(b'"event":', 1)[1][:-1] for line in block.split(b"\n")[: stop - start]]
+            file.seek(self.offsets[block.start])
+            lines = file.read(self.size_of(block)).split(b"\n")
+        # They may be followed by events that are being appended and are not durable yet.
+        return [line.split(_EVENT, 1)[1][:-1] for line in lines[: len(block)]]
+
+    def read_part(self, number: int, at: int) -> bytes:
+        """Return BLOCK_BYTES of one event's JSON from its byte `at`; empty at its end."""
+        with self.journal.path.open("rb") as file:
+            file.seek(self.offsets[number])
+            begin = file.read(_HEAD_BYTES).index(_EVENT) + len(_EVENT)
+            file.seek(self.offsets[number] + begin + at)
+            # The line ends with a brace and its newline.
+            part = file.read(BLOCK_BYTES + 2)
+        end = part.find(b"\n")
+        return part[: BLOCK_BYTES if end < 0 else end - 1]
+
+    def size_of(self, block: range) -> int:
+        """Return how many bytes of the file a block takes."""
+        return self._end(block.stop - 1) - self.offsets[block.start]
+
+    def _end(self, number: int) -> int:
+        """Return where the line of an event ends."""
+        return self.offsets[number + 1] if number + 1 < len(self.offsets) else self.journal.size
 
 
 @dataclass(slots=True)
@@ -136,6 +171,48 @@ class _Append:
     events: list[Event] = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)
     error: StorageError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks of one VM's events, the earliest first, whose end is on the disk."""
+
+    file: EventFile
+    blocks: Sequence[range]
+    descending: bool
+    in_thread: Callable[..., Awaitable[Any]]
+
+    async def send(self, send: Callable[[bytes], Awaitable[None]]) -> None:
+        """Send a JSON array of the events. Raises EventsDeletedError."""
+        before = b"["
+        for block in reversed(self.blocks) if self.descending else self.blocks:
+            if self.is_long(block):
+                await send(before)
+                at = 0
+                while part := await self._call(self.file.read_part, block.start, at):
+                    await send(part)
+                    at += len(part)
+            else:
+                await send(before + await self.read(block))
+            before = b","
+        await send(b"]")
+
+    async def read(self, block: range) -> bytes:
+        """Return the JSON of a block's events in their order, separated by commas. Raises EventsDeletedError."""
+        texts: list[bytes] = await self._call(self.file.read, block)
+        if self.descending:
+            texts.reverse()
+        return b",".join(texts)
+
+    def is_long(self, block: range) -> bool:
+        """Return whether a block is one event that is read in parts."""
+        return len(block) == 1 and self.file.size_of(block) > BLOCK_BYTES
+
+    async def _call(self, read: Callable[..., Any], *arguments: object) -> Any:
+        try:
+            return await self.in_thread(read, *arguments)
+        except FileNotFoundError:
+            raise EventsDeletedError(self.file.uid) from None
 
 
 class EventLog:
@@ -213,11 +290,13 @@ class EventLog:
 
     async def page(
         self, uid: str, limit: int | None, order: Literal["asc", "desc"], cursor: str | None
-    ) -> tuple[bytes, str | None]:
+    ) -> tuple[bytes | SendPage, str | None]:
         """Return (a JSON array of events, the cursor of the next page or None after the last).
 
-        Without a `limit` the page has all events. Raises InvalidCursorError; EventsDeletedError when the VM was deleted meanwhile;
-        StorageFullError or StorageUnavailableError when it is not known whether the events are on the disk.
+        Without a `limit` the page has all events. A page that is longer than BLOCK_BYTES is returned as a function that
+        reads it block by block, and sends each with the function that it is given. Raises InvalidCursorError;
+        EventsDeletedError when the VM was deleted meanwhile, and so does that function; StorageFullError or
+        StorageUnavailableError when it is not known whether the events are on the disk.
         """
         file = self._files.get(uid)
         # Of thousands of files, only those that are read are synced after a start.
@@ -233,13 +312,11 @@ class EventLog:
             following = start if start > 0 else None
         if file is None or start >= stop:
             return b"[]", None
-        try:
-            texts = await self._in_thread(file.read, start, stop, file.journal.size)
-        except FileNotFoundError:
-            raise EventsDeletedError(uid) from None
-        if order == "desc":
-            texts.reverse()
-        return b"[%b]" % b",".join(texts), None if following is None else f"{uid[:8]}-{following}"
+        next_cursor = None if following is None else f"{uid[:8]}-{following}"
+        pages = _Blocks(file, file.blocks(start, stop), order == "desc", self._in_thread)
+        if len(pages.blocks) > 1 or pages.is_long(pages.blocks[0]):
+            return pages.send, next_cursor
+        return b"[%b]" % await pages.read(pages.blocks[0]), next_cursor
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write what is appended until cancelled. Raises BrokenError when it is not known what the disk holds."""

@@ -61,12 +61,30 @@ async def running(directory: Path, *uids: str, disk: Disk | None = None) -> Asyn
         nursery.cancel_scope.cancel()
 
 
+async def whole_page(
+    log: EventLog, uid: str, limit: int | None = None, order: Order = "asc", cursor: str | None = None
+) -> tuple[list[Any], str | None]:
+    """Return the events of a page, and the cursor of the next page."""
+    page, following = await log.page(uid, limit, order, cursor)
+    if isinstance(page, bytes):
+        return json.loads(page), following
+    pieces: list[bytes] = []
+
+    async def send(piece: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        assert len(piece) <= orchard.storage.events.BLOCK_BYTES + 1
+        pieces.append(piece)
+
+    await page(send)
+    return json.loads(b"".join(pieces)), following
+
+
 async def found(
     log: EventLog, uid: str, limit: int | None = None, order: Order = "asc", cursor: str | None = None
 ) -> tuple[list[int], str | None]:
     """Return the numbers of the events of a page, and the cursor of the next page."""
-    page, following = await log.page(uid, limit, order, cursor)
-    return [one["timestamp"] for one in json.loads(page)], following
+    page, following = await whole_page(log, uid, limit, order, cursor)
+    return [one["timestamp"] for one in page], following
 
 
 async def all_of(log: EventLog, uid: str) -> list[int]:
@@ -104,9 +122,9 @@ def test_appended_events_are_read_unchanged(tmp_path_factory: pytest.TempPathFac
         async with running(directory) as log:
             for batch in batches:
                 await log.append(A, batch)
-            assert json.loads((await log.page(A, None, "asc", None))[0]) == whole
+            assert await whole_page(log, A) == (whole, None)
         async with running(directory, A) as log:
-            assert json.loads((await log.page(A, None, "desc", None))[0]) == whole[::-1]
+            assert await whole_page(log, A, order="desc") == (whole[::-1], None)
 
     trio.run(main)
 
@@ -291,6 +309,48 @@ async def test_append_waiting_for_a_dropped_vm_raises_events_deleted_error(tmp_p
         assert outcomes == ["deleted", "stored"]
         await log.append(B, events(0))
         assert names(tmp_path) == {f"{B}.jsonl"}
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+@pytest.mark.parametrize("block_bytes", [1, 100, 1000, 100_000])
+async def test_long_page_is_read_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Order, block_bytes: int
+) -> None:
+    monkeypatch.setattr(orchard.storage.events, "BLOCK_BYTES", block_bytes)
+    written = [event(number, "\u00e9\n" * (number * 7 % 150)) for number in range(40)]
+    encoded = [encode(one) for one in written]
+    async with running(tmp_path) as log:
+        await log.append(A, written)
+        assert await whole_page(log, A, order=order) == (encoded[:: 1 if order == "asc" else -1], None)
+        got: list[Any] = []
+        following: str | None = None
+        while following or not got:
+            page, following = await whole_page(log, A, 7, order, following)
+            got += page
+        assert got == encoded[:: 1 if order == "asc" else -1]
+
+
+async def test_long_page_shows_what_was_there_at_its_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orchard.storage.events, "BLOCK_BYTES", 100)
+    async with running(tmp_path) as log:
+        await log.append(A, events(*range(10)))
+        page, _ = await log.page(A, None, "asc", None)
+        assert not isinstance(page, bytes)
+        pieces: list[bytes] = []
+
+        async def append_and_take(piece: bytes) -> None:
+            await log.append(A, events(99))
+            pieces.append(piece)
+
+        await page(append_and_take)
+        assert [one["timestamp"] for one in json.loads(b"".join(pieces))] == [*range(10)]
+
+        async def delete_and_take(piece: bytes) -> None:
+            (tmp_path / f"{A}.jsonl").unlink()
+            await trio.lowlevel.checkpoint()
+
+        with pytest.raises(EventsDeletedError, match=A):
+            await page(delete_and_take)
 
 
 async def test_page_of_a_vm_deleted_meanwhile_raises_events_deleted_error(tmp_path: Path) -> None:
