@@ -1151,6 +1151,132 @@ async def test_connection_is_refused_if_all_others_are_busy(autojump_clock: Cloc
         assert (await Client(busy).sure()).status == 200
 
 
+# ---- clients that hold what others need ----------------------------------------------------------------------------
+
+
+def admit_public(request: Request) -> Sender:
+    """Let anybody ask, as for a public path, except with credentials."""
+    return Sender(authenticated=request.headers.get("authorization") is not None)
+
+
+LOGIN = GET[:-2] + b"Authorization: x\r\n\r\n"
+# What a client may send and then be silent.
+SILENCES = {
+    "nothing": b"",
+    "half a head": GET[:-10],
+    "half a body": post(b"Content-Length: 5", body=b"abc"),
+    "half a chunk": post(CHUNKED, body=b"5\r\nabc"),
+    "a public request": GET,
+    "a request whose answer it does not read": GET.replace(b"/ ", b"/large "),
+}
+
+
+async def large_or_echo(request: Request) -> AnyResponse:
+    return Response(200, b"a" * 500_000) if request.path == "/large" else await echo(request)
+
+
+@pytest.mark.parametrize("silence", SILENCES)
+async def test_oldest_connection_without_credentials_makes_room(autojump_clock: Clock, silence: str) -> None:
+    async with serving(large_or_echo, admit=admit_public, limits=Limits(unauthenticated_of_source=3)) as served:
+        members, strangers = [], []
+        for _ in range(4):
+            members.append(Client(await served.open()))
+            await members[-1].stream.send_all(LOGIN)
+            assert (await members[-1].sure()).status == 200
+        for _ in range(10):
+            strangers.append(await served.open())
+            await strangers[-1].send_all(SILENCES[silence])
+            await trio.testing.wait_all_tasks_blocked()
+            newcomer = Client(await served.open())
+            await newcomer.stream.send_all(LOGIN)
+            assert (await newcomer.sure()).status == 200
+        # The debug log has the connections that broke. One of three made room for each newcomer.
+        assert sum(record.levelno == logging.DEBUG for record in served.records.records) == 8
+        for member in members:
+            await member.stream.send_all(GET)
+            assert (await member.sure()).status == 200
+        assert trio.current_time() == 0
+
+
+async def test_connections_without_credentials_are_bounded_in_all(autojump_clock: Clock) -> None:
+    async with serving(echo, admit=admit_public, limits=Limits(unauthenticated=3)) as served:
+        clients = [Client(await served.open()) for _ in range(5)]
+        assert [await is_closed(client.stream) for client in clients[:2]] == [True, True]
+        for client in clients[2:]:
+            await client.stream.send_all(GET)
+            assert (await client.sure()).status == 200
+
+
+@pytest.mark.parametrize("size", [0, 2, 4096, 4097])
+@pytest.mark.parametrize("method", [b"GET", b"DELETE", b"POST"])
+async def test_body_that_the_operation_does_not_take_is_ignored_if_it_is_small(
+    autojump_clock: Clock, method: bytes, size: int
+) -> None:
+    body = b"a" * size
+    async with serving(echo, admit=lambda _: Sender(body_limit=0)) as served:
+        for data in (
+            post(b"Content-Length: %d" % size, body=body),
+            post(b"Expect: 100-continue", b"Content-Length: %d" % size, body=body),
+            post(CHUNKED, body=(b"%x\r\n%b\r\n" % (size, body) if body else b"") + b"0\r\n\r\n"),
+        ):
+            answers, closed = await talk(served, [data.replace(b"POST", method) + GET])
+            if size > 4096:
+                assert [answer.status for answer in answers] == [413]
+                assert closed
+            else:
+                assert [json.loads(answer.body)["body"] for answer in answers] == ["", ""]
+                assert not closed
+
+
+async def test_oldest_body_makes_room_when_all_bodies_together_are_too_large(autojump_clock: Clock) -> None:
+    async with serving(echo, limits=Limits(held_bytes=100_000)) as served:
+        halves = [Client(await served.open()) for _ in range(5)]
+        for half in halves:
+            await half.stream.send_all(post(b"Content-Length: 40000", body=b"a" * 30_000))
+            await trio.testing.wait_all_tasks_blocked()
+        assert [await half.answer() for half in halves[:2]] == [None, None]
+        for half in halves[2:]:
+            await half.stream.send_all(b"a" * 10_000)
+            assert (await half.sure()).status == 200
+        assert trio.current_time() == 0
+
+
+async def test_unread_large_answers_make_room_for_another(autojump_clock: Clock) -> None:
+    async with serving(large_or_echo, limits=Limits(held_bytes=0)) as served:
+        for _ in range(3):
+            await (await served.open()).send_all(GET.replace(b"/ ", b"/large "))
+            await trio.testing.wait_all_tasks_blocked()
+        reader, small = Client(await served.open()), Client(await served.open())
+        await reader.stream.send_all(GET.replace(b"/ ", b"/large "))
+        await small.stream.send_all(GET)
+        assert (await small.sure()).status == 200
+        assert trio.current_time() == 0
+        assert len((await reader.sure()).body) == 500_000
+        assert trio.current_time() < 10
+
+
+async def test_unread_answers_of_any_size_hold_little_memory(autojump_clock: Clock) -> None:
+    """The pieces of answers belong to the state and are not copied before their turn, whatever their sizes."""
+    pieces = [b"a" * 4_000_000, *[b"b" * 10] * 1_000, b"c" * 300_000]
+
+    async def handler(request: Request) -> AnyResponse:
+        async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+            for piece in pieces:
+                await send(piece)
+
+        return Stream(produce) if request.path == "/stream" else Response(200, pieces)
+
+    async with serving(handler, limits=Limits(held_bytes=2_000_000)) as served:
+        clients = [Client(await served.open()) for _ in range(40)]
+        tracemalloc.start()
+        for number, client in enumerate(clients):
+            await client.stream.send_all(GET.replace(b"/ ", b"/stream ") if number % 2 else GET)
+        await trio.testing.wait_all_tasks_blocked()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 4_000_000
+
+
 # ---- deadlines -----------------------------------------------------------------------------------------------------
 
 
@@ -1999,6 +2125,24 @@ async def test_tls_handshake_has_a_deadline_and_ends_at_stop(autojump_clock: Clo
         assert await late.receive_some() == b""
         await served.ended.wait()
         assert trio.current_time() == pytest.approx(10)
+
+
+@pytest.mark.parametrize("data", [GET, b"HEAD / HTTP/1.1\r\n", b"S"])
+async def test_plain_http_on_the_tls_port_is_answered_with_400(contexts: Contexts, data: bytes) -> None:
+    plain = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    listeners = [TLSListener(one, contexts.server) for one in plain]
+    async with serving(echo, listeners=listeners) as served:
+        stream = await trio.open_tcp_stream("127.0.0.1", plain[0].socket.getsockname()[1])
+        await stream.send_all(data)
+        client = Client(stream)
+        got = await client.sure()
+        assert (got.status, got.headers["connection"]) == (400, "close")
+        assert "https://" in got.message
+        assert await client.answer() is None
+        await stream.aclose()
+        served.stop.set()
+        await served.ended.wait()
+        assert served.requests == ["- - 400 0.0 - 127.0.0.1"]
 
 
 async def test_tls_is_closed_with_close_notify(autojump_clock: Clock, contexts: Contexts) -> None:
