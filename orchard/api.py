@@ -7,16 +7,15 @@ A handler is a plain function over the state in memory, and changes it in one tr
 another's change. `handle` sends no answer before everything that the answer is based on is durable. Handlers that read
 events or connect to a VM are `async`.
 
-ERROR_STATUS maps the errors of the layers below to HTTP. Query parameters are read in parameters.py.
+answers.py maps the errors of the layers below to HTTP, and makes the Warning header. Query parameters are read in parameters.py.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -25,8 +24,9 @@ import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, parameters, schema, transitions, validation
+from orchard.answers import PRODUCT_ERRORS, REFUSALS, Remarks, http_error
 from orchard.cluster import WORKER_STATE, ClusterIdentity
-from orchard.codec import InvalidError, MalformedError, dump_json, encode, parse_json, shown
+from orchard.codec import InvalidError, dump_json, encode, parse_json, shown
 from orchard.liveness import Liveness, Source
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 from orchard.net.request import (
@@ -46,7 +46,6 @@ from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.parameters import read_choice, read_count, read_flag, read_number, read_text
 from orchard.schema import (
     IP,
-    MAX_NAME,
     VM,
     ClusterSettings,
     ControllerInfo,
@@ -58,14 +57,12 @@ from orchard.schema import (
 )
 from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
-from orchard.ssh.connections import ExecUnavailableError
-from orchard.storage.errors import StorageFullError, StorageUnavailableError
-from orchard.storage.events import EventLimitError, EventLog, EventsDeletedError, InvalidCursorError, SendPage
+from orchard.storage.events import EventLog, SendPage
 from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_line
-from orchard.tunnel import Rendezvous, UnknownSessionError, UnreachableError, VMAccess, VMGoneError, WorkerEnd
+from orchard.tunnel import Rendezvous, VMAccess, WorkerEnd
 
 # Existing workers choose their protocol by these.
-_CAPABILITIES = ("rpc-v2", "vm-state-endpoint", WORKER_STATE)
+_CAPABILITIES = ("rpc-v2", "vm-state-endpoint", WORKER_STATE, "field-validation")
 # Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
 _GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
 _STATE_ENDPOINT_SINCE = 44
@@ -73,54 +70,15 @@ _STATE_ENDPOINT_SINCE = 44
 _READ_ATTEMPTS = 3
 # The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
 _LARGE_BODY = 4 * 1024 * 1024  # bytes
-# Unknown fields that a Warning header names.
-_MAX_WARNED = 8
+# Bytes of JSON, and events, whose reading takes some milliseconds. It goes on in a thread if there are more.
+_LARGE, _MANY_EVENTS = 16 * 1024, 500
 # The sender of each request to a controller that asks for no credentials.
 _ANYBODY = ServiceAccount(name="", token="", roles=auth.ROLES)
 
-HeaderPairs = Sequence[tuple[str, str]]
 StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity)
 NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
 BodyT = TypeVar("BodyT")
-
-
-# ---- errors ---------------------------------------------------------------------------------------------------------
-
-# The status of each error of the layers below. A row is for the subclasses of its class, too.
-ERROR_STATUS: Mapping[type[Exception], int] = {
-    MalformedError: 400,
-    InvalidError: 412,
-    transitions.TransitionError: 412,
-    transitions.StaleReportError: 404,
-    auth.UnauthenticatedError: 401,
-    auth.ForbiddenError: 403,
-    auth.TooManyFailuresError: 429,
-    UnreachableError: 503,
-    VMGoneError: 404,
-    ExecUnavailableError: 503,
-    vm_exec.TooManyCommandsError: 503,
-    UnknownSessionError: 404,
-    StorageFullError: 507,
-    StorageUnavailableError: 503,
-    InvalidCursorError: 400,
-    EventLimitError: 412,
-    EventsDeletedError: 404,
-}
-_PRODUCT_ERRORS: tuple[type[Exception], ...] = tuple(ERROR_STATUS)
-_REFUSALS: tuple[type[Exception], ...] = (HTTPError, *_PRODUCT_ERRORS)
-
-
-def http_error(error: Exception, account: str = "") -> HTTPError:
-    """Return the answer to a request of `account` that failed with an HTTPError or an error of ERROR_STATUS."""
-    if isinstance(error, HTTPError):
-        return HTTPError(error.status, error.message, error.headers, account=account)
-    status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
-    headers: HeaderPairs = ()
-    if isinstance(error, auth.UnauthenticatedError):
-        headers = (("WWW-Authenticate", 'Basic realm="orchard"'),)
-    elif isinstance(error, auth.TooManyFailuresError):
-        headers = (("Retry-After", str(error.retry_after)),)
-    return HTTPError(status, str(error), headers, account=account)
+ReadT = TypeVar("ReadT")
 
 
 # ---- the API --------------------------------------------------------------------------------------------------------
@@ -162,6 +120,11 @@ class Admitted:
     account: str
     role: Role | None = None
     sender: str = ""
+    # The parsed body; None if the operation takes none, or the client sent none.
+    body: Any = field(default=None, repr=False)
+    remarks: Remarks = field(default_factory=Remarks)
+    # Whether a request with an unknown name in it is refused.
+    strict: bool = False
 
     @property
     def authenticated(self) -> bool:
@@ -181,6 +144,8 @@ class API:
         self.store = parts.store
         self.state = parts.store.state
         self._failures = auth.FailureLimit(trio.current_time)
+        # Several threads would delay all other requests together, since only one of them runs Python at a time.
+        self._parsing = trio.CapacityLimiter(1)
         prefix = f"{parts.prefix}/v1"
         self._router = Router([Route(op.method, prefix + op.path, op) for op in OPERATIONS])
         self._document = dump_json(describe_api(prefix))
@@ -211,7 +176,7 @@ class API:
             if isinstance(sender, auth.Access):
                 return Admitted(operation, name, account, auth.ISSUER_ROLE, f"{account} {sender.token_id}")
             return Admitted(operation, name, account, operation.role, account)
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise http_error(error, account) from error
 
     def _identify(self, request: Request, operation: APIOperation) -> ServiceAccount | auth.Access:
@@ -255,26 +220,53 @@ class API:
 
         An error is based on the state, too: the VM that "already exists" may not be durable yet.
         """
-        operation = admitted.operation
+        operation, remarks = admitted.operation, admitted.remarks
         attempts = _READ_ATTEMPTS if operation.method == "GET" else 1
+        try:
+            admitted = await self._read(request, admitted)
+        except REFUSALS as error:
+            raise http_error(error) from error
         while True:
             attempts -= 1
             refusal: Exception | None = None
             try:
                 decided: AnyResponse | Awaitable[AnyResponse] = operation.handler(self, request, admitted)
                 answer = await decided if isinstance(decided, Awaitable) else decided
-            except _REFUSALS as error:
+            except REFUSALS as error:
                 refusal = error
             try:
                 await self.store.wait_durable()
-            except _PRODUCT_ERRORS as error:
+            except PRODUCT_ERRORS as error:
                 # The changes that the answer is based on were undone. A read can be done again.
                 if attempts:
                     continue
                 raise http_error(error) from error
             if refusal is not None:
-                raise http_error(refusal) from refusal
+                refused = http_error(refusal)
+                raise HTTPError(refused.status, refused.message, (*refused.headers, *remarks.headers())) from refusal
+            if isinstance(answer, Response | Stream):
+                answer.headers = (*answer.headers, *remarks.headers())
             return answer
+
+    async def _read(self, request: Request, admitted: Admitted) -> Admitted:
+        """Parse the body, and look for unknown query parameters. Raises HTTPError, ValidationError."""
+        operation, query = admitted.operation, request.query
+        admitted.remarks.add_unknown("query parameter", parameters.unknown_parameters(query, operation.query))
+        strict = read_choice(query, parameters.FIELD_VALIDATION) == "strict"
+        body = None
+        if operation.body is not None and (request.body or operation.body_required):
+            if not request.body:
+                raise HTTPError(400, "the body is empty, expected JSON")
+            body = await self._in_thread(len(request.body) > _LARGE, partial(parse_json, request.body))
+        admitted = replace(admitted, body=body, strict=strict)
+        _refuse_unknown(admitted)
+        return admitted
+
+    async def _in_thread(self, is_long: bool, work: Callable[[], ReadT]) -> ReadT:
+        """Return the result of pure work, from a thread if it takes long."""
+        if not is_long:
+            return work()
+        return await trio.to_thread.run_sync(work, limiter=self._parsing)
 
     def _put(self, new: StoredT, old: StoredT | None = None) -> None:
         """Store a resource in a transaction of its own, unless it is equal to the `old` one."""
@@ -286,9 +278,9 @@ class API:
         """Return the VM that the path names. Raises HTTPError(404)."""
         return _found("VM", self.state.vms, admitted.name)
 
-    def _stored(self, kind: Literal["vm", "account"], name: str, headers: HeaderPairs = ()) -> Response:
-        """Return an answer with a resource as it is stored."""
-        return Response(200, self.state.json[kind][name], headers)
+    def _stored_vm(self, name: str) -> Response:
+        """Return an answer with a VM as it is stored."""
+        return Response(200, self.state.json["vm"][name])
 
     def _list(self, items: Iterable[bytes]) -> Response:
         """Return an answer with a JSON array of objects, in pieces, and the revision of the state that they are from."""
@@ -311,13 +303,12 @@ class API:
     def info(self, request: Request, admitted: Admitted) -> AnyResponse:
         # Rounded down: a worker must give up its VMs before the controller does.
         timeout = int(1000 * self.parts.offline_timeout)
-        may_write = self.parts.gate is None or "compute:write" in self.state.accounts[admitted.account].roles
         info = ControllerInfo(
             version=__version__,
             capabilities=_CAPABILITIES,
             worker_offline_timeout=timeout,
             cluster_id=self.state.cluster.id,
-            host_dir_policies=self.state.settings.host_dir_policies if may_write else (),
+            host_dir_policies=self.state.settings.host_dir_policies if self._may(admitted, "compute:write") else (),
         )
         return Response(200, dump_json(encode(info)))
 
@@ -333,7 +324,7 @@ class API:
     # -- VMs
 
     def create_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        (name, spec), warning = _read_body(request, validation.vm_from_client)
+        name, spec = _read_body(admitted, validation.vm_from_client)
         if spec.host_dirs:
             self._check_host_dirs(spec)
         if name in self.state.vms:
@@ -341,7 +332,7 @@ class API:
         reason = self.parts.waiting_reason(spec)
         with self.store.transaction() as tx:
             tx.put(transitions.create(name, str(uuid.uuid4()), spec, self.parts.clock(), reason))
-        return self._stored("vm", name, warning)
+        return self._stored_vm(name)
 
     def list_vms(self, request: Request, admitted: Admitted) -> AnyResponse:
         table = self.state.json["vm"]
@@ -355,7 +346,7 @@ class API:
         vm = self._vm(admitted)
         if read_flag(request.query, parameters.WATCH):
             return Stream(partial(self._watch, vm))
-        return self._stored("vm", vm.name)
+        return self._stored_vm(vm.name)
 
     async def _watch(self, known: VM, send: Callable[[bytes], Awaitable[None]]) -> None:
         """Send the changes of a VM since `known`, and those of later VMs with its name. Raises HTTPError."""
@@ -368,7 +359,7 @@ class API:
             version = now.meta.version if now is not None else self.state.revision
             try:
                 await self.store.wait_durable()
-            except _PRODUCT_ERRORS as error:
+            except PRODUCT_ERRORS as error:
                 raise http_error(error) from error
             # The VM was deleted after the handler had found it.
             if now is None:
@@ -390,11 +381,11 @@ class API:
         self, request: Request, admitted: Admitted, read: Callable[[VMSpec, object, list[str]], VMSpec]
     ) -> AnyResponse:
         old = self._vm(admitted)
-        spec, warning = _read_body(request, partial(read, old.spec))
+        spec = _read_body(admitted, partial(read, old.spec))
         if spec.host_dirs != old.spec.host_dirs:
             self._check_host_dirs(spec)
         self._put(transitions.change(old, spec), old)
-        return self._stored("vm", old.name, warning)
+        return self._stored_vm(old.name)
 
     def delete_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._delete(self._vm(admitted))
@@ -407,9 +398,9 @@ class API:
     ) -> AnyResponse:
         """Take over a worker's report. The answer is the VM: existing workers end their session when it is not."""
         old = self._vm(admitted)
-        report, warning = _read_body(request, read)
+        report = _read_body(admitted, read)
         self._put(transitions.report(old, report, self.parts.clock()), old)
-        return self._stored("vm", old.name, warning)
+        return self._stored_vm(old.name)
 
     def _check_host_dirs(self, spec: VMSpec) -> None:
         for index, host_dir in enumerate(spec.host_dirs):
@@ -424,19 +415,20 @@ class API:
     # -- events of a VM
 
     async def append_events(self, request: Request, admitted: Admitted) -> AnyResponse:
+        is_long = isinstance(admitted.body, list) and len(admitted.body) > _MANY_EVENTS
+        events = await self._in_thread(is_long, partial(_read_body, admitted, validation.events_from_client))
         vm = self._vm(admitted)
         uid = request.query.one(parameters.UID.name)
-        if uid not in (None, vm.uid):
+        if uid and uid != vm.uid:
             raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
-        events, warning = _read_body(request, validation.events_from_client)
         await self.parts.events.append(vm.uid, events)
-        return Response(200, headers=warning)
+        return Response(200)
 
     async def list_events(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
         limit = read_number(request.query, parameters.LIMIT)
         order: Literal["asc", "desc"] = "asc" if read_choice(request.query, parameters.ORDER) == "asc" else "desc"
-        cursor = request.query.one(parameters.CURSOR.name)
+        cursor = request.query.one(parameters.CURSOR.name) or None
         page, following = await self.parts.events.page(vm.uid, limit, order, cursor)
         headers = () if following is None else (("X-Next-Cursor", following),)
         if isinstance(page, bytes):
@@ -483,18 +475,18 @@ class API:
 
     def issue_token(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
-        ttl, warning = _read_body(request, validation.ttl_from_client, if_empty=b"null")
+        ttl = _read_body(admitted, validation.ttl_from_client)
         now = self.parts.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
         access = auth.Access(vm.name, vm.uid, admitted.account, int(now.timestamp()), str(uuid.uuid4()))
         token = auth.issue_access_token(self.parts.access_key, access, expires)
         issued = VMAccessToken(token, "Bearer", expires, auth.TOKEN_USER, vm.name, vm.uid)
-        return Response(200, dump_json(encode(issued)), warning)
+        return Response(200, dump_json(encode(issued)))
 
     # -- workers
 
     def register_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted, warning = _read_body(request, validation.worker_from_client)
+        wanted = _read_body(admitted, validation.worker_from_client)
         old = self.state.workers.get(wanted.name)
         if old is not None and old.machine_id != wanted.machine_id:
             raise HTTPError(
@@ -514,7 +506,7 @@ class API:
         self.parts.liveness.record_worker(new.name, source)
         if wanted.last_seen is not None:
             self.parts.liveness.record_heartbeat(new.name, source, wanted.last_seen)
-        return self._worker(new.name, warning)
+        return self._worker(new.name)
 
     def list_workers(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._list(self._worker_json(name) for name in self.state.names["worker"])
@@ -525,17 +517,17 @@ class API:
     def put_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Record a heartbeat, which has a later last_seen than the one before, or else set scheduling_paused."""
         worker = _found("worker", self.state.workers, admitted.name)
-        wanted, warning = _read_body(request, _named(worker.name, validation.worker_from_client))
+        wanted = _read_body(admitted, _named(worker.name, validation.worker_from_client))
         seen, source = wanted.last_seen, _source(request, admitted)
         if seen is None or not self.parts.liveness.record_heartbeat(worker.name, source, seen):
             self._put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
-        return self._worker(worker.name, warning)
+        return self._worker(worker.name)
 
     def delete_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._delete(_found("worker", self.state.workers, admitted.name))
 
-    def _worker(self, name: str, headers: HeaderPairs = ()) -> Response:
-        return Response(200, self._worker_json(name), headers)
+    def _worker(self, name: str) -> Response:
+        return Response(200, self._worker_json(name))
 
     def _worker_json(self, name: str) -> bytes:
         """Return a worker's JSON with its last_seen, which is not stored."""
@@ -581,24 +573,50 @@ class API:
     # -- service accounts
 
     def create_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted, warning = _read_body(request, validation.account_from_client)
+        wanted = _read_body(admitted, validation.account_from_client)
         if wanted.name in self.state.accounts:
             raise HTTPError(409, f'service account "{wanted.name}" already exists')
-        self._put(replace(wanted, token=wanted.token or auth.random_token(), created_at=self.parts.clock()))
-        return self._stored("account", wanted.name, warning)
+        new = replace(wanted, token=wanted.token or auth.random_token(), created_at=self.parts.clock())
+        self._put(new)
+        if not new.roles:
+            admitted.remarks.notes.append("the account has no roles, so it can do nothing but check its credentials")
+        return self._changed_account(admitted, new)
+
+    def _changed_account(self, admitted: Admitted, new: ServiceAccount, old: ServiceAccount | None = None) -> Response:
+        if (old is None or new.token != old.token) and len(new.token) < validation.LONG_TOKEN:
+            note = f"the token has fewer than {validation.LONG_TOKEN} characters and may be guessed"
+            admitted.remarks.notes.append(note)
+        return Response(200, self._account_json(admitted, new.name))
+
+    def _account_json(self, admitted: Admitted, name: str) -> bytes:
+        """Return an account's JSON, with its token only for an account that could change it."""
+        if self._may(admitted, "admin:write"):
+            return self.state.json["account"][name]
+        return dump_json(encode(replace(self.state.accounts[name], token="")))
+
+    def _may(self, admitted: Admitted, role: Role) -> bool:
+        return self.parts.gate is None or role in self.state.accounts[admitted.account].roles
 
     def list_accounts(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._list(self.state.json["account"][name] for name in self.state.names["account"])
+        return self._list(self._account_json(admitted, name) for name in self.state.names["account"])
 
     def get_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._stored("account", _found("service account", self.state.accounts, admitted.name).name)
+        name = _found("service account", self.state.accounts, admitted.name).name
+        return Response(200, self._account_json(admitted, name))
 
     def replace_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        """Change an account's roles and token; absent fields stay as they are."""
+        return self._change_account(admitted, validation.account_from_client)
+
+    def patch_account(self, request: Request, admitted: Admitted) -> AnyResponse:
+        return self._change_account(admitted, validation.patched_account)
+
+    def _change_account(self, admitted: Admitted, read: Callable[..., ServiceAccount]) -> AnyResponse:
+        """Change an account's roles, token and keys; absent fields stay as they are."""
         old = _found("service account", self.state.accounts, admitted.name)
-        new, warning = _read_body(request, _named(old.name, partial(validation.account_from_client, base=old)))
-        self._put(replace(new, token=new.token or old.token), old)
-        return self._stored("account", old.name, warning)
+        new = _read_body(admitted, _named(old.name, partial(read, base=old)))
+        new = replace(new, token=new.token or old.token)
+        self._put(new, old)
+        return self._changed_account(admitted, new, old)
 
     def delete_account(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._delete(_found("service account", self.state.accounts, admitted.name))
@@ -609,13 +627,13 @@ class API:
         return self._settings()
 
     def put_settings(self, request: Request, admitted: Admitted) -> AnyResponse:
-        settings, warning = _read_body(request, validation.settings_from_client)
+        settings = _read_body(admitted, validation.settings_from_client)
         self._put(replace(settings, unknown=self.state.settings.unknown), self.state.settings)
-        return self._settings(warning)
+        return self._settings()
 
-    def _settings(self, headers: HeaderPairs = ()) -> Response:
+    def _settings(self) -> Response:
         body = self.state.json["settings"].get(SETTINGS) or encode_object(self.state.settings)
-        return Response(200, body, headers)
+        return Response(200, body)
 
 
 # ---- requests and answers -------------------------------------------------------------------------------------------
@@ -629,20 +647,20 @@ def _found(kind: str, table: Mapping[str, NamedT], name: str) -> NamedT:
     return resource
 
 
-def _read_body(
-    request: Request, read: Callable[[Any, list[str]], BodyT], *, if_empty: bytes = b""
-) -> tuple[BodyT, HeaderPairs]:
-    """Decode the body, which is the text `if_empty` when the client sent none, with a function of schema.py.
-
-    Return what the function returned, and the header that names the unknown fields. Raises HTTPError(400),
-    ValidationError.
-    """
-    text = request.body or if_empty
-    if not text:
-        raise HTTPError(400, "the body is empty, expected JSON")
+def _read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT]) -> BodyT:
+    """Return what a function of validation.py makes of the body. Raises HTTPError(400), ValidationError."""
     unknown: list[str] = []
-    value = read(parse_json(text), unknown)
-    return value, _warning(unknown) if unknown else ()
+    try:
+        value = read(admitted.body, unknown)
+    finally:
+        admitted.remarks.add_unknown("field", unknown)
+    _refuse_unknown(admitted)
+    return value
+
+
+def _refuse_unknown(admitted: Admitted) -> None:
+    if admitted.strict and admitted.remarks.unknown:
+        raise HTTPError(400, f"{admitted.remarks}; nothing was changed, because fieldValidation is strict")
 
 
 def _named(name: str, read: Callable[[Any, list[str]], BodyT]) -> Callable[[Any, list[str]], BodyT]:
@@ -656,13 +674,6 @@ def _named(name: str, read: Callable[[Any, list[str]], BodyT]) -> Callable[[Any,
         return read(raw, unknown)
 
     return read_named
-
-
-def _warning(unknown: Sequence[str]) -> HeaderPairs:
-    """Return a Warning header (RFC 7234, section 5.5) that names the first unknown fields of a body."""
-    names = [json.dumps(name[:MAX_NAME])[1:-1] for name in unknown[:_MAX_WARNED]]
-    more = f" and {len(unknown) - _MAX_WARNED} more" if len(unknown) > _MAX_WARNED else ""
-    return (("Warning", f'299 orchard "unknown fields were ignored: {", ".join(names)}{more}"'),)
 
 
 def _is_old_worker(request: Request) -> bool:
@@ -728,6 +739,9 @@ OPERATIONS: tuple[APIOperation, ...] = (
               answer=ref("ServiceAccount"), problems=(404,)),
     Operation("PUT", "/service-accounts/{name}", API.replace_account, "admin:write", "Update a Service Account",
               body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(404,)),
+    Operation("PATCH", "/service-accounts/{name}", API.patch_account, "admin:write",
+              "Change the fields that a JSON merge patch (RFC 7396) names",
+              body=_ANY, answer=ref("ServiceAccount"), problems=(404,)),
     Operation("DELETE", "/service-accounts/{name}", API.delete_account, "admin:write", "Delete a Service Account",
               problems=(404,)),
     Operation("POST", "/workers", API.register_worker, "compute:write", "Register a Worker, or update its registration",
@@ -790,4 +804,10 @@ OPERATIONS: tuple[APIOperation, ...] = (
 def describe_api(prefix: str) -> dict[str, Any]:
     """Return the OpenAPI document of OPERATIONS, served below `prefix`, for example "/v1"."""
     info = {"title": "Orchard", "description": "Orchard orchestration API", "version": __version__}
-    return build_document(OPERATIONS, prefix=prefix, info=info, schemas=schema.components())
+    with_validation = [
+        replace(operation, query=(*operation.query, parameters.FIELD_VALIDATION))
+        if operation.query or operation.body is not None
+        else operation
+        for operation in OPERATIONS
+    ]
+    return build_document(with_validation, prefix=prefix, info=info, schemas=schema.components())

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import difflib
 import functools
 import json
 import math
@@ -23,12 +24,19 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 # Levels of nesting in a JSON text. The deepest object of the API has 4.
 MAX_DEPTH = 32
+# Unknown names that are described. The others are only counted, since the comparison with known names costs more than
+# reading a field.
+_MAX_DESCRIBED = 8
+# Characters of an unknown name that are shown.
+_MAX_PATH = 128
+# Items of a list or a map in a client's object, unless its field says otherwise. All other requests wait while it is read.
+MAX_ITEMS = 256
 # The largest whole number that every JSON parser keeps exact (RFC 8259, section 6).
 MAX_UINT = 2**53 - 1
 # Characters of a refused value that an error message repeats.
@@ -87,6 +95,7 @@ class Attr:
     default: object = None
     number: bool = False
     maximum: int = MAX_UINT
+    most: int = MAX_ITEMS
     twin: str = ""
     example: object = None
     required: bool = False
@@ -96,6 +105,11 @@ class Attr:
 
     def is_list(self) -> bool:
         return typing.get_origin(self.type) is tuple
+
+    def is_closed_set(self) -> bool:
+        """Whether the value is one of a few texts, or absent."""
+        inner = typing.get_args(self.type)[0] if self.is_optional() else self.type
+        return typing.get_origin(inner) is Literal
 
     def is_optional(self) -> bool:
         return typing.get_origin(self.type) in _OPTIONAL
@@ -110,20 +124,23 @@ def attr(
     default: object = None,
     number: bool = False,
     maximum: int = MAX_UINT,
+    most: int = MAX_ITEMS,
     twin: str = "",
     example: object = None,
+    secret: bool = False,
 ) -> Any:
     """Declare a field of a resource: its name in JSON and its documentation.
 
     `zero` is the field's value when it is absent; a field without a zero is required. `writer` is who sets the field:
     "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
-    has the published schema call an integer a number. `twin` is a deprecated second name of the field in JSON.
+    has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a deprecated second name of the field in JSON. The value of a
+    `secret` field is not in the repr().
     """
     required = zero is dataclasses.MISSING
-    about = Attr(json_name, doc, writer, default, number, maximum, twin, example, required)
+    about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, required)
     if isinstance(zero, dict):
-        return dataclasses.field(default_factory=dict, metadata={"attr": about})
-    return dataclasses.field(default=zero, metadata={"attr": about})
+        return dataclasses.field(default_factory=dict, repr=not secret, metadata={"attr": about})
+    return dataclasses.field(default=zero, repr=not secret, metadata={"attr": about})
 
 
 def unknown_fields() -> Any:
@@ -244,10 +261,14 @@ def _check_strings(value: object) -> None:
             nodes += node.values()
 
 
+def shortened(text: str, most: int) -> str:
+    """Return a text, or its beginning with "..." if it has more than `most` characters."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 def shown(value: object) -> str:
     """Return a refused value as an error message shows it: JSON in ASCII, at most SHOWN_CHARACTERS long."""
-    text = json.dumps(value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+    return shortened(json.dumps(value), SHOWN_CHARACTERS)
 
 
 # ---- values to resources --------------------------------------------------------------------------------------------
@@ -258,16 +279,23 @@ class _Position:
     """A place in the body, and how its value is read.
 
     `unknown` collects the names of unknown fields in a client's object; it is None for an object that this product
-    wrote. `refusal` is the error for a string that is not one of the options, and `maximum` the bound of a number.
+    wrote. `refusal` is the error for a string that is not one of the options. `maximum` bounds a number, and `most` a list or
+    a map in number.
     """
 
     path: str = ""
     unknown: list[str] | None = None
     refusal: type[ValidationError] = InvalidError
     maximum: int = MAX_UINT
+    most: int = MAX_ITEMS
 
     def below(self, step: str) -> _Position:
-        return _Position(self.path + step, self.unknown, self.refusal, self.maximum)
+        return _Position(self.path + step, self.unknown, self.refusal, self.maximum, self.most)
+
+    def check_number(self, items: Sized) -> None:
+        """Raise InvalidError if a client has sent too many items. What was stored is read in any number."""
+        if self.unknown is not None and len(items) > self.most:
+            raise self.refusal(f"{self.path} has {len(items)} items, expected at most {self.most}")
 
 
 def decode(cls: type[ResourceT], raw: object, also: frozenset[str] = frozenset()) -> ResourceT:
@@ -293,18 +321,20 @@ def decode_from_client(
 ) -> ResourceT:
     """Make an instance of `cls` from a parsed JSON object that a client sent.
 
-    Only fields whose writer is the user are taken; the others are ignored, like the fields named in `also`. The names of
-    unknown fields are appended to `unknown`. An absent or null field gets its value from `base`, or its zero value.
+    Only fields whose writer is the user are taken; the others are ignored, like the fields named in `also`. Unknown fields
+    are appended to `unknown`, as by `add_unknown`. An absent or null field gets its value from `base`,
+    or its zero value; so does one of a closed set whose value is "". Names are read in any case, as by `canonical`.
 
     Raises as `decode` does, with `refusal` for a string that is not one of the options.
     """
     return _decode_object(cls, raw, base, _Position("", unknown, refusal), also)
 
 
-def decode_array_from_client(cls: type[ResourceT], raw: object, unknown: list[str]) -> list[ResourceT]:
-    """Make instances of `cls` from a JSON array that a client sent. Raises as `decode_from_client` does."""
+def decode_array_from_client(cls: type[ResourceT], raw: object, unknown: list[str], most: int) -> list[ResourceT]:
+    """Make instances of `cls` from a JSON array of at most so many. Raises as `decode_from_client` does."""
     if not isinstance(raw, list):
         raise MalformedError(f"the body is {shown(raw)}, expected a JSON array")
+    _Position("the array", unknown, most=most).check_number(raw)
     return [_decode_object(cls, item, None, _Position(f"[{index}]", unknown)) for index, item in enumerate(raw)]
 
 
@@ -320,8 +350,12 @@ def _decode_object(
     taken: dict[str, Any] = {}
     prefix = f"{position.path}." if position.path else ""
     unknown = position.unknown
+    if unknown is not None:
+        raw = canonical(cls, raw, also)
     for field in attrs_of(cls):
         value = raw.get(field.json)
+        if value == "" and unknown is not None and field.is_closed_set():
+            value = None
         if value is not None and (unknown is None or field.writer == "user"):
             # Most values need no conversion, and a start decodes a million of them (./run bench start).
             if type(value) is field.type:
@@ -331,18 +365,52 @@ def _decode_object(
             if plain:
                 taken[field.name] = value
             else:
-                inner = _Position(prefix + field.json, unknown, position.refusal, field.maximum)
+                inner = _Position(prefix + field.json, unknown, position.refusal, field.maximum, field.most)
                 taken[field.name] = _decode_value(field.type, value, inner)
         elif field.required and base is None:
             raise MalformedError(f"{prefix}{field.json} is missing, expected {field.doc}")
     known = _json_names(typing.cast("Any", cls))
     if unknown is not None:
-        unknown.extend(prefix + key for key in raw if key not in known and key not in also)
+        for key in raw:
+            if key not in known and key not in also:
+                add_unknown(unknown, prefix + key, known)
     elif _keeps_unknown(typing.cast("Any", cls)) and (new := raw.keys() - known - also):
         taken["unknown"] = {key: raw[key] for key in sorted(new)}
     if base is not None:
         return typing.cast("ResourceT", dataclasses.replace(typing.cast("Any", base), **taken))
     return cls(**taken)
+
+
+def canonical(cls: type, raw: dict[str, Any], also: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Return a client's object with the names of fields in the case in which `cls` and `also` have them.
+
+    Go clients and servers read names in any case. A name that is there in the right case goes before all others.
+    """
+    known = _json_names(cls)
+    strange = [key for key in raw if key not in known and key not in also]
+    if not strange:
+        return raw
+    folded = {name.lower(): name for name in (*also, *known)}
+    result = dict(raw)
+    for key in strange:
+        name = folded.get(key.lower())
+        if name is not None and name not in raw:
+            result[name] = result.pop(key)
+    return result
+
+
+def add_unknown(unknown: list[str], path: str, known: Iterable[str]) -> None:
+    """Append an unknown name, bounded and in printable ASCII, and which of the `known` names it resembles, if any."""
+    text = json.dumps(path[:_MAX_PATH])[1:-1]
+    if len(unknown) < _MAX_DESCRIBED:
+        names = {_letters(name): name for name in sorted(known)}
+        near = difflib.get_close_matches(_letters(path[:_MAX_PATH].rpartition(".")[2]), names, n=1, cutoff=0.75)
+        text += f", did you mean {names[near[0]]}?" if near else ""
+    unknown.append(text)
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
 
 
 @functools.cache
@@ -373,9 +441,11 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
         return text
     if origin is tuple:
         items = _expect(list, value, at, "a list")
+        at.check_number(items)
         return tuple(_decode_value(arguments[0], item, at.below(f"[{index}]")) for index, item in enumerate(items))
     if origin is Mapping:
         pairs = _expect(dict, value, at, "a JSON object")
+        at.check_number(pairs)
         # A position for each value would cost more than the value, and only an error message needs it.
         kind = arguments[1]
         is_plain = all(type(item) is kind for item in pairs.values())

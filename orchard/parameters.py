@@ -1,16 +1,17 @@
 """The query parameters of the API: what each is called and accepts, and how its value is read.
 
 A parameter is declared here once. The route table (api.OPERATIONS) lists the declarations for the OpenAPI document, and
-the functions below read a request's query by the same declarations. They raise HTTPError with status 400 for a
-parameter that is repeated, missing although it is required, or outside what its schema accepts.
+the functions below read a request's query by the same declarations. An empty value is as good as none. They raise
+HTTPError with status 400 for a parameter that is repeated, missing although it is required, or outside what its schema accepts.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
-from orchard.codec import shown
+from orchard.codec import add_unknown, shown
 from orchard.net.openapi import Parameter
 from orchard.net.request import HTTPError, Query
 from orchard.ssh import exec as vm_exec
@@ -20,6 +21,12 @@ _MAX_LIMIT = 1_000_000_000
 # Seconds that a port forward waits by default and at most.
 _DEFAULT_WAIT, _MAX_WAIT = 10, 65_535
 _DIGITS = re.compile(r"[0-9]{1,10}")
+
+# What Go's strconv.ParseBool accepts.
+_FLAGS = {
+    **dict.fromkeys(("1", "t", "T", "true", "True", "TRUE"), True),
+    **dict.fromkeys(("0", "f", "F", "false", "False", "FALSE"), False),
+}
 
 _TEXT = {"type": "string"}
 _FLAG = {"type": "boolean"}
@@ -54,11 +61,30 @@ ERROR_MESSAGE = Parameter("errorMessage", "Why the action failed; empty: it succ
 RESOLVED_ADDRESS = Parameter("ip", "The VM's address", _TEXT)
 WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required=True)
 
+FIELD_VALIDATION = Parameter(
+    "fieldValidation",
+    "`strict`: refuse a request with an unknown field or parameter, instead of naming it in the header Warning",
+    {"type": "string", "enum": ["warn", "strict"]},
+)
+
 # The parameters of operations with several.
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
 EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
 PAGE = (LIMIT, ORDER, CURSOR)
 ANSWER_IP = (SESSION, RESOLVED_ADDRESS, ERROR_MESSAGE)
+
+
+def unknown_parameters(query: Query, known: Sequence[Parameter]) -> list[str]:
+    """Return the unknown parameters of a query, as by codec.add_unknown. `env[NAME]` is known where `command` is."""
+    given = query.parameters()
+    if not given:
+        return []
+    names = {parameter.name for parameter in (*known, FIELD_VALIDATION)}
+    unknown: list[str] = []
+    for name in given:
+        if name not in names and not (COMMAND in known and name.startswith("env[")):
+            add_unknown(unknown, name, names)
+    return unknown
 
 
 def read_text(query: Query, parameter: Parameter) -> str:
@@ -72,11 +98,11 @@ def read_text(query: Query, parameter: Parameter) -> str:
 def read_flag(query: Query, parameter: Parameter) -> bool:
     """Return a parameter's truth value; False if it is absent."""
     value = query.one(parameter.name)
-    if value in (None, "false", "0"):
+    if not value:
         return False
-    if value in ("true", "1"):
-        return True
-    raise HTTPError(400, f"{parameter.name} is {shown(value)}, expected true or false")
+    if value not in _FLAGS:
+        raise HTTPError(400, f"{parameter.name} is {shown(value)}, expected true or false")
+    return _FLAGS[value]
 
 
 def read_choice(query: Query, parameter: Parameter) -> str:
@@ -90,7 +116,7 @@ def read_choice(query: Query, parameter: Parameter) -> str:
 
 def read_number(query: Query, parameter: Parameter) -> int | None:
     """Return a parameter's number; if it is absent, its default, or None without a default."""
-    value = query.one(parameter.name)
+    value = query.one(parameter.name) or None
     if value is None and not parameter.required:
         return parameter.schema.get("default")
     least, most = parameter.schema["minimum"], parameter.schema["maximum"]

@@ -66,8 +66,8 @@ _Time = datetime.datetime
 
 @dataclass(frozen=True, slots=True)
 class StartupScript:
-    script_content: str = attr("script_content", "The script, read by a login shell in the VM", zero="")
-    env: Mapping[str, str] = attr("env", "Environment variables of the script", zero={})
+    script_content: str = attr("script_content", "The script, read by a login shell in the VM", zero="", secret=True)
+    env: Mapping[str, str] = attr("env", "Environment variables of the script", zero={}, secret=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,13 +134,15 @@ class VMSpec:
     )
     net_softnet_allow: tuple[str, ...] = attr(
         "netSoftnetAllow",
-        "CIDRs to allow the traffic to when using Softnet isolation; enables `netSoftnet`",
+        "CIDRs or `@host`, with `in ` or `out ` before them for one direction, to allow the traffic to when using Softnet"
+        " isolation; enables `netSoftnet`",
         zero=(),
         example=["192.168.0.0/24"],
     )
     net_softnet_block: tuple[str, ...] = attr(
         "netSoftnetBlock",
-        "CIDRs to block the traffic to when using Softnet isolation; enables `netSoftnet`",
+        "CIDRs or `@host`, with `in ` or `out ` before them for one direction, to block the traffic to when using Softnet"
+        " isolation; enables `netSoftnet`",
         zero=(),
         example=["66.66.0.0/16"],
     )
@@ -156,7 +158,9 @@ class VMSpec:
     headless: bool = attr("headless", "Whether to run without graphics", zero=False, default=False)
     nested: bool = attr("nested", "Enable nested virtualization", zero=False, default=False)
     username: str = attr("username", "SSH username to use when connecting to a VM", zero="admin", default="admin")
-    password: str = attr("password", "SSH password to use when connecting to a VM", zero="admin", default="admin")
+    password: str = attr(
+        "password", "SSH password to use when connecting to a VM", zero="admin", default="admin", secret=True
+    )
     startup_script: StartupScript | None = attr(
         "startup_script",
         "Startup script to run after the VM boots and becomes accessible via SSH",
@@ -182,9 +186,12 @@ class VMSpec:
         "hostDirs",
         "Directories on the worker's host to mount to the VM, where the cluster's hostDirPolicies allow it",
         zero=(),
+        most=64,
         example=[{"name": "src", "path": "/Users/ci/src", "ro": True}],
     )
     random_serial: bool = attr("randomSerial", "Give the VM a random serial number", zero=False)
+    audio: bool = attr("audio", "Share the host's sound with the VM; fixed at creation", zero=False)
+    clipboard: bool = attr("clipboard", "Share the host's clipboard with the VM; fixed at creation", zero=False)
     power_state: PowerState = attr(
         "powerState",
         "Desired power state. A stopped or suspended VM consumes no resources and can be cloned on the same worker by"
@@ -348,9 +355,15 @@ class Worker:
 @dataclass(frozen=True, slots=True)
 class ServiceAccount:
     name: str = attr("name", "Name", zero="")
-    token: str = attr("token", "Secret token used to access the API; random if a new account names none", zero="")
-    roles: tuple[Role, ...] = attr("roles", "What the account may do", zero=())
+    token: str = attr(
+        "token", "Secret token used to access the API; random if a new account names none", zero="", secret=True
+    )
+    roles: tuple[Role, ...] = attr("roles", "What the account may do", zero=(), most=16)
     created_at: _Time | None = attr("createdAt", "When the account was created", zero=None, writer="controller")
+    authorized_keys: tuple[str, ...] = attr(
+        "authorizedKeys", "Public keys, in OpenSSH's format, that let in at the SSH server in place of the token", zero=(),
+        most=16,
+    )  # fmt: skip
     unknown: Mapping[str, Any] = unknown_fields()
 
 
@@ -382,7 +395,7 @@ class ClusterSettings:
 @dataclass(frozen=True, slots=True)
 class Event:
     kind: str = attr("kind", "Kind of the event: `log_line` for a line of the startup script's output", zero="")
-    payload: str = attr("payload", "Payload of the event", zero="", default="")
+    payload: str = attr("payload", "Payload of the event", zero="", default="", secret=True)
     timestamp: int = attr("timestamp", "Unix timestamp of the event, in seconds", zero=0, default=0)
 
 
@@ -414,7 +427,7 @@ class IssueVMAccessTokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class VMAccessToken:
-    token: str = attr("token", "Signed temporary JWT token", zero="")
+    token: str = attr("token", "Signed temporary JWT token", zero="", secret=True)
     token_type: str = attr("tokenType", "Token type to use in the Authorization header", zero="", example="Bearer")
     expires_at: _Time | None = attr("expiresAt", "When the token expires", zero=None)
     ssh_username: str = attr(

@@ -77,11 +77,11 @@ class Change:
     old: StoredObject | None
     new: StoredObject | None
     # The JSON of the new object, or of the deleted one.
-    json: bytes
-    old_json: bytes = b""
+    json: bytes = field(repr=False)
+    old_json: bytes = field(default=b"", repr=False)
     # Where in a VM's JSON its specification begins.
     spec_at: int = 0
-    _line: bytes = b""
+    _line: bytes = field(default=b"", repr=False)
 
     @property
     def line(self) -> bytes:

@@ -1,26 +1,31 @@
 """What clients and workers send, made into resources: reading and the rules for single objects. Pure functions.
 
 Functions named `..._from_client` and `report_from_worker` take parsed JSON and raise codec.ValidationError. They append
-the names of unknown fields to a list. The resources themselves are in schema.py; transitions.py has the rules for changes
+the unknown fields to a list, as by codec.add_unknown. The resources themselves are in schema.py; transitions.py has the rules for changes
 of a VM.
 """
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
 from orchard.cluster import bounded
 from orchard.codec import (
+    MAX_ITEMS,
     InvalidError,
     MalformedError,
+    add_unknown,
     attrs_of,
+    canonical,
     decode_array_from_client,
     decode_from_client,
     encode,
+    shortened,
     shown,
 )
 from orchard.schema import (
@@ -49,6 +54,25 @@ from orchard.schema import (
 # Characters. A machine_id is any text; those of existing workers have at most a hundred.
 MAX_MACHINE_ID = 1024
 _MAX_CAPABILITIES = 64
+_ACCOUNT_LISTS = frozenset({"authorizedKeys", "roles"})
+# Characters of a new token. A shorter one than LONG_TOKEN may be guessed.
+_SHORTEST_TOKEN, LONG_TOKEN = 8, 16
+# Types of public keys, and the number of fields of each. The longest key is one of RSA with 16,384 bits.
+_KEY_FIELDS = {
+    "ssh-ed25519": 2,
+    "ecdsa-sha2-nistp256": 3,
+    "ecdsa-sha2-nistp384": 3,
+    "ecdsa-sha2-nistp521": 3,
+    "ssh-rsa": 3,
+    "sk-ssh-ed25519@openssh.com": 3,
+    "sk-ecdsa-sha2-nistp256@openssh.com": 4,
+}
+_MAX_KEY = 4096  # characters
+# Of one request.
+MAX_EVENTS = 10_000
+# Characters of texts that workers report. Longer ones are cut, since a worker stumbles over a refusal.
+MAX_PAYLOAD = 64 * 1024
+MAX_REPORTED = 4096
 # Control characters could forge a line in a log or on a terminal.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -56,6 +80,13 @@ _CONDITION_TYPES = get_args(ConditionType)
 # What a report of an old worker says, and about which run of the VM.
 _OLD_REPORT = ("uid", "restart_count", "status", "status_message", "image_fqn")
 _SOFTNET = frozenset({"netSoftnet", "net-softnet"})
+_TEXTS = frozenset(field.json for field in attrs_of(VMSpec) if not field.is_closed_set())
+# Fields of newer programs, which their clients send back in whole objects. Those that ask for something are unknown here.
+_NEWER = frozenset({"endpoints", "hostProcesses", "netSoftnetExpose", "observedEndpoints", "usbAccessories"})
+_NEWER_READ_ONLY = "observedEndpoints"
+_NEWER_CONDITIONS = frozenset({"host-processes-ready", "cloning", "suspending", "stopping"})
+# Fields that all objects of other programs may have.
+_META = frozenset({"createdAt", "generation", "uid", "version"})
 # The values of the fields that a PUT resets when it leaves them out.
 _PUT_ZEROS: Mapping[str, Any] = {
     field.name: False if field.type is bool else ()
@@ -67,12 +98,10 @@ _PUT_ZEROS: Mapping[str, Any] = {
 def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
     """Return the name and the specification of a new VM. Raises ValidationError.
 
-    Read-only fields are ignored. The names of unknown fields are appended to `unknown`.
+    Read-only fields are ignored.
     """
-    if isinstance(raw, dict):
-        raw = _with_tart_resource(raw)
+    raw = _with_tart_resource(_vm_fields(raw))
     spec = decode_from_client(VMSpec, raw, unknown, also=NOT_SPEC)
-    assert isinstance(raw, dict)
     name = raw.get("name")
     if not isinstance(name, str | None):
         raise MalformedError(f"name is {shown(name)}, expected a string")
@@ -80,11 +109,26 @@ def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
     return name or "", _complete(spec, _softnet(raw, False))
 
 
+def _vm_fields(raw: object, *, patch: bool = False) -> dict[str, Any]:
+    """Return the fields of a client's VM by their exact names, without those that ask for nothing. Raises MalformedError."""
+    if not isinstance(raw, dict):
+        expected = "a JSON object (a merge patch)" if patch else "a JSON object"
+        raise MalformedError(f"the body is {shown(raw)}, expected {expected}")
+    fields = canonical(VMSpec, raw, NOT_SPEC)
+    script = fields.get("startup_script")
+    if isinstance(script, dict):
+        script = canonical(StartupScript, script)
+        transport = script.get("transport")
+        without = {name: value for name, value in script.items() if name != "transport"}
+        fields = {**fields, "startup_script": without if transport in (None, "", "ssh") else script}
+    return {name: value for name, value in fields.items() if name not in _NEWER or (value and name != _NEWER_READ_ONLY)}
+
+
 def _with_tart_resource(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a new VM that asks for one of its worker's Tart VMs, if it is a macOS VM and does not say how many."""
+    """Return a new VM that asks for at least one of its worker's Tart VMs, if it is a macOS VM."""
     resources = raw.get("resources")
-    is_macos = raw.get("os") in (None, "darwin") and raw.get("runtime") in (None, "tart")
-    if not is_macos or not isinstance(resources, dict | None) or TART_VMS in (resources or {}):
+    is_macos = raw.get("os") in (None, "", "darwin") and raw.get("runtime") in (None, "", "tart")
+    if not is_macos or not isinstance(resources, dict | None) or (resources or {}).get(TART_VMS, 0) != 0:
         return raw
     return {**raw, "resources": {**(resources or {}), TART_VMS: 1}}
 
@@ -93,11 +137,12 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
     """Return the specification that a PUT asks for. Raises ValidationError.
 
     Go clients leave zero values out. So an absent boolean is false and an absent list is empty, while absent strings,
-    numbers, maps and powerState are unchanged.
+    numbers, maps and powerState are unchanged. `audio` and `clipboard`, which they do not know, are always unchanged.
     """
+    raw = _vm_fields(raw)
     base = replace(old, **_PUT_ZEROS)
     spec = decode_from_client(VMSpec, raw, unknown, base=base, also=NOT_SPEC)
-    assert isinstance(raw, dict)
+    spec = replace(spec, audio=old.audio, clipboard=old.clipboard)
     return _complete(spec, _softnet(raw, old.net_softnet))
 
 
@@ -106,15 +151,14 @@ def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
 
     Raises ValidationError.
     """
-    if not isinstance(patch, dict):
-        raise MalformedError(f"the body is {shown(patch)}, expected a JSON object (a merge patch)")
+    patch = _vm_fields(patch, patch=True)
     target = encode(old)
     # The deprecated twin would contradict a patch that names only one of the two.
     for name in _SOFTNET:
         del target[name]
-    merged = _merge(target, {name: value for name, value in patch.items() if name in SPEC_NAMES})
-    spec = decode_from_client(VMSpec, merged, unknown)
-    unknown.extend(name for name in patch if name not in SPEC_NAMES | NOT_SPEC)
+    # An empty text of a closed set is as good as none.
+    wanted = {name: value for name, value in patch.items() if name not in NOT_SPEC and (value != "" or name in _TEXTS)}
+    spec = decode_from_client(VMSpec, _merge(target, wanted), unknown, also=NOT_SPEC)
     softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
     return _complete(spec, softnet)
 
@@ -204,17 +248,22 @@ def _check_maps(labels: Mapping[str, str], resources: Mapping[str, int]) -> None
 
 
 def _check_network(where: str, text: str) -> None:
-    """Raise InvalidError for a text that is not a CIDR.
+    """Raise InvalidError for a text that is not a target of softnet: a CIDR or "@host", for both directions or for one.
 
     Python's `ip_network` also accepts netmasks and IPv6 zones, which may hold commas. Both are refused.
     """
+    direction, _, rest = text.partition(" ")
+    target = rest if direction in ("in", "out") else text
     try:
-        ipaddress.ip_network(text, strict=False)
-        is_cidr = re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]+)?", text) is not None
+        ipaddress.ip_network(target, strict=False)
+        is_target = re.fullmatch(r"[0-9A-Fa-f.:]+(/[0-9]+)?", target) is not None
     except ValueError:
-        is_cidr = False
-    if not is_cidr:
-        raise InvalidError(f"{where} is {shown(text)}, expected a network such as 192.168.0.0/24")
+        is_target = target == "@host"
+    if not is_target:
+        raise InvalidError(
+            f'{where} is {shown(text)}, expected a network such as 192.168.0.0/24, or @host; for one direction with "in "'
+            ' or "out " before it'
+        )
 
 
 def _check_script(script: StartupScript) -> None:
@@ -256,7 +305,7 @@ def _check_host_dir(where: str, host_dir: HostDir) -> None:
 
 def worker_from_client(raw: object, unknown: list[str]) -> Worker:
     """Return the worker that registers itself. Raises ValidationError."""
-    worker = decode_from_client(Worker, raw, unknown)
+    worker = decode_from_client(Worker, raw, unknown, also=_META)
     _check_name("name", worker.name)
     if len(worker.machine_id) > MAX_MACHINE_ID:
         raise InvalidError(f"machine_id has {len(worker.machine_id)} characters, expected at most {MAX_MACHINE_ID}")
@@ -282,16 +331,51 @@ def account_from_client(raw: object, unknown: list[str], base: ServiceAccount | 
 
     Raises ValidationError.
     """
-    account = decode_from_client(ServiceAccount, raw, unknown, base=base)
+    account = decode_from_client(ServiceAccount, raw, unknown, base=base, also=_META)
     _check_name("name", account.name)
+    if account.token and (base is None or account.token != base.token) and len(account.token) < _SHORTEST_TOKEN:
+        raise InvalidError(f"token has {len(account.token)} characters, expected at least {_SHORTEST_TOKEN}")
+    for index, key in enumerate(account.authorized_keys):
+        _check_key(f"authorizedKeys[{index}]", key)
     if _CONTROL.search(account.token):
         raise InvalidError("token has a control character, expected printable characters")
     return replace(account, roles=tuple(dict.fromkeys(account.roles)))
 
 
+def patched_account(raw: object, unknown: list[str], base: ServiceAccount) -> ServiceAccount:
+    """Return the service account after a JSON merge patch: null clears a list. Raises ValidationError."""
+    if isinstance(raw, dict):
+        raw = canonical(ServiceAccount, raw)
+        raw = {name: [] if value is None and name in _ACCOUNT_LISTS else value for name, value in raw.items()}
+    return account_from_client(raw, unknown, base)
+
+
+def _check_key(where: str, text: str) -> None:
+    """Raise InvalidError for a text that is not a public key in OpenSSH's format: a type, base64, and a comment."""
+    kind, _, rest = text.partition(" ")
+    try:
+        blob = base64.b64decode(rest.partition(" ")[0], validate=True)
+    except ValueError:
+        blob = b""
+    # The blob is a sequence of strings, each after its length. The first one repeats the type.
+    fields, at = [], 0
+    while len(blob) >= at + 4:
+        end = at + 4 + int.from_bytes(blob[at : at + 4])
+        fields.append(blob[at + 4 : end])
+        at = end
+    is_key = (
+        kind in _KEY_FIELDS and at == len(blob) and [kind.encode(), _KEY_FIELDS[kind]] == [*fields[:1], len(fields)]
+    )
+    if not is_key or len(text) > _MAX_KEY or _CONTROL.search(text):
+        raise InvalidError(
+            f"{where} is {shown(text)}, expected one line with a public key, as in a file that ssh-keygen writes:"
+            f" {', '.join(_KEY_FIELDS)}"
+        )
+
+
 def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
     """Return cluster settings; absent fields have their defaults. Raises MalformedError, also for broken rules."""
-    settings = decode_from_client(ClusterSettings, raw, unknown, refusal=MalformedError)
+    settings = decode_from_client(ClusterSettings, raw, unknown, refusal=MalformedError, also=_META)
     for index, policy in enumerate(settings.host_dir_policies):
         prefix = policy.path_prefix
         if not prefix.startswith(("/", "https://")) or ".." in prefix.split("/") or _CONTROL.search(prefix):
@@ -301,11 +385,13 @@ def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
 
 
 def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
-    """Return an array of events, in order; null is an empty one. Raises ValidationError."""
-    events = [] if raw is None else decode_array_from_client(Event, raw, unknown)
+    """Return an array of events, in order; null is an empty one. Long payloads are cut. Raises ValidationError."""
+    events = [] if raw is None else decode_array_from_client(Event, raw, unknown, MAX_EVENTS)
     for index, event in enumerate(events):
-        if not event.kind or _CONTROL.search(event.kind):
+        if not event.kind or len(event.kind) > MAX_NAME or _CONTROL.search(event.kind):
             raise InvalidError(f'[{index}].kind is {shown(event.kind)}, expected a kind of event such as "log_line"')
+        if len(event.payload) > MAX_PAYLOAD:
+            events[index] = replace(event, payload=shortened(event.payload, MAX_PAYLOAD))
     return events
 
 
@@ -322,17 +408,28 @@ def ttl_from_client(raw: object, unknown: list[str]) -> int:
 def report_from_worker(raw: object, unknown: list[str]) -> VMReport:
     """Return a worker's report. Workers send the whole VM, of which only these fields count. Raises ValidationError.
 
-    A condition of a type that only newer workers know is named in `unknown`, like an unknown field.
+    A condition of a type that is unknown here is named in `unknown`, like an unknown field.
     """
-    if isinstance(raw, dict) and isinstance(raw.get("conditions"), list):
-        known = []
-        for index, item in enumerate(raw["conditions"]):
-            if isinstance(item, dict) and isinstance(kind := item.get("type"), str) and kind not in _CONDITION_TYPES:
-                unknown.append(f"conditions[{index}].type")
-            else:
-                known.append(item)
-        raw = {**raw, "conditions": known}
-    return decode_from_client(VMReport, raw, unknown, also=NOT_SPEC | SPEC_NAMES)
+    if isinstance(raw, dict):
+        raw = canonical(VMReport, _vm_fields(raw))
+        if isinstance(raw.get("conditions"), list):
+            raw = {**raw, "conditions": list(_known_conditions(raw["conditions"], unknown))}
+    return _bounded(decode_from_client(VMReport, raw, unknown, also=NOT_SPEC | SPEC_NAMES))
+
+
+def _known_conditions(conditions: list[object], unknown: list[str]) -> Iterator[object]:
+    for index, item in enumerate(conditions[:MAX_ITEMS]):
+        kind = canonical(Condition, item).get("type") if isinstance(item, dict) else None
+        if not isinstance(kind, str) or kind in _CONDITION_TYPES:
+            yield item
+        elif kind not in _NEWER_CONDITIONS:
+            add_unknown(unknown, f"conditions[{index}].type", ())
+
+
+def _bounded(seen: VMReport) -> VMReport:
+    """Return a report whose texts are not longer than they may be."""
+    message = None if seen.status_message is None else shortened(seen.status_message, MAX_REPORTED)
+    return replace(seen, status_message=message, image_fqn=shortened(seen.image_fqn, MAX_REPORTED))
 
 
 def report_from_old_worker(raw: object, unknown: list[str]) -> VMReport:
@@ -341,6 +438,7 @@ def report_from_old_worker(raw: object, unknown: list[str]) -> VMReport:
     Such a worker knows no conditions and no powerState: a VM that it reports as running does run.
     """
     if isinstance(raw, dict):
+        raw = canonical(VMReport, raw)
         raw = {name: raw[name] for name in _OLD_REPORT if name in raw}
-    seen = decode_from_client(VMReport, raw, unknown)
+    seen = _bounded(decode_from_client(VMReport, raw, unknown))
     return replace(seen, conditions=(Condition("running", "true"),)) if seen.status == "running" else seen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,18 @@ import pytest
 import trio
 import trio.testing
 from harness.disks import HeldDisk
-from harness.served import BEGAN, Served, served
+from harness.served import BEGAN, Answered, Served, served
 from trio.testing import assert_no_checkpoints
 
 import orchard
 from orchard import __version__, auth, transitions
-from orchard.api import API, ERROR_STATUS, OPERATIONS, APIOperation, http_error
+from orchard.answers import ERROR_STATUS, http_error
+from orchard.api import API, OPERATIONS, APIOperation
 from orchard.codec import InvalidError
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.files import STATE_FILE
 from orchard.net.openapi import PROBLEMS
-from orchard.net.request import Headers, HTTPError, Request
+from orchard.net.request import Headers, HTTPError, Request, Stream
 from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, ServiceAccount
 from orchard.storage.engine import snapshot_lines
@@ -418,6 +420,8 @@ async def test_vms_of_a_deleted_worker_fail_with_that_reason(api: Served) -> Non
     assert (await api.call("DELETE", "/workers/w")).status == 404
 
 
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKf4KBPutqudG6TVh2xybn7EUscXTQFDP27xh3GM9u9b ci"
+
 # ---- accounts and settings ------------------------------------------------------------------------------------------
 
 
@@ -427,9 +431,51 @@ async def test_account_without_a_token_gets_a_random_one(api: Served) -> None:
     changed = await api.ok("PUT", "/service-accounts/ci", {"roles": ["compute:write", "compute:write"]})
     assert changed == {**created, "roles": ["compute:write"]}
     assert await api.ok("GET", "/service-accounts/ci") == changed
-    assert (await api.ok("PUT", "/service-accounts/ci", {"token": "mine"}))["token"] == "mine"
+    assert (await api.ok("PUT", "/service-accounts/ci", {"token": "my secret"}))["token"] == "my secret"
     await api.ok("DELETE", "/service-accounts/ci")
     assert (await api.call("GET", "/service-accounts/ci")).status == 404
+
+
+async def test_account_without_roles_and_short_token_are_warned_of(api: Served) -> None:
+    answered = await api.call("POST", "/service-accounts", {"name": "a", "token": "12345678"})
+    assert "no roles" in answered.headers["warning"]
+    assert "token has fewer than 16" in answered.headers["warning"]
+    assert "12345678" not in answered.headers["warning"]
+    good = {"name": "b", "token": "0123456789abcdef", "roles": ["compute:read"]}
+    assert "warning" not in (await api.call("POST", "/service-accounts", good)).headers
+    refused = await api.call("PUT", "/service-accounts/b", {"token": "1234567"})
+    assert (refused.status, "1234567" in refused.message) == (412, False)
+    assert (await api.ok("GET", "/service-accounts/b"))["token"] == "0123456789abcdef"
+
+
+async def test_patch_of_an_account_changes_what_it_names(api: Served) -> None:
+    made = await api.ok("POST", "/service-accounts", {"name": "a", "roles": ["compute:read"]})
+    changed = await api.ok("PATCH", "/service-accounts/a", {"authorizedKeys": [KEY]})
+    assert changed == {**made, "authorizedKeys": [KEY]}
+    assert await api.ok("PUT", "/service-accounts/a", {"roles": ["compute:write"]}) == {
+        **changed,
+        "roles": ["compute:write"],
+    }
+    cleared = await api.ok("PATCH", "/service-accounts/a", {"authorizedKeys": None, "roles": None})
+    assert cleared == {name: value for name, value in made.items() if name != "roles"}
+    assert (await api.call("PATCH", "/service-accounts/none", {})).status == 404
+
+
+async def test_tokens_are_shown_only_to_accounts_that_may_change_them(tmp_path: Path) -> None:
+    reader = ServiceAccount("reader", "r" * 16, ("admin:read",))
+    admin = ServiceAccount("admin", "a" * 16, ("admin:read", "admin:write"))
+    writer = ServiceAccount("writer", "w" * 16, ("admin:write",))
+    async with served(tmp_path, reader, admin, writer) as api:
+        for account, shown in ((reader, False), (admin, True)):
+            credentials = (account.name, account.token)
+            listed = await api.call("GET", "/service-accounts", account=credentials)
+            one = await api.call("GET", "/service-accounts/writer", account=credentials)
+            assert one.body in listed.body
+            assert (
+                [item.get("token") for item in listed.body] == ["a" * 16, "r" * 16, "w" * 16] if shown else [None] * 3
+            )
+        made = await api.call("POST", "/service-accounts", {"name": "new"}, account=("writer", "w" * 16))
+        assert len(made.body["token"]) == 32
 
 
 async def test_put_settings_replaces_all_and_absent_ones_have_defaults(api: Served) -> None:
@@ -561,21 +607,133 @@ async def test_malformed_json_is_refused_and_changes_nothing(api: Served, raw: b
             assert api.state.revision == revision
 
 
-async def test_unknown_fields_are_named_in_a_warning_header(api: Served) -> None:
-    answered = await api.call("POST", "/vms", {"name": "vm", "image": "i", "colour": 1, 'a"\n\\é': 2})
-    assert answered.status == 200
+def names_warned_of(answered: Answered) -> list[str]:
+    """Return the unknown names of a Warning header, each after what it names."""
     warning = answered.headers["warning"]
-    assert warning.startswith('299 orchard "unknown fields were ignored: colour, ')
+    assert warning.startswith('299 orchard "')
+    assert warning.endswith('"')
     assert warning.isascii()
     assert warning.isprintable()
-    assert "warning" not in (await api.call("GET", "/vms/vm")).headers
+    assert len(warning) < 4096
+    parts = warning[13:-1].split("; ")
+    return [part.removeprefix("unknown ") for part in parts if part.startswith("unknown ")]
+
+
+async def test_unknown_names_of_body_and_query_are_in_a_warning_header(api: Served) -> None:
+    body = {"name": "vm", "image": "i", "colour": "s3cret", "startupScript": "s3cret", 'a"\n\\é': "s3cret"}
+    answered = await api.call("POST", "/vms?dryRun=s3cret&fieldvalidation=s3cret", body)
+    assert answered.status == 200
+    assert names_warned_of(answered) == [
+        "query parameter dryRun",
+        "query parameter fieldvalidation, did you mean fieldValidation?",
+        "field colour",
+        "field startupScript, did you mean startup_script?",
+        'field a\\"\\n\\\\\\u00e9',
+    ]
+    assert "s3cret" not in answered.headers["warning"]
+    whole = await api.call("GET", "/vms/vm?watch=")
+    assert "warning" not in whole.headers
+    for method in ("PUT", "PATCH"):
+        assert "warning" not in (await api.call(method, "/vms/vm", whole.body)).headers, (
+            "a client may send all of it back"
+        )
+
+
+async def test_refusal_and_stream_have_the_warning_too(api: Served) -> None:
+    refused = await api.call("POST", "/vms", {"name": "vm", "imge": "i"})
+    assert (refused.status, names_warned_of(refused)) == (412, ["field imge, did you mean image?"])
+    await api.create("vm")
+    stream = await api.ask("GET", "/vms/vm?watch=true&since=1")
+    assert [name for name, _ in stream.headers] == ["Warning"]
+
+
+async def test_at_most_eight_unknown_names_are_in_a_warning(api: Served) -> None:
+    many = {f"{'x' * 1000}{number}\n": 1 for number in range(5000)}
+    answered = await api.call("POST", "/vms", {"name": "vm", "image": "i", **many})
+    assert len(names_warned_of(answered)) == 8
+    assert "; and 4992 more" in answered.headers["warning"]
+
+
+STRICT = [
+    ("POST", "/vms?fieldValidation=strict", {"name": "new", "image": "i", "colour": 1}, "field colour"),
+    ("POST", "/vms?fieldValidation=strict&colour=1", {"name": "new", "image": "i"}, "query parameter colour"),
+    ("PATCH", "/vms/vm?fieldValidation=strict", {"cpu": 3, "colour": 1}, "field colour"),
+    ("DELETE", "/vms/vm?fieldValidation=strict&colour=1", ..., "query parameter colour"),
+    ("PUT", "/workers/w?fieldValidation=strict", {"scheduling_paused": True, "colour": 1}, "field colour"),
+    ("POST", "/service-accounts?fieldValidation=strict", {"name": "a", "colour": 1}, "field colour"),
+    ("PUT", "/cluster-settings?fieldValidation=strict", {"colour": 1}, "field colour"),
+    ("POST", "/vms/vm/events?fieldValidation=strict", [{"kind": "log_line", "colour": 1}], "field [0].colour"),
+]
+
+
+@pytest.mark.parametrize(("method", "target", "body", "named"), STRICT)
+async def test_strict_validation_refuses_unknown_names_and_changes_nothing(
+    api: Served, method: str, target: str, body: object, named: str
+) -> None:
+    await api.register("w")
+    await api.create("vm")
+    tables, revision = api.state.tables(), api.state.revision
+    refused = await api.call(method, target, body)
+    assert refused.status == 400
+    assert named in refused.message
+    assert (api.state.tables(), api.state.revision) == (tables, revision)
+    assert await api.ok("GET", "/vms/vm/events") == []
+
+
+async def test_strict_validation_accepts_what_is_known(api: Served) -> None:
+    answered = await api.call("POST", "/vms?fieldValidation=strict", {"name": "vm", "Image": "i"})
+    assert (answered.status, answered.body["image"]) == (200, "i")
+    assert (await api.call("GET", "/vms?fieldValidation=lax")).status == 400
+
+
+EMPTY = [
+    ("GET", "/vms?filter=&limit="),
+    ("GET", "/vms/vm?watch="),
+    ("GET", "/vms/vm/events?limit=&order=&cursor="),
+    ("GET", "/vms/vm/ip?wait="),
+]
+
+
+@pytest.mark.parametrize(("method", "target"), EMPTY)
+async def test_empty_parameter_is_as_good_as_none(
+    api: Served, method: str, target: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    await api.create("vm")
+    with_empty = await api.call(method, target)
+    without = await api.call(method, target.partition("?")[0])
+    assert (with_empty.status, with_empty.body) == (without.status, without.body)
+    assert with_empty.status in (200, 503)
+
+
+async def test_required_parameter_must_not_be_empty(api: Served) -> None:
+    await api.create("vm")
+    assert (await api.call("GET", "/vms/vm/port-forward?port=")).status == 400
+
+
+@pytest.mark.parametrize("value", ["1", "t", "T", "true", "True", "TRUE"])
+async def test_flag_is_read_as_go_reads_it(api: Served, value: str) -> None:
+    await api.create("vm")
+    assert isinstance(await api.ask("GET", f"/vms/vm?watch={value}"), Stream)
+    assert (await api.call("GET", "/vms/vm?watch=False")).body["name"] == "vm"
+    assert (await api.call("GET", "/vms/vm?watch=tRUE")).status == 400
+
+
+async def test_without_authentication_every_authorization_header_is_ignored(
+    api: Served, autojump_clock: trio.testing.MockClock
+) -> None:
+    await api.create("vm")
+    for credentials in ("Basic bm9uZTp3cm9uZw==", "Bearer t", "Basic !", "x"):
+        for operation in OPERATIONS:
+            target = operation.path.replace("{name}", "nobody") + ("?port=1" if "port" in operation.path else "")
+            answered = await api.call(operation.method, target, authorization=credentials)
+            assert answered.status not in (401, 403, 429), (operation.path, credentials)
 
 
 async def test_create_vm_and_scheduling_do_not_await(api: Served) -> None:
     request = Request(
-        method="POST", target="/v1/vms", headers=Headers({}), body=b'{"name": "vm", "image": "i"}'
+        method="POST", target="/v1/vms", headers=Headers({})
     )  # fmt: skip
-    admitted = api.api.admit(request)
+    admitted = replace(api.api.admit(request), body={"name": "vm", "image": "i"})
     with assert_no_checkpoints():
         API.create_vm(api.api, request, admitted)
         api.schedule()
@@ -626,7 +784,8 @@ def test_roles_of_all_operations() -> None:
         "compute:connect": {"GET /vms/{name}/port-forward", "GET /vms/{name}/ip", "GET /vms/{name}/exec"},
         "admin:read": {"GET /service-accounts", "GET /service-accounts/{name}", "GET /cluster-settings"},
         "admin:write": {
-            *("POST /service-accounts", "PUT /service-accounts/{name}", "DELETE /service-accounts/{name}"),
+            *("POST /service-accounts", "PUT /service-accounts/{name}", "PATCH /service-accounts/{name}"),
+            "DELETE /service-accounts/{name}",
             *("PUT /cluster-settings", "GET /workers/{name}/port-forward", "POST /controller/accept-state"),
         },
     }
@@ -644,7 +803,7 @@ async def test_controller_info_has_version_and_capabilities(api: Served) -> None
     assert info == {
         "version": __version__,
         "commit": "",
-        "capabilities": ["rpc-v2", "vm-state-endpoint", "worker-state"],
+        "capabilities": ["rpc-v2", "vm-state-endpoint", "worker-state", "field-validation"],
     }
     assert await api.ok("GET", "/") is None
 

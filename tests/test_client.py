@@ -101,13 +101,13 @@ async def test_methods_of_the_other_resources() -> None:
         client = c.client
         account = await client.service_accounts.create("ci", roles=["compute:read"])
         assert [a.name for a in await client.service_accounts.list()] == ["ci"]
-        assert (await client.service_accounts.replace("ci", token="t")).token == "t"
+        assert (await client.service_accounts.replace("ci", token="0123456789abcdef")).token == "0123456789abcdef"
         assert (await client.service_accounts.get("ci")).roles == account.roles
         await client.service_accounts.delete("ci")
         assert (await client.cluster_settings.put({"schedulerProfile": "distribute-load"})) == (
             await client.cluster_settings.get()
         )
-        assert (await client.info()).capabilities == ("rpc-v2", "vm-state-endpoint", "worker-state")
+        assert (await client.info()).capabilities == ("rpc-v2", "vm-state-endpoint", "worker-state", "field-validation")
         assert (await client.workers.pause("worker-1")).scheduling_paused
         assert not (await client.workers.pause("worker-1", paused=False)).scheduling_paused
         assert [w.name for w in await client.workers.list()] == ["worker-1"]

@@ -91,6 +91,12 @@ class Thing:
     seen: str = attr("seen", "Not the user's", zero="", writer="worker")
 
 
+@dataclass(frozen=True, slots=True)
+class Few:
+    words: tuple[str, ...] = attr("words", "At most three", zero=(), most=3)
+    counts: Mapping[str, int] = attr("counts", "At most three", zero={}, most=3)
+
+
 # ---- bytes to values ------------------------------------------------------------------------------------------------
 
 DEEP = {
@@ -330,24 +336,74 @@ def test_unknown_option_is_refused_with_the_given_error() -> None:
 
 def test_array_elements_have_their_index_in_paths() -> None:
     unknown: list[str] = []
-    things = decode_array_from_client(Thing, [{}, {"x": 1, "inner": {"kind": "a", "y": 2}}], unknown)
+    things = decode_array_from_client(Thing, [{}, {"x": 1, "inner": {"kind": "a", "y": 2}}], unknown, 9)
     assert things == [Thing(), Thing(inner=Inner("a", 0))]
     assert sorted(unknown) == ["[1].inner.y", "[1].x"]
     with pytest.raises(MalformedError, match=r"^\[0\]\.inner\.size is -1"):
-        decode_array_from_client(Thing, [{"inner": {"kind": "a", "size": -1}}], [])
+        decode_array_from_client(Thing, [{"inner": {"kind": "a", "size": -1}}], [], 9)
     wrongs: list[object] = [None, {}, "a"]
     for wrong in wrongs:
         with pytest.raises(MalformedError, match=r"^the body is .*, expected a JSON array"):
-            decode_array_from_client(Thing, wrong, [])
+            decode_array_from_client(Thing, wrong, [], 9)
 
 
 def test_unknown_fields_are_collected_at_every_depth() -> None:
     unknown: list[str] = []
-    raw = {"Text": "case counts", "items": [{"kind": "a"}, {"kind": "b", "new": {}}], "known": 1, "newer": None}
+    raw = {"items": [{"kind": "a"}, {"kind": "b", "new": {}}], "known": 1, "newer": None}
     things = Thing(items=(Inner("a", 0), Inner("b", 0)))
     assert decode_from_client(Thing, raw, unknown, also=frozenset({"known"})) == things
-    assert sorted(unknown) == ["Text", "items[1].new", "newer"]
+    assert sorted(unknown) == ["items[1].new", "newer"]
     assert decode(Thing, raw) == things
+
+
+def test_names_of_a_client_are_read_in_any_case() -> None:
+    raw = {"TEXT": "a", "Items": [{"Kind": "b", "SIZE": 1}], "Inner": {"KIND": "a"}, "COUNTS": {"A": 1}}
+    unknown: list[str] = []
+    read = decode_from_client(Thing, raw, unknown)
+    assert read == Thing(text="a", items=(Inner("b", 1),), inner=Inner("a"), counts={"A": 1})
+    assert unknown == []
+    assert decode_from_client(Thing, {"Text": "no", "text": "yes"}, unknown).text == "yes"
+    assert unknown == ["Text, did you mean text?"]
+    assert decode(Thing, {"TEXT": "stored"}) == Thing()
+
+
+def test_empty_text_of_a_closed_set_is_the_same_as_absent() -> None:
+    green = Thing(choice="green")
+    assert decode_from_client(Thing, {"choice": ""}, []) == Thing()
+    assert decode_from_client(Thing, {"choice": ""}, [], base=green) == green
+    with pytest.raises(MalformedError, match="kind is missing"):
+        decode_from_client(Thing, {"items": [{"kind": ""}]}, [])
+    with pytest.raises(InvalidError):
+        decode(Thing, {"choice": ""})
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("COUNT_S", "COUNT_S, did you mean counts?"),
+        ("chioce", "chioce, did you mean choice?"),
+        ("colour", "colour"),
+        ('a"\n\\\u00e9', 'a\\"\\n\\\\\\u00e9'),
+        ("x" * 1000, "x" * 128),
+    ],
+)
+def test_unknown_name_is_shown_with_the_known_name_that_it_resembles(name: str, told: str) -> None:
+    unknown: list[str] = []
+    decode_from_client(Thing, {name: "secret"}, unknown)
+    assert unknown == [told]
+
+
+@pytest.mark.parametrize("raw", [{"words": ["w"] * 4}, {"counts": {"a": 1, "b": 2, "c": 3, "d": 4}}])
+def test_lists_and_maps_of_a_client_are_bounded_in_number_and_stored_ones_are_not(raw: dict[str, Any]) -> None:
+    (field,) = raw
+    with pytest.raises(InvalidError, match=f"^{field} has 4 items, expected at most 3$"):
+        decode_from_client(Few, raw, [])
+    assert encode(decode(Few, raw)) == raw
+
+
+def test_array_is_bounded_in_number_before_its_items_are_read() -> None:
+    with pytest.raises(InvalidError, match="3 items, expected at most 2"):
+        decode_array_from_client(Thing, ["wrong"] * 3, [], 2)
 
 
 def test_null_is_the_same_as_absent() -> None:

@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "worker_requests",
             "api",
             "parameters",
+            "answers",
         ),
     ),
     ("access", ("ssh/", "sessions", "tunnel", "client")),

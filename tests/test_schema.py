@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from orchard.schema import (
     HostDirPolicy,
     ServiceAccount,
     StartupScript,
+    VMAccessToken,
     VMMeta,
     VMReport,
     VMSpec,
@@ -43,10 +45,13 @@ from orchard.schema import (
 )
 from orchard.transitions import change
 from orchard.validation import (
+    MAX_PAYLOAD,
+    MAX_REPORTED,
     _check_name,
     _merge,
     account_from_client,
     events_from_client,
+    patched_account,
     patched_spec,
     replaced_spec,
     report_from_worker,
@@ -105,7 +110,9 @@ def test_defaults_of_a_new_vm() -> None:
         ({"resources": {}}, {TART_VMS: 1}),
         ({"resources": {"gpu": 2}}, {"gpu": 2, TART_VMS: 1}),
         ({"resources": {TART_VMS: 2}}, {TART_VMS: 2}),
-        ({"resources": {TART_VMS: 0}}, {TART_VMS: 0}),
+        ({"resources": {TART_VMS: 0}}, {TART_VMS: 1}),
+        ({"os": "", "runtime": ""}, {TART_VMS: 1}),
+        ({"OS": "linux", "Resources": {}}, {}),
         ({"os": "linux"}, {}),
         ({"runtime": "vetu"}, {}),
         ({"os": "linux", "resources": {"gpu": 1}}, {"gpu": 1}),
@@ -126,7 +133,7 @@ def test_every_specification_field_is_read_by_its_json_name() -> None:
         "arch": "amd64",
         "runtime": "vetu",
         "netSoftnet": True,
-        "netSoftnetAllow": ["192.168.0.0/24", "10.0.0.1", "fd00::/8"],
+        "netSoftnetAllow": ["192.168.0.0/24", "10.0.0.1", "fd00::/8", "@host", "in 10.0.0.0/8", "out @host"],
         "netSoftnetBlock": ["0.0.0.0/0"],
         "net-bridged": "en0",
         "headless": True,
@@ -140,6 +147,8 @@ def test_every_specification_field_is_read_by_its_json_name() -> None:
         "labels": {"model": "macstudio"},
         "hostDirs": [{"name": "src", "path": "/Users/ci/src", "ro": True}, {"name": "out", "path": "/tmp/ä b"}],
         "randomSerial": True,
+        "audio": True,
+        "clipboard": True,
         "powerState": "suspended",
     }
     unknown: list[str] = []
@@ -574,6 +583,74 @@ def test_read_only_fields_of_a_new_vm_are_ignored() -> None:
     assert unknown == []
 
 
+def test_long_texts_of_workers_are_cut() -> None:
+    long = "x" * 100_000
+    seen = report_from_worker({"status": "failed", "status_message": long, "image_fqn": long}, [])
+    for text in (seen.status_message, seen.image_fqn):
+        assert text is not None
+        assert (len(text), text[-4:]) == (MAX_REPORTED, "x...")
+    (event,) = events_from_client([{"kind": "log_line", "payload": long}], [])
+    assert (len(event.payload), event.payload[-4:]) == (MAX_PAYLOAD, "x...")
+    with pytest.raises(InvalidError, match="10001 items, expected at most 10000"):
+        events_from_client([{"kind": "log_line"}] * 10_001, [])
+
+
+@pytest.mark.parametrize(
+    ("raw", "told"),
+    [
+        ({"startupScript": {}}, ["startupScript, did you mean startup_script?"]),
+        ({"endpoints": None, "hostProcesses": [], "netSoftnetExpose": "", "usbAccessories": []}, []),
+        ({"observedEndpoints": [{"name": "a"}]}, []),
+        ({"netSoftnetExpose": ["22:22"]}, ["netSoftnetExpose, did you mean netSoftnet?"]),
+        ({"startup_script": {"script_content": "", "transport": "ssh"}}, []),
+        ({"startup_script": {"transport": "tart-guest-agent"}}, ["startup_script.transport"]),
+    ],
+)
+def test_fields_of_newer_programs_are_unknown_only_if_they_ask_for_something(
+    raw: dict[str, Any], told: list[str]
+) -> None:
+    for read in (vm_from_client, partial(replaced_spec, spec()), partial(patched_spec, spec())):
+        unknown: list[str] = []
+        read({**MINIMAL, **raw}, unknown)
+        assert unknown == told
+
+
+def test_nested_names_of_a_patch_are_read_in_any_case() -> None:
+    old = spec(startup_script=StartupScript("a", {"B": "c"}))
+    unknown: list[str] = []
+    patch = {"Startup_Script": {"SCRIPT_CONTENT": "d", "Env": {"b": "e"}}, "HeadLess": True, "Labels": None}
+    new = patched_spec(old, patch, unknown)
+    assert new == replace(old, startup_script=StartupScript("d", {"B": "c", "b": "e"}), headless=True)
+    assert unknown == []
+
+
+@pytest.mark.parametrize("field", [field.json for field in attrs_of(VMSpec) if field.is_closed_set()])
+def test_empty_text_of_a_closed_set_leaves_a_vm_as_it_is(field: str) -> None:
+    old = spec(image_pull_policy="Always", restart_policy="OnFailure", os="linux", arch="amd64", runtime="vetu")
+    old = replace(old, power_state="stopped")
+    assert replaced_spec(old, {field: ""}, []) == old
+    assert patched_spec(old, {field: ""}, []) == old
+    assert created(**{field: ""}) == created()
+
+
+def test_audio_and_clipboard_are_left_by_put_and_named_by_patch() -> None:
+    old = spec(audio=True)
+    assert replaced_spec(old, {"audio": False, "clipboard": True}, []) == old
+    assert patched_spec(old, {"clipboard": True}, []) == replace(old, clipboard=True)
+
+
+def test_secrets_are_not_in_the_repr() -> None:
+    secret = "s3cret"
+    made = [
+        spec(password=secret, startup_script=StartupScript(secret, {"TOKEN": secret})),
+        ServiceAccount("ci", secret),
+        VMAccessToken(secret),
+        Event("log_line", secret),
+    ]
+    for item in made:
+        assert secret not in repr(item)
+
+
 def test_unknown_fields_are_collected_in_create_put_and_patch() -> None:
     strange = {"sparkle": 1, "startup_script": {"shell": "zsh"}, "hostDirs": [{"name": "a", "path": "/a", "tag": "x"}]}
     names = ["hostDirs[0].tag", "sparkle", "startup_script.shell"]
@@ -753,11 +830,59 @@ def test_invalid_worker_is_refused(raw: object, kind: type[ValidationError], wor
 
 
 def test_absent_account_fields_are_kept() -> None:
-    old = account_from_client({"name": "ci", "token": "t", "roles": ["admin:read", "compute:read", "admin:read"]}, [])
-    assert old == ServiceAccount("ci", "t", ("admin:read", "compute:read"))
+    old = account_from_client(
+        {"name": "ci", "token": "t" * 8, "roles": ["admin:read", "compute:read", "admin:read"]}, []
+    )
+    assert old == ServiceAccount("ci", "t" * 8, ("admin:read", "compute:read"))
     assert account_from_client({"name": "ci"}, [], base=old) == old
-    assert account_from_client({"token": "u", "createdAt": "x"}, [], base=old) == replace(old, token="u")
+    assert account_from_client({"token": "u" * 8, "createdAt": "x"}, [], base=old) == replace(old, token="u" * 8)
     assert account_from_client({"roles": []}, [], base=old) == replace(old, roles=())
+    # Go clients send null for an empty list.
+    assert account_from_client({"roles": None}, [], base=old) == old
+    assert patched_account({"roles": None}, [], base=old) == replace(old, roles=())
+    stored = replace(old, token="short")
+    assert account_from_client({"token": "short"}, [], base=stored) == stored
+
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKf4KBPutqudG6TVh2xybn7EUscXTQFDP27xh3GM9u9b ci"
+KEYS = [
+    KEY,
+    KEY.rpartition(" ")[0],
+    "ecdsa-sha2-nistp384 AAAAE2VjZHNhLXNoYTItbmlzdHAzODQAAAAIbmlz"
+    "dHAzODQAAABhBB9HussqmHoOEk8FtV5qjFn5Uq3ATVrJEbG2el9KD4+Vs9Cf"
+    "JHFkDeQYC8loYkF2mbU0eV2797a7rrtj0klMjZTx1p/wWxRrdMrbvHjZc80H"
+    "J/7vU+sv5fx7VTP8FLebYw== ci",
+]
+
+
+def test_authorized_keys_of_an_account_are_kept_replaced_and_cleared() -> None:
+    account = account_from_client({"name": "ci", "authorizedKeys": KEYS}, [])
+    assert account.authorized_keys == tuple(KEYS)
+    assert account_from_client({"name": "ci"}, [], base=account) == account
+    assert account_from_client({"authorizedKeys": KEYS[:1]}, [], base=account).authorized_keys == (KEY,)
+    assert account_from_client({"authorizedKeys": []}, [], base=account).authorized_keys == ()
+    assert patched_account({"AuthorizedKeys": None}, [], base=account).authorized_keys == ()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "ssh-ed25519",
+        "ssh-ed25519 !",
+        "ssh-ed25519 AAAA",
+        KEY[:-20],
+        KEY.replace("ssh-ed25519", "ssh-rsa"),
+        'command="sh" ' + KEY,
+        KEY + "\n" + KEY,
+        KEY + "x" * 4096,
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
+)
+def test_text_that_is_no_public_key_is_refused(key: str) -> None:
+    kind, words = refusal_of(lambda: account_from_client({"name": "ci", "authorizedKeys": [key]}, []))
+    assert kind is InvalidError
+    assert words.startswith("authorizedKeys[0] is ")
 
 
 @pytest.mark.parametrize(
@@ -770,7 +895,9 @@ def test_absent_account_fields_are_kept() -> None:
             'roles[0] is "root", expected one of compute:read, compute:write',
         ),
         ({"name": "a", "roles": "admin:read"}, MalformedError, 'roles is "admin:read", expected a list'),
-        ({"name": "a", "token": "secret\n"}, InvalidError, "token has a control character"),
+        ({"name": "a", "token": "secret\n"}, InvalidError, "token has 7 characters"),
+        ({"name": "a", "token": "secret, \n"}, InvalidError, "token has a control character"),
+        ({"name": "a", "authorizedKeys": [KEY] * 17}, InvalidError, "authorizedKeys has 17 items, expected at most 16"),
     ],
 )
 def test_invalid_account_is_refused(raw: object, kind: type[ValidationError], words: str) -> None:
@@ -849,10 +976,17 @@ def test_report_is_read_from_a_whole_vm() -> None:
 
 def test_condition_of_unknown_type_is_ignored_and_named() -> None:
     unknown: list[str] = []
-    raw = {"conditions": [{"type": "suspending", "state": "maybe"}, {"type": "running", "state": "true"}]}
+    raw = {
+        "conditions": [
+            {"type": "dreaming", "state": "maybe"},
+            # Of newer workers of the existing Orchard, which send it with each report.
+            {"type": "suspending", "state": "maybe"},
+            {"type": "running", "state": "true"},
+        ]
+    }
     assert report_from_worker(raw, unknown).conditions == (Condition("running", "true"),)
     assert unknown == ["conditions[0].type"]
-    assert len(raw["conditions"]) == 2
+    assert len(raw["conditions"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def _success(operation: Operation[RoleT]) -> dict[str, Any]:
         answer["content"]["application/x-ndjson"] = {"schema": {"type": "object", "properties": properties}}
     headers = dict(operation.answer_headers or {})
     if operation.body is not None:
-        headers["Warning"] = "Names the unknown fields of the body, which were ignored"
+        headers["Warning"] = "Names what is unknown in the request and was ignored"
     if headers:
         answer["headers"] = {name: {"description": doc, "schema": {"type": "string"}} for name, doc in headers.items()}
     return {"200": answer}

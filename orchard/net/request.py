@@ -177,7 +177,7 @@ class Request:
     headers: Headers
     # "1.0" or "1.1".
     version: str = "1.1"
-    body: bytes = b""
+    body: bytes = field(default=b"", repr=False)
     # The client's address without its port.
     peer: str = "-"
     # Still percent-encoded, so that an encoded slash does not separate segments. Router.match decodes it.
@@ -217,7 +217,7 @@ class Response:
     """A complete answer. A large body may be a sequence of pieces, which are not joined before they are sent."""
 
     status: int
-    body: bytes | Sequence[bytes] = b""
+    body: bytes | Sequence[bytes] = field(default=b"", repr=False)
     headers: Sequence[tuple[str, str]] = ()
     content_type: str = "application/json"
 

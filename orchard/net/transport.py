@@ -21,7 +21,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import urlencode, urlsplit
@@ -79,7 +79,7 @@ class ClientResponse:
 
     status: int
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes = field(repr=False)
 
     def json(self) -> Any:
         """Parse the body as JSON. Raises ClientError."""

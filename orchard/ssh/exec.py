@@ -60,12 +60,12 @@ _LOST = "the connection to the VM was lost"
 class Command:
     """A command and how it is run. `rows` and `cols` are the size of its terminal, if `tty` asks for one."""
 
-    command: str
+    command: str = field(repr=False)
     interactive: bool = False
     tty: bool = False
     rows: int = DEFAULT_ROWS
     cols: int = DEFAULT_COLS
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     workdir: str = ""
 
     def check(self) -> None:

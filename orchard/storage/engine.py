@@ -60,7 +60,7 @@ class Batch:
     before: int
     revision: int
     # The JSON of each changed object; None: deleted.
-    records: dict[Key, bytes | None] = field(default_factory=dict)
+    records: dict[Key, bytes | None] = field(default_factory=dict, repr=False)
     # Whether it has a change that the store refuses while the disk is full.
     adds: bool = False
     _created: set[Key] = field(default_factory=set)
@@ -94,7 +94,7 @@ class Contents:
     path: Path
     version: int = STATE_VERSION
     revision: int = 0
-    objects: dict[Key, tuple[int, Any]] = field(default_factory=dict)
+    objects: dict[Key, tuple[int, Any]] = field(default_factory=dict, repr=False)
     # Lines of the file, and bytes up to the end of the last one.
     lines: int = 0
     size: int = 0

@@ -94,7 +94,7 @@ class RunOptions:
 class Script:
     """A startup script, and how to log in to run it. `bridged`: the VM is on a bridged network (see `Driver.ip`)."""
 
-    text: str
+    text: str = field(repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     username: str = "admin"
     password: str = field(default="admin", repr=False)
