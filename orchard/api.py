@@ -57,7 +57,7 @@ from orchard.schema import (
 )
 from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
-from orchard.storage.events import EventLog, SendPage
+from orchard.storage.events import EventLog, EventsDeletedError, SendPage
 from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_line
 from orchard.tunnel import Rendezvous, VMAccess, WorkerEnd
 
