@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from orchard import controller, daemon, logs
 
@@ -180,3 +183,20 @@ def test_an_expected_error_becomes_one_line_and_an_exit_status(
     with pytest.raises(KeyError):
         daemon.run_main("program", partial(fail, KeyError()), failures)
     assert daemon.run_main("program", succeed, failures) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps what is free")
+async def test_memory_of_a_burst_is_returned_although_something_remains_behind_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    burst = [bytearray(10_000) for _ in range(3_000)]
+    kept = burst[::100]
+    before = resident()
+    burst.clear()
+    with trio.move_on_after(15):
+        await daemon.return_memory()
+    assert resident() < before - 20_000_000
+    assert len(kept) == 30

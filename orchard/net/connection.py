@@ -60,7 +60,7 @@ class Limits:
     # Connections that have not authenticated, in all and of one source. Beyond it the oldest of them is closed. A host
     # with hundreds of workers, or a proxy, opens as many within the time of a few handshakes. One that has sent nothing
     # takes 8 KiB, one with half a head 45 KiB over TLS.
-    unauthenticated: int = 2_048
+    unauthenticated: int = 1_024
     unauthenticated_of_source: int = 512
     # Bytes of all bodies that are being read; beyond it the connection of the oldest one is closed. As many may be held
     # by all large answers that are being sent; beyond it answers wait for each other, and clients that take nothing are
