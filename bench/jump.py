@@ -40,6 +40,7 @@ try:
     import asyncssh
 
     from orchard.nursery import unwrap_groups
+    from orchard.sessions import AccountSessions
     from orchard.ssh import jump
 except ImportError:
     raise SystemExit("this benchmark needs the extra ssh: .venv/bin/pip install -e '.[ssh]'") from None
@@ -78,9 +79,9 @@ async def in_trio(key: Path, _: int) -> None:
     state = cast("Any", SimpleNamespace(vms={"vm": SimpleNamespace(name="vm")}, accounts={}))
     # The product does not offer it; this shows what it would cost.
     jump.ENCRYPTION += (CHACHA,)
-    host = jump.JumpHost(state, cast("Any", SimpleNamespace(open_stream=open_stream)), None, b"", lambda: None)
+    host = jump.JumpHost(state, cast("Any", SimpleNamespace(open_stream=open_stream)), None, AccountSessions({}))
     async with trio.open_nursery() as nursery:
-        print(await nursery.start(host.serve, "127.0.0.1", 0, asyncssh.read_private_key(key), 30.0), flush=True)
+        print(await nursery.start(host.serve, "127.0.0.1", 0, jump.host_keys([key]), 30.0), flush=True)
 
 
 async def in_a_thread(key: Path, _: int) -> None:

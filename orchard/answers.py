@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from orchard import auth, transitions
 from orchard.codec import InvalidError, MalformedError
+from orchard.login_limit import TooManyFailuresError
 from orchard.net.request import HTTPError
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
@@ -30,7 +31,7 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     transitions.StaleReportError: 404,
     auth.UnauthenticatedError: 401,
     auth.ForbiddenError: 403,
-    auth.TooManyFailuresError: 429,
+    TooManyFailuresError: 429,
     UnreachableError: 503,
     VMGoneError: 404,
     ExecUnavailableError: 503,
@@ -49,12 +50,12 @@ REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)
 def http_error(error: Exception, account: str = "") -> HTTPError:
     """Return the answer to a request of `account` that failed with an HTTPError or an error of ERROR_STATUS."""
     if isinstance(error, HTTPError):
-        return HTTPError(error.status, error.message, error.headers, account=account)
+        return HTTPError(error.status, error.message, error.headers, account=account or error.account)
     status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
     headers: HeaderPairs = ()
     if isinstance(error, auth.UnauthenticatedError):
         headers = (("WWW-Authenticate", 'Basic realm="orchard"'),)
-    elif isinstance(error, auth.TooManyFailuresError):
+    elif isinstance(error, TooManyFailuresError):
         headers = (("Retry-After", str(error.retry_after)),)
     return HTTPError(status, str(error), headers, account=account)
 

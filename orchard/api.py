@@ -27,6 +27,7 @@ from orchard import __version__, auth, parameters, schema, transitions, validati
 from orchard.answers import PRODUCT_ERRORS, REFUSALS, Remarks, http_error
 from orchard.cluster import WORKER_STATE, ClusterIdentity
 from orchard.codec import InvalidError, dump_json, encode, parse_json, shown
+from orchard.gate import Gate, named_account
 from orchard.liveness import Liveness, Source
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 from orchard.net.request import (
@@ -36,6 +37,7 @@ from orchard.net.request import (
     Response,
     Route,
     Router,
+    SlowAdmission,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
@@ -72,8 +74,6 @@ _READ_ATTEMPTS = 3
 _LARGE_BODY = 4 * 1024 * 1024  # bytes
 # Bytes of JSON, and events, whose reading takes some milliseconds. It goes on in a thread if there are more.
 _LARGE, _MANY_EVENTS = 16 * 1024, 500
-# The sender of each request to a controller that asks for no credentials.
-_ANYBODY = ServiceAccount(name="", token="", roles=auth.ROLES)
 
 StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity)
 NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
@@ -88,7 +88,7 @@ ReadT = TypeVar("ReadT")
 class ControllerParts:
     """The parts of a controller that handlers work on.
 
-    `gate` None admits every request to everything. `access_key` signs access tokens. `prefix` is the path before /v1,
+    `gate` None admits every request to everything. `tokens` issues access tokens. `prefix` is the path before /v1,
     and `offline_timeout` is in seconds. `waiting_reason` returns why a new VM stays pending, as far as it is known.
     """
 
@@ -99,8 +99,8 @@ class ControllerParts:
     vm_access: VMAccess
     executor: vm_exec.Executor
     sessions: AccountSessions
-    gate: auth.Gate | None
-    access_key: bytes = field(repr=False)
+    gate: Gate | None
+    tokens: auth.AccessTokens
     waiting_reason: Callable[[VMSpec], str]
     clock: Callable[[], datetime.datetime]
     prefix: str = ""
@@ -143,7 +143,6 @@ class API:
         self.parts = parts
         self.store = parts.store
         self.state = parts.store.state
-        self._failures = auth.FailureLimit(trio.current_time)
         # Several threads would delay all other requests together, since only one of them runs Python at a time.
         self._parsing = trio.CapacityLimiter(1)
         prefix = f"{parts.prefix}/v1"
@@ -152,52 +151,55 @@ class API:
 
     # -- admission and answer
 
-    def admit(self, request: Request) -> Admitted:
+    def admit(self, request: Request) -> Admitted | SlowAdmission[Admitted]:
         """Find a request's operation and its sender, before its body is read. Raises HTTPError."""
-        account = ""
         try:
             route, params = self._router.match(request.method, request.path)
             operation: APIOperation = route.endpoint
             name = params.get("name", "")
-            if operation.role == "public":
-                return Admitted(operation, name, account)
-            sender = self._identify(request, operation)
+            gate = self.parts.gate
+            if operation.role == "public" or gate is None:
+                return Admitted(operation, name, "")
+            authorization, bearer = request.headers.get("authorization"), operation.bearer is not None
+            # A request without credentials is not a guess.
+            if authorization is None:
+                return self._admit_sender(operation, name, gate.identify(None))
+            sender = gate.recall(authorization, bearer=bearer)
+            if sender is None:
+                account = named_account(authorization)
+                check = partial(gate.identify, authorization, bearer=bearer)
+                if gate.limit.is_limited(request.peer, account):
+                    wait = partial(gate.limit.check, request.peer, account, check, trio.sleep)
+                    return SlowAdmission(partial(self._admit_later, operation, name, wait))
+                sender = gate.limit.check_now(request.peer, account, check)
+            return self._admit_sender(operation, name, sender)
+        except REFUSALS as error:
+            raise http_error(error) from error
+
+    def _admit_sender(self, operation: APIOperation, name: str, sender: ServiceAccount | auth.Access) -> Admitted:
+        """Return what a sender is admitted to. Raises HTTPError."""
+        account = sender.account if isinstance(sender, auth.Access) else sender.name
+        try:
             if isinstance(sender, auth.Access):
-                account = sender.account
                 vm = _found("VM", self.state.vms, name)
                 if vm.uid != sender.vm_uid:
                     raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
-            else:
-                account = sender.name
-                if operation.role is not None:
-                    auth.require(sender, operation.role)
-            if self.parts.gate is None:
-                return Admitted(operation, name, "")
-            if isinstance(sender, auth.Access):
                 return Admitted(operation, name, account, auth.ISSUER_ROLE, f"{account} {sender.token_id}")
-            return Admitted(operation, name, account, operation.role, account)
+            role = None if operation.role == "public" else operation.role
+            if role is not None:
+                auth.require(sender, role)
+            return Admitted(operation, name, account, role, account)
         except REFUSALS as error:
             raise http_error(error, account) from error
 
-    def _identify(self, request: Request, operation: APIOperation) -> ServiceAccount | auth.Access:
-        """Return the sender's account, or the contents of its access token.
-
-        Raises UnauthenticatedError, TooManyFailuresError.
-        """
-        if self.parts.gate is None:
-            return _ANYBODY
-        authorization = request.headers.get("authorization")
+    async def _admit_later(
+        self, operation: APIOperation, name: str, identify: Callable[[], Awaitable[ServiceAccount | auth.Access]]
+    ) -> Admitted:
+        """Admit a sender who has to wait for the check of the credentials. Raises HTTPError."""
         try:
-            if operation.bearer is not None and (token := auth.bearer_of(authorization)) is not None:
-                access = auth.read_access_token(self.parts.access_key, token, self.parts.clock())
-                auth.require_issuer(self.state.accounts, access)
-                return access
-            return self.parts.gate.identify(authorization)
-        except auth.UnauthenticatedError:
-            # A request without credentials is not a guess.
-            if authorization is not None:
-                self._failures.record(request.peer)
-            raise
+            return self._admit_sender(operation, name, await identify())
+        except REFUSALS as error:
+            raise http_error(error) from error
 
     async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer an admitted request. Raises HTTPError."""
@@ -478,8 +480,8 @@ class API:
         ttl = _read_body(admitted, validation.ttl_from_client)
         now = self.parts.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
-        access = auth.Access(vm.name, vm.uid, admitted.account, int(now.timestamp()), str(uuid.uuid4()))
-        token = auth.issue_access_token(self.parts.access_key, access, expires)
+        times = int(now.timestamp()), int(expires.timestamp())
+        token = self.parts.tokens.issue(auth.Access(vm.name, vm.uid, admitted.account, *times, str(uuid.uuid4())))
         issued = VMAccessToken(token, "Bearer", expires, auth.TOKEN_USER, vm.name, vm.uid)
         return Response(200, dump_json(encode(issued)))
 

@@ -43,6 +43,8 @@ from orchard.files import (
     write_private,
 )
 from orchard.fsck import find_exposures
+from orchard.gate import Gate
+from orchard.login_limit import LoginLimit
 from orchard.net import tcp, tls
 from orchard.net.connection import Limits
 from orchard.net.server import serve
@@ -92,8 +94,8 @@ class ControllerSettings:
     auth: bool = True
     # Host and port of the SSH jump host; None: it is not served.
     ssh: tuple[str | None, int] | None = None
-    # None: made at the first start and kept in the data directory.
-    ssh_host_key: Path | None = None
+    # At most one of each type. Without any, an Ed25519 key is made at the first start and kept in the data directory.
+    ssh_host_keys: tuple[Path, ...] = ()
     ssh_auth: bool = True
     # The token of bootstrap-admin, which is created or updated with it.
     admin_token: str = field(default="", repr=False)
@@ -241,6 +243,7 @@ def _compose(
     sessions = AccountSessions(store.state.accounts)
     Reactions(store, events, rendezvous, loop, sessions, clock)
     vm_access = VMAccess(store, rendezvous)
+    tokens = auth.AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
     parts = ControllerParts(
         store=store,
         events=events,
@@ -249,8 +252,8 @@ def _compose(
         vm_access=vm_access,
         executor=Executor(vm_access),
         sessions=sessions,
-        gate=auth.Gate(store.state.accounts) if settings.auth else None,
-        access_key=load_access_key(settings.data_dir),
+        gate=Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if settings.auth else None,
+        tokens=tokens,
         waiting_reason=loop.waiting_reason,
         clock=clock,
         prefix=settings.prefix,
@@ -278,9 +281,9 @@ async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nurse
     host, port = settings.ssh
     try:
         gate = parts.gate if settings.ssh_auth else None
-        host_key = jump.host_key(settings.ssh_host_key or settings.data_dir / SSH_HOST_KEY_FILE)
-        server = jump.JumpHost(parts.store.state, parts.vm_access, gate, parts.access_key, utc_now)
-        started: int = await nursery.start(server.serve, host, port, host_key, settings.ping_interval)
+        keys = jump.host_keys(settings.ssh_host_keys or [settings.data_dir / SSH_HOST_KEY_FILE])
+        server = jump.JumpHost(parts.store.state, parts.vm_access, gate, parts.sessions)
+        started: int = await nursery.start(server.serve, host, port, keys, settings.ping_interval)
     except ValueError as error:
         raise StartError(str(error)) from error
     except OSError as error:
@@ -398,7 +401,10 @@ def _parser() -> argparse.ArgumentParser:
         "--ssh-host-key",
         metavar="FILE",
         type=Path,
-        help="private key of the SSH server; default: made at the first start",
+        action="append",
+        default=[],
+        help="private key of the SSH server, for example an ECDSA or RSA one; repeatable, one of each type; default: an"
+        " Ed25519 key that the first start makes",
     )
     add("--insecure-ssh-no-client-auth", action="store_true", help="serve SSH without authentication")
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
@@ -434,7 +440,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
         tls=not options.insecure_no_tls,
         auth=not options.insecure_no_auth,
         ssh=options.listen_ssh,
-        ssh_host_key=options.ssh_host_key,
+        ssh_host_keys=tuple(options.ssh_host_key),
         ssh_auth=not options.insecure_ssh_no_client_auth,
         admin_token=os.environ.get("ORCHARD_BOOTSTRAP_ADMIN_TOKEN", ""),
         worker_offline_timeout=options.worker_offline_timeout,

@@ -19,10 +19,11 @@ from trio.testing import assert_no_checkpoints
 import orchard
 from orchard import __version__, auth, transitions
 from orchard.answers import ERROR_STATUS, http_error
-from orchard.api import API, OPERATIONS, APIOperation
+from orchard.api import API, OPERATIONS, Admitted, APIOperation
 from orchard.codec import InvalidError
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.files import STATE_FILE
+from orchard.login_limit import TooManyFailuresError
 from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Headers, HTTPError, Request, Stream
 from orchard.scheduling_loop import VMS_PER_PLAN
@@ -733,7 +734,9 @@ async def test_create_vm_and_scheduling_do_not_await(api: Served) -> None:
     request = Request(
         method="POST", target="/v1/vms", headers=Headers({})
     )  # fmt: skip
-    admitted = replace(api.api.admit(request), body={"name": "vm", "image": "i"})
+    admitted = api.api.admit(request)
+    assert isinstance(admitted, Admitted)
+    admitted = replace(admitted, body={"name": "vm", "image": "i"})
     with assert_no_checkpoints():
         API.create_vm(api.api, request, admitted)
         api.schedule()
@@ -852,7 +855,7 @@ def test_errors_become_answers_with_their_status_message_and_headers() -> None:
     unauthenticated = http_error(auth.UnauthenticatedError("who?"), "ci")
     assert (unauthenticated.status, unauthenticated.message, unauthenticated.account) == (401, "who?", "ci")
     assert unauthenticated.headers == (("WWW-Authenticate", 'Basic realm="orchard"'),)
-    assert http_error(auth.TooManyFailuresError("wait", retry_after=7)).headers == (("Retry-After", "7"),)
+    assert http_error(TooManyFailuresError("wait", retry_after=7)).headers == (("Retry-After", "7"),)
     assert http_error(InvalidError("no")).headers == ()
     kept = http_error(HTTPError(405, "no", (("Allow", "GET"),)), "ci")
     assert (kept.status, kept.message, kept.headers, kept.account) == (405, "no", (("Allow", "GET"),), "ci")

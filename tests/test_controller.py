@@ -9,6 +9,7 @@ import signal
 import ssl
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from harness.processes import PLAIN, controller, finished
 
 from orchard import auth
 from orchard import controller as program
+from orchard.login_limit import MAX_FAILURES
 from orchard.net import tls
 from orchard.schema import ServiceAccount
 from orchard.storage.events import EventLog
@@ -66,16 +68,20 @@ def test_admin_token_from_the_environment_is_updated_and_never_printed(tmp_path:
 def test_failed_logins_get_429_and_correct_credentials_still_work(tmp_path: Path) -> None:
     env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "right"}
     with controller("--insecure-no-tls", home=tmp_path, env=env) as (role, url):
-        for _ in range(auth.MAX_FAILURES):
+        for _ in range(MAX_FAILURES):
             assert call(url, "GET", "/v1/vms", token="wrong")[0] == 401
+        begun = time.monotonic()
         status, problem = call(url, "GET", "/v1/vms", token="wrong")
         assert status == 429
+        assert time.monotonic() - begun >= 1.0
         assert re.search(r"10 wrong credentials came from 127\.0\.0\.1 within a minute", problem["message"])
         assert call(url, "GET", "/v1/vms", token="right") == (200, [])
         assert call(url, "GET", "/v1/vms")[0] == 401, "a request without credentials is not a failed login"
         assert call(url, "GET", "/v1/vms", token="wrong")[0] == 429
         assert role.stop() == 0
-    assert sum("many failed logins" in line for line in role.log_lines()) == 1
+    # One line for the address and one for the account, and none for each further guess.
+    assert sum("many failed logins" in line for line in role.log_lines()) == 2
+    assert not any("status=429" in line for line in role.log_lines())
 
 
 def test_acknowledged_changes_survive_a_kill(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("access", ("ssh/", "sessions", "tunnel", "client")),
-    ("decisions", ("scheduler", "transitions", "auth", "liveness")),
+    ("decisions", ("scheduler", "transitions", "auth", "login_limit", "gate", "liveness")),
     ("state", ("store", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
     ("resources", ("validation", "schema", "cluster", "codec")),

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from orchard.net.request import Admission, AnyResponse, HTTPError, Request
+from orchard.net.request import Admission, AnyResponse, HTTPError, Request, SlowAdmission
 from orchard.net.streams import PlainStream, TLSStream
 from orchard.net.unauthenticated import Unauthenticated
 
@@ -140,7 +140,7 @@ class ServerState:
     def __init__(
         self,
         handler: Callable[[Request, Any], Awaitable[AnyResponse]],
-        admit: Callable[[Request], Admission],
+        admit: Callable[[Request], Admission | SlowAdmission[Any]],
         limits: Limits,
         log: logging.Logger,
         clock: Callable[[], float],

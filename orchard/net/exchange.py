@@ -34,6 +34,7 @@ from orchard.net.request import (
     HTTPError,
     Request,
     Response,
+    SlowAdmission,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
@@ -138,7 +139,9 @@ class Exchange:
         if since < 0 or not (request or self._status):
             return
         self._since = -1.0
-        if not self._server.log.isEnabledFor(logging.INFO):
+        # An attacker that guesses credentials would fill the log. The limit itself logs who guesses.
+        level = logging.DEBUG if self._status == http.HTTPStatus.TOO_MANY_REQUESTS else logging.INFO
+        if not self._server.log.isEnabledFor(level):
             return
         fields = {
             "method": request.method if request is not None else "-",
@@ -148,7 +151,7 @@ class Exchange:
             "account": _printable(self._account) if self._account else "-",
             "peer": self._connection.peer,
         }
-        self._server.log.info("request", extra=fields)
+        self._server.log.log(level, "request", extra=fields)
 
     # ---- reading
 
@@ -166,7 +169,9 @@ class Exchange:
         self._request = request
         self._keep_alive = block.keep_alive
         self._unread = block.length != 0
-        admitted = server.admit(request)
+        admission = server.admit(request)
+        admitted = await self._watched(admission.work) if isinstance(admission, SlowAdmission) else admission
+        assert admitted is not None
         self._account = admitted.account
         if admitted.authenticated:
             self._connection.authenticate()

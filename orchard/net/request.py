@@ -24,7 +24,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 from urllib.parse import unquote
 
 import h11
@@ -291,6 +291,16 @@ class Admission(Protocol):
     @property
     def body_limit(self) -> int:
         """The largest body that the operation takes, in bytes; 0: none, and a small one is read and ignored."""
+
+
+AdmittedT = TypeVar("AdmittedT", bound=Admission)
+
+
+@dataclass(slots=True, eq=False)
+class SlowAdmission(Generic[AdmittedT]):
+    """An admission that has to wait: `work` returns it or raises HTTPError, and is cancelled if the client goes away."""
+
+    work: Callable[[], Awaitable[AdmittedT]]
 
 
 def error_response(error: HTTPError) -> Response:

@@ -15,15 +15,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
 
 import trio
 
 from orchard.net.connection import Connection, Disconnected, Limits, ServerState
 from orchard.net.exchange import Exchange
-from orchard.net.request import Admission, AnyResponse, HTTPError, Request
-
-AdmittedT = TypeVar("AdmittedT", bound=Admission)
+from orchard.net.request import AdmittedT, AnyResponse, HTTPError, Request, SlowAdmission
 
 _logger = logging.getLogger("orchard.net.server")
 
@@ -32,7 +29,7 @@ async def serve(
     handler: Callable[[Request, AdmittedT], Awaitable[AnyResponse]],
     listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
     *,
-    admit: Callable[[Request], AdmittedT],
+    admit: Callable[[Request], AdmittedT | SlowAdmission[AdmittedT]],
     limits: Limits | None = None,
     log: logging.Logger = _logger,
     clock: Callable[[], float] = time.time,

@@ -1,7 +1,7 @@
 """The SSH jump host: `ssh -J account@controller vm` into every VM. Needs the extra `orchard-cluster[ssh]`.
 
-A client logs in with a service account's name and token, or as user `token` with a VM access token as its password. It
-can open direct-tcpip channels, which OpenSSH opens for `-J`, `-W` and `-L`; their host is the name of a VM. Each channel
+A client logs in with a service account's name and its token or one of its keys, or as user `token` with a VM access token
+as its password. It can open direct-tcpip channels, which OpenSSH opens for `-J`, `-W` and `-L`; their host is the name of a VM. Each channel
 is joined to a tunnel into that VM, and is opened after the tunnel. Shells, commands, remote forwarding, agents and
 everything else are refused.
 
@@ -12,9 +12,10 @@ when all cores are busy, a thread would do as well: it carries 0.8 to 1.3 times 
 quarter more. Both carry about half of what a relay without SSH carries, and a third of what OpenSSH's own server carries
 (`./run bench jump`, `taskset -c 0 ./run bench jump`).
 
-Guessing is slow: after each refused login from an address, the next one from there waits longer before it is checked, so
-hanging up early or logging in many times at once gains nothing. The number of tries in a connection is limited. The
-credentials are checked again for each channel: a deleted account or an expired token opens no more of them.
+Guessing is slow: passwords count for the limit on wrong credentials that holds for the API, too (login_limit.py). The
+number of tries in a connection and all of its work before it has logged in are limited, and so are the connections that
+have not logged in. The credentials are checked again for each channel: an expired token or a key that was removed opens
+no more of them. A connection ends with its account, and with the role.
 
 A tunnel cannot be closed in one direction. So when a client has sent everything, its tunnel stays open while the VM
 still answers, and is closed after the VM has been silent for some time.
@@ -23,13 +24,12 @@ still answers, and is closed after the VM has been silent for some time.
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
-from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import asyncssh
 import trio
@@ -38,10 +38,13 @@ from asyncssh.kex import get_kex_algs
 
 from orchard import auth, logs
 from orchard.files import write_private
+from orchard.gate import Gate, basic_authorization
+from orchard.login_limit import TooManyFailuresError
 from orchard.net.tcp import splice
-from orchard.net.unauthenticated import source_of
+from orchard.net.unauthenticated import Unauthenticated
 from orchard.nursery import Wakeup, unwrap_groups
-from orchard.schema import VM, ServiceAccount
+from orchard.schema import VM, Role, ServiceAccount
+from orchard.sessions import AccountSessions
 from orchard.store import State
 from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 
@@ -49,12 +52,15 @@ from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 LOGIN_SECONDS = 20.0  # seconds
 # The most passwords that one connection may try.
 MAX_TRIES = 6
-# The most connections that have not logged in yet, so that strangers cannot use up the file descriptors.
+# The most requests of one connection for a login that may fail: passwords, keys of an agent, other methods.
+MAX_LOGIN_REQUESTS = 40
+# The most key exchanges of a connection that has not logged in. Each takes a millisecond.
+MAX_EARLY_EXCHANGES = 2
+# The most connections that have not logged in yet, of one address and in all. Then the oldest one makes room.
+MAX_LOGINS_OF_SOURCE = 50
 MAX_LOGINS = 100
 # The most connections, including those that have not logged in. Each can have many channels.
 MAX_CONNECTIONS = 1000
-# How long the check of a login waits, by the number of refused logins from its address.
-DELAYS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # seconds
 # How long a VM may be silent after its client has sent everything: an answer may take as long.
 LINGER_SECONDS = 10.0  # seconds
 # asyncssh uses the first algorithm of the client's list that is in ours. Dropbear guesses that ours begins with
@@ -69,6 +75,16 @@ KEY_EXCHANGE = (
 # time.
 ENCRYPTION: tuple[str, ...] = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "aes256-ctr", "aes128-ctr")
 
+# Signatures of host keys and clients' keys. SHA-1, which asyncssh would take from RSA keys, is not among them.
+SIGNATURES = (
+    "ssh-ed25519",
+    *(f"ecdsa-sha2-nistp{bits}" for bits in (256, 384, 521)),
+    *("rsa-sha2-512", "rsa-sha2-256"),
+    *("sk-ssh-ed25519@openssh.com", "sk-ecdsa-sha2-nistp256@openssh.com"),
+)
+
+# The smallest RSA key.
+_RSA_BITS = 2048
 # How long a tunnel waits for its channel to be opened.
 _START_SECONDS = 10.0  # seconds
 # How long a channel waits for its VM to run and for the worker to connect.
@@ -84,8 +100,28 @@ class ChannelRefusedError(Exception):
     """A channel cannot be opened; `str(error)` is what the client is told."""
 
 
-def host_key(path: Path) -> asyncssh.SSHKey:
-    """Return the host key, which the first start creates. Raises OSError, ValueError."""
+def host_keys(paths: Sequence[Path]) -> list[asyncssh.SSHKeyPair]:
+    """Return the host keys of files that the first start creates. At most one of each type. Raises OSError, ValueError."""
+    keys: dict[str, Path] = {}
+    pairs = []
+    for path in paths:
+        key = _host_key(path)
+        kind = key.get_algorithm()
+        if kind in keys:
+            raise ValueError(
+                f"{path} and {keys[kind]} are both SSH private keys of type {kind}, expected one of each type"
+            )
+        bits: int = getattr(key.pyca_key, "key_size", 0) if kind == "ssh-rsa" else _RSA_BITS
+        if bits < _RSA_BITS:
+            raise ValueError(f"{path} is an RSA key of {bits} bits, expected at least {_RSA_BITS}")
+        keys[kind] = path
+        for pair in asyncssh.load_keypairs([key]):
+            pair.host_key_algorithms = [each for each in pair.host_key_algorithms if each.decode() in SIGNATURES]
+            pairs.append(pair)
+    return pairs
+
+
+def _host_key(path: Path) -> asyncssh.SSHKey:
     if not path.exists():
         key = asyncssh.generate_private_key("ssh-ed25519", comment="orchard")
         write_private(path, key.export_private_key())
@@ -97,54 +133,27 @@ def host_key(path: Path) -> asyncssh.SSHKey:
         raise ValueError(f"{path} is not an SSH private key: {error}") from error
 
 
-class LoginDelays:
-    """How long logins wait, by the number of refused logins of each source (`source_of`) since an accepted one.
-
-    At most auth.MAX_FAILED_SOURCES sources are remembered; the one that failed least recently is forgotten first.
-    """
-
-    def __init__(self) -> None:
-        self._refused: OrderedDict[str, int] = OrderedDict()
-
-    def delay(self, address: str) -> float:
-        """Return the seconds that the next login from an address has to wait."""
-        return DELAYS[min(self._refused.get(source_of(address), 0), len(DELAYS) - 1)]
-
-    def note_refused(self, address: str) -> None:
-        source = source_of(address)
-        self._refused[source] = self._refused.pop(source, 0) + 1
-        if len(self._refused) > auth.MAX_FAILED_SOURCES:
-            self._refused.popitem(last=False)
-
-    def note_accepted(self, address: str) -> None:
-        self._refused.pop(source_of(address), None)
+Sender = ServiceAccount | auth.Access
 
 
 class JumpHost:
     """Lets SSH clients into VMs. If `gate` is None, every client may connect to every VM."""
 
-    def __init__(
-        self,
-        state: State,
-        vm_access: VMAccess,
-        gate: auth.Gate | None,
-        access_key: bytes,
-        clock: Callable[[], Any],
-    ) -> None:
-        """`access_key` verifies VM access tokens; `clock` returns the time in UTC, for their expiry."""
+    def __init__(self, state: State, vm_access: VMAccess, gate: Gate | None, sessions: AccountSessions) -> None:
         self._state = state
         self._vm_access = vm_access
-        self._access_key = access_key
-        self._clock = clock
         self.gate = gate
-        self.delays = LoginDelays()
+        self.sessions = sessions
         self.connections: dict[_Server, asyncssh.SSHServerConnection] = {}
+        self.logging_in: Unauthenticated[_Server] = Unauthenticated(
+            lambda server: self.connections[server].abort(), MAX_LOGINS_OF_SOURCE, MAX_LOGINS
+        )
 
     async def serve(
         self,
         host: str | None,
         port: int,
-        key: asyncssh.SSHKey,
+        keys: Sequence[asyncssh.SSHKeyPair],
         keepalive: float,
         *,
         task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
@@ -158,11 +167,12 @@ class JumpHost:
                     host or None,
                     port,
                     server_factory=lambda: _Server(self, channels),
-                    server_host_keys=[key],
+                    server_host_keys=keys,
                     login_timeout=LOGIN_SECONDS,
                     keepalive_interval=keepalive,
                     kex_algs=KEY_EXCHANGE,
                     encryption_algs=ENCRYPTION,
+                    signature_algs=SIGNATURES,
                     # asyncssh would take a packet that unpacks to a gigabyte.
                     compression_algs=("none",),
                     # No Kerberos, where that is installed, and so no name lookup at the start.
@@ -180,35 +190,66 @@ class JumpHost:
                     for connection in list(self.connections.values()):
                         connection.disconnect(asyncssh.DISC_BY_APPLICATION, "the controller is stopping")
 
-    def login(self, username: str, password: str) -> ServiceAccount | auth.Access:
-        """Return who logs in with these credentials. Raises UnauthenticatedError, ForbiddenError."""
-        if username == auth.TOKEN_USER and username not in self._state.accounts:
-            return auth.read_access_token(self._access_key, password, self._clock())
+    async def log_in(self, address: str, username: str, password: str) -> Callable[[], Sender]:
+        """Check a password when it is its turn, and return a function that checks it again.
+
+        Raises UnauthenticatedError, ForbiddenError, TooManyFailuresError; the function raises the first two.
+        """
+        gate = self.gate
+        assert gate is not None
+        is_token = username == auth.TOKEN_USER and username not in self._state.accounts
+        account = "" if is_token else username
+        header = f"Bearer {password}" if is_token else basic_authorization(username, password)
+        check = partial(self._check_header, header, account)
+        if gate.recall(header, bearer=True) is not None or not gate.limit.is_limited(address, account):
+            gate.limit.check_now(address, account, check)
+        else:
+            await gate.limit.check(address, account, check, asyncio.sleep)
+        return check
+
+    def _check_header(self, header: str, account: str) -> Sender:
         assert self.gate is not None
-        account = self.gate.check(username, password)
+        sender = self.gate.identify(header, bearer=True)
+        if isinstance(sender, ServiceAccount):
+            # Names may contain colons, which the header does not tell from the one after the name.
+            if sender.name != account:
+                raise auth.UnauthenticatedError("unknown service account or wrong token")
+            auth.require(sender, "compute:connect")
+        return sender
+
+    def check_key(self, username: str, key: bytes) -> Sender:
+        """Return the account of that name if the public key is one of its own. Raises UnauthenticatedError, ForbiddenError."""
+        account = self._state.accounts.get(username)
+        if account is None or key not in map(_key_data, account.authorized_keys):
+            raise auth.UnauthenticatedError("unknown service account or not one of its keys")
         auth.require(account, "compute:connect")
         return account
 
-    def find_vm(self, name: str, who: ServiceAccount | auth.Access | None) -> VM:
+    def find_vm(self, name: str, who: Sender | None) -> VM:
         """Return the VM that a client means. Raises ChannelRefusedError.
 
-        SSH clients write the names of hosts in lower case, so a name may differ from the VM's in the case of letters.
+        OpenSSH's clients write the names of hosts in lower case, so a name without capitals may stand for any VM whose
+        name differs in the case of letters only. The bearer of an access token means the token's VM.
         """
         vms = self._state.vms
-        found = vms.get(name)
-        if found is None:
+        exact = vms.get(name)
+        if exact is not None and name != name.lower():
+            alike = [exact]
+        else:
             alike = [vm for vm in vms.values() if vm.name.lower() == name.lower()]
+        if not alike:
+            raise ChannelRefusedError(f'VM "{name}" does not exist')
+        if isinstance(who, auth.Access):
+            alike = [vm for vm in alike if vm.uid == who.vm_uid]
             if not alike:
-                raise ChannelRefusedError(f'VM "{name}" does not exist')
-            if len(alike) > 1:
-                names = ", ".join(sorted(vm.name for vm in alike))
-                raise ChannelRefusedError(
-                    f'"{name}" could be any of the VMs {names}; SSH clients write names in lower case'
-                )
-            found = alike[0]
-        if isinstance(who, auth.Access) and who.vm_uid != found.uid:
-            raise ChannelRefusedError(f'the access token is for another VM than "{found.name}"')
-        return found
+                raise ChannelRefusedError(f'the access token is for another VM than "{name}"')
+        if len(alike) > 1:
+            names = ", ".join(sorted(vm.name for vm in alike))
+            raise ChannelRefusedError(
+                f'"{name}" could be any of the VMs {names}, because SSH clients write names in lower case; use an'
+                " access token of the VM, or give one of them another name"
+            )
+        return alike[0]
 
     async def join(self, channel: ChannelStream, vm: VM, port: int, opened: Callable[[Exception | None], None]) -> None:
         """Relay between a channel and a port of a VM until one side ends; close the channel.
@@ -361,10 +402,13 @@ class _Server(asyncssh.SSHServer):
         self._channels = channels
         self._connection: asyncssh.SSHServerConnection | None = None
         self._flow = FlowControl()
-        # The user name and password that were accepted.
-        self._credentials: tuple[str, str] | None = None
+        # Returns who has logged in, or raises what JumpHost.log_in says.
+        self._check: Callable[[], Sender] | None = None
+        # Left when the connection ends.
+        self._held = ExitStack()
         self._address = "-"
         self._tries = 0
+        self._bounds = _LoginBounds(self)
         self.admitted = False
 
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
@@ -374,22 +418,36 @@ class _Server(asyncssh.SSHServer):
         # asyncssh sends as much as the client's window allows, which may be 4 GiB, whatever the socket takes.
         conn.pause_writing = self._flow.pause  # type: ignore[method-assign]
         conn.resume_writing = self._flow.resume  # type: ignore[method-assign]
+        self._bounds.watch(conn)
         others = self._jump.connections
-        if len(others) >= MAX_CONNECTIONS or sum(not other.admitted for other in others) >= MAX_LOGINS:
+        if len(others) - len(self._jump.logging_in) >= MAX_CONNECTIONS:
             _logger.warning("too many SSH connections", extra={"peer": self._address, "connections": len(others)})
             conn.abort()
         else:
             others[self] = conn
+            self._jump.logging_in.add(self, self._address)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._jump.connections.pop(self, None)
+        self._jump.logging_in.remove(self)
+        self._held.close()
         self._flow.resume()
+
+    def disconnect(self, code: int, reason: str) -> None:
+        if self._connection is not None:
+            self._connection.disconnect(code, reason)
 
     def begin_auth(self, username: str) -> bool:
         return self._jump.gate is not None
 
     def auth_completed(self) -> None:
         self.admitted = True
+        self._jump.logging_in.remove(self)
+        if self._check is not None:
+            sender = self._check()
+            role: Role = auth.ISSUER_ROLE if isinstance(sender, auth.Access) else "compute:connect"
+            end = partial(self.disconnect, asyncssh.DISC_BY_APPLICATION)
+            self._held.enter_context(self._jump.sessions.hold(account_of(sender), role, end))
 
     def password_auth_supported(self) -> bool:
         return True
@@ -398,49 +456,51 @@ class _Server(asyncssh.SSHServer):
         # Clients would ask for the same password a second time.
         return False
 
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    async def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        """Check a key, before asyncssh checks that the client has the private one."""
+        check = partial(self._jump.check_key, username, key.public_data)
+        try:
+            check()
+        except (auth.UnauthenticatedError, auth.ForbiddenError) as error:
+            _logger.debug("SSH key refused", extra={**self._about(username), "reason": str(error)})
+            return False
+        key.all_sig_algorithms = {each for each in key.all_sig_algorithms if each.decode() in SIGNATURES}
+        self._check = check
+        return True
+
     async def validate_password(self, username: str, password: str) -> bool:
         """Check a password. asyncssh cancels this when the client sends another one meanwhile."""
-        jump = self._jump
         self._tries += 1
         if self._tries <= MAX_TRIES:
-            await asyncio.sleep(jump.delays.delay(self._address))
             try:
-                jump.login(username, password)
-            except (auth.UnauthenticatedError, auth.ForbiddenError) as error:
-                jump.delays.note_refused(self._address)
-                _logger.warning(
-                    "SSH login refused",
-                    extra={"user": username[:_LOGGED_NAME], "peer": self._address, "reason": str(error)},
-                )
-            else:
-                jump.delays.note_accepted(self._address)
-                self._credentials = username, password
+                self._check = await self._jump.log_in(self._address, username, password)
                 return True
-        if self._tries >= MAX_TRIES and self._connection is not None:
-            self._connection.disconnect(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
+            except TooManyFailuresError as error:
+                # The limit itself logs who guesses.
+                _logger.debug("SSH login refused", extra={**self._about(username), "reason": str(error)})
+            except (auth.UnauthenticatedError, auth.ForbiddenError) as error:
+                _logger.warning("SSH login refused", extra={**self._about(username), "reason": str(error)})
+        if self._tries >= MAX_TRIES:
+            self.disconnect(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
         return False
 
-    def _identify(self) -> ServiceAccount | auth.Access | None:
-        """Return who has logged in, None without a gate.
-
-        Raises UnauthenticatedError and ForbiddenError, also when the credentials are not valid any more.
-        """
-        if self._jump.gate is None:
-            return None
-        if self._credentials is None:
-            raise auth.UnauthenticatedError("not logged in")
-        return self._jump.login(*self._credentials)
+    def _about(self, username: str) -> dict[str, str]:
+        return {"user": username[:_LOGGED_NAME], "peer": self._address}
 
     async def connection_requested(self, name: str, port: int, orig_host: str, orig_port: int) -> ChannelStream:
         """Return the channel once its tunnel is open. Raises ChannelOpenError, which tells the client why."""
         try:
-            who = self._identify()
+            # Also refuses credentials that are not valid any more.
+            who = self._check() if self._check is not None else None
             vm = self._jump.find_vm(name, who)
             if not 0 < port < 65536:
                 raise ChannelRefusedError(f"port is {port}, expected 1 to 65535")
         except (ChannelRefusedError, auth.UnauthenticatedError, auth.ForbiddenError) as error:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(error)) from None
-        account = who.account if isinstance(who, auth.Access) else who.name if who else "-"
+        account = account_of(who) if who is not None else "-"
         _logger.info(
             "opening SSH tunnel", extra={"vm": vm.name, "port": port, "account": account, "peer": self._address}
         )
@@ -456,3 +516,45 @@ class _Server(asyncssh.SSHServer):
         if failure is not None:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(failure))
         return stream
+
+
+class _LoginBounds:
+    """Bounds what a client can make the server do before it has logged in."""
+
+    def __init__(self, server: _Server) -> None:
+        self._server = server
+        self._failures = 0
+        self._exchanges = 0
+
+    def watch(self, connection: asyncssh.SSHServerConnection) -> None:
+        """Count the refusals and the key exchanges of a connection. asyncssh counts neither."""
+        fail, exchange = connection.send_userauth_failure, connection.send_newkeys
+
+        def send_userauth_failure(partial_success: bool) -> None:
+            self._failures += 1
+            if self._failures > MAX_LOGIN_REQUESTS:
+                self._server.disconnect(asyncssh.DISC_NO_MORE_AUTH_METHODS_AVAILABLE, "too many tries")
+            else:
+                fail(partial_success)
+
+        def send_newkeys(k: bytes, h: bytes) -> None:
+            self._exchanges += 1
+            if self._exchanges > MAX_EARLY_EXCHANGES and not self._server.admitted:
+                self._server.disconnect(asyncssh.DISC_PROTOCOL_ERROR, "too many key exchanges")
+            else:
+                exchange(k, h)
+
+        connection.send_userauth_failure = send_userauth_failure  # type: ignore[method-assign]
+        connection.send_newkeys = send_newkeys  # type: ignore[method-assign]
+
+
+def account_of(sender: Sender) -> str:
+    """Return the name of an account, or of the account that issued an access token."""
+    return sender.account if isinstance(sender, auth.Access) else sender.name
+
+
+def _key_data(line: str) -> bytes:
+    """Return the key in a line of OpenSSH's format: its type, its data in base64, and a comment."""
+    with suppress(ValueError, IndexError):
+        return base64.b64decode(line.split()[1])
+    return b""

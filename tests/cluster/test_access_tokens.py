@@ -89,19 +89,21 @@ def test_access_token_is_not_that_of_an_account_created_later_under_the_same_nam
         created = NOW + datetime.timedelta(seconds=seconds)
         account = ServiceAccount(name="account", token="t", roles=("compute:write",), created_at=created)
         refused = nullcontext() if valid else pytest.raises(auth.UnauthenticatedError)
+        tokens = auth.AccessTokens(KEY, {"account": account}, lambda: NOW)
         with refused:
-            auth.require_issuer({"account": account}, ABOUT)
+            assert tokens.read(tokens.issue(ABOUT)) == ABOUT
 
 
 KEY = b"k" * 32
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 HOUR = datetime.timedelta(hours=1)
-ABOUT = auth.Access("vm", "uid", "account", int(NOW.timestamp()), "id")
+ABOUT = auth.Access("vm", "uid", "account", int(NOW.timestamp()), int((NOW + HOUR).timestamp()), "id")
+TOKENS = auth.AccessTokens(KEY, {}, lambda: NOW)
 
 
 def forged(key: bytes = KEY, algorithm: str = "HS256", header: dict[str, Any] | None = None, **claims: object) -> str:
     """Return a token with some of its claims replaced; None leaves a claim out."""
-    good = auth.issue_access_token(KEY, ABOUT, NOW + HOUR)
+    good = TOKENS.issue(ABOUT)
     changed = {**jwt.decode(good, options={"verify_signature": False}), **claims}
     changed = {name: value for name, value in changed.items() if value is not None}
     return jwt.encode(changed, key, algorithm=algorithm, headers=header)
@@ -152,7 +154,7 @@ def test_forged_or_malformed_access_token_is_refused(forgery: str) -> None:
 
 
 def test_access_token_with_one_changed_byte_is_refused() -> None:
-    good = auth.issue_access_token(KEY, ABOUT, NOW + HOUR)
+    good = TOKENS.issue(ABOUT)
     assert auth.read_access_token(KEY, good, NOW) == ABOUT
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     accepted = []

@@ -19,7 +19,18 @@ import trio
 from orchard import auth
 from orchard.api import API, ControllerParts
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
-from orchard.net.request import Headers, HTTPError, Request, Response, Stream, WhileConnected, error_response
+from orchard.gate import Gate
+from orchard.login_limit import LoginLimit
+from orchard.net.request import (
+    Headers,
+    HTTPError,
+    Request,
+    Response,
+    SlowAdmission,
+    Stream,
+    WhileConnected,
+    error_response,
+)
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
@@ -101,7 +112,10 @@ class Served:
             peer=peer,
         )
         try:
-            answer = await self.api.handle(request, self.api.admit(request))
+            admitted = self.api.admit(request)
+            if isinstance(admitted, SlowAdmission):
+                admitted = await admitted.work()
+            answer = await self.api.handle(request, admitted)
             return await answer.work() if isinstance(answer, WhileConnected) else answer
         except HTTPError as error:
             return error_response(error)
@@ -153,7 +167,8 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
         sessions = AccountSessions(store.state.accounts)
         Reactions(store, events, rendezvous, loop, sessions, lambda: BEGAN)
         vm_access = VMAccess(store, rendezvous)
-        gate = auth.Gate(store.state.accounts) if accounts else None
+        tokens = auth.AccessTokens(b"k" * 32, store.state.accounts, lambda: BEGAN)
+        gate = Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if accounts else None
         parts = ControllerParts(
             store,
             events,
@@ -163,7 +178,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
             Executor(vm_access),
             sessions,
             gate,
-            access_key=b"k" * 32,
+            tokens,
             waiting_reason=lambda _: "",
             clock=lambda: BEGAN,
         )

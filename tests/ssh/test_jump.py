@@ -27,9 +27,9 @@ from asyncssh.packet import Boolean, String
 from harness.clients import echo, listening, receive_exactly
 from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished, free_port, processes_in, started
 
-from orchard import auth
-from orchard.client import Client
+from orchard.client import Client, ResponseError
 from orchard.controller import ControllerSettings, Running, run
+from orchard.login_limit import MAX_FAILURES
 from orchard.schema import TART_VMS, Worker
 from orchard.ssh import jump
 from orchard.testing import Cluster, cluster
@@ -201,13 +201,24 @@ async def test_vm_name_with_capitals_is_found_in_lower_case(tmp_path: Path, sshd
         assert (await OpenSSH(c, tmp_path, sshd).run("ssh", "Vm", stdin=b"echo hi")).stdout == b"hi\n"
 
 
+@pytest.mark.parametrize("names", [("Vm", "vM"), ("VM", "vm")])
 @pytest.mark.needs("ssh")
-async def test_ambiguous_vm_name_in_lower_case_is_refused(tmp_path: Path) -> None:
+async def test_ambiguous_vm_name_in_lower_case_is_refused(
+    tmp_path: Path, names: tuple[str, str], sshd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jump, "LINGER_SECONDS", 0.05)
     async with cluster(auth=True, ssh=True) as c:
-        for name in ("Vm", "vM"):
+        for name in names:
             await c.client.vms.create(name=name, image="any")
-        ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", "vm:22", "jump")
-        assert b"Vm, vM" in ran.stderr
+            await c.client.vms.wait(name)
+        for target in (f"vm:{sshd}", f"{names[0]}:{sshd}"):
+            ran = await OpenSSH(c, tmp_path, 22).run("ssh", "-W", target, "jump")
+            # A name with capitals was not changed by the client.
+            assert (b", ".join(name.encode() for name in sorted(names)) in ran.stderr) is target.islower()
+            assert (b"SSH-2.0-" in ran.stdout) is not target.islower()
+        access = await c.client.vms.issue_access_token(names[0])
+        client = OpenSSH(c, tmp_path, sshd, "token", access.token)
+        assert (await client.run("ssh", "vm", stdin=b"echo hi")).stdout == b"hi\n", "the token says which one"
 
 
 @pytest.mark.needs("ssh")
@@ -384,7 +395,6 @@ async def test_deleting_a_vm_ends_its_ssh_connections(tmp_path: Path, sshd: int)
 async def test_wrong_credentials_are_refused_and_logged_without_the_password(
     tmp_path: Path, user: str, password: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(jump, "DELAYS", (0.0,))
     async with jumping() as c:
         await c.client.service_accounts.create("reader", roles=["compute:read"], token="pw-3")
         ran = await OpenSSH(c, tmp_path, 22, user, password).run("ssh", "-W", "vm:22", "jump")
@@ -401,7 +411,6 @@ async def logged_in(port: int, user: str = "x", password: str = "guess", **optio
 
 
 async def test_password_tries_in_a_connection_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jump, "DELAYS", (0.0, 0.001))
     tries = 0
 
     class Guesser(asyncssh.SSHClient):
@@ -419,7 +428,6 @@ async def test_password_tries_in_a_connection_are_bounded(monkeypatch: pytest.Mo
 async def test_passwords_sent_without_waiting_count_as_tries(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(jump, "DELAYS", (0.0,))
 
     class Hasty(asyncssh.SSHClient):
         def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
@@ -438,38 +446,52 @@ async def test_passwords_sent_without_waiting_count_as_tries(
     assert len(looked_at) <= jump.MAX_TRIES
 
 
-async def test_check_of_a_login_is_delayed_after_each_refused_one(
-    autojump_clock: trio.testing.MockClock, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked: list[tuple[str, float]] = []
-
-    def login(host: jump.JumpHost, username: str, password: str) -> None:
-        looked.append((password, trio.current_time() - began))
-        if password != "right":
-            raise auth.UnauthenticatedError("no")
-
-    monkeypatch.setattr(jump.JumpHost, "login", login)
-    host = jump.JumpHost.__new__(jump.JumpHost)
-    host.delays = jump.LoginDelays()
-    async with trio_asyncio.open_loop():
-        for number in range(7):
-            began = trio.current_time()
-            # Each login has a connection of its own: reconnecting must not shorten the delay.
-            server = jump._Server(host, nursery)
-            validate = partial(server.validate_password, "x", "right" if number == 6 else f"wrong {number}")
-            assert await trio_asyncio.aio_as_trio(validate)() is (number == 6)
-    delays = [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
-    assert [seconds for _, seconds in looked] == pytest.approx(delays)
-    assert host.delays.delay("-") == 0.0
-
-
-async def test_deleted_account_opens_no_more_channels(sshd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wrong_passwords_count_for_the_limit_of_the_api_and_right_ones_get_through(sshd: int) -> None:
     async with jumping() as c, trio_asyncio.open_loop():
-        await c.client.service_accounts.create("someone", roles=["compute:connect"], token="pw")
-        connection = await logged_in(c.ssh_port, "someone", "pw")
+        for _ in range(MAX_FAILURES):
+            async with Client(c.url, account=c.account, token="wrong") as guesser:
+                with pytest.raises(ResponseError) as refused:
+                    await guesser.check()
+                assert refused.value.status == 401
+        # The account and the address are limited. A password is known from the API, where its check had to wait.
+        begun = trio.current_time()
+        with pytest.raises(asyncssh.PermissionDenied):
+            await logged_in(c.ssh_port, c.account, "guess")
+        assert trio.current_time() - begun >= 1.0
+        connection = await logged_in(c.ssh_port, c.account, c.token)
         reader, _ = await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
         assert (await trio_asyncio.aio_as_trio(reader.read)(8)) == b"SSH-2.0-"
-        await c.client.service_accounts.delete("someone")
+        connection.close()
+        await trio_asyncio.aio_as_trio(connection.wait_closed)()
+
+
+@pytest.mark.parametrize("way", ["password", "access token"])
+@pytest.mark.parametrize("roles", [None, ["compute:read"]], ids=["deleted", "without the role"])
+async def test_ssh_connection_ends_with_its_account(sshd: int, roles: list[str] | None, way: str) -> None:
+    async with jumping() as c, trio_asyncio.open_loop():
+        await c.client.service_accounts.create("someone", roles=["compute:write"], token="a-password")
+        credentials = "someone", "a-password"
+        if way == "access token":
+            async with Client(c.url, account="someone", token="a-password") as client:
+                credentials = "token", (await client.vms.issue_access_token("vm")).token
+        connection = await logged_in(c.ssh_port, *credentials)
+        reader, _ = await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
+        assert (await trio_asyncio.aio_as_trio(reader.read)(8)) == b"SSH-2.0-"
+        begun = trio.current_time()
+        if roles is None:
+            await c.client.service_accounts.delete("someone")
+        else:
+            await c.client.service_accounts.replace("someone", roles=roles)
+        with trio.fail_after(GENEROUS):
+            await trio_asyncio.aio_as_trio(connection.wait_closed)()
+        assert trio.current_time() - begun < GENEROUS
+
+
+async def test_changed_token_opens_no_more_channels(sshd: int) -> None:
+    async with jumping() as c, trio_asyncio.open_loop():
+        await c.client.service_accounts.create("someone", roles=["compute:connect"], token="a-password")
+        connection = await logged_in(c.ssh_port, "someone", "a-password")
+        await c.client.service_accounts.replace("someone", token="another-password")
         with pytest.raises(asyncssh.ChannelOpenError, match="service account"):
             await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
         connection.close()
@@ -506,27 +528,45 @@ async def until_closed(stream: trio.SocketStream) -> bytes:
     return data
 
 
-async def test_number_of_connections_without_a_login_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jump, "MAX_LOGINS", 2)
-    async with jumping() as c, trio_asyncio.open_loop():
-        connect = partial(trio.open_tcp_stream, "127.0.0.1", c.ssh_port)
+async def test_silent_connections_make_room_for_logins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jump, "MAX_LOGINS_OF_SOURCE", 3)
+    async with jumping() as c, trio_asyncio.open_loop(), AsyncExitStack() as stack:
         friend = await logged_in(c.ssh_port, c.account, c.token)
-        async with await connect() as one, await connect() as two, await connect() as three:
-            for stream in (one, two):
-                assert (await stream.receive_some()).startswith(b"SSH-2.0-Orchard")
-            assert await until_closed(three) == b""
-            await one.aclose()
-
-            async def admitted() -> bool:
-                async with await connect() as another:
-                    with suppress(trio.BrokenResourceError):
-                        return bool(await another.receive_some())
-                return False
-
-            await eventually(admitted)
+        silent = [
+            await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", c.ssh_port)) for _ in range(10)
+        ]
+        for stream in silent[:-3]:
+            await until_closed(stream)
+        another = await logged_in(c.ssh_port, c.account, c.token)
+        assert await until_closed(silent[-3]) != b"", "the oldest one made room"
         assert not friend.is_closed()
-        friend.close()
-        await trio_asyncio.aio_as_trio(friend.wait_closed)()
+        for connection in (friend, another):
+            connection.close()
+            await trio_asyncio.aio_as_trio(connection.wait_closed)()
+
+
+@pytest.mark.parametrize("what", ["requests", "key exchanges"])
+async def test_work_before_a_login_is_bounded(what: str) -> None:
+    class Busy(asyncssh.SSHClient):
+        def connection_made(self, conn: asyncssh.SSHClientConnection) -> None:
+            self.connection = conn
+
+        async def password_auth_requested(self) -> str:
+            for number in range(jump.MAX_LOGIN_REQUESTS + 1):
+                if what == "requests":
+                    words = (String(f"x{number}"), String("ssh-connection"), String("none"))
+                    self.connection.send_packet(MSG_USERAUTH_REQUEST, *words)
+                else:
+                    self.connection._send_kexinit()
+                    self.connection._kexinit_sent = True
+                    while self.connection._kex or not self.connection._kex_complete:  # noqa: ASYNC110
+                        await asyncio.sleep(0.001)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async with jumping() as c, trio_asyncio.open_loop():
+        with pytest.raises(asyncssh.Error, match="too many"), trio.fail_after(GENEROUS):
+            await logged_in(c.ssh_port, password="", client_factory=Busy)
 
 
 @pytest.mark.slow
@@ -565,32 +605,6 @@ async def test_every_offered_algorithm_works() -> None:
             await trio_asyncio.aio_as_trio(connection.wait_closed)()
 
 
-def test_login_delays_grow_by_source_and_end_with_an_accepted_login(monkeypatch: pytest.MonkeyPatch) -> None:
-    delays = jump.LoginDelays()
-    seconds = []
-    for _ in range(8):
-        seconds.append(delays.delay("a"))
-        delays.note_refused("a")
-    assert seconds == [0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
-    assert delays.delay("b") == 0.0
-    delays.note_accepted("a")
-    assert delays.delay("a") == 0.0
-    monkeypatch.setattr(auth, "MAX_FAILED_SOURCES", 3)
-    for source in "cdefg":
-        delays.note_refused(source)
-    assert len(delays._refused) == 3
-
-
-def test_ipv6_network_is_one_source_of_logins() -> None:
-    delays = jump.LoginDelays()
-    for host in range(1, 4):
-        delays.note_refused(f"2001:db8::{host}")
-    assert delays.delay("2001:db8::4") == 2.0
-    assert delays.delay("2001:db8:0:1::1") == 0.0
-    delays.note_accepted("2001:db8::5")
-    assert delays.delay("2001:db8::1") == 0.0
-
-
 @pytest.mark.needs("ssh")
 async def test_jump_host_without_authentication(tmp_path: Path, sshd: int, nursery: trio.Nursery) -> None:
     settings = ControllerSettings(
@@ -618,18 +632,59 @@ async def test_jump_host_without_authentication(tmp_path: Path, sshd: int, nurse
 
 def test_host_key_is_created_once_and_private(tmp_path: Path) -> None:
     path = tmp_path / "key"
-    made = jump.host_key(path)
+    (made,) = jump.host_keys([path])
     assert path.stat().st_mode & 0o777 == 0o600
     assert made.get_algorithm() == "ssh-ed25519"
-    assert jump.host_key(path).public_data == made.public_data
+    assert jump.host_keys([path])[0].public_data == made.public_data
     assert [path] == list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="one of each type"):
+        jump.host_keys([path, tmp_path / "another"])
     path.chmod(0o644)
     with pytest.raises(ValueError, match="chmod 600"):
-        jump.host_key(path)
+        jump.host_keys([path])
     path.write_text("no key")
     path.chmod(0o600)
     with pytest.raises(ValueError, match=re.escape(str(path))):
-        jump.host_key(path)
+        jump.host_keys([path])
+
+
+def written_key(path: Path, kind: str, **options: Any) -> asyncssh.SSHKey:
+    key = asyncssh.generate_private_key(kind, **options)
+    path.write_bytes(key.export_private_key())
+    path.chmod(0o600)
+    return key
+
+
+def test_small_rsa_host_key_is_refused(tmp_path: Path) -> None:
+    written_key(tmp_path / "key", "ssh-rsa", key_size=1024)
+    with pytest.raises(ValueError, match="2048"):
+        jump.host_keys([tmp_path / "key"])
+
+
+@pytest.mark.needs("ssh")
+async def test_host_keys_of_other_types_on_request(tmp_path: Path, nursery: trio.Nursery) -> None:
+    kinds = {"ecdsa-sha2-nistp256": {}, "ssh-rsa": {"key_size": 2048}, "ssh-ed25519": {}}
+    for kind, options in kinds.items():
+        written_key(tmp_path / kind, kind, **options)
+    settings = ControllerSettings(
+        data_dir=tmp_path / "data",
+        host="127.0.0.1",
+        port=0,
+        tls=False,
+        auth=False,
+        ssh=("127.0.0.1", 0),
+        ssh_host_keys=tuple(tmp_path / kind for kind in kinds),
+        ssh_auth=False,
+    )
+    running: Running = await nursery.start(run, settings)
+    async with Client(running.url) as client:
+        c = Cluster(running.url, client, "anybody", "anything", running.ssh_port)
+        ssh = OpenSSH(c, tmp_path, 22)
+        for algorithm in ("ecdsa-sha2-nistp256", "rsa-sha2-512", "rsa-sha2-256", "ssh-ed25519", "ssh-rsa"):
+            ran = await ssh.run("ssh", "-W", "none:22", "-o", f"HostKeyAlgorithms={algorithm}", "jump")
+            # SHA-1 signatures are not offered.
+            assert (b'VM "none" does not exist' in ran.stderr) is (algorithm != "ssh-rsa"), ran.stderr
+    nursery.cancel_scope.cancel()
 
 
 def test_missing_extra_is_reported_with_the_remedy(tmp_path: Path) -> None:
