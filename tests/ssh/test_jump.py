@@ -389,14 +389,20 @@ async def test_deleting_a_vm_ends_its_ssh_connections(tmp_path: Path, sshd: int)
 
 @pytest.mark.parametrize(
     ("user", "password"),
-    [("bootstrap-admin", "pw-1"), ("nobody", "pw-2"), ("token", "x.y.z"), ("reader", "pw-3"), ("root", "pw-4")],
+    [
+        ("bootstrap-admin", "password-1"),
+        ("nobody", "password-2"),
+        ("token", "x.y.z"),
+        ("reader", "password-3"),
+        ("root", "password-4"),
+    ],
 )
 @pytest.mark.needs("ssh")
 async def test_wrong_credentials_are_refused_and_logged_without_the_password(
     tmp_path: Path, user: str, password: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with jumping() as c:
-        await c.client.service_accounts.create("reader", roles=["compute:read"], token="pw-3")
+        await c.client.service_accounts.create("reader", roles=["compute:read"], token="password-3")
         ran = await OpenSSH(c, tmp_path, 22, user, password).run("ssh", "-W", "vm:22", "jump")
         assert b"Permission denied" in ran.stderr
     refused = [record for record in caplog.records if record.message == "SSH login refused"]
