@@ -22,7 +22,7 @@ from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
 from orchard.heartbeat import Lease, backoff_seconds
 from orchard.nursery import Wakeup
-from orchard.schema import VM, Event
+from orchard.schema import LOCAL_PREFIX, VM, Event
 from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, NoSuchVM, NotRunning
 from orchard.vm.instance import Instance, InstanceHost
 
@@ -30,8 +30,6 @@ from orchard.vm.instance import Instance, InstanceHost
 _REMOVE_AGAIN_SECONDS = 10.0
 # Between two syncs for which nothing asked, in case a notification was lost.
 _SYNC_SECONDS = 5.0
-# Prefix of the names of local VMs that Orchard manages.
-_VM_PREFIX = "orchard-"
 VM_LOST = "lost: the worker was restarted, and the VM does not run any more"
 
 SyncState = Literal["absent", "pending", "running", "failed"]
@@ -154,7 +152,7 @@ class Reconciler:
         """
         try:
             await self._driver.recover()
-            local_vms = [local for local in await self._driver.list_vms() if local.name.startswith(_VM_PREFIX)]
+            local_vms = [local for local in await self._driver.list_vms() if local.name.startswith(LOCAL_PREFIX)]
         except DriverError as error:
             raise DriverError(f"cannot list the VMs on this host: {error}") from error
         wanted = await self._fetch_wanted()

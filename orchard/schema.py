@@ -27,6 +27,8 @@ from orchard.cluster import Health, WorkerState
 from orchard.codec import attr, attrs_of, decode, encode, openapi_schema, unknown_fields
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
+# Of the names of the VMs on a worker's disk that Orchard manages.
+LOCAL_PREFIX = "orchard-"
 # Characters. A VM's name becomes part of a file name, which has at most 255 bytes, together with a uid and a counter.
 MAX_NAME = 128
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -252,7 +254,7 @@ class VM:
     @property
     def tart_name(self) -> str:
         """Name of the VM on its worker's disk."""
-        return f"orchard-{self.meta.name}-{self.meta.uid}-{self.state.restart_count}"
+        return f"{LOCAL_PREFIX}{self.meta.name}-{self.meta.uid}-{self.state.restart_count}"
 
     def condition(self, kind: ConditionType) -> bool:
         return any(item.type == kind and item.state == "true" for item in self.state.conditions)

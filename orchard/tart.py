@@ -1,8 +1,9 @@
 """The `tart` command line, and its Linux sister `vetu`, which has fewer flags.
 
-`TartDriver` makes each verb one call of the program. Pure functions make the argument lists and read the output. How
+`TartDriver` makes each verb one call of the program. vm/tart_cli.py makes the argument lists and reads the output. How
 programs are run and ended is in vm/processes.py. Every verb but `run` ends by itself, within VERB_SECONDS unless it
-transfers an image.
+transfers an image. What the program at hand can do, its version and the flags of `run`, is asked for when it is first
+needed and when the program has been replaced.
 
 `tart run` stays in the foreground and *is* the VM. So a supervisor (vm/supervisor.py) owns it; `run` and `attach` only
 observe the supervisor, and the VM outlives this driver. These files below `home` outlive the worker:
@@ -19,7 +20,6 @@ DHCP server lends addresses.
 from __future__ import annotations
 
 import ipaddress
-import json
 import logging
 import math
 import os
@@ -28,16 +28,18 @@ import re
 import shutil
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from xml.parsers.expat import ExpatError
 
 import trio
 
 from orchard.nursery import Wakeup
-from orchard.schema import ARCHIVE, Runtime
+from orchard.schema import Runtime
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
@@ -50,7 +52,6 @@ from orchard.vm.driver import (
     Progress,
     RunOptions,
     Script,
-    SharedDir,
     operand,
 )
 from orchard.vm.processes import (
@@ -58,29 +59,45 @@ from orchard.vm.processes import (
     LOOK_SECONDS,
     STOP_SECONDS,
     Calls,
-    Completed,
+    find_complaint,
     is_locked,
-    last_line,
+    make_directory,
     presentable,
+    replace_text,
+    reporting,
     run_program,
     signal_group,
     wait_unlocked,
 )
 from orchard.vm.script import SSHServer, run_over_ssh
+from orchard.vm.tart_cli import (
+    LISTS_SAFELY,
+    Abilities,
+    Percentage,
+    missing_in_vetu,
+    parse_list,
+    run_arguments,
+    seconds_until_listable,
+    set_arguments,
+    verb_error,
+)
 
 # For a verb that transfers no image. The longest one writes a big VM's memory to the disk.
 VERB_SECONDS = 300.0  # seconds
 # A macOS guest asks for its address some seconds after its boot.
 _IP_SECONDS = 60  # seconds
 # For a guest agent to answer. In an image without an agent none ever does.
-_AGENT_SECONDS = 5  # seconds
+_AGENT_SECONDS = 30  # seconds
+# Between two looks into the host's ARP table. Each is a call of tart.
+_ARP_SECONDS = 1.0  # seconds
 # Between two looks whether a VM still runs. Each is an open and a flock.
 _WATCH_SECONDS = 0.25  # seconds
+# `tart list` fails as a whole when another program deletes a VM meanwhile.
+_LIST_RETRIES = 5
+_LIST_PAUSE = 0.5  # seconds
+# Before a transfer is tried once more, since registries and networks fail now and then.
+_TRANSFER_PAUSE = 1.0  # seconds
 _MACHINE_ID_SECONDS = 10.0  # seconds
-# tart's exit status when the VM does not exist or does not run.
-_ABSENT = 2
-# Of an unfinished line in which a percentage is searched.
-_PROGRESS_BYTES = 4096  # bytes
 # The suffixes of the files about a VM.
 _KINDS = ("run", "log", "note", "new")
 # With longer leases macOS runs out of addresses.
@@ -98,12 +115,9 @@ _SUPERVISOR = (
     "import sys; sys.path.insert(0, sys.argv[1]); from orchard.vm import supervisor; sys.exit(supervisor.main(sys.argv[2:]))",
     str(Path(__file__).parent.parent),
 )
-_PERCENT = re.compile(rb"(\d{1,3})(?:\.\d+)?%")
 _PLATFORM_UUID = re.compile(rb'"IOPlatformUUID" = "([0-9A-Fa-f-]{36})"')
 
 _logger = logging.getLogger("orchard.tart")
-
-# ---- arguments and output ------------------------------------------------------------------------------------------
 
 
 def find_tart(path: str | None, runtime: Runtime) -> str:
@@ -119,102 +133,6 @@ def find_tart(path: str | None, runtime: Runtime) -> str:
     )
 
 
-def set_arguments(name: str, hardware: Hardware, *, random_mac: bool = False, random_serial: bool = False) -> list[str]:
-    """Return the arguments of `tart set`, or an empty list when there is nothing to set."""
-    numbers = (("--cpu", hardware.cpu), ("--memory", hardware.memory), ("--disk-size", hardware.disk_size))
-    words = [word for flag, number in numbers if number for word in (flag, str(number))]
-    words += ["--random-mac"] * random_mac + ["--random-serial"] * random_serial
-    return ["set", operand("VM name", name), *words] if words else []
-
-
-def run_arguments(name: str, options: RunOptions) -> list[str]:
-    """Return the arguments of `tart run`. Raises DriverError for options that they cannot express."""
-    words = ["run"]
-    words += ["--no-graphics"] * options.headless
-    words += ["--net-softnet"] * bool(options.softnet or options.softnet_allow or options.softnet_block)
-    for flag, networks in (
-        ("--net-softnet-allow", options.softnet_allow),
-        ("--net-softnet-block", options.softnet_block),
-    ):
-        if networks:
-            words += [flag, ",".join(_network(flag, network) for network in networks)]
-    if options.bridged:
-        words.append(f"--net-bridged={operand('interface to bridge to', options.bridged)}")
-    words += ["--nested"] * options.nested
-    words += ["--suspendable"] * options.suspendable
-    words += [_dir_flag(shared) for shared in options.dirs]
-    return [*words, operand("VM name", name)]
-
-
-def _network(flag: str, network: str) -> str:
-    if "," in network:
-        raise DriverError(f'{flag} is "{network}", expected one network, without a comma')
-    return operand(f"network of {flag}", network)
-
-
-def _dir_flag(shared: SharedDir) -> str:
-    expressible = ARCHIVE.fullmatch(shared.path) or (shared.path and ":" not in shared.path)
-    if not shared.name or ":" in shared.name or not expressible or re.search("[,\0]", shared.name + shared.path):
-        raise DriverError(
-            f'cannot share the directory "{shared.path}" as "{shared.name}": expected name and path without ":" and ","'
-        )
-    return f"--dir={shared.name}:{shared.path}" + ":ro" * shared.ro
-
-
-def missing_in_vetu(options: RunOptions) -> str:
-    """Return the names of the features among the options that vetu does not have, or ""."""
-    wanted = {
-        "Softnet": options.softnet or options.softnet_allow or options.softnet_block,
-        "suspending": options.suspendable,
-        "shared directories": options.dirs,
-    }
-    return ", ".join(feature for feature, asked in wanted.items() if asked)
-
-
-def parse_list(output: bytes) -> list[LocalVM]:
-    """Read the output of `tart list --source local --format json`. Raises ValueError."""
-    listed = json.loads(output)
-    if not isinstance(listed, list):
-        raise ValueError("not a list")
-    vms = []
-    for item in listed:
-        match item:
-            case {"Name": str(name), "State": "running" | "suspended" | "stopped" as state}:
-                vms.append(LocalVM(name, state))
-            case _:
-                raise ValueError(f"not a VM: {presentable(repr(item))}")
-    return vms
-
-
-class Percentage:
-    """Finds `N%` in the output of a transfer, and reports each number that differs from the last."""
-
-    def __init__(self, report: Progress) -> None:
-        self._report = report
-        self._last = -1
-        self._open = b""
-
-    def feed(self, data: bytes) -> None:
-        *lines, rest = re.split(rb"[\r\n]", self._open + data)
-        self._open = rest[-_PROGRESS_BYTES:]
-        for line in lines:
-            for number in _PERCENT.findall(line):
-                percent = min(int(number), 100)
-                if percent != self._last:
-                    self._last = percent
-                    self._report(percent)
-
-
-def verb_error(program: str, verb: str, status: int, stderr: bytes) -> DriverError:
-    """Return the error for a call that ended with another exit status than 0, from the last line of its stderr."""
-    line = last_line(stderr) or f"{program} {verb} failed with exit status {status}"
-    if "does not exist" in line or (status == _ABSENT and verb in ("clone", "delete")):
-        return NoSuchVM(line)
-    if status == _ABSENT and verb in ("stop", "suspend"):
-        return NotRunning(line)
-    return DriverError(line)
-
-
 # ---- the driver ----------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +140,8 @@ class TartDriver:
     """VMs by the `tart` program at `path`, or by `vetu`, with scripts over SSH. Performs no I/O before the first verb.
 
     `home` is the driver's directory; with the directory of an earlier worker the driver knows which VMs run. `env` is
-    added to the worker's environment for tart. A guest that has not shut down after `stop_seconds` is killed.
+    added to the worker's environment for tart. A guest that has not shut down after `stop_seconds` is killed. `clock`
+    returns seconds since 1970, as the times of files are given.
     """
 
     def __init__(
@@ -234,6 +153,7 @@ class TartDriver:
         vetu: bool = False,
         stop_seconds: float = STOP_SECONDS,
         env: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
         self._home = home.absolute()
@@ -241,24 +161,93 @@ class TartDriver:
         self._vetu = vetu
         self._program = "vetu" if vetu else "tart"
         self._stop_seconds = stop_seconds
-        self._env = dict(env or {})
+        self._clock = clock
+        # With CI set, tart prints its progress in plain lines.
+        self._calls = Calls(self._home / "calls", {**os.environ, "CI": "1", **(env or {})})
+        # With the identity of the program's file that has these abilities.
+        self._known: tuple[tuple[int, ...], Abilities] | None = None
+        # Held where a start and a list would disturb each other.
+        self._starting = trio.Lock()
+        # VMs whose `run` is under way, also between a restore that failed and the cold boot.
+        self._runs: set[str] = set()
+        # VMs that were told to save their state since their last start.
+        self._suspended: set[str] = set()
         # Set when a VM has ended by an order of this driver, so that `run` and `attach` see it at once.
         self._ended = Wakeup()
 
     async def list_vms(self) -> list[LocalVM]:
-        output = await self._call("list", "--source", "local", "--format", "json")
-        try:
-            found = parse_list(output)
-        except ValueError as error:
-            raise DriverError(f"cannot read the output of {self._program} list: {error}") from error
+        found = await self._list()
         # A VM that was started a moment ago runs, even if tart does not list it as running yet.
         return [LocalVM(vm.name, "running") if self._is_supervised(vm.name) else vm for vm in found]
+
+    async def _list(self) -> list[LocalVM]:
+        """Return the VMs as tart lists them. Raises DriverError."""
+        abilities = await self._abilities()
+        retries, deadline = _LIST_RETRIES, trio.current_time() + VERB_SECONDS
+        while True:
+            async with self._alone(abilities):
+                if not abilities.lists_safely:
+                    await self._wait_listable()
+                try:
+                    return parse_list(await self._call("list", "--source", "local", "--format", "json"))
+                except (DriverError, ValueError) as error:
+                    if not retries or trio.current_time() >= deadline:
+                        remedy = "" if abilities.lists_safely else f"; {abilities.remedy}"
+                        raise DriverError(f"{self._program} list failed: {error}{remedy}") from error
+            retries -= 1
+            await trio.sleep(_LIST_PAUSE)
+
+    def _alone(self, abilities: Abilities) -> AbstractAsyncContextManager[None]:
+        """Keep lists and starts apart for the time of a block, where the program needs that."""
+        return nullcontext() if abilities.lists_safely else self._starting
+
+    async def _wait_listable(self) -> None:
+        """Wait until no VM that this host runs is in its first seconds."""
+        pause = math.inf
+        while pause:
+            with reporting(f"cannot read {self._home}"):
+                # A record is written when its VM starts, and when it ends.
+                starts = [path.stat().st_mtime for path in self._home.glob("*.run") if is_locked(path)]
+            pause = seconds_until_listable(starts, self._clock())
+            await trio.sleep(pause)
+
+    async def _abilities(self) -> Abilities:
+        """Return what the program can do. Raises DriverError."""
+        with reporting(f"cannot run {self._path}"):
+            file = Path(self._path).stat()  # noqa: ASYNC240
+        identity = (file.st_dev, file.st_ino, file.st_mtime_ns)
+        if self._known is None or self._known[0] != identity:
+            abilities = Abilities.parse(await self._call("--version"), await self._call("run", "--help"))
+            if self._vetu:
+                # It counts its versions differently, and knows no ASIF disks.
+                abilities = replace(abilities, version=LISTS_SAFELY)
+            self._known = (identity, abilities)
+            if not abilities.lists_safely:
+                _logger.warning(abilities.remedy)
+        return self._known[1]
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         await self._transfer(on_progress, "pull", operand("image", image))
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
-        await self._transfer(on_progress, "clone", operand("image", source), operand("VM name", name))
+        if self._is_supervised(operand("VM name", name)):
+            raise DriverError(f'VM "{name}" is running')
+        await self._transfer(on_progress, "clone", operand("image", source), name)
+
+    async def _transfer(self, on_progress: Progress, verb: str, *words: str) -> None:
+        """Pull or clone, which may take hours, and try once more if that fails. Raises DriverError."""
+        try:
+            await self._call(verb, *words, on_progress=on_progress, seconds=math.inf)
+        except NoSuchVM:
+            raise
+        except DriverError as error:
+            _logger.warning("a transfer failed, trying once more", extra={"verb": verb, "reason": str(error)})
+            await trio.sleep(_TRANSFER_PAUSE)
+            if verb == "clone":
+                # Half-made, or made by an earlier worker.
+                with suppress(NoSuchVM):
+                    await self.delete(words[-1])
+            await self._call(verb, *words, on_progress=on_progress, seconds=math.inf)
 
     async def fqn(self, image: str) -> str:
         output = await self._call("fqn", operand("image", image))
@@ -278,19 +267,51 @@ class TartDriver:
         self, name: str, options: RunOptions, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         self._refuse_on_vetu(missing_in_vetu(options))
-        command = [self._path, *run_arguments(name, options)]
+        abilities = await self._abilities()
+        words = run_arguments(name, options, abilities.flags)
+        self._runs.add(name)
+        try:
+            await self._start(name, words, options)
+            task_status.started()
+            try:
+                await self._wait_ended(name)
+            except DriverError as error:
+                if not await self._has_failed_restore(name):
+                    raise
+                extra = {"vm": name, "reason": str(error)}
+                _logger.warning("the saved state of a VM cannot be restored, booting without it", extra=extra)
+                with suppress(NotRunning):
+                    await self.stop(name)
+                # The VM may be a clone that still has the address of its source, to resume with it.
+                await self.configure(name, Hardware(), random_mac=True)
+                await self._start(name, words, options)
+                await self._wait_ended(name)
+        finally:
+            self._runs.discard(name)
+
+    async def _start(self, name: str, words: list[str], options: RunOptions) -> None:
+        """Start the supervisor of a VM, and return when the VM's process exists. Raises DriverError."""
         lease = str(self._home / "lease") if options.leased else ""
         files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
-        start = [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}", *command]
-        completed = await self._run_program(start, label="run")
+        start = [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}", self._path, *words]
+        self._suspended.discard(name)
+        async with self._alone(await self._abilities()):
+            completed = await self._calls.run(start, label="run")
         if completed.status:
             # Another status than REFUSED: the start was killed, and it is unknown whether a VM runs.
             if completed.status != supervisor.REFUSED:
                 await self._stop_unsupervised(name)
-            line = last_line(completed.stderr)
+            line = find_complaint(completed.stderr)
             raise DriverError(line or f"the start of the VM's supervisor ended with status {completed.status}")
-        task_status.started()
-        await self._wait_ended(name)
+
+    async def _has_failed_restore(self, name: str) -> bool:
+        """Return whether `tart run` has failed, and left the saved state that it was to restore."""
+        record = self._record(name)
+        if record.order or not record.status or name in self._suspended:
+            return False
+        with suppress(DriverError):
+            return LocalVM(name, "suspended") in await self._list()
+        return False
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         if not self._is_supervised(name):
@@ -342,27 +363,30 @@ class TartDriver:
     async def ip(self, name: str, *, bridged: bool = False) -> str:
         operand("VM name", name)
         deadline = trio.current_time() + _IP_SECONDS
+        # Asked once: in some versions a client that goes away early breaks the agent's socket for others.
+        agent = bridged
         while True:
+            asked = trio.current_time()
             try:
-                return await self._look_up_ip(name, bridged=bridged)
+                return await self._look_up_ip(name, agent=agent, bridged=bridged)
             except NoSuchVM:
                 raise
             except DriverError:
                 # While a VM starts, tart may fail at once instead of waiting for the address.
-                if trio.current_time() >= deadline or not self._is_supervised(name):
+                runs = self._is_supervised(name) or name in self._runs
+                if trio.current_time() >= deadline or not runs:
                     raise
-            await trio.sleep(_WATCH_SECONDS)
+            agent = agent and trio.current_time() - asked < _ARP_SECONDS
+            await trio.sleep(_ARP_SECONDS if bridged else _WATCH_SECONDS)
 
-    async def _look_up_ip(self, name: str, *, bridged: bool) -> str:
+    async def _look_up_ip(self, name: str, *, agent: bool, bridged: bool) -> str:
         if not bridged:
             return await self._tart_ip(name, "--wait", str(_IP_SECONDS))
-        try:
-            return await self._tart_ip(name, "--resolver", "agent", "--wait", str(_AGENT_SECONDS))
-        except NoSuchVM:
-            raise
-        except DriverError:
-            # The image has no guest agent: use the host's ARP table.
-            return await self._tart_ip(name, "--resolver", "arp")
+        if agent:
+            with suppress(DriverError):
+                return await self._tart_ip(name, "--resolver", "agent", "--wait", str(_AGENT_SECONDS))
+        # The image has no guest agent: use the host's ARP table.
+        return await self._tart_ip(name, "--resolver", "arp")
 
     async def _tart_ip(self, name: str, *words: str) -> str:
         answer = (await self._call("ip", name, *words)).decode("utf-8", "replace").strip()
@@ -392,6 +416,7 @@ class TartDriver:
 
     async def suspend(self, name: str) -> None:
         self._refuse_on_vetu("suspending")
+        self._suspended.add(name)
         deadline = trio.current_time() + _IP_SECONDS
         while True:
             try:
@@ -425,6 +450,9 @@ class TartDriver:
         try:
             await self._call("delete", name)
         except NoSuchVM as error:
+            # tart says so also of a VM that runs.
+            if name in [vm.name for vm in await self._list()]:
+                raise DriverError(f'VM "{name}" cannot be deleted; it may run without supervisor') from error
             # An earlier deletion may have been cancelled before it deleted the files.
             gone = error
         for kind in _KINDS:
@@ -437,7 +465,7 @@ class TartDriver:
         await run_over_ssh(SSHServer(host, self._ssh_port), script, on_line)
 
     async def recover(self) -> None:
-        await self._calls().end_left(self._stop_seconds)
+        await self._calls.end_left(self._stop_seconds)
         # Files about VMs that another program has deleted.
         names = {vm.name for vm in await self.list_vms()}
         for path in self._home.iterdir():
@@ -446,19 +474,13 @@ class TartDriver:
 
     def lease(self, soft: float, hard: float) -> None:
         path = self._directory() / "lease"
-        try:
+        with reporting(f"cannot write {path}"):
             supervisor.write_lease(path, soft, hard)
-        except OSError as error:
-            raise DriverError(f"cannot write {path}: {error.strerror}") from error
 
     def note(self, name: str, text: str) -> None:
         path = self._file(name, "note")
-        draft = path.with_suffix(".new")
-        try:
-            draft.write_text(text)
-            draft.rename(path)
-        except OSError as error:
-            raise DriverError(f"cannot write {path}: {error.strerror}") from error
+        with reporting(f"cannot write {path}"):
+            replace_text(path, text)
 
     def noted(self, name: str) -> str:
         with suppress(OSError):
@@ -471,13 +493,10 @@ class TartDriver:
 
     # -- files
 
-    def _directory(self, *parts: str) -> Path:
-        path = self._home.joinpath(*parts)
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise DriverError(f"cannot make the directory {path}: {error.strerror}") from error
-        return path
+    def _directory(self) -> Path:
+        with reporting(f"cannot make the directory {self._home}"):
+            make_directory(self._home)
+        return self._home
 
     def _file(self, name: str, kind: str) -> Path:
         if re.search("[/\0]", name):
@@ -487,17 +506,13 @@ class TartDriver:
     def _is_supervised(self, name: str) -> bool:
         """Return whether a supervisor of the VM lives. Raises DriverError."""
         path = self._file(name, "run")
-        try:
+        with reporting(f"cannot read {path}"):
             return is_locked(path)
-        except OSError as error:
-            raise DriverError(f"cannot read {path}: {error.strerror}") from error
 
     def _record(self, name: str) -> supervisor.Record:
         path = self._file(name, "run")
-        try:
+        with reporting(f"cannot read {path}"):
             return supervisor.read_record(path)
-        except OSError as error:
-            raise DriverError(f"cannot read {path}: {error.strerror}") from error
 
     def _signal_supervisor(self, name: str, number: signal.Signals) -> bool:
         """Send a signal to a VM's supervisor, and SIGKILL also to the VM.
@@ -509,42 +524,30 @@ class TartDriver:
             return True
         if not record.supervisor:
             return False
+        if number == signal.SIGKILL:
+            _kill_unsupervised(record)
         # The supervisor held its lock after the record was read, so the number is still its own.
         with suppress(ProcessLookupError):
             os.kill(record.supervisor, number)
-            if number == signal.SIGKILL:
-                os.killpg(record.child, number)
         return True
 
     # -- calls
 
-    def _calls(self) -> Calls:
-        return Calls(self._directory("calls"))
-
-    async def _run_program(
-        self, command: list[str], *, label: str, on_output: Callable[[bytes], None] | None = None
-    ) -> Completed:
-        # With CI set, tart prints its progress in plain lines.
-        env = {**os.environ, "CI": "1", **self._env}
-        return await self._calls().run(command, label=label, env=env, on_output=on_output)
-
-    async def _call(self, verb: str, *words: str) -> bytes:
-        """Run a verb that ends within VERB_SECONDS, and return its stdout. Raises DriverError."""
-        with trio.move_on_after(VERB_SECONDS):
-            return await self._transfer(None, verb, *words)
-        raise DriverError(f"{self._program} {verb} did not end within {VERB_SECONDS:g} seconds")
-
-    async def _transfer(self, on_progress: Progress | None, verb: str, *words: str) -> bytes:
-        """Run a verb that may transfer an image for hours, and return its stdout. Raises DriverError."""
+    async def _call(
+        self, verb: str, *words: str, on_progress: Progress | None = None, seconds: float = VERB_SECONDS
+    ) -> bytes:
+        """Run a verb that ends by itself, and return its stdout. Raises DriverError, also if it takes too long."""
         on_output = Percentage(on_progress).feed if on_progress is not None else None
-        completed = await self._run_program([self._path, verb, *words], label=verb, on_output=on_output)
-        if completed.status:
-            raise verb_error(self._program, verb, completed.status, completed.stderr)
-        return completed.stdout
+        with trio.move_on_after(seconds):
+            completed = await self._calls.run([self._path, verb, *words], label=verb, on_output=on_output)
+            if completed.status:
+                raise verb_error(self._program, verb, completed.status, completed.stderr)
+            return completed.stdout
+        raise DriverError(f"{self._program} {verb} did not end within {seconds:g} seconds")
 
 
 def _kill_unsupervised(record: supervisor.Record) -> None:
-    """Kill the VM of a supervisor that was killed.
+    """Kill the VM of a supervisor that was killed, or is about to be.
 
     A process number that was given to another process is recognised: the VM is in the supervisor's session.
     """

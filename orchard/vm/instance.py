@@ -193,6 +193,8 @@ def run_options(vm: VM) -> RunOptions:
         bridged=spec.net_bridged,
         nested=spec.nested,
         suspendable=spec.suspendable,
+        audio=spec.audio,
+        clipboard=spec.clipboard,
         dirs=tuple(SharedDir(dir_.name, dir_.path, dir_.ro) for dir_ in spec.host_dirs),
         # The controller starts no other VM elsewhere.
         leased=spec.restart_policy == "OnFailure",

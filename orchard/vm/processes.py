@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,18 @@ READ_BYTES = 64 * 1024  # bytes
 # Kept of each pipe, the last ones: `tart list` prints some 200 bytes a VM.
 OUTPUT_BYTES = 1024 * 1024  # bytes
 _MAX_SHOWN = 400  # characters
+# In which a complaint is searched. Apple's errors have some thousand characters.
+_COMPLAINT_BYTES = 64 * 1024  # bytes
+# Colours and cursor movements, titles of windows, and other sequences of terminals.
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
+_ERROR = re.compile(r"\berror(?::| domain=)", re.IGNORECASE)
+_ERROR_LABEL = re.compile(r"^(?:fatal )?error: ", re.IGNORECASE)
+# With the cause on the same line, or a chain of causes on indented lines.
+_CAUSED_BY = re.compile(r"^[ \t]*caused by:[ \t]*(.+|(?:\n+[ \t]+.*)*)", re.IGNORECASE | re.MULTILINE)
+_NUMBER_LABEL = re.compile(r"^\d+: ")
+_USAGE = re.compile(r"^\s*(?:usage:|overview:|see '.* --help')", re.IGNORECASE | re.MULTILINE)
+_USER_INFO = re.compile(r"\s*UserInfo=(?:0x[0-9a-f]+ )?\{")
+_INNER_ERROR = re.compile(r'Code=-?\d+ "([^"]*)"')
 # What a shell exits with when it cannot run the program.
 _SHELL_FAILURES = (126, 127)
 # A shell writes its process number to standard input, which is the locked file of the call, and becomes the program.
@@ -49,14 +62,73 @@ _RECORDED = 'echo "$$" >&0; exec "$@" 3<&0 </dev/null'
 
 
 def presentable(line: str) -> str:
-    """Return a line of a program's output made fit for a message: short, and without control characters."""
-    return "".join(char if char.isprintable() else " " for char in line).strip()[:_MAX_SHOWN]
+    """Return a line of a program's output made fit for a message: short, without terminal escapes and control characters."""
+    plain = _ESCAPE.sub("", line)
+    return "".join(char if char.isprintable() else " " for char in plain).strip()[:_MAX_SHOWN]
 
 
-def last_line(output: bytes) -> str:
-    """Return the last non-blank line of a program's output, presentable, or ""."""
-    lines = map(presentable, reversed(output.decode("utf-8", "replace").splitlines()))
-    return next(filter(None, lines), "")
+def find_complaint(output: bytes) -> str:
+    """Return the line of a program's stderr that names its error, presentable, or "".
+
+    That is the last line with "error:" or an error of Apple's frameworks, without the details behind it, and else the
+    last line. Usage texts do not count. The cause that a program names below its error is appended.
+    """
+    text = _ESCAPE.sub("", output[-_COMPLAINT_BYTES:].decode("utf-8", "replace")).replace("\r", "\n")
+    text = _without_user_info(text)
+    usage = _USAGE.search(text)
+    if usage and text[: usage.start()].strip():
+        text = text[: usage.start()]
+    causes = list(_CAUSED_BY.finditer(text))
+    lines = _presentable_lines(text[: causes[0].start()] if causes else text)
+    line = next((line for line in reversed(lines) if _ERROR.search(line)), lines[-1] if lines else "")
+    cause = _presentable_lines(causes[-1][1])[-1:] if causes else []
+    words = [_ERROR_LABEL.sub("", line), *(_NUMBER_LABEL.sub("", words) for words in cause)]
+    return presentable(": ".join(filter(None, words)))
+
+
+def _presentable_lines(text: str) -> list[str]:
+    return list(filter(None, map(presentable, text.split("\n"))))
+
+
+def _without_user_info(text: str) -> str:
+    """Replace the details of Apple's errors, in braces and perhaps of many lines, by the innermost error in them."""
+    while begin := _USER_INFO.search(text):
+        depth, end = 1, begin.end()
+        while depth and end < len(text):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        named = [name for name in _INNER_ERROR.findall(text[begin.end() : end]) if name != "(null)"]
+        text = text[: begin.start()] + (f" ({presentable(named[-1])})" if named else "") + text[end:]
+    return text
+
+
+@contextmanager
+def reporting(failure: str) -> Iterator[None]:
+    """Raise DriverError for an OSError in the block. `failure` says what cannot be done."""
+    try:
+        yield
+    except OSError as error:
+        raise DriverError(f"{failure}: {error.strerror or error}") from error
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory that only this user may enter, whatever the umask, unless it exists. Raises OSError."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        path.chmod(0o700)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace the text of a file that only this user may read, whatever the umask. Raises OSError."""
+    draft = path.with_suffix(".new")
+    draft.unlink(missing_ok=True)
+    with open(draft, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
+    draft.rename(path)
 
 
 # ---- locks ---------------------------------------------------------------------------------------------------------
@@ -177,39 +249,35 @@ async def _read(pipe: trio.abc.ReceiveStream, tail: bytearray, on_output: Callab
 class Calls:
     """Runs programs, each with a file in `directory` that is locked while the program lives and holds its number.
 
-    `directory` exists. The file is deleted when the program has ended. A file that is left belongs to a program that a
-    killed worker started.
+    The file is deleted when the program has ended. A file that is left belongs to a program that a killed worker
+    started. `env` is the environment of the programs.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, env: Mapping[str, str]) -> None:
         self._directory = directory
+        self._env = env
 
     async def run(
-        self,
-        command: Sequence[str],
-        *,
-        label: str,
-        env: Mapping[str, str] | None = None,
-        on_output: Callable[[bytes], None] | None = None,
+        self, command: Sequence[str], *, label: str, on_output: Callable[[bytes], None] | None = None
     ) -> Completed:
         """Run a program as `run_program` does. `label` begins the file's name. Raises DriverError."""
         path = self._directory / f"{label}-{secrets.token_hex(8)}"
+        wrapped = ["/bin/sh", "-c", _RECORDED, command[0], *command]
         try:
-            with path.open("xb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                wrapped = ["/bin/sh", "-c", _RECORDED, command[0], *command]
-                completed = await run_program(wrapped, stdin=file.fileno(), env=env, on_output=on_output)
-        except OSError as error:
-            raise DriverError(f"cannot write {path}: {error.strerror}") from error
+            with reporting(f"cannot write {path}"):
+                make_directory(self._directory)
+                with path.open("xb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    completed = await run_program(wrapped, stdin=file.fileno(), env=self._env, on_output=on_output)
         finally:
             path.unlink(missing_ok=True)
         if completed.status in _SHELL_FAILURES:
-            raise DriverError(f"cannot run {command[0]}: {last_line(completed.stderr)}")
+            raise DriverError(f"cannot run {command[0]}: {find_complaint(completed.stderr)}")
         return completed
 
     async def end_left(self, seconds: float) -> None:
         """End the programs that a killed worker left: with SIGINT, and after `seconds` with SIGKILL. Raises OSError."""
-        left = [path for path in self._directory.iterdir() if path.is_file()]
+        left = [path for path in self._directory.glob("*") if path.is_file()]
         await _signal_until_ended(left, signal.SIGINT, seconds)
         await _signal_until_ended(left, signal.SIGKILL, KILL_SECONDS)
         for path in left:

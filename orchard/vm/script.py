@@ -40,7 +40,7 @@ import trio
 
 from orchard.schema import ENV_NAME
 from orchard.vm.driver import DriverError, OnLine, Script, ScriptFailed
-from orchard.vm.processes import KILL_SECONDS, READ_BYTES, kill, last_line, presentable
+from orchard.vm.processes import KILL_SECONDS, READ_BYTES, find_complaint, kill, presentable
 
 # A macOS guest that sets itself up at its first boot takes minutes to answer.
 CONNECT_SECONDS = 600.0  # seconds
@@ -297,7 +297,7 @@ async def _attempt(
                     await process.wait()
         finally:
             await kill(process)
-    return transcript, last_line(complaint) or f"ssh ended with exit status {process.returncode}"
+    return transcript, find_complaint(complaint) or f"ssh ended with exit status {process.returncode}"
 
 
 def _environ(directory: Path, password: str) -> dict[str, str]:

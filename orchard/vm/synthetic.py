@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import trio
 
 from orchard.nursery import Wakeup
-from orchard.schema import NAME
+from orchard.schema import LOCAL_PREFIX, NAME
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
@@ -59,8 +59,6 @@ from orchard.vm.processes import KILL_SECONDS, kill, signal_group
 from orchard.vm.script import converse, wrap
 
 VM_ADDRESS = "127.0.0.1"
-# A source that begins so is a local VM.
-_LOCAL_PREFIX = "orchard-"
 _SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")
 # How often a pull reports its progress.
 _PULL_STEPS = 10
@@ -116,7 +114,7 @@ class SyntheticDriver(Driver):
         await trio.lowlevel.checkpoint()
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
-        local = source.startswith(_LOCAL_PREFIX)
+        local = source.startswith(LOCAL_PREFIX)
         about = self._read(source) if local else {"state": "stopped"}
         if local and source in self._guests:
             raise DriverError(f'VM "{source}" is running and cannot be cloned')
@@ -145,7 +143,7 @@ class SyntheticDriver(Driver):
 
     async def fqn(self, image: str) -> str:
         await trio.lowlevel.checkpoint()
-        local = image.startswith(_LOCAL_PREFIX) or "@" in image
+        local = image.startswith(LOCAL_PREFIX) or "@" in image
         return image if local else f"{image}@sha256:{hashlib.sha256(image.encode()).hexdigest()}"
 
     async def configure(

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import trio
 from harness.processes import at_last, at_rest, eventually, processes_in
+from harness.strategies import pending
 from harness.sweeps import AtStep, growing_steps
 
 from orchard import transitions
@@ -42,6 +43,7 @@ from orchard.vm.instance import (
     Note,
     Phase,
     Step,
+    run_options,
 )
 from orchard.vm.synthetic import SyntheticDriver
 
@@ -646,3 +648,9 @@ def test_vm_on_tart_that_is_cancelled_at_any_step_leaves_nothing(tmp_path: Path)
 
 def has_no_process(home: Path) -> bool:
     return processes_in(home) == []
+
+
+def test_devices_of_the_host_are_shared_as_the_vm_says() -> None:
+    for audio, clipboard in ((False, False), (True, False), (False, True)):
+        options = run_options(pending(audio=audio, clipboard=clipboard))
+        assert (options.audio, options.clipboard) == (audio, clipboard)

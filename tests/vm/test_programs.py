@@ -17,9 +17,9 @@ from orchard.vm.driver import DriverError
 from orchard.vm.processes import (
     OUTPUT_BYTES,
     Calls,
+    find_complaint,
     is_locked,
     kill,
-    last_line,
     presentable,
     run_program,
     wait_unlocked,
@@ -32,10 +32,62 @@ def shell(home: Path, text: str) -> list[str]:
 
 
 def test_output_in_a_message_is_one_short_printable_line() -> None:
-    assert presentable("\x1b[31mred\x07\tx\r\u2028\u202e") == "[31mred  x"
+    assert presentable("\x1b[31mred\x1b[0m\x07\tx\r\u2028\u202e") == "red  x"
     assert presentable("x" * 1000) == "x" * 400
-    assert last_line(b"one\ntwo\r\n \t\n\x00\n") == "two"
-    assert last_line(b" \n\n") == last_line(b"") == ""
+
+
+APPLE = 'Error Domain=VZErrorDomain Code=1 "The virtual machine failed to start."'
+
+
+@pytest.mark.parametrize(
+    ("output", "shown"),
+    [
+        ("one\ntwo\r\n \t\n\0\n", "two"),
+        (" \n\n", ""),
+        ("", ""),
+        ("pulling manifest...\npulling disk (61.4 GB compressed)...\n0%\nError: The request timed out.\n",
+         "The request timed out."),
+        ('failed to open lock file file:///vms/x/config.json: No such file or directory',
+         "failed to open lock file file:///vms/x/config.json: No such file or directory"),
+        # Swift's argument parser
+        ("Error: Unknown option '--no-usb'\nUsage: tart run [<options>] <name>\n  See 'tart run --help' for more information.\n",
+         "Unknown option '--no-usb'"),
+        ("Error: Missing expected argument '<name>'\n\nOVERVIEW: Run a VM\n\nUSAGE: tart run <name>\n\nARGUMENTS:\n  <name>\n",
+         "Missing expected argument '<name>'"),
+        # Apple's frameworks, on one line, on several, nested, cut off
+        (f"{APPLE} UserInfo={{NSLocalizedFailure=Internal Virtualization error., NSLocalizedFailureReason=The virtual "
+         "machine failed to start.}\n", APPLE),
+        (f"{APPLE} UserInfo={{\n    NSLocalizedFailure=\"Internal\";\n    Reason = {{\n}}\n}}\n", APPLE),
+        (f"restoring VM state from a snapshot...\n{APPLE} UserInfo={{NSLocalizedFailure=Internal", APPLE),
+        ('Error Domain=VZErrorDomain Code=2 "Failed to lock auxiliary storage." UserInfo={NSLocalizedFailure=Invalid, '
+         'NSUnderlyingError=0x600000d5bde0 {Error Domain=NSPOSIXErrorDomain Code=35 "Resource temporarily unavailable"\n}}\n',
+         'Error Domain=VZErrorDomain Code=2 "Failed to lock auxiliary storage." (Resource temporarily unavailable)'),
+        ('Error Domain=NSURLErrorDomain Code=-1001 "The request timed out." UserInfo=0x7b70f6e0 {NSUnderlyingError=0x6 '
+         '{Error Domain=kCFErrorDomainCFNetwork Code=-1001 "(null)" UserInfo={_kCFStreamErrorCodeKey=-2102}}}\n',
+         'Error Domain=NSURLErrorDomain Code=-1001 "The request timed out."'),
+        (f"guest has stopped the virtual machine due to error: {APPLE} UserInfo={{a=b}}\nCancellationError()\n",
+         f"guest has stopped the virtual machine due to error: {APPLE}"),
+        # the last of several, and the cause of one
+        ('Error: cancelled\nAttempting to re-try...\nError: AuthFailed(why: "status 400", details: "Bad Request")\n',
+         'AuthFailed(why: "status 400", details: "Bad Request")'),
+        ("Error: cannot start softnet\n\nCaused by:\n    0: cannot open vmnet\n    1: Operation not permitted (os error 1)\n",
+         "cannot start softnet: Operation not permitted (os error 1)"),
+        ("Error: cannot start softnet\nCaused by: Operation not permitted\nnote: run with sudo\n",
+         "cannot start softnet: Operation not permitted"),
+        ("tart/Fetcher.swift:15: Fatal error: Unexpectedly found nil\nzsh: trace trap\n",
+         "tart/Fetcher.swift:15: Fatal error: Unexpectedly found nil"),
+        # terminals: colours, a title, a progress bar
+        ("\x1b]0;tart\x07\x1b[2K\x1b[1G\x1b[31;1mError:\x1b[0m it\u2028broke\x1b(B\r\n", "it broke"),
+        ("10%\r20%\rno space left\r", "no space left"),
+    ],
+)  # fmt: skip
+def test_line_that_names_the_error_is_found(output: str, shown: str) -> None:
+    assert find_complaint(output.encode()) == shown
+    assert find_complaint(b"x" * 100_000 + b"\n" + output.encode()) == (shown or "x" * 400)
+
+
+def test_usage_text_alone_is_shown() -> None:
+    assert find_complaint(b"usage: ssh [-46AaCfGg]\n") == "usage: ssh [-46AaCfGg]"
 
 
 async def test_status_and_the_end_of_both_outputs_are_returned(tmp_path: Path) -> None:
@@ -104,7 +156,7 @@ async def test_lock_of_another_process_is_seen_until_it_ends(tmp_path: Path) -> 
 
 
 async def test_call_has_a_locked_file_with_its_number_while_it_runs(tmp_path: Path) -> None:
-    calls, found = Calls(tmp_path), list[tuple[bytes, bool, int]]()
+    calls, found = Calls(tmp_path, os.environ), list[tuple[bytes, bool, int]]()
 
     def look(printed: bytes) -> None:
         (path,) = tmp_path.glob("verb-*")
@@ -134,6 +186,6 @@ async def test_end_left_interrupts_or_kills_the_call_of_a_killed_worker(
     # A file without a lock belongs to a call that has ended. Its number may be that of another process by now.
     (directory / "pull-2").write_text(f"{os.getpid()}\n")
     await eventually(lambda: path.read_bytes() != b"")
-    await Calls(directory).end_left(seconds)
+    await Calls(directory, os.environ).end_left(seconds)
     assert await trio.to_thread.run_sync(left.wait) == -number
     assert list(directory.iterdir()) == []

@@ -10,8 +10,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,7 @@ from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard import tart as tart_module
 from orchard.nursery import unwrap_groups
-from orchard.tart import (
-    Percentage,
-    TartDriver,
-    check_dhcp_lease,
-    find_tart,
-    machine_id,
-    parse_list,
-    run_arguments,
-    set_arguments,
-    verb_error,
-)
+from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     DriverError,
@@ -46,14 +37,30 @@ from orchard.vm.driver import (
     SharedDir,
     operand,
 )
-from orchard.vm.processes import OUTPUT_BYTES
+from orchard.vm.processes import OUTPUT_BYTES, is_locked
+from orchard.vm.tart_cli import (
+    Abilities,
+    Percentage,
+    parse_list,
+    run_arguments,
+    seconds_until_listable,
+    set_arguments,
+    verb_error,
+)
 
 STANDIN = Path(__file__).parent.parent / "standin" / "tart"
 IMAGE = "example.com/image"
 Clock = trio.testing.MockClock
 
 
-def tart(home: Path, *, vetu: bool = False, stop_seconds: float = 5, **env: str) -> TartDriver:
+def tart(
+    home: Path,
+    *,
+    vetu: bool = False,
+    stop_seconds: float = 5,
+    clock: Callable[[], float] = time.time,
+    **env: str,
+) -> TartDriver:
     """Return a driver with the stand-in, which reads the variables `env`."""
     # The stand-in is started often: by the Python at hand.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -63,18 +70,22 @@ def tart(home: Path, *, vetu: bool = False, stop_seconds: float = 5, **env: str)
         vetu=vetu,
         env={"TART_HOME": str(home), "PATH": path, **env},
         stop_seconds=stop_seconds,
+        clock=clock,
     )
 
 
 def program(path: Path, text: str, **options: Any) -> TartDriver:
-    """Return a driver with a shell script in the place of tart."""
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    """Return a driver with a shell script in the place of tart. Its version is new, and its `run` has no other flags."""
+    about = 'case "$1 $2" in "--version "*) echo 2.40.0; exit ;; "run --help") exit ;; esac'
+    path.write_text(f"#!/bin/sh\n{about}\n{text}\n")
     path.chmod(0o755)
     return TartDriver(str(path), path.parent / "driver", **options)
 
 
 def calls(home: Path) -> list[list[str]]:
-    return [json.loads(line) for line in (home / "calls.jsonl").read_text().splitlines()]
+    """Return the calls of the stand-in, without those that ask what it can do."""
+    lines = (home / "calls.jsonl").read_text().splitlines()
+    return [words for words in map(json.loads, lines) if words not in (["--version"], ["run", "--help"])]
 
 
 @pytest.fixture
@@ -98,6 +109,10 @@ def clock() -> Clock:
         ),
         ({"softnet_block": ("0.0.0.0/0",)}, ["--net-softnet", "--net-softnet-block", "0.0.0.0/0"]),
         ({"bridged": "en0"}, ["--net-bridged=en0"]),
+        (
+            {"softnet_allow": ("@host", "in @host:22"), "softnet_block": ("out 0.0.0.0/0",)},
+            ["--net-softnet", "--net-softnet-allow", "@host,in @host:22", "--net-softnet-block", "out 0.0.0.0/0"],
+        ),
         ({"nested": True}, ["--nested"]),
         ({"suspendable": True}, ["--suspendable"]),
         ({"dirs": (SharedDir("src", "/a b", ro=True),)}, ["--dir=src:/a b:ro"]),
@@ -109,6 +124,49 @@ def clock() -> Clock:
 )
 def test_run_arguments(options: dict[str, Any], words: list[str]) -> None:
     assert run_arguments("vm", RunOptions(**options)) == ["run", *words, "vm"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["--no-audio", "--no-clipboard", "--no-usb-accessories"]),
+        ({"audio": True}, ["--no-clipboard", "--no-usb-accessories"]),
+        ({"audio": True, "clipboard": True}, ["--no-usb-accessories"]),
+    ],
+)
+def test_devices_of_the_host_are_kept_from_the_guest_by_the_flags_at_hand(
+    options: dict[str, Any], words: list[str]
+) -> None:
+    flags = {"--no-audio", "--no-clipboard", "--no-usb-accessories", "--no-other"}
+    assert run_arguments("vm", RunOptions(**options), flags) == ["run", *words, "vm"]
+    assert run_arguments("vm", RunOptions(**options)) == ["run", "vm"]
+
+
+@pytest.mark.parametrize(
+    ("version", "numbers", "safe"),
+    [
+        (b"2.38.1\n", (2, 38, 1), False),
+        (b"2.39.0\n", (2, 39, 0), True),
+        (b"tart 2.100\n", (2, 100, 0), True),
+        (b"3.0.0-rc1\n", (3, 0, 0), True),
+        (b"SNAPSHOT\n", (), False),
+        (b"", (), False),
+    ],
+)
+def test_version_and_flags_are_read(version: bytes, numbers: tuple[int, ...], safe: bool) -> None:
+    abilities = Abilities.parse(
+        version, b"  --no-audio    Disable audio, see also --nested.\n  --dir <dir:ro>\n x--y\n"
+    )
+    assert (abilities.version, abilities.lists_safely) == (numbers, safe)
+    assert abilities.flags == {"--no-audio", "--nested", "--dir"}
+
+
+def test_list_waits_for_vms_in_their_first_ten_seconds() -> None:
+    assert seconds_until_listable([], 1000.0) == 0
+    assert seconds_until_listable([980.0, 994.0, 992.0], 1000.0) == 4
+    assert seconds_until_listable([990.0], 1000.0) == 0
+    # The clock was set back.
+    assert seconds_until_listable([1001.0, 5000.0], 1000.0) == 0
 
 
 def test_set_arguments() -> None:
@@ -169,9 +227,41 @@ def test_changed_percentages_are_reported_for_any_chunking() -> None:
 def test_list_output_is_parsed_or_refused() -> None:
     listed = [{"Source": "local", "Name": "a", "Running": True, "State": "running", "New": 1}]
     assert parse_list(json.dumps(listed).encode()) == [LocalVM("a", "running")]
-    for output in (b"", b"{}", b"[1]", b'[{"Name": "a"}]', b'[{"Name": "a", "State": "odd"}]', b"\xff"):
+    for output in (b"", b"{}", b"[1]", b'[{"State": "stopped"}]', b"\xff", b"[" * 100_000, b'x [{"Name": "a"}]'):
         with pytest.raises(ValueError, match=r".+"):
             parse_list(output)
+
+
+def test_list_is_found_beside_other_output() -> None:
+    listed = json.dumps([{"Name": "a [b", "State": "stopped"}], indent=2).encode()
+    for before in (b"", b"[1] note\n", b'[info] x\n[]x\n\x1b[2K["a"]\n', b"warning: \xff\n  "):
+        assert parse_list(before + listed + b"\n[done]\n") == [LocalVM("a [b", "stopped")]
+    assert parse_list(b"note\n[]\n") == []
+
+
+@pytest.mark.parametrize(
+    ("item", "foreign", "ours"),
+    [
+        ({"State": "paused"}, None, "running"),
+        ({"State": "paused", "Running": False}, "running", "running"),
+        ({"Running": True}, "running", "running"),
+        ({"Running": False}, "stopped", "stopped"),
+        ({}, None, "running"),
+        ({"State": None, "Running": None}, None, "running"),
+        ({"State": "suspended", "Running": None}, "suspended", "suspended"),
+        ({"State": ["x"]}, None, "running"),
+    ],
+)
+def test_foreign_vm_of_unknown_state_is_left_out_and_ours_counts_as_running(
+    item: dict[str, Any], foreign: Any, ours: Any
+) -> None:
+    other = {"Name": "other", "State": "stopped"}
+    for name, state in (("their-vm", foreign), ("orchard-vm-uid-0", ours)):
+        expected = [LocalVM(name, state)] if state else []
+        assert parse_list(json.dumps([{"Name": name, **item}, other]).encode()) == [
+            *expected,
+            LocalVM("other", "stopped"),
+        ]
 
 
 @pytest.mark.parametrize(
@@ -181,11 +271,13 @@ def test_list_output_is_parsed_or_refused() -> None:
         ("stop", 2, b'VM "x" is not running\n', NotRunning, 'VM "x" is not running'),
         ("delete", 2, b"gone", NoSuchVM, "gone"),
         ("run", 1, b"note\n\nThe number of VMs exceeds the system limit\n\n", DriverError, "exceeds the system limit"),
-        ("run", 1, b"\x1b[31mred\x07", DriverError, "[31mred"),
+        ("run", 1, b"\x1b[31mError: red\x07", DriverError, "red"),
+        ("run", 1, b'Error: the file "/x" does not exist', DriverError, 'the file "/x" does not exist'),
+        ("ip", 2, b'the specified VM "x" does not exist\n', NoSuchVM, 'the specified VM "x" does not exist'),
         ("pull", -9, b"", DriverError, "tart pull failed with exit status -9"),
     ],
 )
-def test_error_is_the_last_line_of_stderr(
+def test_error_of_a_verb_is_what_its_stderr_complains_of(
     verb: str, status: int, stderr: bytes, kind: type[DriverError], words: str
 ) -> None:
     error = verb_error("tart", verb, status, stderr)
@@ -213,9 +305,10 @@ def test_missing_program_is_named_with_a_remedy(tmp_path: Path, monkeypatch: pyt
 async def test_deleted_program_raises_driver_error(tmp_path: Path) -> None:
     driver = TartDriver("/none/tart", tmp_path)
     with pytest.raises(DriverError, match=r"cannot run /none/tart: .*not found"):
-        await driver.list_vms()
-    with pytest.raises(DriverError, match="cannot run /none/tart: No such file"):
-        await driver.run("vm", RunOptions())
+        await driver.fqn("vm")
+    for call in (driver.list_vms, partial(driver.run, "vm", RunOptions())):
+        with pytest.raises(DriverError, match="cannot run /none/tart: No such file"):
+            await call()
 
 
 async def test_each_verb_is_one_call(tmp_path: Path) -> None:
@@ -246,7 +339,7 @@ async def test_bridged_address_comes_from_the_agent_or_the_arp_table(tmp_path: P
     with pytest.raises(DriverError):
         await driver.ip("vm")
     assert calls(tmp_path)[1:] == [
-        ["ip", "vm", "--resolver", "agent", "--wait", "5"],
+        ["ip", "vm", "--resolver", "agent", "--wait", "30"],
         ["ip", "vm", "--resolver", "arp"],
         ["ip", "vm", "--wait", "60"],
     ]
@@ -407,6 +500,13 @@ async def test_failed_run_raises_the_message_of_tart(tmp_path: Path) -> None:
         await driver.run("vm", RunOptions())
 
 
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchard.tart._LIST_PAUSE", 0.0)
+    monkeypatch.setattr("orchard.tart._TRANSFER_PAUSE", 0.0)
+
+
+@pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("verb", ["pull", "clone", "fqn", "set", "delete", "list"])
 async def test_failed_verb_raises_the_message_of_tart(tmp_path: Path, verb: str) -> None:
     await tart(tmp_path).clone(IMAGE, "vm", lambda _: None)
@@ -419,8 +519,187 @@ async def test_failed_verb_raises_the_message_of_tart(tmp_path: Path, verb: str)
         "delete": lambda: driver.delete("vm"),
         "list": driver.list_vms,
     }
-    with pytest.raises(DriverError, match=f"^{verb} was told to fail$"):
+    with pytest.raises(DriverError, match=f"{verb} was told to fail$"):
         await doing[verb]()
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_failed_list_is_tried_five_more_times(tmp_path: Path) -> None:
+    assert await tart(tmp_path, TART_FAIL="list", TART_FAIL_TIMES="5").list_vms() == []
+    assert calls(tmp_path) == [["list", "--source", "local", "--format", "json"]] * 6
+    with pytest.raises(DriverError, match="list was told to fail"):
+        await tart(tmp_path / "other", TART_FAIL="list", TART_FAIL_TIMES="6").list_vms()
+
+
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("refuses", ["", "1"])
+async def test_transfer_that_fails_is_tried_once_more(tmp_path: Path, refuses: str) -> None:
+    for verb in ("pull", "clone"):
+        home = tmp_path / verb
+        driver = tart(home, TART_FAIL=verb, TART_FAIL_TIMES="1", TART_CLONE_REFUSES=refuses)
+        await driver.pull(IMAGE, lambda _: None)
+        await driver.clone(IMAGE, "vm", lambda _: None)
+        assert [words[0] for words in calls(home)].count(verb) == 2
+        # Not the half-made VM of the first try.
+        assert json.loads((home / "vms" / "vm.json").read_text())["source"] == IMAGE
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_clone_replaces_no_running_vm(tmp_path: Path) -> None:
+    driver = tart(tmp_path, TART_CLONE_REFUSES="1")
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    async with running(driver, "vm"):
+        with pytest.raises(DriverError, match=r'^VM "vm" is running$'):
+            await driver.clone(IMAGE, "vm", lambda _: None)
+    with running_without_supervisor(tmp_path, "vm"):
+        with pytest.raises(DriverError, match="cannot be deleted"):
+            await driver.clone(IMAGE, "vm", lambda _: None)
+        assert LocalVM("vm", "running") in await driver.list_vms()
+
+
+@asynccontextmanager
+async def running(driver: TartDriver, name: str, **options: Any) -> AsyncIterator[None]:
+    """Run a VM for the time of the block, and stop it."""
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, name, RunOptions(**options))
+        await driver.ip(name)
+        yield
+        await driver.stop(name)
+
+
+@contextmanager
+def running_without_supervisor(home: Path, name: str) -> Iterator[None]:
+    """Run a VM for the time of the block as a person would, in a terminal."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "TART_HOME": str(home), "PATH": path}
+    with subprocess.Popen([STANDIN, "run", name], env=env, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: process.pid in running_in(home))
+        try:
+            yield
+        finally:
+            process.terminate()
+
+
+def running_in(home: Path) -> list[int]:
+    """Return the process numbers of the stand-in's VMs that run."""
+    vms = [json.loads(path.read_text()) for path in (home / "vms").glob("*.json")]
+    return [vm["pid"] for vm in vms if vm.get("lock") and is_locked(Path(vm["lock"]))]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + GENEROUS
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+async def test_vm_that_runs_without_supervisor_is_not_reported_gone(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    driver.note("vm", "noted")
+    with running_without_supervisor(tmp_path, "vm"):
+        with pytest.raises(DriverError, match='VM "vm" cannot be deleted') as failed:
+            await driver.delete("vm")
+        assert not isinstance(failed.value, NoSuchVM)
+        assert driver.noted("vm") == "noted"
+        await driver.stop("vm")
+    await driver.delete("vm")
+    with pytest.raises(NoSuchVM):
+        await driver.delete("vm")
+
+
+async def test_failed_restore_is_followed_by_one_cold_boot(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(driver.run, "vm", RunOptions(suspendable=True))
+        await driver.ip("vm")
+        await driver.suspend("vm")
+    broken = tart(tmp_path, TART_RESTORE_FAILS="1")
+    async with running(broken, "vm", suspendable=True):
+        about = json.loads((tmp_path / "vms" / "vm.json").read_text())
+        assert (about["resumed"], about["mac"].startswith("random")) == (False, True)
+    assert await broken.list_vms() == [LocalVM("vm", "stopped")]
+    assert [words[0] for words in calls(tmp_path)].count("run") == 3
+
+
+async def test_failed_restore_fails_the_run_when_the_cold_boot_fails_too(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    change_vm(tmp_path, "vm", state="suspended")
+    broken = tart(tmp_path, TART_RESTORE_FAILS="1", TART_RUN_EXIT="Error: no cold boot either")
+    with pytest.raises(DriverError, match=r"^no cold boot either$"):
+        await broken.run("vm", RunOptions(suspendable=True))
+    assert await broken.list_vms() == [LocalVM("vm", "stopped")]
+
+
+def change_vm(home: Path, name: str, **fields: object) -> None:
+    """Change what the stand-in knows of a VM."""
+    path = home / "vms" / f"{name}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+async def test_devices_are_kept_from_guests_as_far_as_this_tart_can(tmp_path: Path) -> None:
+    for flags in ("--no-audio", "--no-audio --no-clipboard --no-usb-accessories"):
+        home = tmp_path / str(len(flags))
+        driver = tart(home, TART_FLAGS=flags)
+        await driver.clone(IMAGE, "vm", lambda _: None)
+        async with running(driver, "vm"):
+            assert ["run", *flags.split(), "vm"] in calls(home)
+        async with running(driver, "vm", audio=True, clipboard=True):
+            assert json.loads((home / "vms" / "vm.json").read_text())["flags"] == flags.split()[2:]
+
+
+async def test_replaced_program_is_asked_anew(tmp_path: Path) -> None:
+    path = tmp_path / "tart"
+    driver = program(path, f'echo "$*" >> {tmp_path}/verbs; echo "[]"')
+    about = path.read_text().replace("echo 2.40.0", f"echo asked >> {tmp_path}/asked; echo 2.40.0")
+    for text in (about, about + "# upgraded\n"):
+        path.unlink()
+        path.write_text(text)
+        path.chmod(0o755)
+        for _ in range(2):
+            assert await driver.list_vms() == []
+    assert (tmp_path / "asked").read_text().split() == ["asked"] * 2
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_old_tart_lists_no_vms_while_one_is_young(
+    tmp_path: Path, clock: Clock, nursery: trio.Nursery, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = time.time()
+    driver = tart(tmp_path, TART_VERSION="2.38.0", clock=lambda: now)
+    image, listed = "example.com/macos-asif", trio.Event()
+    await driver.clone(image, "vm", lambda _: None)
+
+    async def list_vms() -> None:
+        with pytest.raises(DriverError, match=r"in use; the version of tart is 2.38.0, expected 2.39.0"):
+            await driver.list_vms()
+        listed.set()
+
+    async with trio.open_nursery() as running:
+        await running.start(driver.run, "vm", RunOptions())
+        await driver.ip("vm")
+        (record,) = (tmp_path / "driver").glob("*.run")
+        now = record.stat().st_mtime + 9
+        nursery.start_soon(list_vms)
+        await trio.testing.wait_all_tasks_blocked()
+        assert "list" not in [words[0] for words in calls(tmp_path)]
+        change_vm(tmp_path, "vm", began=0)
+        now += 1
+        clock.jump(1.0)
+        await listed.wait()
+        # The start was not disturbed.
+        await driver.stop("vm")
+    assert "expected 2.39.0" in caplog.text
+    assert await driver.list_vms() == [LocalVM("vm", "stopped")]
+
+
+async def test_lists_of_foreign_vms_and_noise_are_read(tmp_path: Path) -> None:
+    foreign = [{"Name": "theirs", "State": "paused"}, {"Name": "base", "Source": "local"}]
+    driver = tart(tmp_path, TART_NOISE="1", TART_FOREIGN=json.dumps(foreign))
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    assert await driver.list_vms() == [LocalVM("vm", "stopped")]
 
 
 async def test_cancelled_verb_ends_its_program(tmp_path: Path) -> None:
@@ -535,7 +814,7 @@ async def test_run_beyond_the_system_limit_fails(tmp_path: Path) -> None:
 
 
 async def test_flags_reach_the_program_unchanged(tmp_path: Path) -> None:
-    driver = tart(tmp_path)
+    driver = tart(tmp_path, TART_FLAGS="")
     await driver.clone(IMAGE, "vm", lambda _: None)
     options = RunOptions(
         headless=True, bridged="Wi-Fi: en0", nested=True, dirs=(SharedDir("a b", "/x 'y' $z", ro=True),)
@@ -562,8 +841,9 @@ async def test_listed_vms_of_other_programs_may_have_any_name(tmp_path: Path) ->
     assert found == [LocalVM("-rf", "stopped"), LocalVM("é x", "running")]
 
 
+@pytest.mark.usefixtures("no_pauses")
 async def test_unreadable_list_raises_driver_error(tmp_path: Path) -> None:
-    with pytest.raises(DriverError, match="cannot read the output of tart list"):
+    with pytest.raises(DriverError, match=r"tart list failed: .*nonsense"):
         await program(tmp_path / "tart", "echo nonsense").list_vms()
 
 
