@@ -443,12 +443,15 @@ class Workers(_Resource):
 class ServiceAccounts(_Resource):
     """The methods of /service-accounts."""
 
-    async def create(self, name: str, *, roles: Sequence[str] = (), token: str = "") -> ServiceAccount:
+    async def create(
+        self, name: str, *, roles: Sequence[str] = (), token: str = "", authorized_keys: Sequence[str] = ()
+    ) -> ServiceAccount:
         """Create an account, and return it with its token. Without a `token` the controller makes a random one.
 
         Raises ResponseError: 409 if the name is taken, 412 for an invalid field.
         """
-        body = {"name": name, "roles": list(roles), **({"token": token} if token else {})}
+        optional = {"token": token, "authorizedKeys": list(authorized_keys)}
+        body = {"name": name, "roles": list(roles), **{key: value for key, value in optional.items() if value}}
         return await self._fetch(ServiceAccount, "POST", "/service-accounts", json=body)
 
     async def get(self, name: str) -> ServiceAccount:

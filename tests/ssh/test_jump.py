@@ -410,6 +410,61 @@ async def test_wrong_credentials_are_refused_and_logged_without_the_password(
     assert password not in str(vars(refused[0]).get("reason"))
 
 
+def with_key(client: OpenSSH, path: Path, **options: str) -> OpenSSH:
+    """Have a client log in to the jump host by a key alone."""
+    lines = {"IdentityFile": str(path), "PubkeyAuthentication": "yes", "PasswordAuthentication": "no", **options}
+    config = Path(client.config)
+    block = "".join(f"  {name} {value}\n" for name, value in lines.items())
+    config.write_text(config.read_text().replace("Host jump\n", f"Host jump\n  IdentitiesOnly yes\n{block}", 1))
+    return client
+
+
+@pytest.mark.parametrize(("kind", "options"), [("ssh-ed25519", {}), ("ssh-rsa", {"key_size": 2048})])
+@pytest.mark.needs("ssh")
+async def test_login_by_a_key_of_the_service_account(
+    tmp_path: Path, sshd: int, kind: str, options: dict[str, int]
+) -> None:
+    key = written_key(tmp_path / "id", kind, **options)
+    line = key.export_public_key().decode().strip()
+    async with jumping() as c:
+        # A key may be in several accounts, since the user name says which one is meant.
+        for name, roles in (("one", ["compute:connect"]), ("other", ["compute:write"]), ("reader", ["compute:read"])):
+            await c.client.service_accounts.create(name, roles=roles, token="a-password", authorized_keys=[line])
+        await c.client.service_accounts.create("keyless", roles=["compute:connect"], token="a-password")
+        for user, status in (("one", 7), ("other", 7), ("reader", 255), ("keyless", 255), ("nobody", 255)):
+            client = with_key(OpenSSH(c, tmp_path, sshd, user), tmp_path / "id")
+            assert (await client.run("ssh", "vm", stdin=b"exit 7")).returncode == status
+        if kind == "ssh-rsa":
+            client = with_key(OpenSSH(c, tmp_path, sshd, "one"), tmp_path / "id", PubkeyAcceptedAlgorithms="ssh-rsa")
+            assert (await client.run("ssh", "vm")).returncode == 255, "a signature with SHA-1"
+        await c.client.service_accounts.replace("one", authorizedKeys=[])
+        client = with_key(OpenSSH(c, tmp_path, sshd, "one"), tmp_path / "id")
+        assert (await client.run("ssh", "vm")).returncode == 255, "keys are looked up at each login"
+
+
+async def test_key_that_was_removed_opens_no_more_channels(sshd: int) -> None:
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    line = key.export_public_key().decode()
+    async with jumping() as c, trio_asyncio.open_loop():
+        await c.client.service_accounts.create("someone", roles=["compute:connect"], authorized_keys=[line.strip()])
+        connection = await logged_in(c.ssh_port, "someone", client_keys=[key])
+        reader, _ = await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
+        assert (await trio_asyncio.aio_as_trio(reader.read)(8)) == b"SSH-2.0-"
+        await c.client.service_accounts.replace("someone", authorizedKeys=[])
+        with pytest.raises(asyncssh.ChannelOpenError, match="keys"):
+            await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
+        connection.close()
+        await trio_asyncio.aio_as_trio(connection.wait_closed)()
+
+
+async def test_password_is_asked_for_after_all_keys_of_an_agent() -> None:
+    keys = [asyncssh.generate_private_key("ssh-ed25519") for _ in range(20)]
+    async with jumping() as c, trio_asyncio.open_loop():
+        connection = await logged_in(c.ssh_port, c.account, c.token, client_keys=keys)
+        connection.close()
+        await trio_asyncio.aio_as_trio(connection.wait_closed)()
+
+
 async def logged_in(port: int, user: str = "x", password: str = "guess", **options: Any) -> Any:
     """Connect by asyncssh. For use within a loop of trio-asyncio."""
     connect = partial(asyncssh.connect, "127.0.0.1", port, username=user, known_hosts=None, config=None, **options)
