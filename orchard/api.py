@@ -26,7 +26,7 @@ from trio_websocket import WebSocketConnection
 from orchard import __version__, auth, parameters, schema, transitions, validation
 from orchard.answers import PRODUCT_ERRORS, REFUSALS, Remarks, http_error
 from orchard.cluster import WORKER_STATE, ClusterIdentity
-from orchard.codec import InvalidError, dump_json, encode, parse_json, shown
+from orchard.codec import InvalidError, dump_json, encode, parse_client_json, shown
 from orchard.gate import Gate, named_account
 from orchard.liveness import Liveness, Source
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
@@ -259,7 +259,7 @@ class API:
         if operation.body is not None and (request.body or operation.body_required):
             if not request.body:
                 raise HTTPError(400, "the body is empty, expected JSON")
-            body = await self._in_thread(len(request.body) > _LARGE, partial(parse_json, request.body))
+            body = await self._in_thread(len(request.body) > _LARGE, partial(parse_client_json, request.body))
         admitted = replace(admitted, body=body, strict=strict)
         _refuse_unknown(admitted)
         return admitted

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -48,6 +49,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 from orchard.codec import ValidationError, decode, parse_json
 from orchard.net.transport import (
     ClientError,
+    ClientResponse,
     Connect,
     ConnectError,
     Items,
@@ -83,6 +85,11 @@ _MAX_ACTION_BYTES = 64 * 1024
 _STDIN_BYTES = 64 * 1024
 # Events that one request fetches.
 _PAGE_EVENTS = 1000
+
+# Different warnings that are logged. A worker repeats its requests for ever, and with them their warnings.
+_MAX_WARNINGS = 256
+
+_logger = logging.getLogger("orchard.client")
 
 JSON = Mapping[str, Any]
 _ObjectT = TypeVar("_ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
@@ -134,10 +141,23 @@ class Client(Transport):
             answer_seconds=answer_seconds,
             connect=connect,
         )
+        # What was logged already.
+        self._warnings: set[str] = set()
         self.vms = VMs(self)
         self.workers = Workers(self)
         self.service_accounts = ServiceAccounts(self)
         self.cluster_settings = Settings(self)
+
+    async def request(
+        self, method: str, path: str, *, query: Mapping[str, str] | None = None, json: object = ...
+    ) -> ClientResponse:
+        """Do as `Transport.request`, and log what the controller warns of, once for each text."""
+        answer = await super().request(method, path, query=query, json=json)
+        warning = answer.headers.get("warning")
+        if warning and warning not in self._warnings and len(self._warnings) < _MAX_WARNINGS:
+            self._warnings.add(warning)
+            _logger.warning("the controller warns", extra={"request": f"{method} {path}", "warning": warning})
+        return answer
 
     async def check(self) -> None:
         """Raise a ClientError unless the URL is a controller's and the credentials are valid."""

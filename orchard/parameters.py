@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from orchard.codec import add_unknown, shown
+from orchard.codec import add_unknown, shortened, shown
 from orchard.net.openapi import Parameter
 from orchard.net.request import HTTPError, Query
 from orchard.ssh import exec as vm_exec
@@ -20,6 +20,8 @@ from orchard.ssh import exec as vm_exec
 _MAX_LIMIT = 1_000_000_000
 # Seconds that a port forward waits by default and at most.
 _DEFAULT_WAIT, _MAX_WAIT = 10, 65_535
+# Characters of a text: why a worker could not do something, a name, an address.
+_MAX_TEXT = 4096
 _DIGITS = re.compile(r"[0-9]{1,10}")
 
 # What Go's strconv.ParseBool accepts.
@@ -88,11 +90,11 @@ def unknown_parameters(query: Query, known: Sequence[Parameter]) -> list[str]:
 
 
 def read_text(query: Query, parameter: Parameter) -> str:
-    """Return a parameter's text; empty if it is absent and not required."""
+    """Return a parameter's text, or its beginning if it is long; empty if it is absent and not required."""
     text = query.one(parameter.name) or ""
     if parameter.required and not text:
         raise HTTPError(400, f"{parameter.name} is missing, expected a string: {parameter.doc}")
-    return text
+    return shortened(text, _MAX_TEXT)
 
 
 def read_flag(query: Query, parameter: Parameter) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -649,10 +650,10 @@ async def test_refusal_and_stream_have_the_warning_too(api: Served) -> None:
 
 
 async def test_at_most_eight_unknown_names_are_in_a_warning(api: Served) -> None:
-    many = {f"{'x' * 1000}{number}\n": 1 for number in range(5000)}
+    many = {f"{'x' * 1000}{number}\n": 1 for number in range(500)}
     answered = await api.call("POST", "/vms", {"name": "vm", "image": "i", **many})
     assert len(names_warned_of(answered)) == 8
-    assert "; and 4992 more" in answered.headers["warning"]
+    assert "; and 492 more" in answered.headers["warning"]
 
 
 STRICT = [
@@ -728,6 +729,51 @@ async def test_without_authentication_every_authorization_header_is_ignored(
             target = operation.path.replace("{name}", "nobody") + ("?port=1" if "port" in operation.path else "")
             answered = await api.call(operation.method, target, authorization=credentials)
             assert answered.status not in (401, 403, 429), (operation.path, credentials)
+
+
+class Steps(trio.abc.Instrument):
+    """Measures the longest step of the event loop, in seconds of this thread's CPU: other programs do not count."""
+
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self._began = time.thread_time()
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began = time.thread_time()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.longest = max(self.longest, time.thread_time() - self._began)
+
+
+_LINES = [{"kind": "log_line", "payload": "x, y " * 70, "timestamp": 1}] * 10_000
+# Method, path, body and status.
+LONG: dict[str, tuple[str, str, object, int]] = {
+    "290,000 labels": ("POST", "/vms", {"name": "new", "image": "i", "labels": {str(n): "" for n in range(290_000)}}, 400),
+    "300 labels": ("POST", "/vms", {"name": "new", "image": "i", "labels": {str(n): "" for n in range(300)}}, 412),
+    "env": ("POST", "/vms", {"name": "new", "image": "i", "startup_script": {"env": {f"E{n}": "" for n in range(257)}}}, 412),
+    "hostDirs": ("POST", "/vms", {"name": "new", "image": "i", "hostDirs": [{"name": "a", "path": "/a"}] * 65}, 412),
+    "numbers": ("PATCH", "/vms/vm", {"labels": [1] * 1_300_000}, 400),
+    "objects in a patch": ("PATCH", "/vms/vm", {"labels": {str(n): {str(m): 1 for m in range(300)} for n in range(300)}}, 412),
+    "a script": ("POST", "/vms", {"name": "new", "image": "i", "startup_script": {"script_content": "echo a,b\n" * 400_000}}, 200),
+    "events": ("POST", "/vms/vm/events", _LINES, 200),
+    "too many events": ("POST", "/vms/vm/events", [{"kind": "log_line"}] * 10_001, 412),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "target", "body", "status"), LONG.values(), ids=LONG)
+async def test_no_body_holds_the_event_loop(api: Served, method: str, target: str, body: object, status: int) -> None:
+    await api.create("vm")
+    raw = json.dumps(body, separators=(",", ":")).encode()
+    assert len(raw) <= 4 * 1024 * 1024
+    steps = Steps()
+    trio.lowlevel.add_instrument(steps)
+    answer = await api.ask(method, target, raw=raw)
+    # The step that is under way is over.
+    await trio.lowlevel.checkpoint()
+    trio.lowlevel.remove_instrument(steps)
+    assert answer.status == status, answer
+    # On the event loop alone, the script would take 0.09 and the events 0.15.
+    assert steps.longest < 0.05
 
 
 async def test_create_vm_and_scheduling_do_not_await(api: Served) -> None:

@@ -122,6 +122,17 @@ async def test_methods_of_the_other_resources() -> None:
         assert refusal.value.status == 404
 
 
+async def test_what_the_controller_warns_of_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with cluster() as c:
+        await c.client.vms.create(name="vm", image="any", colour="s3cret")
+        for _ in range(3):
+            await c.client.vms.patch("vm", shape="s3cret")
+    told = [record.__dict__ for record in caplog.records if record.name == "orchard.client"]
+    assert [record["request"] for record in told] == ["POST /vms", "PATCH /vms/vm"]
+    assert "colour" in told[0]["warning"]
+    assert "s3cret" not in caplog.text
+
+
 async def test_new_vm_has_its_waiting_reason_at_once_if_the_scheduler_knows_it() -> None:
     async with cluster(workers=0) as c:
         await c.client.vms.create(name="first", image="any")

@@ -18,13 +18,16 @@ from openapi_spec_validator import OpenAPIV30SpecValidator
 
 from orchard.codec import (
     MAX_DEPTH,
+    MAX_FIELDS,
     MAX_UINT,
+    MAX_VALUES,
     SHOWN_CHARACTERS,
     InvalidError,
     MalformedError,
     ValidationError,
     attr,
     attrs_of,
+    count_values,
     decode,
     decode_array_from_client,
     decode_from_client,
@@ -32,6 +35,7 @@ from orchard.codec import (
     encode,
     format_time,
     openapi_schema,
+    parse_client_json,
     parse_json,
     parse_time,
     shown,
@@ -284,6 +288,38 @@ def test_times_are_formatted_in_utc() -> None:
     east = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
     assert format_time(datetime.datetime(2026, 1, 31, 12, tzinfo=east)) == "2026-01-31T06:30:00Z"
     assert format_time(datetime.datetime(7, 1, 31, 12, 0, 0, 5, tzinfo=UTC)) == "0007-01-31T12:00:00.000005Z"
+
+
+@QUICK
+@given(json_values())
+def test_count_of_values_is_that_of_the_brackets_and_commas_outside_of_strings(value: Any) -> None:
+    def commas_and_brackets(node: Any) -> int:
+        inner = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else None
+        return 0 if inner is None else 1 + max(0, len(inner) - 1) + sum(map(commas_and_brackets, inner))
+
+    for text in (dump_json(value), json.dumps(value).encode()):
+        assert count_values(text) == 1 + commas_and_brackets(value)
+
+
+@pytest.mark.parametrize("text", ['"', "\\", '\\"', '",', '[{,"\\', '""', "\\\\", '\\\\"[', "a,b"])
+def test_punctuation_in_strings_is_not_counted(text: str) -> None:
+    assert count_values(json.dumps([text, {text: text}, text]).encode()) == 5
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" + b",".join([b"1"] * (MAX_VALUES + 1)) + b"]",
+        b"[" + b",".join([b"{}"] * (MAX_VALUES // 2)) + b"]",
+        json.dumps({str(number): 1 for number in range(MAX_FIELDS + 1)}).encode(),
+        json.dumps([{"a": {str(number): 1 for number in range(MAX_FIELDS + 1)}}]).encode(),
+    ],
+    ids=["numbers", "objects", "fields", "nested fields"],
+)
+def test_client_json_is_bounded_in_values_and_fields(body: bytes) -> None:
+    with pytest.raises(MalformedError, match=r"values|fields"):
+        parse_client_json(body)
+    assert parse_json(body) is not None
 
 
 # ---- values to resources --------------------------------------------------------------------------------------------
