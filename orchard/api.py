@@ -1,7 +1,6 @@
-"""The REST API: which requests there are, and what each does to the cluster's state.
+"""The handlers of the REST API: what each request does to the cluster's state.
 
-`API.admit` sees a request before its body is read. It finds the operation in OPERATIONS, the table at the end of this
-file, and checks the credentials. `API.handle` then lets the operation's handler answer.
+`API.admit` sees a request before its body is read. It finds the operation, a row of the table in operations.py, and checks the credentials. `API.handle` then lets the operation's handler answer.
 
 A handler is a plain function over the state in memory, and changes it in one transaction. So no handler sees half of
 another's change. `handle` sends no answer before everything that the answer is based on is durable. Handlers that read
@@ -13,23 +12,22 @@ answers.py maps the errors of the layers below to HTTP, and makes the Warning he
 from __future__ import annotations
 
 import datetime
-import re
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import trio
 from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, parameters, schema, transitions, validation
-from orchard.answers import PRODUCT_ERRORS, REFUSALS, Remarks, http_error
+from orchard.admission import Admitted, APIOperation, is_old_worker, named, read_body, refuse_unknown
+from orchard.answers import PRODUCT_ERRORS, REFUSALS, http_error
 from orchard.cluster import WORKER_STATE, ClusterIdentity
-from orchard.codec import InvalidError, dump_json, encode, parse_client_json, shown
+from orchard.codec import dump_json, encode, parse_client_json, shown
 from orchard.gate import Gate, named_account
 from orchard.liveness import Liveness, Source
-from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 from orchard.net.request import (
     AnyResponse,
     HTTPError,
@@ -65,19 +63,13 @@ from orchard.tunnel import Rendezvous, VMAccess, WorkerEnd
 
 # Existing workers choose their protocol by these.
 _CAPABILITIES = ("rpc-v2", "vm-state-endpoint", WORKER_STATE, "field-validation")
-# Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
-_GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
-_STATE_ENDPOINT_SINCE = 44
 # How often a read is tried when the state that it is based on could not be made durable.
 _READ_ATTEMPTS = 3
-# The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
-_LARGE_BODY = 4 * 1024 * 1024  # bytes
 # Bytes of JSON, and events, whose reading takes some milliseconds. It goes on in a thread if there are more.
 _LARGE, _MANY_EVENTS = 16 * 1024, 500
 
 StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity)
 NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
-BodyT = TypeVar("BodyT")
 ReadT = TypeVar("ReadT")
 
 
@@ -107,47 +99,18 @@ class ControllerParts:
     offline_timeout: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The operation that a request is for, the name in its path, the account that sent it ("": anybody), and its role.
-
-    `role` is what the account must keep for as long as the answer lasts. `sender` tells the bearers of the account's
-    access tokens from the account itself.
-    """
-
-    operation: APIOperation
-    name: str
-    account: str
-    role: Role | None = None
-    sender: str = ""
-    # The parsed body; None if the operation takes none, or the client sent none.
-    body: Any = field(default=None, repr=False)
-    remarks: Remarks = field(default_factory=Remarks)
-    # Whether a request with an unknown name in it is refused.
-    strict: bool = False
-
-    @property
-    def authenticated(self) -> bool:
-        """Also of a controller that asks for no credentials: there, everybody may do everything."""
-        return self.operation.role != "public"
-
-    @property
-    def body_limit(self) -> int:
-        return self.operation.body_limit if self.operation.body is not None else 0
-
-
 class API:
     """The handlers, one for each operation, and what they have in common."""
 
-    def __init__(self, parts: ControllerParts) -> None:
+    def __init__(self, parts: ControllerParts, operations: Sequence[APIOperation], document: bytes) -> None:
+        """`operations` are those of operations.py, and `document` describes them in OpenAPI."""
         self.parts = parts
         self.store = parts.store
         self.state = parts.store.state
         # Several threads would delay all other requests together, since only one of them runs Python at a time.
         self._parsing = trio.CapacityLimiter(1)
-        prefix = f"{parts.prefix}/v1"
-        self._router = Router([Route(op.method, prefix + op.path, op) for op in OPERATIONS])
-        self._document = dump_json(describe_api(prefix))
+        self._router = Router([Route(op.method, f"{parts.prefix}/v1{op.path}", op) for op in operations])
+        self._document = document
 
     # -- admission and answer
 
@@ -261,7 +224,7 @@ class API:
                 raise HTTPError(400, "the body is empty, expected JSON")
             body = await self._in_thread(len(request.body) > _LARGE, partial(parse_client_json, request.body))
         admitted = replace(admitted, body=body, strict=strict)
-        _refuse_unknown(admitted)
+        refuse_unknown(admitted)
         return admitted
 
     async def _in_thread(self, is_long: bool, work: Callable[[], ReadT]) -> ReadT:
@@ -326,7 +289,7 @@ class API:
     # -- VMs
 
     def create_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        name, spec = _read_body(admitted, validation.vm_from_client)
+        name, spec = read_body(admitted, validation.vm_from_client)
         if spec.host_dirs:
             self._check_host_dirs(spec)
         if name in self.state.vms:
@@ -372,7 +335,7 @@ class API:
                     await send(change.line)
 
     def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
-        if _is_old_worker(request):
+        if is_old_worker(request):
             return self._report(request, admitted, validation.report_from_old_worker)
         return self._change_vm(request, admitted, validation.replaced_spec)
 
@@ -383,7 +346,7 @@ class API:
         self, request: Request, admitted: Admitted, read: Callable[[VMSpec, object, list[str]], VMSpec]
     ) -> AnyResponse:
         old = self._vm(admitted)
-        spec = _read_body(admitted, partial(read, old.spec))
+        spec = read_body(admitted, partial(read, old.spec))
         if spec.host_dirs != old.spec.host_dirs:
             self._check_host_dirs(spec)
         self._put(transitions.change(old, spec), old)
@@ -400,7 +363,7 @@ class API:
     ) -> AnyResponse:
         """Take over a worker's report. The answer is the VM: existing workers end their session when it is not."""
         old = self._vm(admitted)
-        report = _read_body(admitted, read)
+        report = read_body(admitted, read)
         self._put(transitions.report(old, report, self.parts.clock()), old)
         return self._stored_vm(old.name)
 
@@ -418,7 +381,7 @@ class API:
 
     async def append_events(self, request: Request, admitted: Admitted) -> AnyResponse:
         is_long = isinstance(admitted.body, list) and len(admitted.body) > _MANY_EVENTS
-        events = await self._in_thread(is_long, partial(_read_body, admitted, validation.events_from_client))
+        events = await self._in_thread(is_long, partial(read_body, admitted, validation.events_from_client))
         vm = self._vm(admitted)
         uid = request.query.one(parameters.UID.name)
         if uid and uid != vm.uid:
@@ -477,7 +440,7 @@ class API:
 
     def issue_token(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
-        ttl = _read_body(admitted, validation.ttl_from_client)
+        ttl = read_body(admitted, validation.ttl_from_client)
         now = self.parts.clock().replace(microsecond=0)
         expires = now + datetime.timedelta(seconds=ttl)
         times = int(now.timestamp()), int(expires.timestamp())
@@ -488,7 +451,7 @@ class API:
     # -- workers
 
     def register_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted = _read_body(admitted, validation.worker_from_client)
+        wanted = read_body(admitted, validation.worker_from_client)
         old = self.state.workers.get(wanted.name)
         if old is not None and old.machine_id != wanted.machine_id:
             raise HTTPError(
@@ -519,7 +482,7 @@ class API:
     def put_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Record a heartbeat, which has a later last_seen than the one before, or else set scheduling_paused."""
         worker = _found("worker", self.state.workers, admitted.name)
-        wanted = _read_body(admitted, _named(worker.name, validation.worker_from_client))
+        wanted = read_body(admitted, named(worker.name, validation.worker_from_client))
         seen, source = wanted.last_seen, _source(request, admitted)
         if seen is None or not self.parts.liveness.record_heartbeat(worker.name, source, seen):
             self._put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
@@ -575,7 +538,7 @@ class API:
     # -- service accounts
 
     def create_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        wanted = _read_body(admitted, validation.account_from_client)
+        wanted = read_body(admitted, validation.account_from_client)
         if wanted.name in self.state.accounts:
             raise HTTPError(409, f'service account "{wanted.name}" already exists')
         new = replace(wanted, token=wanted.token or auth.random_token(), created_at=self.parts.clock())
@@ -615,7 +578,7 @@ class API:
     def _change_account(self, admitted: Admitted, read: Callable[..., ServiceAccount]) -> AnyResponse:
         """Change an account's roles, token and keys; absent fields stay as they are."""
         old = _found("service account", self.state.accounts, admitted.name)
-        new = _read_body(admitted, _named(old.name, partial(read, base=old)))
+        new = read_body(admitted, named(old.name, partial(read, base=old)))
         new = replace(new, token=new.token or old.token)
         self._put(new, old)
         return self._changed_account(admitted, new, old)
@@ -629,7 +592,7 @@ class API:
         return self._settings()
 
     def put_settings(self, request: Request, admitted: Admitted) -> AnyResponse:
-        settings = _read_body(admitted, validation.settings_from_client)
+        settings = read_body(admitted, validation.settings_from_client)
         self._put(replace(settings, unknown=self.state.settings.unknown), self.state.settings)
         return self._settings()
 
@@ -647,41 +610,6 @@ def _found(kind: str, table: Mapping[str, NamedT], name: str) -> NamedT:
     if resource is None:
         raise HTTPError(404, f"{kind} {shown(name)} does not exist")
     return resource
-
-
-def _read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT]) -> BodyT:
-    """Return what a function of validation.py makes of the body. Raises HTTPError(400), ValidationError."""
-    unknown: list[str] = []
-    try:
-        value = read(admitted.body, unknown)
-    finally:
-        admitted.remarks.add_unknown("field", unknown)
-    _refuse_unknown(admitted)
-    return value
-
-
-def _refuse_unknown(admitted: Admitted) -> None:
-    if admitted.strict and admitted.remarks.unknown:
-        raise HTTPError(400, f"{admitted.remarks}; nothing was changed, because fieldValidation is strict")
-
-
-def _named(name: str, read: Callable[[Any, list[str]], BodyT]) -> Callable[[Any, list[str]], BodyT]:
-    """Return a function like `read` for an object that has the name in the path, or none."""
-
-    def read_named(raw: Any, unknown: list[str]) -> BodyT:
-        if isinstance(raw, dict):
-            if raw.get("name") not in (None, name):
-                raise InvalidError(f"name is {shown(raw['name'])}, expected {shown(name)} as in the path, or no name")
-            raw = {**raw, "name": name}
-        return read(raw, unknown)
-
-    return read_named
-
-
-def _is_old_worker(request: Request) -> bool:
-    """Return whether a worker that reports states by `PUT /vms/{name}` has sent a request."""
-    version = _GO_VERSION.match(request.headers.get("user-agent") or "")
-    return version is not None and int(version[1]) < _STATE_ENDPOINT_SINCE
 
 
 def _source(request: Request, admitted: Admitted) -> Source:
@@ -706,110 +634,3 @@ async def _send_page(page: SendPage, send: Callable[[bytes], Awaitable[None]]) -
 async def _close_at_once(websocket: WebSocketConnection) -> None:
     """Serve a WebSocket on which nothing follows."""
     await trio.lowlevel.checkpoint()
-
-
-# ---- the table of contents ------------------------------------------------------------------------------------------
-
-_NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
-_REVISION = {"X-Stored-Revision": "Rises with each stored change of the cluster"}
-_NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
-_ANY = {"type": "object"}
-_VM_TOKEN = SecurityScheme(
-    "vmAccessToken", "an access token for the VM", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
-)
-
-APIOperation = Operation[Role | Literal["public"]]
-
-# fmt: off
-OPERATIONS: tuple[APIOperation, ...] = (
-    Operation("GET", "/", API.hello, None, "Check that this is an Orchard controller and that the credentials are valid"),
-    Operation("GET", "/openapi.json", API.describe, "public", "Retrieve this OpenAPI document", answer=_ANY),
-    Operation("GET", "/controller/info", API.info, None, "Retrieve controller's information",
-              answer=ref("ControllerInfo")),
-    Operation("POST", "/controller/accept-state", API.accept_state, "admin:write",
-              "Accept a state that was restored from an older copy, and give it a new clusterId",
-              answer=ref("ControllerInfo")),
-    Operation("GET", "/cluster-settings", API.get_settings, "admin:read", "Retrieve cluster settings",
-              answer=ref("ClusterSettings")),
-    Operation("PUT", "/cluster-settings", API.put_settings, "admin:write", "Update cluster settings",
-              body=ref("ClusterSettings"), answer=ref("ClusterSettings")),
-    Operation("POST", "/service-accounts", API.create_account, "admin:write", "Create a Service Account",
-              body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(409,)),
-    Operation("GET", "/service-accounts", API.list_accounts, "admin:read", "List Service Accounts",
-              answer=array_of("ServiceAccount"), answer_headers=_REVISION),
-    Operation("GET", "/service-accounts/{name}", API.get_account, "admin:read", "Retrieve a Service Account",
-              answer=ref("ServiceAccount"), problems=(404,)),
-    Operation("PUT", "/service-accounts/{name}", API.replace_account, "admin:write", "Update a Service Account",
-              body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(404,)),
-    Operation("PATCH", "/service-accounts/{name}", API.patch_account, "admin:write",
-              "Change the fields that a JSON merge patch (RFC 7396) names",
-              body=_ANY, answer=ref("ServiceAccount"), problems=(404,)),
-    Operation("DELETE", "/service-accounts/{name}", API.delete_account, "admin:write", "Delete a Service Account",
-              problems=(404,)),
-    Operation("POST", "/workers", API.register_worker, "compute:write", "Register a Worker, or update its registration",
-              body=ref("Worker"), answer=ref("Worker"), problems=(409,)),
-    Operation("GET", "/workers", API.list_workers, "compute:read", "List Workers", answer=array_of("Worker"),
-              answer_headers=_REVISION),
-    Operation("GET", "/workers/{name}", API.get_worker, "compute:read", "Retrieve a Worker",
-              answer=ref("Worker"), problems=(404,)),
-    Operation("PUT", "/workers/{name}", API.put_worker, "compute:write",
-              "Send a heartbeat, which has a later last_seen, or else set scheduling_paused",
-              body=ref("Worker"), answer=ref("Worker"), problems=(404,)),
-    Operation("DELETE", "/workers/{name}", API.delete_worker, "compute:write", "Delete a Worker; its VMs fail",
-              problems=(404,)),
-    Operation("POST", "/vms", API.create_vm, "compute:write", "Create a VM",
-              body=_NEW_VM, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(409,)),
-    Operation("GET", "/vms", API.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=(parameters.FILTER,),
-              answer_headers=_REVISION),
-    Operation("GET", "/vms/{name}", API.get_vm, "compute:read", "Retrieve a VM",
-              answer=ref("VM"), problems=(404,), query=(parameters.WATCH,), ndjson=True),
-    Operation("PUT", "/vms/{name}", API.replace_vm, "compute:write", "Update a VM",
-              body=ref("VMSpec"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
-    Operation("PATCH", "/vms/{name}", API.patch_vm, "compute:write",
-              "Change the fields that a JSON merge patch (RFC 7396) names",
-              body=_ANY, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
-    Operation("DELETE", "/vms/{name}", API.delete_vm, "compute:write", "Delete a VM", problems=(404,)),
-    Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "Report what a worker observed of its VM",
-              body=ref("VMReport"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
-    Operation("GET", "/vms/{name}/events", API.list_events, "compute:read", "Retrieve events for a given VM",
-              answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT),
-    Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to those of a VM",
-              body=ref("Events"), body_limit=_LARGE_BODY, problems=(404,), query=(parameters.UID,)),
-    Operation("GET", "/vms/{name}/port-forward", API.forward_vm, "compute:connect",
-              "Port-forward to a VM using WebSocket protocol: binary messages carry the bytes",
-              problems=(404, 503), query=parameters.FORWARD, websocket=True, bearer=_VM_TOKEN, waits=True),
-    Operation("GET", "/vms/{name}/ip", API.resolve_ip, "compute:connect", "Resolve the VM's IP address on the worker",
-              answer=ref("IP"), problems=(404, 503), query=(parameters.WAIT_ADDRESS,), bearer=_VM_TOKEN, waits=True),
-    Operation("GET", "/vms/{name}/exec", API.execute, "compute:connect",
-              "Run a command in a VM over SSH: JSON in text frames, data in base64. `env[NAME]=value` sets variables",
-              problems=(404, 503), query=parameters.EXEC, websocket=True, bearer=_VM_TOKEN, waits=True),
-    Operation("POST", "/vms/{name}/access-tokens", API.issue_token, "compute:write",
-              "Issue a temporary VM access token", body=ref("IssueVMAccessTokenRequest"), body_required=False,
-              answer=ref("VMAccessToken"), problems=(404,)),
-    Operation("GET", "/workers/{name}/port-forward", API.forward_worker, "admin:write",
-              "Port-forward to a worker using WebSocket protocol: binary messages carry the bytes",
-              problems=(404, 503), query=parameters.FORWARD, websocket=True, waits=True),
-    Operation("GET", "/rpc/port-forward", API.answer_forward, "compute:write",
-              "Open the worker's end of the tunnel that a portForwardAction asked for",
-              problems=(404,), query=(parameters.SESSION, parameters.ERROR_MESSAGE), websocket=True),
-    Operation("POST", "/rpc/resolve-ip", API.answer_ip, "compute:write", "Answer a resolveIPAction",
-              problems=(404,), query=parameters.ANSWER_IP),
-    Operation("POST", "/rpc/goodbye", API.say_goodbye, "compute:write", "Say that a worker stops: it gets no new VMs",
-              problems=(404,), query=(parameters.WORKER_NAME,)),
-    Operation("GET", "/rpc/watch", API.watch_rpc, "compute:write",
-              "Receive actions for a worker over a WebSocket: one JSON object per binary message",
-              problems=(404,), query=(parameters.WORKER_NAME,), websocket=True),
-)
-# fmt: on
-
-
-def describe_api(prefix: str) -> dict[str, Any]:
-    """Return the OpenAPI document of OPERATIONS, served below `prefix`, for example "/v1"."""
-    info = {"title": "Orchard", "description": "Orchard orchestration API", "version": __version__}
-    with_validation = [
-        replace(operation, query=(*operation.query, parameters.FIELD_VALIDATION))
-        if operation.query or operation.body is not None
-        else operation
-        for operation in OPERATIONS
-    ]
-    return build_document(with_validation, prefix=prefix, info=info, schemas=schema.components())

@@ -29,7 +29,7 @@ from typing import TextIO
 import trio
 
 from orchard import __version__, auth
-from orchard.api import API, ControllerParts
+from orchard.api import ControllerParts
 from orchard.cluster import ClusterIdentity
 from orchard.daemon import orchard_home, parse_address, parse_seconds, run_main, run_until_signal
 from orchard.files import (
@@ -52,6 +52,7 @@ from orchard.net.streams import TLSListener
 from orchard.net.transport import DEFAULT_PORT
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
+from orchard.operations import make_api
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import NAME, ServiceAccount
@@ -212,7 +213,7 @@ async def run(
     platform = Platform() if platform is None else platform
     with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as (store, events):
         loop, parts = _compose(settings, store, events, platform.clock)
-        api = API(parts)
+        api = make_api(parts)
         # Ends last, because it stores what the tasks below change.
         async with trio.open_nursery() as writers:
             await writers.start(store.run)

@@ -19,14 +19,16 @@ from trio.testing import assert_no_checkpoints
 
 import orchard
 from orchard import __version__, auth, transitions
+from orchard.admission import Admitted, APIOperation
 from orchard.answers import ERROR_STATUS, http_error
-from orchard.api import API, OPERATIONS, Admitted, APIOperation
+from orchard.api import API
 from orchard.codec import InvalidError
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.files import STATE_FILE
 from orchard.login_limit import TooManyFailuresError
 from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Headers, HTTPError, Request, Stream
+from orchard.operations import OPERATIONS
 from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, ServiceAccount
 from orchard.storage.engine import snapshot_lines

@@ -34,6 +34,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "api",
             "parameters",
             "answers",
+            "admission",
+            "operations",
         ),
     ),
     ("access", ("ssh/", "sessions", "tunnel", "client")),

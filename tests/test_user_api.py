@@ -10,7 +10,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from harness.user_api import KEYWORDS, OPERATIONS, SCHEMAS, Schema, UserOperation, operations_of, schemas_of
 
-from orchard.api import describe_api
+from orchard.operations import describe_api
 
 FILE = Path(__file__).parent.parent.parent / "shared" / "openapi.yaml"
 with_file = pytest.mark.skipif(not FILE.exists(), reason="the user's openapi.yaml is not beside the project")

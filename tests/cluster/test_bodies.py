@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 import pytest
 import trio
 
-from orchard.api import OPERATIONS, APIOperation
+from orchard.admission import APIOperation
+from orchard.operations import OPERATIONS
 from orchard.testing import Cluster, cluster
 
 SMALL, LARGE, IGNORED = 256 * 1024, 4 * 1024 * 1024, 4 * 1024

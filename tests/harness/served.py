@@ -31,6 +31,7 @@ from orchard.net.request import (
     WhileConnected,
     error_response,
 )
+from orchard.operations import make_api
 from orchard.reactions import Reactions
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
@@ -182,7 +183,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
             waiting_reason=lambda _: "",
             clock=lambda: BEGAN,
         )
-        api = API(parts)
+        api = make_api(parts)
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
             await writers.start(events.run)

@@ -21,8 +21,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from orchard import __version__
-from orchard.api import OPERATIONS, describe_api
 from orchard.net.openapi import Operation, Parameter, SecurityScheme, build_document, describe_operation, ref
+from orchard.operations import OPERATIONS, describe_api
 from orchard.testing import BlockingCluster, start_cluster
 
 CHECKS = [

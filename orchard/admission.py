@@ -1,0 +1,85 @@
+"""A request that was admitted: what is known of it before its handler runs, and how handlers read its body. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from orchard.answers import Remarks
+from orchard.codec import InvalidError, shown
+from orchard.net.openapi import Operation
+from orchard.net.request import HTTPError, Request
+from orchard.schema import Role
+
+# Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
+_GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
+_STATE_ENDPOINT_SINCE = 44
+
+APIOperation = Operation[Role | Literal["public"]]
+BodyT = TypeVar("BodyT")
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The operation that a request is for, the name in its path, the account that sent it ("": anybody), and its role.
+
+    `role` is what the account must keep for as long as the answer lasts. `sender` tells the bearers of the account's
+    access tokens from the account itself.
+    """
+
+    operation: APIOperation
+    name: str
+    account: str
+    role: Role | None = None
+    sender: str = ""
+    # The parsed body; None if the operation takes none, or the client sent none.
+    body: Any = field(default=None, repr=False)
+    remarks: Remarks = field(default_factory=Remarks)
+    # Whether a request with an unknown name in it is refused.
+    strict: bool = False
+
+    @property
+    def authenticated(self) -> bool:
+        """Also of a controller that asks for no credentials: there, everybody may do everything."""
+        return self.operation.role != "public"
+
+    @property
+    def body_limit(self) -> int:
+        return self.operation.body_limit if self.operation.body is not None else 0
+
+
+def read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT]) -> BodyT:
+    """Return what a function of validation.py makes of the body. Raises HTTPError(400), ValidationError."""
+    unknown: list[str] = []
+    try:
+        value = read(admitted.body, unknown)
+    finally:
+        admitted.remarks.add_unknown("field", unknown)
+    refuse_unknown(admitted)
+    return value
+
+
+def refuse_unknown(admitted: Admitted) -> None:
+    if admitted.strict and admitted.remarks.unknown:
+        raise HTTPError(400, f"{admitted.remarks}; nothing was changed, because fieldValidation is strict")
+
+
+def named(name: str, read: Callable[[Any, list[str]], BodyT]) -> Callable[[Any, list[str]], BodyT]:
+    """Return a function like `read` for an object that has the name in the path, or none."""
+
+    def read_named(raw: Any, unknown: list[str]) -> BodyT:
+        if isinstance(raw, dict):
+            if raw.get("name") not in (None, name):
+                raise InvalidError(f"name is {shown(raw['name'])}, expected {shown(name)} as in the path, or no name")
+            raw = {**raw, "name": name}
+        return read(raw, unknown)
+
+    return read_named
+
+
+def is_old_worker(request: Request) -> bool:
+    """Return whether a worker that reports states by `PUT /vms/{name}` has sent a request."""
+    version = _GO_VERSION.match(request.headers.get("user-agent") or "")
+    return version is not None and int(version[1]) < _STATE_ENDPOINT_SINCE

@@ -1,0 +1,125 @@
+"""The table of the REST API's operations: method, path, handler, role, documentation.
+
+`make_api` serves them. The OpenAPI document is made from the same rows, so it describes what is served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from orchard import __version__, parameters, schema
+from orchard.admission import APIOperation
+from orchard.api import API, ControllerParts
+from orchard.codec import dump_json
+from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
+
+# The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
+_LARGE_BODY = 4 * 1024 * 1024  # bytes
+
+_NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
+_REVISION = {"X-Stored-Revision": "Rises with each stored change of the cluster"}
+_NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
+_ANY = {"type": "object"}
+_VM_TOKEN = SecurityScheme(
+    "vmAccessToken", "an access token for the VM", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
+)
+
+# fmt: off
+OPERATIONS: tuple[APIOperation, ...] = (
+    Operation("GET", "/", API.hello, None, "Check that this is an Orchard controller and that the credentials are valid"),
+    Operation("GET", "/openapi.json", API.describe, "public", "Retrieve this OpenAPI document", answer=_ANY),
+    Operation("GET", "/controller/info", API.info, None, "Retrieve controller's information",
+              answer=ref("ControllerInfo")),
+    Operation("POST", "/controller/accept-state", API.accept_state, "admin:write",
+              "Accept a state that was restored from an older copy, and give it a new clusterId",
+              answer=ref("ControllerInfo")),
+    Operation("GET", "/cluster-settings", API.get_settings, "admin:read", "Retrieve cluster settings",
+              answer=ref("ClusterSettings")),
+    Operation("PUT", "/cluster-settings", API.put_settings, "admin:write", "Update cluster settings",
+              body=ref("ClusterSettings"), answer=ref("ClusterSettings")),
+    Operation("POST", "/service-accounts", API.create_account, "admin:write", "Create a Service Account",
+              body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(409,)),
+    Operation("GET", "/service-accounts", API.list_accounts, "admin:read", "List Service Accounts",
+              answer=array_of("ServiceAccount"), answer_headers=_REVISION),
+    Operation("GET", "/service-accounts/{name}", API.get_account, "admin:read", "Retrieve a Service Account",
+              answer=ref("ServiceAccount"), problems=(404,)),
+    Operation("PUT", "/service-accounts/{name}", API.replace_account, "admin:write", "Update a Service Account",
+              body=ref("ServiceAccount"), answer=ref("ServiceAccount"), problems=(404,)),
+    Operation("PATCH", "/service-accounts/{name}", API.patch_account, "admin:write",
+              "Change the fields that a JSON merge patch (RFC 7396) names",
+              body=_ANY, answer=ref("ServiceAccount"), problems=(404,)),
+    Operation("DELETE", "/service-accounts/{name}", API.delete_account, "admin:write", "Delete a Service Account",
+              problems=(404,)),
+    Operation("POST", "/workers", API.register_worker, "compute:write", "Register a Worker, or update its registration",
+              body=ref("Worker"), answer=ref("Worker"), problems=(409,)),
+    Operation("GET", "/workers", API.list_workers, "compute:read", "List Workers", answer=array_of("Worker"),
+              answer_headers=_REVISION),
+    Operation("GET", "/workers/{name}", API.get_worker, "compute:read", "Retrieve a Worker",
+              answer=ref("Worker"), problems=(404,)),
+    Operation("PUT", "/workers/{name}", API.put_worker, "compute:write",
+              "Send a heartbeat, which has a later last_seen, or else set scheduling_paused",
+              body=ref("Worker"), answer=ref("Worker"), problems=(404,)),
+    Operation("DELETE", "/workers/{name}", API.delete_worker, "compute:write", "Delete a Worker; its VMs fail",
+              problems=(404,)),
+    Operation("POST", "/vms", API.create_vm, "compute:write", "Create a VM",
+              body=_NEW_VM, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(409,)),
+    Operation("GET", "/vms", API.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=(parameters.FILTER,),
+              answer_headers=_REVISION),
+    Operation("GET", "/vms/{name}", API.get_vm, "compute:read", "Retrieve a VM",
+              answer=ref("VM"), problems=(404,), query=(parameters.WATCH,), ndjson=True),
+    Operation("PUT", "/vms/{name}", API.replace_vm, "compute:write", "Update a VM",
+              body=ref("VMSpec"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
+    Operation("PATCH", "/vms/{name}", API.patch_vm, "compute:write",
+              "Change the fields that a JSON merge patch (RFC 7396) names",
+              body=_ANY, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
+    Operation("DELETE", "/vms/{name}", API.delete_vm, "compute:write", "Delete a VM", problems=(404,)),
+    Operation("PUT", "/vms/{name}/state", API.report_vm, "compute:write", "Report what a worker observed of its VM",
+              body=ref("VMReport"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
+    Operation("GET", "/vms/{name}/events", API.list_events, "compute:read", "Retrieve events for a given VM",
+              answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT),
+    Operation("POST", "/vms/{name}/events", API.append_events, "compute:write", "Append events to those of a VM",
+              body=ref("Events"), body_limit=_LARGE_BODY, problems=(404,), query=(parameters.UID,)),
+    Operation("GET", "/vms/{name}/port-forward", API.forward_vm, "compute:connect",
+              "Port-forward to a VM using WebSocket protocol: binary messages carry the bytes",
+              problems=(404, 503), query=parameters.FORWARD, websocket=True, bearer=_VM_TOKEN, waits=True),
+    Operation("GET", "/vms/{name}/ip", API.resolve_ip, "compute:connect", "Resolve the VM's IP address on the worker",
+              answer=ref("IP"), problems=(404, 503), query=(parameters.WAIT_ADDRESS,), bearer=_VM_TOKEN, waits=True),
+    Operation("GET", "/vms/{name}/exec", API.execute, "compute:connect",
+              "Run a command in a VM over SSH: JSON in text frames, data in base64. `env[NAME]=value` sets variables",
+              problems=(404, 503), query=parameters.EXEC, websocket=True, bearer=_VM_TOKEN, waits=True),
+    Operation("POST", "/vms/{name}/access-tokens", API.issue_token, "compute:write",
+              "Issue a temporary VM access token", body=ref("IssueVMAccessTokenRequest"), body_required=False,
+              answer=ref("VMAccessToken"), problems=(404,)),
+    Operation("GET", "/workers/{name}/port-forward", API.forward_worker, "admin:write",
+              "Port-forward to a worker using WebSocket protocol: binary messages carry the bytes",
+              problems=(404, 503), query=parameters.FORWARD, websocket=True, waits=True),
+    Operation("GET", "/rpc/port-forward", API.answer_forward, "compute:write",
+              "Open the worker's end of the tunnel that a portForwardAction asked for",
+              problems=(404,), query=(parameters.SESSION, parameters.ERROR_MESSAGE), websocket=True),
+    Operation("POST", "/rpc/resolve-ip", API.answer_ip, "compute:write", "Answer a resolveIPAction",
+              problems=(404,), query=parameters.ANSWER_IP),
+    Operation("POST", "/rpc/goodbye", API.say_goodbye, "compute:write", "Say that a worker stops: it gets no new VMs",
+              problems=(404,), query=(parameters.WORKER_NAME,)),
+    Operation("GET", "/rpc/watch", API.watch_rpc, "compute:write",
+              "Receive actions for a worker over a WebSocket: one JSON object per binary message",
+              problems=(404,), query=(parameters.WORKER_NAME,), websocket=True),
+)
+# fmt: on
+
+
+def describe_api(prefix: str) -> dict[str, Any]:
+    """Return the OpenAPI document of OPERATIONS, served below `prefix`, for example "/v1"."""
+    info = {"title": "Orchard", "description": "Orchard orchestration API", "version": __version__}
+    with_validation = [
+        replace(operation, query=(*operation.query, parameters.FIELD_VALIDATION))
+        if operation.query or operation.body is not None
+        else operation
+        for operation in OPERATIONS
+    ]
+    return build_document(with_validation, prefix=prefix, info=info, schemas=schema.components())
+
+
+def make_api(parts: ControllerParts) -> API:
+    """Return the API of a controller with these parts."""
+    return API(parts, OPERATIONS, dump_json(describe_api(f"{parts.prefix}/v1")))
