@@ -19,6 +19,8 @@ from measure import ROUNDS, Turns, Variant, compare, turns
 
 from orchard import scheduler, transitions
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, collect_garbage_less
+from orchard.early_failures import EarlyFailures
+from orchard.liveness import Liveness
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM, VMReport, Worker
 from orchard.store import Store
@@ -29,14 +31,25 @@ SORTED_VMS = 100
 CHANGES = 200
 
 
+def connect(liveness: Liveness, worker: str) -> None:
+    """Begin a session of a worker, which is whole at once."""
+    source = ("", "")
+    liveness.record_registration(worker, source)
+    liveness.record_watch(worker, source)
+    liveness.record_poll(worker, source)
+
+
 def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
     """Plan for VMs that all fit."""
+    liveness = Liveness(lambda: 0.0, DEFAULT_OFFLINE_TIMEOUT, lambda _: None, dict.fromkeys(workers, 0.0), {})
+    for name in workers:
+        connect(liveness, name)
     inputs = scheduler.PlannerInputs(
-        last_contact=dict.fromkeys(workers, 0.0),
-        last_contact_of_deleted={},
+        workers=liveness,
+        failures=EarlyFailures(),
         restarted_at={},
         offline_timeout=DEFAULT_OFFLINE_TIMEOUT,
-        started_at=0.0,
+        forgotten_until=0.0,
         failed_before_start=set(),
     )
     planner = scheduler.Planner(inputs)
@@ -67,7 +80,7 @@ class BusyCluster:
         with self.store.transaction() as tx:
             for number in range(-(-count // PER_WORKER)):
                 tx.put(worker_of(number))
-                self.loop.liveness.record_worker(f"worker-{number}", ("", ""))
+                connect(self.loop.liveness, f"worker-{number}")
             for number in range(count):
                 tx.put(vm_of(number))
         self.schedule()
@@ -116,7 +129,7 @@ async def assign_durably() -> tuple[float, float]:
                     tx.put(vm_of(number))
                 for number in range(WORKERS):
                     tx.put(worker_of(number))
-                    loop.liveness.record_worker(f"worker-{number}", ("", ""))
+                    connect(loop.liveness, f"worker-{number}")
             await store.wait_durable()
             trio.lowlevel.add_instrument(watched)
             began = trio.current_time()

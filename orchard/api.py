@@ -24,7 +24,7 @@ from trio_websocket import WebSocketConnection
 from orchard import __version__, auth, parameters, schema, transitions, validation
 from orchard.admission import Admitted, APIOperation, is_old_worker, named, read_body, refuse_unknown
 from orchard.answers import PRODUCT_ERRORS, REFUSALS, http_error
-from orchard.cluster import WORKER_STATE, ClusterIdentity
+from orchard.cluster import WORKER_STATE, ClusterIdentity, Promise
 from orchard.codec import dump_json, encode, parse_client_json, shown
 from orchard.gate import Gate, named_account
 from orchard.liveness import Liveness, Source
@@ -60,6 +60,7 @@ from orchard.ssh import exec as vm_exec
 from orchard.storage.events import EventLog, EventsDeletedError, SendPage
 from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_line
 from orchard.tunnel import Rendezvous, VMAccess, WorkerEnd
+from orchard.worker_states import WorkerStates
 
 # Existing workers choose their protocol by these.
 _CAPABILITIES = ("rpc-v2", "vm-state-endpoint", WORKER_STATE, "field-validation")
@@ -91,6 +92,7 @@ class ControllerParts:
     vm_access: VMAccess
     executor: vm_exec.Executor
     sessions: AccountSessions
+    worker_states: WorkerStates
     gate: Gate | None
     tokens: auth.AccessTokens
     waiting_reason: Callable[[VMSpec], str]
@@ -109,6 +111,8 @@ class API:
         self.state = parts.store.state
         # Several threads would delay all other requests together, since only one of them runs Python at a time.
         self._parsing = trio.CapacityLimiter(1)
+        # The highest revision whose loss was accepted since the start.
+        self._accepted_revision = 0
         self._router = Router([Route(op.method, f"{parts.prefix}/v1{op.path}", op) for op in operations])
         self._document = document
 
@@ -280,6 +284,8 @@ class API:
     def accept_state(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Accept a state that was restored from an older copy, which workers have noticed."""
         old = self.state.cluster
+        # A registration that was sent before may still arrive.
+        self._accepted_revision = max(old.restored_from, self._accepted_revision)
         self._put(ClusterIdentity(uuid.uuid4().hex, holds_back=bool(old.restored_from) or old.holds_back), old)
         return self.info(request, admitted)
 
@@ -304,8 +310,19 @@ class API:
         worker = parameters.read_worker_filter(request.query)
         if worker is None:
             return self._list(table[name] for name in self.state.names["vm"])
+        if self.state.cluster.restored_from and not self._can_notice(worker):
+            raise HTTPError(
+                503,
+                "the controller's state was restored from an older copy, and this worker cannot know;"
+                " see POST /v1/controller/accept-state",
+            )
         self.parts.liveness.record_poll(worker, _source(request, admitted))
         return self._list(table[name] for name in sorted(self.state.vms_by_worker.get(worker, ())))
+
+    def _can_notice(self, worker: str) -> bool:
+        """Return whether a worker keeps its VMs by itself while the restored state is not accepted."""
+        registered = self.state.workers.get(worker)
+        return registered is not None and WORKER_STATE in registered.capabilities
 
     def get_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
@@ -407,14 +424,15 @@ class API:
         wait = read_count(request.query, parameters.WAIT_FORWARD)
         vm = self._vm(admitted)
         request.require_websocket()
-        return self._relay_to(await self.parts.vm_access.connect(vm, port, wait), admitted)
+        return self._relay_to(await self.parts.vm_access.connect(vm, port, wait, sender=admitted.sender), admitted)
 
     async def forward_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = read_count(request.query, parameters.PORT_NUMBER)
         wait = read_count(request.query, parameters.WAIT_FORWARD)
         worker = _found("worker", self.state.workers, admitted.name)
         request.require_websocket()
-        return self._relay_to(await self.parts.vm_access.connect_to_host(worker.name, port, wait), admitted)
+        end = await self.parts.vm_access.connect_to_host(worker.name, port, wait, sender=admitted.sender)
+        return self._relay_to(end, admitted)
 
     def _relay_to(self, end: WorkerEnd, admitted: Admitted) -> TunnelUpgrade:
         return TunnelUpgrade(partial(self._relay, end, admitted), self.parts.rendezvous.ping_interval)
@@ -426,7 +444,7 @@ class API:
     async def resolve_ip(self, request: Request, admitted: Admitted) -> AnyResponse:
         wait = read_count(request.query, parameters.WAIT_ADDRESS)
         vm = self._vm(admitted)
-        address = await self.parts.vm_access.find_address(vm, wait)
+        address = await self.parts.vm_access.find_address(vm, wait, sender=admitted.sender)
         return Response(200, dump_json(encode(IP(address))))
 
     async def execute(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -450,8 +468,24 @@ class API:
 
     # -- workers
 
-    def register_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
+    def register_worker(self, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
         wanted = read_body(admitted, validation.worker_from_client)
+        register = partial(self._register, wanted, request, admitted)
+        return self._if_not_connected(wanted.name, register)
+
+    async def _ask_watch(self, name: str, answer: Callable[[], AnyResponse]) -> AnyResponse:
+        if await self.parts.rendezvous.is_connected(name):
+            raise HTTPError(
+                409,
+                f'worker "{name}" is connected already, and its watch answers; give each worker a name of its own',
+            )
+        return answer()
+
+    def _if_not_connected(self, name: str, answer: Callable[[], AnyResponse]) -> AnyResponse | Awaitable[AnyResponse]:
+        """Answer a request that begins the session of a worker, unless a worker of that name has a live one."""
+        return self._ask_watch(name, answer) if self.parts.rendezvous.has_watch(name) else answer()
+
+    def _register(self, wanted: Worker, request: Request, admitted: Admitted) -> AnyResponse:
         old = self.state.workers.get(wanted.name)
         if old is not None and old.machine_id != wanted.machine_id:
             raise HTTPError(
@@ -459,19 +493,32 @@ class API:
                 f'worker "{wanted.name}" is registered from the machine {shown(old.machine_id)};'
                 " give this worker another name, or delete the other worker first",
             )
+        liveness = self.parts.liveness
         new = replace(
             wanted,
             last_seen=None,
             unknown=old.unknown if old is not None else {},
             created_at=old.created_at if old is not None else self.parts.clock(),
             scheduling_paused=old.scheduling_paused if old is not None else wanted.scheduling_paused,
+            registered_by=admitted.account,
+            promised=max(old.promised if old is not None else 0, liveness.offline_timeout_ms),
+            highest_revision=0,
+            settled=False,
+            health=None,
         )
         self._put(new, old)
+        self._notice_restored(wanted.highest_revision)
         source = _source(request, admitted)
-        self.parts.liveness.record_worker(new.name, source)
+        liveness.record_registration(new.name, source, tells_settled=WORKER_STATE in wanted.capabilities)
         if wanted.last_seen is not None:
-            self.parts.liveness.record_heartbeat(new.name, source, wanted.last_seen)
+            liveness.record_heartbeat(new.name, source, wanted.last_seen)
         return self._worker(new.name)
+
+    def _notice_restored(self, revision: int) -> None:
+        """Note that a worker has seen a higher revision of this state, unless the loss was accepted since."""
+        cluster = self.state.cluster
+        if revision > max(self._accepted_revision, cluster.restored_from):
+            self._put(replace(cluster, restored_from=revision), cluster)
 
     def list_workers(self, request: Request, admitted: Admitted) -> AnyResponse:
         return self._list(self._worker_json(name) for name in self.state.names["worker"])
@@ -484,35 +531,71 @@ class API:
         worker = _found("worker", self.state.workers, admitted.name)
         wanted = read_body(admitted, named(worker.name, validation.worker_from_client))
         seen, source = wanted.last_seen, _source(request, admitted)
-        if seen is None or not self.parts.liveness.record_heartbeat(worker.name, source, seen):
+        liveness = self.parts.liveness
+        if seen is not None and liveness.is_heartbeat(worker.name, seen):
+            self._speak_for(worker, admitted)
+            liveness.record_heartbeat(worker.name, source, seen, settled=wanted.settled, health=wanted.health)
+        else:
             self._put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
         return self._worker(worker.name)
 
     def delete_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._delete(_found("worker", self.state.workers, admitted.name))
+        worker = _found("worker", self.state.workers, admitted.name)
+        old = self.state.promises.get(worker.name)
+        promise = max(self.parts.liveness.promise_ms(worker.name), old.milliseconds if old is not None else 0)
+        with self.store.transaction() as tx:
+            tx.delete(worker)
+            tx.put(Promise(worker.name, promise))
+        return Response(200)
+
+    def _speak_for(self, worker: Worker, admitted: Admitted) -> None:
+        """Check that a sender is the account that registered a worker. Raises ForbiddenError.
+
+        A worker that was stored before accounts were is bound to the first account that speaks for it.
+        """
+        if self.parts.gate is None or worker.registered_by == admitted.account:
+            return
+        if worker.registered_by:
+            raise auth.ForbiddenError(
+                f'worker "{worker.name}" was registered by service account "{worker.registered_by}",'
+                f' not by "{admitted.account}"'
+            )
+        self._put(replace(worker, registered_by=admitted.account), worker)
 
     def _worker(self, name: str) -> Response:
         return Response(200, self._worker_json(name))
 
     def _worker_json(self, name: str) -> bytes:
-        """Return a worker's JSON with its last_seen, which is not stored."""
+        """Return a worker's JSON with its last_seen and its state, which are not stored."""
         stored, last_seen = self.state.json["worker"][name], self.parts.liveness.last_seen_json(name)
-        return stored if last_seen is None else b'%b,"last_seen":"%b"}' % (stored[:-1], last_seen)
+        seen = b"" if last_seen is None else b'"last_seen":"%b",' % last_seen
+        return b"%b,%b%b}" % (stored[:-1], seen, self.parts.worker_states.members(self.state.workers[name]))
 
     # -- requests of workers
 
-    def watch_rpc(self, request: Request, admitted: Admitted) -> AnyResponse:
+    def watch_rpc(self, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
         request.require_websocket()
-        name = read_text(request.query, parameters.WORKER_NAME)
-        worker = _found("worker", self.state.workers, name).name
-        self.parts.liveness.record_worker(worker, _source(request, admitted))
-        record_pong = partial(self.parts.liveness.record_pong, worker)
-        return WebSocketUpgrade(partial(self.parts.rendezvous.serve, worker, admitted.account, record_pong))
+        worker = self._read_worker(request, admitted)
+        serve = partial(self._serve_watch, worker.name, _source(request, admitted))
+        return self._if_not_connected(worker.name, lambda: WebSocketUpgrade(serve))
+
+    async def _serve_watch(self, worker: str, source: Source, websocket: WebSocketConnection) -> None:
+        liveness = self.parts.liveness
+        watch = liveness.record_watch(worker, source)
+        try:
+            await self.parts.rendezvous.serve(worker, source[0], partial(liveness.record_pong, worker), websocket)
+        finally:
+            liveness.record_watch_end(worker, watch)
 
     def say_goodbye(self, request: Request, admitted: Admitted) -> AnyResponse:
-        name = read_text(request.query, parameters.WORKER_NAME)
-        _found("worker", self.state.workers, name)
+        self.parts.liveness.record_goodbye(self._read_worker(request, admitted).name)
         return Response(200)
+
+    def _read_worker(self, request: Request, admitted: Admitted) -> Worker:
+        """Return the worker that a request is from. Raises HTTPError(400, 404), ForbiddenError."""
+        worker = _found("worker", self.state.workers, read_text(request.query, parameters.WORKER_NAME))
+        self._speak_for(worker, admitted)
+        return worker
 
     def answer_forward(self, request: Request, admitted: Admitted) -> AnyResponse:
         request.require_websocket()

@@ -15,6 +15,7 @@ import datetime
 import gc
 import ipaddress
 import logging
+import math
 import os
 import resource
 import secrets
@@ -169,6 +170,18 @@ def ensure_identity(store: Store) -> None:
             tx.put(ClusterIdentity(secrets.token_hex(16)))
 
 
+def renew_promises(store: Store, offline_timeout: float) -> None:
+    """Store for each worker that it was promised this offline timeout in seconds, or a longer one as before.
+
+    It is unknown what workers of an earlier version were promised: at least the default counts.
+    """
+    with store.transaction() as tx:
+        for worker in store.state.workers.values():
+            promised = max(math.ceil(1000 * offline_timeout), worker.promised or round(1000 * DEFAULT_OFFLINE_TIMEOUT))
+            if promised != worker.promised:
+                tx.put(replace(worker, promised=promised))
+
+
 def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAccount | None:
     """Create or update bootstrap-admin with `token`. Without a token, create it only if there is no account at all.
 
@@ -240,6 +253,7 @@ def _compose(
 ) -> tuple[SchedulingLoop, ControllerParts]:
     """Connect the parts of a controller. No task runs yet. Raises StartError."""
     rendezvous = Rendezvous(settings.ping_interval)
+    renew_promises(store, settings.worker_offline_timeout)
     loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
     sessions = AccountSessions(store.state.accounts)
     Reactions(store, events, rendezvous, loop, sessions, clock)
@@ -253,6 +267,7 @@ def _compose(
         vm_access=vm_access,
         executor=Executor(vm_access),
         sessions=sessions,
+        worker_states=loop.states,
         gate=Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if settings.auth else None,
         tokens=tokens,
         waiting_reason=loop.waiting_reason,

@@ -4,15 +4,17 @@ A plan is data. The scheduling loop applies it in one transaction and makes the 
 plan is empty. A plan is applied only to the state that it was made from, so it never assigns capacity that is gone.
 This file performs no I/O, and times are arguments.
 
-A plan has three steps, in this order:
+A plan has four steps, in this order:
 
-1. VMs whose worker is deleted or offline fail, with a reason.
+1. VMs whose worker is away, and that no answer to its polls ever named, return to the queue: they cannot run there.
+   VMs whose worker is deleted or offline fail, with a reason.
 2. Failed VMs with the restart policy OnFailure return to pending, each at most once per RESTART_PAUSE_SECONDS. A VM
    whose worker was deleted may still run there for as long as it could on an offline worker, so its restart waits that
    long. So does the restart of a VM that had failed before the controller started, because its worker may have been
    deleted then.
-3. Pending VMs, oldest first, are assigned to the fullest (or emptiest, by profile) worker that fits. A VM that fits
-   nowhere gets a reason and does not hold up the next one.
+3. Pending VMs, oldest first, are assigned to the fullest (or emptiest, by profile) worker that fits. Workers on which
+   VMs fail before they run come last (early_failures.py). A VM that fits nowhere does not hold up the next one.
+4. VMs that stay pending get the reason.
 
 Overtaking is therefore unbounded by design: a VM that asks for a whole worker waits as long as smaller VMs keep every
 worker partly used.
@@ -32,10 +34,12 @@ import itertools
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
+from orchard.early_failures import EarlyFailures
 from orchard.schema import VM, SchedulerProfile, VMSpec, Worker
 
 # Between two restarts of a VM, so that one that fails at once does not keep its worker busy.
@@ -44,7 +48,27 @@ RESTART_PAUSE_SECONDS = 15.0
 REASON_SECONDS = 1.0
 # Kinds of demand whose candidates are kept although no VM of the kind waits.
 _MAX_IDLE_DEMANDS = 64
+# Positions in a waiting reason.
+_UNAVAILABLE, _PAUSED, _FAILING = 0, 1, 2
 _LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+
+
+class WorkerTimes(Protocol):
+    """What is known of the workers' presence; see `liveness.Liveness`. The answers may change at any time."""
+
+    @property
+    def unnamed(self) -> Mapping[str, Mapping[str, str]]:
+        """Worker -> names of VMs that were assigned to it since its last poll -> their uids."""
+
+    def silent_at(self, worker: str) -> float: ...
+
+    def deleted_until(self, worker: str) -> float: ...
+
+    def away_at(self, worker: str) -> float: ...
+
+    def available_until(self, worker: str) -> float: ...
+
+    def why_unavailable(self, worker: str) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,40 +78,46 @@ class PlannerInputs:
     The planner reads the tables live: their owner changes them in place.
     """
 
-    # Worker name -> its last contact.
-    last_contact: Mapping[str, float]
-    # Name of a deleted worker -> its last contact.
-    last_contact_of_deleted: Mapping[str, float]
+    workers: WorkerTimes
+    failures: EarlyFailures
     # VM uid -> its last restart.
     restarted_at: Mapping[str, float]
     # A worker without contact for this long is offline.
     offline_timeout: float  # seconds
-    # Start of the controller. Deletions of workers before it are forgotten.
-    started_at: float
+    # When the longest promise from before the start is over. Deletions of workers before the start are forgotten.
+    forgotten_until: float
     # Uids of VMs that had failed before the start, for a reason that is forgotten. They may still run.
     failed_before_start: set[str]
-
-    def offline_at(self, worker: str) -> float:
-        """Return the time at which a worker without further contact counts as offline."""
-        return self.last_contact.get(worker, -math.inf) + self.offline_timeout
+    # Uid of a VM that may run where the state does not show it -> when it cannot any more.
+    held: Mapping[str, float] = field(default_factory=dict)
+    # Why nothing is placed at all, or "".
+    why_frozen: Callable[[], str] = str
 
     def restart_at(self, vm: VM, *, worker_is_registered: bool) -> float:
         """Return the earliest time at which a failed VM can neither run any more nor restart too often."""
         worker = vm.state.worker
-        # The last time at which a worker that may still run the VM could have renewed its lease.
-        renewed_at = self.last_contact_of_deleted.get(worker, -math.inf)
+        # The last time at which a worker that may still run the VM holds a lease.
+        over_at = self.workers.deleted_until(worker)
         if not worker_is_registered:
-            renewed_at = max(renewed_at, self.last_contact.get(worker, self.started_at))
+            over_at = max(over_at, self.workers.silent_at(worker))
         if vm.uid in self.failed_before_start:
-            renewed_at = max(renewed_at, self.started_at)
-        restarted_at = self.restarted_at.get(vm.uid, -math.inf)
-        return max(renewed_at + self.offline_timeout, restarted_at + RESTART_PAUSE_SECONDS)
+            over_at = max(over_at, self.forgotten_until)
+        return max(over_at, self.restarted_at.get(vm.uid, -math.inf) + RESTART_PAUSE_SECONDS)
+
+    def demand_of_vm(self, vm: VM) -> Demand:
+        """Return what a VM asks of its worker, with what its own history excludes."""
+        demand, avoided = demand_of(vm.spec), self.failures.avoided(vm.uid)
+        if not avoided and vm.uid not in self.held:
+            return demand
+        return demand._replace(held_until=self.held.get(vm.uid, -math.inf), avoids=tuple(sorted(avoided.items())))
 
 
 @dataclass(slots=True)
 class Plan:
-    """The next changes. Each VM is in at most one of the first four."""
+    """The next changes. Each VM is in at most one of the first five."""
 
+    # VM name -> reason why it returns to the queue.
+    unassign: dict[str, str] = field(default_factory=dict)
     # VM name -> reason.
     fail: dict[str, str] = field(default_factory=dict)
     restart: list[str] = field(default_factory=list)
@@ -99,12 +129,12 @@ class Plan:
     next_at: float = math.inf
     # How many more VMs the plan could take. If 0, there may be more to do.
     capacity: int = field(default=sys.maxsize, compare=False)
-    # Workers that went offline since the plan before.
+    # Workers that became unavailable since the plan before.
     offline: list[str] = field(default_factory=list, compare=False)
 
     @property
     def has_changes(self) -> bool:
-        return bool(self.fail or self.restart or self.assign or self.waiting)
+        return bool(self.unassign or self.fail or self.restart or self.assign or self.waiting)
 
     def set_due(self, at: float) -> None:
         """Make another plan due at `at`, or earlier."""
@@ -142,6 +172,10 @@ class Demand(NamedTuple):
     runtime: str
     labels: tuple[tuple[str, str], ...]
     resources: tuple[tuple[str, int], ...]
+    # A time before which the VM must not be placed, since it may run unseen.
+    held_until: float = -math.inf
+    # Workers that the VM avoids, with the end of the pause on each.
+    avoids: tuple[tuple[str, float], ...] = ()
 
 
 def demand_of(spec: VMSpec) -> Demand:
@@ -161,8 +195,13 @@ def fits(demand: Demand, worker: Worker, load: Load) -> bool:
     return True
 
 
-def _why_not(demand: Demand, workers: Mapping[str, Worker], online: Mapping[str, None], placed: _Placed) -> str:
-    """Return why no worker can take a VM. Each worker counts under the first thing that excludes it."""
+def _why_not(
+    demand: Demand, workers: Mapping[str, Worker], exclude: Callable[[str], tuple[int, str] | None], placed: _Placed
+) -> str:
+    """Return why no worker can take a VM. Each worker counts under the first thing that excludes it.
+
+    `exclude` returns the position and the text of what excludes a worker whatever it offers.
+    """
     total = len(workers)
     if not total:
         return "waiting: no worker has registered yet"
@@ -171,17 +210,17 @@ def _why_not(demand: Demand, workers: Mapping[str, Worker], online: Mapping[str,
     # (resource, wanted) -> free amount on each worker
     short: defaultdict[tuple[str, int], list[int]] = defaultdict(list)
     for name, worker in workers.items():
-        if name not in online:
-            reasons[0, "offline"] += 1
+        if (excluded := exclude(name)) is not None:
+            reasons[excluded] += 1
         elif worker.scheduling_paused:
-            reasons[1, "paused"] += 1
+            reasons[_PAUSED, "paused"] += 1
         elif worker.arch != demand.arch:
-            reasons[2, f"of another arch ({demand.arch} wanted)"] += 1
+            reasons[3, f"of another arch ({demand.arch} wanted)"] += 1
         elif worker.runtime != demand.runtime:
-            reasons[3, f"of another runtime ({demand.runtime} wanted)"] += 1
+            reasons[4, f"of another runtime ({demand.runtime} wanted)"] += 1
         elif missing := [pair for pair in demand.labels if worker.labels.get(pair[0]) != pair[1]]:
             label, value = missing[0]
-            reasons[4, f"without label {label}={value}"] += 1
+            reasons[5, f"without label {label}={value}"] += 1
         else:
             used = placed.load_of(name).used
             for resource, wanted in demand.resources:
@@ -199,62 +238,67 @@ def _why_not(demand: Demand, workers: Mapping[str, Worker], online: Mapping[str,
 # ---- parts of the planner --------------------------------------------------------------------------------------------
 
 
+class _Timeouts:
+    """Workers by a time that their contacts move on. An entry is renewed when it is due, so it may be too early."""
+
+    def __init__(self, time_of: Callable[[str], float], relevant: Mapping[str, object]) -> None:
+        self._time_of = time_of
+        # Workers that are not in this table are dropped when they are due.
+        self._relevant = relevant
+        self._heap: list[tuple[float, str]] = []
+
+    def put(self, worker: str) -> None:
+        """Add a worker, or note that its time may have become earlier."""
+        heapq.heappush(self._heap, (self._time_of(worker), worker))
+
+    def pop_due(self, now: float) -> list[str]:
+        """Remove and return the workers whose time has come."""
+        due: dict[str, None] = {}
+        while self._heap and (self._heap[0][0] <= now or self._heap[0][1] not in self._relevant):
+            _, worker = heapq.heappop(self._heap)
+            if worker not in self._relevant:
+                continue
+            if (at := self._time_of(worker)) > now:
+                heapq.heappush(self._heap, (at, worker))
+            else:
+                due[worker] = None
+        return list(due)
+
+    def next(self) -> float:
+        return self._heap[0][0] if self._heap else math.inf
+
+
 class _OnlineWorkers:
-    """Which workers are online, and when the next one may go offline.
+    """Which workers are available for new VMs, and when the next one may become unavailable."""
 
-    Contact moves a worker's time on, but not in the heaps: an entry is renewed when it is due.
-    """
-
-    def __init__(self, inputs: PlannerInputs, active_vms: Mapping[str, object]) -> None:
+    def __init__(self, times: WorkerTimes) -> None:
         self.names: dict[str, None] = {}
-        self._inputs = inputs
-        self._active_vms = active_vms
-        # Workers that may have come online since the last update.
+        self._times = times
+        # Workers that may have become available or unavailable since the last update.
         self.unchecked: dict[str, None] = {}
-        # Heap: (not offline before this time, worker). The time may be too early.
-        self.times: list[tuple[float, str]] = []
-        # The same for workers that have active VMs.
-        self.times_with_vms: list[tuple[float, str]] = []
+        self.timeouts = _Timeouts(times.available_until, self.names)
 
     def check(self, worker: str) -> None:
-        """Let the next update check whether a worker came online."""
+        """Let the next update check a worker."""
         self.unchecked[worker] = None
-
-    def add_vms(self, worker: str) -> None:
-        """Record that an online worker, which had no active VM, has one now."""
-        heapq.heappush(self.times_with_vms, (self._inputs.offline_at(worker), worker))
 
     def discard(self, worker: str) -> None:
         self.names.pop(worker, None)
 
     def update(self, now: float, registered: Mapping[str, Worker]) -> tuple[list[str], list[str]]:
-        """Return the workers that came online and those that went offline."""
-        came = [
-            worker
-            for worker in self.unchecked
-            if worker in registered and worker not in self.names and self._inputs.offline_at(worker) > now
-        ]
+        """Return the workers that became available, and those that became unavailable."""
+        came = []
+        for worker in self.unchecked:
+            if worker in registered and worker not in self.names and self._times.available_until(worker) > now:
+                self.names[worker] = None
+                came.append(worker)
+            if worker in self.names:
+                self.timeouts.put(worker)
         self.unchecked.clear()
-        for worker in came:
-            self.names[worker] = None
-            heapq.heappush(self.times, (self._inputs.offline_at(worker), worker))
-            if self._active_vms.get(worker):
-                self.add_vms(worker)
-        went = self._pop_offline(self.times, self.names, now)
-        return came, went + self._pop_offline(self.times_with_vms, self._active_vms, now)
-
-    def _pop_offline(self, heap: list[tuple[float, str]], relevant: Mapping[str, object], now: float) -> list[str]:
-        went = []
-        while heap and (heap[0][0] <= now or heap[0][1] not in relevant or heap[0][1] not in self.names):
-            _, worker = heapq.heappop(heap)
-            if worker not in self.names or worker not in relevant:
-                continue
-            if (at := self._inputs.offline_at(worker)) > now:
-                heapq.heappush(heap, (at, worker))
-            else:
-                self.discard(worker)
-                went.append(worker)
-        return went
+        went = self.timeouts.pop_due(now)
+        for worker in went:
+            self.discard(worker)
+        return came, went
 
 
 class _Restarts:
@@ -303,8 +347,8 @@ class _Restarts:
         plan.capacity -= len(plan.restart)
 
 
-# The lowest rank is the best: (load count with the sign of the profile, worker name).
-_Rank = tuple[int, str]
+# The lowest rank is the best: (whether VMs fail there, load count with the sign of the profile, worker name).
+_Rank = tuple[bool, int, str]
 # The oldest VM comes first: (time of creation, VM name).
 _Age = tuple[datetime.datetime, str]
 
@@ -332,8 +376,8 @@ class _Candidates:
     def best(self) -> str | None:
         while self._heap:
             rank = self._heap[0]
-            if self._rank.get(rank[1]) == rank:
-                return rank[1]
+            if self._rank.get(rank[-1]) == rank:
+                return rank[-1]
             heapq.heappop(self._heap)
         return None
 
@@ -377,10 +421,16 @@ class _Placed:
 class _Placement:
     """The pending VMs, and the candidates among the online workers for each kind of demand."""
 
-    def __init__(self, vms: Mapping[str, VM], workers: Mapping[str, Worker], online: Mapping[str, None]) -> None:
+    def __init__(
+        self, inputs: PlannerInputs, vms: Mapping[str, VM], workers: Mapping[str, Worker], online: Mapping[str, None]
+    ) -> None:
+        self._inputs = inputs
         self._vms = vms
         self._workers = workers
         self._online = online
+        self._now = -math.inf
+        # Workers that take no VM, or not one of a demand, for a pause -> its end.
+        self._pauses: dict[str, float] = {}
         self._loads: defaultdict[str, Load] = defaultdict(Load)
         self._queues: dict[Demand, _Queue] = {}
         self._candidates: dict[Demand, _Candidates] = {}
@@ -401,19 +451,22 @@ class _Placement:
             self._loads[vm.state.worker].add(vm, times)
             self.touch(vm.state.worker)
 
+    def load_of(self, worker: str) -> Load:
+        return self._loads.get(worker) or Load()
+
     def put(self, vm: VM) -> None:
         """Add a pending VM."""
-        queue = self._queues.setdefault(demand_of(vm.spec), _Queue())
+        queue = self._queues.setdefault(self._inputs.demand_of_vm(vm), _Queue())
         bisect.insort(queue.vms, _age(vm))
         queue.inform(vm)
 
     def update(self, vm: VM) -> None:
         """Replace a pending VM by one of the same demand and age."""
-        self._queues[demand_of(vm.spec)].inform(vm)
+        self._queues[self._inputs.demand_of_vm(vm)].inform(vm)
 
     def drop(self, vm: VM) -> None:
         """Remove a pending VM."""
-        demand = demand_of(vm.spec)
+        demand = self._inputs.demand_of_vm(vm)
         queue = self._queues[demand]
         del queue.vms[bisect.bisect_left(queue.vms, _age(vm))]
         queue.uninformed.pop(vm.name, None)
@@ -430,20 +483,31 @@ class _Placement:
         if profile != self._profile:
             self._profile = profile
             self._candidates.clear()
+        self._now = now
+        for name in [name for name, until in self._pauses.items() if until <= now]:
+            del self._pauses[name]
+            self.touch(name)
         for name in self._changed_workers:
             for demand, candidates in self._candidates.items():
                 candidates.put(name, self._rank(demand, name, self._loads[name]))
         self._changed_workers.clear()
         placed = self._assign(plan)
         self._explain(now, placed, plan)
-        return sum(len(queue.vms) for queue in self._queues.values()) > len(plan.assign)
+        some_wait = sum(len(queue.vms) for queue in self._queues.values()) > len(plan.assign)
+        if some_wait and not self._inputs.why_frozen():
+            for at in (*self._pauses.values(), *(demand.held_until for demand in self._queues)):
+                if at > now:
+                    plan.set_due(at)
+        return some_wait
 
     def _assign(self, plan: Plan) -> _Placed:
         placed = _Placed(self._loads)
-        demands = list(self._queues)
+        if self._inputs.why_frozen():
+            return placed
+        demands = [demand for demand in self._queues if demand.held_until <= self._now]
         candidates = {demand: self._candidates_for(demand) for demand in demands}
         # The oldest VM of each demand: (its age, its position in its queue, the position of its demand).
-        heads = [(queue.vms[0], 0, index) for index, queue in enumerate(self._queues.values())]
+        heads = [(self._queues[demand].vms[0], 0, index) for index, demand in enumerate(demands)]
         heapq.heapify(heads)
         while heads and plan.capacity:
             (_, name), position, index = heads[0]
@@ -478,7 +542,7 @@ class _Placement:
             if first == len(queue.vms):
                 continue
             if queue.version != self._version and now >= queue.reason_at + REASON_SECONDS:
-                reason = _why_not(demand, self._workers, self._online, placed)
+                reason = self._why_waiting(demand, placed)
                 queue.version, queue.reason_at = self._version, now
                 if reason != queue.reason:
                     queue.reason = reason
@@ -492,11 +556,38 @@ class _Placement:
             for name in informed:
                 del queue.uninformed[name]
 
+    def _why_waiting(self, demand: Demand, placed: _Placed) -> str:
+        if frozen := self._inputs.why_frozen():
+            return f"waiting: {frozen}"
+        if demand.held_until > self._now:
+            return (
+                "waiting: the state was restored from an older copy, and the VM may run unseen"
+                f" for {math.ceil(demand.held_until - self._now)} more seconds"
+            )
+        return _why_not(demand, self._workers, partial(self._exclusion, demand), placed)
+
+    def _exclusion(self, demand: Demand, name: str) -> tuple[int, str] | None:
+        """Return what excludes a worker whatever it offers: its position in the reason, and its text."""
+        if name not in self._online:
+            return _UNAVAILABLE, self._inputs.workers.why_unavailable(name)
+        if self._paused_until(demand, name) > self._now:
+            return _FAILING, "on which VMs fail before they run"
+        return None
+
+    def _paused_until(self, demand: Demand, name: str) -> float:
+        """Return the time until which a worker takes no VM of this demand because VMs failed there before they ran."""
+        until = self._inputs.failures.paused_until(name)
+        return max((until, *(until for avoided, until in demand.avoids if avoided == name)))
+
     def _rank(self, demand: Demand, name: str, load: Load) -> _Rank | None:
         worker = self._workers.get(name)
         if worker is None or name not in self._online or not fits(demand, worker, load):
             return None
-        return (-load.count if self._profile == "optimize-utilization" else load.count, name)
+        fails = self._inputs.failures.is_sick(name) or any(avoided == name for avoided, _ in demand.avoids)
+        if fails and (until := self._paused_until(demand, name)) > self._now:
+            self._pauses[name] = min(until, self._pauses.get(name, until))
+            return None
+        return (fails, -load.count if self._profile == "optimize-utilization" else load.count, name)
 
     def _candidates_for(self, demand: Demand) -> _Candidates:
         found = self._candidates.get(demand)
@@ -527,9 +618,12 @@ class Planner:
         self._active_vms: defaultdict[str, dict[str, None]] = defaultdict(dict)
         # Workers that have active VMs and are deleted or offline.
         self._lost: dict[str, None] = {}
-        self._online = _OnlineWorkers(inputs, self._active_vms)
+        self._online = _OnlineWorkers(inputs.workers)
+        # Of workers with active VMs: when these fail, and when those of them that no poll has named return to the queue.
+        self._silence = _Timeouts(inputs.workers.silent_at, self._active_vms)
+        self._absence = _Timeouts(inputs.workers.away_at, inputs.workers.unnamed)
         self._restarts = _Restarts(inputs, self._workers)
-        self._placement = _Placement(self._vms, self._workers, self._online.names)
+        self._placement = _Placement(inputs, self._vms, self._workers, self._online.names)
 
     def put_worker(self, worker: Worker) -> None:
         """Add or replace a worker."""
@@ -541,17 +635,28 @@ class Planner:
         """Remove a worker."""
         del self._workers[name]
         self._online.discard(name)
-        self._lose(name)
+        self._placement.touch(name)
+        if self._active_vms.get(name):
+            self._lost[name] = None
 
-    def worker_returned(self, name: str) -> None:
-        """Record that a worker made contact for the first time, or after it was offline."""
+    def check_worker(self, name: str) -> None:
+        """Record that a worker's times or its early failures may have changed, except by a contact in time."""
         self._online.check(name)
+        self._placement.touch(name)
+        if name in self._inputs.workers.unnamed:
+            self._absence.put(name)
+        if self._active_vms.get(name):
+            self._silence.put(name)
+
+    def load_of(self, worker: str) -> Load:
+        """Return what the VMs on a worker use; it changes with the next update."""
+        return self._placement.load_of(worker)
 
     def put_vm(self, vm: VM) -> None:
         """Add or replace a VM."""
         name = vm.meta.name
         old = self._vms.get(name)
-        if old is not None and _relevant(old) == _relevant(vm):
+        if old is not None and self._relevant(old) == self._relevant(vm):
             self._vms[name] = vm
             match _role(vm):
                 case "failed":
@@ -567,12 +672,14 @@ class Planner:
                 self._restarts.put(vm)
             case "active":
                 worker = vm.state.worker
-                if worker not in self._online.names:
-                    self._lost[worker] = None
-                    self._online.check(worker)
-                elif not self._active_vms[worker]:
-                    self._online.add_vms(worker)
+                is_first = not self._active_vms[worker]
                 self._active_vms[worker][name] = None
+                if worker not in self._workers:
+                    self._lost[worker] = None
+                elif is_first:
+                    self._silence.put(worker)
+                if name in self._inputs.workers.unnamed.get(worker, ()):
+                    self._absence.put(worker)
                 self._placement.add_load(vm)
             case "pending":
                 self._placement.put(vm)
@@ -600,27 +707,48 @@ class Planner:
         """Decide the next changes, for at most `limit` VMs."""
         plan = Plan(capacity=limit)
         came, plan.offline = self._online.update(now, self._workers)
-        for worker in came:
-            self._lost.pop(worker, None)
+        for worker in (*came, *plan.offline):
             self._placement.touch(worker)
-        for worker in plan.offline:
-            self._lose(worker)
+        for worker in self._absence.pop_due(now):
+            self._unassign_vms_of(worker, plan)
+        for worker in self._silence.pop_due(now):
+            self._lost[worker] = None
         for worker in sorted(self._lost):
-            self._fail_vms_of(worker, plan)
+            self._fail_vms_of(worker, now, plan)
         self._restarts.plan(now, plan)
         some_wait = self._placement.plan(now, profile, plan)
-        # A worker without active VMs going offline matters for reasons only.
-        times = self._online.times if some_wait else self._online.times_with_vms
-        if times:
-            plan.set_due(times[0][0])
+        plan.set_due(min(self._silence.next(), self._absence.next()))
+        # A worker that becomes unavailable matters for reasons only.
+        if some_wait:
+            plan.set_due(self._online.timeouts.next())
         return plan
 
-    def _lose(self, worker: str) -> None:
-        self._placement.touch(worker)
-        if self._active_vms.get(worker):
-            self._lost[worker] = None
+    def _unassign_vms_of(self, worker: str, plan: Plan) -> None:
+        """Return the VMs to the queue that were assigned to a worker which is away and does not know them."""
+        reason = f'waiting: worker "{worker}" went away before it knew of the VM'
+        for name, uid in self._inputs.workers.unnamed.get(worker, {}).items():
+            vm = self._vms.get(name)
+            if vm is None or vm.uid != uid or vm.state.worker != worker or vm.state.status != "pending":
+                continue
+            if not plan.capacity:
+                self._absence.put(worker)
+                return
+            plan.unassign[name] = reason
+            plan.capacity -= 1
+        if plan.unassign:
+            # Looked at again when the plan is applied, or if it is not.
+            self._absence.put(worker)
 
-    def _fail_vms_of(self, worker: str, plan: Plan) -> None:
+    def _relevant(self, vm: VM) -> tuple[object, ...]:
+        """Return all that plans depend on. A VM that keeps it has not changed for the planner."""
+        return _role(vm), vm.state.worker, vm.holds_resources, self._inputs.demand_of_vm(vm), _age(vm)
+
+    def _fail_vms_of(self, worker: str, now: float, plan: Plan) -> None:
+        if worker in self._workers and self._inputs.workers.silent_at(worker) > now:
+            # It has made contact since.
+            del self._lost[worker]
+            self._silence.put(worker)
+            return
         if worker not in self._active_vms:
             del self._lost[worker]
             return
@@ -629,7 +757,7 @@ class Planner:
             reason = f'worker "{worker}" is offline: no contact for {limit} seconds'
         else:
             reason = f'worker "{worker}" was deleted'
-        names = list(itertools.islice(self._active_vms[worker], plan.capacity))
+        names = [name for name in self._active_vms[worker] if name not in plan.unassign][: plan.capacity]
         plan.fail.update(dict.fromkeys(names, reason))
         plan.capacity -= len(names)
 
@@ -644,8 +772,3 @@ def _role(vm: VM) -> Literal["failed", "active", "pending", "none"]:
     if vm.state.worker:
         return "active"
     return "pending" if vm.state.status == "pending" else "none"
-
-
-def _relevant(vm: VM) -> tuple[object, ...]:
-    """Return all that plans depend on. A VM that keeps it has not changed for the planner."""
-    return _role(vm), vm.state.worker, vm.holds_resources, demand_of(vm.spec), _age(vm)

@@ -11,17 +11,22 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import trio
 
 from orchard import transitions
+from orchard.cluster import ClusterIdentity
+from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
 from orchard.nursery import Wakeup
 from orchard.scheduler import Plan, Planner, PlannerInputs
 from orchard.schema import VM, VMSpec, Worker
 from orchard.storage.errors import StorageError
 from orchard.store import Change, Store
+from orchard.worker_states import WorkerStates
 
 # A plan of this many VMs takes some milliseconds, for which all other tasks wait.
 VMS_PER_PLAN = 50
@@ -45,17 +50,34 @@ class SchedulingLoop:
         # VM uid -> its last restart, by the monotonic clock.
         self._restarted_at: dict[str, float] = {}
         self._offline: set[str] = set()
-        self.liveness = Liveness(trio.current_time, offline_timeout, self._worker_returned, store.state.workers)
+        # Workers about which their pending VMs have to be informed.
+        self._changed: dict[str, None] = {}
+        self._is_applying = False
+        state = store.state
+        self.liveness = Liveness(
+            trio.current_time,
+            offline_timeout,
+            self._worker_changed,
+            {name: worker.promised / 1000 for name, worker in state.workers.items()},
+            {name: promise.milliseconds / 1000 for name, promise in state.promises.items()},
+        )
+        self._failures = EarlyFailures()
+        self._restored = RestoredState(store, self.liveness)
         self._inputs = PlannerInputs(
-            last_contact=self.liveness.last_contact,
-            last_contact_of_deleted=self.liveness.last_contact_of_deleted,
+            workers=self.liveness,
+            failures=self._failures,
             restarted_at=self._restarted_at,
             offline_timeout=offline_timeout,
-            started_at=self.liveness.started_at,
-            failed_before_start={vm.uid for vm in store.state.vms.values() if vm.state.status == "failed"},
+            forgotten_until=self.liveness.started_at + self.liveness.longest_promise(),
+            failed_before_start={vm.uid for vm in state.vms.values() if vm.state.status == "failed"},
+            held=self._restored.held,
+            why_frozen=self._restored.why_frozen,
         )
         self.planner: Planner
         self._rebuild_planner()
+        self.states = WorkerStates(
+            self.liveness, self._failures, lambda worker: self.planner.load_of(worker), clock, trio.current_time
+        )
         store.on_commit(self._update_planner)
         store.on_undo(self._rebuild_planner)
 
@@ -66,10 +88,13 @@ class SchedulingLoop:
     def forget_vm(self, uid: str) -> None:
         """Forget a VM whose deletion is durable."""
         self._restarted_at.pop(uid, None)
+        self._failures.forget_vm(uid)
 
     def forget_worker(self, name: str) -> None:
         """Forget a worker whose deletion is durable."""
         self.liveness.record_deletion(name)
+        self._failures.forget_worker(name)
+        self.states.forget(name)
         self._offline.discard(name)
 
     async def run(self) -> None:
@@ -79,6 +104,7 @@ class SchedulingLoop:
             try:
                 while (due := self.schedule_some(now, self._clock())) is None:
                     await trio.lowlevel.checkpoint()
+                self.end_promises()
                 await self._store.wait_durable()
             except StorageError as error:
                 _logger.error("scheduling paused, cannot write: %s", error)
@@ -96,10 +122,13 @@ class SchedulingLoop:
 
         Return when time alone makes another plan due (by the monotonic clock), or None if there may be more to do now.
         """
+        self._inform_vms()
         plan = self.planner.plan(now, self._store.state.settings.scheduler_profile, VMS_PER_PLAN)
         for worker in plan.offline:
             self._offline.add(worker)
-            _logger.warning("worker offline", extra={"worker": worker})
+            self._observe(worker)
+            reason = self.liveness.why_unavailable(worker)
+            _logger.warning("worker offline", extra={"worker": worker, "reason": reason})
         if plan.has_changes and self._apply(plan, now, wall_time):
             return None
         # A plan that is full, but changed nothing, may be followed by one that does.
@@ -107,8 +136,17 @@ class SchedulingLoop:
 
     def _apply(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
         """Apply a plan in one transaction. Return whether it changed anything."""
+        self._is_applying = True
+        try:
+            return self._put_plan(plan, now, wall_time)
+        finally:
+            self._is_applying = False
+
+    def _put_plan(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
         vms, workers = self._store.state.vms, self._store.state.workers
         with self._store.transaction() as tx:
+            for name, reason in plan.unassign.items():
+                tx.put(transitions.unassign(vms[name], reason))
             for name, reason in plan.fail.items():
                 tx.put(transitions.fail(vms[name], reason))
             for name in plan.restart:
@@ -117,6 +155,7 @@ class SchedulingLoop:
                 self._inputs.failed_before_start.discard(vms[name].uid)
             for name, worker in plan.assign.items():
                 tx.put(transitions.assign(vms[name], workers[worker], wall_time))
+                self.liveness.record_assignment(worker, name, vms[name].uid)
             for name, reason in plan.waiting.items():
                 waiting = transitions.explain(vms[name], reason)
                 if waiting is not vms[name]:
@@ -135,17 +174,108 @@ class SchedulingLoop:
         for change in changes:
             if isinstance(change.new, VM):
                 self.planner.put_vm(change.new)
+                if not self._is_applying and isinstance(change.old, VM):
+                    self._follow_report(change.old, change.new)
             elif isinstance(change.new, Worker):
                 self.planner.put_worker(change.new)
+                self.states.observe(change.new)
+            elif isinstance(change.new, ClusterIdentity):
+                self._restored.follow(change.new)
+                self._rebuild_planner()
             elif isinstance(change.old, VM) and change.new is None:
                 self.planner.drop_vm(change.name)
             elif isinstance(change.old, Worker) and change.new is None:
                 self.planner.drop_worker(change.name)
         self._wakeup.set()
 
-    def _worker_returned(self, worker: str) -> None:
-        if worker in self._offline:
+    def _follow_report(self, old: VM, new: VM) -> None:
+        """Record whether a worker has reported a VM as running, or as failed before it ran."""
+        worker, before, now = new.state.worker, old.state.status, new.state.status
+        if not worker or before == now or (before, now) == ("running", "failed"):
+            return
+        if now == "failed":
+            self._failures.record_failure(new, trio.current_time(), self._clock())
+        elif now == "running":
+            self._failures.record_run(new)
+        self.planner.check_worker(worker)
+
+    def _worker_changed(self, worker: str) -> None:
+        if worker in self._offline and self.liveness.available_until(worker) > trio.current_time():
             self._offline.discard(worker)
             _logger.info("worker returned", extra={"worker": worker})
-        self.planner.worker_returned(worker)
+        self._observe(worker)
+        self._changed[worker] = None
+        self.planner.check_worker(worker)
         self._wakeup.set()
+
+    def _observe(self, worker: str) -> None:
+        if (stored := self._store.state.workers.get(worker)) is not None:
+            self.states.observe(stored)
+
+    def _inform_vms(self) -> None:
+        """Tell the pending VMs on a worker that is not ready what it fails at."""
+        while self._changed:
+            worker, _ = self._changed.popitem()
+            problems = self.liveness.health(worker).problems
+            if not problems or self.liveness.available_until(worker) > trio.current_time():
+                continue
+            message = f'worker "{worker}" is not ready: {problems[0].what}: {problems[0].message}'
+            waiting = [vm for vm in self._store.state.vms_by_worker.get(worker, {}).values() if _is_pending(vm)]
+            with self._store.transaction() as tx:
+                for vm in waiting:
+                    if (told := transitions.explain(vm, message)) is not vm:
+                        tx.put(told)
+
+    def end_promises(self) -> None:
+        """Store that longer promises are over, and that a restored state does not hold VMs back any more."""
+        state = self._store.state
+        workers, deleted = self.liveness.pop_promises_over()
+        with self._store.transaction() as tx:
+            for worker in (state.workers[name] for name in workers if name in state.workers):
+                tx.put(replace(worker, promised=self.liveness.offline_timeout_ms))
+            for promise in (state.promises[name] for name in deleted if name in state.promises):
+                tx.delete(promise)
+            if self._restored.is_over():
+                tx.put(replace(state.cluster, holds_back=False))
+
+
+class RestoredState:
+    """What follows from a state that was restored from an older copy.
+
+    Until it is accepted, nothing is placed. After that, the VMs that were in it when this process started are placed
+    only when all leases are over that their workers may have: they may run where the state does not show them.
+    """
+
+    def __init__(self, store: Store, liveness: Liveness) -> None:
+        self._store = store
+        self._liveness = liveness
+        self._loaded = [vm.uid for vm in store.state.vms.values()]
+        self._over_at = math.inf
+        # VM uid -> when it may be placed.
+        self.held: dict[str, float] = {}
+        self.follow(store.state.cluster)
+
+    def follow(self, cluster: ClusterIdentity) -> None:
+        """Follow a change of the cluster's identity."""
+        self.held.clear()
+        if cluster.holds_back and not cluster.restored_from:
+            self._over_at = trio.current_time() + self._liveness.longest_promise()
+            self.held.update(dict.fromkeys(self._loaded, self._over_at))
+
+    def is_over(self) -> bool:
+        """Return whether VMs have been held back for long enough."""
+        cluster = self._store.state.cluster
+        return cluster.holds_back and not cluster.restored_from and trio.current_time() >= self._over_at
+
+    def why_frozen(self) -> str:
+        """Return why nothing may be placed, or ""."""
+        if not self._store.state.cluster.restored_from:
+            return ""
+        return (
+            "the controller's state was restored from an older copy, and workers have seen a newer one;"
+            " accept it with POST /v1/controller/accept-state"
+        )
+
+
+def _is_pending(vm: VM) -> bool:
+    return vm.state.status == "pending"

@@ -7,6 +7,7 @@ applied in one place:
     change    the next generation of the specification  (user)
     explain   why a pending VM is still unassigned      (scheduler)
     assign    pending, on a worker                      (scheduler)
+    unassign  pending, in the queue again               (scheduler)
     report    running or failed, and what was observed  (worker)
     fail      failed, with the reason                   (scheduler)
     restart   pending and unassigned, the next run      (scheduler)
@@ -116,6 +117,20 @@ def assign(vm: VM, worker: Worker, now: datetime.datetime) -> VM:
         scheduled_at=now,
         status_message="",
         conditions=_SCHEDULED,
+    )
+    return replace(vm, state=state)
+
+
+def unassign(vm: VM, reason: str) -> VM:
+    """Return a VM that was assigned to a worker which never knew of it: pending, unassigned, the same run."""
+    state = replace(
+        vm.state,
+        worker="",
+        assigned_cpu=0,
+        assigned_memory=0,
+        scheduled_at=None,
+        status_message=reason,
+        conditions=_UNSCHEDULED,
     )
     return replace(vm, state=state)
 

@@ -6,7 +6,8 @@ the stream of bytes over a WebSocket is in net/websocket.py.
 
 A worker may be behind a NAT, so the controller cannot connect to it. Each worker keeps a WebSocket open to the
 controller (its *watch*), over which the controller sends actions. `syncVMsAction` means "look again": it is queued at
-most once, and the worker then reads the present state from the API. A worker's new watch replaces its older one.
+most once, and the worker then reads the present state from the API. A worker's new watch replaces its older one, unless
+that one is alive: then two workers have one name, and the second one is refused.
 
 A port forward takes these steps:
 1. `VMAccess.connect` waits until the VM runs. `Rendezvous.ask_port` makes a `PendingRequest` with an unguessable id and
@@ -28,13 +29,13 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import trio
-from trio_websocket import WebSocketConnection
+from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.codec import dump_json, shown
 from orchard.net.websocket import PING_INTERVAL, TunnelStream
@@ -47,8 +48,15 @@ from orchard.store import Store
 LEAST_SECONDS = 10.0  # seconds
 # A worker's end is closed if the client's task does not begin to use it within this time.
 CLAIM_SECONDS = 10.0  # seconds
-# Requests that wait for their workers. Each belongs to an HTTP request or SSH channel with a deadline.
-MAX_PENDING = 4096
+# Requests that wait for their workers, in all, of one sender, and for one VM. Each belongs to an HTTP request or SSH
+# channel with a deadline. So neither one sender nor the holders of one VM's access tokens can keep others from asking.
+MAX_PENDING, MAX_PENDING_OF_SENDER, MAX_PENDING_OF_VM = 4096, 1024, 256
+# Of those, requests for one VM that its worker works on. Each may start a process on its host.
+MAX_ASKED_OF_VM = 32
+# Open tunnels into one VM, which is a quarter of what a worker allows in all.
+MAX_TUNNELS_OF_VM = 1024
+# For the watch of a worker to prove that it is alive, when another one is to replace it.
+PONG_SECONDS = 2.0
 _SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
 
 AnswerT = TypeVar("AnswerT")
@@ -73,38 +81,41 @@ class VMAccess:
     """Connects to ports of VMs and of workers' hosts, and finds addresses of VMs.
 
     All methods wait up to `wait` seconds until the VM runs and its worker has answered. The answer has at least
-    LEAST_SECONDS. They raise UnreachableError, and VMGoneError when the VM is deleted.
+    LEAST_SECONDS. `sender` is the account that asks, whose requests are bounded. They raise UnreachableError, and
+    VMGoneError when the VM is deleted.
     """
 
     def __init__(self, store: Store, rendezvous: Rendezvous) -> None:
         self._store = store
         self._rendezvous = rendezvous
 
-    async def connect(self, vm: VM, port: int, wait: float) -> WorkerEnd:
+    async def connect(self, vm: VM, port: int, wait: float, *, sender: str = "") -> WorkerEnd:
         """Connect to a port of a VM. The worker's end is closed if it is not used within CLAIM_SECONDS."""
         deadline = trio.current_time() + wait
         running = await self.wait_running(vm, wait)
-        return await self._rendezvous.ask_port(running.state.worker, vm.meta.uid, port, deadline)
+        request = PendingRequest[WorkerEnd](running.state.worker, "portForwardAction", vm.meta.uid, port=port)
+        return await self._rendezvous.ask_port(request, deadline, sender=sender)
 
     @asynccontextmanager
-    async def open_stream(self, vm: VM, port: int, wait: float) -> AsyncIterator[TunnelStream]:
+    async def open_stream(self, vm: VM, port: int, wait: float, *, sender: str = "") -> AsyncIterator[TunnelStream]:
         """Connect to a port of a VM and yield the stream of bytes, which is closed after the block.
 
         The block is cancelled when the VM ends; UnreachableError is raised then.
         """
-        end = await self.connect(vm, port, wait)
+        end = await self.connect(vm, port, wait, sender=sender)
         with end.borrow() as stream:
             yield stream
 
-    async def connect_to_host(self, worker: str, port: int, wait: float) -> WorkerEnd:
+    async def connect_to_host(self, worker: str, port: int, wait: float, *, sender: str = "") -> WorkerEnd:
         """Connect to a port of a worker's host."""
-        return await self._rendezvous.ask_port(worker, "", port, trio.current_time() + wait)
+        request = PendingRequest[WorkerEnd](worker, "portForwardAction", "", port=port)
+        return await self._rendezvous.ask_port(request, trio.current_time() + wait, sender=sender)
 
-    async def find_address(self, vm: VM, wait: float) -> str:
+    async def find_address(self, vm: VM, wait: float, *, sender: str = "") -> str:
         """Return a VM's address in its worker's network."""
         deadline = trio.current_time() + wait
         running = await self.wait_running(vm, wait)
-        return await self._rendezvous.ask_address(running.state.worker, vm.uid, deadline)
+        return await self._rendezvous.ask_address(running.state.worker, vm.uid, deadline, sender=sender)
 
     async def wait_running(self, vm: VM, wait: float) -> VM:
         """Wait until a VM runs, and return it as it is then."""
@@ -145,6 +156,8 @@ class PendingRequest(Generic[AnswerT]):
         # The account of the watch over which the action was sent last. Only this account may answer.
         self.account: str | None = None
         self.action: Mapping[str, Any] = {kind: {"session": self.id, "vmUID": vm_uid, **details}}
+        # The tasks that wait for the answer.
+        self.askers = 0
         self._answered = trio.Event()
         self._answer: AnswerT | UnreachableError
 
@@ -234,19 +247,51 @@ class Rendezvous:
         # Pending requests by their ids.
         self._ports: dict[str, PendingRequest[WorkerEnd]] = {}
         self._addresses: dict[str, PendingRequest[str]] = {}
+        # How many wait, by sender and by VM, and the turns of those that a VM's worker is asked for.
+        self._waiting: Counter[tuple[str, str]] = Counter()
+        self._turns: dict[str, trio.Semaphore] = {}
         # Open tunnels by the uids of their VMs; "" for those to workers' hosts.
         self._ends: defaultdict[str, set[WorkerEnd]] = defaultdict(set)
 
     # -- requests
 
-    async def ask_port(self, worker: str, vm_uid: str, port: int, deadline: float) -> WorkerEnd:
-        """Have a worker connect to a port of a VM, or of its host if `vm_uid` is "". Raises UnreachableError."""
-        request = PendingRequest[WorkerEnd](worker, "portForwardAction", vm_uid, port=port)
-        return await self._ask(request, self._ports, deadline)
+    async def ask_port(self, request: PendingRequest[WorkerEnd], deadline: float, *, sender: str = "") -> WorkerEnd:
+        """Have a worker connect to a port of a VM, or of its host. Raises UnreachableError."""
+        if request.vm_uid and len(self._ends.get(request.vm_uid, ())) >= MAX_TUNNELS_OF_VM:
+            raise UnreachableError(f"the VM has {MAX_TUNNELS_OF_VM} tunnels, which is the limit; close some")
+        with self._counted(sender, request.vm_uid):
+            return await self._ask(request, self._ports, deadline)
 
-    async def ask_address(self, worker: str, vm_uid: str, deadline: float) -> str:
-        """Have a worker find the address of a VM. Raises UnreachableError."""
-        return await self._ask(PendingRequest[str](worker, "resolveIPAction", vm_uid), self._addresses, deadline)
+    async def ask_address(self, worker: str, vm_uid: str, deadline: float, *, sender: str = "") -> str:
+        """Have a worker find the address of a VM. One request serves all that ask meanwhile. Raises UnreachableError."""
+        pending = (one for one in self._addresses.values() if (one.worker, one.vm_uid) == (worker, vm_uid))
+        request = next(pending, None) or PendingRequest[str](worker, "resolveIPAction", vm_uid)
+        with self._counted(sender, vm_uid):
+            return await self._ask(request, self._addresses, deadline)
+
+    @contextmanager
+    def _counted(self, sender: str, vm_uid: str) -> Iterator[None]:
+        """Count a request that waits. Raises UnreachableError if too many do."""
+        bounds = {
+            ("", ""): (MAX_PENDING, "in all"),
+            ("sender", sender): (MAX_PENDING_OF_SENDER, f'of service account "{sender}"'),
+            ("vm", vm_uid): (MAX_PENDING_OF_VM, "for this VM"),
+        }
+        keys = [key for key in bounds if key[1] or key == ("", "")]
+        for key in keys:
+            most, whose = bounds[key]
+            if self._waiting[key] >= most:
+                raise UnreachableError(f"{most} requests {whose} are waiting for workers, try again later")
+        self._waiting.update(keys)
+        try:
+            yield
+        finally:
+            self._waiting.subtract(keys)
+            for key in keys:
+                if not self._waiting[key]:
+                    del self._waiting[key]
+            if vm_uid and ("vm", vm_uid) not in self._waiting:
+                self._turns.pop(vm_uid, None)
 
     async def _ask(
         self, request: PendingRequest[AnswerT], pending: dict[str, PendingRequest[AnswerT]], deadline: float
@@ -257,18 +302,30 @@ class Rendezvous:
         with trio.move_on_after(seconds):
             while (watch := self._watches.get(worker)) is None:
                 await self._watch_opened.wait()
-            if len(self._ports) + len(self._addresses) >= MAX_PENDING:
-                raise UnreachableError(f"{MAX_PENDING} requests are waiting for workers, try again later")
-            pending[request.id] = request
-            watch.send(request)
-            try:
-                return await request.wait_answered()
-            finally:
-                # The action of an answered request was sent. That of another one may still be queued.
-                if pending.pop(request.id, None) and (now := self._watches.get(worker)):
-                    now.take_back(request.action)
+            if request.id in pending:
+                return await self._wait_answered(request, pending)
+            async with self._turns.setdefault(request.vm_uid, trio.Semaphore(MAX_ASKED_OF_VM)):
+                # Another watch may be open by now.
+                watch = self._watches.get(worker, watch)
+                pending[request.id] = request
+                watch.send(request)
+                return await self._wait_answered(request, pending)
         problem = "did not answer" if worker in self._watches else "did not connect"
         raise UnreachableError(f'worker "{worker}" {problem} within {seconds:.0f} seconds')
+
+    async def _wait_answered(
+        self, request: PendingRequest[AnswerT], pending: dict[str, PendingRequest[AnswerT]]
+    ) -> AnswerT:
+        request.askers += 1
+        try:
+            return await request.wait_answered()
+        finally:
+            request.askers -= 1
+            # The action of an answered request was sent. That of another one may still be queued.
+            if not request.askers and request.id in pending:
+                del pending[request.id]
+                if now := self._watches.get(request.worker):
+                    now.take_back(request.action)
 
     def answer_port(self, session: str, account: str) -> PendingRequest[WorkerEnd]:
         """Return the request for a port that a worker answers, for the only time. Raises UnknownSessionError."""
@@ -304,12 +361,27 @@ class Rendezvous:
         if watch := self._watches.get(worker):
             watch.put(_SYNC)
 
+    async def is_connected(self, worker: str) -> bool:
+        """Return whether a worker has a watch that answers a ping within PONG_SECONDS; end a watch that does not."""
+        watch = self._watches.get(worker)
+        if watch is None:
+            return False
+        with trio.move_on_after(PONG_SECONDS), suppress(ConnectionClosed):
+            await watch.websocket.ping(secrets.token_bytes(4))
+            return True
+        watch.scope.cancel()
+        return False
+
+    def has_watch(self, worker: str) -> bool:
+        """Return whether a worker has a watch, which may be dead."""
+        return worker in self._watches
+
     async def serve(self, worker: str, account: str, alive: Callable[[], None], websocket: WebSocketConnection) -> None:
         """Serve a worker's watch until a newer one replaces it or it is dead; call `alive` at each pong.
 
         Raises ConnectionClosed.
         """
-        watch = self._open_watch(worker, account)
+        watch = self._open_watch(worker, account, websocket)
         try:
             with watch.scope:
                 # The three tasks end together.
@@ -325,14 +397,14 @@ class Rendezvous:
             if self._watches.get(worker) is watch:
                 del self._watches[worker]
 
-    def _open_watch(self, worker: str, account: str) -> _Watch:
+    def _open_watch(self, worker: str, account: str, websocket: WebSocketConnection) -> _Watch:
         """Replace a worker's watch by a new one, which sends again what was not answered."""
         if replaced := self._watches.get(worker):
             replaced.scope.cancel()
         # Connections that the worker had open before may be half-open.
         for end in [end for ends in self._ends.values() for end in ends if end.worker == worker]:
             end.end(GOING_AWAY, f'worker "{worker}" has reconnected')
-        watch = self._watches[worker] = _Watch(account)
+        watch = self._watches[worker] = _Watch(account, websocket)
         watch.put(_SYNC)
         pending: list[PendingRequest[Any]] = [*self._ports.values(), *self._addresses.values()]
         for request in pending:
@@ -345,8 +417,9 @@ class Rendezvous:
 class _Watch:
     """The actions that are to be sent to one worker. Cancelling `scope` ends the task that sends them."""
 
-    def __init__(self, account: str) -> None:
+    def __init__(self, account: str, websocket: WebSocketConnection) -> None:
         self.account = account
+        self.websocket = websocket
         self.scope = trio.CancelScope()
         self.actions: list[Mapping[str, Any]] = []
         self.changed = Wakeup()

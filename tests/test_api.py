@@ -400,7 +400,7 @@ async def test_stalled_controller_does_not_fail_vms_of_live_workers(
     nursery.start_soon(api.loop.run)
     while not (await api.ok("GET", "/vms/vm")).get("worker"):
         await trio.lowlevel.checkpoint()
-    await api.store.wait_durable()
+    await api.ok("GET", "/vms?filter=worker=w")
     await trio.testing.wait_all_tasks_blocked()
     mock_clock.jump(2 * DEFAULT_OFFLINE_TIMEOUT)
     await trio.testing.wait_all_tasks_blocked()

@@ -8,7 +8,6 @@ import sys
 
 import pytest
 from harness.scripted import scripted, switched, upgrading
-from trio_websocket import ConnectionClosed
 
 from orchard import client as client_module
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
@@ -146,17 +145,19 @@ async def test_new_vm_has_its_waiting_reason_at_once_if_the_scheduler_knows_it()
 # ---- watches of workers, commands ----------------------------------------------------------------------------------
 
 
-async def test_actions_arrive_over_a_workers_watch_until_a_newer_watch_replaces_it() -> None:
+async def test_actions_arrive_over_a_workers_watch_and_a_second_one_is_refused() -> None:
     async with cluster(workers=0) as c:
         await c.client.workers.register({"name": "w", "machine_id": "m", "resources": {"org.cirruslabs.tart-vms": 1}})
         async with c.client.rpc_watch("w") as first:
             assert await anext(first) == {"syncVMsAction": {}}
+            await c.client.vms.list(worker="w")
             await c.client.vms.create(name="vm", image="any")
             assert await anext(first) == {"syncVMsAction": {}}
-            async with c.client.rpc_watch("w") as second:
-                assert await anext(second) == {"syncVMsAction": {}}
-                with pytest.raises(ConnectionClosed):
-                    await anext(first)
+            with pytest.raises(ResponseError) as refused:
+                await watch_twice(c.client)
+            assert refused.value.status == 409
+            await c.client.vms.delete("vm")
+            assert await anext(first) == {"syncVMsAction": {}}
 
 
 async def test_refused_websocket_is_a_response_error() -> None:
@@ -167,17 +168,25 @@ async def test_refused_websocket_is_a_response_error() -> None:
         assert refusal.value.status == 404
 
 
-async def test_workers_watch_that_is_replaced_is_a_connect_error() -> None:
-    async with cluster(workers=0) as c:
-        await c.client.workers.register({"name": "w"})
-        with pytest.raises(ConnectError, match="closed the WebSocket"):
-            await watch_twice(c.client)
+async def test_workers_watch_that_the_controller_ends_is_a_connect_error() -> None:
+    async with cluster(workers=0, auth=True) as c:
+        account = await c.client.service_accounts.create("w", roles=["compute:write"])
+        async with Client(c.url, account="w", token=account.token) as own:
+            await own.workers.register({"name": "w"})
+            with pytest.raises(ConnectError, match="closed the WebSocket"):
+                await watch_until_deleted(c.client, own)
+
+
+async def watch_until_deleted(admin: Client, own: Client) -> None:
+    async with own.rpc_watch("w") as actions:
+        await admin.service_accounts.delete("w")
+        async for _ in actions:
+            pass
 
 
 async def watch_twice(client: Client) -> None:
-    async with client.rpc_watch("w") as actions, client.rpc_watch("w"):
-        async for _ in actions:
-            pass
+    async with client.rpc_watch("w"):
+        raise AssertionError("it was opened")
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ TEN_YEARS = datetime.timedelta(days=3653)
 
 
 class Clocked:
-    """A liveness with its clock, and the times at which it reported that a worker returned."""
+    """A liveness with its clock, and the times at which it reported that a worker may have changed."""
 
     def __init__(self, *known: str) -> None:
         self.now = 1000.0
         self.returns: list[float] = []
-        self.liveness = Liveness(lambda: self.now, TIMEOUT, lambda worker: self.returns.append(self.now), known)
+        promises = dict.fromkeys(known, 0.0)
+        self.liveness = Liveness(lambda: self.now, TIMEOUT, lambda _: self.returns.append(self.now), promises, {})
 
 
 def test_heartbeat_needs_a_later_last_seen() -> None:

@@ -432,7 +432,7 @@ class KeptPlanner:
             at = snapshot.last_contact.get(name, -math.inf) + self.now - NOW
             if at > last_contact.get(name, -math.inf):
                 last_contact[name] = at
-                self.planner.worker_returned(name)
+                self.planner.check_worker(name)
         for name in sorted(self.vms.keys() - {vm.name for vm in snapshot.vms}):
             if not keeps():
                 del self.vms[name]
@@ -510,7 +510,7 @@ def test_waiting_reasons_are_renewed_at_most_every_second() -> None:
     assert kept.planner.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
     kept.planner.put_vm(pending("b"))
     kept.planner.put_worker(worker("x", vms=0))
-    kept.planner.worker_returned("x")
+    kept.planner.check_worker("x")
     decided = kept.planner.plan(NOW, "optimize-utilization")
     assert decided.waiting == {"b": f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"}
     assert decided.next_at == NOW + REASON_SECONDS
@@ -547,7 +547,7 @@ def test_waiting_reason_is_known_while_equal_vms_wait() -> None:
     kept.settle()
     assert kept.planner.waiting_reason(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
     assert kept.planner.waiting_reason(spec(labels={"x": "y"})) == "", "no VM of equal demand waits"
-    kept.planner.worker_returned("w")
+    kept.planner.check_worker("w")
     assert kept.planner.waiting_reason(spec()) == "", "the worker may be online again"
     kept.settle()
     kept.planner.put_worker(worker())

@@ -59,7 +59,10 @@ async def test_worker_that_goes_offline_and_returns_is_logged_once(
         await api.register("w")
         nursery.start_soon(api.loop.run)
         await trio.sleep(2 * DEFAULT_OFFLINE_TIMEOUT)
-        assert logged(caplog) == [("worker registered", {"worker": "w"}), ("worker offline", {"worker": "w"})]
+        assert logged(caplog) == [
+            ("worker registered", {"worker": "w"}),
+            ("worker offline", {"worker": "w", "reason": "offline"}),
+        ]
         for second in (1, 2):
             await api.ok("PUT", "/workers/w", {"name": "w", "last_seen": f"2026-01-31T12:00:0{second}Z"})
         assert logged(caplog) == [("worker returned", {"worker": "w"})]

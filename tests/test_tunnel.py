@@ -84,6 +84,10 @@ class Asked:
         self.done.set()
 
 
+def port_request(worker: str, vm_uid: str) -> PendingRequest[WorkerEnd]:
+    return PendingRequest(worker, "portForwardAction", vm_uid, port=22)
+
+
 def ask_address(nursery: trio.Nursery, rendezvous: Rendezvous, vm_uid: str = "uid", worker: str = "w") -> Asked:
     return Asked(nursery, lambda: rendezvous.ask_address(worker, vm_uid, 3000))
 
@@ -176,7 +180,7 @@ async def test_request_is_answered_once_and_by_the_account_it_was_sent_to(autoju
     async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, rendezvous, "w", ours, [])
         await worker.get_message()
-        asked = Asked(nursery, lambda: rendezvous.ask_port("w", "uid", 22, 3000))
+        asked = Asked(nursery, lambda: rendezvous.ask_port(port_request("w", "uid"), 3000))
         action = await next_action(worker)
         session = action["portForwardAction"]["session"]
         assert action == {"portForwardAction": {"session": session, "vmUID": "uid", "port": 22}}
@@ -268,7 +272,7 @@ async def test_number_of_pending_requests_is_bounded(autojump_clock: Any, monkey
         first, _second = ask_address(nursery, rendezvous, "1"), ask_address(nursery, rendezvous, "2")
         await wait_all_tasks_blocked()
         with pytest.raises(UnreachableError, match="2 requests"):
-            await rendezvous.ask_port("w", "3", 22, 3000)
+            await rendezvous.ask_port(port_request("w", "3"), 3000)
         first.scope.cancel()
         await first.done.wait()
         fourth = ask_address(nursery, rendezvous, "4")

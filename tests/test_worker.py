@@ -379,8 +379,12 @@ async def test_vm_that_was_stopped_on_request_before_the_worker_restarted_has_no
 
 async def test_vm_that_was_started_but_not_reported_is_adopted(cluster: InProcessCluster) -> None:
     await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
-    await cluster.client.vms.create(name="vm", image="any")
-    vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
+    async with cluster.client.rpc_watch("mac"):
+        await cluster.client.vms.list(worker="mac")
+        await cluster.client.vms.create(name="vm", image="any")
+        vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
+        # The earlier worker learns of the VM here.
+        await cluster.client.vms.list(worker="mac")
     driver = cluster.driver()
     await driver.clone("any", vm.tart_name, lambda _: None)
     driver.note(vm.tart_name, str(Note(1, Hardware(4, 8192, 0), suspendable=False)))
@@ -528,8 +532,12 @@ async def nothing_left(cluster: InProcessCluster) -> bool:
 
 async def test_incomplete_vm_is_created_again(cluster: InProcessCluster) -> None:
     await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
-    await cluster.client.vms.create(name="vm", image="any")
-    vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
+    async with cluster.client.rpc_watch("mac"):
+        await cluster.client.vms.list(worker="mac")
+        await cluster.client.vms.create(name="vm", image="any")
+        vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
+        # The earlier worker learns of the VM here.
+        await cluster.client.vms.list(worker="mac")
     await cluster.driver().clone("half", vm.tart_name, lambda _: None)
     async with cluster.working():
         assert (await cluster.client.vms.wait("vm")).state.restart_count == 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from orchard.early_failures import EarlyFailures
 from orchard.scheduler import Plan, Planner, PlannerInputs
 from orchard.schema import VM, SchedulerProfile, Worker
 
@@ -22,16 +24,39 @@ class Snapshot:
     last_contact_of_deleted: Mapping[str, float] = field(default_factory=dict)
     started_at: float = 0.0
     failed_before_start: frozenset[str] = frozenset()
+    # Workers that are online, but get no new VMs: they have said goodbye.
+    gone: Collection[str] = frozenset()
+    # Worker -> names of VMs that were assigned to it since its last poll -> their uids.
+    unnamed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    failures: EarlyFailures = field(default_factory=EarlyFailures)
+    held: Mapping[str, float] = field(default_factory=dict)
+    frozen: str = ""
+
+    def silent_at(self, worker: str) -> float:
+        return self.last_contact.get(worker, -math.inf) + self.offline_timeout
+
+    def deleted_until(self, worker: str) -> float:
+        return self.last_contact_of_deleted.get(worker, -math.inf) + self.offline_timeout
+
+    def away_at(self, worker: str) -> float:
+        return -math.inf if worker in self.gone else self.silent_at(worker)
+
+    available_until = away_at
+
+    def why_unavailable(self, worker: str) -> str:
+        return "stopped" if worker in self.gone else "offline"
 
     def inputs(self) -> PlannerInputs:
         """Return what a planner needs besides VMs and workers, with the same tables."""
         return PlannerInputs(
-            last_contact=self.last_contact,
-            last_contact_of_deleted=self.last_contact_of_deleted,
+            workers=self,
+            failures=self.failures,
             restarted_at=self.restarted_at,
             offline_timeout=self.offline_timeout,
-            started_at=self.started_at,
+            forgotten_until=self.started_at + self.offline_timeout,
             failed_before_start=set(self.failed_before_start),
+            held=self.held,
+            why_frozen=lambda: self.frozen,
         )
 
 

@@ -66,6 +66,7 @@ class Served:
         self.loop = loop
         self.store = api.store
         self.state = api.state
+        self._watches: dict[str, object] = {}
 
     async def call(
         self,
@@ -133,8 +134,20 @@ class Served:
         return await self.ok("POST", "/vms", {"name": name, "image": "image", **spec})
 
     async def register(self, name: str, **fields: object) -> Any:
+        """Register a worker that opens its watch and polls, so that its session is whole."""
         resources = {"org.cirruslabs.tart-vms": 2}
-        return await self.ok("POST", "/workers", {"name": name, "machine_id": "m", "resources": resources, **fields})
+        body = {"name": name, "machine_id": "m", "resources": resources, **fields}
+        worker = await self.ok("POST", "/workers", body)
+        self.open_watch(name)
+        await self.ok("GET", f"/vms?filter=worker={name}")
+        return worker
+
+    def open_watch(self, name: str) -> None:
+        """Have the watch of a worker count as open until `close_watch`."""
+        self._watches[name] = self.loop.liveness.record_watch(name, ("", "10.0.0.1"))
+
+    def close_watch(self, name: str) -> None:
+        self.loop.liveness.record_watch_end(name, self._watches.pop(name))
 
     def schedule(self) -> float:
         """Schedule until nothing is left to do. Return when the scheduler is due again."""
@@ -178,6 +191,7 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
             vm_access,
             Executor(vm_access),
             sessions,
+            loop.states,
             gate,
             tokens,
             waiting_reason=lambda _: "",
