@@ -49,6 +49,7 @@ from orchard.schema import (
     Runtime,
     Worker,
 )
+from orchard.ssh.synthetic_server import SyntheticSSH
 from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
 from orchard.vm import supervisor
 from orchard.vm.driver import Driver, DriverError
@@ -105,6 +106,7 @@ class WorkerService:
             chance=chance,
         )
         self._requests = RequestHandler(description.name, client, driver, self._vms.instances, self._lease)
+        self._ssh = SyntheticSSH(driver, self._credentials) if isinstance(driver, SyntheticDriver) else None
         # How often this worker has registered.
         self._registrations = 0
 
@@ -117,10 +119,17 @@ class WorkerService:
             try:
                 # Tasks of VMs and tunnels outlive each session, and end with the worker.
                 async with trio.open_nursery() as nursery:
+                    if self._ssh is not None:
+                        nursery.start_soon(self._ssh.run)
                     await self._run_sessions(nursery, task_status)
             finally:
                 with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
                     await self._vms.report_stopped()
+
+    def _credentials(self, name: str) -> tuple[str, str] | None:
+        """Return the user name and the password of a local VM."""
+        instance = self._vms.instances.get(name)
+        return (instance.vm.spec.username, instance.vm.spec.password) if instance is not None else None
 
     async def _run_sessions(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
         failures = 0

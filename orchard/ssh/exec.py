@@ -21,7 +21,7 @@ import base64
 import binascii
 import shlex
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from orchard.codec import MalformedError, ValidationError, dump_json, parse_json
 from orchard.nursery import first_exception
 from orchard.schema import ENV_NAME, VM
 from orchard.ssh.connections import GuestConnections, why
+from orchard.ssh.rest import Rest
 from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 
 if TYPE_CHECKING:
@@ -46,13 +47,8 @@ DEFAULT_ROWS, DEFAULT_COLS = 24, 80
 # sender does not keep all others out.
 MAX_VM_COMMANDS = 64
 MAX_SENDER_COMMANDS = 32
-# How long the output of a command that has ended is waited for, in all, and the most that is sent of it.
-REST_SECONDS = 2.0  # seconds
-REST_BYTES = 8 * 1024 * 1024  # bytes
 
 _TERMINAL = "xterm-256color"
-# The most output in one frame.
-_OUTPUT_BYTES = 64 * 1024  # bytes
 _LOST = "the connection to the VM was lost"
 
 
@@ -208,38 +204,6 @@ class _Frames:
             await self.websocket.send_message(dump_json(frame).decode())
 
 
-class _Rest:
-    """Bounds what is read from a stream after its command has ended.
-
-    A process in the background may hold the stream open, and may even write to it. Only the time in which nothing comes
-    counts, so that a slow client gets all that the command itself has written.
-    """
-
-    def __init__(self) -> None:
-        self._seconds = REST_SECONDS
-        self._bytes = REST_BYTES
-        self._has_begun = False
-        self._scope = trio.CancelScope()
-
-    def begin(self) -> None:
-        """Bound the reading from now on."""
-        self._has_begun = True
-        self._scope.deadline = trio.current_time() + self._seconds
-
-    async def read(self, read: Callable[[int], Awaitable[bytes]]) -> bytes:
-        """Return the next bytes, b"" at the end and beyond the bounds."""
-        self._scope = trio.CancelScope()
-        if self._has_begun:
-            self._scope.deadline = trio.current_time() + self._seconds
-        data = b""
-        with self._scope:
-            data = await read(_OUTPUT_BYTES)
-        if self._has_begun:
-            self._seconds = min(self._seconds, self._scope.deadline - trio.current_time())
-            self._bytes -= len(data)
-        return data if self._bytes > 0 else b""
-
-
 class _Bridge:
     """Joins the streams of a running command to its WebSocket."""
 
@@ -248,7 +212,7 @@ class _Bridge:
         self._command = command
         self._frames = frames
         # What bounds the reading from each of the command's two streams.
-        self._readers: list[_Rest] = []
+        self._readers: list[Rest] = []
 
     async def run(self) -> None:
         """Return when the command has ended, or the client has gone or sent a frame that is not understood.
@@ -278,11 +242,11 @@ class _Bridge:
             rest.begin()
 
     async def _send_output(self, kind: str, source: Any) -> None:
-        """Send what the command writes to one of its streams, until its end, or until `_Rest` is used up."""
+        """Send what the command writes to one of its streams, until its end, or until `Rest` is used up."""
         import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 
         read = trio_asyncio.aio_as_trio(source.read)
-        rest = _Rest()
+        rest = Rest()
         self._readers.append(rest)
         while data := await rest.read(read):
             await self._frames.send(kind, data=base64.b64encode(data).decode())

@@ -1,0 +1,221 @@
+"""SSH into synthetic VMs, so that `exec` and the jump host can be tried without a hypervisor. Needs the extra `ssh`.
+
+Each connection to port 22 of a synthetic VM (orchard/vm/synthetic.py) gets a port of this host's loopback address for
+itself, on which one connection is accepted. A client logs in with the VM's user name and password. A command runs in a
+shell of this host, in the VM's directory, and ends with its connection and with the VM. There is no terminal and no SFTP.
+
+Without the packages of the extra, nothing listens.
+"""
+
+from __future__ import annotations
+
+import hmac
+import signal
+import socket
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from orchard import logs
+from orchard.nursery import unwrap_groups
+from orchard.ssh.rest import Rest
+from orchard.vm.driver import DriverError
+from orchard.vm.processes import READ_BYTES, kill, signal_group
+from orchard.vm.synthetic import VM_ADDRESS, SyntheticDriver
+
+if TYPE_CHECKING:
+    import asyncssh  # noqa: TC004 -- `run` imports them
+    import trio_asyncio  # type: ignore[import-untyped]  # noqa: TC004 -- it has no types
+
+# For the connection to a port that was opened for it.
+_CLAIM_SECONDS = 10.0  # seconds
+_LOGIN_SECONDS = 10.0  # seconds
+# When a shell has ended, what it has written is in the pipes.
+_REST_SECONDS = 0.2  # seconds
+# Between asking a command to end and killing it.
+_END_SECONDS = 1.0  # seconds
+_CANNOT_RUN = 126
+
+
+class SyntheticSSH:
+    """The SSH server of one worker's synthetic VMs.
+
+    `credentials` returns the user name and the password of a local VM, or None if there is no such VM.
+    """
+
+    def __init__(self, driver: SyntheticDriver, credentials: Callable[[str], tuple[str, str] | None]) -> None:
+        self._driver = driver
+        self._credentials = credentials
+        # The packages are imported and the asyncio loop is opened for the first connection.
+        self._wanted = trio.Event()
+        self._ready = trio.Event()
+        self._nursery: trio.Nursery
+        self._key: Any = None
+        self._loop: Any = None
+
+    async def run(self) -> None:
+        """Serve until cancelled. Return at once if the extra is not installed."""
+        if not (find_spec("asyncssh") and find_spec("trio_asyncio")):
+            return
+        self._driver.ssh_port = self._open_port
+        try:
+            await self._wanted.wait()
+            global asyncssh, trio_asyncio
+            import asyncssh
+            import trio_asyncio
+
+            self._key = asyncssh.generate_private_key("ssh-ed25519")
+            with unwrap_groups():
+                async with trio_asyncio.open_loop() as self._loop, trio.open_nursery() as self._nursery:
+                    self._loop.set_exception_handler(logs.log_asyncio_error)
+                    self._ready.set()
+                    await trio.sleep_forever()
+        finally:
+            self._driver.ssh_port = None
+
+    async def _open_port(self, name: str) -> int:
+        """Return a port of VM_ADDRESS that takes one connection into a VM."""
+        self._wanted.set()
+        await self._ready.wait()
+        port: int = await self._nursery.start(self._serve, name)
+        return port
+
+    async def _serve(self, name: str, *, task_status: trio.TaskStatus[int]) -> None:
+        """Accept one connection into a VM, and serve it until it ends."""
+        # A task has the context of the one that started it.
+        trio_asyncio.current_loop.set(self._loop)
+        (listener,) = await trio.open_tcp_listeners(0, host=VM_ADDRESS, backlog=1)
+        async with listener:
+            task_status.started(listener.socket.getsockname()[1])
+            stream: trio.SocketStream | None = None
+            with trio.move_on_after(_CLAIM_SECONDS):
+                stream = await listener.accept()
+        if stream is None:
+            return
+        serve = partial(
+            asyncssh.run_server,
+            socket.socket(fileno=stream.socket.detach()),
+            server_factory=self._login(name),
+            server_host_keys=[self._key],
+            process_factory=partial(self._session, name),
+            encoding=None,
+            line_editor=False,
+            login_timeout=_LOGIN_SECONDS,
+            gss_host=None,
+            agent_forwarding=False,
+            x11_forwarding=False,
+            compression_algs=("none",),
+        )
+        with suppress(asyncssh.Error, OSError):
+            connection = await trio_asyncio.aio_as_trio(serve)()
+            try:
+                await trio_asyncio.aio_as_trio(connection.wait_closed)()
+            finally:
+                connection.abort()
+
+    def _login(self, name: str) -> type[asyncssh.SSHServer]:
+        """Return the server class that lets in with the credentials of a VM."""
+        credentials = self._credentials
+
+        class Login(asyncssh.SSHServer):
+            def begin_auth(self, username: str) -> bool:
+                return True
+
+            def password_auth_supported(self) -> bool:
+                return True
+
+            def validate_password(self, username: str, password: str) -> bool:
+                expected = credentials(name)
+                if expected is None:
+                    return False
+                right_name = hmac.compare_digest(username.encode(), expected[0].encode())
+                return hmac.compare_digest(password.encode(), expected[1].encode()) and right_name
+
+        return Login
+
+    # -- commands
+
+    async def _session(self, name: str, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        """Run a client's command, or a login shell. For asyncio."""
+        await trio_asyncio.trio_as_aio(self._run)(name, process)
+
+    async def _run(self, name: str, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        pipe = subprocess.PIPE
+        username = process.get_extra_info("username")
+        try:
+            directory, environ = self._driver.enter(name, username)
+            words = [environ["SHELL"], *(["-c", process.command] if process.command else ["-l"])]
+            shell = await trio.lowlevel.open_process(
+                words, stdin=pipe, stdout=pipe, stderr=pipe, cwd=directory, env=environ, start_new_session=True
+            )
+        except (DriverError, OSError) as error:
+            process.stderr.write(f"{error}\n".encode())
+            process.exit(_CANNOT_RUN)
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._wait_closed, process, nursery.cancel_scope)
+                nursery.start_soon(_feed, process.stdin, shell)
+                await _send_output(shell, process)
+                status = await shell.wait()
+                process.exit(status if status >= 0 else 128 - status)
+                nursery.cancel_scope.cancel()
+        finally:
+            # What a command left in the background runs on until the VM ends.
+            if shell.returncode is None:
+                signal_group(shell.pid, signal.SIGTERM)
+                with trio.move_on_after(_END_SECONDS, shield=True):
+                    await shell.wait()
+                await kill(shell)
+
+    async def _wait_closed(self, process: asyncssh.SSHServerProcess[bytes], scope: trio.CancelScope) -> None:
+        """Cancel `scope` when the client has closed the session."""
+        await trio_asyncio.aio_as_trio(process.wait_closed)()
+        scope.cancel()
+
+
+async def _feed(source: asyncssh.SSHReader[bytes], shell: trio.Process) -> None:
+    """Send a client's input to a shell, and its signals."""
+    assert shell.stdin is not None
+    read = trio_asyncio.aio_as_trio(source.read)
+    async with shell.stdin:
+        while True:
+            try:
+                data = await read(READ_BYTES)
+                if not data:
+                    return
+                await shell.stdin.send_all(data)
+            except asyncssh.SignalReceived as received:
+                with suppress(KeyError):
+                    signal_group(shell.pid, signal.Signals[f"SIG{received.signal}"])
+            except (asyncssh.TerminalSizeChanged, asyncssh.BreakReceived):
+                continue
+            except (trio.BrokenResourceError, asyncssh.Error, OSError):
+                return
+
+
+async def _send_output(shell: trio.Process, process: asyncssh.SSHServerProcess[bytes]) -> None:
+    """Send a shell's output to the client until the shell has ended, and what is left then."""
+    assert shell.stdout is not None
+    assert shell.stderr is not None
+    rests = Rest(_REST_SECONDS), Rest(_REST_SECONDS)
+    async with trio.open_nursery() as readers:
+        readers.start_soon(_copy, shell.stdout, process.stdout, rests[0])
+        readers.start_soon(_copy, shell.stderr, process.stderr, rests[1])
+        await shell.wait()
+        for rest in rests:
+            rest.begin()
+
+
+async def _copy(source: trio.abc.ReceiveStream, sink: asyncssh.SSHWriter[bytes], rest: Rest) -> None:
+    drain = trio_asyncio.aio_as_trio(sink.drain)
+    async with source:
+        with suppress(asyncssh.Error, OSError):
+            while data := await rest.read(source.receive_some):
+                sink.write(bytes(data))
+                await drain()
