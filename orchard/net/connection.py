@@ -196,10 +196,6 @@ class Connection:
         server.open += 1
         server.unauthenticated.add(self, self.peer)
 
-    def authenticate(self) -> None:
-        """Note that the client has authenticated, so that the connection is not closed for newer ones."""
-        self.server.unauthenticated.remove(self)
-
     # ---- waiting
 
     async def shake_hands(self) -> bool:

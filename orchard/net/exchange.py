@@ -174,10 +174,11 @@ class Exchange:
         assert admitted is not None
         self._account = admitted.account
         if admitted.authenticated:
-            self._connection.authenticate()
+            server.unauthenticated.remove(self._connection)
         if self._unread:
-            body = await self._read_body(raw, block, admitted.body_limit or _IGNORED_BODY_BYTES)
-            request.body = body if admitted.body_limit else b""
+            limit = admitted.body_limit
+            body = await self._read_body(raw, block, limit or _IGNORED_BODY_BYTES)
+            request.body = body if limit else b""
             self._unread = False
         answer: AnyResponse | None = await server.handler(request, admitted)
         while isinstance(answer, WhileConnected):

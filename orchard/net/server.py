@@ -78,13 +78,13 @@ async def _serve_connection(server: ServerState, stream: trio.abc.Stream) -> Non
         server.log.warning("connection refused: %d are open, and none of them is idle", server.open)
         return
     connection = Connection(server, stream)
-    exchange = Exchange(connection)
+    exchange: Exchange | None = None
     try:
         try:
             more = await connection.shake_hands()
         except HTTPError as refused:
+            exchange, more = Exchange(connection), False
             await exchange.fail(refused)
-            more = False
         while more and await connection.wait_request():
             exchange = Exchange(connection)
             more = await exchange.run()
@@ -93,8 +93,10 @@ async def _serve_connection(server: ServerState, stream: trio.abc.Stream) -> Non
         server.log.debug("%s: the connection ended: %r", connection.peer, gone.__cause__ or gone)
     except Exception:
         server.log.exception("a request failed")
-        with suppress(Disconnected):
-            await exchange.fail(HTTPError(500, "internal error"))
+        if exchange is not None:
+            with suppress(Disconnected):
+                await exchange.fail(HTTPError(500, "internal error"))
     finally:
-        exchange.end()
+        if exchange is not None:
+            exchange.end()
         connection.end()
