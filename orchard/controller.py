@@ -32,13 +32,14 @@ import trio
 from orchard import __version__, auth
 from orchard.api import ControllerParts
 from orchard.cluster import ClusterIdentity
-from orchard.daemon import orchard_home, parse_address, parse_seconds, run_main, run_until_signal
+from orchard.daemon import CommandLine, orchard_home, parse_address, parse_seconds, run_main, run_until_signal
 from orchard.files import (
     ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,
     CONTROLLER_LOCK_FILE,
     EVENTS_DIRECTORY,
     SSH_HOST_KEY_FILE,
+    STATE_FILE,
     LockError,
     lock_directory,
     write_private,
@@ -68,6 +69,11 @@ from orchard.tunnel import Rendezvous, VMAccess
 DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
 # Time for the requests under way at a stop.
 _GRACE_SECONDS = 10.0
+# The directory in which Cirrus Labs' controller keeps its state.
+_FOREIGN_DATA = "db"
+_HOST_DIRS_NOTE = (
+    "--insecure-allow-host-dirs has no effect: the hostDirPolicies of the cluster settings decide what a VM may mount"
+)
 _SSH_IS_MISSING = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
 # File descriptors that are not connections: files, the log, pipes of threads.
 _OTHER_DESCRIPTORS = 64
@@ -130,7 +136,7 @@ def _locked(directory: Path) -> Iterator[None]:
         with lock_directory(directory, CONTROLLER_LOCK_FILE):
             yield
     except LockError as error:
-        raise StartError(f"cannot use the data directory: {error}; choose another with --data-dir") from error
+        raise StartError(f"cannot use the data directory: {error}; choose another") from error
 
 
 @contextlib.contextmanager
@@ -138,6 +144,7 @@ def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
     """Load state and events for the block, and close the state after it. Raises StartError."""
     with contextlib.ExitStack() as stack:
         try:
+            _check_for_foreign_data(directory)
             for problem in find_exposures(directory):
                 raise StartError(problem)
             store = Store.open(directory, utc_now())
@@ -147,6 +154,19 @@ def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
         except (DamagedError, NotWrittenError, OSError) as error:
             raise StartError(str(error)) from error
         yield store, events
+
+
+def _check_for_foreign_data(directory: Path) -> None:
+    """Raise StartError if a directory without a state holds the data base of Cirrus Labs' controller.
+
+    With an empty state beside that data base, no worker and no client would be let in.
+    """
+    if (directory / _FOREIGN_DATA).is_dir() and not (directory / STATE_FILE).exists():
+        raise StartError(
+            f"{directory / _FOREIGN_DATA} is the data base of Cirrus Labs' Orchard controller, which this one cannot read;"
+            " choose an empty data directory, create the service accounts of workers and clients there again, and use"
+            " the certificate and key of the old one with --controller-cert and --controller-key"
+        )
 
 
 def load_access_key(directory: Path) -> bytes:
@@ -304,7 +324,7 @@ async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nurse
         raise StartError(str(error)) from error
     except OSError as error:
         raise StartError(
-            f"cannot serve SSH on {host or ''}:{port}: {error.strerror or error}; see --listen-ssh"
+            f"cannot serve SSH on {host or ''}:{port}: {error.strerror or error}; choose another address or port"
         ) from error
     return started
 
@@ -328,7 +348,9 @@ async def _listen(settings: ControllerSettings) -> Listening:
         listeners = await trio.open_tcp_listeners(settings.port, host=settings.host)
     except OSError as error:
         address = f"{settings.host or ''}:{settings.port}"
-        raise StartError(f"cannot listen on {address}: {error.strerror or error}; see --listen") from error
+        raise StartError(
+            f"cannot listen on {address}: {error.strerror or error}; choose another address or port"
+        ) from error
     for listener in listeners:
         tcp.keep_accepted_alive(listener)
     # With port 0 each address got another port, and the URL has only one.
@@ -398,7 +420,7 @@ def parse_api_prefix(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m orchard.controller",
         description="Run an Orchard controller: the REST API, the scheduler and the state of a cluster of Tart VMs.",
         epilog="ORCHARD_BOOTSTRAP_ADMIN_TOKEN sets the token of the service account bootstrap-admin. Without it, the first"
@@ -425,6 +447,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--insecure-ssh-no-client-auth", action="store_true", help="serve SSH without authentication")
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
     add("--insecure-no-auth", action="store_true", help="serve the API without authentication: anyone may do anything")
+    add("--insecure-allow-host-dirs", action="store_true", help="accepted for existing service files, without effect")
     add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=DEFAULT_OFFLINE_TIMEOUT,
         help="seconds without contact after which a worker is offline and its VMs fail; default %(default)g")  # fmt: skip
     add("--ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
@@ -445,6 +468,8 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
         parser.error("--controller-cert and --controller-key must be given together")
     if options.insecure_no_tls and options.controller_cert is not None:
         parser.error("--insecure-no-tls and --controller-cert cannot be combined")
+    if options.insecure_allow_host_dirs:
+        print(f"orchard controller: {_HOST_DIRS_NOTE}", file=sys.stderr)
     host, port = options.listen
     settings = ControllerSettings(
         data_dir=options.data_dir or orchard_home() / "controller",
@@ -479,7 +504,7 @@ def announce(running: Running, out: TextIO) -> None:
 
 
 async def run_and_announce(settings: ControllerSettings) -> None:
-    """Run a controller until SIGTERM or SIGINT; a second signal ends it without waiting for requests in progress."""
+    """Run a controller until a signal to stop; a second one ends it without waiting for requests in progress."""
     stop = trio.Event()
 
     async def control() -> None:

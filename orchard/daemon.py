@@ -1,9 +1,9 @@
 """How a process of Orchard starts and stops, and how its command line is read.
 
 `run_main` is the common part of every `main`: log configuration, limit of open files, one line on stderr and an exit
-status for an error that was expected. `run_until_signal` handles SIGTERM and SIGINT. The `parse_*` functions are
-`type=` functions for argparse: they raise ArgumentTypeError with the text and what was expected; argparse then exits
-with status 2.
+status for an error that was expected. `run_until_signal` handles SIGTERM, SIGINT and SIGHUP. `CommandLine` is an
+argparse.ArgumentParser, and the `parse_*` functions are `type=` functions for it: they raise ArgumentTypeError with the
+text and what was expected; argparse then exits with status 2.
 
 What a role does between its start and its stop is in its own module.
 """
@@ -11,6 +11,7 @@ What a role does between its start and its stop is in its own module.
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import math
 import os
@@ -18,9 +19,10 @@ import re
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -75,12 +77,16 @@ def run_main(
 
 
 async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Event | None = None) -> None:
-    """Run `work` until it returns, or until SIGTERM or SIGINT.
+    """Run `work` until it returns, or until SIGTERM, SIGINT or SIGHUP (the terminal was closed, without nohup).
 
     Without `stop`, the first signal cancels `work`. With `stop`, the first signal sets it, so that `work` can end by
     itself, and a second signal cancels `work`.
     """
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    stopping = {signal.SIGTERM, signal.SIGINT}
+    # nohup ignores it.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        stopping.add(signal.SIGHUP)
+    with trio.open_signal_receiver(*stopping) as signals:
         async with trio.open_nursery() as nursery:
 
             async def handle_signals() -> None:
@@ -125,6 +131,27 @@ def raise_open_files_limit() -> None:
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
+
+
+class CommandLine(argparse.ArgumentParser):
+    """An argument parser that refuses an unknown option with the name of the nearest known one.
+
+    It never shows more of an unknown argument than the name of the option: the rest may be a secret.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        options, unknown = super().parse_known_args(args, namespace)
+        for word in unknown:
+            name, _, _ = word.partition("=")
+            if name.startswith("-"):
+                self.error(f"unknown option {name}{suggest(name, self._option_string_actions)}")
+        return options, unknown
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return a question for the nearest known word, to be put behind a message. Empty if none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else ""
 
 
 def parse_address(text: str) -> tuple[str | None, int]:

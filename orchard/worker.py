@@ -33,7 +33,15 @@ from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
-from orchard.daemon import orchard_home, parse_count, parse_pairs, parse_resources, run_main, run_until_signal
+from orchard.daemon import (
+    CommandLine,
+    orchard_home,
+    parse_count,
+    parse_pairs,
+    parse_resources,
+    run_main,
+    run_until_signal,
+)
 from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
 from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
 from orchard.nursery import first_exception, unwrap_groups
@@ -223,9 +231,7 @@ def host_resources(runtime: str) -> dict[str, int]:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m orchard.worker", description="Run VMs on this host for an Orchard controller."
-    )
+    parser = CommandLine(prog="python -m orchard.worker", description="Run VMs on this host for an Orchard controller.")
     add = parser.add_argument
     add("url", metavar="CONTROLLER_URL", help="URL of the controller, for example https://controller.example.com:6120")
     token = parser.add_mutually_exclusive_group()
@@ -312,7 +318,7 @@ def _describe_worker(options: argparse.Namespace, name: str, machine: str) -> Wo
 
 
 async def _work(options: argparse.Namespace, client: Client) -> None:
-    """Run the workers of a command line until SIGTERM or SIGINT. Raises LockError, RefusedError, DriverError."""
+    """Run the workers of a command line until a signal to stop. Raises LockError, RefusedError, DriverError."""
     name, synthetic = options.name, options.runtime == "synthetic"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
     drivers = {each: _make_driver(options, each) for each in names}

@@ -116,6 +116,24 @@ def test_invalid_argument_error_names_the_value_and_what_is_accepted(
         assert wrong.replace(" ", "") in str(refused.value).replace(" ", "")
 
 
+def test_unknown_option_is_refused_with_the_nearest_known_one_and_without_its_value(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = daemon.CommandLine()
+    parser.add_argument("--bootstrap-token")
+    parser.add_argument("url", nargs="?")
+    for arguments in (["--bootstrap-tokn=SECRET"], ["http://a", "--bootstrap-tokn", "SECRET"]):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args(arguments)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert "--bootstrap-tokn," in said
+        assert "--bootstrap-token?" in said
+        assert "SECRET" not in said
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--zzz"])
+    assert "?" not in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("home", "read"), [(None, Path("/people/me/.orchard")), ("", Path("/people/me/.orchard")), ("/srv", Path("/srv"))]
 )
@@ -131,12 +149,30 @@ def test_orchard_home(home: str | None, read: Path, monkeypatch: pytest.MonkeyPa
 # ---- start and stop ------------------------------------------------------------------------------------------------
 
 
-async def test_the_first_signal_cancels_the_work() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+async def test_the_first_signal_cancels_the_work(number: signal.Signals) -> None:
     async def work() -> None:
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         await trio.sleep_forever()
 
     await daemon.run_until_signal(work)
+
+
+async def test_work_under_nohup_goes_on_when_the_terminal_is_closed() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    reached = False
+
+    async def work() -> None:
+        nonlocal reached
+        signal.raise_signal(signal.SIGHUP)
+        await trio.testing.wait_all_tasks_blocked()
+        reached = True
+
+    try:
+        await daemon.run_until_signal(work)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert reached
 
 
 async def test_with_a_stop_event_the_first_signal_sets_it_and_the_second_cancels() -> None:

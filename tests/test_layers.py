@@ -190,7 +190,9 @@ def test_there_is_no_import_cycle() -> None:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=lambda file: file.parent.name)
 def test_a_package_file_imports_nothing(file: Path) -> None:
     nodes = list(ast.walk(ast.parse(file.read_text())))
-    assert [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)] == []
+    # The package's own file handles Ctrl-C while the rest is imported.
+    allowed = ["import signal", "import sys"] if file.parent == PACKAGE else []
+    assert [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)] == allowed
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,1 +1,1 @@
-"""The `orchard` command; its entry point is `orchard.cli.main:main`."""
+"""The `orchard` command; `orchard.cli.main.main` runs it."""

@@ -1,7 +1,7 @@
 """The verbs `demo` and `dev`: a whole cluster in this process, to look at or to develop against.
 
-Both run `orchard.testing.cluster`, with tart if this host has it, otherwise with synthetic VMs, and both end at SIGINT,
-SIGTERM or an error. `demo` creates one VM, prints each step with its duration, and deletes everything. `dev` runs until
+Both run `orchard.testing.cluster`, with tart if this host has it, otherwise with synthetic VMs, and both end at a
+signal to stop or an error. `demo` creates one VM, prints each step with its duration, and deletes everything. `dev` runs until
 it is stopped, on a fixed port, and keeps the controller's state in a directory.
 """
 
@@ -60,7 +60,7 @@ _Verb = Callable[[argparse.Namespace, _VMs], Awaitable[None]]
 
 
 async def _run_with_driver(verb: _Verb, options: argparse.Namespace) -> None:
-    """Run a verb until it ends, or until SIGINT or SIGTERM. Raises StartError, ClientError, LockError."""
+    """Run a verb until it ends, or until a signal to stop. Raises StartError, ClientError, LockError."""
     with _choose_driver(options) as vms:
         await run_until_signal(partial(verb, options, vms))
 

@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from orchard import __version__, controller, worker
 from orchard.cli import demo, offline
-from orchard.daemon import parse_count, parse_port
+from orchard.daemon import CommandLine, parse_count, parse_port, suggest
 from orchard.net.transport import DEFAULT_PORT
 
 _DEMO_IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
@@ -29,8 +29,9 @@ _DEV_DIRECTORY = Path(".dev-data")
 _ROLES: Mapping[str, Callable[[Sequence[str]], int]] = {"controller": controller.main, "worker": worker.main}
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="orchard", description="An orchestrator for Tart virtual machines.")
+def _make_parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
+    """Return the parser of the command line, and the verbs."""
+    parser = CommandLine(prog="orchard", description="An orchestrator for Tart virtual machines.")
     parser.add_argument("--version", action="version", version=f"orchard {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -65,6 +66,9 @@ def _make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the certificate out (workers verify it with their system's CAs)",
     )
+    token_parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="write it to a file that only its owner can read, mode 0600"
+    )
     token_parser.set_defaults(run=offline.print_bootstrap_token)
 
     check_parser = verbs.add_parser(
@@ -76,7 +80,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     for role in _ROLES:
         verbs.add_parser(role, help=f"run a {role}; see orchard {role} --help", add_help=False)
-    return parser
+    return parser, verbs.choices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in _ROLES:
         return _ROLES[words[0]](words[1:])
-    options = _make_parser().parse_args(words)
+    parser, verbs = _make_parser()
+    if words and not words[0].startswith("-") and words[0] not in verbs:
+        parser.error(f"unknown verb {words[0]}{suggest(words[0], verbs)}, expected one of {', '.join(verbs)}")
+    options = parser.parse_args(words)
     try:
         status: int = options.run(options)
         sys.stdout.flush()

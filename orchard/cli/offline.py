@@ -11,14 +11,14 @@ from pathlib import Path
 
 from orchard.auth import BootstrapToken
 from orchard.daemon import orchard_home
-from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE
+from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, write_private
 from orchard.fsck import inspect
 from orchard.storage.errors import DamagedError
 from orchard.store import read_state
 
 
 def print_bootstrap_token(options: argparse.Namespace) -> int:
-    """Print a bootstrap token for the service account `options.account`, and return the exit status."""
+    """Print or write a bootstrap token for the account `options.account`, and return the exit status."""
     directory = _data_directory(options)
     path = directory / STATE_FILE
     try:
@@ -33,7 +33,14 @@ def print_bootstrap_token(options: argparse.Namespace) -> int:
     if account is None:
         known = ", ".join(sorted(state.accounts)) or "none"
         return _fail(f'service account "{options.account}" does not exist in {path}, expected one of: {known}')
-    print(BootstrapToken(account.name, account.token, pem))
+    token = BootstrapToken(account.name, account.token, pem)
+    if options.output is None:
+        print(token)
+        return 0
+    try:
+        write_private(options.output, f"{token}\n".encode())
+    except OSError as error:
+        return _fail(f"cannot write {options.output}: {error.strerror}")
     return 0
 
 

@@ -7,13 +7,15 @@ import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, call_main, controller, finished, started
+from harness.processes import GENEROUS, call_main, controller, environment, finished, started
 from harness.programs import need
 
 from orchard import __version__
@@ -120,6 +122,15 @@ def test_bootstrap_token_is_read_from_the_data_of_a_running_controller(tmp_path:
         status, out, _ = call_main(main, "bootstrap-token", "bootstrap-admin", "--no-certificate", home=tmp_path)
         assert status == 0
         assert BootstrapToken.parse(out) == BootstrapToken("bootstrap-admin", "t")
+        written = tmp_path / "workers.token"
+        written.touch(0o644)
+        options = ("--no-certificate", "--output", str(written))
+        assert call_main(main, "bootstrap-token", "bootstrap-admin", *options, home=tmp_path) == (0, "", "")
+        assert (written.read_text(), stat.S_IMODE(written.stat().st_mode)) == (out, 0o600)
+        nowhere = str(tmp_path / "none" / "token")
+        status, out, err = call_main(main, "bootstrap-token", "bootstrap-admin", "--output", nowhere, home=tmp_path)
+        assert (status, out) == (1, "")
+        assert nowhere in err
         status, out, err = call_main(main, "bootstrap-token", "unknown", home=tmp_path)
         assert (status, out) == (1, "")
         assert '"unknown"' in err
@@ -140,7 +151,12 @@ def test_invalid_command_lines_are_refused_without_a_traceback(tmp_path: Path) -
     assert (status, out) == (2, "")
     assert "usage: orchard" in err
     assert "VERB" in err
-    assert call_main(main, "unknown", home=tmp_path)[0] == 2
+    status, _, err = call_main(main, "dmeo", home=tmp_path)
+    assert status == 2
+    assert "demo?" in err
+    status, _, err = call_main(main, "dev", "--prot", "1", home=tmp_path)
+    assert status == 2
+    assert "--port?" in err
     status, _, err = call_main(main, "dev", "--port", "65536", home=tmp_path)
     assert status == 2
     assert "65536" in err
@@ -148,6 +164,30 @@ def test_invalid_command_lines_are_refused_without_a_traceback(tmp_path: Path) -
         status, out, _ = call_main(main, role, "--help", home=tmp_path)
         assert status == 0
         assert "usage:" in out
+
+
+# Of the command as it is installed: Ctrl-C when its work is done.
+AT_THE_END = """
+import signal, sys
+from orchard.__main__ import main
+sys.argv = ["orchard", "check", "/none"]
+main()
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["-m", "orchard", "demo"], ["-m", "orchard.controller"], ["-m", "orchard.worker", "http://127.0.0.1:1"], ["-c", AT_THE_END]],
+    ids=["command", "controller", "worker", "at the end"],
+)  # fmt: skip
+def test_interrupt_while_the_program_starts_or_exits_shows_no_traceback(tmp_path: Path, words: list[str]) -> None:
+    if words[0] == "-m":
+        (tmp_path / "trio.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    env = environment(tmp_path, {"PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == -signal.SIGINT
+    assert "Traceback" not in done.stderr
 
 
 def test_dev_in_a_file_fails_without_a_traceback(tmp_path: Path) -> None:
