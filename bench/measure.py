@@ -84,15 +84,16 @@ def show(*variants: Variant) -> None:
 
 
 class Turns(trio.abc.Instrument):
-    """Measures the longest step of any task, in seconds."""
+    """Measures the longest step of any task, in seconds, and the longest in CPU seconds of the event loop's thread."""
 
     def __init__(self) -> None:
-        self.longest = 0.0
+        self.longest = self.longest_cpu = 0.0
         # The step that adds this instrument to the loop began earlier, at an unknown time.
-        self._began = math.inf
+        self._began = self._began_cpu = math.inf
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self._began = time.perf_counter()
+        self._began, self._began_cpu = time.perf_counter(), time.thread_time()
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         self.longest = max(self.longest, time.perf_counter() - self._began)
+        self.longest_cpu = max(self.longest_cpu, time.thread_time() - self._began_cpu)

@@ -25,14 +25,33 @@ from measure import ROUNDS, Turns
 
 from orchard import controller
 
-# Requests of one round.
-COUNT = 50
+# Requests of one round, and large ones.
+COUNT, LARGE_COUNT = 50, 4
 PATHS = {"list VMs": "/v1/vms", "list workers": "/v1/workers", "get one": "/v1/vms/vm-7", "create": ""}
+# Bytes of the body.
+LARGE = {"events": 256 * 1024, "most events": 4 * 1024 * 1024, "script": 256 * 1024, "longest script": 4 * 1024 * 1024}
+
+
+def large_request(kind: str, number: int) -> bytes:
+    """Return a request whose body has nearly the size of its kind."""
+    size = LARGE[kind]
+    if "events" in kind:
+        lines = min(10_000, size // 128)
+        event = {"kind": "log_line", "payload": "x, " * (size // lines // 3 - 25), "timestamp": 1_700_000_000}
+        body, path = json.dumps([event] * lines), f"/v1/vms/vm-{number}/events"
+    else:
+        script = {"script_content": "echo one, two\n" * (size // 16)}
+        body = json.dumps({"name": f"{kind.replace(' ', '-')}-{number}", "image": "image", "startup_script": script})
+        path = "/v1/vms"
+    assert len(body) <= size
+    return request("POST", path, body.encode(), AUTHORIZATION)
 
 
 def requests(kind: str, round_number: int) -> Iterator[bytes]:
     for number in itertools.count(round_number * COUNT):
-        if kind == "create":
+        if kind in LARGE:
+            yield large_request(kind, number)
+        elif kind == "create":
             body = {"name": f"new-{number}", "image": "image", "labels": {"label": "that no worker has"}}
             yield request("POST", "/v1/vms", json.dumps(body).encode(), AUTHORIZATION)
         else:
@@ -46,17 +65,19 @@ async def measure(home: Path, vms: int) -> None:
     async with trio.open_nursery() as nursery:
         running: controller.Running = await nursery.start(controller.run, settings)
         port = running.url.rpartition(":")[2]
-        for kind in PATHS:
-            longest = []
+        for kind in (*PATHS, *LARGE):
+            longest, longest_cpu = [], 0.0
             for number in range(ROUNDS):
                 turns = Turns()
                 trio.lowlevel.add_instrument(turns)
                 await trio.run_process([sys.executable, __file__, "--press", port, kind, str(number)])
                 trio.lowlevel.remove_instrument(turns)
                 longest.append(1000 * turns.longest)
+                longest_cpu = max(longest_cpu, 1000 * turns.longest_cpu)
             longest.sort()
             print(
                 f"{kind:14} longest step {statistics.median(longest):5.1f} ms ({longest[0]:.1f} to {longest[-1]:.1f}),"
+                f" {longest_cpu:.1f} ms of CPU,"
                 f" {vms:,} VMs"
             )
         nursery.cancel_scope.cancel()
@@ -66,7 +87,8 @@ def main() -> None:
     # The process of the clients.
     if sys.argv[1:2] == ["--press"]:
         port, kind, number = sys.argv[2:]
-        press(int(port), 4, itertools.islice(requests(kind, int(number)), COUNT))
+        count = LARGE_COUNT if kind in LARGE else COUNT
+        press(int(port), 4, itertools.islice(requests(kind, int(number)), count))
         return
     parser = argparse.ArgumentParser(prog="./run bench turns")
     parser.add_argument("--vms", type=int, default=10_000, help="VMs in the cluster; default %(default)s")

@@ -76,10 +76,13 @@ class Remarks:
     def add_unknown(self, kind: str, names: Iterable[str]) -> None:
         self.unknown += [f"{kind} {name}" for name in names]
 
+    def __bool__(self) -> bool:
+        return bool(self.unknown or self.notes)
+
     def __str__(self) -> str:
         more = len(self.unknown) - MAX_WARNED
         found = [f"unknown {name}" for name in self.unknown[:MAX_WARNED]]
         return "; ".join([*found, *([f"and {more} more"] if more > 0 else []), *self.notes])
 
     def headers(self) -> HeaderPairs:
-        return (("Warning", f'299 orchard "{self}"'),) if self.unknown or self.notes else ()
+        return (("Warning", f'299 orchard "{self}"'),) if self else ()

@@ -213,13 +213,16 @@ class API:
             if refusal is not None:
                 refused = http_error(refusal)
                 raise HTTPError(refused.status, refused.message, (*refused.headers, *remarks.headers())) from refusal
-            if isinstance(answer, Response | Stream):
+            if remarks and isinstance(answer, Response | Stream):
                 answer.headers = (*answer.headers, *remarks.headers())
             return answer
 
     async def _read(self, request: Request, admitted: Admitted) -> Admitted:
         """Parse the body, and look for unknown query parameters. Raises HTTPError, ValidationError."""
         operation, query = admitted.operation, request.query
+        # Most requests are polls.
+        if operation.body is None and not query.parameters():
+            return admitted
         admitted.remarks.add_unknown("query parameter", parameters.unknown_parameters(query, operation.query))
         strict = read_choice(query, parameters.FIELD_VALIDATION) == "strict"
         body = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -244,6 +246,24 @@ def test_everything_but_the_jump_host_imports_without_extras() -> None:
     modules = [f"orchard.{name}" for name in MODULES if name not in ("ssh.jump", "pytest_plugin", "__main__")]
     program = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); import {', '.join(modules)}"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+SECRETS = {"access_key", "body", "command", "env", "password", "script_content", "token"}
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "__main__"])
+def test_secrets_are_in_no_repr(module: str) -> None:
+    pytest.importorskip("asyncssh")
+    found = []
+    for kind in vars(importlib.import_module(f"orchard.{module}")).values():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type) and kind.__module__ == f"orchard.{module}":
+            found += [
+                f"{kind.__name__}.{field.name}"
+                for field in dataclasses.fields(kind)
+                if field.repr and field.name in SECRETS
+            ]
+    # That is the schema of a body.
+    assert [name for name in found if name != "Operation.body"] == []
 
 
 # ---- the documentation ---------------------------------------------------------------------------------------------
