@@ -145,3 +145,10 @@ def test_accepted_credentials_are_recalled_and_others_are_not() -> None:
 @pytest.mark.parametrize(("header", "name"), [(basic("a:b:c"), "a"), ("Bearer x", ""), ("Basic !", ""), ("", "")])
 def test_account_that_a_header_names(header: str, name: str) -> None:
     assert named_account(header) == name
+
+
+def test_repr_of_credentials_shows_no_secret() -> None:
+    account = ServiceAccount(name="ci", token="s3cret")
+    gate = make_gate({"ci": account})
+    gate.identify(basic("ci:s3cret"))
+    assert "s3cret" not in f"{gate!r} {gate.tokens!r} {gate.limit!r} {account!r}"

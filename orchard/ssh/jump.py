@@ -402,8 +402,8 @@ class _Server(asyncssh.SSHServer):
         self._channels = channels
         self._connection: asyncssh.SSHServerConnection | None = None
         self._flow = FlowControl()
-        # Returns who has logged in, or raises what JumpHost.log_in says.
-        self._check: Callable[[], Sender] | None = None
+        # The user name that was checked last, and what checks it again.
+        self._checked: tuple[str, Callable[[], Sender]] | None = None
         # Left when the connection ends.
         self._held = ExitStack()
         self._address = "-"
@@ -441,13 +441,30 @@ class _Server(asyncssh.SSHServer):
         return self._jump.gate is not None
 
     def auth_completed(self) -> None:
-        self.admitted = True
         self._jump.logging_in.remove(self)
-        if self._check is not None:
-            sender = self._check()
+        try:
+            sender = self._identify()
+        except (auth.UnauthenticatedError, auth.ForbiddenError) as error:
+            self.disconnect(asyncssh.DISC_BY_APPLICATION, str(error))
+            return
+        self.admitted = True
+        if sender is not None:
             role: Role = auth.ISSUER_ROLE if isinstance(sender, auth.Access) else "compute:connect"
             end = partial(self.disconnect, asyncssh.DISC_BY_APPLICATION)
             self._held.enter_context(self._jump.sessions.hold(account_of(sender), role, end))
+
+    def _identify(self) -> Sender | None:
+        """Return who has logged in, None without a gate.
+
+        Raises UnauthenticatedError and ForbiddenError, also when the credentials are not valid any more.
+        """
+        if self._jump.gate is None:
+            return None
+        assert self._connection is not None
+        # asyncssh says who has logged in. A client may have asked about a key of another account meanwhile.
+        if self._checked is None or self._checked[0] != self._connection.get_extra_info("username"):
+            raise auth.UnauthenticatedError("not logged in")
+        return self._checked[1]()
 
     def password_auth_supported(self) -> bool:
         return True
@@ -468,7 +485,7 @@ class _Server(asyncssh.SSHServer):
             _logger.debug("SSH key refused", extra={**self._about(username), "reason": str(error)})
             return False
         key.all_sig_algorithms = {each for each in key.all_sig_algorithms if each.decode() in SIGNATURES}
-        self._check = check
+        self._checked = username, check
         return True
 
     async def validate_password(self, username: str, password: str) -> bool:
@@ -476,7 +493,7 @@ class _Server(asyncssh.SSHServer):
         self._tries += 1
         if self._tries <= MAX_TRIES:
             try:
-                self._check = await self._jump.log_in(self._address, username, password)
+                self._checked = username, await self._jump.log_in(self._address, username, password)
                 return True
             except TooManyFailuresError as error:
                 # The limit itself logs who guesses.
@@ -493,8 +510,7 @@ class _Server(asyncssh.SSHServer):
     async def connection_requested(self, name: str, port: int, orig_host: str, orig_port: int) -> ChannelStream:
         """Return the channel once its tunnel is open. Raises ChannelOpenError, which tells the client why."""
         try:
-            # Also refuses credentials that are not valid any more.
-            who = self._check() if self._check is not None else None
+            who = self._identify()
             vm = self._jump.find_vm(name, who)
             if not 0 < port < 65536:
                 raise ChannelRefusedError(f"port is {port}, expected 1 to 65535")

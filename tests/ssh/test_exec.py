@@ -24,7 +24,7 @@ from harness.processes import GENEROUS, at_last, eventually, free_port
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection
 
-from orchard.client import Client, ResponseError
+from orchard.client import Client, ClientError, ResponseError
 from orchard.codec import MalformedError
 from orchard.ssh import connections
 from orchard.ssh import exec as vm_exec
@@ -275,6 +275,25 @@ async def test_disconnected_client_ends_its_command(ssh_port: int, tmp_path: Pat
     async with running_vm() as c:
         url = websocket_url(c, "/vms/vm/exec", command=command)
         await trio.to_thread.run_sync(talk, url)
+        await eventually(ended.exists)
+
+
+@pytest.mark.parametrize("way", ["account", "access token"])
+async def test_command_ends_with_the_account_of_its_sender(ssh_port: int, tmp_path: Path, way: str) -> None:
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    command = f"trap 'touch {ended}; exit' TERM HUP; touch {begun}; while :; do sleep 0.05; done"
+    async with running_vm(auth=True) as c, AsyncExitStack() as stack:
+        account = await c.client.service_accounts.create("guest", roles=["compute:write"])
+        sender = await stack.enter_async_context(Client(c.url, account="guest", token=account.token))
+        if way == "access token":
+            token = (await sender.vms.issue_access_token("vm")).token
+            sender = await stack.enter_async_context(Client(c.url, access_token=token))
+        with suppress(ClientError):
+            async with sender.vms.exec("vm", command) as running:
+                await eventually(begun.exists)
+                await c.client.service_accounts.delete("guest")
+                async for _ in running:
+                    pass
         await eventually(ended.exists)
 
 
