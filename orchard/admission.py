@@ -71,9 +71,10 @@ def named(name: str, read: Callable[[Any, list[str]], BodyT]) -> Callable[[Any, 
 
     def read_named(raw: Any, unknown: list[str]) -> BodyT:
         if isinstance(raw, dict):
-            if raw.get("name") not in (None, name):
-                raise InvalidError(f"name is {shown(raw['name'])}, expected {shown(name)} as in the path, or no name")
-            raw = {**raw, "name": name}
+            given = [raw[key] for key in raw if key.lower() == "name"]
+            if wrong := [value for value in given if value not in (None, "", name)]:
+                raise InvalidError(f"name is {shown(wrong[0])}, expected {shown(name)} as in the path, or no name")
+            raw = {**{key: value for key, value in raw.items() if key.lower() != "name"}, "name": name}
         return read(raw, unknown)
 
     return read_named

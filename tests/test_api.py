@@ -18,7 +18,7 @@ from harness.served import BEGAN, Answered, Served, served
 from trio.testing import assert_no_checkpoints
 
 import orchard
-from orchard import __version__, auth, transitions
+from orchard import __version__, auth, parameters, transitions
 from orchard.admission import Admitted, APIOperation
 from orchard.answers import ERROR_STATUS, http_error
 from orchard.api import API
@@ -27,7 +27,7 @@ from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.files import STATE_FILE
 from orchard.login_limit import TooManyFailuresError
 from orchard.net.openapi import PROBLEMS
-from orchard.net.request import Headers, HTTPError, Request, Stream
+from orchard.net.request import Headers, HTTPError, Query, Request, Stream
 from orchard.operations import OPERATIONS
 from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, ServiceAccount
@@ -566,6 +566,7 @@ REFUSED: list[tuple[str, str, object, int, list[str]]] = [
     ("POST", "/workers", {"name": "w", "resources": {"a": -1}}, 400, ["resources", "-1"]),
     ("POST", "/workers", {"name": "w", "machine_id": "other"}, 409, ["w"]),
     ("PUT", "/workers/w", {"name": "x"}, 412, ["name", '"x"', '"w"']),
+    ("PUT", "/workers/w", {"Name": "x"}, 412, ["name", '"x"', '"w"']),
     ("PUT", "/workers/w", {"last_seen": "yesterday"}, 400, ["last_seen", "yesterday"]),
     ("PUT", "/workers/none", {}, 404, ["none"]),
     ("POST", "/service-accounts", {"name": "a", "roles": ["root"]}, 412, ["roles", "root", "compute:read"]),
@@ -707,6 +708,11 @@ async def test_empty_parameter_is_as_good_as_none(
     without = await api.call(method, target.partition("?")[0])
     assert (with_empty.status, with_empty.body) == (without.status, without.body)
     assert with_empty.status in (200, 503)
+
+
+def test_long_text_of_a_worker_in_a_parameter_is_cut() -> None:
+    text = parameters.read_text(Query(f"errorMessage={'x' * 9000}"), parameters.ERROR_MESSAGE)
+    assert (len(text), text[-4:]) == (4096, "x...")
 
 
 async def test_required_parameter_must_not_be_empty(api: Served) -> None:
