@@ -9,7 +9,7 @@ import base64
 import datetime
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import trio
 
 from orchard import auth
 from orchard.api import API, ControllerParts
-from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
+from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, renew_promises
 from orchard.gate import Gate
 from orchard.login_limit import LoginLimit
 from orchard.net.request import (
@@ -37,6 +37,7 @@ from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
 from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
+from orchard.storage.errors import StorageError
 from orchard.storage.events import EventLog
 from orchard.storage.journal import Disk
 from orchard.store import Store, check
@@ -170,14 +171,20 @@ class Served:
 
 
 @asynccontextmanager
-async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None = None) -> AsyncIterator[Served]:
+async def served(
+    directory: Path,
+    *accounts: ServiceAccount,
+    disk: Disk | None = None,
+    offline_timeout: float = DEFAULT_OFFLINE_TIMEOUT,
+) -> AsyncIterator[Served]:
     """Serve the API from `directory`; it asks for credentials if accounts are given. The time is always BEGAN."""
     store = Store.open(directory, BEGAN, disk)
     try:
+        renew_promises(store, offline_timeout)
         events = EventLog(directory / "events")
         events.open({vm.uid for vm in store.state.vms.values()})
         rendezvous = Rendezvous()
-        loop = SchedulingLoop(store, DEFAULT_OFFLINE_TIMEOUT, lambda: BEGAN)
+        loop = SchedulingLoop(store, offline_timeout, lambda: BEGAN)
         sessions = AccountSessions(store.state.accounts)
         Reactions(store, events, rendezvous, loop, sessions, lambda: BEGAN)
         vm_access = VMAccess(store, rendezvous)
@@ -205,6 +212,8 @@ async def served(directory: Path, *accounts: ServiceAccount, disk: Disk | None =
                 for account in accounts:
                     tx.put(account)
             yield Served(api, loop)
+            with suppress(StorageError):
+                await store.wait_durable()
             writers.cancel_scope.cancel()
     finally:
         store.close()
