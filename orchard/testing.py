@@ -30,12 +30,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import trio
 
 from orchard import controller
-from orchard.client import Client, ClientError
+from orchard.client import Client
 from orchard.nursery import unwrap_groups
 from orchard.schema import TART_VMS, Worker
 from orchard.vm.driver import Driver
@@ -129,8 +129,9 @@ async def cluster(
 class BlockingCluster(Cluster):
     """A running cluster for a thread that does not run trio.
 
-    `client` has the methods of `orchard.client.Client`, and they block: where that one returns an asynchronous iterator
-    or context manager, this one returns an ordinary one. The other attributes are those of `Cluster`.
+    `client` has the methods of `orchard.client.Client`, and they block, and so have the streams and commands that they
+    return: where that one returns an asynchronous iterator or context manager, this one returns an ordinary one. The
+    other attributes are those of `Cluster`.
     """
 
     client: Any
@@ -207,9 +208,12 @@ class _Portal:
 
 
 class _Blocking:
-    """A client, or a part of one such as `client.vms`, whose methods block the calling thread."""
+    """A client, a part of one such as `client.vms`, or what one of its methods returned, with methods that block.
 
-    def __init__(self, target: object, portal: _Portal) -> None:
+    It is an iterator if the object is an asynchronous one.
+    """
+
+    def __init__(self, target: Any, portal: _Portal) -> None:
         self._target = target
         self._portal = portal
 
@@ -219,52 +223,70 @@ class _Blocking:
             return partial(self._call, value)
         return _Blocking(value, self._portal) if type(value).__module__ == Client.__module__ else value
 
-    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        result = method(*arguments, **options)
-        if isinstance(result, AbstractAsyncContextManager):
-            return self._enter(result)
-        return self._block_on(result)
+    def __iter__(self) -> Self:
+        return self
 
-    def _block_on(self, result: Any) -> Any:
-        if isinstance(result, Awaitable):
-            return self._portal.call(lambda: result)
-        if isinstance(result, AsyncIterator):
-            return self._iterate(result)
-        return result
-
-    @contextmanager
-    def _enter(self, manager: AbstractAsyncContextManager[Any]) -> Iterator[Any]:
-        release, released = trio.Event(), trio.Event()
-        failures: list[ClientError] = []
-
-        # One task both enters and leaves the context manager, as trio demands it for cancel scopes and nurseries.
-        async def hold(task_status: trio.TaskStatus[Any]) -> None:
-            try:
-                async with manager as value:
-                    task_status.started(value)
-                    await release.wait()
-            except ClientError as error:
-                failures.append(error)
-            finally:
-                released.set()
-
-        async def leave() -> None:
-            release.set()
-            await released.wait()
-
-        value = self._portal.call(partial(self._portal.holding.start, hold))
-        try:
-            yield self._block_on(value)
-        finally:
-            self._portal.call(leave)
-        if failures:
-            raise failures[0]
-
-    def _iterate(self, iterator: AsyncIterator[Any]) -> Iterator[Any]:
+    def __next__(self) -> Any:
         nothing = object()
 
         async def following() -> Any:
-            return await anext(iterator, nothing)
+            return await anext(self._target, nothing)
 
-        while (item := self._portal.call(following)) is not nothing:
-            yield item
+        if (item := self._portal.call(following)) is nothing:
+            raise StopIteration
+        return item
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        result = method(*arguments, **options)
+        if isinstance(result, AbstractAsyncContextManager):
+            return _BlockingContext(result, self._portal)
+        if isinstance(result, AsyncIterator):
+            return _Blocking(result, self._portal)
+        return self._portal.call(lambda: result) if isinstance(result, Awaitable) else result
+
+
+class _BlockingContext:
+    """An ordinary context manager that enters and leaves an asynchronous one.
+
+    One task does both, as trio demands it for cancel scopes and nurseries. An exception of the block passes through the
+    asynchronous context manager, which may replace or suppress it.
+    """
+
+    def __init__(self, manager: AbstractAsyncContextManager[Any], portal: _Portal) -> None:
+        self._manager = manager
+        self._portal = portal
+        self._entered = False
+        self._leaving, self._left = trio.Event(), trio.Event()
+        self._block_error: Exception | None = None
+        self._error: Exception | None = None
+
+    def __enter__(self) -> _Blocking:
+        value = self._portal.call(partial(self._portal.holding.start, self._hold))
+        return _Blocking(value, self._portal)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self._block_error = error if isinstance(error, Exception) else None
+        self._portal.call(self._leave)
+        if self._error is not None and self._error is not error:
+            raise self._error
+        return self._block_error is not None and self._error is None
+
+    async def _hold(self, task_status: trio.TaskStatus[Any]) -> None:
+        try:
+            async with self._manager as value:
+                self._entered = True
+                task_status.started(value)
+                await self._leaving.wait()
+                if self._block_error is not None:
+                    raise self._block_error
+        # Raised again by `__exit__` in the other thread.
+        except Exception as error:
+            if not self._entered:
+                raise
+            self._error = error
+        finally:
+            self._left.set()
+
+    async def _leave(self) -> None:
+        self._leaving.set()
+        await self._left.wait()

@@ -89,8 +89,9 @@ BROAD_HANDLERS = {
     ("net.server", "Exception"),
     ("vm.instance", "Exception"),
     ("worker", "Exception"),
-    # Raises it again in the thread that waits for it.
+    # Raise it again in the thread that waits for it.
     ("testing", "BaseException"),
+    ("testing", "Exception"),
 }
 
 MODULES = sorted(

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import socket
 import tempfile
 import threading
 import urllib.request
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from harness.processes import eventually
 
-from orchard.client import ResponseError, VMFailed
+from orchard.client import ConnectError, ResponseError, VMFailed
 from orchard.controller import StartError
 from orchard.schema import Event
 from orchard.testing import BlockingCluster, cluster, start_cluster
@@ -89,6 +91,38 @@ def test_methods_of_a_blocking_cluster() -> None:
         with urllib.request.urlopen(f"{c.url}/v1/vms") as answer:
             assert [vm["name"] for vm in json.load(answer)] == ["bad", "good"]
     assert traces() == before
+
+
+@pytest.mark.parametrize("method", ["watch", "port_forward", "exec"])
+def test_blocking_context_manager_raises_the_error_of_the_client(method: str) -> None:
+    arguments = {"watch": (), "port_forward": (1,), "exec": ("true",)}[method]
+    with start_cluster(workers=0) as c:
+        with pytest.raises(ResponseError) as refusal, getattr(c.client.vms, method)("none", *arguments):
+            raise AssertionError("it was entered")
+        assert refusal.value.status == 404
+        c.client.vms.create(name="vm", image="any")
+        with pytest.raises(ZeroDivisionError), c.client.vms.watch("vm"):
+            raise ZeroDivisionError
+        assert [vm.name for vm in c.client.vms.list()] == ["vm"]
+
+
+def test_command_and_stream_of_a_blocking_client_block() -> None:
+    with start_cluster() as c, socket.create_server(("127.0.0.1", 0)) as listener:
+        c.client.vms.create(name="vm", image="any")
+        c.client.vms.wait("vm")
+        with c.client.vms.exec("vm", "cat; exit 3", interactive=True) as command:
+            command.send(b"said")
+            command.send_eof()
+            assert list(command) == [("stdout", b"said")]
+            assert command.exit_code == 3
+        with c.client.vms.port_forward("vm", listener.getsockname()[1]) as stream, listener.accept()[0] as peer:
+            stream.send_all(b"to the VM")
+            assert peer.recv(100) == b"to the VM"
+            peer.sendall(b"from the VM")
+            assert stream.receive_some() == b"from the VM"
+        # What the client makes of an error of the block.
+        with pytest.raises(ConnectError), c.client.vms.port_forward("vm", listener.getsockname()[1]):
+            raise trio.BrokenResourceError
 
 
 def test_cluster_does_not_use_the_global_random_generator() -> None:
