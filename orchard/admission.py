@@ -21,7 +21,7 @@ APIOperation = Operation[Role | Literal["public"]]
 BodyT = TypeVar("BodyT")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admitted:
     """The operation that a request is for, the name in its path, the account that sent it ("": anybody), and its role.
 
@@ -34,7 +34,7 @@ class Admitted:
     account: str
     role: Role | None = None
     sender: str = ""
-    # The parsed body; None if the operation takes none, or the client sent none.
+    # The next three are set once the body is read. It is parsed; None if there is none.
     body: Any = field(default=None, repr=False)
     remarks: Remarks = field(default_factory=Remarks)
     # Whether a request with an unknown name in it is refused.

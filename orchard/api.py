@@ -192,7 +192,7 @@ class API:
         operation, remarks = admitted.operation, admitted.remarks
         attempts = _READ_ATTEMPTS if operation.method == "GET" else 1
         try:
-            admitted = await self._read(request, admitted)
+            await self._read(request, admitted)
         except REFUSALS as error:
             raise http_error(error) from error
         while True:
@@ -217,22 +217,17 @@ class API:
                 answer.headers = (*answer.headers, *remarks.headers())
             return answer
 
-    async def _read(self, request: Request, admitted: Admitted) -> Admitted:
+    async def _read(self, request: Request, admitted: Admitted) -> None:
         """Parse the body, and look for unknown query parameters. Raises HTTPError, ValidationError."""
         operation, query = admitted.operation, request.query
-        # Most requests are polls.
-        if operation.body is None and not query.parameters():
-            return admitted
         admitted.remarks.add_unknown("query parameter", parameters.unknown_parameters(query, operation.query))
-        strict = read_choice(query, parameters.FIELD_VALIDATION) == "strict"
-        body = None
+        admitted.strict = read_choice(query, parameters.FIELD_VALIDATION) == "strict"
+        refuse_unknown(admitted)
         if operation.body is not None and (request.body or operation.body_required):
             if not request.body:
                 raise HTTPError(400, "the body is empty, expected JSON")
-            body = await self._in_thread(len(request.body) > _LARGE, partial(parse_client_json, request.body))
-        admitted = replace(admitted, body=body, strict=strict)
-        refuse_unknown(admitted)
-        return admitted
+            parse = partial(parse_client_json, request.body)
+            admitted.body = await self._in_thread(len(request.body) > _LARGE, parse)
 
     async def _in_thread(self, is_long: bool, work: Callable[[], ReadT]) -> ReadT:
         """Return the result of pure work, from a thread if it takes long."""

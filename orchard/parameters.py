@@ -78,12 +78,9 @@ ANSWER_IP = (SESSION, RESOLVED_ADDRESS, ERROR_MESSAGE)
 
 def unknown_parameters(query: Query, known: Sequence[Parameter]) -> list[str]:
     """Return the unknown parameters of a query, as by codec.add_unknown. `env[NAME]` is known where `command` is."""
-    given = query.parameters()
-    if not given:
-        return []
-    names = {parameter.name for parameter in (*known, FIELD_VALIDATION)}
+    names = [FIELD_VALIDATION.name, *[parameter.name for parameter in known]]
     unknown: list[str] = []
-    for name in given:
+    for name in query.parameters():
         if name not in names and not (COMMAND in known and name.startswith("env[")):
             add_unknown(unknown, name, names)
     return unknown

@@ -142,7 +142,8 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
     raw = _vm_fields(raw)
     base = replace(old, **_PUT_ZEROS)
     spec = decode_from_client(VMSpec, raw, unknown, base=base, also=NOT_SPEC)
-    spec = replace(spec, audio=old.audio, clipboard=old.clipboard)
+    if (spec.audio, spec.clipboard) != (old.audio, old.clipboard):
+        spec = replace(spec, audio=old.audio, clipboard=old.clipboard)
     return _complete(spec, _softnet(raw, old.net_softnet))
 
 
