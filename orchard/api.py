@@ -58,7 +58,7 @@ from orchard.schema import (
 from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
 from orchard.storage.events import EventLog, EventsDeletedError, SendPage
-from orchard.store import SETTINGS, Change, Store, encode_object, format_watch_line
+from orchard.store import SETTINGS, Change, ChangeFeed, Store, encode_object, format_watch_line
 from orchard.tunnel import Rendezvous, VMAccess, WorkerEnd
 from orchard.worker_states import WorkerStates
 
@@ -325,28 +325,19 @@ class API:
     def get_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
         if read_flag(request.query, parameters.WATCH):
-            return Stream(partial(self._watch, vm))
+            # The feed begins here: a change between this answer and its first line must not be missed.
+            return Stream(partial(self._watch, vm, self.state.json["vm"][vm.name], self.store.watch("vm", vm.name)))
         return self._stored_vm(vm.name)
 
-    async def _watch(self, known: VM, send: Callable[[bytes], Awaitable[None]]) -> None:
-        """Send the changes of a VM since `known`, and those of later VMs with its name. Raises HTTPError."""
-        name = known.name
-        with self.store.watch("vm", name) as changes:
-            # The first lines show the state in memory. `changes` repeats its changes once they are durable.
-            now = self.state.vms.get(name)
-            lines = [format_watch_line("ADDED", self.state.json["vm"].get(name) or encode_object(known))]
-            # The revision is newer than every version, so only later VMs of that name are newer.
-            version = now.meta.version if now is not None else self.state.revision
-            try:
-                await self.store.wait_durable()
-            except PRODUCT_ERRORS as error:
-                raise http_error(error) from error
-            # The VM was deleted after the handler had found it.
-            if now is None:
-                lines.append(format_watch_line("DELETED", encode_object(known)))
-            await send(b"".join(lines))
+    async def _watch(
+        self, known: VM, json: bytes, changes: ChangeFeed, send: Callable[[bytes], Awaitable[None]]
+    ) -> None:
+        """Send a VM, its changes since, and those of later VMs with its name. `changes` began with `known`."""
+        with changes:
+            await send(format_watch_line("ADDED", json))
             async for change in changes:
-                if _is_newer(change, version):
+                # Changes that `known` includes may become durable after it was read.
+                if _is_newer(change, known.meta.version):
                     await send(change.line)
 
     def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:

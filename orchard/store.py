@@ -21,11 +21,12 @@ import contextlib
 import datetime
 import logging
 import math
-from collections import defaultdict
+import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import trio
 
@@ -45,8 +46,9 @@ from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 
 # Between two calls of the engine's `upkeep`. For so long, freed disk space may go unnoticed.
 UPKEEP_SECONDS = 1.0
-# Changes by which a slow watcher may be behind before its channel is closed.
+# Changes and bytes by which a slow watcher may be behind before its feed ends, and the bytes of all watchers together.
 WATCH_BACKLOG = 1024
+WATCH_BYTES, ALL_WATCH_BYTES = 4 * 1024 * 1024, 64 * 1024 * 1024
 
 Kind = Literal["vm", "worker", "account", "settings", "cluster", "promise"]
 StoredObject = VM | Worker | ServiceAccount | ClusterSettings | ClusterIdentity | Promise
@@ -226,7 +228,9 @@ class Store:
         self._gathering: _Write | None = None
         self._writing: _Write | None = None
         self._wakeup = Wakeup()
-        self._watchers: defaultdict[tuple[Kind, str], list[trio.MemorySendChannel[Change]]] = defaultdict(list)
+        self._watchers: defaultdict[tuple[Kind, str], list[weakref.ref[ChangeFeed]]] = defaultdict(list)
+        # By which all watchers together are behind.
+        self._feed_bytes: Counter[str] = Counter()
         self._committed: list[Callable[[list[Change]], None]] = []
         self._durable: list[Callable[[list[Change]], None]] = []
         self._undone: list[Callable[[], None]] = []
@@ -414,36 +418,95 @@ class Store:
         """Have `tell` called with the changes of each write when they are durable."""
         self._durable.append(tell)
 
-    @contextlib.contextmanager
-    def watch(self, kind: Kind, name: str) -> Iterator[trio.MemoryReceiveChannel[Change]]:
-        """Follow the changes of one object that become durable from now on, in their order.
+    def watch(self, kind: Kind, name: str) -> ChangeFeed:
+        """Follow the changes of one object that become durable from now on, until the feed is closed or dropped."""
+        feed, key = ChangeFeed(self._feed_bytes), (kind, name)
 
-        The channel ends when the watcher is WATCH_BACKLOG changes behind; it has to begin anew.
-        """
-        send, receive = trio.open_memory_channel[Change](WATCH_BACKLOG)
-        self._watchers[kind, name].append(send)
-        try:
-            yield receive
-        finally:
-            send.close()
-            receive.close()
-            watching = self._watchers[kind, name]
-            watching.remove(send)
-            if not watching:
-                del self._watchers[kind, name]
+        def forget(gone: weakref.ref[ChangeFeed]) -> None:
+            self._watchers[key].remove(gone)
+            if not self._watchers[key]:
+                del self._watchers[key]
+
+        self._watchers[key].append(weakref.ref(feed, forget))
+        return feed
 
     def _publish(self, changes: list[Change]) -> None:
         for change in changes:
-            for send in self._watchers.get((change.kind, change.name), ()):
-                try:
-                    send.send_nowait(change)
-                except trio.WouldBlock:
-                    # The watcher reads what it has, and then sees the end.
-                    send.close()
-                except (trio.ClosedResourceError, trio.BrokenResourceError):
-                    pass
+            for watcher in list(self._watchers.get((change.kind, change.name), ())):
+                if (feed := watcher()) is not None:
+                    feed.put(change)
         for tell in self._durable:
             tell(changes)
+
+
+class ChangeFeed:
+    """The durable changes of one object, in their order, for one watcher.
+
+    It ends when the watcher is WATCH_BACKLOG changes or WATCH_BYTES behind, or when all watchers together are
+    ALL_WATCH_BYTES behind: the watcher reads what it has, and has to begin anew.
+    """
+
+    def __init__(self, total: Counter[str]) -> None:
+        self._total = total
+        self._changes: deque[Change] = deque()
+        self._bytes = 0
+        self._has_ended = False
+        self._wakeup = Wakeup()
+
+    def put(self, change: Change) -> None:
+        """Add a change, unless the feed has ended. The first change is added whatever its size."""
+        if self._has_ended:
+            return
+        size = len(change.json)
+        is_full = len(self._changes) >= WATCH_BACKLOG or self._bytes + size > WATCH_BYTES
+        if self._changes and (is_full or self._total["bytes"] + size > ALL_WATCH_BYTES):
+            self._has_ended = True
+        else:
+            self._changes.append(change)
+            self._count(size)
+        self._wakeup.set()
+
+    def receive_nowait(self) -> Change:
+        """Return the next change. Raises trio.WouldBlock if there is none yet, trio.EndOfChannel at the end."""
+        if self._changes:
+            change = self._changes.popleft()
+            self._count(-len(change.json))
+            return change
+        if self._has_ended:
+            raise trio.EndOfChannel
+        raise trio.WouldBlock
+
+    def close(self) -> None:
+        self._has_ended = True
+        self._count(-self._bytes)
+        self._changes.clear()
+        self._wakeup.set()
+
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        self._total["bytes"] += size
+
+    def __del__(self) -> None:
+        self._count(-self._bytes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Change:
+        await trio.lowlevel.checkpoint()
+        while True:
+            try:
+                return self.receive_nowait()
+            except trio.EndOfChannel:
+                raise StopAsyncIteration from None
+            except trio.WouldBlock:
+                await self._wakeup.wait()
 
 
 # ---- objects and their JSON ----------------------------------------------------------------------------------------

@@ -304,22 +304,37 @@ async def test_watch_begun_before_a_change_is_durable_sends_it_once(api: Served,
     api.schedule()
     send, receive = trio.open_memory_channel[bytes](100)
     nursery.start_soon(answer.produce, send.send)
-    first = json.loads(await receive.receive())
-    assert first["object"]["status_message"] == "waiting: no worker has registered yet"
+    lines = [json.loads(await receive.receive()) for _ in range(2)]
+    assert [line["type"] for line in lines] == ["ADDED", "MODIFIED"]
+    assert lines[1]["object"]["status_message"] == "waiting: no worker has registered yet"
     await api.ok("DELETE", "/vms/vm")
     assert json.loads(await receive.receive())["type"] == "DELETED"
     nursery.cancel_scope.cancel()
 
 
-async def test_watch_of_a_vm_deleted_meanwhile_sends_deleted(api: Served, nursery: trio.Nursery) -> None:
+async def test_watch_of_a_vm_changed_and_deleted_meanwhile_ends_with_the_last_object(
+    api: Served, nursery: trio.Nursery
+) -> None:
     vm = await api.create("vm")
     answer = await api.ask("GET", "/vms/vm?watch=true")
+    last = await api.ok("PATCH", "/vms/vm", {"cpu": 2})
     await api.ok("DELETE", "/vms/vm")
     send, receive = trio.open_memory_channel[bytes](100)
     nursery.start_soon(answer.produce, send.send)
-    lines = [json.loads(text) for text in (await receive.receive()).splitlines()]
-    assert lines == [{"type": "ADDED", "object": vm}, {"type": "DELETED", "object": vm}]
+    lines = [json.loads(await receive.receive()) for _ in range(3)]
+    assert [(line["type"], line["object"]["version"]) for line in lines] == [
+        ("ADDED", vm["version"]),
+        ("MODIFIED", last["version"]),
+        ("DELETED", last["version"]),
+    ]
+    assert lines[2]["object"] == last
     nursery.cancel_scope.cancel()
+
+
+async def test_watch_that_is_never_begun_leaves_nothing_behind(api: Served) -> None:
+    await api.create("vm")
+    await api.ask("GET", "/vms/vm?watch=true")
+    assert api.store._watchers == {}
 
 
 async def test_watch_begun_before_a_deletion_is_durable_sends_it_once(tmp_path: Path) -> None:
@@ -338,7 +353,7 @@ async def test_watch_begun_before_a_deletion_is_durable_sends_it_once(tmp_path: 
             await trio.testing.wait_all_tasks_blocked()
             nursery.start_soon(answer.produce, take)
             await trio.testing.wait_all_tasks_blocked()
-            assert lines == []
+            assert [line["type"] for line in lines] == ["ADDED"]
         again = await api.create("vm")
         await trio.testing.wait_all_tasks_blocked()
         assert [(line["type"], line["object"]["uid"]) for line in lines] == [

@@ -42,7 +42,7 @@ from orchard.storage.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from orchard.store import Change, State, Store, check, encode_object
+from orchard.store import Change, ChangeFeed, State, Store, check, encode_object
 
 
 @pytest.fixture(autouse=True)
@@ -242,7 +242,7 @@ async def test_store_cancelled_right_after_a_change_still_writes_it(tmp_path: Pa
 # ---- watching ------------------------------------------------------------------------------------------------------
 
 
-def kinds(changes: trio.MemoryReceiveChannel[Change]) -> list[tuple[str, int]]:
+def kinds(changes: ChangeFeed) -> list[tuple[str, int]]:
     """Return the changes that a watcher has received: their types, and the versions of the VM."""
     found: list[tuple[str, int]] = []
     while True:
@@ -287,6 +287,28 @@ async def test_slow_watcher_is_closed_and_the_others_go_on(tmp_path: Path, monke
             assert kinds(slow) == [("ADDED", 1), ("MODIFIED", 2), ("MODIFIED", 3)]
             with pytest.raises(trio.EndOfChannel):
                 slow.receive_nowait()
+
+
+async def test_slow_watcher_is_bounded_in_bytes_and_so_are_all_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(encode_object(pending("a")))
+    monkeypatch.setattr(orchard.store, "WATCH_BYTES", 3 * size + size // 2)
+    monkeypatch.setattr(orchard.store, "ALL_WATCH_BYTES", 5 * size + size // 2)
+    async with running_store(open_store(tmp_path)) as store:
+        with store.watch("vm", "a") as slow, store.watch("vm", "a") as second:
+            for _ in range(8):
+                put(store, pending("a"))
+                await store.wait_durable()
+            backlogs = [len(kinds(feed)) for feed in (slow, second)]
+            assert backlogs == [3, 2]
+            for feed in (slow, second):
+                with pytest.raises(trio.EndOfChannel):
+                    feed.receive_nowait()
+        with store.watch("vm", "a") as again:
+            put(store, pending("a"))
+            await store.wait_durable()
+            assert len(kinds(again)) == 1, "what the others held is free again"
 
 
 async def test_watcher_that_closed_its_channel_does_not_disturb_others(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ async def test_assignment_returns_to_the_queue_early_only_if_no_poll_has_named_i
     await api.register("a")
     vm = await place(api, "vm")
     if named:
-        # Whoever asks: it is enough that an answer has named it.
+        # Another source than the worker: it is enough that an answer has named the VM.
         await api.call("GET", "/vms?filter=worker=a", peer="10.0.0.9")
     await api.register("b")
     api.close_watch("a")
