@@ -27,7 +27,7 @@ def vm_of(number: int) -> VM:
 
 
 def worker_of(number: int, capacity: int = PER_WORKER) -> Worker:
-    return Worker(name=f"worker-{number}", resources={TART_VMS: capacity}, created_at=NOW)
+    return Worker(name=f"worker-{number}", resources={TART_VMS: capacity}, created_at=NOW, registered_by="admin")
 
 
 def running_vm(number: int, capacity: int = PER_WORKER) -> VM:
