@@ -1,18 +1,23 @@
 """Startup scripts: what is sent to the shell in a VM, what its output means, and the way there by the system's `ssh`.
 
-A script travels as the standard input of the user's login shell. `script_text` wraps it so that
+A script travels over the standard input of the user's login shell, which `login_command` starts. `script_text` wraps it
+so that
 
 * stderr goes to stdout from the first line on, so that the lines of both keep their order;
 * the environment is exported by quoted assignments: a value is data and is never evaluated;
-* the script is evaluated in a subshell under `set -e` with an empty standard input, so that a command that reads stdin
-  gets end-of-file and not the rest of the script;
+* the script is written to a file, which makes the line numbers in error messages its own;
+* that file is read by the login shell, in a subshell under `set -e`, or run by the interpreter that its first line names;
+* its standard input is empty, so that a command that reads stdin gets end-of-file and not the rest of the script;
 * a line with a random marker is printed before the script's output, and the marker with the exit status after it.
 
 The markers settle what ssh's exit status leaves open. Output before the first marker is not the script's (a profile may
 print). The script is sent only after the first marker has come back: without that marker the script did not begin, and
 trying again is safe. After the last marker the script has ended with that status, 255 included, even if it left
-processes that hold the output open. `Transcript` reads this format without I/O. `converse` sends and reads with any
-shell; the synthetic driver uses it with a local one.
+processes that hold the output open; what these print in the next second still counts as its output. A shell that was
+killed has no last word: the process around it prints the marker. `Transcript` reads this format without I/O. `converse`
+sends and reads with any shell; the synthetic driver uses it with a local one.
+
+fish and csh cannot take part in this: their place is taken by a `/bin/sh` with their environment, and they run the file.
 
 `run_over_ssh` tries until a guest that still boots answers. Each attempt is a new ssh process in a session of its own,
 killed and reaped before the attempt is over. Sending and reading alternate: the shell prints nothing while it reads the
@@ -40,7 +45,7 @@ import trio
 
 from orchard.schema import ENV_NAME
 from orchard.vm.driver import DriverError, OnLine, Script, ScriptFailed
-from orchard.vm.processes import KILL_SECONDS, READ_BYTES, find_complaint, kill, presentable
+from orchard.vm.processes import KILL_SECONDS, OUTPUT_BYTES, READ_BYTES, find_complaint, kill, presentable, reporting
 
 # A macOS guest that sets itself up at its first boot takes minutes to answer.
 CONNECT_SECONDS = 600.0  # seconds
@@ -56,56 +61,145 @@ _ALIVE_SECONDS = 15  # seconds
 MAX_LINE = 16 * 1024  # bytes
 # Read of what ssh says about itself.
 _COMPLAINT_BYTES = 4096  # bytes
+# From a script's end, for what the processes that it left still print, as a `tee` of its output does.
+_REST_SECONDS = 1.0  # seconds
+# Between two states of a progress bar that are returned.
+PROGRESS_SECONDS = 1.0  # seconds
+# Those that end after a command that fails when they get -e.
+_SHELLS = frozenset(("bash", "dash", "ksh", "sh", "zsh"))
+# Names that some shell takes for numbers. It evaluates their values as arithmetic expressions, which may contain commands.
+_EVALUATED = frozenset(
+    [
+        "BASHPID",
+        "COLUMNS",
+        "FUNCNEST",
+        "HISTCMD",
+        "HISTSIZE",
+        "KEYTIMEOUT",
+        "LINENO",
+        "LINES",
+        "LISTMAX",
+        "MAILCHECK",
+        "OPTIND",
+        "RANDOM",
+        "SAVEHIST",
+        "SECONDS",
+        "SHLVL",
+        "SRANDOM",
+        "TMOUT",
+    ]
+)
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_IDENTITIES = frozenset(("EGID", "EUID", "GID", "UID", "USERNAME"))
 
 
 # ---- what is sent, and what comes back -----------------------------------------------------------------------------
 
 
+def new_marker() -> str:
+    """Return a word that no script can guess."""
+    return secrets.token_hex(16)
+
+
+def login_command(marker: str) -> str:
+    """Return the command for `/bin/sh -c` that starts the login shell $SHELL, and prints how that shell has ended.
+
+    It contains no quote, backslash or exclamation mark, so that each shell can pass it on in single quotes.
+    """
+    return (
+        's="${SHELL:-/bin/sh}"; case "$s" in *fish) ORCHARD_SHELL="$s" "$s" -l -c "exec /bin/sh";;'
+        f' *csh) ORCHARD_SHELL="$s" "$s" -c "exec /bin/sh";; *) "$s" -l;; esac; echo {marker} $?'
+    )
+
+
 def greeting(marker: str) -> str:
-    """Return what a shell (POSIX sh, bash or zsh) is sent first. `marker` is a word that the script cannot guess.
+    """Return what the shell is sent first.
 
     `set +e` keeps the shell alive after a script that fails, whatever the user's profile has set.
     """
     return f"set +e\nexec 2>&1\nprintf '%s\\n' {marker}\n"
 
 
-def script_text(script: str, env: Mapping[str, str], marker: str) -> str:
-    """Return a script wrapped for the standard input of a shell, to be sent after the `greeting`.
+def script_text(script: Script, marker: str) -> str:
+    """Return a script wrapped for the standard input of the shell, to be sent after the `greeting`.
 
-    Raises DriverError for a name in `env` that no variable can have, and for NUL, which no shell can hold.
+    Raises DriverError for a name in its environment that no variable can have, and for NUL, which no shell can hold.
     """
-    exports = []
-    for name, value in env.items():
-        if not ENV_NAME.fullmatch(name):
-            raise DriverError(
-                f"startup script: environment variable is named {name!r}, expected [A-Za-z_][A-Za-z0-9_]*"
-            )
-        if "\0" in value:
-            raise DriverError(f"startup script: the environment variable {name} contains a NUL character")
-        exports.append(f"export {name}={shlex.quote(value)}\n")
-    if "\0" in script:
+    # What an editor made of the text.
+    text = script.text.removeprefix("\ufeff").replace("\r\n", "\n")
+    if "\0" in text:
         raise DriverError("startup script: the script contains a NUL character")
-    return f"(\nset -e\n{''.join(exports)}eval {shlex.quote(script)}\n) </dev/null\nprintf '%s %d\\n' {marker} $?\n"
+    if text and not text.endswith("\n"):
+        text += "\n"
+    exports = "".join(_export(name, value) for name, value in script.env.items())
+    return f"""\
+_orchard_file=$(command mktemp "${{TMPDIR:-/tmp}}/startup-script.XXXXXX") || exit
+command cat >|"$_orchard_file" <<'{marker}'
+{text}{marker}
+_orchard_shell=${{ORCHARD_SHELL-}}
+unset ORCHARD_SHELL
+(
+{exports}{_run_line(text)}
+) </dev/null
+_orchard_status=$?
+command rm -f "$_orchard_file"
+printf '%s %d\\n' {marker} $_orchard_status
+exec true
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class WrappedScript:
-    """What a shell is sent: `greeting(marker)` and then `text`."""
+def _export(name: str, value: str) -> str:
+    """Return lines that export a variable, or print that it is passed over."""
+    if not ENV_NAME.fullmatch(name):
+        raise DriverError(f"startup script: environment variable is named {name!r}, expected [A-Za-z_][A-Za-z0-9_]*")
+    if "\0" in value:
+        raise DriverError(f"startup script: the environment variable {name} contains a NUL character")
+    passed_over = f"echo 'environment variable {name} is passed over: "
+    if name in _EVALUATED and not _NUMBER.fullmatch(value):
+        return f"{passed_over}shells take it for a number, and evaluate other values'\n"
+    # As root, zsh would change the user. Elsewhere a shell may refuse the name, which ends some shells.
+    condition = '[ -z "${ZSH_VERSION-}" ] && ' if name in _IDENTITIES else ""
+    assignment = f'export {name}="$_orchard_value"'
+    return (
+        f"_orchard_value={shlex.quote(value)}\n"
+        f"{condition}({assignment}) >/dev/null 2>&1 && {assignment} || {passed_over}this shell refuses it'\n"
+    )
 
-    marker: str
-    text: bytes
+
+def _run_line(text: str) -> str:
+    """Return the command that runs the script in its file."""
+    words = interpreter(text)
+    if not words:
+        # fish has nothing like -e.
+        return (
+            'case "$_orchard_shell" in "") set -e; . "$_orchard_file";; *csh) "$_orchard_shell" -e "$_orchard_file";;'
+            ' *) "$_orchard_shell" "$_orchard_file";; esac'
+        )
+    missing = f"startup script: there is no interpreter {words[0]}"
+    return (
+        f"command -v {shlex.quote(words[0])} >/dev/null || {{ echo {shlex.quote(missing)}; exit 127; }}\n"
+        f'{shlex.join(words)} "$_orchard_file"'
+    )
 
 
-def wrap(script: Script) -> WrappedScript:
-    """Wrap a script, with a new random marker. Raises DriverError for a script that no shell can hold."""
-    marker = secrets.token_hex(16)
-    return WrappedScript(marker, script_text(script.text, script.env, marker).encode())
+def interpreter(text: str) -> list[str]:
+    """Return the words of a script's `#!` line, with -e for a shell; nothing if there is none."""
+    words = text.partition("\n")[0].removeprefix("#!").split() if text.startswith("#!") else []
+    program = 0
+    if words and Path(words[0]).name == "env":
+        program = next((i for i, word in enumerate(words) if i and word[0] != "-" and "=" not in word), 0)
+    if words and Path(words[program]).name in _SHELLS:
+        # After the long options, which bash wants first, and before what ends the options.
+        ends = (i for i in range(program + 1, len(words)) if words[i] in ("-", "--"))
+        words.insert(next(ends, len(words)), "-e")
+    return words
 
 
 class Transcript:
     """Reads the output of the shell: `feed` takes bytes as they come and returns the script's lines.
 
-    `began` and `exit_code` tell which markers were seen; `last_line` is the last non-blank line of the script, or "".
+    What a carriage return ends is a line, too, but at most one a second is: it is the state of a progress bar. `began`
+    and `exit_code` tell which markers were seen; `last_line` is the last non-blank line of the script, or "".
     """
 
     def __init__(self, marker: str) -> None:
@@ -116,12 +210,14 @@ class Transcript:
         self._end = re.compile(rb"(.*)%b ([0-9]{1,3})" % re.escape(marker.encode()), re.DOTALL)
         # Bytes at the end of an unfinished line that may be the beginning of the last marker.
         self._kept = len(marker) + len(" 255\n")
+        # The unfinished line, as far as it was not returned.
         self._open = b""
+        # When a state of a progress bar was returned, and whether `_open` begins with that state.
+        self._progress_at = -math.inf
+        self._shown = False
 
-    def feed(self, data: bytes) -> list[str]:
-        """Take bytes in, and return the lines that they complete. Bytes after the last marker are dropped."""
-        if self.exit_code is not None:
-            return []
+    def feed(self, data: bytes, now: float) -> list[str]:
+        """Take bytes in at some time in seconds, and return the lines that they complete."""
         data = self._open + data
         if not self.began:
             _, found, rest = data.partition(self._begin)
@@ -133,22 +229,47 @@ class Transcript:
         *lines, self._open = data.split(b"\n")
         for line in lines:
             if end := self._end.fullmatch(line):
-                # Text before the marker: the script did not end its last line.
-                if end[1]:
-                    pieces += cut(end[1])
-                self.exit_code, self._open = int(end[2]), b""
-                break
-            pieces += cut(line)
+                # The second one is that of the process around the shell.
+                self.exit_code = int(end[2]) if self.exit_code is None else self.exit_code
+            # Text before the marker: the script did not end its last line.
+            if not end or end[1]:
+                pieces += self._last_state(end[1] if end else line)
+            self._shown = False
+        pieces += self._progress(now)
         while len(self._open) >= MAX_LINE + self._kept:
             piece = next(cut(self._open))
             pieces.append(piece)
             self._open = self._open[len(piece) :]
         return [self._line(piece) for piece in pieces]
 
+    def _last_state(self, line: bytes) -> list[bytes]:
+        """Return what a complete line shows at its end, in pieces, unless that was returned before."""
+        states = [state for state in line.split(b"\r") if state]
+        if self._shown and len(states) <= 1:
+            return []
+        return list(cut(states[-1] if states else b""))
+
+    def _progress(self, now: float) -> list[bytes]:
+        """Reduce the unfinished line to the states that matter, and return one if it is time for that."""
+        *states, tail = self._open.split(b"\r")
+        states = [state for state in states if state]
+        if not states:
+            self._open = tail
+            return []
+        is_new = not self._shown or len(states) > 1
+        due = is_new and now - self._progress_at >= PROGRESS_SECONDS
+        if due:
+            self._progress_at = now
+        self._shown = due or not is_new
+        # A state that was returned matters only as long as its line may end there.
+        self._open = tail if self._shown and tail else states[-1] + b"\r" + tail
+        self._shown = self._shown and not tail
+        return list(cut(states[-1])) if due else []
+
     def rest(self) -> list[str]:
         """Return the unfinished line at the end of the output, in pieces; nothing if there is none."""
         rest, self._open = self._open, b""
-        return [self._line(piece) for piece in cut(rest)] if self.began and rest else []
+        return [self._line(piece) for piece in self._last_state(rest)] if self.began and rest else []
 
     def _line(self, piece: bytes) -> str:
         line = piece.decode("utf-8", "replace")
@@ -166,23 +287,32 @@ def cut(line: bytes) -> Iterator[bytes]:
 
 
 async def converse(
-    process: trio.Process, script: WrappedScript, on_line: OnLine, patience: trio.CancelScope | None = None
+    process: trio.Process, marker: str, text: str, on_line: OnLine, patience: trio.CancelScope | None = None
 ) -> Transcript:
-    """Have the shell behind `process` run a script, and await `on_line(line)` for each line of its output.
+    """Have the shell behind `process` run `script_text`, and await `on_line(line)` for each line of its output.
 
-    Returns when the script has ended or the output has. Closes the shell's standard input. `patience` is the scope of
-    the caller's deadline for the shell to answer: the deadline is lifted before the script is sent. Raises what `on_line`
-    raises.
+    Returns when the output has ended, or a second after the script has. Closes the shell's standard input. `patience`
+    is the scope of the caller's deadline for the shell to answer: the deadline is lifted before the script is sent.
+    Raises what `on_line` raises.
     """
     assert process.stdin is not None
     assert process.stdout is not None
-    transcript = Transcript(script.marker)
-    unsent = script.text
+    transcript = Transcript(marker)
+    unsent = text.encode()
     # A broken pipe means that the shell has ended: the other pipes and its exit status tell why.
     with suppress(trio.BrokenResourceError):
-        await process.stdin.send_all(greeting(script.marker).encode())
-    while transcript.exit_code is None and (data := await process.stdout.receive_some(READ_BYTES)):
-        lines = transcript.feed(bytes(data))
+        await process.stdin.send_all(greeting(marker).encode())
+    # How long to wait for more output, and how much to read, once the script has ended.
+    seconds, size = _REST_SECONDS, OUTPUT_BYTES
+    while size > 0:
+        data, asked = b"", trio.current_time()
+        with trio.move_on_after(seconds if transcript.exit_code is not None else math.inf):
+            data = bytes(await process.stdout.receive_some(READ_BYTES))
+        if not data:
+            break
+        if transcript.exit_code is not None:
+            seconds, size = seconds - (trio.current_time() - asked), size - len(data)
+        lines = transcript.feed(data, trio.current_time())
         if transcript.began and unsent:
             if patience is not None:
                 patience.deadline = math.inf
@@ -235,7 +365,8 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
     `server.password_seconds`. Raises ScriptFailed for another exit status, another DriverError when the script did not
     begin or the connection was lost, and what `on_line` raises.
     """
-    wrapped = wrap(script)
+    marker = new_marker()
+    text = script_text(script, marker)
     address = f"{server.host}:{server.port}"
     if re.search(r"[\0\r\n]", script.username + script.password):
         raise DriverError(
@@ -249,9 +380,13 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
         trio.move_on_after(server.connect_seconds) as patience,
     ):
         environ = _environ(Path(directory), script.password)
-        command = ssh_command(program, server.host, server.port, script.username)
+        command = [
+            *ssh_command(program, server.host, server.port, script.username),
+            f"exec /bin/sh -c '{login_command(marker)}'",
+        ]
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
-            transcript, complaint = await _attempt(command, environ, wrapped, on_line, patience)
+            process = await _start_ssh(command, environ)
+            transcript, complaint = await _attempt(process, marker, text, on_line, patience)
             if transcript.exit_code:
                 raise ScriptFailed(transcript.exit_code, transcript.last_line)
             if transcript.exit_code == 0:
@@ -271,33 +406,34 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
     )
 
 
-async def _attempt(
-    command: list[str], environ: Mapping[str, str], script: WrappedScript, on_line: OnLine, patience: trio.CancelScope
-) -> tuple[Transcript, str]:
-    """Let one ssh process try, and reap it. Return the transcript and what ssh says about itself. Raises DriverError."""
+async def _start_ssh(command: list[str], environ: Mapping[str, str]) -> trio.Process:
     pipe = subprocess.PIPE
-    try:
-        process = await trio.lowlevel.open_process(
+    with reporting(f"cannot run {command[0]}, the OpenSSH client, on this machine"):
+        return await trio.lowlevel.open_process(
             command, stdin=pipe, stdout=pipe, stderr=pipe, env=environ, start_new_session=True
         )
-    except OSError as error:
-        raise DriverError(f"cannot run {command[0]}, the OpenSSH client, on this machine: {error.strerror}") from error
+
+
+async def _attempt(
+    process: trio.Process, marker: str, text: str, on_line: OnLine, patience: trio.CancelScope
+) -> tuple[Transcript, str]:
+    """Let an ssh process try, and reap it. Return the transcript and what ssh says about itself."""
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     async with process.stdin, process.stdout, process.stderr:
         try:
-            transcript = await converse(process, script, on_line, patience)
-            complaint = b""
+            transcript = await converse(process, marker, text, on_line, patience)
+            said = b""
             if transcript.exit_code is None:
                 # Time for ssh to say why it ends, and to end.
                 with trio.move_on_after(KILL_SECONDS):
-                    while len(complaint) < _COMPLAINT_BYTES and (data := await process.stderr.receive_some()):
-                        complaint += data
+                    while len(said) < _COMPLAINT_BYTES and (data := await process.stderr.receive_some()):
+                        said += data
                     await process.wait()
         finally:
             await kill(process)
-    return transcript, find_complaint(complaint) or f"ssh ended with exit status {process.returncode}"
+    return transcript, find_complaint(said) or f"ssh ended with exit status {process.returncode}"
 
 
 def _environ(directory: Path, password: str) -> dict[str, str]:

@@ -56,7 +56,7 @@ from orchard.vm.driver import (
     operand,
 )
 from orchard.vm.processes import KILL_SECONDS, kill, signal_group
-from orchard.vm.script import converse, wrap
+from orchard.vm.script import converse, login_command, new_marker, script_text
 
 VM_ADDRESS = "127.0.0.1"
 _SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")
@@ -282,8 +282,9 @@ class SyntheticDriver(Driver):
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         guest = self._running(name)
-        wrapped = wrap(script)
-        shell = await _start_shell(self._directory(name), script.username)
+        marker = new_marker()
+        text = script_text(script, marker)
+        shell = await _start_shell(self._directory(name), script.username, marker)
         if guest.ending.is_set():
             # The VM ended while the shell was started, so `_end` did not see it.
             await kill(shell)
@@ -293,7 +294,7 @@ class SyntheticDriver(Driver):
         assert shell.stdin is not None
         assert shell.stdout is not None
         async with shell.stdin, shell.stdout:
-            transcript = await converse(shell, wrapped, on_line)
+            transcript = await converse(shell, marker, text, on_line)
         if transcript.exit_code is None:
             raise DriverError("the VM ended while its startup script ran")
         if transcript.exit_code != 0:
@@ -410,12 +411,12 @@ def _enter(directory: Path, username: str) -> tuple[Path, dict[str, str]]:
     }
 
 
-async def _start_shell(directory: Path, username: str) -> trio.Process:
+async def _start_shell(directory: Path, username: str, marker: str) -> trio.Process:
     root, environ = _enter(directory, username)
     pipe = subprocess.PIPE
     try:
         return await trio.lowlevel.open_process(
-            [_SHELL, "-l"], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
+            ["/bin/sh", "-c", login_command(marker)], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
             start_new_session=True,
         )  # fmt: skip
     except OSError as error:

@@ -1,9 +1,9 @@
 """An SSH server for tests: a password, and behind it a login shell of this host. Run as a process, for the real `ssh`.
 
-    [SSHD_PASSWORD=P] python sshd.py
+    [SSHD_PASSWORD=P] [SSHD_SHELL=PATH] python sshd.py
 
-prints its port number when it listens. A connection gets SFTP or a shell in a session of its own, for a command if the
-client names one. The shell is killed with its process group when the connection ends and when the server gets SIGTERM,
+prints its port number when it listens. A connection gets SFTP or the user's shell in a session of its own, for a command
+if the client names one. The shell is killed with its process group when the connection ends and when the server gets SIGTERM,
 like the processes of a VM that ends.
 """
 
@@ -39,15 +39,16 @@ class Server(asyncssh.SSHServer):
 
 
 async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
+    path = os.environ.get("SSHD_SHELL", "/bin/bash")
     # asyncio's own subprocesses also wait for processes that inherited the pipes.
     shell = subprocess.Popen(  # noqa: ASYNC220
-        ["/bin/bash", *(["-c", process.command] if process.command else ["-l"])],
+        [path, *(["-c", process.command] if process.command else ["-l"])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         bufsize=0,
         start_new_session=True,
-        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "USER": USER},
+        env={"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "USER": USER, "SHELL": path},
     )
     assert shell.stdin is not None
     assert shell.stdout is not None

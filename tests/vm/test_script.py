@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -12,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
+from typing import Any
 
 import pytest
 import trio
@@ -23,7 +27,17 @@ from hypothesis import strategies as st
 
 from orchard.vm import script as ssh_script
 from orchard.vm.driver import DriverError, Script, ScriptFailed
-from orchard.vm.script import SSHServer, Transcript, cut, greeting, run_over_ssh, script_text
+from orchard.vm.script import (
+    PROGRESS_SECONDS,
+    SSHServer,
+    Transcript,
+    cut,
+    greeting,
+    interpreter,
+    login_command,
+    run_over_ssh,
+    script_text,
+)
 
 SSHD = Path(__file__).parent.parent / "standin" / "sshd.py"
 MARKER = "0123456789abcdef"
@@ -36,8 +50,23 @@ def clock() -> Clock:
     return trio.testing.MockClock(rate=1)
 
 
-def in_shell(shell: str, text: str) -> bytes:
-    return subprocess.run([shell], input=(greeting(MARKER) + text).encode(), capture_output=True, check=False).stdout
+# Login shells; those without a Debian package are always there.
+SHELLS = [
+    pytest.param(name, marks=pytest.mark.needs(name) if name not in ("sh", "bash") else ())
+    for name in ("sh", "bash", "dash", "zsh", "ksh", "fish", "tcsh")
+]
+POSIX_SHELLS = SHELLS[:5]
+
+
+def in_shell(name: str, text: str, env: dict[str, str] | None = None, home: Path | None = None) -> bytes:
+    """Run a script in a login shell, and return the output."""
+    path = shutil.which(name)
+    assert path is not None
+    environ = {**os.environ, "SHELL": path, **({"HOME": str(home)} if home else {})}
+    sent = greeting(MARKER) + script_text(Script(text, env or {}), MARKER)
+    return subprocess.run(
+        ["/bin/sh", "-c", login_command(MARKER)], input=sent.encode(), capture_output=True, check=False, env=environ
+    ).stdout
 
 
 def read(output: bytes, size: int = 1 << 30) -> tuple[list[str], Transcript]:
@@ -45,8 +74,15 @@ def read(output: bytes, size: int = 1 << 30) -> tuple[list[str], Transcript]:
     transcript = Transcript(MARKER)
     lines: list[str] = []
     for start in range(0, len(output), size):
-        lines += transcript.feed(output[start : start + size])
+        lines += transcript.feed(output[start : start + size], 0.0)
     return lines + transcript.rest(), transcript
+
+
+def outcome(name: str, text: str, env: dict[str, str] | None = None, home: Path | None = None) -> tuple[Any, list[str]]:
+    """Return exit code and lines of a script in a login shell."""
+    lines, transcript = read(in_shell(name, text, env, home))
+    assert transcript.began
+    return transcript.exit_code, lines
 
 
 # ---- what is sent --------------------------------------------------------------------------------------------------
@@ -59,7 +95,7 @@ values = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 @given(st.dictionaries(st.from_regex(r"ORCHARD_[A-Za-z0-9_]{1,5}", fullmatch=True), values, max_size=3))
 def test_environment_values_survive_a_real_shell(env: dict[str, str]) -> None:
     script = "".join(f'printf "%s" "${name}" | od -An -v -tx1 | tr -d " \\n"; echo\n' for name in env)
-    lines, transcript = read(in_shell("/bin/sh", script_text(script, env, MARKER)))
+    lines, transcript = read(in_shell("sh", script, env))
     assert [bytes.fromhex(line).decode() for line in lines] == list(env.values())
     assert transcript.exit_code == 0
 
@@ -80,13 +116,110 @@ def test_environment_values_survive_a_real_shell(env: dict[str, str]) -> None:
     ],
 )
 def test_script_output_and_exit_code_in_real_shells(script: str, lines: list[str] | None, code: int | None) -> None:
-    for shell in ("/bin/sh", "/bin/bash"):
-        output = in_shell(shell, script_text(script, {}, MARKER))
-        told, transcript = read(output)
+    for shell in ("sh", "bash"):
+        exit_code, told = outcome(shell, script)
         if lines is not None:
-            assert (told, transcript.exit_code) == (lines, code)
+            assert (told, exit_code) == (lines, code)
         else:
-            assert transcript.exit_code not in (0, None)
+            assert exit_code not in (0, None)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_scripts_in_each_login_shell(shell: str, tmp_path: Path) -> None:
+    value = 'it\'s\n"$HOME" `id` \\ !x é'
+    begin = "echo one\r\n\r\n"
+    assert outcome(shell, begin + "exit 7\r\n", home=tmp_path) == (7, ["one"])
+    code, lines = outcome(shell, "\ufeffecho one\n\nno_such_command x\nexit 5", home=tmp_path)
+    # fish has no -e, csh no line numbers.
+    assert code == (5 if shell == "fish" else 1 if shell == "tcsh" else 127)
+    assert any("no_such_command" in line for line in lines)
+    assert shell == "tcsh" or any(re.search(r"\b3\b", line) for line in lines)
+    # A script for another program, in the environment of the login shell's profile.
+    for name in (".profile", ".zprofile", ".bash_profile"):
+        (tmp_path / name).write_text("echo welcome; export FROM_PROFILE=yes; set -eu\n")
+    (tmp_path / ".cshrc").write_text("echo welcome; setenv FROM_PROFILE yes\n")
+    (tmp_path / ".config" / "fish").mkdir(parents=True, exist_ok=True)
+    (tmp_path / ".config" / "fish" / "config.fish").write_text("echo welcome; set -x FROM_PROFILE yes\n")
+    python = (
+        f"#!{sys.executable}\nimport os\nprint(ascii(os.environ['A']), os.environ['FROM_PROFILE'])\nraise SystemExit(3)"
+    )
+    assert outcome(shell, python, {"A": value}, tmp_path) == (3, [f"{value!a} yes"])
+
+
+SHEBANGS = ["#!/bin/sh", "#! /bin/bash", "#!/usr/bin/env bash", "#!/usr/bin/env -S bash -u", "#!/bin/bash --norc"]
+
+
+@pytest.mark.parametrize("line", SHEBANGS)
+def test_shell_named_by_the_first_line_ends_after_a_command_that_fails(line: str) -> None:
+    code, lines = outcome("sh", f"{line}\necho $0 $#\n\nno_such_command x\necho never")
+    assert (code, len(lines)) == (127, 2)
+    assert lines[0].endswith(" 0")
+    assert re.search(r"\b4\b.*no_such_command", lines[1])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("#!/bin/zsh", ["/bin/zsh", "-e"]),
+        ("#! /bin/bash -x", ["/bin/bash", "-x", "-e"]),
+        ("#!/bin/sh -", ["/bin/sh", "-e", "-"]),
+        ("#!/usr/bin/env ksh", ["/usr/bin/env", "ksh", "-e"]),
+        ("#!/usr/bin/env -S A=b dash -u", ["/usr/bin/env", "-S", "A=b", "dash", "-u", "-e"]),
+        ("#!/usr/bin/env python3", ["/usr/bin/env", "python3"]),
+        ("#!/usr/bin/perl -w", ["/usr/bin/perl", "-w"]),
+        ("#!/opt/my shells/fish", ["/opt/my", "shells/fish"]),
+        ("#!", []),
+        ("echo", []),
+        ("", []),
+    ],
+)
+def test_interpreter_of_a_script(line: str, words: list[str]) -> None:
+    assert interpreter(line) == words
+    assert interpreter(line + "\n#!/bin/sh\n") == words
+
+
+def test_missing_interpreter_is_named() -> None:
+    code, lines = outcome("sh", "#!/no/such program\necho")
+    assert code == 127
+    assert "/no/such" in lines[0]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_variable_that_a_shell_refuses_or_evaluates_is_passed_over(shell: str, tmp_path: Path) -> None:
+    """A value is data for every name, and a name that cannot be set ends no script."""
+    code = f"a[$(touch {tmp_path}/hacked)]"
+    python = f"#!{sys.executable}\nimport os\nfor n in NAMES: print(n, os.environ.get(n), os.getuid())"
+    names = "RANDOM SECONDS OPTIND HISTCMD SRANDOM LINENO BASHPID COLUMNS HISTSIZE UID EUID GID PPID USERNAME path argv status"
+    python = python.replace("NAMES", repr([*names.split(), "LAST"]))
+    for value in (code, "12", "x y"):
+        env = dict.fromkeys(names.split(), value)
+        exit_code, lines = outcome(shell, python, {**env, "LAST": value})
+        assert exit_code == 0
+        assert f"LAST {value} {os.getuid()}" in lines
+        passed_over = {line.split()[2] for line in lines if "is passed over" in line}
+        for name in names.split():
+            # A shell may count on from the number.
+            counts = value == "12" and name in ssh_script._EVALUATED
+            assert counts or name in passed_over or f"{name} {value} {os.getuid()}" in lines, (name, lines)
+        if shell in ("bash", "zsh"):
+            assert {"UID", "EUID", "PPID"} <= passed_over
+    assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_script_leaves_no_file_in_the_guest(shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert outcome(shell, f"ls {tmp_path}; exit 3")[0] == 3
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/none")
+    assert outcome(shell, "echo never")[0] not in (0, None)
+
+
+@pytest.mark.parametrize("shell", POSIX_SHELLS)
+def test_options_and_aliases_of_a_profile_do_not_matter(shell: str, tmp_path: Path) -> None:
+    for name in (".profile", ".zprofile", ".bash_profile"):
+        (tmp_path / name).write_text("set -euC; alias cat=false rm=false mktemp=false\n")
+    assert outcome(shell, "echo in", home=tmp_path) == (0, ["in"])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +227,7 @@ def test_script_output_and_exit_code_in_real_shells(script: str, lines: list[str
 )
 def test_invalid_variable_names_and_nul_are_refused(env: dict[str, str], script: str) -> None:
     with pytest.raises(DriverError, match="startup script: "):
-        script_text(script, env, MARKER)
+        script_text(Script(script, env), MARKER)
 
 
 # ---- what comes back -----------------------------------------------------------------------------------------------
@@ -102,11 +235,67 @@ def test_invalid_variable_names_and_nul_are_refused(env: dict[str, str], script:
 
 def test_transcript_is_the_same_for_any_chunking() -> None:
     marker = MARKER.encode()
-    output = b"welcome\n" + marker + b"\none\n\ntwo \xff" + "é".encode() + b"\nopen" + marker + b" 3\nlogout\n"
-    expected = ["one", "", "two \ufffdé", "open"]
+    output = (
+        b"welcome\n"
+        + marker
+        + b"\none\n\ntwo \xff"
+        + "é".encode()
+        + b"\nopen"
+        + marker
+        + b" 3\nlate\n"
+        + marker
+        + b" 0\n"
+    )
+    expected = ["one", "", "two \ufffdé", "open", "late"]
     for size in range(1, len(output) + 1):
         lines, transcript = read(output, size)
-        assert (lines, transcript.exit_code, transcript.last_line) == (expected, 3, "open")
+        assert (lines, transcript.exit_code, transcript.last_line) == (expected, 3, "late")
+
+
+def test_states_of_a_progress_bar_are_lines_at_most_one_a_second() -> None:
+    fed = [
+        ("1%\r", 0.0, ["1%"]),
+        # Its line ended there.
+        ("\n", 0.1, []),
+        ("2%\r3%\r", 0.2, []),
+        ("\n", 0.3, ["3%"]),
+        ("4%\r5%\r6%", 1.0, ["5%"]),
+        (" of 9\r7%\r", 1.5, []),
+        ("", 1.9, []),
+        ("8%", 2.0, ["7%"]),
+        ("\r\r9%\r", 2.9, []),
+        ("done\r\n", 3.0, ["done"]),
+        ("dos\r\nmac\r", 3.0, ["dos", "mac"]),
+        ("\r\n\r\n", 5.0, [""]),
+        ("\r10%", 6.0, []),
+        ("\r11%\rend", 6.5, ["11%"]),
+        (f"{MARKER} 0\n", 6.6, ["end"]),
+    ]
+    transcript = Transcript(MARKER)
+    transcript.feed(f"{MARKER}\n".encode(), 0.0)
+    for data, now, lines in fed:
+        assert transcript.feed(data.encode(), now) == lines, (data, now)
+    assert transcript.exit_code == 0
+
+
+@QUICK
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "\r", "\n", "é"]), st.floats(0, 0.7)), max_size=40))
+def test_last_state_of_each_line_is_returned_once(fed: list[tuple[str, float]]) -> None:
+    transcript, now = Transcript(MARKER), 0.0
+    lines, times = transcript.feed(f"{MARKER}\n".encode(), now), list[float]()
+    for data, seconds in fed:
+        now += seconds
+        new = transcript.feed(data.encode(), now)
+        lines += new
+        times += [now] * len(new) * (data != "\n")
+    lines += transcript.feed(f"{MARKER} 0\n".encode(), now)
+    assert all(later - earlier >= PROGRESS_SECONDS for earlier, later in itertools.pairwise(times))
+    # The states that each line ends with, in order, are among the returned ones.
+    remaining = iter(lines)
+    for line in "".join(data for data, _ in fed).split("\n"):
+        states = list(filter(None, line.split("\r")))
+        assert not states or states[-1] in remaining
+    assert transcript.exit_code == 0
 
 
 def test_exit_code_is_unknown_without_the_last_marker() -> None:
@@ -141,10 +330,10 @@ def test_cut_keeps_all_bytes_and_whole_characters(line: bytes, size: int) -> Non
 
 def test_unfinished_long_line_is_handed_on() -> None:
     transcript = Transcript(MARKER)
-    transcript.feed(f"{MARKER}\n".encode())
+    transcript.feed(f"{MARKER}\n".encode(), 0.0)
     fed = given_out = 0
     for _ in range(100):
-        given_out += sum(map(len, transcript.feed(b"x" * 1000)))
+        given_out += sum(map(len, transcript.feed(b"x" * 1000, 0.0)))
         fed += 1000
         assert fed - given_out < ssh_script.MAX_LINE + 100
 
@@ -152,8 +341,8 @@ def test_unfinished_long_line_is_handed_on() -> None:
 def test_output_before_the_first_marker_is_dropped() -> None:
     transcript = Transcript(MARKER)
     for _ in range(100):
-        assert transcript.feed(b"welcome " * 1000) == []
-    assert transcript.feed(f"{MARKER}\nx\n".encode()) == ["x"]
+        assert transcript.feed(b"welcome " * 1000, 0.0) == []
+    assert transcript.feed(f"{MARKER}\nx\n".encode(), 0.0) == ["x"]
     assert transcript.last_line == "x"
 
 
@@ -405,8 +594,31 @@ async def test_exit_code_255_of_a_script_is_not_a_lost_connection(port: int) -> 
 
 
 @pytest.mark.needs("ssh")
-async def test_script_ends_although_its_background_processes_run_on(port: int) -> None:
+async def test_script_ends_although_its_background_processes_run_on(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssh_script, "_REST_SECONDS", 0.1)
     assert await run(port, "sleep 1000 & echo over") == ["over"]
+    # The bound holds for processes that print for ever, too.
+    monkeypatch.setattr(ssh_script, "OUTPUT_BYTES", 100_000)
+    assert (await run(port, "yes & echo over"))[0] in ("over", "y")
+
+
+@pytest.mark.needs("ssh")
+async def test_output_that_comes_after_the_end_of_the_script_is_not_lost(port: int, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    text = f"{{ read x <{tmp_path}/fifo; echo late; }} & {{ echo x >{tmp_path}/fifo; }} & echo over; exit 3"
+    lines: list[str] = []
+    with pytest.raises(ScriptFailed):
+        await run(port, text, lines=lines)
+    assert sorted(lines) == ["late", "over"]
+
+
+@pytest.mark.needs("ssh")
+@pytest.mark.parametrize("shell", SHELLS)
+async def test_each_login_shell_works_over_ssh(shell: str, tmp_path: Path) -> None:
+    with server(HOME=str(tmp_path), SSHD_SHELL=shutil.which(shell) or "") as (_, port):
+        assert await run(port, "#!/bin/sh\necho $SHELL") == [shutil.which(shell)]
+        with pytest.raises(ScriptFailed, match="exit code 4: in"):
+            await run(port, "echo in\nexit 4")
 
 
 @pytest.mark.needs("ssh")
@@ -434,9 +646,9 @@ async def test_lost_connection_fails_and_the_script_is_not_run_again(nursery: tr
 
 
 @pytest.mark.needs("ssh")
-async def test_script_that_kills_its_shell_fails_with_unknown_end(port: int) -> None:
-    with pytest.raises(DriverError, match=f"lost admin@127.0.0.1:{port} while the startup script ran"):
-        await run(port, "kill -9 $$")
+async def test_script_that_kills_its_shell_fails_with_the_status_of_the_signal(port: int) -> None:
+    with pytest.raises(ScriptFailed, match="exit code 137: begun"):
+        await run(port, "echo begun; sleep 1000 & kill -9 $$")
 
 
 async def test_missing_ssh_program_is_named() -> None:
