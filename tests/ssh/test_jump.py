@@ -442,6 +442,22 @@ async def test_login_by_a_key_of_the_service_account(
         assert (await client.run("ssh", "vm")).returncode == 255, "keys are looked up at each login"
 
 
+async def test_signature_with_sha_1_is_refused() -> None:
+    key = asyncssh.generate_private_key("ssh-rsa", key_size=2048)
+    (pair,) = asyncssh.load_keypairs([key])
+    async with jumping() as c, trio_asyncio.open_loop():
+        await c.client.service_accounts.create(
+            "someone", roles=["compute:connect"], authorized_keys=[key.export_public_key().decode().strip()]
+        )
+        connection = await logged_in(c.ssh_port, "someone", "x", client_keys=[pair])
+        connection.close()
+        await trio_asyncio.aio_as_trio(connection.wait_closed)()
+        pair.sig_algorithms = (b"ssh-rsa",)
+        pair.sig_algorithm = b"ssh-rsa"
+        with pytest.raises(asyncssh.PermissionDenied):
+            await logged_in(c.ssh_port, "someone", "x", client_keys=[pair], signature_algs=["ssh-rsa"])
+
+
 async def test_key_that_was_removed_opens_no_more_channels(sshd: int) -> None:
     key = asyncssh.generate_private_key("ssh-ed25519")
     line = key.export_public_key().decode()
@@ -591,6 +607,7 @@ async def until_closed(stream: trio.SocketStream) -> bytes:
 
 async def test_silent_connections_make_room_for_logins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jump, "MAX_LOGINS_OF_SOURCE", 3)
+    monkeypatch.setattr(jump, "LOGIN_SECONDS", 10 * GENEROUS)
     async with jumping() as c, trio_asyncio.open_loop(), AsyncExitStack() as stack:
         friend = await logged_in(c.ssh_port, c.account, c.token)
         silent = [
