@@ -156,6 +156,9 @@ async def test_actions_arrive_over_a_workers_watch_and_a_second_one_is_refused()
             with pytest.raises(ResponseError) as refused:
                 await watch_twice(c.client)
             assert refused.value.status == 409
+            with pytest.raises(ResponseError) as refused:
+                await c.client.workers.register({"name": "w", "machine_id": "m"})
+            assert refused.value.status == 409
             await c.client.vms.delete("vm")
             assert await anext(first) == {"syncVMsAction": {}}
 

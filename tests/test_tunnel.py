@@ -20,6 +20,8 @@ from orchard.net.wsframes import BINARY, CLOSE, PONG, Close
 from orchard.tunnel import (
     CLAIM_SECONDS,
     LEAST_SECONDS,
+    MAX_PENDING_OF_VM,
+    PONG_SECONDS,
     PendingRequest,
     Rendezvous,
     UnknownSessionError,
@@ -157,6 +159,22 @@ async def test_newest_watch_of_a_worker_replaces_the_older_one(autojump_clock: A
         assert rendezvous._watches == {}
 
 
+async def test_watch_that_answers_a_ping_is_connected_and_another_one_ends(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    assert not await rendezvous.is_connected("w")
+    async with watch_pair() as (ours, worker, stream), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        await worker.get_message()
+        assert await rendezvous.is_connected("w")
+        # From now on nothing of the worker arrives.
+        stream.send_all_hook = trio.sleep_forever
+        began = trio.current_time()
+        assert not await rendezvous.is_connected("w")
+        assert trio.current_time() == began + PONG_SECONDS
+        await wait_all_tasks_blocked()
+        assert not rendezvous.has_watch("w")
+
+
 async def test_messages_of_a_worker_on_its_watch_are_ignored_until_it_closes(autojump_clock: Any) -> None:
     rendezvous = Rendezvous()
     async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
@@ -279,6 +297,64 @@ async def test_number_of_pending_requests_is_bounded(autojump_clock: Any, monkey
         await wait_all_tasks_blocked()
         assert not fourth.done.is_set()
         assert len(rendezvous._addresses) == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_holders_of_one_vms_tokens_cannot_keep_others_from_asking(
+    autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "MAX_PENDING_OF_VM", 5)
+    monkeypatch.setattr(tunnel, "MAX_PENDING_OF_SENDER", 3)
+    monkeypatch.setattr(tunnel, "MAX_ASKED_OF_VM", 2)
+    rendezvous = Rendezvous()
+
+    def ask(vm_uid: str, sender: str) -> Asked:
+        return Asked(nursery, lambda: rendezvous.ask_port(port_request("w", vm_uid), 3000, sender=sender))
+
+    async with watch_pair() as (ours, _worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        asked = []
+        for sender in ("token 1", "token 1", "token 1", "token 1", "token 2", "token 2", "token 2"):
+            asked.append(ask("vm", sender))
+            await wait_all_tasks_blocked()
+        refused = [isinstance(one.answer, UnreachableError) for one in asked]
+        assert refused == [False, False, False, True, False, False, True], "three of a sender, five for a VM"
+        assert len(rendezvous._ports) == 2, "its worker works on two at a time"
+        other = ask("another VM", "account")
+        await wait_all_tasks_blocked()
+        assert [request.vm_uid for request in rendezvous._ports.values()] == ["vm", "vm", "another VM"]
+        first = next(iter(rendezvous._ports))
+        rendezvous.answer_port(first, "account").fail("no such port")
+        await asked[0].done.wait()
+        await wait_all_tasks_blocked()
+        assert len(rendezvous._ports) == 3, "the next one has its turn"
+        assert not other.done.is_set()
+        nursery.cancel_scope.cancel()
+    assert not rendezvous._waiting
+    assert not rendezvous._turns
+
+
+async def test_one_request_for_an_address_serves_all_that_ask(autojump_clock: Any) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [])
+        await wait_all_tasks_blocked()
+        first = ask_address(nursery, rendezvous)
+        await wait_all_tasks_blocked()
+        asked = [ask_address(nursery, rendezvous) for _ in range(400)]
+        await wait_all_tasks_blocked()
+        assert len(rendezvous._addresses) == 1
+        # The one that sent the request goes away.
+        first.scope.cancel()
+        await first.done.wait()
+        (session,) = rendezvous._addresses
+        rendezvous.answer_address(session, "account").resolve("10.1.2.3")
+        for one in asked[:256]:
+            await one.done.wait()
+        answers = [one.answer for one in asked]
+        assert answers.count("10.1.2.3") == MAX_PENDING_OF_VM - 1, "the first one counts, too"
+        assert await next_action(worker) == {"syncVMsAction": {}}
+        assert "resolveIPAction" in await next_action(worker)
         nursery.cancel_scope.cancel()
 
 
