@@ -495,7 +495,12 @@ class API:
             settled=False,
             health=None,
         )
-        self._put(new, old)
+        with self.store.transaction() as tx:
+            if old is not None and old.instance_id and old.instance_id != new.instance_id:
+                tx.put(self._promise_of(new.name))
+                liveness.record_replacement(new.name)
+            if new != old:
+                tx.put(new)
         self._notice_restored(wanted.highest_revision)
         source = _source(request, admitted)
         liveness.record_registration(new.name, source, tells_settled=WORKER_STATE in wanted.capabilities)
@@ -530,12 +535,15 @@ class API:
 
     def delete_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         worker = _found("worker", self.state.workers, admitted.name)
-        old = self.state.promises.get(worker.name)
-        promise = max(self.parts.liveness.promise_ms(worker.name), old.milliseconds if old is not None else 0)
         with self.store.transaction() as tx:
             tx.delete(worker)
-            tx.put(Promise(worker.name, promise))
+            tx.put(self._promise_of(worker.name))
         return Response(200)
+
+    def _promise_of(self, worker: str) -> Promise:
+        """Return what is stored of a worker that will not be heard of again: how long its VMs may run."""
+        old = self.state.promises.get(worker)
+        return Promise(worker, max(self.parts.liveness.promise_ms(worker), old.milliseconds if old is not None else 0))
 
     def _speak_for(self, worker: Worker, admitted: Admitted) -> None:
         """Check that a sender is the account that registered a worker. Raises ForbiddenError.

@@ -181,9 +181,13 @@ class Liveness:
             session.has_settled = True
             self._on_change(worker)
 
+    def record_replacement(self, worker: str) -> None:
+        """Record that another instance takes a worker's name: the earlier one may run its VMs as long as promised."""
+        self.deleted_over_at[worker] = max(self.deleted_over_at.get(worker, -math.inf), self.silent_at(worker))
+
     def record_deletion(self, worker: str) -> None:
         """Record that a worker was deleted."""
-        self.deleted_over_at[worker] = max(self.deleted_over_at.get(worker, -math.inf), self.silent_at(worker))
+        self.record_replacement(worker)
         for table in (self.last_contact, self._promises, self.promise_over_at, self._last_seen, self._sources):
             table.pop(worker, None)
         self._sessions.pop(worker, None)

@@ -357,6 +357,26 @@ async def test_promise_of_a_deleted_worker_is_kept_over_a_restart(
         assert api.state.promises == {}
 
 
+async def test_vms_of_another_instance_restart_only_when_its_promise_is_over(
+    api: Served, autojump_clock: object
+) -> None:
+    await api.register("w", instance_id="first")
+    vm = await place(api, "vm", restart_policy="OnFailure")
+    await api.ok("GET", "/vms?filter=worker=w")
+    await report(api, vm, "running")
+    api.close_watch("w")
+    await trio.sleep(10)
+    # A second login or a copied disk: the same machine_id, and none of the VMs.
+    await api.register("w", instance_id="second")
+    await report(api, vm, "failed", "lost")
+    await trio.sleep(DEFAULT_OFFLINE_TIMEOUT - 11)
+    api.schedule()
+    assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
+    await trio.sleep(1)
+    api.schedule()
+    assert (await api.ok("GET", "/vms/vm"))["restart_count"] == 1
+
+
 # ---- a controller that was restored from an older state -------------------------------------------------------------
 
 

@@ -103,6 +103,8 @@ class Machine:
         self.name = name
         self.chance = chance
         self.troubled = True
+        # The driver's method that always fails, or "".
+        self.broken = ""
         # VMs on its disk, with their state while they do not run.
         self.vms: dict[str, LocalState] = {}
         self.notes: dict[str, str] = {}
@@ -219,6 +221,10 @@ class Handle(Driver):
         if not self._process.alive:
             raise DriverError("the process was killed")
 
+    def _check_works(self, verb: str) -> None:
+        if self._machine.broken == verb:
+            raise DriverError(f"cannot {verb}: the disk is broken")
+
     def _check_exists(self, name: str) -> None:
         if name not in self._machine.vms:
             raise NoSuchVM(f'the specified VM "{name}" does not exist')
@@ -231,6 +237,7 @@ class Handle(Driver):
         return guest
 
     async def list_vms(self) -> list[LocalVM]:
+        self._check_works("list")
         vms, guests = self._machine.vms, self._machine.guests
         listed: list[LocalVM] = await self._ask(
             LIST, lambda: [LocalVM(name, "running" if name in guests else state) for name, state in vms.items()]
@@ -242,6 +249,8 @@ class Handle(Driver):
         on_progress(100)
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
+        self._check_works("clone")
+
         def cloned() -> None:
             if name in self._machine.vms:
                 raise DriverError(f'VM "{name}" already exists')

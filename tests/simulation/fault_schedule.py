@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import trio
 from harness.network import Process
-from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, RunningProgram, SimulatedCluster, size_of
+from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, RunningProgram, SimulatedCluster, planted, size_of
 
 # trio's switch for deterministic scheduling is not public.
 from trio._core import _run
@@ -45,6 +45,8 @@ STEP_SECONDS = 4.0
 # How long faults last, from and to; one range is chosen for each fault.
 Durations = tuple[tuple[float, float], ...]
 DURATIONS: Durations = ((0.5, 10.0), (0.5, 10.0), (10.0, 90.0))
+# A short time in which the controller does not run.
+RESTART_SECONDS = 0.5
 # Longer than the offline time-out, so that VMs are started elsewhere meanwhile.
 ISOLATION: Durations = ((60.0, 120.0),)
 # One seed in this many also freezes the controller.
@@ -222,6 +224,10 @@ class Faults:
     def kill_controller(self) -> None:
         self._take_down(CONTROLLER, "is killed")
 
+    def restart_controller(self) -> None:
+        """Kill the controller and start it again at once: leases do not run out meanwhile."""
+        self._take_down(CONTROLLER, "is killed for a moment", seconds=RESTART_SECONDS)
+
     def stop_controller(self) -> None:
         self._take_down(CONTROLLER, "is told to stop", orderly=True)
 
@@ -287,11 +293,12 @@ class Faults:
 
         self._nursery.start_soon(wait)
 
-    def _take_down(self, name: str, what: str, *, orderly: bool = False) -> None:
+    def _take_down(self, name: str, what: str, *, orderly: bool = False, seconds: float | None = None) -> None:
         if name in self._down:
             return
         self._down[name] = None
-        self._nursery.start_soon(self._restart_later, name, self._random_duration())
+        seconds = self._random_duration() if seconds is None else seconds
+        self._nursery.start_soon(self._restart_later, name, seconds)
         running = self._program(name)
         self._cluster.note(f"{name} {what}")
         if not orderly:
@@ -404,17 +411,18 @@ async def inject(
     freeze_controller: bool,
     isolate_workers: bool,
 ) -> None:
-    """Take random steps of users and faults. With `isolate_workers`, only create VMs, kill and freeze workers."""
+    """Take random steps of users and faults. With `isolate_workers`, only create VMs, kill, freeze and cut off workers, and restart the controller."""
     actions: dict[Callable[[], None], int] = {
         users.create: 12, users.delete: 5, users.resize: 3, users.stop_or_suspend: 1, users.pause_worker: 1,
         users.delete_worker: 1, faults.kill_worker: 3, faults.stop_worker: 1, faults.lose_power: 1,
-        faults.kill_controller: 2, faults.stop_controller: 1, faults.freeze_worker: 3, faults.cut_connection: 4,
+        faults.kill_controller: 2, faults.restart_controller: 1, faults.stop_controller: 1, faults.freeze_worker: 3, faults.cut_connection: 4,
         faults.slow_connection: 2, faults.set_clock: 1, faults.shut_guest_down: 2,
     }  # fmt: skip
     if freeze_controller:
         actions[faults.freeze_controller] = 3
     if isolate_workers:
-        actions = {users.create: 3, faults.kill_worker: 1, faults.freeze_worker: 1}
+        actions = {users.create: 3, faults.kill_worker: 1, faults.freeze_worker: 1, faults.restart_controller: 1}
+        actions[faults.cut_connection] = 1
     for _ in range(steps):
         cluster.chance.choices(list(actions), list(actions.values()))[0]()
         await trio.sleep(cluster.chance.expovariate(1 / STEP_SECONDS))
@@ -471,7 +479,7 @@ def simulate(seed: int, *, bug: PlantedBug = NO_BUG, steps: int = STEPS) -> str:
     trace: list[str] = []
     violations = ["an exception; see above"]
     memory = MEMORY_DIRECTORY if MEMORY_DIRECTORY.is_dir() else None
-    with TemporaryDirectory(prefix="orchard-", dir=memory) as home, deterministic_trio(seed):
+    with TemporaryDirectory(prefix="orchard-", dir=memory) as home, deterministic_trio(seed), planted(bug):
         try:
             violations = trio.run(
                 run_schedule,

@@ -18,10 +18,11 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import trio
 from harness.disks import UnsyncedDisk
@@ -30,9 +31,12 @@ from harness.network import Network, Process
 
 from orchard import controller
 from orchard.client import Client
+from orchard.early_failures import EarlyFailures
+from orchard.liveness import Liveness, Source
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog
 from orchard.store import Change, Store
+from orchard.tunnel import Rendezvous
 from orchard.worker import CONTROLLER_ANSWER_SECONDS, WorkerService
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -42,6 +46,8 @@ URL = f"http://{CONTROLLER}"
 CAPACITY = 2
 # Shorter than the default, so that more happens.
 OFFLINE_TIMEOUT = 30.0  # seconds
+# A controller that is started again may have a shorter one.
+OFFLINE_TIMEOUTS = (OFFLINE_TIMEOUT, OFFLINE_TIMEOUT, OFFLINE_TIMEOUT / 3)
 # The controller's grace period for requests when it is told to stop.
 GRACE_SECONDS = 5.0
 # From and to: until a write is done, and then until its caller knows.
@@ -73,6 +79,14 @@ class PlantedBug:
     disk_forgets: bool = False
     # The number of VMs that workers offer capacity for.
     offered: int = CAPACITY
+    # Whether a controller that starts forgets what it has promised to workers.
+    forgets_promises: bool = False
+    # Whether assignments return to the queue although a poll has named them.
+    unassigns_named: bool = False
+    # Whether a second watch replaces one that is alive.
+    replaces_watches: bool = False
+    # Whether VMs that fail before they run go to the same worker again.
+    forgets_failures: bool = False
     # Whether the schedule mostly isolates workers, because the bug is rare otherwise.
     shows_in_isolation: bool = False
 
@@ -87,6 +101,31 @@ PLANTED_BUGS = {
     "over-offered": PlantedBug(offered=CAPACITY + 1),
     "forgetful-disk": PlantedBug(disk_forgets=True),
 }
+
+
+@contextmanager
+def planted(bug: PlantedBug) -> Iterator[None]:
+    """Plant a bug that is in the controller's own code, for the time of the block."""
+    record_poll = Liveness.record_poll
+
+    def record_poll_only(liveness: Liveness, worker: str, source: Source) -> None:
+        unnamed = liveness.unnamed.get(worker)
+        record_poll(liveness, worker, source)
+        if unnamed is not None:
+            liveness.unnamed[worker] = unnamed
+
+    async def never(rendezvous: Rendezvous, worker: str) -> bool:
+        await trio.lowlevel.checkpoint()
+        return False
+
+    with ExitStack() as stack:
+        if bug.unassigns_named:
+            stack.enter_context(patch.object(Liveness, "record_poll", record_poll_only))
+        if bug.replaces_watches:
+            stack.enter_context(patch.object(Rendezvous, "is_connected", never))
+        if bug.forgets_failures:
+            stack.enter_context(patch.object(EarlyFailures, "record_failure", lambda *_: None))
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,16 +239,18 @@ class SimulatedCluster:
 
     # -- the controller
 
-    async def start_controller(self) -> None:
-        """Start the controller, and return when it serves."""
+    async def start_controller(self, offline_timeout: float = 0.0, ping_interval: float = 0.0) -> None:
+        """Start the controller, and return when it serves. Without an offline timeout, a random one is chosen."""
         process, scope = Process(CONTROLLER), trio.CancelScope()
+        offline_timeout = offline_timeout or self.chance.choice(OFFLINE_TIMEOUTS)
+        self.note(f"offline timeout: {offline_timeout:g} s")
         running = self.controller = RunningProgram(process, scope, trio.Event(), trio.Event())
         settings = controller.ControllerSettings(
             data_dir=self._directory,
             tls=False,
             auth=False,
-            worker_offline_timeout=OFFLINE_TIMEOUT,
-            ping_interval=OFFLINE_TIMEOUT / 3,
+            worker_offline_timeout=offline_timeout,
+            ping_interval=ping_interval or offline_timeout / 3,
         )
 
         async def listen(_: controller.ControllerSettings) -> controller.Listening:
@@ -248,6 +289,10 @@ class SimulatedCluster:
         with ExitStack() as stack:
             store = Store.open(directory, self.clock(), disk, in_thread)
             stack.callback(store.close)
+            if self._bug.forgets_promises:
+                with store.transaction() as tx:
+                    for worker in store.state.workers.values():
+                        tx.put(replace(worker, promised=1))
             store.on_commit(self.committed)
             events = EventLog(directory / "events", disk, in_thread)
             events.open({vm.uid for vm in store.state.vms.values()})
@@ -265,14 +310,16 @@ class SimulatedCluster:
 
         return Client(URL, answer_seconds=answer_seconds, connect=connect)
 
-    def start_worker(self, name: str) -> None:
-        process, scope = Process(name), trio.CancelScope()
-        running = self.workers[name] = RunningProgram(process, scope, trio.Event(), trio.Event())
+    def start_worker(self, name: str, machine: str = "") -> None:
+        """Start the worker of a machine, or on another `machine` a copy of it, with its name and its machine_id."""
+        machine = machine or name
+        process, scope = Process(machine), trio.CancelScope()
+        running = self.workers[machine] = RunningProgram(process, scope, trio.Event(), trio.Event())
         stops_vms = self.chance.random() < STOPS_VMS_SHARE
         description = Worker(name=name, machine_id=name, resources={TART_VMS: self._bug.offered})
 
         async def run() -> None:
-            driver = Handle(self.machines[name], process, hasty=self._bug.reports_stopped_early)
+            driver = Handle(self.machines[machine], process, hasty=self._bug.reports_stopped_early)
             with scope:
                 async with self.client(process, CONTROLLER_ANSWER_SECONDS) as client:
                     worker = WorkerService(

@@ -1,0 +1,171 @@
+"""Decisions about broken and ambiguous clusters, each in a scripted run of the simulated cluster.
+
+Each decision has a planted bug that takes it back, and the same run finds the bug.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+import trio
+from fault_schedule import deterministic_trio
+from harness.network import Process
+from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, SimulatedCluster, planted
+from trio.testing import MockClock
+
+from orchard.client import Client
+from orchard.schema import TART_VMS, VM
+
+pytestmark = pytest.mark.slow
+
+# Of a cluster with three machines.
+SEED = 5
+TIMEOUT, SHORT_TIMEOUT = 60.0, 8.0  # seconds
+
+Script = Callable[[SimulatedCluster, Client], Awaitable[None]]
+
+
+def violations(directory: Path, script: Script, bug: PlantedBug = NO_BUG) -> list[str]:
+    """Run a script in a cluster of three healthy machines; return the violations."""
+    trace: list[str] = []
+
+    async def run() -> list[str]:
+        async with trio.open_nursery() as nursery:
+            cluster = SimulatedCluster(random.Random(SEED), directory, nursery, bug, trace)
+            assert len(cluster.machines) == 3
+            for machine in cluster.machines.values():
+                machine.troubled = False
+            with cluster.logged():
+                await cluster.start_controller(TIMEOUT, ping_interval=2.0)
+                async with cluster.client(Process(USER), 20.0) as client:
+                    await script(cluster, client)
+            nursery.cancel_scope.cancel()
+        return cluster.violations
+
+    with deterministic_trio(SEED), planted(bug):
+        return trio.run(run, clock=MockClock(autojump_threshold=0), strict_exception_groups=True)
+
+
+async def start_workers(cluster: SimulatedCluster, *names: str) -> None:
+    for name in names or cluster.machines:
+        cluster.start_worker(name)
+    await trio.sleep(5)
+
+
+async def create(client: Client, name: str, policy: str = "OnFailure") -> None:
+    await client.vms.create(name=name, image="image", restart_policy=policy, resources={TART_VMS: 1})
+
+
+async def wait_vm(client: Client, name: str, condition: Callable[[VM], bool]) -> VM:
+    with trio.fail_after(600):
+        while not condition(vm := await client.vms.get(name)):  # noqa: ASYNC110 -- over the API
+            await trio.sleep(0.25)
+    return vm
+
+
+def runs(vm: VM) -> bool:
+    return vm.state.status == "running"
+
+
+def cut_off(cluster: SimulatedCluster, name: str) -> None:
+    cluster.network.cut(name, CONTROLLER)
+    cluster.network.cut(CONTROLLER, name)
+
+
+async def restart_with_a_shorter_timeout(cluster: SimulatedCluster, client: Client) -> None:
+    await start_workers(cluster)
+    await create(client, "vm-0")
+    vm = await wait_vm(client, "vm-0", runs)
+    cut_off(cluster, vm.state.worker)
+    cluster.controller.kill()
+    await cluster.controller.ended.wait()
+    await cluster.start_controller(SHORT_TIMEOUT, ping_interval=2.0)
+    await trio.sleep(2 * TIMEOUT)
+    again = await wait_vm(client, "vm-0", runs)
+    assert (again.state.restart_count, again.state.worker != vm.state.worker) == (1, True)
+
+
+async def cut_off_worker_that_knows_of_its_vm(cluster: SimulatedCluster, client: Client) -> None:
+    await start_workers(cluster)
+    await create(client, "vm-0", "Never")
+    vm = await wait_vm(client, "vm-0", lambda vm: bool(vm.state.worker))
+    await client.vms.list(worker=vm.state.worker)
+    # It has what it needs to start the VM.
+    await trio.sleep(0.5)
+    cut_off(cluster, vm.state.worker)
+    await trio.sleep(TIMEOUT - 15)
+    now = await client.vms.get("vm-0")
+    if now.state.worker == vm.state.worker:
+        await wait_vm(client, "vm-0", lambda vm: vm.state.status == "failed")
+    await trio.sleep(TIMEOUT)
+
+
+async def two_workers_with_one_name(cluster: SimulatedCluster, client: Client) -> None:
+    await start_workers(cluster, "mac-1")
+    await create(client, "vm-0")
+    before = await wait_vm(client, "vm-0", runs)
+    cluster.start_worker("mac-1", machine="mac-2")
+    await trio.sleep(2 * TIMEOUT)
+    now = await client.vms.get("vm-0")
+    if now.uid == before.uid and now.state.restart_count != before.state.restart_count:
+        cluster.violate("the VM was restarted although its worker works")
+
+
+async def sick_host(cluster: SimulatedCluster, client: Client) -> None:
+    cluster.machines["mac-1"].broken = "clone"
+    await start_workers(cluster)
+    for number in range(10):
+        await create(client, f"vm-{number}", "Never")
+        vm = await wait_vm(client, f"vm-{number}", lambda vm: vm.state.status != "pending")
+        if runs(vm):
+            await client.vms.delete(vm.name)
+    vms = await client.vms.list()
+    if len(vms) == 10:
+        cluster.violate("all jobs failed on one worker")
+
+
+async def sick_host_and_a_vm_that_restarts(cluster: SimulatedCluster, client: Client) -> None:
+    cluster.machines["mac-1"].broken = "clone"
+    await start_workers(cluster)
+    await create(client, "vm-0")
+    with trio.move_on_after(2 * TIMEOUT) as scope:
+        await wait_vm(client, "vm-0", runs)
+    if scope.cancelled_caught:
+        cluster.violate("the VM goes to the same worker again and again")
+
+
+async def host_that_fails_listing(cluster: SimulatedCluster, client: Client) -> None:
+    cluster.machines["mac-1"].broken = "list"
+    await start_workers(cluster, "mac-1")
+    await create(client, "vm-0")
+    await trio.sleep(TIMEOUT)
+    waiting = await client.vms.get("vm-0")
+    assert (waiting.state.worker, bool(waiting.state.status_message)) == ("", True)
+    assert (await client.workers.get("mac-1")).state == "offline"
+    await start_workers(cluster, "mac-2")
+    assert (await wait_vm(client, "vm-0", runs)).state.worker == "mac-2"
+    cluster.machines["mac-1"].broken = ""
+    await trio.sleep(20)
+    assert (await client.workers.get("mac-1")).state == "online"
+
+
+SCENARIOS: list[tuple[Script, PlantedBug]] = [
+    (restart_with_a_shorter_timeout, PlantedBug(forgets_promises=True)),
+    (cut_off_worker_that_knows_of_its_vm, PlantedBug(unassigns_named=True)),
+    (two_workers_with_one_name, PlantedBug(replaces_watches=True)),
+    (sick_host, PlantedBug(forgets_failures=True)),
+    (sick_host_and_a_vm_that_restarts, PlantedBug(forgets_failures=True)),
+]
+
+
+@pytest.mark.parametrize("script", [*(script for script, _ in SCENARIOS), host_that_fails_listing])
+def test_decision_holds(tmp_path: Path, script: Script) -> None:
+    assert violations(tmp_path / "controller", script) == []
+
+
+@pytest.mark.parametrize(("script", "bug"), SCENARIOS)
+def test_decision_that_is_taken_back_is_noticed(tmp_path: Path, script: Script, bug: PlantedBug) -> None:
+    assert violations(tmp_path / "controller", script, bug) != []
