@@ -371,7 +371,7 @@ class API:
         old = self._vm(admitted)
         report = read_body(admitted, read)
         self._put(transitions.report(old, report, self.parts.clock()), old)
-        return self._stored_vm(old.name)
+        return replace(self._stored_vm(old.name), routine=True)
 
     def _check_host_dirs(self, spec: VMSpec) -> None:
         for index, host_dir in enumerate(spec.host_dirs):
@@ -393,7 +393,7 @@ class API:
         if uid and uid != vm.uid:
             raise HTTPError(404, f'VM "{vm.name}" has uid {vm.uid}, not {shown(uid)}')
         await self.parts.events.append(vm.uid, events)
-        return Response(200)
+        return Response(200, routine=True)
 
     async def list_events(self, request: Request, admitted: Admitted) -> AnyResponse:
         vm = self._vm(admitted)
@@ -529,8 +529,8 @@ class API:
         if seen is not None and liveness.is_heartbeat(worker.name, seen):
             self._speak_for(worker, admitted)
             liveness.record_heartbeat(worker.name, source, seen, settled=wanted.settled, health=wanted.health)
-        else:
-            self._put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
+            return replace(self._worker(worker.name), routine=True)
+        self._put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
         return self._worker(worker.name)
 
     def delete_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -613,7 +613,7 @@ class API:
             pending.fail(error or "no address was found")
         else:
             pending.resolve(address)
-        return Response(200)
+        return Response(200, routine=True)
 
     # -- service accounts
 

@@ -115,7 +115,7 @@ def test_signal_stops_the_controller_with_status_0_while_clients_are_connected(
 def test_each_request_is_logged_on_one_line(tmp_path: Path) -> None:
     with controller("--insecure-no-tls", home=tmp_path, env={"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "s3cret"}) as (role, url):
         call(url, "GET", "/v1/vms/a%0Alevel=forged?filter=hidden", token="s3cret")
-        call(url, "GET", "/v1/", token="s3cret")
+        call(url, "POST", "/v1/vms", {}, token="s3cret")
         role.stop()
     requests = [text for text in role.log_lines() if "method=" in text]
     assert len(requests) == 2
@@ -125,6 +125,33 @@ def test_each_request_is_logged_on_one_line(tmp_path: Path) -> None:
     assert first["account"] == "bootstrap-admin"
     assert float(first["duration_ms"]) >= 0
     assert "hidden" not in role.log.read_text()
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_workers_repeat_is_logged_at_debug(tmp_path: Path, debug: bool) -> None:
+    worker = {"name": "w", "machine_id": "m"}
+    event = {"kind": "log_line", "payload": "x", "timestamp": 1}
+    routine = [
+        ("GET", "/v1/vms?filter=worker=w", None),
+        ("GET", "/v1/workers/w", None),
+        ("PUT", "/v1/workers/w", {**worker, "last_seen": "2100-01-01T00:00:00Z"}),
+        ("POST", "/v1/vms/vm/events", [event]),
+        ("PUT", "/v1/vms/vm/state", {"status": "pending"}),
+    ]
+    others = [
+        ("POST", "/v1/workers", worker),
+        ("POST", "/v1/vms", {"name": "vm", "image": "any"}),
+        ("GET", "/v1/vms/none", None),
+        ("PUT", "/v1/workers/w", {**worker, "scheduling_paused": True}),
+    ]
+    with controller(*PLAIN, *["--debug"] * debug, home=tmp_path) as (role, url):
+        statuses = [call(url, *request)[0] for request in (*others, *routine)]
+        assert statuses == [200, 200, 404, *[200] * 6]
+        role.stop()
+    logged = re.findall(r"level=(\w+) .* msg=request method=(\w+) path=(\S+)", role.log.read_text())
+    expected = [("info", method, path) for method, path, _ in others]
+    expected += [("debug", method, path.partition("?")[0]) for method, path, _ in routine] * debug
+    assert logged == expected
 
 
 def test_data_directory_in_use_is_refused(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 # A header that a handler may add: one line (RFC 9110, section 5), and not one that says where the answer ends.
 _HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
 _SWITCHING_PROTOCOLS = 101
+_SUCCESSES = range(200, 400)
 # One read from a WebSocket that carries messages.
 _RECEIVE_BYTES = 64 * 1024
 _UPGRADED = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -79,6 +80,7 @@ class Exchange:
         "_ended",
         "_keep_alive",
         "_request",
+        "_routine",
         "_server",
         "_since",
         "_status",
@@ -89,8 +91,9 @@ class Exchange:
         self._connection = connection
         self._server = connection.server
         self._request: Request | None = None
-        # Who sent it, for the request log.
+        # For the request log: who sent it, and whether the answer says that it is routine.
         self._account = ""
+        self._routine = False
         # When the head was complete; negative when the request was logged.
         self._since = 0.0
         # Whether the client lets another request follow.
@@ -139,8 +142,11 @@ class Exchange:
         if since < 0 or not (request or self._status):
             return
         self._since = -1.0
-        # An attacker that guesses credentials would fill the log. The limit itself logs who guesses.
-        level = logging.DEBUG if self._status == http.HTTPStatus.TOO_MANY_REQUESTS else logging.INFO
+        # Reads and heartbeats would fill the log, and so would an attacker that guesses credentials. The limit itself logs
+        # who guesses.
+        is_read = request is not None and request.method in ("GET", "HEAD") and self._status in _SUCCESSES
+        is_minor = is_read or self._routine or self._status == http.HTTPStatus.TOO_MANY_REQUESTS
+        level = logging.DEBUG if is_minor else logging.INFO
         if not self._server.log.isEnabledFor(level):
             return
         fields = {
@@ -273,7 +279,7 @@ class Exchange:
         if size:
             framing += f"Content-Type: {answer.content_type}\r\n"
         head = self._head(answer, framing, keep)
-        self._status = answer.status
+        self._status, self._routine = answer.status, answer.routine
         if self._request is not None and self._request.method == "HEAD":
             size, pieces = 0, ()
         if len(head) + size <= SEND_BYTES:
