@@ -251,11 +251,11 @@ class API:
 
     def _list(self, items: Iterable[bytes]) -> Response:
         """Return an answer with a JSON array of objects, in pieces, and the revision of the state that they are from."""
-        pieces = [b"["]
-        for item in items:
-            pieces += (item, b",")
-        pieces[max(1, len(pieces) - 1) :] = [b"]"]
-        return Response(200, pieces, (("X-Stored-Revision", str(self.state.revision)),))
+        pieces = list(items) or [b""]
+        pieces[0] = b"[" + pieces[0]
+        pieces[-1] += b"]"
+        revision = (("X-Stored-Revision", str(self.state.revision)),)
+        return Response(200, pieces, revision, separator=b",")
 
     def _delete(self, resource: VM | Worker | ServiceAccount) -> AnyResponse:
         with self.store.transaction() as tx:

@@ -23,7 +23,7 @@ from orchard.net.unauthenticated import Unauthenticated
 # Bytes of one write. Each write has its own deadline, so that a slow reader of a large answer is not closed.
 SEND_BYTES = 256 * 1024
 # A write of more bytes takes one of the places of which there are `held_bytes`. Most answers are smaller.
-_SMALL_SEND_BYTES = 16 * 1024
+SMALL_BYTES = 16 * 1024
 # Between two searches for clients that read nothing.
 _LOOK_SECONDS = 1.0
 _EMPTY_LINE = b"\r\n"
@@ -96,29 +96,25 @@ class Sends:
     """
 
     def __init__(self, seconds: float, held_bytes: int) -> None:
-        self._seconds = seconds
-        # By trio's clock.
-        self._until: dict[Connection, float] = {}
+        self.seconds = seconds
+        # Until when a write may take, by trio's clock. The connection that has waited for longest is first.
+        self.small: dict[Connection, float] = {}
+        self.large: dict[Connection, float] = {}
         # One for each large write, which holds a block of the answer, and as much again when it was encrypted.
         self._places = trio.Semaphore(max(1, held_bytes // (2 * SEND_BYTES)))
-        self._large: dict[Connection, float] = {}
 
-    async def send(self, connection: Connection, parts: Sequence[bytes | memoryview]) -> None:
-        """Send parts of at most SEND_BYTES together. Raises BrokenResourceError, ClosedResourceError."""
-        writes = self._until
-        if sum(map(len, parts)) > _SMALL_SEND_BYTES:
-            writes = self._large
-            try:
-                self._places.acquire_nowait()
-            except trio.WouldBlock:
-                await self._places.acquire()
-        writes[connection] = trio.current_time() + self._seconds
+    async def wait_place(self) -> dict[Connection, float]:
+        """Wait until another large write may begin. Return where it has to be noted."""
         try:
-            await connection.stream.send_all(parts[0] if len(parts) == 1 else b"".join(parts))
-        finally:
-            del writes[connection]
-            if writes is self._large:
-                self._places.release()
+            self._places.acquire_nowait()
+        except trio.WouldBlock:
+            await self._places.acquire()
+        return self.large
+
+    def end(self, connection: Connection, writes: dict[Connection, float]) -> None:
+        del writes[connection]
+        if writes is self.large:
+            self._places.release()
 
     async def close_slow_readers(self) -> None:
         """Close the sockets of clients that take nothing for too long, until cancelled.
@@ -128,10 +124,10 @@ class Sends:
         while True:
             await trio.sleep(_LOOK_SECONDS)
             now = trio.current_time()
-            slow = [one for writes in (self._until, self._large) for one, until in writes.items() if until <= now]
-            stuck = [one for one, until in self._large.items() if until <= now + self._seconds - _LOOK_SECONDS]
+            slow = [one for writes in (self.small, self.large) for one, until in writes.items() if until <= now]
+            stuck = [one for one, until in self.large.items() if until <= now + self.seconds - _LOOK_SECONDS]
             for connection in {*slow, *stuck[: self._places.statistics().tasks_waiting]}:
-                connection.stream.abort()
+                connection.abort()
 
 
 class ServerState:
@@ -280,19 +276,29 @@ class Connection:
         del self.buffer[:size]
         return taken
 
-    async def send(self, *parts: bytes) -> None:
-        """Send. Parts of SEND_BYTES together are joined. Raises Disconnected, also if the client takes nothing for too long."""
-        send = self.server.sends.send if self.stream.is_socket else _send_to_memory
+    async def send(self, data: bytes) -> None:
+        """Send. Raises Disconnected, also if the client takes nothing for too long."""
+        if len(data) <= SEND_BYTES:
+            await self.send_joined((data,), len(data))
+            return
+        view = memoryview(data)
+        for start in range(0, len(data), SEND_BYTES):
+            await self.send_joined((view[start : start + SEND_BYTES],), SEND_BYTES)
+
+    async def send_joined(self, parts: Sequence[bytes | memoryview], size: int, separator: bytes = b"") -> None:
+        """Send parts of about `size` bytes, which are joined when it is their turn. Raises Disconnected."""
+        sends, stream = self.server.sends, self.stream
+        if not stream.is_socket:
+            await _send_to_memory(self, separator.join(parts))
+            return
+        writes = sends.small if size <= SMALL_BYTES else await sends.wait_place()
+        writes[self] = trio.current_time() + sends.seconds
         try:
-            if sum(map(len, parts)) <= SEND_BYTES:
-                await send(self, parts)
-                return
-            for part in parts:
-                view = memoryview(part)
-                for start in range(0, len(part), SEND_BYTES):
-                    await send(self, (view[start : start + SEND_BYTES],))
+            await stream.send_all(parts[0] if len(parts) == 1 else separator.join(parts))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise Disconnected("the connection broke, or the client took nothing for too long") from error
+        finally:
+            sends.end(self, writes)
 
     async def linger(self) -> None:
         """End the sending half, then discard what the client still sends, within bounds, so that it reads the answer."""
@@ -323,12 +329,15 @@ class Connection:
         self.server.unauthenticated.remove(self)
 
 
-async def _send_to_memory(connection: Connection, parts: Sequence[bytes | memoryview]) -> None:
+async def _send_to_memory(connection: Connection, data: bytes) -> None:
     """Send over a stream that cannot be closed by another task, which only tests and the simulation have."""
     seconds = connection.server.limits.send_seconds
-    with trio.move_on_after(seconds):
-        await connection.stream.send_all(b"".join(parts))
-        return
+    try:
+        with trio.move_on_after(seconds):
+            await connection.stream.send_all(data)
+            return
+    except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+        raise Disconnected("the connection broke") from error
     raise Disconnected(f"the client took nothing for {seconds:g} seconds")
 
 

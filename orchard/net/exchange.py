@@ -17,7 +17,7 @@ import logging
 import re
 import secrets
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import accumulate
 from typing import TypeVar
@@ -26,7 +26,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.net import wsframes
-from orchard.net.connection import SEND_BYTES, Connection, Disconnected
+from orchard.net.connection import SEND_BYTES, SMALL_BYTES, Connection, Disconnected
 from orchard.net.request import (
     AnyResponse,
     ChunkedBody,
@@ -272,28 +272,35 @@ class Exchange:
     async def _respond(self, answer: Response) -> None:
         keep = self._may_continue()
         pieces = (answer.body,) if isinstance(answer.body, bytes) else answer.body
-        # Where in the body each piece ends.
+        # Where each piece would end without separators.
         ends = list(accumulate(map(len, pieces)))
-        size = ends[-1] if ends else 0
+        size = ends[-1] + len(answer.separator) * (len(pieces) - 1) if ends else 0
         framing = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
         if size:
             framing += f"Content-Type: {answer.content_type}\r\n"
         head = self._head(answer, framing, keep)
         self._status, self._routine = answer.status, answer.routine
         if self._request is not None and self._request.method == "HEAD":
-            size, pieces = 0, ()
-        if len(head) + size <= SEND_BYTES:
-            await self._connection.send(head, *pieces)
-        else:
             await self._connection.send(head)
-            start = 0
-            # Some pieces at a time, so that other tasks get their turn and little is copied.
-            while start < len(pieces):
-                sent = ends[start - 1] if start else 0
-                stop = max(start + 1, bisect_right(ends, sent + SEND_BYTES))
-                await self._connection.send(*pieces[start:stop])
-                start = stop
+        elif size <= SMALL_BYTES:
+            await self._connection.send(head + answer.separator.join(pieces))
+        else:
+            await self._send_blocks(head, pieces, ends, answer.separator)
         self._ended = keep
+
+    async def _send_blocks(self, head: bytes, pieces: Sequence[bytes], ends: Sequence[int], separator: bytes) -> None:
+        """Send a large answer some pieces at a time, so that others get their turn and little is copied."""
+        start = sent = 0
+        before = head
+        while start < len(pieces):
+            stop = max(start + 1, bisect_right(ends, sent + SEND_BYTES))
+            if stop == start + 1:
+                await self._connection.send(before)
+                await self._connection.send(pieces[start])
+            else:
+                block = [before + pieces[start], *pieces[start + 1 : stop]]
+                await self._connection.send_joined(block, ends[stop - 1] - sent, separator)
+            start, sent, before = stop, ends[stop - 1], separator
 
     async def _respond_in_pieces(self, answer: Stream) -> None:
         assert self._request is not None
@@ -307,8 +314,15 @@ class Exchange:
             nonlocal torn
             if piece:
                 torn = True
-                framed = (b"%x\r\n" % len(piece), piece, b"\r\n") if chunked else (piece,)
-                await self._connection.send(*framed)
+                if not chunked:
+                    await self._connection.send(piece)
+                elif len(piece) <= SEND_BYTES:
+                    framed = (b"%x" % len(piece), piece, b"")
+                    await self._connection.send_joined(framed, len(piece), b"\r\n")
+                else:
+                    # Other watchers may be sent the same line, so it is not copied.
+                    for part in (b"%x\r\n" % len(piece), piece, b"\r\n"):
+                        await self._connection.send(part)
                 torn = False
 
         async def produce() -> None:

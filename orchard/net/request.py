@@ -214,8 +214,9 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Response:
-    """A complete answer. A large body may be a sequence of pieces, which are not joined before they are sent.
+    """A complete answer.
 
+    A large body may be a sequence of pieces with a `separator` between them; they are not joined before they are sent.
     A `routine` request, such as a heartbeat, is logged at DEBUG, as reads are.
     """
 
@@ -223,6 +224,7 @@ class Response:
     body: bytes | Sequence[bytes] = field(default=b"", repr=False)
     headers: Sequence[tuple[str, str]] = ()
     content_type: str = "application/json"
+    separator: bytes = b""
     routine: bool = False
 
 

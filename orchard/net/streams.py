@@ -27,9 +27,9 @@ RECEIVE_BYTES = 16 * 1024
 
 # Data is encrypted in records of this size. OpenSSL's memory buffers never shrink, so each stays below 24 KiB.
 _RECORD_BYTES = 16 * 1024  # bytes
-# Bytes that are encrypted for one write to the socket, as many as are written at once in the clear. This bounds the
-# ciphertext that is held for a slow reader. With 64 KiB a list of 1,000 VMs takes 1.02 of the CPU.
-_FLUSH_BYTES = 16 * _RECORD_BYTES
+# Bytes that are encrypted for one write to the socket. This bounds the ciphertext that is held for a slow reader. Twice as
+# many would let malloc return the memory and get it back for each write, at 70 page faults each.
+_FLUSH_BYTES = 8 * _RECORD_BYTES
 # Records of one write to the socket at most; the system takes 1,024. They are not joined first, which would cost 5 % of
 # the CPU of a list of 1,000 VMs (`./run bench api --only lists --against`).
 _MAX_PARTS = 64

@@ -87,7 +87,7 @@ class Served:
         )
         assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         headers = {name.lower(): value for name, value in answer.headers}
-        body = answer.body if isinstance(answer.body, bytes) else b"".join(answer.body)
+        body = answer.body if isinstance(answer.body, bytes) else answer.separator.join(answer.body)
         return Answered(answer.status, headers, json.loads(body) if body else None)
 
     async def ask(
