@@ -27,6 +27,7 @@ import plistlib
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -141,7 +142,8 @@ class TartDriver:
 
     `home` is the driver's directory; with the directory of an earlier worker the driver knows which VMs run. `env` is
     added to the worker's environment for tart. A guest that has not shut down after `stop_seconds` is killed. `clock`
-    returns seconds since 1970, as the times of files are given.
+    returns seconds since 1970, as the times of files are given. `own_addresses`: VMs may have addresses of this host, as
+    those of a stand-in for tart have.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class TartDriver:
         vetu: bool = False,
         stop_seconds: float = STOP_SECONDS,
         env: Mapping[str, str] | None = None,
+        own_addresses: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
@@ -161,6 +164,7 @@ class TartDriver:
         self._vetu = vetu
         self._program = "vetu" if vetu else "tart"
         self._stop_seconds = stop_seconds
+        self._own_addresses = own_addresses
         self._clock = clock
         # With CI set, tart prints its progress in plain lines.
         self._calls = Calls(self._home / "calls", {**os.environ, "CI": "1", **(env or {})})
@@ -206,8 +210,9 @@ class TartDriver:
         pause = math.inf
         while pause:
             with reporting(f"cannot read {self._home}"):
-                # A record is written when its VM starts, and when it ends.
-                starts = [path.stat().st_mtime for path in self._home.glob("*.run") if is_locked(path)]
+                # The worker writes a VM's note before it starts the VM, and seldom later.
+                notes = [path.with_suffix(".note") for path in self._home.glob("*.run") if is_locked(path)]
+                starts = [path.stat().st_mtime for path in notes if path.exists()]
             pause = seconds_until_listable(starts, self._clock())
             await trio.sleep(pause)
 
@@ -295,6 +300,8 @@ class TartDriver:
         files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
         start = [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}", self._path, *words]
         self._suspended.discard(name)
+        with suppress(OSError):
+            os.utime(self._file(name, "note"))
         async with self._alone(await self._abilities()):
             completed = await self._calls.run(start, label="run")
         if completed.status:
@@ -391,11 +398,15 @@ class TartDriver:
     async def _tart_ip(self, name: str, *words: str) -> str:
         answer = (await self._call("ip", name, *words)).decode("utf-8", "replace").strip()
         try:
-            return str(ipaddress.ip_address(answer))
+            address = ipaddress.ip_address(answer)
         except ValueError as error:
             raise DriverError(
                 f'{self._program} ip printed "{presentable(answer)}" for {name}, expected an IP address'
             ) from error
+        # A guest agent says what it likes. Connections to such an address would end on this host.
+        if not self._own_addresses and leads_to_host(address):
+            raise DriverError(f"the address of {name} is {address}, expected one that only the VM has")
+        return str(address)
 
     async def find_port(self, name: str, port: int) -> int:
         # Only the guest knows what listens there.
@@ -557,6 +568,20 @@ def _kill_unsupervised(record: supervisor.Record) -> None:
 
 
 # ---- the host ------------------------------------------------------------------------------------------------------
+
+
+def leads_to_host(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Return whether connections to an address may end on this host. Asks the system for the host's own addresses."""
+    address = getattr(address, "ipv4_mapped", None) or address
+    if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
+        return True
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))
+    except OSError:
+        return False
+    return True
 
 
 def check_dhcp_lease(path: Path = _DHCP_PLIST) -> str | None:

@@ -243,6 +243,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--runtime", choices=("tart", "vetu", "synthetic"), default="tart",
         help="hypervisor; synthetic VMs are directories and processes, to try things out")  # fmt: skip
     add("--tart", metavar="PATH", help="path of the tart (or vetu) program; default: found on PATH")
+    # For tests with a stand-in for tart.
+    add("--allow-own-addresses", action="store_true", help=argparse.SUPPRESS)
     add("--resources", metavar="K=V,..", type=parse_resources, default={},
         help="resources to offer, in place of those of the host")  # fmt: skip
     add("--labels", metavar="K=V,..", type=parse_pairs, default={}, help="labels that VMs can ask for")
@@ -300,7 +302,8 @@ def _make_driver(options: argparse.Namespace, worker: str) -> Driver:
     if options.runtime == "synthetic":
         return SyntheticDriver(orchard_home() / "synthetic" / options.name / worker)
     program = find_tart(options.tart, options.runtime)
-    return TartDriver(program, orchard_home() / options.runtime, vetu=options.runtime == "vetu")
+    vetu = options.runtime == "vetu"
+    return TartDriver(program, orchard_home() / options.runtime, vetu=vetu, own_addresses=options.allow_own_addresses)
 
 
 def _describe_worker(options: argparse.Namespace, name: str, machine: str) -> Worker:

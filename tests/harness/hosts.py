@@ -53,7 +53,7 @@ class Host:
         """Run a worker on this host for the time of the block, with a log of its own."""
         (self.home / "worker.log").unlink(missing_ok=True)
         tart = ("--tart", os.path.relpath(STANDIN), "--resources", f"{TART_VMS}=20")
-        words = (self.url, *tart, "--name", self.home.name, *arguments)
+        words = (self.url, *tart, "--allow-own-addresses", "--name", self.home.name, *arguments)
         return started("worker", *words, home=self.home, env={**self.environ, **environ}, before=self.before)
 
     async def run_without_supervisor(self, name: str) -> None:

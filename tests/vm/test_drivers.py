@@ -109,7 +109,9 @@ def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     port = request.getfixturevalue("sshd")
     env = {"TART_HOME": str(home), "PATH": path}
-    return Bench(TartDriver(str(STANDIN), home / "driver", ssh_port=port, env=env, stop_seconds=10), home)
+    return Bench(
+        TartDriver(str(STANDIN), home / "driver", ssh_port=port, env=env, stop_seconds=10, own_addresses=True), home
+    )
 
 
 @pytest.fixture

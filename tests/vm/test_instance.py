@@ -611,7 +611,7 @@ async def run_one_vm_on_tart(home: Path, step: int) -> bool:
     """Run a VM without a script on the stand-in for tart; its task is cancelled at a step. Return whether it came to that."""
     # The stand-in is started often: by the Python at hand.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    driver = TartDriver(str(STANDIN), home / "driver", env={"TART_HOME": str(home), "PATH": path})
+    driver = TartDriver(str(STANDIN), home / "driver", env={"TART_HOME": str(home), "PATH": path}, own_addresses=True)
     host = Host(home, driver)
     vm = assigned_vm(image="example.com/image", imagePullPolicy="Always")
     instance = host.instance(vm)

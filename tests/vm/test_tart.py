@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import json
 import os
 import plistlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard import tart as tart_module
 from orchard.nursery import unwrap_groups
-from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
+from orchard.tart import TartDriver, check_dhcp_lease, find_tart, leads_to_host, machine_id
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     DriverError,
@@ -71,6 +73,7 @@ def tart(
         env={"TART_HOME": str(home), "PATH": path, **env},
         stop_seconds=stop_seconds,
         clock=clock,
+        own_addresses=True,
     )
 
 
@@ -671,6 +674,8 @@ async def test_old_tart_lists_no_vms_while_one_is_young(
     driver = tart(tmp_path, TART_VERSION="2.38.0", clock=lambda: now)
     image, listed = "example.com/macos-asif", trio.Event()
     await driver.clone(image, "vm", lambda _: None)
+    driver.note("vm", "noted")
+    os.utime(tmp_path / "driver" / "vm.note", (0, 0))
 
     async def list_vms() -> None:
         with pytest.raises(DriverError, match=r"in use; the version of tart is 2.38.0, expected 2.39.0"):
@@ -680,8 +685,7 @@ async def test_old_tart_lists_no_vms_while_one_is_young(
     async with trio.open_nursery() as running:
         await running.start(driver.run, "vm", RunOptions())
         await driver.ip("vm")
-        (record,) = (tmp_path / "driver").glob("*.run")
-        now = record.stat().st_mtime + 9
+        now = (tmp_path / "driver" / "vm.note").stat().st_mtime + 9
         nursery.start_soon(list_vms)
         await trio.testing.wait_all_tasks_blocked()
         assert "list" not in [words[0] for words in calls(tmp_path)]
@@ -706,7 +710,7 @@ async def test_cancelled_verb_ends_its_program(tmp_path: Path) -> None:
     driver = tart(tmp_path, TART_BLOCK="list")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(driver.list_vms)
-        await eventually((tmp_path / "calls.jsonl").exists)
+        await eventually(lambda: (tmp_path / "calls.jsonl").exists() and bool(calls(tmp_path)))
         assert len(processes_in(tmp_path)) == 1
         nursery.cancel_scope.cancel()
     assert processes_in(tmp_path) == []
@@ -835,6 +839,25 @@ async def test_invalid_address_from_tart_is_refused(tmp_path: Path, said: str) -
     assert await program(tmp_path / "tart", "echo fd00::1").ip("vm") == "fd00::1"
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "0.0.0.0", "::", "169.254.1.1", "fe80::1", "224.0.0.1"],
+)
+async def test_address_that_leads_to_the_host_is_refused(tmp_path: Path, said: str) -> None:
+    """A guest agent answers what it likes; tunnels to this address would reach the services of the host."""
+    with pytest.raises(DriverError, match="the address of vm is "):
+        await program(tmp_path / "tart", f"echo {said}").ip("vm")
+    assert await program(tmp_path / "tart", f"echo {said}", own_addresses=True).ip("vm")
+
+
+def test_addresses_of_this_host_are_known() -> None:
+    own = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None)}
+    assert all(leads_to_host(ipaddress.ip_address(address)) for address in own)
+    # Reserved for documentation.
+    assert not leads_to_host(ipaddress.ip_address("192.0.2.1"))
+    assert not leads_to_host(ipaddress.ip_address("2001:db8::1"))
+
+
 async def test_listed_vms_of_other_programs_may_have_any_name(tmp_path: Path) -> None:
     listed = json.dumps([{"Name": "-rf", "State": "stopped"}, {"Name": "é x", "State": "running"}])
     found = await program(tmp_path / "tart", f"echo '{listed}'").list_vms()
@@ -852,7 +875,7 @@ async def test_script_with_an_invalid_variable_is_refused_before_ssh(tmp_path: P
         raise AssertionError(line)
 
     with pytest.raises(DriverError, match="named 'a-b', expected"):
-        await program(tmp_path / "tart", "echo 127.0.0.1").run_script("vm", Script("echo", {"a-b": "x"}), on_line)
+        await program(tmp_path / "tart", "echo 192.0.2.1").run_script("vm", Script("echo", {"a-b": "x"}), on_line)
 
 
 async def test_features_missing_in_vetu_are_refused_by_name(tmp_path: Path) -> None:
