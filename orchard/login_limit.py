@@ -34,9 +34,9 @@ MAX_FAILED = 4096
 # Between two checks for a limited source or account, and until wrong credentials are answered.
 CHECK_SECONDS = 1.0  # seconds
 # The most credentials of one source that wait for their turn or their answer, and of all sources. Each holds a request
-# and two tasks.
-MAX_WAITING_OF_SOURCE = 16
-MAX_WAITING = 256
+# and a task beside its connection's own, so these are as many as the HTTP server's connections of strangers.
+MAX_WAITING_OF_SOURCE = 512
+MAX_WAITING = 1024
 
 _FAILURE_SECONDS = 60.0  # seconds
 # The longest wait for a turn.

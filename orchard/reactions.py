@@ -52,7 +52,7 @@ class Reactions:
             if isinstance(old, VM):
                 self._react_to_vm(old, new if isinstance(new, VM) else None)
             elif change.kind == "account" and old is not None:
-                self._sessions.review(change.name)
+                self._sessions.review(change.name, deleted=new is None)
             elif change.kind == "worker" and old is None:
                 _logger.info("worker registered", extra={"worker": change.name})
             elif change.kind == "worker" and new is None:

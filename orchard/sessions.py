@@ -99,9 +99,12 @@ class AccountSessions:
             with trio.move_on_after(_CLOSE_SECONDS), suppress(ConnectionClosed):
                 await websocket.aclose(POLICY_VIOLATION, str(error))
 
-    def review(self, name: str) -> None:
-        """End the sessions of an account that may have changed, unless it still has their role."""
-        account = self._accounts.get(name)
+    def review(self, name: str, *, deleted: bool = False) -> None:
+        """End the sessions of an account that may have changed, unless it still has their role.
+
+        `deleted`: the account was deleted, even if there is another one of its name by now.
+        """
+        account = None if deleted else self._accounts.get(name)
         for key, (role, end) in list(self._open.get(name, {}).items()):
             reason = _why_ended(name, account, role)
             if reason:

@@ -38,6 +38,14 @@ def test_session_ends_when_its_account_is_deleted_or_loses_its_role(after: Servi
     assert len(reasons) == ends
 
 
+def test_session_ends_with_its_account_even_if_another_one_has_the_name_by_now() -> None:
+    sessions = AccountSessions({"reader": READER})
+    reasons: list[str] = []
+    with sessions.hold("reader", "compute:read", reasons.append):
+        sessions.review("reader", deleted=True)
+        assert len(reasons) == 1
+
+
 def test_session_of_an_account_that_is_gone_already_ends_at_its_beginning() -> None:
     reasons: list[str] = []
     with AccountSessions({}).hold("reader", None, reasons.append):

@@ -24,7 +24,7 @@ PROBLEMS: Mapping[int, str] = {
     412: "The request breaks a rule; the message names it",
     413: "The body is too large",
     426: "The request does not ask for the WebSocket protocol",
-    429: "Too many wrong credentials came from this address; correct ones are accepted at any time",
+    429: "Too many wrong credentials came from this address or for this account; known ones are accepted at any time",
     503: "The change cannot be stored now, or the host that must carry out the request is not reachable",
     507: "The disk is full",
 }
