@@ -419,6 +419,7 @@ async def run(
     lines: list[str] | None = None,
     give_up: float = GENEROUS,
     program: str = "ssh",
+    env: dict[str, str] | None = None,
 ) -> list[str]:
     """Run a script at a port of this host, and return its lines, which `lines` gets as they come."""
     received: list[str] = [] if lines is None else lines
@@ -429,7 +430,7 @@ async def run(
     if isinstance(server, int):
         server = SSHServer("127.0.0.1", server)
     with trio.fail_after(give_up):
-        await run_over_ssh(server, Script(text, password=password), on_line, program=program)
+        await run_over_ssh(server, Script(text, env or {}, password=password), on_line, program=program)
     return received
 
 
@@ -542,7 +543,7 @@ def check_files(temporary: Path, password: str) -> None:
 
 
 @pytest.mark.needs("ssh")
-async def test_password_is_in_no_argument_list_and_no_file(
+async def test_secrets_are_in_no_argument_list_no_file_and_no_repr(
     tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Joined, so that the argument list of a test run that names this test does not contain it.
@@ -550,12 +551,14 @@ async def test_password_is_in_no_argument_list_and_no_file(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     lines: list[str] = []
     with server(SSHD_PASSWORD=password) as (_, port):
-        nursery.start_soon(partial(run, port, "echo begun; sleep 1000", password=password, lines=lines))
+        text, env = f"echo begun; sleep 1000; : {password}", {"SECRET": password}
+        nursery.start_soon(partial(run, port, text, password=password, lines=lines, env=env))
         await eventually(lambda: bool(lines))
         seen = command_lines()
         assert any("NumberOfPasswordPrompts" in text for text in seen)
         assert not any(password in text for text in seen)
         check_files(tmp_path, password)
+        assert password not in repr(Script(text, env, password=password))
         nursery.cancel_scope.cancel()
 
 
