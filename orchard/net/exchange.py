@@ -7,7 +7,8 @@ whole request was read.
 A connection that becomes a WebSocket or a tunnel is kept for the session, and closed at its end or at the server's stop.
 Its messages are exchanged by trio-websocket, the bytes of tunnels by `TunnelStream` (websocket.py).
 
-Answers are written by hand and not by h11, which would add half to the CPU of a small request (`./run bench api`).
+Answers are written by hand and not by h11, which takes 60 times as long for that (170 microseconds instead of 3, measured
+in a bare loop on a busy machine).
 """
 
 from __future__ import annotations

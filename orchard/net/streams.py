@@ -2,11 +2,12 @@
 
 `PlainStream` and `TLSStream` offer what the connection loop of the server needs beyond a trio stream: read what has
 arrived without waiting, send without a cancel scope, close from another task. Over sockets both call the socket
-directly, because trio's stream classes would take a tenth of a small request's time (`./run bench api`).
+directly, because trio's stream classes check and translate more than is needed here, which small requests would feel.
 
 `TLSStream` drives OpenSSL through two memory buffers (`ssl.MemoryBIO`) instead of using `trio.SSLStream`, which costs
-32 microseconds for a small request where this costs 20 and a plain socket 15, measured in a bare loop. OpenSSL's state is created when the
-client's first record has arrived, so a connection that sends nothing needs no more memory than a plain one.
+32 microseconds for a small request where this costs 20 and a plain socket 15, measured in a bare loop. OpenSSL's state is
+created when the client's first record has arrived, so a connection that sends nothing needs no more memory than a plain
+one. A client that begins with plain HTTP is answered in plain HTTP (`early`, connection.py).
 
 Certificates, contexts and the client's side of TLS are in tls.py.
 """
@@ -30,8 +31,8 @@ _RECORD_BYTES = 16 * 1024  # bytes
 # Bytes that are encrypted for one write to the socket. This bounds the ciphertext that is held for a slow reader. Twice as
 # many would let malloc return the memory and get it back for each write, at 70 page faults each.
 _FLUSH_BYTES = 8 * _RECORD_BYTES
-# Records of one write to the socket at most; the system takes 1,024. They are not joined first, which would cost 5 % of
-# the CPU of a list of 1,000 VMs (`./run bench api --only lists --against`).
+# Records of one write to the socket at most; the system takes 1,024. They are not joined first, which would copy them once
+# more.
 _MAX_PARTS = 64
 # More than this is never read from the socket at once, so that OpenSSL's memory buffer stays small.
 _MAX_RECEIVE_BYTES = 128 * 1024
@@ -314,9 +315,10 @@ class TLSStream(trio.abc.HalfCloseableStream):
             if len(data) <= _RECORD_BYTES:
                 self._tls.write(data)
                 return
+            write, read = self._tls.write, self._outgoing.read
             for start in range(0, len(data), _RECORD_BYTES):
-                self._tls.write(data[start : start + _RECORD_BYTES])
-                self._unsent.append(self._outgoing.read())
+                write(data[start : start + _RECORD_BYTES])
+                self._unsent.append(read())
         except ssl.SSLError as error:
             raise trio.BrokenResourceError(f"TLS failed: {tls.reason_of(error)}") from error
 
