@@ -72,7 +72,7 @@ async def in_trio(key: Path, _: int) -> None:
     """The product's jump host, with a TCP connection in place of its tunnel."""
 
     @contextlib.asynccontextmanager
-    async def open_stream(vm: object, port: int, wait: float) -> AsyncIterator[trio.SocketStream]:
+    async def open_stream(vm: object, port: int, wait: float, sender: str) -> AsyncIterator[trio.SocketStream]:
         async with await trio.open_tcp_stream("127.0.0.1", port) as sink:
             yield sink
 

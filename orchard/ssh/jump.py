@@ -251,15 +251,17 @@ class JumpHost:
             )
         return alike[0]
 
-    async def join(self, channel: ChannelStream, vm: VM, port: int, opened: Callable[[Exception | None], None]) -> None:
-        """Relay between a channel and a port of a VM until one side ends; close the channel.
+    async def join(
+        self, channel: ChannelStream, vm: VM, port: int, account: str, opened: Callable[[Exception | None], None]
+    ) -> None:
+        """Relay between a channel of an account and a port of a VM until one side ends; close the channel.
 
         Calls `opened` when the tunnel is open, or with the error that prevented it.
         """
         try:
             async with channel:
                 with unwrap_groups():
-                    async with self._vm_access.open_stream(vm, port, _WAIT_SECONDS) as stream:
+                    async with self._vm_access.open_stream(vm, port, _WAIT_SECONDS, sender=account) as stream:
                         opened(None)
                         # The client may have gone meanwhile.
                         with trio.move_on_after(_START_SECONDS):
@@ -516,10 +518,9 @@ class _Server(asyncssh.SSHServer):
                 raise ChannelRefusedError(f"port is {port}, expected 1 to 65535")
         except (ChannelRefusedError, auth.UnauthenticatedError, auth.ForbiddenError) as error:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(error)) from None
-        account = account_of(who) if who is not None else "-"
-        _logger.info(
-            "opening SSH tunnel", extra={"vm": vm.name, "port": port, "account": account, "peer": self._address}
-        )
+        account = account_of(who) if who is not None else ""
+        about = {"vm": vm.name, "port": port, "account": account or "-", "peer": self._address}
+        _logger.info("opening SSH tunnel", extra=about)
         stream = ChannelStream(self._flow)
         outcome = asyncio.get_running_loop().create_future()
 
@@ -527,7 +528,7 @@ class _Server(asyncssh.SSHServer):
             if not outcome.done():
                 outcome.set_result(error)
 
-        self._channels.start_soon(partial(self._jump.join, stream, vm, port, opened))
+        self._channels.start_soon(partial(self._jump.join, stream, vm, port, account, opened))
         failure = await outcome
         if failure is not None:
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, str(failure))
