@@ -452,7 +452,7 @@ def canonical(cls: type, raw: dict[str, Any], also: frozenset[str] = frozenset()
 
 def add_unknown(unknown: list[str], path: str, known: Iterable[str]) -> None:
     """Append an unknown name, bounded and in printable ASCII, and which of the `known` names it resembles, if any."""
-    text = json.dumps(path[:_MAX_PATH])[1:-1]
+    text = json.dumps(path[:_MAX_PATH])[1:-1].replace("\x7f", "\\u007f")
     if len(unknown) < _MAX_DESCRIBED:
         names = {_letters(name): name for name in sorted(known)}
         near = difflib.get_close_matches(_letters(path[:_MAX_PATH].rpartition(".")[2]), names, n=1, cutoff=0.75)

@@ -420,6 +420,7 @@ def test_empty_text_of_a_closed_set_is_the_same_as_absent() -> None:
         ("chioce", "chioce, did you mean choice?"),
         ("colour", "colour"),
         ('a"\n\\\u00e9', 'a\\"\\n\\\\\\u00e9'),
+        ("\x7f\x80\u2028", "\\u007f\\u0080\\u2028"),
         ("x" * 1000, "x" * 128),
     ],
 )
