@@ -213,6 +213,9 @@ class API:
             if refusal is not None:
                 refused = http_error(refusal)
                 raise HTTPError(refused.status, refused.message, (*refused.headers, *remarks.headers())) from refusal
+            if isinstance(answer, Response) and answer.body:
+                # A terminal shows its prompt on a line of its own.
+                answer.body = answer.body + b"\n" if isinstance(answer.body, bytes) else [*answer.body, b"\n"]
             if remarks and isinstance(answer, Response | Stream):
                 answer.headers = (*answer.headers, *remarks.headers())
             return answer
@@ -284,7 +287,8 @@ class API:
         old = self.state.cluster
         # A registration that was sent before may still arrive.
         self._accepted_revision = max(old.restored_from, self._accepted_revision)
-        self._put(ClusterIdentity(uuid.uuid4().hex, holds_back=bool(old.restored_from) or old.holds_back), old)
+        holds_back = bool(old.restored_from) or old.holds_back
+        self._put(replace(old, id=uuid.uuid4().hex, restored_from=0, holds_back=holds_back), old)
         return self.info(request, admitted)
 
     def describe(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -707,6 +711,7 @@ async def _send_page(page: SendPage, send: Callable[[bytes], Awaitable[None]]) -
     """Send a page of events. Raises HTTPError."""
     try:
         await page(send)
+        await send(b"\n")
     except EventsDeletedError as error:
         raise http_error(error) from error
 

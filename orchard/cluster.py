@@ -7,11 +7,11 @@ workers with their heartbeats and kept in memory.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from orchard.codec import attr
+from orchard.codec import attr, unknown_fields
 
 # Of one worker. A report is cut to these, since a refused heartbeat would end the worker's session.
 MAX_PROBLEMS = 20
@@ -54,6 +54,7 @@ class ClusterIdentity:
         zero=False,
         writer="controller",
     )
+    unknown: Mapping[str, Any] = unknown_fields()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Promise:
 
     name: str = attr("name", "Name of the deleted worker", writer="controller")
     milliseconds: int = attr("milliseconds", "The offline timeout", zero=0, writer="controller")
+    unknown: Mapping[str, Any] = unknown_fields()
 
 
 def bounded(health: Health) -> Health:

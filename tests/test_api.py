@@ -514,6 +514,7 @@ async def test_fields_that_only_a_newer_version_knows_stay_stored(tmp_path: Path
             await api.register("w")
             await api.ok("POST", "/service-accounts", {"name": "a", "roles": ["compute:read"]})
             await api.ok("PUT", "/cluster-settings", {"schedulerProfile": "distribute-load"})
+            await api.ok("POST", "/controller/accept-state")
             tables, revision = api.state.tables(), api.state.revision
         with_new = {
             kind: {name: json.dumps({**json.loads(text), **new}).encode() for name, text in table.items()}
@@ -531,6 +532,7 @@ async def test_fields_that_only_a_newer_version_knows_stay_stored(tmp_path: Path
             await api.register("w", labels={"a": "b"})
             await api.ok("PUT", "/service-accounts/a", {"roles": ["compute:write"]})
             await api.ok("PUT", "/cluster-settings", {})
+            await api.ok("POST", "/controller/accept-state")
     state = read_state(tmp_path / STATE_FILE)
     assert (state.vms["vm"].spec.cpu, state.vms["vm"].meta.generation) == (3, 2)
     for kind, table in state.json.items():

@@ -315,6 +315,8 @@ OTHER: dict[str, Any] = {
     "labels": {"a": "b"},
     "host_dirs": (HostDir("a", "/a"),),
     "random_serial": True,
+    "audio": True,
+    "clipboard": True,
     "power_state": "stopped",
 }
 JSON_NAMES = {field.name: field.json for field in attrs_of(VMSpec)}

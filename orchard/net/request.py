@@ -311,7 +311,7 @@ class SlowAdmission(Generic[AdmittedT]):
 
 def error_response(error: HTTPError) -> Response:
     """Return the answer to a request that failed."""
-    return Response(error.status, dump_json({"message": error.message}), error.headers)
+    return Response(error.status, dump_json({"message": error.message}) + b"\n", error.headers)
 
 
 # ---- parsing heads -------------------------------------------------------------------------------------------------

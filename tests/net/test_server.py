@@ -468,7 +468,7 @@ async def test_head_has_the_headers_of_get_and_no_body(autojump_clock: Clock) ->
     async with serving(handler) as served:
         stream = served.connect()
         client = Client(stream)
-        for path, status, length in ((b"/", 200, 5), (b"/error", 404, 21), (b"/", 200, 5)):
+        for path, status, length in ((b"/", 200, 5), (b"/error", 404, 22), (b"/", 200, 5)):
             await stream.send_all(b"HEAD %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
             got = await client.sure("HEAD")
             assert (got.status, got.headers["content-length"], got.body) == (status, str(length), b"")
@@ -522,7 +522,7 @@ async def test_unexpected_exception_is_answered_with_500_and_logged_once(autojum
 
     async with serving(handler, failures=1) as served:
         answers, closed = await talk(served, [GET])
-        assert [(answer.status, answer.body) for answer in answers] == [(500, b'{"message":"internal error"}')]
+        assert [(answer.status, answer.body) for answer in answers] == [(500, b'{"message":"internal error"}\n')]
         assert answers[0].headers["connection"] == "close"
         assert closed
         assert served.failures[0].exc_info is not None
