@@ -19,6 +19,7 @@ from harness.processes import PLAIN, controller, finished
 
 from orchard import auth
 from orchard.client import Client, ResponseError
+from orchard.login_limit import MAX_FAILURES
 from orchard.schema import ServiceAccount
 from orchard.testing import Cluster, cluster
 
@@ -82,6 +83,18 @@ async def test_access_token_ends_with_the_account_that_issued_it(roles: list[str
             with pytest.raises(ResponseError) as refused:
                 await bearer.vms.ip("vm")
             assert refused.value.status == 401
+
+
+async def test_guessed_access_tokens_are_limited_and_known_ones_get_through() -> None:
+    async with running_vm(auth=True) as c:
+        token = (await c.client.vms.issue_access_token("vm")).token
+        async with Client(c.url, access_token=token) as bearer, Client(c.url, access_token="a.b.c") as guesser:
+            assert await bearer.vms.ip("vm") == "127.0.0.1"
+            for number in range(MAX_FAILURES + 1):
+                with pytest.raises(ResponseError) as refused:
+                    await guesser.vms.ip("vm")
+                assert refused.value.status == (401 if number < MAX_FAILURES else 429)
+            assert await bearer.vms.ip("vm") == "127.0.0.1"
 
 
 def test_access_token_is_not_that_of_an_account_created_later_under_the_same_name() -> None:
