@@ -213,9 +213,9 @@ class API:
             if refusal is not None:
                 refused = http_error(refusal)
                 raise HTTPError(refused.status, refused.message, (*refused.headers, *remarks.headers())) from refusal
-            if isinstance(answer, Response) and answer.body:
+            if isinstance(answer, Response) and isinstance(answer.body, bytes) and answer.body:
                 # A terminal shows its prompt on a line of its own.
-                answer.body = answer.body + b"\n" if isinstance(answer.body, bytes) else [*answer.body, b"\n"]
+                answer.body += b"\n"
             if remarks and isinstance(answer, Response | Stream):
                 answer.headers = (*answer.headers, *remarks.headers())
             return answer
@@ -256,7 +256,7 @@ class API:
         """Return an answer with a JSON array of objects, in pieces, and the revision of the state that they are from."""
         pieces = list(items) or [b""]
         pieces[0] = b"[" + pieces[0]
-        pieces[-1] += b"]"
+        pieces[-1] += b"]\n"
         revision = (("X-Stored-Revision", str(self.state.revision)),)
         return Response(200, pieces, revision, separator=b",")
 
