@@ -293,16 +293,16 @@ async def test_slow_watcher_is_bounded_in_bytes_and_so_are_all_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(encode_object(pending("a")))
-    monkeypatch.setattr(orchard.store, "WATCH_BYTES", 3 * size + size // 2)
+    monkeypatch.setattr(orchard.store, "WATCH_BYTES", 2 * size + size // 2)
     monkeypatch.setattr(orchard.store, "ALL_WATCH_BYTES", 5 * size + size // 2)
     async with running_store(open_store(tmp_path)) as store:
-        with store.watch("vm", "a") as slow, store.watch("vm", "a") as second:
+        with store.watch("vm", "a") as slow, store.watch("vm", "a") as second, store.watch("vm", "a") as third:
             for _ in range(8):
                 put(store, pending("a"))
                 await store.wait_durable()
-            backlogs = [len(kinds(feed)) for feed in (slow, second)]
-            assert backlogs == [3, 2]
-            for feed in (slow, second):
+            backlogs = [len(kinds(feed)) for feed in (slow, second, third)]
+            assert backlogs == [2, 2, 1]
+            for feed in (slow, second, third):
                 with pytest.raises(trio.EndOfChannel):
                     feed.receive_nowait()
         with store.watch("vm", "a") as again:
