@@ -1,12 +1,9 @@
 """What idle connections cost, over TLS and in the clear: memory for each, and whether other clients notice.
 
-    ./run bench idle [--connections N] [--silent N]
+    ./run bench idle [--connections N]
 
-First `--silent` connections are opened to a controller with TLS that send nothing at all, not even a handshake. Shown
-is its memory before, with them, and after they are gone.
-
-Then controllers over TLS and in the clear and a bare trio + h11 server are processes of their own. Half of the connections have
-asked for something once, the other half has sent nothing after the handshake. Shown are the KiB of each connection and how
+Controllers over TLS and in the clear and a bare trio + h11 server are processes of their own. Each idle connection has
+asked for something once; `./run bench strangers` has those that have not. Shown are the KiB of each connection and how
 long a busy client waits for its answers, without and with the idle connections.
 """
 
@@ -28,8 +25,6 @@ from measure import Variant, compare
 REQUEST = request("GET", "/v1/")
 # Requests of the busy client.
 ASKED = 500
-# Seconds within which the controller must have closed connections that send nothing.
-SILENT_SECONDS = 20.0
 
 
 class Waiting:
@@ -53,10 +48,9 @@ def hold(port: int, count: int, kind: str) -> None:
     """Keep connections open until stdin ends, in a process of their own, because descriptors are limited per process."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     idle = []
-    for number in range(count):
+    for _ in range(count):
         idle.append(connect(port, tls=kind == "tls"))
-        if number % 2 == 0 and kind != "silent":
-            ask(idle[-1])
+        ask(idle[-1])
     print("open", flush=True)
     sys.stdin.read()
 
@@ -86,14 +80,7 @@ def main() -> None:
     parser.add_argument(
         "--connections", type=int, default=10_000, help="idle ones of each server; default: %(default)s"
     )
-    parser.add_argument(
-        "--silent", type=int, default=15_000, help="connections that send nothing; default: %(default)s"
-    )
     options = parser.parse_args()
-    if options.silent:
-        # A controller that has not served anything yet.
-        with running(*CONTROLLER_TLS, NO_AUTH) as server:
-            silent(server, options.silent)
     with ExitStack() as stack:
         servers = {
             "controller, TLS": Waiting(stack.enter_context(running(*CONTROLLER_TLS, NO_AUTH))),
@@ -114,16 +101,6 @@ def beside_idle(servers: Mapping[str, Waiting], count: int) -> None:
         for name, waiting in servers.items():
             each = (waiting.server.memory() - waiting.before) / count
             print(f"{name}: {waiting.before / 1024:.0f} MiB before, {each:.1f} KiB for each idle connection")
-
-
-def silent(server: Server, count: int) -> None:
-    before = server.memory()
-    with holding(server, count, "silent"):
-        during = server.memory()
-        time.sleep(SILENT_SECONDS)
-        after = server.memory()
-    print(f"{count:,} connections without a handshake: {before / 1024:.0f} MiB before, {during / 1024:.0f} MiB with them,"
-          f" {after / 1024:.0f} MiB after {SILENT_SECONDS:g} seconds")  # fmt: skip
 
 
 def show(servers: Mapping[str, Waiting], phase: str) -> None:
