@@ -549,11 +549,12 @@ async def test_transfer_that_fails_is_tried_once_more(tmp_path: Path, refuses: s
 
 @pytest.mark.usefixtures("no_pauses")
 async def test_clone_replaces_no_running_vm(tmp_path: Path) -> None:
-    driver = tart(tmp_path, TART_CLONE_REFUSES="1")
+    driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     async with running(driver, "vm"):
         with pytest.raises(DriverError, match=r'^VM "vm" is running$'):
             await driver.clone(IMAGE, "vm", lambda _: None)
+    driver = tart(tmp_path, TART_CLONE_REFUSES="1")
     with running_without_supervisor(tmp_path, "vm"):
         with pytest.raises(DriverError, match="cannot be deleted"):
             await driver.clone(IMAGE, "vm", lambda _: None)
@@ -688,7 +689,9 @@ async def test_old_tart_lists_no_vms_while_one_is_young(
         now = (tmp_path / "driver" / "vm.note").stat().st_mtime + 9
         nursery.start_soon(list_vms)
         await trio.testing.wait_all_tasks_blocked()
+        # None was made, and none is under way.
         assert "list" not in [words[0] for words in calls(tmp_path)]
+        assert list((tmp_path / "driver").glob("calls*/*")) == []
         change_vm(tmp_path, "vm", began=0)
         now += 1
         clock.jump(1.0)
