@@ -55,7 +55,7 @@ from orchard.vm.driver import (
     ScriptFailed,
     operand,
 )
-from orchard.vm.processes import KILL_SECONDS, kill, signal_group
+from orchard.vm.processes import KILL_SECONDS, kill, reporting, signal_group
 from orchard.vm.script import converse, login_command, new_marker, script_text
 
 VM_ADDRESS = "127.0.0.1"
@@ -126,17 +126,16 @@ class SyntheticDriver(Driver):
         # The name of a VM does not begin with a dot.
         draft = self._home / f".{name}.new"
         try:
-            _remove(draft)
-            draft.mkdir(parents=True)
-            if local:
-                root = self._directory(source) / "root"
-                await trio.to_thread.run_sync(partial(shutil.copytree, root, draft / "root", symlinks=True))
-            else:
-                (draft / "root").mkdir()
-            _write(draft, {**about, "source": source})
-            draft.rename(directory)
-        except OSError as error:
-            raise DriverError(f'cannot make VM "{name}" in {self._home}: {error.strerror or error}') from error
+            with reporting(f'cannot make VM "{name}" in {self._home}'):
+                _remove(draft)
+                draft.mkdir(parents=True)
+                if local:
+                    root = self._directory(source) / "root"
+                    await trio.to_thread.run_sync(partial(shutil.copytree, root, draft / "root", symlinks=True))
+                else:
+                    (draft / "root").mkdir()
+                _write(draft, {**about, "source": source})
+                draft.rename(directory)
         finally:
             _remove(draft)
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -265,13 +264,11 @@ class SyntheticDriver(Driver):
             await trio.to_thread.run_sync(_kill_leftovers, directory)
         # After the rename the VM does not exist any more, even if removing its files takes long.
         deleted = self._home / f".{name}.old"
-        try:
+        with reporting(f'cannot delete VM "{name}" in {self._home}'):
             # A worker was killed while it deleted a VM of that name.
             if deleted.exists():
                 await trio.to_thread.run_sync(_remove, deleted)
             directory.rename(deleted)
-        except OSError as error:
-            raise DriverError(f'cannot delete VM "{name}" in {self._home}: {error.strerror}') from error
         if _is_empty(deleted / "root"):
             _remove(deleted)
             await trio.lowlevel.checkpoint()
@@ -315,16 +312,13 @@ class SyntheticDriver(Driver):
 
     def note(self, name: str, text: str) -> None:
         path = self._directory(name) / "note"
-        try:
+        with reporting(f"cannot write {path}"):
             path.write_text(text)
-        except OSError as error:
-            raise DriverError(f"cannot write {path}: {error.strerror}") from error
 
     def noted(self, name: str) -> str:
-        try:
+        with suppress(OSError):
             return (self._directory(name) / "note").read_text()
-        except OSError:
-            return ""
+        return ""
 
     # -- directories
 
@@ -347,11 +341,9 @@ class SyntheticDriver(Driver):
 
 def _write(directory: Path, about: Mapping[str, Any]) -> None:
     draft = directory / "vm.json.new"
-    try:
+    with reporting(f"cannot write {directory / 'vm.json'}"):
         draft.write_text(json.dumps(about, indent=2) + "\n")
         draft.rename(directory / "vm.json")
-    except OSError as error:
-        raise DriverError(f"cannot write {directory / 'vm.json'}: {error.strerror}") from error
 
 
 def _is_empty(directory: Path) -> bool:
@@ -395,11 +387,9 @@ def _enter(directory: Path, username: str) -> tuple[Path, dict[str, str]]:
     """Prepare a VM for a program; return its working directory and environment. Raises DriverError."""
     root = directory / "root"
     temporary = root / "tmp"
-    try:
+    with reporting(f"cannot start a program in {root}"):
         (directory / "scripted").touch()
         temporary.mkdir(exist_ok=True)
-    except OSError as error:
-        raise DriverError(f"cannot start a program in {root}: {error.strerror}") from error
     return root, {
         "HOME": str(root),
         "LOGNAME": username,
@@ -414,13 +404,11 @@ def _enter(directory: Path, username: str) -> tuple[Path, dict[str, str]]:
 async def _start_shell(directory: Path, username: str, marker: str) -> trio.Process:
     root, environ = _enter(directory, username)
     pipe = subprocess.PIPE
-    try:
+    with reporting(f"cannot run {_SHELL} in {root}"):
         return await trio.lowlevel.open_process(
-            ["/bin/sh", "-c", login_command(marker)], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root, env=environ,
-            start_new_session=True,
+            ["/bin/sh", "-c", login_command(marker)], stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=root,
+            env=environ, start_new_session=True,
         )  # fmt: skip
-    except OSError as error:
-        raise DriverError(f"cannot run {_SHELL} in {root}: {error.strerror}") from error
 
 
 def _kill_leftovers(directory: Path) -> None:
