@@ -36,6 +36,8 @@ from orchard.codec import format_time
 
 # A worker whose watch is closed for so long gets no new VMs.
 AWAY_SECONDS = 2.0
+# Characters of a problem in the reason why a worker is unavailable.
+_SHOWN_PROBLEM = 100
 
 # (service account, address of the host)
 Source = tuple[str, str]
@@ -263,7 +265,9 @@ class Liveness:
             return "stopped"
         if now >= self.silent_at(worker):
             return "offline"
-        return "disconnected" if now >= self.away_at(worker) else "not ready"
+        away = "disconnected" if now >= self.away_at(worker) else "not ready"
+        problem = next(iter(self.health(worker).problems), None)
+        return away if problem is None else f"{away} ({problem.what}: {problem.message[:_SHOWN_PROBLEM]})"
 
     def health(self, worker: str) -> Health:
         """Return what a worker has reported last."""

@@ -50,6 +50,8 @@ REASON_SECONDS = 1.0
 _MAX_IDLE_DEMANDS = 64
 # Positions in a waiting reason.
 _UNAVAILABLE, _PAUSED, _FAILING = 0, 1, 2
+# Of a waiting reason. Each worker may fail at something of its own.
+_MAX_PARTS = 12
 _LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 
 
@@ -232,6 +234,8 @@ def _why_not(
     for (resource, wanted), free_list in sorted(short.items()):
         verb, most = ("lacks", "") if len(free_list) == 1 else ("lack", " at most")
         parts.append(f"{len(free_list)} {verb} {resource} ({wanted} wanted, {max(free_list)} free{most})")
+    if len(parts) > _MAX_PARTS:
+        parts[_MAX_PARTS:] = [f"and {len(parts) - _MAX_PARTS} other reasons"]
     return f"waiting: {total} worker{'s' if total > 1 else ''}: {', '.join(parts)}"
 
 

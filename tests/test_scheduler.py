@@ -49,7 +49,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import orchard
 from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE_SECONDS, Plan, Planner
 from orchard.schema import TART_VMS, VM, Condition, VMReport, Worker
-from orchard.transitions import assign, change, create, explain, fail, report, restart
+from orchard.transitions import assign, change, create, explain, fail, report, restart, unassign
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 
@@ -67,7 +67,9 @@ def apply(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
     restarted = dict(snapshot.restarted_at)
     for vm in snapshot.vms:
         new = vm
-        if vm.name in decided.fail:
+        if vm.name in decided.unassign:
+            new = unassign(vm, decided.unassign[vm.name])
+        elif vm.name in decided.fail:
             new = fail(vm, decided.fail[vm.name])
         elif vm.name in decided.restart:
             new = restart(vm, LATER)
@@ -830,6 +832,31 @@ def test_vms_of_deleted_and_offline_workers_fail() -> None:
     assert plan(replace(snapshot, last_contact={"silent": ONLINE, "new": ONLINE}), NOW).fail == {
         "a": 'worker "gone" was deleted'
     }
+
+
+@pytest.mark.parametrize("most", [1, 2, sys.maxsize])
+def test_vms_that_an_absent_worker_does_not_know_return_to_the_queue(most: int) -> None:
+    on = worker("a", vms=4)
+    vms = {name: assign(pending(name), on, LATER) for name in ("known", "new-1", "new-2", "new-3")}
+    unnamed = {"a": {name: vm.uid for name, vm in vms.items() if name != "known"} | {"new-1-before": "uid"}}
+    snapshot = snapshot_of(list(vms.values()), [on, worker("b", vms=4)], gone={"a"}, unnamed=unnamed)
+    planner = Planner(snapshot.inputs())
+    for each in snapshot.workers.values():
+        planner.put_worker(each)
+    for vm in snapshot.vms:
+        planner.put_vm(vm)
+    for _ in range(12):
+        decided = planner.plan(NOW, "optimize-utilization", most)
+        changed = apply(snapshot, decided, NOW)
+        for vm in changed.vms:
+            planner.put_vm(vm)
+        snapshot = changed
+    places = {vm.name: (vm.state.worker, vm.state.restart_count, vm.state.status) for vm in snapshot.vms}
+    assert places == {
+        "known": ("a", 0, "pending"),
+        **dict.fromkeys(("new-1", "new-2", "new-3"), ("b", 0, "pending")),
+    }
+    assert planner.plan(NOW, "optimize-utilization").next_at == OFFLINE_TIMEOUT + ONLINE
 
 
 def test_vm_restarts_at_most_once_in_15_seconds() -> None:

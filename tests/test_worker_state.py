@@ -192,6 +192,7 @@ async def test_health_is_shown_and_told_to_the_vms_that_wait_there(api: Served, 
     assert message.isprintable()
     api.schedule()
     assert message in (await api.ok("GET", "/vms/vm"))["status_message"]
+    assert "(list: tart list:" in (await place(api, "unassigned"))["status_message"]
     await beat(api, "w", 3, settled=True, health={"ok": True, "problems": []})
     assert (await api.ok("GET", "/workers/w"))["health"] == {"ok": True, "problems": []}
 
