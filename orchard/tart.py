@@ -222,7 +222,11 @@ class TartDriver:
             file = Path(self._path).stat()  # noqa: ASYNC240
         identity = (file.st_dev, file.st_ino, file.st_mtime_ns)
         if self._known is None or self._known[0] != identity:
-            abilities = Abilities.parse(await self._call("--version"), await self._call("run", "--help"))
+            version = b""
+            # Without a version, the program is treated with the caution that old ones need.
+            with suppress(DriverError):
+                version = await self._call("--version")
+            abilities = Abilities.parse(version, await self._call("run", "--help"))
             if self._vetu:
                 # It counts its versions differently, and knows no ASIF disks.
                 abilities = replace(abilities, version=LISTS_SAFELY)
