@@ -1,4 +1,4 @@
-"""What the answers of the API have in common: the statuses of errors, and remarks in a Warning header. Pure.
+"""What the answers of the API have in common: the statuses of errors, and remarks in a Warning header.
 
 `http_error` maps the errors of the layers below to HTTP by ERROR_STATUS. `Remarks` collects what a client should know
 although its request succeeds: names in it that nothing here knows, and notes.
@@ -6,21 +6,24 @@ although its request succeeds: names in it that nothing here knows, and notes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from orchard import auth, transitions
-from orchard.codec import InvalidError, MalformedError
+from orchard.codec import InvalidError, MalformedError, shown
 from orchard.login_limit import TooManyFailuresError
 from orchard.net.request import HTTPError
+from orchard.schema import VM, ServiceAccount, Worker
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
 from orchard.storage.errors import StorageFullError, StorageUnavailableError
-from orchard.storage.events import EventLimitError, EventsDeletedError, InvalidCursorError
+from orchard.storage.events import EventLimitError, EventsDeletedError, InvalidCursorError, SendPage
 from orchard.tunnel import UnknownSessionError, UnreachableError, VMGoneError
 
 # Unknown names that a Warning header lists.
 MAX_WARNED = 8
 
+NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
 HeaderPairs = Sequence[tuple[str, str]]
 
 # The status of each error of the layers below. A row is for the subclasses of its class, too.
@@ -86,3 +89,20 @@ class Remarks:
 
     def headers(self) -> HeaderPairs:
         return (("Warning", f'299 orchard "{self}"'),) if self else ()
+
+
+def found(kind: str, table: Mapping[str, NamedT], name: str) -> NamedT:
+    """Return the resource of that name. Raises HTTPError(404)."""
+    resource = table.get(name)
+    if resource is None:
+        raise HTTPError(404, f"{kind} {shown(name)} does not exist")
+    return resource
+
+
+async def send_page(page: SendPage, send: Callable[[bytes], Awaitable[None]]) -> None:
+    """Send a page of events. Raises HTTPError."""
+    try:
+        await page(send)
+        await send(b"\n")
+    except EventsDeletedError as error:
+        raise http_error(error) from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import datetime
 import uuid
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, TypeVar
@@ -23,7 +23,7 @@ from trio_websocket import WebSocketConnection
 
 from orchard import __version__, auth, parameters, schema, transitions, validation
 from orchard.admission import Admitted, APIOperation, is_old_worker, named, read_body, refuse_unknown
-from orchard.answers import PRODUCT_ERRORS, REFUSALS, http_error
+from orchard.answers import PRODUCT_ERRORS, REFUSALS, found, http_error, send_page
 from orchard.cluster import WORKER_STATE, ClusterIdentity, Promise
 from orchard.codec import dump_json, encode, parse_client_json, shown
 from orchard.gate import Gate, named_account
@@ -57,8 +57,8 @@ from orchard.schema import (
 )
 from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
-from orchard.storage.events import EventLog, EventsDeletedError, SendPage
-from orchard.store import SETTINGS, Change, ChangeFeed, Store, encode_object, format_watch_line
+from orchard.storage.events import EventLog
+from orchard.store import SETTINGS, ChangeFeed, Store, encode_object, format_watch_line
 from orchard.tunnel import Rendezvous, VMAccess, WorkerEnd
 from orchard.worker_states import WorkerStates
 
@@ -70,7 +70,6 @@ _READ_ATTEMPTS = 3
 _LARGE, _MANY_EVENTS = 16 * 1024, 500
 
 StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity)
-NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
 ReadT = TypeVar("ReadT")
 
 
@@ -148,7 +147,7 @@ class API:
         account = sender.account if isinstance(sender, auth.Access) else sender.name
         try:
             if isinstance(sender, auth.Access):
-                vm = _found("VM", self.state.vms, name)
+                vm = found("VM", self.state.vms, name)
                 if vm.uid != sender.vm_uid:
                     raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
                 return Admitted(operation, name, account, auth.ISSUER_ROLE, f"{account} {sender.token_id}")
@@ -246,7 +245,7 @@ class API:
 
     def _vm(self, admitted: Admitted) -> VM:
         """Return the VM that the path names. Raises HTTPError(404)."""
-        return _found("VM", self.state.vms, admitted.name)
+        return found("VM", self.state.vms, admitted.name)
 
     def _stored_vm(self, name: str) -> Response:
         """Return an answer with a VM as it is stored."""
@@ -341,7 +340,7 @@ class API:
             await send(format_watch_line("ADDED", json))
             async for change in changes:
                 # Changes that `known` includes may become durable after it was read.
-                if _is_newer(change, known.meta.version):
+                if change.is_newer(known.meta.version):
                     await send(change.line)
 
     def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -408,7 +407,7 @@ class API:
         headers = () if following is None else (("X-Next-Cursor", following),)
         if isinstance(page, bytes):
             return Response(200, page, headers)
-        return Stream(partial(_send_page, page), "application/json", headers=headers, endless=False)
+        return Stream(partial(send_page, page), "application/json", headers=headers, endless=False)
 
     # -- connections to a VM or to a worker's host
 
@@ -422,7 +421,7 @@ class API:
     async def forward_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = read_count(request.query, parameters.PORT_NUMBER)
         wait = read_count(request.query, parameters.WAIT_FORWARD)
-        worker = _found("worker", self.state.workers, admitted.name)
+        worker = found("worker", self.state.workers, admitted.name)
         request.require_websocket()
         end = await self.parts.vm_access.connect_to_host(worker.name, port, wait, sender=admitted.sender)
         return self._relay_to(end, admitted)
@@ -522,11 +521,11 @@ class API:
         return self._list(self._worker_json(name) for name in self.state.names["worker"])
 
     def get_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._worker(_found("worker", self.state.workers, admitted.name).name)
+        return self._worker(found("worker", self.state.workers, admitted.name).name)
 
     def put_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Record a heartbeat, which has a later last_seen than the one before, or else set scheduling_paused."""
-        worker = _found("worker", self.state.workers, admitted.name)
+        worker = found("worker", self.state.workers, admitted.name)
         wanted = read_body(admitted, named(worker.name, validation.worker_from_client))
         seen, source = wanted.last_seen, _source(request, admitted)
         liveness = self.parts.liveness
@@ -538,7 +537,7 @@ class API:
         return self._worker(worker.name)
 
     def delete_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
-        worker = _found("worker", self.state.workers, admitted.name)
+        worker = found("worker", self.state.workers, admitted.name)
         with self.store.transaction() as tx:
             tx.delete(worker)
             tx.put(self._promise_of(worker.name))
@@ -594,7 +593,7 @@ class API:
 
     def _read_worker(self, request: Request, admitted: Admitted) -> Worker:
         """Return the worker that a request is from. Raises HTTPError(400, 404), ForbiddenError."""
-        worker = _found("worker", self.state.workers, read_text(request.query, parameters.WORKER_NAME))
+        worker = found("worker", self.state.workers, read_text(request.query, parameters.WORKER_NAME))
         self._speak_for(worker, admitted)
         return worker
 
@@ -650,7 +649,7 @@ class API:
         return self._list(self._account_json(admitted, name) for name in self.state.names["account"])
 
     def get_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        name = _found("service account", self.state.accounts, admitted.name).name
+        name = found("service account", self.state.accounts, admitted.name).name
         return Response(200, self._account_json(admitted, name))
 
     def replace_account(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -661,14 +660,14 @@ class API:
 
     def _change_account(self, admitted: Admitted, read: Callable[..., ServiceAccount]) -> AnyResponse:
         """Change an account's roles, token and keys; absent fields stay as they are."""
-        old = _found("service account", self.state.accounts, admitted.name)
+        old = found("service account", self.state.accounts, admitted.name)
         new = read_body(admitted, named(old.name, partial(read, base=old)))
         new = replace(new, token=new.token or old.token)
         self._put(new, old)
         return self._changed_account(admitted, new, old)
 
     def delete_account(self, request: Request, admitted: Admitted) -> AnyResponse:
-        return self._delete(_found("service account", self.state.accounts, admitted.name))
+        return self._delete(found("service account", self.state.accounts, admitted.name))
 
     # -- cluster settings
 
@@ -688,32 +687,8 @@ class API:
 # ---- requests and answers -------------------------------------------------------------------------------------------
 
 
-def _found(kind: str, table: Mapping[str, NamedT], name: str) -> NamedT:
-    """Return the resource of that name. Raises HTTPError(404)."""
-    resource = table.get(name)
-    if resource is None:
-        raise HTTPError(404, f"{kind} {shown(name)} does not exist")
-    return resource
-
-
 def _source(request: Request, admitted: Admitted) -> Source:
     return (admitted.account, request.peer)
-
-
-def _is_newer(change: Change, version: int) -> bool:
-    """Return whether a change came after a VM had this version. Versions never decrease, also under a reused name."""
-    if change.new is None:
-        return isinstance(change.old, VM) and change.old.meta.version >= version
-    return isinstance(change.new, VM) and change.new.meta.version > version
-
-
-async def _send_page(page: SendPage, send: Callable[[bytes], Awaitable[None]]) -> None:
-    """Send a page of events. Raises HTTPError."""
-    try:
-        await page(send)
-        await send(b"\n")
-    except EventsDeletedError as error:
-        raise http_error(error) from error
 
 
 async def _close_at_once(websocket: WebSocketConnection) -> None:

@@ -98,6 +98,12 @@ class Change:
             return "DELETED"
         return "ADDED" if self.old is None else "MODIFIED"
 
+    def is_newer(self, version: int) -> bool:
+        """Return whether the change came after a VM had this version. Versions never decrease, also under a reused name."""
+        if self.new is None:
+            return isinstance(self.old, VM) and self.old.meta.version >= version
+        return isinstance(self.new, VM) and self.new.meta.version > version
+
     @property
     def adds(self) -> bool:
         """Whether the change adds something: not for deletions and for what only the system writes."""
