@@ -33,6 +33,7 @@ from orchard import controller
 from orchard.client import Client
 from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness, Source
+from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog
 from orchard.store import Change, Store
@@ -85,6 +86,8 @@ class PlantedBug:
     unassigns_named: bool = False
     # Whether a second watch replaces one that is alive.
     replaces_watches: bool = False
+    # Whether VMs of a restored state are placed as soon as the state is accepted.
+    forgets_restored: bool = False
     # Whether VMs that fail before they run go to the same worker again.
     forgets_failures: bool = False
     # Whether the schedule mostly isolates workers, because the bug is rare otherwise.
@@ -123,6 +126,8 @@ def planted(bug: PlantedBug) -> Iterator[None]:
             stack.enter_context(patch.object(Liveness, "record_poll", record_poll_only))
         if bug.replaces_watches:
             stack.enter_context(patch.object(Rendezvous, "is_connected", never))
+        if bug.forgets_restored:
+            stack.enter_context(patch.object(RestoredState, "follow", lambda *_: None))
         if bug.forgets_failures:
             stack.enter_context(patch.object(EarlyFailures, "record_failure", lambda *_: None))
         yield
@@ -158,7 +163,7 @@ class SimulatedCluster:
         self.workers: dict[str, RunningProgram] = {}
         # Worker name -> the error of its clock in seconds.
         self.clock_errors: dict[str, float] = {}
-        self._directory = directory
+        self.directory = directory
         self._nursery = nursery
         self._bug = bug
         # orchard-NAME-UID -> names of the machines on which that VM runs.
@@ -246,7 +251,7 @@ class SimulatedCluster:
         self.note(f"offline timeout: {offline_timeout:g} s")
         running = self.controller = RunningProgram(process, scope, trio.Event(), trio.Event())
         settings = controller.ControllerSettings(
-            data_dir=self._directory,
+            data_dir=self.directory,
             tls=False,
             auth=False,
             worker_offline_timeout=offline_timeout,

@@ -6,6 +6,7 @@ Each decision has a planted bug that takes it back, and the same run finds the b
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -114,6 +115,34 @@ async def two_workers_with_one_name(cluster: SimulatedCluster, client: Client) -
         cluster.violate("the VM was restarted although its worker works")
 
 
+async def controller_restored_from_a_copy(cluster: SimulatedCluster, client: Client) -> None:
+    """The copy has vm-0 as pending, while it runs on a worker that is cut off, and does not have vm-1."""
+    await create(client, "vm-0")
+    copy = cluster.directory.with_name("copy")
+    shutil.copytree(cluster.directory, copy)
+    await start_workers(cluster)
+    old = (await wait_vm(client, "vm-0", runs)).state.worker
+    await client.workers.pause(old)
+    await create(client, "vm-1")
+    young = await wait_vm(client, "vm-1", runs)
+    cluster.controller.kill()
+    await cluster.controller.ended.wait()
+    cut_off(cluster, old)
+    shutil.rmtree(cluster.directory)
+    copy.rename(cluster.directory)
+    await cluster.start_controller(TIMEOUT, ping_interval=2.0)
+    await client.close_idle()
+    # A worker that has seen the newer state is the first to come back; the others are of the existing Orchard.
+    noticed = {"name": "noticed", "capabilities": ["worker-state"], "highestRevision": 10_000}
+    await client.workers.register({**noticed, "resources": {TART_VMS: 0}})
+    await trio.sleep(10)
+    assert (await client.vms.get("vm-0")).state.worker == ""
+    if young.tart_name not in cluster.machines[young.state.worker].guests:
+        cluster.violate("a VM was ended that is younger than the copy")
+    await client.accept_state()
+    await wait_vm(client, "vm-0", runs)
+
+
 async def sick_host(cluster: SimulatedCluster, client: Client) -> None:
     cluster.machines["mac-1"].broken = "clone"
     await start_workers(cluster)
@@ -156,6 +185,7 @@ SCENARIOS: list[tuple[Script, PlantedBug]] = [
     (restart_with_a_shorter_timeout, PlantedBug(forgets_promises=True)),
     (cut_off_worker_that_knows_of_its_vm, PlantedBug(unassigns_named=True)),
     (two_workers_with_one_name, PlantedBug(replaces_watches=True)),
+    (controller_restored_from_a_copy, PlantedBug(forgets_restored=True)),
     (sick_host, PlantedBug(forgets_failures=True)),
     (sick_host_and_a_vm_that_restarts, PlantedBug(forgets_failures=True)),
 ]
