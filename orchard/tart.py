@@ -161,8 +161,7 @@ class TartDriver:
         self._path = path
         self._home = home.absolute()
         self._ssh_port = ssh_port
-        self._vetu = vetu
-        self._program = "vetu" if vetu else "tart"
+        self._program: Runtime = "vetu" if vetu else "tart"
         self._stop_seconds = stop_seconds
         self._own_addresses = own_addresses
         self._clock = clock
@@ -172,10 +171,9 @@ class TartDriver:
         self._known: tuple[tuple[int, ...], Abilities] | None = None
         # Held where a start and a list would disturb each other.
         self._starting = trio.Lock()
-        # VMs whose `run` is under way, also between a restore that failed and the cold boot.
-        self._runs: set[str] = set()
-        # VMs that were told to save their state since their last start.
-        self._suspended: set[str] = set()
+        # For each VM whose `run` is under way, also between a failed restore and the cold boot: whether it was told to
+        # save its state since its start.
+        self._runs: dict[str, bool] = {}
         # Set when a VM has ended by an order of this driver, so that `run` and `attach` see it at once.
         self._ended = Wakeup()
 
@@ -227,7 +225,7 @@ class TartDriver:
             with suppress(DriverError):
                 version = await self._call("--version")
             abilities = Abilities.parse(version, await self._call("run", "--help"))
-            if self._vetu:
+            if self._program == "vetu":
                 # It counts its versions differently, and knows no ASIF disks.
                 abilities = replace(abilities, version=LISTS_SAFELY)
             self._known = (identity, abilities)
@@ -278,7 +276,7 @@ class TartDriver:
         self._refuse_on_vetu(missing_in_vetu(options))
         abilities = await self._abilities()
         words = run_arguments(name, options, abilities.flags)
-        self._runs.add(name)
+        self._runs[name] = False
         try:
             await self._start(name, words, options)
             task_status.started()
@@ -296,14 +294,13 @@ class TartDriver:
                 await self._start(name, words, options)
                 await self._wait_ended(name)
         finally:
-            self._runs.discard(name)
+            self._runs.pop(name, None)
 
     async def _start(self, name: str, words: list[str], options: RunOptions) -> None:
         """Start the supervisor of a VM, and return when the VM's process exists. Raises DriverError."""
         lease = str(self._home / "lease") if options.leased else ""
         files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
         start = [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}", self._path, *words]
-        self._suspended.discard(name)
         with suppress(OSError):
             os.utime(self._file(name, "note"))
         async with self._alone(await self._abilities()):
@@ -318,7 +315,7 @@ class TartDriver:
     async def _has_failed_restore(self, name: str) -> bool:
         """Return whether `tart run` has failed, and left the saved state that it was to restore."""
         record = self._record(name)
-        if record.order or not record.status or name in self._suspended:
+        if record.order or not record.status or self._runs.get(name):
             return False
         with suppress(DriverError):
             return LocalVM(name, "suspended") in await self._list()
@@ -431,7 +428,8 @@ class TartDriver:
 
     async def suspend(self, name: str) -> None:
         self._refuse_on_vetu("suspending")
-        self._suspended.add(name)
+        if name in self._runs:
+            self._runs[name] = True
         deadline = trio.current_time() + _IP_SECONDS
         while True:
             try:
@@ -503,7 +501,7 @@ class TartDriver:
         return ""
 
     def _refuse_on_vetu(self, features: str) -> None:
-        if self._vetu and features:
+        if self._program == "vetu" and features:
             raise DriverError(f"vetu does not support {features}: such a VM needs a worker with tart")
 
     # -- files
