@@ -30,8 +30,11 @@ TLS_CERTIFICATE_FILE = "controller.crt"
 TLS_KEY_FILE = "controller.key"
 SSH_HOST_KEY_FILE = "ssh_host_ed25519_key"
 CONTROLLER_LOCK_FILE = "controller.lock"
-# In the directory of a worker's VMs.
-WORKER_LOCK_FILE = "worker.lock"
+# In a worker's directory, which workers of different names may share.
+WORKERS_LOCK_FILE = "worker.lock"
+WORKER_LOCK_FILE = "worker-{name}.lock"
+WORKER_MEMORY_FILE = "worker-{name}.cluster"
+INSTANCE_ID_FILE = "instance-id"
 
 # The state holds the service accounts with their tokens.
 SECRET_FILES = (STATE_FILE, ACCESS_KEY_FILE, TLS_KEY_FILE, SSH_HOST_KEY_FILE)
@@ -66,10 +69,22 @@ def draft_of(path: Path) -> Path:
     return path.with_name(path.name + ".new")
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Create or replace a file of mode 0600, whatever the umask; it is durable when this returns. Raises OSError.
+def make_private(directory: Path) -> None:
+    """Create a directory and its missing parents with mode 0700, whatever the umask. Raises OSError."""
+    if directory.is_dir():
+        return
+    make_private(directory.parent)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+        # The umask may have taken bits from the mode.
+        directory.chmod(0o700)
 
-    A crash leaves the old file or the new one, and possibly a draft, which the next call replaces.
+
+def write_private(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Create or replace a file of mode 0600, whatever the umask. Raises OSError.
+
+    With `durable` it is on the drive when this returns, and a crash of the machine leaves the old file or the new one.
+    A crash may also leave a draft, which the next call replaces.
     """
     draft = draft_of(path)
     draft.unlink(missing_ok=True)
@@ -78,36 +93,38 @@ def write_private(path: Path, data: bytes) -> None:
             os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
-            sync_file(file.fileno())
+            if durable:
+                sync_file(file.fileno())
         draft.replace(path)
     except OSError:
         with contextlib.suppress(OSError):
             draft.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 @contextlib.contextmanager
-def lock_directory(directory: Path, file_name: str) -> Iterator[None]:
-    """Hold the lock of a directory, which is created with mode 0700 if it does not exist. Raises LockError."""
+def lock_directory(directory: Path, file_name: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of a directory, which is created with mode 0700 if it does not exist. Raises LockError.
+
+    Any number of processes can hold a `shared` lock at the same time.
+    """
     try:
-        new = not directory.is_dir()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if new:
-            # The umask may have taken bits from the mode.
-            directory.chmod(0o700)
+        make_private(directory)
         descriptor = os.open(directory / file_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.fchmod(descriptor, 0o600)
     except OSError as error:
         raise LockError(f"{directory}: {error.strerror}") from error
     with os.fdopen(descriptor, "r+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             owner = file.read().strip() or "unknown"
             raise LockError(f"{directory} is in use by another process ({owner})") from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        if not shared:
+            file.seek(0)
+            file.truncate()
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield

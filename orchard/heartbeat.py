@@ -1,11 +1,12 @@
-"""A worker's heartbeats: `last_seen`, the lease that they renew, and the pauses between attempts to connect.
+"""A worker's heartbeats: `last_seen`, the leases that they renew, the health that they carry, and pauses and log lines
+between attempts to connect.
 
-Each heartbeat that the controller answers renews the lease: the driver is told until when those VMs may run that the
+Each heartbeat that the controller answers renews leases: the driver is told until when those VMs may run that the
 controller would start elsewhere after this worker goes offline. That time is counted from the sending of the heartbeat
 and is shorter than the controller's offline timeout, which begins at its receipt. So such a VM has ended here before it
-is started elsewhere, whatever fails in between.
+is started elsewhere, whatever fails in between. Only the VMs that the controller wants here have their leases renewed.
 
-The requests themselves are sent by worker.py, and the driver enforces the lease.
+The driver enforces the leases.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from __future__ import annotations
 import datetime
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
 import trio
 
-from orchard.vm.driver import Driver, DriverError
+from orchard.client import Client, ClientError, ConnectError, ResponseError
+from orchard.cluster import Health, HealthProblem, bounded
+from orchard.codec import encode
+from orchard.net.tls import NotTrustedError
+from orchard.nursery import Wakeup
+from orchard.vm.driver import Driver, DriverError, Trouble
 
 # The longest time between two heartbeats. It is shorter if the controller's offline timeout is shorter than usual.
 _HEARTBEAT_SECONDS = 15.0
+# Between two heartbeats of which the second has something new to tell.
+_LEAST_PAUSE = 1.0  # seconds
 # The controller's offline timeout if it does not tell its own, in seconds.
 _DEFAULT_OFFLINE_TIMEOUT = 180.0
 # So many heartbeats in a row may be lost before leased VMs are shut down.
@@ -31,6 +40,13 @@ _SOFT_SHARE, _HARD_SHARE = 0.75, 0.95
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 1.5  # seconds
 # The random share of a pause, so that a thousand workers do not return at once.
 _JITTER = 0.5
+# The longest pause after a failure that only an operator can mend.
+_LAST_PERMANENT_PAUSE = 20.0  # seconds
+# Between two log lines about the same failure.
+_LOG_SECONDS = 60.0
+# These may not be tried again, so a failure of them is forgotten after a while.
+_PASSING: frozenset[Trouble] = frozenset({"pull", "clone", "start", "supervisor", "hostDirs"})
+_PASSING_SECONDS = 600.0
 
 _logger = logging.getLogger("orchard.worker")
 
@@ -65,10 +81,10 @@ class Lease:
     """How long leased VMs may run on this host without contact with the controller.
 
     A VM is leased if the controller would start it elsewhere after this worker goes offline. The driver enforces the
-    lease, even when the worker is stopped or dead.
+    leases, even when the worker is stopped or dead.
 
-    While a VM still runs here that the controller has reassigned, the lease is not renewed: the controller counts on
-    the end of the lease as it was when it gave the VM up.
+    The lease of a VM that the controller has given up is not renewed: the controller counts on the end of the lease as
+    it was when it gave the VM up.
     """
 
     def __init__(self, driver: Driver, clock: Callable[[], float]) -> None:
@@ -79,44 +95,175 @@ class Lease:
         self._driver = driver
         # When the last heartbeat was sent that the controller answered.
         self._answered = -math.inf
-        # The ends of VMs that the controller has given up. None: not known since the registration.
-        self._given_up: Sequence[trio.Event] | None = None
+        # Local names of the VMs that the controller wants here. None: not known since the registration.
+        self._wanted: Collection[str] | None = None
 
     @property
     def heartbeat_seconds(self) -> float:
-        """The interval of heartbeats with which the lease survives the loss of some of them."""
+        """The interval of heartbeats with which leases survive the loss of some of them."""
         return min(_HEARTBEAT_SECONDS, _SOFT_SHARE * self._offline_timeout / _HEARTBEATS_PER_LEASE)
+
+    @property
+    def seconds(self) -> float:
+        """The time without contact after which the controller starts VMs elsewhere."""
+        return self._offline_timeout
 
     def begin_session(self, offline_timeout: float, sent: float) -> None:
         """Note the controller's offline timeout (in seconds; 0: it did not tell) and when the registration was sent.
 
-        Until `set_given_up` is called, the lease is not renewed.
+        Until `set_wanted` is called, no lease is renewed.
         """
         self._offline_timeout = offline_timeout or _DEFAULT_OFFLINE_TIMEOUT
-        self._given_up = None
+        self._wanted = None
         self.renew(sent)
 
-    def set_given_up(self, ends: Sequence[trio.Event]) -> None:
-        """Renew the lease only when all these events are set: each is the end of a VM that the controller has given up."""
-        self._given_up = ends
+    def set_wanted(self, names: Collection[str]) -> None:
+        """Renew the leases of these VMs only, now if it was unknown before which ones are wanted."""
+        is_news = self._wanted is None
+        self._wanted = names
+        if is_news:
+            self.renew()
 
     def renew(self, sent: float = -math.inf) -> None:
-        """Renew the lease by a heartbeat that was sent at the time `sent` and is now answered, or by an earlier one."""
+        """Renew leases by a heartbeat that was sent at the time `sent` and is now answered, or by an earlier one."""
         self._answered = max(sent, self._answered)
-        if self._given_up is None or not all(ended.is_set() for ended in self._given_up):
+        if self._wanted is None:
             return
         soft, hard = (self._answered + share * self._offline_timeout for share in (_SOFT_SHARE, _HARD_SHARE))
         try:
-            self._driver.lease(soft, hard)
+            self._driver.lease(soft, hard, self._wanted)
         except DriverError as error:
             _logger.error("cannot renew the lease of VMs", extra={"reason": str(error)})
 
 
-def backoff_seconds(failures: int, chance: float) -> float:
+class HealthLog:
+    """What this worker fails at, as its heartbeats tell the controller.
+
+    `changed` is called when there is something new to tell. A problem ends when what failed succeeds. Some end by
+    themselves after a while, since the same thing may not be tried again.
+    """
+
+    def __init__(self, clock: Callable[[], float], changed: Callable[[], None]) -> None:
+        """`clock` returns seconds since 1970."""
+        self._clock = clock
+        self._changed = changed
+        # (kind, VM or "") -> (since when, the last time, what)
+        self._problems: dict[tuple[Trouble, str], tuple[float, float, str]] = {}
+
+    def note(self, kind: Trouble, vm: str = "", message: str = "") -> None:
+        """Note that something failed with this message, or succeeded (""). `vm` is the local name of a VM, or ""."""
+        before, now = self._problems.get((kind, vm)), self._clock()
+        if message:
+            self._problems[kind, vm] = (now if before is None else before[0], now, message)
+        else:
+            self._problems.pop((kind, vm), None)
+        if (before is None) is bool(message):
+            self._changed()
+
+    def current(self) -> Health:
+        """Return the health to report. The oldest problems come first."""
+        now = self._clock()
+        for key, (_, last, _) in list(self._problems.items()):
+            if not key[1] and key[0] in _PASSING and now >= last + _PASSING_SECONDS:
+                del self._problems[key]
+        problems = (
+            HealthProblem(kind, datetime.datetime.fromtimestamp(since, datetime.UTC), f"{vm}: {text}" if vm else text)
+            for (kind, vm), (since, _, text) in self._problems.items()
+        )
+        return bounded(Health(problems=tuple(problems)))
+
+
+class Heartbeats:
+    """Sends the heartbeats of one worker. `health` is what they carry.
+
+    Call `settle` once the session is whole: only then the controller assigns VMs to this worker.
+    """
+
+    def __init__(self, worker: str, client: Client, lease: Lease, clock: Callable[[], float]) -> None:
+        """`clock` returns seconds since 1970."""
+        self.last_seen = LastSeenClock(clock)
+        self._due = Wakeup()
+        self.health = HealthLog(clock, self._due.set)
+        self._worker = worker
+        self._client = client
+        self._lease = lease
+        self._is_settled = False
+
+    def begin_session(self, stored: datetime.datetime | None) -> None:
+        """Begin again with a session that is not whole yet. `stored` is the `last_seen` that the controller has."""
+        self._is_settled = False
+        self.last_seen.observe(stored)
+
+    def settle(self) -> None:
+        self._is_settled = True
+        self._due.set()
+
+    async def run(self) -> None:
+        """Send heartbeats, and one at once when there is something new to tell. Raises ClientError."""
+        while True:
+            with trio.move_on_after(self._lease.heartbeat_seconds):
+                await self._due.wait()
+            await self._send()
+            # A problem that comes and goes must not flood the controller.
+            await trio.sleep(min(_LEAST_PAUSE, self._lease.heartbeat_seconds))
+
+    async def _send(self) -> None:
+        # The heartbeat repeats what the controller has stored. If the network delivers it twice, the second one has no
+        # later `last_seen` and counts as an update, which must not undo a pause of the scheduling.
+        stored = await self._client.workers.get(self._worker)
+        self.last_seen.observe(stored.last_seen)
+        last_seen = self.last_seen.now()
+        heartbeat = replace(stored, last_seen=last_seen, settled=self._is_settled, health=self.health.current())
+        sent = self._lease.now()
+        answer = await self._client.workers.put(self._worker, encode(heartbeat))
+        # Otherwise another client has written a later time, and this request did not count as a heartbeat.
+        if answer.last_seen == last_seen:
+            self._lease.renew(sent)
+
+
+class FailureLog:
+    """Logs why there is no session with the controller: the first failure, each new reason, and one line a minute.
+
+    A failure that trying again cannot mend is logged once.
+    """
+
+    def __init__(self, worker: str, clock: Callable[[], float]) -> None:
+        """`clock` returns seconds of a clock that is never set."""
+        self._worker = worker
+        self._clock = clock
+        self._reason = ""
+        self._logged_at = -math.inf
+
+    def clear(self) -> None:
+        self._reason = ""
+
+    def note(self, error: ClientError) -> None:
+        reason, now = str(error), self._clock()
+        if reason == self._reason and (is_permanent(error) or now < self._logged_at + _LOG_SECONDS):
+            return
+        self._reason, self._logged_at = reason, now
+        lost = isinstance(error, ConnectError)
+        message = "cannot reach the controller, retrying" if lost else "the session failed, retrying"
+        _logger.warning(message, extra={"worker": self._worker, "reason": reason})
+
+
+def is_permanent(error: Exception) -> bool:
+    """Return whether an error stays until an operator changes something.
+
+    The credentials are refused, the name belongs to another worker, or the certificate is not the expected one.
+    """
+    if isinstance(error, ResponseError):
+        return error.status in (401, 403, 409)
+    return isinstance(error.__cause__, NotTrustedError)
+
+
+def backoff_seconds(failures: int, chance: float, *, permanent: bool = False) -> float:
     """Return the seconds to pause before the next attempt, after so many failures in a row; `chance` is from 0 to 1.
 
     0 failures: a session has ended that had succeeded, maybe at the same moment as those of a thousand other workers.
+    `permanent`: only an operator can mend the failure, so there is no hurry.
     """
+    last = _LAST_PERMANENT_PAUSE if permanent else _LAST_PAUSE
     if failures == 0:
         return _LAST_PAUSE * chance
-    return float(min(_LAST_PAUSE, _FIRST_PAUSE * 2 ** min(failures, 10)) * (1 - _JITTER * chance))
+    return float(min(last, _FIRST_PAUSE * 2 ** min(failures, 10)) * (1 - _JITTER * chance))

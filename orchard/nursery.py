@@ -1,7 +1,8 @@
-"""Small tools for trio tasks: a wake-up that re-arms itself, and the exception that matters in an exception group.
+"""Small tools for trio tasks: a wake-up that re-arms itself, pauses, and the exception that matters in a group.
 
-`Wakeup` replaces the pattern of one `trio.Event` that is made anew after each wait. The other functions take the
-exceptions apart that leave a nursery, since a nursery wraps even a single one in a group.
+`Wakeup` replaces the pattern of one `trio.Event` that is made anew after each wait. `growing_pause` is the pause between
+attempts. The other functions take the exceptions apart that leave a nursery, since a nursery wraps even a single one in a
+group.
 
 This module knows no resource and no role of the product.
 """
@@ -38,6 +39,11 @@ class Wakeup:
         # Another task that waited for the same event may have re-armed it already.
         if self._event is event:
             self._event = trio.Event()
+
+
+def growing_pause(failures: int, first: float, last: float) -> float:
+    """Return the seconds to pause after so many failures in a row: `first`, doubled with each one, at most `last`."""
+    return float(min(last, first * 2 ** min(failures - 1, 30)))
 
 
 def first_exception(error: BaseException) -> BaseException:

@@ -4,6 +4,9 @@
 the action for each pair of states. `sync` only starts actions and does not wait for them. Instances that have to end are
 told so first, and new ones start when those have ended, because the scheduler has reassigned their slots already.
 
+While the controller's state is older than one that it has shown (worker_memory.py), nothing is adopted, started, stopped or
+deleted. VMs that run keep their leases, since the controller places nothing until that state is accepted.
+
 One VM's task is `vm.instance.Instance`. The session in which all this happens is in worker.py; the tasks of VMs are in a
 nursery that outlives it.
 """
@@ -21,15 +24,19 @@ import trio
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.codec import encode
 from orchard.heartbeat import Lease, backoff_seconds
-from orchard.nursery import Wakeup
-from orchard.schema import LOCAL_PREFIX, VM, Event
-from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, NoSuchVM, NotRunning
+from orchard.leftovers import Leftovers
+from orchard.nursery import Wakeup, growing_pause
+from orchard.schema import LOCAL_PREFIX, VM, Event, Worker
+from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, Trouble
 from orchard.vm.instance import Instance, InstanceHost
+from orchard.worker_memory import ClusterMemory
 
-# Between two attempts to remove a leftover VM.
-_REMOVE_AGAIN_SECONDS = 10.0
 # Between two syncs for which nothing asked, in case a notification was lost.
 _SYNC_SECONDS = 5.0
+# Between two attempts to list the local VMs: the first and the longest pause.
+_LIST_AGAIN_SECONDS, _LAST_LIST_SECONDS = 1.0, 60.0
+# VMs that a message names.
+_MAX_NAMED = 3
 VM_LOST = "lost: the worker was restarted, and the VM does not run any more"
 
 SyncState = Literal["absent", "pending", "running", "failed"]
@@ -62,36 +69,44 @@ _logger = logging.getLogger("orchard.worker")
 class Reconciler:
     """The VMs on this host: it makes them what the controller wants, and reports them.
 
-    `instances` are keyed by local names. Set `sync_due` to ask for a `sync`.
+    `worker` is the worker's name. `instances` are keyed by local names. Set `sync_due` to ask for a `sync`.
     """
 
     def __init__(
         self,
-        worker: str,
+        worker: Worker,
         client: Client,
         driver: Driver,
         lease: Lease,
         *,
+        memory: ClusterMemory,
+        note_trouble: Callable[[Trouble, str, str], None],
         stop_vms_on_exit: bool,
         clock: Callable[[], float],
         chance: Callable[[], float],
     ) -> None:
-        """`worker` is the worker's name; for `clock` and `chance` see `WorkerService`."""
+        """`worker` is what this worker registers with; for the other arguments see `WorkerService`."""
         self.instances: dict[str, Instance] = {}
         self.sync_due = Wakeup()
-        # Whether the VMs of an earlier worker are dealt with.
-        self.has_adopted = False
-        self._worker = worker
+        # Set when the VMs of an earlier worker are dealt with.
+        self.adopted = trio.Event()
+        self.worker = worker.name
         self._client = client
         self._driver = driver
         self._lease = lease
+        self._memory = memory
         self._chance = chance
         self._report_due = Wakeup()
         self._instance_host = InstanceHost(
-            driver, self._report_due.set, self._forget, self._send_events, clock, outlives=not stop_vms_on_exit
+            driver,
+            self._report_due.set,
+            self._forget,
+            self._send_events,
+            note_trouble,
+            clock,
+            outlives=not stop_vms_on_exit,
         )
-        # One event for each leftover VM that runs and could not be ended yet.
-        self._leftovers: list[trio.Event] = []
+        self._leftovers = Leftovers(worker, client, driver, note_trouble, self.sync_due.set)
 
     # -- reports
 
@@ -145,30 +160,88 @@ class Reconciler:
 
     # -- VMs of an earlier worker
 
-    async def adopt(self, nursery: trio.Nursery) -> None:
-        """Deal with the VMs that an earlier worker left: adopt running ones, keep those at rest, delete all others.
+    async def settle(self, nursery: trio.Nursery) -> None:
+        """Deal with the VMs that an earlier worker left, and sync. Raises RefusedError, ClientError.
 
-        Only VMs with Orchard's prefix are touched. Raises DriverError, ClientError.
+        While the local VMs cannot be listed, it tries again, and says so in the messages of VMs that wait here.
         """
+        while self._memory.is_restored:
+            await self._hold_back()
+            await trio.sleep(_SYNC_SECONDS)
+        for failures in itertools.count(1):
+            if self.adopted.is_set():
+                break
+            try:
+                await self._adopt(nursery)
+            except DriverError as error:
+                _logger.error("cannot list the VMs on this host, retrying", extra={"reason": str(error)})
+                self._note_trouble("list", "", str(error))
+                await self._explain(str(error))
+                await trio.sleep(growing_pause(failures, _LIST_AGAIN_SECONDS, _LAST_LIST_SECONDS))
+        self._note_trouble("list", "", "")
+        await self.sync(nursery)
+
+    def _note_trouble(self, kind: Trouble, vm: str, message: str) -> None:
+        self._instance_host.note_trouble(kind, vm, message)
+
+    async def _explain(self, reason: str) -> None:
+        """Report to each VM that waits on this worker why it does. Raises ClientError."""
+        for vm in (await self._fetch_wanted()).values():
+            if vm.state.status == "pending":
+                message = f"waiting: its worker cannot list its VMs: {reason}"
+                report = {"uid": vm.uid, "restart_count": vm.state.restart_count, "status": "pending"}
+                report |= {"status_message": message, "conditions": [{"type": "running", "state": "false"}]}
+                with suppress(ResponseError):
+                    await self._client.vms.report(vm.name, report)
+
+    async def _hold_back(self) -> None:
+        """Leave all VMs as they are, and see whether an operator has accepted the controller's state. Raises ClientError."""
+        local_vms: list[LocalVM] = []
         try:
-            await self._driver.recover()
-            local_vms = [local for local in await self._driver.list_vms() if local.name.startswith(LOCAL_PREFIX)]
+            local_vms = await self._list_own()
         except DriverError as error:
-            raise DriverError(f"cannot list the VMs on this host: {error}") from error
+            self._note_trouble("list", "", str(error))
+        wanted = await self._fetch_wanted()
+        unknown = sorted(local.name for local in local_vms if local.name not in wanted)
+        message = f"not known to the controller's restored state: {', '.join(unknown)}" if unknown else ""
+        self._note_trouble("unknown-vms", "", message)
+        self._lease.set_wanted({local.name for local in local_vms} | self.instances.keys())
+        info = await self._client.info()
+        if info.cluster_id != self._memory.cluster_id:
+            _, revision = await self._client.vms.list_with_revision(worker=self.worker)
+            self._memory.observe(info.cluster_id, revision)
+            self._note_trouble("unknown-vms", "", "")
+
+    async def _list_own(self) -> list[LocalVM]:
+        """Return the local VMs that Orchard manages. Raises DriverError."""
+        return [local for local in await self._driver.list_vms() if local.name.startswith(LOCAL_PREFIX)]
+
+    async def _adopt(self, nursery: trio.Nursery) -> None:
+        """Deal with the VMs that an earlier worker left: adopt running ones, keep those at rest, remove all others.
+
+        Raises RefusedError, DriverError, ClientError.
+        """
+        # First, since leases do not depend on what is listed.
+        wanted = await self._fetch_wanted()
+        self._lease.set_wanted(_leasable(wanted))
+        await self._driver.recover()
+        local_vms = await self._list_own()
         wanted = await self._fetch_wanted()
         kept: list[tuple[LocalVM, VM]] = []
-        async with trio.open_nursery() as removing:
-            for local in local_vms:
-                vm = wanted.get(local.name)
-                # A pending VM that does not run is incomplete, and will be made again.
-                if vm is None or (vm.state.status == "pending" and local.state != "running"):
-                    removing.start_soon(self._remove_leftover, local, nursery)
-                else:
-                    kept.append((local, vm))
-        # No checkpoint from here on: if the session ends before, the next one begins with `adopt` again.
+        unwanted: list[LocalVM] = []
+        for local in local_vms:
+            vm = wanted.get(local.name)
+            # A pending VM that does not run is incomplete, and will be made again.
+            if vm is not None and (vm.state.status != "pending" or local.state == "running"):
+                kept.append((local, vm))
+            elif vm is not None or not await self._leftovers.belongs_elsewhere(local):
+                unwanted.append(local)
+        # No checkpoint from here on: if the session ends before, the next one begins with `_adopt` again.
+        for local in unwanted:
+            self._leftovers.remove(local, nursery)
         for local, vm in kept:
             self._adopt_one(local, vm, nursery)
-        self.has_adopted = True
+        self.adopted.set()
 
     def _adopt_one(self, local: LocalVM, vm: VM, nursery: trio.Nursery) -> None:
         runs = local.state == "running"
@@ -181,45 +254,19 @@ class Reconciler:
         _logger.info(message, extra={"vm": vm.name, "state": local.state})
         nursery.start_soon(instance.tend)
 
-    async def _remove_leftover(self, local: LocalVM, nursery: trio.Nursery) -> None:
-        """Remove a VM that the controller does not know; if that fails, go on trying in a task of the nursery."""
-        if not await self._try_remove(local.name):
-            gone = trio.Event()
-            if local.state == "running":
-                self._leftovers.append(gone)
-            nursery.start_soon(self._keep_removing, local.name, gone)
-
-    async def _keep_removing(self, name: str, gone: trio.Event) -> None:
-        while True:
-            await trio.sleep(_REMOVE_AGAIN_SECONDS)
-            # If the controller wants a VM of this name by now, that VM's instance takes care of it.
-            if name not in self.instances and await self._try_remove(name):
-                gone.set()
-                return
-
-    async def _try_remove(self, name: str) -> bool:
-        try:
-            with suppress(NotRunning):
-                await self._driver.stop(name)
-            await self._driver.delete(name)
-        except NoSuchVM:
-            return True
-        except DriverError as error:
-            _logger.error("cannot remove leftover VM", extra={"vm": name, "reason": str(error)})
-            return False
-        _logger.info("removed leftover VM", extra={"vm": name})
-        return True
+    def abandon_incomplete(self) -> None:
+        """Remove VMs that have not run yet: another worker has this one's name, and may create them, too."""
+        for instance in self.instances.values():
+            if not instance.state.has_guest and instance.state.observed is None:
+                instance.remove()
 
     # -- sync
 
     async def keep_in_sync(self, nursery: trio.Nursery) -> None:
-        """Sync now, whenever `sync_due` is set, and now and then. Tasks of VMs are started in the nursery.
+        """Sync whenever `sync_due` is set, and now and then. Tasks of VMs are started in the nursery.
 
         Raises ClientError.
         """
-        await self.sync(nursery)
-        # Until this sync it was unknown which VMs the controller had given up.
-        self._lease.renew()
         while True:
             with trio.move_on_after(_SYNC_SECONDS):
                 await self.sync_due.wait()
@@ -236,45 +283,47 @@ class Reconciler:
             if name in self.instances:
                 self._instruct(self.instances[name], wanted.get(name), action)
         given_up = self._given_up(wanted)
-        self._lease.set_given_up(given_up)
+        self._lease.set_wanted(_leasable(wanted))
         slots_free = trio.Event()
         if not given_up:
             slots_free.set()
         elif "create" in actions.values():
-            nursery.start_soon(self._free_slots, given_up, slots_free)
+            nursery.start_soon(_set_after, slots_free, list(given_up.values()))
+        waiting_for = f"waiting for {', '.join(sorted(given_up)[:_MAX_NAMED])} to end"
         for name, action in actions.items():
-            if action == "create":
+            # A VM that is half-made from before is removed first.
+            if action == "create" and name not in self._leftovers:
                 instance = self._new_instance(wanted[name])
-                nursery.start_soon(instance.tend, slots_free)
+                nursery.start_soon(instance.tend, slots_free, waiting_for)
             elif action == "lost":
                 instance = self._new_instance(wanted[name])
                 instance.fail(VM_LOST)
                 nursery.start_soon(instance.tend)
 
     async def _fetch_wanted(self) -> dict[str, VM]:
-        """Return the VMs that are assigned to this worker, by their local names. Raises ClientError."""
-        return {vm.tart_name: vm for vm in await self._client.vms.list(worker=self._worker)}
+        """Return the VMs that are assigned to this worker, by their local names.
 
-    def _given_up(self, wanted: Mapping[str, VM]) -> list[trio.Event]:
-        """Return an event for each VM that still uses this host and that the controller has given up.
+        Raises ClientError, also when the controller was restored from an older state since the last time.
+        """
+        was_restored = self._memory.is_restored
+        vms, revision = await self._client.vms.list_with_revision(worker=self.worker)
+        self._memory.observe(self._memory.cluster_id, revision)
+        if self._memory.is_restored and not was_restored:
+            raise ClientError("the controller's state is older than one that it has shown")
+        return {vm.tart_name: vm for vm in vms}
+
+    def _given_up(self, wanted: Mapping[str, VM]) -> dict[str, trio.Event]:
+        """Return the VMs that still run here and that the controller has given up, each with the event of its end.
 
         The scheduler has already reassigned these VMs' slots. A VM that failed on its own keeps its slot until the
         failure is reported, so it is not among them.
         """
-        self._leftovers = [gone for gone in self._leftovers if not gone.is_set()]
-        ending = [
-            instance.ended
+        ending = {
+            name: instance.ended
             for name, instance in self.instances.items()
             if instance.ending and _sync_state(wanted.get(name)) in ("absent", "failed")
-        ]
-        return ending + self._leftovers
-
-    async def _free_slots(self, given_up: Sequence[trio.Event], slots_free: trio.Event) -> None:
-        """Wait for the end of VMs that the controller has given up. Then renew the lease, and let new VMs start."""
-        for ended in given_up:
-            await ended.wait()
-        self._lease.renew()
-        slots_free.set()
+        }
+        return {**ending, **self._leftovers.running}
 
     def _instruct(self, instance: Instance, vm: VM | None, action: SyncAction) -> None:
         if vm is None:
@@ -298,6 +347,17 @@ class Reconciler:
         """Drop an instance whose task has ended, unless `report_stopped` has to report that it ended with the worker."""
         if not instance.has_unreported_failure:
             del self.instances[instance.name]
+
+
+async def _set_after(event: trio.Event, others: Sequence[trio.Event]) -> None:
+    for other in others:
+        await other.wait()
+    event.set()
+
+
+def _leasable(wanted: Mapping[str, VM]) -> set[str]:
+    """Return the local names of the VMs that the controller has not given up."""
+    return {name for name, vm in wanted.items() if vm.state.status != "failed"}
 
 
 def is_at_rest(vm: VM, state: LocalState) -> bool:

@@ -10,8 +10,8 @@ observe the supervisor, and the VM outlives this driver. These files below `home
 
     NAME.run, NAME.log   the record and the log of NAME's supervisor
     NAME.note            the worker's note about NAME
-    lease                until when leased VMs may run
-    calls/               a locked file for each call under way, with its process number (see `processes.Calls`)
+    NAME.lease           until when NAME may run, if it is leased
+    calls-WORKER/        a locked file for each call under way, with its process number (see `processes.Calls`)
 
 This module also reads what a worker needs to know about its Mac at start-up: the machine's id, and for how long the
 DHCP server lends addresses.
@@ -31,7 +31,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from orchard.vm.driver import (
     Progress,
     RunOptions,
     Script,
+    SupervisorLost,
     operand,
 )
 from orchard.vm.processes import (
@@ -91,8 +92,10 @@ _IP_SECONDS = 60  # seconds
 _AGENT_SECONDS = 30  # seconds
 # Between two looks into the host's ARP table. Each is a call of tart.
 _ARP_SECONDS = 1.0  # seconds
-# Between two looks whether a VM still runs. Each is an open and a flock.
+# Between two looks whether a VM still runs. Each is an open and a flock, and a read of a small file.
 _WATCH_SECONDS = 0.25  # seconds
+# A supervisor that was seen to show signs of life and shows none for so long counts as gone.
+_SILENCE_SECONDS = 10.0  # seconds
 # `tart list` fails as a whole when another program deletes a VM meanwhile.
 _LIST_RETRIES = 5
 _LIST_PAUSE = 0.5  # seconds
@@ -100,7 +103,7 @@ _LIST_PAUSE = 0.5  # seconds
 _TRANSFER_PAUSE = 1.0  # seconds
 _MACHINE_ID_SECONDS = 10.0  # seconds
 # The suffixes of the files about a VM.
-_KINDS = ("run", "log", "note", "new")
+_KINDS = ("run", "log", "note", "new", "lease")
 # With longer leases macOS runs out of addresses.
 _MAX_DHCP_LEASE = 3600  # seconds
 
@@ -151,6 +154,7 @@ class TartDriver:
         path: str,
         home: Path,
         *,
+        worker: str = "",
         ssh_port: int = 22,
         vetu: bool = False,
         stop_seconds: float = STOP_SECONDS,
@@ -166,7 +170,7 @@ class TartDriver:
         self._own_addresses = own_addresses
         self._clock = clock
         # With CI set, tart prints its progress in plain lines.
-        self._calls = Calls(self._home / "calls", {**os.environ, "CI": "1", **(env or {})})
+        self._calls = Calls(self._home / f"calls-{worker}", {**os.environ, "CI": "1", **(env or {})})
         # With the identity of the program's file that has these abilities.
         self._known: tuple[tuple[int, ...], Abilities] | None = None
         # Held where a start and a list would disturb each other.
@@ -176,6 +180,8 @@ class TartDriver:
         self._runs: dict[str, bool] = {}
         # Set when a VM has ended by an order of this driver, so that `run` and `attach` see it at once.
         self._ended = Wakeup()
+        # For VMs that will be run: the two times of `lease`.
+        self._lease = (-math.inf, -math.inf)
 
     async def list_vms(self) -> list[LocalVM]:
         found = await self._list()
@@ -298,7 +304,9 @@ class TartDriver:
 
     async def _start(self, name: str, words: list[str], options: RunOptions) -> None:
         """Start the supervisor of a VM, and return when the VM's process exists. Raises DriverError."""
-        lease = str(self._home / "lease") if options.leased else ""
+        lease = str(self._file(name, "lease")) if options.leased else ""
+        if lease:
+            self._write_lease(name, *self._lease)
         files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
         start = [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}", self._path, *words]
         with suppress(OSError):
@@ -329,14 +337,22 @@ class TartDriver:
 
     async def _wait_ended(self, name: str) -> None:
         """Wait until a VM's supervisor has ended. Raises DriverError unless the VM shut down or was stopped."""
+        silence = _Silence(self._file(name, "run"))
+        error: DriverError = SupervisorLost("the supervisor of the VM was killed")
         while (record := self._final_record(name)) is None:
             with trio.move_on_after(_WATCH_SECONDS):
                 await self._ended.wait()
+            # The supervisor ends the VM at the end of its lease, unless it was stopped.
+            if (is_over := supervisor.clock() >= self._lease_end(name)) or silence.is_too_long():
+                lost = SupervisorLost("the supervisor of the VM did not answer, and was killed with the VM")
+                error = DriverError(LEASE_OVER) if is_over else lost
+                with suppress(DriverError):
+                    self._signal_supervisor(name, signal.SIGKILL)
         if record.order == "lease":
             raise DriverError(LEASE_OVER)
         if record.status is None:
             await self._stop_unsupervised(name)
-            raise DriverError("the supervisor of the VM was killed")
+            raise error
         if record.status and record.order != "stop":
             log = b""
             with suppress(OSError):
@@ -479,14 +495,40 @@ class TartDriver:
 
     async def recover(self) -> None:
         await self._calls.end_left(self._stop_seconds)
-        # Files about VMs that another program has deleted.
+        # Files about VMs that another program has deleted. The files are listed before the VMs, since another worker
+        # in this directory writes them after it has made a VM.
+        paths = list(self._directory().iterdir())
         names = {vm.name for vm in await self.list_vms()}
-        for path in self._home.iterdir():
+        for path in paths:
             if path.suffix[1:] in _KINDS and path.stem not in names and not self._is_supervised(path.stem):
                 path.unlink(missing_ok=True)
 
-    def lease(self, soft: float, hard: float) -> None:
-        path = self._directory() / "lease"
+    def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
+        self._lease = (soft, hard)
+        failure: DriverError | None = None
+        for name in names:
+            # A VM whose lease was over once is being ended, and the controller may have started it elsewhere.
+            if supervisor.clock() < self._read_lease(name)[0]:
+                try:
+                    self._write_lease(name, soft, hard)
+                except DriverError as error:
+                    failure = error
+        if failure is not None:
+            raise failure
+
+    def _read_lease(self, name: str) -> tuple[float, float]:
+        """Return the two times of a VM's lease; times that are over for a VM without a lease."""
+        with suppress(OSError, ValueError):
+            return supervisor.read_lease(self._file(name, "lease"))
+        return (-math.inf, -math.inf)
+
+    def _lease_end(self, name: str) -> float:
+        """Return when a VM has to have ended: never for a VM without a lease."""
+        hard = self._read_lease(name)[1]
+        return math.inf if hard == -math.inf else hard
+
+    def _write_lease(self, name: str, soft: float, hard: float) -> None:
+        path = self._file(name, "lease")
         with reporting(f"cannot write {path}"):
             supervisor.write_lease(path, soft, hard)
 
@@ -557,6 +599,32 @@ class TartDriver:
                 raise verb_error(self._program, verb, completed.status, completed.stderr)
             return completed.stdout
         raise DriverError(f"{self._program} {verb} did not end within {seconds:g} seconds")
+
+
+class _Silence:
+    """Notices a supervisor that has stopped showing signs of life: new modification times of its record.
+
+    A supervisor that has shown none since the worker looks is not judged: one of an earlier version shows none.
+    """
+
+    def __init__(self, record: Path) -> None:
+        self._record = record
+        self._beats = 0
+        self._last: int | None = None
+        self._looks = 0
+
+    def is_too_long(self) -> bool:
+        """Look once; to be called every _WATCH_SECONDS. Return whether the silence has lasted for too long.
+
+        Counts looks instead of time, because a machine that was stalled stalls both processes.
+        """
+        with suppress(OSError):
+            beat = self._record.stat().st_mtime_ns
+            if beat != self._last:
+                self._beats += self._last is not None
+                self._last, self._looks = beat, 0
+        self._looks += 1
+        return bool(self._beats) and self._looks * _WATCH_SECONDS >= _SILENCE_SECONDS
 
 
 def _kill_unsupervised(record: supervisor.Record) -> None:

@@ -5,8 +5,12 @@ the controller and the command line. reconciler.py reconciles the VMs, and worke
 other requests (port forwards, IP addresses).
 
 A *session* is the conversation with the controller: registration, heartbeats, the watch over which the controller says
-that something changed, `sync`, and reports. The session ends at the first failure, and the next one begins after a
-pause. The VMs' tasks (`Instance`) run in a nursery around all sessions, so that a failed session does not touch them.
+that something changed, `sync`, and reports. The session ends at the first failure of a request, and the next one begins
+after a pause. The VMs' tasks (`Instance`) run in a nursery around all sessions, so that a failed session does not touch
+them. What fails on the host ends no session: it is told to the controller with the heartbeats.
+
+The session is whole once the watch is open and the VMs on the host are dealt with. The controller assigns VMs only then.
+A worker that ends in order says goodbye, so that it gets no more.
 
 VMs outlive the worker unless it runs with `--stop-vms-on-exit`, and the next worker adopts them. A leased VM does not
 outlive its lease, which heartbeats renew (heartbeat.py).
@@ -24,6 +28,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +36,8 @@ import trio
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
-from orchard.client import Client, ClientError, ConnectError, ResponseError
+from orchard.client import Client, ClientError, ResponseError
+from orchard.cluster import WORKER_STATE
 from orchard.codec import encode
 from orchard.daemon import (
     CommandLine,
@@ -42,8 +48,9 @@ from orchard.daemon import (
     run_main,
     run_until_signal,
 )
-from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
-from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
+from orchard.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FILE, LockError, lock_directory
+from orchard.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
+from orchard.leftovers import RefusedError
 from orchard.nursery import first_exception, unwrap_groups
 from orchard.reconciler import Reconciler
 from orchard.schema import (
@@ -62,6 +69,7 @@ from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
 from orchard.vm import supervisor
 from orchard.vm.driver import Driver, DriverError
 from orchard.vm.synthetic import SyntheticDriver
+from orchard.worker_memory import ClusterMemory, read_instance_id
 from orchard.worker_requests import RequestHandler
 
 # For an answer of the controller. With a heartbeat every 15 s, a controller that vanished is noticed within a minute.
@@ -77,14 +85,11 @@ _EXIT_REFUSED = 2
 _logger = logging.getLogger("orchard.worker")
 
 
-class RefusedError(Exception):
-    """The controller refused this worker's first registration, so that trying again would not help."""
-
-
 class WorkerService:
     """One worker: its sessions with the controller. It closes neither `client` nor `driver`.
 
-    `description` is what the worker registers with; the service adds `last_seen`.
+    `description` is what the worker registers with; the service adds `last_seen` and `capabilities`. `memory` is what an
+    earlier worker in the same directory has kept.
     """
 
     def __init__(
@@ -93,30 +98,37 @@ class WorkerService:
         client: Client,
         driver: Driver,
         *,
+        memory: ClusterMemory | None = None,
         stop_vms_on_exit: bool = False,
         clock: Callable[[], float] = time.time,
         lease_clock: Callable[[], float] = supervisor.clock,
         chance: Callable[[], float] = _random_share,
     ) -> None:
         """`clock` returns seconds since 1970, `lease_clock` seconds of a clock that is never set, `chance` 0 to 1."""
-        self.description = description
+        self.description = replace(description, capabilities=(WORKER_STATE,))
         self._client = client
         self._chance = chance
-        self._last_seen = LastSeenClock(clock)
+        self._memory = memory or ClusterMemory()
         self._lease = Lease(driver, lease_clock)
+        self._heartbeats = Heartbeats(description.name, client, self._lease, clock)
         self._vms = Reconciler(
-            description.name,
+            description,
             client,
             driver,
             self._lease,
+            memory=self._memory,
+            note_trouble=self._heartbeats.health.note,
             stop_vms_on_exit=stop_vms_on_exit,
             clock=clock,
             chance=chance,
         )
-        self._requests = RequestHandler(description.name, client, driver, self._vms.instances, self._lease)
+        self._requests = RequestHandler(client, driver, self._vms, self._lease)
         self._ssh = SyntheticSSH(driver, self._credentials) if isinstance(driver, SyntheticDriver) else None
-        # How often this worker has registered.
-        self._registrations = 0
+        self._failures = FailureLog(description.name, lease_clock)
+        # How often this worker has opened its watch, and whether it has been this worker's name since then.
+        self._sessions = 0
+        self._has_name = False
+        self._has_started = False
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled.
@@ -133,6 +145,9 @@ class WorkerService:
             finally:
                 with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
                     await self._vms.report_stopped()
+                    if self._has_name:
+                        with suppress(ClientError):
+                            await self._client.workers.goodbye(self.description.name)
 
     def _credentials(self, name: str) -> tuple[str, str] | None:
         """Return the user name and the password of a local VM."""
@@ -143,72 +158,78 @@ class WorkerService:
         failures = 0
         extra = {"worker": self.description.name}
         while True:
-            registrations = self._registrations
+            sessions = self._sessions
             refusal: BaseException | None = None
+            permanent = False
             try:
                 await self._run_session(nursery, task_status)
             except* RefusedError as group:
                 # Raised after the handlers, since what `except*` raises is a group again.
                 refusal = first_exception(group)
-            except* (ClientError, DriverError) as group:
-                error = first_exception(group)
-                lost = isinstance(error, ConnectError)
-                message = "cannot reach the controller, retrying" if lost else "the session failed, retrying"
-                _logger.warning(message, extra={**extra, "reason": str(error)})
+            except* ClientError as group:
+                permanent = self._note_failure(first_exception(group))
             except* Exception as group:
                 _logger.exception("the session failed unexpectedly, retrying", extra=extra, exc_info=group)
             if refusal is not None:
                 raise refusal
             await self._client.close_idle()
-            failures = 0 if self._registrations > registrations else failures + 1
-            await trio.sleep(backoff_seconds(failures, self._chance()))
+            failures = 0 if self._sessions > sessions else failures + 1
+            await trio.sleep(backoff_seconds(failures, self._chance(), permanent=permanent))
+
+    def _note_failure(self, error: BaseException) -> bool:
+        """Log why a session has failed. Return whether only an operator can mend that."""
+        assert isinstance(error, ClientError)
+        self._failures.note(error)
+        if isinstance(error, ResponseError) and error.status == 409:
+            # Another worker has this name, and is assigned the same VMs.
+            self._has_name = False
+            self._vms.abandon_incomplete()
+        return is_permanent(error)
 
     async def _run_session(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
         await self._register()
         # All tasks of the session end with the first that fails.
         async with trio.open_nursery() as session:
-            session.start_soon(self._send_heartbeats)
-            if not self._vms.has_adopted:
-                await self._vms.adopt(nursery)
-                task_status.started()
+            # The open watch is what gives this worker its name: of two workers with one name, the second is refused.
+            await session.start(self._follow_watch, nursery)
+            self._sessions += 1
+            self._has_name = True
             _logger.info("registered with the controller", extra={"worker": self.description.name})
-            session.start_soon(self._follow_watch, nursery)
+            session.start_soon(self._heartbeats.run)
+            await self._vms.settle(nursery)
+            self._heartbeats.settle()
+            self._failures.clear()
+            if not self._has_started:
+                self._has_started = True
+                task_status.started()
             session.start_soon(self._vms.send_reports)
             session.start_soon(self._vms.keep_in_sync, nursery)
 
     async def _register(self) -> None:
         """Register. Raises RefusedError if the first registration is refused, and ClientError."""
-        description = replace(self.description, last_seen=self._last_seen.now())
-        sent = self._lease.now()
+        name = self.description.name
         try:
+            info = await self._client.info()
+            # Before anything is reported: the controller may have been restored from an older state.
+            _, revision = await self._client.vms.list_with_revision(worker=name)
+            self._memory.observe(info.cluster_id, revision)
+            highest = self._memory.highest if self._memory.is_restored else 0
+            description = replace(
+                self.description, last_seen=self._heartbeats.last_seen.now(), highest_revision=highest
+            )
+            sent = self._lease.now()
             stored = await self._client.workers.register(encode(description))
         except ResponseError as error:
-            if error.status in (401, 403) and not self._registrations:
+            if error.status in (401, 403) and not self._sessions:
                 raise RefusedError(f"the controller refuses this worker: {error.message}") from error
             raise
-        self._registrations += 1
-        self._last_seen.observe(stored.last_seen)
-        info = await self._client.info()
+        self._heartbeats.begin_session(stored.last_seen)
         self._lease.begin_session(info.worker_offline_timeout / 1000, sent)
 
-    async def _send_heartbeats(self) -> None:
-        name = self.description.name
-        while True:
-            await trio.sleep(self._lease.heartbeat_seconds)
-            # The heartbeat repeats what the controller has stored. If the network delivers it twice, the second one has
-            # no later `last_seen` and counts as an update, which must not undo a pause of the scheduling.
-            stored = await self._client.workers.get(name)
-            self._last_seen.observe(stored.last_seen)
-            last_seen = self._last_seen.now()
-            sent = self._lease.now()
-            answer = await self._client.workers.put(name, encode(replace(stored, last_seen=last_seen)))
-            # Otherwise another client has written a later time, and this request did not count as a heartbeat.
-            if answer.last_seen == last_seen:
-                self._lease.renew(sent)
-
-    async def _follow_watch(self, nursery: trio.Nursery) -> None:
+    async def _follow_watch(self, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None]) -> None:
         """Follow the watch. Requests run in the nursery, since they may outlast the session."""
         async with self._client.rpc_watch(self.description.name) as actions:
+            task_status.started()
             async for action in actions:
                 if "syncVMsAction" in action:
                     self._vms.sync_due.set()
@@ -302,17 +323,18 @@ def _make_driver(options: argparse.Namespace, worker: str) -> Driver:
     if options.runtime == "synthetic":
         return SyntheticDriver(orchard_home() / "synthetic" / options.name / worker)
     program = find_tart(options.tart, options.runtime)
-    vetu = options.runtime == "vetu"
-    return TartDriver(program, orchard_home() / options.runtime, vetu=vetu, own_addresses=options.allow_own_addresses)
+    home, vetu = orchard_home() / options.runtime, options.runtime == "vetu"
+    return TartDriver(program, home, worker=worker, vetu=vetu, own_addresses=options.allow_own_addresses)
 
 
-def _describe_worker(options: argparse.Namespace, name: str, machine: str) -> Worker:
+def _describe_worker(options: argparse.Namespace, name: str, machine: str, instance: str) -> Worker:
     runtime: Runtime = "vetu" if options.runtime == "vetu" else "tart"
     return Worker(
         name=name,
         arch="arm64" if options.runtime == "synthetic" else host_architecture(),
         runtime=runtime,
         machine_id=machine,
+        instance_id=instance,
         resources={**host_resources(runtime), **options.resources},
         labels=options.labels,
         default_cpu=options.default_cpu,
@@ -321,26 +343,35 @@ def _describe_worker(options: argparse.Namespace, name: str, machine: str) -> Wo
 
 
 async def _work(options: argparse.Namespace, client: Client) -> None:
-    """Run the workers of a command line until a signal to stop. Raises LockError, RefusedError, DriverError."""
+    """Run the workers of a command line until a signal to stop.
+
+    Raises LockError, RefusedError, DriverError, OSError.
+    """
     name, synthetic = options.name, options.runtime == "synthetic"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
     drivers = {each: _make_driver(options, each) for each in names}
     # The VMs of a synthetic driver are known to this process alone.
     stop_vms = synthetic or options.stop_vms_on_exit
+    directory = orchard_home() / "synthetic" / name if synthetic else orchard_home()
 
     async def run_all() -> None:
-        machine = await machine_id()
+        machine, instance = await machine_id(), read_instance_id(directory)
         if not synthetic and platform.system() == "Darwin" and (warning := check_dhcp_lease()):
             _logger.warning(warning)
+        # The VMs of a synthetic worker end with it, so the next one need not know what it was shown.
+        kept = None if synthetic else directory / WORKER_MEMORY_FILE.format(name=name)
         async with client, trio.open_nursery() as nursery:
             for each, driver in drivers.items():
-                description = _describe_worker(options, each, machine)
-                service = WorkerService(description, client, driver, stop_vms_on_exit=stop_vms)
+                description = _describe_worker(options, each, machine, instance)
+                memory = ClusterMemory(kept)
+                service = WorkerService(description, client, driver, memory=memory, stop_vms_on_exit=stop_vms)
                 nursery.start_soon(service.run)
 
-    # Of two workers on the same VMs, each would delete those of the other.
-    directory = orchard_home() / "synthetic" / name if synthetic else orchard_home()
-    with lock_directory(directory, WORKER_LOCK_FILE):
+    # Workers of several names may share a directory. `orchard demo` has it for itself.
+    with (
+        lock_directory(directory, WORKERS_LOCK_FILE, shared=True),
+        lock_directory(directory, WORKER_LOCK_FILE.format(name=name)),
+    ):
         await run_until_signal(run_all)
 
 

@@ -33,6 +33,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "worker",
             "reconciler",
             "heartbeat",
+            "leftovers",
+            "worker_memory",
             "worker_requests",
             "api",
             "parameters",

@@ -6,7 +6,7 @@ import datetime
 import itertools
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ from harness.inprocess import InProcessCluster
 from harness.processes import GENEROUS, eventually
 from trio_websocket import WebSocketConnection
 
-from orchard import controller, heartbeat, reconciler, worker_requests
+from orchard import controller, heartbeat, leftovers, worker_requests
 from orchard.client import Client, ResponseError
 from orchard.codec import dump_json
 from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
+from orchard.leftovers import RefusedError
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
 from orchard.reconciler import SYNC_ACTIONS, VM_LOST
@@ -33,7 +34,7 @@ from orchard.vm import supervisor
 from orchard.vm.driver import DriverError, Hardware, RunOptions
 from orchard.vm.instance import SHUT_DOWN, STOPPED, Note
 from orchard.vm.synthetic import SyntheticDriver
-from orchard.worker import RefusedError, WorkerService
+from orchard.worker import WorkerService
 
 
 @pytest.fixture
@@ -281,11 +282,15 @@ async def test_only_unassigned_vms_with_our_prefix_are_deleted_at_the_start(clus
     for name in ("orchard-old-uid-0", "mine", "not-orchard-x"):
         await driver.clone("image", name, lambda _: None)
     async with cluster.working():
-        assert sorted(await cluster.local_vms()) == ["mine", "not-orchard-x"]
+        await eventually(partial(left, cluster, ["mine", "not-orchard-x"]))
+
+
+async def left(cluster: InProcessCluster, names: list[str]) -> bool:
+    return sorted(await cluster.local_vms()) == names
 
 
 async def test_removal_of_a_leftover_vm_is_retried(cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reconciler, "_REMOVE_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(leftovers, "_LAST_REMOVE_SECONDS", 0.01)
     driver, failures = cluster.driver(), iter(range(3))
     await driver.clone("image", "orchard-old-uid-0", lambda _: None)
     delete = driver.delete
@@ -303,7 +308,7 @@ async def test_removal_of_a_leftover_vm_is_retried(cluster: InProcessCluster, mo
 async def test_running_leftover_vm_keeps_its_slot_until_it_has_ended(
     cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reconciler, "_REMOVE_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(leftovers, "_LAST_REMOVE_SECONDS", 0.01)
     driver, old = cluster.driver(), "orchard-old-uid-0"
     await driver.clone("image", old, lambda _: None)
     await nursery.start(driver.run, old, RunOptions())
@@ -466,22 +471,23 @@ async def test_lease_is_not_renewed_while_a_vm_runs_that_the_controller_has_give
         await allowed.wait()
         await stop(name)
 
-    def noted(soft: float, hard: float) -> None:
-        renewed.append(allowed.is_set())
-        lease(soft, hard)
+    def noted(soft: float, hard: float, names: Collection[str]) -> None:
+        renewed.append(vm.tart_name in names)
+        lease(soft, hard, names)
 
     monkeypatch.setattr(driver, "stop", slow)
     async with cluster.working(stop_vms=False):
         await cluster.client.vms.create(name="vm", image="any", restart_policy="OnFailure")
-        await cluster.client.vms.wait("vm")
-        await cluster.client.workers.delete("mac")
-        await eventually(partial(registered, cluster))
+        vm = await cluster.client.vms.wait("vm")
         monkeypatch.setattr(driver, "lease", noted)
-        await wait_last_seen_later(cluster, 80)
-        allowed.set()
         await eventually(lambda: bool(renewed))
-        assert all(renewed)
-        assert "running" not in {vm.state for vm in await driver.list_vms()}
+        assert all(renewed), "the lease of a VM that the controller wants is renewed"
+        await cluster.client.workers.delete("mac")
+        renewed.clear()
+        await eventually(partial(registered, cluster))
+        await eventually(lambda: len(renewed) > 3)
+        assert not any(renewed)
+        allowed.set()
         await cluster.client.vms.delete("vm")
 
 
@@ -491,35 +497,35 @@ def test_lease_is_not_longer_when_the_worker_is_stalled_while_renewing_it(
     # The worker is stalled for 100 s between any two readings of the clock.
     monkeypatch.setattr(supervisor, "clock", partial(next, itertools.count(1000.0, 100.0)))
     lease = Lease(TartDriver("/none", tmp_path), supervisor.clock)
+    supervisor.write_lease(tmp_path / "vm.lease", *supervisor.NEVER)
     lease.begin_session(180.0, lease.now())
-    lease.set_given_up([])
-    lease.renew()
-    assert list(supervisor.read_lease(tmp_path / "lease")) == pytest.approx([1000.0 + 135.0, 1000.0 + 171.0])
+    lease.set_wanted({"vm"})
+    assert list(supervisor.read_lease(tmp_path / "vm.lease")) == pytest.approx([1000.0 + 135.0, 1000.0 + 171.0])
 
 
-def test_lease_is_renewed_only_when_it_is_known_that_all_given_up_vms_have_ended() -> None:
-    leases: list[tuple[float, float]] = []
+def test_leases_are_renewed_of_wanted_vms_once_it_is_known_which_these_are() -> None:
+    leases: list[tuple[float, float, Collection[str]]] = []
 
     class Recorder(SyntheticDriver):
-        def lease(self, soft: float, hard: float) -> None:
-            leases.append((soft, hard))
+        def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
+            leases.append((soft, hard, names))
 
     lease = Lease(Recorder(Path("/none")), lambda: 0.0)
     lease.renew(10.0)
     assert leases == []
-    ended = trio.Event()
-    lease.set_given_up([ended])
+    lease.set_wanted({"a", "b"})
+    assert leases == [(10.0 + 135.0, 10.0 + 171.0, {"a", "b"})], (
+        "counted from the last answered heartbeat, 180 s by default"
+    )
+    lease.set_wanted({"b"})
     lease.renew(20.0)
-    assert leases == []
-    ended.set()
     lease.renew(15.0)
-    assert leases == [(20.0 + 135.0, 20.0 + 171.0)], "counted from the last answered heartbeat, 180 s by default"
+    assert leases[1:] == [(20.0 + 135.0, 20.0 + 171.0, {"b"})] * 2
     lease.begin_session(40.0, 30.0)
     lease.renew(31.0)
-    assert len(leases) == 1, "a new session does not know yet what the controller has given up"
-    lease.set_given_up([])
-    lease.renew()
-    assert leases[1:] == [(31.0 + 30.0, 31.0 + 38.0)]
+    assert len(leases) == 3, "a new session does not know yet what the controller has given up"
+    lease.set_wanted({"b"})
+    assert leases[3:] == [(31.0 + 30.0, 31.0 + 38.0, {"b"})]
 
 
 async def runs_alone(cluster: InProcessCluster, name: str) -> bool:
@@ -570,7 +576,7 @@ async def test_each_broken_session_is_followed_by_a_random_pause(
 
 
 def has_registered(mac: WorkerService, times: int) -> bool:
-    return mac._registrations == times
+    return mac._sessions == times
 
 
 def test_thousand_workers_reconnect_within_two_seconds_and_spread_out() -> None:
@@ -602,7 +608,7 @@ async def test_name_of_another_machine_is_refused_until_it_is_free(cluster: InPr
         assert refused.value.status == 409
         nursery.start_soon(mac.run)
         await cluster.client.workers.delete("mac")
-        await eventually(lambda: mac._vms.has_adopted)
+        await eventually(mac._vms.adopted.is_set)
         nursery.cancel_scope.cancel()
 
 
@@ -628,7 +634,13 @@ class Impostor:
         self.received: list[tuple[str, str | None]] = []
 
     async def handle(self, request: Request, _: Sender) -> AnyResponse:
-        answers: dict[str, object] = {"/v1/workers": {"name": "mac"}, "/v1/controller/info": {}, "/v1/vms": []}
+        mac = {"name": "mac"}
+        answers: dict[str, object] = {
+            "/v1/workers": mac,
+            "/v1/workers/mac": mac,
+            "/v1/controller/info": {},
+            "/v1/vms": [],
+        }
         if request.path in answers:
             return Response(200, dump_json(answers[request.path]))
         if request.path == "/v1/rpc/watch":

@@ -22,7 +22,7 @@ from orchard import __version__
 from orchard.client import Client, ClientError
 from orchard.controller import StartError
 from orchard.daemon import orchard_home, run_main, run_until_signal
-from orchard.files import WORKER_LOCK_FILE, LockError, lock_directory
+from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory
 from orchard.schema import VM
 from orchard.tart import TartDriver
 from orchard.testing import Cluster, cluster
@@ -77,7 +77,7 @@ def _choose_driver(options: argparse.Namespace) -> Iterator[_VMs]:
         return
     if options.verb == "dev" and options.workers > 1:
         raise LockError(f"--workers is {options.workers}, expected 1: only with --synthetic can one host have more")
-    with lock_directory(orchard_home(), WORKER_LOCK_FILE):
+    with lock_directory(orchard_home(), WORKERS_LOCK_FILE):
         yield _VMs(lambda _: TartDriver(tart, orchard_home() / "tart"), f"with VMs by {tart}")
 
 

@@ -5,12 +5,12 @@ module performs no I/O.
 
 Every verb can be cancelled at any time. A program that the verb started is ended and reaped before the cancellation
 goes on. Running VMs are the exception: they outlive the worker that started them, and the next worker adopts them with
-`attach`. A running VM ends only by itself, by `stop`, by `suspend`, or when its lease expires.
+`attach`. A running VM ends only by itself, by `stop`, by `suspend`, when its lease expires, or when nothing supervises it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -19,6 +19,8 @@ import trio
 LEASE_OVER = "ended by its host, which was cut off from the controller for so long that the VM might run elsewhere"
 
 LocalState = Literal["running", "suspended", "stopped"]
+# What a worker can fail at, as its heartbeats name it.
+Trouble = Literal["list", "pull", "clone", "start", "stop", "delete", "supervisor", "unknown-vms", "hostDirs"]
 # Called with a percentage from 0 to 100 whenever it has changed.
 Progress = Callable[[int], None]
 OnLine = Callable[[str], Awaitable[None]]
@@ -34,6 +36,10 @@ class NoSuchVM(DriverError):  # noqa: N818
 
 class NotRunning(DriverError):  # noqa: N818
     """The VM is neither running nor suspended."""
+
+
+class SupervisorLost(DriverError):  # noqa: N818
+    """The supervisor of a VM was killed or does not answer, and the VM has been ended."""
 
 
 class ScriptFailed(DriverError):  # noqa: N818
@@ -74,7 +80,7 @@ class SharedDir:
 class RunOptions:
     """The options of one run of a VM. `bridged` names a network interface of the host, or is "".
 
-    `audio`, `clipboard`: the guest shares the host's. `leased`: the VM ends when the host's lease expires.
+    `audio`, `clipboard`: the guest shares the host's. `leased`: the VM ends when its lease expires.
     """
 
     headless: bool = False
@@ -165,11 +171,15 @@ class Driver(Protocol):
     async def recover(self) -> None:
         """Clean up at the worker's start: end the calls, other than running VMs, that a killed worker left behind."""
 
-    def lease(self, soft: float, hard: float) -> None:
-        """Renew the lease of this host: VMs run with `leased` may run until then, and are ended even without a worker.
+    def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
+        """Renew leases: VMs run with `leased` may run until then, and are ended even without a worker.
+
+        Applies to the VMs called `names` whose leases have not expired, and to those that are run from now on. Every
+        other VM keeps the lease that it has.
 
         Both times are absolute, in seconds of `supervisor.clock()`, so that a delay of the worker does not extend them.
-        At `soft` the VMs are asked to shut down, at `hard` they are killed. Every call replaces the lease before.
+        At `soft` a VM is asked to shut down, at `hard` it is killed. A VM whose supervisor does not end it then is
+        killed by `run` and `attach`, as is one whose supervisor shows no sign of life.
         """
 
     def note(self, name: str, text: str) -> None:

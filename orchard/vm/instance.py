@@ -18,17 +18,18 @@ next worker can adopt the VM, even if this worker was killed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import trio
 
-from orchard.nursery import Wakeup, first_exception
+from orchard.nursery import Wakeup, first_exception, growing_pause
 from orchard.schema import VM, Event, Status
 from orchard.vm.driver import (
     Driver,
@@ -40,13 +41,16 @@ from orchard.vm.driver import (
     NotRunning,
     RunOptions,
     Script,
+    ScriptFailed,
     SharedDir,
+    SupervisorLost,
+    Trouble,
 )
 
 # For stopping and deleting a VM when the worker ends.
 REMOVE_SECONDS = 60.0  # seconds
-# Between attempts to stop or delete a VM.
-RETRY_SECONDS = 5.0  # seconds
+# Between attempts to stop or delete a VM: the first and the longest pause.
+RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0  # seconds
 # Lines of script output that may wait for delivery. When the queue is full, the script waits.
 QUEUED_LINES = 256
 # Output in one request: far below the request limit, however JSON escapes it.
@@ -209,7 +213,8 @@ class InstanceHost:
     """What all instances of one worker share.
 
     `changed` is called when an instance has something new to report, and `ended` when its task has ended. `send_events`
-    delivers the output of scripts.
+    delivers the output of scripts. `note_trouble` is called with what has failed, the VM's local name or "", and a
+    message, which is "" when it has succeeded.
     `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends.
     """
 
@@ -217,6 +222,7 @@ class InstanceHost:
     changed: Callable[[], None]
     ended: Callable[[Instance], None]
     send_events: SendEvents
+    note_trouble: Callable[[Trouble, str, str], None]
     clock: Callable[[], float]
     outlives: bool = True
 
@@ -296,14 +302,20 @@ class Instance:
 
     # -- the task
 
-    async def tend(self, slots_free: trio.Event | None = None) -> None:
-        """Create the VM once `slots_free` is set, or adopt it, and keep it as specified until it is removed."""
+    async def tend(self, slots_free: trio.Event | None = None, waiting_for: str = "") -> None:
+        """Create the VM once `slots_free` is set, or adopt it, and keep it as specified until it is removed.
+
+        `waiting_for` says what `slots_free` waits for.
+        """
         try:
             try:
                 with self._scope:
                     # The VM may have been told to end before its task began.
                     await trio.lowlevel.checkpoint()
-                    await self._live(slots_free)
+                    if slots_free is not None and not slots_free.is_set():
+                        self._show(progress=waiting_for)
+                        await slots_free.wait()
+                    await self._live()
             except* DriverError as group:
                 self.fail(str(first_exception(group)))
             except* Exception as group:
@@ -313,8 +325,10 @@ class Instance:
             self.ended.set()
             while not self._unwanted:
                 await self._news.wait()
-            while not await self._delete():  # noqa: ASYNC110
-                await trio.sleep(RETRY_SECONDS)
+            for failures in itertools.count(1):
+                if await self._delete():
+                    break
+                await trio.sleep(growing_pause(failures, RETRY_SECONDS, LAST_RETRY_SECONDS))
         finally:
             if not self._stays():
                 # Shielded, because the worker's end cancels the task. The deadline keeps the worker's end bounded.
@@ -337,11 +351,9 @@ class Instance:
         rests = self.state.phase in ("stopped", "resting") and self.vm.spec.power_state != "running"
         return rests and self.state.status == "running"
 
-    async def _live(self, slots_free: trio.Event | None) -> None:
+    async def _live(self) -> None:
         """Keep the VM as its specification says, generation by generation. Raises DriverError when the VM fails."""
         if self.state.phase == "waiting":
-            if slots_free is not None:
-                await slots_free.wait()
             await self._create(self.vm)
         elif self.state.phase == "adopting":
             await self._adopt()
@@ -368,11 +380,13 @@ class Instance:
 
         self._show("create", progress="pulling image" if pulls else "cloning image")
         if pulls:
-            await driver.pull(spec.image, show_progress)
+            with self._noting("pull"):
+                await driver.pull(spec.image, show_progress)
             self._show(progress="cloning image")
-        # Only a local VM can be suspended, and only an image has a slash in its name.
-        sources = [] if "/" in spec.image else await driver.list_vms()
-        await driver.clone(spec.image, self.name, show_progress)
+        with self._noting("clone"):
+            # Only a local VM can be suspended, and only an image has a slash in its name.
+            sources = [] if "/" in spec.image else await driver.list_vms()
+            await driver.clone(spec.image, self.name, show_progress)
 
         async def look_up_fqn() -> None:
             image_fqn = await driver.fqn(spec.image)
@@ -415,7 +429,8 @@ class Instance:
         """
         # The guest's task ends last, and with it everything that uses the guest.
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._stay_with_guest, stay)
+            with self._noting("start"):
+                await nursery.start(self._stay_with_guest, stay)
             # A guest may end at once, before its start is seen here.
             if self.state.has_guest:
                 self._show("up", progress="", observed=self._note.generation)
@@ -443,7 +458,9 @@ class Instance:
         except NotRunning:
             # The driver does not know the guest, which may run nevertheless.
             raise
-        except DriverError:
+        except DriverError as error:
+            if isinstance(error, SupervisorLost):
+                self._host.note_trouble("supervisor", "", f"{self.vm.name}: {error}")
             self.state = self.state.after("down")
             raise
         self.state = self.state.after("down")
@@ -451,7 +468,9 @@ class Instance:
 
     async def _end(self) -> None:
         """Stop the guest, take the step "over", and report a failure."""
-        while self.state.has_guest:
+        for failures in itertools.count(1):
+            if not self.state.has_guest:
+                break
             try:
                 await self._host.driver.stop(self.name)
                 break
@@ -459,7 +478,9 @@ class Instance:
                 break
             except DriverError as error:
                 _logger.error("cannot stop a VM, retrying", extra={"vm": self.name, "reason": str(error)})
-                await trio.sleep(RETRY_SECONDS)
+                self._host.note_trouble("stop", self.name, str(error))
+                await trio.sleep(growing_pause(failures, RETRY_SECONDS, LAST_RETRY_SECONDS))
+        self._host.note_trouble("stop", self.name, "")
         self.state = self.state.after("over")
         if self.state.reason is not None:
             self._host.changed()
@@ -480,9 +501,23 @@ class Instance:
             pass
         except DriverError as error:
             _logger.error("cannot delete a VM, retrying", extra={"vm": self.name, "reason": str(error)})
+            self._host.note_trouble("delete", self.name, str(error))
             return False
+        self._host.note_trouble("delete", self.name, "")
         self.state = self.state.after("deleted")
         return True
+
+    @contextmanager
+    def _noting(self, kind: Trouble) -> Iterator[None]:
+        """Note whether what the block does fails on this host."""
+        try:
+            yield
+        except DriverError as error:
+            # A VM that was to be adopted and has ended meanwhile.
+            if not isinstance(error, NotRunning):
+                self._host.note_trouble(kind, "", f"{self.vm.name}: {error}")
+            raise
+        self._host.note_trouble(kind, "", "")
 
     def _write(self, note: Note) -> None:
         self._host.driver.note(self.name, str(note))
@@ -517,6 +552,9 @@ class Instance:
                 except DriverError as error:
                     # Raised after the nursery, so that all output is delivered before the VM fails.
                     failure = error
+        code = failure.exit_code if isinstance(failure, ScriptFailed) else 0
+        if failure is None or isinstance(failure, ScriptFailed):
+            _logger.info("script ended", extra={"vm": vm.name, "code": code})
         if failure is not None:
             raise failure
         self._write(replace(self._note, script="done"))

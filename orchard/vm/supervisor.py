@@ -6,7 +6,7 @@ files:
 
     record   the process numbers of supervisor and VM, and at the end the exit status; locked while the supervisor lives
     log      the output of `tart run`
-    lease    until when leased VMs may run; one file for all VMs of the host, which the worker renews
+    lease    until when a leased VM may run; each VM has its own, which the worker renews
 
 The lock on the record tells others that the VM runs. Unlike a process number, it cannot belong to another process, and
 it ends with the process in every case. (A checker takes the same lock for a moment, so the supervisor retries.) The
@@ -14,6 +14,9 @@ record has its full size from the start, so that a full disk cannot keep the exi
 
 SIGTERM asks the supervisor to end the VM: it sends SIGINT to `tart run`, as `tart stop` does, and later SIGKILL to the
 VM's process group.
+
+The supervisor sets the modification time of the record every BEAT_SECONDS, so that the worker can tell a supervisor that
+was stopped (SIGSTOP) from one that works.
 
 The supervisor ends a leased VM in the same way when the lease expires. So no leased VM runs on a host that is cut off
 from its controller, even if the worker there has crashed or hangs, and the controller can start the VM elsewhere. Lease
@@ -46,14 +49,15 @@ if TYPE_CHECKING:
     # What made the supervisor end the VM, or "".
     Order = Literal["", "stop", "lease"]
 
-# Between two looks at the lease. At expiry it is read once more, so a late renewal counts.
-_LEASE_SECONDS = 1.0  # seconds
+# Between two signs of life, and two looks at the lease. At expiry it is read once more, so a late renewal counts.
+BEAT_SECONDS = 1.0  # seconds
 # A longer log is truncated to nothing.
 LOG_BYTES = 1024 * 1024  # bytes
 # The longest message of a failed start.
 _MESSAGE_BYTES = 4096  # bytes
 # Three numbers and a word.
 RECORD_BYTES = 64  # bytes
+_WRITABLE_BY_OTHERS = 0o022
 # A checker holds the lock for microseconds.
 _LOCK_TRIES = 500
 _LOCK_PAUSE = 0.01  # seconds
@@ -104,22 +108,33 @@ def clock() -> float:
 
 
 def read_record(path: Path) -> Record:
-    """Read a record; an empty one if the file is missing or incomplete. Raises OSError."""
+    """Read a record. Return an empty one if the file is missing or incomplete. Raises OSError.
+
+    Signals are sent to the numbers in a record. So a record that another user could have written counts as empty, and
+    so does one whose numbers are no process that a supervisor can have or start.
+    """
     with suppress(FileNotFoundError, ValueError):
-        with open(path, encoding="ascii") as file:
-            words = file.read().split()
-        match words:
-            case [supervisor, child]:
-                return Record(int(supervisor), int(child))
-            case [supervisor, child, status]:
-                return Record(int(supervisor), int(child), int(status))
-            case [supervisor, child, status, "stop" | "lease" as order]:
-                return Record(int(supervisor), int(child), int(status), order)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, encoding="ascii") as file:
+            about = os.fstat(descriptor)
+            if about.st_uid != os.geteuid() or about.st_mode & _WRITABLE_BY_OTHERS:
+                return Record()
+            words = file.read(2 * RECORD_BYTES).split()
+        supervisor, child, *rest = words
+        # 0 and negative numbers would mean whole process groups, and 1 is the system's first process.
+        if int(supervisor) > 1 and int(child) > 1:
+            match rest:
+                case []:
+                    return Record(int(supervisor), int(child))
+                case [status]:
+                    return Record(int(supervisor), int(child), int(status))
+                case [status, "stop" | "lease" as order]:
+                    return Record(int(supervisor), int(child), int(status), order)
     return Record()
 
 
 def write_lease(path: Path, soft: float, hard: float) -> None:
-    """Let the leased VMs of a host run until `soft`, when they are asked to end, and `hard`, when they are killed.
+    """Let a VM run until `soft`, when it is asked to end, and `hard`, when it is killed.
 
     Both are times of `clock()`. Raises OSError.
     """
@@ -214,7 +229,7 @@ def _supervise(record: int, log: int, lease: _Lease, patience: float, command: S
         os._exit(1)
     os.write(answer, _UP)
     os.close(answer)
-    status, order = _watch(child, lease, patience, wake)
+    status, order = _watch(child, lease, patience, wake, record)
     os.write(record, f"{status} {order}\n".encode())
     os._exit(0)
 
@@ -241,7 +256,7 @@ def _handle_signals() -> int:
     return wake
 
 
-def _watch(child: int, lease: _Lease, patience: float, wake: int) -> tuple[int, Order]:
+def _watch(child: int, lease: _Lease, patience: float, wake: int, record: int) -> tuple[int, Order]:
     """Wait until the child has ended, and end it when that is due. Return its status, and why it was ended."""
     order: Order = ""
     kill_at = math.inf
@@ -261,9 +276,11 @@ def _watch(child: int, lease: _Lease, patience: float, wake: int) -> tuple[int, 
             # macOS says "not permitted" when only zombies are left in the group.
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child, signal.SIGKILL)
+        with suppress(OSError):
+            os.utime(record)
         if os.fstat(1).st_size > LOG_BYTES:
             os.ftruncate(1, 0)
-        next_at = min(at for at in (now + _LEASE_SECONDS, soft, hard, kill_at) if at > now)
+        next_at = min(at for at in (now + BEAT_SECONDS, soft, hard, kill_at) if at > now)
         select.select([wake], [], [], next_at - now)
         with suppress(BlockingIOError):
             os.read(wake, 1024)

@@ -29,7 +29,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -71,12 +71,12 @@ _SSH_PORT = 22
 class _Guest:
     """A running VM, and the shells that were started in it.
 
-    `ending` is set when the VM begins to end, `ended` when nothing of it runs, `changed` at its end and when the lease
-    is renewed.
+    `lease` is the time on trio's clock at which its lease expires. `ending` is set when the VM begins to end, `ended`
+    when nothing of it runs, `changed` at its end and when the lease is renewed.
     """
 
-    def __init__(self, *, leased: bool) -> None:
-        self.leased = leased
+    def __init__(self, lease: float) -> None:
+        self.lease = lease
         # Whether programs were started by `enter`, which only their environment shows.
         self.entered = False
         self.ending = trio.Event()
@@ -94,7 +94,7 @@ class SyntheticDriver(Driver):
         self._boot_seconds = boot_seconds
         self._pull_seconds = pull_seconds
         self._guests: dict[str, _Guest] = {}
-        # Until when leased VMs may run, in trio's time.
+        # Until when the leased VMs that will be run may run, on trio's clock.
         self._lease = math.inf
         # Returns the port of an SSH server for a VM; None where there is none.
         self.ssh_port: Callable[[str], Awaitable[int]] | None = None
@@ -171,7 +171,7 @@ class SyntheticDriver(Driver):
             _write(self._directory(name), {**about, "state": "stopped"})
         if (self._directory(name) / "scripted").exists():
             await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
-        guest = self._guests[name] = _Guest(leased=options.leased)
+        guest = self._guests[name] = _Guest(self._lease if options.leased else math.inf)
         with trio.move_on_after(self._boot_seconds if about["state"] == "stopped" else 0):
             await guest.ending.wait()
         task_status.started()
@@ -192,9 +192,9 @@ class SyntheticDriver(Driver):
     async def _wait_ended(self, name: str, guest: _Guest) -> None:
         """Wait until a guest has ended; end it when the lease expires, and raise DriverError."""
         while not guest.ended.is_set():
-            with trio.move_on_at(self._lease if guest.leased else math.inf):
+            with trio.move_on_at(guest.lease):
                 await guest.changed.wait()
-            if guest.leased and trio.current_time() >= self._lease and not guest.ended.is_set():
+            if trio.current_time() >= guest.lease and not guest.ended.is_set():
                 await self._end(name, guest)
                 raise DriverError(LEASE_OVER)
 
@@ -304,11 +304,14 @@ class SyntheticDriver(Driver):
                 await trio.to_thread.run_sync(_remove, left)
         await trio.lowlevel.checkpoint()
 
-    def lease(self, soft: float, hard: float) -> None:
+    def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
         now = trio.current_time()
         self._lease = now + soft - supervisor.clock()
-        for guest in self._guests.values():
-            guest.changed.set()
+        for guest in [self._guests[name] for name in names if name in self._guests]:
+            # A lease that is over once is not renewed: the guest is being ended. A guest without one has none to renew.
+            if now < guest.lease < math.inf:
+                guest.lease = self._lease
+                guest.changed.set()
 
     def note(self, name: str, text: str) -> None:
         path = self._directory(name) / "note"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, Protocol
 
 import trio
@@ -34,7 +34,7 @@ from orchard.vm.driver import (
     Script,
     ScriptFailed,
 )
-from orchard.vm.supervisor import EXPIRED
+from orchard.vm.supervisor import EXPIRED, NEVER
 
 # A guest that does not shut down in this time is killed.
 SHUT_DOWN_LIMIT = 30.0  # seconds
@@ -60,9 +60,10 @@ class Witness(Protocol):
 class Guest:
     """A running VM."""
 
-    def __init__(self, name: str, *, leased: bool) -> None:
+    def __init__(self, name: str, lease: tuple[float, float]) -> None:
         self.name = name
-        self.leased = leased
+        # When it is shut down, and killed.
+        self.lease = lease
         self.order: Order = ""
         self.ended = trio.Event()
         self.changed = trio.lowlevel.ParkingLot()
@@ -114,14 +115,16 @@ class Machine:
         self._witness = witness
         self._keeps_leases = keeps_leases
         self._stretch = stretch
-        # When leased VMs are shut down, and killed.
+        # The lease of leased VMs that will be run.
         self._lease = (-math.inf, -math.inf)
 
-    def lease(self, soft: float, hard: float) -> None:
+    def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
         now = trio.current_time()
         self._lease = (now + (soft - now) * self._stretch, now + (hard - now) * self._stretch)
-        for guest in self.guests.values():
-            guest.changed.unpark_all()
+        for name, guest in self.guests.items():
+            if name in names and now < guest.lease[0] < math.inf:
+                guest.lease = self._lease
+                guest.changed.unpark_all()
 
     def begin(self, seconds: tuple[float, float], work: Callable[[], Any], *, lasts: bool = False) -> Call:
         """Carry out a call after a random time."""
@@ -153,7 +156,7 @@ class Machine:
             raise NoSuchVM(f'the specified VM "{name}" does not exist')
         if leased and self._keeps_leases and trio.current_time() >= self._lease[0]:
             raise DriverError(EXPIRED)
-        guest = self.guests[name] = Guest(name, leased=leased and self._keeps_leases)
+        guest = self.guests[name] = Guest(name, self._lease if leased and self._keeps_leases else NEVER)
         self._witness.began(self, name)
         self._nursery.start_soon(self._supervise, guest)
         return guest
@@ -161,7 +164,7 @@ class Machine:
     async def _supervise(self, guest: Guest) -> None:
         """Wait until a guest is ordered to end or its lease expires, and end it."""
         while not guest.order:
-            soft = self._lease[0] if guest.leased else math.inf
+            soft = guest.lease[0]
             if trio.current_time() >= soft:
                 guest.end("lease")
             else:
@@ -171,7 +174,7 @@ class Machine:
         seconds = self.chance.uniform(*(SUSPEND if guest.order == "suspend" else SHUT_DOWN))
         over = begun + min(seconds, SHUT_DOWN_LIMIT)
         while not guest.ended.is_set():
-            end = min(over, self._lease[1]) if guest.leased else over
+            end = min(over, guest.lease[1])
             if trio.current_time() >= end:
                 self._end(guest)
             else:
@@ -355,9 +358,9 @@ class Handle(Driver):
                 call.scope.cancel()
         await self._check_process()
 
-    def lease(self, soft: float, hard: float) -> None:
+    def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
         if self._process.alive:
-            self._machine.lease(soft, hard)
+            self._machine.lease(soft, hard, names)
 
     def note(self, name: str, text: str) -> None:
         if self._process.alive:

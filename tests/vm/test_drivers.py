@@ -95,7 +95,7 @@ class Bench:
     def lend(self, soft: float, hard: float) -> float:
         """Set the lease to end in so many seconds; return the absolute time of its soft end."""
         now = supervisor.clock()
-        self.driver.lease(now + soft, now + hard)
+        self.driver.lease(now + soft, now + hard, [NAME])
         return now + soft
 
 

@@ -78,6 +78,8 @@ class Host:
         self.driver = driver or SyntheticDriver(home, **options)
         self.reports: list[dict[str, Any]] = []
         self.lines: list[str] = []
+        # What has failed and not succeeded since: (kind, VM or "") -> message.
+        self.troubles: dict[tuple[str, str], str] = {}
         self.hold_delivery: trio.Event | None = None
         self.runs = trio.Event()
 
@@ -85,9 +87,16 @@ class Host:
         def changed() -> None:
             self.record_report(instance)
 
-        host = InstanceHost(self.driver, changed, lambda _: None, self.send, lambda: 1_700_000_000.5, outlives)
+        host = InstanceHost(
+            self.driver, changed, lambda _: None, self.send, self.note_trouble, lambda: 1_700_000_000.5, outlives
+        )
         instance = Instance(vm, host, found=found)
         return instance
+
+    def note_trouble(self, kind: str, vm: str, message: str) -> None:
+        self.troubles.pop((kind, vm), None)
+        if message:
+            self.troubles[kind, vm] = message
 
     def record_report(self, instance: Instance) -> None:
         self.reports.append(instance.report())
