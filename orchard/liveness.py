@@ -99,6 +99,8 @@ class Liveness:
 
     def record_registration(self, worker: str, source: Source, *, tells_settled: bool = False) -> None:
         """Record that a worker registers: a session begins, which is not whole yet."""
+        # Any client may have written a time so late that no heartbeat could be later.
+        self._last_seen.pop(worker, None)
         now, before = self._clock(), self._sessions.get(worker)
         session = _Session(tells_settled, watched_until=now)
         if before is not None:

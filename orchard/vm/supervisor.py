@@ -111,7 +111,7 @@ def read_record(path: Path) -> Record:
     """Read a record. Return an empty one if the file is missing or incomplete. Raises OSError.
 
     Signals are sent to the numbers in a record. So a record that another user could have written counts as empty, and
-    so does one whose numbers are no process that a supervisor can have or start.
+    so does one whose numbers cannot be those of a supervisor and its child.
     """
     with suppress(FileNotFoundError, ValueError):
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

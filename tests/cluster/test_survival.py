@@ -280,7 +280,8 @@ async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_
             for name in names:
                 await c.create_running(name, labels={name: "1"}, restart_policy="OnFailure")
             await freeze(unleashed_worker)
-            supervisor.write_lease(hosts["unleashed"].home / "tart" / "lease", *supervisor.NEVER)
+            vm = await c.client.vms.get("unleashed")
+            supervisor.write_lease(hosts["unleashed"].home / "tart" / f"{vm.tart_name}.lease", *supervisor.NEVER)
             killed_worker.stop(signal.SIGKILL)
             await freeze(frozen_worker)
             with c.host.worker("--labels", "frozen=1,killed=1,unleashed=1"):

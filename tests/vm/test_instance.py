@@ -130,7 +130,7 @@ async def tended(host: Host, vm: VM, slots_free: trio.Event | None = None) -> As
     """Create a VM at the beginning of the block and remove it at its end."""
     instance = host.instance(vm)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.tend, slots_free)
+        nursery.start_soon(instance.tend, slots_free, "waiting for orchard-old to end")
         yield instance
         instance.remove()
 
@@ -328,7 +328,8 @@ async def test_creation_waits_for_the_end_of_other_vms(host: Host) -> None:
     ended = trio.Event()
     async with tended(host, assigned_vm(), ended) as instance:
         await trio.testing.wait_all_tasks_blocked()
-        assert host.reports == []
+        assert host.history() == [("pending", "waiting for orchard-old to end", False, 0)]
+        assert host.files() == []
         ended.set()
         await until(instance, lambda i: i.state.running)
 
@@ -560,7 +561,7 @@ async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.Monkey
 async def run_one_vm(home: Path, step: int, order: str) -> bool:
     """Run a VM with a script that is told to end, or whose task is cancelled, at a step. Return whether it came to that."""
     host = Host(home)
-    vm = assigned_vm(startup_script={"script_content": "echo hello; sleep 1000 & echo over"})
+    vm = assigned_vm(startup_script={"script_content": "echo hello; sleep 1000 >/dev/null 2>&1 & echo over"})
     instance = host.instance(vm, outlives=order != "stop")
     async with trio.open_nursery() as nursery:
         orders: dict[str, Callable[[], None]] = {
