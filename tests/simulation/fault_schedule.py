@@ -411,7 +411,7 @@ async def inject(
     freeze_controller: bool,
     isolate_workers: bool,
 ) -> None:
-    """Take random steps of users and faults. With `isolate_workers`, only create VMs, kill, freeze and cut off workers, and restart the controller."""
+    """Take random steps of users and faults. With `isolate_workers`, only create VMs, kill and freeze workers."""
     actions: dict[Callable[[], None], int] = {
         users.create: 12, users.delete: 5, users.resize: 3, users.stop_or_suspend: 1, users.pause_worker: 1,
         users.delete_worker: 1, faults.kill_worker: 3, faults.stop_worker: 1, faults.lose_power: 1,
@@ -421,8 +421,7 @@ async def inject(
     if freeze_controller:
         actions[faults.freeze_controller] = 3
     if isolate_workers:
-        actions = {users.create: 3, faults.kill_worker: 1, faults.freeze_worker: 1, faults.restart_controller: 1}
-        actions[faults.cut_connection] = 1
+        actions = {users.create: 3, faults.kill_worker: 1, faults.freeze_worker: 1}
     for _ in range(steps):
         cluster.chance.choices(list(actions), list(actions.values()))[0]()
         await trio.sleep(cluster.chance.expovariate(1 / STEP_SECONDS))
