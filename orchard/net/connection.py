@@ -59,17 +59,17 @@ class Limits:
     connections: int = 16_384
     # Connections that have not authenticated, in all and of one source. Beyond it the oldest of them is closed. A host
     # with hundreds of workers, or a proxy, opens as many within the time of a few handshakes. One that has sent nothing
-    # takes 8 KiB, one with half a head 45 KiB over TLS.
-    unauthenticated: int = 1_024
-    unauthenticated_of_source: int = 512
-    # Bytes of all bodies that are being read; beyond it the connection of the oldest one is closed. As many may be held
-    # by all large answers that are being sent; beyond it answers wait for each other, and clients that take nothing are
-    # closed.
+    # takes 8 KiB, one after its TLS handshake 24 KiB.
+    unauthenticated: int = 2_048
+    unauthenticated_of_source: int = 1_024
+    # Bytes of all unfinished bodies, and 16 times those of all unfinished heads; beyond it the connection of the oldest one
+    # is closed. As many may be held by all large answers that are being sent; beyond it answers wait for each other, and
+    # clients that take nothing are closed.
     held_bytes: int = 64 * 1024 * 1024
 
 
-class Bodies:
-    """The bodies that are being read, which together hold at most `limit` bytes. The oldest one gives way."""
+class Unfinished:
+    """What was read of unfinished heads or bodies: at most `limit` bytes together. The oldest one gives way."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -77,7 +77,7 @@ class Bodies:
         self._total = 0
 
     def grow(self, connection: Connection, size: int) -> None:
-        """Count the bytes that a connection has read of its body, and close others if all have read too many."""
+        """Count the bytes that a connection has read, and close others if all together have read too many."""
         self._total += size - self._sizes.get(connection, 0)
         self._sizes[connection] = size
         while self._total > self._limit:
@@ -153,11 +153,10 @@ class ServerState:
         self.unauthenticated = Unauthenticated(
             Connection.abort, limits.unauthenticated_of_source, limits.unauthenticated
         )  # fmt: skip
-        self.bodies = Bodies(limits.held_bytes)
+        self.heads, self.bodies = Unfinished(limits.held_bytes // 16), Unfinished(limits.held_bytes)
         self.sends = Sends(limits.send_seconds, limits.held_bytes)
         self.open = 0  # connections
-        self._clock = clock
-        self._date = (-1, "")
+        self.date = _HTTPDate(clock)
 
     def make_room(self) -> bool:
         """Close a connection if there are too many. Return whether there is room for another one."""
@@ -170,12 +169,20 @@ class ServerState:
         idle.cancel()
         return True
 
-    def date(self) -> str:
-        """Return the value of the header Date for now."""
+
+class _HTTPDate:
+    """Returns the value of the header Date for now, which is formatted once a second."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._second = -1
+        self._text = ""
+
+    def __call__(self) -> str:
         now = int(self._clock())
-        if now != self._date[0]:
-            self._date = (now, email.utils.formatdate(now, usegmt=True))
-        return self._date[1]
+        if now != self._second:
+            self._second, self._text = now, email.utils.formatdate(now, usegmt=True)
+        return self._text
 
 
 class Connection:

@@ -196,14 +196,18 @@ class Exchange:
 
     async def _read_head(self) -> bytes | None:
         """Return the request's head, None if the client goes away before its end. Raises HTTPError 408, 414, 431, 400."""
-        buffer, limits = self._connection.buffer, self._server.limits
+        buffer, limits, heads = self._connection.buffer, self._server.limits, self._server.heads
         end, searched = find_head_end(buffer, 0, limits.header_bytes)
         if end < 0:
-            with trio.move_on_after(limits.head_seconds) as scope:
-                while end < 0:
-                    if not await self._connection.fill():
-                        return None
-                    end, searched = find_head_end(buffer, searched, limits.header_bytes)
+            try:
+                with trio.move_on_after(limits.head_seconds) as scope:
+                    while end < 0:
+                        heads.grow(self._connection, len(buffer))
+                        if not await self._connection.fill():
+                            return None
+                        end, searched = find_head_end(buffer, searched, limits.header_bytes)
+            finally:
+                heads.end(self._connection)
             if scope.cancelled_caught:
                 raise HTTPError(408, f"the request head was not complete within {limits.head_seconds:g} seconds")
         return self._connection.take(end)

@@ -1230,6 +1230,19 @@ async def test_body_that_the_operation_does_not_take_is_ignored_if_it_is_small(
                 assert not closed
 
 
+async def test_oldest_head_makes_room_when_all_unfinished_heads_are_too_large(autojump_clock: Clock) -> None:
+    async with serving(echo, limits=Limits(held_bytes=16 * 10_000)) as served:
+        halves = [Client(await served.open()) for _ in range(5)]
+        for half in halves:
+            await half.stream.send_all(GET[:-2] + b"X-A: " + b"a" * 3_000)
+            await trio.testing.wait_all_tasks_blocked()
+        assert [await half.answer() for half in halves[:2]] == [None, None]
+        for half in halves[2:]:
+            await half.stream.send_all(b"\r\n\r\n")
+            assert (await half.sure()).status == 200
+        assert trio.current_time() == 0
+
+
 async def test_oldest_body_makes_room_when_all_bodies_together_are_too_large(autojump_clock: Clock) -> None:
     async with serving(echo, limits=Limits(held_bytes=100_000)) as served:
         halves = [Client(await served.open()) for _ in range(5)]
