@@ -643,6 +643,24 @@ def change_vm(home: Path, name: str, **fields: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+@pytest.fixture
+def no_umask() -> Iterator[None]:
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("no_umask")
+async def test_files_of_the_driver_are_private_under_any_umask(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    driver.note("vm", "noted")
+    async with running(driver, "vm"):
+        paths = [tmp_path / "driver", *(tmp_path / "driver").rglob("*")]
+        assert {path.name for path in paths} >= {"driver", "calls", "vm.run", "vm.log", "vm.note"}
+        assert [path for path in paths if path.stat().st_mode & 0o077] == []
+
+
 async def test_devices_are_kept_from_guests_as_far_as_this_tart_can(tmp_path: Path) -> None:
     for flags in ("--no-audio", "--no-audio --no-clipboard --no-usb-accessories"):
         home = tmp_path / str(len(flags))
