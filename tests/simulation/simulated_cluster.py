@@ -86,6 +86,8 @@ class PlantedBug:
     unassigns_named: bool = False
     # Whether a second watch replaces one that is alive.
     replaces_watches: bool = False
+    # Whether a worker that said goodbye goes on receiving VMs.
+    forgets_goodbyes: bool = False
     # Whether VMs of a restored state are placed as soon as the state is accepted.
     forgets_restored: bool = False
     # Whether VMs that fail before they run go to the same worker again.
@@ -126,6 +128,8 @@ def planted(bug: PlantedBug) -> Iterator[None]:
             stack.enter_context(patch.object(Liveness, "record_poll", record_poll_only))
         if bug.replaces_watches:
             stack.enter_context(patch.object(Rendezvous, "is_connected", never))
+        if bug.forgets_goodbyes:
+            stack.enter_context(patch.object(Liveness, "record_goodbye", lambda *_: None))
         if bug.forgets_restored:
             stack.enter_context(patch.object(RestoredState, "follow", lambda *_: None))
         if bug.forgets_failures:
