@@ -48,6 +48,7 @@ from orchard.fsck import find_exposures
 from orchard.gate import Gate
 from orchard.login_limit import LoginLimit
 from orchard.net import tcp, tls
+from orchard.net.browsers import BrowserRules, normal_name, normal_origin
 from orchard.net.connection import Limits
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
@@ -100,6 +101,10 @@ class ControllerSettings:
     key: Path | None = None
     tls: bool = True
     auth: bool = True
+    # Beside the controller's own: origins of pages that browsers may send requests from, and names by which the
+    # controller may be addressed without authentication.
+    allowed_origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
     # Host and port of the SSH jump host; None: it is not served.
     ssh: tuple[str | None, int] | None = None
     # At most one of each type. Without any, an Ed25519 key is made at the first start and kept in the data directory.
@@ -247,6 +252,7 @@ async def run(
     with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as (store, events):
         loop, parts = _compose(settings, store, events, platform.clock)
         api = make_api(parts)
+        browsers = BrowserRules(settings.allowed_origins, None if settings.auth else settings.allowed_hosts)
         # Ends last, because it stores what the tasks below change.
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
@@ -257,7 +263,8 @@ async def run(
                 background.start_soon(loop.run)
                 background.start_soon(parts.executor.run)
                 listeners, running = await platform.listen(settings)
-                answer = partial(serve, api.handle, admit=api.admit, limits=_limits(), stop=stop, grace=grace)
+                admit = browsers.guard(api.admit)
+                answer = partial(serve, api.handle, admit=admit, limits=_limits(), stop=stop, grace=grace)
                 # Ends with `stop`.
                 async with trio.open_nursery() as servers:
                     await servers.start(answer, listeners)
@@ -419,6 +426,18 @@ def parse_api_prefix(text: str) -> str:
     return prefix
 
 
+def _parse_with(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """Return a `type=` function for argparse that repeats the message of a ValueError."""
+
+    def parse_option(text: str) -> str:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_option
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = CommandLine(
         prog="python -m orchard.controller",
@@ -448,6 +467,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
     add("--insecure-no-auth", action="store_true", help="serve the API without authentication: anyone may do anything")
     add("--insecure-allow-host-dirs", action="store_true", help="accepted for existing service files, without effect")
+    add("--allow-origin", metavar="URL", type=_parse_with(normal_origin), action="append", default=[],
+        help="origin of web pages that may send requests, beside the controller's own, such as https://orchard.example.com"
+        " where a proxy rewrites the header Host; repeatable")  # fmt: skip
+    add("--allow-host", metavar="NAME", type=_parse_with(normal_name), action="append", default=[],
+        help="with --insecure-no-auth: host name by which clients may address this controller, beside localhost and IP"
+        " addresses; repeatable")  # fmt: skip
     add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=DEFAULT_OFFLINE_TIMEOUT,
         help="seconds without contact after which a worker is offline and its VMs fail; default %(default)g")  # fmt: skip
     add("--ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
@@ -480,6 +505,8 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
         key=options.controller_key,
         tls=not options.insecure_no_tls,
         auth=not options.insecure_no_auth,
+        allowed_origins=options.allow_origin,
+        allowed_hosts=options.allow_host,
         ssh=options.listen_ssh,
         ssh_host_keys=tuple(options.ssh_host_key),
         ssh_auth=not options.insecure_ssh_no_client_auth,

@@ -594,6 +594,11 @@ class Route:
     endpoint: Any
 
 
+def _segments(path: str) -> list[str]:
+    """Return the segments of a path. One slash at its end does not count."""
+    return path.removesuffix("/").split("/")[1:]
+
+
 class _Node:
     __slots__ = ("below", "param", "routes")
 
@@ -613,7 +618,7 @@ class Router:
         for route in routes:
             node = self._root
             names: list[tuple[int, str]] = []
-            for index, segment in enumerate(route.pattern.split("/")[1:]):
+            for index, segment in enumerate(_segments(route.pattern)):
                 if segment.startswith("{"):
                     names.append((index, segment[1:-1]))
                     node.param = node = node.param or _Node()
@@ -630,7 +635,7 @@ class Router:
         HTTPError: 400 for a path that cannot be decoded, 404 for an unknown one, 405 with Allow for a known one with
         another method.
         """
-        segments = [percent_decoded(segment, "the path segment") for segment in path.split("/")[1:]]
+        segments = [percent_decoded(segment, "the path segment") for segment in _segments(path)]
         nodes = [self._root]
         for segment in segments:
             # Kept in the order of preference: the first segment in which two patterns differ decides.

@@ -28,6 +28,11 @@ ROUTER = Router(
     ("method", "path", "endpoint", "params"),
     [
         ("GET", "/v1/", "root", {}),
+        ("GET", "/v1", "root", {}),
+        ("GET", "/v1/vms/", "list", {}),
+        ("POST", "/v1/vms/", "create", {}),
+        ("GET", "/v1/vms/a/", "get", {"name": "a"}),
+        ("GET", "/v1/vms/a/events/", "events", {"name": "a"}),
         ("HEAD", "/v1/vms", "list", {}),
         ("GET", "/v1/%76ms", "list", {}),
         ("GET", "/v1/vms/a", "get", {"name": "a"}),
@@ -49,12 +54,11 @@ def test_routes_are_found(method: str, path: str, endpoint: str, params: dict[st
     [
         ("GET", "/", 404, None),
         ("GET", "", 404, None),
-        ("GET", "/v1", 404, None),
         ("GET", "//v1/vms", 404, None),
         ("GET", "/v1//vms", 404, None),
-        ("GET", "/v1/vms/", 404, None),
+        ("GET", "/v1/vms//", 404, None),
         ("GET", "/v1/vms//events", 404, None),
-        ("GET", "/v1/vms/a/events/", 404, None),
+        ("POST", "/v1/vms/a/", 405, "DELETE, GET, HEAD"),
         ("GET", "/v1%2Fvms", 404, None),
         ("PATCH", "/v1/vms", 405, "GET, HEAD, POST"),
         ("PUT", "/v1/vms/a", 405, "DELETE, GET, HEAD"),
@@ -85,6 +89,12 @@ def test_literal_segment_wins_where_two_patterns_first_differ() -> None:
         assert Router(routes).match("GET", "/a/b") == (early, {"y": "b"})
 
 
+def steps_of(path: str) -> list[str]:
+    """Return the segments of a path, without the empty one that a slash at its end makes."""
+    steps = path.split("/")[1:]
+    return steps[:-1] if steps[-1] == "" else steps
+
+
 PATTERNS = st.lists(st.sampled_from(["a", "b", "", "{x}", "{y}"]), min_size=1, max_size=4).map(
     lambda s: "/" + "/".join(s)
 )
@@ -97,18 +107,19 @@ PATHS = st.lists(st.sampled_from(["a", "b", "", "c", "%61"]), min_size=1, max_si
 def test_router_finds_what_a_search_of_all_routes_finds(table: list[tuple[str, str]], path: str, method: str) -> None:
     # Of patterns that differ only in the names in braces the first one is kept.
     unique = {
-        (method, re.sub(r"\{.\}", "{}", pattern)): Route(method, pattern, pattern) for method, pattern in table[::-1]
+        (method, *(re.sub(r"\{.\}", "{}", step) for step in steps_of(pattern))): Route(method, pattern, pattern)
+        for method, pattern in table[::-1]
     }
     router = Router(list(unique.values()))
-    decoded = path.replace("%61", "a").split("/")[1:]
+    decoded = steps_of(path.replace("%61", "a"))
 
     def fits(pattern: str) -> bool:
-        steps = pattern.split("/")[1:]
+        steps = steps_of(pattern)
         pairs = zip(steps, decoded, strict=False)
         return len(steps) == len(decoded) and all(a == b or (a.startswith("{") and b) for a, b in pairs)
 
     def shape(route: Route) -> list[bool]:
-        return [step.startswith("{") for step in route.pattern.split("/")]
+        return [step.startswith("{") for step in steps_of(route.pattern)]
 
     fitting = [route for route in unique.values() if fits(route.pattern)]
     possible = [route for route in fitting if route.method == method]
