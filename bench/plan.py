@@ -17,7 +17,7 @@ import trio
 from cluster import NOW, PER_WORKER, vm_of, worker_of
 from measure import ROUNDS, Turns, Variant, compare, turns
 
-from orchard import scheduler, transitions
+from orchard import planning, scheduler, transitions
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, collect_garbage_less
 from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
@@ -44,7 +44,7 @@ def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
     liveness = Liveness(lambda: 0.0, DEFAULT_OFFLINE_TIMEOUT, lambda _: None, dict.fromkeys(workers, 0.0), {})
     for name in workers:
         connect(liveness, name)
-    inputs = scheduler.PlannerInputs(
+    inputs = planning.PlannerInputs(
         workers=liveness,
         failures=EarlyFailures(),
         restarted_at={},
@@ -62,10 +62,10 @@ def planned(vms: list[VM], workers: dict[str, Worker]) -> None:
 
 def sorted_each_time(vms: list[VM], workers: dict[str, Worker]) -> None:
     """Assign VMs in the simplest way: sort all workers for each."""
-    loads = {name: scheduler.Load() for name in workers}
+    loads = {name: planning.Load() for name in workers}
     for vm in vms:
         for name in sorted(workers, key=lambda name: (-loads[name].count, name)):
-            if scheduler.fits(scheduler.demand_of(vm.spec), workers[name], loads[name]):
+            if planning.fits(planning.demand_of(vm.spec), workers[name], loads[name]):
                 loads[name].add(vm)
                 break
 

@@ -22,7 +22,8 @@ from orchard.cluster import ClusterIdentity
 from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
 from orchard.nursery import Wakeup
-from orchard.scheduler import Plan, Planner, PlannerInputs
+from orchard.planning import Plan, PlannerInputs
+from orchard.scheduler import Planner
 from orchard.schema import VM, VMSpec, Worker
 from orchard.storage.errors import StorageError
 from orchard.store import Change, Store

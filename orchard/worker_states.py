@@ -9,7 +9,7 @@ from orchard.cluster import Health, WorkerState, merge
 from orchard.codec import dump_json, encode, format_time
 from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
-from orchard.scheduler import Load
+from orchard.planning import Load
 from orchard.schema import Worker
 
 

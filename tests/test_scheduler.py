@@ -47,7 +47,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import orchard
-from orchard.scheduler import REASON_SECONDS, RESTART_PAUSE_SECONDS, Plan, Planner
+from orchard.planning import RESTART_PAUSE_SECONDS, Plan
+from orchard.scheduler import REASON_SECONDS, Planner
 from orchard.schema import TART_VMS, VM, Condition, VMReport, Worker
 from orchard.transitions import assign, change, create, explain, fail, report, restart, unassign
 

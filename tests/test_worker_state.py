@@ -15,7 +15,7 @@ from orchard.cluster import MAX_PROBLEM_TEXT, MAX_PROBLEMS, WORKER_STATE
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, ensure_identity
 from orchard.early_failures import FIRST_PAUSE, LAST_PAUSE, SICK_VMS, EarlyFailures, pause_seconds
 from orchard.liveness import AWAY_SECONDS
-from orchard.scheduler import RESTART_PAUSE_SECONDS
+from orchard.planning import RESTART_PAUSE_SECONDS
 from orchard.schema import TART_VMS, ServiceAccount, Worker
 
 SECOND = datetime.timedelta(seconds=1)

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from orchard.early_failures import EarlyFailures
-from orchard.scheduler import Plan, Planner, PlannerInputs
+from orchard.planning import Plan, PlannerInputs
+from orchard.scheduler import Planner
 from orchard.schema import VM, SchedulerProfile, Worker
 
 
