@@ -88,7 +88,7 @@ async def cluster(
 
     Raises orchard.controller.StartError if the controller cannot start, for example because the port is in use.
     """
-    with TemporaryDirectory(prefix="orchard-") as temporary:
+    with TemporaryDirectory(prefix="orchard-") as temporary, unwrap_groups():
         home = directory or Path(temporary)
         make_driver = driver or (lambda name: SyntheticDriver(home / "vms" / name))
         settings = controller.ControllerSettings(
@@ -99,27 +99,28 @@ async def cluster(
             auth=auth,
             ssh=("127.0.0.1", 0) if ssh else None,
         )
-        with unwrap_groups():
-            # The controller ends last, since the workers report the end of their VMs to it.
-            async with trio.open_nursery() as controlling:
-                stop = trio.Event()
-                run = partial(controller.run, settings, stop=stop, grace=_GRACE_SECONDS)
-                running: controller.Running = await controlling.start(run)
-                admin = running.new_admin
-                account, token = (admin.name, admin.token) if admin is not None else ("", "")
-                async with (
-                    Client(running.url, account=account, token=token) as client,
-                    trio.open_nursery() as working,
-                ):
-                    async with trio.open_nursery() as starting:
-                        for number in range(1, workers + 1):
-                            name = f"worker-{number}"
-                            description = Worker(name=name, machine_id=name, resources={TART_VMS: vms_per_worker})
-                            worker = WorkerService(description, client, make_driver(name), stop_vms_on_exit=True)
-                            starting.start_soon(working.start, worker.run)
-                    yield Cluster(running.url, client, account, token, running.ssh_port)
-                    working.cancel_scope.cancel()
-                stop.set()
+        # The controller ends last, since the workers report the end of their VMs to it.
+        async with _run_controller(settings) as running:
+            admin = running.new_admin
+            account, token = (admin.name, admin.token) if admin is not None else ("", "")
+            async with Client(running.url, account=account, token=token) as client, trio.open_nursery() as working:
+                async with trio.open_nursery() as starting:
+                    for number in range(1, workers + 1):
+                        name = f"worker-{number}"
+                        description = Worker(name=name, machine_id=name, resources={TART_VMS: vms_per_worker})
+                        worker = WorkerService(description, client, make_driver(name), stop_vms_on_exit=True)
+                        starting.start_soon(working.start, worker.run)
+                yield Cluster(running.url, client, account, token, running.ssh_port)
+                working.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _run_controller(settings: controller.ControllerSettings) -> AsyncIterator[controller.Running]:
+    """Run a controller for the time of the block. Raises StartError, and groups of exceptions."""
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        yield await nursery.start(partial(controller.run, settings, stop=stop, grace=_GRACE_SECONDS))
+        stop.set()
 
 
 # ---- without trio ---------------------------------------------------------------------------------------------------

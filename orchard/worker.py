@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not NAME.fullmatch(options.name):
         parser.error(f'--name is "{options.name}", expected letters, digits and : _ . -')
     work = partial(_work, options, _make_client(parser, options))
-    failures: dict[type[Exception], int] = {RefusedError: _EXIT_REFUSED, LockError: 1, DriverError: 1}
+    failures: dict[type[Exception], int] = {RefusedError: _EXIT_REFUSED, LockError: 1, DriverError: 1, OSError: 1}
     return run_main("orchard worker", work, failures, debug=options.debug)
 
 

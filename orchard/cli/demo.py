@@ -11,9 +11,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import trio
@@ -38,47 +36,35 @@ _SCRIPT_ENV = {"GREETING": "Variables arrive unchanged: \"$HOME\" `uname` 'and q
 _POLL_SECONDS = 0.02
 
 
+# From a worker's name to its driver. None: synthetic VMs.
+_MakeDriver = Callable[[str], Driver] | None
+
+
 def run_verb(options: argparse.Namespace) -> int:
     """Run `orchard demo` or `orchard dev`, and return the exit status. BrokenPipeError propagates."""
-    work = partial(_run_with_driver, _demo if options.verb == "demo" else _dev, options)
     failures: dict[type[Exception], int] = {StartError: 1, ClientError: 1, LockError: 1}
-    return run_main("orchard", work, failures, debug=options.debug, quiet=not options.debug)
+    return run_main("orchard", partial(_run, options), failures, debug=options.debug, quiet=not options.debug)
 
 
-# ---- what runs the VMs ---------------------------------------------------------------------------------------------
+async def _run(options: argparse.Namespace) -> None:
+    """Run a verb until it ends, or until a signal to stop. Raises StartError, ClientError, LockError.
 
-
-@dataclass(frozen=True, slots=True)
-class _VMs:
-    """The way in which VMs run: a function from a worker's name to its driver (None: synthetic), and a description."""
-
-    driver: Callable[[str], Driver] | None
-    description: str
-
-
-_Verb = Callable[[argparse.Namespace, _VMs], Awaitable[None]]
-
-
-async def _run_with_driver(verb: _Verb, options: argparse.Namespace) -> None:
-    """Run a verb until it ends, or until a signal to stop. Raises StartError, ClientError, LockError."""
-    with _choose_driver(options) as vms:
-        await run_until_signal(partial(verb, options, vms))
-
-
-@contextmanager
-def _choose_driver(options: argparse.Namespace) -> Iterator[_VMs]:
-    """Choose tart if this host has it and `--synthetic` is not set. Raises LockError.
-
-    For tart, the host is locked for the time of the block: each of two workers on one host would delete the other's VMs.
+    The VMs run by tart if this host has it and `--synthetic` is not set.
     """
+    verb = partial(_demo if options.verb == "demo" else _dev, options)
     tart = None if options.synthetic else shutil.which("tart")
     if tart is None:
-        yield _VMs(None, "with synthetic VMs: directories and processes, no hypervisor")
+        await run_until_signal(partial(verb, None))
         return
     if options.verb == "dev" and options.workers > 1:
         raise LockError(f"--workers is {options.workers}, expected 1: only with --synthetic can one host have more")
+    # Each of this worker and one of another controller would delete the other's VMs.
     with lock_directory(orchard_home(), WORKERS_LOCK_FILE):
-        yield _VMs(lambda _: TartDriver(tart, orchard_home() / "tart"), f"with VMs by {tart}")
+        await run_until_signal(partial(verb, lambda _: TartDriver(tart, orchard_home() / "tart")))
+
+
+def _describe_driver(make_driver: _MakeDriver) -> str:
+    return "with VMs by tart" if make_driver else "with synthetic VMs: directories and processes, no hypervisor"
 
 
 # ---- orchard demo --------------------------------------------------------------------------------------------------
@@ -96,13 +82,13 @@ class _StepPrinter:
         self._last = now
 
 
-async def _demo(options: argparse.Namespace, vms: _VMs) -> None:
+async def _demo(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
     """Create a VM, show what happens to it, and delete it. Raises StartError, ClientError."""
     steps = _StepPrinter()
     print(f"Orchard {__version__}: a controller, a worker and a VM on this machine, in a temporary directory.\n")
-    async with cluster(workers=1, driver=vms.driver) as running:
+    async with cluster(workers=1, driver=make_driver) as running:
         steps.say(f'a controller listens on {running.url}, and the worker "worker-1" has registered,')
-        steps.say(vms.description)
+        steps.say(_describe_driver(make_driver))
         client = running.client
         await client.vms.create(
             name="demo",
@@ -172,13 +158,13 @@ It runs until you press Ctrl-C. From another terminal:
 # ---- orchard dev ---------------------------------------------------------------------------------------------------
 
 
-async def _dev(options: argparse.Namespace, vms: _VMs) -> None:
+async def _dev(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
     """Run a controller and workers until cancelled. Raises StartError."""
     async with cluster(
-        workers=options.workers, driver=vms.driver, directory=options.directory, port=options.port
+        workers=options.workers, driver=make_driver, directory=options.directory, port=options.port
     ) as running:
         print(
-            f"orchard {__version__} for development: {running.url}, workers {vms.description},"
+            f"orchard {__version__} for development: {running.url}, workers {_describe_driver(make_driver)},"
             f" data in {options.directory}"
         )
         print(
