@@ -129,7 +129,9 @@ class SchedulingLoop:
             self._offline.add(worker)
             self._observe(worker)
             reason = self.liveness.why_unavailable(worker)
-            _logger.warning("worker offline", extra={"worker": worker, "reason": reason})
+            # A worker that said goodbye was stopped on purpose.
+            level = logging.INFO if reason == "stopped" else logging.WARNING
+            _logger.log(level, "worker offline", extra={"worker": worker, "reason": reason})
         if plan.has_changes and self._apply(plan, now, wall_time):
             return None
         # A plan that is full, but changed nothing, may be followed by one that does.
