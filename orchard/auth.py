@@ -167,7 +167,8 @@ def read_access_token(key: bytes, token: str, now: datetime.datetime) -> Access:
                 "verify_iat": False,
             },
         )
-    except (jwt.PyJWTError, ValueError, TypeError) as error:
+    # PyJWT before 2.14 raises RecursionError for a header of thousands of nested lists.
+    except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
         raise _rejected(_why_not(error)) from error
     begins, ends, issued = claims["nbf"], claims["exp"], claims["iat"]
     if not all(type(each) is int for each in (begins, ends, issued)):

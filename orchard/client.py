@@ -25,7 +25,7 @@
 
 `Client.vms`, `.workers`, `.service_accounts` and `.cluster_settings` have one method for each operation of the API.
 Methods take JSON as Python objects, with field names as on the wire, and return the dataclasses of schema.py. The client
-keeps no state of VMs.
+keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from the body.
 
 Every method raises a ClientError: ConnectError if the controller cannot be reached or the connection was lost, and
 ResponseError if the controller refused (`status` is the HTTP status, `message` says why). The docstring of a method names
@@ -277,7 +277,7 @@ class VMs(_Resource):
         A boolean that `spec` omits becomes false and a list becomes empty; other omitted fields keep their values. Raises
         ResponseError: 404, 412.
         """
-        return await self._fetch(VM, "PUT", _path("vms", name), json=spec)
+        return await self._fetch(VM, "PUT", _path("vms", name), json={"name": name, **spec})
 
     async def patch(self, name: str, patch: JSON | None = None, /, **fields: Any) -> VM:
         """Change the fields of a VM's specification that a JSON merge patch (RFC 7396) names, and return the VM.
@@ -435,7 +435,7 @@ class Workers(_Resource):
 
         A `last_seen` later than the stored one is a heartbeat; otherwise only `scheduling_paused` is set.
         """
-        return await self._fetch(Worker, "PUT", _path("workers", name), json=worker)
+        return await self._fetch(Worker, "PUT", _path("workers", name), json={"name": name, **worker})
 
     def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
         """Connect to a TCP port of a worker's host, as `VMs.port_forward` does to one of a VM."""
@@ -484,7 +484,7 @@ class ServiceAccounts(_Resource):
 
     async def replace(self, name: str, **fields: Any) -> ServiceAccount:
         """Change an account's `roles`, `token` or both, and return it. Raises ResponseError: 404, 412."""
-        return await self._fetch(ServiceAccount, "PUT", _path("service-accounts", name), json=fields)
+        return await self._fetch(ServiceAccount, "PUT", _path("service-accounts", name), json={"name": name, **fields})
 
     async def delete(self, name: str) -> None:
         """Delete an account. Raises ResponseError: 404."""

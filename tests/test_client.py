@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from harness.scripted import scripted, switched, upgrading
+from harness.scripted import answer, scripted, switched, upgrading
 
 from orchard import client as client_module
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
@@ -93,6 +93,28 @@ async def test_events_are_fetched_from_all_pages(monkeypatch: pytest.MonkeyPatch
             break
         with pytest.raises(ResponseError, match="uid"):
             await c.client.vms.append_events("vm", lines, uid="another")
+
+
+async def test_name_of_a_replaced_object_is_in_the_body() -> None:
+    answers = [
+        answer(
+            "200 OK",
+            json.dumps({"name": "n", "image": "any", "uid": "u", "createdAt": "2026-01-31T12:00:00Z"}).encode(),
+        )
+        for _ in range(4)
+    ]
+    async with scripted(answers) as (client, script):
+        await client.workers.pause("n")
+        await client.workers.pause("n", paused=False)
+        await client.service_accounts.replace("n", roles=["compute:read"])
+        await client.vms.replace("n", {"image": "any"})
+    bodies = [json.loads(request.partition(b"\r\n\r\n")[2]) for request in script.requests]
+    assert bodies == [
+        {"name": "n", "scheduling_paused": True},
+        {"name": "n", "scheduling_paused": False},
+        {"name": "n", "roles": ["compute:read"]},
+        {"name": "n", "image": "any"},
+    ]
 
 
 async def test_methods_of_the_other_resources() -> None:

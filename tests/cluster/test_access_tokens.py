@@ -153,6 +153,9 @@ FORGERIES: dict[str, Callable[[], str]] = {
     "a megabyte": lambda: forged(x="x" * 1_000_000),
     "unknown critical header": lambda: forged(header={"crit": ["x"], "x": 1}),
     "detached": lambda: "..",
+    "deeply nested header": lambda: ".".join(
+        [base64.urlsafe_b64encode(b"[" * 2900 + b"]" * 2900).decode(), *forged().split(".")[1:]]
+    ),
     "key of its own": lambda: forged(key=b"y" * 32, header={"jwk": {"kty": "oct", "k": "eXl5"}, "kid": "../../key"}),
 }
 
