@@ -895,7 +895,18 @@ async def test_openapi_document_is_valid_and_complete(api: Served) -> None:
 # ---- errors of the layers below -------------------------------------------------------------------------------------
 
 # Modules whose errors end a start, a worker, a client or a connection, and errors that the store maps to its own.
-OTHER_MODULES = ("client", "controller", "files", "net.", "reconciler", "ssh.jump", "tart", "vm.", "worker")
+OTHER_MODULES = (
+    "client",
+    "controller",
+    "files",
+    "leftovers",
+    "net.",
+    "reconciler",
+    "ssh.jump",
+    "tart",
+    "vm.",
+    "worker",
+)
 OTHER_ERRORS = {"DamagedError", "NotWrittenError", "BrokenError"}
 
 
