@@ -39,6 +39,7 @@ from xml.parsers.expat import ExpatError
 
 import trio
 
+from orchard.files import make_private, write_private
 from orchard.nursery import Wakeup
 from orchard.schema import Runtime
 from orchard.vm import supervisor
@@ -63,9 +64,7 @@ from orchard.vm.processes import (
     Calls,
     find_complaint,
     is_locked,
-    make_directory,
     presentable,
-    replace_text,
     reporting,
     run_program,
     signal_group,
@@ -103,7 +102,7 @@ _LIST_PAUSE = 0.5  # seconds
 _TRANSFER_PAUSE = 1.0  # seconds
 _MACHINE_ID_SECONDS = 10.0  # seconds
 # The suffixes of the files about a VM.
-_KINDS = ("run", "log", "note", "new", "lease")
+_KINDS = ("run", "log", "note", "note.new", "lease")
 # With longer leases macOS runs out of addresses.
 _MAX_DHCP_LEASE = 3600  # seconds
 
@@ -500,7 +499,8 @@ class TartDriver:
         paths = list(self._directory().iterdir())
         names = {vm.name for vm in await self.list_vms()}
         for path in paths:
-            if path.suffix[1:] in _KINDS and path.stem not in names and not self._is_supervised(path.stem):
+            name, _, kind = path.name.removesuffix(".new").rpartition(".")
+            if kind in _KINDS and name not in names and not self._is_supervised(name):
                 path.unlink(missing_ok=True)
 
     def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
@@ -535,7 +535,7 @@ class TartDriver:
     def note(self, name: str, text: str) -> None:
         path = self._file(name, "note")
         with reporting(f"cannot write {path}"):
-            replace_text(path, text)
+            write_private(path, text.encode(), durable=False)
 
     def noted(self, name: str) -> str:
         with suppress(OSError):
@@ -550,7 +550,7 @@ class TartDriver:
 
     def _directory(self) -> Path:
         with reporting(f"cannot make the directory {self._home}"):
-            make_directory(self._home)
+            make_private(self._home)
         return self._home
 
     def _file(self, name: str, kind: str) -> Path:

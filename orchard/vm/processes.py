@@ -23,6 +23,7 @@ from pathlib import Path
 
 import trio
 
+from orchard.files import make_private
 from orchard.nursery import unwrap_groups
 from orchard.vm.driver import DriverError
 
@@ -109,26 +110,6 @@ def reporting(failure: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise DriverError(f"{failure}: {error.strerror or error}") from error
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory that only this user may enter, whatever the umask, unless it exists. Raises OSError."""
-    if not path.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
-        path.chmod(0o700)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replace the text of a file that only this user may read, whatever the umask. Raises OSError."""
-    draft = path.with_suffix(".new")
-    draft.unlink(missing_ok=True)
-    with open(draft, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(text)
-    draft.rename(path)
 
 
 # ---- locks ---------------------------------------------------------------------------------------------------------
@@ -265,7 +246,7 @@ class Calls:
         wrapped = ["/bin/sh", "-c", _RECORDED, command[0], *command]
         try:
             with reporting(f"cannot write {path}"):
-                make_directory(self._directory)
+                make_private(self._directory)
                 with path.open("xb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     completed = await run_program(wrapped, stdin=file.fileno(), env=self._env, on_output=on_output)

@@ -452,7 +452,7 @@ async def test_suspend_waits_longer_than_for_a_killed_process(tmp_path: Path, mo
 
         nursery.start_soon(suspend)
         await eventually(
-            lambda: ["suspend", "vm"] in calls(tmp_path) and not list((tmp_path / "driver/calls").iterdir())
+            lambda: ["suspend", "vm"] in calls(tmp_path) and not list((tmp_path / "driver/calls-").iterdir())
         )
         await trio.testing.wait_all_tasks_blocked()
         assert not suspended.is_set()
@@ -464,8 +464,8 @@ async def test_suspend_waits_longer_than_for_a_killed_process(tmp_path: Path, mo
 async def test_recover_ends_a_call_that_has_not_written_its_number_yet(tmp_path: Path) -> None:
     """The time limit counts from the signal, which is sent as soon as the number is known."""
     driver = tart(tmp_path, stop_seconds=1000)
-    (tmp_path / "driver" / "calls").mkdir(parents=True)
-    path, fifo = tmp_path / "driver" / "calls" / "pull-1", tmp_path / "fifo"
+    (tmp_path / "driver" / "calls-").mkdir(parents=True)
+    path, fifo = tmp_path / "driver" / "calls-" / "pull-1", tmp_path / "fifo"
     os.mkfifo(fifo)
     with path.open("xb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -657,7 +657,7 @@ async def test_files_of_the_driver_are_private_under_any_umask(tmp_path: Path) -
     driver.note("vm", "noted")
     async with running(driver, "vm"):
         paths = [tmp_path / "driver", *(tmp_path / "driver").rglob("*")]
-        assert {path.name for path in paths} >= {"driver", "calls", "vm.run", "vm.log", "vm.note"}
+        assert {path.name for path in paths} >= {"driver", "calls-", "vm.run", "vm.log", "vm.note"}
         assert [path for path in paths if path.stat().st_mode & 0o077] == []
 
 
