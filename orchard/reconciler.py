@@ -34,7 +34,7 @@ from orchard.worker_memory import ClusterMemory
 # Between two syncs for which nothing asked, in case a notification was lost.
 _SYNC_SECONDS = 5.0
 # Between two attempts to list the local VMs: the first and the longest pause.
-_LIST_AGAIN_SECONDS, _LAST_LIST_SECONDS = 1.0, 60.0
+_LIST_AGAIN_SECONDS, _LAST_LIST_SECONDS = 1.0, 15.0
 # VMs that a message names.
 _MAX_NAMED = 3
 VM_LOST = "lost: the worker was restarted, and the VM does not run any more"

@@ -64,6 +64,8 @@ class Guest:
         self.name = name
         # When it is shut down, and killed.
         self.lease = lease
+        # Whether its supervisor works, and enforces the lease.
+        self.is_supervised = True
         self.order: Order = ""
         self.ended = trio.Event()
         self.changed = trio.lowlevel.ParkingLot()
@@ -164,7 +166,7 @@ class Machine:
     async def _supervise(self, guest: Guest) -> None:
         """Wait until a guest is ordered to end or its lease expires, and end it."""
         while not guest.order:
-            soft = guest.lease[0]
+            soft = guest.lease[0] if guest.is_supervised else math.inf
             if trio.current_time() >= soft:
                 guest.end("lease")
             else:
@@ -180,6 +182,12 @@ class Machine:
             else:
                 with trio.move_on_at(end):
                     await guest.changed.park()
+
+    def kill(self, guest: Guest) -> None:
+        """End a guest at once, in the place of its supervisor."""
+        if not guest.ended.is_set():
+            guest.order = "lease"
+            self._end(guest)
 
     def _end(self, guest: Guest) -> None:
         del self.guests[guest.name]
@@ -198,9 +206,15 @@ class Machine:
 
 
 class Handle(Driver):
-    """The driver of one process. `hasty` is a planted bug: `stop` returns before the guest has ended."""
+    """The driver of one process. It kills guests that their supervisors let run beyond their lease.
 
-    def __init__(self, machine: Machine, process: Process, *, hasty: bool = False) -> None:
+    Planted bugs: with `hasty`, `stop` returns before the guest has ended; without `checks_supervisors`, it kills none.
+    """
+
+    def __init__(
+        self, machine: Machine, process: Process, *, hasty: bool = False, checks_supervisors: bool = True
+    ) -> None:
+        self._checks_supervisors = checks_supervisors
         self._machine = machine
         self._process = process
         self._hasty = hasty
@@ -289,7 +303,13 @@ class Handle(Driver):
         await self._wait_ended(guest)
 
     async def _wait_ended(self, guest: Guest) -> None:
-        await guest.ended.wait()
+        while not guest.ended.is_set():
+            end = guest.lease[1] if self._checks_supervisors else math.inf
+            with trio.move_on_at(end):
+                await guest.changed.park()
+            await self._check_process()
+            if self._checks_supervisors and trio.current_time() >= guest.lease[1]:
+                self._machine.kill(guest)
         await self._check_process()
         if guest.order == "lease":
             raise DriverError(LEASE_OVER)

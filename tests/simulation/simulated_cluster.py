@@ -74,6 +74,8 @@ class PlantedBug:
     keeps_leases: bool = True
     # How many times longer than told machines let a lease last.
     lease_stretch: float = 1.0
+    # Whether workers leave it to a VM's supervisor alone to enforce the lease.
+    trusts_supervisors: bool = False
     # Whether drivers report a VM as stopped as soon as it was told to stop.
     reports_stopped_early: bool = False
     # Whether the controller's disk reports some writes as done that it did not do.
@@ -329,7 +331,12 @@ class SimulatedCluster:
         description = Worker(name=name, machine_id=name, resources={TART_VMS: self._bug.offered})
 
         async def run() -> None:
-            driver = Handle(self.machines[machine], process, hasty=self._bug.reports_stopped_early)
+            driver = Handle(
+                self.machines[machine],
+                process,
+                hasty=self._bug.reports_stopped_early,
+                checks_supervisors=not self._bug.trusts_supervisors,
+            )
             with scope:
                 async with self.client(process, CONTROLLER_ANSWER_SECONDS) as client:
                     worker = WorkerService(

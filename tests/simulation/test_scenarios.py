@@ -89,6 +89,16 @@ async def restart_with_a_shorter_timeout(cluster: SimulatedCluster, client: Clie
     assert (again.state.restart_count, again.state.worker != vm.state.worker) == (1, True)
 
 
+async def stopped_supervisor_on_a_host_that_is_cut_off(cluster: SimulatedCluster, client: Client) -> None:
+    await start_workers(cluster)
+    await create(client, "vm-0")
+    vm = await wait_vm(client, "vm-0", runs)
+    cluster.machines[vm.state.worker].guests[vm.tart_name].is_supervised = False
+    cut_off(cluster, vm.state.worker)
+    again = await wait_vm(client, "vm-0", lambda vm: vm.state.restart_count == 1 and runs(vm))
+    assert again.state.worker != vm.state.worker
+
+
 async def cut_off_worker_that_knows_of_its_vm(cluster: SimulatedCluster, client: Client) -> None:
     await start_workers(cluster)
     await create(client, "vm-0", "Never")
@@ -195,6 +205,7 @@ async def host_that_fails_listing(cluster: SimulatedCluster, client: Client) -> 
 
 SCENARIOS: list[tuple[Script, PlantedBug]] = [
     (restart_with_a_shorter_timeout, PlantedBug(forgets_promises=True)),
+    (stopped_supervisor_on_a_host_that_is_cut_off, PlantedBug(trusts_supervisors=True)),
     (cut_off_worker_that_knows_of_its_vm, PlantedBug(unassigns_named=True)),
     (two_workers_with_one_name, PlantedBug(replaces_watches=True)),
     (controller_restored_from_a_copy, PlantedBug(forgets_restored=True)),
