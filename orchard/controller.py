@@ -99,6 +99,8 @@ class ControllerSettings:
     # PEM files. Without them a self-signed certificate is made and kept in the data directory.
     certificate: Path | None = None
     key: Path | None = None
+    # Beside the host's own, for the self-signed certificate that the first start makes.
+    tls_names: Sequence[str] = ()
     tls: bool = True
     auth: bool = True
     # Beside the controller's own: origins of pages that browsers may send requests from, and names by which the
@@ -379,7 +381,7 @@ async def _load_tls(settings: ControllerSettings) -> tuple[ssl.SSLContext, bytes
         if settings.certificate is not None and settings.key is not None:
             files, self_signed = (settings.certificate, settings.key), False
         else:
-            files, self_signed = await tls.self_signed(settings.data_dir), True
+            files, self_signed = await tls.self_signed(settings.data_dir, settings.tls_names), True
         context = tls.server_context(*files)
         certificate = await trio.Path(files[0]).read_bytes()
         return context, certificate if self_signed else None, tls.fingerprint(certificate)
@@ -452,6 +454,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-dir", metavar="DIR", type=Path, help="directory of the state; default $ORCHARD_HOME/controller")
     add("--api-prefix", metavar="P", type=parse_api_prefix, default="", help="path before /v1, such as /orchard")
     add("--controller-cert", metavar="FILE", type=Path, help="TLS certificate (chain) in PEM; default: self-signed")
+    add("--tls-name", metavar="NAME", type=_parse_with(tls.check_name), action="append", default=[],
+        help="host name or IP address that the self-signed certificate is for, beside those of this host; repeatable;"
+        " used when the first start makes the certificate")  # fmt: skip
     add("--controller-key", metavar="FILE", type=Path, help="private key of the certificate in PEM")
     add("--listen-ssh", metavar="HOST:PORT", type=parse_address, help="address to serve SSH into VMs on; default: none")
     add(
@@ -503,6 +508,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
         prefix=options.api_prefix,
         certificate=options.controller_cert,
         key=options.controller_key,
+        tls_names=options.tls_name,
         tls=not options.insecure_no_tls,
         auth=not options.insecure_no_auth,
         allowed_origins=options.allow_origin,

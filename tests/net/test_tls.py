@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import ssl
 import stat
 import subprocess
@@ -58,12 +59,29 @@ def openssl(*words: object) -> str:
 def test_certificate_has_curve_name_lifetime_and_private_key(pairs: Pairs) -> None:
     certificate, key = pairs[0]
     text = openssl("x509", "-in", certificate, "-noout", "-text")
-    for words in ("P-384", "DNS:orchard-controller", "CN = orchard-controller"):
+    for words in (
+        *("P-256", "CN = orchard-controller", "DNS:orchard-controller", "DNS:localhost", "IP Address:127.0.0.1"),
+        f"DNS:{socket.gethostname()}",
+    ):
         assert words in text
     openssl("x509", "-in", certificate, "-noout", "-checkend", 3640 * 24 * 3600)
     shown = openssl("x509", "-in", certificate, "-noout", "-fingerprint", "-sha256")
     assert shown.strip().partition("=")[2] == tls.fingerprint(certificate.read_bytes())
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
+
+
+@pytest.mark.needs("openssl")
+async def test_certificate_is_for_more_names_on_request(tmp_path: Path) -> None:
+    certificate, _ = await tls.self_signed(tmp_path, ["orchard.example.com", "192.0.2.7"])
+    text = await trio.to_thread.run_sync(openssl, "x509", "-in", certificate, "-noout", "-text")
+    assert "DNS:orchard.example.com" in text
+    assert "IP Address:192.0.2.7" in text
+
+
+@pytest.mark.parametrize("name", ["", "a,DNS:b", "a b", "https://a", "fe80::1%en0", "1.2.3.4.5", "a\n"])
+def test_invalid_names_for_a_certificate_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="host name or an IP address"):
+        tls.check_name(name)
 
 
 async def test_self_signed_certificate_is_created_once(pairs: Pairs) -> None:
