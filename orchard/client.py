@@ -47,10 +47,10 @@ from urllib.parse import quote
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.codec import ValidationError, decode, parse_json
+from orchard.net.tcp import Connect
 from orchard.net.transport import (
     ClientError,
     ClientResponse,
-    Connect,
     ConnectError,
     Items,
     ResponseError,

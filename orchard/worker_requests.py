@@ -22,8 +22,7 @@ import trio
 
 from orchard.client import Client, ClientError
 from orchard.heartbeat import Lease
-from orchard.net.tcp import splice
-from orchard.net.transport import describe_network_error
+from orchard.net.tcp import describe_network_error, splice
 from orchard.net.wsframes import INTERNAL_ERROR, NORMAL
 from orchard.reconciler import Reconciler
 from orchard.vm.driver import Driver, DriverError

@@ -76,7 +76,7 @@ IO_MODULES = {
 }
 # The modules that may import a package which does not come with Python (trio may be imported anywhere else).
 OUTSIDE = {
-    "h11": {"net.request", "net.transport"},
+    "h11": {"net.proxies", "net.request", "net.transport"},
     "trio_websocket": {
         *("net.request", "net.transport", "net.exchange", "net.websocket"),
         *("client", "tunnel", "sessions", "ssh.exec", "api"),

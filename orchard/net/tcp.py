@@ -10,15 +10,18 @@ of linux/tcp.h, tcp(7)). Elsewhere the kernel's keep-alive finds the idle connec
 
 from __future__ import annotations
 
+import os
 import socket
+import ssl
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
 
+from orchard.net import tls
 from orchard.net.streams import TLSStream
 from orchard.nursery import first_exception
 
@@ -30,6 +33,9 @@ _TCP_INFO = struct.Struct("=xxBB 20x I 28x I 84x I")
 # The first probe after 20 idle seconds, three probes, 10 seconds apart. Each system has some of these options.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPALIVE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 _SPLICE_BYTES = 128 * 1024
+
+# Opens a connection to a host and port, as `connect` does.
+Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +139,15 @@ def socket_of(stream: trio.abc.Stream) -> trio.socket.SocketType | None:
     """Return the socket of a TCP stream, or of TLS over one; None for other streams."""
     transport = stream.transport_stream if isinstance(stream, trio.SSLStream | TLSStream) else stream
     return transport.socket if isinstance(transport, trio.SocketStream) else None
+
+
+def describe_network_error(error: BaseException) -> str:
+    """Return a short phrase for why there is no connection. trio's own text lists every attempt."""
+    cause = first_exception(error.__cause__) if error.__cause__ is not None else error
+    if isinstance(cause, ssl.SSLError):
+        return tls.reason_of(cause)
+    if isinstance(cause, socket.gaierror):
+        return str(cause.strerror).lower()
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno).lower()
+    return str(cause) or "the peer closed it"

@@ -17,8 +17,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
-import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -33,8 +31,9 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 from orchard import __version__
 from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
+from orchard.net.proxies import bracketed, connector
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
-from orchard.nursery import first_exception, unwrap_groups
+from orchard.nursery import unwrap_groups
 
 # The controller's port, and the port of a URL that has none.
 DEFAULT_PORT = 6120
@@ -53,7 +52,6 @@ _REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 _CONNECTION_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, h11.RemoteProtocolError)
 
 ItemT = TypeVar("ItemT")
-Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 
 
 class ClientError(Exception):
@@ -197,9 +195,11 @@ class Transport:
     All paths are below the URL and `base_path`, for example "/v1". `authorization` is the value of that header, "" for
     none. `certificate` is a certificate in PEM, the only one that is then trusted; without it, the host's CAs are.
     `connect_seconds` bounds TCP and TLS together, `answer_seconds` a whole answer, or the head of an endless one.
-    `connect` opens a connection to a host and port, and raises OSError; by default it is TCP with keep-alive.
+    `connect` opens a connection to a host and port, and raises OSError; by default it is TCP with keep-alive, through the
+    proxy that the environment names (proxies.py).
 
-    Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for an invalid URL or certificate.
+    Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for an invalid URL, certificate or
+    proxy.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Transport:
         certificate: bytes | None = None,
         connect_seconds: float,
         answer_seconds: float,
-        connect: Connect | None = None,
+        connect: tcp.Connect | None = None,
     ) -> None:
         self._server = parse_url(url, base_path)
         # The URL in its normal form.
@@ -222,14 +222,14 @@ class Transport:
             raise ValueError(f"the certificate to trust: {error}") from error
         self._base_path = self._server.prefix + base_path
         self._headers = [
-            ("Host", f"{_bracketed(self._server.host)}:{self._server.port}"),
+            ("Host", f"{bracketed(self._server.host)}:{self._server.port}"),
             ("User-Agent", f"orchard/{__version__}"),
         ]
         if authorization:
             self._headers.append(("Authorization", authorization))
         self._connect_seconds = connect_seconds
         self._answer_seconds = answer_seconds
-        self._connect = connect or tcp.connect
+        self._connect = connect or connector(self._server.is_tls, self._server.host, os.environ)
         self._idle: list[_Connection] = []
         self._requests = trio.CapacityLimiter(_MAX_REQUESTS)
         self._closed = False
@@ -429,7 +429,7 @@ class Transport:
             except tls.TLSError as error:
                 raise ConnectError(f"cannot reach {self.url}: {error}") from error
             except (OSError, trio.BrokenResourceError) as error:
-                raise ConnectError(f"cannot reach {self.url}: {describe_network_error(error)}") from error
+                raise ConnectError(f"cannot reach {self.url}: {tcp.describe_network_error(error)}") from error
         return _Connection(stream)
 
     async def _secure(self, trust: tls.Trust, stream: trio.abc.Stream) -> trio.abc.Stream:
@@ -458,7 +458,7 @@ class Transport:
     def _lost(self, error: Exception) -> ConnectError:
         if isinstance(error, h11.RemoteProtocolError):
             return ConnectError(f"{self.url} sent an invalid HTTP answer: {error}")
-        return ConnectError(f"the connection to {self.url} was lost: {describe_network_error(error)}")
+        return ConnectError(f"the connection to {self.url} was lost: {tcp.describe_network_error(error)}")
 
 
 @contextmanager
@@ -471,10 +471,13 @@ def _deadline(seconds: float, complaint: str) -> Iterator[None]:
 
 
 def parse_url(url: str, base_path: str = "") -> ServerURL:
-    """Parse a server's URL. A `base_path` at its end is dropped. Raises ValueError that says what is accepted."""
+    """Parse a server's URL. A `base_path` at its end is dropped. Raises ValueError that says what is accepted.
+
+    A URL without a scheme means https.
+    """
     expected = "expected a URL such as https://controller.example.com:6120"
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(url if "://" in url else f"https://{url}")
         port = parts.port or DEFAULT_PORT
     except ValueError as error:
         raise ValueError(f'the URL is "{url}" ({error}), {expected}') from None
@@ -486,25 +489,8 @@ def parse_url(url: str, base_path: str = "") -> ServerURL:
     if not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError(f'the URL is "{url}", {expected}, in ASCII and without blanks')
     prefix = parts.path.rstrip("/").removesuffix(base_path)
-    text = f"{parts.scheme}://{_bracketed(parts.hostname)}:{port}{prefix}"
+    text = f"{parts.scheme}://{bracketed(parts.hostname)}:{port}{prefix}"
     return ServerURL(text, parts.scheme == "https", parts.hostname, port, prefix)
-
-
-def _bracketed(host: str) -> str:
-    """Return a host as a URL has it: an IPv6 address in brackets."""
-    return f"[{host}]" if ":" in host else host
-
-
-def describe_network_error(error: BaseException) -> str:
-    """Return a short phrase for why there is no connection. trio's own text lists every attempt."""
-    cause = first_exception(error.__cause__) if error.__cause__ is not None else error
-    if isinstance(cause, ssl.SSLError):
-        return tls.reason_of(cause)
-    if isinstance(cause, socket.gaierror):
-        return str(cause.strerror).lower()
-    if isinstance(cause, OSError) and cause.errno is not None:
-        return os.strerror(cause.errno).lower()
-    return str(cause) or "the peer closed it"
 
 
 def excerpt(content: bytes | str) -> str:

@@ -30,15 +30,15 @@ from orchard.net.transport import ServerURL, parse_url
         ("http://127.0.0.1:80/", ServerURL("http://127.0.0.1:80", False, "127.0.0.1", 80, "")),
         ("http://[::1]:1/a/b/", ServerURL("http://[::1]:1/a/b", False, "::1", 1, "/a/b")),
         ("https://c/v1", ServerURL("https://c:6120", True, "c", 6120, "")),
+        ("c.example.com", ServerURL("https://c.example.com:6120", True, "c.example.com", 6120, "")),
+        ("c:80/a", ServerURL("https://c:80/a", True, "c", 80, "/a")),
     ],
 )
 def test_url_is_parsed_and_normalised(url: str, parsed: ServerURL) -> None:
     assert parse_url(url, "/v1") == parsed
 
 
-@pytest.mark.parametrize(
-    "url", ["", "c:6120", "c.example.com", "ftp://c", "http://", "http://c:x", "http://c?a", "http://c#a", "http://a b"]
-)
+@pytest.mark.parametrize("url", ["", "ftp://c", "http://", "http://c:x", "http://c?a", "http://c#a", "http://a b"])
 def test_invalid_url_is_refused_with_an_example(url: str) -> None:
     with pytest.raises(ValueError, match="https://controller"):
         Client(url)
