@@ -38,7 +38,7 @@ _LOGIN_SECONDS = 10.0  # seconds
 # When a shell has ended, what it has written is in the pipes.
 _REST_SECONDS = 0.2  # seconds
 # Between asking a command to end and killing it.
-_END_SECONDS = 1.0  # seconds
+_END_SECONDS = 5.0  # seconds
 _CANNOT_RUN = 126
 
 
@@ -157,10 +157,12 @@ class SyntheticSSH:
             process.stderr.write(f"{error}\n".encode())
             process.exit(_CANNOT_RUN)
             return
+        # Set by a signal of the client, after which a second one would end what handles the first.
+        signalled = trio.Event()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._wait_closed, process, nursery.cancel_scope)
-                nursery.start_soon(_feed, process.stdin, shell)
+                nursery.start_soon(_feed, process.stdin, shell, signalled)
                 await _send_output(shell, process)
                 status = await shell.wait()
                 process.exit(status if status >= 0 else 128 - status)
@@ -168,7 +170,8 @@ class SyntheticSSH:
         finally:
             # What a command left in the background runs on until the VM ends.
             if shell.returncode is None:
-                signal_group(shell.pid, signal.SIGTERM)
+                if not signalled.is_set():
+                    signal_group(shell.pid, signal.SIGTERM)
                 with trio.move_on_after(_END_SECONDS, shield=True):
                     await shell.wait()
                 await kill(shell)
@@ -179,7 +182,7 @@ class SyntheticSSH:
         scope.cancel()
 
 
-async def _feed(source: asyncssh.SSHReader[bytes], shell: trio.Process) -> None:
+async def _feed(source: asyncssh.SSHReader[bytes], shell: trio.Process, signalled: trio.Event) -> None:
     """Send a client's input to a shell, and its signals."""
     assert shell.stdin is not None
     read = trio_asyncio.aio_as_trio(source.read)
@@ -193,6 +196,7 @@ async def _feed(source: asyncssh.SSHReader[bytes], shell: trio.Process) -> None:
             except asyncssh.SignalReceived as received:
                 with suppress(KeyError):
                     signal_group(shell.pid, signal.Signals[f"SIG{received.signal}"])
+                    signalled.set()
             except (asyncssh.TerminalSizeChanged, asyncssh.BreakReceived):
                 continue
             except (trio.BrokenResourceError, asyncssh.Error, OSError):
