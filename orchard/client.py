@@ -210,7 +210,8 @@ class _Changes:
             if piece is None:
                 return None
             *lines, self._incomplete = (self._incomplete + piece).split(b"\n")
-            self._lines.extend(lines)
+            # An empty line only keeps the connection open through proxies.
+            self._lines.extend(filter(None, lines))
             if len(self._incomplete) > _MAX_LINE_BYTES:
                 raise ClientError(f"a line of the watch is longer than {_MAX_LINE_BYTES} bytes")
         line = self._lines.popleft()

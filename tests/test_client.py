@@ -39,6 +39,12 @@ async def test_watch_of_a_vm_is_read_however_its_bytes_are_cut() -> None:
             assert [(kind, vm.uid) async for kind, vm in changes] == [("ADDED", "u"), ("DELETED", "u")]
 
 
+async def test_empty_lines_of_a_watch_are_skipped() -> None:
+    lines = b"\n" + watch_line("ADDED") + b"\n\n" + watch_line("DELETED")
+    async with scripted([chunked(lines)]) as (client, _), client.vms.watch("vm") as changes:
+        assert [kind async for kind, _ in changes] == ["ADDED", "DELETED"]
+
+
 async def test_invalid_line_of_a_watch_is_a_client_error() -> None:
     garbage = b"HTTP/1.1 200 OK\r\n\r\n{}\n"
     async with scripted([garbage]) as (client, _), client.vms.watch("vm") as changes:

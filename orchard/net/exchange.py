@@ -310,7 +310,9 @@ class Exchange:
     async def _respond_in_pieces(self, answer: Stream) -> None:
         assert self._request is not None
         chunked, keep = self._request.version == "1.1", self._may_continue()
-        framing = f"Content-Type: {answer.content_type}\r\n" + "Transfer-Encoding: chunked\r\n" * chunked
+        # nginx, and proxies that follow it, pass each piece on as it comes.
+        framing = f"Content-Type: {answer.content_type}\r\nX-Accel-Buffering: no\r\n"
+        framing += "Transfer-Encoding: chunked\r\n" * chunked
         head = self._head(answer, framing, keep)
         # Whether a write was begun and not completed, so that nothing more may be sent.
         torn = False

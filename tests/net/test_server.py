@@ -459,6 +459,21 @@ async def test_pipelined_requests_are_answered_in_order(autojump_clock: Clock) -
     assert not closed
 
 
+async def test_proxies_are_told_not_to_buffer_a_stream(autojump_clock: Clock) -> None:
+    async def produce(send: Callable[[bytes], Awaitable[None]]) -> None:
+        await send(b"a")
+
+    async def handler(request: Request) -> AnyResponse:
+        return Stream(produce) if request.path == "/stream" else Response(200, b"a")
+
+    async with serving(handler) as served:
+        stream = served.connect()
+        client = Client(stream)
+        for path, expected in ((b"/stream", "no"), (b"/", None)):
+            await stream.send_all(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+            assert (await client.sure("GET")).headers.get("x-accel-buffering") == expected
+
+
 async def test_head_has_the_headers_of_get_and_no_body(autojump_clock: Clock) -> None:
     async def handler(request: Request) -> AnyResponse:
         if request.path == "/error":
