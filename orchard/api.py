@@ -416,7 +416,9 @@ class API:
         wait = read_count(request.query, parameters.WAIT_FORWARD)
         vm = self._vm(admitted)
         request.require_websocket()
-        return self._relay_to(await self.parts.vm_access.connect(vm, port, wait, sender=admitted.sender), admitted)
+        return self._relay_to(
+            await self.parts.vm_access.connect(vm, port, wait, sender=admitted.sender), request, admitted
+        )
 
     async def forward_worker(self, request: Request, admitted: Admitted) -> AnyResponse:
         port = read_count(request.query, parameters.PORT_NUMBER)
@@ -424,10 +426,12 @@ class API:
         worker = found("worker", self.state.workers, admitted.name)
         request.require_websocket()
         end = await self.parts.vm_access.connect_to_host(worker.name, port, wait, sender=admitted.sender)
-        return self._relay_to(end, admitted)
+        return self._relay_to(end, request, admitted)
 
-    def _relay_to(self, end: WorkerEnd, admitted: Admitted) -> TunnelUpgrade:
-        return TunnelUpgrade(partial(self._relay, end, admitted), self.parts.rendezvous.ping_interval)
+    def _relay_to(self, end: WorkerEnd, request: Request, admitted: Admitted) -> TunnelUpgrade:
+        # Existing controllers do so, and clients without the header expect it.
+        text = request.headers.get("user-agent") is None
+        return TunnelUpgrade(partial(self._relay, end, admitted), self.parts.rendezvous.ping_interval, text)
 
     async def _relay(self, end: WorkerEnd, admitted: Admitted, client: TunnelStream) -> None:
         with self.parts.sessions.hold(admitted.account, admitted.role, partial(end.end, POLICY_VIOLATION)):

@@ -435,8 +435,12 @@ async def _run_websocket(connection: Connection, answer: WebSocketUpgrade, early
 async def _run_tunnel(connection: Connection, answer: TunnelUpgrade, early: bytes) -> None:
     """Run a session over the bytes of WebSocket messages, then close the WebSocket."""
     stream = TunnelStream(
-        connection.stream.as_stream(), client=False, early=early, ping_interval=answer.ping_interval
-    )  # fmt: skip
+        connection.stream.as_stream(),
+        client=False,
+        early=early,
+        ping_interval=answer.ping_interval,
+        text=answer.text,
+    )
     # The stream's own tasks and _close_at_stop end with the session.
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stream.run)

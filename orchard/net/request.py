@@ -268,6 +268,8 @@ class TunnelUpgrade:
 
     session: Callable[[TunnelStream], Awaitable[None]]
     ping_interval: float
+    # Send text messages, although they carry any bytes.
+    text: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -154,7 +154,7 @@ class TunnelStream(trio.abc.Stream):
     """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
 
     `stream` carries the frames. It stays open, and the caller closes it afterwards. `client` says which end this is.
-    `early` are bytes that were read from `stream` beyond the handshake. A task must run `run` as long as the TunnelStream
+    `early` are bytes that were read from `stream` beyond the handshake. `text` sends text messages. A task must run `run` as long as the TunnelStream
     is used.
 
     It pings every `ping_interval` seconds. A peer that sends nothing for another interval is dead, unless its answer may
@@ -163,9 +163,16 @@ class TunnelStream(trio.abc.Stream):
     """
 
     def __init__(
-        self, stream: trio.abc.Stream, *, client: bool, early: bytes = b"", ping_interval: float = PING_INTERVAL
+        self,
+        stream: trio.abc.Stream,
+        *,
+        client: bool,
+        early: bytes = b"",
+        ping_interval: float = PING_INTERVAL,
+        text: bool = False,
     ) -> None:
         self._stream = stream
+        self._opcode = wsframes.TEXT if text else wsframes.BINARY
         self._early = early
         self._ping_interval = ping_interval
         self._frames = wsframes.FrameReader(masked=not client)
@@ -289,7 +296,7 @@ class TunnelStream(trio.abc.Stream):
         for start in range(0, len(view), _SEND_BYTES):
             if self.closed is not None:
                 raise trio.BrokenResourceError(describe_close(self.closed))
-            await self._sender.send(wsframes.BINARY, view[start : start + _SEND_BYTES])
+            await self._sender.send(self._opcode, view[start : start + _SEND_BYTES])
             self._sends += 1
 
     async def wait_send_all_might_not_block(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import trio
+import websockets.sync.client
 from harness.clients import (
     ADMIN_ENV,
     SocketHandler,
@@ -47,6 +48,18 @@ async def vm_with(handler: SocketHandler = echo, **options: Any) -> AsyncIterato
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+async def test_client_without_a_user_agent_gets_text_messages() -> None:
+    def talk(url: str, user_agent: str | None) -> object:
+        with websockets.sync.client.connect(url, user_agent_header=user_agent, compression=None) as client:
+            client.send(b"hello")
+            return client.recv()
+
+    async with vm_with() as (c, port):
+        url = websocket_url(c, "/vms/vm/port-forward", port=port)
+        assert await trio.to_thread.run_sync(talk, url, None) == "hello"
+        assert await trio.to_thread.run_sync(talk, url, "some client") == b"hello"
 
 
 async def test_bytes_arrive_unchanged_in_binary_messages_of_any_size() -> None:
