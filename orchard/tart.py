@@ -93,7 +93,7 @@ _AGENT_SECONDS = 30  # seconds
 _ARP_SECONDS = 1.0  # seconds
 # Between two looks whether a VM still runs. Each is an open and a flock, and a read of a small file.
 _WATCH_SECONDS = 0.25  # seconds
-# A supervisor that was seen to show signs of life and shows none for so long counts as gone.
+# A supervisor that shows no sign of life for so long counts as gone.
 _SILENCE_SECONDS = 10.0  # seconds
 # `tart list` fails as a whole when another program deletes a VM meanwhile.
 _LIST_RETRIES = 5
@@ -602,14 +602,10 @@ class TartDriver:
 
 
 class _Silence:
-    """Notices a supervisor that has stopped showing signs of life: new modification times of its record.
-
-    A supervisor that has shown none since the worker looks is not judged: one of an earlier version shows none.
-    """
+    """Notices a supervisor that has stopped showing signs of life: new modification times of its record."""
 
     def __init__(self, record: Path) -> None:
         self._record = record
-        self._beats = 0
         self._last: int | None = None
         self._looks = 0
 
@@ -621,10 +617,9 @@ class _Silence:
         with suppress(OSError):
             beat = self._record.stat().st_mtime_ns
             if beat != self._last:
-                self._beats += self._last is not None
                 self._last, self._looks = beat, 0
         self._looks += 1
-        return bool(self._beats) and self._looks * _WATCH_SECONDS >= _SILENCE_SECONDS
+        return self._looks * _WATCH_SECONDS >= _SILENCE_SECONDS
 
 
 def _kill_unsupervised(record: supervisor.Record) -> None:
