@@ -26,7 +26,7 @@ from orchard.codec import encode
 from orchard.heartbeat import Lease, backoff_seconds
 from orchard.leftovers import Leftovers
 from orchard.nursery import Wakeup, growing_pause
-from orchard.schema import LOCAL_PREFIX, VM, Event, Worker
+from orchard.schema import LOCAL_PREFIX, VM, Event, HostDirPolicy, Worker
 from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, Trouble
 from orchard.vm.instance import Instance, InstanceHost
 from orchard.worker_memory import ClusterMemory
@@ -103,10 +103,20 @@ class Reconciler:
             self._forget,
             self._send_events,
             note_trouble,
+            self._fetch_policies,
             clock,
             outlives=not stop_vms_on_exit,
         )
         self._leftovers = Leftovers(worker, client, driver, note_trouble, self.sync_due.set)
+
+    async def _fetch_policies(self) -> Sequence[HostDirPolicy] | None:
+        """Return the cluster's hostDirPolicies, once the controller answers. None: it does not tell them."""
+        while True:
+            with suppress(ClientError):
+                info = await self._client.info()
+                # Controllers that have no clusterId do not tell their policies either.
+                return info.host_dir_policies if info.cluster_id else None
+            await trio.sleep(_SYNC_SECONDS)
 
     # -- reports
 

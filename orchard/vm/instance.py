@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 import trio
 
 from orchard.nursery import Wakeup, first_exception, growing_pause
-from orchard.schema import VM, Event, Status
+from orchard.schema import VM, Event, HostDirPolicy, Status
 from orchard.vm.driver import (
     Driver,
     DriverError,
@@ -46,6 +46,7 @@ from orchard.vm.driver import (
     SupervisorLost,
     Trouble,
 )
+from orchard.vm.host_dirs import resolve_dirs
 
 # For stopping and deleting a VM when the worker ends.
 REMOVE_SECONDS = 60.0  # seconds
@@ -214,7 +215,8 @@ class InstanceHost:
 
     `changed` is called when an instance has something new to report, and `ended` when its task has ended. `send_events`
     delivers the output of scripts. `note_trouble` is called with what has failed, the VM's local name or "", and a
-    message, which is "" when it has succeeded.
+    message, which is "" when it has succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the
+    controller does not tell them.
     `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends.
     """
 
@@ -223,6 +225,7 @@ class InstanceHost:
     ended: Callable[[Instance], None]
     send_events: SendEvents
     note_trouble: Callable[[Trouble, str, str], None]
+    fetch_policies: Callable[[], Awaitable[Sequence[HostDirPolicy] | None]]
     clock: Callable[[], float]
     outlives: bool = True
 
@@ -363,13 +366,22 @@ class Instance:
                 self._note = replace(self._note, hardware=hardware_of(vm))
                 await self._host.driver.configure(self.name, self._note.hardware)
             if vm.spec.power_state == "running":
+                options = await self._resolved(run_options(vm))
                 self._write(Note(vm.meta.generation, self._note.hardware, vm.spec.suspendable, self._note.script))
                 self.state = self.state.after("start")
-                await self._run(partial(self._host.driver.run, options=run_options(vm)))
+                await self._run(partial(self._host.driver.run, options=options))
             else:
                 self._show("rest", progress="", observed=vm.meta.generation)
                 while self.vm.meta.generation == vm.meta.generation:
                     await self._news.wait()
+
+    async def _resolved(self, options: RunOptions) -> RunOptions:
+        """Return the options with the paths to which its directories lead. Raises DriverError for one that may not be mounted."""
+        if not options.dirs:
+            return options
+        policies = await self._host.fetch_policies()
+        with self._noting("hostDirs"):
+            return replace(options, dirs=await resolve_dirs(options.dirs, policies))
 
     async def _create(self, vm: VM) -> None:
         driver, spec = self._host.driver, vm.spec

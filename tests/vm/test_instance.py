@@ -24,7 +24,7 @@ from harness.strategies import pending
 from harness.sweeps import AtStep, growing_steps
 
 from orchard import transitions
-from orchard.schema import VM, Event, Worker
+from orchard.schema import VM, Event, HostDirPolicy, Worker
 from orchard.tart import TartDriver
 from orchard.validation import patched_spec, vm_from_client
 from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning, RunOptions
@@ -80,6 +80,7 @@ class Host:
         self.lines: list[str] = []
         # What has failed and not succeeded since: (kind, VM or "") -> message.
         self.troubles: dict[tuple[str, str], str] = {}
+        self.policies: Sequence[HostDirPolicy] | None = None
         self.hold_delivery: trio.Event | None = None
         self.runs = trio.Event()
 
@@ -87,8 +88,18 @@ class Host:
         def changed() -> None:
             self.record_report(instance)
 
+        async def fetch_policies() -> Sequence[HostDirPolicy] | None:
+            return self.policies
+
         host = InstanceHost(
-            self.driver, changed, lambda _: None, self.send, self.note_trouble, lambda: 1_700_000_000.5, outlives
+            self.driver,
+            changed,
+            lambda _: None,
+            self.send,
+            self.note_trouble,
+            fetch_policies,
+            lambda: 1_700_000_000.5,
+            outlives,
         )
         instance = Instance(vm, host, found=found)
         return instance

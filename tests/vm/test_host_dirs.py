@@ -1,0 +1,86 @@
+"""Directories that a VM mounts from its host: where their paths lead, and whether the policies allow that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from orchard.client import VMFailed
+from orchard.schema import HostDirPolicy
+from orchard.testing import cluster
+from orchard.vm.driver import DriverError, SharedDir
+from orchard.vm.host_dirs import resolve_dirs
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Return a directory with `allowed/src` and `secret`, and links in `allowed`."""
+    for name in ("allowed/src", "allowed-too", "secret"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "a:b").mkdir()
+    links = {"inside": "src", "outside": "../secret", "beside": "../allowed-too", "colon": "../a:b"}
+    for name, target in links.items():
+        (tmp_path / "allowed" / name).symlink_to(target)
+    (tmp_path / "alias").symlink_to("allowed")
+    return tmp_path
+
+
+def policies(tree: Path, *, ro: bool = False) -> list[HostDirPolicy]:
+    return [HostDirPolicy(str(tree / "allowed"), ro), HostDirPolicy("https://archives.example", True)]
+
+
+@pytest.mark.parametrize(
+    ("path", "leads_to"),
+    [
+        ("allowed/src", "allowed/src"),
+        ("allowed/inside", "allowed/src"),
+        ("allowed/inside/new", "allowed/src/new"),
+        ("alias/src", "allowed/src"),
+    ],
+)
+async def test_path_is_replaced_by_where_it_leads(tree: Path, path: str, leads_to: str) -> None:
+    dirs = [SharedDir("d", str(tree / path)), SharedDir("a", "https://archives.example/x.tar", ro=True)]
+    assert await resolve_dirs(dirs, policies(tree)) == (SharedDir("d", str(tree / leads_to)), dirs[1])
+
+
+@pytest.mark.parametrize(
+    "path", ["allowed/outside", "allowed/outside/etc", "allowed/beside", "allowed/colon", "secret", "a:b"]
+)
+async def test_path_that_leads_out_of_the_policies_is_refused(tree: Path, path: str) -> None:
+    with pytest.raises(DriverError) as refusal:
+        await resolve_dirs([SharedDir("ok", str(tree / "allowed")), SharedDir("d", str(tree / path))], policies(tree))
+    assert "hostDirs[1].path" in str(refusal.value)
+
+
+async def test_prefix_of_a_policy_may_be_a_link(tree: Path) -> None:
+    alias = [HostDirPolicy(str(tree / "alias"), False)]
+    assert await resolve_dirs([SharedDir("d", str(tree / "alias/src"))], alias)
+    with pytest.raises(DriverError):
+        await resolve_dirs([SharedDir("d", str(tree / "alias/outside"))], alias)
+
+
+async def test_read_only_policy_allows_no_writable_mount(tree: Path) -> None:
+    path = str(tree / "allowed/inside")
+    assert await resolve_dirs([SharedDir("d", path, ro=True)], policies(tree, ro=True))
+    with pytest.raises(DriverError):
+        await resolve_dirs([SharedDir("d", path)], policies(tree, ro=True))
+
+
+async def test_paths_stay_where_the_controller_tells_no_policies(tree: Path) -> None:
+    dirs = (SharedDir("d", str(tree / "allowed/outside")),)
+    assert await resolve_dirs(dirs, None) == dirs
+    with pytest.raises(DriverError):
+        await resolve_dirs(dirs, [])
+
+
+async def test_vm_whose_host_dir_leads_out_of_the_policies_fails(tree: Path) -> None:
+    async with cluster(workers=1) as c:
+        await c.client.cluster_settings.put({"hostDirPolicies": [{"pathPrefix": str(tree / "allowed")}]})
+        for name, link in (("inside", "inside"), ("outside", "outside")):
+            host_dirs = [{"name": "d", "path": str(tree / "allowed" / link)}]
+            await c.client.vms.create(name=name, image="any", hostDirs=host_dirs)
+        await c.client.vms.wait("inside")
+        with pytest.raises(VMFailed) as failure:
+            await c.client.vms.wait("outside")
+        assert "hostDirs[0].path" in failure.value.vm.state.status_message
