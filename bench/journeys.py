@@ -91,13 +91,13 @@ class Wire:
 
     def create(self, **vm: Any) -> None:
         content = json.dumps({"image": "any", **vm}).encode()
-        head = f"POST /v1/vms HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        head = f"POST /v1/vms HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
         self._socket.sendall(head.encode() + content)
         self._read_head()
 
     def first_forwarded_byte(self, vm: str, port: int) -> None:
         key = base64.b64encode(os.urandom(16)).decode()
-        head = f"GET /v1/vms/{vm}/port-forward?port={port} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
+        head = f"GET /v1/vms/{vm}/port-forward?port={port} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
         head += f"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n"
         self._socket.sendall(head.encode())
         self._read_head()

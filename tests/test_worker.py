@@ -559,9 +559,9 @@ async def test_each_broken_session_is_followed_by_a_random_pause(
 ) -> None:
     failures: list[int] = []
 
-    def noted(count: int, chance: float) -> float:
+    def noted(count: int, chance: float, *, permanent: bool) -> float:
         failures.append(count)
-        return backoff_seconds(count, chance)
+        return backoff_seconds(count, chance, permanent=permanent)
 
     monkeypatch.setattr("orchard.worker.backoff_seconds", noted)
     async with cluster.working() as mac:

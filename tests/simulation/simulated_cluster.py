@@ -261,6 +261,7 @@ class SimulatedCluster:
             data_dir=self.directory,
             tls=False,
             auth=False,
+            allowed_hosts=[CONTROLLER],
             worker_offline_timeout=offline_timeout,
             ping_interval=ping_interval or offline_timeout / 3,
         )
