@@ -32,6 +32,12 @@ class RefusedError(Exception):
     """The controller refused this worker, or its host is not the one to work on. Trying again would not help."""
 
 
+def vm_name_of(local_name: str) -> str:
+    """Return the name of the VM that has a local name, or the local name itself if Orchard did not make it."""
+    match = _LOCAL_NAME.fullmatch(local_name)
+    return local_name if match is None else match[1]
+
+
 class Leftovers:
     """The local VMs that are being removed. `removed` is called after each removal.
 

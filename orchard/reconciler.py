@@ -22,9 +22,9 @@ from typing import Any, Literal
 import trio
 
 from orchard.client import Client, ClientError, ConnectError, ResponseError
-from orchard.codec import encode
+from orchard.codec import encode, shown
 from orchard.heartbeat import Lease, backoff_seconds
-from orchard.leftovers import Leftovers
+from orchard.leftovers import Leftovers, vm_name_of
 from orchard.nursery import Wakeup, growing_pause
 from orchard.schema import LOCAL_PREFIX, VM, Event, HostDirPolicy, Worker
 from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, Trouble
@@ -299,7 +299,8 @@ class Reconciler:
             slots_free.set()
         elif "create" in actions.values():
             nursery.start_soon(_set_after, slots_free, list(given_up.values()))
-        waiting_for = f"waiting for {', '.join(sorted(given_up)[:_MAX_NAMED])} to end"
+        names = sorted(vm_name_of(name) for name in given_up)[:_MAX_NAMED]
+        waiting_for = f"waiting for {', '.join(map(shown, names))} to end"
         for name, action in actions.items():
             # A VM that is half-made from before is removed first.
             if action == "create" and name not in self._leftovers:

@@ -108,10 +108,10 @@ async def test_vm_that_waits_for_a_slot_says_for_whose(
     monkeypatch.setattr(driver, "stop", slow)
     async with cluster.working():
         await cluster.client.vms.create(name="old", image="any")
-        old = await cluster.client.vms.wait("old")
+        await cluster.client.vms.wait("old")
         await cluster.client.vms.delete("old")
         await cluster.client.vms.create(name="new", image="any")
-        await cluster.wait_vm("new", lambda vm: old.tart_name in vm.state.status_message)
+        await cluster.wait_vm("new", lambda vm: '"old"' in vm.state.status_message)
         allowed.set()
         await cluster.client.vms.wait("new")
 
