@@ -1,8 +1,9 @@
 """Orchard: an orchestrator for Tart virtual machines on a cluster of Macs.
 
-This file imports no other module of the package, so that importing one never imports the others. `python -m orchard.controller`
-and `python -m orchard.worker` are the two daemons, `python -m orchard` is the command for people, `orchard.client` has
-the API as methods, and `orchard.testing` runs a whole cluster inside a test suite.
+This file imports no other module of the package, so that importing one never imports the others.
+
+The two daemons are `python -m orchard.controller` and `python -m orchard.worker`, and `python -m orchard` is the command
+for people. `orchard.client` has the API as methods, and `orchard.testing` runs a whole cluster inside a test suite.
 """
 
 import signal

@@ -175,8 +175,8 @@ class Client(Transport):
     async def rpc_watch(self, worker: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
         """Follow the actions that the controller sends to a worker, for the time of the block. Used by workers.
 
-        Yields an iterator of actions such as `{"syncVMsAction": {}}`. It raises `trio_websocket.ConnectionClosed` when the
-        watch ends, which becomes ConnectError outside of the block, and ClientError for anything but an action.
+        Yields an iterator of actions such as `{"syncVMsAction": {}}`. It raises `trio_websocket.ConnectionClosed` when
+        the watch ends, which becomes ConnectError outside of the block, and ClientError for anything but an action.
         """
         query = {"workerName": worker}
         async with self.websocket("/rpc/watch", query, max_message_size=_MAX_ACTION_BYTES) as websocket:
@@ -510,8 +510,8 @@ class Settings(_Resource):
 class RunningCommand:
     """A command that runs in a VM: an asynchronous iterator over its output, as ("stdout" or "stderr", bytes).
 
-    After the end of the iteration `exit_code` is set. The iterator raises ClientError if the command could not be run, and
-    ConnectError if the connection was lost.
+    After the end of the iteration `exit_code` is set. The iterator raises ClientError if the command could not be run,
+    and ConnectError if the connection was lost.
     """
 
     def __init__(self, websocket: WebSocketConnection) -> None:

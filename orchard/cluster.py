@@ -1,7 +1,7 @@
 """What the controller knows of the cluster as a whole, and of a worker's health; their JSON.
 
-`ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health` is reported by
-workers with their heartbeats and kept in memory.
+`ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health` is
+reported by workers with their heartbeats and kept in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_PROBLEMS = 20
 MAX_PROBLEM_TEXT = 300  # characters
 _MAX_WHAT = 32  # characters
 
-# The capability of a worker and of a controller that speak the protocol of contract "State".
+# The capability of a worker that sends `settled` and `health`, and of a controller that shows the state of workers.
 WORKER_STATE = "worker-state"
 
 WorkerState = Literal["offline", "drained", "draining", "paused", "online"]

@@ -35,11 +35,12 @@ MAX_DEPTH = 32
 _MAX_DESCRIBED = 8
 # Characters of an unknown name that are shown.
 _MAX_PATH = 128
-# Values of a client's JSON text, and fields of one of its objects: more than the largest legal body has. Reading takes time
-# by the value, and a small body may have millions.
+# Values of a client's JSON text, and fields of one of its objects: more than the largest legal body has. Reading takes
+# time by the value, and a small body may have millions.
 MAX_VALUES = 100_000
 MAX_FIELDS = 1024
-# Items of a list or a map in a client's object, unless its field says otherwise. All other requests wait while it is read.
+# Items of a list or a map in a client's object, unless its field says otherwise. Reading them delays all other
+# requests.
 MAX_ITEMS = 256
 # The largest whole number that every JSON parser keeps exact (RFC 8259, section 6).
 MAX_UINT = 2**53 - 1
@@ -142,8 +143,8 @@ def attr(
 
     `zero` is the field's value when it is absent; a field without a zero is required. `writer` is who sets the field:
     "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
-    has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a deprecated second name of the field in JSON. The value of a
-    `secret` field is not in the repr().
+    has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a
+    deprecated second name of the field in JSON. The value of a `secret` field is not in the repr().
     """
     required = zero is dataclasses.MISSING
     about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, required)
@@ -330,8 +331,8 @@ class _Position:
     """A place in the body, and how its value is read.
 
     `unknown` collects the names of unknown fields in a client's object; it is None for an object that this product
-    wrote. `refusal` is the error for a string that is not one of the options. `maximum` bounds a number, and `most` a list or
-    a map in number.
+    wrote. `refusal` is the error for a string that is not one of the options. `maximum` bounds a number, and `most` a
+    list or a map in number.
     """
 
     path: str = ""
@@ -372,9 +373,9 @@ def decode_from_client(
 ) -> ResourceT:
     """Make an instance of `cls` from a parsed JSON object that a client sent.
 
-    Only fields whose writer is the user are taken; the others are ignored, like the fields named in `also`. Unknown fields
-    are appended to `unknown`, as by `add_unknown`. An absent or null field gets its value from `base`,
-    or its zero value; so does one of a closed set whose value is "". Names are read in any case, as by `canonical`.
+    Only fields whose writer is the user are taken; the others are ignored, like the fields named in `also`. Unknown
+    fields are appended to `unknown`, as by `add_unknown`. An absent or null field gets its value from `base`, or its
+    zero value; so does one of a closed set whose value is "". Names are read in any case, as by `canonical`.
 
     Raises as `decode` does, with `refusal` for a string that is not one of the options.
     """

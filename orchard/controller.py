@@ -170,7 +170,7 @@ def _check_for_foreign_data(directory: Path) -> None:
     """
     if (directory / _FOREIGN_DATA).is_dir() and not (directory / STATE_FILE).exists():
         raise StartError(
-            f"{directory / _FOREIGN_DATA} is the data base of Cirrus Labs' Orchard controller, which this one cannot read;"
+            f"{directory / _FOREIGN_DATA} is the database of Cirrus Labs' Orchard controller, which this one cannot read;"
             " choose an empty data directory, create the service accounts of workers and clients there again, and use"
             " the certificate and key of the old one with --controller-cert and --controller-key"
         )

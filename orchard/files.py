@@ -1,6 +1,7 @@
 """Files of the data directories: their names, durable private writes, and the lock that keeps a second process out.
 
-The contents of the files are written elsewhere: the state and events by `storage/`, the keys by the modules that use them.
+The contents of the files are written elsewhere: the state and events by `storage/`, the keys by the modules that use
+them.
 
 `write_private` writes a draft beside the file, syncs it and renames it, so that a crash leaves the old file or the new
 one. On macOS, fsync leaves data in the drive's cache; `sync_file` uses F_FULLFSYNC where the platform has it.

@@ -39,7 +39,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 @dataclass(slots=True)
 class FsckReport:
-    """The findings in a data directory. Each problem and note is a sentence that names the file, what is wrong, and the remedy."""
+    """The findings in a data directory. Each problem and note names the file, what is wrong, and the remedy."""
 
     problems: list[str] = field(default_factory=list)
     # What the next start repairs.

@@ -84,7 +84,7 @@ def _digest(token: str) -> bytes:
 
 
 def _basic_credentials(authorization: str) -> list[tuple[str, str]]:
-    """Return every split of HTTP Basic credentials into a name and a token: one for each colon. Raises UnauthenticatedError."""
+    """Return each split of HTTP Basic credentials at a colon into name and token. Raises UnauthenticatedError."""
     scheme, _, rest = authorization.partition(" ")
     if scheme.lower() == "basic":
         try:

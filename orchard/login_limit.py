@@ -50,7 +50,7 @@ OutcomeT = TypeVar("OutcomeT")
 
 
 class TooManyFailuresError(Exception):
-    """Credentials of a limited source or account were wrong, or were not checked; to be tried after `retry_after` seconds."""
+    """Credentials of a limited source or account were wrong or not checked; try again after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)

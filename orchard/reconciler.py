@@ -4,8 +4,8 @@
 the action for each pair of states. `sync` only starts actions and does not wait for them. Instances that have to end are
 told so first, and new ones start when those have ended, because the scheduler has reassigned their slots already.
 
-While the controller's state is older than one that it has shown (worker_memory.py), nothing is adopted, started, stopped or
-deleted. VMs that run keep their leases, since the controller places nothing until that state is accepted.
+While the controller's state is older than one that it has shown (worker_memory.py), nothing is adopted, started,
+stopped or deleted. VMs that run keep their leases, since the controller places nothing until that state is accepted.
 
 One VM's task is `vm.instance.Instance`. The session in which all this happens is in worker.py; the tasks of VMs are in a
 nursery that outlives it.
@@ -205,7 +205,7 @@ class Reconciler:
                     await self._client.vms.report(vm.name, report)
 
     async def _hold_back(self) -> None:
-        """Leave all VMs as they are, and see whether an operator has accepted the controller's state. Raises ClientError."""
+        """Change no VM, and check whether an operator has accepted the controller's state. Raises ClientError."""
         local_vms: list[LocalVM] = []
         try:
             local_vms = await self._list_own()

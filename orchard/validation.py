@@ -1,8 +1,8 @@
 """What clients and workers send, made into resources: reading and the rules for single objects. Pure functions.
 
-Functions named `..._from_client` and `report_from_worker` take parsed JSON and raise codec.ValidationError. They append
-the unknown fields to a list, as by codec.add_unknown. The resources themselves are in schema.py; transitions.py has the rules for changes
-of a VM.
+Functions named `..._from_client` and `report_from_worker` take parsed JSON and raise codec.ValidationError. They
+append the unknown fields to a list, as by codec.add_unknown. The resources themselves are in schema.py; transitions.py
+has the rules for changes of a VM.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def vm_from_client(raw: object, unknown: list[str]) -> tuple[str, VMSpec]:
 
 
 def _vm_fields(raw: object, *, patch: bool = False) -> dict[str, Any]:
-    """Return the fields of a client's VM by their exact names, without those that ask for nothing. Raises MalformedError."""
+    """Return a client's VM by exact field names, without fields that ask for nothing. Raises MalformedError."""
     if not isinstance(raw, dict):
         expected = "a JSON object (a merge patch)" if patch else "a JSON object"
         raise MalformedError(f"the body is {shown(raw)}, expected {expected}")

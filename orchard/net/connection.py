@@ -62,9 +62,9 @@ class Limits:
     # takes 8 KiB, one after its TLS handshake 24 KiB.
     unauthenticated: int = 2_048
     unauthenticated_of_source: int = 1_024
-    # Bytes of all unfinished bodies, and 16 times those of all unfinished heads; beyond it the connection of the oldest one
-    # is closed. As many may be held by all large answers that are being sent; beyond it answers wait for each other, and
-    # clients that take nothing are closed.
+    # Bytes of all unfinished bodies, and 16 times those of all unfinished heads; beyond it the connection of the
+    # oldest one is closed. As many may be held by all large answers that are being sent; beyond it answers wait for
+    # each other, and clients that take nothing are closed.
     held_bytes: int = 64 * 1024 * 1024
 
 

@@ -143,8 +143,8 @@ class Exchange:
         if since < 0 or not (request or self._status):
             return
         self._since = -1.0
-        # Reads and heartbeats would fill the log, and so would an attacker that guesses credentials. The limit itself logs
-        # who guesses.
+        # Reads and heartbeats would fill the log, and so would an attacker that guesses credentials. The limit itself
+        # logs who guesses.
         is_read = request is not None and request.method in ("GET", "HEAD") and self._status in _SUCCESSES
         is_minor = is_read or self._routine or self._status == http.HTTPStatus.TOO_MANY_REQUESTS
         level = logging.DEBUG if is_minor else logging.INFO

@@ -1,7 +1,8 @@
 """The HTTP/1.1 server: accepts connections, runs one task for each, and stops. It knows no resource of the product.
 
 A connection (connection.py) is one task, and a plain request is answered in it without another one. Only a `Stream`, a
-WebSocket and `WhileConnected` have a second task, which notices when the client has gone. Each request and its answer are an exchange (exchange.py).
+WebSocket and `WhileConnected` have a second task, which notices when the client has gone. Each request and its answer
+are an exchange (exchange.py).
 
 An `HTTPError` from the handler or from the parser becomes an answer. A client that goes away, or takes or sends nothing
 for too long, ends its connection silently. Any other exception is logged and answered with 500. `serve` says how
@@ -39,10 +40,11 @@ async def serve(
 ) -> None:
     """Answer the requests that arrive through `listeners` with `handler`, until cancelled or until `stop` is set.
 
-    A listener is trio's for sockets, or a `TLSListener`. `admit` sees each request before its body is read or asked for.
-    It returns what the handler gets beside the request, or refuses the request by raising HTTPError: it authenticates the
-    client, so that a stranger cannot make the server keep megabytes. `clock` returns seconds since 1970, for the header Date. `started()` is called when connections are
-    accepted; the listeners are closed in any case.
+    A listener is trio's for sockets, or a `TLSListener`. `admit` sees each request before its body is read or asked
+    for. It returns what the handler gets beside the request, or refuses the request by raising HTTPError: it
+    authenticates the client, so that a stranger cannot make the server keep megabytes. `clock` returns seconds since
+    1970, for the header Date. `started()` is called when connections are accepted; the listeners are closed in any
+    case.
 
     At `stop`: no more connections are accepted, those without a request are closed at once, endless streams end, and
     WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.

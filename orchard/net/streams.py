@@ -28,11 +28,11 @@ RECEIVE_BYTES = 16 * 1024
 
 # Data is encrypted in records of this size. OpenSSL's memory buffers never shrink, so each stays below 24 KiB.
 _RECORD_BYTES = 16 * 1024  # bytes
-# Bytes that are encrypted for one write to the socket. This bounds the ciphertext that is held for a slow reader. Twice as
-# many would let malloc return the memory and get it back for each write, at 70 page faults each.
+# Bytes that are encrypted for one write to the socket. This bounds the ciphertext that is held for a slow reader.
+# Twice as many would let malloc return the memory and get it back for each write, at 70 page faults each.
 _FLUSH_BYTES = 8 * _RECORD_BYTES
-# Records of one write to the socket at most; the system takes 1,024. They are not joined first, which would copy them once
-# more.
+# Records of one write to the socket at most; the system takes 1,024. They are not joined first, which would copy them
+# once more.
 _MAX_PARTS = 64
 # More than this is never read from the socket at once, so that OpenSSL's memory buffer stays small.
 _MAX_RECEIVE_BYTES = 128 * 1024

@@ -65,7 +65,8 @@ async def connect(host: str, port: int) -> trio.SocketStream:
 def keep_accepted_alive(listener: trio.SocketListener) -> None:
     """Have the kernel end idle connections of this listener whose client has vanished. They inherit the options.
 
-    Connections with unacknowledged data last until the kernel gives up retransmitting, which takes about a quarter of an hour.
+    Connections with unacknowledged data last until the kernel gives up retransmitting, which takes about a quarter of
+    an hour.
     """
     _set_keep_alive(listener.socket.setsockopt)
 

@@ -4,8 +4,9 @@ The controller makes its own certificate with the system's `openssl`, so that no
 certificate are two files. The key is in place before the certificate, so a crash in between leaves a key without a
 certificate, and the next start makes both again.
 
-A client that *pins* a certificate trusts only that one, whatever the host name is. The handshake ends with a comparison of
-the whole certificate, before the first byte of a request is sent. `Trust.secure` does both, so neither can be forgotten.
+A client that *pins* a certificate trusts only that one, whatever the host name is. The handshake ends with a
+comparison of the whole certificate, before the first byte of a request is sent. `Trust.secure` does both, so neither
+can be forgotten.
 
 The server's end of a TLS connection is in streams.py.
 """

@@ -1,9 +1,9 @@
 """The SSH jump host: `ssh -J account@controller vm` into every VM. Needs the extra `orchard-cluster[ssh]`.
 
-A client logs in with a service account's name and its token or one of its keys, or as user `token` with a VM access token
-as its password. It can open direct-tcpip channels, which OpenSSH opens for `-J`, `-W` and `-L`; their host is the name of a VM. Each channel
-is joined to a tunnel into that VM, and is opened after the tunnel. Shells, commands, remote forwarding, agents and
-everything else are refused.
+A client logs in with a service account's name and its token or one of its keys, or as user `token` with a VM access
+token as its password. It can open direct-tcpip channels, which OpenSSH opens for `-J`, `-W` and `-L`; their host is
+the name of a VM. Each channel is joined to a tunnel into that VM, and is opened after the tunnel. Shells, commands,
+remote forwarding, agents and everything else are refused.
 
 The server is asyncssh's, on trio-asyncio: its callbacks run in the controller's own thread, so the bytes of a channel
 need neither locks nor queues. While other cores are idle, this carries twice as much as asyncssh in a thread of its own,
@@ -218,7 +218,7 @@ class JumpHost:
         return sender
 
     def check_key(self, username: str, key: bytes) -> Sender:
-        """Return the account of that name if the public key is one of its own. Raises UnauthenticatedError, ForbiddenError."""
+        """Return the account of that name if it has the public key. Raises UnauthenticatedError, ForbiddenError."""
         account = self._state.accounts.get(username)
         if account is None or key not in map(_key_data, account.authorized_keys):
             raise auth.UnauthenticatedError("unknown service account or not one of its keys")

@@ -5,7 +5,8 @@ module performs no I/O.
 
 Every verb can be cancelled at any time. A program that the verb started is ended and reaped before the cancellation
 goes on. Running VMs are the exception: they outlive the worker that started them, and the next worker adopts them with
-`attach`. A running VM ends only by itself, by `stop`, by `suspend`, when its lease expires, or when nothing supervises it.
+`attach`. A running VM ends only by itself, by `stop`, by `suspend`, when its lease expires, or when nothing supervises
+it.
 """
 
 from __future__ import annotations

@@ -376,7 +376,7 @@ class Instance:
                     await self._news.wait()
 
     async def _resolved(self, options: RunOptions) -> RunOptions:
-        """Return the options with the paths to which its directories lead. Raises DriverError for one that may not be mounted."""
+        """Return the options with resolved paths of directories. Raises DriverError for one that may not be mounted."""
         if not options.dirs:
             return options
         policies = await self._host.fetch_policies()

@@ -63,7 +63,7 @@ _RECORDED = 'echo "$$" >&0; exec "$@" 3<&0 </dev/null'
 
 
 def presentable(line: str) -> str:
-    """Return a line of a program's output made fit for a message: short, without terminal escapes and control characters."""
+    """Return a program's output line for a message: short, without terminal escapes and control characters."""
     plain = _ESCAPE.sub("", line)
     return "".join(char if char.isprintable() else " " for char in plain).strip()[:_MAX_SHOWN]
 

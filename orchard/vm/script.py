@@ -67,7 +67,8 @@ _REST_SECONDS = 1.0  # seconds
 PROGRESS_SECONDS = 1.0  # seconds
 # Those that end after a command that fails when they get -e.
 _SHELLS = frozenset(("bash", "dash", "ksh", "sh", "zsh"))
-# Names that some shell takes for numbers. It evaluates their values as arithmetic expressions, which may contain commands.
+# Names that some shell takes for numbers. It evaluates their values as arithmetic expressions, which may contain
+# commands.
 _EVALUATED = frozenset(
     [
         "BASHPID",
