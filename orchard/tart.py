@@ -12,9 +12,6 @@ observe the supervisor, and the VM outlives this driver. These files below `home
     NAME.note            the worker's note about NAME
     NAME.lease           until when NAME may run, if it is leased
     calls-WORKER/        a locked file for each call under way, with its process number (see `processes.Calls`)
-
-This module also reads what a worker needs to know about its Mac at start-up: the machine's id, and for how long the
-DHCP server lends addresses.
 """
 
 from __future__ import annotations
@@ -23,19 +20,15 @@ import ipaddress
 import logging
 import math
 import os
-import plistlib
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
-import uuid
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from xml.parsers.expat import ExpatError
 
 import trio
 
@@ -57,6 +50,7 @@ from orchard.vm.driver import (
     SupervisorLost,
     operand,
 )
+from orchard.vm.host import leads_to_host
 from orchard.vm.processes import (
     KILL_SECONDS,
     LOOK_SECONDS,
@@ -66,7 +60,6 @@ from orchard.vm.processes import (
     is_locked,
     presentable,
     reporting,
-    run_program,
     signal_group,
     wait_unlocked,
 )
@@ -100,25 +93,19 @@ _LIST_RETRIES = 5
 _LIST_PAUSE = 0.5  # seconds
 # Before a transfer is tried once more, since registries and networks fail now and then.
 _TRANSFER_PAUSE = 1.0  # seconds
-_MACHINE_ID_SECONDS = 10.0  # seconds
 # The suffixes of the files about a VM.
 _KINDS = ("run", "log", "note", "note.new", "lease")
-# With longer leases macOS runs out of addresses.
-_MAX_DHCP_LEASE = 3600  # seconds
 
 _INSTALL: Mapping[Runtime, str] = {
     "tart": "brew install cirruslabs/cli/tart",
     "vetu": "https://github.com/cirruslabs/vetu",
 }
-_DHCP_PLIST = Path("/Library/Preferences/SystemConfiguration/com.apple.InternetSharing.default.plist")
-_MACHINE_ID = Path("/etc/machine-id")
 # The supervisor as a program: run by the Python at hand, without the user's site-packages, also from a zip archive.
 _SUPERVISOR = (
     "-ISc",
     "import sys; sys.path.insert(0, sys.argv[1]); from orchard.vm import supervisor; sys.exit(supervisor.main(sys.argv[2:]))",
     str(Path(__file__).parent.parent),
 )
-_PLATFORM_UUID = re.compile(rb'"IOPlatformUUID" = "([0-9A-Fa-f-]{36})"')
 
 _logger = logging.getLogger("orchard.tart")
 
@@ -630,62 +617,3 @@ def _kill_unsupervised(record: supervisor.Record) -> None:
     with suppress(ProcessLookupError):
         if record.child and os.getsid(record.child) == record.supervisor:
             signal_group(record.child)
-
-
-# ---- the host ------------------------------------------------------------------------------------------------------
-
-
-def leads_to_host(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether connections to an address may end on this host. Asks the system for the host's own addresses."""
-    address = getattr(address, "ipv4_mapped", None) or address
-    if address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast:
-        return True
-    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((str(address), 0))
-    except OSError:
-        return False
-    return True
-
-
-def check_dhcp_lease(path: Path = _DHCP_PLIST) -> str | None:
-    """Return a warning if macOS lends DHCP addresses to VMs for too long, else None. Reads a file."""
-    remedy = (
-        f"VMs may run out of addresses; for leases of ten minutes:"
-        f" sudo defaults write {path} bootpd -dict DHCPLeaseTimeSecs -int 600"
-    )
-    try:
-        with path.open("rb") as file:
-            settings = plistlib.load(file)
-    except FileNotFoundError:
-        return f"{path} does not exist, so macOS lends each address for a day: {remedy}"
-    except (OSError, ValueError, ExpatError) as error:
-        return f"cannot read the DHCP lease time from {path} ({error}): {remedy}"
-    bootpd = settings.get("bootpd") if isinstance(settings, dict) else None
-    seconds = bootpd.get("DHCPLeaseTimeSecs") if isinstance(bootpd, dict) else None
-    if type(seconds) is not int:
-        return f"{path} has no whole number bootpd.DHCPLeaseTimeSecs, so macOS lends each address for a day: {remedy}"
-    if seconds > _MAX_DHCP_LEASE:
-        return f"{path} has a DHCP lease time of {seconds} seconds, expected {_MAX_DHCP_LEASE} or less: {remedy}"
-    return None
-
-
-async def machine_id(path: Path = _MACHINE_ID) -> str:
-    """Return a permanent id of this machine: from systemd, else from macOS, else from a network card."""
-    try:
-        if text := path.read_text("ascii", "replace").strip():  # noqa: ASYNC240
-            return text
-    except OSError:
-        # macOS has no such file.
-        pass
-    with trio.move_on_after(_MACHINE_ID_SECONDS):
-        try:
-            completed = await run_program(["ioreg", "-rd1", "-c", "IOPlatformExpertDevice"])
-        except OSError:
-            # Not a Mac.
-            pass
-        else:
-            if found := _PLATFORM_UUID.search(completed.stdout):
-                return found[1].decode()
-    return f"node-{await trio.to_thread.run_sync(uuid.getnode):012x}"

@@ -65,9 +65,10 @@ from orchard.schema import (
     Worker,
 )
 from orchard.ssh.synthetic_server import SyntheticSSH
-from orchard.tart import TartDriver, check_dhcp_lease, find_tart, machine_id
+from orchard.tart import TartDriver, find_tart
 from orchard.vm import supervisor
 from orchard.vm.driver import Driver, DriverError
+from orchard.vm.host import check_dhcp_lease, machine_id
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker_memory import ClusterMemory, read_instance_id
 from orchard.worker_requests import RequestHandler

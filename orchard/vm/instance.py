@@ -46,7 +46,7 @@ from orchard.vm.driver import (
     SupervisorLost,
     Trouble,
 )
-from orchard.vm.host_dirs import resolve_dirs
+from orchard.vm.host import resolve_dirs
 
 # For stopping and deleting a VM when the worker ends.
 REMOVE_SECONDS = 60.0  # seconds

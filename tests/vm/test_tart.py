@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import fcntl
-import ipaddress
 import json
 import os
-import plistlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +23,7 @@ from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard import tart as tart_module
 from orchard.nursery import unwrap_groups
-from orchard.tart import TartDriver, check_dhcp_lease, find_tart, leads_to_host, machine_id
+from orchard.tart import TartDriver, find_tart
 from orchard.vm import supervisor
 from orchard.vm.driver import (
     DriverError,
@@ -871,18 +868,6 @@ async def test_address_that_leads_to_the_host_is_refused(tmp_path: Path, said: s
     assert await program(tmp_path / "tart", f"echo {said}", own_addresses=True).ip("vm")
 
 
-def test_addresses_of_this_host_are_known() -> None:
-    own = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, suppress(OSError):
-        # Sends nothing, but chooses the address that it would send from.
-        sender.connect(("192.0.2.1", 9))
-        own.add(sender.getsockname()[0])
-    assert all(leads_to_host(ipaddress.ip_address(address)) for address in own)
-    # Reserved for documentation.
-    assert not leads_to_host(ipaddress.ip_address("203.0.113.9"))
-    assert not leads_to_host(ipaddress.ip_address("2001:db8::1"))
-
-
 async def test_listed_vms_of_other_programs_may_have_any_name(tmp_path: Path) -> None:
     listed = json.dumps([{"Name": "-rf", "State": "stopped"}, {"Name": "é x", "State": "running"}])
     found = await program(tmp_path / "tart", f"echo '{listed}'").list_vms()
@@ -919,49 +904,3 @@ async def test_features_missing_in_vetu_are_refused_by_name(tmp_path: Path) -> N
     with pytest.raises(DriverError, match="vetu does not support suspending"):
         await driver.suspend("vm")
     assert [call[0] for call in calls(tmp_path)] == ["clone"]
-
-
-# ---- the host ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"bootpd": {"DHCPLeaseTimeSecs": 600}}, None),
-        ({"bootpd": {"DHCPLeaseTimeSecs": 3600}}, None),
-        ({"bootpd": {"DHCPLeaseTimeSecs": 86400}}, "lease time of 86400 seconds, expected 3600 or less"),
-        ({"bootpd": {"DHCPLeaseTimeSecs": "600"}}, "no whole number"),
-        ({"bootpd": []}, "no whole number"),
-        ([], "no whole number"),
-    ],
-)
-def test_long_dhcp_lease_is_warned_about(tmp_path: Path, settings: Any, words: str | None) -> None:
-    path = tmp_path / "settings.plist"
-    path.write_bytes(plistlib.dumps(settings))
-    warning = check_dhcp_lease(path)
-    assert (warning is None) == (words is None)
-    if words is not None and warning is not None:
-        assert words in warning
-        assert "sudo defaults write" in warning
-
-
-def test_missing_or_broken_dhcp_settings_are_warned_about(tmp_path: Path) -> None:
-    path = tmp_path / "settings.plist"
-    assert "does not exist" in str(check_dhcp_lease(path))
-    path.write_bytes(b"<plist><dict>")
-    assert "cannot read" in str(check_dhcp_lease(path))
-
-
-async def test_machine_id_is_stable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "machine-id"
-    path.write_text("abc\n")
-    assert await machine_id(path) == "abc"
-    program = tmp_path / "ioreg"
-    program.write_text('#!/bin/sh\necho \'  "IOPlatformUUID" = "00000000-1111-2222-3333-444444444444"\'\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    assert await machine_id(tmp_path / "none") == "00000000-1111-2222-3333-444444444444"
-    program.unlink()
-    fallback = await machine_id(tmp_path / "none")
-    assert fallback.startswith("node-")
-    assert await machine_id(tmp_path / "none") == fallback

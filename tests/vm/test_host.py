@@ -1,8 +1,13 @@
-"""Directories that a VM mounts from its host: where their paths lead, and whether the policies allow that."""
+"""A worker's host: where directories that VMs mount lead, its addresses, its DHCP server, its id."""
 
 from __future__ import annotations
 
+import ipaddress
+import plistlib
+import socket
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +15,7 @@ from orchard.client import VMFailed
 from orchard.schema import HostDirPolicy
 from orchard.testing import cluster
 from orchard.vm.driver import DriverError, SharedDir
-from orchard.vm.host_dirs import resolve_dirs
+from orchard.vm.host import check_dhcp_lease, leads_to_host, machine_id, resolve_dirs
 
 
 @pytest.fixture
@@ -84,3 +89,58 @@ async def test_vm_whose_host_dir_leads_out_of_the_policies_fails(tree: Path) -> 
         with pytest.raises(VMFailed) as failure:
             await c.client.vms.wait("outside")
         assert "hostDirs[0].path" in failure.value.vm.state.status_message
+
+
+def test_addresses_of_this_host_are_known() -> None:
+    own = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender, suppress(OSError):
+        # Sends nothing, but chooses the address that it would send from.
+        sender.connect(("192.0.2.1", 9))
+        own.add(sender.getsockname()[0])
+    assert all(leads_to_host(ipaddress.ip_address(address)) for address in own)
+    # Reserved for documentation.
+    assert not leads_to_host(ipaddress.ip_address("203.0.113.9"))
+    assert not leads_to_host(ipaddress.ip_address("2001:db8::1"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"bootpd": {"DHCPLeaseTimeSecs": 600}}, None),
+        ({"bootpd": {"DHCPLeaseTimeSecs": 3600}}, None),
+        ({"bootpd": {"DHCPLeaseTimeSecs": 86400}}, "lease time of 86400 seconds, expected 3600 or less"),
+        ({"bootpd": {"DHCPLeaseTimeSecs": "600"}}, "no whole number"),
+        ({"bootpd": []}, "no whole number"),
+        ([], "no whole number"),
+    ],
+)
+def test_long_dhcp_lease_is_warned_about(tmp_path: Path, settings: Any, words: str | None) -> None:
+    path = tmp_path / "settings.plist"
+    path.write_bytes(plistlib.dumps(settings))
+    warning = check_dhcp_lease(path)
+    assert (warning is None) == (words is None)
+    if words is not None and warning is not None:
+        assert words in warning
+        assert "sudo defaults write" in warning
+
+
+def test_missing_or_broken_dhcp_settings_are_warned_about(tmp_path: Path) -> None:
+    path = tmp_path / "settings.plist"
+    assert "does not exist" in str(check_dhcp_lease(path))
+    path.write_bytes(b"<plist><dict>")
+    assert "cannot read" in str(check_dhcp_lease(path))
+
+
+async def test_machine_id_is_stable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "machine-id"
+    path.write_text("abc\n")
+    assert await machine_id(path) == "abc"
+    program = tmp_path / "ioreg"
+    program.write_text('#!/bin/sh\necho \'  "IOPlatformUUID" = "00000000-1111-2222-3333-444444444444"\'\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert await machine_id(tmp_path / "none") == "00000000-1111-2222-3333-444444444444"
+    program.unlink()
+    fallback = await machine_id(tmp_path / "none")
+    assert fallback.startswith("node-")
+    assert await machine_id(tmp_path / "none") == fallback
