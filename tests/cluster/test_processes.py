@@ -166,11 +166,11 @@ async def test_worker_with_refused_credentials_exits_with_2(tmp_path: Path) -> N
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         async with admin_client(url, tmp_path) as client:
             certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
-            await client.service_accounts.create("reader", roles=["compute:read"], token="t")
+            await client.service_accounts.create("reader", roles=["compute:read"], token="token-of-reader")
             for token, words in (
                 (BootstrapToken("bootstrap-admin", "wrong", certificate), "wrong token"),
-                (BootstrapToken("unknown", "t", certificate), "unknown service account"),
-                (BootstrapToken("reader", "t", certificate), "compute:write"),
+                (BootstrapToken("unknown", "token-of-reader", certificate), "unknown service account"),
+                (BootstrapToken("reader", "token-of-reader", certificate), "compute:write"),
             ):
                 arguments = (url, "--runtime", "synthetic", "--bootstrap-token", str(token))
                 refused = finished("worker", *arguments, home=tmp_path)

@@ -148,7 +148,7 @@ class Workers:
         """Kill the worker, start another, and wait until that one has adopted the VMs."""
         self.last.stop(signal.SIGKILL)
         self.last = self._stack.enter_context(self._host.worker())
-        await eventually(lambda: has_logged(self.last, "registered with the controller"))
+        await eventually(lambda: has_logged(self.last, "adopted running VM"))
 
     async def kill_at(self, place: str, request: Callable[[], Awaitable[object]]) -> None:
         """Replace the worker when it comes to a place ("clone before") after a request of the user.

@@ -39,7 +39,7 @@ def traces() -> tuple[int, list[str], list[str]]:
 
 
 async def test_vm_runs_its_script_and_leaves_nothing_when_deleted(tmp_path: Path) -> None:
-    async with cluster(workers=2, directory=tmp_path) as c:
+    async with cluster(workers=1, directory=tmp_path) as c:
         script = {"script_content": 'echo "$A"\necho error >&2\n', "env": {"A": "it's `$HOME`"}}
         await c.client.vms.create(name="vm", image="any", startup_script=script)
         vm = await c.client.vms.wait("vm")

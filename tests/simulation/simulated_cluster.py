@@ -32,6 +32,7 @@ from harness.network import Network, Process
 from orchard import controller
 from orchard.client import Client
 from orchard.early_failures import EarlyFailures
+from orchard.leftovers import Leftovers, RefusedError
 from orchard.liveness import Liveness, Source
 from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
@@ -39,6 +40,7 @@ from orchard.storage.events import EventLog
 from orchard.store import Change, Store
 from orchard.tunnel import Rendezvous
 from orchard.worker import CONTROLLER_ANSWER_SECONDS, WorkerService
+from orchard.worker_memory import ClusterMemory
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 CONTROLLER, USER = "controller", "user"
@@ -92,6 +94,10 @@ class PlantedBug:
     forgets_goodbyes: bool = False
     # Whether VMs of a restored state are placed as soon as the state is accepted.
     forgets_restored: bool = False
+    # Whether workers forget the newest state of the cluster that they were shown.
+    forgets_revisions: bool = False
+    # Whether workers take VMs of an earlier name of their host for leftovers.
+    forgets_names: bool = False
     # Whether VMs that fail before they run go to the same worker again.
     forgets_failures: bool = False
     # Whether the schedule mostly isolates workers, because the bug is rare otherwise.
@@ -112,7 +118,7 @@ PLANTED_BUGS = {
 
 @contextmanager
 def planted(bug: PlantedBug) -> Iterator[None]:
-    """Plant a bug that is in the controller's own code, for the time of the block."""
+    """Plant a bug that is in the program's own code, for the time of the block."""
     record_poll = Liveness.record_poll
 
     def record_poll_only(liveness: Liveness, worker: str, source: Source) -> None:
@@ -121,7 +127,7 @@ def planted(bug: PlantedBug) -> Iterator[None]:
         if unnamed is not None:
             liveness.unnamed[worker] = unnamed
 
-    async def never(rendezvous: Rendezvous, worker: str) -> bool:
+    async def never(*_: object) -> bool:
         await trio.lowlevel.checkpoint()
         return False
 
@@ -134,6 +140,10 @@ def planted(bug: PlantedBug) -> Iterator[None]:
             stack.enter_context(patch.object(Liveness, "record_goodbye", lambda *_: None))
         if bug.forgets_restored:
             stack.enter_context(patch.object(RestoredState, "follow", lambda *_: None))
+        if bug.forgets_revisions:
+            stack.enter_context(patch.object(ClusterMemory, "observe", lambda *_: None))
+        if bug.forgets_names:
+            stack.enter_context(patch.object(Leftovers, "belongs_elsewhere", never))
         if bug.forgets_failures:
             stack.enter_context(patch.object(EarlyFailures, "record_failure", lambda *_: None))
         yield
@@ -170,6 +180,8 @@ class SimulatedCluster:
         # Worker name -> the error of its clock in seconds.
         self.clock_errors: dict[str, float] = {}
         self.directory = directory
+        # Worker and machine -> what a worker keeps in its directory there.
+        self._memories: dict[tuple[str, str], ClusterMemory] = {}
         self._nursery = nursery
         self._bug = bug
         # orchard-NAME-UID -> names of the machines on which that VM runs.
@@ -264,6 +276,7 @@ class SimulatedCluster:
             allowed_hosts=[CONTROLLER],
             worker_offline_timeout=offline_timeout,
             ping_interval=ping_interval or offline_timeout / 3,
+            allowed_hosts=(CONTROLLER,),
         )
 
         async def listen(_: controller.ControllerSettings) -> controller.Listening:
@@ -323,13 +336,18 @@ class SimulatedCluster:
 
         return Client(URL, answer_seconds=answer_seconds, connect=connect)
 
-    def start_worker(self, name: str, machine: str = "") -> None:
-        """Start the worker of a machine, or on another `machine` a copy of it, with its name and its machine_id."""
+    def start_worker(self, name: str, machine: str = "", **identity: Any) -> None:
+        """Start the worker of a machine, or on another `machine` a copy of it, with its name and its machine_id.
+
+        `identity` has other values of the fields with which it registers.
+        """
         machine = machine or name
         process, scope = Process(machine), trio.CancelScope()
         running = self.workers[machine] = RunningProgram(process, scope, trio.Event(), trio.Event())
         stops_vms = self.chance.random() < STOPS_VMS_SHARE
-        description = Worker(name=name, machine_id=name, resources={TART_VMS: self._bug.offered})
+        fields: dict[str, Any] = {"machine_id": name, **identity}
+        description = Worker(name=name, resources={TART_VMS: self._bug.offered}, **fields)
+        memory = self._memories.setdefault((name, machine), ClusterMemory())
 
         async def run() -> None:
             driver = Handle(
@@ -338,12 +356,13 @@ class SimulatedCluster:
                 hasty=self._bug.reports_stopped_early,
                 checks_supervisors=not self._bug.trusts_supervisors,
             )
-            with scope:
+            with scope, suppress(RefusedError):
                 async with self.client(process, CONTROLLER_ANSWER_SECONDS) as client:
                     worker = WorkerService(
                         description,
                         client,
                         driver,
+                        memory=memory,
                         stop_vms_on_exit=stops_vms,
                         clock=lambda: self.clock().timestamp() + self.clock_errors.get(name, 0.0),
                         lease_clock=trio.current_time,

@@ -153,6 +153,69 @@ async def controller_restored_from_a_copy(cluster: SimulatedCluster, client: Cli
     await wait_vm(client, "vm-0", runs)
 
 
+async def workers_of_a_controller_that_was_restored(cluster: SimulatedCluster, client: Client) -> None:
+    """The copy does not have vm-1, whose worker has seen a newer state. A worker that is started again remembers it."""
+    await start_workers(cluster, "mac-1")
+    await create(client, "vm-0")
+    old = await wait_vm(client, "vm-0", runs)
+    copy = cluster.directory.with_name("copy")
+    shutil.copytree(cluster.directory, copy)
+    await create(client, "vm-1")
+    young = await wait_vm(client, "vm-1", runs)
+    cluster.controller.kill()
+    await cluster.controller.ended.wait()
+    shutil.rmtree(cluster.directory)
+    copy.rename(cluster.directory)
+    await cluster.start_controller(TIMEOUT, ping_interval=2.0)
+    await client.close_idle()
+    guests = cluster.machines["mac-1"].guests
+    for again in (False, True):
+        if again:
+            cluster.workers["mac-1"].kill()
+            await start_workers(cluster, "mac-1")
+        await trio.sleep(2 * TIMEOUT)
+        if not {old.tart_name, young.tart_name} <= guests.keys():
+            cluster.violate("a worker ended a VM for a state that is older than one that it has seen")
+            return
+        health = (await client.workers.get("mac-1")).health
+        assert health is not None
+        assert [young.tart_name in one.message for one in health.problems if one.what == "unknown-vms"] == [True]
+    await create(client, "vm-2")
+    await trio.sleep(TIMEOUT)
+    assert (await client.vms.get("vm-2")).state.worker == ""
+    await client.accept_state()
+    await wait_vm(client, "vm-2", runs)
+    now = await client.vms.get("vm-0")
+    assert (now.uid, now.state.restart_count, runs(now)) == (old.uid, 0, True)
+    assert old.tart_name in guests
+    assert young.tart_name not in guests
+    health = (await client.workers.get("mac-1")).health
+    assert health is None or health.ok
+
+
+async def worker_under_another_name(cluster: SimulatedCluster, client: Client) -> None:
+    """The host gets a worker of another name before the controller counts the first as offline, and after that."""
+    identity = {"machine_id": "m", "instance_id": "i"}
+    cluster.start_worker("mac-1", **identity)
+    await create(client, "vm-0")
+    vm = await wait_vm(client, "vm-0", runs)
+    guest = cluster.machines["mac-1"].guests[vm.tart_name]
+    for pause in (0.0, 5.0):
+        cluster.workers["mac-1"].kill()
+        await trio.sleep(pause)
+        cluster.start_worker("renamed", machine="mac-1", **identity)
+        renamed = cluster.workers["mac-1"]
+        await trio.sleep(10)
+        if guest.order:
+            cluster.violate("the worker ended a VM that the controller has under another name of its host")
+            return
+        assert renamed.ended.is_set() is bool(pause), "it is refused once the first worker is offline"
+        renamed.kill()
+        cluster.start_worker("mac-1", **identity)
+        await trio.sleep(TIMEOUT)
+        assert await client.vms.get("vm-0") == vm
+
+
 async def worker_that_says_goodbye(cluster: SimulatedCluster, client: Client) -> None:
     await start_workers(cluster)
     await create(client, "vm-0", "Never")
@@ -209,6 +272,8 @@ SCENARIOS: list[tuple[Script, PlantedBug]] = [
     (cut_off_worker_that_knows_of_its_vm, PlantedBug(unassigns_named=True)),
     (two_workers_with_one_name, PlantedBug(replaces_watches=True)),
     (controller_restored_from_a_copy, PlantedBug(forgets_restored=True)),
+    (workers_of_a_controller_that_was_restored, PlantedBug(forgets_revisions=True)),
+    (worker_under_another_name, PlantedBug(forgets_names=True)),
     (worker_that_says_goodbye, PlantedBug(forgets_goodbyes=True)),
     (sick_host, PlantedBug(forgets_failures=True)),
     (sick_host_and_a_vm_that_restarts, PlantedBug(forgets_failures=True)),
