@@ -346,17 +346,18 @@ def request_for(name: str, verb: str, value: int | None) -> tuple[str, str, obje
     """Return the method, path and body of a request for a name."""
     path = path_of(name)
     collection = path.rsplit("/", 1)[0]
+    token = f"token-of-{value}"
     if verb == "create":
-        body = {"image": "any", "memory": value} if name in VMS else {"token": f"{value}", "roles": ["compute:read"]}
+        body = {"image": "any", "memory": value} if name in VMS else {"token": token, "roles": ["compute:read"]}
         return "POST", collection, {"name": name, **body}
     if verb == "change":
-        return ("PATCH", path, {"memory": value}) if name in VMS else ("PUT", path, {"token": f"{value}"})
+        return ("PATCH", path, {"memory": value}) if name in VMS else ("PUT", path, {"token": token})
     return "DELETE" if verb == "delete" else "GET", path, None
 
 
 def value_of(answer: bytes) -> int:
     found = json.loads(answer)
-    return int(found["memory"] if "memory" in found else found["token"])
+    return int(found["memory"] if "memory" in found else found["token"].removeprefix("token-of-"))
 
 
 # ---- kills at random moments ---------------------------------------------------------------------------------------

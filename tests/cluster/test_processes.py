@@ -196,7 +196,7 @@ async def test_worker_logs_that_it_does_not_trust_the_certificate(tmp_path: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["not-a-url"], ["not-a-url", "https://"]),
+        (["ftp://h"], ["ftp://h", "https://"]),
         (["http://h:1", "--bootstrap-token", "x"], ["orchard-bootstrap-token-v0"]),
         (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ"], ["1 parts", "expected 2 or 3"]),
         (["http://h:1", "--bootstrap-token", "orchard-bootstrap-token-v0.YQ.!"], ["part 2", "base64url"]),

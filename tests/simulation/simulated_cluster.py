@@ -276,7 +276,6 @@ class SimulatedCluster:
             allowed_hosts=[CONTROLLER],
             worker_offline_timeout=offline_timeout,
             ping_interval=ping_interval or offline_timeout / 3,
-            allowed_hosts=(CONTROLLER,),
         )
 
         async def listen(_: controller.ControllerSettings) -> controller.Listening:
