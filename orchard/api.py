@@ -60,7 +60,7 @@ from orchard.schema import (
 from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
 from orchard.storage.events import EventLog
-from orchard.store import SETTINGS, ChangeFeed, Store, encode_object, format_watch_line
+from orchard.store import SETTINGS, Store, encode_object, send_changes
 from orchard.tunnel import Rendezvous, VMAccess, WorkerEnd
 from orchard.worker_states import WorkerStates
 
@@ -331,19 +331,9 @@ class API:
         vm = self._vm(admitted)
         if read_flag(request.query, parameters.WATCH):
             # The feed begins here: a change between this answer and its first line must not be missed.
-            return Stream(partial(self._watch, vm, self.state.json["vm"][vm.name], self.store.watch("vm", vm.name)))
+            changes, silence = self.store.watch("vm", vm.name), self.parts.rendezvous.ping_interval
+            return Stream(partial(send_changes, vm.meta.version, self.state.json["vm"][vm.name], changes, silence))
         return self._stored_vm(vm.name)
-
-    async def _watch(
-        self, known: VM, json: bytes, changes: ChangeFeed, send: Callable[[bytes], Awaitable[None]]
-    ) -> None:
-        """Send a VM, its changes since, and those of later VMs with its name. `changes` began with `known`."""
-        with changes:
-            await send(format_watch_line("ADDED", json))
-            async for change in changes:
-                # Changes that `known` includes may become durable after it was read.
-                if change.is_newer(known.meta.version):
-                    await send(change.line)
 
     def replace_vm(self, request: Request, admitted: Admitted) -> AnyResponse:
         if is_old_worker(request):
@@ -431,7 +421,8 @@ class API:
         return self._relay_to(end, request, admitted)
 
     def _relay_to(self, end: WorkerEnd, request: Request, admitted: Admitted) -> TunnelUpgrade:
-        # Existing controllers do so, and clients without the header expect it.
+        # Existing controllers do so, and clients without the header expect it. Like them, this one sends bytes that are not
+        # UTF-8, too. The product's own clients always send a User-Agent.
         text = request.headers.get("user-agent") is None
         return TunnelUpgrade(partial(self._relay, end, admitted), self.parts.rendezvous.ping_interval, text)
 

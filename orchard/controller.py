@@ -68,6 +68,7 @@ from orchard.tunnel import Rendezvous, VMAccess
 
 # A worker without contact for this long is offline, and its VMs fail.
 DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
+DEFAULT_IDLE_TIMEOUT = Limits().first_byte_seconds
 # Time for the requests under way at a stop.
 _GRACE_SECONDS = 10.0
 # The directory in which Cirrus Labs' controller keeps its state.
@@ -116,6 +117,8 @@ class ControllerSettings:
     admin_token: str = field(default="", repr=False)
     worker_offline_timeout: float = DEFAULT_OFFLINE_TIMEOUT
     ping_interval: float = PING_INTERVAL
+    # Of a connection between two requests.
+    idle_timeout: float = DEFAULT_IDLE_TIMEOUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +269,7 @@ async def run(
                 background.start_soon(parts.executor.run)
                 listeners, running = await platform.listen(settings)
                 admit = browsers.guard(api.admit)
-                answer = partial(serve, api.handle, admit=admit, limits=_limits(), stop=stop, grace=grace)
+                answer = partial(serve, api.handle, admit=admit, limits=_limits(settings), stop=stop, grace=grace)
                 # Ends with `stop`.
                 async with trio.open_nursery() as servers:
                     await servers.start(answer, listeners)
@@ -410,11 +413,12 @@ def reachable_host(host: str) -> str:
     return f"[{address}]" if address.version == 6 else str(address)
 
 
-def _limits() -> Limits:
+def _limits(settings: ControllerSettings) -> Limits:
+    limits = Limits(first_byte_seconds=settings.idle_timeout)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
-        return Limits()
-    return Limits(connections=max(1, min(Limits().connections, soft - _OTHER_DESCRIPTORS)))
+        return limits
+    return replace(limits, connections=max(1, min(limits.connections, soft - _OTHER_DESCRIPTORS)))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -481,7 +485,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=DEFAULT_OFFLINE_TIMEOUT,
         help="seconds without contact after which a worker is offline and its VMs fail; default %(default)g")  # fmt: skip
     add("--ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
-        help="seconds between two pings on each WebSocket; default %(default)g")  # fmt: skip
+        help="seconds between two pings on each WebSocket, and of silence before an empty line in a watch; less than the"
+        " idle limit of any proxy; default %(default)g")  # fmt: skip
+    add("--idle-timeout", metavar="S", type=parse_seconds, default=DEFAULT_IDLE_TIMEOUT,
+        help="seconds after which a connection without requests is closed; more than a proxy keeps idle connections to the"
+        " controller; default %(default)g")  # fmt: skip
     add("--debug", action="store_true", help="log more")
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
@@ -519,6 +527,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
         admin_token=os.environ.get("ORCHARD_BOOTSTRAP_ADMIN_TOKEN", ""),
         worker_offline_timeout=options.worker_offline_timeout,
         ping_interval=options.ping_interval,
+        idle_timeout=options.idle_timeout,
     )
     return settings, options.debug
 

@@ -515,6 +515,29 @@ class ChangeFeed:
                 await self._wakeup.wait()
 
 
+async def send_changes(
+    version: int, json: bytes, changes: ChangeFeed, silence: float, send: Callable[[bytes], Awaitable[None]]
+) -> None:
+    """Send an object, its changes since, and those of later objects with its name, as lines.
+
+    `changes` began with that `version` of the object. After each `silence` seconds without a change an empty line is
+    sent, so that proxies do not take the watch for idle.
+    """
+    with changes:
+        await send(format_watch_line("ADDED", json))
+        while True:
+            change: Change | None = None
+            with trio.move_on_after(silence) as waiting:
+                change = await anext(changes, None)
+            if waiting.cancelled_caught:
+                await send(b"\n")
+            elif change is None:
+                return
+            # Changes that the first line includes may become durable after it was read.
+            elif change.is_newer(version):
+                await send(change.line)
+
+
 # ---- objects and their JSON ----------------------------------------------------------------------------------------
 
 

@@ -332,6 +332,21 @@ async def test_watch_of_a_vm_changed_and_deleted_meanwhile_ends_with_the_last_ob
     nursery.cancel_scope.cancel()
 
 
+async def test_silent_watch_sends_an_empty_line_each_ping_interval(
+    api: Served, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    await api.create("vm")
+    answer = await api.ask("GET", "/vms/vm?watch=true")
+    send, receive = trio.open_memory_channel[bytes](0)
+    nursery.start_soon(answer.produce, send.send)
+    assert json.loads(await receive.receive())["type"] == "ADDED"
+    for _ in range(2):
+        before = trio.current_time()
+        assert await receive.receive() == b"\n"
+        assert trio.current_time() - before == pytest.approx(20)
+    nursery.cancel_scope.cancel()
+
+
 async def test_watch_that_is_never_begun_leaves_nothing_behind(api: Served) -> None:
     await api.create("vm")
     await api.ask("GET", "/vms/vm?watch=true")

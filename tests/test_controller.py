@@ -265,6 +265,7 @@ def test_api_prefix_is_before_every_path(tmp_path: Path) -> None:
         (["--listen", "127.0.0.1:99999"], ["99999", "HOST:PORT"]),
         (["--worker-offline-timeout", "0"], ["--worker-offline-timeout", '"0"', "above 0"]),
         (["--ping-interval", "nan"], ["--ping-interval", '"nan"']),
+        (["--idle-timeout", "0"], ["--idle-timeout", '"0"']),
         (["--api-prefix", "x"], ["--api-prefix", '"x"', "/orchard"]),
         (["--controller-cert", "a.pem"], ["--controller-key"]),
         (

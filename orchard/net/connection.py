@@ -43,8 +43,9 @@ class Limits:
     header_bytes: int = 16 * 1024
     # 431.
     header_count: int = 100
-    # Between requests. The connection is closed without an answer, as clients expect.
-    first_byte_seconds: float = 75.0
+    # Between requests. The connection is closed without an answer, as clients expect. A client or proxy that closes its
+    # idle connections earlier never sends a request that crosses the close: 60, 75 and 90 seconds are common among them.
+    first_byte_seconds: float = 100.0
     # 408: from the first byte of a request to its last header. A TLS handshake may take as long, from the accept.
     head_seconds: float = 10.0
     # 408: for the body, and one second more for each 4 KiB of it. How large it may be depends on the operation.

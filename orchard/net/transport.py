@@ -40,6 +40,9 @@ DEFAULT_PORT = 6120
 
 # More idle connections than these are closed.
 _MAX_IDLE = 8
+# A connection that was idle for longer is not used again: a proxy closes it soon, and a POST that crosses the close is not
+# repeated. 30 seconds is the shortest limit that is common.
+_MAX_IDLE_SECONDS = 25.0
 # Requests at the same time. Others wait for one of them to end.
 _MAX_REQUESTS = 64
 _MAX_BODY_BYTES = 64 * 1024 * 1024
@@ -130,6 +133,7 @@ class _Connection:
         self.is_used = False
         # Whether a byte of the present answer has arrived.
         self.is_answering = False
+        self._idle_since = trio.current_time()
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
 
     async def exchange(self, request: h11.Request, body: bytes = b"") -> tuple[int, dict[str, str]]:
@@ -178,10 +182,13 @@ class _Connection:
         if not done or self._http.trailing_data[0]:
             return False
         self._http.start_next_cycle()
+        self._idle_since = trio.current_time()
         return True
 
     def is_stale(self) -> bool:
-        """Return whether an idle connection was closed by the server, or has received bytes that belong to no answer."""
+        """Return whether an idle connection is too old, was closed by the server, or has received bytes of no answer."""
+        if trio.current_time() - self._idle_since > _MAX_IDLE_SECONDS:
+            return True
         connection = tcp.socket_of(self.stream)
         return connection is not None and connection.is_readable()
 

@@ -42,8 +42,8 @@ from orchard.net.wsframes import (
 )
 from orchard.nursery import Wakeup, unwrap_groups
 
-# Shorter than the idle time-out of common load balancers, 60 seconds.
-PING_INTERVAL = 30.0  # seconds
+# Below the shortest idle limit that is common among proxies and load balancers, 30 seconds.
+PING_INTERVAL = 20.0  # seconds
 # How long a close waits for the peer to take the close frame and to answer it.
 CLOSE_SECONDS = 5.0
 
@@ -154,8 +154,8 @@ class TunnelStream(trio.abc.Stream):
     """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
 
     `stream` carries the frames. It stays open, and the caller closes it afterwards. `client` says which end this is.
-    `early` are bytes that were read from `stream` beyond the handshake. `text` sends text messages. A task must run
-    `run` as long as the TunnelStream is used.
+    `early` are bytes that were read from `stream` beyond the handshake. `text` sends text messages, also of bytes that are
+    not UTF-8. A task must run `run` as long as the TunnelStream is used.
 
     It pings every `ping_interval` seconds. A peer that sends nothing for another interval is dead, unless its answer may
     be waiting behind data and its kernel goes on acknowledging. The methods raise BrokenResourceError, with the reason,

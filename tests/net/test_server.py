@@ -1031,7 +1031,7 @@ async def test_empty_line_between_requests_leaves_the_connection_idle(autojump_c
         await stream.send_all(GET + b"\r\n" + GET)
         assert [(await client.sure()).status for _ in range(2)] == [200, 200]
         assert await client.rest() == b""
-        assert trio.current_time() == pytest.approx(50 + 75)
+        assert trio.current_time() == pytest.approx(50 + 100)
 
 
 def readings(outcome: tuple[list[Got], bool]) -> list[object]:
@@ -1320,7 +1320,7 @@ async def test_idle_connection_is_closed_without_an_answer(autojump_clock: Clock
                 assert (await client.sure()).status == 200
             before = trio.current_time()
             assert await client.rest() == b""
-            assert trio.current_time() - before == pytest.approx(75)
+            assert trio.current_time() - before == pytest.approx(100)
 
 
 @pytest.mark.parametrize("data", [b"G", GET[:-1], GET + b"G"])

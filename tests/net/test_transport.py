@@ -76,6 +76,16 @@ async def test_connection_that_the_server_closed_while_idle_is_replaced() -> Non
         assert script.opened == 2
 
 
+async def test_connection_that_was_idle_for_longer_than_proxies_allow_is_not_used_again(
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    async with scripted([OK, OK, OK], [OK]) as (client, script):
+        for pause, opened in ((0, 1), (24, 1), (26, 2)):
+            mock_clock.jump(pause)
+            await client.vms.list()
+            assert script.opened == opened
+
+
 CLOSED = b""
 
 
