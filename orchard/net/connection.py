@@ -53,9 +53,10 @@ class Limits:
     # A client that takes none of 256 KiB in this time is closed.
     send_seconds: float = 30.0
     # After a refusal the connection stays open for a while, and unread bytes are discarded: closing it with unread
-    # bytes would send a reset, which can overtake the answer.
+    # bytes would send a reset, which can overtake the answer. So a client that sends twice the largest body of the API
+    # before it reads gets its answer, too.
     linger_seconds: float = 1.0
-    linger_bytes: int = 256 * 1024
+    linger_bytes: int = 8 * 1024 * 1024
     # Beyond it a connection that has not authenticated is closed, or else the one that has been idle for longest.
     connections: int = 16_384
     # Connections that have not authenticated, in all and of one source. Beyond it the oldest of them is closed. A host

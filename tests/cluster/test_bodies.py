@@ -74,3 +74,12 @@ async def test_public_operation_does_not_read_a_large_body() -> None:
             assert await status_of(c, operation, f"Content-Length: {LARGE}") == refused, operation
             chunked = await status_of(c, operation, "Transfer-Encoding: chunked", b"%x\r\n" % LARGE + b"a" * 65536)
             assert chunked == refused, operation
+
+
+async def test_client_that_sends_a_whole_large_body_reads_its_refusal() -> None:
+    async with cluster(workers=0, auth=True) as c:
+        for operation in OPERATIONS:
+            if operation.method == "POST":
+                body = bytes(LARGE + LARGE // 2)
+                status = await status_of(c, operation, f"Content-Length: {len(body)}", body)
+                assert status == (413 if operation.role == "public" else 401), operation

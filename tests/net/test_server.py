@@ -1408,7 +1408,7 @@ async def test_slow_reader_of_a_large_answer_is_not_closed(autojump_clock: Clock
 
 
 async def test_unread_body_is_discarded_within_bounds(autojump_clock: Clock) -> None:
-    async with serving(echo) as served:
+    async with serving(echo, limits=Limits(linger_bytes=256 * 1024)) as served:
         stream = served.connect()
         client = Client(stream)
         await stream.send_all(post(b"Content-Length: 5000000"))
