@@ -76,6 +76,11 @@ _FOREIGN_DATA = "db"
 _HOST_DIRS_NOTE = (
     "--insecure-allow-host-dirs has no effect: the hostDirPolicies of the cluster settings decide what a VM may mount"
 )
+_RENEW_GIVEN = "replace the files of --controller-cert and --controller-key; they are read again within a minute"
+_RENEW_SELF_SIGNED = (
+    "to make another one, stop the controller, remove the certificate and its key, start it again, and pass each worker"
+    " and client a new bootstrap token, because they trust only the old certificate"
+)
 _SSH_IS_MISSING = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
 # File descriptors that are not connections: files, the log, pipes of threads.
 _OTHER_DESCRIPTORS = 64
@@ -128,6 +133,8 @@ class Running:
     url: str
     certificate: bytes | None = None
     fingerprint: str = ""
+    # Uses certificate files that change; None without TLS.
+    watch_certificate: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
     # 0: SSH is not served.
     ssh_port: int = 0
     # The account that this start created with a random token, which has to be shown.
@@ -268,6 +275,8 @@ async def run(
                 background.start_soon(loop.run)
                 background.start_soon(parts.executor.run)
                 listeners, running = await platform.listen(settings)
+                if running.watch_certificate is not None:
+                    background.start_soon(running.watch_certificate)
                 admit = browsers.guard(api.admit)
                 answer = partial(serve, api.handle, admit=admit, limits=_limits(settings), stop=stop, grace=grace)
                 # Ends with `stop`.
@@ -355,7 +364,7 @@ async def _store_first_objects(
 
 async def _listen(settings: ControllerSettings) -> Listening:
     """Open the listening sockets, with TLS unless the settings turn it off. Raises StartError."""
-    context, certificate, fingerprint = await _load_tls(settings) if settings.tls else (None, None, "")
+    pair = await _load_tls(settings) if settings.tls else None
     try:
         listeners = await trio.open_tcp_listeners(settings.port, host=settings.host)
     except OSError as error:
@@ -371,25 +380,38 @@ async def _listen(settings: ControllerSettings) -> Listening:
             await listener.aclose()
         del listeners[1:]
     host, port = listeners[0].socket.getsockname()[:2]
-    scheme = "http" if context is None else "https"
-    running = Running(f"{scheme}://{reachable_host(host)}:{port}{settings.prefix}", certificate, fingerprint)
-    if context is None:
-        return listeners, running
-    return [TLSListener(listener, context) for listener in listeners], running
+    address = f"{reachable_host(host)}:{port}{settings.prefix}"
+    if pair is None:
+        return listeners, Running(f"http://{address}")
+    secured = [TLSListener(listener, pair.context) for listener in listeners]
+
+    def use(context: ssl.SSLContext) -> None:
+        for listener in secured:
+            listener.context = context
+
+    self_signed = pair.pem if settings.certificate is None else None
+    return secured, Running(f"https://{address}", self_signed, pair.fingerprint, partial(pair.watch, use))
 
 
-async def _load_tls(settings: ControllerSettings) -> tuple[ssl.SSLContext, bytes | None, str]:
-    """Return the TLS context, the certificate if it is self-signed (PEM), and its fingerprint. Raises StartError."""
+async def _load_tls(settings: ControllerSettings) -> tls.ServerPair:
+    """Return the certificate and the key, which the first start creates. Raises StartError."""
     try:
         if settings.certificate is not None and settings.key is not None:
-            files, self_signed = (settings.certificate, settings.key), False
+            files, remedy = (settings.certificate, settings.key), _RENEW_GIVEN
         else:
-            files, self_signed = await tls.self_signed(settings.data_dir, settings.tls_names), True
-        context = tls.server_context(*files)
-        certificate = await trio.Path(files[0]).read_bytes()
-        return context, certificate if self_signed else None, tls.fingerprint(certificate)
-    except tls.TLSError as error:
+            files = await tls.self_signed(settings.data_dir, [*settings.tls_names, *_listen_name(settings.host)])
+            remedy = _RENEW_SELF_SIGNED
+        return tls.ServerPair(files, settings.tls_names, remedy, utc_now)
+    except (tls.TLSError, OSError) as error:
         raise StartError(str(error)) from error
+
+
+def _listen_name(host: str | None) -> list[str]:
+    """Return the host of --listen, if a certificate can be for it."""
+    with contextlib.suppress(ValueError):
+        if host and host not in ("0.0.0.0", "::"):  # noqa: S104 -- not bound here
+            return [tls.check_name(host)]
+    return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,10 +479,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"address to serve on; default :{DEFAULT_PORT} on all addresses, the port from $PORT")  # fmt: skip
     add("--data-dir", metavar="DIR", type=Path, help="directory of the state; default $ORCHARD_HOME/controller")
     add("--api-prefix", metavar="P", type=parse_api_prefix, default="", help="path before /v1, such as /orchard")
-    add("--controller-cert", metavar="FILE", type=Path, help="TLS certificate (chain) in PEM; default: self-signed")
+    add("--controller-cert", metavar="FILE", type=Path,
+        help="TLS certificate (chain) in PEM, read again when it changes; default: self-signed")  # fmt: skip
     add("--tls-name", metavar="NAME", type=_parse_with(tls.check_name), action="append", default=[],
         help="host name or IP address that the self-signed certificate is for, beside those of this host; repeatable;"
-        " used when the first start makes the certificate")  # fmt: skip
+        " a certificate that exists is kept, with a warning if it lacks the name")  # fmt: skip
     add("--controller-key", metavar="FILE", type=Path, help="private key of the certificate in PEM")
     add("--listen-ssh", metavar="HOST:PORT", type=parse_address, help="address to serve SSH into VMs on; default: none")
     add(

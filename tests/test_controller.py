@@ -10,8 +10,8 @@ import ssl
 import stat
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -310,3 +310,50 @@ def test_default_port_comes_from_the_environment(tmp_path: Path) -> None:
     refused = finished("controller", *PLAIN, home=tmp_path, env={"PORT": "http"})
     assert refused.returncode == 2
     assert ":http" in refused.stderr
+
+
+@asynccontextmanager
+async def pinned(port: int, certificate: bytes) -> AsyncIterator[trio.abc.Stream]:
+    """Connect to a controller of this host that has the certificate. Raises NotTrustedError."""
+    async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+        yield await tls.Trust(certificate).secure(stream, "localhost")
+
+
+async def ask(stream: trio.abc.Stream) -> None:
+    """Send a request without credentials and receive the answer."""
+    await stream.send_all(b"GET /v1/ HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert (await stream.receive_some()).startswith(b"HTTP/1.1 401 ")
+
+
+@pytest.mark.needs("openssl")
+async def test_exchanged_certificate_is_presented_without_a_restart(
+    tmp_path: Path, mock_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    places = [tmp_path / name for name in ("data", "other")]
+    for place in places:
+        place.mkdir(mode=0o700)
+    (certificate, key), (new, new_key) = [await tls.self_signed(place) for place in places]
+    old = certificate.read_bytes()
+    settings = program.ControllerSettings(
+        places[0], host="127.0.0.1", port=0, certificate=certificate, key=key, admin_token="long-enough"
+    )
+    running = await nursery.start(program.run, settings)
+    port = int(running.url.rpartition(":")[2])
+    async with pinned(port, old) as before:
+        await ask(before)
+        new_key.replace(key)
+        new.replace(certificate)
+        mock_clock.jump(61)
+        await trio.testing.wait_all_tasks_blocked()
+        async with pinned(port, certificate.read_bytes()) as after:
+            await ask(after)
+        with pytest.raises(tls.NotTrustedError):
+            async with pinned(port, old):
+                raise AssertionError("it was trusted")
+        await ask(before)
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("host", "names"), [(None, []), ("0.0.0.0", []), ("::", []), ("192.0.2.7", ["192.0.2.7"])])
+def test_self_signed_certificate_is_for_the_address_of_listen(host: str | None, names: list[str]) -> None:
+    assert program._listen_name(host) == names

@@ -373,14 +373,17 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
 
 class TLSListener(trio.abc.Listener[TLSStream]):
-    """Accepts connections for TLS. Their handshakes happen in the tasks that serve them."""
+    """Accepts connections for TLS. Their handshakes happen in the tasks that serve them.
+
+    `context` may be replaced; connections that are open keep theirs.
+    """
 
     def __init__(self, listener: trio.abc.Listener[trio.abc.Stream], context: ssl.SSLContext) -> None:
         self._listener = listener
-        self._context = context
+        self.context = context
 
     async def accept(self) -> TLSStream:
-        return TLSStream(await self._listener.accept(), self._context)
+        return TLSStream(await self._listener.accept(), self.context)
 
     async def aclose(self) -> None:
         await self._listener.aclose()

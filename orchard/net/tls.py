@@ -13,17 +13,20 @@ The server's end of a TLS connection is in streams.py.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import ipaddress
+import logging
 import re
 import socket
 import ssl
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -38,6 +41,15 @@ _DAYS = 3650
 _OPENSSL_SECONDS = 30.0
 # Output of openssl that is repeated in an error.
 _MAX_ERROR = 400  # characters
+# A certificate that expires within this time is warned of, at start and daily.
+_EXPIRES_SOON = datetime.timedelta(days=30)
+_WARNING_INTERVAL = 24 * 3600.0  # seconds
+# Between two looks at the files of a certificate and its key.
+_LOOK_INTERVAL = 60.0  # seconds
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which the module ssl has no name.
+_NO_CHECK_TIME = 0x200000
+# The client's and the server's messages of a handshake in memory take at most this many turns.
+_MAX_TURNS = 4
 # The reasons that OpenSSL gives for bytes which are not TLS.
 _NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 
@@ -45,6 +57,8 @@ _NO_OPENSSL = (
     "openssl, which creates the certificate, is not on PATH; install it,"
     " or pass a certificate with --controller-cert and --controller-key, or serve without TLS with --insecure-no-tls"
 )
+
+_logger = logging.getLogger("orchard.tls")
 
 
 class TLSError(Exception):
@@ -91,9 +105,7 @@ async def self_signed(directory: Path, names: Iterable[str] = ()) -> tuple[Path,
     try:
         with tempfile.TemporaryDirectory(dir=directory, prefix="tls-") as draft:
             made = Path(draft) / TLS_CERTIFICATE_FILE, Path(draft) / TLS_KEY_FILE
-            # Resolving may take seconds.
-            alternatives = [*names, *await trio.to_thread.run_sync(_host_names)]
-            await _make(*made, alternatives)
+            await _make(*made, [*_host_names(), *names])
             await trio.to_thread.run_sync(_put_in_place, made, (certificate, key))
     except OSError as error:
         raise TLSError(f"cannot write a certificate into {directory}: {error.strerror}") from error
@@ -108,10 +120,8 @@ def check_name(text: str) -> str:
 
 
 def _host_names() -> list[str]:
-    """Return the names and addresses by which this host is reached, as far as it knows them."""
-    names = [_HOST_NAME, "localhost", "127.0.0.1", "::1", socket.gethostname(), socket.getfqdn()]
-    with suppress(OSError):
-        names += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)]
+    """Return the names and addresses by which this host is reached, as far as it knows them without DNS."""
+    names = [_HOST_NAME, "localhost", "127.0.0.1", "::1", socket.gethostname()]
     # The addresses from which this host reaches others. Connecting a datagram socket sends nothing.
     for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -188,6 +198,119 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
             f"{certificate} and {key} are not a certificate and its key in PEM format: {reason_of(error)}"
         ) from error
     return context
+
+
+def _inspect(context: ssl.SSLContext, der: bytes) -> tuple[datetime.datetime, frozenset[str]]:
+    """Return when the certificate of a server's context expires, and its names and addresses. Raises TLSError.
+
+    The module ssl parses a certificate only for a client that has verified it. So a client in memory, which trusts this
+    certificate and ignores its dates, shakes hands with the server's context.
+    """
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname = False
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    try:
+        trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+        trusting.load_verify_locations(cadata=der)
+        server = context.wrap_bio(to_server, to_client, server_side=True)
+        client = trusting.wrap_bio(to_client, to_server)
+        for _ in range(_MAX_TURNS):
+            for end in (client, server):
+                with suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+        # Raises ValueError if the handshake has not ended.
+        shown: Any = client.getpeercert()
+        expires = datetime.datetime.fromtimestamp(ssl.cert_time_to_seconds(shown["notAfter"]), datetime.UTC)
+    except (ssl.SSLError, ValueError) as error:
+        raise TLSError(f"a client cannot use it: {error}") from error
+    return expires, frozenset(_normal(value) for _, value in shown.get("subjectAltName", ()))
+
+
+def _normal(name: str) -> str:
+    """Return the one spelling of a host name or an address."""
+    return str(ipaddress.ip_address(name.strip())) if _is_address(name.strip()) else name.lower()
+
+
+class ServerPair:
+    """A server's certificate and its key, in files that may be exchanged while it serves.
+
+    It logs warnings of a certificate that expires soon or lacks one of `names`; `remedy` says in them how to make
+    another one. `context` is for new connections. Raises TLSError if the files cannot be used.
+    """
+
+    def __init__(
+        self, files: tuple[Path, Path], names: Sequence[str], remedy: str, clock: Callable[[], datetime.datetime]
+    ) -> None:
+        self._files = files
+        self._names = names
+        self._remedy = remedy
+        self._clock = clock
+        self._identity = self._identify()
+        self._load()
+
+    def _load(self) -> None:
+        context, pem = server_context(*self._files), self._files[0].read_bytes()
+        self.fingerprint = fingerprint(pem)
+        self.context, self.pem = context, pem
+        self.warn()
+
+    def warn(self) -> None:
+        """Log what is wrong with the certificate."""
+        path = self._files[0]
+        try:
+            expires, names = _inspect(self.context, pem_to_der(self.pem))
+        except TLSError as error:
+            _logger.warning("cannot examine the certificate %s: %s", path, error)
+            return
+        left = expires - self._clock()
+        if left <= _EXPIRES_SOON:
+            verb = "expires" if left > datetime.timedelta() else "expired"
+            _logger.warning(
+                "the certificate %s %s on %s; %s", path, verb, f"{expires:%Y-%m-%d %H:%M} UTC", self._remedy
+            )
+        for name in self._names:
+            if not {_normal(name), f"*.{_normal(name).partition('.')[2]}"} & names:
+                _logger.warning("the certificate %s is not for the name %s; %s", path, name, self._remedy)
+
+    def _identify(self) -> list[tuple[int, int, int] | None]:
+        """Return what changes when one of the files is replaced or written."""
+        found: list[tuple[int, int, int] | None] = []
+        for path in self._files:
+            try:
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            except OSError:
+                found.append(None)
+        return found
+
+    def reload(self) -> bool:
+        """Load the files again if they have changed. Return whether `context` is a new one.
+
+        A pair that cannot be used is logged, and the one before stays. It may be half of an exchange.
+        """
+        # Before the files are read: a change meanwhile is seen at the next look.
+        if (identity := self._identify()) == self._identity:
+            return False
+        self._identity = identity
+        try:
+            self._load()
+        except (TLSError, OSError) as error:
+            _logger.warning("the certificate stays as it was until its files change again: %s", error)
+            return False
+        _logger.info("loaded the certificate %s again, fingerprint %s", self._files[0], self.fingerprint)
+        return True
+
+    async def watch(self, use: Callable[[ssl.SSLContext], None]) -> None:
+        """Pass the context to `use` whenever the files have changed, and repeat the warnings daily. Does not return."""
+        warned = trio.current_time()
+        while True:
+            await trio.sleep(_LOOK_INTERVAL)
+            if self.reload():
+                use(self.context)
+                warned = trio.current_time()
+            elif trio.current_time() - warned >= _WARNING_INTERVAL:
+                self.warn()
+                warned = trio.current_time()
 
 
 # ---- the client's side ---------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 import ssl
 import stat
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -187,3 +188,89 @@ def test_text_without_a_certificate_cannot_be_pinned(pem: bytes) -> None:
 
 def test_minimum_tls_version_is_1_2(pairs: Pairs) -> None:
     assert tls.server_context(*pairs[0]).minimum_version == ssl.TLSVersion.TLSv1_2
+
+
+def make_pair(directory: Path, *options: str, name: str = "pair") -> tuple[Path, Path]:
+    """Create a certificate for `a.example.com` and ::1 and its key, as files of one name."""
+    certificate, key = directory / f"{name}.crt", directory / f"{name}.key"
+    words = (
+        "req -x509 -newkey ec -nodes -subj /CN=a -addext subjectAltName=DNS:a.example.com,DNS:*.b.example.com,IP:::1"
+    )
+    openssl(*words.split(), *(options or ("-pkeyopt", "ec_paramgen_curve:P-256")), "-keyout", key, "-out", certificate)
+    return certificate, key
+
+
+CURVES = [("-pkeyopt", f"ec_paramgen_curve:{curve}", "-days", "10") for curve in ("P-256", "P-384")]
+
+
+def after(days: float) -> Callable[[], datetime.datetime]:
+    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days)
+    return lambda: moment
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.needs("openssl")
+@pytest.mark.parametrize("options", CURVES)
+@pytest.mark.parametrize(("now", "warned"), [(-21, False), (-19, True), (0, True), (11, True)])
+def test_certificate_that_expires_within_30_days_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, options: tuple[str, ...], now: float, warned: bool
+) -> None:
+    tls.ServerPair(make_pair(tmp_path, *options), [], "REMEDY", after(now))
+    end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(10)
+    assert len(warnings_of(caplog)) == warned
+    for message in warnings_of(caplog):
+        assert f"{end:%Y-%m-%d}" in message
+        assert "REMEDY" in message
+
+
+@pytest.mark.needs("openssl")
+def test_names_that_a_kept_certificate_lacks_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    present, lacking = ["A.example.com", "x.b.example.com", "0:0::1"], ["b.example.com", "192.0.2.1"]
+    tls.ServerPair(make_pair(tmp_path), [*present, *lacking], "REMEDY", after(-60))
+    messages = warnings_of(caplog)
+    assert len(messages) == len(lacking)
+    for name, message in zip(lacking, messages, strict=True):
+        assert name in message
+        assert "REMEDY" in message
+
+
+@pytest.mark.needs("openssl")
+async def test_warnings_are_repeated_daily(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    pair = tls.ServerPair(make_pair(tmp_path), [], "REMEDY", after(0))
+    with trio.move_on_after(2.5 * 24 * 3600):
+        await pair.watch(lambda _: None)
+    assert len(warnings_of(caplog)) == 3
+
+
+@pytest.mark.needs("openssl")
+async def test_changed_files_are_used_and_halves_of_an_exchange_are_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock, nursery: trio.Nursery
+) -> None:
+    files, new = make_pair(tmp_path), make_pair(tmp_path, name="new")
+    pair = tls.ServerPair(files, [], "", after(-60))
+    old_context, used = pair.context, list[ssl.SSLContext]()
+    nursery.start_soon(pair.watch, used.append)
+    # The key first, as half of an exchange.
+    new[1].replace(files[1])
+    await trio.sleep(300)
+    assert used == []
+    assert pair.context is old_context
+    assert len(warnings_of(caplog)) == 1
+    tls._inspect(old_context, tls.pem_to_der(pair.pem))
+    files[0].unlink()
+    await trio.sleep(300)
+    assert len(warnings_of(caplog)) == 2
+    new[0].replace(files[0])
+    await trio.sleep(61)
+    assert used == [pair.context]
+    assert pair.context is not old_context
+    assert pair.fingerprint == tls.fingerprint(files[0].read_bytes())
+    assert len(warnings_of(caplog)) == 2
+    await trio.sleep(300)
+    assert len(used) == 1
+    nursery.cancel_scope.cancel()
