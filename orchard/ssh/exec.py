@@ -33,7 +33,7 @@ from orchard.codec import MalformedError, ValidationError, dump_json, parse_json
 from orchard.nursery import first_exception
 from orchard.schema import ENV_NAME, VM
 from orchard.ssh.connections import GuestConnections, why
-from orchard.ssh.rest import Rest
+from orchard.ssh.remaining_output import RemainingOutput
 from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class _Bridge:
         self._command = command
         self._frames = frames
         # What bounds the reading from each of the command's two streams.
-        self._readers: list[Rest] = []
+        self._readers: list[RemainingOutput] = []
 
     async def run(self) -> None:
         """Return when the command has ended, or the client has gone or sent a frame that is not understood.
@@ -238,17 +238,17 @@ class _Bridge:
 
     async def _notice_end(self) -> None:
         await self._process.ended.wait()
-        for rest in self._readers:
-            rest.begin()
+        for remaining in self._readers:
+            remaining.begin()
 
     async def _send_output(self, kind: str, source: Any) -> None:
-        """Send what the command writes to one of its streams, until its end, or until `Rest` is used up."""
+        """Send what the command writes to one of its streams, until its end or the bounds of `RemainingOutput`."""
         import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 
         read = trio_asyncio.aio_as_trio(source.read)
-        rest = Rest()
-        self._readers.append(rest)
-        while data := await rest.read(read):
+        remaining = RemainingOutput()
+        self._readers.append(remaining)
+        while data := await remaining.read(read):
             await self._frames.send(kind, data=base64.b64encode(data).decode())
 
     # -- the client's frames

@@ -23,7 +23,7 @@ import trio
 
 from orchard import logs
 from orchard.nursery import unwrap_groups
-from orchard.ssh.rest import Rest
+from orchard.ssh.remaining_output import RemainingOutput
 from orchard.vm.driver import DriverError
 from orchard.vm.processes import READ_BYTES, kill, signal_group
 from orchard.vm.synthetic import VM_ADDRESS, SyntheticDriver
@@ -207,19 +207,19 @@ async def _send_output(shell: trio.Process, process: asyncssh.SSHServerProcess[b
     """Send a shell's output to the client until the shell has ended, and what is left then."""
     assert shell.stdout is not None
     assert shell.stderr is not None
-    rests = Rest(_REST_SECONDS), Rest(_REST_SECONDS)
+    outputs = RemainingOutput(_REST_SECONDS), RemainingOutput(_REST_SECONDS)
     async with trio.open_nursery() as readers:
-        readers.start_soon(_copy, shell.stdout, process.stdout, rests[0])
-        readers.start_soon(_copy, shell.stderr, process.stderr, rests[1])
+        readers.start_soon(_copy, shell.stdout, process.stdout, outputs[0])
+        readers.start_soon(_copy, shell.stderr, process.stderr, outputs[1])
         await shell.wait()
-        for rest in rests:
-            rest.begin()
+        for remaining in outputs:
+            remaining.begin()
 
 
-async def _copy(source: trio.abc.ReceiveStream, sink: asyncssh.SSHWriter[bytes], rest: Rest) -> None:
+async def _copy(source: trio.abc.ReceiveStream, sink: asyncssh.SSHWriter[bytes], remaining: RemainingOutput) -> None:
     drain = trio_asyncio.aio_as_trio(sink.drain)
     async with source:
         with suppress(asyncssh.Error, OSError):
-            while data := await rest.read(source.receive_some):
+            while data := await remaining.read(source.receive_some):
                 sink.write(bytes(data))
                 await drain()

@@ -26,9 +26,8 @@ from websockets.sync.client import ClientConnection
 
 from orchard.client import Client, ClientError, ResponseError
 from orchard.codec import MalformedError
-from orchard.ssh import connections
+from orchard.ssh import connections, remaining_output
 from orchard.ssh import exec as vm_exec
-from orchard.ssh import rest as rest_of_output
 from orchard.ssh.exec import Command
 from orchard.testing import Cluster
 
@@ -224,8 +223,8 @@ async def test_stdin_frame_without_data_closes_stdin(ssh_port: int) -> None:
 
 
 async def test_process_in_the_background_does_not_hold_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rest_of_output, "REST_SECONDS", 0.1)
-    monkeypatch.setattr(rest_of_output, "REST_BYTES", 100_000)
+    monkeypatch.setattr(remaining_output, "REST_SECONDS", 0.1)
+    monkeypatch.setattr(remaining_output, "REST_BYTES", 100_000)
     # As OpenSSH does it: the status of the command at its end, the end of the output when the last process closes it.
     rest = {"silent": b"", "chatty": b"x", "flooding": b"x" * 60_000}
 
@@ -250,7 +249,7 @@ async def test_process_in_the_background_does_not_hold_its_command(monkeypatch: 
 async def test_slow_client_gets_all_output_of_a_command_that_has_ended(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rest_of_output, "REST_SECONDS", 0.1)
+    monkeypatch.setattr(remaining_output, "REST_SECONDS", 0.1)
     send = vm_exec._Frames.send
 
     async def slow(frames: Any, kind: str, **content: Any) -> None:

@@ -1,4 +1,4 @@
-"""The rest of a command's output: what comes after the end of the command itself, within bounds."""
+"""A command's remaining output: what comes after the end of the command itself, within bounds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REST_BYTES = 8 * 1024 * 1024  # bytes
 _READ_BYTES = 64 * 1024  # bytes
 
 
-class Rest:
+class RemainingOutput:
     """Bounds what is read from a stream after its command has ended.
 
     A process in the background may hold the stream open, and may even write to it. Only the time in which nothing comes
