@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 import trio
+import trio.testing
 from harness.admission import Sender, admit_anybody
 from harness.disks import no_space
 from harness.inprocess import InProcessCluster
@@ -620,6 +621,53 @@ async def test_worker_gives_up_when_its_first_registration_is_refused(tmp_path: 
         with pytest.raises(RefusedError, match="unknown service account"):
             await WorkerService(description, client, SyntheticDriver(tmp_path / "vms")).run()
     nursery.cancel_scope.cancel()
+
+
+# ---- addresses ------------------------------------------------------------------------------------------------------
+
+
+async def test_one_look_up_of_an_address_serves_all_that_wait_for_it(
+    cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster.working() as mac:
+        await cluster.client.vms.create(name="vm", image="any")
+        await cluster.client.vms.wait("vm")
+        driver, found, begun, ended = cluster.driver(), trio.Event(), 0, 0
+        ip = driver.ip
+
+        async def slow(name: str, *, bridged: bool = False) -> str:
+            nonlocal begun, ended
+            begun += 1
+            try:
+                await found.wait()
+                return await ip(name, bridged=bridged)
+            finally:
+                ended += 1
+
+        monkeypatch.setattr(driver, "ip", slow)
+        (instance,) = mac._vms.instances.values()
+        addresses: list[str] = []
+
+        async def ask(scope: trio.CancelScope) -> None:
+            with scope:
+                addresses.append(await mac._requests._address(instance.vm.uid, nursery))
+
+        scopes = [trio.CancelScope() for _ in range(3)]
+        for scope in scopes:
+            nursery.start_soon(ask, scope)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        for scope in scopes[:2]:
+            scope.cancel()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert (begun, ended) == (1, 0), "one still waits"
+        scopes[2].cancel()
+        await eventually(lambda: ended == 1)
+        for _ in scopes:
+            nursery.start_soon(ask, trio.CancelScope())
+        await eventually(lambda: begun == 2)
+        found.set()
+        await eventually(lambda: addresses == ["127.0.0.1"] * 3)
+        assert (begun, ended) == (2, 2)
 
 
 # ---- a malicious controller -----------------------------------------------------------------------------------------

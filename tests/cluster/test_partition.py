@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -255,6 +256,19 @@ async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_c
                 await eventually(lambda: c.host.states().keys() | other.states().keys() == {second.tart_name})
                 assert ends_well(other_worker)
             assert ends_well(worker)
+
+
+async def test_vm_with_a_stopped_supervisor_ends_on_a_host_that_is_cut_off(tmp_path: Path) -> None:
+    async with behind_a_proxy(tmp_path) as (c, other, cable):
+        with c.host.worker():
+            first = await c.create_running("vm", restart_policy="OnFailure")
+            with other.worker():
+                await eventually(partial(registered, c, 2))
+                cable.cut()
+                os.kill(c.host.record(first).supervisor, signal.SIGSTOP)
+                assert (await c.wait_vm("vm", is_restarted)).state.worker == "other"
+                await eventually(partial(c.has_started, "vm", 2))
+                assert c.always_alone("vm")
 
 
 # ---- tunnels --------------------------------------------------------------------------------------------------------

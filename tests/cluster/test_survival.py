@@ -263,6 +263,41 @@ async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(
                         await eventually(lambda: c.host.states() == {vm.tart_name: "running"})
 
 
+# ---- two workers on one host ----------------------------------------------------------------------------------------
+
+
+async def test_two_workers_on_one_host_leave_each_others_vms_and_calls_alone(tmp_path: Path) -> None:
+    async with process_cluster(tmp_path) as c:
+        second = ("--name", "second", "--labels", "second=1")
+        with c.host.worker("--labels", "first=1") as first_worker:
+            with c.host.worker(*second) as second_worker:
+                a = await c.create_running("a", labels={"first": "1"})
+                b = await c.create_running("b", labels={"second": "1"})
+                children = [c.host.record(vm).child for vm in (a, b)]
+                c.host.hold("clone before")
+                made = await c.create("made", labels={"first": "1"})
+                call = await c.host.wait_held()
+                second_worker.stop(signal.SIGKILL)
+            with c.host.worker(*second) as second_worker:
+                await eventually(lambda: has_logged(second_worker, "adopted running VM"))
+                await eventually(partial(is_online, c.client, "second"))
+                assert process_state(call) != "Z", "the new worker has ended a call of the other one"
+                c.host.release()
+                await c.client.vms.wait("made")
+                await c.client.vms.delete("b")
+                await eventually(lambda: c.host.states() == dict.fromkeys([a.tart_name, made.tart_name], "running"))
+                assert c.host.record(a).child == children[0]
+                assert await c.client.vms.get("a") == a
+                assert ends_well(second_worker)
+            assert c.always_alone("a")
+            assert c.always_alone("b")
+            assert ends_well(first_worker)
+
+
+async def is_online(client: Client, name: str) -> bool:
+    return (await client.workers.get(name)).state == "online"
+
+
 # ---- leases ---------------------------------------------------------------------------------------------------------
 
 

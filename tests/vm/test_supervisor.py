@@ -192,6 +192,29 @@ def test_incomplete_record_is_read_as_empty(tmp_path: Path, content: str) -> Non
     assert supervisor.read_record(tmp_path / "vm.run") == Record()
 
 
+@pytest.mark.parametrize("content", ["1 13\n", "12 1\n", "0 13\n", "-12 13\n", "12 -1\n", "1 1\n0 stop\n"])
+def test_record_with_numbers_of_no_supervisor_is_read_as_empty(tmp_path: Path, content: str) -> None:
+    (tmp_path / "vm.run").write_text(content)
+    assert supervisor.read_record(tmp_path / "vm.run") == Record()
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602])
+def test_record_that_others_can_write_is_read_as_empty(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "vm.run"
+    path.write_text("12 13\n")
+    path.chmod(mode)
+    assert supervisor.read_record(path) == Record()
+    path.chmod(0o644)
+    assert supervisor.read_record(path) == Record(12, 13)
+
+
+def test_record_of_another_user_is_read_as_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vm.run").write_text("12 13\n")
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    assert supervisor.read_record(tmp_path / "vm.run") == Record()
+
+
 # An upgraded worker adopts VMs whose supervisors are of the version before.
 @pytest.mark.parametrize(
     ("content", "record"),
