@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 import trio
 
+from orchard.files import make_private, write_private
 from orchard.nursery import Wakeup
 from orchard.schema import LOCAL_PREFIX, NAME
 from orchard.vm import supervisor
@@ -128,7 +129,7 @@ class SyntheticDriver(Driver):
         try:
             with reporting(f'cannot make VM "{name}" in {self._home}'):
                 _remove(draft)
-                draft.mkdir(parents=True)
+                make_private(draft)
                 if local:
                     root = self._directory(source) / "root"
                     await trio.to_thread.run_sync(partial(shutil.copytree, root, draft / "root", symlinks=True))
@@ -316,7 +317,7 @@ class SyntheticDriver(Driver):
     def note(self, name: str, text: str) -> None:
         path = self._directory(name) / "note"
         with reporting(f"cannot write {path}"):
-            path.write_text(text)
+            write_private(path, text.encode(), durable=False)
 
     def noted(self, name: str) -> str:
         with suppress(OSError):
@@ -343,10 +344,9 @@ class SyntheticDriver(Driver):
 
 
 def _write(directory: Path, about: Mapping[str, Any]) -> None:
-    draft = directory / "vm.json.new"
-    with reporting(f"cannot write {directory / 'vm.json'}"):
-        draft.write_text(json.dumps(about, indent=2) + "\n")
-        draft.rename(directory / "vm.json")
+    path = directory / "vm.json"
+    with reporting(f"cannot write {path}"):
+        write_private(path, f"{json.dumps(about, indent=2)}\n".encode(), durable=False)
 
 
 def _is_empty(directory: Path) -> bool:

@@ -469,3 +469,17 @@ async def test_program_that_entered_a_vm_ends_with_it(driver: SyntheticDriver, h
         assert program.wait(GENEROUS) == -signal.SIGKILL
     with pytest.raises(NotRunning):
         driver.enter(NAME, "alice")
+
+
+async def test_files_of_the_driver_are_private_under_any_umask(home: Path) -> None:
+    before = os.umask(0)
+    try:
+        driver = SyntheticDriver(home / "new")
+        await create(driver)
+        driver.note(NAME, "text")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (home / "new", *(home / "new").rglob(f"{NAME}*"))}
+    assert set(modes.values()) == {0o700}
+    files = [path for path in (home / "new" / NAME).iterdir() if path.is_file()]
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {"vm.json": 0o600, "note": 0o600}
