@@ -227,6 +227,20 @@ def test_certificate_that_expires_within_30_days_is_warned_of(
 
 
 @pytest.mark.needs("openssl")
+def test_certificate_that_has_expired_is_warned_of_with_its_date(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    certificate, key = make_pair(tmp_path)
+    request = tmp_path / "request"
+    openssl("req", "-new", "-key", key, "-subj", "/CN=a", "-out", request)
+    openssl("x509", "-req", "-in", request, "-signkey", key, "-days", -1, "-out", certificate)
+    tls.ServerPair((certificate, key), [], "REMEDY", after(0))
+    (message,) = warnings_of(caplog)
+    assert f"{datetime.datetime.now(datetime.UTC) - datetime.timedelta(1):%Y-%m-%d}" in message
+    assert "REMEDY" in message
+
+
+@pytest.mark.needs("openssl")
 def test_names_that_a_kept_certificate_lacks_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     present, lacking = ["A.example.com", "x.b.example.com", "0:0::1"], ["b.example.com", "192.0.2.1"]
     tls.ServerPair(make_pair(tmp_path), [*present, *lacking], "REMEDY", after(-60))
