@@ -39,12 +39,11 @@ from orchard.files import (
     CONTROLLER_LOCK_FILE,
     EVENTS_DIRECTORY,
     SSH_HOST_KEY_FILE,
-    STATE_FILE,
     LockError,
     lock_directory,
     write_private,
 )
-from orchard.fsck import find_exposures
+from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.gate import Gate
 from orchard.login_limit import LoginLimit
 from orchard.net import tcp, tls
@@ -71,8 +70,6 @@ DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
 DEFAULT_IDLE_TIMEOUT = Limits().first_byte_seconds
 # Time for the requests under way at a stop.
 _GRACE_SECONDS = 10.0
-# The directory in which Cirrus Labs' controller keeps its state.
-_FOREIGN_DATA = "db"
 _HOST_DIRS_NOTE = (
     "--insecure-allow-host-dirs has no effect: the hostDirPolicies of the cluster settings decide what a VM may mount"
 )
@@ -161,7 +158,8 @@ def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
     """Load state and events for the block, and close the state after it. Raises StartError."""
     with contextlib.ExitStack() as stack:
         try:
-            _check_for_foreign_data(directory)
+            if foreign := describe_foreign_data(directory):
+                raise StartError(foreign)
             for problem in find_exposures(directory):
                 raise StartError(problem)
             store = Store.open(directory, utc_now())
@@ -171,19 +169,6 @@ def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
         except (DamagedError, NotWrittenError, OSError) as error:
             raise StartError(str(error)) from error
         yield store, events
-
-
-def _check_for_foreign_data(directory: Path) -> None:
-    """Raise StartError if a directory without a state holds the data base of Cirrus Labs' controller.
-
-    With an empty state beside that data base, no worker and no client would be let in.
-    """
-    if (directory / _FOREIGN_DATA).is_dir() and not (directory / STATE_FILE).exists():
-        raise StartError(
-            f"{directory / _FOREIGN_DATA} is the database of Cirrus Labs' Orchard controller, which this one cannot read;"
-            " choose an empty data directory, create the service accounts of workers and clients there again, and use"
-            " the certificate and key of the old one with --controller-cert and --controller-key"
-        )
 
 
 def load_access_key(directory: Path) -> bytes:

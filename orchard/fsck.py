@@ -33,6 +33,8 @@ from orchard.storage.events import EventFile
 from orchard.storage.journal import Disk, Journal
 from orchard.store import State, build_state, check
 
+# The directory in which Cirrus Labs' controller keeps its state.
+_FOREIGN_DATA = "db"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -70,6 +72,20 @@ def find_exposures(directory: Path) -> list[str]:
     return problems
 
 
+def describe_foreign_data(directory: Path) -> str:
+    """Return a sentence if a directory without a state holds the database of Cirrus Labs' controller, else "".
+
+    With an empty state beside that database, no worker and no client would be let in.
+    """
+    if not (directory / _FOREIGN_DATA).is_dir() or (directory / STATE_FILE).exists():
+        return ""
+    return (
+        f"{directory / _FOREIGN_DATA} is the database of Cirrus Labs' Orchard controller, which this one cannot read;"
+        " choose an empty data directory, create the service accounts of workers and clients there again, and use"
+        " the certificate and key of the old one with --controller-cert and --controller-key"
+    )
+
+
 def _mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
@@ -99,7 +115,8 @@ def _inspect_state(directory: Path, report: FsckReport) -> bool:
         report.state = build_state(contents)
     except FileNotFoundError:
         report.problems.append(
-            f"{journal.path} is missing; restore it from a backup, or give the data directory of a controller"
+            describe_foreign_data(directory)
+            or f"{journal.path} is missing; restore it from a backup, or give the data directory of a controller"
         )
         return False
     except DamagedError as error:

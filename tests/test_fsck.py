@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchard.files import SECRET_FILES
-from orchard.fsck import find_exposures
+from orchard.fsck import find_exposures, inspect
 
 
 @pytest.fixture
@@ -48,3 +48,8 @@ def test_directory_that_others_can_write_is_reported(directory: Path, mode: int)
 def test_directory_without_secrets_has_no_exposure(tmp_path: Path) -> None:
     tmp_path.chmod(0o700)
     assert find_exposures(tmp_path) == []
+
+
+def test_database_of_another_controller_is_named(tmp_path: Path) -> None:
+    (tmp_path / "db").mkdir()
+    assert any(problem.startswith(str(tmp_path / "db")) for problem in inspect(tmp_path).problems)
