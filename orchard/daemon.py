@@ -104,7 +104,7 @@ async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Ev
 
 
 async def return_memory() -> None:
-    """Return free memory to the system now and then, until cancelled. Only glibc keeps it otherwise.
+    """Return free memory to the system periodically, until cancelled. Only glibc keeps it otherwise.
 
     glibc returns by itself what is free at the end of its heap. After a burst of connections or of large bodies
     something small always remains behind tens of megabytes that are free (`./run bench strangers`).

@@ -1,7 +1,7 @@
 """The query parameters of the API: what each is called and accepts, and how its value is read.
 
 A parameter is declared here once. The route table (operations.OPERATIONS) lists the declarations for the OpenAPI
-document, and the functions below read a request's query by the same declarations. An empty value is as good as none.
+document, and the functions below read a request's query by the same declarations. An empty value counts as absent.
 They raise HTTPError with status 400 for a parameter that is repeated, missing although it is required, or outside what
 its schema accepts.
 """

@@ -157,7 +157,7 @@ def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
     # The deprecated twin would contradict a patch that names only one of the two.
     for name in _SOFTNET:
         del target[name]
-    # An empty text of a closed set is as good as none.
+    # An empty text of a closed set counts as absent.
     wanted = {name: value for name, value in patch.items() if name not in NOT_SPEC and (value != "" or name in _TEXTS)}
     spec = decode_from_client(VMSpec, _merge(target, wanted), unknown, also=NOT_SPEC)
     softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
