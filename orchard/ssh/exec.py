@@ -269,7 +269,7 @@ class _Bridge:
 
     async def _carry_out(self, frame: Any) -> None:
         """Carry out one frame. Raises MalformedError."""
-        match frame:
+        match _in_lower_case(frame):
             case {"type": "stdin", "data": str(text)}:
                 await self._write_stdin(text)
             case {"type": "stdin", **rest} if rest.get("data") is None:
@@ -299,3 +299,14 @@ class _Bridge:
                 await trio_asyncio.aio_as_trio(self._process.stdin.drain)()
             else:
                 self._process.stdin.write_eof()
+
+
+def _in_lower_case(value: Any, levels: int = 2) -> Any:
+    """Return a frame with the names of its upper levels in lower case.
+
+    A name that is in lower case already goes before all others, as in the API's bodies.
+    """
+    if not isinstance(value, dict) or not levels:
+        return value
+    names = sorted(value, key=str.islower)
+    return {name.lower(): _in_lower_case(value[name], levels - 1) for name in names}

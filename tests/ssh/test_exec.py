@@ -222,6 +222,16 @@ async def test_stdin_frame_without_data_closes_stdin(ssh_port: int) -> None:
             assert frames == [{"type": "stdout", "data": b"hello"}, exited(0)]
 
 
+async def test_names_in_frames_have_any_case(ssh_port: int) -> None:
+    def send(client: ClientConnection) -> None:
+        client.send(json.dumps({"TYPE": "resize", "Terminal": {"Rows": 10, "COLS": 20}}))
+        client.send(json.dumps({"Type": "stdin", "type": "stdin", "Data": "bm8=", "data": "aGVsbG8="}))
+        client.send(json.dumps({"Type": "stdin"}))
+
+    async with running_vm() as c:
+        assert await run_command(c, "cat", send, stdin="true") == [{"type": "stdout", "data": b"hello"}, exited(0)]
+
+
 async def test_process_in_the_background_does_not_hold_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remaining_output, "REST_SECONDS", 0.1)
     monkeypatch.setattr(remaining_output, "REST_BYTES", 100_000)
