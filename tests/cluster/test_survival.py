@@ -247,7 +247,7 @@ async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(
                     vm = await c.create_running("vm")
                     worker.stop(signal.SIGKILL)
                 await c.host.run_without_supervisor("orchard-left")
-                c.host.hold("stop before")
+                c.host.hold("list before")
                 with c.host.worker() as worker:
                     held = await c.host.wait_held()
                     control.stop(signal.SIGKILL)
@@ -411,7 +411,7 @@ async def test_vm_without_a_supervisor_is_not_adopted(tmp_path: Path) -> None:
         with c.host.worker() as worker:
             failed = await c.wait_vm("vm", has_failed)
             assert "was not started by a worker with this directory" in failed.state.status_message
-            assert c.host.states() == {vm.tart_name: "stopped", "somebody-elses": "running"}
+            await eventually(lambda: c.host.states() == {vm.tart_name: "stopped", "somebody-elses": "running"})
             await c.client.vms.delete("vm")
             await eventually(lambda: c.host.states() == {"somebody-elses": "running"})
             assert ends_well(worker)
