@@ -800,6 +800,8 @@ LONG: dict[str, tuple[str, str, object, int]] = {
 }  # fmt: skip
 
 
+# Slow, because fast tests may run with coverage, which multiplies the CPU that is measured.
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "target", "body", "status"), LONG.values(), ids=LONG)
 async def test_no_body_holds_the_event_loop(api: Served, method: str, target: str, body: object, status: int) -> None:
     await api.create("vm")

@@ -309,10 +309,13 @@ class Connection:
         finally:
             sends.end(self, writes)
 
-    async def linger(self) -> None:
-        """End the sending half, then discard what the client still sends, within bounds, so that it reads the answer."""
+    async def linger(self, limit: int | None = None) -> None:
+        """End the sending half, then discard what the client still sends, so that it reads the answer.
+
+        Discards at most `limit` bytes, by default `linger_bytes`.
+        """
         self.buffer.clear()
-        left = self.server.limits.linger_bytes
+        left = self.server.limits.linger_bytes if limit is None else limit
         with (
             trio.move_on_after(self.server.limits.linger_seconds),
             suppress(trio.BrokenResourceError, trio.ClosedResourceError),

@@ -54,6 +54,8 @@ _BODY_RATE = 4096
 # A body of an operation that takes none is ignored up to this size, because some clients send "{}" or "null" with
 # everything. A larger one is refused.
 _IGNORED_BODY_BYTES = 4 * 1024
+# What a client may have under way when its WebSocket is closed. No whole body follows.
+_WEBSOCKET_LINGER_BYTES = 256 * 1024
 # A longer path is cut in the request log.
 _LOGGED_PATH = 256  # characters
 # No standard status says that the client went away before the answer.
@@ -125,7 +127,9 @@ class Exchange:
         else:
             return False
         self.end()
-        if self._unread or self._status == _SWITCHING_PROTOCOLS:
+        if self._status == _SWITCHING_PROTOCOLS:
+            await self._connection.linger(_WEBSOCKET_LINGER_BYTES)
+        elif self._unread:
             await self._connection.linger()
         return self._ended
 
