@@ -23,9 +23,9 @@ BodyT = TypeVar("BodyT")
 
 @dataclass(slots=True)
 class Admitted:
-    """The operation that a request is for, the name in its path, the account that sent it ("": anybody), and its role.
+    """The operation that a request is for, the name in its path, the account that sent it, and its role.
 
-    `role` is what the account must keep for as long as the answer lasts. `sender` tells the bearers of the account's
+    `account` is "" where no credentials are asked for. `role` is what the account must keep for as long as the answer lasts. `sender` tells the bearers of the account's
     access tokens from the account itself.
     """
 

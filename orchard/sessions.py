@@ -38,7 +38,7 @@ class AccountSessions:
     def hold(self, account: str, role: Role | None, end: _End) -> Iterator[None]:
         """Call `end` with the reason if the account is deleted or loses the role during the block, or has before it.
 
-        With the account "", which stands for anybody where no credentials are asked for, `end` is never called.
+        The account is "" where no credentials are asked for; then `end` is never called.
         """
         if not account:
             yield

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -552,7 +552,7 @@ async def test_clone_replaces_no_running_vm(tmp_path: Path) -> None:
         with pytest.raises(DriverError, match=r'^VM "vm" is running$'):
             await driver.clone(IMAGE, "vm", lambda _: None)
     driver = tart(tmp_path, TART_CLONE_REFUSES="1")
-    with running_without_supervisor(tmp_path, "vm"):
+    async with running_without_supervisor(tmp_path, "vm"):
         with pytest.raises(DriverError, match="cannot be deleted"):
             await driver.clone(IMAGE, "vm", lambda _: None)
         assert LocalVM("vm", "running") in await driver.list_vms()
@@ -568,13 +568,14 @@ async def running(driver: TartDriver, name: str, **options: Any) -> AsyncIterato
         await driver.stop(name)
 
 
-@contextmanager
-def running_without_supervisor(home: Path, name: str) -> Iterator[None]:
+@asynccontextmanager
+async def running_without_supervisor(home: Path, name: str) -> AsyncIterator[None]:
     """Run a VM for the time of the block as a person would, in a terminal."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "TART_HOME": str(home), "PATH": path}
-    with subprocess.Popen([STANDIN, "run", name], env=env, stderr=subprocess.DEVNULL) as process:
-        wait_until(lambda: process.pid in running_in(home))
+    command = [str(STANDIN), "run", name]
+    with subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL) as process:  # noqa: ASYNC220
+        await eventually(lambda: process.pid in running_in(home))
         try:
             yield
         finally:
@@ -587,18 +588,11 @@ def running_in(home: Path) -> list[int]:
     return [vm["pid"] for vm in vms if vm.get("lock") and is_locked(Path(vm["lock"]))]
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + GENEROUS
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 async def test_vm_that_runs_without_supervisor_is_not_reported_gone(tmp_path: Path) -> None:
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     driver.note("vm", "noted")
-    with running_without_supervisor(tmp_path, "vm"):
+    async with running_without_supervisor(tmp_path, "vm"):
         with pytest.raises(DriverError, match='VM "vm" cannot be deleted') as failed:
             await driver.delete("vm")
         assert not isinstance(failed.value, NoSuchVM)
