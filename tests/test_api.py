@@ -22,10 +22,10 @@ import orchard
 from orchard import __version__, auth, parameters, transitions
 from orchard.admission import Admitted, APIOperation
 from orchard.answers import ERROR_STATUS, http_error
-from orchard.api import API
 from orchard.codec import InvalidError
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.files import STATE_FILE
+from orchard.handlers.vms import create_vm
 from orchard.login_limit import TooManyFailuresError
 from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Headers, HTTPError, Query, Request, Stream
@@ -831,7 +831,7 @@ async def test_create_vm_and_scheduling_do_not_await(api: Served) -> None:
     assert isinstance(admitted, Admitted)
     admitted = replace(admitted, body={"name": "vm", "image": "i"})
     with assert_no_checkpoints():
-        API.create_vm(api.api, request, admitted)
+        create_vm(api.api, request, admitted)
         api.schedule()
 
 

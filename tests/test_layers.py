@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "roles",
         (
             *("controller", "scheduling_loop", "worker_states", "reactions"),
-            *("operations", "api", "parameters", "admission", "answers"),
+            *("operations", "handlers/", "api", "parameters", "admission", "answers"),
             *("worker", "reconciler", "leftovers", "heartbeat", "worker_memory", "worker_requests"),
         ),
     ),
@@ -67,7 +67,7 @@ OUTSIDE = {
     "h11": {"net.proxies", "net.request", "net.transport"},
     "trio_websocket": {
         *("net.request", "net.transport", "net.exchange", "net.websocket"),
-        *("client", "tunnel", "sessions", "ssh.exec", "api"),
+        *("client", "tunnel", "sessions", "ssh.exec", "handlers.workers"),
     },
     "jwt": {"auth"},
     # The extra orchard-cluster[fast].

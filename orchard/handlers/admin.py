@@ -1,0 +1,127 @@
+"""Handlers of the controller itself, of service accounts and of the cluster settings."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from orchard import __version__, auth, validation
+from orchard.admission import Admitted, named, read_body
+from orchard.answers import found
+from orchard.api import API
+from orchard.cluster import WORKER_STATE
+from orchard.codec import dump_json, encode
+from orchard.net.request import AnyResponse, HTTPError, Request, Response
+from orchard.schema import ControllerInfo, ServiceAccount
+from orchard.store import SETTINGS, encode_object
+
+# What the controller supports. Existing workers choose their protocol by the first two.
+_CAPABILITIES = (
+    "rpc-v2",
+    "vm-state-endpoint",
+    WORKER_STATE,
+    "field-validation",
+)
+
+
+def hello(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return Response(200)
+
+
+def info(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    # Rounded down: a worker must give up its VMs before the controller does.
+    timeout = int(1000 * api.parts.offline_timeout)
+    info = ControllerInfo(
+        version=__version__,
+        capabilities=_CAPABILITIES,
+        worker_offline_timeout=timeout,
+        cluster_id=api.state.cluster.id,
+        host_dir_policies=api.state.settings.host_dir_policies if api.may(admitted, "compute:write") else (),
+    )
+    return Response(200, dump_json(encode(info)))
+
+
+def accept_state(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    """Accept a state that was restored from an older copy, which workers have noticed."""
+    old = api.state.cluster
+    # A registration that was sent before may still arrive.
+    api.accepted_revision = max(old.restored_from, api.accepted_revision)
+    holds_back = bool(old.restored_from) or old.holds_back
+    api.put(replace(old, id=uuid.uuid4().hex, restored_from=0, holds_back=holds_back), old)
+    return info(api, request, admitted)
+
+
+def describe(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return Response(200, api.document)
+
+
+def create_account(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    wanted = read_body(admitted, validation.account_from_client)
+    if wanted.name in api.state.accounts:
+        raise HTTPError(409, f'service account "{wanted.name}" already exists')
+    new = replace(wanted, token=wanted.token or auth.random_token(), created_at=api.parts.clock())
+    api.put(new)
+    if not new.roles:
+        admitted.remarks.notes.append("the account has no roles, so it can do nothing but check its credentials")
+    return _changed_account(api, admitted, new)
+
+
+def _changed_account(api: API, admitted: Admitted, new: ServiceAccount, old: ServiceAccount | None = None) -> Response:
+    if (old is None or new.token != old.token) and len(new.token) < validation.LONG_TOKEN:
+        note = f"the token has fewer than {validation.LONG_TOKEN} characters and may be guessed"
+        admitted.remarks.notes.append(note)
+    return Response(200, _account_json(api, admitted, new.name))
+
+
+def _account_json(api: API, admitted: Admitted, name: str) -> bytes:
+    """Return an account's JSON, with its token only for an account that could change it."""
+    if api.may(admitted, "admin:write"):
+        return api.state.json["account"][name]
+    return dump_json(encode(replace(api.state.accounts[name], token="")))
+
+
+def list_accounts(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return api.answer_list(_account_json(api, admitted, name) for name in api.state.names["account"])
+
+
+def get_account(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    name = found("service account", api.state.accounts, admitted.name).name
+    return Response(200, _account_json(api, admitted, name))
+
+
+def replace_account(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return _change_account(api, admitted, validation.account_from_client)
+
+
+def patch_account(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return _change_account(api, admitted, validation.patched_account)
+
+
+def _change_account(api: API, admitted: Admitted, read: Callable[..., ServiceAccount]) -> AnyResponse:
+    """Change an account's roles, token and keys; absent fields stay as they are."""
+    old = found("service account", api.state.accounts, admitted.name)
+    new = read_body(admitted, named(old.name, partial(read, base=old)))
+    new = replace(new, token=new.token or old.token)
+    api.put(new, old)
+    return _changed_account(api, admitted, new, old)
+
+
+def delete_account(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return api.delete(found("service account", api.state.accounts, admitted.name))
+
+
+def get_settings(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return _settings(api)
+
+
+def put_settings(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    settings = read_body(admitted, validation.settings_from_client)
+    api.put(replace(settings, unknown=api.state.settings.unknown), api.state.settings)
+    return _settings(api)
+
+
+def _settings(api: API) -> Response:
+    body = api.state.json["settings"].get(SETTINGS) or encode_object(api.state.settings)
+    return Response(200, body)

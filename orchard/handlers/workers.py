@@ -1,0 +1,201 @@
+"""Handlers of workers, and of the requests that only workers send."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
+
+import trio
+from trio_websocket import WebSocketConnection
+
+from orchard import auth, parameters, validation
+from orchard.admission import Admitted, named, read_body
+from orchard.answers import found
+from orchard.api import API, liveness_source
+from orchard.cluster import WORKER_STATE, Promise
+from orchard.codec import shown
+from orchard.liveness import Source
+from orchard.net.request import AnyResponse, HTTPError, Request, Response, TunnelUpgrade, WebSocketUpgrade
+from orchard.parameters import read_text
+from orchard.schema import Worker
+
+
+def register_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
+    wanted = read_body(admitted, validation.worker_from_client)
+    register = partial(_register, api, wanted, request, admitted)
+    return _if_not_connected(api, wanted.name, register)
+
+
+async def _ask_watch(api: API, name: str, answer: Callable[[], AnyResponse]) -> AnyResponse:
+    if await api.parts.rendezvous.is_connected(name):
+        raise HTTPError(
+            409,
+            f'worker "{name}" is connected already, and its watch answers; give each worker a name of its own',
+        )
+    return answer()
+
+
+def _if_not_connected(api: API, name: str, answer: Callable[[], AnyResponse]) -> AnyResponse | Awaitable[AnyResponse]:
+    """Answer a request that begins the session of a worker, unless a worker of that name has a live one."""
+    return _ask_watch(api, name, answer) if api.parts.rendezvous.has_watch(name) else answer()
+
+
+def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) -> AnyResponse:
+    old = api.state.workers.get(wanted.name)
+    if old is not None and old.machine_id != wanted.machine_id:
+        raise HTTPError(
+            409,
+            f'worker "{wanted.name}" is registered from the machine {shown(old.machine_id)};'
+            " give this worker another name, or delete the other worker first",
+        )
+    liveness = api.parts.liveness
+    new = replace(
+        wanted,
+        last_seen=None,
+        unknown=old.unknown if old is not None else {},
+        created_at=old.created_at if old is not None else api.parts.clock(),
+        scheduling_paused=old.scheduling_paused if old is not None else wanted.scheduling_paused,
+        registered_by=admitted.account,
+        promised=max(old.promised if old is not None else 0, liveness.offline_timeout_ms),
+        highest_revision=0,
+        settled=False,
+        health=None,
+    )
+    with api.store.transaction() as tx:
+        if old is not None and old.instance_id and old.instance_id != new.instance_id:
+            tx.put(_promise_of(api, new.name))
+            liveness.record_replacement(new.name)
+        if new != old:
+            tx.put(new)
+    _notice_restored(api, wanted.highest_revision)
+    source = liveness_source(request, admitted)
+    liveness.record_registration(new.name, source, tells_settled=WORKER_STATE in wanted.capabilities)
+    if wanted.last_seen is not None:
+        liveness.record_heartbeat(new.name, source, wanted.last_seen)
+    return _worker(api, new.name)
+
+
+def _notice_restored(api: API, revision: int) -> None:
+    """Note that a worker has seen a higher revision of this state, unless the loss was accepted since."""
+    cluster = api.state.cluster
+    if revision > max(api.accepted_revision, cluster.restored_from):
+        api.put(replace(cluster, restored_from=revision), cluster)
+
+
+def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return api.answer_list(_worker_json(api, name) for name in api.state.names["worker"])
+
+
+def get_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return _worker(api, found("worker", api.state.workers, admitted.name).name)
+
+
+def put_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    """Record a heartbeat, which has a later last_seen than the one before, or else set scheduling_paused."""
+    worker = found("worker", api.state.workers, admitted.name)
+    wanted = read_body(admitted, named(worker.name, validation.worker_from_client))
+    seen, source = wanted.last_seen, liveness_source(request, admitted)
+    liveness = api.parts.liveness
+    if seen is not None and liveness.is_heartbeat(worker.name, seen):
+        _speak_for(api, worker, admitted)
+        liveness.record_heartbeat(worker.name, source, seen, settled=wanted.settled, health=wanted.health)
+        return replace(_worker(api, worker.name), routine=True)
+    api.put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
+    return _worker(api, worker.name)
+
+
+def delete_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    worker = found("worker", api.state.workers, admitted.name)
+    with api.store.transaction() as tx:
+        tx.delete(worker)
+        tx.put(_promise_of(api, worker.name))
+    return Response(200)
+
+
+def _promise_of(api: API, worker: str) -> Promise:
+    """Return what is stored of a worker that will not be heard of again: how long its VMs may run."""
+    old = api.state.promises.get(worker)
+    return Promise(worker, max(api.parts.liveness.promise_ms(worker), old.milliseconds if old is not None else 0))
+
+
+def _speak_for(api: API, worker: Worker, admitted: Admitted) -> None:
+    """Check that a sender is the account that registered a worker. Raises ForbiddenError.
+
+    A worker that was stored before accounts were is bound to the first account that speaks for it.
+    """
+    if api.parts.gate is None or worker.registered_by == admitted.account:
+        return
+    if worker.registered_by:
+        raise auth.ForbiddenError(
+            f'worker "{worker.name}" was registered by service account "{worker.registered_by}",'
+            f' not by "{admitted.account}"'
+        )
+    api.put(replace(worker, registered_by=admitted.account), worker)
+
+
+def _worker(api: API, name: str) -> Response:
+    return Response(200, _worker_json(api, name))
+
+
+def _worker_json(api: API, name: str) -> bytes:
+    """Return a worker's JSON with its last_seen and its state, which are not stored."""
+    stored, last_seen = api.state.json["worker"][name], api.parts.liveness.last_seen_json(name)
+    seen = b"" if last_seen is None else b'"last_seen":"%b",' % last_seen
+    return b"%b,%b%b}" % (stored[:-1], seen, api.parts.worker_states.members(api.state.workers[name]))
+
+
+def watch_rpc(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
+    request.require_websocket()
+    worker = _read_worker(api, request, admitted)
+    serve = partial(_serve_watch, api, worker.name, liveness_source(request, admitted))
+    return _if_not_connected(api, worker.name, lambda: WebSocketUpgrade(serve))
+
+
+async def _serve_watch(api: API, worker: str, source: Source, websocket: WebSocketConnection) -> None:
+    liveness = api.parts.liveness
+    watch = liveness.record_watch(worker, source)
+    try:
+        await api.parts.rendezvous.serve(worker, source[0], partial(liveness.record_pong, worker), websocket)
+    finally:
+        liveness.record_watch_end(worker, watch)
+
+
+def say_goodbye(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    api.parts.liveness.record_goodbye(_read_worker(api, request, admitted).name)
+    return Response(200)
+
+
+def _read_worker(api: API, request: Request, admitted: Admitted) -> Worker:
+    """Return the worker that a request is from. Raises HTTPError(400, 404), ForbiddenError."""
+    worker = found("worker", api.state.workers, read_text(request.query, parameters.WORKER_NAME))
+    _speak_for(api, worker, admitted)
+    return worker
+
+
+def answer_forward(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    request.require_websocket()
+    session = read_text(request.query, parameters.SESSION)
+    pending = api.parts.rendezvous.answer_port(session, admitted.account)
+    error = read_text(request.query, parameters.ERROR_MESSAGE)
+    if error:
+        pending.fail(error)
+        return WebSocketUpgrade(_close_at_once)
+    return TunnelUpgrade(partial(api.parts.rendezvous.lend, pending), api.parts.rendezvous.ping_interval)
+
+
+def answer_ip(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    session = read_text(request.query, parameters.SESSION)
+    pending = api.parts.rendezvous.answer_address(session, admitted.account)
+    error = read_text(request.query, parameters.ERROR_MESSAGE)
+    address = read_text(request.query, parameters.RESOLVED_ADDRESS)
+    if error or not address:
+        pending.fail(error or "no address was found")
+    else:
+        pending.resolve(address)
+    return Response(200, routine=True)
+
+
+async def _close_at_once(websocket: WebSocketConnection) -> None:
+    """Serve a WebSocket on which nothing follows."""
+    await trio.lowlevel.checkpoint()
