@@ -222,7 +222,8 @@ class _Blocking:
         value = getattr(self._target, name)
         if callable(value):
             return partial(self._call, value)
-        return _Blocking(value, self._portal) if type(value).__module__ == Client.__module__ else value
+        is_part = type(value).__module__.startswith("orchard.methods.")
+        return _Blocking(value, self._portal) if is_part else value
 
     def __iter__(self) -> Self:
         return self

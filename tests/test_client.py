@@ -9,8 +9,8 @@ import sys
 import pytest
 from harness.scripted import answer, scripted, switched, upgrading
 
-from orchard import client as client_module
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
+from orchard.methods import vms as vm_methods
 from orchard.net import wsframes
 from orchard.testing import cluster
 
@@ -87,7 +87,7 @@ async def test_wait_for_a_vm_that_does_not_exist_is_a_response_error() -> None:
 
 
 async def test_events_are_fetched_from_all_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_PAGE_EVENTS", 3)
+    monkeypatch.setattr(vm_methods, "_PAGE_EVENTS", 3)
     async with cluster() as c:
         vm = await c.client.vms.create(name="vm", image="any")
         lines = [{"kind": "log_line", "payload": str(n), "timestamp": n} for n in range(10)]
@@ -257,6 +257,7 @@ def test_the_client_imports_nothing_of_the_controller_and_the_worker() -> None:
             "orchard.cluster",
             "orchard.codec",
             "orchard.files",
+            "orchard.methods",
             "orchard.net",
             "orchard.nursery",
             "orchard.schema",

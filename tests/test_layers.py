@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             *("worker", "reconciler", "leftovers", "heartbeat", "worker_memory", "worker_requests"),
         ),
     ),
-    ("access", ("ssh/", "sessions", "tunnel", "client")),
+    ("access", ("ssh/", "sessions", "tunnel", "client", "methods/")),
     (
         "decisions",
         ("scheduler", "planning", "transitions", "auth", "login_limit", "gate", "liveness", "early_failures"),
@@ -67,7 +67,7 @@ OUTSIDE = {
     "h11": {"net.proxies", "net.request", "net.transport"},
     "trio_websocket": {
         *("net.request", "net.transport", "net.exchange", "net.websocket"),
-        *("client", "tunnel", "sessions", "ssh.exec", "handlers.workers"),
+        *("client", "methods.commands", "tunnel", "sessions", "ssh.exec", "handlers.workers"),
     },
     "jwt": {"auth"},
     # The extra orchard-cluster[fast].

@@ -1,0 +1,71 @@
+"""What the methods of all resources share: requests whose answers are objects of schema.py, and paths.
+
+The methods themselves are in the files beside this one, and the client in orchard/client.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from orchard.codec import ValidationError, decode, parse_json
+from orchard.net.transport import ClientError, Transport, excerpt
+from orchard.schema import (
+    IP,
+    VM,
+    ClusterSettings,
+    ControllerInfo,
+    Event,
+    ServiceAccount,
+    VMAccessToken,
+    Worker,
+    vm_from_json,
+)
+
+JSON = Mapping[str, Any]
+ShownT = TypeVar("ShownT", VM, Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
+
+
+class ResourceMethods:
+    """The methods of one resource of the API."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def _fetch(
+        self,
+        kind: type[ShownT],
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        json: object = ...,
+    ) -> ShownT:
+        """Send a request and return the object of its answer. Raises ClientError."""
+        return decode_answer(kind, (await self._transport.request(method, path, query=query, json=json)).json())
+
+    async def _fetch_list(self, kind: type[ShownT], path: str, query: Mapping[str, str] | None = None) -> list[ShownT]:
+        """Return the objects of a list. Raises ClientError."""
+        return decode_answers(kind, (await self._transport.request("GET", path, query=query)).json())
+
+
+def parse_message(message: str | bytes) -> Any:
+    return parse_json(message.encode() if isinstance(message, str) else message)
+
+
+def decode_answer(kind: type[ShownT], raw: Any) -> ShownT:
+    try:
+        return vm_from_json(raw) if kind is VM else decode(kind, raw)
+    except (ValidationError, TypeError, ValueError) as error:
+        raise ClientError(f"the answer is not a valid {kind.__name__}: {error}") from error
+
+
+def decode_answers(kind: type[ShownT], raw: Any) -> list[ShownT]:
+    if not isinstance(raw, list):
+        raise ClientError(f"the answer is {excerpt(str(raw))}, expected a list")
+    return [decode_answer(kind, item) for item in raw]
+
+
+def url_path(*segments: str) -> str:
+    return "".join("/" + quote(segment, safe="") for segment in segments)

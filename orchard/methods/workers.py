@@ -1,0 +1,54 @@
+"""The methods of /workers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractAsyncContextManager
+
+from orchard.methods.common import JSON, ResourceMethods, url_path
+from orchard.net.websocket import TunnelStream
+from orchard.schema import Worker
+
+
+class Workers(ResourceMethods):
+    """The methods of /workers."""
+
+    async def register(self, worker: JSON) -> Worker:
+        """Register a worker, or renew its registration, and return it as it was stored. Used by workers."""
+        return await self._fetch(Worker, "POST", "/workers", json=worker)
+
+    async def get(self, name: str) -> Worker:
+        """Return a worker. Raises ResponseError: 404."""
+        return await self._fetch(Worker, "GET", url_path("workers", name))
+
+    async def list(self) -> list[Worker]:
+        """Return all workers."""
+        return await self._fetch_list(Worker, "/workers")
+
+    async def put(self, name: str, worker: JSON) -> Worker:
+        """Update a worker, and return it. Raises ResponseError: 404.
+
+        A `last_seen` later than the stored one is a heartbeat; otherwise only `scheduling_paused` is set.
+        """
+        return await self._fetch(Worker, "PUT", url_path("workers", name), json={"name": name, **worker})
+
+    def port_forward(self, name: str, port: int, *, wait: int = 10) -> AbstractAsyncContextManager[TunnelStream]:
+        """Connect to a TCP port of a worker's host, as `VMs.port_forward` does to one of a VM."""
+        return self._transport.tunnel(url_path("workers", name, "port-forward"), {"port": str(port), "wait": str(wait)})
+
+    async def goodbye(self, name: str) -> None:
+        """Tell the controller that a worker stops: it gets no new VMs from now on. Used by workers.
+
+        Raises ResponseError: 403 for another account than the one that registered it, 404.
+        """
+        await self._transport.request("POST", "/rpc/goodbye", query={"workerName": name})
+
+    async def pause(self, name: str, *, paused: bool = True) -> Worker:
+        """Have the scheduler assign no more VMs to a worker, or with `paused=False` assign some again.
+
+        Raises ResponseError: 404.
+        """
+        return await self.put(name, {"scheduling_paused": paused})
+
+    async def delete(self, name: str) -> None:
+        """Delete a worker. Its VMs fail. Raises ResponseError: 404."""
+        await self._transport.request("DELETE", url_path("workers", name))
