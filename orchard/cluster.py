@@ -1,7 +1,7 @@
-"""What the controller knows of the cluster as a whole, and of a worker's health; their JSON.
+"""What the controller knows of the cluster as a whole, and of a worker's host; their JSON.
 
-`ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health` is
-reported by workers with their heartbeats and kept in memory.
+`ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health`, `WorkerDisk`,
+`Versions` and `CachedImage` are reported by workers with their heartbeats and kept in memory.
 """
 
 from __future__ import annotations
@@ -35,6 +35,27 @@ class HealthProblem:
 class Health:
     ok: bool = attr("ok", "Whether there is no problem", zero=True, default=True)
     problems: tuple[HealthProblem, ...] = attr("problems", "What fails on the worker", zero=(), default=[])
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerDisk:
+    total_bytes: int = attr("totalBytes", "Size of the file system", zero=0)
+    free_bytes: int = attr("freeBytes", "Bytes that are free", zero=0, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    orchard: str = attr("orchard", "Version of the worker", zero="")
+    tart: str = attr("tart", "Version of Tart", zero="")
+    os: str = attr("os", "Version of the operating system", zero="")
+
+
+@dataclass(frozen=True, slots=True)
+class CachedImage:
+    name: str = attr("name", "Image", zero="")
+    digest: str = attr("digest", "Digest of the image", zero="")
+    size_bytes: int = attr("sizeBytes", "Bytes on the disk", zero=0)
+    last_used: datetime.datetime | None = attr("lastUsed", "When a VM was last made from it", zero=None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchard.cluster import Health, WorkerState
+from orchard.cluster import CachedImage, Health, Versions, WorkerDisk, WorkerState
 from orchard.codec import attr, attrs_of, decode, encode, openapi_schema, unknown_fields
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
@@ -41,6 +41,16 @@ TART_VMS = "org.cirruslabs.tart-vms"
 LOGICAL_CORES = "org.cirruslabs.logical-cores"
 MEMORY_MIB = "org.cirruslabs.memory-mib"
 
+# Largest values of the fields of a VM: seconds, and pairs of metadata.
+MAX_VM_TTL = 31_536_000
+MAX_PENDING_TIMEOUT = 604_800
+MAX_STARTUP_TIMEOUT = 86_400
+SHUTDOWN_TIMEOUT, MAX_SHUTDOWN_TIMEOUT = 30, 600
+MAX_PRIORITY = 1_000
+MAX_METADATA = 64
+# Images that a cluster's workers are to pull in advance.
+MAX_PREPULL = 50
+
 # Seconds that an access token is valid: a day by default, thirty days at most.
 DEFAULT_TTL, MAX_TTL = 86_400, 2_592_000
 
@@ -55,10 +65,19 @@ Runtime = Literal["tart", "vetu"]
 RestartPolicy = Literal["Never", "OnFailure"]
 PowerState = Literal["running", "stopped", "suspended"]
 Status = Literal["pending", "running", "failed"]
-ConditionType = Literal["scheduled", "running"]
+ConditionType = Literal["scheduled", "running", "ready"]
 ConditionState = Literal["true", "false"]
 SchedulerProfile = Literal["optimize-utilization", "distribute-load"]
+StartupOnFailure = Literal["", "fail", "keep"]
+ScriptTransport = Literal["", "ssh", "tart-guest-agent"]
 Role = Literal["compute:read", "compute:write", "compute:connect", "admin:read", "admin:write"]
+
+# Who sets each condition of a VM.
+CONDITION_WRITERS: Mapping[ConditionType, Literal["controller", "worker"]] = {
+    "scheduled": "controller",
+    "running": "worker",
+    "ready": "worker",
+}
 
 _Time = datetime.datetime
 
@@ -67,9 +86,18 @@ _Time = datetime.datetime
 
 
 @dataclass(frozen=True, slots=True)
-class StartupScript:
+class GuestScript:
     script_content: str = attr("script_content", "The script, read by a login shell in the VM", zero="", secret=True)
     env: Mapping[str, str] = attr("env", "Environment variables of the script", zero={}, secret=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StartupScript(GuestScript):
+    transport: ScriptTransport = attr(
+        "transport",
+        "How the script gets into the VM: over SSH (the default), or by the guest agent of a Tart VM",
+        zero="",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +109,9 @@ class HostDir:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    type: ConditionType = attr("type", "`scheduled`, set by the controller, or `running`, reported by the worker")
+    type: ConditionType = attr(
+        "type", "`scheduled`, set by the controller; `running` or `ready`, reported by the worker"
+    )
     state: ConditionState = attr("state", "Whether the condition holds: `true` or `false`")
 
 
@@ -101,6 +131,8 @@ class VMMeta:
         writer="controller",
         number=True,
     )
+    created_by: str = attr("createdBy", "Service account that created the VM", zero="", writer="controller")
+    expires_at: _Time | None = attr("expiresAt", "When the VM is deleted (ttlSeconds)", zero=None, writer="controller")
     # Of the whole VM.
     unknown: Mapping[str, Any] = unknown_fields()
 
@@ -201,6 +233,47 @@ class VMSpec:
         zero="running",
         default="running",
     )
+    startup_timeout_seconds: int = attr(
+        "startupTimeoutSeconds",
+        f"Seconds that the startup script may take, at most {MAX_STARTUP_TIMEOUT}; 0: no limit",
+        zero=0,
+    )
+    startup_on_failure: StartupOnFailure = attr(
+        "startupOnFailure",
+        "What a startup script that fails does to the VM: `fail` it (the default), or `keep` it running and not ready",
+        zero="",
+    )
+    shutdown_script: GuestScript | None = attr(
+        "shutdown_script",
+        "Script that runs over SSH before a running VM is ended; whatever becomes of it, the VM ends",
+        zero=None,
+        example={"script_content": "sync\n"},
+    )
+    shutdown_timeout_seconds: int = attr(
+        "shutdownTimeoutSeconds",
+        f"Seconds that the shutdown script may take, at most {MAX_SHUTDOWN_TIMEOUT}; 0: {SHUTDOWN_TIMEOUT}",
+        zero=0,
+    )
+    ttl_seconds: int = attr(
+        "ttlSeconds",
+        f"Seconds from its creation after which the VM is deleted, at most {MAX_VM_TTL}; 0: never. A change counts from now",
+        zero=0,
+    )
+    pending_timeout_seconds: int = attr(
+        "pendingTimeoutSeconds",
+        f"Seconds without a worker after which the VM fails, at most {MAX_PENDING_TIMEOUT}; 0: never",
+        zero=0,
+    )
+    metadata: Mapping[str, str] = attr(
+        "metadata", "The client's own facts about the VM; nothing here looks at them", zero={}, most=MAX_METADATA,
+        example={"pipeline": "1234"},
+    )  # fmt: skip
+    priority: int = attr(
+        "priority", f"Place in the queue: VMs of higher priority come first, at most {MAX_PRIORITY}", zero=0
+    )
+    preferred_labels: Mapping[str, str] = attr(
+        "preferredLabels", "Among the workers that can take the VM, those with more of these labels come first", zero={}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +303,11 @@ class VMState:
         number=True,
     )
     conditions: tuple[Condition, ...] = attr("conditions", "Conditions of the VM", zero=(), writer="worker")
+    startup_exit_code: int | None = attr(
+        "startupExitCode", "Exit code of the startup script, once it has ended; 124: it took too long", zero=None,
+        writer="worker",
+    )  # fmt: skip
+    startup_ended_at: _Time | None = attr("startupEndedAt", "When the startup script ended", zero=None, writer="worker")
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +424,11 @@ class Worker:
     )
     settled: bool = attr("settled", "In a heartbeat: whether the worker's session is whole", zero=False)
     health: Health | None = attr("health", "What fails on the worker", zero=None)
+    disk: WorkerDisk | None = attr("disk", "The disk that holds the worker's VMs", zero=None)
+    versions: Versions | None = attr("versions", "Versions of the programs on the host", zero=None)
+    images: tuple[CachedImage, ...] | None = attr(
+        "images", "Images on the worker's disk; absent in a heartbeat: unchanged", zero=None
+    )
     # Computed for answers.
     state: WorkerState | None = attr("state", "Whether the worker takes new VMs", zero=None, writer="controller")
     since: _Time | None = attr("since", "Since when it is in this state", zero=None, writer="controller")
@@ -376,6 +459,12 @@ class HostDirPolicy:
 
 
 @dataclass(frozen=True, slots=True)
+class Prepull:
+    image: str = attr("image", "Image that matching workers pull in advance", zero="")
+    labels: Mapping[str, str] = attr("labels", "Labels that a worker must have; none: every worker", zero={})
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterSettings:
     host_dir_policies: tuple[HostDirPolicy, ...] = attr(
         "hostDirPolicies",
@@ -390,6 +479,17 @@ class ClusterSettings:
         " `distribute-load`: to the worker with the fewest VMs",
         zero="optimize-utilization",
         default="optimize-utilization",
+    )
+    default_ttl_seconds: int = attr("defaultTTLSeconds", "`ttlSeconds` of a VM that names none; 0: none", zero=0)
+    max_ttl_seconds: int = attr("maxTTLSeconds", "The largest `ttlSeconds` of a VM; 0: no maximum", zero=0)
+    min_free_disk_gb: int = attr(
+        "minFreeDiskGB", "Gigabytes that a worker's disk must have free to take new VMs; 0: none", zero=0
+    )
+    worker_prune_seconds: int = attr(
+        "workerPruneSeconds", "Seconds after which an offline worker without VMs is deleted; 0: never", zero=0
+    )
+    prepull: tuple[Prepull, ...] = attr(
+        "prepull", "Images that workers pull in advance", zero=(), most=MAX_PREPULL, example=[{"image": "macos:latest"}]
     )
     unknown: Mapping[str, Any] = unknown_fields()
 
@@ -464,6 +564,8 @@ class VMReport:
         "observedGeneration", "The generation that the worker has applied", zero=0, number=True
     )
     conditions: tuple[Condition, ...] | None = attr("conditions", "Conditions of the VM", zero=None)
+    startup_exit_code: int | None = attr("startupExitCode", "Exit code of the startup script", zero=None)
+    startup_ended_at: _Time | None = attr("startupEndedAt", "When the startup script ended", zero=None)
 
 
 def components() -> dict[str, Any]:

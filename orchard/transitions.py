@@ -23,7 +23,29 @@ from dataclasses import replace
 from orchard.codec import attrs_of, shown
 from orchard.schema import DEFAULT_CPU, DEFAULT_MEMORY, VM, Condition, Status, VMMeta, VMReport, VMSpec, VMState, Worker
 
-# Fields that a worker can change by stopping (or suspending) the VM and starting it again.
+# Each field of a specification is in one of three sets. Those of FIXED never change after the VM was created.
+FIXED = frozenset(
+    {
+        "image",
+        "image_pull_policy",
+        "os",
+        "arch",
+        "runtime",
+        "username",
+        "password",
+        "startup_script",
+        "startup_timeout_seconds",
+        "startup_on_failure",
+        "shutdown_script",
+        "restart_policy",
+        "resources",
+        "labels",
+        "random_serial",
+        "audio",
+        "clipboard",
+    }
+)
+# A worker changes these by stopping (or suspending) the VM and starting it again.
 AT_NEXT_BOOT = frozenset(
     {
         "net_softnet",
@@ -38,6 +60,17 @@ AT_NEXT_BOOT = frozenset(
         "memory",
         "disk_size",
         "power_state",
+    }
+)
+# These apply at once and do not concern the worker.
+LIVE = frozenset(
+    {
+        "ttl_seconds",
+        "pending_timeout_seconds",
+        "shutdown_timeout_seconds",
+        "metadata",
+        "priority",
+        "preferred_labels",
     }
 )
 
@@ -60,12 +93,15 @@ def create(name: str, uid: str, spec: VMSpec, now: datetime.datetime, reason: st
 
 
 def change(vm: VM, spec: VMSpec) -> VM:
-    """Return a VM with another specification: the next generation, applied at its next boot.
+    """Return a VM with another specification: the next generation, applied at its next boot, unless only LIVE fields differ.
 
     Raises TransitionError if a field cannot be changed, or not in the VM's present state.
     """
-    if spec == vm.spec:
+    changed = {field.name for field in attrs_of(VMSpec) if getattr(vm.spec, field.name) != getattr(spec, field.name)}
+    if not changed:
         return vm
+    if changed <= LIVE:
+        return replace(vm, spec=spec)
     _check_change(vm, spec)
     state = vm.state
     if state.worker:
@@ -83,7 +119,7 @@ def _check_change(vm: VM, spec: VMSpec) -> None:
     if vm.state.status == "failed":
         raise TransitionError(f'VM "{vm.name}" has failed and cannot be changed; delete it and create it again')
     for field in attrs_of(VMSpec):
-        if field.name not in AT_NEXT_BOOT and getattr(old, field.name) != getattr(spec, field.name):
+        if field.name in FIXED and getattr(old, field.name) != getattr(spec, field.name):
             raise TransitionError(
                 f"{field.json} cannot be changed after the VM was created; delete the VM and create it again"
             )

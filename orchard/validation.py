@@ -115,12 +115,8 @@ def _vm_fields(raw: object, *, patch: bool = False) -> dict[str, Any]:
         expected = "a JSON object (a merge patch)" if patch else "a JSON object"
         raise MalformedError(f"the body is {shown(raw)}, expected {expected}")
     fields = canonical(VMSpec, raw, NOT_SPEC)
-    script = fields.get("startup_script")
-    if isinstance(script, dict):
-        script = canonical(StartupScript, script)
-        transport = script.get("transport")
-        without = {name: value for name, value in script.items() if name != "transport"}
-        fields = {**fields, "startup_script": without if transport in (None, "", "ssh") else script}
+    if isinstance(fields.get("startup_script"), dict):
+        fields = {**fields, "startup_script": canonical(StartupScript, fields["startup_script"])}
     return {name: value for name, value in fields.items() if name not in _NEWER or (value and name != _NEWER_READ_ONLY)}
 
 

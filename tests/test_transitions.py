@@ -28,6 +28,7 @@ from orchard.schema import (
     TART_VMS,
     VM,
     Condition,
+    GuestScript,
     HostDir,
     StartupScript,
     VMMeta,
@@ -37,6 +38,8 @@ from orchard.schema import (
 )
 from orchard.transitions import (
     AT_NEXT_BOOT,
+    FIXED,
+    LIVE,
     StaleReportError,
     TransitionError,
     assign,
@@ -318,18 +321,30 @@ OTHER: dict[str, Any] = {
     "audio": True,
     "clipboard": True,
     "power_state": "stopped",
+    "startup_timeout_seconds": 60,
+    "startup_on_failure": "keep",
+    "shutdown_script": GuestScript("sync"),
+    "shutdown_timeout_seconds": 60,
+    "ttl_seconds": 60,
+    "pending_timeout_seconds": 60,
+    "metadata": {"a": "b"},
+    "priority": 1,
+    "preferred_labels": {"a": "b"},
 }
 JSON_NAMES = {field.name: field.json for field in attrs_of(VMSpec)}
 
 
 @pytest.mark.parametrize("field", JSON_NAMES)
 @pytest.mark.parametrize("state", ["pending", "assigned", "running"])
-def test_field_changes_at_the_next_boot_or_is_refused(state: str, field: str) -> None:
+def test_field_changes_at_once_or_at_the_next_boot_or_is_refused(state: str, field: str) -> None:
     vm = STATES[state]
     if field in AT_NEXT_BOOT:
         new = set_to(vm, **{field: OTHER[field]})
         assert new.meta.generation == 1
         assert changed_fields(vm, new) - {"assigned_cpu", "assigned_memory"} == {field, "generation"}
+        return
+    if field in LIVE:
+        assert changed_fields(vm, set_to(vm, **{field: OTHER[field]})) == {field}
         return
     kind, message = refusal_of(lambda: set_to(vm, **{field: OTHER[field]}))
     assert kind is TransitionError
@@ -352,6 +367,29 @@ def test_changeable_fields_are_those_of_the_contract() -> None:
         "diskSize",
         "powerState",
     }
+
+
+def test_each_field_is_fixed_or_changes_at_the_next_boot_or_at_once() -> None:
+    classes = [*FIXED, *AT_NEXT_BOOT, *LIVE]
+    assert sorted(classes) == sorted(JSON_NAMES)
+
+
+def test_new_fields_are_no_booleans_and_no_lists() -> None:
+    """Go clients send whole objects back without the fields that they do not know. An absent boolean means false and an
+    absent list means empty in a PUT, so a new one would be reset by each of them.
+    """
+    reset = {field.json for field in attrs_of(VMSpec) if field.type is bool or field.is_list()}
+    assert reset == {
+        *("netSoftnet", "netSoftnetAllow", "netSoftnetBlock", "suspendable", "headless", "nested", "hostDirs"),
+        # validation.replaced_spec never takes these from a PUT.
+        *("randomSerial", "audio", "clipboard"),
+    }
+
+
+@pytest.mark.parametrize("field", sorted(LIVE))
+def test_live_fields_of_a_failed_vm_can_be_changed(field: str) -> None:
+    vm = failed(pending())
+    assert changed_fields(vm, set_to(vm, **{field: OTHER[field]})) == {field}
 
 
 @pytest.mark.parametrize("state", STATES)
