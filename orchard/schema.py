@@ -32,6 +32,7 @@ LOCAL_PREFIX = "orchard-"
 # Characters. A VM's name becomes part of a file name, which has at most 255 bytes, together with a uid and a counter.
 MAX_NAME = 128
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+METADATA_KEY = re.compile(r"[A-Za-z0-9._/-]{1,128}")
 # The URL of an archive. It has no ":" after the host, because tart takes what follows a ":" in a path as an option.
 ARCHIVE = re.compile(r"https://[A-Za-z0-9][A-Za-z0-9.-]*(:[0-9]+)?(/[^:]*)?")
 # URL spellings that a downloader may normalise to a different URL than the one that the policy was checked against.

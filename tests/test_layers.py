@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("state", ("store", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
-    ("resources", ("validation", "schema", "cluster", "codec")),
+    ("resources", ("validation", "filters", "schema", "cluster", "codec")),
     ("base", ("daemon", "files", "logs", "nursery")),
 )
 # Parts of one layer that do not import from each other.
@@ -49,6 +49,7 @@ PURE = (
     "cluster",
     "schema",
     "validation",
+    "filters",
     "scheduler",
     "planning",
     "transitions",
