@@ -13,11 +13,12 @@ import datetime
 import logging
 from collections.abc import Callable
 
+from orchard.changes import Change
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM
 from orchard.sessions import AccountSessions
 from orchard.storage.events import EventLog
-from orchard.store import Change, Store
+from orchard.store import Store
 from orchard.tunnel import Rendezvous
 
 # New VMs that one log line names, so that a line stays below 8 KiB or so.

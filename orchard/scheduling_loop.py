@@ -18,6 +18,7 @@ from dataclasses import replace
 import trio
 
 from orchard import transitions
+from orchard.changes import Change
 from orchard.cluster import ClusterIdentity
 from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
@@ -26,7 +27,7 @@ from orchard.planning import Plan, PlannerInputs
 from orchard.scheduler import Planner
 from orchard.schema import VM, VMSpec, Worker
 from orchard.storage.errors import StorageError
-from orchard.store import Change, Store
+from orchard.store import Store
 from orchard.worker_states import WorkerStates
 
 # A plan of this many VMs takes some milliseconds, for which all other tasks wait.

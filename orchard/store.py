@@ -1,4 +1,4 @@
-"""The state of a cluster in memory: objects, transactions, watches, and the check of their invariants.
+"""The state of a cluster in memory: objects, transactions, and the check of their invariants.
 
 How the state gets to the disk is decided by an engine (storage/engine.py). All that the store uses of it: `load`,
 `begin`, `append` a batch, `upkeep` while it is `full`, `close`.
@@ -22,14 +22,15 @@ import datetime
 import logging
 import math
 import weakref
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import trio
 
+from orchard.changes import Change, ChangeFeed, Kind, StoredObject
 from orchard.cluster import ClusterIdentity, Promise
 from orchard.codec import ValidationError, decode, dump_json, encode
 from orchard.nursery import Wakeup
@@ -46,12 +47,6 @@ from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 
 # Between two calls of the engine's `upkeep`. For so long, freed disk space may go unnoticed.
 UPKEEP_SECONDS = 1.0
-# Changes and bytes by which a slow watcher may be behind before its feed ends, and the bytes of all watchers together.
-WATCH_BACKLOG = 1024
-WATCH_BYTES, ALL_WATCH_BYTES = 4 * 1024 * 1024, 64 * 1024 * 1024
-
-Kind = Literal["vm", "worker", "account", "settings", "cluster", "promise"]
-StoredObject = VM | Worker | ServiceAccount | ClusterSettings | ClusterIdentity | Promise
 ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity, Promise)
 # Runs blocking work, as trio.to_thread.run_sync does.
 InThread = Callable[..., Awaitable[Any]]
@@ -68,53 +63,6 @@ _CLASSES: dict[Kind, type[Worker | ServiceAccount | ClusterSettings | ClusterIde
 _KINDS: dict[type, Kind] = {VM: "vm", **{cls: kind for kind, cls in _CLASSES.items()}}
 
 _logger = logging.getLogger("orchard.store")
-
-
-@dataclass(slots=True)
-class Change:
-    """A change of one object. `old` is None when it was created, `new` when it was deleted."""
-
-    kind: Kind
-    name: str
-    old: StoredObject | None
-    new: StoredObject | None
-    # The JSON of the new object, or of the deleted one.
-    json: bytes = field(repr=False)
-    old_json: bytes = field(default=b"", repr=False)
-    # Where in a VM's JSON its specification begins.
-    spec_at: int = 0
-    _line: bytes = field(default=b"", repr=False)
-
-    @property
-    def line(self) -> bytes:
-        """The line that watchers are sent, formatted once for all of them."""
-        if not self._line:
-            self._line = format_watch_line(self.type, self.json)
-        return self._line
-
-    @property
-    def type(self) -> Literal["ADDED", "MODIFIED", "DELETED"]:
-        if self.new is None:
-            return "DELETED"
-        return "ADDED" if self.old is None else "MODIFIED"
-
-    def is_newer(self, version: int) -> bool:
-        """Return whether the change came after a VM had this version. Versions never decrease, also under a reused name."""
-        if self.new is None:
-            return isinstance(self.old, VM) and self.old.meta.version >= version
-        return isinstance(self.new, VM) and self.new.meta.version > version
-
-    @property
-    def adds(self) -> bool:
-        """Whether the change adds something: not for deletions and for what only the system writes."""
-        if isinstance(self.old, VM) and isinstance(self.new, VM):
-            return self.old.spec is not self.new.spec and self.old.spec != self.new.spec
-        return self.new is not None and self.kind not in ("cluster", "promise")
-
-
-def format_watch_line(kind: str, json_text: bytes) -> bytes:
-    """Return a line of a watch: the kind of change and the object."""
-    return b'{"type":"%b","object":%b}\n' % (kind.encode(), json_text)
 
 
 class State:
@@ -300,11 +248,12 @@ class Store:
         """Return what a transaction does to one object; None for the deletion of an object that does not exist."""
         old = self.state.objects[kind].get(name)
         old_json = self.state.json[kind].get(name, b"")
+        revision = self.state.revision + 1
         if new is None:
-            return Change(kind, name, old, None, old_json, old_json) if old is not None else None
+            return Change(kind, name, old, None, old_json, old_json, revision=revision) if old is not None else None
         spec_at = self.state.spec_at.get(name, 0) if kind == "vm" else 0
         json, spec_at = _encode_change(new, old, old_json, spec_at)
-        return Change(kind, name, old, new, json, old_json, spec_at)
+        return Change(kind, name, old, new, json, old_json, spec_at, revision)
 
     def _commit(self, changes: list[Change]) -> None:
         adds = any(change.adds for change in changes)
@@ -443,99 +392,6 @@ class Store:
                     feed.put(change)
         for tell in self._durable:
             tell(changes)
-
-
-class ChangeFeed:
-    """The durable changes of one object, in their order, for one watcher.
-
-    It ends when the watcher is WATCH_BACKLOG changes or WATCH_BYTES behind, or when all watchers together are
-    ALL_WATCH_BYTES behind: the watcher reads what it has, and has to begin anew.
-    """
-
-    def __init__(self, total: Counter[str]) -> None:
-        self._total = total
-        self._changes: deque[Change] = deque()
-        self._bytes = 0
-        self._has_ended = False
-        self._wakeup = Wakeup()
-
-    def put(self, change: Change) -> None:
-        """Add a change, unless the feed has ended. The first change is added whatever its size."""
-        if self._has_ended:
-            return
-        size = len(change.json)
-        is_full = len(self._changes) >= WATCH_BACKLOG or self._bytes + size > WATCH_BYTES
-        if self._changes and (is_full or self._total["bytes"] + size > ALL_WATCH_BYTES):
-            self._has_ended = True
-        else:
-            self._changes.append(change)
-            self._count(size)
-        self._wakeup.set()
-
-    def receive_nowait(self) -> Change:
-        """Return the next change. Raises trio.WouldBlock if there is none yet, trio.EndOfChannel at the end."""
-        if self._changes:
-            change = self._changes.popleft()
-            self._count(-len(change.json))
-            return change
-        if self._has_ended:
-            raise trio.EndOfChannel
-        raise trio.WouldBlock
-
-    def close(self) -> None:
-        self._has_ended = True
-        self._count(-self._bytes)
-        self._changes.clear()
-        self._wakeup.set()
-
-    def _count(self, size: int) -> None:
-        self._bytes += size
-        self._total["bytes"] += size
-
-    def __del__(self) -> None:
-        self._count(-self._bytes)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Change:
-        await trio.lowlevel.checkpoint()
-        while True:
-            try:
-                return self.receive_nowait()
-            except trio.EndOfChannel:
-                raise StopAsyncIteration from None
-            except trio.WouldBlock:
-                await self._wakeup.wait()
-
-
-async def send_changes(
-    version: int, json: bytes, changes: ChangeFeed, silence: float, send: Callable[[bytes], Awaitable[None]]
-) -> None:
-    """Send an object, its changes since, and those of later objects with its name, as lines.
-
-    `changes` began with that `version` of the object. After each `silence` seconds without a change an empty line is
-    sent, so that proxies do not take the watch for idle.
-    """
-    with changes:
-        await send(format_watch_line("ADDED", json))
-        while True:
-            change: Change | None = None
-            with trio.move_on_after(silence) as waiting:
-                change = await anext(changes, None)
-            if waiting.cancelled_caught:
-                await send(b"\n")
-            elif change is None:
-                return
-            # Changes that the first line includes may become durable after it was read.
-            elif change.is_newer(version):
-                await send(change.line)
 
 
 # ---- objects and their JSON ----------------------------------------------------------------------------------------

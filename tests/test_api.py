@@ -22,6 +22,7 @@ import orchard
 from orchard import __version__, auth, parameters, transitions
 from orchard.admission import Admitted, APIOperation
 from orchard.answers import ERROR_STATUS, http_error
+from orchard.changes import Change
 from orchard.codec import InvalidError
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.files import STATE_FILE
@@ -34,7 +35,7 @@ from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, ServiceAccount
 from orchard.storage.engine import snapshot_lines
 from orchard.storage.journal import Disk, Journal
-from orchard.store import Change, read_state
+from orchard.store import read_state
 from orchard.validation import vm_from_client
 
 

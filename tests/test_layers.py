@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "decisions",
         ("scheduler", "planning", "transitions", "auth", "login_limit", "gate", "liveness", "early_failures"),
     ),
-    ("state", ("store", "fsck")),
+    ("state", ("store", "changes", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
     ("resources", ("validation", "filters", "schema", "cluster", "codec")),
     ("base", ("daemon", "files", "logs", "nursery")),

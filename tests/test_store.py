@@ -31,6 +31,7 @@ from harness.strategies import assigned, failed, pending, running, worker
 from trio.testing import MockClock
 
 import orchard.store
+from orchard.changes import Change, ChangeFeed
 from orchard.nursery import unwrap_groups
 from orchard.schema import VM, ClusterSettings, ServiceAccount, VMSpec, Worker
 from orchard.storage import engine
@@ -42,7 +43,7 @@ from orchard.storage.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from orchard.store import Change, ChangeFeed, State, Store, check, encode_object
+from orchard.store import State, Store, check, encode_object
 
 
 @pytest.fixture(autouse=True)
@@ -275,8 +276,18 @@ async def test_watcher_gets_each_change_once_in_order_when_durable(tmp_path: Pat
         await store.wait_durable()
 
 
+async def test_changes_carry_the_revision_of_their_transaction(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    revisions: list[list[int]] = []
+    store.on_commit(lambda changes: revisions.append([change.revision for change in changes]))
+    put(store, pending("a"), worker("a"))
+    delete(store, store.state.vms["a"])
+    assert revisions == [[1, 1], [2]]
+    store.close()
+
+
 async def test_slow_watcher_is_closed_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orchard.store, "WATCH_BACKLOG", 3)
+    monkeypatch.setattr(orchard.changes, "WATCH_BACKLOG", 3)
     async with running_store(open_store(tmp_path)) as store:
         with store.watch("vm", "a") as slow, store.watch("vm", "a") as quick:
             put(store, pending("a"))
@@ -293,8 +304,8 @@ async def test_slow_watcher_is_bounded_in_bytes_and_so_are_all_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(encode_object(pending("a")))
-    monkeypatch.setattr(orchard.store, "WATCH_BYTES", 2 * size + size // 2)
-    monkeypatch.setattr(orchard.store, "ALL_WATCH_BYTES", 5 * size + size // 2)
+    monkeypatch.setattr(orchard.changes, "WATCH_BYTES", 2 * size + size // 2)
+    monkeypatch.setattr(orchard.changes, "ALL_WATCH_BYTES", 5 * size + size // 2)
     async with running_store(open_store(tmp_path)) as store:
         with store.watch("vm", "a") as slow, store.watch("vm", "a") as second, store.watch("vm", "a") as third:
             for _ in range(8):

@@ -10,12 +10,12 @@ from functools import partial
 from orchard import parameters, schema, transitions, validation
 from orchard.admission import Admitted, is_old_worker, read_body
 from orchard.api import API, liveness_source
+from orchard.changes import send_changes
 from orchard.cluster import WORKER_STATE
 from orchard.codec import shown
 from orchard.net.request import AnyResponse, HTTPError, Request, Stream
 from orchard.parameters import read_flag
 from orchard.schema import VMSpec
-from orchard.store import send_changes
 
 
 def create_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:

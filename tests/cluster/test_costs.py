@@ -24,8 +24,8 @@ from cluster import AUTHORIZATION, prepare, vm_of, worker_of
 from load import BARE, CONTROLLER, Server, body_of, press, request, running
 from plan import BusyCluster, planned, sorted_each_time
 
+from orchard.changes import Change
 from orchard.net.websocket import TunnelStream
-from orchard.store import Change
 
 ROUNDS = 3
 GET = request("GET", "/v1/vms/vm-7", authorization=AUTHORIZATION)

@@ -30,6 +30,7 @@ from harness.hypervisor import Handle, Machine, Order
 from harness.network import Network, Process
 
 from orchard import controller
+from orchard.changes import Change
 from orchard.client import Client
 from orchard.early_failures import EarlyFailures
 from orchard.leftovers import Leftovers, RefusedError
@@ -37,7 +38,7 @@ from orchard.liveness import Liveness, Source
 from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog
-from orchard.store import Change, Store
+from orchard.store import Store
 from orchard.tunnel import Rendezvous
 from orchard.worker import CONTROLLER_ANSWER_SECONDS, WorkerService
 from orchard.worker_memory import ClusterMemory
