@@ -20,6 +20,8 @@ _MAX_WHAT = 32  # characters
 
 # The capability of a worker that sends `settled` and `health`, and of a controller that shows the state of workers.
 WORKER_STATE = "worker-state"
+# The capability of a worker that ends a request on `{"cancelRequestAction": {"session": S}}`.
+CANCEL_REQUEST = "cancel-request"
 
 WorkerState = Literal["offline", "drained", "draining", "paused", "online"]
 

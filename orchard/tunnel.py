@@ -17,6 +17,8 @@ A port forward takes these steps:
    `Rendezvous.lend` makes this WebSocket a `WorkerEnd`, which is the answer: it is lent to the task that asked.
 3. That task relays the bytes to its client's WebSocket (`WorkerEnd.relay`), or uses them itself (`WorkerEnd.borrow`).
 
+When no client waits for a request any more, the worker is told by a `cancelRequestAction`, if it has that capability.
+
 A relay sends on each piece before it takes the next one, so a slow side slows the other one and nothing accumulates.
 When one side closes, the relay sends on everything that this side has sent, and then closes the other side.
 
@@ -325,7 +327,7 @@ class Rendezvous:
             if not request.askers and request.id in pending:
                 del pending[request.id]
                 if now := self._watches.get(request.worker):
-                    now.take_back(request.action)
+                    now.take_back(request)
 
     def answer_port(self, session: str, account: str) -> PendingRequest[WorkerEnd]:
         """Return the request for a port that a worker answers, for the only time. Raises UnknownSessionError."""
@@ -376,12 +378,20 @@ class Rendezvous:
         """Return whether a worker has a watch, which may be dead."""
         return worker in self._watches
 
-    async def serve(self, worker: str, account: str, alive: Callable[[], None], websocket: WebSocketConnection) -> None:
+    async def serve(
+        self,
+        worker: str,
+        account: str,
+        alive: Callable[[], None],
+        websocket: WebSocketConnection,
+        *,
+        cancels: bool = False,
+    ) -> None:
         """Serve a worker's watch until a newer one replaces it or it is dead; call `alive` at each pong.
 
-        Raises ConnectionClosed.
+        `cancels`: whether the worker has the capability CANCEL_REQUEST. Raises ConnectionClosed.
         """
-        watch = self._open_watch(worker, account, websocket)
+        watch = self._open_watch(worker, _Watch(account, websocket, cancels))
         try:
             with watch.scope:
                 # The three tasks end together.
@@ -397,14 +407,14 @@ class Rendezvous:
             if self._watches.get(worker) is watch:
                 del self._watches[worker]
 
-    def _open_watch(self, worker: str, account: str, websocket: WebSocketConnection) -> _Watch:
+    def _open_watch(self, worker: str, watch: _Watch) -> _Watch:
         """Replace a worker's watch by a new one, which sends again what was not answered."""
         if replaced := self._watches.get(worker):
             replaced.scope.cancel()
         # Connections that the worker had open before may be half-open.
         for end in [end for ends in self._ends.values() for end in ends if end.worker == worker]:
             end.end(GOING_AWAY, f'worker "{worker}" has reconnected')
-        watch = self._watches[worker] = _Watch(account, websocket)
+        self._watches[worker] = watch
         watch.put(_SYNC)
         pending: list[PendingRequest[Any]] = [*self._ports.values(), *self._addresses.values()]
         for request in pending:
@@ -415,11 +425,16 @@ class Rendezvous:
 
 
 class _Watch:
-    """The actions that are to be sent to one worker. Cancelling `scope` ends the task that sends them."""
+    """The actions that are to be sent to one worker, which has the capability CANCEL_REQUEST if it
+    `cancels`.
 
-    def __init__(self, account: str, websocket: WebSocketConnection) -> None:
+    Cancelling `scope` ends the task that sends them.
+    """
+
+    def __init__(self, account: str, websocket: WebSocketConnection, cancels: bool) -> None:
         self.account = account
         self.websocket = websocket
+        self.cancels = cancels
         self.scope = trio.CancelScope()
         self.actions: list[Mapping[str, Any]] = []
         self.changed = Wakeup()
@@ -434,10 +449,15 @@ class _Watch:
         request.account = self.account
         self.put(request.action)
 
-    def take_back(self, action: Mapping[str, Any]) -> None:
-        """Drop an action that was not sent yet, so that there are never more actions than pending requests."""
-        with suppress(ValueError):
-            self.actions.remove(action)
+    def take_back(self, request: PendingRequest[Any]) -> None:
+        """Drop a request's action, or, if it was sent, have the worker cancel the request.
+
+        So there are never more actions than requests that are pending or being sent.
+        """
+        if request.action in self.actions:
+            self.actions.remove(request.action)
+        elif self.cancels:
+            self.put({"cancelRequestAction": {"session": request.id}})
 
 
 def _take_pending(requests: dict[str, PendingRequest[AnswerT]], session: str, account: str) -> PendingRequest[AnswerT]:

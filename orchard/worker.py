@@ -37,7 +37,7 @@ import trio
 from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ResponseError
-from orchard.cluster import WORKER_STATE
+from orchard.cluster import CANCEL_REQUEST, WORKER_STATE
 from orchard.codec import encode
 from orchard.daemon import (
     CommandLine,
@@ -106,7 +106,7 @@ class WorkerService:
         chance: Callable[[], float] = _random_share,
     ) -> None:
         """`clock` returns seconds since 1970, `lease_clock` seconds of a clock that is never set, `chance` 0 to 1."""
-        self.description = replace(description, capabilities=(WORKER_STATE,))
+        self.description = replace(description, capabilities=(WORKER_STATE, CANCEL_REQUEST))
         self._client = client
         self._chance = chance
         self._memory = memory or ClusterMemory()

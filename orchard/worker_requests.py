@@ -3,7 +3,7 @@
 The controller names a session with each request, and the worker answers for that session by an HTTP request of its own:
 `/rpc/port-forward` becomes the worker's end of a tunnel, `/rpc/resolve-ip` carries the address. If the request cannot
 be fulfilled, the answer is an error message. An answer that does not reach the controller is not repeated: the client
-that waits for it has a deadline.
+that waits for it has a deadline. When no client waits any more, the controller has the request cancelled.
 
 The number of requests in progress is bounded, for each VM and in all: a controller may ask for anything, and so may the
 bearer of one VM's access token. All that wait for the address of one VM share one look-up, which ends when none is left.
@@ -82,6 +82,8 @@ class RequestHandler:
         self._tunnels = 0
         # In progress, by the uid of the VM; "" is this host.
         self._requests: Counter[str] = Counter()
+        # Of requests that are not fulfilled yet, by their sessions.
+        self._scopes: dict[str, trio.CancelScope] = {}
         # By local names.
         self._look_ups: dict[str, _LookUp] = {}
 
@@ -97,6 +99,10 @@ class RequestHandler:
             case {"resolveIPAction": {"session": str(session), **rest}}:
                 uid = str(rest.get("vmUID") or "")
                 request = partial(self._resolve_ip, session, uid, nursery)
+            case {"cancelRequestAction": {"session": str(session)}}:
+                if scope := self._scopes.get(session):
+                    scope.cancel()
+                return
             case _:
                 _logger.warning("unknown action ignored", extra={"worker": self._vms.worker, "action": sorted(action)})
                 return
@@ -105,12 +111,14 @@ class RequestHandler:
             _logger.warning("action ignored, too many running", extra=extra)
             return
         self._requests[uid] += 1
-        nursery.start_soon(self._count, uid, request)
+        nursery.start_soon(self._run, session, uid, request)
 
-    async def _count(self, uid: str, request: Callable[[], Awaitable[None]]) -> None:
+    async def _run(self, session: str, uid: str, request: Callable[[], Awaitable[None]]) -> None:
         try:
-            await request()
+            with trio.CancelScope() as self._scopes[session]:
+                await request()
         finally:
+            self._scopes.pop(session, None)
             self._requests[uid] -= 1
             if not self._requests[uid]:
                 del self._requests[uid]

@@ -55,9 +55,11 @@ async def watch_pair() -> AsyncIterator[
             nursery.cancel_scope.cancel()
 
 
-async def serve(rendezvous: Rendezvous, worker: str, websocket: WebSocketConnection, pongs: list[float]) -> None:
+async def serve(
+    rendezvous: Rendezvous, worker: str, websocket: WebSocketConnection, pongs: list[float], cancels: bool = False
+) -> None:
     try:
-        await rendezvous.serve(worker, "account", lambda: pongs.append(trio.current_time()), websocket)
+        await rendezvous.serve(worker, "account", lambda: pongs.append(trio.current_time()), websocket, cancels=cancels)
     except* ConnectionClosed:
         pass
 
@@ -248,6 +250,28 @@ async def test_request_that_was_cancelled_is_not_sent(autojump_clock: Any) -> No
         sent.set()
         assert await next_action(worker) == {"syncVMsAction": {}}
         assert (await next_action(worker))["resolveIPAction"]["vmUID"] == "another"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_worker_is_told_that_nobody_waits_for_a_request_if_it_understands(
+    autojump_clock: Any, cancels: bool
+) -> None:
+    rendezvous = Rendezvous()
+    async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "w", ours, [], cancels)
+        assert await next_action(worker) == {"syncVMsAction": {}}
+        first = ask_address(nursery, rendezvous)
+        session = (await next_action(worker))["resolveIPAction"]["session"]
+        second = ask_address(nursery, rendezvous)
+        await wait_all_tasks_blocked()
+        for asker in (first, second):
+            asker.scope.cancel()
+            await asker.done.wait()
+        rendezvous.sync("w")
+        told = [await next_action(worker) for _ in range(2 if cancels else 1)]
+        cancelled: list[dict[str, Any]] = [{"cancelRequestAction": {"session": session}}] if cancels else []
+        assert told == [*cancelled, {"syncVMsAction": {}}]
         nursery.cancel_scope.cancel()
 
 

@@ -670,6 +670,29 @@ async def test_one_look_up_of_an_address_serves_all_that_wait_for_it(
         assert (begun, ended) == (2, 2)
 
 
+async def test_look_up_of_an_address_ends_when_the_client_that_asked_leaves(
+    cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cluster.working():
+        await cluster.client.vms.create(name="vm", image="any")
+        await cluster.client.vms.wait("vm")
+        begun, ended = trio.Event(), trio.Event()
+
+        async def hang(name: str, *, bridged: bool = False) -> str:
+            begun.set()
+            try:
+                await trio.sleep_forever()
+            finally:
+                ended.set()
+
+        monkeypatch.setattr(cluster.driver(), "ip", hang)
+        async with trio.open_nursery() as client:
+            client.start_soon(cluster.client.vms.ip, "vm")
+            await begun.wait()
+            client.cancel_scope.cancel()
+        await ended.wait()
+
+
 # ---- a malicious controller -----------------------------------------------------------------------------------------
 
 

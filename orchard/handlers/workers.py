@@ -13,7 +13,7 @@ from orchard import auth, parameters, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API, liveness_source
-from orchard.cluster import WORKER_STATE, Promise
+from orchard.cluster import CANCEL_REQUEST, WORKER_STATE, Promise
 from orchard.codec import shown
 from orchard.liveness import Source
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, TunnelUpgrade, WebSocketUpgrade
@@ -148,17 +148,18 @@ def _worker_json(api: API, name: str) -> bytes:
 def watch_rpc(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
     request.require_websocket()
     worker = _read_worker(api, request, admitted)
-    serve = partial(_serve_watch, api, worker.name, liveness_source(request, admitted))
+    serve = partial(_serve_watch, api, worker, liveness_source(request, admitted))
     return _if_not_connected(api, worker.name, lambda: WebSocketUpgrade(serve))
 
 
-async def _serve_watch(api: API, worker: str, source: Source, websocket: WebSocketConnection) -> None:
-    liveness = api.parts.liveness
-    watch = liveness.record_watch(worker, source)
+async def _serve_watch(api: API, worker: Worker, source: Source, websocket: WebSocketConnection) -> None:
+    liveness, name, cancels = api.parts.liveness, worker.name, CANCEL_REQUEST in worker.capabilities
+    watch = liveness.record_watch(name, source)
     try:
-        await api.parts.rendezvous.serve(worker, source[0], partial(liveness.record_pong, worker), websocket)
+        alive = partial(liveness.record_pong, name)
+        await api.parts.rendezvous.serve(name, source[0], alive, websocket, cancels=cancels)
     finally:
-        liveness.record_watch_end(worker, watch)
+        liveness.record_watch_end(name, watch)
 
 
 def say_goodbye(api: API, request: Request, admitted: Admitted) -> AnyResponse:
