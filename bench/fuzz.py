@@ -60,7 +60,7 @@ def json(data: bytes) -> None:
             lambda: validation.patched_spec(schema.VMSpec(image="i"), raw, []),
             lambda: validation.worker_from_client(raw, []),
             lambda: validation.account_from_client(raw, []),
-            lambda: validation.settings_from_client(raw, []),
+            lambda: validation.replaced_settings(schema.ClusterSettings(), raw, []),
             lambda: validation.events_from_client(raw, []),
             lambda: validation.report_from_worker(raw, []),
             lambda: decode(schema.VMSpec, raw),

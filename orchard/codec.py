@@ -144,7 +144,7 @@ def attr(
     `zero` is the field's value when it is absent; a field without a zero is required. `writer` is who sets the field:
     "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
     has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a
-    deprecated second name of the field in JSON. The value of a `secret` field is not in the repr().
+    deprecated second name of the field in JSON. A whole number above `maximum`, where it is given, breaks a rule. The value of a `secret` field is not in the repr().
     """
     required = zero is dataclasses.MISSING
     about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, required)
@@ -331,8 +331,8 @@ class _Position:
     """A place in the body, and how its value is read.
 
     `unknown` collects the names of unknown fields in a client's object; it is None for an object that this product
-    wrote. `refusal` is the error for a string that is not one of the options. `maximum` bounds a number, and `most` a
-    list or a map in number.
+    wrote. `refusal` is the error for a string that is not one of the options, and for a whole number outside of the
+    bounds that its field declares. `maximum` bounds a number, and `most` a list or a map in number.
     """
 
     path: str = ""
@@ -357,7 +357,7 @@ def decode(cls: type[ResourceT], raw: object, also: frozenset[str] = frozenset()
     those named in `also`.
 
     Raises MalformedError for a value that is missing, of the wrong type or out of range, and InvalidError for a string
-    that is not one of the options.
+    that is not one of the options and for a number outside of the bounds that its field declares.
     """
     return _decode_object(cls, raw, None, _Position(), also)
 
@@ -377,7 +377,7 @@ def decode_from_client(
     fields are appended to `unknown`, as by `add_unknown`. An absent or null field gets its value from `base`, or its
     zero value; so does one of a closed set whose value is "". Names are read in any case, as by `canonical`.
 
-    Raises as `decode` does, with `refusal` for a string that is not one of the options.
+    Raises as `decode` does, with `refusal` in place of InvalidError.
     """
     return _decode_object(cls, raw, base, _Position("", unknown, refusal), also)
 
@@ -489,7 +489,7 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
     if origin is Literal:
         text = _expect(str, value, at, "a string")
         if text not in arguments:
-            raise at.refusal(f"{at.path} is {shown(text)}, expected one of {', '.join(arguments)}")
+            raise at.refusal(f"{at.path} is {shown(text)}, expected one of {', '.join(filter(None, arguments))}")
         return text
     if origin is tuple:
         items = _expect(list, value, at, "a list")
@@ -519,7 +519,10 @@ def _decode_int(value: object, at: _Position) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= at.maximum:
-        raise MalformedError(f"{at.path} is {shown(value)}, expected a whole number from 0 to {at.maximum}")
+        breaks_rule = type(value) is int and at.maximum != MAX_UINT
+        raise (at.refusal if breaks_rule else MalformedError)(
+            f"{at.path} is {shown(value)}, expected a whole number from 0 to {at.maximum}"
+        )
     return value
 
 

@@ -42,13 +42,14 @@ TART_VMS = "org.cirruslabs.tart-vms"
 LOGICAL_CORES = "org.cirruslabs.logical-cores"
 MEMORY_MIB = "org.cirruslabs.memory-mib"
 
-# Largest values of the fields of a VM: seconds, and pairs of metadata.
+# Largest values of the fields of a VM: seconds, and pairs of metadata, their characters and all their bytes.
 MAX_VM_TTL = 31_536_000
 MAX_PENDING_TIMEOUT = 604_800
 MAX_STARTUP_TIMEOUT = 86_400
 SHUTDOWN_TIMEOUT, MAX_SHUTDOWN_TIMEOUT = 30, 600
 MAX_PRIORITY = 1_000
 MAX_METADATA = 64
+MAX_METADATA_VALUE, MAX_METADATA_BYTES = 1024, 16 * 1024
 # Images that a cluster's workers are to pull in advance.
 MAX_PREPULL = 50
 
@@ -236,8 +237,9 @@ class VMSpec:
     )
     startup_timeout_seconds: int = attr(
         "startupTimeoutSeconds",
-        f"Seconds that the startup script may take, at most {MAX_STARTUP_TIMEOUT}; 0: no limit",
+        "Seconds that the startup script may take; 0: no limit",
         zero=0,
+        maximum=MAX_STARTUP_TIMEOUT,
     )
     startup_on_failure: StartupOnFailure = attr(
         "startupOnFailure",
@@ -252,25 +254,28 @@ class VMSpec:
     )
     shutdown_timeout_seconds: int = attr(
         "shutdownTimeoutSeconds",
-        f"Seconds that the shutdown script may take, at most {MAX_SHUTDOWN_TIMEOUT}; 0: {SHUTDOWN_TIMEOUT}",
+        f"Seconds that the shutdown script may take; 0: {SHUTDOWN_TIMEOUT}",
         zero=0,
+        maximum=MAX_SHUTDOWN_TIMEOUT,
     )
     ttl_seconds: int = attr(
         "ttlSeconds",
-        f"Seconds from its creation after which the VM is deleted, at most {MAX_VM_TTL}; 0: never. A change counts from now",
+        "Seconds from its creation after which the VM is deleted; 0: never. A change counts from now",
         zero=0,
+        maximum=MAX_VM_TTL,
     )
     pending_timeout_seconds: int = attr(
         "pendingTimeoutSeconds",
-        f"Seconds without a worker after which the VM fails, at most {MAX_PENDING_TIMEOUT}; 0: never",
+        "Seconds without a worker after which the VM fails; 0: never",
         zero=0,
+        maximum=MAX_PENDING_TIMEOUT,
     )
     metadata: Mapping[str, str] = attr(
         "metadata", "The client's own facts about the VM; nothing here looks at them", zero={}, most=MAX_METADATA,
         example={"pipeline": "1234"},
     )  # fmt: skip
     priority: int = attr(
-        "priority", f"Place in the queue: VMs of higher priority come first, at most {MAX_PRIORITY}", zero=0
+        "priority", "Place in the queue: VMs of higher priority come first", zero=0, maximum=MAX_PRIORITY
     )
     preferred_labels: Mapping[str, str] = attr(
         "preferredLabels", "Among the workers that can take the VM, those with more of these labels come first", zero={}
@@ -481,8 +486,13 @@ class ClusterSettings:
         zero="optimize-utilization",
         default="optimize-utilization",
     )
-    default_ttl_seconds: int = attr("defaultTTLSeconds", "`ttlSeconds` of a VM that names none; 0: none", zero=0)
-    max_ttl_seconds: int = attr("maxTTLSeconds", "The largest `ttlSeconds` of a VM; 0: no maximum", zero=0)
+    default_ttl_seconds: int = attr(
+        "defaultTTLSeconds", "`ttlSeconds` of a VM that names none; 0: none", zero=0,
+        maximum=MAX_VM_TTL,
+    )  # fmt: skip
+    max_ttl_seconds: int = attr(
+        "maxTTLSeconds", "The largest `ttlSeconds` of a VM; 0: no maximum", zero=0, maximum=MAX_VM_TTL
+    )
     min_free_disk_gb: int = attr(
         "minFreeDiskGB", "Gigabytes that a worker's disk must have free to take new VMs; 0: none", zero=0
     )

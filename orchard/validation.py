@@ -32,8 +32,11 @@ from orchard.schema import (
     ARCHIVE,
     DEFAULT_TTL,
     ENV_NAME,
+    MAX_METADATA_BYTES,
+    MAX_METADATA_VALUE,
     MAX_NAME,
     MAX_TTL,
+    METADATA_KEY,
     NAME,
     NOT_SPEC,
     SPEC_NAMES,
@@ -42,6 +45,7 @@ from orchard.schema import (
     Condition,
     ConditionType,
     Event,
+    GuestScript,
     HostDir,
     IssueVMAccessTokenRequest,
     ServiceAccount,
@@ -80,6 +84,8 @@ _CONDITION_TYPES = get_args(ConditionType)
 # What a report of an old worker says, and about which run of the VM.
 _OLD_REPORT = ("uid", "restart_count", "status", "status_message", "image_fqn")
 _SOFTNET = frozenset({"netSoftnet", "net-softnet"})
+# Transports of a startup script that mean the same.
+_OVER_SSH = frozenset({"", "ssh"})
 _TEXTS = frozenset(field.json for field in attrs_of(VMSpec) if not field.is_closed_set())
 # Fields of newer programs, which their clients send back in whole objects. Those that ask for something are unknown here.
 _NEWER = frozenset({"endpoints", "hostProcesses", "netSoftnetExpose", "observedEndpoints", "usbAccessories"})
@@ -87,7 +93,8 @@ _NEWER_READ_ONLY = "observedEndpoints"
 _NEWER_CONDITIONS = frozenset({"host-processes-ready", "cloning", "suspending", "stopping"})
 # Fields that all objects of other programs may have.
 _META = frozenset({"createdAt", "generation", "uid", "version"})
-# The values of the fields that a PUT resets when it leaves them out.
+# The values of the fields that a PUT resets when it leaves them out: of the cluster settings, and of a VM.
+_SETTINGS_ZEROS: Mapping[str, Any] = {"host_dir_policies": (), "scheduler_profile": "optimize-utilization"}
 _PUT_ZEROS: Mapping[str, Any] = {
     field.name: False if field.type is bool else ()
     for field in attrs_of(VMSpec)
@@ -133,14 +140,27 @@ def replaced_spec(old: VMSpec, raw: object, unknown: list[str]) -> VMSpec:
     """Return the specification that a PUT asks for. Raises ValidationError.
 
     Go clients leave zero values out. So an absent boolean is false and an absent list is empty, while absent strings,
-    numbers, maps and powerState are unchanged. `audio` and `clipboard`, which they do not know, are always unchanged.
+    numbers, maps and powerState are unchanged, and so is an absent transport of the startup script. `audio` and
+    `clipboard`, which they do not know, are always unchanged.
     """
     raw = _vm_fields(raw)
     base = replace(old, **_PUT_ZEROS)
     spec = decode_from_client(VMSpec, raw, unknown, base=base, also=NOT_SPEC)
     if (spec.audio, spec.clipboard) != (old.audio, old.clipboard):
         spec = replace(spec, audio=old.audio, clipboard=old.clipboard)
+    if spec.startup_script is not None and spec.startup_script != old.startup_script:
+        spec = replace(
+            spec, startup_script=_with_transport(spec.startup_script, old.startup_script, unnamed_is_old=True)
+        )
     return _complete(spec, _softnet(raw, old.net_softnet))
+
+
+def _with_transport(new: StartupScript, old: StartupScript | None, *, unnamed_is_old: bool) -> StartupScript:
+    """Return a script with the old one's transport if it means the same, or if the new one names none and may do so."""
+    is_same = old is not None and {new.transport, old.transport} <= _OVER_SSH
+    if old is not None and (is_same or (unnamed_is_old and not new.transport)):
+        return replace(new, transport=old.transport)
+    return new
 
 
 def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
@@ -156,6 +176,10 @@ def patched_spec(old: VMSpec, patch: object, unknown: list[str]) -> VMSpec:
     # An empty text of a closed set counts as absent.
     wanted = {name: value for name, value in patch.items() if name not in NOT_SPEC and (value != "" or name in _TEXTS)}
     spec = decode_from_client(VMSpec, _merge(target, wanted), unknown, also=NOT_SPEC)
+    if spec.startup_script is not None and spec.startup_script != old.startup_script:
+        spec = replace(
+            spec, startup_script=_with_transport(spec.startup_script, old.startup_script, unnamed_is_old=False)
+        )
     softnet = _softnet(patch, old.net_softnet) if _SOFTNET & patch.keys() else old.net_softnet
     return _complete(spec, softnet)
 
@@ -214,34 +238,64 @@ def _check_name(field: str, name: str) -> None:
 
 def _check_spec(spec: VMSpec) -> None:
     """Raise InvalidError if a specification breaks a rule that its types do not express."""
-    if not spec.image:
-        raise InvalidError('image is "", expected the name of a VM image')
-    for field, text in (("image", spec.image), ("username", spec.username), ("net-bridged", spec.net_bridged)):
-        # A command line could take such a text as an option or as two words, a log as two lines.
-        if text.startswith("-") or _CONTROL.search(text) or " " in text or "," in text:
-            raise InvalidError(
-                f'{field} is {shown(text)}, expected no spaces, commas or control characters, and no "-" at the start'
-            )
+    _check_image("image", spec.image)
+    for field, text in (("username", spec.username), ("net-bridged", spec.net_bridged)):
+        _check_word(field, text)
     if _CONTROL.search(spec.password):
         raise InvalidError("password has a control character, expected printable characters")
-    _check_maps(spec.labels, spec.resources)
+    _check_maps({"labels": spec.labels, "resources": spec.resources, "preferredLabels": spec.preferred_labels})
+    if spec.metadata:
+        _check_metadata(spec.metadata)
     for field, networks in (("netSoftnetAllow", spec.net_softnet_allow), ("netSoftnetBlock", spec.net_softnet_block)):
         for index, network in enumerate(networks):
             _check_network(f"{field}[{index}]", network)
     if spec.power_state == "suspended" and not spec.suspendable:
         raise InvalidError('powerState is "suspended", expected "running" or "stopped" unless suspendable is true')
-    if spec.startup_script is not None:
-        _check_script(spec.startup_script)
+    for field, script in (("startup_script", spec.startup_script), ("shutdown_script", spec.shutdown_script)):
+        if script is not None:
+            _check_script(field, script)
+    if spec.runtime == "vetu" and spec.startup_script is not None and spec.startup_script.transport not in _OVER_SSH:
+        raise InvalidError(
+            f'startup_script.transport is {shown(spec.startup_script.transport)}, expected "ssh" with the runtime vetu'
+        )
     if spec.host_dirs:
         _check_host_dirs(spec.host_dirs)
 
 
-def _check_maps(labels: Mapping[str, str], resources: Mapping[str, int]) -> None:
+def _check_image(field: str, image: str) -> None:
+    if not image:
+        raise InvalidError(f'{field} is "", expected the name of a VM image')
+    _check_word(field, image)
+
+
+def _check_word(field: str, text: str) -> None:
+    """Raise InvalidError for a text that a command line could take as an option or as two words, or a log as two lines."""
+    if text.startswith("-") or _CONTROL.search(text) or " " in text or "," in text:
+        raise InvalidError(
+            f'{field} is {shown(text)}, expected no spaces, commas or control characters, and no "-" at the start'
+        )
+
+
+def _check_maps(maps: Mapping[str, Mapping[str, object]]) -> None:
     """Raise InvalidError for keys and values with control characters, which could forge a line in a log."""
-    for field, pairs in (("labels", labels), ("resources", resources)):
+    for field, pairs in maps.items():
         for key, value in pairs.items():
             if _CONTROL.search(f"{key}{value}"):
                 raise InvalidError(f"{field}[{shown(key)}] is {shown(value)}, expected no control characters")
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    _check_maps({"metadata": metadata})
+    for key, value in metadata.items():
+        if not METADATA_KEY.fullmatch(key):
+            raise InvalidError(f"metadata has the key {shown(key)}, expected {METADATA_KEY.pattern}")
+        if len(value) > MAX_METADATA_VALUE:
+            raise InvalidError(
+                f"metadata[{shown(key)}] has {len(value)} characters, expected at most {MAX_METADATA_VALUE}"
+            )
+    size = sum(len(key) + len(value.encode()) for key, value in metadata.items())
+    if size > MAX_METADATA_BYTES:
+        raise InvalidError(f"metadata has {size} bytes of keys and values, expected at most {MAX_METADATA_BYTES}")
 
 
 def _check_network(where: str, text: str) -> None:
@@ -263,14 +317,14 @@ def _check_network(where: str, text: str) -> None:
         )
 
 
-def _check_script(script: StartupScript) -> None:
+def _check_script(field: str, script: GuestScript) -> None:
     for name, value in script.env.items():
         if not ENV_NAME.fullmatch(name):
-            raise InvalidError(f"startup_script.env has the name {shown(name)}, expected {ENV_NAME.pattern}")
+            raise InvalidError(f"{field}.env has the name {shown(name)}, expected {ENV_NAME.pattern}")
         if "\0" in value:
-            raise InvalidError(f"startup_script.env[{shown(name)}] has a NUL character, which no shell can pass on")
+            raise InvalidError(f"{field}.env[{shown(name)}] has a NUL character, which no shell can pass on")
     if "\0" in script.script_content:
-        raise InvalidError("startup_script.script_content has a NUL character, which no shell can read")
+        raise InvalidError(f"{field}.script_content has a NUL character, which no shell can read")
 
 
 def _check_host_dirs(host_dirs: Iterable[HostDir]) -> None:
@@ -306,7 +360,7 @@ def worker_from_client(raw: object, unknown: list[str]) -> Worker:
     _check_name("name", worker.name)
     if len(worker.machine_id) > MAX_MACHINE_ID:
         raise InvalidError(f"machine_id has {len(worker.machine_id)} characters, expected at most {MAX_MACHINE_ID}")
-    _check_maps(worker.labels, worker.resources)
+    _check_maps({"labels": worker.labels, "resources": worker.resources})
     _check_identity(worker)
     return replace(worker, health=bounded(worker.health)) if worker.health is not None else worker
 
@@ -370,14 +424,28 @@ def _check_key(where: str, text: str) -> None:
         )
 
 
-def settings_from_client(raw: object, unknown: list[str]) -> ClusterSettings:
-    """Return cluster settings; absent fields have their defaults. Raises MalformedError, also for broken rules."""
-    settings = decode_from_client(ClusterSettings, raw, unknown, refusal=MalformedError, also=_META)
+def replaced_settings(old: ClusterSettings, raw: object, unknown: list[str]) -> ClusterSettings:
+    """Return the cluster settings that a PUT asks for. Raises MalformedError, also for broken rules.
+
+    Existing clients leave out zero values, and fields that they do not know. So absent hostDirPolicies and an absent
+    schedulerProfile have their defaults, and all other absent fields are unchanged.
+    """
+    base = replace(old, **_SETTINGS_ZEROS)
+    settings = decode_from_client(ClusterSettings, raw, unknown, base=base, refusal=MalformedError, also=_META)
     for index, policy in enumerate(settings.host_dir_policies):
         prefix = policy.path_prefix
         if not prefix.startswith(("/", "https://")) or ".." in prefix.split("/") or _CONTROL.search(prefix):
             where = f"hostDirPolicies[{index}].pathPrefix"
             raise MalformedError(f"{where} is {shown(prefix)}, expected an absolute path or https:// URL without ..")
+    default, most = settings.default_ttl_seconds, settings.max_ttl_seconds
+    if default > most > 0:
+        raise MalformedError(f"maxTTLSeconds is {most}, expected at least the defaultTTLSeconds of {default}, or 0")
+    try:
+        for index, prepull in enumerate(settings.prepull):
+            _check_image(f"prepull[{index}].image", prepull.image)
+            _check_maps({f"prepull[{index}].labels": prepull.labels})
+    except InvalidError as error:
+        raise MalformedError(str(error)) from None
     return settings
 
 

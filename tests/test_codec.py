@@ -346,7 +346,7 @@ def test_client_json_is_bounded_in_values_and_fields(body: bytes) -> None:
         ({"items": {}}, "items is {}, expected a list"),
         ({"items": [{"kind": "a"}, 7]}, "items[1] is 7, expected a JSON object"),
         ({"items": [None]}, "items[0] is null, expected a JSON object"),
-        ({"items": [{"kind": "a", "size": 10}]}, "items[0].size is 10, expected a whole number from 0 to 9"),
+        ({"items": [{"kind": "a", "size": "1"}]}, 'items[0].size is "1", expected a whole number from 0 to 9'),
         ({"items": [{"size": 1}]}, "items[0].kind is missing, expected a or b"),
         ({"inner": {"kind": None}}, "inner.kind is missing, expected a or b"),
         ({"words": ["a", 1]}, "words[1] is 1, expected a string"),
@@ -359,6 +359,17 @@ def test_wrong_type_is_refused_with_field_value_and_expectation(raw: object, mes
     with pytest.raises(ValidationError) as refusal:
         decode(Thing, raw)
     assert (type(refusal.value), str(refusal.value)) == (MalformedError, message)
+
+
+@pytest.mark.parametrize("size", [-1, 10, 10.0, MAX_UINT + 1])
+def test_number_outside_of_the_bounds_of_its_field_is_refused_with_the_given_error(size: float) -> None:
+    raw = {"items": [{"kind": "a", "size": size}]}
+    for refusal in (InvalidError, MalformedError):
+        with pytest.raises(
+            ValidationError, match=r"^items\[0\]\.size is -?\d+, expected a whole number from 0 to 9$"
+        ) as error:
+            decode_from_client(Thing, raw, [], refusal=refusal)
+        assert type(error.value) is refusal
 
 
 def test_unknown_option_is_refused_with_the_given_error() -> None:
@@ -375,7 +386,7 @@ def test_array_elements_have_their_index_in_paths() -> None:
     things = decode_array_from_client(Thing, [{}, {"x": 1, "inner": {"kind": "a", "y": 2}}], unknown, 9)
     assert things == [Thing(), Thing(inner=Inner("a", 0))]
     assert sorted(unknown) == ["[1].inner.y", "[1].x"]
-    with pytest.raises(MalformedError, match=r"^\[0\]\.inner\.size is -1"):
+    with pytest.raises(InvalidError, match=r"^\[0\]\.inner\.size is -1"):
         decode_array_from_client(Thing, [{"inner": {"kind": "a", "size": -1}}], [], 9)
     wrongs: list[object] = [None, {}, "a"]
     for wrong in wrongs:

@@ -53,9 +53,9 @@ from orchard.validation import (
     events_from_client,
     patched_account,
     patched_spec,
+    replaced_settings,
     replaced_spec,
     report_from_worker,
-    settings_from_client,
     vm_from_client,
     worker_from_client,
 )
@@ -122,51 +122,54 @@ def test_macos_vm_takes_one_tart_vms_resource(fields: dict[str, Any], resources:
     assert created(**fields).resources == resources
 
 
+# Every field of a specification, with another value than its zero value.
+EVERY_FIELD: dict[str, Any] = {
+    "image": "ghcr.io/cirruslabs/macos-tahoe-base:latest",
+    "imagePullPolicy": "Always",
+    "cpu": 8,
+    "memory": 16384,
+    "diskSize": 100,
+    "os": "linux",
+    "arch": "amd64",
+    "runtime": "vetu",
+    "netSoftnet": True,
+    "netSoftnetAllow": ["192.168.0.0/24", "10.0.0.1", "fd00::/8", "@host", "in 10.0.0.0/8", "out @host"],
+    "netSoftnetBlock": ["0.0.0.0/0"],
+    "net-bridged": "en0",
+    "headless": True,
+    "nested": True,
+    "suspendable": True,
+    "username": "ci",
+    "password": "p@ss, word -- $x",
+    "startup_script": {"script_content": "echo $A\n", "env": {"A": "b; rm -rf /", "_x1": "\n"}, "transport": "ssh"},
+    "restart_policy": "OnFailure",
+    "resources": {"org.cirruslabs.logical-cores": 4},
+    "labels": {"model": "macstudio"},
+    "hostDirs": [{"name": "src", "path": "/Users/ci/src", "ro": True}, {"name": "out", "path": "/tmp/ä b"}],
+    "randomSerial": True,
+    "audio": True,
+    "clipboard": True,
+    "powerState": "suspended",
+    "startupTimeoutSeconds": 600,
+    "startupOnFailure": "keep",
+    "shutdown_script": {"script_content": "sync\n", "env": {"A": "b"}},
+    "shutdownTimeoutSeconds": 60,
+    "ttlSeconds": 3600,
+    "pendingTimeoutSeconds": 60,
+    "metadata": {"pipeline": "1234"},
+    "priority": 10,
+    "preferredLabels": {"model": "macstudio"},
+}
+
+
 def test_every_specification_field_is_read_by_its_json_name() -> None:
-    raw = {
-        "image": "ghcr.io/cirruslabs/macos-tahoe-base:latest",
-        "imagePullPolicy": "Always",
-        "cpu": 8,
-        "memory": 16384,
-        "diskSize": 100,
-        "os": "linux",
-        "arch": "amd64",
-        "runtime": "vetu",
-        "netSoftnet": True,
-        "netSoftnetAllow": ["192.168.0.0/24", "10.0.0.1", "fd00::/8", "@host", "in 10.0.0.0/8", "out @host"],
-        "netSoftnetBlock": ["0.0.0.0/0"],
-        "net-bridged": "en0",
-        "headless": True,
-        "nested": True,
-        "suspendable": True,
-        "username": "ci",
-        "password": "p@ss, word -- $x",
-        "startup_script": {"script_content": "echo $A\n", "env": {"A": "b; rm -rf /", "_x1": "\n"}, "transport": "ssh"},
-        "restart_policy": "OnFailure",
-        "resources": {"org.cirruslabs.logical-cores": 4},
-        "labels": {"model": "macstudio"},
-        "hostDirs": [{"name": "src", "path": "/Users/ci/src", "ro": True}, {"name": "out", "path": "/tmp/ä b"}],
-        "randomSerial": True,
-        "audio": True,
-        "clipboard": True,
-        "powerState": "suspended",
-        "startupTimeoutSeconds": 600,
-        "startupOnFailure": "keep",
-        "shutdown_script": {"script_content": "sync\n", "env": {"A": "b"}},
-        "shutdownTimeoutSeconds": 60,
-        "ttlSeconds": 3600,
-        "pendingTimeoutSeconds": 60,
-        "metadata": {"pipeline": "1234"},
-        "priority": 10,
-        "preferredLabels": {"model": "macstudio"},
-    }
     unknown: list[str] = []
-    _, read = vm_from_client({**raw, "name": "vm"}, unknown)
+    _, read = vm_from_client({**EVERY_FIELD, "name": "vm"}, unknown)
     assert unknown == []
     assert [
         field.json for field in attrs_of(VMSpec) if getattr(read, field.name) == getattr(VMSpec(), field.name)
     ] == []
-    assert encode(read) == {**raw, "net-softnet": True}
+    assert encode(read) == {**EVERY_FIELD, "net-softnet": True}
 
 
 CREATE: list[tuple[Any, type[ValidationError], str]] = [
@@ -243,6 +246,45 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
         InvalidError,
         "startup_script.script_content has a NUL character",
     ),
+    ({"shutdown_script": {"env": {"A-B": "x"}}}, InvalidError, 'shutdown_script.env has the name "A-B", expected'),
+    (
+        {"shutdown_script": {"script_content": "a\0"}},
+        InvalidError,
+        "shutdown_script.script_content has a NUL character",
+    ),
+    ({"shutdown_script": "sync"}, MalformedError, 'shutdown_script is "sync", expected a JSON object'),
+    (
+        {"startup_script": {"transport": "telnet"}},
+        InvalidError,
+        'startup_script.transport is "telnet", expected one of ssh, tart-guest-agent',
+    ),
+    (
+        {"startup_script": {"transport": "tart-guest-agent"}, "os": "linux", "runtime": "vetu"},
+        InvalidError,
+        'startup_script.transport is "tart-guest-agent", expected "ssh" with the runtime vetu',
+    ),
+    ({"startupOnFailure": "ignore"}, InvalidError, 'startupOnFailure is "ignore", expected one of fail, keep'),
+    # Metadata and preferred labels.
+    ({"metadata": {"a": 1}}, MalformedError, 'metadata["a"] is 1, expected a string'),
+    ({"metadata": ["a"]}, MalformedError, 'metadata is ["a"], expected a JSON object'),
+    ({"metadata": {"": "a"}}, InvalidError, 'metadata has the key "", expected'),
+    ({"metadata": {"a b": "c"}}, InvalidError, 'metadata has the key "a b", expected'),
+    ({"metadata": {"a\n": "c"}}, InvalidError, 'metadata["a\\n"] is "c", expected no control characters'),
+    ({"metadata": {"\u00e4": "c"}}, InvalidError, 'metadata has the key "\\u00e4", expected'),
+    ({"metadata": {"k" * 129: "c"}}, InvalidError, "metadata has the key"),
+    ({"metadata": {"a": "b\tc"}}, InvalidError, 'metadata["a"] is "b\\tc", expected no control characters'),
+    ({"metadata": {"a": "b" * 1025}}, InvalidError, 'metadata["a"] has 1025 characters, expected at most 1024'),
+    (
+        {"metadata": {f"k{number}": "" for number in range(65)}},
+        InvalidError,
+        "metadata has 65 items, expected at most 64",
+    ),
+    (
+        {"metadata": {f"k{number:02}": "\u20ac" * 683 for number in range(8)}},
+        InvalidError,
+        "metadata has 16416 bytes of keys and values, expected at most 16384",
+    ),
+    ({"preferredLabels": {"a": "b\n"}}, InvalidError, 'preferredLabels["a"] is "b\\n", expected no control characters'),
     # Directories of the host.
     ({"hostDirs": [{"path": "/a"}]}, InvalidError, "hostDirs[0].name is missing"),
     ({"hostDirs": [{"name": "a"}]}, InvalidError, "hostDirs[0].path is missing"),
@@ -304,6 +346,44 @@ def test_invalid_new_vm_is_refused(fields: Any, kind: type[ValidationError], wor
         assert refusal_of(lambda: replaced_spec(spec(), raw, [])) == refused
     if isinstance(fields, dict):
         assert refusal_of(lambda: patched_spec(spec(), fields, [])) == refused
+
+
+BOUNDED = {field.json: field.maximum for field in attrs_of(VMSpec) if field.maximum != MAX_UINT}
+
+
+def test_bounds_of_a_vms_numbers_are_those_of_the_contract() -> None:
+    assert BOUNDED == {
+        "startupTimeoutSeconds": 86_400,
+        "shutdownTimeoutSeconds": 600,
+        "ttlSeconds": 31_536_000,
+        "pendingTimeoutSeconds": 604_800,
+        "priority": 1000,
+    }
+
+
+@pytest.mark.parametrize("field", BOUNDED)
+def test_number_outside_of_its_bounds_breaks_a_rule(field: str) -> None:
+    most = BOUNDED[field]
+    for value in (0, 1, most, float(most), None):
+        vm_from_client({**MINIMAL, field: value}, [])
+        patched_spec(created(), {field: value}, [])
+    for value in (-1, most + 1, MAX_UINT + 1, float(most + 1)):
+        for read in (
+            partial(vm_from_client, {**MINIMAL, field: value}),
+            partial(patched_spec, created(), {field: value}),
+        ):
+            kind, message = refusal_of(partial(read, []))
+            assert kind is InvalidError, value
+            assert field in message
+            assert f"from 0 to {most}" in message
+    wrong: object
+    for wrong in (0.5, "1", True, [], {}):
+        assert refusal_of(partial(vm_from_client, {**MINIMAL, field: wrong}, []))[0] is MalformedError
+
+
+def test_largest_metadata_are_accepted() -> None:
+    metadata = {"k" * 128: "\u20ac" * 1024, **{f"Az09._/-{number:02}": "v" * 150 for number in range(63)}}
+    assert created(metadata=metadata).metadata == metadata
 
 
 def test_host_dir_path_may_be_an_archive_url() -> None:
@@ -432,7 +512,7 @@ def test_put_zeroes_absent_booleans_and_lists_and_keeps_the_rest() -> None:
         )
 
 
-def go_omits_zeros(value: Any) -> Any:
+def go_omits_zeros(value: dict[str, Any]) -> dict[str, Any]:
     """Return the object as a Go client sends it: without fields of a zero value."""
     return {key: inner for key, inner in value.items() if inner not in (False, 0, "", [], {}, None)}
 
@@ -443,6 +523,81 @@ def test_put_of_an_object_as_go_writes_it_changes_nothing(vm: VM) -> None:
     valid = replace(vm, spec=replace(FULL, headless=vm.spec.headless, cpu=vm.spec.cpu, nested=vm.spec.nested))
     body = go_omits_zeros(valid.to_json())
     assert replaced_spec(valid.spec, body, []) == valid.spec
+
+
+EVERY = created(**EVERY_FIELD)
+# The fields that existing Go clients know. Their structures drop all others.
+GO_FIELDS = frozenset(
+    {
+        *("name", "image", "imagePullPolicy", "cpu", "memory", "diskSize", "os", "arch", "runtime", "net-softnet"),
+        *("netSoftnet", "netSoftnetAllow", "netSoftnetBlock", "net-bridged", "headless", "nested", "suspendable"),
+        *("username", "password", "startup_script", "restart_policy", "resources", "labels", "hostDirs"),
+        *("randomSerial", "powerState", "status", "status_message", "worker", "generation", "observedGeneration"),
+        *("uid", "createdAt", "version", "conditions", "restart_count", "tartName", "image_fqn", "scheduled_at"),
+    }
+)
+GO_SCRIPT_FIELDS = frozenset({"script_content", "env"})
+NEW_FIELDS = {field.name for field in attrs_of(VMSpec) if field.json not in GO_FIELDS}
+
+
+def go_knows(body: dict[str, Any]) -> dict[str, Any]:
+    """Return a VM as a Go client sends it back, which has read it into its own structures."""
+    known = {name: value for name, value in body.items() if name in GO_FIELDS}
+    if script := known.get("startup_script"):
+        known["startup_script"] = {name: value for name, value in script.items() if name in GO_SCRIPT_FIELDS}
+    return go_omits_zeros(known)
+
+
+@pytest.mark.parametrize("transport", ["", "ssh", "tart-guest-agent"])
+def test_put_of_a_go_client_loses_no_field_that_it_does_not_know(transport: Any) -> None:
+    script = StartupScript("echo", {"A": "b"}, transport)
+    vm = VM(VMMeta("vm"), replace(EVERY, runtime="tart", startup_script=script), VMState())
+    assert all(getattr(vm.spec, name) for name in NEW_FIELDS)
+    body = go_knows(vm.to_json())
+    assert replaced_spec(vm.spec, body, []) == vm.spec
+    # Together with a change of what it does know.
+    assert replaced_spec(vm.spec, {**body, "cpu": 3}, []) == replace(vm.spec, cpu=3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "put", "patched"),
+    [
+        ("", None, "", ""),
+        ("ssh", None, "ssh", "ssh"),
+        ("tart-guest-agent", None, "tart-guest-agent", "tart-guest-agent"),
+        ("", "ssh", "", ""),
+        ("ssh", "", "ssh", "ssh"),
+        ("tart-guest-agent", "", "tart-guest-agent", ""),
+        ("tart-guest-agent", "ssh", "ssh", "ssh"),
+        ("", "tart-guest-agent", "tart-guest-agent", "tart-guest-agent"),
+    ],
+)
+def test_transport_of_a_startup_script_is_kept_unless_another_one_is_named(
+    old: Any, new: str | None, put: str, patched: str
+) -> None:
+    spec = created(startup_script={"script_content": "echo", "env": {"A": "b"}, "transport": old})
+    script = {"script_content": "echo", "env": {"A": "b"}} | ({} if new is None else {"transport": new})
+    assert replaced_spec(spec, {"startup_script": script}, []).startup_script == StartupScript("echo", {"A": "b"}, put)  # type: ignore[arg-type]
+    changed = patched_spec(spec, {"startup_script": script}, []).startup_script
+    assert changed == StartupScript("echo", {"A": "b"}, patched)  # type: ignore[arg-type]
+
+
+def test_put_replaces_maps_that_patch_merges() -> None:
+    spec = created(metadata={"a": "1", "b": "2"}, preferredLabels={"c": "3", "d": "4"})
+    change = {"metadata": {"a": "5"}, "preferredLabels": {"d": "6"}}
+    put = replaced_spec(spec, change, [])
+    assert (put.metadata, put.preferred_labels) == ({"a": "5"}, {"d": "6"})
+    assert replaced_spec(spec, {"metadata": {}}, []).metadata == {}
+    merged = patched_spec(spec, {**change, "metadata": {"a": "5", "b": None, "new": "7"}}, [])
+    assert (merged.metadata, merged.preferred_labels) == ({"a": "5", "new": "7"}, {"c": "3", "d": "6"})
+
+
+@pytest.mark.parametrize("field", sorted(NEW_FIELDS))
+def test_null_resets_a_new_field_in_patch_and_is_absent_in_put(field: str) -> None:
+    zero = getattr(VMSpec(image="base"), field)
+    null: dict[str, Any] = {next(each.json for each in attrs_of(VMSpec) if each.name == field): None}
+    assert replaced_spec(EVERY, {**EVERY_FIELD, **null}, []) == EVERY
+    assert patched_spec(EVERY, null, []) == replace(EVERY, **{field: zero})
 
 
 def test_put_sets_fields_to_explicit_zero_values() -> None:
@@ -696,7 +851,7 @@ def test_arbitrary_objects_are_accepted_or_refused(raw: dict[str, Any]) -> None:
         lambda: worker_from_client(raw, []),
         lambda: account_from_client(raw, []),
         lambda: report_from_worker(raw, []),
-        lambda: settings_from_client(raw, []),
+        lambda: replaced_settings(ClusterSettings(), raw, []),
         lambda: events_from_client([raw], []),
     ):
         refusal = outcome_of(read)
@@ -920,12 +1075,47 @@ def test_invalid_account_is_refused(raw: object, kind: type[ValidationError], wo
     assert "secret" not in refused[1]
 
 
+# Every cluster setting, with another value than its default.
+SETTINGS: dict[str, Any] = {
+    "hostDirPolicies": [{"pathPrefix": "/a", "ro": True}],
+    "schedulerProfile": "distribute-load",
+    "defaultTTLSeconds": 3600,
+    "maxTTLSeconds": 7200,
+    "minFreeDiskGB": 20,
+    "workerPruneSeconds": 86_400,
+    "prepull": [{"image": "base", "labels": {"model": "mini"}}, {"image": "ghcr.io/a/b:c"}],
+}
+GO_SETTINGS = {"hostDirPolicies", "schedulerProfile"}
+
+
+def test_put_of_a_go_client_loses_no_setting_that_it_does_not_know() -> None:
+    unknown: list[str] = []
+    stored = replaced_settings(ClusterSettings(unknown={"newer": 1}), SETTINGS, unknown)
+    assert (encode(stored), unknown) == ({**SETTINGS, "newer": 1}, [])
+    for field in attrs_of(ClusterSettings):
+        assert getattr(stored, field.name) != getattr(ClusterSettings(), field.name)
+    known = {name: value for name, value in SETTINGS.items() if name in GO_SETTINGS}
+    assert replaced_settings(stored, known, []) == stored
+    without = replaced_settings(stored, {}, [])
+    assert encode(without) == {**SETTINGS, **encode(ClusterSettings()), "newer": 1}
+    assert replaced_settings(stored, {**known, **dict.fromkeys(SETTINGS.keys() - GO_SETTINGS)}, []) == stored
+
+
+@pytest.mark.parametrize("field", sorted(SETTINGS.keys() - GO_SETTINGS))
+def test_zero_or_an_empty_list_clears_a_new_setting(field: str) -> None:
+    stored = replaced_settings(ClusterSettings(), SETTINGS, [])
+    cleared = replaced_settings(stored, {**SETTINGS, field: [] if field == "prepull" else 0}, [])
+    assert encode(cleared) == {name: value for name, value in SETTINGS.items() if name != field}
+
+
 def test_settings_have_defaults() -> None:
-    assert settings_from_client({}, []) == ClusterSettings((), "optimize-utilization")
+    assert replaced_settings(ClusterSettings(), {}, []) == ClusterSettings((), "optimize-utilization")
     assert encode(ClusterSettings()) == {"hostDirPolicies": [], "schedulerProfile": "optimize-utilization"}
     unknown: list[str] = []
     raw = {"hostDirPolicies": [{"pathPrefix": "/a", "ro": True, "x": 1}], "schedulerProfile": "distribute-load"}
-    assert settings_from_client(raw, unknown) == ClusterSettings((HostDirPolicy("/a", ro=True),), "distribute-load")
+    assert replaced_settings(ClusterSettings(), raw, unknown) == ClusterSettings(
+        (HostDirPolicy("/a", ro=True),), "distribute-load"
+    )
     assert unknown == ["hostDirPolicies[0].x"]
 
 
@@ -939,10 +1129,27 @@ def test_settings_have_defaults() -> None:
         ({"hostDirPolicies": [{"pathPrefix": "/a/../b"}]}, 'hostDirPolicies[0].pathPrefix is "/a/../b", expected'),
         ({"hostDirPolicies": [{"pathPrefix": "http://a"}]}, 'hostDirPolicies[0].pathPrefix is "http://a", expected'),
         ({"hostDirPolicies": [{"pathPrefix": "/a\n"}]}, 'hostDirPolicies[0].pathPrefix is "/a\\n", expected'),
+        (
+            {"defaultTTLSeconds": 31_536_001},
+            "defaultTTLSeconds is 31536001, expected a whole number from 0 to 31536000",
+        ),
+        ({"maxTTLSeconds": -1}, "maxTTLSeconds is -1, expected a whole number from 0 to 31536000"),
+        (
+            {"defaultTTLSeconds": 61, "maxTTLSeconds": 60},
+            "maxTTLSeconds is 60, expected at least the defaultTTLSeconds of 61",
+        ),
+        ({"minFreeDiskGB": "1"}, 'minFreeDiskGB is "1", expected a whole number'),
+        ({"workerPruneSeconds": 0.5}, "workerPruneSeconds is 0.5, expected a whole number"),
+        ({"prepull": {}}, "prepull is {}, expected a list"),
+        ({"prepull": [{"labels": {}}]}, 'prepull[0].image is "", expected the name of a VM image'),
+        ({"prepull": [{"image": "a"}, {"image": "--b"}]}, 'prepull[1].image is "--b", expected no spaces'),
+        ({"prepull": [{"image": "a", "labels": {"b": 1}}]}, 'prepull[0].labels["b"] is 1, expected a string'),
+        ({"prepull": [{"image": "a", "labels": {"b": "\n"}}]}, 'prepull[0].labels["b"] is "\\n", expected no control'),
+        ({"prepull": [{"image": "a"}] * 51}, "prepull has 51 items, expected at most 50"),
     ],
 )
 def test_invalid_cluster_setting_is_malformed(raw: object, words: str) -> None:
-    kind, message = refusal_of(lambda: settings_from_client(raw, []))
+    kind, message = refusal_of(lambda: replaced_settings(ClusterSettings(), raw, []))
     assert kind is MalformedError
     assert words in message
 

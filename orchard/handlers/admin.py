@@ -117,8 +117,8 @@ def get_settings(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 
 
 def put_settings(api: API, request: Request, admitted: Admitted) -> AnyResponse:
-    settings = read_body(admitted, validation.settings_from_client)
-    api.put(replace(settings, unknown=api.state.settings.unknown), api.state.settings)
+    old = api.state.settings
+    api.put(read_body(admitted, partial(validation.replaced_settings, old)), old)
     return _settings(api)
 
 
