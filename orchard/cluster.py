@@ -22,6 +22,9 @@ _MAX_WHAT = 32  # characters
 WORKER_STATE = "worker-state"
 # The capability of a worker that ends a request on `{"cancelRequestAction": {"session": S}}`.
 CANCEL_REQUEST = "cancel-request"
+# The capability of a worker that ends a VM which the controller has marked as failed and reports its end, and of one
+# that reports the condition `ready`. Those of a controller that knows of this.
+VM_RESTART, VM_READY = "vm-restart", "vm-ready"
 
 WorkerState = Literal["offline", "drained", "draining", "paused", "online"]
 

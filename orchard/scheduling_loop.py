@@ -150,7 +150,7 @@ class SchedulingLoop:
         vms, workers = self._store.state.vms, self._store.state.workers
         with self._store.transaction() as tx:
             for name, reason in plan.unassign.items():
-                tx.put(transitions.unassign(vms[name], reason))
+                tx.put(transitions.unassign(vms[name], reason, wall_time))
             for name, reason in plan.fail.items():
                 tx.put(transitions.fail(vms[name], reason))
             for name in plan.restart:

@@ -71,6 +71,7 @@ ConditionType = Literal["scheduled", "running", "ready"]
 ConditionState = Literal["true", "false"]
 SchedulerProfile = Literal["optimize-utilization", "distribute-load"]
 StartupOnFailure = Literal["", "fail", "keep"]
+EndRequest = Literal["", "restart", "drain"]
 ScriptTransport = Literal["", "ssh", "tart-guest-agent"]
 Role = Literal["compute:read", "compute:write", "compute:connect", "admin:read", "admin:write"]
 
@@ -314,6 +315,19 @@ class VMState:
         writer="worker",
     )  # fmt: skip
     startup_ended_at: _Time | None = attr("startupEndedAt", "When the startup script ended", zero=None, writer="worker")
+    waiting_since: _Time | None = attr(
+        "waitingSince", "Since when a VM with pendingTimeoutSeconds has no worker", zero=None, writer="scheduler"
+    )
+    end_request: EndRequest = attr(
+        "endRequest", "Why the worker was told to end the VM: for a `restart`, or a `drain` of the worker", zero="",
+        writer="controller",
+    )  # fmt: skip
+    ended_at: _Time | None = attr(
+        "endedAt",
+        "When the worker reported that the VM has failed and does not run any more",
+        zero=None,
+        writer="worker",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +410,15 @@ def _covers(prefix: str, path: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    deadline_seconds: int = attr(
+        "deadlineSeconds", f"Seconds after which the worker's VMs are ended, at most {MAX_VM_TTL}; 0: never", zero=0
+    )
+    now: bool = attr("now", "Whether the worker's VMs are ended at once", zero=False)
+    deadline: _Time | None = attr("deadline", "When the worker's VMs are ended", zero=None, writer="controller")
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     name: str = attr("name", "Node name", zero="")
     arch: Arch = attr("arch", "Processor architecture", zero="arm64", default="arm64")
@@ -420,6 +443,11 @@ class Worker:
     )  # fmt: skip
     promised: int = attr(
         "promisedOfflineTimeoutMs", "Milliseconds of silence after which the worker was told that its VMs fail", zero=0,
+        writer="controller",
+    )  # fmt: skip
+    drain: Drain | None = attr("drain", "The drain that is under way or done", zero=None, writer="controller")
+    offline_since: _Time | None = attr(
+        "offlineSince", "Since when the worker is offline, if the cluster has workerPruneSeconds", zero=None,
         writer="controller",
     )  # fmt: skip
     # Sent by workers and not stored.

@@ -3,14 +3,18 @@
 Every change of a VM in the controller is one of these functions, so the rule who writes which field (schema.py) is
 applied in one place:
 
-    create    pending, unassigned                       (user)
-    change    the next generation of the specification  (user)
-    explain   why a pending VM is still unassigned      (scheduler)
-    assign    pending, on a worker                      (scheduler)
-    unassign  pending, in the queue again               (scheduler)
-    report    running or failed, and what was observed  (worker)
-    fail      failed, with the reason                   (scheduler)
-    restart   pending and unassigned, the next run      (scheduler)
+    create           pending, unassigned                              (user)
+    change           the next generation of the specification         (user)
+    set_deadlines    the deadlines that follow from a specification   (user)
+    request_restart  failed, and the worker has to end it             (user)
+    explain          why a pending VM is still unassigned             (scheduler)
+    assign           pending, on a worker                             (scheduler)
+    unassign         pending, in the queue again                      (scheduler)
+    report           running or failed, and what was observed         (worker)
+    fail             failed, with the reason                          (scheduler)
+    restart          pending and unassigned, the next run             (scheduler)
+    end_for_drain    failed, and the worker has to end it             (controller)
+    time_out         failed, since no worker was found                (controller)
 
 The time is an argument. A function that changes nothing returns the object that it was given.
 """
@@ -20,8 +24,24 @@ from __future__ import annotations
 import datetime
 from dataclasses import replace
 
+from orchard.cluster import VM_READY, VM_RESTART
 from orchard.codec import attrs_of, shown
-from orchard.schema import DEFAULT_CPU, DEFAULT_MEMORY, VM, Condition, Status, VMMeta, VMReport, VMSpec, VMState, Worker
+from orchard.schema import (
+    DEFAULT_CPU,
+    DEFAULT_MEMORY,
+    VM,
+    ClusterSettings,
+    Condition,
+    ConditionState,
+    ConditionType,
+    EndRequest,
+    Status,
+    VMMeta,
+    VMReport,
+    VMSpec,
+    VMState,
+    Worker,
+)
 
 # Each field of a specification is in one of three sets. Those of FIXED never change after the VM was created.
 FIXED = frozenset(
@@ -136,6 +156,101 @@ def _check_change(vm: VM, spec: VMSpec) -> None:
         )
 
 
+def set_deadlines(
+    old: VM | None, new: VM, settings: ClusterSettings, now: datetime.datetime, *, renews_ttl: bool = False
+) -> VM:
+    """Return a VM that was created (`old` is None) or changed with the deadlines that follow from its specification.
+
+    `renews_ttl`: the time to live counts from now although its length is unchanged. Raises TransitionError for a time
+    to live that the cluster settings do not allow.
+    """
+    ttl, meta, spec, state = new.spec.ttl_seconds, new.meta, new.spec, new.state
+    if old is None:
+        ttl = ttl or settings.default_ttl_seconds or settings.max_ttl_seconds
+        spec = spec if ttl == spec.ttl_seconds else replace(spec, ttl_seconds=ttl)
+    if old is None or renews_ttl or ttl != old.spec.ttl_seconds:
+        _check_ttl(ttl, settings.max_ttl_seconds)
+        meta = replace(meta, expires_at=now + datetime.timedelta(seconds=ttl) if ttl else None)
+    if (
+        not state.worker
+        and state.status == "pending"
+        and bool(spec.pending_timeout_seconds) is not bool(state.waiting_since)
+    ):
+        state = replace(state, waiting_since=_waiting_since(spec, now))
+    return VM(meta, spec, state)
+
+
+def _check_ttl(ttl: int, most: int) -> None:
+    if most and not 1 <= ttl <= most:
+        raise TransitionError(f"ttlSeconds is {ttl}, expected 1 to {most}, the maxTTLSeconds of the cluster settings")
+
+
+def _waiting_since(spec: VMSpec, now: datetime.datetime) -> datetime.datetime | None:
+    return now if spec.pending_timeout_seconds else None
+
+
+def request_restart(vm: VM, worker: Worker | None) -> VM:
+    """Return a VM that its worker has to end, and that is restarted then, whatever its policy. `worker` is the VM's.
+
+    Raises TransitionError if the VM cannot be restarted now.
+    """
+    state = vm.state
+    if state.end_request == "restart":
+        return vm
+    if state.status == "pending":
+        raise TransitionError(f'VM "{vm.name}" is pending, expected running or failed')
+    if vm.spec.power_state != "running":
+        raise TransitionError(f'powerState of VM "{vm.name}" is {vm.spec.power_state}, expected running')
+    if state.worker and (worker is None or VM_RESTART not in worker.capabilities):
+        raise TransitionError(
+            f'worker "{state.worker}" does not support restarts (capability {VM_RESTART}), so it is unknown when the VM'
+            " has ended there; delete the VM and create it again"
+        )
+    return _end(vm, "restart", "restart requested")
+
+
+def end_for_drain(vm: VM) -> VM:
+    """Return a VM that its worker has to end because the worker is drained."""
+    return _end(vm, "drain", f'worker "{vm.state.worker}" was drained')
+
+
+def _end(vm: VM, request: EndRequest, reason: str) -> VM:
+    """Return a failed VM that its worker has to end, and whose condition running is the last that is known of it."""
+    conditions = vm.state.conditions
+    if vm.state.status == "pending":
+        conditions = tuple(condition for condition in conditions if condition.type != "running")
+    state = replace(vm.state, status="failed", status_message=reason, end_request=request, conditions=conditions)
+    return replace(vm, state=replace(state, conditions=_not_ready(conditions)))
+
+
+def will_restart(vm: VM) -> bool:
+    """Return whether a VM has failed and becomes pending again, now or later."""
+    state = vm.state
+    # A VM that was to be stopped or suspended has no work left, and its disk is on the worker that it failed on.
+    if state.status != "failed" or vm.spec.power_state != "running":
+        return False
+    # Where there was no worker for a VM, there is none at once.
+    return state.end_request == "restart" or (vm.spec.restart_policy == "OnFailure" and bool(state.worker))
+
+
+def has_ended(vm: VM, worker: Worker | None) -> bool:
+    """Return whether it is known that a failed VM which a worker had to end does not run any more.
+
+    `worker` is the VM's. What a worker without the capability reports may come before the end of the VM.
+    """
+    if not vm.state.worker:
+        return True
+    is_known = vm.state.end_request == "restart" or (worker is not None and VM_RESTART in worker.capabilities)
+    return is_known and vm.state.ended_at is not None
+
+
+def time_out(vm: VM) -> VM:
+    """Return a pending VM that has failed because it was without a worker for too long."""
+    why = vm.state.status_message or "waiting: no worker was looked for yet"
+    state = replace(vm.state, waiting_since=None)
+    return fail(replace(vm, state=state), f"no worker within {vm.spec.pending_timeout_seconds} seconds; {why}")
+
+
 def explain(vm: VM, reason: str) -> VM:
     """Return a pending VM with the reason why it is unassigned."""
     if vm.state.status_message == reason:
@@ -151,13 +266,14 @@ def assign(vm: VM, worker: Worker, now: datetime.datetime) -> VM:
         assigned_cpu=vm.spec.cpu or worker.default_cpu or DEFAULT_CPU,
         assigned_memory=vm.spec.memory or worker.default_memory or DEFAULT_MEMORY,
         scheduled_at=now,
+        waiting_since=None,
         status_message="",
-        conditions=_SCHEDULED,
+        conditions=_kept_ready(vm, _SCHEDULED) if VM_READY in worker.capabilities else _SCHEDULED,
     )
     return replace(vm, state=state)
 
 
-def unassign(vm: VM, reason: str) -> VM:
+def unassign(vm: VM, reason: str, now: datetime.datetime) -> VM:
     """Return a VM that was assigned to a worker which never knew of it: pending, unassigned, the same run."""
     state = replace(
         vm.state,
@@ -165,8 +281,9 @@ def unassign(vm: VM, reason: str) -> VM:
         assigned_cpu=0,
         assigned_memory=0,
         scheduled_at=None,
+        waiting_since=_waiting_since(vm.spec, now),
         status_message=reason,
-        conditions=_UNSCHEDULED,
+        conditions=_kept_ready(vm, _UNSCHEDULED),
     )
     return replace(vm, state=state)
 
@@ -175,9 +292,13 @@ def report(vm: VM, seen: VMReport, now: datetime.datetime) -> VM:
     """Return a VM with what its worker observed. Raises StaleReportError for a report about another run of the VM."""
     state = vm.state
     _check_run(vm, seen)
+    ended_at = state.ended_at or (now if _says_ended(seen) else None)
     # The first failure stays the reason.
     if state.status == "failed":
-        return vm
+        if ended_at == state.ended_at:
+            return vm
+        conditions = _with(state.conditions, "running", "false")
+        return replace(vm, state=replace(state, ended_at=ended_at, conditions=conditions))
     status: Status = state.status
     # A report never makes a running VM pending again.
     if seen.status is not None and (status, seen.status) != ("running", "pending"):
@@ -192,8 +313,11 @@ def report(vm: VM, seen: VMReport, now: datetime.datetime) -> VM:
         status_message=message,
         image_fqn=seen.image_fqn or state.image_fqn,
         observed_generation=max(state.observed_generation, min(seen.observed_generation, vm.meta.generation)),
-        conditions=_reported_conditions(vm, seen),
+        conditions=_reported_conditions(vm, seen, status),
         started_at=state.started_at or (now if status == "running" else None),
+        startup_exit_code=state.startup_exit_code if seen.startup_exit_code is None else seen.startup_exit_code,
+        startup_ended_at=seen.startup_ended_at or state.startup_ended_at,
+        ended_at=ended_at,
     )
     return vm if new == state else replace(vm, state=new)
 
@@ -210,18 +334,25 @@ def _check_run(vm: VM, seen: VMReport) -> None:
         )
 
 
-def _reported_conditions(vm: VM, seen: VMReport) -> tuple[Condition, ...]:
+def _says_ended(seen: VMReport) -> bool:
+    """Return whether a report says that the VM has failed and does not run any more."""
+    return seen.status == "failed" and Condition("running", "false") in (seen.conditions or ())
+
+
+def _reported_conditions(vm: VM, seen: VMReport, status: Status) -> tuple[Condition, ...]:
     conditions = vm.state.conditions
     for condition in seen.conditions or ():
         # The scheduler may already have reassigned the resources of a resting VM, so it does not run again.
-        if condition.type == "running" and not vm.resting:
-            conditions = _with_running(conditions, condition.state)
-    return _with_running(conditions, "false") if seen.status == "failed" else conditions
+        if condition.type == "ready" or (condition.type == "running" and not vm.resting):
+            conditions = _with(conditions, condition.type, condition.state)
+    if seen.status == "failed":
+        conditions = _with(conditions, "running", "false")
+    return conditions if status == "running" and Condition("running", "true") in conditions else _not_ready(conditions)
 
 
 def fail(vm: VM, reason: str) -> VM:
     """Return a failed VM. It stays assigned to its worker, which has to stop it."""
-    conditions = _with_running(vm.state.conditions, "false")
+    conditions = _not_ready(_with(vm.state.conditions, "running", "false"))
     return replace(vm, state=replace(vm.state, status="failed", status_message=reason, conditions=conditions))
 
 
@@ -231,11 +362,26 @@ def restart(vm: VM, now: datetime.datetime) -> VM:
         restart_count=vm.state.restart_count + 1,
         restarted_at=now,
         started_at=vm.state.started_at,
-        conditions=_UNSCHEDULED,
+        waiting_since=_waiting_since(vm.spec, now),
+        conditions=_kept_ready(vm, _UNSCHEDULED),
     )
     return replace(vm, state=state)
 
 
-def _with_running(conditions: tuple[Condition, ...], state: str) -> tuple[Condition, ...]:
-    others = tuple(condition for condition in conditions if condition.type != "running")
-    return (*others, Condition("running", "true" if state == "true" else "false"))
+def _with(conditions: tuple[Condition, ...], kind: ConditionType, state: ConditionState) -> tuple[Condition, ...]:
+    """Return conditions with one that is set, in its place or at the end."""
+    new = Condition(kind, "true" if state == "true" else "false")
+    if any(condition.type == kind for condition in conditions):
+        return tuple(new if condition.type == kind else condition for condition in conditions)
+    return (*conditions, new)
+
+
+def _not_ready(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
+    """Return conditions in which `ready` is false, if it is there."""
+    return _with(conditions, "ready", "false") if Condition("ready", "true") in conditions else conditions
+
+
+def _kept_ready(vm: VM, conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
+    """Return new conditions of a VM, with `ready` false if the VM had that condition."""
+    has_ready = any(condition.type == "ready" for condition in vm.state.conditions)
+    return (*conditions, Condition("ready", "false")) if has_ready else conditions

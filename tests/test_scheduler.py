@@ -69,7 +69,7 @@ def apply(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
     for vm in snapshot.vms:
         new = vm
         if vm.name in decided.unassign:
-            new = unassign(vm, decided.unassign[vm.name])
+            new = unassign(vm, decided.unassign[vm.name], BEGAN)
         elif vm.name in decided.fail:
             new = fail(vm, decided.fail[vm.name])
         elif vm.name in decided.restart:

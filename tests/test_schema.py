@@ -723,6 +723,9 @@ FORGED = {
     "expiresAt": "2000-01-01T00:00:00Z",
     "startupExitCode": 99,
     "startupEndedAt": "not even a time",
+    "waitingSince": "2000-01-01T00:00:00Z",
+    "endRequest": "restart",
+    "endedAt": 7,
 }
 LIVES = {
     "pending": pending(),

@@ -23,10 +23,12 @@ from harness.strategies import (
 )
 from hypothesis import given
 
+from orchard.cluster import VM_READY, VM_RESTART
 from orchard.codec import attrs_of
 from orchard.schema import (
     TART_VMS,
     VM,
+    ClusterSettings,
     Condition,
     GuestScript,
     HostDir,
@@ -35,6 +37,7 @@ from orchard.schema import (
     VMReport,
     VMSpec,
     VMState,
+    Worker,
 )
 from orchard.transitions import (
     AT_NEXT_BOOT,
@@ -45,15 +48,25 @@ from orchard.transitions import (
     assign,
     change,
     create,
+    end_for_drain,
     explain,
     fail,
+    has_ended,
     report,
+    request_restart,
     restart,
+    set_deadlines,
+    time_out,
+    unassign,
+    will_restart,
 )
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 RUNS, RUNS_NOT = Condition("running", "true"), Condition("running", "false")
 ON, OFF = Condition("scheduled", "true"), Condition("scheduled", "false")
+READY, UNREADY = Condition("ready", "true"), Condition("ready", "false")
+ENDED = VMReport(status="failed", status_message="broke", conditions=(RUNS_NOT,))
+ABLE = worker(capabilities=(VM_RESTART, VM_READY))
 
 
 def refusal_of(call: Callable[[], object]) -> tuple[type[Exception], str]:
@@ -92,10 +105,14 @@ ACTIONS: dict[str, Callable[[VM], VM]] = {
     "explain": lambda vm: explain(vm, "waiting"),
     "fail": lambda vm: fail(vm, "why"),
     "restart": lambda vm: restart(vm, LATER),
+    "request restart": lambda vm: request_restart(vm, ABLE),
+    "end for drain": end_for_drain,
+    "time out": time_out,
     "report nothing": lambda vm: report(vm, VMReport(), LATER),
     "report pending": lambda vm: report(vm, VMReport(status="pending", status_message="pulling"), LATER),
     "report running": lambda vm: report(vm, VMReport(status="running", conditions=(RUNS,)), LATER),
     "report failed": lambda vm: report(vm, VMReport(status="failed", status_message="broke"), LATER),
+    "report end": lambda vm: report(vm, ENDED, LATER),
 }
 # (state, action) -> status, message, worker, and whether the VM holds resources of its worker. A class: the action
 # raises that error. "same": the action returns the same object. The
@@ -109,6 +126,19 @@ TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | type[Exception] 
     ("pending", "report pending"): ("pending", "pulling", "", False),
     ("pending", "report running"): ("running", "", "", False),
     ("pending", "report failed"): ("failed", "broke", "", False),
+    ("pending", "request restart"): TransitionError,
+    ("pending", "time out"): ("failed", "no worker within 0 seconds; waiting: no worker was looked for yet", "", False),
+    ("pending", "report end"): ("failed", "broke", "", False),
+    ("assigned", "request restart"): TransitionError,
+    ("assigned", "end for drain"): ("failed", 'worker "w" was drained', "w", False),
+    ("assigned", "report end"): ("failed", "broke", "w", False),
+    ("running", "request restart"): ("failed", "restart requested", "w", False),
+    ("running", "end for drain"): ("failed", 'worker "w" was drained', "w", False),
+    ("running", "report end"): ("failed", "broke", "w", False),
+    ("resting", "request restart"): TransitionError,
+    ("resting", "report end"): ("failed", "broke", "w", False),
+    ("failed", "request restart"): ("failed", "restart requested", "w", False),
+    ("failed", "report end"): ("failed", "the VM broke", "w", False),
     ("assigned", "change"): ("pending", "", "w", True),
     ("assigned", "fail"): ("failed", "why", "w", False),
     ("assigned", "report nothing"): "same",
@@ -135,7 +165,12 @@ TRANSITIONS: dict[tuple[str, str], tuple[str, str, str, bool] | type[Exception] 
     ("failed", "report running"): "same",
     ("failed", "report failed"): "same",
 }
-SCHEDULER_ONLY = {(state, action) for state in STATES for action in ("assign", "explain", "restart")}
+# The controller's own actions are listed for the states in which it takes them.
+SCHEDULER_ONLY = {
+    *((state, action) for state in STATES for action in ("assign", "explain", "restart")),
+    *((state, "time out") for state in STATES if state != "pending"),
+    *((state, "end for drain") for state in ("pending", "resting", "failed")),
+}
 
 
 def test_table_covers_every_state_and_action() -> None:
@@ -155,7 +190,8 @@ def test_transition_gives_the_state_in_the_table(state: str, action: str) -> Non
         return
     assert (new.state.status, new.state.status_message, new.state.worker, new.holds_resources) == expected
     assert new.condition("scheduled") is bool(new.state.worker)
-    assert not (new.condition("running") and new.state.status != "running")
+    # A VM that its worker has to end runs until the worker reports its end.
+    assert not (new.condition("running") and new.state.status != "running" and not new.state.end_request)
 
 
 # ---- one writer per field -------------------------------------------------------------------------------------------
@@ -167,16 +203,27 @@ EVERYTHING = VMReport(
     status_message="booting",
     image_fqn="base@sha256:1",
     observed_generation=1,
-    conditions=(RUNS,),
+    conditions=(RUNS, READY),
+    startup_exit_code=0,
+    startup_ended_at=BEGAN,
 )
 USED = replace(
     failed(pending()),
     meta=replace(pending().meta, generation=1),
     state=replace(
-        failed(pending()).state, image_fqn="base@sha256:1", observed_generation=1, restart_count=2, started_at=BEGAN
+        request_restart(failed(pending()), ABLE).state,
+        image_fqn="base@sha256:1",
+        observed_generation=1,
+        restart_count=2,
+        started_at=BEGAN,
+        startup_exit_code=0,
+        startup_ended_at=BEGAN,
+        ended_at=BEGAN,
     ),
 )
 SHARED = {"status", "status_message", "conditions"}
+# The condition running stays until the worker reports the end.
+ENDING = {"status", "status_message"}
 # action -> the VM, the action, its writer, the writer's fields that it changes, and the fields of other writers
 WRITES: dict[str, tuple[VM, Callable[[VM], VM], str, set[str], set[str]]] = {
     "change": (
@@ -215,14 +262,37 @@ WRITES: dict[str, tuple[VM, Callable[[VM], VM], str, set[str], set[str]]] = {
         lambda vm: restart(vm, LATER),
         "scheduler",
         {"worker", "assigned_cpu", "assigned_memory", "scheduled_at", "restarted_at", "restart_count", *SHARED},
-        # Observations of the last run.
-        {"image_fqn", "observed_generation"},
+        # Observations of the last run, and the request that is fulfilled.
+        {"image_fqn", "observed_generation", "startup_exit_code", "startup_ended_at", "ended_at", "end_request"},
+    ),
+    "unassign": (
+        assigned(pending(pending_timeout_seconds=5)),
+        lambda vm: unassign(vm, "waiting: w went away", LATER),
+        "scheduler",
+        {"worker", "assigned_cpu", "assigned_memory", "scheduled_at", "waiting_since", "status_message", "conditions"},
+        set(),
+    ),
+    "request_restart": (
+        running(pending()),
+        lambda vm: request_restart(vm, ABLE),
+        "controller",
+        {"end_request", *ENDING},
+        set(),
+    ),
+    "end_for_drain": (assigned(pending()), end_for_drain, "controller", {"end_request", *SHARED}, set()),
+    "time_out": (pending(), time_out, "scheduler", {"status", "status_message"}, set()),
+    "report_end": (
+        end_for_drain(running(pending())),
+        lambda vm: report(vm, ENDED, LATER),
+        "worker",
+        {"ended_at", "conditions"},
+        set(),
     ),
     "report": (
         replace(assigned(pending()), meta=replace(pending().meta, generation=1)),
         lambda vm: report(vm, EVERYTHING, LATER),
         "worker",
-        {"image_fqn", "observed_generation", *SHARED},
+        {"image_fqn", "observed_generation", "startup_exit_code", "startup_ended_at", *SHARED},
         # By the controller's clock.
         {"started_at"},
     ),
@@ -250,12 +320,13 @@ def test_transitions_leave_metadata_unchanged() -> None:
 def test_any_report_changes_only_the_workers_fields(vm: VM, seen: VMReport) -> None:
     mine = replace(seen, uid=vm.uid, restart_count=vm.state.restart_count)
     new = report(vm, mine, LATER)
-    assert changed_fields(vm, new) <= {"image_fqn", "observed_generation", "started_at", *SHARED}
+    observed = {"image_fqn", "observed_generation", "startup_exit_code", "startup_ended_at", "ended_at"}
+    assert changed_fields(vm, new) <= {"started_at", *observed, *SHARED}
     assert report(new, mine, LATER + datetime.timedelta(1)) is new
     assert new.state.observed_generation <= max(vm.meta.generation, vm.state.observed_generation)
     assert new.condition("scheduled") is vm.condition("scheduled")
     if vm.state.status == "failed":
-        assert new is vm
+        assert changed_fields(vm, new) <= {"ended_at", "conditions"}
     if not vm.holds_resources:
         assert not new.holds_resources, "the scheduler may have reassigned its resources"
 
@@ -490,7 +561,7 @@ def test_restart_resets_the_state_and_increments_restart_count() -> None:
     vm = report(running(pending()), replace(EVERYTHING, status="failed", status_message="exit 1"), LATER)
     again = restart(vm, LATER)
     assert again.state == VMState(
-        restart_count=1, restarted_at=LATER, started_at=BEGAN, conditions=(OFF, RUNS_NOT), status="pending"
+        restart_count=1, restarted_at=LATER, started_at=BEGAN, conditions=(OFF, RUNS_NOT, UNREADY), status="pending"
     )
     assert (again.meta, again.spec) == (vm.meta, vm.spec)
     assert again.tart_name == "orchard-vm-uid-vm-1"
@@ -573,3 +644,159 @@ def test_observed_generation_increases_up_to_the_generation() -> None:
     for seen, observed in ((1, 1), (0, 1), (2, 2), (9, 2), (1, 2)):
         vm = report(vm, VMReport(observed_generation=seen), LATER)
         assert vm.state.observed_generation == observed
+
+
+# ---- ready and the exit code ----------------------------------------------------------------------------------------
+
+
+def ready() -> VM:
+    seen = VMReport(status="running", conditions=(RUNS, READY), startup_exit_code=0, startup_ended_at=BEGAN)
+    return report(assign(pending(), ABLE, BEGAN), seen, BEGAN)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda vm: fail(vm, "why"),
+        lambda vm: request_restart(vm, ABLE),
+        end_for_drain,
+        lambda vm: report(vm, ENDED, LATER),
+        lambda vm: report(vm, VMReport(conditions=(RUNS_NOT,)), LATER),
+        # A report that contradicts itself.
+        lambda vm: report(vm, VMReport(conditions=(RUNS_NOT, READY)), LATER),
+        lambda vm: restart(fail(vm, "why"), LATER),
+        lambda vm: unassign(restart(fail(vm, "why"), LATER), "waiting", LATER),
+        lambda vm: assign(restart(fail(vm, "why"), LATER), ABLE, LATER),
+    ],
+)
+def test_vm_is_not_ready_after_a_stop_a_failure_or_a_restart(action: Callable[[VM], VM]) -> None:
+    assert ready().condition("ready")
+    assert UNREADY in action(ready()).state.conditions
+
+
+def test_ready_is_absent_until_a_worker_has_reported_it_and_where_none_does() -> None:
+    assert {one.type for one in running(pending()).state.conditions} == {"scheduled", "running"}
+    moved = assign(restart(fail(ready(), "why"), LATER), worker(), LATER)
+    assert {one.type for one in moved.state.conditions} == {"scheduled", "running"}
+
+
+def test_exit_code_is_kept_until_the_next_run() -> None:
+    vm = report(ready(), VMReport(conditions=(RUNS,)), LATER)
+    assert (vm.state.startup_exit_code, vm.state.startup_ended_at) == (0, BEGAN)
+    assert vm.to_json()["startupExitCode"] == 0
+    assert "startupExitCode" not in restart(fail(vm, "why"), LATER).to_json()
+
+
+# ---- restart and drain ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", [worker(), None])
+def test_restart_is_refused_by_a_worker_that_does_not_report_the_end(on: Worker | None) -> None:
+    assert '"w"' in refusal_of(lambda: request_restart(running(pending()), on))[1]
+    alone = time_out(pending())
+    assert will_restart(request_restart(alone, None))
+
+
+def test_requested_restart_is_remembered_once() -> None:
+    vm = request_restart(running(pending()), ABLE)
+    assert request_restart(vm, ABLE) is vm
+
+
+@pytest.mark.parametrize("policy", ["Never", "OnFailure"])
+def test_what_is_restarted_after_a_failure(policy: str) -> None:
+    vm = running(pending(restart_policy=policy))
+    assert will_restart(request_restart(vm, ABLE))
+    assert will_restart(end_for_drain(vm)) is (policy == "OnFailure")
+    assert will_restart(fail(vm, "why")) is (policy == "OnFailure")
+    assert not will_restart(vm)
+    assert not will_restart(time_out(pending(restart_policy=policy))), "there is no worker for it"
+    assert not will_restart(fail(set_to(vm, power_state="stopped"), "why"))
+
+
+@pytest.mark.parametrize("state", ["assigned", "running"])
+def test_vm_has_ended_once_its_worker_has_reported_that(state: str) -> None:
+    ending = end_for_drain(STATES[state])
+    assert not has_ended(ending, ABLE)
+    # Sent before the worker knew.
+    for stale in (VMReport(status="pending", conditions=(RUNS_NOT,)), VMReport(status="running", conditions=(RUNS,))):
+        assert report(ending, stale, LATER) is ending
+    ended = report(ending, ENDED, LATER)
+    assert has_ended(ended, ABLE)
+    assert (ended.state.ended_at, RUNS_NOT in ended.state.conditions) == (LATER, True)
+    assert ended.state.status_message == ending.state.status_message
+    assert not has_ended(ended, worker()), "such a worker may report the end too early"
+
+
+# ---- deadlines ------------------------------------------------------------------------------------------------------
+
+
+def limited(default: int = 0, most: int = 0) -> ClusterSettings:
+    return ClusterSettings(default_ttl_seconds=default, max_ttl_seconds=most)
+
+
+def seconds_left(vm: VM) -> float | None:
+    return None if vm.meta.expires_at is None else (vm.meta.expires_at - LATER).total_seconds()
+
+
+@pytest.mark.parametrize(
+    ("asked", "default", "most", "given"),
+    [(0, 0, 0, 0), (0, 60, 0, 60), (0, 0, 90, 90), (0, 60, 90, 60), (5, 60, 90, 5), (90, 60, 90, 90), (99, 60, 0, 99)],
+)
+def test_new_vm_takes_its_time_to_live_or_the_default_or_the_maximum(
+    asked: int, default: int, most: int, given: int
+) -> None:
+    vm = set_deadlines(None, pending(ttl_seconds=asked), limited(default, most), LATER)
+    assert (vm.spec.ttl_seconds, seconds_left(vm)) == (given, given or None)
+
+
+def test_time_to_live_above_the_maximum_is_refused_with_both() -> None:
+    kind, message = refusal_of(lambda: set_deadlines(None, pending(ttl_seconds=91), limited(0, 90), LATER))
+    assert kind is TransitionError
+    assert "ttlSeconds is 91" in message
+    assert "90" in message.partition("91")[2]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("renews", [False, True])
+@pytest.mark.parametrize("ttl", [60, 30, 0])
+def test_time_to_live_counts_from_a_change_and_from_a_renewal(state: str, ttl: int, renews: bool) -> None:
+    old = set_deadlines(
+        None, replace(STATES[state], spec=replace(STATES[state].spec, ttl_seconds=60)), limited(), BEGAN
+    )
+    new = set_deadlines(old, set_to(old, ttl_seconds=ttl), limited(), LATER, renews_ttl=renews)
+    expected = 60 - 300 if ttl == 60 and not renews else ttl or None
+    assert seconds_left(new) == expected
+    assert new.meta.generation == old.meta.generation
+
+
+@pytest.mark.parametrize(("ttl", "renews"), [(60, True), (0, False), (31, False)])
+def test_new_maximum_binds_renewals_and_no_other_change(ttl: int, renews: bool) -> None:
+    old = set_deadlines(None, pending(ttl_seconds=60), limited(), BEGAN)
+    assert set_deadlines(old, set_to(old, priority=3), limited(0, 30), LATER).meta.expires_at == old.meta.expires_at
+    changed = set_to(old, ttl_seconds=ttl)
+    assert refusal_of(lambda: set_deadlines(old, changed, limited(0, 30), LATER, renews_ttl=renews))
+
+
+def test_pending_time_counts_anew_whenever_the_vm_has_no_worker() -> None:
+    vm = set_deadlines(None, pending(pending_timeout_seconds=5), limited(), BEGAN)
+    assert vm.state.waiting_since == BEGAN
+    placed = assign(vm, worker(), BEGAN)
+    assert placed.state.waiting_since is None
+    assert unassign(placed, "waiting", LATER).state.waiting_since == LATER
+    assert restart(fail(placed, "why"), LATER).state.waiting_since == LATER
+    assert time_out(vm).state.waiting_since is None
+
+
+def test_pending_time_that_is_set_later_counts_from_then_and_can_be_removed() -> None:
+    vm = pending()
+    late = set_deadlines(vm, set_to(vm, pending_timeout_seconds=5), limited(), LATER)
+    assert late.state.waiting_since == LATER
+    longer = set_deadlines(late, set_to(late, pending_timeout_seconds=9), limited(), LATER + datetime.timedelta(1))
+    assert longer.state.waiting_since == LATER
+    assert (
+        set_deadlines(longer, set_to(longer, pending_timeout_seconds=0), limited(), LATER).state.waiting_since is None
+    )
+    placed = assigned(vm)
+    assert (
+        set_deadlines(placed, set_to(placed, pending_timeout_seconds=5), limited(), LATER).state.waiting_since is None
+    )
