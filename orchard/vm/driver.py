@@ -11,15 +11,19 @@ it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import trio
 
+from orchard.schema import OS
+
 LEASE_OVER = "ended by its host, which was cut off from the controller for so long that the VM might run elsewhere"
 
 LocalState = Literal["running", "suspended", "stopped"]
+ScriptKind = Literal["startup", "shutdown"]
 # What a worker can fail at, as its heartbeats name it.
 Trouble = Literal["list", "pull", "clone", "start", "stop", "delete", "supervisor", "unknown-vms", "hostDirs"]
 # Called with a percentage from 0 to 100 whenever it has changed.
@@ -44,13 +48,20 @@ class SupervisorLost(DriverError):  # noqa: N818
 
 
 class ScriptFailed(DriverError):  # noqa: N818
-    """The startup script ended with an exit status other than 0. `last_line` is its last non-blank line or ""."""
+    """A script ended with an exit status other than 0. `last_line` is its last non-blank line or "".
 
-    def __init__(self, exit_code: int, last_line: str) -> None:
+    `limit`: the script was killed because it took longer than so many seconds.
+    """
+
+    def __init__(
+        self, exit_code: int, last_line: str, *, kind: ScriptKind = "startup", limit: float | None = None
+    ) -> None:
         self.exit_code = exit_code
         self.last_line = last_line
-        quoted = f": {last_line}" if last_line else ""
-        super().__init__(f"startup script failed with exit code {exit_code}{quoted}")
+        end = f"failed with exit code {exit_code}"
+        if limit is not None:
+            end = f"did not end within {limit:g} seconds and was killed (exit code {exit_code})"
+        super().__init__(f"{kind} script {end}" + (f": {last_line}" if last_line else ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +110,22 @@ class RunOptions:
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A startup script, and how to log in to run it. `bridged`: the VM is on a bridged network (see `Driver.ip`)."""
+    """A script, and the way into the VM to run it.
+
+    `bridged`: the VM is on a bridged network (see `Driver.ip`). `agent`: the VM's guest agent runs the script, in the login
+    shell of the operating system `os`, and not the SSH server. A script that has not ended `seconds` after it could begin
+    is killed.
+    """
 
     text: str = field(repr=False)
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     username: str = "admin"
     password: str = field(default="admin", repr=False)
     bridged: bool = False
+    agent: bool = False
+    os: OS = "darwin"
+    seconds: float = math.inf
+    kind: ScriptKind = "startup"
 
 
 class Driver(Protocol):
@@ -165,8 +185,9 @@ class Driver(Protocol):
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         """Run a script in a running VM, and return when it has ended with exit status 0.
 
-        Awaits `on_line(line)` for each line of output, in order. Raises ScriptFailed for another exit status, another
-        DriverError if the script did not start or its end was not seen, and what `on_line` raises.
+        Awaits `on_line(line)` for each line of output, in order. Raises ScriptFailed for another exit status and for a
+        script that took too long, which is killed with what it started; another DriverError if the script did not start
+        or its end was not seen; and what `on_line` raises.
         """
 
     async def recover(self) -> None:

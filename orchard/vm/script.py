@@ -19,6 +19,10 @@ sends and reads with any shell; the synthetic driver uses it with a local one.
 
 fish and csh cannot take part in this: their place is taken by a `/bin/sh` with their environment, and they run the file.
 
+A script that takes too long is killed in the guest: beside it waits a `/bin/sh` for one more line of standard input, and
+then kills what the script started: its descendants, their process groups, and processes that have the script's
+`ORCHARD_SCRIPT` in their environment.
+
 `run_over_ssh` tries until a guest that still boots answers. Each attempt is a new ssh process in a session of its own,
 killed and reaped before the attempt is over. Sending and reading alternate: the shell prints nothing while it reads the
 subshell, since it needs all of the subshell to run it. Output is read as fast as `on_line` takes it, so a slow consumer
@@ -36,9 +40,10 @@ import secrets
 import shlex
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
@@ -91,6 +96,45 @@ _EVALUATED = frozenset(
     ]
 )
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
+# The exit code of a script that took too long, as `timeout` has it.
+TIMED_OUT = 124
+# For the processes of such a script to be killed, over a connection and on a machine that may be slow.
+_END_SECONDS = 10.0  # seconds
+# $1: the login shell. $2: the process around it, whose end ends the connection. $3: the script's word. Each round finds
+# what the last one has not killed. Nothing that the guest may lack is needed: without ps the process group is killed.
+_KILLER = r"""
+read -r _ || exit 0
+for _ in 1 2 3 4 5 6 7 8; do
+  found=$(ps -A -o pid= -o ppid= -o pgid= -o stat= | awk -v shell="$1" -v outer="$2" -v self=$$ '
+    $4 !~ /^Z/ { parent[$1] = $2; group[$1] = $3 }
+    END {
+      spared[self] = spared[outer] = 1
+      for (p in parent) if (parent[p] == self) spared[p] = 1
+      for (p in parent) if (spared[parent[p]] && parent[p] != outer) spared[p] = 1
+      hit[shell] = shell in parent
+      do {
+        more = 0
+        for (p in parent)
+          if (!spared[p] && !hit[p] && (hit[parent[p]] || hit[group[p]] || group[p] == outer)) more = hit[p] = 1
+      } while (more)
+      for (p in hit) if (hit[p]) print p
+    }')
+  if [ -d /proc/self ]; then
+    found="$found $(grep -ls "ORCHARD_SCRIPT=$3" /proc/[0-9]*/environ | cut -d/ -f3)"
+  else
+    found="$found $(ps -A -E -ww -o pid= -o command= | grep "[O]RCHARD_SCRIPT=$3" | awk '{ print $1 }')"
+  fi
+  case $found in
+  *[0-9]*)
+    # Stopped at first, since a shell prints how its children have ended.
+    kill -STOP $found
+    kill -9 $found || sudo -n kill -9 $found
+    ;;
+  *) command -v ps && exit; break ;;
+  esac
+done
+kill -9 -- "-$2"
+"""
 _IDENTITIES = frozenset(("EGID", "EUID", "GID", "UID", "USERNAME"))
 
 
@@ -129,23 +173,31 @@ def script_text(script: Script, marker: str) -> str:
     # What an editor made of the text.
     text = script.text.removeprefix("\ufeff").replace("\r\n", "\n")
     if "\0" in text:
-        raise DriverError("startup script: the script contains a NUL character")
+        raise DriverError(f"{script.kind} script: the script contains a NUL character")
     if text and not text.endswith("\n"):
         text += "\n"
     exports = "".join(_export(name, value) for name, value in script.env.items())
+    # A word that processes may show in their environment. The marker would let the script print its own end.
+    word = new_marker()
+    # In braces, so that the shell has read all of it before the script begins: what comes then is for _KILLER.
     return f"""\
-_orchard_file=$(command mktemp "${{TMPDIR:-/tmp}}/startup-script.XXXXXX") || exit
+{{
+_orchard_file=$(command mktemp "${{TMPDIR:-/tmp}}/{script.kind}-script.XXXXXX") || exit
 command cat >|"$_orchard_file" <<'{marker}'
 {text}{marker}
 _orchard_shell=${{ORCHARD_SHELL-}}
 unset ORCHARD_SHELL
+exec 3<&0
+/bin/sh -c {shlex.quote(_KILLER)} orchard $$ $PPID {word} <&3 >/dev/null 2>&1 &
 (
+ORCHARD_SCRIPT={word}; export ORCHARD_SCRIPT
 {exports}{_run_line(text)}
-) </dev/null
+) </dev/null 3<&-
 _orchard_status=$?
 command rm -f "$_orchard_file"
 printf '%s %d\\n' {marker} $_orchard_status
 exec true
+}}
 """
 
 
@@ -206,6 +258,8 @@ class Transcript:
     def __init__(self, marker: str) -> None:
         self.began = False
         self.exit_code: int | None = None
+        # Set by `converse`.
+        self.timed_out = False
         self.last_line = ""
         self._begin = marker.encode() + b"\n"
         self._end = re.compile(rb"(.*)%b ([0-9]{1,3})" % re.escape(marker.encode()), re.DOTALL)
@@ -287,45 +341,95 @@ def cut(line: bytes) -> Iterator[bytes]:
     yield line
 
 
-async def converse(
-    process: trio.Process, marker: str, text: str, on_line: OnLine, patience: trio.CancelScope | None = None
-) -> Transcript:
-    """Have the shell behind `process` run `script_text`, and await `on_line(line)` for each line of its output.
+@dataclass(frozen=True, slots=True)
+class WrappedScript:
+    """A script as it is sent. It may take `seconds` from the time when the shell has answered."""
 
-    Returns when the output has ended, or a second after the script has. Closes the shell's standard input. `patience`
-    is the scope of the caller's deadline for the shell to answer: the deadline is lifted before the script is sent.
-    Raises what `on_line` raises.
+    marker: str
+    text: str = field(repr=False)
+    seconds: float
+
+    @classmethod
+    def wrap(cls, script: Script) -> WrappedScript:
+        """Raises DriverError for a script that cannot be sent."""
+        marker = new_marker()
+        return cls(marker, script_text(script, marker), script.seconds)
+
+
+async def converse(
+    process: trio.Process, script: WrappedScript, on_line: OnLine, patience: trio.CancelScope | None = None
+) -> Transcript:
+    """Have the shell behind `process` run a script, and await `on_line(line)` for each line of its output.
+
+    Returns when the output has ended, or a second after the script has. Closes the shell's standard input. A script that
+    takes too long is killed; its exit code is TIMED_OUT. `patience` is the scope of the caller's deadline for the shell to
+    answer: the deadline is lifted before the script is sent. Raises what `on_line` raises.
     """
     assert process.stdin is not None
-    assert process.stdout is not None
-    transcript = Transcript(marker)
-    unsent = text.encode()
+    talk = _Talk(process, script, on_line)
     # A broken pipe means that the shell has ended: the other pipes and its exit status tell why.
     with suppress(trio.BrokenResourceError):
-        await process.stdin.send_all(greeting(marker).encode())
-    # How long to wait for more output, and how much to read, once the script has ended.
-    seconds, size = _REST_SECONDS, OUTPUT_BYTES
-    while size > 0:
-        data, asked = b"", trio.current_time()
-        with trio.move_on_after(seconds if transcript.exit_code is not None else math.inf):
-            data = bytes(await process.stdout.receive_some(READ_BYTES))
-        if not data:
-            break
-        if transcript.exit_code is not None:
-            seconds, size = seconds - (trio.current_time() - asked), size - len(data)
-        lines = transcript.feed(data, trio.current_time())
-        if transcript.began and unsent:
-            if patience is not None:
-                patience.deadline = math.inf
-            with suppress(trio.BrokenResourceError):
-                await process.stdin.send_all(unsent)
-            await process.stdin.aclose()
-            unsent = b""
-        for line in lines:
-            await on_line(line)
-    for line in transcript.rest():
-        await on_line(line)
-    return transcript
+        await process.stdin.send_all(greeting(script.marker).encode())
+    with trio.CancelScope() as limit:
+        await talk.listen(limit, patience)
+    if limit.cancelled_caught:
+        with trio.move_on_after(_END_SECONDS), suppress(trio.BrokenResourceError):
+            await process.stdin.send_all(b"end\n")
+            await talk.listen()
+        talk.transcript.exit_code, talk.transcript.timed_out = TIMED_OUT, True
+    await process.stdin.aclose()
+    return talk.transcript
+
+
+class _Talk:
+    """Sends a script when the shell has answered, and hands on the lines of its output."""
+
+    def __init__(self, process: trio.Process, script: WrappedScript, on_line: OnLine) -> None:
+        self.transcript = Transcript(script.marker)
+        self._process = process
+        self._script = script
+        self._unsent = script.text.encode()
+        self._on_line = on_line
+        self._lines: deque[str] = deque()
+
+    async def listen(self, limit: trio.CancelScope | None = None, patience: trio.CancelScope | None = None) -> None:
+        """Read until the output has ended. May be cancelled and called again. `limit` gets the script's deadline."""
+        assert self._process.stdout is not None
+        transcript = self.transcript
+        # How long to wait for more output, and how much to read, once the script has ended.
+        seconds, size = _REST_SECONDS, OUTPUT_BYTES
+        await self._hand_on()
+        while size > 0:
+            data, asked = b"", trio.current_time()
+            with trio.move_on_after(seconds if transcript.exit_code is not None else math.inf):
+                data = bytes(await self._process.stdout.receive_some(READ_BYTES))
+            if not data:
+                break
+            if transcript.exit_code is not None:
+                seconds, size = seconds - (trio.current_time() - asked), size - len(data)
+            self._lines += transcript.feed(data, trio.current_time())
+            if limit is not None and transcript.exit_code is not None:
+                limit.deadline = math.inf
+            if transcript.began and self._unsent:
+                if patience is not None:
+                    patience.deadline = math.inf
+                if limit is not None:
+                    limit.deadline = trio.current_time() + self._script.seconds
+                await self._send()
+            await self._hand_on()
+        self._lines += transcript.rest()
+        await self._hand_on()
+
+    async def _send(self) -> None:
+        assert self._process.stdin is not None
+        text, self._unsent = self._unsent, b""
+        with suppress(trio.BrokenResourceError):
+            await self._process.stdin.send_all(text)
+
+    async def _hand_on(self) -> None:
+        while self._lines:
+            await self._on_line(self._lines[0])
+            self._lines.popleft()
 
 
 # ---- ssh -----------------------------------------------------------------------------------------------------------
@@ -366,12 +470,11 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
     `server.password_seconds`. Raises ScriptFailed for another exit status, another DriverError when the script did not
     begin or the connection was lost, and what `on_line` raises.
     """
-    marker = new_marker()
-    text = script_text(script, marker)
+    wrapped = WrappedScript.wrap(script)
     address = f"{server.host}:{server.port}"
     if re.search(r"[\0\r\n]", script.username + script.password):
         raise DriverError(
-            f"cannot run the startup script on {address}: username or password contains a line break or NUL,"
+            f"cannot run the {script.kind} script on {address}: username or password contains a line break or NUL,"
             " expected one line of text"
         )
     complaint = "no answer"
@@ -383,26 +486,25 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
         environ = _environ(Path(directory), script.password)
         command = [
             *ssh_command(program, server.host, server.port, script.username),
-            f"exec /bin/sh -c '{login_command(marker)}'",
+            f"exec /bin/sh -c '{login_command(wrapped.marker)}'",
         ]
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
             process = await _start_ssh(command, environ)
-            transcript, complaint = await _attempt(process, marker, text, on_line, patience)
-            if transcript.exit_code:
-                raise ScriptFailed(transcript.exit_code, transcript.last_line)
-            if transcript.exit_code == 0:
+            transcript, complaint = await attempt(process, wrapped, on_line, patience)
+            if transcript.exit_code is not None:
+                check_end(script, transcript)
                 return
             if transcript.began:
-                raise DriverError(f"lost {script.username}@{address} while the startup script ran: {complaint}")
+                raise DriverError(f"lost {script.username}@{address} while the {script.kind} script ran: {complaint}")
             if "Permission denied" in complaint:
                 refused_at = min(refused_at, trio.current_time())
                 if trio.current_time() - refused_at >= server.password_seconds:
                     raise DriverError(
-                        f"cannot run the startup script: {script.username}@{address} refuses the password: {complaint}"
+                        f"cannot run the {script.kind} script: {script.username}@{address} refuses the password: {complaint}"
                     )
             await trio.sleep(pause)
     raise DriverError(
-        f"cannot run the startup script: no SSH at {script.username}@{address}"
+        f"cannot run the {script.kind} script: no SSH at {script.username}@{address}"
         f" within {server.connect_seconds:g} seconds: {complaint}"
     )
 
@@ -415,16 +517,27 @@ async def _start_ssh(command: list[str], environ: Mapping[str, str]) -> trio.Pro
         )
 
 
-async def _attempt(
-    process: trio.Process, marker: str, text: str, on_line: OnLine, patience: trio.CancelScope
+def check_end(script: Script, transcript: Transcript) -> None:
+    """Raise ScriptFailed unless the script has ended with exit status 0."""
+    if transcript.exit_code:
+        raise ScriptFailed(
+            transcript.exit_code,
+            transcript.last_line,
+            kind=script.kind,
+            limit=script.seconds if transcript.timed_out else None,
+        )
+
+
+async def attempt(
+    process: trio.Process, script: WrappedScript, on_line: OnLine, patience: trio.CancelScope
 ) -> tuple[Transcript, str]:
-    """Let an ssh process try, and reap it. Return the transcript and what ssh says about itself."""
+    """Let a process that leads to a shell in the guest try, and reap it. Return the transcript and its complaint."""
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
     async with process.stdin, process.stdout, process.stderr:
         try:
-            transcript = await converse(process, marker, text, on_line, patience)
+            transcript = await converse(process, script, on_line, patience)
             said = b""
             if transcript.exit_code is None:
                 # Time for ssh to say why it ends, and to end.

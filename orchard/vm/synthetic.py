@@ -53,11 +53,10 @@ from orchard.vm.driver import (
     Progress,
     RunOptions,
     Script,
-    ScriptFailed,
     operand,
 )
 from orchard.vm.processes import KILL_SECONDS, kill, reporting, signal_group
-from orchard.vm.script import converse, login_command, new_marker, script_text
+from orchard.vm.script import WrappedScript, check_end, converse, login_command
 
 VM_ADDRESS = "127.0.0.1"
 _SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")
@@ -280,9 +279,8 @@ class SyntheticDriver(Driver):
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         guest = self._running(name)
-        marker = new_marker()
-        text = script_text(script, marker)
-        shell = await _start_shell(self._directory(name), script.username, marker)
+        wrapped = WrappedScript.wrap(script)
+        shell = await _start_shell(self._directory(name), script.username, wrapped.marker)
         if guest.ending.is_set():
             # The VM ended while the shell was started, so `_end` did not see it.
             await kill(shell)
@@ -292,11 +290,10 @@ class SyntheticDriver(Driver):
         assert shell.stdin is not None
         assert shell.stdout is not None
         async with shell.stdin, shell.stdout:
-            transcript = await converse(shell, marker, text, on_line)
+            transcript = await converse(shell, wrapped, on_line)
         if transcript.exit_code is None:
-            raise DriverError("the VM ended while its startup script ran")
-        if transcript.exit_code != 0:
-            raise ScriptFailed(transcript.exit_code, transcript.last_line)
+            raise DriverError(f"the VM ended while its {script.kind} script ran")
+        check_end(script, transcript)
 
     async def recover(self) -> None:
         # What a killed worker was making or deleting. Processes that a script left are found by `run` and `delete`.

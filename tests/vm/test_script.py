@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from harness.processes import GENEROUS, eventually
+from harness.processes import GENEROUS, at_last, eventually
 from harness.strategies import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -672,3 +672,96 @@ async def test_completed_script_leaves_no_file(port: int, tmp_path: Path, monkey
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     await run(port, "echo")
     assert os.listdir(tmp_path) == []  # noqa: PTH208
+
+
+# ---- scripts that take too long --------------------------------------------------------------------------------------
+
+DEFIANT = {
+    "hangs": "echo begun; sleep 1000; echo never",
+    "ignores signals": "trap '' TERM INT HUP; echo begun; while :; do sleep 1000; done",
+    "forks": "sleep 1001 & (setsid sleep 1002 &); nohup setsid sleep 1003 >/dev/null 2>&1 & echo begun; sleep 1004",
+    "replaces itself": "echo begun; exec sleep 1000",
+    "stops its shell": "echo begun; kill -STOP $$; sleep 1000",
+    "prints without end": "echo begun; yes $(printf %01000d 1)",
+    "is a program": f"#!{sys.executable}\nimport time\nprint('begun', flush=True)\ntime.sleep(1000)",
+}
+
+
+def processes_of_script(word: str) -> list[int]:
+    """Return the numbers of the processes that have a word in their environment or their arguments, but no ssh."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            said = (path / "environ").read_bytes() + (path / "cmdline").read_bytes()
+            if word.encode() in said and b"NumberOfPasswordPrompts" not in said:
+                found.append(int(path.name))
+    return found
+
+
+@pytest.mark.needs("ssh")
+@pytest.mark.parametrize("name", DEFIANT)
+async def test_script_that_takes_too_long_is_killed_with_what_it_started(
+    name: str, port: int, nursery: trio.Nursery, clock: Clock
+) -> None:
+    lines: list[str] = []
+    word = f"too-long-{os.getpid()}-{name.replace(' ', '-')}"
+
+    async def on_line(line: str) -> None:
+        if not lines:
+            clock.jump(60.0)
+        lines[:] = [*lines[:10], line]
+
+    script = Script(DEFIANT[name], {"WORD": word}, seconds=60.0)
+    with pytest.raises(ScriptFailed) as failed:
+        await run_over_ssh(SSHServer("127.0.0.1", port), script, on_line)
+    assert (failed.value.exit_code, lines[0]) == (ssh_script.TIMED_OUT, "begun")
+    await eventually(lambda: processes_of_script(word) == [])
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_each_login_shell_is_killed_with_its_script(shell: str, tmp_path: Path) -> None:
+    path = shutil.which(shell) or ""
+    word = f"killed-{os.getpid()}-{shell}"
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", login_command(MARKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "SHELL": path, "HOME": str(tmp_path), "WORD": word}, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process:
+        text = script_text(Script("sleep 1000 & echo begun; sleep 1000"), MARKER)
+        process.stdin.write((greeting(MARKER) + text).encode())
+        process.stdin.flush()
+        while process.stdout.readline() != b"begun\n":
+            pass
+        process.stdin.write(b"end\n")
+        process.stdin.flush()
+        # The shell around the login shell tells how that one has ended.
+        assert process.stdout.read() == f"{MARKER} 137\n".encode()
+    at_last(lambda: processes_of_script(word) == [])
+
+
+@pytest.mark.needs("ssh")
+async def test_time_limit_begins_when_the_guest_has_answered(port: int, nursery: trio.Nursery, clock: Clock) -> None:
+    front = Front(None, port)
+    await nursery.start(front.serve)
+
+    async def boot_slowly() -> None:
+        await eventually(lambda: front.count == 1)
+        clock.jump(ssh_script.CONNECT_SECONDS / 2)
+
+    nursery.start_soon(boot_slowly)
+    lines: list[str] = []
+
+    async def on_line(line: str) -> None:
+        lines.append(line)
+
+    script = Script("echo in time", seconds=ssh_script.CONNECT_SECONDS / 4)
+    await run_over_ssh(SSHServer("127.0.0.1", front.port), script, on_line)
+    assert lines == ["in time"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_exit_code_124_of_a_script_is_its_own(port: int) -> None:
+    with pytest.raises(ScriptFailed, match="failed with exit code 124: x"):
+        await run(port, "echo x; exit 124")
