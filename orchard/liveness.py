@@ -18,6 +18,9 @@ worker count as running until its promise is over.
 
 An assignment that no poll has shown to its worker cannot run there. `unnamed` has those of this process.
 
+A VM that its worker has to end holds a lease for as long as the worker does not know. At the second poll since, the
+worker has seen the answer to the first, and renews the lease no more.
+
 `last_seen`, the time in the API, comes from the worker's own clock. A later value than before marks a heartbeat.
 
 Everything here is in memory only, so that thousands of heartbeats cost the disk nothing. The owner stores the promises.
@@ -94,6 +97,10 @@ class Liveness:
         }
         # Worker -> names of VMs that were assigned to it since its last poll -> their uids.
         self.unnamed: dict[str, dict[str, str]] = {}
+        # Worker -> uids of VMs that it has to end -> its polls since.
+        self._untold: dict[str, dict[str, int]] = {}
+        # Uid of a VM that its worker has to end -> when the worker was known to know.
+        self._told_at: dict[str, float] = {}
 
     # -- what workers do
 
@@ -180,10 +187,20 @@ class Liveness:
         if self._sources.get(worker) != source:
             return
         self._record(worker)
+        if worker in self._untold:
+            self._count_poll(worker)
         session = self._sessions.get(worker)
         if session is not None and session.watches and not session.tells_settled and not session.has_settled:
             session.has_settled = True
             self._on_change(worker)
+
+    def _count_poll(self, worker: str) -> None:
+        untold = self._untold.pop(worker)
+        for uid, polls in untold.items():
+            if polls:
+                self._told_at[uid] = self._clock()
+            else:
+                self._untold.setdefault(worker, {})[uid] = 1
 
     def record_replacement(self, worker: str) -> None:
         """Record that another instance takes a worker's name: the earlier one may run its VMs as long as promised."""
@@ -196,12 +213,23 @@ class Liveness:
             table.pop(worker, None)
         self._sessions.pop(worker, None)
         self.unnamed.pop(worker, None)
+        self._untold.pop(worker, None)
 
     # -- what the controller does
 
     def record_assignment(self, worker: str, vm_name: str, vm_uid: str) -> None:
         """Record that a VM was assigned to a worker, which does not know it yet."""
         self.unnamed.setdefault(worker, {})[vm_name] = vm_uid
+
+    def record_end_request(self, worker: str, vm_uid: str) -> None:
+        """Record that a worker has to end a VM."""
+        self._untold.setdefault(worker, {})[vm_uid] = 0
+
+    def forget_end_request(self, worker: str, vm_uid: str) -> None:
+        """Forget a VM that its worker had to end, and that was restarted or deleted."""
+        self._told_at.pop(vm_uid, None)
+        if (untold := self._untold.get(worker)) is not None and untold.pop(vm_uid, None) is not None and not untold:
+            del self._untold[worker]
 
     def extend_for_stall(self, seconds: float) -> None:
         """Move the last contacts forward after this process was stalled for `seconds`.
@@ -230,6 +258,14 @@ class Liveness:
         """Return the time at which the VMs of a worker fail if it makes no further contact."""
         seconds = self._promises.get(worker, self._offline_timeout)
         at = self.last_contact.get(worker, self.started_at) + seconds
+        return max(at, self.promise_over_at.get(worker, at))
+
+    def ended_at_latest(self, worker: str, vm_uid: str) -> float:
+        """Return the time at which a VM cannot run any more that its worker has to end, if nothing further happens."""
+        told_at = self._told_at.get(vm_uid)
+        if told_at is None:
+            return self.silent_at(worker)
+        at = told_at + self._promises.get(worker, self._offline_timeout)
         return max(at, self.promise_over_at.get(worker, at))
 
     def deleted_until(self, worker: str) -> float:

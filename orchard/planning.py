@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from orchard.early_failures import EarlyFailures
 from orchard.schema import VM, VMSpec, Worker
+from orchard.transitions import has_ended
 
 # Between two restarts of a VM, so that one that fails at once does not keep its worker busy.
 RESTART_PAUSE_SECONDS = 15.0
@@ -26,6 +27,8 @@ class WorkerTimes(Protocol):
         """Worker -> names of VMs that were assigned to it since its last poll -> their uids."""
 
     def silent_at(self, worker: str) -> float: ...
+
+    def ended_at_latest(self, worker: str, vm_uid: str) -> float: ...
 
     def deleted_until(self, worker: str) -> float: ...
 
@@ -58,16 +61,26 @@ class PlannerInputs:
     # Why nothing is placed at all, or "".
     why_frozen: Callable[[], str] = str
 
-    def restart_at(self, vm: VM, *, worker_is_registered: bool) -> float:
-        """Return the earliest time at which a failed VM can neither run any more nor restart too often."""
-        worker = vm.state.worker
+    def restart_at(self, vm: VM, worker: Worker | None) -> float:
+        """Return the earliest time at which a failed VM can neither run any more nor restart too often.
+
+        `worker` is the VM's; None: it is not registered.
+        """
+        name, request = vm.state.worker, vm.state.end_request
+        if request and has_ended(vm, worker):
+            return -math.inf
         # The last time at which a worker that may still run the VM holds a lease.
-        over_at = self.workers.deleted_until(worker)
-        if not worker_is_registered:
-            over_at = max(over_at, self.workers.silent_at(worker))
+        over_at = self.workers.deleted_until(name)
+        if worker is None:
+            over_at = max(over_at, self.workers.silent_at(name))
         if vm.uid in self.failed_before_start:
             over_at = max(over_at, self.forgotten_until)
-        return max(over_at, self.restarted_at.get(vm.uid, -math.inf) + RESTART_PAUSE_SECONDS)
+        if not request:
+            return max(over_at, self.restarted_at.get(vm.uid, -math.inf) + RESTART_PAUSE_SECONDS)
+        # Such a VM runs without a lease, so only its worker knows when it has ended.
+        if vm.spec.restart_policy == "Never":
+            return math.inf
+        return max(over_at, self.workers.ended_at_latest(name, vm.uid))
 
     def demand_of_vm(self, vm: VM) -> Demand:
         """Return what a VM asks of its worker, with what its own history excludes."""

@@ -11,7 +11,7 @@ A plan has four steps, in this order:
 2. Failed VMs with the restart policy OnFailure return to pending, each at most once per RESTART_PAUSE_SECONDS. A VM
    whose worker was deleted may still run there for as long as it could on an offline worker, so its restart waits that
    long. So does the restart of a VM that had failed before the controller started, because its worker may have been
-   deleted then.
+   deleted then. A VM that its worker has to end, for a restart or a drain, returns once the worker has reported its end.
 3. Pending VMs, oldest first, are assigned to the fullest (or emptiest, by profile) worker that fits. Workers on which
    VMs fail before they run come last (early_failures.py). A VM that fits nowhere does not hold up the next one.
 4. VMs that stay pending get the reason.
@@ -40,6 +40,7 @@ from typing import Literal
 
 from orchard.planning import Demand, Load, Plan, PlannerInputs, WorkerTimes, demand_of, fits
 from orchard.schema import VM, SchedulerProfile, VMSpec, Worker
+from orchard.transitions import will_restart
 
 # Between two searches for a waiting reason, because each search examines all workers.
 REASON_SECONDS = 1.0
@@ -172,8 +173,7 @@ class _Restarts:
 
     def put(self, vm: VM) -> None:
         """Add a failed VM if it is to be restarted."""
-        # A VM that was to be stopped or suspended has no work left, and its disk is on the worker that it failed on.
-        if vm.spec.restart_policy == "OnFailure" and vm.spec.power_state == "running":
+        if will_restart(vm):
             self._vms[vm.name] = vm
             heapq.heappush(self._heap, (-math.inf, vm.name))
 
@@ -192,7 +192,7 @@ class _Restarts:
             vm = self._vms.get(name)
             if vm is None:
                 continue
-            at = self._inputs.restart_at(vm, worker_is_registered=vm.state.worker in self._workers)
+            at = self._inputs.restart_at(vm, self._workers.get(vm.state.worker))
             if at > now:
                 heapq.heappush(self._heap, (at, name))
             else:
@@ -600,7 +600,8 @@ class Planner:
 
     def _relevant(self, vm: VM) -> tuple[object, ...]:
         """Return all that plans depend on. A VM that keeps it has not changed for the planner."""
-        return _role(vm), vm.state.worker, vm.holds_resources, self._inputs.demand_of_vm(vm), _age(vm)
+        ending = (vm.state.end_request, vm.state.ended_at)
+        return _role(vm), vm.state.worker, ending, vm.holds_resources, self._inputs.demand_of_vm(vm), _age(vm)
 
     def _fail_vms_of(self, worker: str, now: float, plan: Plan) -> None:
         if worker in self._workers and self._inputs.workers.silent_at(worker) > now:

@@ -176,6 +176,8 @@ class SchedulingLoop:
 
     def _update_planner(self, changes: list[Change]) -> None:
         for change in changes:
+            if isinstance(change.old, VM):
+                self._follow_end_request(change.old, change.new if isinstance(change.new, VM) else None)
             if isinstance(change.new, VM):
                 self.planner.put_vm(change.new)
                 if not self._is_applying and isinstance(change.old, VM):
@@ -192,10 +194,18 @@ class SchedulingLoop:
                 self.planner.drop_worker(change.name)
         self._wakeup.set()
 
+    def _follow_end_request(self, old: VM, new: VM | None) -> None:
+        """Have the liveness follow which VMs their workers have to end."""
+        before, now = old.state.end_request, "" if new is None else new.state.end_request
+        if before and not now:
+            self.liveness.forget_end_request(old.state.worker, old.uid)
+        elif now and not before:
+            self.liveness.record_end_request(old.state.worker, old.uid)
+
     def _follow_report(self, old: VM, new: VM) -> None:
         """Record whether a worker has reported a VM as running, or as failed before it ran."""
         worker, before, now = new.state.worker, old.state.status, new.state.status
-        if not worker or before == now or (before, now) == ("running", "failed"):
+        if not worker or before == now or (before, now) == ("running", "failed") or new.state.end_request:
             return
         if now == "failed":
             self._failures.record_failure(new, trio.current_time(), self._clock())

@@ -146,3 +146,42 @@ def test_deleted_worker_is_forgotten_and_has_to_register_again() -> None:
     assert (clocked.liveness.last_contact, clocked.returns) == ({"another": 1000}, [])
     assert clocked.liveness.record_heartbeat("w", HERE, SEEN - SECOND), "a new worker may have an earlier clock"
     assert clocked.returns == [1000]
+
+
+def test_vm_that_a_worker_has_to_end_ends_a_timeout_after_its_second_poll() -> None:
+    clocked = Clocked("w")
+    liveness = clocked.liveness
+    liveness.record_worker("w", HERE)
+    liveness.record_end_request("w", "u")
+    for _ in range(3):
+        clocked.now += 20
+        liveness.record_worker("w", HERE)
+        assert liveness.ended_at_latest("w", "u") == clocked.now + TIMEOUT, "a heartbeat may renew its lease"
+    liveness.record_poll("w", ELSEWHERE)
+    liveness.record_poll("w", HERE)
+    liveness.record_poll("w", ELSEWHERE)
+    clocked.now += 20
+    liveness.record_worker("w", HERE)
+    assert liveness.ended_at_latest("w", "u") == clocked.now + TIMEOUT, "the answer may be under way"
+    liveness.record_poll("w", HERE)
+    told = clocked.now
+    clocked.now += 20
+    liveness.record_poll("w", HERE)
+    assert liveness.ended_at_latest("w", "u") == told + TIMEOUT
+    liveness.forget_end_request("w", "u")
+    assert liveness.ended_at_latest("w", "u") == clocked.now + TIMEOUT
+
+
+def test_forgotten_end_request_of_several_leaves_the_others() -> None:
+    clocked = Clocked("w")
+    clocked.liveness.record_worker("w", HERE)
+    for uid in "ab":
+        clocked.liveness.record_end_request("w", uid)
+    clocked.liveness.forget_end_request("w", "a")
+    for _ in range(2):
+        clocked.liveness.record_poll("w", HERE)
+    clocked.now += 1
+    clocked.liveness.record_worker("w", HERE)
+    assert clocked.liveness.ended_at_latest("w", "b") == clocked.now - 1 + TIMEOUT
+    clocked.liveness.forget_end_request("w", "b")
+    clocked.liveness.forget_end_request("w", "b")

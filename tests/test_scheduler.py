@@ -47,10 +47,22 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import orchard
+from orchard.cluster import VM_RESTART
 from orchard.planning import RESTART_PAUSE_SECONDS, Plan
 from orchard.scheduler import REASON_SECONDS, Planner
 from orchard.schema import TART_VMS, VM, Condition, VMReport, Worker
-from orchard.transitions import assign, change, create, explain, fail, report, restart, unassign
+from orchard.transitions import (
+    assign,
+    change,
+    create,
+    end_for_drain,
+    explain,
+    fail,
+    report,
+    request_restart,
+    restart,
+    unassign,
+)
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 
@@ -881,12 +893,51 @@ def test_vm_restarts_at_most_once_in_15_seconds() -> None:
         ("Never", failed, False),
         ("OnFailure", running, False),
         ("OnFailure", lambda vm: fail(resting(vm), "gone"), False),
-        ("OnFailure", lambda vm: fail(vm, "never had a worker"), True),
+        ("OnFailure", lambda vm: fail(vm, "never had a worker"), False),
+        ("Never", lambda vm: request_restart(fail(vm, "never had a worker"), None), True),
     ],
 )
 def test_restart_policy_and_power_state_decide_on_restarts(policy: str, vm: Callable[[VM], VM], restarts: bool) -> None:
     decided = plan(snapshot_of([vm(pending(restart_policy=policy))], [worker()]), NOW)
     assert decided.restart == (["vm"] if restarts else [])
+
+
+ABLE = worker(capabilities=(VM_RESTART,))
+END_REPORT = VMReport(status="failed", conditions=(Condition("running", "false"),))
+
+
+def restart_of(vm: VM, on: Worker, last_contact: float = ONLINE) -> float:
+    """Return at which time after NOW a VM is restarted; infinity: it has to be waited for."""
+    snapshot = replace(snapshot_of([vm], [on]), last_contact={on.name: last_contact})
+    decided = plan(snapshot, NOW)
+    return 0.0 if decided.restart else decided.next_at - NOW
+
+
+@pytest.mark.parametrize("end", [lambda vm: request_restart(vm, ABLE), end_for_drain])
+def test_ended_vm_restarts_at_once_and_not_within_the_lease_before_its_end_is_reported(end: Callable[[VM], VM]) -> None:
+    ending = end(running(pending(restart_policy="OnFailure")))
+    assert restart_of(ending, ABLE) == ONLINE + OFFLINE_TIMEOUT - NOW
+    assert restart_of(report(ending, END_REPORT, BEGAN), ABLE) == 0
+    assert restart_of(ending, ABLE, OFFLINE) == 0, "its lease is over"
+
+
+def test_vm_without_lease_restarts_only_when_its_end_is_reported() -> None:
+    ending = request_restart(running(pending(restart_policy="Never")), ABLE)
+    assert restart_of(ending, ABLE, OFFLINE) == math.inf
+    assert restart_of(report(ending, END_REPORT, BEGAN), ABLE) == 0
+
+
+def test_end_that_an_unable_worker_reports_is_not_trusted() -> None:
+    ended = report(end_for_drain(running(pending(restart_policy="OnFailure"))), END_REPORT, BEGAN)
+    assert restart_of(ended, worker()) == ONLINE + OFFLINE_TIMEOUT - NOW
+
+
+def test_requested_restart_does_not_wait_for_the_pause() -> None:
+    vm = report(request_restart(running(pending()), ABLE), END_REPORT, BEGAN)
+    snapshot = replace(
+        snapshot_of([vm], [ABLE]), restarted_at={vm.uid: NOW - 1}, failed_before_start=frozenset({vm.uid})
+    )
+    assert plan(snapshot, NOW).restart == ["vm"]
 
 
 def test_vm_failed_before_the_start_restarts_after_the_offline_timeout() -> None:

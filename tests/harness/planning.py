@@ -36,6 +36,9 @@ class Snapshot:
     def silent_at(self, worker: str) -> float:
         return self.last_contact.get(worker, -math.inf) + self.offline_timeout
 
+    def ended_at_latest(self, worker: str, vm_uid: str) -> float:
+        return self.silent_at(worker)
+
     def deleted_until(self, worker: str) -> float:
         return self.last_contact_of_deleted.get(worker, -math.inf) + self.offline_timeout
 
