@@ -1,7 +1,7 @@
 """What the controller knows of the cluster as a whole, and of a worker's host; their JSON.
 
-`ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health`, `WorkerDisk`,
-`Versions` and `CachedImage` are reported by workers with their heartbeats and kept in memory.
+`ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health`,
+`WorkerDisk`, `Versions`, `CachedImage` and `ImagePull` are reported by workers with their heartbeats and kept in memory.
 """
 
 from __future__ import annotations
@@ -25,6 +25,13 @@ CANCEL_REQUEST = "cancel-request"
 # The capability of a worker that ends a VM which the controller has marked as failed and reports its end, and of one
 # that reports the condition `ready`. Those of a controller that knows of this.
 VM_RESTART, VM_READY = "vm-restart", "vm-ready"
+
+# The capability of a worker that reports images and pulls those of `prepull`, and of a controller that shows them.
+IMAGE_INVENTORY = "image-inventory"
+# Of one worker. A report is cut to these, too.
+MAX_IMAGES = 200
+MAX_IMAGE_NAME = 512  # characters
+_MAX_DIGEST, _MAX_VERSION = 256, 128  # characters
 
 WorkerState = Literal["offline", "drained", "draining", "paused", "online"]
 
@@ -61,6 +68,22 @@ class CachedImage:
     digest: str = attr("digest", "Digest of the image", zero="")
     size_bytes: int = attr("sizeBytes", "Bytes on the disk", zero=0)
     last_used: datetime.datetime | None = attr("lastUsed", "When a VM was last made from it", zero=None)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names under which VMs may ask for it: as it is, by digest, and without ":latest"."""
+        tagged = self.name.partition("@")[0]
+        repository, colon, tag = tagged.rpartition(":")
+        # A colon before a slash belongs to the port of a registry.
+        if not colon or "/" in tag:
+            repository, tag = tagged, ""
+        by_digest = (f"{repository}@{self.digest}",) if self.digest else ()
+        return tuple(dict.fromkeys((self.name, *by_digest, *((repository,) if tag == "latest" else ()))))
+
+
+@dataclass(frozen=True, slots=True)
+class ImagePull:
+    image: str = attr("image", "Image that is being pulled in advance", zero="")
+    percent: int = attr("percent", "How much of it is on the disk, from 0 to 100", zero=0, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +122,32 @@ def bounded(health: Health) -> Health:
         for problem in health.problems[:MAX_PROBLEMS]
     )
     return Health(ok=not problems, problems=problems)
+
+
+def bounded_images(images: Iterable[CachedImage]) -> tuple[CachedImage, ...]:
+    """Return at most MAX_IMAGES reported images, those that were used last, without any whose texts are too long.
+
+    They are in the order of their names, so that equal caches are equal reports.
+    """
+    fitting = [
+        image
+        for image in images
+        if image.name.isascii() and image.name.isprintable() and 0 < len(image.name) <= MAX_IMAGE_NAME
+        if image.digest.isascii() and image.digest.isprintable() and len(image.digest) <= _MAX_DIGEST
+    ]
+    never = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+    fitting.sort(key=lambda image: image.last_used or never, reverse=True)
+    return tuple(sorted(fitting[:MAX_IMAGES], key=lambda image: image.name))
+
+
+def bounded_versions(versions: Versions) -> Versions:
+    """Return reported versions, each on one short line."""
+    return Versions(*(_one_line(text, _MAX_VERSION) for text in (versions.orchard, versions.tart, versions.os)))
+
+
+def bounded_pull(pull: ImagePull) -> ImagePull:
+    """Return a reported pull with a short name and a percentage."""
+    return ImagePull(_one_line(pull.image, MAX_IMAGE_NAME), min(pull.percent, 100))
 
 
 def merge(*parts: Iterable[HealthProblem]) -> Health:

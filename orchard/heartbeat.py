@@ -1,5 +1,5 @@
-"""A worker's heartbeats: `last_seen`, the leases that they renew, the health that they carry, and pauses and log lines
-between attempts to connect.
+"""A worker's heartbeats: `last_seen`, the leases that they renew, the health and the facts of the host that they carry,
+and pauses and log lines between attempts to connect.
 
 Each heartbeat that the controller answers renews leases: the driver is told until when those VMs may run that the
 controller would start elsewhere after this worker goes offline. That time is counted from the sending of the heartbeat
@@ -7,6 +7,10 @@ and is shorter than the controller's offline timeout, which begins at its receip
 is started elsewhere, whatever fails in between. Only the VMs that the controller wants here have their leases renewed.
 
 The driver enforces the leases.
+
+The facts of the host are collected by tasks of their own (`HostReport.run`), since no heartbeat may wait for a program.
+Images are sent when they have changed, and again in each session, at a time that differs from worker to worker: a
+restarted controller would otherwise get the images of a thousand workers at once.
 """
 
 from __future__ import annotations
@@ -14,17 +18,33 @@ from __future__ import annotations
 import datetime
 import logging
 import math
-from collections.abc import Callable, Collection
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import trio
 
+from orchard import __version__
 from orchard.client import Client, ClientError, ConnectError, ResponseError
-from orchard.cluster import Health, HealthProblem, bounded
+from orchard.cluster import (
+    IMAGE_INVENTORY,
+    CachedImage,
+    Health,
+    HealthProblem,
+    Versions,
+    WorkerDisk,
+    bounded,
+    bounded_images,
+    bounded_versions,
+)
 from orchard.codec import encode
 from orchard.net.tls import NotTrustedError
 from orchard.nursery import Wakeup
+from orchard.schema import Worker
 from orchard.vm.driver import Driver, DriverError, Trouble
+from orchard.vm.host import os_version
+from orchard.vm.images import LIST_SECONDS, ImageCache
 
 # The longest time between two heartbeats. It is shorter if the controller's offline timeout is shorter than usual.
 _HEARTBEAT_SECONDS = 15.0
@@ -44,6 +64,10 @@ _JITTER = 0.5
 _LAST_PERMANENT_PAUSE = 20.0  # seconds
 # Between two log lines about the same failure.
 _LOG_SECONDS = 60.0
+# Between two looks at the disk and at the version of the hypervisor command.
+_HOST_SECONDS = 15.0
+# The images are sent again within this time after the beginning of a session.
+_SPREAD_SECONDS = 60.0
 # These may not be tried again, so a failure of them is forgotten after a while.
 _PASSING: frozenset[Trouble] = frozenset({"pull", "clone", "start", "supervisor", "hostDirs"})
 _PASSING_SECONDS = 600.0
@@ -173,25 +197,89 @@ class HealthLog:
         return bounded(Health(problems=tuple(problems)))
 
 
+class HostReport:
+    """The facts of the host as heartbeats carry them. `images` is the host's cache."""
+
+    def __init__(self, worker: str, driver: Driver, images: ImageCache) -> None:
+        self._driver = driver
+        self._images = images
+        self._spread = _SPREAD_SECONDS * zlib.crc32(worker.encode()) / 2**32
+        self._disk: WorkerDisk | None = None
+        self._versions = bounded_versions(Versions(__version__, "", os_version()))
+        # The images that the controller has acknowledged, when they were sent, and when it may have forgotten them.
+        self._sent: tuple[CachedImage, ...] | None = None
+        self._sent_at = -math.inf
+        self._send_again_at = math.inf
+
+    async def run(self) -> None:
+        """Collect the facts until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._images.run)
+            while True:
+                with suppress(DriverError):
+                    self._disk = await self._driver.disk()
+                    self._versions = bounded_versions(replace(self._versions, tart=await self._driver.version()))
+                await trio.sleep(_HOST_SECONDS)
+
+    def begin_session(self) -> None:
+        """Send the images again, since it is unknown whether the controller was restarted."""
+        self._send_again_at = trio.current_time() + self._spread
+
+    def add_to(self, heartbeat: Worker) -> Worker:
+        """Return a heartbeat with the facts of the host, and with the images if they are due."""
+        images = None if self._images.images is None else bounded_images(self._images.images)
+        return replace(
+            heartbeat,
+            disk=self._disk,
+            versions=self._versions,
+            pulling=self._images.pull,
+            images=images if images is not None and self._is_due(images) else None,
+        )
+
+    def _is_due(self, images: tuple[CachedImage, ...]) -> bool:
+        now = trio.current_time()
+        if images == self._sent or now < self._sent_at + LIST_SECONDS:
+            # When a VM was last made from an image is not worth a report of its own.
+            return now >= self._send_again_at or _contents(images) != _contents(self._sent)
+        return True
+
+    def note_sent(self, images: tuple[CachedImage, ...]) -> None:
+        """Note that the controller has acknowledged these images."""
+        self._sent, self._sent_at, self._send_again_at = images, trio.current_time(), math.inf
+
+
+def _contents(images: Sequence[CachedImage] | None) -> list[CachedImage] | None:
+    return None if images is None else [replace(image, last_used=None) for image in images]
+
+
 class Heartbeats:
-    """Sends the heartbeats of one worker. `health` is what they carry.
+    """Sends the heartbeats of one worker. `health` and `images` are what they carry.
 
     Call `settle` once the session is whole: only then the controller assigns VMs to this worker.
     """
 
-    def __init__(self, worker: str, client: Client, lease: Lease, clock: Callable[[], float]) -> None:
+    def __init__(self, worker: str, client: Client, driver: Driver, lease: Lease, clock: Callable[[], float]) -> None:
         """`clock` returns seconds since 1970."""
         self.last_seen = LastSeenClock(clock)
         self._due = Wakeup()
         self.health = HealthLog(clock, self._due.set)
+        self.images = ImageCache(driver, self.health.note, self._due.set)
+        self.host = HostReport(worker, driver, self.images)
         self._worker = worker
         self._client = client
         self._lease = lease
         self._is_settled = False
+        # Whether the controller takes the facts of the host.
+        self._takes_facts = False
 
-    def begin_session(self, stored: datetime.datetime | None) -> None:
-        """Begin again with a session that is not whole yet. `stored` is the `last_seen` that the controller has."""
+    def begin_session(self, stored: datetime.datetime | None, capabilities: Collection[str]) -> None:
+        """Begin again with a session that is not whole yet.
+
+        `stored` is the `last_seen` that the controller has, and `capabilities` are the controller's.
+        """
         self._is_settled = False
+        self._takes_facts = IMAGE_INVENTORY in capabilities
+        self.host.begin_session()
         self.last_seen.observe(stored)
 
     def settle(self) -> None:
@@ -214,8 +302,12 @@ class Heartbeats:
         self.last_seen.observe(stored.last_seen)
         last_seen = self.last_seen.now()
         heartbeat = replace(stored, last_seen=last_seen, settled=self._is_settled, health=self.health.current())
+        # A controller of an earlier version would warn of each of these fields.
+        heartbeat = self.host.add_to(heartbeat) if self._takes_facts else heartbeat
         sent = self._lease.now()
         answer = await self._client.workers.put(self._worker, encode(heartbeat))
+        if heartbeat.images is not None:
+            self.host.note_sent(heartbeat.images)
         # Otherwise another client has written a later time, and this request did not count as a heartbeat.
         if answer.last_seen == last_seen:
             self._lease.renew(sent)

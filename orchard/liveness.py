@@ -21,6 +21,8 @@ An assignment that no poll has shown to its worker cannot run there. `unnamed` h
 A VM that its worker has to end holds a lease for as long as the worker does not know. At the second poll since, the
 worker has seen the answer to the first, and renews the lease no more.
 
+What workers report of their hosts beside their health is in `facts` (worker_facts.py).
+
 `last_seen`, the time in the API, comes from the worker's own clock. A later value than before marks a heartbeat.
 
 Everything here is in memory only, so that thousands of heartbeats cost the disk nothing. The owner stores the promises.
@@ -36,6 +38,7 @@ from dataclasses import dataclass, field
 
 from orchard.cluster import Health
 from orchard.codec import format_time
+from orchard.worker_facts import WorkerFacts
 
 # A worker whose watch is closed for so long gets no new VMs.
 AWAY_SECONDS = 2.0
@@ -82,6 +85,7 @@ class Liveness:
         # What workers are told is rounded down.
         self.offline_timeout_ms = math.ceil(1000 * offline_timeout)
         self._on_change = on_change
+        self.facts = WorkerFacts(on_change)
         self._last_seen: dict[str, tuple[datetime.datetime, bytes]] = {}
         self._sources: dict[str, Source] = {}
         self._sessions: dict[str, _Session] = {}
@@ -214,6 +218,7 @@ class Liveness:
         self._sessions.pop(worker, None)
         self.unnamed.pop(worker, None)
         self._untold.pop(worker, None)
+        self.facts.forget(worker)
 
     # -- what the controller does
 

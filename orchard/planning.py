@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 from orchard.early_failures import EarlyFailures
 from orchard.schema import VM, VMSpec, Worker
 from orchard.transitions import has_ended
+from orchard.worker_facts import WorkerFacts
 
 # Between two restarts of a VM, so that one that fails at once does not keep its worker busy.
 RESTART_PAUSE_SECONDS = 15.0
@@ -58,6 +59,8 @@ class PlannerInputs:
     failed_before_start: set[str]
     # Uid of a VM that may run where the state does not show it -> when it cannot any more.
     held: Mapping[str, float] = field(default_factory=dict)
+    # Free disk space and cached images of the workers.
+    facts: WorkerFacts = field(default_factory=WorkerFacts)
     # Why nothing is placed at all, or "".
     why_frozen: Callable[[], str] = str
 

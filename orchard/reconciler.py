@@ -28,6 +28,7 @@ from orchard.leftovers import Leftovers, vm_name_of
 from orchard.nursery import Wakeup, growing_pause
 from orchard.schema import LOCAL_PREFIX, VM, Event, HostDirPolicy, Worker
 from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, Trouble
+from orchard.vm.images import Transfer
 from orchard.vm.instance import Instance, InstanceHost
 from orchard.worker_memory import ClusterMemory
 
@@ -81,6 +82,7 @@ class Reconciler:
         *,
         memory: ClusterMemory,
         note_trouble: Callable[[Trouble, str, str], None],
+        transfer: Transfer,
         stop_vms_on_exit: bool,
         clock: Callable[[], float],
         chance: Callable[[], float],
@@ -106,6 +108,7 @@ class Reconciler:
             self._fetch_policies,
             clock,
             outlives=not stop_vms_on_exit,
+            transfer=transfer,
         )
         self._leftovers = Leftovers(worker, client, driver, note_trouble, self.sync_due.set)
 

@@ -68,6 +68,7 @@ class SchedulingLoop:
         self._inputs = PlannerInputs(
             workers=self.liveness,
             failures=self._failures,
+            facts=self.liveness.facts,
             restarted_at=self._restarted_at,
             offline_timeout=offline_timeout,
             forgotten_until=self.liveness.started_at + self.liveness.longest_promise(),

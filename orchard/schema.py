@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchard.cluster import CachedImage, Health, Versions, WorkerDisk, WorkerState
+from orchard.cluster import CachedImage, Health, ImagePull, Versions, WorkerDisk, WorkerState
 from orchard.codec import attr, attrs_of, decode, encode, openapi_schema, unknown_fields
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
@@ -41,6 +41,8 @@ _AMBIGUOUS_URL = re.compile(r"%2e|%2f|%5c|[\\?#@]|//|/\.{1,2}(/|$)", re.IGNORECA
 TART_VMS = "org.cirruslabs.tart-vms"
 LOGICAL_CORES = "org.cirruslabs.logical-cores"
 MEMORY_MIB = "org.cirruslabs.memory-mib"
+# The label with a worker's name, which VMs may ask for.
+WORKER_NAME_LABEL = "org.cirruslabs.orchard.worker-name"
 
 # Largest values of the fields of a VM: seconds, and pairs of metadata, their characters and all their bytes.
 MAX_VM_TTL = 31_536_000
@@ -461,7 +463,10 @@ class Worker:
     disk: WorkerDisk | None = attr("disk", "The disk that holds the worker's VMs", zero=None)
     versions: Versions | None = attr("versions", "Versions of the programs on the host", zero=None)
     images: tuple[CachedImage, ...] | None = attr(
-        "images", "Images on the worker's disk; absent in a heartbeat: unchanged", zero=None
+        "images", "Images on the worker's disk, at most 200; absent in a heartbeat: unchanged", zero=None
+    )
+    pulling: ImagePull | None = attr(
+        "pulling", "The image of `prepull` that the worker is pulling; absent: none", zero=None
     )
     # Computed for answers.
     state: WorkerState | None = attr("state", "Whether the worker takes new VMs", zero=None, writer="controller")
@@ -551,6 +556,9 @@ class ControllerInfo:
     cluster_id: str = attr("clusterId", "Identity of the state; a new one after `accept-state`", zero="")
     host_dir_policies: tuple[HostDirPolicy, ...] = attr(
         "hostDirPolicies", "The cluster's hostDirPolicies, shown to accounts that have compute:write", zero=()
+    )
+    prepull: tuple[Prepull, ...] = attr(
+        "prepull", "The cluster's prepull, shown to accounts that have compute:write", zero=()
     )
 
 

@@ -29,9 +29,11 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
+from orchard.cluster import CachedImage, WorkerDisk, bounded_images
 from orchard.files import make_private, write_private
 from orchard.nursery import Wakeup
 from orchard.schema import Runtime
@@ -50,7 +52,7 @@ from orchard.vm.driver import (
     SupervisorLost,
     operand,
 )
-from orchard.vm.host import leads_to_host
+from orchard.vm.host import disk_of, leads_to_host
 from orchard.vm.processes import (
     KILL_SECONDS,
     LOOK_SECONDS,
@@ -69,11 +71,13 @@ from orchard.vm.tart_cli import (
     Abilities,
     Percentage,
     missing_in_vetu,
+    parse_images,
     parse_list,
     run_arguments,
     seconds_until_listable,
     set_arguments,
     verb_error,
+    with_digests,
 )
 
 # For a verb that transfers no image. The longest one writes a big VM's memory to the disk.
@@ -106,6 +110,8 @@ _SUPERVISOR = (
     "import sys; sys.path.insert(0, sys.argv[1]); from orchard.vm import supervisor; sys.exit(supervisor.main(sys.argv[2:]))",
     str(Path(__file__).parent.parent),
 )
+
+ListedT = TypeVar("ListedT", LocalVM, CachedImage)
 
 _logger = logging.getLogger("orchard.tart")
 
@@ -156,7 +162,10 @@ class TartDriver:
         self._own_addresses = own_addresses
         self._clock = clock
         # With CI set, tart prints its progress in plain lines.
-        self._calls = Calls(self._home / f"calls-{worker}", {**os.environ, "CI": "1", **(env or {})})
+        environ = {**os.environ, "CI": "1", **(env or {})}
+        self._calls = Calls(self._home / f"calls-{worker}", environ)
+        # Where the program keeps VMs and images.
+        self._state_home = Path(environ.get(f"{self._program.upper()}_HOME") or f"~/.{self._program}").expanduser()
         # With the identity of the program's file that has these abilities.
         self._known: tuple[tuple[int, ...], Abilities] | None = None
         # Held where a start and a list would disturb each other.
@@ -170,12 +179,27 @@ class TartDriver:
         self._lease = (-math.inf, -math.inf)
 
     async def list_vms(self) -> list[LocalVM]:
-        found = await self._list()
+        found = await self._list("local", parse_list)
         # A VM that was started a moment ago runs, even if tart does not list it as running yet.
         return [LocalVM(vm.name, "running") if self._is_supervised(vm.name) else vm for vm in found]
 
-    async def _list(self) -> list[LocalVM]:
-        """Return the VMs as tart lists them. Raises DriverError."""
+    async def list_images(self) -> list[CachedImage]:
+        images = await self._list("oci", parse_images)
+        fqns = {}
+        for name in [image.name for image in bounded_images(images) if not image.digest]:
+            # An image may be pruned meanwhile.
+            with suppress(DriverError):
+                fqns[name] = await self.fqn(name)
+        return with_digests(images, fqns)
+
+    async def disk(self) -> WorkerDisk | None:
+        return await disk_of(self._state_home)
+
+    async def version(self) -> str:
+        return ".".join(map(str, (await self._abilities()).version))
+
+    async def _list(self, source: str, parse: Callable[[bytes], list[ListedT]]) -> list[ListedT]:
+        """Return what tart lists of a source: "local" (VMs) or "oci" (cached images). Raises DriverError."""
         abilities = await self._abilities()
         retries, deadline = _LIST_RETRIES, trio.current_time() + VERB_SECONDS
         while True:
@@ -183,7 +207,7 @@ class TartDriver:
                 if not abilities.lists_safely:
                     await self._wait_listable()
                 try:
-                    return parse_list(await self._call("list", "--source", "local", "--format", "json"))
+                    return parse(await self._call("list", "--source", source, "--format", "json"))
                 except (DriverError, ValueError) as error:
                     if not retries or trio.current_time() >= deadline:
                         remedy = "" if abilities.lists_safely else f"; {abilities.remedy}"
@@ -312,7 +336,7 @@ class TartDriver:
         if record.order or not record.status or self._runs.get(name):
             return False
         with suppress(DriverError):
-            return LocalVM(name, "suspended") in await self._list()
+            return LocalVM(name, "suspended") in await self._list("local", parse_list)
         return False
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -466,7 +490,7 @@ class TartDriver:
             await self._call("delete", name)
         except NoSuchVM as error:
             # tart says so also of a VM that runs.
-            if name in [vm.name for vm in await self._list()]:
+            if name in [vm.name for vm in await self._list("local", parse_list)]:
                 raise DriverError(f'VM "{name}" cannot be deleted; it may run without supervisor') from error
             # An earlier deletion may have been cancelled before it deleted the files.
             gone = error

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
-from orchard.cluster import bounded
+from orchard.cluster import bounded, bounded_images, bounded_pull, bounded_versions
 from orchard.codec import (
     MAX_ITEMS,
     InvalidError,
@@ -41,6 +41,7 @@ from orchard.schema import (
     NOT_SPEC,
     SPEC_NAMES,
     TART_VMS,
+    WORKER_NAME_LABEL,
     ClusterSettings,
     Condition,
     ConditionType,
@@ -362,7 +363,23 @@ def worker_from_client(raw: object, unknown: list[str]) -> Worker:
         raise InvalidError(f"machine_id has {len(worker.machine_id)} characters, expected at most {MAX_MACHINE_ID}")
     _check_maps({"labels": worker.labels, "resources": worker.resources})
     _check_identity(worker)
-    return replace(worker, health=bounded(worker.health)) if worker.health is not None else worker
+    return replace(
+        worker,
+        health=bounded(worker.health) if worker.health is not None else None,
+        versions=bounded_versions(worker.versions) if worker.versions is not None else None,
+        images=bounded_images(worker.images) if worker.images is not None else None,
+        pulling=bounded_pull(worker.pulling) if worker.pulling is not None else None,
+    )
+
+
+def labels_of(worker: Worker) -> Mapping[str, str]:
+    """Return a worker's labels with the one that has its name. Raises InvalidError if these are too many."""
+    labels = {WORKER_NAME_LABEL: worker.name, **worker.labels}
+    if len(labels) > MAX_ITEMS:
+        raise InvalidError(
+            f"labels has {len(labels)} items, expected at most {MAX_ITEMS} together with {WORKER_NAME_LABEL}"
+        )
+    return labels
 
 
 def _check_identity(worker: Worker) -> None:

@@ -37,7 +37,7 @@ import trio
 from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ResponseError
-from orchard.cluster import CANCEL_REQUEST, WORKER_STATE
+from orchard.cluster import CANCEL_REQUEST, IMAGE_INVENTORY, WORKER_STATE
 from orchard.codec import encode
 from orchard.daemon import (
     CommandLine,
@@ -60,7 +60,9 @@ from orchard.schema import (
     MEMORY_MIB,
     NAME,
     TART_VMS,
+    WORKER_NAME_LABEL,
     Arch,
+    ControllerInfo,
     Runtime,
     Worker,
 )
@@ -69,7 +71,7 @@ from orchard.tart import TartDriver, find_tart
 from orchard.vm import supervisor
 from orchard.vm.driver import Driver, DriverError
 from orchard.vm.host import check_dhcp_lease, machine_id
-from orchard.vm.synthetic import SyntheticDriver
+from orchard.vm.synthetic import IMAGE_HELP, SyntheticDriver
 from orchard.worker_memory import ClusterMemory, read_instance_id
 from orchard.worker_requests import RequestHandler
 
@@ -79,6 +81,10 @@ CONTROLLER_ANSWER_SECONDS = 30.0
 _random_share = random.SystemRandom().random
 # Apple's licence allows two macOS VMs to run on one host.
 _MACOS_VMS = 2
+# Between two looks at what the cluster wants pulled, on average.
+_PREPULL_SECONDS = 60.0
+# What this worker does, as it says at its registration.
+CAPABILITIES = (WORKER_STATE, CANCEL_REQUEST, IMAGE_INVENTORY)
 # At the end of the worker, to report the VMs that ended with it.
 _GOODBYE_SECONDS = 5.0
 _EXIT_REFUSED = 2
@@ -89,7 +95,7 @@ _logger = logging.getLogger("orchard.worker")
 class WorkerService:
     """One worker: its sessions with the controller. It closes neither `client` nor `driver`.
 
-    `description` is what the worker registers with; the service adds `last_seen` and `capabilities`. `memory` is what an
+    `description` is what the worker registers with; the service adds `last_seen`, `capabilities` and the label with its name. `memory` is what an
     earlier worker in the same directory has kept.
     """
 
@@ -106,12 +112,13 @@ class WorkerService:
         chance: Callable[[], float] = _random_share,
     ) -> None:
         """`clock` returns seconds since 1970, `lease_clock` seconds of a clock that is never set, `chance` 0 to 1."""
-        self.description = replace(description, capabilities=(WORKER_STATE, CANCEL_REQUEST))
+        labels = {WORKER_NAME_LABEL: description.name, **description.labels}
+        self.description = replace(description, labels=labels, capabilities=CAPABILITIES)
         self._client = client
         self._chance = chance
         self._memory = memory or ClusterMemory()
         self._lease = Lease(driver, lease_clock)
-        self._heartbeats = Heartbeats(description.name, client, self._lease, clock)
+        self._heartbeats = Heartbeats(description.name, client, driver, self._lease, clock)
         self._vms = Reconciler(
             description,
             client,
@@ -119,6 +126,7 @@ class WorkerService:
             self._lease,
             memory=self._memory,
             note_trouble=self._heartbeats.health.note,
+            transfer=self._heartbeats.images.transfer,
             stop_vms_on_exit=stop_vms_on_exit,
             clock=clock,
             chance=chance,
@@ -142,6 +150,7 @@ class WorkerService:
                 async with trio.open_nursery() as nursery:
                     if self._ssh is not None:
                         nursery.start_soon(self._ssh.run)
+                    nursery.start_soon(self._heartbeats.host.run)
                     await self._run_sessions(nursery, task_status)
             finally:
                 with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
@@ -188,7 +197,7 @@ class WorkerService:
         return is_permanent(error)
 
     async def _run_session(self, nursery: trio.Nursery, task_status: trio.TaskStatus[None]) -> None:
-        await self._register()
+        info = await self._register()
         # All tasks of the session end with the first that fails.
         async with trio.open_nursery() as session:
             # The open watch is what gives this worker its name: of two workers with one name, the second is refused.
@@ -197,6 +206,7 @@ class WorkerService:
             self._has_name = True
             _logger.info("registered with the controller", extra={"worker": self.description.name})
             session.start_soon(self._heartbeats.run)
+            session.start_soon(self._follow_prepull, info)
             await self._vms.settle(nursery)
             self._heartbeats.settle()
             self._failures.clear()
@@ -206,7 +216,7 @@ class WorkerService:
             session.start_soon(self._vms.send_reports)
             session.start_soon(self._vms.keep_in_sync, nursery)
 
-    async def _register(self) -> None:
+    async def _register(self) -> ControllerInfo:
         """Register. Raises RefusedError if the first registration is refused, and ClientError."""
         name = self.description.name
         try:
@@ -224,8 +234,21 @@ class WorkerService:
             if error.status in (401, 403) and not self._sessions:
                 raise RefusedError(f"the controller refuses this worker: {error.message}") from error
             raise
-        self._heartbeats.begin_session(stored.last_seen)
+        self._heartbeats.begin_session(stored.last_seen, info.capabilities)
         self._lease.begin_session(info.worker_offline_timeout / 1000, sent)
+        return info
+
+    async def _follow_prepull(self, info: ControllerInfo) -> None:
+        """Have the images pulled that the cluster wants on this host. `info` is what the controller says now.
+
+        Raises ClientError.
+        """
+        while IMAGE_INVENTORY in info.capabilities:
+            mine = self.description.labels.items()
+            self._heartbeats.images.want(entry.image for entry in info.prepull if entry.labels.items() <= mine)
+            # Not all workers at once.
+            await trio.sleep(_PREPULL_SECONDS * (0.5 + self._chance()))
+            info = await self._client.info()
 
     async def _follow_watch(self, nursery: trio.Nursery, *, task_status: trio.TaskStatus[None]) -> None:
         """Follow the watch. Requests run in the nursery, since they may outlast the session."""
@@ -253,7 +276,12 @@ def host_resources(runtime: str) -> dict[str, int]:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = CommandLine(prog="python -m orchard.worker", description="Run VMs on this host for an Orchard controller.")
+    parser = CommandLine(
+        prog="python -m orchard.worker",
+        description="Run VMs on this host for an Orchard controller.",
+        epilog=IMAGE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("url", metavar="CONTROLLER_URL", help="URL of the controller, for example https://controller.example.com:6120")
     token = parser.add_mutually_exclusive_group()
@@ -280,6 +308,8 @@ def _make_parser() -> argparse.ArgumentParser:
         help="stop the VMs when this worker exits; default: they run on, and the next worker adopts them")  # fmt: skip
     add("--workers", metavar="N", type=parse_count, default=1,
         help="run N synthetic workers, NAME-1 to NAME-N; default: %(default)s")  # fmt: skip
+    add("--synthetic-images", metavar="N", type=parse_count, default=0,
+        help="begin with N images in the cache of each synthetic worker; default: %(default)s")  # fmt: skip
     add("--debug", action="store_true", help="log more")
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
@@ -322,7 +352,8 @@ def _make_client(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 def _make_driver(options: argparse.Namespace, worker: str) -> Driver:
     """Return the driver of a worker. Raises DriverError if there is no tart or vetu program."""
     if options.runtime == "synthetic":
-        return SyntheticDriver(orchard_home() / "synthetic" / options.name / worker)
+        images = [f"example.com/image-{number}:latest" for number in range(1, options.synthetic_images + 1)]
+        return SyntheticDriver(orchard_home() / "synthetic" / options.name / worker, images=images)
     program = find_tart(options.tart, options.runtime)
     home, vetu = orchard_home() / options.runtime, options.runtime == "vetu"
     return TartDriver(program, home, worker=worker, vetu=vetu, own_addresses=options.allow_own_addresses)

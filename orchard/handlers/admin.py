@@ -11,10 +11,10 @@ from orchard import __version__, auth, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API
-from orchard.cluster import WORKER_STATE
+from orchard.cluster import IMAGE_INVENTORY, WORKER_STATE
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
-from orchard.schema import ControllerInfo, ServiceAccount
+from orchard.schema import ClusterSettings, ControllerInfo, ServiceAccount
 from orchard.store import SETTINGS, encode_object
 
 # What the controller supports. Existing workers choose their protocol by the first two.
@@ -22,6 +22,7 @@ _CAPABILITIES = (
     "rpc-v2",
     "vm-state-endpoint",
     WORKER_STATE,
+    IMAGE_INVENTORY,
     "field-validation",
 )
 
@@ -33,12 +34,14 @@ def hello(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 def info(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     # Rounded down: a worker must give up its VMs before the controller does.
     timeout = int(1000 * api.parts.offline_timeout)
+    settings = api.state.settings if api.may(admitted, "compute:write") else ClusterSettings()
     info = ControllerInfo(
         version=__version__,
         capabilities=_CAPABILITIES,
         worker_offline_timeout=timeout,
         cluster_id=api.state.cluster.id,
-        host_dir_policies=api.state.settings.host_dir_policies if api.may(admitted, "compute:write") else (),
+        host_dir_policies=settings.host_dir_policies,
+        prepull=settings.prepull,
     )
     return Response(200, dump_json(encode(info)))
 

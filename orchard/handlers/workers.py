@@ -52,6 +52,7 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
     liveness = api.parts.liveness
     new = replace(
         wanted,
+        labels=validation.labels_of(wanted),
         last_seen=None,
         unknown=old.unknown if old is not None else {},
         created_at=old.created_at if old is not None else api.parts.clock(),
@@ -61,6 +62,10 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
         highest_revision=0,
         settled=False,
         health=None,
+        disk=None,
+        versions=None,
+        images=None,
+        pulling=None,
     )
     with api.store.transaction() as tx:
         if old is not None and old.instance_id and old.instance_id != new.instance_id:
@@ -71,6 +76,7 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
     _notice_restored(api, wanted.highest_revision)
     source = liveness_source(request, admitted)
     liveness.record_registration(new.name, source, tells_settled=WORKER_STATE in wanted.capabilities)
+    liveness.facts.record_registration(new)
     if wanted.last_seen is not None:
         liveness.record_heartbeat(new.name, source, wanted.last_seen)
     return _worker(api, new.name)
@@ -100,7 +106,9 @@ def put_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     if seen is not None and liveness.is_heartbeat(worker.name, seen):
         _speak_for(api, worker, admitted)
         liveness.record_heartbeat(worker.name, source, seen, settled=wanted.settled, health=wanted.health)
-        return replace(_worker(api, worker.name), routine=True)
+        liveness.facts.record_heartbeat(wanted)
+        # Without the images, of which a thousand workers would be sent megabytes a second.
+        return replace(_worker(api, worker.name, images=False), routine=True)
     api.put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
     return _worker(api, worker.name)
 
@@ -134,15 +142,22 @@ def _speak_for(api: API, worker: Worker, admitted: Admitted) -> None:
     api.put(replace(worker, registered_by=admitted.account), worker)
 
 
-def _worker(api: API, name: str) -> Response:
-    return Response(200, _worker_json(api, name))
+def _worker(api: API, name: str, *, images: bool = True) -> Response:
+    return Response(200, _worker_json(api, name, images=images))
 
 
-def _worker_json(api: API, name: str) -> bytes:
-    """Return a worker's JSON with its last_seen and its state, which are not stored."""
-    stored, last_seen = api.state.json["worker"][name], api.parts.liveness.last_seen_json(name)
-    seen = b"" if last_seen is None else b'"last_seen":"%b",' % last_seen
-    return b"%b,%b%b}" % (stored[:-1], seen, api.parts.worker_states.members(api.state.workers[name]))
+def _worker_json(api: API, name: str, *, images: bool = True) -> bytes:
+    """Return a worker's JSON with its last_seen, its state and what it reports of its host, which are not stored."""
+    liveness, last_seen = api.parts.liveness, api.parts.liveness.last_seen_json(name)
+    seen = b"" if last_seen is None else b'"last_seen":"%b"' % last_seen
+    facts = liveness.facts.members(name, images=images)
+    members = (
+        api.state.json["worker"][name][:-1],
+        seen,
+        facts,
+        api.parts.worker_states.members(api.state.workers[name]),
+    )
+    return b",".join(filter(None, members)) + b"}"
 
 
 def watch_rpc(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:

@@ -18,6 +18,7 @@ from typing import Literal, Protocol
 
 import trio
 
+from orchard.cluster import CachedImage, WorkerDisk
 from orchard.schema import OS
 
 LEASE_OVER = "ended by its host, which was cut off from the controller for so long that the VM might run elsewhere"
@@ -25,7 +26,9 @@ LEASE_OVER = "ended by its host, which was cut off from the controller for so lo
 LocalState = Literal["running", "suspended", "stopped"]
 ScriptKind = Literal["startup", "shutdown"]
 # What a worker can fail at, as its heartbeats name it.
-Trouble = Literal["list", "pull", "clone", "start", "stop", "delete", "supervisor", "unknown-vms", "hostDirs"]
+Trouble = Literal[
+    "list", "pull", "prepull", "clone", "start", "stop", "delete", "supervisor", "unknown-vms", "hostDirs"
+]
 # Called with a percentage from 0 to 100 whenever it has changed.
 Progress = Callable[[int], None]
 OnLine = Callable[[str], Awaitable[None]]
@@ -133,6 +136,15 @@ class Driver(Protocol):
 
     async def list_vms(self) -> list[LocalVM]:
         """Return all local VMs, including those that other programs made."""
+
+    async def list_images(self) -> list[CachedImage]:
+        """Return the images in this host's cache, each once: by its tag, or by its digest if it has no tag."""
+
+    async def disk(self) -> WorkerDisk | None:
+        """Return the size and the free space of the disk with the VMs, None if that is unknown."""
+
+    async def version(self) -> str:
+        """Return the version of the program that runs VMs, or ""."""
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         """Bring the newest version of an image to this host."""

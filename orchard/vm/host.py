@@ -1,4 +1,4 @@
-"""The host of a worker: its id, its own addresses, its DHCP server, and where directories that VMs mount lead.
+"""The host of a worker: its id, addresses, system, disk, DHCP server, and where directories that VMs mount lead.
 
 The controller checks the text of a path in `hostDirs`. Only the host knows its symbolic links. `resolve_dirs` follows
 them, for the policies' prefixes as well (`/tmp` is a link on macOS), and the VM mounts the resolved path. So a link that
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import platform
 import plistlib
 import re
+import shutil
 import socket
 import uuid
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from xml.parsers.expat import ExpatError
 
 import trio
 
+from orchard.cluster import WorkerDisk
 from orchard.codec import shown
 from orchard.schema import HostDir, HostDirPolicy, is_allowed
 from orchard.vm.driver import DriverError, SharedDir
@@ -69,6 +72,34 @@ def check_dhcp_lease(path: Path = _DHCP_PLIST) -> str | None:
         return f"{path} has no whole number bootpd.DHCPLeaseTimeSecs, so macOS lends each address for a day: {remedy}"
     if seconds > _MAX_DHCP_LEASE:
         return f"{path} has a DHCP lease time of {seconds} seconds, expected {_MAX_DHCP_LEASE} or less: {remedy}"
+    return None
+
+
+def os_version() -> str:
+    """Return the name and the version of this host's system, for example "macOS 26.1"."""
+    if version := platform.mac_ver()[0]:
+        return f"macOS {version}"
+    return f"{platform.system()} {platform.release()}"
+
+
+async def disk_of(path: Path) -> WorkerDisk | None:
+    """Return the size and the free space of the file system that holds a path, which need not exist yet.
+
+    None if that is unknown.
+    """
+    # The path may lead to a file server that does not answer.
+    return await trio.to_thread.run_sync(_disk_of, path, abandon_on_cancel=True)
+
+
+def _disk_of(path: Path) -> WorkerDisk | None:
+    for place in (path, *path.absolute().parents):
+        try:
+            usage = shutil.disk_usage(place)
+        except FileNotFoundError:
+            continue
+        except OSError:
+            break
+        return WorkerDisk(usage.total, usage.free)
     return None
 
 

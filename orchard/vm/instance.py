@@ -47,6 +47,7 @@ from orchard.vm.driver import (
     Trouble,
 )
 from orchard.vm.host import resolve_dirs
+from orchard.vm.images import Transfer, transfer_alone
 
 # For stopping and deleting a VM when the worker ends.
 REMOVE_SECONDS = 60.0  # seconds
@@ -217,7 +218,8 @@ class InstanceHost:
     delivers the output of scripts. `note_trouble` is called with what has failed, the VM's local name or "", and a
     message, which is "" when it has succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the
     controller does not tell them.
-    `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends.
+    `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends. `transfer` is
+    entered while an image is pulled or cloned.
     """
 
     driver: Driver
@@ -228,6 +230,7 @@ class InstanceHost:
     fetch_policies: Callable[[], Awaitable[Sequence[HostDirPolicy] | None]]
     clock: Callable[[], float]
     outlives: bool = True
+    transfer: Transfer = transfer_alone
 
 
 class Instance:
@@ -391,14 +394,16 @@ class Instance:
             self._show(progress=f"pulling image: {percent} %")
 
         self._show("create", progress="pulling image" if pulls else "cloning image")
-        if pulls:
-            with self._noting("pull"):
-                await driver.pull(spec.image, show_progress)
-            self._show(progress="cloning image")
-        with self._noting("clone"):
-            # Only a local VM can be suspended, and only an image has a slash in its name.
-            sources = [] if "/" in spec.image else await driver.list_vms()
-            await driver.clone(spec.image, self.name, show_progress)
+        # Only a local VM can be suspended, and only an image has a slash in its name.
+        sources: Sequence[LocalVM] = []
+        async with self._host.transfer(spec.image, show_progress, always=pulls) as on_progress:
+            if pulls:
+                with self._noting("pull"):
+                    await driver.pull(spec.image, on_progress)
+                self._show(progress="cloning image")
+            with self._noting("clone"):
+                sources = [] if "/" in spec.image else await driver.list_vms()
+                await driver.clone(spec.image, self.name, on_progress)
 
         async def look_up_fqn() -> None:
             image_fqn = await driver.fqn(spec.image)

@@ -1,8 +1,12 @@
 """VMs without a hypervisor, for demonstrations and tests: directories and processes behind the interface of driver.py.
 
 `home/NAME/vm.json` describes the VM, and `home/NAME/root` is its disk. The startup script really runs, in a login shell
-of this host with that directory as HOME. There is no isolation: the script is a process of the worker's user. Any image
-can be pulled. A source whose name begins with `orchard-` is a local VM and has to exist.
+of this host with that directory as HOME. There is no isolation: the script is a process of the worker's user.
+
+Any image can be pulled, and its name may say how it behaves (IMAGE_HELP), so that a client can try out what takes long or
+fails. A pulled image stays in the cache, its digest is the hash of its name, and the next clone of it pulls nothing. Images
+that were not used for the longest time are pruned when the disk is full. A source whose name begins with `orchard-` is a
+local VM and has to exist.
 
 The address of every VM is 127.0.0.1. A port of a VM is one on which a process of that VM listens. For programs that
 play a VM's server themselves, it may also be this process, the one that started it, or a child that belongs to no VM.
@@ -12,7 +16,7 @@ The shell of a script has a session of its own and ORCHARD_VM=home/NAME in its e
 group when the VM ends. A killed worker leaves the file `home/NAME/scripted`; then `run` and `delete` find processes by
 that variable, since the process number alone could belong to another process by now.
 
-Which VMs run is known to the driver object alone. They outlive a worker if the next one gets the same object, and end
+Which VMs run, and which images are cached, is known to the driver object alone. They outlive a worker if the next one gets the same object, and end
 with the process. The same holds for the lease.
 
 Nothing is synced to the disk: a power failure may lose VMs, as on any host. Creating and deleting a VM without a script
@@ -21,15 +25,17 @@ takes about a millisecond of CPU. A thread is used only where a script may have 
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -37,6 +43,8 @@ from typing import Any, NamedTuple
 
 import trio
 
+from orchard import __version__
+from orchard.cluster import CachedImage, WorkerDisk
 from orchard.files import make_private, write_private
 from orchard.nursery import Wakeup
 from orchard.schema import LOCAL_PREFIX, NAME
@@ -58,8 +66,18 @@ from orchard.vm.driver import (
 from orchard.vm.processes import KILL_SECONDS, kill, reporting, signal_group
 from orchard.vm.script import WrappedScript, check_end, converse, login_command
 
+IMAGE_HELP = """\
+Words in the name of an image say how the image behaves with synthetic VMs, for example example.com/pull-5s/boot-fails:1:
+  pull-Ns     a pull takes N seconds, with progress (0.5 is a number, too)
+  pull-fails  a pull fails, after these seconds
+  boot-Ns     a boot takes N seconds
+  boot-fails  a boot fails, after these seconds
+  size-Ngb    the image takes N GB of the disk, by default 1
+  no-agent    the guest agent never answers
+"""
 VM_ADDRESS = "127.0.0.1"
 _SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()), "/bin/sh")
+_GIGABYTE = 10**9
 # How often a pull reports its progress.
 _PULL_STEPS = 10
 # Between two lists of processes, in which those that were killed end.
@@ -86,18 +104,53 @@ class _Guest:
 
 
 class SyntheticDriver(Driver):
-    """VMs as directories below `home`. A boot takes `boot_seconds`, a pull `pull_seconds`, with progress."""
+    """VMs as directories below `home`.
 
-    def __init__(self, home: Path, *, boot_seconds: float = 0.0, pull_seconds: float = 0.0) -> None:
+    A boot takes `boot_seconds` and a pull `pull_seconds`, with progress, unless the image's name says otherwise. `images`
+    are in the cache from the beginning. The disk has `disk_bytes`, of which images take their sizes, and everything else
+    takes `used_bytes`; both may be changed at any time.
+    """
+
+    def __init__(
+        self, home: Path, *, boot_seconds: float = 0.0, pull_seconds: float = 0.0, images: Iterable[str] = ()
+    ) -> None:
         # Scripts get a path below it as HOME, and have another working directory.
         self._home = home.absolute()
         self._boot_seconds = boot_seconds
         self._pull_seconds = pull_seconds
+        self.disk_bytes, self.used_bytes = 500 * _GIGABYTE, 0
+        # The one that was used last is the last.
+        self._images: dict[str, CachedImage] = {}
+        for image in images:
+            self._use(image)
         self._guests: dict[str, _Guest] = {}
         # Until when the leased VMs that will be run may run, on trio's clock.
         self._lease = math.inf
         # Returns the port of an SSH server for a VM; None where there is none.
         self.ssh_port: Callable[[str], Awaitable[int]] | None = None
+
+    async def list_images(self) -> list[CachedImage]:
+        await trio.lowlevel.checkpoint()
+        return list(self._images.values())
+
+    async def disk(self) -> WorkerDisk:
+        await trio.lowlevel.checkpoint()
+        return WorkerDisk(self.disk_bytes, max(0, self._free_bytes()))
+
+    async def version(self) -> str:
+        await trio.lowlevel.checkpoint()
+        return __version__
+
+    def _free_bytes(self) -> int:
+        return self.disk_bytes - self.used_bytes - sum(image.size_bytes for image in self._images.values())
+
+    def _use(self, image: str) -> None:
+        """Record that an image is in the cache and was used now."""
+        size = _number(image, "size", "gb")
+        used = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+        cached = CachedImage(image, _digest(image), round(_GIGABYTE * (1 if size is None else size)), used)
+        self._images.pop(image, None)
+        self._images[image] = cached
 
     async def list_vms(self) -> list[LocalVM]:
         await trio.lowlevel.checkpoint()
@@ -108,17 +161,27 @@ class SyntheticDriver(Driver):
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         operand("image", image)
-        for step in range(1, _PULL_STEPS + 1) if self._pull_seconds else ():
-            await trio.sleep(self._pull_seconds / _PULL_STEPS)
+        seconds = _number(image, "pull", "s")
+        if seconds is None:
+            seconds = 0.0 if image in self._images else self._pull_seconds
+        for step in range(1, _PULL_STEPS + 1) if seconds else ():
+            await trio.sleep(seconds / _PULL_STEPS)
             on_progress(100 * step // _PULL_STEPS)
         await trio.lowlevel.checkpoint()
+        if _says(image, "pull-fails"):
+            raise DriverError(f"{image} cannot be pulled: its name says so")
+        self._use(image)
+        while self._free_bytes() < 0 and len(self._images) > 1:
+            del self._images[next(iter(self._images))]
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
         local = source.startswith(LOCAL_PREFIX)
         about = self._read(source) if local else {"state": "stopped"}
         if local and source in self._guests:
             raise DriverError(f'VM "{source}" is running and cannot be cloned')
-        if not local:
+        if source in self._images:
+            self._use(source)
+        elif not local:
             await self.pull(source, on_progress)
         directory = self._directory(name)
         if directory.exists():
@@ -143,7 +206,7 @@ class SyntheticDriver(Driver):
     async def fqn(self, image: str) -> str:
         await trio.lowlevel.checkpoint()
         local = image.startswith(LOCAL_PREFIX) or "@" in image
-        return image if local else f"{image}@sha256:{hashlib.sha256(image.encode()).hexdigest()}"
+        return image if local else f"{image}@{_digest(image)}"
 
     async def configure(
         self, name: str, hardware: Hardware, *, random_mac: bool = False, random_serial: bool = False
@@ -172,8 +235,13 @@ class SyntheticDriver(Driver):
         if (self._directory(name) / "scripted").exists():
             await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
         guest = self._guests[name] = _Guest(self._lease if options.leased else math.inf)
-        with trio.move_on_after(self._boot_seconds if about["state"] == "stopped" else 0):
+        seconds = _number(about["source"], "boot", "s")
+        seconds = self._boot_seconds if seconds is None else seconds
+        with trio.move_on_after(seconds if about["state"] == "stopped" else 0):
             await guest.ending.wait()
+        if _says(about["source"], "boot-fails"):
+            await self._end(name, guest)
+            raise DriverError(f"{name} does not boot: the name of its image says so")
         task_status.started()
         await self._wait_ended(name, guest)
 
@@ -338,6 +406,20 @@ class SyntheticDriver(Driver):
         except (OSError, ValueError) as error:
             raise DriverError(f'cannot read the file of VM "{name}" in {self._home}: {error}') from error
         return about
+
+
+def _digest(image: str) -> str:
+    return f"sha256:{hashlib.sha256(image.encode()).hexdigest()}"
+
+
+def _number(image: str, word: str, unit: str) -> float | None:
+    """Return N of the word WORD-Nunit in the name of an image."""
+    found = re.search(rf"(?<![A-Za-z0-9]){word}-(\d{{1,6}}(?:\.\d{{1,6}})?){unit}(?![A-Za-z0-9])", image)
+    return None if found is None else float(found[1])
+
+
+def _says(image: str, word: str) -> bool:
+    return re.search(rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])", image) is not None
 
 
 def _write(directory: Path, about: Mapping[str, Any]) -> None:

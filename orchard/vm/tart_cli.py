@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
+from orchard.cluster import CachedImage
+from orchard.codec import ValidationError, parse_time
 from orchard.schema import ARCHIVE, LOCAL_PREFIX
 from orchard.vm.driver import (
     DriverError,
@@ -27,6 +30,8 @@ from orchard.vm.processes import find_complaint, presentable
 
 # tart's exit status when the VM does not exist or does not run.
 _ABSENT = 2
+# `tart list` counts in decimal ones.
+_GIGABYTE = 10**9  # bytes
 # Of an unfinished line in which a percentage is searched.
 _PROGRESS_BYTES = 4096  # bytes
 # Before this version `tart list` fails while a VM with an ASIF disk runs (images of macOS 27), and breaks its start.
@@ -118,6 +123,33 @@ def parse_list(output: bytes) -> list[LocalVM]:
             state = "stopped" if state is None and runs is False else "running"
         vms.append(LocalVM(name, cast("LocalState", state)))
     return vms
+
+
+def parse_images(output: bytes) -> list[CachedImage]:
+    """Read the output of `tart list --source oci --format json`: cached images, by tag and by digest. Raises ValueError."""
+    images: list[CachedImage] = []
+    for item in _find_array(output.decode("utf-8", "replace")):
+        if not isinstance(name := item.get("Name"), str):
+            raise ValueError(f"not an image: {presentable(repr(item))}")
+        size, accessed = item.get("Size"), item.get("Accessed")
+        used: datetime.datetime | None = None
+        with suppress(ValidationError):
+            used = parse_time(accessed, "Accessed") if isinstance(accessed, str) else None
+        _, _, digest = name.partition("@")
+        whole = size if isinstance(size, int) and size > 0 else 0
+        images.append(CachedImage(name, digest, whole * _GIGABYTE, used))
+    return images
+
+
+def with_digests(images: Iterable[CachedImage], fqns: Mapping[str, str]) -> list[CachedImage]:
+    """Return each cached image once, where tart lists those with a tag by their digests, too.
+
+    `fqns` maps names by tag to names with the digest, as far as they are known.
+    """
+    digests = {name: fqn.partition("@")[2] for name, fqn in fqns.items()}
+    found = [replace(image, digest=image.digest or digests.get(image.name, "")) for image in images]
+    by_tag = {name for image in found if "@" not in image.name for name in image.names()}
+    return [image for image in found if "@" not in image.name or image.name not in by_tag]
 
 
 def _find_array(text: str) -> list[Any]:

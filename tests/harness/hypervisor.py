@@ -19,6 +19,7 @@ from typing import Any, Literal, Protocol
 import trio
 
 from harness.network import Process
+from orchard.cluster import CachedImage, WorkerDisk
 from orchard.vm.driver import (
     LEASE_OVER,
     Driver,
@@ -260,6 +261,18 @@ class Handle(Driver):
             LIST, lambda: [LocalVM(name, "running" if name in guests else state) for name, state in vms.items()]
         )
         return listed
+
+    async def list_images(self) -> list[CachedImage]:
+        await self._check_process()
+        return []
+
+    async def disk(self) -> WorkerDisk | None:
+        await self._check_process()
+        return None
+
+    async def version(self) -> str:
+        await self._check_process()
+        return "1"
 
     async def pull(self, image: str, on_progress: Progress) -> None:
         await self._ask(PULL, lambda: None)
