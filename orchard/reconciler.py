@@ -112,6 +112,10 @@ class Reconciler:
         )
         self._leftovers = Leftovers(worker, client, driver, note_trouble, self.sync_due.set)
 
+    def leave_vms(self) -> None:
+        """Let running VMs run on when this worker ends."""
+        self._instance_host.outlives = True
+
     async def _fetch_policies(self) -> Sequence[HostDirPolicy] | None:
         """Return the cluster's hostDirPolicies, once the controller answers. None: it does not tell them."""
         while True:

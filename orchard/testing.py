@@ -5,40 +5,58 @@ With trio:
     async with cluster(workers=2) as c:
         await c.client.vms.create(name="vm", image="any")
         vm = await c.client.vms.wait("vm")
+        await c.workers["worker-1"].kill()
 
 In a synchronous test, where the same methods block:
 
     with start_cluster(workers=2) as c:
         c.client.vms.create(name="vm", image="any")
         vm = c.client.vms.wait("vm")
+        c.workers["worker-1"].kill()
 
-With pytest, the fixture `orchard_cluster` is such a blocking cluster (see `orchard.pytest_plugin`).
+With pytest, the fixtures `orchard_cluster` and `orchard_session_cluster` are such blocking clusters (see
+`orchard.pytest_plugin`).
 
 A synthetic VM is a directory and the processes of its startup script, which really runs on this host. At the end of the
 block the processes are ended and the temporary directory with all state is deleted. Other clients can use `c.url`: plain
-HTTP, without credentials unless the cluster was started with `auth=True`.
+HTTP without credentials, unless the cluster was started with `tls=True` or `auth=True`.
 
-Controller and workers are the product's own, not imitations; only the driver of the VMs is another one.
+Controller and workers are the product's own, not imitations; only the driver of the VMs is another one. What fails or
+takes long is asked for by name: a worker by the methods of `c.workers[NAME]`, an image by its own name (see
+orchard/vm/synthetic.py).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+import errno
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Generic, ParamSpec, TypeVar
 
 import trio
 
 from orchard import controller
+from orchard.blocking import AsCall, Blocking, BlockingClient, Portal
 from orchard.client import Client
+from orchard.files import TLS_CERTIFICATE_FILE
+from orchard.logs import LineFormatter
+from orchard.net import tcp
 from orchard.nursery import unwrap_groups
 from orchard.schema import TART_VMS, Worker
-from orchard.vm.driver import Driver
+from orchard.vm.driver import Driver, DriverError
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 
@@ -46,72 +64,118 @@ from orchard.worker import WorkerService
 _VMS_PER_WORKER = 2
 # For requests in progress at the end of the cluster.
 _GRACE_SECONDS = 1.0
+# For the VMs of a worker that is away at the end of the cluster.
+_END_SECONDS = 5.0
+# Between two looks at a worker that comes back.
+_LOOK_SECONDS = 0.01
+# Lines of the log that are kept for reports of failed tests.
+_LOG_LINES = 2000
+
+_ClientT = TypeVar("_ClientT")
+_WorkerT = TypeVar("_WorkerT")
+_OptionsP = ParamSpec("_OptionsP")
+
+
+# ---- the cluster ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Cluster:
+class ClusterOf(Generic[_ClientT, _WorkerT]):
     """A running cluster.
 
     url: the controller's URL, for any HTTP client.
-    client: an asynchronous client with every role, closed at the end of the cluster.
+    client: a client with every role, closed at the end of the cluster.
     account, token: credentials of a service account with every role; "" if the cluster needs no credentials.
     ssh_port: port of the SSH jump host on 127.0.0.1; 0 without one.
+    certificate: PEM file of the controller's certificate, as for `curl --cacert`; None without TLS.
+    workers: the workers by name, which can be made to fail.
     """
 
     url: str
-    client: Client
+    client: _ClientT
     account: str = ""
     token: str = field(default="", repr=False)
     ssh_port: int = 0
+    certificate: Path | None = None
+    workers: Mapping[str, _WorkerT] = field(default_factory=dict)
+
+
+class Cluster(ClusterOf[Client, "ClusterWorker"]):
+    """A running cluster, with an asynchronous client."""
 
 
 @asynccontextmanager
 async def cluster(
-    workers: int = 1,
+    workers: int | Sequence[Worker] = 1,
     *,
     vms_per_worker: int = _VMS_PER_WORKER,
     auth: bool = False,
+    tls: bool = False,
     ssh: bool = False,
     directory: Path | None = None,
     port: int = 0,
     driver: Callable[[str], Driver] | None = None,
+    worker_offline_timeout: float = controller.DEFAULT_OFFLINE_TIMEOUT,
 ) -> AsyncIterator[Cluster]:
     """Run a cluster for the time of an `async with` block under trio.
 
-    workers: number of workers, named worker-1, worker-2 and so on. They are registered when the block begins.
-    vms_per_worker: how many VMs run on one worker at the same time.
-    auth: require credentials; `Cluster.account` and `Cluster.token` are those of an administrator.
+    workers: number of workers, named worker-1, worker-2 and so on; or a description of each, of which all fields may be
+        left out: `[Worker(labels={"xcode": "27"}), Worker(arch="amd64")]`. They are registered when the block begins.
+    vms_per_worker: how many VMs run at the same time on a worker whose description has no resources.
+    auth: require credentials; `account` and `token` of the cluster are those of an administrator.
+    tls: serve HTTPS, with a certificate that is made for the cluster.
     ssh: serve the SSH jump host too, which needs orchard-cluster[ssh].
     directory: where state and VMs are stored, and stay after the block; by default a temporary directory.
     port: TCP port of the controller on 127.0.0.1; 0 means any free port.
     driver: returns the driver of the worker with the given name; by default one for synthetic VMs.
+    worker_offline_timeout: seconds without contact after which a worker is offline and its VMs fail.
 
     Raises orchard.controller.StartError if the controller cannot start, for example because the port is in use.
     """
-    with TemporaryDirectory(prefix="orchard-") as temporary, unwrap_groups():
+    with TemporaryDirectory(prefix="orchard-") as temporary, CLUSTER_LOG.collecting(), unwrap_groups():
         home = directory or Path(temporary)
         make_driver = driver or (lambda name: SyntheticDriver(home / "vms" / name))
         settings = controller.ControllerSettings(
             data_dir=home / "controller",
             host="127.0.0.1",
             port=port,
-            tls=False,
+            tls=tls,
             auth=auth,
             ssh=("127.0.0.1", 0) if ssh else None,
+            worker_offline_timeout=worker_offline_timeout,
         )
         # The controller ends last, since the workers report the end of their VMs to it.
         async with _run_controller(settings) as running:
             admin = running.new_admin
             account, token = (admin.name, admin.token) if admin is not None else ("", "")
-            async with Client(running.url, account=account, token=token) as client, trio.open_nursery() as working:
+            make_client = partial(Client, running.url, account=account, token=token, certificate=running.certificate)
+            async with make_client() as client, trio.open_nursery() as working:
+                found = {
+                    worker.name: ClusterWorker(worker, make_driver(worker.name), make_client, working)
+                    for worker in _describe_workers(workers, vms_per_worker)
+                }
                 async with trio.open_nursery() as starting:
-                    for number in range(1, workers + 1):
-                        name = f"worker-{number}"
-                        description = Worker(name=name, machine_id=name, resources={TART_VMS: vms_per_worker})
-                        worker = WorkerService(description, client, make_driver(name), stop_vms_on_exit=True)
-                        starting.start_soon(working.start, worker.run)
-                yield Cluster(running.url, client, account, token, running.ssh_port)
+                    for worker in found.values():
+                        starting.start_soon(worker.start)
+                certificate = settings.data_dir / TLS_CERTIFICATE_FILE if tls else None
+                yield Cluster(running.url, client, account, token, running.ssh_port, certificate, found)
+                for worker in found.values():
+                    await worker.network.repair()
                 working.cancel_scope.cancel()
+
+
+def _describe_workers(workers: int | Sequence[Worker], vms_per_worker: int) -> list[Worker]:
+    """Return the descriptions of the workers with what they leave out."""
+    described = [Worker()] * workers if isinstance(workers, int) else workers
+    named = [replace(worker, name=worker.name or f"worker-{number}") for number, worker in enumerate(described, 1)]
+    return [
+        replace(
+            worker,
+            machine_id=worker.machine_id or worker.name,
+            resources=worker.resources or {TART_VMS: vms_per_worker},
+        )
+        for worker in named
+    ]
 
 
 @asynccontextmanager
@@ -123,172 +187,268 @@ async def _run_controller(settings: controller.ControllerSettings) -> AsyncItera
         stop.set()
 
 
-# ---- without trio ---------------------------------------------------------------------------------------------------
+# ---- workers that fail on request ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class BlockingCluster(Cluster):
-    """A running cluster for a thread that does not run trio.
+class ClusterWorker:
+    """A worker of a cluster, which can be made to fail and to come back.
 
-    `client` has the methods of `orchard.client.Client`, and they block, and so have the streams and commands that they
-    return: where that one returns an asynchronous iterator or context manager, this one returns an ordinary one. The
-    other attributes are those of `Cluster`.
+    Its VMs run on when it stops or is killed, as on a Mac. They end when their leases are over, and with the cluster.
     """
 
-    client: Any
+    def __init__(
+        self, description: Worker, driver: Driver, make_client: Callable[..., Client], nursery: trio.Nursery
+    ) -> None:
+        """`make_client` takes the argument `connect` of `Client`."""
+        self.description = description
+        self.network = Network()
+        self._driver = driver
+        self._make_client = make_client
+        self._nursery = nursery
+        self._service: WorkerService
+        # Cancelled when the worker is to end, and set when it has ended.
+        self._running = trio.CancelScope()
+        self._ended = trio.Event()
+        # Cancelled when the worker comes back.
+        self._away = trio.CancelScope()
+
+    async def start(self) -> None:
+        """Start the worker, and wait until it is registered. Used by `cluster`."""
+        self._ended = trio.Event()
+        await self._nursery.start(self._run)
+
+    async def stop(self) -> None:
+        """Stop the worker, as SIGTERM does: it says goodbye to the controller. Nothing happens if it does not run."""
+        await self._end()
+
+    async def kill(self) -> None:
+        """Kill the worker, as SIGKILL does: it says nothing. Nothing happens if it does not run."""
+        self.network.is_down = True
+        await self._end()
+        await self.network.repair()
+
+    async def cut_off(self) -> None:
+        """Cut the network between the worker and the controller: neither gets anything from the other, nor an error."""
+        self.network.is_cut = True
+        await trio.lowlevel.checkpoint()
+
+    async def come_back(self) -> None:
+        """Start the worker again, or repair its network, and wait until the controller counts it as online.
+
+        A worker that runs and is not cut off opens its connections anew.
+        """
+        if self._ended.is_set():
+            self._away.cancel()
+            await self.network.repair()
+            await self.start()
+        else:
+            connected = self._service.expect_session()
+            await self.network.repair()
+            await connected.wait()
+        async with self._make_client() as client:
+            while (await client.workers.get(self.description.name)).state == "offline":  # noqa: ASYNC110 -- of the controller
+                await trio.sleep(_LOOK_SECONDS)
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+        async with self._make_client(connect=self.network.connect) as client:
+            self._service = WorkerService(self.description, client, self._driver, stop_vms_on_exit=True)
+            with trio.CancelScope() as self._running:
+                await self._service.run(task_status=task_status)
+        self._ended.set()
+
+    async def _end(self) -> None:
+        if self._ended.is_set():
+            return
+        self._service.leave_vms()
+        self._running.cancel()
+        await self._ended.wait()
+        await self._nursery.start(self._supervise_vms)
+
+    async def _supervise_vms(self, task_status: trio.TaskStatus[None]) -> None:
+        """Do for running VMs what their supervisors do on a Mac: end each when its lease is over, or the cluster ends."""
+        with trio.CancelScope() as self._away:
+            running = [vm.name for vm in await self._driver.list_vms() if vm.state == "running"]
+            try:
+                async with trio.open_nursery() as nursery:
+                    for name in running:
+                        nursery.start_soon(self._supervise, name)
+                    task_status.started()
+                    await trio.sleep_forever()
+            finally:
+                if not self._away.cancel_called:
+                    with trio.move_on_after(_END_SECONDS, shield=True):
+                        for name in running:
+                            with suppress(DriverError):
+                                await self._driver.stop(name)
+
+    async def _supervise(self, name: str) -> None:
+        # Raised when the lease is over.
+        with suppress(DriverError):
+            await self._driver.attach(name)
 
 
-@contextmanager
-def start_cluster(workers: int = 1, **options: Any) -> Iterator[BlockingCluster]:
-    """Run a cluster in a thread of its own for the time of a `with` block.
+class Network:
+    """The network path of one worker to the controller. `is_cut`: what is sent is lost. `is_down`: it breaks."""
 
-    The arguments are those of `cluster`, and so are the errors.
+    def __init__(self) -> None:
+        self.is_cut = False
+        self.is_down = False
+        self._streams: set[_NetworkStream] = set()
+
+    async def connect(self, host: str, port: int) -> trio.abc.Stream:
+        """Open a connection. Raises OSError."""
+        if self.is_cut or self.is_down:
+            await trio.lowlevel.checkpoint()
+            raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        stream = _NetworkStream(self, await tcp.connect(host, port))
+        self._streams.add(stream)
+        return stream
+
+    def forget(self, stream: _NetworkStream) -> None:
+        self._streams.discard(stream)
+
+    async def repair(self) -> None:
+        """Connections can be opened again. Those that were open when the network was cut are closed."""
+        self.is_cut = self.is_down = False
+        for stream in list(self._streams):
+            await trio.aclose_forcefully(stream)
+
+
+class _NetworkStream(trio.abc.Stream):
+    def __init__(self, network: Network, stream: trio.SocketStream) -> None:
+        self._network = network
+        self._stream = stream
+        self._closed = trio.Event()
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        await self._check()
+        if not self._network.is_cut:
+            await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._check()
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        await self._check()
+        data = await self._stream.receive_some(max_bytes)
+        if self._network.is_cut:
+            await self._closed.wait()
+        await self._check()
+        return data
+
+    async def _check(self) -> None:
+        if self._network.is_down or self._closed.is_set():
+            await trio.lowlevel.checkpoint()
+            raise trio.BrokenResourceError("the network is down")
+
+    async def aclose(self) -> None:
+        self._network.forget(self)
+        self._closed.set()
+        await self._stream.aclose()
+
+
+# ---- without trio ----------------------------------------------------------------------------------------------------
+
+
+class BlockingWorker(Blocking[ClusterWorker]):
+    """A worker of a cluster, with the methods of `ClusterWorker`, which block."""
+
+    stop = AsCall(ClusterWorker.stop)
+    kill = AsCall(ClusterWorker.kill)
+    cut_off = AsCall(ClusterWorker.cut_off)
+    come_back = AsCall(ClusterWorker.come_back)
+
+
+class BlockingCluster(ClusterOf[BlockingClient, BlockingWorker]):
+    """A running cluster for a thread that does not run trio, with a blocking client (see `orchard.blocking`)."""
+
+
+def _blocking(
+    make: Callable[_OptionsP, AbstractAsyncContextManager[Cluster]],
+) -> Callable[_OptionsP, AbstractContextManager[BlockingCluster]]:
+    @contextmanager
+    def start(*args: _OptionsP.args, **options: _OptionsP.kwargs) -> Iterator[BlockingCluster]:
+        """Run a cluster in a thread of its own for the time of a `with` block.
+
+        The arguments are those of `cluster`, and so are the errors.
+        """
+        with Portal() as portal, portal.hold(make(*args, **options)) as inside:
+            workers = {name: BlockingWorker(worker, portal) for name, worker in inside.workers.items()}
+            yield BlockingCluster(
+                inside.url,
+                BlockingClient(inside.client, portal),
+                inside.account,
+                inside.token,
+                inside.ssh_port,
+                inside.certificate,
+                workers,
+            )
+
+    return start
+
+
+start_cluster = _blocking(cluster)
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+class ClusterLog(logging.Filter):
+    """Keeps the last lines that the clusters of this process have logged. Records go on as they would without it.
+
+    It is a filter of each logger, since handlers would also pass on what it had to enable.
     """
-    portal = _Portal(partial(cluster, workers, **options))
-    inside = portal.start()
-    try:
-        client = _Blocking(inside.client, portal)
-        yield BlockingCluster(inside.url, client, inside.account, inside.token, inside.ssh_port)
-    finally:
-        portal.stop()
 
+    def __init__(self) -> None:
+        super().__init__()
+        # How many lines there were.
+        self.count = 0
+        self._lines: deque[str] = deque(maxlen=_LOG_LINES)
+        self._formatter = LineFormatter()
+        self._parent = logging.getLogger("orchard")
+        self._level_before = logging.NOTSET
+        self._clusters = 0
 
-class _Portal:
-    """A thread that runs a cluster under trio, and in which other threads can call asynchronous functions."""
-
-    def __init__(self, make: Callable[[], AbstractAsyncContextManager[Cluster]]) -> None:
-        self._make = make
-        self._ready = threading.Event()
-        self._stop: trio.Event | None = None
-        self._token: trio.lowlevel.TrioToken | None = None
-        self._cluster: Cluster | None = None
-        self._error: BaseException | None = None
-        # For the tasks that hold asynchronous context managers open.
-        self.holding: trio.Nursery
-        self._thread = threading.Thread(target=self._run, name="orchard cluster", daemon=True)
-
-    def start(self) -> Cluster:
-        """Start the cluster, and return it when it runs. Raises what `cluster` raises."""
-        self._thread.start()
-        self._ready.wait()
-        if self._cluster is None:
-            self._thread.join()
-            assert self._error is not None
-            raise self._error
-        return self._cluster
-
-    def stop(self) -> None:
-        """End the cluster, and wait until it has ended. Raises the error with which the cluster failed, if any."""
-        if self._token is not None and self._stop is not None and self._thread.is_alive():
-            self._token.run_sync_soon(self._stop.set)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def call(self, function: Callable[[], Awaitable[Any]]) -> Any:
-        return trio.from_thread.run(function, trio_token=self._token)
-
-    def _run(self) -> None:
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep what is logged at INFO or above during the block."""
+        for logger in self._loggers():
+            logger.addFilter(self)
+        if not self._clusters:
+            self._level_before = self._parent.level
+            if not self._parent.isEnabledFor(logging.INFO):
+                self._parent.setLevel(logging.INFO)
+        self._clusters += 1
         try:
-            with unwrap_groups():
-                trio.run(self._main, strict_exception_groups=True)
-        # Raised again by `start` or `stop` in the other thread.
-        except BaseException as error:  # noqa: BLE001
-            self._error = error
+            yield
         finally:
-            self._ready.set()
+            self._clusters -= 1
+            if not self._clusters:
+                self._parent.setLevel(self._level_before)
+                for logger in self._loggers():
+                    logger.removeFilter(self)
 
-    async def _main(self) -> None:
-        self._token = trio.lowlevel.current_trio_token()
-        self._stop = trio.Event()
-        async with self._make() as inside, trio.open_nursery() as self.holding:
-            self._cluster = inside
-            self._ready.set()
-            await self._stop.wait()
-            self.holding.cancel_scope.cancel()
+    def _loggers(self) -> list[logging.Logger]:
+        names = [name for name in logging.root.manager.loggerDict if name.startswith(f"{self._parent.name}.")]
+        return [logging.getLogger(name) for name in names]
 
+    def since(self, count: int) -> list[str]:
+        """Return the lines after the first `count`, as far as they are kept."""
+        lines = list(self._lines)
+        return lines[max(0, len(lines) - (self.count - count)) :]
 
-class _Blocking:
-    """A client, a part of one such as `client.vms`, or what one of its methods returned, with methods that block.
-
-    It is an iterator if the object is an asynchronous one.
-    """
-
-    def __init__(self, target: Any, portal: _Portal) -> None:
-        self._target = target
-        self._portal = portal
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._target, name)
-        if callable(value):
-            return partial(self._call, value)
-        is_part = type(value).__module__.startswith("orchard.methods.")
-        return _Blocking(value, self._portal) if is_part else value
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Any:
-        nothing = object()
-
-        async def following() -> Any:
-            return await anext(self._target, nothing)
-
-        if (item := self._portal.call(following)) is nothing:
-            raise StopIteration
-        return item
-
-    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        result = method(*arguments, **options)
-        if isinstance(result, AbstractAsyncContextManager):
-            return _BlockingContext(result, self._portal)
-        if isinstance(result, AsyncIterator):
-            return _Blocking(result, self._portal)
-        return self._portal.call(lambda: result) if isinstance(result, Awaitable) else result
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.INFO:
+            self._lines.append(self._formatter.format(record))
+            self.count += 1
+        logger = logging.getLogger(record.name)
+        while not logger.level and logger.parent is not None:
+            logger = logger.parent
+        # A program has set another level.
+        if logger is not self._parent or logger.level != logging.INFO:
+            return True
+        return record.levelno >= (self._level_before or logging.root.level)
 
 
-class _BlockingContext:
-    """An ordinary context manager that enters and leaves an asynchronous one.
-
-    One task does both, as trio demands it for cancel scopes and nurseries. An exception of the block passes through the
-    asynchronous context manager, which may replace or suppress it.
-    """
-
-    def __init__(self, manager: AbstractAsyncContextManager[Any], portal: _Portal) -> None:
-        self._manager = manager
-        self._portal = portal
-        self._entered = False
-        self._leaving, self._left = trio.Event(), trio.Event()
-        self._block_error: Exception | None = None
-        self._error: Exception | None = None
-
-    def __enter__(self) -> _Blocking:
-        value = self._portal.call(partial(self._portal.holding.start, self._hold))
-        return _Blocking(value, self._portal)
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
-        self._block_error = error if isinstance(error, Exception) else None
-        self._portal.call(self._leave)
-        if self._error is not None and self._error is not error:
-            raise self._error
-        return self._block_error is not None and self._error is None
-
-    async def _hold(self, task_status: trio.TaskStatus[Any]) -> None:
-        try:
-            async with self._manager as value:
-                self._entered = True
-                task_status.started(value)
-                await self._leaving.wait()
-                if self._block_error is not None:
-                    raise self._block_error
-        # Raised again by `__exit__` in the other thread.
-        except Exception as error:
-            if not self._entered:
-                raise
-            self._error = error
-        finally:
-            self._left.set()
-
-    async def _leave(self) -> None:
-        self._leaving.set()
-        await self._left.wait()
+CLUSTER_LOG = ClusterLog()

@@ -138,6 +138,17 @@ class WorkerService:
         self._sessions = 0
         self._has_name = False
         self._has_started = False
+        # Set when a session is whole.
+        self._has_session = trio.Event()
+
+    def leave_vms(self) -> None:
+        """Let running VMs run on when this worker ends, whatever `stop_vms_on_exit` was."""
+        self._vms.leave_vms()
+
+    def expect_session(self) -> trio.Event:
+        """Return an event that is set when the next session with the controller is whole."""
+        self._has_session = trio.Event()
+        return self._has_session
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled.
@@ -210,6 +221,7 @@ class WorkerService:
             await self._vms.settle(nursery)
             self._heartbeats.settle()
             self._failures.clear()
+            self._has_session.set()
             if not self._has_started:
                 self._has_started = True
                 task_status.started()

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             *("worker", "reconciler", "leftovers", "heartbeat", "worker_memory", "worker_requests"),
         ),
     ),
-    ("access", ("ssh/", "sessions", "tunnel", "client", "methods/")),
+    ("access", ("ssh/", "sessions", "tunnel", "client", "methods/", "blocking")),
     (
         "decisions",
         (
@@ -96,8 +96,7 @@ BROAD_HANDLERS = {
     ("vm.instance", "Exception"),
     ("worker", "Exception"),
     # Raise it again in the thread that waits for it.
-    ("testing", "BaseException"),
-    ("testing", "Exception"),
+    ("blocking", "Exception"),
 }
 
 MODULES = sorted(

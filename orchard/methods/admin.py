@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from orchard.methods.common import JSON, ResourceMethods, url_path
 from orchard.schema import ClusterSettings, ServiceAccount
@@ -31,11 +30,18 @@ class ServiceAccounts(ResourceMethods):
         """Return all accounts."""
         return await self._fetch_list(ServiceAccount, "/service-accounts")
 
-    async def replace(self, name: str, **fields: Any) -> ServiceAccount:
-        """Change an account's `roles`, `token` or both, and return it. Raises ResponseError: 404, 412."""
-        return await self._fetch(
-            ServiceAccount, "PUT", url_path("service-accounts", name), json={"name": name, **fields}
-        )
+    async def replace(
+        self,
+        name: str,
+        *,
+        roles: Sequence[str] | None = None,
+        token: str | None = None,
+        authorized_keys: Sequence[str] | None = None,
+    ) -> ServiceAccount:
+        """Change what is not None of an account, and return it. Raises ResponseError: 404, 412."""
+        given = {"roles": roles, "token": token, "authorizedKeys": authorized_keys}
+        body = {"name": name, **{key: value for key, value in given.items() if value is not None}}
+        return await self._fetch(ServiceAccount, "PUT", url_path("service-accounts", name), json=body)
 
     async def delete(self, name: str) -> None:
         """Delete an account. Raises ResponseError: 404."""

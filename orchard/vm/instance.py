@@ -210,7 +210,7 @@ def run_options(vm: VM) -> RunOptions:
 # ---- the task ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class InstanceHost:
     """What all instances of one worker share.
 

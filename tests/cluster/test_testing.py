@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import random
 import socket
+import ssl
 import tempfile
 import threading
 import urllib.request
+from base64 import b64encode
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +21,11 @@ import pytest
 import trio
 from harness.processes import eventually
 
+from orchard.blocking import open_client
 from orchard.client import ConnectError, ResponseError, VMFailed
 from orchard.controller import StartError
-from orchard.schema import Event
-from orchard.testing import BlockingCluster, cluster, start_cluster
+from orchard.schema import VM, Event, Worker
+from orchard.testing import CLUSTER_LOG, BlockingCluster, cluster, start_cluster
 
 pytest_plugins = ["pytester"]
 
@@ -125,6 +130,126 @@ def test_command_and_stream_of_a_blocking_client_block() -> None:
             raise trio.BrokenResourceError
 
 
+# ---- workers that fail -----------------------------------------------------------------------------------------------
+
+
+def changes_until(c: BlockingCluster, name: str, holds: Callable[[VM], bool]) -> VM:
+    with c.client.vms.watch(name) as changes:
+        return next(vm for _, vm in changes if holds(vm))
+
+
+def test_worker_that_was_stopped_takes_no_vms_and_keeps_its_own() -> None:
+    with start_cluster(vms_per_worker=3) as c, socket.create_server(("127.0.0.1", 0)) as listener:
+        c.client.vms.create(name="old", image="any")
+        old = c.client.vms.wait("old")
+        c.workers["worker-1"].stop()
+        assert c.client.workers.get("worker-1").state == "offline", "it has said goodbye"
+        c.client.vms.create(name="new", image="any")
+        c.workers["worker-1"].come_back()
+        assert c.client.workers.get("worker-1").state == "online"
+        assert c.client.vms.wait("new").state.worker == "worker-1"
+        assert c.client.vms.get("old") == old, "it was adopted"
+        with c.client.vms.port_forward("old", listener.getsockname()[1]):
+            listener.accept()[0].close()
+        c.workers["worker-1"].stop()
+        c.workers["worker-1"].stop()
+
+
+def test_worker_that_was_killed_says_nothing_and_can_come_back() -> None:
+    with start_cluster() as c:
+        c.client.vms.create(name="vm", image="any")
+        running = c.client.vms.wait("vm")
+        c.workers["worker-1"].kill()
+        c.workers["worker-1"].kill()
+        c.workers["worker-1"].come_back()
+        assert c.client.workers.get("worker-1").state == "online"
+        assert c.client.vms.get("vm").state.status == "running"
+        assert c.client.vms.get("vm").uid == running.uid
+
+
+@pytest.mark.parametrize("way", ["kill", "cut_off"])
+def test_vm_of_a_worker_that_is_away_ends_before_it_is_started_elsewhere(way: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # The first run holds the pipe open.
+    script = f"if mkdir {tmp_path}/first; then exec 3> {pipe}; echo begun >&3; fi; sleep 1000"
+    with start_cluster(workers=2, worker_offline_timeout=1.5) as c:
+        c.client.vms.create(
+            name="vm", image="any", startup_script={"script_content": script}, restart_policy="OnFailure"
+        )
+        first = c.client.vms.wait("vm").state.worker
+        with pipe.open("rb", buffering=0) as reader:
+            assert reader.readline() == b"begun\n"
+            getattr(c.workers[first], way)()
+            again = changes_until(c, "vm", lambda vm: vm.state.restart_count == 1 and vm.state.status == "running")
+            assert again.state.worker != first
+            os.set_blocking(reader.fileno(), False)
+            assert reader.read(1) == b"", "no process has it open"
+
+
+def test_worker_that_was_cut_off_for_a_moment_goes_on() -> None:
+    with start_cluster() as c:
+        c.client.vms.create(name="vm", image="any")
+        c.client.vms.wait("vm")
+        c.workers["worker-1"].cut_off()
+        # Nothing tells the controller.
+        assert c.client.workers.get("worker-1").state == "online"
+        c.client.vms.create(name="second", image="any")
+        assert c.client.vms.get("second").state.status == "pending"
+        c.workers["worker-1"].come_back()
+        assert c.client.vms.wait("second").state.worker == "worker-1"
+        assert c.client.vms.ip("vm") == "127.0.0.1"
+
+
+def test_cluster_ends_with_workers_that_are_away() -> None:
+    before = traces()
+    with start_cluster(workers=3) as c:
+        for number in range(1, 7):
+            c.client.vms.create(name=f"vm-{number}", image="any", startup_script={"script_content": "sleep 1000"})
+            c.client.vms.wait(f"vm-{number}")
+        c.workers["worker-1"].kill()
+        c.workers["worker-2"].stop()
+        c.workers["worker-3"].cut_off()
+    assert traces() == before
+
+
+# ---- descriptions of workers, TLS ------------------------------------------------------------------------------------
+
+
+def test_each_worker_has_the_labels_resources_and_architecture_of_its_description() -> None:
+    described = [
+        Worker(labels={"xcode": "27"}),
+        Worker(name="intel", arch="amd64", resources={"org.cirruslabs.tart-vms": 1}),
+    ]
+    with start_cluster(workers=described) as c:
+        assert list(c.workers) == ["worker-1", "intel"]
+        assert c.client.workers.get("worker-1").resources["org.cirruslabs.tart-vms"] == 2
+        assert c.client.workers.get("intel").resources["org.cirruslabs.tart-vms"] == 1
+        c.client.vms.create(name="new", image="any", labels={"xcode": "27"})
+        c.client.vms.create(name="old", image="any", arch="amd64")
+        assert c.client.vms.wait("new").state.worker == "worker-1"
+        assert c.client.vms.wait("old").state.worker == "intel"
+
+
+def test_cluster_with_tls_is_reached_by_its_certificate_file() -> None:
+    with start_cluster(tls=True, auth=True) as c:
+        c.client.check()
+        assert c.url.startswith("https://")
+        assert c.certificate is not None
+        trusted = ssl.create_default_context(cafile=str(c.certificate))
+        request = urllib.request.Request(f"{c.url}/v1/")
+        request.add_header("Authorization", "Basic " + b64encode(f"{c.account}:{c.token}".encode()).decode())
+        with urllib.request.urlopen(request, context=trusted) as answer:
+            assert answer.status == 200
+        pem = c.certificate.read_bytes()
+        with open_client(c.url, account=c.account, token=c.token, certificate=pem) as client:
+            client.vms.create(name="vm", image="any")
+            assert client.vms.wait("vm").state.worker == "worker-1"
+
+
+# ---- what a cluster does to its program ------------------------------------------------------------------------------
+
+
 def test_cluster_does_not_use_the_global_random_generator() -> None:
     # As a test suite does that needs the same numbers every time.
     random.seed(1)
@@ -169,10 +294,48 @@ def test_marker_passes_arguments_to_the_fixture(orchard_cluster: BlockingCluster
     assert [worker.resources["org.cirruslabs.tart-vms"] for worker in workers] == [1, 1, 1]
 
 
+def test_records_go_where_they_went_without_the_clusters_log(caplog: pytest.LogCaptureFixture) -> None:
+    before = CLUSTER_LOG.count
+    with start_cluster() as c:
+        c.client.vms.create(name="vm", image="any", colour="red")
+        assert any("registered" in line and "worker=worker-1" in line for line in CLUSTER_LOG.since(before))
+        with caplog.at_level(logging.INFO, logger="orchard.worker"):
+            c.workers["worker-1"].stop()
+            c.workers["worker-1"].come_back()
+        names = [(record.name, record.levelname) for record in caplog.records]
+    assert ("orchard.client", "WARNING") in names
+    assert ("orchard.worker", "INFO") in names
+    assert [level for name, level in names if name != "orchard.worker"] == ["WARNING"]
+
+
+@pytest.mark.slow
+def test_report_of_a_failed_test_has_the_log_of_its_cluster(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(
+        "import pytest\n"
+        "@pytest.fixture(scope='session')\n"
+        "def orchard_session_options():\n    return {'workers': 1, 'tls': True}\n"
+    )
+    pytester.makepyfile(
+        "def test_first(orchard_session_cluster):\n"
+        "    orchard_session_cluster.client.vms.create(name='first', image='any', odd='field')\n"
+        "def test_second(orchard_session_cluster):\n"
+        "    orchard_session_cluster.workers['worker-1'].stop()\n"
+        "    orchard_session_cluster.workers['worker-1'].come_back()\n"
+        "    assert [vm.name for vm in orchard_session_cluster.client.vms.list()] == []\n"
+    )
+    result = run_plugin(pytester)
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["*Orchard cluster log, call*", "*registered*worker=worker-1*"])
+    result.stdout.no_fnmatch_line("*odd*")
+
+
 @pytest.mark.slow
 def test_plugin_is_found_by_a_test_suite_that_only_installs_orchard(pytester: pytest.Pytester) -> None:
     pytester.makepyfile("def test_it(orchard_cluster):\n    orchard_cluster.client.check()\n")
+    run_plugin(pytester).assert_outcomes(passed=1)
+
+
+def run_plugin(pytester: pytest.Pytester) -> pytest.RunResult:
     # Without plugins that take seconds to import.
     unused = [word for name in ("schemathesis", "hypothesispytest") for word in ("-p", f"no:{name}")]
-    result = pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *unused)
-    result.assert_outcomes(passed=1)
+    return pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *unused)

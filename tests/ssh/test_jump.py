@@ -437,7 +437,7 @@ async def test_login_by_a_key_of_the_service_account(
         if kind == "ssh-rsa":
             client = with_key(OpenSSH(c, tmp_path, sshd, "one"), tmp_path / "id", PubkeyAcceptedAlgorithms="ssh-rsa")
             assert (await client.run("ssh", "vm")).returncode == 255, "a signature with SHA-1"
-        await c.client.service_accounts.replace("one", authorizedKeys=[])
+        await c.client.service_accounts.replace("one", authorized_keys=[])
         client = with_key(OpenSSH(c, tmp_path, sshd, "one"), tmp_path / "id")
         assert (await client.run("ssh", "vm")).returncode == 255, "keys are looked up at each login"
 
@@ -466,7 +466,7 @@ async def test_key_that_was_removed_opens_no_more_channels(sshd: int) -> None:
         connection = await logged_in(c.ssh_port, "someone", client_keys=[key])
         reader, _ = await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
         assert (await trio_asyncio.aio_as_trio(reader.read)(8)) == b"SSH-2.0-"
-        await c.client.service_accounts.replace("someone", authorizedKeys=[])
+        await c.client.service_accounts.replace("someone", authorized_keys=[])
         with pytest.raises(asyncssh.ChannelOpenError, match="keys"):
             await trio_asyncio.aio_as_trio(connection.open_connection)("vm", sshd)
         connection.close()
