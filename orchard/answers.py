@@ -53,7 +53,9 @@ REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)
 def http_error(error: Exception, account: str = "") -> HTTPError:
     """Return the answer to a request of `account` that failed with an HTTPError or an error of ERROR_STATUS."""
     if isinstance(error, HTTPError):
-        return HTTPError(error.status, error.message, error.headers, account=account or error.account)
+        return HTTPError(
+            error.status, error.message, error.headers, account=account or error.account, details=error.details
+        )
     status = next(ERROR_STATUS[kind] for kind in type(error).__mro__ if kind in ERROR_STATUS)
     headers: HeaderPairs = ()
     if isinstance(error, auth.UnauthenticatedError):

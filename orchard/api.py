@@ -23,7 +23,7 @@ import trio
 
 from orchard import auth, parameters
 from orchard.admission import Admitted, APIOperation, refuse_unknown
-from orchard.answers import PRODUCT_ERRORS, REFUSALS, found, http_error
+from orchard.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error
 from orchard.cluster import ClusterIdentity
 from orchard.codec import parse_client_json
 from orchard.gate import Gate, named_account
@@ -202,7 +202,8 @@ class API:
                 raise http_error(error) from error
             if refusal is not None:
                 refused = http_error(refusal)
-                raise HTTPError(refused.status, refused.message, (*refused.headers, *remarks.headers())) from refusal
+                refused.headers = (*refused.headers, *remarks.headers())
+                raise refused from refusal
             if isinstance(answer, Response) and isinstance(answer.body, bytes) and answer.body:
                 # A terminal shows its prompt on a line of its own.
                 answer.body += b"\n"
@@ -242,13 +243,19 @@ class API:
         """Return an answer with a VM as it is stored."""
         return Response(200, self.state.json["vm"][name])
 
-    def answer_list(self, items: Iterable[bytes]) -> Response:
-        """Return an answer with a JSON array of objects, in pieces, and the revision of the state that they are from."""
+    def answer_list(self, items: Iterable[bytes], headers: HeaderPairs | None = None) -> Response:
+        """Return an answer with a JSON array of objects, in pieces.
+
+        `headers` are those of the state that the objects are from; None: of the present one.
+        """
         pieces = list(items) or [b""]
         pieces[0] = b"[" + pieces[0]
         pieces[-1] += b"]\n"
-        revision = (("X-Stored-Revision", str(self.state.revision)),)
-        return Response(200, pieces, revision, separator=b",")
+        return Response(200, pieces, self.revision_headers() if headers is None else headers, separator=b",")
+
+    def revision_headers(self) -> HeaderPairs:
+        """Return the headers that say of which state a list is."""
+        return (("X-Stored-Revision", str(self.state.revision)),)
 
     def delete(self, resource: VM | Worker | ServiceAccount) -> AnyResponse:
         with self.store.transaction() as tx:

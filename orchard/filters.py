@@ -12,10 +12,9 @@ from __future__ import annotations
 import re
 import urllib.parse
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from operator import attrgetter
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from orchard.codec import MalformedError, shown
 from orchard.schema import METADATA_KEY, NAME, VM, Status
@@ -23,6 +22,7 @@ from orchard.schema import METADATA_KEY, NAME, VM, Status
 PATHS = ("worker", "status", "image", "name", "createdBy", "metadata.KEY", "label.KEY")
 # Conditions of one filter. Each is tested for each VM.
 MAX_CONDITIONS = 64
+_CONDITION = re.compile(r"(\w+)(?:\.([^=]*?))?(!?)=(.*)", re.DOTALL)
 _PERCENT_ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
 
 _FIELDS: dict[str, Callable[[VM], str]] = {
@@ -33,11 +33,15 @@ _FIELDS: dict[str, Callable[[VM], str]] = {
     "createdBy": attrgetter("meta.created_by"),
 }
 _MAPS: dict[str, str] = {"metadata": "spec.metadata", "label": "spec.labels"}
-_STATUSES: tuple[str, ...] = get_args(Status)
+# What the value of some paths must match, and in words.
+_VALUES: dict[str, tuple[re.Pattern[str], str]] = {
+    "status": (re.compile("|".join(get_args(Status))), f"one of {', '.join(get_args(Status))}"),
+    "worker": (NAME, "the name of a worker"),
+    "name": (re.compile(rf"{NAME.pattern}\*?|\*"), "the name of a VM, or the beginning of one and *"),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class FieldCondition:
+class FieldCondition(NamedTuple):
     """One condition. `key` is that of `metadata.KEY` and `label.KEY`, and "" with every other path."""
 
     path: str
@@ -53,12 +57,9 @@ class FieldCondition:
 class VMFilter:
     """Conditions that must all hold; without one, every VM matches."""
 
-    __slots__ = ("_tests", "conditions")
-
     def __init__(self, conditions: Iterable[FieldCondition]) -> None:
         # Each once, in their order.
         self.conditions = tuple(dict.fromkeys(conditions))
-        self._tests = [_test_of(condition) for condition in self.conditions]
 
     def __bool__(self) -> bool:
         """Return whether there is a condition."""
@@ -70,10 +71,16 @@ class VMFilter:
     @property
     def only_worker(self) -> str | None:
         """The worker's name, if the filter is no more than `worker=NAME`."""
-        match self.conditions:
-            case (FieldCondition("worker", _, name, False),):
-                return name
+        if len(self.conditions) == 1:
+            condition = self.conditions[0]
+            if condition.path == "worker" and not condition.is_negated:
+                return condition.value
         return None
+
+    @cached_property
+    def _tests(self) -> list[Callable[[VM], bool]]:
+        # Polls of workers, which are most filters, need none.
+        return [_test_of(condition) for condition in self.conditions]
 
     def matches(self, vm: VM) -> bool:
         return all(test(vm) for test in self._tests)
@@ -94,32 +101,20 @@ def parse_filter(texts: Iterable[str]) -> VMFilter:
 
 
 def _condition(text: str) -> FieldCondition:
-    path, equals, value = text.partition("=")
-    is_negated = path.endswith("!")
-    path, dot, key = path.removesuffix("!").partition(".")
-    if not equals or path not in (_MAPS if dot else _FIELDS):
+    found = _CONDITION.fullmatch(text)
+    if found is None or found[1] not in (_FIELDS if found[2] is None else _MAPS):
         raise MalformedError(
             f"filter is {shown(text)}, expected PATH=VALUE or PATH!=VALUE with a PATH of {', '.join(PATHS)}"
         )
-    condition = FieldCondition(path, _decoded(key), _decoded(value), is_negated)
-    _check_condition(condition)
+    condition = FieldCondition(found[1], _decoded(found[2] or ""), _decoded(found[4]), bool(found[3]))
+    # A key or a value that no VM can have would match every VM with `!=`.
+    if condition.path in _VALUES:
+        pattern, expected = _VALUES[condition.path]
+        if not pattern.fullmatch(condition.value):
+            raise MalformedError(f"filter has {condition.path} {shown(condition.value)}, expected {expected}")
+    if condition.path == "metadata" and not METADATA_KEY.fullmatch(condition.key):
+        raise MalformedError(f"filter has the metadata key {shown(condition.key)}, expected {METADATA_KEY.pattern}")
     return condition
-
-
-def _check_condition(condition: FieldCondition) -> None:
-    """Raise MalformedError for a key or a value that no VM can have, which with `!=` would match every VM."""
-    path, key, value = condition.path, condition.key, condition.value
-    expected = ""
-    if path == "status" and value not in _STATUSES:
-        expected = f"one of {', '.join(_STATUSES)}"
-    elif path == "worker" and not NAME.fullmatch(value):
-        expected = "the name of a worker"
-    elif path == "name" and value != "*" and not NAME.fullmatch(value.removesuffix("*")):
-        expected = "the name of a VM, or the beginning of one and *"
-    elif path == "metadata" and not METADATA_KEY.fullmatch(key):
-        raise MalformedError(f"filter has the metadata key {shown(key)}, expected {METADATA_KEY.pattern}")
-    if expected:
-        raise MalformedError(f"filter has {path} {shown(value)}, expected {expected}")
 
 
 def _decoded(text: str) -> str:

@@ -8,11 +8,13 @@ its schema accepts.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from orchard.codec import add_unknown, shortened, shown
+from orchard.filters import PATHS, VMFilter, parse_filter
 from orchard.net.openapi import Parameter
 from orchard.net.request import HTTPError, Query
 from orchard.ssh import exec as vm_exec
@@ -40,7 +42,16 @@ def _whole(least: int, most: int, **more: int) -> dict[str, Any]:
 
 
 WATCH = Parameter("watch", "Stream the VM's changes as ADDED, MODIFIED and DELETED notifications", _FLAG)
-FILTER = Parameter("filter", "`worker=NAME`: only the VMs assigned to that worker", _TEXT)
+FILTER = Parameter(
+    "filter",
+    "Only the VMs for which all conditions hold: `PATH=VALUE` or `PATH!=VALUE`, with commas between them. PATH is one of"
+    f" {', '.join(PATHS)}, and the VALUE of `name` may end in `*`. `%` and `,` inside VALUE are percent-encoded once more."
+    " May be repeated",
+    _TEXT,
+)
+VM_LIMIT = Parameter("limit", "Maximum number of VMs to return, in the order of their names", _whole(1, _MAX_LIMIT))
+CONTINUE = Parameter("continue", "Opaque token from the X-Continue response header", _TEXT)
+DRY_RUN = Parameter("dryRun", "Return what would be deleted, and delete nothing", _FLAG)
 LIMIT = Parameter("limit", "Maximum number of events to return", _whole(1, _MAX_LIMIT))
 ORDER = Parameter("order", "Sort order of events; asc (default) or desc", {"type": "string", "enum": ["asc", "desc"]})
 CURSOR = Parameter("cursor", "Opaque cursor from the X-Next-Cursor response header", _TEXT)
@@ -71,6 +82,8 @@ FIELD_VALIDATION = Parameter(
 )
 
 # The parameters of operations with several.
+VMS = (FILTER, VM_LIMIT, CONTINUE)
+BULK_DELETION = (FILTER, DRY_RUN)
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
 EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
 PAGE = (LIMIT, ORDER, CURSOR)
@@ -133,22 +146,38 @@ def read_count(query: Query, parameter: Parameter) -> int:
     return number
 
 
-def read_worker_filter(query: Query) -> str | None:
-    """Return the worker's name of `filter`; None without a filter.
+def read_filter(query: Query) -> VMFilter:
+    """Return the filter of all `filter` parameters. Raises MalformedError."""
+    return parse_filter(query.parameters().get(FILTER.name, ()))
 
-    Several conditions, with commas between them, must all hold. A VM is never on two workers, so a filter with two
-    workers gives "", which no worker is called.
-    """
-    text = query.one(FILTER.name)
-    if not text:
-        return None
-    names = set()
-    for condition in text.split(","):
-        field, _, name = condition.partition("=")
-        if field != "worker" or not name:
-            raise HTTPError(400, f"filter is {shown(text)}, expected worker=NAME")
-        names.add(name)
-    return names.pop() if len(names) == 1 else ""
+
+def read_bulk_filter(query: Query) -> VMFilter:
+    """Return the filter of a bulk deletion. A text that may have lost its value is refused. Raises MalformedError, too."""
+    texts = query.parameters().get(FILTER.name, ())
+    wanted = parse_filter(texts)
+    if not wanted or "" in texts:
+        raise HTTPError(400, "filter is missing or empty, expected a filter of the VMs to delete, such as name=ci-*")
+    for condition in wanted.conditions:
+        if not condition.value or (condition.path, condition.value) == ("name", "*"):
+            raise HTTPError(400, f"filter has {shown(str(condition))}, expected a value that not every VM may have")
+    return wanted
+
+
+def continue_token(name: str) -> str:
+    """Return the token with which the next page begins after the VM of that name."""
+    return base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
+
+
+def read_continue(query: Query) -> str:
+    """Return the name of the VM that the page begins after; "" at the first page."""
+    token = query.one(CONTINUE.name) or ""
+    try:
+        name = base64.b64decode(f"{token}===", altchars=b"-_").decode()
+    except ValueError:
+        name = ""
+    if continue_token(name) != token:
+        raise HTTPError(400, f"continue is {shown(token)}, expected the value of X-Continue of the page before")
+    return name
 
 
 def read_command(query: Query) -> vm_exec.Command:

@@ -591,6 +591,14 @@ class Problem:
     """The body of every answer with a status of 400 or more."""
 
     message: str = attr("message", "The refused value, and what is accepted", zero="", default="")
+    deleted: tuple[str, ...] = attr(
+        "deleted", "Names of the VMs that a bulk deletion had deleted before it failed", zero=()
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BulkDeletion:
+    deleted: tuple[str, ...] = attr("deleted", "Names of the VMs that were deleted", zero=(), default=[])
 
 
 @dataclass(frozen=True, slots=True)
@@ -623,7 +631,7 @@ def components() -> dict[str, Any]:
         spec["properties"][name] = {"type": "string", "readOnly": True, "description": text}
     parts = {"VMMeta": openapi_schema(VMMeta), "VMSpec": spec, "VMState": openapi_schema(VMState)}
     resources: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, VMReport, Problem)
-    resources += (IP, IssueVMAccessTokenRequest, VMAccessToken)
+    resources += (IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion)
     return {
         **parts,
         "VM": {"type": "object", "allOf": [{"$ref": f"#/components/schemas/{name}"} for name in parts]},

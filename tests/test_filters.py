@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote, quote_plus
+
 import pytest
+from harness.strategies import QUICK, running, spec, texts
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchard.codec import MalformedError
-from orchard.filters import MAX_CONDITIONS, FieldCondition, parse_filter
+from orchard.filters import MAX_CONDITIONS, FieldCondition, VMFilter, parse_filter
+from orchard.net.request import Query
+from orchard.parameters import read_filter
+from orchard.schema import VM, VMMeta, VMState
 
 
 @pytest.mark.parametrize(
@@ -61,3 +71,91 @@ def test_filter_that_could_be_a_slip_is_refused(text: str) -> None:
 )
 def test_filter_by_one_worker_alone_names_it(texts: list[str], worker: str | None) -> None:
     assert parse_filter(texts).only_worker == worker
+
+
+# ---- which VMs match -----------------------------------------------------------------------------------------------
+
+# Few different values, so that VMs share them, and all characters that mean something in a filter.
+VALUES = (
+    st.sampled_from(["", "a", "b", "a,b", "a=b", "%", "%2C", "50%,", "!=", "+ &", "\u00e4\U0001f600", "*", "a*"])
+    | texts()
+)
+LABEL_KEYS = st.sampled_from(["", "a", "a.b", "a=", "!", "a!", "%2C", ",", "a b", "\u00e4"])
+METADATA_KEYS = st.sampled_from(["a", "a.b", "_/-.9", "k" * 128])
+NAMES = st.sampled_from(["a", "ab", "abc", "b", "ab.c:d", "a-", "A"])
+
+
+@st.composite
+def vms(draw: st.DrawFn) -> VM:
+    meta = VMMeta(draw(NAMES), "uid", created_by=draw(VALUES))
+    labels, metadata = (draw(st.dictionaries(keys, VALUES, max_size=3)) for keys in (LABEL_KEYS, METADATA_KEYS))
+    state = VMState(
+        status=draw(st.sampled_from(["pending", "running", "failed"])), worker=draw(st.sampled_from(["", "w", "x"]))
+    )
+    return VM(meta, spec(image=draw(st.sampled_from(["base", "other"])), labels=labels, metadata=metadata), state)
+
+
+@st.composite
+def conditions(draw: st.DrawFn) -> tuple[str, str, str, bool]:
+    path = draw(st.sampled_from(["worker", "status", "image", "name", "createdBy", "metadata", "label"]))
+    keys = {"metadata": METADATA_KEYS, "label": LABEL_KEYS}
+    values: dict[str, Any] = {
+        "worker": st.sampled_from(["w", "x", "y"]),
+        "status": st.sampled_from(["pending", "running", "failed"]),
+        "name": NAMES | st.sampled_from(["a*", "ab*", "*", "z*"]),
+    }
+    return path, draw(keys.get(path, st.just(""))), draw(values.get(path, VALUES)), draw(st.booleans())
+
+
+def value_of(vm: VM, path: str, key: str) -> str | None:
+    """Return a value from a VM's JSON, None if it is absent there."""
+    shown = vm.to_json()
+    if path in ("metadata", "label"):
+        found = shown.get({"metadata": "metadata", "label": "labels"}[path], {}).get(key)
+    else:
+        found = shown.get(path, "" if path in ("createdBy", "worker") else None)
+    assert found is None or isinstance(found, str)
+    return found
+
+
+def holds(vm: VM, path: str, key: str, value: str, negated: bool) -> bool:
+    has = value_of(vm, path, key)
+    if path == "name" and value.endswith("*"):
+        return (has or "").startswith(value[:-1]) != negated
+    return (has == value) != negated
+
+
+def as_text(path: str, key: str, value: str, negated: bool) -> str:
+    """Return a condition as a client writes it, which percent-encodes much more than it has to."""
+    dot = "." if path in ("metadata", "label") else ""
+    star = "*" if path == "name" and value.endswith("*") else ""
+    return f"{path}{dot}{quote(key)}{'!' * negated}={quote(value.removesuffix(star), safe='')}{star}"
+
+
+@QUICK
+@given(st.lists(vms(), max_size=6), st.lists(conditions(), min_size=1, max_size=3), st.data())
+def test_filter_matches_exactly_the_vms_that_have_the_values(
+    present: list[VM], wanted: list[tuple[str, str, str, bool]], data: st.DataObject
+) -> None:
+    expected = [vm for vm in present if all(holds(vm, *condition) for condition in wanted)]
+    minimal = str(VMFilter(FieldCondition(*condition) for condition in wanted))
+    full = ",".join(as_text(*condition) for condition in wanted)
+    repeated = [as_text(*condition) for condition in wanted]
+    for texts_ in ([minimal], [full], repeated):
+        query = "&".join(f"filter={data.draw(st.sampled_from([quote, quote_plus]))(text)}" for text in texts_)
+        parsed = read_filter(Query(query))
+        assert list(parsed.select(present)) == expected
+        assert [vm for vm in present if parsed.matches(vm)] == expected
+
+
+def test_absent_key_equals_no_value() -> None:
+    vm = running(replace(VM(VMMeta("vm", "uid"), spec(metadata={"empty": ""}), VMState())))
+    for text, matches in {
+        "metadata.empty=": True,
+        "metadata.empty!=": False,
+        "metadata.absent=": False,
+        "metadata.absent!=": True,
+        "metadata.absent!=x": True,
+        "label.absent=": False,
+    }.items():
+        assert parse_filter([text]).matches(vm) is matches, text

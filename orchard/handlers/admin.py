@@ -24,6 +24,7 @@ _CAPABILITIES = (
     WORKER_STATE,
     IMAGE_INVENTORY,
     "field-validation",
+    "vm-metadata",
 )
 
 

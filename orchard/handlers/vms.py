@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import bisect
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import trio
+
 from orchard import parameters, schema, transitions, validation
 from orchard.admission import Admitted, is_old_worker, read_body
+from orchard.answers import http_error
 from orchard.api import API, liveness_source
+from orchard.auth import ForbiddenError
 from orchard.changes import send_changes
 from orchard.cluster import WORKER_STATE
-from orchard.codec import shown
-from orchard.net.request import AnyResponse, HTTPError, Request, Stream
-from orchard.parameters import read_flag
-from orchard.schema import VMSpec
+from orchard.codec import dump_json, encode, shown
+from orchard.filters import VMFilter
+from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
+from orchard.parameters import read_flag, read_number
+from orchard.schema import VM, BulkDeletion, VMSpec
+from orchard.storage.errors import StorageError
+
+# Conditions that are tested in one step of the event loop: some milliseconds.
+_TESTS_PER_STEP = 20_000
+# VMs that are deleted in one transaction.
+_DELETED_TOGETHER = 24
 
 
 def create_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
@@ -25,16 +37,27 @@ def create_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     if name in api.state.vms:
         raise HTTPError(409, f'VM "{name}" already exists')
     reason = api.parts.waiting_reason(spec)
-    with api.store.transaction() as tx:
-        tx.put(transitions.create(name, str(uuid.uuid4()), spec, api.parts.clock(), reason))
+    now = api.parts.clock()
+    vm = transitions.create(name, str(uuid.uuid4()), spec, now, reason)
+    vm = replace(vm, meta=replace(vm.meta, created_by=admitted.account))
+    api.put(transitions.set_deadlines(None, vm, api.state.settings, now))
     return api.answer_vm(name)
 
 
-def list_vms(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+def list_vms(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
+    wanted, limit = parameters.read_filter(request.query), read_number(request.query, parameters.VM_LIMIT)
+    after = parameters.read_continue(request.query)
+    is_page = limit is not None or bool(after)
+    if wanted.only_worker is not None and not is_page:
+        return _answer_poll(api, request, admitted, wanted.only_worker)
+    if wanted or is_page:
+        return _list_some(api, wanted, after, limit)
     table = api.state.json["vm"]
-    worker = parameters.read_worker_filter(request.query)
-    if worker is None:
-        return api.answer_list(table[name] for name in api.state.names["vm"])
+    return api.answer_list(table[name] for name in api.state.names["vm"])
+
+
+def _answer_poll(api: API, request: Request, admitted: Admitted, worker: str) -> Response:
+    """Return the VMs of a worker, which asks for them."""
     if api.state.cluster.restored_from and not _can_notice(api, worker):
         raise HTTPError(
             503,
@@ -42,7 +65,72 @@ def list_vms(api: API, request: Request, admitted: Admitted) -> AnyResponse:
             " see POST /v1/controller/accept-state",
         )
     api.parts.liveness.record_poll(worker, liveness_source(request, admitted))
+    table = api.state.json["vm"]
     return api.answer_list(table[name] for name in sorted(api.state.vms_by_worker.get(worker, ())))
+
+
+async def _list_some(api: API, wanted: VMFilter, after: str, limit: int | None) -> Response:
+    # All of the answer is from the state at this moment.
+    headers, table = api.revision_headers(), dict(api.state.json["vm"])
+    found = await _select(api, wanted, after, None if limit is None else limit + 1)
+    if limit is not None and len(found) > limit:
+        found = found[:limit]
+        headers = (*headers, ("X-Continue", parameters.continue_token(found[-1].name)))
+    return api.answer_list((table[vm.name] for vm in found), headers)
+
+
+async def _select(api: API, wanted: VMFilter, after: str = "", most: int | None = None) -> list[VM]:
+    """Return the VMs that match at this moment, in the order of their names, from the first name after `after`.
+
+    The test of all VMs is divided into steps of the event loop. Raises StorageError if the state was undone meanwhile.
+    """
+    names = api.state.names["vm"]
+    vms = [api.state.vms[name] for name in names[bisect.bisect_right(names, after) :]]
+    await api.store.wait_durable()
+    size = max(1, _TESTS_PER_STEP // max(1, len(wanted.conditions)))
+    found: list[VM] = []
+    for start in range(0, len(vms), size):
+        found += wanted.select(vms[start : start + size])
+        if most is not None and len(found) >= most:
+            break
+        await trio.lowlevel.checkpoint()
+    return found[:most]
+
+
+async def delete_vms(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    """Delete the VMs that match when the request is decided, even if they change meanwhile."""
+    if admitted.remarks.unknown:
+        raise HTTPError(400, f"{admitted.remarks}; nothing was deleted")
+    wanted = parameters.read_bulk_filter(request.query)
+    if request.query.one(parameters.DRY_RUN.name) == "":
+        raise HTTPError(400, 'dryRun is "", expected true or false')
+    is_dry = read_flag(request.query, parameters.DRY_RUN)
+    found = await _select(api, wanted)
+    deleted = [vm.name for vm in found] if is_dry else await _delete_all(api, admitted, found)
+    return Response(200, dump_json(encode(BulkDeletion(tuple(deleted)))))
+
+
+async def _delete_all(api: API, admitted: Admitted, vms: Sequence[VM]) -> list[str]:
+    """Delete VMs by their uids. Return the names of those that still existed. Raises HTTPError, which has them, too."""
+    deleted: list[str] = []
+    reasons: list[str] = []
+    try:
+        with api.parts.sessions.hold(admitted.account, admitted.role, reasons.append):
+            for start in range(0, len(vms), _DELETED_TOGETHER):
+                if reasons:
+                    raise ForbiddenError(reasons[0])
+                batch, table = vms[start : start + _DELETED_TOGETHER], api.state.vms
+                present = [now for vm in batch if (now := table.get(vm.name)) is not None and now.uid == vm.uid]
+                with api.store.transaction() as tx:
+                    for vm in present:
+                        tx.delete(vm)
+                await api.store.wait_durable()
+                deleted += [vm.name for vm in present]
+    except (ForbiddenError, StorageError) as error:
+        refused = http_error(error)
+        message = f"{len(deleted)} of {len(vms)} VMs were deleted, and then: {refused.message}"
+        raise HTTPError(refused.status, message, refused.headers, details={"deleted": deleted}) from error
+    return deleted
 
 
 def _can_notice(api: API, worker: str) -> bool:
@@ -63,21 +151,28 @@ def get_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 def replace_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     if is_old_worker(request):
         return _report(api, request, admitted, validation.report_from_old_worker)
-    return _change_vm(api, request, admitted, validation.replaced_spec)
+    return _change_vm(api, admitted, validation.replaced_spec)
 
 
 def patch_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
-    return _change_vm(api, request, admitted, validation.patched_spec)
+    body = admitted.body
+    renews_ttl = isinstance(body, dict) and any(name.lower() == "ttlseconds" for name in body)
+    return _change_vm(api, admitted, validation.patched_spec, renews_ttl=renews_ttl)
 
 
 def _change_vm(
-    api: API, request: Request, admitted: Admitted, read: Callable[[VMSpec, object, list[str]], VMSpec]
+    api: API,
+    admitted: Admitted,
+    read: Callable[[VMSpec, object, list[str]], VMSpec],
+    *,
+    renews_ttl: bool = False,
 ) -> AnyResponse:
     old = api.find_vm(admitted)
     spec = read_body(admitted, partial(read, old.spec))
     if spec.host_dirs != old.spec.host_dirs:
         _check_host_dirs(api, spec)
-    api.put(transitions.change(old, spec), old)
+    new = transitions.change(old, spec)
+    api.put(transitions.set_deadlines(old, new, api.state.settings, api.parts.clock(), renews_ttl=renews_ttl), old)
     return api.answer_vm(old.name)
 
 

@@ -84,16 +84,24 @@ class HTTPError(Exception):
     """A request is answered with an error: a status, a message of one sentence, and further headers.
 
     `account` is the account that sent a request which is not admitted, if it is known. It is for the request log.
+    `details` are further fields of the answer's JSON.
     """
 
     def __init__(
-        self, status: int, message: str, headers: Sequence[tuple[str, str]] = (), *, account: str = ""
+        self,
+        status: int,
+        message: str,
+        headers: Sequence[tuple[str, str]] = (),
+        *,
+        account: str = "",
+        details: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.headers = tuple(headers)
         self.account = account
+        self.details = details or {}
 
 
 # ---- requests ------------------------------------------------------------------------------------------------------
@@ -313,7 +321,7 @@ class SlowAdmission(Generic[AdmittedT]):
 
 def error_response(error: HTTPError) -> Response:
     """Return the answer to a request that failed."""
-    return Response(error.status, dump_json({"message": error.message}) + b"\n", error.headers)
+    return Response(error.status, dump_json({"message": error.message, **error.details}) + b"\n", error.headers)
 
 
 # ---- parsing heads -------------------------------------------------------------------------------------------------
