@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from orchard import auth, transitions
+from orchard.change_log import RevisionGoneError
 from orchard.codec import InvalidError, MalformedError, shown
 from orchard.login_limit import TooManyFailuresError
 from orchard.net.request import HTTPError
@@ -45,6 +46,7 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     InvalidCursorError: 400,
     EventLimitError: 412,
     EventsDeletedError: 404,
+    RevisionGoneError: 410,
 }
 PRODUCT_ERRORS: tuple[type[Exception], ...] = tuple(ERROR_STATUS)
 REFUSALS: tuple[type[Exception], ...] = (HTTPError, *PRODUCT_ERRORS)

@@ -255,7 +255,8 @@ class API:
 
     def revision_headers(self) -> HeaderPairs:
         """Return the headers that say of which state a list is."""
-        return (("X-Stored-Revision", str(self.state.revision)),)
+        log = self.store.log
+        return (("X-Stored-Revision", str(self.state.revision)), ("X-Revision", log.revision(log.last)))
 
     def delete(self, resource: VM | Worker | ServiceAccount) -> AnyResponse:
         with self.store.transaction() as tx:

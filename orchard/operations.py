@@ -12,16 +12,38 @@ from orchard import __version__, parameters, schema
 from orchard.admission import APIOperation
 from orchard.api import API, ControllerParts
 from orchard.codec import dump_json
-from orchard.handlers import admin, connections, events, vms, workers
+from orchard.handlers import admin, connections, events, vms, watch, workers
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 
 # The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
 _LARGE_BODY = 4 * 1024 * 1024  # bytes
 
 _NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}
-_REVISION = {"X-Stored-Revision": "Rises with each stored change of the cluster"}
+_REVISION = {
+    "X-Stored-Revision": "Rises with each stored change of the cluster",
+    "X-Revision": "The `since` of a watch that goes on from this list",
+}
 _NEW_VM = {"allOf": [ref("VMMeta"), ref("VMSpec")]}
 _ANY = {"type": "object"}
+_CHANGES = ("ADDED", "MODIFIED", "DELETED")
+# A line of the watch of one VM.
+_VM_LINE = {
+    "type": "object",
+    "properties": {"type": {"type": "string", "enum": [*_CHANGES]}, "object": ref("VM")},
+}
+
+
+def _line_of(*kinds: str) -> dict[str, Any]:
+    """Return the schema of a line of a watch of all objects of some kinds."""
+    properties = {
+        "type": {"type": "string", "enum": [*_CHANGES, "BOOKMARK"]},
+        "kind": {"type": "string", "enum": [kind.lower() for kind in kinds]},
+        "object": {"oneOf": [ref(kind) for kind in kinds]},
+        "revision": {"type": "string"},
+    }
+    return {"type": "object", "properties": properties}
+
+
 _VM_TOKEN = SecurityScheme(
     "vmAccessToken", "an access token for the VM", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 )
@@ -55,7 +77,8 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("POST", "/workers", workers.register_worker, "compute:write", "Register a Worker, or update its registration",
               body=ref("Worker"), answer=ref("Worker"), problems=(409,)),
     Operation("GET", "/workers", workers.list_workers, "compute:read", "List Workers", answer=array_of("Worker"),
-              answer_headers=_REVISION),
+              problems=(410,), query=(parameters.WATCH_LIST, parameters.SINCE), answer_headers=_REVISION,
+              ndjson=_line_of("Worker")),
     Operation("GET", "/workers/{name}", workers.get_worker, "compute:read", "Retrieve a Worker",
               answer=ref("Worker"), problems=(404,)),
     Operation("PUT", "/workers/{name}", workers.put_worker, "compute:write",
@@ -66,11 +89,16 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("POST", "/vms", vms.create_vm, "compute:write", "Create a VM",
               body=_NEW_VM, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(409,)),
     Operation("GET", "/vms", vms.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=parameters.VMS,
-              answer_headers={**_REVISION, "X-Continue": "Token for the next page, if any"}),
+              problems=(410,), answer_headers={**_REVISION, "X-Continue": "Token for the next page, if any"},
+              ndjson=_line_of("VM")),
     Operation("DELETE", "/vms", vms.delete_vms, "compute:write", "Delete the VMs that match a filter",
               answer=ref("BulkDeletion"), query=parameters.BULK_DELETION),
+    Operation("GET", "/watch", watch.watch, "compute:read",
+              "Watch all VMs and workers: ADDED for each, BOOKMARK, then their changes",
+              problems=(410,), query=(parameters.KINDS, parameters.FILTER, parameters.SINCE),
+              ndjson=_line_of("VM", "Worker")),
     Operation("GET", "/vms/{name}", vms.get_vm, "compute:read", "Retrieve a VM",
-              answer=ref("VM"), problems=(404,), query=(parameters.WATCH,), ndjson=True),
+              answer=ref("VM"), problems=(404,), query=(parameters.WATCH,), ndjson=_VM_LINE),
     Operation("PUT", "/vms/{name}", vms.replace_vm, "compute:write", "Update a VM",
               body=ref("VMSpec"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
     Operation("PATCH", "/vms/{name}", vms.patch_vm, "compute:write",

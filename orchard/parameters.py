@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from orchard.change_log import WatchedKind
 from orchard.codec import add_unknown, shortened, shown
 from orchard.filters import PATHS, VMFilter, parse_filter
 from orchard.net.openapi import Parameter
@@ -33,6 +34,9 @@ _FLAGS = {
     **dict.fromkeys(("0", "f", "F", "false", "False", "FALSE"), False),
 }
 
+# The objects of a watch, by the value of `kinds`.
+_KINDS: dict[str, WatchedKind] = {"vms": "vm", "workers": "worker"}
+
 _TEXT = {"type": "string"}
 _FLAG = {"type": "boolean"}
 
@@ -52,6 +56,11 @@ FILTER = Parameter(
 VM_LIMIT = Parameter("limit", "Maximum number of VMs to return, in the order of their names", _whole(1, _MAX_LIMIT))
 CONTINUE = Parameter("continue", "Opaque token from the X-Continue response header", _TEXT)
 DRY_RUN = Parameter("dryRun", "Return what would be deleted, and delete nothing", _FLAG)
+WATCH_LIST = Parameter(
+    "watch", "Stream the objects, then their changes, as lines of JSON: ADDED, MODIFIED, DELETED and BOOKMARK", _FLAG
+)
+KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)
+SINCE = Parameter("since", "Of a watch: only what came after this revision, as X-Revision or a line has told it", _TEXT)
 LIMIT = Parameter("limit", "Maximum number of events to return", _whole(1, _MAX_LIMIT))
 ORDER = Parameter("order", "Sort order of events; asc (default) or desc", {"type": "string", "enum": ["asc", "desc"]})
 CURSOR = Parameter("cursor", "Opaque cursor from the X-Next-Cursor response header", _TEXT)
@@ -82,7 +91,7 @@ FIELD_VALIDATION = Parameter(
 )
 
 # The parameters of operations with several.
-VMS = (FILTER, VM_LIMIT, CONTINUE)
+VMS = (FILTER, VM_LIMIT, CONTINUE, WATCH_LIST, SINCE)
 BULK_DELETION = (FILTER, DRY_RUN)
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
 EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
@@ -149,6 +158,14 @@ def read_count(query: Query, parameter: Parameter) -> int:
 def read_filter(query: Query) -> VMFilter:
     """Return the filter of all `filter` parameters. Raises MalformedError."""
     return parse_filter(query.parameters().get(FILTER.name, ()))
+
+
+def read_kinds(query: Query) -> frozenset[WatchedKind]:
+    """Return the kinds of objects that `kinds` names; all if it is absent."""
+    text = query.one(KINDS.name) or ",".join(_KINDS)
+    if unknown := [name for name in text.split(",") if name not in _KINDS]:
+        raise HTTPError(400, f"kinds has {shown(unknown[0])}, expected {' or '.join(_KINDS)}, or both with a comma")
+    return frozenset(_KINDS[name] for name in text.split(","))
 
 
 def read_bulk_filter(query: Query) -> VMFilter:

@@ -81,6 +81,10 @@ class SchedulingLoop:
         self.states = WorkerStates(
             self.liveness, self._failures, lambda worker: self.planner.load_of(worker), clock, trio.current_time
         )
+        for worker in state.workers.values():
+            self.states.observe(worker)
+        self.states.on_change = store.touch_worker
+        store.log.show_worker = lambda worker, json: b"".join(self.states.json_parts(worker, json))
         store.on_commit(self._update_planner)
         store.on_undo(self._rebuild_planner)
 
@@ -213,6 +217,7 @@ class SchedulingLoop:
         elif now == "running":
             self._failures.record_run(new)
         self.planner.check_worker(worker)
+        self._observe(worker)
 
     def _worker_changed(self, worker: str) -> None:
         if worker in self._offline and self.liveness.available_until(worker) > trio.current_time():

@@ -16,7 +16,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.auth import ForbiddenError, require
-from orchard.net.request import AnyResponse, Stream, WebSocketUpgrade
+from orchard.net.request import AnyResponse, SendPiece, Stream, WebSocketUpgrade
 from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.schema import Role, ServiceAccount
 
@@ -79,8 +79,8 @@ class AccountSessions:
         self,
         account: str,
         role: Role | None,
-        produce: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]],
-        send: Callable[[bytes], Awaitable[None]],
+        produce: Callable[[SendPiece], Awaitable[None]],
+        send: SendPiece,
     ) -> None:
         with suppress(ForbiddenError), self.cancel_when_over(account, role):
             await produce(send)

@@ -21,6 +21,7 @@ import contextlib
 import datetime
 import logging
 import math
+import secrets
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
@@ -30,6 +31,7 @@ from typing import Any, TypeVar, cast
 
 import trio
 
+from orchard.change_log import ChangeLog
 from orchard.changes import Change, ChangeFeed, Kind, StoredObject
 from orchard.cluster import ClusterIdentity, Promise
 from orchard.codec import ValidationError, decode, dump_json, encode
@@ -155,6 +157,8 @@ class _Write:
 
     batch: Batch
     changes: list[Change] = field(default_factory=list)
+    # The last position in the log of what is published once it is durable.
+    position: int = 0
     done: trio.Event = field(default_factory=trio.Event)
     error: StorageError | None = None
 
@@ -182,6 +186,10 @@ class Store:
         self._gathering: _Write | None = None
         self._writing: _Write | None = None
         self._wakeup = Wakeup()
+        # The last changes of VMs and workers, for those who watch all of them.
+        self.log = ChangeLog(secrets.token_hex(8))
+        # While a transaction is told: the workers whose computed fields change with it.
+        self._touched: dict[str, tuple[Worker, bytes]] | None = None
         self._watchers: defaultdict[tuple[Kind, str], list[weakref.ref[ChangeFeed]]] = defaultdict(list)
         # By which all watchers together are behind.
         self._feed_bytes: Counter[str] = Counter()
@@ -270,8 +278,26 @@ class Store:
         self.state.revision = batch.revision = self.state.revision + 1
         batch.adds = batch.adds or adds
         self._wakeup.set()
+        self._touched = {}
         for tell in self._committed:
             tell(changes)
+        touched, self._touched = self._touched, None
+        self._gathering.position = self.log.record(changes, touched)
+
+    def touch_worker(self, name: str) -> None:
+        """Tell those who watch all workers that what is shown of a worker has changed, beside what is stored."""
+        if name not in self.state.workers:
+            return
+        touched = {name: (self.state.workers[name], self.state.json["worker"][name])}
+        if self._touched is not None:
+            self._touched |= touched
+            return
+        position = self.log.record((), touched)
+        # What is shown may follow from changes that are not durable yet.
+        if (write := self._gathering or self._writing) is not None:
+            write.position = position
+        else:
+            self.log.publish(position)
 
     async def wait_durable(self) -> None:
         """Wait until all that the state holds now is on disk.
@@ -315,7 +341,7 @@ class Store:
         else:
             written, self._writing = self._writing, None
             written.done.set()
-            self._publish(written.changes)
+            self._publish(written)
         finally:
             self._follow_full(trio.current_time() + UPKEEP_SECONDS)
 
@@ -356,8 +382,11 @@ class Store:
             write.error = error
             write.done.set()
         self._gathering = self._writing = None
+        workers = self.log.undo()
         for tell in self._undone:
             tell()
+        for name in workers:
+            self.touch_worker(name)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
@@ -385,13 +414,14 @@ class Store:
         self._watchers[key].append(weakref.ref(feed, forget))
         return feed
 
-    def _publish(self, changes: list[Change]) -> None:
-        for change in changes:
+    def _publish(self, written: _Write) -> None:
+        self.log.publish(written.position)
+        for change in written.changes:
             for watcher in list(self._watchers.get((change.kind, change.name), ())):
                 if (feed := watcher()) is not None:
                     feed.put(change)
         for tell in self._durable:
-            tell(changes)
+            tell(written.changes)
 
 
 # ---- objects and their JSON ----------------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ class WorkerStates:
         # What `members` returned last, and what that was made from.
         self._members: dict[str, tuple[object, bytes]] = {}
         self._since: dict[str, tuple[WorkerState, datetime.datetime]] = {}
+        # State and health of each worker when `on_change` was called last.
+        self._told: dict[str, object] = {}
+        # Called with the name of a worker whose state or health is another one than when it was observed before.
+        self.on_change: Callable[[str], None] = lambda worker: None
 
     def observe(self, worker: Worker) -> tuple[WorkerState, datetime.datetime]:
         """Return a worker's state and since when it is in it, as far as it was observed."""
@@ -43,16 +47,29 @@ class WorkerStates:
         seen = self._since.get(worker.name)
         if seen is None or seen[0] != state:
             seen = self._since[worker.name] = (state, self._clock())
+        told = (seen, self._liveness.health(worker.name), self._failures.problem(worker.name))
+        if told != self._told.get(worker.name):
+            self._told[worker.name] = told
+            self.on_change(worker.name)
         return seen
 
     def forget(self, name: str) -> None:
-        self._since.pop(name, None)
-        self._members.pop(name, None)
+        for table in (self._since, self._members, self._told):
+            table.pop(name, None)
 
     def health(self, name: str) -> Health:
         """Return what a worker reports, and whether VMs fail there before they run."""
         problem = self._failures.problem(name)
         return merge(() if problem is None else (problem,), self._liveness.health(name).problems)
+
+    def json_parts(self, worker: Worker, stored: bytes, *, images: bool = True) -> list[bytes]:
+        """Return a worker's JSON in parts: its `stored` JSON, last_seen, what it reports of its host, computed fields."""
+        parts = [stored[:-1]]
+        if (last_seen := self._liveness.last_seen_json(worker.name)) is not None:
+            parts.append(b',"last_seen":"%b"' % last_seen)
+        if facts := self._liveness.facts.members(worker.name, images=images):
+            parts += (b",", facts)
+        return [*parts, b",", self.members(worker), b"}"]
 
     def members(self, worker: Worker) -> bytes:
         """Return the computed fields as the members of a JSON object, without braces."""

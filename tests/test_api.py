@@ -875,6 +875,7 @@ def test_roles_of_all_operations() -> None:
         None: {"GET /", "GET /controller/info"},
         "compute:read": {
             *("GET /workers", "GET /workers/{name}", "GET /vms", "GET /vms/{name}", "GET /vms/{name}/events"),
+            "GET /watch",
         },
         "compute:write": {
             *("POST /vms", "DELETE /vms"),
@@ -927,6 +928,7 @@ OTHER_MODULES = (
     "files",
     "methods.",
     "leftovers",
+    "methods.",
     "net.",
     "reconciler",
     "ssh.jump",

@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "worker_facts",
         ),
     ),
-    ("state", ("store", "changes", "fsck")),
+    ("state", ("store", "change_log", "changes", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
     ("resources", ("validation", "filters", "schema", "cluster", "codec")),
     ("base", ("daemon", "files", "logs", "nursery")),

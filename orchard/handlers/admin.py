@@ -25,6 +25,7 @@ _CAPABILITIES = (
     IMAGE_INVENTORY,
     "field-validation",
     "vm-metadata",
+    "watch-list",
 )
 
 

@@ -19,6 +19,7 @@ from orchard.changes import send_changes
 from orchard.cluster import WORKER_STATE
 from orchard.codec import dump_json, encode, shown
 from orchard.filters import VMFilter
+from orchard.handlers.watch import watch_kinds
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
 from orchard.parameters import read_flag, read_number
 from orchard.schema import VM, BulkDeletion, VMSpec
@@ -45,6 +46,8 @@ def create_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 
 
 def list_vms(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
+    if read_flag(request.query, parameters.WATCH):
+        return watch_kinds(api, request, frozenset({"vm"}))
     wanted, limit = parameters.read_filter(request.query), read_number(request.query, parameters.VM_LIMIT)
     after = parameters.read_continue(request.query)
     is_page = limit is not None or bool(after)

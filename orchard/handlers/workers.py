@@ -15,9 +15,10 @@ from orchard.answers import found
 from orchard.api import API, liveness_source
 from orchard.cluster import CANCEL_REQUEST, WORKER_STATE, Promise
 from orchard.codec import shown
+from orchard.handlers.watch import watch_kinds
 from orchard.liveness import Source
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, TunnelUpgrade, WebSocketUpgrade
-from orchard.parameters import read_text
+from orchard.parameters import read_flag, read_text
 from orchard.schema import Worker
 
 
@@ -89,7 +90,9 @@ def _notice_restored(api: API, revision: int) -> None:
         api.put(replace(cluster, restored_from=revision), cluster)
 
 
-def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
+    if read_flag(request.query, parameters.WATCH):
+        return watch_kinds(api, request, frozenset({"worker"}))
     return api.answer_list(_worker_json(api, name) for name in api.state.names["worker"])
 
 
@@ -148,16 +151,8 @@ def _worker(api: API, name: str, *, images: bool = True) -> Response:
 
 def _worker_json(api: API, name: str, *, images: bool = True) -> bytes:
     """Return a worker's JSON with its last_seen, its state and what it reports of its host, which are not stored."""
-    liveness, last_seen = api.parts.liveness, api.parts.liveness.last_seen_json(name)
-    seen = b"" if last_seen is None else b'"last_seen":"%b"' % last_seen
-    facts = liveness.facts.members(name, images=images)
-    members = (
-        api.state.json["worker"][name][:-1],
-        seen,
-        facts,
-        api.parts.worker_states.members(api.state.workers[name]),
-    )
-    return b",".join(filter(None, members)) + b"}"
+    worker, stored = api.state.workers[name], api.state.json["worker"][name]
+    return b"".join(api.parts.worker_states.json_parts(worker, stored, images=images))
 
 
 def watch_rpc(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:

@@ -321,18 +321,18 @@ class Exchange:
         # Whether a write was begun and not completed, so that nothing more may be sent.
         torn = False
 
-        async def send(piece: bytes) -> None:
+        async def send(piece: bytes | tuple[bytes, ...]) -> None:
             nonlocal torn
-            if piece:
+            parts = tuple(filter(None, piece)) if isinstance(piece, tuple) else (piece,)
+            if size := sum(map(len, parts)):
                 torn = True
-                if not chunked:
-                    await self._connection.send(piece)
-                elif len(piece) <= SEND_BYTES:
-                    framed = (b"%x" % len(piece), piece, b"")
-                    await self._connection.send_joined(framed, len(piece), b"\r\n")
+                if chunked:
+                    parts = (b"%x\r\n" % size, *parts, b"\r\n")
+                if size <= SEND_BYTES:
+                    await self._connection.send_joined(parts, size)
                 else:
-                    # Other watchers may be sent the same line, so it is not copied.
-                    for part in (b"%x\r\n" % len(piece), piece, b"\r\n"):
+                    # Other watchers may be sent the same parts, so they are not copied.
+                    for part in parts:
                         await self._connection.send(part)
                 torn = False
 

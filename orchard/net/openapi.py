@@ -21,6 +21,7 @@ PROBLEMS: Mapping[int, str] = {
     403: "The account lacks the role",
     404: "There is no resource with the given name",
     409: "The name is already taken",
+    410: "What came after the revision is not known any more; list again",
     412: "The request breaks a rule; the message names it",
     413: "The body is too large",
     426: "The request does not ask for the WebSocket protocol",
@@ -73,7 +74,7 @@ class Operation(Generic[RoleT]):
     `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `body_limit` is the largest
     body in bytes, if there is a `body`. `problems` are the statuses that do not follow from role, body, query or method.
     `answer_headers` maps names to descriptions.
-    With `ndjson`, `?watch=true` answers with a stream of objects of the answer's schema. With `websocket` the operation
+    `ndjson` is the schema of a line, if the operation can answer with lines of JSON. With `websocket` the operation
     answers 101. An operation that `waits` may take long, and is cancelled when the client goes away.
     """
 
@@ -87,7 +88,7 @@ class Operation(Generic[RoleT]):
     problems: tuple[int, ...] = ()
     query: tuple[Parameter, ...] = ()
     answer_headers: Mapping[str, str] | None = None
-    ndjson: bool = False
+    ndjson: Schema | None = None
     websocket: bool = False
     waits: bool = False
     bearer: SecurityScheme | None = None
@@ -191,11 +192,9 @@ def _success(operation: Operation[RoleT]) -> dict[str, Any]:
     if operation.websocket:
         return {"101": {"description": "Switching to the WebSocket protocol"}}
     answer: dict[str, Any] = {"description": "OK"}
-    if operation.answer is not None:
-        answer["content"] = {"application/json": {"schema": operation.answer}}
-    if operation.ndjson:
-        properties = {"type": {"type": "string", "enum": ["ADDED", "MODIFIED", "DELETED"]}, "object": operation.answer}
-        answer["content"]["application/x-ndjson"] = {"schema": {"type": "object", "properties": properties}}
+    schemas = {"application/json": operation.answer, "application/x-ndjson": operation.ndjson}
+    if content := {kind: {"schema": schema} for kind, schema in schemas.items() if schema is not None}:
+        answer["content"] = content
     headers = dict(operation.answer_headers or {})
     if operation.body is not None:
         headers["Warning"] = "Names what is unknown in the request and was ignored"

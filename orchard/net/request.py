@@ -236,6 +236,10 @@ class Response:
     routine: bool = False
 
 
+# Sends a piece of a body. One in parts is sent as a whole, and its large parts are not copied.
+SendPiece = Callable[[bytes | tuple[bytes, ...]], Awaitable[None]]
+
+
 @dataclass(slots=True, eq=False)
 class Stream:
     """An answer whose body `produce` sends in pieces, each at once (chunked; for HTTP/1.0 until the close).
@@ -244,7 +248,7 @@ class Stream:
     and the body ends as if it had returned; another one may run until the grace period of the stop is over.
     """
 
-    produce: Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]
+    produce: Callable[[SendPiece], Awaitable[None]]
     content_type: str = "application/x-ndjson"
     status: int = 200
     headers: Sequence[tuple[str, str]] = ()

@@ -81,12 +81,14 @@ class Served:
         peer: str = "10.0.0.1",
         agent: str | None = None,
     ) -> Answered:
-        """Send a request; `body` as JSON. The target is below /v1."""
+        """Send a request; `body` as JSON. The target is below /v1. Of an answer without an end, return the head."""
         answer = await self.ask(
             method, target, body, raw=raw, account=account, authorization=authorization, peer=peer, agent=agent
         )
-        assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         headers = {name.lower(): value for name, value in answer.headers}
+        if isinstance(answer, Stream):
+            return Answered(answer.status, headers, None)
+        assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         body = answer.body if isinstance(answer.body, bytes) else answer.separator.join(answer.body)
         return Answered(answer.status, headers, json.loads(body) if body else None)
 
@@ -158,15 +160,25 @@ class Served:
 
     async def watch(self, name: str, nursery: trio.Nursery) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch a VM. Return a channel of the parsed lines."""
-        answer = await self.ask("GET", f"/vms/{name}?watch=true")
-        assert isinstance(answer, Stream)
+        return await self.lines(f"/vms/{name}?watch=true", nursery)
+
+    async def lines(
+        self, target: str, nursery: trio.Nursery, *, account: tuple[str, str] | None = None
+    ) -> trio.MemoryReceiveChannel[dict[str, Any]]:
+        """Ask for lines of JSON. Return a channel of them, which ends when they end."""
+        answer = await self.ask("GET", target, account=account)
+        assert isinstance(answer, Stream), answer
         send, receive = trio.open_memory_channel[dict[str, Any]](100)
 
-        async def take(piece: bytes) -> None:
-            for line in piece.splitlines():
+        async def take(piece: bytes | tuple[bytes, ...]) -> None:
+            for line in (piece if isinstance(piece, bytes) else b"".join(piece)).splitlines():
                 await send.send(json.loads(line))
 
-        nursery.start_soon(answer.produce, take)
+        async def produce() -> None:
+            with send:
+                await answer.produce(take)
+
+        nursery.start_soon(produce)
         return receive
 
 

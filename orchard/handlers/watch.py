@@ -1,0 +1,66 @@
+"""Handlers of the watches of all VMs and all workers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable
+from functools import partial
+
+import trio
+
+from orchard import parameters
+from orchard.admission import Admitted
+from orchard.api import API
+from orchard.change_log import Selection, Snapshot, WatchedKind, follow, send_present
+from orchard.net.request import AnyResponse, Query, Request, Stream
+
+# What is shown of so many workers is made in one step, which takes about a millisecond.
+_WORKERS_PER_STEP = 100
+
+
+def watch(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
+    return watch_kinds(api, request, parameters.read_kinds(request.query))
+
+
+def watch_kinds(
+    api: API, request: Request, kinds: frozenset[WatchedKind]
+) -> AnyResponse | Awaitable[AnyResponse]:  # fmt: skip
+    """Answer with the objects of some kinds and their changes, or with those after the revision `since` only."""
+    selection = _read_selection(request.query, kinds)
+    since = parameters.read_text(request.query, parameters.SINCE)
+    if not since:
+        return _watch_present(api, selection)
+    log, silence = api.store.log, api.parts.rendezvous.ping_interval
+    return Stream(partial(follow, log, log.position_of(since), selection, silence))
+
+
+def _read_selection(query: Query, kinds: frozenset[WatchedKind]) -> Selection:
+    condition = parameters.read_filter(query)
+    return Selection(kinds, str(condition), condition.matches) if condition else Selection(kinds)
+
+
+async def _watch_present(api: API, selection: Selection) -> AnyResponse:
+    snapshot = await _snapshot(api, selection)
+    return Stream(partial(send_present, api.store.log, snapshot, selection, api.parts.rendezvous.ping_interval))
+
+
+async def _snapshot(api: API, selection: Selection) -> Snapshot:
+    """Return the objects of the selected kinds as they are at one moment. Showing the workers takes several steps."""
+    state, log, show = api.state, api.store.log, api.parts.worker_states.json_parts
+    shown: dict[str, list[bytes]] = {}
+    with log.collect_workers() as names:
+        if "worker" in selection.kinds:
+            names.update(dict.fromkeys(state.workers))
+        # Those that change meanwhile are shown again.
+        while names:
+            for name, _ in [names.popitem() for _ in range(min(len(names), _WORKERS_PER_STEP))]:
+                if name in state.workers:
+                    shown[name] = show(state.workers[name], state.json["worker"][name])
+            if names:
+                await trio.lowlevel.checkpoint()
+    # No other task has run since the last worker was shown, so all of this is of one moment.
+    vms, table = state.vms, state.json["vm"]
+    return Snapshot(
+        position=log.last,
+        vms=[(vms[name], table[name]) for name in state.names["vm"]] if "vm" in selection.kinds else (),
+        workers=[shown[name] for name in state.names["worker"] if name in shown],
+    )
