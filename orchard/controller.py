@@ -32,7 +32,8 @@ import trio
 from orchard import __version__, auth
 from orchard.api import ControllerParts
 from orchard.cluster import ClusterIdentity
-from orchard.daemon import CommandLine, orchard_home, parse_address, parse_seconds, run_main, run_until_signal
+from orchard.command_line import CommandLine, orchard_home, parse_address, parse_seconds
+from orchard.daemon import run_main, run_until_signal
 from orchard.files import (
     ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,

@@ -1,39 +1,25 @@
-"""How a process of Orchard starts and stops, and how its command line is read.
+"""How a process of Orchard starts and stops.
 
 `run_main` is the common part of every `main`: log configuration, limit of open files, one line on stderr and an exit
-status for an error that was expected. `run_until_signal` handles SIGTERM, SIGINT and SIGHUP. `CommandLine` is an
-argparse.ArgumentParser, and the `parse_*` functions are `type=` functions for it: they raise ArgumentTypeError with the
-text and what was expected; argparse then exits with status 2.
+status for an error that was expected. `run_until_signal` handles SIGTERM, SIGINT and SIGHUP. command_line.py reads the options.
 
 What a role does between its start and its stop is in its own module.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import logging
-import math
-import os
-import re
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Any
 
 import trio
 
 from orchard import logs
 from orchard.nursery import unwrap_groups
 
-# JSON numbers are exact up to here.
-_MAX_AMOUNT = 2**53 - 1
-_ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})")
-# As many digits as _MAX_AMOUNT has: int() takes long for texts of thousands of digits.
-_WHOLE_NUMBER = re.compile(r"[0-9]{1,16}")
 # Enough for thousands of workers, watchers and tunnels. The default limit is 256 on macOS.
 _OPEN_FILES_WANTED = 65_536
 # macOS refuses more than this where it reports the hard limit as "unlimited".
@@ -42,11 +28,6 @@ _OPEN_FILES_FALLBACK = 10_240
 _RETURN_SECONDS = 10.0
 
 _logger = logging.getLogger("orchard.daemon")
-
-
-def orchard_home() -> Path:
-    """Return the directory for everything that Orchard stores: $ORCHARD_HOME, or ~/.orchard."""
-    return Path(os.environ.get("ORCHARD_HOME") or Path.home() / ".orchard")
 
 
 # ---- start and stop ------------------------------------------------------------------------------------------------
@@ -128,83 +109,3 @@ def raise_open_files_limit() -> None:
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 return
-
-
-# ---- the command line ----------------------------------------------------------------------------------------------
-
-
-class CommandLine(argparse.ArgumentParser):
-    """An argument parser that refuses an unknown option with the name of the nearest known one.
-
-    It never shows more of an unknown argument than the name of the option: the rest may be a secret.
-    """
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        options, unknown = super().parse_known_args(args, namespace)
-        for word in unknown:
-            name, _, _ = word.partition("=")
-            if name.startswith("-"):
-                self.error(f"unknown option {name}{suggest(name, self._option_string_actions)}")
-        return options, unknown
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return a question for the nearest known word, to be put behind a message. Empty if none is near."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]}?" if near else ""
-
-
-def parse_address(text: str) -> tuple[str | None, int]:
-    """Parse HOST:PORT, [IPV6]:PORT or :PORT. The host is None for :PORT, which means all addresses."""
-    match = _ADDRESS.fullmatch(text)
-    if match is None or int(match[3]) > 65535:
-        raise argparse.ArgumentTypeError(f'address is "{text}", expected HOST:PORT, [IPV6]:PORT or :PORT')
-    return match[1] or match[2] or None, int(match[3])
-
-
-def parse_port(text: str) -> int:
-    """Parse a TCP port to listen on. 0 means any free port."""
-    if not _WHOLE_NUMBER.fullmatch(text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f'port is "{text}", expected a whole number from 0 to 65535')
-    return int(text)
-
-
-def parse_seconds(text: str) -> float:
-    """Parse a time span in seconds, above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'time span is "{text}", expected a number of seconds above 0')
-    return value
-
-
-def parse_count(text: str) -> int:
-    """Parse a whole number of at least 1."""
-    if not _WHOLE_NUMBER.fullmatch(text) or not 0 < int(text) <= _MAX_AMOUNT:
-        raise argparse.ArgumentTypeError(f'number is "{text}", expected a whole number of at least 1')
-    return int(text)
-
-
-def parse_pairs(text: str) -> dict[str, str]:
-    """Parse KEY=VALUE,KEY=VALUE, each key at most once. Blanks around keys and values are dropped."""
-    found = {}
-    for part in text.split(","):
-        key, equals, value = part.partition("=")
-        if not equals or not key.strip():
-            raise argparse.ArgumentTypeError(f'pair is "{part}", expected KEY=VALUE[,KEY=VALUE...]')
-        if key.strip() in found:
-            raise argparse.ArgumentTypeError(f'"{text}" names "{key.strip()}" twice, expected each key once')
-        found[key.strip()] = value.strip()
-    return found
-
-
-def parse_resources(text: str) -> dict[str, int]:
-    """Parse NAME=AMOUNT,NAME=AMOUNT with whole amounts."""
-    found = {}
-    for name, amount in parse_pairs(text).items():
-        if not _WHOLE_NUMBER.fullmatch(amount) or int(amount) > _MAX_AMOUNT:
-            raise argparse.ArgumentTypeError(f'resource is "{name}={amount}", expected NAME=WHOLE NUMBER')
-        found[name] = int(amount)
-    return found

@@ -39,15 +39,8 @@ from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ResponseError
 from orchard.cluster import CANCEL_REQUEST, IMAGE_INVENTORY, WORKER_STATE
 from orchard.codec import encode
-from orchard.daemon import (
-    CommandLine,
-    orchard_home,
-    parse_count,
-    parse_pairs,
-    parse_resources,
-    run_main,
-    run_until_signal,
-)
+from orchard.command_line import CommandLine, orchard_home, parse_count, parse_pairs, parse_resources
+from orchard.daemon import run_main, run_until_signal
 from orchard.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FILE, LockError, lock_directory
 from orchard.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
 from orchard.leftovers import RefusedError

@@ -10,11 +10,35 @@ import sys
 from pathlib import Path
 
 from orchard.auth import BootstrapToken
-from orchard.daemon import orchard_home
+from orchard.command_line import CommandLine, orchard_home
 from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, write_private
 from orchard.fsck import inspect
 from orchard.storage.errors import DamagedError
 from orchard.store import read_state
+
+
+def add_verb(verb: str, parser: CommandLine) -> None:
+    """Declare the options of `bootstrap-token` or `check`."""
+    if verb == "check":
+        parser.add_argument("data_dir", metavar="DATA_DIR", nargs="?", type=Path,
+            help="data directory; default: $ORCHARD_HOME/controller")  # fmt: skip
+        parser.set_defaults(run=check_data_directory)
+        return
+    parser.add_argument(
+        "account", help="service account of the worker; it needs the roles compute:read and compute:write"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="data directory of the controller; default: $ORCHARD_HOME/controller"
+    )
+    parser.add_argument(
+        "--no-certificate",
+        action="store_true",
+        help="leave the certificate out (workers verify it with their system's CAs)",
+    )
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="write it to a file that only its owner can read, mode 0600"
+    )
+    parser.set_defaults(run=print_bootstrap_token)
 
 
 def print_bootstrap_token(options: argparse.Namespace) -> int:

@@ -13,14 +13,17 @@ import shutil
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import trio
 
 from orchard import __version__
 from orchard.client import Client, ClientError
+from orchard.command_line import CommandLine, orchard_home, parse_count, parse_port
 from orchard.controller import StartError
-from orchard.daemon import orchard_home, run_main, run_until_signal
+from orchard.daemon import run_main, run_until_signal
 from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory
+from orchard.net.transport import DEFAULT_PORT
 from orchard.schema import VM
 from orchard.tart import TartDriver
 from orchard.testing import Cluster, cluster
@@ -36,8 +39,29 @@ _SCRIPT_ENV = {"GREETING": "Variables arrive unchanged: \"$HOME\" `uname` 'and q
 _POLL_SECONDS = 0.02
 
 
+_DEMO_IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
+_DEV_DIRECTORY = Path(".dev-data")
+
 # From a worker's name to its driver. None: synthetic VMs.
 _MakeDriver = Callable[[str], Driver] | None
+
+
+def add_verb(verb: str, parser: CommandLine) -> None:
+    """Declare the options of `demo` or `dev`."""
+    if verb == "demo":
+        parser.add_argument("--keep", action="store_true", help="keep it running, and print curl commands to try")
+        parser.add_argument("--image", default=_DEMO_IMAGE, help="image of the VM; default: %(default)s")
+    else:
+        parser.add_argument(
+            "--port", type=parse_port, default=DEFAULT_PORT, help="TCP port; default: %(default)s; 0: any free port"
+        )
+        parser.add_argument("--workers", type=parse_count, default=1, help="number of workers; default: %(default)s")
+        parser.add_argument(
+            "--directory", type=Path, default=_DEV_DIRECTORY, help="directory for state and VMs; default: %(default)s"
+        )
+    parser.add_argument("--synthetic", action="store_true", help="use VMs without a hypervisor even if tart is there")
+    parser.add_argument("--debug", action="store_true", help="log to standard error")
+    parser.set_defaults(run=run_verb, verb=verb)
 
 
 def run_verb(options: argparse.Namespace) -> int:

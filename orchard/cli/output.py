@@ -1,0 +1,93 @@
+"""What the `orchard` command prints: tables, pairs, JSON, relative times; and what a terminal can show."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+_SPANS = (("day", 86_400), ("hour", 3_600), ("minute", 60), ("second", 1))
+# Of a column that may be cut: a narrower one says nothing.
+_LEAST_WIDTH = 12
+
+
+def is_fancy(stream: TextIO) -> bool:
+    """Return whether escape sequences may be written to a stream: only to a terminal, unless the user refuses them."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def printable(text: str) -> str:
+    """Return a text on one line without control characters, which could move the cursor or change its colours."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: str = "") -> None:
+    """Print rows in aligned columns. On a terminal, the column `cut` is shortened so that lines fit; others never are."""
+    table = [list(header), *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
+    if cut in header and sys.stdout.isatty():
+        column = list(header).index(cut)
+        others = sum(widths) - widths[column] + 2 * (len(header) - 1)
+        widths[column] = min(widths[column], max(_LEAST_WIDTH, shutil.get_terminal_size().columns - others))
+    for row in table:
+        cells = [_padded(cell, width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip())
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print a name and a value on each line, aligned."""
+    shown = list(pairs)
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name:{width}}  {printable(value)}".rstrip())
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def format_age(text: str | None, now: datetime.datetime | None = None) -> str:
+    """Return an RFC 3339 time as "3 seconds ago"; "never" for none."""
+    if not text:
+        return "never"
+    try:
+        when = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    seconds = ((now or datetime.datetime.now(datetime.UTC)) - when).total_seconds()
+    span = format_span(abs(seconds))
+    if span == "0 seconds":
+        return "now"
+    return f"{span} ago" if seconds > 0 else f"in {span}"
+
+
+def format_span(seconds: float) -> str:
+    """Return a time span in its largest unit: "3 hours"."""
+    name, size = next((unit for unit in _SPANS if seconds >= unit[1]), _SPANS[-1])
+    number = int(seconds // size)
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def format_map(value: Mapping[str, Any] | None) -> str:
+    """Return a map as existing programs parse it: "key: value, key: value"."""
+    return ", ".join(f"{key}: {item}" for key, item in sorted((value or {}).items()))
+
+
+def _width(text: str) -> int:
+    """Return the cells that a text takes on a terminal."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
+
+
+def _padded(text: str, width: int) -> str:
+    if _width(text) > width:
+        while _width(text) > width - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (width - _width(text))

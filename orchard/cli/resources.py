@@ -1,0 +1,284 @@
+"""The verbs that show, list, delete, pause and resume resources.
+
+Existing programs parse what `list` and `get` print: the first column of `list` is the name, the last column of `list workers`
+is `true` or `false`, and `get KIND NAME/FIELD` prints the bare value of a field.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from orchard.cli.connection import ControllerConnection, path_of
+from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.output import format_age, format_map, print_json, print_pairs, print_table
+from orchard.cli.session import add_context_option, open_connection
+from orchard.command_line import CommandLine, suggest
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceKind:
+    """A kind of resource: its name on the command line, its path in the API, and how it is shown.
+
+    `columns` are those of `list`, `pairs` those of `get`. `cut` is the column that a narrow terminal shortens.
+    """
+
+    name: str
+    path: str
+    columns: Mapping[str, Callable[[Mapping[str, Any]], str]]
+    pairs: Mapping[str, Callable[[Mapping[str, Any]], str]]
+    cut: str = ""
+
+
+def _text(field: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda item: _shown(item.get(field))
+
+
+def _shown(value: object) -> str:
+    """Return a field's value as one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return format_map(value)
+    if isinstance(value, list):
+        return ", ".join(_shown(item) for item in value)
+    return str(value)
+
+
+def _flag(field: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda item: _shown(bool(item.get(field)))
+
+
+def _age(field: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda item: format_age(item.get(field))
+
+
+def _restarts(vm: Mapping[str, Any]) -> str:
+    count = vm.get("restart_count", 0)
+    return f"{vm.get('restart_policy')} ({count} restart{'' if count == 1 else 's'})"
+
+
+def _dirs(vm: Mapping[str, Any]) -> str:
+    dirs = vm.get("hostDirs") or ()
+    return ", ".join(f"{one.get('name')}:{one.get('path')}{':ro' if one.get('ro') else ''}" for one in dirs)
+
+
+_VM = ResourceKind(
+    "vm",
+    "vms",
+    {
+        "Name": _text("name"),
+        "Created": _age("createdAt"),
+        "Image": _text("image"),
+        "Status": _text("status"),
+        "Restart policy": _restarts,
+        "Assigned worker": _text("worker"),
+    },
+    {
+        "Name": _text("name"),
+        "Created": _age("createdAt"),
+        "Created by": _text("createdBy"),
+        "Expires": lambda vm: format_age(vm["expiresAt"]) if vm.get("expiresAt") else "",
+        "Image": _text("image"),
+        "Image pull policy": _text("imagePullPolicy"),
+        "CPU": lambda vm: _shown(vm.get("assignedCPU") or vm.get("cpu")),
+        "Memory": lambda vm: _shown(vm.get("assignedMemory") or vm.get("memory")),
+        "Disk size": _text("diskSize"),
+        "Softnet enabled": _flag("netSoftnet"),
+        "Softnet allowed CIDRs": _text("netSoftnetAllow"),
+        "Softnet blocked CIDRs": _text("netSoftnetBlock"),
+        "Bridged networking interface": _text("net-bridged"),
+        "Headless mode": _flag("headless"),
+        "Nested virtualization": _flag("nested"),
+        "Status": _text("status"),
+        "Status message": _text("status_message"),
+        "Startup script's exit code": _text("startupExitCode"),
+        "Assigned worker": _text("worker"),
+        "Restart policy": _text("restart_policy"),
+        "Restarted": _age("restarted_at"),
+        "Restart count": lambda vm: _shown(vm.get("restart_count", 0)),
+        "Resources": _text("resources"),
+        "Labels": _text("labels"),
+        "Metadata": _text("metadata"),
+        "Random serial": _flag("randomSerial"),
+        "Host directories": _dirs,
+    },
+    cut="Image",
+)
+_WORKER = ResourceKind(
+    "worker",
+    "workers",
+    {
+        "Name": _text("name"),
+        "Last seen": _age("last_seen"),
+        "State": _text("state"),
+        "VMs": lambda worker: _shown(worker.get("vms", 0)),
+        "Scheduling paused": _flag("scheduling_paused"),
+    },
+    {
+        "Name": _text("name"),
+        "Created": _age("createdAt"),
+        "Last seen": _age("last_seen"),
+        "State": _text("state"),
+        "Scheduling paused": _flag("scheduling_paused"),
+        "Architecture": _text("arch"),
+        "Runtime": _text("runtime"),
+        "Resources": _text("resources"),
+        "Used": _text("used"),
+        "VMs": lambda worker: _shown(worker.get("vms", 0)),
+        "Labels": _text("labels"),
+        "Machine ID": lambda worker: str(worker.get("machine_id") or "").strip(),
+        "Versions": _text("versions"),
+        "Problems": lambda worker: "; ".join(
+            f"{one.get('what')}: {one.get('message')}" for one in (worker.get("health") or {}).get("problems") or ()
+        ),
+    },
+)
+_ACCOUNT = ResourceKind(
+    "service-account",
+    "service-accounts",
+    {"Name": _text("name"), "Roles": _text("roles")},
+    {"Name": _text("name"), "Created": _age("createdAt"), "Roles": _text("roles"), "Token": _text("token")},
+)
+_SETTINGS = ResourceKind("cluster-settings", "cluster-settings", {}, {})
+KINDS: Mapping[str, ResourceKind] = {kind.name: kind for kind in (_VM, _WORKER, _ACCOUNT, _SETTINGS)}
+_PLURALS = {"vms": "vm", "workers": "worker", "service-accounts": "service-account"}
+
+
+def add_verb(verb: str, parser: CommandLine) -> None:
+    """Declare the options of `list`, `get`, `delete`, `pause` or `resume`."""
+    expected = {
+        "list": "vms, workers or service-accounts",
+        "get": "vm, worker, service-account or cluster-settings",
+        "delete": "vm, worker or service-account",
+    }.get(verb, "worker")
+    parser.add_argument("kind", metavar="KIND", help=expected)
+    if verb == "get":
+        parser.add_argument(
+            "name", metavar="NAME[/FIELD]", nargs="?", default="", help="a field's value alone, as JSON names it"
+        )
+    elif verb != "list":
+        parser.add_argument("name", metavar="NAME")
+    if verb == "list":
+        parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
+    if verb in ("list", "get"):
+        parser.add_argument(
+            "-o", "--output", choices=("table", "json", "name"), default="table", help="default: %(default)s"
+        )
+    add_context_option(parser)
+    parser.set_defaults(run={"list": _list, "get": _get, "delete": _delete}.get(verb, _pause), verb=verb)
+
+
+def find_kind(word: str, allowed: tuple[ResourceKind, ...]) -> ResourceKind:
+    """Return the kind with this name, singular or plural. Raises CommandError."""
+    kind = KINDS.get(_PLURALS.get(word, word))
+    if kind not in allowed:
+        names = [kind.name for kind in allowed]
+        raise CommandError(f"the kind is {word}{suggest(word, names)}, expected one of {', '.join(names)}", USAGE)
+    return kind
+
+
+def _list(options: argparse.Namespace) -> int:
+    kind = find_kind(options.kind, (_VM, _WORKER, _ACCOUNT))
+    with open_connection(options) as controller:
+        items = controller.call("GET", path_of(kind.path))
+    if options.quiet or options.output == "name":
+        print(*(item["name"] for item in items), sep="\n", end="\n" if items else "")
+    elif options.output == "json":
+        print_json(items)
+    else:
+        rows = [[show(item) for show in kind.columns.values()] for item in items]
+        print_table(list(kind.columns), rows, cut=kind.cut)
+    return 0
+
+
+def _get(options: argparse.Namespace) -> int:
+    kind = find_kind(options.kind, tuple(KINDS.values()))
+    name, slash, field = options.name.partition("/")
+    if not name and kind is not _SETTINGS:
+        raise CommandError(f"the name of the {kind.name} is missing", USAGE)
+    with open_connection(options) as controller:
+        item = controller.call("GET", path_of(kind.path, name) if name else path_of(kind.path))
+    if slash:
+        print(_bare(find_field(kind, item, field)))
+    elif options.output == "json":
+        print_json(item)
+    elif options.output == "name":
+        print(item.get("name", ""))
+    else:
+        pairs = ((title, show(item)) for title, show in kind.pairs.items())
+        print_pairs(pairs if kind.pairs else ((key, _shown(value)) for key, value in item.items()))
+    return 0
+
+
+def find_field(kind: ResourceKind, item: Any, path: str) -> Any:
+    """Return the value at a path such as `labels/xcode` in a resource; None if it is absent.
+
+    Raises CommandError for a field that the kind does not have.
+
+    Existing programs ask for names in other spellings: case, "_" and "-" do not count where no exact name is there.
+    """
+    value = item
+    for index, key in enumerate(path.split("/")):
+        if isinstance(value, dict):
+            spelled = {_letters(name): name for name in value}
+            found = key if key in value else spelled.get(_letters(key))
+            # Empty fields are left out of answers.
+            if found is None and index == 0 and _letters(key) not in map(_letters, known := _known_fields(kind)):
+                raise CommandError(f"a {kind.name} has no field {key}{suggest(key, known)}", USAGE)
+            value = value.get(found) if found is not None else None
+        elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            value = None
+    return value
+
+
+def _known_fields(kind: ResourceKind) -> set[str]:
+    # Imported here, since it takes as long as the rest of a verb, and most fields that are asked for are there.
+    from orchard import schema
+    from orchard.codec import attrs_of
+
+    classes: Mapping[str, tuple[type, ...]] = {
+        "vm": (schema.VMMeta, schema.VMSpec, schema.VMState),
+        "worker": (schema.Worker,),
+        "service-account": (schema.ServiceAccount,),
+        "cluster-settings": (schema.ClusterSettings,),
+    }
+    return {field.json for cls in classes[kind.name] for field in attrs_of(cls)}
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[_-]", "", name).lower()
+
+
+def _bare(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _delete(options: argparse.Namespace) -> int:
+    kind = find_kind(options.kind, (_VM, _WORKER, _ACCOUNT))
+    with open_connection(options) as controller:
+        controller.call("DELETE", path_of(kind.path, options.name))
+    return 0
+
+
+def _pause(options: argparse.Namespace) -> int:
+    find_kind(options.kind, (_WORKER,))
+    with open_connection(options) as controller:
+        set_paused(controller, options.name, options.verb == "pause")
+    return 0
+
+
+def set_paused(controller: ControllerConnection, worker: str, paused: bool) -> None:
+    """Have a worker get no new VMs, or have it get some again."""
+    path = path_of("workers", worker)
+    controller.call("PUT", path, body={**controller.call("GET", path), "scheduling_paused": paused})
