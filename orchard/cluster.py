@@ -25,6 +25,8 @@ CANCEL_REQUEST = "cancel-request"
 # The capability of a worker that ends a VM which the controller has marked as failed and reports its end, and of one
 # that reports the condition `ready`. Those of a controller that knows of this.
 VM_RESTART, VM_READY = "vm-restart", "vm-ready"
+# The capabilities of a worker that runs shutdown scripts, and of one that runs scripts by the guest agent.
+SHUTDOWN_SCRIPT, GUEST_AGENT = "shutdown-script", "guest-agent"
 
 # The capability of a worker that reports images and pulls those of `prepull`, and of a controller that shows them.
 IMAGE_INVENTORY = "image-inventory"

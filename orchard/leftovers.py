@@ -3,7 +3,8 @@
 Only VMs with Orchard's prefix concern a worker. A local VM that the controller has under the name of another worker is
 left alone: two workers may share a host, and a worker may have been given another name. Everything else that is not
 wanted is stopped and deleted, in the background and for as long as that takes, so that a VM which cannot be removed holds
-up no other one. A guest that has ended occupies no slot, even if its VM cannot be deleted.
+up no other one. A guest that has ended occupies no slot, even if its VM cannot be deleted. A guest that runs runs the
+shutdown script before, which an earlier worker has noted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from orchard.client import Client, ResponseError
 from orchard.nursery import growing_pause
 from orchard.schema import LOCAL_PREFIX, Worker
 from orchard.vm.driver import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, Trouble
+from orchard.vm.instance_state import Note
+from orchard.vm.shutdown import shut_down
 
 _LOCAL_NAME = re.compile(LOCAL_PREFIX + r"(.+)-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-([0-9]{1,9})")
 # Between two attempts to remove a VM: the first and the longest pause.
@@ -113,6 +116,11 @@ class Leftovers:
         nursery.start_soon(self._keep_removing, local.name, ended)
 
     async def _keep_removing(self, name: str, ended: trio.Event) -> None:
+        if not ended.is_set():
+            # A VM without a note, or with one of another version, has no shutdown script.
+            with suppress(ValueError):
+                if (script := Note.parse(self._driver.noted(name)).shutdown) is not None:
+                    await shut_down(self._driver, name, script)
         for failures in itertools.count(1):
             if await self._try_remove(name, ended):
                 break

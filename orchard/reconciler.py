@@ -13,15 +13,17 @@ nursery that outlives it.
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
 import trio
 
 from orchard.client import Client, ClientError, ConnectError, ResponseError
+from orchard.cluster import VM_READY, VM_RESTART
 from orchard.codec import encode, shown
 from orchard.heartbeat import Lease, backoff_seconds
 from orchard.leftovers import Leftovers, vm_name_of
@@ -41,14 +43,15 @@ _MAX_NAMED = 3
 VM_LOST = "lost: the worker was restarted, and the VM does not run any more"
 
 SyncState = Literal["absent", "pending", "running", "failed"]
-SyncAction = Literal["none", "create", "lost", "report", "follow", "stop", "fail", "remove"]
+SyncAction = Literal["none", "create", "lost", "tell ended", "report", "follow", "stop", "fail", "remove"]
 
 # (state here, state at the controller) -> action
 SYNC_ACTIONS: Mapping[tuple[SyncState, SyncState], SyncAction] = {
     ("absent", "absent"): "none",
     ("absent", "pending"): "create",
     ("absent", "running"): "lost",
-    ("absent", "failed"): "none",
+    # It failed before anything was done for it here.
+    ("absent", "failed"): "tell ended",
     ("pending", "absent"): "remove",
     ("pending", "pending"): "report",
     # Only this worker reports that its VM runs, and it has not: its records and the controller's contradict each other.
@@ -61,7 +64,7 @@ SYNC_ACTIONS: Mapping[tuple[SyncState, SyncState], SyncAction] = {
     ("failed", "absent"): "remove",
     ("failed", "pending"): "report",
     ("failed", "running"): "report",
-    ("failed", "failed"): "none",
+    ("failed", "failed"): "report",
 }
 
 _logger = logging.getLogger("orchard.worker")
@@ -98,6 +101,10 @@ class Reconciler:
         self._lease = lease
         self._memory = memory
         self._chance = chance
+        # Of the controller.
+        self._capabilities: Collection[str] = ()
+        # When the controller first saw this worker.
+        self._created_at: datetime.datetime | None = None
         self._report_due = Wakeup()
         self._instance_host = InstanceHost(
             driver,
@@ -115,6 +122,10 @@ class Reconciler:
     def leave_vms(self) -> None:
         """Let running VMs run on when this worker ends."""
         self._instance_host.outlives = True
+
+    def begin_session(self, capabilities: Collection[str], created_at: datetime.datetime | None) -> None:
+        """Note what the controller can do, and when it first saw this worker."""
+        self._capabilities, self._created_at = capabilities, created_at
 
     async def _fetch_policies(self) -> Sequence[HostDirPolicy] | None:
         """Return the cluster's hostDirPolicies, once the controller answers. None: it does not tell them."""
@@ -137,8 +148,12 @@ class Reconciler:
             await self._report_due.wait()
 
     async def _send_report(self, instance: Instance, report: dict[str, Any]) -> None:
+        sent = report
+        if VM_READY not in self._capabilities:
+            # An older controller refuses a report with a condition that it does not know.
+            sent = {**report, "conditions": [one for one in report["conditions"] if one["type"] != "ready"]}
         try:
-            await self._client.vms.report(instance.vm.name, report)
+            await self._client.vms.report(instance.vm.name, sent)
         except ResponseError as error:
             if error.status >= 500:
                 raise
@@ -264,7 +279,7 @@ class Reconciler:
         runs = local.state == "running"
         instance = self._new_instance(vm, local.state)
         if vm.state.status == "failed":
-            instance.fail(vm.state.status_message)
+            instance.fail(vm.state.status_message, orderly=bool(vm.state.end_request))
         elif not runs and not is_at_rest(vm, local.state):
             instance.fail(VM_LOST)
         message = "adopted running VM" if runs else "found VM at rest"
@@ -317,6 +332,23 @@ class Reconciler:
                 instance = self._new_instance(wanted[name])
                 instance.fail(VM_LOST)
                 nursery.start_soon(instance.tend)
+            elif action == "tell ended" and name not in self._leftovers:
+                await self._tell_ended(wanted[name])
+
+    async def _tell_ended(self, vm: VM) -> None:
+        """Report that a failed VM, which the controller wants to restart, has never begun here. Raises ClientError.
+
+        Not for a VM that was assigned to an earlier worker of this name, on whose host it may run.
+        """
+        state = vm.state
+        mine = (
+            state.scheduled_at is not None and self._created_at is not None and state.scheduled_at >= self._created_at
+        )
+        if VM_RESTART in self._capabilities and state.ended_at is None and not state.image_fqn and mine:
+            report = {"uid": vm.uid, "restart_count": state.restart_count, "status": "failed"}
+            report |= {"status_message": state.status_message, "conditions": [{"type": "running", "state": "false"}]}
+            with suppress(ResponseError):
+                await self._client.vms.report(vm.name, report)
 
     async def _fetch_wanted(self) -> dict[str, VM]:
         """Return the VMs that are assigned to this worker, by their local names.
@@ -349,10 +381,10 @@ class Reconciler:
         elif action == "fail":
             instance.fail("the controller has the VM as running, but it has not started on this worker")
         elif action == "stop":
-            instance.fail(vm.state.status_message)
+            instance.fail(vm.state.status_message, orderly=bool(vm.state.end_request))
         elif action in ("follow", "report"):
             instance.follow(vm)
-            if not _has_report(vm, instance.report()):
+            if not _has_report(vm, instance.report(), self._capabilities):
                 instance.reported = None
                 self._report_due.set()
 
@@ -387,12 +419,17 @@ def _sync_state(vm: Instance | VM | None) -> SyncState:
     return "absent" if vm is None else vm.state.status
 
 
-def _has_report(vm: VM, report: Mapping[str, Any]) -> bool:
-    """Return whether the controller's state of a VM contains what a report says."""
+def _has_report(vm: VM, report: Mapping[str, Any], capabilities: Collection[str]) -> bool:
+    """Return whether a controller with these capabilities has what a report says in its state of a VM."""
     state = vm.state
+    if report["status"] == state.status == "failed":
+        # The first reason stays, so the messages may differ.
+        return state.ended_at is not None or VM_RESTART not in capabilities
+    known = {one["type"]: one["state"] == "true" for one in report["conditions"]}
     return (
         state.status == report["status"]
         and state.status_message == report["status_message"]
         and state.observed_generation >= report["observedGeneration"]
-        and vm.condition("running") is (report["conditions"][0]["state"] == "true")
+        and vm.condition("running") is known["running"]
+        and (VM_READY not in capabilities or vm.condition("ready") is known["ready"])
     )

@@ -37,7 +37,7 @@ import trio
 from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ResponseError
-from orchard.cluster import CANCEL_REQUEST, IMAGE_INVENTORY, WORKER_STATE
+from orchard.cluster import CANCEL_REQUEST, IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, VM_RESTART, WORKER_STATE
 from orchard.codec import encode
 from orchard.command_line import CommandLine, orchard_home, parse_count, parse_pairs, parse_resources
 from orchard.daemon import run_main, run_until_signal
@@ -77,7 +77,7 @@ _MACOS_VMS = 2
 # Between two looks at what the cluster wants pulled, on average.
 _PREPULL_SECONDS = 60.0
 # What this worker does, as it says at its registration.
-CAPABILITIES = (WORKER_STATE, CANCEL_REQUEST, IMAGE_INVENTORY)
+CAPABILITIES = (WORKER_STATE, CANCEL_REQUEST, IMAGE_INVENTORY, VM_READY, VM_RESTART, SHUTDOWN_SCRIPT)
 # At the end of the worker, to report the VMs that ended with it.
 _GOODBYE_SECONDS = 5.0
 _EXIT_REFUSED = 2
@@ -241,6 +241,7 @@ class WorkerService:
             raise
         self._heartbeats.begin_session(stored.last_seen, info.capabilities)
         self._lease.begin_session(info.worker_offline_timeout / 1000, sent)
+        self._vms.begin_session(info.capabilities, stored.created_at)
         return info
 
     async def _follow_prepull(self, info: ControllerInfo) -> None:

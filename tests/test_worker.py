@@ -33,7 +33,8 @@ from orchard.schema import TART_VMS, Status, Worker
 from orchard.tart import TartDriver
 from orchard.vm import supervisor
 from orchard.vm.driver import DriverError, Hardware, RunOptions
-from orchard.vm.instance import SHUT_DOWN, STOPPED, Note
+from orchard.vm.instance import SHUT_DOWN, STOPPED
+from orchard.vm.instance_state import Note
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 
@@ -54,7 +55,7 @@ def test_sync_actions_cover_every_pair_of_states() -> None:
     assert set(SYNC_ACTIONS) == set(itertools.product(states, states))
     # A VM that the controller does not have is removed, and a VM that has failed at the controller is stopped.
     assert {SYNC_ACTIONS[here, "absent"] for here in states} == {"none", "remove"}
-    assert {SYNC_ACTIONS[here, "failed"] for here in states} == {"none", "stop"}
+    assert {SYNC_ACTIONS[here, "failed"] for here in states} == {"stop", "report", "tell ended"}
 
 
 # ---- VMs ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from orchard import __version__, auth, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API
-from orchard.cluster import IMAGE_INVENTORY, WORKER_STATE
+from orchard.cluster import IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, WORKER_STATE
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.schema import ClusterSettings, ControllerInfo, ServiceAccount
@@ -23,6 +23,8 @@ _CAPABILITIES = (
     "vm-state-endpoint",
     WORKER_STATE,
     IMAGE_INVENTORY,
+    VM_READY,
+    SHUTDOWN_SCRIPT,
     "field-validation",
     "vm-metadata",
     "watch-list",

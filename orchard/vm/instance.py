@@ -6,35 +6,36 @@ An `Instance` is one (name, uid, restart_count) on this host. Its task, `tend`, 
     -> newer generation? -> stop or suspend -> set -> run ...
     -> failed, or told to end: stop -> when the controller does not have the VM any more: delete
 
-`InstanceState` is the decision part, without I/O: the phase, and what the instance reports. The phase changes only by
-`TRANSITIONS`, a table from (phase, event) to the next phase. Only the task changes it; the worker gives orders by
-`follow`, `fail` and `remove`. A VM is reported as failed only when its guest has ended, since the controller may start
-the VM elsewhere as soon as it knows.
+instance_state.py has the decisions: the table of phases, and what the instance reports. Only the task changes the phase;
+the worker gives orders by `follow`, `fail` and `remove`. A VM is reported as failed only when its guest has ended, since
+the controller may start the VM elsewhere as soon as it knows.
+
+A guest that runs and is told to end runs its shutdown script before: when the VM is deleted, restarted or stopped, or its
+worker is drained. It is not run when the VM has failed, is suspended, or its lease or its guest has ended.
 
 When the task is cancelled (the worker ends), running VMs and VMs at rest stay on the host, and half-made ones are
 deleted. A note kept with the driver says under which generation each VM runs and how far its script has come. So the
-next worker can adopt the VM, even if this worker was killed.
+next worker can adopt the VM, even if this worker was killed. A VM whose shutdown script is cut off by the worker's end
+stays, too, and the next worker runs the script anew.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import trio
 
 from orchard.nursery import Wakeup, first_exception, growing_pause
-from orchard.schema import VM, Event, HostDirPolicy, Status
+from orchard.schema import VM, Event, HostDirPolicy
 from orchard.vm.driver import (
     Driver,
     DriverError,
-    Hardware,
     LocalState,
     LocalVM,
     NoSuchVM,
@@ -42,17 +43,29 @@ from orchard.vm.driver import (
     RunOptions,
     Script,
     ScriptFailed,
-    SharedDir,
     SupervisorLost,
     Trouble,
 )
 from orchard.vm.host import resolve_dirs
 from orchard.vm.images import Transfer, transfer_alone
+from orchard.vm.instance_state import (
+    Note,
+    Startup,
+    Step,
+    hardware_of,
+    initial_state,
+    run_options,
+    shutdown_of,
+    startup_of,
+)
+from orchard.vm.shutdown import shut_down
 
 # For stopping and deleting a VM when the worker ends.
 REMOVE_SECONDS = 60.0  # seconds
 # Between attempts to stop or delete a VM: the first and the longest pause.
 RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0  # seconds
+# Between two questions for the address of a VM that has none yet: the first and the longest pause.
+_ADDRESS_SECONDS, _LAST_ADDRESS_SECONDS = 1.0, 60.0  # seconds
 # Lines of script output that may wait for delivery. When the queue is full, the script waits.
 QUEUED_LINES = 256
 # Output in one request: far below the request limit, however JSON escapes it.
@@ -68,145 +81,6 @@ SendEvents = Callable[[VM, Sequence[Event]], Awaitable[None]]
 _logger = logging.getLogger("orchard.vm.instance")
 
 
-# ---- decisions -----------------------------------------------------------------------------------------------------
-
-Phase = Literal[
-    # Nothing is on the host: slots have to become free first.
-    "waiting",
-    # Being pulled, cloned and configured: half-made.
-    "creating",
-    # An earlier worker started the guest, which may have ended meanwhile.
-    "adopting",
-    # Complete on the disk; no guest.
-    "stopped",
-    # The guest is being started for the generation in the note.
-    "starting",
-    # The guest runs.
-    "running",
-    # The guest was told to end because there is a newer generation.
-    "stopping",
-    # Stopped or suspended, as the specification says.
-    "resting",
-    # Failed, or told to end; no guest.
-    "ended",
-    # Deleted from the host.
-    "removed",
-]
-Step = Literal["create", "created", "start", "up", "change", "down", "rest", "over", "deleted"]
-
-# Every instance can be told to end in every phase. `over` comes when no guest is left then.
-_ALWAYS: Mapping[Step, Phase] = {"over": "ended", "deleted": "removed"}
-# A step that is not in a phase's row cannot happen in that phase.
-TRANSITIONS: Mapping[Phase, Mapping[Step, Phase]] = {
-    "waiting": {"create": "creating", **_ALWAYS},
-    "creating": {"created": "stopped", **_ALWAYS},
-    "adopting": {"up": "running", "down": "stopped", **_ALWAYS},
-    "stopped": {"start": "starting", "rest": "resting", **_ALWAYS},
-    "starting": {"up": "running", "down": "stopped", **_ALWAYS},
-    "running": {"change": "stopping", "down": "stopped", **_ALWAYS},
-    "stopping": {"down": "stopped", **_ALWAYS},
-    "resting": {"start": "starting", "rest": "resting", **_ALWAYS},
-    "ended": {**_ALWAYS},
-    "removed": {},
-}
-PHASES: tuple[Phase, ...] = get_args(Phase)
-STEPS: tuple[Step, ...] = get_args(Step)
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceState:
-    """The phase of an instance, and what its reports are derived from.
-
-    `observed` is the generation that was last acted upon; None before the first run. `progress` says what a pending VM
-    is waiting for, or is "". `reason` says why the VM fails; it is set before the VM has failed, while its guest ends.
-    """
-
-    phase: Phase
-    observed: int | None = None
-    progress: str = ""
-    image_fqn: str = ""
-    reason: str | None = None
-
-    def after(self, step: Step) -> InstanceState:
-        """Return the state after a step. Raises ValueError for a step that cannot happen in this phase."""
-        try:
-            return replace(self, phase=TRANSITIONS[self.phase][step])
-        except KeyError:
-            raise ValueError(
-                f'step is "{step}" in phase {self.phase}, expected {list(TRANSITIONS[self.phase])}'
-            ) from None
-
-    @property
-    def has_guest(self) -> bool:
-        """Whether something of the VM may run on the host."""
-        return self.phase in ("adopting", "starting", "running", "stopping")
-
-    @property
-    def status(self) -> Status:
-        if self.reason is not None and self.phase in ("ended", "removed"):
-            return "failed"
-        return "pending" if self.observed is None else "running"
-
-    @property
-    def message(self) -> str:
-        return self.reason or "" if self.status == "failed" else self.progress
-
-    @property
-    def running(self) -> bool:
-        """Whether the guest runs, as far as is known."""
-        return self.phase in ("adopting", "running", "stopping")
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What the next worker has to know about a running VM: its generation, and how far its script has come."""
-
-    generation: int
-    hardware: Hardware
-    suspendable: bool
-    script: Literal["", "begun", "done"] = ""
-
-    def __str__(self) -> str:
-        return json.dumps([self.generation, astuple(self.hardware), self.suspendable, self.script])
-
-    @classmethod
-    def parse(cls, text: str) -> Note:
-        """Read what str() returned. Raises ValueError."""
-        try:
-            match json.loads(text):
-                case [int(generation), [int(cpu), int(memory), int(disk)], bool(able), "" | "begun" | "done" as script]:
-                    return cls(generation, Hardware(cpu, memory, disk), able, script)
-        except ValueError:
-            pass
-        raise ValueError(
-            f'note about a VM is "{text}", expected [generation, [cpu, memory, disk], suspendable, script]'
-        )
-
-
-def hardware_of(vm: VM) -> Hardware:
-    """Return the hardware that a VM is to have at its next start."""
-    return Hardware(vm.state.assigned_cpu, vm.state.assigned_memory, vm.spec.disk_size)
-
-
-def run_options(vm: VM) -> RunOptions:
-    """Return the options of one run."""
-    spec = vm.spec
-    return RunOptions(
-        headless=spec.headless,
-        softnet=spec.net_softnet,
-        softnet_allow=spec.net_softnet_allow,
-        softnet_block=spec.net_softnet_block,
-        bridged=spec.net_bridged,
-        nested=spec.nested,
-        suspendable=spec.suspendable,
-        audio=spec.audio,
-        clipboard=spec.clipboard,
-        dirs=tuple(SharedDir(dir_.name, dir_.path, dir_.ro) for dir_ in spec.host_dirs),
-        # The controller starts no other VM elsewhere.
-        leased=spec.restart_policy == "OnFailure",
-    )
-
-
 # ---- the task ------------------------------------------------------------------------------------------------------
 
 
@@ -218,8 +92,8 @@ class InstanceHost:
     delivers the output of scripts. `note_trouble` is called with what has failed, the VM's local name or "", and a
     message, which is "" when it has succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the
     controller does not tell them.
-    `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends. `transfer` is
-    entered while an image is pulled or cloned.
+    `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends. `worker` is the
+    worker's name. `transfer` is entered while an image is pulled or cloned.
     """
 
     driver: Driver
@@ -231,6 +105,7 @@ class InstanceHost:
     clock: Callable[[], float]
     outlives: bool = True
     transfer: Transfer = transfer_alone
+    worker: str = ""
 
 
 class Instance:
@@ -245,15 +120,13 @@ class Instance:
         self.reported: dict[str, Any] | None = None
         # Set when the instance holds no resources of the host but its disk.
         self.ended = trio.Event()
-        self.state = InstanceState(
-            phase="waiting" if found is None else "adopting" if found == "running" else "stopped",
-            observed=None if found is None and vm.state.status == "pending" else vm.state.observed_generation,
-            image_fqn="" if found is None else vm.state.image_fqn,
-        )
+        self.state = initial_state(vm, found)
         self._host = host
         self._note = Note(0, hardware_of(vm), suspendable=False)
-        # Cancelled when the VM is told to end.
+        # Cancelled when the VM has to end at once, or was told to end and its shutdown script has ended.
         self._scope = trio.CancelScope()
+        # Whether the VM was told to end.
+        self._told = False
         self._unwanted = False
         # Set when there is an order, or the guest has ended.
         self._news = Wakeup()
@@ -265,22 +138,32 @@ class Instance:
         self.vm = vm
         self._news.set()
 
-    def fail(self, reason: str) -> None:
-        """End the VM as failed. The first reason counts."""
+    def fail(self, reason: str, *, orderly: bool = False) -> None:
+        """End the VM as failed; `orderly`: after its shutdown script. The first reason counts."""
         if self.state.reason is None:
             self.state = replace(self.state, reason=reason)
-        self._scope.cancel()
+        self._tell_to_end(orderly=orderly)
 
     def remove(self) -> None:
-        """End the VM and delete it from the host."""
+        """End the VM, after its shutdown script, and delete it from the host."""
         self._unwanted = True
-        self._scope.cancel()
+        self._tell_to_end(orderly=True)
+
+    def _tell_to_end(self, *, orderly: bool) -> None:
+        self._told = True
+        runs = self.state.phase in ("adopting", "running", "finishing")
+        if not (orderly and runs and self._shutdown is not None):
+            self._scope.cancel()
         self._news.set()
+
+    @property
+    def _shutdown(self) -> Script | None:
+        return shutdown_of(self.vm, self._host.worker)
 
     @property
     def ending(self) -> bool:
         """Whether the VM was told to end and may still hold resources."""
-        return self._scope.cancel_called and not self.ended.is_set()
+        return self._told and not self.ended.is_set()
 
     @property
     def has_unreported_failure(self) -> bool:
@@ -297,7 +180,8 @@ class Instance:
             "status_message": state.message,
             "image_fqn": state.image_fqn,
             "observedGeneration": state.observed or 0,
-            "conditions": [{"type": "running", "state": "true" if state.running else "false"}],
+            "conditions": state.conditions(),
+            **state.startup_report(),
         }
 
     def _show(self, step: Step | None = None, **changes: Any) -> None:
@@ -370,7 +254,14 @@ class Instance:
                 await self._host.driver.configure(self.name, self._note.hardware)
             if vm.spec.power_state == "running":
                 options = await self._resolved(run_options(vm))
-                self._write(Note(vm.meta.generation, self._note.hardware, vm.spec.suspendable, self._note.script))
+                self._write(
+                    replace(
+                        self._note,
+                        generation=vm.meta.generation,
+                        suspendable=vm.spec.suspendable,
+                        shutdown=self._shutdown,
+                    )
+                )
                 self.state = self.state.after("start")
                 await self._run(partial(self._host.driver.run, options=options))
             else:
@@ -424,8 +315,9 @@ class Instance:
             self._note = Note.parse(self._host.driver.noted(self.name))
         except ValueError:
             raise DriverError(UNNOTED) from None
-        if self._note.script == "begun":
-            raise DriverError(CUT_OFF)
+        self.state = replace(self.state, startup=self._note.startup)
+        if self._note.script == "begun" and not self._told:
+            self._note_startup(self.vm, DriverError(CUT_OFF))
         if not self.state.image_fqn:
             image_fqn = await self._host.driver.fqn(self.vm.spec.image)
             self.state = replace(self.state, image_fqn=image_fqn)
@@ -452,20 +344,36 @@ class Instance:
             if self.state.has_guest:
                 self._show("up", progress="", observed=self._note.generation)
             async with trio.open_nursery() as using:
-                using.start_soon(self._run_script, self.vm)
-                while self.vm.meta.generation == self._note.generation and self.state.has_guest:
+                using.start_soon(self._make_ready, self.vm)
+                while self.vm.meta.generation == self._note.generation and self.state.has_guest and not self._told:
                     await self._news.wait()
                 using.cancel_scope.cancel()
             if not self.state.has_guest:
                 raise DriverError(SHUT_DOWN)
-            self.state = self.state.after("change")
-            spec = self.vm.spec
-            same_hardware = self._note.hardware == hardware_of(self.vm)
-            suspend = self._note.suspendable and spec.power_state != "stopped" and same_hardware
-            # NotRunning: the guest has just ended by itself.
-            with suppress(NotRunning):
-                await (self._host.driver.suspend(self.name) if suspend else self._host.driver.stop(self.name))
+            await self._finish()
+            if self.state.has_guest:
+                await self._end_guest()
         self._host.changed()
+
+    async def _finish(self) -> None:
+        """Run the shutdown script, if the guest is to end for good. Ends the task if the VM was told to end."""
+        script = self._shutdown
+        if script is not None and (self._told or self.vm.spec.power_state == "stopped"):
+            self._show("finish", progress="running the shutdown script")
+            await shut_down(self._host.driver, self.name, script)
+        if self._told:
+            self._scope.cancel()
+            await trio.lowlevel.checkpoint()
+
+    async def _end_guest(self) -> None:
+        """Stop or suspend the guest for a newer generation. Raises DriverError."""
+        self.state = self.state.after("change")
+        spec = self.vm.spec
+        same_hardware = self._note.hardware == hardware_of(self.vm)
+        suspend = self._note.suspendable and spec.power_state != "stopped" and same_hardware
+        # NotRunning: the guest has just ended by itself.
+        with suppress(NotRunning):
+            await (self._host.driver.suspend(self.name) if suspend else self._host.driver.stop(self.name))
 
     async def _stay_with_guest(
         self, stay: Callable[..., Awaitable[None]], *, task_status: trio.TaskStatus[None]
@@ -542,15 +450,39 @@ class Instance:
 
     # -- the script
 
-    async def _run_script(self, vm: VM) -> None:
-        """Run the startup script, and deliver its output. Raises DriverError.
+    async def _make_ready(self, vm: VM) -> None:
+        """Run the startup script unless it has run, or else find out when the guest can be reached. Raises DriverError.
 
-        An instance runs its script once. A script that a newer generation interrupted is run again.
+        A script that a newer generation interrupted is run again.
         """
-        spec, script = vm.spec, vm.spec.startup_script
-        if script is None or not script.script_content or self._note.script == "done":
-            return
-        self._write(replace(self._note, script="begun"))
+        script = startup_of(vm, self._host.worker)
+        if script is not None and self._note.script != "done":
+            self._write(replace(self._note, script="begun"))
+            self._note_startup(vm, await self._run_script(vm, script))
+        else:
+            await self._wait_address(vm)
+        self._show(reached=True, progress="")
+
+    def _note_startup(self, vm: VM, failure: DriverError | None) -> None:
+        """Note how the startup script has ended. Raises `failure` unless the VM is kept nevertheless."""
+        code = failure.exit_code if isinstance(failure, ScriptFailed) else None if failure is not None else 0
+        startup = Startup(code, self._host.clock(), str(failure or ""))
+        self._show(startup=startup)
+        if failure is not None and vm.spec.startup_on_failure != "keep":
+            raise failure
+        self._write(replace(self._note, script="done", startup=startup))
+
+    async def _wait_address(self, vm: VM) -> None:
+        for failures in itertools.count(1):
+            try:
+                await self._host.driver.ip(self.name, bridged=bool(vm.spec.net_bridged))
+                return
+            except DriverError as error:
+                self._show(progress=f"waiting for its address: {error}")
+                await trio.sleep(growing_pause(failures, _ADDRESS_SECONDS, _LAST_ADDRESS_SECONDS))
+
+    async def _run_script(self, vm: VM, script: Script) -> DriverError | None:
+        """Run the startup script, and deliver its output. Return why it has failed."""
         send, receive = trio.open_memory_channel[Event](QUEUED_LINES)
 
         async def on_line(line: str) -> None:
@@ -561,20 +493,14 @@ class Instance:
             nursery.start_soon(self._deliver, vm, receive)
             async with send:
                 try:
-                    await self._host.driver.run_script(
-                        self.name,
-                        Script(script.script_content, script.env, spec.username, spec.password, bool(spec.net_bridged)),
-                        on_line,
-                    )
+                    await self._host.driver.run_script(self.name, script, on_line)
                 except DriverError as error:
-                    # Raised after the nursery, so that all output is delivered before the VM fails.
+                    # Returned after the nursery, so that all output is delivered before the VM fails.
                     failure = error
-        code = failure.exit_code if isinstance(failure, ScriptFailed) else 0
         if failure is None or isinstance(failure, ScriptFailed):
+            code = failure.exit_code if failure is not None else 0
             _logger.info("script ended", extra={"vm": vm.name, "code": code})
-        if failure is not None:
-            raise failure
-        self._write(replace(self._note, script="done"))
+        return failure
 
     async def _deliver(self, vm: VM, lines: trio.MemoryReceiveChannel[Event]) -> None:
         """Send lines of output in batches, until the channel is closed."""

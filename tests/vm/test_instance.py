@@ -27,24 +27,18 @@ from orchard import transitions
 from orchard.schema import VM, Event, HostDirPolicy, Worker
 from orchard.tart import TartDriver
 from orchard.validation import patched_spec, vm_from_client
-from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning, RunOptions
+from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning, RunOptions, Script
 from orchard.vm.instance import (
     CUT_OFF,
-    PHASES,
     QUEUED_LINES,
     REMOVE_SECONDS,
     SHUT_DOWN,
-    STEPS,
     STOPPED,
     UNNOTED,
     Instance,
     InstanceHost,
-    InstanceState,
-    Note,
-    Phase,
-    Step,
-    run_options,
 )
+from orchard.vm.instance_state import PHASES, STEPS, InstanceState, Note, Phase, Startup, Step, run_options
 from orchard.vm.synthetic import SyntheticDriver
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -100,6 +94,7 @@ class Host:
             fetch_policies,
             lambda: 1_700_000_000.5,
             outlives,
+            worker="w",
         )
         instance = Instance(vm, host, found=found)
         return instance
@@ -167,7 +162,10 @@ EXPECTED = {
     ("stopped", "rest", "resting"),
     ("starting", "up", "running"),
     ("starting", "down", "stopped"),
+    ("running", "finish", "finishing"),
     ("running", "change", "stopping"),
+    ("finishing", "change", "stopping"),
+    ("finishing", "down", "stopped"),
     ("running", "down", "stopped"),
     ("stopping", "down", "stopped"),
     ("resting", "start", "starting"),
@@ -200,7 +198,7 @@ def test_status_and_condition_follow_from_the_phase(phase: Phase) -> None:
     assert (new.status, seen.status) == ("pending", "running")
     ended = phase in ("ended", "removed")
     assert (failing.status, failing.message) == (("failed", "no luck") if ended else ("running", ""))
-    assert seen.running == (phase in ("adopting", "running", "stopping"))
+    assert seen.running == (phase in ("adopting", "running", "finishing", "stopping"))
     assert seen.has_guest == (seen.running or phase == "starting")
 
 
@@ -537,11 +535,22 @@ async def test_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypa
 
 
 def test_note_is_parsed_as_written_and_anything_else_is_refused() -> None:
-    for script in ("", "begun", "done"):
-        note = Note(3, Hardware(4, 8192, 50), suspendable=True, script=script)
+    shutdown = Script("echo bye", {"A": "b"}, "me", "secret", seconds=30, kind="shutdown", agent=True)
+    begun = Note(3, Hardware(4, 8192, 50), suspendable=True, script="begun", shutdown=shutdown)
+    failed, cut_off = Startup(3, 12.5, "failed"), Startup(None, 12.5)
+    for note in (begun, *(replace(begun, script="done", startup=startup) for startup in (failed, cut_off))):
         assert Note.parse(str(note)) == note
+    # As earlier versions write them. Such workers can also read the note of a VM that has no shutdown script.
+    old = '[3, [4, 8192, 50], true, "done"]'
+    assert Note.parse(old).startup == Startup(0, None)
+    plain = Note(3, Hardware(4, 8192, 50), suspendable=True, script="begun")
+    assert (str(plain), Note.parse(str(plain))) == (old.replace("done", "begun"), plain)
+    more = json.loads(str(note))[4]
+    for broken in ({}, {**more, "startup": [1]}, {**more, "shutdown": {"x": 1}}, {**more, "shutdown": {"text": None}}):
+        with pytest.raises(ValueError, match="note about a VM has"):
+            Note.parse(json.dumps([*json.loads(old), broken]))
     for text in ("", "{}", "[]", '[1, [1, 2], true, ""]', '[1, [1, 2, 3], 1, ""]', '[1, [1, 2, 3], true, "x"]'):
-        with pytest.raises(ValueError, match="note about a VM is"):
+        with pytest.raises(ValueError, match="note about a VM has"):
             Note.parse(text)
 
 
