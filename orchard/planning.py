@@ -9,15 +9,21 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
+from orchard.cluster import GUEST_AGENT, SHUTDOWN_SCRIPT
 from orchard.early_failures import EarlyFailures
-from orchard.schema import VM, VMSpec, Worker
+from orchard.schema import VM, WORKER_NAME_LABEL, VMSpec, Worker
 from orchard.transitions import has_ended
 from orchard.worker_facts import WorkerFacts
 
+# A VM that asks for no resource fits in any number.
+MAX_ROOM = 1_000_000
 # Between two restarts of a VM, so that one that fails at once does not keep its worker busy.
 RESTART_PAUSE_SECONDS = 15.0
+
+ValueT = TypeVar("ValueT", str, int)
+Labels = tuple[tuple[str, str], ...]
 
 
 class WorkerTimes(Protocol):
@@ -63,6 +69,8 @@ class PlannerInputs:
     facts: WorkerFacts = field(default_factory=WorkerFacts)
     # Why nothing is placed at all, or "".
     why_frozen: Callable[[], str] = str
+    # Bytes that a worker's disk must have free to take new VMs.
+    min_free_bytes: Callable[[], int] = int
 
     def restart_at(self, vm: VM, worker: Worker | None) -> float:
         """Return the earliest time at which a failed VM can neither run any more nor restart too often.
@@ -85,12 +93,22 @@ class PlannerInputs:
             return math.inf
         return max(over_at, self.workers.ended_at_latest(name, vm.uid))
 
+    def lacks_disk(self, worker: str) -> bool:
+        """Return whether a worker reports too little free disk space to take new VMs."""
+        least = self.min_free_bytes()
+        free = self.facts.free_bytes(worker) if least else None
+        return free is not None and free < least
+
     def demand_of_vm(self, vm: VM) -> Demand:
         """Return what a VM asks of its worker, with what its own history excludes."""
         demand, avoided = demand_of(vm.spec), self.failures.avoided(vm.uid)
         if not avoided and vm.uid not in self.held:
             return demand
         return demand._replace(held_until=self.held.get(vm.uid, -math.inf), avoids=tuple(sorted(avoided.items())))
+
+    def kind_of_vm(self, vm: VM) -> VMKind:
+        """Return the kind of a pending VM."""
+        return VMKind(self.demand_of_vm(vm), sorted_pairs(vm.spec.preferred_labels), vm.spec.priority)
 
 
 @dataclass(slots=True)
@@ -151,16 +169,51 @@ class Demand(NamedTuple):
 
     arch: str
     runtime: str
-    labels: tuple[tuple[str, str], ...]
+    labels: Labels
     resources: tuple[tuple[str, int], ...]
     # A time before which the VM must not be placed, since it may run unseen.
     held_until: float = -math.inf
     # Workers that the VM avoids, with the end of the pause on each.
     avoids: tuple[tuple[str, float], ...] = ()
+    # What the worker must be capable of.
+    capabilities: tuple[str, ...] = ()
+
+
+class VMKind(NamedTuple):
+    """What VMs have in common that wait in one queue: they are placed in the order of their age."""
+
+    demand: Demand
+    preferred: Labels
+    priority: int
 
 
 def demand_of(spec: VMSpec) -> Demand:
-    return Demand(spec.arch, spec.runtime, tuple(sorted(spec.labels.items())), tuple(sorted(spec.resources.items())))
+    labels, resources = sorted_pairs(spec.labels), sorted_pairs(spec.resources)
+    if spec.startup_script is None and spec.shutdown_script is None:
+        return Demand(spec.arch, spec.runtime, labels, resources)
+    return Demand(spec.arch, spec.runtime, labels, resources, capabilities=needed_capabilities(spec))
+
+
+def kind_of(spec: VMSpec) -> VMKind:
+    """Return the kind of a new VM."""
+    return VMKind(demand_of(spec), sorted_pairs(spec.preferred_labels), spec.priority)
+
+
+def needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
+    """Return what a worker must be capable of to run a VM."""
+    script = spec.startup_script
+    needed = (GUEST_AGENT,) if script is not None and script.transport == "tart-guest-agent" else ()
+    return needed if spec.shutdown_script is None else (*needed, SHUTDOWN_SCRIPT)
+
+
+def sorted_pairs(mapping: Mapping[str, ValueT]) -> tuple[tuple[str, ValueT], ...]:
+    return tuple(sorted(mapping.items())) if mapping else ()
+
+
+def has_label(worker: Worker, label: str, value: str) -> bool:
+    """Return whether a worker has a label with that value. Its name is one of its labels."""
+    default = worker.name if label == WORKER_NAME_LABEL else None
+    return worker.labels.get(label, default) == value
 
 
 def fits(demand: Demand, worker: Worker, load: Load) -> bool:
@@ -168,9 +221,30 @@ def fits(demand: Demand, worker: Worker, load: Load) -> bool:
     if worker.scheduling_paused or (worker.arch, worker.runtime) != (demand.arch, demand.runtime):
         return False
     for label, value in demand.labels:
-        if worker.labels.get(label) != value:
+        if not has_label(worker, label, value):
+            return False
+    for capability in demand.capabilities:
+        if capability not in worker.capabilities:
             return False
     for name, amount in demand.resources:
         if amount and worker.resources.get(name, 0) - load.used.get(name, 0) < amount:
             return False
     return True
+
+
+def may_compete(one: Demand, other: Demand) -> bool:
+    """Return whether VMs of two demands may want the same worker: no label contradicts."""
+    if (one.arch, one.runtime) != (other.arch, other.runtime):
+        return False
+    labels = dict(one.labels)
+    return all(labels.get(label, value) == value for label, value in other.labels)
+
+
+def room_for(demand: Demand, worker: Worker, load: Load) -> int:
+    """Return how many VMs a worker on which one fits could take at the same time, at most MAX_ROOM."""
+    numbers = [
+        (worker.resources.get(name, 0) - load.used.get(name, 0)) // amount
+        for name, amount in demand.resources
+        if amount
+    ]
+    return min([*numbers, MAX_ROOM])

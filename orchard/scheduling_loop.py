@@ -79,7 +79,11 @@ class SchedulingLoop:
         self.planner: Planner
         self._rebuild_planner()
         self.states = WorkerStates(
-            self.liveness, self._failures, lambda worker: self.planner.load_of(worker), clock, trio.current_time
+            self.liveness,
+            self._failures,
+            lambda worker: self.planner.placement.load_of(worker),
+            clock,
+            trio.current_time,
         )
         for worker in state.workers.values():
             self.states.observe(worker)

@@ -10,7 +10,7 @@ hundred images take some 30 MiB. This file performs no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from orchard.cluster import IMAGE_INVENTORY, WorkerDisk
@@ -76,6 +76,11 @@ class WorkerFacts:
         """Return whether an image was in the cache of a worker's host when the worker listed it last."""
         held = self._holders.get(image)
         return held is not None and worker in held[1]
+
+    def holders(self, image: str) -> Collection[str]:
+        """Return the workers for which `has_image` is true."""
+        held = self._holders.get(image)
+        return held[1] if held is not None else ()
 
     def members(self, worker: str, *, images: bool = True) -> bytes:
         """Return a worker's facts as members of a JSON object, without braces."""

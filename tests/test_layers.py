@@ -36,6 +36,8 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "decisions",
         (
             "scheduler",
+            "placement",
+            "waiting",
             "planning",
             "transitions",
             "auth",
@@ -61,6 +63,8 @@ PURE = (
     "validation",
     "filters",
     "scheduler",
+    "placement",
+    "waiting",
     "planning",
     "transitions",
     "liveness",

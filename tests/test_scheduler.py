@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.planning import Snapshot, plan
+from harness.planning import Snapshot, plan, report_facts
 from harness.strategies import (
     BEGAN,
+    IMAGES,
     NAMES,
     NOW,
     OFFLINE,
@@ -48,9 +49,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 import orchard
 from orchard.cluster import VM_RESTART
+from orchard.placement import REASON_SECONDS
 from orchard.planning import RESTART_PAUSE_SECONDS, Plan
-from orchard.scheduler import REASON_SECONDS, Planner
-from orchard.schema import TART_VMS, VM, Condition, VMReport, Worker
+from orchard.scheduler import Planner
+from orchard.schema import TART_VMS, VM, WORKER_NAME_LABEL, Condition, GuestScript, StartupScript, VMReport, Worker
 from orchard.transitions import (
     assign,
     change,
@@ -63,6 +65,7 @@ from orchard.transitions import (
     restart,
     unassign,
 )
+from orchard.worker_facts import WorkerFacts
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 
@@ -148,7 +151,9 @@ def misplaced(before: Snapshot, decided: Plan) -> list[str]:
                 "is on a paused worker": on.scheduling_paused,
                 "has another arch": vm.spec.arch != on.arch,
                 "has another runtime": vm.spec.runtime != on.runtime,
-                "misses a label": not vm.spec.labels.items() <= on.labels.items(),
+                "misses a label": not vm.spec.labels.items() <= labels_of(on).items(),
+                "is on a full disk": is_full(before, chosen),
+                "cannot run its script": vm.spec.shutdown_script is not None and not on.capabilities,
             }.items()
             if wrong
         ]
@@ -168,19 +173,31 @@ def undecided(before: Snapshot, decided: Plan) -> list[str]:
     return problems + [f"{name} is not a VM" for name in decisions]
 
 
-def exclusion(vm: VM, on: Worker, online: bool, taken: Counter[tuple[str, str]]) -> tuple[str, int]:
+def is_full(before: Snapshot, name: str) -> bool:
+    return before.facts.free_bytes(name) == 0
+
+
+def labels_of(on: Worker) -> dict[str, str]:
+    return {WORKER_NAME_LABEL: on.name, **on.labels}
+
+
+def exclusion(before: Snapshot, vm: VM, on: Worker, taken: Counter[tuple[str, str]]) -> tuple[str, int]:
     """Return the first thing that excludes a worker, and for a resource its free amount."""
-    if not online:
+    if NOW - before.last_contact.get(on.name, -math.inf) >= OFFLINE_TIMEOUT:
         return "offline", 0
     if on.scheduling_paused:
         return "paused", 0
+    if is_full(before, on.name):
+        return "with too little free disk space", 0
     if on.arch != vm.spec.arch:
         return f"of another arch ({vm.spec.arch} wanted)", 0
     if on.runtime != vm.spec.runtime:
         return f"of another runtime ({vm.spec.runtime} wanted)", 0
     for label, value in sorted(vm.spec.labels.items()):
-        if on.labels.get(label) != value:
+        if labels_of(on).get(label) != value:
             return f"without label {label}={value}", 0
+    if vm.spec.shutdown_script is not None and "shutdown-script" not in on.capabilities:
+        return "without support for shutdown-script", 0
     for resource, wanted in sorted(vm.spec.resources.items()):
         free = max(0, on.resources.get(resource, 0) - taken[on.name, resource])
         if free < wanted:
@@ -189,61 +206,111 @@ def exclusion(vm: VM, on: Worker, online: bool, taken: Counter[tuple[str, str]])
 
 
 REASON = re.compile(r"(\d+) (?:lacks? (?P<short>\S+ \(\d+ wanted), (?P<free>\d+) free(?: at most)?\)|(?P<other>.+))")
+AHEAD = re.compile(r"; (\d+) VMs? of higher priority waits?$")
+NEVER = re.compile(
+    r"no worker(?: with (?P<with>.+?))? (?:(?:has|supports) (?P<has>.+)"
+    r"|is large enough \((?:(?P<wanted>\d+) (?P<resource>\S+) wanted, (?P<offered>\d+) offered at most|.* wanted at once)\))"
+)
+
+
+def facts_of(on: Worker) -> set[str]:
+    """Return what a worker has, in the words of a reason."""
+    labels = [f"label {key}={value}" for key, value in labels_of(on).items()]
+    return {f"arch {on.arch}", f"runtime {on.runtime}", *labels, *on.capabilities}
+
+
+def wrong_never(before: Snapshot, vm: VM, text: str) -> list[str]:
+    """Return what is wrong with a reason that says that no worker could ever take a VM."""
+    empty = replace(before, last_contact=dict.fromkeys(before.workers, NOW), facts=WorkerFacts())
+    workers = [replace(on, scheduling_paused=False) for on in before.workers.values()]
+    if any(exclusion(empty, vm, on, Counter()) == ("", 0) for on in workers):
+        return [f"{text!r}, but a worker could"]
+    match = NEVER.fullmatch(text)
+    if match is None:
+        return [f"{text!r} is not a known reason"]
+    having = set((match["with"] or "").split(" and ")) - {""}
+    alike = [on for on in workers if having <= facts_of(on)]
+    if match["has"]:
+        return [text] * any(set(match["has"].split(" and ")) <= facts_of(on) for on in alike)
+    if not match["resource"]:
+        return []
+    most = max(on.resources.get(match["resource"], 0) for on in alike)
+    return [text] * (most != int(match["offered"]) or most >= int(match["wanted"]))
 
 
 def wrong_reasons(before: Snapshot, decided: Plan) -> list[str]:
     """Return the waiting reasons that are not true after the plan was applied."""
     after = apply(before, decided, NOW)
     taken = used_resources(after)
+    queue = Counter(vm.spec.priority for vm in after.vms if vm.state.status == "pending" and not vm.state.worker)
+    # Those return to the queue with this plan, so that its reasons do not count them.
+    queue -= Counter(vm.spec.priority for vm in after.vms if vm.name in decided.restart)
     problems = []
     for vm in after.vms:
         reason = decided.waiting.get(vm.name)
         if reason is None:
             continue
+        ahead = sum(number for priority, number in queue.items() if priority > vm.spec.priority)
+        said_ahead = AHEAD.search(reason)
+        reason = AHEAD.sub("", reason).removeprefix("waiting: ")
+        if not reason.startswith("no worker ") or not before.workers:
+            problems += [f"{reason}: {ahead} ahead"] * ((int(said_ahead[1]) if said_ahead else 0) != ahead)
         if not before.workers:
-            expected = "waiting: no worker has registered yet"
-            problems += [reason] * (reason != expected)
+            problems += [reason] * (reason != "no worker has registered yet")
+        elif reason.startswith("no worker "):
+            problems += wrong_never(before, vm, reason)
+        else:
+            problems += wrong_counts(before, vm, reason, taken)
+    return problems
+
+
+def wrong_counts(before: Snapshot, vm: VM, reason: str, taken: Counter[tuple[str, str]]) -> list[str]:
+    """Return what is wrong with a reason that counts the workers by what excludes them."""
+    problems = []
+    truth: Counter[str] = Counter()
+    most_free: dict[str, int] = {}
+    for on in before.workers.values():
+        text, free = exclusion(before, vm, on, taken)
+        truth[text] += 1
+        most_free[text] = max(free, most_free.get(text, 0))
+    head, parts = reason.split(": ", 1)
+    said: Counter[str] = Counter()
+    for part in re.split(r", (?=\d+ (?!free))", parts):
+        match = REASON.fullmatch(part)
+        if match is None:
+            problems.append(f"{part!r} is not a known reason")
             continue
-        truth: Counter[str] = Counter()
-        most_free: dict[str, int] = {}
-        for name, on in before.workers.items():
-            text, free = exclusion(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken)
-            truth[text] += 1
-            most_free[text] = max(free, most_free.get(text, 0))
-        _, head, parts = reason.split(": ", 2)
-        said: Counter[str] = Counter()
-        for part in re.split(r", (?=\d+ (?!free))", parts):
-            match = REASON.fullmatch(part)
-            if match is None:
-                problems.append(f"{part!r} is not a known reason")
-                continue
-            text = match["short"] or match["other"]
-            said[text] += int(match[1])
-            if match["short"] and int(match["free"]) != most_free.get(text):
-                problems.append(f"{part!r}: {most_free.get(text)} are free")
-        total = len(before.workers)
-        if said != truth or said.total() != total or head != f"{total} worker{'s' * (total > 1)}":
-            problems.append(f"{reason!r} of {dict(truth)}")
+        text = match["short"] or match["other"]
+        said[text] += int(match[1])
+        if match["short"] and int(match["free"]) != most_free.get(text):
+            problems.append(f"{part!r}: {most_free.get(text)} are free")
+    total = len(before.workers)
+    if said != truth or said.total() != total or head != f"{total} worker{'s' * (total > 1)}":
+        problems.append(f"{reason!r} of {dict(truth)}")
     return problems
 
 
 def expected_places(before: Snapshot) -> dict[str, str]:
-    """Return the reference: VMs oldest first, each on the best of all workers, with everything counted each time."""
-    fullest_first = before.profile == "optimize-utilization"
-    for vm in sorted(before.vms, key=lambda vm: (vm.meta.created_at or BEGAN, vm.name)):
+    """Return the reference: VMs by priority and age, each on the best of all workers, everything counted each time."""
+    sign = -1 if before.profile == "optimize-utilization" else 1
+    for vm in sorted(before.vms, key=lambda vm: (-vm.spec.priority, vm.meta.created_at or BEGAN, vm.name)):
         if vm.state.status != "pending" or vm.state.worker:
             continue
         taken = used_resources(before)
         # VMs of a deleted or offline worker fail in the same plan, but no assignment depends on them.
         counts = Counter(other.state.worker for other in before.vms if other.holds_resources)
-        fitting = [
-            on
-            for name, on in before.workers.items()
-            if exclusion(vm, on, NOW - before.last_contact.get(name, -math.inf) < OFFLINE_TIMEOUT, taken) == ("", 0)
-        ]
+        fitting = [on for on in before.workers.values() if exclusion(before, vm, on, taken) == ("", 0)]
         if fitting:
-            sign = -1 if fullest_first else 1
-            best = min(fitting, key=lambda on: (sign * counts[on.name], on.name))
+            ranks = [
+                (
+                    -len(vm.spec.preferred_labels.items() & labels_of(on).items()),
+                    sign * counts[on.name],
+                    not before.facts.has_image(on.name, vm.spec.image),
+                    on.name,
+                )
+                for on in fitting
+            ]
+            best = before.workers[min(ranks)[-1]]
             vms = [assign(other, best, LATER) if other is vm else other for other in before.vms]
             before = replace(before, vms=vms)
     return {vm.name: vm.state.worker for vm in before.vms if vm.state.scheduled_at == LATER}
@@ -257,14 +324,14 @@ def wrongly_assigned(before: Snapshot, decided: Plan) -> list[str]:
 
 
 def overtaken(before: Snapshot, decided: Plan) -> list[str]:
-    """Return the VMs that wait although a younger one of the same demand was assigned."""
+    """Return the VMs that wait although one of the same demand was assigned that is younger, or of lower priority."""
     vms = {vm.name: vm for vm in before.vms}
 
     def demand(vm: VM) -> tuple[object, ...]:
-        return vm.spec.arch, vm.spec.runtime, vm.spec.labels, vm.spec.resources
+        return vm.spec.arch, vm.spec.runtime, vm.spec.labels, vm.spec.resources, vm.spec.shutdown_script
 
-    def age(vm: VM) -> tuple[datetime.datetime, str]:
-        return vm.meta.created_at or BEGAN, vm.name
+    def age(vm: VM) -> tuple[int, datetime.datetime, str]:
+        return -vm.spec.priority, vm.meta.created_at or BEGAN, vm.name
 
     return [
         f"{waits} before {placed}"
@@ -320,6 +387,18 @@ def miscount(snapshot: Snapshot, decided: Plan) -> Plan:
     return replace(decided, waiting={**decided.waiting, name: reason})
 
 
+def miscount_ahead(snapshot: Snapshot, decided: Plan) -> Plan:
+    """Count one VM of higher priority less."""
+    name = next(name for name, reason in decided.waiting.items() if AHEAD.search(reason))
+    return replace(decided, waiting={**decided.waiting, name: AHEAD.sub("", decided.waiting[name])})
+
+
+def call_never(snapshot: Snapshot, decided: Plan) -> Plan:
+    """Claim that no worker could ever take a VM which only has to wait."""
+    name = next(name for name, reason in decided.waiting.items() if "waiting: no worker " not in reason)
+    return replace(decided, waiting={**decided.waiting, name: "waiting: no worker has arch riscv"})
+
+
 def overstate_free(snapshot: Snapshot, decided: Plan) -> Plan:
     """Increase the free amount in a reason."""
     name = next(name for name, reason in decided.waiting.items() if " free" in reason)
@@ -351,6 +430,8 @@ DAMAGE: list[tuple[Property, Callable[[Snapshot, Plan], Plan]]] = [
     (wrong_reasons, miscount),
     (wrong_reasons, overstate_free),
     (wrong_reasons, swap),
+    (wrong_reasons, miscount_ahead),
+    (wrong_reasons, call_never),
     (wrongly_assigned, move_one),
     (wrongly_assigned, swap),
     (overtaken, swap),
@@ -408,7 +489,10 @@ def test_next_at_is_the_first_time_at_which_a_plan_changes_anything(snapshot: Sn
     just_before = math.nextafter(due, 0)
     assert apply(after, plan(after, just_before), just_before) == after
     assert plan(after, just_before).next_at == due
-    assert apply(after, plan(after, due), due) != after
+    # A worker that goes offline changes nothing for VMs that could not run on it anyway.
+    queue = [vm for vm in after.vms if vm.state.status == "pending" and not vm.state.worker]
+    never = all("waiting: no worker " in vm.state.status_message for vm in queue)
+    assert never or apply(after, plan(after, due), due) != after
 
 
 # ---- the incremental planner -----------------------------------------------------------------------------------------
@@ -421,7 +505,10 @@ class KeptPlanner:
         self.now = NOW
         self.vms: dict[str, VM] = {}
         self.workers: dict[str, Worker] = {}
-        self.base = replace(snapshot_of([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={})
+        facts = WorkerFacts(lambda name: self.planner.check_worker(name))
+        self.base = replace(
+            snapshot_of([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={}, facts=facts
+        )
         self.planner = Planner(self.base.inputs())
 
     def change_into(self, snapshot: Snapshot, keeps: Callable[[], bool] = lambda: False) -> None:
@@ -438,12 +525,15 @@ class KeptPlanner:
             if keeps():
                 continue
             del self.workers[name]
+            self.base.facts.forget(name)
             last_contact.pop(name, None)
             self.planner.drop_worker(name)
         for name, new in snapshot.workers.items():
             if name not in self.workers or not keeps():
                 self.workers[name] = new
                 self.planner.put_worker(new)
+            images = [image for image in IMAGES if snapshot.facts.has_image(name, image)]
+            report_facts(self.base.facts, name, images, full=is_full(snapshot, name))
             at = snapshot.last_contact.get(name, -math.inf) + self.now - NOW
             if at > last_contact.get(name, -math.inf):
                 last_contact[name] = at
@@ -499,10 +589,13 @@ def test_incremental_planner_equals_a_new_planner(sequence: list[Snapshot], seed
         kept.repeat_reasons()
         expected = settle(kept.snapshot(), kept.now)
         kept.settle()
-        # Some reasons may be too old.
-        kept.now += REASON_SECONDS
-        expected = settle(expected, kept.now)
-        kept.settle()
+        # Some reasons may be too old, also because a VM has restarted since.
+        before = None
+        while before != expected.restarted_at:
+            before = expected.restarted_at
+            kept.now += REASON_SECONDS
+            expected = settle(expected, kept.now)
+            kept.settle()
         assert {vm.name: vm for vm in kept.snapshot().vms} == {vm.name: vm for vm in expected.vms}
 
 
@@ -514,14 +607,17 @@ def test_limited_plans_end_in_a_settled_cluster(sequence: list[Snapshot], seed: 
         kept.now += order.choice([REASON_SECONDS, 20, 200])
         kept.change_into(snapshot, lambda: order.random() < 0.7)
         kept.settle(most)
-        kept.now += REASON_SECONDS
-        kept.settle(most)
+        before = None
+        while before != kept.base.restarted_at:
+            before = dict(kept.base.restarted_at)
+            kept.now += REASON_SECONDS
+            kept.settle(most)
         assert settle(kept.snapshot(), kept.now) == kept.snapshot()
 
 
 def test_waiting_reasons_are_renewed_at_most_every_second() -> None:
     kept = KeptPlanner()
-    kept.change_into(snapshot_of([pending("a")], [worker(vms=0)]))
+    kept.change_into(snapshot_of([running(pending("r")), pending("a")], [worker(vms=1)]))
     assert kept.planner.plan(NOW, "optimize-utilization").waiting.keys() == {"a"}
     kept.planner.put_vm(pending("b"))
     kept.planner.put_worker(worker("x", vms=0))
@@ -557,7 +653,7 @@ def test_waiting_reason_of_a_new_vm_equals_that_of_a_plan(sequence: list[Snapsho
 
 def test_waiting_reason_is_known_while_equal_vms_wait() -> None:
     kept = KeptPlanner()
-    kept.change_into(snapshot_of([pending("a")], [worker(vms=0)]))
+    kept.change_into(snapshot_of([running(pending("r")), pending("a")], [worker(vms=1)]))
     assert kept.planner.waiting_reason(spec()) == ""
     kept.settle()
     assert kept.planner.waiting_reason(spec()) == f"waiting: 1 worker: 1 lacks {TART_VMS} (1 wanted, 0 free)"
@@ -800,6 +896,98 @@ def test_worker_with_reduced_resources_gets_nothing_more_of_them() -> None:
     assert decided.fail == {}
 
 
+def test_higher_priority_comes_first_and_others_say_how_many_of_it_wait() -> None:
+    vms = [pending("old", age=9), *(pending(f"first{number}", priority=5) for number in range(3))]
+    vms += [pending("other", priority=1, labels={"a": "b"}), running(pending("r"))]
+    decided = plan(snapshot_of(vms, [worker()]), NOW)
+    assert decided.assign == {"first0": "w"}
+    ahead = {name: int(found[1]) for name, reason in decided.waiting.items() if (found := AHEAD.search(reason))}
+    # No worker has the label, so that no VM is before that one.
+    assert ahead == {"old": 3}
+    assert "first0" not in plan(snapshot_of([*vms, running(pending("s"))], [worker()]), NOW).assign
+
+
+def test_change_of_priority_or_preferred_labels_counts_at_once() -> None:
+    kept = KeptPlanner()
+    kept.change_into(snapshot_of([running(pending("r")), pending("a", age=9), pending("b")], [worker(vms=1)]))
+    kept.settle()
+    planner = kept.planner
+    planner.put_vm(change(kept.vms["b"], replace(kept.vms["b"].spec, priority=1)))
+    planner.put_worker(worker("x", vms=1))
+    planner.put_worker(worker("y", vms=1, labels={"disk": "ssd"}))
+    planner.put_vm(change(kept.vms["a"], replace(kept.vms["a"].spec, preferred_labels={"disk": "ssd"})))
+    for name in ("x", "y"):
+        kept.base.last_contact[name] = NOW  # type: ignore[index]
+        planner.check_worker(name)
+    assert list(planner.plan(NOW, "optimize-utilization").assign.items()) == [("b", "x"), ("a", "y")]
+
+
+@pytest.mark.parametrize("profile", ["optimize-utilization", "distribute-load"])
+def test_preferred_labels_come_before_the_profile_and_the_image_after_it(profile: str) -> None:
+    busy, idle = ("a", "b") if profile == "distribute-load" else ("b", "a")
+    vms = [running(pending("r"), on=busy)]
+    workers = [worker(busy, vms=9), worker(idle, vms=9), worker("c", vms=9, labels={"disk": "ssd", "zone": "1"})]
+    cluster = snapshot_of(vms, workers, profile=profile)
+
+    def place(holder: str = "", **wanted: Any) -> str:
+        facts = WorkerFacts()
+        report_facts(facts, holder, ["base"])
+        return plan(replace(cluster, vms=[*vms, pending(**wanted)], facts=facts), NOW).assign["vm"]
+
+    best = idle if profile == "distribute-load" else busy
+    assert place() == best
+    assert place("a" if best == "b" else "b") == best, "the profile comes before the image"
+    assert place(preferred_labels={"disk": "ssd"}) == "c"
+    assert place(preferred_labels={"disk": "ssd", WORKER_NAME_LABEL: "a"}) in ("a", "c")
+    assert place(preferred_labels={"disk": "ssd", "zone": "1", WORKER_NAME_LABEL: "a"}) == "c"
+    assert place(preferred_labels={"disk": "hdd"}) == best
+    assert place("c") == ("c" if profile == "distribute-load" else best)
+
+
+def test_image_decides_among_equal_workers_only() -> None:
+    workers = [worker(name) for name in "abcd"]
+    facts = WorkerFacts()
+    for name, image in {"b": "other", "c": "base", "d": "base"}.items():
+        report_facts(facts, name, [image])
+    vms = [pending(f"vm{number}", age=9 - number) for number in range(4)]
+    decided = plan(snapshot_of(vms, workers, facts=facts, profile="distribute-load"), NOW)
+    assert list(decided.assign.values()) == ["c", "d", "a", "b"]
+
+
+def test_name_of_a_worker_is_one_of_its_labels_unless_it_has_another_value() -> None:
+    workers = [worker("a"), worker("b", labels={WORKER_NAME_LABEL: "other"}), worker("c", labels={"x": "y"})]
+    vms = [pending(name, labels={WORKER_NAME_LABEL: name}) for name in ("a", "b", "c", "other", "none")]
+    decided = plan(snapshot_of(vms, workers), NOW)
+    assert decided.assign == {"a": "a", "c": "c", "other": "b"}
+    assert decided.waiting == {
+        name: f"waiting: no worker has label {WORKER_NAME_LABEL}={name}" for name in ("b", "none")
+    }
+
+
+@pytest.mark.parametrize(
+    ("wanted", "capability"),
+    [
+        ({"shutdown_script": GuestScript("sync")}, "shutdown-script"),
+        ({"startup_script": StartupScript("id", transport="tart-guest-agent")}, "guest-agent"),
+        ({"startup_script": StartupScript("id", transport="ssh")}, ""),
+        ({"startup_script": StartupScript("id")}, ""),
+    ],
+)
+def test_vm_goes_only_to_a_worker_that_is_capable_of_its_scripts(wanted: dict[str, Any], capability: str) -> None:
+    workers = [worker("a"), worker("b", capabilities=("shutdown-script", "guest-agent"))]
+    assert plan(snapshot_of([pending(**wanted)], workers), NOW).assign == {"vm": "b" if capability else "a"}
+    assert bool(plan(snapshot_of([pending(**wanted)], [worker("a")]), NOW).waiting) == bool(capability)
+
+
+def test_worker_with_too_little_free_disk_space_gets_no_new_vm() -> None:
+    cluster = snapshot_of([running(pending("r"), on="a"), pending()], [worker("a"), worker("b")])
+    report_facts(cluster.facts, "a", full=True)
+    assert plan(cluster, NOW).assign == {"vm": "b"}, "a worker that reports no disk has enough"
+    report_facts(cluster.facts, "b", full=True)
+    assert plan(cluster, NOW).assign == {}
+    assert plan(cluster, NOW).waiting["vm"].startswith("waiting: 2 workers: 2 ")
+
+
 # ---- waiting reasons -------------------------------------------------------------------------------------------------
 
 
@@ -815,12 +1003,18 @@ def test_waiting_reason_counts_every_worker_once() -> None:
     [
         ([], {}, "no worker has registered yet"),
         ([worker(scheduling_paused=True)], {}, "1 worker: 1 paused"),
-        ([worker(arch="amd64"), worker("x", runtime="vetu")], {}, "2 workers: 1 of another arch (arm64 wanted), 1 of another runtime (tart wanted)"),
-        ([worker(), worker("x", labels={"a": "c"})], {"labels": {"a": "b", "z": ""}}, "2 workers: 2 without label a=b"),
-        ([worker(labels={"a": "b"})], {"labels": {"a": "b", "z": ""}}, "1 worker: 1 without label z="),
-        ([worker(vms=1), worker("x", vms=2), worker("y", vms=0)], {"resources": {TART_VMS: 3}}, f"3 workers: 3 lack {TART_VMS} (3 wanted, 2 free at most)"),
-        ([worker()], {"resources": {"gpu": 1, TART_VMS: 5}}, "1 worker: 1 lacks gpu (1 wanted, 0 free)"),
-        ([worker(), worker("x", resources={"gpu": 1})], {"resources": {"gpu": 1, TART_VMS: 1}}, f"2 workers: 1 lacks gpu (1 wanted, 0 free), 1 lacks {TART_VMS} (1 wanted, 0 free)"),
+        ([worker(arch="amd64"), worker("x", runtime="vetu")], {}, "no worker with arch arm64 has runtime tart"),
+        ([worker(arch="amd64")], {}, "no worker has arch arm64"),
+        ([worker(), worker("x", labels={"a": "c"})], {"labels": {"a": "b", "z": ""}}, "no worker has label a=b"),
+        ([worker(labels={"a": "b"}), worker("x", labels={"z": "1"})], {"labels": {"a": "b", "z": "1"}}, "no worker has label a=b and label z=1"),
+        ([worker(labels={"a": "b"}, vms=3), worker("x", labels={"a": "b"}, scheduling_paused=True), worker("y")], {"labels": {"a": "b"}, "resources": {TART_VMS: 4}}, f"no worker with label a=b is large enough (4 {TART_VMS} wanted, 3 offered at most)"),
+        ([worker(), worker("x", scheduling_paused=True)], {"shutdown_script": GuestScript("sync")}, "no worker supports shutdown-script"),
+        ([worker(), worker("x", arch="amd64", capabilities=("guest-agent",))], {"startup_script": StartupScript("id", transport="tart-guest-agent")}, "no worker with arch arm64 supports guest-agent"),
+        ([worker(vms=1), worker("x", vms=2), worker("y", vms=0)], {"resources": {TART_VMS: 3}}, f"no worker is large enough (3 {TART_VMS} wanted, 2 offered at most)"),
+        ([worker(), worker("x", resources={"gpu": 1})], {"resources": {"gpu": 1, TART_VMS: 1}}, f"no worker is large enough (1 gpu and 1 {TART_VMS} wanted at once)"),
+        ([worker(labels={"a": "b"}, scheduling_paused=True), worker("x")], {"labels": {"a": "b"}}, "2 workers: 1 paused, 1 without label a=b"),
+        ([worker(arch="amd64"), worker("x", runtime="vetu"), worker("y", scheduling_paused=True)], {}, "3 workers: 1 paused, 1 of another arch (arm64 wanted), 1 of another runtime (tart wanted)"),
+        ([worker(scheduling_paused=True, capabilities=("shutdown-script",)), worker("x")], {"shutdown_script": GuestScript("sync")}, "2 workers: 1 paused, 1 without support for shutdown-script"),
     ],
 )  # fmt: skip
 def test_wording_of_waiting_reasons(workers: list[Worker], wanted: dict[str, Any], reason: str) -> None:
@@ -853,11 +1047,7 @@ def test_vms_that_an_absent_worker_does_not_know_return_to_the_queue(most: int) 
     vms = {name: assign(pending(name), on, LATER) for name in ("known", "new-1", "new-2", "new-3")}
     unnamed = {"a": {name: vm.uid for name, vm in vms.items() if name != "known"} | {"new-1-before": "uid"}}
     snapshot = snapshot_of(list(vms.values()), [on, worker("b", vms=4)], gone={"a"}, unnamed=unnamed)
-    planner = Planner(snapshot.inputs())
-    for each in snapshot.workers.values():
-        planner.put_worker(each)
-    for vm in snapshot.vms:
-        planner.put_vm(vm)
+    planner = snapshot.planner()
     for _ in range(12):
         decided = planner.plan(NOW, "optimize-utilization", most)
         changed = apply(snapshot, decided, NOW)
@@ -978,7 +1168,7 @@ def test_next_at_is_the_earliest_restart_or_offline_timeout() -> None:
 
 
 def test_waiting_reason_changes_when_a_worker_goes_offline() -> None:
-    snapshot = snapshot_of([pending()], [worker("full", vms=0)])
+    snapshot = snapshot_of([running(pending("r"), on="full"), pending()], [worker("full", vms=1)])
     assert plan(snapshot, NOW).next_at == ONLINE + OFFLINE_TIMEOUT
     assert plan(snapshot, ONLINE + OFFLINE_TIMEOUT).waiting == {"vm": "waiting: 1 worker: 1 offline"}
     assert plan(snapshot, ONLINE + OFFLINE_TIMEOUT).next_at == math.inf

@@ -28,6 +28,7 @@ _CAPABILITIES = (
     "field-validation",
     "vm-metadata",
     "watch-list",
+    "placement",
 )
 
 

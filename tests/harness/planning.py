@@ -6,10 +6,12 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from orchard.cluster import CachedImage, WorkerDisk
 from orchard.early_failures import EarlyFailures
 from orchard.planning import Plan, PlannerInputs
 from orchard.scheduler import Planner
 from orchard.schema import VM, SchedulerProfile, Worker
+from orchard.worker_facts import WorkerFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Snapshot:
     failures: EarlyFailures = field(default_factory=EarlyFailures)
     held: Mapping[str, float] = field(default_factory=dict)
     frozen: str = ""
+    # Full disks are without a byte.
+    facts: WorkerFacts = field(default_factory=WorkerFacts)
 
     def silent_at(self, worker: str) -> float:
         return self.last_contact.get(worker, -math.inf) + self.offline_timeout
@@ -61,14 +65,26 @@ class Snapshot:
             failed_before_start=set(self.failed_before_start),
             held=self.held,
             why_frozen=lambda: self.frozen,
+            facts=self.facts,
+            min_free_bytes=lambda: 1,
         )
+
+    def planner(self) -> Planner:
+        """Return a new planner that knows the cluster."""
+        planner = Planner(self.inputs())
+        for worker in self.workers.values():
+            planner.put_worker(worker)
+        for vm in self.vms:
+            planner.put_vm(vm)
+        return planner
+
+
+def report_facts(facts: WorkerFacts, worker: str, images: Iterable[str] = (), *, full: bool = False) -> None:
+    """Have a worker report its images and its disk, of which nothing is free if it is full."""
+    cached = tuple(CachedImage(image) for image in images)
+    facts.record_heartbeat(Worker(name=worker, disk=WorkerDisk(9, 0 if full else 9), images=cached))
 
 
 def plan(snapshot: Snapshot, now: float) -> Plan:
     """Return the plan of a new planner."""
-    planner = Planner(snapshot.inputs())
-    for worker in snapshot.workers.values():
-        planner.put_worker(worker)
-    for vm in snapshot.vms:
-        planner.put_vm(vm)
-    return planner.plan(now, snapshot.profile)
+    return snapshot.planner().plan(now, snapshot.profile)

@@ -20,10 +20,23 @@ from typing import Any, Literal, TypeVar
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from harness.planning import Snapshot
+from harness.planning import Snapshot, report_facts
 from orchard.codec import MAX_UINT, Attr, attrs_of
-from orchard.schema import TART_VMS, VM, Condition, SchedulerProfile, VMMeta, VMReport, VMSpec, VMState, Worker
+from orchard.schema import (
+    TART_VMS,
+    VM,
+    WORKER_NAME_LABEL,
+    Condition,
+    GuestScript,
+    SchedulerProfile,
+    VMMeta,
+    VMReport,
+    VMSpec,
+    VMState,
+    Worker,
+)
 from orchard.transitions import assign, create, fail, report
+from orchard.worker_facts import WorkerFacts
 
 T = TypeVar("T")
 
@@ -150,6 +163,7 @@ def failed(vm: VM, on: str = "w") -> VM:
 
 NAMES = [f"w{number}" for number in range(5)]
 RESOURCES = [TART_VMS, "gpu"]
+IMAGES = ["base", "xcode", "rare"]
 # VMs and workers of random shape in the pools. Choosing one of them is cheaper than making one.
 SHAPES = 400
 
@@ -162,24 +176,39 @@ def _resources(order: random.Random, most: int, counts: list[int]) -> dict[str, 
     return {name: order.randint(0, most) for name in order.sample(RESOURCES, order.choice(counts))}
 
 
+def _wishes(order: random.Random) -> dict[str, Any]:
+    """Return what decides on the place of a VM in the queue, and which of the workers that fit it prefers."""
+    script = order.choice([None] * 5 + [GuestScript("sync")])
+    return {
+        "priority": order.choice([0, 0, 0, 1, 5]),
+        "preferred_labels": order.choice([{}, {}, _labels(order), {WORKER_NAME_LABEL: order.choice(NAMES)}]),
+        "image": order.choice(IMAGES),
+        "shutdown_script": script,
+    }
+
+
 def _hosts(order: random.Random) -> dict[str, Any]:
     return {
         "arch": order.choice(["arm64"] * 7 + ["amd64"]),
         "runtime": order.choice(["tart"] * 7 + ["vetu"]),
-        "labels": _labels(order),
+        "labels": order.choice([_labels(order)] * 9 + [{WORKER_NAME_LABEL: order.choice(NAMES)}]),
     }
 
 
 def _worker_shape(order: random.Random) -> Worker:
     return Worker(
-        resources=_resources(order, 4, [0, 1, 2, 2]), scheduling_paused=order.random() < 0.15, **_hosts(order)
+        resources=_resources(order, 4, [0, 1, 2, 2]),
+        scheduling_paused=order.random() < 0.15,
+        capabilities=order.choice([(), ("shutdown-script",)]),
+        **_hosts(order),
     )
 
 
 def _vm_shape(order: random.Random) -> VM:
     """Return a VM in any state that can occur: on one of the workers NAMES, on a deleted one, or on none."""
     policy = order.choice(["Never", "OnFailure"])
-    vm = pending(resources=_resources(order, 3, [0, 1, 1, 2]), restart_policy=policy, **_hosts(order))
+    resources = _resources(order, 3, [0, 1, 1, 2])
+    vm = pending(resources=resources, restart_policy=policy, **_hosts(order), **_wishes(order))
     history = order.choice([None] * 5 + [assigned, running, resting, failed])
     return history(vm, order.choice([*NAMES, "deleted"])) if history else vm
 
@@ -210,7 +239,10 @@ def cluster_of(workers: int, vms: int, seed: int) -> Snapshot:
         if (at := order.choice(_RESTARTED)) is not None:
             restarted[f"uid{number}"] = at
     pool = {name: replace(order.choice(_WORKER_SHAPES), name=name) for name in names}
-    return Snapshot(made, pool, seen, restarted, order.choice(_PROFILES), OFFLINE_TIMEOUT)
+    facts = WorkerFacts()
+    for name in names:
+        report_facts(facts, name, order.sample(IMAGES, order.randint(0, 2)), full=order.random() < 0.1)
+    return Snapshot(made, pool, seen, restarted, order.choice(_PROFILES), OFFLINE_TIMEOUT, facts=facts)
 
 
 def snapshots() -> st.SearchStrategy[Snapshot]:
