@@ -146,7 +146,7 @@ class SoakCluster:
         await self.client.vms.delete(self.vm())
 
     async def change(self) -> None:
-        await self.client.vms.patch(self.vm(), powerState=self.chance.choice(["running", "stopped", "suspended"]))
+        await self.client.vms.patch(self.vm(), power_state=self.chance.choice(["running", "stopped", "suspended"]))
 
     async def watch(self) -> None:
         with trio.move_on_after(self.chance.random()):

@@ -236,6 +236,7 @@ class BlockingCommand(Blocking[RunningCommand]):
     send = AsCall(RunningCommand.send)
     send_eof = AsCall(RunningCommand.send_eof)
     resize = AsCall(RunningCommand.resize)
+    wait_result = AsCall(RunningCommand.wait_result)
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         return BlockingIterator(self.target, self.portal)
@@ -255,7 +256,11 @@ class BlockingVMs(Blocking[VMs]):
     list = AsCall(VMs.list)
     replace = AsCall(VMs.replace)
     patch = AsCall(VMs.patch)
+    list_page = AsCall(VMs.list_page)
     delete = AsCall(VMs.delete)
+    delete_matching = AsCall(VMs.delete_matching)
+    restart = AsCall(VMs.restart)
+    run = AsCall(VMs.run)
     watch = AsContext(VMs.watch, BlockingIterator)
     wait = AsCall(VMs.wait)
     events = AsIterator(VMs.events)
@@ -278,6 +283,8 @@ class BlockingWorkers(Blocking[Workers]):
     port_forward = AsContext(Workers.port_forward, BlockingStream)
     goodbye = AsCall(Workers.goodbye)
     pause = AsCall(Workers.pause)
+    drain = AsCall(Workers.drain)
+    undrain = AsCall(Workers.undrain)
     delete = AsCall(Workers.delete)
 
 

@@ -24,8 +24,9 @@
     trio.run(main)
 
 `Client.vms`, `.workers`, `.service_accounts` and `.cluster_settings` have one method for each operation of the API.
-Methods take JSON as Python objects, with field names as on the wire, and return the dataclasses of schema.py. The client
-keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from the body.
+Methods return the dataclasses of schema.py. A keyword argument has the name of the dataclass's attribute and the value
+that it holds: `ttlSeconds` is `ttl_seconds`. In place of keywords, a JSON object has field names as on the wire. The
+client keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from the body.
 
 Every method raises a ClientError: ConnectError if the controller cannot be reached or the connection was lost, and
 ResponseError if the controller refused (`status` is the HTTP status, `message` says why). The docstring of a method names
@@ -45,7 +46,7 @@ from trio_websocket import WebSocketConnection
 
 from orchard.codec import ValidationError
 from orchard.methods.admin import ServiceAccounts, Settings
-from orchard.methods.commands import RunningCommand
+from orchard.methods.commands import CommandResult, RunningCommand
 from orchard.methods.common import decode_answer, parse_message
 from orchard.methods.vms import VMFailed, VMs
 from orchard.methods.workers import Workers
@@ -61,7 +62,7 @@ from orchard.net.transport import (
 )
 from orchard.schema import ControllerInfo
 
-__all__ = ["Client", "ClientError", "ConnectError", "ResponseError", "RunningCommand", "VMFailed"]
+__all__ = ["Client", "ClientError", "CommandResult", "ConnectError", "ResponseError", "RunningCommand", "VMFailed"]
 
 # For opening a connection, TCP and TLS together.
 _CONNECT_SECONDS = 10.0

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import typing
+from collections.abc import Mapping, Sequence
 
 import pytest
 from harness.scripted import answer, scripted, switched, upgrading
 
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
+from orchard.codec import attrs_of
 from orchard.methods import vms as vm_methods
+from orchard.methods.fields import SettingsFields, VMFields
 from orchard.net import wsframes
+from orchard.schema import ClusterSettings, HostDir, Prepull, StartupScript, VMSpec
 from orchard.testing import cluster
 
 # ---- resources -----------------------------------------------------------------------------------------------------
@@ -134,7 +139,7 @@ async def test_methods_of_the_other_resources() -> None:
         assert (await client.cluster_settings.put({"schedulerProfile": "distribute-load"})) == (
             await client.cluster_settings.get()
         )
-        assert (await client.info()).capabilities == ("rpc-v2", "vm-state-endpoint", "worker-state", "field-validation")
+        assert "rpc-v2" in (await client.info()).capabilities
         assert (await client.workers.pause("worker-1")).scheduling_paused
         assert not (await client.workers.pause("worker-1", paused=False)).scheduling_paused
         assert [w.name for w in await client.workers.list()] == ["worker-1"]
@@ -151,9 +156,9 @@ async def test_methods_of_the_other_resources() -> None:
 
 async def test_what_the_controller_warns_of_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with cluster() as c:
-        await c.client.vms.create(name="vm", image="any", colour="s3cret")
+        await c.client.vms.create({"colour": "s3cret"}, name="vm", image="any")
         for _ in range(3):
-            await c.client.vms.patch("vm", shape="s3cret")
+            await c.client.vms.patch("vm", {"shape": "s3cret"})
     told = [record.__dict__ for record in caplog.records if record.name == "orchard.client"]
     assert [record["request"] for record in told] == ["POST /vms", "PATCH /vms/vm"]
     assert "colour" in told[0]["warning"]
@@ -245,6 +250,98 @@ async def test_incomplete_frame_of_a_command_is_a_client_error(frame: str) -> No
                 await anext(command)
 
 
+# ---- filters, pages, scripts ----------------------------------------------------------------------------------------
+
+
+async def test_filter_selects_what_is_listed_and_deleted() -> None:
+    async with cluster(workers=0) as c:
+        vms = c.client.vms
+        for name, branch in (("a", "main, 100 %"), ("b", "x=y!"), ("c", "x=y!")):
+            await vms.create(name=name, image="any", metadata={"ci/branch": branch, "ci.run": "1"})
+        assert [vm.name for vm in await vms.list(filter={"metadata.ci/branch": "main, 100 %"})] == ["a"]
+        assert [vm.name for vm in await vms.list(filter={"metadata.ci/branch!": "main, 100 %"})] == ["b", "c"]
+        assert [vm.name for vm in await vms.list(filter={"metadata.ci.run": "1", "name": "c*"})] == ["c"]
+        assert await vms.list(filter={"status": "running"}) == []
+        assert await vms.list(worker="none", filter={"status": "pending"}) == []
+        first, after = await vms.list_page(2, filter={"status": "pending"})
+        last, end = await vms.list_page(2, filter={"status": "pending"}, after=after)
+        assert [[vm.name for vm in page] for page in (first, last)] == [["a", "b"], ["c"]]
+        assert end is None
+        assert await vms.delete_matching({"metadata.ci/branch": "x=y!"}, dry_run=True) == ["b", "c"]
+        assert len(await vms.list()) == 3
+        assert await vms.delete_matching({"metadata.ci/branch": "x=y!"}) == ["b", "c"]
+        assert [vm.name for vm in await vms.list()] == ["a"]
+        for refused in ({}, {"owner": "x"}, {"createdBy": ""}):
+            with pytest.raises(ResponseError) as refusal:
+                await vms.delete_matching(refused)
+            assert refusal.value.status == 400
+
+
+async def test_run_returns_exit_code_and_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cluster() as c:
+        await c.client.vms.create(name="vm", image="any")
+        script = f"#{'x' * 100_000}\nprintf 'out '\ncat\necho \"$A\"\necho err >&2\nexit 3\n"
+        result = await c.client.vms.run("vm", script, env={"A": "it's"})
+        assert (result.exit_code, result.stdout, result.stderr) == (3, "out it's\n", "err\n")
+        assert sorted(result.output.split()) == ["err", "it's", "out"]
+        assert (await c.client.vms.run("vm", "pwd", workdir="/")).output == "/\n"
+        monkeypatch.setattr(vm_methods, "_MAX_OUTPUT_BYTES", 5)
+        with pytest.raises(ClientError, match="5 bytes"):
+            await c.client.vms.run("vm", "echo 123456")
+
+
+# ---- names of fields ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "fields"), [(VMSpec, VMFields), (ClusterSettings, SettingsFields)])
+def test_keywords_are_the_attributes_of_the_dataclass(kind: type, fields: type) -> None:
+    hints = typing.get_type_hints(fields)
+    assert list(hints) == [field.name for field in attrs_of(kind)]
+    for field in attrs_of(kind):
+        hint, of = hints[field.name], typing.get_args(field.type)
+        if typing.get_origin(field.type) is tuple:
+            assert hint == Sequence[of[0]], field.name  # type: ignore[valid-type]
+        elif type(None) in of:
+            assert hint == of[0] | Mapping[str, object], field.name
+        else:
+            assert hint == field.type, field.name
+
+
+async def test_keywords_are_sent_with_their_names_on_the_wire() -> None:
+    body = b'{"name": "vm", "image": "any", "uid": "u", "createdAt": "2026-01-31T12:00:00Z"}'
+    async with scripted([answer("200 OK", body) for _ in range(3)]) as (client, script):
+        await client.vms.create(
+            {"netSoftnet": True, "cpu": 1},
+            name="vm",
+            cpu=2,
+            net_bridged="en0",
+            ttl_seconds=60,
+            host_dirs=[HostDir("src", "/src", ro=True)],
+            startup_script=StartupScript("true"),
+            queue="never",
+            strict=True,
+        )
+        await client.vms.patch("vm", {"metadata": None}, pending_timeout_seconds=0)
+        await client.cluster_settings.put({"maxTTLSeconds": 60}, prepull=[Prepull("any")])
+        with pytest.raises(TypeError, match="ttlSeconds"):
+            await client.vms.create(name="vm", ttlSeconds=1)  # type: ignore[call-arg]
+    assert "POST /v1/vms?queue=never&fieldValidation=strict " in script.requests[0].decode()
+    bodies = [json.loads(request.partition(b"\r\n\r\n")[2]) for request in script.requests]
+    assert bodies == [
+        {
+            "netSoftnet": True,
+            "cpu": 2,
+            "name": "vm",
+            "net-bridged": "en0",
+            "ttlSeconds": 60,
+            "hostDirs": [{"name": "src", "path": "/src", "ro": True}],
+            "startup_script": {"script_content": "true"},
+        },
+        {"metadata": None, "pendingTimeoutSeconds": 0},
+        {"maxTTLSeconds": 60, "prepull": [{"image": "any"}]},
+    ]
+
+
 # ---- imports -------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +353,7 @@ def test_the_client_imports_nothing_of_the_controller_and_the_worker() -> None:
             "orchard.client",
             "orchard.cluster",
             "orchard.codec",
+            "orchard.filters",
             "orchard.files",
             "orchard.methods",
             "orchard.net",

@@ -84,7 +84,7 @@ async def test_changed_spec_is_applied_and_its_generation_observed(cluster: InPr
         await cluster.client.vms.patch("vm", headless=True)
         vm = await cluster.wait_vm("vm", lambda vm: vm.state.observed_generation == 1)
         assert vm.condition("running")
-        await cluster.client.vms.patch("vm", powerState="suspended")
+        await cluster.client.vms.patch("vm", power_state="suspended")
         vm = await cluster.wait_vm("vm", lambda vm: vm.state.observed_generation == 2)
         assert (vm.state.status, vm.condition("running"), vm.resting) == ("running", False, True)
         assert [one.state for one in await cluster.driver().list_vms()] == ["suspended"]
@@ -345,7 +345,7 @@ async def test_vms_outlive_their_worker_and_the_next_worker_adopts_them(cluster:
         for name in ("resting", "running", "gone", "unwanted"):
             await cluster.client.vms.create(name=name, image="any")
             await cluster.client.vms.wait(name)
-        await cluster.client.vms.patch("resting", powerState="stopped")
+        await cluster.client.vms.patch("resting", power_state="stopped")
         await cluster.wait_vm("resting", lambda vm: vm.resting)
         before = {vm.name: vm for vm in await cluster.client.vms.list()}
     assert len(await cluster.local_vms()) == 4
@@ -377,7 +377,7 @@ async def test_vm_that_was_stopped_on_request_before_the_worker_restarted_has_no
     async with cluster.working(stop_vms=False):
         await cluster.client.vms.create(name="vm", image="any")
         vm = await cluster.client.vms.wait("vm")
-    await cluster.client.vms.patch("vm", powerState="stopped")
+    await cluster.client.vms.patch("vm", power_state="stopped")
     # A worker that is killed at this point has stopped the VM and not reported it.
     await cluster.driver().stop(vm.tart_name)
     async with cluster.working():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from orchard.methods.common import JSON, ResourceMethods, url_path
+from orchard.methods.fields import SettingsFields, fields_to_json
 from orchard.schema import ClusterSettings, ServiceAccount
 
 
@@ -55,6 +57,11 @@ class Settings(ResourceMethods):
         """Return the settings."""
         return await self._fetch(ClusterSettings, "GET", "/cluster-settings")
 
-    async def put(self, settings: JSON) -> ClusterSettings:
-        """Replace the settings, and return them. Omitted fields get their defaults. Raises ResponseError: 412."""
-        return await self._fetch(ClusterSettings, "PUT", "/cluster-settings", json=settings)
+    async def put(self, settings: JSON | None = None, /, **fields: Unpack[SettingsFields]) -> ClusterSettings:
+        """Replace the settings by a JSON object, by fields (`max_ttl_seconds`, ...), or both. Return them.
+
+        Without `hostDirPolicies` or `schedulerProfile` these get their defaults; other omitted fields keep their values.
+        Raises ResponseError: 400.
+        """
+        body = {**(settings or {}), **fields_to_json(ClusterSettings, fields)}
+        return await self._fetch(ClusterSettings, "PUT", "/cluster-settings", json=body)

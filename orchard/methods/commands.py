@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Self
 
 from trio_websocket import ConnectionClosed, WebSocketConnection
@@ -16,6 +17,16 @@ from orchard.net.websocket import describe_disconnect
 
 # A command's input is sent in messages of this size.
 _STDIN_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CommandResult:
+    """What became of a command: its exit code, and what it wrote. `output` is all of it in the order of its arrival."""
+
+    exit_code: int
+    output: str = field(repr=False)
+    stdout: str = field(repr=False)
+    stderr: str = field(repr=False)
 
 
 class RunningCommand:
@@ -48,6 +59,24 @@ class RunningCommand:
         # The iterator reports why the connection has ended.
         with suppress(ConnectionClosed):
             await self._websocket.send_message(json.dumps(frame))
+
+    async def wait_result(self, most: int) -> CommandResult:
+        """Return the result of the command when it has ended. Raises ClientError if it writes more than `most` bytes."""
+        written: list[tuple[str, bytes]] = []
+        size = 0
+        async for stream, data in self:
+            written.append((stream, data))
+            size += len(data)
+            if size > most:
+                raise ClientError(
+                    f"the command has written more than {most} bytes; read its output as it comes, by exec"
+                )
+        assert self.exit_code is not None
+        texts = [
+            b"".join(data for stream, data in written if stream in streams).decode("utf-8", "replace")
+            for streams in (("stdout", "stderr"), ("stdout",), ("stderr",))
+        ]
+        return CommandResult(self.exit_code, *texts)
 
     def __aiter__(self) -> Self:
         return self

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from orchard.codec import ValidationError, decode, parse_json
-from orchard.net.transport import ClientError, Transport, excerpt
+from orchard.net.transport import ClientError, ClientResponse, Transport, excerpt
 from orchard.schema import (
     IP,
     VM,
@@ -69,3 +69,13 @@ def decode_answers(kind: type[ShownT], raw: Any) -> list[ShownT]:
 
 def url_path(*segments: str) -> str:
     return "".join("/" + quote(segment, safe="") for segment in segments)
+
+
+def list_of_names(answer: ClientResponse, field: str) -> list[str]:
+    """Return the list of texts in a field of an answer. Raises ClientError."""
+    match answer.json():
+        case {**fields} if isinstance(names := fields.get(field), list) and all(
+            isinstance(name, str) for name in names
+        ):
+            return names
+    raise ClientError(f"the answer is {excerpt(answer.body)}, expected an object with a list {field}")

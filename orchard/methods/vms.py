@@ -5,19 +5,29 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 from orchard.codec import ValidationError, parse_json
-from orchard.methods.commands import RunningCommand
-from orchard.methods.common import JSON, ResourceMethods, decode_answer, decode_answers, url_path
+from orchard.filters import FieldCondition
+from orchard.methods.commands import CommandResult, RunningCommand
+from orchard.methods.common import JSON, ResourceMethods, decode_answer, decode_answers, list_of_names, url_path
+from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
 from orchard.net.transport import ClientError, ConnectError, Items, excerpt
 from orchard.net.websocket import TunnelStream
-from orchard.schema import IP, VM, Event, Status, VMAccessToken
+from orchard.schema import IP, VM, Event, VMAccessToken, VMSpec
 
 # The longest line of a VM's watch, which holds the whole VM.
 _MAX_LINE_BYTES = 64 * 1024 * 1024
 # Events that one request fetches.
 _PAGE_EVENTS = 1000
+# How long one request waits for a VM. Proxies cut off answers that take half a minute.
+_WAIT_SECONDS = 20
+# Of a script that `run` runs.
+_MAX_OUTPUT_BYTES = 16 * 1024 * 1024
+
+# From the path of a field, with "!" at its end to negate, to a value.
+Conditions = Mapping[str, str]
+WaitCondition = Literal["running", "ready", "failed", "stopped", "deleted"]
 
 
 class VMFailed(ClientError):  # noqa: N818 -- the name says what has happened to the VM
@@ -59,46 +69,94 @@ class _Changes:
 class VMs(ResourceMethods):
     """The methods of /vms. VMs are named by their `name`; a name can be used again after its VM was deleted."""
 
-    async def create(self, vm: JSON | None = None, /, **fields: Any) -> VM:
-        """Create a VM from an object, from fields (`name`, `image`, `cpu`, ...), or both. Return it as it was stored.
+    async def create(
+        self,
+        vm: JSON | None = None,
+        /,
+        *,
+        queue: Literal["never"] | None = None,
+        strict: bool = False,
+        **fields: Unpack[NewVMFields],
+    ) -> VM:
+        """Create a VM from a JSON object, from fields (`name`, `image`, `cpu`, ...), or both. Return it as it was stored.
 
-        It begins as "pending"; see `wait`. Raises ResponseError: 409 if the name is taken, 412 for an invalid field.
+        It begins as "pending"; see `wait`. With `queue="never"` it is created only if a worker can take it now. With
+        `strict`, unknown fields of the JSON object are refused. Raises ResponseError: 409 if the name is taken, 412 for an
+        invalid field; with `queue="never"` 503 for a VM that a worker may take later, and 412 for one that none ever can.
         """
-        return await self._fetch(VM, "POST", "/vms", json={**(vm or {}), **fields})
+        query = {"queue": queue} if queue is not None else {}
+        body = {**(vm or {}), **_spec_to_json(fields)}
+        return await self._fetch(VM, "POST", "/vms", query={**query, **_strictly(strict)}, json=body)
 
     async def get(self, name: str) -> VM:
         """Return a VM. Raises ResponseError: 404."""
         return await self._fetch(VM, "GET", url_path("vms", name))
 
-    async def list_with_revision(self, *, worker: str | None = None) -> tuple[list[VM], int]:
+    async def list_with_revision(
+        self, *, worker: str | None = None, filter: Conditions | None = None
+    ) -> tuple[list[VM], int]:
         """Return as `list` does, and the revision of the stored state (0: the controller does not tell it)."""
-        query = None if worker is None else {"filter": f"worker={worker}"}
-        answer = await self._transport.request("GET", "/vms", query=query)
+        answer = await self._transport.request("GET", "/vms", query=_filter_query(filter, worker))
         revision = answer.headers.get("x-stored-revision") or "0"
         return decode_answers(VM, answer.json()), int(revision) if revision.isdecimal() else 0
 
-    async def list(self, *, worker: str | None = None) -> list[VM]:
-        """Return all VMs, or those that are assigned to one worker."""
-        return (await self.list_with_revision(worker=worker))[0]
+    async def list(self, *, worker: str | None = None, filter: Conditions | None = None) -> list[VM]:
+        """Return all VMs in the order of their names, or those that are assigned to one worker, or that match a filter.
 
-    async def replace(self, name: str, spec: JSON) -> VM:
+        A filter maps `worker`, `status`, `image`, `name`, `createdBy`, `metadata.KEY` or `label.KEY` to a value; all must
+        hold. A path with "!" at its end negates: `{"metadata.pipeline": "17", "status!": "failed"}`. The value of `name`
+        may end in "*". Raises ResponseError: 400 for another path.
+        """
+        return (await self.list_with_revision(worker=worker, filter=filter))[0]
+
+    async def list_page(
+        self, limit: int, *, filter: Conditions | None = None, after: str | None = None
+    ) -> tuple[Sequence[VM], str | None]:
+        """Return up to `limit` VMs in the order of their names, and what the next page begins `after` (None: the end).
+
+        Raises ResponseError: 400.
+        """
+        query = {**_filter_query(filter), "limit": str(limit), **({"continue": after} if after else {})}
+        answer = await self._transport.request("GET", "/vms", query=query)
+        return decode_answers(VM, answer.json()), answer.headers.get("x-continue")
+
+    async def replace(self, name: str, spec: JSON, *, strict: bool = False) -> VM:
         """Replace a VM's specification, and return the VM.
 
         A boolean that `spec` omits becomes false and a list becomes empty; other omitted fields keep their values. Raises
         ResponseError: 404, 412.
         """
-        return await self._fetch(VM, "PUT", url_path("vms", name), json={"name": name, **spec})
+        body = {"name": name, **spec}
+        return await self._fetch(VM, "PUT", url_path("vms", name), query=_strictly(strict), json=body)
 
-    async def patch(self, name: str, patch: JSON | None = None, /, **fields: Any) -> VM:
-        """Change the fields of a VM's specification that a JSON merge patch (RFC 7396) names, and return the VM.
+    async def patch(
+        self, name: str, patch: JSON | None = None, /, *, strict: bool = False, **fields: Unpack[VMFields]
+    ) -> VM:
+        """Change the named fields of a VM's specification, and return the VM.
 
-        Raises ResponseError: 404, 412.
+        `patch` is a JSON merge patch (RFC 7396), in which null resets a field. Raises ResponseError: 404, 412.
         """
-        return await self._fetch(VM, "PATCH", url_path("vms", name), json={**(patch or {}), **fields})
+        body = {**(patch or {}), **_spec_to_json(fields)}
+        return await self._fetch(VM, "PATCH", url_path("vms", name), query=_strictly(strict), json=body)
 
     async def delete(self, name: str) -> None:
         """Delete a VM. Its worker stops and removes it a moment later. Raises ResponseError: 404."""
         await self._transport.request("DELETE", url_path("vms", name))
+
+    async def delete_matching(self, filter: Conditions, *, dry_run: bool = False) -> Sequence[str]:
+        """Delete the VMs that match a filter (see `list`), and return their names. With `dry_run` nothing is deleted.
+
+        Raises ResponseError: 400 for a filter that every VM may match.
+        """
+        query = {**_filter_query(filter), **({"dryRun": "true"} if dry_run else {})}
+        return list_of_names(await self._transport.request("DELETE", "/vms", query=query), "deleted")
+
+    async def restart(self, name: str) -> VM:
+        """Have a VM's worker end the VM and start it anew from its image, whatever its restart policy. Return the VM.
+
+        Raises ResponseError: 404, and 412 for a pending VM or a worker that cannot do it.
+        """
+        return await self._fetch(VM, "POST", url_path("vms", name, "restart"))
 
     @asynccontextmanager
     async def watch(self, name: str) -> AsyncIterator[AsyncIterator[tuple[str, VM]]]:
@@ -111,16 +169,20 @@ class VMs(ResourceMethods):
         async with self._transport.stream(url_path("vms", name), {"watch": "true"}) as pieces:
             yield Items(_Changes(pieces).take)
 
-    async def wait(self, name: str, status: Status = "running") -> VM:
-        """Wait until a VM has a status, for any time, and return it.
+    async def wait(
+        self, name: str, until: WaitCondition = "running", *, seconds: float | None = None, uid: str | None = None
+    ) -> VM:
+        """Wait until a VM is running, ready, failed, stopped or deleted, and return it. `seconds` None: for any time.
 
-        Raises VMFailed if it fails before that or is deleted, and ResponseError: 404.
+        "ready": it runs, and its startup script has ended with exit code 0. With `uid`, only the VM of this uid is meant.
+        Raises VMFailed if the VM fails or is deleted before that, and ResponseError: 404, 503 if it cannot come true or the
+        time is over.
         """
         async with self.watch(name) as changes:
             async for kind, vm in changes:
                 if kind == "DELETED":
                     raise VMFailed(f'VM "{name}" was deleted', vm)
-                if vm.state.status == status:
+                if _holds(vm, until):
                     return vm
                 if vm.state.status == "failed":
                     raise VMFailed(f'VM "{name}" failed: {vm.state.status_message}', vm)
@@ -204,6 +266,21 @@ class VMs(ResourceMethods):
         async with self._transport.websocket(url_path("vms", name, "exec"), query) as websocket:
             yield RunningCommand(websocket)
 
+    async def run(
+        self, name: str, script: str, *, env: Mapping[str, str] | None = None, workdir: str = "", wait: int = 60
+    ) -> CommandResult:
+        """Run a script by the user's shell in a VM. Return its exit code and its output, of 16 MiB at most.
+
+        For `env`, `workdir` and `wait` see `exec`. The script's stdin is at its end. Raises ResponseError: 404, and 503 if
+        the VM cannot be reached.
+        """
+        # A script may be too long for the query.
+        reading = 'eval "$(cat)"'
+        async with self.exec(name, reading, interactive=True, env=env, workdir=workdir, wait=wait) as command:
+            await command.send(script.encode())
+            await command.send_eof()
+            return await command.wait_result(_MAX_OUTPUT_BYTES)
+
     async def ip(self, name: str, *, wait: int = 0) -> str:
         """Return a VM's IP address in the network of its worker's host.
 
@@ -223,3 +300,31 @@ class VMs(ResourceMethods):
     async def report(self, name: str, report: JSON) -> None:
         """Report what a worker observes of its VM. Used by workers. Raises ResponseError: 404, 412."""
         await self._transport.request("PUT", url_path("vms", name, "state"), json=report)
+
+
+def _spec_to_json(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return keyword arguments of a method as JSON: the name of a VM, and fields of its specification."""
+    name = {"name": fields["name"]} if "name" in fields else {}
+    return {**name, **fields_to_json(VMSpec, {key: value for key, value in fields.items() if key != "name"})}
+
+
+def _strictly(strict: bool) -> dict[str, str]:
+    return {"fieldValidation": "strict"} if strict else {}
+
+
+def _filter_query(conditions: Conditions | None, worker: str | None = None) -> dict[str, str]:
+    """Return the query parameter of a filter, none without conditions."""
+    given = {**({} if worker is None else {"worker": worker}), **(conditions or {})}
+    return {"filter": ",".join(map(_condition_text, given, given.values()))} if given else {}
+
+
+def _condition_text(path: str, value: str) -> str:
+    field, _, key = path.removesuffix("!").partition(".")
+    return str(FieldCondition(field, key, value, path.endswith("!")))
+
+
+def _holds(vm: VM, until: WaitCondition) -> bool:
+    """Return whether a condition may hold for a VM. A controller that knows no `waitFor` returns any VM."""
+    if until in ("running", "failed"):
+        return vm.state.status == until
+    return until != "ready" or vm.condition("ready")

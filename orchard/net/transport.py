@@ -66,12 +66,16 @@ class ConnectError(ClientError):
 
 
 class ResponseError(ClientError):
-    """The server answered with an error. `status` is the HTTP status, `message` the server's own words."""
+    """The server answered with an error. `status` is the HTTP status, `message` the server's own words.
 
-    def __init__(self, status: int, message: str) -> None:
+    `retry_after` are the seconds after which the same request may succeed; None if the server does not say so.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
         super().__init__(f"{message} (HTTP status {status})")
         self.status = status
         self.message = message
+        self.retry_after = retry_after
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,4 +515,6 @@ def _response_error(answer: ClientResponse) -> ResponseError:
         message = parse_json(answer.body)["message"]
     except (ValidationError, TypeError, KeyError):
         message = f"the error is not one of Orchard's, its body begins: {excerpt(answer.body)}"
-    return ResponseError(answer.status, str(message))
+    seconds = answer.headers.get("retry-after", "")
+    # A proxy may send a date, which tells the same as no time.
+    return ResponseError(answer.status, str(message), float(seconds) if seconds.isdecimal() else None)

@@ -401,7 +401,7 @@ async def test_port_forward_to_a_workers_host() -> None:
 async def test_ip_of_running_stopped_and_unknown_vms() -> None:
     async with vm_with() as (c, _):
         assert await c.client.vms.ip("vm") == "127.0.0.1"
-        await c.client.vms.patch("vm", powerState="stopped")
+        await c.client.vms.patch("vm", power_state="stopped")
         async with c.client.vms.watch("vm") as changes:
             async for _, vm in changes:
                 if vm.resting:

@@ -188,7 +188,7 @@ async def test_steps_interrupted_by_killing_the_worker_are_ended_and_repeated(tm
     async with workers_to_kill(tmp_path) as (c, workers):
         for number, place in enumerate([*MAKING, "run before"]):
             name = f"vm-{number}"
-            await workers.kill_at(place, partial(c.create, name, imagePullPolicy="Always"))
+            await workers.kill_at(place, partial(c.create, name, image_pull_policy="Always"))
             vm = await c.client.vms.wait(name)
             assert vm.state.restart_count == 0
             await eventually(partial(has_state, c.host, vm, "running"))

@@ -297,7 +297,7 @@ def test_marker_passes_arguments_to_the_fixture(orchard_cluster: BlockingCluster
 def test_records_go_where_they_went_without_the_clusters_log(caplog: pytest.LogCaptureFixture) -> None:
     before = CLUSTER_LOG.count
     with start_cluster() as c:
-        c.client.vms.create(name="vm", image="any", colour="red")
+        c.client.vms.create({"colour": "red"}, name="vm", image="any")
         assert any("registered" in line and "worker=worker-1" in line for line in CLUSTER_LOG.since(before))
         with caplog.at_level(logging.INFO, logger="orchard.worker"):
             c.workers["worker-1"].stop()
@@ -317,7 +317,7 @@ def test_report_of_a_failed_test_has_the_log_of_its_cluster(pytester: pytest.Pyt
     )
     pytester.makepyfile(
         "def test_first(orchard_session_cluster):\n"
-        "    orchard_session_cluster.client.vms.create(name='first', image='any', odd='field')\n"
+        "    orchard_session_cluster.client.vms.create({'odd': 'field'}, name='first', image='any')\n"
         "def test_second(orchard_session_cluster):\n"
         "    orchard_session_cluster.workers['worker-1'].stop()\n"
         "    orchard_session_cluster.workers['worker-1'].come_back()\n"

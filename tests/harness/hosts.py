@@ -16,11 +16,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Unpack
 
 import trio
 
 from harness.processes import GENEROUS, PLAIN, Role, controller, eventually, processes_in, started
 from orchard.client import Client
+from orchard.methods.fields import NewVMFields, VMFields
 from orchard.schema import TART_VMS, VM
 from orchard.vm import supervisor
 from orchard.vm.processes import is_locked
@@ -106,10 +108,11 @@ class ProcessCluster:
     def add_host(self, name: str) -> Host:
         return Host(self.home / name, self.client.url, self._starts)
 
-    async def create(self, name: str, **spec: object) -> VM:
-        return await self.client.vms.create(name=name, image="example.com/i", arch=host_architecture(), **spec)
+    async def create(self, name: str, **spec: Unpack[VMFields]) -> VM:
+        fields: NewVMFields = {"name": name, "image": "example.com/i", "arch": host_architecture(), **spec}
+        return await self.client.vms.create(**fields)
 
-    async def create_running(self, name: str, **spec: object) -> VM:
+    async def create_running(self, name: str, **spec: Unpack[VMFields]) -> VM:
         """Create a VM, and wait until it runs and the stand-in has noted that."""
         await self.create(name, **spec)
         vm = await self.client.vms.wait(name)

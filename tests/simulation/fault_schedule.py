@@ -33,7 +33,7 @@ from trio.testing import MockClock
 
 from orchard.client import Client, ClientError, ResponseError
 from orchard.nursery import first_exception
-from orchard.schema import TART_VMS, VM
+from orchard.schema import TART_VMS, VM, PowerState
 from orchard.storage.errors import DamagedError
 from orchard.store import State, check
 
@@ -116,8 +116,9 @@ class Users:
         self._request_about_vm("change", name, lambda: self._client.vms.patch(name, cpu=cpu))
 
     def stop_or_suspend(self) -> None:
-        name, power = self._chance.choice(NAMES), self._chance.choice(("stopped", "suspended"))
-        self._request_about_vm("change", name, lambda: self._client.vms.patch(name, powerState=power))
+        powers: tuple[PowerState, ...] = ("stopped", "suspended")
+        name, power = self._chance.choice(NAMES), self._chance.choice(powers)
+        self._request_about_vm("change", name, lambda: self._client.vms.patch(name, power_state=power))
 
     def pause_worker(self) -> None:
         name, paused = self._chance.choice(list(self._cluster.machines)), self._chance.random() < 0.5

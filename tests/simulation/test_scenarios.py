@@ -18,7 +18,7 @@ from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, SimulatedClu
 from trio.testing import MockClock
 
 from orchard.client import Client
-from orchard.schema import TART_VMS, VM
+from orchard.schema import TART_VMS, VM, RestartPolicy
 
 pytestmark = pytest.mark.slow
 
@@ -56,7 +56,7 @@ async def start_workers(cluster: SimulatedCluster, *names: str) -> None:
     await trio.sleep(5)
 
 
-async def create(client: Client, name: str, policy: str = "OnFailure") -> None:
+async def create(client: Client, name: str, policy: RestartPolicy = "OnFailure") -> None:
     await client.vms.create(name=name, image="image", restart_policy=policy, resources={TART_VMS: 1})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchard.client import VMFailed
-from orchard.schema import HostDirPolicy
+from orchard.schema import HostDir, HostDirPolicy
 from orchard.testing import cluster
 from orchard.vm.driver import DriverError, SharedDir
 from orchard.vm.host import check_dhcp_lease, leads_to_host, machine_id, resolve_dirs
@@ -83,8 +83,8 @@ async def test_vm_whose_host_dir_leads_out_of_the_policies_fails(tree: Path) -> 
     async with cluster(workers=1) as c:
         await c.client.cluster_settings.put({"hostDirPolicies": [{"pathPrefix": str(tree / "allowed")}]})
         for name, link in (("inside", "inside"), ("outside", "outside")):
-            host_dirs = [{"name": "d", "path": str(tree / "allowed" / link)}]
-            await c.client.vms.create(name=name, image="any", hostDirs=host_dirs)
+            host_dirs = [HostDir("d", str(tree / "allowed" / link))]
+            await c.client.vms.create(name=name, image="any", host_dirs=host_dirs)
         await c.client.vms.wait("inside")
         with pytest.raises(VMFailed) as failure:
             await c.client.vms.wait("outside")
