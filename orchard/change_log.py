@@ -6,7 +6,7 @@ its connection resumes. A revision, as clients see it, is a position with the na
 each start of the controller.
 
 A transaction is recorded when it happens, and published when it is durable. What a worker's JSON shows beside what is
-stored (its state, its health) changes without a transaction of the store: `touched` records that. It is published after
+stored (its state, its health) changes without a transaction of the store, and is recorded as one. It is published after
 all transactions before it, since the JSON may show what they have changed.
 
 KEPT_CHANGES and KEPT_BYTES bound the log. A watcher ends when it is WATCH_BACKLOG changes behind after it has been
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -274,19 +274,27 @@ def joined(parts: Iterable[bytes]) -> Block:
 # ---- watches ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Snapshot:
     """The objects at a position: VMs with their JSON, and the JSON of workers in parts."""
 
     position: int
-    vms: Sequence[tuple[VM, bytes]] = field(default=(), repr=False)
-    workers: Sequence[Sequence[bytes]] = field(default=(), repr=False)
+    vms: list[tuple[VM, bytes]] = field(repr=False)
+    workers: list[list[bytes]] = field(repr=False)
 
 
 async def send_present(
     log: ChangeLog, snapshot: Snapshot, selection: Selection, silence: float, send: SendBlock
 ) -> None:  # fmt: skip
     """Send each selected object of a snapshot as ADDED, then a BOOKMARK, and go on as `follow` does."""
+    await _send_list(log, snapshot, selection, send)
+    # The watch may go on for days.
+    snapshot.vms.clear()
+    snapshot.workers.clear()
+    await follow(log, snapshot.position, selection, silence, send)
+
+
+async def _send_list(log: ChangeLog, snapshot: Snapshot, selection: Selection, send: SendBlock) -> None:
     parts: list[bytes] = []
     looked = size = 0
     for line in _present_lines(snapshot, selection):
@@ -304,7 +312,6 @@ async def send_present(
             parts.clear()
             looked = size = 0
     await send(joined([*parts, log.bookmark(snapshot.position)]))
-    await follow(log, snapshot.position, selection, silence, send)
 
 
 def _present_lines(snapshot: Snapshot, selection: Selection) -> Iterator[tuple[bytes, ...]]:

@@ -188,7 +188,7 @@ class Store:
         self._wakeup = Wakeup()
         # The last changes of VMs and workers, for those who watch all of them.
         self.log = ChangeLog(secrets.token_hex(8))
-        # While a transaction is told: the workers whose computed fields change with it.
+        # While a transaction is told and recorded: the workers whose computed fields change with it.
         self._touched: dict[str, tuple[Worker, bytes]] | None = None
         self._watchers: defaultdict[tuple[Kind, str], list[weakref.ref[ChangeFeed]]] = defaultdict(list)
         # By which all watchers together are behind.
@@ -281,8 +281,15 @@ class Store:
         self._touched = {}
         for tell in self._committed:
             tell(changes)
-        touched, self._touched = self._touched, None
-        self._gathering.position = self.log.record(changes, touched)
+        self._gathering.position = self._record(changes, self._touched)
+
+    def _record(self, changes: list[Change], touched: dict[str, tuple[Worker, bytes]]) -> int:
+        """Record in the log what happened together, and return its position."""
+        # Showing a worker may find that it has changed. What is found then is shown.
+        self._touched = {}
+        position = self.log.record(changes, touched)
+        self._touched = None
+        return position
 
     def touch_worker(self, name: str) -> None:
         """Tell those who watch all workers that what is shown of a worker has changed, beside what is stored."""
@@ -292,7 +299,7 @@ class Store:
         if self._touched is not None:
             self._touched |= touched
             return
-        position = self.log.record((), touched)
+        position = self._record([], touched)
         # What is shown may follow from changes that are not durable yet.
         if (write := self._gathering or self._writing) is not None:
             write.position = position

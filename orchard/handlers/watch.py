@@ -61,6 +61,6 @@ async def _snapshot(api: API, selection: Selection) -> Snapshot:
     vms, table = state.vms, state.json["vm"]
     return Snapshot(
         position=log.last,
-        vms=[(vms[name], table[name]) for name in state.names["vm"]] if "vm" in selection.kinds else (),
+        vms=[(vms[name], table[name]) for name in state.names["vm"]] if "vm" in selection.kinds else [],
         workers=[shown[name] for name in state.names["worker"] if name in shown],
     )
