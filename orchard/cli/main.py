@@ -27,6 +27,7 @@ class Verb:
 
 
 VERBS: Mapping[str, Verb] = {
+    "context": Verb("contexts", "the controllers that this command knows"),
     "list": Verb("resources", "list VMs, workers or service accounts"),
     "get": Verb("resources", "show one VM, worker or service account, or one of its fields"),
     "delete": Verb("resources", "delete a VM, worker or service account"),

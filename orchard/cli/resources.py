@@ -147,7 +147,7 @@ _ACCOUNT = ResourceKind(
     {"Name": _text("name"), "Created": _age("createdAt"), "Roles": _text("roles"), "Token": _text("token")},
 )
 _SETTINGS = ResourceKind("cluster-settings", "cluster-settings", {}, {})
-KINDS: Mapping[str, ResourceKind] = {kind.name: kind for kind in (_VM, _WORKER, _ACCOUNT, _SETTINGS)}
+RESOURCE_KINDS: Mapping[str, ResourceKind] = {kind.name: kind for kind in (_VM, _WORKER, _ACCOUNT, _SETTINGS)}
 _PLURALS = {"vms": "vm", "workers": "worker", "service-accounts": "service-account"}
 
 
@@ -177,7 +177,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
 
 def find_kind(word: str, allowed: tuple[ResourceKind, ...]) -> ResourceKind:
     """Return the kind with this name, singular or plural. Raises CommandError."""
-    kind = KINDS.get(_PLURALS.get(word, word))
+    kind = RESOURCE_KINDS.get(_PLURALS.get(word, word))
     if kind not in allowed:
         names = [kind.name for kind in allowed]
         raise CommandError(f"the kind is {word}{suggest(word, names)}, expected one of {', '.join(names)}", USAGE)
@@ -199,7 +199,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
-    kind = find_kind(options.kind, tuple(KINDS.values()))
+    kind = find_kind(options.kind, tuple(RESOURCE_KINDS.values()))
     name, slash, field = options.name.partition("/")
     if not name and kind is not _SETTINGS:
         raise CommandError(f"the name of the {kind.name} is missing", USAGE)
