@@ -59,7 +59,7 @@ DRY_RUN = Parameter("dryRun", "Return what would be deleted, and delete nothing"
 WATCH_LIST = Parameter(
     "watch", "Stream the objects, then their changes, as lines of JSON: ADDED, MODIFIED, DELETED and BOOKMARK", _FLAG
 )
-KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)
+WATCH_KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)
 SINCE = Parameter("since", "Of a watch: only what came after this revision, as X-Revision or a line has told it", _TEXT)
 LIMIT = Parameter("limit", "Maximum number of events to return", _whole(1, _MAX_LIMIT))
 ORDER = Parameter("order", "Sort order of events; asc (default) or desc", {"type": "string", "enum": ["asc", "desc"]})
@@ -162,7 +162,7 @@ def read_filter(query: Query) -> VMFilter:
 
 def read_kinds(query: Query) -> frozenset[WatchedKind]:
     """Return the kinds of objects that `kinds` names; all if it is absent."""
-    text = query.one(KINDS.name) or ",".join(_KINDS)
+    text = query.one(WATCH_KINDS.name) or ",".join(_KINDS)
     if unknown := [name for name in text.split(",") if name not in _KINDS]:
         raise HTTPError(400, f"kinds has {shown(unknown[0])}, expected {' or '.join(_KINDS)}, or both with a comma")
     return frozenset(_KINDS[name] for name in text.split(","))
