@@ -160,8 +160,9 @@ class API:
 
     async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer an admitted request. Raises HTTPError."""
-        if admitted.operation.waits:
-            return WhileConnected(partial(self._answer_later, request, admitted))
+        waits, waits_with = admitted.operation.waits, admitted.operation.waits_with
+        if waits or (waits_with is not None and request.query.one(waits_with.name)):
+            return WhileConnected(partial(self._answer_later, request, admitted), endless=not waits)
         answer = await self._answer(request, admitted)
         return self.parts.sessions.tie(answer, admitted.account, admitted.role)
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
 from orchard.change_log import WatchedKind
 from orchard.codec import add_unknown, shortened, shown
 from orchard.filters import PATHS, VMFilter, parse_filter
+from orchard.goals import Goal
 from orchard.net.openapi import Parameter
 from orchard.net.request import HTTPError, Query
 from orchard.ssh import exec as vm_exec
@@ -54,6 +55,13 @@ FILTER = Parameter(
     _TEXT,
 )
 VM_LIMIT = Parameter("limit", "Maximum number of VMs to return, in the order of their names", _whole(1, _MAX_LIMIT))
+WAIT_FOR = Parameter(
+    "waitFor",
+    "Wait until the VM is so, and then answer: `running`; `ready`: its startup script has succeeded; `failed`; `stopped`:"
+    " it was stopped or suspended; `deleted`",
+    {"type": "string", "enum": list(get_args(Goal))},
+)
+WAIT_VM = Parameter("wait", "Seconds to wait with `waitFor`", _whole(0, _MAX_WAIT, default=60))
 CONTINUE = Parameter("continue", "Opaque token from the X-Continue response header", _TEXT)
 DRY_RUN = Parameter("dryRun", "Return what would be deleted, and delete nothing", _FLAG)
 WATCH_LIST = Parameter(
@@ -92,6 +100,7 @@ FIELD_VALIDATION = Parameter(
 
 # The parameters of operations with several.
 VMS = (FILTER, VM_LIMIT, CONTINUE, WATCH_LIST, SINCE)
+ONE_VM = (WATCH, WAIT_FOR, WAIT_VM, UID)
 BULK_DELETION = (FILTER, DRY_RUN)
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
 EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
@@ -153,6 +162,15 @@ def read_count(query: Query, parameter: Parameter) -> int:
     number = read_number(query, parameter)
     assert number is not None
     return number
+
+
+def read_goal(query: Query) -> Goal | None:
+    """Return what a request waits for, if it waits."""
+    if not query.one(WAIT_FOR.name):
+        return None
+    if read_flag(query, WATCH):
+        raise HTTPError(400, "watch and waitFor are both given, expected one of them")
+    return cast("Goal", read_choice(query, WAIT_FOR))
 
 
 def read_filter(query: Query) -> VMFilter:

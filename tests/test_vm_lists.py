@@ -14,7 +14,7 @@ import trio.testing
 from harness.disks import FailingDisk, HeldDisk, UnsyncedDisk
 from harness.served import Answered, Served, served
 from harness.strategies import QUICK
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard.handlers import vms
@@ -138,7 +138,7 @@ async def test_pages_end_with_the_last_vm(api: Served) -> None:
     assert await page(api, f"limit=1&continue={token}&filter=name=c") == (["c"], None)
 
 
-@QUICK
+@settings(QUICK, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcdefgh")), max_size=12), st.integers(1, 4))
 def test_pages_skip_and_repeat_no_vm_that_is_there_throughout(changes: list[tuple[bool, str]], limit: int) -> None:
     """Between two pages, one VM is created or deleted."""

@@ -29,6 +29,7 @@ _CAPABILITIES = (
     "vm-metadata",
     "watch-list",
     "placement",
+    "wait-for",
 )
 
 

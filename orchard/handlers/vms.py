@@ -15,13 +15,14 @@ from orchard.admission import Admitted, is_old_worker, read_body
 from orchard.answers import http_error
 from orchard.api import API, liveness_source
 from orchard.auth import ForbiddenError
-from orchard.changes import send_changes
+from orchard.changes import Change, send_changes
 from orchard.cluster import WORKER_STATE
 from orchard.codec import dump_json, encode, shown
 from orchard.filters import VMFilter
+from orchard.goals import Goal, describe_status, is_reached, why_never
 from orchard.handlers.watch import watch_kinds
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
-from orchard.parameters import read_flag, read_number
+from orchard.parameters import read_count, read_flag, read_number
 from orchard.schema import VM, BulkDeletion, VMSpec
 from orchard.storage.errors import StorageError
 
@@ -142,13 +143,64 @@ def _can_notice(api: API, worker: str) -> bool:
     return registered is not None and WORKER_STATE in registered.capabilities
 
 
-def get_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+def get_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
     vm = api.find_vm(admitted)
+    uid = request.query.one(parameters.UID.name)
+    if uid and uid != vm.uid:
+        raise _is_gone(vm.name, uid)
+    goal = parameters.read_goal(request.query)
+    if goal is not None:
+        return _wait_for(api, vm, goal, read_count(request.query, parameters.WAIT_VM))
     if read_flag(request.query, parameters.WATCH):
         # The feed begins here: a change between this answer and its first line must not be missed.
         changes, silence = api.store.watch("vm", vm.name), api.parts.rendezvous.ping_interval
         return Stream(partial(send_changes, vm.meta.version, api.state.json["vm"][vm.name], changes, silence))
     return api.answer_vm(vm.name)
+
+
+def _is_gone(name: str, uid: str) -> HTTPError:
+    return HTTPError(404, f'VM "{name}" with uid {shown(uid)} does not exist')
+
+
+async def _wait_for(api: API, vm: VM, goal: Goal, wait: float) -> Response:
+    """Return the VM once it is what the client waits for. Raises HTTPError if it can not be, or is not in time."""
+    with trio.move_on_after(wait):
+        while True:
+            with api.store.watch("vm", vm.name) as changes:
+                now = api.state.vms.get(vm.name)
+                if now is None or now.uid != vm.uid:
+                    raise _is_gone(vm.name, vm.uid)
+                if _is_over(api, now, goal):
+                    return api.answer_vm(vm.name)
+                # The feed ends if it is too far behind.
+                async for change in changes:
+                    if (answer := _answer_change(api, change, vm.uid, goal)) is not None:
+                        return answer
+    now = api.state.vms.get(vm.name)
+    if now is None or now.uid != vm.uid:
+        raise _is_gone(vm.name, vm.uid)
+    raise HTTPError(503, describe_status(now, goal), (("Retry-After", "1"),))
+
+
+def _answer_change(api: API, change: Change, uid: str, goal: Goal) -> Response | None:
+    """Return the answer to a wait after a change, None if the wait goes on. Raises HTTPError."""
+    new, old = change.new, change.old
+    if isinstance(new, VM) and new.uid == uid and _is_over(api, new, goal):
+        return Response(200, change.json)
+    if new is None and isinstance(old, VM) and old.uid == uid:
+        if goal == "deleted":
+            return Response(200, change.json)
+        raise _is_gone(old.name, uid)
+    return None
+
+
+def _is_over(api: API, vm: VM, goal: Goal) -> bool:
+    """Return whether a wait has succeeded. Raises HTTPError if it never will."""
+    if is_reached(vm, goal):
+        return True
+    if why := why_never(vm, goal, api.state.workers.get(vm.state.worker)):
+        raise HTTPError(503, why)
+    return False
 
 
 def replace_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:

@@ -193,7 +193,9 @@ class Exchange:
             self._unread = False
         answer: AnyResponse | None = await server.handler(request, admitted)
         while isinstance(answer, WhileConnected):
-            answer = await self._watched(answer.work)
+            answer = await self._watched(answer.work, until_stop=answer.endless)
+            if answer is None:
+                raise HTTPError(503, "the server is stopping", (("Retry-After", "1"),))
         if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             request.require_websocket()
         return answer

@@ -288,10 +288,12 @@ class TunnelUpgrade:
 class WhileConnected:
     """An answer that may take long to find: `work` returns it, and is cancelled if the client goes away.
 
-    What the client sends meanwhile is kept for the next request.
+    What the client sends meanwhile is kept for the next request. When the server stops, an `endless` one is cancelled at
+    once and answered with 503; another one when the grace period of the stop is over.
     """
 
     work: Callable[[], Awaitable[AnyResponse]]
+    endless: bool = False
 
 
 AnyResponse = Response | Stream | WebSocketUpgrade | TunnelUpgrade | WhileConnected
