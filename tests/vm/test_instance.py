@@ -5,29 +5,34 @@ Most tests run it with the synthetic driver; the last one with the stand-in for 
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
+from harness.instances import (
+    Host,
+    adopted,
+    assigned_vm,
+    changed,
+    left_by_a_worker,
+    tended,
+    uid_of,
+    until,
+)
 from harness.processes import at_last, at_rest, eventually, processes_in
 from harness.strategies import pending
 from harness.sweeps import AtStep, growing_steps
 
-from orchard import transitions
-from orchard.schema import VM, Event, HostDirPolicy, Worker
+from orchard.schema import VM
 from orchard.tart import TartDriver
-from orchard.validation import patched_spec, vm_from_client
-from orchard.vm.driver import Driver, DriverError, Hardware, LocalState, LocalVM, NotRunning, RunOptions, Script
+from orchard.vm.driver import DriverError, Hardware, LocalVM, NotRunning, RunOptions, Script
 from orchard.vm.instance import (
     CUT_OFF,
     QUEUED_LINES,
@@ -35,114 +40,8 @@ from orchard.vm.instance import (
     SHUT_DOWN,
     STOPPED,
     UNNOTED,
-    Instance,
-    InstanceHost,
 )
 from orchard.vm.instance_state import PHASES, STEPS, InstanceState, Note, Phase, Startup, Step, run_options
-from orchard.vm.synthetic import SyntheticDriver
-
-BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
-WORKER = Worker(name="w", default_cpu=3, default_memory=1024)
-
-
-def uid_of(name: str) -> str:
-    # With the process number, so that the processes of two test runs differ.
-    return f"uid-{os.getpid()}-{name}"
-
-
-def assigned_vm(name: str = "vm", **spec: object) -> VM:
-    """Return a VM as the controller sends it to a worker."""
-    wanted = vm_from_client({"name": name, "image": "image", **spec}, [])[1]
-    return transitions.assign(transitions.create(name, uid_of(name), wanted, BEGAN), WORKER, BEGAN)
-
-
-def changed(vm: VM, **patch: object) -> VM:
-    """Return the next generation of a VM."""
-    return transitions.change(vm, patched_spec(vm.spec, patch, []))
-
-
-class Host:
-    """A host with a driver, and the reports and the script output of the instances on it.
-
-    While `hold_delivery` is an unset event, output is not accepted. `runs` is set when an instance reports that it runs.
-    """
-
-    def __init__(self, home: Path, driver: Driver | None = None, **options: Any) -> None:
-        self.home = home
-        self.driver = driver or SyntheticDriver(home, **options)
-        self.reports: list[dict[str, Any]] = []
-        self.lines: list[str] = []
-        # What has failed and not succeeded since: (kind, VM or "") -> message.
-        self.troubles: dict[tuple[str, str], str] = {}
-        self.policies: Sequence[HostDirPolicy] | None = None
-        self.hold_delivery: trio.Event | None = None
-        self.runs = trio.Event()
-
-    def instance(self, vm: VM, *, found: LocalState | None = None, outlives: bool = True) -> Instance:
-        def changed() -> None:
-            self.record_report(instance)
-
-        async def fetch_policies() -> Sequence[HostDirPolicy] | None:
-            return self.policies
-
-        host = InstanceHost(
-            self.driver,
-            changed,
-            lambda _: None,
-            self.send,
-            self.note_trouble,
-            fetch_policies,
-            lambda: 1_700_000_000.5,
-            outlives,
-            worker="w",
-        )
-        instance = Instance(vm, host, found=found)
-        return instance
-
-    def note_trouble(self, kind: str, vm: str, message: str) -> None:
-        self.troubles.pop((kind, vm), None)
-        if message:
-            self.troubles[kind, vm] = message
-
-    def record_report(self, instance: Instance) -> None:
-        self.reports.append(instance.report())
-        if instance.state.running:
-            self.runs.set()
-
-    async def send(self, vm: VM, events: Sequence[Event]) -> None:
-        if self.hold_delivery is not None:
-            await self.hold_delivery.wait()
-        assert {(event.kind, event.timestamp) for event in events} == {("log_line", 1_700_000_000)}
-        self.lines += [event.payload for event in events]
-
-    def history(self) -> list[tuple[str, str, bool, int]]:
-        """Return what was reported, without repetitions."""
-        told = [
-            (r["status"], r["status_message"], r["conditions"][0]["state"] == "true", r["observedGeneration"])
-            for r in self.reports
-        ]
-        return [one for one, _ in itertools.groupby(told)]
-
-    def vm_json(self, instance: Instance) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.home / instance.name / "vm.json").read_text())
-        return found
-
-    def files(self) -> list[Path]:
-        return list(self.home.iterdir()) if self.home.exists() else []
-
-
-@asynccontextmanager
-async def tended(host: Host, vm: VM, slots_free: trio.Event | None = None) -> AsyncIterator[Instance]:
-    """Create a VM at the beginning of the block and remove it at its end."""
-    instance = host.instance(vm)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.tend, slots_free, "waiting for orchard-old to end")
-        yield instance
-        instance.remove()
-
-
-async def until(instance: Instance, holds: Callable[[Instance], bool]) -> None:
-    await eventually(lambda: holds(instance))
 
 
 @pytest.fixture
@@ -341,27 +240,6 @@ async def test_creation_waits_for_the_end_of_other_vms(host: Host) -> None:
         assert host.files() == []
         ended.set()
         await until(instance, lambda i: i.state.running)
-
-
-@asynccontextmanager
-async def left_by_a_worker(host: Host, vm: VM, *, outlives: bool = True) -> AsyncIterator[Instance]:
-    """Create a VM at the beginning of the block; at its end the worker ends."""
-    instance = host.instance(vm, outlives=outlives)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.tend)
-        await until(instance, lambda i: i.state.running)
-        yield instance
-        nursery.cancel_scope.cancel()
-
-
-@asynccontextmanager
-async def adopted(host: Host, vm: VM) -> AsyncIterator[Instance]:
-    """Adopt a VM at the beginning of the block and remove it at its end."""
-    instance = host.instance(vm, found="running")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(instance.tend)
-        yield instance
-        instance.remove()
 
 
 async def test_vm_at_rest_outlives_its_worker_and_the_next_can_delete_it(host: Host) -> None:
@@ -578,14 +456,27 @@ async def test_failed_deletion_is_retried(host: Host, monkeypatch: pytest.Monkey
 # ---- ended or cancelled at any step ---------------------------------------------------------------------------------
 
 
-async def run_one_vm(home: Path, step: int, order: str) -> bool:
-    """Run a VM with a script that is told to end, or whose task is cancelled, at a step. Return whether it came to that."""
+async def run_one_vm(home: Path, step: int, order: str, shutdown: str = "") -> bool:
+    """Run a VM with scripts that is told to end, or whose task is cancelled, at a step. Return whether it came to that.
+
+    The shutdown script, if there is one, makes the file HOME.shut.
+    """
     host = Host(home)
-    vm = assigned_vm(startup_script={"script_content": "echo hello; sleep 1000 >/dev/null 2>&1 & echo over"})
+    vm = assigned_vm(
+        startup_script={"script_content": "echo hello; sleep 1000 >/dev/null 2>&1 & echo over"},
+        shutdown_script={"script_content": shutdown},
+    )
     instance = host.instance(vm, outlives=order != "stop")
+    ran_before = False
+
+    def remove() -> None:
+        nonlocal ran_before
+        ran_before = host.runs.is_set()
+        instance.remove()
+
     async with trio.open_nursery() as nursery:
         orders: dict[str, Callable[[], None]] = {
-            "remove": instance.remove,
+            "remove": remove,
             "fail": partial(instance.fail, "told"),
             "stop": nursery.cancel_scope.cancel,
             "leave": nursery.cancel_scope.cancel,
@@ -603,16 +494,18 @@ async def run_one_vm(home: Path, step: int, order: str) -> bool:
         instance.remove()
     trio.lowlevel.remove_instrument(instrument)
     assert instance.ended.is_set()
-    if order in ("leave", "cancel the removal"):
-        await adopted_or_deleted(host, vm)
+    runs_on = order in ("leave", "cancel the removal") and await adopted_or_deleted(host, vm)
+    # Also by the worker that comes after this one.
+    assert not shutdown or Path(f"{home}.shut").exists() or not (ran_before or runs_on)
     assert await host.driver.list_vms() == []
     assert host.files() == []
     await eventually(lambda: processes_in(home) == [])
     return instrument.left <= 0
 
 
-async def adopted_or_deleted(host: Host, vm: VM) -> None:
-    """Adopt or delete what is left of a VM, as the next worker does, and remove the VM."""
+async def adopted_or_deleted(host: Host, vm: VM) -> bool:
+    """Adopt or delete what is left of a VM, as the next worker does, and remove the VM. Return whether it ran on."""
+    runs_on = False
     for local in await host.driver.list_vms():
         # It has never run, and the controller knows no better.
         if local.state == "stopped":
@@ -622,6 +515,8 @@ async def adopted_or_deleted(host: Host, vm: VM) -> None:
         async with adopted(host, vm) as instance:
             await until(instance, lambda i: i.state.phase == "running" or i.state.status == "failed")
             assert instance.state.message in ("", CUT_OFF)
+            runs_on = instance.state.phase == "running"
+    return runs_on
 
 
 @pytest.mark.parametrize(
@@ -632,6 +527,18 @@ def test_vm_that_ends_at_any_step_leaves_nothing(tmp_path: Path, order: str, ste
         if not trio.run(run_one_vm, tmp_path / str(step), step, order, strict_exception_groups=True):
             break
     assert step > steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["remove", "leave", "cancel the removal"])
+def test_shutdown_script_has_run_whenever_a_running_vm_is_removed_or_its_worker_ends(
+    tmp_path: Path, order: str
+) -> None:
+    for step in growing_steps(1.2):
+        home = tmp_path / str(step)
+        if not trio.run(run_one_vm, home, step, order, f"echo >> {home}.shut", strict_exception_groups=True):
+            break
+    assert step > 20
 
 
 STANDIN = Path(__file__).parent.parent / "standin" / "tart"
