@@ -18,7 +18,8 @@ from orchard.schema import VM, ServiceAccount, Worker
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
 from orchard.storage.errors import StorageFullError, StorageUnavailableError
-from orchard.storage.events import EventLimitError, EventsDeletedError, InvalidCursorError, SendPage
+from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError, SendPage
+from orchard.storage.events import EventLimitError
 from orchard.tunnel import UnknownSessionError, UnreachableError, VMGoneError
 
 # Unknown names that a Warning header lists.

@@ -51,6 +51,7 @@ from orchard.schema import (
 from orchard.sessions import AccountSessions
 from orchard.ssh import exec as vm_exec
 from orchard.storage.events import EventLog
+from orchard.storage.history import History
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
 from orchard.worker_states import WorkerStates
@@ -77,6 +78,7 @@ class ControllerParts:
 
     store: Store
     events: EventLog
+    history: History
     liveness: Liveness
     rendezvous: Rendezvous
     vm_access: VMAccess

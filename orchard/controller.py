@@ -25,7 +25,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import trio
 
@@ -57,12 +57,14 @@ from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
 from orchard.operations import make_api
 from orchard.reactions import Reactions
+from orchard.recorder import Recorder
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import NAME, ServiceAccount
 from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
 from orchard.storage.events import EventLog
+from orchard.storage.history import History
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
 
@@ -142,6 +144,14 @@ class Running:
 # ---- the data directory ----------------------------------------------------------------------------------------------
 
 
+class StoredData(NamedTuple):
+    """What is open of a data directory."""
+
+    store: Store
+    events: EventLog
+    history: History
+
+
 utc_now: Callable[[], datetime.datetime] = partial(datetime.datetime.now, datetime.UTC)
 
 
@@ -155,8 +165,8 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
-    """Load state and events for the block, and close the state after it. Raises StartError."""
+def open_data_directory(directory: Path) -> Iterator[StoredData]:
+    """Load state, events and history for the block, and close the state after it. Raises StartError, BrokenError."""
     with contextlib.ExitStack() as stack:
         try:
             if foreign := describe_foreign_data(directory):
@@ -167,9 +177,11 @@ def open_data_directory(directory: Path) -> Iterator[tuple[Store, EventLog]]:
             stack.callback(store.close)
             events = EventLog(directory / EVENTS_DIRECTORY)
             events.open({vm.uid for vm in store.state.vms.values()})
+            history = History(directory)
+            history.open()
         except (DamagedError, NotWrittenError, OSError) as error:
             raise StartError(str(error)) from error
-        yield store, events
+        yield StoredData(store, events, history)
 
 
 def load_access_key(directory: Path) -> bytes:
@@ -247,14 +259,16 @@ async def run(
     """
     stop = trio.Event() if stop is None else stop
     platform = Platform() if platform is None else platform
-    with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as (store, events):
-        loop, parts = _compose(settings, store, events, platform.clock)
+    with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as data:
+        store = data.store
+        loop, parts = _compose(settings, data, platform.clock)
         api = make_api(parts)
         browsers = BrowserRules(settings.allowed_origins, None if settings.auth else settings.allowed_hosts)
         # Ends last, because it stores what the tasks below change.
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
-            await writers.start(events.run)
+            await writers.start(data.events.run)
+            await writers.start(data.history.run)
             new_admin = await _store_first_objects(settings, store, platform.clock())
             # Ends when the last answer was sent.
             async with trio.open_nursery() as background:
@@ -271,24 +285,26 @@ async def run(
                     ssh_port = await _serve_ssh(settings, parts, background)
                     task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
                 background.cancel_scope.cancel()
-            await _store_last_changes(store)
+            await _store_last_changes(data)
             writers.cancel_scope.cancel()
 
 
 def _compose(
-    settings: ControllerSettings, store: Store, events: EventLog, clock: Callable[[], datetime.datetime]
+    settings: ControllerSettings, data: StoredData, clock: Callable[[], datetime.datetime]
 ) -> tuple[SchedulingLoop, ControllerParts]:
     """Connect the parts of a controller. No task runs yet. Raises StartError."""
-    rendezvous = Rendezvous(settings.ping_interval)
+    store, rendezvous = data.store, Rendezvous(settings.ping_interval)
     renew_promises(store, settings.worker_offline_timeout)
     loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
     sessions = AccountSessions(store.state.accounts)
-    Reactions(store, events, rendezvous, loop, sessions, clock)
+    Recorder(store, data.events, data.history, clock)
+    Reactions(store, rendezvous, loop, sessions, clock)
     vm_access = VMAccess(store, rendezvous)
     tokens = auth.AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
     parts = ControllerParts(
         store=store,
-        events=events,
+        events=data.events,
+        history=data.history,
         liveness=loop.liveness,
         rendezvous=rendezvous,
         vm_access=vm_access,
@@ -305,11 +321,13 @@ def _compose(
     return loop, parts
 
 
-async def _store_last_changes(store: Store) -> None:
+async def _store_last_changes(data: StoredData) -> None:
     try:
-        await store.wait_durable()
+        await data.store.wait_durable()
     except StorageError as error:
         _logger.error("last changes were not stored (and not acknowledged): %s", error)
+    await data.events.flush()
+    await data.history.flush()
 
 
 async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nursery: trio.Nursery) -> int:
@@ -408,7 +426,7 @@ class Platform:
     `clock` returns the time in UTC.
     """
 
-    open_data: Callable[[Path], contextlib.AbstractContextManager[tuple[Store, EventLog]]] = open_data_directory
+    open_data: Callable[[Path], contextlib.AbstractContextManager[StoredData]] = open_data_directory
     listen: Callable[[ControllerSettings], Awaitable[Listening]] = _listen
     clock: Callable[[], datetime.datetime] = utc_now
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 STATE_FILE = "state.jsonl"
 RESERVE_FILE = "reserve"
 EVENTS_DIRECTORY = "events"
+# Beside the files of single VMs in that directory.
+LIFECYCLE_FILE = "lifecycle.jsonl"
+HISTORY_FILE = "history.jsonl"
 ACCESS_KEY_FILE = "access-token.key"
 TLS_CERTIFICATE_FILE = "controller.crt"
 TLS_KEY_FILE = "controller.key"

@@ -21,6 +21,7 @@ from orchard.files import (
     ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,
     EVENTS_DIRECTORY,
+    LIFECYCLE_FILE,
     SECRET_FILES,
     STATE_FILE,
     TLS_CERTIFICATE_FILE,
@@ -29,8 +30,10 @@ from orchard.files import (
 from orchard.net import tls
 from orchard.storage.engine import read_contents
 from orchard.storage.errors import DamagedError
-from orchard.storage.events import EventFile
+from orchard.storage.event_file import EventFile
+from orchard.storage.history import History
 from orchard.storage.journal import Disk, Journal
+from orchard.storage.lifecycle import LifecycleLog
 from orchard.store import State, build_state, check
 
 # The directory in which Cirrus Labs' controller keeps its state.
@@ -49,6 +52,8 @@ class FsckReport:
     # Of the state file.
     lines: int = 0
     events: int = 0
+    # VMs in the history.
+    ended: int = 0
     state: State = field(default_factory=State)
 
     def summary(self) -> str:
@@ -56,7 +61,7 @@ class FsckReport:
         objects = ((state.vms, "VMs"), (state.workers, "workers"), (state.accounts, "service accounts"))
         counts = ", ".join(f"{len(table)} {what}" for table, what in objects)
         found = f"{len(self.problems)} problems" if self.problems else "no problems"
-        return f"{counts}, {self.events} events; {self.lines} lines up to revision {state.revision}; {found}"
+        return f"{counts}, {self.events} events, {self.ended} ended VMs; {self.lines} lines up to revision {state.revision}; {found}"
 
 
 def find_exposures(directory: Path) -> list[str]:
@@ -98,7 +103,11 @@ def inspect(directory: Path) -> FsckReport:
     event_files = sorted(events.iterdir()) if events.is_dir() else []
     state_is_known = _inspect_state(directory, report)
     for path in event_files:
-        _inspect_events(path, report, state_is_known)
+        if path.name == LIFECYCLE_FILE:
+            _inspect_lifecycle(path, report)
+        else:
+            _inspect_events(path, report, state_is_known)
+    _inspect_history(directory, report)
     _inspect_access_key(directory, report)
     _inspect_certificate(directory, report)
     for draft in sorted([*directory.glob("*.new"), *directory.glob("tls-*")]):
@@ -144,6 +153,24 @@ def _inspect_events(path: Path, report: FsckReport, state_is_known: bool) -> Non
     report.events += len(file.offsets)
     if state_is_known and path.exists() and all(vm.uid != uid for vm in report.state.vms.values()):
         report.notes.append(f"{path} belongs to a VM that does not exist any more; the next start removes it")
+
+
+def _inspect_lifecycle(path: Path, report: FsckReport) -> None:
+    log = LifecycleLog(path, Disk())
+    try:
+        report.events += log.inspect({vm.uid for vm in report.state.vms.values()})
+    except DamagedError as error:
+        report.problems.append(str(error))
+    _note_unfinished(log.file.journal, report)
+
+
+def _inspect_history(directory: Path, report: FsckReport) -> None:
+    history = History(directory)
+    try:
+        report.ended = history.inspect()
+    except DamagedError as error:
+        report.problems.append(str(error))
+    _note_unfinished(history.file.journal, report)
 
 
 def _note_unfinished(journal: Journal, report: FsckReport) -> None:

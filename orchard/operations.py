@@ -32,6 +32,9 @@ _VM_LINE = {
     "properties": {"type": {"type": "string", "enum": [*_CHANGES]}, "object": ref("VM")},
 }
 
+# A line of the events that are followed.
+_EVENT_LINE = {"allOf": [ref("Event"), {"type": "object", "properties": {"cursor": {"type": "string"}}}]}
+
 
 def _line_of(*kinds: str) -> dict[str, Any]:
     """Return the schema of a line of a watch of all objects of some kinds."""
@@ -109,7 +112,10 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("PUT", "/vms/{name}/state", vms.report_vm, "compute:write", "Report what a worker observed of its VM",
               body=ref("VMReport"), body_limit=_LARGE_BODY, answer=ref("VM"), problems=(404,)),
     Operation("GET", "/vms/{name}/events", events.list_events, "compute:read", "Retrieve events for a given VM",
-              answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT),
+              answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT,
+              ndjson=_EVENT_LINE),
+    Operation("GET", "/history", events.list_history, "compute:read", "List the VMs that have ended, the earliest first",
+              answer=array_of("EndedVM"), query=parameters.HISTORY, answer_headers=_REVISION),
     Operation("POST", "/vms/{name}/events", events.append_events, "compute:write", "Append events to those of a VM",
               body=ref("Events"), body_limit=_LARGE_BODY, problems=(404,), query=(parameters.UID,)),
     Operation("GET", "/vms/{name}/port-forward", connections.forward_vm, "compute:connect",

@@ -9,12 +9,13 @@ its schema accepts.
 from __future__ import annotations
 
 import base64
+import datetime
 import re
 from collections.abc import Sequence
 from typing import Any, cast, get_args
 
 from orchard.change_log import WatchedKind
-from orchard.codec import add_unknown, shortened, shown
+from orchard.codec import add_unknown, parse_time, shortened, shown
 from orchard.filters import PATHS, VMFilter, parse_filter
 from orchard.goals import Goal
 from orchard.net.openapi import Parameter
@@ -69,9 +70,29 @@ WATCH_LIST = Parameter(
 )
 WATCH_KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)
 SINCE = Parameter("since", "Of a watch: only what came after this revision, as X-Revision or a line has told it", _TEXT)
+EVENT_KINDS = Parameter(
+    "kinds", "Show only events of these kinds, with commas between them; absent: all but `lifecycle`", _TEXT
+)
+FOLLOW = Parameter(
+    "follow", "Stream the events, one a line with its `cursor`, and those that come, until the VM is deleted", _FLAG
+)
+UNTIL = Parameter(
+    "until",
+    "End the stream earlier: when the VM is `ready` or cannot be any more, or when it has `ended`, which is also when it was"
+    " stopped or has failed and is not restarted",
+    {"type": "string", "enum": ["deleted", "ready", "ended"]},
+)
+SINCE_TIME = Parameter(
+    "since", "Only VMs that ended at this RFC 3339 time or later", {"type": "string", "format": "date-time"}
+)
+LIMIT_HISTORY = Parameter(
+    "limit",
+    "Maximum number of VMs: the first ones from `since` on, or without `since` the last ones",
+    _whole(1, 10_000),
+)
 LIMIT = Parameter("limit", "Maximum number of events to return", _whole(1, _MAX_LIMIT))
 ORDER = Parameter("order", "Sort order of events; asc (default) or desc", {"type": "string", "enum": ["asc", "desc"]})
-CURSOR = Parameter("cursor", "Opaque cursor from the X-Next-Cursor response header", _TEXT)
+CURSOR = Parameter("cursor", "Opaque cursor from the X-Next-Cursor response header, or of a line of `follow`", _TEXT)
 UID = Parameter("uid", "Answer 404 if the VM of that name has another uid", _TEXT)
 PORT_NUMBER = Parameter("port", "TCP port number to connect to", _whole(1, 65535), required=True)
 WAIT_FORWARD = Parameter(
@@ -104,7 +125,8 @@ ONE_VM = (WATCH, WAIT_FOR, WAIT_VM, UID)
 BULK_DELETION = (FILTER, DRY_RUN)
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
 EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
-PAGE = (LIMIT, ORDER, CURSOR)
+PAGE = (LIMIT, ORDER, CURSOR, EVENT_KINDS, FOLLOW, UNTIL)
+HISTORY = (SINCE_TIME, LIMIT_HISTORY)
 ANSWER_IP = (SESSION, RESOLVED_ADDRESS, ERROR_MESSAGE)
 
 
@@ -171,6 +193,21 @@ def read_goal(query: Query) -> Goal | None:
     if read_flag(query, WATCH):
         raise HTTPError(400, "watch and waitFor are both given, expected one of them")
     return cast("Goal", read_choice(query, WAIT_FOR))
+
+
+def read_names(query: Query, parameter: Parameter) -> list[str]:
+    """Return the names in a parameter's text, between commas; none if it is absent."""
+    text = read_text(query, parameter)
+    names = text.split(",") if text else []
+    if not all(names):
+        raise HTTPError(400, f"{parameter.name} is {shown(text)}, expected names with commas between them")
+    return names
+
+
+def read_time(query: Query, parameter: Parameter) -> datetime.datetime | None:
+    """Return a parameter's time; None if it is absent. Raises MalformedError."""
+    text = query.one(parameter.name)
+    return parse_time(text, parameter.name) if text else None
 
 
 def read_filter(query: Query) -> VMFilter:

@@ -1,7 +1,7 @@
 """What the controller does once a change is durable.
 
-It wakes workers, ends tunnels and the sessions of accounts, deletes events, lets the scheduling loop forget what was
-deleted, and logs the change.
+It wakes workers, ends tunnels and the sessions of accounts, lets the scheduling loop forget what was deleted, and logs the
+change. recorder.py records the lives of VMs, and logs their end.
 
 A change that is not durable yet may be undone, so none of this happens earlier. The log does not say which account made
 a change: the request's own log line does, with its method, path and account.
@@ -17,7 +17,6 @@ from orchard.changes import Change
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM
 from orchard.sessions import AccountSessions
-from orchard.storage.events import EventLog
 from orchard.store import Store
 from orchard.tunnel import Rendezvous
 
@@ -33,13 +32,11 @@ class Reactions:
     def __init__(
         self,
         store: Store,
-        events: EventLog,
         rendezvous: Rendezvous,
         loop: SchedulingLoop,
         sessions: AccountSessions,
         clock: Callable[[], datetime.datetime],
     ) -> None:
-        self._events = events
         self._rendezvous = rendezvous
         self._loop = loop
         self._sessions = sessions
@@ -72,9 +69,7 @@ class Reactions:
         if reason := tunnel_end_reason(old, new):
             self._rendezvous.end_tunnels(old.uid, reason)
         if new is None:
-            self._events.drop(old.uid)
             self._loop.forget_vm(old.uid)
-            _logger.info("VM deleted", extra={"vm": old.name})
         else:
             self._log_change(old, new)
 

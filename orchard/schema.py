@@ -27,6 +27,8 @@ from orchard.cluster import CachedImage, Health, ImagePull, Versions, WorkerDisk
 from orchard.codec import attr, attrs_of, decode, encode, openapi_schema, unknown_fields
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
+# How the status_message of a VM begins whose image is being pulled.
+PULLING = "pulling image"
 # Of the names of the VMs on a worker's disk that Orchard manages.
 LOCAL_PREFIX = "orchard-"
 # Characters. A VM's name becomes part of a file name, which has at most 255 bytes, together with a uid and a counter.
@@ -538,11 +540,38 @@ class ClusterSettings:
     unknown: Mapping[str, Any] = unknown_fields()
 
 
+# The kind of the events that only the controller writes.
+LIFECYCLE = "lifecycle"
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
-    kind: str = attr("kind", "Kind of the event: `log_line` for a line of the startup script's output", zero="")
+    kind: str = attr(
+        "kind",
+        "Kind of the event: `log_line` for a line of the startup script's output, `lifecycle` for what the controller did",
+        zero="",
+    )
     payload: str = attr("payload", "Payload of the event", zero="", default="", secret=True)
     timestamp: int = attr("timestamp", "Unix timestamp of the event, in seconds", zero=0, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class EndedVM:
+    """An entry of the history: what became of a VM that was deleted."""
+
+    name: str = attr("name", "VM name")
+    uid: str = attr("uid", "The VM's identity")
+    ended_at: _Time = attr("endedAt", "When the VM was deleted")
+    created_by: str = attr("createdBy", "Service account that created the VM", zero="")
+    metadata: Mapping[str, str] = attr("metadata", "The VM's metadata", zero={})
+    worker: str = attr("worker", "Worker that the VM was last assigned to", zero="")
+    image: str = attr("image", "VM image", zero="")
+    created_at: _Time | None = attr("createdAt", "When the VM was created", zero=None)
+    assigned_at: _Time | None = attr("assignedAt", "When the VM was last assigned to a worker", zero=None)
+    started_at: _Time | None = attr("startedAt", "When the VM first ran", zero=None)
+    status: Status = attr("status", "The VM's last status", zero="pending", default="pending")
+    message: str = attr("message", "The VM's last status message", zero="")
+    restarts: int = attr("restarts", "How often the VM was restarted", zero=0, default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -631,7 +660,7 @@ def components() -> dict[str, Any]:
         spec["properties"][name] = {"type": "string", "readOnly": True, "description": text}
     parts = {"VMMeta": openapi_schema(VMMeta), "VMSpec": spec, "VMState": openapi_schema(VMState)}
     resources: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, VMReport, Problem)
-    resources += (IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion)
+    resources += (EndedVM, IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion)
     return {
         **parts,
         "VM": {"type": "object", "allOf": [{"$ref": f"#/components/schemas/{name}"} for name in parts]},

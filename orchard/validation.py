@@ -32,6 +32,7 @@ from orchard.schema import (
     ARCHIVE,
     DEFAULT_TTL,
     ENV_NAME,
+    LIFECYCLE,
     MAX_METADATA_BYTES,
     MAX_METADATA_VALUE,
     MAX_NAME,
@@ -472,6 +473,10 @@ def events_from_client(raw: object, unknown: list[str]) -> list[Event]:
     for index, event in enumerate(events):
         if not event.kind or len(event.kind) > MAX_NAME or _CONTROL.search(event.kind):
             raise InvalidError(f'[{index}].kind is {shown(event.kind)}, expected a kind of event such as "log_line"')
+        if event.kind == LIFECYCLE:
+            raise InvalidError(
+                f'[{index}].kind is "{LIFECYCLE}", expected another: only the controller writes these events'
+            )
         if len(event.payload) > MAX_PAYLOAD:
             events[index] = replace(event, payload=shortened(event.payload, MAX_PAYLOAD))
     return events

@@ -876,6 +876,7 @@ def test_roles_of_all_operations() -> None:
         "compute:read": {
             *("GET /workers", "GET /workers/{name}", "GET /vms", "GET /vms/{name}", "GET /vms/{name}/events"),
             "GET /watch",
+            "GET /history",
         },
         "compute:write": {
             *("POST /vms", "DELETE /vms"),

@@ -27,6 +27,7 @@ from orchard.login_limit import MAX_FAILURES
 from orchard.net import tls
 from orchard.schema import ServiceAccount
 from orchard.storage.events import EventLog
+from orchard.storage.history import History
 from orchard.store import Store
 
 
@@ -222,12 +223,12 @@ async def test_failed_write_during_the_stop_is_logged(
         return errno.EIO if verb == "write" else 0
 
     @contextmanager
-    def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
+    def opened(directory: Path) -> Iterator[program.StoredData]:
         store = Store.open(directory, program.utc_now(), disk)
         events = EventLog(directory / "events")
         events.open(set())
         stores.append(store)
-        yield store, events
+        yield program.StoredData(store, events, History(directory))
         store.close()
 
     async def run(task_status: trio.TaskStatus[program.Running]) -> None:

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "roles",
         (
-            *("controller", "scheduling_loop", "worker_states", "reactions"),
+            *("controller", "scheduling_loop", "worker_states", "reactions", "recorder"),
             *("operations", "handlers/", "api", "parameters", "admission", "answers"),
             *("worker", "reconciler", "leftovers", "heartbeat", "worker_memory", "worker_requests"),
         ),

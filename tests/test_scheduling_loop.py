@@ -48,7 +48,8 @@ async def test_life_of_a_vm_and_its_worker_is_logged(tmp_path: Path, caplog: pyt
         ]
         await api.ok("DELETE", "/vms/vm")
         await api.ok("DELETE", "/workers/w")
-        assert await changed() == [("VM deleted", {"vm": "vm"}), ("worker deleted", {"worker": "w"})]
+        ended = ("VM ended", {"vm": "vm", "worker": "w", "restarts": 1})
+        assert await changed() == [ended, ("worker deleted", {"worker": "w"})]
 
 
 async def test_worker_that_goes_offline_and_returns_is_logged_once(

@@ -30,6 +30,8 @@ _CAPABILITIES = (
     "watch-list",
     "placement",
     "wait-for",
+    "events-follow",
+    "history",
 )
 
 

@@ -1,4 +1,4 @@
-"""Handlers of the events of a VM."""
+"""Handlers of the events of a VM, and of the history of VMs that have ended."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from orchard import parameters, validation
 from orchard.admission import Admitted, read_body
 from orchard.answers import send_page
 from orchard.api import API
+from orchard.cluster import VM_READY
 from orchard.codec import shown
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
-from orchard.parameters import read_choice, read_number
+from orchard.parameters import read_choice, read_flag, read_number, read_time
+from orchard.schema import VM
+from orchard.storage.errors import StorageError
+from orchard.storage.event_pages import EventKinds
+from orchard.transitions import will_restart
 
 # Reading so many events takes some milliseconds. It goes on in a thread if there are more.
 _MANY_EVENTS = 500
@@ -30,11 +35,61 @@ async def append_events(api: API, request: Request, admitted: Admitted) -> AnyRe
 
 async def list_events(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     vm = api.find_vm(admitted)
-    limit = read_number(request.query, parameters.LIMIT)
-    order: Literal["asc", "desc"] = "asc" if read_choice(request.query, parameters.ORDER) == "asc" else "desc"
-    cursor = request.query.one(parameters.CURSOR.name) or None
-    page, following = await api.parts.events.page(vm.uid, limit, order, cursor)
+    query, events = request.query, api.parts.events
+    kinds = EventKinds.of(parameters.read_names(query, parameters.EVENT_KINDS))
+    limit = read_number(query, parameters.LIMIT)
+    order: Literal["asc", "desc"] = "asc" if read_choice(query, parameters.ORDER) == "asc" else "desc"
+    cursor = query.one(parameters.CURSOR.name) or None
+    until = read_choice(query, parameters.UNTIL)
+    if read_flag(query, parameters.FOLLOW):
+        if limit is not None or order == "desc":
+            raise HTTPError(
+                400, "follow was given with limit or order=desc, expected neither: all events are sent as they come"
+            )
+        follower = await events.follow(vm.uid, cursor, kinds)
+        silence = api.parts.rendezvous.ping_interval
+        return Stream(partial(follower.send_to, is_over=partial(_is_over, api, vm, until), silence=silence))
+    if until != "deleted":
+        raise HTTPError(400, f"until is {until}, expected follow=true with it")
+    page, following = await events.page(vm.uid, limit, order, cursor, kinds)
     headers = () if following is None else (("X-Next-Cursor", following),)
     if isinstance(page, bytes):
         return Response(200, page, headers)
     return Stream(partial(send_page, page), "application/json", headers=headers, endless=False)
+
+
+async def _is_over(api: API, followed: VM, until: str) -> bool:
+    """Return whether what a follower waits for is durable. The deletion of the VM ends it anyway."""
+    vm = api.state.vms.get(followed.name)
+    if vm is None or vm.uid != followed.uid or not _has_reached(api, vm, until):
+        return False
+    try:
+        await api.store.wait_durable()
+    except StorageError:
+        # The change was undone.
+        return False
+    return True
+
+
+def _has_reached(api: API, vm: VM, until: str) -> bool:
+    if until == "deleted":
+        return False
+    if vm.resting or (vm.state.status == "failed" and not will_restart(vm)):
+        return True
+    return (
+        until == "ready" and vm.state.status == "running" and (vm.condition("ready") or not _may_become_ready(api, vm))
+    )
+
+
+def _may_become_ready(api: API, vm: VM) -> bool:
+    worker = api.state.workers.get(vm.state.worker)
+    reports = worker is not None and VM_READY in worker.capabilities
+    return reports and not vm.state.startup_exit_code and vm.spec.power_state == "running"
+
+
+async def list_history(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    since = read_time(request.query, parameters.SINCE_TIME)
+    limit = read_number(request.query, parameters.LIMIT_HISTORY)
+    # What ended before is shown.
+    await api.parts.history.flush()
+    return api.answer_list(api.parts.history.select(since, limit))

@@ -1,167 +1,57 @@
-"""The events of VMs: one append-only file of checked lines (journal.py) for each VM, beside the state.
+"""The events of VMs: an append-only file for each VM (event_file.py), and lifecycle events in one file (lifecycle.py).
 
 `events/UID.jsonl` is created by a VM's first event, and unlinked some time after the VM was deleted. A start unlinks
-files whose VM is gone: a crash left them. An append is durable before `append` returns. A single task, `run`, writes in
-one pass what several clients append to several VMs at the same time.
+files whose VM is gone: a crash left them. An append is durable before `append` returns. A single task writes in one pass
+what several clients append to several VMs at the same time.
 
-In memory an event costs the eight bytes of its offset, so a page is one seek and one read wherever it begins. A cursor
-holds the number of an event, which never changes: paging neither skips nor repeats events while others are appended.
+event_pages.py selects what a page shows. A follower is sent what is there and then what comes. The file of a deleted VM
+stays until its followers have read it.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-from array import array
-from bisect import bisect_right
+import weakref
 from collections.abc import Awaitable, Callable, Container, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import trio
 
-from orchard.codec import dump_json, encode, shown
+from orchard.files import LIFECYCLE_FILE
 from orchard.nursery import Wakeup
 from orchard.schema import Event
-from orchard.storage.errors import (
-    BrokenError,
-    DamagedError,
-    NotWrittenError,
-    StorageError,
-    StorageUnavailableError,
+from orchard.storage.errors import BrokenError, NotWrittenError, StorageError, StorageUnavailableError
+from orchard.storage.event_file import EventFile
+from orchard.storage.event_pages import (
+    EventKinds,
+    EventsDeletedError,
+    EventView,
+    Position,
+    Send,
+    SendPage,
+    count_events,
+    position_after,
+    position_before,
+    take,
 )
-from orchard.storage.journal import BROKEN_DELAY, Disk, Journal, line_length
+from orchard.storage.journal import BROKEN_DELAY, Disk
+from orchard.storage.lifecycle import LifecycleLog, VMLifecycle
+from orchard.storage.records import RunInThread
 
-# Version of the files.
-_EVENTS_VERSION = 1
 # Bytes of events of one VM: a script that logs without end must not fill the disk.
 MAX_EVENT_BYTES = 64 * 1024 * 1024
-# Bytes of events that are read at once, so that an answer which its client does not take holds no more.
-BLOCK_BYTES = 64 * 1024
-_EVENT = b'"event":'
-# In the line of an event, what precedes it: its number, and the sum.
-_HEAD_BYTES = 256
-_CURSOR = re.compile(r"([0-9a-f]{8})-([0-9]{1,15})")
-
-# Sends a page of events, piece by piece, with the function that it is given.
-SendPage = Callable[[Callable[[bytes], Awaitable[None]]], Awaitable[None]]
+# For a follower to take what is left when its VM was deleted.
+_LEFT_SECONDS = 60.0
+_ALL_KINDS = EventKinds()
 
 _logger = logging.getLogger("orchard.storage.events")
 
 
-class InvalidCursorError(Exception):
-    """A cursor does not come from a page of this VM's events."""
-
-    def __init__(self, cursor: str) -> None:
-        super().__init__(
-            f"cursor is {shown(cursor)}, expected the X-Next-Cursor of an earlier page of this VM's events"
-        )
-
-
 class EventLimitError(StorageError):
     """A VM's events have reached MAX_EVENT_BYTES."""
-
-
-class EventsDeletedError(StorageError):
-    """The VM was deleted, and its events with it."""
-
-    def __init__(self, uid: str) -> None:
-        super().__init__(f"the VM with uid {uid} was deleted")
-
-
-class EventFile:
-    """One VM's events on disk, and the offset of each. Its methods do disk I/O, for a thread."""
-
-    def __init__(self, directory: Path, uid: str, disk: Disk) -> None:
-        self.uid = uid
-        self.journal = Journal(directory / f"{uid}.jsonl", disk)
-        self.offsets = array("Q")
-        # False: what was read may be in the page cache only, and must be synced before it is shown to a client.
-        self.is_durable = True
-
-    def load(self) -> None:
-        """Read and check the file, and cut off what a crash left at its end. Raises DamagedError, OSError."""
-        self.inspect()
-        self.journal.open_for_append()
-        self.journal.close()
-        self.is_durable = not self.offsets
-
-    def inspect(self) -> None:
-        """Read and check the file, and change nothing. Raises DamagedError; FileNotFoundError."""
-        lines = self.journal.read()
-        first = next(lines, None)
-        if first is None:
-            raise DamagedError(self.journal.path, 0, "the file has no header")
-        header = first[1]
-        if any(header.get(name) != value for name, value in self._header().items()):
-            what = f"the header is not that of orchard-events version {_EVENTS_VERSION} for uid {self.uid}"
-            raise DamagedError(self.journal.path, 0, what)
-        for offset, line in lines:
-            if line.get("n") != len(self.offsets):
-                what = f"event {line.get('n')} follows event {len(self.offsets) - 1}"
-                raise DamagedError(self.journal.path, offset, what)
-            self.offsets.append(offset)
-
-    def _header(self) -> dict[str, Any]:
-        return {"format": "orchard-events", "version": _EVENTS_VERSION, "uid": self.uid}
-
-    def append(self, events: Sequence[Event]) -> None:
-        """Append events, all or none; then all events of the file are durable. Raises NotWrittenError, BrokenError."""
-        first, offset = len(self.offsets), self.journal.size
-        lines = [b'{"n":%d,"event":%b}' % (first + i, dump_json(encode(event))) for i, event in enumerate(events)]
-        try:
-            if first == 0:
-                header = dump_json(self._header())
-                self.journal.create([header, *lines])
-                offset = line_length(header)
-            else:
-                self.journal.append(lines)
-            self.is_durable = True
-        finally:
-            # Thousands of VMs must not hold thousands of descriptors.
-            self.journal.close()
-        for line in lines:
-            self.offsets.append(offset)
-            offset += line_length(line)
-
-    def blocks(self, start: int, stop: int) -> list[range]:
-        """Return the events number `start` to `stop` - 1 in blocks of BLOCK_BYTES, or of one event that is longer."""
-        blocks = []
-        end = self._end(stop - 1)
-        while start < stop:
-            limit = self.offsets[start] + BLOCK_BYTES
-            after = stop if end <= limit else bisect_right(self.offsets, limit, start, stop) - 1
-            blocks.append(range(start, max(start + 1, after)))
-            start = blocks[-1].stop
-        return blocks
-
-    def read(self, block: range) -> list[bytes]:
-        """Return the JSON of each event of a block."""
-        with self.journal.path.open("rb") as file:
-            file.seek(self.offsets[block.start])
-            lines = file.read(self.size_of(block)).split(b"\n")
-        # They may be followed by events that are being appended and are not durable yet.
-        return [line.split(_EVENT, 1)[1][:-1] for line in lines[: len(block)]]
-
-    def read_part(self, number: int, at: int) -> bytes:
-        """Return BLOCK_BYTES of one event's JSON from its byte `at`; empty at its end."""
-        with self.journal.path.open("rb") as file:
-            file.seek(self.offsets[number])
-            begin = file.read(_HEAD_BYTES).index(_EVENT) + len(_EVENT)
-            file.seek(self.offsets[number] + begin + at)
-            # The line ends with a brace and its newline.
-            part = file.read(BLOCK_BYTES + 2)
-        end = part.find(b"\n")
-        return part[: BLOCK_BYTES if end < 0 else end - 1]
-
-    def size_of(self, block: range) -> int:
-        """Return how many bytes of the file a block takes."""
-        return self._end(block.stop - 1) - self.offsets[block.start]
-
-    def _end(self, number: int) -> int:
-        """Return where the line of an event ends."""
-        return self.offsets[number + 1] if number + 1 < len(self.offsets) else self.journal.size
 
 
 @dataclass(slots=True)
@@ -173,46 +63,56 @@ class _Append:
     error: StorageError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Blocks:
-    """Blocks of one VM's events, the earliest first, whose end is on the disk."""
+class EventFollower:
+    """Sends the events of one VM as they come. Made by `EventLog.follow`; `send_to` is called once."""
 
-    file: EventFile
-    blocks: Sequence[range]
-    descending: bool
-    in_thread: Callable[..., Awaitable[Any]]
+    def __init__(self, log: EventLog, view: EventView, position: Position) -> None:
+        # Set when there may be something new.
+        self.wakeup = Wakeup()
+        # What remains when the VM was deleted.
+        self.left: EventView | None = None
+        self._log = log
+        self._uid = view.uid
+        self._kinds = view.kinds
+        self._in_thread = view.in_thread
+        self._position = position
 
-    async def send(self, send: Callable[[bytes], Awaitable[None]]) -> None:
-        """Send a JSON array of the events. Raises EventsDeletedError."""
-        before = b"["
-        for block in reversed(self.blocks) if self.descending else self.blocks:
-            if self.is_long(block):
-                await send(before)
-                at = 0
-                while part := await self._call(self.file.read_part, block.start, at):
-                    await send(part)
-                    at += len(part)
-            else:
-                await send(before + await self.read(block))
-            before = b","
-        await send(b"]")
+    def leave(self, file: EventFile | None, lifecycle: VMLifecycle) -> None:
+        """Take over the events of a VM that was deleted."""
+        self.left = EventView(self._uid, file, lifecycle, self._kinds, self._in_thread)
+        self.wakeup.set()
 
-    async def read(self, block: range) -> bytes:
-        """Return the JSON of a block's events in their order, separated by commas. Raises EventsDeletedError."""
-        texts: list[bytes] = await self._call(self.file.read, block)
-        if self.descending:
-            texts.reverse()
-        return b",".join(texts)
+    async def send_to(self, send: Send, is_over: Callable[[], Awaitable[bool]], silence: float) -> None:
+        """Send each event as a line, until the VM is deleted or `is_over()` at the latest of its changes.
 
-    def is_long(self, block: range) -> bool:
-        """Return whether a block is one event that is read in parts."""
-        return len(block) == 1 and self.file.size_of(block) > BLOCK_BYTES
-
-    async def _call(self, read: Callable[..., Any], *arguments: object) -> Any:
+        After each `silence` seconds without an event an empty line is sent. An event that was written before the end is
+        sent, unless the VM was deleted and the client takes longer than _LEFT_SECONDS.
+        """
         try:
-            return await self.in_thread(read, *arguments)
-        except FileNotFoundError:
-            raise EventsDeletedError(self.file.uid) from None
+            while self.left is None:
+                over = await is_over()
+                if self._kinds.lifecycle:
+                    await self._log.flush()
+                await self._send_new(send)
+                if over:
+                    return
+                with trio.move_on_after(silence) as waiting:
+                    await self.wakeup.wait()
+                if waiting.cancelled_caught:
+                    await send(b"\n")
+            with trio.move_on_after(_LEFT_SECONDS):
+                await self._send_new(send)
+        except EventsDeletedError:
+            # Its file is kept for followers, unless a person removes it.
+            return
+        finally:
+            self._log.forget(self._uid, self)
+
+    async def _send_new(self, send: Send) -> None:
+        view = self.left or self._log.view(self._uid, self._kinds)
+        pieces = view.select(self._position, view.end)
+        await view.send_lines(self._position, view.blocks(pieces), send)
+        self._position = position_after(self._position, pieces)
 
 
 class EventLog:
@@ -222,25 +122,26 @@ class EventLog:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        disk: Disk | None = None,
-        in_thread: Callable[..., Awaitable[Any]] = trio.to_thread.run_sync,
+        self, directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
     ) -> None:
         self._directory = directory
         self._disk = disk or Disk()
         self._in_thread = in_thread
         self._files: dict[str, EventFile] = {}
+        self._lifecycle = LifecycleLog(directory / LIFECYCLE_FILE, self._disk, in_thread, self._count, self.wake)
         self._appends: dict[str, _Append] = {}
         self._dropped: list[str] = []
         self._wakeup = Wakeup()
+        # By uid: the followers, and what remains of the lifecycle events of a VM that was deleted.
+        self._followers: dict[str, list[weakref.ref[EventFollower]]] = {}
+        self._left: dict[str, VMLifecycle] = {}
         # Why nothing can be appended any more; empty while the log works.
         self._broken = ""
 
     def open(self, uids: Container[str]) -> None:
         """Load the events of the VMs with these uids, and unlink those of others. Does disk I/O.
 
-        Raises DamagedError, OSError.
+        Raises DamagedError, OSError; BrokenError when it is not known whether the disk holds the lifecycle events.
         """
         if not self._directory.exists():
             self._directory.mkdir(mode=0o700)
@@ -250,8 +151,11 @@ class EventLog:
         else:
             # The last process may have been killed before it did.
             self._disk.sync_directory(self._directory)
+        self._lifecycle.open(uids)
         for path in sorted(self._directory.iterdir()):
             uid = path.name.removesuffix(".jsonl")
+            if path.name == LIFECYCLE_FILE:
+                continue
             if uid == path.name or uid not in uids:
                 # Loading a file has removed its draft already.
                 path.unlink(missing_ok=True)
@@ -259,6 +163,8 @@ class EventLog:
             file = EventFile(self._directory, uid, self._disk)
             file.load()
             self._files[uid] = file
+
+    # -- writing
 
     async def append(self, uid: str, events: Sequence[Event]) -> None:
         """Append events to a VM's, in their order; they are durable when this returns.
@@ -279,48 +185,123 @@ class EventLog:
         if append.error is not None:
             raise append.error
 
-    def drop(self, uid: str) -> None:
-        """Forget a VM's events, and have their file unlinked."""
+    def record(self, uid: str, event: Event) -> None:
+        """Have a lifecycle event of a VM written some time later. `flush` waits for it."""
+        self._lifecycle.add((uid, event))
+        self.wake(uid)
+
+    async def flush(self) -> None:
+        """Wait until the lifecycle events that were recorded before are written, or an attempt to do so has failed."""
+        await self._lifecycle.flush()
+
+    def drop(self, uid: str, last: Event | None = None) -> None:
+        """Forget a VM's events, and have its file unlinked. Its followers are sent what they lack, and `last`."""
         append = self._appends.pop(uid, None)
         if append is not None:
             append.error = EventsDeletedError(uid)
             append.done.set()
+        waiting = self._lifecycle.waiting(uid) if uid in self._followers else []
+        left = self._lifecycle.drop(uid)
+        if uid in self._followers:
+            for event in [*waiting, *([last] if last is not None else [])]:
+                left.add(event, self._count(uid))
+            self._left[uid] = left
         self._dropped.append(uid)
         self._wakeup.set()
 
+    # -- reading
+
+    def view(self, uid: str, kinds: EventKinds) -> EventView:
+        """Return a VM's events as they are now."""
+        return EventView(uid, self._files.get(uid), self._lifecycle.of(uid), kinds, self._in_thread)
+
     async def page(
-        self, uid: str, limit: int | None, order: Literal["asc", "desc"], cursor: str | None
+        self,
+        uid: str,
+        limit: int | None,
+        order: Literal["asc", "desc"],
+        cursor: str | None,
+        kinds: EventKinds = _ALL_KINDS,
     ) -> tuple[bytes | SendPage, str | None]:
         """Return (a JSON array of events, the cursor of the next page or None after the last).
 
-        Without a `limit` the page has all events. A page that is longer than BLOCK_BYTES is returned as a function that
-        reads it block by block, and sends each with the function that it is given. Raises InvalidCursorError;
-        EventsDeletedError when the VM was deleted meanwhile, and so does that function; StorageFullError or
-        StorageUnavailableError when it is not known whether the events are on the disk.
+        Without a `limit` the page has all events. It has fewer than the limit if the VM has events of kinds that are not
+        shown. A page that is longer than BLOCK_BYTES is returned as a function that reads it block by block, and sends
+        each with the function that it is given. Raises InvalidCursorError; EventsDeletedError when the VM was deleted
+        meanwhile, and so does that function; StorageFullError or StorageUnavailableError when it is not known whether the
+        events are on the disk.
         """
+        view = await self._durable_view(uid, kinds)
+        newest_first = order == "desc"
+        begin, end = view.begin, view.end
+        if cursor is not None:
+            begin, end = (begin, view.position(cursor)) if newest_first else (view.position(cursor), end)
+        pieces = view.select(begin, end)
+        following = None
+        if limit is not None and count_events(pieces) > limit:
+            pieces = take(pieces, limit, newest_first)
+            following = view.cursor(position_before(end, pieces) if newest_first else position_after(begin, pieces))
+        blocks = view.blocks(pieces)
+        if view.is_small(blocks):
+            return await view.read_array(blocks, newest_first), following
+        return partial(view.send_array, blocks, newest_first), following
+
+    async def follow(self, uid: str, cursor: str | None, kinds: EventKinds) -> EventFollower:
+        """Return a follower of the events after a cursor, or of all. It misses nothing from now on.
+
+        Raises InvalidCursorError, StorageFullError, StorageUnavailableError, as `page`.
+        """
+        view = await self._durable_view(uid, kinds)
+        follower = EventFollower(self, view, view.begin if cursor is None else view.position(cursor))
+        # A follower that is never started is forgotten when it is collected.
+        gone = weakref.ref(follower, partial(self._forget, uid))
+        self._followers.setdefault(uid, []).append(gone)
+        return follower
+
+    async def _durable_view(self, uid: str, kinds: EventKinds) -> EventView:
         file = self._files.get(uid)
         # Of thousands of files, only those that are read are synced after a start.
         if file is not None and not file.is_durable:
             await self._write_durably(uid, ())
-        count = len(file.offsets) if file is not None else 0
-        at = _position(uid, cursor, count, order)
-        if order == "asc":
-            start, stop = at, count if limit is None else min(count, at + limit)
-            following = stop if stop < count else None
-        else:
-            start, stop = 0 if limit is None else max(0, at - limit), at
-            following = start if start > 0 else None
-        if file is None or start >= stop:
-            return b"[]", None
-        next_cursor = None if following is None else f"{uid[:8]}-{following}"
-        pages = _Blocks(file, file.blocks(start, stop), order == "desc", self._in_thread)
-        if len(pages.blocks) > 1 or pages.is_long(pages.blocks[0]):
-            return pages.send, next_cursor
-        return b"[%b]" % await pages.read(pages.blocks[0]), next_cursor
+        if kinds.lifecycle:
+            await self.flush()
+        return self.view(uid, kinds)
+
+    def forget(self, uid: str, follower: EventFollower) -> None:
+        """Forget a follower that has ended."""
+        for reference in self._followers.get(uid, ()):
+            if reference() is follower:
+                self._forget(uid, reference)
+                return
+
+    def _forget(self, uid: str, reference: weakref.ref[EventFollower]) -> None:
+        references = self._followers.get(uid, [])
+        if reference in references:
+            references.remove(reference)
+        if not references and self._followers.pop(uid, None) is not None and self._left.pop(uid, None) is not None:
+            self._dropped.append(uid)
+            self._wakeup.set()
+
+    def _count(self, uid: str) -> int:
+        file = self._files.get(uid)
+        return len(file.offsets) if file is not None else 0
+
+    def wake(self, uid: str) -> None:
+        """Have the followers of a VM look again: there may be something new, or their end."""
+        for reference in self._followers.get(uid, ()):
+            if (follower := reference()) is not None:
+                follower.wakeup.set()
+
+    # -- the tasks
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write what is appended until cancelled. Raises BrokenError when it is not known what the disk holds."""
-        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._lifecycle.run)
+            nursery.start_soon(self._run)
+            task_status.started()
+
+    async def _run(self) -> None:
         while True:
             await self._wakeup.wait()
             appends, self._appends = self._appends, {}
@@ -328,19 +309,28 @@ class EventLog:
             for uid in appends:
                 if uid not in self._files:
                     self._files[uid] = EventFile(self._directory, uid, self._disk)
+            # The followers of a VM still read its file.
+            unlinked = [uid for uid in dropped if uid not in self._followers]
             # Shielded: the write goes on in its thread, and those who wait for it must be told.
             with trio.CancelScope(shield=True):
-                broken = await self._in_thread(self._write, appends, dropped)
+                broken = await self._in_thread(self._write, appends, unlinked)
             for uid in dropped:
-                self._files.pop(uid, None)
-            for append in appends.values():
+                self._leave(uid, self._files.pop(uid, None))
+            for uid, append in appends.items():
                 append.done.set()
+                self.wake(uid)
             if broken is not None:
                 self._broken = f"no events can be stored any more: {broken}; restart the controller"
                 # The answers that say so leave before the process ends.
                 with trio.CancelScope(shield=True):
                     await trio.sleep(BROKEN_DELAY)
                 raise broken
+
+    def _leave(self, uid: str, file: EventFile | None) -> None:
+        """Leave the events of a VM that was deleted to its followers."""
+        for reference in self._followers.get(uid, ()):
+            if (follower := reference()) is not None:
+                follower.leave(file, self._left.get(uid, VMLifecycle()))
 
     def _write(self, appends: dict[str, _Append], dropped: list[str]) -> BrokenError | None:
         broken = None
@@ -365,12 +355,3 @@ class EventLog:
             except OSError as error:
                 _logger.warning("cannot unlink %s: %s; the next start will", path, error)
         return broken
-
-
-def _position(uid: str, cursor: str | None, count: int, order: Literal["asc", "desc"]) -> int:
-    if cursor is None:
-        return 0 if order == "asc" else count
-    match = _CURSOR.fullmatch(cursor)
-    if match is None or match[1] != uid[:8] or int(match[2]) > count:
-        raise InvalidCursorError(cursor)
-    return int(match[2])

@@ -32,7 +32,7 @@ from typing import Any
 import trio
 
 from orchard.nursery import Wakeup, first_exception, growing_pause
-from orchard.schema import VM, Event, HostDirPolicy
+from orchard.schema import PULLING, VM, Event, HostDirPolicy
 from orchard.vm.driver import (
     Driver,
     DriverError,
@@ -282,9 +282,9 @@ class Instance:
         pulls = spec.image_pull_policy == "Always"
 
         def show_progress(percent: int) -> None:
-            self._show(progress=f"pulling image: {percent} %")
+            self._show(progress=f"{PULLING}: {percent} %")
 
-        self._show("create", progress="pulling image" if pulls else "cloning image")
+        self._show("create", progress=PULLING if pulls else "cloning image")
         # Only a local VM can be suspended, and only an image has a slash in its name.
         sources: Sequence[LocalVM] = []
         async with self._host.transfer(spec.image, show_progress, always=pulls) as on_progress:

@@ -19,7 +19,6 @@ from orchard import controller
 from orchard.client import Client
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog
-from orchard.store import Store
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 
@@ -50,11 +49,11 @@ class InProcessCluster:
         )
 
         @contextmanager
-        def opened(directory: Path) -> Iterator[tuple[Store, EventLog]]:
-            with controller.open_data_directory(directory) as (store, _):
+        def opened(directory: Path) -> Iterator[controller.StoredData]:
+            with controller.open_data_directory(directory) as data:
                 events = EventLog(directory / "events", self.events_disk)
-                events.open({vm.uid for vm in store.state.vms.values()})
-                yield store, events
+                events.open({vm.uid for vm in data.store.state.vms.values()})
+                yield data._replace(events=events)
 
         async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
             platform = controller.Platform(open_data=opened)

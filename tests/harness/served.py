@@ -33,12 +33,14 @@ from orchard.net.request import (
 )
 from orchard.operations import make_api
 from orchard.reactions import Reactions
+from orchard.recorder import Recorder
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
 from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import StorageError
 from orchard.storage.events import EventLog
+from orchard.storage.history import History
 from orchard.storage.journal import Disk
 from orchard.store import Store, check
 from orchard.tunnel import Rendezvous, VMAccess
@@ -195,16 +197,20 @@ async def served(
         renew_promises(store, offline_timeout)
         events = EventLog(directory / "events")
         events.open({vm.uid for vm in store.state.vms.values()})
+        history = History(directory)
+        history.open()
         rendezvous = Rendezvous()
         loop = SchedulingLoop(store, offline_timeout, lambda: BEGAN)
         sessions = AccountSessions(store.state.accounts)
-        Reactions(store, events, rendezvous, loop, sessions, lambda: BEGAN)
+        Recorder(store, events, history, lambda: BEGAN)
+        Reactions(store, rendezvous, loop, sessions, lambda: BEGAN)
         vm_access = VMAccess(store, rendezvous)
         tokens = auth.AccessTokens(b"k" * 32, store.state.accounts, lambda: BEGAN)
         gate = Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if accounts else None
         parts = ControllerParts(
             store,
             events,
+            history,
             loop.liveness,
             rendezvous,
             vm_access,
@@ -220,6 +226,7 @@ async def served(
         async with trio.open_nursery() as writers:
             await writers.start(store.run)
             await writers.start(events.run)
+            await writers.start(history.run)
             with store.transaction() as tx:
                 for account in accounts:
                     tx.put(account)

@@ -38,6 +38,7 @@ from orchard.liveness import Liveness, Source
 from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.events import EventLog
+from orchard.storage.history import History
 from orchard.store import Store
 from orchard.tunnel import Rendezvous
 from orchard.worker import CONTROLLER_ANSWER_SECONDS, WorkerService
@@ -298,7 +299,7 @@ class SimulatedCluster:
         await self._nursery.start(run)
 
     @contextmanager
-    def _open_data(self, process: Process, directory: Path) -> Iterator[tuple[Store, EventLog]]:
+    def _open_data(self, process: Process, directory: Path) -> Iterator[controller.StoredData]:
         async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
             await process.wait_thawed()
@@ -322,9 +323,11 @@ class SimulatedCluster:
             store.on_commit(self.committed)
             events = EventLog(directory / "events", disk, in_thread)
             events.open({vm.uid for vm in store.state.vms.values()})
+            history = History(directory, disk, in_thread)
+            history.open()
             self.store = store
             try:
-                yield store, events
+                yield controller.StoredData(store, events, history)
             finally:
                 self.store = None
 

@@ -23,6 +23,7 @@ from harness.strategies import QUICK, resources
 from hypothesis import given
 from hypothesis import strategies as st
 
+import orchard.storage.event_file
 import orchard.storage.events
 from orchard.codec import encode
 from orchard.nursery import unwrap_groups
@@ -34,7 +35,8 @@ from orchard.storage.errors import (
     StorageFullError,
     StorageUnavailableError,
 )
-from orchard.storage.events import EventLimitError, EventLog, EventsDeletedError, InvalidCursorError
+from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError
+from orchard.storage.events import EventLimitError, EventLog
 from orchard.storage.journal import Disk, Journal
 
 A = "aaaaaaaa-0000-4000-8000-000000000000"
@@ -72,7 +74,7 @@ async def whole_page(
 
     async def send(piece: bytes) -> None:
         await trio.lowlevel.checkpoint()
-        assert len(piece) <= orchard.storage.events.BLOCK_BYTES + 1
+        assert len(piece) <= orchard.storage.event_file.BLOCK_BYTES + 1
         pieces.append(piece)
 
     await page(send)
@@ -316,7 +318,7 @@ async def test_append_waiting_for_a_dropped_vm_raises_events_deleted_error(tmp_p
 async def test_long_page_is_read_block_by_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Order, block_bytes: int
 ) -> None:
-    monkeypatch.setattr(orchard.storage.events, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(orchard.storage.event_file, "BLOCK_BYTES", block_bytes)
     written = [event(number, "\u00e9\n" * (number * 7 % 150)) for number in range(40)]
     encoded = [encode(one) for one in written]
     async with running(tmp_path) as log:
@@ -331,7 +333,7 @@ async def test_long_page_is_read_block_by_block(
 
 
 async def test_long_page_shows_what_was_there_at_its_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orchard.storage.events, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(orchard.storage.event_file, "BLOCK_BYTES", 100)
     async with running(tmp_path) as log:
         await log.append(A, events(*range(10)))
         page, _ = await log.page(A, None, "asc", None)

@@ -1,0 +1,85 @@
+"""The history: what became of each VM that was deleted, in a bounded file that survives restarts (records.py).
+
+The last MAX_ENDED VMs are kept, as far as they have MAX_BYTES together.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import trio
+
+from orchard.codec import MalformedError, dump_json, encode, parse_time
+from orchard.files import HISTORY_FILE
+from orchard.schema import EndedVM
+from orchard.storage.errors import DamagedError
+from orchard.storage.journal import Disk
+from orchard.storage.records import BatchedRecords, RecordFile, RunInThread
+
+MAX_ENDED = 10_000
+# An entry has some 500 bytes. Metadata makes it longer, by 16 KiB at most.
+MAX_BYTES = 32 * 1024 * 1024
+
+
+class History(BatchedRecords[EndedVM]):
+    """The VMs that have ended, the earliest first."""
+
+    def __init__(
+        self, directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
+    ) -> None:
+        """`directory` is the data directory."""
+        super().__init__(RecordFile(directory / HISTORY_FILE, "history", disk or Disk()), in_thread)
+        # When each ended, and its JSON.
+        self._ended: deque[tuple[datetime.datetime, bytes]] = deque()
+        self._bytes = 0
+        self._prepared: list[bytes] = []
+
+    def open(self) -> None:
+        """Load the history. Does disk I/O. Raises DamagedError, OSError; BrokenError when it cannot be synced."""
+        self.inspect()
+        self.file.make_durable()
+
+    def inspect(self) -> int:
+        """Read and check the file, and change nothing. Return how many VMs are in it. Raises DamagedError, OSError."""
+        for offset, record in self.file.inspect():
+            try:
+                ended = parse_time(record["endedAt"], "endedAt")
+            except (KeyError, TypeError, MalformedError):
+                ended = None
+            if ended is None:
+                raise DamagedError(self.file.journal.path, offset, "an entry has no endedAt")
+            self._add(ended, dump_json(record))
+        return len(self._ended)
+
+    def select(self, since: datetime.datetime | None, limit: int | None) -> list[bytes]:
+        """Return the JSON of the VMs that ended at or after `since`, the earliest first, and of these the first `limit`.
+
+        Without `since`, return the last `limit`.
+        """
+        if since is None:
+            kept = [text for _, text in self._ended]
+            return kept if limit is None else kept[-limit:]
+        return [text for ended, text in self._ended if ended >= since][:limit]
+
+    def _add(self, ended: datetime.datetime, text: bytes) -> None:
+        self._ended.append((ended, text))
+        self._bytes += len(text)
+        while len(self._ended) > MAX_ENDED or self._bytes > MAX_BYTES:
+            self._bytes -= len(self._ended.popleft()[1])
+
+    def _prepare(self, records: Sequence[EndedVM]) -> list[bytes]:
+        self._prepared = [dump_json(encode(record)) for record in records]
+        return self._prepared
+
+    def _keep(self, records: Sequence[EndedVM]) -> None:
+        for record, text in zip(records, self._prepared, strict=True):
+            self._add(record.ended_at, text)
+
+    def _live_count(self) -> int:
+        return len(self._ended)
+
+    def _live(self) -> list[bytes]:
+        return [text for _, text in list(self._ended)]

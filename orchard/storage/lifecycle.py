@@ -1,0 +1,168 @@
+"""The lifecycle events of VMs: what the controller did with each, in one bounded file for all VMs (records.py).
+
+A VM's last MAX_LIFECYCLE events are kept, so that one which restarts without end fills neither disk nor memory. They have
+numbers of their own, which never change. Each also holds how many events the VM's own file (event_file.py) had when it
+was written, so both kinds are shown in one order. The events of a VM are forgotten with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import trio
+
+from orchard.codec import dump_json, encode
+from orchard.schema import Event
+from orchard.storage.errors import DamagedError
+from orchard.storage.journal import Disk
+from orchard.storage.records import BatchedRecords, RecordFile, RunInThread
+
+# Some ten runs of a VM.
+MAX_LIFECYCLE = 64
+
+
+class LifecycleEvent(NamedTuple):
+    """An event's number, how many events the VM's own file had before it, and its JSON."""
+
+    number: int
+    after: int
+    text: bytes
+
+
+@dataclass(slots=True)
+class VMLifecycle:
+    """The lifecycle events of one VM, the earliest first."""
+
+    events: deque[LifecycleEvent] = field(default_factory=lambda: deque(maxlen=MAX_LIFECYCLE))
+
+    @property
+    def begin(self) -> int:
+        """The number of the first one that is kept."""
+        return self.events[0].number if self.events else 0
+
+    @property
+    def end(self) -> int:
+        """The number of the next one."""
+        return self.events[-1].number + 1 if self.events else 0
+
+    def add(self, event: Event, after: int) -> LifecycleEvent:
+        """Add the next event, after so many of the VM's file."""
+        added = LifecycleEvent(self.end, after, dump_json(encode(event)))
+        self.events.append(added)
+        return added
+
+    def between(self, begin: int, end: int) -> list[LifecycleEvent]:
+        """Return those with numbers from `begin` to `end` - 1 that are kept."""
+        return list(islice(self.events, max(0, begin - self.begin), max(0, end - self.begin)))
+
+    def number_at(self, after: int) -> int:
+        """Return the number of the first one that follows so many events of the VM's file, or more."""
+        return next((event.number for event in self.events if event.after >= after), self.end)
+
+
+class LifecycleLog(BatchedRecords[tuple[str, Event]]):
+    """The lifecycle events of all VMs, by uid.
+
+    `count_events` returns how many events a VM's own file has. `tell` is called with the uid for each event written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        disk: Disk,
+        in_thread: RunInThread = trio.to_thread.run_sync,
+        count_events: Callable[[str], int] = lambda uid: 0,
+        tell: Callable[[str], None] = lambda uid: None,
+    ) -> None:
+        super().__init__(RecordFile(path, "lifecycle", disk), in_thread)
+        self._count_events = count_events
+        self._tell = tell
+        self._vms: dict[str, VMLifecycle] = {}
+        self._count = 0
+        self._prepared: list[LifecycleEvent] = []
+        # VMs that were dropped since the last write began.
+        self._dropped: set[str] = set()
+
+    def open(self, uids: Container[str]) -> None:
+        """Load the events of the VMs with these uids. Does disk I/O.
+
+        Raises DamagedError, OSError; BrokenError when it cannot be synced.
+        """
+        self.inspect(uids)
+        self.file.make_durable()
+
+    def inspect(self, uids: Container[str]) -> int:
+        """Read and check the file, and change nothing. Return how many events these VMs have.
+
+        Raises DamagedError, OSError.
+        """
+        for offset, record in self.file.inspect():
+            match record:
+                case {"uid": str(uid), "n": int(number), "after": int(after), "event": dict(event)}:
+                    if uid in uids:
+                        known = self._vms.get(uid)
+                        if known is not None and number != known.end:
+                            what = f"lifecycle event {number} of the VM with uid {uid} follows {known.end - 1}"
+                            raise DamagedError(self.file.journal.path, offset, what)
+                        self._add(uid, LifecycleEvent(number, after, dump_json(event)))
+                case _:
+                    raise DamagedError(self.file.journal.path, offset, "a lifecycle event is not understood")
+        return self._count
+
+    def of(self, uid: str) -> VMLifecycle:
+        """Return a VM's events."""
+        return self._vms.get(uid) or VMLifecycle()
+
+    def drop(self, uid: str) -> VMLifecycle:
+        """Forget a VM's events, and return those that were written."""
+        dropped = self._vms.pop(uid, VMLifecycle())
+        self._count -= len(dropped.events)
+        self._dropped.add(uid)
+        return dropped
+
+    def waiting(self, uid: str) -> list[Event]:
+        """Return the events of a VM that are not written yet."""
+        writing = self._writing.records if self._writing is not None else ()
+        return [event for owner, event in (*writing, *self._gathering.records) if owner == uid]
+
+    def _add(self, uid: str, event: LifecycleEvent) -> None:
+        events = self._vms.setdefault(uid, VMLifecycle()).events
+        self._count += len(events) < MAX_LIFECYCLE
+        events.append(event)
+
+    def _wanted(self, records: Iterable[tuple[str, Event]]) -> list[tuple[str, Event]]:
+        dropped, self._dropped = self._dropped, set()
+        return [record for record in records if record[0] not in dropped]
+
+    def _prepare(self, records: Sequence[tuple[str, Event]]) -> list[bytes]:
+        ends: dict[str, int] = {}
+        self._prepared = []
+        for uid, event in records:
+            number = ends.get(uid)
+            if number is None:
+                number = self.of(uid).end
+            ends[uid] = number + 1
+            self._prepared.append(LifecycleEvent(number, self._count_events(uid), dump_json(encode(event))))
+        return [_stored(uid, event) for (uid, _), event in zip(records, self._prepared, strict=True)]
+
+    def _keep(self, records: Sequence[tuple[str, Event]]) -> None:
+        for (uid, _), event in zip(records, self._prepared, strict=True):
+            if uid not in self._dropped:
+                self._add(uid, event)
+                self._tell(uid)
+
+    def _live_count(self) -> int:
+        return self._count
+
+    def _live(self) -> list[bytes]:
+        # Each list() is one step of the interpreter, so the task that changes the originals cannot come in between.
+        return [_stored(uid, event) for uid, lifecycle in list(self._vms.items()) for event in list(lifecycle.events)]
+
+
+def _stored(uid: str, event: LifecycleEvent) -> bytes:
+    return b'{"uid":"%b","n":%d,"after":%d,"event":%b}' % (uid.encode(), event.number, event.after, event.text)

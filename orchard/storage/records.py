@@ -1,0 +1,240 @@
+"""Files of small records: the history of VMs that have ended (history.py), and lifecycle events (lifecycle.py).
+
+All records are in memory as well, so a file is read only at a start. `RecordFile` appends to it, and replaces it by one
+with the live records alone when most of it is outdated. Each line holds the records of one append, so a crash keeps or
+loses them together.
+
+`BatchedRecords` writes at most once in WRITE_DELAY, unless a reader asks for it, so that records do not slow down the
+changes of the state by syncs. A kill loses the records that were not written yet, and repeats none.
+Records are shown only when they are durable. Those that do not fit on a full disk wait for space.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import trio
+
+from orchard.codec import dump_json
+from orchard.nursery import Wakeup
+from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError
+from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
+
+# Between the first record that waits and the write, unless a reader asks for it earlier.
+WRITE_DELAY = 1.0
+# Before another attempt when a write has failed.
+_RETRY_SECONDS = 10.0
+# Records that are written without a delay, since formatting more of them would hold the event loop for long.
+_MANY = 1_000
+# Unwritten records while nothing can be written. Beyond that the oldest are lost.
+MAX_UNWRITTEN = 10_000
+# Outdated records of a file, beside as many as are live, before it is replaced.
+_SLACK = 2_500
+# Records of one line of a file that is replaced.
+_LINE_RECORDS = 500
+_VERSION = 1
+
+RecordT = TypeVar("RecordT")
+# Runs blocking work, as trio.to_thread.run_sync does.
+RunInThread = Callable[..., Awaitable[Any]]
+
+_logger = logging.getLogger("orchard.storage.records")
+
+
+class RecordFile:
+    """Records, each a JSON object, in a file of checked lines. Its methods do disk I/O, for a thread."""
+
+    def __init__(self, path: Path, kind: str, disk: Disk) -> None:
+        self.journal = Journal(path, disk)
+        # Records in the file, outdated ones included.
+        self.count = 0
+        self._kind = kind
+        self._replace_at = 0
+
+    def inspect(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Read and check the file, and change nothing; yield each record with the offset of its line.
+
+        A file that does not exist has no records. Raises DamagedError, OSError.
+        """
+        self.count = 0
+        if not self.journal.path.exists():
+            return
+        header = None
+        for offset, line in self.journal.read():
+            if header is None:
+                header = line
+                if any(header.get(name) != value for name, value in self._header().items()):
+                    what = f"the header is not that of orchard-{self._kind} version {_VERSION}"
+                    raise DamagedError(self.journal.path, 0, what)
+                continue
+            records = line.get("records")
+            if not isinstance(records, list):
+                raise DamagedError(self.journal.path, offset, "the line has no records")
+            for record in records:
+                self.count += 1
+                yield offset, record
+        if header is None:
+            raise DamagedError(self.journal.path, 0, "the file has no header")
+
+    def make_durable(self) -> None:
+        """Cut off what a crash left at the end of the file, and sync what `inspect` has read to its end.
+
+        Raises BrokenError, OSError.
+        """
+        if self.count or self.journal.path.exists():
+            self.journal.open_for_append()
+            self.journal.sync()
+            self.journal.close()
+
+    def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
+        """Append records, all or none; they are durable when this returns. `live` are those that the file must keep.
+
+        Raises NotWrittenError, BrokenError.
+        """
+        try:
+            if not self.journal.size:
+                self._replace([*live(), *records])
+            elif self.count + len(records) > max(self._replace_at, 2 * live_count + _SLACK):
+                self._replace_or_append(records, live)
+            else:
+                self._append(records)
+        finally:
+            self.journal.close()
+
+    def _replace_or_append(self, records: Sequence[bytes], live: Callable[[], list[bytes]]) -> None:
+        try:
+            self._replace([*live(), *records])
+        except NotWrittenError as error:
+            # There is no space for both files.
+            _logger.warning("file of records not replaced: %s", error)
+            self._replace_at = self.count + _SLACK
+            self._append(records)
+
+    def _append(self, records: Sequence[bytes]) -> None:
+        self.journal.append([_line(records)])
+        self.count += len(records)
+
+    def _replace(self, records: Sequence[bytes]) -> None:
+        starts = range(0, len(records), _LINE_RECORDS)
+        lines = [_line(records[start : start + _LINE_RECORDS]) for start in starts]
+        self.journal.create([dump_json(self._header()), *lines])
+        self.count = len(records)
+
+    def _header(self) -> dict[str, Any]:
+        return {"format": f"orchard-{self._kind}", "version": _VERSION}
+
+
+def _line(records: Sequence[bytes]) -> bytes:
+    return b'{"records":[%b]}' % b",".join(records)
+
+
+@dataclass(slots=True)
+class _Batch(Generic[RecordT]):
+    """Records that are written together, and an event that is set after the attempt."""
+
+    records: deque[RecordT] = field(default_factory=lambda: deque(maxlen=MAX_UNWRITTEN))
+    done: trio.Event = field(default_factory=trio.Event)
+
+
+class BatchedRecords(Generic[RecordT]):
+    """Records in memory and in a file, written in batches. `run` must be running for `flush` to return.
+
+    A subclass keeps the records in memory, and says how they are stored.
+    """
+
+    def __init__(self, file: RecordFile, in_thread: RunInThread) -> None:
+        self.file = file
+        self._in_thread = in_thread
+        self._gathering: _Batch[RecordT] = _Batch()
+        self._writing: _Batch[RecordT] | None = None
+        self._wakeup = Wakeup()
+        # Set when a reader waits.
+        self._urgent = trio.Event()
+        self._is_broken = False
+
+    def add(self, record: RecordT) -> None:
+        """Have a record written."""
+        records = self._gathering.records
+        records.append(record)
+        if len(records) >= _MANY:
+            self._urgent.set()
+        self._wakeup.set()
+
+    async def flush(self) -> None:
+        """Wait until what was added before is written, or an attempt to do so has failed."""
+        if self._is_broken:
+            await trio.lowlevel.checkpoint()
+        elif self._gathering.records:
+            done = self._gathering.done
+            self._urgent.set()
+            await done.wait()
+        elif self._writing is not None:
+            await self._writing.done.wait()
+        else:
+            await trio.lowlevel.checkpoint()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Write what is added until cancelled. Raises BrokenError when it is not known what the disk holds."""
+        task_status.started()
+        pause = WRITE_DELAY
+        while True:
+            if not self._gathering.records:
+                await self._wakeup.wait()
+            with trio.move_on_after(pause):
+                await self._urgent.wait()
+            self._urgent = trio.Event()
+            pause = WRITE_DELAY if await self._write() else _RETRY_SECONDS
+
+    async def _write(self) -> bool:
+        """Write what has gathered. Return False when that failed, so that it is to be tried again."""
+        batch = self._writing = self._gathering
+        self._gathering = _Batch()
+        records = self._wanted(batch.records)
+        texts = self._prepare(records)
+        try:
+            if texts:
+                # Shielded: the write goes on in its thread.
+                with trio.CancelScope(shield=True):
+                    await self._in_thread(self.file.append, texts, self._live_count(), self._live)
+        except NotWrittenError as error:
+            _logger.warning("records were not stored, retrying: %s", error)
+            self._gathering.records = deque([*records, *self._gathering.records], MAX_UNWRITTEN)
+            return False
+        except BrokenError:
+            self._is_broken = True
+            batch.done.set()
+            # The answers to those who waited leave before the process ends.
+            with trio.CancelScope(shield=True):
+                await trio.sleep(BROKEN_DELAY)
+            raise
+        else:
+            self._keep(records)
+            return True
+        finally:
+            self._writing = None
+            batch.done.set()
+
+    def _wanted(self, records: Iterable[RecordT]) -> list[RecordT]:
+        """Return the records that are still to be stored."""
+        return list(records)
+
+    def _prepare(self, records: Sequence[RecordT]) -> list[bytes]:
+        """Return the JSON of new records as it is stored."""
+        raise NotImplementedError
+
+    def _keep(self, records: Sequence[RecordT]) -> None:
+        """Keep in memory the records that `_prepare` was last called with: they are durable now."""
+        raise NotImplementedError
+
+    def _live_count(self) -> int:
+        """Return the number of records in memory."""
+        raise NotImplementedError
+
+    def _live(self) -> list[bytes]:
+        """Return the JSON of all records in memory as it is stored. Called in the thread."""
+        raise NotImplementedError
