@@ -347,6 +347,9 @@ class SyntheticDriver(Driver):
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         guest = self._running(name)
+        if script.agent and _says(self._read(name)["source"], "no-agent"):
+            await guest.ending.wait()
+            raise DriverError(f"the VM ended before its guest agent could run the {script.kind} script")
         wrapped = WrappedScript.wrap(script)
         shell = await _start_shell(self._directory(name), script.username, wrapped.marker)
         if guest.ending.is_set():

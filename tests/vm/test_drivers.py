@@ -7,6 +7,7 @@ system's `ssh` and a real SSH server with a real shell behind it.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -232,6 +233,28 @@ async def test_disk_can_not_shrink(bench: Bench) -> None:
         await bench.driver.configure(NAME, Hardware(disk_size=70))
 
 
+# ---- what is reported of the host ----------------------------------------------------------------------------------
+
+
+async def test_pulled_images_are_listed_once_with_their_digests(bench: Bench) -> None:
+    assert await bench.driver.list_images() == []
+    for image in (IMAGE, "example.com/bare@sha256:" + "0" * 64):
+        await bench.driver.pull(image, lambda _: None)
+    await bench.create()
+    images = {image.name: image for image in await bench.driver.list_images()}
+    assert set(images) == {IMAGE, "example.com/bare@sha256:" + "0" * 64}
+    digest = (await bench.driver.fqn(IMAGE)).partition("@")[2]
+    assert (images[IMAGE].digest, digest[:7]) == (digest, "sha256:")
+    assert all(image.size_bytes >= 10**9 and image.last_used is not None for image in images.values())
+
+
+async def test_disk_and_version_are_known(bench: Bench) -> None:
+    disk = await bench.driver.disk()
+    assert disk is not None
+    assert 0 < disk.free_bytes <= disk.total_bytes
+    assert re.match(r"\d+\.", await bench.driver.version())
+
+
 # ---- what outlives a worker ----------------------------------------------------------------------------------------
 
 
@@ -415,6 +438,23 @@ async def test_cancelled_script_leaves_no_process_after_its_vm_has_ended(bench: 
     await eventually(lambda: processes_in(bench.home) == [])
 
 
+@pytest.mark.usefixtures("can_run_scripts")
+async def test_script_that_takes_too_long_is_killed_and_ends_with_124(bench: Bench) -> None:
+    await bench.create()
+    lines: list[str] = []
+
+    async def on_line(line: str) -> None:
+        lines.append(line)
+
+    async with bench.running():
+        limited = Script("echo begun; sleep 1000; echo never", seconds=0.5)
+        with pytest.raises(ScriptFailed) as failure, trio.fail_after(GENEROUS):
+            await bench.driver.run_script(NAME, limited, on_line)
+        assert failure.value.exit_code == 124
+        assert "begun" in lines
+        assert "never" not in lines
+
+
 async def test_script_in_a_stopped_vm_is_refused(bench: Bench) -> None:
     await bench.create()
     with pytest.raises(DriverError, match="running"):
@@ -436,6 +476,8 @@ VERBS: dict[str, tuple[str, Callable[[Bench], Awaitable[object]]]] = {
     "pull": ("absent", lambda bench: bench.driver.pull(IMAGE, lambda _: None)),
     "clone": ("absent", lambda bench: bench.create()),
     "clone locally": ("stopped", lambda bench: bench.create("orchard-second", NAME)),
+    "list images": ("absent", lambda bench: bench.driver.list_images()),
+    "disk": ("absent", lambda bench: bench.driver.disk()),
     "fqn": ("absent", lambda bench: bench.driver.fqn(IMAGE)),
     "configure": ("stopped", lambda bench: bench.driver.configure(NAME, Hardware(cpu=2), random_mac=True)),
     "list": ("stopped", lambda bench: bench.driver.list_vms()),

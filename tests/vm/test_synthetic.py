@@ -483,3 +483,82 @@ async def test_files_of_the_driver_are_private_under_any_umask(home: Path) -> No
     assert set(modes.values()) == {0o700}
     files = [path for path in (home / "new" / NAME).iterdir() if path.is_file()]
     assert {path.name: path.stat().st_mode & 0o777 for path in files} == {"vm.json": 0o600, "note": 0o600}
+
+
+# ---- images that say how they behave -------------------------------------------------------------------------------
+
+
+async def test_name_of_an_image_says_how_long_pull_and_boot_take(
+    home: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    driver = SyntheticDriver(home, boot_seconds=1000, pull_seconds=1000)
+    image = "example.com/pull-5s/x_boot-0.5s:latest"
+    told: list[int] = []
+    await driver.clone(image, NAME, told.append)
+    assert (trio.current_time(), told) == (5, list(range(10, 101, 10)))
+    await create(driver, "orchard-second", image)
+    assert trio.current_time() == 5, "the image is cached"
+    await driver.pull(image, told.append)
+    assert trio.current_time() == 10
+    async with running(driver):
+        assert trio.current_time() == 10.5
+
+
+@pytest.mark.parametrize("image", ["host/pull-fails:1", "host/pull-5s-pull-fails", "pull-fails"])
+async def test_image_that_cannot_be_pulled_leaves_nothing(
+    driver: SyntheticDriver, home: Path, autojump_clock: trio.testing.MockClock, image: str
+) -> None:
+    with pytest.raises(DriverError, match="pull"):
+        await driver.clone(image, NAME, lambda _: None)
+    assert (await driver.list_images(), await driver.list_vms(), list(home.iterdir())) == ([], [], [])
+    assert trio.current_time() == (5 if "5s" in image else 0)
+
+
+async def test_image_that_does_not_boot_fails_its_vm_which_can_be_deleted(
+    driver: SyntheticDriver, home: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    await create(driver, NAME, "host/boot-3s/boot-fails:1")
+    for attempt in (1, 2):
+        with pytest.raises(DriverError, match="boot"):
+            await driver.run(NAME, RunOptions())
+        assert trio.current_time() == 3 * attempt
+    assert await driver.list_vms() == [LocalVM(NAME, "stopped")]
+    await driver.delete(NAME)
+    assert list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize("image", ["host/spull-5s:1", "host/pull-5sx:1", "host/pull-fails2:1", "host/PULL-5s:1"])
+async def test_other_words_in_the_name_of_an_image_mean_nothing(
+    driver: SyntheticDriver, autojump_clock: trio.testing.MockClock, image: str
+) -> None:
+    await create(driver, NAME, image)
+    assert trio.current_time() == 0
+
+
+async def test_disk_holds_images_until_they_are_pruned(driver: SyntheticDriver) -> None:
+    driver.disk_bytes, driver.used_bytes = 100 * 10**9, 10 * 10**9
+    await create(driver, NAME, "host/size-40gb:1")
+    await create(driver, "orchard-second", "host/size-40gb:2")
+    disk = await driver.disk()
+    assert (disk.total_bytes, disk.free_bytes) == (100 * 10**9, 10 * 10**9)
+    await create(driver, "orchard-third", "host/size-40gb:1")
+    await driver.pull("host/size-20.5gb:1", lambda _: None)
+    assert [image.name for image in await driver.list_images()] == ["host/size-40gb:1", "host/size-20.5gb:1"]
+    assert (await driver.disk()).free_bytes == 29_500_000_000
+
+
+async def test_guest_agent_that_never_answers_runs_no_script(driver: SyntheticDriver) -> None:
+    await create(driver, NAME, "host/no-agent:1")
+    lines: list[str] = []
+
+    async def run_script(task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
+        with pytest.raises(DriverError, match="agent"):
+            await driver.run_script(NAME, Script("echo", agent=True), lines.append)  # type: ignore[arg-type]
+
+    async with running(driver) as nursery:
+        assert await script(driver, "echo over SSH") == ["over SSH"]
+        await nursery.start(run_script)
+        await trio.testing.wait_all_tasks_blocked()
+        await driver.stop(NAME)
+    assert lines == []
