@@ -265,6 +265,7 @@ class BlockingVMs(Blocking[VMs]):
     wait = AsCall(VMs.wait)
     events = AsIterator(VMs.events)
     events_page = AsCall(VMs.events_page)
+    follow = AsContext(VMs.follow, BlockingIterator)
     append_events = AsCall(VMs.append_events)
     port_forward = AsContext(VMs.port_forward, BlockingStream)
     exec = AsContext(VMs.exec, BlockingCommand)

@@ -6,25 +6,18 @@ The methods themselves are in the files beside this one, and the client in orcha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from orchard.codec import ValidationError, decode, parse_json
 from orchard.net.transport import ClientError, ClientResponse, Transport, excerpt
 from orchard.schema import (
-    IP,
     VM,
-    ClusterSettings,
-    ControllerInfo,
-    Event,
-    ServiceAccount,
-    VMAccessToken,
-    Worker,
     vm_from_json,
 )
 
 JSON = Mapping[str, Any]
-ShownT = TypeVar("ShownT", VM, Worker, ServiceAccount, ClusterSettings, ControllerInfo, Event, IP, VMAccessToken)
+ShownT = TypeVar("ShownT")
 
 
 class ResourceMethods:
@@ -56,7 +49,7 @@ def parse_message(message: str | bytes) -> Any:
 
 def decode_answer(kind: type[ShownT], raw: Any) -> ShownT:
     try:
-        return vm_from_json(raw) if kind is VM else decode(kind, raw)
+        return cast("ShownT", vm_from_json(raw)) if kind is VM else decode(kind, raw)
     except (ValidationError, TypeError, ValueError) as error:
         raise ClientError(f"the answer is not a valid {kind.__name__}: {error}") from error
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Unpack
 
-from orchard.codec import ValidationError, parse_json
+from orchard.codec import attr
 from orchard.filters import FieldCondition
 from orchard.methods.commands import CommandResult, RunningCommand
 from orchard.methods.common import JSON, ResourceMethods, decode_answer, decode_answers, list_of_names, url_path
 from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
-from orchard.net.transport import ClientError, ConnectError, Items, excerpt
+from orchard.methods.lines import JSONLines, ResumingLines
+from orchard.net.transport import ClientError, ConnectError, Items, ResponseError, excerpt
 from orchard.net.websocket import TunnelStream
 from orchard.schema import IP, VM, Event, VMAccessToken, VMSpec
 
-# The longest line of a VM's watch, which holds the whole VM.
-_MAX_LINE_BYTES = 64 * 1024 * 1024
 # Events that one request fetches.
 _PAGE_EVENTS = 1000
 # How long one request waits for a VM. Proxies cut off answers that take half a minute.
@@ -38,32 +39,11 @@ class VMFailed(ClientError):  # noqa: N818 -- the name says what has happened to
         self.vm = vm
 
 
-class _Changes:
-    """Reads the lines of a VM's watch out of the pieces of its body."""
+@dataclass(frozen=True, slots=True)
+class FollowedEvent(Event):
+    """An event, and the cursor with which `VMs.follow` goes on after it."""
 
-    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
-        self._pieces = pieces
-        self._lines: deque[bytes] = deque()
-        # The beginning of a line whose end has not arrived.
-        self._incomplete = b""
-
-    async def take(self) -> tuple[str, VM] | None:
-        """Return the next change, None at the end of the body. Raises ClientError."""
-        while not self._lines:
-            piece = await anext(self._pieces, None)
-            if piece is None:
-                return None
-            *lines, self._incomplete = (self._incomplete + piece).split(b"\n")
-            # An empty line only keeps the connection open through proxies.
-            self._lines.extend(filter(None, lines))
-            if len(self._incomplete) > _MAX_LINE_BYTES:
-                raise ClientError(f"a line of the watch is longer than {_MAX_LINE_BYTES} bytes")
-        line = self._lines.popleft()
-        try:
-            change = parse_json(line)
-            return str(change["type"]), decode_answer(VM, change["object"])
-        except (ValidationError, KeyError, TypeError):
-            raise ClientError(f"a line of the watch is {excerpt(line)}, expected a change of a VM") from None
+    cursor: str = attr("cursor", "What the next request goes on after", zero="")
 
 
 class VMs(ResourceMethods):
@@ -167,7 +147,7 @@ class VMs(ResourceMethods):
         ResponseError: 404.
         """
         async with self._transport.stream(url_path("vms", name), {"watch": "true"}) as pieces:
-            yield Items(_Changes(pieces).take)
+            yield Items(partial(_take_change, JSONLines(pieces)))
 
     async def wait(
         self, name: str, until: WaitCondition = "running", *, seconds: float | None = None, uid: str | None = None
@@ -221,6 +201,43 @@ class VMs(ResourceMethods):
         query = {name: value for name, value in given.items() if value is not None}
         answer = await self._transport.request("GET", url_path("vms", name, "events"), query=query)
         return decode_answers(Event, answer.json()), answer.headers.get("x-next-cursor")
+
+    @asynccontextmanager
+    async def follow(
+        self,
+        name: str,
+        *,
+        kinds: Sequence[str] = (),
+        until: Literal["ready", "ended"] | None = None,
+        cursor: str | None = None,
+    ) -> AsyncIterator[AsyncIterator[FollowedEvent]]:
+        """Follow the events of a VM for the time of the block: those that are there, and those that come.
+
+        Yields an iterator of events, which ends with the VM, or when it is `until`. `kinds` are "log_line" and
+        "lifecycle"; without any, lifecycle events are left out. With `cursor` the events after that one are followed. A
+        lost connection is opened again, and nothing is missed. Raises ResponseError: 404, and 400 for an invalid cursor.
+        """
+        after = cursor
+
+        def query() -> dict[str, str]:
+            given = {"follow": "true", "kinds": ",".join(kinds), "until": until, "cursor": after}
+            return {key: value for key, value in given.items() if value}
+
+        def is_over(error: ResponseError) -> bool:
+            # The VM was deleted, or its name belongs to another one, of which there is no such cursor.
+            return error.status == 404 or (error.status == 400 and after != cursor)
+
+        async def take() -> FollowedEvent | None:
+            nonlocal after
+            if (line := await lines.take()) is None:
+                return None
+            event = decode_answer(FollowedEvent, line)
+            after = event.cursor
+            return event
+
+        path = url_path("vms", name, "events")
+        async with ResumingLines(self._transport, path, query, is_over, may_end=until is not None) as lines:
+            yield Items(take)
 
     async def append_events(self, name: str, events: Sequence[JSON], *, uid: str | None = None) -> None:
         """Append events to those of a VM, in order. With `uid`, only if the VM has that uid. Used by workers.
@@ -300,6 +317,16 @@ class VMs(ResourceMethods):
     async def report(self, name: str, report: JSON) -> None:
         """Report what a worker observes of its VM. Used by workers. Raises ResponseError: 404, 412."""
         await self._transport.request("PUT", url_path("vms", name, "state"), json=report)
+
+
+async def _take_change(lines: JSONLines) -> tuple[str, VM] | None:
+    """Return the next change of a VM, None at the end. Raises ClientError."""
+    change = await lines.take()
+    if change is None:
+        return None
+    if "type" not in change or "object" not in change:
+        raise ClientError(f"a line of the watch is {excerpt(str(change))}, expected a change of a VM")
+    return str(change["type"]), decode_answer(VM, change["object"])
 
 
 def _spec_to_json(fields: Mapping[str, object]) -> dict[str, object]:

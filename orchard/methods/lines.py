@@ -1,0 +1,130 @@
+"""Answers that are lines of JSON and may be endless: reading one, and going on with another one where it has ended."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+
+from orchard.codec import ValidationError, parse_json
+from orchard.net.transport import ClientError, ConnectError, ResponseError, Transport, excerpt
+from orchard.nursery import growing_pause
+
+# The longest line, which holds a whole VM.
+_MAX_LINE_BYTES = 64 * 1024 * 1024
+# Between two attempts to connect again, and for all of them.
+_FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0  # seconds
+_RESUME_SECONDS = 600.0
+
+
+class JSONLines:
+    """Reads lines of JSON out of the pieces of an answer's body. Empty lines only keep the connection open."""
+
+    def __init__(self, pieces: AsyncIterator[bytes]) -> None:
+        self._pieces = pieces
+        self._lines: deque[bytes] = deque()
+        # The beginning of a line whose end has not arrived.
+        self._incomplete = b""
+
+    async def take(self) -> Mapping[str, Any] | None:
+        """Return the object of the next line, None at the end of the body. Raises ClientError."""
+        while not self._lines:
+            piece = await anext(self._pieces, None)
+            if piece is None:
+                return None
+            *lines, self._incomplete = (self._incomplete + piece).split(b"\n")
+            self._lines.extend(filter(None, lines))
+            if len(self._incomplete) > _MAX_LINE_BYTES:
+                raise ClientError(f"a line of the answer is longer than {_MAX_LINE_BYTES} bytes")
+        line = self._lines.popleft()
+        try:
+            parsed = parse_json(line)
+        except ValidationError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ClientError(f"a line of the answer is {excerpt(line)}, expected an object")
+        return parsed
+
+
+class ResumingLines:
+    """The lines of an endless answer. When it ends or its connection is lost, another request goes on after the last line.
+
+    `make_query` returns the query parameters of the next request. `is_over` says of a refusal of such a request that there
+    is nothing to go on with. `may_end`: an answer without a line that ends is the end, too. Use it as an asynchronous
+    context manager, which raises what the first request raises.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        path: str,
+        make_query: Callable[[], Mapping[str, str]],
+        is_over: Callable[[ResponseError], bool],
+        *,
+        may_end: bool = False,
+    ) -> None:
+        self._transport = transport
+        self._path = path
+        self._make_query = make_query
+        self._is_over = is_over
+        self._may_end = may_end
+        # Holds the connection.
+        self._stack = AsyncExitStack()
+        self._lines: JSONLines | None = None
+        # Whether the present answer had a line.
+        self._has_line = False
+
+    async def __aenter__(self) -> Self:
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def take(self) -> Mapping[str, Any] | None:
+        """Return the object of the next line, None at the end. Raises ClientError.
+
+        Raises ConnectError if the server cannot be reached for ten minutes.
+        """
+        until = math.inf
+        failures = 0
+        while True:
+            try:
+                line = await self._take()
+            except ResponseError as error:
+                if not self._is_over(error):
+                    raise
+                return None
+            except ConnectError:
+                # It may have been connected for long before.
+                until = min(until, trio.current_time() + _RESUME_SECONDS)
+                if trio.current_time() >= until:
+                    raise
+            else:
+                if line is not None:
+                    self._has_line = True
+                    return line
+                if self._may_end and not self._has_line:
+                    return None
+            self._lines = None
+            await self._stack.aclose()
+            failures += 1
+            await trio.sleep(growing_pause(failures, _FIRST_PAUSE, _LAST_PAUSE))
+
+    async def _take(self) -> Mapping[str, Any] | None:
+        if self._lines is None:
+            await self._open()
+        assert self._lines is not None
+        return await self._lines.take()
+
+    async def _open(self) -> None:
+        pieces = await self._stack.enter_async_context(self._transport.stream(self._path, self._make_query()))
+        self._lines = JSONLines(pieces)
+        self._has_line = False
