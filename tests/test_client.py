@@ -7,8 +7,10 @@ import subprocess
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
+import trio
 from harness.scripted import answer, scripted, switched, upgrading
 
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
@@ -57,31 +59,82 @@ async def test_invalid_line_of_a_watch_is_a_client_error() -> None:
             await anext(changes)
 
 
-async def test_wait_returns_a_vm_that_has_the_status() -> None:
-    lines = watch_line("ADDED", status="pending"), watch_line("MODIFIED", status="running")
-    async with scripted([chunked(*lines)]) as (client, script):
-        assert (await client.vms.wait("vm")).state.status == "running"
-        assert script.requests[0].startswith(b"GET /v1/vms/vm?watch=true ")
+def vm_answer(**state: object) -> bytes:
+    return answer(
+        "200 OK",
+        json.dumps(
+            {"name": "vm", "uid": "u", "image": "any", "generation": 0, "createdAt": "2026-01-31T12:00:00Z", **state}
+        ).encode(),
+    )
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (watch_line("DELETED", status="pending"), 'VM "vm" was deleted'),
-        (watch_line("MODIFIED", status="failed", status_message="exit code 2"), "exit code 2"),
-    ],
-)
-async def test_wait_raises_vm_failed_when_the_vm_fails_or_is_deleted(change: bytes, words: str) -> None:
-    async with scripted([chunked(watch_line("ADDED", status="pending"), change)]) as (client, _):
-        with pytest.raises(VMFailed, match=words) as failure:
+def refusal_503(message: str, header: str = "X: y") -> bytes:
+    return answer(f"503 Service Unavailable\r\n{header}", json.dumps({"message": message}).encode())
+
+
+async def test_wait_asks_again_until_the_condition_holds() -> None:
+    later = refusal_503('VM "vm" is pending', "Retry-After: 0")
+    ready = vm_answer(status="running", conditions=[{"type": "ready", "state": "true"}])
+    async with scripted([vm_answer(), later, later, ready]) as (client, script):
+        assert (await client.vms.wait("vm", until="ready")).condition("ready")
+    asked = [request.split()[1].decode() for request in script.requests]
+    assert asked == ["/v1/vms/vm", *["/v1/vms/vm?waitFor=ready&wait=20&uid=u"] * 3]
+
+
+async def test_wait_that_cannot_come_true_raises_vm_failed_with_the_vm() -> None:
+    failed = vm_answer(status="failed", status_message="exit code 2")
+    async with scripted([vm_answer(), refusal_503("exit code 2"), failed]) as (client, _):
+        with pytest.raises(VMFailed, match="exit code 2") as failure:
+            await client.vms.wait("vm")
+        assert failure.value.vm.state.status == "failed"
+    # For another reason, as for a worker that does not report what was waited for.
+    async with scripted([vm_answer(), refusal_503("not reported"), vm_answer(status="running")]) as (client, _):
+        with pytest.raises(ResponseError, match="not reported") as refusal:
+            await client.vms.wait("vm", until="ready")
+        assert refusal.value.status == 503
+
+
+async def test_wait_for_a_vm_that_is_deleted_raises_vm_failed_with_its_last_state() -> None:
+    gone = answer("404 Not Found", b'{"message": "there is none"}')
+    async with scripted([vm_answer(), gone]) as (client, _):
+        with pytest.raises(VMFailed) as failure:
             await client.vms.wait("vm")
         assert failure.value.vm.uid == "u"
+    async with scripted([vm_answer(), gone]) as (client, _):
+        with pytest.raises(ResponseError) as refusal:
+            await client.vms.wait("vm", uid="another")
+        assert refusal.value.status == 404
 
 
-async def test_wait_raises_connect_error_when_the_controller_ends_the_watch() -> None:
-    async with scripted([chunked(watch_line("ADDED", status="pending"))]) as (client, _):
-        with pytest.raises(ConnectError, match='watch of VM "vm"'):
+async def test_wait_ends_when_its_time_is_over() -> None:
+    async with cluster(workers=0) as c:
+        await c.client.vms.create(name="vm", image="any")
+        with pytest.raises(ResponseError) as refusal:
+            await c.client.vms.wait("vm", until="ready", seconds=0)
+        assert (refusal.value.status, refusal.value.retry_after) == (503, 1)
+
+
+async def test_wait_with_a_controller_that_knows_no_wait_is_a_client_error() -> None:
+    async with scripted([vm_answer(status="pending"), vm_answer(status="pending")]) as (client, _):
+        with pytest.raises(ClientError, match="upgrade"):
             await client.vms.wait("vm")
+
+
+async def test_vm_is_waited_for_until_it_is_ready_stopped_and_deleted() -> None:
+    async with cluster() as c, trio.open_nursery() as nursery:
+        vms = c.client.vms
+        script = StartupScript("exit $CODE", {"CODE": "0"})
+        await vms.create(name="vm", image="any", startup_script=script)
+        ready = await vms.wait("vm", until="ready")
+        assert ready.state.startup_exit_code == 0
+        await vms.patch("vm", power_state="stopped")
+        assert (await vms.wait("vm", until="stopped")).resting
+        nursery.start_soon(vms.delete, "vm")
+        assert (await vms.wait("vm", until="deleted")).uid == ready.uid
+        await vms.create(name="bad", image="any", startup_script=replace(script, env={"CODE": "3"}))
+        assert (await vms.wait("bad", until="failed")).state.startup_exit_code == 3
+        with pytest.raises(VMFailed):
+            await vms.wait("bad", until="ready")
 
 
 async def test_wait_for_a_vm_that_does_not_exist_is_a_response_error() -> None:

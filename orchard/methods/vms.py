@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,13 +10,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Unpack
 
+import trio
+
 from orchard.codec import attr
 from orchard.filters import FieldCondition
 from orchard.methods.commands import CommandResult, RunningCommand
 from orchard.methods.common import JSON, ResourceMethods, decode_answer, decode_answers, list_of_names, url_path
 from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
 from orchard.methods.lines import JSONLines, ResumingLines
-from orchard.net.transport import ClientError, ConnectError, Items, ResponseError, excerpt
+from orchard.net.transport import ClientError, Items, ResponseError, excerpt
 from orchard.net.websocket import TunnelStream
 from orchard.schema import IP, VM, Event, VMAccessToken, VMSpec
 
@@ -158,15 +161,35 @@ class VMs(ResourceMethods):
         Raises VMFailed if the VM fails or is deleted before that, and ResponseError: 404, 503 if it cannot come true or the
         time is over.
         """
-        async with self.watch(name) as changes:
-            async for kind, vm in changes:
-                if kind == "DELETED":
-                    raise VMFailed(f'VM "{name}" was deleted', vm)
-                if _holds(vm, until):
-                    return vm
-                if vm.state.status == "failed":
-                    raise VMFailed(f'VM "{name}" failed: {vm.state.status_message}', vm)
-        raise ConnectError(f'{self._transport.url} ended the watch of VM "{name}"')
+        vm = await self.get(name)
+        deadline = trio.current_time() + (math.inf if seconds is None else seconds)
+        while True:
+            asked = trio.current_time()
+            wait = max(0, math.ceil(min(_WAIT_SECONDS, deadline - asked)))
+            query = {"waitFor": until, "wait": str(wait), "uid": uid or vm.uid}
+            try:
+                found = await self._fetch(VM, "GET", url_path("vms", name), query=query)
+            except ResponseError as error:
+                if error.status == 404 and uid in (None, vm.uid):
+                    raise VMFailed(f'VM "{name}" was deleted', vm) from None
+                if error.status != 503:
+                    raise
+                now, again = trio.current_time(), error.retry_after
+                if again is None or now >= deadline:
+                    await self._raise_failure(name)
+                    raise
+                # The request itself has waited, as a rule.
+                await trio.sleep(max(0, again - (now - asked)))
+                continue
+            if not _holds(found, until):
+                raise ClientError(f"{self._transport.url} cannot wait for VMs; upgrade the controller")
+            return found
+
+    async def _raise_failure(self, name: str) -> None:
+        """Raise VMFailed if a VM has failed."""
+        vm = await self.get(name)
+        if vm.state.status == "failed":
+            raise VMFailed(f'VM "{name}" failed: {vm.state.status_message}', vm) from None
 
     def events(self, name: str, *, order: Literal["asc", "desc"] = "asc") -> AsyncIterator[Event]:
         """Return an iterator over all events of a VM, among them the lines that its script has printed.
