@@ -40,12 +40,12 @@ from orchard.net.request import (
     WhileConnected,
 )
 from orchard.parameters import read_choice
+from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import (
     VM,
     ClusterSettings,
     Role,
     ServiceAccount,
-    VMSpec,
     Worker,
 )
 from orchard.sessions import AccountSessions
@@ -73,7 +73,7 @@ class ControllerParts:
     """The parts of a controller that handlers work on.
 
     `gate` None admits every request to everything. `tokens` issues access tokens. `prefix` is the path before /v1,
-    and `offline_timeout` is in seconds. `waiting_reason` returns why a new VM stays pending, as far as it is known.
+    and `offline_timeout` is in seconds.
     """
 
     store: Store
@@ -87,7 +87,7 @@ class ControllerParts:
     worker_states: WorkerStates
     gate: Gate | None
     tokens: auth.AccessTokens
-    waiting_reason: Callable[[VMSpec], str]
+    scheduling: SchedulingLoop
     clock: Callable[[], datetime.datetime]
     prefix: str = ""
     offline_timeout: float = 0.0

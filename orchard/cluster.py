@@ -117,6 +117,28 @@ class Promise:
     unknown: Mapping[str, Any] = unknown_fields()
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerCounts:
+    registered: int = attr("registered", "All workers", zero=0, default=0)
+    online: int = attr("online", "Workers in the state `online`", zero=0, default=0)
+    paused: int = attr("paused", "Workers in the state `paused`", zero=0, default=0)
+    draining: int = attr("draining", "Workers in the state `draining` or `drained`", zero=0, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The capacity for VMs of one shape. `total`, `used` and `free` are of the matching workers that are online."""
+
+    workers: WorkerCounts = attr("workers", "Number of workers, whether or not they match")
+    total: Mapping[str, int] = attr("total", "Resources of the matching workers that are online", zero={}, default={})
+    used: Mapping[str, int] = attr("used", "How much of them VMs use", zero={}, default={})
+    free: Mapping[str, int] = attr("free", "How much of them is free, worker by worker", zero={}, default={})
+    fits: int = attr("fits", "VMs of this shape that could start now", zero=0, default=0)
+    queued: int = attr("queued", "VMs that wait for a worker", zero=0, default=0)
+    queued_ahead: int = attr("queuedAhead", "Those of them that may want the same workers", zero=0, default=0)
+    reason: str = attr("reason", "Why none fits", zero="", default="")
+
+
 def bounded(health: Health) -> Health:
     """Return a reported health with at most MAX_PROBLEMS problems, each of whose texts is one short line."""
     problems = tuple(

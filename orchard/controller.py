@@ -313,7 +313,7 @@ def _compose(
         worker_states=loop.states,
         gate=Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if settings.auth else None,
         tokens=tokens,
-        waiting_reason=loop.waiting_reason,
+        scheduling=loop,
         clock=clock,
         prefix=settings.prefix,
         offline_timeout=settings.worker_offline_timeout,

@@ -12,7 +12,7 @@ from orchard import __version__, parameters, schema
 from orchard.admission import APIOperation
 from orchard.api import API, ControllerParts
 from orchard.codec import dump_json
-from orchard.handlers import admin, connections, events, vms, watch, workers
+from orchard.handlers import admin, capacity, connections, events, vms, watch, workers
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 
 # The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
@@ -89,8 +89,11 @@ OPERATIONS: tuple[APIOperation, ...] = (
               body=ref("Worker"), answer=ref("Worker"), problems=(404,)),
     Operation("DELETE", "/workers/{name}", workers.delete_worker, "compute:write", "Delete a Worker; its VMs fail",
               problems=(404,)),
+    Operation("GET", "/capacity", capacity.get_capacity, "compute:read",
+              "Count the VMs of one shape that could start now; nothing is reserved",
+              answer=ref("Capacity"), query=parameters.SHAPE),
     Operation("POST", "/vms", vms.create_vm, "compute:write", "Create a VM",
-              body=_NEW_VM, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(409,)),
+              body=_NEW_VM, body_limit=_LARGE_BODY, answer=ref("VM"), problems=(409, 503), query=(parameters.QUEUE,)),
     Operation("GET", "/vms", vms.list_vms, "compute:read", "List VMs", answer=array_of("VM"), query=parameters.VMS,
               problems=(410,), answer_headers={**_REVISION, "X-Continue": "Token for the next page, if any"},
               ndjson=_line_of("VM")),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import datetime
 import re
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any, cast, get_args
 
@@ -20,6 +21,7 @@ from orchard.filters import PATHS, VMFilter, parse_filter
 from orchard.goals import Goal
 from orchard.net.openapi import Parameter
 from orchard.net.request import HTTPError, Query
+from orchard.schema import OS, Arch, Runtime
 from orchard.ssh import exec as vm_exec
 
 # The largest `limit`: more events than a VM can have.
@@ -113,6 +115,18 @@ ERROR_MESSAGE = Parameter("errorMessage", "Why the action failed; empty: it succ
 RESOLVED_ADDRESS = Parameter("ip", "The VM's address", _TEXT)
 WORKER_NAME = Parameter("workerName", "The worker that watches", _TEXT, required=True)
 
+QUEUE = Parameter(
+    "queue",
+    "`never`: create nothing if the VM would have to wait for a worker (503, or 412 if it would wait for ever)",
+    {"type": "string", "enum": ["allow", "never"]},
+)
+_PAIRS = "; a comma and a percent sign in a name or a value are percent-encoded"
+RESOURCES = Parameter("resources", f"`NAME=NUMBER,...`: resources of the VM{_PAIRS}", _TEXT)
+LABELS = Parameter("labels", f"`NAME=VALUE,...`: labels that the VM requires{_PAIRS}", _TEXT)
+ARCH = Parameter("arch", "Processor architecture", {"type": "string", "enum": [*get_args(Arch)]})
+RUNTIME = Parameter("runtime", "Hypervisor command", {"type": "string", "enum": [*get_args(Runtime)]})
+GUEST_OS = Parameter("os", "Operating system of the image", {"type": "string", "enum": [*get_args(OS)]})
+
 FIELD_VALIDATION = Parameter(
     "fieldValidation",
     "`strict`: refuse a request with an unknown field or parameter, instead of naming it in the header Warning",
@@ -123,6 +137,7 @@ FIELD_VALIDATION = Parameter(
 VMS = (FILTER, VM_LIMIT, CONTINUE, WATCH_LIST, SINCE)
 ONE_VM = (WATCH, WAIT_FOR, WAIT_VM, UID)
 BULK_DELETION = (FILTER, DRY_RUN)
+SHAPE = (RESOURCES, LABELS, ARCH, RUNTIME, GUEST_OS)
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
 EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)
 PAGE = (LIMIT, ORDER, CURSOR, EVENT_KINDS, FOLLOW, UNTIL)
@@ -165,6 +180,18 @@ def read_choice(query: Query, parameter: Parameter) -> str:
     if value not in choices:
         raise HTTPError(400, f"{parameter.name} is {shown(value)}, expected one of {', '.join(choices)}")
     return value
+
+
+def read_pairs(query: Query, parameter: Parameter) -> dict[str, str]:
+    """Return the values by name of `NAME=VALUE,...`; empty if it is absent."""
+    pairs: dict[str, str] = {}
+    for part in filter(None, (query.one(parameter.name) or "").split(",")):
+        name, equals, value = part.partition("=")
+        name = urllib.parse.unquote(name)
+        if not name or not equals or name in pairs:
+            raise HTTPError(400, f"{parameter.name} has {shown(part)}, expected NAME=VALUE, each NAME once")
+        pairs[name] = urllib.parse.unquote(value)
+    return pairs
 
 
 def read_number(query: Query, parameter: Parameter) -> int | None:

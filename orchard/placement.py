@@ -274,8 +274,9 @@ class _Reasons:
         """Return what excludes a worker whatever it offers: its position in a reason, and its text."""
         if name not in self._online:
             return Exclusion.UNAVAILABLE, self._inputs.workers.why_unavailable(name)
-        if self._workers[name].scheduling_paused:
-            return Exclusion.PAUSED, "paused"
+        worker = self._workers[name]
+        if worker.scheduling_paused:
+            return (Exclusion.PAUSED, "paused") if worker.drain is None else (Exclusion.DRAINING, "being drained")
         if self.paused_until(demand, name) > now:
             return Exclusion.FAILING, "on which VMs fail before they run"
         if self._inputs.lacks_disk(name):
@@ -361,6 +362,15 @@ class Placement:
     def reason_for(self, spec: VMSpec, now: float) -> WaitingReason:
         """Return why no worker can take a new VM. What workers are busy with may be up to REASON_SECONDS old."""
         return self._reasons.find(demand_of(spec), self.load_of, self._changes.version, now, REASON_SECONDS)
+
+    def examine(self, survey: Survey, demand: Demand, worker: Worker) -> None:
+        """Add a worker as it is now to a survey."""
+        survey.add(worker, self.load_of(worker.name), self._reasons.exclusion(demand, worker.name, self._now))
+
+    def why_not(self, survey: Survey) -> WaitingReason:
+        """Return why no worker can take a new VM, by a survey of all workers."""
+        frozen = self._inputs.why_frozen()
+        return WaitingReason(frozen) if frozen else survey.reason()
 
     def find_worker(self, spec: VMSpec) -> str | None:
         """Return the worker that a new VM would be assigned to; None if it would wait. Call it when this is settled."""

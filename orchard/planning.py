@@ -216,16 +216,20 @@ def has_label(worker: Worker, label: str, value: str) -> bool:
     return worker.labels.get(label, default) == value
 
 
-def fits(demand: Demand, worker: Worker, load: Load) -> bool:
-    """Return whether a worker with this load could take a VM, if it is online."""
-    if worker.scheduling_paused or (worker.arch, worker.runtime) != (demand.arch, demand.runtime):
+def matches(demand: Demand, worker: Worker) -> bool:
+    """Return whether a worker is of the kind that a VM asks for, whatever it offers."""
+    if (worker.arch, worker.runtime) != (demand.arch, demand.runtime):
         return False
     for label, value in demand.labels:
         if not has_label(worker, label, value):
             return False
-    for capability in demand.capabilities:
-        if capability not in worker.capabilities:
-            return False
+    return not demand.capabilities or set(demand.capabilities) <= set(worker.capabilities)
+
+
+def fits(demand: Demand, worker: Worker, load: Load) -> bool:
+    """Return whether a worker with this load could take a VM, if it is online."""
+    if worker.scheduling_paused or not matches(demand, worker):
+        return False
     for name, amount in demand.resources:
         if amount and worker.resources.get(name, 0) - load.used.get(name, 0) < amount:
             return False

@@ -25,9 +25,9 @@ from orchard.liveness import Liveness
 from orchard.nursery import Wakeup
 from orchard.planning import Plan, PlannerInputs
 from orchard.scheduler import Planner
-from orchard.schema import VM, VMSpec, Worker
+from orchard.schema import VM, ClusterSettings, VMSpec, Worker
 from orchard.storage.errors import StorageError
-from orchard.store import Store
+from orchard.store import Store, Transaction
 from orchard.worker_states import WorkerStates
 
 # A plan of this many VMs takes some milliseconds, for which all other tasks wait.
@@ -36,6 +36,9 @@ VMS_PER_PLAN = 50
 TICK_SECONDS = 5.0
 # If the loop wakes this late, the process was stalled and could not read what workers sent: extend their time.
 STALL_SECONDS = 0.1
+# Plans that one request waits for at most. One that waits so long is beside a flood of new VMs.
+_MAX_PLANS = 1_000
+_BYTES_PER_GB = 10**9
 # A failed write is not repeated more often, so that a full disk is not busy with refusals.
 WRITE_RETRY_SECONDS = 1.0
 
@@ -74,6 +77,7 @@ class SchedulingLoop:
             forgotten_until=self.liveness.started_at + self.liveness.longest_promise(),
             failed_before_start={vm.uid for vm in state.vms.values() if vm.state.status == "failed"},
             held=self._restored.held,
+            min_free_bytes=lambda: _BYTES_PER_GB * state.settings.min_free_disk_gb,
             why_frozen=self._restored.why_frozen,
         )
         self.planner: Planner
@@ -91,6 +95,20 @@ class SchedulingLoop:
         store.log.show_worker = lambda worker, json: b"".join(self.states.json_parts(worker, json))
         store.on_commit(self._update_planner)
         store.on_undo(self._rebuild_planner)
+
+    async def settle(self) -> bool:
+        """Place all VMs that can be placed. Return whether none is left. Raises StorageError."""
+        for _ in range(_MAX_PLANS):
+            self.schedule_some(trio.current_time(), self._clock())
+            if self.planner.is_settled:
+                return True
+            await trio.lowlevel.checkpoint()
+        return False
+
+    def assign(self, name: str, worker: str) -> None:
+        """Assign a VM that was just created to the worker that the planner has found for it."""
+        with self._store.transaction() as tx:
+            self._put_assignment(tx, name, worker, self._clock())
 
     def waiting_reason(self, spec: VMSpec) -> str:
         """Return why a new VM will wait, as far as that is known; else ""."""
@@ -156,7 +174,7 @@ class SchedulingLoop:
             self._is_applying = False
 
     def _put_plan(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
-        vms, workers = self._store.state.vms, self._store.state.workers
+        vms = self._store.state.vms
         with self._store.transaction() as tx:
             for name, reason in plan.unassign.items():
                 tx.put(transitions.unassign(vms[name], reason, wall_time))
@@ -167,13 +185,17 @@ class SchedulingLoop:
                 self._restarted_at[vms[name].uid] = now
                 self._inputs.failed_before_start.discard(vms[name].uid)
             for name, worker in plan.assign.items():
-                tx.put(transitions.assign(vms[name], workers[worker], wall_time))
-                self.liveness.record_assignment(worker, name, vms[name].uid)
+                self._put_assignment(tx, name, worker, wall_time)
             for name, reason in plan.waiting.items():
                 waiting = transitions.explain(vms[name], reason)
                 if waiting is not vms[name]:
                     tx.put(waiting)
             return bool(tx.changes)
+
+    def _put_assignment(self, tx: Transaction, name: str, worker: str, wall_time: datetime.datetime) -> None:
+        state = self._store.state
+        tx.put(transitions.assign(state.vms[name], state.workers[worker], wall_time))
+        self.liveness.record_assignment(worker, name, state.vms[name].uid)
 
     def _rebuild_planner(self) -> None:
         state = self._store.state
@@ -194,6 +216,9 @@ class SchedulingLoop:
             elif isinstance(change.new, Worker):
                 self.planner.put_worker(change.new)
                 self.states.observe(change.new)
+            elif isinstance(change.new, ClusterSettings):
+                for name in self._store.state.workers:
+                    self.planner.check_worker(name)
             elif isinstance(change.new, ClusterIdentity):
                 self._restored.follow(change.new)
                 self._rebuild_planner()

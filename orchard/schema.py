@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchard.cluster import CachedImage, Health, ImagePull, Versions, WorkerDisk, WorkerState
+from orchard.cluster import CachedImage, Capacity, Health, ImagePull, Versions, WorkerDisk, WorkerState
 from orchard.codec import attr, attrs_of, decode, encode, openapi_schema, unknown_fields
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
@@ -660,7 +660,7 @@ def components() -> dict[str, Any]:
         spec["properties"][name] = {"type": "string", "readOnly": True, "description": text}
     parts = {"VMMeta": openapi_schema(VMMeta), "VMSpec": spec, "VMState": openapi_schema(VMState)}
     resources: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, VMReport, Problem)
-    resources += (EndedVM, IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion)
+    resources += (EndedVM, IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion, Capacity)
     return {
         **parts,
         "VM": {"type": "object", "allOf": [{"$ref": f"#/components/schemas/{name}"} for name in parts]},

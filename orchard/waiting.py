@@ -127,6 +127,8 @@ class Survey:
         for (resource, wanted), (count, free) in sorted(self._short.items()):
             verb, most = ("lacks", "") if count == 1 else ("lack", " at most")
             parts.append(f"{count} {verb} {resource} ({wanted} wanted, {free} free{most})")
+        if not parts:
+            return WaitingReason("other VMs come first")
         if len(parts) > _MAX_PARTS:
             parts[_MAX_PARTS:] = [f"and {len(parts) - _MAX_PARTS} other reasons"]
         return WaitingReason(f"{self._total} worker{'s' if self._total > 1 else ''}: {', '.join(parts)}")

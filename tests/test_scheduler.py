@@ -33,11 +33,13 @@ from harness.strategies import (
     ONLINE,
     QUICK,
     RESOURCES,
+    SHAPES,
     THOROUGH,
     failed,
     pending,
     resting,
     running,
+    shape_of,
     shuffled,
     snapshots,
     spec,
@@ -50,7 +52,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 import orchard
 from orchard.cluster import VM_RESTART
 from orchard.placement import REASON_SECONDS
-from orchard.planning import RESTART_PAUSE_SECONDS, Plan
+from orchard.planning import MAX_ROOM, RESTART_PAUSE_SECONDS, Plan, demand_of
 from orchard.scheduler import Planner
 from orchard.schema import TART_VMS, VM, WORKER_NAME_LABEL, Condition, GuestScript, StartupScript, VMReport, Worker
 from orchard.transitions import (
@@ -663,6 +665,27 @@ def test_waiting_reason_is_known_while_equal_vms_wait() -> None:
     kept.settle()
     kept.planner.put_worker(worker())
     assert kept.planner.waiting_reason(spec()) == ""
+
+
+@settings(QUICK, max_examples=300)
+@given(snapshots(), st.integers(0, SHAPES - 1))
+def test_as_many_vms_are_placed_as_the_workers_have_room_for(snapshot: Snapshot, shape: int) -> None:
+    after = settle(snapshot, NOW)
+    wanted = shape_of(shape).spec
+    planner = after.planner()
+    planner.plan(NOW, after.profile)
+    assert planner.is_settled
+    room = {name: planner.placement.room_on(demand_of(wanted), name) for name in after.workers}
+    number = min(sum(room.values()), 40)
+    late = [create(f"z{index}", f"uid-z{index}", wanted, LATER) for index in range(number + 1)]
+    placed = plan(replace(after, vms=[*after.vms, *late]), NOW).assign
+    if any(of_one >= MAX_ROOM for of_one in room.values()):
+        # They ask for nothing.
+        assert len(placed) == number + 1
+    else:
+        assert len(placed) == number
+        assert Counter(placed.values()) == Counter({name: of_one for name, of_one in room.items() if of_one})
+    assert (planner.placement.find_worker(wanted) is not None) == bool(placed)
 
 
 # ---- determinism -----------------------------------------------------------------------------------------------------

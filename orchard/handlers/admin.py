@@ -32,6 +32,7 @@ _CAPABILITIES = (
     "wait-for",
     "events-follow",
     "history",
+    "capacity",
 )
 
 

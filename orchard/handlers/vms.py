@@ -22,23 +22,54 @@ from orchard.filters import VMFilter
 from orchard.goals import Goal, describe_status, is_reached, why_never
 from orchard.handlers.watch import watch_kinds
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
-from orchard.parameters import read_count, read_flag, read_number
+from orchard.parameters import read_choice, read_count, read_flag, read_number
 from orchard.schema import VM, BulkDeletion, VMSpec
 from orchard.storage.errors import StorageError
 
 # Conditions that are tested in one step of the event loop: some milliseconds.
 _TESTS_PER_STEP = 20_000
+# After which a client may ask again whether a worker has room.
+_RETRY_SECONDS = 5
 # VMs that are deleted in one transaction.
 _DELETED_TOGETHER = 24
 
 
-def create_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+def create_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
     name, spec = read_body(admitted, validation.vm_from_client)
     if spec.host_dirs:
         _check_host_dirs(api, spec)
+    if read_choice(request.query, parameters.QUEUE) == "never":
+        return _create_at_once(api, admitted, name, spec)
+    return _create(api, admitted, name, spec)
+
+
+async def _create_at_once(api: API, admitted: Admitted, name: str, spec: VMSpec) -> AnyResponse:
+    """Create a VM on a worker, or nothing if it would have to wait for one."""
+    scheduling = api.parts.scheduling
+    is_settled = await scheduling.settle()
+    # What follows is one step of the event loop, so that the worker is still free.
+    _check_new(api, name)
+    placement = scheduling.planner.placement
+    worker = placement.find_worker(spec) if is_settled else None
+    if worker is None:
+        reason = placement.reason_for(spec, trio.current_time())
+        refusal = f'VM "{name}" was not created, because it would wait: {reason.text}'
+        if reason.is_never:
+            raise HTTPError(412, refusal)
+        raise HTTPError(503, refusal, (("Retry-After", str(_RETRY_SECONDS)),))
+    _create(api, admitted, name, spec)
+    scheduling.assign(name, worker)
+    return api.answer_vm(name)
+
+
+def _check_new(api: API, name: str) -> None:
     if name in api.state.vms:
         raise HTTPError(409, f'VM "{name}" already exists')
-    reason = api.parts.waiting_reason(spec)
+
+
+def _create(api: API, admitted: Admitted, name: str, spec: VMSpec) -> Response:
+    _check_new(api, name)
+    reason = api.parts.scheduling.waiting_reason(spec)
     now = api.parts.clock()
     vm = transitions.create(name, str(uuid.uuid4()), spec, now, reason)
     vm = replace(vm, meta=replace(vm.meta, created_by=admitted.account))

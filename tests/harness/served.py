@@ -219,7 +219,7 @@ async def served(
             loop.states,
             gate,
             tokens,
-            waiting_reason=lambda _: "",
+            scheduling=loop,
             clock=lambda: BEGAN,
         )
         api = make_api(parts)

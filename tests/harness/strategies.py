@@ -221,6 +221,11 @@ _RESTARTED = [None, None, NOW, NOW - 1, NOW - 14.5, NOW - 15, NOW - 60]
 _PROFILES: list[SchedulerProfile] = ["optimize-utilization", "distribute-load"]
 
 
+def shape_of(number: int) -> VM:
+    """Return one of the VMs of random shape."""
+    return _VM_SHAPES[number]
+
+
 def cluster_of(workers: int, vms: int, seed: int) -> Snapshot:
     """Return a cluster at NOW: workers that may have shrunk below what is used on them, and VMs in every state.
 
