@@ -321,6 +321,7 @@ class BlockingClient(Blocking[Client]):
     check = AsCall(Client.check)
     info = AsCall(Client.info)
     accept_state = AsCall(Client.accept_state)
+    watch = AsContext(Client.watch, BlockingIterator)
     rpc_watch = AsContext(Client.rpc_watch, BlockingIterator)
 
 

@@ -37,8 +37,8 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -47,8 +47,9 @@ from trio_websocket import WebSocketConnection
 from orchard.codec import ValidationError
 from orchard.methods.admin import ServiceAccounts, Settings
 from orchard.methods.commands import CommandResult, RunningCommand
-from orchard.methods.common import decode_answer, parse_message
+from orchard.methods.common import Conditions, decode_answer, filter_query, parse_message
 from orchard.methods.vms import VMFailed, VMs
+from orchard.methods.watching import WatchedChange, WatchKind, watch_all
 from orchard.methods.workers import Workers
 from orchard.net.tcp import Connect
 from orchard.net.transport import (
@@ -62,7 +63,16 @@ from orchard.net.transport import (
 )
 from orchard.schema import ControllerInfo
 
-__all__ = ["Client", "ClientError", "CommandResult", "ConnectError", "ResponseError", "RunningCommand", "VMFailed"]
+__all__ = [
+    "Client",
+    "ClientError",
+    "CommandResult",
+    "ConnectError",
+    "ResponseError",
+    "RunningCommand",
+    "VMFailed",
+    "WatchedChange",
+]
 
 # For opening a connection, TCP and TLS together.
 _CONNECT_SECONDS = 10.0
@@ -144,6 +154,18 @@ class Client(Transport):
     async def accept_state(self) -> ControllerInfo:
         """Accept a state that was restored from an older copy as it is, and return the new clusterId. Needs admin:write."""
         return decode_answer(ControllerInfo, (await self.request("POST", "/controller/accept-state")).json())
+
+    def watch(
+        self, *, kinds: Sequence[WatchKind] = ("vms", "workers"), filter: Conditions | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[WatchedChange]]:
+        """Follow all VMs and workers for the time of an `async with` block.
+
+        The block gets an iterator of `WatchedChange`: ADDED for each object that there is, SYNCED, and then each change.
+        It does not end. After a lost connection it goes on where it was; if the controller does not keep what came
+        meanwhile, it makes changes of the differences. It raises ConnectError when there is no connection for ten minutes.
+        Of the VMs, those are shown that match the filter (see `VMs.list`). Raises ResponseError: 400.
+        """
+        return watch_all(self, {"kinds": ",".join(kinds), **filter_query(filter)})
 
     @asynccontextmanager
     async def rpc_watch(self, worker: str) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from orchard.codec import ValidationError, decode, parse_json
+from orchard.filters import FieldCondition
 from orchard.net.transport import ClientError, ClientResponse, Transport, excerpt
 from orchard.schema import (
     VM,
@@ -17,6 +18,8 @@ from orchard.schema import (
 )
 
 JSON = Mapping[str, Any]
+# From the path of a field, with "!" at its end to negate, to a value.
+Conditions = Mapping[str, str]
 ShownT = TypeVar("ShownT")
 
 
@@ -72,3 +75,14 @@ def list_of_names(answer: ClientResponse, field: str) -> list[str]:
         ):
             return names
     raise ClientError(f"the answer is {excerpt(answer.body)}, expected an object with a list {field}")
+
+
+def filter_query(conditions: Conditions | None, worker: str | None = None) -> dict[str, str]:
+    """Return the query parameter of a filter, none without conditions."""
+    given = {**({} if worker is None else {"worker": worker}), **(conditions or {})}
+    return {"filter": ",".join(map(_condition_text, given, given.values()))} if given else {}
+
+
+def _condition_text(path: str, value: str) -> str:
+    field, _, key = path.removesuffix("!").partition(".")
+    return str(FieldCondition(field, key, value, path.endswith("!")))

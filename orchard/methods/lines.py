@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import trio
 
@@ -20,6 +20,8 @@ _MAX_LINE_BYTES = 64 * 1024 * 1024
 # Between two attempts to connect again, and for all of them.
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0  # seconds
 _RESUME_SECONDS = 600.0
+
+AfterRefusal = Literal["raise", "end", "again"]
 
 
 class JSONLines:
@@ -54,9 +56,9 @@ class JSONLines:
 class ResumingLines:
     """The lines of an endless answer. When it ends or its connection is lost, another request goes on after the last line.
 
-    `make_query` returns the query parameters of the next request. `is_over` says of a refusal of such a request that there
-    is nothing to go on with. `may_end`: an answer without a line that ends is the end, too. Use it as an asynchronous
-    context manager, which raises what the first request raises.
+    `make_query` returns the query parameters of the next request. `refuse` says what follows from the refusal of a request
+    after the first one. `may_end`: an answer without a line that ends is the end, too. Use it as an asynchronous context
+    manager, which raises what the first request raises.
     """
 
     def __init__(
@@ -64,14 +66,14 @@ class ResumingLines:
         transport: Transport,
         path: str,
         make_query: Callable[[], Mapping[str, str]],
-        is_over: Callable[[ResponseError], bool],
+        refuse: Callable[[ResponseError], AfterRefusal],
         *,
         may_end: bool = False,
     ) -> None:
         self._transport = transport
         self._path = path
         self._make_query = make_query
-        self._is_over = is_over
+        self._refuse = refuse
         self._may_end = may_end
         # Holds the connection.
         self._stack = AsyncExitStack()
@@ -99,9 +101,11 @@ class ResumingLines:
             try:
                 line = await self._take()
             except ResponseError as error:
-                if not self._is_over(error):
-                    raise
-                return None
+                match self._refuse(error):
+                    case "raise":
+                        raise
+                    case "end":
+                        return None
             except ConnectError:
                 # It may have been connected for long before.
                 until = min(until, trio.current_time() + _RESUME_SECONDS)

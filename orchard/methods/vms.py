@@ -13,11 +13,19 @@ from typing import Literal, Unpack
 import trio
 
 from orchard.codec import attr
-from orchard.filters import FieldCondition
 from orchard.methods.commands import CommandResult, RunningCommand
-from orchard.methods.common import JSON, ResourceMethods, decode_answer, decode_answers, list_of_names, url_path
+from orchard.methods.common import (
+    JSON,
+    Conditions,
+    ResourceMethods,
+    decode_answer,
+    decode_answers,
+    filter_query,
+    list_of_names,
+    url_path,
+)
 from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
-from orchard.methods.lines import JSONLines, ResumingLines
+from orchard.methods.lines import AfterRefusal, JSONLines, ResumingLines
 from orchard.net.transport import ClientError, Items, ResponseError, excerpt
 from orchard.net.websocket import TunnelStream
 from orchard.schema import IP, VM, Event, VMAccessToken, VMSpec
@@ -29,8 +37,6 @@ _WAIT_SECONDS = 20
 # Of a script that `run` runs.
 _MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 
-# From the path of a field, with "!" at its end to negate, to a value.
-Conditions = Mapping[str, str]
 WaitCondition = Literal["running", "ready", "failed", "stopped", "deleted"]
 
 
@@ -79,7 +85,7 @@ class VMs(ResourceMethods):
         self, *, worker: str | None = None, filter: Conditions | None = None
     ) -> tuple[list[VM], int]:
         """Return as `list` does, and the revision of the stored state (0: the controller does not tell it)."""
-        answer = await self._transport.request("GET", "/vms", query=_filter_query(filter, worker))
+        answer = await self._transport.request("GET", "/vms", query=filter_query(filter, worker))
         revision = answer.headers.get("x-stored-revision") or "0"
         return decode_answers(VM, answer.json()), int(revision) if revision.isdecimal() else 0
 
@@ -99,7 +105,7 @@ class VMs(ResourceMethods):
 
         Raises ResponseError: 400.
         """
-        query = {**_filter_query(filter), "limit": str(limit), **({"continue": after} if after else {})}
+        query = {**filter_query(filter), "limit": str(limit), **({"continue": after} if after else {})}
         answer = await self._transport.request("GET", "/vms", query=query)
         return decode_answers(VM, answer.json()), answer.headers.get("x-continue")
 
@@ -131,7 +137,7 @@ class VMs(ResourceMethods):
 
         Raises ResponseError: 400 for a filter that every VM may match.
         """
-        query = {**_filter_query(filter), **({"dryRun": "true"} if dry_run else {})}
+        query = {**filter_query(filter), **({"dryRun": "true"} if dry_run else {})}
         return list_of_names(await self._transport.request("DELETE", "/vms", query=query), "deleted")
 
     async def restart(self, name: str) -> VM:
@@ -246,9 +252,10 @@ class VMs(ResourceMethods):
             given = {"follow": "true", "kinds": ",".join(kinds), "until": until, "cursor": after}
             return {key: value for key, value in given.items() if value}
 
-        def is_over(error: ResponseError) -> bool:
+        def refuse(error: ResponseError) -> AfterRefusal:
             # The VM was deleted, or its name belongs to another one, of which there is no such cursor.
-            return error.status == 404 or (error.status == 400 and after != cursor)
+            is_over = error.status == 404 or (error.status == 400 and after != cursor)
+            return "end" if is_over else "raise"
 
         async def take() -> FollowedEvent | None:
             nonlocal after
@@ -259,7 +266,7 @@ class VMs(ResourceMethods):
             return event
 
         path = url_path("vms", name, "events")
-        async with ResumingLines(self._transport, path, query, is_over, may_end=until is not None) as lines:
+        async with ResumingLines(self._transport, path, query, refuse, may_end=until is not None) as lines:
             yield Items(take)
 
     async def append_events(self, name: str, events: Sequence[JSON], *, uid: str | None = None) -> None:
@@ -360,17 +367,6 @@ def _spec_to_json(fields: Mapping[str, object]) -> dict[str, object]:
 
 def _strictly(strict: bool) -> dict[str, str]:
     return {"fieldValidation": "strict"} if strict else {}
-
-
-def _filter_query(conditions: Conditions | None, worker: str | None = None) -> dict[str, str]:
-    """Return the query parameter of a filter, none without conditions."""
-    given = {**({} if worker is None else {"worker": worker}), **(conditions or {})}
-    return {"filter": ",".join(map(_condition_text, given, given.values()))} if given else {}
-
-
-def _condition_text(path: str, value: str) -> str:
-    field, _, key = path.removesuffix("!").partition(".")
-    return str(FieldCondition(field, key, value, path.endswith("!")))
 
 
 def _holds(vm: VM, until: WaitCondition) -> bool:
