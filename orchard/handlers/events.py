@@ -9,8 +9,8 @@ from orchard import parameters, validation
 from orchard.admission import Admitted, read_body
 from orchard.answers import send_page
 from orchard.api import API
-from orchard.cluster import VM_READY
 from orchard.codec import shown
+from orchard.goals import is_reached, why_never
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
 from orchard.parameters import read_choice, read_flag, read_number, read_time
 from orchard.schema import VM
@@ -72,19 +72,9 @@ async def _is_over(api: API, followed: VM, until: str) -> bool:
 
 
 def _has_reached(api: API, vm: VM, until: str) -> bool:
-    if until == "deleted":
-        return False
-    if vm.resting or (vm.state.status == "failed" and not will_restart(vm)):
-        return True
-    return (
-        until == "ready" and vm.state.status == "running" and (vm.condition("ready") or not _may_become_ready(api, vm))
-    )
-
-
-def _may_become_ready(api: API, vm: VM) -> bool:
-    worker = api.state.workers.get(vm.state.worker)
-    reports = worker is not None and VM_READY in worker.capabilities
-    return reports and not vm.state.startup_exit_code and vm.spec.power_state == "running"
+    if until == "ready":
+        return is_reached(vm, "ready") or why_never(vm, "ready", api.state.workers.get(vm.state.worker)) != ""
+    return until == "ended" and (vm.resting or (vm.state.status == "failed" and not will_restart(vm)))
 
 
 async def list_history(api: API, request: Request, admitted: Admitted) -> AnyResponse:
