@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from orchard.changes import Change
 from orchard.codec import dump_json, format_time, shortened
-from orchard.schema import LIFECYCLE, PULLING, VM, EndedVM, Event
+from orchard.schema import PULLING, VM, EndedVM
 from orchard.storage.events import EventLog
 from orchard.storage.history import History
 from orchard.store import Store
@@ -48,7 +48,7 @@ class Recorder:
 
     def _record_change(self, old: VM | None, new: VM, now: datetime.datetime) -> None:
         for text in describe_change(old, new, self._pull_seconds(old, new, now)):
-            self._events.record(new.uid, _event(text, now))
+            self._events.record(new.uid, text, int(now.timestamp()))
         self._events.wake(new.uid)
 
     def _pull_seconds(self, old: VM | None, new: VM, now: datetime.datetime) -> float | None:
@@ -63,7 +63,10 @@ class Recorder:
 
     def _record_end(self, vm: VM, now: datetime.datetime) -> None:
         self._pulls.pop(vm.uid, None)
-        self._events.drop(vm.uid, _event("stopping: the VM was deleted", now))
+        # Its events are forgotten, so only followers can see this one.
+        if self._events.has_followers(vm.uid):
+            self._events.record(vm.uid, "stopping: the VM was deleted", int(now.timestamp()))
+        self._events.drop(vm.uid)
         ended = ended_vm(vm, now)
         self._history.add(ended)
         _logger.info("VM ended", extra=_log_fields(ended))
@@ -129,10 +132,6 @@ def ended_vm(vm: VM, now: datetime.datetime) -> EndedVM:
         message=shortened(vm.state.status_message, _MAX_REASON),
         restarts=vm.state.restart_count,
     )
-
-
-def _event(text: str, now: datetime.datetime) -> Event:
-    return Event(kind=LIFECYCLE, payload=text, timestamp=int(now.timestamp()))
 
 
 def _log_fields(ended: EndedVM) -> dict[str, object]:

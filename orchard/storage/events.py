@@ -38,7 +38,7 @@ from orchard.storage.event_pages import (
     take,
 )
 from orchard.storage.journal import BROKEN_DELAY, Disk
-from orchard.storage.lifecycle import LifecycleLog, VMLifecycle
+from orchard.storage.lifecycle import LifecycleLog, VMLifecycle, WaitingEvent, lifecycle_json
 from orchard.storage.records import RunInThread
 
 # Bytes of events of one VM: a script that logs without end must not fill the disk.
@@ -128,7 +128,7 @@ class EventLog:
         self._disk = disk or Disk()
         self._in_thread = in_thread
         self._files: dict[str, EventFile] = {}
-        self._lifecycle = LifecycleLog(directory / LIFECYCLE_FILE, self._disk, in_thread, self._count, self.wake)
+        self._lifecycle = LifecycleLog(directory / LIFECYCLE_FILE, self._disk, in_thread, self.wake)
         self._appends: dict[str, _Append] = {}
         self._dropped: list[str] = []
         self._wakeup = Wakeup()
@@ -185,17 +185,16 @@ class EventLog:
         if append.error is not None:
             raise append.error
 
-    def record(self, uid: str, event: Event) -> None:
+    def record(self, uid: str, payload: str, timestamp: int) -> None:
         """Have a lifecycle event of a VM written some time later. `flush` waits for it."""
-        self._lifecycle.add((uid, event))
-        self.wake(uid)
+        self._lifecycle.add(WaitingEvent(uid, self._count(uid), lifecycle_json(payload, timestamp)))
 
     async def flush(self) -> None:
         """Wait until the lifecycle events that were recorded before are written, or an attempt to do so has failed."""
         await self._lifecycle.flush()
 
-    def drop(self, uid: str, last: Event | None = None) -> None:
-        """Forget a VM's events, and have its file unlinked. Its followers are sent what they lack, and `last`."""
+    def drop(self, uid: str) -> None:
+        """Forget a VM's events, and have its file unlinked. Its followers are sent what they lack."""
         append = self._appends.pop(uid, None)
         if append is not None:
             append.error = EventsDeletedError(uid)
@@ -203,8 +202,8 @@ class EventLog:
         waiting = self._lifecycle.waiting(uid) if uid in self._followers else []
         left = self._lifecycle.drop(uid)
         if uid in self._followers:
-            for event in [*waiting, *([last] if last is not None else [])]:
-                left.add(event, self._count(uid))
+            for event in waiting:
+                left.add(event.after, event.text)
             self._left[uid] = left
         self._dropped.append(uid)
         self._wakeup.set()
@@ -285,6 +284,9 @@ class EventLog:
     def _count(self, uid: str) -> int:
         file = self._files.get(uid)
         return len(file.offsets) if file is not None else 0
+
+    def has_followers(self, uid: str) -> bool:
+        return uid in self._followers
 
     def wake(self, uid: str) -> None:
         """Have the followers of a VM look again: there may be something new, or their end."""

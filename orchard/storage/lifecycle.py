@@ -2,7 +2,7 @@
 
 A VM's last MAX_LIFECYCLE events are kept, so that one which restarts without end fills neither disk nor memory. They have
 numbers of their own, which never change. Each also holds how many events the VM's own file (event_file.py) had when it
-was written, so both kinds are shown in one order. The events of a VM are forgotten with it.
+happened, so both kinds are shown in one order. The events of a VM are forgotten with it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import trio
 
-from orchard.codec import dump_json, encode
-from orchard.schema import Event
+from orchard.codec import dump_json
+from orchard.schema import LIFECYCLE
 from orchard.storage.errors import DamagedError
 from orchard.storage.journal import Disk
 from orchard.storage.records import BatchedRecords, RecordFile, RunInThread
@@ -50,11 +50,9 @@ class VMLifecycle:
         """The number of the next one."""
         return self.events[-1].number + 1 if self.events else 0
 
-    def add(self, event: Event, after: int) -> LifecycleEvent:
-        """Add the next event, after so many of the VM's file."""
-        added = LifecycleEvent(self.end, after, dump_json(encode(event)))
-        self.events.append(added)
-        return added
+    def add(self, after: int, text: bytes) -> None:
+        """Add the next event."""
+        self.events.append(LifecycleEvent(self.end, after, text))
 
     def between(self, begin: int, end: int) -> list[LifecycleEvent]:
         """Return those with numbers from `begin` to `end` - 1 that are kept."""
@@ -65,26 +63,30 @@ class VMLifecycle:
         return next((event.number for event in self.events if event.after >= after), self.end)
 
 
-class LifecycleLog(BatchedRecords[tuple[str, Event]]):
-    """The lifecycle events of all VMs, by uid.
+class WaitingEvent(NamedTuple):
+    """A VM's uid, and the parts of an event that has no number yet."""
 
-    `count_events` returns how many events a VM's own file has. `tell` is called with the uid for each event written.
-    """
+    uid: str
+    after: int
+    text: bytes
+
+
+class LifecycleLog(BatchedRecords[WaitingEvent]):
+    """The lifecycle events of all VMs, by uid. `tell` is called with the uid for each event that was written."""
 
     def __init__(
         self,
         path: Path,
         disk: Disk,
         in_thread: RunInThread = trio.to_thread.run_sync,
-        count_events: Callable[[str], int] = lambda uid: 0,
         tell: Callable[[str], None] = lambda uid: None,
     ) -> None:
         super().__init__(RecordFile(path, "lifecycle", disk), in_thread)
-        self._count_events = count_events
         self._tell = tell
         self._vms: dict[str, VMLifecycle] = {}
         self._count = 0
-        self._prepared: list[LifecycleEvent] = []
+        # Their numbers, in the order of the records that are being written.
+        self._numbers: list[int] = []
         # VMs that were dropped since the last write began.
         self._dropped: set[str] = set()
 
@@ -125,35 +127,33 @@ class LifecycleLog(BatchedRecords[tuple[str, Event]]):
         self._dropped.add(uid)
         return dropped
 
-    def waiting(self, uid: str) -> list[Event]:
+    def waiting(self, uid: str) -> list[WaitingEvent]:
         """Return the events of a VM that are not written yet."""
         writing = self._writing.records if self._writing is not None else ()
-        return [event for owner, event in (*writing, *self._gathering.records) if owner == uid]
+        return [event for event in (*writing, *self._gathering.records) if event.uid == uid]
 
     def _add(self, uid: str, event: LifecycleEvent) -> None:
         events = self._vms.setdefault(uid, VMLifecycle()).events
         self._count += len(events) < MAX_LIFECYCLE
         events.append(event)
 
-    def _wanted(self, records: Iterable[tuple[str, Event]]) -> list[tuple[str, Event]]:
+    def _wanted(self, records: Iterable[WaitingEvent]) -> list[WaitingEvent]:
         dropped, self._dropped = self._dropped, set()
-        return [record for record in records if record[0] not in dropped]
+        return [record for record in records if record.uid not in dropped]
 
-    def _prepare(self, records: Sequence[tuple[str, Event]]) -> list[bytes]:
+    def _prepare(self, records: Sequence[WaitingEvent]) -> list[bytes]:
         ends: dict[str, int] = {}
-        self._prepared = []
-        for uid, event in records:
-            number = ends.get(uid)
-            if number is None:
-                number = self.of(uid).end
+        self._numbers = []
+        for uid, _, _ in records:
+            number = ends[uid] if uid in ends else self.of(uid).end
             ends[uid] = number + 1
-            self._prepared.append(LifecycleEvent(number, self._count_events(uid), dump_json(encode(event))))
-        return [_stored(uid, event) for (uid, _), event in zip(records, self._prepared, strict=True)]
+            self._numbers.append(number)
+        return [_stored(uid, n, after, text) for n, (uid, after, text) in zip(self._numbers, records, strict=True)]
 
-    def _keep(self, records: Sequence[tuple[str, Event]]) -> None:
-        for (uid, _), event in zip(records, self._prepared, strict=True):
+    def _keep(self, records: Sequence[WaitingEvent]) -> None:
+        for number, (uid, after, text) in zip(self._numbers, records, strict=True):
             if uid not in self._dropped:
-                self._add(uid, event)
+                self._add(uid, LifecycleEvent(number, after, text))
                 self._tell(uid)
 
     def _live_count(self) -> int:
@@ -161,8 +161,13 @@ class LifecycleLog(BatchedRecords[tuple[str, Event]]):
 
     def _live(self) -> list[bytes]:
         # Each list() is one step of the interpreter, so the task that changes the originals cannot come in between.
-        return [_stored(uid, event) for uid, lifecycle in list(self._vms.items()) for event in list(lifecycle.events)]
+        return [_stored(uid, *event) for uid, lifecycle in list(self._vms.items()) for event in list(lifecycle.events)]
 
 
-def _stored(uid: str, event: LifecycleEvent) -> bytes:
-    return b'{"uid":"%b","n":%d,"after":%d,"event":%b}' % (uid.encode(), event.number, event.after, event.text)
+def lifecycle_json(payload: str, timestamp: int) -> bytes:
+    """Return the JSON of a lifecycle event, as dump_json and encode would: each change of a VM may cost one."""
+    return b'{"kind":"%b","payload":%b,"timestamp":%d}' % (LIFECYCLE.encode(), dump_json(payload), timestamp)
+
+
+def _stored(uid: str, number: int, after: int, text: bytes) -> bytes:
+    return b'{"uid":"%b","n":%d,"after":%d,"event":%b}' % (uid.encode(), number, after, text)
