@@ -73,7 +73,7 @@ class ControllerParts:
     """The parts of a controller that handlers work on.
 
     `gate` None admits every request to everything. `tokens` issues access tokens. `prefix` is the path before /v1,
-    and `offline_timeout` is in seconds.
+    and `offline_timeout` is in seconds. Stored deadlines are made from `deadline_clock`.
     """
 
     store: Store
@@ -89,6 +89,7 @@ class ControllerParts:
     tokens: auth.AccessTokens
     scheduling: SchedulingLoop
     clock: Callable[[], datetime.datetime]
+    deadline_clock: Callable[[], datetime.datetime]
     prefix: str = ""
     offline_timeout: float = 0.0
 

@@ -34,6 +34,7 @@ from orchard.api import ControllerParts
 from orchard.cluster import ClusterIdentity
 from orchard.command_line import CommandLine, orchard_home, parse_address, parse_seconds
 from orchard.daemon import run_main, run_until_signal
+from orchard.deadlines import Deadlines, StoredClock
 from orchard.files import (
     ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,
@@ -261,7 +262,7 @@ async def run(
     platform = Platform() if platform is None else platform
     with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as data:
         store = data.store
-        loop, parts = _compose(settings, data, platform.clock)
+        loop, deadlines, parts = _compose(settings, data, platform.clock)
         api = make_api(parts)
         browsers = BrowserRules(settings.allowed_origins, None if settings.auth else settings.allowed_hosts)
         # Ends last, because it stores what the tasks below change.
@@ -273,6 +274,7 @@ async def run(
             # Ends when the last answer was sent.
             async with trio.open_nursery() as background:
                 background.start_soon(loop.run)
+                background.start_soon(deadlines.run)
                 background.start_soon(parts.executor.run)
                 listeners, running = await platform.listen(settings)
                 if running.watch_certificate is not None:
@@ -291,14 +293,16 @@ async def run(
 
 def _compose(
     settings: ControllerSettings, data: StoredData, clock: Callable[[], datetime.datetime]
-) -> tuple[SchedulingLoop, ControllerParts]:
+) -> tuple[SchedulingLoop, Deadlines, ControllerParts]:
     """Connect the parts of a controller. No task runs yet. Raises StartError."""
     store, rendezvous = data.store, Rendezvous(settings.ping_interval)
     renew_promises(store, settings.worker_offline_timeout)
-    loop = SchedulingLoop(store, settings.worker_offline_timeout, clock)
+    stored_clock = StoredClock(store, clock, trio.current_time)
+    loop = SchedulingLoop(store, settings.worker_offline_timeout, stored_clock.now)
+    deadlines = Deadlines(store, stored_clock, loop.liveness, loop.states)
     sessions = AccountSessions(store.state.accounts)
-    Recorder(store, data.events, data.history, clock)
-    Reactions(store, rendezvous, loop, sessions, clock)
+    Recorder(store, data.events, data.history, stored_clock.now)
+    Reactions(store, rendezvous, loop, sessions, stored_clock.now)
     vm_access = VMAccess(store, rendezvous)
     tokens = auth.AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
     parts = ControllerParts(
@@ -315,10 +319,11 @@ def _compose(
         tokens=tokens,
         scheduling=loop,
         clock=clock,
+        deadline_clock=stored_clock.now,
         prefix=settings.prefix,
         offline_timeout=settings.worker_offline_timeout,
     )
-    return loop, parts
+    return loop, deadlines, parts
 
 
 async def _store_last_changes(data: StoredData) -> None:

@@ -290,6 +290,10 @@ class Liveness:
         session = self._sessions.get(worker)
         return self.away_at(worker) if session is not None and session.has_settled else -math.inf
 
+    def is_available(self, worker: str) -> bool:
+        """Return whether a worker gets new VMs now."""
+        return self.available_until(worker) > self._clock()
+
     def promise_ms(self, worker: str) -> int:
         """Return for how many milliseconds a worker without contact may run its VMs from now on."""
         over = self.promise_over_at.get(worker, -math.inf) - self._clock()

@@ -18,6 +18,7 @@ from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM
 from orchard.sessions import AccountSessions
 from orchard.store import Store
+from orchard.transitions import has_expired
 from orchard.tunnel import Rendezvous
 
 # New VMs that one log line names, so that a line stays below 8 KiB or so.
@@ -27,7 +28,7 @@ _logger = logging.getLogger("orchard.controller")
 
 
 class Reactions:
-    """Reacts to the durable changes of a store. `clock` is the wall clock."""
+    """Reacts to the durable changes of a store. `clock` is the wall clock by which deadlines are stored."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class Reactions:
     def _react_to_vm(self, old: VM, new: VM | None) -> None:
         for worker in workers_to_wake(old, new):
             self._rendezvous.sync(worker)
-        if reason := tunnel_end_reason(old, new):
+        if reason := tunnel_end_reason(old, new, self._clock()):
             self._rendezvous.end_tunnels(old.uid, reason)
         if new is None:
             self._loop.forget_vm(old.uid)
@@ -102,10 +103,10 @@ def workers_to_wake(old: VM, new: VM | None) -> list[str]:
     return [vm.state.worker for vm in (old, new) if vm is not None and vm.state.worker]
 
 
-def tunnel_end_reason(old: VM, new: VM | None) -> str:
+def tunnel_end_reason(old: VM, new: VM | None, now: datetime.datetime) -> str:
     """Return why a change ends the tunnels to a VM, or "" if it does not."""
     if new is None:
-        return f'VM "{old.name}" was deleted'
+        return f'VM "{old.name}" has expired' if has_expired(old, now) else f'VM "{old.name}" was deleted'
     if new.state.status == "failed" and old.state.status != "failed":
         return f'VM "{old.name}" has failed: {new.state.status_message}'
     return ""

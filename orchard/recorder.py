@@ -17,6 +17,7 @@ from orchard.schema import PULLING, VM, EndedVM
 from orchard.storage.events import EventLog
 from orchard.storage.history import History
 from orchard.store import Store
+from orchard.transitions import has_expired
 
 # Characters of a failure's reason in an event and in the history, and of the metadata in the log.
 _MAX_REASON, _MAX_LOGGED = 512, 1024
@@ -65,7 +66,8 @@ class Recorder:
         self._pulls.pop(vm.uid, None)
         # Its events are forgotten, so only followers can see this one.
         if self._events.has_followers(vm.uid):
-            self._events.record(vm.uid, "stopping: the VM was deleted", int(now.timestamp()))
+            how = "has expired" if has_expired(vm, now) else "was deleted"
+            self._events.record(vm.uid, f"stopping: the VM {how}", int(now.timestamp()))
         self._events.drop(vm.uid)
         ended = ended_vm(vm, now)
         self._history.add(ended)

@@ -86,12 +86,12 @@ class SchedulingLoop:
             self.liveness,
             self._failures,
             lambda worker: self.planner.placement.load_of(worker),
+            state.vms_by_worker,
             clock,
-            trio.current_time,
         )
         for worker in state.workers.values():
             self.states.observe(worker)
-        self.states.on_change = store.touch_worker
+        self.states.on_change(store.touch_worker)
         store.log.show_worker = lambda worker, json: b"".join(self.states.json_parts(worker, json))
         store.on_commit(self._update_planner)
         store.on_undo(self._rebuild_planner)

@@ -416,7 +416,7 @@ def _covers(prefix: str, path: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class Drain:
     deadline_seconds: int = attr(
-        "deadlineSeconds", f"Seconds after which the worker's VMs are ended, at most {MAX_VM_TTL}; 0: never", zero=0
+        "deadlineSeconds", "Seconds after which the worker's VMs are ended; 0: never", zero=0, maximum=MAX_VM_TTL
     )
     now: bool = attr("now", "Whether the worker's VMs are ended at once", zero=False)
     deadline: _Time | None = attr("deadline", "When the worker's VMs are ended", zero=None, writer="controller")
@@ -659,7 +659,16 @@ def components() -> dict[str, Any]:
         text = "Name of the VM on its worker's disk; `localName` and `tartName` are the same"
         spec["properties"][name] = {"type": "string", "readOnly": True, "description": text}
     parts = {"VMMeta": openapi_schema(VMMeta), "VMSpec": spec, "VMState": openapi_schema(VMState)}
-    resources: tuple[type, ...] = (ControllerInfo, ClusterSettings, ServiceAccount, Worker, Event, VMReport, Problem)
+    resources: tuple[type, ...] = (
+        ControllerInfo,
+        ClusterSettings,
+        ServiceAccount,
+        Worker,
+        Drain,
+        Event,
+        VMReport,
+        Problem,
+    )
     resources += (EndedVM, IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion, Capacity)
     return {
         **parts,

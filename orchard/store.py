@@ -178,6 +178,9 @@ class Store:
         self.state = state
         # Why nothing can be written any more; empty while the store works.
         self.broken = ""
+        # The wall time of the last write before the start, and what returns it for each write. The owner sets the latter.
+        self.stored_time: datetime.datetime | None = None
+        self.wall_time: Callable[[], datetime.datetime] | None = None
         self._engine = engine
         self._in_thread = in_thread
         # What the engine's `full` was after its last call.
@@ -219,6 +222,7 @@ class Store:
             raise contents.contradicts_itself(problems[:5])
         engine.begin(state.tables(), now)
         store = cls(engine, state, in_thread)
+        store.stored_time = contents.time
         # When the disk is full, `run` begins with an upkeep.
         store._follow_full(0.0)
         return store
@@ -268,20 +272,18 @@ class Store:
         if adds and self._full_disk is not None:
             raise StorageFullError(f"{self.full}; nothing can be added until there is space, deletions are accepted")
         # Nothing below can fail, so all of the transaction happens.
-        if self._gathering is None:
-            self._gathering = _Write(Batch(self.state.revision, self.state.revision))
-        batch = self._gathering.batch
+        batch = self._gather().batch
         for change in changes:
             self.state.apply(change.kind, change.name, change.new, change.json, change.spec_at)
             batch.record((change.kind, change.name), change.json if change.new else None, is_new=change.old is None)
-        self._gathering.changes += changes
+        self._gather().changes += changes
         self.state.revision = batch.revision = self.state.revision + 1
         batch.adds = batch.adds or adds
         self._wakeup.set()
         self._touched = {}
         for tell in self._committed:
             tell(changes)
-        self._gathering.position = self._record(changes, self._touched)
+        self._gather().position = self._record(changes, self._touched)
 
     def _record(self, changes: list[Change], touched: dict[str, tuple[Worker, bytes]]) -> int:
         """Record in the log what happened together, and return its position."""
@@ -305,6 +307,17 @@ class Store:
             write.position = position
         else:
             self.log.publish(position)
+
+    def _gather(self) -> _Write:
+        if self._gathering is None:
+            self._gathering = _Write(Batch(self.state.revision, self.state.revision))
+        return self._gathering
+
+    def touch(self) -> None:
+        """Have the wall time stored, although nothing changes. The store must not have ended."""
+        batch = self._gather().batch
+        self.state.revision = batch.revision = self.state.revision + 1
+        self._wakeup.set()
 
     async def wait_durable(self) -> None:
         """Wait until all that the state holds now is on disk.
@@ -340,6 +353,8 @@ class Store:
     async def _write(self) -> None:
         self._writing, self._gathering = self._gathering, None
         assert self._writing is not None
+        if self.wall_time is not None:
+            self._writing.batch.time = self.wall_time()
         try:
             await self._call_engine(self._engine.append, self._writing.batch)
         except NotWrittenError as error:
@@ -422,7 +437,9 @@ class Store:
         return feed
 
     def _publish(self, written: _Write) -> None:
-        self.log.publish(written.position)
+        # 0: nothing but the time was written.
+        if written.position:
+            self.log.publish(written.position)
         for change in written.changes:
             for watcher in list(self._watchers.get((change.kind, change.name), ())):
                 if (feed := watcher()) is not None:

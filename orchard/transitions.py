@@ -244,6 +244,11 @@ def has_ended(vm: VM, worker: Worker | None) -> bool:
     return is_known and vm.state.ended_at is not None
 
 
+def has_expired(vm: VM, now: datetime.datetime) -> bool:
+    """Return whether a VM that was deleted had reached the end of its time to live."""
+    return vm.meta.expires_at is not None and vm.meta.expires_at <= now
+
+
 def time_out(vm: VM) -> VM:
     """Return a pending VM that has failed because it was without a worker for too long."""
     why = vm.state.status_message or "waiting: no worker was looked for yet"

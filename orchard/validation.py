@@ -46,6 +46,7 @@ from orchard.schema import (
     ClusterSettings,
     Condition,
     ConditionType,
+    Drain,
     Event,
     GuestScript,
     HostDir,
@@ -393,6 +394,14 @@ def _check_identity(worker: Worker) -> None:
     for index, capability in enumerate(worker.capabilities):
         if not NAME.fullmatch(capability) or len(capability) > MAX_NAME:
             raise InvalidError(f"capabilities[{index}] is {shown(capability)}, expected a name such as worker-state")
+
+
+def drain_from_client(raw: object, unknown: list[str]) -> Drain:
+    """Return the drain of a worker that is asked for; null asks for one without a deadline. Raises ValidationError."""
+    drain = Drain() if raw is None else decode_from_client(Drain, raw, unknown)
+    if drain.now and drain.deadline_seconds:
+        raise InvalidError(f"now is true and deadlineSeconds is {drain.deadline_seconds}, expected one of them")
+    return drain
 
 
 def account_from_client(raw: object, unknown: list[str], base: ServiceAccount | None = None) -> ServiceAccount:

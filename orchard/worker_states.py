@@ -3,45 +3,53 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from orchard.cluster import Health, WorkerState, merge
+from orchard.cluster import VM_RESTART, Health, WorkerState, merge
 from orchard.codec import dump_json, encode, format_time
 from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
 from orchard.planning import Load
-from orchard.schema import Worker
+from orchard.schema import VM, Worker
 
 
 class WorkerStates:
-    """The computed fields of all workers. `load_of` returns what the VMs on a worker use, `clock` the wall time."""
+    """The computed fields of all workers.
+
+    `load_of` returns what the VMs on a worker use, `clock` the wall time. `vms_by_worker` is live.
+    """
 
     def __init__(
         self,
         liveness: Liveness,
         failures: EarlyFailures,
         load_of: Callable[[str], Load],
+        vms_by_worker: Mapping[str, Mapping[str, VM]],
         clock: Callable[[], datetime.datetime],
-        monotonic: Callable[[], float],
     ) -> None:
         self._liveness = liveness
         self._failures = failures
         self._load_of = load_of
+        self._vms_by_worker = vms_by_worker
         self._clock = clock
-        self._monotonic = monotonic
         # What `members` returned last, and what that was made from.
         self._members: dict[str, tuple[object, bytes]] = {}
         self._since: dict[str, tuple[WorkerState, datetime.datetime]] = {}
-        # State and health of each worker when `on_change` was called last.
+        # State and health of each worker when it was told last.
         self._told: dict[str, object] = {}
-        # Called with the name of a worker whose state or health is another one than when it was observed before.
-        self.on_change: Callable[[str], None] = lambda worker: None
+        self._listeners: list[Callable[[str], None]] = []
+
+    def on_change(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called with the name of a worker whose state or health is not as it was observed before."""
+        self._listeners.append(tell)
 
     def observe(self, worker: Worker) -> tuple[WorkerState, datetime.datetime]:
         """Return a worker's state and since when it is in it, as far as it was observed."""
         state: WorkerState = "online"
-        if self._liveness.available_until(worker.name) <= self._monotonic():
+        if not self._liveness.is_available(worker.name):
             state = "offline"
+        elif worker.drain is not None:
+            state = "draining" if self._has_work(worker) else "drained"
         elif worker.scheduling_paused:
             state = "paused"
         seen = self._since.get(worker.name)
@@ -50,8 +58,16 @@ class WorkerStates:
         told = (seen, self._liveness.health(worker.name), self._failures.problem(worker.name))
         if told != self._told.get(worker.name):
             self._told[worker.name] = told
-            self.on_change(worker.name)
+            for tell in self._listeners:
+                tell(worker.name)
         return seen
+
+    def _has_work(self, worker: Worker) -> bool:
+        """Return whether something may run on a worker that is drained."""
+        return any(
+            vm.holds_resources or (vm.state.end_request and VM_RESTART in worker.capabilities and not vm.state.ended_at)
+            for vm in self._vms_by_worker.get(worker.name, {}).values()
+        )
 
     def forget(self, name: str) -> None:
         for table in (self._since, self._members, self._told):

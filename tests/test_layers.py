@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "roles",
         (
-            *("controller", "scheduling_loop", "worker_states", "reactions", "recorder"),
+            *("controller", "scheduling_loop", "worker_states", "reactions", "recorder", "deadlines"),
             *("operations", "handlers/", "api", "parameters", "admission", "answers"),
             *("worker", "reconciler", "leftovers", "heartbeat", "worker_memory", "worker_requests"),
         ),
@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "gate",
             "liveness",
             "early_failures",
+            "agenda",
             "worker_facts",
         ),
     ),

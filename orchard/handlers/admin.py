@@ -11,7 +11,7 @@ from orchard import __version__, auth, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API
-from orchard.cluster import IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, WORKER_STATE
+from orchard.cluster import IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, VM_RESTART, WORKER_STATE
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.schema import ClusterSettings, ControllerInfo, ServiceAccount
@@ -33,6 +33,10 @@ _CAPABILITIES = (
     "events-follow",
     "history",
     "capacity",
+    "vm-ttl",
+    "pending-timeout",
+    VM_RESTART,
+    "drain",
 )
 
 

@@ -70,10 +70,9 @@ def _check_new(api: API, name: str) -> None:
 def _create(api: API, admitted: Admitted, name: str, spec: VMSpec) -> Response:
     _check_new(api, name)
     reason = api.parts.scheduling.waiting_reason(spec)
-    now = api.parts.clock()
-    vm = transitions.create(name, str(uuid.uuid4()), spec, now, reason)
+    vm = transitions.create(name, str(uuid.uuid4()), spec, api.parts.clock(), reason)
     vm = replace(vm, meta=replace(vm.meta, created_by=admitted.account))
-    api.put(transitions.set_deadlines(None, vm, api.state.settings, now))
+    api.put(transitions.set_deadlines(None, vm, api.state.settings, api.parts.deadline_clock()))
     return api.answer_vm(name)
 
 
@@ -257,8 +256,15 @@ def _change_vm(
     spec = read_body(admitted, partial(read, old.spec))
     if spec.host_dirs != old.spec.host_dirs:
         _check_host_dirs(api, spec)
-    new = transitions.change(old, spec)
-    api.put(transitions.set_deadlines(old, new, api.state.settings, api.parts.clock(), renews_ttl=renews_ttl), old)
+    changed, now = transitions.change(old, spec), api.parts.deadline_clock()
+    api.put(transitions.set_deadlines(old, changed, api.state.settings, now, renews_ttl=renews_ttl), old)
+    return api.answer_vm(old.name)
+
+
+def restart_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    """Have a VM's worker end it, after which it is restarted."""
+    old = api.find_vm(admitted)
+    api.put(transitions.request_restart(old, api.state.workers.get(old.state.worker)), old)
     return api.answer_vm(old.name)
 
 

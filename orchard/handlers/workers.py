@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
@@ -9,11 +10,11 @@ from functools import partial
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard import auth, parameters, validation
+from orchard import auth, deadlines, parameters, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API, liveness_source
-from orchard.cluster import CANCEL_REQUEST, WORKER_STATE, Promise
+from orchard.cluster import CANCEL_REQUEST, WORKER_STATE
 from orchard.codec import shown
 from orchard.handlers.watch import watch_kinds
 from orchard.liveness import Source
@@ -58,6 +59,8 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
         unknown=old.unknown if old is not None else {},
         created_at=old.created_at if old is not None else api.parts.clock(),
         scheduling_paused=old.scheduling_paused if old is not None else wanted.scheduling_paused,
+        drain=old.drain if old is not None else None,
+        offline_since=old.offline_since if old is not None else None,
         registered_by=admitted.account,
         promised=max(old.promised if old is not None else 0, liveness.offline_timeout_ms),
         highest_revision=0,
@@ -70,7 +73,7 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
     )
     with api.store.transaction() as tx:
         if old is not None and old.instance_id and old.instance_id != new.instance_id:
-            tx.put(_promise_of(api, new.name))
+            tx.put(deadlines.promise_of(new.name, api.state, liveness))
             liveness.record_replacement(new.name)
         if new != old:
             tx.put(new)
@@ -112,22 +115,36 @@ def put_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
         liveness.facts.record_heartbeat(wanted)
         # Without the images, of which a thousand workers would be sent megabytes a second.
         return replace(_worker(api, worker.name, images=False), routine=True)
-    api.put(replace(worker, scheduling_paused=wanted.scheduling_paused), worker)
+    paused = wanted.scheduling_paused
+    # A drain pauses the scheduling, so it ends when that is resumed.
+    api.put(replace(worker, scheduling_paused=paused, drain=worker.drain if paused else None), worker)
     return _worker(api, worker.name)
 
 
 def delete_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     worker = found("worker", api.state.workers, admitted.name)
     with api.store.transaction() as tx:
-        tx.delete(worker)
-        tx.put(_promise_of(api, worker.name))
+        deadlines.remove_worker(worker, api.state, api.parts.liveness, tx)
     return Response(200)
 
 
-def _promise_of(api: API, worker: str) -> Promise:
-    """Return what is stored of a worker that will not be heard of again: how long its VMs may run."""
-    old = api.state.promises.get(worker)
-    return Promise(worker, max(api.parts.liveness.promise_ms(worker), old.milliseconds if old is not None else 0))
+def drain_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    """Pause a worker, and set when its VMs are ended. A drain that is under way is replaced."""
+    worker = found("worker", api.state.workers, admitted.name)
+    drain = read_body(admitted, validation.drain_from_client)
+    if drain.now or drain.deadline_seconds:
+        deadline = api.parts.deadline_clock() + datetime.timedelta(seconds=drain.deadline_seconds)
+        drain = replace(drain, deadline=deadline)
+    api.put(replace(worker, scheduling_paused=True, drain=drain), worker)
+    return _worker(api, worker.name)
+
+
+def cancel_drain(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    """Cancel a worker's drain and resume its scheduling. A worker without one stays as it is."""
+    worker = found("worker", api.state.workers, admitted.name)
+    if worker.drain is not None:
+        api.put(replace(worker, scheduling_paused=False, drain=None), worker)
+    return Response(200)
 
 
 def _speak_for(api: API, worker: Worker, admitted: Admitted) -> None:

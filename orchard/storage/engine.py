@@ -63,6 +63,8 @@ class Batch:
     records: dict[Key, bytes | None] = field(default_factory=dict, repr=False)
     # Whether it has a change that the store refuses while the disk is full.
     adds: bool = False
+    # The wall time of the write.
+    time: datetime.datetime | None = None
     _created: set[Key] = field(default_factory=set)
 
     def record(self, key: Key, json: bytes | None, *, is_new: bool = False) -> None:
@@ -80,7 +82,8 @@ class Batch:
     def line(self) -> bytes:
         """Return the batch as a line of the journal."""
         records = [_record(kind, name, json) for (kind, name), json in self.records.items()]
-        return b'{"after":%d,"revision":%d,"changes":[%b]}' % (self.before, self.revision, b",".join(records))
+        time = b"" if self.time is None else b'"time":"%b",' % format_time(self.time).encode()
+        return b'{"after":%d,"revision":%d,%b"changes":[%b]}' % (self.before, self.revision, time, b",".join(records))
 
 
 @dataclass(slots=True)
@@ -94,6 +97,8 @@ class Contents:
     path: Path
     version: int = STATE_VERSION
     revision: int = 0
+    # The wall time of the last write, as far as the file has it.
+    time: datetime.datetime | None = None
     objects: dict[Key, tuple[int, Any]] = field(default_factory=dict, repr=False)
     # Lines of the file, and bytes up to the end of the last one.
     lines: int = 0
@@ -124,6 +129,8 @@ class FileEngine:
         self._tables: Tables = {}
         self._version = STATE_VERSION
         self._revision = 0
+        # The wall time of the last write, as far as it is known.
+        self._time: datetime.datetime | None = None
         self._object_bytes = 0
         self._compact_at = 0
 
@@ -132,7 +139,7 @@ class FileEngine:
         path, reserve = self._journal.path, self._reserve.path
         if path.exists():
             contents = read_contents(self._journal)
-            self._version, self._revision = contents.version, contents.revision
+            self._version, self._revision, self._time = contents.version, contents.revision, contents.time
             return contents
         # The reserve is created after the state.
         if reserve.exists():
@@ -151,7 +158,7 @@ class FileEngine:
             self._journal.open_for_append()
             self._journal.sync()
             if self._version < STATE_VERSION:
-                lines = snapshot_lines(tables, self._revision, now)
+                lines = snapshot_lines(tables, self._revision, self._time or now)
                 self._write_with_reserve(lambda: self._journal.create(lines), sum(map(len, lines)), RESERVE_BYTES)
         else:
             # The data directory may be as new as the file. Its parent cannot be synced when it cannot be read.
@@ -181,7 +188,7 @@ class FileEngine:
                 self.full = str(error)
             raise
         self._object_bytes += _apply(self._tables, batch)
-        self._revision = batch.revision
+        self._revision, self._time = batch.revision, batch.time or self._time
 
     def upkeep(self) -> None:
         """Fill the reserve, and clear `full` when that succeeded. Otherwise try to free space by compaction.
@@ -217,7 +224,8 @@ class FileEngine:
         if batch is not None:
             _apply(tables, batch)
             revision = batch.revision
-        lines = snapshot_lines(tables, revision, datetime.datetime.now(datetime.UTC))
+        time = batch.time if batch is not None else None
+        lines = snapshot_lines(tables, revision, time or self._time or datetime.datetime.now(datetime.UTC))
         size = sum(map(len, lines))
         try:
             reserve_needed = self._write_with_reserve(lambda: self._journal.create(lines), size, RESERVE_BYTES // 2)
@@ -226,7 +234,7 @@ class FileEngine:
             self._compact_at = self._journal.size + COMPACT_BYTES
             return False
         self._keep(tables)
-        self._revision = revision
+        self._revision, self._time = revision, time or self._time
         self._compact_after(self._journal.size)
         if reserve_needed:
             self._fill_reserve()
@@ -293,12 +301,13 @@ def read_contents(journal: Journal) -> Contents:
             if snapshot_end is None:
                 _check_header(contents.path, line)
                 contents.version, contents.revision = line["version"], line["revision"]
+                contents.time = _read_time(line.get("written"))
                 snapshot_end = 1 + line["objects"]
             elif contents.lines < snapshot_end:
                 _take_record(contents, offset, line)
             else:
                 _take_batch(contents, offset, line)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise contents.not_understood(offset, error) from error
         contents.lines += 1
     contents.size = journal.size
@@ -328,6 +337,11 @@ def _take_batch(contents: Contents, offset: int, line: Mapping[str, Any]) -> Non
     for change in line["changes"]:
         _take_record(contents, offset, change)
     contents.revision = line["revision"]
+    contents.time = _read_time(line.get("time")) or contents.time
+
+
+def _read_time(text: str | None) -> datetime.datetime | None:
+    return None if text is None else datetime.datetime.fromisoformat(text)
 
 
 def _take_record(contents: Contents, offset: int, record: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import trio
 from orchard import auth
 from orchard.api import API, ControllerParts
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, renew_promises
+from orchard.deadlines import Deadlines, StoredClock
 from orchard.gate import Gate
 from orchard.login_limit import LoginLimit
 from orchard.net.request import (
@@ -42,7 +43,7 @@ from orchard.storage.errors import StorageError
 from orchard.storage.events import EventLog
 from orchard.storage.history import History
 from orchard.storage.journal import Disk
-from orchard.store import Store, check
+from orchard.store import InThread, Store, check
 from orchard.tunnel import Rendezvous, VMAccess
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -61,12 +62,24 @@ class Answered:
         return str(self.body["message"])
 
 
+class HostClock:
+    """The wall clock of a host, by which deadlines are stored: BEGAN now, then by trio's clock, wrong by `error`."""
+
+    def __init__(self) -> None:
+        self._began = trio.current_time()
+        self.error = datetime.timedelta()
+
+    def wall(self) -> datetime.datetime:
+        return BEGAN + datetime.timedelta(seconds=trio.current_time() - self._began) + self.error
+
+
 class Served:
     """A controller's API over a store in a directory of its own, called without sockets."""
 
-    def __init__(self, api: API, loop: SchedulingLoop) -> None:
+    def __init__(self, api: API, loop: SchedulingLoop, deadlines: Deadlines) -> None:
         self.api = api
         self.loop = loop
+        self.deadlines = deadlines
         self.store = api.store
         self.state = api.state
         self._watches: dict[str, object] = {}
@@ -156,9 +169,14 @@ class Served:
 
     def schedule(self) -> float:
         """Schedule until nothing is left to do. Return when the scheduler is due again."""
-        while (due := self.loop.schedule_some(trio.current_time(), BEGAN)) is None:
+        while (due := self.loop.schedule_some(trio.current_time(), self.api.parts.deadline_clock())) is None:
             pass
         return due
+
+    def do_what_is_due(self) -> None:
+        """Expire, end and delete what is due."""
+        while self.deadlines.step():
+            pass
 
     async def watch(self, name: str, nursery: trio.Nursery) -> trio.MemoryReceiveChannel[dict[str, Any]]:
         """Watch a VM. Return a channel of the parsed lines."""
@@ -184,26 +202,39 @@ class Served:
         return receive
 
 
+async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do blocking work where it is asked for: the clock of a test would jump while a thread does it."""
+    await trio.lowlevel.checkpoint()
+    return work(*arguments)
+
+
 @asynccontextmanager
 async def served(
     directory: Path,
     *accounts: ServiceAccount,
     disk: Disk | None = None,
     offline_timeout: float = DEFAULT_OFFLINE_TIMEOUT,
+    host_clock: HostClock | None = None,
+    in_thread: InThread = trio.to_thread.run_sync,
 ) -> AsyncIterator[Served]:
-    """Serve the API from `directory`; it asks for credentials if accounts are given. The time is always BEGAN."""
-    store = Store.open(directory, BEGAN, disk)
+    """Serve the API from `directory`; it asks for credentials if accounts are given.
+
+    The time is always BEGAN, except for deadlines.
+    """
+    store = Store.open(directory, BEGAN, disk, in_thread)
     try:
         renew_promises(store, offline_timeout)
-        events = EventLog(directory / "events")
+        events = EventLog(directory / "events", in_thread=in_thread)
         events.open({vm.uid for vm in store.state.vms.values()})
-        history = History(directory)
+        history = History(directory, in_thread=in_thread)
         history.open()
         rendezvous = Rendezvous()
+        clock = StoredClock(store, (host_clock or HostClock()).wall, trio.current_time)
         loop = SchedulingLoop(store, offline_timeout, lambda: BEGAN)
+        deadlines = Deadlines(store, clock, loop.liveness, loop.states)
         sessions = AccountSessions(store.state.accounts)
         Recorder(store, events, history, lambda: BEGAN)
-        Reactions(store, rendezvous, loop, sessions, lambda: BEGAN)
+        Reactions(store, rendezvous, loop, sessions, clock.now)
         vm_access = VMAccess(store, rendezvous)
         tokens = auth.AccessTokens(b"k" * 32, store.state.accounts, lambda: BEGAN)
         gate = Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if accounts else None
@@ -221,6 +252,7 @@ async def served(
             tokens,
             scheduling=loop,
             clock=lambda: BEGAN,
+            deadline_clock=clock.now,
         )
         api = make_api(parts)
         async with trio.open_nursery() as writers:
@@ -230,7 +262,7 @@ async def served(
             with store.transaction() as tx:
                 for account in accounts:
                     tx.put(account)
-            yield Served(api, loop)
+            yield Served(api, loop, deadlines)
             with suppress(StorageError):
                 await store.wait_durable()
             writers.cancel_scope.cancel()
