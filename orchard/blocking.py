@@ -321,6 +321,8 @@ class BlockingClient(Blocking[Client]):
     check = AsCall(Client.check)
     info = AsCall(Client.info)
     accept_state = AsCall(Client.accept_state)
+    capacity = AsCall(Client.capacity)
+    history = AsCall(Client.history)
     watch = AsContext(Client.watch, BlockingIterator)
     rpc_watch = AsContext(Client.rpc_watch, BlockingIterator)
 

@@ -36,18 +36,21 @@ the statuses to expect, and other errors. net/transport.py opens the connections
 from __future__ import annotations
 
 import base64
+import datetime
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any
+from urllib.parse import quote
 
 from trio_websocket import WebSocketConnection
 
-from orchard.codec import ValidationError
+from orchard.cluster import Capacity
+from orchard.codec import ValidationError, format_time
 from orchard.methods.admin import ServiceAccounts, Settings
 from orchard.methods.commands import CommandResult, RunningCommand
-from orchard.methods.common import Conditions, decode_answer, filter_query, parse_message
+from orchard.methods.common import Conditions, decode_answer, decode_answers, filter_query, parse_message
 from orchard.methods.vms import VMFailed, VMs
 from orchard.methods.watching import WatchedChange, WatchKind, watch_all
 from orchard.methods.workers import Workers
@@ -61,7 +64,7 @@ from orchard.net.transport import (
     Transport,
     excerpt,
 )
-from orchard.schema import ControllerInfo
+from orchard.schema import OS, Arch, ControllerInfo, EndedVM, Runtime
 
 __all__ = [
     "Client",
@@ -155,6 +158,38 @@ class Client(Transport):
         """Accept a state that was restored from an older copy as it is, and return the new clusterId. Needs admin:write."""
         return decode_answer(ControllerInfo, (await self.request("POST", "/controller/accept-state")).json())
 
+    async def capacity(
+        self,
+        *,
+        resources: Mapping[str, int] | None = None,
+        labels: Mapping[str, str] | None = None,
+        arch: Arch | None = None,
+        runtime: Runtime | None = None,
+        os: OS | None = None,
+    ) -> Capacity:
+        """Return how many VMs of a shape could start now (`fits`), how many wait, and what the matching workers offer.
+
+        The defaults are those of a new VM. Raises ResponseError: 400.
+        """
+        given = {
+            "resources": _pairs_text(resources or {}),
+            "labels": _pairs_text(labels or {}),
+            "arch": arch,
+            "runtime": runtime,
+            "os": os,
+        }
+        query = {name: value for name, value in given.items() if value}
+        return decode_answer(Capacity, (await self.request("GET", "/capacity", query=query)).json())
+
+    async def history(self, *, since: datetime.datetime | None = None, limit: int | None = None) -> Sequence[EndedVM]:
+        """Return what became of VMs that were deleted, the earliest first: the last `limit`, or the first ones `since` then.
+
+        `since` is a time with a time zone. The controller keeps 10,000 VMs.
+        """
+        given = {"since": format_time(since) if since else None, "limit": None if limit is None else str(limit)}
+        query = {name: value for name, value in given.items() if value is not None}
+        return decode_answers(EndedVM, (await self.request("GET", "/history", query=query)).json())
+
     def watch(
         self, *, kinds: Sequence[WatchKind] = ("vms", "workers"), filter: Conditions | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[WatchedChange]]:
@@ -188,6 +223,11 @@ async def _receive_action(websocket: WebSocketConnection) -> dict[str, Any]:
     if not isinstance(action, dict):
         raise ClientError(f"the controller sent {excerpt(message)} over the watch, expected an action")
     return action
+
+
+def _pairs_text(pairs: Mapping[str, object]) -> str:
+    """Return names and values as the query parameters `resources` and `labels` have them."""
+    return ",".join(f"{quote(name, safe='')}={quote(str(value), safe='')}" for name, value in pairs.items())
 
 
 def _authorization(account: str, token: str, access_token: str) -> str:

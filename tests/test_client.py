@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from orchard.codec import attrs_of
 from orchard.methods import vms as vm_methods
 from orchard.methods.fields import SettingsFields, VMFields
 from orchard.net import wsframes
-from orchard.schema import ClusterSettings, HostDir, Prepull, StartupScript, VMSpec
+from orchard.schema import TART_VMS, ClusterSettings, HostDir, Prepull, StartupScript, VMSpec, Worker
 from orchard.testing import cluster
 
 # ---- resources -----------------------------------------------------------------------------------------------------
@@ -301,6 +302,31 @@ async def test_incomplete_frame_of_a_command_is_a_client_error(frame: str) -> No
         with pytest.raises(ClientError, match="of a command"):
             async with client.vms.exec("vm", "true") as command:
                 await anext(command)
+
+
+# ---- the cluster ----------------------------------------------------------------------------------------------------
+
+
+async def test_capacity_for_a_shape() -> None:
+    described = [Worker(labels={"a,b": "c=d%"}, resources={"x,y": 7, TART_VMS: 2}), Worker(arch="amd64")]
+    async with cluster(workers=described) as c:
+        capacity = await c.client.capacity(resources={"x,y": 3}, labels={"a,b": "c=d%"})
+        assert (capacity.fits, capacity.free["x,y"], capacity.workers.online) == (2, 7, 2)
+        assert (await c.client.capacity(arch="amd64")).fits == 2
+        none = await c.client.capacity(labels={"a": "b"})
+        assert (none.fits, bool(none.reason)) == (0, True)
+
+
+async def test_history_has_the_vms_that_have_ended() -> None:
+    async with cluster(workers=0) as c:
+        before = datetime.datetime.now(datetime.UTC)
+        for name in ("a", "b"):
+            await c.client.vms.create(name=name, image="any", metadata={"n": name})
+            await c.client.vms.delete(name)
+        assert [ended.name for ended in await c.client.history(limit=1)] == ["b"]
+        first, second = await c.client.history(since=before)
+        assert (first.name, first.metadata, first.status) == ("a", {"n": "a"}, "pending")
+        assert await c.client.history(since=second.ended_at + datetime.timedelta(seconds=1)) == []
 
 
 # ---- filters, pages, scripts ----------------------------------------------------------------------------------------
