@@ -37,10 +37,15 @@ STANDIN_PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 @contextmanager
-def working(url: str, home: Path, *arguments: str, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a worker process during the block."""
+def working(
+    url: str, home: Path, *arguments: str, python: str = sys.executable, **environ: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker process during the block, with `home` as its working directory."""
+    home.mkdir(parents=True, exist_ok=True)
     worker = subprocess.Popen(
-        [sys.executable, "-m", "orchard.worker", url, *arguments],
+        [python, "-m", "orchard.worker", url, *arguments],
+        # Python looks for modules in the current directory first, which may be another checkout.
+        cwd=home,
         env={**os.environ, "ORCHARD_HOME": str(home), **environ},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
