@@ -11,6 +11,7 @@ from orchard.answers import Remarks
 from orchard.codec import InvalidError, shown
 from orchard.net.openapi import Operation
 from orchard.net.request import HTTPError, Request
+from orchard.net.transport import READS_NEW_VALUES
 from orchard.schema import Role
 
 # Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
@@ -84,3 +85,12 @@ def is_old_worker(request: Request) -> bool:
     """Return whether a worker that reports states by `PUT /vms/{name}` has sent a request."""
     version = _GO_VERSION.match(request.headers.get("user-agent") or "")
     return version is not None and int(version[1]) < _STATE_ENDPOINT_SINCE
+
+
+def refuses_new_values(request: Request) -> bool:
+    """Return whether a client or worker of an earlier version of this product has sent a request.
+
+    It refuses an answer with a condition of a type that it does not know.
+    """
+    agent = request.headers.get("user-agent") or ""
+    return agent.startswith("orchard/") and READS_NEW_VALUES not in agent

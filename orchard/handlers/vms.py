@@ -11,7 +11,7 @@ from functools import partial
 import trio
 
 from orchard import parameters, schema, transitions, validation
-from orchard.admission import Admitted, is_old_worker, read_body
+from orchard.admission import Admitted, is_old_worker, read_body, refuses_new_values
 from orchard.answers import http_error
 from orchard.api import API, liveness_source
 from orchard.auth import ForbiddenError
@@ -99,8 +99,16 @@ def _answer_poll(api: API, request: Request, admitted: Admitted, worker: str) ->
             " see POST /v1/controller/accept-state",
         )
     api.parts.liveness.record_poll(worker, liveness_source(request, admitted))
-    table = api.state.json["vm"]
-    return api.answer_list(table[name] for name in sorted(api.state.vms_by_worker.get(worker, ())))
+    table, vms = api.state.json["vm"], api.state.vms_by_worker.get(worker, {})
+    if refuses_new_values(request):
+        # A worker that was an instance of a newer version may have VMs that this one has reported as ready.
+        return api.answer_list(dump_json(_without_ready(vms[name]).to_json()) for name in sorted(vms))
+    return api.answer_list(table[name] for name in sorted(vms))
+
+
+def _without_ready(vm: VM) -> VM:
+    conditions = tuple(condition for condition in vm.state.conditions if condition.type != "ready")
+    return replace(vm, state=replace(vm.state, conditions=conditions))
 
 
 async def _list_some(api: API, wanted: VMFilter, after: str, limit: int | None) -> Response:

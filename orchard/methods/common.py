@@ -13,6 +13,7 @@ from orchard.codec import ValidationError, decode, parse_json
 from orchard.filters import FieldCondition
 from orchard.net.transport import ClientError, ClientResponse, Transport, excerpt
 from orchard.schema import (
+    CONDITION_WRITERS,
     VM,
     vm_from_json,
 )
@@ -52,9 +53,15 @@ def parse_message(message: str | bytes) -> Any:
 
 def decode_answer(kind: type[ShownT], raw: Any) -> ShownT:
     try:
-        return cast("ShownT", vm_from_json(raw)) if kind is VM else decode(kind, raw)
-    except (ValidationError, TypeError, ValueError) as error:
+        return cast("ShownT", vm_from_json(_known_conditions(raw))) if kind is VM else decode(kind, raw)
+    except (ValidationError, AttributeError, TypeError, ValueError) as error:
         raise ClientError(f"the answer is not a valid {kind.__name__}: {error}") from error
+
+
+def _known_conditions(raw: Any) -> Any:
+    """Return a VM's JSON without conditions of types that only a newer controller knows."""
+    conditions = [item for item in raw.get("conditions") or () if item.get("type") in CONDITION_WRITERS]
+    return {**raw, "conditions": conditions}
 
 
 def decode_answers(kind: type[ShownT], raw: Any) -> list[ShownT]:

@@ -35,6 +35,9 @@ from orchard.net.proxies import bracketed, connector
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
 from orchard.nursery import unwrap_groups
 
+# In the User-Agent of a client that passes over values which it does not know. Earlier ones refuse the whole answer.
+READS_NEW_VALUES = "reads-new-values"
+
 # The controller's port, and the port of a URL that has none.
 DEFAULT_PORT = 6120
 
@@ -234,7 +237,7 @@ class Transport:
         self._base_path = self._server.prefix + base_path
         self._headers = [
             ("Host", f"{bracketed(self._server.host)}:{self._server.port}"),
-            ("User-Agent", f"orchard/{__version__}"),
+            ("User-Agent", f"orchard/{__version__} ({READS_NEW_VALUES})"),
         ]
         if authorization:
             self._headers.append(("Authorization", authorization))
