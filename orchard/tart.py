@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -52,6 +53,7 @@ from orchard.vm.driver import (
     SupervisorLost,
     operand,
 )
+from orchard.vm.guest_agent import run_by_agent
 from orchard.vm.host import disk_of, leads_to_host
 from orchard.vm.processes import (
     KILL_SECONDS,
@@ -500,8 +502,20 @@ class TartDriver:
             raise gone
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
+        if script.agent:
+            self._refuse_on_vetu("guest agents")
+            if not self._is_supervised(operand("VM name", name)):
+                raise DriverError(f'VM "{name}" is not running')
+            command, environ = [self._path, "exec", "-i", name], self._calls.env
+            await run_by_agent(command, environ, partial(self._wait_for_agent, name), script, on_line)
+            return
         host = await self.ip(name, bridged=script.bridged)
         await run_over_ssh(SSHServer(host, self._ssh_port), script, on_line)
+
+    async def _wait_for_agent(self, name: str) -> None:
+        """Wait until the guest agent answers. A guest without an address is given up after a minute, whatever its agent."""
+        with suppress(DriverError):
+            await self._call("ip", name, "--resolver", "agent", "--wait", str(_IP_SECONDS))
 
     async def recover(self) -> None:
         await self._calls.end_left(self._stop_seconds)

@@ -37,7 +37,15 @@ import trio
 from orchard import __version__
 from orchard.auth import BootstrapToken
 from orchard.client import Client, ClientError, ResponseError
-from orchard.cluster import CANCEL_REQUEST, IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, VM_RESTART, WORKER_STATE
+from orchard.cluster import (
+    CANCEL_REQUEST,
+    GUEST_AGENT,
+    IMAGE_INVENTORY,
+    SHUTDOWN_SCRIPT,
+    VM_READY,
+    VM_RESTART,
+    WORKER_STATE,
+)
 from orchard.codec import encode
 from orchard.command_line import CommandLine, orchard_home, parse_count, parse_pairs, parse_resources
 from orchard.daemon import run_main, run_until_signal
@@ -76,8 +84,8 @@ _random_share = random.SystemRandom().random
 _MACOS_VMS = 2
 # Between two looks at what the cluster wants pulled, on average.
 _PREPULL_SECONDS = 60.0
-# What this worker does, as it says at its registration.
-CAPABILITIES = (WORKER_STATE, CANCEL_REQUEST, IMAGE_INVENTORY, VM_READY, VM_RESTART, SHUTDOWN_SCRIPT)
+# What this worker does, as it says at its registration. vetu has no guest agent.
+CAPABILITIES = (WORKER_STATE, CANCEL_REQUEST, IMAGE_INVENTORY, VM_READY, VM_RESTART, SHUTDOWN_SCRIPT, GUEST_AGENT)
 # At the end of the worker, to report the VMs that ended with it.
 _GOODBYE_SECONDS = 5.0
 _EXIT_REFUSED = 2
@@ -106,7 +114,8 @@ class WorkerService:
     ) -> None:
         """`clock` returns seconds since 1970, `lease_clock` seconds of a clock that is never set, `chance` 0 to 1."""
         labels = {WORKER_NAME_LABEL: description.name, **description.labels}
-        self.description = replace(description, labels=labels, capabilities=CAPABILITIES)
+        able = tuple(one for one in CAPABILITIES if one != GUEST_AGENT or description.runtime != "vetu")
+        self.description = replace(description, labels=labels, capabilities=able)
         self._client = client
         self._chance = chance
         self._memory = memory or ClusterMemory()

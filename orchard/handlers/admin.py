@@ -11,7 +11,7 @@ from orchard import __version__, auth, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API
-from orchard.cluster import IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, VM_RESTART, WORKER_STATE
+from orchard.cluster import GUEST_AGENT, IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, VM_RESTART, WORKER_STATE
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.schema import ClusterSettings, ControllerInfo, ServiceAccount
@@ -25,6 +25,7 @@ _CAPABILITIES = (
     IMAGE_INVENTORY,
     VM_READY,
     SHUTDOWN_SCRIPT,
+    GUEST_AGENT,
     "field-validation",
     "vm-metadata",
     "watch-list",

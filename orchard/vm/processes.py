@@ -236,7 +236,7 @@ class Calls:
 
     def __init__(self, directory: Path, env: Mapping[str, str]) -> None:
         self._directory = directory
-        self._env = env
+        self.env = env
 
     async def run(
         self, command: Sequence[str], *, label: str, on_output: Callable[[bytes], None] | None = None
@@ -249,7 +249,7 @@ class Calls:
                 make_private(self._directory)
                 with path.open("xb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    completed = await run_program(wrapped, stdin=file.fileno(), env=self._env, on_output=on_output)
+                    completed = await run_program(wrapped, stdin=file.fileno(), env=self.env, on_output=on_output)
         finally:
             path.unlink(missing_ok=True)
         if completed.status in _SHELL_FAILURES:

@@ -41,7 +41,7 @@ import shlex
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +99,7 @@ _NUMBER = re.compile(r"-?[0-9]{1,18}")
 # The exit code of a script that took too long, as `timeout` has it.
 TIMED_OUT = 124
 # For the processes of such a script to be killed, over a connection and on a machine that may be slow.
-_END_SECONDS = 10.0  # seconds
+END_SECONDS = 10.0  # seconds
 # $1: the login shell. $2: the process around it, whose end ends the connection. $3: the script's word. Each round finds
 # what the last one has not killed. Nothing that the guest may lack is needed: without ps the process group is killed.
 _KILLER = r"""
@@ -146,12 +146,14 @@ def new_marker() -> str:
     return secrets.token_hex(16)
 
 
-def login_command(marker: str) -> str:
+def login_command(marker: str, shell: str = "") -> str:
     """Return the command for `/bin/sh -c` that starts the login shell $SHELL, and prints how that shell has ended.
 
-    It contains no quote, backslash or exclamation mark, so that each shell can pass it on in single quotes.
+    `shell` names the login shell where no login has set SHELL and the working directory. The command contains no single
+    quote, backslash or exclamation mark, so that each shell can pass it on in single quotes.
     """
-    return (
+    login = f"cd; export SHELL=$(command -v {shell} || echo /bin/sh); " if shell else ""
+    return login + (
         's="${SHELL:-/bin/sh}"; case "$s" in *fish) ORCHARD_SHELL="$s" "$s" -l -c "exec /bin/sh";;'
         f' *csh) ORCHARD_SHELL="$s" "$s" -c "exec /bin/sh";; *) "$s" -l;; esac; echo {marker} $?'
     )
@@ -373,12 +375,18 @@ async def converse(
     with trio.CancelScope() as limit:
         await talk.listen(limit, patience)
     if limit.cancelled_caught:
-        with trio.move_on_after(_END_SECONDS), suppress(trio.BrokenResourceError):
-            await process.stdin.send_all(b"end\n")
+        with trio.move_on_after(END_SECONDS), suppress(trio.BrokenResourceError):
+            await order_end(process)
             await talk.listen()
         talk.transcript.exit_code, talk.transcript.timed_out = TIMED_OUT, True
     await process.stdin.aclose()
     return talk.transcript
+
+
+async def order_end(process: trio.Process) -> None:
+    """Have the script behind `process` killed in the guest, if it runs. Raises trio.BrokenResourceError."""
+    assert process.stdin is not None
+    await process.stdin.send_all(b"end\n")
 
 
 class _Talk:
@@ -489,7 +497,8 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
             f"exec /bin/sh -c '{login_command(wrapped.marker)}'",
         ]
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
-            process = await _start_ssh(command, environ)
+            with reporting(f"cannot run {program}, the OpenSSH client, on this machine"):
+                process = await open_pipes(command, environ)
             transcript, complaint = await attempt(process, wrapped, on_line, patience)
             if transcript.exit_code is not None:
                 check_end(script, transcript)
@@ -509,12 +518,12 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
     )
 
 
-async def _start_ssh(command: list[str], environ: Mapping[str, str]) -> trio.Process:
+async def open_pipes(command: Sequence[str], environ: Mapping[str, str]) -> trio.Process:
+    """Start a program in a session of its own, with pipes to it. Raises OSError."""
     pipe = subprocess.PIPE
-    with reporting(f"cannot run {command[0]}, the OpenSSH client, on this machine"):
-        return await trio.lowlevel.open_process(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, env=environ, start_new_session=True
-        )
+    return await trio.lowlevel.open_process(
+        list(command), stdin=pipe, stdout=pipe, stderr=pipe, env=environ, start_new_session=True
+    )
 
 
 def check_end(script: Script, transcript: Transcript) -> None:
@@ -529,9 +538,17 @@ def check_end(script: Script, transcript: Transcript) -> None:
 
 
 async def attempt(
-    process: trio.Process, script: WrappedScript, on_line: OnLine, patience: trio.CancelScope
+    process: trio.Process,
+    script: WrappedScript,
+    on_line: OnLine,
+    patience: trio.CancelScope,
+    *,
+    end: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Transcript, str]:
-    """Let a process that leads to a shell in the guest try, and reap it. Return the transcript and its complaint."""
+    """Let a process that leads to a shell in the guest try, and reap it. Return the transcript and its complaint.
+
+    `end` ends and reaps the process; by default it is killed.
+    """
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
@@ -546,8 +563,8 @@ async def attempt(
                         said += data
                     await process.wait()
         finally:
-            await kill(process)
-    return transcript, find_complaint(said) or f"ssh ended with exit status {process.returncode}"
+            await (kill(process) if end is None else end())
+    return transcript, find_complaint(said) or f"the connection ended with exit status {process.returncode}"
 
 
 def _environ(directory: Path, password: str) -> dict[str, str]:

@@ -47,11 +47,15 @@ ATTEMPTS = (0.5, 4.0, 30.0)
 
 
 class Bench:
-    """A driver, and the directory with its VMs."""
+    """A driver, and the directory with its VMs. `agent`: scripts are run by the guest agent."""
 
-    def __init__(self, driver: Driver, home: Path) -> None:
+    def __init__(self, driver: Driver, home: Path, *, agent: bool = False) -> None:
         self.driver = driver
         self.home = home
+        self.agent = agent
+
+    def script(self, text: str, env: dict[str, str] | None = None, **fields: Any) -> Script:
+        return Script(text, env or {}, agent=self.agent, os="linux", **fields)
 
     async def create(self, name: str = NAME, source: str = IMAGE) -> None:
         await self.driver.clone(source, name, lambda _: None)
@@ -90,7 +94,7 @@ class Bench:
             lines.append(line)
 
         with trio.fail_after(GENEROUS):
-            await self.driver.run_script(NAME, Script(text, env or {}), on_line)
+            await self.driver.run_script(NAME, self.script(text, env), on_line)
         return lines
 
     def lend(self, soft: float, hard: float) -> float:
@@ -102,24 +106,29 @@ class Bench:
 
 @pytest.fixture(params=["synthetic", "tart"])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+    return make_bench(request, tmp_path)
+
+
+@pytest.fixture(params=["synthetic", "tart", "tart with a guest agent"])
+def script_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
+    """A driver that can run scripts. TartDriver does so by the system's ssh, or by the guest agent."""
+    if request.param == "tart":
+        need("ssh")
+    return make_bench(request, tmp_path)
+
+
+def make_bench(request: pytest.FixtureRequest, tmp_path: Path) -> Bench:
     home = tmp_path / "home"
     home.mkdir()
     if request.param == "synthetic":
         return Bench(SyntheticDriver(home), home)
     # The stand-in is started often: by the Python at hand.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    port = request.getfixturevalue("sshd")
+    agent = request.param != "tart"
+    port = 1 if agent else request.getfixturevalue("sshd")
     env = {"TART_HOME": str(home), "PATH": path}
-    return Bench(
-        TartDriver(str(STANDIN), home / "driver", ssh_port=port, env=env, stop_seconds=10, own_addresses=True), home
-    )
-
-
-@pytest.fixture
-def can_run_scripts(bench: Bench) -> None:
-    """Skip the test where the driver cannot run a startup script: TartDriver runs the system's ssh."""
-    if isinstance(bench.driver, TartDriver):
-        need("ssh")
+    driver = TartDriver(str(STANDIN), home / "driver", ssh_port=port, env=env, stop_seconds=10, own_addresses=True)
+    return Bench(driver, home, agent=agent)
 
 
 # ---- from creation to deletion -------------------------------------------------------------------------------------
@@ -350,59 +359,53 @@ NASTY = {
 }
 
 
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_environment_values_are_not_evaluated(bench: Bench) -> None:
-    await bench.create()
+async def test_environment_values_are_not_evaluated(script_bench: Bench) -> None:
+    await script_bench.create()
     text = "".join(f"printf '%s' \"${name}\" | od -An -v -tx1 | tr -d ' \\n'; echo\n" for name in NASTY)
-    async with bench.running():
-        lines = await bench.run_script(text + "ls hacked 2>/dev/null || echo safe\n", NASTY)
+    async with script_bench.running():
+        lines = await script_bench.run_script(text + "ls hacked 2>/dev/null || echo safe\n", NASTY)
     assert [bytes.fromhex(line).decode() for line in lines[:-1]] == list(NASTY.values())
     assert lines[-1] == "safe"
 
 
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_failed_script_reports_its_exit_code_and_last_line(bench: Bench) -> None:
-    await bench.create()
-    async with bench.running():
+async def test_failed_script_reports_its_exit_code_and_last_line(script_bench: Bench) -> None:
+    await script_bench.create()
+    async with script_bench.running():
         for text, code, last_line in (
             ("echo the end >&2; exit 3; echo never", 3, "the end"),
             ("echo before\nfalse\necho never", 1, "before"),
             ("exit 255", 255, ""),
         ):
             with pytest.raises(ScriptFailed, match=f"startup script failed with exit code {code}") as failure:
-                await bench.run_script(text)
+                await script_bench.run_script(text)
             assert (failure.value.exit_code, failure.value.last_line) == (code, last_line)
-        assert await bench.run_script("echo again") == ["again"]
+        assert await script_bench.run_script("echo again") == ["again"]
 
 
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_script_has_an_empty_standard_input(bench: Bench) -> None:
-    await bench.create()
-    async with bench.running():
+async def test_script_has_an_empty_standard_input(script_bench: Bench) -> None:
+    await script_bench.create()
+    async with script_bench.running():
         text = "cat; read line || echo end of file\nssh -V 2>&1 | wc -l >/dev/null\necho last"
-        assert await bench.run_script(text) == ["end of file", "last"]
+        assert await script_bench.run_script(text) == ["end of file", "last"]
 
 
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_ten_thousand_lines_arrive_in_order(bench: Bench) -> None:
-    await bench.create()
-    async with bench.running():
-        lines = await bench.run_script("seq 10000; printf 'no newline'")
+async def test_ten_thousand_lines_arrive_in_order(script_bench: Bench) -> None:
+    await script_bench.create()
+    async with script_bench.running():
+        lines = await script_bench.run_script("seq 10000; printf 'no newline'")
     assert lines == [*map(str, range(1, 10_001)), "no newline"]
 
 
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_stdout_and_stderr_keep_their_order_and_invalid_utf8_is_replaced(bench: Bench) -> None:
-    await bench.create()
-    async with bench.running():
-        lines = await bench.run_script(r"echo 1; echo 2 >&2; echo 3; echo 4 >&2; printf 'a\377b\n\n'")
+async def test_stdout_and_stderr_keep_their_order_and_invalid_utf8_is_replaced(script_bench: Bench) -> None:
+    await script_bench.create()
+    async with script_bench.running():
+        lines = await script_bench.run_script(r"echo 1; echo 2 >&2; echo 3; echo 4 >&2; printf 'a\377b\n\n'")
     assert lines == ["1", "2", "3", "4", "a\ufffdb", ""]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_slow_consumer_slows_the_script(bench: Bench, tmp_path: Path) -> None:
-    await bench.create()
+async def test_slow_consumer_slows_the_script(script_bench: Bench, tmp_path: Path) -> None:
+    await script_bench.create()
     # More bytes than all buffers on the way hold.
     count, length = 400, 15_000
     reached = tmp_path / "reached"
@@ -416,49 +419,48 @@ async def test_slow_consumer_slows_the_script(bench: Bench, tmp_path: Path) -> N
             await at_rest(reached.read_text)
             assert int(reached.read_text() or 0) < count
 
-    async with bench.running():
+    async with script_bench.running():
         text = f"for i in $(seq {count}); do printf '%0{length}d\\n' $i; echo $i > {reached}; done"
-        await bench.driver.run_script(NAME, Script(text), on_line)
+        await script_bench.driver.run_script(NAME, script_bench.script(text), on_line)
     assert lines == count
 
 
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_cancelled_script_leaves_no_process_after_its_vm_has_ended(bench: Bench) -> None:
-    await bench.create()
-    async with bench.running():
+async def test_cancelled_script_leaves_no_process_after_its_vm_has_ended(script_bench: Bench) -> None:
+    await script_bench.create()
+    async with script_bench.running():
         begun = trio.Event()
 
         async def on_line(line: str) -> None:
             begun.set()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(bench.driver.run_script, NAME, Script("echo begun; sleep 1000"), on_line)
+            nursery.start_soon(
+                script_bench.driver.run_script, NAME, script_bench.script("echo begun; sleep 1000"), on_line
+            )
             await begun.wait()
             nursery.cancel_scope.cancel()
-    await eventually(lambda: processes_in(bench.home) == [])
+    await eventually(lambda: processes_in(script_bench.home) == [])
 
 
-@pytest.mark.usefixtures("can_run_scripts")
-async def test_script_that_takes_too_long_is_killed_and_ends_with_124(bench: Bench) -> None:
-    await bench.create()
+async def test_script_that_takes_too_long_is_killed_and_ends_with_124(script_bench: Bench) -> None:
+    await script_bench.create()
     lines: list[str] = []
 
     async def on_line(line: str) -> None:
         lines.append(line)
 
-    async with bench.running():
-        limited = Script("echo begun; sleep 1000; echo never", seconds=0.5)
+    async with script_bench.running():
+        limited = script_bench.script("echo begun; sleep 1000; echo never", seconds=0.1)
         with pytest.raises(ScriptFailed) as failure, trio.fail_after(GENEROUS):
-            await bench.driver.run_script(NAME, limited, on_line)
+            await script_bench.driver.run_script(NAME, limited, on_line)
         assert failure.value.exit_code == 124
-        assert "begun" in lines
         assert "never" not in lines
 
 
-async def test_script_in_a_stopped_vm_is_refused(bench: Bench) -> None:
-    await bench.create()
+async def test_script_in_a_stopped_vm_is_refused(script_bench: Bench) -> None:
+    await script_bench.create()
     with pytest.raises(DriverError, match="running"):
-        await bench.run_script("echo never")
+        await script_bench.run_script("echo never")
 
 
 # ---- cancelled at any checkpoint -----------------------------------------------------------------------------------

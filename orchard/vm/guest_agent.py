@@ -1,0 +1,79 @@
+"""Scripts by a VM's guest agent: a shell in the guest behind `tart exec -i`, without address, password or SSH server.
+
+What is sent, and what comes back, is as over SSH (script.py). In some versions of tart a client of the agent that goes away
+early cuts off the agent until the VM restarts, and so may many clients while the guest boots. So each attempt first waits
+in one long call for the agent, the pauses between attempts grow, and a call that is not needed any more is asked to end
+before it is killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+
+import trio
+
+from orchard.schema import OS
+from orchard.vm.driver import DriverError, OnLine, Script
+from orchard.vm.processes import READ_BYTES, kill
+from orchard.vm.script import (
+    CONNECT_SECONDS,
+    END_SECONDS,
+    WrappedScript,
+    attempt,
+    check_end,
+    login_command,
+    open_pipes,
+    order_end,
+)
+
+# Between attempts; then the last one.
+_PAUSES = (2.0, 5.0, 10.0, 20.0, 30.0)  # seconds
+_LOGIN_SHELLS: Mapping[OS, str] = {"darwin": "zsh", "linux": "bash"}
+
+
+async def run_by_agent(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    wait_for_agent: Callable[[], Awaitable[None]],
+    script: Script,
+    on_line: OnLine,
+) -> None:
+    """Run a script in the login shell of the guest, and return when it has ended with exit status 0.
+
+    `command` and its environment run a command in the guest. `wait_for_agent` waits for the agent, for a bounded time.
+    Tries until the agent answers, at most CONNECT_SECONDS. Raises ScriptFailed for another exit status, another
+    DriverError when the script did not begin or the connection was lost, and what `on_line` raises.
+    """
+    wrapped = WrappedScript.wrap(script)
+    shell = [*command, "/bin/sh", "-c", login_command(wrapped.marker, _LOGIN_SHELLS[script.os])]
+    complaint = "no answer"
+    with trio.move_on_after(CONNECT_SECONDS) as patience:
+        for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
+            await wait_for_agent()
+            process = await open_pipes(shell, environ)
+            transcript, complaint = await attempt(process, wrapped, on_line, patience, end=partial(_end, process))
+            if transcript.exit_code is not None:
+                check_end(script, transcript)
+                return
+            if transcript.began:
+                raise DriverError(f"lost the guest agent while the {script.kind} script ran: {complaint}")
+            await trio.sleep(pause)
+    raise DriverError(
+        f"cannot run the {script.kind} script: no guest agent within {CONNECT_SECONDS:g} seconds: {complaint}"
+    )
+
+
+async def _end(process: trio.Process) -> None:
+    """End a call of the agent, and reap it: kill its script in the guest, or else the call. Completes when cancelled."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with trio.move_on_after(END_SECONDS, shield=True):
+        with suppress(trio.ClosedResourceError, trio.BrokenResourceError):
+            await order_end(process)
+            while await process.stdout.receive_some(READ_BYTES):
+                pass
+        await process.wait()
+    await kill(process)
