@@ -35,7 +35,6 @@ from orchard.cluster import (
     Versions,
     WorkerDisk,
     bounded,
-    bounded_images,
     bounded_versions,
 )
 from orchard.codec import encode
@@ -227,7 +226,7 @@ class HostReport:
 
     def add_to(self, heartbeat: Worker) -> Worker:
         """Return a heartbeat with the facts of the host, and with the images if they are due."""
-        images = None if self._images.images is None else bounded_images(self._images.images)
+        images = self._images.images
         return replace(
             heartbeat,
             disk=self._disk,
@@ -298,7 +297,7 @@ class Heartbeats:
     async def _send(self) -> None:
         # The heartbeat repeats what the controller has stored. If the network delivers it twice, the second one has no
         # later `last_seen` and counts as an update, which must not undo a pause of the scheduling.
-        stored = await self._client.workers.get(self._worker)
+        stored = await self._client.workers.get(self._worker, images=not self._takes_facts)
         self.last_seen.observe(stored.last_seen)
         last_seen = self.last_seen.now()
         heartbeat = replace(stored, last_seen=last_seen, settled=self._is_settled, health=self.health.current())

@@ -70,6 +70,9 @@ DRY_RUN = Parameter("dryRun", "Return what would be deleted, and delete nothing"
 WATCH_LIST = Parameter(
     "watch", "Stream the objects, then their changes, as lines of JSON: ADDED, MODIFIED, DELETED and BOOKMARK", _FLAG
 )
+IMAGES = Parameter(
+    "images", "Whether to show the images on the workers' disks", {"type": "string", "enum": ["true", "false"]}
+)
 WATCH_KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)
 SINCE = Parameter("since", "Of a watch: only what came after this revision, as X-Revision or a line has told it", _TEXT)
 EVENT_KINDS = Parameter(

@@ -63,6 +63,9 @@ async def test_facts_of_a_heartbeat_are_shown_and_absent_ones_are_forgotten_but_
     # A heartbeat's answer goes to a worker, which knows its images.
     assert "images" not in answer
     assert (await worker.shown()).items() >= {**FACTS, "images": [IMAGE]}.items()
+    assert "images" not in await api.ok("GET", "/workers/w?images=false")
+    assert "images" not in (await api.ok("GET", "/workers?images=false"))[0]
+    assert (await api.call("GET", "/workers?images=no")).status == 400
     await worker.beat(disk=FACTS["disk"])
     shown = await worker.shown()
     assert (shown["disk"], shown["images"]) == (FACTS["disk"], [IMAGE])

@@ -19,7 +19,7 @@ from orchard.codec import shown
 from orchard.handlers.watch import watch_kinds
 from orchard.liveness import Source
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, TunnelUpgrade, WebSocketUpgrade
-from orchard.parameters import read_flag, read_text
+from orchard.parameters import read_choice, read_flag, read_text
 from orchard.schema import Worker
 
 
@@ -96,11 +96,17 @@ def _notice_restored(api: API, revision: int) -> None:
 def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
     if read_flag(request.query, parameters.WATCH):
         return watch_kinds(api, request, frozenset({"worker"}))
-    return api.answer_list(_worker_json(api, name) for name in api.state.names["worker"])
+    images = _shows_images(request)
+    return api.answer_list(_worker_json(api, name, images=images) for name in api.state.names["worker"])
 
 
 def get_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
-    return _worker(api, found("worker", api.state.workers, admitted.name).name)
+    name = found("worker", api.state.workers, admitted.name).name
+    return _worker(api, name, images=_shows_images(request))
+
+
+def _shows_images(request: Request) -> bool:
+    return read_choice(request.query, parameters.IMAGES) == "true"
 
 
 def put_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:

@@ -16,13 +16,14 @@ class Workers(ResourceMethods):
         """Register a worker, or renew its registration, and return it as it was stored. Used by workers."""
         return await self._fetch(Worker, "POST", "/workers", json=worker)
 
-    async def get(self, name: str) -> Worker:
-        """Return a worker. Raises ResponseError: 404."""
-        return await self._fetch(Worker, "GET", url_path("workers", name))
+    async def get(self, name: str, *, images: bool = True) -> Worker:
+        """Return a worker, also without its images, of which it may have 200. Raises ResponseError: 404."""
+        query = {} if images else {"images": "false"}
+        return await self._fetch(Worker, "GET", url_path("workers", name), query=query)
 
-    async def list(self) -> list[Worker]:
-        """Return all workers."""
-        return await self._fetch_list(Worker, "/workers")
+    async def list(self, *, images: bool = True) -> list[Worker]:
+        """Return all workers, also without their images, of which each may have 200."""
+        return await self._fetch_list(Worker, "/workers", {} if images else {"images": "false"})
 
     async def put(self, name: str, worker: JSON) -> Worker:
         """Update a worker, and return it. Raises ResponseError: 404.

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 import trio
 
-from orchard.cluster import CachedImage, ImagePull
+from orchard.cluster import CachedImage, ImagePull, bounded_images
 from orchard.nursery import Wakeup, growing_pause
 from orchard.schema import LOCAL_PREFIX
 from orchard.vm.driver import Driver, DriverError, Progress, Trouble
@@ -56,7 +56,7 @@ class ImageCache:
     def __init__(
         self, driver: Driver, note_trouble: Callable[[Trouble, str, str], None], changed: Callable[[], None]
     ) -> None:
-        self.images: Sequence[CachedImage] | None = None
+        self.images: tuple[CachedImage, ...] | None = None
         # Under which VMs may ask for the images.
         self._names: frozenset[str] = frozenset()
         self.pull: ImagePull | None = None
@@ -138,7 +138,7 @@ class ImageCache:
     async def _keep_listed(self) -> None:
         while True:
             try:
-                self.images = await self._driver.list_images()
+                self.images = bounded_images(await self._driver.list_images())
                 self._names = frozenset(name for image in self.images for name in image.names())
             except DriverError as error:
                 _logger.warning("cannot list the images on this host", extra={"reason": str(error)})
