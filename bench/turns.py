@@ -25,9 +25,20 @@ from measure import ROUNDS, Turns
 
 from orchard import controller
 
-# Requests of one round, and large ones.
+# Requests of one round, and large ones; paths by kind.
 COUNT, LARGE_COUNT = 50, 4
-PATHS = {"list VMs": "/v1/vms", "list workers": "/v1/workers", "get one": "/v1/vms/vm-7", "create": ""}
+PATHS = {
+    "list VMs": "/v1/vms",
+    "list failed": "/v1/vms?filter=status=failed",
+    # All VMs match.
+    "list filtered": "/v1/vms?filter=metadata.team!=a,createdBy!=b",
+    # As many conditions as a filter may have, all of which must be tested for every VM.
+    "list by 64": "/v1/vms?filter=" + ",".join(f"metadata.team!={number}" for number in range(64)),
+    "list a page": "/v1/vms?limit=100",
+    "list workers": "/v1/workers",
+    "get one": "/v1/vms/vm-7",
+    "create": "",
+}
 # Bytes of the body.
 LARGE = {"events": 256 * 1024, "most events": 4 * 1024 * 1024, "script": 256 * 1024, "longest script": 4 * 1024 * 1024}
 

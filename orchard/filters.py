@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from operator import attrgetter
 from typing import NamedTuple, get_args
 
@@ -32,7 +32,10 @@ _FIELDS: dict[str, Callable[[VM], str]] = {
     "name": attrgetter("meta.name"),
     "createdBy": attrgetter("meta.created_by"),
 }
-_MAPS: dict[str, str] = {"metadata": "spec.metadata", "label": "spec.labels"}
+_MAPS: dict[str, Callable[[VM], Mapping[str, str]]] = {
+    "metadata": attrgetter("spec.metadata"),
+    "label": attrgetter("spec.labels"),
+}
 # What the value of some paths must match, and in words.
 _VALUES: dict[str, tuple[re.Pattern[str], str]] = {
     "status": (re.compile("|".join(get_args(Status))), f"one of {', '.join(get_args(Status))}"),
@@ -137,14 +140,11 @@ def _encoded(text: str, characters: str) -> str:
 def _test_of(condition: FieldCondition) -> Callable[[VM], bool]:
     """Return a function that tests a VM. It is called for each VM of a cluster, so it does no more than it must."""
     value, wanted = condition.value, not condition.is_negated
-    if condition.path in _MAPS:
-        return partial(_has_pair, attrgetter(_MAPS[condition.path]), condition.key, value, wanted)
-    read = _FIELDS[condition.path]
+    key, read = condition.key, _FIELDS.get(condition.path)
+    if read is None:
+        pairs = _MAPS[condition.path]
+        return lambda vm: (pairs(vm).get(key) == value) is wanted
     if condition.path == "name" and value.endswith("*"):
         prefix = value[:-1]
         return lambda vm: vm.meta.name.startswith(prefix) is wanted
     return lambda vm: (read(vm) == value) is wanted
-
-
-def _has_pair(pairs: Callable[[VM], dict[str, str]], key: str, value: str, wanted: bool, vm: VM) -> bool:
-    return (pairs(vm).get(key) == value) is wanted
