@@ -21,9 +21,9 @@ A synthetic VM is a directory and the processes of its startup script, which rea
 block the processes are ended and the temporary directory with all state is deleted. Other clients can use `c.url`: plain
 HTTP without credentials, unless the cluster was started with `tls=True` or `auth=True`.
 
-Controller and workers are the product's own, not imitations; only the driver of the VMs is another one. What fails or
-takes long is asked for by name: a worker by the methods of `c.workers[NAME]`, an image by its own name (see
-orchard/vm/synthetic.py).
+Controller and workers are the product's own, not imitations; only the driver of the VMs is another one. A worker fails by
+the methods of `c.workers[NAME]`. Words in an image's name say what fails or takes long with it: "example.com/pull-5s" is
+pulled for five seconds, with progress, and the pull of "example.com/pull-fails" fails (see orchard/vm/synthetic.py).
 """
 
 from __future__ import annotations
@@ -66,8 +66,6 @@ _VMS_PER_WORKER = 2
 _GRACE_SECONDS = 1.0
 # For the VMs of a worker that is away at the end of the cluster.
 _END_SECONDS = 5.0
-# Between two looks at a worker that comes back.
-_LOOK_SECONDS = 0.01
 # Lines of the log that are kept for reports of failed tests.
 _LOG_LINES = 2000
 
@@ -245,9 +243,11 @@ class ClusterWorker:
             connected = self._service.expect_session()
             await self.network.repair()
             await connected.wait()
-        async with self._make_client() as client:
-            while (await client.workers.get(self.description.name)).state == "offline":  # noqa: ASYNC110 -- of the controller
-                await trio.sleep(_LOOK_SECONDS)
+        async with self._make_client() as client, client.watch(kinds=["workers"]) as changes:
+            async for change in changes:
+                worker = change.object
+                if isinstance(worker, Worker) and worker.name == self.description.name and worker.state != "offline":
+                    return
 
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         async with self._make_client(connect=self.network.connect) as client:

@@ -7,19 +7,19 @@ import json
 import subprocess
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
 import trio
 from harness.scripted import answer, scripted, switched, upgrading
 
-from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed
+from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed, WatchedChange
 from orchard.codec import attrs_of
 from orchard.methods import vms as vm_methods
 from orchard.methods.fields import SettingsFields, VMFields
 from orchard.net import wsframes
-from orchard.schema import TART_VMS, ClusterSettings, HostDir, Prepull, StartupScript, VMSpec, Worker
+from orchard.schema import TART_VMS, VM, ClusterSettings, HostDir, Prepull, StartupScript, VMSpec, Worker
 from orchard.testing import cluster
 
 # ---- resources -----------------------------------------------------------------------------------------------------
@@ -354,6 +354,32 @@ async def test_filter_selects_what_is_listed_and_deleted() -> None:
             with pytest.raises(ResponseError) as refusal:
                 await vms.delete_matching(refused)
             assert refusal.value.status == 400
+
+
+async def test_restart_and_drain() -> None:
+    async with cluster(workers=2) as c:
+        first = await c.client.vms.create(name="vm", image="any", restart_policy="OnFailure")
+        worker = (await c.client.vms.wait("vm")).state.worker
+        await c.client.vms.restart("vm")
+        async with c.client.watch(kinds=["vms"]) as changes:
+            restarted = await running_again(changes, 1)
+        assert restarted.uid == first.uid
+        drained = await c.client.workers.drain(worker, deadline_seconds=3600)
+        assert drained.scheduling_paused
+        assert drained.state in ("draining", "drained")
+        await c.client.workers.undrain(worker)
+        assert (await c.client.workers.get(worker)).state == "online"
+        await c.client.workers.drain(restarted.state.worker, now=True)
+        async with c.client.watch(kinds=["vms"]) as changes:
+            assert (await running_again(changes, 2)).state.worker != restarted.state.worker
+
+
+async def running_again(changes: AsyncIterator[WatchedChange], restarts: int) -> VM:
+    async for change in changes:
+        vm = change.object
+        if isinstance(vm, VM) and vm.state.restart_count == restarts and vm.state.status == "running":
+            return vm
+    raise AssertionError("the watch ended")
 
 
 async def test_run_returns_exit_code_and_output(monkeypatch: pytest.MonkeyPatch) -> None:

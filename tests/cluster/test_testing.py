@@ -213,6 +213,24 @@ def test_cluster_ends_with_workers_that_are_away() -> None:
     assert traces() == before
 
 
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_pulled_slowly_and_fail_as_their_names_say() -> None:
+    with start_cluster() as c:
+        c.client.vms.create(name="slow", image="example.com/pull-0.2s")
+        with c.client.vms.watch("slow") as changes:
+            messages = []
+            for _, vm in changes:
+                messages.append(vm.state.status_message)
+                if vm.state.status == "running":
+                    break
+        assert {message for message in messages if "%" in message}, messages
+        c.client.vms.create(name="broken", image="example.com/pull-fails")
+        with pytest.raises(VMFailed):
+            c.client.vms.wait("broken")
+
+
 # ---- descriptions of workers, TLS ------------------------------------------------------------------------------------
 
 
