@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import random
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,8 +19,10 @@ from harness.strategies import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchard.client import ResponseError
 from orchard.handlers import vms
 from orchard.schema import Role, ServiceAccount
+from orchard.testing import cluster
 
 
 @pytest.fixture
@@ -329,3 +333,45 @@ async def test_bulk_deletion_ends_with_its_accounts_role(tmp_path: Path) -> None
         # The role is lost once that is durable, which the second transaction shares.
         assert (answers[0].status, len(api.state.vms)) == (403, 12)
         assert answers[0].body["deleted"] == [f"vm-{number:02}" for number in range(48)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_bulk_deletion_amid_creations_deletes_exactly_what_matched(seed: int) -> None:
+    """Clients create VMs under few names on real sockets. What a deletion saw, and no other VM, is gone."""
+    rng, ticks = random.Random(seed), itertools.count()
+    # By uid: name, run, when the creation was sent, when it was answered.
+    born: dict[str, tuple[str, str, int, int]] = {}
+    # When a deletion was sent, when it was answered, and the names.
+    deletions: list[tuple[int, int, list[str]]] = []
+
+    async with cluster(workers=0) as c:
+
+        async def create() -> None:
+            for _ in range(60):
+                name, run, sent = f"vm-{rng.randrange(40)}", rng.choice("ab"), next(ticks)
+                body = {"name": name, "image": "any", "metadata": {"run": run}}
+                try:
+                    vm = (await c.client.request("POST", "/vms", json=body)).json()
+                except ResponseError as error:
+                    if error.status != 409:
+                        raise
+                else:
+                    born[vm["uid"]] = name, run, sent, next(ticks)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(4):
+                nursery.start_soon(create)
+            for _ in range(12):
+                sent = next(ticks)
+                answer = await c.client.request("DELETE", "/vms?filter=metadata.run=a")
+                deletions.append((sent, next(ticks), answer.json()["deleted"]))
+        alive = {vm["uid"] for vm in (await c.client.request("GET", "/vms")).json()}
+    assert sum(len(names) for _, _, names in deletions) == len(born.keys() - alive) > 0
+    for uid, (name, run, sent, answered) in born.items():
+        may = [names for began, ended, names in deletions if ended > sent]
+        must = [names for began, ended, names in deletions if began > answered]
+        if uid in alive:
+            assert run == "b" or not must, (uid, name)
+        else:
+            assert run == "a"
+            assert any(name in names for names in may), (uid, name)
