@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from harness.strategies import QUICK, running, spec, texts
+from harness.strategies import QUICK, pending, running, spec, texts
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -146,6 +146,13 @@ def test_filter_matches_exactly_the_vms_that_have_the_values(
         parsed = read_filter(Query(query))
         assert list(parsed.select(present)) == expected
         assert [vm for vm in present if parsed.matches(vm)] == expected
+
+
+def test_name_may_end_in_a_star() -> None:
+    vm = pending("ci-1")
+    for text, matches in {"ci-*": True, "ci-1*": True, "*": True, "i-1*": False, "ci-2*": False, "ci-": False}.items():
+        assert parse_filter([f"name={text}"]).matches(vm) is matches, text
+        assert parse_filter([f"name!={text}"]).matches(vm) is not matches, text
 
 
 def test_absent_key_equals_no_value() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,12 +13,12 @@ from typing import Any, get_args
 import pytest
 import trio
 import trio.testing
-from harness.disks import FailingDisk, UnsyncedDisk
+from harness.disks import FailingDisk, HeldDisk, UnsyncedDisk
 from harness.inprocess import InProcessCluster
 from harness.processes import GENEROUS
 from harness.served import Answered, Served, served
 from harness.strategies import BEGAN, QUICK, assigned, failed, pending, resting, running, worker
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchard.client import Client, ResponseError
@@ -256,6 +257,10 @@ def expected(history: list[VM | None], uid: str, goal: Goal) -> tuple[int, int |
     return 503, None
 
 
+# A state that holds for a moment, and one that could be taken for the end.
+@example(["run", "fail"], 0, "running", "Never", True)
+@example(["run", "fail", "restart"], 0, "failed", "OnFailure", True)
+@example(["delete", "create", "run"], 0, "running", "Never", True)
 @settings(QUICK, max_examples=50)
 @given(
     st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=12),
@@ -267,14 +272,15 @@ def expected(history: list[VM | None], uid: str, goal: Goal) -> tuple[int, int |
 def test_wait_sees_the_first_state_that_decides(
     actions: list[str], start: int, goal: Goal, policy: str, together: bool
 ) -> None:
-    """`together`: the wait has its next turn only after all that happens."""
+    """`together`: all that happens becomes durable at once, after the first write."""
 
     # Time passes only once all that happens is durable.
     clock = trio.testing.MockClock()
 
     async def run() -> None:
         with tempfile.TemporaryDirectory() as directory:
-            async with served(Path(directory), disk=UnsyncedDisk()) as api:
+            disk = HeldDisk()
+            async with served(Path(directory), disk=disk) as api:
                 await assign_vm(api, restart_policy=policy)
                 for action in actions[:start]:
                     await act(api, action, policy)
@@ -289,10 +295,11 @@ def test_wait_sees_the_first_state_that_decides(
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(wait)
                     await trio.testing.wait_all_tasks_blocked()
-                    for action in actions[start:]:
-                        await act(api, action, policy)
-                        if not together:
-                            await trio.testing.wait_all_tasks_blocked()
+                    async with trio.open_nursery() as acting:
+                        with disk.held() if together else nullcontext():
+                            for action in actions[start:]:
+                                acting.start_soon(act, api, action, policy)
+                                await trio.testing.wait_all_tasks_blocked()
                     await trio.testing.wait_all_tasks_blocked()
                     clock.jump(3)
                 if vm is None:
