@@ -36,6 +36,8 @@ PATHS = {
     "list by 64": "/v1/vms?filter=" + ",".join(f"metadata.team!={number}" for number in range(64)),
     "list a page": "/v1/vms?limit=100",
     "list workers": "/v1/workers",
+    "capacity": "/v1/capacity",
+    "no capacity": "/v1/capacity?labels=label=that-no-worker-has",
     "get one": "/v1/vms/vm-7",
     "create": "",
 }

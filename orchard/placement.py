@@ -38,12 +38,14 @@ from orchard.planning import (
     room_for,
 )
 from orchard.schema import VM, WORKER_NAME_LABEL, SchedulerProfile, VMSpec, Worker
-from orchard.waiting import Exclusion, Survey, WaitingReason
+from orchard.waiting import DRAINING, FAILING, LOW_DISK, PAUSED, UNAVAILABLE, Survey, WaitingReason
 
 # Between two searches for a waiting reason, because each search examines all workers.
 REASON_SECONDS = 1.0
 # Each VM whose reason changes is stored again. So reasons of long queues are renewed less often.
 _RENEWED_PER_SECOND = 1_000
+# Workers that one plan examines for reasons: some milliseconds, for which all other tasks wait.
+_EXAMINED_PER_PLAN = 4_000
 # Candidates and reasons that are kept although no VM of the kind waits.
 _MAX_IDLE = 64
 _LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.UTC)
@@ -242,6 +244,8 @@ class _Reasons:
         self._inputs = inputs
         self._workers = workers
         self._online = online
+        # Bytes that a worker's disk must have free to take new VMs; 0: none.
+        self.least_free = 0
         # Demand -> (reason, version that it was found for, the time), the least recently used first.
         self._known: dict[Demand, tuple[WaitingReason, _Version, float]] = {}
 
@@ -266,22 +270,32 @@ class _Reasons:
                 f" for {math.ceil(demand.held_until - now)} more seconds"
             )
         survey = Survey(demand)
-        for name, worker in self._workers.items():
-            survey.add(worker, load_of(name), self.exclusion(demand, name, now))
+        for worker in self._workers.values():
+            survey.look_for_possible(worker)
+            if survey.is_possible:
+                break
+        if survey.is_possible:
+            for name, worker in self._workers.items():
+                survey.add(worker, load_of(name), self.exclusion(demand, name, now))
         return survey.reason()
 
     def exclusion(self, demand: Demand, name: str, now: float) -> tuple[int, str] | None:
         """Return what excludes a worker whatever it offers: its position in a reason, and its text."""
         if name not in self._online:
-            return Exclusion.UNAVAILABLE, self._inputs.workers.why_unavailable(name)
+            return UNAVAILABLE, self._inputs.workers.why_unavailable(name)
         worker = self._workers[name]
         if worker.scheduling_paused:
-            return (Exclusion.PAUSED, "paused") if worker.drain is None else (Exclusion.DRAINING, "being drained")
+            return (PAUSED, "paused") if worker.drain is None else (DRAINING, "being drained")
         if self.paused_until(demand, name) > now:
-            return Exclusion.FAILING, "on which VMs fail before they run"
-        if self._inputs.lacks_disk(name):
-            return Exclusion.DISK, "with too little free disk space"
+            return FAILING, "on which VMs fail before they run"
+        if self.least_free and self.lacks_disk(name):
+            return LOW_DISK, "with too little free disk space"
         return None
+
+    def lacks_disk(self, name: str) -> bool:
+        """Return whether a worker reports too little free disk space."""
+        free = self._inputs.facts.free_bytes(name)
+        return free is not None and free < self.least_free
 
     def paused_until(self, demand: Demand, name: str) -> float:
         """Return the time until which a worker takes no VM of this demand because VMs failed there before they ran."""
@@ -400,6 +414,7 @@ class Placement:
             self._profile = profile
             self._candidates.clear()
         self._now = now
+        self._reasons.least_free = self._inputs.min_free_bytes()
         for name in self._pauses.end(now):
             self.touch(name)
         for name in self._changes.take():
@@ -453,6 +468,7 @@ class Placement:
 
     def _explain(self, now: float, placed: _Placed, plan: Plan) -> None:
         """Add waiting reasons to a plan, for VMs that do not have theirs yet. No other VM is looked at."""
+        examined = 0
         for kind, queue in self._queues.by_kind.items():
             if not plan.capacity:
                 # The next plan may assign the rest.
@@ -463,6 +479,11 @@ class Placement:
             ahead = self._queues.ahead_of(kind.priority, placed.counts)
             version = self._changes.version, ahead
             if queue.version != version and now >= queue.renewable_at():
+                if examined >= _EXAMINED_PER_PLAN:
+                    # The next plan finds the other reasons.
+                    plan.capacity = 0
+                    return
+                examined += len(self._workers)
                 reason = self._reasons.find(kind.demand, placed.load_of, version[0], now)
                 queue.version, queue.reason_at = version, now
                 queue.renew(str(reason.after(ahead)), first)
@@ -497,7 +518,7 @@ class Placement:
         worker = self._workers.get(name)
         if worker is None or name not in self._online or not fits(demand, worker, load):
             return None
-        if self._inputs.lacks_disk(name):
+        if self._reasons.least_free and self._reasons.lacks_disk(name):
             return None
         matches = 0
         if preferred and not (matches := sum(has_label(worker, label, value) for label, value in preferred)):

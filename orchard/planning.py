@@ -93,12 +93,6 @@ class PlannerInputs:
             return math.inf
         return max(over_at, self.workers.ended_at_latest(name, vm.uid))
 
-    def lacks_disk(self, worker: str) -> bool:
-        """Return whether a worker reports too little free disk space to take new VMs."""
-        least = self.min_free_bytes()
-        free = self.facts.free_bytes(worker) if least else None
-        return free is not None and free < least
-
     def demand_of_vm(self, vm: VM) -> Demand:
         """Return what a VM asks of its worker, with what its own history excludes."""
         demand, avoided = demand_of(vm.spec), self.failures.avoided(vm.uid)

@@ -1,14 +1,13 @@
 """Why a VM waits for a worker: for now, or for as long as no other worker registers.
 
-A `Survey` examines all workers for one demand and counts each under the first thing that excludes it. If none of them
-could take the VM even when it is online and empty, the reason names what none has. This file performs no I/O.
+A `Survey` examines all workers for one demand. If none of them could take the VM even when it is online and empty, the
+reason names what none has. Else it counts each worker under the first thing that excludes it. This file performs no I/O.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from enum import IntEnum
 
 from orchard.planning import Demand, Load, has_label
 from orchard.schema import Worker
@@ -35,96 +34,96 @@ class WaitingReason:
         return WaitingReason(f"{self.text}; {count} {verb}")
 
 
-class Exclusion(IntEnum):
-    """What excludes a worker whatever it offers, in the order in which a reason names them."""
-
-    UNAVAILABLE = 0
-    DRAINING = 1
-    PAUSED = 2
-    FAILING = 3
-    DISK = 4
-
-
-class _Lack(IntEnum):
-    """What a worker would lack even when it is online and empty, in the order in which it is looked at."""
-
-    ARCH = 10
-    RUNTIME = 11
-    LABEL = 12
-    CAPABILITY = 13
-    SIZE = 14
+# What excludes a worker whatever it offers, in the order in which a reason names them.
+UNAVAILABLE, DRAINING, PAUSED, FAILING, LOW_DISK = range(5)
+# What a worker would lack even when it is online and empty, in the order in which it is looked at. These are whole numbers,
+# since the hash of an enum's member takes as long as all else that is done for a worker.
+_ARCH, _RUNTIME, _LABEL, _CAPABILITY, _SIZE = range(10, 15)
+# What a reason calls them, and how it counts workers without them.
+_NOUNS = {_ARCH: "arch ", _RUNTIME: "runtime ", _LABEL: "label ", _CAPABILITY: ""}
+_TEXTS: dict[int, str] = {
+    _ARCH: "of another arch ({} wanted)",
+    _RUNTIME: "of another runtime ({} wanted)",
+    _LABEL: "without label {}",
+    _CAPABILITY: "without support for {}",
+}
 
 
 class Survey:
-    """All workers as one demand sees them."""
+    """All workers as one demand sees them, in two passes: `look_for_possible` with each, and then `add` with each.
+
+    The second pass is for a reason that is not for ever: if `is_possible` by then.
+    """
 
     def __init__(self, demand: Demand) -> None:
         self._demand = demand
-        self._total = 0
-        # (position in the sentence, reason) -> number of workers
-        self._reasons: Counter[tuple[int, str]] = Counter()
-        # (resource, wanted) -> number of workers, and the largest free amount on one of them
-        self._short: dict[tuple[str, int], tuple[int, int]] = {}
-        # Workers that would take the VM when they are online and empty.
-        self._possible = 0
-        # Of the others: what lacks on how many, and the same for each text.
-        self._lacks: Counter[_Lack] = Counter()
+        # Whether some worker would take the VM when it is online and empty.
+        self.is_possible = False
+        # What the others lack, and the first such thing by name: for each, the number of workers.
+        self._lacks: Counter[int] = Counter()
         self._lacking: Counter[str] = Counter()
         # Resource -> the most that a worker offers which lacks nothing but size.
         self._offered: dict[str, int] = {}
+        self._total = 0
+        # (position in the sentence, text) -> number of workers
+        self._reasons: Counter[tuple[int, str]] = Counter()
+        # Resource -> number of workers that have too little of it, the amount wanted, and the largest free amount.
+        self._short: dict[str, tuple[int, int, int]] = {}
+
+    def look_for_possible(self, worker: Worker) -> None:
+        """Look what a worker would lack when it is online and empty, unless a possible one was found before."""
+        if self.is_possible:
+            return
+        if (found := self._find_lack(worker)) is not None:
+            self._lacks[found[0]] += 1
+            self._lacking.update(found[1])
+            return
+        self.is_possible = True
+        for resource, wanted in self._demand.resources:
+            offered = worker.resources.get(resource, 0)
+            self.is_possible = self.is_possible and offered >= wanted
+            self._offered[resource] = max(offered, self._offered.get(resource, 0))
+        self._lacks[_SIZE] += 1
 
     def add(self, worker: Worker, load: Load, excluded: tuple[int, str] | None) -> None:
-        """Examine one more worker. `excluded` is what excludes it whatever it offers, and its text."""
+        """Count a worker. `excluded` is what excludes it whatever it offers, and its text."""
         self._total += 1
-        lack = self._find_lack(worker)
         if excluded is not None:
             self._reasons[excluded] += 1
-        elif lack is not None and lack[0] is not _Lack.SIZE:
-            self._reasons[lack] += 1
+        elif (found := self._find_lack(worker)) is not None:
+            self._reasons[found[0], found[1][0]] += 1
         else:
             for resource, wanted in self._demand.resources:
-                free = max(0, worker.resources.get(resource, 0) - load.used.get(resource, 0))
+                free = worker.resources.get(resource, 0) - load.used.get(resource, 0)
                 if free < wanted:
-                    count, most = self._short.get((resource, wanted), (0, 0))
-                    self._short[resource, wanted] = count + 1, max(most, free)
+                    count, _, most = self._short.get(resource, (0, 0, 0))
+                    self._short[resource] = count + 1, wanted, max(most, free)
                     break
 
-    def _find_lack(self, worker: Worker) -> tuple[_Lack, str] | None:
-        """Return the first thing that a worker would lack when it is online and empty, and the text for it."""
+    def _find_lack(self, worker: Worker) -> tuple[int, list[str]] | None:
+        """Return the first kind of thing other than size that a worker lacks, and what of it."""
         demand = self._demand
-        lack: tuple[_Lack, str] | None = None
         if worker.arch != demand.arch:
-            lack = _Lack.ARCH, f"of another arch ({demand.arch} wanted)"
-        elif worker.runtime != demand.runtime:
-            lack = _Lack.RUNTIME, f"of another runtime ({demand.runtime} wanted)"
-        elif missing := [f"label {key}={value}" for key, value in demand.labels if not has_label(worker, key, value)]:
-            self._lacking.update(missing)
-            lack = _Lack.LABEL, f"without {missing[0]}"
-        elif missing := [one for one in demand.capabilities if one not in worker.capabilities]:
-            self._lacking.update(missing)
-            lack = _Lack.CAPABILITY, f"without support for {missing[0]}"
-        else:
-            is_too_small = False
-            for resource, wanted in demand.resources:
-                offered = worker.resources.get(resource, 0)
-                is_too_small = is_too_small or offered < wanted
-                if offered > self._offered.get(resource, 0):
-                    self._offered[resource] = offered
-            if not is_too_small:
-                self._possible += 1
-                return None
-            lack = _Lack.SIZE, ""
-        self._lacks[lack[0]] += 1
-        return lack
+            return _ARCH, [demand.arch]
+        if worker.runtime != demand.runtime:
+            return _RUNTIME, [demand.runtime]
+        if demand.labels:
+            labels = [f"{key}={value}" for key, value in demand.labels if not has_label(worker, key, value)]
+            if labels:
+                return _LABEL, labels
+        if demand.capabilities:
+            capabilities = [one for one in demand.capabilities if one not in worker.capabilities]
+            if capabilities:
+                return _CAPABILITY, capabilities
+        return None
 
     def reason(self) -> WaitingReason:
         """Return why no worker can take a VM, if none of those that were added can."""
-        if not self._total:
-            return WaitingReason("no worker has registered yet")
-        if not self._possible:
-            return WaitingReason(self._why_never(), is_never=True)
-        parts = [f"{count} {reason}" for (_, reason), count in sorted(self._reasons.items())]
-        for (resource, wanted), (count, free) in sorted(self._short.items()):
+        if not self.is_possible:
+            is_never = bool(self._lacks)
+            return WaitingReason(self._why_never() if is_never else "no worker has registered yet", is_never=is_never)
+        parts = [f"{count} {_TEXTS.get(at, '{}').format(what)}" for (at, what), count in sorted(self._reasons.items())]
+        for resource, (count, wanted, free) in sorted(self._short.items()):
             verb, most = ("lacks", "") if count == 1 else ("lack", " at most")
             parts.append(f"{count} {verb} {resource} ({wanted} wanted, {free} free{most})")
         if not parts:
@@ -137,27 +136,28 @@ class Survey:
         """Return what none of the workers has that lack the least."""
         demand, last = self._demand, max(self._lacks)
         wanted = {
-            _Lack.ARCH: [f"arch {demand.arch}"],
-            _Lack.RUNTIME: [f"runtime {demand.runtime}"],
-            _Lack.LABEL: [f"label {key}={value}" for key, value in demand.labels],
-            _Lack.CAPABILITY: list(demand.capabilities),
+            _ARCH: [demand.arch],
+            _RUNTIME: [demand.runtime],
+            _LABEL: [f"{key}={value}" for key, value in demand.labels],
+            _CAPABILITY: list(demand.capabilities),
         }
-        having = [text for lack, texts in wanted.items() if lack < last and self._lacks[lack] for text in texts]
-        who = f"no worker with {_enumerate(having)}" if having else "no worker"
-        if last is _Lack.SIZE:
+        having = [
+            f"{_NOUNS[lack]}{text}"
+            for lack, texts in wanted.items()
+            if lack < last and self._lacks[lack]
+            for text in texts
+        ]
+        who = f"no worker with {' and '.join(having)}" if having else "no worker"
+        if last == _SIZE:
             return f"{who} is large enough ({self._describe_size()})"
         # Where each text lacks on some worker only, no worker has all of them.
         nowhere = [text for text in wanted[last] if self._lacking[text] == self._lacks[last]][:1]
-        verb = "supports" if last is _Lack.CAPABILITY else "has"
-        return f"{who} {verb} {_enumerate(nowhere or wanted[last])}"
+        verb = "supports" if last == _CAPABILITY else "has"
+        return f"{who} {verb} {' and '.join(f'{_NOUNS[last]}{text}' for text in nowhere or wanted[last])}"
 
     def _describe_size(self) -> str:
         wanted = [(name, amount, self._offered.get(name, 0)) for name, amount in self._demand.resources if amount]
         short = [f"{amount} {name} wanted, {most} offered at most" for name, amount, most in wanted if most < amount]
         if short:
             return short[0]
-        return f"{_enumerate([f'{amount} {name}' for name, amount, _ in wanted])} wanted at once"
-
-
-def _enumerate(texts: list[str]) -> str:
-    return " and ".join(texts)
+        return f"{' and '.join(f'{amount} {name}' for name, amount, _ in wanted)} wanted at once"

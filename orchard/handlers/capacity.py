@@ -40,6 +40,8 @@ async def get_capacity(api: API, request: Request, admitted: Admitted) -> AnyRes
     await _for_each_worker(api, add)
     survey = Survey(demand)
     if not count.fits:
+        await _for_each_worker(api, survey.look_for_possible)
+    if survey.is_possible:
         await _for_each_worker(api, lambda worker: placement.examine(survey, demand, worker))
     reason = "" if count.fits else placement.why_not(survey).text
     return Response(200, dump_json(encode(count.capacity(placement.queued(), placement.queued(demand), reason))))

@@ -39,13 +39,13 @@ def _read_selection(query: Query, kinds: frozenset[WatchedKind]) -> Selection:
 
 
 async def _watch_present(api: API, selection: Selection) -> AnyResponse:
-    snapshot = await _snapshot(api, selection)
+    snapshot = await take_snapshot(api, selection)
     return Stream(partial(send_present, api.store.log, snapshot, selection, api.parts.rendezvous.ping_interval))
 
 
-async def _snapshot(api: API, selection: Selection) -> Snapshot:
+async def take_snapshot(api: API, selection: Selection, *, images: bool = True) -> Snapshot:
     """Return the objects of the selected kinds as they are at one moment. Showing the workers takes several steps."""
-    state, log, show = api.state, api.store.log, api.parts.worker_states.json_parts
+    state, log, show = api.state, api.store.log, partial(api.parts.worker_states.json_parts, images=images)
     shown: dict[str, list[bytes]] = {}
     with log.collect_workers() as names:
         if "worker" in selection.kinds:

@@ -14,9 +14,10 @@ from orchard import auth, deadlines, parameters, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API, liveness_source
+from orchard.change_log import Selection
 from orchard.cluster import CANCEL_REQUEST, WORKER_STATE
 from orchard.codec import shown
-from orchard.handlers.watch import watch_kinds
+from orchard.handlers.watch import take_snapshot, watch_kinds
 from orchard.liveness import Source
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, TunnelUpgrade, WebSocketUpgrade
 from orchard.parameters import read_choice, read_flag, read_text
@@ -96,8 +97,12 @@ def _notice_restored(api: API, revision: int) -> None:
 def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
     if read_flag(request.query, parameters.WATCH):
         return watch_kinds(api, request, frozenset({"worker"}))
-    images = _shows_images(request)
-    return api.answer_list(_worker_json(api, name, images=images) for name in api.state.names["worker"])
+    return _list_workers(api, images=_shows_images(request))
+
+
+async def _list_workers(api: API, *, images: bool) -> AnyResponse:
+    snapshot = await take_snapshot(api, Selection(frozenset({"worker"})), images=images)
+    return api.answer_list(map(b"".join, snapshot.workers))
 
 
 def get_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
