@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import trio
-from harness.served import BEGAN, Answered, Served, served
+from harness.served import BEGAN, Answered, Served, at_once, served
 
 from orchard.cluster import MAX_PROBLEM_TEXT, MAX_PROBLEMS, WORKER_STATE
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, ensure_identity
@@ -23,7 +23,7 @@ SECOND = datetime.timedelta(seconds=1)
 
 @pytest.fixture
 async def api(tmp_path: Path) -> AsyncIterator[Served]:
-    async with served(tmp_path) as api:
+    async with served(tmp_path, in_thread=at_once) as api:
         yield api
 
 
@@ -164,10 +164,10 @@ async def test_assignment_returns_to_the_queue_early_only_if_no_poll_has_named_i
 async def test_assignment_from_before_a_restart_counts_as_named(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with served(tmp_path) as api:
+    async with served(tmp_path, in_thread=at_once) as api:
         await api.register("a")
         await place(api, "vm")
-    async with served(tmp_path) as api:
+    async with served(tmp_path, in_thread=at_once) as api:
         await api.register("b")
         await trio.sleep(AWAY_SECONDS)
         api.schedule()
@@ -312,12 +312,12 @@ async def test_worker_without_an_account_is_bound_to_the_first_that_speaks_for_i
 async def test_longer_promise_counts_after_a_restart_with_a_shorter_timeout(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with served(tmp_path, offline_timeout=60) as api:
+    async with served(tmp_path, offline_timeout=60, in_thread=at_once) as api:
         await api.register("w")
         vm = await place(api, "vm")
         await api.ok("GET", "/vms?filter=worker=w")
         await report(api, vm, "running")
-    async with served(tmp_path, offline_timeout=8) as api:
+    async with served(tmp_path, offline_timeout=8, in_thread=at_once) as api:
         await trio.sleep(59)
         api.schedule()
         assert (await api.ok("GET", "/vms/vm"))["status"] == "running"
@@ -331,20 +331,20 @@ async def test_longer_promise_counts_after_a_restart_with_a_shorter_timeout(
         assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
         api.loop.end_promises()
         assert (await api.ok("GET", "/workers/w"))["promisedOfflineTimeoutMs"] == 8000
-    async with served(tmp_path, offline_timeout=120) as api:
+    async with served(tmp_path, offline_timeout=120, in_thread=at_once) as api:
         assert (await api.ok("GET", "/workers/w"))["promisedOfflineTimeoutMs"] == 120_000, "at the start already"
 
 
 async def test_promise_of_a_deleted_worker_is_kept_over_a_restart(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with served(tmp_path, offline_timeout=60) as api:
+    async with served(tmp_path, offline_timeout=60, in_thread=at_once) as api:
         await api.register("w")
         vm = await place(api, "vm", restart_policy="OnFailure")
         await api.ok("GET", "/vms?filter=worker=w")
         await report(api, vm, "running")
         await api.ok("DELETE", "/workers/w")
-    async with served(tmp_path, offline_timeout=8) as api:
+    async with served(tmp_path, offline_timeout=8, in_thread=at_once) as api:
         api.schedule()
         assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
         await trio.sleep(59)
@@ -384,9 +384,9 @@ async def test_vms_of_another_instance_restart_only_when_its_promise_is_over(
 async def test_restored_controller_places_nothing_until_its_state_is_accepted(
     tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
-    async with served(tmp_path) as api:
+    async with served(tmp_path, in_thread=at_once) as api:
         await api.create("old")
-    async with served(tmp_path) as api:
+    async with served(tmp_path, in_thread=at_once) as api:
         ensure_identity(api.store)
         first = (await api.ok("GET", "/controller/info"))["clusterId"]
         await api.register("go")
@@ -400,7 +400,7 @@ async def test_restored_controller_places_nothing_until_its_state_is_accepted(
         assert await api.ok("GET", "/vms?filter=worker=w") == []
         for worker in ("go", "unknown"):
             assert (await api.call("GET", f"/vms?filter=worker={worker}")).status == 503
-    async with served(tmp_path) as api:
+    async with served(tmp_path, in_thread=at_once) as api:
         assert (await api.call("GET", "/vms?filter=worker=go")).status == 503, "after a restart, too"
         await api.create("newest")
         second = (await api.ok("POST", "/controller/accept-state"))["clusterId"]
@@ -430,7 +430,7 @@ async def test_lists_carry_a_revision_that_rises(api: Served, autojump_clock: ob
 
 def test_a_state_keeps_its_cluster_id(tmp_path: Path) -> None:
     async def identity() -> str:
-        async with served(tmp_path) as api:
+        async with served(tmp_path, in_thread=at_once) as api:
             ensure_identity(api.store)
             await api.store.wait_durable()
             return api.state.cluster.id
