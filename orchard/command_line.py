@@ -19,6 +19,9 @@ from typing import Any
 _MAX_AMOUNT = 2**53 - 1
 _ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})")
 # As many digits as _MAX_AMOUNT has: int() takes long for texts of thousands of digits.
+_DURATION = re.compile(r"(?=.)(?:([0-9]{1,5})d)?(?:([0-9]{1,7})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s?)?", re.ASCII)
+# Seconds of the units of a duration.
+_UNITS = (86_400, 3_600, 60, 1)
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,16}")
 
 
@@ -32,6 +35,9 @@ class CommandLine(argparse.ArgumentParser):
 
     It never shows more of an unknown argument than the name of the option: the rest may be a secret.
     """
+
+    # Whether options may stand between the positional arguments of a parser whose last one takes any number of words.
+    is_intermixed = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         options, unknown = super().parse_known_args(args, namespace)
@@ -72,6 +78,17 @@ def parse_seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f'time span is "{text}", expected a number of seconds above 0')
     return value
+
+
+def parse_duration(text: str) -> int:
+    """Parse a time span such as 90, 90s, 3m, 3m0s or 1h30m, of at least a second, in seconds."""
+    match = _DURATION.fullmatch(text)
+    seconds = (
+        0 if match is None else sum(int(part or 0) * size for part, size in zip(match.groups(), _UNITS, strict=True))
+    )
+    if not seconds:
+        raise argparse.ArgumentTypeError(f'time span is "{text}", expected one such as 90s, 3m or 1h30m')
+    return seconds
 
 
 def parse_count(text: str) -> int:

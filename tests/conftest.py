@@ -16,6 +16,9 @@ import pytest
 from harness.processes import GENEROUS, processes_in
 from harness.programs import REASON, ROOT_REASON, need
 
+# Fixtures of the command's tests.
+pytest_plugins = ["harness.dev_site"]
+
 # For killed processes to be gone.
 DYING_SECONDS = 5.0
 SSHD = Path(__file__).parent / "standin" / "sshd.py"

@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import ssl
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote, unquote, urlencode, urlsplit
@@ -21,49 +22,75 @@ from orchard.cli.failure import CommandError
 
 DEFAULT_CONTROLLER_PORT = 6120
 # For the whole answer to a request, and for the next line of a stream, which has an empty line each 20 s.
-_SECONDS = 60.0
+ANSWER_SECONDS = 60.0
 _EXPECTED = "expected a URL such as https://orchard.example.com:6120"
 
 QueryPairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
 class AnswerError(CommandError):
-    """The controller has refused a request: `status_code` is that of HTTP."""
+    """The controller has refused a request: `status_code` is that of HTTP, and `may_retry` if it named a time for that."""
 
-    def __init__(self, status_code: int, message: str) -> None:
+    def __init__(self, status_code: int, message: str, *, may_retry: bool) -> None:
         super().__init__(message)
         self.status_code = status_code
+        self.may_retry = may_retry
+
+
+class NetworkError(CommandError):
+    """The controller cannot be reached, or the connection was lost."""
 
 
 class ControllerConnection:
     """One connection to the controller of a context, used by one request after the other. `close` ends it.
 
-    All methods raise CommandError, and AnswerError for an answer of 400 or more. `seconds` bounds the wait for an answer.
+    All methods raise AnswerError for an answer of 400 or more, NetworkError where there is none, and CommandError for one
+    that is not a controller's. `seconds` bounds the wait for an answer, and for the next line of a stream.
     """
 
-    def __init__(self, context: Context, *, seconds: float = _SECONDS) -> None:
+    def __init__(self, context: Context, *, seconds: float = ANSWER_SECONDS) -> None:
         self._context = context
         self.url, is_tls, host, port, self._prefix = split_url(context.url)
         self._seconds = seconds
         self._http = _connection(context, is_tls, host, port, seconds)
+        self._sock: socket.socket | None = None
+        # Of the last answer to `call`.
+        self.headers: Mapping[str, str] = {}
 
     def call(self, method: str, path: str, *, query: QueryPairs = (), body: object = None) -> Any:
         """Send a request to a path below /v1, and return the parsed JSON of its answer; None if it is empty."""
         answer = self._send(method, path, query, body)
+        self.headers = dict(answer.getheaders())
         with _network_errors(self.url):
             raw = answer.read()
         return _parse(raw) if raw.strip() else None
 
-    def lines(self, path: str, *, query: QueryPairs = ()) -> Iterator[Any]:
-        """Yield the parsed lines of an answer of JSON lines as they come; empty lines are passed over."""
+    def lines(self, path: str, *, query: QueryPairs = (), deadline: float | None = None) -> Iterator[Any]:
+        """Yield the parsed lines of an answer of JSON lines as they come, until it ends or until `deadline`.
+
+        `deadline` is a time of time.monotonic(). Empty lines are passed over.
+        """
         answer = self._send("GET", path, query, None)
-        while True:
-            with _network_errors(self.url):
-                line = answer.readline()
-            if not line:
-                return
-            if line.strip():
-                yield _parse(line)
+        assert self._sock is not None
+        ended = False
+        try:
+            while not ended:
+                left = self._seconds if deadline is None else min(self._seconds, deadline - time.monotonic())
+                if left <= 0:
+                    return
+                self._sock.settimeout(left)
+                with _network_errors(self.url):
+                    line = answer.readline()
+                ended = not line
+                if line.strip():
+                    yield _parse(line)
+        except NetworkError:
+            if deadline is None or time.monotonic() < deadline:
+                raise
+        finally:
+            if not ended:
+                # What is left of the answer would be taken for the next one.
+                self.close()
 
     def _send(self, method: str, path: str, query: QueryPairs, body: object) -> http.client.HTTPResponse:
         target = f"{self._prefix}/v1{path}"
@@ -78,10 +105,16 @@ class ControllerConnection:
             raw = json.dumps(body, ensure_ascii=False).encode()
             headers["Content-Type"] = "application/json"
         with _network_errors(self.url):
+            if self._http.sock is None:
+                self._http.connect()
+            # Of an answer that ends with its connection, http.client forgets the socket.
+            self._sock = self._http.sock
+            self._sock.settimeout(self._seconds)
             self._http.request(method, target, raw, headers)
             answer = self._http.getresponse()
             if answer.status >= 400:
-                raise AnswerError(answer.status, _message(answer.status, answer.read()))
+                may_retry = answer.getheader("Retry-After") is not None
+                raise AnswerError(answer.status, _message(answer.status, answer.read()), may_retry=may_retry)
         return answer
 
     def close(self) -> None:
@@ -119,7 +152,7 @@ def fetch_certificate(url: str) -> bytes:
     """Return the certificate that a controller shows, in PEM, unverified. Raises CommandError."""
     full, _, host, port, _ = split_url(url)
     with _network_errors(full):
-        connection = _connection(Context(full, b""), True, host, port, _SECONDS)
+        connection = _connection(Context(full, b""), True, host, port, ANSWER_SECONDS)
         connection.connect()
         tls: Any = connection.sock
         der = tls.getpeercert(binary_form=True)
@@ -194,7 +227,7 @@ def _proxy(is_tls: bool, host: str) -> tuple[str, int, dict[str, str]] | None:
 
 
 class _network_errors:  # noqa: N801
-    """Raises CommandError for what goes wrong between the command and a controller."""
+    """Raises NetworkError for what goes wrong between the command and a controller."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -204,7 +237,7 @@ class _network_errors:  # noqa: N801
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | http.client.HTTPException):
-            raise CommandError(f"no answer from {self._url}: {_reason(error)}") from None
+            raise NetworkError(f"no answer from {self._url}: {_reason(error)}") from None
 
 
 def _reason(error: OSError | http.client.HTTPException) -> str:

@@ -7,6 +7,7 @@ for the import of a controller. Such a file has `add_verb(verb, parser)`, which 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import sys
@@ -20,7 +21,7 @@ from orchard.command_line import CommandLine, suggest
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """The file of this folder that has a verb, and what `orchard --help` says of the verb."""
+    """The file of this folder that has a verb, and what `orchard --help` says of it; "" for one that programs call."""
 
     module: str
     help: str
@@ -28,11 +29,32 @@ class Verb:
 
 VERBS: Mapping[str, Verb] = {
     "context": Verb("contexts", "the controllers that this command knows"),
+    "create": Verb("create", "create a VM, a service account, or an access token for a VM"),
     "list": Verb("resources", "list VMs, workers or service accounts"),
     "get": Verb("resources", "show one VM, worker or service account, or one of its fields"),
     "delete": Verb("resources", "delete a VM, worker or service account"),
     "pause": Verb("resources", "assign no new VMs to a worker"),
     "resume": Verb("resources", "assign new VMs to a worker again"),
+    "logs": Verb("streams", "print the output of a VM's startup script"),
+    "events": Verb("streams", "print what happened to a VM, and its script's output"),
+    "watch": Verb("streams", "print each change of VMs and workers"),
+    "ssh": Verb("tunnels", "log in to a VM, or run a command there, by the system's ssh"),
+    "exec": Verb("commands", "run a command in a VM"),
+    "cp": Verb("commands", "copy files to a VM or from it"),
+    "port-forward": Verb("tunnels", "forward a local port to a VM or to a worker's host"),
+    "vnc": Verb("tunnels", "open the screen of a VM or of a worker's host"),
+    "ssh-config": Verb("tunnels", "print settings for ~/.ssh/config: ssh, scp and others reach each VM"),
+    "__tunnel": Verb("tunnels", ""),
+    "restart": Verb("actions", "restart a VM, with a fresh clone of its image"),
+    "stop": Verb("actions", "stop a VM; its disk stays on its worker"),
+    "suspend": Verb("actions", "suspend a VM"),
+    "start": Verb("actions", "say that a VM shall run"),
+    "wait": Verb("actions", "wait until a VM is ready, or in another state"),
+    "ip": Verb("actions", "print a VM's address in its worker's network"),
+    "drain": Verb("actions", "let a worker run out of VMs"),
+    "capacity": Verb("actions", "show what the fleet could still run"),
+    "history": Verb("actions", "list the VMs that ended last"),
+    "version": Verb("actions", "print the versions of this command and of the controller"),
     "controller": Verb("roles", "run a controller; see orchard controller --help"),
     "worker": Verb("roles", "run a worker; see orchard worker --help"),
     "demo": Verb("trial", "run a controller, a worker and a VM on this machine, step by step"),
@@ -80,14 +102,22 @@ def _run(words: list[str]) -> int:
     if name in ROLE_VERBS:
         status: int = module.run_role(name, rest)
         return status
-    parser = CommandLine(prog=f"orchard {name}", description=f"{verb.help[0].upper()}{verb.help[1:]}.")
+    parser = CommandLine(prog=f"orchard {name}", description=f"{verb.help[:1].upper()}{verb.help[1:]}.")
     module.add_verb(name, parser)
-    options = parser.parse_args(rest)
+    options = _parse_command(parser, rest) if parser.is_intermixed else parser.parse_args(rest)
     return int(options.run(options))
+
+
+def _parse_command(parser: CommandLine, words: list[str]) -> argparse.Namespace:
+    """Parse a command line that ends with a command, before which `--` may stand."""
+    at = words.index("--") if "--" in words else len(words)
+    options: argparse.Namespace = parser.parse_intermixed_args(words[:at])
+    options.command += words[at + 1 :]
+    return options
 
 
 def usage() -> str:
     """Return what `orchard --help` prints."""
     width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items())
+    verbs = "\n".join(f"  {name:{width}}  {verb.help}" for name, verb in VERBS.items() if verb.help)
     return f"usage: orchard VERB ...\n\nAn orchestrator for Tart virtual machines.\n\n{verbs}\n\norchard VERB --help says more."

@@ -26,6 +26,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
+def print_line(text: str) -> None:
+    """Print a line of a VM's output: as it is into a pipe or a file, without control characters on a terminal."""
+    print(printable(text.expandtabs()) if sys.stdout.isatty() else text, flush=True)
+
+
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: str = "") -> None:
     """Print rows in aligned columns. On a terminal, the column `cut` is shortened so that lines fit; others never are."""
     table = [list(header), *([printable(cell) for cell in row] for row in rows)]
@@ -49,6 +54,16 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_compact_json(value: object) -> None:
+    """Print JSON on one line, at once."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def format_clock(seconds: float) -> str:
+    """Return a Unix time as the local time of the day, for example 14:03:59."""
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%H:%M:%S")
 
 
 def format_age(text: str | None, now: datetime.datetime | None = None) -> str:

@@ -6,8 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from orchard.cli.connection import ControllerConnection
+from orchard.cli.connection import ANSWER_SECONDS, ControllerConnection
 from orchard.cli.context import CONTEXT_FILE, Context, choose_context, read_contexts
+from orchard.cli.failure import CommandError
 from orchard.command_line import CommandLine, orchard_home
 
 
@@ -24,9 +25,16 @@ def chosen_context(options: argparse.Namespace) -> Context:
     return choose_context(read_contexts(context_path()), os.environ, options.context)
 
 
-def open_connection(options: argparse.Namespace) -> ControllerConnection:
+def require_capability(controller: ControllerConnection, capability: str, what: str) -> None:
+    """Raise CommandError unless the controller has a capability, which `what` needs."""
+    if capability not in (controller.call("GET", "/controller/info") or {}).get("capabilities", ()):
+        raise CommandError(f"this controller is too old for {what}: it lacks the capability {capability}")
+
+
+def open_connection(options: argparse.Namespace, *, seconds: float = ANSWER_SECONDS) -> ControllerConnection:
     """Return a connection to the controller that the options and the environment name. The caller closes it.
 
+    `seconds` bounds the wait for an answer.
     Raises CommandError.
     """
-    return ControllerConnection(chosen_context(options))
+    return ControllerConnection(chosen_context(options), seconds=seconds)

@@ -1,0 +1,210 @@
+"""The verbs that act on one resource or ask for one fact: restart, stop, suspend, start, wait, ip, drain, capacity, ..."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+
+from orchard import __version__
+from orchard.cli.connection import AnswerError, path_of
+from orchard.cli.failure import OVERDUE, CommandError
+from orchard.cli.output import format_age, format_map, print_json, print_pairs, print_table
+from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources
+
+_POWER_STATES = {"stop": "stopped", "suspend": "suspended", "start": "running"}
+_WAITING = ("running", "ready", "failed", "stopped", "deleted")
+# The longest wait that one request may ask for, so that a restart of the controller is noticed.
+_MAX_WAIT = 60
+# Between two looks at a worker that is being drained.
+_POLL_SECONDS = 1.0
+
+
+def add_verb(verb: str, parser: CommandLine) -> None:
+    """Declare the options of one of these verbs."""
+    _DECLARATIONS[verb](parser)
+    add_context_option(parser)
+    parser.set_defaults(verb=verb)
+
+
+def _declare_vm(parser: CommandLine) -> None:
+    parser.add_argument("kind", choices=("vm",), metavar="vm")
+    parser.add_argument("name", metavar="NAME")
+
+
+def _declare_power(parser: CommandLine) -> None:
+    _declare_vm(parser)
+    parser.set_defaults(run=_set_power)
+
+
+def _set_power(options: argparse.Namespace) -> int:
+    with open_connection(options) as controller:
+        path = path_of("vms", options.name)
+        controller.call("PATCH", path, body={"powerState": _POWER_STATES[options.verb]})
+    return 0
+
+
+def _declare_restart(parser: CommandLine) -> None:
+    _declare_vm(parser)
+    parser.set_defaults(run=_restart)
+
+
+def _restart(options: argparse.Namespace) -> int:
+    with open_connection(options) as controller:
+        require_capability(controller, "vm-restart", "restart")
+        controller.call("POST", path_of("vms", options.name, "restart"))
+    return 0
+
+
+def _declare_wait(parser: CommandLine) -> None:
+    _declare_vm(parser)
+    parser.add_argument("--for", dest="state", choices=_WAITING, default="ready", help="default: %(default)s")
+    parser.add_argument("--timeout", metavar="D", type=parse_duration, help="give up, with exit status 124")
+    parser.set_defaults(run=_wait)
+
+
+def _wait(options: argparse.Namespace) -> int:
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+    with open_connection(options) as controller:
+        require_capability(controller, "wait-for", "wait")
+        query = {"waitFor": options.state, "uid": controller.call("GET", path_of("vms", options.name))["uid"]}
+        while True:
+            left = _MAX_WAIT if deadline is None else max(0, min(_MAX_WAIT, round(deadline - time.monotonic())))
+            try:
+                controller.call("GET", path_of("vms", options.name), query={**query, "wait": str(left)})
+            except AnswerError as error:
+                # Retry-After says that it may still come true.
+                if not error.may_retry:
+                    raise
+                if deadline is not None and time.monotonic() >= deadline:
+                    raise CommandError(str(error), OVERDUE) from None
+            else:
+                return 0
+
+
+def _declare_ip(parser: CommandLine) -> None:
+    _declare_vm(parser)
+    parser.add_argument("-t", "--wait", metavar="SECONDS", type=parse_duration, default=60, help="default: %(default)s")
+    parser.set_defaults(run=_print_ip)
+
+
+def _print_ip(options: argparse.Namespace) -> int:
+    with open_connection(options, seconds=options.wait + 30) as controller:
+        print(controller.call("GET", path_of("vms", options.name, "ip"), query={"wait": str(options.wait)})["ip"])
+    return 0
+
+
+def _declare_drain(parser: CommandLine) -> None:
+    parser.add_argument("kind", choices=("worker",), metavar="worker")
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument(
+        "--deadline", metavar="D", type=parse_duration, help="after this time its VMs are ended; default: never"
+    )
+    parser.add_argument("--now", action="store_true", help="end its VMs at once")
+    parser.add_argument("--cancel", action="store_true", help="let it have new VMs again")
+    parser.add_argument("--wait", action="store_true", help="wait until no VM is left on it")
+    parser.add_argument("--timeout", metavar="D", type=parse_duration, help="give up waiting, with exit status 124")
+    parser.set_defaults(run=_drain)
+
+
+def _drain(options: argparse.Namespace) -> int:
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+    with open_connection(options) as controller:
+        require_capability(controller, "drain", "drain")
+        path = path_of("workers", options.name, "drain")
+        if options.cancel:
+            controller.call("DELETE", path)
+            return 0
+        controller.call("POST", path, body={"now": True} if options.now else {"deadlineSeconds": options.deadline or 0})
+        while options.wait and controller.call("GET", path_of("workers", options.name)).get("state") != "drained":
+            if deadline is not None and time.monotonic() >= deadline:
+                raise CommandError(f'worker "{options.name}" still has VMs after {options.timeout} seconds', OVERDUE)
+            time.sleep(_POLL_SECONDS)
+    return 0
+
+
+def _declare_capacity(parser: CommandLine) -> None:
+    parser.add_argument("--resources", metavar="K=N,..", type=parse_resources, default={})
+    parser.add_argument("--labels", metavar="K=V,..", type=parse_pairs, default={})
+    for name in ("arch", "runtime", "os"):
+        parser.add_argument(f"--{name}", default="")
+    _add_output(parser)
+    parser.set_defaults(run=_show_capacity)
+
+
+def _add_output(parser: CommandLine) -> None:
+    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: %(default)s")
+
+
+def _show_capacity(options: argparse.Namespace) -> int:
+    query = {name: getattr(options, name) for name in ("arch", "runtime", "os") if getattr(options, name)}
+    for name in ("resources", "labels"):
+        if pairs := getattr(options, name):
+            query[name] = ",".join(f"{key}={value}" for key, value in pairs.items())
+    with open_connection(options) as controller:
+        require_capability(controller, "capacity", "capacity")
+        found = controller.call("GET", "/capacity", query=query)
+    if options.output == "json":
+        print_json(found)
+    else:
+        print_pairs(
+            (name, format_map(value) if isinstance(value, dict) else str(value)) for name, value in found.items()
+        )
+    return 0
+
+
+def _declare_history(parser: CommandLine) -> None:
+    parser.add_argument("--limit", metavar="N", type=parse_count, default=50, help="newest first; default: %(default)s")
+    parser.add_argument("--since", metavar="TIME", default="", help="RFC 3339")
+    _add_output(parser)
+    parser.set_defaults(run=_show_history)
+
+
+def _show_history(options: argparse.Namespace) -> int:
+    query = {"limit": str(options.limit), **({"since": options.since} if options.since else {})}
+    with open_connection(options) as controller:
+        require_capability(controller, "history", "history")
+        ended = controller.call("GET", "/history", query=query)
+    if options.output == "json":
+        print_json(ended)
+        return 0
+    rows = [
+        (
+            str(one.get("name", "")),
+            format_age(one.get("ended")),
+            str(one.get("status", "")),
+            str(one.get("worker", "")),
+            str(one.get("createdBy", "")),
+            str(one.get("message", "")),
+        )
+        for one in ended
+    ]
+    print_table(("Name", "Ended", "Status", "Worker", "Created by", "Message"), rows, cut="Message")
+    return 0
+
+
+def _declare_version(parser: CommandLine) -> None:
+    parser.add_argument("--client", action="store_true", help="ask no controller")
+    parser.set_defaults(run=_print_version)
+
+
+def _print_version(options: argparse.Namespace) -> int:
+    print(f"client: orchard {__version__}")
+    if not options.client:
+        with open_connection(options) as controller:
+            info = controller.call("GET", "/controller/info")
+            print(f"server: orchard {info.get('version', '')} at {controller.url}")
+    return 0
+
+
+_DECLARATIONS: Mapping[str, Callable[[CommandLine], None]] = {
+    **dict.fromkeys(_POWER_STATES, _declare_power),
+    "restart": _declare_restart,
+    "wait": _declare_wait,
+    "ip": _declare_ip,
+    "drain": _declare_drain,
+    "capacity": _declare_capacity,
+    "history": _declare_history,
+    "version": _declare_version,
+}

@@ -1,0 +1,148 @@
+"""The verbs that lead into a VM, with the system's ssh, against a cluster whose VMs have SSH."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import socket
+import struct
+import subprocess
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from harness.processes import GENEROUS, call_main, command, environment, finished, started
+
+from orchard.cli.connection import ControllerConnection
+from orchard.cli.main import main
+
+FORWARDING = re.compile(r"forwarding 127\.0\.0\.1:([0-9]+) -> vm:22\.\.\.")
+
+
+@pytest.fixture
+def vm(dev: Path, api: ControllerConnection) -> str:
+    api.call("POST", "/vms", body={"name": "vm", "image": "i"})
+    assert call_main(main, "wait", "vm", "vm", home=dev)[0] == 0
+    return "vm"
+
+
+def run(dev: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("", *words),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment(dev),
+        timeout=GENEROUS,
+        check=False,
+    )
+
+
+@pytest.mark.needs("ssh")
+def test_ssh_ends_with_the_status_of_its_command(dev: Path, vm: str) -> None:
+    done = run(dev, "ssh", "vm", vm, "bash -s", stdin="echo out; echo err >&2; exit 3")
+    assert (done.returncode, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    done = run(dev, "ssh", "vm", vm, "-u", "admin", "--", "printf", "%s", "-x")
+    assert (done.returncode, done.stdout) == (0, "-x")
+    assert run(dev, "ssh", "vm", vm, "-p", "wrong", "true").returncode == 255
+    assert run(dev, "ssh", "vm", "none", "true").returncode == 1
+
+
+@pytest.mark.needs("ssh")
+def test_programs_reach_a_vm_by_the_printed_settings(dev: Path, vm: str, tmp_path: Path) -> None:
+    settings = tmp_path / "config"
+    settings.write_text(finished("", "ssh-config", home=dev).stdout)
+    askpass = tmp_path / "askpass"
+    askpass.write_text("#!/bin/sh\necho admin\n")
+    askpass.chmod(0o700)
+    env = {**environment(dev), "SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force"}
+    words = ["ssh", "-F", str(settings), f"{vm}.orchard", "echo", "there"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, done.stdout) == (0, "there\n"), done.stderr
+
+
+def test_port_is_forwarded(dev: Path, vm: str) -> None:
+    with started("", "port-forward", "vm", vm, ":22", home=dev) as role:
+        port = int(role.wait_for(FORWARDING)[1])
+        for _ in range(2):
+            with socket.create_connection(("127.0.0.1", port)) as connection:
+                assert connection.recv(4) == b"SSH-"
+        assert role.stop(signal.SIGINT) == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    "words", [("vm", "vm", "0"), ("vm", "vm", "a:1"), ("vm", "vm", "1:70000"), ("host", "vm", "1")]
+)
+def test_unusable_ports_are_refused(dev: Path, words: tuple[str, ...]) -> None:
+    assert call_main(main, "port-forward", *words, home=dev)[0] == 2
+
+
+def test_exec_passes_input_output_and_status(dev: Path, vm: str) -> None:
+    done = run(dev, "exec", "vm", vm, "-i", "-e", "A=b c", "--", "sh", "-c", "cat; echo $A >&2; exit 4", stdin="in")
+    assert (done.returncode, done.stdout, done.stderr) == (4, "in", "b c\n")
+    done = run(dev, "exec", "vm", vm, "echo $((1 + 1)); pwd", "--workdir", "/")
+    assert (done.returncode, done.stdout) == (0, "2\n/\n")
+    assert run(dev, "exec", "vm", vm).returncode == 2
+    assert run(dev, "exec", "vm", vm, "-t", "true").returncode == 2
+    assert run(dev, "exec", "vm", "none", "true").returncode == 1
+
+
+@contextmanager
+def terminal(dev: Path, *words: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """Run the command with a terminal of 40 rows and 100 columns; yield our end of it."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    env = {name: value for name, value in environment(dev).items() if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        command("", *words), stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
+    )
+    os.close(theirs)
+    try:
+        yield ours, process
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def read_until(ours: int, wanted: bytes) -> bytes:
+    said = b""
+    while wanted not in said:
+        said += os.read(ours, 4096)
+    return said
+
+
+def test_keys_of_a_terminal_reach_the_command_as_they_are(dev: Path, vm: str) -> None:
+    with terminal(dev, "exec", "vm", vm, "-i", "-t", "echo ready; head -c 3 | od -An -c; exit 9") as (ours, process):
+        read_until(ours, b"ready")
+        os.write(ours, b"a\x03\x1a")
+        assert read_until(ours, b"032").split() == [b"a", b"003", b"032"]
+        assert process.wait(GENEROUS) == 9
+
+
+def test_files_are_copied_both_ways(dev: Path, vm: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "inner" / "a file").write_text("text")
+    assert run(dev, "cp", str(source), f"{vm}:").returncode == 0
+    assert run(dev, "cp", str(source), f"{vm}:renamed").returncode == 0
+    assert run(dev, "cp", str(source / "inner" / "a file"), f"{vm}:source/b").returncode == 0
+    assert sorted(run(dev, "exec", "vm", vm, "find source renamed -type f").stdout.splitlines()) == [
+        "renamed/inner/a file",
+        "source/b",
+        "source/inner/a file",
+    ]
+    assert run(dev, "cp", f"{vm}:renamed", str(tmp_path / "back")).returncode == 0
+    assert (tmp_path / "back" / "inner" / "a file").read_text() == "text"
+    assert run(dev, "cp", f"{vm}:source/b", str(tmp_path)).returncode == 0
+    assert (tmp_path / "b").read_text() == "text"
+    for words in (("none", f"{vm}:"), (f"{vm}:none", str(tmp_path)), ("a", "b"), (f"{vm}:a", f"{vm}:b")):
+        done = run(dev, "cp", *words)
+        assert done.returncode in (1, 2)
+        assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "back", "source"]
