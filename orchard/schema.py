@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchard.cluster import CachedImage, Capacity, Health, ImagePull, Versions, WorkerDisk, WorkerState
-from orchard.codec import attr, attrs_of, decode, encode, openapi_schema, unknown_fields
+from orchard.codec import MAX_ITEMS, attr, attrs_of, decode, encode, openapi_schema, unknown_fields
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 # How the status_message of a VM begins whose image is being pulled.
@@ -218,6 +218,8 @@ class VMSpec:
         "resources",
         "Resources required by this VM on the worker",
         zero={},
+        # The one of a macOS VM is added to those that a client asks for.
+        most=MAX_ITEMS + 1,
         example={LOGICAL_CORES: 4, MEMORY_MIB: 8192},
     )
     labels: Mapping[str, str] = attr(

@@ -136,6 +136,9 @@ def _with_tart_resource(raw: dict[str, Any]) -> dict[str, Any]:
     is_macos = raw.get("os") in (None, "", "darwin") and raw.get("runtime") in (None, "", "tart")
     if not is_macos or not isinstance(resources, dict | None) or (resources or {}).get(TART_VMS, 0) != 0:
         return raw
+    others = (resources or {}).keys() - {TART_VMS}
+    if len(others) > MAX_ITEMS:
+        raise InvalidError(f"resources has {len(others)} items, expected at most {MAX_ITEMS} besides {TART_VMS}")
     return {**raw, "resources": {**(resources or {}), TART_VMS: 1}}
 
 

@@ -776,6 +776,17 @@ async def test_without_authentication_every_authorization_header_is_ignored(
             assert answered.status not in (401, 403, 429), (operation.path, credentials)
 
 
+@pytest.mark.parametrize("guest_os", ["darwin", "linux"])
+async def test_resource_that_is_added_to_a_macos_vm_does_not_count_against_the_most(api: Served, guest_os: str) -> None:
+    most = {f"r{number}": 1 for number in range(256)}
+    vm = await api.create("vm", os=guest_os, resources=most)
+    assert vm["resources"].items() - {("org.cirruslabs.tart-vms", 1)} == most.items()
+    assert await api.ok("PUT", "/vms/vm", vm) == vm
+    too_many = {"name": "new", "image": "i", "os": guest_os, "resources": {**most, "x": 1, "y": 1}}
+    refused = await api.call("POST", "/vms", too_many)
+    assert (refused.status, "258" in refused.message) == (412, True)
+
+
 class Steps(trio.abc.Instrument):
     """Measures the longest step of the event loop, in seconds of this thread's CPU: other programs do not count."""
 
