@@ -108,6 +108,16 @@ class Leftovers:
                 f' offline; start it as "{name}" again, or delete worker "{name}" to give up its VMs'
             )
 
+    def held(self) -> list[Mapping[str, int] | None]:
+        """Return the resources that each running guest holds; None: they are unknown."""
+        return [note.resources if (note := self._noted(name)) is not None else None for name in self.running]
+
+    def _noted(self, name: str) -> Note | None:
+        """Return an earlier worker's note about a VM; None if there is none, or one of another version."""
+        with suppress(ValueError):
+            return Note.parse(self._driver.noted(name))
+        return None
+
     def remove(self, local: LocalVM, nursery: trio.Nursery) -> None:
         """Stop and delete a VM in a task of the nursery."""
         self._ended[local.name] = ended = trio.Event()
@@ -117,10 +127,9 @@ class Leftovers:
 
     async def _keep_removing(self, name: str, ended: trio.Event) -> None:
         if not ended.is_set():
-            # A VM without a note, or with one of another version, has no shutdown script.
-            with suppress(ValueError):
-                if (script := Note.parse(self._driver.noted(name)).shutdown) is not None:
-                    await shut_down(self._driver, name, script)
+            note = self._noted(name)
+            if note is not None and note.shutdown is not None:
+                await shut_down(self._driver, name, note.shutdown)
         for failures in itertools.count(1):
             if await self._try_remove(name, ended):
                 break

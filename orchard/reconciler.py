@@ -29,6 +29,7 @@ from orchard.heartbeat import Lease, backoff_seconds
 from orchard.leftovers import Leftovers, vm_name_of
 from orchard.nursery import Wakeup, growing_pause
 from orchard.schema import LOCAL_PREFIX, VM, Event, HostDirPolicy, Worker
+from orchard.slots import Slots
 from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, Trouble
 from orchard.vm.images import Transfer
 from orchard.vm.instance import Instance, InstanceHost
@@ -117,6 +118,9 @@ class Reconciler:
             outlives=not stop_vms_on_exit,
             transfer=transfer,
         )
+        self._slots = Slots(worker.resources)
+        # Local names of VMs that new ones may wait for.
+        self._watched: set[str] = set()
         self._leftovers = Leftovers(worker, client, driver, note_trouble, self.sync_due.set)
 
     def leave_vms(self) -> None:
@@ -316,24 +320,42 @@ class Reconciler:
                 self._instruct(self.instances[name], wanted.get(name), action)
         given_up = self._given_up(wanted)
         self._lease.set_wanted(_leasable(wanted))
-        slots_free = trio.Event()
-        if not given_up:
-            slots_free.set()
-        elif "create" in actions.values():
-            nursery.start_soon(_set_after, slots_free, list(given_up.values()))
+        for name, ended in given_up.items():
+            if name not in self._watched:
+                self._watched.add(name)
+                nursery.start_soon(self._wait_end, name, ended)
         names = sorted(vm_name_of(name) for name in given_up)[:_MAX_NAMED]
         waiting_for = f"waiting for {', '.join(map(shown, names))} to end"
         for name, action in actions.items():
             # A VM that is half-made from before is removed first.
             if action == "create" and name not in self._leftovers:
                 instance = self._new_instance(wanted[name])
-                nursery.start_soon(instance.tend, slots_free, waiting_for)
+                nursery.start_soon(instance.tend, self._slots.add(name, instance.vm.spec.resources), waiting_for)
             elif action == "lost":
                 instance = self._new_instance(wanted[name])
                 instance.fail(VM_LOST)
                 nursery.start_soon(instance.tend)
-            elif action == "tell ended" and name not in self._leftovers:
+        self._grant()
+        for name, action in actions.items():
+            if action == "tell ended" and name not in self._leftovers:
                 await self._tell_ended(wanted[name])
+
+    async def _wait_end(self, name: str, ended: trio.Event) -> None:
+        await ended.wait()
+        self._watched.discard(name)
+        self._grant()
+
+    def _grant(self) -> None:
+        """Let new VMs begin whose resources are free on this host."""
+        for name, instance in self.instances.items():
+            if instance.ending:
+                self._slots.remove(name)
+        held = [
+            instance.vm.spec.resources
+            for name, instance in self.instances.items()
+            if instance.holds_resources and name not in self._slots
+        ]
+        self._slots.grant([*held, *self._leftovers.held()])
 
     async def _tell_ended(self, vm: VM) -> None:
         """Report that a failed VM, which the controller wants to restart, has never begun here. Raises ClientError.
@@ -397,12 +419,6 @@ class Reconciler:
         """Drop an instance whose task has ended, unless `report_stopped` has to report that it ended with the worker."""
         if not instance.has_unreported_failure:
             del self.instances[instance.name]
-
-
-async def _set_after(event: trio.Event, others: Sequence[trio.Event]) -> None:
-    for other in others:
-        await other.wait()
-    event.set()
 
 
 def _leasable(wanted: Mapping[str, VM]) -> set[str]:

@@ -18,6 +18,7 @@ from orchard import leftovers, reconciler
 from orchard.client import Client, ConnectError, ResponseError
 from orchard.heartbeat import FailureLog, HealthLog
 from orchard.leftovers import RefusedError
+from orchard.schema import TART_VMS
 from orchard.vm.driver import DriverError, LocalVM, RunOptions
 from orchard.worker_memory import ClusterMemory, read_instance_id
 
@@ -106,7 +107,7 @@ async def test_vm_that_waits_for_a_slot_says_for_whose(
         await stop(name)
 
     monkeypatch.setattr(driver, "stop", slow)
-    async with cluster.working():
+    async with cluster.working(resources={TART_VMS: 1}):
         await cluster.client.vms.create(name="old", image="any")
         await cluster.client.vms.wait("old")
         await cluster.client.vms.delete("old")

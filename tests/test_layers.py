@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             *("controller", "scheduling_loop", "worker_states", "reactions", "recorder", "deadlines"),
             *("operations", "handlers/", "api", "parameters", "admission", "answers"),
-            *("worker", "reconciler", "leftovers", "heartbeat", "worker_memory", "worker_requests"),
+            *("worker", "reconciler", "leftovers", "slots", "heartbeat", "worker_memory", "worker_requests"),
         ),
     ),
     ("access", ("ssh/", "sessions", "tunnel", "client", "methods/", "blocking")),

@@ -166,6 +166,11 @@ class Instance:
         return self._told and not self.ended.is_set()
 
     @property
+    def holds_resources(self) -> bool:
+        """Whether the VM uses, or is about to use, more than the disk of the host."""
+        return not self.ended.is_set() and self.state.phase != "resting"
+
+    @property
     def has_unreported_failure(self) -> bool:
         """Whether the VM has failed, and the controller still has the VM and has not acknowledged the failure."""
         return self.state.status == "failed" and not self._unwanted and self.report() != self.reported
@@ -260,6 +265,7 @@ class Instance:
                         generation=vm.meta.generation,
                         suspendable=vm.spec.suspendable,
                         shutdown=self._shutdown,
+                        resources=None if self._shutdown is None else dict(vm.spec.resources),
                     )
                 )
                 self.state = self.state.after("start")

@@ -151,7 +151,8 @@ class InstanceState:
 @dataclass(frozen=True, slots=True)
 class Note:
     """What the next worker has to know about a VM: the generation it runs under, how far its startup script has come,
-    and the shutdown script, which the controller does not have any more when the VM was deleted.
+    and what the controller does not have any more when the VM was deleted: its shutdown script, and the resources that it
+    holds, which are noted for a VM with such a script.
     """
 
     generation: int
@@ -161,12 +162,14 @@ class Note:
     # Set when `script` is "done".
     startup: Startup | None = None
     shutdown: Script | None = None
+    resources: Mapping[str, int] | None = None
 
     def __str__(self) -> str:
         values: list[Any] = [self.generation, astuple(self.hardware), self.suspendable, self.script]
         more = {
             "startup": None if self.startup is None else astuple(self.startup),
             "shutdown": None if self.shutdown is None else asdict(self.shutdown),
+            "resources": self.resources,
         }
         # Workers of earlier versions read only notes of four values.
         return json.dumps([*values, more] if any(more.values()) else values)
@@ -183,21 +186,23 @@ class Note:
                     "" | "begun" | "done" as script,
                     *rest,
                 ]:
-                    startup, shutdown = _parse_more(*rest)
+                    startup, shutdown, resources = _parse_more(*rest)
                     # Earlier versions note no more of a script that has succeeded.
                     startup = Startup(0, None) if script == "done" and startup is None else startup
-                    return cls(generation, Hardware(cpu, memory, disk), able, script, startup, shutdown)
+                    return cls(generation, Hardware(cpu, memory, disk), able, script, startup, shutdown, resources)
         except (ValueError, TypeError, KeyError):
             pass
         # It may hold secrets.
         raise ValueError(f"the note about a VM has {len(text)} characters and cannot be read")
 
 
-def _parse_more(more: Mapping[str, Any] | None = None) -> tuple[Startup | None, Script | None]:
+def _parse_more(
+    more: Mapping[str, Any] | None = None,
+) -> tuple[Startup | None, Script | None, Mapping[str, int] | None]:
     """Raises ValueError, TypeError, KeyError for anything that no `Note` has."""
     if more is None:
-        return None, None
-    startup = shutdown = None
+        return None, None, None
+    startup = shutdown = resources = None
     if more["startup"] is not None:
         code, at, failure = more["startup"]
         startup = Startup(None if code is None else int(code), None if at is None else float(at), str(failure))
@@ -206,7 +211,9 @@ def _parse_more(more: Mapping[str, Any] | None = None) -> tuple[Startup | None, 
         for field in fields(shutdown):
             if not isinstance(value := getattr(shutdown, field.name), (str, bool, int, float, dict)):
                 raise TypeError(f"{field.name} is {value}")
-    return startup, shutdown
+    if more["resources"] is not None:
+        resources = {str(kind): int(amount) for kind, amount in dict(more["resources"]).items()}
+    return startup, shutdown, resources
 
 
 def hardware_of(vm: VM) -> Hardware:
