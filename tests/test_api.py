@@ -8,13 +8,15 @@ import json
 import pkgutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import trio
 import trio.testing
 from harness.disks import HeldDisk
+from harness.go_client import GO_FIELDS, GO_SETTINGS, go_vm
 from harness.served import BEGAN, Answered, Served, served
 from trio.testing import assert_no_checkpoints
 
@@ -23,7 +25,7 @@ from orchard import __version__, auth, parameters, transitions
 from orchard.admission import Admitted, APIOperation
 from orchard.answers import ERROR_STATUS, http_error
 from orchard.changes import Change
-from orchard.codec import InvalidError
+from orchard.codec import InvalidError, attrs_of
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
 from orchard.files import STATE_FILE
 from orchard.handlers.vms import create_vm
@@ -32,7 +34,7 @@ from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Headers, HTTPError, Query, Request, Stream
 from orchard.operations import OPERATIONS
 from orchard.scheduling_loop import VMS_PER_PLAN
-from orchard.schema import TART_VMS, WORKER_NAME_LABEL, ServiceAccount
+from orchard.schema import TART_VMS, WORKER_NAME_LABEL, ClusterSettings, Role, ServiceAccount, VMSpec
 from orchard.storage.engine import snapshot_lines
 from orchard.storage.journal import Disk, Journal
 from orchard.store import read_state
@@ -44,6 +46,9 @@ async def api(tmp_path: Path) -> Any:
     async with served(tmp_path) as serving:
         yield serving
 
+
+# Fields that Go clients do not know, and that no PUT changes.
+NOT_BY_PUT = {"audio", "clipboard"}
 
 # ---- VMs ------------------------------------------------------------------------------------------------------------
 
@@ -110,6 +115,43 @@ async def test_absent_booleans_are_false_in_put_and_unchanged_in_patch(api: Serv
     replaced = await api.ok("PUT", "/vms/vm", {"image": "image"})
     assert (replaced["headless"], replaced["cpu"], replaced["generation"]) == (False, 6, 2)
     assert "netSoftnetAllow" not in replaced
+
+
+async def test_go_client_that_sends_back_what_it_reads_changes_nothing(tmp_path: Path) -> None:
+    settings = {
+        "schedulerProfile": "distribute-load",
+        "defaultTTLSeconds": 60,
+        "maxTTLSeconds": 600,
+        "minFreeDiskGB": 5,
+        "workerPruneSeconds": 3600,
+        "prepull": [{"image": "base"}],
+        "hostDirPolicies": [{"pathPrefix": "/a"}],
+    }
+    fields = {
+        "startupTimeoutSeconds": 9,
+        "startupOnFailure": "keep",
+        "shutdown_script": {"script_content": "sync"},
+        "shutdownTimeoutSeconds": 9,
+        "ttlSeconds": 500,
+        "pendingTimeoutSeconds": 9,
+        "metadata": {"a": "b"},
+        "priority": 9,
+        "preferredLabels": {"a": "b"},
+        "startup_script": {"script_content": "echo", "transport": "tart-guest-agent"},
+    }
+    known = {field.json for field in attrs_of(VMSpec)} & GO_FIELDS
+    assert fields.keys() - {"startup_script"} == {field.json for field in attrs_of(VMSpec)} - known - NOT_BY_PUT
+    assert settings.keys() == {field.json for field in attrs_of(ClusterSettings)}
+    async with served(tmp_path, ServiceAccount("go", token="t" * 16, roles=get_args(Role))) as api:
+        call = partial(api.call, account=("go", "t" * 16))
+        assert (await call("PUT", "/cluster-settings", settings)).body == settings
+        vm = (await call("POST", "/vms", {"name": "vm", "image": "image", **fields})).body
+        assert (vm["createdBy"], "expiresAt" in vm) == ("go", True)
+        sent = {name: value for name, value in settings.items() if name in GO_SETTINGS}
+        assert (await call("PUT", "/cluster-settings", sent)).body == settings
+        assert (await call("PUT", "/vms/vm", go_vm(vm))).body == vm
+        changed = (await call("PUT", "/vms/vm", go_vm({**vm, "cpu": 3}))).body
+        assert changed == {**vm, "cpu": 3, "generation": 1, "version": changed["version"]}
 
 
 async def test_deleted_vm_is_gone_and_its_name_can_be_reused(api: Served) -> None:

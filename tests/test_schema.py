@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from harness.go_client import GO_FIELDS, GO_SETTINGS, go_vm, without_zeros
 from harness.strategies import QUICK, any_vm, failed, json_values, pending, resources, resting, running, spec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -512,40 +513,17 @@ def test_put_zeroes_absent_booleans_and_lists_and_keeps_the_rest() -> None:
         )
 
 
-def go_omits_zeros(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the object as a Go client sends it: without fields of a zero value."""
-    return {key: inner for key, inner in value.items() if inner not in (False, 0, "", [], {}, None)}
-
-
 @QUICK
 @given(any_vm())
 def test_put_of_an_object_as_go_writes_it_changes_nothing(vm: VM) -> None:
     valid = replace(vm, spec=replace(FULL, headless=vm.spec.headless, cpu=vm.spec.cpu, nested=vm.spec.nested))
-    body = go_omits_zeros(valid.to_json())
+    body = without_zeros(valid.to_json())
     assert replaced_spec(valid.spec, body, []) == valid.spec
 
 
 EVERY = created(**EVERY_FIELD)
-# The fields that existing Go clients know. Their structures drop all others.
-GO_FIELDS = frozenset(
-    {
-        *("name", "image", "imagePullPolicy", "cpu", "memory", "diskSize", "os", "arch", "runtime", "net-softnet"),
-        *("netSoftnet", "netSoftnetAllow", "netSoftnetBlock", "net-bridged", "headless", "nested", "suspendable"),
-        *("username", "password", "startup_script", "restart_policy", "resources", "labels", "hostDirs"),
-        *("randomSerial", "powerState", "status", "status_message", "worker", "generation", "observedGeneration"),
-        *("uid", "createdAt", "version", "conditions", "restart_count", "tartName", "image_fqn", "scheduled_at"),
-    }
-)
-GO_SCRIPT_FIELDS = frozenset({"script_content", "env"})
+# The fields of a specification that existing Go clients do not know.
 NEW_FIELDS = {field.name for field in attrs_of(VMSpec) if field.json not in GO_FIELDS}
-
-
-def go_knows(body: dict[str, Any]) -> dict[str, Any]:
-    """Return a VM as a Go client sends it back, which has read it into its own structures."""
-    known = {name: value for name, value in body.items() if name in GO_FIELDS}
-    if script := known.get("startup_script"):
-        known["startup_script"] = {name: value for name, value in script.items() if name in GO_SCRIPT_FIELDS}
-    return go_omits_zeros(known)
 
 
 @pytest.mark.parametrize("transport", ["", "ssh", "tart-guest-agent"])
@@ -553,7 +531,7 @@ def test_put_of_a_go_client_loses_no_field_that_it_does_not_know(transport: Any)
     script = StartupScript("echo", {"A": "b"}, transport)
     vm = VM(VMMeta("vm"), replace(EVERY, runtime="tart", startup_script=script), VMState())
     assert all(getattr(vm.spec, name) for name in NEW_FIELDS)
-    body = go_knows(vm.to_json())
+    body = go_vm(vm.to_json())
     assert replaced_spec(vm.spec, body, []) == vm.spec
     # Together with a change of what it does know.
     assert replaced_spec(vm.spec, {**body, "cpu": 3}, []) == replace(vm.spec, cpu=3)
@@ -742,7 +720,7 @@ def test_changed_read_only_fields_are_ignored(
 ) -> None:
     read_only = {field.json for part in (VMMeta, VMState) for field in attrs_of(part)}
     assert FORGED.keys() == read_only | {"localName", "tartName"}
-    for body in (vm.to_json(), {**vm.to_json(), **FORGED}, {**go_omits_zeros(vm.to_json()), **FORGED}):
+    for body in (vm.to_json(), {**vm.to_json(), **FORGED}, {**without_zeros(vm.to_json()), **FORGED}):
         unknown: list[str] = []
         assert change(vm, change_spec(vm.spec, body, unknown)) is vm
         assert unknown == []
@@ -1088,7 +1066,6 @@ SETTINGS: dict[str, Any] = {
     "workerPruneSeconds": 86_400,
     "prepull": [{"image": "base", "labels": {"model": "mini"}}, {"image": "ghcr.io/a/b:c"}],
 }
-GO_SETTINGS = {"hostDirPolicies", "schedulerProfile"}
 
 
 def test_put_of_a_go_client_loses_no_setting_that_it_does_not_know() -> None:
