@@ -99,7 +99,8 @@ async def test_rebound_names_reach_nothing_where_nobody_authenticates() -> None:
 async def test_every_route_refuses_pages_of_other_origins(auth: bool) -> None:
     async with cluster(workers=0, auth=auth) as c:
         for operation in OPERATIONS:
-            path = operation.path.replace("{name}", "nothing")
+            # The revision is gone, so the watch of everything does not last.
+            path = operation.path.replace("{name}", "nothing") + ("?since=0" if operation.path == "/watch" else "")
             for headers in FOREIGN.values():
                 status, _, _ = await ask(c, operation.method, path, headers)
                 assert status == 403, (operation.method, path)
