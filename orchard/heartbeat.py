@@ -205,6 +205,8 @@ class HostReport:
         self._spread = _SPREAD_SECONDS * zlib.crc32(worker.encode()) / 2**32
         self._disk: WorkerDisk | None = None
         self._versions = bounded_versions(Versions(__version__, "", os_version()))
+        # What the controller has acknowledged in this session.
+        self._sent_versions: Versions | None = None
         # The images that the controller has acknowledged, when they were sent, and when it may have forgotten them.
         self._sent: tuple[CachedImage, ...] | None = None
         self._sent_at = -math.inf
@@ -221,7 +223,8 @@ class HostReport:
                 await trio.sleep(_HOST_SECONDS)
 
     def begin_session(self) -> None:
-        """Send the images again, since it is unknown whether the controller was restarted."""
+        """Send versions and images again, since it is unknown whether the controller was restarted."""
+        self._sent_versions = None
         self._send_again_at = trio.current_time() + self._spread
 
     def add_to(self, heartbeat: Worker) -> Worker:
@@ -230,7 +233,7 @@ class HostReport:
         return replace(
             heartbeat,
             disk=self._disk,
-            versions=self._versions,
+            versions=self._versions if self._versions != self._sent_versions else None,
             pulling=self._images.pull,
             images=images if images is not None and self._is_due(images) else None,
         )
@@ -242,9 +245,11 @@ class HostReport:
             return now >= self._send_again_at or _contents(images) != _contents(self._sent)
         return True
 
-    def note_sent(self, images: tuple[CachedImage, ...]) -> None:
-        """Note that the controller has acknowledged these images."""
-        self._sent, self._sent_at, self._send_again_at = images, trio.current_time(), math.inf
+    def note_sent(self, heartbeat: Worker) -> None:
+        """Note that the controller has acknowledged a heartbeat."""
+        self._sent_versions = heartbeat.versions or self._sent_versions
+        if heartbeat.images is not None:
+            self._sent, self._sent_at, self._send_again_at = heartbeat.images, trio.current_time(), math.inf
 
 
 def _contents(images: Sequence[CachedImage] | None) -> list[CachedImage] | None:
@@ -305,8 +310,7 @@ class Heartbeats:
         heartbeat = self.host.add_to(heartbeat) if self._takes_facts else heartbeat
         sent = self._lease.now()
         answer = await self._client.workers.put(self._worker, encode(heartbeat))
-        if heartbeat.images is not None:
-            self.host.note_sent(heartbeat.images)
+        self.host.note_sent(heartbeat)
         # Otherwise another client has written a later time, and this request did not count as a heartbeat.
         if answer.last_seen == last_seen:
             self._lease.renew(sent)

@@ -154,8 +154,9 @@ class Reconciler:
     async def _send_report(self, instance: Instance, report: dict[str, Any]) -> None:
         sent = report
         if VM_READY not in self._capabilities:
-            # An older controller refuses a report with a condition that it does not know.
-            sent = {**report, "conditions": [one for one in report["conditions"] if one["type"] != "ready"]}
+            # An older controller warns of conditions and fields that it does not know.
+            sent = {name: value for name, value in report.items() if not name.startswith("startup")}
+            sent["conditions"] = [one for one in report["conditions"] if one["type"] != "ready"]
         try:
             await self._client.vms.report(instance.vm.name, sent)
         except ResponseError as error:

@@ -465,7 +465,9 @@ class Worker:
     settled: bool = attr("settled", "In a heartbeat: whether the worker's session is whole", zero=False)
     health: Health | None = attr("health", "What fails on the worker", zero=None)
     disk: WorkerDisk | None = attr("disk", "The disk that holds the worker's VMs", zero=None)
-    versions: Versions | None = attr("versions", "Versions of the programs on the host", zero=None)
+    versions: Versions | None = attr(
+        "versions", "Versions of the programs on the host; absent in a heartbeat: unchanged", zero=None
+    )
     images: tuple[CachedImage, ...] | None = attr(
         "images", "Images on the worker's disk, at most 200; absent in a heartbeat: unchanged", zero=None
     )

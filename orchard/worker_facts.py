@@ -1,7 +1,7 @@
 """What workers report of their hosts with their heartbeats: disk, versions, cached images, and the pull ahead of VMs.
 
 All of it is in memory only, so that heartbeats of any size cost the disk nothing, and begins empty at a start of the
-controller. A worker sends its images when they have changed; a heartbeat without them leaves them as they are. They are
+controller. A worker sends its versions and images when they have changed; a heartbeat without them leaves them as they are. They are
 kept over a new session of a worker that reports images, and forgotten when another one takes its name.
 
 Images are kept as the JSON that answers show, and by name as sets of workers: a thousand workers with the same two
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from orchard.cluster import IMAGE_INVENTORY, WorkerDisk
+from orchard.cluster import IMAGE_INVENTORY, ImagePull, WorkerDisk
 from orchard.codec import dump_json, encode
 from orchard.schema import Worker
 
@@ -23,13 +23,18 @@ _SPACE = 10**9  # bytes
 
 @dataclass(slots=True)
 class _Facts:
-    """The facts of one worker. `members` are the JSON of all but the images, and `images` that of the images."""
+    """The facts of one worker. `names` are those under which VMs may ask for its images; the bytes are JSON members."""
 
     disk: WorkerDisk | None = None
-    members: bytes = b""
+    pulling: ImagePull | None = None
+    versions: bytes = b""
     images: bytes = b""
-    # Under which VMs may ask for the images.
     names: frozenset[str] = frozenset()
+
+    def members(self, *, images: bool) -> bytes:
+        disk = b"" if self.disk is None else b'"disk":%b' % dump_json(encode(self.disk))
+        pulling = b"" if self.pulling is None else b'"pulling":%b' % dump_json(encode(self.pulling))
+        return b",".join(filter(None, (disk, self.versions, pulling, self.images if images else b"")))
 
 
 class WorkerFacts:
@@ -49,10 +54,10 @@ class WorkerFacts:
     def record_heartbeat(self, worker: Worker) -> None:
         """Record what a heartbeat carries."""
         facts = self._facts.setdefault(worker.name, _Facts())
-        parts = {"disk": worker.disk, "versions": worker.versions, "pulling": worker.pulling}
-        facts.members = dump_json({name: encode(part) for name, part in parts.items() if part is not None})[1:-1]
         changed = _units(facts.disk) != _units(worker.disk)
-        facts.disk = worker.disk
+        facts.disk, facts.pulling = worker.disk, worker.pulling
+        if worker.versions is not None:
+            facts.versions = b'"versions":%b' % dump_json(encode(worker.versions))
         if worker.images is not None:
             facts.images = b'"images":%b' % dump_json([encode(image) for image in worker.images])
             names = frozenset(name for image in worker.images for name in image.names())
@@ -85,7 +90,7 @@ class WorkerFacts:
     def members(self, worker: str, *, images: bool = True) -> bytes:
         """Return a worker's facts as members of a JSON object, without braces."""
         facts = self._facts.get(worker)
-        return b"" if facts is None else b",".join(filter(None, (facts.members, facts.images if images else b"")))
+        return b"" if facts is None else facts.members(images=images)
 
     def _hold(self, worker: str, facts: _Facts, names: frozenset[str]) -> None:
         for name in facts.names - names:
