@@ -16,6 +16,7 @@ from harness.strategies import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, Drain
 
 
@@ -31,7 +32,7 @@ async def create_now(api: Served, name: str, **spec: object) -> Answered:
 
 
 async def test_capacity_counts_workers_resources_and_places(api: Served) -> None:
-    await api.register("a", resources={TART_VMS: 2, "gpu": 1})
+    await api.register("a", resources={TART_VMS: 2, "gpu": 3})
     await api.register("b", resources={TART_VMS: 3}, labels={"xcode": "27"})
     await api.register("c", resources={TART_VMS: 5})
     await api.ok("PUT", "/workers/c", {"name": "c", "scheduling_paused": True})
@@ -42,9 +43,9 @@ async def test_capacity_counts_workers_resources_and_places(api: Served) -> None
     got = await api.ok("GET", "/capacity")
     assert got == {
         "workers": {"registered": 5, "online": 3, "paused": 1, "draining": 0},
-        "total": {TART_VMS: 5, "gpu": 1},
+        "total": {TART_VMS: 5, "gpu": 3},
         "used": {TART_VMS: 1, "gpu": 0},
-        "free": {TART_VMS: 4, "gpu": 1},
+        "free": {TART_VMS: 4, "gpu": 3},
         "fits": 4,
         "queued": 1,
         "queuedAhead": 1,
@@ -52,7 +53,7 @@ async def test_capacity_counts_workers_resources_and_places(api: Served) -> None
     }
     with_label = await api.ok("GET", "/capacity?labels=xcode=27")
     assert (with_label["fits"], with_label["free"], with_label["total"]) == (2, {TART_VMS: 2}, {TART_VMS: 3})
-    assert (await api.ok("GET", "/capacity?resources=gpu=1"))["fits"] == 1
+    assert (await api.ok("GET", "/capacity?resources=gpu=1"))["fits"] == 2
     assert (await api.ok("GET", f"/capacity?resources={TART_VMS}=2,gpu=1"))["fits"] == 1
     assert (await api.ok("GET", "/capacity?arch=amd64"))["fits"] == 2
     linux = await api.ok("GET", "/capacity?os=linux")
@@ -129,6 +130,14 @@ async def test_vm_that_must_not_wait_takes_no_place_from_those_that_wait(api: Se
     assert {vm.state.worker for vm in api.state.vms.values()} == {"a"}
 
 
+async def test_places_that_a_long_queue_takes_are_not_counted(api: Served) -> None:
+    await api.register("a", resources={TART_VMS: 100})
+    for number in range(VMS_PER_PLAN + 10):
+        await api.create(f"vm-{number}")
+    got = await api.ok("GET", "/capacity")
+    assert (got["fits"], got["queued"]) == (100 - VMS_PER_PLAN - 10, 0)
+
+
 async def test_vms_that_must_not_wait_get_each_place_once(api: Served) -> None:
     for name in ("a", "b", "c"):
         await api.register(name)
@@ -160,16 +169,21 @@ async def test_refusal_says_that_a_restored_state_places_nothing(api: Served) ->
 
 
 async def test_disk_setting_keeps_vms_away_as_soon_as_it_changes(api: Served) -> None:
-    await api.register("a")
+    await api.register("a", resources={TART_VMS: 4})
+    await api.create("first")
+    api.schedule()
     seen = {"name": "a", "last_seen": "2026-01-31T12:00:01Z", "disk": {"totalBytes": 10**12, "freeBytes": 30 * 10**9}}
     await api.ok("PUT", "/workers/a", seen)
-    assert (await api.ok("GET", "/capacity"))["fits"] == 2
+    assert (await api.ok("GET", "/capacity"))["fits"] == 3
     await api.ok("PUT", "/cluster-settings", {"minFreeDiskGB": 31})
+    await api.create("second")
+    api.schedule()
+    assert api.state.vms["second"].state.worker == ""
     full = await api.ok("GET", "/capacity")
     assert (full["fits"], "disk" in full["reason"]) == (0, True)
     assert (await create_now(api, "vm")).status == 503
     await api.register("b")
-    assert (await api.ok("GET", "/capacity"))["fits"] == 2, "a worker that reports no disk has enough"
+    assert (await api.ok("GET", "/capacity"))["fits"] == 1, "a worker that reports no disk has enough"
     await api.ok("PUT", "/cluster-settings", {"minFreeDiskGB": 30})
     assert (await api.ok("GET", "/capacity"))["fits"] == 4
 
