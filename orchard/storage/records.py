@@ -155,43 +155,40 @@ class BatchedRecords(Generic[RecordT]):
         self._wakeup = Wakeup()
         # Set when a reader waits.
         self._urgent = trio.Event()
-        self._is_broken = False
+        # Whether the last write failed.
+        self._is_failing = False
 
     def add(self, record: RecordT) -> None:
         """Have a record written."""
         records = self._gathering.records
         records.append(record)
-        if len(records) >= _MANY:
+        if len(records) == _MANY:
             self._urgent.set()
         self._wakeup.set()
 
     async def flush(self) -> None:
-        """Wait until what was added before is written, or an attempt to do so has failed."""
-        if self._is_broken:
+        """Wait until what was added before is written. Do not wait while nothing can be written."""
+        batch = self._gathering if self._gathering.records else self._writing
+        if batch is None or self._is_failing:
             await trio.lowlevel.checkpoint()
-        elif self._gathering.records:
-            done = self._gathering.done
+            return
+        if batch is self._gathering:
             self._urgent.set()
-            await done.wait()
-        elif self._writing is not None:
-            await self._writing.done.wait()
-        else:
-            await trio.lowlevel.checkpoint()
+        await batch.done.wait()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Write what is added until cancelled. Raises BrokenError when it is not known what the disk holds."""
         task_status.started()
-        pause = WRITE_DELAY
         while True:
             if not self._gathering.records:
                 await self._wakeup.wait()
-            with trio.move_on_after(pause):
+            with trio.move_on_after(_RETRY_SECONDS if self._is_failing else WRITE_DELAY):
                 await self._urgent.wait()
             self._urgent = trio.Event()
-            pause = WRITE_DELAY if await self._write() else _RETRY_SECONDS
+            await self._write()
 
-    async def _write(self) -> bool:
-        """Write what has gathered. Return False when that failed, so that it is to be tried again."""
+    async def _write(self) -> None:
+        """Write what has gathered; what cannot be written goes on waiting. Raises BrokenError."""
         batch = self._writing = self._gathering
         self._gathering = _Batch()
         records = self._wanted(batch.records)
@@ -204,17 +201,17 @@ class BatchedRecords(Generic[RecordT]):
         except NotWrittenError as error:
             _logger.warning("records were not stored, retrying: %s", error)
             self._gathering.records = deque([*records, *self._gathering.records], MAX_UNWRITTEN)
-            return False
+            self._is_failing = True
         except BrokenError:
-            self._is_broken = True
+            self._is_failing = True
             batch.done.set()
             # The answers to those who waited leave before the process ends.
             with trio.CancelScope(shield=True):
                 await trio.sleep(BROKEN_DELAY)
             raise
         else:
+            self._is_failing = False
             self._keep(records)
-            return True
         finally:
             self._writing = None
             batch.done.set()
