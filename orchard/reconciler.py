@@ -320,7 +320,7 @@ class Reconciler:
             if name in self.instances:
                 self._instruct(self.instances[name], wanted.get(name), action)
         given_up = self._given_up(wanted)
-        self._lease.set_wanted(_leasable(wanted))
+        self._lease.set_wanted(_leasable(wanted) | await self._deleted_and_shut_down())
         for name, ended in given_up.items():
             if name not in self._watched:
                 self._watched.add(name)
@@ -340,6 +340,24 @@ class Reconciler:
         for name, action in actions.items():
             if action == "tell ended" and name not in self._leftovers:
                 await self._tell_ended(wanted[name])
+
+    async def _deleted_and_shut_down(self) -> set[str]:
+        """Return the local names of VMs whose shutdown scripts run and that the controller has deleted. Raises ClientError.
+
+        Such a VM is started nowhere else, so its script need not end with its lease. That a VM is not assigned to this
+        worker any more does not mean that it was deleted.
+        """
+        found: set[str] = set()
+        for name, instance in list(self.instances.items()):
+            if instance.state.phase == "finishing" and instance.ending:
+                try:
+                    if (await self._client.vms.get(instance.vm.name)).uid != instance.vm.uid:
+                        found.add(name)
+                except ResponseError as error:
+                    if error.status != 404:
+                        raise
+                    found.add(name)
+        return found
 
     async def _wait_end(self, name: str, ended: trio.Event) -> None:
         await ended.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import trio
 from harness.inprocess import InProcessCluster
 from harness.processes import eventually
 
+from orchard import heartbeat, reconciler
 from orchard.schema import TART_VMS, VM
 from orchard.slots import Slots
 
@@ -75,6 +76,33 @@ async def test_deleted_vm_frees_its_name_at_once_and_its_slot_when_it_is_shut_do
 
 async def runs(cluster: InProcessCluster, name: str) -> bool:
     return (await cluster.client.vms.get(name)).state.status == "running"
+
+
+@pytest.mark.parametrize("ends", ["deleted", "restarted"])
+async def test_lease_of_a_vm_that_is_shut_down_is_renewed_only_if_it_was_deleted(
+    cluster: InProcessCluster, shutdown: Shutdown, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """A VM that is restarted may run elsewhere when its lease is over. Its neighbour keeps its lease in any case."""
+    monkeypatch.setattr(reconciler, "_SYNC_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.01)
+    async with cluster.working(resources={TART_VMS: 2}):
+        local = []
+        for name, fields in (("old", shutdown.fields), ("neighbour", {})):
+            await cluster.client.vms.create(name=name, image="any", restart_policy="OnFailure", **fields)
+            local.append((await cluster.client.vms.wait(name)).tart_name)
+        await (cluster.client.vms.delete("old") if ends == "deleted" else cluster.client.vms.restart("old"))
+        await eventually(lambda: shutdown.begun() == ["old"])
+        renewed: list[set[str]] = []
+        lease = cluster.driver().lease
+
+        def noted(soft: float, hard: float, names: Collection[str]) -> None:
+            renewed.append(set(names))
+            lease(soft, hard, names)
+
+        monkeypatch.setattr(cluster.driver(), "lease", noted)
+        await eventually(lambda: len(renewed) > 5)
+        assert renewed[-1] == (set(local) if ends == "deleted" else {local[1]})
+        shutdown.go()
 
 
 async def test_vm_deleted_while_its_worker_is_away_is_shut_down_by_the_next(
