@@ -272,7 +272,9 @@ def continue_token(name: str) -> str:
 
 def read_continue(query: Query) -> str:
     """Return the name of the VM that the page begins after; "" at the first page."""
-    token = query.one(CONTINUE.name) or ""
+    token = query.one(CONTINUE.name)
+    if not token:
+        return ""
     try:
         name = base64.b64decode(f"{token}===", altchars=b"-_").decode()
     except ValueError:

@@ -56,6 +56,20 @@ def test_filter_that_could_be_a_slip_is_refused(text: str) -> None:
         parse_filter([text])
 
 
+@QUICK
+@given(
+    st.lists(
+        st.sampled_from([*"a.=!,%*", "%2C", "%25", "%FF", "name", "label.", "metadata.", "status=failed"]) | texts()
+    )
+)
+def test_any_text_is_refused_or_read_as_what_it_is_written_as(parts: list[str]) -> None:
+    try:
+        parsed = parse_filter(["".join(parts)])
+    except MalformedError:
+        return
+    assert parse_filter([str(parsed)]).conditions == parsed.conditions
+
+
 @pytest.mark.parametrize(
     ("texts", "worker"),
     [
