@@ -155,7 +155,8 @@ def _show_capacity(options: argparse.Namespace) -> int:
 
 
 def _declare_history(parser: CommandLine) -> None:
-    parser.add_argument("--limit", metavar="N", type=parse_count, default=50, help="newest first; default: %(default)s")
+    parser.add_argument("--limit", metavar="N", type=parse_count, default=50,
+                        help="at most so many, the last ones, or the first ones since TIME; default: %(default)s")  # fmt: skip
     parser.add_argument("--since", metavar="TIME", default="", help="RFC 3339")
     _add_output(parser)
     parser.set_defaults(run=_show_history)
@@ -172,7 +173,7 @@ def _show_history(options: argparse.Namespace) -> int:
     rows = [
         (
             str(one.get("name", "")),
-            format_age(one.get("ended")),
+            format_age(one.get("endedAt")),
             str(one.get("status", "")),
             str(one.get("worker", "")),
             str(one.get("createdBy", "")),
