@@ -66,7 +66,7 @@ _VMS_PER_WORKER = 2
 _GRACE_SECONDS = 1.0
 # For the VMs of a worker that is away at the end of the cluster.
 _END_SECONDS = 5.0
-# Lines of the log that are kept for reports of failed tests.
+# Lines of the log that are kept for the reports of failed tests.
 _LOG_LINES = 2000
 
 _ClientT = TypeVar("_ClientT")
@@ -404,7 +404,8 @@ class ClusterLog(logging.Filter):
         super().__init__()
         # How many lines there were.
         self.count = 0
-        self._lines: deque[str] = deque(maxlen=_LOG_LINES)
+        # Formatted when they are asked for, since most tests succeed.
+        self._records: deque[logging.LogRecord] = deque(maxlen=_LOG_LINES)
         self._formatter = LineFormatter()
         self._parent = logging.getLogger("orchard")
         self._level_before = logging.NOTSET
@@ -435,12 +436,12 @@ class ClusterLog(logging.Filter):
 
     def since(self, count: int) -> list[str]:
         """Return the lines after the first `count`, as far as they are kept."""
-        lines = list(self._lines)
-        return lines[max(0, len(lines) - (self.count - count)) :]
+        records = list(self._records)
+        return [self._formatter.format(record) for record in records[max(0, len(records) - (self.count - count)) :]]
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.INFO:
-            self._lines.append(self._formatter.format(record))
+            self._records.append(record)
             self.count += 1
         logger = logging.getLogger(record.name)
         while not logger.level and logger.parent is not None:

@@ -14,11 +14,15 @@ import trio
 
 from orchard import client, schema
 from orchard.client import Client
-from orchard.schema import TART_VMS, Worker
+from orchard.codec import attrs_of
+from orchard.schema import TART_VMS, ClusterSettings, VMSpec, Worker
 from orchard.testing import Cluster, cluster
+from orchard.transitions import LIVE
 
 DOCS = Path(__file__).parent.parent / "docs"
 API = DOCS / "api.md"
+LIVE_FIELDS = [field.json for field in attrs_of(VMSpec) if field.name in LIVE]
+SETTINGS = [field.json for field in attrs_of(ClusterSettings)]
 
 
 class Block(NamedTuple):
@@ -82,6 +86,17 @@ def test_each_section_of_the_api_reference_has_examples_in_both_languages() -> N
     ]
     # `exec` needs a WebSocket.
     assert missing == [("Rules", "sh"), ("Rules", "python"), ("Running a script", "sh")]
+
+
+async def test_each_capability_of_the_controller_and_no_other_is_described() -> None:
+    async with cluster(workers=0) as c:
+        listed = set((await c.client.info()).capabilities) - {"rpc-v2", "vm-state-endpoint"}
+    assert set(re.findall(r"\[`([a-z-]+)`\](?!\()", API.read_text())) == listed
+
+
+@pytest.mark.parametrize("name", [*LIVE_FIELDS, *SETTINGS])
+def test_each_live_field_and_each_setting_is_described(name: str) -> None:
+    assert f"`{name}`" in API.read_text()
 
 
 def test_each_link_of_the_api_reference_has_a_target() -> None:
