@@ -372,17 +372,23 @@ class Handle(Driver):
         await self._ask(DELETE, deleted)
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
+        """Play a script: its text is what it prints, `exit N` for another exit code, or `hang`."""
         await self._check_process()
         guest, machine = self._guest(name), self._machine
-        await on_line("hello")
-        with trio.move_on_after(machine.chance.uniform(*SCRIPT)):
+        await on_line(script.text)
+        seconds = math.inf if script.text == "hang" else machine.chance.uniform(*SCRIPT)
+        with trio.move_on_after(min(seconds, script.seconds)):
             await guest.ended.wait()
         await self._check_process()
         if guest.ended.is_set():
-            raise DriverError("the VM ended while its startup script ran")
+            raise DriverError("the VM ended while its script ran")
+        if seconds > script.seconds:
+            raise ScriptFailed(124, script.text, kind=script.kind, limit=script.seconds)
         await on_line("good-bye")
         if machine.troubled and machine.chance.random() < 2 * TROUBLE_SHARE:
-            raise ScriptFailed(1, "good-bye")
+            raise ScriptFailed(1, "good-bye", kind=script.kind)
+        if script.text.startswith("exit "):
+            raise ScriptFailed(int(script.text.removeprefix("exit ")), "good-bye", kind=script.kind)
 
     async def recover(self) -> None:
         await self._check_process()

@@ -104,7 +104,14 @@ class Users:
             "resources": {TART_VMS: size_of(name)},
         }
         if self._chance.random() < 0.4:
-            spec["startup_script"] = {"script_content": "echo hello"}
+            text = self._chance.choice(("hello", "hello", "exit 3", "hang"))
+            spec["startup_script"] = {"script_content": text}
+            spec["startupTimeoutSeconds"] = 20 if text == "hang" else self._chance.choice((0, 10))
+            # One that fails is kept, since it would fail for ever.
+            spec["startupOnFailure"] = "fail" if text == "hello" else "keep"
+        if self._chance.random() < 0.4:
+            spec["shutdown_script"] = {"script_content": self._chance.choice(("bye", "exit 3", "hang"))}
+            spec["shutdownTimeoutSeconds"] = self._chance.choice((5, 30, 120))
         self._request_about_vm("create", name, lambda: self._client.vms.create(spec))
 
     def delete(self) -> None:
@@ -119,6 +126,10 @@ class Users:
         powers: tuple[PowerState, ...] = ("stopped", "suspended")
         name, power = self._chance.choice(NAMES), self._chance.choice(powers)
         self._request_about_vm("change", name, lambda: self._client.vms.patch(name, power_state=power))
+
+    def restart(self) -> None:
+        name = self._chance.choice(NAMES)
+        self._request_about_vm("restart", name, lambda: self._client.vms.restart(name))
 
     def pause_worker(self) -> None:
         name, paused = self._chance.choice(list(self._cluster.machines)), self._chance.random() < 0.5
@@ -362,6 +373,11 @@ def _unsettled_vm(vm: VM, cluster: SimulatedCluster, state: State) -> Iterator[s
         yield f"({vm.state.status}, {vm.spec.power_state} on {vm.state.worker!r}) runs on {where}"
     if vm.state.status == "running" and vm.condition("running") != should_run:
         yield f"({vm.spec.power_state}): its condition running is wrong"
+    has_failed = bool(vm.state.startup_exit_code) or vm.state.status_message
+    if vm.condition("ready") != (should_run and not has_failed):
+        yield f"({vm.state.status}, {vm.state.startup_exit_code}): its condition ready is wrong: {vm.state.status_message}"
+    if vm.state.end_request == "restart":
+        yield "has to be restarted"
     if vm.state.status == "running" and vm.state.observed_generation != vm.meta.generation:
         yield f"is of generation {vm.meta.generation}, observed {vm.state.observed_generation}"
     if vm.state.status != "running" and not vm.state.status_message:
@@ -414,7 +430,7 @@ async def inject(
 ) -> None:
     """Take random steps of users and faults. With `isolate_workers`, only create VMs, kill and freeze workers."""
     actions: dict[Callable[[], None], int] = {
-        users.create: 12, users.delete: 5, users.resize: 3, users.stop_or_suspend: 1, users.pause_worker: 1,
+        users.create: 12, users.delete: 5, users.resize: 3, users.restart: 2, users.stop_or_suspend: 1, users.pause_worker: 1,
         users.delete_worker: 1, faults.kill_worker: 3, faults.stop_worker: 1, faults.lose_power: 1,
         faults.kill_controller: 2, faults.restart_controller: 1, faults.stop_controller: 1, faults.freeze_worker: 3, faults.cut_connection: 4,
         faults.slow_connection: 2, faults.set_clock: 1, faults.shut_guest_down: 2,
