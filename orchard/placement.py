@@ -178,7 +178,8 @@ class _LabelIndex:
         self._pairs: dict[str, Labels] = {}
 
     def put(self, worker: Worker) -> None:
-        pairs = tuple(pair for pair in worker.labels.items() if pair != (WORKER_NAME_LABEL, worker.name))
+        own = (WORKER_NAME_LABEL, worker.name)
+        pairs = tuple([pair for pair in worker.labels.items() if pair != own])
         if self._pairs.get(worker.name, ()) != pairs:
             self.drop(worker.name)
             self._pairs[worker.name] = pairs

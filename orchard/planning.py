@@ -102,7 +102,8 @@ class PlannerInputs:
 
     def kind_of_vm(self, vm: VM) -> VMKind:
         """Return the kind of a pending VM."""
-        return VMKind(self.demand_of_vm(vm), sorted_pairs(vm.spec.preferred_labels), vm.spec.priority)
+        preferred = vm.spec.preferred_labels
+        return VMKind(self.demand_of_vm(vm), sorted_pairs(preferred) if preferred else (), vm.spec.priority)
 
 
 @dataclass(slots=True)
@@ -182,7 +183,8 @@ class VMKind(NamedTuple):
 
 
 def demand_of(spec: VMSpec) -> Demand:
-    labels, resources = sorted_pairs(spec.labels), sorted_pairs(spec.resources)
+    labels = sorted_pairs(spec.labels) if spec.labels else ()
+    resources = sorted_pairs(spec.resources)
     if spec.startup_script is None and spec.shutdown_script is None:
         return Demand(spec.arch, spec.runtime, labels, resources)
     return Demand(spec.arch, spec.runtime, labels, resources, capabilities=needed_capabilities(spec))
@@ -190,7 +192,7 @@ def demand_of(spec: VMSpec) -> Demand:
 
 def kind_of(spec: VMSpec) -> VMKind:
     """Return the kind of a new VM."""
-    return VMKind(demand_of(spec), sorted_pairs(spec.preferred_labels), spec.priority)
+    return VMKind(demand_of(spec), sorted_pairs(spec.preferred_labels) if spec.preferred_labels else (), spec.priority)
 
 
 def needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
@@ -201,7 +203,7 @@ def needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
 
 
 def sorted_pairs(mapping: Mapping[str, ValueT]) -> tuple[tuple[str, ValueT], ...]:
-    return tuple(sorted(mapping.items())) if mapping else ()
+    return tuple(sorted(mapping.items()))
 
 
 def has_label(worker: Worker, label: str, value: str) -> bool:

@@ -632,6 +632,27 @@ def test_waiting_reasons_are_renewed_at_most_every_second() -> None:
     assert later.waiting["a"].startswith("waiting: 2 workers: ")
 
 
+def test_long_queue_is_told_less_often_how_many_of_higher_priority_wait() -> None:
+    kept = KeptPlanner()
+    kept.change_into(snapshot_of([running(pending("r")), *(pending(f"vm{n}") for n in range(2_000))], [worker(vms=1)]))
+    kept.settle()
+    kept.planner.put_vm(pending("high", priority=1))
+    soon = kept.planner.plan(NOW + REASON_SECONDS, "optimize-utilization")
+    assert (list(soon.waiting), soon.next_at) == (["high"], NOW + 2)
+    assert len(kept.planner.plan(NOW + 2, "optimize-utilization").waiting) == 2_000
+
+
+def test_one_plan_examines_a_bounded_number_of_workers_for_reasons() -> None:
+    workers = [worker(f"w{number}", vms=0) for number in range(4_000)]
+    planner = snapshot_of([pending(f"vm{n}", labels={"a": str(n)}) for n in range(3)], workers).planner()
+    told: list[str] = []
+    for _ in range(4):
+        decided = planner.plan(NOW, "optimize-utilization")
+        told += decided.waiting
+        assert bool(decided.capacity) == (len(told) == 3), "the loop plans again at once"
+    assert told == ["vm0", "vm1", "vm2"]
+
+
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_waiting_reason_of_a_new_vm_equals_that_of_a_plan(sequence: list[Snapshot], seed: int) -> None:
