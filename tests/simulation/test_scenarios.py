@@ -14,7 +14,7 @@ import pytest
 import trio
 from fault_schedule import deterministic_trio
 from harness.network import Process
-from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, SimulatedCluster, planted
+from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, SimulatedCluster, planted, size_of
 from trio.testing import MockClock
 
 from orchard.client import Client
@@ -57,7 +57,7 @@ async def start_workers(cluster: SimulatedCluster, *names: str) -> None:
 
 
 async def create(client: Client, name: str, policy: RestartPolicy = "OnFailure") -> None:
-    await client.vms.create(name=name, image="image", restart_policy=policy, resources={TART_VMS: 1})
+    await client.vms.create(name=name, image="image", restart_policy=policy, resources={TART_VMS: size_of(name)})
 
 
 async def wait_vm(client: Client, name: str, condition: Callable[[VM], bool]) -> VM:
