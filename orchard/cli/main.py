@@ -28,11 +28,18 @@ class Verb:
 
 
 VERBS: Mapping[str, Verb] = {
+    "status": Verb("views", "show the fleet on one screen"),
+    "top": Verb("views", "show the fleet again and again"),
+    "describe": Verb("views", "show all of a VM or a worker; why a VM waits, and what would help"),
     "context": Verb("contexts", "the controllers that this command knows"),
     "create": Verb("create", "create a VM, a service account, or an access token for a VM"),
     "list": Verb("resources", "list VMs, workers or service accounts"),
     "get": Verb("resources", "show one VM, worker or service account, or one of its fields"),
     "delete": Verb("resources", "delete a VM, worker or service account"),
+    "update": Verb("changes", "change a VM"),
+    "apply": Verb("changes", "create or change the VMs that a JSON file describes"),
+    "set": Verb("changes", "change the cluster settings"),
+    "rotate": Verb("changes", "give a service account a new token"),
     "pause": Verb("resources", "assign no new VMs to a worker"),
     "resume": Verb("resources", "assign new VMs to a worker again"),
     "logs": Verb("streams", "print the output of a VM's startup script"),

@@ -16,7 +16,7 @@ from typing import Any
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import USAGE, CommandError
 from orchard.cli.output import format_age, format_map, print_json, print_pairs, print_table
-from orchard.cli.session import add_context_option, open_connection
+from orchard.cli.session import add_context_option, open_connection, require_capability
 from orchard.command_line import CommandLine, suggest
 
 
@@ -164,7 +164,11 @@ def add_verb(verb: str, parser: CommandLine) -> None:
             "name", metavar="NAME[/FIELD]", nargs="?", default="", help="a field's value alone, as JSON names it"
         )
     elif verb != "list":
-        parser.add_argument("name", metavar="NAME")
+        parser.add_argument("name", metavar="NAME", nargs="?" if verb == "delete" else None)
+    if verb == "delete":
+        parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
+            help="delete all VMs that match, such as metadata.job=7; repeatable: all must hold")  # fmt: skip
+        parser.add_argument("--dry-run", action="store_true", help="print what would be deleted, and delete nothing")
     if verb == "list":
         parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
     if verb in ("list", "get"):
@@ -266,8 +270,22 @@ def _bare(value: Any) -> str:
 
 def _delete(options: argparse.Namespace) -> int:
     kind = find_kind(options.kind, (_VM, _WORKER, _ACCOUNT))
+    if options.filter and not options.name and kind is _VM:
+        return _delete_matching(options)
+    if options.filter or options.dry_run or not options.name:
+        raise CommandError("expected a NAME, or --filter for VMs; --dry-run needs --filter", USAGE)
     with open_connection(options) as controller:
         controller.call("DELETE", path_of(kind.path, options.name))
+    return 0
+
+
+def _delete_matching(options: argparse.Namespace) -> int:
+    """Delete the VMs that match all filters, and print their names."""
+    query = [*(("filter", text) for text in options.filter), *([("dryRun", "true")] if options.dry_run else [])]
+    with open_connection(options) as controller:
+        require_capability(controller, "vm-metadata", "--filter")
+        for name in controller.call("DELETE", "/vms", query=query)["deleted"]:
+            print(name)
     return 0
 
 

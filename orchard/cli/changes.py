@@ -1,0 +1,221 @@
+"""The verbs that change what is there: update, apply, set, rotate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import string
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchard.cli.connection import AnswerError, ControllerConnection, path_of
+from orchard.cli.context import Contexts, read_contexts, write_contexts
+from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.session import add_context_option, chosen_context, context_path, open_connection
+from orchard.command_line import CommandLine, parse_count, parse_duration, parse_pairs
+
+_TOKEN_LETTERS = string.ascii_letters + string.digits
+_TOKEN_LENGTH = 32
+# What an option's value must be for the field to be removed.
+_NONE = "none"
+# Bytes of a file of VMs.
+_MAX_FILE = 64 * 1024 * 1024
+
+
+def add_verb(verb: str, parser: CommandLine) -> None:
+    """Declare the options of `update`, `apply`, `set` or `rotate`."""
+    {"update": _declare_update, "apply": _declare_apply, "set": _declare_set, "rotate": _declare_rotate}[verb](parser)
+    add_context_option(parser)
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser that returns None for "none", and otherwise what `parse` does."""
+    return lambda text: None if text == _NONE else parse(text)
+
+
+# ---- update ----------------------------------------------------------------------------------------------------------
+
+
+def _declare_update(parser: CommandLine) -> None:
+    parser.add_argument("kind", choices=("vm",), metavar="vm")
+    parser.add_argument("name", metavar="NAME")
+    # Only the options that are given become part of the patch.
+    add = parser.add_argument_group(
+        "what applies at once; none removes it", argument_default=argparse.SUPPRESS
+    ).add_argument
+    add("--ttl", dest="ttlSeconds", metavar="D", type=_or_none(parse_duration), help="delete it this long from now")
+    add("--pending-timeout", dest="pendingTimeoutSeconds", metavar="D", type=_or_none(parse_duration))
+    add("--shutdown-timeout", dest="shutdownTimeoutSeconds", metavar="D", type=_or_none(parse_duration))
+    add("--priority", metavar="N", type=_or_none(parse_count))
+    add("--metadata", metavar="K=V,..", type=_parse_changes, help="K= removes K")
+    add("--preferred-labels", dest="preferredLabels", metavar="K=V,..", type=_parse_changes, help="K= removes K")
+    boot = parser.add_argument_group("what applies at the next boot, which is made", argument_default=argparse.SUPPRESS)
+    add = boot.add_argument
+    add("--cpu", metavar="N", type=parse_count)
+    add("--memory", metavar="MIB", type=parse_count)
+    add("--disk-size", dest="diskSize", metavar="GB", type=parse_count, help="it can only grow")
+    for name, field in (("headless", ""), ("nested", ""), ("suspendable", ""), ("net-softnet", "netSoftnet")):
+        add(f"--{name}", dest=field or name, metavar="BOOL", type=_parse_bool)
+    add("--net-softnet-allow", dest="netSoftnetAllow", metavar="CIDR,..", type=_parse_words)
+    add("--net-softnet-block", dest="netSoftnetBlock", metavar="CIDR,..", type=_parse_words)
+    parser.set_defaults(run=_update)
+
+
+def _parse_bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f'the value is "{text}", expected true or false')
+    return text == "true"
+
+
+def _parse_words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _parse_changes(text: str) -> dict[str, str | None]:
+    return {key: value or None for key, value in parse_pairs(text).items()}
+
+
+def _update(options: argparse.Namespace) -> int:
+    patch = {name: value for name, value in vars(options).items() if name not in _OWN_OPTIONS}
+    if not patch:
+        raise CommandError("nothing to change was given; see orchard update --help", USAGE)
+    with open_connection(options) as controller:
+        controller.call("PATCH", path_of("vms", options.name), query=_STRICT, body=patch)
+    return 0
+
+
+_OWN_OPTIONS = frozenset({"kind", "name", "run", "context"})
+# A controller that does not know a field would ignore it otherwise.
+_STRICT = {"fieldValidation": "strict"}
+
+
+# ---- apply -----------------------------------------------------------------------------------------------------------
+
+
+def _declare_apply(parser: CommandLine) -> None:
+    parser.add_argument(
+        "-f", "--file", required=True, help="JSON of a VM, or of a list of them; - reads standard input"
+    )
+    parser.set_defaults(run=_apply)
+
+
+def _apply(options: argparse.Namespace) -> int:
+    wanted = list(_read_vms(options.file))
+    with open_connection(options) as controller:
+        for vm in wanted:
+            print(f"vm/{vm['name']} {_apply_one(controller, vm)}", flush=True)
+    return 0
+
+
+def _read_vms(name: str) -> Iterable[dict[str, Any]]:
+    """Yield the VMs of a file. Raises CommandError before the first one if one of them cannot be."""
+    try:
+        with sys.stdin.buffer if name == "-" else Path(name).open("rb") as file:
+            text = file.read(_MAX_FILE + 1)
+        value = json.loads(text)
+    except OSError as error:
+        raise CommandError(f"cannot read {name}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"{name} is not JSON: {error}") from None
+    vms = value if isinstance(value, list) else [value]
+    for index, vm in enumerate(vms):
+        if not isinstance(vm, dict) or not isinstance(vm.get("name"), str) or not vm["name"]:
+            raise CommandError(f"VM {index + 1} in {name} is not a JSON object with a name")
+    return vms
+
+
+def _apply_one(controller: ControllerConnection, vm: Mapping[str, Any]) -> str:
+    """Create a VM, or change the one of that name, and return what was done."""
+    path = path_of("vms", vm["name"])
+    try:
+        before = controller.call("GET", path)
+    except AnswerError as error:
+        if error.status_code != 404:
+            raise
+        controller.call("POST", "/vms", query=_STRICT, body=vm)
+        return "created"
+    after = controller.call("PATCH", path, query=_STRICT, body=vm)
+    return "unchanged" if after.get("version") == before.get("version") else "changed"
+
+
+# ---- set -------------------------------------------------------------------------------------------------------------
+
+
+def _declare_set(parser: CommandLine) -> None:
+    parser.add_argument("kind", choices=("cluster-settings",), metavar="cluster-settings")
+    add = parser.add_argument_group(
+        "settings; those that are not given stay", argument_default=argparse.SUPPRESS
+    ).add_argument
+    add(
+        "--host-dir-policies",
+        dest="hostDirPolicies",
+        metavar="PREFIX[:ro],..",
+        type=_parse_policies,
+        help='"" allows none',
+    )
+    add("--scheduler-profile", dest="schedulerProfile", choices=("optimize-utilization", "distribute-load"))
+    add("--default-ttl", dest="defaultTTLSeconds", metavar="D", type=_or_zero, help="of VMs that name none; 0: none")
+    add("--max-ttl", dest="maxTTLSeconds", metavar="D", type=_or_zero, help="0: no maximum")
+    add(
+        "--min-free-disk", dest="minFreeDiskGB", metavar="GB", type=int, help="that a worker needs for new VMs; 0: none"
+    )
+    add("--worker-prune", dest="workerPruneSeconds", metavar="D", type=_or_zero,
+        help="delete workers without VMs that were offline for this long; 0: never")  # fmt: skip
+    add("--prepull", metavar="IMAGE,..", type=_parse_images, help='images that all workers pull in advance; "": none')
+    parser.set_defaults(run=_set_settings)
+
+
+def _or_zero(text: str) -> int:
+    return 0 if text == "0" else parse_duration(text)
+
+
+def _parse_policies(text: str) -> list[dict[str, Any]]:
+    policies: list[dict[str, Any]] = []
+    for word in _parse_words(text):
+        prefix = word.removesuffix(":ro")
+        policies.append({"pathPrefix": prefix, **({"ro": True} if prefix != word else {})})
+    return policies
+
+
+def _parse_images(text: str) -> list[dict[str, str]]:
+    return [{"image": word} for word in _parse_words(text)]
+
+
+def _set_settings(options: argparse.Namespace) -> int:
+    changes = {name: value for name, value in vars(options).items() if name not in _OWN_OPTIONS}
+    if not changes:
+        raise CommandError("no setting was given; see orchard set --help", USAGE)
+    with open_connection(options) as controller:
+        before = controller.call("GET", "/cluster-settings")
+        controller.call("PUT", "/cluster-settings", query=_STRICT, body={**before, **changes})
+    return 0
+
+
+# ---- rotate ----------------------------------------------------------------------------------------------------------
+
+
+def _declare_rotate(parser: CommandLine) -> None:
+    parser.add_argument("kind", choices=("token",), metavar="token")
+    parser.add_argument("name", metavar="ACCOUNT")
+    parser.set_defaults(run=_rotate)
+
+
+def _rotate(options: argparse.Namespace) -> int:
+    """Replace the token of a service account, and print it. Contexts that hold the old one take the new one over."""
+    token = "".join(secrets.choice(_TOKEN_LETTERS) for _ in range(_TOKEN_LENGTH))
+    used = chosen_context(options)
+    with open_connection(options) as controller:
+        controller.call("PATCH", path_of("service-accounts", options.name), body={"token": token})
+    print(token)
+    contexts = read_contexts(context_path())
+    changed = {
+        name: replace(context, token=token) if (context.url, context.account) == (used.url, options.name) else context
+        for name, context in contexts.by_name.items()
+    }
+    if changed != contexts.by_name:
+        write_contexts(context_path(), Contexts(contexts.default, changed))
+    return 0
