@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import trio.testing
+from harness.inprocess import InProcessCluster
+from harness.processes import eventually
 from harness.served import BEGAN, Served, served
 
-from orchard.cluster import IMAGE_INVENTORY, MAX_IMAGE_NAME, MAX_IMAGES, CachedImage, WorkerDisk
+from orchard import __version__, heartbeat, worker
+from orchard.cluster import (
+    IMAGE_INVENTORY,
+    MAX_IMAGE_NAME,
+    MAX_IMAGES,
+    CachedImage,
+    HealthProblem,
+    Versions,
+    WorkerDisk,
+)
 from orchard.files import STATE_FILE
+from orchard.heartbeat import HostReport
 from orchard.schema import WORKER_NAME_LABEL, Worker
+from orchard.vm.host import os_version
+from orchard.vm.images import LIST_SECONDS, ImageCache
+from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker_facts import WorkerFacts
 
 GB = 10**9
@@ -177,3 +196,108 @@ def test_scheduler_is_told_of_other_images_and_of_each_gigabyte() -> None:
         facts.record_heartbeat(report)
         assert changed == ["w"] * is_told
         assert facts.free_bytes("w") == (None if report.disk is None else report.disk.free_bytes)
+
+
+# ---- what the worker sends ------------------------------------------------------------------------------------------
+
+
+def problems_of(shown: Worker) -> tuple[HealthProblem, ...]:
+    return () if shown.health is None else shown.health.problems
+
+
+async def test_worker_reports_its_host_and_pulls_what_the_cluster_wants(
+    tmp_path: Path, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "_HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "_LEAST_PAUSE", 0.02)
+    monkeypatch.setattr(worker, "_PREPULL_SECONDS", 0.05)
+    cluster = InProcessCluster(tmp_path, nursery)
+    await cluster.start()
+
+    async def has(holds: Callable[[Worker], bool]) -> bool:
+        return holds(await cluster.client.workers.get("mac"))
+
+    async with cluster.working(labels={"zone": "a"}):
+        await eventually(partial(has, lambda shown: shown.disk is not None and shown.images == ()))
+        shown = await cluster.client.workers.get("mac")
+        assert shown.disk == await cluster.driver().disk()
+        assert shown.versions is not None
+        assert shown.versions.orchard == __version__
+        assert shown.versions.os
+        assert (IMAGE_INVENTORY in shown.capabilities, shown.labels[WORKER_NAME_LABEL]) == (True, "mac")
+        await cluster.client.vms.create(name="vm", image="host/of-vm:1")
+        await eventually(partial(has, lambda shown: [image.name for image in shown.images or ()] == ["host/of-vm:1"]))
+        wanted = [
+            {"image": "host/other-zone:1", "labels": {"zone": "b"}},
+            {"image": "host/pull-0.5s:1", "labels": {"zone": "a", WORKER_NAME_LABEL: "mac"}},
+            {"image": "host/pull-fails:1"},
+        ]
+        await cluster.client.cluster_settings.put({"prepull": wanted})
+        await eventually(partial(has, lambda shown: shown.pulling is not None and shown.pulling.percent > 0))
+        await eventually(partial(has, lambda shown: shown.pulling is None and len(shown.images or ()) == 2))
+        await eventually(partial(has, lambda shown: [one.what for one in problems_of(shown)] == ["prepull"]))
+        assert {image.name for image in await cluster.driver().list_images()} == {"host/of-vm:1", "host/pull-0.5s:1"}
+        await cluster.client.cluster_settings.put({"prepull": []})
+        await eventually(partial(has, lambda shown: not problems_of(shown)))
+    await cluster.stop()
+
+
+class Sender:
+    """A `HostReport` whose heartbeats are all acknowledged."""
+
+    def __init__(self, name: str, driver: SyntheticDriver) -> None:
+        self.cache = ImageCache(driver, lambda kind, image, message: None, lambda: None)
+        self.report = HostReport(name, driver, self.cache)
+        self.report.begin_session()
+
+    def beat(self) -> Worker:
+        heartbeat = self.report.add_to(Worker("w"))
+        self.report.note_sent(heartbeat)
+        return heartbeat
+
+
+async def test_images_are_sent_when_they_have_changed(
+    tmp_path: Path, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    driver = SyntheticDriver(tmp_path, images=["host/a:1"])
+    sender = Sender("w", driver)
+    assert sender.beat().images is None, "not known yet"
+    nursery.start_soon(sender.report.run)
+    await trio.testing.wait_all_tasks_blocked()
+    first = sender.beat()
+    assert first.images is not None
+    assert first.versions == Versions(__version__, __version__, os_version())
+    assert [image.name for image in first.images] == ["host/a:1"]
+    second = sender.beat()
+    assert (second.images, second.versions, second.disk) == (None, None, first.disk)
+    async with sender.cache.transfer("host/b:1", lambda _: None, always=False):
+        await driver.pull("host/b:1", lambda _: None)
+    await trio.testing.wait_all_tasks_blocked()
+    assert [image.name for image in sender.beat().images or ()] == ["host/a:1", "host/b:1"]
+    # A VM was made from an image: told with the next list, and not more often.
+    used = replace(driver._images["host/a:1"], last_used=BEGAN)
+    driver._images["host/a:1"] = used
+    sender.cache._list_due.set()
+    await trio.testing.wait_all_tasks_blocked()
+    assert sender.beat().images is None
+    await trio.sleep(LIST_SECONDS)
+    assert used in (sender.beat().images or ())
+
+
+async def test_workers_send_their_images_again_at_different_times_of_a_session(
+    tmp_path: Path, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
+) -> None:
+    driver = SyntheticDriver(tmp_path, images=["host/a:1"])
+    senders = [Sender(f"worker-{number}", driver) for number in range(100)]
+    for sender in senders:
+        nursery.start_soon(sender.report.run)
+    await trio.testing.wait_all_tasks_blocked()
+    for sender in senders:
+        assert sender.beat().images is not None
+        sender.report.begin_session()
+    counts = []
+    for _ in range(6):
+        await trio.sleep(10)
+        counts.append(len([sender for sender in senders if sender.beat().images is not None]))
+    assert sum(counts) == 100
+    assert max(counts) < 40
