@@ -931,7 +931,8 @@ def test_roles_of_all_operations() -> None:
             *("GET /watch", "GET /history", "GET /capacity"),
         },
         "compute:write": {
-            *("POST /vms", "DELETE /vms"),
+            *("POST /vms", "DELETE /vms", "POST /vms/{name}/restart"),
+            *("POST /workers/{name}/drain", "DELETE /workers/{name}/drain"),
             *("PUT /vms/{name}", "PATCH /vms/{name}", "DELETE /vms/{name}", "PUT /vms/{name}/state"),
             *("POST /vms/{name}/events", "POST /workers", "PUT /workers/{name}", "DELETE /workers/{name}"),
             *("POST /vms/{name}/access-tokens", "GET /rpc/port-forward", "POST /rpc/resolve-ip"),
@@ -976,10 +977,10 @@ async def test_openapi_document_is_valid_and_complete(api: Served) -> None:
 
 # Modules whose errors end a start, a worker, a client or a connection, and errors that the store maps to its own.
 OTHER_MODULES = (
+    "cli.",
     "client",
     "controller",
     "files",
-    "methods.",
     "leftovers",
     "methods.",
     "net.",
