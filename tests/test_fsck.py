@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orchard.files import SECRET_FILES
+from orchard.files import EVENTS_DIRECTORY, HISTORY_FILE, LIFECYCLE_FILE, SECRET_FILES
 from orchard.fsck import find_exposures, inspect
+from orchard.storage.journal import Disk, Journal
 
 
 @pytest.fixture
@@ -53,3 +54,27 @@ def test_directory_without_secrets_has_no_exposure(tmp_path: Path) -> None:
 def test_database_of_another_controller_is_named(tmp_path: Path) -> None:
     (tmp_path / "db").mkdir()
     assert any(problem.startswith(str(tmp_path / "db")) for problem in inspect(tmp_path).problems)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(HISTORY_FILE, "history"), (f"{EVENTS_DIRECTORY}/{LIFECYCLE_FILE}", "lifecycle")]
+)
+def test_damaged_and_unfinished_files_of_records_are_named(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / EVENTS_DIRECTORY).mkdir()
+    path = tmp_path / name
+    journal = Journal(path, Disk())
+    journal.create([b'{"format":"orchard-%b","version":1}' % kind.encode(), b'{"records":[]}'])
+    journal.close()
+    whole = path.read_bytes()
+
+    def named() -> tuple[bool, bool]:
+        report = inspect(tmp_path)
+        return tuple(any(str(path) in text for text in found) for found in (report.problems, report.notes))  # type: ignore[return-value]
+
+    assert named() == (False, False)
+    path.write_bytes(whole + b'{"sum":"')
+    assert named() == (False, True)
+    path.write_bytes(whole.replace(b"records", b"recards"))
+    assert named() == (True, False)
+    path.write_bytes(whole.replace(b'"version":1', b'"version":2'))
+    assert named() == (True, False)
