@@ -255,7 +255,7 @@ class VMSpec:
     )
     shutdown_script: GuestScript | None = attr(
         "shutdown_script",
-        "Script that runs over SSH before a running VM is ended; whatever becomes of it, the VM ends",
+        "Script that runs before a running VM is ended; whatever becomes of it, the VM ends",
         zero=None,
         example={"script_content": "sync\n"},
     )

@@ -166,8 +166,10 @@ class Note:
 
     def __str__(self) -> str:
         values: list[Any] = [self.generation, astuple(self.hardware), self.suspendable, self.script]
+        # A script that has succeeded is known by "done".
+        failed = self.startup if self.startup is not None and self.startup.failure else None
         more = {
-            "startup": None if self.startup is None else astuple(self.startup),
+            "startup": None if failed is None else astuple(failed),
             "shutdown": None if self.shutdown is None else asdict(self.shutdown),
             "resources": self.resources,
         }
@@ -187,7 +189,7 @@ class Note:
                     *rest,
                 ]:
                     startup, shutdown, resources = _parse_more(*rest)
-                    # Earlier versions note no more of a script that has succeeded.
+                    # When the script ended is not noted, since the controller knows it.
                     startup = Startup(0, None) if script == "done" and startup is None else startup
                     return cls(generation, Hardware(cpu, memory, disk), able, script, startup, shutdown, resources)
         except (ValueError, TypeError, KeyError):

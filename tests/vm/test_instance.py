@@ -415,7 +415,7 @@ async def test_vm_has_not_failed_before_its_guest_has_ended(host: Host, monkeypa
 def test_note_is_parsed_as_written_and_anything_else_is_refused() -> None:
     shutdown = Script("echo bye", {"A": "b"}, "me", "secret", seconds=30, kind="shutdown", agent=True)
     begun = Note(3, Hardware(4, 8192, 50), suspendable=True, script="begun", shutdown=shutdown)
-    failed, cut_off = Startup(3, 12.5, "failed"), Startup(None, 12.5)
+    failed, cut_off = Startup(3, 12.5, "failed"), Startup(None, 12.5, "cut off")
     for note in (begun, *(replace(begun, script="done", startup=startup) for startup in (failed, cut_off))):
         assert Note.parse(str(note)) == note
     # As earlier versions write them. Such workers can also read the note of a VM that has no shutdown script.
@@ -423,6 +423,7 @@ def test_note_is_parsed_as_written_and_anything_else_is_refused() -> None:
     assert Note.parse(old).startup == Startup(0, None)
     plain = Note(3, Hardware(4, 8192, 50), suspendable=True, script="begun")
     assert (str(plain), Note.parse(str(plain))) == (old.replace("done", "begun"), plain)
+    assert str(replace(plain, script="done", startup=Startup(0, 12.5))) == old
     more = json.loads(str(note))[4]
     for broken in ({}, {**more, "startup": [1]}, {**more, "shutdown": {"x": 1}}, {**more, "shutdown": {"text": None}}):
         with pytest.raises(ValueError, match="note about a VM has"):
