@@ -15,7 +15,7 @@ from harness.processes import Role, call_main, controller, eventually, finished,
 from orchard import worker
 from orchard.auth import BootstrapToken
 from orchard.client import Client
-from orchard.schema import TART_VMS
+from orchard.schema import TART_VMS, WORKER_NAME_LABEL
 
 SCRIPT = 'echo begins; echo "$TEXT"; read line || echo end of file; echo over >&2\n'
 TEXT = "quotes ' and \" and `backticks` and $HOME\nand a second line"
@@ -127,7 +127,8 @@ async def test_many_synthetic_workers_in_one_process(tmp_path: Path) -> None:
             async with Client(url) as client:
                 await wait_workers(client, 20)
                 one = await client.workers.get("w-20")
-                assert (one.labels, one.resources[TART_VMS], one.resources["gpu"]) == ({"model": "mini"}, 1, 2)
+                assert one.labels == {"model": "mini", WORKER_NAME_LABEL: "w-20"}
+                assert (one.resources[TART_VMS], one.resources["gpu"]) == (1, 2)
                 for number in range(20):
                     await client.vms.create(name=f"vm-{number}", image="any")
                 vms = [await client.vms.wait(f"vm-{number}") for number in range(20)]

@@ -13,18 +13,18 @@ import tempfile
 import threading
 import urllib.request
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from harness.processes import eventually
+from harness.processes import GENEROUS, eventually
 
 from orchard.blocking import open_client
-from orchard.client import ConnectError, ResponseError, VMFailed
+from orchard.client import ConnectError, ResponseError, VMFailed, WatchedChange
 from orchard.controller import StartError
-from orchard.schema import VM, Event, Worker
+from orchard.schema import VM, Event, StartupScript, Worker
 from orchard.testing import CLUSTER_LOG, BlockingCluster, cluster, start_cluster
 
 pytest_plugins = ["pytester"]
@@ -133,11 +133,6 @@ def test_command_and_stream_of_a_blocking_client_block() -> None:
 # ---- workers that fail -----------------------------------------------------------------------------------------------
 
 
-def changes_until(c: BlockingCluster, name: str, holds: Callable[[VM], bool]) -> VM:
-    with c.client.vms.watch(name) as changes:
-        return next(vm for _, vm in changes if holds(vm))
-
-
 def test_worker_that_was_stopped_takes_no_vms_and_keeps_its_own() -> None:
     with start_cluster(vms_per_worker=3) as c, socket.create_server(("127.0.0.1", 0)) as listener:
         c.client.vms.create(name="old", image="any")
@@ -168,23 +163,39 @@ def test_worker_that_was_killed_says_nothing_and_can_come_back() -> None:
 
 
 @pytest.mark.parametrize("way", ["kill", "cut_off"])
-def test_vm_of_a_worker_that_is_away_ends_before_it_is_started_elsewhere(way: str, tmp_path: Path) -> None:
+async def test_vm_of_a_worker_that_is_away_ends_before_it_is_started_elsewhere(way: str, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     # The first run holds the pipe open.
-    script = f"if mkdir {tmp_path}/first; then exec 3> {pipe}; echo begun >&3; fi; sleep 1000"
-    with start_cluster(workers=2, worker_offline_timeout=1.5) as c:
-        c.client.vms.create(
-            name="vm", image="any", startup_script={"script_content": script}, restart_policy="OnFailure"
-        )
-        first = c.client.vms.wait("vm").state.worker
-        with pipe.open("rb", buffering=0) as reader:
-            assert reader.readline() == b"begun\n"
-            getattr(c.workers[first], way)()
-            again = changes_until(c, "vm", lambda vm: vm.state.restart_count == 1 and vm.state.status == "running")
+    script = StartupScript(f"if mkdir {tmp_path}/first; then exec 3> {pipe}; echo begun >&3; fi; sleep 1000")
+    with trio.fail_after(GENEROUS):
+        async with cluster(workers=2, worker_offline_timeout=1.5) as c:
+            await c.client.vms.create(name="vm", image="any", startup_script=script, restart_policy="OnFailure")
+            first = (await c.client.vms.wait("vm")).state.worker
+            reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+            while not has_data(reader):
+                await trio.lowlevel.wait_readable(reader)
+            await getattr(c.workers[first], way)()
+            async with c.client.watch(kinds=["vms"]) as changes:
+                again = await running_again(changes)
             assert again.state.worker != first
-            os.set_blocking(reader.fileno(), False)
-            assert reader.read(1) == b"", "no process has it open"
+            assert os.read(reader, 1) == b"", "no process has it open"
+            os.close(reader)
+
+
+async def running_again(changes: AsyncIterator[WatchedChange]) -> VM:
+    async for change in changes:
+        vm = change.object
+        if isinstance(vm, VM) and vm.state.restart_count == 1 and vm.state.status == "running":
+            return vm
+    raise AssertionError("the watch ended")
+
+
+def has_data(reader: int) -> bool:
+    try:
+        return bool(os.read(reader, 100))
+    except BlockingIOError:
+        return False
 
 
 def test_worker_that_was_cut_off_for_a_moment_goes_on() -> None:
