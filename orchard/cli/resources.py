@@ -16,7 +16,7 @@ from typing import Any
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import USAGE, CommandError
 from orchard.cli.output import format_age, format_map, print_json, print_pairs, print_table
-from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.cli.session import add_context_option, chosen_context, open_connection, require_capability
 from orchard.command_line import CommandLine, suggest
 
 
@@ -155,7 +155,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `list`, `get`, `delete`, `pause` or `resume`."""
     expected = {
         "list": "vms, workers or service-accounts",
-        "get": "vm, worker, service-account or cluster-settings",
+        "get": "vm, worker, service-account, cluster-settings, bootstrap-token or vm-access-token",
         "delete": "vm, worker or service-account",
     }.get(verb, "worker")
     parser.add_argument("kind", metavar="KIND", help=expected)
@@ -203,6 +203,8 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _get(options: argparse.Namespace) -> int:
+    if options.kind in _TOKENS:
+        return _TOKENS[options.kind](options)
     kind = find_kind(options.kind, tuple(RESOURCE_KINDS.values()))
     name, slash, field = options.name.partition("/")
     if not name and kind is not _SETTINGS:
@@ -219,6 +221,30 @@ def _get(options: argparse.Namespace) -> int:
         pairs = ((title, show(item)) for title, show in kind.pairs.items())
         print_pairs(pairs if kind.pairs else ((key, _shown(value)) for key, value in item.items()))
     return 0
+
+
+def _print_bootstrap_token(options: argparse.Namespace) -> int:
+    """Print a worker's credentials, with the certificate of the context."""
+    from orchard.auth import BootstrapToken
+
+    with open_connection(options) as controller:
+        account = controller.call("GET", path_of("service-accounts", options.name))
+    if not account.get("token"):
+        raise CommandError("the controller shows tokens only to accounts that have the role admin:write")
+    print(BootstrapToken(account["name"], account["token"], chosen_context(options).certificate))
+    return 0
+
+
+def _print_access_token(options: argparse.Namespace) -> int:
+    with open_connection(options) as controller:
+        print(controller.call("POST", path_of("vms", options.name, "access-tokens"), body={})["token"])
+    return 0
+
+
+_TOKENS: Mapping[str, Callable[[argparse.Namespace], int]] = {
+    "bootstrap-token": _print_bootstrap_token,
+    "vm-access-token": _print_access_token,
+}
 
 
 def find_field(kind: ResourceKind, item: Any, path: str) -> Any:

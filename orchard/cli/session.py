@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from orchard.cli.connection import ANSWER_SECONDS, ControllerConnection
-from orchard.cli.context import CONTEXT_FILE, Context, choose_context, read_contexts
+from orchard.cli.context import CONTEXT_FILE, Context, choose_context, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
 from orchard.command_line import CommandLine, orchard_home
 
@@ -18,6 +19,16 @@ def add_context_option(parser: CommandLine) -> None:
 
 def context_path() -> Path:
     return orchard_home() / CONTEXT_FILE
+
+
+def remember_context(name: str, context: Context) -> None:
+    """Store a context, which becomes the default if there is none. A file that cannot be changed is a line on stderr."""
+    try:
+        contexts = read_contexts(context_path())
+        if contexts.by_name.get(name) != context:
+            write_contexts(context_path(), contexts.with_context(name, context))
+    except CommandError as error:
+        print(f"orchard: the context {name} is not stored: {error}", file=sys.stderr)
 
 
 def chosen_context(options: argparse.Namespace) -> Context:

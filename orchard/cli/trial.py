@@ -18,6 +18,8 @@ from pathlib import Path
 import trio
 
 from orchard import __version__
+from orchard.cli.context import Context
+from orchard.cli.session import remember_context
 from orchard.client import Client, ClientError
 from orchard.command_line import CommandLine, orchard_home, parse_count, parse_port
 from orchard.controller import StartError
@@ -41,6 +43,7 @@ _POLL_SECONDS = 0.02
 
 _DEMO_IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
 _DEV_DIRECTORY = Path(".dev-data")
+_DEV_CONTEXT = "local-dev"
 
 # From a worker's name to its driver. None: synthetic VMs.
 _MakeDriver = Callable[[str], Driver] | None
@@ -187,6 +190,7 @@ async def _dev(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
     async with cluster(
         workers=options.workers, driver=make_driver, directory=options.directory, port=options.port
     ) as running:
+        remember_context(_DEV_CONTEXT, Context(running.url))
         print(
             f"orchard {__version__} for development: {running.url}, workers {_describe_driver(make_driver)},"
             f" data in {options.directory}"

@@ -145,7 +145,7 @@ def test_settings_that_are_not_named_stay(dev: Path, api: ControllerConnection) 
 def test_new_token_of_an_account_replaces_the_one_in_its_contexts(
     dev: Path, api: ControllerConnection, tmp_path: Path
 ) -> None:
-    url = read_contexts(dev / "orchard.yml").find("dev").url
+    url = read_contexts(dev / "orchard.yml").find("local-dev").url
     api.call(
         "POST", "/service-accounts", body={"name": "rotated", "token": "the-token-before", "roles": ["compute:read"]}
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from harness.processes import call_main, controller, environment
 
+from orchard.auth import BootstrapToken
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.main import main
@@ -92,6 +93,14 @@ def test_a_field_is_printed_alone(site: Path, path: str, value: str) -> None:
     assert "\n".join(run(site, "get", kind, f"{name}/{field}")) == value.removesuffix("\n") + (
         "" if value != "m\n" else "\n"
     )
+
+
+def test_bootstrap_token_has_the_account_and_the_certificate_of_the_context(site: Path) -> None:
+    context = read_contexts(site / "orchard.yml").find("site")
+    (text,) = run(site, "get", "bootstrap-token", "bootstrap-admin")
+    assert BootstrapToken.parse(text) == BootstrapToken("bootstrap-admin", TOKEN, context.certificate)
+    assert refused(site, "get", "bootstrap-token", "none")[0] == 1
+    assert len(run(site, "get", "vm-access-token", "first")) == 1
 
 
 def test_a_worker_is_paused_and_resumed(site: Path) -> None:

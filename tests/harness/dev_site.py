@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from harness.processes import started
 from orchard.cli.connection import ControllerConnection, path_of
-from orchard.cli.context import Context, Contexts, write_contexts
+from orchard.cli.context import Context, Contexts, read_contexts
 
 LISTENING = re.compile(r".*(http://127\.0\.0\.1:[0-9]+)")
 
@@ -22,14 +21,14 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("dev")
     with started("", "dev", "--synthetic", "--port", "0", "--directory", str(home / "dev"), home=home) as role:
         url = role.wait_for(LISTENING)[1]
-        write_contexts(home / "orchard.yml", Contexts("dev", {"dev": Context(url)}))
+        assert read_contexts(home / "orchard.yml") == Contexts("local-dev", {"local-dev": Context(url)})
         yield home
         role.stop()
 
 
 @pytest.fixture
 def api(dev: Path) -> Iterator[ControllerConnection]:
-    context = Context(json.loads((dev / "orchard.yml").read_text())["contexts"]["dev"]["url"])
+    context = read_contexts(dev / "orchard.yml").find("local-dev")
     with ControllerConnection(context) as connection:
         yield connection
         for vm in connection.call("GET", "/vms"):
