@@ -271,7 +271,9 @@ class Deadlines:
 
     def _end_of_pending(self, vm: VM) -> float | None:
         since = vm.state.waiting_since
-        return None if since is None else self._clock.moment(since) + vm.spec.pending_timeout_seconds
+        if since is None or vm.state.status != "pending":
+            return None
+        return self._clock.moment(since) + vm.spec.pending_timeout_seconds
 
     def _drain_at(self, worker: Worker) -> float | None:
         if worker.drain is None or worker.drain.deadline is None or not _to_end(self._store.state, worker.name):

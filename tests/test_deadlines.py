@@ -329,6 +329,15 @@ async def test_pending_time_begins_anew_when_the_vm_loses_its_worker(api: Served
     assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
 
 
+async def test_vm_that_has_failed_does_not_time_out(api: Served, autojump_clock: object) -> None:
+    vm = await api.create("vm", pendingTimeoutSeconds=30)
+    body = {"uid": vm["uid"], "restart_count": 0, "status": "failed", "status_message": "broken"}
+    await api.ok("PUT", "/vms/vm/state", body)
+    await trio.sleep(60)
+    assert not api.deadlines.step()
+    assert (await api.ok("GET", "/vms/vm"))["status_message"] == "broken"
+
+
 async def test_pending_time_can_be_changed_while_the_vm_waits(api: Served, autojump_clock: object) -> None:
     await api.create("vm", pendingTimeoutSeconds=30)
     await after(api, 20)

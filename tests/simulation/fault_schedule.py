@@ -1,9 +1,9 @@
 """Random users and faults over a simulated cluster. Everything follows from a seed.
 
-First a fault phase: users create, change and delete VMs, pause and delete workers; controller and workers crash, stop and
-freeze; machines lose power; connections are cut in one direction or both, or slow; clocks jump; guests shut down by
-themselves; drivers' calls and scripts fail. After each step, what users were told is compared with the controller's
-state.
+First a fault phase: users create, change, restart and delete VMs, whose time to live and whose patience for a worker may
+be short, and pause, drain and delete workers; controller and workers crash, stop and freeze; machines lose power or are
+sick; connections are cut in one direction or both, or slow; clocks jump; guests shut down by themselves; drivers' calls and
+scripts fail, and shutdown scripts hang. After each step, what users were told is compared with the controller's state.
 
 Then a recovery phase: everything is healed and started again, and the cluster must settle. Each VM must be where and as
 it was wanted, or have a reason why not, and no machine may hold a VM that the controller does not know.
@@ -14,7 +14,9 @@ run's trace, or raises `ViolationError`.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import math
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +38,7 @@ from orchard.nursery import first_exception
 from orchard.schema import TART_VMS, VM, PowerState
 from orchard.storage.errors import DamagedError
 from orchard.store import State, check
+from orchard.transitions import will_restart
 
 # Few names, so that they are used again and again.
 NAMES = [f"vm-{number}" for number in range(8)]
@@ -53,6 +56,8 @@ ISOLATION: Durations = ((60.0, 120.0),)
 FREEZE_CONTROLLER_EVERY = 4
 # How long users wait for an answer.
 ANSWER_SECONDS = 20.0
+# How long a sick machine is sick: VMs that fail there meanwhile return after growing pauses.
+SICKNESS = (1.0, 15.0)
 # The greatest delay of a slow connection.
 SLOW_SECONDS = 5.0
 # After this time an unanswered request cannot arrive any more.
@@ -61,6 +66,7 @@ LATE_REQUEST_SECONDS = 40.0
 SETTLE_SECONDS = 600.0
 # The cluster has settled when this many checks in a row find nothing.
 CHECKS, CHECK_SECONDS = 5, 5.0
+CHECK = datetime.timedelta(seconds=CHECK_SECONDS)
 TEN_YEARS = 10 * 365 * 86400.0  # seconds
 # Lines of the trace that are printed with a violation.
 SHOWN_LINES = 60
@@ -82,12 +88,22 @@ class UserView:
     state: Literal["absent", "present", "unknown"] = "absent"
     uid: str = ""
     busy: bool = False
+    # The time before which the VM does not expire, if restarts of the controller hasten nothing from `hastened` on.
+    lives_until: float = math.inf
+    hastened: float = 0.0
+
+    def may_have_expired(self, now: float, hastened: float) -> bool:
+        return now >= self.lives_until - (hastened - self.hastened)
 
 
 class Users:
     """Users who send random requests and remember the answers."""
 
-    def __init__(self, cluster: SimulatedCluster, client: Client, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, cluster: SimulatedCluster, client: Client, nursery: trio.Nursery, *, deadlines: bool = True
+    ) -> None:
+        """With `deadlines`, VMs and their shutdown have some."""
+        self._deadlines = deadlines
         self.views = {name: UserView() for name in NAMES}
         self._cluster = cluster
         self._client = client
@@ -112,7 +128,40 @@ class Users:
         if self._chance.random() < 0.4:
             spec["shutdown_script"] = {"script_content": self._chance.choice(("bye", "exit 3", "hang"))}
             spec["shutdownTimeoutSeconds"] = self._chance.choice((5, 30, 120))
-        self._request_about_vm("create", name, lambda: self._client.vms.create(spec))
+        if self._deadlines:
+            spec |= self._deadlines_of_a_vm()
+        self._request_about_vm("create", name, lambda: self._client.vms.create(spec), spec.get("ttlSeconds", 0))
+
+    def _deadlines_of_a_vm(self) -> dict[str, Any]:
+        chance, spec = self._chance, dict[str, Any]()
+        if chance.random() < 0.3:
+            spec["ttlSeconds"] = chance.randrange(20, 150)
+        if chance.random() < 0.4:
+            spec["pendingTimeoutSeconds"] = chance.randrange(1, 40)
+        if chance.random() < 0.3:
+            spec["priority"] = chance.randrange(3)
+        return spec
+
+    def _present_name(self) -> str:
+        """Return the name of a VM that exists as far as users know, if there is one."""
+        return self._chance.choice([name for name, view in self.views.items() if view.state == "present"] or NAMES)
+
+    def renew(self) -> None:
+        name, ttl = self._present_name(), self._chance.choice((0, self._chance.randrange(20, 150)))
+        self._request_about_vm("renew", name, lambda: self._client.vms.patch(name, {"ttlSeconds": ttl}), ttl)
+
+    def restart(self) -> None:
+        name = self._present_name()
+        self._request_about_vm("restart", name, lambda: self._client.vms.restart(name))
+
+    def drain_worker(self) -> None:
+        name = self._chance.choice(list(self._cluster.machines))
+        body = self._chance.choice(({}, {"now": True}, {"deadline_seconds": self._chance.randrange(1, 15)}))
+        self._request_about_worker(f"drain {body}", name, lambda: self._client.workers.drain(name, **body))
+
+    def cancel_drain(self) -> None:
+        name = self._chance.choice(list(self._cluster.machines))
+        self._request_about_worker("cancel drain", name, lambda: self._client.workers.undrain(name))
 
     def delete(self) -> None:
         name = self._chance.choice(NAMES)
@@ -126,10 +175,6 @@ class Users:
         powers: tuple[PowerState, ...] = ("stopped", "suspended")
         name, power = self._chance.choice(NAMES), self._chance.choice(powers)
         self._request_about_vm("change", name, lambda: self._client.vms.patch(name, power_state=power))
-
-    def restart(self) -> None:
-        name = self._chance.choice(NAMES)
-        self._request_about_vm("restart", name, lambda: self._client.vms.restart(name))
 
     def pause_worker(self) -> None:
         name, paused = self._chance.choice(list(self._cluster.machines)), self._chance.random() < 0.5
@@ -149,21 +194,34 @@ class Users:
         for name, view in self.views.items():
             vm = state.vms.get(name)
             if view.state == "present" and not view.busy and (vm is None or vm.uid != view.uid):
-                self._cluster.violate(f"{name} was acknowledged, and is lost")
+                if self._may_have_expired(view):
+                    view.state = "absent"
+                else:
+                    self._cluster.violate(f"{name} was acknowledged, and is lost")
             elif view.state == "absent" and not view.busy and vm is not None:
                 self._cluster.violate(f"{name} was deleted, and exists")
 
-    def _request_about_vm(self, verb: str, name: str, request: Callable[[], Awaitable[Any]]) -> None:
+    def _may_have_expired(self, view: UserView) -> bool:
+        return view.may_have_expired(trio.current_time(), self._cluster.hastened)
+
+    def _request_about_vm(
+        self, verb: str, name: str, request: Callable[[], Awaitable[Any]], ttl: int | None = None
+    ) -> None:
+        """Send a request, after which the VM lives for so many seconds (0: for ever; None: unchanged)."""
         view = self.views[name]
         if view.busy:
             return
         view.busy = True
         self._cluster.note(f"user: {verb} {name}")
-        self._nursery.start_soon(self._await_vm_answer, verb, name, request)
+        self._nursery.start_soon(self._await_vm_answer, verb, name, request, ttl)
 
-    async def _await_vm_answer(self, verb: str, name: str, request: Callable[[], Awaitable[Any]]) -> None:
+    async def _await_vm_answer(
+        self, verb: str, name: str, request: Callable[[], Awaitable[Any]], ttl: int | None
+    ) -> None:
         view = self.views[name]
         before = view.state
+        lives_until = math.inf if not ttl else trio.current_time() + ttl
+        hastened = self._cluster.hastened
         try:
             answer = await request()
         except ResponseError as error:
@@ -173,13 +231,18 @@ class Users:
             self._cluster.note(f"user: {verb} {name}: {error}")
             if verb in ("create", "delete"):
                 view.state = "unknown"
+            if ttl is not None:
+                view.lives_until = min(view.lives_until, lives_until)
+            if verb in ("create", "delete", "renew"):
                 await trio.sleep(LATE_REQUEST_SECONDS)
         else:
             self._cluster.note(f"user: {verb} {name}: done")
             if before == "absent" and verb != "create":
                 self._cluster.violate(f"{verb} {name}: done, but there is no such VM")
-            elif before == "present" and verb == "create":
+            elif before == "present" and verb == "create" and not self._may_have_expired(view):
                 self._cluster.violate(f"create {name}: done, but there was such a VM")
+            if ttl is not None:
+                view.lives_until, view.hastened = lives_until, hastened
             if verb == "create":
                 view.state, view.uid = "present", answer.uid
             elif verb == "delete":
@@ -189,13 +252,15 @@ class Users:
     def _note_error(self, verb: str, name: str, before: str, status: int) -> None:
         view = self.views[name]
         if status == 404:
-            if before == "present":
+            if before == "present" and not self._may_have_expired(view):
                 self._cluster.violate(f"{verb} {name}: 404, but it was acknowledged")
             view.state = "absent"
         elif status == 409 and before == "absent":
             self._cluster.violate(f"{verb} {name}: 409, but it was deleted")
         elif status >= 500 and verb in ("create", "delete"):
             view.state = "unknown"
+        elif status >= 500 and verb == "renew":
+            view.lives_until = -math.inf
 
     def _request_about_worker(self, verb: str, name: str, request: Callable[[], Awaitable[Any]]) -> None:
         self._cluster.note(f"user: {verb} {name}")
@@ -270,6 +335,18 @@ class Faults:
         name = self._random_machine()
         self._cluster.clock_errors[name] = self._chance.choice((0.0, 3600.0, -3600.0, TEN_YEARS, -TEN_YEARS))
 
+    def set_controller_clock(self) -> None:
+        """Set the wall clock by which the controller stores deadlines. It may crash before it notices."""
+        error = self._chance.choice((0.0, 30.0, 3600.0, -3600.0, TEN_YEARS, -TEN_YEARS))
+        self._cluster.note(f"controller's clock is wrong by {error:.0f} s")
+        self._cluster.clock_errors[CONTROLLER] = error
+
+    def sicken_machine(self) -> None:
+        machine = self._cluster.machines[self._random_machine()]
+        machine.broken = "clone"
+        self._cluster.note(f"{machine.name} cannot clone")
+        self._call_later(self._chance.uniform(*SICKNESS), lambda: setattr(machine, "broken", ""))
+
     def shut_guest_down(self) -> None:
         guests = [guest for machine in self._cluster.machines.values() for guest in machine.guests.values()]
         if guests:
@@ -282,7 +359,7 @@ class Faults:
         cluster.network.slowness.clear()
         cluster.controller.process.thaw()
         for name, machine in cluster.machines.items():
-            machine.troubled = False
+            machine.troubled, machine.broken = False, ""
             cluster.network.heal(name, CONTROLLER)
             cluster.workers[name].process.thaw()
         for name in list(self._down):
@@ -382,8 +459,10 @@ def _unsettled_vm(vm: VM, cluster: SimulatedCluster, state: State) -> Iterator[s
         yield f"is of generation {vm.meta.generation}, observed {vm.state.observed_generation}"
     if vm.state.status != "running" and not vm.state.status_message:
         yield f"is {vm.state.status} without a reason"
-    if vm.state.status == "failed" and vm.spec.restart_policy == "OnFailure" and vm.spec.power_state == "running":
+    if will_restart(vm):
         yield f"has to be restarted ({vm.state.status_message})"
+    if vm.meta.expires_at is not None and vm.meta.expires_at < cluster.clock(CONTROLLER) - CHECK:
+        yield f"has expired at {vm.meta.expires_at}"
     if vm.state.status == "pending" and vm.state.worker:
         yield f"is pending on {vm.state.worker}: {vm.state.status_message}"
     if vm.state.status == "pending" and not vm.state.worker:
@@ -430,10 +509,12 @@ async def inject(
 ) -> None:
     """Take random steps of users and faults. With `isolate_workers`, only create VMs, kill and freeze workers."""
     actions: dict[Callable[[], None], int] = {
-        users.create: 12, users.delete: 5, users.resize: 3, users.restart: 2, users.stop_or_suspend: 1, users.pause_worker: 1,
+        users.create: 12, users.delete: 5, users.resize: 3, users.stop_or_suspend: 1, users.pause_worker: 1,
         users.delete_worker: 1, faults.kill_worker: 3, faults.stop_worker: 1, faults.lose_power: 1,
         faults.kill_controller: 2, faults.restart_controller: 1, faults.stop_controller: 1, faults.freeze_worker: 3, faults.cut_connection: 4,
         faults.slow_connection: 2, faults.set_clock: 1, faults.shut_guest_down: 2,
+        users.renew: 2, users.restart: 4, users.drain_worker: 2, users.cancel_drain: 3,
+        faults.set_controller_clock: 1, faults.sicken_machine: 1,
     }  # fmt: skip
     if freeze_controller:
         actions[faults.freeze_controller] = 3
@@ -457,7 +538,7 @@ async def run_schedule(seed: int, directory: Path, bug: PlantedBug, steps: int, 
             for name in cluster.machines:
                 cluster.start_worker(name)
             async with cluster.client(Process(USER), ANSWER_SECONDS) as client:
-                users = Users(cluster, client, nursery)
+                users = Users(cluster, client, nursery, deadlines=not bug.shows_in_isolation)
                 async with trio.open_nursery() as fault_nursery:
                     faults = Faults(cluster, fault_nursery, ISOLATION if bug.shows_in_isolation else DURATIONS)
                     await inject(
@@ -472,6 +553,9 @@ async def run_schedule(seed: int, directory: Path, bug: PlantedBug, steps: int, 
                 if not cluster.violations:
                     await faults.end_all()
                     await settle(cluster, users, client)
+            # A frozen process would never end a write that cannot be cancelled.
+            for running in (cluster.controller, *cluster.workers.values()):
+                running.process.thaw()
             nursery.cancel_scope.cancel()
     return cluster.violations
 

@@ -29,14 +29,17 @@ from harness.disks import UnsyncedDisk
 from harness.hypervisor import Handle, Machine, Order
 from harness.network import Network, Process
 
-from orchard import controller
+from orchard import controller, planning, transitions
+from orchard.agenda import MAX_COUNTED
 from orchard.changes import Change
 from orchard.client import Client
+from orchard.deadlines import Deadlines
 from orchard.early_failures import EarlyFailures
 from orchard.leftovers import Leftovers, RefusedError
 from orchard.liveness import Liveness, Source
 from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
+from orchard.storage.engine import Batch
 from orchard.storage.events import EventLog
 from orchard.storage.history import History
 from orchard.store import Store
@@ -59,6 +62,8 @@ GRACE_SECONDS = 5.0
 DISK_SECONDS = (0.0002, 0.03)
 # The share of writes that a forgetful disk does not do.
 FORGOTTEN_SHARE = 0.05
+# A planted bug deletes VMs so long before they expire.
+EARLY_SECONDS = 5.0
 # The share of workers that stop their VMs when they are told to stop.
 STOPS_VMS_SHARE = 0.2
 
@@ -102,6 +107,12 @@ class PlantedBug:
     forgets_names: bool = False
     # Whether VMs that fail before they run go to the same worker again.
     forgets_failures: bool = False
+    # Whether the controller deletes VMs a while before they expire.
+    expires_early: bool = False
+    # Whether a VM that its worker has to end is restarted at once.
+    restarts_unended: bool = False
+    # Whether VMs that find no worker in time fail without a reason.
+    times_out_silently: bool = False
     # Whether the schedule mostly isolates workers, because the bug is rare otherwise.
     shows_in_isolation: bool = False
 
@@ -115,6 +126,8 @@ PLANTED_BUGS = {
     "stopped-early": PlantedBug(reports_stopped_early=True),
     "over-offered": PlantedBug(offered=CAPACITY + 1),
     "forgetful-disk": PlantedBug(disk_forgets=True),
+    "early-expiry": PlantedBug(expires_early=True),
+    "silent-time-out": PlantedBug(times_out_silently=True),
 }
 
 
@@ -133,7 +146,19 @@ def planted(bug: PlantedBug) -> Iterator[None]:
         await trio.lowlevel.checkpoint()
         return False
 
+    expiry = Deadlines._expiry
+
+    def expires_early(deadlines: Deadlines, vm: VM) -> float | None:
+        at = expiry(deadlines, vm)
+        return None if at is None else at - EARLY_SECONDS
+
     with ExitStack() as stack:
+        if bug.expires_early:
+            stack.enter_context(patch.object(Deadlines, "_expiry", expires_early))
+        if bug.restarts_unended:
+            stack.enter_context(patch.object(planning, "has_ended", lambda *_: True))
+        if bug.times_out_silently:
+            stack.enter_context(patch.object(transitions, "time_out", lambda vm: transitions.fail(vm, "")))
         if bug.unassigns_named:
             stack.enter_context(patch.object(Liveness, "record_poll", record_poll_only))
         if bug.replaces_watches:
@@ -179,8 +204,12 @@ class SimulatedCluster:
         self.store: Store | None = None
         self.controller: RunningProgram
         self.workers: dict[str, RunningProgram] = {}
-        # Worker name -> the error of its clock in seconds.
+        # Worker, or CONTROLLER -> the error of its clock in seconds.
         self.clock_errors: dict[str, float] = {}
+        # When the wall time was written last that a start of the controller reads, and by how much starts have counted
+        # more than what passed since.
+        self._stored_at = 0.0
+        self.hastened = 0.0
         self.directory = directory
         # Worker and machine -> what a worker keeps in its directory there.
         self._memories: dict[tuple[str, str], ClusterMemory] = {}
@@ -234,6 +263,8 @@ class SimulatedCluster:
                 vm = change.new.state
                 name = f"{self.short(change.new.tart_name)}, generation {change.new.meta.generation},"
                 self.note(f"    {name} {vm.status} on {vm.worker or 'none'}: {vm.status_message}")
+                if vm.status == "failed" and not vm.status_message:
+                    self.violate(f"{name} failed without a reason")
             else:
                 self.note(f"    {change.kind} {change.name} {change.type}")
         state = self.store.state
@@ -259,8 +290,9 @@ class SimulatedCluster:
             log.setLevel(before[0])
             log.propagate = before[1]
 
-    def clock(self) -> datetime.datetime:
-        return BEGAN + datetime.timedelta(seconds=trio.current_time())
+    def clock(self, name: str = "") -> datetime.datetime:
+        """Return the time, or the time that the clock of a worker or the controller shows."""
+        return BEGAN + datetime.timedelta(seconds=trio.current_time() + self.clock_errors.get(name, 0.0))
 
     # -- the controller
 
@@ -284,7 +316,7 @@ class SimulatedCluster:
             await trio.lowlevel.checkpoint()
             return [self.network.listen(process)], controller.Running(URL)
 
-        platform = controller.Platform(partial(self._open_data, process), listen, self.clock)
+        platform = controller.Platform(partial(self._open_data, process), listen, partial(self.clock, CONTROLLER))
 
         async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
             try:
@@ -301,12 +333,15 @@ class SimulatedCluster:
     @contextmanager
     def _open_data(self, process: Process, directory: Path) -> Iterator[controller.StoredData]:
         async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+            asked_at = trio.current_time()
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
             await process.wait_thawed()
             if not process.alive:
                 raise ProcessKilledError
             forgotten = self._bug.disk_forgets and self.chance.random() < FORGOTTEN_SHARE
             result = None if forgotten else work(*arguments)
+            if arguments and isinstance(arguments[0], Batch) and not forgotten:
+                self._stored_at = asked_at
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
             await process.wait_thawed()
             return result
@@ -320,6 +355,10 @@ class SimulatedCluster:
                 with store.transaction() as tx:
                     for worker in store.state.workers.values():
                         tx.put(replace(worker, promised=1))
+            if store.stored_time is not None:
+                counted = (self.clock(CONTROLLER) - store.stored_time).total_seconds()
+                passed = trio.current_time() - self._stored_at
+                self.hastened += max(0.0, min(counted, MAX_COUNTED.total_seconds()) - passed)
             store.on_commit(self.committed)
             events = EventLog(directory / "events", disk, in_thread)
             events.open({vm.uid for vm in store.state.vms.values()})
@@ -367,7 +406,7 @@ class SimulatedCluster:
                         driver,
                         memory=memory,
                         stop_vms_on_exit=stops_vms,
-                        clock=lambda: self.clock().timestamp() + self.clock_errors.get(name, 0.0),
+                        clock=lambda: self.clock(name).timestamp(),
                         lease_clock=trio.current_time,
                         chance=self.chance.random,
                     )

@@ -227,6 +227,49 @@ async def worker_that_says_goodbye(cluster: SimulatedCluster, client: Client) ->
         cluster.violate("a VM was assigned to a worker that has stopped")
 
 
+async def restart_on_a_host_that_is_cut_off(cluster: SimulatedCluster, client: Client) -> None:
+    """A VM with a lease starts elsewhere when the lease is over, and one without when its worker is back."""
+    await start_workers(cluster)
+    await create(client, "vm-0")
+    await create(client, "vm-1", "Never")
+    leased = await wait_vm(client, "vm-0", runs)
+    unleased = await wait_vm(client, "vm-1", runs)
+    for vm in (leased, unleased):
+        cut_off(cluster, vm.state.worker)
+        await client.vms.restart(vm.name)
+    again = await wait_vm(client, "vm-0", lambda vm: vm.state.restart_count == 1 and runs(vm))
+    assert again.state.worker != leased.state.worker
+    await trio.sleep(2 * TIMEOUT)
+    waiting = await client.vms.get("vm-1")
+    if waiting.state.restart_count or unleased.tart_name not in cluster.machines[unleased.state.worker].guests:
+        cluster.violate("a VM without lease was restarted although it may run")
+        return
+    cluster.network.heal(unleased.state.worker, CONTROLLER)
+    await wait_vm(client, "vm-1", lambda vm: vm.state.restart_count == 1 and runs(vm))
+
+
+async def drain_with_shutdown_scripts(cluster: SimulatedCluster, client: Client) -> None:
+    """The worker is drained only when the shutdown scripts of its VMs, some of which hang, are over."""
+    await start_workers(cluster, "mac-1")
+    script = {"shutdown_script": {"script_content": "sync"}, "shutdownTimeoutSeconds": 40}
+    for name in ("vm-0", "vm-1"):
+        await client.vms.create(
+            {"name": name, "image": "image", "restart_policy": "OnFailure", "resources": {TART_VMS: 1}, **script}
+        )
+        await wait_vm(client, name, runs)
+    await start_workers(cluster, "mac-2")
+    await client.workers.drain("mac-1", deadline_seconds=30)
+    await trio.sleep(25)
+    assert runs(await client.vms.get("vm-0"))
+    with trio.fail_after(200):
+        while (await client.workers.get("mac-1")).state != "drained":  # noqa: ASYNC110 -- over the API
+            await trio.sleep(1)
+    if cluster.machines["mac-1"].guests:
+        cluster.violate("a worker is called drained on which a VM runs")
+    for name in ("vm-0", "vm-1"):
+        assert (await wait_vm(client, name, runs)).state.worker == "mac-2"
+
+
 async def sick_host(cluster: SimulatedCluster, client: Client) -> None:
     cluster.machines["mac-1"].broken = "clone"
     await start_workers(cluster)
@@ -275,6 +318,8 @@ SCENARIOS: list[tuple[Script, PlantedBug]] = [
     (workers_of_a_controller_that_was_restored, PlantedBug(forgets_revisions=True)),
     (worker_under_another_name, PlantedBug(forgets_names=True)),
     (worker_that_says_goodbye, PlantedBug(forgets_goodbyes=True)),
+    (restart_on_a_host_that_is_cut_off, PlantedBug(restarts_unended=True)),
+    (drain_with_shutdown_scripts, PlantedBug(restarts_unended=True)),
     (sick_host, PlantedBug(forgets_failures=True)),
     (sick_host_and_a_vm_that_restarts, PlantedBug(forgets_failures=True)),
 ]
