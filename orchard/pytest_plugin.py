@@ -75,10 +75,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     item.stash[_LINES_BEFORE] = log.count if log is not None else 0
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
+# Not `wrapper=True`, which early versions of pytest 7 do not have.
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    outcome = yield
+    report: pytest.TestReport = outcome.get_result()
     log = _cluster_log()
     if report.failed and log is not None and (lines := log.since(item.stash.get(_LINES_BEFORE, 0))):
         report.sections.append((f"Orchard cluster log, {report.when}", "\n".join(lines)))
-    return report

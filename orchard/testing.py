@@ -147,19 +147,10 @@ async def cluster(
             admin = running.new_admin
             account, token = (admin.name, admin.token) if admin is not None else ("", "")
             make_client = partial(Client, running.url, account=account, token=token, certificate=running.certificate)
-            async with make_client() as client, trio.open_nursery() as working:
-                found = {
-                    worker.name: ClusterWorker(worker, make_driver(worker.name), make_client, working)
-                    for worker in _describe_workers(workers, vms_per_worker)
-                }
-                async with trio.open_nursery() as starting:
-                    for worker in found.values():
-                        starting.start_soon(worker.start)
+            described = _describe_workers(workers, vms_per_worker)
+            async with make_client() as client, _run_workers(described, make_driver, make_client) as found:
                 certificate = settings.data_dir / TLS_CERTIFICATE_FILE if tls else None
                 yield Cluster(running.url, client, account, token, running.ssh_port, certificate, found)
-                for worker in found.values():
-                    await worker.network.repair()
-                working.cancel_scope.cancel()
 
 
 def _describe_workers(workers: int | Sequence[Worker], vms_per_worker: int) -> list[Worker]:
@@ -174,6 +165,22 @@ def _describe_workers(workers: int | Sequence[Worker], vms_per_worker: int) -> l
         )
         for worker in named
     ]
+
+
+@asynccontextmanager
+async def _run_workers(
+    described: Sequence[Worker], make_driver: Callable[[str], Driver], make_client: Callable[..., Client]
+) -> AsyncIterator[Mapping[str, ClusterWorker]]:
+    """Run workers for the time of the block, which begins when all are registered."""
+    async with trio.open_nursery() as working:
+        workers = {each.name: ClusterWorker(each, make_driver(each.name), make_client, working) for each in described}
+        async with trio.open_nursery() as starting:
+            for worker in workers.values():
+                starting.start_soon(worker.start)
+        yield workers
+        for worker in workers.values():
+            await worker.network.repair()
+        working.cancel_scope.cancel()
 
 
 @asynccontextmanager
