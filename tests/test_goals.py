@@ -37,8 +37,8 @@ def ready(vm: VM) -> VM:
     return report(running(vm), seen, BEGAN)
 
 
-def script_failed(vm: VM) -> VM:
-    seen = VMReport(conditions=(Condition("ready", "false"),), startup_exit_code=3)
+def script_failed(vm: VM, code: int | None = 3) -> VM:
+    seen = VMReport(conditions=(Condition("ready", "false"),), startup_exit_code=code, startup_ended_at=BEGAN)
     return report(running(vm), seen, BEGAN)
 
 
@@ -63,6 +63,7 @@ STATES: dict[str, tuple[VM, str, str]] = {
     "rebooting": (rebooting(pending()), "", ""),
     "ready": (ready(pending()), "running ready", ""),
     "script failed": (script_failed(pending()), "running", "ready"),
+    "script did not begin": (script_failed(pending(), None), "running", "ready"),
     "failed": (failed(pending()), "failed", "running ready stopped"),
     "failed and to be restarted": (failed(pending(restart_policy="OnFailure")), "failed", ""),
     "restarted": (restart(failed(pending(restart_policy="OnFailure")), BEGAN), "", ""),

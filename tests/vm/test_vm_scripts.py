@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from harness.processes import eventually, processes_in
 from orchard import transitions
 from orchard.codec import decode
 from orchard.schema import VM, VMReport
+from orchard.tart import TartDriver
 from orchard.vm import supervisor
 from orchard.vm.driver import DriverError, LocalVM, OnLine, Script
 from orchard.vm.instance import CUT_OFF, Instance
 from orchard.vm.instance_state import Note, shutdown_of
 
 Clock = trio.testing.MockClock
+STANDIN = Path(__file__).parent.parent / "standin" / "tart"
 
 
 @pytest.fixture
@@ -362,3 +366,32 @@ async def test_note_holds_what_the_shutdown_needs_without_the_controller(host: H
         assert noted == shutdown_of(vm, "w")
         assert noted is not None
         assert (noted.username, noted.password, noted.seconds) == ("me", "secret", 77)
+
+
+# ---- on tart -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", [pytest.param("ssh", marks=pytest.mark.needs("ssh")), "tart-guest-agent"])
+async def test_scripts_of_a_vm_on_tart(transport: str, tmp_path: Path, sshd: int) -> None:
+    """Both scripts take the same way. A VM that the guest agent reaches needs no SSH server."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    home = tmp_path / "tart"
+    home.mkdir()
+    driver = TartDriver(
+        str(STANDIN),
+        home / "driver",
+        ssh_port=sshd if transport == "ssh" else 1,
+        env={"TART_HOME": str(home), "PATH": path},
+        own_addresses=True,
+    )
+    host = Host(home, driver)
+    startup = {**script("echo $ORCHARD_VM_NAME"), "transport": transport}
+    vm = with_shutdown(tmp_path, image="example.com/image", startup_script=startup, os="linux")
+    async with left_by_a_worker(host, vm) as instance:
+        await until(instance, is_ready)
+    async with adopted(host, vm) as instance:
+        await until(instance, lambda i: i.state.phase == "running")
+    assert (host.lines, shut(tmp_path)) == (["vm"], ["vm"])
+    assert await driver.list_vms() == []
+    await eventually(lambda: processes_in(home) == [])
