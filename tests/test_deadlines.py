@@ -29,6 +29,7 @@ from orchard.reactions import tunnel_end_reason
 from orchard.schema import TART_VMS
 from orchard.storage.errors import StorageError
 from orchard.store import UPKEEP_SECONDS
+from orchard.testing import cluster
 
 SECOND = datetime.timedelta(seconds=1)
 
@@ -563,3 +564,19 @@ async def test_worker_that_returns_or_holds_a_vm_is_not_deleted(api: Served, aut
     await api.ok("DELETE", "/vms/vm")
     await after(api, 100)
     assert set(api.state.workers) == {"x"}
+
+
+async def read_all(stream: trio.abc.ReceiveStream) -> None:
+    while await stream.receive_some():
+        pass
+
+
+async def test_tunnel_of_an_expired_vm_is_closed_with_that_reason() -> None:
+    async with cluster() as c:
+        await c.client.vms.create(name="vm", image="image", ttl_seconds=60)
+        await c.client.vms.wait("vm", until="running")
+        async with c.client.vms.port_forward("vm", 22) as stream:
+            await c.client.vms.patch("vm", ttl_seconds=1)
+            with pytest.raises(trio.BrokenResourceError, match="has expired"):
+                await read_all(stream)
+        assert await c.client.vms.list() == []

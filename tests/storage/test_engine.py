@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import itertools
 import json
@@ -92,6 +93,23 @@ def test_object_created_and_deleted_in_one_batch_leaves_no_record(tmp_path: Path
     file_engine.append(made)
     file_engine.close()
     assert objects_in(tmp_path) == (2, set())
+
+
+@pytest.mark.parametrize("compacts", [False, True])
+def test_wall_time_of_the_last_write_is_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compacts: bool
+) -> None:
+    monkeypatch.setattr(engine, "COMPACT_BYTES", 0 if compacts else 10_000)
+    monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
+    file_engine = begun(tmp_path)
+    assert FileEngine(tmp_path, UnsyncedDisk()).load().time == BEGAN
+    later = BEGAN + datetime.timedelta(hours=1)
+    for revision, time in ((1, later), (2, later), (3, None)):
+        made = batch(revision, "a")
+        made.time = time
+        file_engine.append(made)
+    file_engine.close()
+    assert FileEngine(tmp_path, UnsyncedDisk()).load().time == later
 
 
 def test_compaction_in_place_of_the_reserve_fills_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
