@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from harness.disks import CrashDisk, FailingDisk, Image, SmallDisk, UnsyncedDisk, fails_at, no_space
+from harness.disks import CrashDisk, FailingDisk, HeldDisk, Image, SmallDisk, UnsyncedDisk, fails_at, no_space
 from harness.strategies import BEGAN
 
 import orchard.storage.history
@@ -294,3 +294,21 @@ async def test_file_of_lifecycle_events_is_bounded_while_vms_come_and_go(
     restarted = LifecycleLog(path, UnsyncedDisk(), inline)
     restarted.open({A})
     assert [(event.number, event.after) for event in restarted.of(A).events] == [(n, n) for n in range(136, 200)]
+
+
+async def test_lifecycle_events_of_a_vm_dropped_during_their_write_are_forgotten(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    log = LifecycleLog(tmp_path / "lifecycle.jsonl", disk)
+    log.open(())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(log.run)
+        with disk.held():
+            for uid in (A, "other"):
+                log.add(WaitingEvent(uid, 0, lifecycle_json("created", 1)))
+            nursery.start_soon(log.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            assert [event.uid for event in log.waiting(A)] == [A]
+            log.drop(A)
+        await log.flush()
+        assert (len(log.of(A).events), len(log.of("other").events)) == (0, 1)
+        nursery.cancel_scope.cancel()
