@@ -98,7 +98,7 @@ class RecordFile:
         """
         try:
             if not self.journal.size:
-                self._replace([*live(), *records])
+                self._replace(records)
             elif self.count + len(records) > max(self._replace_at, 2 * live_count + _SLACK):
                 self._replace_or_append(records, live)
             else:
