@@ -87,7 +87,7 @@ class Fleet:
         return request("PUT", f"/v1/workers/w-{number}", json.dumps(body).encode())
 
     def _ask(self, data: bytes) -> None:
-        # The controller answers only to names of its own where nobody has to authenticate.
+        # A controller without authentication answers only to names of its own.
         self._connection.sendall(data.replace(b"Host: controller", b"Host: 127.0.0.1", 1))
         answer = bytearray()
         while not (length := answer_length(answer)) or len(answer) < length:
