@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from harness.disks import HeldDisk
 from harness.served import BEGAN, Served, served
 
 from orchard import transitions
 from orchard.net.request import Stream
 from orchard.nursery import Wakeup
-from orchard.schema import ServiceAccount
+from orchard.schema import Event, ServiceAccount
 from orchard.storage.lifecycle import MAX_LIFECYCLE
 
 
@@ -242,6 +244,23 @@ async def test_stream_ends_with_the_lifecycle_event_of_its_end(api: Served, nurs
     await report(api, vm, **FAILED)
     await following.has_ended.wait()
     assert following.payloads[-1] == "failed: broken"
+
+
+async def test_stream_does_not_end_before_the_reason_is_durable(tmp_path: Path, nursery: trio.Nursery) -> None:
+    disk = HeldDisk()
+    async with served(tmp_path, disk=disk) as api:
+        vm = await start(api)
+        following = await follow(api, nursery, "vm/events?follow=true&until=ended")
+        with disk.held():
+            nursery.start_soon(partial(report, api, vm, **FAILED))
+            while api.state.vms["vm"].state.status != "failed":
+                await trio.lowlevel.checkpoint()
+            # Wakes the stream.
+            await api.api.parts.events.append(vm["uid"], [Event(kind="log_line", payload="last words")])
+            await trio.testing.wait_all_tasks_blocked()
+            assert not following.has_ended.is_set()
+        await following.has_ended.wait()
+        assert following.payloads == ["last words"]
 
 
 async def test_stream_ends_with_the_role_of_its_account(tmp_path: Path, nursery: trio.Nursery) -> None:
