@@ -125,7 +125,7 @@ OPERATIONS: tuple[APIOperation, ...] = (
               answer=ref("Events"), problems=(404,), query=parameters.PAGE, answer_headers=_NEXT,
               ndjson=_EVENT_LINE),
     Operation("GET", "/history", events.list_history, "compute:read", "List the VMs that have ended, the earliest first",
-              answer=array_of("EndedVM"), query=parameters.HISTORY, answer_headers=_REVISION),
+              answer=array_of("EndedVM"), query=parameters.HISTORY),
     Operation("POST", "/vms/{name}/events", events.append_events, "compute:write", "Append events to those of a VM",
               body=ref("Events"), body_limit=_LARGE_BODY, problems=(404,), query=(parameters.UID,)),
     Operation("GET", "/vms/{name}/port-forward", connections.forward_vm, "compute:connect",

@@ -82,4 +82,4 @@ async def list_history(api: API, request: Request, admitted: Admitted) -> AnyRes
     limit = read_number(request.query, parameters.LIMIT_HISTORY)
     # What ended before is shown.
     await api.parts.history.flush()
-    return api.answer_list(api.parts.history.select(since, limit))
+    return api.answer_list(api.parts.history.select(since, limit), headers=())
