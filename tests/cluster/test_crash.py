@@ -36,7 +36,7 @@ from harness.processes import (
 )
 
 from orchard import fsck
-from orchard.files import STATE_FILE
+from orchard.files import HISTORY_FILE, LIFECYCLE_FILE, STATE_FILE
 from orchard.storage.journal import Disk, Journal
 from orchard.store import State, read_state
 
@@ -142,7 +142,8 @@ def test_failed_fsync_is_not_acknowledged_and_ends_the_controller(tmp_path: Path
         assert role.process.wait(GENEROUS) == 1
     assert set(answers) == {200, 503}
     assert answers.count(503) >= 4, "waiting clients got no answer"
-    path = r"events/\S+" if what else "state.jsonl"
+    # Lifecycle events are written beside the state.
+    path = r"events/\S+" if what else "(state|events/lifecycle).jsonl"
     said = (
         rf"\norchard controller: cannot sync {tmp_path}/controller/{path}: Input/output error; what .* is uncertain\n"
     )
@@ -298,13 +299,17 @@ def test_files_of_a_data_directory_are_private_under_any_umask(tmp_path: Path, u
             assert call(url, "POST", "/v1/vms", {"name": "vm", "image": "any"})[0] == 200
             events = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
             assert call(url, "POST", "/v1/vms/vm/events", events)[0] == 200
+            assert call(url, "POST", "/v1/vms", {"name": "ended", "image": "any"})[0] == 200
+            assert call(url, "DELETE", "/v1/vms/ended")[0] == 200
             assert role.stop() == 0
     finally:
         os.umask(before)
     directory = tmp_path / "home" / "controller"
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [directory, *directory.rglob("*")]}
     assert modes.pop("controller.lock") & 0o077 == 0
-    assert len(modes) == 7
+    # Among them the lifecycle events and the history, which a stop writes.
+    assert len(modes) == 9
+    assert {LIFECYCLE_FILE, HISTORY_FILE} <= set(modes)
     assert all(mode == (0o700 if name in ("controller", "events") else 0o600) for name, mode in modes.items()), modes
 
 
