@@ -121,7 +121,8 @@ class Deadlines:
     def step(self) -> bool:
         """Do some of what is due in one transaction. Return whether there may be more. Raises StorageError."""
         now = self._clock.monotonic()
-        if error := self._clock.error():
+        # On a full disk, what is due comes first. Until the shift, the deadlines are right in this run.
+        if (error := self._clock.error()) and not self._store.full:
             self._shift(error)
         if now >= self._touch_at:
             self._touch(now)
@@ -150,6 +151,8 @@ class Deadlines:
 
     def _prune(self, worker: Worker, tx: Transaction) -> None:
         """Delete a worker that was offline for long enough and holds nothing, or store since when it is offline."""
+        if self._store.full:
+            return
         now, since = self._clock.monotonic(), self._offline_since(worker)
         if since is None:
             tx.put(replace(worker, offline_since=None))
@@ -285,6 +288,8 @@ class Deadlines:
         if not self._store.state.settings.worker_prune_seconds:
             return None
         now, since = self._clock.monotonic(), self._offline_since(worker)
+        if self._store.full:
+            return now + TOUCH_SECONDS
         if since is None:
             return now if worker.offline_since is not None else None
         at = self._prune_at(worker, since)

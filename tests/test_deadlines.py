@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -580,3 +581,24 @@ async def test_tunnel_of_an_expired_vm_is_closed_with_that_reason() -> None:
             with pytest.raises(trio.BrokenResourceError, match="has expired"):
                 await read_all(stream)
         assert await c.client.vms.list() == []
+
+
+async def test_vms_expire_on_a_full_disk_although_the_clock_was_set(tmp_path: Path, autojump_clock: object) -> None:
+    host, disk = HostClock(), FailingDisk()
+    async with served(tmp_path, disk=disk, host_clock=host, in_thread=at_once) as api:
+        await api.ok("PUT", "/cluster-settings", {"workerPruneSeconds": 10})
+        await api.register("w", resources={})
+        await api.ok("POST", "/workers/w/drain", {"deadlineSeconds": 1000})
+        await api.create("vm", ttlSeconds=60)
+        api.close_watch("w")
+        await trio.sleep(3)
+        api.schedule()
+        disk.fault = no_space
+        assert (await api.call("POST", "/vms", {"name": "other", "image": "image"})).status == 507
+        host.error = 10**8 * SECOND
+        await trio.sleep(300)
+        api.deadlines.step()
+        assert "vm" not in api.state.vms
+        disk.fault = lambda verb, number: 0
+        with suppress(StorageError):
+            await api.store.wait_durable()
