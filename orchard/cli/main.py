@@ -103,8 +103,9 @@ def _run(words: list[str]) -> int:
     name, *rest = words
     verb = VERBS.get(name)
     if verb is None:
-        known = ", ".join(VERBS)
-        raise CommandError(f"unknown verb {name}{suggest(name, VERBS)}, expected one of {known}", USAGE)
+        verbs = [verb for verb in VERBS if VERBS[verb].help]
+        known = ", ".join(verbs)
+        raise CommandError(f"unknown verb {name}{suggest(name, verbs)}, expected one of {known}", USAGE)
     module = importlib.import_module(f"orchard.cli.{verb.module}")
     if name in ROLE_VERBS:
         status: int = module.run_role(name, rest)

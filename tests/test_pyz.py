@@ -1,0 +1,112 @@
+"""orchard.pyz: what is in it, and that controllers, workers and supervisors run from it, also across its exchange."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from harness import processes
+from harness.hosts import ends_well, process_cluster
+
+from orchard import __version__
+
+ROOT = Path(__file__).parent.parent
+# Without the packages of this environment.
+PYTHON = str(getattr(sys, "_base_executable", sys.executable))
+MOST_BYTES = 2_500_000
+
+
+def make(directory: Path) -> Path:
+    subprocess.run([sys.executable, ROOT / "tools" / "pyz.py", directory], check=True, capture_output=True)
+    return directory / "orchard.pyz"
+
+
+@pytest.fixture(scope="module")
+def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("pyz"))
+
+
+def run(pyz: Path, *words: str, home: Path, python: str = PYTHON) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    return subprocess.run([python, pyz, *words], env=env, capture_output=True, text=True, check=False)
+
+
+def test_archive_is_small_and_the_same_each_time(pyz: Path, tmp_path: Path) -> None:
+    again = make(tmp_path)
+    assert again.read_bytes() == pyz.read_bytes()
+    assert pyz.stat().st_size < MOST_BYTES
+    digest = hashlib.sha256(pyz.read_bytes()).hexdigest()
+    assert pyz.with_name("orchard.pyz.sha256").read_text() == f"{digest}  orchard.pyz\n"
+
+
+def test_each_package_is_listed_and_has_its_licence_inside(pyz: Path) -> None:
+    bill = json.loads(pyz.with_name("orchard.pyz.cdx.json").read_text())
+    components = {component["name"].lower() for component in bill["components"]}
+    assert {"h11", "trio", "trio-websocket", "pyjwt"} <= components
+    names = zipfile.ZipFile(pyz).namelist()
+    licensed = {name.split("/")[0].split("-")[0].replace("_", "-").lower() for name in names if "licen" in name.lower()}
+    assert components - {"orchard-cluster"} <= licensed | {"sniffio", "outcome"}
+    assert "orchard/LICENSE" in names
+    assert not [name for name in names if "/_tests/" in name or name.endswith(".pyc")]
+
+
+def test_command_runs_in_an_empty_home_and_keeps_exit_statuses(pyz: Path, tmp_path: Path) -> None:
+    done = run(pyz, "--version", home=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"orchard {__version__}\n")
+    assert run(pyz, "nonsense", home=tmp_path).returncode == 2
+    assert run(pyz, "list", "vms", home=tmp_path).returncode == 1
+    (made,) = (tmp_path / ".orchard" / "pyz").iterdir()
+    assert (made / "orchard" / "controller.py").exists()
+
+
+def test_home_that_cannot_be_written_to_is_named(pyz: Path, tmp_path: Path) -> None:
+    (tmp_path / ".orchard").write_text("not a directory")
+    done = run(pyz, "--version", home=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert "ORCHARD_HOME" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.10"])
+def test_older_python_says_what_is_needed(pyz: Path, tmp_path: Path, version: str) -> None:
+    python = shutil.which(f"python{version}")
+    if python is None or run(pyz, home=tmp_path, python=python).returncode == 127:
+        pytest.skip(f"no Python {version} on this machine")
+    done = run(pyz, "--version", home=tmp_path, python=python)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "3.11" in done.stderr
+
+
+@pytest.mark.slow
+async def test_vms_are_adopted_across_an_exchange_of_the_archive(
+    pyz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = tmp_path / "orchard.pyz"
+    shutil.copy(pyz, used)
+    monkeypatch.setattr(processes, "command", lambda role, *words: [PYTHON, str(used), role, *words])
+    async with process_cluster(tmp_path / "site") as c:
+        with c.host.worker() as worker:
+            vm = await c.create_running("vm")
+            worker.stop(signal.SIGKILL)
+        process = c.host.record(vm).child
+        newer = tmp_path / "newer.pyz"
+        shutil.copy(pyz, newer)
+        with zipfile.ZipFile(newer, "a") as archive:
+            archive.writestr("newer", "")
+        newer.replace(used)
+        with c.host.worker() as worker:
+            await c.client.vms.patch("vm", headless=True)
+            now = await c.wait_vm("vm", lambda vm: vm.state.observed_generation == 1)
+            assert (now.uid, now.state.restart_count) == (vm.uid, 0)
+            assert c.host.record(vm).child != process, "the changed VM was started again, by the new archive"
+            await c.delete_all()
+            assert ends_well(worker)
+        assert len(list((c.host.home / "pyz").iterdir())) == 2
+        assert processes.processes_in(c.host.tart_home) == []
