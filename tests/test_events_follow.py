@@ -190,7 +190,7 @@ async def start(api: Served, capabilities: tuple[str, ...] = ("vm-ready",), **sp
     [
         ("ready", "Never", READY, True),
         ("ready", "Never", RUNNING, False),
-        ("ready", "Never", {**RUNNING, "startupExitCode": 3}, True),
+        ("ready", "Never", {**RUNNING, "startupExitCode": 3, "startupEndedAt": "2026-01-31T12:00:00Z"}, True),
         ("ready", "Never", FAILED, True),
         ("ready", "OnFailure", FAILED, False),
         ("ended", "Never", READY, False),
