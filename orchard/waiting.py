@@ -94,7 +94,8 @@ class Survey:
             self._reasons[found[0], found[1][0]] += 1
         else:
             for resource, wanted in self._demand.resources:
-                free = worker.resources.get(resource, 0) - load.used.get(resource, 0)
+                # A worker may offer less than is used there.
+                free = max(0, worker.resources.get(resource, 0) - load.used.get(resource, 0))
                 if free < wanted:
                     count, _, most = self._short.get(resource, (0, 0, 0))
                     self._short[resource] = count + 1, wanted, max(most, free)
