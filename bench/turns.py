@@ -20,7 +20,7 @@ from pathlib import Path
 
 import trio
 from cluster import AUTHORIZATION, PER_WORKER
-from load import press, request
+from load import connect, press, request
 from measure import ROUNDS, Turns
 
 from orchard import controller
@@ -41,6 +41,7 @@ PATHS = {
     "get one": "/v1/vms/vm-7",
     "create": "",
 }
+WATCH = "begin a watch"
 # Bytes of the body.
 LARGE = {"events": 256 * 1024, "most events": 4 * 1024 * 1024, "script": 256 * 1024, "longest script": 4 * 1024 * 1024}
 
@@ -58,6 +59,16 @@ def large_request(kind: str, number: int) -> bytes:
         path = "/v1/vms"
     assert len(body) <= size
     return request("POST", path, body.encode(), AUTHORIZATION)
+
+
+def begin_watches(port: int) -> None:
+    """Begin watches of everything one after another, and read each up to the end of its first list."""
+    for _ in range(LARGE_COUNT):
+        with connect(port) as connection:
+            connection.sendall(request("GET", "/v1/watch", authorization=AUTHORIZATION))
+            received = b""
+            while b"BOOKMARK" not in received:
+                received = received[-100:] + connection.recv(1024 * 1024)
 
 
 def requests(kind: str, round_number: int) -> Iterator[bytes]:
@@ -78,7 +89,7 @@ async def measure(home: Path, vms: int) -> None:
     async with trio.open_nursery() as nursery:
         running: controller.Running = await nursery.start(controller.run, settings)
         port = running.url.rpartition(":")[2]
-        for kind in (*PATHS, *LARGE):
+        for kind in (*PATHS, WATCH, *LARGE):
             longest, longest_cpu = [], 0.0
             for number in range(ROUNDS):
                 turns = Turns()
@@ -100,6 +111,9 @@ def main() -> None:
     # The process of the clients.
     if sys.argv[1:2] == ["--press"]:
         port, kind, number = sys.argv[2:]
+        if kind == WATCH:
+            begin_watches(int(port))
+            return
         count = LARGE_COUNT if kind in LARGE else COUNT
         press(int(port), 4, itertools.islice(requests(kind, int(number)), count))
         return

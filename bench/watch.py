@@ -1,10 +1,11 @@
-"""Measure how long it takes until many watchers of a VM have received one change.
+"""Measure what a change costs with watchers: of one VM or of everything, few or many, in small and in large clusters.
 
-    ./run bench watch [--watchers N] [--changes N]
+    ./run bench watch [--watchers N] [--changes N] [--vms N]
 
-Each watcher has a connection of its own to a controller in another process. The time is from the request of a change to
-the arrival of its line at the last watcher. The baseline is a bare trio server that sends the same bytes over as many
-connections each time it receives a byte.
+Each watcher has a connection of its own to a controller in another process, over TLS or in the clear. The time is from
+the request of a change to the arrival of its line at the last watcher. The baseline for many watchers is a bare trio
+server that sends the same bytes over as many connections, in the clear, each time it receives a byte. The baseline for a
+large cluster is one of 100 VMs.
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ import json
 import resource
 import select
 import socket
+import ssl
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import trio
 from cluster import AUTHORIZATION, prepare
-from load import CONTROLLER, Server, request, running
+from load import CONTROLLER, CONTROLLER_TLS, Server, request, running
 from measure import Variant, compare
 
 RECEIVE_BYTES = 65536
+SMALL_CLUSTER = 100
+ONE, EVERYTHING = "/v1/vms/vm-0?watch=true", "/v1/watch"
 
 
 class Watchers:
@@ -35,19 +41,32 @@ class Watchers:
     def __init__(self, server: Server, count: int, greeting: bytes) -> None:
         self._poll = select.epoll()
         self._open: dict[int, socket.socket] = {}
+        # The end of what each has received, in which a line may begin.
+        self._tails: dict[int, bytes] = {}
         for _ in range(count):
             connection = server.connect()
             connection.sendall(greeting)
             self._poll.register(connection, select.EPOLLIN)
             self._open[connection.fileno()] = connection
+            self._tails[connection.fileno()] = b""
 
     def wait_all(self, line: bytes) -> None:
         """Wait until each connection has received something that contains `line`."""
         waiting = set(self._open)
         while waiting:
             for descriptor, _ in self._poll.poll():
-                if line in self._open[descriptor].recv(RECEIVE_BYTES):
+                received = self._tails[descriptor] + self._receive(self._open[descriptor])
+                self._tails[descriptor] = received[-len(line) :]
+                if line in received:
                     waiting.discard(descriptor)
+                    self._tails[descriptor] = b""
+
+    def _receive(self, connection: socket.socket) -> bytes:
+        received = connection.recv(RECEIVE_BYTES)
+        # What OpenSSL has read from the socket already makes it ready no more.
+        while isinstance(connection, ssl.SSLSocket) and connection.pending():
+            received += connection.recv(RECEIVE_BYTES)
+        return received
 
 
 async def serve_bare(line: bytes) -> None:
@@ -66,46 +85,83 @@ async def serve_bare(line: bytes) -> None:
         print(f"listening on 127.0.0.1:{listeners[0].socket.getsockname()[1]}", flush=True)
 
 
+@contextmanager
+def controller_of(vms: int, *, tls: bool) -> Iterator[Server]:
+    """Run a controller with a cluster of a size."""
+    arguments = (*(CONTROLLER_TLS if tls else CONTROLLER), "--worker-offline-timeout", "100000")
+    with tempfile.TemporaryDirectory() as home:
+        prepare(Path(home), vms, max(1, vms // 2))
+        with running(*arguments, home=Path(home)) as server:
+            yield server
+
+
+@contextmanager
+def changing(controller: Server, path: str, watchers: int) -> Iterator[Callable[[], None]]:
+    """Return a function that changes a VM, and waits until all of some watchers have received it."""
+    numbers = itertools.count()
+    with controller.connect() as user:
+        watching = Watchers(controller, watchers, request("GET", path, authorization=AUTHORIZATION))
+        watching.wait_all(b"ADDED" if path == ONE else b"BOOKMARK")
+
+        def change() -> None:
+            number = next(numbers)
+            user.sendall(patch_request(number))
+            watching.wait_all(b'"generation":%d,' % (number + 1))
+            user.recv(RECEIVE_BYTES)
+
+        yield change
+
+
+def measure_many(watchers: int, changes: int) -> None:
+    """Compare many watchers with a bare server."""
+    for path, tls in ((ONE, False), (EVERYTHING, False), (EVERYTHING, True)):
+        with (
+            controller_of(2, tls=tls) as controller,
+            changing(controller, path, watchers) as change,
+            running(__file__, "--bare") as server,
+            server.connect() as trigger,
+        ):
+            bare_watchers = Watchers(server, watchers, b"?")
+
+            def change_bare(trigger: socket.socket = trigger, bare_watchers: Watchers = bare_watchers) -> None:
+                trigger.sendall(b"!")
+                bare_watchers.wait_all(b"MODIFIED")
+
+            name = f"{'one VM' if path == ONE else 'everything'}, {watchers:,} watchers{', TLS' * tls}"
+            watched = Variant(name, change, 1, controller.cpu)
+            compare(watched, Variant("the same bytes, bare", change_bare, 1, server.cpu), count=changes)
+        seconds = sorted(watched.seconds)
+        middle = 1000 * statistics.median(seconds)
+        print(f"until the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})\n")
+
+
+def measure_large(vms: int, changes: int) -> None:
+    """Compare a change in a large cluster with one in a small cluster, each with one watcher of everything."""
+    for tls in (False, True):
+        with (
+            controller_of(vms, tls=tls) as large,
+            controller_of(SMALL_CLUSTER, tls=tls) as small,
+            changing(large, EVERYTHING, 1) as change_large,
+            changing(small, EVERYTHING, 1) as change_small,
+        ):
+            compare(
+                Variant(f"a change among {vms:,} VMs{', TLS' * tls}", change_large, 1, large.cpu),
+                Variant(f"a change among {SMALL_CLUSTER:,} VMs{', TLS' * tls}", change_small, 1, small.cpu),
+                count=changes,
+            )
+            print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="./run bench watch")
     parser.add_argument("--watchers", type=int, default=1_000, help="default %(default)s")
     parser.add_argument("--changes", type=int, default=30, help="default %(default)s")
+    parser.add_argument("--vms", type=int, default=10_000, help="VMs of the large cluster; default %(default)s")
     options = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with tempfile.TemporaryDirectory() as home:
-        prepare(Path(home), 2, 1)
-        with (
-            running(*CONTROLLER, "--worker-offline-timeout", "100000", home=Path(home)) as controller,
-            running(__file__, "--bare") as server,
-            controller.connect() as user,
-            server.connect() as trigger,
-        ):
-            watchers = Watchers(controller, options.watchers, watch_request())
-            watchers.wait_all(b"ADDED")
-            bare_watchers = Watchers(server, options.watchers, b"?")
-
-            numbers = itertools.count()
-
-            def change() -> None:
-                number = next(numbers)
-                user.sendall(patch_request(number))
-                watchers.wait_all(b'"generation":%d,' % (number + 1))
-                user.recv(RECEIVE_BYTES)
-
-            def change_bare() -> None:
-                trigger.sendall(b"!")
-                bare_watchers.wait_all(b"MODIFIED")
-
-            watched = Variant(f"a change to {options.watchers:,} watchers", change, 1, controller.cpu)
-            compare(watched, Variant("the same bytes, bare", change_bare, 1, server.cpu), count=options.changes)
-    seconds = sorted(watched.seconds)
-    middle = 1000 * statistics.median(seconds)
-    print(f"until the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})")
-
-
-def watch_request() -> bytes:
-    return request("GET", "/v1/vms/vm-0?watch=true", authorization=AUTHORIZATION)
+    measure_large(options.vms, options.changes)
+    measure_many(options.watchers, options.changes)
 
 
 def patch_request(number: int) -> bytes:

@@ -79,7 +79,8 @@ class Controller:
             raise Killed
 
     def hold(self) -> None:
-        self._may_write = trio.Event()
+        if self._may_write.is_set():
+            self._may_write = trio.Event()
 
     def release(self) -> None:
         self._may_write.set()
@@ -117,10 +118,15 @@ class Watcher:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     may_take: trio.Event = field(default_factory=trio.Event)
 
-    async def run(self, controller: Controller) -> None:
-        """Watch until cut off, or until the controller ends the watch."""
+    def begin(self, nursery: trio.Nursery, controller: Controller) -> None:
+        """Watch until `scope` is cancelled, or until the controller ends the watch."""
+        self.may_take.set()
+        self.scope = trio.CancelScope()
+        nursery.start_soon(self._run, controller, self.scope)
+
+    async def _run(self, controller: Controller, scope: trio.CancelScope) -> None:
         log = controller.store.log
-        with trio.CancelScope() as self.scope:
+        with scope:
             try:
                 if not self.revision:
                     raise RevisionGoneError
@@ -228,8 +234,7 @@ class Attack:
         controller = Controller(self.directory)
         self.nursery.start_soon(controller.run)
         for watcher in self.watchers:
-            watcher.may_take.set()
-            self.nursery.start_soon(watcher.run, controller)
+            watcher.begin(self.nursery, controller)
         return controller
 
     async def carry_out(self, step: tuple[Any, ...]) -> None:
@@ -263,7 +268,7 @@ class Attack:
                 await self.settle()
             case ("kill", moment):
                 await self._kill(moment)
-            case ("stall", number):
+            case ("stall", number) if self.watchers[number].may_take.is_set():
                 self.watchers[number].may_take = trio.Event()
             case ("cut", number, share):
                 await self._cut(self.watchers[number], share)
@@ -286,8 +291,7 @@ class Attack:
         watcher.scope.cancel()
         await trio.testing.wait_all_tasks_blocked()
         watcher.read(share * 0.999)
-        watcher.may_take.set()
-        self.nursery.start_soon(watcher.run, self.controller)
+        watcher.begin(self.nursery, self.controller)
 
     async def _kill(self, moment: str) -> None:
         self.controller.hold()
@@ -333,14 +337,14 @@ async def attack(steps: list[tuple[Any, ...]]) -> None:
 
 @pytest.fixture
 def small_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orchard.change_log, "KEPT_CHANGES", 12)
-    monkeypatch.setattr(orchard.change_log, "WATCH_BACKLOG", 5)
+    monkeypatch.setattr(orchard.change_log, "KEPT_CHANGES", 5)
+    monkeypatch.setattr(orchard.change_log, "WATCH_BACKLOG", 2)
     monkeypatch.setattr(orchard.change_log, "_BLOCK_BYTES", 1500)
     monkeypatch.setattr(orchard.change_log, "_BLOCK_OBJECTS", 2)
 
 
 @pytest.mark.usefixtures("small_log")
 @settings(QUICK, max_examples=60)
-@given(st.lists(STEPS, max_size=40))
+@given(st.lists(STEPS, min_size=5, max_size=40))
 def test_watchers_see_each_durable_change_once_in_order_or_list_again(steps: list[tuple[Any, ...]]) -> None:
     trio.run(attack, steps)
