@@ -226,15 +226,7 @@ class SchedulingLoop:
                 self.planner.drop_vm(change.name)
             elif isinstance(change.old, Worker) and change.new is None:
                 self.planner.drop_worker(change.name)
-            self._follow_drain(change)
         self._wakeup.set()
-
-    def _follow_drain(self, change: Change) -> None:
-        """Observe the worker of a changed VM if it drains: it may have no VM any more."""
-        for vm in (change.old, change.new):
-            worker = self._store.state.workers.get(vm.state.worker) if isinstance(vm, VM) else None
-            if worker is not None and worker.drain is not None:
-                self.states.observe(worker)
 
     def _follow_end_request(self, old: VM, new: VM | None) -> None:
         """Have the liveness follow which VMs their workers have to end."""

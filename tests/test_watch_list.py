@@ -197,6 +197,22 @@ async def test_worker_changes_are_told_and_heartbeats_are_not(api: Served, nurse
     nursery.cancel_scope.cancel()
 
 
+async def test_drain_is_told_from_its_beginning_to_its_end(api: Served, nursery: trio.Nursery) -> None:
+    await api.register("w")
+    await api.create("vm")
+    api.schedule()
+    await api.store.wait_durable()
+    lines = await api.lines("/workers?watch=true", nursery)
+    await settled_lines(lines)
+    await api.ok("POST", "/workers/w/drain", {})
+    assert [line["object"]["state"] for line in await settled_lines(lines)] == ["draining"]
+    await api.ok("DELETE", "/vms/vm")
+    assert [line["object"]["state"] for line in await settled_lines(lines)] == ["drained"]
+    await api.ok("DELETE", "/workers/w/drain")
+    assert [line["object"]["state"] for line in await settled_lines(lines)] == ["online"]
+    nursery.cancel_scope.cancel()
+
+
 async def test_worker_that_goes_offline_by_time_alone_is_told(
     api: Served, nursery: trio.Nursery, autojump_clock: trio.testing.MockClock
 ) -> None:
