@@ -64,7 +64,9 @@ async def test_vms_outlive_a_worker_that_is_stopped_or_killed(
 ) -> None:
     async with process_cluster(tmp_path) as c, trio.open_nursery() as following:
         with c.host.worker() as worker:
-            a, b = [await c.create_running(name) for name in ("a", "b")]
+            for name in ("a", "b"):
+                await c.create_running(name)
+            a, b = [await c.client.vms.wait(name, until="ready") for name in ("a", "b")]
             seen: list[VM] = []
             await following.start(follow, c.client, "a", seen)
             assert worker.stop(number) == (0 if number == signal.SIGTERM else -number)
