@@ -171,7 +171,8 @@ async def workers_to_kill(home: Path) -> AsyncIterator[tuple[ProcessCluster, Wor
     async with process_cluster(home) as c:
         with ExitStack() as stack:
             workers = Workers(c.host, stack)
-            witness = await c.create_running("witness")
+            await c.create_running("witness")
+            witness = await c.client.vms.wait("witness", until="ready")
             process = c.host.record(witness).child
             yield c, workers
             await c.delete_all(but="witness")
