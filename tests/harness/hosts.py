@@ -69,7 +69,10 @@ class Host:
         return {path.stem: state for path in (self.tart_home / "vms").glob("*.json") if (state := _state_in(path))}
 
     def record(self, vm: VM) -> supervisor.Record:
-        return supervisor.read_record(self.home / "tart" / f"{vm.tart_name}.run")
+        found = supervisor.read_record(self.home / "tart" / f"{vm.tart_name}.run")
+        # A signal to process 0 would go to the tests themselves.
+        assert found.supervisor > 0, f"the supervisor of {vm.tart_name} is not recorded"
+        return found
 
     def hold(self, place: str) -> None:
         """Stop the next call of tart that comes to a place ("clone before") there."""
@@ -113,9 +116,9 @@ class ProcessCluster:
         return await self.client.vms.create(**fields)
 
     async def create_running(self, name: str, **spec: Unpack[VMFields]) -> VM:
-        """Create a VM, and wait until it runs and the stand-in has noted that."""
+        """Create a VM, and wait until it runs and the stand-in has noted that; without a script, until it is ready."""
         await self.create(name, **spec)
-        vm = await self.client.vms.wait(name)
+        vm = await self.client.vms.wait(name, until="running" if spec.get("startup_script") else "ready")
         await eventually(partial(self.has_started, name))
         return vm
 
@@ -181,8 +184,8 @@ def has_failed(vm: VM) -> bool:
 
 
 def is_restarted(vm: VM) -> bool:
-    """Return whether a VM runs again, possibly more than once: a lease also ends when the machine stalls."""
-    return vm.state.restart_count >= 1 and vm.state.status == "running"
+    """Return whether a VM is ready again, possibly more than once: a lease also ends when the machine stalls."""
+    return vm.state.restart_count >= 1 and vm.condition("ready")
 
 
 def process_state(number: int) -> str:
