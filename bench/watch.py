@@ -70,13 +70,15 @@ class Watchers:
 
 
 async def serve_bare(line: bytes) -> None:
-    """Send a line over all connections each time "!" arrives over one of them."""
+    """Send a line over all connections that have sent "?" each time "!" arrives over another one."""
     streams: list[trio.SocketStream] = []
 
     async def serve(stream: trio.SocketStream) -> None:
-        streams.append(stream)
         async for data in stream:
-            if data == b"!":
+            if data == b"?":
+                streams.append(stream)
+                await stream.send_all(b"ready\n")
+            else:
                 for other in streams:
                     nursery.start_soon(other.send_all, line)
 
@@ -122,6 +124,7 @@ def measure_many(watchers: int, changes: int) -> None:
             server.connect() as trigger,
         ):
             bare_watchers = Watchers(server, watchers, b"?")
+            bare_watchers.wait_all(b"ready")
 
             def change_bare(trigger: socket.socket = trigger, bare_watchers: Watchers = bare_watchers) -> None:
                 trigger.sendall(b"!")

@@ -139,10 +139,15 @@ class Watcher:
         self.revision, self.is_listing, self.known, self.seen = "", True, {}, []
         self.lists += 1
         state = controller.store.state
-        vms = [(vm, state.json["vm"][vm.name]) for vm in state.vms.values() if "vm" in self.selection.kinds]
+        vms = list(state.vms.values()) if "vm" in self.selection.kinds else []
         workers = [[controller.show(w, state.json["worker"][w.name])] for w in state.workers.values()]
         self.start = len(controller.durable) + len(controller.committed)
-        snapshot = Snapshot(log.last, vms, workers if "worker" in self.selection.kinds else [])
+        snapshot = Snapshot(
+            log.last,
+            vms,
+            [state.json["vm"][vm.name] for vm in vms],
+            workers if "worker" in self.selection.kinds else [],
+        )
         try:
             await controller.store.wait_durable()
         except StorageError:

@@ -58,9 +58,10 @@ async def take_snapshot(api: API, selection: Selection, *, images: bool = True) 
             if names:
                 await trio.lowlevel.checkpoint()
     # No other task has run since the last worker was shown, so all of this is of one moment.
-    vms, table = state.vms, state.json["vm"]
+    vm_names = state.names["vm"] if "vm" in selection.kinds else []
     return Snapshot(
         position=log.last,
-        vms=[(vms[name], table[name]) for name in state.names["vm"]] if "vm" in selection.kinds else [],
+        vms=list(map(state.vms.__getitem__, vm_names)),
+        vm_json=list(map(state.json["vm"].__getitem__, vm_names)),
         workers=[shown[name] for name in state.names["worker"] if name in shown],
     )
