@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -74,12 +75,12 @@ def test_home_that_cannot_be_written_to_is_named(pyz: Path, tmp_path: Path) -> N
     assert "ORCHARD_HOME" in done.stderr
 
 
-@pytest.mark.parametrize("version", ["2.7", "3.6", "3.10"])
-def test_older_python_says_what_is_needed(pyz: Path, tmp_path: Path, version: str) -> None:
-    python = shutil.which(f"python{version}")
-    if python is None or run(pyz, home=tmp_path, python=python).returncode == 127:
-        pytest.skip(f"no Python {version} on this machine")
-    done = run(pyz, "--version", home=tmp_path, python=python)
+def test_older_python_says_what_is_needed(tmp_path: Path) -> None:
+    """The start of the archive is also valid in older Pythons, which is as much as can be tried without one."""
+    main = ROOT / "tools" / "pyz_main.py"
+    ast.parse(main.read_text(), feature_version=(3, 7))
+    program = f"import sys; sys.version_info = (3, 10, 13); exec(open({str(main)!r}).read())"
+    done = subprocess.run([PYTHON, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "3.11" in done.stderr
 
