@@ -74,6 +74,17 @@ async def test_refusal_of_a_later_request_is_a_response_error() -> None:
             await anext(events)
 
 
+@pytest.mark.parametrize("status", ["502 Bad Gateway", "503 Service Unavailable"])
+async def test_server_that_cannot_answer_for_a_while_is_asked_again(status: str) -> None:
+    busy = answer(status, b'{"message": "stopping"}')
+    async with (
+        scripted([HEAD + chunk(1)], [busy], [HEAD + chunk(2)]) as (client, script),
+        client.vms.follow("vm") as events,
+    ):
+        assert [(await anext(events)).payload for _ in range(2)] == ["1", "2"]
+    assert queries(script.requests) == ["follow=true", *["follow=true&cursor=c1"] * 2]
+
+
 async def test_server_that_stays_away_is_a_connect_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lines, "_RESUME_SECONDS", 0.0)
     async with scripted([HEAD + chunk(1)], []) as (client, _), client.vms.follow("vm") as events:

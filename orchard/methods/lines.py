@@ -24,6 +24,11 @@ _RESUME_SECONDS = 600.0
 AfterRefusal = Literal["raise", "end", "again"]
 
 
+# Statuses from here on say that a server, or a proxy before it, cannot answer now: a controller that is restarted, for
+# example.
+_SERVER_ERRORS = 500
+
+
 class JSONLines:
     """Reads lines of JSON out of the pieces of an answer's body. Empty lines only keep the connection open."""
 
@@ -100,15 +105,16 @@ class ResumingLines:
         while True:
             try:
                 line = await self._take()
-            except ResponseError as error:
-                match self._refuse(error):
-                    case "raise":
-                        raise
-                    case "end":
-                        return None
-            except ConnectError:
+            except (ConnectError, ResponseError) as error:
+                after: AfterRefusal | Literal["lost"] = "lost"
+                if isinstance(error, ResponseError) and error.status < _SERVER_ERRORS:
+                    after = self._refuse(error)
+                if after == "raise":
+                    raise
+                if after == "end":
+                    return None
                 # It may have been connected for long before.
-                until = min(until, trio.current_time() + _RESUME_SECONDS)
+                until = min(until, trio.current_time() + _RESUME_SECONDS) if after == "lost" else until
                 if trio.current_time() >= until:
                     raise
             else:
