@@ -45,8 +45,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Measure coverage in fast tests only. Slow ones take up to twice the time with it, and reach hardly a line more."""
-    if item.get_closest_marker("slow") is None:
+    """Measure coverage in fast tests with fixed cases only.
+
+    Slow ones and those of hypothesis, which run the same lines a hundred times, take up to twice the time with it, and reach
+    hardly a line more.
+    """
+    if item.get_closest_marker("slow") is None and not getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
         return (yield)
     # Under pytest-xdist there are two measurements. To stop one resumes the other.
     traces = sys.gettrace(), threading.gettrace()

@@ -49,7 +49,7 @@ schema = schemathesis.openapi.from_dict(describe_api("/v1")).exclude(path="/rpc/
 
 @pytest.mark.slow
 @schema.parametrize()
-@settings(QUICK, max_examples=40)
+@settings(QUICK, max_examples=20)
 def test_requests_that_fit_the_document_are_answered_as_it_says(case: Any, live: BlockingCluster) -> None:
     # The watch of a VM is an answer without an end, and has tests of its own.
     if case.query and str(case.query.get("watch", "")).lower() not in ("", "false"):
