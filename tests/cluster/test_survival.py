@@ -64,9 +64,7 @@ async def test_vms_outlive_a_worker_that_is_stopped_or_killed(
 ) -> None:
     async with process_cluster(tmp_path) as c, trio.open_nursery() as following:
         with c.host.worker() as worker:
-            for name in ("a", "b"):
-                await c.create_running(name)
-            a, b = [await c.client.vms.wait(name, until="ready") for name in ("a", "b")]
+            a, b = [await c.create_running(name) for name in ("a", "b")]
             seen: list[VM] = []
             await following.start(follow, c.client, "a", seen)
             assert worker.stop(number) == (0 if number == signal.SIGTERM else -number)
@@ -171,8 +169,7 @@ async def workers_to_kill(home: Path) -> AsyncIterator[tuple[ProcessCluster, Wor
     async with process_cluster(home) as c:
         with ExitStack() as stack:
             workers = Workers(c.host, stack)
-            await c.create_running("witness")
-            witness = await c.client.vms.wait("witness", until="ready")
+            witness = await c.create_running("witness")
             process = c.host.record(witness).child
             yield c, workers
             await c.delete_all(but="witness")
@@ -323,7 +320,9 @@ async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_
             killed_worker.stop(signal.SIGKILL)
             await freeze(frozen_worker)
             with c.host.worker("--labels", "frozen=1,killed=1,unleashed=1"):
-                now = {name: await c.wait_vm(name, is_restarted) for name in names}
+                for name in names:
+                    await c.wait_vm(name, is_restarted)
+                now = {name: await c.client.vms.wait(name, until="ready") for name in names}
                 assert {vm.state.worker for vm in now.values()} == {"mac"}
                 for name in names:
                     await eventually(partial(c.has_started, name, 2))
