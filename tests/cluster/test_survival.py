@@ -342,17 +342,19 @@ async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_
 async def test_vm_with_a_stopped_supervisor_ends_before_it_is_started_elsewhere(tmp_path: Path) -> None:
     """The worker ends the VMs in the place of a supervisor that does not answer."""
     async with process_cluster(tmp_path, SHORT_OFFLINE_TIMEOUT) as c:
-        with c.host.worker(), c.add_host("other").worker("--labels", "other=1"):
+        with c.host.worker():
+            # Before there is another host that could get them.
             vm = await c.create_running("vm", restart_policy="OnFailure")
             never = await c.create_running("never")
-            for one in (vm, never):
-                os.kill(c.host.record(one).supervisor, signal.SIGSTOP)
-            again = await c.wait_vm("vm", is_restarted)
-            assert again.uid == vm.uid
-            await eventually(partial(c.has_started, "vm", 2))
-            assert c.always_alone("vm")
-            await c.wait_vm("never", has_failed)
-            await eventually(lambda: process_state(c.host.record(never).supervisor) == "Z")
+            with c.add_host("other").worker("--labels", "other=1"):
+                for one in (vm, never):
+                    os.kill(c.host.record(one).supervisor, signal.SIGSTOP)
+                again = await c.wait_vm("vm", is_restarted)
+                assert again.uid == vm.uid
+                await eventually(partial(c.has_started, "vm", 2))
+                assert c.always_alone("vm")
+                await c.wait_vm("never", has_failed)
+                await eventually(lambda: process_state(c.host.record(never).supervisor) == "Z")
 
 
 async def test_only_leased_vms_end_while_the_controller_is_away(tmp_path: Path) -> None:
