@@ -102,7 +102,7 @@ async def pass_through(program: str, home: Path) -> None:
             kind, vm = await anext(changes)
             assert kind == "ADDED"
             # A proxy that holds answers back would show the change when the watch ends.
-            changed = await client.vms.patch("vm", cpu=vm.spec.cpu + 1)
+            changed = await client.vms.patch("vm", metadata={"a": "change that reboots nothing"})
             with trio.fail_after(GENEROUS):
                 while vm.meta.version < changed.meta.version:
                     kind, vm = await anext(changes)
