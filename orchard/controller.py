@@ -53,7 +53,7 @@ from orchard.net.browsers import BrowserRules, normal_name, normal_origin
 from orchard.net.connection import Limits
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
-from orchard.net.transport import DEFAULT_PORT
+from orchard.net.urls import DEFAULT_PORT
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
 from orchard.operations import make_api

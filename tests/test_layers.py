@@ -76,6 +76,7 @@ PURE = (
     "auth",
     "net.wsframes",
     "net.openapi",
+    "net.urls",
 )
 IO_MODULES = {
     *("asyncio", "fcntl", "io", "os", "pathlib", "random", "select", "shutil", "signal", "socket", "ssl"),

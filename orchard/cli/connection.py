@@ -1,7 +1,7 @@
 """Requests of the `orchard` command to a controller, with the standard library alone.
 
-Most verbs send one request and print its answer. orchard.client would take longer to import than such a verb may run
-(./run bench command), so only the verbs with WebSockets use it.
+Most verbs send one request and print its answer. The import of orchard.client would take most of their time, so only the
+verbs with WebSockets use it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import ssl
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
 from orchard.cli.context import Context
 from orchard.cli.failure import CommandError
+from orchard.net.urls import ServerURL, find_proxy, parse_url
 
-DEFAULT_CONTROLLER_PORT = 6120
 # For the whole answer to a request, and for the next line of a stream, which has an empty line each 20 s.
 ANSWER_SECONDS = 60.0
-_EXPECTED = "expected a URL such as https://orchard.example.com:6120"
 
 QueryPairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -50,9 +49,10 @@ class ControllerConnection:
 
     def __init__(self, context: Context, *, seconds: float = ANSWER_SECONDS) -> None:
         self._context = context
-        self.url, is_tls, host, port, self._prefix = split_url(context.url)
+        server = parsed_url(context.url)
+        self.url, self._prefix = server.text, server.prefix
         self._seconds = seconds
-        self._http = _connection(context, is_tls, host, port, seconds)
+        self._http = _connection(server, context.certificate, seconds)
         self._sock: socket.socket | None = None
         # Of the last answer to `call`.
         self.headers: Mapping[str, str] = {}
@@ -132,27 +132,19 @@ def path_of(*parts: str) -> str:
     return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 
-def split_url(url: str) -> tuple[str, bool, str, int, str]:
-    """Return a controller's URL in full, whether it has TLS, its host, its port and its path. Raises CommandError."""
+def parsed_url(url: str) -> ServerURL:
+    """Return the parts of a controller's URL. Raises CommandError."""
     try:
-        parts = urlsplit(url if "://" in url else f"https://{url}")
-        port = parts.port or DEFAULT_CONTROLLER_PORT
+        return parse_url(url, "/v1")
     except ValueError as error:
-        raise CommandError(f'the URL is "{url}" ({error}), {_EXPECTED}') from None
-    if parts.username is not None or parts.password is not None:
-        raise CommandError(f"the URL contains a user name, {_EXPECTED}; give the account and its token separately")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment or " " in url:
-        raise CommandError(f'the URL is "{url}", {_EXPECTED}')
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    prefix = parts.path.rstrip("/").removesuffix("/v1")
-    return f"{parts.scheme}://{host}:{port}{prefix}", parts.scheme == "https", parts.hostname, port, prefix
+        raise CommandError(str(error)) from None
 
 
 def fetch_certificate(url: str) -> bytes:
     """Return the certificate that a controller shows, in PEM, unverified. Raises CommandError."""
-    full, _, host, port, _ = split_url(url)
-    with _network_errors(full):
-        connection = _connection(Context(full, b""), True, host, port, ANSWER_SECONDS)
+    server = parsed_url(url)
+    with _network_errors(server.text):
+        connection = _connection(server, b"", ANSWER_SECONDS)
         connection.connect()
         tls: Any = connection.sock
         der = tls.getpeercert(binary_form=True)
@@ -163,17 +155,22 @@ def fetch_certificate(url: str) -> bytes:
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 
-def _connection(context: Context, is_tls: bool, host: str, port: int, seconds: float) -> http.client.HTTPConnection:
-    proxy = _proxy(is_tls, host)
-    connect_to = (host, port) if proxy is None else (proxy[0], proxy[1])
-    if is_tls:
+def _connection(server: ServerURL, certificate: bytes | None, seconds: float) -> http.client.HTTPConnection:
+    """Return a connection, not open yet, whose server has to show the certificate, if any. Raises CommandError."""
+    try:
+        proxy = find_proxy(server.is_tls, server.host, os.environ)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    host, port = (server.host, server.port) if proxy is None else (proxy.host, proxy.port)
+    if server.is_tls:
         connection: http.client.HTTPConnection = _PinnedConnection(
-            *connect_to, timeout=seconds, context=_tls(context.certificate), pinned=context.certificate
+            host, port, timeout=seconds, context=_tls(certificate), pinned=certificate
         )
     else:
-        connection = http.client.HTTPConnection(*connect_to, timeout=seconds)
+        connection = http.client.HTTPConnection(host, port, timeout=seconds)
     if proxy is not None:
-        connection.set_tunnel(host, port, headers=proxy[2])
+        headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
+        connection.set_tunnel(server.host, server.port, headers=headers)
     return connection
 
 
@@ -191,7 +188,7 @@ class _PinnedConnection(http.client.HTTPSConnection):
             if der != ssl.PEM_cert_to_DER_cert(self._pinned.decode("ascii")):
                 self.close()
                 raise CommandError(
-                    f"the certificate of {self.host} is not the one of this context; if the controller has a new one, add the"
+                    "the controller's certificate is not the one of this context; if the controller has a new one, add the"
                     " context again with: orchard context create --force"
                 )
 
@@ -203,27 +200,6 @@ def _tls(certificate: bytes | None) -> ssl.SSLContext:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def _proxy(is_tls: bool, host: str) -> tuple[str, int, dict[str, str]] | None:
-    """Return the host and port of the environment's proxy for a host, and the headers for it; None for no proxy."""
-    name = "HTTPS_PROXY" if is_tls else "HTTP_PROXY"
-    url = os.environ.get(name.lower()) or os.environ.get(name)
-    if not url or host == "localhost" or host.startswith("127.") or host == "::1":
-        return None
-    # Imported here, since it takes as long as all the rest.
-    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]
-
-    if proxy_bypass_environment(host):
-        return None
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if not parts.hostname:
-        raise CommandError(f"{name} holds no valid URL, expected one such as http://proxy.example.com:3128")
-    headers = {}
-    if parts.username is not None:
-        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        headers["Proxy-Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    return parts.hostname, parts.port or 80, headers
 
 
 class _network_errors:  # noqa: N801

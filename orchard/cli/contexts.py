@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import replace
 
-from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, split_url
+from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, parsed_url
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
 from orchard.cli.output import print_table
@@ -67,13 +67,14 @@ def _create(options: argparse.Namespace) -> int:
 
 def _described(options: argparse.Namespace) -> Context:
     """Return the context that the options describe, with a certificate that is trusted. Raises CommandError."""
-    url, is_tls, _, _, _ = split_url(options.url)
+    server = parsed_url(options.url)
+    url = server.text
     token = options.service_account_token or os.environ.get("ORCHARD_SERVICE_ACCOUNT_TOKEN", "")
     context = Context(url, None, options.service_account_name, token)
     text = options.bootstrap_token or ""
     if text:
         context = _from_bootstrap_token(url, sys.stdin.readline() if text == "-" else text)
-    if not is_tls:
+    if not server.is_tls:
         return replace(context, certificate=None)
     if context.certificate is None and (options.no_pki or options.fingerprint or not _is_trusted(context)):
         context = replace(context, certificate=_accepted_certificate(url, options.fingerprint))

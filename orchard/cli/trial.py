@@ -25,7 +25,7 @@ from orchard.command_line import CommandLine, orchard_home, parse_count, parse_p
 from orchard.controller import StartError
 from orchard.daemon import run_main, run_until_signal
 from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory
-from orchard.net.transport import DEFAULT_PORT
+from orchard.net.urls import DEFAULT_PORT
 from orchard.schema import VM
 from orchard.tart import TartDriver
 from orchard.testing import Cluster, cluster

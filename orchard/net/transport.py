@@ -21,8 +21,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, NamedTuple, Self, TypeVar
-from urllib.parse import urlencode, urlsplit
+from typing import Any, Generic, Self, TypeVar
+from urllib.parse import urlencode
 
 import h11
 import trio
@@ -31,15 +31,14 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 from orchard import __version__
 from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
-from orchard.net.proxies import bracketed, connector
+from orchard.net.proxies import connector
+from orchard.net.urls import bracketed, parse_url
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
 from orchard.nursery import unwrap_groups
 
 # In the User-Agent of a client that passes over values which it does not know. Earlier ones refuse the whole answer.
 READS_NEW_VALUES = "reads-new-values"
 
-# The controller's port, and the port of a URL that has none.
-DEFAULT_PORT = 6120
 
 # More idle connections than these are closed.
 _MAX_IDLE = 8
@@ -116,16 +115,6 @@ class Items(Generic[ItemT]):
         if item is None:
             raise StopAsyncIteration
         return item
-
-
-class ServerURL(NamedTuple):
-    """The parts of a server's URL. `text` is its normal form, `prefix` a path without a slash at its end, or ""."""
-
-    text: str
-    is_tls: bool
-    host: str
-    port: int
-    prefix: str
 
 
 # ---- connections ---------------------------------------------------------------------------------------------------
@@ -482,29 +471,6 @@ def _deadline(seconds: float, complaint: str) -> Iterator[None]:
         yield
     if scope.cancelled_caught:
         raise ConnectError(f"{complaint} {seconds:g} seconds")
-
-
-def parse_url(url: str, base_path: str = "") -> ServerURL:
-    """Parse a server's URL. A `base_path` at its end is dropped. Raises ValueError that says what is accepted.
-
-    A URL without a scheme means https.
-    """
-    expected = "expected a URL such as https://controller.example.com:6120"
-    try:
-        parts = urlsplit(url if "://" in url else f"https://{url}")
-        port = parts.port or DEFAULT_PORT
-    except ValueError as error:
-        raise ValueError(f'the URL is "{url}" ({error}), {expected}') from None
-    # The message must not repeat a password.
-    if parts.username is not None or parts.password is not None:
-        raise ValueError(f"the URL contains a user name, {expected}; pass the account's name and token separately")
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError(f'the URL is "{url}", {expected}')
-    if not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError(f'the URL is "{url}", {expected}, in ASCII and without blanks')
-    prefix = parts.path.rstrip("/").removesuffix(base_path)
-    text = f"{parts.scheme}://{bracketed(parts.hostname)}:{port}{prefix}"
-    return ServerURL(text, parts.scheme == "https", parts.hostname, port, prefix)
 
 
 def excerpt(content: bytes | str) -> str:

@@ -152,3 +152,30 @@ def test_verb_that_sends_one_request_imports_no_server_and_no_trio(site: Path) -
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == ["first", "second", ""]
+
+
+@pytest.mark.parametrize(
+    ("environ", "host"),
+    [
+        ({}, "10.1.2.3"),
+        ({"HTTP_PROXY": "http://user:pass@proxy.example.com:3128"}, "proxy.example.com"),
+        ({"HTTP_PROXY": "http://proxy.example.com:3128", "NO_PROXY": "10.0.0.0/8"}, "10.1.2.3"),
+        ({"HTTPS_PROXY": "http://proxy.example.com:3128"}, "10.1.2.3"),
+    ],
+)
+def test_proxies_of_the_environment_are_used_as_by_workers(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], host: str
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"):
+        for spelling in (name, name.lower()):
+            monkeypatch.delenv(spelling, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert ControllerConnection(Context("http://10.1.2.3"))._http.host == host
+
+
+def test_proxy_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHARD_URL", "http://10.1.2.3")
+    monkeypatch.setenv("http_proxy", "http://user:secret@proxy.example.com:notaport")
+    status, said = refused(tmp_path, "list", "vms")
+    assert (status, "HTTP_PROXY" in said, "secret" in said) == (1, True, False)

@@ -12,7 +12,8 @@ from harness.processes import free_port
 
 from orchard.client import Client, ConnectError
 from orchard.net import tcp
-from orchard.net.proxies import Proxy, connector
+from orchard.net.proxies import connector
+from orchard.net.urls import Proxy
 from orchard.testing import cluster
 
 PROXY = {"HTTPS_PROXY": "http://proxy:3128"}

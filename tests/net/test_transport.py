@@ -18,7 +18,7 @@ from trio_websocket import ConnectionClosed
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.controller import ControllerSettings, run
 from orchard.net import tls, transport
-from orchard.net.transport import ServerURL, parse_url
+from orchard.net.urls import ServerURL, parse_url
 
 # ---- URLs ----------------------------------------------------------------------------------------------------------
 
