@@ -41,7 +41,7 @@ class Watchers:
     def __init__(self, server: Server, count: int, greeting: bytes) -> None:
         self._poll = select.epoll()
         self._open: dict[int, socket.socket] = {}
-        # The end of what each has received, in which a line may begin.
+        # The last bytes that each watcher has received: the beginning of a line whose end has not arrived.
         self._tails: dict[int, bytes] = {}
         for _ in range(count):
             connection = server.connect()

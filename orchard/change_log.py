@@ -209,7 +209,7 @@ class ChangeLog:
     def read(self, position: int, selection: Selection) -> tuple[Block, int]:
         """Return the lines that come after a position that is kept, and the position at their end.
 
-        There may be more to read after that, and there are no lines if nothing is selected.
+        A block is bounded, so more lines may follow it. It is empty if none of its changes is selected.
         """
         key = (position, selection)
         if (found := self._blocks.get(key)) is not None:

@@ -197,7 +197,7 @@ class Client(Transport):
 
         The block gets an iterator of `WatchedChange`: ADDED for each object that there is, SYNCED, and then each change.
         It does not end. After a lost connection it goes on where it was; if the controller does not keep what came
-        meanwhile, it makes changes of the differences. It raises ConnectError when there is no connection for ten minutes.
+        meanwhile, it yields the differences as changes. It raises ConnectError when there is no connection for ten minutes.
         Of the VMs, those are shown that match the filter (see `VMs.list`). Raises ResponseError: 400.
         """
         return watch_all(self, {"kinds": ",".join(kinds), **filter_query(filter)})

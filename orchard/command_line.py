@@ -98,6 +98,18 @@ def parse_count(text: str) -> int:
     return int(text)
 
 
+def parse_boolean(text: str) -> bool:
+    """Parse true or false, in any case."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f'the value is "{text}", expected true or false')
+    return text.lower() == "true"
+
+
+def parse_words(text: str) -> list[str]:
+    """Parse words that are separated by commas. Empty words are dropped."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def parse_pairs(text: str) -> dict[str, str]:
     """Parse KEY=VALUE,KEY=VALUE, each key at most once. Blanks around keys and values are dropped."""
     found = {}

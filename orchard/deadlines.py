@@ -119,7 +119,7 @@ class Deadlines:
             self._sleeps_until = -math.inf
 
     def step(self) -> bool:
-        """Do some of what is due in one transaction. Return whether there may be more. Raises StorageError."""
+        """Act on a part of what is due, in one transaction. Return whether more may be due. Raises StorageError."""
         now = self._clock.monotonic()
         # On a full disk, what is due comes first. Until the shift, the deadlines are right in this run.
         if (error := self._clock.error()) and not self._store.full:

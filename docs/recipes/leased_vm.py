@@ -1,4 +1,4 @@
-"""A VM that is deleted when nobody wants it any more, in place of a reaper.
+"""A VM that is deleted when its owner stops renewing it, in place of a reaper.
 
 Needs the capability `vm-ttl`. The controller deletes the VM, so it goes also if this program is killed.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -70,7 +71,7 @@ def _wait(options: argparse.Namespace) -> int:
         require_capability(controller, "wait-for", "wait")
         query = {"waitFor": options.state, "uid": controller.call("GET", path_of("vms", options.name))["uid"]}
         while True:
-            left = _MAX_WAIT if deadline is None else max(0, min(_MAX_WAIT, round(deadline - time.monotonic())))
+            left = _MAX_WAIT if deadline is None else max(0, min(_MAX_WAIT, math.ceil(deadline - time.monotonic())))
             try:
                 controller.call("GET", path_of("vms", options.name), query={**query, "wait": str(left)})
             except AnswerError as error:

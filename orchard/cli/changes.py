@@ -16,7 +16,7 @@ from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.context import Contexts, read_contexts, write_contexts
 from orchard.cli.failure import USAGE, CommandError
 from orchard.cli.session import add_context_option, chosen_context, context_path, open_connection
-from orchard.command_line import CommandLine, parse_count, parse_duration, parse_pairs
+from orchard.command_line import CommandLine, parse_boolean, parse_count, parse_duration, parse_pairs, parse_words
 
 _TOKEN_LETTERS = string.ascii_letters + string.digits
 _TOKEN_LENGTH = 32
@@ -59,20 +59,10 @@ def _declare_update(parser: CommandLine) -> None:
     add("--memory", metavar="MIB", type=parse_count)
     add("--disk-size", dest="diskSize", metavar="GB", type=parse_count, help="it can only grow")
     for name, field in (("headless", ""), ("nested", ""), ("suspendable", ""), ("net-softnet", "netSoftnet")):
-        add(f"--{name}", dest=field or name, metavar="BOOL", type=_parse_bool)
-    add("--net-softnet-allow", dest="netSoftnetAllow", metavar="CIDR,..", type=_parse_words)
-    add("--net-softnet-block", dest="netSoftnetBlock", metavar="CIDR,..", type=_parse_words)
+        add(f"--{name}", dest=field or name, metavar="BOOL", type=parse_boolean)
+    add("--net-softnet-allow", dest="netSoftnetAllow", metavar="CIDR,..", type=parse_words)
+    add("--net-softnet-block", dest="netSoftnetBlock", metavar="CIDR,..", type=parse_words)
     parser.set_defaults(run=_update)
-
-
-def _parse_bool(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f'the value is "{text}", expected true or false')
-    return text == "true"
-
-
-def _parse_words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _parse_changes(text: str) -> dict[str, str | None]:
@@ -175,14 +165,14 @@ def _or_zero(text: str) -> int:
 
 def _parse_policies(text: str) -> list[dict[str, Any]]:
     policies: list[dict[str, Any]] = []
-    for word in _parse_words(text):
+    for word in parse_words(text):
         prefix = word.removesuffix(":ro")
         policies.append({"pathPrefix": prefix, **({"ro": True} if prefix != word else {})})
     return policies
 
 
 def _parse_images(text: str) -> list[dict[str, str]]:
-    return [{"image": word} for word in _parse_words(text)]
+    return [{"image": word} for word in parse_words(text)]
 
 
 def _set_settings(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ import trio
 
 from orchard.cli.failure import FAILED, USAGE, CommandError
 from orchard.cli.session import add_context_option
-from orchard.cli.tunnels import run_with_client, write_all
+from orchard.cli.tunnels import run_with_client, send_input, write_all
 from orchard.client import Client, RunningCommand
 from orchard.command_line import CommandLine, parse_duration
 
@@ -87,7 +87,7 @@ async def _run_command(client: Client, options: argparse.Namespace, line: str, e
     )
     async with running as command, trio.open_nursery() as nursery:
         if options.stdin or options.tty:
-            nursery.start_soon(_send_input, command)
+            nursery.start_soon(_send_all_input, command)
         if options.tty:
             nursery.start_soon(_follow_size, command)
         async for stream, data in command:
@@ -97,9 +97,8 @@ async def _run_command(client: Client, options: argparse.Namespace, line: str, e
     return command.exit_code
 
 
-async def _send_input(command: RunningCommand) -> None:
-    while data := await trio.to_thread.run_sync(os.read, 0, _READ_BYTES, abandon_on_cancel=True):
-        await command.send(data)
+async def _send_all_input(command: RunningCommand) -> None:
+    await send_input(command.send)
     await command.send_eof()
 
 

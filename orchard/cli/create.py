@@ -15,10 +15,12 @@ from orchard.cli.session import add_context_option, open_connection, require_cap
 from orchard.cli.waiting import Waiting
 from orchard.command_line import (
     CommandLine,
+    parse_boolean,
     parse_count,
     parse_duration,
     parse_pairs,
     parse_resources,
+    parse_words,
 )
 
 _IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
@@ -102,15 +104,15 @@ def _add_specification(parser: argparse.ArgumentParser) -> None:
         shown = f"{about}; default: %(default)s"
         add(
             f"--{option}",
-            type=_parse_flag,
+            type=parse_boolean,
             nargs="?",
             const=True,
             default=option == "headless",
             metavar="BOOL",
             help=shown,
         )
-    add("--net-softnet-allow", metavar="CIDR,..", type=_parse_list, default=[])
-    add("--net-softnet-block", metavar="CIDR,..", type=_parse_list, default=[])
+    add("--net-softnet-allow", metavar="CIDR,..", type=parse_words, default=[])
+    add("--net-softnet-block", metavar="CIDR,..", type=parse_words, default=[])
     add("--net-bridged", metavar="INTERFACE")
     add("--username")
     add("--password")
@@ -118,16 +120,6 @@ def _add_specification(parser: argparse.ArgumentParser) -> None:
     add("--labels", metavar="K=V,..", type=parse_pairs, default={}, help="labels that its worker must have")
     add("--preferred-labels", metavar="K=V,..", type=parse_pairs, default={}, help="labels that its worker should have")
     add("--host-dirs", metavar="NAME:PATH[:ro],..", type=parse_host_dirs, default=[])
-
-
-def _parse_flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f'the value is "{text}", expected true or false')
-    return text.lower() == "true"
-
-
-def _parse_list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def parse_script(text: str) -> str:
@@ -220,7 +212,7 @@ def _create_vm(options: argparse.Namespace) -> int:
 
 
 def _create_account(options: argparse.Namespace) -> int:
-    roles = [role for text in options.roles for role in _parse_list(text)]
+    roles = [role for text in options.roles for role in parse_words(text)]
     with open_connection(options) as controller:
         body = {"name": options.name, "roles": roles, **({"token": options.token} if options.token else {})}
         account = controller.call("POST", "/service-accounts", body=body)

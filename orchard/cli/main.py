@@ -21,7 +21,10 @@ from orchard.command_line import CommandLine, suggest
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """The file of this folder that has a verb, and what `orchard --help` says of it; "" for one that programs call."""
+    """The file of this folder that has a verb ("" for a role), and what `orchard --help` says of it.
+
+    A verb without help is called by other programs and is not listed.
+    """
 
     module: str
     help: str
@@ -62,8 +65,8 @@ VERBS: Mapping[str, Verb] = {
     "capacity": Verb("actions", "show what the fleet could still run"),
     "history": Verb("actions", "list the VMs that ended last"),
     "version": Verb("actions", "print the versions of this command and of the controller"),
-    "controller": Verb("roles", "run a controller; see orchard controller --help"),
-    "worker": Verb("roles", "run a worker; see orchard worker --help"),
+    "controller": Verb("", "run a controller; see orchard controller --help"),
+    "worker": Verb("", "run a worker; see orchard worker --help"),
     "demo": Verb("trial", "run a controller, a worker and a VM on this machine, step by step"),
     "dev": Verb("trial", "run a controller and workers to develop against"),
     "bootstrap-token": Verb("offline", "print a bootstrap token for a worker, on the controller's host"),
@@ -71,7 +74,7 @@ VERBS: Mapping[str, Verb] = {
 }
 
 
-# These verbs have command lines of their own.
+# These verbs are the modules of the roles, whose command lines are their own.
 ROLE_VERBS = frozenset({"controller", "worker"})
 
 
@@ -106,10 +109,11 @@ def _run(words: list[str]) -> int:
         verbs = [verb for verb in VERBS if VERBS[verb].help]
         known = ", ".join(verbs)
         raise CommandError(f"unknown verb {name}{suggest(name, verbs)}, expected one of {known}", USAGE)
-    module = importlib.import_module(f"orchard.cli.{verb.module}")
     if name in ROLE_VERBS:
-        status: int = module.run_role(name, rest)
-        return status
+        # The existing command has the word "run" before the options.
+        options_of_role = rest[1:] if rest[:1] == ["run"] else rest
+        return int(importlib.import_module(f"orchard.{name}").main(options_of_role))
+    module = importlib.import_module(f"orchard.cli.{verb.module}")
     parser = CommandLine(prog=f"orchard {name}", description=f"{verb.help[:1].upper()}{verb.help[1:]}.")
     module.add_verb(name, parser)
     options = _parse_command(parser, rest) if parser.is_intermixed else parser.parse_args(rest)

@@ -250,9 +250,8 @@ _TOKENS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 def find_field(kind: ResourceKind, item: Any, path: str) -> Any:
     """Return the value at a path such as `labels/xcode` in a resource; None if it is absent.
 
-    Raises CommandError for a field that the kind does not have.
-
-    Existing programs ask for names in other spellings: case, "_" and "-" do not count where no exact name is there.
+    Existing programs ask for names in other spellings: case, "_" and "-" do not count where no exact name is there. Raises
+    CommandError for a field that the kind does not have.
     """
     value = item
     for index, key in enumerate(path.split("/")):

@@ -162,7 +162,7 @@ def _pipe(options: argparse.Namespace) -> int:
             client.vms.port_forward(name, options.port, wait=options.wait) as tunnel,
             trio.open_nursery() as nursery,
         ):
-            nursery.start_soon(_send_input, tunnel.send_all)
+            nursery.start_soon(send_input, tunnel.send_all)
             while data := await tunnel.receive_some():
                 await trio.to_thread.run_sync(write_all, 1, data)
             nursery.cancel_scope.cancel()
@@ -171,7 +171,7 @@ def _pipe(options: argparse.Namespace) -> int:
     return run_with_client(options, relay)
 
 
-async def _send_input(send: Callable[[bytes], Awaitable[None]]) -> None:
+async def send_input(send: Callable[[bytes], Awaitable[None]]) -> None:
     """Send standard input until its end."""
     # A thread, since a file cannot be waited for; and a shell must not find its terminal in non-blocking mode.
     while data := await trio.to_thread.run_sync(os.read, 0, _PIPE_BYTES, abandon_on_cancel=True):

@@ -21,15 +21,24 @@ _TART_VMS = "org.cirruslabs.tart-vms"
 _SHOWN = 10
 _REPAINT_SECONDS = 2.0
 _HOME_AND_CLEAR = "\x1b[H\x1b[J"
-# Part of a reason why a VM waits -> what would help.
+# Part of a reason of waiting.py why a VM waits -> what would help.
 _REMEDIES = {
-    "has label": "start a worker with that label, or create the VM without it",
-    "large enough": "start a larger worker, or ask for fewer resources",
-    "paused": "orchard resume worker NAME",
-    "offline": "see the log of orchard worker on that Mac, and orchard doctor there",
-    "disk": "free disk space on the workers (tart prune), or lower minFreeDiskGB",
-    "in use": "wait, delete VMs that are not needed (orchard list vms), or add a worker",
-    "no worker": "start a worker: orchard worker run URL --bootstrap-token-stdin",
+    " has registered": "start a worker: orchard worker URL --bootstrap-token-stdin",
+    " label ": "start a worker with that label, or create the VM without it",
+    " arch ": "start a worker of that architecture, or create the VM with another --arch",
+    " runtime ": "start a worker with that runtime, or create the VM with another --runtime",
+    "support": "upgrade the workers, or create the VM without what they do not support",
+    " large enough ": "start a larger worker, or ask for fewer resources",
+    " lack": "wait, delete VMs that are not needed (orchard list vms), or add a worker",
+    " paused": "orchard resume worker NAME",
+    " being drained": "orchard drain worker NAME --cancel",
+    " stopped": "start the worker again on its host",
+    " offline": "see the log of the worker on its host",
+    " disconnected": "see the log of the worker on its host",
+    " not ready": "orchard describe worker NAME shows what fails there",
+    " on which VMs fail": "orchard describe worker NAME shows what fails there",
+    " free disk space": "free disk space on the workers (tart prune), or: orchard set cluster-settings --min-free-disk",
+    " higher priority": "orchard update vm NAME --priority N",
 }
 
 Object = Mapping[str, Any]
@@ -132,15 +141,19 @@ def _describe(options: argparse.Namespace) -> int:
     return 0
 
 
+def remedies_for(reason: str) -> list[str]:
+    """Return what would help a VM that waits for this reason."""
+    return list(dict.fromkeys(remedy for part, remedy in _REMEDIES.items() if part in reason))
+
+
 def _explain(vm: Object) -> None:
     """Print why a VM waits, and what would help."""
     reason = vm.get("status_message", "")
     if vm["status"] != "pending" or vm.get("worker"):
         return
     print(f"\nIt waits for a worker: {printable(reason) or 'it was created a moment ago'}")
-    helps = [remedy for part, remedy in _REMEDIES.items() if part in reason]
-    if helps:
-        print("What would help:", *helps[:3], sep="\n  ")
+    if helps := remedies_for(reason):
+        print("What would help:", *helps, sep="\n  ")
 
 
 def _print_life(controller: ControllerConnection, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, path_of
@@ -29,25 +29,24 @@ class Waiting:
     def until_ready(self, *, follow: bool = False) -> int:
         """Wait until the VM is ready, and print its script's output if `follow`. Return its script's exit status.
 
-        A VM whose worker does not report `ready` counts as ready when it runs. Raises CommandError if it failed or is gone.
+        A VM whose worker does not report `ready` counts as ready when it runs, and one that failed is waited for while it is
+        to be restarted. Raises CommandError if it is gone.
         """
         try:
-            vm = self._until_running()
+            vm = self._until(lambda vm: vm["status"] == "running" or _has_failed(vm))
             if follow and vm["status"] == "running":
                 self._follow()
-            vm = self._until(lambda vm: _has_ended(vm) or vm["status"] == "failed")
+            vm = self._until(lambda vm: _has_ended(vm) or _has_failed(vm))
         finally:
             self._show("")
         code = vm.get("startupExitCode")
         if vm["status"] == "failed":
             print(f'orchard: VM "{self._name}" has failed: {vm.get("status_message", "")}', file=sys.stderr)
             return int(code or FAILED)
-        return int(code or 0)
+        # A script that could not begin has no exit code.
+        return int(code if code is not None else FAILED if "startupEndedAt" in vm else 0)
 
-    def _until_running(self) -> Mapping[str, Any]:
-        return self._until(lambda vm: vm["status"] != "pending")
-
-    def _until(self, holds: Any) -> Mapping[str, Any]:
+    def _until(self, holds: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
         """Return the VM as soon as a condition holds for it. Raises CommandError."""
         for vm in self._changes():
             if holds(vm):
@@ -108,7 +107,16 @@ class Waiting:
         self._shown = text
 
 
+def _has_failed(vm: Mapping[str, Any]) -> bool:
+    """Return whether a VM has failed and stays so: without a worker, none is restarted."""
+    return vm["status"] == "failed" and not (vm["restart_policy"] == "OnFailure" and vm.get("worker"))
+
+
 def _has_ended(vm: Mapping[str, Any]) -> bool:
     """Return whether a running VM's script has ended, or is not reported about."""
+    if vm["status"] != "running":
+        return False
     conditions = {one["type"]: one["state"] for one in vm.get("conditions") or ()}
-    return "ready" not in conditions or conditions["ready"] == "true" or "startupExitCode" in vm
+    # A VM whose script has failed fails next, unless it is kept.
+    is_kept = vm.get("startupOnFailure") == "keep" and "startupEndedAt" in vm
+    return "ready" not in conditions or conditions["ready"] == "true" or is_kept

@@ -112,6 +112,12 @@ def test_wait_and_follow_print_the_script_and_end_with_its_status(
     assert "Traceback" not in done.stderr
 
 
+def test_vm_that_is_kept_after_its_script_failed_ends_the_wait(dev: Path, api: ControllerConnection) -> None:
+    words = ("--startup-script", "exit 7", "--startup-on-failure", "keep", "--wait", "--timeout", "1m")
+    assert finished("", "create", "vm", "vm", *words, home=dev).returncode == 7
+    assert api.call("GET", "/vms/vm")["status"] == "running"
+
+
 def test_waiting_without_a_script_ends_when_the_vm_is_ready(dev: Path, api: ControllerConnection) -> None:
     assert finished("", "create", "vm", "vm", "--wait", home=dev).returncode == 0
     assert api.call("GET", "/vms/vm")["status"] == "running"

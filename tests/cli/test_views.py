@@ -6,8 +6,10 @@ from pathlib import Path
 from subprocess import PIPE, Popen
 
 import pytest
-from harness.processes import call_main, command, environment
+from harness.processes import call_main, command, environment, finished
 
+from orchard import waiting
+from orchard.cli import views
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.main import main
 
@@ -56,3 +58,27 @@ def test_description_says_why_a_vm_waits_and_what_helps(dev: Path) -> None:
     assert "What would help" not in runs
     assert any("runs: running" in line for line in run(dev, "describe", "worker", "worker-1"))
     assert call_main(main, "describe", "vm", "none", home=dev)[0] == 1
+
+
+def test_each_reason_why_a_vm_waits_has_a_remedy() -> None:
+    lacks = [text.format("x") for text in waiting._TEXTS.values()]
+    excluded = ["stopped", "offline", "disconnected", "not ready", "paused", "being drained"]
+    excluded += ["on which VMs fail before they run", "with too little free disk space"]
+    reasons = [f"waiting: 3 workers: 1 {part}" for part in (*lacks, *excluded, "lacks gpu (1 wanted, 0 free)")]
+    reasons += [f"waiting: no worker has {noun}x" for noun in waiting._NOUNS.values() if noun]
+    reasons += [
+        "waiting: no worker is large enough (3 gpu wanted, 2 offered at most)",
+        "waiting: no worker supports x",
+        "waiting: no worker has registered yet",
+    ]
+    assert [reason for reason in reasons if not views.remedies_for(reason)] == []
+
+
+def test_failed_vm_is_waited_for_while_it_is_to_be_restarted(
+    dev: Path, api: ControllerConnection, tmp_path: Path
+) -> None:
+    marker = tmp_path / "second run"
+    script = f"if [ -e '{marker}' ]; then exit 0; fi; touch '{marker}'; exit 7"
+    words = ("create", "vm", "vm", "--restart-policy", "OnFailure", "--startup-script", script, "--wait")
+    assert finished("", *words, home=dev).returncode == 0
+    assert api.call("GET", "/vms/vm")["restart_count"] == 1
