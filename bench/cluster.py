@@ -49,8 +49,8 @@ def fill(store: Store, vms: int, workers: int) -> None:
 
 def prepare(home: Path, vms: int, workers: int) -> None:
     """Write a cluster to the data directory of a controller with ORCHARD_HOME `home`."""
-    directory = home / "controller"
-    directory.mkdir(mode=0o700)
+    directory = home / ".orchard" / "controller"
+    directory.mkdir(mode=0o700, parents=True)
 
     async def write() -> None:
         store = Store.open(directory, NOW)

@@ -45,8 +45,8 @@ async def run_inline(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def prepare_journal(home: Path) -> None:
     """Write a state file of LINES lines, without compaction."""
-    directory = home / "controller"
-    directory.mkdir(mode=0o700)
+    directory = home / ".orchard" / "controller"
+    directory.mkdir(mode=0o700, parents=True)
     engine.COMPACT_BYTES = 10**12
 
     async def write() -> None:

@@ -84,7 +84,7 @@ def requests(kind: str, round_number: int) -> Iterator[bytes]:
 
 async def measure(home: Path, vms: int) -> None:
     settings = controller.ControllerSettings(
-        data_dir=home / "controller", host="127.0.0.1", port=0, tls=False, worker_offline_timeout=1e6
+        data_dir=home / ".orchard" / "controller", host="127.0.0.1", port=0, tls=False, worker_offline_timeout=1e6
     )
     async with trio.open_nursery() as nursery:
         running: controller.Running = await nursery.start(controller.run, settings)

@@ -86,7 +86,7 @@ def fleet(home: Path, name: str, python: str, count: int, *arguments: str) -> It
     """Run a controller with its workers for the time of the block."""
     (home / "controller-home").mkdir(parents=True)
     with running(*CONTROLLER, NO_AUTH, home=home / "controller-home", python=python) as server:
-        state = home / "controller-home" / "controller" / "state.jsonl"
+        (state,) = (home / "controller-home").rglob("state.jsonl")
         alone = share(server, 3)
         url = f"http://127.0.0.1:{server.port}"
         workers = ("--name", "w", "--runtime", "synthetic", "--workers", str(count), *arguments)

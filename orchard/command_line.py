@@ -11,9 +11,10 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # JSON numbers are exact up to here.
 _MAX_AMOUNT = 2**53 - 1
@@ -24,10 +25,43 @@ _DURATION = re.compile(r"(?=.)(?:([0-9]{1,5})d)?(?:([0-9]{1,7})h)?(?:([0-9]{1,9}
 _UNITS = (86_400, 3_600, 60, 1)
 _WHOLE_NUMBER = re.compile(r"[0-9]{1,16}")
 
+_DIRECTORY = ".orchard"
+# What an earlier version kept in $ORCHARD_HOME itself, as patterns. A role has data there if its first pattern matches.
+_OLD_DATA = {
+    "controller": ("controller/state.jsonl", "controller"),
+    "worker": ("worker.lock", "worker.lock", "worker-*.lock", "worker-*.cluster", "instance-id", "tart", "vetu"),
+    "command": ("orchard.yml", "orchard.yml"),
+}
 
-def orchard_home() -> Path:
-    """Return the directory for everything that Orchard stores: $ORCHARD_HOME, or ~/.orchard."""
-    return Path(os.environ.get("ORCHARD_HOME") or Path.home() / ".orchard")
+
+class HomeError(Exception):
+    """An earlier version has left data where this one does not look; str() has the command that moves it."""
+
+
+def orchard_home(role: Literal["controller", "worker", "command"]) -> Path:
+    """Return the directory for what Orchard stores: $ORCHARD_HOME/.orchard, or ~/.orchard without that variable.
+
+    Raises HomeError if `role` has data in $ORCHARD_HOME itself, where an earlier version kept it, and none here: a
+    controller would start with an empty state, and a worker would not know its VMs.
+    """
+    given = os.environ.get("ORCHARD_HOME")
+    if not given:
+        return Path.home() / _DIRECTORY
+    old, home = Path(given), Path(given) / _DIRECTORY
+    sign, *patterns = _OLD_DATA[role]
+    if (old / sign).exists() and not (home / sign).exists():
+        raise HomeError(_describe_move(old, home, sorted(path for each in patterns for path in old.glob(each))))
+    return home
+
+
+def _describe_move(old: Path, home: Path, paths: Sequence[Path]) -> str:
+    """Return why `paths` have to be moved from `old` to `home`, and the command."""
+    words = " ".join(shlex.quote(str(path)) for path in paths)
+    target = shlex.quote(str(home))
+    return (
+        f"{old} has data of an earlier version, which this one keeps in {home}; stop the processes that use it, then:"
+        f" mkdir -p -m 700 {target} && mv {words} {target}/"
+    )
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -32,7 +32,7 @@ import trio
 from orchard import __version__, auth
 from orchard.api import ControllerParts
 from orchard.cluster import ClusterIdentity
-from orchard.command_line import CommandLine, orchard_home, parse_address, parse_seconds
+from orchard.command_line import CommandLine, HomeError, orchard_home, parse_address, parse_seconds
 from orchard.daemon import run_main, run_until_signal
 from orchard.deadlines import Deadlines, StoredClock
 from orchard.files import (
@@ -486,7 +486,12 @@ def _parser() -> argparse.ArgumentParser:
     port = os.environ.get("PORT") or str(DEFAULT_PORT)
     add("--listen", metavar="HOST:PORT", type=parse_address, default=f":{port}",
         help=f"address to serve on; default :{DEFAULT_PORT} on all addresses, the port from $PORT")  # fmt: skip
-    add("--data-dir", metavar="DIR", type=Path, help="directory of the state; default $ORCHARD_HOME/controller")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        type=Path,
+        help="directory of the state; default $ORCHARD_HOME/.orchard/controller, or ~/.orchard/controller",
+    )
     add("--api-prefix", metavar="P", type=parse_api_prefix, default="", help="path before /v1, such as /orchard")
     add("--controller-cert", metavar="FILE", type=Path,
         help="TLS certificate (chain) in PEM, read again when it changes; default: self-signed")  # fmt: skip
@@ -530,7 +535,7 @@ def _parser() -> argparse.ArgumentParser:
 def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, bool]:
     """Return the settings from command line and environment, and whether to log more.
 
-    Exits with status 2 if they are invalid.
+    Exits with status 2 if they are invalid. Raises HomeError.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -542,7 +547,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
         print(f"orchard controller: {_HOST_DIRS_NOTE}", file=sys.stderr)
     host, port = options.listen
     settings = ControllerSettings(
-        data_dir=options.data_dir or orchard_home() / "controller",
+        data_dir=options.data_dir or orchard_home("controller") / "controller",
         host=host,
         port=port,
         prefix=options.api_prefix,
@@ -602,7 +607,11 @@ def collect_garbage_less() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status."""
-    settings, debug = _parse_settings(argv)
+    try:
+        settings, debug = _parse_settings(argv)
+    except HomeError as error:
+        print(f"orchard controller: {error}", file=sys.stderr)
+        return 1
     collect_garbage_less()
     return run_main(
         "orchard controller", partial(run_and_announce, settings), {StartError: 1, BrokenError: 1}, debug=debug

@@ -47,7 +47,7 @@ from orchard.cluster import (
     WORKER_STATE,
 )
 from orchard.codec import encode
-from orchard.command_line import CommandLine, orchard_home, parse_count, parse_pairs, parse_resources
+from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_pairs, parse_resources
 from orchard.daemon import run_main, run_until_signal
 from orchard.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FILE, LockError, lock_directory
 from orchard.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
@@ -368,9 +368,9 @@ def _make_driver(options: argparse.Namespace, worker: str) -> Driver:
     """Return the driver of a worker. Raises DriverError if there is no tart or vetu program."""
     if options.runtime == "synthetic":
         images = [f"example.com/image-{number}:latest" for number in range(1, options.synthetic_images + 1)]
-        return SyntheticDriver(orchard_home() / "synthetic" / options.name / worker, images=images)
+        return SyntheticDriver(orchard_home("worker") / "synthetic" / options.name / worker, images=images)
     program = find_tart(options.tart, options.runtime)
-    home, vetu = orchard_home() / options.runtime, options.runtime == "vetu"
+    home, vetu = orchard_home("worker") / options.runtime, options.runtime == "vetu"
     return TartDriver(program, home, worker=worker, vetu=vetu, own_addresses=options.allow_own_addresses)
 
 
@@ -392,14 +392,14 @@ def _describe_worker(options: argparse.Namespace, name: str, machine: str, insta
 async def _work(options: argparse.Namespace, client: Client) -> None:
     """Run the workers of a command line until a signal to stop.
 
-    Raises LockError, RefusedError, DriverError, OSError.
+    Raises HomeError, LockError, RefusedError, DriverError, OSError.
     """
     name, synthetic = options.name, options.runtime == "synthetic"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
     drivers = {each: _make_driver(options, each) for each in names}
     # The VMs of a synthetic driver are known to this process alone.
     stop_vms = synthetic or options.stop_vms_on_exit
-    directory = orchard_home() / "synthetic" / name if synthetic else orchard_home()
+    directory = orchard_home("worker") / "synthetic" / name if synthetic else orchard_home("worker")
 
     async def run_all() -> None:
         machine, instance = await machine_id(), read_instance_id(directory)
@@ -432,7 +432,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not NAME.fullmatch(options.name):
         parser.error(f'--name is "{options.name}", expected letters, digits and : _ . -')
     work = partial(_work, options, _make_client(parser, options))
-    failures: dict[type[Exception], int] = {RefusedError: _EXIT_REFUSED, LockError: 1, DriverError: 1, OSError: 1}
+    failures: dict[type[Exception], int] = dict.fromkeys((HomeError, LockError, DriverError, OSError), 1)
+    failures[RefusedError] = _EXIT_REFUSED
     return run_main("orchard worker", work, failures, debug=options.debug)
 
 

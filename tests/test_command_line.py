@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from harness.processes import call_main, finished
 
 from orchard import command_line, controller
+from orchard.cli import main as command
 
 MAX_AMOUNT = 2**53 - 1
 INVALID_ADDRESSES = [
@@ -129,7 +133,8 @@ def test_unknown_option_is_refused_with_the_nearest_known_one_and_without_its_va
 
 
 @pytest.mark.parametrize(
-    ("home", "read"), [(None, Path("/people/me/.orchard")), ("", Path("/people/me/.orchard")), ("/srv", Path("/srv"))]
+    ("home", "read"),
+    [(None, Path("/people/me/.orchard")), ("", Path("/people/me/.orchard")), ("/srv", Path("/srv/.orchard"))],
 )
 def test_orchard_home(home: str | None, read: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/people/me")
@@ -137,4 +142,66 @@ def test_orchard_home(home: str | None, read: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv("ORCHARD_HOME", raising=False)
     else:
         monkeypatch.setenv("ORCHARD_HOME", home)
-    assert command_line.orchard_home() == read
+    assert command_line.orchard_home("controller") == read
+
+
+# What a role of an earlier version has written to $ORCHARD_HOME, and the names in it that are to be moved.
+OLD_DATA = {
+    "controller": (["controller/state.jsonl", "controller/reserve"], ["controller"]),
+    "worker": (
+        ["worker.lock", "worker-mac.lock", "worker-mac.cluster", "instance-id", "tart/vm.run"],
+        ["instance-id", "tart", "worker-mac.cluster", "worker-mac.lock", "worker.lock"],
+    ),
+    "command": (["orchard.yml"], ["orchard.yml"]),
+}
+
+
+def written_files(home: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(name)
+
+
+@pytest.mark.parametrize("role", ["controller", "worker", "command"])
+def test_data_of_an_earlier_version_is_refused_with_the_command_that_moves_it(
+    role: Literal["controller", "worker", "command"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "it's here"
+    monkeypatch.setenv("ORCHARD_HOME", str(old))
+    written, moved = OLD_DATA[role]
+    written_files(old, written)
+    # A directory of the same name that is not Orchard's.
+    written_files(old, ["tart/README"] if role != "worker" else ["controller/README"])
+    with pytest.raises(command_line.HomeError) as refused:
+        command_line.orchard_home(role)
+    others = {"controller", "worker", "command"} - {role}
+    assert all(command_line.orchard_home(other) == old / ".orchard" for other in others)  # type: ignore[arg-type]
+    subprocess.run(str(refused.value).partition("then: ")[2], shell=True, check=True)
+    home = command_line.orchard_home(role)
+    assert home == old / ".orchard"
+    assert home.stat().st_mode & 0o777 == 0o700
+    assert sorted(path.name for path in home.iterdir()) == moved
+    assert [(home / name).read_text() for name in written] == written
+
+
+def test_data_that_is_in_both_places_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCHARD_HOME", str(tmp_path))
+    written_files(tmp_path, ["controller/state.jsonl", ".orchard/controller/state.jsonl"])
+    assert command_line.orchard_home("controller") == tmp_path / ".orchard"
+
+
+def test_each_program_refuses_to_start_beside_data_of_an_earlier_version(tmp_path: Path) -> None:
+    written_files(tmp_path, [name for written, _ in OLD_DATA.values() for name in written])
+    refusals = [
+        call_main(main, *words, home=tmp_path)
+        for main, *words in (
+            (controller.main, "--insecure-no-tls"),
+            (command.main, "list", "vms"),
+            (command.main, "check"),
+        )
+    ]
+    ended = finished("worker", "http://127.0.0.1:1", "--tart", "/bin/true", home=tmp_path)
+    for status, out, said in (*refusals, (ended.returncode, ended.stdout, ended.stderr)):
+        assert (status, out, said.count("\n")) == (1, "", 1), said
+        assert f"mv {tmp_path}/" in said
+    assert not (tmp_path / ".orchard").exists()

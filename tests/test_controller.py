@@ -19,7 +19,7 @@ import trio
 import trio.testing
 from harness.clients import call, connect_http
 from harness.disks import FailingDisk
-from harness.processes import PLAIN, call_main, controller, finished
+from harness.processes import ORCHARD, PLAIN, call_main, controller, finished
 
 from orchard import auth
 from orchard import controller as program
@@ -37,7 +37,7 @@ def test_first_start_creates_account_and_certificate_and_prints_them_once(tmp_pa
         printed = "".join(role.said)
         token = re.search(r"token: ([A-Za-z0-9]{32})\n", printed)
         assert token is not None, printed
-        certificate = tmp_path / "controller" / "controller.crt"
+        certificate = tmp_path / ORCHARD / "controller" / "controller.crt"
         assert tls.fingerprint(certificate.read_bytes()) in printed
         context = ssl.create_default_context(cafile=str(certificate))
         context.check_hostname = False
@@ -50,7 +50,7 @@ def test_first_start_creates_account_and_certificate_and_prints_them_once(tmp_pa
     with controller(home=tmp_path) as (role, url):
         assert len(role.said) == 1, "the token is shown once"
         assert call(url, "GET", "/v1/", token=token[1], context=context) == (200, None)
-    for path in (tmp_path / "controller").rglob("*"):
+    for path in (tmp_path / ORCHARD / "controller").rglob("*"):
         expected = 0o700 if path.is_dir() else 0o600
         if path != certificate:
             assert stat.S_IMODE(path.stat().st_mode) == expected, path
@@ -167,7 +167,7 @@ def test_damaged_state_file_stops_the_start_with_file_offset_and_remedy(tmp_path
     with controller(*PLAIN, home=tmp_path) as (role, url):
         call(url, "POST", "/v1/vms", {"name": "vm", "image": "i"})
         role.stop()
-    path = tmp_path / "controller" / "state.jsonl"
+    path = tmp_path / ORCHARD / "controller" / "state.jsonl"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
@@ -183,7 +183,7 @@ def test_missing_state_file_in_a_used_directory_stops_the_start(tmp_path: Path) 
         assert call(url, "POST", "/v1/vms", {"name": "vm", "image": "any"})[0] == 200
         events = [{"kind": "log_line", "payload": "x", "timestamp": 1}]
         assert call(url, "POST", "/v1/vms/vm/events", events)[0] == 200
-    directory = tmp_path / "controller"
+    directory = tmp_path / ORCHARD / "controller"
     state = directory / "state.jsonl"
     state.rename(tmp_path / "state.jsonl")
     refused = finished("controller", "--listen", "127.0.0.1:0", *PLAIN, home=tmp_path)
@@ -198,7 +198,7 @@ def test_missing_state_file_in_a_used_directory_stops_the_start(tmp_path: Path) 
 
 
 def test_data_base_of_another_controller_stops_the_start_unless_a_state_is_there_too(tmp_path: Path) -> None:
-    directory = tmp_path / "controller"
+    directory = tmp_path / ORCHARD / "controller"
     (directory / "db").mkdir(parents=True)
     with pytest.raises(program.StartError, match=str(directory / "db")), program.open_data_directory(directory):
         raise AssertionError("it started")

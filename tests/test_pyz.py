@@ -109,5 +109,5 @@ async def test_vms_are_adopted_across_an_exchange_of_the_archive(
             assert c.host.record(vm).child != process, "the changed VM was started again, by the new archive"
             await c.delete_all()
             assert ends_well(worker)
-        assert len(list((c.host.home / "pyz").iterdir())) == 2
+        assert len(list((c.host.home / ".orchard" / "pyz").iterdir())) == 2
         assert processes.processes_in(c.host.tart_home) == []

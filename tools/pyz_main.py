@@ -21,7 +21,7 @@ def unpacked(archive):
     import tempfile
     import zipfile
 
-    base = os.path.join(os.environ.get("ORCHARD_HOME") or os.path.join(os.path.expanduser("~"), ".orchard"), "pyz")
+    base = os.path.join(os.environ.get("ORCHARD_HOME") or os.path.expanduser("~"), ".orchard", "pyz")
     with open(archive, "rb") as file:
         directory = os.path.join(base, hashlib.sha256(file.read()).hexdigest()[:32])
         if not os.path.isdir(directory):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from orchard import __version__
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
-from orchard.command_line import CommandLine, suggest
+from orchard.command_line import CommandLine, HomeError, suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"orchard: {error}", file=sys.stderr)
         return error.status
+    except HomeError as error:
+        print(f"orchard: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -21,14 +21,16 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `bootstrap-token` or `check`."""
     if verb == "check":
         parser.add_argument("data_dir", metavar="DATA_DIR", nargs="?", type=Path,
-            help="data directory; default: $ORCHARD_HOME/controller")  # fmt: skip
+            help="data directory; default: $ORCHARD_HOME/.orchard/controller, or ~/.orchard/controller")  # fmt: skip
         parser.set_defaults(run=check_data_directory)
         return
     parser.add_argument(
         "account", help="service account of the worker; it needs the roles compute:read and compute:write"
     )
     parser.add_argument(
-        "--data-dir", type=Path, help="data directory of the controller; default: $ORCHARD_HOME/controller"
+        "--data-dir",
+        type=Path,
+        help="data directory of the controller; default: $ORCHARD_HOME/.orchard/controller, or ~/.orchard/controller",
     )
     parser.add_argument(
         "--no-certificate",
@@ -80,7 +82,7 @@ def check_data_directory(options: argparse.Namespace) -> int:
 
 
 def _data_directory(options: argparse.Namespace) -> Path:
-    directory: Path = options.data_dir or orchard_home() / "controller"
+    directory: Path = options.data_dir or orchard_home("controller") / "controller"
     return directory
 
 

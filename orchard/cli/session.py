@@ -10,7 +10,7 @@ from pathlib import Path
 from orchard.cli.connection import ANSWER_SECONDS, ControllerConnection
 from orchard.cli.context import CONTEXT_FILE, Context, choose_context, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
-from orchard.command_line import CommandLine, orchard_home
+from orchard.command_line import CommandLine, HomeError, orchard_home
 
 
 def add_context_option(parser: CommandLine) -> None:
@@ -18,7 +18,7 @@ def add_context_option(parser: CommandLine) -> None:
 
 
 def context_path() -> Path:
-    return orchard_home() / CONTEXT_FILE
+    return orchard_home("command") / CONTEXT_FILE
 
 
 def remember_context(name: str, context: Context) -> None:
@@ -27,7 +27,7 @@ def remember_context(name: str, context: Context) -> None:
         contexts = read_contexts(context_path())
         if contexts.by_name.get(name) != context:
             write_contexts(context_path(), contexts.with_context(name, context))
-    except CommandError as error:
+    except (CommandError, HomeError) as error:
         print(f"orchard: the context {name} is not stored: {error}", file=sys.stderr)
 
 

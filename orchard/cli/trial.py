@@ -21,7 +21,7 @@ from orchard import __version__
 from orchard.cli.context import Context
 from orchard.cli.session import remember_context
 from orchard.client import Client, ClientError
-from orchard.command_line import CommandLine, orchard_home, parse_count, parse_port
+from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_port
 from orchard.controller import StartError
 from orchard.daemon import run_main, run_until_signal
 from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory
@@ -69,7 +69,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
 
 def run_verb(options: argparse.Namespace) -> int:
     """Run `orchard demo` or `orchard dev`, and return the exit status. BrokenPipeError propagates."""
-    failures: dict[type[Exception], int] = {StartError: 1, ClientError: 1, LockError: 1}
+    failures: dict[type[Exception], int] = dict.fromkeys((StartError, ClientError, LockError, HomeError), 1)
     return run_main("orchard", partial(_run, options), failures, debug=options.debug, quiet=not options.debug)
 
 
@@ -86,8 +86,8 @@ async def _run(options: argparse.Namespace) -> None:
     if options.verb == "dev" and options.workers > 1:
         raise LockError(f"--workers is {options.workers}, expected 1: only with --synthetic can one host have more")
     # Each of this worker and one of another controller would delete the other's VMs.
-    with lock_directory(orchard_home(), WORKERS_LOCK_FILE):
-        await run_until_signal(partial(verb, lambda _: TartDriver(tart, orchard_home() / "tart")))
+    with lock_directory(orchard_home("worker"), WORKERS_LOCK_FILE):
+        await run_until_signal(partial(verb, lambda _: TartDriver(tart, orchard_home("worker") / "tart")))
 
 
 def _describe_driver(make_driver: _MakeDriver) -> str:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness.processes import call_main, command, environment
+from harness.processes import ORCHARD, call_main, command, environment
 
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
@@ -145,7 +145,7 @@ def test_settings_that_are_not_named_stay(dev: Path, api: ControllerConnection) 
 def test_new_token_of_an_account_replaces_the_one_in_its_contexts(
     dev: Path, api: ControllerConnection, tmp_path: Path
 ) -> None:
-    url = read_contexts(dev / "orchard.yml").find("local-dev").url
+    url = read_contexts(dev / ORCHARD / "orchard.yml").find("local-dev").url
     api.call(
         "POST", "/service-accounts", body={"name": "rotated", "token": "the-token-before", "roles": ["compute:read"]}
     )
@@ -154,9 +154,9 @@ def test_new_token_of_an_account_replaces_the_one_in_its_contexts(
         "b": Context(url),
         "c": Context("http://h", None, "rotated", "t"),
     }
-    write_contexts(tmp_path / "orchard.yml", Contexts("b", known))
+    write_contexts(tmp_path / ORCHARD / "orchard.yml", Contexts("b", known))
     (token,) = run(tmp_path, "rotate", "token", "rotated")
     assert api.call("GET", "/service-accounts/rotated")["token"] == token != "the-token-before"
-    stored = read_contexts(tmp_path / "orchard.yml").by_name
+    stored = read_contexts(tmp_path / ORCHARD / "orchard.yml").by_name
     assert [context.token for context in stored.values()] == [token, "", "t"]
     assert call_main(main, "rotate", "token", "none", home=tmp_path)[0] == 1

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, call_main, controller, environment, finished, started
+from harness.processes import GENEROUS, ORCHARD, call_main, controller, environment, finished, started
 from harness.programs import need
 
 from orchard import __version__
@@ -117,7 +117,7 @@ def test_bootstrap_token_is_read_from_the_data_of_a_running_controller(tmp_path:
     env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "t"}
     with controller(home=tmp_path, env=env):
         made = finished("", "bootstrap-token", "bootstrap-admin", home=tmp_path)
-        certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
+        certificate = (tmp_path / ORCHARD / "controller" / "controller.crt").read_bytes()
         assert BootstrapToken.parse(made.stdout) == BootstrapToken("bootstrap-admin", "t", certificate)
         status, out, _ = call_main(main, "bootstrap-token", "bootstrap-admin", "--no-certificate", home=tmp_path)
         assert status == 0
@@ -135,10 +135,10 @@ def test_bootstrap_token_is_read_from_the_data_of_a_running_controller(tmp_path:
         assert (status, out) == (1, "")
         assert '"unknown"' in err
         assert "bootstrap-admin" in err
-    state = tmp_path / "controller" / "state.jsonl"
+    state = tmp_path / ORCHARD / "controller" / "state.jsonl"
     state.write_bytes(state.read_bytes().replace(b"bootstrap", b"bootstrab", 1))
     for home, words in ((tmp_path, "checksum"), (tmp_path / "none", "--data-dir")):
-        arguments = ("bootstrap-token", "bootstrap-admin", "--data-dir", str(home / "controller"))
+        arguments = ("bootstrap-token", "bootstrap-admin", "--data-dir", str(home / ORCHARD / "controller"))
         status, out, err = call_main(main, *arguments, home=tmp_path)
         assert (status, out) == (1, "")
         assert words in err
@@ -273,7 +273,7 @@ def second_line(path: Path) -> int:
 
 
 def test_check_of_a_healthy_directory_reports_no_problem(kept: Path) -> None:
-    status, said = checked(kept / "controller")
+    status, said = checked(kept / ORCHARD / "controller")
     assert status == 0
     assert HEALTHY.fullmatch(said), said
     default = finished("", "check", home=kept)
@@ -300,7 +300,7 @@ def test_check_reports_each_problem_with_its_place_and_remedy(
     kept: Path, tmp_path: Path, spoil: Callable[[Path], object], problem: str
 ) -> None:
     directory = tmp_path / "data"
-    shutil.copytree(kept / "controller", directory)
+    shutil.copytree(kept / ORCHARD / "controller", directory)
     line = second_line(directory / "state.jsonl")
     spoil(directory)
     status, said = checked(directory)
@@ -312,7 +312,7 @@ def test_check_reports_each_problem_with_its_place_and_remedy(
 
 def test_check_notes_what_the_next_start_repairs(kept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "data"
-    shutil.copytree(kept / "controller", directory)
+    shutil.copytree(kept / ORCHARD / "controller", directory)
     sizes = {path: path.stat().st_size for path in (directory / "state.jsonl", events_file(directory))}
     for path in sizes:
         append(path, b'{"sum":"')
@@ -337,10 +337,10 @@ def test_check_notes_what_the_next_start_repairs(kept: Path, tmp_path: Path) -> 
 
 def test_check_notes_events_of_deleted_vms(kept: Path, tmp_path: Path) -> None:
     directory = tmp_path / "data"
-    shutil.copytree(kept / "controller", directory)
+    shutil.copytree(kept / ORCHARD / "controller", directory)
     with controller("--insecure-no-auth", "--data-dir", str(directory), home=tmp_path) as (_, url):
         subprocess.run(["curl", "-sSk", "--fail-with-body", "-X", "DELETE", f"{url}/v1/vms/a"], check=True)
-    shutil.copytree(kept / "controller" / "events", directory / "events", dirs_exist_ok=True)
+    shutil.copytree(kept / ORCHARD / "controller" / "events", directory / "events", dirs_exist_ok=True)
     status, said = checked(directory)
     note, last = said.splitlines()
     assert (status, note.startswith(f"note: {directory}/events/")) == (0, True)

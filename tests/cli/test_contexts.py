@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, call_main, command, controller, environment
+from harness.processes import GENEROUS, ORCHARD, call_main, command, controller, environment
 
 from orchard.auth import BootstrapToken
 from orchard.cli.context import Context, Contexts, read_contexts
@@ -36,13 +36,13 @@ class Site:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     home = tmp_path_factory.mktemp("site")
-    data = home / "controller"
+    data = home / ORCHARD / "controller"
     with controller("--data-dir", str(data), home=home, env={"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": TOKEN}) as (_, url):
         yield Site(url, (data / TLS_CERTIFICATE_FILE).read_bytes())
 
 
 def contexts(home: Path) -> Contexts:
-    return read_contexts(home / "orchard.yml")
+    return read_contexts(home / ORCHARD / "orchard.yml")
 
 
 def test_fingerprint_decides_where_nobody_can_be_asked(site: Site, tmp_path: Path) -> None:

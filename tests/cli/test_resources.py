@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.processes import call_main, controller, environment
+from harness.processes import ORCHARD, call_main, controller, environment
 
 from orchard.auth import BootstrapToken
 from orchard.cli.connection import ControllerConnection
@@ -25,10 +25,10 @@ TOKEN = "an-admin-token-of-the-tests"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home with the context of a controller, which has a worker without a process, and two VMs."""
     home = tmp_path_factory.mktemp("site")
-    data = home / "controller"
+    data = home / ORCHARD / "controller"
     with controller("--data-dir", str(data), home=home, env={"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": TOKEN}) as (_, url):
         context = Context(url, (data / TLS_CERTIFICATE_FILE).read_bytes(), "bootstrap-admin", TOKEN)
-        write_contexts(home / "orchard.yml", Contexts("site", {"site": context}))
+        write_contexts(home / ORCHARD / "orchard.yml", Contexts("site", {"site": context}))
         with ControllerConnection(context) as api:
             worker = {"name": "mac-1", "machine_id": "m\n", "resources": {"org.cirruslabs.tart-vms": 2}}
             api.call("POST", "/workers", body=worker)
@@ -96,7 +96,7 @@ def test_a_field_is_printed_alone(site: Path, path: str, value: str) -> None:
 
 
 def test_bootstrap_token_has_the_account_and_the_certificate_of_the_context(site: Path) -> None:
-    context = read_contexts(site / "orchard.yml").find("site")
+    context = read_contexts(site / ORCHARD / "orchard.yml").find("site")
     (text,) = run(site, "get", "bootstrap-token", "bootstrap-admin")
     assert BootstrapToken.parse(text) == BootstrapToken("bootstrap-admin", TOKEN, context.certificate)
     assert refused(site, "get", "bootstrap-token", "none")[0] == 1
@@ -124,7 +124,7 @@ def test_what_cannot_be_is_refused_in_one_line(site: Path, tmp_path: Path) -> No
 
 
 def test_a_vm_is_deleted(site: Path) -> None:
-    with ControllerConnection(read_contexts(site / "orchard.yml").find("site")) as api:
+    with ControllerConnection(read_contexts(site / ORCHARD / "orchard.yml").find("site")) as api:
         api.call("POST", "/vms", body={"name": "third", "image": "i"})
     assert run(site, "delete", "vm", "third") == []
     assert refused(site, "get", "vm", "third")[0] == 1
@@ -133,11 +133,13 @@ def test_a_vm_is_deleted(site: Path) -> None:
 def test_another_certificate_than_the_pinned_one_is_refused_before_credentials_are_sent(
     site: Path, tmp_path: Path
 ) -> None:
-    known = read_contexts(site / "orchard.yml").find("site")
+    known = read_contexts(site / ORCHARD / "orchard.yml").find("site")
     with controller("--data-dir", str(tmp_path / "c"), home=tmp_path) as (role, url):
-        write_contexts(tmp_path / "orchard.yml", Contexts("a", {"a": Context(url, known.certificate, "a", "t")}))
+        write_contexts(
+            tmp_path / ORCHARD / "orchard.yml", Contexts("a", {"a": Context(url, known.certificate, "a", "t")})
+        )
         assert "certificate" in refused(tmp_path, "list", "vms")[1]
-        write_contexts(tmp_path / "orchard.yml", Contexts("a", {"a": Context(url, None, "a", "t")}))
+        write_contexts(tmp_path / ORCHARD / "orchard.yml", Contexts("a", {"a": Context(url, None, "a", "t")}))
         assert "certificate" in refused(tmp_path, "list", "vms")[1]
         assert "unknown service account" not in role.log.read_text()
 

@@ -15,7 +15,7 @@ from typing import Any
 import jwt
 import pytest
 from harness.clients import echo, listening, receive_exactly, running_vm
-from harness.processes import PLAIN, controller, finished
+from harness.processes import ORCHARD, PLAIN, controller, finished
 
 from orchard import auth
 from orchard.client import Client, ResponseError
@@ -215,7 +215,7 @@ async def test_lifetime_of_an_access_token_is_bounded(ttl: object, status: int) 
 def test_access_token_key_is_kept_private_across_restarts(tmp_path: Path) -> None:
     with controller(*PLAIN, home=tmp_path):
         pass
-    path = tmp_path / "controller" / "access-token.key"
+    path = tmp_path / ORCHARD / "controller" / "access-token.key"
     key = path.read_bytes()
     assert (len(key), path.stat().st_mode & 0o777) == (32, 0o600)
     with controller(*PLAIN, home=tmp_path):

@@ -168,7 +168,7 @@ def test_watch_line_is_built_once_for_all_watchers() -> None:
 
 
 def test_heartbeats_are_not_written_to_disk(small: Server, home: Path) -> None:
-    state = home / "small" / "controller" / "state.jsonl"
+    state = home / "small" / ".orchard" / "controller" / "state.jsonl"
     before = state.stat()
     beats = (
         request(

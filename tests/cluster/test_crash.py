@@ -25,6 +25,7 @@ from harness.clients import call
 from harness.processes import (
     GENEROUS,
     LISTENING,
+    ORCHARD,
     PLAIN,
     Role,
     at_last,
@@ -144,9 +145,7 @@ def test_failed_fsync_is_not_acknowledged_and_ends_the_controller(tmp_path: Path
     assert answers.count(503) >= 4, "waiting clients got no answer"
     # Lifecycle events are written beside the state.
     path = r"events/\S+" if what else "(state|events/lifecycle).jsonl"
-    said = (
-        rf"\norchard controller: cannot sync {tmp_path}/controller/{path}: Input/output error; what .* is uncertain\n"
-    )
+    said = rf"\norchard controller: cannot sync {tmp_path}/{ORCHARD}/controller/{path}: Input/output error; what .* is uncertain\n"
     assert re.search(said, role.log.read_text()), role.log.read_text()
     with controller(*PLAIN, home=tmp_path) as (role, url):
         if what:
@@ -214,7 +213,7 @@ def copied(source: Path, target: Path) -> None:
 def test_each_copy_of_a_data_directory_in_use_is_a_backup(tmp_path: Path) -> None:
     launch = "import sys; from orchard.storage import engine; engine.COMPACT_BYTES, engine.COMPACT_RATIO = 20_000, 0\n"
     launch += "from orchard import controller; sys.exit(controller.main(sys.argv[1:]))"
-    data = tmp_path / "controller"
+    data = tmp_path / ORCHARD / "controller"
     snapshots = set()
     with compacting(tmp_path, launch) as (role, url):
         writers = [Writer(url, name) for name in ("a", "b")]
@@ -304,7 +303,7 @@ def test_files_of_a_data_directory_are_private_under_any_umask(tmp_path: Path, u
             assert role.stop() == 0
     finally:
         os.umask(before)
-    directory = tmp_path / "home" / "controller"
+    directory = tmp_path / "home" / ORCHARD / "controller"
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in [directory, *directory.rglob("*")]}
     assert modes.pop("controller.lock") & 0o077 == 0
     # Among them the lifecycle events and the history, which a stop writes.
@@ -324,8 +323,8 @@ def test_start_is_refused_when_others_can_read_or_replace_a_secret(
     tmp_path: Path, name: str, mode: int, words: str
 ) -> None:
     """Each file and mode is tested in tests/test_fsck.py."""
-    directory = tmp_path / "controller"
-    directory.mkdir(mode=0o700)
+    directory = tmp_path / ORCHARD / "controller"
+    directory.mkdir(mode=0o700, parents=True)
     path = directory / name if name else directory
     if name:
         path.write_bytes(b"secret")
@@ -377,6 +376,6 @@ def test_jumping_clock_neither_fails_vms_nor_damages_data(tmp_path: Path) -> Non
         assert role.stop() == 0
         worker.stop()
     assert "failed" not in role.log.read_text()
-    assert fsck.inspect(tmp_path / "controller").problems == []
-    state = read_state(tmp_path / "controller" / STATE_FILE)
+    assert fsck.inspect(tmp_path / ORCHARD / "controller").problems == []
+    state = read_state(tmp_path / ORCHARD / "controller" / STATE_FILE)
     assert set(state.vms) == {"first"}

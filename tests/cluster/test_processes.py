@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 from harness.clients import ADMIN_ENV, admin_client, make_bootstrap_token, wait_workers
-from harness.processes import Role, call_main, controller, eventually, finished, free_port, processes_in, started
+from harness.processes import (
+    ORCHARD,
+    Role,
+    call_main,
+    controller,
+    eventually,
+    finished,
+    free_port,
+    processes_in,
+    started,
+)
 
 from orchard import worker
 from orchard.auth import BootstrapToken
@@ -55,7 +65,7 @@ async def test_vm_from_creation_to_deletion_over_tls_with_a_bootstrap_token(tmp_
                 lines = await lines_of(client, "vm", 5)
                 assert lines == ["begins", *TEXT.split("\n"), "end of file", "over"]
                 await client.vms.delete("vm")
-                await gone(tmp_path / "synthetic" / "mac" / "mac")
+                await gone(tmp_path / ORCHARD / "synthetic" / "mac" / "mac")
                 assert worker.stop() == 0
             assert control.stop() == 0
             said = control.log.read_text() + worker.log.read_text()
@@ -70,7 +80,7 @@ async def test_worker_that_was_killed_removes_its_vms_when_it_is_back(tmp_path: 
     with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
         async with Client(url) as client:
             arguments = (url, "--runtime", "synthetic", "--name", "mac")
-            homes = tmp_path / "synthetic" / "mac" / "mac"
+            homes = tmp_path / ORCHARD / "synthetic" / "mac" / "mac"
             with started("worker", *arguments, home=tmp_path) as worker:
                 await wait_workers(client, 1)
                 script = {"script_content": "echo begins; sleep 1000 & sleep 1000"}
@@ -166,7 +176,7 @@ async def test_worker_logs_why_it_cannot_connect_and_retries(tmp_path: Path) -> 
 async def test_worker_with_refused_credentials_exits_with_2(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         async with admin_client(url, tmp_path) as client:
-            certificate = (tmp_path / "controller" / "controller.crt").read_bytes()
+            certificate = (tmp_path / ORCHARD / "controller" / "controller.crt").read_bytes()
             await client.service_accounts.create("reader", roles=["compute:read"], token="token-of-reader")
             for token, words in (
                 (BootstrapToken("bootstrap-admin", "wrong", certificate), "wrong token"),
@@ -184,7 +194,7 @@ async def test_worker_with_refused_credentials_exits_with_2(tmp_path: Path) -> N
 async def test_worker_logs_that_it_does_not_trust_the_certificate(tmp_path: Path) -> None:
     other = tmp_path / "other"
     with controller(home=other, env=ADMIN_ENV):
-        wrong = (other / "controller" / "controller.crt").read_bytes()
+        wrong = (other / ORCHARD / "controller" / "controller.crt").read_bytes()
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         for certificate, words in ((wrong, "fingerprint of its certificate"), (None, "not trusted")):
             token = BootstrapToken("bootstrap-admin", "admin-token", certificate)

@@ -22,7 +22,7 @@ import trio
 import websockets.sync.client
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from harness.processes import GENEROUS, eventually, finished
+from harness.processes import GENEROUS, ORCHARD, eventually, finished
 from orchard.auth import BootstrapToken
 from orchard.client import Client
 from orchard.testing import Cluster, cluster
@@ -107,7 +107,7 @@ async def refusal(c: Cluster, path: str, **query: object) -> tuple[int, str]:
 @asynccontextmanager
 async def admin_client(url: str, home: Path) -> AsyncIterator[Client]:
     """Yield a client of a controller that was started with ADMIN_ENV and keeps its data below `home`."""
-    certificate = (home / "controller" / "controller.crt").read_bytes()
+    certificate = (home / ORCHARD / "controller" / "controller.crt").read_bytes()
     async with Client(url, account="bootstrap-admin", token="admin-token", certificate=certificate) as client:
         yield client
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.processes import started
+from harness.processes import ORCHARD, started
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.context import Context, Contexts, read_contexts
 
@@ -21,14 +21,14 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("dev")
     with started("", "dev", "--synthetic", "--port", "0", "--directory", str(home / "dev"), home=home) as role:
         url = role.wait_for(LISTENING)[1]
-        assert read_contexts(home / "orchard.yml") == Contexts("local-dev", {"local-dev": Context(url)})
+        assert read_contexts(home / ORCHARD / "orchard.yml") == Contexts("local-dev", {"local-dev": Context(url)})
         yield home
         role.stop()
 
 
 @pytest.fixture
 def api(dev: Path) -> Iterator[ControllerConnection]:
-    context = read_contexts(dev / "orchard.yml").find("local-dev")
+    context = read_contexts(dev / ORCHARD / "orchard.yml").find("local-dev")
     with ControllerConnection(context) as connection:
         yield connection
         for vm in connection.call("GET", "/vms"):

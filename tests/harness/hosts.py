@@ -20,7 +20,7 @@ from typing import Unpack
 
 import trio
 
-from harness.processes import GENEROUS, PLAIN, Role, controller, eventually, processes_in, started
+from harness.processes import GENEROUS, ORCHARD, PLAIN, Role, controller, eventually, processes_in, started
 from orchard.client import Client
 from orchard.methods.fields import NewVMFields, VMFields
 from orchard.schema import TART_VMS, VM
@@ -69,7 +69,7 @@ class Host:
         return {path.stem: state for path in (self.tart_home / "vms").glob("*.json") if (state := _state_in(path))}
 
     def record(self, vm: VM) -> supervisor.Record:
-        found = supervisor.read_record(self.home / "tart" / f"{vm.tart_name}.run")
+        found = supervisor.read_record(self.home / ORCHARD / "tart" / f"{vm.tart_name}.run")
         # A signal to process 0 would go to the tests themselves.
         assert found.supervisor > 0, f"the supervisor of {vm.tart_name} is not recorded"
         return found
@@ -139,7 +139,7 @@ class ProcessCluster:
                 await self.client.vms.delete(vm.name)
         kept = {vm.tart_name for vm in vms if vm.name == but}
         await eventually(lambda: self.host.states().keys() == kept)
-        files = self.host.home / "tart"
+        files = self.host.home / ORCHARD / "tart"
         await eventually(lambda: {path.stem for path in files.iterdir() if path.suffix} == kept)
 
     def starts(self, name: str) -> list[str]:

@@ -26,6 +26,8 @@ POLL_SECONDS = 0.01
 # Seconds until a test gives up on a process. No test asserts how long something takes.
 GENEROUS = 300
 LISTENING = re.compile(r"orchard controller [0-9.]+ is listening on (\S+)")
+# Below a home, where Orchard keeps its files.
+ORCHARD = ".orchard"
 # Arguments of a controller that speaks plain HTTP and needs no credentials.
 PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
 
