@@ -320,6 +320,7 @@ class BlockingClient(Blocking[Client]):
     request = AsCall(Client.request)
     check = AsCall(Client.check)
     info = AsCall(Client.info)
+    health = AsCall(Client.health)
     accept_state = AsCall(Client.accept_state)
     capacity = AsCall(Client.capacity)
     history = AsCall(Client.history)

@@ -64,7 +64,7 @@ from orchard.net.transport import (
     Transport,
     excerpt,
 )
-from orchard.schema import OS, Arch, ControllerInfo, EndedVM, Runtime
+from orchard.schema import OS, Arch, ControllerHealth, ControllerInfo, EndedVM, Runtime
 
 __all__ = [
     "Client",
@@ -153,6 +153,10 @@ class Client(Transport):
     async def info(self) -> ControllerInfo:
         """Return the controller's version and capabilities."""
         return decode_answer(ControllerInfo, (await self.request("GET", "/controller/info")).json())
+
+    async def health(self) -> ControllerHealth:
+        """Return whether the controller takes changes. Needs no account. Raises ResponseError: 503 if it does not lead."""
+        return decode_answer(ControllerHealth, (await self.request("GET", "/health")).json())
 
     async def accept_state(self) -> ControllerInfo:
         """Accept a state that was restored from an older copy as it is, and return the new clusterId. Needs admin:write."""

@@ -55,6 +55,8 @@ _VM_TOKEN = SecurityScheme(
 OPERATIONS: tuple[APIOperation, ...] = (
     Operation("GET", "/", admin.hello, None, "Check that this is an Orchard controller and that the credentials are valid"),
     Operation("GET", "/openapi.json", admin.describe, "public", "Retrieve this OpenAPI document", answer=_ANY),
+    Operation("GET", "/health", admin.health, "public", "Check that this controller leads, and whether it takes changes",
+              answer=ref("ControllerHealth"), problems=(503,)),
     Operation("GET", "/controller/info", admin.info, None, "Retrieve controller's information",
               answer=ref("ControllerInfo")),
     Operation("POST", "/controller/accept-state", admin.accept_state, "admin:write",

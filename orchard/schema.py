@@ -596,6 +596,16 @@ class ControllerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ControllerHealth:
+    """The answer of `GET /health`, with status 200 for the role `leader` and with 503 for others."""
+
+    role: Literal["leader", "standby"] = attr("role", "Whether this controller leads the cluster", default="leader")
+    writes: Literal["", "ok", "refused"] = attr(
+        "writes", "Whether a leader takes changes that add something: `refused` while its disk is full", zero=""
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class IP:
     ip: str = attr("ip", "The resolved IP address", zero="")
 
@@ -673,7 +683,7 @@ def components() -> dict[str, Any]:
         VMReport,
         Problem,
     )
-    resources += (EndedVM, IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion, Capacity)
+    resources += (ControllerHealth, EndedVM, IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion, Capacity)
     return {
         **parts,
         "VM": {"type": "object", "allOf": [{"$ref": f"#/components/schemas/{name}"} for name in parts]},

@@ -232,6 +232,11 @@ class Store:
         """Why nothing can be added at present; empty when there is space."""
         return self._full_disk.why if self._full_disk is not None else ""
 
+    @property
+    def leads(self) -> bool:
+        """Whether answers may be based on the state: no other controller has taken over, and the store has not ended."""
+        return not self.broken
+
     def close(self) -> None:
         """Close the file. What is not durable by then is lost."""
         self._engine.close()

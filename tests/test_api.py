@@ -924,7 +924,7 @@ def test_roles_of_all_operations() -> None:
     for op in OPERATIONS:
         by_role.setdefault(op.role, set()).add(f"{op.method} {op.path}")
     assert by_role == {
-        "public": {"GET /openapi.json"},
+        "public": {"GET /openapi.json", "GET /health"},
         None: {"GET /", "GET /controller/info"},
         "compute:read": {
             *("GET /workers", "GET /workers/{name}", "GET /vms", "GET /vms/{name}", "GET /vms/{name}/events"),

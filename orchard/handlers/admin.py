@@ -14,8 +14,8 @@ from orchard.api import API
 from orchard.cluster import GUEST_AGENT, IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, VM_RESTART, WORKER_STATE
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
-from orchard.schema import ClusterSettings, ControllerInfo, ServiceAccount
-from orchard.store import SETTINGS, encode_object
+from orchard.schema import ClusterSettings, ControllerHealth, ControllerInfo, ServiceAccount
+from orchard.store import SETTINGS, Store, encode_object
 
 # What the controller supports. Existing workers choose their protocol by the first two.
 _CAPABILITIES = (
@@ -58,6 +58,17 @@ def info(api: API, request: Request, admitted: Admitted) -> AnyResponse:
         prepull=settings.prepull,
     )
     return Response(200, dump_json(encode(info)))
+
+
+def health(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return health_answer(api.store)
+
+
+def health_answer(store: Store) -> Response:
+    """Return the answer to a health check. A full disk does not cut off reads and reports, so it has status 200."""
+    if not store.leads:
+        return Response(503, dump_json(encode(ControllerHealth("standby"))))
+    return Response(200, dump_json(encode(ControllerHealth("leader", "refused" if store.full else "ok"))))
 
 
 def accept_state(api: API, request: Request, admitted: Admitted) -> AnyResponse:
