@@ -298,7 +298,8 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("url", metavar="CONTROLLER_URL", help="URL of the controller, for example https://controller.example.com:6120")
+    add("url", metavar="CONTROLLER_URL",
+        help="URL of the controller, for example https://controller.example.com:6120, or those of several, with commas")  # fmt: skip
     token = parser.add_mutually_exclusive_group()
     token.add_argument("--bootstrap-token", metavar="T",
         help="bootstrap token; visible to anyone on this host in the process list")  # fmt: skip

@@ -19,10 +19,14 @@ from urllib.parse import quote, urlencode
 
 from orchard.cli.context import Context
 from orchard.cli.failure import CommandError
-from orchard.net.urls import ServerURL, find_proxy, parse_url
+from orchard.net.urls import NOT_SERVING, ServerURL, find_proxy, parse_urls
 
 # For the whole answer to a request, and for the next line of a stream, which has an empty line each 20 s.
 ANSWER_SECONDS = 60.0
+# For a connection to a controller while there is another one to try: two round trips, and a first packet that was lost.
+_CONNECT_SECONDS = 3.0
+# Requests that may be sent to another controller although the first one may have carried them out.
+_REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
 QueryPairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
@@ -37,11 +41,19 @@ class AnswerError(CommandError):
 
 
 class NetworkError(CommandError):
-    """The controller cannot be reached, or the connection was lost."""
+    """The controller cannot be reached, or the connection was lost. `is_untrusted`: the host's CAs do not trust it."""
+
+    def __init__(self, message: str, *, is_untrusted: bool = False) -> None:
+        super().__init__(message)
+        self.is_untrusted = is_untrusted
 
 
 class ControllerConnection:
     """One connection to the controller of a context, used by one request after the other. `close` ends it.
+
+    A context may name several controllers, of which one leads. The one that answered last is tried first, and the next
+    one if no connection can be opened, or if it answers that it does not lead. Only requests of `_REPEATABLE` are sent
+    again after a controller may have carried them out.
 
     All methods raise AnswerError for an answer of 400 or more, NetworkError where there is none, and CommandError for one
     that is not a controller's. `seconds` bounds the wait for an answer, and for the next line of a stream.
@@ -49,13 +61,18 @@ class ControllerConnection:
 
     def __init__(self, context: Context, *, seconds: float = ANSWER_SECONDS) -> None:
         self._context = context
-        server = parsed_url(context.url)
-        self.url, self._prefix = server.text, server.prefix
+        # The first one is tried first.
+        self._servers = parsed_urls(context.url)
         self._seconds = seconds
-        self._http = _connection(server, context.certificate, seconds)
+        self._http: http.client.HTTPConnection | None = None
         self._sock: socket.socket | None = None
         # Of the last answer to `call`.
         self.headers: Mapping[str, str] = {}
+
+    @property
+    def url(self) -> str:
+        """The URL of the controller that answered last."""
+        return self._servers[0].text
 
     def call(self, method: str, path: str, *, query: QueryPairs = (), body: object = None) -> Any:
         """Send a request to a path below /v1, and return the parsed JSON of its answer; None if it is empty."""
@@ -93,7 +110,7 @@ class ControllerConnection:
                 self.close()
 
     def _send(self, method: str, path: str, query: QueryPairs, body: object) -> http.client.HTTPResponse:
-        target = f"{self._prefix}/v1{path}"
+        target = f"/v1{path}"
         if query:
             target += f"?{urlencode(query)}"
         headers = {"Accept": "application/json", "User-Agent": "orchard-command"}
@@ -104,21 +121,64 @@ class ControllerConnection:
         if body is not None:
             raw = json.dumps(body, ensure_ascii=False).encode()
             headers["Content-Type"] = "application/json"
-        with _network_errors(self.url):
-            if self._http.sock is None:
-                self._http.connect()
-            # Of an answer that ends with its connection, http.client forgets the socket.
-            self._sock = self._http.sock
-            self._sock.settimeout(self._seconds)
-            self._http.request(method, target, raw, headers)
-            answer = self._http.getresponse()
-            if answer.status >= 400:
-                may_retry = answer.getheader("Retry-After") is not None
-                raise AnswerError(answer.status, _message(answer.status, answer.read()), may_retry=may_retry)
-        return answer
+        failures: dict[ServerURL, NetworkError] = {}
+        while True:
+            connection = self._open(failures)
+            try:
+                with _network_errors(self.url):
+                    connection.request(method, f"{self._servers[0].prefix}{target}", raw, headers)
+                    answer = connection.getresponse()
+                    if answer.status < 400:
+                        return answer
+                    content = answer.read()
+            except NetworkError as error:
+                if method not in _REPEATABLE or len(self._servers) == 1:
+                    raise
+                self._move_on(failures, error)
+                continue
+            may_retry = answer.getheader("Retry-After") is not None
+            refusal = AnswerError(answer.status, _message(answer.status, content), may_retry=may_retry)
+            if answer.status != 503 or answer.getheader(NOT_SERVING[0]) != NOT_SERVING[1]:
+                raise refusal
+            url, is_last = self.url, len(self._servers) == 1
+            self._move_on(failures, NetworkError(f"no answer from {url}: {refusal}"))
+            if is_last or method not in _REPEATABLE:
+                raise refusal
+
+    def _open(self, failures: dict[ServerURL, NetworkError]) -> http.client.HTTPConnection:
+        """Return an open connection to the first controller that accepts one and is not among `failures`."""
+        while self._http is None or self._http.sock is None:
+            server = self._servers[0]
+            if server in failures:
+                raise _all_failures(failures)
+            is_last = len(failures) == len(self._servers) - 1
+            try:
+                self._http = _connection(server, self._context.certificate, self._seconds)
+                self._http.timeout = self._seconds if is_last else min(self._seconds, _CONNECT_SECONDS)
+                with _network_errors(server.text):
+                    self._http.connect()
+            except NetworkError as error:
+                self._move_on(failures, error)
+        # Of an answer that ends with its connection, http.client forgets the socket.
+        self._sock = self._http.sock
+        self._sock.settimeout(self._seconds)
+        return self._http
+
+    def _move_on(self, failures: dict[ServerURL, NetworkError], error: NetworkError) -> None:
+        """Note why the first controller failed, and try the one after it first."""
+        failures[self._servers[0]] = error
+        self.close()
+        self._servers = (*self._servers[1:], self._servers[0])
+
+    def open_socket(self) -> socket.socket:
+        """Return the socket of the connection, which is opened if needed."""
+        sock: socket.socket = self._open({}).sock
+        return sock
 
     def close(self) -> None:
-        self._http.close()
+        if self._http is not None:
+            self._http.close()
+            self._http = None
 
     def __enter__(self) -> Self:
         return self
@@ -132,24 +192,28 @@ def path_of(*parts: str) -> str:
     return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 
-def parsed_url(url: str) -> ServerURL:
-    """Return the parts of a controller's URL. Raises CommandError."""
+def parsed_urls(text: str) -> tuple[ServerURL, ...]:
+    """Return the parts of the URLs of controllers, which are separated by commas. Raises CommandError."""
     try:
-        return parse_url(url, "/v1")
+        return parse_urls(text, "/v1")
     except ValueError as error:
         raise CommandError(str(error)) from None
 
 
 def fetch_certificate(url: str) -> bytes:
     """Return the certificate that a controller shows, in PEM, unverified. Raises CommandError."""
-    server = parsed_url(url)
-    with _network_errors(server.text):
-        connection = _connection(server, b"", ANSWER_SECONDS)
-        connection.connect()
-        tls: Any = connection.sock
-        der = tls.getpeercert(binary_form=True)
-        connection.close()
-    return ssl.DER_cert_to_PEM_cert(der).encode()
+    with ControllerConnection(Context(url, certificate=b"")) as controller:
+        tls: Any = controller.open_socket()
+        return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True)).encode()
+
+
+def _all_failures(failures: Mapping[ServerURL, NetworkError]) -> NetworkError:
+    """Return the error of one controller as it is; of several, an error that names each and why it failed."""
+    errors = list(failures.values())
+    if len(errors) == 1:
+        return errors[0]
+    is_untrusted = any(error.is_untrusted for error in errors)
+    return NetworkError("; ".join(str(error) for error in errors), is_untrusted=is_untrusted)
 
 
 # ---- connections -----------------------------------------------------------------------------------------------------
@@ -187,9 +251,9 @@ class _PinnedConnection(http.client.HTTPSConnection):
             der: Any = self.sock.getpeercert(binary_form=True)
             if der != ssl.PEM_cert_to_DER_cert(self._pinned.decode("ascii")):
                 self.close()
-                raise CommandError(
-                    "the controller's certificate is not the one of this context; if the controller has a new one, add the"
-                    " context again with: orchard context create --force"
+                raise OSError(
+                    "its certificate is not the one of this context; if the controller has a new one, add the context"
+                    " again with: orchard context create --force"
                 )
 
 
@@ -213,7 +277,8 @@ class _network_errors:  # noqa: N801
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | http.client.HTTPException):
-            raise NetworkError(f"no answer from {self._url}: {_reason(error)}") from None
+            is_untrusted = isinstance(error, ssl.SSLCertVerificationError)
+            raise NetworkError(f"no answer from {self._url}: {_reason(error)}", is_untrusted=is_untrusted) from None
 
 
 def _reason(error: OSError | http.client.HTTPException) -> str:

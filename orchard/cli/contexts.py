@@ -7,12 +7,13 @@ import os
 import sys
 from dataclasses import replace
 
-from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, parsed_url
+from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
 from orchard.cli.output import print_table
 from orchard.cli.session import context_path
 from orchard.command_line import CommandLine
+from orchard.net.urls import join_urls
 
 _DEFAULT_NAME = "default"
 
@@ -22,7 +23,9 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     parts = parser.add_subparsers(metavar="create|list|default|delete", required=True)
     create = parts.add_parser("create", help="add a controller")
     create.add_argument(
-        "url", metavar="ADDRESS", help="the controller's URL; without a scheme https, without a port 6120"
+        "url",
+        metavar="ADDRESS",
+        help="the controller's URL, or those of several separated by commas; without a scheme https, without a port 6120",
     )
     create.add_argument("--name", default=_DEFAULT_NAME, help="name of the context; default: %(default)s")
     create.add_argument(
@@ -67,14 +70,14 @@ def _create(options: argparse.Namespace) -> int:
 
 def _described(options: argparse.Namespace) -> Context:
     """Return the context that the options describe, with a certificate that is trusted. Raises CommandError."""
-    server = parsed_url(options.url)
-    url = server.text
+    servers = parsed_urls(options.url)
+    url = join_urls(servers)
     token = options.service_account_token or os.environ.get("ORCHARD_SERVICE_ACCOUNT_TOKEN", "")
     context = Context(url, None, options.service_account_name, token)
     text = options.bootstrap_token or ""
     if text:
         context = _from_bootstrap_token(url, sys.stdin.readline() if text == "-" else text)
-    if not server.is_tls:
+    if not servers[0].is_tls:
         return replace(context, certificate=None)
     if context.certificate is None and (options.no_pki or options.fingerprint or not _is_trusted(context)):
         context = replace(context, certificate=_accepted_certificate(url, options.fingerprint))
@@ -93,15 +96,13 @@ def _from_bootstrap_token(url: str, text: str) -> Context:
 
 def _is_trusted(context: Context) -> bool:
     """Return whether this host's CAs trust the controller. Raises CommandError if it cannot be reached."""
-    import ssl
-
     try:
         with ControllerConnection(replace(context, account="", token="")) as controller:
             controller.call("GET", "/")
     except AnswerError:
         return True
-    except CommandError as error:
-        if isinstance(error.__context__, ssl.SSLCertVerificationError):
+    except NetworkError as error:
+        if error.is_untrusted:
             return False
         raise
     return True

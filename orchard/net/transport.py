@@ -1,4 +1,4 @@
-"""An HTTP/1.1 client of one server: requests, endless answers, and WebSockets, on h11 and trio.
+"""An HTTP/1.1 client of one service: requests, endless answers, and WebSockets, on h11 and trio.
 
 h11 reads every answer, head and body. This file knows one field of the answers' JSON: the "message" of an error. The
 methods of the API are in client.py.
@@ -7,6 +7,11 @@ methods of the API are in client.py.
 tasks may share it. A cancelled request closes its connection. A kept-alive connection may be closed by the server at any
 time; a request that fails on one before the first byte of an answer is sent once more if that is safe (GET, PUT, PATCH).
 A POST or DELETE is not repeated, and its caller has to find out whether it was carried out.
+
+A service may have several URLs, of which one serves at a time. The one that answered last is tried first, and each other
+one when no connection to it can be opened, or when it answers that it does not serve now (`NOT_SERVING`). A request that
+may be repeated is also sent to the next one when its connection was lost before an answer began. What waited for an
+answer in vain is not repeated, but the next request begins with the next URL.
 
 Every failure is a ClientError: ConnectError if there is no connection or it was lost, ResponseError for a status of 400
 or more. Error messages contain no tokens.
@@ -17,8 +22,8 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
@@ -32,7 +37,7 @@ from orchard import __version__
 from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
 from orchard.net.proxies import connector
-from orchard.net.urls import bracketed, parse_url
+from orchard.net.urls import NOT_SERVING, ServerURL, bracketed, join_urls, parse_urls
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
 from orchard.nursery import unwrap_groups
 
@@ -120,10 +125,56 @@ class Items(Generic[ItemT]):
 # ---- connections ---------------------------------------------------------------------------------------------------
 
 
-class _Connection:
-    """A stream to the server, and h11's state of it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Endpoint:
+    """One URL of the service. `base_path` goes before the paths of its requests."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    url: str
+    host: str
+    port: int
+    base_path: str
+    headers: Sequence[tuple[str, str]] = field(repr=False)
+    connect: tcp.Connect
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """The endpoints that one request has tried: why those failed that did, and the one that is tried now."""
+
+    failures: dict[_Endpoint, ClientError] = field(default_factory=dict)
+    present: _Endpoint | None = None
+
+    def error(self) -> ClientError:
+        """Return the error of the only endpoint that was tried, or a ConnectError that names each and why it failed."""
+        if len(self.failures) == 1:
+            return next(iter(self.failures.values()))
+        reasons = [
+            f"{endpoint.url}: {error}" if isinstance(error, ResponseError) else str(error)
+            for endpoint, error in self.failures.items()
+        ]
+        return ConnectError("; ".join(reasons))
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A request that may be sent to any endpoint. `may_repeat`: also after it may have been carried out."""
+
+    method: str
+    target: str
+    body: bytes = field(default=b"", repr=False)
+    headers: Sequence[tuple[str, str]] = ()
+    may_repeat: bool = True
+
+    def head(self, endpoint: _Endpoint) -> h11.Request:
+        target = endpoint.base_path + self.target
+        return h11.Request(method=self.method, target=target, headers=[*endpoint.headers, *self.headers])
+
+
+class _Connection:
+    """A stream to an endpoint, and h11's state of it."""
+
+    def __init__(self, endpoint: _Endpoint, stream: trio.abc.Stream) -> None:
+        self.endpoint = endpoint
         self.stream = stream
         # Whether a request was sent over it.
         self.is_used = False
@@ -132,10 +183,11 @@ class _Connection:
         self._idle_since = trio.current_time()
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD_BYTES)
 
-    async def exchange(self, request: h11.Request, body: bytes = b"") -> tuple[int, dict[str, str]]:
+    async def exchange(self, request: _Request) -> tuple[int, dict[str, str]]:
         """Send a request and return the status and the headers of its answer. Raises one of `_CONNECTION_ERRORS`."""
         self.is_answering = False
-        events: list[h11.Event] = [request, *([h11.Data(data=body)] if body else []), h11.EndOfMessage()]
+        body = [h11.Data(data=request.body)] if request.body else []
+        events: list[h11.Event] = [request.head(self.endpoint), *body, h11.EndOfMessage()]
         await self.stream.send_all(b"".join(self._http.send(event) or b"" for event in events))
         self.is_used = True
         # Informational answers such as 100 are skipped. 101 is the last of an upgraded connection.
@@ -193,13 +245,13 @@ class _Connection:
 
 
 class Transport:
-    """A client of the server at `url`, for example "https://controller:6120" or "http://127.0.0.1:6120/prefix".
+    """A client of the service at `url`, for example "https://controller:6120" or "http://127.0.0.1:6120/prefix".
 
-    All paths are below the URL and `base_path`, for example "/v1". `authorization` is the value of that header, "" for
-    none. `certificate` is a certificate in PEM, the only one that is then trusted; without it, the host's CAs are.
-    `connect_seconds` bounds TCP and TLS together, `answer_seconds` a whole answer, or the head of an endless one.
-    `connect` opens a connection to a host and port, and raises OSError; by default it is TCP with keep-alive, through the
-    proxy that the environment names (proxies.py).
+    `url` may be several URLs, separated by commas. All paths are below the URL and `base_path`, for example "/v1".
+    `authorization` is the value of that header, "" for none. `certificate` is a certificate in PEM, the only one that is
+    then trusted; without it, the host's CAs are. `connect_seconds` bounds TCP and TLS together, for each URL,
+    `answer_seconds` a whole answer, or the head of an endless one. `connect` opens a connection to a host and port, and
+    raises OSError; by default it is TCP with keep-alive, through the proxy that the environment names (proxies.py).
 
     Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for an invalid URL, certificate or
     proxy.
@@ -216,23 +268,20 @@ class Transport:
         answer_seconds: float,
         connect: tcp.Connect | None = None,
     ) -> None:
-        self._server = parse_url(url, base_path)
-        # The URL in its normal form.
-        self.url = self._server.text
+        servers = parse_urls(url, base_path)
+        # The URLs in their normal form.
+        self.url = join_urls(servers)
         try:
-            self._trust = tls.Trust(certificate) if self._server.is_tls else None
+            self._trust = tls.Trust(certificate) if servers[0].is_tls else None
         except tls.TLSError as error:
             raise ValueError(f"the certificate to trust: {error}") from error
-        self._base_path = self._server.prefix + base_path
-        self._headers = [
-            ("Host", f"{bracketed(self._server.host)}:{self._server.port}"),
-            ("User-Agent", f"orchard/{__version__} ({READS_NEW_VALUES})"),
-        ]
+        headers = [("User-Agent", f"orchard/{__version__} ({READS_NEW_VALUES})")]
         if authorization:
-            self._headers.append(("Authorization", authorization))
+            headers.append(("Authorization", authorization))
+        # The first one is tried first.
+        self._endpoints = [_endpoint(server, base_path, headers, connect) for server in servers]
         self._connect_seconds = connect_seconds
         self._answer_seconds = answer_seconds
-        self._connect = connect or connector(self._server.is_tls, self._server.host, os.environ)
         self._idle: list[_Connection] = []
         self._requests = trio.CapacityLimiter(_MAX_REQUESTS)
         self._closed = False
@@ -268,31 +317,54 @@ class Transport:
 
         Raises ConnectError, ResponseError for a status of 400 or more, and ClientError for an answer over 64 MiB.
         """
-        request, body = self._build_request(method, path, query, json)
+        request = _make_request(method, path, query, json)
         async with self._requests:
-            with self._answer_deadline():
-                answer = await self._exchange(request, body, may_repeat=method in _REPEATABLE)
+            with self._attempts() as attempts:
+                answer = await self._exchange(request, attempts)
         if answer.status >= 400:
             raise _response_error(answer)
         return answer
 
-    async def _exchange(self, request: h11.Request, body: bytes, *, may_repeat: bool) -> ClientResponse:
+    async def _exchange(self, request: _Request, attempts: _Attempts) -> ClientResponse:
         while True:
-            connection = await self._take_connection()
+            connection = await self._take_connection(attempts)
             was_used = connection.is_used
             is_complete = False
             try:
-                status, headers = await connection.exchange(request, body)
-                content = await connection.receive_body()
+                status, headers = await connection.exchange(request)
+                answer = ClientResponse(status, headers, await connection.receive_body())
                 is_complete = True
             except _CONNECTION_ERRORS as error:
+                may_repeat = request.may_repeat and not connection.is_answering
                 # If the server closed the connection while it was idle, send the request over another one.
-                if was_used and may_repeat and not connection.is_answering:
-                    continue
-                raise self._lost(error) from error
+                if not (was_used and may_repeat):
+                    self._note_lost(connection, attempts, error, may_repeat=may_repeat)
             finally:
                 await self._put_back(connection, is_complete=is_complete)
-            return ClientResponse(status, headers, content)
+            if is_complete and not (self._is_not_serving(answer, connection, attempts) and request.may_repeat):
+                return answer
+
+    async def _begin(self, request: _Request, attempts: _Attempts) -> tuple[_Connection, ClientResponse]:
+        """Send a request over a connection of its own, which the caller closes.
+
+        Return the connection and the answer, whose body was read only if its status is 400 or more.
+        """
+        while True:
+            connection = await self._open(attempts)
+            is_begun = False
+            try:
+                status, headers = await connection.exchange(request)
+                body = await connection.receive_body() if status >= 400 else b""
+                answer = ClientResponse(status, headers, body)
+                is_begun = not self._is_not_serving(answer, connection, attempts)
+            except _CONNECTION_ERRORS as error:
+                may_repeat = request.may_repeat and not connection.is_answering
+                self._note_lost(connection, attempts, error, may_repeat=may_repeat)
+            finally:
+                if not is_begun:
+                    await trio.aclose_forcefully(connection.stream)
+            if is_begun:
+                return connection, answer
 
     @asynccontextmanager
     async def stream(
@@ -303,19 +375,17 @@ class Transport:
         Yields an iterator over the pieces of the body, which raises ConnectError when the connection is lost. Raises
         ConnectError and ResponseError.
         """
-        request, _ = self._build_request("GET", path, query, ...)
-        connection = await self._open()
+        with self._attempts() as attempts:
+            connection, answer = await self._begin(_make_request("GET", path, query, ...), attempts)
         try:
-            with self._answer_deadline(), self._translated_errors():
-                status, headers = await connection.exchange(request)
-                if status >= 400:
-                    raise _response_error(ClientResponse(status, headers, await connection.receive_body()))
+            if answer.status >= 400:
+                raise _response_error(answer)
             yield Items(partial(self._receive_piece, connection))
         finally:
             await trio.aclose_forcefully(connection.stream)
 
     async def _receive_piece(self, connection: _Connection) -> bytes | None:
-        with self._translated_errors():
+        with self._translated_errors(connection):
             return await connection.receive_piece()
 
     # -- WebSockets
@@ -376,44 +446,33 @@ class Transport:
         ConnectError.
         """
         key = base64.b64encode(os.urandom(16)).decode()
-        upgrade = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
-        upgrade += [("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)]
-        request = h11.Request(method="GET", target=self._target(path, query), headers=[*self._headers, *upgrade])
-        connection = await self._open()
+        headers = [("Connection", "Upgrade"), ("Upgrade", "websocket")]
+        headers += [("Sec-WebSocket-Version", "13"), ("Sec-WebSocket-Key", key)]
+        # A command may have been started by a request whose answer was lost.
+        request = _Request("GET", _target(path, query), headers=headers, may_repeat=False)
+        with self._attempts() as attempts:
+            connection, answer = await self._begin(request, attempts)
         try:
-            with self._translated_errors():
-                with self._answer_deadline():
-                    status, headers = await connection.exchange(request)
-                    if status != 101:
-                        raise _response_error(ClientResponse(status, headers, await connection.receive_body()))
-                accept = headers.get("sec-websocket-accept")
-                if accept != wsframes.accept_value(key) or "sec-websocket-extensions" in headers:
-                    raise ConnectError(f"{self.url} answered the WebSocket handshake incorrectly")
+            with self._translated_errors(connection):
+                if answer.status != 101:
+                    raise _response_error(answer)
+                accept = answer.headers.get("sec-websocket-accept")
+                if accept != wsframes.accept_value(key) or "sec-websocket-extensions" in answer.headers:
+                    raise ConnectError(f"{connection.endpoint.url} answered the WebSocket handshake incorrectly")
                 yield connection.stream, connection.early()
         finally:
             await trio.aclose_forcefully(connection.stream)
 
     # -- connections
 
-    def _build_request(
-        self, method: str, path: str, query: Mapping[str, str] | None, value: object
-    ) -> tuple[h11.Request, bytes]:
-        body = b"" if value is ... else json.dumps(value, ensure_ascii=False).encode()
-        headers = list(self._headers)
-        if body or method in ("POST", "PUT", "PATCH"):
-            headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
-        return h11.Request(method=method, target=self._target(path, query), headers=headers), body
-
-    def _target(self, path: str, query: Mapping[str, str] | None) -> str:
-        return f"{self._base_path}{path}" + (f"?{urlencode(query)}" if query else "")
-
-    async def _take_connection(self) -> _Connection:
+    async def _take_connection(self, attempts: _Attempts) -> _Connection:
         while self._idle:
             connection = self._idle.pop()
-            if not connection.is_stale():
+            if connection.endpoint is self._endpoints[0] and not connection.is_stale():
+                attempts.present = connection.endpoint
                 return connection
             await trio.aclose_forcefully(connection.stream)
-        return await self._open()
+        return await self._open(attempts)
 
     async def _put_back(self, connection: _Connection, *, is_complete: bool) -> None:
         """Keep a connection whose answer is complete, if there is room, or close it."""
@@ -422,46 +481,121 @@ class Transport:
         else:
             await trio.aclose_forcefully(connection.stream)
 
-    async def _open(self) -> _Connection:
-        """Open a connection. Raises ConnectError."""
-        with _deadline(self._connect_seconds, f"cannot reach {self.url}: no connection within"):
+    async def _open(self, attempts: _Attempts) -> _Connection:
+        """Open a connection to the first endpoint that accepts one and has not failed. Raises ClientError."""
+        for endpoint in list(self._endpoints):
+            if endpoint in attempts.failures:
+                continue
+            attempts.present = endpoint
             try:
-                stream = await self._connect(self._server.host, self._server.port)
-                if self._trust is not None:
-                    stream = await self._secure(self._trust, stream)
-            except tls.TLSError as error:
-                raise ConnectError(f"cannot reach {self.url}: {error}") from error
-            except (OSError, trio.BrokenResourceError) as error:
-                raise ConnectError(f"cannot reach {self.url}: {tcp.describe_network_error(error)}") from error
-        return _Connection(stream)
+                connection = await self._open_to(endpoint)
+            except ConnectError as error:
+                attempts.failures[endpoint] = error
+                self._move_on(endpoint)
+            else:
+                self._prefer(endpoint)
+                return connection
+        raise attempts.error()
 
-    async def _secure(self, trust: tls.Trust, stream: trio.abc.Stream) -> trio.abc.Stream:
+    async def _open_to(self, endpoint: _Endpoint) -> _Connection:
+        """Open a connection to an endpoint. Raises ConnectError."""
+        with _deadline(self._connect_seconds, f"cannot reach {endpoint.url}: no connection within"):
+            try:
+                stream = await endpoint.connect(endpoint.host, endpoint.port)
+                if self._trust is not None:
+                    stream = await self._secure(self._trust, stream, endpoint.host)
+            except tls.TLSError as error:
+                raise ConnectError(f"cannot reach {endpoint.url}: {error}") from error
+            except (OSError, trio.BrokenResourceError) as error:
+                raise ConnectError(f"cannot reach {endpoint.url}: {tcp.describe_network_error(error)}") from error
+        return _Connection(endpoint, stream)
+
+    async def _secure(self, trust: tls.Trust, stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
         """Do the TLS handshake. The stream is closed if that fails."""
         secured: trio.abc.Stream | None = None
         try:
-            secured = await trust.secure(stream, self._server.host)
+            secured = await trust.secure(stream, host)
             return secured
         finally:
             if secured is None:
                 await trio.aclose_forcefully(stream)
 
+    def _prefer(self, endpoint: _Endpoint) -> None:
+        """Try an endpoint first, and the others in their order after it."""
+        at = self._endpoints.index(endpoint)
+        self._endpoints = self._endpoints[at:] + self._endpoints[:at]
+
+    def _move_on(self, endpoint: _Endpoint) -> None:
+        """Try the endpoint after this one first, unless another request has seen to that."""
+        if self._endpoints[0] is endpoint:
+            self._endpoints = [*self._endpoints[1:], endpoint]
+
     # -- errors
 
     @contextmanager
-    def _translated_errors(self) -> Iterator[None]:
+    def _attempts(self) -> Iterator[_Attempts]:
+        """Bound the block by `answer_seconds`. Raises ConnectError then, and the next request begins with another URL."""
+        attempts = _Attempts()
+        with trio.move_on_after(self._answer_seconds) as scope:
+            yield attempts
+        if scope.cancelled_caught and attempts.present is not None:
+            self._move_on(attempts.present)
+            raise ConnectError(f"{attempts.present.url} did not answer within {self._answer_seconds:g} seconds")
+
+    def _note_lost(self, connection: _Connection, attempts: _Attempts, error: Exception, *, may_repeat: bool) -> None:
+        """Note that a connection was lost. Raises ConnectError unless the request may be repeated."""
+        lost = attempts.failures[connection.endpoint] = _lost(connection, error)
+        if not may_repeat:
+            raise lost from error
+
+    def _is_not_serving(self, answer: ClientResponse, connection: _Connection, attempts: _Attempts) -> bool:
+        """Return whether an answer says that another endpoint may serve the request, and note that."""
+        name, value = NOT_SERVING
+        if answer.status != 503 or answer.headers.get(name.lower()) != value:
+            return False
+        attempts.failures[connection.endpoint] = _response_error(answer)
+        self._move_on(connection.endpoint)
+        return True
+
+    @contextmanager
+    def _translated_errors(self, connection: _Connection) -> Iterator[None]:
         """Raise ConnectError for one of `_CONNECTION_ERRORS` in the block."""
         try:
             yield
         except _CONNECTION_ERRORS as error:
-            raise self._lost(error) from error
+            raise _lost(connection, error) from error
 
-    def _answer_deadline(self) -> AbstractContextManager[None]:
-        return _deadline(self._answer_seconds, f"{self.url} did not answer within")
 
-    def _lost(self, error: Exception) -> ConnectError:
-        if isinstance(error, h11.RemoteProtocolError):
-            return ConnectError(f"{self.url} sent an invalid HTTP answer: {error}")
-        return ConnectError(f"the connection to {self.url} was lost: {tcp.describe_network_error(error)}")
+def _endpoint(
+    server: ServerURL, base_path: str, headers: Sequence[tuple[str, str]], connect: tcp.Connect | None
+) -> _Endpoint:
+    return _Endpoint(
+        server.text,
+        server.host,
+        server.port,
+        server.prefix + base_path,
+        [("Host", f"{bracketed(server.host)}:{server.port}"), *headers],
+        connect or connector(server.is_tls, server.host, os.environ),
+    )
+
+
+def _make_request(method: str, path: str, query: Mapping[str, str] | None, value: object) -> _Request:
+    body = b"" if value is ... else json.dumps(value, ensure_ascii=False).encode()
+    headers: list[tuple[str, str]] = []
+    if body or method in ("POST", "PUT", "PATCH"):
+        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+    return _Request(method, _target(path, query), body, headers, method in _REPEATABLE)
+
+
+def _target(path: str, query: Mapping[str, str] | None) -> str:
+    return path + (f"?{urlencode(query)}" if query else "")
+
+
+def _lost(connection: _Connection, error: Exception) -> ConnectError:
+    url = connection.endpoint.url
+    if isinstance(error, h11.RemoteProtocolError):
+        return ConnectError(f"{url} sent an invalid HTTP answer: {error}")
+    return ConnectError(f"the connection to {url} was lost: {tcp.describe_network_error(error)}")
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import base64
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 # The controller's port, and the port of a URL that has none.
 DEFAULT_PORT = 6120
+# A header of answers of 503: this URL of the service does not serve now, and another one may.
+NOT_SERVING = ("Orchard-Role", "standby")
 # Of a proxy whose URL names none.
 _PROXY_PORT = 80
 
@@ -64,6 +66,25 @@ def parse_url(url: str, base_path: str = "") -> ServerURL:
     prefix = parts.path.rstrip("/").removesuffix(base_path)
     text = f"{parts.scheme}://{bracketed(parts.hostname)}:{port}{prefix}"
     return ServerURL(text, parts.scheme == "https", parts.hostname, port, prefix)
+
+
+def parse_urls(text: str, base_path: str = "") -> tuple[ServerURL, ...]:
+    """Parse the URLs of one service, separated by commas, as `parse_url` does. Raises ValueError.
+
+    All have the scheme of the first: credentials that are meant for TLS must not be sent in the clear.
+    """
+    servers = tuple(dict.fromkeys(parse_url(url.strip(), base_path) for url in text.split(",")))
+    for server in servers:
+        if server.is_tls is not servers[0].is_tls:
+            raise ValueError(
+                f"the URLs are {servers[0].text} and {server.text}, expected the same scheme in all, http or https"
+            )
+    return servers
+
+
+def join_urls(servers: Iterable[ServerURL]) -> str:
+    """Return URLs in their normal form, separated by commas."""
+    return ",".join(server.text for server in servers)
 
 
 def bracketed(host: str) -> str:

@@ -13,10 +13,11 @@ import pytest
 from harness.processes import ORCHARD, call_main, controller, environment
 
 from orchard.auth import BootstrapToken
-from orchard.cli.connection import ControllerConnection
+from orchard.cli.connection import ControllerConnection, _connection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.main import main
 from orchard.files import TLS_CERTIFICATE_FILE
+from orchard.net.urls import parse_url
 
 TOKEN = "an-admin-token-of-the-tests"
 
@@ -173,7 +174,7 @@ def test_proxies_of_the_environment_are_used_as_by_workers(
             monkeypatch.delenv(spelling, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert ControllerConnection(Context("http://10.1.2.3"))._http.host == host
+    assert _connection(parse_url("http://10.1.2.3"), None, 1).host == host
 
 
 def test_proxy_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,8 +55,13 @@ def test_no_secret_is_in_the_repr_or_in_a_message() -> None:
 
 
 def test_request_has_a_percent_encoded_query_and_a_json_body() -> None:
-    request, body = Client("http://c/p")._build_request("POST", "/vms", {"a": "b c&"}, {"é": 1})
-    assert request.target == b"/p/v1/vms?a=b+c%26"
+    async def answer_it() -> bytes:
+        async with scripted([OK]) as (client, script):
+            await client.request("POST", "/vms", query={"a": "b c&"}, json={"é": 1})
+            return script.requests[0]
+
+    head, _, body = trio.run(answer_it).partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /v1/vms?a=b+c%26 HTTP/1.1\r\n")
     assert json.loads(body) == {"é": 1}
 
 
@@ -130,7 +135,9 @@ async def test_answer_has_a_deadline(autojump_clock: trio.testing.MockClock) -> 
     ours, theirs = socket.socketpair()
     with ours, theirs:
         client = Client("http://localhost:1", answer_seconds=5)
-        connection = transport._Connection(trio.SocketStream(trio.socket.from_stdlib_socket(ours)))
+        connection = transport._Connection(
+            client._endpoints[0], trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        )
         client._idle.append(connection)
         with pytest.raises(ConnectError, match="within 5 seconds"):
             await client.vms.list()
