@@ -10,6 +10,7 @@ import trio
 
 from orchard import auth, transitions
 from orchard.schema import TART_VMS, VM, ServiceAccount, VMReport, Worker
+from orchard.storage.file_engine import FileEngine
 from orchard.store import Store
 from orchard.validation import vm_from_client
 
@@ -53,7 +54,7 @@ def prepare(home: Path, vms: int, workers: int) -> None:
     directory.mkdir(mode=0o700, parents=True)
 
     async def write() -> None:
-        store = Store.open(directory, NOW)
+        store = await Store.open(FileEngine(directory), NOW)
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)
             fill(store, vms, workers)

@@ -71,17 +71,17 @@ EXT4_SHUTDOWN, NO_FLUSH = 0x8004587D, 2
 # A controller that compacts its state file often.
 CONTROLLER = f"""
 import sys
-from orchard.storage import engine
-engine.COMPACT_BYTES, engine.COMPACT_RATIO = {COMPACT_BYTES}, 0
+from orchard.storage import state_file
+state_file.COMPACT_BYTES, state_file.COMPACT_RATIO = {COMPACT_BYTES}, 0
 from orchard import controller
 """
 # A controller that answers before it writes, which must be detected.
 CARELESS = """
 import time, orchard.store
 async def at_once(store): pass
-orchard.store.Store.wait_durable, append = at_once, engine.FileEngine.append
+orchard.store.Store.wait_durable, append = at_once, state_file.StateFile.append
 def later(*arguments): time.sleep(0.05); append(*arguments)
-engine.FileEngine.append = later
+state_file.StateFile.append = later
 """
 RUN = "\nsys.exit(controller.main(sys.argv[1:]))"
 

@@ -23,6 +23,7 @@ from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM, VMReport, Worker
+from orchard.storage.file_engine import FileEngine
 from orchard.store import Store
 
 VMS, WORKERS = 10_000, 5_000
@@ -71,10 +72,10 @@ def sorted_each_time(vms: list[VM], workers: dict[str, Worker]) -> None:
 
 
 class BusyCluster:
-    """A cluster with `count` running VMs, in a store in `home`."""
+    """A cluster with `count` running VMs in a store."""
 
-    def __init__(self, home: Path, count: int) -> None:
-        self.store = Store.open(home, NOW)
+    def __init__(self, store: Store, count: int) -> None:
+        self.store = store
         self.loop = SchedulingLoop(self.store, DEFAULT_OFFLINE_TIMEOUT, lambda: NOW)
         self.names = [f"vm-{number}" for number in range(count)]
         with self.store.transaction() as tx:
@@ -104,7 +105,8 @@ class BusyCluster:
 
 async def measure_changes() -> None:
     with tempfile.TemporaryDirectory() as small_home, tempfile.TemporaryDirectory() as big_home:
-        small, big = BusyCluster(Path(small_home), 100), BusyCluster(Path(big_home), VMS)
+        small = BusyCluster(await Store.open(FileEngine(Path(small_home)), NOW), 100)
+        big = BusyCluster(await Store.open(FileEngine(Path(big_home)), NOW), VMS)
         async with trio.open_nursery() as nursery:
             for busy in (small, big):
                 nursery.start_soon(busy.store.run)
@@ -120,7 +122,7 @@ async def assign_durably() -> tuple[float, float]:
     """Assign VMS VMs to WORKERS workers, on disk. Return the seconds, and those of the longest task step."""
     watched = Turns()
     with tempfile.TemporaryDirectory() as home:
-        store = Store.open(Path(home), NOW)
+        store = await Store.open(FileEngine(Path(home)), NOW)
         loop = SchedulingLoop(store, DEFAULT_OFFLINE_TIMEOUT, lambda: NOW)
         async with trio.open_nursery() as nursery:
             await nursery.start(store.run)

@@ -23,7 +23,8 @@ from cluster import NOW, PER_WORKER, fill
 from load import BARE, CONTROLLER, NO_AUTH, running
 from measure import ROUNDS, Variant, compare
 
-from orchard.storage import engine
+from orchard.storage import state_file
+from orchard.storage.file_engine import FileEngine
 from orchard.storage.journal import Disk
 from orchard.store import Store
 
@@ -47,10 +48,10 @@ def prepare_journal(home: Path) -> None:
     """Write a state file of LINES lines, without compaction."""
     directory = home / ".orchard" / "controller"
     directory.mkdir(mode=0o700, parents=True)
-    engine.COMPACT_BYTES = 10**12
+    state_file.COMPACT_BYTES = 10**12
 
     async def write() -> None:
-        opened = Store.open(directory, NOW, UnsyncedDisk(), in_thread=run_inline)
+        opened = await Store.open(FileEngine(directory, UnsyncedDisk(), run_inline), NOW)
         async with trio.open_nursery() as nursery:
             await nursery.start(opened.run)
             fill(opened, VMS, VMS // PER_WORKER)

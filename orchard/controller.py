@@ -21,7 +21,7 @@ import resource
 import secrets
 import ssl
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,7 @@ from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
 from orchard.storage.events import EventLog
+from orchard.storage.file_engine import FileEngine
 from orchard.storage.history import History
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
@@ -165,8 +166,8 @@ def _locked(directory: Path) -> Iterator[None]:
         raise StartError(f"cannot use the data directory: {error}; choose another") from error
 
 
-@contextlib.contextmanager
-def open_data_directory(directory: Path) -> Iterator[StoredData]:
+@contextlib.asynccontextmanager
+async def open_data_directory(directory: Path) -> AsyncIterator[StoredData]:
     """Load state, events and history for the block, and close the state after it. Raises StartError, BrokenError."""
     with contextlib.ExitStack() as stack:
         try:
@@ -174,7 +175,7 @@ def open_data_directory(directory: Path) -> Iterator[StoredData]:
                 raise StartError(foreign)
             for problem in find_exposures(directory):
                 raise StartError(problem)
-            store = Store.open(directory, utc_now())
+            store = await Store.open(FileEngine(directory), utc_now())
             stack.callback(store.close)
             events = EventLog(directory / EVENTS_DIRECTORY)
             events.open({vm.uid for vm in store.state.vms.values()})
@@ -260,17 +261,16 @@ async def run(
     """
     stop = trio.Event() if stop is None else stop
     platform = Platform() if platform is None else platform
-    with unwrap_groups(), _locked(settings.data_dir), platform.open_data(settings.data_dir) as data:
-        store = data.store
-        loop, deadlines, parts = _compose(settings, data, platform.clock)
-        api = make_api(parts)
-        browsers = BrowserRules(settings.allowed_origins, None if settings.auth else settings.allowed_hosts)
-        # Ends last, because it stores what the tasks below change.
-        async with trio.open_nursery() as writers:
-            await writers.start(store.run)
+    with unwrap_groups(), _locked(settings.data_dir):
+        # The data are closed last. The writers end before, because they store what the tasks below change.
+        async with platform.open_data(settings.data_dir) as data, trio.open_nursery() as writers:
+            loop, deadlines, parts = _compose(settings, data, platform.clock)
+            api = make_api(parts)
+            browsers = BrowserRules(settings.allowed_origins, None if settings.auth else settings.allowed_hosts)
+            await writers.start(data.store.run)
             await writers.start(data.events.run)
             await writers.start(data.history.run)
-            new_admin = await _store_first_objects(settings, store, platform.clock())
+            new_admin = await _store_first_objects(settings, data.store, platform.clock())
             # Ends when the last answer was sent.
             async with trio.open_nursery() as background:
                 background.start_soon(loop.run)
@@ -431,7 +431,7 @@ class Platform:
     `clock` returns the time in UTC.
     """
 
-    open_data: Callable[[Path], contextlib.AbstractContextManager[StoredData]] = open_data_directory
+    open_data: Callable[[Path], contextlib.AbstractAsyncContextManager[StoredData]] = open_data_directory
     listen: Callable[[ControllerSettings], Awaitable[Listening]] = _listen
     clock: Callable[[], datetime.datetime] = utc_now
 

@@ -28,12 +28,12 @@ from orchard.files import (
     TLS_KEY_FILE,
 )
 from orchard.net import tls
-from orchard.storage.engine import read_contents
 from orchard.storage.errors import DamagedError
 from orchard.storage.event_file import EventFile
 from orchard.storage.history import History
 from orchard.storage.journal import Disk, Journal
 from orchard.storage.lifecycle import LifecycleLog
+from orchard.storage.state_file import read_contents
 from orchard.store import State, build_state, check
 
 # The directory in which Cirrus Labs' controller keeps its state.

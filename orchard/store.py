@@ -1,17 +1,16 @@
 """The state of a cluster in memory: objects, transactions, and the check of their invariants.
 
-How the state gets to the disk is decided by an engine (storage/engine.py). All that the store uses of it: `load`,
-`begin`, `append` a batch, `upkeep` while it is `full`, `close`.
+Where the state is durable, and how it gets there, is decided by an engine (storage/engine.py).
 
 A transaction never awaits. It changes the state in memory between two checkpoints, and gets the next revision. A single
-task, `Store.run`, makes durable what has gathered meanwhile by one append and one fsync (group commit), in a thread.
+task, `Store.run`, makes durable what has gathered meanwhile by one append (group commit), within the engine's limits.
 Only then are watchers told. Everything that answers a client first waits for `wait_durable()`, after which all that the
 answer could be based on is durable. When an append fails, its transactions and all later ones are undone in memory, and
-those who wait for them get a StorageError. When it is not known what the disk holds, the store ends (`broken`).
+those who wait for them get a StorageError. When the engine has ended, the store ends (`broken`).
 
 While the disk is full, transactions that add something are refused with StorageFullError before they happen. Those that
-only delete objects, or change what the scheduler and the workers say about a VM, go on as long as the engine's reserve
-lasts: deletions free space, and a lost report would leave a VM in a state that it is not in.
+only delete objects, or change what the scheduler and the workers say about a VM, go on as long as the engine can write
+them: deletions free space, and a lost report would leave a VM in a state that it is not in.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ import bisect
 import contextlib
 import datetime
 import logging
-import math
 import secrets
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,9 +33,9 @@ from orchard.change_log import ChangeLog
 from orchard.changes import Change, ChangeFeed, Kind, StoredObject
 from orchard.cluster import ClusterIdentity, Promise
 from orchard.codec import ValidationError, decode, dump_json, encode
-from orchard.nursery import Wakeup
+from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
-from orchard.storage.engine import Batch, Contents, FileEngine, Tables, read_contents
+from orchard.storage.engine import Batch, Contents, Engine, Tables
 from orchard.storage.errors import (
     BrokenError,
     NotWrittenError,
@@ -46,12 +44,9 @@ from orchard.storage.errors import (
     StorageUnavailableError,
 )
 from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
+from orchard.storage.state_file import read_contents
 
-# Between two calls of the engine's `upkeep`. For so long, freed disk space may go unnoticed.
-UPKEEP_SECONDS = 1.0
 ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity, Promise)
-# Runs blocking work, as trio.to_thread.run_sync does.
-InThread = Callable[..., Awaitable[Any]]
 
 # The name of the only object of kind "settings", and of the only one of kind "cluster".
 SETTINGS = "cluster"
@@ -157,24 +152,19 @@ class _Write:
 
     batch: Batch
     changes: list[Change] = field(default_factory=list)
+    # Of its transactions: records, and bytes of their JSON.
+    records: int = 0
+    size: int = 0
     # The last position in the log of what is published once it is durable.
     position: int = 0
     done: trio.Event = field(default_factory=trio.Event)
     error: StorageError | None = None
 
 
-@dataclass(slots=True)
-class _FullDisk:
-    """Why nothing can be added, and when by trio's clock the engine's `upkeep` is due."""
-
-    why: str
-    upkeep_at: float
-
-
 class Store:
     """The state of a cluster. Made by `Store.open`; `run` must be running for anything to become durable."""
 
-    def __init__(self, engine: FileEngine, state: State, in_thread: InThread) -> None:
+    def __init__(self, engine: Engine, state: State) -> None:
         self.state = state
         # Why nothing can be written any more; empty while the store works.
         self.broken = ""
@@ -182,12 +172,9 @@ class Store:
         self.stored_time: datetime.datetime | None = None
         self.wall_time: Callable[[], datetime.datetime] | None = None
         self._engine = engine
-        self._in_thread = in_thread
-        # What the engine's `full` was after its last call.
-        self._full_disk: _FullDisk | None = None
-        # The transactions since the last write began, and those that are being written.
-        self._gathering: _Write | None = None
-        self._writing: _Write | None = None
+        # What is not durable, the earliest first. Transactions gather in the last one, unless it is being written.
+        self._writes: deque[_Write] = deque()
+        self._is_writing = False
         self._wakeup = Wakeup()
         # The last changes of VMs and workers, for those who watch all of them.
         self.log = ChangeLog(secrets.token_hex(8))
@@ -201,36 +188,31 @@ class Store:
         self._undone: list[Callable[[], None]] = []
 
     @classmethod
-    def open(
-        cls,
-        directory: Path,
-        now: datetime.datetime,
-        disk: Disk | None = None,
-        in_thread: InThread = trio.to_thread.run_sync,
-    ) -> Store:
-        """Load the state in `directory`, or create it there. Does disk I/O; what `run` does of it, `in_thread`.
+    async def open(cls, engine: Engine, now: datetime.datetime) -> Store:
+        """Load the state that an engine has, or create it there. `now` is the time of a new one.
 
-        Changes nothing on the disk before all that was read has been decoded and checked. Raises DamagedError when the
-        file does not hold a state, NotWrittenError when a new one cannot be written, BrokenError when it is not known
-        whether the disk holds it, OSError.
+        Changes nothing before all that was read has been decoded and checked. Raises DamagedError when the engine does
+        not hold a state, NotWrittenError when a new one cannot be written, BrokenError when it is not known whether it
+        was, StorageUnavailableError, OSError.
         """
-        engine = FileEngine(directory, disk or Disk())
-        contents = engine.load()
+        contents = await engine.load()
         state = build_state(contents)
         problems = check(state, json_is_new=True)
         if problems:
             raise contents.contradicts_itself(problems[:5])
-        engine.begin(state.tables(), now)
-        store = cls(engine, state, in_thread)
+        await engine.begin(state.tables(), now)
+        store = cls(engine, state)
         store.stored_time = contents.time
-        # When the disk is full, `run` begins with an upkeep.
-        store._follow_full(0.0)
         return store
 
     @property
     def full(self) -> str:
         """Why nothing can be added at present; empty when there is space."""
-        return self._full_disk.why if self._full_disk is not None else ""
+        return self._engine.full
+
+    def leads(self) -> bool:
+        """Return whether an answer that is based on the state may leave now."""
+        return self._engine.leads()
 
     @property
     def leads(self) -> bool:
@@ -238,7 +220,7 @@ class Store:
         return not self.broken
 
     def close(self) -> None:
-        """Close the file. What is not durable by then is lost."""
+        """Close the engine. What is not durable by then is lost."""
         self._engine.close()
 
     # -- changing ----------------------------------------------------------------------------------------------------
@@ -274,21 +256,22 @@ class Store:
 
     def _commit(self, changes: list[Change]) -> None:
         adds = any(change.adds for change in changes)
-        if adds and self._full_disk is not None:
+        if adds and self.full:
             raise StorageFullError(f"{self.full}; nothing can be added until there is space, deletions are accepted")
+        write = self._gather(len(changes), sum(len(change.json) for change in changes))
         # Nothing below can fail, so all of the transaction happens.
-        batch = self._gather().batch
+        batch = write.batch
         for change in changes:
             self.state.apply(change.kind, change.name, change.new, change.json, change.spec_at)
             batch.record((change.kind, change.name), change.json if change.new else None, is_new=change.old is None)
-        self._gather().changes += changes
+        write.changes += changes
         self.state.revision = batch.revision = self.state.revision + 1
         batch.adds = batch.adds or adds
         self._wakeup.set()
         self._touched = {}
         for tell in self._committed:
             tell(changes)
-        self._gather().position = self._record(changes, self._touched)
+        write.position = self._record(changes, self._touched)
 
     def _record(self, changes: list[Change], touched: dict[str, tuple[Worker, bytes]]) -> int:
         """Record in the log what happened together, and return its position."""
@@ -308,29 +291,35 @@ class Store:
             return
         position = self._record([], touched)
         # What is shown may follow from changes that are not durable yet.
-        if (write := self._gathering or self._writing) is not None:
-            write.position = position
+        if self._writes:
+            self._writes[-1].position = position
         else:
             self.log.publish(position)
 
-    def _gather(self) -> _Write:
-        if self._gathering is None:
-            self._gathering = _Write(Batch(self.state.revision, self.state.revision))
-        return self._gathering
+    def _gather(self, records: int, size: int) -> _Write:
+        """Return the write that takes a transaction of so many records with so many bytes. It wakes `run`."""
+        self._wakeup.set()
+        limits = self._engine.limits
+        last = self._writes[-1] if len(self._writes) > self._is_writing else None
+        if last is None or last.records + records > limits.records or last.size + size > limits.bytes:
+            last = _Write(Batch(self.state.revision, self.state.revision))
+            self._writes.append(last)
+        last.records += records
+        last.size += size
+        return last
 
     def touch(self) -> None:
         """Have the wall time stored, although nothing changes. The store must not have ended."""
-        batch = self._gather().batch
+        batch = self._gather(0, 0).batch
         self.state.revision = batch.revision = self.state.revision + 1
-        self._wakeup.set()
 
     async def wait_durable(self) -> None:
-        """Wait until all that the state holds now is on disk.
+        """Wait until all that the state holds now is durable.
 
         Raises StorageFullError or StorageUnavailableError when it could not be written and was undone.
         """
-        write = self._gathering or self._writing
-        if write is not None:
+        if self._writes:
+            write = self._writes[-1]
             await write.done.wait()
             if write.error is not None:
                 raise write.error
@@ -340,75 +329,63 @@ class Store:
     # -- writing -----------------------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Make transactions durable until cancelled. Raises BrokenError when it is not known what the disk holds."""
-        task_status.started()
-        while True:
-            upkeep_at = self._full_disk.upkeep_at if self._full_disk is not None else math.inf
-            with trio.move_on_at(upkeep_at):
-                await self._wakeup.wait()
-            # The same change may have woken the scheduler. Its transaction shares this fsync.
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            if self._full_disk is not None and trio.current_time() >= upkeep_at:
-                await self._call_engine(self._engine.upkeep)
-                self._full_disk.upkeep_at = trio.current_time() + UPKEEP_SECONDS
-                self._follow_full(math.inf)
-            if self._gathering is not None:
-                await self._write()
+        """Make transactions durable until cancelled. Raises BrokenError when the engine has ended."""
+        with unwrap_groups():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._run_until_broken, self._engine.run)
+                nursery.start_soon(self._run_until_broken, self._write_all)
+                task_status.started()
 
-    async def _write(self) -> None:
-        self._writing, self._gathering = self._gathering, None
-        assert self._writing is not None
-        if self.wall_time is not None:
-            self._writing.batch.time = self.wall_time()
+    async def _run_until_broken(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run a task of the engine. Raises BrokenError, after those who wait have been told."""
         try:
-            await self._call_engine(self._engine.append, self._writing.batch)
-        except NotWrittenError as error:
-            _logger.error("write failed, its changes were undone: %s", error)
-            self._undo(error.as_storage_error("nothing was changed"))
-        else:
-            written, self._writing = self._writing, None
-            written.done.set()
-            self._publish(written)
-        finally:
-            self._follow_full(trio.current_time() + UPKEEP_SECONDS)
-
-    async def _call_engine(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Call the engine in a thread. Raises NotWrittenError; BrokenError, after those who wait have been told."""
-        try:
-            # Shielded: the write goes on in its thread, and must not be taken for undone.
-            with trio.CancelScope(shield=True):
-                await self._in_thread(work, *arguments)
+            await work()
         except BrokenError as error:
-            self.broken = f"the controller cannot store anything any more: {error}; restart it"
-            self._undo(StorageUnavailableError(self.broken))
+            if not self.broken:
+                self.broken = error.consequence
+                self._undo(StorageUnavailableError(self.broken))
             # The answers that say so leave before the process ends.
             with trio.CancelScope(shield=True):
                 await trio.sleep(BROKEN_DELAY)
             raise
 
-    def _follow_full(self, upkeep_at: float) -> None:
-        """Follow the engine's `full` after a call. When the disk has become full, the first upkeep is `upkeep_at`."""
-        why = self._engine.full
-        if self._full_disk is not None:
-            self._full_disk.why = why
-            if not why:
-                _logger.info("disk has space again")
-                self._full_disk = None
-        elif why:
-            _logger.error("disk full, refusing what adds something: %s", why)
-            self._full_disk = _FullDisk(why, upkeep_at)
+    async def _write_all(self) -> None:
+        while True:
+            await self._wakeup.wait()
+            # The same change may have woken the scheduler. Its transaction shares this write.
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            if self._writes:
+                await self._write(self._writes[0])
+            if self._writes:
+                self._wakeup.set()
+
+    async def _write(self, write: _Write) -> None:
+        if self.wall_time is not None:
+            write.batch.time = self.wall_time()
+        self._is_writing = True
+        try:
+            await self._engine.append(write.batch)
+        except NotWrittenError as error:
+            _logger.error("write failed, its changes were undone: %s", error)
+            self._undo(error.as_storage_error("nothing was changed"))
+        else:
+            # Otherwise `run` of the engine has found meanwhile that the engine has ended, and the write was undone.
+            if not self.broken:
+                self._writes.popleft()
+                write.done.set()
+                self._publish(write)
+        finally:
+            self._is_writing = False
 
     def _undo(self, error: StorageError) -> None:
         """Undo in memory all that is not on the disk, and tell those who wait for it."""
-        for write in (self._gathering, self._writing):
-            if write is None:
-                continue
+        for write in reversed(self._writes):
             for change in reversed(write.changes):
                 self.state.apply(change.kind, change.name, change.old, change.old_json)
             self.state.revision = write.batch.before
             write.error = error
             write.done.set()
-        self._gathering = self._writing = None
+        self._writes.clear()
         workers = self.log.undo()
         for tell in self._undone:
             tell()

@@ -35,8 +35,8 @@ from orchard.net.request import Headers, HTTPError, Query, Request, Stream
 from orchard.operations import OPERATIONS
 from orchard.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, WORKER_NAME_LABEL, ClusterSettings, Role, ServiceAccount, VMSpec
-from orchard.storage.engine import snapshot_lines
 from orchard.storage.journal import Disk, Journal
+from orchard.storage.state_file import snapshot_lines
 from orchard.store import read_state
 from orchard.validation import vm_from_client
 
@@ -990,7 +990,7 @@ OTHER_MODULES = (
     "vm.",
     "worker",
 )
-OTHER_ERRORS = {"DamagedError", "NotWrittenError", "BrokenError"}
+OTHER_ERRORS = {"DamagedError", "NotWrittenError", "BrokenError", "BrokenFileError"}
 
 
 def error_classes() -> list[type[Exception]]:

@@ -19,7 +19,8 @@ import pytest
 import trio
 import trio.testing
 from harness.disks import FailingDisk
-from harness.strategies import BEGAN, QUICK, pending, worker
+from harness.stores import open_store
+from harness.strategies import QUICK, pending, worker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,6 @@ from orchard.change_log import ChangeLog, RevisionGoneError, Selection, Snapshot
 from orchard.changes import Change
 from orchard.schema import VM, Worker
 from orchard.storage.errors import StorageError
-from orchard.store import Store
 
 EVEN = Selection(frozenset({"vm", "worker"}), "even", lambda vm: vm.spec.cpu % 2 == 0)
 SELECTIONS = (Selection(frozenset({"vm", "worker"})), EVEN, Selection(frozenset({"worker"})))
@@ -44,7 +44,7 @@ class Controller:
 
     def __init__(self, directory: Path) -> None:
         self.disk = FailingDisk()
-        self.store = Store.open(directory, BEGAN, self.disk, self._in_thread)
+        self.store = open_store(directory, self.disk, self._in_thread)
         self.moods: dict[str, int] = {}
         self.store.log.show_worker = self.show
         # The VM changes of this run: those that are durable, and those that are not yet.

@@ -10,8 +10,8 @@ import ssl
 import stat
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from orchard.login_limit import MAX_FAILURES
 from orchard.net import tls
 from orchard.schema import ServiceAccount
 from orchard.storage.events import EventLog
+from orchard.storage.file_engine import FileEngine
 from orchard.storage.history import History
 from orchard.store import Store
 
@@ -197,17 +198,18 @@ def test_missing_state_file_in_a_used_directory_stops_the_start(tmp_path: Path) 
         assert len(call(url, "GET", "/v1/vms/vm/events")[1]) == 1
 
 
-def test_data_base_of_another_controller_stops_the_start_unless_a_state_is_there_too(tmp_path: Path) -> None:
+async def test_data_base_of_another_controller_stops_the_start_unless_a_state_is_there_too(tmp_path: Path) -> None:
     directory = tmp_path / ORCHARD / "controller"
     (directory / "db").mkdir(parents=True)
-    with pytest.raises(program.StartError, match=str(directory / "db")), program.open_data_directory(directory):
-        raise AssertionError("it started")
+    with pytest.raises(program.StartError, match=str(directory / "db")):
+        async with program.open_data_directory(directory):
+            raise AssertionError("it started")
     assert list(directory.iterdir()) == [directory / "db"]
     (directory / "db").rename(tmp_path / "db")
-    with program.open_data_directory(directory):
+    async with program.open_data_directory(directory):
         pass
     (tmp_path / "db").rename(directory / "db")
-    with program.open_data_directory(directory):
+    async with program.open_data_directory(directory):
         pass
 
 
@@ -222,9 +224,9 @@ async def test_failed_write_during_the_stop_is_logged(
         resume.wait()
         return errno.EIO if verb == "write" else 0
 
-    @contextmanager
-    def opened(directory: Path) -> Iterator[program.StoredData]:
-        store = Store.open(directory, program.utc_now(), disk)
+    @asynccontextmanager
+    async def opened(directory: Path) -> AsyncIterator[program.StoredData]:
+        store = await Store.open(FileEngine(directory, disk), program.utc_now())
         events = EventLog(directory / "events")
         events.open(set())
         stores.append(store)

@@ -29,7 +29,7 @@ from orchard.planning import RESTART_PAUSE_SECONDS
 from orchard.reactions import tunnel_end_reason
 from orchard.schema import TART_VMS
 from orchard.storage.errors import StorageError
-from orchard.store import UPKEEP_SECONDS
+from orchard.storage.file_engine import UPKEEP_SECONDS
 from orchard.testing import cluster
 
 SECOND = datetime.timedelta(seconds=1)

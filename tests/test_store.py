@@ -34,7 +34,7 @@ import orchard.store
 from orchard.changes import Change, ChangeFeed
 from orchard.nursery import unwrap_groups
 from orchard.schema import VM, ClusterSettings, ServiceAccount, VMSpec, Worker
-from orchard.storage import engine
+from orchard.storage import state_file
 from orchard.storage.engine import Tables
 from orchard.storage.errors import (
     BrokenError,
@@ -49,7 +49,7 @@ from orchard.store import State, Store, check, encode_object
 @pytest.fixture(autouse=True)
 def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the tests by a small reserve; tests/storage/test_disk_full.py has one of the usual size."""
-    monkeypatch.setattr(engine, "RESERVE_BYTES", 10_000)
+    monkeypatch.setattr(state_file, "RESERVE_BYTES", 10_000)
 
 
 # ---- changing ------------------------------------------------------------------------------------------------------
@@ -455,8 +455,8 @@ async def test_each_failing_disk_call_loses_no_acknowledged_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, torn: bool, autojump_clock: MockClock
 ) -> None:
     """Fail each call to the disk once, in transactions and in compactions."""
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 2_000)
-    monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 2_000)
+    monkeypatch.setattr(state_file, "COMPACT_RATIO", 0)
     failures: defaultdict[str, set[str]] = defaultdict(set)
     for number in itertools.count():
         directory = tmp_path / f"{number}"
@@ -531,8 +531,8 @@ class Transactions:
 async def test_power_cut_at_any_moment_keeps_acknowledged_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 3_000)
-    monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 3_000)
+    monkeypatch.setattr(state_file, "COMPACT_RATIO", 0)
     order = random.Random(seed)
     directory, after = tmp_path / "data", tmp_path / "after"
     directory.mkdir()
@@ -583,8 +583,8 @@ async def test_power_cut_after_a_restart_keeps_what_the_restart_read(
     """Read data that a previous process may have left in the page cache only."""
     # In a compaction.
     if during == "sync_directory":
-        monkeypatch.setattr(engine, "COMPACT_BYTES", 0)
-        monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
+        monkeypatch.setattr(state_file, "COMPACT_BYTES", 0)
+        monkeypatch.setattr(state_file, "COMPACT_RATIO", 0)
     monkeypatch.setattr(orchard.store, "BROKEN_DELAY", 0.0)
     directory, after = tmp_path / "data", tmp_path / "after"
     directory.mkdir()
@@ -719,8 +719,8 @@ class RandomOperations:
 async def test_random_operations_and_restarts_match_a_dict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, autojump_clock: MockClock
 ) -> None:
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 20_000)
-    monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 20_000)
+    monkeypatch.setattr(state_file, "COMPACT_RATIO", 0)
     operations = RandomOperations(tmp_path, seed)
     await operations.run(200)
     operations.store.close()

@@ -25,7 +25,7 @@ from orchard.files import STATE_FILE
 from orchard.handlers import admin
 from orchard.net.transport import ClientResponse, Transport
 from orchard.schema import TART_VMS, WORKER_NAME_LABEL, Condition
-from orchard.storage.engine import STATE_VERSION
+from orchard.storage.state_file import STATE_VERSION
 
 RECORDED = Path(__file__).parent / "recorded"
 BEFORE: Mapping[str, Any] = json.loads((RECORDED / "state-v2-requests.json").read_text())

@@ -1,52 +1,29 @@
-"""The file engine: a cluster's state in one file, and what keeps that file small and writable.
+"""The engine of a cluster's state: what the store asks of the storage below it, and the data that pass between the two.
 
-The engine knows kinds, names, JSON texts and revisions. What the objects mean is store.py's business. Everything here
-is synchronous; the store runs it in a thread, one call at a time.
-
-`state.jsonl` begins with a snapshot: a header, and one line for each object. The journal follows: one line for each
-batch of transactions, with the last JSON of each object that they changed. Compaction writes a new file and renames it
-into place. So exactly one file is valid at any moment, and a copy made at any moment is a consistent backup.
-
-A full disk: the first append that finds no space gets it from the reserve (journal.py), and `full` says so until
-`upkeep` could fill the reserve again. Meanwhile the store refuses transactions that add something. RESERVE_BYTES are
-enough for some 500 reports or 10,000 deletions; after that, these fail as well. `upkeep` also compacts a file that is
-much larger than its objects, which frees space.
+An engine knows kinds, names, JSON texts and revisions. What the objects mean is store.py's business. The file engine
+(file_engine.py) keeps the state of one controller in a directory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import logging
-import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
-from orchard.codec import dump_json, format_time
-from orchard.files import RESERVE_FILE, STATE_FILE
-from orchard.storage.errors import DamagedError, NotWrittenError
-from orchard.storage.journal import Disk, Journal, Reserve
-
-# Version of the file. A newer one is refused. A file of an older one is read, and rewritten before anything is added to
-# it, so that a program that knows only the older version does not read what it would not understand.
-STATE_VERSION = 3
-# Bytes of journal before a new snapshot is written; and it must be COMPACT_RATIO times the snapshot, so that compaction
-# stays a constant share of all writes.
-COMPACT_BYTES = 4 * 1024 * 1024
-COMPACT_RATIO = 3
-# A report takes about two thousand bytes, a deletion a hundred.
-RESERVE_BYTES = 1024 * 1024
-# A batch that also adds something may take this fraction of the reserve: one fourth.
-RESERVE_SHARE = 4
+from orchard.storage.errors import DamagedError
 
 # Kind and name of an object.
 Key = tuple[str, str]
 # Kind -> name -> JSON.
 Tables = dict[str, dict[str, bytes]]
 
-_logger = logging.getLogger("orchard.storage.engine")
+
+class BatchLimits(NamedTuple):
+    """How much an engine writes at once: records, and bytes of their JSON. Batches are cut between transactions."""
+
+    records: float
+    bytes: float
 
 
 @dataclass(slots=True)
@@ -79,274 +56,59 @@ class Batch:
         else:
             self.records[key] = json
 
-    def line(self) -> bytes:
-        """Return the batch as a line of the journal."""
-        records = [_record(kind, name, json) for (kind, name), json in self.records.items()]
-        time = b"" if self.time is None else b'"time":"%b",' % format_time(self.time).encode()
-        return b'{"after":%d,"revision":%d,%b"changes":[%b]}' % (self.before, self.revision, time, b",".join(records))
-
 
 @dataclass(slots=True)
 class Contents:
-    """The contents of a state file: its revision, and the parsed JSON of each object with the offset of its last line.
+    """What an engine has loaded: the revision, and the parsed JSON of each object with the place where it was found."""
 
-    Objects are decoded from it only once each, since most lines of a journal are outdated by later ones
-    (./run bench start).
-    """
-
-    path: Path
-    version: int = STATE_VERSION
     revision: int = 0
-    # The wall time of the last write, as far as the file has it.
+    # The wall time of the last write, as far as it is stored.
     time: datetime.datetime | None = None
-    objects: dict[Key, tuple[int, Any]] = field(default_factory=dict, repr=False)
-    # Lines of the file, and bytes up to the end of the last one.
-    lines: int = 0
-    size: int = 0
+    objects: dict[Key, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
-    def not_understood(self, offset: int, error: Exception) -> DamagedError:
-        return DamagedError(self.path, offset, f"the line is not understood ({error})")
+    def not_understood(self, place: Any, error: Exception) -> DamagedError:
+        """Return the error for an object at a place that cannot be decoded."""
+        raise NotImplementedError
 
     def contradicts_itself(self, problems: Iterable[str]) -> DamagedError:
-        return DamagedError(self.path, self.size, f"the state contradicts itself: {'; '.join(problems)}")
+        """Return the error for a state whose invariants are broken."""
+        raise NotImplementedError
 
 
-class FileEngine:
-    """The durable copy of a cluster's state in `directory`.
+class Engine(Protocol):
+    """The durable copy of a cluster's state.
 
-    To start: `load`, which changes nothing, and when the contents make sense, `begin`. Then `append` makes changes
-    durable, `upkeep` is to be called from time to time while `full` is set, and `close` ends it.
+    To start: `load`, which changes nothing, and when the contents make sense, `begin`. Then `run` must be running. The
+    store calls `append` once at a time. Once `append` or `run` has raised BrokenError, the engine has ended.
     """
 
-    def __init__(self, directory: Path, disk: Disk) -> None:
-        # Why nothing should be added at present; empty when there is space.
-        self.full = ""
-        self._directory = directory
-        self._disk = disk
-        self._journal = Journal(directory / STATE_FILE, disk)
-        self._reserve = Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk)
-        # The objects as they are on the disk, for the next snapshot, with their size and revision.
-        self._tables: Tables = {}
-        self._version = STATE_VERSION
-        self._revision = 0
-        # The wall time of the last write, as far as it is known.
-        self._time: datetime.datetime | None = None
-        self._object_bytes = 0
-        self._compact_at = 0
+    limits: BatchLimits
 
-    def load(self) -> Contents:
-        """Read the state, which is empty in a new directory. Changes nothing. Raises DamagedError, OSError."""
-        path, reserve = self._journal.path, self._reserve.path
-        if path.exists():
-            contents = read_contents(self._journal)
-            self._version, self._revision, self._time = contents.version, contents.revision, contents.time
-            return contents
-        # The reserve is created after the state.
-        if reserve.exists():
-            remedy = f"restore it from a backup, or remove {reserve} to begin with nothing, which loses the events, too"
-            raise DamagedError(path, 0, "the file is missing in a directory that a controller has used", remedy)
-        return Contents(path)
+    @property
+    def full(self) -> str:
+        """Why nothing should be added at present; empty when there is space."""
 
-    def begin(self, tables: Tables, now: datetime.datetime) -> None:
-        """Make what was loaded durable and open it for appending; in a new directory, create the file.
+    async def load(self) -> Contents:
+        """Read the state, which may be empty. Raises DamagedError, OSError, StorageUnavailableError."""
 
-        A file of an older version is replaced by one of this version. `tables` holds the loaded objects as `append` will
-        get them; the engine keeps it. `now` is the time in the header of a new file. Raises NotWrittenError when the file
-        cannot be created or replaced, BrokenError when it is not known whether the disk holds it, OSError.
+    async def begin(self, tables: Tables, now: datetime.datetime) -> None:
+        """Make what was loaded durable and prepare for `append`; `tables` has the objects as `append` will get them.
+
+        The engine keeps `tables`. `now` is the time of a state that is created. Raises NotWrittenError when that is not
+        possible, BrokenError when it is not known what is stored, OSError.
         """
-        if self._journal.path.exists():
-            self._journal.open_for_append()
-            self._journal.sync()
-            if self._version < STATE_VERSION:
-                lines = snapshot_lines(tables, self._revision, self._time or now)
-                self._write_with_reserve(lambda: self._journal.create(lines), sum(map(len, lines)), RESERVE_BYTES)
-        else:
-            # The data directory may be as new as the file. Its parent cannot be synced when it cannot be read.
-            with contextlib.suppress(PermissionError):
-                self._disk.sync_directory(self._directory.parent)
-            self._journal.create(snapshot_lines(tables, self._revision, now))
-        self._keep(tables)
-        # Not by the size of the file, which would grow to a multiple of itself with each restart.
-        self._compact_after(self._object_bytes)
-        self._fill_reserve()
 
-    def append(self, batch: Batch) -> None:
-        """Make a batch durable, all of it or nothing. Sets `full` when the disk has no space.
+    async def append(self, batch: Batch) -> None:
+        """Make a batch durable, all of it or nothing. A cancellation waits for it.
 
-        Raises NotWrittenError when nothing was written, BrokenError when it is not known what the disk holds.
+        Raises NotWrittenError when nothing was written, BrokenError when the engine has ended.
         """
-        if self._journal.size > self._compact_at and self._compact(batch):
-            return
-        line = batch.line()
-        # A large batch that also adds something does not get the reserve.
-        limit = RESERVE_BYTES // RESERVE_SHARE if batch.adds else RESERVE_BYTES
-        try:
-            if self._write_with_reserve(lambda: self._journal.append([line]), len(line), limit):
-                self.full = f"no space is left for {self._journal.path}"
-        except NotWrittenError as error:
-            if error.no_space:
-                self.full = str(error)
-            raise
-        self._object_bytes += _apply(self._tables, batch)
-        self._revision, self._time = batch.revision, batch.time or self._time
 
-    def upkeep(self) -> None:
-        """Fill the reserve, and clear `full` when that succeeded. Otherwise try to free space by compaction.
+    def leads(self) -> bool:
+        """Return whether an answer that is based on the state in memory may leave now."""
 
-        Raises BrokenError.
-        """
-        if not self._fill_reserve() and self._journal.size > 2 * self._object_bytes:
-            self._compact()
+    async def run(self) -> None:
+        """Keep what is stored small and writable until cancelled. Raises BrokenError when the engine has ended."""
 
     def close(self) -> None:
-        """Close the file."""
-        self._journal.close()
-
-    def _keep(self, tables: Tables) -> None:
-        self._tables = tables
-        self._object_bytes = sum(len(json) for table in tables.values() for json in table.values())
-
-    def _compact_after(self, snapshot_bytes: int) -> None:
-        self._compact_at = snapshot_bytes + max(COMPACT_BYTES, COMPACT_RATIO * snapshot_bytes)
-
-    def _fill_reserve(self) -> bool:
-        try:
-            self._reserve.fill()
-        except NotWrittenError as error:
-            self.full = self.full or str(error)
-            return False
-        self.full = ""
-        return True
-
-    def _compact(self, batch: Batch | None = None) -> bool:
-        """Write a new file that includes a batch; return False when there is no space for it. Raises BrokenError."""
-        tables, revision = {kind: dict(table) for kind, table in self._tables.items()}, self._revision
-        if batch is not None:
-            _apply(tables, batch)
-            revision = batch.revision
-        time = batch.time if batch is not None else None
-        lines = snapshot_lines(tables, revision, time or self._time or datetime.datetime.now(datetime.UTC))
-        size = sum(map(len, lines))
-        try:
-            reserve_needed = self._write_with_reserve(lambda: self._journal.create(lines), size, RESERVE_BYTES // 2)
-        except NotWrittenError as error:
-            _logger.warning("compaction postponed: %s", error)
-            self._compact_at = self._journal.size + COMPACT_BYTES
-            return False
-        self._keep(tables)
-        self._revision, self._time = revision, time or self._time
-        self._compact_after(self._journal.size)
-        if reserve_needed:
-            self._fill_reserve()
-        return True
-
-    def _write_with_reserve(self, write: Callable[[], None], size: int, limit: int) -> bool:
-        """Write `size` bytes, and if there is no space and they are at most `limit`, in place of the reserve.
-
-        Return True when the reserve was needed.
-        """
-        needed = False
-        while True:
-            try:
-                write()
-            except NotWrittenError as error:
-                if not error.no_space or size > limit or not self._reserve.release(size):
-                    raise
-                needed = True
-            else:
-                return needed
-
-
-def _apply(tables: Tables, batch: Batch) -> int:
-    """Apply a batch to tables; return by how many bytes the objects grew."""
-    growth = 0
-    for (kind, name), json in batch.records.items():
-        table = tables.setdefault(kind, {})
-        growth -= len(table.get(name, b""))
-        if json is None:
-            del table[name]
-        else:
-            table[name] = json
-            growth += len(json)
-    return growth
-
-
-def _record(kind: str, name: str, json: bytes | None) -> bytes:
-    if json is None:
-        return dump_json({"delete": kind, "name": name})
-    return b'{"put":"%b","name":%b,"object":%b}' % (kind.encode(), dump_json(name), json)
-
-
-def snapshot_lines(tables: Mapping[str, Mapping[str, bytes]], revision: int, now: datetime.datetime) -> list[bytes]:
-    """Return the lines with which a file begins: a header, and one line for each object."""
-    objects = [_record(kind, name, json) for kind, table in tables.items() for name, json in table.items()]
-    header = {
-        "format": "orchard-state",
-        "version": STATE_VERSION,
-        # Makes the checksums of this file unlike those of any other.
-        "id": secrets.token_hex(8),
-        "written": format_time(now),
-        "revision": revision,
-        "objects": len(objects),
-    }
-    return [dump_json(header), *objects]
-
-
-def read_contents(journal: Journal) -> Contents:
-    """Read a state file to its end, and change nothing. Raises DamagedError; FileNotFoundError."""
-    contents = Contents(journal.path)
-    snapshot_end: int | None = None
-    for offset, line in journal.read():
-        try:
-            if snapshot_end is None:
-                _check_header(contents.path, line)
-                contents.version, contents.revision = line["version"], line["revision"]
-                contents.time = _read_time(line.get("written"))
-                snapshot_end = 1 + line["objects"]
-            elif contents.lines < snapshot_end:
-                _take_record(contents, offset, line)
-            else:
-                _take_batch(contents, offset, line)
-        except (KeyError, TypeError, ValueError) as error:
-            raise contents.not_understood(offset, error) from error
-        contents.lines += 1
-    contents.size = journal.size
-    if snapshot_end is None or contents.lines < snapshot_end:
-        raise DamagedError(journal.path, journal.size, "the file ends in the middle of its snapshot")
-    return contents
-
-
-def _check_header(path: Path, line: Mapping[str, Any]) -> None:
-    if line.get("format") != "orchard-state":
-        raise DamagedError(path, 0, 'the format is not "orchard-state"')
-    if line["version"] > STATE_VERSION:
-        raise DamagedError(
-            path,
-            0,
-            f"version {line['version']} is newer than the version {STATE_VERSION} that this program knows",
-            "start the Orchard that wrote it, or a newer one",
-        )
-
-
-def _take_batch(contents: Contents, offset: int, line: Mapping[str, Any]) -> None:
-    # A line without "after" is of one transaction.
-    first = line.get("after", line["revision"] - 1) + 1
-    if first != contents.revision + 1 or line["revision"] < first:
-        first = min(first, line["revision"])
-        raise DamagedError(contents.path, offset, f"revision {first} follows revision {contents.revision}")
-    for change in line["changes"]:
-        _take_record(contents, offset, change)
-    contents.revision = line["revision"]
-    contents.time = _read_time(line.get("time")) or contents.time
-
-
-def _read_time(text: str | None) -> datetime.datetime | None:
-    return None if text is None else datetime.datetime.fromisoformat(text)
-
-
-def _take_record(contents: Contents, offset: int, record: Mapping[str, Any]) -> None:
-    """Apply one record. Raises KeyError when it deletes an object that does not exist."""
-    if "delete" in record:
-        del contents.objects[record["delete"], record["name"]]
-    else:
-        contents.objects[record["put"], record["name"]] = (offset, record["object"])
+        """Release what is open."""

@@ -37,11 +37,15 @@ class StorageUnavailableError(StorageError):
 
 
 class NotWrittenError(Exception):
-    """A write failed, and the file is as it was before. `no_space`: the disk or the quota is full."""
+    """A write failed, and what is stored is as it was before. `no_space`: the disk or the quota is full."""
 
-    def __init__(self, path: Path, error: OSError) -> None:
-        super().__init__(f"cannot write {path}: {os.strerror(error.errno or 0)}")
-        self.no_space = error.errno in _NO_SPACE
+    def __init__(self, message: str, *, no_space: bool) -> None:
+        super().__init__(message)
+        self.no_space = no_space
+
+    @classmethod
+    def of_file(cls, path: Path, error: OSError) -> NotWrittenError:
+        return cls(f"cannot write {path}: {os.strerror(error.errno or 0)}", no_space=error.errno in _NO_SPACE)
 
     def as_storage_error(self, consequence: str) -> StorageError:
         """Return the error for those whose changes were in the write."""
@@ -50,7 +54,16 @@ class NotWrittenError(Exception):
 
 
 class BrokenError(Exception):
-    """It is not known what the disk holds after a failed write; only a restart, which reads it again, can tell."""
+    """An engine has ended: only a restart, which reads everything again, can tell what is stored."""
+
+    @property
+    def consequence(self) -> str:
+        """Return what those are told whose changes are not stored."""
+        return f"the controller cannot store anything any more: {self}; restart it"
+
+
+class BrokenFileError(BrokenError):
+    """It is not known what the disk holds after a failed write."""
 
     def __init__(self, path: Path, action: str, error: OSError) -> None:
         super().__init__(f"cannot {action} {path}: {os.strerror(error.errno or 0)}; what is on the disk is uncertain")

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchard.files import draft_of, sync_directory, sync_file
-from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError
+from orchard.storage.errors import BrokenError, BrokenFileError, DamagedError, NotWrittenError
 
 # Bytes of the digest. A damaged line passes with a probability of 2**-64.
 _SUM_BYTES = 8
@@ -146,7 +146,7 @@ class Journal:
             fresh.close()
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-            raise NotWrittenError(self.path, error) from error
+            raise NotWrittenError.of_file(self.path, error) from error
         self.close()
         self._fd, self.size, self._last_sum, self._phase = fresh._fd, fresh.size, fresh._last_sum, "open"
         try:
@@ -167,7 +167,7 @@ class Journal:
             self._write(objects)
         except OSError as error:
             self._cut_back()
-            raise NotWrittenError(self.path, error) from error
+            raise NotWrittenError.of_file(self.path, error) from error
         try:
             self._disk.sync(self._fd)
         except OSError as error:
@@ -238,7 +238,7 @@ class Journal:
             raise self._break("take back an unfinished write to", error) from error
 
     def _break(self, action: str, error: OSError) -> BrokenError:
-        self._broken = BrokenError(self.path, action, error)
+        self._broken = BrokenFileError(self.path, action, error)
         return self._broken
 
 
@@ -261,7 +261,7 @@ class Reserve:
                 while data:
                     data = data[self._disk.write(fd, data) :]
         except OSError as error:
-            raise NotWrittenError(self.path, error) from error
+            raise NotWrittenError.of_file(self.path, error) from error
 
     def release(self, size: int) -> bool:
         """Free space for `size` bytes, or as much as is held. Return False when none is held."""

@@ -20,12 +20,14 @@ import trio
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
-from cluster import AUTHORIZATION, prepare, vm_of, worker_of
+from cluster import AUTHORIZATION, NOW, prepare, vm_of, worker_of
 from load import BARE, CONTROLLER, Server, body_of, press, request, running
 from plan import BusyCluster, planned, sorted_each_time
 
 from orchard.changes import Change
 from orchard.net.websocket import TunnelStream
+from orchard.storage.file_engine import FileEngine
+from orchard.store import Store
 
 ROUNDS = 3
 GET = request("GET", "/v1/vms/vm-7", authorization=AUTHORIZATION)
@@ -113,10 +115,11 @@ def test_planning_costs_less_than_sorting_all_workers_for_each_vm() -> None:
 
 
 async def test_one_change_costs_the_same_in_a_large_cluster(tmp_path: Path) -> None:
-    (tmp_path / "big").mkdir()
-    (tmp_path / "small").mkdir()
     took: dict[str, list[float]] = {"big": [], "small": []}
-    clusters = {"big": BusyCluster(tmp_path / "big", 2000), "small": BusyCluster(tmp_path / "small", 50)}
+    clusters = {}
+    for name, count in (("big", 2000), ("small", 50)):
+        (tmp_path / name).mkdir()
+        clusters[name] = BusyCluster(await Store.open(FileEngine(tmp_path / name), NOW), count)
     async with trio.open_nursery() as nursery:
         for busy in clusters.values():
             nursery.start_soon(busy.store.run)

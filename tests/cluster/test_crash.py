@@ -211,7 +211,7 @@ def copied(source: Path, target: Path) -> None:
 
 @pytest.mark.slow
 def test_each_copy_of_a_data_directory_in_use_is_a_backup(tmp_path: Path) -> None:
-    launch = "import sys; from orchard.storage import engine; engine.COMPACT_BYTES, engine.COMPACT_RATIO = 20_000, 0\n"
+    launch = "import sys; from orchard.storage import state_file as file; file.COMPACT_BYTES, file.COMPACT_RATIO = 20_000, 0\n"
     launch += "from orchard import controller; sys.exit(controller.main(sys.argv[1:]))"
     data = tmp_path / ORCHARD / "controller"
     snapshots = set()

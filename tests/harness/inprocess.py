@@ -6,8 +6,8 @@ its driver, or restart the controller. Who needs only a cluster takes `orchard.t
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,9 @@ class InProcessCluster:
             data_dir=self.home / "controller", host="127.0.0.1", port=self.port, tls=False, auth=False, **self._settings
         )
 
-        @contextmanager
-        def opened(directory: Path) -> Iterator[controller.StoredData]:
-            with controller.open_data_directory(directory) as data:
+        @asynccontextmanager
+        async def opened(directory: Path) -> AsyncIterator[controller.StoredData]:
+            async with controller.open_data_directory(directory) as data:
                 events = EventLog(directory / "events", self.events_disk)
                 events.open({vm.uid for vm in data.store.state.vms.values()})
                 yield data._replace(events=events)

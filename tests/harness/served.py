@@ -41,9 +41,11 @@ from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import StorageError
 from orchard.storage.events import EventLog
+from orchard.storage.file_engine import FileEngine
 from orchard.storage.history import History
 from orchard.storage.journal import Disk
-from orchard.store import InThread, Store, check
+from orchard.storage.records import RunInThread
+from orchard.store import Store, check
 from orchard.tunnel import Rendezvous, VMAccess
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -215,13 +217,13 @@ async def served(
     disk: Disk | None = None,
     offline_timeout: float = DEFAULT_OFFLINE_TIMEOUT,
     host_clock: HostClock | None = None,
-    in_thread: InThread = trio.to_thread.run_sync,
+    in_thread: RunInThread = trio.to_thread.run_sync,
 ) -> AsyncIterator[Served]:
     """Serve the API from `directory`; it asks for credentials if accounts are given.
 
     The time is always BEGAN, except for deadlines.
     """
-    store = Store.open(directory, BEGAN, disk, in_thread)
+    store = await Store.open(FileEngine(directory, disk, in_thread), BEGAN)
     try:
         renew_promises(store, offline_timeout)
         events = EventLog(directory / "events", in_thread=in_thread)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 import pytest
 import trio
 
-import orchard.store
 from harness.disks import UnsyncedDisk
 from harness.strategies import BEGAN
 from orchard.schema import VM, ClusterSettings, HostDirPolicy, ServiceAccount, Worker
 from orchard.storage.errors import StorageError
+from orchard.storage.file_engine import UPKEEP_SECONDS, FileEngine
 from orchard.storage.journal import Disk
+from orchard.storage.records import RunInThread
 from orchard.store import State, Store, check
 
 ACCOUNT = ServiceAccount(name="a", token="secret", roles=("compute:read",))
@@ -25,9 +26,21 @@ SETTINGS = ClusterSettings(host_dir_policies=(HostDirPolicy("/x"),))
 ErrorT = TypeVar("ErrorT", bound=StorageError)
 
 
-def open_store(directory: Path, disk: Disk | None = None) -> Store:
-    """Open a store, by default on a disk without fsyncs."""
-    return Store.open(directory, BEGAN, disk or UnsyncedDisk())
+def open_store(
+    directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
+) -> Store:  # fmt: skip
+    """Open a store on the file engine, by default on a disk without fsyncs."""
+    return result_of(Store.open(FileEngine(directory, disk or UnsyncedDisk(), in_thread), BEGAN))
+
+
+def result_of(loading: Coroutine[Any, Any, Store]) -> Store:
+    """Return the store that `Store.open` opens, also outside of trio: the file engine loads without waiting."""
+    try:
+        loading.send(None)
+    except StopIteration as done:
+        store: Store = done.value
+        return store
+    raise AssertionError("the store waited for something")
 
 
 @asynccontextmanager
@@ -75,7 +88,7 @@ async def wait_not_full(store: Store) -> None:
     """Wait until the store accepts additions again. For a test with a clock that jumps."""
     with trio.fail_after(3600):
         while store.full:  # noqa: ASYNC110 -- the store has no event for it
-            await trio.sleep(orchard.store.UPKEEP_SECONDS / 4)
+            await trio.sleep(UPKEEP_SECONDS / 4)
 
 
 async def refused_write(store: Store, kind: type[ErrorT]) -> ErrorT:

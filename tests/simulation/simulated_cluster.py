@@ -16,8 +16,8 @@ import logging
 import random
 import re
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.engine import Batch
 from orchard.storage.events import EventLog
+from orchard.storage.file_engine import FileEngine
 from orchard.storage.history import History
 from orchard.store import Store
 from orchard.tunnel import Rendezvous
@@ -330,8 +331,8 @@ class SimulatedCluster:
 
         await self._nursery.start(run)
 
-    @contextmanager
-    def _open_data(self, process: Process, directory: Path) -> Iterator[controller.StoredData]:
+    @asynccontextmanager
+    async def _open_data(self, process: Process, directory: Path) -> AsyncIterator[controller.StoredData]:
         async def in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
             asked_at = trio.current_time()
             await trio.sleep(self.chance.uniform(*DISK_SECONDS))
@@ -349,7 +350,7 @@ class SimulatedCluster:
         # The simulation crashes processes, never the power of the controller's host.
         disk = UnsyncedDisk()
         with ExitStack() as stack:
-            store = Store.open(directory, self.clock(), disk, in_thread)
+            store = await Store.open(FileEngine(directory, disk, in_thread), self.clock())
             stack.callback(store.close)
             if self._bug.forgets_promises:
                 with store.transaction() as tx:

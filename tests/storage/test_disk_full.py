@@ -30,9 +30,9 @@ from trio.testing import MockClock
 
 from orchard.files import STATE_FILE
 from orchard.schema import VM
-from orchard.storage.engine import RESERVE_BYTES, RESERVE_SHARE
 from orchard.storage.errors import StorageFullError
 from orchard.storage.journal import RESERVE_STEP
+from orchard.storage.state_file import RESERVE_BYTES, RESERVE_SHARE
 from orchard.store import State, Store, read_state
 
 # Bytes of the small disk.

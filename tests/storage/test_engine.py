@@ -22,31 +22,31 @@ from harness.stores import ACCOUNT, delete, open_store, put, read, refused_write
 from harness.strategies import BEGAN, assigned, failed, pending, worker
 from trio.testing import MockClock
 
-import orchard.store
 from orchard.files import STATE_FILE
 from orchard.nursery import unwrap_groups
-from orchard.storage import engine
-from orchard.storage.engine import Batch, FileEngine, snapshot_lines
+from orchard.storage import file_engine, state_file
+from orchard.storage.engine import Batch
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageFullError, StorageUnavailableError
 from orchard.storage.journal import Disk, Journal
-from orchard.store import Store, encode_object
+from orchard.storage.state_file import StateFile, snapshot_lines
+from orchard.store import encode_object
 
 
 @pytest.fixture(autouse=True)
 def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the tests by a small reserve; test_disk_full.py has one of the usual size."""
-    monkeypatch.setattr(engine, "RESERVE_BYTES", 10_000)
+    monkeypatch.setattr(state_file, "RESERVE_BYTES", 10_000)
 
 
 # ---- the engine alone ----------------------------------------------------------------------------------------------
 
 
-def begun(directory: Path, disk: Disk | None = None) -> FileEngine:
+def begun(directory: Path, disk: Disk | None = None) -> StateFile:
     """Return an engine that has created a state file, or taken over one without objects."""
-    file_engine = FileEngine(directory, disk or UnsyncedDisk())
-    assert file_engine.load().objects == {}
-    file_engine.begin({}, BEGAN)
-    return file_engine
+    file = StateFile(directory, disk or UnsyncedDisk())
+    assert file.load().objects == {}
+    file.begin({}, BEGAN)
+    return file
 
 
 def batch(revision: int, *names: str, size: int = 2) -> Batch:
@@ -58,7 +58,7 @@ def batch(revision: int, *names: str, size: int = 2) -> Batch:
 
 
 def objects_in(directory: Path) -> tuple[int, set[tuple[str, str]]]:
-    contents = FileEngine(directory, UnsyncedDisk()).load()
+    contents = StateFile(directory, UnsyncedDisk()).load()
     return contents.revision, set(contents.objects)
 
 
@@ -69,7 +69,7 @@ def test_load_changes_nothing_and_begin_cuts_off_an_unfinished_line(tmp_path: Pa
     path = tmp_path / STATE_FILE
     complete = path.read_bytes()
     path.write_bytes(complete + b'{"sum":"')
-    second = FileEngine(tmp_path, UnsyncedDisk())
+    second = StateFile(tmp_path, UnsyncedDisk())
     contents = second.load()
     assert (contents.revision, set(contents.objects), contents.lines) == (1, {("vm", "a")}, 2)
     assert path.read_bytes() == complete + b'{"sum":"'
@@ -81,17 +81,17 @@ def test_load_changes_nothing_and_begin_cuts_off_an_unfinished_line(tmp_path: Pa
 
 
 def test_object_created_and_deleted_in_one_batch_leaves_no_record(tmp_path: Path) -> None:
-    file_engine = begun(tmp_path)
+    file = begun(tmp_path)
     made = batch(1, "a", "b")
     made.record(("vm", "a"), None)
-    file_engine.append(made)
+    file.append(made)
     made = Batch(1, 2)
     made.record(("vm", "b"), None)
     made.record(("vm", "b"), b"{}", is_new=True)
     made.record(("vm", "b"), None)
     assert made.records == {("vm", "b"): None}
-    file_engine.append(made)
-    file_engine.close()
+    file.append(made)
+    file.close()
     assert objects_in(tmp_path) == (2, set())
 
 
@@ -99,35 +99,35 @@ def test_object_created_and_deleted_in_one_batch_leaves_no_record(tmp_path: Path
 def test_wall_time_of_the_last_write_is_read_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compacts: bool
 ) -> None:
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 0 if compacts else 10_000)
-    monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
-    file_engine = begun(tmp_path)
-    assert FileEngine(tmp_path, UnsyncedDisk()).load().time == BEGAN
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 0 if compacts else 10_000)
+    monkeypatch.setattr(state_file, "COMPACT_RATIO", 0)
+    file = begun(tmp_path)
+    assert StateFile(tmp_path, UnsyncedDisk()).load().time == BEGAN
     later = BEGAN + datetime.timedelta(hours=1)
     for revision, time in ((1, later), (2, later), (3, None)):
         made = batch(revision, "a")
         made.time = time
-        file_engine.append(made)
-    file_engine.close()
-    assert FileEngine(tmp_path, UnsyncedDisk()).load().time == later
+        file.append(made)
+    file.close()
+    assert StateFile(tmp_path, UnsyncedDisk()).load().time == later
 
 
 def test_compaction_in_place_of_the_reserve_fills_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 2_000)
-    monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 2_000)
+    monkeypatch.setattr(state_file, "COMPACT_RATIO", 0)
     disk = SmallDisk(tmp_path, 100_000)
-    file_engine = begun(tmp_path, disk)
+    file = begun(tmp_path, disk)
     path, revision = tmp_path / STATE_FILE, 0
     while path.stat().st_size <= 2_000:
         revision += 1
-        file_engine.append(batch(revision, "a", size=200))
+        file.append(batch(revision, "a", size=200))
     # The snapshot does not fit beside the old file, unless the reserve makes space for it.
     disk.room -= disk.free()
-    file_engine.append(batch(revision + 1, "a", size=200))
+    file.append(batch(revision + 1, "a", size=200))
     assert path.stat().st_size < 1_000
     assert (tmp_path / "reserve").stat().st_size == 10_000
-    assert file_engine.full == ""
-    file_engine.close()
+    assert file.full == ""
+    file.close()
     assert objects_in(tmp_path) == (revision + 1, {("vm", "a")})
 
 
@@ -135,7 +135,7 @@ def test_missing_state_file_beside_a_reserve_is_reported(tmp_path: Path) -> None
     begun(tmp_path).close()
     (tmp_path / STATE_FILE).unlink()
     with pytest.raises(DamagedError, match="the file is missing in a directory that a controller has used"):
-        FileEngine(tmp_path, UnsyncedDisk()).load()
+        StateFile(tmp_path, UnsyncedDisk()).load()
 
 
 # ---- compaction ----------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_missing_state_file_beside_a_reserve_is_reported(tmp_path: Path) -> None
 async def test_compaction_bounds_the_file_by_the_size_of_its_objects(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 5_000)
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 5_000)
     path = tmp_path / "state.jsonl"
     sizes = []
     for start in range(6):
@@ -160,8 +160,8 @@ async def test_compaction_bounds_the_file_by_the_size_of_its_objects(
 
 
 async def test_snapshot_excludes_later_transactions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 0)
-    monkeypatch.setattr(engine, "COMPACT_RATIO", 0)
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 0)
+    monkeypatch.setattr(state_file, "COMPACT_RATIO", 0)
     going_on = threading.Event()
     taken: list[list[bytes]] = []
 
@@ -171,7 +171,7 @@ async def test_snapshot_excludes_later_transactions(tmp_path: Path, monkeypatch:
         return taken[-1]
 
     async with running_store(open_store(tmp_path)) as store:
-        monkeypatch.setattr(engine, "snapshot_lines", slow)
+        monkeypatch.setattr(state_file, "snapshot_lines", slow)
         put(store, worker("a"))
         try:
             await trio.testing.wait_all_tasks_blocked()
@@ -186,7 +186,7 @@ async def test_snapshot_excludes_later_transactions(tmp_path: Path, monkeypatch:
 
 
 async def test_failed_compaction_is_postponed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "COMPACT_BYTES", 1_000)
+    monkeypatch.setattr(state_file, "COMPACT_BYTES", 1_000)
     disk = FailingDisk()
     async with running_store(open_store(tmp_path, disk)) as store:
         disk.calls.clear()
@@ -223,7 +223,7 @@ class NearlyFullDisk(Disk):
 
 async def test_failed_compaction_on_a_full_disk_writes_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:
     disk = NearlyFullDisk()
-    async with running_store(Store.open(tmp_path, BEGAN, disk, in_thread=run_inline)) as store:
+    async with running_store(open_store(tmp_path, disk, run_inline)) as store:
         # After these changes a snapshot would be smaller than the file.
         for _ in range(5):
             put(store, pending("a"))
@@ -233,7 +233,7 @@ async def test_failed_compaction_on_a_full_disk_writes_nothing(tmp_path: Path, a
         # It fails although all of the reserve was released for it.
         await refused_write(store, StorageFullError)
         size = (tmp_path / "state.jsonl").stat().st_size
-        await trio.sleep(3 * orchard.store.UPKEEP_SECONDS)
+        await trio.sleep(3 * file_engine.UPKEEP_SECONDS)
         assert (tmp_path / "state.jsonl").stat().st_size == size
         disk.most = sys.maxsize
         await wait_not_full(store)
@@ -244,7 +244,7 @@ async def test_failed_compaction_on_a_full_disk_writes_nothing(tmp_path: Path, a
 
 async def test_uncertain_compaction_on_a_full_disk_ends_the_store(tmp_path: Path, autojump_clock: MockClock) -> None:
     disk = FailingDisk()
-    store = Store.open(tmp_path, BEGAN, disk, in_thread=run_inline)
+    store = open_store(tmp_path, disk, run_inline)
 
     async def fill_and_compact() -> None:
         async with running_store(store):

@@ -1,0 +1,89 @@
+"""The file engine: the state file (state_file.py) of a single controller, in threads, and its upkeep on a full disk."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from orchard.nursery import Wakeup
+from orchard.storage.engine import Batch, BatchLimits, Tables
+from orchard.storage.journal import Disk
+from orchard.storage.records import RunInThread
+from orchard.storage.state_file import FileContents, StateFile
+
+# Between two attempts at upkeep while the disk is full. For so long, freed disk space may go unnoticed.
+UPKEEP_SECONDS = 1.0
+
+_logger = logging.getLogger("orchard.storage.engine")
+
+
+class FileEngine:
+    """The durable copy of a cluster's state in `directory` (see Engine). Disk I/O is done by `in_thread`, but for the start.
+
+    The directory belongs to this controller alone, so the engine always leads.
+    """
+
+    limits = BatchLimits(math.inf, math.inf)
+
+    def __init__(
+        self, directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
+    ) -> None:
+        self._file = StateFile(directory, disk or Disk())
+        self._in_thread = in_thread
+        # The file knows one call at a time.
+        self._lock = trio.Lock()
+        self._became_full = Wakeup()
+        # What was last logged of `full`.
+        self._was_full = False
+
+    @property
+    def full(self) -> str:
+        return self._file.full
+
+    async def load(self) -> FileContents:
+        return self._file.load()
+
+    async def begin(self, tables: Tables, now: datetime.datetime) -> None:
+        self._file.begin(tables, now)
+        self._follow_full()
+
+    async def append(self, batch: Batch) -> None:
+        await self._call(self._file.append, batch)
+
+    def leads(self) -> bool:
+        return True
+
+    async def run(self) -> None:
+        while True:
+            if self.full:
+                await self._call(self._file.upkeep)
+            else:
+                await self._became_full.wait()
+            await trio.sleep(UPKEEP_SECONDS)
+
+    def close(self) -> None:
+        self._file.close()
+
+    async def _call(self, work: Callable[..., None], *arguments: Any) -> None:
+        # Shielded: the write goes on in its thread, and must not be taken for undone.
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                try:
+                    await self._in_thread(work, *arguments)
+                finally:
+                    self._follow_full()
+
+    def _follow_full(self) -> None:
+        """Log when the disk has become full or has space again."""
+        if self.full and not self._was_full:
+            _logger.error("disk full, refusing what adds something: %s", self.full)
+            self._became_full.set()
+        elif self._was_full and not self.full:
+            _logger.info("disk has space again")
+        self._was_full = bool(self.full)
