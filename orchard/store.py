@@ -211,13 +211,8 @@ class Store:
         return self._engine.full
 
     def leads(self) -> bool:
-        """Return whether an answer that is based on the state may leave now."""
-        return self._engine.leads()
-
-    @property
-    def leads(self) -> bool:
-        """Whether answers may be based on the state: no other controller has taken over, and the store has not ended."""
-        return not self.broken
+        """Return whether answers may be based on the state: no other controller leads, and the store has not ended."""
+        return not self.broken and self._engine.leads()
 
     def close(self) -> None:
         """Close the engine. What is not durable by then is lost."""

@@ -10,7 +10,7 @@ from harness.served import served
 
 from orchard.client import Client
 from orchard.schema import ServiceAccount
-from orchard.storage.engine import RESERVE_BYTES
+from orchard.storage.state_file import RESERVE_BYTES
 from orchard.testing import cluster
 
 ADMIN = ServiceAccount(name="a", token="t", roles=("admin:write",))

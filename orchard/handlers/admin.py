@@ -66,7 +66,7 @@ def health(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 
 def health_answer(store: Store) -> Response:
     """Return the answer to a health check. A full disk does not cut off reads and reports, so it has status 200."""
-    if not store.leads:
+    if not store.leads():
         return Response(503, dump_json(encode(ControllerHealth("standby"))))
     return Response(200, dump_json(encode(ControllerHealth("leader", "refused" if store.full else "ok"))))
 
