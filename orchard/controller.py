@@ -475,7 +475,8 @@ def _parse_with(parse: Callable[[str], str]) -> Callable[[str], str]:
     return parse_option
 
 
-def _parser() -> argparse.ArgumentParser:
+def controller_parser() -> argparse.ArgumentParser:
+    """Return the parser of a controller's command line."""
     parser = CommandLine(
         prog="python -m orchard.controller",
         description="Run an Orchard controller: the REST API, the scheduler and the state of a cluster of Tart VMs.",
@@ -537,7 +538,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
 
     Exits with status 2 if they are invalid. Raises HomeError.
     """
-    parser = _parser()
+    parser = controller_parser()
     options = parser.parse_args(argv)
     if (options.controller_cert is None) != (options.controller_key is None):
         parser.error("--controller-cert and --controller-key must be given together")

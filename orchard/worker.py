@@ -290,7 +290,8 @@ def host_resources(runtime: str) -> dict[str, int]:
     return offered if runtime == "vetu" else {TART_VMS: _MACOS_VMS, **offered}
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def worker_parser() -> argparse.ArgumentParser:
+    """Return the parser of a worker's command line."""
     parser = CommandLine(
         prog="python -m orchard.worker",
         description="Run VMs on this host for an Orchard controller.",
@@ -425,7 +426,7 @@ async def _work(options: argparse.Namespace, client: Client) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status: 2 also if the controller refuses the worker."""
-    parser = _make_parser()
+    parser = worker_parser()
     options = parser.parse_args(argv)
     if options.workers > 1 and options.runtime != "synthetic":
         parser.error(f"--workers is {options.workers}, expected 1: only --runtime synthetic can run more on one host")

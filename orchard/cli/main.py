@@ -65,8 +65,8 @@ VERBS: Mapping[str, Verb] = {
     "capacity": Verb("actions", "show what the fleet could still run"),
     "history": Verb("actions", "list the VMs that ended last"),
     "version": Verb("actions", "print the versions of this command and of the controller"),
-    "controller": Verb("", "run a controller; see orchard controller --help"),
-    "worker": Verb("", "run a worker; see orchard worker --help"),
+    "controller": Verb("", "run a controller (see orchard controller --help), or install it as a service"),
+    "worker": Verb("", "run a worker (see orchard worker --help), or install it as a service"),
     "demo": Verb("trial", "run a controller, a worker and a VM on this machine, step by step"),
     "dev": Verb("trial", "run a controller and workers to develop against"),
     "bootstrap-token": Verb("offline", "print a bootstrap token for a worker, on the controller's host"),
@@ -112,6 +112,8 @@ def _run(words: list[str]) -> int:
         verbs = [verb for verb in VERBS if VERBS[verb].help]
         known = ", ".join(verbs)
         raise CommandError(f"unknown verb {name}{suggest(name, verbs)}, expected one of {known}", USAGE)
+    if name in ROLE_VERBS and rest[:1] in (["install"], ["uninstall"]):
+        return int(importlib.import_module("orchard.cli.install").run_install_verb(name, rest[0], rest[1:]))
     if name in ROLE_VERBS:
         # The existing command has the word "run" before the options.
         options_of_role = rest[1:] if rest[:1] == ["run"] else rest
