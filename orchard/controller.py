@@ -33,7 +33,7 @@ from orchard import __version__, auth
 from orchard.api import ControllerParts
 from orchard.cluster import ClusterIdentity
 from orchard.command_line import CommandLine, HomeError, orchard_home, parse_address, parse_seconds
-from orchard.daemon import run_main, run_until_signal
+from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
 from orchard.deadlines import Deadlines, StoredClock
 from orchard.files import (
     ACCESS_KEY_BYTES,
@@ -48,6 +48,7 @@ from orchard.files import (
 from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.gate import Gate
 from orchard.login_limit import LoginLimit
+from orchard.logs import LogSettings
 from orchard.net import tcp, tls
 from orchard.net.browsers import BrowserRules, normal_name, normal_origin
 from orchard.net.connection import Limits
@@ -475,7 +476,7 @@ def _parse_with(parse: Callable[[str], str]) -> Callable[[str], str]:
     return parse_option
 
 
-def controller_parser() -> argparse.ArgumentParser:
+def controller_parser() -> CommandLine:
     """Return the parser of a controller's command line."""
     parser = CommandLine(
         prog="python -m orchard.controller",
@@ -528,13 +529,13 @@ def controller_parser() -> argparse.ArgumentParser:
     add("--idle-timeout", metavar="S", type=parse_seconds, default=DEFAULT_IDLE_TIMEOUT,
         help="seconds after which a connection without requests is closed; more than a proxy keeps idle connections to the"
         " controller; default %(default)g")  # fmt: skip
-    add("--debug", action="store_true", help="log more")
+    add_log_options(parser)
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
 
 
-def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, bool]:
-    """Return the settings from command line and environment, and whether to log more.
+def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, LogSettings]:
+    """Return the settings from command line and environment, and what to log.
 
     Exits with status 2 if they are invalid. Raises HomeError.
     """
@@ -567,7 +568,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, boo
         ping_interval=options.ping_interval,
         idle_timeout=options.idle_timeout,
     )
-    return settings, options.debug
+    return settings, log_settings(options)
 
 
 def announce(running: Running, out: TextIO) -> None:
@@ -609,14 +610,12 @@ def collect_garbage_less() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Return the exit status."""
     try:
-        settings, debug = _parse_settings(argv)
+        settings, log = _parse_settings(argv)
     except HomeError as error:
         print(f"orchard controller: {error}", file=sys.stderr)
         return 1
     collect_garbage_less()
-    return run_main(
-        "orchard controller", partial(run_and_announce, settings), {StartError: 1, BrokenError: 1}, debug=debug
-    )
+    return run_main("orchard controller", partial(run_and_announce, settings), {StartError: 1, BrokenError: 1}, log)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,28 @@
 """How a process of Orchard starts and stops.
 
 `run_main` is the common part of every `main`: log configuration, limit of open files, one line on stderr and an exit
-status for an error that was expected. `run_until_signal` handles SIGTERM, SIGINT and SIGHUP. command_line.py reads the options.
+status for an error that was expected. `run_until_signal` handles SIGTERM, SIGINT and SIGHUP, and SIGUSR1, on which the log
+file is opened anew. command_line.py reads the options; those of the log are here.
 
 What a role does between its start and its stop is in its own module.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import resource
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
+from typing import get_args
 
 import trio
 
 from orchard import logs
+from orchard.command_line import CommandLine
 from orchard.nursery import unwrap_groups
 
 # Enough for thousands of workers, watchers and tunnels. The default limit is 256 on macOS.
@@ -37,16 +42,21 @@ def run_main(
     name: str,
     work: Callable[[], Awaitable[None]],
     failures: Mapping[type[Exception], int],
-    *,
-    debug: bool = False,
-    quiet: bool = False,
+    log: logs.LogSettings,
 ) -> int:
     """Run `work` under trio until it returns, and return the exit status of the process.
 
     `failures` maps the errors that `work` may raise to exit statuses: such an error is printed to stderr as one line
-    that begins with `name`. Any other exception propagates. For `debug` and `quiet` see `logs.configure`.
+    that begins with `name`. Any other exception propagates.
     """
-    logs.configure(debug=debug, quiet=quiet)
+    try:
+        logs.configure(log)
+    except OSError as error:
+        reason = f"cannot open the log file {log.file}: {error.strerror}"
+        print(f"{name}: {reason}; choose one that this user may write to with --log-file", file=sys.stderr)
+        return 1
+    # Before work handles it: its default would end the process.
+    signal.signal(signal.SIGUSR1, lambda number, frame: None)
     raise_open_files_limit()
     try:
         with unwrap_groups():
@@ -55,6 +65,22 @@ def run_main(
         print(f"{name}: {error}", file=sys.stderr)
         return next(status for kind, status in failures.items() if isinstance(error, kind))
     return 0
+
+
+def add_log_options(parser: CommandLine) -> None:
+    """Declare the options that say what a role logs, and where."""
+    add = parser.add_argument
+    add("--log-file", metavar="FILE", type=Path,
+        help="file of the log, rotated at 100 MB to FILE.1, opened anew on SIGUSR1; default: standard error")  # fmt: skip
+    add("--log-format", choices=get_args(logs.LogFormat), default="logfmt",
+        help="key=value pairs or one JSON object a line; default: %(default)s")  # fmt: skip
+    add("--debug", action="store_true", help="log more")
+
+
+def log_settings(options: argparse.Namespace) -> logs.LogSettings:
+    """Return what the options of `add_log_options` say."""
+    file = None if options.log_file is None else options.log_file.absolute()
+    return logs.LogSettings(options.debug, file=file, format=options.log_format)
 
 
 async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Event | None = None) -> None:
@@ -67,11 +93,14 @@ async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Ev
     # nohup ignores it.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         stopping.add(signal.SIGHUP)
-    with trio.open_signal_receiver(*stopping) as signals:
+    with trio.open_signal_receiver(*stopping, signal.SIGUSR1) as signals:
         async with trio.open_nursery() as nursery:
 
             async def handle_signals() -> None:
                 async for number in signals:
+                    if number == signal.SIGUSR1:
+                        logs.reopen_file()
+                        continue
                     _logger.info("stopping", extra={"signal": signal.Signals(number).name})
                     if stop is None or stop.is_set():
                         nursery.cancel_scope.cancel()

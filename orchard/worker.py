@@ -48,7 +48,7 @@ from orchard.cluster import (
 )
 from orchard.codec import encode
 from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_pairs, parse_resources
-from orchard.daemon import run_main, run_until_signal
+from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
 from orchard.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FILE, LockError, lock_directory
 from orchard.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
 from orchard.leftovers import RefusedError
@@ -290,7 +290,7 @@ def host_resources(runtime: str) -> dict[str, int]:
     return offered if runtime == "vetu" else {TART_VMS: _MACOS_VMS, **offered}
 
 
-def worker_parser() -> argparse.ArgumentParser:
+def worker_parser() -> CommandLine:
     """Return the parser of a worker's command line."""
     parser = CommandLine(
         prog="python -m orchard.worker",
@@ -327,7 +327,7 @@ def worker_parser() -> argparse.ArgumentParser:
         help="run N synthetic workers, NAME-1 to NAME-N; default: %(default)s")  # fmt: skip
     add("--synthetic-images", metavar="N", type=parse_count, default=0,
         help="begin with N images in the cache of each synthetic worker; default: %(default)s")  # fmt: skip
-    add("--debug", action="store_true", help="log more")
+    add_log_options(parser)
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
 
@@ -436,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     work = partial(_work, options, _make_client(parser, options))
     failures: dict[type[Exception], int] = dict.fromkeys((HomeError, LockError, DriverError, OSError), 1)
     failures[RefusedError] = _EXIT_REFUSED
-    return run_main("orchard worker", work, failures, debug=options.debug)
+    return run_main("orchard worker", work, failures, log_settings(options))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ async def test_run_until_signal_returns_when_the_work_does() -> None:
 def test_an_expected_error_becomes_one_line_and_an_exit_status(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(logs, "configure", lambda **_: None)
+    monkeypatch.setattr(logs, "configure", lambda _: None)
 
     async def fail(error: Exception) -> None:
         async with trio.open_nursery():
@@ -82,11 +82,11 @@ def test_an_expected_error_becomes_one_line_and_an_exit_status(
 
     failures: dict[type[Exception], int] = {FileNotFoundError: 2, OSError: 1}
     for error, status in ((FileNotFoundError("not here"), 2), (PermissionError("not allowed"), 1)):
-        assert daemon.run_main("program", partial(fail, error), failures) == status
+        assert daemon.run_main("program", partial(fail, error), failures, logs.LogSettings()) == status
         assert capsys.readouterr() == ("", f"program: {error}\n")
     with pytest.raises(KeyError):
-        daemon.run_main("program", partial(fail, KeyError()), failures)
-    assert daemon.run_main("program", succeed, failures) == 0
+        daemon.run_main("program", partial(fail, KeyError()), failures, logs.LogSettings())
+    assert daemon.run_main("program", succeed, failures, logs.LogSettings()) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps what is free")

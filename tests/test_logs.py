@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from harness.strategies import QUICK
@@ -55,6 +56,39 @@ def test_values_cannot_forge_a_line_or_a_field(message: str, value: str) -> None
     assert (wide(read["msg"]), wide(read["vm"])) == (wide(message), wide(value))
 
 
+@QUICK
+@given(anything, anything, st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), anything))
+@example("a\nb", "message", "not the message")
+@example("\udcff\ud83d\ude00", "\x00 \u2028", float("nan"))
+def test_json_of_hostile_names_is_one_valid_line(message: str, field: str, value: object) -> None:
+    record = logging.makeLogRecord({"name": "orchard.x", "levelname": "INFO", "msg": message, "created": 0.5})
+    vars(record)["a" + field] = value
+    written = logs.JSONFormatter().format(record)
+    assert written.isascii()
+    assert written.isprintable()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    read = json.loads(written, parse_constant=refuse)
+    # As a reader in another language would: no lone surrogates.
+    json.dumps(read, ensure_ascii=False).encode()
+    assert list(read)[:4] == ["time", "level", "logger", "message"]
+    assert len(read) == 5
+    if type(value) in (int, bool) or value is None:
+        assert list(read.values())[4] is value or list(read.values())[4] == value
+
+
+def test_a_field_in_json_cannot_replace_the_time_or_the_level() -> None:
+    record = logging.makeLogRecord({"name": "orchard.x", "levelname": "INFO", "msg": "m", "created": 0.5, "level": "x"})
+    assert json.loads(logs.JSONFormatter().format(record)) == {
+        "time": "1970-01-01T00:00:00.500Z",
+        "level": "info",
+        "logger": "orchard.x",
+        "message": "m",
+    }
+
+
 def test_traceback_is_one_field_of_the_line() -> None:
     try:
         raise ValueError("two\nlines")
@@ -78,11 +112,11 @@ def loggers() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("options", "ours", "others"),
-    [({"debug": False}, 20, 20), ({"debug": True}, 10, 20), ({"debug": False, "quiet": True}, 30, 30)],
+    [({}, 20, 20), ({"debug": True}, 10, 20), ({"quiet": True}, 30, 30)],
 )
 @pytest.mark.usefixtures("loggers")
-def test_levels_of_configure(options: dict[str, bool], ours: int, others: int) -> None:
-    logs.configure(**options)
+def test_levels_of_configure(options: dict[str, Any], ours: int, others: int) -> None:
+    logs.configure(logs.LogSettings(**options))
     assert logging.getLogger("orchard.x").getEffectiveLevel() == ours
     assert logging.getLogger("other").getEffectiveLevel() == others
     assert logging.getLogger("trio-websocket").getEffectiveLevel() == 30
@@ -90,7 +124,7 @@ def test_levels_of_configure(options: dict[str, bool], ours: int, others: int) -
 
 @pytest.mark.usefixtures("loggers")
 def test_records_are_written_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure(debug=False)
+    logs.configure(logs.LogSettings())
     logging.getLogger("orchard.x").info("logged", extra={"vm": "v m"})
     logging.getLogger("orchard.x").debug("not logged")
     out, err = capsys.readouterr()

@@ -25,6 +25,7 @@ from orchard.command_line import CommandLine, HomeError, orchard_home, parse_cou
 from orchard.controller import StartError
 from orchard.daemon import run_main, run_until_signal
 from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory
+from orchard.logs import LogSettings
 from orchard.net.urls import DEFAULT_PORT
 from orchard.schema import VM
 from orchard.tart import TartDriver
@@ -70,7 +71,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
 def run_verb(options: argparse.Namespace) -> int:
     """Run `orchard demo` or `orchard dev`, and return the exit status. BrokenPipeError propagates."""
     failures: dict[type[Exception], int] = dict.fromkeys((StartError, ClientError, LockError, HomeError), 1)
-    return run_main("orchard", partial(_run, options), failures, debug=options.debug, quiet=not options.debug)
+    return run_main("orchard", partial(_run, options), failures, LogSettings(options.debug, quiet=not options.debug))
 
 
 async def _run(options: argparse.Namespace) -> None:

@@ -103,9 +103,11 @@ def started(
 
 
 @contextmanager
-def controller(*arguments: str, home: Path, env: Mapping[str, str] | None = None) -> Iterator[tuple[Role, str]]:
+def controller(
+    *arguments: str, home: Path, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
+) -> Iterator[tuple[Role, str]]:
     """Run a controller on a free loopback port for the time of the block, and yield it with its URL."""
-    with started("controller", "--listen", "127.0.0.1:0", *arguments, home=home, env=env) as role:
+    with started("controller", "--listen", "127.0.0.1:0", *arguments, home=home, env=env, before=before) as role:
         yield role, role.wait_for(LISTENING)[1]
 
 
