@@ -73,6 +73,11 @@ class CommandLine(argparse.ArgumentParser):
     # Whether options may stand between the positional arguments of a parser whose last one takes any number of words.
     is_intermixed = False
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # For completion in a shell: the words that an argument may be, by its name in the parsed options.
+        self.completions: dict[str, Sequence[str]] = {}
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         options, unknown = super().parse_known_args(args, namespace)
         for word in unknown:

@@ -30,7 +30,6 @@ from orchard.files import make_private, write_private
 from orchard.net.urls import parse_url
 from orchard.worker import worker_parser
 
-INSTALL_VERBS = ("install", "uninstall")
 _KINDS = {"darwin": "launchd", "linux": "systemd"}
 _PATHS = {
     # Homebrew's directory first: tart is usually there.
@@ -91,7 +90,7 @@ MANAGERS = {
 
 def run_install_verb(role: str, verb: str, words: Sequence[str]) -> int:
     """Run `orchard ROLE install` or `orchard ROLE uninstall`, and return the exit status. Raises CommandError."""
-    parser = _install_parser(role, verb)
+    parser = install_parser(role, verb)
     # argparse's own method: options that this parser does not know are the role's.
     options, rest = argparse.ArgumentParser.parse_known_args(parser, [word for word in words if word != "--"])
     kind = options.format or _KINDS.get(sys.platform)
@@ -109,7 +108,8 @@ def run_install_verb(role: str, verb: str, words: Sequence[str]) -> int:
     return install(service, manager)
 
 
-def _install_parser(role: str, verb: str) -> CommandLine:
+def install_parser(role: str, verb: str) -> CommandLine:
+    """Return the parser of `install` or `uninstall`."""
     what = (
         f"Write a service file for the {role}, and say how to start it. All other options are the {role}'s."
         if verb == "install"

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from orchard import __version__
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
@@ -64,6 +65,8 @@ VERBS: Mapping[str, Verb] = {
     "drain": Verb("actions", "let a worker run out of VMs"),
     "capacity": Verb("actions", "show what the fleet could still run"),
     "history": Verb("actions", "list the VMs that ended last"),
+    "completion": Verb("completion", "print what makes a shell complete this command's words"),
+    "__complete": Verb("completion", ""),
     "version": Verb("actions", "print the versions of this command and of the controller"),
     "controller": Verb("", "run a controller (see orchard controller --help), or install it as a service"),
     "worker": Verb("", "run a worker (see orchard worker --help), or install it as a service"),
@@ -74,8 +77,11 @@ VERBS: Mapping[str, Verb] = {
 }
 
 
+# Modules of Python that Windows does not have. Only what runs VMs or keeps a controller's state needs them.
+_UNIX_MODULES = frozenset({"fcntl", "grp", "pwd", "resource", "termios"})
 # These verbs are the modules of the roles, whose command lines are their own.
 ROLE_VERBS = frozenset({"controller", "worker"})
+INSTALL_VERBS = ("install", "uninstall")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,22 +113,48 @@ def _run(words: list[str]) -> int:
         print(f"orchard {__version__}")
         return 0
     name, *rest = words
-    verb = VERBS.get(name)
-    if verb is None:
+    if name not in VERBS:
         verbs = [verb for verb in VERBS if VERBS[verb].help]
         known = ", ".join(verbs)
         raise CommandError(f"unknown verb {name}{suggest(name, verbs)}, expected one of {known}", USAGE)
-    if name in ROLE_VERBS and rest[:1] in (["install"], ["uninstall"]):
-        return int(importlib.import_module("orchard.cli.install").run_install_verb(name, rest[0], rest[1:]))
+    if name in ROLE_VERBS and rest and rest[0] in INSTALL_VERBS:
+        return int(_load(name, "orchard.cli.install").run_install_verb(name, rest[0], rest[1:]))
     if name in ROLE_VERBS:
         # The existing command has the word "run" before the options.
         options_of_role = rest[1:] if rest[:1] == ["run"] else rest
-        return int(importlib.import_module(f"orchard.{name}").main(options_of_role))
-    module = importlib.import_module(f"orchard.cli.{verb.module}")
-    parser = CommandLine(prog=f"orchard {name}", description=f"{verb.help[:1].upper()}{verb.help[1:]}.")
-    module.add_verb(name, parser)
+        return int(_load(name).main(options_of_role))
+    parser = make_parser(name)
     options = _parse_command(parser, rest) if parser.is_intermixed else parser.parse_args(rest)
     return int(options.run(options))
+
+
+def make_parser(name: str, part: str = "") -> CommandLine:
+    """Return the parser of the options of a verb. Raises CommandError on a system that lacks what the verb needs.
+
+    `part` is `install` or `uninstall` of a role.
+    """
+    if part in INSTALL_VERBS:
+        installing: CommandLine = _load(name, "orchard.cli.install").install_parser(name, part)
+        return installing
+    module = _load(name)
+    if name in ROLE_VERBS:
+        parser: CommandLine = getattr(module, f"{name}_parser")()
+        return parser
+    about = VERBS[name].help
+    parser = CommandLine(prog=f"orchard {name}", description=f"{about[:1].upper()}{about[1:]}.")
+    module.add_verb(name, parser)
+    return parser
+
+
+def _load(name: str, module: str = "") -> ModuleType:
+    """Import the module of a verb. Raises CommandError on a system that lacks what the module needs."""
+    module = module or (f"orchard.{name}" if name in ROLE_VERBS else f"orchard.cli.{VERBS[name].module}")
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        if error.name not in _UNIX_MODULES:
+            raise
+        raise CommandError(f"orchard {name} runs on macOS and Linux alone: this system has no {error.name}") from None
 
 
 def _parse_command(parser: CommandLine, words: list[str]) -> argparse.Namespace:

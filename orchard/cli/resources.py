@@ -154,11 +154,12 @@ _PLURALS = {"vms": "vm", "workers": "worker", "service-accounts": "service-accou
 def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `list`, `get`, `delete`, `pause` or `resume`."""
     expected = {
-        "list": "vms, workers or service-accounts",
-        "get": "vm, worker, service-account, cluster-settings, bootstrap-token or vm-access-token",
-        "delete": "vm, worker or service-account",
-    }.get(verb, "worker")
-    parser.add_argument("kind", metavar="KIND", help=expected)
+        "list": ("vms", "workers", "service-accounts"),
+        "get": ("vm", "worker", "service-account", "cluster-settings", *_TOKENS),
+        "delete": ("vm", "worker", "service-account"),
+    }.get(verb, ("worker",))
+    parser.add_argument("kind", metavar="KIND", help=f"one of {', '.join(expected)}")
+    parser.completions["kind"] = expected
     if verb == "get":
         parser.add_argument(
             "name", metavar="NAME[/FIELD]", nargs="?", default="", help="a field's value alone, as JSON names it"
@@ -259,7 +260,7 @@ def find_field(kind: ResourceKind, item: Any, path: str) -> Any:
             spelled = {_letters(name): name for name in value}
             found = key if key in value else spelled.get(_letters(key))
             # Empty fields are left out of answers.
-            if found is None and index == 0 and _letters(key) not in map(_letters, known := _known_fields(kind)):
+            if found is None and index == 0 and _letters(key) not in map(_letters, known := field_names(kind)):
                 raise CommandError(f"a {kind.name} has no field {key}{suggest(key, known)}", USAGE)
             value = value.get(found) if found is not None else None
         elif isinstance(value, list) and key.isdigit() and int(key) < len(value):
@@ -269,7 +270,7 @@ def find_field(kind: ResourceKind, item: Any, path: str) -> Any:
     return value
 
 
-def _known_fields(kind: ResourceKind) -> set[str]:
+def field_names(kind: ResourceKind) -> set[str]:
     # Imported here, since it takes as long as the rest of a verb, and most fields that are asked for are there.
     from orchard import schema
     from orchard.codec import attrs_of

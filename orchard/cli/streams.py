@@ -24,6 +24,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `logs`, `events` or `watch`."""
     if verb == "watch":
         parser.add_argument("kinds", metavar="KIND", nargs="*", help="vms or workers; default: both")
+        parser.completions["kinds"] = ("vms", "workers")
         parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
             help="such as status=running, createdBy=ci or metadata.job=7; repeatable: all must hold")  # fmt: skip
         parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: %(default)s")
