@@ -63,6 +63,7 @@ from orchard.recorder import Recorder
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import NAME, ServiceAccount
 from orchard.sessions import AccountSessions
+from orchard.ssh.connections import describe_missing_extra
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
 from orchard.storage.events import EventLog
@@ -84,7 +85,6 @@ _RENEW_SELF_SIGNED = (
     "to make another one, stop the controller, remove the certificate and its key, start it again, and pass each worker"
     " and client a new bootstrap token, because they trust only the old certificate"
 )
-_SSH_IS_MISSING = "--listen-ssh needs the packages of the extra ssh: pip install 'orchard-cluster[ssh]'"
 # File descriptors that are not connections: files, the log, pipes of threads.
 _OTHER_DESCRIPTORS = 64
 # Python's gc.set_threshold: allocations before a collection, then collections of each generation before the next one's.
@@ -343,8 +343,8 @@ async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nurse
     try:
         # Its packages may not be installed, and importing them takes a third of a second.
         from orchard.ssh import jump
-    except ImportError:
-        raise StartError(_SSH_IS_MISSING) from None
+    except ImportError as error:
+        raise StartError(describe_missing_extra("--listen-ssh", error)) from None
     host, port = settings.ssh
     try:
         gate = parts.gate if settings.ssh_auth else None

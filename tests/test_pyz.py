@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import hashlib
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 # Without the packages of this environment.
 PYTHON = str(getattr(sys, "_base_executable", sys.executable))
 MOST_BYTES = 2_500_000
+# CLONE_NEWNET of Linux: a name space of networks.
+_NETWORK = 0x40000000
 
 
 def make(directory: Path) -> Path:
@@ -75,6 +79,70 @@ def test_home_that_cannot_be_written_to_is_named(pyz: Path, tmp_path: Path) -> N
     assert "ORCHARD_HOME" in done.stderr
 
 
+@pytest.fixture
+def without_network() -> Iterator[None]:
+    """Leave this thread, and the processes that it starts, nothing but loopback."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+    assert libc.unshare(_NETWORK) == 0, os.strerror(ctypes.get_errno())
+    try:
+        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        yield
+    finally:
+        assert libc.setns(before, _NETWORK) == 0, os.strerror(ctypes.get_errno())
+        os.close(before)
+
+
+def changed(pyz: Path, path: Path, content: str) -> Path:
+    """Write another archive, with the same product in it."""
+    shutil.copy(pyz, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(content, "")
+    return path
+
+
+def test_unpacked_archives_that_no_process_uses_are_removed_but_the_newest_other(pyz: Path, tmp_path: Path) -> None:
+    unpacked = tmp_path / ".orchard" / "pyz"
+    words = ("controller", "--listen", "127.0.0.1:0", *processes.PLAIN)
+    with subprocess.Popen(
+        [PYTHON, pyz, *words],
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        processes.Role(process, tmp_path / "log").wait_for(processes.LISTENING)
+        [used] = unpacked.iterdir()
+        # What a start that was killed has left.
+        (unpacked / "tmpabcdefgh").mkdir()
+        for number in range(4):
+            assert run(changed(pyz, tmp_path / "new.pyz", str(number)), "--version", home=tmp_path).returncode == 0
+        left = list(unpacked.iterdir())
+        assert used in left
+        # And the last two.
+        assert len(left) == 3
+        process.terminate()
+        assert process.wait(processes.GENEROUS) == 0
+    assert run(changed(pyz, tmp_path / "new.pyz", "5"), "--version", home=tmp_path).returncode == 0
+    assert used not in list(unpacked.iterdir())
+    assert len(list(unpacked.iterdir())) == 2
+
+
+def test_many_starts_at_once_of_several_archives_all_succeed(pyz: Path, tmp_path: Path) -> None:
+    archives = [changed(pyz, tmp_path / f"{number}.pyz", str(number)) for number in range(3)]
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    starts = [subprocess.Popen([PYTHON, archive, "--version"], env=env) for archive in archives * 3]
+    assert [start.wait(processes.GENEROUS) for start in starts] == [0] * 9
+    left = list((tmp_path / ".orchard" / "pyz").iterdir())
+    assert {len(path.name) for path in left} == {32}
+
+
+def test_what_needs_an_extra_says_which_one_is_missing(pyz: Path, tmp_path: Path) -> None:
+    refused = run(pyz, "controller", "--listen", "127.0.0.1:0", "--listen-ssh", "127.0.0.1:0", home=tmp_path)
+    assert refused.returncode == 1
+    for named in ("orchard-cluster[ssh]", "asyncssh", "wheelhouse"):
+        assert named in refused.stderr
+
+
 def test_older_python_says_what_is_needed(tmp_path: Path) -> None:
     """The start of the archive is also valid in older Pythons, which is as much as can be tried without one."""
     main = ROOT / "tools" / "pyz_main.py"
@@ -85,10 +153,13 @@ def test_older_python_says_what_is_needed(tmp_path: Path) -> None:
     assert "3.11" in done.stderr
 
 
+@pytest.mark.needs("ip")
 @pytest.mark.slow
 async def test_vms_are_adopted_across_an_exchange_of_the_archive(
-    pyz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pyz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_network: None
 ) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     used = tmp_path / "orchard.pyz"
     shutil.copy(pyz, used)
     monkeypatch.setattr(processes, "command", lambda role, *words: [PYTHON, str(used), role, *words])
@@ -97,11 +168,7 @@ async def test_vms_are_adopted_across_an_exchange_of_the_archive(
             vm = await c.create_running("vm")
             worker.stop(signal.SIGKILL)
         process = c.host.record(vm).child
-        newer = tmp_path / "newer.pyz"
-        shutil.copy(pyz, newer)
-        with zipfile.ZipFile(newer, "a") as archive:
-            archive.writestr("newer", "")
-        newer.replace(used)
+        changed(pyz, tmp_path / "newer.pyz", "newer").replace(used)
         with c.host.worker() as worker:
             await c.client.vms.patch("vm", headless=True)
             now = await c.wait_vm("vm", lambda vm: vm.state.observed_generation == 1)

@@ -2,6 +2,9 @@
 #
 # The archive unpacks itself once, into a directory named by its contents in Orchard's own directory, and runs from there:
 # Python keeps compiled modules only of files, and the archive may be exchanged while processes run that still import.
+#
+# Each process that runs from such a directory holds a lock of it until its end. When another one is unpacked, those that are
+# not in use are removed, but for the last one, to which an upgrade may be rolled back.
 
 import os
 import sys
@@ -13,31 +16,107 @@ if sys.version_info < (3, 11):
     )
     sys.exit(2)
 
+# Of the names of directories.
+DIGITS = 32
+# Ends the name of a directory that is being removed.
+GONE = ".removed"
+# While another process is about to remove the directory, which takes it a moment.
+TRIES = 100
+TRY_SECONDS = 0.01
 
-def unpacked(archive):
-    """Return the directory with the contents of the archive, which is made if it is not there."""
-    import hashlib
+
+def lock(directory, exclusive=False):
+    """Lock a directory until the descriptor that is returned is closed; None where there are no such locks.
+
+    Raises BlockingIOError or FileNotFoundError when another process uses or removes it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    os.close(descriptor)
+    raise FileNotFoundError(directory)
+
+
+def unpack(file, base, directory):
+    """Make a directory with the contents of an archive."""
     import shutil
     import tempfile
     import zipfile
 
+    os.makedirs(base, mode=0o700, exist_ok=True)
+    draft = tempfile.mkdtemp(dir=base)
+    try:
+        # The lock goes with the directory to its new name.
+        lock(draft)
+        with zipfile.ZipFile(file) as contents:
+            contents.extractall(draft)
+        # Another start may have been faster.
+        try:
+            os.rename(draft, directory)
+        except OSError:
+            if not os.path.isdir(directory):
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_unused(base, directory):
+    """Remove what no process uses: all directories but `directory` and the newest other one, and what is half made."""
+    import shutil
+
+    others = [os.path.join(base, name) for name in os.listdir(base)]
+    made = [path for path in others if len(os.path.basename(path)) == DIGITS and path != directory]
+    kept = max(made, key=os.path.getmtime, default=None)
+    for path in others:
+        if path in (directory, kept):
+            continue
+        try:
+            descriptor = lock(path, exclusive=True)
+            if descriptor is not None:
+                # By its name, a start must not find it half removed.
+                gone = path if path.endswith(GONE) else path + GONE
+                os.rename(path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+                os.close(descriptor)
+        except OSError:
+            # It is in use, or another process removes it.
+            pass
+
+
+def unpacked(archive):
+    """Return the directory with the contents of the archive, which is made if it is not there, and stays locked."""
+    import hashlib
+    import time
+
     base = os.path.join(os.environ.get("ORCHARD_HOME") or os.path.expanduser("~"), ".orchard", "pyz")
+    is_new = False
     with open(archive, "rb") as file:
-        directory = os.path.join(base, hashlib.sha256(file.read()).hexdigest()[:32])
-        if not os.path.isdir(directory):
-            os.makedirs(base, mode=0o700, exist_ok=True)
-            draft = tempfile.mkdtemp(dir=base)
+        directory = os.path.join(base, hashlib.sha256(file.read()).hexdigest()[:DIGITS])
+        for left in reversed(range(TRIES)):
             try:
-                with zipfile.ZipFile(file) as contents:
-                    contents.extractall(draft)
-                # Another start may have been faster.
-                try:
-                    os.rename(draft, directory)
-                except OSError:
-                    if not os.path.isdir(directory):
-                        raise
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
+                if not os.path.isdir(directory):
+                    unpack(file, base, directory)
+                    is_new = True
+                lock(directory)
+                break
+            except (BlockingIOError, FileNotFoundError):
+                if not left:
+                    raise
+                time.sleep(TRY_SECONDS)
+    if is_new:
+        remove_unused(base, directory)
     return directory
 
 

@@ -27,7 +27,7 @@ from orchard.cli.services import STATE_DIRECTORY, ServiceDefinition, launchd_lab
 from orchard.command_line import CommandLine
 from orchard.controller import controller_parser
 from orchard.files import make_private, write_private
-from orchard.net.urls import parse_url
+from orchard.net.urls import join_urls, parse_urls
 from orchard.worker import worker_parser
 
 _KINDS = {"darwin": "launchd", "linux": "systemd"}
@@ -125,7 +125,12 @@ def install_parser(role: str, verb: str) -> CommandLine:
         help="user that the service runs as; default: "
         + ("who calls this, or sudo" if role == "worker" else "one that systemd makes, or who calls this or sudo"))  # fmt: skip
     if role == "worker":
-        add("--url", metavar="CONTROLLER_URL", required=True, help="URL of the controller")
+        add(
+            "--url",
+            metavar="CONTROLLER_URL",
+            required=True,
+            help="URL of the controller; of several, separated by commas",
+        )
         add("--token-file", metavar="FILE", type=Path, required=True,
             help="file with the bootstrap token, which only its owner can read")  # fmt: skip
     else:
@@ -156,7 +161,7 @@ def describe_service(role: str, kind: str, options: argparse.Namespace, rest: Se
 
 def _describe_worker(kind: str, options: argparse.Namespace, rest: Sequence[str]) -> ServiceDefinition:
     try:
-        url = parse_url(options.url).text
+        url = join_urls(parse_urls(options.url))
     except ValueError as error:
         raise CommandError(f"--url: {error}") from None
     words = [url, "--bootstrap-token-stdin", *rest]

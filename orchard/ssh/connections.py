@@ -54,16 +54,22 @@ class ExecUnavailableError(Exception):
     """This controller cannot run commands, because the packages of the extra are not installed."""
 
 
+def describe_missing_extra(what: str, error: ImportError) -> str:
+    """Return why `what` is not there, which package is missing, and how to install it, also without internet."""
+    return (
+        f"{what} needs the extra ssh on the controller ({error}): pip install 'orchard-cluster[ssh]', without internet with"
+        " --no-index --find-links and a directory that ./run wheelhouse has filled; orchard.pyz does not contain extras"
+    )
+
+
 def import_extra() -> None:
     """Import the packages of the extra, at the first call only. Raises ExecUnavailableError."""
     global asyncssh, trio_asyncio
     try:
         import asyncssh
         import trio_asyncio
-    except ImportError:
-        raise ExecUnavailableError(
-            "exec needs the packages of the extra ssh on the controller: pip install 'orchard-cluster[ssh]'"
-        ) from None
+    except ImportError as error:
+        raise ExecUnavailableError(describe_missing_extra("exec", error)) from None
 
 
 class _Connection:
