@@ -22,7 +22,7 @@ ROOT = PACKAGE.parent
 # From the top down. A module may import from its own layer and from every layer below it, but for SEPARATE.
 # A name with a slash at its end is a folder. Files of one layer, like files of one folder, have no import cycles.
 LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("people", ("__main__", "cli/", "testing", "pytest_plugin")),
+    ("people", ("__main__", "cli/", "testing", "etcd_nodes", "pytest_plugin")),
     (
         "roles",
         (
