@@ -136,10 +136,16 @@ class Client(Transport):
         self.cluster_settings = Settings(self)
 
     async def request(
-        self, method: str, path: str, *, query: Mapping[str, str] | None = None, json: object = ...
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        json: object = ...,
+        headers: Sequence[tuple[str, str]] = (),
     ) -> ClientResponse:
         """Do as `Transport.request`, and log what the controller warns of, once for each text."""
-        answer = await super().request(method, path, query=query, json=json)
+        answer = await super().request(method, path, query=query, json=json, headers=headers)
         warning = answer.headers.get("warning")
         if warning and warning not in self._warnings and len(self._warnings) < _MAX_WARNINGS:
             self._warnings.add(warning)

@@ -991,6 +991,7 @@ OTHER_MODULES = (
     "worker",
 )
 OTHER_ERRORS = {"DamagedError", "NotWrittenError", "BrokenError", "BrokenFileError"}
+OTHER_ERRORS |= {"DamagedKeyError", "LeadershipLostError", "EtcdUnavailableError", "EtcdRefusedError"}
 
 
 def error_classes() -> list[type[Exception]]:

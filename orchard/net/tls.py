@@ -317,15 +317,22 @@ class ServerPair:
 
 
 class Trust:
-    """Which servers a client trusts: those that the host's CAs certify, or only the one with the `pinned` certificate.
+    """Which servers a client trusts: those that CAs certify, or only the one with the `pinned` certificate, in PEM.
 
-    `pinned` is in PEM. Raises TLSError if it is not a certificate.
+    The CAs are those in the file `ca`, or the host's. `certificate` and `key` are the files of the client's own pair, for
+    a server that asks for it. All files are in PEM. Raises TLSError if one of them cannot be used.
     """
 
-    def __init__(self, pinned: bytes | None = None) -> None:
+    def __init__(
+        self,
+        pinned: bytes | None = None,
+        ca: Path | None = None,
+        certificate: Path | None = None,
+        key: Path | None = None,
+    ) -> None:
         self._pinned = None if pinned is None else pem_to_der(pinned)
         if pinned is None:
-            self._context = ssl.create_default_context()
+            self._context = _client_context(ca, certificate, key)
         else:
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             # Names, dates and the issuer do not matter, because `secure` compares the whole certificate.
@@ -357,6 +364,22 @@ class Trust:
                 f"the fingerprint of its certificate is {_hash(shown)}, expected {_hash(self._pinned)}"
             )
         return secured
+
+
+def _client_context(ca: Path | None, certificate: Path | None, key: Path | None) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise TLSError(f"{ca} has no certificates of CAs in PEM format: {reason_of(error)}") from error
+    if certificate is not None:
+        try:
+            # Without `password` OpenSSL would ask on the terminal for the password of an encrypted key.
+            context.load_cert_chain(certificate, key, password=lambda: "")
+        except OSError as error:
+            raise TLSError(
+                f"{certificate} and {key} are not a certificate and its key in PEM format: {reason_of(error)}"
+            ) from error
+    return context
 
 
 def _hash(der: bytes) -> str:

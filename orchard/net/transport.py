@@ -249,7 +249,7 @@ class Transport:
 
     `url` may be several URLs, separated by commas. All paths are below the URL and `base_path`, for example "/v1".
     `authorization` is the value of that header, "" for none. `certificate` is a certificate in PEM, the only one that is
-    then trusted; without it, the host's CAs are. `connect_seconds` bounds TCP and TLS together, for each URL,
+    then trusted; without it, the host's CAs are, or what `trust` says. `connect_seconds` bounds TCP and TLS together, for each URL,
     `answer_seconds` a whole answer, or the head of an endless one. `connect` opens a connection to a host and port, and
     raises OSError; by default it is TCP with keep-alive, through the proxy that the environment names (proxies.py).
 
@@ -264,6 +264,7 @@ class Transport:
         base_path: str = "",
         authorization: str = "",
         certificate: bytes | None = None,
+        trust: tls.Trust | None = None,
         connect_seconds: float,
         answer_seconds: float,
         connect: tcp.Connect | None = None,
@@ -272,7 +273,7 @@ class Transport:
         # The URLs in their normal form.
         self.url = join_urls(servers)
         try:
-            self._trust = tls.Trust(certificate) if servers[0].is_tls else None
+            self._trust = (trust or tls.Trust(certificate)) if servers[0].is_tls else None
         except tls.TLSError as error:
             raise ValueError(f"the certificate to trust: {error}") from error
         headers = [("User-Agent", f"orchard/{__version__} ({READS_NEW_VALUES})")]
@@ -311,13 +312,19 @@ class Transport:
     # -- requests
 
     async def request(
-        self, method: str, path: str, *, query: Mapping[str, str] | None = None, json: object = ...
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        json: object = ...,
+        headers: Sequence[tuple[str, str]] = (),
     ) -> ClientResponse:
         """Send a request, and return its answer. `json` is sent as the body, unless it is `...`.
 
         Raises ConnectError, ResponseError for a status of 400 or more, and ClientError for an answer over 64 MiB.
         """
-        request = _make_request(method, path, query, json)
+        request = _make_request(method, path, query, json, headers)
         async with self._requests:
             with self._attempts() as attempts:
                 answer = await self._exchange(request, attempts)
@@ -579,11 +586,16 @@ def _endpoint(
     )
 
 
-def _make_request(method: str, path: str, query: Mapping[str, str] | None, value: object) -> _Request:
+def _make_request(
+    method: str,
+    path: str,
+    query: Mapping[str, str] | None,
+    value: object,
+    headers: Sequence[tuple[str, str]] = (),
+) -> _Request:
     body = b"" if value is ... else json.dumps(value, ensure_ascii=False).encode()
-    headers: list[tuple[str, str]] = []
     if body or method in ("POST", "PUT", "PATCH"):
-        headers += [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        headers = [*headers, ("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
     return _Request(method, _target(path, query), body, headers, method in _REPEATABLE)
 
 

@@ -62,6 +62,14 @@ class BrokenError(Exception):
         return f"the controller cannot store anything any more: {self}; restart it"
 
 
+class LeadershipLostError(BrokenError):
+    """Another controller may lead: nothing may be answered any more that is based on the state in memory."""
+
+    @property
+    def consequence(self) -> str:
+        return "this controller does not lead any more"
+
+
 class BrokenFileError(BrokenError):
     """It is not known what the disk holds after a failed write."""
 

@@ -1,0 +1,290 @@
+"""A client of etcd's JSON gateway: requests to several endpoints, and the frames of the requests that the engine makes.
+
+The gateway speaks HTTP/1.1 and is the same in etcd 3.4 to 3.7. Keys and values are base64, 64-bit numbers are strings,
+and fields that are false or zero are left out. Nothing here knows what the keys hold.
+
+A request goes to the endpoint that answered last, and when that one does not answer, to each of the others in turn. So a
+request may be carried out more than once: callers send only such as may be repeated.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypedDict
+from urllib.parse import urlsplit
+
+import trio
+
+from orchard.net import tcp, tls
+from orchard.net.transport import ClientError, ResponseError, Transport
+
+_DEFAULT_PORT = 2379
+# For one endpoint to answer. An election of etcd's own leader takes about a second.
+_ANSWER_SECONDS = 2.0
+# A page of 1,000 large objects over a slow link.
+_PAGE_SECONDS = 10.0
+_PAGE_KEYS = 1_000
+_NO_SPACE = "database space exceeded"
+# A token from before a change of users or roles.
+_OUTDATED = "auth store is old"
+
+TxnOperation = dict[str, Any]
+Comparison = dict[str, Any]
+
+_logger = logging.getLogger("orchard.storage.etcd")
+
+
+class EtcdError(Exception):
+    """A request to etcd failed; str() names each endpoint and why it failed."""
+
+
+class EtcdUnavailableError(EtcdError):
+    """No endpoint answered, or has a leader. Whether the request was carried out is unknown."""
+
+
+class EtcdRefusedError(EtcdError):
+    """An endpoint refused the request, which was not carried out. `no_space`: the quota of etcd is used up."""
+
+    def __init__(self, message: str, *, no_space: bool = False, denied: bool = False) -> None:
+        super().__init__(message)
+        self.no_space = no_space
+        # The user, its password or its role is not the right one.
+        self.denied = denied
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdAccess:
+    """How etcd is reached. `urls` has the endpoints; the files are in PEM; `user` and `password` may be empty."""
+
+    urls: str
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    user: str = ""
+    password: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """A key with its value, and the revisions of etcd at which it was created and last written."""
+
+    key: str
+    value: bytes = field(repr=False)
+    create_revision: int
+    mod_revision: int
+
+
+class TransactionResult(TypedDict):
+    """What became of a transaction: whether its comparisons held, at which revision, and what its reads found."""
+
+    succeeded: bool
+    revision: int
+    found: list[list[KeyValue]]
+
+
+class EtcdClient:
+    """A client of the endpoints of one etcd cluster. Raises ValueError for URLs or files that cannot be used.
+
+    `connect` opens a connection to a host and port, and raises OSError; by default it is TCP.
+    """
+
+    def __init__(self, access: EtcdAccess, connect: tcp.Connect = tcp.connect) -> None:
+        try:
+            trust = tls.Trust(None, access.ca, access.certificate, access.key)
+        except tls.TLSError as error:
+            raise ValueError(str(error)) from error
+        self._access = access
+        # The first one is tried first.
+        self._endpoints = [
+            Transport(
+                _with_port(url.strip()),
+                trust=trust,
+                connect_seconds=_ANSWER_SECONDS,
+                answer_seconds=_PAGE_SECONDS,
+                connect=connect,
+            )
+            for url in access.urls.split(",")
+        ]
+        self._token = ""
+
+    @property
+    def url(self) -> str:
+        """The URLs of the endpoints."""
+        return ",".join(sorted(endpoint.url for endpoint in self._endpoints))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        with trio.CancelScope(shield=True):
+            for endpoint in self._endpoints:
+                await endpoint.aclose()
+
+    # -- requests
+
+    async def call(self, path: str, body: dict[str, Any], seconds: float = _ANSWER_SECONDS) -> Any:
+        """Send a request that may be repeated, and return the JSON of its answer. Raises EtcdError.
+
+        Each endpoint is tried once, for so many seconds.
+        """
+        reasons: list[str] = []
+        for endpoint in list(self._endpoints):
+            try:
+                with trio.fail_after(seconds):
+                    return await self._call_one(endpoint, path, body)
+            except EtcdRefusedError as error:
+                if reasons:
+                    # An earlier endpoint may have carried it out.
+                    raise EtcdUnavailableError("; ".join([*reasons, str(error)])) from error
+                raise
+            except trio.TooSlowError:
+                reasons.append(f"{endpoint.url} did not answer within {seconds:g} seconds")
+            except ResponseError as error:
+                reasons.append(f"{endpoint.url}: {error}")
+            except ClientError as error:
+                reasons.append(str(error))
+            self._endpoints.remove(endpoint)
+            self._endpoints.append(endpoint)
+        raise EtcdUnavailableError("; ".join(reasons))
+
+    async def _call_one(self, endpoint: Transport, path: str, body: dict[str, Any]) -> Any:
+        """Send a request to one endpoint. Raises EtcdRefusedError, ClientError."""
+        for attempt in range(2):
+            if self._access.user and not self._token:
+                await self._authenticate(endpoint)
+            headers = [("Authorization", self._token)] if self._token else []
+            try:
+                answer = await endpoint.request("POST", path, json=body, headers=headers)
+                return json.loads(answer.body)
+            except ResponseError as error:
+                # Tokens expire, and do not survive a restart of etcd.
+                if self._access.user and attempt == 0 and (error.status == 401 or _OUTDATED in error.message):
+                    self._token = ""
+                    continue
+                if (refusal := _refusal(endpoint.url, error)) is not None:
+                    raise refusal from error
+                raise
+            except ValueError as error:
+                raise ClientError(f"{endpoint.url} did not answer with JSON; is it the client URL of etcd?") from error
+        raise AssertionError("unreachable")
+
+    async def _authenticate(self, endpoint: Transport) -> None:
+        credentials = {"name": self._access.user, "password": self._access.password}
+        try:
+            answer = await endpoint.request("POST", "/v3/auth/authenticate", json=credentials)
+        except ResponseError as error:
+            if error.status in (400, 401, 403):
+                what = f"{endpoint.url} refused the user {self._access.user}: {error.message}"
+                raise EtcdRefusedError(what, denied=True) from error
+            raise
+        self._token = str(json.loads(answer.body)["token"])
+
+    async def transact(
+        self, comparisons: Sequence[Comparison], success: Sequence[TxnOperation], failure: Sequence[TxnOperation] = ()
+    ) -> TransactionResult:
+        """Carry out `success` if the comparisons hold, else `failure`. Raises EtcdError."""
+        body = {"compare": list(comparisons), "success": list(success), "failure": list(failure)}
+        answer = await self.call("/v3/kv/txn", body)
+        responses = answer.get("responses", ())
+        return {
+            "succeeded": answer.get("succeeded", False),
+            "revision": int(answer["header"]["revision"]),
+            "found": [_key_values(each["response_range"]) for each in responses if "response_range" in each],
+        }
+
+    async def get(self, key: str) -> KeyValue | None:
+        """Return a key as etcd's majority has it. Raises EtcdError."""
+        found = _key_values(await self.call("/v3/kv/range", {"key": encoded(key.encode())}))
+        return found[0] if found else None
+
+    async def scan(self, prefix: str, revision: int = 0, *, keys_only: bool = False) -> list[KeyValue]:
+        """Return all keys with a prefix, in their order, at a revision of etcd or at the present one. Raises EtcdError."""
+        found: list[KeyValue] = []
+        begin, end = prefix.encode(), end_of(prefix)
+        while True:
+            body = {
+                "key": encoded(begin),
+                "range_end": encoded(end),
+                "limit": str(_PAGE_KEYS),
+                "revision": str(revision),
+                "keys_only": keys_only,
+            }
+            answer = await self.call("/v3/kv/range", body, _PAGE_SECONDS)
+            # Later pages are of the same moment.
+            revision = revision or int(answer["header"]["revision"])
+            found += _key_values(answer)
+            if not answer.get("more"):
+                return found
+            begin = found[-1].key.encode() + b"\0"
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def encoded(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+def end_of(prefix: str) -> bytes:
+    """Return the end of the range of keys with a prefix, which ends with an ASCII character."""
+    return prefix[:-1].encode() + bytes([ord(prefix[-1]) + 1])
+
+
+def put(key: str, value: bytes, lease: str = "") -> TxnOperation:
+    request = {"key": encoded(key.encode()), "value": encoded(value)}
+    return {"request_put": {**request, "lease": lease} if lease else request}
+
+
+def delete(key: str) -> TxnOperation:
+    return {"request_delete_range": {"key": encoded(key.encode())}}
+
+
+def delete_prefix(prefix: str) -> TxnOperation:
+    return {"request_delete_range": {"key": encoded(prefix.encode()), "range_end": encoded(end_of(prefix))}}
+
+
+def get(key: str) -> TxnOperation:
+    return {"request_range": {"key": encoded(key.encode())}}
+
+
+def was_written_at(key: str, revision: int) -> Comparison:
+    """Return the comparison that holds while a key is as it was written at a revision; 0: it does not exist."""
+    return {"key": encoded(key.encode()), "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
+
+
+def _key_values(answer: dict[str, Any]) -> list[KeyValue]:
+    return [
+        KeyValue(
+            base64.b64decode(each["key"]).decode(),
+            base64.b64decode(each.get("value", "")),
+            int(each.get("create_revision", 0)),
+            int(each.get("mod_revision", 0)),
+        )
+        for each in answer.get("kvs", ())
+    ]
+
+
+def _refusal(url: str, error: ResponseError) -> EtcdRefusedError | None:
+    """Return the error for an answer after which the request was not carried out for certain, else None."""
+    if _NO_SPACE in error.message:
+        return EtcdRefusedError(f"{url} has no space left: its quota is used up", no_space=True)
+    if error.status in (401, 403):
+        return EtcdRefusedError(f"{url} refused the request: {error.message}", denied=True)
+    if 400 <= error.status < 500 and error.status not in (408, 429):
+        return EtcdRefusedError(f"{url} refused the request: {error.message}")
+    return None
+
+
+def _with_port(url: str) -> str:
+    """Return an endpoint's URL with etcd's port unless it has one. Raises ValueError."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(
+            f'the URL of etcd is "{url}", expected a URL such as https://etcd-1.example.com:{_DEFAULT_PORT}'
+        )
+    parts = urlsplit(url)
+    return url if parts.port is not None else f"{parts.scheme}://{parts.netloc}:{_DEFAULT_PORT}{parts.path}"

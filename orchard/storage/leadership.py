@@ -1,0 +1,210 @@
+"""Which of several controllers leads: a lease of etcd, and the key `leader` that lasts as long as the lease.
+
+The lease decides when a controller may try to lead, and until when the present leader may answer. It does not protect
+what is stored: each write compares `head` (etcd_engine.py).
+
+Answers may leave until 0.9 times the TTL after the last good keepalive was *sent*. etcd counts from its receipt, so no
+other controller leads before. `clock` must count the time in which the host sleeps.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from orchard.codec import format_time
+from orchard.storage.errors import LeadershipLostError
+from orchard.storage.etcd import EtcdClient, EtcdError, EtcdRefusedError, get, put, was_written_at
+
+DEFAULT_LEADER_TTL = 10.0  # seconds
+_SHARE_OF_TTL = 0.9
+# Keepalives in one TTL.
+_KEEPALIVES = 4
+# Between two looks at the key of another leader, and after a failed request. So long a stop of the leader takes at least.
+_LOOK_SECONDS = 0.2
+_RETRY_SECONDS = 0.25
+# For the lease to be revoked at a stop. Otherwise it runs out.
+_RESIGN_SECONDS = 2.0
+
+_logger = logging.getLogger("orchard.controller")
+
+
+def boot_time() -> float:
+    """Return the seconds since the host was started, including those in which it slept."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    # macOS counts sleep by this clock, but not by that of time.monotonic().
+    return time.clock_gettime(time.CLOCK_MONOTONIC if clock is None else clock)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A controller that campaigns. `url` is shown by standbys; `new_id` returns another text at each call."""
+
+    url: str
+    ttl: float
+    clock: Callable[[], float]
+    now: Callable[[], datetime.datetime]
+    new_id: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """The controller that leads, as the key `leader` has it. `since` is a time in RFC 3339."""
+
+    by: str
+    url: str
+    since: str
+
+
+class Leadership:
+    """The lease of one controller. `campaign` returns when it leads; then `run` must be running."""
+
+    def __init__(self, client: EtcdClient, prefix: str, candidate: Candidate) -> None:
+        self.key = f"{prefix}/leader"
+        # Of the last campaign.
+        self.by = ""
+        # The revision of etcd at which the key was written by this controller.
+        self.revision = 0
+        # The other controller that was last seen to lead.
+        self.other: Leader | None = None
+        self._client = client
+        self._candidate = candidate
+        self._lease = ""
+        self._until = -math.inf
+        self._lost = ""
+
+    # -- the gate
+
+    def leads(self) -> bool:
+        """Return whether an answer that is based on the state in memory may leave now."""
+        return not self._lost and self.remaining() > 0
+
+    def remaining(self) -> float:
+        """Return for how many seconds this controller leads without another keepalive; negative if it does not."""
+        return self._until - self._candidate.clock()
+
+    def lose(self, reason: str) -> LeadershipLostError:
+        """Stop leading at once. Return the error that says so."""
+        self._lost = self._lost or reason
+        return LeadershipLostError(self._lost)
+
+    # -- campaign
+
+    async def campaign(self) -> None:
+        """Wait until this controller leads. Raises EtcdRefusedError when etcd does not let it in.
+
+        Raises EtcdUnavailableError when the first request fails; later ones are repeated.
+        """
+        self._lost, self._until, self.other = "", -math.inf, None
+        leader = await self._read_leader()
+        failing = False
+        while True:
+            try:
+                if leader is not None:
+                    self._see(leader)
+                elif await self._try():
+                    self.other = None
+                    return
+                await trio.sleep(_LOOK_SECONDS)
+                leader = await self._read_leader()
+                failing = False
+            except EtcdError as error:
+                if isinstance(error, EtcdRefusedError) and error.denied:
+                    raise
+                if not failing:
+                    _logger.warning("cannot campaign, trying again: %s", error)
+                failing = True
+                await trio.sleep(_RETRY_SECONDS)
+
+    async def _read_leader(self) -> Leader | None:
+        found = await self._client.get(self.key)
+        return None if found is None else _parse_leader(found.value)
+
+    def _see(self, leader: Leader) -> None:
+        if leader != self.other:
+            _logger.info("standby, %s leads since %s", leader.url, leader.since)
+        self.other = leader
+
+    async def _try(self) -> bool:
+        """Take a lease and try to become the leader with it."""
+        candidate = self._candidate
+        sent = candidate.clock()
+        granted = await self._client.call("/v3/lease/grant", {"TTL": str(math.ceil(candidate.ttl))})
+        self._lease, self.by = str(granted["ID"]), candidate.new_id()
+        text = {"by": self.by, "url": candidate.url, "since": format_time(candidate.now())}
+        value = json.dumps(text).encode()
+        is_won = False
+        try:
+            result = await self._client.transact(
+                [was_written_at(self.key, 0)], [put(self.key, value, self._lease)], [get(self.key)]
+            )
+            found = result["found"][0] if result["found"] else []
+            # An earlier try of this transaction may have succeeded, although its answer was lost.
+            if result["succeeded"]:
+                is_won, self.revision = True, result["revision"]
+            elif found and _parse_leader(found[0].value).by == self.by:
+                is_won, self.revision = True, found[0].mod_revision
+        finally:
+            if not is_won:
+                await self.resign()
+        if is_won:
+            self._until = sent + _SHARE_OF_TTL * float(granted["TTL"])
+        return is_won
+
+    # -- the lease
+
+    async def run(self) -> None:
+        """Renew the lease until cancelled. Raises LeadershipLostError."""
+        pause = self._candidate.ttl / _KEEPALIVES
+        problem = "the controller was stopped, or its host slept"
+        while True:
+            with trio.move_on_after(max(0.0, self.remaining())):
+                await trio.sleep(pause)
+                sent = self._candidate.clock()
+                try:
+                    answer = await self._client.call("/v3/lease/keepalive", {"ID": self._lease})
+                except EtcdError as error:
+                    problem, pause = str(error), _RETRY_SECONDS
+                else:
+                    self._renew(sent, answer)
+                    pause = self._candidate.ttl / _KEEPALIVES
+                    problem = "the controller was stopped, or its host slept"
+            if not self.leads():
+                raise self.lose(f"the lease was not renewed in time: {problem}")
+
+    def _renew(self, sent: float, answer: dict[str, Any]) -> None:
+        result = answer.get("result", {})
+        # A lease that has run out has no TTL.
+        if not int(result.get("TTL", 0)):
+            raise self.lose("the lease has run out")
+        if not self._lost:
+            self._until = max(self._until, sent + _SHARE_OF_TTL * float(result["TTL"]))
+
+    async def resign(self) -> None:
+        """Revoke the lease, so that another controller leads at once. Everything that answers must have ended."""
+        self._until = -math.inf
+        if not self._lease:
+            return
+        with trio.move_on_after(_RESIGN_SECONDS) as patience:
+            patience.shield = True
+            try:
+                await self._client.call("/v3/lease/revoke", {"ID": self._lease})
+            except EtcdError as error:
+                _logger.info("the lease runs out by itself: %s", error)
+        self._lease = ""
+
+
+def _parse_leader(value: bytes) -> Leader:
+    try:
+        read = json.loads(value)
+        return Leader(str(read["by"]), str(read.get("url", "")), str(read.get("since", "")))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Leader("", "an unknown program", "")
