@@ -201,6 +201,7 @@ async def test_worker_logs_that_it_does_not_trust_the_certificate(tmp_path: Path
             arguments = (url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", str(token))
             with started("worker", *arguments, home=tmp_path) as worker:
                 await wait_logged(worker, words)
+                assert "remedy=" in worker.log.read_text()
                 assert worker.stop() == 0
 
 
