@@ -14,6 +14,7 @@ from orchard.change_log import RevisionGoneError
 from orchard.codec import InvalidError, MalformedError, shown
 from orchard.login_limit import TooManyFailuresError
 from orchard.net.request import HTTPError
+from orchard.net.urls import NOT_SERVING
 from orchard.schema import VM, ServiceAccount, Worker
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
@@ -66,6 +67,12 @@ def http_error(error: Exception, account: str = "") -> HTTPError:
     elif isinstance(error, TooManyFailuresError):
         headers = (("Retry-After", str(error.retry_after)),)
     return HTTPError(status, str(error), headers, account=account)
+
+
+def not_leading() -> HTTPError:
+    """Return what is sent in place of every answer by a controller that does not lead, or does not know that it does."""
+    headers = (("Retry-After", "1"), NOT_SERVING)
+    return HTTPError(503, "this controller does not lead any more", headers, details={"role": "standby"})
 
 
 class Remarks:

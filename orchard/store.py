@@ -214,6 +214,10 @@ class Store:
         """Return whether answers may be based on the state: no other controller leads, and the store has not ended."""
         return not self.broken and self._engine.leads()
 
+    def may_answer(self) -> bool:
+        """Return whether anybody may be told what is in memory now: no other controller leads."""
+        return self._engine.leads()
+
     def close(self) -> None:
         """Close the engine. What is not durable by then is lost."""
         self._engine.close()

@@ -239,11 +239,14 @@ class WorkerEnd:
 class Rendezvous:
     """The watches of all workers, the requests sent over them, and the tunnels that they opened.
 
-    `ping_interval`, in seconds, is the interval of the pings on the watches.
+    `ping_interval`, in seconds, is the interval of the pings on the watches. `may_answer` returns whether workers and
+    clients may be told now what the state says. Otherwise no action is sent and no tunnel is joined: another controller
+    may lead.
     """
 
-    def __init__(self, ping_interval: float = PING_INTERVAL) -> None:
+    def __init__(self, ping_interval: float = PING_INTERVAL, may_answer: Callable[[], bool] = lambda: True) -> None:
         self.ping_interval = ping_interval
+        self._may_answer = may_answer
         self._watches: dict[str, _Watch] = {}
         self._watch_opened = Wakeup()
         # Pending requests by their ids.
@@ -338,7 +341,9 @@ class Rendezvous:
         return _take_pending(self._addresses, session, account)
 
     async def lend(self, request: PendingRequest[WorkerEnd], stream: TunnelStream) -> None:
-        """Answer a request with the worker's WebSocket, and return when that is not needed any more."""
+        """Answer a request with the worker's WebSocket, and return when that is not needed any more, or never was."""
+        if not self._may_answer():
+            return
         end = WorkerEnd(request.worker, stream)
         ends = self._ends[request.vm_uid]
         ends.add(end)
@@ -402,6 +407,9 @@ class Rendezvous:
                         await watch.changed.wait()
                         actions, watch.actions = watch.actions, []
                         for action in actions:
+                            if not self._may_answer():
+                                nursery.cancel_scope.cancel()
+                                return
                             await websocket.send_message(dump_json(action))
         finally:
             if self._watches.get(worker) is watch:

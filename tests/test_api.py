@@ -977,6 +977,7 @@ async def test_openapi_document_is_valid_and_complete(api: Served) -> None:
 
 # Modules whose errors end a start, a worker, a client or a connection, and errors that the store maps to its own.
 OTHER_MODULES = (
+    "etcd_nodes",
     "cli.",
     "client",
     "controller",

@@ -139,6 +139,7 @@ class ServerState:
         self,
         handler: Callable[[Request, Any], Awaitable[AnyResponse]],
         admit: Callable[[Request], Admission | SlowAdmission[Any]],
+        refuse_all: Callable[[], HTTPError | None],
         limits: Limits,
         log: logging.Logger,
         clock: Callable[[], float],
@@ -146,6 +147,7 @@ class ServerState:
     ) -> None:
         self.handler = handler
         self.admit = admit
+        self.refuse_all = refuse_all
         self.limits = limits
         self.log = log
         self.stop = stop

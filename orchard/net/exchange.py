@@ -118,6 +118,10 @@ class Exchange:
         except HTTPError as error:
             self._account = error.account or self._account
             answer = error_response(error)
+        # Last, since the handler, the admission and their errors read the state.
+        if answer is not None and (refusal := self._server.refuse_all()) is not None:
+            self._keep_alive = False
+            answer = error_response(refusal)
         if isinstance(answer, Response):
             await self._respond(answer)
         elif isinstance(answer, Stream):
@@ -325,6 +329,8 @@ class Exchange:
 
         async def send(piece: bytes | tuple[bytes, ...]) -> None:
             nonlocal torn
+            if (refusal := self._server.refuse_all()) is not None:
+                raise refusal
             parts = tuple(filter(None, piece)) if isinstance(piece, tuple) else (piece,)
             if size := sum(map(len, parts)):
                 torn = True

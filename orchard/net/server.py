@@ -31,6 +31,7 @@ async def serve(
     listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
     *,
     admit: Callable[[Request], AdmittedT | SlowAdmission[AdmittedT]],
+    refuse_all: Callable[[], HTTPError | None] = lambda: None,
     limits: Limits | None = None,
     log: logging.Logger = _logger,
     clock: Callable[[], float] = time.time,
@@ -42,7 +43,9 @@ async def serve(
 
     A listener is trio's for sockets, or a `TLSListener`. `admit` sees each request before its body is read or asked
     for. It returns what the handler gets beside the request, or refuses the request by raising HTTPError: it
-    authenticates the client, so that a stranger cannot make the server keep megabytes. `clock` returns seconds since
+    authenticates the client, so that a stranger cannot make the server keep megabytes. `refuse_all` is asked right before
+    an answer leaves, and before each piece of a `Stream`: its error is sent in place of any answer, and the connection
+    ends. `clock` returns seconds since
     1970, for the header Date. `started()` is called when connections are accepted; the listeners are closed in any
     case.
 
@@ -50,7 +53,7 @@ async def serve(
     WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.
     """
     stop = stop if stop is not None else trio.Event()
-    server = ServerState(handler, admit, limits or Limits(), log, clock, stop)
+    server = ServerState(handler, admit, refuse_all, limits or Limits(), log, clock, stop)
     # Ends last.
     async with trio.open_nursery() as watching:
         watching.start_soon(server.sends.close_slow_readers)

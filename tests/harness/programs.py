@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from orchard.etcd_nodes import EtcdError, find_etcd
+from orchard.etcd_nodes import EtcdProgramError, find_etcd
 
 REQUIRE = "ORCHARD_REQUIRE_PROGRAMS"
 LISTED = Path(__file__).parent.parent / "programs.txt"
@@ -46,7 +46,7 @@ def _is_there(name: str) -> bool:
     if name == "etcd":
         try:
             return bool(find_etcd())
-        except EtcdError:
+        except EtcdProgramError:
             return False
     return shutil.which(name) is not None
 
