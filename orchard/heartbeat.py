@@ -62,7 +62,7 @@ _JITTER = 0.5
 # The longest pause after a failure that only an operator can mend.
 _LAST_PERMANENT_PAUSE = 20.0  # seconds
 # A bootstrap token carries the certificate of its controller.
-_RENEW_TOKEN = "start the worker with a new bootstrap token of this controller: orchard bootstrap-token ACCOUNT"
+_TRUST_REMEDY = "start the worker with a new bootstrap token of this controller: orchard bootstrap-token ACCOUNT"
 # Between two log lines about the same failure.
 _LOG_SECONDS = 60.0
 # Between two looks at the disk and at the version of the hypervisor command.
@@ -341,7 +341,7 @@ class FailureLog:
         self._reason, self._logged_at = reason, now
         lost = isinstance(error, ConnectError)
         message = "cannot reach the controller, retrying" if lost else "the session failed, retrying"
-        remedy = {"remedy": _RENEW_TOKEN} if _is_not_trusted(error) else {}
+        remedy = {"remedy": _TRUST_REMEDY} if _is_not_trusted(error) else {}
         _logger.warning(message, extra={"worker": self._worker, "reason": reason, **remedy})
 
 
