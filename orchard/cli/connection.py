@@ -25,6 +25,7 @@ from orchard.net.urls import NOT_SERVING, ServerURL, find_proxy, parse_urls
 ANSWER_SECONDS = 60.0
 # For a connection to a controller while there is another one to try: two round trips, and a first packet that was lost.
 _CONNECT_SECONDS = 3.0
+_CERTIFICATE_SECONDS = 10.0
 # Requests that may be sent to another controller although the first one may have carried them out.
 _REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
@@ -66,7 +67,7 @@ class ControllerConnection:
         self._seconds = seconds
         self._http: http.client.HTTPConnection | None = None
         self._sock: socket.socket | None = None
-        # Of the last answer to `call`.
+        # Of the last answer, also of a refusal.
         self.headers: Mapping[str, str] = {}
 
     @property
@@ -77,7 +78,6 @@ class ControllerConnection:
     def call(self, method: str, path: str, *, query: QueryPairs = (), body: object = None) -> Any:
         """Send a request to a path below /v1, and return the parsed JSON of its answer; None if it is empty."""
         answer = self._send(method, path, query, body)
-        self.headers = dict(answer.getheaders())
         with _network_errors(self.url):
             raw = answer.read()
         return _parse(raw) if raw.strip() else None
@@ -128,6 +128,7 @@ class ControllerConnection:
                 with _network_errors(self.url):
                     connection.request(method, f"{self._servers[0].prefix}{target}", raw, headers)
                     answer = connection.getresponse()
+                    self.headers = dict(answer.getheaders())
                     if answer.status < 400:
                         return answer
                     content = answer.read()
@@ -207,6 +208,27 @@ def fetch_certificate(url: str) -> bytes:
         return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True)).encode()
 
 
+def describe_certificate(url: str, pem: bytes) -> Mapping[str, Any]:
+    """Return the fields of the certificate that `fetch_certificate` returned, as SSLSocket.getpeercert does.
+
+    Raises CommandError.
+    """
+    from orchard.net.tls import inspecting_context
+
+    server = parsed_urls(url)[0]
+    with _network_errors(server.text):
+        connection = _connection(
+            server, pem, _CERTIFICATE_SECONDS, inspecting_context(ssl.PEM_cert_to_DER_cert(pem.decode()))
+        )
+        try:
+            connection.connect()
+            tls: Any = connection.sock
+            shown: Mapping[str, Any] = tls.getpeercert()
+            return shown
+        finally:
+            connection.close()
+
+
 def _all_failures(failures: Mapping[ServerURL, NetworkError]) -> NetworkError:
     """Return the error of one controller as it is; of several, an error that names each and why it failed."""
     errors = list(failures.values())
@@ -219,7 +241,9 @@ def _all_failures(failures: Mapping[ServerURL, NetworkError]) -> NetworkError:
 # ---- connections -----------------------------------------------------------------------------------------------------
 
 
-def _connection(server: ServerURL, certificate: bytes | None, seconds: float) -> http.client.HTTPConnection:
+def _connection(
+    server: ServerURL, certificate: bytes | None, seconds: float, context: ssl.SSLContext | None = None
+) -> http.client.HTTPConnection:
     """Return a connection, not open yet, whose server has to show the certificate, if any. Raises CommandError."""
     try:
         proxy = find_proxy(server.is_tls, server.host, os.environ)
@@ -228,7 +252,7 @@ def _connection(server: ServerURL, certificate: bytes | None, seconds: float) ->
     host, port = (server.host, server.port) if proxy is None else (proxy.host, proxy.port)
     if server.is_tls:
         connection: http.client.HTTPConnection = _PinnedConnection(
-            host, port, timeout=seconds, context=_tls(certificate), pinned=certificate
+            host, port, timeout=seconds, context=context or _tls(certificate), pinned=certificate
         )
     else:
         connection = http.client.HTTPConnection(host, port, timeout=seconds)

@@ -73,6 +73,7 @@ VERBS: Mapping[str, Verb] = {
     "demo": Verb("trial", "run a controller, a worker and a VM on this machine, step by step"),
     "dev": Verb("trial", "run a controller and workers to develop against"),
     "bootstrap-token": Verb("offline", "print a bootstrap token for a worker, on the controller's host"),
+    "doctor": Verb("doctor", "find what keeps a worker, a controller or a client on this host from working"),
     "check": Verb("offline", "report what is wrong in a controller's data directory, without changing it"),
 }
 

@@ -23,7 +23,8 @@ import ssl
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -200,18 +201,32 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
-def _inspect(context: ssl.SSLContext, der: bytes) -> tuple[datetime.datetime, frozenset[str]]:
+def inspecting_context(der: bytes) -> ssl.SSLContext:
+    """Return the context of a client that trusts one certificate, whatever its dates and names are. Raises SSLError.
+
+    The module ssl parses a certificate only for a client that has verified it.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+    context.load_verify_locations(cadata=der)
+    return context
+
+
+def expiry_and_names(shown: Mapping[str, Any]) -> tuple[datetime.datetime, frozenset[str]]:
+    """Return when a certificate expires, and its names and addresses, from what SSLSocket.getpeercert returns."""
+    expires = datetime.datetime.fromtimestamp(ssl.cert_time_to_seconds(shown["notAfter"]), datetime.UTC)
+    return expires, frozenset(normal_host(value) for _, value in shown.get("subjectAltName", ()))
+
+
+def inspect_pair(context: ssl.SSLContext, der: bytes) -> tuple[datetime.datetime, frozenset[str]]:
     """Return when the certificate of a server's context expires, and its names and addresses. Raises TLSError.
 
-    The module ssl parses a certificate only for a client that has verified it. So a client in memory, which trusts this
-    certificate and ignores its dates, shakes hands with the server's context.
+    A client in memory shakes hands with the server's context.
     """
-    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    trusting.check_hostname = False
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     try:
-        trusting.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
-        trusting.load_verify_locations(cadata=der)
+        trusting = inspecting_context(der)
         server = context.wrap_bio(to_server, to_client, server_side=True)
         client = trusting.wrap_bio(to_client, to_server)
         for _ in range(_MAX_TURNS):
@@ -220,13 +235,18 @@ def _inspect(context: ssl.SSLContext, der: bytes) -> tuple[datetime.datetime, fr
                     end.do_handshake()
         # Raises ValueError if the handshake has not ended.
         shown: Any = client.getpeercert()
-        expires = datetime.datetime.fromtimestamp(ssl.cert_time_to_seconds(shown["notAfter"]), datetime.UTC)
+        return expiry_and_names(shown)
     except (ssl.SSLError, ValueError) as error:
         raise TLSError(f"a client cannot use it: {error}") from error
-    return expires, frozenset(_normal(value) for _, value in shown.get("subjectAltName", ()))
 
 
-def _normal(name: str) -> str:
+def covers(names: AbstractSet[str], name: str) -> bool:
+    """Return whether a certificate with these names is for a host name or an address."""
+    plain = normal_host(name)
+    return bool({plain, f"*.{plain.partition('.')[2]}"} & names)
+
+
+def normal_host(name: str) -> str:
     """Return the one spelling of a host name or an address."""
     return str(ipaddress.ip_address(name.strip())) if _is_address(name.strip()) else name.lower()
 
@@ -258,7 +278,7 @@ class ServerPair:
         """Log what is wrong with the certificate."""
         path = self._files[0]
         try:
-            expires, names = _inspect(self.context, pem_to_der(self.pem))
+            expires, names = inspect_pair(self.context, pem_to_der(self.pem))
         except TLSError as error:
             _logger.warning("cannot examine the certificate %s: %s", path, error)
             return
@@ -269,7 +289,7 @@ class ServerPair:
                 "the certificate %s %s on %s; %s", path, verb, f"{expires:%Y-%m-%d %H:%M} UTC", self._remedy
             )
         for name in self._names:
-            if not {_normal(name), f"*.{_normal(name).partition('.')[2]}"} & names:
+            if not covers(names, name):
                 _logger.warning("the certificate %s is not for the name %s; %s", path, name, self._remedy)
 
     def _identify(self) -> list[tuple[int, int, int] | None]:

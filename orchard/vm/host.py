@@ -88,10 +88,11 @@ async def disk_of(path: Path) -> WorkerDisk | None:
     None if that is unknown.
     """
     # The path may lead to a file server that does not answer.
-    return await trio.to_thread.run_sync(_disk_of, path, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(measure_disk, path, abandon_on_cancel=True)
 
 
-def _disk_of(path: Path) -> WorkerDisk | None:
+def measure_disk(path: Path) -> WorkerDisk | None:
+    """Do what `disk_of` does, in a thread that may wait."""
     for place in (path, *path.absolute().parents):
         try:
             usage = shutil.disk_usage(place)

@@ -275,7 +275,7 @@ async def test_changed_files_are_used_and_halves_of_an_exchange_are_not(
     assert used == []
     assert pair.context is old_context
     assert len(warnings_of(caplog)) == 1
-    tls._inspect(old_context, tls.pem_to_der(pair.pem))
+    tls.inspect_pair(old_context, tls.pem_to_der(pair.pem))
     files[0].unlink()
     await trio.sleep(300)
     assert len(warnings_of(caplog)) == 2
