@@ -26,6 +26,7 @@ from orchard.admission import Admitted, APIOperation, refuse_unknown
 from orchard.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
 from orchard.cluster import ClusterIdentity
 from orchard.codec import parse_client_json
+from orchard.figures import Figures
 from orchard.gate import Gate, named_account
 from orchard.liveness import Liveness, Source
 from orchard.net.request import (
@@ -90,6 +91,7 @@ class ControllerParts:
     scheduling: SchedulingLoop
     clock: Callable[[], datetime.datetime]
     deadline_clock: Callable[[], datetime.datetime]
+    figures: Figures
     prefix: str = ""
     offline_timeout: float = 0.0
 
@@ -116,6 +118,7 @@ class API:
         try:
             route, params = self._router.match(request.method, request.path)
             operation: APIOperation = route.endpoint
+            request.route = operation.path
             name = params.get("name", "")
             gate = self.parts.gate
             if operation.role == "public" or gate is None:

@@ -30,11 +30,12 @@ from typing import NamedTuple, TextIO
 import trio
 
 from orchard import __version__, auth
-from orchard.api import ControllerParts
+from orchard.api import API, ControllerParts
 from orchard.cluster import ClusterIdentity
 from orchard.command_line import CommandLine, HomeError, orchard_home, parse_address, parse_seconds
 from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
 from orchard.deadlines import Deadlines, StoredClock
+from orchard.figures import make_figures
 from orchard.files import (
     ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,
@@ -47,11 +48,13 @@ from orchard.files import (
 )
 from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.gate import Gate
+from orchard.handlers.metrics import admit_scrape, metrics_answer
 from orchard.login_limit import LoginLimit
 from orchard.logs import LogSettings
 from orchard.net import tcp, tls
 from orchard.net.browsers import BrowserRules, normal_name, normal_origin
 from orchard.net.connection import Limits
+from orchard.net.request import AnyResponse, Request
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
 from orchard.net.urls import DEFAULT_PORT
@@ -75,6 +78,8 @@ from orchard.tunnel import Rendezvous, VMAccess
 # A worker without contact for this long is offline, and its VMs fail.
 DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
 DEFAULT_IDLE_TIMEOUT = Limits().first_byte_seconds
+# Of the port that serves metrics alone: scrapers are few.
+_SCRAPE_LIMITS = Limits(connections=64, unauthenticated=64, unauthenticated_of_source=64)
 # Time for the requests under way at a stop.
 _GRACE_SECONDS = 10.0
 _HOST_DIRS_NOTE = (
@@ -127,6 +132,9 @@ class ControllerSettings:
     ping_interval: float = PING_INTERVAL
     # Of a connection between two requests.
     idle_timeout: float = DEFAULT_IDLE_TIMEOUT
+    # Host and port on which metrics are served in the clear and without credentials; None: they are not.
+    metrics: tuple[str | None, int] | None = None
+    metrics_per_worker: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +148,10 @@ class Running:
     watch_certificate: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
     # 0: SSH is not served.
     ssh_port: int = 0
+    # 0: metrics have no port of their own.
+    metrics_port: int = 0
+    # When the certificate expires; None if that is unknown, or without TLS.
+    certificate_expires: Callable[[], datetime.datetime | None] = field(default=lambda: None, repr=False)
     # The account that this start created with a random token, which has to be shown.
     new_admin: ServiceAccount | None = field(default=None, repr=False)
 
@@ -280,6 +292,7 @@ async def run(
                 listeners, running = await platform.listen(settings)
                 if running.watch_certificate is not None:
                     background.start_soon(running.watch_certificate)
+                parts.figures.certificate_expires = running.certificate_expires
                 admit = browsers.guard(api.admit)
                 answer = partial(
                     serve,
@@ -288,13 +301,17 @@ async def run(
                     refuse_all=api.refuse_all,
                     limits=_limits(settings),
                     stop=stop,
+                    count=parts.figures.count_request,
                     grace=grace,
                 )
                 # Ends with `stop`.
                 async with trio.open_nursery() as servers:
                     await servers.start(answer, listeners)
                     ssh_port = await _serve_ssh(settings, parts, background)
-                    task_status.started(replace(running, new_admin=new_admin, ssh_port=ssh_port))
+                    metrics_port = await _serve_metrics(settings, api, background)
+                    task_status.started(
+                        replace(running, new_admin=new_admin, ssh_port=ssh_port, metrics_port=metrics_port)
+                    )
                 background.cancel_scope.cancel()
             await _store_last_changes(data)
             writers.cancel_scope.cancel()
@@ -312,6 +329,7 @@ def _compose(
     sessions = AccountSessions(store.state.accounts)
     Recorder(store, data.events, data.history, stored_clock.now)
     Reactions(store, rendezvous, loop, sessions, stored_clock.now)
+    figures = make_figures(store, loop.liveness, stored_clock.now, per_worker=settings.metrics_per_worker)
     vm_access = VMAccess(store, rendezvous)
     tokens = auth.AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
     parts = ControllerParts(
@@ -329,6 +347,7 @@ def _compose(
         scheduling=loop,
         clock=clock,
         deadline_clock=stored_clock.now,
+        figures=figures,
         prefix=settings.prefix,
         offline_timeout=settings.worker_offline_timeout,
     )
@@ -368,6 +387,23 @@ async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nurse
     return started
 
 
+async def _serve_metrics(settings: ControllerSettings, api: API, nursery: trio.Nursery) -> int:
+    """Serve metrics on a port of their own if the settings ask for it. Return its port, or 0. Raises StartError."""
+    if settings.metrics is None:
+        return 0
+    host, port = settings.metrics
+    listeners = await _open_listeners(host, port)
+
+    async def answer(request: Request, admitted: object) -> AnyResponse:
+        return await metrics_answer(api)
+
+    guard = BrowserRules(settings.allowed_origins, None).guard
+    # It ends with the background tasks: what it answers changes nothing.
+    await nursery.start(partial(serve, answer, listeners, admit=guard(admit_scrape), limits=_SCRAPE_LIMITS))
+    bound: int = listeners[0].socket.getsockname()[1]
+    return bound
+
+
 async def _store_first_objects(
     settings: ControllerSettings, store: Store, now: datetime.datetime
 ) -> ServiceAccount | None:
@@ -383,20 +419,7 @@ async def _store_first_objects(
 async def _listen(settings: ControllerSettings) -> Listening:
     """Open the listening sockets, with TLS unless the settings turn it off. Raises StartError."""
     pair = await _load_tls(settings) if settings.tls else None
-    try:
-        listeners = await trio.open_tcp_listeners(settings.port, host=settings.host)
-    except OSError as error:
-        address = f"{settings.host or ''}:{settings.port}"
-        raise StartError(
-            f"cannot listen on {address}: {error.strerror or error}; choose another address or port"
-        ) from error
-    for listener in listeners:
-        tcp.keep_accepted_alive(listener)
-    # With port 0 each address got another port, and the URL has only one.
-    if settings.port == 0:
-        for listener in listeners[1:]:
-            await listener.aclose()
-        del listeners[1:]
+    listeners = await _open_listeners(settings.host, settings.port)
     host, port = listeners[0].socket.getsockname()[:2]
     address = f"{reachable_host(host)}:{port}{settings.prefix}"
     if pair is None:
@@ -408,7 +431,31 @@ async def _listen(settings: ControllerSettings) -> Listening:
             listener.context = context
 
     self_signed = pair.pem if settings.certificate is None else None
-    return secured, Running(f"https://{address}", self_signed, pair.fingerprint, partial(pair.watch, use))
+    return secured, Running(
+        f"https://{address}",
+        self_signed,
+        pair.fingerprint,
+        partial(pair.watch, use),
+        certificate_expires=lambda: pair.expires,
+    )
+
+
+async def _open_listeners(host: str | None, port: int) -> list[trio.SocketListener]:
+    """Open listening sockets at an address, with port 0 only one. Raises StartError."""
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {host or ''}:{port}: {error.strerror or error}; choose another address or port"
+        ) from error
+    for listener in listeners:
+        tcp.keep_accepted_alive(listener)
+    # With port 0 each address got another port, and the URL has only one.
+    if port == 0:
+        for listener in listeners[1:]:
+            await listener.aclose()
+        del listeners[1:]
+    return listeners
 
 
 async def _load_tls(settings: ControllerSettings) -> tls.ServerPair:
@@ -538,6 +585,10 @@ def controller_parser() -> CommandLine:
         help="seconds after which a connection without requests is closed; more than a proxy keeps idle connections to the"
         " controller; default %(default)g")  # fmt: skip
     add_log_options(parser)
+    add("--metrics-listen", metavar="HOST:PORT", type=parse_address,
+        help="address to serve /metrics on, over plain HTTP and without credentials; default: none, only /v1/metrics with"
+        " them")  # fmt: skip
+    add("--metrics-per-worker", action="store_true", help="metrics of each worker, beside those of the whole cluster")
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
 
@@ -575,6 +626,8 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, Log
         worker_offline_timeout=options.worker_offline_timeout,
         ping_interval=options.ping_interval,
         idle_timeout=options.idle_timeout,
+        metrics=options.metrics_listen,
+        metrics_per_worker=options.metrics_per_worker,
     )
     return settings, log_settings(options)
 
@@ -589,6 +642,8 @@ def announce(running: Running, out: TextIO) -> None:
             print(f"  certificate SHA-256: {running.fingerprint}", file=out)
     if running.ssh_port:
         print(f"SSH into VMs: ssh -J ACCOUNT@HOST:{running.ssh_port} USER@VM", file=out)
+    if running.metrics_port:
+        print(f"metrics are served on port {running.metrics_port}", file=out)
     print(f"orchard controller {__version__} is listening on {running.url}", file=out, flush=True)
 
 

@@ -12,7 +12,7 @@ from orchard import __version__, parameters, schema
 from orchard.admission import APIOperation
 from orchard.api import API, ControllerParts
 from orchard.codec import dump_json
-from orchard.handlers import admin, capacity, connections, events, vms, watch, workers
+from orchard.handlers import admin, capacity, connections, events, metrics, vms, watch, workers
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 
 # The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
@@ -57,6 +57,8 @@ OPERATIONS: tuple[APIOperation, ...] = (
     Operation("GET", "/openapi.json", admin.describe, "public", "Retrieve this OpenAPI document", answer=_ANY),
     Operation("GET", "/health", admin.health, "public", "Check that this controller leads, and whether it takes changes",
               answer=ref("ControllerHealth"), problems=(503,)),
+    Operation("GET", "/metrics", metrics.get_metrics, "compute:read",
+              "Retrieve the metrics of controller and fleet in the text format of Prometheus", text=True),
     Operation("GET", "/controller/info", admin.info, None, "Retrieve controller's information",
               answer=ref("ControllerInfo")),
     Operation("POST", "/controller/accept-state", admin.accept_state, "admin:write",

@@ -98,6 +98,8 @@ class _Queue:
         # VMs whose status message is not the reason yet.
         self.uninformed: dict[str, None] = {}
         self.reason = ""
+        # Whether no registered worker could ever take them.
+        self.waits_for_ever = False
         # For which the reason was found: the placement's version, and the number of VMs of higher priority.
         self.version: tuple[_Version, int] | None = None
         self.reason_at = -math.inf
@@ -407,6 +409,15 @@ class Placement:
             return self._queues.total()
         return sum(len(queue.vms) for kind, queue in self._queues.by_kind.items() if may_compete(kind.demand, demand))
 
+    def waiting_for_ever(self) -> int:
+        """Return how many VMs wait for which no registered worker is good enough, as far as their reasons are known."""
+        return sum(len(queue.vms) for queue in self._queues.by_kind.values() if queue.waits_for_ever)
+
+    def waits_for_ever(self, vm: VM) -> bool:
+        """Return whether a pending VM is one of those."""
+        queue = self._queues.by_kind.get(self._inputs.kind_of_vm(vm))
+        return queue is not None and queue.waits_for_ever
+
     # -- planning
 
     def plan(self, now: float, profile: SchedulerProfile, plan: Plan) -> bool:
@@ -487,6 +498,7 @@ class Placement:
                 examined += len(self._workers)
                 reason = self._reasons.find(kind.demand, placed.load_of, version[0], now)
                 queue.version, queue.reason_at = version, now
+                queue.waits_for_ever = reason.is_never
                 queue.renew(str(reason.after(ahead)), first)
             elif queue.version != version:
                 plan.set_due(queue.renewable_at())

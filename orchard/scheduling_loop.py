@@ -12,8 +12,9 @@ from __future__ import annotations
 import datetime
 import logging
 import math
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -22,6 +23,7 @@ from orchard.changes import Change
 from orchard.cluster import ClusterIdentity
 from orchard.early_failures import EarlyFailures
 from orchard.liveness import Liveness
+from orchard.metrics import WORK_SECONDS, Histogram
 from orchard.nursery import Wakeup
 from orchard.planning import Plan, PlannerInputs
 from orchard.scheduler import Planner
@@ -45,6 +47,18 @@ WRITE_RETRY_SECONDS = 1.0
 _logger = logging.getLogger("orchard.controller")
 
 
+@dataclass(slots=True)
+class SchedulingFigures:
+    """What the loop counts: the durations of its steps, the seconds for which it was late, and its last round.
+
+    `looked_at` is when all that was due had been done, by trio's clock.
+    """
+
+    looked_at: float
+    steps: Histogram = field(default_factory=lambda: Histogram(WORK_SECONDS))
+    stalled: float = 0.0
+
+
 class SchedulingLoop:
     """The scheduler's loop over a store, with the liveness of its workers. `clock` is the wall clock."""
 
@@ -52,6 +66,7 @@ class SchedulingLoop:
         self._store = store
         self._clock = clock
         self._wakeup = Wakeup()
+        self.figures = SchedulingFigures(trio.current_time())
         # VM uid -> its last restart, by the monotonic clock.
         self._restarted_at: dict[str, float] = {}
         self._offline: set[str] = set()
@@ -135,6 +150,7 @@ class SchedulingLoop:
                     await trio.lowlevel.checkpoint()
                 self.end_promises()
                 await self._store.wait_durable()
+                self.figures.looked_at = trio.current_time()
             except StorageError as error:
                 _logger.error("scheduling paused, cannot write: %s", error)
                 await trio.sleep(WRITE_RETRY_SECONDS)
@@ -144,6 +160,7 @@ class SchedulingLoop:
                 await self._wakeup.wait()
             if (late := trio.current_time() - due) > STALL_SECONDS:
                 _logger.warning("scheduler stalled", extra={"seconds": round(late, 1)})
+                self.figures.stalled += late
                 self.liveness.extend_for_stall(late)
 
     def schedule_some(self, now: float, wall_time: datetime.datetime) -> float | None:
@@ -151,6 +168,13 @@ class SchedulingLoop:
 
         Return when time alone makes another plan due (by the monotonic clock), or None if there may be more to do now.
         """
+        began = time.perf_counter()
+        try:
+            return self._schedule_some(now, wall_time)
+        finally:
+            self.figures.steps.observe(time.perf_counter() - began)
+
+    def _schedule_some(self, now: float, wall_time: datetime.datetime) -> float | None:
         self._inform_vms()
         plan = self.planner.plan(now, self._store.state.settings.scheduler_profile, VMS_PER_PLAN)
         for worker in plan.offline:

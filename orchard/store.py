@@ -20,6 +20,7 @@ import contextlib
 import datetime
 import logging
 import secrets
+import time
 import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
@@ -33,6 +34,7 @@ from orchard.change_log import ChangeLog
 from orchard.changes import Change, ChangeFeed, Kind, StoredObject
 from orchard.cluster import ClusterIdentity, Promise
 from orchard.codec import ValidationError, decode, dump_json, encode
+from orchard.metrics import WORK_SECONDS, Histogram
 from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
 from orchard.storage.engine import Batch, Contents, Engine, Tables
@@ -171,6 +173,8 @@ class Store:
         # The wall time of the last write before the start, and what returns it for each write. The owner sets the latter.
         self.stored_time: datetime.datetime | None = None
         self.wall_time: Callable[[], datetime.datetime] | None = None
+        # How long it takes until changes are durable: an append and a sync.
+        self.write_seconds = Histogram(WORK_SECONDS)
         self._engine = engine
         # What is not durable, the earliest first. Transactions gather in the last one, unless it is being written.
         self._writes: deque[_Write] = deque()
@@ -362,6 +366,7 @@ class Store:
         if self.wall_time is not None:
             write.batch.time = self.wall_time()
         self._is_writing = True
+        began = time.perf_counter()
         try:
             await self._engine.append(write.batch)
         except NotWrittenError as error:
@@ -374,6 +379,7 @@ class Store:
                 write.done.set()
                 self._publish(write)
         finally:
+            self.write_seconds.observe(time.perf_counter() - began)
             self._is_writing = False
 
     def _undo(self, error: StorageError) -> None:

@@ -32,8 +32,9 @@ from __future__ import annotations
 import math
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import trio
@@ -179,6 +180,22 @@ class PendingRequest(Generic[AnswerT]):
         return self._answer
 
 
+@dataclass(frozen=True, slots=True)
+class TunnelTotals:
+    """The tunnels that were opened so far, and the bytes that they carried from VMs and to VMs."""
+
+    opened: int = 0
+    from_vms: int = 0
+    to_vms: int = 0
+
+    def after(self, ends: Iterable[WorkerEnd]) -> TunnelTotals:
+        """Return the totals with what the worker's ends of some tunnels have carried."""
+        received = sent = 0
+        for end in ends:
+            received, sent = received + end.stream.received_bytes, sent + end.stream.sent_bytes
+        return TunnelTotals(self.opened, self.from_vms + received, self.to_vms + sent)
+
+
 class WorkerEnd:
     """The worker's end of a tunnel: a WebSocket that the task of its HTTP connection lends to the task of a client.
 
@@ -189,7 +206,7 @@ class WorkerEnd:
 
     def __init__(self, worker: str, stream: TunnelStream) -> None:
         self.worker = worker
-        self._stream = stream
+        self.stream = stream
         self.loan = trio.CancelScope(deadline=trio.current_time() + CLAIM_SECONDS)
         self._use = trio.CancelScope()
         # The code and the reason with which the tunnel is closed.
@@ -200,14 +217,14 @@ class WorkerEnd:
         self.loan.deadline = math.inf
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._forward, client, self._stream, "the client")
-                nursery.start_soon(self._forward, self._stream, client, "the worker")
+                nursery.start_soon(self._forward, client, self.stream, "the client")
+                nursery.start_soon(self._forward, self.stream, client, "the worker")
                 with self._use:
                     await trio.sleep_forever()
                 # The forwarding goes on: a frame that is half sent must be completed before the close can be sent.
                 async with trio.open_nursery() as closing:
                     closing.start_soon(client.aclose, *self._close)
-                    closing.start_soon(self._stream.aclose, *self._close)
+                    closing.start_soon(self.stream.aclose, *self._close)
                 nursery.cancel_scope.cancel()
         finally:
             self.loan.cancel()
@@ -218,7 +235,7 @@ class WorkerEnd:
         self.loan.deadline = math.inf
         try:
             with self._use:
-                yield self._stream
+                yield self.stream
         finally:
             self.loan.cancel()
         if self._use.cancel_called:
@@ -257,6 +274,8 @@ class Rendezvous:
         self._turns: dict[str, trio.Semaphore] = {}
         # Open tunnels by the uids of their VMs; "" for those to workers' hosts.
         self._ends: defaultdict[str, set[WorkerEnd]] = defaultdict(set)
+        # What those carried that are closed.
+        self._totals = TunnelTotals()
 
     # -- requests
 
@@ -347,14 +366,21 @@ class Rendezvous:
         end = WorkerEnd(request.worker, stream)
         ends = self._ends[request.vm_uid]
         ends.add(end)
+        self._totals = replace(self._totals, opened=self._totals.opened + 1)
         try:
             request.resolve(end)
             with end.loan:
                 await trio.sleep_forever()
         finally:
             ends.discard(end)
+            self._totals = self._totals.after([end])
             if not ends:
                 self._ends.pop(request.vm_uid, None)
+
+    def totals(self) -> tuple[int, TunnelTotals]:
+        """Return how many tunnels are open, and what all tunnels have carried so far."""
+        ends = [end for ends in self._ends.values() for end in ends]
+        return len(ends), self._totals.after(ends)
 
     def end_tunnels(self, vm_uid: str, reason: str) -> None:
         """Close all tunnels into a VM that has ended."""

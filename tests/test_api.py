@@ -928,7 +928,7 @@ def test_roles_of_all_operations() -> None:
         None: {"GET /", "GET /controller/info"},
         "compute:read": {
             *("GET /workers", "GET /workers/{name}", "GET /vms", "GET /vms/{name}", "GET /vms/{name}/events"),
-            *("GET /watch", "GET /history", "GET /capacity"),
+            *("GET /watch", "GET /history", "GET /capacity", "GET /metrics"),
         },
         "compute:write": {
             *("POST /vms", "DELETE /vms", "POST /vms/{name}/restart"),

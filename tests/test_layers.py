@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "roles",
         (
-            *("controller", "scheduling_loop", "worker_states", "reactions", "recorder", "deadlines"),
+            *("controller", "scheduling_loop", "worker_states", "reactions", "recorder", "deadlines", "figures"),
             *("operations", "handlers/", "api", "parameters", "admission", "answers"),
             *("worker", "reconciler", "leftovers", "slots", "heartbeat", "worker_memory", "worker_requests"),
         ),
@@ -53,7 +53,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("state", ("store", "change_log", "changes", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
     ("resources", ("validation", "filters", "schema", "cluster", "codec")),
-    ("base", ("command_line", "daemon", "files", "logs", "log_file", "nursery")),
+    ("base", ("metrics", "command_line", "daemon", "files", "logs", "log_file", "nursery")),
 )
 # Parts of one layer that do not import from each other.
 SEPARATE = ({"storage/"}, {"vm/", "tart"}, {"net/"})
@@ -61,6 +61,7 @@ SEPARATE = ({"storage/"}, {"vm/", "tart"}, {"net/"})
 CLIENT_OF_ETCD = {"storage.etcd": {"net.tcp", "net.tls", "net.transport"}}
 # Modules that decide and perform no I/O.
 PURE = (
+    "metrics",
     "codec",
     "cluster",
     "schema",

@@ -38,6 +38,7 @@ _CAPABILITIES = (
     "pending-timeout",
     VM_RESTART,
     "drain",
+    "metrics",
 )
 
 

@@ -144,6 +144,7 @@ class ServerState:
         log: logging.Logger,
         clock: Callable[[], float],
         stop: trio.Event,
+        count: Callable[[Request | None, int], None],
     ) -> None:
         self.handler = handler
         self.admit = admit
@@ -151,6 +152,7 @@ class ServerState:
         self.limits = limits
         self.log = log
         self.stop = stop
+        self.count = count
         # Connections that wait for a handshake or a request, the one that has waited for longest first. Their cancel
         # scopes can be cancelled to make room.
         self.waiting: dict[trio.CancelScope, None] = {}

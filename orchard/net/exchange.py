@@ -146,11 +146,12 @@ class Exchange:
         await self._connection.linger()
 
     def end(self) -> None:
-        """Write the request's line in the log, once. It never has the query, which may hold secrets."""
+        """Count the request and write its line in the log, once. The line never has the query, which may hold secrets."""
         request, since = self._request, self._since
         if since < 0 or not (request or self._status):
             return
         self._since = -1.0
+        self._server.count(request, self._status or _CLIENT_GONE)
         # Reads and heartbeats would fill the log, and so would an attacker that guesses credentials. The limit itself
         # logs who guesses.
         is_read = request is not None and request.method in ("GET", "HEAD") and self._status in _SUCCESSES

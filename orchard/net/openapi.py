@@ -74,8 +74,8 @@ class Operation(Generic[RoleT]):
         `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `body_limit` is the largest
         body in bytes, if there is a `body`. `problems` are the statuses that do not follow from role, body, query or method.
         `answer_headers` maps names to descriptions.
-    `ndjson` is the schema of a line, if the operation can answer with lines of JSON. With `websocket` the operation
-    answers 101. An operation that `waits` may take long, and is cancelled when the client goes away. One that waits only
+    `ndjson` is the schema of a line, if the operation can answer with lines of JSON. With `text` it answers with plain
+    text, and with `websocket` 101. An operation that `waits` may take long, and is cancelled when the client goes away. One that waits only
     with a parameter (`waits_with`) is also cancelled when the server stops.
     """
 
@@ -90,6 +90,7 @@ class Operation(Generic[RoleT]):
     query: tuple[Parameter, ...] = ()
     answer_headers: Mapping[str, str] | None = None
     ndjson: Schema | None = None
+    text: bool = False
     websocket: bool = False
     waits: bool = False
     waits_with: Parameter | None = None
@@ -195,6 +196,8 @@ def _success(operation: Operation[RoleT]) -> dict[str, Any]:
         return {"101": {"description": "Switching to the WebSocket protocol"}}
     answer: dict[str, Any] = {"description": "OK"}
     schemas = {"application/json": operation.answer, "application/x-ndjson": operation.ndjson}
+    if operation.text:
+        schemas["text/plain"] = {"type": "string"}
     if content := {kind: {"schema": schema} for kind, schema in schemas.items() if schema is not None}:
         answer["content"] = content
     headers = dict(operation.answer_headers or {})

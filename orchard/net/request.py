@@ -191,6 +191,8 @@ class Request:
     # Still percent-encoded, so that an encoded slash does not separate segments. Router.match decodes it.
     path: str = field(init=False)
     query: Query = field(init=False)
+    # The pattern of its path, set when it is admitted; "" as long as it is unknown.
+    route: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
         self.path, _, query = self.target.partition("?")

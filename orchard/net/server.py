@@ -36,6 +36,7 @@ async def serve(
     log: logging.Logger = _logger,
     clock: Callable[[], float] = time.time,
     stop: trio.Event | None = None,
+    count: Callable[[Request | None, int], None] = lambda request, status: None,
     grace: float = 10.0,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
@@ -45,15 +46,15 @@ async def serve(
     for. It returns what the handler gets beside the request, or refuses the request by raising HTTPError: it
     authenticates the client, so that a stranger cannot make the server keep megabytes. `refuse_all` is asked right before
     an answer leaves, and before each piece of a `Stream`: its error is sent in place of any answer, and the connection
-    ends. `clock` returns seconds since
-    1970, for the header Date. `started()` is called when connections are accepted; the listeners are closed in any
-    case.
+    ends. `clock` returns seconds since 1970, for the header Date. `count` is called with each request and its status
+    when it has been answered; None is a request whose head could not be read. `started()` is called when connections are
+    accepted; the listeners are closed in any case.
 
     At `stop`: no more connections are accepted, those without a request are closed at once, endless streams end, and
     WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.
     """
     stop = stop if stop is not None else trio.Event()
-    server = ServerState(handler, admit, refuse_all, limits or Limits(), log, clock, stop)
+    server = ServerState(handler, admit, refuse_all, limits or Limits(), log, clock, stop, count)
     # Ends last.
     async with trio.open_nursery() as watching:
         watching.start_soon(server.sends.close_slow_readers)

@@ -272,16 +272,19 @@ class ServerPair:
         context, pem = server_context(*self._files), self._files[0].read_bytes()
         self.fingerprint = fingerprint(pem)
         self.context, self.pem = context, pem
+        # When the certificate expires; None if that cannot be read.
+        self.expires: datetime.datetime | None = None
         self.warn()
 
     def warn(self) -> None:
-        """Log what is wrong with the certificate."""
+        """Note when the certificate expires, and log what is wrong with it."""
         path = self._files[0]
         try:
             expires, names = inspect_pair(self.context, pem_to_der(self.pem))
         except TLSError as error:
             _logger.warning("cannot examine the certificate %s: %s", path, error)
             return
+        self.expires = expires
         left = expires - self._clock()
         if left <= _EXPIRES_SOON:
             verb = "expires" if left > datetime.timedelta() else "expired"

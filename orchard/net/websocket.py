@@ -72,6 +72,8 @@ class _Received:
         self.parts: list[Bytes] = []
         # Bytes of the parts, and their overhead.
         self.size = 0
+        # Bytes of all parts that have arrived so far.
+        self.total = 0
         self._room = trio.lowlevel.ParkingLot()
         self._arrived = trio.lowlevel.ParkingLot()
 
@@ -80,6 +82,7 @@ class _Received:
         if self.close is None:
             self.parts.append(part)
             self.size += len(part) + _PART_BYTES
+            self.total += len(part)
             self._arrived.unpark_all()
 
     def put_back(self, part: Bytes) -> None:
@@ -126,6 +129,8 @@ class _FrameSender:
         self._stream = stream
         self._client = client
         self._lock = trio.Lock()
+        # Bytes of data that were sent.
+        self.total = 0
         # Whether no more frames may be sent: the last one was a close frame, or was not sent to its end.
         self._ended = False
 
@@ -148,6 +153,8 @@ class _FrameSender:
                 # The stream was closed meanwhile because the peer is dead.
                 raise trio.BrokenResourceError(str(error)) from error
             self._ended = opcode == wsframes.CLOSE
+            if opcode in (wsframes.BINARY, wsframes.TEXT):
+                self.total += len(payload)
 
 
 class TunnelStream(trio.abc.Stream):
@@ -191,6 +198,16 @@ class TunnelStream(trio.abc.Stream):
     def closed(self) -> Close | None:
         """How the WebSocket was closed, by either end; None while it is open."""
         return self._received.close
+
+    @property
+    def received_bytes(self) -> int:
+        """The bytes that have arrived so far."""
+        return self._received.total
+
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes that were sent so far."""
+        return self._sender.total
 
     # -- the stream's tasks
 

@@ -20,6 +20,7 @@ from orchard import auth
 from orchard.api import API, ControllerParts
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, renew_promises
 from orchard.deadlines import Deadlines, StoredClock
+from orchard.figures import make_figures
 from orchard.gate import Gate
 from orchard.login_limit import LoginLimit
 from orchard.net.request import (
@@ -237,6 +238,7 @@ async def served(
         sessions = AccountSessions(store.state.accounts)
         Recorder(store, events, history, lambda: BEGAN)
         Reactions(store, rendezvous, loop, sessions, clock.now)
+        figures = make_figures(store, loop.liveness, clock.now)
         vm_access = VMAccess(store, rendezvous)
         tokens = auth.AccessTokens(b"k" * 32, store.state.accounts, lambda: BEGAN)
         gate = Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if accounts else None
@@ -255,6 +257,7 @@ async def served(
             scheduling=loop,
             clock=lambda: BEGAN,
             deadline_clock=clock.now,
+            figures=figures,
         )
         api = make_api(parts)
         async with trio.open_nursery() as writers:

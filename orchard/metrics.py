@@ -1,0 +1,88 @@
+"""Metrics and their text format, in which Prometheus reads them (text/plain; version=0.0.4). Pure.
+
+Counters are numbers and `collections.Counter`s of those who count, so that counting costs next to nothing. A `Histogram`
+counts values by buckets. A `Metric` is the declaration of one metric and makes its lines.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple
+
+# The media type of what `text_of` returns.
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# Upper bounds of buckets in seconds: of what a controller does at once, and of the phases of a VM's life.
+WORK_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+LIFE_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0)
+
+MetricKind = Literal["counter", "gauge", "histogram"]
+
+
+class Histogram:
+    """Counts values by buckets with these upper bounds, which are in order. The last bucket has none."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value. A negative one, of a clock that was set back, counts as 0."""
+        value = max(0.0, value)
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class Metric(NamedTuple):
+    """One metric: its name, its kind, what it means, and the names of its labels."""
+
+    name: str
+    kind: MetricKind
+    doc: str
+    labels: tuple[str, ...] = ()
+
+    def lines(self, samples: Mapping[Any, float]) -> list[str]:
+        """Return the lines of a counter or a gauge: `samples` are numbers by tuples of the values of the labels."""
+        pairs = ((self._labelled(self.name, zip(self.labels, key, strict=True)), samples[key]) for key in samples)
+        return [*self._head(), *(f"{name} {_number(value)}" for name, value in pairs)]
+
+    def line(self, value: float) -> list[str]:
+        """Return the lines of a counter or a gauge without labels."""
+        return self.lines({(): value})
+
+    def histogram_lines(self, histogram: Histogram) -> list[str]:
+        """Return the lines of a histogram, which has no labels of its own."""
+        found = self._head()
+        for bound, count in zip((*histogram.bounds, math.inf), accumulate(histogram.counts), strict=True):
+            found.append(f"{self._labelled(f'{self.name}_bucket', [('le', _number(bound))])} {count}")
+        return [*found, f"{self.name}_sum {_number(histogram.sum)}", f"{self.name}_count {sum(histogram.counts)}"]
+
+    def _head(self) -> list[str]:
+        doc = self.doc.replace("\\", r"\\").replace("\n", r"\n")
+        return [f"# HELP {self.name} {doc}", f"# TYPE {self.name} {self.kind}"]
+
+    @staticmethod
+    def _labelled(name: str, pairs: Iterable[tuple[str, object]]) -> str:
+        inner = ",".join(f'{label}="{_escaped(str(value))}"' for label, value in pairs)
+        return f"{name}{{{inner}}}" if inner else name
+
+
+def text_of(lines: Iterable[str]) -> bytes:
+    """Return lines as the body of a scrape, or as a part of it."""
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def _number(value: float) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("+Inf" if value > 0 else "-Inf")
+    return repr(value)
