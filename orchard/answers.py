@@ -20,7 +20,7 @@ from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
 from orchard.storage.errors import StorageFullError, StorageUnavailableError
 from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError, SendPage
-from orchard.storage.events import EventLimitError
+from orchard.storage.event_storage import EventLimitError
 from orchard.tunnel import UnknownSessionError, UnreachableError, VMGoneError
 
 # Unknown names that a Warning header lists.

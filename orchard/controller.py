@@ -69,9 +69,9 @@ from orchard.sessions import AccountSessions
 from orchard.ssh.connections import describe_missing_extra
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
-from orchard.storage.events import EventLog
+from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
-from orchard.storage.history import History
+from orchard.storage.history import History, history_file
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
 
@@ -190,9 +190,9 @@ async def open_data_directory(directory: Path) -> AsyncIterator[StoredData]:
                 raise StartError(problem)
             store = await Store.open(FileEngine(directory), utc_now())
             stack.callback(store.close)
-            events = EventLog(directory / EVENTS_DIRECTORY)
+            events = EventLog(*event_files(directory / EVENTS_DIRECTORY))
             events.open({vm.uid for vm in store.state.vms.values()})
-            history = History(directory)
+            history = History(history_file(directory))
             history.open()
         except (DamagedError, NotWrittenError, OSError) as error:
             raise StartError(str(error)) from error

@@ -30,9 +30,9 @@ from orchard.files import (
 from orchard.net import tls
 from orchard.storage.errors import DamagedError
 from orchard.storage.event_file import EventFile
-from orchard.storage.history import History
+from orchard.storage.history import History, history_file
 from orchard.storage.journal import Disk, Journal
-from orchard.storage.lifecycle import LifecycleLog
+from orchard.storage.lifecycle import LifecycleLog, lifecycle_file
 from orchard.storage.state_file import read_contents
 from orchard.store import State, build_state, check
 
@@ -156,21 +156,23 @@ def _inspect_events(path: Path, report: FsckReport, state_is_known: bool) -> Non
 
 
 def _inspect_lifecycle(path: Path, report: FsckReport) -> None:
-    log = LifecycleLog(path, Disk())
+    file = lifecycle_file(path.parent)
+    log = LifecycleLog(file)
     try:
         report.events += log.inspect({vm.uid for vm in report.state.vms.values()})
     except DamagedError as error:
         report.problems.append(str(error))
-    _note_unfinished(log.file.journal, report)
+    _note_unfinished(file.journal, report)
 
 
 def _inspect_history(directory: Path, report: FsckReport) -> None:
-    history = History(directory)
+    file = history_file(directory)
+    history = History(file)
     try:
         report.ended = history.inspect()
     except DamagedError as error:
         report.problems.append(str(error))
-    _note_unfinished(history.file.journal, report)
+    _note_unfinished(file.journal, report)
 
 
 def _note_unfinished(journal: Journal, report: FsckReport) -> None:

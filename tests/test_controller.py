@@ -26,9 +26,9 @@ from orchard import controller as program
 from orchard.login_limit import MAX_FAILURES
 from orchard.net import tls
 from orchard.schema import ServiceAccount
-from orchard.storage.events import EventLog
+from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
-from orchard.storage.history import History
+from orchard.storage.history import History, history_file
 from orchard.store import Store
 
 
@@ -227,10 +227,10 @@ async def test_failed_write_during_the_stop_is_logged(
     @asynccontextmanager
     async def opened(directory: Path) -> AsyncIterator[program.StoredData]:
         store = await Store.open(FileEngine(directory, disk), program.utc_now())
-        events = EventLog(directory / "events")
+        events = EventLog(*event_files(directory / "events"))
         events.open(set())
         stores.append(store)
-        yield program.StoredData(store, events, History(directory))
+        yield program.StoredData(store, events, History(history_file(directory)))
         store.close()
 
     async def run(task_status: trio.TaskStatus[program.Running]) -> None:

@@ -39,15 +39,15 @@ Comparison = dict[str, Any]
 _logger = logging.getLogger("orchard.storage.etcd")
 
 
-class EtcdError(Exception):
+class EtcdRequestError(Exception):
     """A request to etcd failed; str() names each endpoint and why it failed."""
 
 
-class EtcdUnavailableError(EtcdError):
+class EtcdUnavailableError(EtcdRequestError):
     """No endpoint answered, or has a leader. Whether the request was carried out is unknown."""
 
 
-class EtcdRefusedError(EtcdError):
+class EtcdRefusedError(EtcdRequestError):
     """An endpoint refused the request, which was not carried out. `no_space`: the quota of etcd is used up."""
 
     def __init__(self, message: str, *, no_space: bool = False, denied: bool = False) -> None:
@@ -128,7 +128,7 @@ class EtcdClient:
     # -- requests
 
     async def call(self, path: str, body: dict[str, Any], seconds: float = _ANSWER_SECONDS) -> Any:
-        """Send a request that may be repeated, and return the JSON of its answer. Raises EtcdError.
+        """Send a request that may be repeated, and return the JSON of its answer. Raises EtcdRequestError.
 
         Each endpoint is tried once, for so many seconds.
         """
@@ -187,7 +187,7 @@ class EtcdClient:
     async def transact(
         self, comparisons: Sequence[Comparison], success: Sequence[TxnOperation], failure: Sequence[TxnOperation] = ()
     ) -> TransactionResult:
-        """Carry out `success` if the comparisons hold, else `failure`. Raises EtcdError."""
+        """Carry out `success` if the comparisons hold, else `failure`. Raises EtcdRequestError."""
         body = {"compare": list(comparisons), "success": list(success), "failure": list(failure)}
         answer = await self.call("/v3/kv/txn", body)
         responses = answer.get("responses", ())
@@ -198,12 +198,12 @@ class EtcdClient:
         }
 
     async def get(self, key: str) -> KeyValue | None:
-        """Return a key as etcd's majority has it. Raises EtcdError."""
+        """Return a key as etcd's majority has it. Raises EtcdRequestError."""
         found = _key_values(await self.call("/v3/kv/range", {"key": encoded(key.encode())}))
         return found[0] if found else None
 
     async def scan(self, prefix: str, revision: int = 0, *, keys_only: bool = False) -> list[KeyValue]:
-        """Return all keys with a prefix, in their order, at a revision of etcd or at the present one. Raises EtcdError."""
+        """Return all keys with a prefix, in their order, at a revision of etcd or at the present one. Raises EtcdRequestError."""
         found: list[KeyValue] = []
         begin, end = prefix.encode(), end_of(prefix)
         while True:

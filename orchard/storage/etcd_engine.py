@@ -27,8 +27,8 @@ from orchard.storage.engine import Batch, BatchLimits, Contents, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError, StorageUnavailableError
 from orchard.storage.etcd import (
     EtcdClient,
-    EtcdError,
     EtcdRefusedError,
+    EtcdRequestError,
     EtcdUnavailableError,
     KeyValue,
     TxnOperation,
@@ -158,7 +158,7 @@ class EtcdEngine:
         """Take over: write `head`, so that no other controller can write, and read everything as it was then."""
         try:
             return await self._load()
-        except EtcdError as error:
+        except EtcdRequestError as error:
             raise StorageUnavailableError(str(error)) from error
 
     async def _load(self) -> EtcdContents:
@@ -259,7 +259,7 @@ class EtcdEngine:
                     await self._compact()
                 if self._usage.look_is_due(trio.current_time()):
                     await self._look_at_size()
-            except EtcdError as error:
+            except EtcdRequestError as error:
                 _logger.warning("upkeep of etcd postponed: %s", error)
                 await trio.sleep(_RETRY_SECONDS)
 

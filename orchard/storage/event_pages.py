@@ -1,6 +1,6 @@
 """Which events of a VM an answer shows, and how they are sent: as a JSON array, or one a line, each with its cursor.
 
-A VM has two sorts of events: those of its own file (event_file.py), and lifecycle events (lifecycle.py). `select` puts
+A VM has two sorts of events: those that are appended (`StoredEvents`), and lifecycle events (lifecycle.py). `select` puts
 both in one order. A `Position` among them counts both sorts. Neither count ever changes its meaning, so paging and
 following neither skip nor repeat an event while others are written.
 
@@ -12,15 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 from orchard.codec import dump_json, shown
 from orchard.schema import LIFECYCLE
 from orchard.storage import event_file
 from orchard.storage.errors import StorageError
-from orchard.storage.event_file import EventFile
 from orchard.storage.lifecycle import LifecycleEvent, VMLifecycle
-from orchard.storage.records import RunInThread
 
 _CURSOR = re.compile(r"([0-9a-f]{8})-([0-9]{1,15})(?:-([0-9]{1,15}))?")
 
@@ -29,6 +27,29 @@ Send = Callable[[bytes], Awaitable[None]]
 SendPage = Callable[[Send], Awaitable[None]]
 # Numbers of consecutive events of the VM's file, or one lifecycle event.
 Piece = range | LifecycleEvent
+
+
+class StoredEvents(Protocol):
+    """The appended events of one VM, numbered from 0."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether they may be shown. Otherwise an append makes them durable."""
+
+    def blocks(self, start: int, stop: int) -> list[range]:
+        """Return the events number `start` to `stop` - 1 in blocks of BLOCK_BYTES, or of one event that is longer."""
+
+    def size_of(self, block: range) -> int:
+        """Return about how many bytes a block takes."""
+
+    async def read(self, block: range) -> list[bytes]:
+        """Return the JSON of each event of a block. Raises EventsDeletedError."""
+
+    async def read_part(self, number: int, at: int) -> bytes:
+        """Return BLOCK_BYTES of one event's JSON from its byte `at`; empty at its end. Raises EventsDeletedError."""
 
 
 class InvalidCursorError(Exception):
@@ -78,13 +99,12 @@ class EventKinds:
 
 @dataclass(frozen=True, slots=True)
 class EventView:
-    """A VM's events as they are now. `file` is None if it has none but lifecycle events."""
+    """A VM's events as they are now. `stored` is None if it has none but lifecycle events."""
 
     uid: str
-    file: EventFile | None
+    stored: StoredEvents | None
     lifecycle: VMLifecycle
     kinds: EventKinds
-    in_thread: RunInThread
 
     @property
     def begin(self) -> Position:
@@ -92,7 +112,7 @@ class EventView:
 
     @property
     def end(self) -> Position:
-        return Position(len(self.file.offsets) if self.file is not None else 0, self.lifecycle.end)
+        return Position(self.stored.count if self.stored is not None else 0, self.lifecycle.end)
 
     # -- cursors
 
@@ -134,8 +154,8 @@ class EventView:
         """Return pieces that are read at once."""
         blocks: list[Piece] = []
         for piece in pieces:
-            if isinstance(piece, range) and self.file is not None:
-                blocks += self.file.blocks(piece.start, piece.stop)
+            if isinstance(piece, range) and self.stored is not None:
+                blocks += self.stored.blocks(piece.start, piece.stop)
             else:
                 blocks.append(piece)
         return blocks
@@ -143,7 +163,7 @@ class EventView:
     def is_small(self, blocks: Sequence[Piece]) -> bool:
         """Return whether blocks may be read into one answer."""
         ranges = [block for block in blocks if isinstance(block, range)]
-        return self.file is None or sum(map(self.file.size_of, ranges)) <= event_file.BLOCK_BYTES
+        return self.stored is None or sum(map(self.stored.size_of, ranges)) <= event_file.BLOCK_BYTES
 
     async def read_array(self, blocks: Sequence[Piece], newest_first: bool) -> bytes:
         """Return a JSON array of events. Raises EventsDeletedError."""
@@ -179,7 +199,7 @@ class EventView:
                 await self._send_long(block, b"", self._line(b"}", at), send)
             else:
                 # Which of them are shown is known only after they were numbered.
-                texts = enumerate(await self._call(self._file.read, block), block.start + 1)
+                texts = enumerate(await self._stored.read(block), block.start + 1)
                 lines = [self._line(text, at._replace(events=n)) for n, text in texts if self.kinds.select([text])]
                 at = at._replace(events=block.stop)
                 if lines:
@@ -189,18 +209,18 @@ class EventView:
         return b'%b,"cursor":"%b"}\n' % (text[:-1], self.cursor(after).encode())
 
     @property
-    def _file(self) -> EventFile:
-        assert self.file is not None
-        return self.file
+    def _stored(self) -> StoredEvents:
+        assert self.stored is not None
+        return self.stored
 
     def _is_long(self, block: Piece) -> bool:
         """Return whether a block is one event that is read in parts."""
-        return isinstance(block, range) and len(block) == 1 and self._file.size_of(block) > event_file.BLOCK_BYTES
+        return isinstance(block, range) and len(block) == 1 and self._stored.size_of(block) > event_file.BLOCK_BYTES
 
     async def _read(self, block: Piece) -> list[bytes]:
         if isinstance(block, LifecycleEvent):
             return [block.text]
-        return self.kinds.select(await self._call(self._file.read, block))
+        return self.kinds.select(await self._stored.read(block))
 
     async def _send_long(self, block: Piece, before: bytes, after: bytes, send: Send) -> bool:
         """Send one long event between `before` and `after`, which takes the place of its last brace.
@@ -208,7 +228,7 @@ class EventView:
         Return False if its kind is not shown.
         """
         assert isinstance(block, range)
-        part: bytes = await self._call(self._file.read_part, block.start, 0)
+        part = await self._stored.read_part(block.start, 0)
         if not self.kinds.select([part]):
             return False
         if before:
@@ -216,16 +236,10 @@ class EventView:
         at = 0
         while part:
             at += len(part)
-            following: bytes = await self._call(self._file.read_part, block.start, at)
+            following = await self._stored.read_part(block.start, at)
             await send(part if following else part[:-1] + after)
             part = following
         return True
-
-    async def _call(self, read: Callable[..., Any], *arguments: object) -> Any:
-        try:
-            return await self.in_thread(read, *arguments)
-        except FileNotFoundError:
-            raise EventsDeletedError(self.uid) from None
 
 
 def take(pieces: Sequence[Piece], limit: int, newest_first: bool) -> list[Piece]:

@@ -1,11 +1,11 @@
-"""The events of VMs: an append-only file for each VM (event_file.py), and lifecycle events in one file (lifecycle.py).
+"""The events of VMs: those that are appended to each VM (event_storage.py), and lifecycle events (lifecycle.py).
 
-`events/UID.jsonl` is created by a VM's first event, and unlinked some time after the VM was deleted. A start unlinks
-files whose VM is gone: a crash left them. An append is durable before `append` returns. A single task writes in one pass
-what several clients append to several VMs at the same time.
+An append is durable before `append` returns. A single task writes in one pass what several clients append to several VMs
+at the same time. The events of a VM are dropped some time after the VM was deleted. A start drops those whose VM is gone:
+a crash left them.
 
-event_pages.py selects what a page shows. A follower is sent what is there and then what comes. The file of a deleted VM
-stays until its followers have read it.
+event_pages.py selects what a page shows. A follower is sent what is there and then what comes. The events of a deleted VM
+stay until its followers have read them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from typing import Literal
 
 import trio
 
-from orchard.files import LIFECYCLE_FILE
 from orchard.nursery import Wakeup
 from orchard.schema import Event
-from orchard.storage.errors import BrokenError, NotWrittenError, StorageError, StorageUnavailableError
-from orchard.storage.event_file import EventFile
+from orchard.storage.errors import StorageError, StorageUnavailableError
 from orchard.storage.event_pages import (
     EventKinds,
     EventsDeletedError,
@@ -32,26 +30,22 @@ from orchard.storage.event_pages import (
     Position,
     Send,
     SendPage,
+    StoredEvents,
     count_events,
     position_after,
     position_before,
     take,
 )
+from orchard.storage.event_storage import EventStorage, FileEventStorage
 from orchard.storage.journal import BROKEN_DELAY, Disk
-from orchard.storage.lifecycle import LifecycleLog, VMLifecycle, WaitingEvent, lifecycle_json
-from orchard.storage.records import RunInThread
+from orchard.storage.lifecycle import LifecycleLog, VMLifecycle, WaitingEvent, lifecycle_file, lifecycle_json
+from orchard.storage.records import RunInThread, StoredRecords
 
-# Bytes of events of one VM: a script that logs without end must not fill the disk.
-MAX_EVENT_BYTES = 64 * 1024 * 1024
 # For a follower to take what is left when its VM was deleted.
 _LEFT_SECONDS = 60.0
 _ALL_KINDS = EventKinds()
 
 _logger = logging.getLogger("orchard.storage.events")
-
-
-class EventLimitError(StorageError):
-    """A VM's events have reached MAX_EVENT_BYTES."""
 
 
 @dataclass(slots=True)
@@ -74,12 +68,11 @@ class EventFollower:
         self._log = log
         self._uid = view.uid
         self._kinds = view.kinds
-        self._in_thread = view.in_thread
         self._position = position
 
-    def leave(self, file: EventFile | None, lifecycle: VMLifecycle) -> None:
+    def leave(self, stored: StoredEvents | None, lifecycle: VMLifecycle) -> None:
         """Take over the events of a VM that was deleted."""
-        self.left = EventView(self._uid, file, lifecycle, self._kinds, self._in_thread)
+        self.left = EventView(self._uid, stored, lifecycle, self._kinds)
         self.wakeup.set()
 
     async def send_to(self, send: Send, is_over: Callable[[], Awaitable[bool]], silence: float) -> None:
@@ -103,7 +96,7 @@ class EventFollower:
             with trio.move_on_after(_LEFT_SECONDS):
                 await self._send_new(send)
         except EventsDeletedError:
-            # Its file is kept for followers, unless a person removes it.
+            # They are kept for followers, unless a person removes them.
             return
         finally:
             self._log.forget(self._uid, self)
@@ -115,20 +108,22 @@ class EventFollower:
         self._position = position_after(self._position, pieces)
 
 
-class EventLog:
-    """The events of all VMs, in `directory`. `run` must be running for `append` to return.
+def event_files(
+    directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
+) -> tuple[EventStorage, StoredRecords]:
+    """Return the files in a directory of events, and the one of lifecycle events, for an EventLog.
 
-    Disk I/O is done by `in_thread`, except that of `open`.
+    Disk I/O is done by `in_thread`, except that of a start.
     """
+    return FileEventStorage(directory, disk or Disk(), in_thread), lifecycle_file(directory, disk, in_thread)
 
-    def __init__(
-        self, directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
-    ) -> None:
-        self._directory = directory
-        self._disk = disk or Disk()
-        self._in_thread = in_thread
-        self._files: dict[str, EventFile] = {}
-        self._lifecycle = LifecycleLog(directory / LIFECYCLE_FILE, self._disk, in_thread, self.wake)
+
+class EventLog:
+    """The events of all VMs, in a storage, and lifecycle events. `run` must be running for `append` to return."""
+
+    def __init__(self, storage: EventStorage, lifecycle: StoredRecords) -> None:
+        self._storage = storage
+        self._lifecycle = LifecycleLog(lifecycle, self.wake)
         self._appends: dict[str, _Append] = {}
         self._dropped: list[str] = []
         self._wakeup = Wakeup()
@@ -139,30 +134,12 @@ class EventLog:
         self._broken = ""
 
     def open(self, uids: Container[str]) -> None:
-        """Load the events of the VMs with these uids, and unlink those of others. Does disk I/O.
+        """Load the events of the VMs with these uids, and drop those of others.
 
-        Raises DamagedError, OSError; BrokenError when it is not known whether the disk holds the lifecycle events.
+        Raises DamagedError, OSError; BrokenError when it is not known whether the lifecycle events are stored.
         """
-        if not self._directory.exists():
-            self._directory.mkdir(mode=0o700)
-            # The umask may have taken bits from the mode.
-            self._directory.chmod(0o700)
-            self._disk.sync_directory(self._directory.parent)
-        else:
-            # The last process may have been killed before it did.
-            self._disk.sync_directory(self._directory)
+        self._storage.open(uids)
         self._lifecycle.open(uids)
-        for path in sorted(self._directory.iterdir()):
-            uid = path.name.removesuffix(".jsonl")
-            if path.name == LIFECYCLE_FILE:
-                continue
-            if uid == path.name or uid not in uids:
-                # Loading a file has removed its draft already.
-                path.unlink(missing_ok=True)
-                continue
-            file = EventFile(self._directory, uid, self._disk)
-            file.load()
-            self._files[uid] = file
 
     # -- writing
 
@@ -194,7 +171,7 @@ class EventLog:
         await self._lifecycle.flush()
 
     def drop(self, uid: str) -> None:
-        """Forget a VM's events, and have its file unlinked. Its followers are sent what they lack."""
+        """Forget a VM's events, and have them dropped. Its followers are sent what they lack."""
         append = self._appends.pop(uid, None)
         if append is not None:
             append.error = EventsDeletedError(uid)
@@ -212,7 +189,7 @@ class EventLog:
 
     def view(self, uid: str, kinds: EventKinds) -> EventView:
         """Return a VM's events as they are now."""
-        return EventView(uid, self._files.get(uid), self._lifecycle.of(uid), kinds, self._in_thread)
+        return EventView(uid, self._storage.get(uid), self._lifecycle.of(uid), kinds)
 
     async def page(
         self,
@@ -258,9 +235,9 @@ class EventLog:
         return follower
 
     async def _durable_view(self, uid: str, kinds: EventKinds) -> EventView:
-        file = self._files.get(uid)
+        stored = self._storage.get(uid)
         # Of thousands of files, only those that are read are synced after a start.
-        if file is not None and not file.is_durable:
+        if stored is not None and not stored.is_durable:
             await self._write_durably(uid, ())
         if kinds.lifecycle:
             await self.flush()
@@ -282,8 +259,8 @@ class EventLog:
             self._wakeup.set()
 
     def _count(self, uid: str) -> int:
-        file = self._files.get(uid)
-        return len(file.offsets) if file is not None else 0
+        stored = self._storage.get(uid)
+        return stored.count if stored is not None else 0
 
     def has_followers(self, uid: str) -> bool:
         return uid in self._followers
@@ -308,52 +285,27 @@ class EventLog:
             await self._wakeup.wait()
             appends, self._appends = self._appends, {}
             dropped, self._dropped = self._dropped, []
-            for uid in appends:
-                if uid not in self._files:
-                    self._files[uid] = EventFile(self._directory, uid, self._disk)
-            # The followers of a VM still read its file.
-            unlinked = [uid for uid in dropped if uid not in self._followers]
-            # Shielded: the write goes on in its thread, and those who wait for it must be told.
+            # The followers of a VM still read its events.
+            unread = [uid for uid in dropped if uid in self._followers]
+            events = {uid: append.events for uid, append in appends.items()}
+            # Shielded: what is being written must not be taken for refused, and those who wait must be told.
             with trio.CancelScope(shield=True):
-                broken = await self._in_thread(self._write, appends, unlinked)
+                result = await self._storage.write(events, [uid for uid in dropped if uid not in unread])
             for uid in dropped:
-                self._leave(uid, self._files.pop(uid, None))
+                self._leave(uid, self._storage.forget(uid))
             for uid, append in appends.items():
+                append.error = result.errors.get(uid)
                 append.done.set()
                 self.wake(uid)
-            if broken is not None:
-                self._broken = f"no events can be stored any more: {broken}; restart the controller"
+            if result.broken is not None:
+                self._broken = f"no events can be stored any more: {result.broken}; restart the controller"
                 # The answers that say so leave before the process ends.
                 with trio.CancelScope(shield=True):
                     await trio.sleep(BROKEN_DELAY)
-                raise broken
+                raise result.broken
 
-    def _leave(self, uid: str, file: EventFile | None) -> None:
+    def _leave(self, uid: str, stored: StoredEvents | None) -> None:
         """Leave the events of a VM that was deleted to its followers."""
         for reference in self._followers.get(uid, ()):
             if (follower := reference()) is not None:
-                follower.leave(file, self._left.get(uid, VMLifecycle()))
-
-    def _write(self, appends: dict[str, _Append], dropped: list[str]) -> BrokenError | None:
-        broken = None
-        for uid, append in appends.items():
-            file = self._files[uid]
-            try:
-                if append.events and file.journal.size > MAX_EVENT_BYTES:
-                    what = f"the VM's events have reached {MAX_EVENT_BYTES} bytes; no more are stored"
-                    append.error = EventLimitError(what)
-                else:
-                    file.append(append.events)
-            except NotWrittenError as error:
-                _logger.error("events were not stored: %s", error)
-                append.error = error.as_storage_error("the events were not stored")
-            except BrokenError as error:
-                broken = error
-                append.error = StorageUnavailableError(f"the events may not have been stored: {error}")
-        for uid in dropped:
-            path = self._directory / f"{uid}.jsonl"
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                _logger.warning("cannot unlink %s: %s; the next start will", path, error)
-        return broken
+                follower.leave(stored, self._left.get(uid, VMLifecycle()))

@@ -15,42 +15,45 @@ import trio
 from orchard.codec import MalformedError, dump_json, encode, parse_time
 from orchard.files import HISTORY_FILE
 from orchard.schema import EndedVM
-from orchard.storage.errors import DamagedError
 from orchard.storage.journal import Disk
-from orchard.storage.records import BatchedRecords, RecordFile, RunInThread
+from orchard.storage.records import BatchedRecords, RecordFile, RunInThread, StoredRecords
 
 MAX_ENDED = 10_000
 # An entry has some 500 bytes. Metadata makes it longer, by 16 KiB at most.
 MAX_BYTES = 32 * 1024 * 1024
 
 
+def history_file(
+    directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
+) -> RecordFile:  # fmt: skip
+    """Return the file of the history in a data directory."""
+    return RecordFile(directory / HISTORY_FILE, "history", disk or Disk(), in_thread)
+
+
 class History(BatchedRecords[EndedVM]):
     """The VMs that have ended, the earliest first."""
 
-    def __init__(
-        self, directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
-    ) -> None:
-        """`directory` is the data directory."""
-        super().__init__(RecordFile(directory / HISTORY_FILE, "history", disk or Disk()), in_thread)
+    def __init__(self, stored: StoredRecords) -> None:
+        super().__init__(stored)
         # When each ended, and its JSON.
         self._ended: deque[tuple[datetime.datetime, bytes]] = deque()
         self._bytes = 0
         self._prepared: list[bytes] = []
 
     def open(self) -> None:
-        """Load the history. Does disk I/O. Raises DamagedError, OSError; BrokenError when it cannot be synced."""
+        """Load the history. Raises DamagedError, OSError; BrokenError when it cannot be synced."""
         self.inspect()
-        self.file.make_durable()
+        self.stored.make_durable()
 
     def inspect(self) -> int:
-        """Read and check the file, and change nothing. Return how many VMs are in it. Raises DamagedError, OSError."""
-        for offset, record in self.file.inspect():
+        """Read and check what is stored, and change nothing. Return how many VMs are in it. Raises DamagedError, OSError."""
+        for place, record in self.stored.inspect():
             try:
                 ended = parse_time(record["endedAt"], "endedAt")
             except (KeyError, TypeError, MalformedError):
                 ended = None
             if ended is None:
-                raise DamagedError(self.file.journal.path, offset, "an entry has no endedAt")
+                raise self.stored.damaged(place, "an entry has no endedAt")
             self._add(ended, dump_json(record))
         return len(self._ended)
 

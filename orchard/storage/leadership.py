@@ -22,7 +22,7 @@ import trio
 
 from orchard.codec import format_time
 from orchard.storage.errors import LeadershipLostError
-from orchard.storage.etcd import EtcdClient, EtcdError, EtcdRefusedError, get, put, was_written_at
+from orchard.storage.etcd import EtcdClient, EtcdRefusedError, EtcdRequestError, get, put, was_written_at
 
 DEFAULT_LEADER_TTL = 10.0  # seconds
 _SHARE_OF_TTL = 0.9
@@ -45,7 +45,7 @@ def boot_time() -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class CampaignSettings:
     """A controller that campaigns. `url` is shown by standbys; `new_id` returns another text at each call."""
 
     url: str
@@ -67,7 +67,7 @@ class Leader:
 class Leadership:
     """The lease of one controller. `campaign` returns when it leads; then `run` must be running."""
 
-    def __init__(self, client: EtcdClient, prefix: str, candidate: Candidate) -> None:
+    def __init__(self, client: EtcdClient, prefix: str, settings: CampaignSettings) -> None:
         self.key = f"{prefix}/leader"
         # Of the last campaign.
         self.by = ""
@@ -76,7 +76,7 @@ class Leadership:
         # The other controller that was last seen to lead.
         self.other: Leader | None = None
         self._client = client
-        self._candidate = candidate
+        self._settings = settings
         self._lease = ""
         self._until = -math.inf
         self._lost = ""
@@ -89,7 +89,7 @@ class Leadership:
 
     def remaining(self) -> float:
         """Return for how many seconds this controller leads without another keepalive; negative if it does not."""
-        return self._until - self._candidate.clock()
+        return self._until - self._settings.clock()
 
     def lose(self, reason: str) -> LeadershipLostError:
         """Stop leading at once. Return the error that says so."""
@@ -116,7 +116,7 @@ class Leadership:
                 await trio.sleep(_LOOK_SECONDS)
                 leader = await self._read_leader()
                 failing = False
-            except EtcdError as error:
+            except EtcdRequestError as error:
                 if isinstance(error, EtcdRefusedError) and error.denied:
                     raise
                 if not failing:
@@ -135,11 +135,11 @@ class Leadership:
 
     async def _try(self) -> bool:
         """Take a lease and try to become the leader with it."""
-        candidate = self._candidate
-        sent = candidate.clock()
-        granted = await self._client.call("/v3/lease/grant", {"TTL": str(math.ceil(candidate.ttl))})
-        self._lease, self.by = str(granted["ID"]), candidate.new_id()
-        text = {"by": self.by, "url": candidate.url, "since": format_time(candidate.now())}
+        settings = self._settings
+        sent = settings.clock()
+        granted = await self._client.call("/v3/lease/grant", {"TTL": str(math.ceil(settings.ttl))})
+        self._lease, self.by = str(granted["ID"]), settings.new_id()
+        text = {"by": self.by, "url": settings.url, "since": format_time(settings.now())}
         value = json.dumps(text).encode()
         is_won = False
         try:
@@ -163,19 +163,19 @@ class Leadership:
 
     async def run(self) -> None:
         """Renew the lease until cancelled. Raises LeadershipLostError."""
-        pause = self._candidate.ttl / _KEEPALIVES
+        pause = self._settings.ttl / _KEEPALIVES
         problem = "the controller was stopped, or its host slept"
         while True:
             with trio.move_on_after(max(0.0, self.remaining())):
                 await trio.sleep(pause)
-                sent = self._candidate.clock()
+                sent = self._settings.clock()
                 try:
                     answer = await self._client.call("/v3/lease/keepalive", {"ID": self._lease})
-                except EtcdError as error:
+                except EtcdRequestError as error:
                     problem, pause = str(error), _RETRY_SECONDS
                 else:
                     self._renew(sent, answer)
-                    pause = self._candidate.ttl / _KEEPALIVES
+                    pause = self._settings.ttl / _KEEPALIVES
                     problem = "the controller was stopped, or its host slept"
             if not self.leads():
                 raise self.lose(f"the lease was not renewed in time: {problem}")
@@ -197,7 +197,7 @@ class Leadership:
             patience.shield = True
             try:
                 await self._client.call("/v3/lease/revoke", {"ID": self._lease})
-            except EtcdError as error:
+            except EtcdRequestError as error:
                 _logger.info("the lease runs out by itself: %s", error)
         self._lease = ""
 

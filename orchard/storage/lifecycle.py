@@ -17,10 +17,10 @@ from typing import NamedTuple
 import trio
 
 from orchard.codec import dump_json
+from orchard.files import LIFECYCLE_FILE
 from orchard.schema import LIFECYCLE
-from orchard.storage.errors import DamagedError
 from orchard.storage.journal import Disk
-from orchard.storage.records import BatchedRecords, RecordFile, RunInThread
+from orchard.storage.records import BatchedRecords, RecordFile, RunInThread, StoredRecords
 
 # Some ten runs of a VM.
 MAX_LIFECYCLE = 64
@@ -71,17 +71,18 @@ class WaitingEvent(NamedTuple):
     text: bytes
 
 
+def lifecycle_file(
+    directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync
+) -> RecordFile:  # fmt: skip
+    """Return the file of lifecycle events in the directory of events."""
+    return RecordFile(directory / LIFECYCLE_FILE, "lifecycle", disk or Disk(), in_thread)
+
+
 class LifecycleLog(BatchedRecords[WaitingEvent]):
     """The lifecycle events of all VMs, by uid. `tell` is called with the uid for each event that was written."""
 
-    def __init__(
-        self,
-        path: Path,
-        disk: Disk,
-        in_thread: RunInThread = trio.to_thread.run_sync,
-        tell: Callable[[str], None] = lambda uid: None,
-    ) -> None:
-        super().__init__(RecordFile(path, "lifecycle", disk), in_thread)
+    def __init__(self, stored: StoredRecords, tell: Callable[[str], None] = lambda uid: None) -> None:
+        super().__init__(stored)
         self._tell = tell
         self._vms: dict[str, VMLifecycle] = {}
         self._count = 0
@@ -91,29 +92,29 @@ class LifecycleLog(BatchedRecords[WaitingEvent]):
         self._dropped: set[str] = set()
 
     def open(self, uids: Container[str]) -> None:
-        """Load the events of the VMs with these uids. Does disk I/O.
+        """Load the events of the VMs with these uids.
 
         Raises DamagedError, OSError; BrokenError when it cannot be synced.
         """
         self.inspect(uids)
-        self.file.make_durable()
+        self.stored.make_durable()
 
     def inspect(self, uids: Container[str]) -> int:
-        """Read and check the file, and change nothing. Return how many events these VMs have.
+        """Read and check what is stored, and change nothing. Return how many events these VMs have.
 
         Raises DamagedError, OSError.
         """
-        for offset, record in self.file.inspect():
+        for place, record in self.stored.inspect():
             match record:
                 case {"uid": str(uid), "n": int(number), "after": int(after), "event": dict(event)}:
                     if uid in uids:
                         known = self._vms.get(uid)
                         if known is not None and number != known.end:
                             what = f"lifecycle event {number} of the VM with uid {uid} follows {known.end - 1}"
-                            raise DamagedError(self.file.journal.path, offset, what)
+                            raise self.stored.damaged(place, what)
                         self._add(uid, LifecycleEvent(number, after, dump_json(event)))
                 case _:
-                    raise DamagedError(self.file.journal.path, offset, "a lifecycle event is not understood")
+                    raise self.stored.damaged(place, "a lifecycle event is not understood")
         return self._count
 
     def of(self, uid: str) -> VMLifecycle:

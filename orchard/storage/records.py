@@ -1,6 +1,6 @@
-"""Files of small records: the history of VMs that have ended (history.py), and lifecycle events (lifecycle.py).
+"""Small records: the history of VMs that have ended (history.py), and lifecycle events (lifecycle.py).
 
-All records are in memory as well, so a file is read only at a start. `RecordFile` appends to it, and replaces it by one
+All records are in memory as well, so what is stored is read only at a start. `RecordFile` appends to it, and replaces it by one
 with the live records alone when most of it is outdated. Each line holds the records of one append, so a crash keeps or
 loses them together.
 
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
@@ -46,11 +46,31 @@ RunInThread = Callable[..., Awaitable[Any]]
 _logger = logging.getLogger("orchard.storage.records")
 
 
-class RecordFile:
-    """Records, each a JSON object, in a file of checked lines. Its methods do disk I/O, for a thread."""
+class StoredRecords(Protocol):
+    """Where records are durable, each a JSON object."""
 
-    def __init__(self, path: Path, kind: str, disk: Disk) -> None:
+    def inspect(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Yield each record with its place, and change nothing. Raises DamagedError, OSError."""
+
+    def damaged(self, place: Any, what: str) -> DamagedError:
+        """Return the error for a record at a place that is wrong."""
+
+    def make_durable(self) -> None:
+        """Make durable what `inspect` has read to its end. Raises BrokenError, OSError."""
+
+    async def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
+        """Append records, all or none. `live` returns those, of earlier ones, that must be kept.
+
+        Raises NotWrittenError, BrokenError.
+        """
+
+
+class RecordFile:
+    """Records in a file of checked lines. Disk I/O of `append` is done by `in_thread`."""
+
+    def __init__(self, path: Path, kind: str, disk: Disk, in_thread: RunInThread = trio.to_thread.run_sync) -> None:
         self.journal = Journal(path, disk)
+        self._in_thread = in_thread
         # Records in the file, outdated ones included.
         self.count = 0
         self._kind = kind
@@ -91,11 +111,15 @@ class RecordFile:
             self.journal.sync()
             self.journal.close()
 
-    def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
-        """Append records, all or none; they are durable when this returns. `live` are those that the file must keep.
+    def damaged(self, place: int, what: str) -> DamagedError:
+        return DamagedError(self.journal.path, place, what)
 
-        Raises NotWrittenError, BrokenError.
-        """
+    async def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
+        # Shielded: the write goes on in its thread.
+        with trio.CancelScope(shield=True):
+            await self._in_thread(self._write, records, live_count, live)
+
+    def _write(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
         try:
             if not self.journal.size:
                 self._replace(records)
@@ -142,14 +166,13 @@ class _Batch(Generic[RecordT]):
 
 
 class BatchedRecords(Generic[RecordT]):
-    """Records in memory and in a file, written in batches. `run` must be running for `flush` to return.
+    """Records in memory and stored, written in batches. `run` must be running for `flush` to return.
 
     A subclass keeps the records in memory, and says how they are stored.
     """
 
-    def __init__(self, file: RecordFile, in_thread: RunInThread) -> None:
-        self.file = file
-        self._in_thread = in_thread
+    def __init__(self, stored: StoredRecords) -> None:
+        self.stored = stored
         self._gathering: _Batch[RecordT] = _Batch()
         self._writing: _Batch[RecordT] | None = None
         self._wakeup = Wakeup()
@@ -195,9 +218,7 @@ class BatchedRecords(Generic[RecordT]):
         texts = self._prepare(records)
         try:
             if texts:
-                # Shielded: the write goes on in its thread.
-                with trio.CancelScope(shield=True):
-                    await self._in_thread(self.file.append, texts, self._live_count(), self._live)
+                await self.stored.append(texts, self._live_count(), self._live)
         except NotWrittenError as error:
             _logger.warning("records were not stored, retrying: %s", error)
             self._gathering.records = deque([*records, *self._gathering.records], MAX_UNWRITTEN)

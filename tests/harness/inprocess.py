@@ -18,7 +18,7 @@ from harness.processes import GENEROUS
 from orchard import controller
 from orchard.client import Client
 from orchard.schema import TART_VMS, VM, Worker
-from orchard.storage.events import EventLog
+from orchard.storage.events import EventLog, event_files
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 
@@ -51,7 +51,7 @@ class InProcessCluster:
         @asynccontextmanager
         async def opened(directory: Path) -> AsyncIterator[controller.StoredData]:
             async with controller.open_data_directory(directory) as data:
-                events = EventLog(directory / "events", self.events_disk)
+                events = EventLog(*event_files(directory / "events", self.events_disk))
                 events.open({vm.uid for vm in data.store.state.vms.values()})
                 yield data._replace(events=events)
 

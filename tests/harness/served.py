@@ -41,9 +41,9 @@ from orchard.schema import ServiceAccount
 from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import StorageError
-from orchard.storage.events import EventLog
+from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
-from orchard.storage.history import History
+from orchard.storage.history import History, history_file
 from orchard.storage.journal import Disk
 from orchard.storage.records import RunInThread
 from orchard.store import Store, check
@@ -227,9 +227,9 @@ async def served(
     store = await Store.open(FileEngine(directory, disk, in_thread), BEGAN)
     try:
         renew_promises(store, offline_timeout)
-        events = EventLog(directory / "events", in_thread=in_thread)
+        events = EventLog(*event_files(directory / "events", in_thread=in_thread))
         events.open({vm.uid for vm in store.state.vms.values()})
-        history = History(directory, in_thread=in_thread)
+        history = History(history_file(directory, in_thread=in_thread))
         history.open()
         rendezvous = Rendezvous()
         clock = StoredClock(store, (host_clock or HostClock()).wall, trio.current_time)

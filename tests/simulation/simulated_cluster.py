@@ -40,9 +40,9 @@ from orchard.liveness import Liveness, Source
 from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.engine import Batch
-from orchard.storage.events import EventLog
+from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
-from orchard.storage.history import History
+from orchard.storage.history import History, history_file
 from orchard.store import Store
 from orchard.tunnel import Rendezvous
 from orchard.worker import CONTROLLER_ANSWER_SECONDS, WorkerService
@@ -361,9 +361,9 @@ class SimulatedCluster:
                 passed = trio.current_time() - self._stored_at
                 self.hastened += max(0.0, min(counted, MAX_COUNTED.total_seconds()) - passed)
             store.on_commit(self.committed)
-            events = EventLog(directory / "events", disk, in_thread)
+            events = EventLog(*event_files(directory / "events", disk, in_thread))
             events.open({vm.uid for vm in store.state.vms.values()})
-            history = History(directory, disk, in_thread)
+            history = History(history_file(directory, disk, in_thread))
             history.open()
             self.store = store
             try:

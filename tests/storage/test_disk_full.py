@@ -14,6 +14,7 @@ from harness.clients import call
 from harness.disks import SmallDisk
 from harness.processes import PLAIN, at_last, controller
 from harness.programs import ROOT_REASON, need
+from harness.served import at_once
 from harness.stores import (
     ACCOUNT,
     SETTINGS,
@@ -85,7 +86,7 @@ def data(tmp_path: Path) -> Path:
 
 async def test_full_disk_accepts_deletions_and_reports_only(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
-    async with running_store(open_store(data, disk)) as store:
+    async with running_store(open_store(data, disk, at_once)) as store:
         names = await add_until_full(store)
         assert len(names) > 90
         assert disk.free() < 20_000 + RESERVE_STEP
@@ -111,7 +112,7 @@ def change_of_user(vm: VM) -> VM:
 
 async def test_deletions_free_space_for_additions(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
-    async with running_store(open_store(data, disk)) as store:
+    async with running_store(open_store(data, disk, at_once)) as store:
         names = await add_until_full(store)
         for name in names:
             delete(store, store.state.vms[name])
@@ -124,7 +125,7 @@ async def test_deletions_free_space_for_additions(data: Path, autojump_clock: Mo
 
 async def test_used_up_reserve_refuses_reports_without_loss(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
-    async with running_store(open_store(data, disk)) as store:
+    async with running_store(open_store(data, disk, at_once)) as store:
         names = await add_until_full(store)
         told = await assign_until_full(store, names[0])
         assert told > 50
@@ -142,7 +143,7 @@ async def test_space_freed_by_another_program_is_noticed(
 ) -> None:
     caplog.set_level("INFO")
     disk = SmallDisk(data, ROOM)
-    async with running_store(open_store(data, disk)) as store:
+    async with running_store(open_store(data, disk, at_once)) as store:
         names = await add_until_full(store)
         disk.room += 2 * ROOM
         await wait_not_full(store)
@@ -157,7 +158,7 @@ async def test_deletion_in_one_batch_with_a_small_addition_gets_the_reserve(
     data: Path, autojump_clock: MockClock
 ) -> None:
     disk = SmallDisk(data, ROOM)
-    async with running_store(open_store(data, disk)) as store:
+    async with running_store(open_store(data, disk, at_once)) as store:
         put(store, pending("a"), pending("b"))
         await store.wait_durable()
         disk.room -= disk.free()
@@ -178,7 +179,7 @@ async def test_start_without_space_for_the_reserve_refuses_additions_until_there
     data: Path, autojump_clock: MockClock
 ) -> None:
     disk = SmallDisk(data, 10_000)
-    async with running_store(open_store(data, disk)) as store:
+    async with running_store(open_store(data, disk, at_once)) as store:
         with pytest.raises(StorageFullError, match=r"reserve: No space left on device; nothing can be added"):
             put(store, pending("a"))
         disk.room = ROOM

@@ -20,7 +20,7 @@ import orchard.storage.event_file
 import orchard.storage.events
 from orchard.schema import Event
 from orchard.storage.event_pages import EventKinds, InvalidCursorError
-from orchard.storage.events import EventLog
+from orchard.storage.events import EventLog, event_files
 
 A = "aaaaaaaa-0000-4000-8000-000000000000"
 BOTH = EventKinds.of(["lifecycle", "log_line"])
@@ -81,7 +81,7 @@ class Model:
         self.numbers = 0
         self.written: dict[str, list[int]] = {"log_line": [], "other": [], "lifecycle": []}
         self.readers: list[Reader] = []
-        self.log = EventLog(directory, UnsyncedDisk(), inline)
+        self.log = EventLog(*event_files(directory, UnsyncedDisk(), inline))
 
     def run(self, steps: list[Any]) -> None:
         """Carry out steps, with a restart or a kill between two lists of them."""
@@ -91,7 +91,7 @@ class Model:
         trio.run(self._finish)
 
     async def _live(self, steps: list[Any]) -> None:
-        self.log = EventLog(self.directory, UnsyncedDisk(), inline)
+        self.log = EventLog(*event_files(self.directory, UnsyncedDisk(), inline))
         self.log.open({A})
         async with trio.open_nursery() as nursery:
             await nursery.start(self.log.run)
@@ -147,7 +147,7 @@ class Model:
 
     async def _finish(self) -> None:
         """Let the readers read all, delete the VM, and compare."""
-        self.log = EventLog(self.directory, UnsyncedDisk(), inline)
+        self.log = EventLog(*event_files(self.directory, UnsyncedDisk(), inline))
         self.log.open({A})
         async with trio.open_nursery() as nursery:
             await nursery.start(self.log.run)
@@ -231,7 +231,7 @@ def test_paging_both_sorts_neither_skips_nor_repeats_while_others_are_written(
 
 @pytest.mark.parametrize("cursor", ["aaaaaaaa-1-2", "aaaaaaaa-2-0", "aaaaaaaa-0-0-0", "aaaaaaaa-0-", "aaaaaaaa-0-x"])
 async def test_cursor_beyond_the_events_of_either_sort_is_refused(tmp_path: Path, cursor: str) -> None:
-    log = EventLog(tmp_path, UnsyncedDisk(), inline)
+    log = EventLog(*event_files(tmp_path, UnsyncedDisk(), inline))
     log.open({A})
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)
@@ -244,7 +244,7 @@ async def test_cursor_beyond_the_events_of_either_sort_is_refused(tmp_path: Path
 
 async def test_slow_follower_holds_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchard.storage.event_file, "BLOCK_BYTES", 1_000)
-    log = EventLog(tmp_path, UnsyncedDisk(), inline)
+    log = EventLog(*event_files(tmp_path, UnsyncedDisk(), inline))
     log.open({A})
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)
@@ -272,7 +272,7 @@ async def test_slow_follower_holds_one_block(tmp_path: Path, monkeypatch: pytest
 
 
 async def test_follower_that_never_starts_keeps_no_file(tmp_path: Path) -> None:
-    log = EventLog(tmp_path, UnsyncedDisk(), inline)
+    log = EventLog(*event_files(tmp_path, UnsyncedDisk(), inline))
     log.open({A})
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)

@@ -24,6 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import orchard.storage.event_file
+import orchard.storage.event_storage
 import orchard.storage.events
 from orchard.codec import encode
 from orchard.nursery import unwrap_groups
@@ -36,7 +37,8 @@ from orchard.storage.errors import (
     StorageUnavailableError,
 )
 from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError
-from orchard.storage.events import EventLimitError, EventLog
+from orchard.storage.event_storage import EventLimitError
+from orchard.storage.events import EventLog, event_files
 from orchard.storage.journal import Disk, Journal
 
 A = "aaaaaaaa-0000-4000-8000-000000000000"
@@ -55,7 +57,7 @@ def events(*numbers: int) -> list[Event]:
 @asynccontextmanager
 async def running(directory: Path, *uids: str, disk: Disk | None = None) -> AsyncIterator[EventLog]:
     """Run the event log for the VMs with these uids. Files of other VMs are removed."""
-    log = EventLog(directory, disk or UnsyncedDisk())
+    log = EventLog(*event_files(directory, disk or UnsyncedDisk()))
     log.open(set(uids))
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)
@@ -447,7 +449,7 @@ def test_event_file_with_invalid_contents_is_refused(tmp_path: Path, lines: list
     path = tmp_path / f"{A}.jsonl"
     lines_of(path, *lines)
     with pytest.raises(DamagedError, match=re.escape(str(path))) as damaged:
-        EventLog(tmp_path).open({A})
+        EventLog(*event_files(tmp_path)).open({A})
     assert told in str(damaged.value)
 
 
@@ -585,7 +587,7 @@ async def test_file_that_cannot_be_unlinked_is_logged(tmp_path: Path, caplog: py
 
 
 async def test_events_beyond_the_limit_of_a_vm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orchard.storage.events, "MAX_EVENT_BYTES", 2_000)
+    monkeypatch.setattr(orchard.storage.event_storage, "MAX_EVENT_BYTES", 2_000)
     path = tmp_path / f"{A}.jsonl"
     count = 0
     async with running(tmp_path) as log:

@@ -22,9 +22,10 @@ from orchard.files import HISTORY_FILE
 from orchard.nursery import unwrap_groups
 from orchard.schema import EndedVM
 from orchard.storage.errors import BrokenError, DamagedError
-from orchard.storage.history import History
+from orchard.storage.history import History, history_file
 from orchard.storage.journal import Disk, Journal
-from orchard.storage.lifecycle import LifecycleLog, WaitingEvent, lifecycle_json
+from orchard.storage.lifecycle import LifecycleLog, WaitingEvent, lifecycle_file, lifecycle_json
+from orchard.storage.records import BatchedRecords, RecordFile
 
 A = "aaaaaaaa-0000-4000-8000-000000000000"
 
@@ -39,9 +40,15 @@ async def inline(work: Callable[..., Any], *arguments: Any) -> Any:
     return work(*arguments)
 
 
+def stored_count(records: BatchedRecords[Any]) -> int:
+    """Return the number of records in a file, outdated ones included."""
+    assert isinstance(records.stored, RecordFile)
+    return records.stored.count
+
+
 @asynccontextmanager
 async def running(directory: Path, disk: Disk | None = None) -> AsyncIterator[History]:
-    history = History(directory, disk or UnsyncedDisk(), inline)
+    history = History(history_file(directory, disk or UnsyncedDisk(), inline))
     history.open()
     async with trio.open_nursery() as nursery:
         await nursery.start(history.run)
@@ -55,7 +62,7 @@ def shown(history: History) -> list[int]:
 
 def kept(directory: Path) -> list[int]:
     """Return what a restart finds."""
-    history = History(directory, UnsyncedDisk(), inline)
+    history = History(history_file(directory, UnsyncedDisk(), inline))
     history.open()
     return shown(history)
 
@@ -95,7 +102,7 @@ async def test_history_is_bounded_in_memory_and_on_disk(tmp_path: Path, monkeypa
         for number in range(300):
             history.add(ended(number))
             await history.flush()
-            largest = max(largest, history.file.count)
+            largest = max(largest, stored_count(history))
         assert shown(history) == [*range(280, 300)]
     assert kept(tmp_path) == [*range(280, 300)]
     assert 20 < largest <= 2 * 20 + 10
@@ -259,7 +266,7 @@ def test_history_with_invalid_contents_is_refused(tmp_path: Path, lines: list[An
     journal.close()
     before = path.read_bytes()
     with pytest.raises(DamagedError, match=HISTORY_FILE):
-        History(tmp_path).open()
+        History(history_file(tmp_path)).open()
     assert path.read_bytes() == before
 
 
@@ -272,7 +279,7 @@ def test_lifecycle_events_that_do_not_follow_each_other_are_refused(tmp_path: Pa
     journal.create([json.dumps(line).encode() for line in lines])
     journal.close()
     with pytest.raises(DamagedError, match=A):
-        LifecycleLog(path, Disk()).open({A})
+        LifecycleLog(lifecycle_file(path.parent)).open({A})
 
 
 async def test_file_of_lifecycle_events_is_bounded_while_vms_come_and_go(
@@ -280,7 +287,7 @@ async def test_file_of_lifecycle_events_is_bounded_while_vms_come_and_go(
 ) -> None:
     monkeypatch.setattr(orchard.storage.records, "_SLACK", 10)
     path = tmp_path / "lifecycle.jsonl"
-    log = LifecycleLog(path, UnsyncedDisk(), inline)
+    log = LifecycleLog(lifecycle_file(path.parent, UnsyncedDisk(), inline))
     log.open(())
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)
@@ -289,16 +296,16 @@ async def test_file_of_lifecycle_events_is_bounded_while_vms_come_and_go(
             log.add(WaitingEvent(A, number, lifecycle_json("restarted", number)))
             await log.flush()
             log.drop(f"vm-{number}")
-            assert log.file.count <= 2 * 65 + 10 + 2
+            assert stored_count(log) <= 2 * 65 + 10 + 2
         nursery.cancel_scope.cancel()
-    restarted = LifecycleLog(path, UnsyncedDisk(), inline)
+    restarted = LifecycleLog(lifecycle_file(path.parent, UnsyncedDisk(), inline))
     restarted.open({A})
     assert [(event.number, event.after) for event in restarted.of(A).events] == [(n, n) for n in range(136, 200)]
 
 
 async def test_lifecycle_events_of_a_vm_dropped_during_their_write_are_forgotten(tmp_path: Path) -> None:
     disk = HeldDisk()
-    log = LifecycleLog(tmp_path / "lifecycle.jsonl", disk)
+    log = LifecycleLog(lifecycle_file(tmp_path, disk))
     log.open(())
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)
