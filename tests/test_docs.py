@@ -1,91 +1,239 @@
-"""The examples of the documents, run against a cluster: each block in its document's order, in curl and in Python."""
+"""The documentation: each block is run or checked (tests/README.md has the convention), and links, index and quotes are true."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import textwrap
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
-import trio
+from harness.documents import BACKGROUND, ELSEWHERE, ROOT, SHELL, Block, blocks, check_syntax, matches, session
 
-from orchard import client, schema
-from orchard.client import Client
+from orchard.cli.context import CONTEXT_FILE, Context, Contexts, write_contexts
+from orchard.cli.main import VERBS
 from orchard.codec import attrs_of
 from orchard.schema import TART_VMS, ClusterSettings, VMSpec, Worker
-from orchard.testing import Cluster, cluster
+from orchard.testing import cluster
 from orchard.transitions import LIVE
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 API = DOCS / "api.md"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+# Pages that take more than two seconds.
+SLOW = {"README.md", "access.md", "deploy.md", "embedding.md", "quickstart.md"}
+# The workers of a page that needs others than `orchard dev` has.
+WORKERS: dict[str, list[Worker]] = {
+    "api.md": [Worker(labels={"xcode": "27"}, resources={TART_VMS: 40}) for _ in range(2)],
+}
+# How many blocks of a page are not run, because they need a Mac, root, the internet or other hosts.
+NOT_RUN: dict[str, dict[str, int]] = {
+    "README.md": {"internet": 1},
+    "access.md": {"hosts": 2},
+    "deploy.md": {"hosts": 1},
+    "doctor.md": {"hosts": 2},
+    "offline.md": {"internet": 2},
+    "operating-logs.md": {"root": 1},
+}
+# Languages of blocks that show a file or a picture.
+SHOWN = {"groovy", "haproxy", "ini", "javascript", "json", "nginx", "text", "toml", "xml", "yaml"}
 LIVE_FIELDS = [field.json for field in attrs_of(VMSpec) if field.name in LIVE]
 SETTINGS = [field.json for field in attrs_of(ClusterSettings)]
 
 
-class Block(NamedTuple):
-    language: str
-    line: int
-    text: str
+def params(pages: list[Path]) -> list[object]:
+    return [pytest.param(page, marks=pytest.mark.slow if page.name in SLOW else (), id=page.name) for page in pages]
 
 
-def blocks(document: Path) -> Iterator[Block]:
-    text = document.read_text()
-    for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield Block(found[1], text.count("\n", 0, found.start()) + 1, found[2])
-
-
-def sections(document: Path) -> Iterator[tuple[str, str]]:
-    """Yield title and text of each section."""
-    parts = re.split(r"^## (.*)$", document.read_text(), flags=re.MULTILINE)
-    yield from zip(parts[1::2], parts[2::2], strict=True)
+def starts_controller(page: Path) -> bool:
+    return any(
+        block.word == BACKGROUND and re.search(r"orchard (dev|controller)\b", block.text) for block in blocks(page)
+    )
 
 
 @pytest.mark.needs("curl")
-async def test_examples_of_the_api_reference_work() -> None:
-    described = [Worker(labels={"xcode": "27"}, resources={TART_VMS: 40}) for _ in range(2)]
-    async with cluster(workers=described) as c:
-        for block in blocks(API):
-            with trio.fail_after(60):
-                await {"sh": run_shell, "python": run_python}[block.language](block, c)
+@pytest.mark.parametrize("page", params([page for page in PAGES if any(block.is_run for block in blocks(page))]))
+async def test_page_is_a_session_that_works(page: Path, tmp_path: Path) -> None:
+    if starts_controller(page):
+        await run_page(page, tmp_path, "")
+        return
+    async with cluster(workers=WORKERS.get(page.name, 1)) as c:
+        await run_page(page, tmp_path, c.url)
 
 
-async def run_shell(block: Block, c: Cluster) -> None:
-    # An error of the controller fails a command, and an endless answer is read until its first line.
-    functions = 'curl() { command curl -sS --fail-with-body "$@"; }; '
-    if "$ORCHARD/watch" in block.text:
-        functions = 'curl() { command curl -sS --fail-with-body "$@" | head -n 1; }; '
-    done = await trio.run_process(
-        ["bash", "-euc", functions + block.text],
-        env={"ORCHARD": f"{c.url}/v1", "PATH": "/usr/local/bin:/usr/bin:/bin"},
-        capture_stdout=True,
-        stderr=subprocess.STDOUT,
-        check=False,
-    )
-    assert done.returncode == 0, f"{API}:{block.line}: {done.stdout.decode()}"
+async def run_page(page: Path, directory: Path, url: str) -> None:
+    """Run the blocks of a page in a session whose context is the controller at `url`."""
+    async with session(directory, url.rpartition(":")[2]) as shell:
+        if url:
+            home = directory / "home" / ".orchard"
+            home.mkdir(mode=0o700)
+            write_contexts(home / CONTEXT_FILE, Contexts("local-dev", {"local-dev": Context(url)}))
+        for block in blocks(page):
+            if block.is_run or block.is_file:
+                await shell.run(block, url)
 
 
-async def run_python(block: Block, c: Cluster) -> None:
-    # Behind as many lines as in the document, for the traceback.
-    body = textwrap.indent(block.text, "    ")
-    source = "\n" * (block.line - 1) + f"async def example(client):\n{body}"
-    names: dict[str, Any] = {**vars(schema), **vars(client)}
-    exec(compile(source, str(API), "exec"), names)
-    async with Client(c.url) as fresh:
-        await names["example"](fresh)
+@pytest.mark.parametrize("page", params([page for page in PAGES if any(b.word in ELSEWHERE for b in blocks(page))]))
+def test_commands_for_other_machines_exist_and_are_counted(page: Path, tmp_path: Path) -> None:
+    left_out = [block for block in blocks(page) if block.word in ELSEWHERE]
+    for block in left_out:
+        check_syntax(block, tmp_path)
+    assert NOT_RUN.get(page.name) == Counter(block.word for block in left_out)
+
+
+def test_only_pages_with_blocks_that_are_not_run_are_listed() -> None:
+    assert NOT_RUN.keys() <= {page.name for page in PAGES}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_block_is_of_a_known_kind(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in {*SHELL, "python", *SHOWN}, f"{block}: unknown language"
+        if not block.is_file:
+            known = {"", *ELSEWHERE} if block.language in {*SHELL, "python"} else {""}
+            assert block.word in known | ({BACKGROUND} if block.language == "console" else set()), block
+    # Markdown has a second form of blocks, which would be passed over.
+    text = re.sub(r"^( *)```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    paragraphs = re.split(r"\n\s*\n", text)
+    indented = [each for before, each in pairwise(paragraphs) if is_code(before, each)]
+    assert indented == []
+
+
+def is_code(before: str, paragraph: str) -> bool:
+    """Return whether a paragraph is indented by four and does not belong to a list."""
+    in_list = re.search(r"^\s*([-*]|\d+\.) ", before, re.MULTILINE) or before.startswith("  ")
+    return paragraph.startswith("    ") and not in_list
+
+
+def is_used(block: Block) -> bool:
+    """Return whether a later command of the page, or a later file, names the file of a block."""
+    later = [each for each in blocks(block.page) if each.line > block.line]
+    return any(Path(block.word).stem in each.text for each in later if each.is_run or each.is_file)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_in_a_page_are_used_by_its_commands(page: Path) -> None:
+    unused = [str(block) for block in blocks(page) if block.is_file and not is_used(block)]
+    assert unused == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_verbs_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"`orchard ([a-z][a-z-]*)\b[^`]*`", page.read_text()))
+    assert named - VERBS.keys() == set()
+
+
+# ---- links and index -------------------------------------------------------------------------------------------------
+
+
+def prose(page: Path) -> str:
+    """Return a page without its blocks."""
+    return re.sub(r"^( *)```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's titles, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def links(page: Path) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+LINKING = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "tests" / "README.md"]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{link} does not exist"
+        assert not anchor or anchor in anchors(target), f"{link}: no such title"
+
+
+def test_readme_is_short_and_lists_each_page() -> None:
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().splitlines()) <= 120
+    listed = [link for link in links(readme) if link.startswith("docs/")]
+    missing = {f"docs/{page.name}" for page in DOCS.glob("*.md")} - set(listed)
+    assert missing == set()
+
+
+# ---- the machine itself ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shown", "actual", "same"),
+    [
+        ("a\n", "a\n", True),
+        ("a\n", "a\nb\n", False),
+        ("a\n...\nd\n", "a\nb\nc\nd\n", True),
+        ("a\n...\nd\n", "a\nd\n", True),
+        ("uid ... end\n", "uid 7 end\n", True),
+        ("12:00:01 created\n", "23:59:59 created\n", True),
+        ("Name  Created\nvm  now\n", "Name   Created\nvm     3 seconds ago\n", True),
+        ("0 VMs\n", "1 VMs\n", False),
+        ("1.5\n", "1x5\n", False),
+    ],
+)
+def test_output_is_compared_apart_from_what_differs_between_runs(shown: str, actual: str, same: bool) -> None:
+    assert matches(shown, actual) is same
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "word"),
+    [
+        ("$ echo a\nb\n", "console", ""),
+        ("$ false\n", "console", ""),
+        ("false\ntrue\n", "sh", ""),
+        ("raise SystemExit(3)\n", "python", ""),
+        ("await client.vms.get('none')\n", "python", ""),
+        ("$ echo a\nb\n", "console", BACKGROUND),
+    ],
+)
+async def test_block_that_does_not_work_fails(text: str, language: str, word: str, tmp_path: Path) -> None:
+    async with session(tmp_path) as shell:
+        with pytest.raises((AssertionError, Exception)) as failure:
+            await shell.run(Block(API, 1, language, word, text), "http://127.0.0.1:1")
+    assert failure.type is not TypeError
+
+
+@pytest.mark.parametrize(
+    "text", ["orchard nonsense", "orchard list vms --nonsense", "a | orchard worker run --nonsense", "if"]
+)
+def test_command_for_another_machine_that_does_not_exist_fails(text: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_syntax(Block(API, 1, "sh", "macos", text), tmp_path)
+
+
+def test_command_for_another_machine_that_exists_passes(tmp_path: Path) -> None:
+    text = 'X=1 orchard list vms -q | sort > f\nsudo orchard worker run "https://c:6120" --name "a b" < t && orchard demo &'
+    check_syntax(Block(API, 1, "sh", "macos", text), tmp_path)
+
+
+# ---- the API reference -----------------------------------------------------------------------------------------------
+
+
+def sections(page: Path) -> Iterator[tuple[str, str]]:
+    """Yield title and text of each section."""
+    parts = re.split(r"^## (.*)$", page.read_text(), flags=re.MULTILINE)
+    yield from zip(parts[1::2], parts[2::2], strict=True)
 
 
 def test_each_section_of_the_api_reference_has_examples_in_both_languages() -> None:
     missing = [
         (title, language)
         for title, text in sections(API)
-        for language in ("sh", "python")
-        if f"```{language}\n" not in text
+        for language, words in (("sh", ("sh", "console background")), ("python", ("python",)))
+        if not any(f"```{word}\n" in text for word in words)
     ]
     # `exec` needs a WebSocket.
-    assert missing == [("Rules", "sh"), ("Rules", "python"), ("Running a script", "sh")]
+    assert missing == [("Rules", "python"), ("Running a script", "sh")]
 
 
 async def test_each_capability_of_the_controller_and_no_other_is_described() -> None:
@@ -97,9 +245,3 @@ async def test_each_capability_of_the_controller_and_no_other_is_described() -> 
 @pytest.mark.parametrize("name", [*LIVE_FIELDS, *SETTINGS])
 def test_each_live_field_and_each_setting_is_described(name: str) -> None:
     assert f"`{name}`" in API.read_text()
-
-
-def test_each_link_of_the_api_reference_has_a_target() -> None:
-    text = API.read_text()
-    targets = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title, _ in sections(API)}
-    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) <= targets

@@ -11,7 +11,8 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from orchard.client import Client, ClientError
 from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_port
 from orchard.controller import StartError
 from orchard.daemon import run_main, run_until_signal
-from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory
+from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory, write_private
 from orchard.logs import LogSettings
 from orchard.net.urls import DEFAULT_PORT
 from orchard.schema import VM
@@ -63,6 +64,8 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument(
             "--directory", type=Path, default=_DEV_DIRECTORY, help="directory for state and VMs; default: %(default)s"
         )
+        parser.add_argument("--ready-file", metavar="FILE", type=Path,
+            help='write {"url": URL} to this file when the cluster can be used; it is removed at the end')  # fmt: skip
     parser.add_argument("--synthetic", action="store_true", help="use VMs without a hypervisor even if tart is there")
     parser.add_argument("--debug", action="store_true", help="log to standard error")
     parser.set_defaults(run=run_verb, verb=verb)
@@ -200,4 +203,22 @@ async def _dev(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
             "Any program on this host can use it without credentials. Press Ctrl-C to stop it; state is kept, VMs are not.",
             flush=True,
         )
-        await trio.sleep_forever()
+        with _ready_file(options.ready_file, running.url):
+            await trio.sleep_forever()
+
+
+@contextmanager
+def _ready_file(path: Path | None, url: str) -> Iterator[None]:
+    """Have a file with the controller's URL for the time of the block. Raises StartError if it cannot be written."""
+    if path is None:
+        yield
+        return
+    try:
+        # Whole as soon as it exists: programs wait for it.
+        write_private(path, json.dumps({"url": url}).encode() + b"\n")
+    except OSError as error:
+        raise StartError(f"cannot write {path}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, ORCHARD, call_main, controller, environment, finished, started
+from harness.processes import GENEROUS, ORCHARD, at_last, call_main, controller, environment, finished, started
 from harness.programs import need
 
 from orchard import __version__
@@ -96,15 +96,20 @@ def test_demo_ends_quietly_when_its_output_is_closed(tmp_path: Path) -> None:
 @pytest.mark.needs("curl")
 @pytest.mark.slow
 def test_dev_keeps_its_state(tmp_path: Path) -> None:
-    arguments = ("dev", "--synthetic", "--port", "0", "--directory", str(tmp_path / "dev"), "--workers", "2")
+    ready = tmp_path / "ready.json"
+    arguments = ("dev", "--synthetic", "--port", "0", "--directory", str(tmp_path / "dev"), "--workers", "2",
+        "--ready-file", str(ready))  # fmt: skip
     listening = re.compile(r"orchard .* for development: (\S+),")
     with started("", *arguments, home=tmp_path) as role:
         url = role.wait_for(listening)[1]
+        at_last(ready.exists)
+        assert json.loads(ready.read_text()) == {"url": url}
         body = json.dumps({"name": "vm", "image": "any", "labels": {"no": "worker"}})
         created = json.loads(curl(f"curl {url}/v1/vms -d '{body}'"))
         workers = json.loads(curl(f"curl {url}/v1/workers"))
         assert [worker["name"] for worker in workers] == ["worker-1", "worker-2"]
         assert role.stop(signal.SIGINT) == 0
+        assert not ready.exists()
     with started("", *arguments, home=tmp_path) as role:
         url = role.wait_for(listening)[1]
         (kept,) = json.loads(curl(f"curl {url}/v1/vms"))

@@ -1,0 +1,339 @@
+"""The blocks of the documentation, and the sessions that run them. tests/README.md has the convention.
+
+`blocks` reads a page, `Session` is a shell that runs its commands, `mask` removes what differs from run to run, and
+`check_syntax` looks at commands that this machine cannot run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import pytest
+import trio
+
+from harness.processes import call_main, eventually, free_port
+from orchard import client, schema
+from orchard.cli import main as command
+from orchard.client import Client
+
+ROOT = Path(__file__).parent.parent.parent
+SHELL = {"sh", "console"}
+# Where a block can be run that this machine cannot run.
+ELSEWHERE = {"macos", "root", "internet", "hosts"}
+BACKGROUND = "background"
+# Ports in the pages. A session has free ones in their place.
+PORTS = ("6120", "2222", "8080")
+# For one block, on a busy machine.
+BLOCK_SECONDS = 20
+# What ends the output of a command.
+END = "=-=-="
+
+_FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+# What differs from run to run, and what is compared in its place.
+_MASKS = [
+    (re.compile(pattern), mask)
+    for pattern, mask in (
+        (r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", "UID"),
+        (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:[\d.]+(?:Z|[+-]\d\d:\d\d)?", "TIME"),
+        (r"\b(?:[0-9A-F]{2}:){19,}[0-9A-F]{2}\b", "FINGERPRINT"),
+        (r"\b\d\d:\d\d:\d\d\b", "TIME"),
+        (r"\bnow\b|\b(?:in )?\d+ (?:second|minute|hour|day)s?(?: ago)?\b", "AGO"),
+        (r"\b\d+(?:\.\d+)? ?m?s\b", "SECONDS"),
+        (r"\borchard-bootstrap-token-v0\.[\w.-]+", "TOKEN"),
+        (r"\b[\w-]{31,}(?:\.[\w-]+)*", "TOKEN"),
+        (r"(?<![\d.])\d+\.\d+\.\d+(?![\d.])", "VERSION"),
+        # Columns are as wide as what they hold.
+        (r"(?<=\S) {2,}", "  "),
+        (r"(?m) +$", ""),
+    )
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block: its language, the word behind it, its text, and where it is."""
+
+    page: Path
+    line: int
+    language: str
+    word: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def is_file(self) -> bool:
+        return "." in self.word or "/" in self.word
+
+    @property
+    def is_run(self) -> bool:
+        return self.language in {*SHELL, "python"} and self.word not in ELSEWHERE and not self.is_file
+
+    def commands(self) -> list[tuple[str, str]]:
+        """Return each command of a `console` block, and the output that is shown below it."""
+        found: list[tuple[str, str]] = []
+        for line in self.text.splitlines():
+            if line.startswith("$ "):
+                found.append((line[2:], ""))
+            elif not found:
+                raise AssertionError(f"{self}: a console block begins with a command: $ COMMAND")
+            elif line.startswith("> ") and not found[-1][1]:
+                found[-1] = (f"{found[-1][0]}\n{line[2:]}", "")
+            else:
+                found[-1] = (found[-1][0], f"{found[-1][1]}{line}\n")
+        return found
+
+    def script(self) -> str:
+        """Return the commands of a shell block."""
+        return "\n".join(words for words, _ in self.commands()) if self.language == "console" else self.text
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of a page in their order."""
+    text = page.read_text()
+    for found in _FENCE.finditer(text):
+        language, _, word = found[2].strip().partition(" ")
+        yield Block(page, text.count("\n", 0, found.start()) + 1, language, word, textwrap.dedent(found[3]))
+
+
+def mask(text: str) -> str:
+    for pattern, name in _MASKS:
+        text = pattern.sub(name, text)
+    return text
+
+
+def matches(shown: str, actual: str, *, begins: bool = False) -> bool:
+    """Return whether output is what a page shows: "..." is any text, on a line of its own any number of lines.
+
+    begins: more may follow.
+    """
+    pattern = "".join(
+        "(?:.*\n)*?" if line.strip() == "..." else re.escape(line).replace(r"\.\.\.", ".*") + "\n"
+        for line in mask(shown).splitlines()
+    )
+    return bool(re.fullmatch(pattern + ("(?s:.*)" if begins else ""), mask(actual)))
+
+
+class Session:
+    """A shell that runs the blocks of one page in their order, with `orchard` and `curl` on its PATH."""
+
+    def __init__(self, home: Path, ports: dict[str, str], process: trio.Process) -> None:
+        self._home = home
+        self._ports = ports
+        self._process = process
+        self._unread = b""
+        self._started = 0
+        # Output of the command that was started last.
+        self._shown = ""
+
+    async def run(self, block: Block, url: str) -> None:
+        """Run a block, and raise AssertionError if something is not as the page says."""
+        self._shown = ""
+        with trio.move_on_after(BLOCK_SECONDS) as scope:
+            await self._run(block, url)
+        assert not scope.cancelled_caught, f"{block}: is not over after {BLOCK_SECONDS} s: {self._shown}"
+
+    async def _run(self, block: Block, url: str) -> None:
+        if block.is_file:
+            path = self._home / block.word
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._replace_ports(block.text))
+        elif block.language == "python":
+            await self._run_python(block, url)
+        elif block.word == BACKGROUND:
+            for words, shown in block.commands():
+                await self._start(block, words, shown)
+        elif block.language == "console":
+            for words, shown in block.commands():
+                status, output = await self._execute(words)
+                expected = f"{block}: $ {words}\n{shown}"
+                assert matches(shown, output), f"{expected}--- but was:\n{output}"
+                assert status == 0 or shown, f"{expected}--- ended with {status}"
+        else:
+            status, output = await self._execute(block.text, strict=True)
+            assert status == 0, f"{block}: ended with {status}: {output}"
+
+    async def _execute(self, words: str, *, strict: bool = False) -> tuple[int, str]:
+        """Run commands in the shell, and return exit status and output. strict: end the shell at the first that fails."""
+        script = self._home.parent / "block.sh"
+        script.write_text(self._replace_ports(words))
+        flag = "set -e; " if strict else ""
+        assert self._process.stdin is not None
+        line = f'{flag}. "{script}" < /dev/null; printf "\\n{END} $?\\n"; set +e\n'
+        await self._process.stdin.send_all(line.encode())
+        output = await self._read_output()
+        text, _, status = output.rpartition(f"\n{END} ")
+        return (int(status), self._restore(text)) if status.strip().isdigit() else (1, self._restore(output))
+
+    async def _read_output(self) -> str:
+        assert self._process.stdout is not None
+        while not re.search(rf"\n{END} \d+\n$".encode(), self._unread):
+            data = await self._process.stdout.receive_some()
+            self._unread += data
+            if not data:
+                break
+        output, self._unread = self._unread.decode(), b""
+        return output
+
+    async def _start(self, block: Block, words: str, shown: str) -> None:
+        """Start a command that goes on, and wait for the output that is shown."""
+        self._started += 1
+        log = self._home.parent / f"background-{self._started}"
+        log.touch()
+        # A process group of its own, so that the end of the session reaches what it starts.
+        await self._execute(f'set -m\n{{ {words}\n}} > "{log}" 2>&1 &\nset +m')
+
+        async def is_shown() -> bool:
+            output = self._shown = self._restore(log.read_text())
+            is_running = (await self._execute("kill -0 $!"))[0] == 0
+            assert is_running or matches(shown, output, begins=True), f"{block}: $ {words}\nended:\n{output}"
+            return matches(shown, output, begins=True)
+
+        await eventually(is_shown)
+
+    async def _run_python(self, block: Block, url: str) -> None:
+        """Run a program in the shell; statements with `await` in this process, with a client that is connected."""
+        code = compile(self._replace_ports(block.text), str(block), "exec", flags=_TOP_LEVEL_AWAIT, dont_inherit=True)
+        if not code.co_flags & inspect.CO_COROUTINE:
+            program = self._home.parent / "program.py"
+            program.write_text(self._replace_ports(block.text))
+            status, output = await self._execute(f'python3 "{program}"')
+            assert status == 0, f"{block}: ended with {status}: {output}"
+            return
+        async with Client(url) as connected:
+            await _evaluate(code, {**vars(schema), **vars(client), "client": connected})
+
+    def _replace_ports(self, text: str) -> str:
+        for shown, port in self._ports.items():
+            text = re.sub(rf"\b{shown}\b", port, text)
+        return text
+
+    def _restore(self, text: str) -> str:
+        for shown, port in self._ports.items():
+            text = re.sub(rf"\b{port}\b", shown, text)
+        return text.replace(str(self._home), "~")
+
+
+_TOP_LEVEL_AWAIT = 0x2000
+
+
+async def _evaluate(code: CodeType, names: dict[str, Any]) -> None:
+    waiting = eval(code, names)
+    await waiting
+
+
+@asynccontextmanager
+async def session(directory: Path, port: str = "") -> AsyncIterator[Session]:
+    """Run a shell for the time of the block, in a home of its own. `port` stands for 6120; default: a free one."""
+    home, programs = directory / "home", directory / "bin"
+    home.mkdir(exist_ok=True)
+    ports = {shown: str(free_port()) for shown in PORTS}
+    if port:
+        ports["6120"] = port
+    _write_programs(programs, ports["6120"])
+    (home / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ORCHARD") and name != "PORT"}
+    env = {**kept, "HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}", "NO_COLOR": "1"}
+    process = await trio.lowlevel.open_process(
+        ["bash", "--noprofile", "--norc"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=home,
+        env=env,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with process.stdout:
+        try:
+            async with process.stdin:
+                await process.stdin.send_all(b"trap 'for job in $(jobs -p); do kill -- -$job; done; wait' EXIT\n")
+                yield Session(home, ports, process)
+        finally:
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+
+def _write_programs(directory: Path, port: str) -> None:
+    """Make `orchard`, whose default port is `port`, and the programs of this Python."""
+    directory.mkdir()
+    orchard = (
+        f"#!{sys.executable}\nimport sys\nfrom orchard.net import urls\nurls.DEFAULT_PORT = {port}\n"
+        "from orchard.__main__ import main\nsys.exit(main())\n"
+    )
+    programs = {
+        "orchard": orchard,
+        "python3": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
+        "pytest": f'#!/bin/sh\nexec "{sys.executable}" -m pytest "$@"\n',
+    }
+    for name, text in programs.items():
+        (directory / name).write_text(text)
+        (directory / name).chmod(0o755)
+
+
+# ---- commands that cannot be run here --------------------------------------------------------------------------------
+
+
+class _ParsedError(Exception):
+    """A command line was parsed."""
+
+
+def check_syntax(block: Block, home: Path) -> None:
+    """Raise AssertionError unless the shell can read a block, and the `orchard` command has the verbs and options in it."""
+    script = block.script()
+    done = subprocess.run(["sh", "-n"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{block}: {done.stderr}"
+    for words in orchard_commands(script):
+        assert (said := parsing_error(words, home)) == "", f"{block}: orchard {shlex.join(words)}: {said}"
+
+
+def orchard_commands(script: str) -> Iterator[list[str]]:
+    """Yield the arguments of each `orchard` command of a script."""
+    lexer = shlex.shlex(script.replace("\\\n", " "), posix=True, punctuation_chars="();<>|&\n")
+    lexer.whitespace = " \t"
+    lexer.whitespace_split = True
+    command_words: list[str] = []
+    for token in [*lexer, "\n"]:
+        if not set(token) <= set("();<>|&\n"):
+            command_words.append(token)
+            continue
+        for at, word in enumerate(command_words):
+            if word == "orchard" or word.endswith(("/orchard", "orchard.pyz")):
+                yield command_words[at + 1 :]
+                break
+        # What follows is the name of a file.
+        command_words = ["<"] if set(token) & set("<>") else []
+
+
+def parsing_error(words: Sequence[str], home: Path) -> str:
+    """Return what is wrong with a command line, "" if its verb and its options exist."""
+
+    def parsed(parse: Any) -> Any:
+        def parse_and_end(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+            parse(self, *args, **kwargs)
+            raise _ParsedError
+
+        return parse_and_end
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, parsed(getattr(argparse.ArgumentParser, name)))
+        try:
+            status, _, said = call_main(command.main, *words, home=home)
+        except _ParsedError:
+            return ""
+    return said if status else ""
