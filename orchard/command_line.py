@@ -35,18 +35,21 @@ _OLD_DATA = {
 
 
 class HomeError(Exception):
-    """An earlier version has left data where this one does not look; str() has the command that moves it."""
+    """There is no directory, or an earlier version has left data elsewhere; str() has the remedy."""
 
 
 def orchard_home(role: Literal["controller", "worker", "command"]) -> Path:
     """Return the directory for what Orchard stores: $ORCHARD_HOME/.orchard, or ~/.orchard without that variable.
 
     Raises HomeError if `role` has data in $ORCHARD_HOME itself, where an earlier version kept it, and none here: a
-    controller would start with an empty state, and a worker would not know its VMs.
+    controller would start with an empty state, and a worker would not know its VMs. Also for a user without a home.
     """
     given = os.environ.get("ORCHARD_HOME")
     if not given:
-        return Path.home() / _DIRECTORY
+        try:
+            return Path.home() / _DIRECTORY
+        except RuntimeError:
+            raise HomeError("this user has no home directory; set ORCHARD_HOME to a directory of its own") from None
     old, home = Path(given), Path(given) / _DIRECTORY
     sign, *patterns = _OLD_DATA[role]
     if (old / sign).exists() and not (home / sign).exists():
@@ -109,25 +112,28 @@ def parse_port(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """Parse a time span in seconds, above 0."""
+    """Parse a time span in seconds, above 0: a number, or one such as 3m0s."""
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
+        value = _duration(text)
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'time span is "{text}", expected a number of seconds above 0')
+        raise argparse.ArgumentTypeError(f'time span is "{text}", expected a time above 0, in seconds or such as 3m0s')
     return value
 
 
 def parse_duration(text: str) -> int:
     """Parse a time span such as 90, 90s, 3m, 3m0s or 1h30m, of at least a second, in seconds."""
-    match = _DURATION.fullmatch(text)
-    seconds = (
-        0 if match is None else sum(int(part or 0) * size for part, size in zip(match.groups(), _UNITS, strict=True))
-    )
+    seconds = _duration(text)
     if not seconds:
         raise argparse.ArgumentTypeError(f'time span is "{text}", expected one such as 90s, 3m or 1h30m')
     return seconds
+
+
+def _duration(text: str) -> int:
+    """Return the seconds of a text such as 3m0s; 0 if it is none."""
+    match = _DURATION.fullmatch(text)
+    return 0 if match is None else sum(int(part or 0) * size for part, size in zip(match.groups(), _UNITS, strict=True))
 
 
 def parse_count(text: str) -> int:

@@ -82,9 +82,15 @@ DEFAULT_IDLE_TIMEOUT = Limits().first_byte_seconds
 _SCRAPE_LIMITS = Limits(connections=64, unauthenticated=64, unauthenticated_of_source=64)
 # Time for the requests under way at a stop.
 _GRACE_SECONDS = 10.0
-_HOST_DIRS_NOTE = (
-    "--insecure-allow-host-dirs has no effect: the hostDirPolicies of the cluster settings decide what a VM may mount"
-)
+# From an option of existing service files to its value, if it has one, and why it has no effect.
+_IGNORED_OPTIONS = {
+    "--insecure-allow-host-dirs": ("", "the hostDirPolicies of the cluster settings decide what a VM may mount"),
+    "--experimental-disable-db-compression": ("", "the state is stored as JSON lines"),
+    "--no-experimental-rpc-v2": ("", "workers are always served by RPC v2"),
+    "--listen-pprof": ("ADDRESS", "this is not a Go program; see --debug"),
+    "--exec-session-retention-ttl": ("D", "a command ends with its connection"),
+    "--exec-ssh-connection-keepalive-interval": ("D", "WebSockets are pinged; see --ping-interval"),
+}
 _RENEW_GIVEN = "replace the files of --controller-cert and --controller-key; they are read again within a minute"
 _RENEW_SELF_SIGNED = (
     "to make another one, stop the controller, remove the certificate and its key, start it again, and pass each worker"
@@ -541,7 +547,7 @@ def controller_parser() -> CommandLine:
     )
     add = parser.add_argument
     port = os.environ.get("PORT") or str(DEFAULT_PORT)
-    add("--listen", metavar="HOST:PORT", type=parse_address, default=f":{port}",
+    add("-l", "--listen", metavar="HOST:PORT", type=parse_address, default=f":{port}",
         help=f"address to serve on; default :{DEFAULT_PORT} on all addresses, the port from $PORT")  # fmt: skip
     add(
         "--data-dir",
@@ -569,7 +575,6 @@ def controller_parser() -> CommandLine:
     add("--insecure-ssh-no-client-auth", action="store_true", help="serve SSH without authentication")
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
     add("--insecure-no-auth", action="store_true", help="serve the API without authentication: anyone may do anything")
-    add("--insecure-allow-host-dirs", action="store_true", help="accepted for existing service files, without effect")
     add("--allow-origin", metavar="URL", type=_parse_with(normal_origin), action="append", default=[],
         help="origin of web pages that may send requests, beside the controller's own, such as https://orchard.example.com"
         " where a proxy rewrites the header Host; repeatable")  # fmt: skip
@@ -578,7 +583,7 @@ def controller_parser() -> CommandLine:
         " addresses; repeatable")  # fmt: skip
     add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=DEFAULT_OFFLINE_TIMEOUT,
         help="seconds without contact after which a worker is offline and its VMs fail; default %(default)g")  # fmt: skip
-    add("--ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
+    add("--ping-interval", "--experimental-ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
         help="seconds between two pings on each WebSocket, and of silence before an empty line in a watch; less than the"
         " idle limit of any proxy; default %(default)g")  # fmt: skip
     add("--idle-timeout", metavar="S", type=parse_seconds, default=DEFAULT_IDLE_TIMEOUT,
@@ -589,8 +594,23 @@ def controller_parser() -> CommandLine:
         help="address to serve /metrics on, over plain HTTP and without credentials; default: none, only /v1/metrics with"
         " them")  # fmt: skip
     add("--metrics-per-worker", action="store_true", help="metrics of each worker, beside those of the whole cluster")
+    _add_ignored_options(parser)
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
+
+
+def _add_ignored_options(parser: CommandLine) -> None:
+    """Accept the options of existing service files that have no effect. `ignored` becomes the list of those that are given."""
+    add = parser.add_argument_group("accepted for existing service files, without effect").add_argument
+    for option, (value, _) in _IGNORED_OPTIONS.items():
+        if value:
+            add(option, metavar=value, dest="ignored", action="append", type=partial(_option_name, option))
+        else:
+            add(option, dest="ignored", action="append_const", const=option)
+
+
+def _option_name(option: str, _value: str) -> str:
+    return option
 
 
 def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, LogSettings]:
@@ -604,8 +624,8 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, Log
         parser.error("--controller-cert and --controller-key must be given together")
     if options.insecure_no_tls and options.controller_cert is not None:
         parser.error("--insecure-no-tls and --controller-cert cannot be combined")
-    if options.insecure_allow_host_dirs:
-        print(f"orchard controller: {_HOST_DIRS_NOTE}", file=sys.stderr)
+    for option in dict.fromkeys(options.ignored or ()):
+        print(f"orchard controller: {option} has no effect: {_IGNORED_OPTIONS[option][1]}", file=sys.stderr)
     host, port = options.listen
     settings = ControllerSettings(
         data_dir=options.data_dir or orchard_home("controller") / "controller",
@@ -647,13 +667,22 @@ def announce(running: Running, out: TextIO) -> None:
     print(f"orchard controller {__version__} is listening on {running.url}", file=out, flush=True)
 
 
-async def run_and_announce(settings: ControllerSettings) -> None:
-    """Run a controller until a signal to stop; a second one ends it without waiting for requests in progress."""
+OnStart = Callable[[ControllerSettings, Running], None]
+
+
+async def run_and_announce(settings: ControllerSettings, on_start: OnStart | None = None) -> None:
+    """Run a controller until a signal to stop; a second one ends it without waiting for requests in progress.
+
+    `on_start` is called in a thread when the controller serves, before it says so.
+    """
     stop = trio.Event()
 
     async def control() -> None:
         async with trio.open_nursery() as nursery:
-            announce(await nursery.start(partial(run, settings, stop=stop)), sys.stdout)
+            running = await nursery.start(partial(run, settings, stop=stop))
+            if on_start is not None:
+                await trio.to_thread.run_sync(on_start, settings, running)
+            announce(running, sys.stdout)
 
     await run_until_signal(control, stop=stop)
 
@@ -670,15 +699,16 @@ def collect_garbage_less() -> None:
     gc.set_threshold(*_GC_THRESHOLDS)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Return the exit status."""
+def main(argv: Sequence[str] | None = None, on_start: OnStart | None = None) -> int:
+    """Run the command line. Return the exit status. `on_start` is called in a thread when the controller serves."""
     try:
         settings, log = _parse_settings(argv)
     except HomeError as error:
         print(f"orchard controller: {error}", file=sys.stderr)
         return 1
     collect_garbage_less()
-    return run_main("orchard controller", partial(run_and_announce, settings), {StartError: 1, BrokenError: 1}, log)
+    work = partial(run_and_announce, settings, on_start)
+    return run_main("orchard controller", work, {StartError: 1, BrokenError: 1}, log)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 
 # As on a Mac.
-_VMS_PER_WORKER = 2
+VMS_PER_WORKER = 2
 # For requests in progress at the end of the cluster.
 _GRACE_SECONDS = 1.0
 # For the VMs of a worker that is away at the end of the cluster.
@@ -106,7 +106,7 @@ class Cluster(ClusterOf[Client, "ClusterWorker"]):
 async def cluster(
     workers: int | Sequence[Worker] = 1,
     *,
-    vms_per_worker: int = _VMS_PER_WORKER,
+    vms_per_worker: int = VMS_PER_WORKER,
     auth: bool = False,
     tls: bool = False,
     ssh: bool = False,
@@ -114,6 +114,7 @@ async def cluster(
     port: int = 0,
     driver: Callable[[str], Driver] | None = None,
     worker_offline_timeout: float = controller.DEFAULT_OFFLINE_TIMEOUT,
+    api_prefix: str = "",
 ) -> AsyncIterator[Cluster]:
     """Run a cluster for the time of an `async with` block under trio.
 
@@ -127,6 +128,7 @@ async def cluster(
     port: TCP port of the controller on 127.0.0.1; 0 means any free port.
     driver: returns the driver of the worker with the given name; by default one for synthetic VMs.
     worker_offline_timeout: seconds without contact after which a worker is offline and its VMs fail.
+    api_prefix: path before /v1, such as /orchard.
 
     Raises orchard.controller.StartError if the controller cannot start, for example because the port is in use.
     """
@@ -141,6 +143,7 @@ async def cluster(
             auth=auth,
             ssh=("127.0.0.1", 0) if ssh else None,
             worker_offline_timeout=worker_offline_timeout,
+            prefix=api_prefix,
         )
         # The controller ends last, since the workers report the end of their VMs to it.
         async with _run_controller(settings) as running:

@@ -88,7 +88,7 @@ def test_parse_resources() -> None:
             "HOST:PORT, [IPV6]:PORT or :PORT",
         ),
         (command_line.parse_port, ["", "65536", "-1", "http", "٣", "9" * 5000], "a whole number from 0 to 65535"),
-        (command_line.parse_seconds, ["", "0", "-1", "nan", "inf", "1e999", "5s", "1,5"], "above 0"),
+        (command_line.parse_seconds, ["", "0", "-1", "nan", "inf", "1e999", "0s", "5 s", "1,5"], "above 0"),
         (
             command_line.parse_count,
             ["", "0", "-1", "+1", "1.0", "1_0", "٣", str(MAX_AMOUNT + 1), "9" * 5000],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
@@ -55,7 +55,18 @@ def _create(options: argparse.Namespace) -> int:
     contexts = read_contexts(path)
     if options.name in contexts.by_name and not options.force:
         raise CommandError(f'context "{options.name}" exists already; --force replaces it')
-    context = _described(options)
+    token = options.service_account_token or os.environ.get("ORCHARD_SERVICE_ACCOUNT_TOKEN", "")
+    text = options.bootstrap_token or ""
+    trust = TrustAnchor(sys.stdin.readline() if text == "-" else text, options.fingerprint, options.no_pki)
+    url = join_urls(parsed_urls(options.url))
+    context = trusted_context(Context(url, None, options.service_account_name, token), trust)
+    check_credentials(context)
+    write_contexts(path, contexts.with_context(options.name, context))
+    return 0
+
+
+def check_credentials(context: Context) -> None:
+    """Raise CommandError unless the controller accepts the credentials of a context."""
     with ControllerConnection(context) as controller:
         try:
             controller.call("GET", "/")
@@ -64,23 +75,28 @@ def _create(options: argparse.Namespace) -> int:
                 hint = "; name the account with --service-account-name and its token with --service-account-token"
                 raise CommandError(f"{error}{hint}") from None
             raise
-    write_contexts(path, contexts.with_context(options.name, context))
-    return 0
 
 
-def _described(options: argparse.Namespace) -> Context:
-    """Return the context that the options describe, with a certificate that is trusted. Raises CommandError."""
-    servers = parsed_urls(options.url)
-    url = join_urls(servers)
-    token = options.service_account_token or os.environ.get("ORCHARD_SERVICE_ACCOUNT_TOKEN", "")
-    context = Context(url, None, options.service_account_name, token)
-    text = options.bootstrap_token or ""
-    if text:
-        context = _from_bootstrap_token(url, sys.stdin.readline() if text == "-" else text)
-    if not servers[0].is_tls:
+@dataclass(frozen=True, slots=True)
+class TrustAnchor:
+    """What makes a controller's certificate trusted: a bootstrap token, a fingerprint, this host's CAs, or the user."""
+
+    bootstrap_token: str = field(default="", repr=False)
+    fingerprint: str | None = None
+    no_pki: bool = False
+
+
+def trusted_context(context: Context, trust: TrustAnchor) -> Context:
+    """Return a context with a certificate that is trusted, and with the credentials of the bootstrap token, if any.
+
+    Raises CommandError.
+    """
+    if trust.bootstrap_token:
+        context = _from_bootstrap_token(context.url, trust.bootstrap_token)
+    if not parsed_urls(context.url)[0].is_tls:
         return replace(context, certificate=None)
-    if context.certificate is None and (options.no_pki or options.fingerprint or not _is_trusted(context)):
-        context = replace(context, certificate=_accepted_certificate(url, options.fingerprint))
+    if context.certificate is None and (trust.no_pki or trust.fingerprint or not _is_trusted(context)):
+        context = replace(context, certificate=_accepted_certificate(context.url, trust.fingerprint))
     return context
 
 

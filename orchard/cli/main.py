@@ -14,10 +14,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from orchard import __version__
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
 from orchard.command_line import CommandLine, HomeError, suggest
+
+if TYPE_CHECKING:
+    from orchard.controller import ControllerSettings, Running
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ VERBS: Mapping[str, Verb] = {
     "status": Verb("views", "show the fleet on one screen"),
     "top": Verb("views", "show the fleet again and again"),
     "describe": Verb("views", "show all of a VM or a worker; why a VM waits, and what would help"),
+    "login": Verb("login", "log in to a controller, and use it by default"),
     "context": Verb("contexts", "the controllers that this command knows"),
     "create": Verb("create", "create a VM, a service account, or an access token for a VM"),
     "list": Verb("resources", "list VMs, workers or service accounts"),
@@ -123,10 +128,16 @@ def _run(words: list[str]) -> int:
     if name in ROLE_VERBS:
         # The existing command has the word "run" before the options.
         options_of_role = rest[1:] if rest[:1] == ["run"] else rest
-        return int(_load(name).main(options_of_role))
-    parser = make_parser(name)
-    options = _parse_command(parser, rest) if parser.is_intermixed else parser.parse_args(rest)
+        return int(_load(name).main(options_of_role, *([_remember_controller] if name == "controller" else [])))
+    options = parse_options(make_parser(name), rest)
     return int(options.run(options))
+
+
+def _remember_controller(settings: ControllerSettings, running: Running) -> None:
+    """Have the user who starts a controller reach it by the command."""
+    from orchard.cli.session import remember_controller
+
+    remember_controller(settings, running)
 
 
 def make_parser(name: str, part: str = "") -> CommandLine:
@@ -158,8 +169,10 @@ def _load(name: str, module: str = "") -> ModuleType:
         raise CommandError(f"orchard {name} runs on macOS and Linux alone: this system has no {error.name}") from None
 
 
-def _parse_command(parser: CommandLine, words: list[str]) -> argparse.Namespace:
-    """Parse a command line that ends with a command, before which `--` may stand."""
+def parse_options(parser: CommandLine, words: list[str]) -> argparse.Namespace:
+    """Parse the words after a verb, which may end with a command, with `--` before it or not."""
+    if not parser.is_intermixed:
+        return parser.parse_args(words)
     at = words.index("--") if "--" in words else len(words)
     options: argparse.Namespace = parser.parse_intermixed_args(words[:at])
     options.command += words[at + 1 :]

@@ -9,15 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from orchard.cli.connection import ControllerConnection, path_of
-from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.failure import OVERDUE, USAGE, CommandError
 from orchard.cli.output import format_age, format_map, print_json, print_pairs, print_table
 from orchard.cli.session import add_context_option, chosen_context, open_connection, require_capability
-from orchard.command_line import CommandLine, suggest
+from orchard.command_line import CommandLine, parse_duration, suggest
+
+# Between two looks at a worker whose VMs are waited for.
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,9 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument("--dry-run", action="store_true", help="print what would be deleted, and delete nothing")
     if verb == "list":
         parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
+    if verb == "pause":
+        parser.add_argument("--wait", metavar="SECONDS", type=parse_duration,
+            help="wait for its VMs to end; with exit status 124 when they have not by then")  # fmt: skip
     if verb in ("list", "get"):
         parser.add_argument(
             "-o", "--output", choices=("table", "json", "name"), default="table", help="default: %(default)s"
@@ -319,7 +326,18 @@ def _pause(options: argparse.Namespace) -> int:
     find_kind(options.kind, (_WORKER,))
     with open_connection(options) as controller:
         set_paused(controller, options.name, options.verb == "pause")
+        if getattr(options, "wait", None) is not None:
+            _wait_empty(controller, options.name, options.wait)
     return 0
+
+
+def _wait_empty(controller: ControllerConnection, worker: str, seconds: int) -> None:
+    """Wait until a worker has no VMs. Raises CommandError when it has some after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while number := len(controller.call("GET", "/vms", query={"filter": f"worker={worker}"})):
+        if time.monotonic() >= deadline:
+            raise CommandError(f'worker "{worker}" is paused and still has {number} VMs after {seconds} s', OVERDUE)
+        time.sleep(_POLL_SECONDS)
 
 
 def set_paused(controller: ControllerConnection, worker: str, paused: bool) -> None:

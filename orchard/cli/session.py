@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import argparse
 import os
+import ssl
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchard.cli.connection import ANSWER_SECONDS, ControllerConnection
 from orchard.cli.context import CONTEXT_FILE, Context, choose_context, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
 from orchard.command_line import CommandLine, HomeError, orchard_home
+
+if TYPE_CHECKING:
+    from orchard.controller import ControllerSettings, Running
+
+# Of a controller that this user has started.
+_BOOTSTRAP_CONTEXT = "bootstrap-context"
 
 
 def add_context_option(parser: CommandLine) -> None:
@@ -29,6 +37,26 @@ def remember_context(name: str, context: Context) -> None:
             write_contexts(context_path(), contexts.with_context(name, context))
     except (CommandError, HomeError) as error:
         print(f"orchard: the context {name} is not stored: {error}", file=sys.stderr)
+
+
+def remember_controller(settings: ControllerSettings, running: Running) -> None:
+    """Store the context of a controller that was started, if the start knows the credentials of its administrator."""
+    from orchard.auth import BOOTSTRAP_ADMIN
+    from orchard.net.tls import pem_to_der
+
+    if running.new_admin is not None:
+        account, token = running.new_admin.name, running.new_admin.token
+    elif settings.admin_token:
+        account, token = BOOTSTRAP_ADMIN, settings.admin_token
+    elif settings.auth:
+        return
+    else:
+        account = token = ""
+    certificate = running.certificate
+    if settings.certificate is not None:
+        # It is for another name than the address of this host.
+        certificate = ssl.DER_cert_to_PEM_cert(pem_to_der(settings.certificate.read_bytes())).encode()
+    remember_context(_BOOTSTRAP_CONTEXT, Context(running.url, certificate, account, token))
 
 
 def chosen_context(options: argparse.Namespace) -> Context:

@@ -22,15 +22,15 @@ from orchard import __version__
 from orchard.cli.context import Context
 from orchard.cli.session import remember_context
 from orchard.client import Client, ClientError
-from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_port
-from orchard.controller import StartError
+from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_port, parse_resources
+from orchard.controller import StartError, parse_api_prefix
 from orchard.daemon import run_main, run_until_signal
 from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory, write_private
 from orchard.logs import LogSettings
 from orchard.net.urls import DEFAULT_PORT
-from orchard.schema import VM
+from orchard.schema import TART_VMS, VM, Worker
 from orchard.tart import TartDriver
-from orchard.testing import Cluster, cluster
+from orchard.testing import VMS_PER_WORKER, Cluster, cluster
 from orchard.vm.driver import Driver
 
 _SCRIPT = """\
@@ -62,8 +62,19 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         )
         parser.add_argument("--workers", type=parse_count, default=1, help="number of workers; default: %(default)s")
         parser.add_argument(
-            "--directory", type=Path, default=_DEV_DIRECTORY, help="directory for state and VMs; default: %(default)s"
+            "-d",
+            "--data-dir",
+            "--directory",
+            dest="directory",
+            metavar="DIR",
+            type=Path,
+            default=_DEV_DIRECTORY,
+            help="directory for state and VMs; default: %(default)s",
         )
+        parser.add_argument(
+            "--resources", metavar="K=N,..", type=parse_resources, default={}, help="resources of each worker"
+        )
+        parser.add_argument("--api-prefix", metavar="P", type=parse_api_prefix, default="", help="path before /v1")
         parser.add_argument("--ready-file", metavar="FILE", type=Path,
             help='write {"url": URL} to this file when the cluster can be used; it is removed at the end')  # fmt: skip
     parser.add_argument("--synthetic", action="store_true", help="use VMs without a hypervisor even if tart is there")
@@ -191,8 +202,13 @@ It runs until you press Ctrl-C. From another terminal:
 
 async def _dev(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
     """Run a controller and workers until cancelled. Raises StartError."""
+    resources = {TART_VMS: VMS_PER_WORKER, **options.resources}
     async with cluster(
-        workers=options.workers, driver=make_driver, directory=options.directory, port=options.port
+        workers=[Worker(resources=resources)] * options.workers,
+        driver=make_driver,
+        directory=options.directory,
+        port=options.port,
+        api_prefix=options.api_prefix,
     ) as running:
         remember_context(_DEV_CONTEXT, Context(running.url))
         print(

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from harness.processes import GENEROUS, ORCHARD, call_main, command, controller, environment
+from harness.terminals import terminal
 
 from orchard.auth import BootstrapToken
-from orchard.cli.context import Context, Contexts, read_contexts
+from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.main import main
 from orchard.files import TLS_CERTIFICATE_FILE
 from orchard.net.tls import fingerprint
@@ -126,3 +127,61 @@ def test_contexts_are_listed_chosen_and_deleted(site: Site, tmp_path: Path) -> N
     assert listed() == [["b", site.url]]
     assert call_main(main, "context", "delete", "a", home=tmp_path)[0] == 1
     assert call_main(main, "context", "default", "a", home=tmp_path)[0] == 1
+
+
+# ---- login -----------------------------------------------------------------------------------------------------------
+
+
+def log_in(home: Path, *words: str, stdin: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command("", "login", *words), input=stdin, capture_output=True, text=True, env=environment(home), check=False
+    )
+
+
+def test_login_by_a_bootstrap_token_makes_the_default_context(site: Site, tmp_path: Path) -> None:
+    write_contexts(tmp_path / ORCHARD / "orchard.yml", Contexts("other", {"other": Context("https://other:6120")}))
+    token = str(BootstrapToken("bootstrap-admin", TOKEN, site.certificate))
+    done = log_in(tmp_path, site.url, "--bootstrap-token-stdin", stdin=f"{token}\n")
+    assert (done.returncode, done.stdout) == (0, "")
+    found = contexts(tmp_path)
+    assert (found.default, found.find(found.default)) == ("127.0.0.1", site.context)
+    assert found.find("other").url == "https://other:6120"
+    # Of the same controller, the same context.
+    shown = ("--fingerprint", fingerprint(site.certificate), "--service-account-name", "bootstrap-admin")
+    done = log_in(tmp_path, site.url, *shown, "--service-account-token-stdin", stdin=f"{TOKEN}\n")
+    assert (done.returncode, contexts(tmp_path)) == (0, found)
+    assert log_in(tmp_path, site.url, "--bootstrap-token-stdin", "--name", "mine", stdin=token).returncode == 0
+    assert contexts(tmp_path).default == "mine"
+
+
+def test_login_that_fails_stores_nothing_and_sends_no_credentials_to_a_stranger(site: Site, tmp_path: Path) -> None:
+    known, account = ("--fingerprint", fingerprint(site.certificate)), ("--service-account-name", "bootstrap-admin")
+    by_stdin = "--service-account-token-stdin"
+    for words, stdin, status in (
+        ((*known, *account, by_stdin), "wrong\n", 1),
+        ((*known, *account, by_stdin), "", 1),
+        ((*known, *account), "", 2),
+        ((*account, by_stdin), TOKEN, 1),
+        (("--fingerprint", "00:11", *account, by_stdin), TOKEN, 1),
+        (("--bootstrap-token-stdin",), "nonsense", 1),
+        (("--bootstrap-token-stdin", by_stdin), "x\ny\n", 2),
+        (("--bootstrap-token-stdin", *known), "x\n", 2),
+    ):
+        done = log_in(tmp_path, site.url, *words, stdin=stdin)
+        assert (done.returncode, done.stdout) == (status, ""), words
+        assert "Traceback" not in done.stderr
+    assert contexts(tmp_path) == Contexts()
+
+
+def test_login_asks_for_what_is_missing_and_hides_the_token(site: Site, tmp_path: Path) -> None:
+    with terminal(command("", "login", site.url), environment(tmp_path)) as shown:
+        shown.read_until(re.escape(fingerprint(site.certificate)))
+        shown.read_until(r"\[y/N\] ")
+        shown.type("y\n")
+        shown.read_until("Service account: ")
+        shown.type("bootstrap-admin\n")
+        shown.read_until("Token: ")
+        shown.type(f"{TOKEN}\n")
+        assert shown.finish() == 0
+        assert TOKEN not in shown.said
+    assert contexts(tmp_path).find("127.0.0.1") == site.context
