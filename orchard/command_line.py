@@ -12,7 +12,8 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,23 @@ class CommandLine(argparse.ArgumentParser):
             if name.startswith("-"):
                 self.error(f"unknown option {name}{suggest(name, self._option_string_actions)}")
         return options, unknown
+
+
+def add_ignored_options(parser: CommandLine, values: Mapping[str, str]) -> None:
+    """Accept options that have no effect; `ignored` becomes the list of those that are given, or None.
+
+    `values` maps each to the name of its value; "" for one without a value.
+    """
+    add = parser.add_argument_group("accepted for existing service files, without effect").add_argument
+    for option, value in values.items():
+        if value:
+            add(option, metavar=value, dest="ignored", action="append", type=partial(_option_name, option))
+        else:
+            add(option, dest="ignored", action="append_const", const=option)
+
+
+def _option_name(option: str, _value: str) -> str:
+    return option
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

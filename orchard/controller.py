@@ -32,7 +32,7 @@ import trio
 from orchard import __version__, auth
 from orchard.api import API, ControllerParts
 from orchard.cluster import ClusterIdentity
-from orchard.command_line import CommandLine, HomeError, orchard_home, parse_address, parse_seconds
+from orchard.command_line import CommandLine, HomeError, add_ignored_options, orchard_home, parse_address, parse_seconds
 from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
 from orchard.deadlines import Deadlines, StoredClock
 from orchard.figures import make_figures
@@ -594,23 +594,9 @@ def controller_parser() -> CommandLine:
         help="address to serve /metrics on, over plain HTTP and without credentials; default: none, only /v1/metrics with"
         " them")  # fmt: skip
     add("--metrics-per-worker", action="store_true", help="metrics of each worker, beside those of the whole cluster")
-    _add_ignored_options(parser)
+    add_ignored_options(parser, {option: value for option, (value, _) in _IGNORED_OPTIONS.items()})
     add("--version", action="version", version=f"orchard {__version__}")
     return parser
-
-
-def _add_ignored_options(parser: CommandLine) -> None:
-    """Accept the options of existing service files that have no effect. `ignored` becomes the list of those that are given."""
-    add = parser.add_argument_group("accepted for existing service files, without effect").add_argument
-    for option, (value, _) in _IGNORED_OPTIONS.items():
-        if value:
-            add(option, metavar=value, dest="ignored", action="append", type=partial(_option_name, option))
-        else:
-            add(option, dest="ignored", action="append_const", const=option)
-
-
-def _option_name(option: str, _value: str) -> str:
-    return option
 
 
 def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, LogSettings]:

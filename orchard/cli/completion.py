@@ -89,7 +89,7 @@ _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Proposal:
     """A word that is proposed, and what it is for."""
 
     word: str
@@ -133,7 +133,7 @@ def _complete(options: argparse.Namespace) -> int:
     return 0
 
 
-def _written(found: Candidate, shell: str, current: str) -> str:
+def _written(found: Proposal, shell: str, current: str) -> str:
     """Return a candidate as a shell wants it."""
     about = " ".join(printable(found.about).split())
     if found.word == _FILES:
@@ -162,11 +162,11 @@ def _split(line: str) -> list[str]:
     return []
 
 
-def find_candidates(words: Sequence[str]) -> list[Candidate]:
+def find_candidates(words: Sequence[str]) -> list[Proposal]:
     """Return what the last word of a command line may become; the first word is the verb."""
     *before, current = words or [""]
     if not before:
-        found: Iterator[Candidate] = (Candidate(name, verb.help) for name, verb in VERBS.items() if verb.help)
+        found: Iterator[Proposal] = (Proposal(name, verb.help) for name, verb in VERBS.items() if verb.help)
     else:
         try:
             found = _candidates(before, current)
@@ -175,12 +175,12 @@ def find_candidates(words: Sequence[str]) -> list[Candidate]:
     return [candidate for candidate in found if candidate.word.startswith(current) or candidate.word == _FILES]
 
 
-def _candidates(before: list[str], current: str) -> Iterator[Candidate]:
+def _candidates(before: list[str], current: str) -> Iterator[Proposal]:
     name, *rest = before
     if name not in VERBS:
         return
     if name in ROLE_VERBS and not rest:
-        yield from map(Candidate, ("run", *INSTALL_VERBS))
+        yield from map(Proposal, ("run", *INSTALL_VERBS))
         return
     parser = make_parser(name, rest[0] if name in ROLE_VERBS else "")
     position = _find_position(parser, name, rest[1:] if name in ROLE_VERBS else rest)
@@ -195,16 +195,16 @@ def _candidates(before: list[str], current: str) -> Iterator[Candidate]:
             yield from _options(position.parser)
         elif action is not None:
             position.action = action
-            yield from (Candidate(f"{option}={each.word}", each.about) for each in _values(position, value))
+            yield from (Proposal(f"{option}={each.word}", each.about) for each in _values(position, value))
     elif position.action is not None:
         yield from _values(position, current)
 
 
-def _options(parser: CommandLine) -> Iterator[Candidate]:
+def _options(parser: CommandLine) -> Iterator[Proposal]:
     for action in parser._actions:
         if action.help != argparse.SUPPRESS:
             about = (action.help or "").replace("%%", "%")
-            yield from (Candidate(name, about.partition(";")[0]) for name in action.option_strings)
+            yield from (Proposal(name, about.partition(";")[0]) for name in action.option_strings)
 
 
 def _is_option(action: argparse.Action) -> bool:
@@ -239,52 +239,50 @@ def _find_position(parser: CommandLine, verb: str, words: Sequence[str]) -> _Pos
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def _values(position: _Position, current: str) -> Iterator[Candidate]:
+def _values(position: _Position, current: str) -> Iterator[Proposal]:
     """Yield the values of the argument at a position that may begin with `current`."""
     action = position.action
     assert action is not None
     if isinstance(action, argparse._SubParsersAction):
-        yield from (Candidate(choice.dest, choice.help or "") for choice in action._choices_actions)
+        yield from (Proposal(choice.dest, choice.help or "") for choice in action._choices_actions)
     elif action.choices is not None:
-        yield from map(Candidate, action.choices)
+        yield from map(Proposal, action.choices)
     elif action.dest in position.parser.completions:
-        yield from map(Candidate, position.parser.completions[action.dest])
+        yield from map(Proposal, position.parser.completions[action.dest])
     elif action.dest == _CONTEXT:
         yield from _names(_CONTEXT, position, current)
     elif action.dest in ("source", "target"):
         if ":" not in current and "/" not in current:
-            yield from (Candidate(f"{name.word}:") for name in _names("vm", position, current))
-        yield Candidate(_FILES)
+            yield from (Proposal(f"{name.word}:") for name in _names("vm", position, current))
+        yield Proposal(_FILES)
     elif action.dest in ("name", "account"):
         yield from _resource_names(position, current)
     elif action.type is Path or action.dest in ("file", "command"):
-        yield Candidate(_FILES)
+        yield Proposal(_FILES)
 
 
-def _resource_names(position: _Position, current: str) -> Iterator[Candidate]:
+def _resource_names(position: _Position, current: str) -> Iterator[Proposal]:
     """Yield names of the kind that the words before say, and the fields of one: `get vm NAME/FIELD`."""
     kind = position.values.get("kind") or _NAMED.get(position.verb, "")
     kind = _OF_RESOURCE.get(kind, kind)
     name, slash, _ = current.partition("/")
     if slash and position.verb == "get" and kind in RESOURCE_KINDS:
-        yield from (Candidate(f"{name}/{each}") for each in sorted(field_names(RESOURCE_KINDS[kind])))
+        yield from (Proposal(f"{name}/{each}") for each in sorted(field_names(RESOURCE_KINDS[kind])))
     else:
         yield from _names(kind, position, current)
 
 
-def _names(kind: str, position: _Position, begin: str) -> list[Candidate]:
+def _names(kind: str, position: _Position, begin: str) -> list[Proposal]:
     """Return the names of one kind that begin so, as far as the controller tells them in time."""
     contexts = read_contexts(context_path())
     if kind == _CONTEXT:
-        return [
-            Candidate(name, context.url) for name, context in sorted(contexts.by_name.items()) if name.isprintable()
-        ]
+        return [Proposal(name, context.url) for name, context in sorted(contexts.by_name.items()) if name.isprintable()]
     kind = kind if kind in RESOURCE_KINDS else kind.removesuffix("s")
     if kind not in RESOURCE_KINDS or not RESOURCE_KINDS[kind].columns:
         return []
     if begin and not _NAME.fullmatch(begin):
         return []
-    found: list[Candidate] = []
+    found: list[Proposal] = []
     context = choose_context(contexts, os.environ, position.values.get("context", ""))
 
     def ask() -> None:
@@ -295,7 +293,7 @@ def _names(kind: str, position: _Position, begin: str) -> list[Candidate]:
         except CommandError:
             return
         found.extend(
-            Candidate(str(item.get("name")), str(item.get("status") or item.get("state") or ""))
+            Proposal(str(item.get("name")), str(item.get("status") or item.get("state") or ""))
             for item in items or ()
             if isinstance(item, dict)
         )
