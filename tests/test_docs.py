@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from harness.documents import BACKGROUND, ELSEWHERE, ROOT, SHELL, Block, blocks, check_syntax, matches, session
 
-from orchard.cli.context import CONTEXT_FILE, Context, Contexts, write_contexts
 from orchard.cli.main import VERBS
 from orchard.codec import attrs_of
 from orchard.schema import TART_VMS, ClusterSettings, VMSpec, Worker
@@ -31,6 +30,7 @@ WORKERS: dict[str, list[Worker]] = {
 NOT_RUN: dict[str, dict[str, int]] = {
     "README.md": {"internet": 1},
     "access.md": {"hosts": 2},
+    "ci.md": {"hosts": 2},
     "deploy.md": {"hosts": 1},
     "doctor.md": {"hosts": 2},
     "offline.md": {"internet": 2},
@@ -64,11 +64,7 @@ async def test_page_is_a_session_that_works(page: Path, tmp_path: Path) -> None:
 
 async def run_page(page: Path, directory: Path, url: str) -> None:
     """Run the blocks of a page in a session whose context is the controller at `url`."""
-    async with session(directory, url.rpartition(":")[2]) as shell:
-        if url:
-            home = directory / "home" / ".orchard"
-            home.mkdir(mode=0o700)
-            write_contexts(home / CONTEXT_FILE, Contexts("local-dev", {"local-dev": Context(url)}))
+    async with session(directory, url) as shell:
         for block in blocks(page):
             if block.is_run or block.is_file:
                 await shell.run(block, url)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import ast
 import datetime
 import importlib.util
+import json
+import os
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import trio
+from harness.documents import session
 from harness.processes import GENEROUS, eventually
+from harness.scripted import answer, scripted
 
 from orchard.client import Client, VMFailed
 from orchard.schema import VM, Worker
@@ -105,3 +110,77 @@ async def test_ready_vm_has_run_its_script() -> None:
         with pytest.raises(VMFailed) as failure:
             await create(c.client, "bad", "any", "exit 3")
         assert failure.value.vm.state.startup_exit_code == 3
+
+
+# ---- scripts of CI systems, called as these call them ----------------------------------------------------------------
+
+SCRIPTS = sorted(path for path in (DOCS / "recipes").rglob("*") if path.is_file() and path.read_text().startswith("#!"))
+GITLAB = DOCS / "recipes" / "gitlab"
+# GitLab Runner chooses these codes.
+GITLAB_ENVIRONMENT = "export BUILD_FAILURE_EXIT_CODE=91 SYSTEM_FAILURE_EXIT_CODE=92 CUSTOM_ENV_CI_JOB_ID=7"
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_a_program_of_the_shell_that_a_page_names(path: Path) -> None:
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(["sh", "-n", path], check=False).returncode == 0
+    assert f"({path.relative_to(DOCS)})" in (DOCS / "ci.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("ssh")
+async def test_gitlab_job_runs_each_step_in_one_vm_and_leaves_none(tmp_path: Path) -> None:
+    async with cluster() as c, session(tmp_path, c.url) as shell:
+        await shell.execute(GITLAB_ENVIRONMENT)
+        for _ in range(2):
+            # The runner repeats a stage that fails.
+            assert (await shell.execute(f"{GITLAB}/prepare.sh"))[0] == 0
+        (vm,) = await c.client.vms.list()
+        assert (vm.spec.metadata or {})["gitlab.job"] == "7"
+        steps = {"get_sources": "echo source > file", "step_script": "cat file", "after_script": "exit 3"}
+        ended = {}
+        for name, text in steps.items():
+            (tmp_path / name).write_text(f"{text}\n")
+            ended[name] = await shell.execute(f"{GITLAB}/run.sh {tmp_path / name} {name}")
+        assert (ended["get_sources"][0], ended["step_script"][0], ended["after_script"][0]) == (0, 0, 91)
+        assert ended["step_script"][1].splitlines()[-1] == "source"
+        assert (await shell.execute(f"{GITLAB}/cleanup.sh"))[0] == 0
+        assert await c.client.vms.list() == []
+        # Without its VM, a step is the system's failure.
+        await c.client.vms.create(name="gitlab-7", image="boot-fails")
+        assert (await shell.execute("CUSTOM_ENV_CI_JOB_IMAGE=boot-fails " + f"{GITLAB}/prepare.sh"))[0] == 92
+
+
+@pytest.mark.slow
+@pytest.mark.needs("ssh")
+async def test_command_in_a_vm_has_the_directory_and_its_status_is_returned(tmp_path: Path) -> None:
+    recipes = DOCS / "recipes"
+    async with cluster() as c, session(tmp_path, c.url) as shell:
+        await shell.execute("mkdir checkout; cd checkout; echo source > file")
+        status, output = await shell.execute(f"{recipes}/in-vm.sh 'cat file; exit 7'")
+        assert (status, output.splitlines()[-1]) == (7, "source")
+        hook = f"ORCHARD_RECIPES={recipes} BUILDKITE_COMMAND='cat file' {recipes}/buildkite/command"
+        status, output = await shell.execute(hook)
+        assert (status, output.splitlines()[-1]) == (0, "source")
+        assert (await shell.execute(f"IMAGE=boot-fails {recipes}/in-vm.sh true"))[0] == 255
+        assert await c.client.vms.list() == []
+
+
+@pytest.mark.slow
+@pytest.mark.needs("curl")
+async def test_github_runner_takes_one_job_and_leaves_no_vm(tmp_path: Path) -> None:
+    runner = tmp_path / "run.sh"
+    runner.write_text('#!/bin/sh\necho "took a job with $2"\n')
+    runner.chmod(0o755)
+    configuration = b'{"encoded_jit_config": "c2VjcmV0"}'
+    created = answer("201 Created", configuration)
+    async with cluster() as c, session(tmp_path, c.url) as shell, scripted([created]) as (api, script):
+        environment = f"GITHUB_API_URL={api.url} GITHUB_ORG=example GITHUB_TOKEN=hidden RUNNER_DIR={tmp_path}"
+        status, output = await shell.execute(f"{environment} {DOCS}/recipes/github-runner.sh macos m4")
+        assert (status, output.splitlines()[-1:]) == (0, ["took a job with c2VjcmV0"]), output
+        (request,) = script.requests
+        head, _, body = request.partition(b"\r\n\r\n")
+        assert head.startswith(b"POST /orgs/example/actions/runners/generate-jitconfig ")
+        assert b"Authorization: Bearer hidden" in head
+        assert json.loads(body)["labels"] == ["macos", "m4"]
+        assert await c.client.vms.list() == []

@@ -24,9 +24,10 @@ from typing import Any
 import pytest
 import trio
 
-from harness.processes import call_main, eventually, free_port
+from harness.processes import ORCHARD, call_main, eventually, free_port
 from orchard import client, schema
 from orchard.cli import main as command
+from orchard.cli.context import CONTEXT_FILE, Context, Contexts, write_contexts
 from orchard.client import Client
 
 ROOT = Path(__file__).parent.parent.parent
@@ -159,15 +160,15 @@ class Session:
                 await self._start(block, words, shown)
         elif block.language == "console":
             for words, shown in block.commands():
-                status, output = await self._execute(words)
+                status, output = await self.execute(words)
                 expected = f"{block}: $ {words}\n{shown}"
                 assert matches(shown, output), f"{expected}--- but was:\n{output}"
                 assert status == 0 or shown, f"{expected}--- ended with {status}"
         else:
-            status, output = await self._execute(block.text, strict=True)
+            status, output = await self.execute(block.text, strict=True)
             assert status == 0, f"{block}: ended with {status}: {output}"
 
-    async def _execute(self, words: str, *, strict: bool = False) -> tuple[int, str]:
+    async def execute(self, words: str, *, strict: bool = False) -> tuple[int, str]:
         """Run commands in the shell, and return exit status and output. strict: end the shell at the first that fails."""
         script = self._home.parent / "block.sh"
         script.write_text(self._replace_ports(words))
@@ -195,11 +196,11 @@ class Session:
         log = self._home.parent / f"background-{self._started}"
         log.touch()
         # A process group of its own, so that the end of the session reaches what it starts.
-        await self._execute(f'set -m\n{{ {words}\n}} > "{log}" 2>&1 &\nset +m')
+        await self.execute(f'set -m\n{{ {words}\n}} > "{log}" 2>&1 &\nset +m')
 
         async def is_shown() -> bool:
             output = self._shown = self._restore(log.read_text())
-            is_running = (await self._execute("kill -0 $!"))[0] == 0
+            is_running = (await self.execute("kill -0 $!"))[0] == 0
             assert is_running or matches(shown, output, begins=True), f"{block}: $ {words}\nended:\n{output}"
             return matches(shown, output, begins=True)
 
@@ -211,7 +212,7 @@ class Session:
         if not code.co_flags & inspect.CO_COROUTINE:
             program = self._home.parent / "program.py"
             program.write_text(self._replace_ports(block.text))
-            status, output = await self._execute(f'python3 "{program}"')
+            status, output = await self.execute(f'python3 "{program}"')
             assert status == 0, f"{block}: ended with {status}: {output}"
             return
         async with Client(url) as connected:
@@ -237,13 +238,18 @@ async def _evaluate(code: CodeType, names: dict[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def session(directory: Path, port: str = "") -> AsyncIterator[Session]:
-    """Run a shell for the time of the block, in a home of its own. `port` stands for 6120; default: a free one."""
+async def session(directory: Path, url: str = "") -> AsyncIterator[Session]:
+    """Run a shell for the time of the block, in a home of its own, in which `orchard` uses the controller at `url`.
+
+    Without a controller, a free port stands for 6120.
+    """
     home, programs = directory / "home", directory / "bin"
     home.mkdir(exist_ok=True)
     ports = {shown: str(free_port()) for shown in PORTS}
-    if port:
-        ports["6120"] = port
+    if url:
+        ports["6120"] = url.rpartition(":")[2]
+        (home / ORCHARD).mkdir(mode=0o700)
+        write_contexts(home / ORCHARD / CONTEXT_FILE, Contexts("local-dev", {"local-dev": Context(url)}))
     _write_programs(programs, ports["6120"])
     (home / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ORCHARD") and name != "PORT"}
