@@ -20,6 +20,7 @@ MADE = (
     "*.egg-info",
     "build",
     "dist",
+    "wheelhouse",
     ".coverage*",
 )
 # Files that setuptools adds to a source distribution.

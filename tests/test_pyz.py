@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import hashlib
 import json
 import os
@@ -12,12 +11,14 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from harness import processes
-from harness.hosts import ends_well, process_cluster
+from harness.hosts import ProcessCluster, ends_well, process_cluster
+from harness.isolation import without_network
 
 from orchard import __version__
 
@@ -25,8 +26,6 @@ ROOT = Path(__file__).parent.parent
 # Without the packages of this environment.
 PYTHON = str(getattr(sys, "_base_executable", sys.executable))
 MOST_BYTES = 2_500_000
-# CLONE_NEWNET of Linux: a name space of networks.
-_NETWORK = 0x40000000
 
 
 def make(directory: Path) -> Path:
@@ -79,20 +78,6 @@ def test_home_that_cannot_be_written_to_is_named(pyz: Path, tmp_path: Path) -> N
     assert "ORCHARD_HOME" in done.stderr
 
 
-@pytest.fixture
-def without_network() -> Iterator[None]:
-    """Leave this thread, and the processes that it starts, nothing but loopback."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    assert libc.unshare(_NETWORK) == 0, os.strerror(ctypes.get_errno())
-    try:
-        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-        yield
-    finally:
-        assert libc.setns(before, _NETWORK) == 0, os.strerror(ctypes.get_errno())
-        os.close(before)
-
-
 def changed(pyz: Path, path: Path, content: str) -> Path:
     """Write another archive, with the same product in it."""
     shutil.copy(pyz, path)
@@ -101,17 +86,15 @@ def changed(pyz: Path, path: Path, content: str) -> Path:
     return path
 
 
-def test_unpacked_archives_that_no_process_uses_are_removed_but_the_newest_other(pyz: Path, tmp_path: Path) -> None:
+def test_unpacked_archives_that_no_process_uses_are_removed_but_the_newest_other(
+    pyz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unpacked = tmp_path / ".orchard" / "pyz"
-    words = ("controller", "--listen", "127.0.0.1:0", *processes.PLAIN)
-    with subprocess.Popen(
-        [PYTHON, pyz, *words],
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        processes.Role(process, tmp_path / "log").wait_for(processes.LISTENING)
-        [used] = unpacked.iterdir()
+    monkeypatch.setattr(processes, "command", lambda role, *words: [PYTHON, str(pyz), role, *words])
+    # The controller does not unpack the archive itself.
+    assert run(pyz, "--version", home=tmp_path).returncode == 0
+    [used] = unpacked.iterdir()
+    with processes.controller(*processes.PLAIN, home=tmp_path) as (role, _):
         # What a start that was killed has left.
         (unpacked / "tmpabcdefgh").mkdir()
         for number in range(4):
@@ -120,8 +103,7 @@ def test_unpacked_archives_that_no_process_uses_are_removed_but_the_newest_other
         assert used in left
         # And the last two.
         assert len(left) == 3
-        process.terminate()
-        assert process.wait(processes.GENEROUS) == 0
+        assert role.stop() == 0
     assert run(changed(pyz, tmp_path / "new.pyz", "5"), "--version", home=tmp_path).returncode == 0
     assert used not in list(unpacked.iterdir())
     assert len(list(unpacked.iterdir())) == 2
@@ -153,17 +135,24 @@ def test_older_python_says_what_is_needed(tmp_path: Path) -> None:
     assert "3.11" in done.stderr
 
 
+@asynccontextmanager
+async def isolated_cluster(home: Path) -> AsyncIterator[ProcessCluster]:
+    with without_network():
+        async with process_cluster(home) as c:
+            yield c
+
+
 @pytest.mark.needs("ip")
 @pytest.mark.slow
 async def test_vms_are_adopted_across_an_exchange_of_the_archive(
-    pyz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_network: None
+    pyz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     used = tmp_path / "orchard.pyz"
     shutil.copy(pyz, used)
     monkeypatch.setattr(processes, "command", lambda role, *words: [PYTHON, str(used), role, *words])
-    async with process_cluster(tmp_path / "site") as c:
+    async with isolated_cluster(tmp_path / "site") as c:
         with c.host.worker() as worker:
             vm = await c.create_running("vm")
             worker.stop(signal.SIGKILL)

@@ -382,7 +382,10 @@ def test_installed_controller_starts_with_the_words_of_its_unit(tmp_path: Path) 
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        Role(process, tmp_path / "log").wait_for(LISTENING)
-        assert (data / "state.jsonl").exists()
-        process.terminate()
-        assert process.wait(GENEROUS) == 0
+        try:
+            Role(process, tmp_path / "log").wait_for(LISTENING)
+            assert (data / "state.jsonl").exists()
+            process.terminate()
+            assert process.wait(GENEROUS) == 0
+        finally:
+            process.kill()

@@ -1,0 +1,140 @@
+"""`./run wheelhouse`: what it asks pip for, and installations from such a directory without a network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from harness.isolation import without_network
+
+from orchard import __version__
+
+ROOT = Path(__file__).parent.parent
+TOOL = ROOT / "tools" / "wheelhouse.py"
+# Stands for pip: notes how it was called, and makes what `pip wheel` would.
+PIP = """
+import pathlib, sys
+words = sys.argv[1:]
+with open({calls!r}, "a") as file:
+    print(*words, file=file)
+if "wheel" in words:
+    (pathlib.Path(words[words.index("--wheel-dir") + 1]) / "orchard_cluster-1-py3-none-any.whl").touch()
+"""
+
+
+def collect(directory: Path, *options: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], "HOME": str(directory.parent), **environ}
+    return subprocess.run(
+        [sys.executable, TOOL, directory, *options], env=env, capture_output=True, text=True, check=False
+    )
+
+
+def test_wheels_of_each_platform_and_each_python_are_collected(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__main__.py").write_text(PIP.format(calls=str(calls)))
+    (tmp_path / "pip" / "__init__.py").touch()
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "orchard_cluster-0-py3-none-any.whl").touch()
+    done = collect(tmp_path / "wheels", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    downloads = [line for line in calls.read_text().splitlines() if " download " in line]
+    asked = {
+        (platform, python)
+        for line in downloads
+        for python in re.findall("--python-version (\\S+)", line)
+        for platform in re.findall("--platform (?:macosx|manylinux)[0-9_]*_(\\S+)", line)
+    }
+    pythons = ("3.11", "3.12", "3.13")
+    assert asked == {(platform, python) for platform in ("arm64", "x86_64", "aarch64") for python in pythons}
+    for line in downloads:
+        assert "--only-binary :all:" in line
+        assert "orchard-cluster[ssh,fast] @ file://" in line
+    assert [path.name for path in (tmp_path / "wheels").iterdir()] == ["orchard_cluster-1-py3-none-any.whl"]
+
+
+def test_failure_of_pip_is_the_failure_of_the_command(tmp_path: Path) -> None:
+    done = collect(tmp_path / "wheels", "--python", "3.11", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+
+
+def needed(*names: str) -> set[str]:
+    """Return some packages and the installed ones that they need, for the project with those of its extras."""
+    found: set[str] = set()
+    left = [*names]
+    while left:
+        name = left.pop()
+        if name in found or not is_installed(name):
+            continue
+        found.add(name)
+        for requirement in importlib.metadata.requires(name) or ():
+            other, _, marker = requirement.partition(";")
+            if "extra" not in marker or (name == "orchard-cluster" and re.search("ssh|fast", marker)):
+                left.append(re.split(r"[\s<>=!~\[(]", other.strip(), maxsplit=1)[0].lower())
+    return found
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def pack(name: str, directory: Path) -> None:
+    """Make a wheel of an installed package."""
+    installed = importlib.metadata.distribution(name)
+    tag = re.findall("^Tag: (.*)$", installed.read_text("WHEEL") or "", re.MULTILINE)[-1]
+    # The one at hand may be for this glibc only.
+    tag = re.sub("manylinux_[0-9]+_[0-9]+", "manylinux_2_17", tag)
+    known = re.sub("[-.]+", "_", installed.metadata["Name"])
+    with zipfile.ZipFile(directory / f"{known}-{installed.version}-{tag}.whl", "w") as wheel:
+        for file in installed.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                wheel.write(str(file.locate()), str(file))
+
+
+@pytest.mark.needs("ip")
+@pytest.mark.slow
+def test_project_and_clone_are_installed_from_a_wheelhouse_without_network(tmp_path: Path) -> None:
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    source.mkdir()
+    for name in needed("orchard-cluster", "setuptools") - {"orchard-cluster"}:
+        pack(name, source)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    here = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(source), "PIP_CONFIG_FILE": os.devnull}
+    with without_network():
+        options = ("--platform", f"linux-{os.uname().machine.replace('aarch64', 'arm64')}", "--python", version)
+        done = collect(wheels, *options, **here)
+        assert done.returncode == 0, done.stderr
+        shutil.rmtree(source)
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        venv.create(tmp_path / "fresh", with_pip=True)
+        python = tmp_path / "fresh" / "bin" / "python"
+        words = ("--quiet", "--no-index", "--find-links", wheels, "orchard-cluster[ssh,fast]")
+        subprocess.run([python, "-m", "pip", "install", *words], env=env, check=True)
+        program = "import asyncssh, trio_asyncio, websockets, orchard; print(orchard.__version__)"
+        said = subprocess.run([python, "-I", "-c", program], env=env, check=True, capture_output=True, text=True).stdout
+        assert said == f"{__version__}\n"
+
+        clone = tmp_path / "a clone"
+        shutil.copytree(ROOT / "orchard", clone / "orchard", ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("run", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, clone / name)
+        wheels.rename(clone / "wheelhouse")
+        done = subprocess.run(
+            [clone / "run", "demo", "--synthetic"],
+            env={**env, "PYTHON": sys.executable}, cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Hello from" in done.stdout
