@@ -167,18 +167,19 @@ def _describe_worker(kind: str, options: argparse.Namespace, rest: Sequence[str]
     words = [url, "--bootstrap-token-stdin", *rest]
     parsed = worker_parser().parse_args(words)
     _require_absolute(parsed)
+    log_file = _log_file("worker", kind, parsed)
     user = options.user or _caller()
     home = _home_of(user, kind)
     runtime = shutil.which(parsed.tart or parsed.runtime)
     before = f"{Path(runtime).parent.absolute()}:" if runtime and not parsed.tart else ""
     return ServiceDefinition(
         role="worker",
-        words=[*running_program(), "worker", "run", *words],
+        words=[*running_program(), "worker", "run", *words, *_log_words(log_file, parsed)],
         user=user,
         directory=home,
         environ={"PATH": _deduplicated(f"{before}{_PATHS[kind]}"), "HOME": str(home), **_orchard_home()},
         token_file=options.token_file.absolute(),
-        log_file=_log_file("worker", kind),
+        log_file=log_file,
     )
 
 
@@ -190,21 +191,23 @@ def _describe_controller(kind: str, options: argparse.Namespace, rest: Sequence[
     environ = {"ORCHARD_HOME": str(home)} if kind == "systemd" else _orchard_home()
     data = options.data_dir or Path(environ.get("ORCHARD_HOME", home)) / ".orchard" / "controller"
     data = data.absolute()
-    if is_made and STATE_DIRECTORY not in data.parents:
-        raise CommandError(f"--data-dir is {data}: a directory outside of {STATE_DIRECTORY} needs --user, who owns it")
     words = [*(["--data-dir", str(data)] if options.data_dir else []), *rest]
     parsed = controller_parser().parse_args(words)
     _require_absolute(parsed)
-    program = running_program()
+    program, log_file = running_program(), _log_file("controller", kind, parsed)
+    written = [data, *([log_file.parent] if log_file is not None else [])]
+    for path in written:
+        if is_made and STATE_DIRECTORY not in path.parents:
+            raise CommandError(f"{path} is outside of {STATE_DIRECTORY}: add --user, with the user who may write to it")
     return ServiceDefinition(
         role="controller",
-        words=[*program, "controller", "run", *words],
+        words=[*program, "controller", "run", *words, *_log_words(log_file, parsed)],
         user=user,
         directory=home,
         environ={"PATH": _PATHS[kind], "HOME": str(home), **environ},
-        log_file=_log_file("controller", kind),
+        log_file=log_file,
         used=[*map(Path, program[:2]), *map(Path, sys.path), *_paths(parsed)],
-        written=[data],
+        written=written,
         has_low_port=any(0 < port < _FIRST_FREE_PORT for port in _ports(parsed)),
     )
 
@@ -214,8 +217,14 @@ def _orchard_home() -> dict[str, str]:
     return {"ORCHARD_HOME": os.path.abspath(value)} if value else {}  # noqa: PTH100
 
 
-def _log_file(role: str, kind: str) -> Path | None:
-    return _LOGS / f"orchard-{role}" / f"{role}.log" if kind == "launchd" else None
+def _log_file(role: str, kind: str, parsed: argparse.Namespace) -> Path | None:
+    """Return the log of a service of launchd; a service of systemd has a journal, if it is not told otherwise."""
+    found: Path | None = parsed.log_file
+    return found or (_LOGS / f"orchard-{role}" / f"{role}.log" if kind == "launchd" else None)
+
+
+def _log_words(log_file: Path | None, parsed: argparse.Namespace) -> list[str]:
+    return [] if log_file is None or parsed.log_file else ["--log-file", str(log_file)]
 
 
 def _caller() -> str:
@@ -357,7 +366,7 @@ def _make_directories(service: ServiceDefinition, user: pwd.struct_passwd) -> No
     """Make what the service writes to, and give it to the service's user. systemd makes what is in /var/lib."""
     logs = [service.log_file.parent] if service.log_file is not None else []
     for directory in (*logs, *service.written):
-        if directory.exists() or (service.log_file is None and STATE_DIRECTORY in directory.parents):
+        if directory.exists() or STATE_DIRECTORY in directory.parents:
             continue
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         make_private(directory)

@@ -41,7 +41,7 @@ class ServiceDefinition:
     environ: Mapping[str, str] = field(default_factory=dict)
     # The service's standard input.
     token_file: Path | None = None
-    # For launchd. systemd has a journal.
+    # None: the journal of systemd.
     log_file: Path | None = None
     # What the service reads and writes beside its directory.
     used: Sequence[Path] = ()
@@ -83,7 +83,9 @@ def launchd_plist(service: ServiceDefinition) -> bytes:
     if service.token_file is not None:
         settings["StandardInPath"] = str(service.token_file)
     if service.log_file is not None:
-        settings["StandardOutPath"] = settings["StandardErrorPath"] = str(service.log_file)
+        # What is printed beside the log, which the role writes and rotates itself.
+        printed = service.log_file.with_suffix(".out")
+        settings["StandardOutPath"] = settings["StandardErrorPath"] = str(printed)
     return plistlib.dumps(settings, sort_keys=False)
 
 

@@ -74,7 +74,7 @@ def test_worker_of_launchd_keeps_its_vms_across_restarts_and_shows_no_token(tmp_
     # Other programs look for these words in the list of processes.
     words = " ".join(service["ProgramArguments"])
     assert f"orchard worker run {URL} " in words
-    assert words.endswith(" --resources a=1")
+    assert " --resources a=1 " in words
 
 
 def test_path_of_the_service_finds_tart_where_the_caller_finds_it(
@@ -297,9 +297,9 @@ def test_users_without_rights_are_told_so(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @contextmanager
-def run_by_launchd(service: dict[str, Any], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def run_by_launchd(service: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
     """Run a service for the time of the block as its property list says, with nothing of this environment."""
-    with Path(service["StandardInPath"]).open("rb") as stdin, log.open("wb") as out:
+    with Path(service["StandardInPath"]).open("rb") as stdin, Path(service["StandardErrorPath"]).open("wb") as out:
         process = subprocess.Popen(
             service["ProgramArguments"],
             cwd=service["WorkingDirectory"],
@@ -359,12 +359,13 @@ async def test_installed_worker_runs_by_the_program_that_installed_it(tmp_path: 
             token.write_text(await make_bootstrap_token(client, tmp_path))
             words = ["--url", url, "--token-file", str(token), "--format", "launchd", "--print"]
             made = subprocess.run(  # noqa: ASYNC221
-                [*program, "worker", "install", *words, "--runtime", "synthetic", "--name", "mac"],
+                [*program, "worker", "install", *words, "--runtime", "synthetic", "--name", "mac",
+                 "--log-file", str(tmp_path / "log")],
                 env=environment(home), capture_output=True, check=True,
             )  # fmt: skip
             service = plistlib.loads(made.stdout)
             assert str(package) in " ".join(service["ProgramArguments"]) or packaged is from_venv
-            with run_by_launchd(service, tmp_path / "log") as process:
+            with run_by_launchd(service) as process:
                 await wait_workers(client, 1)
                 process.terminate()
                 assert process.wait(GENEROUS) == 0, (tmp_path / "log").read_text()
