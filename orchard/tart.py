@@ -81,6 +81,7 @@ from orchard.vm.tart_cli import (
     verb_error,
     with_digests,
 )
+from orchard.vm.vm_connections import Dial
 
 # For a verb that transfers no image. The longest one writes a big VM's memory to the disk.
 VERB_SECONDS = 300.0  # seconds
@@ -140,7 +141,7 @@ class TartDriver:
     `home` is the driver's directory; with the directory of an earlier worker the driver knows which VMs run. `env` is
     added to the worker's environment for tart. A guest that has not shut down after `stop_seconds` is killed. `clock`
     returns seconds since 1970, as the times of files are given. `own_addresses`: VMs may have addresses of this host, as
-    those of a stand-in for tart have.
+    those of a stand-in for tart have. `dial` opens the connections to VMs.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class TartDriver:
         stop_seconds: float = STOP_SECONDS,
         env: Mapping[str, str] | None = None,
         own_addresses: bool = False,
+        dial: Dial | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
@@ -162,6 +164,7 @@ class TartDriver:
         self._program: Runtime = "vetu" if vetu else "tart"
         self._stop_seconds = stop_seconds
         self._own_addresses = own_addresses
+        self._dial = dial
         self._clock = clock
         # With CI set, tart prints its progress in plain lines.
         environ = {**os.environ, "CI": "1", **(env or {})}
@@ -437,6 +440,9 @@ class TartDriver:
             raise DriverError(f"the address of {name} is {address}, expected one that only the VM has")
         return str(address)
 
+    async def connect(self, address: str, port: int) -> trio.SocketStream:
+        return await (self._dial or trio.open_tcp_stream)(address, port)
+
     async def find_port(self, name: str, port: int) -> int:
         # Only the guest knows what listens there.
         await trio.lowlevel.checkpoint()
@@ -510,7 +516,7 @@ class TartDriver:
             await run_by_agent(command, environ, partial(self._wait_for_agent, name), script, on_line)
             return
         host = await self.ip(name, bridged=script.bridged)
-        await run_over_ssh(SSHServer(host, self._ssh_port), script, on_line)
+        await run_over_ssh(SSHServer(host, self._ssh_port, dial=self._dial), script, on_line)
 
     async def _wait_for_agent(self, name: str) -> None:
         """Wait until the guest agent answers. A guest without an address is given up after a minute, whatever its agent."""

@@ -53,6 +53,7 @@ from orchard.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FIL
 from orchard.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
 from orchard.leftovers import RefusedError
 from orchard.nursery import first_exception, unwrap_groups
+from orchard.privileges import PrivilegeError, become_user, is_other_user
 from orchard.reconciler import Reconciler
 from orchard.schema import (
     DEFAULT_CPU,
@@ -73,6 +74,7 @@ from orchard.vm import supervisor
 from orchard.vm.driver import Driver, DriverError
 from orchard.vm.host import check_dhcp_lease, machine_id
 from orchard.vm.synthetic import IMAGE_HELP, SyntheticDriver
+from orchard.vm.vm_connections import ConnectorProcess, Dial
 from orchard.worker_memory import ClusterMemory, read_instance_id
 from orchard.worker_requests import RequestHandler
 
@@ -82,6 +84,8 @@ CONTROLLER_ANSWER_SECONDS = 30.0
 _random_share = random.SystemRandom().random
 # Apple's licence allows two macOS VMs to run on one host.
 _MACOS_VMS = 2
+# The first version of macOS that lets a normal user's process connect to VMs only with a permission.
+_PERMISSION_SINCE = 15
 # Between two looks at what the cluster wants pulled, on average.
 _PREPULL_SECONDS = 60.0
 # What this worker does, as it says at its registration. vetu has no guest agent.
@@ -310,7 +314,11 @@ def worker_parser() -> CommandLine:
     add("--runtime", choices=("tart", "vetu", "synthetic"), default="tart",
         help="hypervisor; synthetic VMs are directories and processes, to try things out")  # fmt: skip
     add("--tart", metavar="PATH", help="path of the tart (or vetu) program; default: found on PATH")
+    add("--user", metavar="NAME",
+        help="become this user after a start as root; on macOS 15 and newer a process stays root to connect to VMs, for"
+        " which other users need the permission Local Network")  # fmt: skip
     # For tests with a stand-in for tart.
+    add("--connect-as-root", action="store_true", help=argparse.SUPPRESS)
     add("--allow-own-addresses", action="store_true", help=argparse.SUPPRESS)
     add("--resources", metavar="K=V,..", type=parse_resources, default={},
         help="resources to offer, in place of those of the host")  # fmt: skip
@@ -366,14 +374,14 @@ def _make_client(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error(str(error))
 
 
-def _make_driver(options: argparse.Namespace, worker: str) -> Driver:
+def _make_driver(options: argparse.Namespace, worker: str, dial: Dial | None) -> Driver:
     """Return the driver of a worker. Raises DriverError if there is no tart or vetu program."""
     if options.runtime == "synthetic":
         images = [f"example.com/image-{number}:latest" for number in range(1, options.synthetic_images + 1)]
         return SyntheticDriver(orchard_home("worker") / "synthetic" / options.name / worker, images=images)
     program = find_tart(options.tart, options.runtime)
     home, vetu = orchard_home("worker") / options.runtime, options.runtime == "vetu"
-    return TartDriver(program, home, worker=worker, vetu=vetu, own_addresses=options.allow_own_addresses)
+    return TartDriver(program, home, worker=worker, vetu=vetu, own_addresses=options.allow_own_addresses, dial=dial)
 
 
 def _describe_worker(options: argparse.Namespace, name: str, machine: str, instance: str) -> Worker:
@@ -391,14 +399,29 @@ def _describe_worker(options: argparse.Namespace, name: str, machine: str, insta
     )
 
 
-async def _work(options: argparse.Namespace, client: Client) -> None:
+def _become_user(options: argparse.Namespace) -> ConnectorProcess | None:
+    """Become the user of --user, before anything that is theirs is touched. Return the process that stays root.
+
+    Raises PrivilegeError, OSError.
+    """
+    if not options.user or not is_other_user(options.user):
+        return None
+    version = platform.mac_ver()[0].partition(".")[0]
+    needs_permission = version.isdigit() and int(version) >= _PERMISSION_SINCE
+    connector = ConnectorProcess() if needs_permission or options.connect_as_root else None
+    become_user(options.user)
+    return connector
+
+
+async def _work(options: argparse.Namespace, client: Client, connector: ConnectorProcess | None) -> None:
     """Run the workers of a command line until a signal to stop.
 
     Raises HomeError, LockError, RefusedError, DriverError, OSError.
     """
     name, synthetic = options.name, options.runtime == "synthetic"
     names = [name] if options.workers == 1 else [f"{name}-{number}" for number in range(1, options.workers + 1)]
-    drivers = {each: _make_driver(options, each) for each in names}
+    dial = connector.connect if connector is not None else None
+    drivers = {each: _make_driver(options, each, dial) for each in names}
     # The VMs of a synthetic driver are known to this process alone.
     stop_vms = synthetic or options.stop_vms_on_exit
     directory = orchard_home("worker") / "synthetic" / name if synthetic else orchard_home("worker")
@@ -410,6 +433,8 @@ async def _work(options: argparse.Namespace, client: Client) -> None:
         # The VMs of a synthetic worker end with it, so the next one need not know what it was shown.
         kept = None if synthetic else directory / WORKER_MEMORY_FILE.format(name=name)
         async with client, trio.open_nursery() as nursery:
+            if connector is not None:
+                nursery.start_soon(connector.wait_ended)
             for each, driver in drivers.items():
                 description = _describe_worker(options, each, machine, instance)
                 memory = ClusterMemory(kept)
@@ -433,10 +458,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.name = options.name or _default_name()
     if not NAME.fullmatch(options.name):
         parser.error(f'--name is "{options.name}", expected letters, digits and : _ . -')
-    work = partial(_work, options, _make_client(parser, options))
+    try:
+        connector = _become_user(options)
+    except (PrivilegeError, OSError) as error:
+        print(f"orchard worker: {error}", file=sys.stderr)
+        return 1
+    work = partial(_work, options, _make_client(parser, options), connector)
     failures: dict[type[Exception], int] = dict.fromkeys((HomeError, LockError, DriverError, OSError), 1)
     failures[RefusedError] = _EXIT_REFUSED
-    return run_main("orchard worker", work, failures, log_settings(options))
+    try:
+        return run_main("orchard worker", work, failures, log_settings(options))
+    finally:
+        if connector is not None:
+            connector.close()
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ class RequestHandler:
             with trio.fail_after(_CONNECT_SECONDS):
                 if uid:
                     port = await self._driver.find_port(self._running(uid).name, port)
+                    return await self._driver.connect(host, port)
                 return await trio.open_tcp_stream(host, port)
         except trio.TooSlowError:
             raise DriverError(f"{failure}: no answer within {_CONNECT_SECONDS:g} seconds") from None

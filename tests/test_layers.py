@@ -53,7 +53,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("state", ("store", "change_log", "changes", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
     ("resources", ("validation", "filters", "schema", "cluster", "codec")),
-    ("base", ("metrics", "command_line", "daemon", "files", "logs", "log_file", "nursery")),
+    ("base", ("metrics", "command_line", "daemon", "files", "logs", "log_file", "nursery", "privileges")),
 )
 # Parts of one layer that do not import from each other.
 SEPARATE = ({"storage/"}, {"vm/", "tart"}, {"net/"})

@@ -185,6 +185,9 @@ class Driver(Protocol):
         Raises DriverError if the driver knows that nothing in the VM listens there.
         """
 
+    async def connect(self, address: str, port: int) -> trio.SocketStream:
+        """Open a TCP connection to a VM. The caller closes it. Raises OSError."""
+
     async def stop(self, name: str) -> None:
         """Shut down a VM and wait until it has ended. A suspended VM loses its saved state. Raises NotRunning."""
 

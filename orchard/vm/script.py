@@ -42,7 +42,7 @@ import subprocess
 import tempfile
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,7 @@ import trio
 from orchard.schema import ENV_NAME
 from orchard.vm.driver import DriverError, OnLine, Script, ScriptFailed
 from orchard.vm.processes import KILL_SECONDS, OUTPUT_BYTES, READ_BYTES, find_complaint, kill, presentable, reporting
+from orchard.vm.vm_connections import Dial, offered
 
 # A macOS guest that sets itself up at its first boot takes minutes to answer.
 CONNECT_SECONDS = 600.0  # seconds
@@ -451,6 +452,8 @@ class SSHServer:
     port: int = 22
     connect_seconds: float = CONNECT_SECONDS
     password_seconds: float = PASSWORD_SECONDS
+    # Opens the connection that ssh uses; None: ssh opens it.
+    dial: Dial | None = None
 
 
 def ssh_command(program: str, host: str, port: int, username: str) -> list[str]:
@@ -487,15 +490,15 @@ async def run_over_ssh(server: SSHServer, script: Script, on_line: OnLine, *, pr
         )
     complaint = "no answer"
     refused_at = math.inf
-    with (
-        tempfile.TemporaryDirectory(prefix="orchard-ssh-") as directory,
-        trio.move_on_after(server.connect_seconds) as patience,
-    ):
-        environ = _environ(Path(directory), script.password)
-        command = [
-            *ssh_command(program, server.host, server.port, script.username),
-            f"exec /bin/sh -c '{login_command(wrapped.marker)}'",
-        ]
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orchard-ssh-")))
+        patience = stack.enter_context(trio.move_on_after(server.connect_seconds))
+        via: list[str] = []
+        if server.dial is not None:
+            via = await stack.enter_async_context(offered(server.dial, server.host, server.port, directory))
+        environ = _environ(directory, script.password)
+        ssh, *words = ssh_command(program, server.host, server.port, script.username)
+        command = [ssh, *via, *words, f"exec /bin/sh -c '{login_command(wrapped.marker)}'"]
         for pause in itertools.chain(_PAUSES, itertools.repeat(_PAUSES[-1])):
             with reporting(f"cannot run {program}, the OpenSSH client, on this machine"):
                 process = await open_pipes(command, environ)

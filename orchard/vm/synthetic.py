@@ -293,6 +293,9 @@ class SyntheticDriver(Driver):
             raise DriverError("no IP address found, is your VM running?")
         return VM_ADDRESS
 
+    async def connect(self, address: str, port: int) -> trio.SocketStream:
+        return await trio.open_tcp_stream(address, port)
+
     async def find_port(self, name: str, port: int) -> int:
         self._running(name)
         if port == _SSH_PORT and self.ssh_port is not None:

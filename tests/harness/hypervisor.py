@@ -332,6 +332,9 @@ class Handle(Driver):
         self._guest(name)
         return "127.0.0.1"
 
+    async def connect(self, address: str, port: int) -> trio.SocketStream:
+        return await trio.open_tcp_stream(address, port)
+
     async def find_port(self, name: str, port: int) -> int:
         await self._check_process()
         return port

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -456,6 +457,21 @@ async def test_ssh_is_retried_until_the_guest_answers(port: int, nursery: trio.N
     assert await run(front.port, "echo hello") == ["hello"]
     assert front.count == 3
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.needs("ssh")
+async def test_ssh_uses_the_connections_that_the_worker_opens(port: int) -> None:
+    dialled = []
+
+    async def dial(host: str, port: int) -> trio.SocketStream:
+        dialled.append((host, port))
+        if len(dialled) == 1:
+            raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+        return await trio.open_tcp_stream("127.0.0.1", port)
+
+    # That address leads nowhere: ssh itself connects to nothing.
+    assert await run(SSHServer("192.0.2.1", port, dial=dial), "echo hello") == ["hello"]
+    assert dialled == [("192.0.2.1", port)] * 2
 
 
 @pytest.mark.needs("ssh")
