@@ -21,7 +21,16 @@ DOCS = ROOT / "docs"
 API = DOCS / "api.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 # Pages that take more than two seconds.
-SLOW = {"README.md", "access.md", "deploy.md", "embedding.md", "quickstart.md"}
+SLOW = {
+    "README.md",
+    "access.md",
+    "deploy.md",
+    "embedding.md",
+    "images.md",
+    "operating.md",
+    "quickstart.md",
+    "security.md",
+}
 # The workers of a page that needs others than `orchard dev` has.
 WORKERS: dict[str, list[Worker]] = {
     "api.md": [Worker(labels={"xcode": "27"}, resources={TART_VMS: 40}) for _ in range(2)],
@@ -33,8 +42,10 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "ci.md": {"hosts": 2},
     "deploy.md": {"hosts": 2},
     "doctor.md": {"hosts": 2},
+    "images.md": {"macos": 2},
     "offline.md": {"hosts": 3, "internet": 3},
     "operating-logs.md": {"root": 1},
+    "operating.md": {"hosts": 1},
 }
 # Languages of blocks that show a file or a picture.
 SHOWN = {"groovy", "haproxy", "ini", "javascript", "json", "nginx", "text", "toml", "xml", "yaml"}
