@@ -18,7 +18,7 @@ from orchard.net.urls import NOT_SERVING
 from orchard.schema import VM, ServiceAccount, Worker
 from orchard.ssh import exec as vm_exec
 from orchard.ssh.connections import ExecUnavailableError
-from orchard.storage.errors import StorageFullError, StorageUnavailableError
+from orchard.storage.errors import ObjectTooLargeError, StorageFullError, StorageUnavailableError
 from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError, SendPage
 from orchard.storage.event_storage import EventLimitError
 from orchard.tunnel import UnknownSessionError, UnreachableError, VMGoneError
@@ -47,6 +47,7 @@ ERROR_STATUS: Mapping[type[Exception], int] = {
     StorageUnavailableError: 503,
     InvalidCursorError: 400,
     EventLimitError: 412,
+    ObjectTooLargeError: 412,
     EventsDeletedError: 404,
     RevisionGoneError: 410,
 }

@@ -15,38 +15,33 @@ import datetime
 import gc
 import ipaddress
 import logging
-import math
 import os
 import resource
-import secrets
+import socket
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from types import ModuleType
+from typing import TextIO
 
 import trio
 
 from orchard import __version__, auth
 from orchard.api import API, ControllerParts
-from orchard.cluster import ClusterIdentity
 from orchard.command_line import CommandLine, HomeError, add_ignored_options, orchard_home, parse_address, parse_seconds
 from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
 from orchard.deadlines import Deadlines, StoredClock
 from orchard.figures import make_figures
 from orchard.files import (
-    ACCESS_KEY_BYTES,
     ACCESS_KEY_FILE,
     CONTROLLER_LOCK_FILE,
-    EVENTS_DIRECTORY,
     SSH_HOST_KEY_FILE,
     LockError,
     lock_directory,
-    write_private,
 )
-from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.gate import Gate
 from orchard.handlers.metrics import admit_scrape, metrics_answer
 from orchard.login_limit import LoginLimit
@@ -57,7 +52,7 @@ from orchard.net.connection import Limits
 from orchard.net.request import AnyResponse, Request
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
-from orchard.net.urls import DEFAULT_PORT
+from orchard.net.urls import DEFAULT_PORT, bracketed
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
 from orchard.operations import make_api
@@ -68,15 +63,25 @@ from orchard.schema import NAME, ServiceAccount
 from orchard.sessions import AccountSessions
 from orchard.ssh.connections import describe_missing_extra
 from orchard.ssh.exec import Executor
-from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
-from orchard.storage.events import EventLog, event_files
-from orchard.storage.file_engine import FileEngine
-from orchard.storage.history import History, history_file
+from orchard.storage.errors import BrokenError, DamagedError, StorageError
+from orchard.storage.etcd import EtcdAccess, EtcdRequestError
 from orchard.store import Store
+from orchard.stored_data import (
+    DEFAULT_OFFLINE_TIMEOUT,
+    CampaignPlatform,
+    EtcdSettings,
+    StartError,
+    StoredData,
+    ensure_admin,
+    ensure_identity,
+    lead_in_turns,
+    load_access_key,
+    open_data_directory,
+    renew_promises,
+    utc_now,
+)
 from orchard.tunnel import Rendezvous, VMAccess
 
-# A worker without contact for this long is offline, and its VMs fail.
-DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
 DEFAULT_IDLE_TIMEOUT = Limits().first_byte_seconds
 # Of the port that serves metrics alone: scrapers are few.
 _SCRAPE_LIMITS = Limits(connections=64, unauthenticated=64, unauthenticated_of_source=64)
@@ -101,11 +106,29 @@ _OTHER_DESCRIPTORS = 64
 # Python's gc.set_threshold: allocations before a collection, then collections of each generation before the next one's.
 _GC_THRESHOLDS = (10_000, 20, 25)
 
+__all__ = [
+    "DEFAULT_OFFLINE_TIMEOUT",
+    "ControllerSettings",
+    "EtcdAccess",
+    "EtcdSettings",
+    "Listening",
+    "Platform",
+    "Running",
+    "StartError",
+    "StoredData",
+    "announce",
+    "ensure_admin",
+    "ensure_identity",
+    "load_access_key",
+    "main",
+    "open_data_directory",
+    "parse_api_prefix",
+    "renew_promises",
+    "run",
+    "utc_now",
+]
+
 _logger = logging.getLogger("orchard.controller")
-
-
-class StartError(Exception):
-    """The controller cannot start; str() says why and how to remedy it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +164,8 @@ class ControllerSettings:
     # Host and port on which metrics are served in the clear and without credentials; None: they are not.
     metrics: tuple[str | None, int] | None = None
     metrics_per_worker: bool = False
+    # Where the state is, and other controllers stand by. None: in the data directory.
+    etcd: EtcdSettings | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,20 +187,6 @@ class Running:
     new_admin: ServiceAccount | None = field(default=None, repr=False)
 
 
-# ---- the data directory ----------------------------------------------------------------------------------------------
-
-
-class StoredData(NamedTuple):
-    """What is open of a data directory."""
-
-    store: Store
-    events: EventLog
-    history: History
-
-
-utc_now: Callable[[], datetime.datetime] = partial(datetime.datetime.now, datetime.UTC)
-
-
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     try:
@@ -183,80 +194,6 @@ def _locked(directory: Path) -> Iterator[None]:
             yield
     except LockError as error:
         raise StartError(f"cannot use the data directory: {error}; choose another") from error
-
-
-@contextlib.asynccontextmanager
-async def open_data_directory(directory: Path) -> AsyncIterator[StoredData]:
-    """Load state, events and history for the block, and close the state after it. Raises StartError, BrokenError."""
-    with contextlib.ExitStack() as stack:
-        try:
-            if foreign := describe_foreign_data(directory):
-                raise StartError(foreign)
-            for problem in find_exposures(directory):
-                raise StartError(problem)
-            store = await Store.open(FileEngine(directory), utc_now())
-            stack.callback(store.close)
-            events = EventLog(*event_files(directory / EVENTS_DIRECTORY))
-            events.open({vm.uid for vm in store.state.vms.values()})
-            history = History(history_file(directory))
-            history.open()
-        except (DamagedError, NotWrittenError, OSError) as error:
-            raise StartError(str(error)) from error
-        yield StoredData(store, events, history)
-
-
-def load_access_key(directory: Path) -> bytes:
-    """Return the key that signs access tokens. The first start creates it; later starts load it. Raises StartError."""
-    path = directory / ACCESS_KEY_FILE
-    try:
-        if not path.exists():
-            write_private(path, secrets.token_bytes(ACCESS_KEY_BYTES))
-        key = path.read_bytes()
-    except OSError as error:
-        raise StartError(f"cannot use the key {path}: {error.strerror}") from error
-    if len(key) != ACCESS_KEY_BYTES:
-        raise StartError(f"{path} holds {len(key)} bytes, expected {ACCESS_KEY_BYTES}; without it, tokens are lost")
-    return key
-
-
-def ensure_identity(store: Store) -> None:
-    """Store a clusterId, unless the state has one."""
-    if not store.state.cluster.id:
-        with store.transaction() as tx:
-            tx.put(ClusterIdentity(secrets.token_hex(16)))
-
-
-def renew_promises(store: Store, offline_timeout: float) -> None:
-    """Store for each worker that it was promised this offline timeout in seconds, or a longer one as before.
-
-    It is unknown what workers of an earlier version were promised: at least the default counts.
-    """
-    with store.transaction() as tx:
-        for worker in store.state.workers.values():
-            promised = max(math.ceil(1000 * offline_timeout), worker.promised or round(1000 * DEFAULT_OFFLINE_TIMEOUT))
-            if promised != worker.promised:
-                tx.put(replace(worker, promised=promised))
-
-
-def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAccount | None:
-    """Create or update bootstrap-admin with `token`. Without a token, create it only if there is no account at all.
-
-    Return the account if its token is random, because it has to be shown.
-    """
-    accounts = store.state.accounts
-    if not token and accounts:
-        return None
-    old = accounts.get(auth.BOOTSTRAP_ADMIN)
-    admin = ServiceAccount(
-        name=auth.BOOTSTRAP_ADMIN,
-        token=token or auth.random_token(),
-        roles=auth.ROLES,
-        created_at=old.created_at if old is not None else now,
-    )
-    if admin != old:
-        with store.transaction() as tx:
-            tx.put(admin)
-    return None if token else admin
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -280,9 +217,40 @@ async def run(
     """
     stop = trio.Event() if stop is None else stop
     platform = Platform() if platform is None else platform
+    serving = _Serving(stop, grace, task_status.started)
     with unwrap_groups(), _locked(settings.data_dir):
-        # The data are closed last. The writers end before, because they store what the tasks below change.
-        async with platform.open_data(settings.data_dir) as data, trio.open_nursery() as writers:
+        if settings.etcd is None:
+            async with platform.open_data(settings.data_dir) as data:
+                await _serve(settings, platform, serving, data)
+        else:
+            scheme, host = "https" if settings.tls else "http", settings.host or socket.gethostname()
+            url = f"{scheme}://{bracketed(host)}:{settings.port}{settings.prefix}"
+            await lead_in_turns(
+                settings.etcd, platform.campaign, url, stop, partial(_serve, settings, platform, serving)
+            )
+
+
+@dataclass(slots=True)
+class _Serving:
+    """How long a controller serves, and who is told that it does. `started` is called once."""
+
+    stop: trio.Event
+    grace: float
+    started: Callable[[Running], None]
+    is_started: bool = False
+
+    def announce(self, running: Running) -> None:
+        if not self.is_started:
+            self.is_started = True
+            self.started(running)
+
+
+async def _serve(settings: ControllerSettings, platform: Platform, serving: _Serving, data: StoredData) -> None:
+    """Serve from data that are open, until `stop` is set. Raises StartError, BrokenError."""
+    await _share_secrets(settings, data)
+    with unwrap_groups():
+        # Ends last, because it stores what the tasks below change.
+        async with trio.open_nursery() as writers:
             loop, deadlines, parts = _compose(settings, data, platform.clock)
             api = make_api(parts)
             browsers = BrowserRules(settings.allowed_origins, None if settings.auth else settings.allowed_hosts)
@@ -306,16 +274,16 @@ async def run(
                     admit=admit,
                     refuse_all=api.refuse_all,
                     limits=_limits(settings),
-                    stop=stop,
+                    stop=serving.stop,
                     count=parts.figures.count_request,
-                    grace=grace,
+                    grace=serving.grace,
                 )
                 # Ends with `stop`.
                 async with trio.open_nursery() as servers:
                     await servers.start(answer, listeners)
                     ssh_port = await _serve_ssh(settings, parts, background)
                     metrics_port = await _serve_metrics(settings, api, background)
-                    task_status.started(
+                    serving.announce(
                         replace(running, new_admin=new_admin, ssh_port=ssh_port, metrics_port=metrics_port)
                     )
                 background.cancel_scope.cancel()
@@ -360,6 +328,23 @@ def _compose(
     return loop, deadlines, parts
 
 
+async def _share_secrets(settings: ControllerSettings, data: StoredData) -> None:
+    """Make the files with secrets, and make them the same on all controllers. Raises StartError."""
+    if data.share is None:
+        return
+    directory = settings.data_dir
+    load_access_key(directory)
+    try:
+        await data.share("access-key", [directory / ACCESS_KEY_FILE])
+        if settings.tls and settings.certificate is None:
+            await data.share("tls", await _self_signed(settings))
+        if settings.ssh is not None and not settings.ssh_host_keys:
+            _import_jump().host_keys([directory / SSH_HOST_KEY_FILE])
+            await data.share("ssh-host-key", [directory / SSH_HOST_KEY_FILE])
+    except (tls.TLSError, EtcdRequestError, DamagedError, ValueError, OSError) as error:
+        raise StartError(f"cannot share the secrets of the cluster: {error}") from error
+
+
 async def _store_last_changes(data: StoredData) -> None:
     try:
         await data.store.wait_durable()
@@ -369,15 +354,21 @@ async def _store_last_changes(data: StoredData) -> None:
     await data.history.flush()
 
 
-async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nursery: trio.Nursery) -> int:
-    """Start the SSH jump host if the settings ask for it. Return its port, or 0. Raises StartError."""
-    if settings.ssh is None:
-        return 0
+def _import_jump() -> ModuleType:
+    """Return the module of the SSH jump host. Raises StartError."""
     try:
         # Its packages may not be installed, and importing them takes a third of a second.
         from orchard.ssh import jump
     except ImportError as error:
         raise StartError(describe_missing_extra("--listen-ssh", error)) from None
+    return jump
+
+
+async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nursery: trio.Nursery) -> int:
+    """Start the SSH jump host if the settings ask for it. Return its port, or 0. Raises StartError."""
+    if settings.ssh is None:
+        return 0
+    jump = _import_jump()
     host, port = settings.ssh
     try:
         gate = parts.gate if settings.ssh_auth else None
@@ -470,11 +461,15 @@ async def _load_tls(settings: ControllerSettings) -> tls.ServerPair:
         if settings.certificate is not None and settings.key is not None:
             files, remedy = (settings.certificate, settings.key), _RENEW_GIVEN
         else:
-            files = await tls.self_signed(settings.data_dir, [*settings.tls_names, *_listen_name(settings.host)])
-            remedy = _RENEW_SELF_SIGNED
+            files, remedy = await _self_signed(settings), _RENEW_SELF_SIGNED
         return tls.ServerPair(files, settings.tls_names, remedy, utc_now)
     except (tls.TLSError, OSError) as error:
         raise StartError(str(error)) from error
+
+
+async def _self_signed(settings: ControllerSettings) -> tuple[Path, Path]:
+    """Return the certificate and the key in the data directory, which the first start creates. Raises TLSError."""
+    return await tls.self_signed(settings.data_dir, [*settings.tls_names, *_listen_name(settings.host)])
 
 
 def _listen_name(host: str | None) -> list[str]:
@@ -490,12 +485,13 @@ class Platform:
     """What a controller uses of its host. A simulation replaces it, and otherwise runs the controller as it is.
 
     `open_data` opens the data directory, `listen` returns the listeners and the URL by which they are reached, and
-    `clock` returns the time in UTC.
+    `clock` returns the time in UTC. `campaign` is what is used of the host to lead or stand by.
     """
 
     open_data: Callable[[Path], contextlib.AbstractAsyncContextManager[StoredData]] = open_data_directory
     listen: Callable[[ControllerSettings], Awaitable[Listening]] = _listen
     clock: Callable[[], datetime.datetime] = utc_now
+    campaign: CampaignPlatform = field(default_factory=CampaignPlatform)
 
 
 def reachable_host(host: str) -> str:

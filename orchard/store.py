@@ -41,6 +41,7 @@ from orchard.storage.engine import Batch, Contents, Engine, Tables
 from orchard.storage.errors import (
     BrokenError,
     NotWrittenError,
+    ObjectTooLargeError,
     StorageError,
     StorageFullError,
     StorageUnavailableError,
@@ -261,6 +262,8 @@ class Store:
         adds = any(change.adds for change in changes)
         if adds and self.full:
             raise StorageFullError(f"{self.full}; nothing can be added until there is space, deletions are accepted")
+        if adds:
+            self._check_sizes(changes)
         write = self._gather(len(changes), sum(len(change.json) for change in changes))
         # Nothing below can fail, so all of the transaction happens.
         batch = write.batch
@@ -275,6 +278,15 @@ class Store:
         for tell in self._committed:
             tell(changes)
         write.position = self._record(changes, self._touched)
+
+    def _check_sizes(self, changes: list[Change]) -> None:
+        """Raise ObjectTooLargeError if one of the objects cannot be stored."""
+        limit = self._engine.limits.bytes
+        for change in changes:
+            if change.new is not None and len(change.json) > limit:
+                raise ObjectTooLargeError(
+                    f'{change.kind} "{change.name}" has {len(change.json):,} bytes, at most {limit:,.0f} can be stored'
+                )
 
     def _record(self, changes: list[Change], touched: dict[str, tuple[Worker, bytes]]) -> int:
         """Record in the log what happened together, and return its position."""

@@ -986,6 +986,7 @@ OTHER_MODULES = (
     "methods.",
     "net.",
     "reconciler",
+    "stored_data",
     "ssh.jump",
     "tart",
     "vm.",

@@ -26,7 +26,16 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "roles",
         (
-            *("controller", "scheduling_loop", "worker_states", "reactions", "recorder", "deadlines", "figures"),
+            *(
+                "controller",
+                "scheduling_loop",
+                "worker_states",
+                "reactions",
+                "recorder",
+                "deadlines",
+                "stored_data",
+                "figures",
+            ),
             *("operations", "handlers/", "api", "parameters", "admission", "answers"),
             *("worker", "reconciler", "leftovers", "slots", "heartbeat", "worker_memory", "worker_requests"),
         ),

@@ -32,6 +32,10 @@ class StorageFullError(StorageError):
     """There is no space left for the change."""
 
 
+class ObjectTooLargeError(StorageError):
+    """An object has more bytes than the engine stores of one."""
+
+
 class StorageUnavailableError(StorageError):
     """A write failed for another reason than a full disk."""
 

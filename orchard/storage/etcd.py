@@ -202,6 +202,10 @@ class EtcdClient:
         found = _key_values(await self.call("/v3/kv/range", {"key": encoded(key.encode())}))
         return found[0] if found else None
 
+    async def read_range(self, begin: bytes, end: bytes) -> list[KeyValue]:
+        """Return the keys from `begin` to before `end`. The caller bounds their size. Raises EtcdRequestError."""
+        return _key_values(await self.call("/v3/kv/range", {"key": encoded(begin), "range_end": encoded(end)}))
+
     async def scan(self, prefix: str, revision: int = 0, *, keys_only: bool = False) -> list[KeyValue]:
         """Return all keys with a prefix, in their order, at a revision of etcd or at the present one. Raises EtcdRequestError."""
         found: list[KeyValue] = []
@@ -246,6 +250,11 @@ def delete(key: str) -> TxnOperation:
 
 def delete_prefix(prefix: str) -> TxnOperation:
     return {"request_delete_range": {"key": encoded(prefix.encode()), "range_end": encoded(end_of(prefix))}}
+
+
+def delete_range(begin: str, end: str) -> TxnOperation:
+    """Delete the keys from `begin` to before `end`."""
+    return {"request_delete_range": {"key": encoded(begin.encode()), "range_end": encoded(end.encode())}}
 
 
 def get(key: str) -> TxnOperation:

@@ -23,7 +23,7 @@ import trio
 
 from orchard.codec import dump_json, format_time
 from orchard.nursery import Wakeup
-from orchard.storage.engine import Batch, BatchLimits, Contents, Tables
+from orchard.storage.engine import Batch, BatchLimits, Contents, Key, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError, StorageUnavailableError
 from orchard.storage.etcd import (
     EtcdClient,
@@ -128,6 +128,26 @@ class _Usage:
         return now >= self.compacted_at + _COMPACT_SECONDS or self.uncompacted > _COMPACT_SHARE * self.most
 
 
+_Record = tuple[Key, bytes | None]
+
+
+def _cut(batch: Batch) -> list[list[_Record]]:
+    """Return the records of a batch in parts that etcd takes at once: one, unless a single transaction is larger.
+
+    Such a transaction changes many objects that do not depend on each other, for example when the clock was set. A
+    controller that is killed between two parts leaves the rest undone.
+    """
+    parts: list[list[_Record]] = [[]]
+    size = 0
+    for record in batch.records.items():
+        size += len(record[1] or b"")
+        if parts[-1] and (len(parts[-1]) >= _LIMITS.records or size > _LIMITS.bytes):
+            parts.append([])
+            size = len(record[1] or b"")
+        parts[-1].append(record)
+    return parts
+
+
 class EtcdEngine:
     """The durable copy of a cluster's state in etcd (see Engine). `leadership` must have won its campaign."""
 
@@ -192,16 +212,20 @@ class EtcdEngine:
     # -- writing
 
     async def append(self, batch: Batch) -> None:
-        time = self.head.time if batch.time is None else format_time(batch.time)
-        before = self.head
-        self.head = replace(before, revision=batch.revision, write=before.write + 1, time=time)
-        operations = [self._operation(kind, name, json) for (kind, name), json in batch.records.items()]
-        try:
-            await self._write_head([], operations)
-        except NotWrittenError:
-            self.head = replace(self.head, revision=before.revision, time=before.time)
-            raise
-        self._usage.add(sum(len(json or b"") for json in batch.records.values()))
+        before, is_partly_written = self.head, False
+        time = before.time if batch.time is None else format_time(batch.time)
+        for records in _cut(batch):
+            self.head = replace(self.head, revision=batch.revision, write=self.head.write + 1, time=time)
+            operations = [self._operation(kind, name, json) for (kind, name), json in records]
+            try:
+                await self._write_head([], operations)
+            except NotWrittenError as error:
+                if is_partly_written:
+                    raise self._leadership.lose(f"a part of a transaction was written: {error}") from error
+                self.head = replace(self.head, revision=before.revision, time=before.time)
+                raise
+            is_partly_written = True
+            self._usage.add(sum(len(json or b"") for _, json in records))
         if self._usage.look_is_due(trio.current_time()):
             self._look.set()
 

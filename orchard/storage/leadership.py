@@ -14,15 +14,25 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import trio
 
 from orchard.codec import format_time
-from orchard.storage.errors import LeadershipLostError
-from orchard.storage.etcd import EtcdClient, EtcdRefusedError, EtcdRequestError, get, put, was_written_at
+from orchard.storage.errors import LeadershipLostError, NotWrittenError
+from orchard.storage.etcd import (
+    Comparison,
+    EtcdClient,
+    EtcdRefusedError,
+    EtcdRequestError,
+    EtcdUnavailableError,
+    TxnOperation,
+    get,
+    put,
+    was_written_at,
+)
 
 DEFAULT_LEADER_TTL = 10.0  # seconds
 _SHARE_OF_TTL = 0.9
@@ -98,13 +108,13 @@ class Leadership:
 
     # -- campaign
 
-    async def campaign(self) -> None:
+    async def campaign(self, *, is_patient: bool = False) -> None:
         """Wait until this controller leads. Raises EtcdRefusedError when etcd does not let it in.
 
-        Raises EtcdUnavailableError when the first request fails; later ones are repeated.
+        Raises EtcdUnavailableError when the first request fails, unless it `is_patient`; later ones are repeated.
         """
         self._lost, self._until, self.other = "", -math.inf, None
-        leader = await self._read_leader()
+        leader = None if is_patient else await self._read_leader()
         failing = False
         while True:
             try:
@@ -187,6 +197,47 @@ class Leadership:
             raise self.lose("the lease has run out")
         if not self._lost:
             self._until = max(self._until, sent + _SHARE_OF_TTL * float(result["TTL"]))
+
+    async def write(self, operations: Sequence[TxnOperation]) -> None:
+        """Carry out operations that may be repeated, all or nothing, if no other controller has led since.
+
+        A cancellation waits for it. Raises NotWrittenError; LeadershipLostError.
+        """
+        await self._write([], operations, [])
+
+    async def write_once(self, key: str, revision: int, operations: Sequence[TxnOperation]) -> int:
+        """Carry out operations that write `key`, which was last written at `revision`, and not after a later write of it.
+
+        Only this controller writes the key. Return the new revision. Raises as `write`.
+        """
+        return await self._write([was_written_at(key, revision)], operations, [get(key)])
+
+    async def _write(
+        self, comparisons: Sequence[Comparison], operations: Sequence[TxnOperation], reads: Sequence[TxnOperation]
+    ) -> int:
+        """Carry out operations. Return their revision, or that of the key in `reads`, which an earlier try has written."""
+        comparisons = [was_written_at(self.key, self.revision), *comparisons]
+        problem = ""
+        while self.leads():
+            with trio.move_on_after(self.remaining(), shield=True):
+                try:
+                    result = await self._client.transact(comparisons, operations, [get(self.key), *reads])
+                except EtcdUnavailableError as error:
+                    problem = str(error)
+                    await trio.sleep(_RETRY_SECONDS)
+                except EtcdRefusedError as error:
+                    if problem:
+                        # An earlier try may be carried out yet.
+                        raise self.lose(f"it is not known what etcd holds: {error}") from error
+                    raise NotWrittenError(str(error), no_space=error.no_space) from error
+                else:
+                    if result["succeeded"]:
+                        return result["revision"]
+                    leader, *found = result["found"]
+                    if not leader or leader[0].mod_revision != self.revision or not found or not found[0]:
+                        raise self.lose("another controller leads")
+                    return found[0][0].mod_revision
+        raise self.lose(f"the lease is over; {problem or 'etcd did not answer in time'}")
 
     async def resign(self) -> None:
         """Revoke the lease, so that another controller leads at once. Everything that answers must have ended."""
