@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -252,3 +254,44 @@ async def test_each_capability_of_the_controller_and_no_other_is_described() -> 
 @pytest.mark.parametrize("name", [*LIVE_FIELDS, *SETTINGS])
 def test_each_live_field_and_each_setting_is_described(name: str) -> None:
     assert f"`{name}`" in API.read_text()
+
+
+# ---- messages --------------------------------------------------------------------------------------------------------
+
+TROUBLESHOOTING = DOCS / "troubleshooting.md"
+# Letters that a text of the program has to have, so that it does not fit any message.
+LETTERS = 10
+
+
+@cache
+def program_messages() -> list[re.Pattern[str]]:
+    """Return patterns of the texts in the product's code: what is put into them may be anything."""
+    found = []
+    for path in sorted((ROOT / "orchard").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+            literal = "".join(text for text in texts if isinstance(text, str))
+            if sum(map(str.isalpha, literal)) >= LETTERS:
+                pattern = "".join(re.escape(text) if isinstance(text, str) else ".+" for text in texts)
+                # Texts such as "without label {}" are formatted later.
+                found.append(re.compile(re.sub(r"\\\{[a-z]*\\\}", ".+", pattern)))
+    return found
+
+
+def quoted_messages() -> list[str]:
+    return re.findall(r"^\| `([^`]+)` \|", TROUBLESHOOTING.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("message", quoted_messages())
+def test_message_that_is_explained_is_one_of_the_program(message: str) -> None:
+    assert any(pattern.fullmatch(message) for pattern in program_messages()), message
+
+
+def test_each_row_about_messages_is_checked() -> None:
+    rows = re.findall(r"^\| (?!message |---).*$", TROUBLESHOOTING.read_text(), re.MULTILINE)
+    assert len(rows) == len(quoted_messages()) > 0
+
+
+def test_message_that_the_program_does_not_have_is_found() -> None:
+    assert not any(pattern.fullmatch("no bananas in VM NAME") for pattern in program_messages())
