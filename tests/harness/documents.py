@@ -38,7 +38,7 @@ BACKGROUND = "background"
 # Ports in the pages. A session has free ones in their place.
 PORTS = ("6120", "2222", "8080")
 # For one block, on a busy machine.
-BLOCK_SECONDS = 20
+BLOCK_SECONDS = 120
 # What ends the output of a command.
 END = "=-=-="
 
