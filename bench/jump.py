@@ -39,6 +39,7 @@ from measure import Variant, show
 try:
     import asyncssh
 
+    from orchard.controller import utc_now
     from orchard.nursery import unwrap_groups
     from orchard.sessions import AccountSessions
     from orchard.ssh import jump
@@ -79,7 +80,9 @@ async def in_trio(key: Path, _: int) -> None:
     state = cast("Any", SimpleNamespace(vms={"vm": SimpleNamespace(name="vm")}, accounts={}))
     # The product does not offer it; this shows what it would cost.
     jump.ENCRYPTION += (CHACHA,)
-    host = jump.JumpHost(state, cast("Any", SimpleNamespace(open_stream=open_stream)), None, AccountSessions({}))
+    host = jump.JumpHost(
+        state, cast("Any", SimpleNamespace(open_stream=open_stream)), None, AccountSessions({}, utc_now)
+    )
     async with trio.open_nursery() as nursery:
         print(await nursery.start(host.serve, "127.0.0.1", 0, jump.host_keys([key]), 30.0), flush=True)
 

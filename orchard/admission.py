@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -12,11 +12,15 @@ from orchard.codec import InvalidError, shown
 from orchard.net.openapi import Operation
 from orchard.net.request import HTTPError, Request
 from orchard.net.transport import READS_NEW_VALUES
-from orchard.schema import Role
+from orchard.schema import Role, SessionKind
+from orchard.sessions import SessionSubject
 
 # Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
 _GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
 _STATE_ENDPOINT_SINCE = 44
+
+# By the last part of the path. Other requests that last are watches.
+_KINDS: Mapping[str, SessionKind] = {"events": "events", "exec": "exec", "port-forward": "port-forward"}
 
 APIOperation = Operation[Role | Literal["public"]]
 BodyT = TypeVar("BodyT")
@@ -49,6 +53,17 @@ class Admitted:
     @property
     def body_limit(self) -> int:
         return self.operation.body_limit if self.operation.body is not None else 0
+
+
+def subject_of(request: Request, admitted: Admitted) -> SessionSubject:
+    """Return what a request is that lasts."""
+    path = admitted.operation.path
+    if path == "/rpc/watch":
+        return SessionSubject("worker", f"worker/{request.query.one('workerName')}", request.peer)
+    last = path.rpartition("/")[2]
+    kind = _KINDS.get(last, "watch")
+    what = path.split("/")[1].removesuffix("s")
+    return SessionSubject(kind, f"{what}/{admitted.name}" if admitted.name else "", request.peer)
 
 
 def read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT]) -> BodyT:

@@ -22,7 +22,7 @@ from typing import TypeVar
 import trio
 
 from orchard import auth, parameters
-from orchard.admission import Admitted, APIOperation, refuse_unknown
+from orchard.admission import Admitted, APIOperation, refuse_unknown, subject_of
 from orchard.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
 from orchard.cluster import ClusterIdentity
 from orchard.codec import parse_client_json
@@ -174,14 +174,15 @@ class API:
         if waits or (waits_with is not None and request.query.one(waits_with.name)):
             return WhileConnected(partial(self._answer_later, request, admitted), endless=not waits)
         answer = await self._answer(request, admitted)
-        return self.parts.sessions.tie(answer, admitted.account, admitted.role)
+        return self.parts.sessions.tie(answer, admitted.account, admitted.role, partial(subject_of, request, admitted))
 
     async def _answer_later(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer a request that waits, unless its sender is deleted or loses its role meanwhile. Raises HTTPError."""
         sessions, sender = self.parts.sessions, (admitted.account, admitted.role)
         try:
             with sessions.cancel_when_over(*sender):
-                return sessions.tie(await self._answer(request, admitted), *sender)
+                answer = await self._answer(request, admitted)
+                return sessions.tie(answer, *sender, partial(subject_of, request, admitted))
         except auth.ForbiddenError as error:
             raise http_error(error, admitted.account) from error
 

@@ -324,6 +324,7 @@ class BlockingClient(Blocking[Client]):
     accept_state = AsCall(Client.accept_state)
     capacity = AsCall(Client.capacity)
     history = AsCall(Client.history)
+    sessions = AsCall(Client.sessions)
     watch = AsContext(Client.watch, BlockingIterator)
     rpc_watch = AsContext(Client.rpc_watch, BlockingIterator)
 

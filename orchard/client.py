@@ -64,7 +64,7 @@ from orchard.net.transport import (
     Transport,
     excerpt,
 )
-from orchard.schema import OS, Arch, ControllerHealth, ControllerInfo, EndedVM, Runtime
+from orchard.schema import OS, Arch, ControllerHealth, ControllerInfo, EndedVM, OpenSession, Runtime
 
 __all__ = [
     "Client",
@@ -199,6 +199,10 @@ class Client(Transport):
         given = {"since": format_time(since) if since else None, "limit": None if limit is None else str(limit)}
         query = {name: value for name, value in given.items() if value is not None}
         return decode_answers(EndedVM, (await self.request("GET", "/history", query=query)).json())
+
+    async def sessions(self) -> Sequence[OpenSession]:
+        """Return who is connected: watches, tunnels, commands and workers, the oldest first."""
+        return decode_answers(OpenSession, (await self.request("GET", "/controller/sessions")).json())
 
     def watch(
         self, *, kinds: Sequence[WatchKind] = ("vms", "workers"), filter: Conditions | None = None

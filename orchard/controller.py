@@ -300,7 +300,7 @@ def _compose(
     stored_clock = StoredClock(store, clock, trio.current_time)
     loop = SchedulingLoop(store, settings.worker_offline_timeout, stored_clock.now)
     deadlines = Deadlines(store, stored_clock, loop.liveness, loop.states)
-    sessions = AccountSessions(store.state.accounts)
+    sessions = AccountSessions(store.state.accounts, clock)
     Recorder(store, data.events, data.history, stored_clock.now)
     Reactions(store, rendezvous, loop, sessions, stored_clock.now)
     figures = make_figures(store, loop.liveness, stored_clock.now, per_worker=settings.metrics_per_worker)

@@ -578,6 +578,20 @@ class EndedVM:
     restarts: int = attr("restarts", "How often the VM was restarted", zero=0, default=0)
 
 
+SessionKind = Literal["watch", "events", "port-forward", "exec", "ssh", "worker"]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession:
+    """A connection to the controller that lasts: who is connected, and with what."""
+
+    kind: SessionKind = attr("kind", "What it is; `worker` is the watch of a worker for itself")
+    since: _Time = attr("since", "When it began")
+    account: str = attr("account", "Service account that opened it, also by an access token", zero="")
+    target: str = attr("target", "What it is connected with, such as vm/NAME; absent for all", zero="")
+    peer: str = attr("peer", "The client's address, or that of the proxy before it", zero="")
+
+
 @dataclass(frozen=True, slots=True)
 class ControllerInfo:
     version: str = attr("version", "Version number", zero="")
@@ -683,7 +697,16 @@ def components() -> dict[str, Any]:
         VMReport,
         Problem,
     )
-    resources += (ControllerHealth, EndedVM, IP, IssueVMAccessTokenRequest, VMAccessToken, BulkDeletion, Capacity)
+    resources += (
+        ControllerHealth,
+        EndedVM,
+        IP,
+        IssueVMAccessTokenRequest,
+        VMAccessToken,
+        BulkDeletion,
+        Capacity,
+        OpenSession,
+    )
     return {
         **parts,
         "VM": {"type": "object", "allOf": [{"$ref": f"#/components/schemas/{name}"} for name in parts]},

@@ -1,5 +1,7 @@
 """The open watches, tunnels and SSH connections of each account, which end with the account or its role.
 
+`list_open` tells who is connected (`GET /controller/sessions`).
+
 A handler of something that outlasts the check of its credentials holds it here (`AccountSessions.hold`). It is ended when
 the account is deleted or loses the role that the check required. A VM access token counts as its issuing account with
 the role that issuing needs.
@@ -7,9 +9,11 @@ the role that issuing needs.
 
 from __future__ import annotations
 
+import datetime
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import trio
@@ -18,7 +22,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 from orchard.auth import ForbiddenError, require
 from orchard.net.request import AnyResponse, SendPiece, Stream, WebSocketUpgrade
 from orchard.net.wsframes import POLICY_VIOLATION
-from orchard.schema import Role, ServiceAccount
+from orchard.schema import OpenSession, Role, ServiceAccount, SessionKind
 
 # For a peer to answer the close of a WebSocket.
 _CLOSE_SECONDS = 2.0
@@ -26,24 +30,46 @@ _CLOSE_SECONDS = 2.0
 _End = Callable[[str], None]
 
 
-class AccountSessions:
-    """The open sessions of all accounts. `accounts` is the store's table of accounts, by name."""
+@dataclass(frozen=True, slots=True)
+class SessionSubject:
+    """What a session is, with what it is connected (such as vm/NAME; "" for all), and the client's address."""
 
-    def __init__(self, accounts: Mapping[str, ServiceAccount]) -> None:
+    kind: SessionKind
+    target: str
+    peer: str
+
+
+class AccountSessions:
+    """The open sessions of all accounts. `accounts` is the store's table of accounts, by name; `clock` is in UTC."""
+
+    def __init__(self, accounts: Mapping[str, ServiceAccount], clock: Callable[[], datetime.datetime]) -> None:
         self._accounts = accounts
+        self._clock = clock
+        self._listed: dict[object, OpenSession] = {}
         # By account; the keys of the inner tables only tell one session from another.
         self._open: defaultdict[str, dict[object, tuple[Role | None, _End]]] = defaultdict(dict)
 
     @contextmanager
-    def hold(self, account: str, role: Role | None, end: _End) -> Iterator[None]:
+    def hold(self, account: str, role: Role | None, end: _End, subject: SessionSubject | None = None) -> Iterator[None]:
         """Call `end` with the reason if the account is deleted or loses the role during the block, or has before it.
 
-        The account is "" where no credentials are asked for; then `end` is never called.
+        The account is "" where no credentials are asked for; then `end` is never called. With a subject, the session is
+        listed during the block.
         """
+        key = object()
+        if subject is not None:
+            self._listed[key] = OpenSession(subject.kind, self._clock(), account, subject.target, subject.peer)
+        try:
+            with self._end_with_account(key, account, role, end):
+                yield
+        finally:
+            self._listed.pop(key, None)
+
+    @contextmanager
+    def _end_with_account(self, key: object, account: str, role: Role | None, end: _End) -> Iterator[None]:
         if not account:
             yield
             return
-        key = object()
         self._open[account][key] = (role, end)
         try:
             self.review(account)
@@ -54,7 +80,9 @@ class AccountSessions:
                 del self._open[account]
 
     @contextmanager
-    def cancel_when_over(self, account: str, role: Role | None) -> Iterator[None]:
+    def cancel_when_over(
+        self, account: str, role: Role | None, subject: SessionSubject | None = None
+    ) -> Iterator[None]:
         """Cancel the block when the account is deleted or loses the role. Raises ForbiddenError then."""
         scope, reasons = trio.CancelScope(), list[str]()
 
@@ -62,38 +90,47 @@ class AccountSessions:
             reasons.append(reason)
             scope.cancel()
 
-        with self.hold(account, role, end), scope:
+        with self.hold(account, role, end, subject), scope:
             yield
         if scope.cancelled_caught:
             raise ForbiddenError(reasons[0])
 
-    def tie(self, answer: AnyResponse, account: str, role: Role | None) -> AnyResponse:
+    def list_open(self) -> list[OpenSession]:
+        """Return the sessions that have a subject, the oldest first."""
+        return list(self._listed.values())
+
+    def tie(
+        self, answer: AnyResponse, account: str, role: Role | None, describe: Callable[[], SessionSubject]
+    ) -> AnyResponse:
         """Return an answer like this one, whose stream or WebSocket ends with the account or its role."""
         if isinstance(answer, Stream):
-            answer.produce = partial(self._produce, account, role, answer.produce)
+            answer.produce = partial(self._produce, self._last(account, role, describe), answer.produce)
         elif isinstance(answer, WebSocketUpgrade):
-            answer.session = partial(self._converse, account, role, answer.session)
+            answer.session = partial(self._converse, self._last(account, role, describe), answer.session)
         return answer
+
+    def _last(
+        self, account: str, role: Role | None, describe: Callable[[], SessionSubject]
+    ) -> Callable[[], AbstractContextManager[None]]:
+        return lambda: self.cancel_when_over(account, role, describe())
 
     async def _produce(
         self,
-        account: str,
-        role: Role | None,
+        held: Callable[[], AbstractContextManager[None]],
         produce: Callable[[SendPiece], Awaitable[None]],
         send: SendPiece,
     ) -> None:
-        with suppress(ForbiddenError), self.cancel_when_over(account, role):
+        with suppress(ForbiddenError), held():
             await produce(send)
 
     async def _converse(
         self,
-        account: str,
-        role: Role | None,
+        held: Callable[[], AbstractContextManager[None]],
         session: Callable[[WebSocketConnection], Awaitable[None]],
         websocket: WebSocketConnection,
     ) -> None:
         try:
-            with self.cancel_when_over(account, role):
+            with held():
                 await session(websocket)
         except ForbiddenError as error:
             with trio.move_on_after(_CLOSE_SECONDS), suppress(ConnectionClosed):

@@ -939,7 +939,12 @@ def test_roles_of_all_operations() -> None:
             *("GET /rpc/watch", "POST /rpc/goodbye"),
         },
         "compute:connect": {"GET /vms/{name}/port-forward", "GET /vms/{name}/ip", "GET /vms/{name}/exec"},
-        "admin:read": {"GET /service-accounts", "GET /service-accounts/{name}", "GET /cluster-settings"},
+        "admin:read": {
+            "GET /controller/sessions",
+            "GET /service-accounts",
+            "GET /service-accounts/{name}",
+            "GET /cluster-settings",
+        },
         "admin:write": {
             *("POST /service-accounts", "PUT /service-accounts/{name}", "PATCH /service-accounts/{name}"),
             "DELETE /service-accounts/{name}",

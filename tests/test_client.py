@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import trio
+from harness.processes import GENEROUS
 from harness.scripted import answer, scripted, switched, upgrading
 
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed, WatchedChange
@@ -315,6 +316,39 @@ async def test_capacity_for_a_shape() -> None:
         assert (await c.client.capacity(arch="amd64")).fits == 2
         none = await c.client.capacity(labels={"a": "b"})
         assert (none.fits, bool(none.reason)) == (0, True)
+
+
+async def test_sessions_are_listed_while_they_last() -> None:
+    begun = datetime.datetime.now(datetime.UTC)
+    async with cluster(auth=True) as c:
+        await c.client.vms.create(name="vm", image="any")
+        await c.client.vms.wait("vm")
+        (worker,) = await c.client.sessions()
+        assert (worker.kind, worker.target, worker.account) == ("worker", "worker/worker-1", c.account)
+        async with (
+            c.client.watch() as changes,
+            c.client.vms.watch("vm") as vm_changes,
+            c.client.vms.follow("vm", kinds=["lifecycle"]) as events,
+            c.client.vms.port_forward("vm", 22) as tunnel,
+            c.client.vms.exec("vm", "echo ready; cat", interactive=True) as command,
+        ):
+            # A session is listed when its client has got something.
+            for each in (changes, vm_changes, events, command):
+                await anext(each)
+            await tunnel.receive_some(4)
+            listed = (await c.client.sessions())[1:]
+            assert sorted((each.kind, each.target) for each in listed) == [
+                ("events", "vm/vm"),
+                ("exec", "vm/vm"),
+                ("port-forward", "vm/vm"),
+                ("watch", ""),
+                ("watch", "vm/vm"),
+            ]
+            assert {(each.account, each.peer) for each in listed} == {(c.account, "127.0.0.1")}
+            assert all(begun <= each.since for each in listed)
+        with trio.fail_after(GENEROUS):
+            while await c.client.sessions() != [worker]:
+                await trio.lowlevel.checkpoint()
 
 
 async def test_history_has_the_vms_that_have_ended() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from orchard.auth import ForbiddenError
 from orchard.schema import ServiceAccount
 from orchard.sessions import AccountSessions
 
+BEGAN = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 READER = ServiceAccount(name="reader", token="secret", roles=("compute:read", "compute:write"))
 
 
@@ -25,7 +27,7 @@ READER = ServiceAccount(name="reader", token="secret", roles=("compute:read", "c
 )
 def test_session_ends_when_its_account_is_deleted_or_loses_its_role(after: ServiceAccount | None, ends: bool) -> None:
     accounts = {"reader": READER}
-    sessions = AccountSessions(accounts)
+    sessions = AccountSessions(accounts, lambda: BEGAN)
     reasons: list[str] = []
     with sessions.hold("reader", "compute:connect", reasons.append), sessions.hold("", "admin:read", reasons.append):
         accounts |= {"reader": after} if after is not None else {}
@@ -39,7 +41,7 @@ def test_session_ends_when_its_account_is_deleted_or_loses_its_role(after: Servi
 
 
 def test_session_ends_with_its_account_even_if_another_one_has_the_name_by_now() -> None:
-    sessions = AccountSessions({"reader": READER})
+    sessions = AccountSessions({"reader": READER}, lambda: BEGAN)
     reasons: list[str] = []
     with sessions.hold("reader", "compute:read", reasons.append):
         sessions.review("reader", deleted=True)
@@ -48,13 +50,13 @@ def test_session_ends_with_its_account_even_if_another_one_has_the_name_by_now()
 
 def test_session_of_an_account_that_is_gone_already_ends_at_its_beginning() -> None:
     reasons: list[str] = []
-    with AccountSessions({}).hold("reader", None, reasons.append):
+    with AccountSessions({}, lambda: BEGAN).hold("reader", None, reasons.append):
         assert len(reasons) == 1
 
 
 async def test_block_is_cancelled_with_its_account(autojump_clock: trio.testing.MockClock) -> None:
     accounts = {"reader": READER}
-    sessions = AccountSessions(accounts)
+    sessions = AccountSessions(accounts, lambda: BEGAN)
 
     async def wait() -> None:
         with sessions.cancel_when_over("reader", "compute:read"):

@@ -186,6 +186,24 @@ def _show_history(options: argparse.Namespace) -> int:
     return 0
 
 
+def _declare_sessions(parser: CommandLine) -> None:
+    _add_output(parser)
+    parser.set_defaults(run=_show_sessions)
+
+
+def _show_sessions(options: argparse.Namespace) -> int:
+    with open_connection(options) as controller:
+        require_capability(controller, "sessions", "sessions")
+        found = controller.call("GET", "/controller/sessions")
+    if options.output == "json":
+        print_json(found)
+        return 0
+    fields = ("account", "kind", "target", "peer")
+    rows = [[*(str(one.get(field, "")) for field in fields), format_age(one.get("since"))] for one in found]
+    print_table(("Account", "Kind", "Target", "From", "Since"), rows)
+    return 0
+
+
 def _declare_version(parser: CommandLine) -> None:
     parser.add_argument("--client", action="store_true", help="ask no controller")
     parser.set_defaults(run=_print_version)
@@ -208,5 +226,6 @@ _DECLARATIONS: Mapping[str, Callable[[CommandLine], None]] = {
     "drain": _declare_drain,
     "capacity": _declare_capacity,
     "history": _declare_history,
+    "sessions": _declare_sessions,
     "version": _declare_version,
 }

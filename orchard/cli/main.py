@@ -70,6 +70,7 @@ VERBS: Mapping[str, Verb] = {
     "drain": Verb("actions", "let a worker run out of VMs"),
     "capacity": Verb("actions", "show what the fleet could still run"),
     "history": Verb("actions", "list the VMs that ended last"),
+    "sessions": Verb("actions", "list who is connected: watches, tunnels, commands and workers"),
     "completion": Verb("completion", "print what makes a shell complete this command's words"),
     "__complete": Verb("completion", ""),
     "version": Verb("actions", "print the versions of this command and of the controller"),

@@ -38,6 +38,7 @@ _CAPABILITIES = (
     "pending-timeout",
     VM_RESTART,
     "drain",
+    "sessions",
     "metrics",
 )
 
@@ -80,6 +81,10 @@ def accept_state(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     holds_back = bool(old.restored_from) or old.holds_back
     api.put(replace(old, id=uuid.uuid4().hex, restored_from=0, holds_back=holds_back), old)
     return info(api, request, admitted)
+
+
+def list_sessions(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return api.answer_list((dump_json(encode(each)) for each in api.parts.sessions.list_open()), headers=())
 
 
 def describe(api: API, request: Request, admitted: Admitted) -> AnyResponse:

@@ -7,7 +7,7 @@ import uuid
 from functools import partial
 
 from orchard import auth, parameters, validation
-from orchard.admission import Admitted, read_body
+from orchard.admission import Admitted, read_body, subject_of
 from orchard.answers import found
 from orchard.api import API
 from orchard.codec import dump_json, encode
@@ -16,6 +16,7 @@ from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.parameters import read_count
 from orchard.schema import IP, VMAccessToken
+from orchard.sessions import SessionSubject
 from orchard.tunnel import WorkerEnd
 
 
@@ -40,11 +41,13 @@ def _relay_to(api: API, end: WorkerEnd, request: Request, admitted: Admitted) ->
     # Existing controllers do so, and clients without the header expect it. Like them, this one sends bytes that are not
     # UTF-8, too. The product's own clients always send a User-Agent.
     text = request.headers.get("user-agent") is None
-    return TunnelUpgrade(partial(_relay, api, end, admitted), api.parts.rendezvous.ping_interval, text)
+    return TunnelUpgrade(
+        partial(_relay, api, end, admitted, subject_of(request, admitted)), api.parts.rendezvous.ping_interval, text
+    )
 
 
-async def _relay(api: API, end: WorkerEnd, admitted: Admitted, client: TunnelStream) -> None:
-    with api.parts.sessions.hold(admitted.account, admitted.role, partial(end.end, POLICY_VIOLATION)):
+async def _relay(api: API, end: WorkerEnd, admitted: Admitted, subject: SessionSubject, client: TunnelStream) -> None:
+    with api.parts.sessions.hold(admitted.account, admitted.role, partial(end.end, POLICY_VIOLATION), subject):
         await end.relay(client)
 
 

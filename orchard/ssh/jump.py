@@ -44,7 +44,7 @@ from orchard.net.tcp import splice
 from orchard.net.unauthenticated import Unauthenticated
 from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, Role, ServiceAccount
-from orchard.sessions import AccountSessions
+from orchard.sessions import AccountSessions, SessionSubject
 from orchard.store import State
 from orchard.tunnel import UnreachableError, VMAccess, VMGoneError
 
@@ -452,8 +452,15 @@ class _Server(asyncssh.SSHServer):
         self.admitted = True
         if sender is not None:
             role: Role = auth.ISSUER_ROLE if isinstance(sender, auth.Access) else "compute:connect"
-            end = partial(self.disconnect, asyncssh.DISC_BY_APPLICATION)
-            self._held.enter_context(self._jump.sessions.hold(account_of(sender), role, end))
+            self._hold(account_of(sender), role)
+        else:
+            self._hold("", None)
+
+    def _hold(self, account: str, role: Role | None) -> None:
+        """Have the connection listed, and ended with its account or its role."""
+        end = partial(self.disconnect, asyncssh.DISC_BY_APPLICATION)
+        subject = SessionSubject("ssh", "", self._address)
+        self._held.enter_context(self._jump.sessions.hold(account, role, end, subject))
 
     def _identify(self) -> Sender | None:
         """Return who has logged in, None without a gate.

@@ -33,6 +33,13 @@ def test_a_vm_is_awaited_restarted_and_stopped(dev: Path, api: ControllerConnect
     assert (status, "powerState" in said) == (1, True)
 
 
+def test_sessions_are_listed(dev: Path) -> None:
+    header, *rows = run(dev, "sessions")
+    assert header.split() == ["Account", "Kind", "Target", "From", "Since"]
+    assert any(row.split()[:2] == ["worker", "worker/worker-1"] for row in rows)
+    assert {"worker", "worker/worker-1"} <= set(json.loads("\n".join(run(dev, "sessions", "-o", "json")))[0].values())
+
+
 def test_waiting_ends_with_what_cannot_come_true_and_with_its_time(dev: Path, api: ControllerConnection) -> None:
     api.call("POST", "/vms", body={"name": "vm", "image": "i", "labels": {"none": "here"}})
     status, _, said = call_main(main, "wait", "vm", "vm", "--timeout", "1", home=dev)

@@ -235,7 +235,7 @@ async def served(
         clock = StoredClock(store, (host_clock or HostClock()).wall, trio.current_time)
         loop = SchedulingLoop(store, offline_timeout, lambda: BEGAN)
         deadlines = Deadlines(store, clock, loop.liveness, loop.states)
-        sessions = AccountSessions(store.state.accounts)
+        sessions = AccountSessions(store.state.accounts, lambda: BEGAN)
         Recorder(store, events, history, lambda: BEGAN)
         Reactions(store, rendezvous, loop, sessions, clock.now)
         figures = make_figures(store, loop.liveness, clock.now)

@@ -94,6 +94,19 @@ async def test_openssh_client_runs_a_shell_in_a_vm(tmp_path: Path, sshd: int) ->
 
 
 @pytest.mark.needs("ssh")
+async def test_a_connection_is_listed_with_its_account(tmp_path: Path, sshd: int) -> None:
+    async with jumping() as c, trio.open_nursery() as nursery:
+
+        async def is_listed() -> bool:
+            found = [each for each in await c.client.sessions() if each.kind == "ssh"]
+            return [(each.account, each.peer) for each in found] == [(c.account, "127.0.0.1")]
+
+        nursery.start_soon(partial(OpenSSH(c, tmp_path, sshd).run, "ssh", "vm", "sleep 1000"))
+        await eventually(is_listed)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.needs("ssh")
 async def test_ssh_with_an_access_token_reaches_its_vm_only(tmp_path: Path, sshd: int) -> None:
     async with jumping() as c:
         issued = await c.client.vms.issue_access_token("vm")
