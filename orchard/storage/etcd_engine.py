@@ -243,7 +243,7 @@ class EtcdEngine:
         problem = ""
         while self._leadership.leads():
             # Shielded: what was written must not be taken for undone.
-            with trio.move_on_after(max(0.0, self._leadership.remaining()), shield=True):
+            with trio.move_on_after(self._leadership.patience(), shield=True):
                 try:
                     done = await self._client.transact(
                         comparisons, [put(self._head_key, value), *operations], [get(self._head_key)]

@@ -41,6 +41,8 @@ _KEEPALIVES = 4
 # Between two looks at the key of another leader, and after a failed request. So long a stop of the leader takes at least.
 _LOOK_SECONDS = 0.2
 _RETRY_SECONDS = 0.25
+# The sums of two clocks may differ by the last digit: a wait must not end while the lease has that left.
+_ROUNDING_SECONDS = 0.001
 # For the lease to be revoked at a stop. Otherwise it runs out.
 _RESIGN_SECONDS = 2.0
 
@@ -100,6 +102,10 @@ class Leadership:
     def remaining(self) -> float:
         """Return for how many seconds this controller leads without another keepalive; negative if it does not."""
         return self._until - self._settings.clock()
+
+    def patience(self) -> float:
+        """Return for how many seconds a request may be waited for, after which `leads` is false without another keepalive."""
+        return max(0.0, self.remaining() + _ROUNDING_SECONDS)
 
     def lose(self, reason: str) -> LeadershipLostError:
         """Stop leading at once. Return the error that says so."""
@@ -176,7 +182,7 @@ class Leadership:
         pause = self._settings.ttl / _KEEPALIVES
         problem = "the controller was stopped, or its host slept"
         while True:
-            with trio.move_on_after(max(0.0, self.remaining())):
+            with trio.move_on_after(self.patience()):
                 await trio.sleep(pause)
                 sent = self._settings.clock()
                 try:

@@ -7,16 +7,17 @@ from contextlib import asynccontextmanager, suppress
 
 import trio
 
-_TRANSACTION = b"/v3/kv/txn"
+TRANSACTION, KEEPALIVE = b"/v3/kv/txn", b"/v3/lease/keepalive"
 _BYTES = 64 * 1024
 
 
 class CuttingProxy:
-    """A proxy for connections to a port of this host. `cuts` counts down the answers to transactions that get lost."""
+    """A proxy for connections to a port of this host. `cuts` counts down the answers to requests for `paths` that get lost."""
 
     def __init__(self, upstream: str) -> None:
         self.url = ""
         self.cuts = 0
+        self.paths = {TRANSACTION}
         self.done = 0
         self._port = int(upstream.rpartition(":")[2])
 
@@ -29,7 +30,7 @@ class CuttingProxy:
                 nonlocal has_asked
                 with suppress(trio.BrokenResourceError):
                     while data := await client.receive_some(_BYTES):
-                        has_asked = has_asked or _TRANSACTION in data
+                        has_asked = has_asked or any(path in data for path in self.paths)
                         await server.send_all(data)
                 nursery.cancel_scope.cancel()
 

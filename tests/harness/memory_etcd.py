@@ -11,12 +11,14 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import trio
+import trio.testing
 
 from orchard.net import server
 from orchard.net.connection import Limits
@@ -479,3 +481,31 @@ def dumped(value: object) -> bytes:
 def refusal(error: RefusedError) -> Response:
     body = {"error": str(error), "code": error.code, "message": str(error)}
     return Response(STATUS.get(error.code, 400), dumped(body))
+
+
+class MemoryListener(trio.abc.Listener[trio.abc.Stream]):
+    """A listener for streams in memory. `connect` opens one, whatever the host and the port."""
+
+    def __init__(self) -> None:
+        self._accepted, self._arriving = trio.open_memory_channel[trio.abc.Stream](1000)
+
+    async def connect(self, host: str, port: int) -> trio.abc.Stream:
+        ours, theirs = trio.testing.memory_stream_pair()
+        await self._accepted.send(theirs)
+        return ours
+
+    async def accept(self) -> trio.abc.Stream:
+        return await self._arriving.receive()
+
+    async def aclose(self) -> None:
+        self._arriving.close()
+
+
+@asynccontextmanager
+async def running_memory_etcd(etcd: MemoryEtcd) -> AsyncIterator[MemoryListener]:
+    """Serve an etcd in memory over streams in memory for the time of the block."""
+    listener = MemoryListener()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(etcd.serve, [listener])
+        yield listener
+        nursery.cancel_scope.cancel()
