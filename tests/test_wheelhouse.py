@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
 import venv
-import zipfile
 from pathlib import Path
 
 import pytest
 from harness.isolation import without_network
+from harness.wheels import pack_needed
 
 from orchard import __version__
 
@@ -67,50 +66,11 @@ def test_failure_of_pip_is_the_failure_of_the_command(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def needed(*names: str) -> set[str]:
-    """Return some packages and the installed ones that they need, for the project with those of its extras."""
-    found: set[str] = set()
-    left = [*names]
-    while left:
-        name = left.pop()
-        if name in found or not is_installed(name):
-            continue
-        found.add(name)
-        for requirement in importlib.metadata.requires(name) or ():
-            other, _, marker = requirement.partition(";")
-            if "extra" not in marker or (name == "orchard-cluster" and re.search("ssh|fast", marker)):
-                left.append(re.split(r"[\s<>=!~\[(]", other.strip(), maxsplit=1)[0].lower())
-    return found
-
-
-def is_installed(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def pack(name: str, directory: Path) -> None:
-    """Make a wheel of an installed package."""
-    installed = importlib.metadata.distribution(name)
-    tag = re.findall("^Tag: (.*)$", installed.read_text("WHEEL") or "", re.MULTILINE)[-1]
-    # The one at hand may be for this glibc only.
-    tag = re.sub("manylinux_[0-9]+_[0-9]+", "manylinux_2_17", tag)
-    known = re.sub("[-.]+", "_", installed.metadata["Name"])
-    with zipfile.ZipFile(directory / f"{known}-{installed.version}-{tag}.whl", "w") as wheel:
-        for file in installed.files or ():
-            if ".." not in file.parts and "__pycache__" not in file.parts:
-                wheel.write(str(file.locate()), str(file))
-
-
 @pytest.mark.needs("ip")
 @pytest.mark.slow
 def test_project_and_clone_are_installed_from_a_wheelhouse_without_network(tmp_path: Path) -> None:
     source, wheels = tmp_path / "source", tmp_path / "wheels"
-    source.mkdir()
-    for name in needed("orchard-cluster", "setuptools") - {"orchard-cluster"}:
-        pack(name, source)
+    pack_needed(source)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     here = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(source), "PIP_CONFIG_FILE": os.devnull}
     with without_network():

@@ -1,0 +1,54 @@
+"""Wheels of the packages that are installed here, for installations without a network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import zipfile
+from pathlib import Path
+
+PROJECT = "orchard-cluster"
+
+
+def pack_needed(directory: Path) -> None:
+    """Make a directory with wheels of all that the project needs with its extras, and to be built."""
+    directory.mkdir()
+    for name in needed(PROJECT, "setuptools") - {PROJECT}:
+        pack(name, directory)
+
+
+def needed(*names: str) -> set[str]:
+    """Return some packages and the installed ones that they need, for the project with those of its extras."""
+    found: set[str] = set()
+    left = [*names]
+    while left:
+        name = left.pop()
+        if name in found or not is_installed(name):
+            continue
+        found.add(name)
+        for requirement in importlib.metadata.requires(name) or ():
+            other, _, marker = requirement.partition(";")
+            if "extra" not in marker or (name == PROJECT and re.search("ssh|fast", marker)):
+                left.append(re.split(r"[\s<>=!~\[(]", other.strip(), maxsplit=1)[0].lower())
+    return found
+
+
+def is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def pack(name: str, directory: Path) -> None:
+    """Make a wheel of an installed package."""
+    installed = importlib.metadata.distribution(name)
+    tag = re.findall("^Tag: (.*)$", installed.read_text("WHEEL") or "", re.MULTILINE)[-1]
+    # The one at hand may be for this glibc only.
+    tag = re.sub("manylinux_[0-9]+_[0-9]+", "manylinux_2_17", tag)
+    known = re.sub("[-.]+", "_", installed.metadata["Name"])
+    with zipfile.ZipFile(directory / f"{known}-{installed.version}-{tag}.whl", "w") as wheel:
+        for file in installed.files or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                wheel.write(str(file.locate()), str(file))
