@@ -99,8 +99,17 @@ class ControllerParts:
 class API:
     """What the handlers have in common: admission, reading of bodies, durable answers."""
 
-    def __init__(self, parts: ControllerParts, operations: Sequence[APIOperation], document: bytes) -> None:
-        """`operations` are those of operations.py, and `document` describes them in OpenAPI."""
+    def __init__(
+        self,
+        parts: ControllerParts,
+        operations: Sequence[APIOperation],
+        document: bytes,
+        pages: Sequence[APIOperation] = (),
+    ) -> None:
+        """`operations` are those of operations.py, and `document` describes them in OpenAPI.
+
+        The paths of `pages` are not below /v1.
+        """
         self.parts = parts
         self.store = parts.store
         self.state = parts.store.state
@@ -108,7 +117,9 @@ class API:
         self._parsing = trio.CapacityLimiter(1)
         # The highest revision whose loss was accepted since the start.
         self.accepted_revision = 0
-        self._router = Router([Route(op.method, f"{parts.prefix}/v1{op.path}", op) for op in operations])
+        self.has_pages = bool(pages)
+        routes = [Route(op.method, f"{parts.prefix}/v1{op.path}", op) for op in operations]
+        self._router = Router([*routes, *(Route(op.method, f"{parts.prefix}{op.path}", op) for op in pages)])
         self.document = document
 
     # -- admission and answer
@@ -275,8 +286,15 @@ class API:
             tx.delete(resource)
         return Response(200)
 
+    def roles(self, admitted: Admitted) -> tuple[Role, ...]:
+        """Return what the sender of a request may do: everything where no credentials are asked for."""
+        if self.parts.gate is None:
+            return auth.ROLES
+        account = self.state.accounts.get(admitted.account)
+        return account.roles if account is not None else ()
+
     def may(self, admitted: Admitted, role: Role) -> bool:
-        return self.parts.gate is None or role in self.state.accounts[admitted.account].roles
+        return role in self.roles(admitted)
 
 
 # ---- requests and answers -------------------------------------------------------------------------------------------

@@ -146,6 +146,8 @@ class ControllerSettings:
     tls_names: Sequence[str] = ()
     tls: bool = True
     auth: bool = True
+    # Whether the dashboard is served.
+    ui: bool = True
     # Beside the controller's own: origins of pages that browsers may send requests from, and names by which the
     # controller may be addressed without authentication.
     allowed_origins: Sequence[str] = ()
@@ -252,8 +254,11 @@ async def _serve(settings: ControllerSettings, platform: Platform, serving: _Ser
         # Ends last, because it stores what the tasks below change.
         async with trio.open_nursery() as writers:
             loop, deadlines, parts = _compose(settings, data, platform.clock)
-            api = make_api(parts)
-            browsers = BrowserRules(settings.allowed_origins, None if settings.auth else settings.allowed_hosts)
+            api = make_api(parts, ui=settings.ui)
+            hosts = None if settings.auth else settings.allowed_hosts
+            browsers = BrowserRules(
+                settings.allowed_origins, hosts, [f"{settings.prefix}/ui{end}" for end in ("", "/")]
+            )
             await writers.start(data.store.run)
             await writers.start(data.events.run)
             await writers.start(data.history.run)
@@ -571,6 +576,7 @@ def controller_parser() -> CommandLine:
     add("--insecure-ssh-no-client-auth", action="store_true", help="serve SSH without authentication")
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
     add("--insecure-no-auth", action="store_true", help="serve the API without authentication: anyone may do anything")
+    add("--no-ui", action="store_true", help="do not serve the dashboard at /ui/")
     add("--allow-origin", metavar="URL", type=_parse_with(normal_origin), action="append", default=[],
         help="origin of web pages that may send requests, beside the controller's own, such as https://orchard.example.com"
         " where a proxy rewrites the header Host; repeatable")  # fmt: skip
@@ -619,6 +625,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, Log
         tls_names=options.tls_name,
         tls=not options.insecure_no_tls,
         auth=not options.insecure_no_auth,
+        ui=not options.no_ui,
         allowed_origins=options.allow_origin,
         allowed_hosts=options.allow_host,
         ssh=options.listen_ssh,

@@ -13,6 +13,7 @@ from orchard.admission import APIOperation
 from orchard.api import API, ControllerParts
 from orchard.codec import dump_json
 from orchard.handlers import admin, capacity, connections, events, metrics, vms, watch, workers
+from orchard.handlers.page import PAGES
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 
 # The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
@@ -113,7 +114,7 @@ OPERATIONS: tuple[APIOperation, ...] = (
               answer=ref("BulkDeletion"), query=parameters.BULK_DELETION),
     Operation("GET", "/watch", watch.watch, "compute:read",
               "Watch all VMs and workers: ADDED for each, BOOKMARK, then their changes",
-              problems=(410,), query=(parameters.WATCH_KINDS, parameters.FILTER, parameters.SINCE),
+              problems=(410,), query=(parameters.WATCH_KINDS, parameters.FILTER, parameters.SINCE, parameters.SILENCE),
               ndjson=_line_of("VM", "Worker")),
     Operation("GET", "/vms/{name}", vms.get_vm, "compute:read", "Retrieve a VM",
               answer=ref("VM"), problems=(404, 503), query=parameters.ONE_VM, ndjson=_VM_LINE,
@@ -175,6 +176,6 @@ def describe_api(prefix: str) -> dict[str, Any]:
     return build_document(with_validation, prefix=prefix, info=info, schemas=schema.components())
 
 
-def make_api(parts: ControllerParts) -> API:
-    """Return the API of a controller with these parts."""
-    return API(parts, OPERATIONS, dump_json(describe_api(f"{parts.prefix}/v1")))
+def make_api(parts: ControllerParts, *, ui: bool = True) -> API:
+    """Return the API of a controller with these parts. `ui`: whether it serves the dashboard, too."""
+    return API(parts, OPERATIONS, dump_json(describe_api(f"{parts.prefix}/v1")), PAGES if ui else ())

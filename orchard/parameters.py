@@ -75,6 +75,9 @@ IMAGES = Parameter(
 )
 WATCH_KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)
 SINCE = Parameter("since", "Of a watch: only what came after this revision, as X-Revision or a line has told it", _TEXT)
+SILENCE = Parameter(
+    "silence", "Seconds of silence after which a BOOKMARK is sent; absent: those of the controller", _whole(1, 60)
+)
 EVENT_KINDS = Parameter(
     "kinds", "Show only events of these kinds, with commas between them; absent: all but `lifecycle`", _TEXT
 )

@@ -607,6 +607,8 @@ class ControllerInfo:
     prepull: tuple[Prepull, ...] = attr(
         "prepull", "The cluster's prepull, shown to accounts that have compute:write", zero=()
     )
+    account: str = attr("account", "The account that asks; absent where no credentials are asked for", zero="")
+    roles: tuple[Role, ...] = attr("roles", "What the account that asks may do", zero=())
 
 
 @dataclass(frozen=True, slots=True)

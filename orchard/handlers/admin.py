@@ -53,11 +53,13 @@ def info(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     settings = api.state.settings if api.may(admitted, "compute:write") else ClusterSettings()
     info = ControllerInfo(
         version=__version__,
-        capabilities=_CAPABILITIES,
+        capabilities=(*_CAPABILITIES, "ui") if api.has_pages else _CAPABILITIES,
         worker_offline_timeout=timeout,
         cluster_id=api.state.cluster.id,
         host_dir_policies=settings.host_dir_policies,
         prepull=settings.prepull,
+        account=admitted.account,
+        roles=api.roles(admitted),
     )
     return Response(200, dump_json(encode(info)))
 

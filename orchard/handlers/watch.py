@@ -27,9 +27,10 @@ def watch_kinds(
     """Answer with the objects of some kinds and their changes, or with those after the revision `since` only."""
     selection = _read_selection(request.query, kinds)
     since = parameters.read_text(request.query, parameters.SINCE)
+    silence = _read_silence(api, request.query)
     if not since:
-        return _watch_present(api, selection)
-    log, silence = api.store.log, api.parts.rendezvous.ping_interval
+        return _watch_present(api, selection, silence)
+    log = api.store.log
     return Stream(partial(follow, log, log.position_of(since), selection, silence))
 
 
@@ -38,9 +39,15 @@ def _read_selection(query: Query, kinds: frozenset[WatchedKind]) -> Selection:
     return Selection(kinds, str(condition), condition.matches) if condition else Selection(kinds)
 
 
-async def _watch_present(api: API, selection: Selection) -> AnyResponse:
+def _read_silence(api: API, query: Query) -> float:
+    """Return the seconds after which a silent watch sends a BOOKMARK: no more than between two pings."""
+    wanted, longest = parameters.read_number(query, parameters.SILENCE), api.parts.rendezvous.ping_interval
+    return longest if wanted is None else min(wanted, longest)
+
+
+async def _watch_present(api: API, selection: Selection, silence: float) -> AnyResponse:
     snapshot = await take_snapshot(api, selection)
-    return Stream(partial(send_present, api.store.log, snapshot, selection, api.parts.rendezvous.ping_interval))
+    return Stream(partial(send_present, api.store.log, snapshot, selection, silence))
 
 
 async def take_snapshot(api: API, selection: Selection, *, images: bool = True) -> Snapshot:

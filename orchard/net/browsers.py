@@ -32,13 +32,17 @@ class BrowserRules:
     """Which origins are accepted and, where no credentials are asked for, which values of Host.
 
     `origins` are accepted beside a request's own: a proxy may rewrite Host. `hosts` are names that Host may have beside
-    localhost and IP addresses; None: any name, because every request needs credentials.
+    localhost and IP addresses; None: any name, because every request needs credentials. `pages` are the paths of public
+    documents, which links of other sites may lead to.
     """
 
-    def __init__(self, origins: Iterable[str] = (), hosts: Iterable[str] | None = None) -> None:
+    def __init__(
+        self, origins: Iterable[str] = (), hosts: Iterable[str] | None = None, pages: Iterable[str] = ()
+    ) -> None:
         """Raises ValueError for an origin or a name that a browser cannot send."""
         self._origins = {normal_origin(origin) for origin in origins}
         self._hosts = None if hosts is None else {normal_name(name) for name in hosts}
+        self._pages = frozenset(pages)
 
     def guard(self, admit: Admit[AdmittedT]) -> Admit[AdmittedT]:
         """Return an `admit` for `serve` that checks each request before `admit` does."""
@@ -69,7 +73,7 @@ class BrowserRules:
         if origin is not None and not self._is_own(origin, host or ""):
             raise _refused(f"the header Origin is {shown(origin)}, expected the origin of this controller"
                            f" ({shown(host)}), or one given to it by --allow-origin")  # fmt: skip
-        if site not in (None, "same-origin", "none"):
+        if site not in (None, "same-origin", "none") and not self._is_followed_link(request):
             raise _refused(f"the header Sec-Fetch-Site is {shown(site)}, expected same-origin or none")
         has_body = get("transfer-encoding") is not None or get("content-length") not in (None, "0")
         content_type = get("content-type") or ""
@@ -83,6 +87,12 @@ class BrowserRules:
         return (
             name == "localhost" or name.endswith(".localhost") or name in self._hosts or bool(_ADDRESS.fullmatch(name))
         )
+
+    def _is_followed_link(self, request: Request) -> bool:
+        """Whether a person has followed a link to a page, whose answer the page with the link cannot read."""
+        get = request.headers.get
+        opens = (get("sec-fetch-mode"), get("sec-fetch-dest")) == ("navigate", "document")
+        return opens and request.method == "GET" and request.path in self._pages and get("origin") is None
 
     def _is_own(self, origin: str, host: str) -> bool:
         """Whether an origin is accepted. Schemes are not compared, because a proxy may end TLS."""

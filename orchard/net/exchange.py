@@ -61,7 +61,9 @@ _LOGGED_PATH = 256  # characters
 # No standard status says that the client went away before the answer.
 _CLIENT_GONE = 499
 
-_ALWAYS = "Server: orchard\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+_ALWAYS = "Server: orchard\r\nX-Content-Type-Options: nosniff\r\n"
+# Of an answer whose headers do not say how it may be kept.
+_NOT_STORED = "Cache-Control: no-store\r\n"
 _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 # A header that a handler may add: one line (RFC 9110, section 5), and not one that says where the answer ends.
 _HEADER = re.compile(r"(?!content-length:|transfer-encoding:)[A-Za-z0-9-]+: [\t -~\x80-\xff]*\r\n", re.IGNORECASE)
@@ -278,6 +280,8 @@ class Exchange:
             if not _HEADER.fullmatch(line):
                 raise ValueError(f"the answer has the header {line!r}, expected one line without framing")
             lines.append(line)
+        if not any(name == "Cache-Control" for name, _ in answer.headers):
+            lines.append(_NOT_STORED)
         end = "\r\n" if keep else "Connection: close\r\n\r\n"
         return f"{''.join(lines)}{framing}{end}".encode("latin-1")
 

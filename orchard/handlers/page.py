@@ -1,0 +1,92 @@
+"""Serves the dashboard: the files of orchard/ui/, and a redirect to them.
+
+They are public and hold nothing of the cluster. The page's script sends the credentials with each of its requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import resources
+
+from orchard.admission import Admitted, APIOperation
+from orchard.api import API
+from orchard.net.openapi import Operation
+from orchard.net.request import AnyResponse, Request, Response
+
+# What the page needs and nothing else. What VMs print or are named is text; if it became markup, nothing would run it.
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        *(f"{what}-src 'self'" for what in ("script", "style", "img", "connect")),
+        *(f"{what} 'none'" for what in ("base-uri", "form-action", "frame-ancestors")),
+        "require-trusted-types-for 'script'",
+    )
+)
+_HEADERS = (
+    ("Content-Security-Policy", _POLICY),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+)
+_ICON = "icon.svg"
+# A browser asks each time whether its copy is current, so the page is always that of its controller. It looks at the icon
+# with every page that it shows.
+_CURRENT, _KEPT = ("Cache-Control", "no-cache"), ("Cache-Control", "max-age=86400")
+_TYPES = {
+    "index.html": "text/html; charset=utf-8",
+    "app.js": "text/javascript; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    _ICON: "image/svg+xml",
+}
+
+
+# What the page says of the credentials that the API asks for, and what it says where there are none. A request without
+# credentials that is refused would be an error in the browser's console.
+_CREDENTIALS = (b'data-credentials="needed"', b'data-credentials="none"')
+
+
+@cache
+def _read(file: str, is_open: bool) -> tuple[bytes, str]:
+    """Return a file and its ETag. `is_open`: the API asks for no credentials."""
+    content = resources.files("orchard").joinpath("ui", file).read_bytes()
+    if is_open:
+        content = content.replace(*_CREDENTIALS)
+    return content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+
+
+def _send_file(file: str, api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return _send(file, False, request)
+
+
+def _send(file: str, is_open: bool, request: Request) -> AnyResponse:
+    content, tag = _read(file, is_open)
+    headers = (*_HEADERS, _KEPT if file == _ICON else _CURRENT, ("ETag", tag))
+    # A proxy that compresses makes the ETag a weak one.
+    known = [one.strip().removeprefix("W/") for one in (request.headers.get("if-none-match") or "").split(",")]
+    if tag in known:
+        return Response(304, headers=headers)
+    return Response(200, (content,), headers, _TYPES[file])
+
+
+def _send_page(api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    # The addresses of script and style sheet are relative to the page's.
+    if not request.path.endswith("/"):
+        return _redirect("ui/", api, request, admitted)
+    return _send("index.html", api.parts.gate is None, request)
+
+
+def _redirect(target: str, api: API, request: Request, admitted: Admitted) -> AnyResponse:
+    return Response(302, headers=(("Location", target),))
+
+
+def _page(path: str, handler: Callable[[API, Request, Admitted], AnyResponse]) -> APIOperation:
+    return Operation("GET", path, handler, "public", "")
+
+
+# Their paths follow the API's prefix, without /v1.
+PAGES: tuple[APIOperation, ...] = (
+    _page("/ui/", _send_page),
+    *(_page(f"/ui/{file}", partial(_send_file, file)) for file in _TYPES if file != "index.html"),
+)

@@ -1,0 +1,1962 @@
+// The dashboard of an Orchard cluster.
+//
+// Sections: elements, texts, the fleet in memory, requests, the stream, parts of pages, pages, the frame, the start.
+// The fleet (class Fleet) is changed by the lines of one watch and knows no element. A page is mounted once and then told
+// which VMs and workers have changed. What comes from the cluster becomes text, never markup.
+"use strict";
+
+// ---- elements -------------------------------------------------------------------------------------------------------
+
+/** Make an element. `on` of the properties holds listeners, `class` and the others are attributes; false leaves one out. */
+function h(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties || {})) {
+    if (name === "on") for (const [event, listener] of Object.entries(value)) element.addEventListener(event, listener);
+    else if (value === true) element.setAttribute(name, "");
+    else if (value !== false && value != null) element.setAttribute(name, value);
+  }
+  element.append(...children.flat(Infinity).filter((child) => child != null && child !== false));
+  return element;
+}
+
+function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** The shape of a state. Its word stands beside it, or is its label. */
+function mark(state, label = "") {
+  const named = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
+  return svg("svg", { class: `mark s-${state}`, viewBox: "0 0 12 12", ...named }, svg("use", { href: `#i-${state}` }));
+}
+
+function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function setClass(element, name) {
+  if (element.className !== name) element.className = name;
+}
+
+/** Make the children of `parent` those of `items`. A child is kept while its key is there, and updated for another item. */
+function keyed(parent, items, keyOf, make, update = null) {
+  const before = parent.keyedChildren || new Map();
+  const after = new Map();
+  let next = parent.firstChild;
+  for (const item of items) {
+    const key = keyOf(item);
+    let child = before.get(key);
+    const known = child !== undefined && (child.item === item || update !== null);
+    const hadFocus = !known && child?.contains(document.activeElement);
+    if (!known) child = make(item);
+    else if (child.item !== item) update(child, item);
+    child.item = item;
+    after.set(key, child);
+    if (child === next) next = next.nextSibling;
+    else parent.insertBefore(child, next);
+    if (hadFocus) (child.querySelector("[data-nav]") || child).focus({ preventScroll: true });
+  }
+  while (next) {
+    const gone = next;
+    next = next.nextSibling;
+    gone.remove();
+  }
+  parent.keyedChildren = after;
+}
+
+const button = (label, action, properties = {}) => h("button", { type: "button", ...properties, on: { click: action } }, label);
+
+// ---- texts ----------------------------------------------------------------------------------------------------------
+
+const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
+
+function duration(milliseconds) {
+  const s = Math.max(0, milliseconds) / SECOND;
+  if (s < 10 && s !== Math.round(s)) return `${s.toFixed(1)} s`;
+  if (s < 60) return `${Math.round(s)} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} m`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} m`;
+  return `${Math.floor(s / 86400)} d`;
+}
+
+/** How long ago a time was, with the absolute one as title. The clock of `tick` keeps it right. */
+function ago(time) {
+  if (!time) return h("time", {}, "–");
+  const element = h("time", { datetime: time, title: new Date(time).toLocaleString() });
+  element.textContent = duration(Math.floor((Date.now() - Date.parse(time)) / SECOND) * SECOND);
+  return element;
+}
+
+function tickTimes() {
+  if (document.hidden) return;
+  const now = Date.now();
+  for (const element of document.querySelectorAll("time[datetime]:not(.absolute)")) {
+    setText(element, duration(Math.floor((now - Date.parse(element.getAttribute("datetime"))) / SECOND) * SECOND));
+  }
+}
+
+function clock(seconds) {
+  const date = new Date(seconds * SECOND);
+  return h("time", { class: "absolute", datetime: date.toISOString(), title: date.toLocaleString() }, date.toLocaleTimeString());
+}
+
+function bytes(count) {
+  if (!count) return "–";
+  const units = ["B", "KB", "MB", "GB", "TB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log10(count) / 3));
+  const value = count / 1000 ** power;
+  return `${value.toFixed(value < 10 && power ? 1 : 0)} ${units[power]}`;
+}
+
+const plural = (count, noun) => `${count.toLocaleString()} ${noun}${count === 1 ? "" : "s"}`;
+const pairs = (map) => Object.entries(map || {}).map(([key, value]) => `${key}=${value}`);
+const byText = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+const shortImage = (image) => (image || "").replace(/^.*\//, "");
+
+const ESCAPES =
+  /\x1b\[([0-9;:]*)m|\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[PX^_][^\x1b]*(?:\x1b\\)?|\x1b[ -/]*[0-~]?|[\x00-\x08\x0b-\x1f\x7f-\x9f]/g;
+
+/** Split a line that a program printed for a terminal into [text, class] pairs. Other control sequences are left out. */
+function terminalParts(line) {
+  const shown = line.replace(/\r+$/, "").replace(/^.*\r/s, "");
+  const parts = [];
+  const style = { colour: "", bold: false, under: false };
+  let end = 0;
+  const add = (text) => {
+    if (text) parts.push([text, [style.colour, style.bold && "bold", style.under && "under"].filter(Boolean).join(" ")]);
+  };
+  for (const found of shown.matchAll(ESCAPES)) {
+    add(shown.slice(end, found.index));
+    end = found.index + found[0].length;
+    if (found[1] !== undefined) applyGraphics(style, found[1]);
+  }
+  add(shown.slice(end));
+  return parts;
+}
+
+function applyGraphics(style, codes) {
+  const numbers = codes.split(/[;:]/).map(Number);
+  for (let at = 0; at < numbers.length; at++) {
+    const code = numbers[at];
+    if (code === 0) Object.assign(style, { colour: "", bold: false, under: false });
+    else if (code === 1) style.bold = true;
+    else if (code === 4) style.under = true;
+    else if (code === 22) style.bold = false;
+    else if (code === 24) style.under = false;
+    else if (code === 38 || code === 48) at += numbers[at + 1] === 5 ? 2 : 4;
+    else if (code === 39) style.colour = "";
+    else if ((code >= 30 && code <= 37) || (code >= 90 && code <= 97)) style.colour = `f${code % 10}`;
+  }
+}
+
+const plainText = (line) => terminalParts(line).map(([text]) => text).join("");
+
+// ---- the fleet in memory --------------------------------------------------------------------------------------------
+
+const SLOTS = "org.cirruslabs.tart-vms";
+const MAX_FAILURES = 500;
+const LONG_QUEUE = 10 * MINUTE, LONG_START = 30 * MINUTE;
+
+const hasCondition = (vm, type) => (vm.conditions || []).some((one) => one.type === type && one.state === "true");
+const isQueued = (vm) => vm.status !== "failed" && vm.status !== "running" && !vm.worker;
+/** Whether no registered worker could ever take a VM. The controller's reasons for that begin so. */
+const isNever = (vm) => isQueued(vm) && /^waiting: no worker (?!has registered)/.test(vm.status_message || "");
+
+function vmState(vm) {
+  if (vm.status === "failed") return "failed";
+  if (vm.status !== "running") return vm.worker ? "starting" : "queued";
+  if (vm.powerState && vm.powerState !== "running") return hasCondition(vm, "running") ? "stopping" : vm.powerState;
+  return vm.startup_script && vm.startupExitCode === undefined && !hasCondition(vm, "ready") ? "script" : "running";
+}
+
+/** What a VM does, in a word or two. */
+function vmPhase(vm) {
+  const state = vmState(vm);
+  if (state === "script") return "script runs";
+  if (state === "running") return hasCondition(vm, "ready") ? "ready" : "running";
+  if (state !== "starting") return state;
+  const percent = /^pulling image: (\d+) %/.exec(vm.status_message || "");
+  if (percent) return `pull ${percent[1]} %`;
+  return /^(pulling|cloning)/.exec(vm.status_message || "")?.[0] || "starting";
+}
+
+const workerState = (worker) => worker.state || "online";
+const slotsOf = (worker) => worker.resources?.[SLOTS] || 0;
+const isDiskLow = (disk) => disk?.totalBytes > 0 && (disk.freeBytes < 20e9 || disk.freeBytes < disk.totalBytes / 10);
+
+/** All VMs and workers, as the lines of a watch have told. `changed` collects the names since the last `takeChanges`. */
+class Fleet {
+  constructor() {
+    this.vms = new Map();
+    this.workers = new Map();
+    // By the worker's name: its VMs by name.
+    this.placed = new Map();
+    // What failed while this page looked on, the latest last.
+    this.failures = [];
+    this.complete = false;
+    this.listing = null;
+    this.changed = { vms: new Set(), workers: new Set() };
+  }
+
+  apply(line, now = Date.now()) {
+    if (line.type === "BEGIN") {
+      this.listing = { vms: new Set(), workers: new Set() };
+    } else if (line.type === "BOOKMARK") {
+      this.endListing();
+    } else {
+      const table = line.kind === "vm" ? "vms" : "workers";
+      this.listing?.[table].add(line.object.name);
+      if (line.kind === "vm") this.putVM(line.type === "DELETED" ? null : line.object, line.object.name, now);
+      else this.putWorker(line.type === "DELETED" ? null : line.object, line.object.name);
+    }
+  }
+
+  endListing() {
+    if (!this.listing) return;
+    const { vms, workers } = this.listing;
+    for (const name of [...this.vms.keys()]) if (!vms.has(name)) this.putVM(null, name);
+    for (const name of [...this.workers.keys()]) if (!workers.has(name)) this.putWorker(null, name);
+    this.listing = null;
+    this.complete = true;
+    this.changed.workers.add("");
+  }
+
+  putVM(vm, name, now = Date.now()) {
+    const old = this.vms.get(name);
+    if (old?.worker) {
+      this.placed.get(old.worker)?.delete(name);
+      this.changed.workers.add(old.worker);
+    }
+    if (vm) {
+      this.vms.set(name, vm);
+      if (vm.worker) {
+        if (!this.placed.has(vm.worker)) this.placed.set(vm.worker, new Map());
+        this.placed.get(vm.worker).set(name, vm);
+        this.changed.workers.add(vm.worker);
+      }
+    } else {
+      this.vms.delete(name);
+    }
+    if (vm?.status === "failed" && old && old.status !== "failed") this.addFailure(vm, new Date(now).toISOString());
+    this.changed.vms.add(name);
+  }
+
+  putWorker(worker, name) {
+    if (worker) {
+      // The page of images asks for them itself. A thousand workers have tens of megabytes of them.
+      delete worker.images;
+      this.workers.set(name, worker);
+    } else {
+      this.workers.delete(name);
+      this.placed.delete(name);
+    }
+    this.changed.workers.add(name);
+  }
+
+  addFailure(vm, when) {
+    const { name, uid, image, worker, createdBy, status_message: message } = vm;
+    this.failures.push({ name, uid, image, worker, createdBy, message, when });
+    if (this.failures.length > MAX_FAILURES) this.failures.shift();
+  }
+
+  /** Take over what another tab has. */
+  load({ vms, workers, failures }) {
+    this.apply({ type: "BEGIN" });
+    for (const object of vms) this.apply({ type: "ADDED", kind: "vm", object });
+    for (const object of workers) this.apply({ type: "ADDED", kind: "worker", object });
+    this.failures = failures;
+    this.endListing();
+  }
+
+  dump() {
+    return { vms: [...this.vms.values()], workers: [...this.workers.values()], failures: this.failures };
+  }
+
+  takeChanges() {
+    const changed = this.changed;
+    this.changed = { vms: new Set(), workers: new Set() };
+    return changed;
+  }
+
+  vmsOn(worker) {
+    const found = [...(this.placed.get(worker)?.values() || [])];
+    return found.sort((a, b) => byText(a.scheduled_at || "", b.scheduled_at || "") || byText(a.name, b.name));
+  }
+
+  queue() {
+    const found = [];
+    for (const vm of this.vms.values()) if (isQueued(vm)) found.push(vm);
+    return found.sort((a, b) => (b.priority || 0) - (a.priority || 0) || byText(a.createdAt || "", b.createdAt || ""));
+  }
+
+  totals() {
+    const counts = { online: 0, workers: this.workers.size, slots: 0, used: 0, vms: this.vms.size };
+    for (const worker of this.workers.values()) {
+      if (workerState(worker) === "online") counts.online++;
+      if (workerState(worker) === "offline") continue;
+      counts.slots += slotsOf(worker);
+      counts.used += Math.min(slotsOf(worker), worker.used?.[SLOTS] || 0);
+    }
+    for (const vm of this.vms.values()) {
+      const state = vmState(vm);
+      counts[state] = (counts[state] || 0) + 1;
+    }
+    return counts;
+  }
+
+  /** What needs a human, worst first: {rank, state, title, text, href, since}. */
+  problems(now = Date.now()) {
+    const found = [];
+    for (const worker of this.workers.values()) this.addWorkerProblems(found, worker);
+    let waiting = 0, oldest = "";
+    for (const vm of this.vms.values()) {
+      addVMProblem(found, vm, now);
+      if (isQueued(vm) && !isNever(vm) && now - Date.parse(vm.createdAt) > LONG_QUEUE) {
+        waiting++;
+        if (!oldest || vm.createdAt < oldest) oldest = vm.createdAt;
+      }
+    }
+    if (waiting) {
+      const title = `${plural(waiting, "VM")} waiting for long`;
+      found.push({ rank: 4, key: "queue", state: "queued", title, text: "the oldest since", href: "#/vms?state=queued", since: oldest });
+    }
+    return found.sort((a, b) => a.rank - b.rank || byText(a.since || "", b.since || "") || byText(a.title, b.title));
+  }
+
+  addWorkerProblems(found, worker) {
+    const { name } = worker, href = address("worker", name);
+    if (workerState(worker) === "offline") {
+      const vms = this.placed.get(name)?.size || 0;
+      const text = vms ? `offline, with ${plural(vms, "VM")}` : "offline";
+      found.push({ rank: vms ? 0 : 3, key: `w ${name}`, state: "offline", title: name, text, href, since: worker.since });
+      return;
+    }
+    if (isDiskLow(worker.disk)) {
+      const text = `disk low: ${bytes(worker.disk.freeBytes)} of ${bytes(worker.disk.totalBytes)} free`;
+      found.push({ rank: 3, key: `d ${name}`, state: "warning", title: name, text, href });
+    }
+    for (const problem of worker.health?.problems || []) {
+      const text = `${problem.what}: ${problem.message}`;
+      found.push({ rank: 2, key: `h ${name} ${problem.what}`, state: "warning", title: name, text, href, since: problem.since });
+    }
+  }
+}
+
+function addVMProblem(found, vm, now) {
+  const { name } = vm, href = address("vm", name), text = vm.status_message || vm.status;
+  if (isNever(vm)) {
+    found.push({ rank: 1, key: `v ${name}`, state: "queued", title: name, text: `can never be placed – ${text}`, href, since: vm.createdAt });
+  } else if ((vm.restart_count || 0) >= 3 && vm.status !== "running") {
+    const title = `started ${vm.restart_count} times without success – ${text}`;
+    found.push({ rank: 1, key: `v ${name}`, state: "failed", title: name, text: title, href, since: vm.createdAt });
+  } else if (vm.worker && vm.status === "pending" && now - Date.parse(vm.scheduled_at) > LONG_START) {
+    found.push({ rank: 2, key: `v ${name}`, state: "starting", title: name, text: `assigned and not running – ${text}`, href, since: vm.scheduled_at });
+  }
+}
+
+const fleet = new Fleet();
+
+// ---- requests -------------------------------------------------------------------------------------------------------
+
+// The path before /ui/, which is also that before /v1.
+const BASE = location.pathname.replace(/\/ui\/.*$/, "");
+const STORED = `orchard ${BASE}`;
+const needsCredentials = document.documentElement.dataset.credentials !== "none";
+
+const session = { account: "", authorization: "", info: null };
+
+class RequestError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+function authorizationOf(account, token) {
+  return `Basic ${btoa(String.fromCharCode(...new TextEncoder().encode(`${account}:${token}`)))}`;
+}
+
+/** Send a request below /v1. Raises RequestError for a refusal and TypeError where there is no answer. */
+async function send(method, path, { body, signal, authorization = session.authorization } = {}) {
+  const headers = authorization ? { Authorization: authorization } : {};
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const answer = await fetch(`${BASE}/v1${path}`, {
+    method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body),
+    credentials: "omit", cache: "no-store", redirect: "error",
+  });
+  if (answer.ok) return answer;
+  let message = "";
+  try {
+    message = (await answer.json()).message;
+  } catch {
+    // Not every proxy answers with JSON.
+  }
+  if (answer.status === 401 && authorization === session.authorization && session.info) signOut();
+  throw new RequestError(answer.status, message || `the controller answered ${answer.status}`);
+}
+
+const ask = async (path, options) => (await send("GET", path, options)).json();
+const vmPath = (name) => `/vms/${encodeURIComponent(name)}`;
+const workerPath = (name) => `/workers/${encodeURIComponent(name)}`;
+
+function may(role) {
+  const roles = session.info?.roles || [];
+  return roles.includes(role) || (role === "compute:connect" && roles.includes("compute:write"));
+}
+
+/** Yield the parsed lines of a stream in blocks. It lets the browser paint between two blocks. */
+async function* jsonLines(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "", since = performance.now();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      yield lines.filter((line) => line.trim()).map((line) => JSON.parse(line));
+      if (performance.now() - since > 12) {
+        await nextTask();
+        since = performance.now();
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+/** Wait for a turn of the event loop. Timers would be slow in a tab that is not seen. */
+function nextTask() {
+  return new Promise((resolve) => {
+    const channel = new MessageChannel();
+    channel.port1.onmessage = () => resolve(channel.port1.close());
+    channel.port2.postMessage(0);
+  });
+}
+
+const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
+// ---- the stream -----------------------------------------------------------------------------------------------------
+
+// Seconds of silence after which the controller says that it is there, and those after which the connection counts as lost.
+const SILENCE = 2, LOST = 4.5;
+
+/** Follows the cluster: one tab of the browser has the watch and tells the others. */
+class Stream {
+  constructor() {
+    this.id = Math.random().toString(36).slice(2);
+    // The state of the fleet in this tab: who told the last block, and its number there.
+    this.at = "";
+    this.revision = "";
+    this.heard = 0;
+    this.isLive = false;
+    this.wasLost = false;
+    // When this tab asked another one for the whole fleet, and which tabs have asked this one.
+    this.asked = 0;
+    this.waiting = new Set();
+    this.isLeader = false;
+    this.ended = new AbortController();
+  }
+
+  start() {
+    const key = `orchard ${BASE} ${session.account}`;
+    this.timer = setInterval(() => this.checkSilence(), 500);
+    // Without locks, as on a page from plain HTTP, each tab has a watch of its own while it is seen.
+    if (!navigator.locks) {
+      this.lead();
+      return;
+    }
+    this.channel = new BroadcastChannel(key);
+    this.channel.onmessage = ({ data }) => this.receive(data);
+    this.channel.postMessage({ type: "hello", from: this.id });
+    navigator.locks.request(key, { signal: this.ended.signal }, () => this.lead()).catch(() => {});
+  }
+
+  stop() {
+    this.ended.abort();
+    clearInterval(this.timer);
+    this.channel?.close();
+  }
+
+  // -- in the tab that leads
+
+  async lead() {
+    this.isLeader = true;
+    let number = 0, pause = 0;
+    const tell = (lines) => {
+      const before = this.at;
+      this.at = `${this.id} ${++number}`;
+      for (const line of lines) this.take(line);
+      this.channel?.postMessage({ type: "lines", before, at: this.at, lines });
+      this.notice(true);
+      this.answerWaiting();
+    };
+    while (!this.ended.signal.aborted) {
+      if (!this.channel && document.hidden) {
+        await new Promise((resolve) => document.addEventListener("visibilitychange", resolve, { once: true }));
+      }
+      try {
+        await this.watch(tell);
+        pause = 0;
+      } catch (error) {
+        if (error.status === 401 || error.status === 403) return;
+        if (error.status === 410) this.revision = "";
+        pause = error.status === 410 ? 0 : Math.min(2000, 250 + 2 * pause);
+      }
+      if (this.ended.signal.aborted) return;
+      this.notice(false);
+      this.channel?.postMessage({ type: "lost" });
+      await sleep(pause + 100 * Math.random());
+    }
+  }
+
+  /** Follow one watch until it ends or is silent. */
+  async watch(tell) {
+    const attempt = new AbortController();
+    const end = () => attempt.abort();
+    this.ended.signal.addEventListener("abort", end);
+    let guard = setTimeout(end, LOST * SECOND);
+    try {
+      const since = this.revision ? `&since=${encodeURIComponent(this.revision)}` : "";
+      const answer = await send("GET", `/watch?kinds=vms,workers&silence=${SILENCE}${since}`, { signal: attempt.signal });
+      if (!since) tell([{ type: "BEGIN" }]);
+      for await (const lines of jsonLines(answer)) {
+        clearTimeout(guard);
+        guard = setTimeout(end, LOST * SECOND);
+        if (lines.length) tell(lines);
+      }
+    } finally {
+      clearTimeout(guard);
+      this.ended.signal.removeEventListener("abort", end);
+      attempt.abort();
+    }
+  }
+
+  // -- in every tab
+
+  receive(message) {
+    if (message.type === "hello" || message.type === "all") {
+      this.exchange(message);
+    } else if (message.type === "lost") {
+      this.notice(false);
+    } else if (message.lines[0]?.type === "BEGIN" || message.before === this.at) {
+      this.at = message.at;
+      for (const line of message.lines) this.take(line);
+      this.notice(true);
+    } else if (Date.now() - this.asked > 2 * SECOND) {
+      // Something was missed, as by a tab that has just been opened.
+      this.asked = Date.now();
+      this.channel.postMessage({ type: "hello", from: this.id });
+    }
+  }
+
+  exchange(message) {
+    if (message.type === "hello") {
+      this.waiting.add(message.from);
+      this.answerWaiting();
+    } else if (message.to.includes(this.id) && !this.isLeader) {
+      this.at = message.at;
+      this.revision = message.revision;
+      fleet.load(message.fleet);
+      this.notice(message.isLive);
+    }
+  }
+
+  answerWaiting() {
+    if (!this.isLeader) this.waiting.clear();
+    if (!this.waiting.size || !fleet.complete || fleet.listing) return;
+    const { at, revision, isLive } = this;
+    this.channel.postMessage({ type: "all", to: [...this.waiting], at, revision, isLive, fleet: fleet.dump() });
+    this.waiting.clear();
+  }
+
+  take(line) {
+    fleet.apply(line);
+    // In the middle of a list there is none to go on from.
+    this.revision = line.type === "BEGIN" ? "" : line.revision || this.revision;
+  }
+
+  checkSilence() {
+    if (this.isLive && Date.now() - this.heard > LOST * SECOND) this.notice(false);
+  }
+
+  notice(isLive) {
+    if (isLive) this.heard = Date.now();
+    if (isLive !== this.isLive) {
+      this.isLive = isLive;
+      frame.showConnection(isLive);
+      if (isLive && this.wasLost) refreshInfo();
+      this.wasLost = !isLive;
+    }
+    frame.schedule();
+  }
+}
+
+/** Ask again what this account may do: that may have changed with what ended the connection. */
+async function refreshInfo() {
+  try {
+    const roles = JSON.stringify(session.info.roles);
+    session.info = await ask("/controller/info");
+    if (JSON.stringify(session.info.roles) !== roles) frame.route();
+  } catch {
+    // The stream says so if it lasts.
+  }
+}
+
+// ---- parts of pages -------------------------------------------------------------------------------------------------
+
+const address = (...parts) => `#/${parts.map(encodeURIComponent).join("/")}`;
+const vmLink = (name) => h("a", { href: address("vm", name), class: "clip", title: name, "data-nav": true }, name);
+const workerLink = (name) => (name ? h("a", { href: address("worker", name), title: name }, name) : "–");
+const empty = (text) => h("p", { class: "quiet-text" }, text);
+
+function panel(title, ...children) {
+  const heading = h("h2", {}, title);
+  return h("section", { class: "panel", "aria-label": title }, heading, ...children);
+}
+
+/** A list of facts: [name, value] pairs, of which those without a value are left out. */
+function facts(entries) {
+  const shown = entries.filter(([, value]) => value !== undefined && value !== null && value !== "");
+  return h("dl", { class: "facts" }, shown.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
+}
+
+const chips = (map) => (pairs(map).length ? h("span", { class: "chips" }, pairs(map).map((text) => h("span", { class: "chip" }, text))) : "");
+
+function bar(share, label, isBad = false) {
+  const fill = h("i", { class: isBad ? "bad" : "" });
+  fill.style.width = `${Math.round(100 * Math.min(1, share))}%`;
+  return h("div", { class: "bar", role: "img", "aria-label": label }, fill);
+}
+
+/** A line to copy. */
+function copyLine(text, label) {
+  const code = h("code", { tabindex: "0", "aria-label": label }, text);
+  const copy = async () => {
+    try {
+      await navigator.clipboard.writeText(text);
+      frame.say(`Copied: ${label}`);
+    } catch {
+      getSelection().selectAllChildren(code);
+      frame.say("Selected. Copy it by the keys of your system.");
+    }
+  };
+  return h("div", { class: "copy" }, code, button("Copy", copy, { "aria-label": `Copy: ${label}` }));
+}
+
+/** Ask for a confirmation, or show something. Resolves to the form's data, or null. */
+function dialog({ title, body = [], action = "", danger = false }) {
+  return new Promise((resolve) => {
+    const form = h("form", { method: "dialog" }, h("h2", {}, title), ...[body].flat(), h("div", { class: "actions" },
+      h("button", { value: "" }, action ? "Cancel" : "Close"),
+      action && h("button", { value: "yes", class: danger ? "main danger" : "main" }, action)));
+    const element = h("dialog", { "aria-label": title, on: { close: () => {
+      const answer = element.returnValue === "yes" ? new FormData(form) : null;
+      element.remove();
+      resolve(answer);
+    } } }, form);
+    document.body.append(element);
+    element.returnValue = "";
+    element.showModal();
+  });
+}
+
+/** Carry out an action, and say what became of it. */
+async function act(action, done) {
+  try {
+    const result = await action();
+    if (done) frame.say(done);
+    return result ?? true;
+  } catch (error) {
+    frame.say(error instanceof RequestError ? error.message : "The controller cannot be reached.");
+    return null;
+  }
+}
+
+/** A button that asks first. */
+function actionButton(label, { title, text, danger = false, run, done }) {
+  return button(label, async () => {
+    const answer = await dialog({ title, body: text ? h("p", {}, text) : [], action: label.replace("…", ""), danger });
+    if (answer) act(run, done);
+  }, { class: danger ? "danger" : "" });
+}
+
+/** A table whose rows exist only where they are seen: all have one height. */
+class LongTable {
+  constructor({ columns, label, makeRow, keyOf, onSort = null }) {
+    Object.assign(this, { columns, makeRow, keyOf, onSort, items: [], rowHeight: 34 });
+    this.heads = columns.map((column) => h("th", { scope: "col", class: column.class || "" }, this.headOf(column)));
+    this.body = h("tbody");
+    this.table = h("table", { class: "fixed", "aria-label": label }, h("thead", {}, h("tr", {}, this.heads)), this.body);
+    this.element = h("div", { class: "scroll tall", tabindex: "-1" }, this.table);
+    this.element.addEventListener("scroll", () => frame.schedule(() => this.draw()), { passive: true });
+    this.above = this.spacer();
+    this.below = this.spacer();
+  }
+
+  headOf(column) {
+    if (!column.sort) return column.title;
+    return button(column.title, () => this.onSort(column.sort));
+  }
+
+  spacer() {
+    return h("tr", { class: "spacer", "aria-hidden": "true" }, h("td"));
+  }
+
+  show(items, sort = null) {
+    this.items = items;
+    this.columns.forEach((column, index) => {
+      if (!column.sort) return;
+      const order = sort?.by === column.sort ? (sort.down ? "descending" : "ascending") : "none";
+      this.heads[index].setAttribute("aria-sort", order);
+    });
+    this.table.setAttribute("aria-rowcount", items.length + 1);
+    this.draw();
+  }
+
+  draw() {
+    const { scrollTop, clientHeight } = this.element;
+    const first = Math.max(0, Math.floor(scrollTop / this.rowHeight) - 12);
+    const last = Math.min(this.items.length, first + Math.ceil((clientHeight || 600) / this.rowHeight) + 24);
+    this.above.firstChild.style.height = `${first * this.rowHeight}px`;
+    this.below.firstChild.style.height = `${(this.items.length - last) * this.rowHeight}px`;
+    const rows = [this.above, ...this.items.slice(first, last), this.below];
+    const isSpacer = (item) => item === this.above || item === this.below;
+    keyed(this.body, rows, (item) => (isSpacer(item) ? item : this.keyOf(item)), (item) => (isSpacer(item) ? item : this.makeRow(item)));
+    let index = first + 2;
+    for (const row of this.body.children) if (!row.classList.contains("spacer")) row.setAttribute("aria-rowindex", index++);
+  }
+}
+
+function stateCell(state, phase = state) {
+  return h("td", { class: "c-state" }, mark(state), phase);
+}
+
+/** A small table whose rows are all there. */
+function table(label, heads, rows) {
+  const head = h("tr", {}, heads.map((text) => h("th", { scope: "col" }, text)));
+  return h("div", { class: "scroll" }, h("table", { "aria-label": label }, h("thead", {}, head), h("tbody", {}, rows)));
+}
+
+// ---- page: fleet ----------------------------------------------------------------------------------------------------
+
+const MAX_LISTED = 60, MAX_SLOTS = 12;
+
+class FleetPage {
+  title = "Fleet";
+
+  mount(main) {
+    this.groupBy = sessionStorage.getItem(`${STORED} group`) || "";
+    this.tiles = h("section", { class: "tiles", "aria-label": "Totals" });
+    this.search = h("input", { type: "search", placeholder: "Search ( / )", "aria-label": "Search workers and VMs", on: { input: () => this.drawWorkers() } });
+    this.select = h("select", { on: { change: () => this.changeGroup() } });
+    this.groups = h("div");
+    this.need = this.list("Needs attention");
+    this.queue = this.list("Queue");
+    this.failures = this.list("Failures of the last hour");
+    this.seen = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "600px" });
+    this.boxes = new Map();
+    this.earlier = [];
+    const tools = h("div", { class: "tools" }, h("h2", {}, "Workers"), this.search, h("label", {}, "Group by", this.select));
+    main.append(h("h1", { class: "visually-hidden" }, "Fleet"), this.tiles, h("div", { class: "fleet" },
+      this.need.panel, h("section", { class: "workers", "aria-label": "Workers" }, tools, this.groups),
+      h("div", { class: "stack" }, this.queue.panel, this.failures.panel)));
+    this.loadFailures();
+  }
+
+  unmount() {
+    this.seen.disconnect();
+  }
+
+  list(title) {
+    const count = h("span", { class: "count" });
+    const items = h("ul", { class: "list" });
+    const none = empty("");
+    const heading = h("h2", {}, title, " ", count);
+    return { panel: h("section", { class: "panel", "aria-label": title }, heading, items, none), count, items, none };
+  }
+
+  async loadFailures() {
+    try {
+      const since = new Date(Date.now() - HOUR).toISOString();
+      const ended = await ask(`/history?since=${encodeURIComponent(since)}`);
+      this.earlier = ended.filter((vm) => vm.status === "failed").map((vm) => ({ ...vm, when: vm.endedAt }));
+      this.drawFailures();
+    } catch {
+      // The stream says so when the controller cannot be reached.
+    }
+  }
+
+  update(changed) {
+    this.drawTiles();
+    if (changed.all || changed.workers.has("")) this.drawWorkers();
+    else if ([...changed.workers].some((name) => fleet.workers.has(name) !== this.boxes.has(name))) this.drawWorkers();
+    else if (this.search.value && changed.vms.size) this.drawWorkers();
+    else for (const name of changed.workers) this.drawBox(name);
+    this.fill(this.need, fleet.problems(), (one) => `${one.key} ${one.text}`, problemItem, "Nothing needs you.");
+    this.fill(this.queue, fleet.queue(), (vm) => `${vm.uid} ${vm.status_message}`, queueItem, "No VM waits for a worker.");
+    this.drawFailures();
+  }
+
+  fill(list, items, keyOf, make, none) {
+    setText(list.count, items.length ? items.length.toLocaleString() : "");
+    keyed(list.items, items.slice(0, MAX_LISTED), keyOf, make);
+    list.items.hidden = !items.length;
+    const more = items.length - MAX_LISTED;
+    setText(list.none, items.length ? (more > 0 ? `and ${more.toLocaleString()} more` : "") : fleet.complete ? none : "Loading…");
+    list.none.hidden = !list.none.textContent;
+  }
+
+  drawTiles() {
+    const t = fleet.totals();
+    const tile = (key, label, value, more = "", extra = null, href = `#/vms?state=${key}`) => ({ key: `${key} ${value} ${more}`, key0: key, label, value, more, extra, href });
+    const tiles = [
+      tile("online", "workers online", t.online, ` / ${t.workers}`, null, "#/fleet"),
+      tile("slots", "slots used", t.used, ` / ${t.slots}`, t.slots ? t.used / t.slots : 0, "#/fleet"),
+      tile("running", "running", (t.running || 0) + (t.script || 0)),
+      tile("starting", "starting", t.starting || 0),
+      tile("queued", "in the queue", t.queued || 0),
+      tile("failed", "failed", t.failed || 0),
+    ];
+    keyed(this.tiles, tiles, (one) => one.key, (one) => h("a", { class: "tile", href: one.href },
+      h("b", {}, one.value.toLocaleString(), one.more && h("small", {}, one.more)),
+      h("span", {}, one.key0 !== "slots" && mark(one.key0), one.label), one.extra !== null && bar(one.extra, "share of slots used")));
+  }
+
+  changeGroup() {
+    this.groupBy = this.select.value;
+    sessionStorage.setItem(`${STORED} group`, this.groupBy);
+    this.drawWorkers();
+  }
+
+  drawGroupChoices(workers) {
+    const keys = new Set();
+    for (const worker of workers) for (const key of Object.keys(worker.labels || {})) keys.add(key);
+    keys.delete("org.cirruslabs.orchard.worker-name");
+    const choices = ["", "state", ...[...keys].sort().map((key) => `label ${key}`)];
+    keyed(this.select, choices, (choice) => choice, (choice) => h("option", { value: choice }, choice.replace("label ", "") || "nothing"));
+    this.select.value = choices.includes(this.groupBy) ? this.groupBy : "";
+  }
+
+  groupOf(worker) {
+    if (this.select.value === "") return "";
+    if (this.select.value === "state") return workerState(worker);
+    const key = this.select.value.replace("label ", "");
+    return `${key}=${worker.labels?.[key] ?? "(none)"}`;
+  }
+
+  drawWorkers() {
+    const wanted = this.search.value.trim().toLowerCase();
+    const matches = (worker) => !wanted || worker.name.toLowerCase().includes(wanted)
+      || [...(fleet.placed.get(worker.name)?.keys() || [])].some((name) => name.toLowerCase().includes(wanted));
+    const all = [...fleet.workers.values()].sort((a, b) => byText(a.name, b.name));
+    this.drawGroupChoices(all);
+    const groups = new Map();
+    for (const worker of all.filter(matches)) {
+      const group = this.groupOf(worker);
+      if (!groups.has(group)) groups.set(group, []);
+      groups.get(group).push(worker);
+    }
+    for (const name of this.boxes.keys()) if (!fleet.workers.has(name)) this.dropBox(name);
+    const shown = [...groups].sort(([a], [b]) => byText(a, b)).map(([name, workers]) => ({ name, workers }));
+    if (!shown.length) shown.push({ name: "", none: wanted ? "Nothing matches." : fleet.complete ? "No worker has registered yet." : "Loading…" });
+    const make = (group) => {
+      const section = h("section", { class: "group" }, group.name && h("h3", {}, group.name), group.none ? empty(group.none) : h("ul", { class: "boxes" }));
+      this.drawGroup(section, group);
+      return section;
+    };
+    keyed(this.groups, shown, (group) => `${group.name} ${group.none || ""}`, make, (section, group) => this.drawGroup(section, group));
+  }
+
+  drawGroup(section, group) {
+    if (group.none) return;
+    const list = section.querySelector("ul");
+    keyed(list, group.workers.map((worker) => worker.name), (name) => name, (name) => this.box(name).element);
+    for (const worker of group.workers) this.drawBox(worker.name);
+  }
+
+  box(name) {
+    if (!this.boxes.has(name)) {
+      const link = h("a", { class: "clip", href: address("worker", name), title: name, "data-nav": true }, name);
+      const box = { name, link, word: h("span", { class: "word" }), slots: h("ul"), mark: null, state: "", isSeen: false };
+      box.head = h("header", {}, link, box.word);
+      box.element = h("li", { class: "box" }, box.head, box.slots);
+      box.element.box = box;
+      this.boxes.set(name, box);
+      this.seen.observe(box.element);
+    }
+    return this.boxes.get(name);
+  }
+
+  dropBox(name) {
+    this.seen.unobserve(this.boxes.get(name).element);
+    this.boxes.delete(name);
+  }
+
+  onSeen(entries) {
+    for (const { target, isIntersecting } of entries) {
+      target.box.isSeen = isIntersecting;
+      if (isIntersecting) this.drawBox(target.box.name);
+      else keyed(target.box.slots, [], String, String);
+    }
+  }
+
+  drawBox(name) {
+    const worker = fleet.workers.get(name), box = this.boxes.get(name);
+    if (!worker || !box) return;
+    const state = workerState(worker), vms = fleet.vmsOn(name);
+    if (state !== box.state) {
+      box.mark?.remove();
+      box.mark = mark(state);
+      box.head.prepend(box.mark);
+      box.state = state;
+      setClass(box.element, `box ${state}`);
+    }
+    const low = isDiskLow(worker.disk), ill = worker.health?.problems?.length;
+    setClass(box.word, `word s-${state === "online" ? (low || ill ? "paused" : "") : state}`);
+    setText(box.word, state === "online" ? (low ? "disk low" : ill ? "problems" : "") : state);
+    // Stopped VMs use no slot.
+    const using = vms.filter((vm) => !["stopped", "suspended", "failed"].includes(vmState(vm)));
+    const rest = vms.filter((vm) => !using.includes(vm));
+    const free = Math.max(0, slotsOf(worker) - using.length);
+    const rows = [...using, ...rest, ...Array.from({ length: free }, (_, index) => ({ free: index }))];
+    const hidden = rows.length > MAX_SLOTS ? rows.splice(MAX_SLOTS - 1).length : 0;
+    box.slots.style.height = `${22 * (rows.length + (hidden ? 1 : 0))}px`;
+    if (!box.isSeen) return;
+    if (hidden) rows.push({ more: hidden });
+    keyed(box.slots, rows, (row) => row.uid || `${row.free ?? `more ${row.more}`}`, slotRow, (child, row) => row.uid && updateSlot(child, row));
+  }
+
+  drawFailures() {
+    const known = new Map();
+    const limit = new Date(Date.now() - HOUR).toISOString();
+    for (const vm of this.earlier) known.set(vm.uid, vm);
+    for (const vm of fleet.failures) known.set(vm.uid, vm);
+    for (const vm of fleet.vms.values()) {
+      if (vm.status !== "failed" || known.has(vm.uid)) continue;
+      const when = vm.startupEndedAt || vm.restarted_at || vm.started_at || vm.scheduled_at || vm.createdAt;
+      known.set(vm.uid, { ...vm, message: vm.status_message, when });
+    }
+    const shown = [...known.values()].filter((vm) => vm.when > limit).sort((a, b) => byText(b.when, a.when));
+    this.fill(this.failures, shown, (vm) => `${vm.uid} ${vm.when}`, failureItem, "None.");
+  }
+}
+
+function slotRow(row) {
+  if (row.more) return h("li", { class: "slot free" }, h("span"), `and ${row.more} more`);
+  if (!row.uid) return h("li", { class: "slot free" }, mark("free"), "free");
+  const item = h("li", { class: "slot" });
+  updateSlot(item, row);
+  return item;
+}
+
+function updateSlot(item, vm) {
+  const since = vm.restarted_at || vm.started_at || vm.scheduled_at || vm.createdAt;
+  const link = item.querySelector("a");
+  const rest = [h("span", { class: "phase", title: vm.status_message || "" }, vmPhase(vm)), ago(since)];
+  // The link stays, so that it keeps the focus.
+  if (link) {
+    link.nextSibling.remove();
+    link.nextSibling.remove();
+    item.firstChild.replaceWith(mark(vmState(vm)));
+    item.append(...rest);
+  } else {
+    item.append(mark(vmState(vm)), vmLink(vm.name), ...rest);
+  }
+}
+
+function problemItem(one) {
+  return h("li", {}, mark(one.state), h("a", { href: one.href, class: "clip", "data-nav": true }, one.title), one.since ? ago(one.since) : h("span"), h("p", {}, one.text));
+}
+
+function queueItem(vm) {
+  const priority = vm.priority ? `priority ${vm.priority} · ` : "";
+  return h("li", {}, mark("queued"), vmLink(vm.name), ago(vm.createdAt), h("p", {}, priority, (vm.status_message || "waiting").replace(/^waiting: /, "")));
+}
+
+function failureItem(vm) {
+  const name = fleet.vms.get(vm.name)?.uid === vm.uid ? vmLink(vm.name) : h("span", { class: "clip" }, vm.name);
+  return h("li", {}, mark("failed"), name, ago(vm.when), h("p", {}, vm.message || "failed", vm.worker ? [" · ", workerLink(vm.worker)] : ""));
+}
+
+// ---- page: VMs ------------------------------------------------------------------------------------------------------
+
+const AGES = [["", "any age"], ["h", "over 1 hour"], ["d", "over 1 day"], ["w", "over 1 week"]];
+const AGE_LIMITS = { h: HOUR, d: DAY, w: 7 * DAY };
+
+const SORTS = {
+  state: (vm) => vmState(vm), name: (vm) => vm.name, owner: (vm) => vm.createdBy || "", worker: (vm) => vm.worker || "",
+  image: (vm) => vm.image || "", age: (vm) => vm.createdAt || "",
+};
+
+class VMsPage {
+  title = "VMs";
+
+  constructor(_name, query) {
+    this.initial = query;
+  }
+
+  mount(main) {
+    this.sort = { by: "age", down: true };
+    this.picked = new Set();
+    this.filters = this.makeFilters();
+    this.count = h("span", { class: "count" });
+    this.selection = h("div", { class: "row" });
+    const columns = [
+      ...(may("compute:write") ? [{ title: this.pickAll(), class: "c-pick" }] : []),
+      { title: "State", sort: "state", class: "c-state" }, { title: "Name", sort: "name" },
+      { title: "Owner", sort: "owner", class: "c-owner" }, { title: "Worker", sort: "worker", class: "c-worker" },
+      { title: "Image", sort: "image", class: "c-image" }, { title: "Metadata", class: "c-metadata" },
+      { title: "Age", sort: "age", class: "c-age" }, { title: "Message", class: "c-message" },
+    ];
+    this.table = new LongTable({ columns, label: "VMs", keyOf: (vm) => vm.uid, makeRow: (vm) => this.row(vm), onSort: (by) => this.changeSort(by) });
+    main.append(h("div", { class: "title" }, h("h1", {}, "VMs"), this.count, h("span", { class: "grow" }), this.selection), this.filters.element, this.table.element);
+    this.drawSelection();
+  }
+
+  makeFilters() {
+    const changed = () => this.draw();
+    const input = (name, label) => h("input", { type: "search", name, "aria-label": label, placeholder: label, value: this.initial.get(name) || "", size: 14, on: { input: changed } });
+    const select = (name, label, choices) => {
+      const options = choices.map(([value, text]) => h("option", { value, selected: value === this.initial.get(name) }, text));
+      return h("select", { name, "aria-label": label, on: { change: changed } }, options);
+    };
+    const states = ["queued", "starting", "script", "running", "stopping", "stopped", "suspended", "failed"];
+    const element = h("form", { class: "tools", role: "search", on: { submit: (event) => event.preventDefault() } },
+      input("name", "Name"), select("state", "State", [["", "any state"], ...states.map((state) => [state, state])]),
+      input("owner", "Owner"), input("image", "Image"), input("label", "Label k=v"), input("metadata", "Metadata k=v"), select("age", "Age", AGES));
+    element.firstChild.setAttribute("placeholder", "Name ( / )");
+    return { element };
+  }
+
+  pickAll() {
+    const pick = (event) => {
+      this.picked = new Set(event.target.checked ? this.shown.map((vm) => vm.name) : []);
+      this.redraw();
+    };
+    return h("input", { type: "checkbox", "aria-label": "Select all that are shown", on: { change: pick } });
+  }
+
+  changeSort(by) {
+    this.sort = { by, down: this.sort.by === by ? !this.sort.down : by === "age" };
+    this.draw();
+  }
+
+  update(changed) {
+    if (changed.all || changed.vms.size) this.draw();
+  }
+
+  redraw() {
+    keyed(this.table.body, [], String, String);
+    this.draw();
+  }
+
+  draw() {
+    const matches = vmFilter(new FormData(this.filters.element));
+    const found = [];
+    for (const vm of fleet.vms.values()) if (matches(vm)) found.push(vm);
+    const of = SORTS[this.sort.by], turn = this.sort.down ? -1 : 1;
+    this.shown = found.sort((a, b) => turn * byText(of(a), of(b)) || byText(a.name, b.name));
+    for (const name of this.picked) if (!fleet.vms.has(name)) this.picked.delete(name);
+    setText(this.count, found.length === fleet.vms.size ? found.length.toLocaleString() : `${found.length.toLocaleString()} of ${fleet.vms.size.toLocaleString()}`);
+    this.table.show(found, this.sort);
+    this.drawSelection();
+  }
+
+  row(vm) {
+    const cell = (name, ...content) => h("td", { class: `c-${name}` }, ...content);
+    const metadata = pairs(vm.metadata).join(" ");
+    return h("tr", {}, may("compute:write") && cell("pick", this.pick(vm)), stateCell(vmState(vm), vmPhase(vm)), cell("name", vmLink(vm.name)),
+      cell("owner", vm.createdBy || "–"), cell("worker", workerLink(vm.worker)), h("td", { class: "c-image", title: vm.image }, shortImage(vm.image)),
+      h("td", { class: "c-metadata", title: metadata }, metadata), cell("age", ago(vm.createdAt)), h("td", { class: "c-message dim", title: vm.status_message || "" }, vm.status_message || ""));
+  }
+
+  pick(vm) {
+    const change = (event) => {
+      if (event.target.checked) this.picked.add(vm.name);
+      else this.picked.delete(vm.name);
+      this.drawSelection();
+    };
+    const box = h("input", { type: "checkbox", "aria-label": `Select ${vm.name}`, on: { change } });
+    box.checked = this.picked.has(vm.name);
+    return box;
+  }
+
+  drawSelection() {
+    const count = this.picked.size;
+    const items = count ? [{ count }] : [];
+    keyed(this.selection, items, (item) => item.count, () => h("span", { class: "row" }, `${count.toLocaleString()} selected`, button("Delete…", () => this.deletePicked(), { class: "danger" })));
+  }
+
+  async deletePicked() {
+    const names = [...this.picked];
+    const list = names.slice(0, 20).join(", ") + (names.length > 20 ? ` and ${names.length - 20} more` : "");
+    if (!(await dialog({ title: `Delete ${plural(names.length, "VM")}?`, body: h("p", {}, list), action: "Delete", danger: true }))) return;
+    const left = [...names];
+    let failed = 0;
+    // More at the same time would take the connections of the other tabs.
+    const work = async () => {
+      for (let name = left.pop(); name !== undefined; name = left.pop()) {
+        await send("DELETE", vmPath(name)).catch((error) => { if (error.status !== 404) failed++; });
+      }
+    };
+    await Promise.all([work(), work()]);
+    this.picked.clear();
+    this.redraw();
+    frame.say(failed ? `${plural(failed, "VM")} could not be deleted` : `Deleted ${plural(names.length, "VM")}`);
+  }
+}
+
+/** Return what tells whether a VM has all that a form asks for. */
+function vmFilter(form) {
+  const wanted = (name) => (form.get(name) || "").trim().toLowerCase();
+  const [name, state, owner, image, label, metadata] = ["name", "state", "owner", "image", "label", "metadata"].map(wanted);
+  const before = form.get("age") ? new Date(Date.now() - AGE_LIMITS[form.get("age")]).toISOString() : "";
+  const has = (map, text) => !text || pairs(map).some((pair) => pair.toLowerCase().includes(text));
+  const includes = (value, text) => !text || (value || "").toLowerCase().includes(text);
+  return (vm) => includes(vm.name, name) && (!state || vmState(vm) === state || (state === "running" && vmState(vm) === "script"))
+    && includes(vm.createdBy, owner) && includes(vm.image, image) && has(vm.labels, label) && has(vm.metadata, metadata) && (!before || vm.createdAt < before);
+}
+
+// ---- page: worker ---------------------------------------------------------------------------------------------------
+
+class WorkerPage {
+  title = "Worker";
+
+  constructor(name) {
+    this.name = name;
+    this.title = name;
+  }
+
+  mount(main) {
+    this.heading = h("div", { class: "title" });
+    this.state = h("div");
+    this.disk = h("div");
+    this.images = h("div");
+    this.vms = h("ul", { class: "list" });
+    this.past = h("div", {}, empty("Loading…"));
+    main.append(this.heading, h("div", { class: "columns halves" }, panel("State", this.state), panel("Disk and images", this.disk, this.images),
+      panel("VMs", this.vms), panel("Last fifty VMs", this.past)));
+    this.loadDetails();
+    this.loadPast();
+    this.timer = setInterval(() => document.hidden || this.loadDetails(), 15 * SECOND);
+  }
+
+  unmount() {
+    clearInterval(this.timer);
+  }
+
+  update(changed) {
+    if (changed.all || changed.workers.has(this.name)) this.draw();
+  }
+
+  draw() {
+    const worker = fleet.workers.get(this.name);
+    if (!worker) {
+      this.heading.replaceChildren(h("h1", {}, this.name), h("span", { class: "dim" }, fleet.complete ? "There is no such worker." : "Loading…"));
+      return;
+    }
+    const state = workerState(worker);
+    if (this.drawn !== state) this.heading.replaceChildren(mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, state), h("span", { class: "grow" }), ...this.actions(worker, state));
+    this.drawn = state;
+    const used = Object.entries(worker.resources || {}).map(([name, amount]) => [name, `${worker.used?.[name] || 0} of ${amount} used`]);
+    this.state.replaceChildren(facts([
+      ["state", [state, worker.since ? [" for ", ago(worker.since)] : ""].flat()], ["drain ends", worker.drain?.deadline && new Date(worker.drain.deadline).toLocaleString()],
+      ...(worker.health?.problems || []).map((one) => [one.what, one.message]),
+      ["architecture", `${worker.arch || "arm64"}, ${worker.runtime || "tart"}`], ["labels", chips(worker.labels)], ...used,
+      ["registered", worker.createdAt && new Date(worker.createdAt).toLocaleString()], ["by", worker.registeredBy],
+      ["versions", worker.versions && [worker.versions.orchard && `orchard ${worker.versions.orchard}`, worker.versions.tart && `tart ${worker.versions.tart}`, worker.versions.os].filter(Boolean).join(", ")],
+    ]));
+    keyed(this.vms, fleet.vmsOn(this.name), (vm) => vm.uid, (vm) => h("li", {}, mark(vmState(vm)), vmLink(vm.name), ago(vm.scheduled_at), h("p", {}, vmPhase(vm), vm.status_message ? ` · ${vm.status_message}` : "")));
+  }
+
+  actions(worker, state) {
+    if (!may("compute:write")) return [];
+    const path = workerPath(this.name);
+    const pause = (scheduling_paused) => () => send("PUT", path, { body: { name: this.name, scheduling_paused } });
+    return [
+      ["online", "offline"].includes(state) && !worker.scheduling_paused && button("Pause", () => act(pause(true), `${this.name} takes no new VMs`)),
+      worker.scheduling_paused && button("Resume", () => act(pause(false), `${this.name} takes VMs again`)),
+      button("Drain…", () => this.drain()),
+      actionButton("Delete…", { title: `Delete the worker ${this.name}?`, text: "Its VMs fail.", danger: true, run: () => send("DELETE", path), done: `Deleted ${this.name}` }),
+    ].filter(Boolean);
+  }
+
+  async drain() {
+    const field = h("input", { type: "number", name: "minutes", min: 0, max: 525600, placeholder: "none" });
+    const answer = await dialog({ title: `Drain ${this.name}`, action: "Drain", body: [
+      h("p", { class: "dim" }, "It takes no new VMs. Those that run there go on until they end, or until the deadline; 0 ends them now."),
+      h("label", { class: "stacked" }, "Deadline in minutes", field)] });
+    if (!answer) return;
+    const minutes = answer.get("minutes");
+    const body = minutes === "" ? {} : Number(minutes) ? { deadlineSeconds: Math.round(60 * Number(minutes)) } : { now: true };
+    act(() => send("POST", `${workerPath(this.name)}/drain`, { body }), `${this.name} is draining`);
+  }
+
+  async loadDetails() {
+    let worker;
+    try {
+      worker = await ask(workerPath(this.name));
+    } catch {
+      return;
+    }
+    const { disk, images, pulling } = worker;
+    const used = disk ? 1 - disk.freeBytes / disk.totalBytes : 0;
+    this.disk.replaceChildren(...(disk ? [facts([["free", `${bytes(disk.freeBytes)} of ${bytes(disk.totalBytes)}`], ["pulling", pulling && `${pulling.image}, ${pulling.percent || 0} %`]]), bar(used, "share of the disk used", isDiskLow(disk))] : [empty("The worker reports no disk.")]));
+    const rows = (images || []).map((image) => h("tr", {}, h("td", {}, image.name), h("td", { class: "right" }, bytes(image.sizeBytes)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–")));
+    this.images.replaceChildren(rows.length ? table("Images", ["Image", "Size", "Last used"], rows) : empty("It has reported no images."));
+  }
+
+  async loadPast() {
+    const ended = await loadHistory();
+    if (!ended) return;
+    const own = ended.filter((vm) => vm.worker === this.name).slice(-50).reverse();
+    const [mine, all] = [own, ended].map(summary);
+    const row = (label, key, show) => h("tr", {}, h("th", { scope: "row" }, label), h("td", {}, show(mine[key])), h("td", {}, show(all[key])));
+    const percent = (value) => (value === null ? "–" : `${Math.round(100 * value)} %`);
+    const time = (value) => (value === null ? "–" : duration(value));
+    this.past.replaceChildren(
+      table("Compared with the fleet", ["", "This worker", "Fleet"], [row("failed", "failed", percent), row("start, median", "boot", time), row("run time, median", "run", time)]),
+      own.length ? h("ul", { class: "list" }, own.map((vm) => h("li", {}, mark(vm.status === "failed" ? "failed" : "stopped", vm.status), h("span", { class: "clip" }, vm.name), ago(vm.endedAt), h("p", {}, vm.message || `ended ${vm.status}`)))) : empty("No VM of this worker has ended yet."));
+  }
+}
+
+// ---- page: VM -------------------------------------------------------------------------------------------------------
+
+// What the controller or the worker sets: not part of a specification.
+const SET_BY_OTHERS = ["uid", "createdAt", "createdBy", "version", "generation", "observedGeneration", "status", "status_message", "worker", "assignedCPU", "assignedMemory",
+  "scheduled_at", "started_at", "restarted_at", "restart_count", "localName", "tartName", "conditions", "image_fqn", "expiresAt", "startupExitCode", "startupEndedAt"];
+const SCRIPT_FIELDS = ["startup_script", "startupOnFailure", "startupTimeoutSeconds", "net-softnet", "powerState"];
+
+function specification(vm) {
+  return Object.fromEntries(Object.entries(vm).filter(([name]) => !SET_BY_OTHERS.includes(name)));
+}
+
+class VMPage {
+  constructor(name) {
+    this.name = name;
+    this.title = name;
+  }
+
+  mount(main) {
+    this.heading = h("div", { class: "title" });
+    this.message = h("p", { class: "dim" });
+    this.facts = h("div");
+    this.timeline = h("ol", { class: "timeline" }, h("li", {}, "Loading…"));
+    this.spec = h("div");
+    this.log = new LogView(this.name, (event) => this.addLifecycle(event));
+    this.lifecycle = [];
+    const lines = may("compute:connect") ? panel("Connect", ...connectLines(this.name)) : null;
+    main.append(this.heading, h("div", { class: "columns halves" }, panel("State", this.message, this.facts), panel("Timeline", this.timeline), h("div", { class: "wide" }, this.log.element),
+      lines, panel("Specification", this.spec)));
+    this.log.start();
+  }
+
+  unmount() {
+    this.log.stop();
+  }
+
+  update(changed) {
+    if (changed.all || changed.vms.has(this.name)) this.draw();
+  }
+
+  draw() {
+    const vm = fleet.vms.get(this.name);
+    if (!vm) {
+      const text = fleet.complete ? (this.vm ? "deleted" : "There is no such VM.") : "Loading…";
+      this.heading.replaceChildren(h("h1", {}, this.name), h("span", { class: "word" }, text));
+      if (fleet.complete) this.log.end();
+      this.drawn = "";
+      return;
+    }
+    if (this.vm && this.vm.uid !== vm.uid) {
+      frame.route();
+      return;
+    }
+    this.vm = vm;
+    const state = vmState(vm), drawn = `${state} ${vmPhase(vm)} ${vm.suspendable}`;
+    if (drawn !== this.drawn) this.heading.replaceChildren(mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, vmPhase(vm)), h("span", { class: "grow" }), ...this.actions(vm, state));
+    this.drawn = drawn;
+    setText(this.message, vm.status_message || "");
+    this.facts.replaceChildren(facts([
+      ["worker", vm.worker && workerLink(vm.worker)], ["image", vm.image], ["digest", vm.image_fqn], ["owner", vm.createdBy], ["created", vm.createdAt && [ago(vm.createdAt), " ago"]],
+      ["expires", vm.expiresAt && new Date(vm.expiresAt).toLocaleString()], ["restarts", vm.restart_count], ["exit code", vm.startupExitCode],
+      ["CPUs, memory", vm.assignedCPU && `${vm.assignedCPU}, ${vm.assignedMemory} MiB`], ["labels", chips(vm.labels)], ["metadata", chips(vm.metadata)],
+    ]));
+    this.drawSpecification(vm);
+  }
+
+  drawSpecification(vm) {
+    const spec = specification(vm), text = JSON.stringify(spec, null, 2);
+    if (text === this.specText) return;
+    this.specText = text;
+    const show = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
+    const asTable = table("Specification", ["Field", "Value"], Object.entries(spec).map(([name, value]) => h("tr", {}, h("td", { class: "mono" }, name), h("td", {}, name === "password" ? "••••" : show(value)))));
+    const asJSON = h("pre", { class: "json", tabindex: "0", "aria-label": "Specification as JSON", hidden: true }, JSON.stringify({ ...spec, password: undefined }, null, 2));
+    const toggle = button("JSON", () => {
+      asJSON.hidden = !asJSON.hidden;
+      asTable.hidden = !asJSON.hidden;
+      toggle.setAttribute("aria-pressed", String(!asJSON.hidden));
+    }, { "aria-pressed": "false", class: "quiet" });
+    this.spec.replaceChildren(toggle, asTable, asJSON);
+  }
+
+  addLifecycle(event) {
+    this.lifecycle.push(event);
+    if (this.lifecycle.length > 64) this.lifecycle.shift();
+    const total = Math.max(1, this.lifecycle.at(-1).timestamp - this.lifecycle[0].timestamp);
+    this.timeline.replaceChildren(...this.lifecycle.map((one, index) => {
+      const next = this.lifecycle[index + 1], seconds = next ? next.timestamp - one.timestamp : null;
+      const fill = h("i");
+      fill.style.width = `${(100 * (seconds || 0)) / total}%`;
+      fill.style.marginLeft = `${(100 * (one.timestamp - this.lifecycle[0].timestamp)) / total}%`;
+      return h("li", {}, clock(one.timestamp), h("span", {}, plainText(one.payload)), h("span", { class: "dim" }, seconds === null ? "" : duration(seconds * SECOND)), seconds ? h("div", { class: "bar" }, fill) : null);
+    }));
+  }
+
+  actions(vm, state) {
+    if (!may("compute:write")) return [];
+    const path = vmPath(this.name);
+    const power = (powerState) => () => send("PATCH", path, { body: { powerState } });
+    const isOn = (vm.powerState || "running") === "running" && state !== "failed";
+    return [
+      isOn && vm.status === "running" && actionButton("Stop…", { title: `Stop ${this.name}?`, text: "It cannot be started again. Its disk stays on its worker until it is deleted.", run: power("stopped"), done: `${this.name} stops` }),
+      isOn && vm.suspendable && vm.status === "running" && actionButton("Suspend…", { title: `Suspend ${this.name}?`, text: "It cannot be resumed by itself; a new VM can be cloned from it.", run: power("suspended"), done: `${this.name} is being suspended` }),
+      vm.status !== "pending" && actionButton("Restart…", { title: `Restart ${this.name}?`, text: "It starts anew from its image; what is on its disk is lost.", run: () => send("POST", `${path}/restart`), done: `${this.name} restarts` }),
+      button("Token…", () => this.issueToken()), button("Again with a shell", () => this.startAgain(vm)),
+      actionButton("Delete…", { title: `Delete ${this.name}?`, text: "Its disk is deleted with it.", danger: true, run: () => send("DELETE", path), done: `Deleted ${this.name}` }),
+    ].filter(Boolean);
+  }
+
+  async issueToken() {
+    const hours = h("input", { type: "number", name: "hours", min: 1, max: 720, value: 24, required: true });
+    const answer = await dialog({ title: "Token for a colleague", action: "Issue", body: [
+      h("p", { class: "dim" }, "Whoever has it can connect to this VM, and do nothing else."), h("label", { class: "stacked" }, "Valid for hours", hours)] });
+    if (!answer) return;
+    const ttlSeconds = Math.round(3600 * Number(answer.get("hours")));
+    const issued = await act(async () => (await send("POST", `${vmPath(this.name)}/access-tokens`, { body: { ttlSeconds } })).json());
+    if (!issued) return;
+    await dialog({ title: `Token for ${this.name}`, body: [h("p", { class: "dim" }, `It is shown only now, and ends ${new Date(issued.expiresAt).toLocaleString()}. At the SSH server it is the password of the user token.`), copyLine(issued.token, "token")] });
+  }
+
+  async startAgain(vm) {
+    const spec = Object.fromEntries(Object.entries(specification(vm)).filter(([name]) => !SCRIPT_FIELDS.includes(name)));
+    let number = 1;
+    do spec.name = `${this.name}-shell${number > 1 ? `-${number}` : ""}`; while (fleet.vms.has(spec.name) && number++);
+    if (await act(() => send("POST", "/vms", { body: spec }), `Created ${spec.name}`)) location.hash = address("vm", spec.name);
+  }
+}
+
+function connectLines(name) {
+  const lines = { ssh: `orchard ssh vm ${name}`, exec: `orchard exec vm ${name} -it`, "port forward": `orchard port-forward vm ${name} 8080:80`, VNC: `orchard vnc vm ${name}` };
+  return Object.entries(lines).map(([label, line]) => copyLine(line, label));
+}
+
+// ---- the log of a VM ------------------------------------------------------------------------------------------------
+
+// What a log keeps in memory. Beyond that its oldest lines are dropped, some at a time.
+const MAX_LINES = 200000, MAX_CHARACTERS = 60e6, DROPPED_LINES = 10000, MAX_SHOWN = 4000, LINE_HEIGHT = 18;
+
+class LogView {
+  constructor(name, onLifecycle) {
+    Object.assign(this, { name, onLifecycle, lines: [], shown: [], characters: 0, dropped: 0, cursor: "", follows: true, isOver: false });
+    this.rows = h("div", { class: "rows" });
+    this.sizer = h("div");
+    this.box = h("div", { class: "logbox", tabindex: "0", role: "log", "aria-label": "Log", "aria-live": "off", on: { scroll: () => this.onScroll() } }, this.sizer, this.rows);
+    this.search = h("input", { type: "search", placeholder: "Search the log ( / )", "aria-label": "Search the log", on: { input: () => this.select() } });
+    this.status = h("span", { class: "dim" });
+    this.toggle = button("Follow", () => this.setFollow(!this.follows), { "aria-pressed": "true" });
+    const tools = h("div", { class: "tools" }, h("h2", {}, "Log"), this.status, h("span", { class: "grow" }), this.search, this.toggle, button("Download", () => this.download()));
+    this.element = h("section", { class: "panel", "aria-label": "Log" }, tools, this.box);
+    this.onVisibility = () => (document.hidden ? this.pause() : this.start());
+  }
+
+  /** Follow while the tab is seen: a browser has few connections. */
+  start() {
+    document.addEventListener("visibilitychange", this.onVisibility);
+    if (!this.attempt && !this.isOver && !document.hidden) this.run();
+  }
+
+  pause() {
+    this.attempt?.abort();
+    this.attempt = null;
+  }
+
+  stop() {
+    document.removeEventListener("visibilitychange", this.onVisibility);
+    this.pause();
+  }
+
+  end() {
+    this.isOver = true;
+    this.drawStatus();
+  }
+
+  async run() {
+    const attempt = (this.attempt = new AbortController());
+    while (this.attempt === attempt && !this.isOver) {
+      // A VM that this page does not know yet may be created.
+      if (fleet.vms.has(this.name)) await this.read(attempt.signal);
+      if (this.attempt === attempt && !this.isOver) await sleep(SECOND);
+    }
+  }
+
+  async read(signal) {
+    try {
+      const cursor = this.cursor ? `&cursor=${encodeURIComponent(this.cursor)}` : "";
+      const answer = await send("GET", `${vmPath(this.name)}/events?follow=true&kinds=log_line,lifecycle${cursor}`, { signal });
+      for await (const events of jsonLines(answer)) this.add(events);
+    } catch (error) {
+      // The connection is lost, the VM is gone, or the page was left.
+      if (error.status === 400) this.cursor = "";
+    }
+  }
+
+  add(events) {
+    const wanted = this.search.value.toLowerCase();
+    for (const event of events) {
+      this.cursor = event.cursor || this.cursor;
+      if (event.kind === "lifecycle") this.onLifecycle(event);
+      this.lines.push(event);
+      this.characters += event.payload?.length || 0;
+      delete event.cursor;
+      if (wanted && matchesText(event, wanted)) this.shown.push(event);
+    }
+    if (this.lines.length > MAX_LINES || this.characters > MAX_CHARACTERS) this.drop();
+    frame.schedule(this.drawLater ||= () => this.draw());
+  }
+
+  drop() {
+    let count = Math.max(0, this.lines.length - MAX_LINES);
+    count = Math.min(this.lines.length, count + DROPPED_LINES);
+    for (const event of this.lines.splice(0, count)) this.characters -= event.payload?.length || 0;
+    this.dropped += count;
+    if (!this.follows && !this.search.value) this.box.scrollTop -= count * LINE_HEIGHT;
+    this.select();
+  }
+
+  select() {
+    const wanted = this.search.value.toLowerCase();
+    this.shown = wanted ? this.lines.filter((event) => matchesText(event, wanted)) : this.lines;
+    frame.schedule(this.drawLater ||= () => this.draw());
+  }
+
+  draw() {
+    if (!this.search.value) this.shown = this.lines;
+    const { shown, box } = this;
+    this.sizer.style.height = `${shown.length * LINE_HEIGHT}px`;
+    if (this.follows) box.scrollTop = shown.length * LINE_HEIGHT;
+    const first = Math.max(0, Math.floor(box.scrollTop / LINE_HEIGHT) - 20);
+    const last = Math.min(shown.length, first + Math.ceil(box.clientHeight / LINE_HEIGHT) + 40);
+    this.rows.style.transform = `translateY(${first * LINE_HEIGHT}px)`;
+    keyed(this.rows, shown.slice(first, last), (event) => event, logRow);
+    this.drawStatus();
+  }
+
+  drawStatus() {
+    const { shown, lines, dropped } = this;
+    const found = this.search.value ? `${shown.length.toLocaleString()} of ` : "";
+    const more = dropped ? `, ${dropped.toLocaleString()} earlier ones dropped` : "";
+    setText(this.status, `${found}${plural(lines.length, "line")}${more}${this.isOver ? ", ended" : ""}`);
+  }
+
+  onScroll() {
+    const { scrollTop, scrollHeight, clientHeight } = this.box;
+    // Only a person scrolls up.
+    if (this.lastTop !== undefined && scrollTop < this.lastTop - 2 && this.follows) this.setFollow(false);
+    else if (scrollTop + clientHeight >= scrollHeight - 2 && !this.follows && scrollTop > (this.lastTop || 0)) this.setFollow(true);
+    this.lastTop = scrollTop;
+    frame.schedule(this.drawLater ||= () => this.draw());
+  }
+
+  setFollow(follows) {
+    this.follows = follows;
+    this.toggle.setAttribute("aria-pressed", String(follows));
+    frame.schedule(this.drawLater ||= () => this.draw());
+  }
+
+  download() {
+    const text = this.lines.map((event) => `${plainText(event.payload || "")}\n`);
+    const url = URL.createObjectURL(new Blob(text, { type: "text/plain" }));
+    h("a", { href: url, download: `${this.name}.log` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), MINUTE);
+  }
+}
+
+const matchesText = (event, wanted) => plainText(event.payload || "").toLowerCase().includes(wanted);
+
+function logRow(event) {
+  const parts = terminalParts((event.payload || "").slice(0, MAX_SHOWN));
+  const time = clock(event.timestamp);
+  return h("div", { class: event.kind === "lifecycle" ? "life" : "" }, time, parts.map(([text, style]) => (style ? h("span", { class: style }, text) : text)));
+}
+
+// ---- page: images ---------------------------------------------------------------------------------------------------
+
+class ImagesPage {
+  title = "Images";
+
+  mount(main) {
+    this.list = h("div", {}, empty("Loading…"));
+    this.pulls = h("ul", { class: "list" });
+    this.settings = h("div");
+    main.append(h("div", { class: "title" }, h("h1", {}, "Images"), h("span", { class: "grow" }), may("admin:write") && button("Pre-pull…", () => this.addPrepull(""))),
+      h("div", { class: "columns aside" }, this.list, h("div", { class: "stack" }, panel("Being pulled", this.pulls), panel("Pre-pull", this.settings))));
+    this.load();
+    this.timer = setInterval(() => document.hidden || this.load(), 30 * SECOND);
+  }
+
+  unmount() {
+    clearInterval(this.timer);
+  }
+
+  update(changed) {
+    if (changed.all || changed.vms.size) this.drawPulls();
+  }
+
+  async load() {
+    try {
+      this.workers = await ask("/workers");
+      const info = await ask(may("admin:read") ? "/cluster-settings" : "/controller/info");
+      this.prepull = info.prepull || [];
+    } catch {
+      return;
+    }
+    this.drawList();
+    this.drawPulls();
+    this.drawPrepull();
+  }
+
+  drawList() {
+    const images = new Map();
+    for (const worker of this.workers) {
+      for (const { name, sizeBytes, lastUsed } of worker.images || []) {
+        const image = images.get(name) || { name, workers: [], size: 0, lastUsed: "" };
+        image.workers.push(worker.name);
+        image.size = Math.max(image.size, sizeBytes || 0);
+        if ((lastUsed || "") > image.lastUsed) image.lastUsed = lastUsed;
+        images.set(name, image);
+      }
+    }
+    const rows = [...images.values()].sort((a, b) => b.workers.length - a.workers.length || byText(a.name, b.name)).slice(0, 500).map((image) =>
+      h("tr", {}, h("td", {}, image.name), h("td", { title: image.workers.join(", ") }, `${image.workers.length} of ${this.workers.length}`),
+        h("td", { class: "right" }, bytes(image.size)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–"),
+        h("td", {}, may("admin:write") && !this.isPrepulled(image.name) && button("Pre-pull…", () => this.addPrepull(image.name), { class: "quiet", "aria-label": `Pre-pull ${image.name}` }))));
+    this.list.replaceChildren(rows.length ? table("Images", ["Image", "Workers", "Size", "Last used", ""], rows) : empty("No worker has reported an image."));
+  }
+
+  isPrepulled(name) {
+    return this.prepull.some((one) => one.image === name);
+  }
+
+  drawPulls() {
+    const pulls = [];
+    for (const worker of this.workers || []) if (worker.pulling) pulls.push({ key: `w ${worker.name}`, image: worker.pulling.image, text: `${worker.pulling.percent || 0} %, in advance`, worker: worker.name });
+    for (const vm of fleet.vms.values()) if (/^pull/.test(vmPhase(vm))) pulls.push({ key: vm.uid, image: vm.image, text: `${vmPhase(vm)} for ${vm.name}`, worker: vm.worker });
+    keyed(this.pulls, pulls.length ? pulls : [{ key: "", none: true }], (one) => `${one.key} ${one.text}`, (one) => (one.none ? h("li", {}, h("p", {}, "Nothing.")) : h("li", {}, mark("starting"), h("span", { class: "clip", title: one.image }, shortImage(one.image)), workerLink(one.worker), h("p", {}, one.text))));
+  }
+
+  drawPrepull() {
+    const items = this.prepull.map((one) => h("li", {}, h("span"), h("span", { class: "clip", title: one.image }, one.image),
+      may("admin:write") ? button("Remove", () => this.change(this.prepull.filter((other) => other !== one), "It is not pulled in advance any more"), { class: "quiet", "aria-label": `Remove ${one.image}` }) : h("span"), h("p", {}, pairs(one.labels).join(" ") || "every worker")));
+    this.settings.replaceChildren(items.length ? h("ul", { class: "list" }, items) : empty("No image is pulled in advance."));
+  }
+
+  async addPrepull(image) {
+    const answer = await dialog({ title: "Pull an image in advance", action: "Pre-pull", body: [
+      h("label", { class: "stacked" }, "Image", h("input", { name: "image", value: image, required: true })),
+      h("label", { class: "stacked" }, "Labels of the workers, such as xcode=27 ssd=fast; empty: every worker", h("input", { name: "labels" }))] });
+    if (!answer?.get("image")) return;
+    const labels = Object.fromEntries(answer.get("labels").split(/[\s,]+/).filter((pair) => pair.includes("=")).map((pair) => pair.split(/=(.*)/s)));
+    this.change([...this.prepull, { image: answer.get("image").trim(), labels }], "Workers look at it within a minute");
+  }
+
+  async change(prepull, done) {
+    // Settings that a PUT leaves out may get their defaults.
+    const run = async () => send("PUT", "/cluster-settings", { body: { ...(await ask("/cluster-settings")), prepull } });
+    if (await act(run, done)) this.load();
+  }
+}
+
+// ---- page: history --------------------------------------------------------------------------------------------------
+
+let ended = { at: 0, vms: null };
+
+/** Return the VMs that have ended, the earliest first, or null where there is no answer. Kept for a while. */
+async function loadHistory() {
+  if (Date.now() - ended.at > 20 * SECOND) {
+    try {
+      ended = { at: Date.now(), vms: await ask("/history") };
+    } catch {
+      return null;
+    }
+  }
+  return ended.vms;
+}
+
+function quantile(values, share) {
+  if (!values.length) return null;
+  const sorted = [...values].sort((a, b) => a - b);
+  return sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
+}
+
+const between = (vms, from, to) => vms.filter((vm) => vm[from] && vm[to]).map((vm) => Date.parse(vm[to]) - Date.parse(vm[from]));
+
+function summary(vms) {
+  return {
+    failed: vms.length ? vms.filter((vm) => vm.status === "failed").length / vms.length : null,
+    boot: quantile(between(vms, "assignedAt", "startedAt"), 0.5),
+    run: quantile(between(vms, "startedAt", "endedAt"), 0.5),
+  };
+}
+
+class HistoryPage {
+  title = "History";
+
+  mount(main) {
+    this.hours = h("select", { on: { change: () => this.draw() } }, [[24, "24 hours"], [72, "3 days"], [168, "7 days"]].map(([value, text]) => h("option", { value }, text)));
+    this.body = h("div", { class: "columns halves" }, empty("Loading…"));
+    main.append(h("div", { class: "title" }, h("h1", {}, "History"), h("span", { class: "grow" }), h("label", {}, "Last", this.hours)), this.body);
+    this.load();
+  }
+
+  update() {}
+  unmount() {}
+
+  async load() {
+    this.vms = await loadHistory();
+    if (this.vms) this.draw();
+  }
+
+  draw() {
+    const hours = Number(this.hours.value), width = hours / 24, now = Date.now();
+    const begin = now - hours * HOUR;
+    const vms = (this.vms || []).filter((vm) => Date.parse(vm.endedAt) > begin);
+    const slots = Array.from({ length: 24 }, () => []);
+    for (const vm of vms) slots[Math.min(23, Math.floor((Date.parse(vm.endedAt) - begin) / (width * HOUR)))].push(vm);
+    const rate = (list) => list.length / width;
+    const times = (from, to, share) => slots.map((list) => quantile(between(list, from, to), share));
+    this.body.replaceChildren(
+      panel("VMs an hour", barPlot("VMs that ended, an hour", slots.map(rate), slots.map((list) => rate(list.filter((vm) => vm.status === "failed"))), hours), legend("ended", "of these failed")),
+      panel("Time in the queue", linePlot("Time in the queue", times("createdAt", "assignedAt", 0.5), times("createdAt", "assignedAt", 0.9), hours), legend("median", "90th percentile")),
+      panel("Time to boot", linePlot("Time from the assignment until the VM runs", times("assignedAt", "startedAt", 0.5), times("assignedAt", "startedAt", 0.9), hours), legend("median", "90th percentile")),
+      ...[["image", "image"], ["worker", "worker"], ["createdBy", "owner"]].map(([key, name]) => panel(`Failures by ${name}`, failureTable(vms, key, name))));
+  }
+}
+
+function legend(a, b) {
+  return h("p", { class: "legend" }, h("span", {}, h("i"), a), h("span", {}, h("i", { class: "b" }), b));
+}
+
+const PLOT = { width: 600, height: 150, left: 44, bottom: 18 };
+
+function plotFrame(label, most, format, hours) {
+  const { width, height, left, bottom } = PLOT, floor = height - bottom;
+  const text = (x, y, value, anchor) => svg("text", { x, y, "text-anchor": anchor }, value);
+  return svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${label}: at most ${format(most)}` },
+    svg("path", { class: "axis", d: `M${left} ${floor}H${width}M${left} 8H${width}`, fill: "none" }),
+    text(left - 6, 12, format(most), "end"), text(left - 6, floor, "0", "end"), text(left, height - 2, hours > 24 ? `${hours / 24} d ago` : `${hours} h ago`, "start"), text(width, height - 2, "now", "end"));
+}
+
+const plotX = (index) => PLOT.left + ((PLOT.width - PLOT.left) * index) / 24;
+const plotY = (value, most) => PLOT.height - PLOT.bottom - ((PLOT.height - PLOT.bottom - 8) * value) / most;
+
+function barPlot(label, values, bad, hours) {
+  const most = Math.max(1, ...values), plot = plotFrame(label, most, (value) => String(Math.round(10 * value) / 10), hours);
+  const bars = (list, name) => list.forEach((value, index) => {
+    const y = plotY(value, most);
+    if (value) plot.append(svg("rect", { class: name, x: plotX(index) + 2, y, width: plotX(1) - plotX(0) - 4, height: PLOT.height - PLOT.bottom - y }, svg("title", {}, String(Math.round(10 * value) / 10))));
+  });
+  bars(values, "bars");
+  bars(bad, "bad");
+  return plot;
+}
+
+function linePlot(label, median, high, hours) {
+  const most = Math.max(1000, ...median, ...high), plot = plotFrame(label, most, duration, hours);
+  for (const [values, name] of [[high, "b"], [median, "a"]]) {
+    const points = values.map((value, index) => (value === null ? null : [plotX(index + 0.5), plotY(value, most)])).filter(Boolean);
+    if (points.length) plot.append(svg("path", { class: name, d: `M${points.map((point) => point.map((n) => n.toFixed(1)).join(" ")).join("L")}` }));
+    for (const [cx, cy] of points) plot.append(svg("circle", { class: name, cx, cy, r: 2 }));
+  }
+  return plot;
+}
+
+function failureTable(vms, key, name) {
+  const groups = new Map();
+  for (const vm of vms) {
+    const group = groups.get(vm[key] || "–") || { all: 0, failed: 0 };
+    group.all++;
+    if (vm.status === "failed") group.failed++;
+    groups.set(vm[key] || "–", group);
+  }
+  const rows = [...groups].filter(([, group]) => group.failed).sort(([, a], [, b]) => b.failed - a.failed).slice(0, 10).map(([value, group]) =>
+    h("tr", {}, h("td", {}, value), h("td", { class: "right" }, String(group.failed)), h("td", { class: "right" }, `${Math.round((100 * group.failed) / group.all)} %`), h("td", {}, bar(group.failed / group.all, "share that failed", true))));
+  return rows.length ? table(`Failures by ${name}`, [name, "failed", "of its VMs", ""], rows) : empty(vms.length ? "None." : "No VM has ended in this time.");
+}
+
+// ---- page: API ------------------------------------------------------------------------------------------------------
+
+class APIPage {
+  title = "API";
+
+  mount(main) {
+    this.body = h("div", { class: "stack" }, empty("Loading…"));
+    this.search = h("input", { type: "search", placeholder: "Search ( / )", "aria-label": "Search the API", on: { input: () => this.draw() } });
+    main.append(h("div", { class: "title" }, h("h1", {}, "API"), h("span", { class: "grow" }), h("a", { class: "button", href: `${BASE}/v1/openapi.json` }, "openapi.json")), h("div", { class: "tools" }, this.search), this.body);
+    this.load();
+  }
+
+  update() {}
+  unmount() {}
+
+  async load() {
+    const found = await act(() => ask("/openapi.json"));
+    if (!found) return;
+    this.document = found;
+    this.draw();
+  }
+
+  draw() {
+    const wanted = this.search.value.toLowerCase(), groups = new Map();
+    for (const [path, item] of Object.entries(this.document?.paths || {})) {
+      const shown = path.replace(`${BASE}/v1`, "").replace(/^\/v1(?=\/)/, "") || "/";
+      for (const [method, operation] of Object.entries(item)) {
+        if (method === "parameters" || !`${method} ${shown} ${operation.summary} ${operation.description}`.toLowerCase().includes(wanted)) continue;
+        const first = shown.split("/")[1];
+        const group = !first || first.includes(".") || ["health", "metrics"].includes(first) ? "controller" : first;
+        if (!groups.has(group)) groups.set(group, []);
+        groups.get(group).push(operationItem(method.toUpperCase(), shown, operation, item.parameters || []));
+      }
+    }
+    this.body.replaceChildren(...[...groups].map(([group, items]) => panel(group, ...items)));
+  }
+}
+
+function operationItem(method, path, operation, shared) {
+  const parameters = [...shared, ...(operation.parameters || [])].filter((one) => one.in === "query");
+  const rows = parameters.map((one) => h("tr", {}, h("td", { class: "mono" }, one.name), h("td", {}, one.description || "")));
+  const body = operation.requestBody ? ` -H 'Content-Type: application/json' -d '{}'` : "";
+  const verb = method === "GET" ? "" : ` -X ${method}`;
+  const account = needsCredentials ? ` -u ${session.account}:$TOKEN` : "";
+  const stream = parameters.some((one) => ["since", "follow"].includes(one.name)) && path === "/watch" ? " -N" : "";
+  const line = `curl${stream}${verb}${account} '${location.origin}${BASE}/v1${path.replace(/\{(\w+)\}/g, "$1".toUpperCase())}'${body}`;
+  const answers = Object.entries(operation.responses || {}).map(([status, one]) => h("tr", {}, h("td", {}, status), h("td", {}, one.description || "")));
+  return h("details", { class: "op" }, h("summary", {}, h("span", { class: `method ${method}` }, method), h("code", {}, path), h("p", {}, operation.summary || operation.description || "")),
+    h("div", { class: "inside" }, copyLine(line, `${method} ${path}`), rows.length ? table("Parameters", ["Parameter", "Meaning"], rows) : null, answers.length ? table("Answers", ["Status", "Meaning"], answers) : null));
+}
+
+// ---- the frame ------------------------------------------------------------------------------------------------------
+
+const PAGES = { fleet: FleetPage, vms: VMsPage, images: ImagesPage, history: HistoryPage, api: APIPage, worker: WorkerPage, vm: VMPage };
+const NAVIGATION = [["fleet", "Fleet"], ["vms", "VMs"], ["images", "Images"], ["history", "History"], ["api", "API"]];
+const KEYS = [["/", "search"], ["j", "next"], ["k", "the one before"], ["Enter", "open"], ["?", "these keys"]];
+const byId = (id) => document.getElementById(id);
+
+class Frame {
+  page = null;
+  isScheduled = false;
+  later = new Set();
+  // A page that was just mounted draws everything.
+  isNew = true;
+
+  /** Draw what has changed, before the next frame that the browser paints. */
+  schedule(draw = null) {
+    if (draw) this.later.add(draw);
+    if (this.isScheduled) return;
+    this.isScheduled = true;
+    requestAnimationFrame(() => this.draw());
+  }
+
+  draw() {
+    this.isScheduled = false;
+    const changed = fleet.takeChanges(), later = this.later;
+    this.later = new Set();
+    changed.all = this.isNew;
+    if (this.page && (this.isNew || changed.vms.size || changed.workers.size)) {
+      this.isNew = false;
+      this.page.update(changed);
+    }
+    for (const draw of later) draw();
+  }
+
+  route() {
+    const [path, query] = (location.hash.slice(2) || "fleet").split("?");
+    const [kind, name] = path.split("/").map(decodeURIComponent);
+    const Page = PAGES[kind] || FleetPage;
+    this.page?.unmount?.();
+    const main = byId("main");
+    main.replaceChildren();
+    this.page = new Page(name, new URLSearchParams(query || ""));
+    this.page.mount(main);
+    this.isNew = true;
+    document.title = `${this.page.title} · Orchard`;
+    const current = { worker: "fleet", vm: "vms" }[kind] || (PAGES[kind] ? kind : "fleet");
+    for (const link of byId("nav").children) {
+      if (link.dataset.page === current) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    }
+    scrollTo(0, 0);
+    this.schedule();
+  }
+
+  show() {
+    byId("nav").replaceChildren(...NAVIGATION.map(([page, title]) => h("a", { href: `#/${page}`, "data-page": page }, title)));
+    const signedOut = needsCredentials && button("Sign out", signOut, { class: "quiet" });
+    byId("account").replaceChildren(session.account, ...(signedOut ? [signedOut] : []));
+    byId("top").hidden = false;
+    setText(byId("connection"), "Connecting…");
+    this.route();
+  }
+
+  hide() {
+    this.page?.unmount?.();
+    this.page = null;
+    byId("top").hidden = true;
+    document.body.classList.remove("stale");
+    for (const open of document.querySelectorAll("dialog")) open.close();
+  }
+
+  showConnection(isLive) {
+    const place = byId("connection");
+    document.body.classList.toggle("stale", !isLive);
+    place.classList.toggle("lost", !isLive);
+    setText(place, isLive ? "Live" : `Connection lost at ${new Date().toLocaleTimeString()}, trying again`);
+  }
+
+  say(text) {
+    const notice = h("p", {}, text);
+    byId("notices").append(notice);
+    while (byId("notices").children.length > 4) byId("notices").firstChild.remove();
+    setTimeout(() => notice.remove(), 7 * SECOND);
+  }
+
+  showKeys() {
+    dialog({ title: "Keys", body: h("dl", { class: "facts" }, KEYS.map(([key, text]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, text)])) });
+  }
+
+  onKey(event) {
+    const isTyping = event.target.matches?.("input, select, textarea");
+    if (event.key === "Escape" && isTyping) event.target.blur();
+    if (isTyping || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog") || !session.info) return;
+    if (event.key === "?") this.showKeys();
+    else if (event.key === "/") document.querySelector("main input[type=search]")?.focus();
+    else if (event.key === "j" || event.key === "k") this.move(event.key === "j" ? 1 : -1);
+    else return;
+    event.preventDefault();
+  }
+
+  /** Give the focus to the next link to a worker or VM, or to the one before. */
+  move(step) {
+    const links = [...document.querySelectorAll("main [data-nav]")].filter((link) => link.offsetParent);
+    const at = links.indexOf(document.activeElement);
+    const next = links[at < 0 ? (step > 0 ? 0 : links.length - 1) : at + step];
+    next?.focus();
+    next?.scrollIntoView({ block: "nearest" });
+  }
+}
+
+const frame = new Frame();
+
+// ---- the start ------------------------------------------------------------------------------------------------------
+
+let stream = null;
+// Tabs of one browser pass the sign-in on: each has a sessionStorage of its own.
+const tabs = new BroadcastChannel(`orchard tabs ${BASE}`);
+
+/** Use an account. Raises RequestError, TypeError. */
+async function signIn(account, token) {
+  const authorization = account || token ? authorizationOf(account, token) : "";
+  const info = await ask("/controller/info", { authorization });
+  if (!(info.roles || []).includes("compute:read")) throw new RequestError(403, `The account "${account}" lacks the role compute:read.`);
+  Object.assign(session, { account, authorization, info });
+  if (authorization) sessionStorage.setItem(STORED, JSON.stringify({ account, token }));
+  stream = new Stream();
+  frame.show();
+  stream.start();
+}
+
+function signOut(isTold = false) {
+  sessionStorage.removeItem(STORED);
+  stream?.stop();
+  if (isTold !== true) tabs.postMessage({ type: "out", account: session.account });
+  Object.assign(session, { account: "", authorization: "", info: null });
+  frame.hide();
+  // Nothing of the fleet stays in memory.
+  if (needsCredentials) {
+    for (const table of [fleet.vms, fleet.workers, fleet.placed]) table.clear();
+    Object.assign(fleet, { failures: [], complete: false, listing: null });
+    ended = { at: 0, vms: null };
+  }
+  showSignIn();
+}
+
+function showSignIn(message = "") {
+  const account = h("input", { name: "account", autocomplete: "username", required: true, autocapitalize: "none", spellcheck: "false" });
+  const token = h("input", { name: "token", type: "password", autocomplete: "current-password", required: true });
+  const error = h("p", { class: "error", role: "alert" }, message);
+  const submit = h("button", { class: "main" }, "Sign in");
+  const onSubmit = async (event) => {
+    event.preventDefault();
+    submit.disabled = true;
+    try {
+      await signIn(account.value, token.value);
+    } catch (problem) {
+      setText(error, problem.status === 401 ? "The account is unknown, or the token is wrong." : problem.status ? problem.message : "The controller cannot be reached.");
+      submit.disabled = false;
+    }
+  };
+  const form = h("form", { on: { submit: onSubmit } }, h("h1", {}, "Orchard"), h("label", { class: "stacked" }, "Service account", account), h("label", { class: "stacked" }, "Token", token), error, submit);
+  byId("main").replaceChildren(h("section", { class: "panel signin", "aria-label": "Sign in" }, form));
+  document.title = "Sign in · Orchard";
+  account.focus();
+}
+
+/** Return what another tab is signed in with, if one answers at once. */
+function askTabs() {
+  return new Promise((resolve) => {
+    const timer = setTimeout(() => resolve(null), 250);
+    tabs.addEventListener("message", ({ data }) => {
+      if (data.type !== "in") return;
+      clearTimeout(timer);
+      resolve(data.stored);
+    });
+    tabs.postMessage({ type: "who" });
+  });
+}
+
+function onTab({ data }) {
+  const stored = sessionStorage.getItem(STORED);
+  if (data.type === "who" && stored && session.info) tabs.postMessage({ type: "in", stored });
+  if (data.type === "out" && data.account === session.account && session.info && needsCredentials) signOut(true);
+}
+
+async function start() {
+  tabs.addEventListener("message", onTab);
+  addEventListener("hashchange", () => session.info && frame.route());
+  addEventListener("keydown", (event) => frame.onKey(event));
+  byId("help").addEventListener("click", () => frame.showKeys());
+  byId("skip").addEventListener("click", (event) => {
+    event.preventDefault();
+    byId("main").focus();
+  });
+  setInterval(tickTimes, SECOND);
+  // Ages and what has waited for too long.
+  setInterval(() => document.hidden || (fleet.changed.workers.add(" "), frame.schedule()), 30 * SECOND);
+  const stored = needsCredentials ? sessionStorage.getItem(STORED) || (await askTabs()) : "{}";
+  if (!stored) return showSignIn();
+  const { account = "", token = "" } = JSON.parse(stored);
+  for (;;) {
+    try {
+      return await signIn(account, token);
+    } catch (problem) {
+      if (problem.status === 401 || problem.status === 403) return showSignIn(problem.status === 403 ? problem.message : "");
+      setText(byId("main"), "The controller cannot be reached. Trying again.");
+      await sleep(SECOND);
+    }
+  }
+}
+
+start();
