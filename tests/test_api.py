@@ -963,7 +963,7 @@ def test_compute_write_allows_connecting_to_vms() -> None:
 async def test_controller_info_has_version_and_capabilities(api: Served) -> None:
     info = await api.ok("GET", "/controller/info")
     assert {"rpc-v2", "vm-state-endpoint", "worker-state", "field-validation"} <= set(info.pop("capabilities"))
-    assert info == {"version": __version__, "commit": ""}
+    assert info == {"version": __version__, "commit": "", "roles": [*auth.ROLES]}
     assert await api.ok("GET", "/") is None
 
 

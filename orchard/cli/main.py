@@ -38,6 +38,7 @@ class Verb:
 VERBS: Mapping[str, Verb] = {
     "status": Verb("views", "show the fleet on one screen"),
     "top": Verb("views", "show the fleet again and again"),
+    "ui": Verb("dashboard", "open the dashboard in the browser"),
     "describe": Verb("views", "show all of a VM or a worker; why a VM waits, and what would help"),
     "login": Verb("login", "log in to a controller, and use it by default"),
     "context": Verb("contexts", "the controllers that this command knows"),

@@ -101,6 +101,32 @@ def test_requests_of_browsers(case: str) -> None:
     assert status_of(BrowserRules(["https://Orchard.example.com"]), headers) == (200 if accepted else 403)
 
 
+# A request for a page, and whether a link of another site may cause it.
+LINK = {"host": "h", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+LINKS: dict[str, tuple[str, str, dict[str, str], bool]] = {
+    "followed": ("GET", "/ui/", LINK, True),
+    "followed, to a place on the page": ("GET", "/ui/?x", LINK, True),
+    "followed, to the API": ("GET", "/v1/vms", LINK, False),
+    "followed, to a file of the page": ("GET", "/ui/app.js", LINK, False),
+    "in a frame": ("GET", "/ui/", {**LINK, "sec-fetch-dest": "iframe"}, False),
+    "read by a script": ("GET", "/ui/", {**LINK, "sec-fetch-mode": "no-cors", "sec-fetch-dest": "empty"}, False),
+    "a form": ("POST", "/ui/", LINK, False),
+    "with an origin": ("GET", "/ui/", {**LINK, "origin": "https://evil.example"}, False),
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_links_of_other_sites(case: str) -> None:
+    method, target, headers, accepted = LINKS[case]
+    rules = BrowserRules(pages=["/ui/"])
+    if accepted:
+        rules.check(Request(method, target, Headers(headers)))
+    else:
+        with pytest.raises(HTTPError) as refused:
+            rules.check(Request(method, target, Headers(headers)))
+        assert refused.value.status == 403
+
+
 @pytest.mark.parametrize("host", HOSTS)
 def test_hosts_of_a_controller_without_authentication(host: str) -> None:
     assert status_of(BrowserRules(hosts=["lab.example.com"]), {"host": host}) == (200 if HOSTS[host] else 403)

@@ -1,0 +1,29 @@
+"""The verb `ui`: prints the address of the controller's dashboard, and opens it in the browser."""
+
+from __future__ import annotations
+
+import argparse
+import webbrowser
+
+from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.command_line import CommandLine
+
+CAPABILITY = "ui"
+
+
+def add_verb(verb: str, parser: CommandLine) -> None:
+    """Declare the options of `ui`."""
+    parser.add_argument("--no-open", action="store_true", help="print the address only")
+    add_context_option(parser)
+    parser.set_defaults(run=show_address)
+
+
+def show_address(options: argparse.Namespace) -> int:
+    """Run `orchard ui`, and return the exit status. Raises CommandError."""
+    with open_connection(options) as controller:
+        require_capability(controller, CAPABILITY, "a dashboard, or it was started with --no-ui")
+        address = f"{controller.url}/ui/"
+    print(address, flush=True)
+    if not options.no_open:
+        webbrowser.open(address)
+    return 0
