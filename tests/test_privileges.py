@@ -130,7 +130,7 @@ async def test_worker_of_root_does_everything_as_the_user(tmp_path: Path) -> Non
 
 @contextmanager
 def private_address() -> Iterator[str]:
-    """Give this host a private address that is not its loopback's, for the time of the block."""
+    """Add a private address to this host for the time of the block."""
     need("ip")
     address = f"10.213.{os.getpid() >> 8 & 255}.{os.getpid() & 255 or 1}"
     subprocess.run(["ip", "address", "add", f"{address}/32", "dev", "lo"], check=True)

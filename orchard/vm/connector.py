@@ -1,8 +1,8 @@
 """The connector: a process that opens TCP connections to VMs as root, for a worker that has given up that right.
 
-From version 15 on, macOS lets a process of a normal user connect to VMs only with the permission "Local Network", which
-nobody can grant at a host without a screen. Daemons of root need none. So a worker that is started as root with `--user`
-starts this process first, and then becomes that user.
+From version 15 on, macOS lets a process of a normal user connect to VMs only with the permission "Local Network", which is
+granted at the screen. Daemons of root need none. So a worker that is started as root with `--user` starts this process
+first, and then becomes that user.
 
 The two have a pair of connected sockets, on which the worker sends requests of REQUEST_BYTES: "HOST PORT", and with each a
 socket for its answer. The answer is "0" with the connected socket, or the number of the error. The connector connects to
