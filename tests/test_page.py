@@ -49,7 +49,12 @@ async def get(api: Served, path: str, headers: Mapping[str, str] | None = None, 
     assert isinstance(admitted, Admitted)
     answer = await api.api.handle(request, admitted)
     assert isinstance(answer, Response)
-    return Page(answer.status, dict(answer.headers), answer.content_type, b"".join([answer.body] if isinstance(answer.body, bytes) else answer.body))
+    return Page(
+        answer.status,
+        dict(answer.headers),
+        answer.content_type,
+        b"".join([answer.body] if isinstance(answer.body, bytes) else answer.body),
+    )
 
 
 async def test_each_file_is_served_with_its_type_and_a_strict_policy(api: Served) -> None:
