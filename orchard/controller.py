@@ -30,7 +30,7 @@ from typing import TextIO
 import trio
 
 from orchard import __version__, auth
-from orchard.api import API, ControllerParts
+from orchard.api import ControllerParts
 from orchard.command_line import CommandLine, HomeError, add_ignored_options, orchard_home, parse_address, parse_seconds
 from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
 from orchard.deadlines import Deadlines, StoredClock
@@ -43,13 +43,11 @@ from orchard.files import (
     lock_directory,
 )
 from orchard.gate import Gate
-from orchard.handlers.metrics import admit_scrape, metrics_answer
 from orchard.login_limit import LoginLimit
 from orchard.logs import LogSettings
 from orchard.net import tcp, tls
 from orchard.net.browsers import BrowserRules, normal_name, normal_origin
 from orchard.net.connection import Limits
-from orchard.net.request import AnyResponse, Request
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
 from orchard.net.urls import DEFAULT_PORT, bracketed
@@ -61,6 +59,7 @@ from orchard.recorder import Recorder
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import NAME, ServiceAccount
 from orchard.sessions import AccountSessions
+from orchard.side_ports import serve_health, serve_metrics
 from orchard.ssh.connections import describe_missing_extra
 from orchard.ssh.exec import Executor
 from orchard.storage.errors import BrokenError, DamagedError, StorageError
@@ -83,8 +82,6 @@ from orchard.stored_data import (
 from orchard.tunnel import Rendezvous, VMAccess
 
 DEFAULT_IDLE_TIMEOUT = Limits().first_byte_seconds
-# Of the port that serves metrics alone: scrapers are few.
-_SCRAPE_LIMITS = Limits(connections=64, unauthenticated=64, unauthenticated_of_source=64)
 # Time for the requests under way at a stop.
 _GRACE_SECONDS = 10.0
 # From an option of existing service files to its value, if it has one, and why it has no effect.
@@ -166,6 +163,8 @@ class ControllerSettings:
     # Host and port on which metrics are served in the clear and without credentials; None: they are not.
     metrics: tuple[str | None, int] | None = None
     metrics_per_worker: bool = False
+    # Host and port on which health checks are answered in the clear, also while another controller leads; None: on none.
+    health: tuple[str | None, int] | None = None
     # Where the state is, and other controllers stand by. None: in the data directory.
     etcd: EtcdSettings | None = None
 
@@ -221,27 +220,37 @@ async def run(
     platform = Platform() if platform is None else platform
     serving = _Serving(stop, grace, task_status.started)
     with unwrap_groups(), _locked(settings.data_dir):
-        if settings.etcd is None:
-            async with platform.open_data(settings.data_dir) as data:
-                await _serve(settings, platform, serving, data)
-        else:
-            scheme, host = "https" if settings.tls else "http", settings.host or socket.gethostname()
-            url = f"{scheme}://{bracketed(host)}:{settings.port}{settings.prefix}"
-            await lead_in_turns(
-                settings.etcd, platform.campaign, url, stop, partial(_serve, settings, platform, serving)
-            )
+        # Health checks are answered until everything else has ended.
+        async with trio.open_nursery() as checked:
+            if settings.health is not None:
+                listeners = await _open_listeners(*settings.health)
+                await serve_health(listeners, lambda: serving.store, platform.campaign.leader_url, checked)
+            if settings.etcd is None:
+                async with platform.open_data(settings.data_dir) as data:
+                    await _serve(settings, platform, serving, data)
+            else:
+                scheme, host = "https" if settings.tls else "http", settings.host or socket.gethostname()
+                url = f"{scheme}://{bracketed(host)}:{settings.port}{settings.prefix}"
+                serve_data = partial(_serve, settings, platform, serving)
+                await lead_in_turns(settings.etcd, platform.campaign, url, stop, serve_data)
+            checked.cancel_scope.cancel()
 
 
 @dataclass(slots=True)
 class _Serving:
-    """How long a controller serves, and who is told that it does. `started` is called once."""
+    """How long a controller serves, and who is told that it does. `started` is called once.
+
+    `store` is the one that is served from, None while the controller stands by.
+    """
 
     stop: trio.Event
     grace: float
     started: Callable[[Running], None]
     is_started: bool = False
+    store: Store | None = None
 
-    def announce(self, running: Running) -> None:
+    def announce(self, running: Running, store: Store) -> None:
+        self.store = store
         if not self.is_started:
             self.is_started = True
             self.started(running)
@@ -249,6 +258,7 @@ class _Serving:
 
 async def _serve(settings: ControllerSettings, platform: Platform, serving: _Serving, data: StoredData) -> None:
     """Serve from data that are open, until `stop` is set. Raises StartError, BrokenError."""
+    serving.store = None
     await _share_secrets(settings, data)
     with unwrap_groups():
         # Ends last, because it stores what the tasks below change.
@@ -287,10 +297,12 @@ async def _serve(settings: ControllerSettings, platform: Platform, serving: _Ser
                 async with trio.open_nursery() as servers:
                     await servers.start(answer, listeners)
                     ssh_port = await _serve_ssh(settings, parts, background)
-                    metrics_port = await _serve_metrics(settings, api, background)
-                    serving.announce(
-                        replace(running, new_admin=new_admin, ssh_port=ssh_port, metrics_port=metrics_port)
-                    )
+                    metrics_port = 0
+                    if settings.metrics is not None:
+                        opened = await _open_listeners(*settings.metrics)
+                        metrics_port = await serve_metrics(opened, api, settings.allowed_origins, background)
+                    running = replace(running, new_admin=new_admin, ssh_port=ssh_port, metrics_port=metrics_port)
+                    serving.announce(running, data.store)
                 background.cancel_scope.cancel()
             await _store_last_changes(data)
             writers.cancel_scope.cancel()
@@ -387,23 +399,6 @@ async def _serve_ssh(settings: ControllerSettings, parts: ControllerParts, nurse
             f"cannot serve SSH on {host or ''}:{port}: {error.strerror or error}; choose another address or port"
         ) from error
     return started
-
-
-async def _serve_metrics(settings: ControllerSettings, api: API, nursery: trio.Nursery) -> int:
-    """Serve metrics on a port of their own if the settings ask for it. Return its port, or 0. Raises StartError."""
-    if settings.metrics is None:
-        return 0
-    host, port = settings.metrics
-    listeners = await _open_listeners(host, port)
-
-    async def answer(request: Request, admitted: object) -> AnyResponse:
-        return await metrics_answer(api)
-
-    guard = BrowserRules(settings.allowed_origins, None).guard
-    # It ends with the background tasks: what it answers changes nothing.
-    await nursery.start(partial(serve, answer, listeners, admit=guard(admit_scrape), limits=_SCRAPE_LIMITS))
-    bound: int = listeners[0].socket.getsockname()[1]
-    return bound
 
 
 async def _store_first_objects(
@@ -595,6 +590,8 @@ def controller_parser() -> CommandLine:
     add("--metrics-listen", metavar="HOST:PORT", type=parse_address,
         help="address to serve /metrics on, over plain HTTP and without credentials; default: none, only /v1/metrics with"
         " them")  # fmt: skip
+    add("--listen-health", metavar="HOST:PORT", type=parse_address,
+        help="address to answer health checks on, over plain HTTP, also while another controller leads; default: none")  # fmt: skip
     add("--metrics-per-worker", action="store_true", help="metrics of each worker, beside those of the whole cluster")
     add_ignored_options(parser, {option: value for option, (value, _) in _IGNORED_OPTIONS.items()})
     add("--version", action="version", version=f"orchard {__version__}")
@@ -637,6 +634,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, Log
         idle_timeout=options.idle_timeout,
         metrics=options.metrics_listen,
         metrics_per_worker=options.metrics_per_worker,
+        health=options.listen_health,
     )
     return settings, log_settings(options)
 

@@ -619,6 +619,7 @@ class ControllerHealth:
     writes: Literal["", "ok", "refused"] = attr(
         "writes", "Whether a leader takes changes that add something: `refused` while its disk is full", zero=""
     )
+    leader: str = attr("leader", "URL of the controller that leads, as far as a standby knows it", zero="")
 
 
 @dataclass(frozen=True, slots=True)

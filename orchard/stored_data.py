@@ -86,6 +86,11 @@ class CampaignPlatform:
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     leadership: Leadership | None = None
 
+    def leader_url(self) -> str:
+        """Return the URL of the other controller that was last seen to lead, or ""."""
+        other = None if self.leadership is None else self.leadership.other
+        return other.url if other is not None else ""
+
 
 @contextlib.asynccontextmanager
 async def open_data_directory(directory: Path) -> AsyncIterator[StoredData]:

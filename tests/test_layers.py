@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 "deadlines",
                 "stored_data",
                 "figures",
+                "side_ports",
             ),
             *("operations", "handlers/", "api", "parameters", "admission", "answers"),
             *("worker", "reconciler", "leftovers", "slots", "heartbeat", "worker_memory", "worker_requests"),

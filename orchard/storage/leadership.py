@@ -225,7 +225,7 @@ class Leadership:
         comparisons = [was_written_at(self.key, self.revision), *comparisons]
         problem = ""
         while self.leads():
-            with trio.move_on_after(self.remaining(), shield=True):
+            with trio.move_on_after(self.patience(), shield=True):
                 try:
                     result = await self._client.transact(comparisons, operations, [get(self.key), *reads])
                 except EtcdUnavailableError as error:

@@ -1,0 +1,77 @@
+"""Ports beside the API, over plain HTTP and without credentials: metrics, and health checks.
+
+The port of metrics is open while the controller leads. The port of health checks is open for as long as the process
+runs, so that a load balancer can tell a standby from a leader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from orchard.api import API
+from orchard.codec import dump_json, encode
+from orchard.handlers.admin import health_answer
+from orchard.handlers.metrics import admit_scrape, metrics_answer
+from orchard.net.browsers import BrowserRules
+from orchard.net.connection import Limits
+from orchard.net.request import AnyResponse, HTTPError, Request, Response
+from orchard.net.server import serve
+from orchard.schema import ControllerHealth
+from orchard.store import Store
+
+# Scrapers and load balancers are few.
+_LIMITS = Limits(connections=64, unauthenticated=64, unauthenticated_of_source=64)
+
+Listeners = Sequence[trio.SocketListener]
+
+
+async def serve_metrics(listeners: Listeners, api: API, allowed_origins: Sequence[str], nursery: trio.Nursery) -> int:
+    """Serve metrics in a nursery. Return the port."""
+
+    async def answer(request: Request, admitted: object) -> AnyResponse:
+        return await metrics_answer(api)
+
+    guard = BrowserRules(allowed_origins, None).guard
+    # It ends with the background tasks: what it answers changes nothing.
+    await nursery.start(partial(serve, answer, listeners, admit=guard(admit_scrape), limits=_LIMITS))
+    port: int = listeners[0].socket.getsockname()[1]
+    return port
+
+
+@dataclass(frozen=True, slots=True)
+class _Checker:
+    """A load balancer, as an Admission of net/request.py: every path is answered, and without credentials."""
+
+    account: str = ""
+    authenticated: bool = False
+    body_limit: int = 0
+
+
+async def serve_health(
+    listeners: Listeners, find_store: Callable[[], Store | None], find_leader: Callable[[], str], nursery: trio.Nursery
+) -> None:
+    """Answer health checks in a nursery: 200 while this controller leads, else 503 with the URL of the leader.
+
+    `find_store` returns the store that is served from, None while the controller stands by. `find_leader` returns the
+    URL of the other controller that was last seen to lead, or "".
+    """
+
+    async def answer(request: Request, admitted: object) -> AnyResponse:
+        await trio.lowlevel.checkpoint()
+        store = find_store()
+        if store is not None and store.leads():
+            return health_answer(store)
+        return Response(503, dump_json(encode(ControllerHealth("standby", leader=find_leader()))))
+
+    await nursery.start(partial(serve, answer, listeners, admit=_admit, limits=_LIMITS))
+
+
+def _admit(request: Request) -> _Checker:
+    """Admit a health check. Raises HTTPError."""
+    if request.method not in ("GET", "HEAD"):
+        raise HTTPError(405, f"the method is {request.method}, expected GET", (("Allow", "GET, HEAD"),))
+    return _Checker()
