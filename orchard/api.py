@@ -55,6 +55,7 @@ from orchard.storage.events import EventLog
 from orchard.storage.history import History
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
+from orchard.webhooks import Webhooks
 from orchard.worker_states import WorkerStates
 
 # How often a read is tried when the state that it is based on could not be made durable.
@@ -92,6 +93,7 @@ class ControllerParts:
     clock: Callable[[], datetime.datetime]
     deadline_clock: Callable[[], datetime.datetime]
     figures: Figures
+    webhooks: Webhooks
     prefix: str = ""
     offline_timeout: float = 0.0
 

@@ -46,7 +46,7 @@ from urllib.parse import quote
 
 from trio_websocket import WebSocketConnection
 
-from orchard.cluster import Capacity
+from orchard.cluster import Capacity, ControllerHealth
 from orchard.codec import ValidationError, format_time
 from orchard.methods.admin import ServiceAccounts, Settings
 from orchard.methods.commands import CommandResult, RunningCommand
@@ -64,7 +64,7 @@ from orchard.net.transport import (
     Transport,
     excerpt,
 )
-from orchard.schema import OS, Arch, ControllerHealth, ControllerInfo, EndedVM, OpenSession, Runtime
+from orchard.schema import OS, Arch, ControllerInfo, EndedVM, OpenSession, Runtime
 
 __all__ = [
     "Client",

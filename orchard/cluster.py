@@ -1,7 +1,7 @@
 """What the controller knows of the cluster as a whole, and of a worker's host; their JSON.
 
 `ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health`,
-`WorkerDisk`, `Versions`, `CachedImage` and `ImagePull` are reported by workers with their heartbeats and kept in memory.
+`WorkerDisk`, `Versions`, `CachedImage` and `ImagePull` are reported by workers with their heartbeats and kept in memory. `Webhook` is a part of the cluster settings.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ IMAGE_INVENTORY = "image-inventory"
 # Of one worker. A report is cut to these, too.
 MAX_IMAGES = 200
 MAX_IMAGE_NAME = 512  # characters
+# Of a cluster.
+MAX_WEBHOOKS = 10
 _MAX_DIGEST, _MAX_VERSION = 256, 128  # characters
 
+WebhookEvent = Literal["worker.offline", "worker.online", "vm.failed", "vm.unplaceable", "queue.old", "disk.low"]
 WorkerState = Literal["offline", "drained", "draining", "paused", "online"]
 
 
@@ -89,6 +92,16 @@ class ImagePull:
 
 
 @dataclass(frozen=True, slots=True)
+class Webhook:
+    url: str = attr("url", "http:// or https:// URL that is sent POST requests", zero="")
+    events: tuple[WebhookEvent, ...] = attr("events", "What is sent; none: everything", zero=())
+    secret: str = attr(
+        "secret", "Key of the signature, never shown; absent: the one that the URL has", zero="", secret=True
+    )
+    status: str = attr("status", "What became of the last request", zero="", writer="controller")
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterIdentity:
     """The identity of a state, and whether the state is older than one that workers have seen."""
 
@@ -115,6 +128,17 @@ class Promise:
     name: str = attr("name", "Name of the deleted worker", writer="controller")
     milliseconds: int = attr("milliseconds", "The offline timeout", zero=0, writer="controller")
     unknown: Mapping[str, Any] = unknown_fields()
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerHealth:
+    """The answer of `GET /health`, with status 200 for the role `leader` and with 503 for others."""
+
+    role: Literal["leader", "standby"] = attr("role", "Whether this controller leads the cluster", default="leader")
+    writes: Literal["", "ok", "refused"] = attr(
+        "writes", "Whether a leader takes changes that add something: `refused` while its disk is full", zero=""
+    )
+    leader: str = attr("leader", "URL of the controller that leads, as far as a standby knows it", zero="")
 
 
 @dataclass(frozen=True, slots=True)

@@ -489,7 +489,10 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
     if origin is Literal:
         text = _expect(str, value, at, "a string")
         if text not in arguments:
-            raise at.refusal(f"{at.path} is {shown(text)}, expected one of {', '.join(filter(None, arguments))}")
+            options = [option for option in arguments if option]
+            near = difflib.get_close_matches(text, options, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise at.refusal(f"{at.path} is {shown(text)}, expected one of {', '.join(options)}{hint}")
         return text
     if origin is tuple:
         items = _expect(list, value, at, "a list")

@@ -48,6 +48,7 @@ from orchard.logs import LogSettings
 from orchard.net import tcp, tls
 from orchard.net.browsers import BrowserRules, normal_name, normal_origin
 from orchard.net.connection import Limits
+from orchard.net.outside import connect_outside
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
 from orchard.net.urls import DEFAULT_PORT, bracketed
@@ -80,6 +81,7 @@ from orchard.stored_data import (
     utc_now,
 )
 from orchard.tunnel import Rendezvous, VMAccess
+from orchard.webhooks import Webhooks
 
 DEFAULT_IDLE_TIMEOUT = Limits().first_byte_seconds
 # Time for the requests under way at a stop.
@@ -167,6 +169,8 @@ class ControllerSettings:
     health: tuple[str | None, int] | None = None
     # Where the state is, and other controllers stand by. None: in the data directory.
     etcd: EtcdSettings | None = None
+    # Whether webhooks may be on this host, or on a link-local address.
+    allow_local_webhooks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,6 +282,7 @@ async def _serve(settings: ControllerSettings, platform: Platform, serving: _Ser
                 background.start_soon(loop.run)
                 background.start_soon(deadlines.run)
                 background.start_soon(parts.executor.run)
+                background.start_soon(parts.webhooks.run)
                 listeners, running = await platform.listen(settings)
                 if running.watch_certificate is not None:
                     background.start_soon(running.watch_certificate)
@@ -321,6 +326,8 @@ def _compose(
     Recorder(store, data.events, data.history, stored_clock.now)
     Reactions(store, rendezvous, loop, sessions, stored_clock.now)
     figures = make_figures(store, loop.liveness, stored_clock.now, per_worker=settings.metrics_per_worker)
+    connect = tcp.connect if settings.allow_local_webhooks else connect_outside
+    webhooks = Webhooks(store, loop, figures.lives.failure_of, stored_clock.now, connect)
     vm_access = VMAccess(store, rendezvous)
     tokens = auth.AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
     parts = ControllerParts(
@@ -339,6 +346,7 @@ def _compose(
         clock=clock,
         deadline_clock=stored_clock.now,
         figures=figures,
+        webhooks=webhooks,
         prefix=settings.prefix,
         offline_timeout=settings.worker_offline_timeout,
     )
@@ -438,21 +446,13 @@ async def _listen(settings: ControllerSettings) -> Listening:
 
 
 async def _open_listeners(host: str | None, port: int) -> list[trio.SocketListener]:
-    """Open listening sockets at an address, with port 0 only one. Raises StartError."""
+    """Open listening sockets at an address. Raises StartError."""
     try:
-        listeners = await trio.open_tcp_listeners(port, host=host)
+        return await tcp.open_listeners(host, port)
     except OSError as error:
         raise StartError(
             f"cannot listen on {host or ''}:{port}: {error.strerror or error}; choose another address or port"
         ) from error
-    for listener in listeners:
-        tcp.keep_accepted_alive(listener)
-    # With port 0 each address got another port, and the URL has only one.
-    if port == 0:
-        for listener in listeners[1:]:
-            await listener.aclose()
-        del listeners[1:]
-    return listeners
 
 
 async def _load_tls(settings: ControllerSettings) -> tls.ServerPair:
@@ -592,6 +592,8 @@ def controller_parser() -> CommandLine:
         " them")  # fmt: skip
     add("--listen-health", metavar="HOST:PORT", type=parse_address,
         help="address to answer health checks on, over plain HTTP, also while another controller leads; default: none")  # fmt: skip
+    add("--allow-local-webhooks", action="store_true",
+        help="let webhooks send to loopback and link-local addresses, such as other services of this host")  # fmt: skip
     add("--metrics-per-worker", action="store_true", help="metrics of each worker, beside those of the whole cluster")
     add_ignored_options(parser, {option: value for option, (value, _) in _IGNORED_OPTIONS.items()})
     add("--version", action="version", version=f"orchard {__version__}")
@@ -635,6 +637,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, Log
         metrics=options.metrics_listen,
         metrics_per_worker=options.metrics_per_worker,
         health=options.listen_health,
+        allow_local_webhooks=options.allow_local_webhooks,
     )
     return settings, log_settings(options)
 

@@ -82,7 +82,7 @@ class LifeFigures:
         if after.status == "failed":
             self._began.pop(uid, None)
             if before.status != "failed":
-                self.ended["failed", self._failure_of(old, new)] += 1
+                self.ended["failed", self.failure_of(old, new)] += 1
         elif not after.worker:
             self._began.pop(uid, None)
         elif after.worker != before.worker:
@@ -110,8 +110,8 @@ class LifeFigures:
         if began is not None:
             histogram.observe((now - began).total_seconds())
 
-    def _failure_of(self, old: VM, new: VM) -> str:
-        """Return why a VM has failed, as one of END_REASONS."""
+    def failure_of(self, old: VM, new: VM) -> str:
+        """Return why a VM has failed, as END_REASONS have it."""
         state = new.state
         if state.end_request:
             return state.end_request

@@ -23,7 +23,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from orchard.cluster import CachedImage, Capacity, Health, ImagePull, Versions, WorkerDisk, WorkerState
+from orchard.cluster import (
+    MAX_WEBHOOKS,
+    CachedImage,
+    Capacity,
+    ControllerHealth,
+    Health,
+    ImagePull,
+    Versions,
+    Webhook,
+    WorkerDisk,
+    WorkerState,
+)
 from orchard.codec import MAX_ITEMS, attr, attrs_of, decode, encode, openapi_schema, unknown_fields
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
@@ -541,6 +552,10 @@ class ClusterSettings:
     prepull: tuple[Prepull, ...] = attr(
         "prepull", "Images that workers pull in advance", zero=(), most=MAX_PREPULL, example=[{"image": "macos:latest"}]
     )
+    webhooks: tuple[Webhook, ...] = attr(
+        "webhooks", "Who is told what needs attention", zero=(), most=MAX_WEBHOOKS,
+        example=[{"url": "https://example.com/orchard", "events": ["vm.failed"], "secret": "at least 16 characters"}],
+    )  # fmt: skip
     unknown: Mapping[str, Any] = unknown_fields()
 
 
@@ -609,17 +624,6 @@ class ControllerInfo:
     )
     account: str = attr("account", "The account that asks; absent where no credentials are asked for", zero="")
     roles: tuple[Role, ...] = attr("roles", "What the account that asks may do", zero=())
-
-
-@dataclass(frozen=True, slots=True)
-class ControllerHealth:
-    """The answer of `GET /health`, with status 200 for the role `leader` and with 503 for others."""
-
-    role: Literal["leader", "standby"] = attr("role", "Whether this controller leads the cluster", default="leader")
-    writes: Literal["", "ok", "refused"] = attr(
-        "writes", "Whether a leader takes changes that add something: `refused` while its disk is full", zero=""
-    )
-    leader: str = attr("leader", "URL of the controller that leads, as far as a standby knows it", zero="")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from functools import partial
 import trio
 
 from orchard.api import API
+from orchard.cluster import ControllerHealth
 from orchard.codec import dump_json, encode
 from orchard.handlers.admin import health_answer
 from orchard.handlers.metrics import admit_scrape, metrics_answer
@@ -20,7 +21,6 @@ from orchard.net.browsers import BrowserRules
 from orchard.net.connection import Limits
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.net.server import serve
-from orchard.schema import ControllerHealth
 from orchard.store import Store
 
 # Scrapers and load balancers are few.

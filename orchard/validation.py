@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
-from orchard.cluster import bounded, bounded_images, bounded_pull, bounded_versions
+from orchard.cluster import Webhook, bounded, bounded_images, bounded_pull, bounded_versions
 from orchard.codec import (
     MAX_ITEMS,
     InvalidError,
@@ -64,6 +65,9 @@ _MAX_CAPABILITIES = 64
 _ACCOUNT_LISTS = frozenset({"authorizedKeys", "roles"})
 # Characters of a new token. A shorter one than LONG_TOKEN may be guessed.
 _SHORTEST_TOKEN, LONG_TOKEN = 8, 16
+# Of a webhook: characters of its secret and its URL.
+_SHORTEST_SECRET, _LONGEST_SECRET = 16, 256
+_MAX_URL = 2048
 # Types of public keys, and the number of fields of each. The longest key is one of RSA with 16,384 bits.
 _KEY_FIELDS = {
     "ssh-ed25519": 2,
@@ -476,7 +480,43 @@ def replaced_settings(old: ClusterSettings, raw: object, unknown: list[str]) -> 
             _check_maps({f"prepull[{index}].labels": prepull.labels})
     except InvalidError as error:
         raise MalformedError(str(error)) from None
-    return settings
+    return replace(settings, webhooks=tuple(_checked_webhooks(settings.webhooks, old.webhooks)))
+
+
+def _checked_webhooks(webhooks: Iterable[Webhook], old: Iterable[Webhook]) -> Iterator[Webhook]:
+    """Yield webhooks with their secrets, which are those of the same URLs where none is given. Raises MalformedError."""
+    secrets = {webhook.url: webhook.secret for webhook in old}
+    urls: set[str] = set()
+    for index, webhook in enumerate(webhooks):
+        where, url = f"webhooks[{index}]", webhook.url
+        if not _is_webhook_url(url):
+            # It may hold a password.
+            raise MalformedError(
+                f"{where}.url is not an http:// or https:// URL with a host, without user name and fragment, in at most"
+                f" {_MAX_URL} printable ASCII characters"
+            )
+        if url in urls:
+            raise MalformedError(f"{where}.url is that of another webhook, expected one webhook for each URL")
+        urls.add(url)
+        secret = webhook.secret or secrets.get(url, "")
+        if not _SHORTEST_SECRET <= len(secret) <= _LONGEST_SECRET or _CONTROL.search(secret):
+            raise MalformedError(
+                f"{where}.secret has {len(secret)} characters, expected {_SHORTEST_SECRET} to {_LONGEST_SECRET} printable"
+                " ones"
+            )
+        yield replace(webhook, secret=secret, status="", events=tuple(dict.fromkeys(webhook.events)))
+
+
+def _is_webhook_url(url: str) -> bool:
+    if not url.isascii() or not url.isprintable() or " " in url or len(url) > _MAX_URL:
+        return False
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    is_plain = parts.username is None and parts.password is None and not parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and is_plain
 
 
 def events_from_client(raw: object, unknown: list[str]) -> list[Event]:

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 "stored_data",
                 "figures",
                 "side_ports",
+                "webhooks",
             ),
             *("operations", "handlers/", "api", "parameters", "admission", "answers"),
             *("worker", "reconciler", "leftovers", "slots", "heartbeat", "worker_memory", "worker_requests"),
@@ -277,7 +278,7 @@ def test_everything_but_the_jump_host_imports_without_extras() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-SECRETS = {"access_key", "body", "command", "env", "password", "script_content", "token"}
+SECRETS = {"access_key", "body", "command", "env", "password", "script_content", "secret", "token"}
 
 
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "__main__"])

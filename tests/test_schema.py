@@ -1065,6 +1065,7 @@ SETTINGS: dict[str, Any] = {
     "minFreeDiskGB": 20,
     "workerPruneSeconds": 86_400,
     "prepull": [{"image": "base", "labels": {"model": "mini"}}, {"image": "ghcr.io/a/b:c"}],
+    "webhooks": [{"url": "https://a.example/", "events": ["vm.failed"], "secret": "sixteen letters."}],
 }
 
 
@@ -1084,7 +1085,7 @@ def test_put_of_a_go_client_loses_no_setting_that_it_does_not_know() -> None:
 @pytest.mark.parametrize("field", sorted(SETTINGS.keys() - GO_SETTINGS))
 def test_zero_or_an_empty_list_clears_a_new_setting(field: str) -> None:
     stored = replaced_settings(ClusterSettings(), SETTINGS, [])
-    cleared = replaced_settings(stored, {**SETTINGS, field: [] if field == "prepull" else 0}, [])
+    cleared = replaced_settings(stored, {**SETTINGS, field: [] if field in ("prepull", "webhooks") else 0}, [])
     assert encode(cleared) == {name: value for name, value in SETTINGS.items() if name != field}
 
 

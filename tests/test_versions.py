@@ -34,12 +34,13 @@ BEFORE: Mapping[str, Any] = json.loads((RECORDED / "state-v2-requests.json").rea
 # ---- states ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 async def test_state_of_an_earlier_version_is_read_and_replaced(tmp_path: Path, version: int) -> None:
     path = tmp_path / STATE_FILE
     shutil.copy(RECORDED / f"state-v{version}.jsonl", path)
     path.chmod(0o600)
     before = path.read_bytes()
+    added = {WORKER_NAME_LABEL: "mac"} if version > 2 else {}
     # A second start reads what the first one has written.
     for _ in range(2):
         async with served(tmp_path) as api:
@@ -48,13 +49,13 @@ async def test_state_of_an_earlier_version_is_read_and_replaced(tmp_path: Path, 
             assert settings["hostDirPolicies"] == [{"pathPrefix": "/srv", "ro": True}]
             assert settings["schedulerProfile"] == "distribute-load"
             worker = await api.ok("GET", "/workers/mac")
-            assert (worker["labels"], worker["resources"]) == ({"zone": "a"}, {TART_VMS: 2})
+            assert (worker["labels"], worker["resources"]) == ({"zone": "a", **added}, {TART_VMS: 2})
             job, other = await api.ok("GET", "/vms/job"), await api.ok("GET", "/vms/other")
             assert (job["image"], job["restart_policy"]) == ("ghcr.io/org/macos:1", "OnFailure")
             assert job["startup_script"] == {"script_content": "echo hello", "env": {"A": "1"}}
             assert (other["labels"], other["headless"], other["status"]) == ({"zone": "b"}, True, "pending")
             # Numbers of generations stay, so that no worker reboots its VMs.
-            first = {1: 1, 2: 0}[version]
+            first = {1: 1}.get(version, 0)
             assert (job.get("generation", 0), other["generation"]) == (first, first + 1)
             assert not {"ttlSeconds", "expiresAt", "metadata", "priority"} & job.keys()
     assert path.read_bytes() != before

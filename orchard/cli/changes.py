@@ -101,16 +101,20 @@ def _apply(options: argparse.Namespace) -> int:
     return 0
 
 
-def _read_vms(name: str) -> Iterable[dict[str, Any]]:
-    """Yield the VMs of a file. Raises CommandError before the first one if one of them cannot be."""
+def _read_json(name: str) -> Any:
+    """Return the JSON in a file, or for "-" in standard input. Raises CommandError."""
     try:
         with sys.stdin.buffer if name == "-" else Path(name).open("rb") as file:
-            text = file.read(_MAX_FILE + 1)
-        value = json.loads(text)
+            return json.loads(file.read(_MAX_FILE + 1))
     except OSError as error:
         raise CommandError(f"cannot read {name}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise CommandError(f"{name} is not JSON: {error}") from None
+
+
+def _read_vms(name: str) -> Iterable[dict[str, Any]]:
+    """Yield the VMs of a file. Raises CommandError before the first one if one of them cannot be."""
+    value = _read_json(name)
     vms = value if isinstance(value, list) else [value]
     for index, vm in enumerate(vms):
         if not isinstance(vm, dict) or not isinstance(vm.get("name"), str) or not vm["name"]:
@@ -156,6 +160,9 @@ def _declare_set(parser: CommandLine) -> None:
     add("--worker-prune", dest="workerPruneSeconds", metavar="D", type=_or_zero,
         help="delete workers without VMs that were offline for this long; 0: never")  # fmt: skip
     add("--prepull", metavar="IMAGE,..", type=_parse_images, help='images that all workers pull in advance; "": none')
+    add("--webhooks", metavar="FILE",
+        help='file with a JSON array of webhooks, "-" for standard input; "[]": none. A webhook without a secret keeps the'
+        " one that its URL has")  # fmt: skip
     parser.set_defaults(run=_set_settings)
 
 
@@ -175,10 +182,20 @@ def _parse_images(text: str) -> list[dict[str, str]]:
     return [{"image": word} for word in parse_words(text)]
 
 
+def _read_webhooks(name: str) -> list[dict[str, Any]]:
+    """Return the webhooks in a file, or in the text "[]". A secret on a command line would be seen by others."""
+    value = [] if name == "[]" else _read_json(name)
+    if not isinstance(value, list):
+        raise CommandError(f"{name} does not hold a JSON array of webhooks")
+    return value
+
+
 def _set_settings(options: argparse.Namespace) -> int:
     changes = {name: value for name, value in vars(options).items() if name not in _OWN_OPTIONS}
     if not changes:
         raise CommandError("no setting was given; see orchard set --help", USAGE)
+    if "webhooks" in changes:
+        changes["webhooks"] = _read_webhooks(changes["webhooks"])
     with open_connection(options) as controller:
         before = controller.call("GET", "/cluster-settings")
         controller.call("PUT", "/cluster-settings", query=_STRICT, body={**before, **changes})

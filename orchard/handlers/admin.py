@@ -11,11 +11,19 @@ from orchard import __version__, auth, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API
-from orchard.cluster import GUEST_AGENT, IMAGE_INVENTORY, SHUTDOWN_SCRIPT, VM_READY, VM_RESTART, WORKER_STATE
+from orchard.cluster import (
+    GUEST_AGENT,
+    IMAGE_INVENTORY,
+    SHUTDOWN_SCRIPT,
+    VM_READY,
+    VM_RESTART,
+    WORKER_STATE,
+    ControllerHealth,
+)
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
-from orchard.schema import ClusterSettings, ControllerHealth, ControllerInfo, ServiceAccount
-from orchard.store import SETTINGS, Store, encode_object
+from orchard.schema import ClusterSettings, ControllerInfo, ServiceAccount
+from orchard.store import Store, encode_object
 
 # What the controller supports. Existing workers choose their protocol by the first two.
 _CAPABILITIES = (
@@ -40,6 +48,7 @@ _CAPABILITIES = (
     "drain",
     "sessions",
     "metrics",
+    "webhooks",
 )
 
 
@@ -159,5 +168,7 @@ def put_settings(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 
 
 def _settings(api: API) -> Response:
-    body = api.state.json["settings"].get(SETTINGS) or encode_object(api.state.settings)
-    return Response(200, body)
+    settings = api.state.settings
+    # A secret is never shown again.
+    shown = [replace(one, secret="", status=api.parts.webhooks.status(one.url)) for one in settings.webhooks]
+    return Response(200, encode_object(replace(settings, webhooks=tuple(shown))))

@@ -62,6 +62,9 @@ METRICS = (
     Metric("orchard_tunnels", "gauge", "Open tunnels to VMs and workers"),
     Metric("orchard_tunnels_opened_total", "counter", "Tunnels that were opened"),
     Metric("orchard_tunnel_bytes_total", "counter", "Bytes in tunnels, from VMs and to VMs", ("direction",)),
+    Metric("orchard_webhook_requests_total", "counter", "Requests of webhooks, by result", ("result",)),
+    Metric("orchard_webhook_waiting", "gauge", "What webhooks have not taken yet"),
+    Metric("orchard_webhooks_failing", "gauge", "Webhooks that did not take what they were sent last"),
     Metric("orchard_scheduling_seconds", "histogram", "Steps of the scheduler, each for at most 50 VMs"),
     Metric("orchard_scheduler_round_age_seconds", "gauge", "Since the scheduler did all that was due; at most 5 by design"),
     Metric("orchard_scheduler_stalled_seconds_total", "counter", "How late the scheduler woke up, in all"),
@@ -248,6 +251,10 @@ def _work_lines(api: API) -> list[str]:
     lines += _BY_NAME["tunnels_opened_total"].line(tunnels.opened)
     directions = {("from_vms",): tunnels.from_vms, ("to_vms",): tunnels.to_vms}
     lines += _BY_NAME["tunnel_bytes_total"].lines(directions)
+    webhooks = api.parts.webhooks
+    lines += _BY_NAME["webhook_requests_total"].lines({(result,): n for result, n in webhooks.results.items()})
+    lines += _BY_NAME["webhook_waiting"].line(webhooks.waiting())
+    lines += _BY_NAME["webhooks_failing"].line(webhooks.failing())
     lines += _BY_NAME["scheduling_seconds"].histogram_lines(scheduling.steps)
     lines += _BY_NAME["scheduler_round_age_seconds"].line(trio.current_time() - scheduling.looked_at)
     lines += _BY_NAME["scheduler_stalled_seconds_total"].line(scheduling.stalled)

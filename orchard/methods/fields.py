@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TypedDict
 
+from orchard.cluster import Webhook
 from orchard.codec import attrs_of, encode
 from orchard.schema import (
     OS,
@@ -85,6 +86,7 @@ class SettingsFields(TypedDict, total=False):
     min_free_disk_gb: int
     worker_prune_seconds: int
     prepull: Sequence[Prepull]
+    webhooks: Sequence[Webhook]
 
 
 def fields_to_json(kind: type, fields: Mapping[str, object]) -> dict[str, object]:

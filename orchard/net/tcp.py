@@ -62,6 +62,21 @@ async def connect(host: str, port: int) -> trio.SocketStream:
     return stream
 
 
+async def open_listeners(host: str | None, port: int) -> list[trio.SocketListener]:
+    """Open listening sockets with keep-alive; `host` None means all addresses. Raises OSError.
+
+    With port 0 each address would get another port, so there is only one socket then.
+    """
+    listeners = await trio.open_tcp_listeners(port, host=host)
+    for listener in listeners:
+        keep_accepted_alive(listener)
+    if port == 0:
+        for listener in listeners[1:]:
+            await listener.aclose()
+        del listeners[1:]
+    return listeners
+
+
 def keep_accepted_alive(listener: trio.SocketListener) -> None:
     """Have the kernel end idle connections of this listener whose client has vanished. They inherit the options.
 

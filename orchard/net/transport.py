@@ -332,6 +332,22 @@ class Transport:
             raise _response_error(answer)
         return answer
 
+    async def post(self, path: str, body: bytes, headers: Sequence[tuple[str, str]] = ()) -> int:
+        """POST JSON over a connection of its own, and return the status of the answer, whose body is not read.
+
+        For receivers that are not trusted: nothing that they send beyond the head matters. Raises ConnectError.
+        """
+        about = [("Content-Type", "application/json"), ("Content-Length", str(len(body)))]
+        request = _Request("POST", path, body, [*about, *headers], may_repeat=False)
+        with self._attempts() as attempts:
+            connection = await self._open(attempts)
+            try:
+                with self._translated_errors(connection):
+                    status, _ = await connection.exchange(request)
+            finally:
+                await trio.aclose_forcefully(connection.stream)
+        return status
+
     async def _exchange(self, request: _Request, attempts: _Attempts) -> ClientResponse:
         while True:
             connection = await self._take_connection(attempts)

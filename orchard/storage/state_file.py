@@ -32,7 +32,7 @@ from orchard.storage.journal import Disk, Journal, Reserve
 
 # Version of the file. A newer one is refused. A file of an older one is read, and rewritten before anything is added to
 # it, so that a program that knows only the older version does not read what it would not understand.
-STATE_VERSION = 3
+STATE_VERSION = 4
 # Bytes of journal before a new snapshot is written; and it must be COMPACT_RATIO times the snapshot, so that compaction
 # stays a constant share of all writes.
 COMPACT_BYTES = 4 * 1024 * 1024

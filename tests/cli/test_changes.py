@@ -104,6 +104,30 @@ def test_matching_vms_are_deleted_unless_it_is_a_dry_run(dev: Path, api: Control
     assert [vm["name"] for vm in api.call("GET", "/vms")] == ["b"]
 
 
+def test_webhooks_are_read_from_a_file_and_keep_their_secrets(
+    dev: Path, api: ControllerConnection, tmp_path: Path
+) -> None:
+    file = tmp_path / "webhooks.json"
+    webhook = {"url": "https://receiver.example/hook", "events": ["vm.failed"], "secret": "a secret of a receiver"}
+    try:
+        file.write_text(json.dumps([webhook]))
+        assert run(dev, "set", "cluster-settings", "--webhooks", str(file)) == []
+        # Another setting, and the webhook as it is shown.
+        assert run(dev, "set", "cluster-settings", "--min-free-disk", "0") == []
+        file.write_text(json.dumps(api.call("GET", "/cluster-settings")["webhooks"]))
+        assert run(dev, "set", "cluster-settings", "--webhooks", str(file)) == []
+        assert api.call("GET", "/cluster-settings")["webhooks"] == [
+            {"url": webhook["url"], "events": webhook["events"]}
+        ]
+        for text in ("{}", "[", '[{"url": "https://other.example/"}]'):
+            file.write_text(text)
+            assert call_main(main, "set", "cluster-settings", "--webhooks", str(file), home=dev)[0] == 1
+        assert call_main(main, "set", "cluster-settings", "--webhooks", str(tmp_path / "none"), home=dev)[0] == 1
+    finally:
+        run(dev, "set", "cluster-settings", "--webhooks", "[]")
+    assert "webhooks" not in api.call("GET", "/cluster-settings")
+
+
 def test_settings_that_are_not_named_stay(dev: Path, api: ControllerConnection) -> None:
     before = api.call("GET", "/cluster-settings")
     try:

@@ -48,6 +48,7 @@ from orchard.storage.journal import Disk
 from orchard.storage.records import RunInThread
 from orchard.store import Store, check
 from orchard.tunnel import Rendezvous, VMAccess
+from orchard.webhooks import Webhooks
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 
@@ -239,6 +240,7 @@ async def served(
         Recorder(store, events, history, lambda: BEGAN)
         Reactions(store, rendezvous, loop, sessions, clock.now)
         figures = make_figures(store, loop.liveness, clock.now)
+        webhooks = Webhooks(store, loop, figures.lives.failure_of, clock.now)
         vm_access = VMAccess(store, rendezvous)
         tokens = auth.AccessTokens(b"k" * 32, store.state.accounts, lambda: BEGAN)
         gate = Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if accounts else None
@@ -258,6 +260,7 @@ async def served(
             clock=lambda: BEGAN,
             deadline_clock=clock.now,
             figures=figures,
+            webhooks=webhooks,
         )
         api = make_api(parts)
         async with trio.open_nursery() as writers:

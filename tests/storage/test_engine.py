@@ -28,7 +28,7 @@ from orchard.storage import file_engine, state_file
 from orchard.storage.engine import Batch
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageFullError, StorageUnavailableError
 from orchard.storage.journal import Disk, Journal
-from orchard.storage.state_file import StateFile, snapshot_lines
+from orchard.storage.state_file import STATE_VERSION, StateFile, snapshot_lines
 from orchard.store import encode_object
 
 
@@ -283,7 +283,12 @@ async def test_state_file_is_readable_json_with_mode_0600(tmp_path: Path) -> Non
         await store.wait_durable()
     assert (directory / "state.jsonl").stat().st_mode & 0o777 == 0o600
     header, *lines = [json.loads(line) for line in (directory / "state.jsonl").read_text().splitlines()]
-    assert (header["format"], header["version"], header["revision"], header["objects"]) == ("orchard-state", 3, 0, 0)
+    assert (header["format"], header["version"], header["revision"], header["objects"]) == (
+        "orchard-state",
+        STATE_VERSION,
+        0,
+        0,
+    )
     assert header["written"] == "2026-01-31T12:00:00Z"
     assert [line["revision"] for line in lines] == [1, 2, 3]
     assert lines[1]["changes"] == [
@@ -360,7 +365,7 @@ async def test_file_of_an_older_version_is_replaced_before_anything_is_added(tmp
     path = written(tmp_path, {**PUT_A, "object": vm}, version=1, revision=7, objects=1)
     async with running_store(open_store(tmp_path)) as store:
         header, *_ = [json.loads(line) for line in path.read_text().splitlines()]
-        assert (header["version"], header["revision"], header["objects"]) == (3, 7, 1)
+        assert (header["version"], header["revision"], header["objects"]) == (STATE_VERSION, 7, 1)
         assert (store.state.vms["a"].meta.generation, store.state.vms["a"].state.observed_generation) == (1, 1)
         put(store, pending("b"))
         await store.wait_durable()
@@ -380,7 +385,7 @@ def test_file_of_an_older_version_that_cannot_be_replaced_stays_as_it_was(tmp_pa
 @pytest.mark.parametrize(
     ("lines", "header", "told"),
     [
-        ([], {"version": 4}, "version 4 is newer than the version 3 that this program knows at byte 0; start the Orchard that wrote it"),
+        ([], {"version": 5}, "version 5 is newer than the version 4 that this program knows at byte 0; start the Orchard that wrote it"),
         ([], {"format": "orchard-events"}, 'the format is not "orchard-state"'),
         ([], {"objects": 1}, "ends in the middle of its snapshot"),
         ([{"revision": 2, "changes": []}], {}, "revision 2 follows revision 0"),
