@@ -118,6 +118,19 @@ def test_many_starts_at_once_of_several_archives_all_succeed(pyz: Path, tmp_path
     assert {len(path.name) for path in left} == {32}
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_archive_that_root_unpacks_for_others_can_be_read_but_not_changed_by_them(
+    pyz: Path, tmp_path: Path, umask: int
+) -> None:
+    place = tmp_path / "shared" / "pyz"
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "ORCHARD_PYZ_DIRECTORY": str(place)}
+    subprocess.run([PYTHON, pyz, "--version"], env=env, check=True, capture_output=True, umask=umask)
+    [unpacked] = place.iterdir()
+    for path in (place.parent, place, unpacked, unpacked / "orchard", unpacked / "orchard" / "worker.py"):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+    assert not (tmp_path / ".orchard").exists()
+
+
 def test_what_needs_an_extra_says_which_one_is_missing(pyz: Path, tmp_path: Path) -> None:
     refused = run(pyz, "controller", "--listen", "127.0.0.1:0", "--listen-ssh", "127.0.0.1:0", home=tmp_path)
     assert refused.returncode == 1

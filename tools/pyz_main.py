@@ -5,6 +5,9 @@
 #
 # Each process that runs from such a directory holds a lock of it until its end. When another one is unpacked, those that are
 # not in use are removed, but for the last one, to which an upgrade may be rolled back.
+#
+# $ORCHARD_PYZ_DIRECTORY is another place for these directories, which all users can read: a worker that starts as root and
+# becomes another user must not run as root what that user can change.
 
 import os
 import sys
@@ -16,6 +19,7 @@ if sys.version_info < (3, 11):
     )
     sys.exit(2)
 
+SHARED = os.environ.get("ORCHARD_PYZ_DIRECTORY")
 # Of the names of directories.
 DIGITS = 32
 # Ends the name of a directory that is being removed.
@@ -55,9 +59,13 @@ def unpack(file, base, directory):
     import tempfile
     import zipfile
 
-    os.makedirs(base, mode=0o700, exist_ok=True)
-    draft = tempfile.mkdtemp(dir=base)
+    before = os.umask(0o022 if SHARED else 0o077)
+    draft = ""
     try:
+        os.makedirs(base, exist_ok=True)
+        draft = tempfile.mkdtemp(dir=base)
+        if SHARED:
+            os.chmod(draft, 0o755)
         # The lock goes with the directory to its new name.
         lock(draft)
         with zipfile.ZipFile(file) as contents:
@@ -69,6 +77,7 @@ def unpack(file, base, directory):
             if not os.path.isdir(directory):
                 raise
     finally:
+        os.umask(before)
         shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -95,12 +104,20 @@ def remove_unused(base, directory):
             pass
 
 
+def home_directory():
+    """Return $ORCHARD_HOME or the home directory; root's own one in place of another user's, which sudo may leave."""
+    home = os.environ.get("ORCHARD_HOME") or os.path.expanduser("~")
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and os.path.isdir(home) and os.stat(home).st_uid != 0:
+        return os.path.expanduser("~root")
+    return home
+
+
 def unpacked(archive):
     """Return the directory with the contents of the archive, which is made if it is not there, and stays locked."""
     import hashlib
     import time
 
-    base = os.path.join(os.environ.get("ORCHARD_HOME") or os.path.expanduser("~"), ".orchard", "pyz")
+    base = SHARED or os.path.join(home_directory(), ".orchard", "pyz")
     is_new = False
     with open(archive, "rb") as file:
         directory = os.path.join(base, hashlib.sha256(file.read()).hexdigest()[:DIGITS])

@@ -39,6 +39,9 @@ _PATHS = {
 # Of users that do not exist on this host, for --print.
 _HOMES = {"launchd": Path("/Users"), "systemd": Path("/home")}
 _LOGS = Path("/var/log")
+# tools/pyz_main.py reads the variable.
+_UNPACKED_VARIABLE = "ORCHARD_PYZ_DIRECTORY"
+_UNPACKED = Path("/Library/Application Support/Orchard/pyz")
 _BOOTSTRAP_TOKEN_BYTES = 64 * 1024  # bytes
 _FIRST_FREE_PORT = 1024
 # Where a user that systemd makes for the service stands for one that may read little.
@@ -169,15 +172,20 @@ def _describe_worker(kind: str, options: argparse.Namespace, rest: Sequence[str]
     _require_absolute(parsed)
     log_file = _log_file("worker", kind, parsed)
     user = options.user or _caller()
+    program, environ = running_program(), _orchard_home()
+    if kind == "launchd" and user != "root":
+        # It starts as root, and keeps the right to connect to VMs.
+        words += ["--user", user]
+        environ.update(_shared_archive(program))
     home = _home_of(user, kind)
     runtime = shutil.which(parsed.tart or parsed.runtime)
     before = f"{Path(runtime).parent.absolute()}:" if runtime and not parsed.tart else ""
     return ServiceDefinition(
         role="worker",
-        words=[*running_program(), "worker", "run", *words, *_log_words(log_file, parsed)],
+        words=[*program, "worker", "run", *words, *_log_words(log_file, parsed)],
         user=user,
         directory=home,
-        environ={"PATH": _deduplicated(f"{before}{_PATHS[kind]}"), "HOME": str(home), **_orchard_home()},
+        environ={"PATH": _deduplicated(f"{before}{_PATHS[kind]}"), "HOME": str(home), **environ},
         token_file=options.token_file.absolute(),
         log_file=log_file,
     )
@@ -210,6 +218,11 @@ def _describe_controller(kind: str, options: argparse.Namespace, rest: Sequence[
         written=written,
         has_low_port=any(0 < port < _FIRST_FREE_PORT for port in _ports(parsed)),
     )
+
+
+def _shared_archive(program: Sequence[str]) -> dict[str, str]:
+    """Return where an archive that root starts unpacks itself: users can read it there, and only root can change it."""
+    return {} if "-m" in program else {_UNPACKED_VARIABLE: str(_UNPACKED)}
 
 
 def _orchard_home() -> dict[str, str]:
@@ -288,6 +301,10 @@ def install(service: ServiceDefinition, manager: ServiceManager) -> int:
     except OSError as error:
         raise CommandError(f"cannot write {error.filename}: {error.strerror}") from None
     print(f"wrote {file}")
+    if manager.kind == "launchd" and service.role == "worker" and service.user == "root":
+        print(
+            "VMs with macOS 15 and newer do not start as root: add --user with a user who is logged in", file=sys.stderr
+        )
     print(
         f"user: {service.user or 'one that systemd makes'}; log: {service.log_file or 'journalctl -u ' + service.name}"
     )
@@ -348,6 +365,7 @@ def _check_program(service: ServiceDefinition, user: pwd.struct_passwd) -> None:
     with tempfile.TemporaryDirectory() as directory:
         os.chown(directory, user.pw_uid, user.pw_gid)
         env = {**service.environ, "ORCHARD_HOME": directory}
+        env.pop(_UNPACKED_VARIABLE, None)
         try:
             done = subprocess.run(  # noqa: S603
                 words, env=env, cwd="/", user=user.pw_uid, group=user.pw_gid, extra_groups=[],

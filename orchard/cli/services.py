@@ -78,7 +78,8 @@ def launchd_plist(service: ServiceDefinition) -> bytes:
         settings["AbandonProcessGroup"] = True
         # A daemon gets less of the processors and the disk otherwise, and so do the VMs that it starts.
         settings["ProcessType"] = "Interactive"
-    if service.user != "root":
+    elif service.user != "root":
+        # A worker becomes its user itself: launchd would start it without the right to connect to VMs.
         settings["UserName"] = service.user
     if service.token_file is not None:
         settings["StandardInPath"] = str(service.token_file)

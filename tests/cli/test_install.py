@@ -67,7 +67,9 @@ def test_worker_of_launchd_keeps_its_vms_across_restarts_and_shows_no_token(tmp_
     assert service["KeepAlive"]
     assert service["ThrottleInterval"] > 0
     assert service["StandardInPath"] == "/etc/orchard/token"
-    assert service["UserName"] == "ci"
+    # It starts as root: only then may it connect to VMs without being asked for a permission.
+    assert "UserName" not in service
+    assert "--user ci" in " ".join(service["ProgramArguments"])
     assert service["WorkingDirectory"] == service["EnvironmentVariables"]["HOME"] == "/Users/ci"
     assert Path(service["StandardErrorPath"]).is_absolute()
     assert "/opt/homebrew/bin" in service["EnvironmentVariables"]["PATH"].split(":")
@@ -75,6 +77,13 @@ def test_worker_of_launchd_keeps_its_vms_across_restarts_and_shows_no_token(tmp_
     words = " ".join(service["ProgramArguments"])
     assert f"orchard worker run {URL} " in words
     assert " --resources a=1 " in words
+
+
+def test_controller_of_launchd_runs_as_its_user(tmp_path: Path) -> None:
+    words = ("controller", "install", "--print", "--format", "launchd", "--user", "ci")
+    service = plistlib.loads(printed(*words, home=tmp_path).encode())
+    assert service["UserName"] == "ci"
+    assert "AbandonProcessGroup" not in service
 
 
 def test_path_of_the_service_finds_tart_where_the_caller_finds_it(
