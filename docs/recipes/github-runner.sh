@@ -6,7 +6,7 @@
 # The image has GitHub's runner in RUNNER_DIR. Repeat it for a runner that is always there: while :; do github-runner.sh ...; done
 set -eu
 api=${GITHUB_API_URL:-https://api.github.com}
-image=${IMAGE:-ghcr.io/cirruslabs/macos-runner:tahoe}
+image=${IMAGE:-ghcr.io/cirruslabs/macos-tahoe-base:latest}
 directory=${RUNNER_DIR:-/Users/admin/actions-runner}
 vm=github-$(od -An -N8 -tx1 /dev/urandom | tr -d ' ')
 
