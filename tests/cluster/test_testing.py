@@ -368,3 +368,49 @@ def run_plugin(pytester: pytest.Pytester) -> pytest.RunResult:
     # Without plugins that take seconds to import.
     unused = [word for name in ("schemathesis", "hypothesispytest") for word in ("-p", f"no:{name}")]
     return pytester.runpytest_subprocess("-q", "-p", "no:cacheprovider", *unused)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("etcd")
+async def test_controllers_fail_and_another_one_leads(tmp_path: Path) -> None:
+    """A VM runs on through a kill, an orderly stop and a cut from etcd; clients and the worker find the next leader."""
+    async with cluster(workers=1, controllers=2, auth=True, directory=tmp_path) as c:
+        first, second = c.controllers.values()
+        assert [each.leads for each in (first, second)] == [True, False]
+        await c.client.vms.create(name="vm", image="any")
+        created = await c.client.vms.wait("vm")
+        await first.kill()
+        await second.wait_leads()
+        assert (await c.client.vms.get("vm")).uid == created.uid
+        await first.come_back()
+        await second.stop()
+        await first.wait_leads()
+        await second.come_back()
+        await first.cut_off()
+        await second.wait_leads()
+        assert [each.leads for each in (first, second)] == [False, True]
+        await first.come_back()
+        await c.client.vms.create(name="other", image="any")
+        await c.client.vms.wait("other")
+        vm = await c.client.vms.get("vm")
+        assert (vm.uid, vm.state.status, vm.state.restart_count) == (created.uid, "running", 0)
+
+
+@pytest.mark.slow
+@pytest.mark.needs("etcd")
+def test_controllers_fail_in_a_synchronous_test() -> None:
+    with start_cluster(workers=0, controllers=2) as c:
+        first, second = c.controllers.values()
+        assert f"{first.url},{second.url}" == c.url
+        first.stop()
+        second.wait_leads()
+        assert (first.leads, second.leads) == (False, True)
+        assert c.client.vms.list() == []
+
+
+async def test_several_controllers_need_etcd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(StartError, match="etcd"):
+        async with cluster(controllers=3):
+            pass
