@@ -66,7 +66,7 @@ def starts_controller(page: Path) -> bool:
     )
 
 
-@pytest.mark.needs("curl")
+@pytest.mark.needs("curl", "openssl")
 @pytest.mark.parametrize("page", params([page for page in PAGES if any(block.is_run for block in blocks(page))]))
 async def test_page_is_a_session_that_works(page: Path, tmp_path: Path) -> None:
     if starts_controller(page):
