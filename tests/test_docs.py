@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness.documents import BACKGROUND, ELSEWHERE, ROOT, SHELL, Block, blocks, check_syntax, matches, session
+from test_layers import LAYERS
 
 from orchard.cli.main import VERBS
 from orchard.codec import attrs_of
@@ -172,6 +173,12 @@ def test_readme_is_short_and_lists_each_page() -> None:
     listed = [link for link in links(readme) if link.startswith("docs/")]
     missing = {f"docs/{page.name}" for page in DOCS.glob("*.md")} - set(listed)
     assert missing == set()
+
+
+def test_each_part_of_the_package_is_in_the_table_of_its_layers() -> None:
+    named = set(re.findall(r"`(\w+)(?:\.py|/)`", (DOCS / "inside.md").read_text()))
+    parts = {part.rstrip("/") for _, layer in LAYERS for part in layer} - {"__main__"}
+    assert parts - named == set()
 
 
 # ---- the machine itself ----------------------------------------------------------------------------------------------
