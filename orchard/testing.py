@@ -74,6 +74,7 @@ _GRACE_SECONDS = 1.0
 _END_SECONDS = 5.0
 # Of several controllers, the shortest that etcd allows with its default time for an election: after it another one leads.
 _LEADER_TTL = 2.0  # seconds
+_ETCD_NODES = 3
 # For one of them to lead, on a busy machine. Between two looks at which one does.
 _LEADING_SECONDS, _LOOK_SECONDS = 60.0, 0.02
 # Lines of the log that are kept for the reports of failed tests.
@@ -231,7 +232,7 @@ async def _run_controllers(
     """
     directory = settings.data_dir
     try:
-        async with etcd_nodes(directory.parent / "etcd") as etcd, trio.open_nursery() as nursery:
+        async with etcd_nodes(directory.parent / "etcd", _ETCD_NODES) as etcd, trio.open_nursery() as nursery:
             access = controller.EtcdSettings(controller.EtcdAccess(etcd.url), leader_ttl=_LEADER_TTL)
             several = {}
             for number in range(1, count + 1):

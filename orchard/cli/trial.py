@@ -1,8 +1,8 @@
 """The verbs `demo` and `dev`: a whole cluster in this process, to look at or to develop against.
 
 Both run `orchard.testing.cluster`, with tart if this host has it, otherwise with synthetic VMs, and both end at a signal
-to stop or an error. `demo` creates one VM, prints each step with its duration, and deletes everything. `dev` runs until
-it is stopped, on a fixed port, and keeps the controller's state in a directory.
+to stop or an error. `demo` creates one VM, prints each step with its duration, and deletes everything; with several
+controllers it kills the one that leads, too. `dev` runs until it is stopped, on a fixed port, and keeps the controller's state in a directory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from orchard.logs import LogSettings
 from orchard.net.urls import DEFAULT_PORT
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.tart import TartDriver
-from orchard.testing import VMS_PER_WORKER, Cluster, cluster
+from orchard.testing import VMS_PER_WORKER, Cluster, ClusterController, cluster
 from orchard.vm.driver import Driver
 
 _SCRIPT = """\
@@ -56,6 +56,8 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     if verb == "demo":
         parser.add_argument("--keep", action="store_true", help="keep it running, and print curl commands to try")
         parser.add_argument("--image", default=_DEMO_IMAGE, help="image of the VM; default: %(default)s")
+        parser.add_argument("--controllers", type=parse_count, default=1,
+            help="number of controllers; of several, which need etcd, one is killed; default: %(default)s")  # fmt: skip
     else:
         parser.add_argument(
             "--port", type=parse_port, default=DEFAULT_PORT, help="TCP port; default: %(default)s; 0: any free port"
@@ -127,9 +129,12 @@ class _StepPrinter:
 async def _demo(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
     """Create a VM, show what happens to it, and delete it. Raises StartError, ClientError."""
     steps = _StepPrinter()
-    print(f"Orchard {__version__}: a controller, a worker and a VM on this machine, in a temporary directory.\n")
-    async with cluster(workers=1, driver=make_driver) as running:
-        steps.say(f'a controller listens on {running.url}, and the worker "worker-1" has registered,')
+    several = options.controllers > 1
+    what = f"three etcd nodes, {options.controllers} controllers" if several else "a controller"
+    print(f"Orchard {__version__}: {what}, a worker and a VM on this machine, in a temporary directory.\n")
+    async with cluster(workers=1, driver=make_driver, controllers=options.controllers) as running:
+        url = _leader(running)[1].url if several else running.url
+        steps.say(f'a controller listens on {url}, and the worker "worker-1" has registered,')
         steps.say(_describe_driver(make_driver))
         client = running.client
         await client.vms.create(
@@ -141,6 +146,8 @@ async def _demo(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
         steps.say(f'POST /v1/vms: the VM "demo" of {options.image} is created')
         await _show_status(client, steps)
         await _show_script_output(client, steps)
+        if several:
+            await _show_fail_over(running, options.image, steps)
         if options.keep:
             _print_curl_lines(running)
             await trio.sleep_forever()
@@ -179,6 +186,39 @@ async def _show_script_output(client: Client, steps: _StepPrinter) -> None:
         if vm.state.status == "failed":
             raise ClientError(f"the VM failed: {vm.state.status_message}")
         await trio.sleep(_POLL_SECONDS)
+
+
+def _leader(running: Cluster) -> tuple[str, ClusterController]:
+    """Return the controller that leads, with its name."""
+    return next((name, each) for name, each in running.controllers.items() if each.leads)
+
+
+async def _show_fail_over(running: Cluster, image: str, steps: _StepPrinter) -> None:
+    """Kill the controller that leads, and show that the VM runs on and another one is created."""
+    client = running.client
+    name, leader = _leader(running)
+    before = await client.vms.get("demo")
+    steps.say(f"{name} leads, the others stand by")
+    await leader.kill()
+    steps.say(f"{name} is killed, as by kill -9")
+    async with trio.open_nursery() as nursery:
+        for other in running.controllers.values():
+            nursery.start_soon(_cancel_when_leading, other, nursery.cancel_scope)
+    steps.say(f"{_leader(running)[0]} leads, and answers on {_leader(running)[1].url}")
+    after = await client.vms.get("demo")
+    same = (before.uid, before.state.restart_count) == (after.uid, after.state.restart_count)
+    steps.say(f"the VM {'runs on' if same and after.state.status == 'running' else 'has not survived'}")
+    await client.vms.create(name="second", image=image, headless=True)
+    await client.vms.wait("second")
+    steps.say('another VM, "second", was created and runs')
+    await client.vms.delete("second")
+    await leader.come_back()
+    steps.say(f"{name} is started again, and stands by")
+
+
+async def _cancel_when_leading(controller: ClusterController, scope: trio.CancelScope) -> None:
+    await controller.wait_leads()
+    scope.cancel()
 
 
 def _print_curl_lines(running: Cluster) -> None:

@@ -422,10 +422,10 @@ class Transport:
         A message over `max_message_size` bytes closes it. Raises ConnectError, and ResponseError if the server refuses.
         Exceptions of the block pass unchanged, except that ConnectionClosed becomes ConnectError.
         """
-        async with self._upgraded(path, query) as (stream, early):
+        async with self._upgraded(path, query) as (connection, early):
             try:
                 async with open_messages(
-                    stream,
+                    connection.stream,
                     client=True,
                     early=early,
                     message_queue_size=1,
@@ -434,7 +434,8 @@ class Transport:
                 ) as websocket:
                     yield websocket
             except ConnectionClosed as error:
-                raise ConnectError(f"{self.url} closed the WebSocket ({describe_disconnect(error)})") from None
+                url = connection.endpoint.url
+                raise ConnectError(f"{url} closed the WebSocket ({describe_disconnect(error)})") from None
 
     @asynccontextmanager
     async def tunnel(
@@ -445,7 +446,8 @@ class Transport:
         Raises ConnectError, and ResponseError if the server refuses. A BrokenResourceError of the block becomes
         ConnectError.
         """
-        async with self._upgraded(path, query) as (stream, early):
+        async with self._upgraded(path, query) as (connection, early):
+            stream = connection.stream
             # The pings of TunnelStream tell a dead peer from a slow reader.
             tcp.disable_user_timeout(stream)
             tunnel = TunnelStream(stream, client=True, early=early, ping_interval=ping_interval)
@@ -458,12 +460,10 @@ class Transport:
                     nursery.cancel_scope.cancel()
 
     @asynccontextmanager
-    async def _upgraded(
-        self, path: str, query: Mapping[str, str] | None
-    ) -> AsyncIterator[tuple[trio.abc.Stream, bytes]]:
+    async def _upgraded(self, path: str, query: Mapping[str, str] | None) -> AsyncIterator[tuple[_Connection, bytes]]:
         """Make a connection a WebSocket, and close it at the end of the block.
 
-        Yields the connection's stream, and the bytes that were read from it beyond the answer.
+        Yields the connection, and the bytes that were read from it beyond the answer.
 
         Raises ConnectError, and ResponseError if the server refuses. A BrokenResourceError of the block becomes
         ConnectError.
@@ -482,7 +482,7 @@ class Transport:
                 accept = answer.headers.get("sec-websocket-accept")
                 if accept != wsframes.accept_value(key) or "sec-websocket-extensions" in answer.headers:
                     raise ConnectError(f"{connection.endpoint.url} answered the WebSocket handshake incorrectly")
-                yield connection.stream, connection.early()
+                yield connection, connection.early()
         finally:
             await trio.aclose_forcefully(connection.stream)
 

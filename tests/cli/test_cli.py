@@ -357,3 +357,12 @@ def test_check_of_a_missing_directory_fails(tmp_path: Path) -> None:
     status, _, err = call_main(main, "check", str(tmp_path / "none"), home=tmp_path)
     assert (status, err) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
     assert call_main(main, "check", "a", "b", home=tmp_path)[0] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.needs("etcd")
+def test_demo_of_several_controllers_survives_the_kill_of_the_leader(tmp_path: Path) -> None:
+    done = finished("", "demo", "--synthetic", "--controllers", "2", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for said in ("controller-1 is killed", "controller-2 leads", "the VM runs on", '"second", was created and runs'):
+        assert said in done.stdout
