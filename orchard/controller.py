@@ -32,7 +32,7 @@ import trio
 from orchard import __version__, auth
 from orchard.api import ControllerParts
 from orchard.command_line import CommandLine, HomeError, add_ignored_options, orchard_home, parse_address, parse_seconds
-from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
+from orchard.daemon import add_log_options, log_settings, printing, run_main, run_until_signal
 from orchard.deadlines import Deadlines, StoredClock
 from orchard.figures import make_figures
 from orchard.files import (
@@ -670,9 +670,10 @@ async def run_and_announce(settings: ControllerSettings, on_start: OnStart | Non
     async def control() -> None:
         async with trio.open_nursery() as nursery:
             running = await nursery.start(partial(run, settings, stop=stop))
-            if on_start is not None:
-                await trio.to_thread.run_sync(on_start, settings, running)
-            announce(running, sys.stdout)
+            with printing():
+                if on_start is not None:
+                    await trio.to_thread.run_sync(on_start, settings, running)
+                announce(running, sys.stdout)
 
     await run_until_signal(control, stop=stop)
 

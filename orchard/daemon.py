@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import resource
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import get_args
 
 import trio
@@ -47,7 +49,7 @@ def run_main(
     """Run `work` under trio until it returns, and return the exit status of the process.
 
     `failures` maps the errors that `work` may raise to exit statuses: such an error is printed to stderr as one line
-    that begins with `name`. Any other exception propagates.
+    that begins with `name`. Any other exception propagates. A log file gets both, too.
     """
     try:
         logs.configure(log)
@@ -57,14 +59,23 @@ def run_main(
         return 1
     # Before work handles it: its default would end the process.
     signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    if log.file is not None:
+        sys.excepthook = _log_uncaught
     raise_open_files_limit()
     try:
         with unwrap_groups():
             trio.run(work, strict_exception_groups=True)
     except tuple(failures) as error:
+        if log.file is not None:
+            _logger.error("ended: %s", error)
         print(f"{name}: {error}", file=sys.stderr)
         return next(status for kind, status in failures.items() if isinstance(error, kind))
     return 0
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _logger.error("ended by an unexpected error", exc_info=(kind, error, trace))
+    sys.__excepthook__(kind, error, trace)
 
 
 def add_log_options(parser: CommandLine) -> None:
@@ -81,6 +92,21 @@ def log_settings(options: argparse.Namespace) -> logs.LogSettings:
     """Return what the options of `add_log_options` say."""
     file = None if options.log_file is None else options.log_file.absolute()
     return logs.LogSettings(options.debug, file=file, format=options.log_format)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Go on when the block cannot print: the terminal or the reader of a pipe is gone, or the disk is full.
+
+    The rest of what is printed to standard output is dropped then.
+    """
+    try:
+        yield
+    except OSError as error:
+        _logger.warning("cannot print to standard output: %s", error.strerror)
+        # What is buffered would fail again at the end of the process.
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Event | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from harness.clients import call
+from harness.processes import GENEROUS, PLAIN, command, environment, free_port
+from harness.terminals import terminal
 
 from orchard import daemon, logs
 
@@ -66,6 +70,46 @@ async def test_run_until_signal_returns_when_the_work_does() -> None:
 
     await daemon.run_until_signal(work)
     assert done.is_set()
+
+
+@pytest.mark.parametrize(("role", "way"), [("controller", "Ctrl-C"), ("controller", "hang-up"), ("worker", "hang-up")])
+def test_role_on_a_terminal_ends_in_order(tmp_path: Path, role: str, way: str) -> None:
+    words = {
+        "controller": ("--listen", "127.0.0.1:0", *PLAIN),
+        "worker": ("http://127.0.0.1:1", "--runtime", "synthetic"),
+    }
+    with terminal(command(role, *words[role]), environment(tmp_path)) as running:
+        running.read_until("listening on|cannot reach")
+        if way == "Ctrl-C":
+            running.type("\x03")
+            assert running.finish() == 0
+            assert "Traceback" not in running.said
+        else:
+            running.hang_up()
+            assert running.process.wait(GENEROUS) == 0
+
+
+@pytest.mark.parametrize("place", ["a full disk", "a pipe without a reader"])
+def test_controller_works_on_when_nothing_can_be_printed(tmp_path: Path, place: str) -> None:
+    port = free_port()
+    out = os.open("/dev/full", os.O_WRONLY)
+    if place != "a full disk":
+        reader, out = os.pipe()
+        os.close(reader)
+    process = subprocess.Popen(
+        command("controller", "--listen", f"127.0.0.1:{port}", *PLAIN),
+        env=environment(tmp_path),
+        stdout=out,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(out)
+    assert process.stderr is not None
+    with process, process.stderr:
+        assert "cannot print" in process.stderr.readline()
+        assert call(f"http://127.0.0.1:{port}", "GET", "/v1/vms")[0] == 200
+        process.terminate()
+        assert process.wait(GENEROUS) == 0
 
 
 def test_an_expected_error_becomes_one_line_and_an_exit_status(

@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from harness.clients import call
-from harness.processes import PLAIN, at_last, controller, finished
+from harness.processes import ORCHARD, PLAIN, at_last, controller, finished
 
 from orchard.log_file import LogFileHandler
 from orchard.logs import JSONFormatter
@@ -175,6 +177,26 @@ def test_reopening_on_sigusr1_after_a_rename_loses_no_line(tmp_path: Path) -> No
     assert requested(renamed) + requested(path) == ["/v1/vms", "/v1/workers", "/v1/service-accounts"]
     assert (requested(renamed)[0], requested(path)[-1]) == ("/v1/vms", "/v1/service-accounts")
     assert '"message": "stopping"' in path.read_text()
+
+
+def test_log_file_has_the_error_that_ended_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    words = ("--log-file", str(path), "--log-format", "json")
+    with controller(*PLAIN, home=tmp_path):
+        ended = finished("controller", "--listen", "127.0.0.1:0", *PLAIN, *words, home=tmp_path)
+    (line,) = (json.loads(line) for line in path.read_text().splitlines())
+    assert (ended.returncode, ended.stderr.count("\n"), line["level"]) == (1, 1, "error")
+    assert str(tmp_path / ORCHARD / "controller") in line["message"]
+    program = (
+        "from pathlib import Path\nfrom orchard import daemon, logs\n"
+        "async def fail(): raise KeyError('unexpected')\n"
+        f"daemon.run_main('program', fail, {{}}, logs.LogSettings(file=Path({str(path)!r}), format='json'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    line = json.loads(path.read_text().splitlines()[-1])
+    assert (done.returncode, line["level"]) == (1, "error")
+    assert "KeyError: 'unexpected'" in line["traceback"]
+    assert "KeyError: 'unexpected'" in done.stderr
 
 
 def test_log_file_that_cannot_be_opened_stops_the_start(tmp_path: Path) -> None:
