@@ -45,6 +45,8 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "ci.md": {"hosts": 2},
     "coming.md": {"hosts": 1},
     "deploy.md": {"hosts": 2},
+    "deploy-linux.md": {"internet": 2, "root": 5},
+    "deploy-macos.md": {"macos": 7},
     "doctor.md": {"hosts": 2},
     "images.md": {"macos": 2},
     "offline.md": {"hosts": 3, "internet": 3},
