@@ -54,6 +54,14 @@ def _skipped(check: str) -> Finding:
 # ---- a worker's host -----------------------------------------------------------------------------------------------
 
 
+def check_vetu(error: str, path: str, version: tuple[int, ...]) -> Finding:
+    """`error` says why there is no usable vetu, `version` is () if `vetu --version` did not say it."""
+    if error:
+        remedy = "install it from https://github.com/cirruslabs/vetu, or name the program with --tart PATH"
+        return Finding("vetu", "failure", error, remedy)
+    return Finding("vetu", "ok", f"version {'.'.join(map(str, version)) or 'unknown'} at {path}")
+
+
 def check_tart(error: str, path: str, version: tuple[int, ...]) -> Finding:
     """`error` says why there is no usable tart, `version` is () if `tart --version` did not say it."""
     wanted = ".".join(map(str, _TART_WANTED))
@@ -156,13 +164,12 @@ def check_pruning(is_off: bool) -> Finding:
     )
 
 
-def check_tart_home(path: str, problem: str) -> Finding:
-    """`problem` says why tart's directory cannot be used, "" if it can."""
+def check_home(variable: str, path: str, problem: str) -> Finding:
+    """`problem` says why the directory of tart or vetu, which `variable` names, cannot be used, "" if it can."""
     if not problem:
-        return Finding("TART_HOME", "ok", path)
-    return Finding(
-        "TART_HOME", "failure", f"{path} {problem}", "set TART_HOME to a directory that this user may write to"
-    )
+        return Finding(variable, "ok", path)
+    remedy = f"set {variable} to a directory that this user may write to"
+    return Finding(variable, "failure", f"{path} {problem}", remedy)
 
 
 # ---- any host ------------------------------------------------------------------------------------------------------
@@ -237,7 +244,7 @@ def check_trust(host: str, names: AbstractSet[str], *, is_pinned: bool, is_cover
 
 
 def check_expiry(expires: datetime.datetime, now: datetime.datetime) -> Finding:
-    remedy = "renew the certificate on the controller; for a self-signed one see docs/deploy-controller.md"
+    remedy = "renew the certificate on the controller; for a self-signed one see docs/security.md"
     until = expires.date().isoformat()
     if expires <= now:
         return Finding("TLS expiry", "failure", f"the certificate expired on {until}", remedy)
@@ -296,6 +303,6 @@ def check_certificate(missing: Sequence[str], expiry: Finding | None, error: str
         return Finding("certificate", "ok", "the first start makes a self-signed certificate")
     if missing and expiry.status == "ok":
         message = f"the certificate is not for {', '.join(missing)}"
-        remedy = "clients that do not pin it refuse it: make another one with --tls-name (docs/deploy-controller.md)"
+        remedy = "clients that do not pin it refuse it: make another one with --tls-name (docs/security.md)"
         return Finding("certificate", "warning", message, remedy)
     return Finding("certificate", expiry.status, expiry.message, expiry.remedy)

@@ -45,6 +45,7 @@ from orchard.files import CONTROLLER_LOCK_FILE, STATE_FILE, TLS_CERTIFICATE_FILE
 from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.net import tls
 from orchard.net.urls import DEFAULT_PORT, bracketed, find_proxy
+from orchard.schema import Runtime
 from orchard.tart import find_tart
 from orchard.vm.driver import DriverError
 from orchard.vm.host import check_dhcp_lease, measure_disk
@@ -73,7 +74,8 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         type=Path,
         help="bootstrap token of the worker, to check its account and certificate",
     )
-    add("--tart", metavar="PATH", help="path of the tart program; default: found on PATH")
+    add("--runtime", choices=("tart", "vetu"), default="tart", help="hypervisor of the worker; default: %(default)s")
+    add("--tart", metavar="PATH", help="path of the tart (or vetu) program; default: found on PATH")
     add(
         "--data-dir",
         metavar="DIR",
@@ -139,19 +141,17 @@ def _roles_here(options: argparse.Namespace) -> list[str]:
 
 
 def examine_worker(options: argparse.Namespace) -> Iterator[Finding]:
-    is_macos = platform.system() == "Darwin"
-    user = pwd.getpwuid(os.geteuid()).pw_name
-    path, error, version = observe_tart(options.tart)
-    yield diagnosis.check_tart(error, path, version)
-    yield diagnosis.check_session(user, console_user() if is_macos else None, is_macos and keychain_is_open())
-    macos = tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) if is_macos else None
-    reach = reach_of_vm(path) if is_macos and not error else "unknown"
-    yield diagnosis.check_local_network(macos, os.geteuid() == 0, reach)
-    yield diagnosis.check_lease_time(check_dhcp_lease() if is_macos else None, is_macos=is_macos)
-    yield diagnosis.check_lease_pool(observe_leases(_LEASES, time.time()) if is_macos else None)
-    home = Path(os.environ.get("TART_HOME") or Path.home() / ".tart")
-    yield diagnosis.check_tart_home(str(home), problem_of_directory(home))
-    yield diagnosis.check_pruning("TART_NO_AUTO_PRUNE" in os.environ)
+    runtime: Runtime = options.runtime
+    variable = f"{runtime.upper()}_HOME"
+    home = Path(os.environ.get(variable) or Path.home() / f".{runtime}")
+    path, error, version = observe_program(options.tart, runtime)
+    if runtime == "vetu":
+        yield diagnosis.check_vetu(error, path, version)
+    else:
+        yield diagnosis.check_tart(error, path, version)
+        yield from _examine_macos("" if error else path)
+        yield diagnosis.check_pruning("TART_NO_AUTO_PRUNE" in os.environ)
+    yield diagnosis.check_home(variable, str(home), problem_of_directory(home))
     disk = measure_disk(home)
     yield diagnosis.check_disk("worker", str(home), None if disk is None else disk.free_bytes)
     yield diagnosis.check_descriptors(descriptor_limit())
@@ -159,10 +159,22 @@ def examine_worker(options: argparse.Namespace) -> Iterator[Finding]:
         yield from examine_way(_worker_context(options))
 
 
-def observe_tart(given: str | None) -> tuple[str, str, tuple[int, ...]]:
-    """Return the path of tart, why it cannot be used or "", and its version or ()."""
+def _examine_macos(tart: str) -> Iterator[Finding]:
+    """Yield what macOS lets VMs and connections to them do; `tart` is "" without a usable one."""
+    is_macos = platform.system() == "Darwin"
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    yield diagnosis.check_session(user, console_user() if is_macos else None, is_macos and keychain_is_open())
+    macos = tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) if is_macos else None
+    reach = reach_of_vm(tart) if is_macos and tart else "unknown"
+    yield diagnosis.check_local_network(macos, os.geteuid() == 0, reach)
+    yield diagnosis.check_lease_time(check_dhcp_lease() if is_macos else None, is_macos=is_macos)
+    yield diagnosis.check_lease_pool(observe_leases(_LEASES, time.time()) if is_macos else None)
+
+
+def observe_program(given: str | None, runtime: Runtime) -> tuple[str, str, tuple[int, ...]]:
+    """Return the path of tart or vetu, why it cannot be used or "", and its version or ()."""
     try:
-        path = find_tart(given, "tart")
+        path = find_tart(given, runtime)
     except DriverError as error:
         # The remedy behind it is the finding's.
         return "", str(error).partition(": install it")[0], ()

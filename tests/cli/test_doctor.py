@@ -44,6 +44,10 @@ JUDGED: dict[str, list[tuple[str, Callable[[], Finding], str]]] = {
         ("warning", partial(diagnosis.check_tart, "", "/bin/tart", ()), "unknown"),
         ("failure", partial(diagnosis.check_tart, "there is no tart on PATH", "", ()), "no tart"),
     ],
+    "vetu": [
+        ("ok", partial(diagnosis.check_vetu, "", "/bin/vetu", (0, 3, 0)), "0.3.0"),
+        ("failure", partial(diagnosis.check_vetu, "there is no vetu on PATH", "", ()), "no vetu"),
+    ],
     "session": [
         ("ok", partial(diagnosis.check_session, "ci", "ci", keychain_is_open=False), "ci"),
         ("ok", partial(diagnosis.check_session, "ci", "root", keychain_is_open=True), "ci"),
@@ -73,8 +77,8 @@ JUDGED: dict[str, list[tuple[str, Callable[[], Finding], str]]] = {
         ("warning", partial(diagnosis.check_pruning, is_off=True), "TART_NO_AUTO_PRUNE"),
     ],
     "TART_HOME": [
-        ("ok", partial(diagnosis.check_tart_home, "/home/.tart", ""), "/home/.tart"),
-        ("failure", partial(diagnosis.check_tart_home, "/home/.tart", "is a file"), "/home/.tart is a file"),
+        ("ok", partial(diagnosis.check_home, "TART_HOME", "/home/.tart", ""), "/home/.tart"),
+        ("failure", partial(diagnosis.check_home, "TART_HOME", "/home/.tart", "is a file"), "/home/.tart is a file"),
     ],
     "disk": [
         ("ok", partial(diagnosis.check_disk, "worker", "/data", 100 * GB), "/data"),
@@ -182,12 +186,12 @@ def program(path: Path, text: str) -> Path:
 
 
 def test_tart_that_is_missing_fails_or_is_old_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "none" in doctor.observe_tart(str(tmp_path / "none"))[1]
+    assert "none" in doctor.observe_program(str(tmp_path / "none"), "tart")[1]
     broken = program(tmp_path / "broken", "exit 3")
-    assert "status 3" in doctor.observe_tart(str(broken))[1]
+    assert "status 3" in doctor.observe_program(str(broken), "tart")[1]
     monkeypatch.setenv("TART_HOME", str(tmp_path))
     monkeypatch.setenv("TART_VERSION", "2.38.1")
-    assert doctor.observe_tart(str(STANDIN)) == (str(STANDIN), "", (2, 38, 1))
+    assert doctor.observe_program(str(STANDIN), "tart") == (str(STANDIN), "", (2, 38, 1))
 
 
 def test_user_at_the_screen_is_the_owner_of_the_console(tmp_path: Path) -> None:
@@ -483,6 +487,13 @@ def test_faults_of_a_workers_host_are_found_by_the_command(tmp_path: Path) -> No
         })
         for disk in ("ok", "warning", "failure")
     ]  # fmt: skip
+
+
+def test_host_of_vetu_needs_no_tart(tmp_path: Path) -> None:
+    vetu = program(tmp_path / "vetu", "echo 0.3.1")
+    findings = examined("worker", "--runtime", "vetu", "--tart", str(vetu), home=tmp_path)[1]
+    assert (findings["vetu"]["status"], findings["VETU_HOME"]["status"]) == ("ok", "ok")
+    assert {"tart", "tart prune", "TART_HOME", "session"}.isdisjoint(findings)
 
 
 def test_roles_that_have_data_on_this_host_are_examined(tmp_path: Path) -> None:
