@@ -108,7 +108,9 @@ def inspect(directory: Path) -> FsckReport:
         else:
             _inspect_events(path, report, state_is_known)
     _inspect_history(directory, report)
-    _inspect_access_key(directory, report)
+    # A directory without a state is another one, or was never used.
+    if (directory / STATE_FILE).exists():
+        _inspect_access_key(directory, report)
     _inspect_certificate(directory, report)
     for draft in sorted([*directory.glob("*.new"), *directory.glob("tls-*")]):
         report.notes.append(f"{draft} is being written or left over; it may be removed when no controller runs")

@@ -76,7 +76,7 @@ def check_data_directory(options: argparse.Namespace) -> int:
     try:
         report = inspect(directory)
     except OSError as error:
-        return _fail(f"cannot read {error.filename}: {error.strerror}")
+        return _fail(f"cannot read {error.filename}: {error.strerror}; name the data directory of a controller")
     print(*report.problems, *(f"note: {note}" for note in report.notes), f"{directory}: {report.summary()}", sep="\n")
     return 1 if report.problems else 0
 

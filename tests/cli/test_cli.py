@@ -355,7 +355,22 @@ def test_check_notes_events_of_deleted_vms(kept: Path, tmp_path: Path) -> None:
 
 def test_check_of_a_missing_directory_fails(tmp_path: Path) -> None:
     status, _, err = call_main(main, "check", str(tmp_path / "none"), home=tmp_path)
-    assert (status, err) == (1, f"orchard: cannot read {tmp_path}/none: No such file or directory\n")
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"cannot read {tmp_path}/none: No such file or directory" in err
+
+
+def test_check_of_a_directory_that_no_controller_has_used_reports_the_state_alone(tmp_path: Path) -> None:
+    for name in ("empty", "foreign/db"):
+        directory = tmp_path / name
+        directory.mkdir(parents=True)
+        status, out, _ = call_main(main, "check", str(directory.parent if "db" in name else directory), home=tmp_path)
+        problem, summary = out.splitlines()
+        assert status == 1
+        assert problem.startswith(f"{directory}")
+        assert summary.endswith("1 problems")
+
+
+def test_check_takes_one_directory(tmp_path: Path) -> None:
     assert call_main(main, "check", "a", "b", home=tmp_path)[0] == 2
 
 
