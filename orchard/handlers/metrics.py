@@ -126,14 +126,14 @@ class FleetSurvey:
         if free is not None:
             self.low_disk += free < 10**9 * api.state.settings.min_free_disk_gb
             self.least_free = free if self.least_free is None else min(self.least_free, free)
-        self._add_resources(worker.resources, load.used, self.free if state == "online" else self.unavailable)
+        self.add_resources(worker.resources, load.used, self.free if state == "online" else self.unavailable)
         if self.series is not None:
             self.series["worker_state"][name, state] = 1
             self.series["worker_vms"][(name,)] = load.count
             if free is not None:
                 self.series["worker_disk_free_bytes"][(name,)] = free
 
-    def _add_resources(self, offered: Mapping[str, int], used: Mapping[str, int], rest: Counter[str]) -> None:
+    def add_resources(self, offered: Mapping[str, int], used: Mapping[str, int], rest: Counter[str]) -> None:
         """Add what a worker offers, what VMs use there, which may be more, and to `rest` what they do not use."""
         for name in {**offered, **used}:
             amount, in_use = offered.get(name, 0), used.get(name, 0)

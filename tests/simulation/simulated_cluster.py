@@ -31,12 +31,16 @@ from harness.network import Network, Process
 
 from orchard import controller, planning, transitions
 from orchard.agenda import MAX_COUNTED
+from orchard.api import API
 from orchard.changes import Change
 from orchard.client import Client
 from orchard.deadlines import Deadlines
 from orchard.early_failures import EarlyFailures
+from orchard.handlers.metrics import FleetSurvey
 from orchard.leftovers import Leftovers, RefusedError
 from orchard.liveness import Liveness, Source
+from orchard.operations import make_api
+from orchard.placement import Placement
 from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.storage.engine import Batch
@@ -114,6 +118,8 @@ class PlantedBug:
     restarts_unended: bool = False
     # Whether VMs that find no worker in time fail without a reason.
     times_out_silently: bool = False
+    # Whether the planner forgets to give back what a VM used.
+    leaks_slots: bool = False
     # Whether the schedule mostly isolates workers, because the bug is rare otherwise.
     shows_in_isolation: bool = False
 
@@ -129,6 +135,7 @@ PLANTED_BUGS = {
     "forgetful-disk": PlantedBug(disk_forgets=True),
     "early-expiry": PlantedBug(expires_early=True),
     "silent-time-out": PlantedBug(times_out_silently=True),
+    "leaked-slots": PlantedBug(leaks_slots=True),
 }
 
 
@@ -153,7 +160,15 @@ def planted(bug: PlantedBug) -> Iterator[None]:
         at = expiry(deadlines, vm)
         return None if at is None else at - EARLY_SECONDS
 
+    add_load = Placement.add_load
+
+    def add_load_only(placement: Placement, vm: VM, times: int = 1) -> None:
+        if times > 0:
+            add_load(placement, vm, times)
+
     with ExitStack() as stack:
+        if bug.leaks_slots:
+            stack.enter_context(patch.object(Placement, "add_load", add_load_only))
         if bug.expires_early:
             stack.enter_context(patch.object(Deadlines, "_expiry", expires_early))
         if bug.restarts_unended:
@@ -201,8 +216,9 @@ class SimulatedCluster:
         self.trace = trace
         self.violations: list[str] = []
         self.network = Network(chance)
-        # The controller's store, while the controller runs.
+        # The controller's store, while the controller runs, and what shows its metrics.
         self.store: Store | None = None
+        self.api: API | None = None
         self.controller: RunningProgram
         self.workers: dict[str, RunningProgram] = {}
         # Worker, or CONTROLLER -> the error of its clock in seconds.
@@ -275,6 +291,23 @@ class SimulatedCluster:
             if used > worker.resources[TART_VMS]:
                 self.violate(f"the controller has {used} on {name}, which offers {worker.resources[TART_VMS]}")
 
+    def check_slots(self, changes: list[Change]) -> None:
+        """Check that the metrics account for each slot that workers offer, and for each that VMs use."""
+        if self.api is None:
+            return
+        state, survey = self.api.state, FleetSurvey()
+        for name, worker in state.workers.items():
+            load = self.api.parts.scheduling.planner.placement.load_of(name)
+            survey.add_resources(worker.resources, load.used, survey.free)
+        offered, used, free = (part[TART_VMS] for part in (survey.offered, survey.used, survey.free))
+        held = [vm for vm in state.vms.values() if vm.holds_resources and vm.state.worker in state.workers]
+        if used != sum(vm.spec.resources[TART_VMS] for vm in held) or used + free != offered:
+            self.violate(f"the metrics have {offered} slots, {used} of them used and {free} free, for {len(held)} VMs")
+
+    def _make_api(self, *arguments: Any, **settings: Any) -> API:
+        self.api = make_api(*arguments, **settings)
+        return self.api
+
     @contextmanager
     def logged(self) -> Iterator[None]:
         """Add the program's warnings to the trace. An exception in the log is a violation."""
@@ -321,7 +354,7 @@ class SimulatedCluster:
 
         async def run(task_status: trio.TaskStatus[controller.Running]) -> None:
             try:
-                with scope, suppress(ProcessKilledError):
+                with scope, suppress(ProcessKilledError), patch.object(controller, "make_api", self._make_api):
                     await controller.run(
                         settings, stop=running.stopping, grace=GRACE_SECONDS, platform=platform, task_status=task_status
                     )
@@ -361,6 +394,7 @@ class SimulatedCluster:
                 passed = trio.current_time() - self._stored_at
                 self.hastened += max(0.0, min(counted, MAX_COUNTED.total_seconds()) - passed)
             store.on_commit(self.committed)
+            store.on_durable(self.check_slots)
             events = EventLog(*event_files(directory / "events", disk, in_thread))
             events.open({vm.uid for vm in store.state.vms.values()})
             history = History(history_file(directory, disk, in_thread))
@@ -369,7 +403,7 @@ class SimulatedCluster:
             try:
                 yield controller.StoredData(store, events, history)
             finally:
-                self.store = None
+                self.store = self.api = None
 
     # -- clients and workers
 

@@ -29,6 +29,7 @@ VIOLATIONS = {
     "forgetful-disk": "",
     "early-expiry": "is lost",
     "silent-time-out": "without a reason",
+    "leaked-slots": "the metrics have",
 }
 # The rarest bug, stopped-early, shows in about one seed of six, so 60 seeds miss it once in 50,000 times. Which seeds show a
 # bug changes with the product's timing; `./run bench simulate --bug NAME` lists them.
