@@ -126,7 +126,10 @@ async def test_go_client_that_sends_back_what_it_reads_changes_nothing(tmp_path:
         "workerPruneSeconds": 3600,
         "prepull": [{"image": "base"}],
         "hostDirPolicies": [{"pathPrefix": "/a"}],
+        "webhooks": [{"url": "https://receiver.example/"}],
     }
+    # It is not shown again.
+    secret = {"webhooks": [{"url": "https://receiver.example/", "secret": "s" * 16}]}
     fields = {
         "startupTimeoutSeconds": 9,
         "startupOnFailure": "keep",
@@ -144,7 +147,7 @@ async def test_go_client_that_sends_back_what_it_reads_changes_nothing(tmp_path:
     assert settings.keys() == {field.json for field in attrs_of(ClusterSettings)}
     async with served(tmp_path, ServiceAccount("go", token="t" * 16, roles=get_args(Role))) as api:
         call = partial(api.call, account=("go", "t" * 16))
-        assert (await call("PUT", "/cluster-settings", settings)).body == settings
+        assert (await call("PUT", "/cluster-settings", settings | secret)).body == settings
         vm = (await call("POST", "/vms", {"name": "vm", "image": "image", **fields})).body
         assert (vm["createdBy"], "expiresAt" in vm) == ("go", True)
         sent = {name: value for name, value in settings.items() if name in GO_SETTINGS}

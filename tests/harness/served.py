@@ -109,7 +109,8 @@ class Served:
             return Answered(answer.status, headers, None)
         assert isinstance(answer, Response), f"{method} {target} gave {answer}"
         body = answer.body if isinstance(answer.body, bytes) else answer.separator.join(answer.body)
-        return Answered(answer.status, headers, json.loads(body) if body else None)
+        is_json = answer.content_type == "application/json"
+        return Answered(answer.status, headers, json.loads(body) if body and is_json else body or None)
 
     async def ask(
         self,
