@@ -54,6 +54,8 @@ class ServiceManager:
 
     kind: str
     directory: Path
+    # Exists while systemd runs, and not while an image is made.
+    running: Path = Path("/run/systemd/system")
 
     def file(self, role: str) -> Path:
         name = f"{launchd_label(role)}.plist" if self.kind == "launchd" else f"orchard-{role}.service"
@@ -77,9 +79,13 @@ class ServiceManager:
             if _has_succeeded("launchctl", "print", service):
                 _call("launchctl", "bootout", service)
         else:
-            # Without a running systemd, as while an image is made, the service does not run.
-            now = ["--now"] if _has_succeeded("systemctl", "is-system-running", "--quiet", "--wait") else []
+            now = ["--now"] if self.running.exists() else []
             _call("systemctl", "disable", *now, f"orchard-{role}.service")
+
+    def forget(self) -> None:
+        """Let the manager notice that a file has been removed. Raises CommandError."""
+        if self.kind == "systemd" and self.running.exists():
+            _call("systemctl", "daemon-reload")
 
 
 MANAGERS = {
@@ -324,6 +330,7 @@ def uninstall(role: str, manager: ServiceManager) -> int:
         file.unlink()
     except OSError as error:
         raise CommandError(f"cannot remove {file}: {error.strerror}") from None
+    manager.forget()
     print(f"removed {file}; state, logs and VMs stay")
     return 0
 

@@ -174,7 +174,7 @@ class Site:
     def __init__(self, home: Path, kind: str, role: str) -> None:
         self.home = home
         self.role = role
-        self.manager = ServiceManager(kind, home / "services")
+        self.manager = ServiceManager(kind, home / "services", running=home)
         self.token = home / "token"
         self.token.write_text(TOKEN)
         self.token.chmod(0o600)
@@ -247,6 +247,18 @@ def test_removal_stops_the_service_and_keeps_state_and_logs(
     assert (site.home / "logs").exists()
     assert uninstall("worker", site.manager) == 0, "a removal may be repeated"
     capsys.readouterr()
+
+
+@needs_root
+def test_removal_from_an_image_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, "systemd", "worker")
+    manager = ServiceManager("systemd", tmp_path / "services", running=tmp_path / "none")
+    install(site.service, manager)
+    calls = site.add_programs('[ "$1" = disable ] && [ "$2" != --now ]')
+    monkeypatch.setenv("PATH", f"{site.home / 'bin'}:{os.environ['PATH']}")
+    assert uninstall("worker", manager) == 0
+    assert not manager.file("worker").exists()
+    assert len(calls.read_text().splitlines()) == 1
 
 
 @needs_root
