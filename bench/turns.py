@@ -24,6 +24,7 @@ from load import connect, press, request
 from measure import ROUNDS, Turns
 
 from orchard import controller
+from orchard.daemon import collect_garbage_less
 
 # Requests of one round, and large ones; paths by kind.
 COUNT, LARGE_COUNT = 50, 4
@@ -126,7 +127,7 @@ def main() -> None:
         program = "import sys, pathlib, cluster; cluster.prepare(pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:]))"
         words = [str(home), str(vms), str(vms // PER_WORKER)]
         subprocess.run([sys.executable, "-c", program, *words], check=True, cwd=Path(__file__).parent)
-        controller.collect_garbage_less()
+        collect_garbage_less()
         trio.run(measure, home, vms)
 
 

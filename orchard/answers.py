@@ -67,6 +67,9 @@ def http_error(error: Exception, account: str = "") -> HTTPError:
         headers = (("WWW-Authenticate", 'Basic realm="orchard"'),)
     elif isinstance(error, TooManyFailuresError):
         headers = (("Retry-After", str(error.retry_after)),)
+    elif isinstance(error, StorageUnavailableError):
+        # Another controller leads soon, or this one is started again.
+        headers = (("Retry-After", "1"),)
     return HTTPError(status, str(error), headers, account=account)
 
 

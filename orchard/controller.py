@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import gc
-import ipaddress
 import logging
 import os
 import resource
@@ -32,8 +30,16 @@ import trio
 from orchard import __version__, auth
 from orchard.api import ControllerParts
 from orchard.command_line import CommandLine, HomeError, add_ignored_options, orchard_home, parse_address, parse_seconds
-from orchard.daemon import add_log_options, log_settings, printing, run_main, run_until_signal
+from orchard.daemon import (
+    add_log_options,
+    collect_garbage_less,
+    log_settings,
+    printing,
+    run_main,
+    run_until_signal,
+)
 from orchard.deadlines import Deadlines, StoredClock
+from orchard.etcd_options import add_leader_options, etcd_settings
 from orchard.figures import make_figures
 from orchard.files import (
     ACCESS_KEY_FILE,
@@ -51,7 +57,7 @@ from orchard.net.connection import Limits
 from orchard.net.outside import connect_outside
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
-from orchard.net.urls import DEFAULT_PORT, bracketed
+from orchard.net.urls import DEFAULT_PORT, bracketed, reachable_host
 from orchard.net.websocket import PING_INTERVAL
 from orchard.nursery import unwrap_groups
 from orchard.operations import make_api
@@ -102,8 +108,6 @@ _RENEW_SELF_SIGNED = (
 )
 # File descriptors that are not connections: files, the log, pipes of threads.
 _OTHER_DESCRIPTORS = 64
-# Python's gc.set_threshold: allocations before a collection, then collections of each generation before the next one's.
-_GC_THRESHOLDS = (10_000, 20, 25)
 
 __all__ = [
     "DEFAULT_OFFLINE_TIMEOUT",
@@ -494,14 +498,6 @@ class Platform:
     campaign: CampaignPlatform = field(default_factory=CampaignPlatform)
 
 
-def reachable_host(host: str) -> str:
-    """Return the address by which this host reaches a socket that listens on `host`, as written in a URL."""
-    address = ipaddress.ip_address(host)
-    if address.is_unspecified:
-        return "[::1]" if address.version == 6 else "127.0.0.1"
-    return f"[{address}]" if address.version == 6 else str(address)
-
-
 def _limits(settings: ControllerSettings) -> Limits:
     limits = Limits(first_byte_seconds=settings.idle_timeout)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -558,6 +554,7 @@ def controller_parser() -> CommandLine:
         help="host name or IP address that the self-signed certificate is for, beside those of this host; repeatable;"
         " a certificate that exists is kept, with a warning if it lacks the name")  # fmt: skip
     add("--controller-key", metavar="FILE", type=Path, help="private key of the certificate in PEM")
+    add_leader_options(parser)
     add("--listen-ssh", metavar="HOST:PORT", type=parse_address, help="address to serve SSH into VMs on; default: none")
     add(
         "--ssh-host-key",
@@ -638,6 +635,7 @@ def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, Log
         metrics_per_worker=options.metrics_per_worker,
         health=options.listen_health,
         allow_local_webhooks=options.allow_local_webhooks,
+        etcd=etcd_settings(parser, options, os.environ),
     )
     return settings, log_settings(options)
 
@@ -665,29 +663,36 @@ async def run_and_announce(settings: ControllerSettings, on_start: OnStart | Non
 
     `on_start` is called in a thread when the controller serves, before it says so.
     """
-    stop = trio.Event()
+    stop, started = trio.Event(), _Started()
+
+    async def announce_start() -> None:
+        await started.is_set.wait()
+        with printing():
+            if on_start is not None:
+                await trio.to_thread.run_sync(on_start, settings, started.running)
+            announce(started.running, sys.stdout)
 
     async def control() -> None:
         async with trio.open_nursery() as nursery:
-            running = await nursery.start(partial(run, settings, stop=stop))
-            with printing():
-                if on_start is not None:
-                    await trio.to_thread.run_sync(on_start, settings, running)
-                announce(running, sys.stdout)
+            nursery.start_soon(announce_start)
+            await run(settings, stop=stop, task_status=started)
+            # A controller that stood by may end before it serves.
+            if not started.is_set.is_set():
+                nursery.cancel_scope.cancel()
 
     await run_until_signal(control, stop=stop)
 
 
-def collect_garbage_less() -> None:
-    """Run Python's collector of reference cycles less often.
+class _Started(trio.TaskStatus[Running]):
+    """Holds what serves, once it does."""
 
-    A collection stops the process, and nearly all objects of a controller live long. With ten thousand VMs a full
-    collection takes tens of milliseconds. While a thousand watchers are sent a change, collections would take a fifth
-    of the time (./run bench watch). Only the controller's own process does this; an embedding one decides itself.
-    """
-    # Modules, classes and code stay anyway.
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
+    def __init__(self) -> None:
+        self.is_set = trio.Event()
+
+    def started(self, running: Running | None = None) -> None:
+        assert running is not None
+        self.running = running
+        self.is_set.set()
 
 
 def main(argv: Sequence[str] | None = None, on_start: OnStart | None = None) -> int:

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 "recorder",
                 "deadlines",
                 "stored_data",
+                "etcd_options",
                 "figures",
                 "side_ports",
                 "webhooks",

@@ -92,6 +92,14 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def reachable_host(host: str) -> str:
+    """Return the address by which this host reaches a socket that listens on `host`, as written in a URL."""
+    address = ipaddress.ip_address(host)
+    if address.is_unspecified:
+        return "[::1]" if address.version == 6 else "127.0.0.1"
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
 def find_proxy(is_tls: bool, host: str, environ: Mapping[str, str]) -> Proxy | None:
     """Return the environment's proxy for a host, None if it is reached without one.
 
