@@ -59,7 +59,7 @@ from orchard.net.server import serve
 from orchard.net.streams import TLSListener
 from orchard.net.urls import DEFAULT_PORT, bracketed, reachable_host
 from orchard.net.websocket import PING_INTERVAL
-from orchard.nursery import unwrap_groups
+from orchard.nursery import Started, unwrap_groups
 from orchard.operations import make_api
 from orchard.reactions import Reactions
 from orchard.recorder import Recorder
@@ -663,14 +663,14 @@ async def run_and_announce(settings: ControllerSettings, on_start: OnStart | Non
 
     `on_start` is called in a thread when the controller serves, before it says so.
     """
-    stop, started = trio.Event(), _Started()
+    stop, started = trio.Event(), Started[Running]()
 
     async def announce_start() -> None:
         await started.is_set.wait()
         with printing():
             if on_start is not None:
-                await trio.to_thread.run_sync(on_start, settings, started.running)
-            announce(started.running, sys.stdout)
+                await trio.to_thread.run_sync(on_start, settings, started.value)
+            announce(started.value, sys.stdout)
 
     async def control() -> None:
         async with trio.open_nursery() as nursery:
@@ -681,18 +681,6 @@ async def run_and_announce(settings: ControllerSettings, on_start: OnStart | Non
                 nursery.cancel_scope.cancel()
 
     await run_until_signal(control, stop=stop)
-
-
-class _Started(trio.TaskStatus[Running]):
-    """Holds what serves, once it does."""
-
-    def __init__(self) -> None:
-        self.is_set = trio.Event()
-
-    def started(self, running: Running | None = None) -> None:
-        assert running is not None
-        self.running = running
-        self.is_set.set()
 
 
 def main(argv: Sequence[str] | None = None, on_start: OnStart | None = None) -> int:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import trio
+
+ValueT = TypeVar("ValueT")
 
 
 class Wakeup:
@@ -39,6 +42,18 @@ class Wakeup:
         # Another task that waited for the same event may have re-armed it already.
         if self._event is event:
             self._event = trio.Event()
+
+
+class Started(trio.TaskStatus[ValueT]):
+    """A `task_status` for a task that may end before it has started: holds the value, once `is_set`."""
+
+    def __init__(self) -> None:
+        self.is_set = trio.Event()
+
+    def started(self, value: ValueT | None = None) -> None:
+        assert value is not None
+        self.value = value
+        self.is_set.set()
 
 
 def growing_pause(failures: int, first: float, last: float) -> float:

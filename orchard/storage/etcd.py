@@ -296,4 +296,8 @@ def _with_port(url: str) -> str:
             f'the URL of etcd is "{url}", expected a URL such as https://etcd-1.example.com:{_DEFAULT_PORT}'
         )
     parts = urlsplit(url)
-    return url if parts.port is not None else f"{parts.scheme}://{parts.netloc}:{_DEFAULT_PORT}{parts.path}"
+    try:
+        has_port = parts.port is not None
+    except ValueError as error:
+        raise ValueError(f'the URL of etcd is "{url}" ({error})') from None
+    return url if has_port else f"{parts.scheme}://{parts.netloc}:{_DEFAULT_PORT}{parts.path}"

@@ -133,7 +133,7 @@ class EtcdEventStorage:
         self._leadership = leadership
         self._limit = 1024 * max_kib
         self._vms: dict[str, _VMEvents] = {}
-        # VMs that were deleted while no controller dropped their events.
+        # VMs that were deleted, and whose events are still stored.
         self._left: list[str] = []
 
     async def load(self) -> None:
@@ -170,9 +170,8 @@ class EtcdEventStorage:
         try:
             for uid, events in appends.items():
                 await self._append(uid, events, result)
-            # A VM without events may have some of an append that was not answered.
-            await self._drop([*self._left, *dropped])
-            self._left = []
+            self._left += dropped
+            await self._drop()
         except BrokenError as error:
             result.broken = error
             for uid in appends:
@@ -200,13 +199,15 @@ class EtcdEventStorage:
             _logger.error("events were not stored: %s", error)
             result.errors[uid] = error.as_storage_error(NOT_STORED)
 
-    async def _drop(self, uids: Sequence[str]) -> None:
-        for start in range(0, len(uids), _MAX_OPERATIONS):
-            some = uids[start : start + _MAX_OPERATIONS]
+    async def _drop(self) -> None:
+        while self._left:
+            some = self._left[:_MAX_OPERATIONS]
             try:
                 await self._leadership.write([delete_prefix(f"{self._prefix}{uid}/") for uid in some])
             except NotWrittenError as error:
-                _logger.warning("cannot drop events: %s; the next start will", error)
+                _logger.warning("cannot drop events: %s; the next write will", error)
+                return
+            del self._left[:_MAX_OPERATIONS]
 
 
 # With chunks of 64 KiB, or single events of up to the limit of a VM.
