@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import trio
 
-ValueT = TypeVar("ValueT")
+StartedT = TypeVar("StartedT")
 
 
 class Wakeup:
@@ -44,13 +44,13 @@ class Wakeup:
             self._event = trio.Event()
 
 
-class Started(trio.TaskStatus[ValueT]):
+class Started(trio.TaskStatus[StartedT]):
     """A `task_status` for a task that may end before it has started: holds the value, once `is_set`."""
 
     def __init__(self) -> None:
         self.is_set = trio.Event()
 
-    def started(self, value: ValueT | None = None) -> None:
+    def started(self, value: StartedT | None = None) -> None:
         assert value is not None
         self.value = value
         self.is_set.set()
