@@ -58,8 +58,8 @@ def run_main(
     try:
         logs.configure(log)
     except OSError as error:
-        reason = f"cannot open the log file {log.file}: {error.strerror}"
-        print(f"{name}: {reason}; choose one that this user may write to with --log-file", file=sys.stderr)
+        reason = f"cannot open the log file {log.file}: {error.strerror}; choose one that this user may write to with --log-file"
+        print(f"{name}: {reason}", file=sys.stderr)
         return 1
     # Before work handles it: its default would end the process.
     signal.signal(signal.SIGUSR1, lambda number, frame: None)

@@ -82,6 +82,8 @@ class ConnectorProcess:
         if not found:
             number = int(answer or errno.EPIPE)
             raise OSError(number, os.strerror(number))
+        # For programs that this process starts.
+        os.set_inheritable(found[0], False)
         return trio.SocketStream(trio.socket.from_stdlib_socket(socket.socket(fileno=found[0])))
 
     async def wait_ended(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -108,6 +109,22 @@ async def test_addresses_that_the_connector_refuses_are_connected_to_directly() 
             assert stream.socket.getpeername() == listener.socket.getsockname()
     finally:
         process.close()
+
+
+async def test_connection_of_the_connector_is_not_passed_on_to_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm_connections, "is_permitted", lambda host, port: True)
+    process = ConnectorProcess()
+    # In its place, a loop that connects to this host, too.
+    with served() as control, process._control:
+        process._control = control
+        control.setblocking(False)
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener, await process.connect("127.0.0.1", listener.socket.getsockname()[1]) as stream:
+            assert not os.get_inheritable(stream.socket.fileno())
+            async with await listener.accept() as accepted:
+                await accepted.send_all(b"hello")
+                assert await stream.receive_some() == b"hello"
+    process._process.wait()
 
 
 async def test_connector_ends_with_the_worker() -> None:
