@@ -7,14 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
 from harness import documents
 from harness.documents import BACKGROUND, ELSEWHERE, ROOT, SHELL, Block, blocks, check_syntax, matches, session
+from harness.processes import call_main
 from test_layers import LAYERS
 
+from orchard.cli import main as command
 from orchard.cli.main import VERBS
 from orchard.client import ClientError
 from orchard.codec import attrs_of
@@ -135,9 +137,15 @@ def test_files_in_a_page_are_used_by_its_commands(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_verbs_that_a_page_names_exist(page: Path) -> None:
-    named = set(re.findall(r"`orchard ([a-z][a-z-]*)\b[^`]*`", page.read_text()))
-    assert named - VERBS.keys() == set()
+def test_verbs_and_options_that_a_page_names_exist(page: Path, tmp_path: Path) -> None:
+    for text in re.findall(r"`orchard ([a-z][^`]*)`", prose(page)):
+        # The verb and its kind, up to a name of the user.
+        verb = list(takewhile(lambda word: re.fullmatch("[a-z][a-z-]*", word), text.split()))[:2]
+        options = re.findall(r"(?<= )--?[a-z][a-z-]*", re.sub(r"\"[^\"]*\"", "", text))
+        assert verb[0] in VERBS, text
+        if options:
+            help_text = call_main(command.main, *verb, "--help", home=tmp_path)[1]
+            assert [option for option in options if option not in help_text] == [], text
 
 
 # ---- links and index -------------------------------------------------------------------------------------------------
