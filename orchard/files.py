@@ -14,8 +14,8 @@ This module imports little, because the supervisor of a VM must start fast.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,15 +52,19 @@ class LockError(Exception):
 
 def sync_file(fd: int) -> None:
     """Wait until the contents of an open file or directory are on the drive. Raises OSError."""
-    # macOS: fsync alone leaves the data in the drive's cache.
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    if sys.platform == "darwin":
+        import fcntl
+
+        # fsync alone leaves the data in the drive's cache.
         fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
     else:
         os.fsync(fd)
 
 
 def sync_directory(directory: Path) -> None:
-    """Wait until the names of the files in a directory are on the drive. Raises OSError."""
+    """Wait until the names of the files in a directory are on the drive, where a system can. Raises OSError."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         sync_file(fd)
@@ -71,6 +75,10 @@ def sync_directory(directory: Path) -> None:
 def draft_of(path: Path) -> Path:
     """Return the path of the draft that is written before it replaces `path`."""
     return path.with_name(path.name + ".new")
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def make_private(directory: Path) -> None:
@@ -93,8 +101,8 @@ def write_private(path: Path, data: bytes, *, durable: bool = True) -> None:
     draft = draft_of(path)
     draft.unlink(missing_ok=True)
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-            os.fchmod(file.fileno(), 0o600)
+        with open(draft, "xb", opener=_open_private) as file:
+            draft.chmod(0o600)
             file.write(data)
             file.flush()
             if durable:
@@ -114,6 +122,8 @@ def lock_directory(directory: Path, file_name: str, *, shared: bool = False) -> 
 
     Any number of processes can hold a `shared` lock at the same time.
     """
+    import fcntl
+
     try:
         make_private(directory)
         descriptor = os.open(directory / file_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

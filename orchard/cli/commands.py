@@ -112,12 +112,15 @@ async def _follow_size(command: RunningCommand) -> None:
 @contextmanager
 def _raw_terminal() -> Iterator[None]:
     """Have the terminal pass on every key for the time of the block: the VM's terminal acts on Ctrl-C and the like."""
-    import termios
-    import tty
-
+    try:
+        import termios
+        import tty
+    except ImportError:
+        raise CommandError("-t needs a terminal as macOS and Linux have it; leave it out", USAGE) from None
     before = termios.tcgetattr(0)
     try:
-        tty.setraw(0)
+        # Without a flush, keys that were typed before are not lost.
+        tty.setraw(0, termios.TCSADRAIN)
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)

@@ -2,21 +2,30 @@
 
 Each connection to port 22 of a synthetic VM (orchard/vm/synthetic.py) gets a port of this host's loopback address for
 itself, on which one connection is accepted. A client logs in with the VM's user name and password. A command runs in a
-shell of this host, in the VM's directory, and ends with its connection and with the VM. There is no terminal and no SFTP.
+shell of this host, in the VM's directory, on a terminal if the client asks for one, and ends with its connection and with
+the VM. There is no SFTP.
 
 Without the packages of the extra, nothing listens.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hmac
+import os
+import pty
 import signal
 import socket
+import struct
 import subprocess
-from collections.abc import Callable
+import sys
+import termios
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -40,6 +49,11 @@ _REST_SECONDS = 0.2  # seconds
 # Between asking a command to end and killing it.
 _END_SECONDS = 5.0  # seconds
 _CANNOT_RUN = 126
+# Makes standard input the controlling terminal of a new session, and becomes the command in its arguments. A function
+# between fork and exec would not be safe in a process with threads.
+_ON_TERMINAL = (
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+)
 
 
 class SyntheticSSH:
@@ -145,14 +159,11 @@ class SyntheticSSH:
         await trio_asyncio.trio_as_aio(self._run)(name, process)
 
     async def _run(self, name: str, process: asyncssh.SSHServerProcess[bytes]) -> None:
-        pipe = subprocess.PIPE
         username = process.get_extra_info("username")
         try:
             directory, environ = self._driver.enter(name, username)
             words = [environ["SHELL"], *(["-c", process.command] if process.command else ["-l"])]
-            shell = await trio.lowlevel.open_process(
-                words, stdin=pipe, stdout=pipe, stderr=pipe, cwd=directory, env=environ, start_new_session=True
-            )
+            shell, ends = await _open_shell(words, directory, environ, process)
         except (DriverError, OSError) as error:
             process.stderr.write(f"{error}\n".encode())
             process.exit(_CANNOT_RUN)
@@ -162,8 +173,8 @@ class SyntheticSSH:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._wait_closed, process, nursery.cancel_scope)
-                nursery.start_soon(_feed, process.stdin, shell, signalled)
-                await _send_output(shell, process)
+                nursery.start_soon(_feed, process.stdin, shell, ends, signalled)
+                await _send_output(shell, ends.outputs)
                 status = await shell.wait()
                 process.exit(status if status >= 0 else 128 - status)
                 nursery.cancel_scope.cancel()
@@ -171,7 +182,8 @@ class SyntheticSSH:
             # What a command left in the background runs on until the VM ends.
             if shell.returncode is None:
                 if not signalled.is_set():
-                    signal_group(shell.pid, signal.SIGTERM)
+                    # A shell on a terminal ignores SIGTERM.
+                    signal_group(shell.pid, signal.SIGHUP if ends.resize else signal.SIGTERM)
                 with trio.move_on_after(_END_SECONDS, shield=True):
                     await shell.wait()
                 await kill(shell)
@@ -182,44 +194,104 @@ class SyntheticSSH:
         scope.cancel()
 
 
-async def _feed(source: asyncssh.SSHReader[bytes], shell: trio.Process, signalled: trio.Event) -> None:
-    """Send a client's input to a shell, and its signals."""
-    assert shell.stdin is not None
+@dataclass(frozen=True, slots=True)
+class _Ends:
+    """Our ends of a shell: where its input goes, and whose writer each of its outputs goes to.
+
+    `resize` takes rows and columns; None without a terminal.
+    """
+
+    stdin: trio.abc.SendStream
+    outputs: Sequence[tuple[trio.abc.ReceiveStream, asyncssh.SSHWriter[bytes]]]
+    resize: Callable[[int, int], None] | None = None
+
+
+async def _open_shell(
+    words: Sequence[str], directory: Path, environ: Mapping[str, str], process: asyncssh.SSHServerProcess[bytes]
+) -> tuple[trio.Process, _Ends]:
+    """Start a command in a session of its own, on a terminal if the client asked for one. Raises OSError."""
+    terminal = process.get_terminal_type()
+    if terminal is None:
+        pipe = subprocess.PIPE
+        shell = await trio.lowlevel.open_process(
+            words, stdin=pipe, stdout=pipe, stderr=pipe, cwd=directory, env=environ, start_new_session=True
+        )
+        assert shell.stdin is not None
+        assert shell.stdout is not None
+        assert shell.stderr is not None
+        return shell, _Ends(shell.stdin, [(shell.stdout, process.stdout), (shell.stderr, process.stderr)])
+    ours, theirs = pty.openpty()
+    columns, rows, _, _ = process.get_terminal_size()
+    _resize(ours, rows, columns)
+    try:
+        shell = await trio.lowlevel.open_process(
+            [sys.executable, "-I", "-S", "-c", _ON_TERMINAL, *words],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=directory,
+            env={**environ, "TERM": terminal},
+            start_new_session=True,
+        )
+    except OSError:
+        os.close(ours)
+        raise
+    finally:
+        os.close(theirs)
+    # Each is closed by the task that uses it; the terminal is resized by the one that writes.
+    keys = os.dup(ours)
+    outputs = [(trio.lowlevel.FdStream(ours), process.stdout)]
+    return shell, _Ends(trio.lowlevel.FdStream(keys), outputs, partial(_resize, keys))
+
+
+def _resize(descriptor: int, rows: int, columns: int) -> None:
+    """Set the size of a terminal, of which its programs are told. A terminal that is closed has none."""
+    size = struct.pack("HHHH", *(max(0, min(number, 0xFFFF)) for number in (rows, columns)), 0, 0)
+    with suppress(OSError):
+        fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)
+
+
+async def _feed(source: asyncssh.SSHReader[bytes], shell: trio.Process, ends: _Ends, signalled: trio.Event) -> None:
+    """Send a client's input to a shell, its signals, and the size of its terminal."""
     read = trio_asyncio.aio_as_trio(source.read)
-    async with shell.stdin:
+    async with ends.stdin:
         while True:
             try:
                 data = await read(READ_BYTES)
                 if not data:
                     return
-                await shell.stdin.send_all(data)
+                await ends.stdin.send_all(data)
             except asyncssh.SignalReceived as received:
                 with suppress(KeyError):
                     signal_group(shell.pid, signal.Signals[f"SIG{received.signal}"])
                     signalled.set()
-            except (asyncssh.TerminalSizeChanged, asyncssh.BreakReceived):
+            except asyncssh.TerminalSizeChanged as changed:
+                if ends.resize is not None:
+                    ends.resize(changed.height, changed.width)
+            except asyncssh.BreakReceived:
                 continue
             except (trio.BrokenResourceError, asyncssh.Error, OSError):
                 return
 
 
-async def _send_output(shell: trio.Process, process: asyncssh.SSHServerProcess[bytes]) -> None:
+async def _send_output(
+    shell: trio.Process, outputs: Sequence[tuple[trio.abc.ReceiveStream, asyncssh.SSHWriter[bytes]]]
+) -> None:
     """Send a shell's output to the client until the shell has ended, and what is left then."""
-    assert shell.stdout is not None
-    assert shell.stderr is not None
-    outputs = RemainingOutput(_REST_SECONDS), RemainingOutput(_REST_SECONDS)
+    rests = [RemainingOutput(_REST_SECONDS) for _ in outputs]
     async with trio.open_nursery() as readers:
-        readers.start_soon(_copy, shell.stdout, process.stdout, outputs[0])
-        readers.start_soon(_copy, shell.stderr, process.stderr, outputs[1])
+        for (source, sink), remaining in zip(outputs, rests, strict=True):
+            readers.start_soon(_copy, source, sink, remaining)
         await shell.wait()
-        for remaining in outputs:
+        for remaining in rests:
             remaining.begin()
 
 
 async def _copy(source: trio.abc.ReceiveStream, sink: asyncssh.SSHWriter[bytes], remaining: RemainingOutput) -> None:
     drain = trio_asyncio.aio_as_trio(sink.drain)
     async with source:
-        with suppress(asyncssh.Error, OSError):
+        # The end of a terminal is an error to read.
+        with suppress(asyncssh.Error, OSError, trio.BrokenResourceError):
             while data := await remaining.read(source.receive_some):
                 sink.write(bytes(data))
                 await drain()

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
 import signal
 import socket
-import struct
 import subprocess
-import termios
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -90,39 +83,6 @@ def test_exec_passes_input_output_and_status(dev: Path, vm: str) -> None:
     assert run(dev, "exec", "vm", vm).returncode == 2
     assert run(dev, "exec", "vm", vm, "-t", "true").returncode == 2
     assert run(dev, "exec", "vm", "none", "true").returncode == 1
-
-
-@contextmanager
-def terminal(dev: Path, *words: str) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """Run the command with a terminal of 40 rows and 100 columns; yield our end of it."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    env = {name: value for name, value in environment(dev).items() if name not in ("COLUMNS", "LINES")}
-    process = subprocess.Popen(
-        command("", *words), stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
-    )
-    os.close(theirs)
-    try:
-        yield ours, process
-    finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-
-
-def read_until(ours: int, wanted: bytes) -> bytes:
-    said = b""
-    while wanted not in said:
-        said += os.read(ours, 4096)
-    return said
-
-
-def test_keys_of_a_terminal_reach_the_command_as_they_are(dev: Path, vm: str) -> None:
-    with terminal(dev, "exec", "vm", vm, "-i", "-t", "echo ready; head -c 3 | od -An -c; exit 9") as (ours, process):
-        read_until(ours, b"ready")
-        os.write(ours, b"a\x03\x1a")
-        assert read_until(ours, b"032").split() == [b"a", b"003", b"032"]
-        assert process.wait(GENEROUS) == 9
 
 
 def test_files_are_copied_both_ways(dev: Path, vm: str, tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Interactive verbs as a user has them: on a terminal, with its keys, its size, job control, and its end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from harness.processes import GENEROUS, call_main, command, environment
+from harness.terminals import Terminal, terminal
+
+from orchard.cli.connection import ControllerConnection
+from orchard.cli.main import main
+
+
+@pytest.fixture
+def vm(dev: Path, api: ControllerConnection) -> str:
+    api.call("POST", "/vms", body={"name": "vm", "image": "i"})
+    assert call_main(main, "wait", "vm", "vm", home=dev)[0] == 0
+    return "vm"
+
+
+def test_keys_of_a_terminal_reach_the_command_as_they_are(dev: Path, vm: str) -> None:
+    script = "stty raw -echo; printf ready; head -c 3 | od -An -c; exit 9"
+    with terminal(command("", "exec", "vm", vm, "-it", script), environment(dev)) as shown:
+        shown.read_until("ready")
+        shown.type("a\x03\x1a")
+        shown.read_until(r"a +003 +032")
+        assert shown.finish() == 9
+
+
+@pytest.mark.parametrize("verb", ["exec", pytest.param("ssh", marks=pytest.mark.needs("ssh"))])
+def test_size_of_the_terminal_and_its_change_reach_the_vm(dev: Path, vm: str, verb: str) -> None:
+    # `ssh` gives a terminal to a login shell.
+    words = ["exec", "vm", vm, "-it", "--", "bash", "--norc"] if verb == "exec" else ["ssh", "vm", vm]
+    with terminal(command("", *words), environment(dev), rows=33, columns=111) as shown:
+        shown.type("echo si''ze $(stty size)\r")
+        shown.read_until(r"[\r\n]size 33 111")
+        shown.resize(44, 99)
+        _ask_until_size(shown, "44 99")
+        # Ctrl-C ends the command there and not the connection.
+        shown.type("echo wait''ing; sleep 1000\r")
+        shown.read_until(r"[\r\n]waiting")
+        shown.type("\x03")
+        shown.read_until(r"\^C")
+        shown.type("exit 7\r")
+        assert shown.finish() == 7
+
+
+def _ask_until_size(shown: Terminal, size: str) -> None:
+    """Wait until the VM's terminal has a size, which is sent while keys are."""
+    while True:
+        shown.type("echo si''ze $(stty size)\r")
+        if shown.read_until(r"[\r\n]size ([0-9 ]+)\r")[1].strip() == size:
+            return
+
+
+def test_terminal_is_as_before_after_a_command_on_it(dev: Path, vm: str) -> None:
+    with terminal(["bash", "--norc", "--noprofile", "-i"], {**environment(dev), "PS1": "> "}) as shown:
+        words = " ".join(command("", "exec", "vm", vm, "-it", "true"))
+        shown.type(f'before=$(stty -g); {words}; [ "$before" = "$(stty -g)" ] && echo as be\'\'fore\r')
+        shown.read_until(r"[\r\n]as before")
+
+
+# Verbs that go on, and what each prints at once.
+LASTING = {
+    "top": "VMs: 1",
+    "watch": "added vm vm",
+    "events vm vm -f": "assigned",
+    "port-forward vm vm :22": "forwarding 127",
+}
+
+
+@pytest.mark.parametrize(("words", "begins"), LASTING.items())
+def test_lasting_verbs_stop_and_go_on_by_job_control_and_end_with_ctrl_c(
+    dev: Path, vm: str, words: str, begins: str
+) -> None:
+    with terminal(["bash", "--norc", "--noprofile", "-i"], {**environment(dev), "PS1": "> "}) as shown:
+        shown.type(f"{' '.join(command('', *words.split()))}\r")
+        shown.read_until(begins)
+        shown.type("\x1a")
+        shown.read_until("Stopped")
+        shown.type("fg\r")
+        shown.read_until(r"fg[\r\n]")
+        shown.read_until("orchard")
+        shown.type("\x03")
+        shown.type("echo sta''tus $?\r")
+        status = shown.read_until(r"[\r\n]status ([0-9]+)")
+        assert status[1] == "130"
+        assert "Traceback" not in shown.said
+
+
+@pytest.mark.parametrize(("words", "begins"), {**LASTING, "exec vm vm -it -- sh": "[$#] "}.items())
+def test_verbs_end_when_the_terminal_is_closed(dev: Path, vm: str, words: str, begins: str) -> None:
+    with terminal(command("", *words.split()), environment(dev)) as shown:
+        shown.read_until(begins)
+        shown.hang_up()
+        assert shown.process.wait(GENEROUS) in (-signal.SIGHUP, 1, 129, 255)
+
+
+@pytest.mark.parametrize(
+    "words", ["list vms", "watch", "events vm vm -f", "describe vm vm", "top", "exec vm vm yes", "get vm vm"]
+)
+def test_verbs_end_quietly_when_their_reader_does(dev: Path, vm: str, words: str) -> None:
+    with subprocess.Popen(
+        command("", *words.split()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(dev)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        if words in ("watch", "events vm vm -f"):
+            # They write again when something happens.
+            process.stdout.readline()
+            process.stdout.close()
+            assert call_main(main, "delete", "vm", vm, home=dev)[0] == 0
+        else:
+            process.stdout.close()
+        assert process.wait(GENEROUS) in (1, -signal.SIGPIPE)
+        assert process.stderr.read() == ""
