@@ -20,6 +20,7 @@ from cluster import TOKEN, prepare
 
 from orchard import controller
 from orchard.client import Client
+from orchard.daemon import collect_garbage_less
 
 ROUNDS = 30
 
@@ -45,7 +46,7 @@ async def measure(home: Path, rounds: int, *, per_worker: bool) -> None:
         worker_offline_timeout=1_000_000,
         metrics_per_worker=per_worker,
     )
-    controller.collect_garbage_less()
+    collect_garbage_less()
     async with trio.open_nursery() as nursery:
         running: controller.Running = await nursery.start(controller.run, settings)
         async with Client(running.url, account="admin", token=TOKEN) as client:
