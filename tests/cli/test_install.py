@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import plistlib
+import pwd
 import re
 import shlex
 import shutil
@@ -20,12 +21,14 @@ import pytest
 from harness.clients import ADMIN_ENV, admin_client, make_bootstrap_token, wait_workers
 from harness.processes import GENEROUS, LISTENING, PLAIN, Role, call_main, controller, environment
 from harness.programs import ROOT_REASON
+from harness.users import OTHER, home_of_other, python_of_other
 
 from orchard.auth import BootstrapToken
 from orchard.cli.failure import CommandError
 from orchard.cli.install import ServiceManager, install, run_install_verb, uninstall
 from orchard.cli.main import main
 from orchard.cli.services import ServiceDefinition, launchd_plist, systemd_unit
+from orchard.client import Client
 
 ROOT = Path(__file__).parent.parent.parent
 TOKEN = str(BootstrapToken("workers", "secret-token"))
@@ -37,8 +40,10 @@ WORD = re.compile(r'"((?:[^"\\]|\\.)*)"|(\S+)')
 
 
 def unquoted(text: str) -> list[str]:
-    """Return the words of a command line as systemd.service(5) describes it, without variables and specifiers."""
+    """Return the words of a command line as systemd.service(5) describes it. It may have no variables and specifiers."""
     words = [re.sub(r"\\(.)", r"\1", quoted) if quoted or not bare else bare for quoted, bare in WORD.findall(text)]
+    for word in words:
+        assert re.fullmatch(r"(?:[^$%]|\$\$|%%)*", word), word
     return [word.replace("%%", "%").replace("$$", "$") for word in words]
 
 
@@ -232,6 +237,16 @@ def test_installation_may_be_repeated_and_says_how_to_start_what_changed(
 
 
 @needs_root
+def test_directories_belong_to_the_user_of_the_service(site: Site) -> None:
+    service = site.described("/bin/true", user="nobody")
+    assert install(service, site.manager) == 0
+    nobody = pwd.getpwnam("nobody").pw_uid
+    for directory in (site.home / "logs", site.home / "data", site.home / "data" / "state"):
+        assert directory.stat().st_uid == nobody
+    assert site.home.stat().st_uid == 0
+
+
+@needs_root
 def test_removal_stops_the_service_and_keeps_state_and_logs(
     site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,7 +340,7 @@ def run_by_launchd(service: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]
             service["ProgramArguments"],
             cwd=service["WorkingDirectory"],
             env=service["EnvironmentVariables"],
-            stdin=stdin, stdout=out, stderr=out,
+            stdin=stdin, stdout=out, stderr=out, umask=service["Umask"],
         )  # fmt: skip
     try:
         yield process
@@ -390,6 +405,46 @@ async def test_installed_worker_runs_by_the_program_that_installed_it(tmp_path: 
                 await wait_workers(client, 1)
                 process.terminate()
                 assert process.wait(GENEROUS) == 0, (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+async def test_archive_that_launchd_starts_as_root_runs_vms_as_its_user(tmp_path: Path) -> None:
+    python, _ = python_of_other()
+    with home_of_other() as home, controller(*PLAIN, home=tmp_path) as (_, url):
+        archive = tmp_path / "package"
+        archive.mkdir()
+        from_archive(archive)
+        program = shutil.copy(archive / "orchard.pyz", home)
+        token = tmp_path / "token"
+        token.write_text(TOKEN)
+        words = ["--url", url, "--token-file", str(token), "--format", "launchd", "--print", "--user", OTHER]
+        made = subprocess.run(  # noqa: ASYNC221
+            [python, program, "worker", "install", *words, "--runtime", "synthetic", "--name", "mac",
+             "--log-file", str(home / "log")],
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "ORCHARD_HOME": str(tmp_path)},
+            capture_output=True, check=True,
+        )  # fmt: skip
+        service = plistlib.loads(made.stdout)
+        service["EnvironmentVariables"]["ORCHARD_HOME"] = str(home)
+        # Only root may write to the directory that is really named there.
+        place = home.with_name(f"{home.name}-shared")
+        assert service["EnvironmentVariables"].pop("ORCHARD_PYZ_DIRECTORY")
+        service["EnvironmentVariables"]["ORCHARD_PYZ_DIRECTORY"] = str(place)
+        service["WorkingDirectory"] = "/"
+        service["StandardErrorPath"] = str(tmp_path / "out")
+        try:
+            async with Client(url) as client:
+                with run_by_launchd(service) as process:
+                    await wait_workers(client, 1)
+                    await client.vms.create(name="vm", image="any")
+                    vm = await client.vms.wait("vm", until="ready")
+                    assert (home / ".orchard").stat().st_uid == pwd.getpwnam(OTHER).pw_uid
+                    assert vm.state.worker == "mac"
+                    process.terminate()
+                    assert process.wait(GENEROUS) == 0, (tmp_path / "out").read_text()
+            assert {path.stat().st_uid for path in place.rglob("*")} == {0}
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def test_installed_controller_starts_with_the_words_of_its_unit(tmp_path: Path) -> None:
