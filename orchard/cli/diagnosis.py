@@ -1,7 +1,7 @@
 """The checks of `orchard doctor`: from what was observed on a host to ok, warning or failure, with the remedy. Pure.
 
-Each function judges one thing, from facts that doctor.py observes. Facts of macOS are None on other systems, and the check
-says then that it does not apply.
+Each function judges one thing, from facts that doctor.py and host_checks.py observe. Facts of macOS are None on other
+systems, and the check says then that it does not apply.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from harness.processes import ORCHARD, PLAIN, call_main, controller, environment
 from harness.programs import need
 
 from orchard.auth import BootstrapToken
-from orchard.cli import diagnosis, doctor
+from orchard.cli import diagnosis, doctor, host_checks
 from orchard.cli.diagnosis import Finding
 from orchard.cli.main import main
 from orchard.files import write_private
@@ -186,18 +186,18 @@ def program(path: Path, text: str) -> Path:
 
 
 def test_tart_that_is_missing_fails_or_is_old_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "none" in doctor.observe_program(str(tmp_path / "none"), "tart")[1]
+    assert "none" in host_checks.observe_program(str(tmp_path / "none"), "tart")[1]
     broken = program(tmp_path / "broken", "exit 3")
-    assert "status 3" in doctor.observe_program(str(broken), "tart")[1]
+    assert "status 3" in host_checks.observe_program(str(broken), "tart")[1]
     monkeypatch.setenv("TART_HOME", str(tmp_path))
     monkeypatch.setenv("TART_VERSION", "2.38.1")
-    assert doctor.observe_program(str(STANDIN), "tart") == (str(STANDIN), "", (2, 38, 1))
+    assert host_checks.observe_program(str(STANDIN), "tart") == (str(STANDIN), "", (2, 38, 1))
 
 
 def test_user_at_the_screen_is_the_owner_of_the_console(tmp_path: Path) -> None:
     (tmp_path / "console").touch()
-    assert doctor.console_user(tmp_path / "console") == pwd.getpwuid(os.geteuid()).pw_name
-    assert doctor.console_user(tmp_path / "none") == "unknown"
+    assert host_checks.console_user(tmp_path / "console") == pwd.getpwuid(os.geteuid()).pw_name
+    assert host_checks.console_user(tmp_path / "none") == "unknown"
 
 
 @pytest.mark.parametrize(("status", "is_open"), [(0, True), (36, False)])
@@ -206,7 +206,7 @@ def test_keychain_is_open_if_security_says_so(
 ) -> None:
     program(tmp_path / "security", f'[ "$1" = show-keychain-info ] && exit {status}')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert doctor.keychain_is_open() is is_open
+    assert host_checks.keychain_is_open() is is_open
 
 
 @contextmanager
@@ -221,11 +221,11 @@ def test_connection_to_a_running_vm_shows_whether_the_system_lets_it(tmp_path: P
     tart = str(program(tmp_path / "bin" / "tart", text))
     (tmp_path / "vm").write_text("127.0.0.1")
     with listening() as port:
-        assert doctor.reach_of_vm(tart, port) == "reached"
-    assert doctor.reach_of_vm(tart, port) == "reached"
+        assert host_checks.reach_of_vm(tart, port) == "reached"
+    assert host_checks.reach_of_vm(tart, port) == "reached"
     (tmp_path / "vm").write_text("no address")
-    assert doctor.reach_of_vm(tart) == "unknown"
-    assert doctor.reach_of_vm(str(program(tmp_path / "bin" / "broken", "exit 1"))) == "unknown"
+    assert host_checks.reach_of_vm(tart) == "unknown"
+    assert host_checks.reach_of_vm(str(program(tmp_path / "bin" / "broken", "exit 1"))) == "unknown"
     known = {errno.ECONNREFUSED: "reached", errno.EHOSTUNREACH: "denied", errno.ETIMEDOUT: "unknown", None: "unknown"}
     assert {number: diagnosis.reach_of(number) for number in known} == known
 
@@ -234,15 +234,15 @@ def test_leases_that_have_not_expired_are_counted(tmp_path: Path) -> None:
     ends = (0x65E8A1B0, 0x65E8A1B1, 0x65E8A1B2)
     text = "".join(f"{{\n\tname=vm\n\tip_address=192.168.64.{end % 256}\n\tlease=0x{end:x}\n}}\n" for end in ends)
     (tmp_path / "leases").write_text(text)
-    assert doctor.observe_leases(tmp_path / "leases", 0x65E8A1B0) == 2
-    assert doctor.observe_leases(tmp_path / "none", 0) == 0
+    assert host_checks.observe_leases(tmp_path / "leases", 0x65E8A1B0) == 2
+    assert host_checks.observe_leases(tmp_path / "none", 0) == 0
 
 
 def test_directory_that_cannot_be_used_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "none")
     for path, is_usable in (("", True), ("new/er", True), ("file", False), ("link", False), ("file/below", False)):
-        assert (doctor.problem_of_directory(tmp_path / path) == "") is is_usable
+        assert (host_checks.problem_of_directory(tmp_path / path) == "") is is_usable
 
 
 def test_host_without_an_address_is_noticed() -> None:
@@ -254,10 +254,10 @@ def test_host_without_an_address_is_noticed() -> None:
 
 def test_port_in_use_is_noticed() -> None:
     with listening() as port:
-        assert "in use" in doctor.listen_error("127.0.0.1", port)
-    assert doctor.listen_error("127.0.0.1", port) == ""
+        assert "in use" in host_checks.listen_error("127.0.0.1", port)
+    assert host_checks.listen_error("127.0.0.1", port) == ""
     with listening("") as port:
-        assert doctor.listen_error(None, port)
+        assert host_checks.listen_error(None, port)
 
 
 # ---- the way to the controller --------------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ sessions
 ssh-config
 completion zsh
 version
+doctor client
 delete vm vm
 """
 
