@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 _SPANS = (("day", 86_400), ("hour", 3_600), ("minute", 60), ("second", 1))
+_HOME_AND_CLEAR = "\x1b[H\x1b[J"
 # Of a column that may be cut: a narrower one says nothing.
 _LEAST_WIDTH = 12
 
@@ -33,6 +35,12 @@ def print_line(text: str) -> None:
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: str = "") -> None:
     """Print rows in aligned columns. On a terminal, the column `cut` is shortened so that lines fit; others never are."""
+    for line in format_table(header, rows, cut=cut):
+        print(line)
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: str = "") -> Iterator[str]:
+    """Yield the lines that `print_table` prints."""
     table = [list(header), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
     if cut in header and sys.stdout.isatty():
@@ -41,7 +49,14 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: st
         widths[column] = min(widths[column], max(_LEAST_WIDTH, shutil.get_terminal_size().columns - others))
     for row in table:
         cells = [_padded(cell, width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join(cells).rstrip())
+        yield "  ".join(cells).rstrip()
+
+
+def repaint(lines: Iterable[str]) -> None:
+    """Show lines in place of all that a terminal shows, as far as they fit."""
+    size = shutil.get_terminal_size()
+    shown = [line[: size.columns - 1] for line in itertools.islice(lines, size.lines - 1)]
+    print(_HOME_AND_CLEAR + "\n".join(shown), end="", flush=True)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:

@@ -176,6 +176,8 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument("--dry-run", action="store_true", help="print what would be deleted, and delete nothing")
     if verb == "list":
         parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
+        parser.add_argument("-w", "--watch", action="store_true",
+            help="go on: show the list again after each change on a terminal, print each change elsewhere")  # fmt: skip
     if verb == "pause":
         parser.add_argument("--wait", metavar="SECONDS", type=parse_duration,
             help="wait for its VMs to end; with exit status 124 when they have not by then")  # fmt: skip
@@ -198,6 +200,12 @@ def find_kind(word: str, allowed: tuple[ResourceKind, ...]) -> ResourceKind:
 
 def _list(options: argparse.Namespace) -> int:
     kind = find_kind(options.kind, (_VM, _WORKER, _ACCOUNT))
+    if options.watch:
+        from orchard.cli.listing import watch_list
+
+        if kind is _ACCOUNT or options.quiet or options.output != "table":
+            raise CommandError("-w shows vms or workers, without -q and -o; for JSON, see orchard watch --help", USAGE)
+        return watch_list(options, kind)
     with open_connection(options) as controller:
         items = controller.call("GET", path_of(kind.path))
     if options.quiet or options.output == "name":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, path_of
@@ -115,22 +115,32 @@ def _followed(controller: ControllerConnection, path: str, query: Mapping[str, s
 
 def _watch(options: argparse.Namespace) -> int:
     query = [("kinds", ",".join(options.kinds) or "vms,workers"), *(("filter", text) for text in options.filter)]
-    since, begun = "", False
     with open_connection(options) as controller:
         require_capability(controller, "watch-list", "watch")
-        while True:
-            try:
-                for change in controller.lines("/watch", query=[*query, *([("since", since)] if since else [])]):
-                    begun, since = True, change.get("revision", since)
-                    _print_change(change, options.output)
-            except NetworkError:
-                if not begun:
-                    raise
-                time.sleep(_RETRY_SECONDS)
-            except AnswerError as error:
-                if error.status_code != _GONE:
-                    raise
-                since = ""
+        for change in changes(controller, query):
+            if change is not None:
+                _print_change(change, options.output)
+    return 0
+
+
+def changes(controller: ControllerConnection, query: Sequence[tuple[str, str]]) -> Iterator[Mapping[str, Any] | None]:
+    """Yield each change of a watch without an end, over restarts of the controller; None where all begins anew."""
+    since, begun = "", False
+    while True:
+        try:
+            for change in controller.lines("/watch", query=[*query, *([("since", since)] if since else [])]):
+                begun, since = True, change.get("revision", since)
+                yield change
+        except NetworkError:
+            if not begun:
+                raise
+            time.sleep(_RETRY_SECONDS)
+        except AnswerError as error:
+            if error.status_code != _GONE:
+                raise
+            since = ""
+        if not since:
+            yield None
 
 
 def _print_change(change: Mapping[str, Any], output: str) -> None:

@@ -96,6 +96,9 @@ def run_with_client(options: argparse.Namespace, work: Callable[[Client], Awaita
             return trio.run(run, strict_exception_groups=True)
     except (ClientError, ValueError) as error:
         raise CommandError(str(error)) from None
+    except BrokenPipeError:
+        # Of standard output: a lost connection is a ClientError.
+        raise
     except OSError as error:
         raise CommandError(describe_network_error(error)) from None
 

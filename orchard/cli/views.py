@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections import Counter
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
-from orchard.cli.output import format_age, format_clock, is_fancy, print_pairs, printable
+from orchard.cli.output import format_age, format_clock, is_fancy, print_pairs, printable, repaint
 from orchard.cli.resources import RESOURCE_KINDS
 from orchard.cli.session import add_context_option, open_connection
 from orchard.command_line import CommandLine
@@ -20,7 +19,6 @@ _TART_VMS = "org.cirruslabs.tart-vms"
 # VMs of the queue, and events of a VM, that are shown.
 _SHOWN = 10
 _REPAINT_SECONDS = 2.0
-_HOME_AND_CLEAR = "\x1b[H\x1b[J"
 # Part of a reason of waiting.py why a VM waits -> what would help.
 _REMEDIES = {
     " has registered": "start a worker: orchard worker URL --bootstrap-token-stdin",
@@ -70,9 +68,7 @@ def _top(options: argparse.Namespace) -> int:
         while True:
             lines = [printable(line) for line in _fleet(controller)]
             if is_fancy(sys.stdout):
-                size = shutil.get_terminal_size()
-                shown = [line[: size.columns - 1] for line in lines[: size.lines - 1]]
-                print(_HOME_AND_CLEAR + "\n".join(shown), end="", flush=True)
+                repaint(lines)
             else:
                 print(*lines, sep="\n", end="\n\n", flush=True)
             time.sleep(_REPAINT_SECONDS)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, call_main, command, environment
+from harness.processes import GENEROUS, at_last, call_main, command, environment, started
 from harness.terminals import Terminal, terminal
 
 from orchard.cli.connection import ControllerConnection
@@ -67,6 +68,7 @@ def test_terminal_is_as_before_after_a_command_on_it(dev: Path, vm: str) -> None
 LASTING = {
     "top": "VMs: 1",
     "watch": "added vm vm",
+    "list vms -w": r"vm +[0-9a-z ]+ +i +running",
     "events vm vm -f": "assigned",
     "port-forward vm vm :22": "forwarding 127",
 }
@@ -82,8 +84,7 @@ def test_lasting_verbs_stop_and_go_on_by_job_control_and_end_with_ctrl_c(
         shown.type("\x1a")
         shown.read_until("Stopped")
         shown.type("fg\r")
-        shown.read_until(r"fg[\r\n]")
-        shown.read_until("orchard")
+        at_last(lambda: not shown.is_in_foreground)
         shown.type("\x03")
         shown.type("echo sta''tus $?\r")
         status = shown.read_until(r"[\r\n]status ([0-9]+)")
@@ -117,3 +118,31 @@ def test_verbs_end_quietly_when_their_reader_does(dev: Path, vm: str, words: str
             process.stdout.close()
         assert process.wait(GENEROUS) in (1, -signal.SIGPIPE)
         assert process.stderr.read() == ""
+
+
+def test_list_is_shown_again_on_a_terminal_after_each_change(dev: Path, vm: str, api: ControllerConnection) -> None:
+    with terminal(command("", "list", "vms", "-w"), environment(dev), rows=4, columns=60) as shown:
+        shown.read_until(r"\x1b\[H\x1b\[JName[^\x1b]*vm +[0-9a-z ]+ +i +running")
+        for name in ("another", "last"):
+            api.call("POST", "/vms", body={"name": name, "image": "a-long-image-name" * 5, "labels": {"no": "worker"}})
+        # Of a list that is longer than the terminal, the first lines; of a long image, what fits beside the rest.
+        painted = shown.read_until(r"\x1b\[H\x1b\[JName[^\x1b]*another[^\x1b]*last[^\x1b]*")[0]
+        assert len(painted.splitlines()) <= 3
+        assert all(len(line) < 60 + len("\x1b[H\x1b[J") for line in painted.splitlines())
+        api.call("DELETE", "/vms/another")
+        shown.read_until(r"\x1b\[H\x1b\[JName[^\x1b]*\nlast ")
+
+
+def test_list_is_continued_in_a_pipe(dev: Path, vm: str, api: ControllerConnection) -> None:
+    with started("", "list", "vms", "-w", home=dev) as role:
+        role.wait_for(re.compile("Name "))
+        role.wait_for(re.compile("vm .* running "))
+        api.call("POST", "/vms", body={"name": "new", "image": "i", "labels": {"no": "worker"}})
+        role.wait_for(re.compile("new .* pending "))
+        api.call("DELETE", "/vms/new")
+        role.wait_for(re.compile("new .* deleted "))
+        assert role.stop(signal.SIGINT) in (130, -signal.SIGINT)
+    with started("", "list", "workers", "-w", home=dev) as role:
+        role.wait_for(re.compile("worker-1 .* online "))
+    for words in (("service-accounts",), ("vms", "-q"), ("vms", "-o", "json")):
+        assert call_main(main, "list", *words, "-w", home=dev)[0] == 2

@@ -32,6 +32,11 @@ class Terminal:
     def resize(self, rows: int, columns: int) -> None:
         _set_size(self._descriptor, rows, columns)
 
+    @property
+    def is_in_foreground(self) -> bool:
+        """Whether keys such as Ctrl-C go to the program that was started, and not to one that it has started."""
+        return os.tcgetpgrp(self._descriptor) == self.process.pid
+
     def read_until(self, pattern: str) -> re.Match[str]:
         """Read until a regular expression matches what was written, and forget that up to its end."""
         while (match := re.search(pattern, self.said)) is None:
