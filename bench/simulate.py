@@ -1,9 +1,9 @@
 """Random faults in a simulated cluster, for as many seeds as there is time (tests/simulation).
 
-    ./run bench simulate [--seeds N] [--from SEED] [--steps N] [--bug NAME]
+    ./run bench simulate [--controllers 2] [--seeds N] [--from SEED] [--steps N] [--bug NAME]
 
 Runs seeds on all processors. Prints each violation with its seed, which repeats the run, and exits with 1 if there was
-any. `--bug` plants a bug that the simulation must find, to see in how many seeds it does.
+any. Two controllers have their state in an etcd in memory. `--bug` plants a bug that the simulation must find, to see in how many seeds it does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fault_schedule import STEPS, ViolationError, simulate
 from simulated_cluster import NO_BUG, PLANTED_BUGS, PlantedBug
 
 
-def violation_of(steps: int, bug: PlantedBug, seed: int) -> str:
+def violation_of(steps: int, bug: PlantedBug, is_fleet: bool, seed: int) -> str:
     """Run a seed. Return its violation, "" for none; `simulate` prints the trace before it."""
     try:
-        simulate(seed, bug=bug, steps=steps)
+        simulate(seed, bug=bug, steps=steps, is_fleet=is_fleet)
     except ViolationError as violation:
         return str(violation)
     return ""
@@ -38,9 +38,10 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--from", type=int, default=0, dest="first", help="first seed; default %(default)s")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of each seed; default %(default)s")
     parser.add_argument("--bug", choices=PLANTED_BUGS, help="bug to plant; default: none")
+    parser.add_argument("--controllers", type=int, choices=(1, 2), default=1, help="number; default %(default)s")
     options = parser.parse_args(argv)
     seeds = range(options.first, options.first + options.seeds)
-    run = partial(violation_of, options.steps, PLANTED_BUGS.get(options.bug, NO_BUG))
+    run = partial(violation_of, options.steps, PLANTED_BUGS.get(options.bug, NO_BUG), options.controllers > 1)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         violations = [text for text in pool.map(run, seeds) if text]
     print(f"{len(seeds):,} seeds of {options.steps} steps, {len(violations)} with a violation", *violations, sep="\n")

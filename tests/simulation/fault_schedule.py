@@ -21,6 +21,7 @@ import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from typing import Any, Literal
 import trio
 from harness.network import Process
 from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, RunningProgram, SimulatedCluster, planted, size_of
+from simulated_fleet import CONTROLLERS, ETCD, SimulatedFleet
 
 # trio's switch for deterministic scheduling is not public.
 from trio._core import _run
@@ -171,6 +173,11 @@ class Users:
         name, cpu = self._chance.choice(NAMES), self._chance.randrange(1, 9)
         self._request_about_vm("change", name, lambda: self._client.vms.patch(name, cpu=cpu))
 
+    def look(self) -> None:
+        """Ask for a VM: an answer that is not of the present state is a violation."""
+        name = self._chance.choice(NAMES)
+        self._request_about_vm("look at", name, lambda: self._client.vms.get(name))
+
     def stop_or_suspend(self) -> None:
         powers: tuple[PowerState, ...] = ("stopped", "suspended")
         name, power = self._chance.choice(NAMES), self._chance.choice(powers)
@@ -243,6 +250,8 @@ class Users:
                 self._cluster.violate(f"create {name}: done, but there was such a VM")
             if ttl is not None:
                 view.lives_until, view.hastened = lives_until, hastened
+            if verb == "look at" and before == "present" and answer.uid != view.uid:
+                self._cluster.violate(f"look at {name}: a stale answer")
             if verb == "create":
                 view.state, view.uid = "present", answer.uid
             elif verb == "delete":
@@ -299,30 +308,45 @@ class Faults:
         self._cluster.machines[name].lose_power()
 
     def kill_controller(self) -> None:
-        self._take_down(CONTROLLER, "is killed")
+        self._take_down(self._random_controller(), "is killed")
 
     def restart_controller(self) -> None:
         """Kill the controller and start it again at once: leases do not run out meanwhile."""
-        self._take_down(CONTROLLER, "is killed for a moment", seconds=RESTART_SECONDS)
+        self._take_down(self._random_controller(), "is killed for a moment", seconds=RESTART_SECONDS)
 
     def stop_controller(self) -> None:
-        self._take_down(CONTROLLER, "is told to stop", orderly=True)
+        self._take_down(self._random_controller(), "is told to stop", orderly=True)
 
     def freeze_worker(self) -> None:
         self._freeze(self._random_machine())
 
     def freeze_controller(self) -> None:
-        self._freeze(CONTROLLER)
+        self._freeze(self._random_controller())
+
+    def cut_leader_off(self) -> None:
+        """Cut what the leader sends to etcd, until another controller leads: it may arrive then."""
+        leaders = [name for name, each in self._cluster.controllers.items() if each is self._cluster.leader]
+        for name in leaders:
+            self._cluster.note(f"cut: {name} to {ETCD}")
+            self._cluster.network.cut(name, ETCD)
+            self._call_later(self._chance.uniform(6, 12), partial(self._cluster.network.heal, name, ETCD))
+
+    def cut_controller_off(self) -> None:
+        """Cut a controller off from etcd. What it has sent may arrive later."""
+        name, seconds = self._random_controller(), self._random_duration()
+        for source, target in self._chance.choice(([(name, ETCD), (ETCD, name)], [(name, ETCD)], [(ETCD, name)])):
+            self._cluster.note(f"cut for {seconds:.0f} s: {source} to {target}")
+            self._cluster.network.cut(source, target)
+        self._call_later(seconds, lambda: self._cluster.network.heal(name, ETCD))
 
     def cut_connection(self) -> None:
         name, seconds = self._random_machine(), self._random_duration()
-        directions = self._chance.choice(
-            ([(name, CONTROLLER), (CONTROLLER, name)], [(name, CONTROLLER)], [(CONTROLLER, name)])
-        )
+        other = self._random_controller()
+        directions = self._chance.choice(([(name, other), (other, name)], [(name, other)], [(other, name)]))
         for source, target in directions:
             self._cluster.note(f"cut for {seconds:.0f} s: {source} to {target}")
             self._cluster.network.cut(source, target)
-        self._call_later(seconds, lambda: self._cluster.network.heal(name, CONTROLLER))
+        self._call_later(seconds, lambda: self._cluster.network.heal(name, other))
 
     def slow_connection(self) -> None:
         name = self._chance.choice([CONTROLLER, *self._cluster.machines])
@@ -357,10 +381,13 @@ class Faults:
         cluster = self._cluster
         cluster.note("recovery")
         cluster.network.slowness.clear()
-        cluster.controller.process.thaw()
+        for name, running in cluster.controllers.items():
+            running.process.thaw()
+            cluster.network.heal(name, ETCD)
         for name, machine in cluster.machines.items():
             machine.troubled, machine.broken = False, ""
-            cluster.network.heal(name, CONTROLLER)
+            for other in cluster.controllers:
+                cluster.network.heal(name, other)
             cluster.workers[name].process.thaw()
         for name in list(self._down):
             await self._program(name).ended.wait()
@@ -372,8 +399,12 @@ class Faults:
     def _random_machine(self) -> str:
         return self._chance.choice(list(self._cluster.machines))
 
+    def _random_controller(self) -> str:
+        names = list(self._cluster.controllers)
+        return names[0] if len(names) == 1 else self._chance.choice(names)
+
     def _program(self, name: str) -> RunningProgram:
-        return self._cluster.controller if name == CONTROLLER else self._cluster.workers[name]
+        return self._cluster.controllers.get(name) or self._cluster.workers[name]
 
     def _call_later(self, seconds: float, call: Callable[[], object]) -> None:
         async def wait() -> None:
@@ -394,7 +425,7 @@ class Faults:
             running.kill()
             return
         running.process.thaw()
-        if name == CONTROLLER:
+        if name in self._cluster.controllers:
             running.stopping.set()
         else:
             running.scope.cancel()
@@ -406,8 +437,8 @@ class Faults:
 
     async def _start(self, name: str) -> None:
         self._cluster.note(f"{name} is started")
-        if name == CONTROLLER:
-            await self._cluster.start_controller()
+        if name in self._cluster.controllers:
+            await self._cluster.start_controller(name=name)
         else:
             self._cluster.start_worker(name)
         del self._down[name]
@@ -518,8 +549,15 @@ async def inject(
     }  # fmt: skip
     if freeze_controller:
         actions[faults.freeze_controller] = 3
+    if len(cluster.controllers) > 1:
+        # Stored deadlines and wall clocks are those of one controller's tests.
+        del actions[users.renew], actions[faults.set_controller_clock]
+        actions |= {faults.cut_controller_off: 4, faults.kill_controller: 4, users.look: 6}
     if isolate_workers:
+        # With two controllers, the one that leads is isolated.
         actions = {users.create: 3, faults.kill_worker: 1, faults.freeze_worker: 1}
+        if len(cluster.controllers) > 1:
+            actions = {users.create: 4, users.delete: 4, users.resize: 4, faults.cut_leader_off: 1}
     for _ in range(steps):
         cluster.chance.choices(list(actions), list(actions.values()))[0]()
         await trio.sleep(cluster.chance.expovariate(1 / STEP_SECONDS))
@@ -528,17 +566,21 @@ async def inject(
             return
 
 
-async def run_schedule(seed: int, directory: Path, bug: PlantedBug, steps: int, trace: list[str]) -> list[str]:
+async def run_schedule(
+    seed: int, directory: Path, bug: PlantedBug, steps: int, trace: list[str], is_fleet: bool = False
+) -> list[str]:
     """Run the fault phase and the recovery phase. Return the violations."""
     freeze_controller = seed % FREEZE_CONTROLLER_EVERY == FREEZE_CONTROLLER_EVERY - 1
     async with trio.open_nursery() as nursery:
-        cluster = SimulatedCluster(random.Random(seed), directory, nursery, bug, trace)
-        with cluster.logged():
-            await cluster.start_controller()
+        make, several = (SimulatedFleet, CONTROLLERS) if is_fleet else (SimulatedCluster, (CONTROLLER,))
+        cluster = make(random.Random(seed), directory, nursery, bug, trace)
+        with cluster.logged(), cluster.observed():
+            for name in several:
+                await cluster.start_controller(name=name)
             for name in cluster.machines:
                 cluster.start_worker(name)
             async with cluster.client(Process(USER), ANSWER_SECONDS) as client:
-                users = Users(cluster, client, nursery, deadlines=not bug.shows_in_isolation)
+                users = Users(cluster, client, nursery, deadlines=not (bug.shows_in_isolation or is_fleet))
                 async with trio.open_nursery() as fault_nursery:
                     faults = Faults(cluster, fault_nursery, ISOLATION if bug.shows_in_isolation else DURATIONS)
                     await inject(
@@ -554,7 +596,7 @@ async def run_schedule(seed: int, directory: Path, bug: PlantedBug, steps: int, 
                     await faults.end_all()
                     await settle(cluster, users, client)
             # A frozen process would never end a write that cannot be cancelled.
-            for running in (cluster.controller, *cluster.workers.values()):
+            for running in (*cluster.controllers.values(), *cluster.workers.values()):
                 running.process.thaw()
             nursery.cancel_scope.cancel()
     return cluster.violations
@@ -574,8 +616,8 @@ def deterministic_trio(seed: int) -> Iterator[None]:
         _run._r.setstate(before[1])
 
 
-def simulate(seed: int, *, bug: PlantedBug = NO_BUG, steps: int = STEPS) -> str:
-    """Run a seed. Return the digest of its trace, or print the end of the trace and raise ViolationError."""
+def simulate(seed: int, *, bug: PlantedBug = NO_BUG, steps: int = STEPS, is_fleet: bool = False) -> str:
+    """Run a seed, with `is_fleet` of two controllers on etcd. Return the digest of its trace, or print the end of the trace and raise ViolationError."""
     trace: list[str] = []
     violations = ["an exception; see above"]
     memory = MEMORY_DIRECTORY if MEMORY_DIRECTORY.is_dir() else None
@@ -588,6 +630,7 @@ def simulate(seed: int, *, bug: PlantedBug = NO_BUG, steps: int = STEPS) -> str:
                 bug,
                 steps,
                 trace,
+                is_fleet,
                 clock=MockClock(autojump_threshold=0),
                 strict_exception_groups=True,
             )

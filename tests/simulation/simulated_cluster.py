@@ -120,6 +120,8 @@ class PlantedBug:
     times_out_silently: bool = False
     # Whether the planner forgets to give back what a VM used.
     leaks_slots: bool = False
+    # Whether controllers on etcd write without comparing what another one has written.
+    compares_nothing: bool = False
     # Whether the schedule mostly isolates workers, because the bug is rare otherwise.
     shows_in_isolation: bool = False
 
@@ -133,6 +135,8 @@ PLANTED_BUGS = {
     "stopped-early": PlantedBug(reports_stopped_early=True),
     "over-offered": PlantedBug(offered=CAPACITY + 1),
     "forgetful-disk": PlantedBug(disk_forgets=True),
+    # Of two controllers.
+    "no-comparison": PlantedBug(compares_nothing=True, shows_in_isolation=True),
     "early-expiry": PlantedBug(expires_early=True),
     "silent-time-out": PlantedBug(times_out_silently=True),
     "leaked-slots": PlantedBug(leaks_slots=True),
@@ -219,6 +223,8 @@ class SimulatedCluster:
         # The controller's store, while the controller runs, and what shows its metrics.
         self.store: Store | None = None
         self.api: API | None = None
+        # By host; one of them leads.
+        self.controllers: dict[str, RunningProgram] = {}
         self.controller: RunningProgram
         self.workers: dict[str, RunningProgram] = {}
         # Worker, or CONTROLLER -> the error of its clock in seconds.
@@ -324,19 +330,34 @@ class SimulatedCluster:
             log.setLevel(before[0])
             log.propagate = before[1]
 
+    @property
+    def leader(self) -> RunningProgram | None:
+        """The controller that leads, None while none does."""
+        return self.controller if self.store is not None else None
+
+    @contextmanager
+    def observed(self) -> Iterator[None]:
+        """Follow the controller's store for the time of the block. Here, the controller's platform does that."""
+        yield
+
     def clock(self, name: str = "") -> datetime.datetime:
         """Return the time, or the time that the clock of a worker or the controller shows."""
         return BEGAN + datetime.timedelta(seconds=trio.current_time() + self.clock_errors.get(name, 0.0))
 
     # -- the controller
 
-    async def start_controller(self, offline_timeout: float = 0.0, ping_interval: float = 0.0) -> None:
+    async def start_controller(
+        self, offline_timeout: float = 0.0, ping_interval: float = 0.0, *, name: str = CONTROLLER
+    ) -> None:
         """Start the controller, and return when it serves. Without an offline timeout, a random one is chosen."""
+        assert name == CONTROLLER
         process, scope = Process(CONTROLLER), trio.CancelScope()
         timeouts = OFFLINE_TIMEOUTS[:1] if self._bug.shows_in_isolation else OFFLINE_TIMEOUTS
         offline_timeout = offline_timeout or self.chance.choice(timeouts)
         self.note(f"offline timeout: {offline_timeout:g} s")
-        running = self.controller = RunningProgram(process, scope, trio.Event(), trio.Event())
+        running = self.controller = self.controllers[CONTROLLER] = RunningProgram(
+            process, scope, trio.Event(), trio.Event()
+        )
         settings = controller.ControllerSettings(
             data_dir=self.directory,
             tls=False,
