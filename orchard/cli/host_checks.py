@@ -32,7 +32,7 @@ from orchard.tart import find_tart
 from orchard.vm.driver import DriverError
 from orchard.vm.host import check_dhcp_lease, measure_disk
 from orchard.vm.processes import is_locked
-from orchard.vm.tart_cli import Abilities, parse_list
+from orchard.vm.tart_cli import LISTS_SAFELY, Abilities, parse_list
 
 _PROGRAM_SECONDS = 20.0
 _CONNECT_SECONDS = 3.0
@@ -53,7 +53,8 @@ def examine_worker(options: argparse.Namespace) -> Iterator[Finding]:
         yield diagnosis.check_vetu(error, path, version)
     else:
         yield diagnosis.check_tart(error, path, version)
-        yield from _examine_macos("" if error else path)
+        # An older tart cannot list while a VM starts: the start would fail.
+        yield from _examine_macos(path if not error and version >= LISTS_SAFELY else "")
         yield diagnosis.check_pruning("TART_NO_AUTO_PRUNE" in os.environ)
     yield diagnosis.check_home(variable, str(home), problem_of_directory(home))
     disk = measure_disk(home)
@@ -62,7 +63,7 @@ def examine_worker(options: argparse.Namespace) -> Iterator[Finding]:
 
 
 def _examine_macos(tart: str) -> Iterator[Finding]:
-    """Yield what macOS lets VMs and connections to them do; `tart` is "" without a usable one."""
+    """Yield what macOS lets VMs and connections to them do; `tart` is "" without one that can list the VMs."""
     is_macos = platform.system() == "Darwin"
     user = pwd.getpwuid(os.geteuid()).pw_name
     yield diagnosis.check_session(user, console_user() if is_macos else None, is_macos and keychain_is_open())

@@ -6,6 +6,7 @@ import datetime
 import errno
 import json
 import os
+import platform
 import pwd
 import socket
 import ssl
@@ -487,6 +488,40 @@ def test_faults_of_a_workers_host_are_found_by_the_command(tmp_path: Path) -> No
         })
         for disk in ("ok", "warning", "failure")
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("version", "local_network", "calls"), [
+    ("2.39.0", "failure", ["--version", "list", "ip"]),
+    ("2.38.0", "warning", ["--version"]),
+])  # fmt: skip
+def test_host_of_macos_is_examined_and_an_old_tart_lists_no_vms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, local_network: str, calls: list[str]
+) -> None:
+    """A list by an old tart would make a VM fail that starts at the same time."""
+    tart = program(
+        tmp_path / "tart",
+        f"""\
+        echo $1 >> {tmp_path}/calls
+        case $1 in
+        --version) echo {version};;
+        list) echo '[{{"Name": "vm", "State": "running"}}]';;
+        ip) echo 192.168.64.7;;
+        esac""",
+    )
+    program(tmp_path / "security", "exit 36")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.1", ("", "", ""), "arm64"))
+    monkeypatch.setattr(os, "geteuid", lambda: pwd.getpwnam("nobody").pw_uid)
+
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    status, findings = examined("worker", "--tart", str(tart), home=tmp_path)
+    assert (status, findings["session"]["status"], findings["DHCP lease time"]["status"]) == (1, "failure", "warning")
+    assert (findings["local network"]["status"], findings["DHCP addresses"]["status"]) == (local_network, "ok")
+    assert (tmp_path / "calls").read_text().split() == calls
 
 
 def test_host_of_vetu_needs_no_tart(tmp_path: Path) -> None:
