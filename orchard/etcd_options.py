@@ -47,10 +47,11 @@ def _parse_mib(text: str) -> int:
     return int(text)
 
 
-def add_access_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where etcd is, and who asks."""
+def add_access_options(parser: argparse.ArgumentParser, *, urls: bool = True) -> None:
+    """Add the options that say where etcd is, unless the `urls` are arguments, and who asks."""
     add = parser.add_argument
-    add("--etcd", metavar="URL[,URL...]", default="",
+    if urls:
+        add("--etcd", metavar="URL[,URL...]", default="",
         help="client URLs of etcd, such as https://etcd-1.example.com:2379; it holds the state then")  # fmt: skip
     add("--etcd-prefix", metavar="PATH", type=parse_etcd_prefix, default=DEFAULT_ETCD_PREFIX,
         help="path of the keys, another one for each cluster; default %(default)s")  # fmt: skip

@@ -994,6 +994,7 @@ OTHER_MODULES = (
     "methods.",
     "net.",
     "reconciler",
+    "store_copy",
     "stored_data",
     "ssh.jump",
     "tart",

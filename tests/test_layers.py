@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
                 "deadlines",
                 "stored_data",
                 "etcd_options",
+                "store_copy",
                 "figures",
                 "side_ports",
                 "webhooks",

@@ -81,6 +81,7 @@ VERBS: Mapping[str, Verb] = {
     "dev": Verb("trial", "run a controller and workers to develop against"),
     "bootstrap-token": Verb("offline", "print a bootstrap token for a worker, on the controller's host"),
     "doctor": Verb("doctor", "find what keeps a worker, a controller or a client on this host from working"),
+    "store": Verb("offline", "copy what a controller stores to another data directory or to etcd"),
     "check": Verb("offline", "report what is wrong in a controller's data directory, without changing it"),
 }
 

@@ -1,28 +1,39 @@
-"""The verbs `bootstrap-token` and `check`, which read a controller's data directory.
+"""The verbs `bootstrap-token`, `check` and `store`, which read a controller's data directory, or etcd.
 
-They need no running controller, do not disturb one that uses the directory, and change nothing in it.
+They need no running controller and change nothing in what they read. The first two do not disturb a controller.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from functools import partial
 from pathlib import Path
+
+import trio
 
 from orchard.auth import BootstrapToken
 from orchard.command_line import CommandLine, orchard_home
+from orchard.etcd_options import add_access_options, etcd_access
 from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, write_private
 from orchard.fsck import inspect
 from orchard.storage.errors import DamagedError
+from orchard.storage.etcd import EtcdAccess
 from orchard.store import read_state
+from orchard.store_copy import CopyError, copy_store, inspect_etcd, is_etcd
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:
-    """Declare the options of `bootstrap-token` or `check`."""
+    """Declare the options of `bootstrap-token`, `check` or `store`."""
+    if verb == "store":
+        _add_store_verbs(parser)
+        return
     if verb == "check":
         parser.add_argument("data_dir", metavar="DATA_DIR", nargs="?", type=Path,
             help="data directory; default: $ORCHARD_HOME/.orchard/controller, or ~/.orchard/controller")  # fmt: skip
-        parser.set_defaults(run=check_data_directory)
+        add_access_options(parser)
+        parser.set_defaults(run=partial(_check, parser))
         return
     parser.add_argument(
         "account", help="service account of the worker; it needs the roles compute:read and compute:write"
@@ -41,6 +52,45 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         "--output", metavar="FILE", type=Path, help="write it to a file that only its owner can read, mode 0600"
     )
     parser.set_defaults(run=print_bootstrap_token)
+
+
+def _add_store_verbs(parser: CommandLine) -> None:
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    what = "copy all that a controller stores from a data directory or etcd to another one, which must be empty"
+    copy = verbs.add_parser("copy", help=what, description=f"{what[0].upper()}{what[1:]}. Names, uids and the revision"
+        " stay. A controller that uses the data directory must be stopped; etcd is copied as it is at one moment.")  # fmt: skip
+    for name in ("source", "target"):
+        copy.add_argument(
+            name,
+            metavar=name.upper(),
+            help="data directory, or URLs of etcd such as https://etcd-1:2379,https://etcd-2:2379",
+        )
+    add_access_options(copy, urls=False)
+    copy.set_defaults(run=partial(copy_everything, copy))
+
+
+def copy_everything(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Copy a store, and return the exit status."""
+    options.etcd = next(filter(is_etcd, (options.source, options.target)), "")
+    access = etcd_access(parser, options, os.environ) or EtcdAccess("")
+    try:
+        print(trio.run(copy_store, options.source, options.target, access, options.etcd_prefix))
+    except CopyError as error:
+        return _fail(str(error))
+    return 0
+
+
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    access = etcd_access(parser, options, os.environ)
+    if access is None:
+        return check_data_directory(options)
+    if options.data_dir is not None:
+        parser.error("DATA_DIR and --etcd cannot be combined")
+    try:
+        print(trio.run(inspect_etcd, access, options.etcd_prefix))
+    except CopyError as error:
+        return _fail(str(error))
+    return 0
 
 
 def print_bootstrap_token(options: argparse.Namespace) -> int:

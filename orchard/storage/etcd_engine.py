@@ -76,6 +76,17 @@ class EtcdContents(Contents):
         return DamagedKeyError(f"etcd prefix {self.prefix}", f"the state contradicts itself: {'; '.join(problems)}")
 
 
+async def read_objects(client: EtcdClient, contents: EtcdContents, revision: int) -> None:
+    """Read all objects as they were at a revision of etcd. Raises DamagedKeyError, EtcdRequestError."""
+    for kind in _KINDS:
+        begin = f"{contents.prefix}/{kind}/"
+        for each in await client.scan(begin, revision):
+            try:
+                contents.objects[kind, each.key.removeprefix(begin)] = (each.key, json.loads(each.value))
+            except ValueError as error:
+                raise contents.not_understood(each.key, error) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The value of `head`. `write` counts the writes of one controller, so that no two of them are equal."""
@@ -190,13 +201,7 @@ class EtcdEngine:
         self._head_at = found.mod_revision if found is not None else 0
         await self._write_head([was_written_at(self._leadership.key, self._leadership.revision)], [])
         contents = EtcdContents(old.revision, _read_time(old.time), prefix=self._prefix)
-        for kind in _KINDS:
-            begin = f"{self._prefix}/{kind}/"
-            for each in await self._client.scan(begin, self._head_at):
-                try:
-                    contents.objects[kind, each.key.removeprefix(begin)] = (each.key, json.loads(each.value))
-                except ValueError as error:
-                    raise contents.not_understood(each.key, error) from error
+        await read_objects(self._client, contents, self._head_at)
         return contents
 
     async def _check_unused(self) -> None:

@@ -249,10 +249,10 @@ class EtcdRecords:
         self._next = 0
         self._loaded: list[tuple[str, list[dict[str, Any]]]] = []
 
-    async def load(self) -> None:
-        """Read all records. Raises EtcdRequestError, DamagedKeyError."""
+    async def load(self, revision: int = 0) -> None:
+        """Read all records, at a revision of etcd or at the present one. Raises EtcdRequestError, DamagedKeyError."""
         current = f"{self._prefix}current"
-        for each in await self._client.scan(self._prefix):
+        for each in await self._client.scan(self._prefix, revision):
             try:
                 if each.key == current:
                     self._generation, self._current_at = int(each.value), each.mod_revision
