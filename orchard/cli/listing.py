@@ -1,4 +1,4 @@
-"""`list -w`: a list that is shown again after each change on a terminal, and to which each change is added elsewhere."""
+"""The verb `list`. With -w, it shows the list again after each change on a terminal, and adds each change elsewhere."""
 
 from __future__ import annotations
 
@@ -7,14 +7,50 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from orchard.cli.output import format_table, is_fancy, printable, repaint
-from orchard.cli.resources import ResourceKind
-from orchard.cli.session import open_connection, require_capability
+from orchard.cli.connection import path_of
+from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.output import format_table, is_fancy, print_json, print_table, printable, repaint
+from orchard.cli.resources import RESOURCE_KINDS, ResourceKind, find_kind
+from orchard.cli.session import add_context_option, open_connection, require_capability
 from orchard.cli.streams import changes
+from orchard.command_line import CommandLine
 
+_KINDS = ("vms", "workers", "service-accounts")
 # What a row of something that is deleted shows in the column of its state.
 _DELETED = "deleted"
 _STATE_COLUMNS = ("Status", "State")
+
+
+def add_verb(verb: str, parser: CommandLine) -> None:
+    """Declare the options of `list`."""
+    parser.add_argument("kind", metavar="KIND", help=f"one of {', '.join(_KINDS)}")
+    parser.completions["kind"] = _KINDS
+    parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
+    parser.add_argument("-w", "--watch", action="store_true",
+        help="go on: show the list again after each change on a terminal, print each change elsewhere")  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", choices=("table", "json", "name"), default="table", help="default: %(default)s"
+    )
+    add_context_option(parser)
+    parser.set_defaults(run=_list)
+
+
+def _list(options: argparse.Namespace) -> int:
+    kind = find_kind(options.kind, tuple(kind for kind in RESOURCE_KINDS.values() if kind.columns))
+    if options.watch:
+        if kind.name == "service-account" or options.quiet or options.output != "table":
+            raise CommandError("-w shows vms or workers, without -q and -o; for JSON, see orchard watch --help", USAGE)
+        return _watch_list(options, kind)
+    with open_connection(options) as controller:
+        items = controller.call("GET", path_of(kind.path))
+    if options.quiet or options.output == "name":
+        print(*(item["name"] for item in items), sep="\n", end="\n" if items else "")
+    elif options.output == "json":
+        print_json(items)
+    else:
+        rows = [[show(item) for show in kind.columns.values()] for item in items]
+        print_table(list(kind.columns), rows, cut=kind.cut)
+    return 0
 
 
 class _List:
@@ -65,7 +101,7 @@ class _List:
         ]
 
 
-def watch_list(options: argparse.Namespace, kind: ResourceKind) -> int:
+def _watch_list(options: argparse.Namespace, kind: ResourceKind) -> int:
     """Show the list of a kind, and what becomes of it, until interrupted. Raises CommandError."""
     shown = _List(kind)
     with open_connection(options) as controller:

@@ -43,7 +43,7 @@ VERBS: Mapping[str, Verb] = {
     "login": Verb("login", "log in to a controller, and use it by default"),
     "context": Verb("contexts", "the controllers that this command knows"),
     "create": Verb("create", "create a VM, a service account, or an access token for a VM"),
-    "list": Verb("resources", "list VMs, workers or service accounts"),
+    "list": Verb("listing", "list VMs, workers or service accounts"),
     "get": Verb("resources", "show one VM, worker or service account, or one of its fields"),
     "delete": Verb("resources", "delete a VM, worker or service account"),
     "update": Verb("changes", "change a VM"),

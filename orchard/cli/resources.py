@@ -1,4 +1,4 @@
-"""The verbs that show, list, delete, pause and resume resources.
+"""The verbs that show, delete, pause and resume resources, and how each kind is shown; listing.py lists them.
 
 Existing programs parse what `list` and `get` print: the first column of `list` is the name, the last column of `list workers`
 is `true` or `false`, and `get KIND NAME/FIELD` prints the bare value of a field.
@@ -16,7 +16,7 @@ from typing import Any
 
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
-from orchard.cli.output import format_age, format_map, print_json, print_pairs, print_table
+from orchard.cli.output import format_age, format_map, print_json, print_pairs
 from orchard.cli.session import add_context_option, chosen_context, open_connection, require_capability
 from orchard.command_line import CommandLine, parse_duration, suggest
 
@@ -156,9 +156,8 @@ _PLURALS = {"vms": "vm", "workers": "worker", "service-accounts": "service-accou
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:
-    """Declare the options of `list`, `get`, `delete`, `pause` or `resume`."""
+    """Declare the options of `get`, `delete`, `pause` or `resume`."""
     expected = {
-        "list": ("vms", "workers", "service-accounts"),
         "get": ("vm", "worker", "service-account", "cluster-settings", *_TOKENS),
         "delete": ("vm", "worker", "service-account"),
     }.get(verb, ("worker",))
@@ -168,25 +167,21 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument(
             "name", metavar="NAME[/FIELD]", nargs="?", default="", help="a field's value alone, as JSON names it"
         )
-    elif verb != "list":
+    else:
         parser.add_argument("name", metavar="NAME", nargs="?" if verb == "delete" else None)
     if verb == "delete":
         parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
             help="delete all VMs that match, such as metadata.job=7; repeatable: all must hold")  # fmt: skip
         parser.add_argument("--dry-run", action="store_true", help="print what would be deleted, and delete nothing")
-    if verb == "list":
-        parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
-        parser.add_argument("-w", "--watch", action="store_true",
-            help="go on: show the list again after each change on a terminal, print each change elsewhere")  # fmt: skip
     if verb == "pause":
         parser.add_argument("--wait", metavar="SECONDS", type=parse_duration,
             help="wait for its VMs to end; with exit status 124 when they have not by then")  # fmt: skip
-    if verb in ("list", "get"):
+    if verb == "get":
         parser.add_argument(
             "-o", "--output", choices=("table", "json", "name"), default="table", help="default: %(default)s"
         )
     add_context_option(parser)
-    parser.set_defaults(run={"list": _list, "get": _get, "delete": _delete}.get(verb, _pause), verb=verb)
+    parser.set_defaults(run={"get": _get, "delete": _delete}.get(verb, _pause), verb=verb)
 
 
 def find_kind(word: str, allowed: tuple[ResourceKind, ...]) -> ResourceKind:
@@ -196,26 +191,6 @@ def find_kind(word: str, allowed: tuple[ResourceKind, ...]) -> ResourceKind:
         names = [kind.name for kind in allowed]
         raise CommandError(f"the kind is {word}{suggest(word, names)}, expected one of {', '.join(names)}", USAGE)
     return kind
-
-
-def _list(options: argparse.Namespace) -> int:
-    kind = find_kind(options.kind, (_VM, _WORKER, _ACCOUNT))
-    if options.watch:
-        from orchard.cli.listing import watch_list
-
-        if kind is _ACCOUNT or options.quiet or options.output != "table":
-            raise CommandError("-w shows vms or workers, without -q and -o; for JSON, see orchard watch --help", USAGE)
-        return watch_list(options, kind)
-    with open_connection(options) as controller:
-        items = controller.call("GET", path_of(kind.path))
-    if options.quiet or options.output == "name":
-        print(*(item["name"] for item in items), sep="\n", end="\n" if items else "")
-    elif options.output == "json":
-        print_json(items)
-    else:
-        rows = [[show(item) for show in kind.columns.values()] for item in items]
-        print_table(list(kind.columns), rows, cut=kind.cut)
-    return 0
 
 
 def _get(options: argparse.Namespace) -> int:
