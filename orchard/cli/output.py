@@ -6,6 +6,7 @@ import datetime
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -14,6 +15,9 @@ from typing import Any, TextIO
 
 _SPANS = (("day", 86_400), ("hour", 3_600), ("minute", 60), ("second", 1))
 _HOME_AND_CLEAR = "\x1b[H\x1b[J"
+# Such as "pulling image: 42 %".
+_PERCENTAGE = re.compile(r"(.*?):? ([0-9]{1,3}) ?%")
+_BAR_WIDTH = 40
 # Of a column that may be cut: a narrower one says nothing.
 _LEAST_WIDTH = 12
 
@@ -50,6 +54,16 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: s
     for row in table:
         cells = [_padded(cell, width) for cell, width in zip(row, widths, strict=True)]
         yield "  ".join(cells).rstrip()
+
+
+def format_progress(text: str, columns: int) -> str:
+    """Return a text for the last line of a terminal, cut to its width; with a bar if it ends with a percentage."""
+    match = _PERCENTAGE.fullmatch(text)
+    width = min(_BAR_WIDTH, columns - _width(text) - 4)
+    if match is None or width < _LEAST_WIDTH:
+        return _padded(text, min(_width(text), columns - 1))
+    done = width * min(100, int(match[2])) // 100
+    return f"{match[1]} [{'#' * done}{'.' * (width - done)}] {match[2]} %"
 
 
 def repaint(lines: Iterable[str]) -> None:

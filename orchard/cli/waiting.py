@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +10,7 @@ from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, path_of
 from orchard.cli.failure import FAILED, OVERDUE, CommandError
-from orchard.cli.output import is_fancy, print_line, printable
+from orchard.cli.output import format_progress, is_fancy, print_line, printable
 
 # For a controller that is being restarted, and between two tries to reach it.
 _RECONNECT_SECONDS, _RETRY_SECONDS = 60.0, 0.5
@@ -101,7 +102,8 @@ class Waiting:
         if text == self._shown:
             return
         if is_fancy(sys.stderr):
-            print(f"{_CLEAR}{printable(text)}", end="", file=sys.stderr, flush=True)
+            columns = shutil.get_terminal_size().columns
+            print(f"{_CLEAR}{format_progress(printable(text), columns)}", end="", file=sys.stderr, flush=True)
         elif text:
             print(printable(text), file=sys.stderr, flush=True)
         self._shown = text

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from harness.processes import call_main, finished
+from harness.processes import call_main, command, environment, finished
+from harness.terminals import terminal
 
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.main import main
+from orchard.cli.output import format_progress
 
 
 def test_options_become_the_specification(dev: Path, api: ControllerConnection, tmp_path: Path) -> None:
@@ -162,3 +164,31 @@ def test_access_token_of_a_vm_is_printed(dev: Path, api: ControllerConnection) -
     assert (status, issued["vmName"]) == (0, "vm")
     status, out, _ = call_main(main, "create", "token", "vm", "vm", home=dev)
     assert (status, len(out.split())) == (0, 1)
+
+
+def test_pulls_have_a_progress_bar_on_a_terminal_and_lines_elsewhere(dev: Path, api: ControllerConnection) -> None:
+    worker = {"name": "fake", "machine_id": "m", "labels": {"is": "fake"}, "resources": {"org.cirruslabs.tart-vms": 2}}
+    api.call("POST", "/workers", body=worker)
+    words = command("", "create", "vm", "vm", "--image", "i", "--labels", "is=fake", "--wait")
+    try:
+        with terminal(words, environment(dev), columns=80) as shown:
+            shown.read_until("pending")
+            vm = api.call("GET", "/vms/vm")
+            report = {"uid": vm["uid"], "status": "pending"}
+            for percent, bar in ((0, r"\[\.+\] 0 %"), (50, r"\[(#+)(\.+)\] 50 %"), (100, r"\[#+\] 100 %")):
+                message = f"pulling image: {percent} %"
+                api.call("PUT", "/vms/vm/state", body={**report, "status_message": message})
+                shown.read_until(f"pulling image {bar}")
+            api.call("PUT", "/vms/vm/state", body={**report, "status_message": "x" * 200})
+            assert len(shown.read_until("(x+)…")[1]) < 80
+            api.call("PUT", "/vms/vm/state", body={**report, "status": "running"})
+            assert shown.finish() == 0
+        api.call("DELETE", "/vms/vm")
+    finally:
+        api.call("DELETE", "/workers/fake")
+
+
+@pytest.mark.parametrize("columns", [20, 40, 80, 200])
+def test_progress_never_takes_more_than_a_line(columns: int) -> None:
+    for text in ("pending: pulling image: 7 %", "pulling image: 100 %", "y" * 300, "", "世" * 100):
+        assert len(format_progress(text, columns)) < columns
