@@ -10,6 +10,7 @@ import ssl
 import stat
 import threading
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ import trio
 import trio.testing
 from harness.clients import call, connect_http
 from harness.disks import FailingDisk
-from harness.processes import ORCHARD, PLAIN, call_main, controller, finished
+from harness.processes import GENEROUS, ORCHARD, PLAIN, call_main, controller, finished
 
 from orchard import auth
 from orchard import controller as program
@@ -261,9 +262,19 @@ def test_api_prefix_is_before_every_path(tmp_path: Path) -> None:
         assert call(url.removesuffix("/orchard"), "GET", "/v1/vms")[0] == 404
 
 
+def test_metrics_have_a_port_of_their_own_on_request(tmp_path: Path) -> None:
+    options = ("--metrics-listen", "127.0.0.1:0", "--metrics-per-worker")
+    with controller(*PLAIN, *options, home=tmp_path) as (role, url):
+        [port] = [line.rpartition(" ")[2].strip() for line in role.said if line.startswith("metrics")]
+        call(url, "POST", "/v1/workers", {"name": "w"})
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=GENEROUS) as answer:
+            assert b'orchard_worker_vms{worker="w"} 0' in answer.read().splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--metrics-listen", "here"], ["--metrics-listen", '"here"', "HOST:PORT"]),
         (["--listen", "here"], ["--listen", '"here"', "HOST:PORT"]),
         (["--listen", "127.0.0.1:99999"], ["99999", "HOST:PORT"]),
         (["--worker-offline-timeout", "0"], ["--worker-offline-timeout", '"0"', "above 0"]),

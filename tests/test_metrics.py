@@ -138,6 +138,14 @@ async def test_series_of_workers_are_there_only_on_request(tmp_path: Path) -> No
         assert not [key for key in before if name in key]
 
 
+async def test_resource_of_any_name_is_read_by_another_program_as_it_was(tmp_path: Path) -> None:
+    names = ['quo"ted', "back\\slash", "brace}{", "é 中", 'end\\"']
+    async with served(tmp_path, in_thread=at_once) as api:
+        await api.register("w", resources=dict.fromkeys(names, 3))
+        found = await scrape(api)
+        assert {found["orchard_resource_offered", name] for name in names} == {3}
+
+
 async def test_resources_of_any_number_of_names_are_bounded_series(tmp_path: Path) -> None:
     async with served(tmp_path, in_thread=at_once) as api:
         for number in range(4):

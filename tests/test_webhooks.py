@@ -25,7 +25,7 @@ from harness.served import BEGAN, Served, at_once, served
 
 from orchard import controller, webhooks
 from orchard.client import Client
-from orchard.cluster import WebhookEvent
+from orchard.cluster import Webhook, WebhookEvent
 from orchard.net import tcp, tls
 from orchard.net.outside import connect_outside, why_refused
 from orchard.schema import TART_VMS, ClusterSettings, ServiceAccount
@@ -482,6 +482,24 @@ async def test_local_receiver_is_not_sent_anything_without_the_flag(tmp_path: Pa
         async with telling(data_directory(tmp_path, "2"), receiver, url=url, connect=tcp.connect) as (api, _):
             await fail_vm(api)
             await receiver.wait(1)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+async def test_controller_sends_to_its_own_host_only_with_the_flag(tmp_path: Path, allowed: bool) -> None:
+    receiver = Receiver()
+    settings = controller.ControllerSettings(
+        tmp_path / "data", host="127.0.0.1", port=0, tls=False, auth=False, allow_local_webhooks=allowed
+    )
+    async with trio.open_nursery() as nursery:
+        running: controller.Running = await nursery.start(controller.run, settings)
+        url = f"http://127.0.0.1:{await receiver.listen(nursery)}/"
+        async with Client(running.url) as client:
+            await client.cluster_settings.put(webhooks=[Webhook(url, ("vm.failed",), SECRET)])
+            await client.vms.create(name="vm", image="any", labels={"no": "worker"}, pending_timeout_seconds=1)
+            while not (status := (await client.cluster_settings.get()).webhooks[0].status):
+                await trio.lowlevel.checkpoint()
+        assert (status == "ok", len(receiver.received)) == (allowed, allowed)
         nursery.cancel_scope.cancel()
 
 
