@@ -9,6 +9,7 @@ from harness.disks import SmallDisk
 from harness.served import served
 
 from orchard.client import Client
+from orchard.handlers.admin import health_answer
 from orchard.schema import ServiceAccount
 from orchard.storage.state_file import RESERVE_BYTES
 from orchard.testing import cluster
@@ -40,6 +41,7 @@ async def test_controller_that_cannot_store_anything_any_more_is_unhealthy(tmp_p
     async with served(tmp_path) as api:
         api.store.broken = f"no sync: {errno.EIO}"
         assert (await api.call("GET", "/health")).status == 503
+        assert health_answer(api.store).status == 503
         api.store.broken = ""
 
 

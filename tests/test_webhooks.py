@@ -217,7 +217,7 @@ async def test_lost_worker_and_its_return_are_told_once_and_a_short_absence_is_n
     receiver = Receiver()
     async with telling(tmp_path, receiver, "worker.offline", "worker.online") as (api, _):
         await api.register("w")
-        for seconds in (10, 100, 10):
+        for seconds in (20, 100, 20):
             api.close_watch("w")
             await trio.sleep(seconds)
             await api.register("w")

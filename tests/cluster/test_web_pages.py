@@ -47,7 +47,8 @@ async def ask(
             connection.request(method, f"/v1{path}", body, {**authorization, **headers})
             answer = connection.getresponse()
             text = b"" if answer.status == 101 else answer.read()
-            return answer.status, json.loads(text) if text else None, dict(answer.getheaders())
+            is_json = answer.getheader("Content-Type") == "application/json"
+            return answer.status, json.loads(text) if text and is_json else None, dict(answer.getheaders())
         finally:
             connection.close()
 
