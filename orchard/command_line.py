@@ -15,7 +15,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 # JSON numbers are exact up to here.
 _MAX_AMOUNT = 2**53 - 1
@@ -81,6 +81,16 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(*arguments, **options)
         # For completion in a shell: the words that an argument may be, by its name in the parsed options.
         self.completions: dict[str, Sequence[str]] = {}
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            expected = f"expected one of {', '.join(known)}"
+            raise argparse.ArgumentError(action, f'"{value}" is unknown{suggest(str(value), known)}, {expected}')
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 after one line."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         options, unknown = super().parse_known_args(args, namespace)

@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -96,6 +97,7 @@ INSTALL_VERBS = ("install", "uninstall")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     try:
         status = _run(words)
         sys.stdout.flush()
@@ -108,10 +110,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader of standard output is gone. What is still buffered must not fail again at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of standard output is gone.
+        _discard_output()
+        return FAILED
+    except OSError as error:
+        # Such as a full disk below standard output.
+        print(f"orchard: {error.strerror or error}", file=sys.stderr)
+        _discard_output()
         return FAILED
     return status
+
+
+def _open_standard_streams() -> None:
+    """Open the standard streams that were closed, so that no socket gets their numbers and with them what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            with suppress(OSError):
+                # The lowest number that is free.
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def _discard_output() -> None:
+    """Have what is still buffered not fail again at the end of the process."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
