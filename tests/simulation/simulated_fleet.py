@@ -120,7 +120,7 @@ class SimulatedFleet(SimulatedCluster):
             yield
 
     def _committed(self, store: Store, changes: list[Any]) -> None:
-        # A former leader decides things that nobody is told of and that are not stored.
+        # What a former leader decides is neither stored nor sent to any client.
         if store is self.store:
             self.committed(changes)
 
