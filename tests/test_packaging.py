@@ -1,4 +1,4 @@
-"""The source distribution: it contains the whole project, so that `./run test` runs from it."""
+"""The source distribution contains the whole project, so that `./run test` runs from it, and the wheel the whole package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -31,12 +32,27 @@ def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
+def build(kind: str, project: Path, directory: Path) -> Path:
+    """Build a "wheel" or an "sdist" of a copy of the project in a directory, and return it."""
+    program = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(directory)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [made] = directory.glob("*.whl" if kind == "wheel" else "*.tar.gz")
+    return made
+
+
+def test_the_wheel_contains_every_file_of_the_package(tmp_path: Path) -> None:
+    copy = shutil.copytree(ROOT / "orchard", tmp_path / "project" / "orchard", ignore=shutil.ignore_patterns(*MADE))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy.parent)
+    with zipfile.ZipFile(build("wheel", copy.parent, tmp_path)) as wheel:
+        packed = {name.removeprefix("orchard/") for name in wheel.namelist() if name.startswith("orchard/")}
+    assert packed == files(copy)
+
+
 def test_the_source_distribution_contains_every_file(tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT, tmp_path / "project", ignore=shutil.ignore_patterns(*MADE))
-    program = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=copy, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    [archive] = tmp_path.glob("*.tar.gz")
+    archive = build("sdist", copy, tmp_path)
     with tarfile.open(archive) as tar:
         packed = {member.name.partition("/")[2]: member for member in tar.getmembers() if member.isfile()}
     added = {name for name in packed if name in ADDED or ".egg-info/" in name}
