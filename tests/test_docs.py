@@ -31,6 +31,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 SLOW = {
     "README.md",
     "access.md",
+    "command.md",
     "deploy.md",
     "embedding.md",
     "images.md",
@@ -48,6 +49,7 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "access.md": {"hosts": 2},
     "ci.md": {"hosts": 2},
     "coming.md": {"hosts": 1},
+    "command.md": {"hosts": 1},
     "deploy.md": {"hosts": 2},
     "deploy-linux.md": {"internet": 2, "root": 5},
     "deploy-macos.md": {"macos": 7},
