@@ -792,8 +792,8 @@ class FleetPage {
   update(changed) {
     this.drawTiles();
     if (changed.all || changed.workers.has("")) this.drawWorkers();
-    else if ([...changed.workers].some((name) => fleet.workers.has(name) !== this.boxes.has(name))) this.drawWorkers();
-    else if (this.search.value && changed.vms.size) this.drawWorkers();
+    else if ([...changed.workers].some((name) => fleet.workers.has(name) !== this.boxes.has(name))) this.drawWorkers(changed.workers);
+    else if (this.search.value && changed.vms.size) this.drawWorkers(changed.workers);
     else for (const name of changed.workers) this.drawBox(name);
     this.fill(this.need, fleet.problems(), (one) => `${one.key} ${one.text}`, problemItem, "Nothing needs you.");
     this.fill(this.queue, fleet.queue(), (vm) => `${vm.uid} ${vm.status_message}`, queueItem, "No VM waits for a worker.");
@@ -847,7 +847,8 @@ class FleetPage {
     return `${key}=${worker.labels?.[key] ?? "(none)"}`;
   }
 
-  drawWorkers() {
+  drawWorkers(changed = fleet.workers) {
+    this.changed = changed;
     const wanted = this.search.value.trim().toLowerCase();
     const matches = (worker) => !wanted || worker.name.toLowerCase().includes(wanted)
       || [...(fleet.placed.get(worker.name)?.keys() || [])].some((name) => name.toLowerCase().includes(wanted));
@@ -874,7 +875,7 @@ class FleetPage {
     if (group.none) return;
     const list = section.querySelector("ul");
     keyed(list, group.workers.map((worker) => worker.name), (name) => name, (name) => this.box(name).element);
-    for (const worker of group.workers) this.drawBox(worker.name);
+    for (const { name } of group.workers) if (this.changed.has(name) || !this.boxes.get(name).state) this.drawBox(name);
   }
 
   box(name) {
@@ -923,7 +924,10 @@ class FleetPage {
     const free = Math.max(0, slotsOf(worker) - using.length);
     const rows = [...using, ...rest, ...Array.from({ length: free }, (_, index) => ({ free: index }))];
     const hidden = rows.length > MAX_SLOTS ? rows.splice(MAX_SLOTS - 1).length : 0;
-    box.slots.style.height = `${22 * (rows.length + (hidden ? 1 : 0))}px`;
+    const height = 22 * (rows.length + (hidden ? 1 : 0));
+    box.slots.style.height = `${height}px`;
+    // While the box is not seen, the browser neither lays it out nor paints it.
+    box.element.style.containIntrinsicBlockSize = `${height + 37}px`;
     if (!box.isSeen) return;
     if (hidden) rows.push({ more: hidden });
     keyed(box.slots, rows, (row) => row.uid || `${row.free ?? `more ${row.more}`}`, slotRow, (child, row) => row.uid && updateSlot(child, row));
@@ -1447,11 +1451,15 @@ class LogView {
     if (!this.search.value) this.shown = this.lines;
     const { shown, box } = this;
     this.sizer.style.height = `${shown.length * LINE_HEIGHT}px`;
-    if (this.follows) box.scrollTop = shown.length * LINE_HEIGHT;
-    const first = Math.max(0, Math.floor(box.scrollTop / LINE_HEIGHT) - 20);
+    const bottom = Math.max(0, shown.length * LINE_HEIGHT - box.clientHeight);
+    const top = this.follows ? bottom : Math.min(box.scrollTop, bottom);
+    const first = Math.max(0, Math.floor(top / LINE_HEIGHT) - 20);
     const last = Math.min(shown.length, first + Math.ceil(box.clientHeight / LINE_HEIGHT) + 40);
     this.rows.style.transform = `translateY(${first * LINE_HEIGHT}px)`;
     keyed(this.rows, shown.slice(first, last), (event) => event, logRow);
+    // The rows of before may have been further down. What `onScroll` sees beside this was done by a person.
+    if (this.follows) box.scrollTop = box.scrollHeight;
+    this.lastTop = box.scrollTop;
     this.drawStatus();
   }
 
@@ -1464,7 +1472,6 @@ class LogView {
 
   onScroll() {
     const { scrollTop, scrollHeight, clientHeight } = this.box;
-    // Only a person scrolls up.
     if (this.lastTop !== undefined && scrollTop < this.lastTop - 2 && this.follows) this.setFollow(false);
     else if (scrollTop + clientHeight >= scrollHeight - 2 && !this.follows && scrollTop > (this.lastTop || 0)) this.setFollow(true);
     this.lastTop = scrollTop;
