@@ -23,6 +23,11 @@ class CuttingProxy:
 
     async def serve(self, client: trio.SocketStream) -> None:
         """Relay one connection until a side closes it, or until an answer is cut off."""
+        # The node may not run.
+        with suppress(OSError):
+            await self._relay(client)
+
+    async def _relay(self, client: trio.SocketStream) -> None:
         async with await trio.open_tcp_stream("127.0.0.1", self._port) as server, trio.open_nursery() as nursery:
             has_asked = False
 

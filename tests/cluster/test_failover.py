@@ -1,0 +1,168 @@
+"""Controllers as processes on a real etcd of three nodes: kills, stops and lost answers lose nothing that was acknowledged."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+from harness.cutting_proxy import CuttingProxy
+from harness.processes import PLAIN, Role, eventually, free_port, started
+
+from orchard.client import Client, ClientError, ResponseError
+from orchard.etcd_nodes import EtcdNodes, EtcdOptions, etcd_nodes
+
+pytestmark = [pytest.mark.slow, pytest.mark.needs("etcd")]
+
+# The shortest that the command line takes.
+TTL = 5  # seconds
+# Acknowledged ones before an attack, and again after it.
+WRITES = 20
+
+
+class Site:
+    """Three etcd nodes, each behind a proxy that can lose answers, and two controllers with ports that stay theirs."""
+
+    def __init__(self, home: Path, etcd: EtcdNodes, proxies: list[CuttingProxy], stack: ExitStack) -> None:
+        self.etcd = etcd
+        self.proxies = proxies
+        self._home = home
+        self._stack = stack
+        self._ports = [free_port(), free_port()]
+        self.roles = [self._start(0), self._start(1)]
+        self.url = ",".join(f"http://127.0.0.1:{port}" for port in self._ports)
+
+    def _start(self, number: int) -> Role:
+        urls = ",".join(proxy.url for proxy in self.proxies)
+        options = ["--listen", f"127.0.0.1:{self._ports[number]}", "--etcd", urls, "--leader-ttl", str(TTL)]
+        home = self._home / f"controller-{number}"
+        return self._stack.enter_context(started("controller", *options, *PLAIN, home=home))
+
+    def start_again(self, number: int) -> None:
+        self.roles[number] = self._start(number)
+
+    async def leader(self) -> int:
+        """Return the number of the controller that answers, once one does."""
+        found: list[int] = []
+
+        async def answers() -> bool:
+            for number, port in enumerate(self._ports):
+                try:
+                    async with Client(f"http://127.0.0.1:{port}", connect_seconds=1, answer_seconds=1) as client:
+                        await client.check()
+                except ClientError:
+                    continue
+                found.append(number)
+                return True
+            return False
+
+        await eventually(answers)
+        return found[0]
+
+
+@asynccontextmanager
+async def site(home: Path) -> AsyncIterator[Site]:
+    async with etcd_nodes(home / "etcd", 3, EtcdOptions(election_ms=1000)) as etcd, trio.open_nursery() as nursery:
+        proxies = []
+        for node in etcd.nodes:
+            proxy = CuttingProxy(node.url)
+            (listener,) = await nursery.start(partial(trio.serve_tcp, proxy.serve, 0, host="127.0.0.1"))
+            proxy.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
+            proxies.append(proxy)
+        with ExitStack() as stack:
+            yield Site(home, etcd, proxies, stack)
+        nursery.cancel_scope.cancel()
+
+
+async def kill_leader(s: Site) -> None:
+    number = await s.leader()
+    await trio.to_thread.run_sync(s.roles[number].stop, signal.SIGKILL)
+    s.start_again(number)
+
+
+async def stop_leader(s: Site) -> None:
+    number = await s.leader()
+    # The proxies in this thread go on meanwhile.
+    assert await trio.to_thread.run_sync(s.roles[number].stop) == 0
+    s.start_again(number)
+
+
+async def freeze_leader(s: Site) -> None:
+    role = s.roles[await s.leader()]
+    role.process.send_signal(signal.SIGSTOP)
+    await trio.sleep(TTL + 4)
+    role.process.send_signal(signal.SIGCONT)
+
+
+async def kill_leader_of_etcd(s: Site) -> None:
+    node = await s.etcd.leader()
+    node.kill()
+    await trio.sleep(2)
+    node.start()
+
+
+async def kill_both(s: Site) -> None:
+    await kill_leader_of_etcd(s)
+    await kill_leader(s)
+
+
+async def lose_quorum(s: Site) -> None:
+    for node in s.etcd.nodes[:2]:
+        node.kill()
+    await trio.sleep(TTL + 4)
+    for node in s.etcd.nodes[:2]:
+        node.start()
+
+
+async def lose_answers(s: Site) -> None:
+    for proxy in s.proxies:
+        proxy.cuts = 5
+    await trio.sleep(2)
+
+
+ATTACKS: list[Callable[[Site], object]] = [
+    kill_leader, stop_leader, freeze_leader, kill_leader_of_etcd, kill_both, lose_quorum, lose_answers,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
+async def test_nothing_acknowledged_is_lost_and_nothing_is_applied_twice(
+    attack: Callable[[Site], object], tmp_path: Path
+) -> None:
+    """Clients create VMs during the attack. Each acknowledged one is there with its uid, and no other VM of its name."""
+    async with site(tmp_path) as s, Client(s.url, connect_seconds=2, answer_seconds=10) as client:
+        await s.leader()
+        acknowledged: dict[str, str] = {}
+        # Of requests that were refused.
+        statuses: set[int] = set()
+        is_over = trio.Event()
+
+        async def write(writer: int) -> None:
+            number = 0
+            while not is_over.is_set():
+                name, number = f"vm-{writer}-{number}", number + 1
+                try:
+                    acknowledged[name] = (await client.vms.create(name=name, image="i")).uid
+                except ResponseError as error:
+                    statuses.add(error.status)
+                except ClientError:
+                    pass
+                await trio.sleep(0.02)
+
+        async with trio.open_nursery() as nursery:
+            for writer in range(3):
+                nursery.start_soon(write, writer)
+            await eventually(lambda: len(acknowledged) >= WRITES)
+            await attack(s)  # type: ignore[misc]
+            before = len(acknowledged)
+            await eventually(lambda: len(acknowledged) >= before + WRITES)
+            is_over.set()
+        await s.etcd.wait_ready()
+        await s.leader()
+        found = {vm.name: vm.uid for vm in await client.vms.list()}
+        assert statuses <= {503}
+        assert {name: uid for name, uid in acknowledged.items() if found.get(name) != uid} == {}
