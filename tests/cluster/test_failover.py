@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -65,8 +65,11 @@ class Site:
 
 
 @asynccontextmanager
-async def site(home: Path) -> AsyncIterator[Site]:
-    async with etcd_nodes(home / "etcd", 3, EtcdOptions(election_ms=1000)) as etcd, trio.open_nursery() as nursery:
+async def site(home: Path, *, sync: bool = False) -> AsyncIterator[Site]:
+    async with (
+        etcd_nodes(home / "etcd", 3, EtcdOptions(election_ms=1000, sync=sync)) as etcd,
+        trio.open_nursery() as nursery,
+    ):
         proxies = []
         for node in etcd.nodes:
             proxy = CuttingProxy(node.url)
@@ -124,15 +127,14 @@ async def lose_answers(s: Site) -> None:
     await trio.sleep(2)
 
 
-ATTACKS: list[Callable[[Site], object]] = [
+Attack = Callable[[Site], Awaitable[None]]
+ATTACKS: list[Attack] = [
     kill_leader, stop_leader, freeze_leader, kill_leader_of_etcd, kill_both, lose_quorum, lose_answers,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.__name__)
-async def test_nothing_acknowledged_is_lost_and_nothing_is_applied_twice(
-    attack: Callable[[Site], object], tmp_path: Path
-) -> None:
+async def test_nothing_acknowledged_is_lost_and_nothing_is_applied_twice(attack: Attack, tmp_path: Path) -> None:
     """Clients create VMs during the attack. Each acknowledged one is there with its uid, and no other VM of its name."""
     async with site(tmp_path) as s, Client(s.url, connect_seconds=2, answer_seconds=10) as client:
         await s.leader()
@@ -157,7 +159,7 @@ async def test_nothing_acknowledged_is_lost_and_nothing_is_applied_twice(
             for writer in range(3):
                 nursery.start_soon(write, writer)
             await eventually(lambda: len(acknowledged) >= WRITES)
-            await attack(s)  # type: ignore[misc]
+            await attack(s)
             before = len(acknowledged)
             await eventually(lambda: len(acknowledged) >= before + WRITES)
             is_over.set()
