@@ -54,7 +54,7 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "deploy-linux.md": {"internet": 2, "root": 5},
     "deploy-macos.md": {"macos": 7},
     "doctor.md": {"hosts": 2},
-    "etcd.md": {"hosts": 5},
+    "etcd.md": {"hosts": 6},
     "images.md": {"macos": 2},
     "offline.md": {"hosts": 3, "internet": 3},
     "operating-logs.md": {"root": 1},
