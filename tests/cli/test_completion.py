@@ -89,7 +89,12 @@ SHELLS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "shell", [pytest.param(name, marks=pytest.mark.needs(name)) for name in ("zsh", "fish")] + ["bash"]
+    "shell",
+    [
+        pytest.param("zsh", marks=pytest.mark.needs("zsh")),
+        pytest.param("fish", marks=pytest.mark.needs("fish")),
+        "bash",
+    ],
 )
 def test_shells_complete_words_that_they_ask_for(dev: Path, vms: None, tmp_path: Path, shell: str) -> None:
     words, setting = SHELLS[shell]
