@@ -5,6 +5,7 @@ The browser ends with this file: its event loop would be in the way of other tes
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import json
 import re
@@ -51,11 +52,16 @@ PATIENCE = 60_000  # milliseconds
 def browser() -> Iterator[Browser]:
     need("chromium")
     expect.set_options(timeout=PATIENCE)
-    with sync_playwright() as playwright:
-        # The sandbox needs rights that containers lack.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    # Playwright makes a loop of asyncio. Once trio-asyncio is imported, it makes loops on trio unless a policy is set.
+    asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
+    try:
+        with sync_playwright() as playwright:
+            # The sandbox needs rights that containers lack.
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            yield browser
+            browser.close()
+    finally:
+        asyncio.set_event_loop_policy(None)
 
 
 @pytest.fixture(scope="module")
