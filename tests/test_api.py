@@ -987,6 +987,8 @@ async def test_openapi_document_is_valid_and_complete(api: Served) -> None:
 OTHER_MODULES = (
     "etcd_nodes",
     "cli.",
+    "command_line",
+    "privileges",
     "client",
     "controller",
     "files",

@@ -29,7 +29,7 @@ from harness.hosts import (
     process_cluster,
     process_state,
 )
-from harness.processes import GENEROUS, LISTENING, PLAIN, eventually, free_port, processes_in, started
+from harness.processes import GENEROUS, LISTENING, ORCHARD, PLAIN, eventually, free_port, processes_in, started
 
 from orchard.client import Client
 from orchard.reconciler import VM_LOST
@@ -117,7 +117,9 @@ async def test_vm_fails_if_its_worker_was_killed_while_its_script_ran(tmp_path: 
             begun = await c.create_running("begun", startup_script={"script_content": "echo begun; sleep 1000"})
             for vm in (done, begun):
                 await eventually(partial(has_printed, c.client, vm))
-            await eventually(lambda: '"done"' in (c.host.home / "tart" / f"{done.tart_name}.note").read_text())
+            await eventually(
+                lambda: '"done"' in (c.host.home / ORCHARD / "tart" / f"{done.tart_name}.note").read_text()
+            )
             worker.stop(signal.SIGKILL)
         with c.host.worker() as worker:
             assert (await c.wait_vm("begun", has_failed)).state.status_message == CUT_OFF
@@ -195,7 +197,7 @@ async def test_steps_interrupted_by_killing_the_worker_are_ended_and_repeated(tm
         # Files that appear one after the other while the supervisor of a VM is started.
         for kind in ("note", "run", "log"):
             vm = await c.create(kind)
-            await eventually((c.host.home / "tart" / f"{vm.tart_name}.{kind}").exists)
+            await eventually((c.host.home / ORCHARD / "tart" / f"{vm.tart_name}.{kind}").exists)
             await workers.next()
             assert (await c.client.vms.wait(kind)).state.restart_count == 0
             await eventually(partial(c.has_started, kind))
@@ -316,7 +318,9 @@ async def test_vm_ends_before_it_is_started_elsewhere_when_its_worker_is_frozen_
                 await c.create_running(name, labels={name: "1"}, restart_policy="OnFailure")
             await freeze(unleashed_worker)
             vm = await c.client.vms.get("unleashed")
-            supervisor.write_lease(hosts["unleashed"].home / "tart" / f"{vm.tart_name}.lease", *supervisor.NEVER)
+            supervisor.write_lease(
+                hosts["unleashed"].home / ORCHARD / "tart" / f"{vm.tart_name}.lease", *supervisor.NEVER
+            )
             killed_worker.stop(signal.SIGKILL)
             await freeze(frozen_worker)
             with c.host.worker("--labels", "frozen=1,killed=1,unleashed=1"):

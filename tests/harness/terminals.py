@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 _READ_BYTES = 4096
 # Until a test gives up on a program that writes nothing.
-_SILENT_SECONDS = 20
+_SILENT_SECONDS = 60
 
 
 class Terminal:
