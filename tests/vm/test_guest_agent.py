@@ -110,11 +110,12 @@ async def test_script_by_the_agent_that_takes_too_long_is_killed_and_spares_the_
         async def on_line(line: str) -> None:
             clock.jump(600)
 
-        text = "trap '' TERM; setsid sleep 1000 & echo begun; sleep 1000"
+        # A number that no other test sleeps for: all processes of the machine are searched.
+        text = "trap '' TERM; setsid sleep 86021 & echo begun; sleep 86021"
         with pytest.raises(ScriptFailed) as failed:
             await driver.run_script(NAME, by_agent(text, seconds=600), on_line)
         assert failed.value.exit_code == TIMED_OUT
-        assert await run(driver, by_agent("echo again; ps -A -o args= | grep -c '[s]leep 1000' || true")) == [
+        assert await run(driver, by_agent("echo again; ps -A -o args= | grep -c '[s]leep 86021' || true")) == [
             "again",
             "0",
         ]
