@@ -24,7 +24,7 @@ STANDIN = Path(__file__).parent / "standin" / "tart"
 BECOME = f"""
 import json, os
 from orchard import privileges
-os.environ["TMPDIR"] = "/root/tmp"
+os.environ["TMPDIR"] = "/of-another-user"
 assert privileges.is_other_user({OTHER!r})
 privileges.become_user({OTHER!r})
 refused = []

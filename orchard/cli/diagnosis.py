@@ -55,7 +55,7 @@ def _skipped(check: str) -> Finding:
 
 
 def check_vetu(error: str, path: str, version: tuple[int, ...]) -> Finding:
-    """`error` says why there is no usable vetu, `version` is () if `vetu --version` did not say it."""
+    """`error` says why no vetu can be used. `version` is () when `vetu --version` does not show one."""
     if error:
         remedy = "install it from https://github.com/cirruslabs/vetu, or name the program with --tart PATH"
         return Finding("vetu", "failure", error, remedy)
@@ -63,7 +63,7 @@ def check_vetu(error: str, path: str, version: tuple[int, ...]) -> Finding:
 
 
 def check_tart(error: str, path: str, version: tuple[int, ...]) -> Finding:
-    """`error` says why there is no usable tart, `version` is () if `tart --version` did not say it."""
+    """`error` says why no tart can be used. `version` is () when `tart --version` does not show one."""
     wanted = ".".join(map(str, _TART_WANTED))
     if error:
         return Finding(
