@@ -569,12 +569,27 @@ def controller_parser() -> CommandLine:
     add("--insecure-no-tls", action="store_true", help="serve plain HTTP")
     add("--insecure-no-auth", action="store_true", help="serve the API without authentication: anyone may do anything")
     add("--no-ui", action="store_true", help="do not serve the dashboard at /ui/")
+    _add_browser_options(parser)
+    _add_time_options(parser)
+    add_log_options(parser)
+    _add_monitoring_options(parser)
+    add_ignored_options(parser, {option: value for option, (value, _) in _IGNORED_OPTIONS.items()})
+    add("--version", action="version", version=f"orchard {__version__}")
+    return parser
+
+
+def _add_browser_options(parser: CommandLine) -> None:
+    add = parser.add_argument
     add("--allow-origin", metavar="URL", type=_parse_with(normal_origin), action="append", default=[],
         help="origin of web pages that may send requests, beside the controller's own, such as https://orchard.example.com"
         " where a proxy rewrites the header Host; repeatable")  # fmt: skip
     add("--allow-host", metavar="NAME", type=_parse_with(normal_name), action="append", default=[],
         help="with --insecure-no-auth: host name by which clients may address this controller, beside localhost and IP"
         " addresses; repeatable")  # fmt: skip
+
+
+def _add_time_options(parser: CommandLine) -> None:
+    add = parser.add_argument
     add("--worker-offline-timeout", metavar="S", type=parse_seconds, default=DEFAULT_OFFLINE_TIMEOUT,
         help="seconds without contact after which a worker is offline and its VMs fail; default %(default)g")  # fmt: skip
     add("--ping-interval", "--experimental-ping-interval", metavar="S", type=parse_seconds, default=PING_INTERVAL,
@@ -583,7 +598,10 @@ def controller_parser() -> CommandLine:
     add("--idle-timeout", metavar="S", type=parse_seconds, default=DEFAULT_IDLE_TIMEOUT,
         help="seconds after which a connection without requests is closed; more than a proxy keeps idle connections to the"
         " controller; default %(default)g")  # fmt: skip
-    add_log_options(parser)
+
+
+def _add_monitoring_options(parser: CommandLine) -> None:
+    add = parser.add_argument
     add("--metrics-listen", metavar="HOST:PORT", type=parse_address,
         help="address to serve /metrics on, over plain HTTP and without credentials; default: none, only /v1/metrics with"
         " them")  # fmt: skip
@@ -592,9 +610,6 @@ def controller_parser() -> CommandLine:
     add("--allow-local-webhooks", action="store_true",
         help="let webhooks send to loopback and link-local addresses, such as other services of this host")  # fmt: skip
     add("--metrics-per-worker", action="store_true", help="metrics of each worker, beside those of the whole cluster")
-    add_ignored_options(parser, {option: value for option, (value, _) in _IGNORED_OPTIONS.items()})
-    add("--version", action="version", version=f"orchard {__version__}")
-    return parser
 
 
 def _parse_settings(argv: Sequence[str] | None) -> tuple[ControllerSettings, LogSettings]:
