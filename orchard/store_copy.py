@@ -131,7 +131,7 @@ async def read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Copy
         raise CopyError(f"there is no state in etcd with the prefix {prefix}")
     head, now = decode_head(found), found.mod_revision
     contents = EtcdContents(head.revision, prefix=prefix)
-    await read_objects(client, contents, now)
+    await read_objects(client, contents, head, now)
     state = _checked(build_state(contents), f"etcd prefix {prefix}")
     time = datetime.datetime.fromisoformat(head.time) if head.time else utc_now()
     copy = Copy(state.tables(), state.revision, time)

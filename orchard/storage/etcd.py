@@ -224,7 +224,7 @@ class EtcdClient:
             found += _key_values(answer)
             if not answer.get("more"):
                 return found
-            begin = found[-1].key.encode() + b"\0"
+            begin = base64.b64decode(answer["kvs"][-1]["key"]) + b"\0"
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -269,7 +269,8 @@ def was_written_at(key: str, revision: int) -> Comparison:
 def _key_values(answer: dict[str, Any]) -> list[KeyValue]:
     return [
         KeyValue(
-            base64.b64decode(each["key"]).decode(),
+            # Another program's key may be any bytes. It is only shown.
+            base64.b64decode(each["key"]).decode(errors="backslashreplace"),
             base64.b64decode(each.get("value", "")),
             int(each.get("create_revision", 0)),
             int(each.get("mod_revision", 0)),

@@ -8,6 +8,10 @@ succeeds any more, however late it comes: safety does not come from the lease (l
 A transaction whose answer was lost is sent again until it is answered or the lease is over. Each writes a `head` that no
 other one writes, so if the comparison fails and `head` is what the transaction would have written, an earlier try has
 succeeded. Anything else means that leadership is lost, and the engine has ended.
+
+A batch that etcd does not take at once is written in parts to `transaction/NUMBER` first. The `head` that says how many
+parts there are decides it: from then on who reads the state reads the objects of the parts, too. Only then are the objects
+written, and at last the parts deleted. A controller that takes over completes what was decided.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import trio
@@ -33,6 +37,7 @@ from orchard.storage.etcd import (
     KeyValue,
     TxnOperation,
     delete,
+    delete_prefix,
     get,
     put,
     was_written_at,
@@ -43,6 +48,7 @@ from orchard.storage.state_file import STATE_VERSION
 DEFAULT_MAX_MIB = 1024
 # etcd takes at most 128 operations and 1.5 MiB in a transaction. A record is one operation, and base64 adds a third.
 _LIMITS = BatchLimits(100, 1_000_000)
+_FORMAT = "orchard-state"
 _KINDS = ("account", "cluster", "promise", "settings", "vm", "worker")
 # After a transaction whose outcome is unknown.
 _RETRY_SECONDS = 0.1
@@ -69,6 +75,14 @@ class EtcdContents(Contents):
 
     prefix: str = ""
 
+    def read(self, kind: str, name: str, value: bytes) -> None:
+        """Add an object. Raises DamagedKeyError."""
+        key = f"{self.prefix}/{kind}/{name}"
+        try:
+            self.objects[kind, name] = (key, json.loads(value))
+        except ValueError as error:
+            raise self.not_understood(key, error) from error
+
     def not_understood(self, place: Any, error: Exception) -> DamagedError:
         return DamagedKeyError(f"etcd key {place}", f"the value is not understood ({error})")
 
@@ -76,30 +90,24 @@ class EtcdContents(Contents):
         return DamagedKeyError(f"etcd prefix {self.prefix}", f"the state contradicts itself: {'; '.join(problems)}")
 
 
-async def read_objects(client: EtcdClient, contents: EtcdContents, revision: int) -> None:
-    """Read all objects as they were at a revision of etcd. Raises DamagedKeyError, EtcdRequestError."""
-    for kind in _KINDS:
-        begin = f"{contents.prefix}/{kind}/"
-        for each in await client.scan(begin, revision):
-            try:
-                contents.objects[kind, each.key.removeprefix(begin)] = (each.key, json.loads(each.value))
-            except ValueError as error:
-                raise contents.not_understood(each.key, error) from error
-
-
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The value of `head`. `write` counts the writes of one controller, so that no two of them are equal."""
+    """The value of `head`. `write` counts the writes of one controller, so that no two of them are equal.
+
+    `parts` is the number of parts of a batch that is decided, and whose objects may not all be written; else 0.
+    """
 
     revision: int = 0
     epoch: int = 0
     by: str = ""
     write: int = 0
     time: str = ""
+    parts: int = 0
+    # Of the program that has written the state.
+    version: int = STATE_VERSION
 
     def to_json(self) -> bytes:
-        fields = {"revision": self.revision, "epoch": self.epoch, "by": self.by, "write": self.write, "time": self.time}
-        return dump_json({"format": "orchard-state", "version": STATE_VERSION, **fields})
+        return dump_json({"format": _FORMAT, **asdict(self)})
 
 
 def decode_head(found: KeyValue) -> Head:
@@ -107,15 +115,67 @@ def decode_head(found: KeyValue) -> Head:
     try:
         read = json.loads(found.value)
         form, version = read["format"], int(read["version"])
-        head = Head(int(read["revision"]), int(read["epoch"]), read["by"], int(read["write"]), read["time"])
     except (ValueError, KeyError, TypeError) as error:
-        raise DamagedKeyError(
-            f"etcd key {found.key}", f"it is not that of a controller ({error!r})", "choose another --etcd-prefix"
-        ) from error
-    if form != "orchard-state" or version > STATE_VERSION:
+        raise _foreign(found, repr(error)) from error
+    if form != _FORMAT:
+        raise _foreign(found, f'the format is "{form}"')
+    if version > STATE_VERSION:
         what = f"version {version} is newer than the version {STATE_VERSION} that this program knows"
         raise DamagedKeyError(f"etcd key {found.key}", what, "start the Orchard that wrote it, or a newer one")
-    return head
+    try:
+        numbers = {name: int(read[name]) for name in ("revision", "epoch", "write", "parts")}
+        return Head(**numbers, by=str(read["by"]), time=str(read["time"]), version=version)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _foreign(found, repr(error)) from error
+
+
+def _foreign(found: KeyValue, why: str) -> DamagedKeyError:
+    return DamagedKeyError(
+        f"etcd key {found.key}", f"it is not that of a controller ({why})", "choose another --etcd-prefix"
+    )
+
+
+_Record = tuple[Key, bytes | None]
+
+
+async def read_objects(client: EtcdClient, contents: EtcdContents, head: Head, at: int) -> list[list[_Record]]:
+    """Read all objects as they were at revision `at` of etcd, when `head` was written.
+
+    Return the parts of a batch that may not be carried out. Raises DamagedKeyError, EtcdRequestError.
+    """
+    for kind in _KINDS:
+        begin = f"{contents.prefix}/{kind}/"
+        for each in await client.scan(begin, at):
+            contents.read(kind, each.key.removeprefix(begin), each.value)
+    stored = await client.scan(_part_key(contents.prefix), at)
+    if len(stored) < head.parts:
+        raise DamagedKeyError(
+            f"etcd key {_part_key(contents.prefix, len(stored))}", "it is missing, although `head` says that it counts"
+        )
+    parts = [_decode_part(each) for each in stored[: head.parts]]
+    for (kind, name), value in (record for part in parts for record in part):
+        contents.objects.pop((kind, name), None)
+        if value is not None:
+            contents.read(kind, name, value)
+    return parts
+
+
+def _part_key(prefix: str, number: int | None = None) -> str:
+    """Return the key of a part of a batch, or what the keys of all parts begin with."""
+    return f"{prefix}/transaction/" + ("" if number is None else f"{number:06}")
+
+
+def _encode_part(records: Sequence[_Record]) -> bytes:
+    return b"[%b]" % b",".join(b"[%b,%b]" % (dump_json(key), json or b"null") for key, json in records)
+
+
+def _decode_part(found: KeyValue) -> list[_Record]:
+    try:
+        return [
+            ((kind, name), None if new is None else dump_json(new)) for (kind, name), new in json.loads(found.value)
+        ]
+    except (ValueError, TypeError) as error:
+        raise DamagedKeyError(f"etcd key {found.key}", f"the value is not understood ({error})") from error
 
 
 @dataclass(slots=True)
@@ -139,15 +199,8 @@ class _Usage:
         return now >= self.compacted_at + _COMPACT_SECONDS or self.uncompacted > _COMPACT_SHARE * self.most
 
 
-_Record = tuple[Key, bytes | None]
-
-
 def _cut(batch: Batch) -> list[list[_Record]]:
-    """Return the records of a batch in parts that etcd takes at once: one, unless a single transaction is larger.
-
-    Such a transaction changes many objects that do not depend on each other, for example when the clock was set. A
-    controller that is killed between two parts leaves the rest undone.
-    """
+    """Return the records of a batch in parts that etcd takes at once: one, unless a single transaction is larger."""
     parts: list[list[_Record]] = [[]]
     size = 0
     for record in batch.records.items():
@@ -173,6 +226,8 @@ class EtcdEngine:
         # The last `head` of this controller, and etcd's revision of it.
         self.head = Head()
         self._head_at = 0
+        # What another controller has decided, or begun to write, and not completed.
+        self._found_parts: list[list[_Record]] = []
         self._usage = _Usage(max_mib * 1024 * 1024)
         self._look = Wakeup()
 
@@ -197,11 +252,12 @@ class EtcdEngine:
         old = Head() if found is None else decode_head(found)
         if found is None:
             await self._check_unused()
-        self.head = Head(old.revision, old.epoch + 1, self._leadership.by, 0, old.time)
+        # The version is that of the state, which is as it was until it was understood.
+        self.head = replace(old, epoch=old.epoch + 1, by=self._leadership.by, write=0)
         self._head_at = found.mod_revision if found is not None else 0
         await self._write_head([was_written_at(self._leadership.key, self._leadership.revision)], [])
         contents = EtcdContents(old.revision, _read_time(old.time), prefix=self._prefix)
-        await read_objects(self._client, contents, self._head_at)
+        self._found_parts = await read_objects(self._client, contents, self.head, self._head_at)
         return contents
 
     async def _check_unused(self) -> None:
@@ -212,27 +268,49 @@ class EtcdEngine:
                 raise DamagedKeyError(where, what, "choose another --etcd-prefix, or restore all keys from a backup")
 
     async def begin(self, tables: Tables, now: datetime.datetime) -> None:
+        if self._found_parts:
+            await self._carry_out(self._found_parts)
+            self._found_parts = []
         await self._look_at_size()
 
     # -- writing
 
     async def append(self, batch: Batch) -> None:
-        before, is_partly_written = self.head, False
+        before, parts = self.head, _cut(batch)
         time = before.time if batch.time is None else format_time(batch.time)
-        for records in _cut(batch):
-            self.head = replace(self.head, revision=batch.revision, write=self.head.write + 1, time=time)
-            operations = [self._operation(kind, name, json) for (kind, name), json in records]
-            try:
-                await self._write_head([], operations)
-            except NotWrittenError as error:
-                if is_partly_written:
-                    raise self._leadership.lose(f"a part of a transaction was written: {error}") from error
-                self.head = replace(self.head, revision=before.revision, time=before.time)
-                raise
-            is_partly_written = True
-            self._usage.add(sum(len(json or b"") for _, json in records))
+        decided = replace(before, revision=batch.revision, time=time, version=STATE_VERSION)
+        try:
+            if len(parts) == 1:
+                await self._write(decided, self._operations(parts[0]))
+            else:
+                for number, records in enumerate(parts):
+                    await self._write(before, [put(_part_key(self._prefix, number), _encode_part(records))])
+                await self._write(replace(decided, parts=len(parts)), [])
+        except NotWrittenError:
+            self.head = replace(before, write=self.head.write)
+            raise
+        if self.head.parts:
+            await self._carry_out(parts)
+        self._usage.add(sum(len(json or b"") for json in batch.records.values()))
         if self._usage.look_is_due(trio.current_time()):
             self._look.set()
+
+    async def _carry_out(self, parts: list[list[_Record]]) -> None:
+        """Write the objects of a batch that is decided, and delete its parts. Raises LeadershipLostError."""
+        try:
+            for records in parts:
+                await self._write(self.head, self._operations(records))
+            await self._write(replace(self.head, parts=0), [delete_prefix(_part_key(self._prefix))])
+        except NotWrittenError as error:
+            raise self._leadership.lose(f"a part of a transaction was not written: {error}") from error
+
+    def _operations(self, records: Sequence[_Record]) -> list[TxnOperation]:
+        return [self._operation(kind, name, json) for (kind, name), json in records]
+
+    async def _write(self, head: Head, operations: list[TxnOperation]) -> None:
+        """Write `head` with operations, all or nothing. Raises NotWrittenError; LeadershipLostError."""
+        self.head = replace(head, write=self.head.write + 1)
+        await self._write_head([], operations)
 
     def _operation(self, kind: str, name: str, json: bytes | None) -> TxnOperation:
         key = f"{self._prefix}/{kind}/{name}"

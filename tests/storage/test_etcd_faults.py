@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -9,18 +10,19 @@ import pytest
 import trio
 import trio.testing
 from harness.engines import PREFIX, MemoryEtcdSite, RealEtcdSite
-from harness.memory_etcd import encoded
+from harness.memory_etcd import MemoryEtcd, encoded
 from harness.strategies import BEGAN
 
 from orchard.codec import dump_json
 from orchard.storage import etcd_engine
-from orchard.storage.engine import Batch, Engine
+from orchard.storage.engine import Batch, BatchLimits, Engine
 from orchard.storage.errors import BrokenError
 
 
-def batch(revision: int, name: str) -> Batch:
+def batch(revision: int, *names: str) -> Batch:
     made = Batch(revision - 1, revision)
-    made.record(("vm", name), dump_json({"revision": revision}), is_new=True)
+    for name in names:
+        made.record(("vm", name), dump_json({"revision": revision}))
     return made
 
 
@@ -79,6 +81,78 @@ async def test_former_leader_cannot_write(
                 assert not former.leads()
                 await present.append(batch(2, "b"))
         assert (f"{PREFIX}/vm/stale".encode() in site.etcd.values) is not compares
+
+
+def objects_in(etcd: MemoryEtcd) -> dict[str, int]:
+    """Return the revision that wrote each VM, as its key has it. No part of a batch must be left."""
+    begin = f"{PREFIX}/vm/".encode()
+    found = {key: value.value for key, value in etcd.values.items()}
+    assert not [key for key in found if b"/transaction/" in key]
+    return {
+        key.removeprefix(begin).decode(): json.loads(raw)["revision"]
+        for key, raw in found.items()
+        if key.startswith(begin)
+    }
+
+
+async def write_until(applied: bool, last_write: int, large: Batch, site: MemoryEtcdSite) -> bool:
+    """Write a batch with a controller that ends at one of its writes. Return whether the batch was acknowledged."""
+    writes = 0
+
+    async def stop(path: str) -> None:
+        nonlocal writes
+        await trio.lowlevel.checkpoint()
+        writes += path == "/v3/kv/txn"
+        if writes > last_write:
+            raise trio.BrokenResourceError
+
+    async with site.opened() as engine:
+        await engine.load()
+        await engine.begin({}, BEGAN)
+        site.etcd.after, site.etcd.before = (stop, None) if applied else (None, stop)
+        try:
+            await engine.append(large)
+        except BrokenError:
+            return False
+        finally:
+            site.etcd.after = site.etcd.before = None
+    return True
+
+
+@pytest.mark.parametrize("applied", [True, False])
+async def test_batch_of_several_parts_is_written_whole_or_not_at_all(
+    applied: bool, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller ends at each write of a batch that etcd does not take at once, and another one takes over."""
+    monkeypatch.setattr(etcd_engine, "_LIMITS", BatchLimits(3, 1_000))
+    first, large = (
+        batch(1, *(f"vm-{number}" for number in range(6))),
+        batch(2, *(f"vm-{number}" for number in range(3, 10))),
+    )
+    large.record(("vm", "vm-5"), None)
+    before = {f"vm-{number}": 1 for number in range(6)}
+    after = {f"vm-{number}": 1 + (number > 2) for number in range(10) if number != 5}
+    outcomes = []
+    for last_write in range(9):
+        site = MemoryEtcdSite()
+        async with site.running():
+            assert await write_until(applied, 99, first, site)
+            is_acknowledged = await write_until(applied, last_write, large, site)
+            async with site.opened() as engine:
+                found = await loaded(engine)
+                await engine.begin({}, BEGAN)
+                # It deletes what is left of a batch that was not decided.
+                await engine.append(batch(3, "vm-9") if found == after else large)
+            async with site.opened() as engine:
+                assert (
+                    await loaded(engine)
+                    == objects_in(site.etcd)
+                    == {**after, **({"vm-9": 3} if found == after else {})}
+                )
+        outcomes.append((found == after, is_acknowledged))
+        assert found in (before, after)
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {(False, False), (True, False), (True, True)}
 
 
 @pytest.mark.slow
