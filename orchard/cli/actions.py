@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from orchard import __version__
 from orchard.cli.connection import AnswerError, path_of
 from orchard.cli.failure import OVERDUE, CommandError
-from orchard.cli.output import format_age, format_map, print_json, print_pairs, print_table
-from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.cli.output import format_age, format_map, print_items, print_json, print_pairs, print_table
+from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
 from orchard.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources
 
 _POWER_STATES = {"stop": "stopped", "suspend": "suspended", "start": "running"}
@@ -130,12 +130,8 @@ def _declare_capacity(parser: CommandLine) -> None:
     parser.add_argument("--labels", metavar="K=V,..", type=parse_pairs, default={})
     for name in ("arch", "runtime", "os"):
         parser.add_argument(f"--{name}", default="")
-    _add_output(parser)
+    add_output_option(parser, "table", "json")
     parser.set_defaults(run=_show_capacity)
-
-
-def _add_output(parser: CommandLine) -> None:
-    parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: %(default)s")
 
 
 def _show_capacity(options: argparse.Namespace) -> int:
@@ -159,7 +155,7 @@ def _declare_history(parser: CommandLine) -> None:
     parser.add_argument("--limit", metavar="N", type=parse_count, default=50,
                         help="at most so many, the last ones, or the first ones since TIME; default: %(default)s")  # fmt: skip
     parser.add_argument("--since", metavar="TIME", default="", help="RFC 3339")
-    _add_output(parser)
+    add_output_option(parser, "table", "json", "name")
     parser.set_defaults(run=_show_history)
 
 
@@ -168,8 +164,8 @@ def _show_history(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
         require_capability(controller, "history", "history")
         ended = controller.call("GET", "/history", query=query)
-    if options.output == "json":
-        print_json(ended)
+    if options.output != "table":
+        print_items(ended, options.output)
         return 0
     rows = [
         (
@@ -187,7 +183,7 @@ def _show_history(options: argparse.Namespace) -> int:
 
 
 def _declare_sessions(parser: CommandLine) -> None:
-    _add_output(parser)
+    add_output_option(parser, "table", "json")
     parser.set_defaults(run=_show_sessions)
 
 
@@ -206,15 +202,22 @@ def _show_sessions(options: argparse.Namespace) -> int:
 
 def _declare_version(parser: CommandLine) -> None:
     parser.add_argument("--client", action="store_true", help="ask no controller")
+    add_output_option(parser, "text", "json")
     parser.set_defaults(run=_print_version)
 
 
 def _print_version(options: argparse.Namespace) -> int:
-    print(f"client: orchard {__version__}")
+    versions = {"client": __version__}
+    if options.output == "text":
+        print(f"client: orchard {__version__}")
     if not options.client:
         with open_connection(options) as controller:
             info = controller.call("GET", "/controller/info")
-            print(f"server: orchard {info.get('version', '')} at {controller.url}")
+            versions |= {"server": info.get("version", ""), "url": controller.url}
+        if options.output == "text":
+            print(f"server: orchard {versions['server']} at {versions['url']}")
+    if options.output == "json":
+        print_json(versions)
     return 0
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
-from orchard.cli.output import print_table
-from orchard.cli.session import context_path
+from orchard.cli.output import print_items, print_table
+from orchard.cli.session import add_output_option, context_path
 from orchard.command_line import CommandLine
 from orchard.net.urls import join_urls
 
@@ -41,7 +41,9 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     )
     create.add_argument("--force", action="store_true", help="replace a context of that name")
     create.set_defaults(run=_create)
-    parts.add_parser("list", help="list the contexts").set_defaults(run=_list)
+    listing = parts.add_parser("list", help="list the contexts")
+    add_output_option(listing, "table", "json", "name")
+    listing.set_defaults(run=_list)
     default = parts.add_parser("default", help="use a context by default")
     default.add_argument("name", metavar="NAME")
     default.set_defaults(run=_make_default)
@@ -152,11 +154,15 @@ def _digits(fingerprint: str) -> str:
 
 def _list(options: argparse.Namespace) -> int:
     contexts = read_contexts(context_path())
-    rows = [
-        (name, context.url, "*" if name == contexts.default else "")
-        for name, context in sorted(contexts.by_name.items())
+    items = [
+        {"name": name, "url": each.url, "serviceAccountName": each.account, "default": name == contexts.default}
+        for name, each in sorted(contexts.by_name.items())
     ]
-    print_table(("Name", "URL", "Default"), rows)
+    if options.output == "table":
+        rows = [(str(item["name"]), str(item["url"]), "*" if item["default"] else "") for item in items]
+        print_table(("Name", "URL", "Default"), rows)
+    else:
+        print_items(items, options.output)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError
 from orchard.cli.output import print_json
-from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
 from orchard.cli.waiting import Waiting
 from orchard.command_line import (
     CommandLine,
@@ -43,7 +43,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     token.add_argument("kind", choices=("vm",))
     token.add_argument("name", metavar="NAME")
     token.add_argument("--ttl", metavar="D", type=parse_duration, help="for how long, for example 8h; default: 24h")
-    token.add_argument("-o", "--output", choices=("token", "json"), default="token", help="default: %(default)s")
+    add_output_option(token, "token", "json")
     token.set_defaults(run=_create_token)
     for each in (vm, account, token):
         add_context_option(each)

@@ -32,7 +32,7 @@ from orchard.cli.context import Context, read_contexts
 from orchard.cli.diagnosis import Finding
 from orchard.cli.failure import FAILED, USAGE, CommandError
 from orchard.cli.output import print_json, printable
-from orchard.cli.session import add_context_option, chosen_context, context_path
+from orchard.cli.session import add_context_option, add_output_option, chosen_context, context_path
 from orchard.command_line import CommandLine, orchard_home, parse_address
 from orchard.files import STATE_FILE, WORKERS_LOCK_FILE
 from orchard.net import tls
@@ -73,7 +73,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         default=[],
         help="name that the certificate has to have; repeatable",
     )
-    add("-o", "--output", choices=("text", "json"), default="text", help="default: %(default)s")
+    add_output_option(parser, "text", "json")
     add_context_option(parser)
     parser.set_defaults(run=_run)
 

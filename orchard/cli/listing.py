@@ -9,9 +9,9 @@ from typing import Any
 
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError
-from orchard.cli.output import format_table, is_fancy, print_json, print_table, printable, repaint
+from orchard.cli.output import format_table, is_fancy, print_items, print_table, printable, repaint
 from orchard.cli.resources import RESOURCE_KINDS, ResourceKind, find_kind
-from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
 from orchard.cli.streams import changes
 from orchard.command_line import CommandLine
 
@@ -28,9 +28,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
     parser.add_argument("-w", "--watch", action="store_true",
         help="go on: show the list again after each change on a terminal, print each change elsewhere")  # fmt: skip
-    parser.add_argument(
-        "-o", "--output", choices=("table", "json", "name"), default="table", help="default: %(default)s"
-    )
+    add_output_option(parser, "table", "json", "name")
     add_context_option(parser)
     parser.set_defaults(run=_list)
 
@@ -43,10 +41,8 @@ def _list(options: argparse.Namespace) -> int:
         return _watch_list(options, kind)
     with open_connection(options) as controller:
         items = controller.call("GET", path_of(kind.path))
-    if options.quiet or options.output == "name":
-        print(*(item["name"] for item in items), sep="\n", end="\n" if items else "")
-    elif options.output == "json":
-        print_json(items)
+    if options.quiet or options.output != "table":
+        print_items(items, "name" if options.quiet else options.output)
     else:
         rows = [[show(item) for show in kind.columns.values()] for item in items]
         print_table(list(kind.columns), rows, cut=kind.cut)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import os
 import re
@@ -18,8 +17,10 @@ _HOME_AND_CLEAR = "\x1b[H\x1b[J"
 # Such as "pulling image: 42 %".
 _PERCENTAGE = re.compile(r"(.*?):? ([0-9]{1,3}) ?%")
 _BAR_WIDTH = 40
-# Of a column that may be cut: a narrower one says nothing.
+# Of a column or message that may be cut: a narrower one says nothing.
 _LEAST_WIDTH = 12
+# Between columns, and before a further line of a row.
+_GAP, _INDENT = "  ", "    "
 
 
 def is_fancy(stream: TextIO) -> bool:
@@ -38,22 +39,56 @@ def print_line(text: str) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: str = "") -> None:
-    """Print rows in aligned columns. On a terminal, the column `cut` is shortened so that lines fit; others never are."""
+    """Print rows in aligned columns, which fit a terminal. Only the column `cut` is ever shortened for that."""
     for line in format_table(header, rows, cut=cut):
         print(line)
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: str = "") -> Iterator[str]:
-    """Yield the lines that `print_table` prints."""
+    """Yield the lines that `print_table` prints: on a terminal that is too narrow, several lines for each row."""
     table = [list(header), *([printable(cell) for cell in row] for row in rows)]
     widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
-    if cut in header and sys.stdout.isatty():
-        column = list(header).index(cut)
-        others = sum(widths) - widths[column] + 2 * (len(header) - 1)
-        widths[column] = min(widths[column], max(_LEAST_WIDTH, shutil.get_terminal_size().columns - others))
+    lines = [list(range(len(header)))]
+    if sys.stdout.isatty():
+        lines = _fit_columns(widths, list(header).index(cut) if cut else None, shutil.get_terminal_size().columns)
     for row in table:
-        cells = [_padded(cell, width) for cell, width in zip(row, widths, strict=True)]
-        yield "  ".join(cells).rstrip()
+        for number, columns in enumerate(lines):
+            cells = _GAP.join(_padded(row[column], widths[column]) for column in columns).rstrip()
+            if cells or not number:
+                yield _INDENT * bool(number) + cells
+
+
+def _fit_columns(widths: list[int], cut: int | None, room: int) -> list[list[int]]:
+    """Return the columns of each line of a row, so that the lines fit into `room` cells.
+
+    The width of the column `cut` becomes what its line leaves to it. Another column that alone is wider than `room` stays so.
+    """
+    wanted = 0 if cut is None else widths[cut]
+    if cut is not None:
+        widths[cut] = min(wanted, _LEAST_WIDTH)
+    lines: list[list[int]] = [[]]
+    left = room
+    for column, width in enumerate(widths):
+        if lines[-1] and width > left:
+            lines.append([])
+            left = room - len(_INDENT)
+        lines[-1].append(column)
+        left -= width + len(_GAP)
+    if cut is not None:
+        line = next(line for line in lines if cut in line)
+        taken = sum(widths[column] + len(_GAP) for column in line) - len(_GAP) + len(_INDENT) * (line is not lines[0])
+        widths[cut] = min(wanted, widths[cut] + max(0, room - taken))
+    return lines
+
+
+def with_message(text: str, message: str) -> str:
+    """Return a text and the message behind it, which is cut so that both fit a terminal; the text never is."""
+    line = printable(f"{text}{message}")
+    if not sys.stdout.isatty():
+        return line
+    return _padded(
+        line, min(_width(line), max(_width(printable(text)) + _LEAST_WIDTH, shutil.get_terminal_size().columns))
+    )
 
 
 def format_progress(text: str, columns: int) -> str:
@@ -67,10 +102,27 @@ def format_progress(text: str, columns: int) -> str:
 
 
 def repaint(lines: Iterable[str]) -> None:
-    """Show lines in place of all that a terminal shows, as far as they fit."""
+    """Show lines in place of all that a terminal shows, as far as they fit, and how many more there are."""
     size = shutil.get_terminal_size()
-    shown = [line[: size.columns - 1] for line in itertools.islice(lines, size.lines - 1)]
+    shown = [part for line in lines for part in _folded(line, size.columns)]
+    # The last line of the terminal is left to what follows: it would scroll the others.
+    room = size.lines - 1
+    if len(shown) > room:
+        shown[room - 1 :] = [f"and {len(shown) - room + 1} more lines"]
     print(_HOME_AND_CLEAR + "\n".join(shown), end="", flush=True)
+
+
+def _folded(line: str, columns: int) -> Iterator[str]:
+    """Yield the parts of a line that a terminal shows one below the other."""
+    part, used = "", 0
+    for char in line:
+        width = _width(char)
+        if used + width > columns:
+            yield part
+            part, used = "", 0
+        part += char
+        used += width
+    yield part
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
@@ -83,6 +135,14 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 def print_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_items(items: Sequence[Mapping[str, Any]], output: str) -> None:
+    """Print objects as `-o json` or `-o name` has them."""
+    if output == "json":
+        print_json(items)
+    else:
+        print(*(item["name"] for item in items), sep="\n", end="\n" if items else "")
 
 
 def print_compact_json(value: object) -> None:

@@ -17,7 +17,13 @@ from typing import Any
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
 from orchard.cli.output import format_age, format_map, print_json, print_pairs
-from orchard.cli.session import add_context_option, chosen_context, open_connection, require_capability
+from orchard.cli.session import (
+    add_context_option,
+    add_output_option,
+    chosen_context,
+    open_connection,
+    require_capability,
+)
 from orchard.command_line import CommandLine, parse_duration, suggest
 
 # Between two looks at a worker whose VMs are waited for.
@@ -177,9 +183,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument("--wait", metavar="SECONDS", type=parse_duration,
             help="wait for its VMs to end; with exit status 124 when they have not by then")  # fmt: skip
     if verb == "get":
-        parser.add_argument(
-            "-o", "--output", choices=("table", "json", "name"), default="table", help="default: %(default)s"
-        )
+        add_output_option(parser, "table", "json", "name")
     add_context_option(parser)
     parser.set_defaults(run={"get": _get, "delete": _delete}.get(verb, _pause), verb=verb)
 
@@ -194,6 +198,8 @@ def find_kind(word: str, allowed: tuple[ResourceKind, ...]) -> ResourceKind:
 
 
 def _get(options: argparse.Namespace) -> int:
+    if options.output != "table" and (options.kind in _TOKENS or (options.output == "name" and "/" in options.name)):
+        raise CommandError(f"-o {options.output} is for whole resources; what is alone is printed as it is", USAGE)
     if options.kind in _TOKENS:
         return _TOKENS[options.kind](options)
     kind = find_kind(options.kind, tuple(RESOURCE_KINDS.values()))
@@ -203,11 +209,13 @@ def _get(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
         item = controller.call("GET", path_of(kind.path, name) if name else path_of(kind.path))
     if slash:
-        print(_bare(find_field(kind, item, field)))
-    elif options.output == "json":
+        item = find_field(kind, item, field)
+    if options.output == "json":
         print_json(item)
+    elif slash:
+        print(_bare(item))
     elif options.output == "name":
-        print(item.get("name", ""))
+        print(item.get("name", kind.name))
     else:
         pairs = ((title, show(item)) for title, show in kind.pairs.items())
         print_pairs(pairs if kind.pairs else ((key, _shown(value)) for key, value in item.items()))

@@ -25,6 +25,11 @@ def add_context_option(parser: CommandLine) -> None:
     parser.add_argument("--context", metavar="NAME", default="", help="controller to use; default: the default context")
 
 
+def add_output_option(parser: argparse.ArgumentParser, *formats: str) -> None:
+    """Declare -o with these formats, of which the first is the default."""
+    parser.add_argument("-o", "--output", choices=formats, default=formats[0], help="default: %(default)s")
+
+
 def context_path() -> Path:
     return orchard_home("command") / CONTEXT_FILE
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, path_of
 from orchard.cli.output import format_clock, print_compact_json, print_line, printable
-from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
 from orchard.command_line import CommandLine, parse_count, parse_duration
 
 # Events of one answer.
@@ -27,7 +27,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.completions["kinds"] = ("vms", "workers")
         parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
             help="such as status=running, createdBy=ci or metadata.job=7; repeatable: all must hold")  # fmt: skip
-        parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="default: %(default)s")
+        add_output_option(parser, "table", "json")
         parser.set_defaults(run=_watch)
     else:
         parser.add_argument("kind", choices=("vm",), metavar="vm")
@@ -40,9 +40,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
             parser.add_argument("--tail", metavar="N", type=parse_count, help="only the last N lines, the newest first")
             parser.set_defaults(run=_print_log)
         else:
-            parser.add_argument(
-                "-o", "--output", choices=("table", "json"), default="table", help="default: %(default)s"
-            )
+            add_output_option(parser, "table", "json")
             parser.set_defaults(run=_print_events)
     add_context_option(parser)
 

@@ -10,9 +10,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
-from orchard.cli.output import format_age, format_clock, is_fancy, print_pairs, printable, repaint
+from orchard.cli.output import (
+    format_age,
+    format_clock,
+    is_fancy,
+    print_json,
+    print_pairs,
+    printable,
+    repaint,
+    with_message,
+)
 from orchard.cli.resources import RESOURCE_KINDS
-from orchard.cli.session import add_context_option, open_connection
+from orchard.cli.session import add_context_option, add_output_option, open_connection
 from orchard.command_line import CommandLine
 
 _TART_VMS = "org.cirruslabs.tart-vms"
@@ -39,6 +48,8 @@ _REMEDIES = {
     " higher priority": "orchard update vm NAME --priority N",
 }
 
+_TITLES = {"vm": "VM", "worker": "worker"}
+
 Object = Mapping[str, Any]
 
 
@@ -50,6 +61,8 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.set_defaults(run=_describe)
     else:
         parser.set_defaults(run=_top if verb == "top" else _status)
+    if verb != "top":
+        add_output_option(parser, "text", "json")
     add_context_option(parser)
 
 
@@ -58,7 +71,11 @@ def add_verb(verb: str, parser: CommandLine) -> None:
 
 def _status(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
-        print(*_fleet(controller), sep="\n")
+        fleet = _fleet(controller)
+    if options.output == "json":
+        print_json(fleet)
+    else:
+        print(*_lines(fleet), sep="\n")
     return 0
 
 
@@ -66,7 +83,7 @@ def _top(options: argparse.Namespace) -> int:
     """Show the fleet again and again: in place on a terminal, one below the other elsewhere."""
     with open_connection(options) as controller:
         while True:
-            lines = [printable(line) for line in _fleet(controller)]
+            lines = _lines(_fleet(controller))
             if is_fancy(sys.stdout):
                 repaint(lines)
             else:
@@ -74,33 +91,41 @@ def _top(options: argparse.Namespace) -> int:
             time.sleep(_REPAINT_SECONDS)
 
 
-def _fleet(controller: ControllerConnection) -> Iterator[str]:
-    """Yield the lines that show workers, VMs, the queue and what needs attention."""
+def _fleet(controller: ControllerConnection) -> Object:
+    """Return workers and VMs by their states, the slots of online workers, the queue, and what needs attention."""
     workers, vms = controller.call("GET", "/workers"), controller.call("GET", "/vms")
-    states = Counter(str(worker.get("state") or "unknown") for worker in workers)
-    yield f"Workers: {len(workers)}{_counts(states)}"
-    offered = sum(
-        worker.get("resources", {}).get(_TART_VMS, 0) for worker in workers if worker.get("state") == "online"
-    )
-    used = sum(worker.get("used", {}).get(_TART_VMS, 0) for worker in workers if worker.get("state") == "online")
-    if offered:
-        yield f"Tart VMs: {used} of {offered} in use on online workers"
-    yield f"VMs: {len(vms)}{_counts(Counter(vm['status'] for vm in vms))}"
-    waiting = sorted((vm for vm in vms if vm["status"] == "pending" and not vm.get("worker")), key=_age_order)
+    online = [worker for worker in workers if worker.get("state") == "online"]
+    waiting = sorted(filter(_waits, vms), key=_age_order)
+    fields = ("name", "createdAt", "priority", "status_message")
+    return {
+        "workers": Counter(str(worker.get("state") or "unknown") for worker in workers),
+        "tartVMs": {key: sum(worker.get(field, {}).get(_TART_VMS, 0) for worker in online)
+                    for key, field in (("used", "used"), ("offered", "resources"))},
+        "vms": Counter(vm["status"] for vm in vms),
+        "waiting": [{field: vm[field] for field in fields if field in vm} for vm in waiting],
+        "attention": list(_attention(workers, vms)),
+    }  # fmt: skip
+
+
+def _lines(fleet: Object) -> Iterator[str]:
+    """Yield the lines that show the fleet."""
+    yield f"Workers: {_counts(fleet['workers'])}"
+    if fleet["tartVMs"]["offered"]:
+        yield f"Tart VMs: {fleet['tartVMs']['used']} of {fleet['tartVMs']['offered']} in use on online workers"
+    yield f"VMs: {_counts(fleet['vms'])}"
+    waiting, attention = fleet["waiting"], fleet["attention"]
     if waiting:
         yield ""
         yield f"Waiting: {len(waiting)}"
-        yield from (
-            f"  {vm['name']}, {format_age(vm.get('createdAt'))}: {vm.get('status_message', '')}"
-            for vm in waiting[:_SHOWN]
-        )
+        for vm in waiting[:_SHOWN]:
+            yield with_message(f"  {vm['name']}, {format_age(vm.get('createdAt'))}: ", vm.get("status_message", ""))
         if len(waiting) > _SHOWN:
             yield f"  and {len(waiting) - _SHOWN} more"
-    attention = list(_attention(workers, vms))
     if attention:
         yield ""
         yield "Needs attention:"
-        yield from (f"  {line}" for line in attention)
+        for one in attention:
+            yield with_message(f'  {_TITLES[one["kind"]]} "{one["name"]}" ', one["message"])
 
 
 def _age_order(vm: Object) -> tuple[int, str]:
@@ -108,17 +133,21 @@ def _age_order(vm: Object) -> tuple[int, str]:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return f" ({', '.join(f'{number} {name}' for name, number in sorted(counts.items()))})" if counts else ""
+    named = ", ".join(f"{number} {name}" for name, number in sorted(counts.items()))
+    return f"{sum(counts.values())} ({named})" if counts else "0"
 
 
-def _attention(workers: Sequence[Object], vms: Sequence[Object]) -> Iterator[str]:
+def _attention(workers: Sequence[Object], vms: Sequence[Object]) -> Iterator[Object]:
+    """Yield kind and name of what needs attention, and a message that goes on behind the name."""
     for worker in workers:
+        told = []
         if worker.get("state") == "offline":
-            yield f'worker "{worker["name"]}" is offline, last seen {format_age(worker.get("last_seen"))}'
-        for problem in (worker.get("health") or {}).get("problems") or ():
-            yield f'worker "{worker["name"]}": {problem.get("what")}: {problem.get("message")}'
+            told.append(f"is offline, last seen {format_age(worker.get('last_seen'))}")
+        problems = (worker.get("health") or {}).get("problems") or ()
+        told += [f"has a problem: {problem.get('what')}: {problem.get('message')}" for problem in problems]
+        yield from ({"kind": "worker", "name": worker["name"], "message": message} for message in told)
     for vm in [vm for vm in vms if vm["status"] == "failed"][:_SHOWN]:
-        yield f'VM "{vm["name"]}" has failed: {vm.get("status_message", "")}'
+        yield {"kind": "vm", "name": vm["name"], "message": f"has failed: {vm.get('status_message', '')}"}
 
 
 # ---- one of them -----------------------------------------------------------------------------------------------------
@@ -128,12 +157,23 @@ def _describe(options: argparse.Namespace) -> int:
     kind = RESOURCE_KINDS[options.kind]
     with open_connection(options) as controller:
         item = controller.call("GET", path_of(kind.path, options.name))
-        print_pairs((title, text) for title, show in kind.pairs.items() if (text := show(item)))
-        if options.kind == "vm":
-            _explain(item)
-            _print_life(controller, options.name)
-        else:
-            _print_vms(controller, options.name)
+        found: Object = (
+            {"vm": item, "remedies": _remedies(item), "events": _life(controller, options.name)}
+            if options.kind == "vm"
+            else {
+                "worker": item,
+                "vms": [vm for vm in controller.call("GET", "/vms") if vm.get("worker") == options.name],
+            }
+        )
+    if options.output == "json":
+        print_json(found)
+        return 0
+    print_pairs((title, text) for title, show in kind.pairs.items() if (text := show(item)))
+    if options.kind == "vm":
+        _explain(item, found["remedies"])
+        _print_life(found["events"])
+    else:
+        _print_vms(found["vms"])
     return 0
 
 
@@ -142,32 +182,43 @@ def remedies_for(reason: str) -> list[str]:
     return list(dict.fromkeys(remedy for part, remedy in _REMEDIES.items() if part in reason))
 
 
-def _explain(vm: Object) -> None:
+def _waits(vm: Object) -> bool:
+    return vm["status"] == "pending" and not vm.get("worker")
+
+
+def _remedies(vm: Object) -> list[str]:
+    """Return what would help a VM, if it waits."""
+    return remedies_for(vm.get("status_message", "")) if _waits(vm) else []
+
+
+def _explain(vm: Object, remedies: Sequence[str]) -> None:
     """Print why a VM waits, and what would help."""
-    reason = vm.get("status_message", "")
-    if vm["status"] != "pending" or vm.get("worker"):
-        return
-    print(f"\nIt waits for a worker: {printable(reason) or 'it was created a moment ago'}")
-    if helps := remedies_for(reason):
-        print("What would help:", *helps, sep="\n  ")
+    if _waits(vm):
+        reason = printable(vm.get("status_message", "")) or "it was created a moment ago"
+        print(f"\nIt waits for a worker: {reason}")
+    if remedies:
+        print("What would help:", *remedies, sep="\n  ")
 
 
-def _print_life(controller: ControllerConnection, name: str) -> None:
+def _life(controller: ControllerConnection, name: str) -> list[Object]:
+    """Return the last lifecycle events of a VM; none from a controller that has none."""
     query = {"kinds": "lifecycle", "order": "desc", "limit": str(_SHOWN)}
     try:
         events = controller.call("GET", path_of("vms", name, "events"), query=query)
     except AnswerError:
-        return
+        return []
     # A controller that does not know `kinds` answers with the script's output.
-    life = [event for event in reversed(events) if event.get("kind") == "lifecycle"]
-    if life:
+    return [event for event in reversed(events) if event.get("kind") == "lifecycle"]
+
+
+def _print_life(events: Sequence[Object]) -> None:
+    if events:
         print("\nEvents:")
-        for event in life:
+        for event in events:
             print(f"  {format_clock(event.get('timestamp', 0))} {printable(event.get('payload', ''))}")
 
 
-def _print_vms(controller: ControllerConnection, worker: str) -> None:
-    vms = [vm for vm in controller.call("GET", "/vms") if vm.get("worker") == worker]
+def _print_vms(vms: Sequence[Object]) -> None:
     if vms:
         print("\nIts VMs:")
         for vm in vms:
