@@ -72,6 +72,10 @@ class ConnectError(ClientError):
     """There is no connection, or it was lost. The request may or may not have been carried out."""
 
 
+class AnswerTooLargeError(ClientError):
+    """An answer was larger than what this client takes. The request was carried out."""
+
+
 class ResponseError(ClientError):
     """The server answered with an error. `status` is the HTTP status, `message` the server's own words.
 
@@ -201,14 +205,14 @@ class _Connection:
         return bytes(event.data) if isinstance(event, h11.Data) else None
 
     async def receive_body(self) -> bytes:
-        """Return the answer's whole body. Raises ClientError if it is too large, or one of `_CONNECTION_ERRORS`."""
+        """Return the answer's whole body. Raises AnswerTooLargeError, or one of `_CONNECTION_ERRORS`."""
         parts: list[bytes] = []
         size = 0
         while (part := await self.receive_piece()) is not None:
             parts.append(part)
             size += len(part)
             if size > _MAX_BODY_BYTES:
-                raise ClientError(f"the answer is larger than {_MAX_BODY_BYTES} bytes")
+                raise AnswerTooLargeError(f"the answer is larger than {_MAX_BODY_BYTES} bytes")
         return b"".join(parts)
 
     async def _next_event(self) -> Any:
@@ -322,7 +326,7 @@ class Transport:
     ) -> ClientResponse:
         """Send a request, and return its answer. `json` is sent as the body, unless it is `...`.
 
-        Raises ConnectError, ResponseError for a status of 400 or more, and ClientError for an answer over 64 MiB.
+        Raises ConnectError, ResponseError for a status of 400 or more, and AnswerTooLargeError beyond 64 MiB.
         """
         request = _make_request(method, path, query, json, headers)
         async with self._requests:

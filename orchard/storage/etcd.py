@@ -21,14 +21,15 @@ from urllib.parse import urlsplit
 import trio
 
 from orchard.net import tcp, tls
-from orchard.net.transport import ClientError, ResponseError, Transport
+from orchard.net.transport import AnswerTooLargeError, ClientError, ClientResponse, ResponseError, Transport
 
 _DEFAULT_PORT = 2379
 # For one endpoint to answer. An election of etcd's own leader takes about a second.
 _ANSWER_SECONDS = 2.0
-# A page of 1,000 large objects over a slow link.
+# A page of large objects over a slow link.
 _PAGE_SECONDS = 10.0
-_PAGE_KEYS = 1_000
+# Keys of the first page, which may all be large, and of any other one; and the bytes of values that a page should have.
+_FIRST_PAGE_KEYS, _PAGE_KEYS, _PAGE_BYTES = 100, 1_000, 4_000_000
 _NO_SPACE = "database space exceeded"
 # A token from before a change of users or roles.
 _OUTDATED = "auth store is old"
@@ -45,6 +46,10 @@ class EtcdRequestError(Exception):
 
 class EtcdUnavailableError(EtcdRequestError):
     """No endpoint answered, or has a leader. Whether the request was carried out is unknown."""
+
+
+class EtcdAnswerTooLargeError(EtcdRequestError):
+    """The answer to a request was larger than what is taken."""
 
 
 class EtcdRefusedError(EtcdRequestError):
@@ -144,6 +149,8 @@ class EtcdClient:
                 raise
             except trio.TooSlowError:
                 reasons.append(f"{endpoint.url} did not answer within {seconds:g} seconds")
+            except AnswerTooLargeError as error:
+                raise EtcdAnswerTooLargeError(f"{endpoint.url}: {error}") from error
             except ResponseError as error:
                 reasons.append(f"{endpoint.url}: {error}")
             except ClientError as error:
@@ -159,8 +166,7 @@ class EtcdClient:
                 await self._authenticate(endpoint)
             headers = [("Authorization", self._token)] if self._token else []
             try:
-                answer = await endpoint.request("POST", path, json=body, headers=headers)
-                return json.loads(answer.body)
+                return _parsed(endpoint, await endpoint.request("POST", path, json=body, headers=headers))
             except ResponseError as error:
                 # Tokens expire, and do not survive a restart of etcd.
                 if self._access.user and attempt == 0 and (error.status == 401 or _OUTDATED in error.message):
@@ -169,8 +175,6 @@ class EtcdClient:
                 if (refusal := _refusal(endpoint.url, error)) is not None:
                     raise refusal from error
                 raise
-            except ValueError as error:
-                raise ClientError(f"{endpoint.url} did not answer with JSON; is it the client URL of etcd?") from error
         raise AssertionError("unreachable")
 
     async def _authenticate(self, endpoint: Transport) -> None:
@@ -182,7 +186,7 @@ class EtcdClient:
                 what = f"{endpoint.url} refused the user {self._access.user}: {error.message}"
                 raise EtcdRefusedError(what, denied=True) from error
             raise
-        self._token = str(json.loads(answer.body)["token"])
+        self._token = str(_parsed(endpoint, answer).get("token", ""))
 
     async def transact(
         self, comparisons: Sequence[Comparison], success: Sequence[TxnOperation], failure: Sequence[TxnOperation] = ()
@@ -210,21 +214,30 @@ class EtcdClient:
         """Return all keys with a prefix, in their order, at a revision of etcd or at the present one. Raises EtcdRequestError."""
         found: list[KeyValue] = []
         begin, end = prefix.encode(), end_of(prefix)
+        limit = _FIRST_PAGE_KEYS
         while True:
             body = {
                 "key": encoded(begin),
                 "range_end": encoded(end),
-                "limit": str(_PAGE_KEYS),
+                "limit": str(limit),
                 "revision": str(revision),
                 "keys_only": keys_only,
             }
-            answer = await self.call("/v3/kv/range", body, _PAGE_SECONDS)
+            try:
+                answer = await self.call("/v3/kv/range", body, _PAGE_SECONDS)
+            except EtcdAnswerTooLargeError:
+                if limit == 1:
+                    raise
+                limit = max(1, limit // 8)
+                continue
             # Later pages are of the same moment.
             revision = revision or int(answer["header"]["revision"])
-            found += _key_values(answer)
+            page = _key_values(answer)
+            found += page
             if not answer.get("more"):
                 return found
             begin = base64.b64decode(answer["kvs"][-1]["key"]) + b"\0"
+            limit = max(1, min(_PAGE_KEYS, _PAGE_BYTES * len(page) // max(1, sum(len(each.value) for each in page))))
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -264,6 +277,17 @@ def get(key: str) -> TxnOperation:
 def was_written_at(key: str, revision: int) -> Comparison:
     """Return the comparison that holds while a key is as it was written at a revision; 0: it does not exist."""
     return {"key": encoded(key.encode()), "target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
+
+
+def _parsed(endpoint: Transport, answer: ClientResponse) -> dict[str, Any]:
+    """Return the JSON of an answer. Raises ClientError unless it is one of etcd's: each has a header, or a result with one."""
+    try:
+        parsed = json.loads(answer.body)
+    except ValueError:
+        parsed = None
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("header", parsed.get("result")), dict):
+        raise ClientError(f"{endpoint.url} did not answer as etcd does; is it the client URL of etcd?")
+    return parsed
 
 
 def _key_values(answer: dict[str, Any]) -> list[KeyValue]:

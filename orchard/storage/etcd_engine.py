@@ -33,7 +33,6 @@ from orchard.storage.etcd import (
     EtcdClient,
     EtcdRefusedError,
     EtcdRequestError,
-    EtcdUnavailableError,
     KeyValue,
     TxnOperation,
     delete,
@@ -50,7 +49,7 @@ DEFAULT_MAX_MIB = 1024
 _LIMITS = BatchLimits(100, 1_000_000)
 _FORMAT = "orchard-state"
 _KINDS = ("account", "cluster", "promise", "settings", "vm", "worker")
-# After a transaction whose outcome is unknown.
+# After upkeep that failed.
 _RETRY_SECONDS = 0.1
 # Between two compactions, which etcd does not do by itself, and between two looks at its size.
 _COMPACT_SECONDS, _LOOK_SECONDS = 300.0, 60.0
@@ -323,37 +322,22 @@ class EtcdEngine:
         """
         value = self.head.to_json()
         comparisons = [was_written_at(self._head_key, self._head_at), *comparisons]
-        problem = ""
-        while self._leadership.leads():
-            # Shielded: what was written must not be taken for undone.
-            with trio.move_on_after(self._leadership.patience(), shield=True):
-                try:
-                    done = await self._client.transact(
-                        comparisons, [put(self._head_key, value), *operations], [get(self._head_key)]
-                    )
-                except EtcdUnavailableError as error:
-                    problem = str(error)
-                    await trio.sleep(_RETRY_SECONDS)
-                except EtcdRefusedError as error:
-                    self._refuse(error, is_certain=not problem)
-                else:
-                    found = done["found"][0] if done["found"] else []
-                    if done["succeeded"]:
-                        self._head_at = done["revision"]
-                    elif found and found[0].value == value:
-                        self._head_at = found[0].mod_revision
-                    else:
-                        raise self._leadership.lose("another controller leads")
-                    return
-        raise self._leadership.lose(f"the lease is over; {problem or 'etcd did not answer in time'}")
-
-    def _refuse(self, error: EtcdRefusedError, *, is_certain: bool) -> None:
-        """Raise what follows from a refusal. It is not certain after an earlier try with an unknown outcome."""
-        if not is_certain:
-            raise self._leadership.lose(f"it is not known what etcd holds: {error}") from error
-        if error.no_space:
-            self._follow_size(str(error))
-        raise NotWrittenError(str(error), no_space=error.no_space) from error
+        try:
+            done = await self._leadership.transact(
+                comparisons, [put(self._head_key, value), *operations], [get(self._head_key)]
+            )
+        except NotWrittenError as error:
+            if error.no_space:
+                self._follow_size(str(error))
+            raise
+        found = done["found"][0] if done["found"] else []
+        if done["succeeded"]:
+            self._head_at = done["revision"]
+        elif found and found[0].value == value:
+            # An earlier try has succeeded, although its answer was lost.
+            self._head_at = found[0].mod_revision
+        else:
+            raise self._leadership.lose("another controller leads")
 
     # -- upkeep
 

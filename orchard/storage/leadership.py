@@ -28,6 +28,7 @@ from orchard.storage.etcd import (
     EtcdRefusedError,
     EtcdRequestError,
     EtcdUnavailableError,
+    TransactionResult,
     TxnOperation,
     get,
     put,
@@ -41,6 +42,8 @@ _KEEPALIVES = 4
 # Between two looks at the key of another leader, and after a failed request. So long a stop of the leader takes at least.
 _LOOK_SECONDS = 0.2
 _RETRY_SECONDS = 0.25
+# After a transaction whose outcome is unknown.
+_TRANSACTION_RETRY_SECONDS = 0.1
 # The sums of two clocks may differ by the last digit: a wait must not end while the lease has that left.
 _ROUNDING_SECONDS = 0.001
 # For the lease to be revoked at a stop. Otherwise it runs out.
@@ -222,28 +225,41 @@ class Leadership:
         self, comparisons: Sequence[Comparison], operations: Sequence[TxnOperation], reads: Sequence[TxnOperation]
     ) -> int:
         """Carry out operations. Return their revision, or that of the key in `reads`, which an earlier try has written."""
-        comparisons = [was_written_at(self.key, self.revision), *comparisons]
+        result = await self.transact(
+            [was_written_at(self.key, self.revision), *comparisons], operations, [get(self.key), *reads]
+        )
+        if result["succeeded"]:
+            return result["revision"]
+        leader, *found = result["found"]
+        if not leader or leader[0].mod_revision != self.revision or not found or not found[0]:
+            raise self.lose("another controller leads")
+        return found[0][0].mod_revision
+
+    async def transact(
+        self, comparisons: Sequence[Comparison], success: Sequence[TxnOperation], failure: Sequence[TxnOperation]
+    ) -> TransactionResult:
+        """Carry out a transaction that may be repeated, and repeat it until its outcome is known.
+
+        A cancellation waits for it. Raises NotWrittenError when it was certainly not carried out, LeadershipLostError
+        when that is unknown.
+        """
         problem = ""
         while self.leads():
-            with trio.move_on_after(self.patience(), shield=True):
+            # Shielded: what was written must not be taken for undone.
+            with trio.move_on_after(self.patience(), shield=True) as patience:
                 try:
-                    result = await self._client.transact(comparisons, operations, [get(self.key), *reads])
+                    return await self._client.transact(comparisons, success, failure)
                 except EtcdUnavailableError as error:
                     problem = str(error)
-                    await trio.sleep(_RETRY_SECONDS)
+                    await trio.sleep(_TRANSACTION_RETRY_SECONDS)
                 except EtcdRefusedError as error:
                     if problem:
-                        # An earlier try may be carried out yet.
+                        # An earlier try may have been carried out, or may be yet.
                         raise self.lose(f"it is not known what etcd holds: {error}") from error
                     raise NotWrittenError(str(error), no_space=error.no_space) from error
-                else:
-                    if result["succeeded"]:
-                        return result["revision"]
-                    leader, *found = result["found"]
-                    if not leader or leader[0].mod_revision != self.revision or not found or not found[0]:
-                        raise self.lose("another controller leads")
-                    return found[0][0].mod_revision
-        raise self.lose(f"the lease is over; {problem or 'etcd did not answer in time'}")
+            if patience.cancelled_caught:
+                problem = problem or "etcd did not answer in time"
+        raise self.lose(f"the lease is over; {problem or 'it was not renewed'}")
 
     async def resign(self) -> None:
         """Revoke the lease, so that another controller leads at once. Everything that answers must have ended."""

@@ -11,12 +11,15 @@ import trio
 import trio.testing
 from harness.engines import PREFIX, MemoryEtcdSite, RealEtcdSite
 from harness.memory_etcd import MemoryEtcd, encoded
+from harness.scripted import answer
 from harness.strategies import BEGAN
 
 from orchard.codec import dump_json
+from orchard.net import transport
 from orchard.storage import etcd_engine
 from orchard.storage.engine import Batch, BatchLimits, Engine
 from orchard.storage.errors import BrokenError
+from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdUnavailableError
 
 
 def batch(revision: int, *names: str) -> Batch:
@@ -167,3 +170,62 @@ async def test_answer_of_a_real_etcd_that_is_lost_is_recognised(tmp_path: Path) 
                 await engine.append(batch(revision, f"vm-{revision}"))
         async with site.opened() as engine:
             assert await loaded(engine) == {f"vm-{revision}": revision for revision in range(1, 16)}
+
+
+async def test_refusal_is_uncertain_after_a_write_that_was_waited_for_in_vain(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """etcd carries out a write and does not answer while the lease is renewed, then it is full and refuses the next try."""
+    site = MemoryEtcdSite()
+
+    async def hang_once(path: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if path == "/v3/kv/txn":
+            site.etcd.after, site.etcd.is_full = None, True
+            await trio.sleep_forever()
+
+    async with site.running():
+        async with site.opened() as engine:
+            await engine.load()
+            await engine.begin({}, BEGAN)
+            site.etcd.after = hang_once
+            with pytest.raises(BrokenError):
+                await engine.append(batch(1, "a"))
+        site.etcd.is_full = False
+        async with site.opened() as engine:
+            assert await loaded(engine) == {"a": 1}
+
+
+async def test_state_is_loaded_whose_pages_would_be_too_large(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small objects come before large ones, of which a page of the same length is more than a client takes."""
+    monkeypatch.setattr(transport, "_MAX_BODY_BYTES", 100_000)
+    site = MemoryEtcdSite()
+    async with site.running():
+        async with site.opened() as engine:
+            await engine.load()
+            await engine.begin({}, BEGAN)
+            for number in range(150):
+                made = Batch(number, number + 1)
+                made.record(("vm", f"{number:03}"), dump_json({"x": "x" * (20_000 if number >= 100 else 10)}))
+                await engine.append(made)
+        async with site.opened() as engine:
+            assert len((await engine.load()).objects) == 150
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b"<html>", b'{"header": 1}'])
+@pytest.mark.parametrize("user", ["", "u"])
+async def test_endpoint_that_does_not_answer_as_etcd_is_unavailable(body: bytes, user: str) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        async with stream:
+            await stream.receive_some()
+            await stream.send_all(answer("200 OK", body))
+
+    async with trio.open_nursery() as nursery:
+        listeners = await nursery.start(trio.serve_tcp, serve, 0)
+        url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
+        async with EtcdClient(EtcdAccess(url, user=user, password=user)) as client:
+            with pytest.raises(EtcdUnavailableError):
+                await client.transact([], [])
+        nursery.cancel_scope.cancel()
