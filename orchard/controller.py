@@ -322,7 +322,10 @@ def _compose(
 ) -> tuple[SchedulingLoop, Deadlines, ControllerParts]:
     """Connect the parts of a controller. No task runs yet. Raises StartError."""
     store, rendezvous = data.store, Rendezvous(settings.ping_interval, data.store.may_answer)
-    renew_promises(store, settings.worker_offline_timeout)
+    try:
+        renew_promises(store, settings.worker_offline_timeout)
+    except StorageError as error:
+        raise StartError(f"cannot store the offline timeout for the workers: {error}") from error
     stored_clock = StoredClock(store, clock, trio.current_time)
     loop = SchedulingLoop(store, settings.worker_offline_timeout, stored_clock.now)
     deadlines = Deadlines(store, stored_clock, loop.liveness, loop.states)
@@ -421,6 +424,9 @@ async def _store_first_objects(
         admin = ensure_admin(store, settings.admin_token, now) if settings.auth else None
         await store.wait_durable()
     except StorageError as error:
+        if store.broken:
+            # `Store.run` raises the reason in a moment, which ends this task.
+            await trio.sleep_forever()
         raise StartError(f"cannot store the first objects of the state: {error}") from error
     return admin
 

@@ -7,7 +7,6 @@ would take for a complete one: a directory gets its name at the end, and in etcd
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import json
@@ -37,9 +36,17 @@ from orchard.nursery import unwrap_groups
 from orchard.schema import Event
 from orchard.storage.engine import Tables
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
-from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRequestError, TxnOperation, encoded, put
+from orchard.storage.etcd import (
+    MAX_OPERATIONS,
+    MAX_TRANSACTION_BYTES,
+    EtcdAccess,
+    EtcdClient,
+    EtcdRequestError,
+    TxnOperation,
+    put,
+)
 from orchard.storage.etcd_engine import EtcdContents, Head, decode_head, read_objects
-from orchard.storage.etcd_records import EtcdEventStorage, EtcdRecords
+from orchard.storage.etcd_records import EtcdEventStorage, EtcdRecords, decode_secret, encode_secret
 from orchard.storage.event_file import EventFile
 from orchard.storage.history import history_file
 from orchard.storage.journal import Disk, Journal
@@ -56,8 +63,6 @@ SECRETS = {
     "tls": (TLS_CERTIFICATE_FILE, TLS_KEY_FILE),
     "ssh-host-key": (SSH_HOST_KEY_FILE,),
 }
-# Of one transaction of etcd.
-_MAX_OPERATIONS, _MAX_BYTES = 100, 1_000_000
 # The events of one VM are not bounded when they are copied.
 _NO_LIMIT_KIB = 1 << 30
 
@@ -145,8 +150,7 @@ async def read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Copy
         records += map(dump_json, wanted)
     for name in SECRETS:
         if (secret := await client.get(f"{prefix}/secret/{name}")) is not None:
-            values = json.loads(secret.value)
-            copy.secrets[name] = {file: base64.b64decode(values[file]) for file in SECRETS[name]}
+            copy.secrets[name] = decode_secret(secret, SECRETS[name])
     async with contextlib.aclosing(_events_in_etcd(client, f"{prefix}/events/", now, uids)) as events:
         yield copy, events
 
@@ -242,11 +246,11 @@ def _operations(prefix: str, copy: Copy) -> Iterator[list[TxnOperation]]:
     """Yield the operations of each transaction that stores objects and secrets."""
     values = [(f"{kind}/{name}", json) for kind, table in copy.tables.items() for name, json in table.items()]
     for name, contents in copy.secrets.items():
-        values.append((f"secret/{name}", dump_json({file: encoded(content) for file, content in contents.items()})))
+        values.append((f"secret/{name}", encode_secret(contents)))
     some: list[TxnOperation] = []
     size = 0
     for key, value in values:
-        if some and (len(some) >= _MAX_OPERATIONS or size + len(value) > _MAX_BYTES):
+        if some and (len(some) >= MAX_OPERATIONS or size + len(value) > MAX_TRANSACTION_BYTES):
             yield some
             some, size = [], 0
         some.append(put(f"{prefix}/{key}", value))

@@ -28,7 +28,7 @@ from orchard.net import tcp
 from orchard.nursery import unwrap_groups
 from orchard.schema import ServiceAccount
 from orchard.storage.errors import DamagedError, LeadershipLostError, NotWrittenError, StorageUnavailableError
-from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRequestError
+from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRequestError, EtcdUnavailableError
 from orchard.storage.etcd_engine import DEFAULT_MAX_MIB, EtcdEngine
 from orchard.storage.etcd_records import DEFAULT_EVENTS_KIB, EtcdEventStorage, EtcdRecords, share_files
 from orchard.storage.events import EventLog, event_files
@@ -198,7 +198,14 @@ async def _load(
         raise leadership.lose(f"cannot load the state: {error}") from error
     took = trio.current_time() - began
     _logger.info("leading, epoch %d, %s VMs loaded in %.1f s", engine.head.epoch, f"{len(store.state.vms):,}", took)
-    return StoredData(store, events, history, partial(share_files, client, settings.prefix))
+
+    async def share(name: str, files: Sequence[Path]) -> None:
+        try:
+            await share_files(client, settings.prefix, name, files)
+        except EtcdUnavailableError as error:
+            raise leadership.lose(f"cannot share the secrets of the cluster: {error}") from error
+
+    return StoredData(store, events, history, share)
 
 
 def load_access_key(directory: Path) -> bytes:

@@ -30,6 +30,8 @@ _ANSWER_SECONDS = 2.0
 _PAGE_SECONDS = 10.0
 # Keys of the first page, which may all be large, and of any other one; and the bytes of values that a page should have.
 _FIRST_PAGE_KEYS, _PAGE_KEYS, _PAGE_BYTES = 100, 1_000, 4_000_000
+# Of one transaction. etcd takes at most 128 operations and 1.5 MiB.
+MAX_OPERATIONS, MAX_TRANSACTION_BYTES = 100, 1_000_000
 _NO_SPACE = "database space exceeded"
 # A token from before a change of users or roles.
 _OUTDATED = "auth store is old"

@@ -30,6 +30,8 @@ from orchard.nursery import Wakeup
 from orchard.storage.engine import Batch, BatchLimits, Contents, Key, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError, StorageUnavailableError
 from orchard.storage.etcd import (
+    MAX_OPERATIONS,
+    MAX_TRANSACTION_BYTES,
     EtcdClient,
     EtcdRefusedError,
     EtcdRequestError,
@@ -45,8 +47,8 @@ from orchard.storage.leadership import Leadership
 from orchard.storage.state_file import STATE_VERSION
 
 DEFAULT_MAX_MIB = 1024
-# etcd takes at most 128 operations and 1.5 MiB in a transaction. A record is one operation, and base64 adds a third.
-_LIMITS = BatchLimits(100, 1_000_000)
+# A record is one operation.
+_LIMITS = BatchLimits(MAX_OPERATIONS, MAX_TRANSACTION_BYTES)
 _FORMAT = "orchard-state"
 _KINDS = ("account", "cluster", "promise", "settings", "vm", "worker")
 # After upkeep that failed.

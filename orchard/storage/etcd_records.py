@@ -23,8 +23,11 @@ from orchard.schema import Event
 from orchard.storage import event_file
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageUnavailableError
 from orchard.storage.etcd import (
+    MAX_OPERATIONS,
+    MAX_TRANSACTION_BYTES,
     EtcdClient,
     EtcdRequestError,
+    KeyValue,
     TxnOperation,
     delete_prefix,
     delete_range,
@@ -41,8 +44,6 @@ from orchard.storage.leadership import Leadership
 DEFAULT_EVENTS_KIB = 1024
 # What a key costs beside its value, so that a VM with many small appends has a bounded number of keys.
 _KEY_BYTES = 256
-# Of one transaction. etcd takes at most 128 operations and 1.5 MiB.
-_MAX_OPERATIONS, _MAX_BYTES = 100, 1_000_000
 # Outdated records, beside as many as are live, before a new generation.
 _SLACK = 2_500
 
@@ -201,13 +202,13 @@ class EtcdEventStorage:
 
     async def _drop(self) -> None:
         while self._left:
-            some = self._left[:_MAX_OPERATIONS]
+            some = self._left[:MAX_OPERATIONS]
             try:
                 await self._leadership.write([delete_prefix(f"{self._prefix}{uid}/") for uid in some])
             except NotWrittenError as error:
                 _logger.warning("cannot drop events: %s; the next write will", error)
                 return
-            del self._left[:_MAX_OPERATIONS]
+            del self._left[:MAX_OPERATIONS]
 
 
 # With chunks of 64 KiB, or single events of up to the limit of a VM.
@@ -288,7 +289,7 @@ class EtcdRecords:
     async def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
         is_outdated = self.count + len(records) > 2 * live_count + _SLACK
         # More than one key is not written at once, but a generation is complete or does not count.
-        if is_outdated or sum(map(len, records)) > _MAX_BYTES:
+        if is_outdated or sum(map(len, records)) > MAX_TRANSACTION_BYTES:
             await self._replace([*live(), *records])
         else:
             await self._leadership.write([self._put(self._generation, records)])
@@ -301,7 +302,7 @@ class EtcdRecords:
         some: list[bytes] = []
         size = 0
         for record in records:
-            if some and size + len(record) > _MAX_BYTES // 2:
+            if some and size + len(record) > MAX_TRANSACTION_BYTES // 2:
                 await self._leadership.write([self._put(self._begun, some)])
                 some, size = [], 0
             some.append(record)
@@ -326,18 +327,30 @@ class EtcdRecords:
 async def share_files(client: EtcdClient, prefix: str, name: str, files: Sequence[Path]) -> None:
     """Make private files the same on all controllers: the first one's are stored, and the others take these over.
 
-    The files exist. Raises EtcdRequestError, OSError.
+    The files exist. Raises EtcdRequestError, DamagedKeyError, OSError.
     """
     key = f"{prefix}/secret/{name}"
-    mine = dump_json({file.name: encoded(file.read_bytes()) for file in files})
+    mine = encode_secret({file.name: file.read_bytes() for file in files})
     result = await client.transact([was_written_at(key, 0)], [put(key, mine)], [get(key)])
     if result["succeeded"]:
         return
-    try:
-        shared = {file: base64.b64decode(json.loads(result["found"][0][0].value)[file.name]) for file in files}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedKeyError(f"etcd key {key}", f"it does not hold the files of the secret ({error!r})") from error
-    for file, contents in shared.items():
-        if file.read_bytes() != contents:
-            write_private(file, contents)
+    shared = decode_secret(result["found"][0][0], [file.name for file in files])
+    for file in files:
+        if file.read_bytes() != shared[file.name]:
+            write_private(file, shared[file.name])
             _logger.info("took over %s from the other controllers", file)
+
+
+def encode_secret(files: Mapping[str, bytes]) -> bytes:
+    """Return the value of the key of a secret; `files` are contents by name."""
+    return dump_json({name: encoded(content) for name, content in files.items()})
+
+
+def decode_secret(found: KeyValue, names: Sequence[str]) -> dict[str, bytes]:
+    """Return the contents of the files of a secret, by name. Raises DamagedKeyError."""
+    try:
+        values = json.loads(found.value)
+        return {name: base64.b64decode(values[name], validate=True) for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"it does not hold the files of the secret ({error!r})"
+        raise DamagedKeyError(f"etcd key {found.key}", what) from error

@@ -17,8 +17,8 @@ from harness.strategies import BEGAN
 from orchard.codec import dump_json
 from orchard.schema import Event
 from orchard.storage import etcd_records, event_file
-from orchard.storage.errors import BrokenError, StorageFullError
-from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRefusedError, EtcdUnavailableError
+from orchard.storage.errors import BrokenError, DamagedError, StorageFullError
+from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRefusedError, EtcdUnavailableError, put
 from orchard.storage.etcd_records import EtcdEventStorage, EtcdRecords, share_files
 from orchard.storage.event_pages import EventsDeletedError
 from orchard.storage.event_storage import EventLimitError
@@ -216,7 +216,7 @@ async def test_records_that_were_being_replaced_by_a_killed_leader_are_all_there
 ) -> None:
     """The leader ends at each of its writes in turn, before and after etcd has carried it out."""
     monkeypatch.setattr(etcd_records, "_SLACK", 2)
-    monkeypatch.setattr(etcd_records, "_MAX_BYTES", 60)
+    monkeypatch.setattr(etcd_records, "MAX_TRANSACTION_BYTES", 60)
     for applied in (False, True):
         for last_write in range(2, 30, 3):
             etcd, acknowledged = MemoryEtcd(), 0
@@ -262,6 +262,19 @@ async def test_controllers_share_the_secrets_of_the_first(
             await share_files(client, PREFIX, "tls", [directory / "cert", directory / "key"])
         assert [(directory / file).read_text() for file in ("cert", "key")] == ["cert 0", "key 0"]
     assert (tmp_path / "second" / "key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"no JSON", b'{"key": 1}', b'{"key": "%%"}'])
+async def test_secret_that_is_not_understood_is_damage(
+    value: bytes, tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    (tmp_path / "key").write_bytes(b"mine")
+    etcd = MemoryEtcd()
+    async with running_memory_etcd(etcd) as listener, EtcdClient(EtcdAccess("http://etcd"), listener.connect) as client:
+        await client.transact([], [put(f"{PREFIX}/secret/ssh", value)])
+        with pytest.raises(DamagedError):
+            await share_files(client, PREFIX, "ssh", [tmp_path / "key"])
+    assert (tmp_path / "key").read_bytes() == b"mine"
 
 
 # ---- the client ------------------------------------------------------------------------------------------------------
