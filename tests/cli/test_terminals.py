@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness.processes import GENEROUS, at_last, call_main, command, environment, started
-from harness.terminals import Terminal, terminal
+from harness.terminals import PROMPT, Terminal, shell, terminal
 
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.main import main
@@ -32,20 +32,23 @@ def test_keys_of_a_terminal_reach_the_command_as_they_are(dev: Path, vm: str) ->
 
 
 @pytest.mark.parametrize("verb", ["exec", pytest.param("ssh", marks=pytest.mark.needs("ssh"))])
-def test_size_of_the_terminal_and_its_change_reach_the_vm(dev: Path, vm: str, verb: str) -> None:
+def test_size_of_the_terminal_and_its_change_reach_the_vm(dev: Path, vm: str, tmp_path: Path, verb: str) -> None:
+    waiting = tmp_path / "file"
+    waiting.write_text("waiting\n")
     # `ssh` gives a terminal to a login shell.
     words = ["exec", "vm", vm, "-it", "--", "bash", "--norc"] if verb == "exec" else ["ssh", "vm", vm]
     with terminal(command("", *words), environment(dev), rows=33, columns=111) as shown:
+        shown.read_until("[$#] ")
         shown.type("PS1='rea''dy> '; echo si''ze $(stty size)\r")
-        shown.read_until(r"[\r\n]size 33 111")
+        shown.read_until(rf"[\r\n]size 33 111[^\0]*{PROMPT}")
         shown.resize(44, 99)
         _ask_until_size(shown, "44 99")
-        # Ctrl-C ends the command there and not the connection.
-        shown.type("echo wait''ing; sleep 1000\r")
+        # Ctrl-C ends the command there and not the connection. The command itself says that it has the keys: what the
+        # shell prints is there before.
+        shown.type(f"tail -f {waiting}\r")
         shown.read_until(r"[\r\n]waiting")
         shown.type("\x03")
-        # What is typed before the shell asks for a line again may be lost.
-        shown.read_until(r"\^C[^\0]*ready> ")
+        shown.read_until(rf"\^C[^\0]*{PROMPT}")
         shown.type("exit 7\r")
         assert shown.finish() == 7
 
@@ -54,12 +57,12 @@ def _ask_until_size(shown: Terminal, size: str) -> None:
     """Wait until the VM's terminal has a size, which is sent while keys are."""
     while True:
         shown.type("echo si''ze $(stty size)\r")
-        if shown.read_until(r"[\r\n]size ([0-9 ]+)\r")[1].strip() == size:
+        if shown.read_until(rf"[\r\n]size ([0-9 ]+)\r[^\0]*{PROMPT}")[1].strip() == size:
             return
 
 
 def test_terminal_is_as_before_after_a_command_on_it(dev: Path, vm: str) -> None:
-    with terminal(["bash", "--norc", "--noprofile", "-i"], {**environment(dev), "PS1": "> "}) as shown:
+    with shell(environment(dev)) as shown:
         words = " ".join(command("", "exec", "vm", vm, "-it", "true"))
         shown.type(f'before=$(stty -g); {words}; [ "$before" = "$(stty -g)" ] && echo as be\'\'fore\r')
         shown.read_until(r"[\r\n]as before")
@@ -79,14 +82,15 @@ LASTING = {
 def test_lasting_verbs_stop_and_go_on_by_job_control_and_end_with_ctrl_c(
     dev: Path, vm: str, words: str, begins: str
 ) -> None:
-    with terminal(["bash", "--norc", "--noprofile", "-i"], {**environment(dev), "PS1": "> "}) as shown:
+    with shell(environment(dev)) as shown:
         shown.type(f"{' '.join(command('', *words.split()))}\r")
         shown.read_until(begins)
         shown.type("\x1a")
-        shown.read_until("Stopped")
+        shown.read_until(rf"Stopped[^\0]*{PROMPT}")
         shown.type("fg\r")
         at_last(lambda: not shown.is_in_foreground)
         shown.type("\x03")
+        shown.read_until(rf"\^C[^\0]*{PROMPT}")
         shown.type("echo sta''tus $?\r")
         status = shown.read_until(r"[\r\n]status ([0-9]+)")
         assert status[1] == "130"

@@ -13,9 +13,11 @@ import termios
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from harness.processes import GENEROUS
+
+# What `shell` writes when it reads keys again. It is written before a program that the shell starts has the keys.
+PROMPT = "ready> "
 _READ_BYTES = 4096
-# Until a test gives up on a program that writes nothing.
-_SILENT_SECONDS = 60
 
 
 class Terminal:
@@ -49,7 +51,7 @@ class Terminal:
         """Read until the program ends, and return its exit status."""
         while self._read():
             pass
-        return self.process.wait(_SILENT_SECONDS)
+        return self.process.wait(GENEROUS)
 
     def hang_up(self) -> None:
         """Close the terminal, as an emulator does whose window is closed."""
@@ -63,7 +65,7 @@ class Terminal:
             self.hang_up()
 
     def _read(self) -> bool:
-        readable, _, _ = select.select([self._descriptor], [], [], _SILENT_SECONDS)
+        readable, _, _ = select.select([self._descriptor], [], [], GENEROUS)
         assert readable, f"nothing more was written after {self.said!r}"
         try:
             data = os.read(self._descriptor, _READ_BYTES)
@@ -99,3 +101,11 @@ def terminal(words: Sequence[str], env: Mapping[str, str], *, rows: int = 40, co
         yield running
     finally:
         running.close()
+
+
+@contextmanager
+def shell(env: Mapping[str, str]) -> Iterator[Terminal]:
+    """Run a shell with job control on a terminal, which waits for a command when the block begins."""
+    with terminal(["bash", "--norc", "--noprofile", "-i"], {**env, "PS1": PROMPT}) as shown:
+        shown.read_until(PROMPT)
+        yield shown
