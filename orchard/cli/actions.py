@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from orchard import __version__
-from orchard.cli.connection import AnswerError, path_of
+from orchard.cli.connection import ANSWER_SECONDS, AnswerError, NetworkError, Outage, path_of
 from orchard.cli.failure import OVERDUE, CommandError
 from orchard.cli.output import format_age, format_map, print_items, print_json, print_pairs, print_table
 from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
@@ -67,21 +67,26 @@ def _declare_wait(parser: CommandLine) -> None:
 
 def _wait(options: argparse.Namespace) -> int:
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
-    with open_connection(options) as controller:
+    outage = Outage()
+    with open_connection(options, seconds=_MAX_WAIT + ANSWER_SECONDS) as controller:
         require_capability(controller, "wait-for", "wait")
         query = {"waitFor": options.state, "uid": controller.call("GET", path_of("vms", options.name))["uid"]}
         while True:
             left = _MAX_WAIT if deadline is None else max(0, min(_MAX_WAIT, math.ceil(deadline - time.monotonic())))
+            asked_at = time.monotonic()
             try:
                 controller.call("GET", path_of("vms", options.name), query={**query, "wait": str(left)})
-            except AnswerError as error:
+                return 0
+            except (AnswerError, NetworkError) as error:
                 # Retry-After says that it may still come true.
-                if not error.may_retry:
+                if isinstance(error, AnswerError) and not error.may_retry:
                     raise
                 if deadline is not None and time.monotonic() >= deadline:
                     raise CommandError(str(error), OVERDUE) from None
-            else:
-                return 0
+                if isinstance(error, AnswerError) and time.monotonic() - asked_at >= left:
+                    outage.end()
+                else:
+                    outage.bear(error)
 
 
 def _declare_ip(parser: CommandLine) -> None:

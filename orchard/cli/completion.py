@@ -165,13 +165,13 @@ def _split(line: str) -> list[str]:
 def find_candidates(words: Sequence[str]) -> list[Proposal]:
     """Return what the last word of a command line may become; the first word is the verb."""
     *before, current = words or [""]
-    if not before:
-        found: Iterator[Proposal] = (Proposal(name, verb.help) for name, verb in VERBS.items() if verb.help)
-    else:
-        try:
-            found = _candidates(before, current)
-        except (CommandError, HomeError, ImportError):
-            return []
+    try:
+        if before:
+            found = list(_candidates(before, current))
+        else:
+            found = [Proposal(name, verb.help) for name, verb in VERBS.items() if verb.help]
+    except (CommandError, HomeError, ImportError):
+        return []
     return [candidate for candidate in found if candidate.word.startswith(current) or candidate.word == _FILES]
 
 

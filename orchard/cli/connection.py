@@ -13,7 +13,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote, urlencode
 
@@ -26,6 +26,10 @@ ANSWER_SECONDS = 60.0
 # For a connection to a controller while there is another one to try: two round trips, and a first packet that was lost.
 _CONNECT_SECONDS = 3.0
 _CERTIFICATE_SECONDS = 10.0
+# How long a controller may be away, as in orchard.client, and between two tries to reach it.
+_OUTAGE_SECONDS, _RETRY_SECONDS = 600.0, 0.5
+# Statuses from here on say that a controller, or a proxy before it, cannot answer now.
+_SERVER_ERRORS = 500
 # Requests that may be sent to another controller although the first one may have carried them out.
 _REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
@@ -109,6 +113,25 @@ class ControllerConnection:
                 # What is left of the answer would be taken for the next one.
                 self.close()
 
+    def resumed_lines(
+        self, path: str, make_query: Callable[[], QueryPairs], *, deadline: float | None = None, may_end: bool = False
+    ) -> Iterator[Any]:
+        """Yield lines as `lines` does. When the connection is lost or the answer ends, another request goes on.
+
+        `make_query` returns the query parameters of the next request. `may_end`: the end of an answer is the end.
+        """
+        outage = Outage()
+        while deadline is None or time.monotonic() < deadline:
+            try:
+                for line in self.lines(path, query=make_query(), deadline=deadline):
+                    outage.end()
+                    yield line
+            except (AnswerError, NetworkError) as error:
+                outage.bear(error)
+            else:
+                if may_end:
+                    return
+
     def _send(self, method: str, path: str, query: QueryPairs, body: object) -> http.client.HTTPResponse:
         target = f"/v1{path}"
         if query:
@@ -186,6 +209,27 @@ class ControllerConnection:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Outage:
+    """The time during which a controller does not answer, for example because it is restarted."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+
+    def bear(self, error: AnswerError | NetworkError) -> None:
+        """Wait a moment before the request is sent again. Raises the error if that would not help, or after ten minutes."""
+        if isinstance(error, AnswerError) and error.status_code < _SERVER_ERRORS:
+            raise error
+        now = time.monotonic()
+        self._began = now if self._began is None else self._began
+        if now - self._began > _OUTAGE_SECONDS:
+            raise error
+        time.sleep(_RETRY_SECONDS)
+
+    def end(self) -> None:
+        """Note that the controller has answered."""
+        self._began = None
 
 
 def path_of(*parts: str) -> str:

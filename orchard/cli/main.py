@@ -102,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _run(words)
         sys.stdout.flush()
     except CommandError as error:
-        print(f"orchard: {error}", file=sys.stderr)
+        from orchard.cli.output import printable
+
+        # It may repeat what a controller or a VM says.
+        print(printable(f"orchard: {error}"), file=sys.stderr)
         return error.status
     except HomeError as error:
         print(f"orchard: {error}", file=sys.stderr)

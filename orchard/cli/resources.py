@@ -201,6 +201,8 @@ def _get(options: argparse.Namespace) -> int:
     if options.output != "table" and (options.kind in _TOKENS or (options.output == "name" and "/" in options.name)):
         raise CommandError(f"-o {options.output} is for whole resources; what is alone is printed as it is", USAGE)
     if options.kind in _TOKENS:
+        if not options.name:
+            raise CommandError(f"the name is missing: orchard get {options.kind} NAME", USAGE)
         return _TOKENS[options.kind](options)
     kind = find_kind(options.kind, tuple(RESOURCE_KINDS.values()))
     name, slash, field = options.name.partition("/")

@@ -8,16 +8,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, path_of
+from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.output import format_clock, print_compact_json, print_line, printable
 from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
 from orchard.command_line import CommandLine, parse_count, parse_duration
 
 # Events of one answer.
 _PAGE = 1000
-# Seconds between two tries to open a stream again.
-_RETRY_SECONDS = 1.0
-_GONE = 410
+_NOT_FOUND, _GONE = 404, 410
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:
@@ -93,21 +91,14 @@ def _followed(controller: ControllerConnection, path: str, query: Mapping[str, s
     """Yield events until the VM ends, over restarts of the controller."""
     asked = {**query, "follow": "true"}
     begun = False
-    while True:
-        try:
-            for event in controller.lines(path, query=asked):
-                begun = True
-                asked["cursor"] = event.get("cursor", "")
-                yield event
-            return
-        except NetworkError:
-            if not begun:
-                raise
-            time.sleep(_RETRY_SECONDS)
-        except AnswerError as error:
-            # The VM was deleted while the connection was lost.
-            if begun and error.status_code == 404:
-                return
+    try:
+        for event in controller.resumed_lines(path, lambda: asked, may_end=True):
+            begun = True
+            asked["cursor"] = event.get("cursor", "")
+            yield event
+    except AnswerError as error:
+        # The VM was deleted while the connection was lost.
+        if not begun or error.status_code != _NOT_FOUND:
             raise
 
 
@@ -123,22 +114,27 @@ def _watch(options: argparse.Namespace) -> int:
 
 def changes(controller: ControllerConnection, query: Sequence[tuple[str, str]]) -> Iterator[Mapping[str, Any] | None]:
     """Yield each change of a watch without an end, over restarts of the controller; None where all begins anew."""
-    since, begun = "", False
+    since = ""
+    # How often all began, and how often the caller knows of that.
+    begins, known = 0, 1
+
+    def make_query() -> list[tuple[str, str]]:
+        nonlocal begins
+        begins += not since
+        return [*query, *([("since", since)] if since else [])]
+
     while True:
         try:
-            for change in controller.lines("/watch", query=[*query, *([("since", since)] if since else [])]):
-                begun, since = True, change.get("revision", since)
+            for change in controller.resumed_lines("/watch", make_query):
+                if begins > known:
+                    known = begins
+                    yield None
+                since = change.get("revision", since)
                 yield change
-        except NetworkError:
-            if not begun:
-                raise
-            time.sleep(_RETRY_SECONDS)
         except AnswerError as error:
             if error.status_code != _GONE:
                 raise
             since = ""
-        if not since:
-            yield None
 
 
 def _print_change(change: Mapping[str, Any], output: str) -> None:

@@ -8,12 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, path_of
+from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.failure import FAILED, OVERDUE, CommandError
 from orchard.cli.output import format_progress, is_fancy, print_line, printable
 
-# For a controller that is being restarted, and between two tries to reach it.
-_RECONNECT_SECONDS, _RETRY_SECONDS = 60.0, 0.5
 _CLEAR = "\r\x1b[K"
 
 
@@ -42,7 +40,7 @@ class Waiting:
             self._show("")
         code = vm.get("startupExitCode")
         if vm["status"] == "failed":
-            print(f'orchard: VM "{self._name}" has failed: {vm.get("status_message", "")}', file=sys.stderr)
+            print(printable(f'orchard: VM "{self._name}" has failed: {vm.get("status_message", "")}'), file=sys.stderr)
             return int(code or FAILED)
         # A script that could not begin has no exit code.
         return int(code if code is not None else FAILED if "startupEndedAt" in vm else 0)
@@ -71,31 +69,18 @@ class Waiting:
     def _follow(self) -> None:
         """Print the lines of the startup script until it has ended."""
         query = {"follow": "true", "until": "ready"}
-        for event in self._lines(path_of("vms", self._name, "events"), query, ends=True):
+        for event in self._lines(path_of("vms", self._name, "events"), query, may_end=True):
             # A stream that begins anew goes on behind this event.
             query["cursor"] = event.get("cursor", "")
             if event.get("kind") == "log_line":
                 self._show("")
                 print_line(event.get("payload", ""))
 
-    def _lines(self, path: str, query: Mapping[str, str], *, ends: bool = False) -> Iterator[Any]:
-        """Yield the lines of a stream, which is opened again while the controller restarts, or unless it `ends` itself."""
-        lost_at = None
-        while True:
-            try:
-                for line in self._controller.lines(path, query=query, deadline=self._deadline):
-                    lost_at = None
-                    yield line
-                if ends:
-                    return
-            except NetworkError:
-                now = time.monotonic()
-                lost_at = lost_at or now
-                if now - lost_at > _RECONNECT_SECONDS:
-                    raise
-                time.sleep(_RETRY_SECONDS)
-            if self._deadline is not None and time.monotonic() >= self._deadline:
-                raise CommandError(f'VM "{self._name}" is not ready after {self._seconds:g} seconds', OVERDUE)
+    def _lines(self, path: str, query: Mapping[str, str], *, may_end: bool = False) -> Iterator[Any]:
+        """Yield the lines of a stream, over restarts of the controller. Raises CommandError when the time is over."""
+        yield from self._controller.resumed_lines(path, lambda: query, deadline=self._deadline, may_end=may_end)
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise CommandError(f'VM "{self._name}" is not ready after {self._seconds:g} seconds', OVERDUE)
 
     def _show(self, text: str) -> None:
         """Show the present phase on the last line of a terminal, or on a line of its own elsewhere; "" removes it."""

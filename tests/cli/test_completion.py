@@ -72,6 +72,16 @@ def test_nothing_is_proposed_and_nothing_printed_when_the_controller_does_not_an
             assert call_main(main, "__complete", "fish", "get", "vm", "", home=tmp_path) == (0, "", "")
 
 
+def test_nothing_is_proposed_with_a_context_file_that_is_not_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORCHARD_HOME", str(tmp_path))
+    (tmp_path / ".orchard").mkdir()
+    (tmp_path / ".orchard" / "orchard.yml").write_text("no contexts")
+    for words in (["get", "vm", ""], ["list", "vms", "--context", ""]):
+        assert find_candidates(words) == []
+
+
 def test_names_that_a_shell_would_run_are_not_proposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["$(reboot)", "a;b", "-rf", "a b", "\x1b[2J", "good"]
     monkeypatch.setenv("ORCHARD_HOME", str(tmp_path))
