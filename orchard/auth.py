@@ -1,8 +1,7 @@
-"""Accounts, roles and tokens: who sends a request, and what that account may do. No I/O; keys and clocks are arguments.
+"""Accounts, roles and tokens: what an account may do, and what proves who somebody is. No I/O; keys and clocks are arguments.
 
-A request carries HTTP Basic credentials: the name and the token of a service account. `Gate.identify` finds the account,
-and takes the same time for an unknown name as for a wrong token. `require` checks that the account has the role that an
-operation needs. A role does not include another one, except as IMPLIED says.
+gate.py finds the account that sends a request. `require` checks that the account has the role that an operation needs. A
+role does not include another one, except as IMPLIED says.
 
 A VM access token (a JWT) admits its bearer to one VM for some time, without an account. It is valid only for the
 operations that connect to that VM.

@@ -47,10 +47,10 @@ from urllib.parse import quote
 from trio_websocket import WebSocketConnection
 
 from orchard.cluster import Capacity, ControllerHealth
-from orchard.codec import ValidationError, format_time
+from orchard.codec import format_time
 from orchard.methods.admin import ServiceAccounts, Settings
 from orchard.methods.commands import CommandResult, RunningCommand
-from orchard.methods.common import Conditions, decode_answer, decode_answers, filter_query, parse_message
+from orchard.methods.common import Conditions, decode_answer, decode_answers, filter_query, parse_object
 from orchard.methods.vms import VMFailed, VMs
 from orchard.methods.watching import WatchedChange, WatchKind, watch_all
 from orchard.methods.workers import Workers
@@ -62,7 +62,6 @@ from orchard.net.transport import (
     Items,
     ResponseError,
     Transport,
-    excerpt,
 )
 from orchard.schema import OS, Arch, ControllerInfo, EndedVM, OpenSession, Runtime
 
@@ -229,14 +228,7 @@ class Client(Transport):
 
 
 async def _receive_action(websocket: WebSocketConnection) -> dict[str, Any]:
-    message = await websocket.get_message()
-    try:
-        action = parse_message(message)
-    except ValidationError:
-        action = None
-    if not isinstance(action, dict):
-        raise ClientError(f"the controller sent {excerpt(message)} over the watch, expected an action")
-    return action
+    return parse_object(await websocket.get_message(), "an action that the controller sent")
 
 
 def _pairs_text(pairs: Mapping[str, object]) -> str:

@@ -16,7 +16,7 @@ from orchard.api import API
 from orchard.cluster import ControllerHealth
 from orchard.codec import dump_json, encode
 from orchard.handlers.admin import health_answer
-from orchard.handlers.metrics import admit_scrape, metrics_answer
+from orchard.handlers.metrics import metrics_answer
 from orchard.net.browsers import BrowserRules
 from orchard.net.connection import Limits
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
@@ -25,6 +25,8 @@ from orchard.store import Store
 
 # Scrapers and load balancers are few.
 _LIMITS = Limits(connections=64, unauthenticated=64, unauthenticated_of_source=64)
+
+_METRICS_PATH = "/metrics"
 
 Listeners = Sequence[trio.SocketListener]
 
@@ -37,18 +39,9 @@ async def serve_metrics(listeners: Listeners, api: API, allowed_origins: Sequenc
 
     guard = BrowserRules(allowed_origins, None).guard
     # It ends with the background tasks: what it answers changes nothing.
-    await nursery.start(partial(serve, answer, listeners, admit=guard(admit_scrape), limits=_LIMITS))
+    await nursery.start(partial(serve, answer, listeners, admit=guard(_admit_scrape), limits=_LIMITS))
     port: int = listeners[0].socket.getsockname()[1]
     return port
-
-
-@dataclass(frozen=True, slots=True)
-class _Checker:
-    """A load balancer, as an Admission of net/request.py: every path is answered, and without credentials."""
-
-    account: str = ""
-    authenticated: bool = False
-    body_limit: int = 0
 
 
 async def serve_health(
@@ -70,8 +63,24 @@ async def serve_health(
     await nursery.start(partial(serve, answer, listeners, admit=_admit, limits=_LIMITS))
 
 
-def _admit(request: Request) -> _Checker:
-    """Admit a health check. Raises HTTPError."""
+@dataclass(frozen=True, slots=True)
+class _Anonymous:
+    """A scraper or a load balancer, as an Admission of net/request.py."""
+
+    account: str = ""
+    authenticated: bool = False
+    body_limit: int = 0
+
+
+def _admit_scrape(request: Request) -> _Anonymous:
+    """Admit a request for metrics. Raises HTTPError."""
+    if request.path != _METRICS_PATH:
+        raise HTTPError(404, f"unknown path {request.path!r}, expected {_METRICS_PATH}")
+    return _admit(request)
+
+
+def _admit(request: Request) -> _Anonymous:
+    """Admit a request to a port that changes nothing. Raises HTTPError."""
     if request.method not in ("GET", "HEAD"):
         raise HTTPError(405, f"the method is {request.method}, expected GET", (("Allow", "GET, HEAD"),))
-    return _Checker()
+    return _Anonymous()

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
-import string
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchard.cli.connection import AnswerError, ControllerConnection, path_of
+from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, path_of
 from orchard.cli.context import Contexts, read_contexts, write_contexts
 from orchard.cli.failure import USAGE, CommandError
 from orchard.cli.session import add_context_option, chosen_context, context_path, open_connection
 from orchard.command_line import CommandLine, parse_boolean, parse_count, parse_duration, parse_pairs, parse_words
 
-_TOKEN_LETTERS = string.ascii_letters + string.digits
-_TOKEN_LENGTH = 32
 # What an option's value must be for the field to be removed.
 _NONE = "none"
 # Bytes of a file of VMs.
@@ -213,10 +209,17 @@ def _declare_rotate(parser: CommandLine) -> None:
 
 def _rotate(options: argparse.Namespace) -> int:
     """Replace the token of a service account, and print it. Contexts that hold the old one take the new one over."""
-    token = "".join(secrets.choice(_TOKEN_LETTERS) for _ in range(_TOKEN_LENGTH))
+    from orchard.auth import random_token
+
+    token = random_token()
     used = chosen_context(options)
-    with open_connection(options) as controller:
-        controller.call("PATCH", path_of("service-accounts", options.name), body={"token": token})
+    try:
+        with open_connection(options) as controller:
+            controller.call("PATCH", path_of("service-accounts", options.name), body={"token": token})
+    except NetworkError as error:
+        # The controller may have the new one already, and then nobody would know it.
+        print(token)
+        raise CommandError(f"{error}; the printed token may be in use already, or else the old one") from None
     print(token)
     contexts = read_contexts(context_path())
     changed = {

@@ -396,7 +396,7 @@ def _make_directories(service: ServiceDefinition, user: pwd.struct_passwd) -> No
         missing = [path for path in (directory, *directory.parents) if not path.exists()]
         make_private(directory)
         for path in missing:
-            os.chown(path, user.pw_uid, user.pw_gid)
+            os.chown(path, user.pw_uid, user.pw_gid, follow_symlinks=False)
 
 
 # ---- the manager's programs ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from orchard.admission import Admitted
 from orchard.api import API
 from orchard.cluster import WorkerState
 from orchard.metrics import METRICS_TYPE, Metric, text_of
-from orchard.net.request import AnyResponse, HTTPError, Request, Response
+from orchard.net.request import AnyResponse, Request, Response
 from orchard.schema import LOGICAL_CORES, MEMORY_MIB, TART_VMS, VM, Status, Worker
 
 # VMs and workers that are looked at in one step of the event loop: some milliseconds.
@@ -31,7 +31,6 @@ _VMS_PER_STEP, _WORKERS_PER_STEP = 1000, 100
 # Workers may offer resources of any name. Of more names than these, those of most workers are shown.
 _MAX_RESOURCES = 32
 _USUAL_RESOURCES = (TART_VMS, LOGICAL_CORES, MEMORY_MIB)
-_METRICS_PATH = "/metrics"
 
 VisitedT = TypeVar("VisitedT", VM, Worker)
 
@@ -270,23 +269,3 @@ def _process_lines(api: API) -> list[str]:
     lines += _BY_NAME["process_open_fds"].line(sum(1 for _ in Path("/dev/fd").iterdir()))
     lines += _BY_NAME["process_max_fds"].line(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     return lines + _BY_NAME["process_start_time_seconds"].line(api.parts.figures.started)
-
-
-# ---- a port of its own -----------------------------------------------------------------------------------------------
-
-
-class _Scraper:
-    """What is known of a request that needs no credentials: nothing."""
-
-    account = ""
-    authenticated = False
-    body_limit = 0
-
-
-def admit_scrape(request: Request) -> _Scraper:
-    """Admit a request to the port that serves nothing but metrics. Raises HTTPError."""
-    if request.path != _METRICS_PATH:
-        raise HTTPError(404, f"unknown path {request.path!r}, expected {_METRICS_PATH}")
-    if request.method not in ("GET", "HEAD"):
-        raise HTTPError(405, f"the method is {request.method}, expected GET", (("Allow", "GET, HEAD"),))
-    return _Scraper()

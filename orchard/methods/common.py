@@ -48,7 +48,19 @@ class ResourceMethods:
 
 
 def parse_message(message: str | bytes) -> Any:
+    """Parse JSON. Raises ValidationError."""
     return parse_json(message.encode() if isinstance(message, str) else message)
+
+
+def parse_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """Return a JSON object that the controller has sent as `what`. Raises ClientError."""
+    try:
+        parsed = parse_message(text)
+    except ValidationError:
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise ClientError(f"{what} is {excerpt(text)}, expected a JSON object")
+    return parsed
 
 
 def decode_answer(kind: type[ShownT], raw: Any) -> ShownT:

@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 import trio
 
-from orchard.codec import ValidationError, parse_json
-from orchard.net.transport import ClientError, ConnectError, ResponseError, Transport, excerpt
+from orchard.methods.common import parse_object
+from orchard.net.transport import ClientError, ConnectError, ResponseError, Transport
 from orchard.nursery import growing_pause
 
 # The longest line, which holds a whole VM.
@@ -22,7 +22,6 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0  # seconds
 _RESUME_SECONDS = 600.0
 
 AfterRefusal = Literal["raise", "end", "again"]
-
 
 # Statuses from here on say that a server, or a proxy before it, cannot answer now: a controller that is restarted, for
 # example.
@@ -48,14 +47,7 @@ class JSONLines:
             self._lines.extend(filter(None, lines))
             if len(self._incomplete) > _MAX_LINE_BYTES:
                 raise ClientError(f"a line of the answer is longer than {_MAX_LINE_BYTES} bytes")
-        line = self._lines.popleft()
-        try:
-            parsed = parse_json(line)
-        except ValidationError:
-            parsed = None
-        if not isinstance(parsed, dict):
-            raise ClientError(f"a line of the answer is {excerpt(line)}, expected an object")
-        return parsed
+        return parse_object(self._lines.popleft(), "a line of the answer")
 
 
 class ResumingLines:

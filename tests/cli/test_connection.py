@@ -42,6 +42,9 @@ class ScriptedController(ThreadingHTTPServer):
 class Answering(BaseHTTPRequestHandler):
     server: ScriptedController
 
+    def do_PATCH(self) -> None:
+        """Take a request, and end the connection without an answer."""
+
     def do_GET(self) -> None:
         self.server.targets.append(self.path)
         answers = self.server.answers[self.path.partition("?")[0]]
@@ -120,3 +123,9 @@ def test_message_of_a_controller_cannot_move_the_cursor(controller: ScriptedCont
 def test_missing_name_is_a_usage_error(kind: str, controller: ScriptedController, tmp_path: Path) -> None:
     assert call_main(main, "get", kind, home=tmp_path)[0] == 2
     assert controller.targets == []
+
+
+def test_token_of_a_rotation_without_an_answer_is_printed(controller: ScriptedController, tmp_path: Path) -> None:
+    """The controller may have taken the token, which the command has made."""
+    status, out, _ = call_main(main, "rotate", "token", "ci", home=tmp_path)
+    assert (status, len(out.strip())) == (1, 32)
