@@ -1,4 +1,4 @@
-"""Accounts, roles and tokens: what an account may do, and what proves who somebody is. No I/O; keys and clocks are arguments.
+"""Accounts, roles and tokens: what an account may do, and what proves who sends a request. No I/O; keys and clocks are arguments.
 
 gate.py finds the account that sends a request. `require` checks that the account has the role that an operation needs. A
 role does not include another one, except as IMPLIED says.

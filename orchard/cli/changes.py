@@ -217,7 +217,7 @@ def _rotate(options: argparse.Namespace) -> int:
         with open_connection(options) as controller:
             controller.call("PATCH", path_of("service-accounts", options.name), body={"token": token})
     except NetworkError as error:
-        # The controller may have the new one already, and then nobody would know it.
+        # The controller may have the new one already, which is lost otherwise.
         print(token)
         raise CommandError(f"{error}; the printed token may be in use already, or else the old one") from None
     print(token)
