@@ -538,7 +538,7 @@ def _parse_with(parse: Callable[[str], str]) -> Callable[[str], str]:
 def controller_parser() -> CommandLine:
     """Return the parser of a controller's command line."""
     parser = CommandLine(
-        prog="python -m orchard.controller",
+        prog="orchard controller run",
         description="Run an Orchard controller: the REST API, the scheduler and the state of a cluster of Tart VMs.",
         epilog="ORCHARD_BOOTSTRAP_ADMIN_TOKEN sets the token of the service account bootstrap-admin. Without it, the first"
         " start creates this account with a random token and shows the token once.",

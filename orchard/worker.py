@@ -297,7 +297,7 @@ def host_resources(runtime: str) -> dict[str, int]:
 def worker_parser() -> CommandLine:
     """Return the parser of a worker's command line."""
     parser = CommandLine(
-        prog="python -m orchard.worker",
+        prog="orchard worker run",
         description="Run VMs on this host for an Orchard controller.",
         epilog=IMAGE_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,

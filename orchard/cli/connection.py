@@ -18,7 +18,7 @@ from typing import Any, Self
 from urllib.parse import quote, urlencode
 
 from orchard.cli.context import Context
-from orchard.cli.failure import CommandError
+from orchard.cli.failure import USAGE, CommandError
 from orchard.net.urls import NOT_SERVING, ServerURL, find_proxy, parse_urls
 
 # For the whole answer to a request, and for the next line of a stream, which has an empty line each 20 s.
@@ -233,7 +233,10 @@ class Outage:
 
 
 def path_of(*parts: str) -> str:
-    """Return a path below /v1 from its parts, which may hold any characters."""
+    """Return a path below /v1 from its parts, which may hold any characters. Raises CommandError for an empty one."""
+    if "" in parts:
+        # The path of all objects, and not of one.
+        raise CommandError(f"a name is empty, expected one of {parts[0]}", USAGE)
     return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 

@@ -179,7 +179,20 @@ def format_span(seconds: float) -> str:
 
 def format_map(value: Mapping[str, Any] | None) -> str:
     """Return a map as existing programs parse it: "key: value, key: value"."""
-    return ", ".join(f"{key}: {item}" for key, item in sorted((value or {}).items()))
+    return ", ".join(f"{key}: {format_value(item)}" for key, item in sorted((value or {}).items()))
+
+
+def format_value(value: object) -> str:
+    """Return a value of JSON as one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return format_map(value)
+    if isinstance(value, list):
+        return ("; " if any(isinstance(item, dict) for item in value) else ", ").join(map(format_value, value))
+    return str(value)
 
 
 def _width(text: str) -> int:

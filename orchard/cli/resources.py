@@ -16,7 +16,7 @@ from typing import Any
 
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
-from orchard.cli.output import format_age, format_map, print_json, print_pairs
+from orchard.cli.output import format_age, format_value, print_json, print_pairs
 from orchard.cli.session import (
     add_context_option,
     add_output_option,
@@ -45,24 +45,11 @@ class ResourceKind:
 
 
 def _text(field: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda item: _shown(item.get(field))
-
-
-def _shown(value: object) -> str:
-    """Return a field's value as one line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return format_map(value)
-    if isinstance(value, list):
-        return ", ".join(_shown(item) for item in value)
-    return str(value)
+    return lambda item: format_value(item.get(field))
 
 
 def _flag(field: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda item: _shown(bool(item.get(field)))
+    return lambda item: format_value(bool(item.get(field)))
 
 
 def _age(field: str) -> Callable[[Mapping[str, Any]], str]:
@@ -72,6 +59,12 @@ def _age(field: str) -> Callable[[Mapping[str, Any]], str]:
 def _restarts(vm: Mapping[str, Any]) -> str:
     count = vm.get("restart_count", 0)
     return f"{vm.get('restart_policy')} ({count} restart{'' if count == 1 else 's'})"
+
+
+def _used(worker: Mapping[str, Any]) -> str:
+    # Existing programs take "org.cirruslabs.tart-vms: N", wherever it is, for what the worker offers.
+    used = worker.get("used") or {}
+    return ", ".join(f"{number} {name.removeprefix('org.cirruslabs.')}" for name, number in sorted(used.items()))
 
 
 def _dirs(vm: Mapping[str, Any]) -> str:
@@ -97,8 +90,8 @@ _VM = ResourceKind(
         "Expires": lambda vm: format_age(vm["expiresAt"]) if vm.get("expiresAt") else "",
         "Image": _text("image"),
         "Image pull policy": _text("imagePullPolicy"),
-        "CPU": lambda vm: _shown(vm.get("assignedCPU") or vm.get("cpu")),
-        "Memory": lambda vm: _shown(vm.get("assignedMemory") or vm.get("memory")),
+        "CPU": lambda vm: format_value(vm.get("assignedCPU") or vm.get("cpu")),
+        "Memory": lambda vm: format_value(vm.get("assignedMemory") or vm.get("memory")),
         "Disk size": _text("diskSize"),
         "Softnet enabled": _flag("netSoftnet"),
         "Softnet allowed CIDRs": _text("netSoftnetAllow"),
@@ -112,7 +105,7 @@ _VM = ResourceKind(
         "Assigned worker": _text("worker"),
         "Restart policy": _text("restart_policy"),
         "Restarted": _age("restarted_at"),
-        "Restart count": lambda vm: _shown(vm.get("restart_count", 0)),
+        "Restart count": lambda vm: format_value(vm.get("restart_count", 0)),
         "Resources": _text("resources"),
         "Labels": _text("labels"),
         "Metadata": _text("metadata"),
@@ -128,7 +121,7 @@ _WORKER = ResourceKind(
         "Name": _text("name"),
         "Last seen": _age("last_seen"),
         "State": _text("state"),
-        "VMs": lambda worker: _shown(worker.get("vms", 0)),
+        "VMs": lambda worker: format_value(worker.get("vms", 0)),
         "Scheduling paused": _flag("scheduling_paused"),
     },
     {
@@ -140,8 +133,8 @@ _WORKER = ResourceKind(
         "Architecture": _text("arch"),
         "Runtime": _text("runtime"),
         "Resources": _text("resources"),
-        "Used": _text("used"),
-        "VMs": lambda worker: _shown(worker.get("vms", 0)),
+        "Used": _used,
+        "VMs": lambda worker: format_value(worker.get("vms", 0)),
         "Labels": _text("labels"),
         "Machine ID": lambda worker: str(worker.get("machine_id") or "").strip(),
         "Versions": _text("versions"),
@@ -220,7 +213,7 @@ def _get(options: argparse.Namespace) -> int:
         print(item.get("name", kind.name))
     else:
         pairs = ((title, show(item)) for title, show in kind.pairs.items())
-        print_pairs(pairs if kind.pairs else ((key, _shown(value)) for key, value in item.items()))
+        print_pairs(pairs if kind.pairs else ((key, format_value(value)) for key, value in item.items()))
     return 0
 
 

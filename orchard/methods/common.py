@@ -83,6 +83,10 @@ def decode_answers(kind: type[ShownT], raw: Any) -> list[ShownT]:
 
 
 def url_path(*segments: str) -> str:
+    """Return a path from its segments, which may hold any characters. Raises ValueError for an empty one."""
+    if "" in segments:
+        # The path of all objects, and not of one.
+        raise ValueError(f"a name is empty, expected one of {segments[0]}")
     return "".join("/" + quote(segment, safe="") for segment in segments)
 
 

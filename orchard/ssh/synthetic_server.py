@@ -3,7 +3,7 @@
 Each connection to port 22 of a synthetic VM (orchard/vm/synthetic.py) gets a port of this host's loopback address for
 itself, on which one connection is accepted. A client logs in with the VM's user name and password. A command runs in a
 shell of this host, in the VM's directory, on a terminal if the client asks for one, and ends with its connection and with
-the VM. There is no SFTP.
+the VM. SFTP, which scp uses, has the files that the shell has; relative paths begin at the VM's directory.
 
 Without the packages of the extra, nothing listens.
 """
@@ -117,6 +117,7 @@ class SyntheticSSH:
             server_factory=self._login(name),
             server_host_keys=[self._key],
             process_factory=partial(self._session, name),
+            sftp_factory=self._files(name),
             encoding=None,
             line_editor=False,
             login_timeout=_LOGIN_SECONDS,
@@ -152,6 +153,27 @@ class SyntheticSSH:
 
         return Login
 
+    # -- files
+
+    def _files(self, name: str) -> type[asyncssh.SFTPServer]:
+        """Return the server class that serves files as long as a VM runs."""
+        driver = self._driver
+
+        class Files(asyncssh.SFTPServer):
+            def map_path(self, path: bytes) -> bytes:
+                try:
+                    directory, _ = driver.enter(name, "")
+                except DriverError as error:
+                    raise asyncssh.SFTPFailure(str(error)) from None
+                return os.fsencode(directory / os.fsdecode(path))
+
+            def exit(self) -> None:
+                # Clients take a session without a status for one that failed.
+                with suppress(OSError):
+                    self.channel.exit(0)
+
+        return Files
+
     # -- commands
 
     async def _session(self, name: str, process: asyncssh.SSHServerProcess[bytes]) -> None:
@@ -161,6 +183,8 @@ class SyntheticSSH:
     async def _run(self, name: str, process: asyncssh.SSHServerProcess[bytes]) -> None:
         username = process.get_extra_info("username")
         try:
+            if process.subsystem is not None:
+                raise DriverError(f"the subsystem is {process.subsystem!r}, expected sftp")
             directory, environ = self._driver.enter(name, username)
             words = [environ["SHELL"], *(["-c", process.command] if process.command else ["-l"])]
             shell, ends = await _open_shell(words, directory, environ, process)

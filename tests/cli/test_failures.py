@@ -183,3 +183,19 @@ def test_the_nearest_known_word_is_named(tmp_path: Path, words: str, nearest: st
     status, out, said = call_main(main, *words.split(), home=tmp_path)
     assert (status, out, len(said.splitlines())) == (2, "", 1)
     assert f"did you mean {nearest}?" in said
+
+
+def test_empty_name_is_refused_and_never_taken_for_all(dev: Path) -> None:
+    lines = [
+        [verb, *("" if word == "no" else word for word in ASKING[verb].split())] for verb in sorted(NAMING - {"cp"})
+    ]
+    lines += [["get", "bootstrap-token"], ["get", "vm-access-token"], ["delete", "vm"]]
+    done = subprocess.run(
+        [sys.executable, "-c", MANY], input="".join(json.dumps(line) + "\n" for line in lines), capture_output=True, text=True,
+        env=environment(dev), check=True, timeout=GENEROUS,
+    )  # fmt: skip
+    said = done.stderr.splitlines()
+    assert len(said) == 2 * len(lines), done.stderr
+    for refusal, status in zip(said[::2], said[1::2], strict=True):
+        assert refusal.startswith("orchard: "), (refusal, status)
+        assert status.split()[1] in ("1", "2"), (refusal, status)

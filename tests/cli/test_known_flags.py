@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -56,14 +57,48 @@ KNOWN: list[tuple[str, str, Mapping[str, object]]] = [
     ("worker", "h --bootstrap-token-stdin --default-cpu 2 --default-memory 1024 --no-pki --debug", {"default_cpu": 2, "default_memory": 1024}),
     ("worker", "h --log-file f", {}),
     ("dev", "-d d --resources a=1 --api-prefix /p --synthetic --workers 2", {"directory": Path("d"), "resources": {"a": 1}, "workers": 2}),
+    ("worker", "h --user ci --default-cpu 4", {"user": "ci", "default_cpu": 4}),
     ("dev", "--data-dir d", {"directory": Path("d")}),
+    ("create", "vm n --startup-script @- --host-dirs src:/a:ro,out:/b", {"host_dirs": [{"name": "src", "path": "/a", "ro": True}, {"name": "out", "path": "/b"}]}),
+    ("ssh", "vm n --wait 1h30m -- bash -s", {"wait": 5400, "command": ["bash", "-s"]}),
+    ("vnc", "vm n --username u --password p", {"username": "u", "password": "p"}),
+    # Without options.
+    ("context", "create h", {"name": "default", "force": False, "no_pki": False}),
+    ("create", "service-account n", {"roles": [], "token": ""}),
+    ("port-forward", "vm n 22", {"wait": 60}),
+    ("ssh", "vm n", {"wait": 60, "username": "", "password": "", "command": []}),
+    ("vnc", "vm n", {"wait": 60}),
+    (CONTROLLER, "", {"listen": (None, 6120), "listen_ssh": None, "worker_offline_timeout": 180, "api_prefix": "", "insecure_no_tls": False}),
+    ("worker", "h", {"default_cpu": 4, "default_memory": 8192, "labels": {}, "no_pki": False}),
+    ("dev", "", {"directory": Path(".dev-data"), "workers": 1, "resources": {}, "synthetic": False}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("verb", "flags", "read"), KNOWN, ids=[f"{verb} {flags}" for verb, flags, _ in KNOWN])
-def test_known_flags_are_read(verb: str, flags: str, read: Mapping[str, object]) -> None:
+def test_known_flags_are_read(
+    verb: str, flags: str, read: Mapping[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PORT", raising=False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("uptime"))
     options = vars(parse_options(make_parser(verb), flags.split()))
     assert {name: options[name] for name in read} == read
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("90s", 90), ("3m", 180), ("3m0s", 180), ("1h30m", 5400)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "pause worker n --wait",
+        "ssh vm n -t",
+        "port-forward vm n 1 -t",
+        "vnc vm n -w",
+        "controller --worker-offline-timeout",
+    ],
+)
+def test_known_spellings_of_durations_are_read(words: str, text: str, seconds: int) -> None:
+    verb, *rest, flag = words.split()
+    read = vars(parse_options(make_parser(verb), [*rest, flag, text]))
+    assert read["worker_offline_timeout" if verb == CONTROLLER else "wait"] == seconds
 
 
 @pytest.mark.parametrize(

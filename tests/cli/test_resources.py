@@ -182,3 +182,21 @@ def test_proxy_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("http_proxy", "http://user:secret@proxy.example.com:notaport")
     status, said = refused(tmp_path, "list", "vms")
     assert (status, "HTTP_PROXY" in said, "secret" in said) == (1, True, False)
+
+
+def test_one_line_alone_has_the_vms_that_a_worker_offers_while_some_run(dev: Path, api: ControllerConnection) -> None:
+    api.call("POST", "/vms", body={"name": "vm", "image": "i"})
+    assert call_main(main, "wait", "vm", "vm", home=dev)[0] == 0
+    lines = [line for line in run(dev, "get", "worker", "worker-1") if "org.cirruslabs.tart-vms" in line]
+    assert [line.split(maxsplit=1) for line in lines] == [["Resources", "org.cirruslabs.tart-vms: 2"]]
+    assert any(line.split() == ["Used", "1", "tart-vms"] for line in run(dev, "get", "worker", "worker-1"))
+
+
+def test_settings_of_the_cluster_are_shown_as_json_has_them(dev: Path, api: ControllerConnection) -> None:
+    before = api.call("GET", "/cluster-settings")
+    words = ("set", "cluster-settings", "--host-dir-policies", "/a:ro,/b")
+    assert call_main(main, *words, home=dev) == (0, "", "")
+    try:
+        assert "hostDirPolicies   pathPrefix: /a, ro: true; pathPrefix: /b" in run(dev, "get", "cluster-settings")
+    finally:
+        api.call("PUT", "/cluster-settings", body=before)

@@ -6,6 +6,8 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,17 +48,50 @@ def test_ssh_ends_with_the_status_of_its_command(dev: Path, vm: str) -> None:
     assert run(dev, "ssh", "vm", "none", "true").returncode == 1
 
 
-@pytest.mark.needs("ssh")
-def test_programs_reach_a_vm_by_the_printed_settings(dev: Path, vm: str, tmp_path: Path) -> None:
-    settings = tmp_path / "config"
-    settings.write_text(finished("", "ssh-config", home=dev).stdout)
+@pytest.fixture
+def settings(dev: Path, vm: str, tmp_path: Path) -> Iterator[Path]:
+    """The printed settings for the system's SSH, whose programs share one connection to a VM, as Ansible has it."""
+    file = tmp_path / "config"
+    # The path of a socket must be short.
+    with tempfile.TemporaryDirectory() as short:
+        shared = f"\n  ControlMaster auto\n  ControlPersist 60\n  ControlPath {short}/%C"
+        file.write_text(finished("", "ssh-config", home=dev).stdout.rstrip() + shared)
+        yield file
+        subprocess.run(["ssh", "-F", file, "-O", "exit", f"{vm}.orchard"], capture_output=True, check=False)
+
+
+@pytest.mark.needs("ssh", "scp", "sftp", "rsync")
+def test_programs_reach_a_vm_by_the_printed_settings(dev: Path, vm: str, settings: Path, tmp_path: Path) -> None:
     askpass = tmp_path / "askpass"
     askpass.write_text("#!/bin/sh\necho admin\n")
     askpass.chmod(0o700)
     env = {**environment(dev), "SSH_ASKPASS": str(askpass), "SSH_ASKPASS_REQUIRE": "force"}
-    words = ["ssh", "-F", str(settings), f"{vm}.orchard", "echo", "there"]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env, check=False)
-    assert (done.returncode, done.stdout) == (0, "there\n"), done.stderr
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "directory" / "file").write_text("data")
+    (tmp_path / "batch").write_text("cd made\nrename file file-2\nls\n")
+    lines = (
+        (f"ssh -F {settings} {vm}.orchard echo there", "there\n"),
+        (f"scp -q -r -F {settings} directory {vm}.orchard:made", ""),
+        (f"sftp -q -F {settings} -o BatchMode=no -b batch {vm}.orchard", "file-2"),
+        (f"scp -q -O -F {settings} {vm}.orchard:made/file-2 back", ""),
+        (f"rsync -a -e 'ssh -F {settings}' {vm}.orchard:made/ synchronized", ""),
+    )
+    for line, printed in lines:
+        # A file, since the process that keeps the connection would keep a pipe open.
+        with (tmp_path / "said").open("w+") as said:
+            done = subprocess.run(
+                ["sh", "-c", line],
+                cwd=tmp_path,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env=env,
+                check=False,
+            )
+            said.seek(0)
+            text = said.read()
+        assert (done.returncode, printed in text) == (0, True), (line, text)
+    assert [(tmp_path / name).read_text() for name in ("back", "synchronized/file-2")] == ["data", "data"]
 
 
 def test_port_is_forwarded(dev: Path, vm: str) -> None:
