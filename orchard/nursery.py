@@ -1,4 +1,4 @@
-"""Small tools for trio tasks: a wake-up that re-arms itself, pauses, and the exception that matters in a group.
+"""Small tools for trio tasks: a wake-up that re-arms itself, pauses, steps, and the exception that matters in a group.
 
 `Wakeup` replaces the pattern of one `trio.Event` that is made anew after each wait. `growing_pause` is the pause between
 attempts. The other functions take the exceptions apart that leave a nursery, since a nursery wraps even a single one in a
@@ -9,13 +9,14 @@ This module knows no resource and no role of the product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 import trio
 
 StartedT = TypeVar("StartedT")
+VisitedT = TypeVar("VisitedT")
 
 
 class Wakeup:
@@ -54,6 +55,18 @@ class Started(trio.TaskStatus[StartedT]):
         assert value is not None
         self.value = value
         self.is_set.set()
+
+
+async def visit_in_steps(
+    table: Mapping[str, VisitedT], size: int, visit: Callable[[VisitedT], object]
+) -> None:  # fmt: skip
+    """Call a function with each value of a table that may change meanwhile, with so many in one step of the event loop."""
+    names = [*table]
+    for start in range(0, len(names), size):
+        for name in names[start : start + size]:
+            if (one := table.get(name)) is not None:
+                visit(one)
+        await trio.lowlevel.checkpoint()
 
 
 def growing_pause(failures: int, first: float, last: float) -> float:

@@ -13,7 +13,7 @@ import hmac
 import logging
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +27,7 @@ from orchard.net import tcp
 from orchard.net.outside import connect_outside
 from orchard.net.transport import ClientError, Transport
 from orchard.net.urls import bracketed
-from orchard.nursery import Wakeup
+from orchard.nursery import Wakeup, visit_in_steps
 from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import VM, Worker
 from orchard.storage.errors import StorageError
@@ -276,31 +276,17 @@ class Webhooks:
         except StorageError:
             return
         state = self._store.state
-        for name in self._steps([*state.workers]):
-            if name is None:
-                await trio.lowlevel.checkpoint()
-            elif (worker := state.workers.get(name)) is not None:
-                self._look_at_worker(worker)
-        oldest: VM | None = None
-        waiting = 0
-        for name in self._steps([*state.vms]):
-            if name is None:
-                await trio.lowlevel.checkpoint()
-            elif (vm := state.vms.get(name)) is not None and vm.state.status == "pending" and not vm.state.worker:
-                waiting += 1
-                self._look_at_waiting(vm)
-                if oldest is None or _waited_since(vm) < _waited_since(oldest):
-                    oldest = vm
-        self._look_at_queue(oldest, waiting)
-        self._forget_ended()
+        await visit_in_steps(state.workers, _PER_STEP, self._look_at_worker)
+        waiting: list[VM] = []
 
-    @staticmethod
-    def _steps(names: list[str]) -> Iterator[str | None]:
-        """Yield names, and None where other tasks should get their turn."""
-        for number, name in enumerate(names):
-            yield name
-            if number % _PER_STEP == _PER_STEP - 1:
-                yield None
+        def look_at_vm(vm: VM) -> None:
+            if vm.state.status == "pending" and not vm.state.worker:
+                waiting.append(vm)
+                self._look_at_waiting(vm)
+
+        await visit_in_steps(state.vms, _PER_STEP, look_at_vm)
+        self._look_at_queue(min(waiting, key=_waited_since, default=None), len(waiting))
+        self._forget_ended()
 
     def _look_at_worker(self, worker: Worker) -> None:
         name, now = worker.name, trio.current_time()

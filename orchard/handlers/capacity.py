@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-
-import trio
 
 from orchard import parameters, validation
 from orchard.admission import Admitted
@@ -14,6 +12,7 @@ from orchard.api import API
 from orchard.cluster import Capacity, WorkerCounts, WorkerState
 from orchard.codec import ValidationError, dump_json, encode, shown
 from orchard.net.request import AnyResponse, HTTPError, Query, Request, Response
+from orchard.nursery import visit_in_steps
 from orchard.parameters import read_choice, read_pairs
 from orchard.planning import Demand, demand_of, matches
 from orchard.schema import VMSpec, Worker
@@ -37,24 +36,16 @@ async def get_capacity(api: API, request: Request, admitted: Admitted) -> AnyRes
         count.add(worker, states.observe(worker)[0], placement.load_of(worker.name).used)
         count.fits += placement.room_on(demand, worker.name)
 
-    await _for_each_worker(api, add)
+    await visit_in_steps(api.state.workers, _WORKERS_PER_STEP, add)
     survey = Survey(demand)
     if not count.fits:
-        await _for_each_worker(api, survey.look_for_possible)
+        await visit_in_steps(api.state.workers, _WORKERS_PER_STEP, survey.look_for_possible)
     if survey.is_possible:
-        await _for_each_worker(api, lambda worker: placement.examine(survey, demand, worker))
+        await visit_in_steps(
+            api.state.workers, _WORKERS_PER_STEP, lambda worker: placement.examine(survey, demand, worker)
+        )
     reason = "" if count.fits else placement.why_not(survey).text
     return Response(200, dump_json(encode(count.capacity(placement.queued(), placement.queued(demand), reason))))
-
-
-async def _for_each_worker(api: API, visit: Callable[[Worker], None]) -> None:
-    """Call a function with each worker, in steps of the event loop. Workers may come and go meanwhile."""
-    names = list(api.state.names["worker"])
-    for start in range(0, len(names), _WORKERS_PER_STEP):
-        for name in names[start : start + _WORKERS_PER_STEP]:
-            if (worker := api.state.workers.get(name)) is not None:
-                visit(worker)
-        await trio.lowlevel.checkpoint()
 
 
 def _read_shape(query: Query) -> VMSpec:

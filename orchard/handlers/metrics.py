@@ -11,10 +11,10 @@ import datetime
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import get_args
 
 import trio
 
@@ -24,6 +24,7 @@ from orchard.api import API
 from orchard.cluster import WorkerState
 from orchard.metrics import METRICS_TYPE, Metric, text_of
 from orchard.net.request import AnyResponse, Request, Response
+from orchard.nursery import visit_in_steps
 from orchard.schema import LOGICAL_CORES, MEMORY_MIB, TART_VMS, VM, Status, Worker
 
 # VMs and workers that are looked at in one step of the event loop: some milliseconds.
@@ -32,7 +33,6 @@ _VMS_PER_STEP, _WORKERS_PER_STEP = 1000, 100
 _MAX_RESOURCES = 32
 _USUAL_RESOURCES = (TART_VMS, LOGICAL_CORES, MEMORY_MIB)
 
-VisitedT = TypeVar("VisitedT", VM, Worker)
 
 METRICS = (
     Metric("orchard_build_info", "gauge", "1, with the version of the controller", ("version",)),
@@ -146,18 +146,8 @@ async def _survey_workers(api: API) -> FleetSurvey:
     found = FleetSurvey()
     if api.parts.figures.per_worker:
         found.series = {"worker_state": {}, "worker_vms": {}, "worker_disk_free_bytes": {}}
-    await _visit(api.state.workers, _WORKERS_PER_STEP, lambda worker: found.add(api, worker))
+    await visit_in_steps(api.state.workers, _WORKERS_PER_STEP, lambda worker: found.add(api, worker))
     return found
-
-
-async def _visit(table: Mapping[str, VisitedT], size: int, visit: Callable[[VisitedT], None]) -> None:
-    """Call a function with each object of a table that may change meanwhile, so many in one step of the event loop."""
-    names = [*table]
-    for start in range(0, len(names), size):
-        for name in names[start : start + size]:
-            if (one := table.get(name)) is not None:
-                visit(one)
-        await trio.lowlevel.checkpoint()
 
 
 def _worker_lines(found: FleetSurvey) -> list[str]:
@@ -205,7 +195,7 @@ def _earlier(one: datetime.datetime | None, other: datetime.datetime | None) -> 
 
 async def _survey_vms(api: API) -> _VMs:
     found = _VMs()
-    await _visit(api.state.vms, _VMS_PER_STEP, found.add)
+    await visit_in_steps(api.state.vms, _VMS_PER_STEP, found.add)
     return found
 
 

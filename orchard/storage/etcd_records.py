@@ -192,13 +192,14 @@ class EtcdEventStorage:
             result.errors[uid] = EventLimitError(self._limit)
             return
         try:
-            for start in range(0, len(operations), _CHUNKS_AT_ONCE):
-                await self._leadership.write(operations[start : start + _CHUNKS_AT_ONCE])
-                for chunk in chunks[start : start + _CHUNKS_AT_ONCE]:
-                    stored.add(chunk)
+            # All chunks at once: they have the limit of a VM together, and two in a row more than BLOCK_BYTES.
+            await self._leadership.write(operations)
         except NotWrittenError as error:
             _logger.error("events were not stored: %s", error)
             result.errors[uid] = error.as_storage_error(NOT_STORED)
+        else:
+            for chunk in chunks:
+                stored.add(chunk)
 
     async def _drop(self) -> None:
         while self._left:
@@ -209,10 +210,6 @@ class EtcdEventStorage:
                 _logger.warning("cannot drop events: %s; the next write will", error)
                 return
             del self._left[:MAX_OPERATIONS]
-
-
-# With chunks of 64 KiB, or single events of up to the limit of a VM.
-_CHUNKS_AT_ONCE = 16
 
 
 def _chunked(texts: Sequence[bytes], first: int) -> Iterator[tuple[int, list[bytes]]]:

@@ -143,6 +143,23 @@ async def test_vm_has_a_bounded_size_and_number_of_events(autojump_clock: trio.t
         assert 100 < len([key for key in etcd.values if B.encode() in key]) <= 64 * 4
 
 
+async def test_events_of_one_append_are_stored_together(autojump_clock: trio.testing.MockClock) -> None:
+    """Short and long events in turn make the most chunks. etcd becomes full with the first transaction."""
+    etcd = MemoryEtcd()
+    payloads = [text for number in range(16) for text in (f"s{number}", "x" * 62_000)]
+
+    async def fill(path: str) -> None:
+        await trio.lowlevel.checkpoint()
+        etcd.is_full = True
+
+    async with leading(etcd) as leader:
+        storage = await leader.events()
+        etcd.after = fill
+        await append(storage, A, *payloads)
+        etcd.after = None
+        assert await payloads_of(storage, A) == payloads
+
+
 async def test_events_are_refused_by_a_full_etcd_and_dropped_when_it_has_space(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
