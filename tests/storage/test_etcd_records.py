@@ -144,9 +144,9 @@ async def test_vm_has_a_bounded_size_and_number_of_events(autojump_clock: trio.t
 
 
 async def test_events_of_one_append_are_stored_together(autojump_clock: trio.testing.MockClock) -> None:
-    """Short and long events in turn make the most chunks. etcd becomes full with the first transaction."""
+    """Events of just over half a chunk make the most chunks. etcd becomes full with the first transaction."""
     etcd = MemoryEtcd()
-    payloads = [text for number in range(16) for text in (f"s{number}", "x" * 62_000)]
+    payloads = ["x" * 35_000] * 28
 
     async def fill(path: str) -> None:
         await trio.lowlevel.checkpoint()
