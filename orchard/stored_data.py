@@ -12,7 +12,7 @@ import logging
 import math
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,14 @@ from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.net import tcp
 from orchard.nursery import unwrap_groups
 from orchard.schema import ServiceAccount
-from orchard.storage.errors import DamagedError, LeadershipLostError, NotWrittenError, StorageUnavailableError
+from orchard.storage.errors import (
+    BrokenError,
+    DamagedError,
+    LeadershipLostError,
+    NotWrittenError,
+    StorageError,
+    StorageUnavailableError,
+)
 from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRequestError, EtcdUnavailableError
 from orchard.storage.etcd_engine import DEFAULT_MAX_MIB, EtcdEngine
 from orchard.storage.etcd_records import DEFAULT_EVENTS_KIB, EtcdEventStorage, EtcdRecords, share_files
@@ -142,11 +149,11 @@ async def lead_in_turns(
         while not stop.is_set():
             try:
                 async with _leading(settings, client, leadership, campaign, is_first=is_first) as data:
-                    is_serving, is_first = True, False
+                    is_serving = True
                     await serve(data)
             except LeadershipLostError as error:
                 _logger.warning("no longer leading: %s", error)
-            is_serving = False
+            is_serving = is_first = False
         nursery.cancel_scope.cancel()
 
 
@@ -159,7 +166,7 @@ async def _leading(
     Raises StartError; LeadershipLostError when it does not lead any more.
     """
     try:
-        with unwrap_groups():
+        with unwrap_groups(), _consequences_dropped(leadership):
             await _campaign(leadership, is_first=is_first)
             # Ends the block when the lease is over.
             async with trio.open_nursery() as nursery:
@@ -168,6 +175,20 @@ async def _leading(
                 nursery.cancel_scope.cancel()
     finally:
         await leadership.resign()
+
+
+@contextlib.contextmanager
+def _consequences_dropped(leadership: Leadership) -> Iterator[None]:
+    """Raise LeadershipLostError alone when the leadership is lost, without the failures of start or writes that follow from it.
+
+    Errors of other kinds leave the block with it, in a group.
+    """
+    try:
+        yield
+    except* (StartError, StorageError, BrokenError):
+        if not leadership.lost:
+            raise
+        raise LeadershipLostError(leadership.lost) from None
 
 
 async def _campaign(leadership: Leadership, *, is_first: bool) -> None:

@@ -94,13 +94,14 @@ class Leadership:
         self._settings = settings
         self._lease = ""
         self._until = -math.inf
-        self._lost = ""
+        # Why this controller does not lead any more, "" while it campaigns and leads.
+        self.lost = ""
 
     # -- the gate
 
     def leads(self) -> bool:
         """Return whether an answer that is based on the state in memory may leave now."""
-        return not self._lost and self.remaining() > 0
+        return not self.lost and self.remaining() > 0
 
     def remaining(self) -> float:
         """Return for how many seconds this controller leads without another keepalive; negative if it does not."""
@@ -112,8 +113,8 @@ class Leadership:
 
     def lose(self, reason: str) -> LeadershipLostError:
         """Stop leading at once. Return the error that says so."""
-        self._lost = self._lost or reason
-        return LeadershipLostError(self._lost)
+        self.lost = self.lost or reason
+        return LeadershipLostError(self.lost)
 
     # -- campaign
 
@@ -122,7 +123,7 @@ class Leadership:
 
         Raises EtcdUnavailableError when the first request fails, unless it `is_patient`; later ones are repeated.
         """
-        self._lost, self._until, self.other = "", -math.inf, None
+        self.lost, self._until, self.other = "", -math.inf, None
         leader = None if is_patient else await self._read_leader()
         failing = False
         while True:
@@ -204,7 +205,7 @@ class Leadership:
         # A lease that has run out has no TTL.
         if not int(result.get("TTL", 0)):
             raise self.lose("the lease has run out")
-        if not self._lost:
+        if not self.lost:
             self._until = max(self._until, sent + _SHARE_OF_TTL * float(result["TTL"]))
 
     async def write(self, operations: Sequence[TxnOperation]) -> None:
