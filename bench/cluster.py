@@ -9,7 +9,8 @@ from pathlib import Path
 import trio
 
 from orchard import auth, transitions
-from orchard.schema import TART_VMS, VM, ServiceAccount, VMReport, Worker
+from orchard.bodies import VMReport
+from orchard.schema import TART_VMS, VM, ServiceAccount, Worker
 from orchard.storage.file_engine import FileEngine
 from orchard.store import Store
 from orchard.validation import vm_from_client

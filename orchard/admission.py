@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from orchard.answers import Remarks
+from orchard.bodies import SessionKind
 from orchard.codec import InvalidError, shown
 from orchard.net.openapi import Operation
 from orchard.net.request import HTTPError, Request
 from orchard.net.transport import READS_NEW_VALUES
-from orchard.schema import Role, SessionKind
+from orchard.schema import Role
 from orchard.sessions import SessionSubject
 
 # Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.

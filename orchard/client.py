@@ -24,9 +24,10 @@
     trio.run(main)
 
 `Client.vms`, `.workers`, `.service_accounts` and `.cluster_settings` have one method for each operation of the API.
-Methods return the dataclasses of schema.py. A keyword argument has the name of the dataclass's attribute and the value
-that it holds: `ttlSeconds` is `ttl_seconds`. In place of keywords, a JSON object has field names as on the wire. The
-client keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from the body.
+Methods return the dataclasses of schema.py and bodies.py. A keyword argument has the name of the dataclass's attribute
+and the value that it holds: `ttlSeconds` is `ttl_seconds`. In place of keywords, a JSON object has field names as on the
+wire. The client keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from the
+body.
 
 Every method raises a ClientError: ConnectError if the controller cannot be reached or the connection was lost, and
 ResponseError if the controller refused (`status` is the HTTP status, `message` says why). The docstring of a method names
@@ -46,6 +47,7 @@ from urllib.parse import quote
 
 from trio_websocket import WebSocketConnection
 
+from orchard.bodies import ControllerInfo, OpenSession
 from orchard.cluster import Capacity, ControllerHealth
 from orchard.codec import format_time
 from orchard.methods.admin import ServiceAccounts, Settings
@@ -63,7 +65,7 @@ from orchard.net.transport import (
     ResponseError,
     Transport,
 )
-from orchard.schema import OS, Arch, ControllerInfo, EndedVM, OpenSession, Runtime
+from orchard.schema import OS, Arch, EndedVM, Runtime
 
 __all__ = [
     "Client",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from orchard import __version__, parameters, schema
+from orchard import __version__, bodies, parameters
 from orchard.admission import APIOperation
 from orchard.api import API, ControllerParts
 from orchard.codec import dump_json
@@ -173,7 +173,7 @@ def describe_api(prefix: str) -> dict[str, Any]:
         else operation
         for operation in OPERATIONS
     ]
-    return build_document(with_validation, prefix=prefix, info=info, schemas=schema.components())
+    return build_document(with_validation, prefix=prefix, info=info, schemas=bodies.components())
 
 
 def make_api(parts: ControllerParts, *, ui: bool = True) -> API:

@@ -20,9 +20,10 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.auth import ForbiddenError, require
+from orchard.bodies import OpenSession, SessionKind
 from orchard.net.request import AnyResponse, SendPiece, Stream, WebSocketUpgrade
 from orchard.net.wsframes import POLICY_VIOLATION
-from orchard.schema import OpenSession, Role, ServiceAccount, SessionKind
+from orchard.schema import Role, ServiceAccount
 
 # For a peer to answer the close of a WebSocket.
 _CLOSE_SECONDS = 2.0

@@ -24,6 +24,7 @@ from __future__ import annotations
 import datetime
 from dataclasses import replace
 
+from orchard.bodies import VMReport
 from orchard.cluster import VM_READY, VM_RESTART
 from orchard.codec import attrs_of, shown
 from orchard.schema import (
@@ -37,7 +38,6 @@ from orchard.schema import (
     EndRequest,
     Status,
     VMMeta,
-    VMReport,
     VMSpec,
     VMState,
     Worker,

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
+from orchard.bodies import IssueVMAccessTokenRequest, VMReport
 from orchard.cluster import Webhook, bounded, bounded_images, bounded_pull, bounded_versions
 from orchard.codec import (
     MAX_ITEMS,
@@ -51,10 +52,8 @@ from orchard.schema import (
     Event,
     GuestScript,
     HostDir,
-    IssueVMAccessTokenRequest,
     ServiceAccount,
     StartupScript,
-    VMReport,
     VMSpec,
     Worker,
 )

@@ -36,6 +36,7 @@ import trio
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
+from orchard.bodies import ControllerInfo
 from orchard.client import Client, ClientError, ResponseError
 from orchard.cluster import (
     CANCEL_REQUEST,
@@ -64,7 +65,6 @@ from orchard.schema import (
     TART_VMS,
     WORKER_NAME_LABEL,
     Arch,
-    ControllerInfo,
     Runtime,
     Worker,
 )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import OpenAPIV30SpecValidator
 
+from orchard.bodies import ControllerInfo, Problem, VMReport, components
 from orchard.codec import (
     MAX_DEPTH,
     MAX_FIELDS,
@@ -43,18 +44,14 @@ from orchard.codec import (
 from orchard.schema import (
     ClusterSettings,
     Condition,
-    ControllerInfo,
     Event,
     HostDir,
-    Problem,
     ServiceAccount,
     StartupScript,
     VMMeta,
-    VMReport,
     VMSpec,
     VMState,
     Worker,
-    components,
 )
 
 UTC = datetime.UTC

@@ -21,10 +21,11 @@ from harness.strategies import BEGAN, QUICK, assigned, failed, pending, resting,
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from orchard.bodies import VMReport
 from orchard.client import Client, ResponseError
 from orchard.cluster import VM_READY
 from orchard.goals import Goal, is_reached, why_never
-from orchard.schema import VM, Condition, VMReport
+from orchard.schema import VM, Condition
 from orchard.testing import cluster
 from orchard.transitions import report, restart
 

@@ -65,7 +65,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("state", ("store", "change_log", "changes", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
-    ("resources", ("validation", "filters", "schema", "cluster", "codec")),
+    ("resources", ("validation", "filters", "bodies", "schema", "cluster", "codec")),
     ("base", ("metrics", "command_line", "daemon", "files", "logs", "log_file", "nursery", "privileges")),
 )
 # Parts of one layer that do not import from each other.
@@ -77,6 +77,7 @@ PURE = (
     "metrics",
     "codec",
     "cluster",
+    "bodies",
     "schema",
     "validation",
     "filters",

@@ -11,8 +11,9 @@ import pytest
 from harness.served import BEGAN, Served, served
 
 from orchard import transitions
+from orchard.bodies import VMReport
 from orchard.recorder import Recorder, describe_change, ended_vm
-from orchard.schema import VM, Condition, VMReport, VMSpec, Worker
+from orchard.schema import VM, Condition, VMSpec, Worker
 from orchard.storage.events import EventLog
 from orchard.storage.history import History
 from orchard.store import Store

@@ -14,6 +14,7 @@ from harness.strategies import QUICK, any_vm, failed, json_values, pending, reso
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchard.bodies import VMAccessToken, VMReport
 from orchard.codec import (
     MAX_UINT,
     InvalidError,
@@ -35,9 +36,7 @@ from orchard.schema import (
     HostDirPolicy,
     ServiceAccount,
     StartupScript,
-    VMAccessToken,
     VMMeta,
-    VMReport,
     VMSpec,
     VMState,
     Worker,

@@ -23,6 +23,7 @@ from harness.strategies import (
 )
 from hypothesis import given
 
+from orchard.bodies import VMReport
 from orchard.cluster import VM_READY, VM_RESTART
 from orchard.codec import attrs_of
 from orchard.schema import (
@@ -34,7 +35,6 @@ from orchard.schema import (
     HostDir,
     StartupScript,
     VMMeta,
-    VMReport,
     VMSpec,
     VMState,
     Worker,

@@ -11,6 +11,7 @@ from orchard import __version__, auth, validation
 from orchard.admission import Admitted, named, read_body
 from orchard.answers import found
 from orchard.api import API
+from orchard.bodies import ControllerInfo
 from orchard.cluster import (
     GUEST_AGENT,
     IMAGE_INVENTORY,
@@ -22,7 +23,7 @@ from orchard.cluster import (
 )
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
-from orchard.schema import ClusterSettings, ControllerInfo, ServiceAccount
+from orchard.schema import ClusterSettings, ServiceAccount
 from orchard.store import Store, encode_object
 
 # What the controller supports. Existing workers choose their protocol by the first two.

@@ -10,12 +10,12 @@ from orchard import auth, parameters, validation
 from orchard.admission import Admitted, read_body, subject_of
 from orchard.answers import found
 from orchard.api import API
+from orchard.bodies import IP, VMAccessToken
 from orchard.codec import dump_json, encode
 from orchard.net.request import AnyResponse, Request, Response, TunnelUpgrade, WebSocketUpgrade
 from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.parameters import read_count
-from orchard.schema import IP, VMAccessToken
 from orchard.sessions import SessionSubject
 from orchard.tunnel import WorkerEnd
 

@@ -10,11 +10,12 @@ from functools import partial
 
 import trio
 
-from orchard import parameters, schema, transitions, validation
+from orchard import parameters, transitions, validation
 from orchard.admission import Admitted, is_old_worker, read_body, refuses_new_values
 from orchard.answers import http_error
 from orchard.api import API, liveness_source
 from orchard.auth import ForbiddenError
+from orchard.bodies import BulkDeletion, VMReport
 from orchard.changes import Change, send_changes
 from orchard.cluster import WORKER_STATE
 from orchard.codec import dump_json, encode, shown
@@ -23,7 +24,7 @@ from orchard.goals import Goal, describe_status, is_reached, why_never
 from orchard.handlers.watch import watch_kinds
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
 from orchard.parameters import read_choice, read_count, read_flag, read_number
-from orchard.schema import VM, BulkDeletion, VMSpec
+from orchard.schema import VM, VMSpec, is_allowed
 from orchard.storage.errors import StorageError
 
 # Conditions that are tested in one step of the event loop: one to two milliseconds.
@@ -289,7 +290,7 @@ def report_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 
 
 def _report(
-    api: API, request: Request, admitted: Admitted, read: Callable[[object, list[str]], schema.VMReport]
+    api: API, request: Request, admitted: Admitted, read: Callable[[object, list[str]], VMReport]
 ) -> AnyResponse:
     """Take over a worker's report. The answer is the VM: existing workers end their session when it is not."""
     old = api.find_vm(admitted)
@@ -300,7 +301,7 @@ def _report(
 
 def _check_host_dirs(api: API, spec: VMSpec) -> None:
     for index, host_dir in enumerate(spec.host_dirs):
-        if not schema.is_allowed(api.state.settings.host_dir_policies, host_dir):
+        if not is_allowed(api.state.settings.host_dir_policies, host_dir):
             access = "read only" if host_dir.ro else "writable"
             raise HTTPError(
                 400,

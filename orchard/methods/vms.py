@@ -12,6 +12,7 @@ from typing import Literal, Unpack
 
 import trio
 
+from orchard.bodies import IP, VMAccessToken
 from orchard.codec import attr
 from orchard.methods.commands import CommandResult, RunningCommand
 from orchard.methods.common import (
@@ -28,7 +29,7 @@ from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
 from orchard.methods.lines import AfterRefusal, JSONLines, ResumingLines
 from orchard.net.transport import ClientError, Items, ResponseError, excerpt
 from orchard.net.websocket import TunnelStream
-from orchard.schema import IP, VM, Event, VMAccessToken, VMSpec
+from orchard.schema import VM, Event, VMSpec
 
 # Events that one request fetches.
 _PAGE_EVENTS = 1000

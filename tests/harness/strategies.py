@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from harness.planning import Snapshot, report_facts
+from orchard.bodies import VMReport
 from orchard.codec import MAX_UINT, Attr, attrs_of
 from orchard.schema import (
     TART_VMS,
@@ -30,7 +31,6 @@ from orchard.schema import (
     GuestScript,
     SchedulerProfile,
     VMMeta,
-    VMReport,
     VMSpec,
     VMState,
     Worker,
