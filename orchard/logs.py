@@ -43,7 +43,7 @@ _logger = logging.getLogger("orchard.logs")
 _accept_logger = logging.getLogger("orchard.logs.accept")
 
 
-def format_value(value: object) -> str:
+def _quoted(value: object) -> str:
     """Return a value as it is written in a line: bare if it is one plain word, otherwise quoted as JSON."""
     if type(value) is int:
         return str(value)
@@ -80,10 +80,10 @@ class LineFormatter(_RecordFormatter):
     def format(self, record: logging.LogRecord) -> str:
         line = (
             f"time={self.time_of(record)} level={record.levelname.lower()} logger={record.name}"
-            f" msg={format_value(record.getMessage())}"
+            f" msg={_quoted(record.getMessage())}"
         )
         for key, value in self.fields_of(record):
-            line += f" {key}={format_value(value)}"
+            line += f" {key}={_quoted(value)}"
         return line
 
 
