@@ -179,10 +179,10 @@ def format_span(seconds: float) -> str:
 
 def format_map(value: Mapping[str, Any] | None) -> str:
     """Return a map as existing programs parse it: "key: value, key: value"."""
-    return ", ".join(f"{key}: {format_value(item)}" for key, item in sorted((value or {}).items()))
+    return ", ".join(f"{key}: {format_json_value(item)}" for key, item in sorted((value or {}).items()))
 
 
-def format_value(value: object) -> str:
+def format_json_value(value: object) -> str:
     """Return a value of JSON as one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -191,7 +191,7 @@ def format_value(value: object) -> str:
     if isinstance(value, dict):
         return format_map(value)
     if isinstance(value, list):
-        return ("; " if any(isinstance(item, dict) for item in value) else ", ").join(map(format_value, value))
+        return ("; " if any(isinstance(item, dict) for item in value) else ", ").join(map(format_json_value, value))
     return str(value)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
-from orchard.cli.output import format_age, format_value, print_json, print_pairs
+from orchard.cli.output import format_age, format_json_value, print_json, print_pairs
 from orchard.cli.session import (
     add_context_option,
     add_output_option,
@@ -45,11 +45,11 @@ class ResourceKind:
 
 
 def _text(field: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda item: format_value(item.get(field))
+    return lambda item: format_json_value(item.get(field))
 
 
 def _flag(field: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda item: format_value(bool(item.get(field)))
+    return lambda item: format_json_value(bool(item.get(field)))
 
 
 def _age(field: str) -> Callable[[Mapping[str, Any]], str]:
@@ -90,8 +90,8 @@ _VM = ResourceKind(
         "Expires": lambda vm: format_age(vm["expiresAt"]) if vm.get("expiresAt") else "",
         "Image": _text("image"),
         "Image pull policy": _text("imagePullPolicy"),
-        "CPU": lambda vm: format_value(vm.get("assignedCPU") or vm.get("cpu")),
-        "Memory": lambda vm: format_value(vm.get("assignedMemory") or vm.get("memory")),
+        "CPU": lambda vm: format_json_value(vm.get("assignedCPU") or vm.get("cpu")),
+        "Memory": lambda vm: format_json_value(vm.get("assignedMemory") or vm.get("memory")),
         "Disk size": _text("diskSize"),
         "Softnet enabled": _flag("netSoftnet"),
         "Softnet allowed CIDRs": _text("netSoftnetAllow"),
@@ -105,7 +105,7 @@ _VM = ResourceKind(
         "Assigned worker": _text("worker"),
         "Restart policy": _text("restart_policy"),
         "Restarted": _age("restarted_at"),
-        "Restart count": lambda vm: format_value(vm.get("restart_count", 0)),
+        "Restart count": lambda vm: format_json_value(vm.get("restart_count", 0)),
         "Resources": _text("resources"),
         "Labels": _text("labels"),
         "Metadata": _text("metadata"),
@@ -121,7 +121,7 @@ _WORKER = ResourceKind(
         "Name": _text("name"),
         "Last seen": _age("last_seen"),
         "State": _text("state"),
-        "VMs": lambda worker: format_value(worker.get("vms", 0)),
+        "VMs": lambda worker: format_json_value(worker.get("vms", 0)),
         "Scheduling paused": _flag("scheduling_paused"),
     },
     {
@@ -134,7 +134,7 @@ _WORKER = ResourceKind(
         "Runtime": _text("runtime"),
         "Resources": _text("resources"),
         "Used": _used,
-        "VMs": lambda worker: format_value(worker.get("vms", 0)),
+        "VMs": lambda worker: format_json_value(worker.get("vms", 0)),
         "Labels": _text("labels"),
         "Machine ID": lambda worker: str(worker.get("machine_id") or "").strip(),
         "Versions": _text("versions"),
@@ -213,7 +213,7 @@ def _get(options: argparse.Namespace) -> int:
         print(item.get("name", kind.name))
     else:
         pairs = ((title, show(item)) for title, show in kind.pairs.items())
-        print_pairs(pairs if kind.pairs else ((key, format_value(value)) for key, value in item.items()))
+        print_pairs(pairs if kind.pairs else ((key, format_json_value(value)) for key, value in item.items()))
     return 0
 
 
