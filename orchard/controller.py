@@ -78,6 +78,7 @@ from orchard.stored_data import (
     EtcdSettings,
     StartError,
     StoredData,
+    check_kept_in_etcd,
     ensure_admin,
     ensure_identity,
     lead_in_turns,
@@ -237,6 +238,7 @@ async def run(
                 async with platform.open_data(settings.data_dir) as data:
                     await _serve(settings, platform, serving, data)
             else:
+                check_kept_in_etcd(settings.data_dir)
                 scheme, host = "https" if settings.tls else "http", settings.host or socket.gethostname()
                 url = f"{scheme}://{bracketed(host)}:{settings.port}{settings.prefix}"
                 serve_data = partial(_serve, settings, platform, serving)

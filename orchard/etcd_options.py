@@ -17,6 +17,11 @@ _PASSWORD = "ORCHARD_ETCD_PASSWORD"  # noqa: S105 -- the name of the variable
 _LEAST_TTL, _MOST_TTL = 5, 60
 # A single append of a worker has up to some hundred KiB.
 _LEAST_EVENTS_KIB = 64
+# They say nothing about a state in files.
+_ETCD_ONLY = (
+    *("etcd_prefix", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user"),
+    *("leader_ttl", "etcd_max_mib", "etcd_events_kib"),
+)
 
 
 def parse_etcd_prefix(text: str) -> str:
@@ -51,10 +56,10 @@ def add_access_options(parser: argparse.ArgumentParser, *, urls: bool = True) ->
     """Add the options that say where etcd is, unless the `urls` are arguments, and who asks."""
     add = parser.add_argument
     if urls:
-        add("--etcd", metavar="URL[,URL...]", default="",
+        add("--etcd", metavar="URL[,URL...]",
         help="client URLs of etcd, such as https://etcd-1.example.com:2379; it holds the state then")  # fmt: skip
-    add("--etcd-prefix", metavar="PATH", type=parse_etcd_prefix, default=DEFAULT_ETCD_PREFIX,
-        help="path of the keys, another one for each cluster; default %(default)s")  # fmt: skip
+    add("--etcd-prefix", metavar="PATH", type=parse_etcd_prefix,
+        help=f"path of the keys, another one for each cluster; default {DEFAULT_ETCD_PREFIX}")  # fmt: skip
     add("--etcd-ca", metavar="FILE", type=Path, help="certificates in PEM of the CAs that etcd's certificates are of")
     add("--etcd-cert", metavar="FILE", type=Path, help="certificate in PEM that is shown to etcd")
     add("--etcd-key", metavar="FILE", type=Path, help="private key of --etcd-cert in PEM")
@@ -68,30 +73,39 @@ def add_leader_options(parser: argparse.ArgumentParser) -> None:
         help="where the state is: in files of the data directory (the default), or in etcd, where controllers stand by"
         " for each other")  # fmt: skip
     add_access_options(parser)
-    add("--leader-ttl", metavar="S", type=_parse_ttl, default=DEFAULT_LEADER_TTL,
+    add("--leader-ttl", metavar="S", type=_parse_ttl,
         help="seconds after which a controller that has failed is replaced by another one; default 10")  # fmt: skip
-    add("--etcd-max-mib", metavar="N", type=_parse_mib, default=DEFAULT_MAX_MIB,
+    add("--etcd-max-mib", metavar="N", type=_parse_mib,
         help="size of etcd's database from which nothing is added any more; at most 70 %% of its quota; default"
-        " %(default)s")  # fmt: skip
-    add("--etcd-events-kib", metavar="N", type=_parse_events_kib, default=DEFAULT_EVENTS_KIB,
-        help="size of one VM's events from which no more are stored in etcd; default %(default)s")  # fmt: skip
+        f" {DEFAULT_MAX_MIB}")  # fmt: skip
+    add("--etcd-events-kib", metavar="N", type=_parse_events_kib,
+        help=f"size of one VM's events from which no more are stored in etcd; default {DEFAULT_EVENTS_KIB}")  # fmt: skip
 
 
 def etcd_access(
     parser: argparse.ArgumentParser, options: argparse.Namespace, environ: Mapping[str, str]
 ) -> EtcdAccess | None:
     """Return how etcd is reached, None without --etcd. Exits with status 2 if the options contradict each other."""
-    given = [name for name in ("ca", "cert", "key", "user") if getattr(options, f"etcd_{name}")]
-    if not options.etcd:
-        if given:
-            parser.error(f"--etcd-{given[0]} has no effect without --etcd")
+    if options.etcd is None:
+        for name in _ETCD_ONLY:
+            if getattr(options, name, None):
+                parser.error(f"--{name.replace('_', '-')} has no effect without --etcd")
         return None
+    # As of a variable that is not set: the state must not be taken from files then.
+    if not options.etcd:
+        parser.error("--etcd is empty, expected the URLs of etcd")
     if (options.etcd_cert is None) != (options.etcd_key is None):
         parser.error("--etcd-cert and --etcd-key must be given together")
     password = environ.get(_PASSWORD, "")
     if bool(options.etcd_user) != bool(password):
         parser.error(f"--etcd-user and {_PASSWORD} must be given together")
     return EtcdAccess(options.etcd, options.etcd_ca, options.etcd_cert, options.etcd_key, options.etcd_user, password)
+
+
+def etcd_prefix(options: argparse.Namespace) -> str:
+    """Return the prefix of all keys."""
+    prefix: str = options.etcd_prefix or DEFAULT_ETCD_PREFIX
+    return prefix
 
 
 def etcd_settings(
@@ -105,4 +119,10 @@ def etcd_settings(
         parser.error("--store file and --etcd cannot be combined")
     if access is None:
         return None
-    return EtcdSettings(access, options.etcd_prefix, options.leader_ttl, options.etcd_max_mib, options.etcd_events_kib)
+    return EtcdSettings(
+        access,
+        etcd_prefix(options),
+        options.leader_ttl or DEFAULT_LEADER_TTL,
+        options.etcd_max_mib or DEFAULT_MAX_MIB,
+        options.etcd_events_kib or DEFAULT_EVENTS_KIB,
+    )

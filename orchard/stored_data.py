@@ -22,7 +22,14 @@ import trio
 
 from orchard import auth
 from orchard.cluster import ClusterIdentity
-from orchard.files import ACCESS_KEY_BYTES, ACCESS_KEY_FILE, EVENTS_DIRECTORY, write_private
+from orchard.files import (
+    ACCESS_KEY_BYTES,
+    ACCESS_KEY_FILE,
+    EVENTS_DIRECTORY,
+    RESERVE_FILE,
+    STATE_FILE,
+    write_private,
+)
 from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.net import tcp
 from orchard.nursery import unwrap_groups
@@ -36,7 +43,7 @@ from orchard.storage.errors import (
     StorageUnavailableError,
 )
 from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRequestError, EtcdUnavailableError
-from orchard.storage.etcd_engine import DEFAULT_MAX_MIB, EtcdEngine
+from orchard.storage.etcd_engine import DEFAULT_MAX_MIB, EtcdEngine, decode_head
 from orchard.storage.etcd_records import DEFAULT_EVENTS_KIB, EtcdEventStorage, EtcdRecords, share_files
 from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
@@ -108,6 +115,7 @@ async def open_data_directory(directory: Path) -> AsyncIterator[StoredData]:
                 raise StartError(foreign)
             for problem in find_exposures(directory):
                 raise StartError(problem)
+            check_kept_in_files(directory)
             store = await Store.open(FileEngine(directory), utc_now())
             stack.callback(store.close)
             events = EventLog(*event_files(directory / EVENTS_DIRECTORY))
@@ -117,6 +125,29 @@ async def open_data_directory(directory: Path) -> AsyncIterator[StoredData]:
         except (DamagedError, NotWrittenError, OSError) as error:
             raise StartError(str(error)) from error
         yield StoredData(store, events, history)
+
+
+def check_kept_in_files(directory: Path) -> None:
+    """Raise StartError if a directory was used by a controller with its state in etcd.
+
+    An empty cluster in its place would let in no worker and no client.
+    """
+    is_new = not any((directory / name).exists() for name in (STATE_FILE, RESERVE_FILE))
+    # In files, the state comes before the key.
+    if is_new and (directory / ACCESS_KEY_FILE).exists():
+        raise StartError(
+            f"{directory} has the key {ACCESS_KEY_FILE} and no {STATE_FILE}, so its state is in etcd or lost; start the"
+            " controller with --etcd, restore the file, or choose another data directory to begin with nothing"
+        )
+
+
+def check_kept_in_etcd(directory: Path) -> None:
+    """Raise StartError if a directory holds the state of a controller without etcd, which would be ignored."""
+    if (directory / STATE_FILE).exists():
+        raise StartError(
+            f"{directory / STATE_FILE} is a state in files, which is not used with --etcd; copy it with:"
+            " orchard store copy, unless that was done, and choose another data directory"
+        )
 
 
 async def lead_in_turns(
@@ -167,7 +198,7 @@ async def _leading(
     """
     try:
         with unwrap_groups(), _consequences_dropped(leadership):
-            await _campaign(leadership, is_first=is_first)
+            await _campaign(settings, client, leadership, is_first=is_first)
             # Ends the block when the lease is over.
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(leadership.run)
@@ -191,10 +222,15 @@ def _consequences_dropped(leadership: Leadership) -> Iterator[None]:
         raise LeadershipLostError(leadership.lost) from None
 
 
-async def _campaign(leadership: Leadership, *, is_first: bool) -> None:
+async def _campaign(settings: EtcdSettings, client: EtcdClient, leadership: Leadership, *, is_first: bool) -> None:
     try:
+        # A standby that could not take over does not start.
+        if is_first and (head := await client.get(f"{settings.prefix}/head")) is not None:
+            decode_head(head)
         await leadership.campaign(is_patient=not is_first)
-    except EtcdRequestError as error:
+    except EtcdUnavailableError as error:
+        raise StartError(f"cannot use etcd: {error}; check --etcd and --etcd-ca, and that etcd runs") from error
+    except (EtcdRequestError, DamagedError) as error:
         raise StartError(f"cannot use etcd: {error}") from error
 
 

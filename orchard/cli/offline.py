@@ -15,7 +15,7 @@ import trio
 
 from orchard.auth import BootstrapToken
 from orchard.command_line import CommandLine, orchard_home
-from orchard.etcd_options import add_access_options, etcd_access
+from orchard.etcd_options import add_access_options, etcd_access, etcd_prefix
 from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, write_private
 from orchard.fsck import inspect
 from orchard.storage.errors import DamagedError
@@ -71,10 +71,10 @@ def _add_store_verbs(parser: CommandLine) -> None:
 
 def copy_everything(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Copy a store, and return the exit status."""
-    options.etcd = next(filter(is_etcd, (options.source, options.target)), "")
+    options.etcd = next(filter(is_etcd, (options.source, options.target)), None)
     access = etcd_access(parser, options, os.environ) or EtcdAccess("")
     try:
-        print(trio.run(copy_store, options.source, options.target, access, options.etcd_prefix))
+        print(trio.run(copy_store, options.source, options.target, access, etcd_prefix(options)))
     except CopyError as error:
         return _fail(str(error))
     return 0
@@ -87,7 +87,7 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.data_dir is not None:
         parser.error("DATA_DIR and --etcd cannot be combined")
     try:
-        print(trio.run(inspect_etcd, access, options.etcd_prefix))
+        print(trio.run(inspect_etcd, access, etcd_prefix(options)))
     except CopyError as error:
         return _fail(str(error))
     return 0

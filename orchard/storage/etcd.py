@@ -35,6 +35,13 @@ MAX_OPERATIONS, MAX_TRANSACTION_BYTES = 100, 1_000_000
 _NO_SPACE = "database space exceeded"
 # A token from before a change of users or roles.
 _OUTDATED = "auth store is old"
+# What etcd answers to a user that it does not let in, and the remedy.
+_REMEDIES = {
+    "user name is empty": "give --etcd-user, and its password in ORCHARD_ETCD_PASSWORD",
+    "authentication failed": "correct --etcd-user, or the password in ORCHARD_ETCD_PASSWORD",
+    "authentication is not enabled": "turn authentication on in etcd, or leave --etcd-user out",
+    "permission denied": "give the role of --etcd-user the permission readwrite for all keys below --etcd-prefix",
+}
 
 TxnOperation = dict[str, Any]
 Comparison = dict[str, Any]
@@ -184,8 +191,8 @@ class EtcdClient:
         try:
             answer = await endpoint.request("POST", "/v3/auth/authenticate", json=credentials)
         except ResponseError as error:
-            if error.status in (400, 401, 403):
-                what = f"{endpoint.url} refused the user {self._access.user}: {error.message}"
+            if error.status in (400, 401, 403, 412):
+                what = f"{endpoint.url} refused the user {self._access.user}: {_with_remedy(error.message)}"
                 raise EtcdRefusedError(what, denied=True) from error
             raise
         self._token = str(_parsed(endpoint, answer).get("token", ""))
@@ -309,11 +316,14 @@ def _refusal(url: str, error: ResponseError) -> EtcdRefusedError | None:
     """Return the error for an answer after which the request was not carried out for certain, else None."""
     if _NO_SPACE in error.message:
         return EtcdRefusedError(f"{url} has no space left: its quota is used up", no_space=True)
-    if error.status in (401, 403):
-        return EtcdRefusedError(f"{url} refused the request: {error.message}", denied=True)
     if 400 <= error.status < 500 and error.status not in (408, 429):
-        return EtcdRefusedError(f"{url} refused the request: {error.message}")
+        is_denied = error.status in (401, 403) or any(what in error.message for what in _REMEDIES)
+        return EtcdRefusedError(f"{url} refused the request: {_with_remedy(error.message)}", denied=is_denied)
     return None
+
+
+def _with_remedy(message: str) -> str:
+    return next((f"{message}; {remedy}" for what, remedy in _REMEDIES.items() if what in message), message)
 
 
 def _with_port(url: str) -> str:

@@ -117,9 +117,9 @@ def decode_head(found: KeyValue) -> Head:
         read = json.loads(found.value)
         form, version = read["format"], int(read["version"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _foreign(found, repr(error)) from error
+        raise _foreign(found) from error
     if form != _FORMAT:
-        raise _foreign(found, f'the format is "{form}"')
+        raise _foreign(found)
     if version > STATE_VERSION:
         what = f"version {version} is newer than the version {STATE_VERSION} that this program knows"
         raise DamagedKeyError(f"etcd key {found.key}", what, "start the Orchard that wrote it, or a newer one")
@@ -127,13 +127,11 @@ def decode_head(found: KeyValue) -> Head:
         numbers = {name: int(read[name]) for name in ("revision", "epoch", "write", "parts")}
         return Head(**numbers, by=str(read["by"]), time=str(read["time"]), version=version)
     except (ValueError, KeyError, TypeError) as error:
-        raise _foreign(found, repr(error)) from error
+        raise _foreign(found) from error
 
 
-def _foreign(found: KeyValue, why: str) -> DamagedKeyError:
-    return DamagedKeyError(
-        f"etcd key {found.key}", f"it is not that of a controller ({why})", "choose another --etcd-prefix"
-    )
+def _foreign(found: KeyValue) -> DamagedKeyError:
+    return DamagedKeyError(f"etcd key {found.key}", "it is not that of a controller", "choose another --etcd-prefix")
 
 
 _Record = tuple[Key, bytes | None]
