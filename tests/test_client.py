@@ -489,6 +489,7 @@ def test_the_client_imports_nothing_of_the_controller_and_the_worker() -> None:
     loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert {name for name in loaded if name.count(".") == 1} == {
         *(
+            "orchard.bodies",
             "orchard.client",
             "orchard.cluster",
             "orchard.codec",

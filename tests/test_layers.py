@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             *(
                 "controller",
+                "controller_settings",
                 "scheduling_loop",
                 "worker_states",
                 "reactions",
