@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError
 from orchard.cli.output import format_table, is_fancy, print_items, print_table, printable, repaint
 from orchard.cli.resources import RESOURCE_KINDS, ResourceKind, find_kind
-from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
+from orchard.cli.session import (
+    add_context_option,
+    add_filter_option,
+    add_output_option,
+    open_connection,
+    require_capability,
+)
 from orchard.cli.streams import changes
 from orchard.command_line import CommandLine
 
 _KINDS = ("vms", "workers", "service-accounts")
-# What a row of something that is deleted shows in the column of its state.
-_DELETED = "deleted"
+# What a row of something that is deleted, or that a filter selects no longer, shows in the column of its state.
+_DELETED, _UNSELECTED = "deleted", "no longer matches"
 _STATE_COLUMNS = ("Status", "State")
 
 
@@ -28,6 +34,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="print the names alone")
     parser.add_argument("-w", "--watch", action="store_true",
         help="go on: show the list again after each change on a terminal, print each change elsewhere")  # fmt: skip
+    add_filter_option(parser, "only the VMs that match,")
     add_output_option(parser, "table", "json", "name")
     add_context_option(parser)
     parser.set_defaults(run=_list)
@@ -35,12 +42,17 @@ def add_verb(verb: str, parser: CommandLine) -> None:
 
 def _list(options: argparse.Namespace) -> int:
     kind = find_kind(options.kind, tuple(kind for kind in RESOURCE_KINDS.values() if kind.columns))
+    if options.filter and kind.name != "vm":
+        raise CommandError(f"--filter is for VMs, not for {kind.path}", USAGE)
+    query = [("filter", text) for text in options.filter]
     if options.watch:
         if kind.name == "service-account" or options.quiet or options.output != "table":
             raise CommandError("-w shows vms or workers, without -q and -o; for JSON, see orchard watch --help", USAGE)
-        return _watch_list(options, kind)
+        return _watch_list(options, kind, query)
     with open_connection(options) as controller:
-        items = controller.call("GET", path_of(kind.path))
+        if query:
+            require_capability(controller, "vm-metadata", "--filter")
+        items = controller.call("GET", path_of(kind.path), query=query)
     if options.quiet or options.output != "table":
         print_items(items, "name" if options.quiet else options.output)
     else:
@@ -52,8 +64,9 @@ def _list(options: argparse.Namespace) -> int:
 class _List:
     """The present objects of one kind by name, and their lines."""
 
-    def __init__(self, kind: ResourceKind) -> None:
+    def __init__(self, kind: ResourceKind, gone: str) -> None:
         self._kind = kind
+        self._gone = gone
         self._items: dict[str, Mapping[str, Any]] = {}
         self._is_whole = False
 
@@ -92,17 +105,17 @@ class _List:
 
     def _row(self, item: Mapping[str, Any], *, is_deleted: bool = False) -> list[str]:
         return [
-            _DELETED if is_deleted and name in _STATE_COLUMNS else printable(show(item))
+            self._gone if is_deleted and name in _STATE_COLUMNS else printable(show(item))
             for name, show in self._kind.columns.items()
         ]
 
 
-def _watch_list(options: argparse.Namespace, kind: ResourceKind) -> int:
+def _watch_list(options: argparse.Namespace, kind: ResourceKind, query: Sequence[tuple[str, str]]) -> int:
     """Show the list of a kind, and what becomes of it, until interrupted. Raises CommandError."""
-    shown = _List(kind)
+    shown = _List(kind, _UNSELECTED if query else _DELETED)
     with open_connection(options) as controller:
         require_capability(controller, "watch-list", "list -w")
-        for change in changes(controller, [("kinds", kind.path)]):
+        for change in changes(controller, [("kinds", kind.path), *query]):
             if change is None:
                 shown.begin()
             else:

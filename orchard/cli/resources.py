@@ -19,6 +19,7 @@ from orchard.cli.failure import OVERDUE, USAGE, CommandError
 from orchard.cli.output import format_age, format_json_value, print_json, print_pairs
 from orchard.cli.session import (
     add_context_option,
+    add_filter_option,
     add_output_option,
     chosen_context,
     open_connection,
@@ -169,8 +170,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     else:
         parser.add_argument("name", metavar="NAME", nargs="?" if verb == "delete" else None)
     if verb == "delete":
-        parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
-            help="delete all VMs that match, such as metadata.job=7; repeatable: all must hold")  # fmt: skip
+        add_filter_option(parser, "delete all VMs that match,")
         parser.add_argument("--dry-run", action="store_true", help="print what would be deleted, and delete nothing")
     if verb == "pause":
         parser.add_argument("--wait", metavar="SECONDS", type=parse_duration,

@@ -30,6 +30,12 @@ def add_output_option(parser: argparse.ArgumentParser, *formats: str) -> None:
     parser.add_argument("-o", "--output", choices=formats, default=formats[0], help="default: %(default)s")
 
 
+def add_filter_option(parser: argparse.ArgumentParser, about: str) -> None:
+    """Declare --filter, whose values become a list."""
+    parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
+        help=f"{about} such as status=running, createdBy=ci or metadata.job=7; repeatable: all must hold")  # fmt: skip
+
+
 def context_path() -> Path:
     return orchard_home("command") / CONTEXT_FILE
 

@@ -10,7 +10,13 @@ from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.output import format_clock, print_compact_json, print_line, printable
-from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
+from orchard.cli.session import (
+    add_context_option,
+    add_filter_option,
+    add_output_option,
+    open_connection,
+    require_capability,
+)
 from orchard.command_line import CommandLine, parse_count, parse_duration
 
 # Events of one answer.
@@ -23,8 +29,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     if verb == "watch":
         parser.add_argument("kinds", metavar="KIND", nargs="*", help="vms or workers; default: both")
         parser.completions["kinds"] = ("vms", "workers")
-        parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
-            help="such as status=running, createdBy=ci or metadata.job=7; repeatable: all must hold")  # fmt: skip
+        add_filter_option(parser, "only what matches,")
         add_output_option(parser, "table", "json")
         parser.set_defaults(run=_watch)
     else:

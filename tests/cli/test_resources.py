@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.processes import ORCHARD, call_main, controller, environment
+from harness.processes import ORCHARD, call_main, controller, environment, started
 
 from orchard.auth import BootstrapToken
 from orchard.cli.connection import ControllerConnection, _connection
@@ -200,3 +200,19 @@ def test_settings_of_the_cluster_are_shown_as_json_has_them(dev: Path, api: Cont
         assert "hostDirPolicies   pathPrefix: /a, ro: true; pathPrefix: /b" in run(dev, "get", "cluster-settings")
     finally:
         api.call("PUT", "/cluster-settings", body=before)
+
+
+def test_list_has_the_vms_that_match_a_filter(dev: Path, api: ControllerConnection) -> None:
+    for name in ("one", "other"):
+        api.call("POST", "/vms", body={"name": name, "image": "i", "metadata": {"job": name}})
+    words = ("list", "vms", "--filter", "metadata.job=one")
+    assert run(dev, *words, "-q") == ["one"]
+    assert run(dev, *words, "--filter", "name=other", "-q") == []
+    with started("", *words, "-w", home=dev) as role:
+        role.wait_for(re.compile("one "))
+        api.call("PATCH", "/vms/other", body={"metadata": {"job": "one"}})
+        role.wait_for(re.compile("other "))
+        api.call("PATCH", "/vms/one", body={"metadata": {"job": "two"}})
+        role.wait_for(re.compile("one .* no longer matches "))
+    assert refused(dev, "list", "vms", "--filter", "colour=red")[0] == 1
+    assert refused(dev, "list", "workers", "--filter", "name=a")[0] == 2
