@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pip
 import pytest
 from harness.processes import GENEROUS, LISTENING, Role, free_port
 from harness.programs import need
@@ -23,24 +24,31 @@ from harness.wheels import pack_needed
 ROOT = Path(__file__).parent.parent
 CONTEXT = ("Containerfile", ".containerignore", "pyproject.toml", "README.md", "LICENSE")
 PROGRAMS = ("dash", "openssl", "mkdir", "chown")
+# What the image does not need of Python's library.
+LEFT_OUT = ("test", "tests", "site-packages", "dist-packages", "ensurepip", "idlelib", "lib2to3", "*tkinter*", "pydoc*", "*.a",
+    "*.opt-*.pyc")  # fmt: skip
+# Their shared libraries are in the images of Python, too.
+EXTRAS = ("_cffi*.so", "cryptography/**/*.so")
 NAME = "localhost/orchard-of-the-tests"
 
 
 def make_base(root: Path) -> None:
-    """Make the file system of an image with this Python, a shell, and the programs that Containerfile calls."""
+    """Make the file system of an image with this Python, its pip, a shell, and the programs that Containerfile calls."""
     python = Path(str(getattr(sys, "_base_executable", sys.executable))).resolve()
     library = Path(sysconfig.get_path("stdlib"))
     shell, *others = programs = [Path(str(shutil.which(name))).resolve() for name in PROGRAMS]
-    needed = subprocess.run(
-        ["ldd", python, *programs, *library.rglob("*.so")], capture_output=True, text=True, check=False
-    ).stdout
+    modules = [path for path in (library / "lib-dynload").glob("*.so") if "tkinter" not in path.name]
+    modules += [path for pattern in EXTRAS for path in Path(sysconfig.get_path("platlib")).glob(pattern)]
+    needed = subprocess.run(["ldd", python, *programs, *modules], capture_output=True, text=True, check=False).stdout
     shared = {Path(found) for found in re.findall(r"(?:=>|^)\s+(/\S+) \(", needed, re.MULTILINE)}
     for file in {python, *programs, *shared}:
         place = root / file.relative_to("/")
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, place)
-    left_out = shutil.ignore_patterns("test", "tests", "__pycache__", "site-packages", "dist-packages", "*.a")
+    # Compiled files come along: in the image each program would compile the modules that it imports.
+    left_out = shutil.ignore_patterns(*LEFT_OUT)
     shutil.copytree(library, root / library.relative_to("/"), ignore=left_out, dirs_exist_ok=True)
+    shutil.copytree(Path(pip.__file__).parent, root / library.relative_to("/") / "pip", ignore=left_out)
     for link, target in {"bin/sh": shell, "usr/local/bin/python3": python}.items():
         (root / link).parent.mkdir(parents=True, exist_ok=True)
         (root / link).symlink_to(target)

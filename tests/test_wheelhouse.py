@@ -7,9 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 from pathlib import Path
 
+import pip
 import pytest
 from harness.isolation import without_network
 from harness.wheels import pack_needed
@@ -66,21 +68,35 @@ def test_failure_of_pip_is_the_failure_of_the_command(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def environment_with_pip(directory: Path) -> Path:
+    """Make an environment with this one's pip, which is sooner there than one that is installed; return its Python."""
+    venv.create(directory, symlinks=True)
+    site = sysconfig.get_path("purelib", "venv", {"base": str(directory)})
+    Path(site, "pip").symlink_to(Path(pip.__file__).parent)
+    (directory / "bin" / "pip").touch(0o755)
+    return directory / "bin" / "python"
+
+
 @pytest.mark.needs("ip")
 @pytest.mark.slow
 def test_project_and_clone_are_installed_from_a_wheelhouse_without_network(tmp_path: Path) -> None:
     source, wheels = tmp_path / "source", tmp_path / "wheels"
     pack_needed(source)
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    here = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(source), "PIP_CONFIG_FILE": os.devnull}
+    # What is built here is built with this environment's setuptools; the clone's is built with that of the wheelhouse.
+    here = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(source),
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_BUILD_ISOLATION": "0",
+    }
     with without_network():
         options = ("--platform", f"linux-{os.uname().machine.replace('aarch64', 'arm64')}", "--python", version)
         done = collect(wheels, *options, **here)
         assert done.returncode == 0, done.stderr
         shutil.rmtree(source)
-        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-        venv.create(tmp_path / "fresh", with_pip=True)
-        python = tmp_path / "fresh" / "bin" / "python"
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_NO_COMPILE": "1"}
+        python = environment_with_pip(tmp_path / "fresh")
         words = ("--quiet", "--no-index", "--find-links", wheels, "orchard-cluster[ssh,fast]")
         subprocess.run([python, "-m", "pip", "install", *words], env=env, check=True)
         program = "import asyncssh, trio_asyncio, websockets, orchard; print(orchard.__version__)"
@@ -92,6 +108,7 @@ def test_project_and_clone_are_installed_from_a_wheelhouse_without_network(tmp_p
         for name in ("run", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, clone / name)
         wheels.rename(clone / "wheelhouse")
+        environment_with_pip(clone / ".venv")
         done = subprocess.run(
             [clone / "run", "demo", "--synthetic"],
             env={**env, "PYTHON": sys.executable}, cwd=tmp_path, capture_output=True, text=True, check=False,
