@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import trio
 
-from orchard.changes import WATCH_BACKLOG, Change, StoredObject
+from orchard.changes import WATCH_BACKLOG, Block, Change, SendBlock, StoredObject, send_as_they_come
 from orchard.codec import shown
 from orchard.schema import VM, Worker
 
@@ -38,9 +38,6 @@ _SHARED_BLOCKS = 16
 
 WatchedKind = Literal["vm", "worker"]
 ChangeType = Literal["ADDED", "MODIFIED", "DELETED"]
-# Lines. A tuple has parts that are too large to be copied for each watcher.
-Block = bytes | tuple[bytes, ...]
-SendBlock = Callable[[Block], Awaitable[None]]
 
 
 class RevisionGoneError(Exception):
@@ -335,18 +332,21 @@ async def follow(log: ChangeLog, position: int, selection: Selection, silence: f
     """
     # The changes that were published up to the position; None before the watcher was up to date once.
     count: int | None = None
-    until = trio.current_time() + silence
-    while log.keeps(position) and (count is None or not log.is_slow(count)):
-        if (news := log.news_after(position)) is not None:
-            count = log.count_at(position)
-            with trio.move_on_at(until) as waiting:
+
+    async def receive() -> Block | None:
+        nonlocal position, count
+        block: Block = b""
+        while not block:
+            if (news := log.news_after(position)) is None:
+                await trio.lowlevel.checkpoint()
+            else:
+                count = log.count_at(position)
                 await news.wait()
-            block: Block = log.bookmark(position) if waiting.cancelled_caught else b""
-        else:
+            if not log.keeps(position) or (count is not None and log.is_slow(count)):
+                return None
             block, position = log.read(position, selection)
             if count is not None:
                 count = log.count_at(position)
-            await trio.lowlevel.checkpoint()
-        if block:
-            await send(block)
-            until = trio.current_time() + silence
+        return block
+
+    await send_as_they_come(receive, send, silence, lambda: log.bookmark(position))

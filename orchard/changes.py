@@ -1,4 +1,4 @@
-"""Changes of the state, and the watches of single objects.
+"""Changes of the state, the watches of single objects, and how lines are sent to a watcher.
 
 `Store` makes a `Change` of each object that a transaction creates, replaces or deletes. A `ChangeFeed` holds the durable
 changes of one object for one watcher, who is slower than they come. The watches of all objects are in change_log.py.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import trio
 
@@ -134,34 +134,75 @@ class ChangeFeed:
         return self
 
     async def __anext__(self) -> Change:
-        await trio.lowlevel.checkpoint()
-        while True:
-            try:
-                return self.receive_nowait()
-            except trio.EndOfChannel:
-                raise StopAsyncIteration from None
-            except trio.WouldBlock:
-                await self._wakeup.wait()
+        if self._changes or self._has_ended:
+            await trio.lowlevel.checkpoint()
+        while not (self._changes or self._has_ended):
+            await self._wakeup.wait()
+        try:
+            return self.receive_nowait()
+        except trio.EndOfChannel:
+            raise StopAsyncIteration from None
 
 
-async def send_changes(
-    version: int, json: bytes, changes: ChangeFeed, silence: float, send: Callable[[bytes], Awaitable[None]]
-) -> None:
+# ---- sending to watchers ---------------------------------------------------------------------------------------------
+
+# Lines. A tuple has parts that are too large to be copied for each watcher.
+Block = bytes | tuple[bytes, ...]
+
+
+class SendBlock(Protocol):
+    """Sends lines to one watcher."""
+
+    async def __call__(self, block: Block, /) -> None:
+        """Send a block, after the rest of what `now` has taken."""
+
+    def now(self, block: Block, /) -> bool:
+        """Send a block without waiting. Return False if a part of it is left, which the next call has to send."""
+
+
+async def send_as_they_come(
+    receive: Callable[[], Awaitable[Block | None]], send: SendBlock, silence: float, filler: Callable[[], Block]
+) -> None:  # fmt: skip
+    """Send each block that `receive` returns, until it returns None.
+
+    After each `silence` seconds in which nothing was sent, send what `filler` returns. `receive` is cancelled for that,
+    and must lose nothing.
+    """
+    until = trio.current_time() + silence
+    while True:
+        is_sent = True
+        # One scope for many blocks, since a scope costs as much as two sends. So it may end too early.
+        with trio.move_on_at(until):
+            while is_sent:
+                block = await receive()
+                if block is None:
+                    return
+                is_sent = send.now(block)
+                until = trio.current_time() + silence
+        if not is_sent:
+            # The client is slow. In the scope its end would cut the line off.
+            await send(b"")
+        elif trio.current_time() >= until:
+            await send(filler())
+        else:
+            continue
+        until = trio.current_time() + silence
+
+
+async def send_changes(version: int, json: bytes, changes: ChangeFeed, silence: float, send: SendBlock) -> None:
     """Send an object, its changes since, and those of later objects with its name, as lines.
 
     `changes` began with that `version` of the object. After each `silence` seconds without a change an empty line is
     sent, so that proxies do not take the watch for idle.
     """
+
+    async def receive() -> bytes | None:
+        async for change in changes:
+            # Changes that the first line includes may become durable after it was read.
+            if change.is_newer(version):
+                return change.line
+        return None
+
     with changes:
         await send(format_watch_line("ADDED", json))
-        while True:
-            change: Change | None = None
-            with trio.move_on_after(silence) as waiting:
-                change = await anext(changes, None)
-            if waiting.cancelled_caught:
-                await send(b"\n")
-            elif change is None:
-                return
-            # Changes that the first line includes may become durable after it was read.
-            elif change.is_newer(version):
-                await send(change.line)
+        await send_as_they_come(receive, send, silence, lambda: b"\n")

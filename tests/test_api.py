@@ -17,7 +17,7 @@ import trio
 import trio.testing
 from harness.disks import HeldDisk
 from harness.go_client import GO_FIELDS, GO_SETTINGS, go_vm
-from harness.served import BEGAN, Answered, Served, served
+from harness.served import BEGAN, Answered, Sender, Served, served
 from trio.testing import assert_no_checkpoints
 
 import orchard
@@ -350,7 +350,7 @@ async def test_watch_begun_before_a_change_is_durable_sends_it_once(api: Served,
     # This change of the waiting reason is in memory, and not durable yet.
     api.schedule()
     send, receive = trio.open_memory_channel[bytes](100)
-    nursery.start_soon(answer.produce, send.send)
+    nursery.start_soon(answer.produce, Sender(send.send))
     lines = [json.loads(await receive.receive()) for _ in range(2)]
     assert [line["type"] for line in lines] == ["ADDED", "MODIFIED"]
     assert lines[1]["object"]["status_message"] == "waiting: no worker has registered yet"
@@ -367,7 +367,7 @@ async def test_watch_of_a_vm_changed_and_deleted_meanwhile_ends_with_the_last_ob
     last = await api.ok("PATCH", "/vms/vm", {"cpu": 2})
     await api.ok("DELETE", "/vms/vm")
     send, receive = trio.open_memory_channel[bytes](100)
-    nursery.start_soon(answer.produce, send.send)
+    nursery.start_soon(answer.produce, Sender(send.send))
     lines = [json.loads(await receive.receive()) for _ in range(3)]
     assert [(line["type"], line["object"]["version"]) for line in lines] == [
         ("ADDED", vm["version"]),
@@ -384,7 +384,7 @@ async def test_silent_watch_sends_an_empty_line_each_ping_interval(
     await api.create("vm")
     answer = await api.ask("GET", "/vms/vm?watch=true")
     send, receive = trio.open_memory_channel[bytes](0)
-    nursery.start_soon(answer.produce, send.send)
+    nursery.start_soon(answer.produce, Sender(send.send))
     assert json.loads(await receive.receive())["type"] == "ADDED"
     for _ in range(2):
         before = trio.current_time()
@@ -413,7 +413,7 @@ async def test_watch_begun_before_a_deletion_is_durable_sends_it_once(tmp_path: 
         with disk.held():
             nursery.start_soon(api.ok, "DELETE", "/vms/vm")
             await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(answer.produce, take)
+            nursery.start_soon(answer.produce, Sender(take))
             await trio.testing.wait_all_tasks_blocked()
             assert [line["type"] for line in lines] == ["ADDED"]
         again = await api.create("vm")

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 import orchard.change_log
 from orchard.change_log import ChangeLog, RevisionGoneError, Selection, Snapshot, follow, send_present
-from orchard.changes import Change
+from orchard.changes import Block, Change
 from orchard.schema import VM, Worker
 from orchard.storage.errors import StorageError
 
@@ -110,6 +110,8 @@ class Watcher:
     revision: str = ""
     # What has arrived and was not looked at.
     arrived: bytes = b""
+    # What was not taken at once.
+    rest: bytes = b""
     is_listing: bool = True
     # The VM lines since the last list, and how many changes of VMs came before that in this run of the controller.
     seen: list[tuple[str, bytes]] = field(default_factory=list)
@@ -121,6 +123,7 @@ class Watcher:
     def begin(self, nursery: trio.Nursery, controller: Controller) -> None:
         """Watch until `scope` is cancelled, or until the controller ends the watch."""
         self.may_take.set()
+        self.rest = b""
         self.scope = trio.CancelScope()
         nursery.start_soon(self._run, controller, self.scope)
 
@@ -131,7 +134,7 @@ class Watcher:
                 if not self.revision:
                     raise RevisionGoneError
                 self.is_listing = False
-                await follow(log, log.position_of(self.revision), self.selection, SILENCE, self._take)
+                await follow(log, log.position_of(self.revision), self.selection, SILENCE, self)
             except RevisionGoneError:
                 await self._list(controller, log)
 
@@ -152,12 +155,22 @@ class Watcher:
             await controller.store.wait_durable()
         except StorageError:
             return
-        await send_present(log, snapshot, self.selection, SILENCE, self._take)
+        await send_present(log, snapshot, self.selection, SILENCE, self)
 
-    async def _take(self, block: bytes | tuple[bytes, ...]) -> None:
+    async def __call__(self, block: Block) -> None:
         await self.may_take.wait()
         await trio.lowlevel.checkpoint()
-        self.arrived += block if isinstance(block, bytes) else b"".join(block)
+        self.arrived += self.rest + (block if isinstance(block, bytes) else b"".join(block))
+        self.rest = b""
+
+    def now(self, block: Block) -> bool:
+        """Take the whole block, half of it if the watcher is slow."""
+        assert not self.rest
+        whole = block if isinstance(block, bytes) else b"".join(block)
+        taken = len(whole) // (1 if self.may_take.is_set() else 2)
+        self.arrived += whole[:taken]
+        self.rest = whole[taken:]
+        return not self.rest
 
     def read(self, share: float = 1.0) -> None:
         """Look at a share of what has arrived, from its beginning; the rest is lost. Half a transaction is none."""

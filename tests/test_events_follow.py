@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 from harness.disks import HeldDisk
-from harness.served import BEGAN, Served, served
+from harness.served import BEGAN, Sender, Served, served
 
 from orchard import transitions
 from orchard.net.request import Stream
@@ -50,7 +50,7 @@ class Following:
         assert self.payloads == list(payloads)
 
     async def read(self, answer: Stream) -> None:
-        await answer.produce(self.take)
+        await answer.produce(Sender(self.take))
         self.has_ended.set()
 
     async def take(self, piece: bytes | tuple[bytes, ...]) -> None:

@@ -13,13 +13,15 @@ import pytest
 import trio
 import trio.testing
 from harness.disks import FailingDisk, HeldDisk, no_space
-from harness.served import Served, served
+from harness.served import Sender, Served, served
 
 import orchard.change_log
 from orchard.schema import ServiceAccount
 
 READER = ServiceAccount(name="reader", token="r" * 32, roles=("compute:read",))
 WRITER = ServiceAccount(name="writer", token="w" * 32, roles=("compute:write",))
+# Seconds.
+SILENCE = 10
 
 Lines = trio.MemoryReceiveChannel[dict[str, Any]]
 
@@ -246,6 +248,47 @@ async def test_bookmark_follows_silence_and_carries_the_newest_revision(
     nursery.cancel_scope.cancel()
 
 
+async def test_silence_begins_again_with_each_line(
+    api: Served, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    await api.create("a")
+    lines = await api.lines(f"/vms?watch=true&silence={SILENCE}", nursery)
+    await settled_lines(lines)
+    for cpu in range(1, 4):
+        mock_clock.jump(SILENCE - 1)
+        await api.ok("PATCH", "/vms/a", {"cpu": cpu})
+        assert [line["type"] for line in await settled_lines(lines)] == ["MODIFIED"]
+    mock_clock.jump(SILENCE - 1)
+    assert await settled_lines(lines) == []
+    mock_clock.jump(1)
+    assert [line["type"] for line in await settled_lines(lines)] == ["BOOKMARK"]
+    nursery.cancel_scope.cancel()
+
+
+async def test_silence_cuts_no_line_off_that_is_taken_slowly(
+    api: Served, nursery: trio.Nursery, mock_clock: trio.testing.MockClock
+) -> None:
+    await api.create("a")
+    taken: list[bytes] = []
+    may_take = trio.Semaphore(1)
+
+    async def take(piece: bytes) -> None:
+        await may_take.acquire()
+        taken.append(piece)
+
+    answer = await api.ask("GET", f"/watch?silence={SILENCE}")
+    nursery.start_soon(answer.produce, Sender(take))
+    await trio.testing.wait_all_tasks_blocked()
+    await api.ok("PATCH", "/vms/a", {"cpu": 2})
+    mock_clock.jump(10 * SILENCE)
+    await trio.testing.wait_all_tasks_blocked()
+    may_take.release()
+    await trio.testing.wait_all_tasks_blocked()
+    assert len(taken) == 2
+    assert b"MODIFIED" in taken[1]
+    nursery.cancel_scope.cancel()
+
+
 async def test_nothing_is_sent_before_it_is_durable_nor_what_was_undone(tmp_path: Path, nursery: trio.Nursery) -> None:
     disk = HeldDisk()
     async with served(tmp_path, disk=disk) as api:
@@ -293,7 +336,7 @@ async def test_slow_watcher_ends_after_whole_transactions_and_resumes(
         taken.extend(json.loads(line) for line in piece.splitlines())
 
     async def produce() -> None:
-        await answer.produce(take)
+        await answer.produce(Sender(take))
         ended.set()
 
     nursery.start_soon(produce)
@@ -334,13 +377,13 @@ async def test_first_list_is_sent_in_blocks_and_holds_nothing_afterwards(api: Se
         await trio.lowlevel.checkpoint()
         pieces.append(piece)
 
-    nursery.start_soon(answer.produce, take)
+    nursery.start_soon(answer.produce, Sender(take))
     await trio.testing.wait_all_tasks_blocked()
     assert b"".join(pieces).count(b"ADDED") == 11
     assert not snapshot.vms
     whole = await api.ask("GET", "/watch")
     pieces.clear()
-    nursery.start_soon(whole.produce, take)
+    nursery.start_soon(whole.produce, Sender(take))
     await trio.testing.wait_all_tasks_blocked()
     assert len(pieces) > 2
     assert max(map(len, pieces)) < 2 * orchard.change_log._BLOCK_BYTES
@@ -358,7 +401,7 @@ async def test_large_object_is_not_copied_for_each_watcher(api: Served, nursery:
 
     for _ in range(2):
         answer = await api.ask("GET", "/watch")
-        nursery.start_soon(answer.produce, take)
+        nursery.start_soon(answer.produce, Sender(take))
     await trio.testing.wait_all_tasks_blocked()
     await api.ok("PATCH", "/vms/vm", {"cpu": 2})
     await trio.testing.wait_all_tasks_blocked()

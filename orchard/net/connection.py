@@ -289,6 +289,13 @@ class Connection:
         del self.buffer[:size]
         return taken
 
+    def send_now(self, data: bytes) -> bool:
+        """Send what can be sent without waiting; False if the next `send` has to send the rest. Raises Disconnected."""
+        try:
+            return self.stream.send_now(data)
+        except trio.BrokenResourceError as error:
+            raise Disconnected("the connection broke") from error
+
     async def send(self, data: bytes) -> None:
         """Send. Raises Disconnected, also if the client takes nothing for too long."""
         if len(data) <= SEND_BYTES:

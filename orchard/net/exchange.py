@@ -30,6 +30,7 @@ from orchard.net import wsframes
 from orchard.net.connection import SEND_BYTES, SMALL_BYTES, Connection, Disconnected
 from orchard.net.request import (
     AnyResponse,
+    BodyPiece,
     ChunkedBody,
     HeaderBlock,
     HTTPError,
@@ -329,32 +330,13 @@ class Exchange:
         framing = f"Content-Type: {answer.content_type}\r\nX-Accel-Buffering: no\r\n"
         framing += "Transfer-Encoding: chunked\r\n" * chunked
         head = self._head(answer, framing, keep)
-        # Whether a write was begun and not completed, so that nothing more may be sent.
-        torn = False
-
-        async def send(piece: bytes | tuple[bytes, ...]) -> None:
-            nonlocal torn
-            if (refusal := self._server.refuse_all()) is not None:
-                raise refusal
-            parts = tuple(filter(None, piece)) if isinstance(piece, tuple) else (piece,)
-            if size := sum(map(len, parts)):
-                torn = True
-                if chunked:
-                    parts = (b"%x\r\n" % size, *parts, b"\r\n")
-                if size <= SEND_BYTES:
-                    await self._connection.send_joined(parts, size)
-                else:
-                    # Other watchers may be sent the same parts, so they are not copied.
-                    for part in parts:
-                        await self._connection.send(part)
-                torn = False
+        sender = _PieceSender(self._connection, chunked=chunked)
 
         async def produce() -> None:
-            nonlocal torn
-            torn = True
+            sender.torn = True
             await self._connection.send(head)
-            torn = False
-            await answer.produce(send)
+            sender.torn = False
+            await answer.produce(sender)
 
         self._status = answer.status
         try:
@@ -362,9 +344,9 @@ class Exchange:
                 await self._connection.send(head)
             else:
                 await self._watched(produce, until_stop=answer.endless)
-                if chunked and not torn:
+                if chunked and not sender.torn:
                     await self._connection.send(b"0\r\n\r\n")
-            self._ended = keep and not torn
+            self._ended = keep and not sender.torn
         except HTTPError as error:
             # The status was sent already. Without the last chunk the client knows that the answer is incomplete.
             raise Disconnected(f"the answer was cut off: {error.message}") from error
@@ -413,6 +395,60 @@ class Exchange:
             await _run_websocket(self._connection, answer, early)
         else:
             await _run_tunnel(self._connection, answer, early)
+
+
+class _PieceSender:
+    """Sends the body of a Stream (`SendPiece`)."""
+
+    __slots__ = ("_chunked", "_connection", "_rest", "torn")
+
+    def __init__(self, connection: Connection, *, chunked: bool) -> None:
+        self._connection = connection
+        self._chunked = chunked
+        # What `now` has not begun to send.
+        self._rest: BodyPiece = b""
+        # Whether a write was begun and not completed, so that nothing more may be sent.
+        self.torn = False
+
+    def _check(self) -> None:
+        """Raise HTTPError if no client may be told anything now."""
+        if (refusal := self._connection.server.refuse_all()) is not None:
+            raise refusal
+
+    def now(self, piece: BodyPiece) -> bool:
+        """As SendPiece.now."""
+        if isinstance(piece, tuple) or not 0 < len(piece) <= SMALL_BYTES:
+            self._rest = piece
+            return False
+        self._check()
+        self.torn = True
+        self.torn = not self._connection.send_now(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
+        return not self.torn
+
+    async def __call__(self, piece: BodyPiece) -> None:
+        """As SendPiece.__call__."""
+        self._check()
+        if self.torn:
+            await self._connection.send(b"")
+            self.torn = False
+        if self._rest:
+            rest, self._rest = self._rest, b""
+            await self._send(rest)
+        await self._send(piece)
+
+    async def _send(self, piece: BodyPiece) -> None:
+        parts = tuple(filter(None, piece)) if isinstance(piece, tuple) else (piece,)
+        if size := sum(map(len, parts)):
+            self.torn = True
+            if self._chunked:
+                parts = (b"%x\r\n" % size, *parts, b"\r\n")
+            if size <= SEND_BYTES:
+                await self._connection.send_joined(parts, size)
+            else:
+                # Other watchers may be sent the same parts, so they are not copied.
+                for part in parts:
+                    await self._connection.send(part)
+            self.torn = False
 
 
 def _printable(text: str) -> str:

@@ -238,8 +238,18 @@ class Response:
     routine: bool = False
 
 
-# Sends a piece of a body. One in parts is sent as a whole, and its large parts are not copied.
-SendPiece = Callable[[bytes | tuple[bytes, ...]], Awaitable[None]]
+# Of a body. One in parts is sent as a whole, and its large parts are not copied.
+BodyPiece = bytes | tuple[bytes, ...]
+
+
+class SendPiece(Protocol):
+    """Sends a body piece by piece."""
+
+    async def __call__(self, piece: BodyPiece, /) -> None:
+        """Send a piece, after the rest of what `now` has taken."""
+
+    def now(self, piece: BodyPiece, /) -> bool:
+        """Send a piece without waiting. Return False if a part of it is left, which the next call has to send."""
 
 
 @dataclass(slots=True, eq=False)

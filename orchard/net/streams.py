@@ -50,10 +50,12 @@ Data = bytes | bytearray | memoryview
 class PlainStream:
     """An accepted connection in the clear. The caller closes it; `as_stream` is for what follows HTTP on it."""
 
-    __slots__ = ("_socket", "is_socket", "transport_stream")
+    __slots__ = ("_socket", "_unsent", "is_socket", "transport_stream")
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self.transport_stream = stream
+        # What `send_now` has left for `send_all`.
+        self._unsent = b""
         self._socket = stream.socket if isinstance(stream, trio.SocketStream) else None
         # Whether `receive_now` and `abort` work: false for the memory streams of tests.
         self.is_socket = self._socket is not None
@@ -88,6 +90,25 @@ class PlainStream:
         """Read and throw away. Return how many bytes it was, 0 at the end. Raises BrokenResourceError."""
         return len(await self.receive_some())
 
+    def write_now(self, data: bytes) -> int:
+        """Return how many bytes the socket takes without waiting. Raises BrokenResourceError."""
+        if self._socket is None:
+            return 0
+        try:
+            return os.write(self._socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise trio.BrokenResourceError(str(error)) from error
+
+    def send_now(self, data: bytes) -> bool:
+        """Send what can be sent without waiting. Return False if `send_all` has to be called, which sends the rest first.
+
+        Raises BrokenResourceError.
+        """
+        self._unsent = data[self.write_now(data) :]
+        return not self._unsent
+
     async def send_some(self, parts: Sequence[bytes | memoryview]) -> int:
         """Send at least one byte, and return how many were sent. Raises BrokenResourceError, ClosedResourceError."""
         try:
@@ -103,6 +124,8 @@ class PlainStream:
 
     async def send_all(self, data: Data) -> None:
         """Send all of it. Raises BrokenResourceError, ClosedResourceError."""
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
         if self._socket is None:
             await self.transport_stream.send_all(data)
             return
@@ -285,6 +308,20 @@ class TLSStream(trio.abc.HalfCloseableStream):
 
     # ---- sending
 
+    def send_now(self, data: bytes) -> bool:
+        """As PlainStream.send_now."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending to this TLS stream")
+        assert self._outgoing is not None
+        self._encrypt(data)
+        if self._flushing or self._unsent:
+            return False
+        records = self._outgoing.read()
+        sent = self._plain.write_now(records)
+        if sent < len(records):
+            self._unsent.append(memoryview(records)[sent:])
+        return not self._unsent
+
     async def send_all(self, data: Data) -> None:
         """Send all of it. Raises BrokenResourceError, ClosedResourceError."""
         if self._sending:
@@ -296,6 +333,7 @@ class TLSStream(trio.abc.HalfCloseableStream):
                 await self._flushed.wait()
             if not data:
                 await trio.lowlevel.checkpoint()
+                await self._flush()
             elif len(data) <= _FLUSH_BYTES:
                 self._encrypt(data)
                 await self._flush()

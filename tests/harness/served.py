@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from orchard.figures import make_figures
 from orchard.gate import Gate
 from orchard.login_limit import LoginLimit
 from orchard.net.request import (
+    BodyPiece,
     Headers,
     HTTPError,
     Request,
@@ -195,16 +196,48 @@ class Served:
         assert isinstance(answer, Stream), answer
         send, receive = trio.open_memory_channel[dict[str, Any]](100)
 
-        async def take(piece: bytes | tuple[bytes, ...]) -> None:
+        async def take(piece: BodyPiece) -> None:
             for line in (piece if isinstance(piece, bytes) else b"".join(piece)).splitlines():
                 await send.send(json.loads(line))
 
+        def take_now(piece: BodyPiece) -> bool:
+            lines = (piece if isinstance(piece, bytes) else b"".join(piece)).splitlines()
+            if len(lines) > 100 - send.statistics().current_buffer_used:
+                return False
+            for line in lines:
+                send.send_nowait(json.loads(line))
+            return True
+
         async def produce() -> None:
             with send:
-                await answer.produce(take)
+                await answer.produce(Sender(take, take_now))
 
         nursery.start_soon(produce)
         return receive
+
+
+class Sender:
+    """Passes the pieces of a stream to `take`, which may block, unless `take_now` returns that it has taken them."""
+
+    def __init__(
+        self, take: Callable[[Any], Awaitable[None]], take_now: Callable[[BodyPiece], bool] = lambda _: False
+    ) -> None:  # fmt: skip
+        self._take = take
+        self._take_now = take_now
+        self._rest: BodyPiece = b""
+
+    async def __call__(self, piece: BodyPiece) -> None:
+        rest, self._rest = self._rest, b""
+        for one in (rest, piece):
+            if one:
+                await self._take(one)
+
+    def now(self, piece: BodyPiece) -> bool:
+        assert not self._rest
+        if self._take_now(piece):
+            return True
+        self._rest = piece
+        return False
 
 
 async def at_once(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -39,9 +39,11 @@ from orchard.net import tls
 from orchard.net.connection import Limits
 from orchard.net.request import (
     AnyResponse,
+    BodyPiece,
     HTTPError,
     Request,
     Response,
+    SendPiece,
     Stream,
     TunnelUpgrade,
     WebSocketUpgrade,
@@ -1555,6 +1557,35 @@ async def test_pipelining_into_a_stream_is_bounded(autojump_clock: Clock) -> Non
         assert counted.received < 64 * 1024
         # The stream goes on.
         assert served.requests == []
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+async def test_pieces_sent_without_waiting_arrive_whole_and_in_order(version: str) -> None:
+    pieces: list[BodyPiece] = []
+    for number in range(100):
+        pieces += (b"%06d" % number * 1000, b"", (b"%06d" % number * 5000, b"", b"."))
+    left = 0
+
+    async def produce(send: SendPiece) -> None:
+        nonlocal left
+        for piece in pieces:
+            if not send.now(piece):
+                left += 1
+                await send(b"")
+
+    async def handler(request: Request) -> AnyResponse:
+        return Stream(produce)
+
+    async with serving(handler) as served:
+        stream = await served.open()
+        await stream.send_all(
+            GET.replace(b"1.1", version.encode()).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        got = await Client(stream).sure()
+    assert got.body == b"".join(piece if isinstance(piece, bytes) else b"".join(piece) for piece in pieces)
+    # Also of the small ones, since the client was slow.
+    assert left > len(pieces) * 2 / 3
 
 
 @pytest.mark.parametrize("error", [HTTPError(410, "too slow"), KeyError("bug")])

@@ -24,7 +24,7 @@ from harness.programs import need
 from orchard.net import tls
 from orchard.net.request import AnyResponse, Request, Response
 from orchard.net.server import serve
-from orchard.net.streams import TLSListener, TLSStream
+from orchard.net.streams import PlainStream, TLSListener, TLSStream
 from orchard.net.tcp import socket_of
 
 Clock = trio.testing.MockClock
@@ -56,6 +56,13 @@ def client_context(files: tuple[Path, Path]) -> ssl.SSLContext:
 def socket_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
     ours, theirs = (trio.SocketStream(trio.socket.from_stdlib_socket(end)) for end in socket.socketpair())
     return ours, theirs
+
+
+@asynccontextmanager
+async def closing_pair() -> AsyncIterator[tuple[trio.SocketStream, trio.SocketStream]]:
+    ours, theirs = socket_pair()
+    async with ours, theirs:
+        yield ours, theirs
 
 
 @asynccontextmanager
@@ -153,6 +160,47 @@ async def test_one_task_may_receive_and_one_may_send(
         with pytest.raises(trio.BusyResourceError):
             await server.send_all(b"x")
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("is_receiving", [False, True])
+@pytest.mark.parametrize("over_tls", [False, True])
+async def test_send_without_waiting_leaves_the_rest_to_the_next_send(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext, over_tls: bool, is_receiving: bool
+) -> None:
+    async with (
+        connected(server_context, client_context) as (secured, over),
+        closing_pair() as (clear, ours),
+        trio.open_nursery() as nursery,
+    ):
+        client: trio.abc.Stream = secured if over_tls else clear
+        server = over if over_tls else PlainStream(ours)
+        if is_receiving:
+            nursery.start_soon(server.receive_some)
+            await trio.testing.wait_all_tasks_blocked()
+        assert server.send_now(b"first")
+        assert await receive_exactly(client, 5) == b"first"
+        # The socket takes a part of it.
+        for end in (over.transport_stream, ours):
+            assert isinstance(end, trio.SocketStream)
+            end.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        assert not server.send_now(b"a" * 16_000)
+        nursery.start_soon(server.send_all, b"")
+        assert await receive_exactly(client, 16_000) == b"a" * 16_000
+        await trio.testing.wait_all_tasks_blocked()
+        assert not server.send_now(b"b" * 5_000_000)
+        nursery.start_soon(server.send_all, b"end")
+        assert await receive_exactly(client, 5_000_003) == b"b" * 5_000_000 + b"end"
+        nursery.cancel_scope.cancel()
+
+
+async def test_send_without_waiting_to_a_closed_socket_fails(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    async with connected(server_context, client_context) as (client, server):
+        await client.transport_stream.aclose()
+        for sender in (server, PlainStream(server.transport_stream)):
+            with pytest.raises(trio.BrokenResourceError):
+                sender.send_now(b"x")
 
 
 async def test_cancelled_receive_loses_nothing(server_context: ssl.SSLContext, client_context: ssl.SSLContext) -> None:
