@@ -140,6 +140,8 @@ class EventLog:
         """
         self._storage.open(uids)
         self._lifecycle.open(uids)
+        # What could not be dropped by `open` is dropped when `run` begins.
+        self._wakeup.set()
 
     # -- writing
 

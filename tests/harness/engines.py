@@ -9,24 +9,32 @@ from __future__ import annotations
 import datetime
 import errno
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import pytest
 import trio
+import trio.testing
 
 from harness.cutting_proxy import KEEPALIVE, TRANSACTION, CuttingProxy, cutting_proxy
 from harness.disks import FailingDisk
 from harness.memory_etcd import MemoryEtcd, encoded, running_memory_etcd
+from harness.programs import need
 from orchard.etcd_nodes import EtcdOptions, etcd_nodes
 from orchard.net import tcp
 from orchard.net.transport import ResponseError, Transport
+from orchard.nursery import unwrap_groups
 from orchard.storage.engine import Engine
 from orchard.storage.errors import BrokenError
 from orchard.storage.etcd import EtcdAccess, EtcdClient
 from orchard.storage.etcd_engine import EtcdEngine
+from orchard.storage.etcd_records import DEFAULT_EVENTS_KIB, EtcdEventStorage, EtcdRecords
+from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
+from orchard.storage.history import History, history_file
 from orchard.storage.leadership import CampaignSettings, Leadership
 
 PREFIX = "/orchard"
@@ -36,10 +44,22 @@ _FILLER = "filler"
 _FILLER_BYTES = 300_000
 
 
+class Logs(NamedTuple):
+    """What a controller stores beside the state."""
+
+    events: EventLog
+    history: History
+
+
 class Site(Protocol):
-    """Where engines keep a state. `opened` yields an engine that leads and runs."""
+    """Where engines keep a state. `opened` yields an engine that leads and runs.
+
+    `opened_logs` yields what a controller stores beside the state, while VMs with some uids exist.
+    """
 
     def opened(self) -> AbstractAsyncContextManager[Engine]: ...
+
+    def opened_logs(self, *uids: str) -> AbstractAsyncContextManager[Logs]: ...
 
     async def fill(self) -> None:
         """Leave no space for anything that is added."""
@@ -49,6 +69,43 @@ class Site(Protocol):
 
     def lose_writes(self) -> None:
         """From now on nothing tells whether a write was done, until the engine is opened again."""
+
+
+@dataclass(frozen=True)
+class Sited:
+    """A site, and how to run an asynchronous test on it: on a virtual clock where nothing outside takes time."""
+
+    site: Site
+    is_virtual: bool
+
+    def run(self, work: Callable[[Site], Awaitable[None]]) -> None:
+        async def main() -> None:
+            async with self._served():
+                await work(self.site)
+
+        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0) if self.is_virtual else None)
+
+    @asynccontextmanager
+    async def _served(self) -> AsyncIterator[None]:
+        if isinstance(self.site, FileSite):
+            yield
+        else:
+            async with self.site.running():  # type: ignore[attr-defined]
+                yield
+
+
+# Of a fixture: the sites of `make_sited`.
+SITES = ("file", "memory etcd", pytest.param("etcd", marks=pytest.mark.slow))
+
+
+def make_sited(name: str, directory: Path) -> Sited:
+    """Return the site of one of SITES."""
+    if name == "file":
+        return Sited(FileSite(directory), True)
+    if name == "memory etcd":
+        return Sited(MemoryEtcdSite(), True)
+    need("etcd")
+    return Sited(RealEtcdSite(directory), False)
 
 
 async def call_directly(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -68,6 +125,13 @@ class FileSite:
         async with _running(engine):
             yield engine
         engine.close()
+
+    @asynccontextmanager
+    async def opened_logs(self, *uids: str) -> AsyncIterator[Logs]:
+        self._disk.fault = lambda verb, number: 0
+        events = EventLog(*event_files(self._directory / "events", self._disk, call_directly))
+        async with _open(events, History(history_file(self._directory, self._disk, call_directly)), uids) as logs:
+            yield logs
 
     async def fill(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -91,16 +155,30 @@ class _EtcdSite:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Engine]:
-        self.find_writes()
-        access = EtcdAccess(self.url)
-        candidate = CampaignSettings("http://c", TTL, trio.current_time, _now, lambda: str(uuid.uuid4()))
-        async with EtcdClient(access, self._connect) as client:
-            leadership = Leadership(client, PREFIX, candidate)
-            await leadership.campaign()
+        async with self._leading() as (client, leadership):
             engine = EtcdEngine(client, PREFIX, leadership)
             async with _running(engine, leadership):
                 yield engine
             engine.close()
+
+    @asynccontextmanager
+    async def opened_logs(self, *uids: str) -> AsyncIterator[Logs]:
+        async with self._leading() as (client, leadership), _running(leadership):
+            stored = EtcdEventStorage(client, PREFIX, leadership, DEFAULT_EVENTS_KIB)
+            lifecycle, ended = (EtcdRecords(client, PREFIX, leadership, kind) for kind in ("lifecycle", "history"))
+            for each in (stored, lifecycle, ended):
+                await each.load()
+            async with _open(EventLog(stored, lifecycle), History(ended), uids) as logs:
+                yield logs
+
+    @asynccontextmanager
+    async def _leading(self) -> AsyncIterator[tuple[EtcdClient, Leadership]]:
+        self.find_writes()
+        candidate = CampaignSettings("http://c", TTL, trio.current_time, _now, lambda: str(uuid.uuid4()))
+        async with EtcdClient(EtcdAccess(self.url), self._connect) as client:
+            leadership = Leadership(client, PREFIX, candidate)
+            await leadership.campaign()
+            yield client, leadership
             await leadership.resign()
 
     def find_writes(self) -> None:
@@ -183,11 +261,19 @@ class RealEtcdSite(_EtcdSite):
 
 
 @asynccontextmanager
-async def _running(*parts: Engine | Leadership) -> AsyncIterator[None]:
-    """Run the tasks of an engine and its leadership for the time of the block. That it has ended is for `append` to say."""
+async def _open(events: EventLog, history: History, uids: Sequence[str]) -> AsyncIterator[Logs]:
+    events.open(uids)
+    history.open()
+    async with _running(events, history):
+        yield Logs(events, history)
 
-    async def run(part: Engine | Leadership) -> None:
-        with suppress(BrokenError):
+
+@asynccontextmanager
+async def _running(*parts: Engine | Leadership | EventLog | History) -> AsyncIterator[None]:
+    """Run tasks of a controller for the time of the block. That one has ended is for `append` to say."""
+
+    async def run(part: Engine | Leadership | EventLog | History) -> None:
+        with suppress(BrokenError), unwrap_groups():
             await part.run()
 
     async with trio.open_nursery() as nursery:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-import trio.testing
-from harness.engines import FileSite, MemoryEtcdSite, RealEtcdSite, Site
-from harness.programs import need
+from harness.engines import SITES, Site, Sited, make_sited
 from harness.strategies import BEGAN
 
 from orchard.codec import dump_json
@@ -23,37 +20,9 @@ from orchard.storage.errors import BrokenError, NotWrittenError
 Objects = dict[Key, Any]
 
 
-@dataclass(frozen=True)
-class Sited:
-    """A site, and how to run an asynchronous test on it: on a virtual clock where nothing outside takes time."""
-
-    site: Site
-    is_virtual: bool
-
-    def run(self, work: Callable[[Site], Awaitable[None]]) -> None:
-        async def main() -> None:
-            async with self._served():
-                await work(self.site)
-
-        trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0) if self.is_virtual else None)
-
-    @asynccontextmanager
-    async def _served(self) -> AsyncIterator[None]:
-        if isinstance(self.site, FileSite):
-            yield
-        else:
-            async with self.site.running():  # type: ignore[attr-defined]
-                yield
-
-
-@pytest.fixture(params=["file", "memory etcd", pytest.param("etcd", marks=pytest.mark.slow)])
+@pytest.fixture(params=SITES)
 def sited(request: pytest.FixtureRequest, tmp_path: Path) -> Sited:
-    if request.param == "file":
-        return Sited(FileSite(tmp_path), True)
-    if request.param == "memory etcd":
-        return Sited(MemoryEtcdSite(), True)
-    need("etcd")
-    return Sited(RealEtcdSite(tmp_path), False)
+    return make_sited(request.param, tmp_path)
 
 
 class Model:

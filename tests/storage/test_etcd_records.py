@@ -22,6 +22,7 @@ from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdRefusedError, EtcdU
 from orchard.storage.etcd_records import EtcdEventStorage, EtcdRecords, share_files
 from orchard.storage.event_pages import EventsDeletedError
 from orchard.storage.event_storage import EventLimitError
+from orchard.storage.events import EventLog
 from orchard.storage.leadership import CampaignSettings, Leadership
 
 A, B = "aaaaaaaa-0000-4000-8000-000000000000", "bbbbbbbb-0000-4000-8000-000000000000"
@@ -180,6 +181,21 @@ async def test_events_are_refused_by_a_full_etcd_and_dropped_when_it_has_space(
         assert stored is not None
         with pytest.raises(EventsDeletedError):
             await stored.read(range(1))
+
+
+async def test_events_that_a_killed_leader_has_left_are_dropped_by_the_next_one(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    etcd = MemoryEtcd()
+    async with leading(etcd) as first:
+        await append(await first.events(), A, "left")
+    async with leading(etcd) as second, trio.open_nursery() as nursery:
+        log = EventLog(await second.events(), (await second.records())[0])
+        log.open(set())
+        nursery.start_soon(log.run)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not [key for key in etcd.values if A.encode() in key]
+        nursery.cancel_scope.cancel()
 
 
 async def test_former_leader_stores_no_events(autojump_clock: trio.testing.MockClock) -> None:
