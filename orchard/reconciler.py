@@ -51,7 +51,7 @@ SYNC_ACTIONS: Mapping[tuple[SyncState, SyncState], SyncAction] = {
     ("absent", "absent"): "none",
     ("absent", "pending"): "create",
     ("absent", "running"): "lost",
-    # It failed before anything was done for it here.
+    # It failed before anything was done for it here, or it has ended here and an earlier worker did not report that.
     ("absent", "failed"): "tell ended",
     ("pending", "absent"): "remove",
     ("pending", "pending"): "report",
@@ -377,7 +377,7 @@ class Reconciler:
         self._slots.grant([*held, *self._leftovers.held()])
 
     async def _tell_ended(self, vm: VM) -> None:
-        """Report that a failed VM, which the controller wants to restart, has never begun here. Raises ClientError.
+        """Report that a failed VM, which the controller wants to restart, does not run here. Raises ClientError.
 
         Not for a VM that was assigned to an earlier worker of this name, on whose host it may run.
         """
@@ -385,7 +385,7 @@ class Reconciler:
         mine = (
             state.scheduled_at is not None and self._created_at is not None and state.scheduled_at >= self._created_at
         )
-        if VM_RESTART in self._capabilities and state.ended_at is None and not state.image_fqn and mine:
+        if VM_RESTART in self._capabilities and state.ended_at is None and mine:
             report = {"uid": vm.uid, "restart_count": state.restart_count, "status": "failed"}
             report |= {"status_message": state.status_message, "conditions": [{"type": "running", "state": "false"}]}
             with suppress(ResponseError):

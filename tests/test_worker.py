@@ -384,6 +384,20 @@ async def test_vm_that_was_stopped_on_request_before_the_worker_restarted_has_no
         await cluster.wait_vm("vm", lambda vm: vm.resting)
 
 
+async def test_end_that_was_not_reported_before_the_worker_restarted_is_reported(cluster: InProcessCluster) -> None:
+    """The controller waits for the end of a VM that it restarts, and the worker has ended and deleted the VM meanwhile."""
+    async with cluster.working(stop_vms=False):
+        await cluster.client.vms.create(name="vm", image="any")
+        vm = await cluster.client.vms.wait("vm")
+    await cluster.client.vms.restart("vm")
+    # A worker that is killed at this point has reported nothing.
+    await cluster.driver().stop(vm.tart_name)
+    await cluster.driver().delete(vm.tart_name)
+    async with cluster.working():
+        again = await cluster.wait_vm("vm", lambda vm: vm.state.status == "running")
+        assert (again.uid, again.state.restart_count) == (vm.uid, 1)
+
+
 async def test_vm_that_was_started_but_not_reported_is_adopted(cluster: InProcessCluster) -> None:
     await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
     async with cluster.client.rpc_watch("mac"):

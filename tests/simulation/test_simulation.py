@@ -20,6 +20,9 @@ PARTS = 4
 # of an earlier worker could not be removed, or ended, at once; a restarted controller did not know what it had deleted.
 ONCE_FOUND = (1053, 1133, 1144, 1149, 2098, 2189)
 
+# Of two controllers: a worker did not report the end of a VM that had ended before the worker was restarted.
+FLEET_ONCE_FOUND = (28,)
+
 # Planted bug -> words of the violation.
 VIOLATIONS = {
     "no-lease": "runs already on",
@@ -83,6 +86,11 @@ def test_random_faults_break_no_guarantee(part: int) -> None:
 @pytest.mark.slow
 def test_seeds_that_once_found_a_bug_find_none() -> None:
     assert len(digests(ONCE_FOUND)) == len(ONCE_FOUND)
+
+
+@pytest.mark.slow
+def test_seeds_of_two_controllers_that_once_found_a_bug_find_none() -> None:
+    assert len(digests(FLEET_ONCE_FOUND, fleet_steps=40)) == len(FLEET_ONCE_FOUND)
 
 
 @pytest.mark.slow
