@@ -132,27 +132,26 @@ class Sends:
                 connection.abort()
 
 
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What decides about requests and answers them; `serve` of server.py says what each function is for."""
+
+    handler: Callable[[Request, Any], Awaitable[AnyResponse]]
+    admit: Callable[[Request], Admission | SlowAdmission[Any]]
+    refuse_all: Callable[[], HTTPError | None]
+    count: Callable[[Request | None, int], None]
+
+
 class ServerState:
     """What all connections of a server share."""
 
     def __init__(
-        self,
-        handler: Callable[[Request, Any], Awaitable[AnyResponse]],
-        admit: Callable[[Request], Admission | SlowAdmission[Any]],
-        refuse_all: Callable[[], HTTPError | None],
-        limits: Limits,
-        log: logging.Logger,
-        clock: Callable[[], float],
-        stop: trio.Event,
-        count: Callable[[Request | None, int], None],
+        self, service: Service, limits: Limits, log: logging.Logger, clock: Callable[[], float], stop: trio.Event
     ) -> None:
-        self.handler = handler
-        self.admit = admit
-        self.refuse_all = refuse_all
+        self.service = service
         self.limits = limits
         self.log = log
         self.stop = stop
-        self.count = count
         # Connections that wait for a handshake or a request, the one that has waited for longest first. Their cancel
         # scopes can be cancelled to make room.
         self.waiting: dict[trio.CancelScope, None] = {}

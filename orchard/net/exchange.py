@@ -122,7 +122,7 @@ class Exchange:
             self._account = error.account or self._account
             answer = error_response(error)
         # Last, since the handler, the admission and their errors read the state.
-        if answer is not None and (refusal := self._server.refuse_all()) is not None:
+        if answer is not None and (refusal := self._server.service.refuse_all()) is not None:
             self._keep_alive = False
             answer = error_response(refusal)
         if isinstance(answer, Response):
@@ -154,7 +154,7 @@ class Exchange:
         if since < 0 or not (request or self._status):
             return
         self._since = -1.0
-        self._server.count(request, self._status or _CLIENT_GONE)
+        self._server.service.count(request, self._status or _CLIENT_GONE)
         # Reads and heartbeats would fill the log, and so would an attacker that guesses credentials. The limit itself
         # logs who guesses.
         is_read = request is not None and request.method in ("GET", "HEAD") and self._status in _SUCCESSES
@@ -188,7 +188,7 @@ class Exchange:
         self._request = request
         self._keep_alive = block.keep_alive
         self._unread = block.length != 0
-        admission = server.admit(request)
+        admission = server.service.admit(request)
         admitted = await self._watched(admission.work) if isinstance(admission, SlowAdmission) else admission
         assert admitted is not None
         self._account = admitted.account
@@ -199,7 +199,7 @@ class Exchange:
             body = await self._read_body(raw, block, limit or _IGNORED_BODY_BYTES)
             request.body = body if limit else b""
             self._unread = False
-        answer: AnyResponse | None = await server.handler(request, admitted)
+        answer: AnyResponse | None = await server.service.handler(request, admitted)
         while isinstance(answer, WhileConnected):
             answer = await self._watched(answer.work, until_stop=answer.endless)
             if answer is None:
@@ -412,7 +412,7 @@ class _PieceSender:
 
     def _check(self) -> None:
         """Raise HTTPError if no client may be told anything now."""
-        if (refusal := self._connection.server.refuse_all()) is not None:
+        if (refusal := self._connection.server.service.refuse_all()) is not None:
             raise refusal
 
     def now(self, piece: BodyPiece) -> bool:

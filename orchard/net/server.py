@@ -19,7 +19,7 @@ from functools import partial
 
 import trio
 
-from orchard.net.connection import Connection, Disconnected, Limits, ServerState
+from orchard.net.connection import Connection, Disconnected, Limits, ServerState, Service
 from orchard.net.exchange import Exchange
 from orchard.net.request import AdmittedT, AnyResponse, HTTPError, Request, SlowAdmission
 
@@ -54,7 +54,8 @@ async def serve(
     WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.
     """
     stop = stop if stop is not None else trio.Event()
-    server = ServerState(handler, admit, refuse_all, limits or Limits(), log, clock, stop, count)
+    service = Service(handler, admit, refuse_all, count)
+    server = ServerState(service, limits or Limits(), log, clock, stop)
     # Ends last.
     async with trio.open_nursery() as watching:
         watching.start_soon(server.sends.close_slow_readers)
