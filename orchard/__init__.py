@@ -2,8 +2,9 @@
 
 This file imports no other module of the package, so that importing one never imports the others.
 
-The two daemons are `python -m orchard.controller` and `python -m orchard.worker`, and `python -m orchard` is the command
-for people. `orchard.client` has the API as methods, and `orchard.testing` runs a whole cluster inside a test suite.
+The two daemons are `python -m orchard.controller` and `python -m orchard.worker`, and `python -m orchard` is the
+command for people. `orchard.client` has the API as methods, and `orchard.testing` runs a whole cluster inside a test
+suite.
 """
 
 import signal

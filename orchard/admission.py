@@ -31,8 +31,8 @@ BodyT = TypeVar("BodyT")
 class Admitted:
     """The operation that a request is for, the name in its path, the account that sent it, and its role.
 
-    `account` is "" where no credentials are asked for. `role` is what the account must keep for as long as the answer lasts. `sender` tells the bearers of the account's
-    access tokens from the account itself.
+    `account` is "" where no credentials are asked for. `role` is what the account must keep for as long as the answer
+    lasts. `sender` tells the bearers of the account's access tokens from the account itself.
     """
 
     operation: APIOperation

@@ -4,8 +4,8 @@ Deadlines are stored as wall times (`expiresAt` of a VM, the deadline of a drain
 with each start of the host. Within a run they follow the monotonic clock alone. `Timeline` maps one to the other.
 
 What a start counts of the time since the last stored moment is bounded, so that a clock which is years ahead makes
-nothing due. When the wall clock was set, or the stop was longer than what is counted, all stored wall times have to be shifted
-by the difference; then they are right again.
+nothing due. When the wall clock was set, or the stop was longer than what is counted, all stored wall times have to be
+shifted by the difference; then they are right again.
 
 `Agenda` has what is due next. Times are arguments.
 """

@@ -3,9 +3,9 @@
 `API.admit` sees a request before its body is read. It finds the operation, a row of the table in operations.py, and
 checks the credentials. `API.handle` then lets the operation's handler answer.
 
-The handlers are in handlers/, by resource. A handler is a plain function over the state in memory, and changes it in one
-transaction. So no handler sees half of another's change. `handle` sends no answer before everything that the answer is
-based on is durable. Handlers that read events or connect to a VM are `async`.
+The handlers are in handlers/, by resource. A handler is a plain function over the state in memory, and changes it in
+one transaction. So no handler sees half of another's change. `handle` sends no answer before everything that the answer
+is based on is durable. Handlers that read events or connect to a VM are `async`.
 
 answers.py maps the errors of the layers below to HTTP, and makes the Warning header. Query parameters are read in
 parameters.py.

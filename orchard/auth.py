@@ -1,7 +1,7 @@
 """Accounts, roles and tokens: what an account may do, and what proves who sends a request. No I/O; keys and clocks are arguments.
 
-gate.py finds the account that sends a request. `require` checks that the account has the role that an operation needs. A
-role does not include another one, except as IMPLIED says.
+gate.py finds the account that sends a request. `require` checks that the account has the role that an operation needs.
+A role does not include another one, except as IMPLIED says.
 
 A VM access token (a JWT) admits its bearer to one VM for some time, without an account. It is valid only for the
 operations that connect to that VM.

@@ -6,9 +6,9 @@
         client.vms.create(name="build", image="ghcr.io/cirruslabs/macos-tahoe-base:latest")
         print(client.vms.wait("build").state.worker)
 
-Each method takes the arguments of the asynchronous one and raises the same errors. Where that one returns an asynchronous
-iterator or context manager, this one returns an ordinary one. The signatures are derived from those of the asynchronous
-client, so that a type checker knows them.
+Each method takes the arguments of the asynchronous one and raises the same errors. Where that one returns an
+asynchronous iterator or context manager, this one returns an ordinary one. The signatures are derived from those of the
+asynchronous client, so that a type checker knows them.
 
 A `Portal` is a thread that runs trio; the methods run there. Any number of threads may use one client.
 """

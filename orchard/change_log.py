@@ -2,8 +2,8 @@
 
 The log numbers the transactions that change VMs or workers: each has a position. A watcher has the position of the
 transaction that it saw last, and reads on from there. So a slow watcher holds no changes of its own, and one that lost
-its connection resumes. A revision, as clients see it, is a position with the name of the log, which is another one after
-each start of the controller.
+its connection resumes. A revision, as clients see it, is a position with the name of the log, which is another one
+after each start of the controller.
 
 A transaction is recorded when it happens, and published when it is durable. What a worker's JSON shows beside what is
 stored (its state, its health) changes without a transaction of the store, and is recorded as one. It is published after
@@ -327,8 +327,8 @@ def _present_lines(snapshot: Snapshot, selection: Selection) -> Iterator[tuple[b
 async def follow(log: ChangeLog, position: int, selection: Selection, silence: float, send: SendBlock) -> None:
     """Send what comes after a position, until the watcher is too slow.
 
-    The last line of each transaction has its revision. After each `silence` seconds in which nothing was sent, a BOOKMARK
-    has the revision up to which all was sent.
+    The last line of each transaction has its revision. After each `silence` seconds in which nothing was sent, a
+    BOOKMARK has the revision up to which all was sent.
     """
     # The changes that were published up to the position; None before the watcher was up to date once.
     count: int | None = None

@@ -1,7 +1,8 @@
 """Changes of the state, the watches of single objects, and how lines are sent to a watcher.
 
-`Store` makes a `Change` of each object that a transaction creates, replaces or deletes. A `ChangeFeed` holds the durable
-changes of one object for one watcher, who is slower than they come. The watches of all objects are in change_log.py.
+`Store` makes a `Change` of each object that a transaction creates, replaces or deletes. A `ChangeFeed` holds the
+durable changes of one object for one watcher, who is slower than they come. The watches of all objects are in
+change_log.py.
 """
 
 from __future__ import annotations

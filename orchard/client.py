@@ -25,13 +25,13 @@
 
 `Client.vms`, `.workers`, `.service_accounts` and `.cluster_settings` have one method for each operation of the API.
 Methods return the dataclasses of schema.py and bodies.py. A keyword argument has the name of the dataclass's attribute
-and the value that it holds: `ttlSeconds` is `ttl_seconds`. In place of keywords, a JSON object has field names as on the
-wire. The client keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from the
-body.
+and the value that it holds: `ttlSeconds` is `ttl_seconds`. In place of keywords, a JSON object has field names as on
+the wire. The client keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from
+the body.
 
 Every method raises a ClientError: ConnectError if the controller cannot be reached or the connection was lost, and
-ResponseError if the controller refused (`status` is the HTTP status, `message` says why). The docstring of a method names
-the statuses to expect, and other errors. net/transport.py opens the connections, keeps them and repeats requests.
+ResponseError if the controller refused (`status` is the HTTP status, `message` says why). The docstring of a method
+names the statuses to expect, and other errors. net/transport.py opens the connections, keeps them and repeats requests.
 """
 
 from __future__ import annotations
@@ -210,10 +210,10 @@ class Client(Transport):
     ) -> AbstractAsyncContextManager[AsyncIterator[WatchedChange]]:
         """Follow all VMs and workers for the time of an `async with` block.
 
-        The block gets an iterator of `WatchedChange`: ADDED for each object that there is, SYNCED, and then each change.
-        It does not end. After a lost connection it goes on where it was; if the controller does not keep what came
-        meanwhile, it yields the differences as changes. It raises ConnectError when there is no connection for ten minutes.
-        Of the VMs, those are shown that match the filter (see `VMs.list`). Raises ResponseError: 400.
+        The block gets an iterator of `WatchedChange`: ADDED for each object that there is, SYNCED, and then each
+        change. It does not end. After a lost connection it goes on where it was; if the controller does not keep what
+        came meanwhile, it yields the differences as changes. It raises ConnectError when there is no connection for ten
+        minutes. Of the VMs, those are shown that match the filter (see `VMs.list`). Raises ResponseError: 400.
         """
         return watch_all(self, {"kinds": ",".join(kinds), **filter_query(filter)})
 

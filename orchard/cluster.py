@@ -1,7 +1,8 @@
 """What the controller knows of the cluster as a whole, and of a worker's host; their JSON.
 
 `ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health`,
-`WorkerDisk`, `Versions`, `CachedImage` and `ImagePull` are reported by workers with their heartbeats and kept in memory. `Webhook` is a part of the cluster settings.
+`WorkerDisk`, `Versions`, `CachedImage` and `ImagePull` are reported by workers with their heartbeats and kept in
+memory. `Webhook` is a part of the cluster settings.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """JSON texts to dataclasses and back. Pure functions; the classes themselves are in schema.py, cluster.py and bodies.py.
 
-A resource of the API is a frozen dataclass whose fields are declared with `attr`, which holds a field's name in JSON, its
-documentation and its bounds. Three functions read that declaration:
+A resource of the API is a frozen dataclass whose fields are declared with `attr`, which holds a field's name in JSON,
+its documentation and its bounds. Three functions read that declaration:
 
 * `decode` and `decode_from_client` make an instance from a parsed JSON object, or raise a ValidationError whose message
   names the field, the value and what is accepted;
@@ -144,7 +144,8 @@ def attr(
     `zero` is the field's value when it is absent; a field without a zero is required. `writer` is who sets the field:
     "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
     has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a
-    deprecated second name of the field in JSON. A whole number above `maximum`, where it is given, breaks a rule. The value of a `secret` field is not in the repr().
+    deprecated second name of the field in JSON. A whole number above `maximum`, where it is given, breaks a rule. The
+    value of a `secret` field is not in the repr().
     """
     required = zero is dataclasses.MISSING
     about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, required)

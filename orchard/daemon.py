@@ -1,8 +1,8 @@
 """How a process of Orchard starts and stops.
 
 `run_main` is the common part of every `main`: log configuration, limit of open files, one line on stderr and an exit
-status for an error that was expected. `run_until_signal` handles SIGTERM, SIGINT and SIGHUP, and SIGUSR1, on which the log
-file is opened anew. command_line.py reads the options; those of the log are here.
+status for an error that was expected. `run_until_signal` handles SIGTERM, SIGINT and SIGHUP, and SIGUSR1, on which the
+log file is opened anew. command_line.py reads the options; those of the log are here.
 
 What a role does between its start and its stop is in its own module.
 """

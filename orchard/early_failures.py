@@ -1,11 +1,12 @@
 """VMs that failed before they ran: which workers each VM avoids, and which workers get no new VMs for a while.
 
-A worker whose disk is full or whose hypervisor is broken fails every VM at once, is free again at once, and would get the
-next one. So a VM that failed on a worker before it ran is placed elsewhere if another worker fits, and on the same worker
-only after a pause. A worker on which SICK_VMS different VMs in a row failed so gets no VM at all for a pause, and after
-it is the last choice until a VM runs there. Both pauses double from FIRST_PAUSE to LAST_PAUSE.
+A worker whose disk is full or whose hypervisor is broken fails every VM at once, is free again at once, and would get
+the next one. So a VM that failed on a worker before it ran is placed elsewhere if another worker fits, and on the same
+worker only after a pause. A worker on which SICK_VMS different VMs in a row failed so gets no VM at all for a pause,
+and after it is the last choice until a VM runs there. Both pauses double from FIRST_PAUSE to LAST_PAUSE.
 
-Only failures that workers report count. Everything is in memory and forgotten at a restart. No I/O; times are arguments.
+Only failures that workers report count. Everything is in memory and forgotten at a restart. No I/O; times are
+arguments.
 """
 
 from __future__ import annotations

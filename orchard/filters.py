@@ -1,8 +1,8 @@
 """Filters of VMs by their fields: the texts of the query parameter `filter`, read, and the VMs that match. Pure.
 
-A text is `PATH=VALUE` or `PATH!=VALUE`, or several of these with commas between them. All of them must hold. PATH is one
-of PATHS. A comma and a percent sign inside a condition are percent-encoded, and so are `=` and `!` inside KEY. This comes
-on top of the encoding of the query.
+A text is `PATH=VALUE` or `PATH!=VALUE`, or several of these with commas between them. All of them must hold. PATH is
+one of PATHS. A comma and a percent sign inside a condition are percent-encoded, and so are `=` and `!` inside KEY. This
+comes on top of the encoding of the query.
 
 A field that a VM does not have equals no VALUE, not even an empty one, so `PATH!=VALUE` matches that VM.
 """

@@ -2,9 +2,9 @@
 
 Only VMs with Orchard's prefix concern a worker. A local VM that the controller has under the name of another worker is
 left alone: two workers may share a host, and a worker may have been given another name. Everything else that is not
-wanted is stopped and deleted, in the background and for as long as that takes, so that a VM which cannot be removed holds
-up no other one. A guest that has ended occupies no slot, even if its VM cannot be deleted. A guest that runs runs the
-shutdown script before, which an earlier worker has noted.
+wanted is stopped and deleted, in the background and for as long as that takes, so that a VM which cannot be removed
+holds up no other one. A guest that has ended occupies no slot, even if its VM cannot be deleted. A guest that runs runs
+the shutdown script before, which an earlier worker has noted.
 """
 
 from __future__ import annotations

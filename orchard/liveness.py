@@ -3,18 +3,18 @@
 Two questions are answered for each worker. `silent_at`: when do its VMs fail, if it stays silent? After the offline
 timeout since its last contact. `available_until`: until when does it get new VMs? Only while its session is whole:
 registered, its local VMs settled, its watch open or closed for less than AWAY_SECONDS, and no goodbye said. A worker
-with the capability `worker-state` says in its heartbeats that it has settled. Another one counts as settled at its first
-poll after its watch was opened.
+with the capability `worker-state` says in its heartbeats that it has settled. Another one counts as settled at its
+first poll after its watch was opened.
 
 Contacts are a worker's registration, its heartbeats, the pongs on its watch, and its polls for its VMs. They are timed
-on receipt by the controller's own monotonic clock. So neither a wrong wall clock nor a restart of the controller can make
-a worker look online or offline. Any account may list the VMs of a worker, so a poll counts only if it comes from the
-source (service account and address) of an earlier contact that only the worker itself makes. Time during which the
+on receipt by the controller's own monotonic clock. So neither a wrong wall clock nor a restart of the controller can
+make a worker look online or offline. Any account may list the VMs of a worker, so a poll counts only if it comes from
+the source (service account and address) of an earlier contact that only the worker itself makes. Time during which the
 controller itself was stalled does not count as silence.
 
 A worker keeps its VMs running for as long as it was promised, which is the offline timeout that it was told at its
-registration. After a restart with a shorter timeout the longer promise counts until it is over, and the VMs of a deleted
-worker count as running until its promise is over.
+registration. After a restart with a shorter timeout the longer promise counts until it is over, and the VMs of a
+deleted worker count as running until its promise is over.
 
 An assignment that no poll has shown to its worker cannot run there. `unnamed` has those of this process.
 

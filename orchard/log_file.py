@@ -1,7 +1,8 @@
 """The log file: it is rotated at 100 MB, can be renamed by other programs, and may be on a full disk.
 
-Each line is one write to a file that is open for appending. Before a line that would make the file larger than the limit,
-the file is renamed to FILE.1, which replaces the older one, and a new file is opened. So a line is in one file as a whole.
+Each line is one write to a file that is open for appending. Before a line that would make the file larger than the
+limit, the file is renamed to FILE.1, which replaces the older one, and a new file is opened. So a line is in one file
+as a whole.
 
 A program that rotates logs renames the file and sends SIGUSR1: `reopen` opens the path anew. Lines go to the old file
 until then.

@@ -9,7 +9,8 @@ the caller sees to that. Others are checked at once if either their source or th
 the minute: a client elsewhere does not wait for the guesses of a stranger, nor does another account behind the same NAT
 as a client that is configured wrongly. All others wait for their turn.
 
-What waits is bounded: by the time until its turn, by source, and in all. Beyond that, credentials are refused unchecked.
+What waits is bounded: by the time until its turn, by source, and in all. Beyond that, credentials are refused
+unchecked.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The log: one line for each record, as `key=value` pairs (logfmt) or as a JSON object, with times in UTC.
 
-A record is always one line. In logfmt, a value that is not a plain word is quoted as JSON, tracebacks included, so no name
-or message can forge a line or a field. The fields of a line come from `extra=` of the logging call.
+A record is always one line. In logfmt, a value that is not a plain word is quoted as JSON, tracebacks included, so no
+name or message can forge a line or a field. The fields of a line come from `extra=` of the logging call.
 
 Lines go to stderr, or to a file that is rotated at 100 MB (log_file.py).
 

@@ -1,7 +1,7 @@
 """Metrics and their text format, in which Prometheus reads them (text/plain; version=0.0.4). Pure.
 
-Counters are numbers and `collections.Counter`s of those who count, so that counting costs next to nothing. A `Histogram`
-counts values by buckets. A `Metric` is the declaration of one metric and makes its lines.
+Counters are numbers and `collections.Counter`s of those who count, so that counting costs next to nothing. A
+`Histogram` counts values by buckets. A `Metric` is the declaration of one metric and makes its lines.
 """
 
 from __future__ import annotations

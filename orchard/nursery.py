@@ -1,8 +1,8 @@
 """Small tools for trio tasks: a wake-up that re-arms itself, pauses, steps, and the exception that matters in a group.
 
-`Wakeup` replaces the pattern of one `trio.Event` that is made anew after each wait. `growing_pause` is the pause between
-attempts. The other functions take the exceptions apart that leave a nursery, since a nursery wraps even a single one in a
-group.
+`Wakeup` replaces the pattern of one `trio.Event` that is made anew after each wait. `growing_pause` is the pause
+between attempts. The other functions take the exceptions apart that leave a nursery, since a nursery wraps even a
+single one in a group.
 
 This module knows no resource and no role of the product.
 """

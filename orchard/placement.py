@@ -1,8 +1,8 @@
 """The part of the planner that places pending VMs: their queues, and the workers that could take one more of each.
 
-VMs of one `VMKind` wait in one queue, oldest first. For each demand there is a heap of the workers that could take one more
-such VM, and for each set of preferred labels another one, with only the workers that have some of these labels. A change
-of a worker's load moves only that worker in the heaps. The order of preference among workers that fit:
+VMs of one `VMKind` wait in one queue, oldest first. For each demand there is a heap of the workers that could take one
+more such VM, and for each set of preferred labels another one, with only the workers that have some of these labels. A
+change of a worker's load moves only that worker in the heaps. The order of preference among workers that fit:
 
 1. those on which VMs do not fail before they run (early_failures.py),
 2. those with more of the VM's preferred labels,

@@ -1,7 +1,7 @@
 """What the controller does once a change is durable.
 
-It wakes workers, ends tunnels and the sessions of accounts, lets the scheduling loop forget what was deleted, and logs the
-change. recorder.py records the lives of VMs, and logs their end.
+It wakes workers, ends tunnels and the sessions of accounts, lets the scheduling loop forget what was deleted, and logs
+the change. recorder.py records the lives of VMs, and logs their end.
 
 A change that is not durable yet may be undone, so none of this happens earlier. The log does not say which account made
 a change: the request's own log line does, with its method, path and account.

@@ -1,14 +1,14 @@
 """The VMs on a worker's host: made what the controller wants, adopted from an earlier worker, and reported.
 
 `Reconciler.sync` compares the VMs that the controller assigned to this worker with the instances here; SYNC_ACTIONS has
-the action for each pair of states. `sync` only starts actions and does not wait for them. Instances that have to end are
-told so first, and new ones start when those have ended, because the scheduler has reassigned their slots already.
+the action for each pair of states. `sync` only starts actions and does not wait for them. Instances that have to end
+are told so first, and new ones start when those have ended, because the scheduler has reassigned their slots already.
 
 While the controller's state is older than one that it has shown (worker_memory.py), nothing is adopted, started,
 stopped or deleted. VMs that run keep their leases, since the controller places nothing until that state is accepted.
 
-One VM's task is `vm.instance.Instance`. The session in which all this happens is in worker.py; the tasks of VMs are in a
-nursery that outlives it.
+One VM's task is `vm.instance.Instance`. The session in which all this happens is in worker.py; the tasks of VMs are in
+a nursery that outlives it.
 """
 
 from __future__ import annotations
@@ -108,13 +108,14 @@ class Reconciler:
         self._created_at: datetime.datetime | None = None
         self._report_due = Wakeup()
         self._instance_host = InstanceHost(
-            driver,
-            self._report_due.set,
-            self._forget,
-            self._send_events,
-            note_trouble,
-            self._fetch_policies,
-            clock,
+            worker=worker.name,
+            driver=driver,
+            changed=self._report_due.set,
+            ended=self._forget,
+            send_events=self._send_events,
+            note_trouble=note_trouble,
+            fetch_policies=self._fetch_policies,
+            clock=clock,
             outlives=not stop_vms_on_exit,
             transfer=transfer,
         )

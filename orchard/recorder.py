@@ -1,8 +1,8 @@
 """What is recorded of each VM's life, from the durable changes of the state: lifecycle events, and the history.
 
-The recorder has lifecycle events written (storage/events.py), wakes the followers of a VM's events at each of its changes,
-and at a VM's end logs one line and adds the VM to the history (storage/history.py). `describe_change` and `ended_vm` are
-the decisions, without I/O.
+The recorder has lifecycle events written (storage/events.py), wakes the followers of a VM's events at each of its
+changes, and at a VM's end logs one line and adds the VM to the history (storage/history.py). `describe_change` and
+`ended_vm` are the decisions, without I/O.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 `list_open` tells who is connected (`GET /controller/sessions`).
 
-A handler of something that outlasts the check of its credentials holds it here (`AccountSessions.hold`). It is ended when
-the account is deleted or loses the role that the check required. A VM access token counts as its issuing account with
-the role that issuing needs.
+A handler of something that outlasts the check of its credentials holds it here (`AccountSessions.hold`). It is ended
+when the account is deleted or loses the role that the check required. A VM access token counts as its issuing account
+with the role that issuing needs.
 """
 
 from __future__ import annotations

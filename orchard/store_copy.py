@@ -1,8 +1,8 @@
 """Copies of all that a controller stores, from a data directory or etcd to another one: migration, backup and restore.
 
 Names, uids and the revision stay as they are. A data directory is copied while no controller uses it, and etcd at one
-moment, whether a controller leads or not. The target must be empty. An interrupted copy leaves no state that a controller
-would take for a complete one: a directory gets its name at the end, and in etcd `head` is written last.
+moment, whether a controller leads or not. The target must be empty. An interrupted copy leaves no state that a
+controller would take for a complete one: a directory gets its name at the end, and in etcd `head` is written last.
 """
 
 from __future__ import annotations

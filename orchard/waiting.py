@@ -1,7 +1,8 @@
 """Why a VM waits for a worker: for now, or for as long as no other worker registers.
 
 A `Survey` examines all workers for one demand. If none of them could take the VM even when it is online and empty, the
-reason names what none has. Else it counts each worker under the first thing that excludes it. This file performs no I/O.
+reason names what none has. Else it counts each worker under the first thing that excludes it. This file performs no
+I/O.
 """
 
 from __future__ import annotations

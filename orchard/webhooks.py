@@ -1,8 +1,9 @@
 """Webhooks: signed POST requests that tell other systems what needs attention (docs/webhooks.md).
 
-What is told comes from durable changes (a VM has failed), and from a look at workers and waiting VMs every SURVEY_SECONDS,
-before which all that it is based on has become durable. Each URL has a bounded queue and one task, which sends one request
-at a time and repeats it until the receiver has taken it. Nothing is stored: what waits is lost with the process.
+What is told comes from durable changes (a VM has failed), and from a look at workers and waiting VMs every
+SURVEY_SECONDS, before which all that it is based on has become durable. Each URL has a bounded queue and one task,
+which sends one request at a time and repeats it until the receiver has taken it. Nothing is stored: what waits is lost
+with the process.
 """
 
 from __future__ import annotations
@@ -168,8 +169,8 @@ class WebhookSender:
 class Webhooks:
     """The webhooks of a cluster, as its settings have them. `run` must be running.
 
-    `failure_of` returns why a VM has failed, in one word. `connect` opens connections. `clock` is the wall clock by which
-    times are stored.
+    `failure_of` returns why a VM has failed, in one word. `connect` opens connections. `clock` is the wall clock by
+    which times are stored.
     """
 
     def __init__(

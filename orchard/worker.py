@@ -9,8 +9,8 @@ that something changed, `sync`, and reports. The session ends at the first failu
 after a pause. The VMs' tasks (`Instance`) run in a nursery around all sessions, so that a failed session does not touch
 them. What fails on the host ends no session: it is told to the controller with the heartbeats.
 
-The session is whole once the watch is open and the VMs on the host are dealt with. The controller assigns VMs only then.
-A worker that ends in order says goodbye, so that it gets no more.
+The session is whole once the watch is open and the VMs on the host are dealt with. The controller assigns VMs only
+then. A worker that ends in order says goodbye, so that it gets no more.
 
 VMs outlive the worker unless it runs with `--stop-vms-on-exit`, and the next worker adopts them. A leased VM does not
 outlive its lease, which heartbeats renew (heartbeat.py).
@@ -100,8 +100,8 @@ _logger = logging.getLogger("orchard.worker")
 class WorkerService:
     """One worker: its sessions with the controller. It closes neither `client` nor `driver`.
 
-    `description` is what the worker registers with; the service adds `last_seen`, `capabilities` and the label with its name. `memory` is what an
-    earlier worker in the same directory has kept.
+    `description` is what the worker registers with; the service adds `last_seen`, `capabilities` and the label with its
+    name. `memory` is what an earlier worker in the same directory has kept.
     """
 
     def __init__(

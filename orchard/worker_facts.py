@@ -1,8 +1,8 @@
 """What workers report of their hosts with their heartbeats: disk, versions, cached images, and the pull ahead of VMs.
 
 All of it is in memory only, so that heartbeats of any size cost the disk nothing, and begins empty at a start of the
-controller. A worker sends its versions and images when they have changed; a heartbeat without them leaves them as they are. They are
-kept over a new session of a worker that reports images, and forgotten when another one takes its name.
+controller. A worker sends its versions and images when they have changed; a heartbeat without them leaves them as they
+are. They are kept over a new session of a worker that reports images, and forgotten when another one takes its name.
 
 Images are kept as the JSON that answers show, and by name as sets of workers: a thousand workers with the same two
 hundred images take some 30 MiB. This file performs no I/O.

@@ -6,7 +6,8 @@ be fulfilled, the answer is an error message. An answer that does not reach the 
 that waits for it has a deadline. When no client waits any more, the controller has the request cancelled.
 
 The number of requests in progress is bounded, for each VM and in all: a controller may ask for anything, and so may the
-bearer of one VM's access token. All that wait for the address of one VM share one look-up, which ends when none is left.
+bearer of one VM's access token. All that wait for the address of one VM share one look-up, which ends when none is
+left.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class _LookUp:
 class RequestHandler:
     """Fulfils the controller's requests to one worker.
 
-    `vms` has the worker's name and instances. The pings in a tunnel follow the heartbeats of `lease`. The handler closes
-    neither `client` nor `driver`.
+    `vms` has the worker's name and instances. The pings in a tunnel follow the heartbeats of `lease`. The handler
+    closes neither `client` nor `driver`.
     """
 
     def __init__(self, client: Client, driver: Driver, vms: Reconciler, lease: Lease) -> None:

@@ -249,6 +249,14 @@ async def test_last_seen_at_the_end_of_the_calendar_is_accepted(cluster: InProce
         await cluster.client.vms.wait("vm")
 
 
+async def test_scripts_know_the_names_of_their_vm_and_their_worker(cluster: InProcessCluster) -> None:
+    async with cluster.working("studio"):
+        script = {"script_content": 'echo "$ORCHARD_VM_NAME on $ORCHARD_WORKER_NAME"'}
+        await cluster.client.vms.create(name="vm", image="any", startup_script=script)
+        await cluster.client.vms.wait("vm", until="ready")
+        assert [event.payload async for event in cluster.client.vms.events("vm")] == ["vm on studio"]
+
+
 async def test_script_output_is_kept_while_the_controller_is_away(cluster: InProcessCluster) -> None:
     async with cluster.working():
         script = {"script_content": "echo before; while test ! -e ../go; do :; done; echo after"}

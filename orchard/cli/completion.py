@@ -1,8 +1,8 @@
 """The verb `completion`, which prints a shell's part of the completion of words, and `__complete`, which answers it.
 
-The shells' parts know nothing: for each word they call `orchard __complete`, which finds the verbs, options and values in
-the parsers of the verbs themselves, and the names of VMs, workers and accounts at the controller. When
-something goes wrong, no names are proposed, and nothing is printed where the user types.
+The shells' parts know nothing: for each word they call `orchard __complete`, which finds the verbs, options and values
+in the parsers of the verbs themselves, and the names of VMs, workers and accounts at the controller. When something
+goes wrong, no names are proposed, and nothing is printed where the user types.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Requests of the `orchard` command to a controller, with the standard library alone.
 
-Most verbs send one request and print its answer. The import of orchard.client would take most of their time, so only the
-verbs with WebSockets use it.
+Most verbs send one request and print its answer. The import of orchard.client would take most of their time, so only
+the verbs with WebSockets use it.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class ControllerConnection:
     one if no connection can be opened, or if it answers that it does not lead. Only requests of `_REPEATABLE` are sent
     again after a controller may have carried them out.
 
-    All methods raise AnswerError for an answer of 400 or more, NetworkError where there is none, and CommandError for one
-    that is not a controller's. `seconds` bounds the wait for an answer, and for the next line of a stream.
+    All methods raise AnswerError for an answer of 400 or more, NetworkError where there is none, and CommandError for
+    one that is not a controller's. `seconds` bounds the wait for an answer, and for the next line of a stream.
     """
 
     def __init__(self, context: Context, *, seconds: float = ANSWER_SECONDS) -> None:

@@ -10,8 +10,9 @@ The file is `orchard.yml` in Orchard's directory, mode 0600. Other programs read
         serviceAccountName: ci
         serviceAccountToken: ...
 
-It is written as JSON, which every reader of YAML accepts. It is read as JSON, or as YAML of the shape above, which is what
-the existing command writes. ORCHARD_URL, ORCHARD_SERVICE_ACCOUNT_NAME and ORCHARD_SERVICE_ACCOUNT_TOKEN go before it.
+It is written as JSON, which every reader of YAML accepts. It is read as JSON, or as YAML of the shape above, which is
+what the existing command writes. ORCHARD_URL, ORCHARD_SERVICE_ACCOUNT_NAME and ORCHARD_SERVICE_ACCOUNT_TOKEN go before
+it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Contexts:
 def choose_context(contexts: Contexts, environ: Mapping[str, str], name: str = "") -> Context:
     """Return the context to use: the one with that name, or the default one, under what the environment says.
 
-    The credentials of a context are not sent to another URL, and its certificate is not expected there. Raises CommandError.
+    The credentials of a context are not sent to another URL, and its certificate is not expected there. Raises
+    CommandError.
     """
     url, account, token = (
         environ.get(f"ORCHARD_{variable}", "") for variable in ("URL", "SERVICE_ACCOUNT_NAME", "SERVICE_ACCOUNT_TOKEN")

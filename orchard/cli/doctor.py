@@ -1,7 +1,8 @@
 """The verb `doctor`: what on this host keeps a worker, a controller or a client from working.
 
 Here are the command line and the way to the controller; host_checks.py observes hosts, and diagnosis.py judges what was
-observed. The verb changes nothing; it binds the controller's ports for a moment, and calls `tart` and on macOS `security`.
+observed. The verb changes nothing; it binds the controller's ports for a moment, and calls `tart` and on macOS
+`security`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`orchard controller install`, `orchard worker install` and `uninstall`: a role as a service of launchd or systemd.
 
-The service runs the program that installs it: this archive, or this environment's Python. `install` writes one file and the
-directories that the service needs, and prints how to start it; it may be repeated. `uninstall` stops the service and removes
-that file. State, logs and VMs stay. services.py has the texts of the files.
+The service runs the program that installs it: this archive, or this environment's Python. `install` writes one file and
+the directories that the service needs, and prints how to start it; it may be repeated. `uninstall` stops the service
+and removes that file. State, logs and VMs stay. services.py has the texts of the files.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The `orchard` command: its verbs, and how it starts and ends.
 
-Each verb is in a file of this folder, which is imported when the verb is called: a verb that sends one request must not wait
-for the import of a controller. Such a file has `add_verb(verb, parser)`, which declares the options of a verb and sets
-`run`, a function that takes the parsed options and returns the exit status. It raises CommandError.
+Each verb is in a file of this folder, which is imported when the verb is called: a verb that sends one request must not
+wait for the import of a controller. Such a file has `add_verb(verb, parser)`, which declares the options of a verb and
+sets `run`, a function that takes the parsed options and returns the exit status. It raises CommandError.
 """
 
 from __future__ import annotations

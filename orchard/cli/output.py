@@ -61,7 +61,8 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: s
 def _fit_columns(widths: list[int], cut: int | None, room: int) -> list[list[int]]:
     """Return the columns of each line of a row, so that the lines fit into `room` cells.
 
-    The width of the column `cut` becomes what its line leaves to it. Another column that alone is wider than `room` stays so.
+    The width of the column `cut` becomes what its line leaves to it. Another column that alone is wider than `room`
+    stays so.
     """
     wanted = 0 if cut is None else widths[cut]
     if cut is not None:

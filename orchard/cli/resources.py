@@ -1,7 +1,7 @@
 """The verbs that show, delete, pause and resume resources, and how each kind is shown; listing.py lists them.
 
-Existing programs parse what `list` and `get` print: the first column of `list` is the name, the last column of `list workers`
-is `true` or `false`, and `get KIND NAME/FIELD` prints the bare value of a field.
+Existing programs parse what `list` and `get` print: the first column of `list` is the name, the last column of `list
+workers` is `true` or `false`, and `get KIND NAME/FIELD` prints the bare value of a field.
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ _TOKENS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 def find_field(kind: ResourceKind, item: Any, path: str) -> Any:
     """Return the value at a path such as `labels/xcode` in a resource; None if it is absent.
 
-    Existing programs ask for names in other spellings: case, "_" and "-" do not count where no exact name is there. Raises
-    CommandError for a field that the kind does not have.
+    Existing programs ask for names in other spellings: case, "_" and "-" do not count where no exact name is there.
+    Raises CommandError for a field that the kind does not have.
     """
     value = item
     for index, key in enumerate(path.split("/")):

@@ -1,8 +1,8 @@
 """The text of service files: launchd property lists and systemd units. Pure.
 
-A worker's VMs must outlive its restart: launchd does not kill what is left of the job (`AbandonProcessGroup`), and systemd
-ends the main process alone (`KillMode=process`). The bootstrap token is the worker's standard input, so it is in no file
-that others can read and in no list of processes.
+A worker's VMs must outlive its restart: launchd does not kill what is left of the job (`AbandonProcessGroup`), and
+systemd ends the main process alone (`KillMode=process`). The bootstrap token is the worker's standard input, so it is
+in no file that others can read and in no list of processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The verbs `demo` and `dev`: a whole cluster in this process, to look at or to develop against.
 
-Both run `orchard.testing.cluster`, with tart if this host has it, otherwise with synthetic VMs, and both end at a signal
-to stop or an error. `demo` creates one VM, prints each step with its duration, and deletes everything; with several
-controllers it kills the one that leads, too. `dev` runs until it is stopped, on a fixed port, and keeps the controller's state in a directory.
+Both run `orchard.testing.cluster`, with tart if this host has it, otherwise with synthetic VMs, and both end at a
+signal to stop or an error. `demo` creates one VM, prints each step with its duration, and deletes everything; with
+several controllers it kills the one that leads, too. `dev` runs until it is stopped, on a fixed port, and keeps the
+controller's state in a directory.
 """
 
 from __future__ import annotations

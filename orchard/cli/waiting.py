@@ -28,8 +28,8 @@ class Waiting:
     def until_ready(self, *, follow: bool = False) -> int:
         """Wait until the VM is ready, and print its script's output if `follow`. Return its script's exit status.
 
-        A VM whose worker does not report `ready` counts as ready when it runs, and one that failed is waited for while it is
-        to be restarted. Raises CommandError if it is gone.
+        A VM whose worker does not report `ready` counts as ready when it runs, and one that failed is waited for while
+        it is to be restarted. Raises CommandError if it is gone.
         """
         try:
             vm = self._until(lambda vm: vm["status"] == "running" or _has_failed(vm))

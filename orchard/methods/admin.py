@@ -60,8 +60,8 @@ class Settings(ResourceMethods):
     async def put(self, settings: JSON | None = None, /, **fields: Unpack[SettingsFields]) -> ClusterSettings:
         """Replace the settings by a JSON object, by fields (`max_ttl_seconds`, ...), or both. Return them.
 
-        Without `hostDirPolicies` or `schedulerProfile` these get their defaults; other omitted fields keep their values.
-        Raises ResponseError: 400.
+        Without `hostDirPolicies` or `schedulerProfile` these get their defaults; other omitted fields keep their
+        values. Raises ResponseError: 400.
         """
         body = {**(settings or {}), **fields_to_json(ClusterSettings, fields)}
         return await self._fetch(ClusterSettings, "PUT", "/cluster-settings", json=body)

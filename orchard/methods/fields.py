@@ -1,8 +1,8 @@
 """The fields of resources as keyword arguments, for type checkers, and their names in JSON.
 
-One rule holds for all: a keyword is the name of the attribute of the dataclass in schema.py that the method returns, and
-its value is what that attribute holds. So `ttlSeconds` is `ttl_seconds`, and `net-bridged` is `net_bridged`. A script may
-also be its JSON. A JSON object that a method takes in place of keywords has names as on the wire.
+One rule holds for all: a keyword is the name of the attribute of the dataclass in schema.py that the method returns,
+and its value is what that attribute holds. So `ttlSeconds` is `ttl_seconds`, and `net-bridged` is `net_bridged`. A
+script may also be its JSON. A JSON object that a method takes in place of keywords has names as on the wire.
 """
 
 from __future__ import annotations

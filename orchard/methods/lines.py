@@ -53,9 +53,9 @@ class JSONLines:
 class ResumingLines:
     """The lines of an endless answer. When it ends or its connection is lost, another request goes on after the last line.
 
-    `make_query` returns the query parameters of the next request. `refuse` says what follows from the refusal of a request
-    after the first one. `may_end`: an answer without a line that ends is the end, too. Use it as an asynchronous context
-    manager, which raises what the first request raises.
+    `make_query` returns the query parameters of the next request. `refuse` says what follows from the refusal of a
+    request after the first one. `may_end`: an answer without a line that ends is the end, too. Use it as an
+    asynchronous context manager, which raises what the first request raises.
     """
 
     def __init__(

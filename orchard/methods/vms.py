@@ -71,8 +71,9 @@ class VMs(ResourceMethods):
         """Create a VM from a JSON object, from fields (`name`, `image`, `cpu`, ...), or both. Return it as it was stored.
 
         It begins as "pending"; see `wait`. With `queue="never"` it is created only if a worker can take it now. With
-        `strict`, unknown fields of the JSON object are refused. Raises ResponseError: 409 if the name is taken, 412 for an
-        invalid field; with `queue="never"` 503 for a VM that a worker may take later, and 412 for one that none ever can.
+        `strict`, unknown fields of the JSON object are refused. Raises ResponseError: 409 if the name is taken, 412 for
+        an invalid field; with `queue="never"` 503 for a VM that a worker may take later, and 412 for one that none ever
+        can.
         """
         query = {"queue": queue} if queue is not None else {}
         body = {**(vm or {}), **_spec_to_json(fields)}
@@ -93,9 +94,9 @@ class VMs(ResourceMethods):
     async def list(self, *, worker: str | None = None, filter: Conditions | None = None) -> list[VM]:
         """Return all VMs in the order of their names, or those that are assigned to one worker, or that match a filter.
 
-        A filter maps `worker`, `status`, `image`, `name`, `createdBy`, `metadata.KEY` or `label.KEY` to a value; all must
-        hold. A path with "!" at its end negates: `{"metadata.pipeline": "17", "status!": "failed"}`. The value of `name`
-        may end in "*". Raises ResponseError: 400 for another path.
+        A filter maps `worker`, `status`, `image`, `name`, `createdBy`, `metadata.KEY` or `label.KEY` to a value; all
+        must hold. A path with "!" at its end negates: `{"metadata.pipeline": "17", "status!": "failed"}`. The value of
+        `name` may end in "*". Raises ResponseError: 400 for another path.
         """
         return (await self.list_with_revision(worker=worker, filter=filter))[0]
 
@@ -113,8 +114,8 @@ class VMs(ResourceMethods):
     async def replace(self, name: str, spec: JSON, *, strict: bool = False) -> VM:
         """Replace a VM's specification, and return the VM.
 
-        A boolean that `spec` omits becomes false and a list becomes empty; other omitted fields keep their values. Raises
-        ResponseError: 404, 412.
+        A boolean that `spec` omits becomes false and a list becomes empty; other omitted fields keep their values.
+        Raises ResponseError: 404, 412.
         """
         body = {"name": name, **spec}
         return await self._fetch(VM, "PUT", url_path("vms", name), query=_strictly(strict), json=body)
@@ -164,9 +165,9 @@ class VMs(ResourceMethods):
     ) -> VM:
         """Wait until a VM is running, ready, failed, stopped or deleted, and return it. `seconds` None: for any time.
 
-        "ready": it runs, and its startup script has ended with exit code 0. With `uid`, only the VM of this uid is meant.
-        Raises VMFailed if the VM fails or is deleted before that, and ResponseError: 404, 503 if it cannot come true or the
-        time is over.
+        "ready": it runs, and its startup script has ended with exit code 0. With `uid`, only the VM of this uid is
+        meant. Raises VMFailed if the VM fails or is deleted before that, and ResponseError: 404, 503 if it cannot come
+        true or the time is over.
         """
         vm = await self.get(name)
         deadline = trio.current_time() + (math.inf if seconds is None else seconds)
@@ -245,7 +246,8 @@ class VMs(ResourceMethods):
 
         Yields an iterator of events, which ends with the VM, or when it is `until`. `kinds` are "log_line" and
         "lifecycle"; without any, lifecycle events are left out. With `cursor` the events after that one are followed. A
-        lost connection is opened again, and nothing is missed. Raises ResponseError: 404, and 400 for an invalid cursor.
+        lost connection is opened again, and nothing is missed. Raises ResponseError: 404, and 400 for an invalid
+        cursor.
         """
         after = cursor
 
@@ -282,8 +284,8 @@ class VMs(ResourceMethods):
         """Connect to a TCP port of a VM, for the time of an `async with` block.
 
         The block gets a `trio.abc.Stream` that has no half-close, and it is closed at the end of the block. The
-        controller waits up to `wait` seconds for the VM to run and for its worker to connect. Raises ResponseError: 404,
-        and 503 if there is no connection. A BrokenResourceError of the block becomes ConnectError.
+        controller waits up to `wait` seconds for the VM to run and for its worker to connect. Raises ResponseError:
+        404, and 503 if there is no connection. A BrokenResourceError of the block becomes ConnectError.
         """
         return self._transport.tunnel(url_path("vms", name, "port-forward"), {"port": str(port), "wait": str(wait)})
 
@@ -303,9 +305,9 @@ class VMs(ResourceMethods):
     ) -> AsyncIterator[RunningCommand]:
         """Run a command by the user's shell in a VM, for the time of the block. The end of the block ends the command.
 
-        `interactive` gives it a stdin, `tty` a terminal of `rows` by `cols`. `env` are environment variables for it, and
-        `workdir` is its directory. The controller waits up to `wait` seconds for the VM to run and to answer. Raises
-        ResponseError: 400 for invalid arguments, 404, and 503 if the VM cannot be reached.
+        `interactive` gives it a stdin, `tty` a terminal of `rows` by `cols`. `env` are environment variables for it,
+        and `workdir` is its directory. The controller waits up to `wait` seconds for the VM to run and to answer.
+        Raises ResponseError: 400 for invalid arguments, 404, and 503 if the VM cannot be reached.
         """
         query = {"command": command, "wait": str(wait), **({"workdir": workdir} if workdir else {})}
         query |= {"interactive": "true"} if interactive else {}
@@ -319,8 +321,8 @@ class VMs(ResourceMethods):
     ) -> CommandResult:
         """Run a script by the user's shell in a VM. Return its exit code and its output, of 16 MiB at most.
 
-        For `env`, `workdir` and `wait` see `exec`. The script's stdin is at its end. Raises ResponseError: 404, and 503 if
-        the VM cannot be reached.
+        For `env`, `workdir` and `wait` see `exec`. The script's stdin is at its end. Raises ResponseError: 404, and 503
+        if the VM cannot be reached.
         """
         # A script may be too long for the query.
         reading = 'eval "$(cat)"'

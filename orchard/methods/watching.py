@@ -1,8 +1,8 @@
 """The watch of all VMs and workers, which a client goes on with after each end of its connection.
 
-The controller keeps changes for a while, so that a watch resumes after the last revision that it saw. Otherwise (410) it
-begins with a new list. `WatchReader` compares that with the objects that it knows, and makes changes of the differences.
-A copy to which all changes are applied is correct, whatever happened to the connection.
+The controller keeps changes for a while, so that a watch resumes after the last revision that it saw. Otherwise (410)
+it begins with a new list. `WatchReader` compares that with the objects that it knows, and makes changes of the
+differences. A copy to which all changes are applied is correct, whatever happened to the connection.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class Workers(ResourceMethods):
     async def drain(self, name: str, *, deadline_seconds: int = 0, now: bool = False) -> Worker:
         """Have the scheduler assign no more VMs to a worker, and end its VMs at a deadline. Return the worker.
 
-        `deadline_seconds` counts from now (0: there is no deadline), and `now` ends the VMs at once. A VM with the restart
-        policy OnFailure is started elsewhere. Raises ResponseError: 404, 412.
+        `deadline_seconds` counts from now (0: there is no deadline), and `now` ends the VMs at once. A VM with the
+        restart policy OnFailure is started elsewhere. Raises ResponseError: 404, 412.
         """
         body = {"now": True} if now else {"deadlineSeconds": deadline_seconds}
         return await self._fetch(Worker, "POST", url_path("workers", name, "drain"), json=body)

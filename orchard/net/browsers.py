@@ -1,9 +1,9 @@
 """Which requests of browsers are answered. No I/O.
 
-A browser sends requests on behalf of any page that its user visits. A page of another origin cannot read the answers, but
-a POST with a body of text/plain, a form or a WebSocket needs no permission, and after DNS rebinding the page's own name
-leads to this server, so that it can read answers, too. `BrowserRules.guard` refuses such requests before anything else
-looks at them, with and without credentials. There is no CORS.
+A browser sends requests on behalf of any page that its user visits. A page of another origin cannot read the answers,
+but a POST with a body of text/plain, a form or a WebSocket needs no permission, and after DNS rebinding the page's own
+name leads to this server, so that it can read answers, too. `BrowserRules.guard` refuses such requests before anything
+else looks at them, with and without credentials. There is no CORS.
 
 The headers that it looks at are set by browsers alone and cannot be changed by a page. Other clients do not send Origin
 and Sec-Fetch-Site, and nothing is asked of them. (A WebSocket library may send the origin of its target, which passes.)

@@ -4,11 +4,11 @@ Heads and bodies are bytes of the connection's buffer, parsed by request.py. Byt
 buffer: they are the next request, or the first frames of a WebSocket. After an error the connection goes on only if the
 whole request was read.
 
-A connection that becomes a WebSocket or a tunnel is kept for the session, and closed at its end or at the server's stop.
-Its messages are exchanged by trio-websocket, the bytes of tunnels by `TunnelStream` (websocket.py).
+A connection that becomes a WebSocket or a tunnel is kept for the session, and closed at its end or at the server's
+stop. Its messages are exchanged by trio-websocket, the bytes of tunnels by `TunnelStream` (websocket.py).
 
-Answers are written by hand and not by h11, which takes 60 times as long for that (170 microseconds instead of 3, measured
-in a bare loop on a busy machine).
+Answers are written by hand and not by h11, which takes 60 times as long for that (170 microseconds instead of 3,
+measured in a bare loop on a busy machine).
 """
 
 from __future__ import annotations

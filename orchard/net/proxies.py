@@ -1,7 +1,7 @@
 """Connections through the HTTP proxies that the environment names (urls.py).
 
-Every connection goes through CONNECT (RFC 9110, section 9.3.6), in the clear or with TLS inside, because WebSockets need
-it. No message contains a proxy's user name or password.
+Every connection goes through CONNECT (RFC 9110, section 9.3.6), in the clear or with TLS inside, because WebSockets
+need it. No message contains a proxy's user name or password.
 """
 
 from __future__ import annotations

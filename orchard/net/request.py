@@ -256,8 +256,8 @@ class SendPiece(Protocol):
 class Stream:
     """An answer whose body `produce` sends in pieces, each at once (chunked; for HTTP/1.0 until the close).
 
-    `produce` is cancelled when the client goes away. An `endless` one (a watch) is also cancelled when the server stops,
-    and the body ends as if it had returned; another one may run until the grace period of the stop is over.
+    `produce` is cancelled when the client goes away. An `endless` one (a watch) is also cancelled when the server
+    stops, and the body ends as if it had returned; another one may run until the grace period of the stop is over.
     """
 
     produce: Callable[[SendPiece], Awaitable[None]]
@@ -300,8 +300,8 @@ class TunnelUpgrade:
 class WhileConnected:
     """An answer that may take long to find: `work` returns it, and is cancelled if the client goes away.
 
-    What the client sends meanwhile is kept for the next request. When the server stops, an `endless` one is cancelled at
-    once and answered with 503; another one when the grace period of the stop is over.
+    What the client sends meanwhile is kept for the next request. When the server stops, an `endless` one is cancelled
+    at once and answered with 503; another one when the grace period of the stop is over.
     """
 
     work: Callable[[], Awaitable[AnyResponse]]

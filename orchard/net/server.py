@@ -44,11 +44,11 @@ async def serve(
 
     A listener is trio's for sockets, or a `TLSListener`. `admit` sees each request before its body is read or asked
     for. It returns what the handler gets beside the request, or refuses the request by raising HTTPError: it
-    authenticates the client, so that a stranger cannot make the server keep megabytes. `refuse_all` is asked right before
-    an answer leaves, and before each piece of a `Stream`: its error is sent in place of any answer, and the connection
-    ends. `clock` returns seconds since 1970, for the header Date. `count` is called with each request and its status
-    when it has been answered; None is a request whose head could not be read. `started()` is called when connections are
-    accepted; the listeners are closed in any case.
+    authenticates the client, so that a stranger cannot make the server keep megabytes. `refuse_all` is asked right
+    before an answer leaves, and before each piece of a `Stream`: its error is sent in place of any answer, and the
+    connection ends. `clock` returns seconds since 1970, for the header Date. `count` is called with each request and
+    its status when it has been answered; None is a request whose head could not be read. `started()` is called when
+    connections are accepted; the listeners are closed in any case.
 
     At `stop`: no more connections are accepted, those without a request are closed at once, endless streams end, and
     WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.

@@ -3,9 +3,9 @@
 HTTP and WebSockets are in other files.
 
 A connection can be half open: the peer's host or the network path to it is gone, and no packet has told this host. The
-peer's kernel acknowledges what it receives as long as its host is reachable, even while the peer's process is stopped. So
-a connection is half open if its peer's kernel acknowledges nothing. Linux shows this for each connection (struct tcp_info
-of linux/tcp.h, tcp(7)). Elsewhere the kernel's keep-alive finds the idle connections that are half open.
+peer's kernel acknowledges what it receives as long as its host is reachable, even while the peer's process is stopped.
+So a connection is half open if its peer's kernel acknowledges nothing. Linux shows this for each connection (struct
+tcp_info of linux/tcp.h, tcp(7)). Elsewhere the kernel's keep-alive finds the idle connections that are half open.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 class Unacknowledged:
     """The kernel's view of the data that the peer has not acknowledged.
 
-    `pending` says whether there is any. `silent_seconds` is how long the peer's kernel has said nothing, and 0.0 as long
-    as it answers to retransmissions and probes.
+    `pending` says whether there is any. `silent_seconds` is how long the peer's kernel has said nothing, and 0.0 as
+    long as it answers to retransmissions and probes.
     """
 
     pending: bool = False
@@ -89,8 +89,8 @@ def keep_accepted_alive(listener: trio.SocketListener) -> None:
 def disable_user_timeout(stream: trio.abc.Stream) -> None:
     """Keep the connection while the peer reads nothing, however long. The caller has to check `unacknowledged` instead.
 
-    TCP_USER_TIMEOUT, which `connect` sets, would end a connection whose reader is paused, though its kernel answers. Does
-    nothing to a stream that is neither a TCP socket nor TLS over one.
+    TCP_USER_TIMEOUT, which `connect` sets, would end a connection whose reader is paused, though its kernel answers.
+    Does nothing to a stream that is neither a TCP socket nor TLS over one.
     """
     connection = socket_of(stream)
     if connection is not None:

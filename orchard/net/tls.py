@@ -342,8 +342,8 @@ class ServerPair:
 class Trust:
     """Which servers a client trusts: those that CAs certify, or only the one with the `pinned` certificate, in PEM.
 
-    The CAs are those in the file `ca`, or the host's. `certificate` and `key` are the files of the client's own pair, for
-    a server that asks for it. All files are in PEM. Raises TLSError if one of them cannot be used.
+    The CAs are those in the file `ca`, or the host's. `certificate` and `key` are the files of the client's own pair,
+    for a server that asks for it. All files are in PEM. Raises TLSError if one of them cannot be used.
     """
 
     def __init__(

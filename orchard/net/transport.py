@@ -3,15 +3,15 @@
 h11 reads every answer, head and body. This file knows one field of the answers' JSON: the "message" of an error. The
 methods of the API are in client.py.
 
-`Transport` keeps a few idle connections and opens more when all are in use. It has no tasks of its own, and any number of
-tasks may share it. A cancelled request closes its connection. A kept-alive connection may be closed by the server at any
-time; a request that fails on one before the first byte of an answer is sent once more if that is safe (GET, PUT, PATCH).
-A POST or DELETE is not repeated, and its caller has to find out whether it was carried out.
+`Transport` keeps a few idle connections and opens more when all are in use. It has no tasks of its own, and any number
+of tasks may share it. A cancelled request closes its connection. A kept-alive connection may be closed by the server at
+any time; a request that fails on one before the first byte of an answer is sent once more if that is safe (GET, PUT,
+PATCH). A POST or DELETE is not repeated, and its caller has to find out whether it was carried out.
 
-A service may have several URLs, of which one serves at a time. The one that answered last is tried first, and each other
-one when no connection to it can be opened, or when it answers that it does not serve now (`NOT_SERVING`). A request that
-may be repeated is also sent to the next one when its connection was lost before an answer began. What waited for an
-answer in vain is not repeated, but the next request begins with the next URL.
+A service may have several URLs, of which one serves at a time. The one that answered last is tried first, and each
+other one when no connection to it can be opened, or when it answers that it does not serve now (`NOT_SERVING`). A
+request that may be repeated is also sent to the next one when its connection was lost before an answer began. What
+waited for an answer in vain is not repeated, but the next request begins with the next URL.
 
 Every failure is a ClientError: ConnectError if there is no connection or it was lost, ResponseError for a status of 400
 or more. Error messages contain no tokens.
@@ -252,10 +252,11 @@ class Transport:
     """A client of the service at `url`, for example "https://controller:6120" or "http://127.0.0.1:6120/prefix".
 
     `url` may be several URLs, separated by commas. All paths are below the URL and `base_path`, for example "/v1".
-    `authorization` is the value of that header, "" for none. `certificate` is a certificate in PEM, the only one that is
-    then trusted; without it, the host's CAs are, or what `trust` says. `connect_seconds` bounds TCP and TLS together, for each URL,
-    `answer_seconds` a whole answer, or the head of an endless one. `connect` opens a connection to a host and port, and
-    raises OSError; by default it is TCP with keep-alive, through the proxy that the environment names (proxies.py).
+    `authorization` is the value of that header, "" for none. `certificate` is a certificate in PEM, the only one that
+    is then trusted; without it, the host's CAs are, or what `trust` says. `connect_seconds` bounds TCP and TLS
+    together, for each URL, `answer_seconds` a whole answer, or the head of an endless one. `connect` opens a connection
+    to a host and port, and raises OSError; by default it is TCP with keep-alive, through the proxy that the environment
+    names (proxies.py).
 
     Use it as an asynchronous context manager, or call `aclose`. Raises ValueError for an invalid URL, certificate or
     proxy.

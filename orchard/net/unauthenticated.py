@@ -1,8 +1,8 @@
 """A bound on the connections that have not authenticated, for the HTTP server and the SSH jump host alike.
 
-Anyone can open connections and stay silent. So those that have not authenticated are bounded for each source and in all,
-and the oldest one is closed for a new one. Connections that have authenticated are not counted: hundreds of workers may
-share one address. What a single connection may hold before it has authenticated is bounded by its server.
+Anyone can open connections and stay silent. So those that have not authenticated are bounded for each source and in
+all, and the oldest one is closed for a new one. Connections that have authenticated are not counted: hundreds of
+workers may share one address. What a single connection may hold before it has authenticated is bounded by its server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ ConnectionT = TypeVar("ConnectionT", bound=Hashable)
 class Unauthenticated(Generic[ConnectionT]):
     """The connections that have not authenticated: at most `per_source` of one source (`source_of`), `total` in all.
 
-    `close` ends a connection at once; it is called for the oldest one of the source, or of the source that has the most.
+    `close` ends a connection at once; it is called for the oldest one of the source, or of the source that has the
+    most.
     """
 
     def __init__(self, close: Callable[[ConnectionT], object], per_source: int, total: int) -> None:

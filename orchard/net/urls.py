@@ -1,7 +1,7 @@
 """URLs of controllers, and the HTTP proxies that the environment names for them. Pure.
 
-The variables are HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in either case; the standard library reads them. NO_PROXY may also
-hold networks such as 10.0.0.0/8. Loopback addresses and `localhost` are reached without a proxy.
+The variables are HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in either case; the standard library reads them. NO_PROXY may
+also hold networks such as 10.0.0.0/8. Loopback addresses and `localhost` are reached without a proxy.
 
 This file imports neither trio nor h11, since the command's verbs read URLs before anything else.
 """

@@ -161,12 +161,12 @@ class TunnelStream(trio.abc.Stream):
     """The bytes of a WebSocket as a stream. Closing it closes the WebSocket; there is no half-close.
 
     `stream` carries the frames. It stays open, and the caller closes it afterwards. `client` says which end this is.
-    `early` are bytes that were read from `stream` beyond the handshake. `text` sends text messages, also of bytes that are
-    not UTF-8. A task must run `run` as long as the TunnelStream is used.
+    `early` are bytes that were read from `stream` beyond the handshake. `text` sends text messages, also of bytes that
+    are not UTF-8. A task must run `run` as long as the TunnelStream is used.
 
-    It pings every `ping_interval` seconds. A peer that sends nothing for another interval is dead, unless its answer may
-    be waiting behind data and its kernel goes on acknowledging. The methods raise BrokenResourceError, with the reason,
-    when the WebSocket was closed other than regularly.
+    It pings every `ping_interval` seconds. A peer that sends nothing for another interval is dead, unless its answer
+    may be waiting behind data and its kernel goes on acknowledging. The methods raise BrokenResourceError, with the
+    reason, when the WebSocket was closed other than regularly.
     """
 
     def __init__(
@@ -370,8 +370,8 @@ async def open_messages(
 ) -> AsyncIterator[WebSocketConnection]:
     """Run trio-websocket on a stream whose WebSocket handshake has happened, for the time of the block.
 
-    `client` says which end this is. `early` are bytes that were read from `stream` beyond the handshake. The
-    `sizes` are arguments of `trio_websocket.wrap_server_stream`: `message_queue_size` in messages, `max_message_size` and
+    `client` says which end this is. `early` are bytes that were read from `stream` beyond the handshake. The `sizes`
+    are arguments of `trio_websocket.wrap_server_stream`: `message_queue_size` in messages, `max_message_size` and
     `receive_buffer_size` in bytes.
 
     At the end of the block the WebSocket is closed, within `CLOSE_SECONDS`. `stream` stays open, and the caller closes
@@ -403,8 +403,8 @@ class _EstablishedStream(trio.abc.Stream):
     trio-websocket begins with a handshake of its own. This stream answers it and sends nothing of it to the peer.
 
     Frames are delivered one at a time, and none after trio-websocket has begun to close. Its reader would answer a ping
-    even after our own close frame, which raises an exception that trio-websocket does not catch. Once trio-websocket has
-    begun to close, the peer's close frame ends this stream, and trio-websocket waits no longer for that frame.
+    even after our own close frame, which raises an exception that trio-websocket does not catch. Once trio-websocket
+    has begun to close, the peer's close frame ends this stream, and trio-websocket waits no longer for that frame.
 
     `aclose` leaves the stream below open.
     """

@@ -1,15 +1,15 @@
 """WebSocket frames (RFC 6455, section 5) as data: building them, and reading a byte stream out of them. Pure: no I/O.
 
 A tunnel sends a byte stream in messages whose boundaries mean nothing. `FrameReader` therefore assembles no message: it
-reads the headers and returns each part of a payload as soon as the part has arrived. Between two calls it keeps part of a
-header, of a control frame or of a UTF-8 character, 125 bytes at most, so messages need no size limit. Text is returned as
-its UTF-8 bytes. Where messages matter, trio-websocket reads them (websocket.py).
+reads the headers and returns each part of a payload as soon as the part has arrived. Between two calls it keeps part of
+a header, of a control frame or of a UTF-8 character, 125 bytes at most, so messages need no size limit. Text is
+returned as its UTF-8 bytes. Where messages matter, trio-websocket reads them (websocket.py).
 
 A breach of the protocol is returned as a `Close`, the last event. The same bytes give the same events however they are
 cut into pieces.
 
-Masking in Python is half of a tunnel's cost. The package websockets (extra `orchard-cluster[fast]`) has a C function for
-it, which is used if it is installed. Random numbers (the masking keys) come from the caller.
+Masking in Python is half of a tunnel's cost. The package websockets (extra `orchard-cluster[fast]`) has a C function
+for it, which is used if it is installed. Random numbers (the masking keys) come from the caller.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The SSH connections into VMs. Needs the extra `orchard-cluster[ssh]`.
 
-All commands in a VM share its connections. The first command opens one over a tunnel, and callers who wait for one share
-each attempt, but each of them has a deadline of its own. A connection is kept until it is lost or the VM ends. A guest
-that refuses one more session on a connection gets another connection (OpenSSH accepts ten sessions on each by default),
-and so does one that does not answer on its connection any more. An additional connection is closed with its last session.
+All commands in a VM share its connections. The first command opens one over a tunnel, and callers who wait for one
+share each attempt, but each of them has a deadline of its own. A connection is kept until it is lost or the VM ends. A
+guest that refuses one more session on a connection gets another connection (OpenSSH accepts ten sessions on each by
+default), and so does one that does not answer on its connection any more. An additional connection is closed with its
+last session.
 
 asyncssh runs on trio-asyncio in the controller's own thread; jump.py says why. Its packages are imported when the first
 command comes, because they take a third of a second and much memory.

@@ -6,11 +6,11 @@ the name of a VM. Each channel is joined to a tunnel into that VM, and is opened
 remote forwarding, agents and everything else are refused.
 
 The server is asyncssh's, on trio-asyncio: its callbacks run in the controller's own thread, so the bytes of a channel
-need neither locks nor queues. While other cores are idle, this carries twice as much as asyncssh in a thread of its own,
-for 0.4 to 0.5 times the processor time (probably because two threads would compete for the interpreter). On one core, or
-when all cores are busy, a thread would do as well: it carries 0.8 to 1.3 times as much, for as much processor time or a
-quarter more. Both carry about half of what a relay without SSH carries, and a third of what OpenSSH's own server carries
-(`./run bench jump`, `taskset -c 0 ./run bench jump`).
+need neither locks nor queues. While other cores are idle, this carries twice as much as asyncssh in a thread of its
+own, for 0.4 to 0.5 times the processor time (probably because two threads would compete for the interpreter). On one
+core, or when all cores are busy, a thread would do as well: it carries 0.8 to 1.3 times as much, for as much processor
+time or a quarter more. Both carry about half of what a relay without SSH carries, and a third of what OpenSSH's own
+server carries (`./run bench jump`, `taskset -c 0 ./run bench jump`).
 
 Guessing is slow: passwords count for the limit on wrong credentials that holds for the API, too (login_limit.py). The
 number of tries in a connection and all of its work before it has logged in are limited, and so are the connections that

@@ -2,8 +2,8 @@
 
 Each connection to port 22 of a synthetic VM (orchard/vm/synthetic.py) gets a port of this host's loopback address for
 itself, on which one connection is accepted. A client logs in with the VM's user name and password. A command runs in a
-shell of this host, in the VM's directory, on a terminal if the client asks for one, and ends with its connection and with
-the VM. SFTP, which scp uses, has the files that the shell has; relative paths begin at the VM's directory.
+shell of this host, in the VM's directory, on a terminal if the client asks for one, and ends with its connection and
+with the VM. SFTP, which scp uses, has the files that the shell has; relative paths begin at the VM's directory.
 
 Without the packages of the extra, nothing listens.
 """

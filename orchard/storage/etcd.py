@@ -3,8 +3,8 @@
 The gateway speaks HTTP/1.1 and is the same in etcd 3.4 to 3.7. Keys and values are base64, 64-bit numbers are strings,
 and fields that are false or zero are left out. Nothing here knows what the keys hold.
 
-A request goes to the endpoint that answered last, and when that one does not answer, to each of the others in turn. So a
-request may be carried out more than once: callers send only such as may be repeated.
+A request goes to the endpoint that answered last, and when that one does not answer, to each of the others in turn. So
+a request may be carried out more than once: callers send only such as may be repeated.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """The etcd engine: the state of a cluster whose controllers stand by for each other.
 
-Under the prefix, each object is a key KIND/NAME with the JSON that the state file has, too. `head` has the revision, the
-wall time of the last write, and who wrote it. Every transaction compares etcd's revision of `head` with the last one that
-this controller knows, and writes `head`. So once another controller has written `head`, nothing of an earlier one
-succeeds any more, however late it comes: safety does not come from the lease (leadership.py).
+Under the prefix, each object is a key KIND/NAME with the JSON that the state file has, too. `head` has the revision,
+the wall time of the last write, and who wrote it. Every transaction compares etcd's revision of `head` with the last
+one that this controller knows, and writes `head`. So once another controller has written `head`, nothing of an earlier
+one succeeds any more, however late it comes: safety does not come from the lease (leadership.py).
 
-A transaction whose answer was lost is sent again until it is answered or the lease is over. Each writes a `head` that no
-other one writes, so if the comparison fails and `head` is what the transaction would have written, an earlier try has
-succeeded. Anything else means that leadership is lost, and the engine has ended.
+A transaction whose answer was lost is sent again until it is answered or the lease is over. Each writes a `head` that
+no other one writes, so if the comparison fails and `head` is what the transaction would have written, an earlier try
+has succeeded. Anything else means that leadership is lost, and the engine has ended.
 
 A batch that etcd does not take at once is written in parts to `transaction/NUMBER` first. The `head` that says how many
-parts there are decides it: from then on who reads the state reads the objects of the parts, too. Only then are the objects
-written, and at last the parts deleted. A controller that takes over completes what was decided.
+parts there are decides it: from then on who reads the state reads the objects of the parts, too. Only then are the
+objects written, and at last the parts deleted. A controller that takes over completes what was decided.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a controller stores in etcd beside the state: events and records of VMs, and the secrets that controllers share.
 
-`events/UID/FIRST-COUNT-BYTES` has the events that were appended at once, a line each: their numbers and their size are in
-the key, so a start reads no events. Records (records.py) are `KIND/GENERATION-NUMBER`, each with the records of one
+`events/UID/FIRST-COUNT-BYTES` has the events that were appended at once, a line each: their numbers and their size are
+in the key, so a start reads no events. Records (records.py) are `KIND/GENERATION-NUMBER`, each with the records of one
 append. `KIND/current` names the generation that counts; a new one replaces the outdated records of the one before.
 
 All writes compare the key `leader`, and may be repeated (Leadership.write).

@@ -1,7 +1,7 @@
 """Which events of a VM an answer shows, and how they are sent: as a JSON array, or one a line, each with its cursor.
 
-A VM has two sorts of events: those that are appended (`StoredEvents`), and lifecycle events (lifecycle.py). `select` puts
-both in one order. A `Position` among them counts both sorts. Neither count ever changes its meaning, so paging and
+A VM has two sorts of events: those that are appended (`StoredEvents`), and lifecycle events (lifecycle.py). `select`
+puts both in one order. A `Position` among them counts both sorts. Neither count ever changes its meaning, so paging and
 following neither skip nor repeat an event while others are written.
 
 Events are read in blocks of BLOCK_BYTES, so an answer which its client does not take holds no more.

@@ -1,11 +1,11 @@
 """The events of VMs: those that are appended to each VM (event_storage.py), and lifecycle events (lifecycle.py).
 
-An append is durable before `append` returns. A single task writes in one pass what several clients append to several VMs
-at the same time. The events of a VM are dropped some time after the VM was deleted. A start drops those whose VM is gone:
-a crash left them.
+An append is durable before `append` returns. A single task writes in one pass what several clients append to several
+VMs at the same time. The events of a VM are dropped some time after the VM was deleted. A start drops those whose VM is
+gone: a crash left them.
 
-event_pages.py selects what a page shows. A follower is sent what is there and then what comes. The events of a deleted VM
-stay until its followers have read them.
+event_pages.py selects what a page shows. A follower is sent what is there and then what comes. The events of a deleted
+VM stay until its followers have read them.
 """
 
 from __future__ import annotations
@@ -203,11 +203,11 @@ class EventLog:
     ) -> tuple[bytes | SendPage, str | None]:
         """Return (a JSON array of events, the cursor of the next page or None after the last).
 
-        Without a `limit` the page has all events. It has fewer than the limit if the VM has events of kinds that are not
-        shown. A page that is longer than BLOCK_BYTES is returned as a function that reads it block by block, and sends
-        each with the function that it is given. Raises InvalidCursorError; EventsDeletedError when the VM was deleted
-        meanwhile, and so does that function; StorageFullError or StorageUnavailableError when it is not known whether the
-        events are on the disk.
+        Without a `limit` the page has all events. It has fewer than the limit if the VM has events of kinds that are
+        not shown. A page that is longer than BLOCK_BYTES is returned as a function that reads it block by block, and
+        sends each with the function that it is given. Raises InvalidCursorError; EventsDeletedError when the VM was
+        deleted meanwhile, and so does that function; StorageFullError or StorageUnavailableError when it is not known
+        whether the events are on the disk.
         """
         view = await self._durable_view(uid, kinds)
         newest_first = order == "desc"

@@ -1,8 +1,8 @@
 """The lifecycle events of VMs: what the controller did with each, in one bounded file for all VMs (records.py).
 
-A VM's last MAX_LIFECYCLE events are kept, so that one which restarts without end fills neither disk nor memory. They have
-numbers of their own, which never change. Each also holds how many events the VM's own file (event_file.py) had when it
-happened, so both kinds are shown in one order. The events of a VM are forgotten with it.
+A VM's last MAX_LIFECYCLE events are kept, so that one which restarts without end fills neither disk nor memory. They
+have numbers of their own, which never change. Each also holds how many events the VM's own file (event_file.py) had
+when it happened, so both kinds are shown in one order. The events of a VM are forgotten with it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Small records: the history of VMs that have ended (history.py), and lifecycle events (lifecycle.py).
 
-All records are in memory as well, so what is stored is read only at a start. `RecordFile` appends to it, and replaces it by one
-with the live records alone when most of it is outdated. Each line holds the records of one append, so a crash keeps or
-loses them together.
+All records are in memory as well, so what is stored is read only at a start. `RecordFile` appends to it, and replaces
+it by one with the live records alone when most of it is outdated. Each line holds the records of one append, so a crash
+keeps or loses them together.
 
 `BatchedRecords` writes at most once in WRITE_DELAY, unless a reader asks for it, so that records do not slow down the
 changes of the state by syncs. A kill loses the records that were not written yet, and repeats none.

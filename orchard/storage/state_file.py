@@ -104,9 +104,9 @@ class StateFile:
     def begin(self, tables: Tables, now: datetime.datetime) -> None:
         """Make what was loaded durable and open it for appending; in a new directory, create the file.
 
-        A file of an older version is replaced by one of this version. `tables` holds the loaded objects as `append` will
-        get them; the engine keeps it. `now` is the time in the header of a new file. Raises NotWrittenError when the file
-        cannot be created or replaced, BrokenError when it is not known whether the disk holds it, OSError.
+        A file of an older version is replaced by one of this version. `tables` holds the loaded objects as `append`
+        will get them; the engine keeps it. `now` is the time in the header of a new file. Raises NotWrittenError when
+        the file cannot be created or replaced, BrokenError when it is not known whether the disk holds it, OSError.
         """
         if self._journal.path.exists():
             self._journal.open_for_append()

@@ -1,12 +1,13 @@
 """The connector: a process that opens TCP connections to VMs as root, for a worker that has given up that right.
 
-From version 15 on, macOS lets a process of a normal user connect to VMs only with the permission "Local Network", which is
-granted at the screen. Daemons of root need none. So a worker that is started as root with `--user` starts this process
-first, and then becomes that user.
+From version 15 on, macOS lets a process of a normal user connect to VMs only with the permission "Local Network", which
+is granted at the screen. Daemons of root need none. So a worker that is started as root with `--user` starts this
+process first, and then becomes that user.
 
-The two have a pair of connected sockets, on which the worker sends requests of REQUEST_BYTES: "HOST PORT", and with each a
-socket for its answer. The answer is "0" with the connected socket, or the number of the error. The connector connects to
-private addresses only, reads no names, no files and nothing from the network. It ends when the worker's end is closed.
+The two have a pair of connected sockets, on which the worker sends requests of REQUEST_BYTES: "HOST PORT", and with
+each a socket for its answer. The answer is "0" with the connected socket, or the number of the error. The connector
+connects to private addresses only, reads no names, no files and nothing from the network. It ends when the worker's end
+is closed.
 
 A VM's worker waits for this process, so it imports only what that needs. The worker's side is in vm_connections.py.
 """

@@ -115,9 +115,9 @@ class RunOptions:
 class Script:
     """A script, and the way into the VM to run it.
 
-    `bridged`: the VM is on a bridged network (see `Driver.ip`). `agent`: the VM's guest agent runs the script, in the login
-    shell of the operating system `os`, and not the SSH server. A script that has not ended `seconds` after it could begin
-    is killed.
+    `bridged`: the VM is on a bridged network (see `Driver.ip`). `agent`: the VM's guest agent runs the script, in the
+    login shell of the operating system `os`, and not the SSH server. A script that has not ended `seconds` after it
+    could begin is killed.
     """
 
     text: str = field(repr=False)

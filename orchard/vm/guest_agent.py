@@ -1,9 +1,9 @@
 """Scripts by a VM's guest agent: a shell in the guest behind `tart exec -i`, without address, password or SSH server.
 
-What is sent, and what comes back, is as over SSH (script.py). In some versions of tart a client of the agent that goes away
-early cuts off the agent until the VM restarts, and so may many clients while the guest boots. So each attempt first waits
-in one long call for the agent, the pauses between attempts grow, and a call that is not needed any more is asked to end
-before it is killed.
+What is sent, and what comes back, is as over SSH (script.py). In some versions of tart a client of the agent that goes
+away early cuts off the agent until the VM restarts, and so may many clients while the guest boots. So each attempt
+first waits in one long call for the agent, the pauses between attempts grow, and a call that is not needed any more is
+asked to end before it is killed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The host of a worker: its id, addresses, system, disk, DHCP server, and where directories that VMs mount lead.
 
 The controller checks the text of a path in `hostDirs`. Only the host knows its symbolic links. `resolve_dirs` follows
-them, for the policies' prefixes as well (`/tmp` is a link on macOS), and the VM mounts the resolved path. So a link that
-is changed afterwards has no effect. A directory on the resolved path that is replaced by a link between this check and
-tart's use of it is not noticed: docs/threats.md says so.
+them, for the policies' prefixes as well (`/tmp` is a link on macOS), and the VM mounts the resolved path. So a link
+that is changed afterwards has no effect. A directory on the resolved path that is replaced by a link between this check
+and tart's use of it is not noticed: docs/threats.md says so.
 """
 
 from __future__ import annotations

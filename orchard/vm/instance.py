@@ -6,12 +6,12 @@ An `Instance` is one (name, uid, restart_count) on this host. Its task, `tend`, 
     -> newer generation? -> stop or suspend -> set -> run ...
     -> failed, or told to end: stop -> when the controller does not have the VM any more: delete
 
-instance_state.py has the decisions: the table of phases, and what the instance reports. Only the task changes the phase;
-the worker gives orders by `follow`, `fail` and `remove`. A VM is reported as failed only when its guest has ended, since
-the controller may start the VM elsewhere as soon as it knows.
+instance_state.py has the decisions: the table of phases, and what the instance reports. Only the task changes the
+phase; the worker gives orders by `follow`, `fail` and `remove`. A VM is reported as failed only when its guest has
+ended, since the controller may start the VM elsewhere as soon as it knows.
 
-A guest that runs and is told to end runs its shutdown script before: when the VM is deleted, restarted or stopped, or its
-worker is drained. It is not run when the VM has failed, is suspended, or its lease or its guest has ended.
+A guest that runs and is told to end runs its shutdown script before: when the VM is deleted, restarted or stopped, or
+its worker is drained. It is not run when the VM has failed, is suspended, or its lease or its guest has ended.
 
 When the task is cancelled (the worker ends), running VMs and VMs at rest stay on the host, and half-made ones are
 deleted. A note kept with the driver says under which generation each VM runs and how far its script has come. So the
@@ -84,18 +84,18 @@ _logger = logging.getLogger("orchard.vm.instance")
 # ---- the task ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class InstanceHost:
     """What all instances of one worker share.
 
     `changed` is called when an instance has something new to report, and `ended` when its task has ended. `send_events`
     delivers the output of scripts. `note_trouble` is called with what has failed, the VM's local name or "", and a
     message, which is "" when it has succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the
-    controller does not tell them.
-    `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when the worker ends. `worker` is the
-    worker's name. `transfer` is entered while an image is pulled or cloned.
+    controller does not tell them. `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when
+    the worker ends. `worker` is the worker's name. `transfer` is entered while an image is pulled or cloned.
     """
 
+    worker: str
     driver: Driver
     changed: Callable[[], None]
     ended: Callable[[Instance], None]
@@ -105,7 +105,6 @@ class InstanceHost:
     clock: Callable[[], float]
     outlives: bool = True
     transfer: Transfer = transfer_alone
-    worker: str = ""
 
 
 class Instance:

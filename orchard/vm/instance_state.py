@@ -1,8 +1,8 @@
 """What a worker's task for one VM decides with, without I/O: its phases, its reports, its note, and a VM's scripts.
 
-`InstanceState` is the phase of an `Instance` (instance.py) and what its reports are derived from. The phase changes only
-by `TRANSITIONS`, a table from (phase, step) to the next phase. `Note` is what the next worker has to know about a VM. The
-functions return what a VM asks of its driver.
+`InstanceState` is the phase of an `Instance` (instance.py) and what its reports are derived from. The phase changes
+only by `TRANSITIONS`, a table from (phase, step) to the next phase. `Note` is what the next worker has to know about a
+VM. The functions return what a VM asks of its driver.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ STEPS: tuple[Step, ...] = get_args(Step)
 class Startup:
     """How a startup script has ended.
 
-    `exit_code` is None if the script did not begin or its end was not seen. `ended_at` is in seconds since 1970, None if
-    unknown. `failure` says why the VM is not ready although it was kept, or is "".
+    `exit_code` is None if the script did not begin or its end was not seen. `ended_at` is in seconds since 1970, None
+    if unknown. `failure` says why the VM is not ready although it was kept, or is "".
     """
 
     exit_code: int | None
@@ -81,9 +81,9 @@ class Startup:
 class InstanceState:
     """The phase of an instance, and what its reports are derived from.
 
-    `observed` is the generation that was last acted upon; None before the first run. `progress` says what a VM is waiting
-    for, or is "". `reason` says why the VM fails; it is set before the VM has failed, while its guest ends. `reached`: the
-    present guest has run its script or has an address.
+    `observed` is the generation that was last acted upon; None before the first run. `progress` says what a VM is
+    waiting for, or is "". `reason` says why the VM fails; it is set before the VM has failed, while its guest ends.
+    `reached`: the present guest has run its script or has an address.
     """
 
     phase: Phase
@@ -151,8 +151,8 @@ class InstanceState:
 @dataclass(frozen=True, slots=True)
 class Note:
     """What the next worker has to know about a VM: the generation it runs under, how far its startup script has come,
-    and what the controller does not have any more when the VM was deleted: its shutdown script, and the resources that it
-    holds, which are noted for a VM with such a script.
+    and what the controller does not have any more when the VM was deleted: its shutdown script, and the resources that
+    it holds, which are noted for a VM with such a script.
     """
 
     generation: int

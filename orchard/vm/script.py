@@ -17,10 +17,11 @@ processes that hold the output open; what these print in the next second still c
 killed has no last word: the process around it prints the marker. `Transcript` reads this format without I/O. `converse`
 sends and reads with any shell; the synthetic driver uses it with a local one.
 
-fish and csh cannot take part in this: their place is taken by a `/bin/sh` with their environment, and they run the file.
+fish and csh cannot take part in this: their place is taken by a `/bin/sh` with their environment, and they run the
+file.
 
-A script that takes too long is killed in the guest: beside it waits a `/bin/sh` for one more line of standard input, and
-then kills what the script started: its descendants, their process groups, and processes that have the script's
+A script that takes too long is killed in the guest: beside it waits a `/bin/sh` for one more line of standard input,
+and then kills what the script started: its descendants, their process groups, and processes that have the script's
 `ORCHARD_SCRIPT` in their environment.
 
 `run_over_ssh` tries until a guest that still boots answers. Each attempt is a new ssh process in a session of its own,
@@ -364,9 +365,9 @@ async def converse(
 ) -> Transcript:
     """Have the shell behind `process` run a script, and await `on_line(line)` for each line of its output.
 
-    Returns when the output has ended, or a second after the script has. Closes the shell's standard input. A script that
-    takes too long is killed; its exit code is TIMED_OUT. `patience` is the scope of the caller's deadline for the shell to
-    answer: the deadline is lifted before the script is sent. Raises what `on_line` raises.
+    Returns when the output has ended, or a second after the script has. Closes the shell's standard input. A script
+    that takes too long is killed; its exit code is TIMED_OUT. `patience` is the scope of the caller's deadline for the
+    shell to answer: the deadline is lifted before the script is sent. Raises what `on_line` raises.
     """
     assert process.stdin is not None
     talk = _Talk(process, script, on_line)

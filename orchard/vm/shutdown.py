@@ -19,8 +19,8 @@ _logger = logging.getLogger("orchard.vm.shutdown")
 async def shut_down(driver: Driver, name: str, script: Script) -> None:
     """Run the shutdown script in a VM, until it has ended, the VM has ended, or its time is over.
 
-    The time counts from now: a guest that does not answer is not waited for. A VM that no supervisor of this host runs is
-    left alone.
+    The time counts from now: a guest that does not answer is not waited for. A VM that no supervisor of this host runs
+    is left alone.
     """
     outcome = "interrupted, since the worker ends or the VM has to end at once"
 

@@ -15,8 +15,8 @@ record has its full size from the start, so that a full disk cannot keep the exi
 SIGTERM asks the supervisor to end the VM: it sends SIGINT to `tart run`, as `tart stop` does, and later SIGKILL to the
 VM's process group.
 
-The supervisor sets the modification time of the record every BEAT_SECONDS, so that the worker can tell a supervisor that
-was stopped (SIGSTOP) from one that works.
+The supervisor sets the modification time of the record every BEAT_SECONDS, so that the worker can tell a supervisor
+that was stopped (SIGSTOP) from one that works.
 
 The supervisor ends a leased VM in the same way when the lease expires. So no leased VM runs on a host that is cut off
 from its controller, even if the worker there has crashed or hangs, and the controller can start the VM elsewhere. Lease

@@ -3,21 +3,21 @@
 `home/NAME/vm.json` describes the VM, and `home/NAME/root` is its disk. The startup script really runs, in a login shell
 of this host with that directory as HOME. There is no isolation: the script is a process of the worker's user.
 
-Any image can be pulled, and its name may say how it behaves (IMAGE_HELP), so that a client can try out what takes long or
-fails. A pulled image stays in the cache, its digest is the hash of its name, and the next clone of it pulls nothing. Images
-that were not used for the longest time are pruned when the disk is full. A source whose name begins with `orchard-` is a
-local VM and has to exist.
+Any image can be pulled, and its name may say how it behaves (IMAGE_HELP), so that a client can try out what takes long
+or fails. A pulled image stays in the cache, its digest is the hash of its name, and the next clone of it pulls nothing.
+Images that were not used for the longest time are pruned when the disk is full. A source whose name begins with
+`orchard-` is a local VM and has to exist.
 
 The address of every VM is 127.0.0.1. A port of a VM is one on which a process of that VM listens. For programs that
 play a VM's server themselves, it may also be this process, the one that started it, or a child that belongs to no VM.
 `ssh_port` may lead port 22 elsewhere.
 
-The shell of a script has a session of its own and ORCHARD_VM=home/NAME in its environment. It is killed with its process
-group when the VM ends. A killed worker leaves the file `home/NAME/scripted`; then `run` and `delete` find processes by
-that variable, since the process number alone could belong to another process by now.
+The shell of a script has a session of its own and ORCHARD_VM=home/NAME in its environment. It is killed with its
+process group when the VM ends. A killed worker leaves the file `home/NAME/scripted`; then `run` and `delete` find
+processes by that variable, since the process number alone could belong to another process by now.
 
-Which VMs run, and which images are cached, is known to the driver object alone. They outlive a worker if the next one gets the same object, and end
-with the process. The same holds for the lease.
+Which VMs run, and which images are cached, is known to the driver object alone. They outlive a worker if the next one
+gets the same object, and end with the process. The same holds for the lease.
 
 Nothing is synced to the disk: a power failure may lose VMs, as on any host. Creating and deleting a VM without a script
 takes about a millisecond of CPU. A thread is used only where a script may have left many files to copy or to delete.
@@ -106,9 +106,9 @@ class _Guest:
 class SyntheticDriver(Driver):
     """VMs as directories below `home`.
 
-    A boot takes `boot_seconds` and a pull `pull_seconds`, with progress, unless the image's name says otherwise. `images`
-    are in the cache from the beginning. The disk has `disk_bytes`, of which images take their sizes, and everything else
-    takes `used_bytes`; both may be changed at any time.
+    A boot takes `boot_seconds` and a pull `pull_seconds`, with progress, unless the image's name says otherwise.
+    `images` are in the cache from the beginning. The disk has `disk_bytes`, of which images take their sizes, and
+    everything else takes `used_bytes`; both may be changed at any time.
     """
 
     def __init__(

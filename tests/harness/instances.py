@@ -66,15 +66,15 @@ class Host:
             return self.policies
 
         host = InstanceHost(
-            self.driver,
-            changed,
-            lambda _: None,
-            self.send,
-            self.note_trouble,
-            fetch_policies,
-            lambda: 1_700_000_000.5,
-            outlives,
             worker="w",
+            driver=self.driver,
+            changed=changed,
+            ended=lambda _: None,
+            send_events=self.send,
+            note_trouble=self.note_trouble,
+            fetch_policies=fetch_policies,
+            clock=lambda: 1_700_000_000.5,
+            outlives=outlives,
         )
         instance = Instance(vm, host, found=found)
         return instance
