@@ -1,4 +1,4 @@
-"""Bodies of requests and answers that are no resources of their own, and the schemas of all bodies for OpenAPI. Pure."""
+"""Bodies of requests and answers beside the resources, and the schemas of all bodies for OpenAPI. Pure."""
 
 from __future__ import annotations
 

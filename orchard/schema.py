@@ -12,7 +12,7 @@ was. Each field names its one writer:
 scheduler sets them when it assigns, fails or restarts a VM. validation.py has the rules for what clients send,
 transitions.py those for the changes of a VM.
 
-The bodies of requests and answers that are no resources are in bodies.py.
+Other bodies of requests and answers are in bodies.py.
 
 Field names in JSON mix three spellings (`createdAt`, `scheduled_at`, `net-softnet`), because existing clients use them.
 """
