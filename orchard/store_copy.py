@@ -43,15 +43,16 @@ from orchard.storage.etcd import (
     EtcdClient,
     EtcdRequestError,
     TxnOperation,
+    get,
     put,
 )
-from orchard.storage.etcd_engine import EtcdContents, Head, decode_head, read_objects
-from orchard.storage.etcd_records import EtcdEventStorage, EtcdRecords, decode_secret, encode_secret
+from orchard.storage.etcd_engine import KINDS, EtcdContents, Head, decode_head, read_objects
+from orchard.storage.etcd_records import EtcdEventStorage, EtcdRecords, decode_secret, encode_secret, read_events
 from orchard.storage.event_file import EventFile
-from orchard.storage.history import history_file
+from orchard.storage.history import History, history_file
 from orchard.storage.journal import Disk, Journal
 from orchard.storage.leadership import DEFAULT_LEADER_TTL, CampaignSettings, Leadership, boot_time
-from orchard.storage.lifecycle import lifecycle_file
+from orchard.storage.lifecycle import LifecycleLog, lifecycle_file
 from orchard.storage.records import StoredRecords
 from orchard.storage.state_file import read_contents, snapshot_lines
 from orchard.store import State, build_state, check
@@ -63,6 +64,9 @@ SECRETS = {
     "tls": (TLS_CERTIFICATE_FILE, TLS_KEY_FILE),
     "ssh-host-key": (SSH_HOST_KEY_FILE,),
 }
+# What a controller has below the prefix: keys, and what others begin with.
+_ALONE = ("head", "leader")
+_WITH_NAMES = (*KINDS, "events", "history", "lifecycle", "secret", "transaction")
 # The events of one VM are not bounded when they are copied.
 _NO_LIMIT_KIB = 1 << 30
 
@@ -85,7 +89,7 @@ class Copy:
 
 
 # The uid of a VM, and some of its events in their order.
-Events = AsyncGenerator[tuple[str, list[bytes]], None]
+Events = AsyncGenerator[tuple[str, list[Event]], None]
 
 
 # ---- from ------------------------------------------------------------------------------------------------------------
@@ -125,16 +129,17 @@ async def _events_in_files(directory: Path, uids: set[str]) -> Events:
             file.inspect()
             for block in file.blocks(0, len(file.offsets)):
                 await trio.lowlevel.checkpoint()
-                yield uid, file.read(block)
+                yield uid, [decode(Event, json.loads(text)) for text in file.read(block)]
 
 
 @contextlib.asynccontextmanager
 async def read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Copy, Events]]:
     """Read what controllers have in etcd, as it was at one moment. Raises CopyError, DamagedError, EtcdRequestError."""
-    found = await client.get(f"{prefix}/head")
-    if found is None:
+    result = await client.transact([], [get(f"{prefix}/head")])
+    (found,), now = result["found"], result["revision"]
+    if not found:
         raise CopyError(f"there is no state in etcd with the prefix {prefix}")
-    head, now = decode_head(found), found.mod_revision
+    head = decode_head(found[0])
     contents = EtcdContents(head.revision, prefix=prefix)
     await read_objects(client, contents, head, now)
     state = _checked(build_state(contents), f"etcd prefix {prefix}")
@@ -143,22 +148,27 @@ async def read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Copy
     # It reads only.
     reader = Leadership(client, prefix, _campaign())
     uids = {vm.uid for vm in state.vms.values()}
-    for kind, records in (("lifecycle", copy.lifecycle), ("history", copy.history)):
-        stored = EtcdRecords(client, prefix, reader, kind)
+    lifecycle, ended = (EtcdRecords(client, prefix, reader, kind) for kind in ("lifecycle", "history"))
+    for stored in (lifecycle, ended):
         await stored.load(now)
-        wanted = (record for _, record in stored.inspect() if kind != "lifecycle" or record.get("uid") in uids)
-        records += map(dump_json, wanted)
-    for name in SECRETS:
+    LifecycleLog(lifecycle).inspect(uids)
+    History(ended).inspect()
+    copy.lifecycle = [dump_json(record) for _, record in lifecycle.inspect() if record["uid"] in uids]
+    copy.history = [dump_json(record) for _, record in ended.inspect()]
+    for name, files in SECRETS.items():
         if (secret := await client.get(f"{prefix}/secret/{name}")) is not None:
-            copy.secrets[name] = decode_secret(secret, SECRETS[name])
+            copy.secrets[name] = decode_secret(secret, files)
     async with contextlib.aclosing(_events_in_etcd(client, f"{prefix}/events/", now, uids)) as events:
         yield copy, events
 
 
 async def _events_in_etcd(client: EtcdClient, prefix: str, revision: int, uids: set[str]) -> Events:
     for uid in sorted(uids):
+        count = 0
         for each in await client.scan(f"{prefix}{uid}/", revision):
-            yield uid, each.value.split(b"\n")[:-1]
+            events = read_events(each, count)
+            count += len(events)
+            yield uid, events
 
 
 def _checked(state: State, where: str) -> State:
@@ -181,10 +191,10 @@ async def write_directory(directory: Path, copy: Copy, events: Events) -> None:
         raise CopyError(f"{draft} is left of a copy that was interrupted; remove it") from None
     (draft / EVENTS_DIRECTORY).mkdir(mode=0o700)
     files: dict[str, EventFile] = {}
-    async for uid, texts in events:
+    async for uid, some in events:
         if uid not in files:
             files[uid] = EventFile(draft / EVENTS_DIRECTORY, uid, Disk())
-        files[uid].append([decode(Event, json.loads(text)) for text in texts])
+        files[uid].append(some)
     for stored, records in (
         (lifecycle_file(draft / EVENTS_DIRECTORY), copy.lifecycle),
         (history_file(draft), copy.history),
@@ -214,7 +224,11 @@ async def _append(stored: StoredRecords, records: Sequence[bytes]) -> None:
 async def write_etcd(client: EtcdClient, prefix: str, copy: Copy, events: Events) -> None:
     """Write everything to etcd, which must have no key with the prefix. Raises CopyError, EtcdRequestError."""
     if found := await client.scan(f"{prefix}/", keys_only=True):
-        raise CopyError(f"etcd prefix {prefix} is not empty: it has the key {found[0].key}; choose another one")
+        raise CopyError(
+            f"etcd prefix {prefix} is not empty: it has the key {found[0].key}; choose another one, or delete the keys if"
+            " they are left of a copy that was interrupted"
+        )
+    _check_sizes(copy)
     leadership = Leadership(client, prefix, _campaign())
     await leadership.campaign()
     try:
@@ -229,8 +243,8 @@ async def write_etcd(client: EtcdClient, prefix: str, copy: Copy, events: Events
 
 async def _write_all(client: EtcdClient, prefix: str, leadership: Leadership, copy: Copy, events: Events) -> None:
     storage = EtcdEventStorage(client, prefix, leadership, _NO_LIMIT_KIB)
-    async for uid, texts in events:
-        result = await storage.write({uid: [decode(Event, json.loads(text)) for text in texts]}, [])
+    async for uid, some in events:
+        result = await storage.write({uid: some}, [])
         for error in (result.broken, *result.errors.values()):
             if error is not None:
                 raise error
@@ -240,6 +254,16 @@ async def _write_all(client: EtcdClient, prefix: str, leadership: Leadership, co
         await leadership.write(operations)
     head = Head(copy.revision, 0, leadership.by, 0, format_time(copy.time))
     await leadership.write([put(f"{prefix}/head", head.to_json())])
+
+
+def _check_sizes(copy: Copy) -> None:
+    """Raise CopyError if etcd does not take an object."""
+    for kind, table in copy.tables.items():
+        for name, value in table.items():
+            if len(value) > MAX_TRANSACTION_BYTES:
+                raise CopyError(
+                    f'{kind} "{name}" has {len(value):,} bytes, at most {MAX_TRANSACTION_BYTES:,} can be stored in etcd; delete it first'
+                )
 
 
 def _operations(prefix: str, copy: Copy) -> Iterator[list[TxnOperation]]:
@@ -295,14 +319,27 @@ async def copy_store(source: str, target: str, access: EtcdAccess, prefix: str) 
 
 async def inspect_etcd(access: EtcdAccess, prefix: str) -> str:
     """Read everything in etcd and check it; return a sentence for the user. Raises CopyError, which names a problem."""
-    events = 0
     try:
-        async with EtcdClient(access) as client, read_etcd(client, prefix) as (copy, pieces):
-            async for _, texts in pieces:
-                events += len(texts)
+        async with EtcdClient(access) as client:
+            return await inspect_keys(client, prefix)
     except (DamagedError, EtcdRequestError, ValueError) as error:
         raise CopyError(str(error)) from error
-    ended = f"{events} events, {len(copy.history)} ended VMs"
+
+
+async def inspect_keys(client: EtcdClient, prefix: str) -> str:
+    """Read all keys with a prefix and check them; return a sentence for the user.
+
+    Raises CopyError, DamagedError, EtcdRequestError.
+    """
+    count = 0
+    async with read_etcd(client, prefix) as (copy, events):
+        async for _, some in events:
+            count += len(some)
+    for each in await client.scan(f"{prefix}/", keys_only=True):
+        kind, _, rest = each.key.removeprefix(f"{prefix}/").partition("/")
+        if kind not in (_WITH_NAMES if rest else _ALONE) or (kind == "secret" and rest not in SECRETS):
+            raise CopyError(f"etcd key {each.key}: it is not that of a controller; remove it")
+    ended = f"{count} events, {len(copy.history)} ended VMs"
     return f"etcd prefix {prefix}: {_counts(copy)}, {ended}, up to revision {copy.revision}; no problems"
 
 

@@ -50,7 +50,8 @@ DEFAULT_MAX_MIB = 1024
 # A record is one operation.
 _LIMITS = BatchLimits(MAX_OPERATIONS, MAX_TRANSACTION_BYTES)
 _FORMAT = "orchard-state"
-_KINDS = ("account", "cluster", "promise", "settings", "vm", "worker")
+# Of objects, which are kept by name.
+KINDS = ("account", "cluster", "promise", "settings", "vm", "worker")
 # After upkeep that failed.
 _RETRY_SECONDS = 0.1
 # Between two compactions, which etcd does not do by itself, and between two looks at its size.
@@ -138,11 +139,11 @@ _Record = tuple[Key, bytes | None]
 
 
 async def read_objects(client: EtcdClient, contents: EtcdContents, head: Head, at: int) -> list[list[_Record]]:
-    """Read all objects as they were at revision `at` of etcd, when `head` was written.
+    """Read all objects as they were at revision `at` of etcd, when `head` was as given.
 
     Return the parts of a batch that may not be carried out. Raises DamagedKeyError, EtcdRequestError.
     """
-    for kind in _KINDS:
+    for kind in KINDS:
         begin = f"{contents.prefix}/{kind}/"
         for each in await client.scan(begin, at):
             contents.read(kind, each.key.removeprefix(begin), each.value)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orchard.codec import dump_json, encode
+from orchard.codec import ValidationError, decode, dump_json, encode
 from orchard.files import write_private
 from orchard.schema import Event
 from orchard.storage import event_file
@@ -62,6 +62,31 @@ class _Chunk(NamedTuple):
 
     def key(self, prefix: str) -> str:
         return f"{prefix}{self.first:010}-{self.length:06}-{self.size:08}"
+
+    @classmethod
+    def of_key(cls, found: KeyValue, count: int) -> _Chunk:
+        """Return what a key says of its events, which follow `count` others. Raises DamagedKeyError."""
+        try:
+            chunk = cls(*map(int, found.key.rpartition("/")[2].split("-")))
+        except (TypeError, ValueError):
+            raise DamagedKeyError(f"etcd key {found.key}", "it is not the name of events") from None
+        if chunk.first != count:
+            raise DamagedKeyError(f"etcd key {found.key}", f"event {chunk.first} follows event {count - 1}")
+        return chunk
+
+
+def read_events(found: KeyValue, count: int) -> list[Event]:
+    """Return the events of a key, which follow `count` others of their VM. Raises DamagedKeyError."""
+    chunk = _Chunk.of_key(found, count)
+    texts = found.value.split(b"\n")[:-1]
+    try:
+        events = [decode(Event, json.loads(text)) for text in texts]
+    except (ValueError, TypeError, ValidationError) as error:
+        raise DamagedKeyError(f"etcd key {found.key}", f"the events are not understood ({error})") from error
+    if (len(texts), len(found.value)) != (chunk.length, chunk.size):
+        what = f"it has {len(texts)} events of {len(found.value)} bytes, which its name contradicts"
+        raise DamagedKeyError(f"etcd key {found.key}", what)
+    return events
 
 
 class _VMEvents:
@@ -140,15 +165,8 @@ class EtcdEventStorage:
     async def load(self) -> None:
         """Read which events there are. Raises EtcdRequestError, DamagedKeyError."""
         for each in await self._client.scan(self._prefix, keys_only=True):
-            uid, _, numbers = each.key.removeprefix(self._prefix).partition("/")
-            try:
-                chunk = _Chunk(*map(int, numbers.split("-")))
-            except (TypeError, ValueError):
-                raise DamagedKeyError(f"etcd key {each.key}", "it is not the name of events") from None
-            events = self._of(uid)
-            if chunk.first != events.count:
-                raise DamagedKeyError(f"etcd key {each.key}", f"event {chunk.first} follows event {events.count - 1}")
-            events.add(chunk)
+            events = self._of(each.key.removeprefix(self._prefix).partition("/")[0])
+            events.add(_Chunk.of_key(each, events.count))
 
     def _of(self, uid: str) -> _VMEvents:
         if uid not in self._vms:
@@ -256,8 +274,8 @@ class EtcdRecords:
                     self._generation, self._current_at = int(each.value), each.mod_revision
                     continue
                 generation, number = map(int, each.key.removeprefix(self._prefix).split("-"))
-                records = json.loads(each.value)
-            except ValueError as error:
+                records = [dict(record) for record in json.loads(each.value)]
+            except (TypeError, ValueError) as error:
                 raise DamagedKeyError(f"etcd key {each.key}", f"the records are not understood ({error})") from error
             self._loaded.append((each.key, records))
             self._begun, self._next = max(self._begun, generation), max(self._next, number + 1)
@@ -275,13 +293,13 @@ class EtcdRecords:
             for record in records:
                 self.count += 1
                 yield key, record
-        self._loaded = []
 
     def damaged(self, place: str, what: str) -> DamagedError:
         return DamagedKeyError(f"etcd key {place}", what)
 
     def make_durable(self) -> None:
-        """Do nothing: what etcd's majority has shown is durable."""
+        """Release what was loaded: what etcd's majority has shown is durable."""
+        self._loaded = []
 
     async def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
         is_outdated = self.count + len(records) > 2 * live_count + _SLACK
