@@ -22,6 +22,7 @@ from typing import TypeVar
 import trio
 
 from orchard import auth, parameters
+from orchard.access_tokens import Access, AccessTokens
 from orchard.admission import Admitted, APIOperation, refuse_unknown, subject_of
 from orchard.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
 from orchard.cluster import ClusterIdentity
@@ -88,7 +89,7 @@ class ControllerParts:
     sessions: AccountSessions
     worker_states: WorkerStates
     gate: Gate | None
-    tokens: auth.AccessTokens
+    tokens: AccessTokens
     scheduling: SchedulingLoop
     clock: Callable[[], datetime.datetime]
     deadline_clock: Callable[[], datetime.datetime]
@@ -152,11 +153,11 @@ class API:
         except REFUSALS as error:
             raise http_error(error) from error
 
-    def _admit_sender(self, operation: APIOperation, name: str, sender: ServiceAccount | auth.Access) -> Admitted:
+    def _admit_sender(self, operation: APIOperation, name: str, sender: ServiceAccount | Access) -> Admitted:
         """Return what a sender is admitted to. Raises HTTPError."""
-        account = sender.account if isinstance(sender, auth.Access) else sender.name
+        account = sender.account if isinstance(sender, Access) else sender.name
         try:
-            if isinstance(sender, auth.Access):
+            if isinstance(sender, Access):
                 vm = found("VM", self.state.vms, name)
                 if vm.uid != sender.vm_uid:
                     raise auth.ForbiddenError(f'the access token is for another VM than "{name}" with uid {vm.uid}')
@@ -169,7 +170,7 @@ class API:
             raise http_error(error, account) from error
 
     async def _admit_later(
-        self, operation: APIOperation, name: str, identify: Callable[[], Awaitable[ServiceAccount | auth.Access]]
+        self, operation: APIOperation, name: str, identify: Callable[[], Awaitable[ServiceAccount | Access]]
     ) -> Admitted:
         """Admit a sender who has to wait for the check of the credentials. Raises HTTPError."""
         try:

@@ -25,7 +25,8 @@ from typing import TextIO
 
 import trio
 
-from orchard import __version__, auth
+from orchard import __version__
+from orchard.access_tokens import AccessTokens
 from orchard.api import ControllerParts
 from orchard.command_line import HomeError
 from orchard.controller_settings import ControllerSettings, controller_parser, parse_api_prefix, parse_settings
@@ -280,7 +281,7 @@ def _compose(
     connect = tcp.connect if settings.allow_local_webhooks else connect_outside
     webhooks = Webhooks(store, loop, figures.lives.failure_of, stored_clock.now, connect)
     vm_access = VMAccess(store, rendezvous)
-    tokens = auth.AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
+    tokens = AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
     parts = ControllerParts(
         store=store,
         events=data.events,

@@ -13,7 +13,8 @@ import hmac
 from collections.abc import Mapping
 from contextlib import suppress
 
-from orchard.auth import MAX_RECOGNISED, Access, AccessTokens, UnauthenticatedError, bearer_of, random_token
+from orchard.access_tokens import MAX_RECOGNISED, Access, AccessTokens
+from orchard.auth import UnauthenticatedError, bearer_of, random_token
 from orchard.login_limit import LoginLimit
 from orchard.schema import MAX_NAME, ServiceAccount
 

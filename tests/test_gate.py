@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from orchard import gate as gates
-from orchard.auth import Access, AccessTokens, UnauthenticatedError
+from orchard.access_tokens import Access, AccessTokens
+from orchard.auth import UnauthenticatedError
 from orchard.gate import Gate, basic_authorization, named_account
 from orchard.login_limit import LoginLimit
 from orchard.schema import ServiceAccount

@@ -7,6 +7,7 @@ import uuid
 from functools import partial
 
 from orchard import auth, parameters, validation
+from orchard.access_tokens import Access
 from orchard.admission import Admitted, read_body, subject_of
 from orchard.answers import found
 from orchard.api import API
@@ -74,6 +75,6 @@ def issue_token(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     now = api.parts.clock().replace(microsecond=0)
     expires = now + datetime.timedelta(seconds=ttl)
     times = int(now.timestamp()), int(expires.timestamp())
-    token = api.parts.tokens.issue(auth.Access(vm.name, vm.uid, admitted.account, *times, str(uuid.uuid4())))
+    token = api.parts.tokens.issue(Access(vm.name, vm.uid, admitted.account, *times, str(uuid.uuid4())))
     issued = VMAccessToken(token, "Bearer", expires, auth.TOKEN_USER, vm.name, vm.uid)
     return Response(200, dump_json(encode(issued)))

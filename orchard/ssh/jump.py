@@ -37,6 +37,7 @@ import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from asyncssh.kex import get_kex_algs
 
 from orchard import auth, logs
+from orchard.access_tokens import Access
 from orchard.files import write_private
 from orchard.gate import Gate, basic_authorization
 from orchard.login_limit import TooManyFailuresError
@@ -133,7 +134,7 @@ def _host_key(path: Path) -> asyncssh.SSHKey:
         raise ValueError(f"{path} is not an SSH private key: {error}") from error
 
 
-Sender = ServiceAccount | auth.Access
+Sender = ServiceAccount | Access
 
 
 class JumpHost:
@@ -239,7 +240,7 @@ class JumpHost:
             alike = [vm for vm in vms.values() if vm.name.lower() == name.lower()]
         if not alike:
             raise ChannelRefusedError(f'VM "{name}" does not exist')
-        if isinstance(who, auth.Access):
+        if isinstance(who, Access):
             alike = [vm for vm in alike if vm.uid == who.vm_uid]
             if not alike:
                 raise ChannelRefusedError(f'the access token is for another VM than "{name}"')
@@ -451,7 +452,7 @@ class _Server(asyncssh.SSHServer):
             return
         self.admitted = True
         if sender is not None:
-            role: Role = auth.ISSUER_ROLE if isinstance(sender, auth.Access) else "compute:connect"
+            role: Role = auth.ISSUER_ROLE if isinstance(sender, Access) else "compute:connect"
             self._hold(account_of(sender), role)
         else:
             self._hold("", None)
@@ -574,7 +575,7 @@ class _LoginBounds:
 
 def account_of(sender: Sender) -> str:
     """Return the name of an account, or of the account that issued an access token."""
-    return sender.account if isinstance(sender, auth.Access) else sender.name
+    return sender.account if isinstance(sender, Access) else sender.name
 
 
 def _key_data(line: str) -> bytes:

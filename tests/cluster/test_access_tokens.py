@@ -18,6 +18,7 @@ from harness.clients import echo, listening, receive_exactly, running_vm
 from harness.processes import ORCHARD, PLAIN, controller, finished
 
 from orchard import auth
+from orchard.access_tokens import Access, AccessTokens, read_access_token
 from orchard.client import Client, ResponseError
 from orchard.login_limit import MAX_FAILURES
 from orchard.schema import ServiceAccount
@@ -102,7 +103,7 @@ def test_access_token_is_not_that_of_an_account_created_later_under_the_same_nam
         created = NOW + datetime.timedelta(seconds=seconds)
         account = ServiceAccount(name="account", token="t", roles=("compute:write",), created_at=created)
         refused = nullcontext() if valid else pytest.raises(auth.UnauthenticatedError)
-        tokens = auth.AccessTokens(KEY, {"account": account}, lambda: NOW)
+        tokens = AccessTokens(KEY, {"account": account}, lambda: NOW)
         with refused:
             assert tokens.read(tokens.issue(ABOUT)) == ABOUT
 
@@ -110,8 +111,8 @@ def test_access_token_is_not_that_of_an_account_created_later_under_the_same_nam
 KEY = b"k" * 32
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 HOUR = datetime.timedelta(hours=1)
-ABOUT = auth.Access("vm", "uid", "account", int(NOW.timestamp()), int((NOW + HOUR).timestamp()), "id")
-TOKENS = auth.AccessTokens(KEY, {}, lambda: NOW)
+ABOUT = Access("vm", "uid", "account", int(NOW.timestamp()), int((NOW + HOUR).timestamp()), "id")
+TOKENS = AccessTokens(KEY, {}, lambda: NOW)
 
 
 def forged(key: bytes = KEY, algorithm: str = "HS256", header: dict[str, Any] | None = None, **claims: object) -> str:
@@ -165,19 +166,19 @@ FORGERIES: dict[str, Callable[[], str]] = {
 def test_forged_or_malformed_access_token_is_refused(forgery: str) -> None:
     token = FORGERIES[forgery]()
     with pytest.raises(auth.UnauthenticatedError) as refused:
-        auth.read_access_token(KEY, token, NOW)
+        read_access_token(KEY, token, NOW)
     assert not token or token not in str(refused.value)
 
 
 def test_access_token_with_one_changed_byte_is_refused() -> None:
     good = TOKENS.issue(ABOUT)
-    assert auth.read_access_token(KEY, good, NOW) == ABOUT
+    assert read_access_token(KEY, good, NOW) == ABOUT
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     accepted = []
     for index, char in itertools.product(range(len(good)), "A_."):
         changed = good[:index] + char + good[index + 1 :]
         try:
-            auth.read_access_token(KEY, changed, NOW)
+            read_access_token(KEY, changed, NOW)
         except auth.UnauthenticatedError:
             continue
         accepted.append((index, changed))

@@ -16,7 +16,7 @@ from typing import Any
 
 import trio
 
-from orchard import auth
+from orchard.access_tokens import AccessTokens
 from orchard.api import API, ControllerParts
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, renew_promises
 from orchard.deadlines import Deadlines, StoredClock
@@ -276,7 +276,7 @@ async def served(
         figures = make_figures(store, loop.liveness, clock.now)
         webhooks = Webhooks(store, loop, figures.lives.failure_of, clock.now)
         vm_access = VMAccess(store, rendezvous)
-        tokens = auth.AccessTokens(b"k" * 32, store.state.accounts, lambda: BEGAN)
+        tokens = AccessTokens(b"k" * 32, store.state.accounts, lambda: BEGAN)
         gate = Gate(store.state.accounts, tokens, LoginLimit(trio.current_time)) if accounts else None
         parts = ControllerParts(
             store,
