@@ -7,11 +7,9 @@ ArgumentTypeError with the text and what was expected; argparse then exits with 
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +58,8 @@ def orchard_home(role: Literal["controller", "worker", "command"]) -> Path:
 
 def _describe_move(old: Path, home: Path, paths: Sequence[Path]) -> str:
     """Return why `paths` have to be moved from `old` to `home`, and the command."""
+    import shlex
+
     words = " ".join(shlex.quote(str(path)) for path in paths)
     target = shlex.quote(str(home))
     return (
@@ -120,6 +120,9 @@ def _option_name(option: str, _value: str) -> str:
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return a question for the nearest known word, to be put behind a message. Empty if none is near."""
+    # Most command lines have no such word.
+    import difflib
+
     near = difflib.get_close_matches(word, known, n=1)
     return f", did you mean {near[0]}?" if near else ""
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +222,7 @@ def _rotate(options: argparse.Namespace) -> int:
     print(token)
     contexts = read_contexts(context_path())
     changed = {
-        name: replace(context, token=token) if (context.url, context.account) == (used.url, options.name) else context
+        name: context._replace(token=token) if (context.url, context.account) == (used.url, options.name) else context
         for name, context in contexts.by_name.items()
     }
     if changed != contexts.by_name:

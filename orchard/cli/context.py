@@ -20,9 +20,9 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from orchard.cli.failure import CommandError
 
@@ -35,22 +35,23 @@ _MAX_FILE = 4 * 1024 * 1024
 _BLOCKS = frozenset({"|", "|-", "|+", ">", ">-", ">+"})
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """A controller and the credentials for it. `certificate` is the only one that is trusted, in PEM; None: the host's CAs."""
 
     url: str
     certificate: bytes | None = None
     account: str = ""
-    token: str = field(default="", repr=False)
+    token: str = ""
+
+    def __repr__(self) -> str:
+        return f"Context(url={self.url!r}, account={self.account!r})"
 
 
-@dataclass(frozen=True, slots=True)
-class Contexts:
+class Contexts(NamedTuple):
     """The contents of a context file: contexts by name, and the name of the default one ("" if there is none)."""
 
     default: str = ""
-    by_name: Mapping[str, Context] = field(default_factory=dict)
+    by_name: Mapping[str, Context] = MappingProxyType({})
 
     def with_context(self, name: str, context: Context) -> Contexts:
         """Return the contexts with one more, or with another one of that name. The first one becomes the default."""
@@ -88,7 +89,7 @@ def choose_context(contexts: Contexts, environ: Mapping[str, str], name: str = "
         chosen = Context(url)
     else:
         raise CommandError("no controller is known; add one with: orchard context create URL, or set ORCHARD_URL")
-    return replace(chosen, account=account or chosen.account, token=token or chosen.token)
+    return chosen._replace(account=account or chosen.account, token=token or chosen.token)
 
 
 # ---- the file -------------------------------------------------------------------------------------------------------

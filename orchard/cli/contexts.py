@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
@@ -96,9 +96,9 @@ def trusted_context(context: Context, trust: TrustAnchor) -> Context:
     if trust.bootstrap_token:
         context = _from_bootstrap_token(context.url, trust.bootstrap_token)
     if not parsed_urls(context.url)[0].is_tls:
-        return replace(context, certificate=None)
+        return context._replace(certificate=None)
     if context.certificate is None and (trust.no_pki or trust.fingerprint or not _is_trusted(context)):
-        context = replace(context, certificate=_accepted_certificate(context.url, trust.fingerprint))
+        context = context._replace(certificate=_accepted_certificate(context.url, trust.fingerprint))
     return context
 
 
@@ -115,7 +115,7 @@ def _from_bootstrap_token(url: str, text: str) -> Context:
 def _is_trusted(context: Context) -> bool:
     """Return whether this host's CAs trust the controller. Raises CommandError if it cannot be reached."""
     try:
-        with ControllerConnection(replace(context, account="", token="")) as controller:
+        with ControllerConnection(context._replace(account="", token="")) as controller:
             controller.call("GET", "/")
     except AnswerError:
         return True

@@ -18,7 +18,6 @@ from orchard.cli.session import (
     open_connection,
     require_capability,
 )
-from orchard.cli.streams import changes
 from orchard.command_line import CommandLine
 
 _KINDS = ("vms", "workers", "service-accounts")
@@ -112,6 +111,8 @@ class _List:
 
 def _watch_list(options: argparse.Namespace, kind: ResourceKind, query: Sequence[tuple[str, str]]) -> int:
     """Show the list of a kind, and what becomes of it, until interrupted. Raises CommandError."""
+    from orchard.cli.streams import changes
+
     shown = _List(kind, _UNSELECTED if query else _DELETED)
     with open_connection(options) as controller:
         require_capability(controller, "watch-list", "list -w")

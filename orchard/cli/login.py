@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
 
 from orchard.cli.connection import parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
@@ -44,7 +43,7 @@ def _log_in(options: argparse.Namespace) -> int:
     context = trusted_context(Context(url), TrustAnchor(text, options.fingerprint))
     if not text:
         account = options.service_account_name or _ask("Service account")
-        context = replace(context, account=account, token=_token(options))
+        context = context._replace(account=account, token=_token(options))
     check_credentials(context)
     contexts = read_contexts(context_path())
     known = [name for name, each in sorted(contexts.by_name.items()) if each.url == url]

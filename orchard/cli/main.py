@@ -13,9 +13,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from orchard import __version__
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from orchard.controller import ControllerSettings, Running
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
+class Verb(NamedTuple):
     """The file of this folder that has a verb ("" for a role), and what `orchard --help` says of it.
 
     A verb without help is called by other programs and is not listed.

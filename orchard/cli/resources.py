@@ -11,8 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
@@ -31,8 +30,7 @@ from orchard.command_line import CommandLine, parse_duration, suggest
 _POLL_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class ResourceKind:
+class ResourceKind(NamedTuple):
     """A kind of resource: its name on the command line, its path in the API, and how it is shown.
 
     `columns` are those of `list`, `pairs` those of `get`. `cut` is the column that a narrow terminal shortens.

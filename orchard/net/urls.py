@@ -3,7 +3,7 @@
 The variables are HTTPS_PROXY, HTTP_PROXY and NO_PROXY, in either case; the standard library reads them. NO_PROXY may
 also hold networks such as 10.0.0.0/8. Loopback addresses and `localhost` are reached without a proxy.
 
-This file imports neither trio nor h11, since the command's verbs read URLs before anything else.
+This file imports neither trio nor h11 nor dataclasses, since the command's verbs read URLs before anything else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import ipaddress
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -33,13 +32,15 @@ class ServerURL(NamedTuple):
     prefix: str
 
 
-@dataclass(frozen=True, slots=True)
-class Proxy:
+class Proxy(NamedTuple):
     """An HTTP proxy. `authorization` is the value of Proxy-Authorization, "" for none."""
 
     host: str
     port: int
-    authorization: str = field(default="", repr=False)
+    authorization: str = ""
+
+    def __repr__(self) -> str:
+        return f"Proxy(host={self.host!r}, port={self.port})"
 
     def __str__(self) -> str:
         return f"the proxy {bracketed(self.host)}:{self.port}"
