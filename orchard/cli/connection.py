@@ -1,25 +1,26 @@
 """Requests of the `orchard` command to a controller, with the standard library alone.
 
 Most verbs send one request and print its answer. The import of orchard.client would take most of their time, so only
-the verbs with WebSockets use it.
+the verbs with WebSockets use it; https.py opens the connections here.
 """
 
 from __future__ import annotations
 
 import base64
-import http.client
 import json
-import os
-import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote, urlencode
 
 from orchard.cli.context import Context
-from orchard.cli.failure import USAGE, CommandError
-from orchard.net.urls import NOT_SERVING, ServerURL, find_proxy, parse_urls
+from orchard.cli.failure import USAGE, CommandError, NetworkError
+from orchard.net.urls import NOT_SERVING, ServerURL, parse_urls
+
+if TYPE_CHECKING:
+    import http.client
+    import socket
+    from contextlib import AbstractContextManager
 
 # For the whole answer to a request, and for the next line of a stream, which has an empty line each 20 s.
 ANSWER_SECONDS = 60.0
@@ -43,14 +44,6 @@ class AnswerError(CommandError):
         super().__init__(message)
         self.status_code = status_code
         self.may_retry = may_retry
-
-
-class NetworkError(CommandError):
-    """The controller cannot be reached, or the connection was lost. `is_untrusted`: the host's CAs do not trust it."""
-
-    def __init__(self, message: str, *, is_untrusted: bool = False) -> None:
-        super().__init__(message)
-        self.is_untrusted = is_untrusted
 
 
 class ControllerConnection:
@@ -171,13 +164,15 @@ class ControllerConnection:
 
     def _open(self, failures: dict[ServerURL, NetworkError]) -> http.client.HTTPConnection:
         """Return an open connection to the first controller that accepts one and is not among `failures`."""
+        from orchard.cli.https import open_http
+
         while self._http is None or self._http.sock is None:
             server = self._servers[0]
             if server in failures:
                 raise _all_failures(failures)
             is_last = len(failures) == len(self._servers) - 1
             try:
-                self._http = _connection(server, self._context.certificate, self._seconds)
+                self._http = open_http(server, self._context.certificate, self._seconds)
                 self._http.timeout = self._seconds if is_last else min(self._seconds, _CONNECT_SECONDS)
                 with _network_errors(server.text):
                     self._http.connect()
@@ -248,8 +243,16 @@ def parsed_urls(text: str) -> tuple[ServerURL, ...]:
         raise CommandError(str(error)) from None
 
 
+def _network_errors(url: str) -> AbstractContextManager[None]:
+    from orchard.cli.https import network_errors
+
+    return network_errors(url)
+
+
 def fetch_certificate(url: str) -> bytes:
     """Return the certificate that a controller shows, in PEM, unverified. Raises CommandError."""
+    import ssl
+
     with ControllerConnection(Context(url, certificate=b"")) as controller:
         tls: Any = controller.open_socket()
         return ssl.DER_cert_to_PEM_cert(tls.getpeercert(binary_form=True)).encode()
@@ -260,11 +263,14 @@ def describe_certificate(url: str, pem: bytes) -> Mapping[str, Any]:
 
     Raises CommandError.
     """
+    import ssl
+
+    from orchard.cli.https import network_errors, open_http
     from orchard.net.tls import inspecting_context
 
     server = parsed_urls(url)[0]
-    with _network_errors(server.text):
-        connection = _connection(
+    with network_errors(server.text):
+        connection = open_http(
             server, pem, _CERTIFICATE_SECONDS, inspecting_context(ssl.PEM_cert_to_DER_cert(pem.decode()))
         )
         try:
@@ -283,94 +289,6 @@ def _all_failures(failures: Mapping[ServerURL, NetworkError]) -> NetworkError:
         return errors[0]
     is_untrusted = any(error.is_untrusted for error in errors)
     return NetworkError("; ".join(str(error) for error in errors), is_untrusted=is_untrusted)
-
-
-# ---- connections -----------------------------------------------------------------------------------------------------
-
-
-def _connection(
-    server: ServerURL, certificate: bytes | None, seconds: float, context: ssl.SSLContext | None = None
-) -> http.client.HTTPConnection:
-    """Return a connection, not open yet, whose server has to show the certificate, if any. Raises CommandError."""
-    try:
-        proxy = find_proxy(server.is_tls, server.host, os.environ)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-    host, port = (server.host, server.port) if proxy is None else (proxy.host, proxy.port)
-    if server.is_tls:
-        connection: http.client.HTTPConnection = _PinnedConnection(
-            host, port, timeout=seconds, context=context or _tls(certificate), pinned=certificate
-        )
-    else:
-        connection = http.client.HTTPConnection(host, port, timeout=seconds)
-    if proxy is not None:
-        headers = {"Proxy-Authorization": proxy.authorization} if proxy.authorization else {}
-        connection.set_tunnel(server.host, server.port, headers=headers)
-    return connection
-
-
-class _PinnedConnection(http.client.HTTPSConnection):
-    """An HTTPS connection that ends before its first request unless the server shows the pinned certificate, if any."""
-
-    def __init__(self, *arguments: Any, pinned: bytes | None, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._pinned = pinned
-
-    def connect(self) -> None:
-        super().connect()
-        if self._pinned:
-            der: Any = self.sock.getpeercert(binary_form=True)
-            if der != ssl.PEM_cert_to_DER_cert(self._pinned.decode("ascii")):
-                self.close()
-                raise OSError(
-                    "its certificate is not the one of this context; if the controller has a new one, add the context"
-                    " again with: orchard context create --force"
-                )
-
-
-def _tls(certificate: bytes | None) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    if certificate is not None:
-        # The certificate itself is compared.
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-class _network_errors:  # noqa: N801
-    """Raises NetworkError for what goes wrong between the command and a controller."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | http.client.HTTPException):
-            is_untrusted = isinstance(error, ssl.SSLCertVerificationError)
-            raise NetworkError(f"no answer from {self._url}: {_reason(error)}", is_untrusted=is_untrusted) from None
-
-
-def _reason(error: OSError | http.client.HTTPException) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return (
-            f"its certificate is not trusted ({error.verify_message}); add the controller with:"
-            " orchard context create, which shows the certificate's fingerprint"
-        )
-    if isinstance(error, ssl.SSLError):
-        return f"the TLS handshake failed ({error.reason or error}); does the URL begin with http:// where it should?"
-    if isinstance(error, socket.gaierror):
-        return f"the host name is unknown ({error.strerror})"
-    if isinstance(error, TimeoutError):
-        return "it did not answer in time"
-    if isinstance(error, ConnectionRefusedError):
-        return "the connection was refused; is the controller running?"
-    if isinstance(error, http.client.RemoteDisconnected):
-        return "the connection was closed; does it expect https:// in place of http://?"
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    return f"it is not HTTP ({type(error).__name__}: {error})"
 
 
 def _message(status: int, raw: bytes) -> str:

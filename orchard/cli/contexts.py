@@ -7,9 +7,9 @@ import os
 import sys
 from dataclasses import dataclass, field
 
-from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError, fetch_certificate, parsed_urls
+from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
-from orchard.cli.failure import CommandError
+from orchard.cli.failure import CommandError, NetworkError
 from orchard.cli.output import print_items, print_table
 from orchard.cli.session import add_output_option, context_path
 from orchard.command_line import CommandLine

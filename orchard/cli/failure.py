@@ -1,4 +1,4 @@
-"""The error that ends a verb of the `orchard` command."""
+"""The errors that end a verb of the `orchard` command."""
 
 from __future__ import annotations
 
@@ -11,3 +11,11 @@ class CommandError(Exception):
     def __init__(self, message: str, status: int = FAILED) -> None:
         super().__init__(message)
         self.status = status
+
+
+class NetworkError(CommandError):
+    """The controller cannot be reached, or the connection was lost. `is_untrusted`: the host's CAs do not trust it."""
+
+    def __init__(self, message: str, *, is_untrusted: bool = False) -> None:
+        super().__init__(message)
+        self.is_untrusted = is_untrusted

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,13 +21,6 @@ _BAR_WIDTH = 40
 _LEAST_WIDTH = 12
 # Between columns, and before a further line of a row.
 _GAP, _INDENT = "  ", "    "
-
-
-def _terminal_size() -> os.terminal_size:
-    # It imports modules of compression, which verbs in a pipe do without.
-    import shutil
-
-    return shutil.get_terminal_size()
 
 
 def is_fancy(stream: TextIO) -> bool:
@@ -56,7 +50,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: s
     widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
     lines = [list(range(len(header)))]
     if sys.stdout.isatty():
-        lines = _fit_columns(widths, list(header).index(cut) if cut else None, _terminal_size().columns)
+        lines = _fit_columns(widths, list(header).index(cut) if cut else None, shutil.get_terminal_size().columns)
     for row in table:
         for number, columns in enumerate(lines):
             cells = _GAP.join(_padded(row[column], widths[column]) for column in columns).rstrip()
@@ -93,7 +87,9 @@ def with_message(text: str, message: str) -> str:
     line = printable(f"{text}{message}")
     if not sys.stdout.isatty():
         return line
-    return _padded(line, min(_width(line), max(_width(printable(text)) + _LEAST_WIDTH, _terminal_size().columns)))
+    return _padded(
+        line, min(_width(line), max(_width(printable(text)) + _LEAST_WIDTH, shutil.get_terminal_size().columns))
+    )
 
 
 def format_progress(text: str, columns: int) -> str:
@@ -108,7 +104,7 @@ def format_progress(text: str, columns: int) -> str:
 
 def repaint(lines: Iterable[str]) -> None:
     """Show lines in place of all that a terminal shows, as far as they fit, and how many more there are."""
-    size = _terminal_size()
+    size = shutil.get_terminal_size()
     shown = [part for line in lines for part in _folded(line, size.columns)]
     # The last line of the terminal is left to what follows: it would scroll the others.
     room = size.lines - 1

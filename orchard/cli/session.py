@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import ssl
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +51,8 @@ def remember_context(name: str, context: Context) -> None:
 
 def remember_controller(settings: ControllerSettings, running: Running) -> None:
     """Store the context of a controller that was started, if the start knows the credentials of its administrator."""
+    import ssl
+
     from orchard.auth import BOOTSTRAP_ADMIN
     from orchard.net.tls import pem_to_der
 

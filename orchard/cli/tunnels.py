@@ -1,7 +1,6 @@
-"""The verbs that lead into a VM: port-forward, ssh, exec, cp, vnc, and ssh-config with its hidden verb `__tunnel`.
+"""The verbs that open tunnels into a VM: port-forward, vnc, and the hidden verb `__tunnel`, the ProxyCommand of ssh.
 
-Bytes go through WebSockets of orchard.client. `ssh` is the system's program, which reaches the VM by `__tunnel` as its
-ProxyCommand: no extra package is needed for it, and scp, rsync, Ansible and editors go the same way.
+Bytes go through WebSockets of orchard.client, as those of exec and cp do (commands.py).
 """
 
 from __future__ import annotations
@@ -9,34 +8,24 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
-import shutil
-import stat
-import subprocess
 import sys
-import tempfile
 import webbrowser
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from urllib.parse import quote
 
 import trio
 
-from orchard.cli.connection import path_of
-from orchard.cli.failure import USAGE, CommandError
-from orchard.cli.session import add_context_option, chosen_context, open_connection
+from orchard.cli.failure import CommandError
+from orchard.cli.openssh import SSH_DOMAIN, add_login_options, login_of
+from orchard.cli.session import add_context_option, chosen_context
 from orchard.client import Client, ClientError
 from orchard.command_line import CommandLine, parse_duration, parse_port
 from orchard.net.tcp import describe_network_error, splice
 from orchard.nursery import unwrap_groups
 
-_SSH_PORT, _VNC_PORT = 22, 5900
-# Names of VMs for the system's ssh, as `ssh-config` declares them.
-_SSH_DOMAIN = ".orchard"
+_VNC_PORT = 5900
 _PIPE_BYTES = 64 * 1024
-# Prints the password that `ssh` asks for.
-_ASKPASS = '#!/bin/sh\nprintf "%s\\n" "$ORCHARD_SSH_PASSWORD"\n'
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:
@@ -48,28 +37,19 @@ def add_verb(verb: str, parser: CommandLine) -> None:
             "ports", metavar="[LOCAL]:REMOTE", type=parse_ports, help="LOCAL is a free port if it is left out"
         )
         parser.set_defaults(run=_forward)
-    elif verb == "ssh-config":
-        parser.set_defaults(run=_print_ssh_config)
     elif verb == "__tunnel":
         parser.add_argument("name", metavar="NAME")
         parser.add_argument("port", metavar="PORT", type=parse_port)
         parser.set_defaults(run=_pipe)
     else:
-        parser.add_argument("kind", choices=("vm", "worker") if verb == "vnc" else ("vm",), metavar="vm")
+        parser.add_argument("kind", choices=("vm", "worker"), metavar="vm")
         parser.add_argument("name", metavar="NAME")
-        parser.add_argument("-u", "--username", default="", help="default: the VM's")
-        parser.add_argument("-p", "--password", default="", help="default: the VM's")
-        parser.set_defaults(run=_ssh if verb == "ssh" else _open_vnc)
-        if verb == "ssh":
-            parser.add_argument(
-                "command", metavar="COMMAND", nargs="*", help="default: a login shell; options of it after --"
-            )
-            parser.is_intermixed = True
-    if verb != "ssh-config":
-        short = "-w" if verb == "vnc" else "-t"
-        parser.add_argument(
-            short, "--wait", metavar="SECONDS", type=parse_duration, default=60, help="default: %(default)s"
-        )
+        add_login_options(parser)
+        parser.set_defaults(run=_open_vnc)
+    short = "-w" if verb == "vnc" else "-t"
+    parser.add_argument(
+        short, "--wait", metavar="SECONDS", type=parse_duration, default=60, help="default: %(default)s"
+    )
     add_context_option(parser)
 
 
@@ -134,7 +114,7 @@ async def _listen(
 
 
 def _open_vnc(options: argparse.Namespace) -> int:
-    user, password = _credentials(options) if options.kind == "vm" else (options.username, options.password)
+    user, password = login_of(options) if options.kind == "vm" else (options.username, options.password)
     login = f"{quote(user, safe='')}:{quote(password, safe='')}@" if user else ""
 
     async def opened(port: int) -> None:
@@ -146,19 +126,12 @@ def _open_vnc(options: argparse.Namespace) -> int:
     return run_with_client(options, lambda client: _listen(client, options, (0, _VNC_PORT), opened))
 
 
-def _credentials(options: argparse.Namespace) -> tuple[str, str]:
-    """Return the user name and the password for a VM."""
-    with open_connection(options) as controller:
-        vm = controller.call("GET", path_of("vms", options.name))
-    return options.username or vm.get("username", ""), options.password or vm.get("password", "")
-
-
-# ---- ssh -------------------------------------------------------------------------------------------------------------
+# ---- the ProxyCommand of ssh -----------------------------------------------------------------------------------------
 
 
 def _pipe(options: argparse.Namespace) -> int:
     """Connect standard input and output to a port of a VM."""
-    name = options.name.removesuffix(_SSH_DOMAIN)
+    name = options.name.removesuffix(SSH_DOMAIN)
 
     async def relay(client: Client) -> int:
         async with (
@@ -185,72 +158,3 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _ssh(options: argparse.Namespace) -> int:
-    program = shutil.which("ssh")
-    if program is None:
-        raise CommandError("the program ssh is missing; install OpenSSH, or use: orchard exec vm NAME -it")
-    user, password = _credentials(options)
-    if user.startswith("-"):
-        raise CommandError(f'the user name is "{user}", expected no "-" at its start', USAGE)
-    proxy = [*_own_command(), "__tunnel", "--wait", str(options.wait), options.name, str(_SSH_PORT)]
-    if options.context:
-        proxy[-2:-2] = ["--context", options.context]
-    with tempfile.TemporaryDirectory() as directory:
-        askpass = Path(directory) / "askpass"
-        askpass.write_text(_ASKPASS)
-        askpass.chmod(stat.S_IRWXU)
-        env = {
-            **os.environ,
-            "SSH_ASKPASS": str(askpass),
-            "SSH_ASKPASS_REQUIRE": "force",
-            "ORCHARD_SSH_PASSWORD": password,
-        }
-        words = [program, *_ssh_options(proxy), "-l", user, f"{options.name}{_SSH_DOMAIN}"]
-        if options.command:
-            words += ["--", *options.command]
-        process = subprocess.Popen(words, env=env)  # noqa: S603
-        while True:
-            try:
-                return _status(process.wait())
-            except KeyboardInterrupt:
-                # ssh has it, too, and decides.
-                continue
-
-
-def _own_command() -> list[str]:
-    """Return the command that runs this program."""
-    return [sys.executable, "-P", "-m", "orchard"]
-
-
-def _ssh_options(proxy: list[str]) -> list[str]:
-    # Each clone of an image has the same host key as the image, and names are used again: a key proves nothing here. The
-    # tunnel leads to this VM alone.
-    settings: Mapping[str, str] = {
-        "ProxyCommand": shlex.join(proxy).replace("%", "%%"),
-        "StrictHostKeyChecking": "no",
-        "UserKnownHostsFile": os.devnull,
-        "LogLevel": "ERROR",
-        "NumberOfPasswordPrompts": "1",
-    }
-    return [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
-
-
-def _status(code: int) -> int:
-    """Return the exit status of a process that ended with `code`, also by a signal."""
-    return code if code >= 0 else 128 - code
-
-
-def _print_ssh_config(options: argparse.Namespace) -> int:
-    context = f" --context {shlex.quote(options.context)}" if options.context else ""
-    print(
-        f"# For ~/.ssh/config: then `ssh NAME{_SSH_DOMAIN}`, scp, rsync, Ansible and editors reach the VM NAME.\n"
-        f"Host *{_SSH_DOMAIN}\n"
-        f"  ProxyCommand {shlex.join(_own_command())} __tunnel{context} %h %p\n"
-        "  User admin\n"
-        "  StrictHostKeyChecking no\n"
-        f"  UserKnownHostsFile {os.devnull}\n"
-        "  LogLevel ERROR"
-    )
-    return 0

@@ -13,8 +13,9 @@ import pytest
 from harness.processes import ORCHARD, call_main, controller, environment, started
 
 from orchard.auth import BootstrapToken
-from orchard.cli.connection import ControllerConnection, _connection
+from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
+from orchard.cli.https import open_http
 from orchard.cli.main import main
 from orchard.files import TLS_CERTIFICATE_FILE
 from orchard.net.urls import parse_url
@@ -174,7 +175,7 @@ def test_proxies_of_the_environment_are_used_as_by_workers(
             monkeypatch.delenv(spelling, raising=False)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    assert _connection(parse_url("http://10.1.2.3"), None, 1).host == host
+    assert open_http(parse_url("http://10.1.2.3"), None, 1).host == host
 
 
 def test_proxy_that_cannot_be_used_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import trio
 from harness.scripted import OK, Script, answer
 
 from orchard.blocking import open_client
-from orchard.cli.connection import AnswerError, ControllerConnection, NetworkError
+from orchard.cli.connection import AnswerError, ControllerConnection
 from orchard.cli.context import Context
+from orchard.cli.failure import NetworkError
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.controller import ControllerSettings, run
 from orchard.net.urls import parse_urls
