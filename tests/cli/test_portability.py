@@ -23,6 +23,7 @@ print(json.dumps([status, sorted(sys.modules)]), file=sys.stderr)
 # Not needed by a verb that sends a request and prints the answer.
 HEAVY = {
     "asyncio",
+    "dataclasses",
     "h11",
     "trio",
     "orchard.client",
@@ -43,6 +44,25 @@ def test_verbs_that_send_a_request_import_little(dev: Path, api: ControllerConne
     done = subprocess.run(command, capture_output=True, text=True, env=environment(dev), check=True)
     status, modules = json.loads(done.stderr)
     assert (status, HEAVY & set(modules)) == (0, set())
+
+
+# Not needed by a verb that sends no request.
+FOR_REQUESTS = {"email", "http.client", "ssl"}
+
+
+@pytest.mark.parametrize("words", ["version --client", "context list", "ssh-config", "completion zsh", "--help"])
+def test_verbs_that_send_no_request_import_less(dev: Path, words: str) -> None:
+    command = [sys.executable, "-c", RUN_AND_TELL, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(dev), check=True)
+    status, modules = json.loads(done.stderr)
+    assert (status, (HEAVY - {"dataclasses"} | FOR_REQUESTS) & set(modules)) == (0, set())
+
+
+def test_ssh_imports_little_since_it_starts_a_program_that_imports_more(dev: Path) -> None:
+    command = [sys.executable, "-c", RUN_AND_TELL, "ssh", "vm", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(dev), check=True)
+    status, modules = json.loads(done.stderr.splitlines()[-1])
+    assert (status, HEAVY & set(modules)) == (1, set())
 
 
 # As on Windows: without the modules that it does not have, and without names of `os` and `signal`.
