@@ -1004,7 +1004,13 @@ OTHER_MODULES = (
     "worker",
 )
 OTHER_ERRORS = {"DamagedError", "NotWrittenError", "BrokenError", "BrokenFileError"}
-OTHER_ERRORS |= {"DamagedKeyError", "LeadershipLostError", "EtcdUnavailableError", "EtcdRefusedError"}
+OTHER_ERRORS |= {
+    "DamagedKeyError",
+    "LeadershipLostError",
+    "EtcdUnavailableError",
+    "EtcdRefusedError",
+    "EtcdAnswerTooLargeError",
+}
 
 
 def error_classes() -> list[type[Exception]]:
