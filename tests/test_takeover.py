@@ -1,0 +1,107 @@
+"""What the next controller has of the one before: on files after a restart, on etcd in another directory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from harness.memory_etcd import MemoryEtcd, running_memory_etcd
+from harness.processes import GENEROUS
+
+from orchard.client import Client, ResponseError
+from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, run
+from orchard.files import ACCESS_KEY_FILE, SSH_HOST_KEY_FILE, TLS_KEY_FILE
+from orchard.schema import TART_VMS
+from orchard.stored_data import CampaignPlatform
+
+TOKEN = "a-token-of-the-tests"
+SETTINGS = {
+    "hostDirPolicies": [{"pathPrefix": "/x"}],
+    "webhooks": [{"url": "https://example.com", "events": ["vm.failed"], "secret": "at least 16 characters"}],
+}
+
+
+@asynccontextmanager
+async def controller(directory: Path, etcd: MemoryEtcd | None) -> AsyncIterator[tuple[Running, Client]]:
+    settings = ControllerSettings(
+        data_dir=directory,
+        host="127.0.0.1",
+        port=0,
+        admin_token=TOKEN,
+        ssh=("127.0.0.1", 0),
+        etcd=None if etcd is None else EtcdSettings(EtcdAccess("http://etcd:2379")),
+    )
+    stop = trio.Event()
+    async with running_memory_etcd(etcd or MemoryEtcd()) as listener, trio.open_nursery() as nursery:
+        platform = Platform(campaign=CampaignPlatform(connect=listener.connect))
+
+        async def serve(*, task_status: trio.TaskStatus[Running]) -> None:
+            await run(settings, stop=stop, grace=0, platform=platform, task_status=task_status)
+
+        with trio.fail_after(GENEROUS):
+            running = await nursery.start(serve)
+        async with Client(
+            running.url, account="bootstrap-admin", token=TOKEN, certificate=running.certificate
+        ) as client:
+            yield running, client
+        stop.set()
+
+
+async def shown(client: Client) -> dict[str, Any]:
+    """Return what clients see, but for what counts anew."""
+    paths = (
+        "/vms",
+        "/workers",
+        "/service-accounts",
+        "/cluster-settings",
+        "/history",
+        "/vms/a/events?kinds=lifecycle,log_line",
+    )
+    found = {path: (await client.request("GET", path)).json() for path in paths}
+    # The worker is not connected to the next controller, so the reason why a VM waits is another one.
+    for item in (*found["/workers"], *found["/vms"]):
+        for name in ("since", "last_seen", "state", "version", "status_message"):
+            item.pop(name, None)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["file", "etcd"])
+async def test_next_controller_answers_as_the_one_before_to_all_that_clients_and_workers_hold(
+    engine: str, tmp_path: Path
+) -> None:
+    etcd = MemoryEtcd() if engine == "etcd" else None
+    directories = [tmp_path / "first", tmp_path / ("second" if etcd else "first")]
+    async with controller(directories[0], etcd) as (before, client):
+        await client.request("PUT", "/cluster-settings", json=SETTINGS)
+        await client.request(
+            "POST", "/service-accounts", json={"name": "ci", "token": "t" * 20, "roles": ["compute:read"]}
+        )
+        await client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
+        for name in "ab":
+            await client.vms.create(name=name, image="i", labels={"no": "worker"}, metadata={"k": "ü"})
+        await client.vms.append_events("a", [{"kind": "log_line", "payload": "said", "timestamp": 1}])
+        await client.vms.delete("b")
+        token = (await client.request("POST", "/vms/a/access-tokens")).json()["token"]
+        expected = await shown(client)
+        cursor = (await client.request("GET", "/vms/a/events?limit=1&kinds=lifecycle,log_line")).headers[
+            "x-next-cursor"
+        ]
+    async with controller(directories[1], etcd) as (after, client):
+        assert after.certificate == before.certificate
+        assert await shown(client) == expected
+        rest = (await client.request("GET", f"/vms/a/events?kinds=lifecycle,log_line&cursor={cursor}")).json()
+        assert rest == expected["/vms/a/events?kinds=lifecycle,log_line"][1:]
+        secrets = [
+            [(each / name).read_bytes() for name in (ACCESS_KEY_FILE, TLS_KEY_FILE, SSH_HOST_KEY_FILE)]
+            for each in directories
+        ]
+        assert secrets[0] == secrets[1]
+        async with Client(after.url, access_token=token, certificate=after.certificate) as guest:
+            # Let in, and the VM does not run.
+            with pytest.raises(ResponseError) as refused:
+                await guest.request("GET", "/vms/a/ip?wait=0")
+            assert refused.value.status == 503
