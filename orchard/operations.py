@@ -114,7 +114,7 @@ OPERATIONS: tuple[APIOperation, ...] = (
               answer=ref("BulkDeletion"), query=parameters.BULK_DELETION),
     Operation("GET", "/watch", watch.watch, "compute:read",
               "Watch all VMs and workers: ADDED for each, BOOKMARK, then their changes",
-              problems=(410,), query=(parameters.WATCH_KINDS, parameters.FILTER, parameters.SINCE, parameters.SILENCE),
+              problems=(410,), query=(*parameters.WATCH_ALL, parameters.SINCE, parameters.SILENCE),
               ndjson=_line_of("VM", "Worker")),
     Operation("GET", "/vms/{name}", vms.get_vm, "compute:read", "Retrieve a VM",
               answer=ref("VM"), problems=(404, 503), query=parameters.ONE_VM, ndjson=_VM_LINE,

@@ -71,9 +71,12 @@ WATCH_LIST = Parameter(
     "watch", "Stream the objects, then their changes, as lines of JSON: ADDED, MODIFIED, DELETED and BOOKMARK", _FLAG
 )
 IMAGES = Parameter(
-    "images", "Whether to show the images on the workers' disks", {"type": "string", "enum": ["true", "false"]}
+    "images",
+    "Whether to show the images on the workers' disks; of a watch, before its first BOOKMARK",
+    {"type": "string", "enum": ["true", "false"]},
 )
 WATCH_KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)
+WATCH_ALL = (WATCH_KINDS, FILTER, IMAGES)
 SINCE = Parameter("since", "Of a watch: only what came after this revision, as X-Revision or a line has told it", _TEXT)
 SILENCE = Parameter(
     "silence", "Seconds of silence after which a BOOKMARK is sent; absent: those of the controller", _whole(1, 60)
@@ -186,6 +189,10 @@ def read_choice(query: Query, parameter: Parameter) -> str:
     if value not in choices:
         raise HTTPError(400, f"{parameter.name} is {shown(value)}, expected one of {', '.join(choices)}")
     return value
+
+
+def shows_images(query: Query) -> bool:
+    return read_choice(query, IMAGES) == "true"
 
 
 def read_pairs(query: Query, parameter: Parameter) -> dict[str, str]:

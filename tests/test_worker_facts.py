@@ -84,6 +84,11 @@ async def test_facts_of_a_heartbeat_are_shown_and_absent_versions_and_images_sta
     assert (await worker.shown()).items() >= {**FACTS, "images": [IMAGE]}.items()
     assert "images" not in await api.ok("GET", "/workers/w?images=false")
     assert "images" not in (await api.ok("GET", "/workers?images=false"))[0]
+    async with trio.open_nursery() as nursery:
+        for query, shows in (("", True), ("&images=false", False)):
+            lines = await api.lines(f"/watch?kinds=workers{query}", nursery)
+            assert ("images" in (await lines.receive())["object"]) == shows
+        nursery.cancel_scope.cancel()
     assert (await api.call("GET", "/workers?images=no")).status == 400
     await worker.beat(disk=FACTS["disk"])
     shown = await worker.shown()

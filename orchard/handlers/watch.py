@@ -29,7 +29,7 @@ def watch_kinds(
     since = parameters.read_text(request.query, parameters.SINCE)
     silence = _read_silence(api, request.query)
     if not since:
-        return _watch_present(api, selection, silence)
+        return _watch_present(api, selection, silence, images=parameters.shows_images(request.query))
     log = api.store.log
     return Stream(partial(follow, log, log.position_of(since), selection, silence))
 
@@ -45,8 +45,8 @@ def _read_silence(api: API, query: Query) -> float:
     return longest if wanted is None else min(wanted, longest)
 
 
-async def _watch_present(api: API, selection: Selection, silence: float) -> AnyResponse:
-    snapshot = await take_snapshot(api, selection)
+async def _watch_present(api: API, selection: Selection, silence: float, *, images: bool) -> AnyResponse:
+    snapshot = await take_snapshot(api, selection, images=images)
     return Stream(partial(send_present, api.store.log, snapshot, selection, silence))
 
 

@@ -20,7 +20,7 @@ from orchard.codec import shown
 from orchard.handlers.watch import take_snapshot, watch_kinds
 from orchard.liveness import Source
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, TunnelUpgrade, WebSocketUpgrade
-from orchard.parameters import read_choice, read_flag, read_text
+from orchard.parameters import read_flag, read_text
 from orchard.schema import Worker
 
 
@@ -97,7 +97,7 @@ def _notice_restored(api: API, revision: int) -> None:
 def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
     if read_flag(request.query, parameters.WATCH):
         return watch_kinds(api, request, frozenset({"worker"}))
-    return _list_workers(api, images=_shows_images(request))
+    return _list_workers(api, images=parameters.shows_images(request.query))
 
 
 async def _list_workers(api: API, *, images: bool) -> AnyResponse:
@@ -107,11 +107,7 @@ async def _list_workers(api: API, *, images: bool) -> AnyResponse:
 
 def get_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     name = found("worker", api.state.workers, admitted.name).name
-    return _worker(api, name, images=_shows_images(request))
-
-
-def _shows_images(request: Request) -> bool:
-    return read_choice(request.query, parameters.IMAGES) == "true"
+    return _worker(api, name, images=parameters.shows_images(request.query))
 
 
 def put_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse:

@@ -26,10 +26,11 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** The shape of a state. Its word stands beside it, or is its label. */
+/** The shape of a state, a copy: of <use>, browsers make a tree of its own. Its word stands beside it, or is its label. */
 function mark(state, label = "") {
   const named = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
-  return svg("svg", { class: `mark s-${state}`, viewBox: "0 0 12 12", ...named }, svg("use", { href: `#i-${state}` }));
+  const shapes = document.getElementById(`i-${state}`)?.cloneNode(true).childNodes || [];
+  return svg("svg", { class: `mark s-${state}`, viewBox: "0 0 12 12", ...named }, ...shapes);
 }
 
 function setText(element, text) {
@@ -70,6 +71,8 @@ const button = (label, action, properties = {}) => h("button", { type: "button",
 
 // ---- texts ----------------------------------------------------------------------------------------------------------
 
+const wholeTime = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" }).format;
+const timeOfDay = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" }).format;
 const SECOND = 1000, MINUTE = 60 * SECOND, HOUR = 60 * MINUTE, DAY = 24 * HOUR;
 
 function duration(milliseconds) {
@@ -84,7 +87,7 @@ function duration(milliseconds) {
 /** How long ago a time was, with the absolute one as title. The clock of `tick` keeps it right. */
 function ago(time) {
   if (!time) return h("time", {}, "–");
-  const element = h("time", { datetime: time, title: new Date(time).toLocaleString() });
+  const element = h("time", { datetime: time, title: wholeTime(new Date(time)) });
   element.textContent = duration(Math.floor((Date.now() - Date.parse(time)) / SECOND) * SECOND);
   return element;
 }
@@ -99,7 +102,7 @@ function tickTimes() {
 
 function clock(seconds) {
   const date = new Date(seconds * SECOND);
-  return h("time", { class: "absolute", datetime: date.toISOString(), title: date.toLocaleString() }, date.toLocaleTimeString());
+  return h("time", { class: "absolute", datetime: date.toISOString(), title: wholeTime(date) }, timeOfDay(date));
 }
 
 function bytes(count) {
@@ -110,7 +113,9 @@ function bytes(count) {
   return `${value.toFixed(value < 10 && power ? 1 : 0)} ${units[power]}`;
 }
 
-const plural = (count, noun) => `${count.toLocaleString()} ${noun}${count === 1 ? "" : "s"}`;
+// A format is made once: toLocaleString makes one at each call.
+const number = new Intl.NumberFormat().format;
+const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 const pairs = (map) => Object.entries(map || {}).map(([key, value]) => `${key}=${value}`);
 const byText = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
 const shortImage = (image) => (image || "").replace(/^.*\//, "");
@@ -193,6 +198,9 @@ class Fleet {
     this.workers = new Map();
     // By the worker's name: its VMs by name.
     this.placed = new Map();
+    // VMs by name that do not run, and how many are in each state: of ten thousand, few change at a time.
+    this.idle = new Map();
+    this.counts = {};
     // What failed while this page looked on, the latest last.
     this.failures = [];
     this.complete = false;
@@ -225,6 +233,10 @@ class Fleet {
 
   putVM(vm, name, now = Date.now()) {
     const old = this.vms.get(name);
+    this.count(old, -1);
+    this.count(vm, 1);
+    if (vm && vm.status !== "running") this.idle.set(name, vm);
+    else this.idle.delete(name);
     if (old?.worker) {
       this.placed.get(old.worker)?.delete(name);
       this.changed.workers.add(old.worker);
@@ -241,6 +253,15 @@ class Fleet {
     }
     if (vm?.status === "failed" && old && old.status !== "failed") this.addFailure(vm, new Date(now).toISOString());
     this.changed.vms.add(name);
+  }
+
+  count(vm, by) {
+    if (vm) this.counts[vmState(vm)] = (this.counts[vmState(vm)] || 0) + by;
+  }
+
+  clear() {
+    for (const table of [this.vms, this.workers, this.placed, this.idle]) table.clear();
+    Object.assign(this, { counts: {}, failures: [], complete: false, listing: null });
   }
 
   putWorker(worker, name) {
@@ -287,21 +308,17 @@ class Fleet {
 
   queue() {
     const found = [];
-    for (const vm of this.vms.values()) if (isQueued(vm)) found.push(vm);
+    for (const vm of this.idle.values()) if (isQueued(vm)) found.push(vm);
     return found.sort((a, b) => (b.priority || 0) - (a.priority || 0) || byText(a.createdAt || "", b.createdAt || ""));
   }
 
   totals() {
-    const counts = { online: 0, workers: this.workers.size, slots: 0, used: 0, vms: this.vms.size };
+    const counts = { ...this.counts, online: 0, workers: this.workers.size, slots: 0, used: 0 };
     for (const worker of this.workers.values()) {
       if (workerState(worker) === "online") counts.online++;
       if (workerState(worker) === "offline") continue;
       counts.slots += slotsOf(worker);
       counts.used += Math.min(slotsOf(worker), worker.used?.[SLOTS] || 0);
-    }
-    for (const vm of this.vms.values()) {
-      const state = vmState(vm);
-      counts[state] = (counts[state] || 0) + 1;
     }
     return counts;
   }
@@ -311,7 +328,7 @@ class Fleet {
     const found = [];
     for (const worker of this.workers.values()) this.addWorkerProblems(found, worker);
     let waiting = 0, oldest = "";
-    for (const vm of this.vms.values()) {
+    for (const vm of this.idle.values()) {
       addVMProblem(found, vm, now);
       if (isQueued(vm) && !isNever(vm) && now - Date.parse(vm.createdAt) > LONG_QUEUE) {
         waiting++;
@@ -520,7 +537,7 @@ class Stream {
     let guard = setTimeout(end, LOST * SECOND);
     try {
       const since = this.revision ? `&since=${encodeURIComponent(this.revision)}` : "";
-      const answer = await send("GET", `/watch?kinds=vms,workers&silence=${SILENCE}${since}`, { signal: attempt.signal });
+      const answer = await send("GET", `/watch?kinds=vms,workers&images=false&silence=${SILENCE}${since}`, { signal: attempt.signal });
       if (!since) tell([{ type: "BEGIN" }]);
       for await (const lines of jsonLines(answer)) {
         clearTimeout(guard);
@@ -742,7 +759,8 @@ function table(label, heads, rows) {
 
 // ---- page: fleet ----------------------------------------------------------------------------------------------------
 
-const MAX_LISTED = 60, MAX_SLOTS = 12;
+// Of workers, so many get their boxes in one frame.
+const MAX_LISTED = 60, MAX_SLOTS = 12, MAX_NEW_BOXES = 60;
 
 class FleetPage {
   title = "Fleet";
@@ -756,7 +774,7 @@ class FleetPage {
     this.need = this.list("Needs attention");
     this.queue = this.list("Queue");
     this.failures = this.list("Failures of the last hour");
-    this.seen = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "600px" });
+    this.seen = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "300px" });
     this.boxes = new Map();
     this.earlier = [];
     const tools = h("div", { class: "tools" }, h("h2", {}, "Workers"), this.search, h("label", {}, "Group by", this.select));
@@ -780,9 +798,7 @@ class FleetPage {
 
   async loadFailures() {
     try {
-      const since = new Date(Date.now() - HOUR).toISOString();
-      const ended = await ask(`/history?since=${encodeURIComponent(since)}`);
-      this.earlier = ended.filter((vm) => vm.status === "failed").map((vm) => ({ ...vm, when: vm.endedAt }));
+      this.earlier = (await readHistory(HOUR)).filter((vm) => vm.status === "failed").map((vm) => ({ ...vm, when: vm.endedAt }));
       this.drawFailures();
     } catch {
       // The stream says so when the controller cannot be reached.
@@ -795,17 +811,18 @@ class FleetPage {
     else if ([...changed.workers].some((name) => fleet.workers.has(name) !== this.boxes.has(name))) this.drawWorkers(changed.workers);
     else if (this.search.value && changed.vms.size) this.drawWorkers(changed.workers);
     else for (const name of changed.workers) this.drawBox(name);
-    this.fill(this.need, fleet.problems(), (one) => `${one.key} ${one.text}`, problemItem, "Nothing needs you.");
-    this.fill(this.queue, fleet.queue(), (vm) => `${vm.uid} ${vm.status_message}`, queueItem, "No VM waits for a worker.");
+    this.fill(this.need, fleet.problems(), (one) => `${one.key} ${one.text} ${one.since}`, problemItem, "Nothing needs you.");
+    this.fill(this.queue, fleet.queue(), (vm) => `${vm.uid} ${vm.status_message} ${vm.priority}`, queueItem, "No VM waits for a worker.");
     this.drawFailures();
   }
 
   fill(list, items, keyOf, make, none) {
-    setText(list.count, items.length ? items.length.toLocaleString() : "");
-    keyed(list.items, items.slice(0, MAX_LISTED), keyOf, make);
+    setText(list.count, items.length ? number(items.length) : "");
+    // All that an item shows is in its key.
+    keyed(list.items, items.slice(0, MAX_LISTED), keyOf, make, () => {});
     list.items.hidden = !items.length;
     const more = items.length - MAX_LISTED;
-    setText(list.none, items.length ? (more > 0 ? `and ${more.toLocaleString()} more` : "") : fleet.complete ? none : "Loading…");
+    setText(list.none, items.length ? (more > 0 ? `and ${number(more)} more` : "") : fleet.complete ? none : "Loading…");
     list.none.hidden = !list.none.textContent;
   }
 
@@ -813,15 +830,15 @@ class FleetPage {
     const t = fleet.totals();
     const tile = (key, label, value, more = "", extra = null, href = `#/vms?state=${key}`) => ({ key: `${key} ${value} ${more}`, key0: key, label, value, more, extra, href });
     const tiles = [
-      tile("online", "workers online", t.online, ` / ${t.workers}`, null, "#/fleet"),
-      tile("slots", "slots used", t.used, ` / ${t.slots}`, t.slots ? t.used / t.slots : 0, "#/fleet"),
+      tile("online", "workers online", t.online, ` / ${number(t.workers)}`, null, "#/fleet"),
+      tile("slots", "slots used", t.used, ` / ${number(t.slots)}`, t.slots ? t.used / t.slots : 0, "#/fleet"),
       tile("running", "running", (t.running || 0) + (t.script || 0)),
       tile("starting", "starting", t.starting || 0),
       tile("queued", "in the queue", t.queued || 0),
       tile("failed", "failed", t.failed || 0),
     ];
     keyed(this.tiles, tiles, (one) => one.key, (one) => h("a", { class: "tile", href: one.href },
-      h("b", {}, one.value.toLocaleString(), one.more && h("small", {}, one.more)),
+      h("b", {}, number(one.value), one.more && h("small", {}, one.more)),
       h("span", {}, one.key0 !== "slots" && mark(one.key0), one.label), one.extra !== null && bar(one.extra, "share of slots used")));
   }
 
@@ -868,14 +885,17 @@ class FleetPage {
       this.drawGroup(section, group);
       return section;
     };
+    this.left = MAX_NEW_BOXES;
     keyed(this.groups, shown, (group) => `${group.name} ${group.none || ""}`, make, (section, group) => this.drawGroup(section, group));
+    if (this.left < 0) frame.schedule(this.drawMore ||= () => this.drawWorkers(new Set()));
   }
 
   drawGroup(section, group) {
     if (group.none) return;
     const list = section.querySelector("ul");
-    keyed(list, group.workers.map((worker) => worker.name), (name) => name, (name) => this.box(name).element);
-    for (const { name } of group.workers) if (this.changed.has(name) || !this.boxes.get(name).state) this.drawBox(name);
+    const names = group.workers.map((worker) => worker.name).filter((name) => this.boxes.has(name) || this.left-- > 0);
+    keyed(list, names, (name) => name, (name) => this.box(name).element);
+    for (const name of names) if (this.changed.has(name) || !this.boxes.get(name).state) this.drawBox(name);
   }
 
   box(name) {
@@ -898,9 +918,9 @@ class FleetPage {
 
   onSeen(entries) {
     for (const { target, isIntersecting } of entries) {
-      target.box.isSeen = isIntersecting;
-      if (isIntersecting) this.drawBox(target.box.name);
-      else keyed(target.box.slots, [], String, String);
+      const { box } = target;
+      box.isSeen = isIntersecting;
+      frame.schedule(box.draw ||= () => (box.isSeen ? this.drawBox(box.name) : keyed(box.slots, [], String, String)));
     }
   }
 
@@ -938,13 +958,13 @@ class FleetPage {
     const limit = new Date(Date.now() - HOUR).toISOString();
     for (const vm of this.earlier) known.set(vm.uid, vm);
     for (const vm of fleet.failures) known.set(vm.uid, vm);
-    for (const vm of fleet.vms.values()) {
+    for (const vm of fleet.idle.values()) {
       if (vm.status !== "failed" || known.has(vm.uid)) continue;
       const when = vm.startupEndedAt || vm.restarted_at || vm.started_at || vm.scheduled_at || vm.createdAt;
       known.set(vm.uid, { ...vm, message: vm.status_message, when });
     }
     const shown = [...known.values()].filter((vm) => vm.when > limit).sort((a, b) => byText(b.when, a.when));
-    this.fill(this.failures, shown, (vm) => `${vm.uid} ${vm.when}`, failureItem, "None.");
+    this.fill(this.failures, shown, (vm) => `${vm.uid} ${vm.when} ${isThere(vm)}`, failureItem, "None.");
   }
 }
 
@@ -980,8 +1000,10 @@ function queueItem(vm) {
   return h("li", {}, mark("queued"), vmLink(vm.name), ago(vm.createdAt), h("p", {}, priority, (vm.status_message || "waiting").replace(/^waiting: /, "")));
 }
 
+const isThere = ({ name, uid }) => fleet.vms.get(name)?.uid === uid;
+
 function failureItem(vm) {
-  const name = fleet.vms.get(vm.name)?.uid === vm.uid ? vmLink(vm.name) : h("span", { class: "clip" }, vm.name);
+  const name = isThere(vm) ? vmLink(vm.name) : h("span", { class: "clip" }, vm.name);
   return h("li", {}, mark("failed"), name, ago(vm.when), h("p", {}, vm.message || "failed", vm.worker ? [" · ", workerLink(vm.worker)] : ""));
 }
 
@@ -1064,7 +1086,7 @@ class VMsPage {
     const of = SORTS[this.sort.by], turn = this.sort.down ? -1 : 1;
     this.shown = found.sort((a, b) => turn * byText(of(a), of(b)) || byText(a.name, b.name));
     for (const name of this.picked) if (!fleet.vms.has(name)) this.picked.delete(name);
-    setText(this.count, found.length === fleet.vms.size ? found.length.toLocaleString() : `${found.length.toLocaleString()} of ${fleet.vms.size.toLocaleString()}`);
+    setText(this.count, found.length === fleet.vms.size ? number(found.length) : `${number(found.length)} of ${number(fleet.vms.size)}`);
     this.table.show(found, this.sort);
     this.drawSelection();
   }
@@ -1091,7 +1113,7 @@ class VMsPage {
   drawSelection() {
     const count = this.picked.size;
     const items = count ? [{ count }] : [];
-    keyed(this.selection, items, (item) => item.count, () => h("span", { class: "row" }, `${count.toLocaleString()} selected`, button("Delete…", () => this.deletePicked(), { class: "danger" })));
+    keyed(this.selection, items, (item) => item.count, () => h("span", { class: "row" }, `${number(count)} selected`, button("Delete…", () => this.deletePicked(), { class: "danger" })));
   }
 
   async deletePicked() {
@@ -1167,10 +1189,10 @@ class WorkerPage {
     this.drawn = state;
     const used = Object.entries(worker.resources || {}).map(([name, amount]) => [name, `${worker.used?.[name] || 0} of ${amount} used`]);
     this.state.replaceChildren(facts([
-      ["state", [state, worker.since ? [" for ", ago(worker.since)] : ""].flat()], ["drain ends", worker.drain?.deadline && new Date(worker.drain.deadline).toLocaleString()],
+      ["state", [state, worker.since ? [" for ", ago(worker.since)] : ""].flat()], ["drain ends", worker.drain?.deadline && wholeTime(new Date(worker.drain.deadline))],
       ...(worker.health?.problems || []).map((one) => [one.what, one.message]),
       ["architecture", `${worker.arch || "arm64"}, ${worker.runtime || "tart"}`], ["labels", chips(worker.labels)], ...used,
-      ["registered", worker.createdAt && new Date(worker.createdAt).toLocaleString()], ["by", worker.registeredBy],
+      ["registered", worker.createdAt && wholeTime(new Date(worker.createdAt))], ["by", worker.registeredBy],
       ["versions", worker.versions && [worker.versions.orchard && `orchard ${worker.versions.orchard}`, worker.versions.tart && `tart ${worker.versions.tart}`, worker.versions.os].filter(Boolean).join(", ")],
     ]));
     keyed(this.vms, fleet.vmsOn(this.name), (vm) => vm.uid, (vm) => h("li", {}, mark(vmState(vm)), vmLink(vm.name), ago(vm.scheduled_at), h("p", {}, vmPhase(vm), vm.status_message ? ` · ${vm.status_message}` : "")));
@@ -1286,7 +1308,7 @@ class VMPage {
     setText(this.message, vm.status_message || "");
     this.facts.replaceChildren(facts([
       ["worker", vm.worker && workerLink(vm.worker)], ["image", vm.image], ["digest", vm.image_fqn], ["owner", vm.createdBy], ["created", vm.createdAt && [ago(vm.createdAt), " ago"]],
-      ["expires", vm.expiresAt && new Date(vm.expiresAt).toLocaleString()], ["restarts", vm.restart_count], ["exit code", vm.startupExitCode],
+      ["expires", vm.expiresAt && wholeTime(new Date(vm.expiresAt))], ["restarts", vm.restart_count], ["exit code", vm.startupExitCode],
       ["CPUs, memory", vm.assignedCPU && `${vm.assignedCPU}, ${vm.assignedMemory} MiB`], ["labels", chips(vm.labels)], ["metadata", chips(vm.metadata)],
     ]));
     this.drawSpecification(vm);
@@ -1342,7 +1364,7 @@ class VMPage {
     const ttlSeconds = Math.round(3600 * Number(answer.get("hours")));
     const issued = await act(async () => (await send("POST", `${vmPath(this.name)}/access-tokens`, { body: { ttlSeconds } })).json());
     if (!issued) return;
-    await dialog({ title: `Token for ${this.name}`, body: [h("p", { class: "dim" }, `It is shown only now, and ends ${new Date(issued.expiresAt).toLocaleString()}. At the SSH server it is the password of the user token.`), copyLine(issued.token, "token")] });
+    await dialog({ title: `Token for ${this.name}`, body: [h("p", { class: "dim" }, `It is shown only now, and ends ${wholeTime(new Date(issued.expiresAt))}. At the SSH server it is the password of the user token.`), copyLine(issued.token, "token")] });
   }
 
   async startAgain(vm) {
@@ -1465,8 +1487,8 @@ class LogView {
 
   drawStatus() {
     const { shown, lines, dropped } = this;
-    const found = this.search.value ? `${shown.length.toLocaleString()} of ` : "";
-    const more = dropped ? `, ${dropped.toLocaleString()} earlier ones dropped` : "";
+    const found = this.search.value ? `${number(shown.length)} of ` : "";
+    const more = dropped ? `, ${number(dropped)} earlier ones dropped` : "";
     setText(this.status, `${found}${plural(lines.length, "line")}${more}${this.isOver ? ", ended" : ""}`);
   }
 
@@ -1504,6 +1526,9 @@ function logRow(event) {
 
 class ImagesPage {
   title = "Images";
+  pulling = [];
+  ended = new AbortController();
+  readAt = 0;
 
   mount(main) {
     this.list = h("div", {}, empty("Loading…"));
@@ -1517,6 +1542,7 @@ class ImagesPage {
 
   unmount() {
     clearInterval(this.timer);
+    this.ended.abort();
   }
 
   update(changed) {
@@ -1525,7 +1551,7 @@ class ImagesPage {
 
   async load() {
     try {
-      this.workers = await ask("/workers");
+      await this.loadWorkers();
       const info = await ask(may("admin:read") ? "/cluster-settings" : "/controller/info");
       this.prepull = info.prepull || [];
     } catch {
@@ -1536,19 +1562,30 @@ class ImagesPage {
     this.drawPrepull();
   }
 
-  drawList() {
-    const images = new Map();
-    for (const worker of this.workers) {
-      for (const { name, sizeBytes, lastUsed } of worker.images || []) {
-        const image = images.get(name) || { name, workers: [], size: 0, lastUsed: "" };
-        image.workers.push(worker.name);
-        image.size = Math.max(image.size, sizeBytes || 0);
-        if ((lastUsed || "") > image.lastUsed) image.lastUsed = lastUsed;
-        images.set(name, image);
+  /** Read the workers one by one, and of many the images rarely: a thousand workers have tens of megabytes of them. */
+  async loadWorkers() {
+    const images = new Map(), pulling = [], withImages = Date.now() - this.readAt > (this.count > 100 ? 10 * MINUTE : 0);
+    let count = 0;
+    const end = new AbortController(), signal = AbortSignal.any([end.signal, this.ended.signal]);
+    try {
+      const answer = await send("GET", `/watch?kinds=workers&images=${withImages}`, { signal });
+      for await (const lines of jsonLines(answer)) {
+        for (const { object: worker } of lines.filter((line) => line.kind === "worker")) {
+          count++;
+          if (worker.pulling) pulling.push({ ...worker.pulling, worker: worker.name });
+          for (const image of worker.images || []) addImage(images, image, worker.name);
+        }
+        if (lines.some((line) => line.type === "BOOKMARK")) break;
       }
+    } finally {
+      end.abort();
     }
-    const rows = [...images.values()].sort((a, b) => b.workers.length - a.workers.length || byText(a.name, b.name)).slice(0, 500).map((image) =>
-      h("tr", {}, h("td", {}, image.name), h("td", { title: image.workers.join(", ") }, `${image.workers.length} of ${this.workers.length}`),
+    Object.assign(this, { pulling, count }, withImages && { images, readAt: Date.now() });
+  }
+
+  drawList() {
+    const rows = [...this.images.values()].sort((a, b) => b.workers.length - a.workers.length || byText(a.name, b.name)).slice(0, 500).map((image) =>
+      h("tr", {}, h("td", {}, image.name), h("td", { title: image.workers.join(", ") }, `${image.workers.length} of ${this.count}`),
         h("td", { class: "right" }, bytes(image.size)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–"),
         h("td", {}, may("admin:write") && !this.isPrepulled(image.name) && button("Pre-pull…", () => this.addPrepull(image.name), { class: "quiet", "aria-label": `Pre-pull ${image.name}` }))));
     this.list.replaceChildren(rows.length ? table("Images", ["Image", "Workers", "Size", "Last used", ""], rows) : empty("No worker has reported an image."));
@@ -1560,7 +1597,7 @@ class ImagesPage {
 
   drawPulls() {
     const pulls = [];
-    for (const worker of this.workers || []) if (worker.pulling) pulls.push({ key: `w ${worker.name}`, image: worker.pulling.image, text: `${worker.pulling.percent || 0} %, in advance`, worker: worker.name });
+    for (const { image, percent, worker } of this.pulling) pulls.push({ key: `w ${worker}`, image, text: `${percent || 0} %, in advance`, worker });
     for (const vm of fleet.vms.values()) if (/^pull/.test(vmPhase(vm))) pulls.push({ key: vm.uid, image: vm.image, text: `${vmPhase(vm)} for ${vm.name}`, worker: vm.worker });
     keyed(this.pulls, pulls.length ? pulls : [{ key: "", none: true }], (one) => `${one.key} ${one.text}`, (one) => (one.none ? h("li", {}, h("p", {}, "Nothing.")) : h("li", {}, mark("starting"), h("span", { class: "clip", title: one.image }, shortImage(one.image)), workerLink(one.worker), h("p", {}, one.text))));
   }
@@ -1587,20 +1624,48 @@ class ImagesPage {
   }
 }
 
+function addImage(images, { name, sizeBytes, lastUsed }, worker) {
+  const image = images.get(name) || { name, workers: [], size: 0, lastUsed: "" };
+  image.workers.push(worker);
+  image.size = Math.max(image.size, sizeBytes || 0);
+  if ((lastUsed || "") > image.lastUsed) image.lastUsed = lastUsed;
+  images.set(name, image);
+}
+
 // ---- page: history --------------------------------------------------------------------------------------------------
+
+// Entries of the history that are asked for at a time: to read more would take longer than a frame.
+const HISTORY_PIECE = 1000;
 
 let ended = { at: 0, vms: null };
 
-/** Return the VMs that have ended, the earliest first, or null where there is no answer. Kept for a while. */
+/** Return the VMs of the last week that have ended, the earliest first, or null where there is no answer. Kept for a while. */
 async function loadHistory() {
   if (Date.now() - ended.at > 20 * SECOND) {
     try {
-      ended = { at: Date.now(), vms: await ask("/history") };
+      ended = { at: Date.now(), vms: await readHistory(7 * DAY) };
     } catch {
       return null;
     }
   }
   return ended.vms;
+}
+
+/** Return the VMs that ended within a time until now, with `end` and the times `queue`, `boot` and `run` in milliseconds. */
+async function readHistory(age) {
+  const found = new Map();
+  let since = new Date(Date.now() - age).toISOString(), limit = HISTORY_PIECE;
+  for (;;) {
+    const piece = await ask(`/history?limit=${limit}&since=${encodeURIComponent(since)}`);
+    for (const { metadata, ...vm } of piece) {
+      const [created, assigned, started, end] = [vm.createdAt, vm.assignedAt, vm.startedAt, vm.endedAt].map((time) => Date.parse(time));
+      found.set(vm.uid, { ...vm, end, queue: assigned - created, boot: started - assigned, run: end - started });
+    }
+    if (piece.length < limit) return [...found.values()];
+    // Those that ended at the same time come again.
+    if (piece.at(-1).endedAt === since) limit *= 2;
+    since = piece.at(-1).endedAt;
+  }
 }
 
 function quantile(values, share) {
@@ -1609,13 +1674,14 @@ function quantile(values, share) {
   return sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))];
 }
 
-const between = (vms, from, to) => vms.filter((vm) => vm[from] && vm[to]).map((vm) => Date.parse(vm[to]) - Date.parse(vm[from]));
+/** Return one of the times of VMs, without those of VMs that did not come so far. */
+const timesOf = (vms, name) => vms.map((vm) => vm[name]).filter((time) => !Number.isNaN(time));
 
 function summary(vms) {
   return {
     failed: vms.length ? vms.filter((vm) => vm.status === "failed").length / vms.length : null,
-    boot: quantile(between(vms, "assignedAt", "startedAt"), 0.5),
-    run: quantile(between(vms, "startedAt", "endedAt"), 0.5),
+    boot: quantile(timesOf(vms, "boot"), 0.5),
+    run: quantile(timesOf(vms, "run"), 0.5),
   };
 }
 
@@ -1640,15 +1706,15 @@ class HistoryPage {
   draw() {
     const hours = Number(this.hours.value), width = hours / 24, now = Date.now();
     const begin = now - hours * HOUR;
-    const vms = (this.vms || []).filter((vm) => Date.parse(vm.endedAt) > begin);
+    const vms = (this.vms || []).filter((vm) => vm.end > begin);
     const slots = Array.from({ length: 24 }, () => []);
-    for (const vm of vms) slots[Math.min(23, Math.floor((Date.parse(vm.endedAt) - begin) / (width * HOUR)))].push(vm);
+    for (const vm of vms) slots[Math.min(23, Math.floor((vm.end - begin) / (width * HOUR)))].push(vm);
     const rate = (list) => list.length / width;
-    const times = (from, to, share) => slots.map((list) => quantile(between(list, from, to), share));
+    const times = (name, share) => slots.map((list) => quantile(timesOf(list, name), share));
     this.body.replaceChildren(
       panel("VMs an hour", barPlot("VMs that ended, an hour", slots.map(rate), slots.map((list) => rate(list.filter((vm) => vm.status === "failed"))), hours), legend("ended", "of these failed")),
-      panel("Time in the queue", linePlot("Time in the queue", times("createdAt", "assignedAt", 0.5), times("createdAt", "assignedAt", 0.9), hours), legend("median", "90th percentile")),
-      panel("Time to boot", linePlot("Time from the assignment until the VM runs", times("assignedAt", "startedAt", 0.5), times("assignedAt", "startedAt", 0.9), hours), legend("median", "90th percentile")),
+      panel("Time in the queue", linePlot("Time in the queue", times("queue", 0.5), times("queue", 0.9), hours), legend("median", "90th percentile")),
+      panel("Time to boot", linePlot("Time from the assignment until the VM runs", times("boot", 0.5), times("boot", 0.9), hours), legend("median", "90th percentile")),
       ...[["image", "image"], ["worker", "worker"], ["createdBy", "owner"]].map(([key, name]) => panel(`Failures by ${name}`, failureTable(vms, key, name))));
   }
 }
@@ -1762,6 +1828,9 @@ const NAVIGATION = [["fleet", "Fleet"], ["vms", "VMs"], ["images", "Images"], ["
 const KEYS = [["/", "search"], ["j", "next"], ["k", "the one before"], ["Enter", "open"], ["?", "these keys"]];
 const byId = (id) => document.getElementById(id);
 
+// Milliseconds after which drawing lets the browser paint.
+const PIECE = 4;
+
 class Frame {
   page = null;
   isScheduled = false;
@@ -1786,7 +1855,12 @@ class Frame {
       this.isNew = false;
       this.page.update(changed);
     }
-    for (const draw of later) draw();
+    // What takes longer than a part of a frame goes on in the next one.
+    const began = performance.now();
+    for (const draw of later) {
+      if (performance.now() - began > PIECE) this.schedule(draw);
+      else draw();
+    }
   }
 
   route() {
@@ -1794,6 +1868,7 @@ class Frame {
     const [kind, name] = path.split("/").map(decodeURIComponent);
     const Page = PAGES[kind] || FleetPage;
     this.page?.unmount?.();
+    this.later = new Set();
     const main = byId("main");
     main.replaceChildren();
     this.page = new Page(name, new URLSearchParams(query || ""));
@@ -1830,7 +1905,7 @@ class Frame {
     const place = byId("connection");
     document.body.classList.toggle("stale", !isLive);
     place.classList.toggle("lost", !isLive);
-    setText(place, isLive ? "Live" : `Connection lost at ${new Date().toLocaleTimeString()}, trying again`);
+    setText(place, isLive ? "Live" : `Connection lost at ${timeOfDay(new Date())}, trying again`);
   }
 
   say(text) {
@@ -1893,8 +1968,7 @@ function signOut(isTold = false) {
   frame.hide();
   // Nothing of the fleet stays in memory.
   if (needsCredentials) {
-    for (const table of [fleet.vms, fleet.workers, fleet.placed]) table.clear();
-    Object.assign(fleet, { failures: [], complete: false, listing: null });
+    fleet.clear();
     ended = { at: 0, vms: null };
   }
   showSignIn();
