@@ -35,11 +35,16 @@ class EtcdProgramError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EtcdOptions:
-    """`election_ms` bounds an election; `quota_bytes` the database, 0 for etcd's default. `sync`: write through to disk."""
+    """`election_ms` bounds an election; `quota_bytes` the database, 0 for etcd's default. `sync`: write through to disk.
+
+    `more` are options of etcd beside those that a node has. `listens` are URLs for clients beside `url`.
+    """
 
     election_ms: int = 500
     quota_bytes: int = 0
     sync: bool = False
+    more: Sequence[str] = ()
+    listens: Sequence[str] = ()
 
 
 def find_etcd() -> str:
@@ -82,7 +87,7 @@ class EtcdNode:
         words = {
             "--name": self.name,
             "--data-dir": str(self._directory / self.name),
-            "--listen-client-urls": self.url,
+            "--listen-client-urls": ",".join([self.url, *self._options.listens]),
             "--advertise-client-urls": self.url,
             "--listen-peer-urls": self.peer_url,
             "--initial-advertise-peer-urls": self.peer_url,
@@ -94,7 +99,7 @@ class EtcdNode:
         }
         if self._options.quota_bytes:
             words["--quota-backend-bytes"] = str(self._options.quota_bytes)
-        more = [] if self._options.sync else ["--unsafe-no-fsync"]
+        more = [*self._options.more, *([] if self._options.sync else ["--unsafe-no-fsync"])]
         return [self._program, *(word for pair in words.items() for word in pair), *more]
 
     @property

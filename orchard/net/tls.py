@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import trio
 
@@ -51,6 +51,8 @@ _LOOK_INTERVAL = 60.0  # seconds
 _NO_CHECK_TIME = 0x200000
 # The client's and the server's messages of a handshake in memory take at most this many turns.
 _MAX_TURNS = 4
+# OpenSSL's X509_V_ERR_CERT_HAS_EXPIRED, X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH.
+_HAS_EXPIRED, _WRONG_NAME = 10, frozenset({62, 64})
 # The reasons that OpenSSL gives for bytes which are not TLS.
 _NOT_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
 
@@ -403,6 +405,27 @@ def _client_context(ca: Path | None, certificate: Path | None, key: Path | None)
                 f"{certificate} and {key} are not a certificate and its key in PEM format: {reason_of(error)}"
             ) from error
     return context
+
+
+CertificateProblem = Literal["", "unknown issuer", "expired", "wrong name", "client"]
+
+
+def certificate_problem(error: BaseException) -> CertificateProblem:
+    """Return what is wrong with a certificate if a connection failed for that: with the server's, or with the "client"'s own.
+
+    `error` is that of the connection, with its causes. With TLS 1.3 the server refuses a client after the handshake.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        if cause.verify_code == _HAS_EXPIRED:
+            return "expired"
+        return "wrong name" if cause.verify_code in _WRONG_NAME else "unknown issuer"
+    reason = "" if cause is None else str(cause.reason)
+    # OpenSSL refuses a client of TLS 1.2 without a certificate by HANDSHAKE_FAILURE.
+    is_about_client = any(word in reason for word in ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE_FAILURE"))
+    return "client" if "ALERT" in reason and is_about_client else ""
 
 
 def _hash(der: bytes) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypedDict
@@ -40,7 +40,17 @@ _REMEDIES = {
     "user name is empty": "give --etcd-user, and its password in ORCHARD_ETCD_PASSWORD",
     "authentication failed": "correct --etcd-user, or the password in ORCHARD_ETCD_PASSWORD",
     "authentication is not enabled": "turn authentication on in etcd, or leave --etcd-user out",
+    "CommonName of client": "etcd with users takes no certificate with a common name here: give --etcd-cert one without",
     "permission denied": "give the role of --etcd-user the permission readwrite for all keys below --etcd-prefix",
+}
+
+# What is wrong with a certificate, and the remedy.
+_CERTIFICATE_REMEDIES: Mapping[tls.CertificateProblem, str] = {
+    "": "",
+    "unknown issuer": "pass the CA of etcd's certificates with --etcd-ca",
+    "expired": "renew etcd's certificate",
+    "wrong name": "in --etcd, use a name or an address that etcd's certificate is for",
+    "client": "pass a certificate that etcd trusts, and that has not expired, with --etcd-cert and --etcd-key",
 }
 
 TxnOperation = dict[str, Any]
@@ -163,7 +173,8 @@ class EtcdClient:
             except ResponseError as error:
                 reasons.append(f"{endpoint.url}: {error}")
             except ClientError as error:
-                reasons.append(str(error))
+                remedy = _CERTIFICATE_REMEDIES[tls.certificate_problem(error)]
+                reasons.append(f"{error} ({remedy})" if remedy else str(error))
             self._endpoints.remove(endpoint)
             self._endpoints.append(endpoint)
         raise EtcdUnavailableError("; ".join(reasons))

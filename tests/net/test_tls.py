@@ -9,11 +9,12 @@ import ssl
 import stat
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
+from harness.certificates import Authority
 from harness.programs import need
 
 from orchard.net import tls
@@ -288,3 +289,38 @@ async def test_changed_files_are_used_and_halves_of_an_exchange_are_not(
     await trio.sleep(300)
     assert len(used) == 1
     nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("shown", ["none", "foreign", "expired", "right"])
+async def test_refusal_of_the_clients_certificate_is_recognised(
+    version: ssl.TLSVersion, shown: str, tmp_path: Path
+) -> None:
+    """With TLS 1.3 the refusal comes after the handshake, instead of an answer."""
+    authority, other = Authority(tmp_path), Authority(tmp_path, "other")
+    context = tls.server_context(*authority.issue("server"))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(authority.certificate)
+    context.maximum_version = version
+    issuer = other if shown == "foreign" else authority
+    pair = () if shown == "none" else issuer.issue("client", is_expired=shown == "expired")
+    ours, theirs = socket.socketpair()
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+
+    def serve() -> None:
+        # trio would not send the alert.
+        with suppress(ssl.SSLError), theirs, context.wrap_socket(theirs, server_side=True) as server:
+            server.sendall(b"hello")
+
+    async def greet() -> bytes:
+        secured = await Trust(None, authority.certificate, *pair).secure(stream, "127.0.0.1")
+        return bytes(await secured.receive_some(5))
+
+    async with trio.open_nursery() as nursery, stream:
+        nursery.start_soon(trio.to_thread.run_sync, serve)
+        if shown == "right":
+            assert await greet() == b"hello"
+        else:
+            with pytest.raises((TLSError, trio.BrokenResourceError)) as error:
+                await greet()
+            assert tls.certificate_problem(error.value) == "client"
