@@ -177,7 +177,9 @@ class Deadlines:
     def _touch(self, now: float) -> None:
         """Have the wall time stored if there are deadlines, and follow a wall clock that is a little wrong."""
         self._touch_at = now + TOUCH_SECONDS
-        self._clock.adjust()
+        # A wall clock that was set is followed when the deadlines are shifted, which needs space.
+        if not self._clock.error():
+            self._clock.adjust()
         if len(self._agenda) and not self._store.full:
             self._store.touch()
 

@@ -30,6 +30,7 @@ from orchard.reactions import tunnel_end_reason
 from orchard.schema import TART_VMS
 from orchard.storage.errors import StorageError
 from orchard.storage.file_engine import UPKEEP_SECONDS
+from orchard.store import Store
 from orchard.testing import cluster
 
 SECOND = datetime.timedelta(seconds=1)
@@ -602,3 +603,23 @@ async def test_vms_expire_on_a_full_disk_although_the_clock_was_set(tmp_path: Pa
         disk.fault = lambda verb, number: 0
         with suppress(StorageError):
             await api.store.wait_durable()
+
+
+async def test_vm_does_not_expire_early_when_the_clock_is_set_on_a_full_disk(
+    tmp_path: Path, autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = HostClock()
+    async with served(tmp_path, host_clock=host, in_thread=at_once) as api:
+        await api.register("w")
+        vm = await run_on(api, "w", "vm", ttlSeconds=1000)
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "full", "the disk is full")
+            host.error = 10**8 * SECOND
+            await after(api, TOUCH_SECONDS + 1)
+            await report(api, vm, "failed", "false")
+            await after(api, 1)
+            assert await names(api) == ["vm"]
+        await after(api, 900)
+        assert await names(api) == ["vm"]
+        await after(api, 100)
+        assert await names(api) == []
