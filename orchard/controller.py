@@ -193,7 +193,7 @@ async def run(
 class _Serving:
     """How long a controller serves, and who is told that it does. `started` is called once.
 
-    `store` is the one that is served from, None while the controller stands by.
+    `store` is the one that is served from, None while the controller stands by. `new_admin` is that of `Running`.
     """
 
     stop: trio.Event
@@ -201,12 +201,13 @@ class _Serving:
     started: Callable[[Running], None]
     is_started: bool = False
     store: Store | None = None
+    new_admin: ServiceAccount | None = None
 
     def announce(self, running: Running, store: Store) -> None:
         self.store = store
         if not self.is_started:
             self.is_started = True
-            self.started(running)
+            self.started(replace(running, new_admin=self.new_admin))
 
 
 async def _serve(settings: ControllerSettings, platform: Platform, serving: _Serving, data: StoredData) -> None:
@@ -217,49 +218,54 @@ async def _serve(settings: ControllerSettings, platform: Platform, serving: _Ser
         # Ends last, because it stores what the tasks below change.
         async with trio.open_nursery() as writers:
             loop, deadlines, parts = _compose(settings, data, platform.clock)
-            api = make_api(parts, ui=settings.ui)
-            hosts = None if settings.auth else settings.allowed_hosts
-            browsers = BrowserRules(
-                settings.allowed_origins, hosts, [f"{settings.prefix}/ui{end}" for end in ("", "/")]
-            )
             await writers.start(data.store.run)
             await writers.start(data.events.run)
             await writers.start(data.history.run)
-            new_admin = await _store_first_objects(settings, data.store, platform.clock())
+            serving.new_admin = await _store_first_objects(settings, data.store, platform.clock())
             # Ends when the last answer was sent.
             async with trio.open_nursery() as background:
-                background.start_soon(loop.run)
-                background.start_soon(deadlines.run)
-                background.start_soon(parts.executor.run)
-                background.start_soon(parts.webhooks.run)
-                listeners, running = await platform.listen(settings)
-                if running.watch_certificate is not None:
-                    background.start_soon(running.watch_certificate)
-                parts.figures.certificate_expires = running.certificate_expires
-                admit = browsers.guard(api.admit)
-                answer = partial(
-                    serve,
-                    api.handle,
-                    admit=admit,
-                    refuse_all=api.refuse_all,
-                    limits=_limits(settings),
-                    stop=serving.stop,
-                    count=parts.figures.count_request,
-                    grace=serving.grace,
-                )
-                # Ends with `stop`.
-                async with trio.open_nursery() as servers:
-                    await servers.start(answer, listeners)
-                    ssh_port = await _serve_ssh(settings, parts, background)
-                    metrics_port = 0
-                    if settings.metrics is not None:
-                        opened = await _open_listeners(*settings.metrics)
-                        metrics_port = await serve_metrics(opened, api, settings.allowed_origins, background)
-                    running = replace(running, new_admin=new_admin, ssh_port=ssh_port, metrics_port=metrics_port)
-                    serving.announce(running, data.store)
+                for task in (loop.run, deadlines.run, parts.executor.run, parts.webhooks.run):
+                    background.start_soon(task)
+                await _answer_requests(settings, platform, serving, parts, background)
                 background.cancel_scope.cancel()
             await _store_last_changes(data)
             writers.cancel_scope.cancel()
+
+
+async def _answer_requests(
+    settings: ControllerSettings,
+    platform: Platform,
+    serving: _Serving,
+    parts: ControllerParts,
+    background: trio.Nursery,
+) -> None:
+    """Listen on all ports, and answer until `stop` is set and the last answer was sent. Raises StartError."""
+    api = make_api(parts, ui=settings.ui)
+    hosts = None if settings.auth else settings.allowed_hosts
+    browsers = BrowserRules(settings.allowed_origins, hosts, [f"{settings.prefix}/ui{end}" for end in ("", "/")])
+    listeners, running = await platform.listen(settings)
+    if running.watch_certificate is not None:
+        background.start_soon(running.watch_certificate)
+    parts.figures.certificate_expires = running.certificate_expires
+    answer = partial(
+        serve,
+        api.handle,
+        admit=browsers.guard(api.admit),
+        refuse_all=api.refuse_all,
+        limits=_limits(settings),
+        stop=serving.stop,
+        count=parts.figures.count_request,
+        grace=serving.grace,
+    )
+    # Ends with `stop`.
+    async with trio.open_nursery() as servers:
+        await servers.start(answer, listeners)
+        ssh_port = await _serve_ssh(settings, parts, background)
+        metrics_port = 0
+        if settings.metrics is not None:
+            opened = await _open_listeners(*settings.metrics)
+            metrics_port = await serve_metrics(opened, api, settings.allowed_origins, background)
+        serving.announce(replace(running, ssh_port=ssh_port, metrics_port=metrics_port), parts.store)
 
 
 def _compose(
