@@ -180,7 +180,7 @@ def script_text(script: Script, marker: str) -> str:
         raise DriverError(f"{script.kind} script: the script contains a NUL character")
     if text and not text.endswith("\n"):
         text += "\n"
-    exports = "".join(_export(name, value) for name, value in script.env.items())
+    exports = "".join(_export(script.kind, name, value) for name, value in script.env.items())
     # A word that processes may show in their environment. The marker would let the script print its own end.
     word = new_marker()
     # In braces, so that the shell has read all of it before the script begins: what comes then is for _KILLER.
@@ -195,7 +195,7 @@ exec 3<&0
 /bin/sh -c {shlex.quote(_KILLER)} orchard $$ $PPID {word} <&3 >/dev/null 2>&1 &
 (
 ORCHARD_SCRIPT={word}; export ORCHARD_SCRIPT
-{exports}{_run_line(text)}
+{exports}{_run_line(script.kind, text)}
 ) </dev/null 3<&-
 _orchard_status=$?
 command rm -f "$_orchard_file"
@@ -205,12 +205,12 @@ exec true
 """
 
 
-def _export(name: str, value: str) -> str:
+def _export(kind: str, name: str, value: str) -> str:
     """Return lines that export a variable, or print that it is passed over."""
     if not ENV_NAME.fullmatch(name):
-        raise DriverError(f"startup script: environment variable is named {name!r}, expected [A-Za-z_][A-Za-z0-9_]*")
+        raise DriverError(f"{kind} script: environment variable is named {name!r}, expected [A-Za-z_][A-Za-z0-9_]*")
     if "\0" in value:
-        raise DriverError(f"startup script: the environment variable {name} contains a NUL character")
+        raise DriverError(f"{kind} script: the environment variable {name} contains a NUL character")
     passed_over = f"echo 'environment variable {name} is passed over: "
     if name in _EVALUATED and not _NUMBER.fullmatch(value):
         return f"{passed_over}shells take it for a number, and evaluate other values'\n"
@@ -223,7 +223,7 @@ def _export(name: str, value: str) -> str:
     )
 
 
-def _run_line(text: str) -> str:
+def _run_line(kind: str, text: str) -> str:
     """Return the command that runs the script in its file."""
     words = interpreter(text)
     if not words:
@@ -232,7 +232,7 @@ def _run_line(text: str) -> str:
             'case "$_orchard_shell" in "") set -e; . "$_orchard_file";; *csh) "$_orchard_shell" -e "$_orchard_file";;'
             ' *) "$_orchard_shell" "$_orchard_file";; esac'
         )
-    missing = f"startup script: there is no interpreter {words[0]}"
+    missing = f"{kind} script: there is no interpreter {words[0]}"
     return (
         f"command -v {shlex.quote(words[0])} >/dev/null || {{ echo {shlex.quote(missing)}; exit 127; }}\n"
         f'{shlex.join(words)} "$_orchard_file"'

@@ -236,6 +236,13 @@ def test_invalid_variable_names_and_nul_are_refused(env: dict[str, str], script:
         script_text(Script(script, env), MARKER)
 
 
+def test_complaint_about_a_script_names_its_kind() -> None:
+    with pytest.raises(DriverError, match="shutdown script"):
+        script_text(Script("true", {"A B": ""}, kind="shutdown"), MARKER)
+    missing = script_text(Script("#!/no/such/interpreter\n", kind="shutdown"), MARKER)
+    assert "shutdown script: there is no interpreter" in missing
+
+
 # ---- what comes back -----------------------------------------------------------------------------------------------
 
 
