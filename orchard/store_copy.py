@@ -331,8 +331,8 @@ async def inspect_keys(client: EtcdClient, prefix: str) -> str:
 
     Raises CopyError, DamagedError, EtcdRequestError.
     """
-    count = 0
     async with read_etcd(client, prefix) as (copy, events):
+        count = len(copy.lifecycle)
         async for _, some in events:
             count += len(some)
     for each in await client.scan(f"{prefix}/", keys_only=True):

@@ -289,7 +289,7 @@ async def test_command_copies_to_a_real_etcd_and_checks_it(tmp_path: Path, capsy
         assert await command("store", "copy", str(tmp_path / "source"), nodes.url) == 0
         assert await command("store", "copy", str(tmp_path / "source"), nodes.url) == 1
         assert await command("check", "--etcd", nodes.url) == 0
-        assert "2 VMs, 1 workers, 1 service accounts, 1500 events" in capsys.readouterr().out
+        assert "2 VMs, 1 workers, 1 service accounts, 1501 events" in capsys.readouterr().out
         assert await command("store", "copy", nodes.url, str(tmp_path / "target")) == 0
     found = await all_of(tmp_path / "target")
     assert found == expected

@@ -102,7 +102,10 @@ def print_bootstrap_token(options: argparse.Namespace) -> int:
         certificate = directory / TLS_CERTIFICATE_FILE
         pem = certificate.read_bytes() if certificate.exists() and not options.no_certificate else None
     except OSError as error:
-        return _fail(f"cannot read the controller's data in {directory}: {error.strerror}; see --data-dir")
+        return _fail(
+            f"cannot read the controller's data in {directory}: {error.strerror}; see --data-dir, or ask a"
+            " controller: orchard get bootstrap-token"
+        )
     except DamagedError as error:
         return _fail(str(error))
     account = state.accounts.get(options.account)
