@@ -70,7 +70,7 @@ def _wait(options: argparse.Namespace) -> int:
     outage = Outage()
     with open_connection(options, seconds=_MAX_WAIT + ANSWER_SECONDS) as controller:
         require_capability(controller, "wait-for", "wait")
-        query = {"waitFor": options.state, "uid": controller.call("GET", path_of("vms", options.name))["uid"]}
+        query = {"waitFor": options.state, "uid": controller.fetch("GET", path_of("vms", options.name))["uid"]}
         while True:
             left = _MAX_WAIT if deadline is None else max(0, min(_MAX_WAIT, math.ceil(deadline - time.monotonic())))
             asked_at = time.monotonic()
@@ -97,7 +97,7 @@ def _declare_ip(parser: CommandLine) -> None:
 
 def _print_ip(options: argparse.Namespace) -> int:
     with open_connection(options, seconds=options.wait + 30) as controller:
-        print(controller.call("GET", path_of("vms", options.name, "ip"), query={"wait": str(options.wait)})["ip"])
+        print(controller.fetch("GET", path_of("vms", options.name, "ip"), query={"wait": str(options.wait)})["ip"])
     return 0
 
 
@@ -123,7 +123,7 @@ def _drain(options: argparse.Namespace) -> int:
             controller.call("DELETE", path)
             return 0
         controller.call("POST", path, body={"now": True} if options.now else {"deadlineSeconds": options.deadline or 0})
-        while options.wait and controller.call("GET", path_of("workers", options.name)).get("state") != "drained":
+        while options.wait and controller.fetch("GET", path_of("workers", options.name)).get("state") != "drained":
             if deadline is not None and time.monotonic() >= deadline:
                 raise CommandError(f'worker "{options.name}" still has VMs after {options.timeout} seconds', OVERDUE)
             time.sleep(_POLL_SECONDS)
@@ -146,7 +146,7 @@ def _show_capacity(options: argparse.Namespace) -> int:
             query[name] = ",".join(f"{key}={value}" for key, value in pairs.items())
     with open_connection(options) as controller:
         require_capability(controller, "capacity", "capacity")
-        found = controller.call("GET", "/capacity", query=query)
+        found = controller.fetch("GET", "/capacity", query=query)
     if options.output == "json":
         print_json(found)
     else:
@@ -166,7 +166,7 @@ def _show_history(options: argparse.Namespace) -> int:
     query = {"limit": str(options.limit), **({"since": options.since} if options.since else {})}
     with open_connection(options) as controller:
         require_capability(controller, "history", "history")
-        ended = controller.call("GET", "/history", query=query)
+        ended = controller.fetch_list("/history", query=query)
     if options.output != "table":
         print_items(ended, options.output)
         return 0
@@ -193,7 +193,7 @@ def _declare_sessions(parser: CommandLine) -> None:
 def _show_sessions(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
         require_capability(controller, "sessions", "sessions")
-        found = controller.call("GET", "/controller/sessions")
+        found = controller.fetch_list("/controller/sessions")
     if options.output == "json":
         print_json(found)
         return 0
@@ -215,7 +215,7 @@ def _print_version(options: argparse.Namespace) -> int:
         print(f"client: orchard {__version__}")
     if not options.client:
         with open_connection(options) as controller:
-            info = controller.call("GET", "/controller/info")
+            info = controller.fetch("GET", "/controller/info")
             versions |= {"server": info.get("version", ""), "url": controller.url}
         if options.output == "text":
             print(f"server: orchard {versions['server']} at {versions['url']}")

@@ -121,13 +121,13 @@ def _apply_one(controller: ControllerConnection, vm: Mapping[str, Any]) -> str:
     """Create a VM, or change the one of that name, and return what was done."""
     path = path_of("vms", vm["name"])
     try:
-        before = controller.call("GET", path)
+        before = controller.fetch("GET", path)
     except AnswerError as error:
         if error.status_code != 404:
             raise
         controller.call("POST", "/vms", query=_STRICT, body=vm)
         return "created"
-    after = controller.call("PATCH", path, query=_STRICT, body=vm)
+    after = controller.fetch("PATCH", path, query=_STRICT, body=vm)
     return "unchanged" if after.get("version") == before.get("version") else "changed"
 
 
@@ -192,7 +192,7 @@ def _set_settings(options: argparse.Namespace) -> int:
     if "webhooks" in changes:
         changes["webhooks"] = _read_webhooks(changes["webhooks"])
     with open_connection(options) as controller:
-        before = controller.call("GET", "/cluster-settings")
+        before = controller.fetch("GET", "/cluster-settings")
         controller.call("PUT", "/cluster-settings", query=_STRICT, body={**before, **changes})
     return 0
 

@@ -289,13 +289,11 @@ def _names(kind: str, position: _Position, begin: str) -> list[Proposal]:
         query = {"limit": str(_MAX_NAMES), **({"filter": f"name={begin}*"} if begin else {})} if kind == "vm" else {}
         try:
             with ControllerConnection(context, seconds=_NAME_SECONDS) as controller:
-                items = controller.call("GET", path_of(RESOURCE_KINDS[kind].path), query=query)
+                items = controller.fetch_list(path_of(RESOURCE_KINDS[kind].path), query=query)
         except CommandError:
             return
         found.extend(
-            Proposal(str(item.get("name")), str(item.get("status") or item.get("state") or ""))
-            for item in items or ()
-            if isinstance(item, dict)
+            Proposal(str(item.get("name")), str(item.get("status") or item.get("state") or "")) for item in items
         )
 
     # A thread, since a name server is waited for without a limit. It ends with this process.

@@ -79,6 +79,20 @@ class ControllerConnection:
             raw = answer.read()
         return _parse(raw) if raw.strip() else None
 
+    def fetch(self, method: str, path: str, *, query: QueryPairs = (), body: object = None) -> dict[str, Any]:
+        """Do as `call`, and return the object of the answer. A name that is missing in it raises CommandError."""
+        found = self.call(method, path, query=query, body=body)
+        if not isinstance(found, dict):
+            raise _unexpected(found, "an object")
+        return found
+
+    def fetch_list(self, path: str, *, query: QueryPairs = ()) -> list[dict[str, Any]]:
+        """GET a list of objects, as `fetch` an object."""
+        found = self.call("GET", path, query=query)
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise _unexpected(found, "a list of objects")
+        return found
+
     def lines(self, path: str, *, query: QueryPairs = (), deadline: float | None = None) -> Iterator[Any]:
         """Yield the parsed lines of an answer of JSON lines as they come, until it ends or until `deadline`.
 
@@ -97,7 +111,10 @@ class ControllerConnection:
                     line = answer.readline()
                 ended = not line
                 if line.strip():
-                    yield _parse(line)
+                    parsed = _parse(line)
+                    if not isinstance(parsed, dict):
+                        raise _unexpected(parsed, "lines that are objects")
+                    yield parsed
         except NetworkError:
             if deadline is None or time.monotonic() < deadline:
                 raise
@@ -298,8 +315,20 @@ def _message(status: int, raw: bytes) -> str:
         return f"the controller answered {status}, and not as an Orchard does: {raw[:64]!r}"
 
 
+class _AnswerObject(dict[str, Any]):
+    """An object in an answer, which says so when it lacks what is asked of it."""
+
+    def __missing__(self, name: str) -> Any:
+        raise CommandError(f'the answer has no "{name}"; is the URL that of an Orchard?')
+
+
+def _unexpected(found: object, expected: str) -> CommandError:
+    shown = json.dumps(found, ensure_ascii=False)[:64]
+    return CommandError(f"the answer begins with {shown}, expected {expected}; is the URL that of an Orchard?")
+
+
 def _parse(raw: bytes) -> Any:
     try:
-        return json.loads(raw)
+        return json.loads(raw, object_hook=_AnswerObject)
     except ValueError:
         raise CommandError(f"the answer is not JSON, it begins: {raw[:64]!r}; is the URL that of an Orchard?") from None

@@ -205,7 +205,7 @@ def _create_vm(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
         if options.follow:
             require_capability(controller, "events-follow", "--follow")
-        vm = controller.call("POST", "/vms", query=query, body=wanted)
+        vm = controller.fetch("POST", "/vms", query=query, body=wanted)
         if not (options.wait or options.follow):
             return 0
         return Waiting(controller, vm, options.timeout).until_ready(follow=options.follow)
@@ -215,7 +215,7 @@ def _create_account(options: argparse.Namespace) -> int:
     roles = [role for text in options.roles for role in parse_words(text)]
     with open_connection(options) as controller:
         body = {"name": options.name, "roles": roles, **({"token": options.token} if options.token else {})}
-        account = controller.call("POST", "/service-accounts", body=body)
+        account = controller.fetch("POST", "/service-accounts", body=body)
     if not options.token:
         print(account["token"])
     return 0
@@ -224,7 +224,7 @@ def _create_account(options: argparse.Namespace) -> int:
 def _create_token(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
         body = {"ttlSeconds": options.ttl} if options.ttl is not None else {}
-        issued = controller.call("POST", path_of("vms", options.name, "access-tokens"), body=body)
+        issued = controller.fetch("POST", path_of("vms", options.name, "access-tokens"), body=body)
     if options.output == "json":
         print_json(issued)
     else:

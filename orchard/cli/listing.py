@@ -51,7 +51,7 @@ def _list(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
         if query:
             require_capability(controller, "vm-metadata", "--filter")
-        items = controller.call("GET", path_of(kind.path), query=query)
+        items = controller.fetch_list(path_of(kind.path), query=query)
     if options.quiet or options.output != "table":
         print_items(items, "name" if options.quiet else options.output)
     else:

@@ -57,7 +57,7 @@ def add_login_options(parser: CommandLine) -> None:
 def login_of(options: argparse.Namespace) -> tuple[str, str]:
     """Return the user name and the password for a VM."""
     with open_connection(options) as controller:
-        vm = controller.call("GET", path_of("vms", options.name))
+        vm = controller.fetch("GET", path_of("vms", options.name))
     return options.username or vm.get("username", ""), options.password or vm.get("password", "")
 
 

@@ -200,7 +200,7 @@ def _get(options: argparse.Namespace) -> int:
     if not name and kind is not _SETTINGS:
         raise CommandError(f"the name of the {kind.name} is missing", USAGE)
     with open_connection(options) as controller:
-        item = controller.call("GET", path_of(kind.path, name) if name else path_of(kind.path))
+        item = controller.fetch("GET", path_of(kind.path, name) if name else path_of(kind.path))
     if slash:
         item = find_field(kind, item, field)
     if options.output == "json":
@@ -220,7 +220,7 @@ def _print_bootstrap_token(options: argparse.Namespace) -> int:
     from orchard.auth import BootstrapToken
 
     with open_connection(options) as controller:
-        account = controller.call("GET", path_of("service-accounts", options.name))
+        account = controller.fetch("GET", path_of("service-accounts", options.name))
     if not account.get("token"):
         raise CommandError("the controller shows tokens only to accounts that have the role admin:write")
     print(BootstrapToken(account["name"], account["token"], chosen_context(options).certificate))
@@ -229,7 +229,7 @@ def _print_bootstrap_token(options: argparse.Namespace) -> int:
 
 def _print_access_token(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
-        print(controller.call("POST", path_of("vms", options.name, "access-tokens"), body={})["token"])
+        print(controller.fetch("POST", path_of("vms", options.name, "access-tokens"), body={})["token"])
     return 0
 
 
@@ -301,7 +301,7 @@ def _delete_matching(options: argparse.Namespace) -> int:
     query = [*(("filter", text) for text in options.filter), *([("dryRun", "true")] if options.dry_run else [])]
     with open_connection(options) as controller:
         require_capability(controller, "vm-metadata", "--filter")
-        for name in controller.call("DELETE", "/vms", query=query)["deleted"]:
+        for name in controller.fetch("DELETE", "/vms", query=query)["deleted"]:
             print(name)
     return 0
 
@@ -318,7 +318,7 @@ def _pause(options: argparse.Namespace) -> int:
 def _wait_empty(controller: ControllerConnection, worker: str, seconds: int) -> None:
     """Wait until a worker has no VMs. Raises CommandError when it has some after `seconds`."""
     deadline = time.monotonic() + seconds
-    while number := len(controller.call("GET", "/vms", query={"filter": f"worker={worker}"})):
+    while number := len(controller.fetch_list("/vms", query={"filter": f"worker={worker}"})):
         if time.monotonic() >= deadline:
             raise CommandError(f'worker "{worker}" is paused and still has {number} VMs after {seconds} s', OVERDUE)
         time.sleep(_POLL_SECONDS)
@@ -327,4 +327,4 @@ def _wait_empty(controller: ControllerConnection, worker: str, seconds: int) -> 
 def set_paused(controller: ControllerConnection, worker: str, paused: bool) -> None:
     """Have a worker get no new VMs, or have it get some again."""
     path = path_of("workers", worker)
-    controller.call("PUT", path, body={**controller.call("GET", path), "scheduling_paused": paused})
+    controller.call("PUT", path, body={**controller.fetch("GET", path), "scheduling_paused": paused})

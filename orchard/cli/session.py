@@ -78,7 +78,7 @@ def chosen_context(options: argparse.Namespace) -> Context:
 
 def require_capability(controller: ControllerConnection, capability: str, what: str) -> None:
     """Raise CommandError unless the controller has a capability, which `what` needs."""
-    if capability not in (controller.call("GET", "/controller/info") or {}).get("capabilities", ()):
+    if capability not in controller.fetch("GET", "/controller/info").get("capabilities", ()):
         raise CommandError(f"this controller is too old for {what}: it lacks the capability {capability}")
 
 

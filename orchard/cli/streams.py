@@ -52,11 +52,11 @@ def _print_log(options: argparse.Namespace) -> int:
     with open_connection(options) as controller:
         if options.tail is not None and not options.follow:
             query = {"limit": str(options.tail), "order": "desc"}
-            for event in controller.call("GET", path_of("vms", options.name, "events"), query=query):
+            for event in controller.fetch_list(path_of("vms", options.name, "events"), query=query):
                 print_line(event.get("payload", ""))
             return 0
-        for event in _events(controller, options, "log_line"):
-            print_line(event.get("payload", ""))
+        for line in _events(controller, options, "log_line"):
+            print_line(line.get("payload", ""))
     return 0
 
 
@@ -86,7 +86,7 @@ def _paged(controller: ControllerConnection, path: str, query: Mapping[str, str]
     cursor = ""
     while True:
         asked = {**query, "limit": str(_PAGE), "order": "asc", **({"cursor": cursor} if cursor else {})}
-        yield from controller.call("GET", path, query=asked)
+        yield from controller.fetch_list(path, query=asked)
         cursor = controller.headers.get("X-Next-Cursor", "")
         if not cursor:
             return

@@ -93,7 +93,7 @@ def _top(options: argparse.Namespace) -> int:
 
 def _fleet(controller: ControllerConnection) -> Object:
     """Return workers and VMs by their states, the slots of online workers, the queue, and what needs attention."""
-    workers, vms = controller.call("GET", "/workers"), controller.call("GET", "/vms")
+    workers, vms = controller.fetch_list("/workers"), controller.fetch_list("/vms")
     online = [worker for worker in workers if worker.get("state") == "online"]
     waiting = sorted(filter(_waits, vms), key=_age_order)
     fields = ("name", "createdAt", "priority", "status_message")
@@ -156,13 +156,13 @@ def _attention(workers: Sequence[Object], vms: Sequence[Object]) -> Iterator[Obj
 def _describe(options: argparse.Namespace) -> int:
     kind = RESOURCE_KINDS[options.kind]
     with open_connection(options) as controller:
-        item = controller.call("GET", path_of(kind.path, options.name))
+        item = controller.fetch("GET", path_of(kind.path, options.name))
         found: Object = (
             {"vm": item, "remedies": _remedies(item), "events": _life(controller, options.name)}
             if options.kind == "vm"
             else {
                 "worker": item,
-                "vms": [vm for vm in controller.call("GET", "/vms") if vm.get("worker") == options.name],
+                "vms": [vm for vm in controller.fetch_list("/vms") if vm.get("worker") == options.name],
             }
         )
     if options.output == "json":
@@ -204,7 +204,7 @@ def _life(controller: ControllerConnection, name: str) -> list[Object]:
     """Return the last lifecycle events of a VM; none from a controller that has none."""
     query = {"kinds": "lifecycle", "order": "desc", "limit": str(_SHOWN)}
     try:
-        events = controller.call("GET", path_of("vms", name, "events"), query=query)
+        events = controller.fetch_list(path_of("vms", name, "events"), query=query)
     except AnswerError:
         return []
     # A controller that does not know `kinds` answers with the script's output.

@@ -43,11 +43,14 @@ class Answering(BaseHTTPRequestHandler):
     server: ScriptedController
 
     def do_PATCH(self) -> None:
-        """Take a request, and end the connection without an answer."""
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.do_GET()
+
+    do_POST = do_PUT = do_DELETE = do_PATCH  # noqa: N815
 
     def do_GET(self) -> None:
         self.server.targets.append(self.path)
-        answers = self.server.answers[self.path.partition("?")[0]]
+        answers = self.server.answers.get(self.path.partition("?")[0]) or self.server.answers["any"]
         status, body = answers.pop(0) if len(answers) > 1 else answers[0]
         if not status:
             return
@@ -127,5 +130,25 @@ def test_missing_name_is_a_usage_error(kind: str, controller: ScriptedController
 
 def test_token_of_a_rotation_without_an_answer_is_printed(controller: ScriptedController, tmp_path: Path) -> None:
     """The controller may have taken the token, which the command has made."""
+    controller.answers["any"] = [CUT]
     status, out, _ = call_main(main, "rotate", "token", "ci", home=tmp_path)
     assert (status, len(out.strip())) == (1, 32)
+
+
+VERBS = """status; describe vm x; describe worker x; list vms; list vms -q; list workers; list service-accounts; get vm x
+get vm x/cpu; get worker x; get service-account x; get cluster-settings; get bootstrap-token x; get vm-access-token x
+delete vm --filter metadata.a=b; apply -f FILE; set cluster-settings --prepull a/b; pause worker x; resume worker x
+logs vm x; logs vm x --tail 3; logs vm x -f; events vm x; wait vm x --timeout 1; ip vm x; drain worker x --wait --timeout 1
+capacity; history; sessions; watch; create vm x --wait --timeout 1; create service-account x; create token vm x"""
+
+
+@pytest.mark.parametrize("value", [5, [5], {}])
+def test_answer_of_another_form_is_no_traceback(value: object, controller: ScriptedController, tmp_path: Path) -> None:
+    """Another program answers at the URL, with JSON."""
+    (tmp_path / "vm.json").write_text('{"name": "x"}')
+    known = ["wait-for", "events-follow", "watch-list", "vm-metadata", "drain", "capacity", "history", "sessions"]
+    controller.answers |= {"/v1/controller/info": [(200, {"capabilities": known})], "any": [(200, [value])]}
+    for line in VERBS.replace("\n", "; ").split("; "):
+        words = line.replace("FILE", str(tmp_path / "vm.json")).split()
+        _, _, err = call_main(main, *words, home=tmp_path)
+        assert len(err.splitlines()) <= 1, line
