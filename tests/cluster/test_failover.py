@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 from harness.cutting_proxy import CuttingProxy
+from harness.memory_etcd import encoded
 from harness.processes import PLAIN, Role, eventually, free_port, started
 
 from orchard.client import Client, ClientError, ResponseError
 from orchard.etcd_nodes import EtcdNodes, EtcdOptions, etcd_nodes
+from orchard.net.transport import Transport
+from orchard.schema import TART_VMS, VM
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("etcd")]
 
@@ -22,6 +25,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.needs("etcd")]
 TTL = 5  # seconds
 # Acknowledged ones before an attack, and again after it.
 WRITES = 20
+# A worker for nine VMs.
+SYNTHETIC = ("--runtime", "synthetic", "--resources", f"{TART_VMS}=9")
+# A line with method and target, and the body.
+QUEUED = (
+    "GET /v1/vms",
+    'POST /v1/vms\n{"name": "queued", "image": "i"}',
+    'PUT /v1/workers/mac\n{"name": "mac", "last_seen": "2026-01-31T12:00:00Z"}',
+)
 
 
 class Site:
@@ -63,6 +74,31 @@ class Site:
         await eventually(answers)
         return found[0]
 
+    async def queue(self, number: int, request: str) -> trio.SocketStream:
+        """Send a request to a controller, over a connection of its own, and return the connection."""
+        stream = await trio.open_tcp_stream("127.0.0.1", self._ports[number])
+        head, _, body = request.partition("\n")
+        await stream.send_all(
+            f"{head} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        return stream
+
+    async def end_lease(self) -> None:
+        """End the lease of the controller that leads, as etcd does when its time is over."""
+        async with Transport(self.etcd.url, connect_seconds=10, answer_seconds=10) as gateway:
+            answer = await gateway.request("POST", "/v3/kv/range", json={"key": encoded(b"/orchard/leader")})
+            await gateway.request("POST", "/v3/lease/revoke", json={"ID": answer.json()["kvs"][0]["lease"]})
+
+
+async def answer_of(stream: trio.SocketStream) -> bytes:
+    """Return the answer to a request, empty if the connection is closed instead."""
+    answer = b""
+    async with stream:
+        with suppress(trio.BrokenResourceError):
+            while (piece := await stream.receive_some()) and b"\r\n\r\n" not in answer:
+                answer += piece
+    return answer
+
 
 @asynccontextmanager
 async def site(home: Path, *, sync: bool = False) -> AsyncIterator[Site]:
@@ -95,10 +131,14 @@ async def stop_leader(s: Site) -> None:
 
 
 async def freeze_leader(s: Site) -> None:
-    role = s.roles[await s.leader()]
-    role.process.send_signal(signal.SIGSTOP)
-    await trio.sleep(TTL + 4)
-    role.process.send_signal(signal.SIGCONT)
+    """Stop the leader until another one leads. What waits in its sockets meanwhile is not carried out, and not answered."""
+    number = await s.leader()
+    s.roles[number].process.send_signal(signal.SIGSTOP)
+    queued = [await s.queue(number, request) for request in QUEUED]
+    assert await s.leader() != number
+    s.roles[number].process.send_signal(signal.SIGCONT)
+    answers = [await answer_of(stream) for stream in queued]
+    assert all(not answer or answer.startswith(b"HTTP/1.1 503 ") for answer in answers), answers
 
 
 async def kill_leader_of_etcd(s: Site) -> None:
@@ -168,3 +208,28 @@ async def test_nothing_acknowledged_is_lost_and_nothing_is_applied_twice(attack:
         found = {vm.name: vm.uid for vm in await client.vms.list()}
         assert statuses <= {503}
         assert {name: uid for name, uid in acknowledged.items() if found.get(name) != uid} == {}
+
+
+async def test_five_fail_overs_leave_eight_running_vms_alone(tmp_path: Path) -> None:
+    def lives(vms: Sequence[VM]) -> list[tuple[str, str, int, str]]:
+        return sorted((vm.uid, vm.state.status, vm.state.restart_count, vm.state.worker) for vm in vms)
+
+    async with site(tmp_path) as s, Client(s.url, connect_seconds=2, answer_seconds=10) as client:
+        await s.leader()
+        with started("worker", s.url, "--name", "mac", *SYNTHETIC, home=tmp_path / "worker"):
+            for number in range(8):
+                await client.vms.create(name=f"vm-{number}", image="i", restart_policy="OnFailure")
+            for number in range(8):
+                await client.vms.wait(f"vm-{number}")
+            before = lives(await client.vms.list())
+            for _ in range(5):
+                number = await s.leader()
+                await trio.to_thread.run_sync(s.roles[number].stop, signal.SIGKILL)
+                await s.end_lease()
+                s.start_again(number)
+                await s.leader()
+                # The worker is back when it runs another one.
+                await client.vms.create(name="another", image="i")
+                await client.vms.wait("another")
+                await client.vms.delete("another")
+                assert lives(await client.vms.list()) == before
