@@ -1,4 +1,4 @@
-"""The options of the command line that say where etcd is and how controllers use it. ORCHARD_ETCD_PASSWORD has the password."""
+"""The options about etcd: where it is, and how controllers use it. The password is in ORCHARD_ETCD_PASSWORD."""
 
 from __future__ import annotations
 
@@ -57,13 +57,20 @@ def add_access_options(parser: argparse.ArgumentParser, *, urls: bool = True) ->
     add = parser.add_argument
     if urls:
         add("--etcd", metavar="URL[,URL...]",
-        help="client URLs of etcd, such as https://etcd-1.example.com:2379; it holds the state then")  # fmt: skip
+        help="client URLs of the etcd that holds the state, such as https://etcd-1.example.com:2379")  # fmt: skip
     add("--etcd-prefix", metavar="PATH", type=parse_etcd_prefix,
         help=f"path of the keys, another one for each cluster; default {DEFAULT_ETCD_PREFIX}")  # fmt: skip
-    add("--etcd-ca", metavar="FILE", type=Path, help="certificates in PEM of the CAs that etcd's certificates are of")
-    add("--etcd-cert", metavar="FILE", type=Path, help="certificate in PEM that is shown to etcd")
+    add(
+        "--etcd-ca", metavar="FILE", type=Path, help="CA certificates in PEM that etcd's certificates are verified with"
+    )
+    add("--etcd-cert", metavar="FILE", type=Path, help="client certificate in PEM, for an etcd that asks for one")
     add("--etcd-key", metavar="FILE", type=Path, help="private key of --etcd-cert in PEM")
-    add("--etcd-user", metavar="NAME", default="", help=f"user of etcd, with the password in {_PASSWORD}")
+    add(
+        "--etcd-user",
+        metavar="NAME",
+        default="",
+        help=f"user name at etcd; the password is in the variable {_PASSWORD}",
+    )
 
 
 def add_leader_options(parser: argparse.ArgumentParser) -> None:
@@ -76,10 +83,10 @@ def add_leader_options(parser: argparse.ArgumentParser) -> None:
     add("--leader-ttl", metavar="S", type=_parse_ttl,
         help="seconds after which a controller that has failed is replaced by another one; default 10")  # fmt: skip
     add("--etcd-max-mib", metavar="N", type=_parse_mib,
-        help="size of etcd's database from which nothing is added any more; at most 70 %% of its quota; default"
+        help="size of etcd's database above which additions are refused; at most 70 %% of its quota; default"
         f" {DEFAULT_MAX_MIB}")  # fmt: skip
     add("--etcd-events-kib", metavar="N", type=_parse_events_kib,
-        help=f"size of one VM's events from which no more are stored in etcd; default {DEFAULT_EVENTS_KIB}")  # fmt: skip
+        help=f"the most that is stored of one VM's events; default {DEFAULT_EVENTS_KIB}")  # fmt: skip
 
 
 def etcd_access(

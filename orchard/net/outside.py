@@ -1,8 +1,8 @@
 """Connections to hosts whose names users choose: the address is checked after the name was resolved.
 
-A user could otherwise have the controller send requests to itself, to other services of its host, or to the metadata
-service of a cloud. The connection goes to the address that was checked, so a name that resolves to another address a
-moment later gains nothing.
+A user could otherwise have the controller send requests to services that listen on the loopback addresses of its host,
+or to the metadata service of a cloud. The connection goes to the address that was checked, so a name that resolves to
+another address a moment later gains nothing. Other addresses of the host, and of its network, are not refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _embedded(address: _Address) -> _Address:
 
 
 async def connect_outside(host: str, port: int) -> trio.abc.Stream:
-    """Connect as `tcp.connect` does, but never to an address of this host or of its link. Raises OSError."""
+    """Connect as `tcp.connect` does, but never to a loopback, link-local or multicast address. Raises OSError."""
     try:
         found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except UnicodeError as error:
