@@ -158,7 +158,7 @@ async def test_directory_of_a_controller_on_etcd_is_not_used_without_it(tmp_path
     """Otherwise an empty cluster with the same certificate would take the place of the one in etcd."""
     async with controller(tmp_path, MemoryEtcd()):
         pass
-    with pytest.raises(StartError, match="--etcd"):
+    with trio.fail_after(GENEROUS), pytest.raises(StartError, match="--etcd"):
         await run(ControllerSettings(data_dir=tmp_path, host="127.0.0.1", port=0, tls=False, auth=False))
     assert not (tmp_path / "state.jsonl").exists()
 
