@@ -55,7 +55,7 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "deploy-linux.md": {"internet": 2, "root": 5},
     "deploy-macos.md": {"macos": 7},
     "doctor.md": {"hosts": 2},
-    "etcd.md": {"hosts": 10},
+    "etcd.md": {"hosts": 10, "root": 1},
     "images.md": {"macos": 2},
     "offline.md": {"hosts": 3, "internet": 3},
     "operating-logs.md": {"root": 1},
