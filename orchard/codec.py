@@ -26,7 +26,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 # Levels of nesting in a JSON text. The deepest object of the API has 4.
 MAX_DEPTH = 32
@@ -327,8 +327,7 @@ def shown(value: object) -> str:
 # ---- values to resources --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Position:
+class _Position(NamedTuple):
     """A place in the body, and how its value is read.
 
     `unknown` collects the names of unknown fields in a client's object; it is None for an object that this product
@@ -407,21 +406,23 @@ def _decode_object(
         raw = canonical(cls, raw, also)
     for field in attrs_of(cls):
         value = raw.get(field.json)
-        if value == "" and unknown is not None and field.is_closed_set():
+        if unknown is not None and value == "" and field.is_closed_set():
             value = None
-        if value is not None and (unknown is None or field.writer == "user"):
-            # Most values need no conversion, and a start decodes a million of them (./run bench start).
-            if type(value) is field.type:
-                plain = field.type is not int or 0 <= value <= field.maximum
-            else:
-                plain = type(value) is str and value in field.options
-            if plain:
-                taken[field.name] = value
-            else:
-                inner = _Position(prefix + field.json, unknown, position.refusal, field.maximum, field.most)
-                taken[field.name] = _decode_value(field.type, value, inner)
-        elif field.required and base is None:
-            raise MalformedError(f"{prefix}{field.json} is missing, expected {field.doc}")
+        if value is None or (unknown is not None and field.writer != "user"):
+            if field.required and base is None:
+                raise MalformedError(f"{prefix}{field.json} is missing, expected {field.doc}")
+            continue
+        # Most values need no conversion, and a start decodes a million of them (./run bench start).
+        kind = field.type
+        if type(value) is kind:
+            plain = kind is not int or 0 <= value <= field.maximum
+        else:
+            plain = type(value) is str and value in field.options
+        if plain:
+            taken[field.name] = value
+        else:
+            inner = _Position(prefix + field.json, unknown, position.refusal, field.maximum, field.most)
+            taken[field.name] = _decode_value(kind, value, inner)
     known = _json_names(typing.cast("Any", cls))
     if unknown is not None:
         for key in raw:
@@ -476,6 +477,11 @@ def _keeps_unknown(cls: type) -> bool:
     return any(field.name == "unknown" for field in dataclasses.fields(cls))
 
 
+@functools.cache
+def _origin_and_arguments(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    return typing.get_origin(hint), typing.get_args(hint)
+
+
 def _decode_value(hint: Any, value: object, at: _Position) -> Any:
     """Make a value of the type `hint`. Raises as `decode` does."""
     if hint is str:
@@ -486,7 +492,7 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
         return _decode_int(value, at)
     if hint is datetime.datetime:
         return parse_time(_expect(str, value, at, "an RFC 3339 time"), at.path)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, arguments = _origin_and_arguments(hint)
     if origin is Literal:
         text = _expect(str, value, at, "a string")
         if text not in arguments:
@@ -543,7 +549,7 @@ def parse_time(text: str, where: str) -> datetime.datetime | None:
         micros = (fraction or "0").ljust(6, "0")[:6]
         try:
             local = datetime.datetime.fromisoformat(f"{day}T{minute}:{second}.{micros}{zone.upper()}")
-            when = local.astimezone(datetime.UTC)
+            when = local if local.tzinfo is datetime.UTC else local.astimezone(datetime.UTC)
             return None if when == _NO_TIME else when
         except (ValueError, OverflowError):
             pass

@@ -89,7 +89,12 @@ class Journal:
         self._broken: BrokenError | None = None
 
     def read(self) -> Iterator[Line]:
-        """Read and check the file without changing it; yield (byte offset, object) of each complete line.
+        """As `read_texts`, with each object parsed."""
+        for offset, text in self.read_texts():
+            yield offset, parse_text(text)
+
+    def read_texts(self) -> Iterator[tuple[int, bytes]]:
+        """Read and check the file without changing it; yield the byte offset and the JSON of each complete line.
 
         Raises DamagedError; FileNotFoundError.
         """
@@ -182,7 +187,8 @@ class Journal:
             os.close(self._fd)
             self._fd = -1
 
-    def _check(self, line: bytes) -> dict[str, Any]:
+    def _check(self, line: bytes) -> bytes:
+        """Return the JSON object of a line without its sum. Raises DamagedError."""
         match = _LINE.fullmatch(line)
         if match is None:
             raise DamagedError(self.path, self.size, "the line has no checksum")
@@ -190,9 +196,7 @@ class Journal:
         if found != chain_sum(self._last_sum, rest):
             raise DamagedError(self.path, self.size, "the checksum does not fit the line and the one before it")
         self._last_sum = found
-        # json.loads of bytes would detect the encoding of each line.
-        value: dict[str, Any] = json.loads("{" + rest.decode())
-        return value
+        return b"{" + rest
 
     def _check_unfinished(self, tail: bytes) -> None:
         """Raise DamagedError when the tail is damage and not an unfinished append.
@@ -282,6 +286,12 @@ class Reserve:
             yield fd
         finally:
             os.close(fd)
+
+
+def parse_text(text: bytes) -> Any:
+    """Return the value of a JSON text in UTF-8. Raises ValueError."""
+    # json.loads of bytes would detect the encoding of each.
+    return json.loads(text.decode())
 
 
 def chain_sum(last: bytes, rest: bytes) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,9 +20,12 @@ import trio
 import trio.testing
 from harness.disks import FailingDisk, HeldDisk, SmallDisk, UnsyncedDisk, no_space
 from harness.stores import ACCOUNT, delete, open_store, put, read, refused_write, running_store, wait_not_full
-from harness.strategies import BEGAN, assigned, failed, pending, worker
+from harness.strategies import BEGAN, QUICK, assigned, failed, pending, worker
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from orchard.codec import dump_json
 from orchard.files import STATE_FILE
 from orchard.nursery import unwrap_groups
 from orchard.storage import file_engine, state_file
@@ -93,6 +97,56 @@ def test_object_created_and_deleted_in_one_batch_leaves_no_record(tmp_path: Path
     file.append(made)
     file.close()
     assert objects_in(tmp_path) == (2, set())
+
+
+TEXTS = st.sampled_from(['"', '},{"put":"vm","name":"a","object":{', '"}]}', "\\", "\u00e4\n", "x", "y", "\u00e4"])
+
+
+def objects_of(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(["put", "delete", "name", "object", "changes"]), inner, max_size=2)
+
+
+VALUES = st.recursive(TEXTS, lambda inner: st.lists(inner, max_size=2) | objects_of(inner), max_leaves=4)
+
+
+@settings(QUICK, max_examples=50)
+@given(
+    st.lists(st.dictionaries(TEXTS, st.none() | objects_of(VALUES), min_size=1, max_size=3), max_size=6), st.booleans()
+)
+def test_what_was_written_is_read(written: list[dict[str, dict[str, Any] | None]], timed: bool) -> None:
+    with TemporaryDirectory() as directory:
+        file, known = begun(Path(directory)), {}
+        for revision, changes in enumerate(written, 1):
+            made = Batch(revision - 1, revision, time=BEGAN if timed else None)
+            for name, item in changes.items():
+                if item is not None:
+                    known[name] = item
+                elif known.pop(name, None) is None:
+                    continue
+                made.record(("vm", name), None if item is None else dump_json(item))
+            file.append(made)
+        file.close()
+        contents = StateFile(Path(directory), UnsyncedDisk()).load()
+    assert contents.revision == len(written)
+    assert {name: item for (_, name), (_, item) in contents.objects.items()} == known
+
+
+def test_object_that_is_not_json_is_refused_with_its_place_unless_it_is_outdated(tmp_path: Path) -> None:
+    begun(tmp_path).close()
+    journal = Journal(tmp_path / STATE_FILE, UnsyncedDisk())
+    list(journal.read())
+    journal.open_for_append()
+    line = b'{"after":%d,"revision":%d,"changes":[{"put":"vm","name":"a","object":{%b}}]}'
+    places = [journal.size]
+    for revision, text in enumerate((b'"x":', b'"x":1'), 1):
+        journal.append([line % (revision - 1, revision, text)])
+        places.append(journal.size)
+    assert StateFile(tmp_path, UnsyncedDisk()).load().objects["vm", "a"] == (places[1], {"x": 1})
+    journal.append([line % (2, 3, b'"x":')])
+    journal.close()
+    with pytest.raises(DamagedError) as damaged:
+        StateFile(tmp_path, UnsyncedDisk()).load()
+    assert f"byte {places[2]}" in str(damaged.value)
 
 
 @pytest.mark.parametrize("compacts", [False, True])
