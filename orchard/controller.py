@@ -493,6 +493,8 @@ async def run_and_announce(settings: ControllerSettings, on_start: OnStart | Non
 
     async def announce_start() -> None:
         await started.is_set.wait()
+        # What was loaded lives long, too.
+        collect_garbage_less()
         with printing():
             if on_start is not None:
                 await trio.to_thread.run_sync(on_start, settings, started.value)
