@@ -41,7 +41,7 @@ def settings(directory: Path, access: EtcdAccess) -> ControllerSettings:
         port=0,
         tls=False,
         auth=False,
-        etcd=EtcdSettings(access),
+        etcd=EtcdSettings(access, leader_ttl=60),
     )
 
 

@@ -33,7 +33,7 @@ async def controller(directory: Path, etcd: MemoryEtcd | None) -> AsyncIterator[
         port=0,
         admin_token=TOKEN,
         ssh=("127.0.0.1", 0),
-        etcd=None if etcd is None else EtcdSettings(EtcdAccess("http://etcd:2379")),
+        etcd=None if etcd is None else EtcdSettings(EtcdAccess("http://etcd:2379"), leader_ttl=60),
     )
     stop = trio.Event()
     async with running_memory_etcd(etcd or MemoryEtcd()) as listener, trio.open_nursery() as nursery:
