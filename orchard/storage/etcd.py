@@ -32,6 +32,7 @@ _PAGE_SECONDS = 10.0
 _FIRST_PAGE_KEYS, _PAGE_KEYS, _PAGE_BYTES = 100, 1_000, 4_000_000
 # Of one transaction. etcd takes at most 128 operations and 1.5 MiB.
 MAX_OPERATIONS, MAX_TRANSACTION_BYTES = 100, 1_000_000
+QUOTA_REMEDY = "compact and defragment each node, then disarm the alarm"
 _NO_SPACE = "database space exceeded"
 # A token from before a change of users or roles.
 _OUTDATED = "auth store is old"
@@ -326,7 +327,7 @@ def _key_values(answer: dict[str, Any]) -> list[KeyValue]:
 def _refusal(url: str, error: ResponseError) -> EtcdRefusedError | None:
     """Return the error for an answer after which the request was not carried out for certain, else None."""
     if _NO_SPACE in error.message:
-        return EtcdRefusedError(f"{url} has no space left: its quota is used up", no_space=True)
+        return EtcdRefusedError(f"{url} has no space left: its quota is used up; {QUOTA_REMEDY}", no_space=True)
     if 400 <= error.status < 500 and error.status not in (408, 429):
         is_denied = error.status in (401, 403) or any(what in error.message for what in _REMEDIES)
         return EtcdRefusedError(f"{url} refused the request: {_with_remedy(error.message)}", denied=is_denied)

@@ -32,6 +32,7 @@ from orchard.storage.errors import DamagedError, NotWrittenError, StorageUnavail
 from orchard.storage.etcd import (
     MAX_OPERATIONS,
     MAX_TRANSACTION_BYTES,
+    QUOTA_REMEDY,
     EtcdClient,
     EtcdRefusedError,
     EtcdRequestError,
@@ -56,10 +57,15 @@ KINDS = ("account", "cluster", "promise", "settings", "vm", "worker")
 _RETRY_SECONDS = 0.1
 # Between two compactions, which etcd does not do by itself, and between two looks at its size.
 _COMPACT_SECONDS, _LOOK_SECONDS = 300.0, 60.0
+# Between two looks while nothing may be added, so that this ends soon after there is space again.
+_LOOK_FULL_SECONDS = 5.0
 # Revisions that a compaction keeps.
 _KEPT_REVISIONS = 1_000
 # A part of the most that etcd may hold: after so many written bytes it is looked at earlier, and compacted earlier.
 _LOOK_SHARE, _COMPACT_SHARE = 1 / 32, 1 / 8
+
+# In the status of an etcd whose quota was used up.
+_ALARM = "NOSPACE"
 
 _logger = logging.getLogger("orchard.storage.engine")
 
@@ -192,8 +198,8 @@ class _Usage:
         self.unseen += size
         self.uncompacted += size
 
-    def look_is_due(self, now: float) -> bool:
-        return now >= self.looked_at + _LOOK_SECONDS or self.unseen > _LOOK_SHARE * self.most
+    def look_is_due(self, now: float, pause: float) -> bool:
+        return now >= self.looked_at + pause or self.unseen > _LOOK_SHARE * self.most
 
     def compaction_is_due(self, now: float) -> bool:
         return now >= self.compacted_at + _COMPACT_SECONDS or self.uncompacted > _COMPACT_SHARE * self.most
@@ -292,7 +298,7 @@ class EtcdEngine:
         if self.head.parts:
             await self._carry_out(parts)
         self._usage.add(sum(len(json or b"") for json in batch.records.values()))
-        if self._usage.look_is_due(trio.current_time()):
+        if self._usage.look_is_due(trio.current_time(), _LOOK_SECONDS):
             self._look.set()
 
     async def _carry_out(self, parts: list[list[_Record]]) -> None:
@@ -330,6 +336,8 @@ class EtcdEngine:
         except NotWrittenError as error:
             if error.no_space:
                 self._follow_size(str(error))
+                # From now on it is looked at more often.
+                self._look.set()
             raise
         found = done["found"][0] if done["found"] else []
         if done["succeeded"]:
@@ -344,12 +352,13 @@ class EtcdEngine:
 
     async def run(self) -> None:
         while True:
-            with trio.move_on_after(_LOOK_SECONDS):
+            pause = _LOOK_FULL_SECONDS if self.full else _LOOK_SECONDS
+            with trio.move_on_after(pause):
                 await self._look.wait()
             try:
                 if self._usage.compaction_is_due(trio.current_time()):
                     await self._compact()
-                if self._usage.look_is_due(trio.current_time()):
+                if self._usage.look_is_due(trio.current_time(), pause):
                     await self._look_at_size()
             except EtcdRequestError as error:
                 _logger.warning("upkeep of etcd postponed: %s", error)
@@ -369,6 +378,9 @@ class EtcdEngine:
         self._usage.looked_at, self._usage.unseen = trio.current_time(), 0
         status = await self._client.call("/v3/maintenance/status", {})
         size = int(status.get("dbSize", 0))
+        if any(_ALARM in error for error in status.get("errors", ())):
+            self._follow_size(f"{self._client.url} has the alarm {_ALARM}; {QUOTA_REMEDY}")
+            return
         why = f"etcd holds {size // 2**20} MiB, at most {self._usage.most // 2**20} are allowed by --etcd-max-mib"
         self._follow_size(f"{why}; delete VMs, then compact and defragment etcd" if size > self._usage.most else "")
 
