@@ -1025,7 +1025,7 @@ class VMsPage {
   }
 
   mount(main) {
-    this.sort = { by: "age", down: true };
+    this.sort = { by: "age", down: false };
     this.picked = new Set();
     this.filters = this.makeFilters();
     this.count = h("span", { class: "count" });
@@ -1066,7 +1066,7 @@ class VMsPage {
   }
 
   changeSort(by) {
-    this.sort = { by, down: this.sort.by === by ? !this.sort.down : by === "age" };
+    this.sort = { by, down: this.sort.by === by && !this.sort.down };
     this.draw();
   }
 
@@ -1083,7 +1083,8 @@ class VMsPage {
     const matches = vmFilter(new FormData(this.filters.element));
     const found = [];
     for (const vm of fleet.vms.values()) if (matches(vm)) found.push(vm);
-    const of = SORTS[this.sort.by], turn = this.sort.down ? -1 : 1;
+    // The youngest was created last.
+    const of = SORTS[this.sort.by], turn = this.sort.down === (this.sort.by === "age") ? 1 : -1;
     this.shown = found.sort((a, b) => turn * byText(of(a), of(b)) || byText(a.name, b.name));
     for (const name of this.picked) if (!fleet.vms.has(name)) this.picked.delete(name);
     setText(this.count, found.length === fleet.vms.size ? number(found.length) : `${number(found.length)} of ${number(fleet.vms.size)}`);
@@ -1535,7 +1536,7 @@ class ImagesPage {
     this.pulls = h("ul", { class: "list" });
     this.settings = h("div");
     main.append(h("div", { class: "title" }, h("h1", {}, "Images"), h("span", { class: "grow" }), may("admin:write") && button("Pre-pull…", () => this.addPrepull(""))),
-      h("div", { class: "columns aside" }, this.list, h("div", { class: "stack" }, panel("Being pulled", this.pulls), panel("Pre-pull", this.settings))));
+      h("div", { class: "columns aside" }, panel("On workers", this.list), h("div", { class: "stack" }, panel("Being pulled", this.pulls), panel("Pre-pull", this.settings))));
     this.load();
     this.timer = setInterval(() => document.hidden || this.load(), 30 * SECOND);
   }
@@ -1599,7 +1600,7 @@ class ImagesPage {
     const pulls = [];
     for (const { image, percent, worker } of this.pulling) pulls.push({ key: `w ${worker}`, image, text: `${percent || 0} %, in advance`, worker });
     for (const vm of fleet.vms.values()) if (/^pull/.test(vmPhase(vm))) pulls.push({ key: vm.uid, image: vm.image, text: `${vmPhase(vm)} for ${vm.name}`, worker: vm.worker });
-    keyed(this.pulls, pulls.length ? pulls : [{ key: "", none: true }], (one) => `${one.key} ${one.text}`, (one) => (one.none ? h("li", {}, h("p", {}, "Nothing.")) : h("li", {}, mark("starting"), h("span", { class: "clip", title: one.image }, shortImage(one.image)), workerLink(one.worker), h("p", {}, one.text))));
+    keyed(this.pulls, pulls.length ? pulls : [{ key: "", none: true }], (one) => `${one.key} ${one.text}`, (one) => (one.none ? h("li", { class: "none" }, h("p", {}, "Nothing.")) : h("li", {}, mark("starting"), h("span", { class: "clip", title: one.image }, shortImage(one.image)), workerLink(one.worker), h("p", {}, one.text))));
   }
 
   drawPrepull() {
@@ -1690,7 +1691,7 @@ class HistoryPage {
 
   mount(main) {
     this.hours = h("select", { on: { change: () => this.draw() } }, [[24, "24 hours"], [72, "3 days"], [168, "7 days"]].map(([value, text]) => h("option", { value }, text)));
-    this.body = h("div", { class: "columns halves" }, empty("Loading…"));
+    this.body = h("div", { class: "columns thirds" }, empty("Loading…"));
     main.append(h("div", { class: "title" }, h("h1", {}, "History"), h("span", { class: "grow" }), h("label", {}, "Last", this.hours)), this.body);
     this.load();
   }
@@ -1712,18 +1713,18 @@ class HistoryPage {
     const rate = (list) => list.length / width;
     const times = (name, share) => slots.map((list) => quantile(timesOf(list, name), share));
     this.body.replaceChildren(
-      panel("VMs an hour", barPlot("VMs that ended, an hour", slots.map(rate), slots.map((list) => rate(list.filter((vm) => vm.status === "failed"))), hours), legend("ended", "of these failed")),
+      panel("VMs an hour", barPlot("VMs that ended, an hour", slots.map(rate), slots.map((list) => rate(list.filter((vm) => vm.status === "failed"))), hours), legend("ended", "of these failed", "squares")),
       panel("Time in the queue", linePlot("Time in the queue", times("queue", 0.5), times("queue", 0.9), hours), legend("median", "90th percentile")),
       panel("Time to boot", linePlot("Time from the assignment until the VM runs", times("boot", 0.5), times("boot", 0.9), hours), legend("median", "90th percentile")),
       ...[["image", "image"], ["worker", "worker"], ["createdBy", "owner"]].map(([key, name]) => panel(`Failures by ${name}`, failureTable(vms, key, name))));
   }
 }
 
-function legend(a, b) {
-  return h("p", { class: "legend" }, h("span", {}, h("i"), a), h("span", {}, h("i", { class: "b" }), b));
+function legend(a, b, shape = "") {
+  return h("p", { class: `legend ${shape}` }, h("span", {}, h("i"), a), h("span", {}, h("i", { class: "b" }), b));
 }
 
-const PLOT = { width: 600, height: 150, left: 44, bottom: 18 };
+const PLOT = { width: 400, height: 150, left: 44, bottom: 18 };
 
 function plotFrame(label, most, format, hours) {
   const { width, height, left, bottom } = PLOT, floor = height - bottom;
@@ -1750,9 +1751,9 @@ function barPlot(label, values, bad, hours) {
 function linePlot(label, median, high, hours) {
   const most = Math.max(1000, ...median, ...high), plot = plotFrame(label, most, duration, hours);
   for (const [values, name] of [[high, "b"], [median, "a"]]) {
-    const points = values.map((value, index) => (value === null ? null : [plotX(index + 0.5), plotY(value, most)])).filter(Boolean);
-    if (points.length) plot.append(svg("path", { class: name, d: `M${points.map((point) => point.map((n) => n.toFixed(1)).join(" ")).join("L")}` }));
-    for (const [cx, cy] of points) plot.append(svg("circle", { class: name, cx, cy, r: 2 }));
+    const points = values.map((value, index) => (value === null ? null : [plotX(index + 0.5), plotY(value, most), value])).filter(Boolean);
+    if (points.length) plot.append(svg("path", { class: name, d: `M${points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}` }));
+    for (const [cx, cy, value] of points) plot.append(svg("circle", { class: name, cx, cy, r: 2 }, svg("title", {}, duration(value))));
   }
   return plot;
 }

@@ -5,34 +5,31 @@ The browser ends with this file: its event loop would be in the way of other tes
 
 from __future__ import annotations
 
-import asyncio
-import http.server
+import datetime
 import json
 import re
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from harness.browser import Visit, chromium, other_site, visiting
 from harness.processes import GENEROUS, call_main, free_port, started
-from harness.programs import need
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect
 
 from orchard.cli.main import main
-from orchard.schema import Worker
+from orchard.schema import VM, Worker
 from orchard.testing import BlockingCluster, start_cluster
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-CHROMIUM = "/usr/bin/chromium"
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 WORKERS, VMS = 40, 90
 IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
+PULLED = "example.com/pull-900s"
 LONG_SCRIPT = {"script_content": "echo step 1; sleep 1000"}
 FAILING_SCRIPT = {"script_content": "echo no space left; exit 3"}
 READER = ("reader", "r" * 32)
@@ -41,8 +38,20 @@ PAGES = ["fleet", "vms", "images", "history", "api", "worker/mac-02", "vm/ci-005
 # More than a tab needs for its requests, and so many that each tab could not have a watch of its own.
 TABS = 8
 LINES = 200_000
-# For what should be seen in a fraction of a second.
-PATIENCE = 60_000  # milliseconds
+# Entries of a history: more than the page reads at a time. The entries of one hour have the same end.
+HISTORY, PER_HOUR = 2300, 100
+# By field of the form over the VMs: a value, and what has it.
+FILTERS: dict[str, tuple[str, Callable[[VM], bool]]] = {
+    "name": ("CI-00", lambda vm: vm.name.startswith("ci-00")),
+    "state": ("failed", lambda vm: vm.state.status == "failed"),
+    "owner": ("nobody", lambda vm: False),
+    "image": ("pull-900", lambda vm: vm.spec.image == PULLED),
+    "label": ("xcode=99", lambda vm: vm.spec.labels == {"xcode": "99"}),
+    "metadata": ("job=1", lambda vm: vm.spec.metadata.get("job", "").startswith("1")),
+    "age": ("h", lambda vm: False),
+}
+# Sets a field, as a person does.
+_SET = """(field, value) => { field.value = value; field.dispatchEvent(new Event(field.tagName === "SELECT" ? "change" : "input")); }"""
 
 
 # ---- the browser and the clusters -----------------------------------------------------------------------------------
@@ -50,18 +59,8 @@ PATIENCE = 60_000  # milliseconds
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    need("chromium")
-    expect.set_options(timeout=PATIENCE)
-    # Playwright makes a loop of asyncio. Once trio-asyncio is imported, it makes loops on trio unless a policy is set.
-    asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy())
-    try:
-        with sync_playwright() as playwright:
-            # The sandbox needs rights that containers lack.
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            yield browser
-            browser.close()
-    finally:
-        asyncio.set_event_loop_policy(None)
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -83,62 +82,41 @@ def _kind_of_vm(number: int) -> dict[str, Any]:
         return {"startup_script": FAILING_SCRIPT}
     if number % 5 == 0:
         return {"startup_script": LONG_SCRIPT}
-    return {"image": "example.com/pull-900s"} if number % 11 == 3 else {}
-
-
-class Visit:
-    """A browser without a past, and what was wrong in it: errors in the console, and requests to other origins."""
-
-    def __init__(self, context: BrowserContext, url: str) -> None:
-        self.context = context
-        self.url = url
-        self.requests: list[str] = []
-        self.problems: list[str] = []
-        context.on("request", lambda request: self._note(request.url))
-        context.on("console", self._note_message)
-        context.on("weberror", lambda error: self.problems.append(str(error.error)))
-
-    def _note(self, url: str) -> None:
-        self.requests.append(url)
-        if urlsplit(url)[:2] != urlsplit(self.url)[:2] and not url.startswith("blob:"):
-            self.problems.append(f"request to {url}")
-
-    def _note_message(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.problems.append(message.text)
-
-    def open(self, page: str = "fleet") -> Page:
-        tab = self.context.new_page()
-        tab.goto(f"{self.url}/ui/#/{page}")
-        return tab
-
-    def sign_in(self, account: str, token: str, page: str = "fleet") -> Page:
-        tab = self.open(page)
-        tab.get_by_label("Service account").fill(account)
-        tab.get_by_label("Token").fill(token)
-        tab.get_by_role("button", name="Sign in").click()
-        expect(tab.locator("#connection")).to_have_text("Live")
-        return tab
-
-
-@contextmanager
-def visiting(
-    browser: Browser, url: str, *, width: int = 1280, scheme: Literal["light", "dark"] = "light"
-) -> Iterator[Visit]:
-    """Yield a visit without a past. At its end nothing may have been wrong."""
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    visit = Visit(context, url)
-    try:
-        yield visit
-        assert visit.problems == []
-    finally:
-        context.close()
+    return {"image": PULLED} if number % 11 == 3 else {}
 
 
 @pytest.fixture
 def visit(browser: Browser, fleet: BlockingCluster) -> Iterator[Visit]:
     with visiting(browser, fleet.url) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def everything(browser: Browser, fleet: BlockingCluster) -> Iterator[Page]:
+    """Yield the page of all VMs."""
+    with visiting(browser, fleet.url) as found:
+        tab = found.sign_in(fleet.account, fleet.token, "vms")
+        expect(tab.locator(".count")).to_have_text(str(len(fleet.client.vms.list())))
+        yield tab
+
+
+def made_history(number: int, now: datetime.datetime) -> dict[str, Any]:
+    """Return an entry of a history, PER_HOUR of which ended in the middle of each of the last hours."""
+    hour, place = divmod(number, PER_HOUR)
+    end = now - datetime.timedelta(hours=HISTORY // PER_HOUR - hour - 0.5)
+    started = end - datetime.timedelta(minutes=1)
+    assigned = started - datetime.timedelta(seconds=120 * (place + 1))
+    created = assigned - datetime.timedelta(seconds=60 * (place + 1))
+    times = {"createdAt": created, "assignedAt": assigned, "startedAt": started, "endedAt": end}
+    return {
+        **{name: time.isoformat() for name, time in times.items()},
+        "name": f"old-{number}",
+        "uid": f"old-{number}",
+        "status": "failed" if place % 10 == 0 else "running",
+        "image": f"image-{place % 10}",
+        "worker": f"mac-{place % 10}",
+        "createdBy": f"owner-{place % 10}",
+    }
 
 
 # ---- signing in -----------------------------------------------------------------------------------------------------
@@ -215,6 +193,126 @@ def test_vm_is_started_again_without_its_script_and_deleted(visit: Visit, fleet:
     assert not [vm.name for vm in fleet.client.vms.list() if vm.name.startswith("again")]
 
 
+def test_buttons_of_a_vm(visit: Visit, fleet: BlockingCluster) -> None:
+    vms = fleet.client.vms
+    vms.create(name="pressed", image=IMAGE, suspendable=True)
+    vms.wait("pressed")
+    uid = vms.get("pressed").uid
+    tab = visit.sign_in(fleet.account, fleet.token, "vm/pressed")
+
+    def press(name: str) -> None:
+        tab.get_by_role("main").get_by_role("button", name=f"{name}…").click()
+        tab.get_by_role("dialog").get_by_role("button", name=name).click()
+
+    state = tab.locator("main h1 + .word")
+    press("Restart")
+    # The API has counted the restart when the page tells of it.
+    expect(tab.get_by_role("region", name="State")).to_contain_text("restarts1")
+    assert vms.get("pressed").state.restart_count == 1
+    expect(state).to_have_text(re.compile("running|ready"))
+    press("Suspend")
+    expect(state).to_have_text(re.compile("suspended"))
+    assert vms.get("pressed").spec.power_state == "suspended"
+    vms.create(name="halted", image=IMAGE)
+    vms.wait("halted")
+    tab.goto(f"{visit.url}/ui/#/vm/halted")
+    press("Stop")
+    expect(state).to_have_text("stopped")
+    assert vms.get("halted").spec.power_state == "stopped"
+    press("Delete")
+    expect(state).to_have_text("deleted")
+    vms.delete("pressed")
+    assert uid not in {vm.uid for vm in vms.list()}
+
+
+def test_worker_is_deleted(visit: Visit, fleet: BlockingCluster) -> None:
+    fleet.client.workers.register({"name": "spare", "machine_id": "m"})
+    tab = visit.sign_in(fleet.account, fleet.token, "worker/spare")
+    tab.get_by_role("button", name="Delete…").click()
+    tab.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(tab.locator("main")).to_contain_text("There is no such worker.")
+    assert "spare" not in {worker.name for worker in fleet.client.workers.list()}
+
+
+def test_images_are_listed_and_pulled_in_advance(visit: Visit, fleet: BlockingCluster) -> None:
+    tab = visit.sign_in(fleet.account, fleet.token)
+    # As tart's workers report it; those of this cluster do not.
+    expect(tab.locator(".box header a")).to_have_count(WORKERS)
+    vm = {"name": "pulled", "uid": "p", "image": PULLED, "worker": "mac-01", "status": "pending", "status_message": "pulling image: 42 %"}  # fmt: skip
+    tab.evaluate("(object) => { fleet.apply({ type: 'ADDED', kind: 'vm', object }); frame.schedule(); }", vm)
+    expect(tab.locator(".box", has_text="mac-01").locator(".slot", has_text="pulled")).to_contain_text("pull 42 %")
+    tab.goto(f"{visit.url}/ui/#/images")
+    expect(tab.get_by_role("region", name="Being pulled").locator("li", has_text="pulled")).to_contain_text("pull 42 %")
+    expect(tab.get_by_role("row", name=IMAGE)).to_contain_text(f"of {WORKERS}")
+    tab.get_by_role("button", name="Pre-pull…", exact=True).click()
+    tab.get_by_label("Image", exact=True).fill("example.com/other")
+    tab.get_by_label("Labels of the workers").fill("xcode=99 rack=1")
+    tab.get_by_role("dialog").get_by_role("button", name="Pre-pull").click()
+    settings = tab.get_by_role("region", name="Pre-pull")
+    expect(settings).to_contain_text("example.com/other")
+    (wanted,) = fleet.client.cluster_settings.get().prepull
+    assert (wanted.image, wanted.labels) == ("example.com/other", {"xcode": "99", "rack": "1"})
+    settings.get_by_role("button", name="Remove example.com/other").click()
+    expect(settings).not_to_contain_text("example.com/other")
+    assert fleet.client.cluster_settings.get().prepull == ()
+
+
+# ---- tables and plots -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["name", "state", "owner", "image", "label", "metadata", "age"])
+def test_vms_are_filtered(everything: Page, fleet: BlockingCluster, field: str) -> None:
+    value, matches = FILTERS[field]
+    wanted = {vm.name for vm in fleet.client.vms.list() if matches(vm)}
+    everything.locator(f"form [name={field}]").evaluate(_SET, value)
+    assert set(everything.evaluate("frame.page.shown.map((vm) => vm.name)")) == wanted
+    everything.locator(f"form [name={field}]").evaluate(_SET, "")
+
+
+def test_vms_are_sorted_by_each_column(everything: Page) -> None:
+    values = """(head) => frame.page.shown.map((vm) => ({ State: vmState(vm), Name: vm.name, Owner: vm.createdBy,
+      Worker: vm.worker || "", Image: vm.image, Age: Date.now() - Date.parse(vm.createdAt) })[head])"""
+    for head in ("State", "Name", "Owner", "Worker", "Image", "Age"):
+        for order in ("ascending", "descending"):
+            everything.get_by_role("button", name=head, exact=True).click()
+            column = everything.get_by_role("columnheader", name=head, exact=True)
+            expect(column).to_have_attribute("aria-sort", order)
+            found = everything.evaluate(values, head)
+            assert found == sorted(found, reverse=order == "descending"), head
+            first = everything.locator("main tbody tr:not(.spacer) a[data-nav]").first
+            expect(first).to_have_text(everything.evaluate("frame.page.shown[0].name"))
+
+
+def test_plots_show_the_history(visit: Visit, fleet: BlockingCluster) -> None:
+    """Of more VMs than are read at a time, of which many ended at the same time."""
+    now = datetime.datetime.now(datetime.UTC)
+    ended = [made_history(number, now) for number in range(HISTORY)]
+
+    def answer(route: Route) -> None:
+        query = parse_qs(urlsplit(route.request.url).query)
+        since, limit = datetime.datetime.fromisoformat(query["since"][0]), int(query["limit"][0])
+        route.fulfill(json=[vm for vm in ended if datetime.datetime.fromisoformat(vm["endedAt"]) >= since][:limit])
+
+    visit.context.route("**/v1/history?*", answer)
+    tab = visit.sign_in(fleet.account, fleet.token, "history")
+    titles = "elements => elements.map((one) => one.textContent)"
+    hours = range(len(ended) // PER_HOUR)
+    panel = tab.get_by_role("region", name="VMs an hour")
+    expect(panel.locator(".bars")).to_have_count(len(hours))
+    assert panel.locator(".bars title").evaluate_all(titles) == [str(PER_HOUR)] * len(hours)
+    assert panel.locator(".bad title").evaluate_all(titles) == [str(PER_HOUR // 10)] * len(hours)
+    for name, seconds in (("Time in the queue", 60), ("Time to boot", 120)):
+        panel = tab.get_by_role("region", name=name)
+        # Of each hour, the times are 1 to 100 times so many seconds.
+        for share, line in ((0.5, "a"), (0.9, "b")):
+            minutes = (int(share * PER_HOUR) + 1) * seconds // 60
+            text = f"{minutes} m" if minutes < 60 else f"{minutes // 60} h {minutes % 60} m"
+            assert panel.locator(f"circle.{line} title").evaluate_all(titles) == [text] * len(hours)
+    for name, value in (("image", "image-0"), ("worker", "mac-0"), ("owner", "owner-0")):
+        cells = tab.get_by_role("region", name=f"Failures by {name}").locator("tbody td")
+        assert cells.all_inner_texts()[:3] == [value, str(HISTORY // 10), "100 %"]
+
+
 # ---- looks ----------------------------------------------------------------------------------------------------------
 
 
@@ -256,6 +354,31 @@ def test_fleet_shows_what_needs_a_human_and_why_vms_wait(visit: Visit, fleet: Bl
     expect(tab.locator(".group h3")).to_have_text(["xcode=26", "xcode=27"])
 
 
+# Lines of a watch, in an order other than that of the problems.
+_SICK = """() => {
+  const minute = 60_000, now = Date.now(), ago = (minutes) => new Date(now - minutes * minute).toISOString(), sick = new Fleet();
+  const add = (kind, object) => sick.apply({ type: "ADDED", kind, object });
+  add("worker", { name: "low", state: "online", disk: { totalBytes: 500e9, freeBytes: 19e9 } });
+  add("worker", { name: "ill", state: "online", health: { problems: [{ what: "clone", message: "no space" }] } });
+  add("worker", { name: "idle-gone", state: "offline" });
+  add("worker", { name: "gone", state: "offline" });
+  add("worker", { name: "well", state: "online", disk: { totalBytes: 500e9, freeBytes: 400e9 } });
+  add("vm", { name: "lost", uid: "1", status: "running", worker: "gone" });
+  add("vm", { name: "old", uid: "2", status: "pending", status_message: "waiting: all slots are used", createdAt: ago(11) });
+  add("vm", { name: "new", uid: "3", status: "pending", status_message: "waiting: all slots are used", createdAt: ago(9) });
+  add("vm", { name: "stuck", uid: "4", status: "pending", worker: "well", scheduled_at: ago(31), createdAt: ago(40) });
+  add("vm", { name: "starts", uid: "5", status: "pending", worker: "well", scheduled_at: ago(29), createdAt: ago(40) });
+  add("vm", { name: "again", uid: "6", status: "pending", restart_count: 3, worker: "well", scheduled_at: ago(1), createdAt: ago(30) });
+  add("vm", { name: "never", uid: "7", status: "pending", status_message: "waiting: no worker has label a=b", createdAt: ago(1) });
+  return sick.problems(now).map((one) => one.key);
+}"""
+
+
+def test_what_needs_a_human_is_found_worst_first(everything: Page) -> None:
+    found = ["w gone", "v again", "v never", "h ill clone", "v stuck", "w idle-gone", "d low", "queue"]
+    assert everything.evaluate(_SICK) == found
+
+
 # ---- keyboard -------------------------------------------------------------------------------------------------------
 
 _UNNAMED = """() => [...document.querySelectorAll("a[href], button, input, select, textarea, [tabindex='0']")]
@@ -267,21 +390,23 @@ _NUMBER = """() => [...document.querySelectorAll("header a, header button, main 
   .filter((one) => one.checkVisibility()).map((one, index) => { one.dataset.number = index; return index; })"""
 
 
-@pytest.mark.parametrize("page", ["vms?name=ci-00", "images", "history", "api", "worker/mac-02", "vm/ci-005"])
-def test_every_control_has_a_name_and_is_reached_by_keyboard(visit: Visit, fleet: BlockingCluster, page: str) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token, page)
-    expect(tab.locator("main")).not_to_contain_text("Loading…")
-    assert tab.evaluate(_UNNAMED) == []
-    left = set(tab.evaluate(_NUMBER))
-    assert left
-    for _ in range(2 * len(left) + 20):
-        tab.keyboard.press("Tab")
-        left.discard(tab.evaluate("Number(document.activeElement.dataset.number ?? -1)"))
-        if not left:
-            break
-    # A row that was drawn anew meanwhile has lost its number.
-    missed = [number for number in left if tab.locator(f"[data-number='{number}']").count()]
-    assert [tab.locator(f"[data-number='{number}']").evaluate("one => one.outerHTML") for number in missed] == []
+def test_every_control_has_a_name_and_is_reached_by_keyboard(visit: Visit, fleet: BlockingCluster) -> None:
+    tab = visit.sign_in(fleet.account, fleet.token)
+    for page in ("vms?name=ci-00", "images", "history", "api", "worker/mac-02", "vm/ci-005"):
+        tab.goto(f"{visit.url}/ui/#/{page}")
+        expect(tab.locator("main h1")).not_to_be_empty()
+        expect(tab.locator("main")).not_to_contain_text("Loading…")
+        assert tab.evaluate(_UNNAMED) == [], page
+        left = set(tab.evaluate(_NUMBER))
+        assert left
+        for _ in range(2 * len(left) + 20):
+            tab.keyboard.press("Tab")
+            left.discard(tab.evaluate("Number(document.activeElement.dataset.number ?? -1)"))
+            if not left:
+                break
+        # A row that was drawn anew meanwhile has lost its number.
+        missed = [number for number in left if tab.locator(f"[data-number='{number}']").count()]
+        assert [tab.locator(f"[data-number='{number}']").evaluate("one => one.outerHTML") for number in missed] == []
 
 
 def test_keys_lead_to_a_vm(visit: Visit, fleet: BlockingCluster) -> None:
@@ -363,42 +488,35 @@ def test_eight_tabs_share_one_stream_and_one_sign_in(visit: Visit, fleet: Blocki
     assert sum("/v1/watch" in url for url in visit.requests) == 2
 
 
-def test_page_comes_back_after_the_controller_was_killed(browser: Browser, tmp_path: Path) -> None:
-    """`orchard dev` needs no sign-in."""
+def test_lost_connection_is_said_within_5_s_and_comes_back_also_after_a_kill(browser: Browser, tmp_path: Path) -> None:
+    """`orchard dev` needs no sign-in. The seconds are those of the page's clock, which the test advances."""
     words = ("--synthetic", "--port", str(free_port()), "--directory", str(tmp_path / "dev"))
     context = browser.new_context()
     with started("", "dev", *words, home=tmp_path) as role:
-        url = role.wait_for(LISTENING)[1]
-        tab = Visit(context, url).open()
-        expect(tab.locator("#connection")).to_have_text("Live")
+        context.clock.install()
+        tab = Visit(context, role.wait_for(LISTENING)[1]).open()
+        connection, body = tab.locator("#connection"), tab.locator("body")
+        expect(connection).to_have_text("Live")
+        # A controller that is frozen, like a network that drops everything, ends no connection.
+        role.process.send_signal(signal.SIGSTOP)
+        tab.clock.run_for(5000)
+        assert "lost" in (connection.get_attribute("class") or "").split()
+        assert "stale" in (body.get_attribute("class") or "").split()
+        role.process.send_signal(signal.SIGCONT)
+        expect(connection).to_have_text("Live")
         create = ("create", "vm", "kept", "--image", "example.com/pull-900s")
         assert call_main(main, *create, home=tmp_path)[0] == 0
         expect(tab.locator("main")).to_contain_text("kept")
         role.process.kill()
         role.process.wait(GENEROUS)
-        expect(tab.locator("#connection")).to_have_class(re.compile("lost"))
-        expect(tab.locator("body")).to_have_class(re.compile("stale"))
+        expect(connection).to_have_class(re.compile("lost"))
+        expect(body).to_have_class(re.compile("stale"))
     with started("", "dev", *words, home=tmp_path) as role:
         role.wait_for(LISTENING)
-        expect(tab.locator("#connection")).to_have_text("Live")
-        expect(tab.locator("body")).not_to_have_class(re.compile("stale"))
+        expect(connection).to_have_text("Live")
+        expect(body).not_to_have_class(re.compile("stale"))
         assert call_main(main, "delete", "vm", "kept", home=tmp_path)[0] == 0
         expect(tab.locator("main")).not_to_contain_text("kept")
-        context.close()
-        role.stop()
-
-
-def test_connection_that_says_nothing_is_lost(browser: Browser, tmp_path: Path) -> None:
-    """A controller that is frozen, like a network that drops everything, ends no connection."""
-    words = ("--synthetic", "--port", "0", "--directory", str(tmp_path / "dev"))
-    context = browser.new_context()
-    with started("", "dev", *words, home=tmp_path) as role:
-        tab = Visit(context, role.wait_for(LISTENING)[1]).open()
-        expect(tab.locator("#connection")).to_have_text("Live")
-        role.process.send_signal(signal.SIGSTOP)
-        expect(tab.locator("#connection")).to_have_class(re.compile("lost"))
-        role.process.send_signal(signal.SIGCONT)
-        expect(tab.locator("#connection")).to_have_text("Live")
         context.close()
         role.stop()
 
@@ -509,30 +627,6 @@ def test_page_of_a_large_fleet_is_small_and_fast(visit: Visit, fleet: BlockingCl
 
 
 # ---- pages of other origins -----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def other_site(body: str) -> Iterator[str]:
-    """Serve a page on another port, and yield its URL."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(body.encode())
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_page_of_another_origin_reads_and_changes_nothing(browser: Browser) -> None:
