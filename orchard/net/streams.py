@@ -116,8 +116,7 @@ class PlainStream:
                 data = b"".join(parts)
                 await self.transport_stream.send_all(data)
                 return len(data)
-            # Windows has no sendmsg.
-            if len(parts) == 1 or not hasattr(self._socket, "sendmsg"):
+            if len(parts) == 1:
                 return await self._socket.send(parts[0])
             return await self._socket.sendmsg(parts[:_MAX_PARTS])
         except OSError as error:
