@@ -51,10 +51,11 @@ from orchard.store import Store
 LEAST_SECONDS = 10.0  # seconds
 # A worker's end is closed if the client's task does not begin to use it within this time.
 CLAIM_SECONDS = 10.0  # seconds
-# Requests that wait for their workers, in all, of one sender, and for one VM. Each belongs to an HTTP request or SSH
-# channel with a deadline. So neither one sender nor the holders of one VM's access tokens can keep others from asking.
+# Requests that wait for their workers, in all, of one sender, and for one VM or host of a worker. Each belongs to an HTTP
+# request or SSH channel with a deadline. So neither one sender nor the holders of one VM's access tokens can keep others
+# from asking.
 MAX_PENDING, MAX_PENDING_OF_SENDER, MAX_PENDING_OF_VM = 4096, 1024, 256
-# Of those, requests for one VM that its worker works on. Each may start a process on its host.
+# Of those, requests for one VM or host that its worker works on. Each may start a process on its host.
 MAX_ASKED_OF_VM = 32
 # Open tunnels into one VM, which is a quarter of what a worker allows in all.
 MAX_TUNNELS_OF_VM = 1024
@@ -155,6 +156,7 @@ class PendingRequest(Generic[AnswerT]):
     def __init__(self, worker: str, kind: str, vm_uid: str, **details: Any) -> None:
         self.id = secrets.token_urlsafe(24)
         self.worker = worker
+        # "" for the host of the worker.
         self.vm_uid = vm_uid
         # The account of the watch over which the action was sent last. Only this account may answer.
         self.account: str | None = None
@@ -163,6 +165,11 @@ class PendingRequest(Generic[AnswerT]):
         self.askers = 0
         self._answered = trio.Event()
         self._answer: AnswerT | UnreachableError
+
+    @property
+    def target(self) -> tuple[str, str]:
+        """What the worker is asked to reach: one of its VMs, or its host."""
+        return self.worker, self.vm_uid
 
     def resolve(self, answer: AnswerT) -> None:
         self._answer = answer
@@ -269,9 +276,10 @@ class Rendezvous:
         # Pending requests by their ids.
         self._ports: dict[str, PendingRequest[WorkerEnd]] = {}
         self._addresses: dict[str, PendingRequest[str]] = {}
-        # How many wait, by sender and by VM, and the turns of those that a VM's worker is asked for.
-        self._waiting: Counter[tuple[str, str]] = Counter()
-        self._turns: dict[str, trio.Semaphore] = {}
+        # How many wait: in all (), of (sender,), and for each target.
+        self._waiting: Counter[tuple[str, ...]] = Counter()
+        # Target -> the turns of the requests that its worker works on.
+        self._turns: dict[tuple[str, str], trio.Semaphore] = {}
         # Open tunnels by the uids of their VMs; "" for those to workers' hosts.
         self._ends: defaultdict[str, set[WorkerEnd]] = defaultdict(set)
         # What those carried that are closed.
@@ -283,39 +291,39 @@ class Rendezvous:
         """Have a worker connect to a port of a VM, or of its host. Raises UnreachableError."""
         if request.vm_uid and len(self._ends.get(request.vm_uid, ())) >= MAX_TUNNELS_OF_VM:
             raise UnreachableError(f"the VM has {MAX_TUNNELS_OF_VM} tunnels, which is the limit; close some")
-        with self._counted(sender, request.vm_uid):
+        with self._counted(sender, request):
             return await self._ask(request, self._ports, deadline)
 
     async def ask_address(self, worker: str, vm_uid: str, deadline: float, *, sender: str = "") -> str:
         """Have a worker find the address of a VM. One request serves all that ask meanwhile. Raises UnreachableError."""
         pending = (one for one in self._addresses.values() if (one.worker, one.vm_uid) == (worker, vm_uid))
         request = next(pending, None) or PendingRequest[str](worker, "resolveIPAction", vm_uid)
-        with self._counted(sender, vm_uid):
+        with self._counted(sender, request):
             return await self._ask(request, self._addresses, deadline)
 
     @contextmanager
-    def _counted(self, sender: str, vm_uid: str) -> Iterator[None]:
+    def _counted(self, sender: str, request: PendingRequest[Any]) -> Iterator[None]:
         """Count a request that waits. Raises UnreachableError if too many do."""
-        bounds = {
-            ("", ""): (MAX_PENDING, "in all"),
-            ("sender", sender): (MAX_PENDING_OF_SENDER, f'of service account "{sender}"'),
-            ("vm", vm_uid): (MAX_PENDING_OF_VM, "for this VM"),
+        target = f"for {'this VM' if request.vm_uid else 'the host of this worker'}"
+        bounds: dict[tuple[str, ...], tuple[int, str]] = {
+            (): (MAX_PENDING, "in all"),
+            request.target: (MAX_PENDING_OF_VM, target),
         }
-        keys = [key for key in bounds if key[1] or key == ("", "")]
-        for key in keys:
-            most, whose = bounds[key]
+        if sender:
+            bounds[sender,] = MAX_PENDING_OF_SENDER, f'of service account "{sender}"'
+        for key, (most, whose) in bounds.items():
             if self._waiting[key] >= most:
                 raise UnreachableError(f"{most} requests {whose} are waiting for workers, try again later")
-        self._waiting.update(keys)
+        self._waiting.update(bounds.keys())
         try:
             yield
         finally:
-            self._waiting.subtract(keys)
-            for key in keys:
+            self._waiting.subtract(bounds.keys())
+            for key in bounds:
                 if not self._waiting[key]:
                     del self._waiting[key]
-            if vm_uid and ("vm", vm_uid) not in self._waiting:
-                self._turns.pop(vm_uid, None)
+            if request.target not in self._waiting:
+                self._turns.pop(request.target, None)
 
     async def _ask(
         self, request: PendingRequest[AnswerT], pending: dict[str, PendingRequest[AnswerT]], deadline: float
@@ -328,7 +336,7 @@ class Rendezvous:
                 await self._watch_opened.wait()
             if request.id in pending:
                 return await self._wait_answered(request, pending)
-            async with self._turns.setdefault(request.vm_uid, trio.Semaphore(MAX_ASKED_OF_VM)):
+            async with self._turns.setdefault(request.target, trio.Semaphore(MAX_ASKED_OF_VM)):
                 # Another watch may be open by now.
                 watch = self._watches.get(worker, watch)
                 pending[request.id] = request

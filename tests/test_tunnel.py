@@ -358,6 +358,26 @@ async def test_holders_of_one_vms_tokens_cannot_keep_others_from_asking(
     assert not rendezvous._turns
 
 
+async def test_worker_that_does_not_answer_cannot_keep_others_from_the_hosts_of_other_workers(
+    autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "MAX_ASKED_OF_VM", 2)
+    rendezvous = Rendezvous()
+
+    def ask(worker: str) -> Asked:
+        return Asked(nursery, lambda: rendezvous.ask_port(port_request(worker, ""), 3000))
+
+    async with watch_pair() as (sick, _, _), watch_pair() as (well, _, _), trio.open_nursery() as nursery:
+        nursery.start_soon(serve, rendezvous, "sick", sick, [])
+        nursery.start_soon(serve, rendezvous, "well", well, [])
+        for worker in ("sick", "sick", "sick", "well"):
+            ask(worker)
+            await wait_all_tasks_blocked()
+        assert [request.worker for request in rendezvous._ports.values()] == ["sick", "sick", "well"]
+        nursery.cancel_scope.cancel()
+    assert not rendezvous._turns
+
+
 async def test_one_request_for_an_address_serves_all_that_ask(autojump_clock: Any) -> None:
     rendezvous = Rendezvous()
     async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
