@@ -168,7 +168,7 @@ class PendingRequest(Generic[AnswerT]):
 
     @property
     def target(self) -> tuple[str, str]:
-        """What the worker is asked to reach: one of its VMs, or its host."""
+        """The worker, and the VM that it is asked to reach, or "" for its host."""
         return self.worker, self.vm_uid
 
     def resolve(self, answer: AnswerT) -> None:
