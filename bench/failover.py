@@ -1,19 +1,27 @@
 """How long nothing is acknowledged at each fault of controllers and etcd, and what etcd costs.
 
-    ./run bench failover
+    ./run bench failover [--only faults|costs]
 
-Three etcd nodes on loopback, which write through to disk, two controllers with a lease of five seconds, and three clients
-that create VMs. For each fault: the longest time without an acknowledged creation. Then creations a second by 64 clients,
-on etcd and on files in the same run.
+Three etcd nodes on loopback, two controllers with a lease of five seconds, and three clients that create VMs. For each
+fault: the longest time without an acknowledged creation. Then, with nodes that write through to disk: what creations by
+64 clients, requests for one VM and polls of a worker without VMs cost, on etcd and on files in turns, and how long a
+takeover with 10,000 VMs takes.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import os
+import signal
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import trio
@@ -22,12 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "cluster"))
 
 from harness.processes import LISTENING, PLAIN, started
-from test_failover import ATTACKS, Attack, site
+from test_failover import ATTACKS, Attack, Site, site
 
 from orchard.client import Client, ClientError
 
 CLIENTS = 64
-SECONDS = 5.0
+SECONDS, ROUNDS = 3.0, 5
+# The VM that is asked for, and how many there are at a takeover.
+NAME, MANY = "vm", 10_000
+# Until a controller stands by.
+START_SECONDS = 4.0
 
 
 async def longest_gap(attack: Attack, home: Path) -> float:
@@ -61,39 +73,125 @@ async def longest_gap(attack: Attack, home: Path) -> float:
     return max(after - before for before, after in pairwise(times))
 
 
-async def creations(url: str) -> float:
-    """Return the creations a second by all clients together."""
-    count = 0
-    async with trio.open_nursery() as nursery:
+@dataclass
+class Measured:
+    """A controller that is measured: its name, its URL, its process, and what each kind of request cost in each round."""
 
-        async def create(number: int) -> None:
+    name: str
+    url: str
+    pid: int
+    rates: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    async def measure(self, kind: str, clients: int, ask: Callable[[Client, str], Awaitable[object]]) -> None:
+        """Have clients ask for some seconds. Note the rate, and the processor time of the controller for each request."""
+        count = 0
+
+        async def press(number: int) -> None:
             nonlocal count
-            async with Client(url) as client:
-                for each in range(1_000_000):
-                    await client.vms.create(name=f"vm-{number}-{each}", image="i")
+            async with Client(self.url) as client:
+                for each in itertools.count():
+                    await ask(client, f"vm-{len(self.rates.get(kind, ()))}-{number}-{each}")
                     count += 1
 
-        began = time.monotonic()
-        for number in range(CLIENTS):
-            nursery.start_soon(create, number)
-        await trio.sleep(SECONDS)
-        took = time.monotonic() - began
-        nursery.cancel_scope.cancel()
-    return count / took
+        began, used = time.monotonic(), self.cpu_seconds()
+        async with trio.open_nursery() as nursery:
+            for number in range(clients):
+                nursery.start_soon(press, number)
+            await trio.sleep(SECONDS)
+            took = time.monotonic() - began
+            nursery.cancel_scope.cancel()
+        self.rates.setdefault(kind, []).append(count / took)
+        self.cpu.setdefault(kind, []).append((self.cpu_seconds() - used) / count * 1e6)
+
+
+async def create(client: Client, name: str) -> None:
+    await client.vms.create(name=name, image="i")
+
+
+async def look(client: Client, _: str) -> None:
+    await client.vms.get(NAME)
+
+
+async def poll(client: Client, _: str) -> None:
+    await client.vms.list(worker="mac")
+
+
+KINDS = {"creation": (CLIENTS, create), "GET": (8, look), "poll of an idle worker": (8, poll)}
+
+
+async def compare(on_etcd: Measured, on_files: Measured) -> None:
+    """Print rates and processor times on etcd against those on files, measured in turns."""
+    for each in (on_etcd, on_files):
+        async with Client(each.url) as client:
+            await create(client, NAME)
+    for _ in range(ROUNDS):
+        for kind, (clients, ask) in KINDS.items():
+            for each in (on_etcd, on_files):
+                await each.measure(kind, clients, ask)
+    for kind in KINDS:
+        for what, pairs in (
+            ("a second", list(zip(on_etcd.rates[kind], on_files.rates[kind], strict=True))),
+            ("us of CPU", list(zip(on_etcd.cpu[kind], on_files.cpu[kind], strict=True))),
+        ):
+            ratios = sorted(etcd / files for etcd, files in pairs)
+            etcd, files = (median(values) for values in zip(*pairs, strict=True))
+            spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
+            print(
+                f"{kind:24} {what:10} {etcd:8.0f} on etcd {files:8.0f} on files {median(ratios):6.2f} x ({spread})",
+                flush=True,
+            )
+
+
+async def take_over(s: Site) -> None:
+    """Create VMs until there are many. Print how long another controller takes when the leader is stopped, and then killed."""
+    async with Client(s.url) as client:
+        async with trio.open_nursery() as nursery:
+            for writer in range(CLIENTS):
+                for_writer = range(writer, MANY, CLIENTS)
+                nursery.start_soon(create_all, client, [f"many-{number}" for number in for_writer])
+        for number_of in (signal.SIGTERM, signal.SIGKILL):
+            number = await s.leader()
+            began = time.monotonic()
+            s.roles[number].process.send_signal(number_of)
+            while await s.leader() == number:
+                pass
+            print(
+                f"{number_of.name} with {len(await client.vms.list()):,} VMs: {time.monotonic() - began:.2f} s",
+                flush=True,
+            )
+            await trio.to_thread.run_sync(s.roles[number].process.wait)
+            s.start_again(number)
+            await trio.sleep(START_SECONDS)
+    for line in (line for role in s.roles for line in role.log_lines() if "VMs loaded" in line):
+        print(line.partition("msg=")[2], flush=True)
+
+
+async def create_all(client: Client, names: list[str]) -> None:
+    for name in names:
+        await create(client, name)
 
 
 async def main() -> None:
-    for attack in ATTACKS:
+    options = argparse.ArgumentParser(prog="./run bench failover")
+    options.add_argument("--only", choices=("faults", "costs"), help="default: both")
+    only = options.parse_args().only
+    for attack in ATTACKS if only != "costs" else ():
         with TemporaryDirectory() as home:
             print(f"{attack.__name__.replace('_', ' '):22} {await longest_gap(attack, Path(home)):6.2f} s", flush=True)
+    if only == "faults":
+        return
     with TemporaryDirectory() as home, ExitStack() as stack:
-        role = stack.enter_context(started("controller", "--listen", "127.0.0.1:0", *PLAIN, home=Path(home)))
-        on_files = await creations((await trio.to_thread.run_sync(role.wait_for, LISTENING))[1])
-    with TemporaryDirectory() as home:
+        role = stack.enter_context(started("controller", "--listen", "127.0.0.1:0", *PLAIN, home=Path(home) / "files"))
+        url = (await trio.to_thread.run_sync(role.wait_for, LISTENING))[1]
         async with site(Path(home), sync=True) as s:
-            await s.leader()
-            on_etcd = await creations(s.url)
-    print(f"creations a second: {on_etcd:.0f} on etcd, {on_files:.0f} on files, {on_etcd / on_files:.2f} x")
+            leader = s.roles[await s.leader()]
+            await compare(Measured("etcd", s.url, leader.process.pid), Measured("files", url, role.process.pid))
+            await take_over(s)
 
 
 if __name__ == "__main__":

@@ -74,13 +74,11 @@ class Site:
         await eventually(answers)
         return found[0]
 
-    async def queue(self, number: int, request: str) -> trio.SocketStream:
-        """Send a request to a controller, over a connection of its own, and return the connection."""
+    async def connect(self, number: int) -> trio.SocketStream:
+        """Return a connection to a controller that has answered a request over it."""
         stream = await trio.open_tcp_stream("127.0.0.1", self._ports[number])
-        head, _, body = request.partition("\n")
-        await stream.send_all(
-            f"{head} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
+        await stream.send_all(as_http("GET /v1/controller/info"))
+        await receive_head(stream)
         return stream
 
     async def end_lease(self) -> None:
@@ -90,13 +88,18 @@ class Site:
             await gateway.request("POST", "/v3/lease/revoke", json={"ID": answer.json()["kvs"][0]["lease"]})
 
 
-async def answer_of(stream: trio.SocketStream) -> bytes:
-    """Return the answer to a request, empty if the connection is closed instead."""
+def as_http(request: str) -> bytes:
+    """Return a request of which the first line is method and target, and the rest the body."""
+    head, _, body = request.partition("\n")
+    return f"{head} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+async def receive_head(stream: trio.SocketStream) -> bytes:
+    """Return the answer to a request at least up to its body, or as much as came before the connection was closed."""
     answer = b""
-    async with stream:
-        with suppress(trio.BrokenResourceError):
-            while (piece := await stream.receive_some()) and b"\r\n\r\n" not in answer:
-                answer += piece
+    with suppress(trio.BrokenResourceError):
+        while b"\r\n\r\n" not in answer and (piece := await stream.receive_some()):
+            answer += piece
     return answer
 
 
@@ -133,11 +136,15 @@ async def stop_leader(s: Site) -> None:
 async def freeze_leader(s: Site) -> None:
     """Stop the leader until another one leads. What waits in its sockets meanwhile is not carried out, and not answered."""
     number = await s.leader()
+    queued = [(request, await s.connect(number)) for request in QUEUED]
     s.roles[number].process.send_signal(signal.SIGSTOP)
-    queued = [await s.queue(number, request) for request in QUEUED]
+    for request, stream in queued:
+        await stream.send_all(as_http(request))
     assert await s.leader() != number
     s.roles[number].process.send_signal(signal.SIGCONT)
-    answers = [await answer_of(stream) for stream in queued]
+    answers = [await receive_head(stream) for _, stream in queued]
+    for _, stream in queued:
+        await stream.aclose()
     assert all(not answer or answer.startswith(b"HTTP/1.1 503 ") for answer in answers), answers
 
 
