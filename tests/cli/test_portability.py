@@ -178,6 +178,7 @@ def names_of_unix(module: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_client_verbs_run_without_what_windows_lacks(dev: Path, api: ControllerConnection, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text('{"name": "applied", "image": "i", "metadata": {"a": "c"}}')
