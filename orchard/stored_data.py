@@ -224,10 +224,10 @@ def _consequences_dropped(leadership: Leadership) -> Iterator[None]:
 
 async def _campaign(settings: EtcdSettings, client: EtcdClient, leadership: Leadership, *, is_first: bool) -> None:
     try:
-        # A standby that could not take over does not start.
+        # A controller that could not take over does not start. Later, it waits until etcd answers.
         if is_first and (head := await client.get(f"{settings.prefix}/head")) is not None:
             decode_head(head)
-        await leadership.campaign(is_patient=not is_first)
+        await leadership.campaign(is_patient=True)
     except EtcdUnavailableError as error:
         raise StartError(f"cannot use etcd: {error}; check --etcd and --etcd-ca, and that etcd runs") from error
     except (EtcdRequestError, DamagedError) as error:
