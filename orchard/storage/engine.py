@@ -65,6 +65,8 @@ class Contents:
     # The wall time of the last write, as far as it is stored.
     time: datetime.datetime | None = None
     objects: dict[Key, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    # Whether a lease has to be renewed while the objects are decoded.
+    has_lease: bool = False
 
     def not_understood(self, place: Any, error: Exception) -> DamagedError:
         """Return the error for an object at a place that cannot be decoded."""

@@ -81,6 +81,7 @@ class DamagedKeyError(DamagedError):
 class EtcdContents(Contents):
     """The contents of etcd. The place of an object is its key."""
 
+    has_lease: bool = True
     prefix: str = ""
 
     def read(self, kind: str, name: str, value: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,10 +15,12 @@ from harness.memory_etcd import MemoryEtcd, encoded
 from harness.scripted import answer
 from harness.strategies import BEGAN
 
+from orchard import store
 from orchard.codec import dump_json
 from orchard.net import transport
+from orchard.schema import ServiceAccount
 from orchard.storage import etcd_engine
-from orchard.storage.engine import Batch, BatchLimits, Engine
+from orchard.storage.engine import Batch, BatchLimits, Contents, Engine
 from orchard.storage.errors import BrokenError
 from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdUnavailableError
 
@@ -228,3 +231,44 @@ async def test_endpoint_that_does_not_answer_as_etcd_is_unavailable(body: bytes,
             with pytest.raises(EtcdUnavailableError):
                 await client.transact([], [])
         nursery.cancel_scope.cancel()
+
+
+async def test_other_tasks_run_while_a_large_state_is_taken_over(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the lease would not be renewed while a controller decodes tens of thousands of VMs."""
+    monkeypatch.setattr(store, "_BUILT_AT_ONCE", 1)
+    site, turns, seen = MemoryEtcdSite(), 0, []
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with site.running(), trio.open_nursery() as nursery:
+        async with site.opened() as engine:
+            await engine.load()
+            made = Batch(0, 1)
+            for name in "abcde":
+                account = ServiceAccount(name=name, token="t")
+                made.record(("account", name), store.encode_object(account), is_new=True)
+            await engine.append(made)
+        nursery.start_soon(count_turns)
+        async with site.opened() as engine:
+            load, begin = engine.load, engine.begin
+
+            async def loaded_then() -> Contents:
+                contents = await load()
+                seen.append(turns)
+                return contents
+
+            async def begun(*arguments: Any) -> None:
+                seen.append(turns)
+                await begin(*arguments)
+
+            monkeypatch.setattr(engine, "load", loaded_then)
+            monkeypatch.setattr(engine, "begin", begun)
+            await store.Store.open(engine, BEGAN)
+        nursery.cancel_scope.cancel()
+    assert seen[1] - seen[0] >= 5
