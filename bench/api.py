@@ -4,7 +4,8 @@
 
 All servers are processes of their own and are measured in turns. Shown are the rate and the server's CPU time of: one VM;
 1,000 different VMs; a list of 1,000 VMs; the polls of 5,000 workers; a worker's poll in a big cluster; durable creations
-by many clients at once, and by one alone, which is compared with what the disk takes by itself.
+by many clients at once, and by one alone, which is compared with what the disk takes by itself. Beside the list is what
+its encryption takes in a loop without a server.
 
 With --against, the controller of another checkout, which has a `.venv` of its own, is measured in the same turns. The
 ratio of CPU times is the one to look at then: rates are as noisy as the machine.
@@ -16,19 +17,23 @@ import argparse
 import itertools
 import json
 import os
+import ssl
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
+import trio
 from cluster import AUTHORIZATION
-from load import BARE, CONTROLLER, CONTROLLER_TLS, Server, body_of, press, press_over, request, running
+from load import BARE, CONTROLLER, CONTROLLER_TLS, Server, body_of, client_context, press, press_over, request, running
 from measure import ROUNDS, Variant, compare
+
+from orchard.net import tls
 
 # Connections at once.
 CLIENTS, WRITERS, LISTERS = 32, 64, 4
@@ -37,6 +42,8 @@ GETS, CREATES, LISTS, ALONE = 8_000, 3_000, 200, 200
 # VMs, and workers that poll.
 SMALL, MIDDLE, BIG = 100, 1_000, 10_000
 POLLERS = 5_000
+# Of a TLS record.
+RECORD_BYTES = 16 * 1024
 FOREVER = ("--worker-offline-timeout", "1000000")
 PARTS = ("gets", "lists", "polls", "creates")
 # Counts how often data was forced to the disk, in a file.
@@ -109,8 +116,9 @@ class Benchmark:
         count: int,
         connections: int,
         requests: Callable[[], Iterator[bytes]],
+        *others: Variant,
     ) -> None:
-        """Measure the same requests to several servers in turns. The last server is the baseline."""
+        """Measure the same requests to several servers, and `others`, in turns. The last server is the baseline."""
 
         def variant(name: str, server: Server) -> Variant:
             # Handshakes are not part of a request's cost.
@@ -121,7 +129,8 @@ class Benchmark:
 
             return Variant(name.replace("%s", what), run, count, server.cpu)
 
-        compare(*itertools.starmap(variant, servers.items()), count=self.rounds)
+        *controllers, base = itertools.starmap(variant, servers.items())
+        compare(*controllers, *others, base, count=self.rounds)
 
     def gets(self) -> None:
         small, middle = self._controllers(SMALL, SMALL // 2), self._controllers(MIDDLE, MIDDLE // 2)
@@ -137,7 +146,9 @@ class Benchmark:
         asked = get("/v1/vms")
         bare = self._bare(next(iter(middle.values())), asked)
         servers = {**middle, "the same bytes, bare": bare}
-        self._compare(f"list of {MIDDLE:,} VMs", servers, LISTS, LISTERS, partial(itertools.repeat, asked))
+        encrypt = encrypter(self._home(), body_of(bare, asked))
+        encryption = Variant("encryption of the same bytes, bare", partial(encrypt, LISTS), LISTS)
+        self._compare(f"list of {MIDDLE:,} VMs", servers, LISTS, LISTERS, partial(itertools.repeat, asked), encryption)
 
     def polls(self) -> None:
         big, small = self._controllers(BIG, POLLERS), self._controllers(SMALL, SMALL // 2)
@@ -190,6 +201,27 @@ class Benchmark:
 def get(path: str) -> bytes:
     """Return a GET request of the account that `cluster.fill` creates."""
     return request("GET", path, authorization=AUTHORIZATION)
+
+
+def encrypter(directory: Path, body: bytes) -> Callable[[int], None]:
+    """Return a function that encrypts a body so many times in memory, in records of 16 KiB, as a server of TLS does."""
+    context = tls.server_context(*trio.run(tls.self_signed, directory))
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = context.wrap_bio(incoming, outgoing, server_side=True)
+    client = client_context().wrap_bio(outgoing, incoming)
+    for _ in range(4):
+        for end in (client, server):
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+
+    def encrypt(count: int) -> None:
+        view = memoryview(body)
+        for _ in range(count):
+            for start in range(0, len(view), RECORD_BYTES):
+                server.write(view[start : start + RECORD_BYTES])
+                outgoing.read()
+
+    return encrypt
 
 
 def main() -> None:
