@@ -21,7 +21,7 @@ import heapq
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from orchard.planning import (
     Demand,
@@ -44,7 +44,8 @@ from orchard.waiting import DRAINING, FAILING, LOW_DISK, PAUSED, UNAVAILABLE, Su
 REASON_SECONDS = 1.0
 # Each VM whose reason changes is stored again. So reasons of long queues are renewed less often.
 _RENEWED_PER_SECOND = 1_000
-# Workers that one plan examines for reasons: some milliseconds, for which all other tasks wait.
+# Workers that one plan examines for a kind of VM that is new, or for reasons: some milliseconds, for which all other
+# tasks wait.
 _EXAMINED_PER_PLAN = 4_000
 # Candidates and reasons that are kept although no VM of the kind waits.
 _MAX_IDLE = 64
@@ -161,6 +162,8 @@ class _Placed:
     def __init__(self, loads: defaultdict[str, Load]) -> None:
         self.counts: Counter[VMKind] = Counter()
         self.changed: dict[str, Load] = {}
+        # Workers that were ranked for a demand without candidates.
+        self.examined = 0
         self._loads = loads
 
     def load_of(self, worker: str) -> Load:
@@ -447,9 +450,11 @@ class Placement:
         kinds = [] if self._inputs.why_frozen() else [*self._queues.by_kind]
         kinds = [kind for kind in kinds if kind.demand.held_until <= self._now]
         queues = [self._queues.by_kind[kind].vms for kind in kinds]
+        wishes = {wish for kind in kinds for wish in _wishes(kind)}
+        placed.examined = sum(len(self._possible(wish)) for wish in wishes if wish not in self._candidates)
         tables = [[self._candidates_for(wish) for wish in _wishes(kind)] for kind in kinds]
         # Those that have to be kept up to date in this plan.
-        used = {wish: self._candidates[wish] for kind in kinds for wish in _wishes(kind)}
+        used = {wish: self._candidates[wish] for wish in wishes}
         # The next VM of each kind: (minus its priority, its age, its position in its queue, the position of its kind).
         heads = [(-kind.priority, queues[at][0], 0, at) for at, kind in enumerate(kinds)]
         heapq.heapify(heads)
@@ -480,7 +485,7 @@ class Placement:
 
     def _explain(self, now: float, placed: _Placed, plan: Plan) -> None:
         """Add waiting reasons to a plan, for VMs that do not have theirs yet. No other VM is looked at."""
-        examined = 0
+        examined = placed.examined
         for kind, queue in self._queues.by_kind.items():
             if not plan.capacity:
                 # The next plan may assign the rest.
@@ -551,7 +556,7 @@ class Placement:
             found = self._candidates[wish] = _Candidates({name: rank for name, rank in ranks if rank is not None})
         return found
 
-    def _possible(self, wish: _Wish) -> Iterable[str]:
+    def _possible(self, wish: _Wish) -> Collection[str]:
         """Return the workers among which all candidates are."""
         demand, preferred = wish
         if preferred:

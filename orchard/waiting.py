@@ -58,6 +58,8 @@ class Survey:
 
     def __init__(self, demand: Demand) -> None:
         self._demand = demand
+        # Formatted once, since a search looks at thousands of workers (./run bench turns).
+        self._labels = [(key, value, f"{key}={value}") for key, value in demand.labels]
         # Whether some worker would take the VM when it is online and empty.
         self.is_possible = False
         # What the others lack, and the first such thing by name: for each, the number of workers.
@@ -77,7 +79,8 @@ class Survey:
             return
         if (found := self._find_lack(worker)) is not None:
             self._lacks[found[0]] += 1
-            self._lacking.update(found[1])
+            for text in found[1]:
+                self._lacking[text] += 1
             return
         self.is_possible = True
         for resource, wanted in self._demand.resources:
@@ -109,8 +112,8 @@ class Survey:
             return _ARCH, [demand.arch]
         if worker.runtime != demand.runtime:
             return _RUNTIME, [demand.runtime]
-        if demand.labels:
-            labels = [f"{key}={value}" for key, value in demand.labels if not has_label(worker, key, value)]
+        if self._labels:
+            labels = [text for key, value, text in self._labels if not has_label(worker, key, value)]
             if labels:
                 return _LABEL, labels
         if demand.capabilities:
@@ -140,7 +143,7 @@ class Survey:
         wanted = {
             _ARCH: [demand.arch],
             _RUNTIME: [demand.runtime],
-            _LABEL: [f"{key}={value}" for key, value in demand.labels],
+            _LABEL: [text for _, _, text in self._labels],
             _CAPABILITY: list(demand.capabilities),
         }
         having = [

@@ -50,6 +50,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import orchard
+from orchard import placement
 from orchard.bodies import VMReport
 from orchard.cluster import VM_RESTART
 from orchard.placement import REASON_SECONDS
@@ -653,6 +654,17 @@ def test_one_plan_examines_a_bounded_number_of_workers_for_reasons() -> None:
         assert len(told) == number
         assert bool(decided.capacity) == (len(told) == 3), "the loop plans again at once"
     assert told == ["vm0", "vm1", "vm2"]
+
+
+def test_reason_of_a_new_kind_is_left_to_the_plan_after_the_one_that_ranks_many_workers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(placement, "_EXAMINED_PER_PLAN", 2)
+    planner = snapshot_of([pending("vm")], [worker("a", vms=0), worker("b", vms=0)]).planner()
+    first, second = (planner.plan(NOW, "optimize-utilization") for _ in range(2))
+    assert (first.waiting, first.capacity) == ({}, 0), "the loop plans again at once"
+    assert list(second.waiting) == ["vm"]
+    assert second.capacity
 
 
 @QUICK
