@@ -103,14 +103,14 @@ login {url} --service-account-name ci --name other
 context list
 context default local-dev
 context delete other
-create service-account ci
-rotate token ci
+create service-account of-windows
+rotate token of-windows
 create vm vm --image i --wait --metadata a=b
 create token vm vm
 list vms
 list vms -w 130
 get vm vm/status
-get bootstrap-token ci
+get bootstrap-token of-windows
 describe vm vm
 update vm vm --metadata a=c
 apply -f {file}
@@ -146,7 +146,7 @@ version
 doctor client
 ui --no-open
 delete vms --filter metadata.a=c
-delete service-account ci
+delete service-account of-windows
 """
 # Names that Windows does not have, from the documentation of Python.
 UNIX = {
