@@ -49,8 +49,11 @@ class Metric(NamedTuple):
 
     def lines(self, samples: Mapping[Any, float]) -> list[str]:
         """Return the lines of a counter or a gauge: `samples` are numbers by tuples of the values of the labels."""
-        pairs = ((self._labelled(self.name, zip(self.labels, key, strict=True)), samples[key]) for key in samples)
-        return [*self._head(), *(f"{name} {_number(value)}" for name, value in pairs)]
+        return [*self.head(), *(self.sample_line(key, samples[key]) for key in samples)]
+
+    def sample_line(self, key: tuple[str, ...], value: float) -> str:
+        """Return the line of one value of a counter or a gauge, by the values of its labels."""
+        return f"{self._labelled(self.name, zip(self.labels, key, strict=True))} {_number(value)}"
 
     def line(self, value: float) -> list[str]:
         """Return the lines of a counter or a gauge without labels."""
@@ -58,12 +61,13 @@ class Metric(NamedTuple):
 
     def histogram_lines(self, histogram: Histogram) -> list[str]:
         """Return the lines of a histogram, which has no labels of its own."""
-        found = self._head()
+        found = self.head()
         for bound, count in zip((*histogram.bounds, math.inf), accumulate(histogram.counts), strict=True):
             found.append(f"{self._labelled(f'{self.name}_bucket', [('le', _number(bound))])} {count}")
         return [*found, f"{self.name}_sum {_number(histogram.sum)}", f"{self.name}_count {sum(histogram.counts)}"]
 
-    def _head(self) -> list[str]:
+    def head(self) -> list[str]:
+        """Return the lines that are before those with values."""
         doc = self.doc.replace("\\", r"\\").replace("\n", r"\n")
         return [f"# HELP {self.name} {doc}", f"# TYPE {self.name} {self.kind}"]
 

@@ -59,6 +59,8 @@ def test_each_package_is_listed_and_has_its_licence_inside(pyz: Path) -> None:
     licensed = {name.split("/")[0].split("-")[0].replace("_", "-").lower() for name in names if "licen" in name.lower()}
     assert components - {"orchard-cluster"} <= licensed | {"sniffio", "outcome"}
     assert "orchard/LICENSE" in names
+    # The dashboard is served from the archive, too.
+    assert {f"orchard/ui/{file.name}" for file in (ROOT / "orchard" / "ui").iterdir() if file.is_file()} <= {*names}
     assert not [name for name in names if "/_tests/" in name or name.endswith(".pyc")]
 
 

@@ -29,6 +29,8 @@ from orchard.schema import LOGICAL_CORES, MEMORY_MIB, TART_VMS, VM, Status, Work
 
 # VMs and workers that are looked at in one step of the event loop: some milliseconds.
 _VMS_PER_STEP, _WORKERS_PER_STEP = 1000, 100
+# Lines of series of workers that are made in one step.
+_SERIES_PER_STEP = 500
 # Workers may offer resources of any name. Of more names than these, those of most workers are shown.
 _MAX_RESOURCES = 32
 _USUAL_RESOURCES = (TART_VMS, LOGICAL_CORES, MEMORY_MIB)
@@ -90,6 +92,8 @@ async def metrics_answer(api: API) -> Response:
     workers = await _survey_workers(api)
     vms = await _survey_vms(api)
     parts = [text_of([*_worker_lines(workers), *_vm_lines(vms)])]
+    for name, samples in (workers.series or {}).items():
+        parts += await _series_parts(_BY_NAME[name], samples)
     await trio.lowlevel.checkpoint()
     parts.append(text_of([*_controller_lines(api, vms), *_life_lines(api), *_work_lines(api), *_process_lines(api)]))
     return Response(200, parts, content_type=METRICS_TYPE)
@@ -162,9 +166,16 @@ def _worker_lines(found: FleetSurvey) -> list[str]:
     for part in ("offered", "used", "free", "unavailable"):
         amounts = getattr(found, part)
         lines += _BY_NAME[f"resource_{part}"].lines({(name,): amounts[name] for name in shown})
-    for metric, samples in (found.series or {}).items():
-        lines += _BY_NAME[metric].lines(samples)
     return lines
+
+
+async def _series_parts(metric: Metric, samples: Mapping[tuple[str, ...], float]) -> list[bytes]:
+    """Return the text of a metric in parts, each of which is made in a step of its own."""
+    parts, keys = [text_of(metric.head())], [*samples]
+    for start in range(0, len(keys), _SERIES_PER_STEP):
+        await trio.lowlevel.checkpoint()
+        parts.append(text_of(metric.sample_line(key, samples[key]) for key in keys[start : start + _SERIES_PER_STEP]))
+    return parts
 
 
 @dataclass(slots=True)
