@@ -526,9 +526,15 @@ def _processes() -> Iterator[tuple[int, _Process]]:
                 parent = int((path / "stat").read_text(errors="replace").rpartition(") ")[2].split()[1])
                 yield int(path.name), _Process(parent, f"\0{words}\0", "\0")
         return
-    for line in _output("/bin/ps", "-axEww", "-o", "pid=,ppid=,command="):
-        columns = line.split(None, 2)
-        yield int(columns[0]), _Process(int(columns[1]), f" {columns[2]} ", " ")
+    yield from _processes_in(_output("/bin/ps", "-axEww", "-o", "pid=,ppid=,command="))
+
+
+def _processes_in(lines: Iterable[str]) -> Iterator[tuple[int, _Process]]:
+    """Yield the processes in lines of `ps`. One may have no command, or one with line breaks."""
+    for line in lines:
+        with suppress(ValueError):
+            own, parents, words = line.split(None, 2)
+            yield int(own), _Process(int(parents), f" {words} ", " ")
 
 
 def _has_proc() -> bool:

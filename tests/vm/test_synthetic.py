@@ -562,3 +562,8 @@ async def test_guest_agent_that_never_answers_runs_no_script(driver: SyntheticDr
         await trio.testing.wait_all_tasks_blocked()
         await driver.stop(NAME)
     assert lines == []
+
+
+def test_lines_of_ps_without_a_command_hide_no_process(home: Path) -> None:
+    lines = ["    7     1 ", "and=a second line", f"    9     7 sleep 100 ORCHARD_VM={home} HOME=/"]
+    assert [number for number, process in synthetic._processes_in(lines) if process.is_of(home)] == [9]
