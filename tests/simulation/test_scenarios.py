@@ -198,7 +198,7 @@ async def worker_under_another_name(cluster: SimulatedCluster, client: Client) -
     identity = {"machine_id": "m", "instance_id": "i"}
     cluster.start_worker("mac-1", **identity)
     await create(client, "vm-0")
-    vm = await wait_vm(client, "vm-0", runs)
+    vm = await wait_vm(client, "vm-0", lambda vm: vm.condition("ready"))
     guest = cluster.machines["mac-1"].guests[vm.tart_name]
     for pause in (0.0, 5.0):
         cluster.workers["mac-1"].kill()

@@ -271,4 +271,5 @@ async def test_other_tasks_run_while_a_large_state_is_taken_over(
             monkeypatch.setattr(engine, "begin", begun)
             await store.Store.open(engine, BEGAN)
         nursery.cancel_scope.cancel()
-    assert seen[1] - seen[0] >= 5
+    # In five steps. Which task of a turn runs first is random.
+    assert seen[1] - seen[0] >= 3
