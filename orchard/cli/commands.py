@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import trio
 
-from orchard.cli.failure import FAILED, USAGE, CommandError
+from orchard.cli.failure import FAILED, USAGE, CommandError, cleaning_up
 from orchard.cli.session import add_context_option
 from orchard.cli.tunnels import run_with_client, send_input, write_all
 from orchard.client import Client, RunningCommand
@@ -120,8 +120,9 @@ def _raw_terminal() -> Iterator[None]:
     before = termios.tcgetattr(0)
     try:
         # Without a flush, keys that were typed before are not lost.
-        tty.setraw(0, termios.TCSADRAIN)
-        yield
+        with cleaning_up():
+            tty.setraw(0, termios.TCSADRAIN)
+            yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
@@ -189,7 +190,7 @@ def _download(options: argparse.Namespace, vm: str, source: str, target: Path) -
     line = shlex.join(["tar", "-cf", "-", "-C", directory, "--", name])
     within = target if target.is_dir() else target.absolute().parent
     # Beside the target, so that it can be renamed.
-    with tempfile.TemporaryDirectory(prefix=".orchard-cp.", dir=within) as scratch:
+    with cleaning_up(), tempfile.TemporaryDirectory(prefix=".orchard-cp.", dir=within) as scratch:
         packed, new = Path(scratch, "archive"), Path(scratch, "new")
         with packed.open("wb") as file:
             status = run_with_client(options, lambda client: _receive_archive(client, options, vm, line, file))

@@ -27,6 +27,8 @@ ANSWER_SECONDS = 60.0
 # For a connection to a controller while there is another one to try: two round trips, and a first packet that was lost.
 _CONNECT_SECONDS = 3.0
 _CERTIFICATE_SECONDS = 10.0
+# Of a stream, at once.
+_READ_BYTES = 64 * 1024  # bytes
 # How long a controller may be away, as in orchard.client, and between two tries to reach it.
 _OUTAGE_SECONDS, _RETRY_SECONDS = 600.0, 0.5
 # Statuses from here on say that a controller, or a proxy before it, cannot answer now.
@@ -100,21 +102,24 @@ class ControllerConnection:
         """
         answer = self._send("GET", path, query, None)
         assert self._sock is not None
-        ended = False
+        rest, ended = b"", False
         try:
             while not ended:
                 left = self._seconds if deadline is None else min(self._seconds, deadline - time.monotonic())
                 if left <= 0:
                     return
                 self._sock.settimeout(left)
+                # `readline` takes the loss of the connection for the end of the answer.
                 with _network_errors(self.url):
-                    line = answer.readline()
-                ended = not line
-                if line.strip():
-                    parsed = _parse(line)
-                    if not isinstance(parsed, dict):
-                        raise _unexpected(parsed, "lines that are objects")
-                    yield parsed
+                    data = answer.read1(_READ_BYTES)
+                ended = not data
+                *lines, rest = (rest + (data or b"\n")).split(b"\n")
+                for line in lines:
+                    if line.strip():
+                        parsed = _parse(line)
+                        if not isinstance(parsed, dict):
+                            raise _unexpected(parsed, "lines that are objects")
+                        yield parsed
         except NetworkError:
             if deadline is None or time.monotonic() < deadline:
                 raise
@@ -162,7 +167,7 @@ class ControllerConnection:
                     connection.request(method, f"{self._servers[0].prefix}{target}", raw, headers)
                     answer = connection.getresponse()
                     self.headers = dict(answer.getheaders())
-                    if answer.status < 400:
+                    if 200 <= answer.status < 300:
                         return answer
                     content = answer.read()
             except NetworkError as error:

@@ -1,6 +1,14 @@
-"""The errors that end a verb of the `orchard` command."""
+"""What ends a verb of the `orchard` command: its errors, and Ctrl-C."""
 
 from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 FAILED, USAGE, OVERDUE, INTERRUPTED = 1, 2, 124, 130
 
@@ -19,3 +27,19 @@ class NetworkError(CommandError):
     def __init__(self, message: str, *, is_untrusted: bool = False) -> None:
         super().__init__(message)
         self.is_untrusted = is_untrusted
+
+
+@contextmanager
+def cleaning_up(handler: Callable[[int, FrameType | None], object] = signal.default_int_handler) -> Iterator[None]:
+    """Handle Ctrl-C for the time of the block, which leaves something to remove or to set back: as KeyboardInterrupt.
+
+    Elsewhere Ctrl-C ends the process at once (orchard.end_at_interrupt).
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

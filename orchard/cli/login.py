@@ -9,7 +9,7 @@ import sys
 from orchard.cli.connection import parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.contexts import TrustAnchor, check_credentials, trusted_context
-from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.failure import USAGE, CommandError, cleaning_up
 from orchard.cli.session import context_path
 from orchard.command_line import CommandLine
 from orchard.net.urls import join_urls
@@ -74,7 +74,8 @@ def _ask(what: str, *, hidden: bool = False) -> str:
     import getpass
 
     if hidden:
-        typed = getpass.getpass(f"{what}: ", sys.stderr).strip()
+        with cleaning_up():
+            typed = getpass.getpass(f"{what}: ", sys.stderr).strip()
     else:
         print(f"{what}: ", end="", file=sys.stderr, flush=True)
         typed = sys.stdin.readline().strip()

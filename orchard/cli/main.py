@@ -97,8 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     try:
-        status = _run(words)
-        sys.stdout.flush()
+        try:
+            status = _run(words)
+        finally:
+            # What is still buffered would fail when the process has ended, with a status of Python's.
+            sys.stdout.flush()
     except CommandError as error:
         from orchard.cli.output import printable
 

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchard.cli.connection import path_of
-from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.failure import USAGE, CommandError, cleaning_up
 from orchard.cli.session import add_context_option, open_connection
 from orchard.command_line import CommandLine, parse_duration
 
@@ -71,7 +71,8 @@ def _ssh(options: argparse.Namespace) -> int:
     proxy = [*_own_command(), "__tunnel", "--wait", str(options.wait), options.name, str(_SSH_PORT)]
     if options.context:
         proxy[-2:-2] = ["--context", options.context]
-    with tempfile.TemporaryDirectory() as directory:
+    # ssh has Ctrl-C, too, and decides. An exception here could lose its status.
+    with cleaning_up(lambda *_: None), tempfile.TemporaryDirectory() as directory:
         askpass = Path(directory) / "askpass"
         askpass.write_text(_ASKPASS)
         askpass.chmod(stat.S_IRWXU)
@@ -84,13 +85,7 @@ def _ssh(options: argparse.Namespace) -> int:
         words = [program, *_ssh_options(proxy), "-l", user, f"{options.name}{SSH_DOMAIN}"]
         if options.command:
             words += ["--", *options.command]
-        process = subprocess.Popen(words, env=env)  # noqa: S603
-        while True:
-            try:
-                return _status(process.wait())
-            except KeyboardInterrupt:
-                # ssh has it, too, and decides.
-                continue
+        return _status(subprocess.run(words, env=env, check=False).returncode)  # noqa: S603
 
 
 def _own_command() -> list[str]:

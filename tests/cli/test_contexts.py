@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,3 +186,13 @@ def test_login_asks_for_what_is_missing_and_hides_the_token(site: Site, tmp_path
         assert shown.finish() == 0
         assert TOKEN not in shown.said
     assert contexts(tmp_path).find("127.0.0.1") == site.context
+
+
+def test_login_that_is_interrupted_leaves_the_terminal_as_it_was(site: Site, tmp_path: Path) -> None:
+    words = ("login", site.url, "--fingerprint", fingerprint(site.certificate), "--service-account-name", "a")
+    with terminal(command("", *words), environment(tmp_path)) as shown:
+        shown.read_until("Token: ")
+        assert not shown.echoes
+        shown.type("\x03")
+        assert shown.finish() in (130, -signal.SIGINT)
+        assert shown.echoes

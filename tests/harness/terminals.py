@@ -39,6 +39,11 @@ class Terminal:
         """Whether keys such as Ctrl-C go to the program that was started, and not to one that it has started."""
         return os.tcgetpgrp(self._descriptor) == self.process.pid
 
+    @property
+    def echoes(self) -> bool:
+        """Whether the terminal shows what is typed."""
+        return bool(termios.tcgetattr(self._descriptor)[3] & termios.ECHO)
+
     def read_until(self, pattern: str) -> re.Match[str]:
         """Read until a regular expression matches what was written, and forget that up to its end."""
         while (match := re.search(pattern, self.said)) is None:
