@@ -283,28 +283,38 @@ class EventLog:
             task_status.started()
 
     async def _run(self) -> None:
-        while True:
-            await self._wakeup.wait()
-            appends, self._appends = self._appends, {}
-            dropped, self._dropped = self._dropped, []
-            # The followers of a VM still read its events.
-            unread = [uid for uid in dropped if uid in self._followers]
-            events = {uid: append.events for uid, append in appends.items()}
-            # Shielded: what is being written must not be taken for refused, and those who wait must be told.
+        try:
+            while True:
+                await self._wakeup.wait()
+                await self._write()
+        except trio.Cancelled:
+            # These came before the stop, while an earlier write was under way.
+            if self._appends:
+                await self._write()
+            raise
+
+    async def _write(self) -> None:
+        """Write what was appended, and drop what was dropped, until now. Raises BrokenError."""
+        appends, self._appends = self._appends, {}
+        dropped, self._dropped = self._dropped, []
+        # The followers of a VM still read its events.
+        unread = [uid for uid in dropped if uid in self._followers]
+        events = {uid: append.events for uid, append in appends.items()}
+        # Shielded: what is being written must not be taken for refused, and those who wait must be told.
+        with trio.CancelScope(shield=True):
+            result = await self._storage.write(events, [uid for uid in dropped if uid not in unread])
+        for uid in dropped:
+            self._leave(uid, self._storage.forget(uid))
+        for uid, append in appends.items():
+            append.error = result.errors.get(uid)
+            append.done.set()
+            self.wake(uid)
+        if result.broken is not None:
+            self._broken = f"no events can be stored any more: {result.broken}; restart the controller"
+            # The answers that say so leave before the process ends.
             with trio.CancelScope(shield=True):
-                result = await self._storage.write(events, [uid for uid in dropped if uid not in unread])
-            for uid in dropped:
-                self._leave(uid, self._storage.forget(uid))
-            for uid, append in appends.items():
-                append.error = result.errors.get(uid)
-                append.done.set()
-                self.wake(uid)
-            if result.broken is not None:
-                self._broken = f"no events can be stored any more: {result.broken}; restart the controller"
-                # The answers that say so leave before the process ends.
-                with trio.CancelScope(shield=True):
-                    await trio.sleep(BROKEN_DELAY)
-                raise result.broken
+                await trio.sleep(BROKEN_DELAY)
+            raise result.broken
 
     def _leave(self, uid: str, stored: StoredEvents | None) -> None:
         """Leave the events of a VM that was deleted to its followers."""

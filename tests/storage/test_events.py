@@ -240,6 +240,25 @@ async def test_cancelled_append_is_stored(tmp_path: Path) -> None:
         assert await all_of(log, A) == [1]
 
 
+async def test_append_during_the_last_write_before_a_stop_is_stored(tmp_path: Path) -> None:
+    disk = HeldDisk()
+    log = EventLog(*event_files(tmp_path, disk))
+    log.open(set())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(log.run)
+        await log.append(A, events(1))
+        with disk.held():
+            nursery.start_soon(log.append, A, events(2))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(log.append, A, events(3))
+            nursery.start_soon(log.append, B, events(4))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+    async with running(tmp_path, A, B) as log:
+        assert await all_of(log, A) == [1, 2, 3]
+        assert await all_of(log, B) == [4]
+
+
 async def test_log_cancelled_right_after_an_append_still_writes_it(tmp_path: Path) -> None:
     # Repeated, because the stop and the writing task that was just woken run in random order.
     for number in range(10):
