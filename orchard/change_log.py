@@ -46,11 +46,15 @@ class RevisionGoneError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a watcher wants to see: objects of some kinds, of the VMs only those that match. `text` names the condition."""
+    """What a watcher wants to see: objects of some kinds, of the VMs only those that match. `text` names the condition.
+
+    `images`: whether workers are shown with their images.
+    """
 
     kinds: frozenset[WatchedKind]
     text: str = ""
     matches: Callable[[VM], bool] | None = field(default=None, compare=False)
+    images: bool = True
 
     def includes(self, item: StoredObject) -> bool:
         """Return whether an object of one of the kinds is selected."""
@@ -62,8 +66,17 @@ class _LoggedChange:
     kind: WatchedKind
     old: StoredObject | None
     new: StoredObject | None
-    # As the API shows the new object, or the deleted one.
+    # As the API shows the new object, or the deleted one. The images of a worker are apart, since few watchers want them.
     json: bytes = field(repr=False)
+    images: bytes = field(default=b"", repr=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.json) + len(self.images)
+
+    def json_for(self, selection: Selection) -> tuple[bytes, ...]:
+        """Return the JSON of the object in parts."""
+        return (self.json[:-1], b",", self.images, b"}") if self.images and selection.images else (self.json,)
 
     def type_for(self, selection: Selection) -> ChangeType | None:
         """Return what the change is to a watcher: an object that begins to match is added, one that stops is deleted."""
@@ -83,15 +96,17 @@ class _LoggedTransaction:
 
     @property
     def size(self) -> int:
-        return sum(len(change.json) for change in self.changes)
+        return sum(change.size for change in self.changes)
 
 
 class ChangeLog:
     """The last changes of VMs and workers. `run` names the log, and has no full stop in it."""
 
     def __init__(self, run: str) -> None:
-        # Returns a worker's JSON as the API shows it, from the worker and its stored JSON.
+        # Returns a worker's JSON as the API shows it, without its images, from the worker and its stored JSON.
         self.show_worker: Callable[[Worker, bytes], bytes] = lambda _, stored: stored
+        # Returns a worker's images as a member of a JSON object, or nothing.
+        self.show_images: Callable[[str], bytes] = lambda _: b""
         # Set, and replaced, when something is published.
         self._news = trio.Event()
         self._run = run
@@ -127,15 +142,20 @@ class ChangeLog:
                 logged.append(_LoggedChange("vm", old, new, json))
             elif isinstance(item := new or old, Worker):
                 known[change.name] = None
-                logged.append(_LoggedChange("worker", old, new, self.show_worker(item, json)))
+                logged.append(self._worker_change(item, old, new, json))
         for name, (worker, json) in touched.items():
             if name not in known:
-                logged.append(_LoggedChange("worker", worker, worker, self.show_worker(worker, json)))
+                logged.append(self._worker_change(worker, worker, worker, json))
         for names in self._collecting:
             names.update(dict.fromkeys((*known, *touched)))
         if logged:
             self._pending.append(_LoggedTransaction(logged))
         return self.last
+
+    def _worker_change(
+        self, worker: Worker, old: StoredObject | None, new: StoredObject | None, stored: bytes
+    ) -> _LoggedChange:  # fmt: skip
+        return _LoggedChange("worker", old, new, self.show_worker(worker, stored), self.show_images(worker.name))
 
     def publish(self, position: int) -> None:
         """Show watchers what was recorded up to a position."""
@@ -221,8 +241,8 @@ class ChangeLog:
             before = len(parts)
             for change in transaction.changes:
                 if (kind := change.type_for(selection)) is not None:
-                    parts += (_beginning(kind, change.kind), change.json, b"}\n")
-                    size += len(change.json)
+                    parts += (_beginning(kind, change.kind), *change.json_for(selection), b"}\n")
+                    size += change.size
             if len(parts) > before:
                 parts[-1] = b',"revision":"%b"}\n' % self.revision(position).encode()
         found = (joined(parts), position)

@@ -72,7 +72,7 @@ WATCH_LIST = Parameter(
 )
 IMAGES = Parameter(
     "images",
-    "Whether to show the images on the workers' disks; of a watch, before its first BOOKMARK",
+    "Whether to show the images on the workers' disks",
     {"type": "string", "enum": ["true", "false"]},
 )
 WATCH_KINDS = Parameter("kinds", "`vms`, `workers` or both with a comma between them (default)", _TEXT)

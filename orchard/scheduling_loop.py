@@ -107,7 +107,8 @@ class SchedulingLoop:
         for worker in state.workers.values():
             self.states.observe(worker)
         self.states.on_change(store.touch_worker)
-        store.log.show_worker = lambda worker, json: b"".join(self.states.json_parts(worker, json))
+        store.log.show_worker = lambda worker, json: b"".join(self.states.json_parts(worker, json, images=False))
+        store.log.show_images = self.liveness.facts.images
         store.on_commit(self._update_planner)
         store.on_undo(self._rebuild_planner)
 

@@ -87,6 +87,11 @@ class WorkerFacts:
         held = self._holders.get(image)
         return held[1] if held is not None else ()
 
+    def images(self, worker: str) -> bytes:
+        """Return a worker's images as a member of a JSON object; nothing if it has reported none."""
+        facts = self._facts.get(worker)
+        return b"" if facts is None else facts.images
+
     def members(self, worker: str, *, images: bool = True) -> bytes:
         """Return a worker's facts as members of a JSON object, without braces."""
         facts = self._facts.get(worker)

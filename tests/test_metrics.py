@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
+import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -369,6 +371,20 @@ async def check_own_port(port: int) -> None:
     async with stream:
         await stream.send_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nOrigin: http://elsewhere.example\r\n\r\n")
         assert (await stream.receive_some()).startswith(b"HTTP/1.1 403 ")
+
+
+async def test_scrape_without_a_free_file_descriptor_has_what_is_known(tmp_path: Path) -> None:
+    async with served(tmp_path, in_thread=at_once) as api:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            found = await scrape(api)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert found["process_open_fds",] == found["process_max_fds",] == free
+        assert set(await scrape(api)) - set(found) == {("process_resident_memory_bytes",)}
 
 
 async def test_metrics_need_the_role_to_read(tmp_path: Path) -> None:

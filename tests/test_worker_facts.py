@@ -87,7 +87,15 @@ async def test_facts_of_a_heartbeat_are_shown_and_absent_versions_and_images_sta
     async with trio.open_nursery() as nursery:
         for query, shows in (("", True), ("&images=false", False)):
             lines = await api.lines(f"/watch?kinds=workers{query}", nursery)
+            revision = (await api.call("GET", "/workers")).headers["x-revision"]
             assert ("images" in (await lines.receive())["object"]) == shows
+            await lines.receive()
+            # A change shows them as the list does, also to a watch that is resumed.
+            await api.ok("PUT", "/workers/w", {"name": "w", "scheduling_paused": shows})
+            changed = await lines.receive()
+            assert (changed["type"], changed["object"].get("images")) == ("MODIFIED", [IMAGE] if shows else None)
+            resumed = await api.lines(f"/watch?kinds=workers&since={revision}{query}", nursery)
+            assert (await resumed.receive())["object"] == changed["object"]
         nursery.cancel_scope.cancel()
     assert (await api.call("GET", "/workers?images=no")).status == 400
     await worker.beat(disk=FACTS["disk"])

@@ -263,10 +263,28 @@ def _work_lines(api: API) -> list[str]:
 
 def _process_lines(api: API) -> list[str]:
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     lines = _BY_NAME["process_cpu_seconds_total"].line(usage.ru_utime + usage.ru_stime)
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        lines += _BY_NAME["process_resident_memory_bytes"].line(pages * resource.getpagesize())
-    lines += _BY_NAME["process_open_fds"].line(sum(1 for _ in Path("/dev/fd").iterdir()))
-    lines += _BY_NAME["process_max_fds"].line(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    if (memory := _resident_bytes()) is not None:
+        lines += _BY_NAME["process_resident_memory_bytes"].line(memory)
+    lines += _BY_NAME["process_open_fds"].line(_open_descriptors(most))
+    lines += _BY_NAME["process_max_fds"].line(most)
     return lines + _BY_NAME["process_start_time_seconds"].line(api.parts.figures.started)
+
+
+def _resident_bytes() -> int | None:
+    """Return the memory of the process; None elsewhere than on Linux, and where no file can be opened."""
+    if sys.platform != "linux":
+        return None
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return None
+
+
+def _open_descriptors(most: int) -> int:
+    """Return how many descriptors are open. One more is needed to list them, so without a free one it is `most`."""
+    try:
+        return sum(1 for _ in Path("/dev/fd").iterdir())
+    except OSError:
+        return most

@@ -29,14 +29,17 @@ def watch_kinds(
     since = parameters.read_text(request.query, parameters.SINCE)
     silence = _read_silence(api, request.query)
     if not since:
-        return _watch_present(api, selection, silence, images=parameters.shows_images(request.query))
+        return _watch_present(api, selection, silence)
     log = api.store.log
     return Stream(partial(follow, log, log.position_of(since), selection, silence))
 
 
 def _read_selection(query: Query, kinds: frozenset[WatchedKind]) -> Selection:
     condition = parameters.read_filter(query)
-    return Selection(kinds, str(condition), condition.matches) if condition else Selection(kinds)
+    images = parameters.shows_images(query)
+    if condition:
+        return Selection(kinds, str(condition), condition.matches, images=images)
+    return Selection(kinds, images=images)
 
 
 def _read_silence(api: API, query: Query) -> float:
@@ -45,14 +48,14 @@ def _read_silence(api: API, query: Query) -> float:
     return longest if wanted is None else min(wanted, longest)
 
 
-async def _watch_present(api: API, selection: Selection, silence: float, *, images: bool) -> AnyResponse:
-    snapshot = await take_snapshot(api, selection, images=images)
+async def _watch_present(api: API, selection: Selection, silence: float) -> AnyResponse:
+    snapshot = await take_snapshot(api, selection)
     return Stream(partial(send_present, api.store.log, snapshot, selection, silence))
 
 
-async def take_snapshot(api: API, selection: Selection, *, images: bool = True) -> Snapshot:
+async def take_snapshot(api: API, selection: Selection) -> Snapshot:
     """Return the objects of the selected kinds as they are at one moment. Showing the workers takes several steps."""
-    state, log, show = api.state, api.store.log, partial(api.parts.worker_states.json_parts, images=images)
+    state, log, show = api.state, api.store.log, partial(api.parts.worker_states.json_parts, images=selection.images)
     shown: dict[str, list[bytes]] = {}
     with log.collect_workers() as names:
         if "worker" in selection.kinds:

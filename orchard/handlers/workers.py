@@ -101,7 +101,7 @@ def list_workers(api: API, request: Request, admitted: Admitted) -> AnyResponse 
 
 
 async def _list_workers(api: API, *, images: bool) -> AnyResponse:
-    snapshot = await take_snapshot(api, Selection(frozenset({"worker"})), images=images)
+    snapshot = await take_snapshot(api, Selection(frozenset({"worker"}), images=images))
     return api.answer_list(map(b"".join, snapshot.workers))
 
 
