@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness.forks import Fork, forked
-from harness.processes import LISTENING, PLAIN, call_main
+from harness.processes import GENEROUS, LISTENING, PLAIN, call_main
 
 from orchard.auth import BootstrapToken
 from orchard.cli.connection import ControllerConnection
@@ -213,14 +213,15 @@ def test_with_refused_credentials_or_a_wrong_name_each_verb_fails_with_one_line(
 def test_each_verb_that_waits_for_an_answer_ends_by_sigint(tmp_path: Path) -> None:
     token = f"{BootstrapToken('no', 'token')}\n"
     with answering(None) as server, ExitStack() as stack:
-        running = {}
-        for verb in ASKING:
-            words = words_of(verb, server.url, tmp_path)
-            running[verb] = stack.enter_context(
-                forked(*words, home=tmp_path, env={"ORCHARD_URL": server.url}, stdin=token)
-            )
+        env = {"ORCHARD_URL": server.url}
+        # Before the first one starts: each call writes the file that `apply` reads.
+        lines = {verb: words_of(verb, server.url, tmp_path) for verb in ASKING}
+        running = {
+            verb: stack.enter_context(forked(*words, home=tmp_path, env=env, stdin=token))
+            for verb, words in lines.items()
+        }
         for _ in ASKING:
-            server.asked.acquire()
+            assert server.asked.acquire(timeout=GENEROUS), {verb: process.said for verb, process in running.items()}
         for verb, process in running.items():
             assert process.interrupt() in INTERRUPTED, verb
             assert process.said == [], verb
