@@ -247,15 +247,22 @@ class Liveness:
             if now - seconds < self.silent_at(worker):
                 self.last_contact[worker] = min(now, at + 2 * seconds)
 
-    def pop_promises_over(self) -> tuple[list[str], list[str]]:
-        """Return the workers, and the names of deleted ones, whose longer promises are over. They are forgotten here."""
+    def promises_over(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return when longer promises were over that are: by worker, and by name of a deleted one."""
         now = self._clock()
-        over: tuple[list[str], list[str]] = ([], [])
-        for table, names in zip((self.promise_over_at, self.deleted_over_at), over, strict=True):
-            names += [name for name, at in table.items() if at <= now]
-            for name in names:
-                del table[name]
-        return over
+        live, deleted = (
+            {name: at for name, at in table.items() if at <= now}
+            for table in (self.promise_over_at, self.deleted_over_at)
+        )
+        return live, deleted
+
+    def forget_promises(self, live: Mapping[str, float], deleted: Mapping[str, float]) -> None:
+        """Forget what `promises_over` has returned, once the end of the promises is durable."""
+        for table, over in ((self.promise_over_at, live), (self.deleted_over_at, deleted)):
+            for name, at in over.items():
+                # A later session may have made it later.
+                if table.get(name) == at:
+                    del table[name]
 
     # -- answers
 

@@ -5,7 +5,7 @@ limit, the file is renamed to FILE.1, which replaces the older one, and a new fi
 as a whole.
 
 A program that rotates logs renames the file and sends SIGUSR1: `reopen` opens the path anew. Lines go to the old file
-until then.
+until then. Or it copies the file and truncates it, which needs no signal.
 
 What cannot be written, because the disk is full, is dropped and counted; the next line that can be written is followed
 by one with the count. No error of the log ends the process.
@@ -46,24 +46,21 @@ class _RotatedFile:
         except FileExistsError:
             descriptor = os.open(self._path, flags)
         self._file = io.FileIO(descriptor, "a")
-        about = os.fstat(descriptor)
-        self._size = about.st_size
-        # Not a terminal or a pipe.
-        self._is_regular = stat.S_ISREG(about.st_mode)
 
     def write(self, line: str) -> None:
         data = line.encode()
-        if self._is_regular and self._size and self._size + len(data) > self._limit:
-            self._rotate()
+        # Another program may have copied and truncated the file. The size of a terminal or a pipe is 0.
+        size = os.fstat(self._file.fileno()).st_size
+        if size and size + len(data) > self._limit:
+            size = self._rotate(size)
         try:
             if self._file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._size += len(data)
         except OSError:
             self.lost += 1
             # A part of the line may have been written.
             with suppress(OSError):
-                self._file.truncate(self._size)
+                self._file.truncate(size)
 
     def flush(self) -> None:
         """Do nothing: no data is kept back. logging.StreamHandler calls this after each line."""
@@ -77,16 +74,19 @@ class _RotatedFile:
         self._open(mode)
         before.close()
 
-    def _rotate(self) -> None:
+    def _rotate(self, size: int) -> int:
+        """Rotate a file of that size, and return the size of the one that lines go to from now on."""
         about = os.fstat(self._file.fileno())
         try:
             # Another program may have renamed it.
             if self._path.exists() and os.path.samestat(about, self._path.stat()):
                 self._path.replace(self._path.with_name(self._path.name + ".1"))
             self.reopen(stat.S_IMODE(about.st_mode))
+            return os.fstat(self._file.fileno()).st_size
         except OSError:
             # The directory may not be written to. Lines matter more than the limit; this is tried again later.
-            self._limit = self._size + self._step
+            self._limit = size + self._step
+            return size
 
 
 class LogFileHandler(logging.StreamHandler["_RotatedFile"]):

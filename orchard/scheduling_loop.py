@@ -149,8 +149,7 @@ class SchedulingLoop:
             try:
                 while (due := self.schedule_some(now, self._clock())) is None:
                     await trio.lowlevel.checkpoint()
-                self.end_promises()
-                await self._store.wait_durable()
+                await self.end_promises()
                 self.figures.looked_at = trio.current_time()
             except StorageError as error:
                 _logger.error("scheduling paused, cannot write: %s", error)
@@ -300,17 +299,23 @@ class SchedulingLoop:
                     if (told := transitions.explain(vm, message)) is not vm:
                         tx.put(told)
 
-    def end_promises(self) -> None:
-        """Store that longer promises are over, and that a restored state does not hold VMs back any more."""
+    async def end_promises(self) -> None:
+        """Make durable that longer promises are over, and that a restored state does not hold VMs back any more.
+
+        What cannot be written is tried again in the next round. Raises StorageError.
+        """
         state = self._store.state
-        workers, deleted = self.liveness.pop_promises_over()
+        # On a full disk the transaction would be refused.
+        live, deleted = ({}, {}) if self._store.full else self.liveness.promises_over()
         with self._store.transaction() as tx:
-            for worker in (state.workers[name] for name in workers if name in state.workers):
+            for worker in (state.workers[name] for name in live if name in state.workers):
                 tx.put(replace(worker, promised=self.liveness.offline_timeout_ms))
             for promise in (state.promises[name] for name in deleted if name in state.promises):
                 tx.delete(promise)
             if self._restored.is_over():
                 tx.put(replace(state.cluster, holds_back=False))
+        await self._store.wait_durable()
+        self.liveness.forget_promises(live, deleted)
 
 
 class RestoredState:

@@ -126,6 +126,24 @@ def test_file_that_another_program_has_renamed_is_not_renamed_again(tmp_path: Pa
     assert (text_of(renamed), text_of(path)) == ("x" * 90 + "\n", "of another program\n" + "y" * 50 + "\n")
 
 
+def test_file_that_another_program_has_truncated_is_rotated_by_its_new_size(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with logging_to(path, 100) as logger:
+        logger.warning("x" * 90)
+        os.truncate(path, 0)
+        logger.warning("y" * 50)
+        assert (older(path).exists(), text_of(path)) == (False, "y" * 50 + "\n")
+        os.truncate(path, 0)
+        # A line of which only a part can be written leaves no hole.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+        try:
+            logger.warning("z" * 50)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert text_of(path) == ""
+
+
 def test_full_disk_drops_whole_lines_and_the_next_line_is_followed_by_their_number(tmp_path: Path) -> None:
     path = tmp_path / "log"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

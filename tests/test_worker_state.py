@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+from harness.disks import FailingDisk, no_space
 from harness.served import BEGAN, Answered, Served, at_once, served
 
 from orchard.cluster import MAX_PROBLEM_TEXT, MAX_PROBLEMS, WORKER_STATE
@@ -17,6 +18,8 @@ from orchard.early_failures import FIRST_PAUSE, LAST_PAUSE, SICK_VMS, EarlyFailu
 from orchard.liveness import AWAY_SECONDS
 from orchard.planning import RESTART_PAUSE_SECONDS
 from orchard.schema import TART_VMS, ServiceAccount, Worker
+from orchard.storage.errors import StorageError
+from orchard.storage.file_engine import UPKEEP_SECONDS
 
 SECOND = datetime.timedelta(seconds=1)
 
@@ -329,7 +332,7 @@ async def test_longer_promise_counts_after_a_restart_with_a_shorter_timeout(
         await trio.sleep(1)
         api.schedule()
         assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
-        api.loop.end_promises()
+        await api.loop.end_promises()
         assert (await api.ok("GET", "/workers/w"))["promisedOfflineTimeoutMs"] == 8000
     async with served(tmp_path, offline_timeout=120, in_thread=at_once) as api:
         assert (await api.ok("GET", "/workers/w"))["promisedOfflineTimeoutMs"] == 120_000, "at the start already"
@@ -349,13 +352,37 @@ async def test_promise_of_a_deleted_worker_is_kept_over_a_restart(
         assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
         await trio.sleep(59)
         api.schedule()
-        api.loop.end_promises()
+        await api.loop.end_promises()
         assert (await api.ok("GET", "/vms/vm"))["status"] == "failed"
         await trio.sleep(1)
         api.schedule()
         assert (await api.ok("GET", "/vms/vm"))["status"] == "pending"
-        api.loop.end_promises()
+        await api.loop.end_promises()
         assert api.state.promises == {}
+
+
+async def test_end_of_a_promise_that_a_full_disk_refused_is_stored_once_there_is_space(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with served(tmp_path, offline_timeout=60, in_thread=at_once) as api:
+        for name in ("kept", "deleted"):
+            await api.register(name)
+        await api.ok("DELETE", "/workers/deleted")
+    disk = FailingDisk()
+    async with served(tmp_path, disk=disk, offline_timeout=8, in_thread=at_once) as api:
+        await api.register("kept")
+        await trio.sleep(60)
+        disk.fault = no_space
+        with pytest.raises(StorageError):
+            await api.loop.end_promises()
+        assert api.store.full
+        await api.loop.end_promises()
+        assert (api.state.workers["kept"].promised, [*api.state.promises]) == (60_000, ["deleted"])
+        disk.fault = lambda verb, number: 0
+        await trio.sleep(2 * UPKEEP_SECONDS)
+        await api.loop.end_promises()
+        assert (api.state.workers["kept"].promised, [*api.state.promises]) == (8000, [])
+        assert api.loop.liveness.promises_over() == ({}, {})
 
 
 async def test_vms_of_another_instance_restart_only_when_its_promise_is_over(
@@ -414,7 +441,7 @@ async def test_restored_controller_places_nothing_until_its_state_is_accepted(
         assert "unseen" in (await api.ok("GET", "/vms/old"))["status_message"]
         await trio.sleep(DEFAULT_OFFLINE_TIMEOUT)
         await beat(api, "w", 2, settled=True)
-        api.loop.end_promises()
+        await api.loop.end_promises()
         api.schedule()
         assert (await api.ok("GET", "/vms/old"))["worker"] == "w"
 
