@@ -85,7 +85,8 @@ class Liveness:
         # What workers are told is rounded down.
         self.offline_timeout_ms = math.ceil(1000 * offline_timeout)
         self._on_change = on_change
-        self.facts = WorkerFacts(on_change)
+        self.facts = WorkerFacts()
+        self.facts.on_change(on_change)
         self._last_seen: dict[str, tuple[datetime.datetime, bytes]] = {}
         self._sources: dict[str, Source] = {}
         self._sessions: dict[str, _Session] = {}

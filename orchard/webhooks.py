@@ -1,9 +1,9 @@
 """Webhooks: signed POST requests that tell other systems what needs attention (docs/webhooks.md).
 
-What is told comes from durable changes (a VM has failed), and from a look at workers and waiting VMs every
-SURVEY_SECONDS, before which all that it is based on has become durable. Each URL has a bounded queue and one task,
-which sends one request at a time and repeats it until the receiver has taken it. Nothing is stored: what waits is lost
-with the process.
+What is told comes from durable changes (a VM has failed), from a look at each worker whose state or disk has changed, and
+from one at all workers and waiting VMs every SURVEY_SECONDS. Before a look, all that it is based on has become durable.
+Each URL has a bounded queue and one task, which sends one request at a time and repeats it until the receiver has taken
+it. Nothing is stored: what waits is lost with the process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_WAITING_EVENTS = 1_000
 _FIRST_PAUSE, LAST_WEBHOOK_PAUSE, GIVE_UP_SECONDS = 1.0, 60.0, 3600.0
 # For the connection, and for the head of the answer.
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
-# Between two looks at workers and VMs. What lasts shorter than HOLD_SECONDS, such as a restart, is not told.
+# Between two looks at all workers and VMs. What lasts shorter than HOLD_SECONDS, such as a restart, is not told.
 SURVEY_SECONDS, HOLD_SECONDS = 15.0, 30.0
 # A queue is old when a VM has waited for so long.
 OLD_QUEUE_SECONDS = 600.0
@@ -193,8 +193,13 @@ class Webhooks:
         self._told: set[tuple[WebhookEvent, str]] = set()
         # When the last looks have found workers offline for the first time, by trio's clock.
         self._absent: dict[str, float] = {}
+        # Workers that have changed since the last look, and when all are due.
+        self._changed_workers: set[str] = set()
+        self._survey_at = 0.0
         self._changed = Wakeup()
         store.on_durable(self._follow)
+        loop.states.on_change(self._note_worker)
+        loop.liveness.facts.on_change(self._note_worker)
 
     def status(self, url: str) -> str:
         """Return what became of the last request to a URL, for people; "" if there was none."""
@@ -215,12 +220,12 @@ class Webhooks:
         """Send what is to be told until cancelled."""
         # The senders, and the looks at the cluster, end together.
         async with trio.open_nursery() as nursery:
+            due = 0.0
             while True:
                 self._use_settings(nursery)
-                with trio.move_on_after(SURVEY_SECONDS if self._senders else float("inf")) as wait:
+                with trio.move_on_at(due if self._senders else float("inf")):
                     await self._changed.wait()
-                if wait.cancelled_caught:
-                    await self._look()
+                due = await self._look()
 
     def _use_settings(self, nursery: trio.Nursery) -> None:
         """Start and end senders so that there is one for each webhook."""
@@ -269,13 +274,43 @@ class Webhooks:
 
     # -- the look at workers and VMs
 
-    async def _look(self) -> None:
-        """Tell what has come about or ended since the last look."""
+    def _note_worker(self, name: str) -> None:
+        if self._senders:
+            self._changed_workers.add(name)
+            self._changed.set()
+
+    async def _look(self) -> float:
+        """Tell what has come about or ended since the last look. Return when the next one is due."""
+        if not self._senders:
+            return 0.0
+        now = trio.current_time()
+        names = self._changed_workers | {name for name, due in self._held().items() if due <= now}
+        self._changed_workers = set()
         try:
             # A look must not see what may be undone.
             await self._store.wait_durable()
         except StorageError:
-            return
+            self._survey_at = now + SURVEY_SECONDS
+            return self._survey_at
+        if now >= self._survey_at:
+            self._survey_at = now + SURVEY_SECONDS
+            await self._survey()
+        else:
+            workers = self._store.state.workers
+            await visit_in_steps(
+                {name: workers[name] for name in names & workers.keys()}, _PER_STEP, self._look_at_worker
+            )
+        return min([self._survey_at, *self._held().values()])
+
+    def _held(self) -> dict[str, float]:
+        """Return the workers that are offline and have not been told so, and when that is due."""
+        return {
+            name: since + HOLD_SECONDS
+            for name, since in self._absent.items()
+            if ("worker.offline", name) not in self._told and name in self._store.state.workers
+        }
+
+    async def _survey(self) -> None:
         state = self._store.state
         await visit_in_steps(state.workers, _PER_STEP, self._look_at_worker)
         waiting: list[VM] = []
@@ -298,7 +333,7 @@ class Webhooks:
             if ("worker.offline", name) in self._told:
                 self._told.discard(("worker.offline", name))
                 self._tell("worker.online", f'worker "{name}" is back', worker=details)
-        elif now - self._absent.setdefault(name, now) >= HOLD_SECONDS and self._tell_once(
+        elif now >= self._absent.setdefault(name, now) + HOLD_SECONDS and self._tell_once(
             "worker.offline", name, holds=True
         ):
             reason = self._loop.liveness.why_unavailable(name)

@@ -38,13 +38,17 @@ class _Facts:
 
 
 class WorkerFacts:
-    """The facts of all workers. `on_change` is called with the name of a worker that may suit other VMs than before."""
+    """The facts of all workers."""
 
-    def __init__(self, on_change: Callable[[str], object] = str) -> None:
-        self._on_change = on_change
+    def __init__(self) -> None:
+        self._listeners: list[Callable[[str], object]] = []
         self._facts: dict[str, _Facts] = {}
         # Name of an image -> that string, which all workers share, and the workers that have the image.
         self._holders: dict[str, tuple[str, set[str]]] = {}
+
+    def on_change(self, tell: Callable[[str], object]) -> None:
+        """Have `tell` called with the name of a worker that may suit other VMs than before."""
+        self._listeners.append(tell)
 
     def record_registration(self, worker: Worker) -> None:
         """Record that a worker's session begins."""
@@ -63,8 +67,8 @@ class WorkerFacts:
             names = frozenset(name for image in worker.images for name in image.names())
             changed = changed or names != facts.names
             self._hold(worker.name, facts, names)
-        if changed:
-            self._on_change(worker.name)
+        for tell in self._listeners if changed else ():
+            tell(worker.name)
 
     def forget(self, worker: str) -> None:
         """Forget a worker."""

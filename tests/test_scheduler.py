@@ -509,7 +509,8 @@ class KeptPlanner:
         self.now = NOW
         self.vms: dict[str, VM] = {}
         self.workers: dict[str, Worker] = {}
-        facts = WorkerFacts(lambda name: self.planner.check_worker(name))
+        facts = WorkerFacts()
+        facts.on_change(lambda name: self.planner.check_worker(name))
         self.base = replace(
             snapshot_of([], []), last_contact={}, restarted_at={}, last_contact_of_deleted={}, facts=facts
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import hmac
 import json
@@ -28,6 +29,7 @@ from orchard.client import Client
 from orchard.cluster import Webhook, WebhookEvent
 from orchard.net import tcp, tls
 from orchard.net.outside import connect_outside, why_refused
+from orchard.scheduling_loop import TICK_SECONDS
 from orchard.schema import TART_VMS, ClusterSettings, ServiceAccount
 from orchard.validation import replaced_settings
 from orchard.webhooks import LAST_WEBHOOK_PAUSE, MAX_WAITING_EVENTS, Webhooks
@@ -217,14 +219,24 @@ async def test_lost_worker_and_its_return_are_told_once_and_a_short_absence_is_n
     receiver = Receiver()
     async with telling(tmp_path, receiver, "worker.offline", "worker.online") as (api, _):
         await api.register("w")
+        changed: list[datetime.datetime] = []
         for seconds in (20, 100, 20):
+            api.schedule()
             api.close_watch("w")
+            # The scheduler notices, with its next tick, that it is not back within two seconds.
+            await trio.sleep(TICK_SECONDS)
+            api.schedule()
+            changed.append(api.api.parts.deadline_clock() + datetime.timedelta(seconds=webhooks.HOLD_SECONDS))
             await trio.sleep(seconds)
             await api.register("w")
+            changed.append(api.api.parts.deadline_clock())
             await trio.sleep(60)
         sent = [(one.event, one.json["worker"]["name"], one.json["worker"]["state"]) for one in receiver.received]
         assert sent == [("worker.offline", "w", "offline"), ("worker.online", "w", "online")]
         assert receiver.received[0].json["worker"]["reason"]
+        # Each is told at once, not with the next look at all workers.
+        times = [datetime.datetime.fromisoformat(one.json["time"]) for one in receiver.received]
+        assert [round((time - at).total_seconds(), 1) for time, at in zip(times, changed[2:4], strict=True)] == [0, 0]
 
 
 async def test_low_disk_is_told_when_it_begins_and_again_after_it_has_ended(
@@ -239,7 +251,8 @@ async def test_low_disk_is_told_when_it_begins_and_again_after_it_has_ended(
             seen = f"2026-01-31T12:00:{number:02}Z"
             disk = {"totalBytes": 10**12, "freeBytes": free * 10**9}
             await api.ok("PUT", "/workers/w", {**worker, "last_seen": seen, "disk": disk})
-            await trio.sleep(webhooks.SURVEY_SECONDS + 1)
+            # At once, not with the next look at all workers.
+            await trio.testing.wait_all_tasks_blocked()
         assert [one.json["worker"]["freeBytes"] for one in receiver.received] == [49 * 10**9] * 2
         assert {one.event for one in receiver.received} == {"disk.low"}
 

@@ -194,7 +194,8 @@ def test_image_is_found_by_tag_by_digest_and_without_the_tag_latest() -> None:
 
 def test_scheduler_is_told_of_other_images_and_of_each_gigabyte() -> None:
     changed: list[str] = []
-    facts = WorkerFacts(changed.append)
+    facts = WorkerFacts()
+    facts.on_change(changed.append)
     assert facts.free_bytes("w") is None
     heartbeat = Worker("w", disk=WorkerDisk(500 * GB, 100 * GB), images=(CachedImage("a/b:1"),))
     for report, is_told in (
