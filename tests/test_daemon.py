@@ -27,7 +27,12 @@ async def test_the_first_signal_cancels_the_work(number: signal.Signals) -> None
         signal.raise_signal(number)
         await trio.sleep_forever()
 
-    await daemon.run_until_signal(work)
+    # The tests may run under nohup.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        await daemon.run_until_signal(work)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 async def test_work_under_nohup_goes_on_when_the_terminal_is_closed() -> None:
