@@ -114,7 +114,7 @@ async def test_ready_vm_has_run_its_script() -> None:
 
 # ---- scripts of CI systems, called as these call them ----------------------------------------------------------------
 
-SCRIPTS = sorted(path for path in (DOCS / "recipes").rglob("*") if path.is_file() and path.read_text().startswith("#!"))
+SCRIPTS = sorted(path for path in (DOCS / "recipes").rglob("*") if path.is_file() and path.read_bytes()[:2] == b"#!")
 GITLAB = DOCS / "recipes" / "gitlab"
 # GitLab Runner chooses these codes.
 GITLAB_ENVIRONMENT = "export BUILD_FAILURE_EXIT_CODE=91 SYSTEM_FAILURE_EXIT_CODE=92 CUSTOM_ENV_CI_JOB_ID=7"
