@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, ORCHARD, at_last, call_main, controller, environment, finished, started
+from harness.processes import GENEROUS, ORCHARD, REALLY, at_last, call_main, controller, environment, finished, started
 from harness.programs import need
 
 from orchard import __version__
@@ -28,7 +28,7 @@ STEP = re.compile(r" +[0-9]+\.[0-9]{3} s  (.*)\n")
 def test_demo_prints_each_step_and_leaves_nothing(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    done = finished("", "demo", "--synthetic", home=tmp_path, env={"TMPDIR": str(temporary)})
+    done = finished("", "demo", "--synthetic", home=tmp_path, env={"TMPDIR": str(temporary)}, before=REALLY)
     assert (done.returncode, done.stderr) == (0, "")
     steps = STEP.findall(done.stdout)
     for begins in (

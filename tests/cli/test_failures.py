@@ -144,18 +144,12 @@ def answering(reply: bytes | None) -> Iterator[Answers]:
             thread.join()
 
 
-def run_controller(words: list[str]) -> None:
-    """Run a controller that lets everybody guess, in a forked process."""
-    from orchard import controller, login_limit
-
-    login_limit.MAX_FAILURES = 1_000_000
-    sys.exit(controller.main(words))
-
-
 @contextmanager
 def controller_at(home: Path, *words: str, **env: str) -> Iterator[tuple[Fork, str]]:
-    """Run a controller for the time of the block, and yield it with its URL."""
-    with forked("--listen", "127.0.0.1:0", *words, home=home, env=env, run=run_controller) as process:
+    """Run a controller that lets everybody guess for the time of the block, and yield it with its URL."""
+    with forked(
+        "--listen", "127.0.0.1:0", *words, home=home, env=env, entry="harness.lenient_controller:main"
+    ) as process:
         process.wait_for("is listening on")
         found = LISTENING.search(process.out.read_text())
         assert found is not None
@@ -256,7 +250,7 @@ def test_verbs_whose_controller_is_killed_fail_with_one_line_or_wait_for_it_unti
         for verb, (_, begins) in LASTING.items():
             running[verb].wait_for(begins)
         killed.process.kill()
-        killed.process.join()
+        killed.process.wait(GENEROUS)
         for verb, process in running.items():
             # None takes the end of the controller for the end of what it waits for.
             assert process.interrupt() in (1, *INTERRUPTED), verb

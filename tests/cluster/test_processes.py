@@ -12,6 +12,7 @@ import pytest
 from harness.clients import ADMIN_ENV, admin_client, make_bootstrap_token, wait_workers
 from harness.processes import (
     ORCHARD,
+    REALLY,
     Role,
     call_main,
     controller,
@@ -49,12 +50,11 @@ async def gone(directory: Path) -> None:
 @pytest.mark.needs("openssl")
 @pytest.mark.slow
 async def test_vm_from_creation_to_deletion_over_tls_with_a_bootstrap_token(tmp_path: Path) -> None:
-    with controller(home=tmp_path, env=ADMIN_ENV) as (control, url):
+    with controller(home=tmp_path, env=ADMIN_ENV, before=REALLY) as (control, url):
         async with admin_client(url, tmp_path) as client:
             token = await make_bootstrap_token(client, tmp_path)
-            with started(
-                "worker", url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", token, home=tmp_path
-            ) as worker:
+            words = (url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", token)
+            with started("worker", *words, home=tmp_path, before=REALLY) as worker:
                 await wait_workers(client, 1)
                 script = {"script_content": SCRIPT, "env": {"TEXT": TEXT}}
                 await client.vms.create(name="vm", image="ghcr.io/cirruslabs/macos:latest", startup_script=script)

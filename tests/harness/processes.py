@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from typing import IO
 import pytest
 import trio
 
+from harness.starts import Process, start
+
 # Between two checks of a condition, in which the observed process gets the processor.
 POLL_SECONDS = 0.01
 # Seconds until a test gives up on a process. No test asserts how long something takes.
@@ -28,6 +31,8 @@ GENEROUS = 300
 LISTENING = re.compile(r"orchard controller [0-9.]+ is listening on (\S+)")
 # Below a home, where Orchard keeps its files.
 ORCHARD = ".orchard"
+# Words before a command that is to be started, and not forked from a process that has imported it (see harness/starts.py).
+REALLY = ("env",)
 # Arguments of a controller that speaks plain HTTP and needs no credentials.
 PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
 
@@ -36,7 +41,7 @@ PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
 class Role:
     """A running process. Its standard error goes to the file `log`."""
 
-    process: subprocess.Popen[str]
+    process: Process
     log: Path
     # Lines of its standard output, as far as they were read.
     said: list[str] = field(default_factory=list)
@@ -85,14 +90,8 @@ def started(
     home.mkdir(exist_ok=True)
     log = home / f"{role}.log"
     with log.open("a") as stderr:
-        process = subprocess.Popen(
-            [*before, *command(role, *arguments)],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment(home, env),
-        )
+        words = [*before, *command(role, *arguments)]
+        process = start(words, env=environment(home, env), stdin=stdin, stdout=subprocess.PIPE, stderr=stderr)
     try:
         yield Role(process, log)
     finally:
@@ -112,18 +111,19 @@ def controller(
 
 
 def finished(
-    role: str, *arguments: str, home: Path, env: Mapping[str, str] | None = None
+    role: str, *arguments: str, home: Path, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run a role that ends by itself, and return its exit status and output."""
-    return subprocess.run(
-        command(role, *arguments),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        env=environment(home, env),
-        timeout=GENEROUS,
-        check=False,
-    )
+    words = [*before, *command(role, *arguments)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = start(words, env=environment(home, env), stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        try:
+            status = process.wait(GENEROUS)
+        finally:
+            process.kill()
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(words, status, out.read(), err.read())
 
 
 def free_port() -> int:

@@ -1,0 +1,8 @@
+"""A controller that does not limit failed logins, for tests that have many."""
+
+from orchard import controller, login_limit
+
+
+def main() -> int:
+    login_limit.MAX_FAILURES = 1_000_000
+    return controller.main()
