@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from orchard.cluster import HealthProblem
+from orchard.nursery import growing_pause
 from orchard.schema import VM
 
 FIRST_PAUSE, LAST_PAUSE = 15.0, 600.0  # seconds
@@ -49,7 +50,7 @@ class EarlyFailures:
         worker = vm.state.worker
         avoided = self._of_vms.setdefault(vm.uid, {})
         count = avoided.pop(worker, (0, 0.0))[0] + 1
-        avoided[worker] = (count, now + pause_seconds(count))
+        avoided[worker] = (count, now + growing_pause(count, FIRST_PAUSE, LAST_PAUSE))
         if len(avoided) > _MAX_AVOIDED:
             del avoided[next(iter(avoided))]
         streak = self._of_workers.setdefault(worker, _Streak(since=wall_time))
@@ -58,7 +59,7 @@ class EarlyFailures:
         # VMs that were assigned before the pause fail within it.
         if len(streak.uids) >= SICK_VMS and now >= streak.until:
             streak.pauses += 1
-            streak.until = now + pause_seconds(streak.pauses)
+            streak.until = now + growing_pause(streak.pauses, FIRST_PAUSE, LAST_PAUSE)
 
     def record_run(self, vm: VM) -> None:
         """Record that a VM runs on its worker."""
@@ -90,13 +91,8 @@ class EarlyFailures:
         streak = self._of_workers.get(worker)
         if streak is None or not streak.pauses:
             return None
-        pause = pause_seconds(streak.pauses)
+        pause = growing_pause(streak.pauses, FIRST_PAUSE, LAST_PAUSE)
         text = (
             f"{len(streak.uids)} VMs in a row failed before they ran, new ones wait {pause:g} seconds: {streak.reason}"
         )
         return HealthProblem("placement", streak.since, text)
-
-
-def pause_seconds(count: int) -> float:
-    """Return the length of the pause after so many failures: it doubles from FIRST_PAUSE to LAST_PAUSE."""
-    return float(min(LAST_PAUSE, FIRST_PAUSE * 2 ** min(count - 1, 10)))

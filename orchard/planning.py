@@ -93,17 +93,13 @@ class PlannerInputs:
             return math.inf
         return max(over_at, self.workers.ended_at_latest(name, vm.uid))
 
-    def demand_of_vm(self, vm: VM) -> Demand:
-        """Return what a VM asks of its worker, with what its own history excludes."""
-        demand, avoided = demand_of(vm.spec), self.failures.avoided(vm.uid)
-        if not avoided and vm.uid not in self.held:
-            return demand
-        return demand._replace(held_until=self.held.get(vm.uid, -math.inf), avoids=tuple(sorted(avoided.items())))
-
     def kind_of_vm(self, vm: VM) -> VMKind:
-        """Return the kind of a pending VM."""
-        preferred = vm.spec.preferred_labels
-        return VMKind(self.demand_of_vm(vm), sorted_pairs(preferred) if preferred else (), vm.spec.priority)
+        """Return the kind of a VM, with what its own history excludes."""
+        kind, avoided = kind_of(vm.spec), self.failures.avoided(vm.uid)
+        if not avoided and vm.uid not in self.held:
+            return kind
+        until = self.held.get(vm.uid, -math.inf)
+        return kind._replace(demand=kind.demand._replace(held_until=until, avoids=tuple(sorted(avoided.items()))))
 
 
 @dataclass(slots=True)
@@ -125,10 +121,6 @@ class Plan:
     capacity: int = field(default=sys.maxsize, compare=False)
     # Workers that became unavailable since the plan before.
     offline: list[str] = field(default_factory=list, compare=False)
-
-    @property
-    def has_changes(self) -> bool:
-        return bool(self.unassign or self.fail or self.restart or self.assign or self.waiting)
 
     def set_due(self, at: float) -> None:
         """Make another plan due at `at`, or earlier."""
@@ -184,10 +176,9 @@ class VMKind(NamedTuple):
 
 def demand_of(spec: VMSpec) -> Demand:
     labels = sorted_pairs(spec.labels) if spec.labels else ()
-    resources = sorted_pairs(spec.resources)
-    if spec.startup_script is None and spec.shutdown_script is None:
-        return Demand(spec.arch, spec.runtime, labels, resources)
-    return Demand(spec.arch, spec.runtime, labels, resources, capabilities=needed_capabilities(spec))
+    return Demand(
+        spec.arch, spec.runtime, labels, sorted_pairs(spec.resources), capabilities=_needed_capabilities(spec)
+    )
 
 
 def kind_of(spec: VMSpec) -> VMKind:
@@ -195,7 +186,7 @@ def kind_of(spec: VMSpec) -> VMKind:
     return VMKind(demand_of(spec), sorted_pairs(spec.preferred_labels) if spec.preferred_labels else (), spec.priority)
 
 
-def needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
+def _needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
     """Return what a worker must be capable of to run a VM."""
     script = spec.startup_script
     needed = (GUEST_AGENT,) if script is not None and script.transport == "tart-guest-agent" else ()

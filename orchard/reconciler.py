@@ -1,4 +1,4 @@
-"""The VMs on a worker's host: made what the controller wants, adopted from an earlier worker, and reported.
+"""The VMs on a worker's host: made what the controller wants, and adopted from an earlier worker.
 
 `Reconciler.sync` compares the VMs that the controller assigned to this worker with the instances here; SYNC_ACTIONS has
 the action for each pair of states. `sync` only starts actions and does not wait for them. Instances that have to end
@@ -7,32 +7,30 @@ are told so first, and new ones start when those have ended, because the schedul
 While the controller's state is older than one that it has shown (worker_memory.py), nothing is adopted, started,
 stopped or deleted. VMs that run keep their leases, since the controller places nothing until that state is accepted.
 
-One VM's task is `vm.instance.Instance`. The session in which all this happens is in worker.py; the tasks of VMs are in
+One VM's task is `vm.instance.Instance`, and vm_reports.py tells the controller of it. The session in which all this happens is in worker.py; the tasks of VMs are in
 a nursery that outlives it.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Literal
 
 import trio
 
-from orchard.client import Client, ClientError, ConnectError, ResponseError
-from orchard.cluster import VM_READY, VM_RESTART
-from orchard.codec import encode, shown
-from orchard.heartbeat import Lease, backoff_seconds
+from orchard.client import Client, ClientError, ResponseError
+from orchard.codec import shown
+from orchard.heartbeat import Heartbeats, Lease
 from orchard.leftovers import Leftovers, vm_name_of
 from orchard.nursery import Wakeup, growing_pause
-from orchard.schema import LOCAL_PREFIX, VM, Event, HostDirPolicy, Worker
+from orchard.schema import LOCAL_PREFIX, VM, HostDirPolicy, Worker
 from orchard.slots import Slots
-from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM, Trouble
-from orchard.vm.images import Transfer
+from orchard.vm.driver import Driver, DriverError, LocalState, LocalVM
 from orchard.vm.instance import Instance, InstanceHost
+from orchard.vm_reports import VMReports
 from orchard.worker_memory import ClusterMemory
 
 # Between two syncs for which nothing asked, in case a notification was lost.
@@ -72,7 +70,7 @@ _logger = logging.getLogger("orchard.worker")
 
 
 class Reconciler:
-    """The VMs on this host: it makes them what the controller wants, and reports them.
+    """The VMs on this host: it makes them what the controller wants.
 
     `worker` is the worker's name. `instances` are keyed by local names. Set `sync_due` to ask for a `sync`.
     """
@@ -85,14 +83,14 @@ class Reconciler:
         lease: Lease,
         *,
         memory: ClusterMemory,
-        note_trouble: Callable[[Trouble, str, str], None],
-        transfer: Transfer,
+        heartbeats: Heartbeats,
         stop_vms_on_exit: bool,
         clock: Callable[[], float],
         chance: Callable[[], float],
     ) -> None:
         """`worker` is what this worker registers with; for the other arguments see `WorkerService`."""
         self.instances: dict[str, Instance] = {}
+        self.reports = VMReports(client, self.instances, chance)
         self.sync_due = Wakeup()
         # Set when the VMs of an earlier worker are dealt with.
         self.adopted = trio.Event()
@@ -101,36 +99,27 @@ class Reconciler:
         self._driver = driver
         self._lease = lease
         self._memory = memory
-        self._chance = chance
-        # Of the controller.
-        self._capabilities: Collection[str] = ()
-        # When the controller first saw this worker.
-        self._created_at: datetime.datetime | None = None
-        self._report_due = Wakeup()
+        self._health = heartbeats.health
         self._instance_host = InstanceHost(
             worker=worker.name,
             driver=driver,
-            changed=self._report_due.set,
+            changed=self.reports.due.set,
             ended=self._forget,
-            send_events=self._send_events,
-            note_trouble=note_trouble,
+            send_events=self.reports.send_events,
+            note_trouble=heartbeats.health.note,
             fetch_policies=self._fetch_policies,
             clock=clock,
             outlives=not stop_vms_on_exit,
-            transfer=transfer,
+            transfer=heartbeats.images.transfer,
         )
         self._slots = Slots(worker.resources)
         # Local names of VMs that new ones may wait for.
         self._watched: set[str] = set()
-        self._leftovers = Leftovers(worker, client, driver, note_trouble, self.sync_due.set)
+        self._leftovers = Leftovers(worker, client, driver, heartbeats.health.note, self.sync_due.set)
 
     def leave_vms(self) -> None:
         """Let running VMs run on when this worker ends."""
         self._instance_host.outlives = True
-
-    def begin_session(self, capabilities: Collection[str], created_at: datetime.datetime | None) -> None:
-        """Note what the controller can do, and when it first saw this worker."""
-        self._capabilities, self._created_at = capabilities, created_at
 
     async def _fetch_policies(self) -> Sequence[HostDirPolicy] | None:
         """Return the cluster's hostDirPolicies, once the controller answers. None: it does not tell them."""
@@ -140,61 +129,6 @@ class Reconciler:
                 # Controllers that have no clusterId do not tell their policies either.
                 return info.host_dir_policies if info.cluster_id else None
             await trio.sleep(_SYNC_SECONDS)
-
-    # -- reports
-
-    async def send_reports(self) -> None:
-        """Report each instance to the controller as soon as it changes. Raises ClientError."""
-        while True:
-            for instance in list(self.instances.values()):
-                report = instance.report()
-                if report != instance.reported:
-                    await self._send_report(instance, report)
-            await self._report_due.wait()
-
-    async def _send_report(self, instance: Instance, report: dict[str, Any]) -> None:
-        sent = report
-        if VM_READY not in self._capabilities:
-            # An older controller warns of conditions and fields that it does not know.
-            sent = {name: value for name, value in report.items() if not name.startswith("startup")}
-            sent["conditions"] = [one for one in report["conditions"] if one["type"] != "ready"]
-        try:
-            await self._client.vms.report(instance.vm.name, sent)
-        except ResponseError as error:
-            if error.status >= 500:
-                raise
-            # With 404 the VM was deleted or is another instance now, as the next sync will find.
-            if error.status != 404:
-                extra = {"vm": instance.vm.name, "reason": error.message}
-                _logger.error("controller rejected a VM report", extra=extra)
-        instance.reported = report
-
-    async def report_stopped(self) -> None:
-        """Report the VMs that ended with this worker, if the controller can be reached."""
-        with suppress(ClientError):
-            for instance in self.instances.values():
-                if instance.has_unreported_failure:
-                    await self._send_report(instance, instance.report())
-
-    async def _send_events(self, vm: VM, events: Sequence[Event]) -> None:
-        """Send a script's output, and retry while the controller is away or its disk is full.
-
-        The controller may store the output twice after a lost answer, but it gets all output unless the VM is deleted
-        or the controller rejects the output.
-        """
-        for failures in itertools.count(1):
-            try:
-                await self._client.vms.append_events(vm.name, [encode(event) for event in events], uid=vm.uid)
-                return
-            except ConnectError:
-                pass
-            except ResponseError as error:
-                if error.status < 500:
-                    if error.status != 404:
-                        extra = {"vm": vm.name, "reason": error.message}
-                        _logger.error("controller rejected script output", extra=extra)
-                    return
-            await trio.sleep(backoff_seconds(failures, self._chance()))
 
     # -- VMs of an earlier worker
 
@@ -213,24 +147,11 @@ class Reconciler:
                 await self._adopt(nursery)
             except DriverError as error:
                 _logger.error("cannot list the VMs on this host, retrying", extra={"reason": str(error)})
-                self._note_trouble("list", "", str(error))
-                await self._explain(str(error))
+                self._health.note("list", message=str(error))
+                await self.reports.explain((await self._fetch_wanted()).values(), str(error))
                 await trio.sleep(growing_pause(failures, _LIST_AGAIN_SECONDS, _LAST_LIST_SECONDS))
-        self._note_trouble("list", "", "")
+        self._health.note("list")
         await self.sync(nursery)
-
-    def _note_trouble(self, kind: Trouble, vm: str, message: str) -> None:
-        self._instance_host.note_trouble(kind, vm, message)
-
-    async def _explain(self, reason: str) -> None:
-        """Report to each VM that waits on this worker why it does. Raises ClientError."""
-        for vm in (await self._fetch_wanted()).values():
-            if vm.state.status == "pending":
-                message = f"waiting: its worker cannot list its VMs: {reason}"
-                report = {"uid": vm.uid, "restart_count": vm.state.restart_count, "status": "pending"}
-                report |= {"status_message": message, "conditions": [{"type": "running", "state": "false"}]}
-                with suppress(ResponseError):
-                    await self._client.vms.report(vm.name, report)
 
     async def _hold_back(self) -> None:
         """Change no VM, and check whether an operator has accepted the controller's state. Raises ClientError."""
@@ -238,17 +159,17 @@ class Reconciler:
         try:
             local_vms = await self._list_own()
         except DriverError as error:
-            self._note_trouble("list", "", str(error))
+            self._health.note("list", message=str(error))
         wanted = await self._fetch_wanted()
         unknown = sorted(local.name for local in local_vms if local.name not in wanted)
         message = f"not known to the controller's restored state: {', '.join(unknown)}" if unknown else ""
-        self._note_trouble("unknown-vms", "", message)
+        self._health.note("unknown-vms", message=message)
         self._lease.set_wanted({local.name for local in local_vms} | self.instances.keys())
         info = await self._client.info()
         if info.cluster_id != self._memory.cluster_id:
             _, revision = await self._client.vms.list_with_revision(worker=self.worker)
             self._memory.observe(info.cluster_id, revision)
-            self._note_trouble("unknown-vms", "", "")
+            self._health.note("unknown-vms")
 
     async def _list_own(self) -> list[LocalVM]:
         """Return the local VMs that Orchard manages. Raises DriverError."""
@@ -340,7 +261,7 @@ class Reconciler:
         self._grant()
         for name, action in actions.items():
             if action == "tell ended" and name not in self._leftovers:
-                await self._tell_ended(wanted[name])
+                await self.reports.tell_ended(wanted[name])
 
     async def _deleted_and_shut_down(self) -> set[str]:
         """Return the local names of VMs whose shutdown scripts run and that the controller has deleted. Raises ClientError.
@@ -377,21 +298,6 @@ class Reconciler:
         ]
         self._slots.grant([*held, *self._leftovers.held()])
 
-    async def _tell_ended(self, vm: VM) -> None:
-        """Report that a failed VM, which the controller wants to restart, does not run here. Raises ClientError.
-
-        Not for a VM that was assigned to an earlier worker of this name, on whose host it may run.
-        """
-        state = vm.state
-        mine = (
-            state.scheduled_at is not None and self._created_at is not None and state.scheduled_at >= self._created_at
-        )
-        if VM_RESTART in self._capabilities and state.ended_at is None and mine:
-            report = {"uid": vm.uid, "restart_count": state.restart_count, "status": "failed"}
-            report |= {"status_message": state.status_message, "conditions": [{"type": "running", "state": "false"}]}
-            with suppress(ResponseError):
-                await self._client.vms.report(vm.name, report)
-
     async def _fetch_wanted(self) -> dict[str, VM]:
         """Return the VMs that are assigned to this worker, by their local names.
 
@@ -426,9 +332,7 @@ class Reconciler:
             instance.fail(vm.state.status_message, orderly=bool(vm.state.end_request))
         elif action in ("follow", "report"):
             instance.follow(vm)
-            if not _has_report(vm, instance.report(), self._capabilities):
-                instance.reported = None
-                self._report_due.set()
+            self.reports.review(instance)
 
     def _new_instance(self, vm: VM, found: LocalState | None = None) -> Instance:
         instance = Instance(vm, self._instance_host, found=found)
@@ -453,19 +357,3 @@ def is_at_rest(vm: VM, state: LocalState) -> bool:
 
 def _sync_state(vm: Instance | VM | None) -> SyncState:
     return "absent" if vm is None else vm.state.status
-
-
-def _has_report(vm: VM, report: Mapping[str, Any], capabilities: Collection[str]) -> bool:
-    """Return whether a controller with these capabilities has what a report says in its state of a VM."""
-    state = vm.state
-    if report["status"] == state.status == "failed":
-        # The first reason stays, so the messages may differ.
-        return state.ended_at is not None or VM_RESTART not in capabilities
-    known = {one["type"]: one["state"] == "true" for one in report["conditions"]}
-    return (
-        state.status == report["status"]
-        and state.status_message == report["status_message"]
-        and state.observed_generation >= report["observedGeneration"]
-        and vm.condition("running") is known["running"]
-        and (VM_READY not in capabilities or vm.condition("ready") is known["ready"])
-    )

@@ -27,7 +27,7 @@ from orchard.metrics import WORK_SECONDS, Histogram
 from orchard.nursery import Wakeup
 from orchard.planning import Plan, PlannerInputs
 from orchard.scheduler import Planner
-from orchard.schema import VM, ClusterSettings, VMSpec, Worker
+from orchard.schema import VM, ClusterSettings, Worker
 from orchard.storage.errors import StorageError
 from orchard.store import Store, Transaction
 from orchard.worker_states import WorkerStates
@@ -126,10 +126,6 @@ class SchedulingLoop:
         with self._store.transaction() as tx:
             self._put_assignment(tx, name, worker, self._clock())
 
-    def waiting_reason(self, spec: VMSpec) -> str:
-        """Return why a new VM will wait, as far as that is known; else ""."""
-        return self.planner.waiting_reason(spec)
-
     def forget_vm(self, uid: str) -> None:
         """Forget a VM whose deletion is durable."""
         self._restarted_at.pop(uid, None)
@@ -170,51 +166,49 @@ class SchedulingLoop:
         """
         began = time.perf_counter()
         try:
-            return self._schedule_some(now, wall_time)
+            self._inform_vms()
+            plan = self.planner.plan(now, self._store.state.settings.scheduler_profile, VMS_PER_PLAN)
+            for worker in plan.offline:
+                self._note_offline(worker)
+            if self._apply(plan, now, wall_time):
+                return None
+            # A plan that is full, but changed nothing, may be followed by one that does.
+            return plan.next_at if plan.capacity else None
         finally:
             self.figures.steps.observe(time.perf_counter() - began)
 
-    def _schedule_some(self, now: float, wall_time: datetime.datetime) -> float | None:
-        self._inform_vms()
-        plan = self.planner.plan(now, self._store.state.settings.scheduler_profile, VMS_PER_PLAN)
-        for worker in plan.offline:
-            self._offline.add(worker)
-            self._observe(worker)
-            reason = self.liveness.why_unavailable(worker)
-            # A worker that said goodbye was stopped on purpose.
-            level = logging.INFO if reason == "stopped" else logging.WARNING
-            _logger.log(level, "worker offline", extra={"worker": worker, "reason": reason})
-        if plan.has_changes and self._apply(plan, now, wall_time):
-            return None
-        # A plan that is full, but changed nothing, may be followed by one that does.
-        return plan.next_at if plan.capacity else None
+    def _note_offline(self, worker: str) -> None:
+        self._offline.add(worker)
+        self._observe(worker)
+        reason = self.liveness.why_unavailable(worker)
+        # A worker that said goodbye was stopped on purpose.
+        level = logging.INFO if reason == "stopped" else logging.WARNING
+        _logger.log(level, "worker offline", extra={"worker": worker, "reason": reason})
 
     def _apply(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
         """Apply a plan in one transaction. Return whether it changed anything."""
+        vms = self._store.state.vms
+        # What a plan changes is no report of a worker.
         self._is_applying = True
         try:
-            return self._put_plan(plan, now, wall_time)
+            with self._store.transaction() as tx:
+                for name, reason in plan.unassign.items():
+                    tx.put(transitions.unassign(vms[name], reason, wall_time))
+                for name, reason in plan.fail.items():
+                    tx.put(transitions.fail(vms[name], reason))
+                for name in plan.restart:
+                    tx.put(transitions.restart(vms[name], wall_time))
+                    self._restarted_at[vms[name].uid] = now
+                    self._inputs.failed_before_start.discard(vms[name].uid)
+                for name, worker in plan.assign.items():
+                    self._put_assignment(tx, name, worker, wall_time)
+                for name, reason in plan.waiting.items():
+                    waiting = transitions.explain(vms[name], reason)
+                    if waiting is not vms[name]:
+                        tx.put(waiting)
+                return bool(tx.changes)
         finally:
             self._is_applying = False
-
-    def _put_plan(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
-        vms = self._store.state.vms
-        with self._store.transaction() as tx:
-            for name, reason in plan.unassign.items():
-                tx.put(transitions.unassign(vms[name], reason, wall_time))
-            for name, reason in plan.fail.items():
-                tx.put(transitions.fail(vms[name], reason))
-            for name in plan.restart:
-                tx.put(transitions.restart(vms[name], wall_time))
-                self._restarted_at[vms[name].uid] = now
-                self._inputs.failed_before_start.discard(vms[name].uid)
-            for name, worker in plan.assign.items():
-                self._put_assignment(tx, name, worker, wall_time)
-            for name, reason in plan.waiting.items():
-                waiting = transitions.explain(vms[name], reason)
-                if waiting is not vms[name]:
-                    tx.put(waiting)
-            return bool(tx.changes)
 
     def _put_assignment(self, tx: Transaction, name: str, worker: str, wall_time: datetime.datetime) -> None:
         state = self._store.state

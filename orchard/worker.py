@@ -131,8 +131,7 @@ class WorkerService:
             driver,
             self._lease,
             memory=self._memory,
-            note_trouble=self._heartbeats.health.note,
-            transfer=self._heartbeats.images.transfer,
+            heartbeats=self._heartbeats,
             stop_vms_on_exit=stop_vms_on_exit,
             clock=clock,
             chance=chance,
@@ -171,7 +170,7 @@ class WorkerService:
                     await self._run_sessions(nursery, task_status)
             finally:
                 with trio.move_on_after(_GOODBYE_SECONDS, shield=True):
-                    await self._vms.report_stopped()
+                    await self._vms.reports.send_failures()
                     if self._has_name:
                         with suppress(ClientError):
                             await self._client.workers.goodbye(self.description.name)
@@ -231,7 +230,7 @@ class WorkerService:
             if not self._has_started:
                 self._has_started = True
                 task_status.started()
-            session.start_soon(self._vms.send_reports)
+            session.start_soon(self._vms.reports.run)
             session.start_soon(self._vms.keep_in_sync, nursery)
 
     async def _register(self) -> ControllerInfo:
@@ -254,7 +253,7 @@ class WorkerService:
             raise
         self._heartbeats.begin_session(stored.last_seen, info.capabilities)
         self._lease.begin_session(info.worker_offline_timeout / 1000, sent)
-        self._vms.begin_session(info.capabilities, stored.created_at)
+        self._vms.reports.begin_session(info.capabilities, stored.created_at)
         return info
 
     async def _follow_prepull(self, info: ControllerInfo) -> None:

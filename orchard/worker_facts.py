@@ -81,13 +81,8 @@ class WorkerFacts:
         facts = self._facts.get(worker)
         return None if facts is None or facts.disk is None else facts.disk.free_bytes
 
-    def has_image(self, worker: str, image: str) -> bool:
-        """Return whether an image was in the cache of a worker's host when the worker listed it last."""
-        held = self._holders.get(image)
-        return held is not None and worker in held[1]
-
     def holders(self, image: str) -> Collection[str]:
-        """Return the workers for which `has_image` is true."""
+        """Return the workers whose hosts had an image in their caches when they listed it last."""
         held = self._holders.get(image)
         return held[1] if held is not None else ()
 

@@ -309,7 +309,7 @@ def expected_places(before: Snapshot) -> dict[str, str]:
                 (
                     -len(vm.spec.preferred_labels.items() & labels_of(on).items()),
                     sign * counts[on.name],
-                    not before.facts.has_image(on.name, vm.spec.image),
+                    on.name not in before.facts.holders(vm.spec.image),
                     on.name,
                 )
                 for on in fitting
@@ -537,7 +537,7 @@ class KeptPlanner:
             if name not in self.workers or not keeps():
                 self.workers[name] = new
                 self.planner.put_worker(new)
-            images = [image for image in IMAGES if snapshot.facts.has_image(name, image)]
+            images = [image for image in IMAGES if name in snapshot.facts.holders(image)]
             report_facts(self.base.facts, name, images, full=is_full(snapshot, name))
             at = snapshot.last_contact.get(name, -math.inf) + self.now - NOW
             if at > last_contact.get(name, -math.inf):

@@ -147,13 +147,13 @@ async def test_worker_that_reports_no_images_has_none_of_an_earlier_one(api: Ser
     await worker.register(*((IMAGE_INVENTORY,) if keeps else ()))
     shown = await worker.shown()
     assert ("images" in shown, "disk" in shown) == (keeps, keeps)
-    assert api.loop.liveness.facts.has_image("w", str(IMAGE["name"])) is keeps
+    assert ("w" in api.loop.liveness.facts.holders(str(IMAGE["name"]))) is keeps
     # An earlier version sends back what it is shown.
     await worker.beat(**{name: value for name, value in shown.items() if name != "last_seen"})
     assert ("images" in await worker.shown()) is keeps
     await api.ok("DELETE", "/workers/w")
     await api.store.wait_durable()
-    assert not api.loop.liveness.facts.has_image("w", str(IMAGE["name"]))
+    assert "w" not in api.loop.liveness.facts.holders(str(IMAGE["name"]))
 
 
 async def test_every_worker_has_a_label_with_its_name(api: Served) -> None:
@@ -185,11 +185,11 @@ def test_image_is_found_by_tag_by_digest_and_without_the_tag_latest() -> None:
     names = {f"localhost:5000/macos{end}" for end in (":latest", "", f"@{DIGEST}")}
     names |= {"ghcr.io/linux:1", "ghcr.io/bare@sha256:2"}
     asked = names | {"localhost", "localhost:5000/macos:1", "ghcr.io/linux", "ghcr.io/bare", "", "x"}
-    assert {name for name in asked if facts.has_image("w", name)} == names
-    assert not any(facts.has_image("v", name) for name in asked)
+    assert {name for name in asked if "w" in facts.holders(name)} == names
+    assert not any("v" in facts.holders(name) for name in asked)
     facts.record_heartbeat(Worker("v", images=images[:1]))
     facts.record_heartbeat(Worker("w", images=images[1:]))
-    assert {worker for worker in "vw" if facts.has_image(worker, "localhost:5000/macos")} == {"v"}
+    assert {worker for worker in "vw" if worker in facts.holders("localhost:5000/macos")} == {"v"}
 
 
 def test_scheduler_is_told_of_other_images_and_of_each_gigabyte() -> None:

@@ -14,8 +14,9 @@ from harness.served import BEGAN, Answered, Served, at_once, served
 
 from orchard.cluster import MAX_PROBLEM_TEXT, MAX_PROBLEMS, WORKER_STATE
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, ensure_identity
-from orchard.early_failures import FIRST_PAUSE, LAST_PAUSE, SICK_VMS, EarlyFailures, pause_seconds
+from orchard.early_failures import FIRST_PAUSE, LAST_PAUSE, SICK_VMS, EarlyFailures
 from orchard.liveness import AWAY_SECONDS
+from orchard.nursery import growing_pause
 from orchard.planning import RESTART_PAUSE_SECONDS
 from orchard.schema import TART_VMS, ServiceAccount, Worker
 from orchard.storage.errors import StorageError
@@ -259,7 +260,8 @@ async def test_vm_returns_to_the_only_worker_after_growing_pauses(api: Served, a
 
 
 def test_pauses_double_up_to_ten_minutes() -> None:
-    assert [pause_seconds(count) for count in (1, 2, 3, 6, 7, 1000)] == [15, 30, 60, 480, 600, 600]
+    pauses = [growing_pause(count, FIRST_PAUSE, LAST_PAUSE) for count in (1, 2, 3, 6, 7, 1000)]
+    assert pauses == [15, 30, 60, 480, 600, 600]
 
 
 def test_failures_on_a_worker_are_forgotten_when_a_vm_runs() -> None:
