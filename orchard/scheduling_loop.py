@@ -188,7 +188,7 @@ class SchedulingLoop:
     def _apply(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
         """Apply a plan in one transaction. Return whether it changed anything."""
         vms = self._store.state.vms
-        # What a plan changes is no report of a worker.
+        # What a plan changes was not reported by a worker.
         self._is_applying = True
         try:
             with self._store.transaction() as tx:

@@ -5,13 +5,9 @@ programs are run and ended is in vm/processes.py. Every verb but `run` ends by i
 transfers an image. What the program at hand can do, its version and the flags of `run`, is asked for when it is first
 needed and when the program has been replaced.
 
-`tart run` stays in the foreground and *is* the VM. So a supervisor (vm/supervisor.py) owns it; `run` and `attach` only
-observe the supervisor, and the VM outlives this driver. These files below `home` outlive the worker:
-
-    NAME.run, NAME.log   the record and the log of NAME's supervisor
-    NAME.note            the worker's note about NAME
-    NAME.lease           until when NAME may run, if it is leased
-    calls-WORKER/        a locked file for each call under way, with its process number (see `processes.Calls`)
+`tart run` stays in the foreground and *is* the VM. So a supervisor owns it; `run` and `attach` only observe the
+supervisor, and the VM outlives this driver. The files about it are in `home`, see vm/supervised.py. The calls under way
+of one worker are below `home` in calls-WORKER (see `processes.Calls`).
 """
 
 from __future__ import annotations
@@ -20,10 +16,7 @@ import ipaddress
 import logging
 import math
 import os
-import re
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
@@ -35,8 +28,6 @@ from typing import TypeVar
 import trio
 
 from orchard.cluster import CachedImage, WorkerDisk, bounded_images
-from orchard.files import make_private, write_private
-from orchard.nursery import Wakeup
 from orchard.schema import Runtime
 from orchard.vm import supervisor
 from orchard.vm.driver import (
@@ -50,24 +41,20 @@ from orchard.vm.driver import (
     Progress,
     RunOptions,
     Script,
-    SupervisorLost,
     operand,
 )
 from orchard.vm.guest_agent import run_by_agent
 from orchard.vm.host import disk_of, leads_to_host
 from orchard.vm.processes import (
     KILL_SECONDS,
-    LOOK_SECONDS,
     STOP_SECONDS,
     Calls,
     find_complaint,
-    is_locked,
     presentable,
     reporting,
-    signal_group,
-    wait_unlocked,
 )
 from orchard.vm.script import SSHServer, run_over_ssh
+from orchard.vm.supervised import SupervisedVMs
 from orchard.vm.tart_cli import (
     LISTS_SAFELY,
     Abilities,
@@ -87,32 +74,22 @@ from orchard.vm.vm_connections import Dial
 VERB_SECONDS = 300.0  # seconds
 # A macOS guest asks for its address some seconds after its boot.
 _IP_SECONDS = 60  # seconds
+# Between two attempts of a verb for which a VM that starts is too young.
+_YOUNG_SECONDS = 0.25  # seconds
 # For a guest agent to answer. In an image without an agent none ever does.
 _AGENT_SECONDS = 30  # seconds
 # Between two looks into the host's ARP table. Each is a call of tart.
 _ARP_SECONDS = 1.0  # seconds
-# Between two looks whether a VM still runs. Each is an open and a flock, and a read of a small file.
-_WATCH_SECONDS = 0.25  # seconds
-# A supervisor that shows no sign of life for so long counts as gone.
-_SILENCE_SECONDS = 10.0  # seconds
 # `tart list` fails as a whole when another program deletes a VM meanwhile.
 _LIST_RETRIES = 5
 _LIST_PAUSE = 0.5  # seconds
 # Before a transfer is tried once more, since registries and networks fail now and then.
 _TRANSFER_PAUSE = 1.0  # seconds
-# The suffixes of the files about a VM.
-_KINDS = ("run", "log", "note", "note.new", "lease")
 
 _INSTALL: Mapping[Runtime, str] = {
     "tart": "brew install cirruslabs/cli/tart",
     "vetu": "https://github.com/cirruslabs/vetu",
 }
-# The supervisor as a program: run by the Python at hand, without the user's site-packages, also from a zip archive.
-_SUPERVISOR = (
-    "-ISc",
-    "import sys; sys.path.insert(0, sys.argv[1]); from orchard.vm import supervisor; sys.exit(supervisor.main(sys.argv[2:]))",
-    str(Path(__file__).parent.parent),
-)
 
 ListedT = TypeVar("ListedT", LocalVM, CachedImage)
 
@@ -159,7 +136,8 @@ class TartDriver:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._path = path
-        self._home = home.absolute()
+        home = home.absolute()
+        self._supervised = SupervisedVMs(home, stop_seconds)
         self._ssh_port = ssh_port
         self._program: Runtime = "vetu" if vetu else "tart"
         self._stop_seconds = stop_seconds
@@ -168,7 +146,7 @@ class TartDriver:
         self._clock = clock
         # With CI set, tart prints its progress in plain lines.
         environ = {**os.environ, "CI": "1", **(env or {})}
-        self._calls = Calls(self._home / f"calls-{worker}", environ)
+        self._calls = Calls(home / f"calls-{worker}", environ)
         # Where the program keeps VMs and images.
         self._state_home = Path(environ.get(f"{self._program.upper()}_HOME") or f"~/.{self._program}").expanduser()
         # With the identity of the program's file that has these abilities.
@@ -178,15 +156,11 @@ class TartDriver:
         # For each VM whose `run` is under way, also between a failed restore and the cold boot: whether it was told to
         # save its state since its start.
         self._runs: dict[str, bool] = {}
-        # Set when a VM has ended by an order of this driver, so that `run` and `attach` see it at once.
-        self._ended = Wakeup()
-        # For VMs that will be run: the two times of `lease`.
-        self._lease = (-math.inf, -math.inf)
 
     async def list_vms(self) -> list[LocalVM]:
         found = await self._list("local", parse_list)
         # A VM that was started a moment ago runs, even if tart does not list it as running yet.
-        return [LocalVM(vm.name, "running") if self._is_supervised(vm.name) else vm for vm in found]
+        return [LocalVM(vm.name, "running") if self._supervised.is_running(vm.name) else vm for vm in found]
 
     async def list_images(self) -> list[CachedImage]:
         images = await self._list("oci", parse_images)
@@ -228,11 +202,7 @@ class TartDriver:
         """Wait until no VM that this host runs is in its first seconds."""
         pause = math.inf
         while pause:
-            with reporting(f"cannot read {self._home}"):
-                # The worker writes a VM's note before it starts the VM, and seldom later.
-                notes = [path.with_suffix(".note") for path in self._home.glob("*.run") if is_locked(path)]
-                starts = [path.stat().st_mtime for path in notes if path.exists()]
-            pause = seconds_until_listable(starts, self._clock())
+            pause = seconds_until_listable(self._supervised.start_times(), self._clock())
             await trio.sleep(pause)
 
     async def _abilities(self) -> Abilities:
@@ -258,7 +228,7 @@ class TartDriver:
         await self._transfer(on_progress, "pull", operand("image", image))
 
     async def clone(self, source: str, name: str, on_progress: Progress) -> None:
-        if self._is_supervised(operand("VM name", name)):
+        if self._supervised.is_running(operand("VM name", name)):
             raise DriverError(f'VM "{name}" is running')
         await self._transfer(on_progress, "clone", operand("image", source), name)
 
@@ -319,13 +289,7 @@ class TartDriver:
 
     async def _start(self, name: str, words: list[str], options: RunOptions) -> None:
         """Start the supervisor of a VM, and return when the VM's process exists. Raises DriverError."""
-        lease = str(self._file(name, "lease")) if options.leased else ""
-        if lease:
-            self._write_lease(name, *self._lease)
-        files = [str(self._file(name, "run")), str(self._file(name, "log")), lease]
-        start = [sys.executable, *_SUPERVISOR, *files, f"{self._stop_seconds:g}", self._path, *words]
-        with suppress(OSError):
-            os.utime(self._file(name, "note"))
+        start = [*self._supervised.begin(name, leased=options.leased), self._path, *words]
         async with self._alone(await self._abilities()):
             completed = await self._calls.run(start, label="run")
         if completed.status:
@@ -337,7 +301,7 @@ class TartDriver:
 
     async def _has_failed_restore(self, name: str) -> bool:
         """Return whether `tart run` has failed, and left the saved state that it was to restore."""
-        record = self._record(name)
+        record = self._supervised.record(name)
         if record.order or not record.status or self._runs.get(name):
             return False
         with suppress(DriverError):
@@ -345,52 +309,28 @@ class TartDriver:
         return False
 
     async def attach(self, name: str, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        if not self._is_supervised(name):
+        if not self._supervised.is_running(name):
             raise NotRunning(f'VM "{name}" is not running, or was not started by a worker with this directory')
         task_status.started()
         await self._wait_ended(name)
 
     async def _wait_ended(self, name: str) -> None:
         """Wait until a VM's supervisor has ended. Raises DriverError unless the VM shut down or was stopped."""
-        silence = _Silence(self._file(name, "run"))
-        error: DriverError = SupervisorLost("the supervisor of the VM was killed")
-        while (record := self._final_record(name)) is None:
-            with trio.move_on_after(_WATCH_SECONDS):
-                await self._ended.wait()
-            # The supervisor ends the VM at the end of its lease, unless it was stopped.
-            if (is_over := supervisor.clock() >= self._lease_end(name)) or silence.is_too_long():
-                lost = SupervisorLost("the supervisor of the VM did not answer, and was killed with the VM")
-                error = DriverError(LEASE_OVER) if is_over else lost
-                with suppress(DriverError):
-                    self._signal_supervisor(name, signal.SIGKILL)
+        record, error = await self._supervised.wait_ended(name)
         if record.order == "lease":
             raise DriverError(LEASE_OVER)
         if record.status is None:
             await self._stop_unsupervised(name)
             raise error
         if record.status and record.order != "stop":
-            log = b""
-            with suppress(OSError):
-                log = self._file(name, "log").read_bytes()
-            raise verb_error(self._program, "run", record.status, log)
-
-    def _final_record(self, name: str) -> supervisor.Record | None:
-        """Return the record of a VM whose supervisor has ended.
-
-        None while the supervisor lives, and when that is unknown because the worker has no file descriptor left.
-        """
-        with suppress(DriverError):
-            if not self._is_supervised(name):
-                return self._record(name)
-        return None
+            raise verb_error(self._program, "run", record.status, self._supervised.log(name))
 
     async def _stop_unsupervised(self, name: str) -> None:
         """Stop a VM whose supervisor was killed, or whose start was, and return when it does not run any more."""
         while True:
             try:
                 # tart may not know the VM as running yet.
-                if not self._is_supervised(name):
-                    _kill_unsupervised(self._record(name))
+                self._supervised.kill_unsupervised(name)
                 await self.stop(name)
                 return
             except (NotRunning, NoSuchVM):
@@ -412,11 +352,11 @@ class TartDriver:
                 raise
             except DriverError:
                 # While a VM starts, tart may fail at once instead of waiting for the address.
-                runs = self._is_supervised(name) or name in self._runs
+                runs = self._supervised.is_running(name) or name in self._runs
                 if trio.current_time() >= deadline or not runs:
                     raise
             agent = agent and trio.current_time() - asked < _ARP_SECONDS
-            await trio.sleep(_ARP_SECONDS if bridged else _WATCH_SECONDS)
+            await trio.sleep(_ARP_SECONDS if bridged else _YOUNG_SECONDS)
 
     async def _look_up_ip(self, name: str, *, agent: bool, bridged: bool) -> str:
         if not bridged:
@@ -451,14 +391,10 @@ class TartDriver:
     async def stop(self, name: str) -> None:
         operand("VM name", name)
         # A VM without a supervisor is at rest, or another program has started it.
-        if not self._is_supervised(name):
+        if not self._supervised.is_running(name):
             await self._call("stop", name, "--timeout", f"{math.ceil(self._stop_seconds)}")
             return
-        with trio.move_on_after(KILL_SECONDS):
-            # A supervisor that has just started has not written its number yet.
-            while not self._signal_supervisor(name, signal.SIGTERM):  # noqa: ASYNC110
-                await trio.sleep(LOOK_SECONDS)
-        await self._wait_unsupervised(name, self._stop_seconds + KILL_SECONDS)
+        await self._supervised.stop(name)
 
     async def suspend(self, name: str) -> None:
         self._refuse_on_vetu("suspending")
@@ -471,27 +407,17 @@ class TartDriver:
                 break
             except NotRunning as error:
                 # While a VM starts, tart does not know yet that it runs.
-                if not self._is_supervised(name):
+                if not self._supervised.is_running(name):
                     raise
                 if trio.current_time() >= deadline:
                     raise DriverError(f"VM {name} runs, but cannot be suspended: {error}") from error
-            await trio.sleep(_WATCH_SECONDS)
+            await trio.sleep(_YOUNG_SECONDS)
         # Saving the memory of a big VM takes minutes.
-        await self._wait_unsupervised(name, VERB_SECONDS)
-
-    async def _wait_unsupervised(self, name: str, seconds: float) -> None:
-        """Wait until a VM that was told to end has ended, and wake `run` and `attach`.
-
-        Kills the VM and raises DriverError if that takes longer than `seconds`.
-        """
-        if not await wait_unlocked(self._file(name, "run"), seconds):
-            self._signal_supervisor(name, signal.SIGKILL)
-            raise DriverError(f"VM {name} did not end within {seconds:g} seconds and was killed")
-        self._ended.set()
+        await self._supervised.wait_order(name, VERB_SECONDS)
 
     async def delete(self, name: str) -> None:
         # tart would delete a VM that is being started, and the VM might come up after its deletion.
-        if self._is_supervised(operand("VM name", name)):
+        if self._supervised.is_running(operand("VM name", name)):
             raise DriverError(f'VM "{name}" is running')
         gone: NoSuchVM | None = None
         try:
@@ -502,15 +428,14 @@ class TartDriver:
                 raise DriverError(f'VM "{name}" cannot be deleted; it may run without supervisor') from error
             # An earlier deletion may have been cancelled before it deleted the files.
             gone = error
-        for kind in _KINDS:
-            self._file(name, kind).unlink(missing_ok=True)
+        self._supervised.forget(name)
         if gone is not None:
             raise gone
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
         if script.agent:
             self._refuse_on_vetu("guest agents")
-            if not self._is_supervised(operand("VM name", name)):
+            if not self._supervised.is_running(operand("VM name", name)):
                 raise DriverError(f'VM "{name}" is not running')
             command, environ = [self._path, "exec", "-i", name], self._calls.env
             await run_by_agent(command, environ, partial(self._wait_for_agent, name), script, on_line)
@@ -527,95 +452,21 @@ class TartDriver:
         await self._calls.end_left(self._stop_seconds)
         # Files about VMs that another program has deleted. The files are listed before the VMs, since another worker
         # in this directory writes them after it has made a VM.
-        paths = list(self._directory().iterdir())
-        names = {vm.name for vm in await self.list_vms()}
-        for path in paths:
-            name, _, kind = path.name.removesuffix(".new").rpartition(".")
-            if kind in _KINDS and name not in names and not self._is_supervised(name):
-                path.unlink(missing_ok=True)
+        files = self._supervised.list_files()
+        self._supervised.forget_others(files, {vm.name for vm in await self.list_vms()})
 
     def lease(self, soft: float, hard: float, names: Collection[str]) -> None:
-        self._lease = (soft, hard)
-        failure: DriverError | None = None
-        for name in names:
-            # A VM whose lease was over once is being ended, and the controller may have started it elsewhere.
-            if supervisor.clock() < self._read_lease(name)[0]:
-                try:
-                    self._write_lease(name, soft, hard)
-                except DriverError as error:
-                    failure = error
-        if failure is not None:
-            raise failure
-
-    def _read_lease(self, name: str) -> tuple[float, float]:
-        """Return the two times of a VM's lease; times that are over for a VM without a lease."""
-        with suppress(OSError, ValueError):
-            return supervisor.read_lease(self._file(name, "lease"))
-        return (-math.inf, -math.inf)
-
-    def _lease_end(self, name: str) -> float:
-        """Return when a VM has to have ended: never for a VM without a lease."""
-        hard = self._read_lease(name)[1]
-        return math.inf if hard == -math.inf else hard
-
-    def _write_lease(self, name: str, soft: float, hard: float) -> None:
-        path = self._file(name, "lease")
-        with reporting(f"cannot write {path}"):
-            supervisor.write_lease(path, soft, hard)
+        self._supervised.lease(soft, hard, names)
 
     def note(self, name: str, text: str) -> None:
-        path = self._file(name, "note")
-        with reporting(f"cannot write {path}"):
-            write_private(path, text.encode(), durable=False)
+        self._supervised.note(name, text)
 
     def noted(self, name: str) -> str:
-        with suppress(OSError):
-            return self._file(name, "note").read_text()
-        return ""
+        return self._supervised.noted(name)
 
     def _refuse_on_vetu(self, features: str) -> None:
         if self._program == "vetu" and features:
             raise DriverError(f"vetu does not support {features}: such a VM needs a worker with tart")
-
-    # -- files
-
-    def _directory(self) -> Path:
-        with reporting(f"cannot make the directory {self._home}"):
-            make_private(self._home)
-        return self._home
-
-    def _file(self, name: str, kind: str) -> Path:
-        if re.search("[/\0]", name):
-            raise DriverError(f'the VM name is "{name}", expected one without a slash')
-        return self._directory() / f"{name}.{kind}"
-
-    def _is_supervised(self, name: str) -> bool:
-        """Return whether a supervisor of the VM lives. Raises DriverError."""
-        path = self._file(name, "run")
-        with reporting(f"cannot read {path}"):
-            return is_locked(path)
-
-    def _record(self, name: str) -> supervisor.Record:
-        path = self._file(name, "run")
-        with reporting(f"cannot read {path}"):
-            return supervisor.read_record(path)
-
-    def _signal_supervisor(self, name: str, number: signal.Signals) -> bool:
-        """Send a signal to a VM's supervisor, and SIGKILL also to the VM.
-
-        Return True if that was done or the supervisor has ended, False if its number is not known yet.
-        """
-        record = self._record(name)
-        if not self._is_supervised(name):
-            return True
-        if not record.supervisor:
-            return False
-        if number == signal.SIGKILL:
-            _kill_unsupervised(record)
-        # The supervisor held its lock after the record was read, so the number is still its own.
-        with suppress(ProcessLookupError):
-            os.kill(record.supervisor, number)
-        return True
 
     # -- calls
 
@@ -630,34 +481,3 @@ class TartDriver:
                 raise verb_error(self._program, verb, completed.status, completed.stderr)
             return completed.stdout
         raise DriverError(f"{self._program} {verb} did not end within {seconds:g} seconds")
-
-
-class _Silence:
-    """Notices a supervisor that has stopped showing signs of life: new modification times of its record."""
-
-    def __init__(self, record: Path) -> None:
-        self._record = record
-        self._last: int | None = None
-        self._looks = 0
-
-    def is_too_long(self) -> bool:
-        """Look once; to be called every _WATCH_SECONDS. Return whether the silence has lasted for too long.
-
-        Counts looks instead of time, because a machine that was stalled stalls both processes.
-        """
-        with suppress(OSError):
-            beat = self._record.stat().st_mtime_ns
-            if beat != self._last:
-                self._last, self._looks = beat, 0
-        self._looks += 1
-        return self._looks * _WATCH_SECONDS >= _SILENCE_SECONDS
-
-
-def _kill_unsupervised(record: supervisor.Record) -> None:
-    """Kill the VM of a supervisor that was killed, or is about to be.
-
-    A process number that was given to another process is recognised: the VM is in the supervisor's session.
-    """
-    with suppress(ProcessLookupError):
-        if record.child and os.getsid(record.child) == record.supervisor:
-            signal_group(record.child)

@@ -433,7 +433,7 @@ async def test_starting_vm_ends_when_its_supervisor_is_killed(tmp_path: Path) ->
 
 async def test_suspend_waits_longer_than_for_a_killed_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving takes minutes. Here the supervisor is stopped, so that it ends long after `tart suspend` has."""
-    monkeypatch.setattr("orchard.tart.KILL_SECONDS", 0.0)
+    monkeypatch.setattr("orchard.vm.supervised.KILL_SECONDS", 0.0)
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
     async with trio.open_nursery() as nursery:
