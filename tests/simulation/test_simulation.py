@@ -16,7 +16,7 @@ import pytest
 from fault_schedule import ViolationError, simulate
 from simulated_cluster import NO_BUG, NO_BUG_IN_ISOLATION, PLANTED_BUGS, PlantedBug
 
-SEEDS = 18
+SEEDS = 12
 # In parts, so that they are spread over processors.
 PARTS = 3
 # Each of these seeds found a bug once: a deleted worker that came back renewed the lease of VMs that it had to end; a VM
@@ -42,7 +42,7 @@ VIOLATIONS = {
 SEARCHED = range(7, 67)
 
 # Two controllers on an etcd in memory, in fewer steps each: the tests of one controller go on for longer.
-FLEET_SEEDS, FLEET_STEPS = 20, 5
+FLEET_SEEDS, FLEET_STEPS = 9, 20
 
 # Prints the digest of a seed's trace.
 PROGRAM = """
