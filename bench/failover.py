@@ -1,11 +1,12 @@
 """How long nothing is acknowledged at each fault of controllers and etcd, and what etcd costs.
 
-    ./run bench failover [--only faults|costs]
+    ./run bench failover [--only faults|costs|takeover] [--vms N] [--rounds N]
 
 Three etcd nodes on loopback, two controllers with a lease of five seconds, and three clients that create VMs. For each
 fault: the longest time without an acknowledged creation. Then, with nodes that write through to disk: what creations by
-64 clients, requests for one VM and polls of a worker without VMs cost, on etcd and on files in turns, and how long a
-takeover with 10,000 VMs takes.
+64 clients, requests for one VM and polls of a worker without VMs cost, on etcd and on files in turns. At last, on an etcd
+of its own with exactly N VMs that run on half as many workers: how long it takes until another controller answers, and
+what that costs it, when the leader is stopped and when it is killed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -29,10 +30,14 @@ import trio
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "cluster"))
 
+from cluster import PER_WORKER, fill
 from harness.processes import LISTENING, PLAIN, started
-from test_failover import ATTACKS, Attack, Site, site
+from test_failover import ATTACKS, TTL, Attack, site
 
 from orchard.client import Client, ClientError
+from orchard.recorder import Recorder
+from orchard.storage.etcd import EtcdAccess
+from orchard.stored_data import CampaignPlatform, EtcdSettings, StoredData, lead_in_turns, utc_now
 
 CLIENTS = 64
 SECONDS, ROUNDS = 3.0, 5
@@ -40,6 +45,11 @@ SECONDS, ROUNDS = 3.0, 5
 NAME, MANY = "vm", 10_000
 # Until a controller stands by.
 START_SECONDS = 4.0
+# At a takeover, no worker is connected.
+FOREVER = ("--worker-offline-timeout", "1000000")
+# Of a takeover, beside the TTL and beside what 1,000 VMs may take.
+LIMITS = {signal.SIGTERM: 0.5, signal.SIGKILL: TTL + 1.0}
+SECONDS_OF_1000 = 0.1
 
 
 async def longest_gap(attack: Attack, home: Path) -> float:
@@ -73,6 +83,12 @@ async def longest_gap(attack: Attack, home: Path) -> float:
     return max(after - before for before, after in pairwise(times))
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass
 class Measured:
     """A controller that is measured: its name, its URL, its process, and what each kind of request cost in each round."""
@@ -82,10 +98,6 @@ class Measured:
     pid: int
     rates: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)
-
-    def cpu_seconds(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     async def measure(self, kind: str, clients: int, ask: Callable[[Client, str], Awaitable[object]]) -> None:
         """Have clients ask for some seconds. Note the rate, and the processor time of the controller for each request."""
@@ -98,7 +110,7 @@ class Measured:
                     await ask(client, f"vm-{len(self.rates.get(kind, ()))}-{number}-{each}")
                     count += 1
 
-        began, used = time.monotonic(), self.cpu_seconds()
+        began, used = time.monotonic(), cpu_seconds(self.pid)
         async with trio.open_nursery() as nursery:
             for number in range(clients):
                 nursery.start_soon(press, number)
@@ -106,7 +118,7 @@ class Measured:
             took = time.monotonic() - began
             nursery.cancel_scope.cancel()
         self.rates.setdefault(kind, []).append(count / took)
-        self.cpu.setdefault(kind, []).append((self.cpu_seconds() - used) / count * 1e6)
+        self.cpu.setdefault(kind, []).append((cpu_seconds(self.pid) - used) / count * 1e6)
 
 
 async def create(client: Client, name: str) -> None:
@@ -147,51 +159,75 @@ async def compare(on_etcd: Measured, on_files: Measured) -> None:
             )
 
 
-async def take_over(s: Site) -> None:
-    """Create VMs until there are many. Print how long another controller takes when the leader is stopped, and then killed."""
-    async with Client(s.url) as client:
-        async with trio.open_nursery() as nursery:
-            for writer in range(CLIENTS):
-                for_writer = range(writer, MANY, CLIENTS)
-                nursery.start_soon(create_all, client, [f"many-{number}" for number in for_writer])
-        for number_of in (signal.SIGTERM, signal.SIGKILL):
+async def fill_etcd(vms: int, url: str) -> Sequence[str]:
+    """Store VMs that run, their workers, and the records of both, as a controller does. Return options for controllers."""
+    stop = trio.Event()
+
+    async def serve(data: StoredData) -> None:
+        async with trio.open_nursery() as writers:
+            for writer in (data.store.run, data.events.run, data.history.run):
+                await writers.start(writer)
+            Recorder(data.store, data.events, data.history, utc_now)
+            fill(data.store, vms, vms // PER_WORKER)
+            await data.store.wait_durable()
+            await data.events.flush()
+            writers.cancel_scope.cancel()
+        stop.set()
+
+    # The transaction takes longer than the usual lease.
+    settings = EtcdSettings(EtcdAccess(url), leader_ttl=60.0)
+    await lead_in_turns(settings, CampaignPlatform(), "http://127.0.0.1", stop, serve)
+    # Directly, since the proxies of a site take time of the processor.
+    return ("--etcd", url, *FOREVER)
+
+
+async def take_over(home: Path, vms: int, rounds: int) -> None:
+    """Print how long another controller takes to answer when the leader is stopped, and when it is killed."""
+    async with site(home, sync=True, prepare=partial(fill_etcd, vms)) as s:
+        await trio.sleep(START_SECONDS)
+        for number_of in (signal.SIGTERM, signal.SIGKILL) * rounds:
             number = await s.leader()
-            began = time.monotonic()
+            other = s.roles[1 - number].process
+            used, began = cpu_seconds(other.pid), time.monotonic()
             s.roles[number].process.send_signal(number_of)
             while await s.leader() == number:
                 pass
+            took, used = time.monotonic() - began, cpu_seconds(other.pid) - used
+            limit = LIMITS[number_of] + SECONDS_OF_1000 * vms / 1000
             print(
-                f"{number_of.name} with {len(await client.vms.list()):,} VMs: {time.monotonic() - began:.2f} s",
+                f"{number_of.name} with {vms:,} VMs: {took:.2f} s (limit {limit:.1f}), {used / vms * 1e6:.0f} us of CPU a VM",
                 flush=True,
             )
             await trio.to_thread.run_sync(s.roles[number].process.wait)
             s.start_again(number)
             await trio.sleep(START_SECONDS)
-    for line in (line for role in s.roles for line in role.log_lines() if "VMs loaded" in line):
-        print(line.partition("msg=")[2], flush=True)
-
-
-async def create_all(client: Client, names: list[str]) -> None:
-    for name in names:
-        await create(client, name)
+        for line in (line for role in s.roles for line in role.log_lines() if "VMs loaded" in line):
+            print(line.partition("msg=")[2], flush=True)
 
 
 async def main() -> None:
-    options = argparse.ArgumentParser(prog="./run bench failover")
-    options.add_argument("--only", choices=("faults", "costs"), help="default: both")
-    only = options.parse_args().only
-    for attack in ATTACKS if only != "costs" else ():
+    parser = argparse.ArgumentParser(prog="./run bench failover")
+    parser.add_argument("--only", choices=("faults", "costs", "takeover"), help="default: all")
+    parser.add_argument("--vms", type=int, default=MANY, help="at a takeover; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=2, help="of takeovers; default %(default)s")
+    options = parser.parse_args()
+    for attack in ATTACKS if options.only in (None, "faults") else ():
         with TemporaryDirectory() as home:
             print(f"{attack.__name__.replace('_', ' '):22} {await longest_gap(attack, Path(home)):6.2f} s", flush=True)
-    if only == "faults":
-        return
-    with TemporaryDirectory() as home, ExitStack() as stack:
-        role = stack.enter_context(started("controller", "--listen", "127.0.0.1:0", *PLAIN, home=Path(home) / "files"))
+    if options.only in (None, "costs"):
+        with TemporaryDirectory() as home:
+            await measure_costs(Path(home))
+    if options.only in (None, "takeover"):
+        with TemporaryDirectory() as home:
+            await take_over(Path(home), options.vms, options.rounds)
+
+
+async def measure_costs(home: Path) -> None:
+    with started("controller", "--listen", "127.0.0.1:0", *PLAIN, home=home / "files") as role:
         url = (await trio.to_thread.run_sync(role.wait_for, LISTENING))[1]
-        async with site(Path(home), sync=True) as s:
+        async with site(home, sync=True) as s:
             leader = s.roles[await s.leader()]
             await compare(Measured("etcd", s.url, leader.process.pid), Measured("files", url, role.process.pid))
-            await take_over(s)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ _TIME = re.compile(
 # The zero value of a Go client's time.
 _NO_TIME = datetime.datetime(1, 1, 1, tzinfo=datetime.UTC)
 # The origins of the type `X | None`; Python keeps `Literal[...] | None` as a typing.Union.
-_OPTIONAL = (types.UnionType, typing.Union)
+OPTIONAL = (types.UnionType, typing.Union)
 
 # Cheap pre-checks. A body may have millions of numbers and strings, and all other requests wait while it is parsed, so
 # the expensive per-value checks run only on texts that match.
@@ -122,7 +122,7 @@ class Attr:
         return typing.get_origin(inner) is Literal
 
     def is_optional(self) -> bool:
-        return typing.get_origin(self.type) in _OPTIONAL
+        return typing.get_origin(self.type) in OPTIONAL
 
 
 def attr(
@@ -423,12 +423,12 @@ def _decode_object(
         else:
             inner = _Position(prefix + field.json, unknown, position.refusal, field.maximum, field.most)
             taken[field.name] = _decode_value(kind, value, inner)
-    known = _json_names(typing.cast("Any", cls))
+    known = json_names(typing.cast("Any", cls))
     if unknown is not None:
         for key in raw:
             if key not in known and key not in also:
                 add_unknown(unknown, prefix + key, known)
-    elif _keeps_unknown(typing.cast("Any", cls)) and (new := raw.keys() - known - also):
+    elif keeps_unknown(typing.cast("Any", cls)) and (new := raw.keys() - known - also):
         taken["unknown"] = {key: raw[key] for key in sorted(new)}
     if base is not None:
         return typing.cast("ResourceT", dataclasses.replace(typing.cast("Any", base), **taken))
@@ -440,7 +440,7 @@ def canonical(cls: type, raw: dict[str, Any], also: frozenset[str] = frozenset()
 
     Go clients and servers read names in any case. A name that is there in the right case goes before all others.
     """
-    known = _json_names(cls)
+    known = json_names(cls)
     strange = [key for key in raw if key not in known and key not in also]
     if not strange:
         return raw
@@ -468,12 +468,12 @@ def _letters(name: str) -> str:
 
 
 @functools.cache
-def _json_names(cls: type) -> frozenset[str]:
+def json_names(cls: type) -> frozenset[str]:
     return frozenset(name for field in attrs_of(cls) for name in (field.json, field.twin) if name)
 
 
 @functools.cache
-def _keeps_unknown(cls: type) -> bool:
+def keeps_unknown(cls: type) -> bool:
     return any(field.name == "unknown" for field in dataclasses.fields(cls))
 
 
@@ -514,7 +514,7 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
         if is_plain and (kind is str or all(0 <= item <= at.maximum for item in pairs.values())):
             return dict(pairs)
         return {key: _decode_value(kind, item, at.below(f"[{shown(key)}]")) for key, item in pairs.items()}
-    if origin in _OPTIONAL:
+    if origin in OPTIONAL:
         return _decode_value(arguments[0], value, at)
     return _decode_object(hint, value, None, at)
 
@@ -574,7 +574,7 @@ def encode(resource: Any) -> dict[str, Any]:
         out[name] = value
         if twin:
             out[twin] = value
-    if _keeps_unknown(typing.cast("Any", type(resource))):
+    if keeps_unknown(typing.cast("Any", type(resource))):
         out.update(resource.unknown)
     return out
 
@@ -650,6 +650,6 @@ def _value_schema(hint: Any, field: Attr) -> dict[str, Any]:
         return {"type": "array", "items": _value_schema(arguments[0], field)}
     if origin is Mapping:
         return {"type": "object", "additionalProperties": _value_schema(arguments[1], field)}
-    if origin in _OPTIONAL:
+    if origin in OPTIONAL:
         return _value_schema(arguments[0], field)
     return openapi_schema(hint)

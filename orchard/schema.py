@@ -23,6 +23,7 @@ import datetime
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any, Literal
 
 from orchard.cluster import (
@@ -35,7 +36,8 @@ from orchard.cluster import (
     WorkerDisk,
     WorkerState,
 )
-from orchard.codec import MAX_ITEMS, attr, attrs_of, decode, encode, unknown_fields
+from orchard.codec import MAX_ITEMS, attr, attrs_of, encode, unknown_fields
+from orchard.stored_json import decode_stored, members
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 # How the status_message of a VM begins whose image is being pulled.
@@ -386,12 +388,14 @@ class VM:
 
     def to_json(self) -> dict[str, Any]:
         """Return the VM as the API shows it and as it is stored."""
-        return {**self.state_to_json(), **encode(self.spec)}
-
-    def state_to_json(self) -> dict[str, Any]:
-        """Return the first part of `to_json`: everything but the specification."""
         name = self.tart_name
-        return {**encode(self.meta), **encode(self.state), "localName": name, "tartName": name}
+        derived = {"localName": name, "tartName": name}
+        return {**encode(self.meta), **encode(self.state), **derived, **encode(self.spec)}
+
+    def state_members(self) -> list[str]:
+        """Return the first members of the JSON of `to_json`: all but those of the specification."""
+        name = encode_basestring(self.tart_name)
+        return [*members(self.meta), *members(self.state), f'"localName":{name}', f'"tartName":{name}']
 
 
 # Fields that are computed from others.
@@ -401,11 +405,16 @@ _STATE_NAMES = frozenset(field.json for field in attrs_of(VMState))
 SPEC_NAMES = frozenset(name for field in attrs_of(VMSpec) for name in (field.json, field.twin) if name)
 _NOT_META = _STATE_NAMES | SPEC_NAMES | DERIVED_NAMES
 NOT_SPEC = _META_NAMES | _STATE_NAMES | DERIVED_NAMES
+_NOT_STATE = _META_NAMES | SPEC_NAMES | DERIVED_NAMES
 
 
 def vm_from_json(raw: Mapping[str, Any]) -> VM:
     """Return the VM of a JSON object that `VM.to_json` made. Raises ValidationError."""
-    return VM(decode(VMMeta, raw, _NOT_META), decode(VMSpec, raw), decode(VMState, raw))
+    return VM(
+        decode_stored(VMMeta, raw, _NOT_META),
+        decode_stored(VMSpec, raw, NOT_SPEC),
+        decode_stored(VMState, raw, _NOT_STATE),
+    )
 
 
 def is_allowed(policies: Iterable[HostDirPolicy], host_dir: HostDir) -> bool:

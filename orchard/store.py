@@ -33,7 +33,7 @@ import trio
 from orchard.change_log import ChangeLog
 from orchard.changes import Change, ChangeFeed, Kind, StoredObject
 from orchard.cluster import ClusterIdentity, Promise
-from orchard.codec import ValidationError, decode, dump_json, encode
+from orchard.codec import ValidationError
 from orchard.metrics import WORK_SECONDS, Histogram
 from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
@@ -48,6 +48,7 @@ from orchard.storage.errors import (
 )
 from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 from orchard.storage.state_file import read_contents
+from orchard.stored_json import decode_stored, members, object_of
 
 ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity, Promise)
 
@@ -467,19 +468,19 @@ def _encode_change(new: StoredObject, old: StoredObject | None, old_json: bytes,
     `old_json`, where they begin at `spec_at` (0: unknown).
     """
     if not isinstance(new, VM):
-        return dump_json(encode(new)), 0
-    head = dump_json(new.state_to_json())
+        return object_of(members(new)).encode(), 0
+    head = object_of(new.state_members()).encode()
     if spec_at and isinstance(old, VM) and old.spec is new.spec:
         spec = old_json[spec_at:]
     else:
         # Never empty, since some fields are written even when they have their default.
-        spec = dump_json(encode(new.spec))[1:]
+        spec = object_of(members(new.spec)).encode()[1:]
     return b"%b,%b" % (head[:-1], spec), len(head)
 
 
 def _decode_object(kind: str, raw: Any) -> StoredObject:
     """Decode an object. Raises KeyError, TypeError, ValidationError."""
-    return vm_from_json(raw) if kind == "vm" else decode(_CLASSES[cast("Kind", kind)], raw)
+    return vm_from_json(raw) if kind == "vm" else decode_stored(_CLASSES[cast("Kind", kind)], raw)
 
 
 def build_state(contents: Contents) -> State:

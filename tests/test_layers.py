@@ -68,7 +68,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("state", ("store", "change_log", "changes", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
-    ("resources", ("validation", "filters", "bodies", "schema", "cluster", "codec")),
+    ("resources", ("validation", "filters", "bodies", "schema", "cluster", "stored_json", "codec")),
     ("base", ("metrics", "command_line", "daemon", "files", "logs", "log_file", "nursery", "privileges")),
 )
 # Parts of one layer that do not import from each other.
@@ -79,6 +79,7 @@ CLIENT_OF_ETCD = {"storage.etcd": {"net.tcp", "net.tls", "net.transport"}}
 PURE = (
     "metrics",
     "codec",
+    "stored_json",
     "cluster",
     "bodies",
     "schema",

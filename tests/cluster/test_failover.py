@@ -38,9 +38,12 @@ QUEUED = (
 class Site:
     """Three etcd nodes, each behind a proxy that can lose answers, and two controllers with ports that stay theirs."""
 
-    def __init__(self, home: Path, etcd: EtcdNodes, proxies: list[CuttingProxy], stack: ExitStack) -> None:
+    def __init__(
+        self, home: Path, etcd: EtcdNodes, proxies: list[CuttingProxy], stack: ExitStack, options: Sequence[str]
+    ) -> None:
         self.etcd = etcd
         self.proxies = proxies
+        self._options = options
         self._home = home
         self._stack = stack
         self._ports = [free_port(), free_port()]
@@ -51,7 +54,7 @@ class Site:
         urls = ",".join(proxy.url for proxy in self.proxies)
         options = ["--listen", f"127.0.0.1:{self._ports[number]}", "--etcd", urls, "--leader-ttl", str(TTL)]
         home = self._home / f"controller-{number}"
-        return self._stack.enter_context(started("controller", *options, *PLAIN, home=home))
+        return self._stack.enter_context(started("controller", *options, *PLAIN, *self._options, home=home))
 
     def start_again(self, number: int) -> None:
         self.roles[number] = self._start(number)
@@ -104,7 +107,13 @@ async def receive_head(stream: trio.SocketStream) -> bytes:
 
 
 @asynccontextmanager
-async def site(home: Path, *, sync: bool = False) -> AsyncIterator[Site]:
+async def site(
+    home: Path,
+    *,
+    sync: bool = False,
+    prepare: Callable[[str], Awaitable[Sequence[str]]] | None = None,
+) -> AsyncIterator[Site]:
+    """Run a site. `prepare` is called with etcd's URL before the controllers start, and returns further options of theirs."""
     async with (
         etcd_nodes(home / "etcd", 3, EtcdOptions(election_ms=1000, sync=sync)) as etcd,
         trio.open_nursery() as nursery,
@@ -115,8 +124,9 @@ async def site(home: Path, *, sync: bool = False) -> AsyncIterator[Site]:
             (listener,) = await nursery.start(partial(trio.serve_tcp, proxy.serve, 0, host="127.0.0.1"))
             proxy.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
             proxies.append(proxy)
+        options = await prepare(etcd.url) if prepare is not None else ()
         with ExitStack() as stack:
-            yield Site(home, etcd, proxies, stack)
+            yield Site(home, etcd, proxies, stack, options)
         nursery.cancel_scope.cancel()
 
 
