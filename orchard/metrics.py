@@ -47,20 +47,18 @@ class Metric(NamedTuple):
     doc: str
     labels: tuple[str, ...] = ()
 
-    def lines(self, samples: Mapping[Any, float]) -> list[str]:
-        """Return the lines of a counter or a gauge: `samples` are numbers by tuples of the values of the labels."""
+    def lines(self, value: float | Mapping[Any, float] | Histogram) -> list[str]:
+        """Return the lines of a metric: of a number, of numbers by tuples of the values of the labels, or of a histogram."""
+        if isinstance(value, Histogram):
+            return self._histogram_lines(value)
+        samples = value if isinstance(value, Mapping) else {(): value}
         return [*self.head(), *(self.sample_line(key, samples[key]) for key in samples)]
 
     def sample_line(self, key: tuple[str, ...], value: float) -> str:
         """Return the line of one value of a counter or a gauge, by the values of its labels."""
         return f"{self._labelled(self.name, zip(self.labels, key, strict=True))} {_number(value)}"
 
-    def line(self, value: float) -> list[str]:
-        """Return the lines of a counter or a gauge without labels."""
-        return self.lines({(): value})
-
-    def histogram_lines(self, histogram: Histogram) -> list[str]:
-        """Return the lines of a histogram, which has no labels of its own."""
+    def _histogram_lines(self, histogram: Histogram) -> list[str]:
         found = self.head()
         for bound, count in zip((*histogram.bounds, math.inf), accumulate(histogram.counts), strict=True):
             found.append(f"{self._labelled(f'{self.name}_bucket', [('le', _number(bound))])} {count}")

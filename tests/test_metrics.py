@@ -63,7 +63,7 @@ def test_any_name_text_and_number_is_read_by_another_program_as_it_was(
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_numbers_that_are_not_finite_are_read_by_another_program(value: float) -> None:
-    found = parsed(text_of(Metric("m", "gauge", "a number").line(value)))["m",]
+    found = parsed(text_of(Metric("m", "gauge", "a number").lines(value)))["m",]
     assert found == value or (math.isnan(found) and math.isnan(value))
 
 
@@ -72,7 +72,7 @@ def test_histogram_counts_each_value_once_in_every_bucket_that_it_fits_in(values
     histogram = Histogram(LIFE_SECONDS)
     for value in values:
         histogram.observe(value)
-    found = parsed(text_of(Metric("h", "histogram", "times").histogram_lines(histogram)))
+    found = parsed(text_of(Metric("h", "histogram", "times").lines(histogram)))
     kept = [max(0.0, value) for value in values]
     for bound in LIFE_SECONDS:
         assert found["h_bucket", str(bound)] == sum(value <= bound for value in kept)

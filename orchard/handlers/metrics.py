@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import trio
 
@@ -22,7 +22,7 @@ from orchard import __version__
 from orchard.admission import Admitted
 from orchard.api import API
 from orchard.cluster import WorkerState
-from orchard.metrics import METRICS_TYPE, Metric, text_of
+from orchard.metrics import METRICS_TYPE, Histogram, Metric, text_of
 from orchard.net.request import AnyResponse, Request, Response
 from orchard.nursery import visit_in_steps
 from orchard.schema import LOGICAL_CORES, MEMORY_MIB, TART_VMS, VM, Status, Worker
@@ -80,6 +80,9 @@ METRICS = (
     Metric("process_max_fds", "gauge", "File descriptors that the process may open"),
     Metric("process_start_time_seconds", "gauge", "When the controller started, since 1970"),
 )  # fmt: skip
+# What was found of some metrics, by their names without "orchard_". None: unknown, so the metric is left out.
+Values = dict[str, float | Mapping[Any, float] | Histogram | None]
+
 _BY_NAME = {metric.name.removeprefix("orchard_"): metric for metric in METRICS}
 
 
@@ -89,14 +92,19 @@ async def get_metrics(api: API, request: Request, admitted: Admitted) -> AnyResp
 
 async def metrics_answer(api: API) -> Response:
     """Return the answer to a scrape."""
-    workers = await _survey_workers(api)
-    vms = await _survey_vms(api)
-    parts = [text_of([*_worker_lines(workers), *_vm_lines(vms)])]
+    workers, vms = await _survey_workers(api), _VMs()
+    await visit_in_steps(api.state.vms, _VMS_PER_STEP, vms.add)
+    parts = [text_of(_lines({**_worker_values(workers), **_vm_values(vms)}))]
     for name, samples in (workers.series or {}).items():
         parts += await _series_parts(_BY_NAME[name], samples)
     await trio.lowlevel.checkpoint()
-    parts.append(text_of([*_controller_lines(api, vms), *_life_lines(api), *_work_lines(api), *_process_lines(api)]))
+    rest = {**_controller_values(api, vms), **_life_values(api), **_work_values(api), **_process_values(api)}
+    parts.append(text_of(_lines(rest)))
     return Response(200, parts, content_type=METRICS_TYPE)
+
+
+def _lines(values: Values) -> list[str]:
+    return [line for name, value in values.items() if value is not None for line in _BY_NAME[name].lines(value)]
 
 
 # ---- the fleet -------------------------------------------------------------------------------------------------------
@@ -154,19 +162,18 @@ async def _survey_workers(api: API) -> FleetSurvey:
     return found
 
 
-def _worker_lines(found: FleetSurvey) -> list[str]:
-    lines = _BY_NAME["workers"].lines({(state,): number for state, number in found.states.items()})
-    lines += _BY_NAME["workers_unhealthy"].line(found.unhealthy)
-    lines += _BY_NAME["workers_low_disk"].line(found.low_disk)
-    if found.least_free is not None:
-        lines += _BY_NAME["disk_free_bytes_min"].line(found.least_free)
+def _worker_values(found: FleetSurvey) -> Values:
     usual = [name for name in _USUAL_RESOURCES if name in found.named]
     others = [name for name, _ in found.named.most_common() if name not in usual]
     shown = [*usual, *others][:_MAX_RESOURCES]
-    for part in ("offered", "used", "free", "unavailable"):
-        amounts = getattr(found, part)
-        lines += _BY_NAME[f"resource_{part}"].lines({(name,): amounts[name] for name in shown})
-    return lines
+    parts = {"offered": found.offered, "used": found.used, "free": found.free, "unavailable": found.unavailable}
+    return {
+        "workers": {(state,): number for state, number in found.states.items()},
+        "workers_unhealthy": found.unhealthy,
+        "workers_low_disk": found.low_disk,
+        "disk_free_bytes_min": found.least_free,
+        **{f"resource_{part}": {(name,): amounts[name] for name in shown} for part, amounts in parts.items()},
+    }
 
 
 async def _series_parts(metric: Metric, samples: Mapping[tuple[str, ...], float]) -> list[bytes]:
@@ -204,72 +211,70 @@ def _earlier(one: datetime.datetime | None, other: datetime.datetime | None) -> 
     return min(one, other) if one is not None and other is not None else one or other
 
 
-async def _survey_vms(api: API) -> _VMs:
-    found = _VMs()
-    await visit_in_steps(api.state.vms, _VMS_PER_STEP, found.add)
-    return found
-
-
-def _vm_lines(found: _VMs) -> list[str]:
-    lines = _BY_NAME["vms"].lines({(status,): number for status, number in found.statuses.items()})
-    lines += _BY_NAME["vms_waiting"].line(found.waiting)
-    return lines + _BY_NAME["vms_resting"].line(found.resting)
+def _vm_values(found: _VMs) -> Values:
+    statuses = {(status,): number for status, number in found.statuses.items()}
+    return {"vms": statuses, "vms_waiting": found.waiting, "vms_resting": found.resting}
 
 
 # ---- the controller --------------------------------------------------------------------------------------------------
 
 
-def _controller_lines(api: API, vms: _VMs) -> list[str]:
-    store, figures, scheduling = api.store, api.parts.figures, api.parts.scheduling
-    now = api.parts.deadline_clock()
-    lines = _BY_NAME["build_info"].lines({(__version__,): 1})
-    lines += _BY_NAME["leader"].line(int(store.leads()))
-    lines += _BY_NAME["writes_refused"].line(int(bool(store.full)))
-    lines += _BY_NAME["vms_unplaceable"].line(scheduling.planner.placement.waiting_for_ever())
-    for name, since in (("waiting", vms.waiting_since), ("starting", vms.starting_since)):
-        age = 0.0 if since is None else max(0.0, (now - since).total_seconds())
-        lines += _BY_NAME[f"oldest_{name}_vm_seconds"].line(age)
-    if (expires := figures.certificate_expires()) is not None:
-        lines += _BY_NAME["certificate_expiry_timestamp_seconds"].line(expires.timestamp())
-    return lines
+def _controller_values(api: API, vms: _VMs) -> Values:
+    store, expires, now = api.store, api.parts.figures.certificate_expires(), api.parts.deadline_clock()
+
+    def age(since: datetime.datetime | None) -> float:
+        return 0.0 if since is None else max(0.0, (now - since).total_seconds())
+
+    return {
+        "build_info": {(__version__,): 1},
+        "leader": int(store.leads()),
+        "writes_refused": int(bool(store.full)),
+        "vms_unplaceable": api.parts.scheduling.planner.placement.waiting_for_ever(),
+        "oldest_waiting_vm_seconds": age(vms.waiting_since),
+        "oldest_starting_vm_seconds": age(vms.starting_since),
+        "certificate_expiry_timestamp_seconds": None if expires is None else expires.timestamp(),
+    }
 
 
-def _life_lines(api: API) -> list[str]:
+def _life_values(api: API) -> Values:
     lives = api.parts.figures.lives
-    lines = _BY_NAME["vm_queue_seconds"].histogram_lines(lives.queue)
-    lines += _BY_NAME["vm_pull_seconds"].histogram_lines(lives.pull)
-    lines += _BY_NAME["vm_boot_seconds"].histogram_lines(lives.boot)
-    lines += _BY_NAME["vm_script_seconds"].histogram_lines(lives.script)
-    return lines + _BY_NAME["vms_ended_total"].lines(lives.ended)
+    return {
+        "vm_queue_seconds": lives.queue,
+        "vm_pull_seconds": lives.pull,
+        "vm_boot_seconds": lives.boot,
+        "vm_script_seconds": lives.script,
+        "vms_ended_total": lives.ended,
+    }
 
 
-def _work_lines(api: API) -> list[str]:
-    scheduling = api.parts.scheduling.figures
-    lines = _BY_NAME["http_requests_total"].lines(api.parts.figures.requests)
+def _work_values(api: API) -> Values:
+    scheduling, webhooks = api.parts.scheduling.figures, api.parts.webhooks
     count, tunnels = api.parts.rendezvous.totals()
-    lines += _BY_NAME["tunnels"].line(count)
-    lines += _BY_NAME["tunnels_opened_total"].line(tunnels.opened)
-    directions = {("from_vms",): tunnels.from_vms, ("to_vms",): tunnels.to_vms}
-    lines += _BY_NAME["tunnel_bytes_total"].lines(directions)
-    webhooks = api.parts.webhooks
-    lines += _BY_NAME["webhook_requests_total"].lines({(result,): n for result, n in webhooks.results.items()})
-    lines += _BY_NAME["webhook_waiting"].line(webhooks.waiting())
-    lines += _BY_NAME["webhooks_failing"].line(webhooks.failing())
-    lines += _BY_NAME["scheduling_seconds"].histogram_lines(scheduling.steps)
-    lines += _BY_NAME["scheduler_round_age_seconds"].line(trio.current_time() - scheduling.looked_at)
-    lines += _BY_NAME["scheduler_stalled_seconds_total"].line(scheduling.stalled)
-    return lines + _BY_NAME["store_write_seconds"].histogram_lines(api.store.write_seconds)
+    return {
+        "http_requests_total": api.parts.figures.requests,
+        "tunnels": count,
+        "tunnels_opened_total": tunnels.opened,
+        "tunnel_bytes_total": {("from_vms",): tunnels.from_vms, ("to_vms",): tunnels.to_vms},
+        "webhook_requests_total": {(result,): number for result, number in webhooks.results.items()},
+        "webhook_waiting": webhooks.waiting(),
+        "webhooks_failing": webhooks.failing(),
+        "scheduling_seconds": scheduling.steps,
+        "scheduler_round_age_seconds": trio.current_time() - scheduling.looked_at,
+        "scheduler_stalled_seconds_total": scheduling.stalled,
+        "store_write_seconds": api.store.write_seconds,
+    }
 
 
-def _process_lines(api: API) -> list[str]:
+def _process_values(api: API) -> Values:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    lines = _BY_NAME["process_cpu_seconds_total"].line(usage.ru_utime + usage.ru_stime)
-    if (memory := _resident_bytes()) is not None:
-        lines += _BY_NAME["process_resident_memory_bytes"].line(memory)
-    lines += _BY_NAME["process_open_fds"].line(_open_descriptors(most))
-    lines += _BY_NAME["process_max_fds"].line(most)
-    return lines + _BY_NAME["process_start_time_seconds"].line(api.parts.figures.started)
+    return {
+        "process_cpu_seconds_total": usage.ru_utime + usage.ru_stime,
+        "process_resident_memory_bytes": _resident_bytes(),
+        "process_open_fds": _open_descriptors(most),
+        "process_max_fds": most,
+        "process_start_time_seconds": api.parts.figures.started,
+    }
 
 
 def _resident_bytes() -> int | None:

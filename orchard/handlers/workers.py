@@ -53,17 +53,19 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
             " give this worker another name, or delete the other worker first",
         )
     liveness = api.parts.liveness
+    # What others than the worker have set, or the controller itself.
+    kept = old or replace(wanted, created_at=api.parts.clock(), unknown={}, drain=None, offline_since=None, promised=0)
     new = replace(
         wanted,
         labels=validation.labels_of(wanted),
         last_seen=None,
-        unknown=old.unknown if old is not None else {},
-        created_at=old.created_at if old is not None else api.parts.clock(),
-        scheduling_paused=old.scheduling_paused if old is not None else wanted.scheduling_paused,
-        drain=old.drain if old is not None else None,
-        offline_since=old.offline_since if old is not None else None,
+        unknown=kept.unknown,
+        created_at=kept.created_at,
+        scheduling_paused=kept.scheduling_paused,
+        drain=kept.drain,
+        offline_since=kept.offline_since,
         registered_by=admitted.account,
-        promised=max(old.promised if old is not None else 0, liveness.offline_timeout_ms),
+        promised=max(kept.promised, liveness.offline_timeout_ms),
         highest_revision=0,
         settled=False,
         health=None,
@@ -170,13 +172,9 @@ def _speak_for(api: API, worker: Worker, admitted: Admitted) -> None:
 
 
 def _worker(api: API, name: str, *, images: bool = True) -> Response:
-    return Response(200, _worker_json(api, name, images=images))
-
-
-def _worker_json(api: API, name: str, *, images: bool = True) -> bytes:
-    """Return a worker's JSON with its last_seen, its state and what it reports of its host, which are not stored."""
+    """Return an answer with a worker, its last_seen, its state and what it reports of its host, which are not stored."""
     worker, stored = api.state.workers[name], api.state.json["worker"][name]
-    return b"".join(api.parts.worker_states.json_parts(worker, stored, images=images))
+    return Response(200, b"".join(api.parts.worker_states.json_parts(worker, stored, images=images)))
 
 
 def watch_rpc(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
