@@ -7,14 +7,17 @@ host of its own.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import itertools
+import os
 import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
@@ -27,6 +30,9 @@ _READY_SECONDS = 60.0
 _LOOK_SECONDS = 0.02
 # Lines of a node's log that an error repeats.
 _SHOWN_LINES = 5
+# Ports that no kernel takes by itself: for a connection, or a server that asks for any port, Linux takes one above 32767,
+# and a Mac one above 49151. No process here needs more than a block at the same time.
+_FIRST_PORT, _LAST_PORT, _BLOCK_PORTS = 10_000, 32_767, 64
 
 
 class EtcdProgramError(Exception):
@@ -175,8 +181,37 @@ async def etcd_nodes(directory: Path, count: int = 1, options: EtcdOptions | Non
 
 
 def find_free_port() -> int:
-    """Return a port of the loopback address that is not in use."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port: int = unused.getsockname()[1]
-        return port
+    """Return a port of the loopback address that is not in use, and that nothing takes before the caller listens on it.
+
+    Each process takes its ports from a block of its own, in turn.
+    """
+    if _own.process != os.getpid():
+        _own.process, _own.ports = os.getpid(), _claim_ports()
+    for port in itertools.islice(_own.ports, _BLOCK_PORTS):
+        with socket.socket() as unused, suppress(OSError):
+            # As servers do, for which ended connections of a port do not count.
+            unused.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            unused.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, f"every port of {port - _BLOCK_PORTS + 1} to {port} is in use")
+
+
+@dataclass
+class _OwnPorts:
+    """The ports that belong to a process, over and over."""
+
+    process: int = 0
+    ports: Iterator[int] = field(default_factory=lambda: iter(()))
+
+
+_own = _OwnPorts()
+
+
+def _claim_ports() -> Iterator[int]:
+    """Claim a block of ports until this process ends: it holds the UDP port with the number of the first one."""
+    for first in range(_FIRST_PORT, _LAST_PORT, _BLOCK_PORTS):
+        with socket.socket(type=socket.SOCK_DGRAM) as claim, suppress(OSError):
+            claim.bind(("127.0.0.1", first))
+            claim.detach()
+            return itertools.cycle(range(first, first + _BLOCK_PORTS))
+    raise OSError(errno.EADDRINUSE, f"the UDP ports {_FIRST_PORT} to {_LAST_PORT} are in use")

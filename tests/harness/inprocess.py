@@ -14,7 +14,7 @@ from typing import Any
 import trio
 
 from harness.disks import FailingDisk
-from harness.processes import GENEROUS
+from harness.processes import GENEROUS, free_port
 from orchard import controller
 from orchard.client import Client
 from orchard.schema import TART_VMS, VM, Worker
@@ -31,7 +31,7 @@ class InProcessCluster:
 
     def __init__(self, home: Path, nursery: trio.Nursery, **settings: Any) -> None:
         self.home = home
-        self.port = 0
+        self.port = free_port()
         self.events_disk = FailingDisk()
         self.client: Client
         self._nursery = nursery
@@ -61,7 +61,6 @@ class InProcessCluster:
             self._stopped.set()
 
         running: controller.Running = await self._nursery.start(run)
-        self.port = int(running.url.rpartition(":")[2])
         self.client = Client(running.url)
 
     async def stop(self) -> None:

@@ -9,7 +9,6 @@ import io
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import pytest
 import trio
 
 from harness.starts import Process, start
+from orchard.etcd_nodes import find_free_port
 
 # Between two checks of a condition, in which the observed process gets the processor.
 POLL_SECONDS = 0.01
@@ -33,6 +33,8 @@ LISTENING = re.compile(r"orchard controller [0-9.]+ is listening on (\S+)")
 ORCHARD = ".orchard"
 # Words before a command that is to be started, and not forked from a process that has imported it (see harness/starts.py).
 REALLY = ("env",)
+# For what needs to know its port before it listens, or listens on the same port again.
+free_port = find_free_port
 # Arguments of a controller that speaks plain HTTP and needs no credentials.
 PLAIN = ("--insecure-no-tls", "--insecure-no-auth")
 
@@ -124,13 +126,6 @@ def finished(
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(words, status, out.read(), err.read())
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def call_main(main: Callable[[Sequence[str]], int], *arguments: str, home: Path) -> tuple[int, str, str]:
