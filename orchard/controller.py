@@ -182,6 +182,9 @@ async def run(
                     await _serve(settings, platform, serving, data)
             else:
                 check_kept_in_etcd(settings.data_dir)
+                if settings.ssh is not None:
+                    # At the takeover, another version of the package may be installed.
+                    _import_jump()
                 scheme, host = "https" if settings.tls else "http", settings.host or socket.gethostname()
                 url = f"{scheme}://{bracketed(host)}:{settings.port}{settings.prefix}"
                 serve_data = partial(_serve, settings, platform, serving)

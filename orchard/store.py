@@ -267,7 +267,9 @@ class Store:
     def _commit(self, changes: list[Change]) -> None:
         adds = any(change.adds for change in changes)
         if adds and self.full:
-            raise StorageFullError(f"{self.full}; nothing can be added until there is space, deletions are accepted")
+            what = "added" if self._engine.takes_deletions else "added or deleted"
+            also = ", deletions are accepted" if self._engine.takes_deletions else ""
+            raise StorageFullError(f"{self.full}; nothing can be {what} until there is space{also}")
         if adds:
             self._check_sizes(changes)
         write = self._gather(len(changes), sum(len(change.json) for change in changes))

@@ -98,7 +98,7 @@ async def test_most_that_etcd_may_hold_is_reached_before_its_quota(tmp_path: Pat
         async with controller(tmp_path / "a", etcd, 8) as client:
             names = await fill(client)
             await client.vms.delete(names.pop())
-            with pytest.raises(ResponseError, match="--etcd-max-mib"):
+            with pytest.raises(ResponseError, match=r"--etcd-max-mib.*deletions are accepted"):
                 await create(client, "small", 1)
         async with controller(tmp_path / "b", etcd, 8) as client:
             assert await names_of(client) == sorted(names)
@@ -117,6 +117,10 @@ async def test_quota_that_is_used_up_loses_nothing_and_ends_as_documented(tmp_pa
             with pytest.raises(ResponseError, match="defragment") as refused:
                 await client.vms.delete(names[0])
             assert refused.value.status == 507
+            with pytest.raises(ResponseError, match=f"{etcd.url}.*defragment") as refused:
+                await create(client, "small", 1)
+            assert refused.value.status == 507
+            assert "deletions are accepted" not in refused.value.message
             assert await names_of(client) == sorted(names)
             await make_space(etcd)
             await wait_space(client)

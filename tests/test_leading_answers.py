@@ -7,10 +7,12 @@ Each test also runs without the check (`checked` false), to show that the attack
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import trio
@@ -131,6 +133,34 @@ async def test_no_answer_leaves_after_the_lease(name: str, checked: bool, lease:
         assert got == status
         return
     assert (got, headers_got["Retry-After"], headers_got[NOT_SERVING[0]], will_close) == (503, "1", "standby", True)
+
+
+@pytest.mark.parametrize("name", ["list", "creation", "heartbeat"])
+async def test_request_that_waited_in_a_socket_is_not_answered_after_the_lease(
+    name: str, checked: bool, lease: Lease, tmp_path: Path
+) -> None:
+    """The process is stopped for longer than its lease while a request is in the socket of a connection in use."""
+    method, path, body, token, status = REQUESTS[name]
+    wanted = status if not checked else 503
+    async with controller(tmp_path) as (running, _):
+        address = urlsplit(running.url)
+        stream = await trio.open_tcp_stream(str(address.hostname), int(str(address.port)))
+        await stream.send_all(raw_request("GET", "/controller/info", None, token))
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 ")
+        # The controller's task does not run in between.
+        os.write(stream.socket.fileno(), raw_request(method, path, body, token))
+        lease.clock.jump(LEASE_SECONDS)
+        assert (await stream.receive_some()).startswith(b"HTTP/1.1 %d " % wanted)
+        await stream.aclose()
+
+
+def raw_request(method: str, path: str, body: object, token: str) -> bytes:
+    text = b"" if body is None else json.dumps(body).encode()
+    credentials = basic_authorization("bootstrap-admin", token)
+    head = (
+        f"{method} /v1{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {credentials}\r\nContent-Length: {len(text)}"
+    )
+    return head.encode() + b"\r\n\r\n" + text
 
 
 async def test_no_line_of_a_watch_leaves_after_the_lease(checked: bool, lease: Lease, tmp_path: Path) -> None:

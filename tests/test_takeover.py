@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -67,6 +69,55 @@ async def shown(client: Client) -> dict[str, Any]:
         for name in ("since", "last_seen", "state", "version", "status_message"):
             item.pop(name, None)
     return found
+
+
+# A controller stands by, and takes over when the key of the leader is deleted. Prints the modules that were imported then.
+STANDBY = """
+import sys, trio
+from pathlib import Path
+from functools import partial
+sys.path.insert(0, sys.argv[1])
+from harness.memory_etcd import MemoryEtcd, running_memory_etcd
+from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, run
+from orchard.storage.etcd import EtcdClient, delete, put
+from orchard.stored_data import CampaignPlatform
+
+async def main():
+    access, local, stop = EtcdAccess("http://etcd:2379"), ("127.0.0.1", 0), trio.Event()
+    settings = ControllerSettings(Path(sys.argv[2]), *local, ssh=local, metrics=local, health=local, etcd=EtcdSettings(access))
+    async with running_memory_etcd(MemoryEtcd()) as listener, EtcdClient(access, listener.connect) as client:
+        await client.transact([], [put("/orchard/leader", b'{"by": "another", "url": "http://another"}')])
+        campaign = CampaignPlatform(connect=listener.connect)
+        async def take_over():
+            while not campaign.leader_url():
+                await trio.sleep(0.01)
+            before.update(sys.modules)
+            await client.transact([], [delete("/orchard/leader")])
+        before = {}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take_over)
+            await nursery.start(partial(run, settings, stop=stop, grace=0, platform=Platform(campaign=campaign)))
+            print(*sys.modules.keys() - before.keys())
+            stop.set()
+
+trio.run(main)
+"""
+
+
+def test_standby_has_imported_all_that_a_takeover_needs(tmp_path: Path) -> None:
+    """So a package may be replaced under a controller that stands by."""
+    tests = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", STANDBY, tests, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=GENEROUS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    new = {name.partition(".")[0] for name in done.stdout.split()}
+    # Python itself is not replaced under a process.
+    assert new - sys.stdlib_module_names == set()
 
 
 @pytest.mark.parametrize("engine", ["file", "etcd"])

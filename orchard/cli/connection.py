@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 
 from orchard.cli.context import Context
 from orchard.cli.failure import USAGE, CommandError, NetworkError
-from orchard.net.urls import NOT_SERVING, ServerURL, parse_urls
+from orchard.net.urls import NOT_SERVING, REFUSED_PAUSE, TAKEOVER_SECONDS, ServerURL, parse_urls
 
 if TYPE_CHECKING:
     import http.client
@@ -188,10 +188,19 @@ class ControllerConnection:
         """Return an open connection to the first controller that accepts one and is not among `failures`."""
         from orchard.cli.https import open_http
 
+        until = time.monotonic() + TAKEOVER_SECONDS
         while self._http is None or self._http.sock is None:
             server = self._servers[0]
             if server in failures:
-                raise _all_failures(failures)
+                refusing = [each for each, error in failures.items() if error.is_refused]
+                if len(self._servers) == 1 or not refusing or time.monotonic() > until:
+                    raise _all_failures(failures)
+                # What was refused was not sent. One of them may be about to lead.
+                time.sleep(REFUSED_PAUSE)
+                for each in refusing:
+                    del failures[each]
+                self._servers = tuple(sorted(self._servers, key=failures.__contains__))
+                continue
             is_last = len(failures) == len(self._servers) - 1
             try:
                 self._http = open_http(server, self._context.certificate, self._seconds)

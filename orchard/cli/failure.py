@@ -22,11 +22,15 @@ class CommandError(Exception):
 
 
 class NetworkError(CommandError):
-    """The controller cannot be reached, or the connection was lost. `is_untrusted`: the host's CAs do not trust it."""
+    """The controller cannot be reached, or the connection was lost.
 
-    def __init__(self, message: str, *, is_untrusted: bool = False) -> None:
+    `is_untrusted`: the host's CAs do not trust it. `is_refused`: nothing listens there, so nothing was sent.
+    """
+
+    def __init__(self, message: str, *, is_untrusted: bool = False, is_refused: bool = False) -> None:
         super().__init__(message)
         self.is_untrusted = is_untrusted
+        self.is_refused = is_refused
 
 
 @contextmanager

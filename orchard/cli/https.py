@@ -78,7 +78,11 @@ class network_errors(AbstractContextManager[None]):  # noqa: N801
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError | http.client.HTTPException):
             is_untrusted = isinstance(error, ssl.SSLCertVerificationError)
-            raise NetworkError(f"no answer from {self._url}: {_reason(error)}", is_untrusted=is_untrusted) from None
+            raise NetworkError(
+                f"no answer from {self._url}: {_reason(error)}",
+                is_untrusted=is_untrusted,
+                is_refused=isinstance(error, ConnectionRefusedError),
+            ) from None
 
 
 def _reason(error: OSError | http.client.HTTPException) -> str:

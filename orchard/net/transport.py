@@ -37,7 +37,15 @@ from orchard import __version__
 from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
 from orchard.net.proxies import connector
-from orchard.net.urls import NOT_SERVING, ServerURL, bracketed, join_urls, parse_urls
+from orchard.net.urls import (
+    NOT_SERVING,
+    REFUSED_PAUSE,
+    TAKEOVER_SECONDS,
+    ServerURL,
+    bracketed,
+    join_urls,
+    parse_urls,
+)
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
 from orchard.nursery import unwrap_groups
 
@@ -147,6 +155,8 @@ class _Attempts:
 
     failures: dict[_Endpoint, ClientError] = field(default_factory=dict)
     present: _Endpoint | None = None
+    # Until when those that refuse connections are tried again, while another controller takes over.
+    until: float = field(default_factory=lambda: trio.current_time() + TAKEOVER_SECONDS)
 
     def error(self) -> ClientError:
         """Return the error of the only endpoint that was tried, or a ConnectError that names each and why it failed."""
@@ -511,19 +521,26 @@ class Transport:
 
     async def _open(self, attempts: _Attempts) -> _Connection:
         """Open a connection to the first endpoint that accepts one and has not failed. Raises ClientError."""
-        for endpoint in list(self._endpoints):
-            if endpoint in attempts.failures:
-                continue
-            attempts.present = endpoint
-            try:
-                connection = await self._open_to(endpoint)
-            except ConnectError as error:
-                attempts.failures[endpoint] = error
-                self._move_on(endpoint)
-            else:
-                self._prefer(endpoint)
-                return connection
-        raise attempts.error()
+        while True:
+            for endpoint in list(self._endpoints):
+                if endpoint in attempts.failures:
+                    continue
+                attempts.present = endpoint
+                try:
+                    connection = await self._open_to(endpoint)
+                except ConnectError as error:
+                    attempts.failures[endpoint] = error
+                    self._move_on(endpoint)
+                else:
+                    self._prefer(endpoint)
+                    return connection
+            refusing = [endpoint for endpoint, error in attempts.failures.items() if _is_refusal(error)]
+            if len(self._endpoints) == 1 or not refusing or trio.current_time() > attempts.until:
+                raise attempts.error()
+            # What was refused was not sent. One of them may be about to lead.
+            await trio.sleep(REFUSED_PAUSE)
+            for endpoint in refusing:
+                del attempts.failures[endpoint]
 
     async def _open_to(self, endpoint: _Endpoint) -> _Connection:
         """Open a connection to an endpoint. Raises ConnectError."""
@@ -592,6 +609,14 @@ class Transport:
             yield
         except _CONNECTION_ERRORS as error:
             raise _lost(connection, error) from error
+
+
+def _is_refusal(error: ClientError) -> bool:
+    """Return whether nothing listens at an endpoint, at none of its addresses."""
+    cause = error.__cause__
+    # trio has the error of each address below that of the host.
+    reasons = getattr(cause.__cause__, "exceptions", [cause.__cause__ or cause]) if cause is not None else []
+    return bool(reasons) and all(isinstance(reason, ConnectionRefusedError) for reason in reasons)
 
 
 def _endpoint(

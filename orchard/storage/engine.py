@@ -85,6 +85,8 @@ class Engine(Protocol):
     """
 
     limits: BatchLimits
+    # Whether deletions and reports are written while `full` is set, as long as there is any space.
+    takes_deletions: bool
 
     @property
     def full(self) -> str:

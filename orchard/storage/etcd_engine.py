@@ -227,6 +227,8 @@ class EtcdEngine:
     def __init__(self, client: EtcdClient, prefix: str, leadership: Leadership, max_mib: int = DEFAULT_MAX_MIB) -> None:
         # Why nothing should be added at present; empty when there is space.
         self.full = ""
+        # Above its own quota etcd takes no write.
+        self.takes_deletions = True
         self._client = client
         self._prefix = prefix
         self._leadership = leadership
@@ -336,7 +338,7 @@ class EtcdEngine:
             )
         except NotWrittenError as error:
             if error.no_space:
-                self._follow_size(str(error))
+                self._follow_size(str(error), is_blocked=True)
                 # From now on it is looked at more often.
                 self._look.set()
             raise
@@ -380,12 +382,13 @@ class EtcdEngine:
         status = await self._client.call("/v3/maintenance/status", {})
         size = int(status.get("dbSize", 0))
         if any(_ALARM in error for error in status.get("errors", ())):
-            self._follow_size(f"{self._client.url} has the alarm {_ALARM}; {QUOTA_REMEDY}")
+            self._follow_size(f"{self._client.url} has the alarm {_ALARM}; {QUOTA_REMEDY}", is_blocked=True)
             return
         why = f"etcd holds {size // 2**20} MiB, at most {self._usage.most // 2**20} are allowed by --etcd-max-mib"
         self._follow_size(f"{why}; delete VMs, then compact and defragment etcd" if size > self._usage.most else "")
 
-    def _follow_size(self, why: str) -> None:
+    def _follow_size(self, why: str, *, is_blocked: bool = False) -> None:
+        self.takes_deletions = not is_blocked
         if why and not self.full:
             _logger.error("etcd full, refusing what adds something: %s", why)
         elif self.full and not why:

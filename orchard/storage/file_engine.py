@@ -30,6 +30,7 @@ class FileEngine:
     """
 
     limits = BatchLimits(math.inf, math.inf)
+    takes_deletions = True
 
     def __init__(
         self, directory: Path, disk: Disk | None = None, in_thread: RunInThread = trio.to_thread.run_sync

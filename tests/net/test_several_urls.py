@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
@@ -14,11 +15,13 @@ import trio
 from harness.scripted import OK, Script, answer
 
 from orchard.blocking import open_client
+from orchard.cli import connection
 from orchard.cli.connection import AnswerError, ControllerConnection
 from orchard.cli.context import Context
 from orchard.cli.failure import NetworkError
 from orchard.client import Client, ClientError, ConnectError, ResponseError
 from orchard.controller import ControllerSettings, run
+from orchard.net import transport
 from orchard.net.urls import parse_urls
 
 STANDBY = (
@@ -88,7 +91,38 @@ async def test_next_url_is_tried_where_no_connection_can_be_opened(way: str) -> 
 
 
 @ways
-async def test_error_names_each_url_that_failed(way: str) -> None:
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+async def test_request_is_sent_to_a_controller_that_leads_a_moment_later(
+    way: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All URLs refuse connections at first, as after a planned stop. One of them listens before the second try."""
+    script = Script([OK])
+    with refusing() as refused, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        async with trio.open_nursery() as nursery:
+
+            def listen() -> None:
+                listener.listen()
+                accepting = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+                nursery.start_soon(trio.serve_listeners, script.serve, [accepting])
+
+            async def listen_meanwhile(_: float) -> None:
+                listen()
+                await trio.lowlevel.checkpoint()
+
+            in_trio = partial(trio.from_thread.run_sync, trio_token=trio.lowlevel.current_trio_token())
+            monkeypatch.setattr(trio, "sleep", listen_meanwhile)
+            monkeypatch.setattr(time, "sleep", lambda _: in_trio(listen))
+            assert await ask(way, f"{refused},{url}", method) == []
+            nursery.cancel_scope.cancel()
+    assert len(script.requests) == 1
+
+
+@ways
+async def test_error_names_each_url_that_failed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (transport, connection):
+        monkeypatch.setattr(module, "TAKEOVER_SECONDS", 0.0)
     with refusing() as first, refusing() as second, pytest.raises((ConnectError, NetworkError)) as failure:
         await ask(way, f"{first},{second}", "GET")
     assert first in str(failure.value)

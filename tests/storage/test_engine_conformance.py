@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trio
-from harness.engines import SITES, Site, Sited, make_sited
+from harness.engines import SITES, FileSite, Site, Sited, make_sited
 from harness.strategies import BEGAN
 
 from orchard.codec import dump_json
@@ -139,6 +139,8 @@ def test_refused_batch_changes_nothing_and_the_next_one_works(sited: Sited) -> N
                 await engine.append(model.batch("b", deletes="a", size=900_000, adds=True))
             assert refusal.value.no_space
             assert engine.full
+            # A disk has a reserve. Above its quota, etcd takes no write.
+            assert engine.takes_deletions == isinstance(site, FileSite)
             await site.free()
             with trio.fail_after(300):
                 while True:
