@@ -1,4 +1,7 @@
-"""The image of the controller, built from this machine's Python, because registries may be out of reach."""
+"""The image of the controller, built with this machine's Python, because registries may be out of reach.
+
+That is lent to the build and to the container, and is in no image.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import Any
 
 import pip
 import pytest
-from harness.processes import GENEROUS, LISTENING, Role, free_port
+from harness.processes import GENEROUS, LISTENING, Role
 from harness.programs import need
 from harness.wheels import pack_needed
 
@@ -33,7 +36,7 @@ NAME = "localhost/orchard-of-the-tests"
 
 
 def make_base(root: Path) -> None:
-    """Make the file system of an image with this Python, its pip, a shell, and the programs that Containerfile calls."""
+    """Make a file system with this Python, its pip, a shell, and the programs that Containerfile calls."""
     python = Path(str(getattr(sys, "_base_executable", sys.executable))).resolve()
     library = Path(sysconfig.get_path("stdlib"))
     shell, *others = programs = [Path(str(shutil.which(name))).resolve() for name in PROGRAMS]
@@ -70,38 +73,40 @@ def buildah(*words: str | Path) -> str:
     return done.stdout.strip()
 
 
-def words_of(process: Path) -> list[str]:
-    """Return the command line of a process by its directory in /proc; empty if it has ended."""
+def is_controller(process: Path) -> bool:
+    """Return whether a process, by its directory in /proc, is the Python of the image's controller."""
     with suppress(OSError):
-        return (process / "cmdline").read_text().split("\0")
-    return []
+        has_home = b"ORCHARD_HOME=/var/lib/orchard\0" in (process / "environ").read_bytes()
+        return has_home and (process / "cmdline").read_bytes().partition(b"\0")[0].endswith(b"python3")
+    return False
 
 
 @pytest.fixture
-def container(tmp_path: Path) -> Iterator[str]:
-    """Build the image, and return the name of a container of it, which is removed with all that was made."""
+def container(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Build the image, and return the name of a container of it, and the words with which it gets what was lent.
+
+    All that was made is removed.
+    """
     need("buildah")
     made = ["rm"], ["rmi", "--force"]
     try:
         root = tmp_path / "root"
         root.mkdir()
         make_base(root)
-        base = buildah("from", "scratch")
-        made[0].append(base)
-        buildah("copy", "--quiet", base, root, "/")
-        buildah("commit", "--quiet", base, f"{NAME}-base")
-        made[1].append(f"{NAME}-base")
+        # buildah itself writes to /etc.
+        places = [path.name for path in root.iterdir() if path.name != "etc"] + ["etc/ssl"]
+        lent = [word for place in places for word in ("--volume", f"{root / place}:/{place}")]
         context = tmp_path / "context"
         shutil.copytree(ROOT / "orchard", context / "orchard")
         for name in CONTEXT:
             shutil.copy(ROOT / name, context / name)
         pack_needed(context / "wheelhouse")
-        arguments = (f"BASE={NAME}-base", "PIP_OPTIONS=--quiet --no-compile --no-index --find-links wheelhouse")
+        arguments = ("BASE=scratch", "PIP_OPTIONS=--quiet --no-compile --no-index --find-links wheelhouse")
         words = [word for argument in arguments for word in ("--build-arg", argument)]
-        buildah("build", "--isolation", "chroot", "--format", "docker", *words, "--tag", NAME, context)
+        buildah("build", "--isolation", "chroot", "--format", "docker", *lent, *words, "--tag", NAME, context)
         made[1].append(NAME)
         made[0].append(buildah("from", NAME))
-        yield made[0][-1]
+        yield made[0][-1], lent
     finally:
         for words in made:
             subprocess.run(["buildah", *words], capture_output=True, check=False)
@@ -110,31 +115,28 @@ def container(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.needs("buildah")
 @pytest.mark.slow
 def test_image_runs_a_controller_without_rights_that_is_healthy_and_ends_at_sigterm(
-    container: str, tmp_path: Path
+    container: tuple[str, list[str]], tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = json.loads(buildah("inspect", container))["Docker"]["config"]
+    name, lent = container
+    settings: dict[str, Any] = json.loads(buildah("inspect", name))["Docker"]["config"]
     assert settings["User"].split(":")[0] not in ("", "0", "root")
     assert settings["Volumes"].keys() == {"/var/lib/orchard"}
     assert settings["StopSignal"] == "SIGTERM"
-    port = str(free_port())
     # With the user of the image.
-    run = ["buildah", "run", "--isolation", "chroot", container, "--"]
-    words = [*run, *settings["Entrypoint"], "--listen", f"127.0.0.1:{port}"]
+    run = ["buildah", "run", "--isolation", "chroot", *lent, name, "--"]
+    words = [*run, *settings["Entrypoint"], "--listen", "127.0.0.1:0"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
-            Role(process, tmp_path / "log").wait_for(LISTENING)
+            port = Role(process, tmp_path / "log").wait_for(LISTENING)[1].rpartition(":")[2]
             kind, *check = settings["Healthcheck"]["Test"]
             assert kind == "CMD"
             here = [word.replace("6120", port) for word in check]
             assert subprocess.run([*run, *here], check=False).returncode == 0
-            broken = [word.replace("6120", str(free_port())) for word in check]
+            # No controller listens on the first port.
+            broken = [word.replace("6120", "1") for word in check]
             assert subprocess.run([*run, *broken], capture_output=True, check=False).returncode != 0
             # buildah does not pass a signal on.
-            [controller] = [
-                int(entry.name)
-                for entry in Path("/proc").glob("[0-9]*")
-                if (told := words_of(entry)) and told[0].endswith("python3") and words[-1] in told
-            ]
+            [controller] = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if is_controller(entry)]
             os.kill(controller, signal.SIGTERM)
             assert process.wait(GENEROUS) == 0
         finally:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import version
 from pathlib import Path
 
 import pip
@@ -18,6 +19,8 @@ from harness.wheels import pack_needed
 
 from orchard import __version__
 
+# The project, and what its extras need.
+INSTALLED = ["orchard-cluster", "asyncssh", "trio-asyncio", "websockets"]
 ROOT = Path(__file__).parent.parent
 TOOL = ROOT / "tools" / "wheelhouse.py"
 # Stands for pip: notes how it was called, and makes what `pip wheel` would.
@@ -26,6 +29,8 @@ import pathlib, sys
 words = sys.argv[1:]
 with open({calls!r}, "a") as file:
     print(*words, file=file)
+if {status!r}:
+    sys.exit({status!r})
 if "wheel" in words:
     (pathlib.Path(words[words.index("--wheel-dir") + 1]) / "orchard_cluster-1-py3-none-any.whl").touch()
 """
@@ -38,11 +43,17 @@ def collect(directory: Path, *options: str, **environ: str) -> subprocess.Comple
     )
 
 
+def stand_for_pip(directory: Path, status: int) -> Path:
+    """Make a pip that ends with a status, and return the file with its calls."""
+    calls = directory / "calls"
+    (directory / "pip").mkdir()
+    (directory / "pip" / "__main__.py").write_text(PIP.format(calls=str(calls), status=status))
+    (directory / "pip" / "__init__.py").touch()
+    return calls
+
+
 def test_wheels_of_each_platform_and_each_python_are_collected(tmp_path: Path) -> None:
-    calls = tmp_path / "calls"
-    (tmp_path / "pip").mkdir()
-    (tmp_path / "pip" / "__main__.py").write_text(PIP.format(calls=str(calls)))
-    (tmp_path / "pip" / "__init__.py").touch()
+    calls = stand_for_pip(tmp_path, 0)
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "orchard_cluster-0-py3-none-any.whl").touch()
     done = collect(tmp_path / "wheels", PYTHONPATH=str(tmp_path))
@@ -63,8 +74,9 @@ def test_wheels_of_each_platform_and_each_python_are_collected(tmp_path: Path) -
 
 
 def test_failure_of_pip_is_the_failure_of_the_command(tmp_path: Path) -> None:
-    done = collect(tmp_path / "wheels", "--python", "3.11", PIP_NO_INDEX="1", PIP_CONFIG_FILE=os.devnull)
-    assert done.returncode != 0
+    stand_for_pip(tmp_path, 3)
+    done = collect(tmp_path / "wheels", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 3
     assert "Traceback" not in done.stderr
 
 
@@ -82,7 +94,7 @@ def environment_with_pip(directory: Path) -> Path:
 def test_project_and_clone_are_installed_from_a_wheelhouse_without_network(tmp_path: Path) -> None:
     source, wheels = tmp_path / "source", tmp_path / "wheels"
     pack_needed(source)
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    here_python = f"{sys.version_info.major}.{sys.version_info.minor}"
     # What is built here is built with this environment's setuptools; the clone's is built with that of the wheelhouse.
     here = {
         "PIP_NO_INDEX": "1",
@@ -91,24 +103,25 @@ def test_project_and_clone_are_installed_from_a_wheelhouse_without_network(tmp_p
         "PIP_NO_BUILD_ISOLATION": "0",
     }
     with without_network():
-        options = ("--platform", f"linux-{os.uname().machine.replace('aarch64', 'arm64')}", "--python", version)
+        options = ("--platform", f"linux-{os.uname().machine.replace('aarch64', 'arm64')}", "--python", here_python)
         done = collect(wheels, *options, **here)
         assert done.returncode == 0, done.stderr
         shutil.rmtree(source)
-        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_NO_COMPILE": "1"}
-        python = environment_with_pip(tmp_path / "fresh")
-        words = ("--quiet", "--no-index", "--find-links", wheels, "orchard-cluster[ssh,fast]")
-        subprocess.run([python, "-m", "pip", "install", *words], env=env, check=True)
-        program = "import asyncssh, trio_asyncio, websockets, orchard; print(orchard.__version__)"
-        said = subprocess.run([python, "-I", "-c", program], env=env, check=True, capture_output=True, text=True).stdout
-        assert said == f"{__version__}\n"
-
+        # For pip, "0" switches it off. What runs is compiled then, and not all that is installed.
+        env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PIP_NO_COMPILE": "0"}
         clone = tmp_path / "a clone"
         shutil.copytree(ROOT / "orchard", clone / "orchard", ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("run", "pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(ROOT / name, clone / name)
-        wheels.rename(clone / "wheelhouse")
-        environment_with_pip(clone / ".venv")
+        wheels = wheels.rename(clone / "wheelhouse")
+        python = environment_with_pip(clone / ".venv")
+        words = ("--quiet", "--no-index", "--find-links", wheels, "orchard-cluster[ssh,fast]")
+        subprocess.run([python, "-m", "pip", "install", *words], env=env, check=True)
+        program = f"from importlib.metadata import version; print(*map(version, {INSTALLED}))"
+        said = subprocess.run([python, "-I", "-c", program], env=env, check=True, capture_output=True, text=True).stdout
+        assert said.split() == [__version__, *map(version, INSTALLED[1:])]
+
+        # The project itself is installed anew, from the clone, and built with what is in the wheelhouse.
         done = subprocess.run(
             [clone / "run", "demo", "--synthetic"],
             env={**env, "PYTHON": sys.executable}, cwd=tmp_path, capture_output=True, text=True, check=False,

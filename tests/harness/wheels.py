@@ -42,7 +42,10 @@ def is_installed(name: str) -> bool:
 
 
 def pack(name: str, directory: Path) -> None:
-    """Make a wheel of an installed package."""
+    """Make a wheel of an installed package, without its tests and without the requirements of its extras.
+
+    pip takes most of its time to compile the files, which the callers switch off, and to parse the requirements.
+    """
     installed = importlib.metadata.distribution(name)
     tag = re.findall("^Tag: (.*)$", installed.read_text("WHEEL") or "", re.MULTILINE)[-1]
     # The one at hand may be for this glibc only.
@@ -50,5 +53,9 @@ def pack(name: str, directory: Path) -> None:
     known = re.sub("[-.]+", "_", installed.metadata["Name"])
     with zipfile.ZipFile(directory / f"{known}-{installed.version}-{tag}.whl", "w") as wheel:
         for file in installed.files or ():
-            if ".." not in file.parts and "__pycache__" not in file.parts:
+            if {"..", "__pycache__", "tests", "_tests"} & set(file.parts):
+                continue
+            if file.name == "METADATA":
+                wheel.writestr(str(file), re.sub("(?m)^Requires-Dist:.*extra ==.*\n", "", file.read_text()))
+            else:
                 wheel.write(str(file.locate()), str(file))
