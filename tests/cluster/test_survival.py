@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import trio
 from harness.hosts import (
+    LONG_OFFLINE_TIMEOUT,
     SHORT_OFFLINE_TIMEOUT,
     Host,
     ProcessCluster,
@@ -239,7 +240,9 @@ async def test_change_interrupted_by_killing_the_worker_is_made_or_the_vm_fails(
 
 
 async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(tmp_path: Path) -> None:
-    listen = ("--listen", f"127.0.0.1:{(port := free_port())}", "--worker-offline-timeout", "10", *PLAIN)
+    # The host is not heard of while its worker is held, and must not be given up.
+    timeout = ("--worker-offline-timeout", str(LONG_OFFLINE_TIMEOUT))
+    listen = ("--listen", f"127.0.0.1:{(port := free_port())}", *timeout, *PLAIN)
     with killing_leftovers(tmp_path):
         async with Client(f"http://127.0.0.1:{port}") as client:
             c = ProcessCluster(tmp_path, client)
@@ -362,17 +365,12 @@ async def test_vm_with_a_stopped_supervisor_ends_before_it_is_started_elsewhere(
 
 
 async def test_only_leased_vms_end_while_the_controller_is_away(tmp_path: Path) -> None:
-    listen = (
-        "--listen",
-        f"127.0.0.1:{(port := free_port())}",
-        "--worker-offline-timeout",
-        str(SHORT_OFFLINE_TIMEOUT),
-        *PLAIN,
-    )
+    listen = ("--listen", f"127.0.0.1:{(port := free_port())}", *PLAIN, "--worker-offline-timeout")
     with killing_leftovers(tmp_path):
         async with Client(f"http://127.0.0.1:{port}") as client:
             c = ProcessCluster(tmp_path, client)
-            with started("controller", *listen, home=tmp_path) as control, c.host.worker() as worker:
+            first = started("controller", *listen, str(SHORT_OFFLINE_TIMEOUT), home=tmp_path)
+            with first as control, c.host.worker() as worker:
                 control.wait_for(LISTENING)
                 never, again = (
                     await c.create_running("never"),
@@ -382,7 +380,8 @@ async def test_only_leased_vms_end_while_the_controller_is_away(tmp_path: Path) 
                 await eventually(
                     lambda: c.host.states() == {never.tart_name: "running", again.tart_name: "stopped"}
                 )  # fmt: skip
-                with started("controller", *listen, home=tmp_path) as control:
+                # Otherwise it would give the worker up if that took longer than this to come back.
+                with started("controller", *listen, str(LONG_OFFLINE_TIMEOUT), home=tmp_path) as control:
                     control.wait_for(LISTENING)
                     await c.wait_vm("again", is_restarted)
                     await eventually(partial(c.has_started, "again", 2))
