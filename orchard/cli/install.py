@@ -146,6 +146,8 @@ def install_parser(role: str, verb: str) -> CommandLine:
         add("--data-dir", metavar="DIR", type=Path,
             help="data directory; default: .orchard/controller in the user's home directory, with systemd in"
             " /var/lib/orchard")  # fmt: skip
+        add("--environment-file", metavar="FILE", type=Path,
+            help="with systemd: file with variables such as ORCHARD_ETCD_PASSWORD, which only root has to be able to read")  # fmt: skip
     return parser
 
 
@@ -205,6 +207,8 @@ def _describe_controller(kind: str, options: argparse.Namespace, rest: Sequence[
     environ = {"ORCHARD_HOME": str(home)} if kind == "systemd" else _orchard_home()
     data = options.data_dir or Path(environ.get("ORCHARD_HOME", home)) / ".orchard" / "controller"
     data = data.absolute()
+    if options.environment_file is not None and kind != "systemd":
+        raise CommandError(f"--environment-file is for systemd only, and this is {kind}")
     words = [*(["--data-dir", str(data)] if options.data_dir else []), *rest]
     parsed = controller_parser().parse_args(words)
     _require_absolute(parsed)
@@ -219,6 +223,7 @@ def _describe_controller(kind: str, options: argparse.Namespace, rest: Sequence[
         user=user,
         directory=home,
         environ={"PATH": _PATHS[kind], "HOME": str(home), **environ},
+        environment_file=options.environment_file and options.environment_file.absolute(),
         log_file=log_file,
         used=[*map(Path, program[:2]), *map(Path, sys.path), *_paths(parsed)],
         written=written,
@@ -292,6 +297,8 @@ def install(service: ServiceDefinition, manager: ServiceManager) -> int:
     user = _known_user(service.user)
     if service.token_file is not None:
         _check_token_file(service.token_file, user.pw_uid)
+    if service.environment_file is not None:
+        _read_private(service.environment_file, "variables", user.pw_uid)
     _check_program(service, user)
     file, text = manager.file(service.role), manager.text(service)
     try:
@@ -350,20 +357,26 @@ def _known_user(name: str) -> pwd.struct_passwd:
 
 def _check_token_file(path: Path, user: int) -> None:
     """Raise CommandError unless a file holds a bootstrap token that only root and a user can read."""
+    text = _read_private(path, "bootstrap token", user)
+    try:
+        BootstrapToken.parse(text.decode())
+    except ValueError as error:
+        raise CommandError(f"{path}: {error}; orchard get bootstrap-token ACCOUNT prints one") from None
+
+
+def _read_private(path: Path, what: str, user: int) -> bytes:
+    """Return the beginning of a file. Raise CommandError unless only root and a user can read it."""
     try:
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
             text = file.read(_BOOTSTRAP_TOKEN_BYTES)
     except OSError as error:
-        raise CommandError(f"cannot read the bootstrap token in {path}: {error.strerror}") from None
+        raise CommandError(f"cannot read the {what} in {path}: {error.strerror}") from None
     if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO) or found.st_uid not in (0, user):
         raise CommandError(
             f"other users can read {path}: chown it to the service's user or root, then chmod 600 {path}"
         )
-    try:
-        BootstrapToken.parse(text.decode())
-    except ValueError as error:
-        raise CommandError(f"{path}: {error}; orchard get bootstrap-token ACCOUNT prints one") from None
+    return text
 
 
 def _check_program(service: ServiceDefinition, user: pwd.struct_passwd) -> None:

@@ -41,6 +41,8 @@ class ServiceDefinition:
     environ: Mapping[str, str] = field(default_factory=dict)
     # The service's standard input.
     token_file: Path | None = None
+    # Has variables that no other user may read, for systemd.
+    environment_file: Path | None = None
     # None: the journal of systemd.
     log_file: Path | None = None
     # What the service reads and writes beside its directory.
@@ -107,6 +109,7 @@ def systemd_unit(service: ServiceDefinition) -> str:
         "Type=exec",
         f"ExecStart={' '.join(_quoted(word, is_command=True) for word in service.words)}",
         f"Environment={environ}",
+        *([f"EnvironmentFile={_literal(service.environment_file)}"] if service.environment_file is not None else []),
         f"WorkingDirectory={_literal(service.directory)}",
         "Restart=always",
         f"RestartSec={RESTART_SECONDS}",

@@ -14,6 +14,7 @@ import sys
 import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def test_controller_of_launchd_runs_as_its_user(tmp_path: Path) -> None:
     service = plistlib.loads(printed(*words, home=tmp_path).encode())
     assert service["UserName"] == "ci"
     assert "AbandonProcessGroup" not in service
+
+
+def test_service_on_etcd_has_its_password_in_a_file_of_variables(tmp_path: Path) -> None:
+    words = ("controller", "install", "--print", "--environment-file", "/etc/orchard/etcd.env")
+    on_etcd = ("--etcd", "https://a:2379,https://b:2379", "--etcd-user", "controllers", "--etcd-ca", "/etc/etcd/ca.crt")
+    unit = unit_settings(printed(*words, *on_etcd, "--format", "systemd", home=tmp_path))
+    assert unit["EnvironmentFile"] == ["/etc/orchard/etcd.env"]
+    assert unquoted(unit["ExecStart"][0])[-len(on_etcd) :] == list(on_etcd)
+    status, _, err = call_main(main, *words, "--format", "launchd", home=tmp_path)
+    assert status == 1
+    assert "--environment-file" in err
 
 
 def test_path_of_the_service_finds_tart_where_the_caller_finds_it(
@@ -284,6 +296,21 @@ def test_service_that_cannot_be_stopped_keeps_its_file(site: Site, monkeypatch: 
     with pytest.raises(CommandError, match=r"bootout|disable"):
         uninstall("worker", site.manager)
     assert site.manager.file("worker").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("fault", ["readable", "foreign", "missing"])
+def test_file_of_variables_that_others_can_read_is_refused(tmp_path: Path, fault: str) -> None:
+    site = Site(tmp_path, "systemd", "controller")
+    variables = tmp_path / "variables"
+    if fault != "missing":
+        variables.write_text("ORCHARD_ETCD_PASSWORD=secret\n")
+        variables.chmod(0o640 if fault == "readable" else 0o600)
+        os.chown(variables, 1234 if fault == "foreign" else 0, -1)
+    service = replace(site.service, token_file=None, environment_file=variables)
+    with pytest.raises(CommandError, match=re.escape(str(variables))):
+        install(service, site.manager)
+    assert not site.manager.file("controller").exists()
 
 
 @needs_root
