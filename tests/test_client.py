@@ -17,6 +17,7 @@ from harness.scripted import answer, scripted, switched, upgrading
 
 from orchard.client import Client, ClientError, ConnectError, ResponseError, VMFailed, WatchedChange
 from orchard.codec import attrs_of
+from orchard.methods import lines
 from orchard.methods import vms as vm_methods
 from orchard.methods.fields import SettingsFields, VMFields
 from orchard.net import wsframes
@@ -106,6 +107,28 @@ async def test_wait_for_a_vm_that_is_deleted_raises_vm_failed_with_its_last_stat
         with pytest.raises(ResponseError) as refusal:
             await client.vms.wait("vm", uid="another")
         assert refusal.value.status == 404
+
+
+OUTAGES = {
+    "a cut connection": b"",
+    "a controller that stops": refusal_503("the server is stopping", "Retry-After: 1"),
+    "a proxy without a controller": answer("503 Service Unavailable", b"<html>"),
+    "a proxy that lost the controller": answer("502 Bad Gateway", b'{"message": "bad gateway"}'),
+}
+
+
+@pytest.mark.parametrize("kind", OUTAGES)
+async def test_wait_goes_on_over_an_outage_for_ten_minutes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scripted([vm_answer()], [OUTAGES[kind]], [vm_answer(status="running")]) as (client, _):
+        assert (await client.vms.wait("vm")).state.status == "running"
+    monkeypatch.setattr(lines, "_RESUME_SECONDS", 0.0)
+    async with scripted([vm_answer()], [OUTAGES[kind]]) as (client, _):
+        with pytest.raises((ConnectError, ResponseError)):
+            await client.vms.wait("vm")
+    # The first request says at once what is wrong.
+    async with scripted([OUTAGES[kind]]) as (client, _):
+        with pytest.raises((ConnectError, ResponseError)):
+            await client.vms.wait("vm")
 
 
 async def test_wait_ends_when_its_time_is_over() -> None:
@@ -499,6 +522,7 @@ def test_the_client_imports_nothing_of_the_controller_and_the_worker() -> None:
             "orchard.net",
             "orchard.nursery",
             "orchard.schema",
+            "orchard.stored_json",
         ),
     }
     assert "orchard.net.server" not in loaded

@@ -78,8 +78,8 @@ def _wait(options: argparse.Namespace) -> int:
                 controller.call("GET", path_of("vms", options.name), query={**query, "wait": str(left)})
                 return 0
             except (AnswerError, NetworkError) as error:
-                # Retry-After says that it may still come true.
-                if isinstance(error, AnswerError) and not error.may_retry:
+                # A controller says by Retry-After that it may still come true.
+                if isinstance(error, AnswerError) and error.status_code == 503 and not error.may_retry:
                     raise
                 if deadline is not None and time.monotonic() >= deadline:
                     raise CommandError(str(error), OVERDUE) from None

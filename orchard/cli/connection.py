@@ -40,7 +40,10 @@ QueryPairs = Mapping[str, str] | Sequence[tuple[str, str]]
 
 
 class AnswerError(CommandError):
-    """The controller has refused a request: `status_code` is that of HTTP, and `may_retry` if it named a time for that."""
+    """The controller has refused a request: `status_code` is that of HTTP.
+
+    `may_retry`: it named a time for that, or a proxy that reaches no controller has answered.
+    """
 
     def __init__(self, status_code: int, message: str, *, may_retry: bool) -> None:
         super().__init__(message)
@@ -176,7 +179,7 @@ class ControllerConnection:
                 self._move_on(failures, error)
                 continue
             may_retry = answer.getheader("Retry-After") is not None
-            refusal = AnswerError(answer.status, _message(answer.status, content), may_retry=may_retry)
+            refusal = _refusal(answer.status, content, may_retry=may_retry)
             if answer.status != 503 or answer.getheader(NOT_SERVING[0]) != NOT_SERVING[1]:
                 raise refusal
             url, is_last = self.url, len(self._servers) == 1
@@ -322,11 +325,14 @@ def _all_failures(failures: Mapping[ServerURL, NetworkError]) -> NetworkError:
     return NetworkError("; ".join(str(error) for error in errors), is_untrusted=is_untrusted)
 
 
-def _message(status: int, raw: bytes) -> str:
+def _refusal(status: int, raw: bytes, *, may_retry: bool) -> AnswerError:
+    """Return the error of an answer of 400 or more. `may_retry`: it names a time for that."""
     try:
-        return " ".join(str(json.loads(raw)["message"]).split())
+        message = " ".join(str(json.loads(raw)["message"]).split())
     except (ValueError, TypeError, KeyError):
-        return f"the controller answered {status}, and not as an Orchard does: {raw[:64]!r}"
+        message = f"the controller answered {status}, and not as an Orchard does: {raw[:64]!r}"
+        may_retry = may_retry or status >= _SERVER_ERRORS
+    return AnswerError(status, message, may_retry=may_retry)
 
 
 class _AnswerObject(dict[str, Any]):

@@ -25,7 +25,7 @@ AfterRefusal = Literal["raise", "end", "again"]
 
 # Statuses from here on say that a server, or a proxy before it, cannot answer now: a controller that is restarted, for
 # example.
-_SERVER_ERRORS = 500
+SERVER_ERRORS = 500
 
 
 class JSONLines:
@@ -48,6 +48,25 @@ class JSONLines:
             if len(self._incomplete) > _MAX_LINE_BYTES:
                 raise ClientError(f"a line of the answer is longer than {_MAX_LINE_BYTES} bytes")
         return parse_object(self._lines.popleft(), "a line of the answer")
+
+
+class Absence:
+    """The time during which a server does not answer, for example because it is restarted; and the pauses between requests."""
+
+    def __init__(self) -> None:
+        self._until = math.inf
+        self._pauses = 0
+
+    def bear(self, error: ClientError) -> None:
+        """Note that a request has failed. Raises its error if the first failure was ten minutes ago."""
+        self._until = min(self._until, trio.current_time() + _RESUME_SECONDS)
+        if trio.current_time() >= self._until:
+            raise error
+
+    async def pause(self, most: float = math.inf) -> None:
+        """Wait before the next request, each time longer, but at most `most` seconds."""
+        self._pauses += 1
+        await trio.sleep(min(most, growing_pause(self._pauses, _FIRST_PAUSE, _LAST_PAUSE)))
 
 
 class ResumingLines:
@@ -92,23 +111,21 @@ class ResumingLines:
 
         Raises ConnectError if the server cannot be reached for ten minutes.
         """
-        until = math.inf
-        failures = 0
+        # It may have been connected for long before.
+        absence = Absence()
         while True:
             try:
                 line = await self._take()
             except (ConnectError, ResponseError) as error:
                 after: AfterRefusal | Literal["lost"] = "lost"
-                if isinstance(error, ResponseError) and error.status < _SERVER_ERRORS:
+                if isinstance(error, ResponseError) and error.status < SERVER_ERRORS:
                     after = self._refuse(error)
                 if after == "raise":
                     raise
                 if after == "end":
                     return None
-                # It may have been connected for long before.
-                until = min(until, trio.current_time() + _RESUME_SECONDS) if after == "lost" else until
-                if trio.current_time() >= until:
-                    raise
+                if after == "lost":
+                    absence.bear(error)
             else:
                 if line is not None:
                     self._has_line = True
@@ -117,8 +134,7 @@ class ResumingLines:
                     return None
             self._lines = None
             await self._stack.aclose()
-            failures += 1
-            await trio.sleep(growing_pause(failures, _FIRST_PAUSE, _LAST_PAUSE))
+            await absence.pause()
 
     async def _take(self) -> Mapping[str, Any] | None:
         if self._lines is None:

@@ -26,8 +26,8 @@ from orchard.methods.common import (
     url_path,
 )
 from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
-from orchard.methods.lines import AfterRefusal, JSONLines, ResumingLines
-from orchard.net.transport import ClientError, Items, ResponseError, excerpt
+from orchard.methods.lines import SERVER_ERRORS, Absence, AfterRefusal, JSONLines, ResumingLines
+from orchard.net.transport import ClientError, ConnectError, Items, ResponseError, excerpt
 from orchard.net.websocket import TunnelStream
 from orchard.schema import VM, Event, VMSpec
 
@@ -166,10 +166,11 @@ class VMs(ResourceMethods):
         """Wait until a VM is running, ready, failed, stopped or deleted, and return it. `seconds` None: for any time.
 
         "ready": it runs, and its startup script has ended with exit code 0. With `uid`, only the VM of this uid is
-        meant. Raises VMFailed if the VM fails or is deleted before that, and ResponseError: 404, 503 if it cannot come
-        true or the time is over.
+        meant. When the controller is away, as `follow` it goes on for ten minutes. Raises VMFailed if the VM fails or is
+        deleted before that, and ResponseError: 404, 503 if it cannot come true or the time is over; ConnectError if the
+        controller is away then.
         """
-        vm = await self.get(name)
+        vm, absence = await self.get(name), Absence()
         deadline = trio.current_time() + (math.inf if seconds is None else seconds)
         while True:
             asked = trio.current_time()
@@ -180,18 +181,25 @@ class VMs(ResourceMethods):
             except ResponseError as error:
                 if error.status == 404 and uid in (None, vm.uid):
                     raise VMFailed(f'VM "{name}" was deleted', vm) from None
-                if error.status != 503:
+                if error.status < SERVER_ERRORS:
                     raise
-                now, again = trio.current_time(), error.retry_after
-                if again is None or now >= deadline:
+                if trio.current_time() >= deadline or (error.status == 503 and error.retry_after is None):
                     await self._raise_failure(name)
                     raise
-                # The request itself has waited, as a rule.
-                await trio.sleep(max(0, again - (now - asked)))
-                continue
-            if not _holds(found, until):
-                raise ClientError(f"{self._transport.url} cannot wait for VMs; upgrade the controller")
-            return found
+                if trio.current_time() - asked >= max(wait, error.retry_after or 0):
+                    # The controller itself has waited.
+                    absence = Absence()
+                    continue
+                absence.bear(error)
+            except ConnectError as error:
+                if trio.current_time() >= deadline:
+                    raise
+                absence.bear(error)
+            else:
+                if not _holds(found, until):
+                    raise ClientError(f"{self._transport.url} cannot wait for VMs; upgrade the controller")
+                return found
+            await absence.pause(max(0, deadline - trio.current_time()))
 
     async def _raise_failure(self, name: str) -> None:
         """Raise VMFailed if a VM has failed."""

@@ -87,7 +87,8 @@ class AnswerTooLargeError(ClientError):
 class ResponseError(ClientError):
     """The server answered with an error. `status` is the HTTP status, `message` the server's own words.
 
-    `retry_after` are the seconds after which the same request may succeed; None if the server does not say so.
+    `retry_after` are the seconds after which the same request may succeed; None if the server does not say so. A status of
+    500 or more that is not Orchard's is that of a proxy without a controller, which is tried again after a second.
     """
 
     def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
@@ -672,10 +673,11 @@ def excerpt(content: bytes | str) -> str:
 
 
 def _response_error(answer: ClientResponse) -> ResponseError:
+    seconds = answer.headers.get("retry-after", "")
     try:
         message = parse_json(answer.body)["message"]
     except (ValidationError, TypeError, KeyError):
         message = f"the error is not one of Orchard's, its body begins: {excerpt(answer.body)}"
-    seconds = answer.headers.get("retry-after", "")
+        seconds = "1" if answer.status >= 500 else seconds
     # A proxy may send a date, which tells the same as no time.
     return ResponseError(answer.status, str(message), float(seconds) if seconds.isdecimal() else None)

@@ -55,7 +55,7 @@ class Answering(BaseHTTPRequestHandler):
         if not status:
             return
         self.send_response(status)
-        if status == 503:
+        if status == 503 and isinstance(body, dict):
             self.send_header("Retry-After", "1")
         self.end_headers()
         lines = body if isinstance(body, list) else [body]
@@ -111,7 +111,8 @@ def test_watch_says_where_all_begins_anew(controller: ScriptedController) -> Non
 
 
 def test_waiting_for_a_vm_goes_on_over_an_outage(controller: ScriptedController, tmp_path: Path) -> None:
-    controller.answers["/v1/vms/vm"] = [(200, {"uid": "u"}), GONE, CUT, (200, {})]
+    html: Answer = (503, "<html>")
+    controller.answers["/v1/vms/vm"] = [(200, {"uid": "u"}), GONE, CUT, html, (502, {"message": "bad"}), (200, {})]
     assert call_main(main, "wait", "vm", "vm", home=tmp_path) == (0, "", "")
 
 
