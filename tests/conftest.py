@@ -19,8 +19,10 @@ from harness.processes import GENEROUS, processes_in
 from harness.programs import REASON, ROOT_REASON, need
 from hypothesis import HealthCheck, settings
 
-# How long an example takes depends on what else the machine does.
-settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes depends on what else the machine does. Derandomized, so that each run tries the same examples.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("steady")
 
 # Fixtures of the command's tests.

@@ -195,6 +195,8 @@ async def test_steps_interrupted_by_killing_the_worker_are_ended_and_repeated(tm
             vm = await c.client.vms.wait(name)
             assert vm.state.restart_count == 0
             await eventually(partial(has_state, c.host, vm, "running"))
+            # Each next worker would adopt it, too.
+            await c.client.vms.delete(name)
         # Files that appear one after the other while the supervisor of a VM is started.
         for kind in ("note", "run", "log"):
             vm = await c.create(kind)
@@ -223,11 +225,9 @@ CHANGES: list[tuple[str, dict[str, object], str]] = [
 
 async def test_change_interrupted_by_killing_the_worker_is_made_or_the_vm_fails(tmp_path: Path) -> None:
     async with workers_to_kill(tmp_path) as (c, workers):
-        for number in range(len(CHANGES)):
-            await c.create(f"vm-{number}", suspendable=True)
         for number, (place, patch, outcome) in enumerate(CHANGES):
             name = f"vm-{number}"
-            before = await c.client.vms.wait(name)
+            before = await c.create_running(name, suspendable=True)
             await workers.kill_at(place, partial(c.client.vms.patch, name, patch))
             if outcome == VM_LOST:
                 assert (await c.wait_vm(name, has_failed)).state.status_message == VM_LOST
@@ -237,6 +237,8 @@ async def test_change_interrupted_by_killing_the_worker_is_made_or_the_vm_fails(
                 assert (now.state.status, now.state.restart_count) == ("running", 0)
                 assert now.condition("running") is (outcome == "running")
                 await eventually(partial(has_state, c.host, now, outcome))
+            # Each next worker would adopt it, too.
+            await c.client.vms.delete(name)
 
 
 async def test_adoption_is_repeated_when_the_session_ends_before_it_is_complete(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ import trio
 import trio.testing
 from harness.admission import Sender, admit_anybody
 from harness.programs import need
-from hypothesis import HealthCheck, example, given, settings
+from harness.strategies import QUICK
+from hypothesis import example, given
 from hypothesis import strategies as st
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
 
@@ -2310,7 +2311,7 @@ def send_anything(pieces: Sequence[bytes]) -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@QUICK
 @given(st.lists(WORDS | st.binary(max_size=20), max_size=12), st.booleans())
 @example([UPGRADE, CLOSE_FRAME, b"\x89\x80abcd"], False)
 @example([UPGRADE, b"\x88\x80abcd", HELLO_FRAME], True)
