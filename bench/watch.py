@@ -1,11 +1,14 @@
 """Measure what a change costs with watchers: of one VM or of everything, few or many, in small and in large clusters.
 
-    ./run bench watch [--watchers N] [--changes N] [--vms N]
+    ./run bench watch [--watchers N] [--changes N] [--vms N] [--against DIRECTORY]
 
 Each watcher has a connection of its own to a controller in another process, over TLS or in the clear. The time is from
 the request of a change to the arrival of its line at the last watcher. The baseline for many watchers is a bare trio
 server that sends the same bytes over as many connections, in the clear, each time it receives a byte. The baseline for a
 large cluster is one of 100 VMs.
+
+With --against, only many watchers are measured, beside those of the controller of another checkout, which has a `.venv`
+of its own. On a machine that is not idle its ratio of CPU times is the one to look at.
 """
 
 from __future__ import annotations
@@ -16,12 +19,11 @@ import json
 import resource
 import select
 import socket
-import ssl
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -36,37 +38,35 @@ ONE, EVERYTHING = "/v1/vms/vm-0?watch=true", "/v1/watch"
 
 
 class Watchers:
-    """Connections to a server that all receive the same lines."""
+    """Connections to a server that all receive the same lines.
+
+    They share the processors with the server, so a line is read without a copy of its own, and not parsed.
+    """
 
     def __init__(self, server: Server, count: int, greeting: bytes) -> None:
         self._poll = select.epoll()
         self._open: dict[int, socket.socket] = {}
-        # The last bytes that each watcher has received: the beginning of a line whose end has not arrived.
+        # More than a TLS record holds, so that OpenSSL keeps nothing of what it has read from the socket.
+        self._buffer = bytearray(RECEIVE_BYTES)
+        # The last bytes that a watcher has received: the beginning of a line whose end has not arrived.
         self._tails: dict[int, bytes] = {}
         for _ in range(count):
             connection = server.connect()
             connection.sendall(greeting)
             self._poll.register(connection, select.EPOLLIN)
             self._open[connection.fileno()] = connection
-            self._tails[connection.fileno()] = b""
 
     def wait_all(self, line: bytes) -> None:
         """Wait until each connection has received something that contains `line`."""
-        waiting = set(self._open)
+        waiting, tails, buffer = set(self._open), self._tails, self._buffer
         while waiting:
             for descriptor, _ in self._poll.poll():
-                received = self._tails[descriptor] + self._receive(self._open[descriptor])
-                self._tails[descriptor] = received[-len(line) :]
-                if line in received:
+                size = self._open[descriptor].recv_into(buffer)
+                tail = tails.pop(descriptor, b"")
+                if buffer.find(line, 0, size) >= 0 or (tail and line in tail + buffer[:size]):
                     waiting.discard(descriptor)
-                    self._tails[descriptor] = b""
-
-    def _receive(self, connection: socket.socket) -> bytes:
-        received = connection.recv(RECEIVE_BYTES)
-        # What OpenSSL has read from the socket already makes it ready no more.
-        while isinstance(connection, ssl.SSLSocket) and connection.pending():
-            received += connection.recv(RECEIVE_BYTES)
-        return received
+                else:
+                    tails[descriptor] = (tail + buffer[:size])[-len(line) :]
 
 
 async def serve_bare(line: bytes) -> None:
@@ -88,12 +88,12 @@ async def serve_bare(line: bytes) -> None:
 
 
 @contextmanager
-def controller_of(vms: int, *, tls: bool) -> Iterator[Server]:
-    """Run a controller with a cluster of a size."""
+def controller_of(vms: int, *, tls: bool, python: str = sys.executable) -> Iterator[Server]:
+    """Run a controller, of the checkout of a Python, with a cluster of a size."""
     arguments = (*(CONTROLLER_TLS if tls else CONTROLLER), "--worker-offline-timeout", "100000")
     with tempfile.TemporaryDirectory() as home:
         prepare(Path(home), vms, max(1, vms // 2))
-        with running(*arguments, home=Path(home)) as server:
+        with running(*arguments, home=Path(home), python=python) as server:
             yield server
 
 
@@ -114,15 +114,22 @@ def changing(controller: Server, path: str, watchers: int) -> Iterator[Callable[
         yield change
 
 
-def measure_many(watchers: int, changes: int) -> None:
-    """Compare many watchers with a bare server."""
+def measure_many(watchers: int, changes: int, against: Path | None) -> None:
+    """Compare many watchers with a bare server, and with those of another checkout."""
     for path, tls in ((ONE, False), (EVERYTHING, False), (EVERYTHING, True)):
-        with (
-            controller_of(2, tls=tls) as controller,
-            changing(controller, path, watchers) as change,
-            running(__file__, "--bare") as server,
-            server.connect() as trigger,
-        ):
+        name = f"{'one VM' if path == ONE else 'everything'}, {watchers:,} watchers{', TLS' * tls}"
+        with ExitStack() as stack:
+
+            def measured(
+                name: str, python: str, stack: ExitStack = stack, path: str = path, tls: bool = tls
+            ) -> Variant:  # fmt: skip
+                controller = stack.enter_context(controller_of(2, tls=tls, python=python))
+                return Variant(name, stack.enter_context(changing(controller, path, watchers)), 1, controller.cpu)
+
+            watched = measured(name, sys.executable)
+            others = [] if against is None else [measured(against.name, str(against / ".venv/bin/python"))]
+            server = stack.enter_context(running(__file__, "--bare"))
+            trigger = stack.enter_context(server.connect())
             bare_watchers = Watchers(server, watchers, b"?")
             bare_watchers.wait_all(b"ready")
 
@@ -130,12 +137,12 @@ def measure_many(watchers: int, changes: int) -> None:
                 trigger.sendall(b"!")
                 bare_watchers.wait_all(b"MODIFIED")
 
-            name = f"{'one VM' if path == ONE else 'everything'}, {watchers:,} watchers{', TLS' * tls}"
-            watched = Variant(name, change, 1, controller.cpu)
-            compare(watched, Variant("the same bytes, bare", change_bare, 1, server.cpu), count=changes)
-        seconds = sorted(watched.seconds)
-        middle = 1000 * statistics.median(seconds)
-        print(f"until the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})\n")
+            compare(watched, *others, Variant("the same bytes, bare", change_bare, 1, server.cpu), count=changes)
+        for variant in (watched, *others):
+            seconds = sorted(variant.seconds)
+            middle = 1000 * statistics.median(seconds)
+            print(f"until the last watcher: p50 {middle:.1f} ms ({1000 * seconds[0]:.1f} to {1000 * seconds[-1]:.1f})")
+        print()
 
 
 def measure_large(vms: int, changes: int) -> None:
@@ -160,11 +167,13 @@ def main() -> None:
     parser.add_argument("--watchers", type=int, default=1_000, help="default %(default)s")
     parser.add_argument("--changes", type=int, default=30, help="default %(default)s")
     parser.add_argument("--vms", type=int, default=10_000, help="VMs of the large cluster; default %(default)s")
+    parser.add_argument("--against", type=Path, metavar="DIRECTORY", help="compare with the checkout in DIRECTORY")
     options = parser.parse_args()
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    measure_large(options.vms, options.changes)
-    measure_many(options.watchers, options.changes)
+    if options.against is None:
+        measure_large(options.vms, options.changes)
+    measure_many(options.watchers, options.changes, options.against)
 
 
 def patch_request(number: int) -> bytes:

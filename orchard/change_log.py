@@ -24,9 +24,10 @@ from typing import Literal
 
 import trio
 
-from orchard.changes import WATCH_BACKLOG, Block, Change, SendBlock, StoredObject, send_as_they_come
+from orchard.changes import WATCH_BACKLOG, Change, StoredObject
 from orchard.codec import shown
 from orchard.schema import VM, Worker
+from orchard.watchers import Audience, Block, SendBlock, Watcher
 
 # Changes, and bytes of their JSON, that are kept. The newest transaction is kept whatever its size.
 KEPT_CHANGES = 10_000
@@ -102,13 +103,14 @@ class _LoggedTransaction:
 class ChangeLog:
     """The last changes of VMs and workers. `run` names the log, and has no full stop in it."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, audience: Audience) -> None:
+        # Those who follow the log, and what sends them what is published.
+        self.watchers: dict[Watcher, None] = {}
+        self._audience = audience
         # Returns a worker's JSON as the API shows it, without its images, from the worker and its stored JSON.
         self.show_worker: Callable[[Worker, bytes], bytes] = lambda _, stored: stored
         # Returns a worker's images as a member of a JSON object, or nothing.
         self.show_images: Callable[[str], bytes] = lambda _: b""
-        # Set, and replaced, when something is published.
-        self._news = trio.Event()
         self._run = run
         # Published transactions, the last one at position `_published`, and those after them.
         self._kept: deque[_LoggedTransaction] = deque()
@@ -172,8 +174,7 @@ class ChangeLog:
         while len(self._kept) > 1 and (self._bytes > KEPT_BYTES or self._count - self._start > KEPT_CHANGES):
             self._bytes -= self._kept.popleft().size
         self._blocks.clear()
-        self._news.set()
-        self._news = trio.Event()
+        self._audience.call(self.watchers)
 
     @property
     def _start(self) -> int:
@@ -250,9 +251,9 @@ class ChangeLog:
             self._blocks[key] = found
         return found
 
-    def news_after(self, position: int) -> trio.Event | None:
-        """Return an event that is set when something is published after a position; None if something was."""
-        return self._news if position == self._published else None
+    def has_after(self, position: int) -> bool:
+        """Return whether something was published after a position."""
+        return position != self._published
 
     def count_at(self, position: int) -> int:
         """Return how many changes were published up to a position that is kept."""
@@ -344,29 +345,43 @@ def _present_lines(snapshot: Snapshot, selection: Selection) -> Iterator[tuple[b
         yield (beginning, *json_parts, b"}\n")
 
 
+class _LinesOfAll:
+    """The selected lines of a log after a position, for one watcher, until the watcher is too slow."""
+
+    __slots__ = ("_count", "_log", "_position", "_selection")
+
+    def __init__(self, log: ChangeLog, position: int, selection: Selection) -> None:
+        self._log = log
+        self._position = position
+        self._selection = selection
+        # The changes that were published up to the position; None before the watcher was up to date once.
+        self._count: int | None = None
+
+    def take(self) -> Block | None:
+        log = self._log
+        if not log.keeps(self._position) or (self._count is not None and log.is_slow(self._count)):
+            return None
+        block, self._position = log.read(self._position, self._selection)
+        if self._count is not None or not log.has_after(self._position):
+            self._count = log.count_at(self._position)
+        return block
+
+    def has_more(self) -> bool:
+        return self._log.has_after(self._position)
+
+    def filler(self) -> bytes:
+        return self._log.bookmark(self._position)
+
+
 async def follow(log: ChangeLog, position: int, selection: Selection, silence: float, send: SendBlock) -> None:
     """Send what comes after a position, until the watcher is too slow.
 
     The last line of each transaction has its revision. After each `silence` seconds in which nothing was sent, a
     BOOKMARK has the revision up to which all was sent.
     """
-    # The changes that were published up to the position; None before the watcher was up to date once.
-    count: int | None = None
-
-    async def receive() -> Block | None:
-        nonlocal position, count
-        block: Block = b""
-        while not block:
-            if (news := log.news_after(position)) is None:
-                await trio.lowlevel.checkpoint()
-            else:
-                count = log.count_at(position)
-                await news.wait()
-            if not log.keeps(position) or (count is not None and log.is_slow(count)):
-                return None
-            block, position = log.read(position, selection)
-            if count is not None:
-                count = log.count_at(position)
-        return block
-
-    await send_as_they_come(receive, send, silence, lambda: log.bookmark(position))
+    watcher = Watcher(_LinesOfAll(log, position, selection), send, silence)
+    log.watchers[watcher] = None
+    try:
+        await watcher.run()
+    finally:
+        del log.watchers[watcher]

@@ -1,22 +1,22 @@
-"""Changes of the state, the watches of single objects, and how lines are sent to a watcher.
+"""Changes of the state, and the watches of single objects.
 
 `Store` makes a `Change` of each object that a transaction creates, replaces or deletes. A `ChangeFeed` holds the
 durable changes of one object for one watcher, who is slower than they come. The watches of all objects are in
-change_log.py.
+change_log.py. How lines are sent to a watcher is in watchers.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 import trio
 
 from orchard.cluster import ClusterIdentity, Promise
 from orchard.nursery import Wakeup
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker
+from orchard.watchers import Audience, SendBlock, Watcher
 
 # Changes and bytes by which a slow watcher may be behind before its feed ends, and the bytes of all watchers together.
 WATCH_BACKLOG = 1024
@@ -82,8 +82,11 @@ class ChangeFeed:
     ALL_WATCH_BYTES behind: the watcher reads what it has, and has to begin anew.
     """
 
-    def __init__(self, total: Counter[str]) -> None:
+    def __init__(self, total: Counter[str], audience: Audience) -> None:
+        # Who is sent the changes as lines, by the audience.
+        self.watcher: Watcher | None = None
         self._total = total
+        self._audience = audience
         self._changes: deque[Change] = deque()
         self._bytes = 0
         self._has_ended = False
@@ -100,7 +103,15 @@ class ChangeFeed:
         else:
             self._changes.append(change)
             self._count(size)
-        self._wakeup.set()
+        if self.watcher is None:
+            self._wakeup.set()
+        else:
+            self._audience.call((self.watcher,))
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is no change yet, nor the end."""
+        return not (self._changes or self._has_ended)
 
     def receive_nowait(self) -> Change:
         """Return the next change. Raises trio.WouldBlock if there is none yet, trio.EndOfChannel at the end."""
@@ -114,6 +125,7 @@ class ChangeFeed:
 
     def close(self) -> None:
         self._has_ended = True
+        self.watcher = None
         self._count(-self._bytes)
         self._changes.clear()
         self._wakeup.set()
@@ -135,9 +147,9 @@ class ChangeFeed:
         return self
 
     async def __anext__(self) -> Change:
-        if self._changes or self._has_ended:
+        if not self.is_waiting:
             await trio.lowlevel.checkpoint()
-        while not (self._changes or self._has_ended):
+        while self.is_waiting:
             await self._wakeup.wait()
         try:
             return self.receive_nowait()
@@ -147,47 +159,29 @@ class ChangeFeed:
 
 # ---- sending to watchers ---------------------------------------------------------------------------------------------
 
-# Lines. A tuple has parts that are too large to be copied for each watcher.
-Block = bytes | tuple[bytes, ...]
 
+@dataclass(slots=True)
+class _LinesOfOne:
+    """The lines of one object's changes, for a watcher that has seen a `version` of it."""
 
-class SendBlock(Protocol):
-    """Sends lines to one watcher."""
+    version: int
+    changes: ChangeFeed
 
-    async def __call__(self, block: Block, /) -> None:
-        """Send a block, after the rest of what `now` has taken."""
+    def take(self) -> bytes | None:
+        try:
+            change = self.changes.receive_nowait()
+        except trio.WouldBlock:
+            return b""
+        except trio.EndOfChannel:
+            return None
+        # Changes that the first line includes may become durable after it was read.
+        return change.line if change.is_newer(self.version) else b""
 
-    def now(self, block: Block, /) -> bool:
-        """Send a block without waiting. Return False if a part of it is left, which the next call has to send."""
+    def has_more(self) -> bool:
+        return not self.changes.is_waiting
 
-
-async def send_as_they_come(
-    receive: Callable[[], Awaitable[Block | None]], send: SendBlock, silence: float, filler: Callable[[], Block]
-) -> None:  # fmt: skip
-    """Send each block that `receive` returns, until it returns None.
-
-    After each `silence` seconds in which nothing was sent, send what `filler` returns. `receive` is cancelled for that,
-    and must lose nothing.
-    """
-    until = trio.current_time() + silence
-    while True:
-        is_sent = True
-        # One scope for many blocks, since a scope costs as much as two sends. So it may end too early.
-        with trio.move_on_at(until):
-            while is_sent:
-                block = await receive()
-                if block is None:
-                    return
-                is_sent = send.now(block)
-                until = trio.current_time() + silence
-        if not is_sent:
-            # The client is slow. In the scope its end would cut the line off.
-            await send(b"")
-        elif trio.current_time() >= until:
-            await send(filler())
-        else:
-            continue
-        until = trio.current_time() + silence
+    def filler(self) -> bytes:
+        return b"\n"
 
 
 async def send_changes(version: int, json: bytes, changes: ChangeFeed, silence: float, send: SendBlock) -> None:
@@ -196,14 +190,7 @@ async def send_changes(version: int, json: bytes, changes: ChangeFeed, silence: 
     `changes` began with that `version` of the object. After each `silence` seconds without a change an empty line is
     sent, so that proxies do not take the watch for idle.
     """
-
-    async def receive() -> bytes | None:
-        async for change in changes:
-            # Changes that the first line includes may become durable after it was read.
-            if change.is_newer(version):
-                return change.line
-        return None
-
     with changes:
         await send(format_watch_line("ADDED", json))
-        await send_as_they_come(receive, send, silence, lambda: b"\n")
+        changes.watcher = Watcher(_LinesOfOne(version, changes), send, silence)
+        await changes.watcher.run()

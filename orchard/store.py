@@ -49,6 +49,7 @@ from orchard.storage.errors import (
 from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 from orchard.storage.state_file import read_contents
 from orchard.stored_json import decode_stored, members, object_of
+from orchard.watchers import Audience
 
 ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity, Promise)
 
@@ -185,7 +186,8 @@ class Store:
         self._is_writing = False
         self._wakeup = Wakeup()
         # The last changes of VMs and workers, for those who watch all of them.
-        self.log = ChangeLog(secrets.token_hex(8))
+        self._audience = Audience()
+        self.log = ChangeLog(secrets.token_hex(8), self._audience)
         # While a transaction is told and recorded: the workers whose computed fields change with it.
         self._touched: dict[str, tuple[Worker, bytes]] | None = None
         self._watchers: defaultdict[tuple[Kind, str], list[weakref.ref[ChangeFeed]]] = defaultdict(list)
@@ -357,6 +359,7 @@ class Store:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._run_until_broken, self._engine.run)
                 nursery.start_soon(self._run_until_broken, self._write_all)
+                nursery.start_soon(self._audience.run)
                 task_status.started()
 
     async def _run_until_broken(self, work: Callable[[], Awaitable[None]]) -> None:
@@ -433,7 +436,7 @@ class Store:
 
     def watch(self, kind: Kind, name: str) -> ChangeFeed:
         """Follow the changes of one object that become durable from now on, until the feed is closed or dropped."""
-        feed, key = ChangeFeed(self._feed_bytes), (kind, name)
+        feed, key = ChangeFeed(self._feed_bytes, self._audience), (kind, name)
 
         def forget(gone: weakref.ref[ChangeFeed]) -> None:
             self._watchers[key].remove(gone)

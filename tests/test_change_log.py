@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 
 import orchard.change_log
 from orchard.change_log import ChangeLog, RevisionGoneError, Selection, Snapshot, follow, send_present
-from orchard.changes import Block, Change
+from orchard.changes import Change
 from orchard.schema import VM, Worker
 from orchard.storage.errors import StorageError
+from orchard.watchers import Block
 
 EVEN = Selection(frozenset({"vm", "worker"}), "even", lambda vm: vm.spec.cpu % 2 == 0)
 SELECTIONS = (Selection(frozenset({"vm", "worker"})), EVEN, Selection(frozenset({"worker"})))

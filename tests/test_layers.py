@@ -66,7 +66,7 @@ LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "worker_facts",
         ),
     ),
-    ("state", ("store", "change_log", "changes", "fsck")),
+    ("state", ("store", "change_log", "changes", "watchers", "fsck")),
     ("mechanisms", ("storage/", "vm/", "tart", "net/")),
     ("resources", ("validation", "filters", "bodies", "schema", "cluster", "stored_json", "codec")),
     ("base", ("metrics", "command_line", "daemon", "files", "logs", "log_file", "nursery", "privileges")),
@@ -125,8 +125,9 @@ BROAD_HANDLERS = {
     ("net.server", "Exception"),
     ("vm.instance", "Exception"),
     ("worker", "Exception"),
-    # Raise it again in the thread that waits for it.
+    # Raise it again in the thread, or in the task, that waits for it.
     ("blocking", "Exception"),
+    ("watchers", "Exception"),
 }
 
 MODULES = sorted(
