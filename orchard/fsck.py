@@ -152,7 +152,7 @@ def _inspect_events(path: Path, report: FsckReport, state_is_known: bool) -> Non
     except DamagedError as error:
         report.problems.append(str(error))
     _note_unfinished(file.journal, report)
-    report.events += len(file.offsets)
+    report.events += file.count
     if state_is_known and path.exists() and all(vm.uid != uid for vm in report.state.vms.values()):
         report.notes.append(f"{path} belongs to a VM that does not exist any more; the next start removes it")
 

@@ -127,9 +127,9 @@ async def _events_in_files(directory: Path, uids: set[str]) -> Events:
         if path.exists() and path.name != LIFECYCLE_FILE:
             file = EventFile(directory, uid, Disk())
             file.inspect()
-            for block in file.blocks(0, len(file.offsets)):
+            for block in file.blocks(0, file.count):
                 await trio.lowlevel.checkpoint()
-                yield uid, [decode(Event, json.loads(text)) for text in file.read(block)]
+                yield uid, [decode(Event, json.loads(text)) for text in file.read_block(block)]
 
 
 @contextlib.asynccontextmanager

@@ -189,10 +189,12 @@ class FrameReader:
         self._key = bytes(header[-4:]) if self._masked else b""
         self._left = _payload_size(header)
         _check_length(header, self._left)
-        if opcode < CLOSE:
-            if opcode == TEXT:
-                self._text = codecs.getincrementaldecoder("utf-8")()
-            self._message = opcode = opcode or self._message
+        if opcode == TEXT:
+            self._text = codecs.getincrementaldecoder("utf-8")()
+        if opcode == CONTINUATION:
+            opcode = self._message
+        elif opcode < CLOSE:
+            self._message = opcode
         self._opcode = opcode
 
     def _check_header(self, header: bytearray, opcode: int) -> None:

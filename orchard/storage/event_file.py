@@ -35,6 +35,10 @@ class EventFile:
         # False: what was read may be in the page cache only, and must be synced before it is shown to a client.
         self.is_durable = True
 
+    @property
+    def count(self) -> int:
+        return len(self.offsets)
+
     def load(self) -> None:
         """Read and check the file, and cut off what a crash left at its end. Raises DamagedError, OSError."""
         self.inspect()
@@ -44,15 +48,7 @@ class EventFile:
 
     def inspect(self) -> None:
         """Read and check the file, and change nothing. Raises DamagedError; FileNotFoundError."""
-        lines = self.journal.read()
-        first = next(lines, None)
-        if first is None:
-            raise DamagedError(self.journal.path, 0, "the file has no header")
-        header = first[1]
-        if any(header.get(name) != value for name, value in self._header().items()):
-            what = f"the header is not that of orchard-events version {_EVENTS_VERSION} for uid {self.uid}"
-            raise DamagedError(self.journal.path, 0, what)
-        for offset, line in lines:
+        for offset, line in self.journal.read_after(self._header()):
             if line.get("n") != len(self.offsets):
                 what = f"event {line.get('n')} follows event {len(self.offsets) - 1}"
                 raise DamagedError(self.journal.path, offset, what)
@@ -91,7 +87,7 @@ class EventFile:
             start = blocks[-1].stop
         return blocks
 
-    def read(self, block: range) -> list[bytes]:
+    def read_block(self, block: range) -> list[bytes]:
         """Return the JSON of each event of a block."""
         with self.journal.path.open("rb") as file:
             file.seek(self.offsets[block.start])
@@ -99,7 +95,7 @@ class EventFile:
         # They may be followed by events that are being appended and are not durable yet.
         return [line.split(_EVENT, 1)[1][:-1] for line in lines[: len(block)]]
 
-    def read_part(self, number: int, at: int) -> bytes:
+    def read_part_of(self, number: int, at: int) -> bytes:
         """Return BLOCK_BYTES of one event's JSON from its byte `at`; empty at its end."""
         with self.journal.path.open("rb") as file:
             file.seek(self.offsets[number])

@@ -60,40 +60,26 @@ class EventStorage(Protocol):
         """
 
 
-class _EventsInFile:
+class _EventsInFile(EventFile):
     """The events in one file, read in threads (see StoredEvents)."""
 
-    def __init__(self, file: EventFile, in_thread: RunInThread) -> None:
-        self.file = file
+    def __init__(self, directory: Path, uid: str, disk: Disk, in_thread: RunInThread) -> None:
+        super().__init__(directory, uid, disk)
         self._in_thread = in_thread
 
-    @property
-    def count(self) -> int:
-        return len(self.file.offsets)
-
-    @property
-    def is_durable(self) -> bool:
-        return self.file.is_durable
-
-    def blocks(self, start: int, stop: int) -> list[range]:
-        return self.file.blocks(start, stop)
-
-    def size_of(self, block: range) -> int:
-        return self.file.size_of(block)
-
     async def read(self, block: range) -> list[bytes]:
-        texts: list[bytes] = await self._call(self.file.read, block)
+        texts: list[bytes] = await self._call(self.read_block, block)
         return texts
 
     async def read_part(self, number: int, at: int) -> bytes:
-        part: bytes = await self._call(self.file.read_part, number, at)
+        part: bytes = await self._call(self.read_part_of, number, at)
         return part
 
     async def _call(self, read: Callable[..., Any], *arguments: object) -> Any:
         try:
             return await self._in_thread(read, *arguments)
         except FileNotFoundError:
-            raise EventsDeletedError(self.file.uid) from None
+            raise EventsDeletedError(self.uid) from None
 
 
 class FileEventStorage:
@@ -122,9 +108,11 @@ class FileEventStorage:
                 # Loading a file has removed its draft already.
                 path.unlink(missing_ok=True)
                 continue
-            file = EventFile(self._directory, uid, self._disk)
-            file.load()
-            self._vms[uid] = _EventsInFile(file, self._in_thread)
+            self._vms[uid] = self._file(uid)
+            self._vms[uid].load()
+
+    def _file(self, uid: str) -> _EventsInFile:
+        return _EventsInFile(self._directory, uid, self._disk, self._in_thread)
 
     def get(self, uid: str) -> StoredEvents | None:
         return self._vms.get(uid)
@@ -133,16 +121,15 @@ class FileEventStorage:
         return self._vms.pop(uid, None)
 
     async def write(self, appends: Mapping[str, Sequence[Event]], dropped: Sequence[str]) -> EventWriteResult:
-        for uid in appends:
-            if uid not in self._vms:
-                self._vms[uid] = _EventsInFile(EventFile(self._directory, uid, self._disk), self._in_thread)
+        for uid in appends.keys() - self._vms.keys():
+            self._vms[uid] = self._file(uid)
         result: EventWriteResult = await self._in_thread(self._write, appends, dropped)
         return result
 
     def _write(self, appends: Mapping[str, Sequence[Event]], dropped: Sequence[str]) -> EventWriteResult:
         result = EventWriteResult()
         for uid, events in appends.items():
-            file = self._vms[uid].file
+            file = self._vms[uid]
             try:
                 if events and file.journal.size > MAX_EVENT_BYTES:
                     result.errors[uid] = EventLimitError(MAX_EVENT_BYTES)

@@ -31,7 +31,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,6 +92,21 @@ class Journal:
         """As `read_texts`, with each object parsed."""
         for offset, text in self.read_texts():
             yield offset, parse_text(text)
+
+    def read_after(self, header: Mapping[str, Any]) -> Iterator[Line]:
+        """As `read`, without the first line. It has to have the values of `header`: a format, a version, and maybe a uid.
+
+        Raises DamagedError; FileNotFoundError.
+        """
+        lines = self.read()
+        _, found = next(lines, (0, None))
+        if found is None:
+            raise DamagedError(self.path, 0, "the file has no header")
+        if any(found.get(name) != value for name, value in header.items()):
+            owner = f" for uid {header['uid']}" if "uid" in header else ""
+            what = f"the header is not that of {header['format']} version {header['version']}{owner}"
+            raise DamagedError(self.path, 0, what)
+        yield from lines
 
     def read_texts(self) -> Iterator[tuple[int, bytes]]:
         """Read and check the file without changing it; yield the byte offset and the JSON of each complete line.

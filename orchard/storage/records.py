@@ -84,22 +84,13 @@ class RecordFile:
         self.count = 0
         if not self.journal.path.exists():
             return
-        header = None
-        for offset, line in self.journal.read():
-            if header is None:
-                header = line
-                if any(header.get(name) != value for name, value in self._header().items()):
-                    what = f"the header is not that of orchard-{self._kind} version {_VERSION}"
-                    raise DamagedError(self.journal.path, 0, what)
-                continue
+        for offset, line in self.journal.read_after(self._header()):
             records = line.get("records")
             if not isinstance(records, list):
                 raise DamagedError(self.journal.path, offset, "the line has no records")
             for record in records:
                 self.count += 1
                 yield offset, record
-        if header is None:
-            raise DamagedError(self.journal.path, 0, "the file has no header")
 
     def make_durable(self) -> None:
         """Cut off what a crash left at the end of the file, and sync what `inspect` has read to its end.

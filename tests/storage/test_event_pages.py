@@ -249,13 +249,13 @@ async def test_slow_follower_holds_one_block(tmp_path: Path, monkeypatch: pytest
     async with trio.open_nursery() as nursery:
         await nursery.start(log.run)
         read: list[int] = []
-        original = orchard.storage.event_file.EventFile.read
+        original = orchard.storage.event_file.EventFile.read_block
 
         def counted(file: Any, block: range) -> list[bytes]:
             read.append(len(block))
             return original(file, block)
 
-        monkeypatch.setattr(orchard.storage.event_file.EventFile, "read", counted)
+        monkeypatch.setattr(orchard.storage.event_file.EventFile, "read_block", counted)
         await log.append(A, [Event(kind="log_line", timestamp=n, payload="x" * 90) for n in range(500)])
         taken = trio.Event()
 
