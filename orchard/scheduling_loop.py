@@ -287,10 +287,9 @@ class SchedulingLoop:
             if not problems or self.liveness.available_until(worker) > trio.current_time():
                 continue
             message = f'worker "{worker}" is not ready: {problems[0].what}: {problems[0].message}'
-            waiting = [vm for vm in self._store.state.vms_by_worker.get(worker, {}).values() if _is_pending(vm)]
             with self._store.transaction() as tx:
-                for vm in waiting:
-                    if (told := transitions.explain(vm, message)) is not vm:
+                for vm in self._store.state.vms_by_worker.get(worker, {}).values():
+                    if vm.state.status == "pending" and (told := transitions.explain(vm, message)) is not vm:
                         tx.put(told)
 
     async def end_promises(self) -> None:
@@ -348,7 +347,3 @@ class RestoredState:
             "the controller's state was restored from an older copy, and workers have seen a newer one;"
             " accept it with POST /v1/controller/accept-state"
         )
-
-
-def _is_pending(vm: VM) -> bool:
-    return vm.state.status == "pending"
