@@ -8,7 +8,7 @@ change_log.py. How lines are sent to a watcher is in watchers.py.
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 import trio
@@ -67,6 +67,9 @@ class Change:
         """Whether the change adds something: not for deletions and for what only the system writes."""
         if isinstance(self.old, VM) and isinstance(self.new, VM):
             return self.old.spec is not self.new.spec and self.old.spec != self.new.spec
+        if isinstance(self.old, Worker) and isinstance(self.new, Worker):
+            # A start has to store what it promises the workers, also while nothing may be added.
+            return replace(self.old, promised=self.new.promised) != self.new
         return self.new is not None and self.kind not in ("cluster", "promise")
 
 

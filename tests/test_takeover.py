@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from orchard.client import Client, ResponseError
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, run
 from orchard.files import ACCESS_KEY_FILE, SSH_HOST_KEY_FILE, TLS_KEY_FILE
 from orchard.schema import TART_VMS
+from orchard.storage.etcd_engine import DEFAULT_MAX_MIB
 from orchard.stored_data import CampaignPlatform
 
 TOKEN = "a-token-of-the-tests"
@@ -28,14 +30,17 @@ SETTINGS = {
 
 
 @asynccontextmanager
-async def controller(directory: Path, etcd: MemoryEtcd | None) -> AsyncIterator[tuple[Running, Client]]:
+async def controller(
+    directory: Path, etcd: MemoryEtcd | None, *, max_mib: int = DEFAULT_MAX_MIB, **more: Any
+) -> AsyncIterator[tuple[Running, Client]]:
     settings = ControllerSettings(
         data_dir=directory,
         host="127.0.0.1",
         port=0,
         admin_token=TOKEN,
         ssh=("127.0.0.1", 0),
-        etcd=None if etcd is None else EtcdSettings(EtcdAccess("http://etcd:2379"), leader_ttl=60),
+        etcd=None if etcd is None else EtcdSettings(EtcdAccess("http://etcd:2379"), leader_ttl=60, max_mib=max_mib),
+        **more,
     )
     stop = trio.Event()
     async with running_memory_etcd(etcd or MemoryEtcd()) as listener, trio.open_nursery() as nursery:
@@ -69,6 +74,27 @@ async def shown(client: Client) -> dict[str, Any]:
         for name in ("since", "last_seen", "state", "version", "status_message"):
             item.pop(name, None)
     return found
+
+
+@pytest.mark.parametrize("max_mib", [DEFAULT_MAX_MIB, 0])
+async def test_longer_offline_timeout_is_promised_at_a_takeover_also_of_a_full_etcd(
+    max_mib: int, tmp_path: Path
+) -> None:
+    etcd = MemoryEtcd()
+    worker = {"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}}
+    async with controller(tmp_path / "first", etcd, worker_offline_timeout=200) as (_, client):
+        await client.workers.register(worker)
+        await client.vms.create(name="a", image="i")
+    async with controller(tmp_path / "second", etcd, max_mib=max_mib, worker_offline_timeout=300) as (_, client):
+        assert json.loads(etcd.values[b"/orchard/worker/mac"].value)["promisedOfflineTimeoutMs"] == 300_000
+        if max_mib == 0:
+            with pytest.raises(ResponseError) as refused:
+                await client.vms.create(name="b", image="i")
+            assert refused.value.status == 507
+        await client.vms.delete("a")
+    # A shorter one leaves the promise as it was: the worker may not have heard of it.
+    async with controller(tmp_path / "third", etcd, max_mib=max_mib, worker_offline_timeout=200):
+        assert json.loads(etcd.values[b"/orchard/worker/mac"].value)["promisedOfflineTimeoutMs"] == 300_000
 
 
 # A controller stands by, and takes over when the key of the leader is deleted. Prints the modules that were imported then.
