@@ -43,8 +43,20 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests last: what fails is seen early."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Run slow tests last: what fails is seen early.
+
+    Each process of pytest-xdist begins with an equal part of the list as it stands (`--dist worksteal`), so each part has
+    its own slow tests at its end.
+    """
+    parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow = [item for item in items if item.get_closest_marker("slow") is not None]
+    fast = [item for item in items if item.get_closest_marker("slow") is None]
+    items[:] = [
+        item
+        for part in range(parts)
+        for group in (fast, slow)
+        for item in group[len(group) * part // parts : len(group) * (part + 1) // parts]
+    ]
 
 
 @pytest.hookimpl(wrapper=True)

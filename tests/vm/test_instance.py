@@ -576,7 +576,7 @@ async def cancel_at(event: trio.Event, scope: trio.CancelScope) -> None:
 @pytest.mark.slow
 def test_vm_on_tart_that_is_cancelled_at_any_step_leaves_nothing(tmp_path: Path) -> None:
     # Each try starts the stand-in some ten times, so not all of some 150 steps are tried.
-    for step in growing_steps(1.4):
+    for step in growing_steps(1.7):
         home = tmp_path / str(step)
         if not trio.run(run_one_vm_on_tart, home, step, strict_exception_groups=True):
             break
