@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +13,7 @@ from typing import IO, Any
 
 import pytest
 from harness.processes import GENEROUS, PLAIN, REALLY, controller, environment, processes_in, started
-from harness.starts import TESTS, ForkedProcess, fork
+from harness.starts import TESTS, ForkedProcess, fork, write_forking_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at processes in /proc")
 
@@ -69,3 +70,15 @@ def test_process_is_really_started_where_a_test_wants_that(tmp_path: Path) -> No
         with started("controller", "--version", home=tmp_path, env=env, before=before) as role:
             assert isinstance(role.process, subprocess.Popen)
             assert role.process.wait(GENEROUS) == 0
+
+
+def test_program_for_shells_passes_on_words_streams_signals_and_status(tmp_path: Path) -> None:
+    probe, pause = tmp_path / "probe", tmp_path / "pause"
+    write_forking_program(probe, "harness.probe:main", "3")
+    done = subprocess.run([probe, "a b"], stdin=subprocess.DEVNULL, capture_output=True, cwd=tmp_path, check=False)
+    seen = json.loads(done.stdout)
+    assert (done.returncode, done.stderr, seen["argv"], seen["directory"]) == (3, b"", ["3", "a b"], str(tmp_path))
+    write_forking_program(pause, "signal:pause")
+    with subprocess.Popen([pause], stdin=subprocess.DEVNULL) as process:
+        process.terminate()
+        assert process.wait(GENEROUS) == -signal.SIGTERM

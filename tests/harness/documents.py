@@ -27,6 +27,7 @@ import pytest
 import trio
 
 from harness.processes import ORCHARD, call_main, eventually, free_port
+from harness.starts import write_forking_program
 from orchard import client, schema
 from orchard.cli import main as command
 from orchard.cli.context import CONTEXT_FILE, Context, Contexts, write_contexts
@@ -287,18 +288,11 @@ async def session(directory: Path, url: str = "") -> AsyncIterator[Session]:
 def _write_programs(directory: Path, port: str) -> None:
     """Make `orchard`, whose default port is `port`, and the programs of this Python."""
     directory.mkdir()
-    orchard = (
-        f"#!{sys.executable}\nimport sys\nfrom orchard.net import urls\nurls.DEFAULT_PORT = {port}\n"
-        "from orchard.__main__ import main\nsys.exit(main())\n"
-    )
-    programs = {
-        "orchard": orchard,
-        "python3": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
-        "pytest": f'#!/bin/sh\nexec "{sys.executable}" -m pytest "$@"\n',
-    }
-    for name, text in programs.items():
-        (directory / name).write_text(text)
-        (directory / name).chmod(0o755)
+    write_forking_program(directory / "orchard", "harness.documented:orchard", port)
+    write_forking_program(directory / "python3", "harness.documented:python")
+    pytest_program = directory / "pytest"
+    pytest_program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pytest "$@"\n')
+    pytest_program.chmod(0o755)
 
 
 # ---- commands that cannot be run here --------------------------------------------------------------------------------

@@ -177,3 +177,42 @@ def server_address() -> str:
 
     atexit.register(end)
     return path
+
+
+# A program that has one of the fork server run in its place, with its own words, environment, directory and descriptors.
+_PROGRAM = """#!{python} -IS
+import _socket, os, signal, struct, sys
+from json import dumps
+connection = _socket.socket(_socket.AF_UNIX)
+connection.connect({address!r})
+module = {entry!r}.partition(":")[0]
+argv = [sys.argv[0], *{words!r}, *sys.argv[1:]]
+request = dict(
+    entry={entry!r}, argv=argv, words=[{python!r}, *argv], env=dict(os.environ), directory=os.getcwd(), targets=[0, 1, 2]
+)
+data = dumps(request).encode()
+descriptors = struct.pack("3i", 0, 1, 2)
+connection.sendmsg([struct.pack("!i", len(data))], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptors)])
+connection.sendall(data)
+number = struct.unpack("!i", connection.recv(4, _socket.MSG_WAITALL))[0]
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(each) is not signal.SIG_IGN:
+        signal.signal(each, lambda each, frame: os.kill(number, each))
+for each in (0, 1, 2):
+    os.close(each)
+status = struct.unpack("!i", connection.recv(4, _socket.MSG_WAITALL))[0]
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
+
+
+def write_forking_program(path: Path, entry: str, *words: str) -> None:
+    """Write a program for shells, which runs `entry` in a forked process; `words` come before its own arguments.
+
+    It passes on its standard streams, SIGINT, SIGTERM and SIGHUP, and ends as the forked process does. Job control and
+    terminals do not reach that.
+    """
+    path.write_text(_PROGRAM.format(python=sys.executable, address=server_address(), entry=entry, words=list(words)))
+    path.chmod(0o755)
