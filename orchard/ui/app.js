@@ -38,7 +38,11 @@ function setText(element, text) {
 }
 
 function setClass(element, name) {
-  if (element.className !== name) element.className = name;
+  setAttribute(element, "class", name);
+}
+
+function setAttribute(element, name, value) {
+  if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 }
 
 /** Make the children of `parent` those of `items`. A child is kept while its key is there, and updated for another item. */
@@ -85,19 +89,27 @@ function duration(milliseconds) {
 }
 
 /** How long ago a time was, with the absolute one as title. The clock of `tick` keeps it right. */
-function ago(time) {
-  if (!time) return h("time", {}, "–");
-  const element = h("time", { datetime: time, title: wholeTime(new Date(time)) });
-  element.textContent = duration(Math.floor((Date.now() - Date.parse(time)) / SECOND) * SECOND);
+const ago = (time) => setTime(h("time"), time);
+
+function setTime(element, time) {
+  if (time && element.getAttribute("datetime") === time) return element;
+  if (time) {
+    element.setAttribute("datetime", time);
+    element.title = wholeTime(new Date(time));
+  } else {
+    element.removeAttribute("datetime");
+    element.removeAttribute("title");
+  }
+  element.textContent = time ? since(time) : "–";
   return element;
 }
 
+/** The whole seconds since a time. */
+const since = (time) => duration(Math.floor((Date.now() - Date.parse(time)) / SECOND) * SECOND);
+
 function tickTimes() {
   if (document.hidden) return;
-  const now = Date.now();
-  for (const element of document.querySelectorAll("time[datetime]:not(.absolute)")) {
-    setText(element, duration(Math.floor((now - Date.parse(element.getAttribute("datetime"))) / SECOND) * SECOND));
-  }
+  for (const element of document.querySelectorAll("time[datetime]:not(.absolute)")) setText(element, since(element.getAttribute("datetime")));
 }
 
 function clock(seconds) {
@@ -118,6 +130,8 @@ const number = new Intl.NumberFormat().format;
 const plural = (count, noun) => `${number(count)} ${noun}${count === 1 ? "" : "s"}`;
 const pairs = (map) => Object.entries(map || {}).map(([key, value]) => `${key}=${value}`);
 const byText = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+/** Orders mac-2 before mac-10. For lists of workers: it takes twenty times as long as `byText`. */
+const byNumber = new Intl.Collator(undefined, { numeric: true }).compare;
 const shortImage = (image) => (image || "").replace(/^.*\//, "");
 
 const ESCAPES =
@@ -186,6 +200,9 @@ function vmPhase(vm) {
   if (percent) return `pull ${percent[1]} %`;
   return /^(pulling|cloning)/.exec(vm.status_message || "")?.[0] || "starting";
 }
+
+/** A VM's phase and its message, which has the phase of a VM that starts. */
+const vmDescription = (vm) => [...(vmState(vm) === "starting" && vm.status_message ? [] : [vmPhase(vm)]), vm.status_message].filter(Boolean).join(" · ");
 
 const workerState = (worker) => worker.state || "online";
 const slotsOf = (worker) => worker.resources?.[SLOTS] || 0;
@@ -327,13 +344,20 @@ class Fleet {
   problems(now = Date.now()) {
     const found = [];
     for (const worker of this.workers.values()) this.addWorkerProblems(found, worker);
+    const never = new Map();
     let waiting = 0, oldest = "";
     for (const vm of this.idle.values()) {
-      addVMProblem(found, vm, now);
+      if (isNever(vm)) never.set(vm.status_message, [...(never.get(vm.status_message) || []), vm]);
+      else addVMProblem(found, vm, now);
       if (isQueued(vm) && !isNever(vm) && now - Date.parse(vm.createdAt) > LONG_QUEUE) {
         waiting++;
         if (!oldest || vm.createdAt < oldest) oldest = vm.createdAt;
       }
+    }
+    for (const [reason, vms] of never) {
+      const [first] = vms.sort((a, b) => byText(a.createdAt, b.createdAt));
+      const [title, href] = vms.length === 1 ? [first.name, address("vm", first.name)] : [plural(vms.length, "VM"), "#/vms?state=queued"];
+      found.push({ rank: 1, key: `v ${first.name}`, state: "queued", title, text: `can never be placed – ${reason}`, href, since: first.createdAt });
     }
     if (waiting) {
       const title = `${plural(waiting, "VM")} waiting for long`;
@@ -363,9 +387,7 @@ class Fleet {
 
 function addVMProblem(found, vm, now) {
   const { name } = vm, href = address("vm", name), text = vm.status_message || vm.status;
-  if (isNever(vm)) {
-    found.push({ rank: 1, key: `v ${name}`, state: "queued", title: name, text: `can never be placed – ${text}`, href, since: vm.createdAt });
-  } else if ((vm.restart_count || 0) >= 3 && vm.status !== "running") {
+  if ((vm.restart_count || 0) >= 3 && vm.status !== "running") {
     const title = `started ${vm.restart_count} times without success – ${text}`;
     found.push({ rank: 1, key: `v ${name}`, state: "failed", title: name, text: title, href, since: vm.createdAt });
   } else if (vm.worker && vm.status === "pending" && now - Date.parse(vm.scheduled_at) > LONG_START) {
@@ -425,13 +447,15 @@ function may(role) {
 
 /** Yield the parsed lines of a stream in blocks. It lets the browser paint between two blocks. */
 async function* jsonLines(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const decoder = new TextDecoder();
+  let [reader, buffer] = readerOf(answer.body);
   let rest = "", since = performance.now();
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await (buffer ? reader.read(new Uint8Array(buffer)) : reader.read());
       if (done) return;
-      const lines = (rest + value).split("\n");
+      if (buffer) buffer = value.buffer;
+      const lines = (rest + decoder.decode(value, { stream: true })).split("\n");
       rest = lines.pop();
       yield lines.filter((line) => line.trim()).map((line) => JSON.parse(line));
       if (performance.now() - since > 12) {
@@ -441,6 +465,15 @@ async function* jsonLines(answer) {
     }
   } finally {
     reader.cancel().catch(() => {});
+  }
+}
+
+/** Return a reader, and the buffer into which it reads all that comes: new ones would be much garbage. Not every browser can. */
+function readerOf(body) {
+  try {
+    return [body.getReader({ mode: "byob" }), new ArrayBuffer(65536)];
+  } catch {
+    return [body.getReader(), null];
   }
 }
 
@@ -518,7 +551,8 @@ class Stream {
         await this.watch(tell);
         pause = 0;
       } catch (error) {
-        if (error.status === 401 || error.status === 403) return;
+        if (error.status === 401) return;
+        if (error.status === 403 && needsCredentials) return signOut(false, error.message);
         if (error.status === 410) this.revision = "";
         pause = error.status === 410 ? 0 : Math.min(2000, 250 + 2 * pause);
       }
@@ -611,7 +645,7 @@ class Stream {
   }
 }
 
-/** Ask again what this account may do: that may have changed with what ended the connection. */
+/** Ask again what this account may do: that may have changed, also with what ended the connection. */
 async function refreshInfo() {
   try {
     const roles = JSON.stringify(session.info.roles);
@@ -640,7 +674,7 @@ function facts(entries) {
   return h("dl", { class: "facts" }, shown.map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
 }
 
-const chips = (map) => (pairs(map).length ? h("span", { class: "chips" }, pairs(map).map((text) => h("span", { class: "chip" }, text))) : "");
+const chips = (map, label) => (pairs(map).length ? h("span", { class: "chips", tabindex: "0", role: "group", "aria-label": label }, pairs(map).map((text) => h("span", { class: "chip" }, text))) : "");
 
 function bar(share, label, isBad = false) {
   const fill = h("i", { class: isBad ? "bad" : "" });
@@ -688,6 +722,8 @@ async function act(action, done) {
     return result ?? true;
   } catch (error) {
     frame.say(error instanceof RequestError ? error.message : "The controller cannot be reached.");
+    // A role was taken away.
+    if (error.status === 403) refreshInfo();
     return null;
   }
 }
@@ -753,7 +789,7 @@ function stateCell(state, phase = state) {
 
 /** A small table whose rows are all there. */
 function table(label, heads, rows) {
-  const head = h("tr", {}, heads.map((text) => h("th", { scope: "col" }, text)));
+  const head = h("tr", {}, heads.map((text) => (text ? h("th", { scope: "col" }, text) : h("td"))));
   return h("div", { class: "scroll" }, h("table", { "aria-label": label }, h("thead", {}, head), h("tbody", {}, rows)));
 }
 
@@ -811,7 +847,7 @@ class FleetPage {
     else if ([...changed.workers].some((name) => fleet.workers.has(name) !== this.boxes.has(name))) this.drawWorkers(changed.workers);
     else if (this.search.value && changed.vms.size) this.drawWorkers(changed.workers);
     else for (const name of changed.workers) this.drawBox(name);
-    this.fill(this.need, fleet.problems(), (one) => `${one.key} ${one.text} ${one.since}`, problemItem, "Nothing needs you.");
+    this.fill(this.need, fleet.problems(), (one) => `${one.key} ${one.title} ${one.text} ${one.since}`, problemItem, "Nothing needs attention.");
     this.fill(this.queue, fleet.queue(), (vm) => `${vm.uid} ${vm.status_message} ${vm.priority}`, queueItem, "No VM waits for a worker.");
     this.drawFailures();
   }
@@ -837,7 +873,7 @@ class FleetPage {
       tile("queued", "in the queue", t.queued || 0),
       tile("failed", "failed", t.failed || 0),
     ];
-    keyed(this.tiles, tiles, (one) => one.key, (one) => h("a", { class: "tile", href: one.href },
+    keyed(this.tiles, tiles, (one) => one.key, (one) => h("a", { class: one.value ? "tile" : "tile none", href: one.href },
       h("b", {}, number(one.value), one.more && h("small", {}, one.more)),
       h("span", {}, one.key0 !== "slots" && mark(one.key0), one.label), one.extra !== null && bar(one.extra, "share of slots used")));
   }
@@ -869,7 +905,7 @@ class FleetPage {
     const wanted = this.search.value.trim().toLowerCase();
     const matches = (worker) => !wanted || worker.name.toLowerCase().includes(wanted)
       || [...(fleet.placed.get(worker.name)?.keys() || [])].some((name) => name.toLowerCase().includes(wanted));
-    const all = [...fleet.workers.values()].sort((a, b) => byText(a.name, b.name));
+    const all = [...fleet.workers.values()].sort((a, b) => byNumber(a.name, b.name));
     this.drawGroupChoices(all);
     const groups = new Map();
     for (const worker of all.filter(matches)) {
@@ -878,7 +914,7 @@ class FleetPage {
       groups.get(group).push(worker);
     }
     for (const name of this.boxes.keys()) if (!fleet.workers.has(name)) this.dropBox(name);
-    const shown = [...groups].sort(([a], [b]) => byText(a, b)).map(([name, workers]) => ({ name, workers }));
+    const shown = [...groups].sort(([a], [b]) => byNumber(a, b)).map(([name, workers]) => ({ name, workers }));
     if (!shown.length) shown.push({ name: "", none: wanted ? "Nothing matches." : fleet.complete ? "No worker has registered yet." : "Loading…" });
     const make = (group) => {
       const section = h("section", { class: "group" }, group.name && h("h3", {}, group.name), group.none ? empty(group.none) : h("ul", { class: "boxes" }));
@@ -900,7 +936,7 @@ class FleetPage {
 
   box(name) {
     if (!this.boxes.has(name)) {
-      const link = h("a", { class: "clip", href: address("worker", name), title: name, "data-nav": true }, name);
+      const link = h("a", { href: address("worker", name), "data-nav": true }, name);
       const box = { name, link, word: h("span", { class: "word" }), slots: h("ul"), mark: null, state: "", isSeen: false };
       box.head = h("header", {}, link, box.word);
       box.element = h("li", { class: "box" }, box.head, box.slots);
@@ -941,13 +977,13 @@ class FleetPage {
     // Stopped VMs use no slot.
     const using = vms.filter((vm) => !["stopped", "suspended", "failed"].includes(vmState(vm)));
     const rest = vms.filter((vm) => !using.includes(vm));
-    const free = Math.max(0, slotsOf(worker) - using.length);
-    const rows = [...using, ...rest, ...Array.from({ length: free }, (_, index) => ({ free: index }))];
+    const free = Math.max(0, slotsOf(worker) - using.length), word = state === "online" ? "free" : "unused";
+    const rows = [...using, ...rest, ...Array.from({ length: free }, (_, index) => ({ free: `${word} ${index}`, word }))];
     const hidden = rows.length > MAX_SLOTS ? rows.splice(MAX_SLOTS - 1).length : 0;
     const height = 22 * (rows.length + (hidden ? 1 : 0));
     box.slots.style.height = `${height}px`;
     // While the box is not seen, the browser neither lays it out nor paints it.
-    box.element.style.containIntrinsicBlockSize = `${height + 37}px`;
+    box.element.style.containIntrinsicBlockSize = `auto ${height + 37}px`;
     if (!box.isSeen) return;
     if (hidden) rows.push({ more: hidden });
     keyed(box.slots, rows, (row) => row.uid || `${row.free ?? `more ${row.more}`}`, slotRow, (child, row) => row.uid && updateSlot(child, row));
@@ -970,25 +1006,19 @@ class FleetPage {
 
 function slotRow(row) {
   if (row.more) return h("li", { class: "slot free" }, h("span"), `and ${row.more} more`);
-  if (!row.uid) return h("li", { class: "slot free" }, mark("free"), "free");
-  const item = h("li", { class: "slot" });
+  if (!row.uid) return h("li", { class: "slot free" }, mark("free"), row.word);
+  const item = h("li", { class: "slot" }, h("i"), vmLink(row.name), h("span", { class: "phase" }), h("time"));
   updateSlot(item, row);
   return item;
 }
 
 function updateSlot(item, vm) {
-  const since = vm.restarted_at || vm.started_at || vm.scheduled_at || vm.createdAt;
-  const link = item.querySelector("a");
-  const rest = [h("span", { class: "phase", title: vm.status_message || "" }, vmPhase(vm)), ago(since)];
-  // The link stays, so that it keeps the focus.
-  if (link) {
-    link.nextSibling.remove();
-    link.nextSibling.remove();
-    item.firstChild.replaceWith(mark(vmState(vm)));
-    item.append(...rest);
-  } else {
-    item.append(mark(vmState(vm)), vmLink(vm.name), ...rest);
-  }
+  const [, , phase, time] = item.children, state = vmState(vm);
+  if (item.state !== state) item.firstChild.replaceWith(mark(state));
+  item.state = state;
+  setText(phase, vmPhase(vm));
+  setAttribute(phase, "title", vm.status_message || "");
+  setTime(time, vm.restarted_at || vm.started_at || vm.scheduled_at || vm.createdAt);
 }
 
 function problemItem(one) {
@@ -1030,6 +1060,7 @@ class VMsPage {
     this.filters = this.makeFilters();
     this.count = h("span", { class: "count" });
     this.selection = h("div", { class: "row" });
+    this.none = empty("");
     const columns = [
       ...(may("compute:write") ? [{ title: this.pickAll(), class: "c-pick" }] : []),
       { title: "State", sort: "state", class: "c-state" }, { title: "Name", sort: "name" },
@@ -1038,6 +1069,7 @@ class VMsPage {
       { title: "Age", sort: "age", class: "c-age" }, { title: "Message", class: "c-message" },
     ];
     this.table = new LongTable({ columns, label: "VMs", keyOf: (vm) => vm.uid, makeRow: (vm) => this.row(vm), onSort: (by) => this.changeSort(by) });
+    this.table.element.append(this.none);
     main.append(h("div", { class: "title" }, h("h1", {}, "VMs"), this.count, h("span", { class: "grow" }), this.selection), this.filters.element, this.table.element);
     this.drawSelection();
   }
@@ -1089,6 +1121,7 @@ class VMsPage {
     for (const name of this.picked) if (!fleet.vms.has(name)) this.picked.delete(name);
     setText(this.count, found.length === fleet.vms.size ? number(found.length) : `${number(found.length)} of ${number(fleet.vms.size)}`);
     this.table.show(found, this.sort);
+    setText(this.none, found.length ? "" : !fleet.complete ? "Loading…" : fleet.vms.size ? "No VM matches." : "There is no VM.");
     this.drawSelection();
   }
 
@@ -1162,13 +1195,12 @@ class WorkerPage {
     this.state = h("div");
     this.disk = h("div");
     this.images = h("div");
+    this.none = empty("");
     this.vms = h("ul", { class: "list" });
     this.past = h("div", {}, empty("Loading…"));
     main.append(this.heading, h("div", { class: "columns halves" }, panel("State", this.state), panel("Disk and images", this.disk, this.images),
-      panel("VMs", this.vms), panel("Last fifty VMs", this.past)));
-    this.loadDetails();
+      panel("VMs", this.vms, this.none), panel("Last fifty VMs", this.past)));
     this.loadPast();
-    this.timer = setInterval(() => document.hidden || this.loadDetails(), 15 * SECOND);
   }
 
   unmount() {
@@ -1185,18 +1217,24 @@ class WorkerPage {
       this.heading.replaceChildren(h("h1", {}, this.name), h("span", { class: "dim" }, fleet.complete ? "There is no such worker." : "Loading…"));
       return;
     }
+    if (!this.timer) {
+      this.loadDetails();
+      this.timer = setInterval(() => document.hidden || this.loadDetails(), 15 * SECOND);
+    }
     const state = workerState(worker);
     if (this.drawn !== state) this.heading.replaceChildren(mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, state), h("span", { class: "grow" }), ...this.actions(worker, state));
     this.drawn = state;
     const used = Object.entries(worker.resources || {}).map(([name, amount]) => [name, `${worker.used?.[name] || 0} of ${amount} used`]);
     this.state.replaceChildren(facts([
       ["state", [state, worker.since ? [" for ", ago(worker.since)] : ""].flat()], ["drain ends", worker.drain?.deadline && wholeTime(new Date(worker.drain.deadline))],
-      ...(worker.health?.problems || []).map((one) => [one.what, one.message]),
-      ["architecture", `${worker.arch || "arm64"}, ${worker.runtime || "tart"}`], ["labels", chips(worker.labels)], ...used,
+      ...(worker.health?.problems || []).map((one) => [one.what, h("span", { class: "s-warning" }, one.message)]),
+      ["architecture", `${worker.arch || "arm64"}, ${worker.runtime || "tart"}`], ["labels", chips(worker.labels, "labels")], ...used,
       ["registered", worker.createdAt && wholeTime(new Date(worker.createdAt))], ["by", worker.registeredBy],
       ["versions", worker.versions && [worker.versions.orchard && `orchard ${worker.versions.orchard}`, worker.versions.tart && `tart ${worker.versions.tart}`, worker.versions.os].filter(Boolean).join(", ")],
     ]));
-    keyed(this.vms, fleet.vmsOn(this.name), (vm) => vm.uid, (vm) => h("li", {}, mark(vmState(vm)), vmLink(vm.name), ago(vm.scheduled_at), h("p", {}, vmPhase(vm), vm.status_message ? ` · ${vm.status_message}` : "")));
+    const vms = fleet.vmsOn(this.name);
+    keyed(this.vms, vms, (vm) => vm.uid, (vm) => h("li", {}, mark(vmState(vm)), vmLink(vm.name), ago(vm.scheduled_at), h("p", {}, vmDescription(vm))));
+    setText(this.none, vms.length ? "" : "None.");
   }
 
   actions(worker, state) {
@@ -1245,7 +1283,7 @@ class WorkerPage {
     const percent = (value) => (value === null ? "–" : `${Math.round(100 * value)} %`);
     const time = (value) => (value === null ? "–" : duration(value));
     this.past.replaceChildren(
-      table("Compared with the fleet", ["", "This worker", "Fleet"], [row("failed", "failed", percent), row("start, median", "boot", time), row("run time, median", "run", time)]),
+      table("Compared with the fleet", ["Mean", "This worker", "Fleet"], [row("failed", "failed", percent), row("time to boot", "boot", time), row("time it ran", "run", time)]),
       own.length ? h("ul", { class: "list" }, own.map((vm) => h("li", {}, mark(vm.status === "failed" ? "failed" : "stopped", vm.status), h("span", { class: "clip" }, vm.name), ago(vm.endedAt), h("p", {}, vm.message || `ended ${vm.status}`)))) : empty("No VM of this worker has ended yet."));
   }
 }
@@ -1310,7 +1348,7 @@ class VMPage {
     this.facts.replaceChildren(facts([
       ["worker", vm.worker && workerLink(vm.worker)], ["image", vm.image], ["digest", vm.image_fqn], ["owner", vm.createdBy], ["created", vm.createdAt && [ago(vm.createdAt), " ago"]],
       ["expires", vm.expiresAt && wholeTime(new Date(vm.expiresAt))], ["restarts", vm.restart_count], ["exit code", vm.startupExitCode],
-      ["CPUs, memory", vm.assignedCPU && `${vm.assignedCPU}, ${vm.assignedMemory} MiB`], ["labels", chips(vm.labels)], ["metadata", chips(vm.metadata)],
+      ["CPUs, memory", vm.assignedCPU && `${vm.assignedCPU}, ${vm.assignedMemory} MiB`], ["labels", chips(vm.labels, "labels")], ["metadata", chips(vm.metadata, "metadata")],
     ]));
     this.drawSpecification(vm);
   }
@@ -1320,7 +1358,7 @@ class VMPage {
     if (text === this.specText) return;
     this.specText = text;
     const show = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
-    const asTable = table("Specification", ["Field", "Value"], Object.entries(spec).map(([name, value]) => h("tr", {}, h("td", { class: "mono" }, name), h("td", {}, name === "password" ? "••••" : show(value)))));
+    const asTable = table("Specification", ["Field", "Value"], Object.entries(spec).map(([name, value]) => h("tr", {}, h("td", { class: "mono" }, name), h("td", {}, name === "password" ? "••••" : ["labels", "metadata"].includes(name) ? chips(value, name) : show(value)))));
     const asJSON = h("pre", { class: "json", tabindex: "0", "aria-label": "Specification as JSON", hidden: true }, JSON.stringify({ ...spec, password: undefined }, null, 2));
     const toggle = button("JSON", () => {
       asJSON.hidden = !asJSON.hidden;
@@ -1446,10 +1484,11 @@ class LogView {
     for (const event of events) {
       this.cursor = event.cursor || this.cursor;
       if (event.kind === "lifecycle") this.onLifecycle(event);
-      this.lines.push(event);
-      this.characters += event.payload?.length || 0;
-      delete event.cursor;
-      if (wanted && matchesText(event, wanted)) this.shown.push(event);
+      // Without the cursor, which would take as much memory as a line.
+      const { kind, payload = "", timestamp } = event, line = { kind, payload, timestamp };
+      this.lines.push(line);
+      this.characters += payload.length;
+      if (wanted && matchesText(line, wanted)) this.shown.push(line);
     }
     if (this.lines.length > MAX_LINES || this.characters > MAX_CHARACTERS) this.drop();
     frame.schedule(this.drawLater ||= () => this.draw());
@@ -1458,7 +1497,7 @@ class LogView {
   drop() {
     let count = Math.max(0, this.lines.length - MAX_LINES);
     count = Math.min(this.lines.length, count + DROPPED_LINES);
-    for (const event of this.lines.splice(0, count)) this.characters -= event.payload?.length || 0;
+    for (const line of this.lines.splice(0, count)) this.characters -= line.payload.length;
     this.dropped += count;
     if (!this.follows && !this.search.value) this.box.scrollTop -= count * LINE_HEIGHT;
     this.select();
@@ -1508,17 +1547,17 @@ class LogView {
   }
 
   download() {
-    const text = this.lines.map((event) => `${plainText(event.payload || "")}\n`);
+    const text = this.lines.map((line) => `${plainText(line.payload)}\n`);
     const url = URL.createObjectURL(new Blob(text, { type: "text/plain" }));
     h("a", { href: url, download: `${this.name}.log` }).click();
     setTimeout(() => URL.revokeObjectURL(url), MINUTE);
   }
 }
 
-const matchesText = (event, wanted) => plainText(event.payload || "").toLowerCase().includes(wanted);
+const matchesText = (line, wanted) => plainText(line.payload).toLowerCase().includes(wanted);
 
 function logRow(event) {
-  const parts = terminalParts((event.payload || "").slice(0, MAX_SHOWN));
+  const parts = terminalParts(event.payload.slice(0, MAX_SHOWN));
   const time = clock(event.timestamp);
   return h("div", { class: event.kind === "lifecycle" ? "life" : "" }, time, parts.map(([text, style]) => (style ? h("span", { class: style }, text) : text)));
 }
@@ -1679,11 +1718,8 @@ function quantile(values, share) {
 const timesOf = (vms, name) => vms.map((vm) => vm[name]).filter((time) => !Number.isNaN(time));
 
 function summary(vms) {
-  return {
-    failed: vms.length ? vms.filter((vm) => vm.status === "failed").length / vms.length : null,
-    boot: quantile(timesOf(vms, "boot"), 0.5),
-    run: quantile(timesOf(vms, "run"), 0.5),
-  };
+  const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
+  return { failed: mean(vms.map((vm) => Number(vm.status === "failed"))), boot: mean(timesOf(vms, "boot")), run: mean(timesOf(vms, "run")) };
 }
 
 class HistoryPage {
@@ -1816,10 +1852,10 @@ function operationItem(method, path, operation, shared) {
   const verb = method === "GET" ? "" : ` -X ${method}`;
   const account = needsCredentials ? ` -u ${session.account}:$TOKEN` : "";
   const stream = parameters.some((one) => ["since", "follow"].includes(one.name)) && path === "/watch" ? " -N" : "";
-  const line = `curl${stream}${verb}${account} '${location.origin}${BASE}/v1${path.replace(/\{(\w+)\}/g, "$1".toUpperCase())}'${body}`;
+  const line = `curl${stream}${verb}${account} '${location.origin}${BASE}/v1${path.replace(/\{(\w+)\}/g, (_, word) => word.toUpperCase())}'${body}`;
   const answers = Object.entries(operation.responses || {}).map(([status, one]) => h("tr", {}, h("td", {}, status), h("td", {}, one.description || "")));
   return h("details", { class: "op" }, h("summary", {}, h("span", { class: `method ${method}` }, method), h("code", {}, path), h("p", {}, operation.summary || operation.description || "")),
-    h("div", { class: "inside" }, copyLine(line, `${method} ${path}`), rows.length ? table("Parameters", ["Parameter", "Meaning"], rows) : null, answers.length ? table("Answers", ["Status", "Meaning"], answers) : null));
+    h("div", { class: "inside" }, operation.responses?.["101"] ? empty("A WebSocket, which curl does not speak.") : copyLine(line, `${method} ${path}`), rows.length ? table("Parameters", ["Parameter", "Meaning"], rows) : null, answers.length ? table("Answers", ["Status", "Meaning"], answers) : null));
 }
 
 // ---- the frame ------------------------------------------------------------------------------------------------------
@@ -1961,7 +1997,7 @@ async function signIn(account, token) {
   stream.start();
 }
 
-function signOut(isTold = false) {
+function signOut(isTold = false, message = "") {
   sessionStorage.removeItem(STORED);
   stream?.stop();
   if (isTold !== true) tabs.postMessage({ type: "out", account: session.account });
@@ -1972,7 +2008,7 @@ function signOut(isTold = false) {
     fleet.clear();
     ended = { at: 0, vms: null };
   }
-  showSignIn();
+  showSignIn(message);
 }
 
 function showSignIn(message = "") {
@@ -1996,15 +2032,15 @@ function showSignIn(message = "") {
   account.focus();
 }
 
-/** Return what another tab is signed in with, if one answers at once. */
+/** Return what another tab is signed in with, once one answers. */
 function askTabs() {
   return new Promise((resolve) => {
-    const timer = setTimeout(() => resolve(null), 250);
-    tabs.addEventListener("message", ({ data }) => {
+    const take = ({ data }) => {
       if (data.type !== "in") return;
-      clearTimeout(timer);
+      tabs.removeEventListener("message", take);
       resolve(data.stored);
-    });
+    };
+    tabs.addEventListener("message", take);
     tabs.postMessage({ type: "who" });
   });
 }
@@ -2027,8 +2063,14 @@ async function start() {
   setInterval(tickTimes, SECOND);
   // Ages and what has waited for too long.
   setInterval(() => document.hidden || (fleet.changed.workers.add(" "), frame.schedule()), 30 * SECOND);
-  const stored = needsCredentials ? sessionStorage.getItem(STORED) || (await askTabs()) : "{}";
-  if (!stored) return showSignIn();
+  let stored = needsCredentials ? sessionStorage.getItem(STORED) : "{}";
+  if (!stored) {
+    // Until another tab answers, which may be busy, a person can sign in.
+    const timer = setTimeout(showSignIn, 250);
+    stored = await askTabs();
+    clearTimeout(timer);
+    if (stream) return;
+  }
   const { account = "", token = "" } = JSON.parse(stored);
   for (;;) {
     try {

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import signal
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from harness.browser import Visit, chromium, other_site, visiting
+from harness.browser import PATIENCE, Visit, chromium, other_site, visiting
 from harness.processes import GENEROUS, call_main, free_port, started
 from playwright.sync_api import Browser, Page, Route, expect
 
+from orchard.blocking import open_client
 from orchard.cli.main import main
 from orchard.schema import VM, Worker
 from orchard.testing import BlockingCluster, start_cluster
@@ -33,6 +37,8 @@ PULLED = "example.com/pull-900s"
 LONG_SCRIPT = {"script_content": "echo step 1; sleep 1000"}
 FAILING_SCRIPT = {"script_content": "echo no space left; exit 3"}
 READER = ("reader", "r" * 32)
+# Creates one of the VMs.
+WRITER = ("writer", "w" * 32)
 LISTENING = re.compile(r".*(http://127\.0\.0\.1:[0-9]+)")
 PAGES = ["fleet", "vms", "images", "history", "api", "worker/mac-02", "vm/ci-005"]
 # More than a tab needs for its requests, and so many that each tab could not have a watch of its own.
@@ -44,14 +50,18 @@ HISTORY, PER_HOUR = 2300, 100
 FILTERS: dict[str, tuple[str, Callable[[VM], bool]]] = {
     "name": ("CI-00", lambda vm: vm.name.startswith("ci-00")),
     "state": ("failed", lambda vm: vm.state.status == "failed"),
-    "owner": ("nobody", lambda vm: False),
+    "owner": (WRITER[0].upper(), lambda vm: vm.meta.created_by == WRITER[0]),
     "image": ("pull-900", lambda vm: vm.spec.image == PULLED),
     "label": ("xcode=99", lambda vm: vm.spec.labels == {"xcode": "99"}),
     "metadata": ("job=1", lambda vm: vm.spec.metadata.get("job", "").startswith("1")),
-    "age": ("h", lambda vm: False),
 }
+# By age: days of VMs that the page takes for older.
+AGES = {"": [0, 0.04, 0.05, 0.9, 1.1, 6.9, 7.1], "h": [0.05, 0.9, 1.1, 6.9, 7.1], "d": [1.1, 6.9, 7.1], "w": [7.1]}
 # Sets a field, as a person does.
 _SET = """(field, value) => { field.value = value; field.dispatchEvent(new Event(field.tagName === "SELECT" ? "change" : "input")); }"""
+
+# Has the page ask for the history again, which it keeps for a while.
+_FORGET_HISTORY = "ended = { at: 0, vms: null }"
 
 
 # ---- the browser and the clusters -----------------------------------------------------------------------------------
@@ -72,6 +82,9 @@ def fleet() -> Iterator[BlockingCluster]:
         for number in range(VMS):
             name, more = f"ci-{number:03}", _kind_of_vm(number)
             c.client.vms.create(name=name, image=more.pop("image", IMAGE), metadata={"job": str(number // 3)}, **more)
+        c.client.service_accounts.create(name=WRITER[0], token=WRITER[1], roles=["compute:write"])
+        with open_client(c.url, account=WRITER[0], token=WRITER[1]) as writer:
+            writer.vms.create(name="of-another", image=IMAGE)
         yield c
 
 
@@ -92,12 +105,29 @@ def visit(browser: Browser, fleet: BlockingCluster) -> Iterator[Visit]:
 
 
 @pytest.fixture(scope="module")
-def everything(browser: Browser, fleet: BlockingCluster) -> Iterator[Page]:
-    """Yield the page of all VMs."""
+def shared(browser: Browser, fleet: BlockingCluster) -> Iterator[Visit]:
+    """Yield a visit with one tab, in which the administrator is signed in."""
     with visiting(browser, fleet.url) as found:
-        tab = found.sign_in(fleet.account, fleet.token, "vms")
-        expect(tab.locator(".count")).to_have_text(str(len(fleet.client.vms.list())))
-        yield tab
+        found.sign_in(fleet.account, fleet.token)
+        yield found
+
+
+@pytest.fixture
+def tab(shared: Visit) -> Iterator[Page]:
+    """Yield the tab that many tests use, with the page of the fleet drawn anew. Nothing may be wrong in it."""
+    (found,) = shared.context.pages
+    found.goto(f"{shared.url}/ui/#/fleet")
+    found.evaluate("frame.route()")
+    yield found
+    assert shared.problems == []
+
+
+@pytest.fixture
+def everything(tab: Page, fleet: BlockingCluster) -> Page:
+    """Return the tab with the page of all VMs."""
+    tab.goto(f"{fleet.url}/ui/#/vms")
+    expect(tab.locator(".count")).to_have_text(str(len(fleet.client.vms.list())))
+    return tab
 
 
 def made_history(number: int, now: datetime.datetime) -> dict[str, Any]:
@@ -155,11 +185,35 @@ def test_account_that_may_read_only_sees_no_button_that_changes_anything(visit: 
         assert names <= {"Copy", "Follow", "Download", "JSON"}, page
 
 
-def test_account_that_may_change_vms_has_the_buttons_for_it(visit: Visit, fleet: BlockingCluster) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token, "vm/ci-005")
+def test_page_follows_the_roles_of_its_account(visit: Visit, fleet: BlockingCluster) -> None:
+    accounts, name, token = fleet.client.service_accounts, "changing", "c" * 32
+    accounts.create(name=name, token=token, roles=["compute:read", "compute:write"])
+    tab = visit.sign_in(name, token, "worker/mac-04")
+    accounts.replace(name, roles=["compute:read"], token=token)
+    tab.get_by_role("button", name="Pause").click()
+    expect(tab.get_by_role("button", name="Pause")).to_have_count(0)
+    assert not fleet.client.workers.get("mac-04").scheduling_paused
+    # Without the role to look, the page is left, and says why.
+    accounts.replace(name, roles=[], token=token)
+    expect(tab.get_by_role("alert")).to_contain_text("compute:read")
+    expect(tab.get_by_role("navigation")).to_be_hidden()
+    accounts.replace(name, roles=["compute:read"], token=token)
+    tab.get_by_label("Service account").fill(name)
+    tab.get_by_label("Token").fill(token)
+    tab.get_by_role("button", name="Sign in").click()
+    expect(tab.locator("#connection")).to_have_text("Live")
+    accounts.delete(name)
+    expect(tab.get_by_label("Token")).to_be_visible()
+    # A browser notes each refusal in its console.
+    assert [problem for problem in visit.problems if not re.search("40[13]", problem)] == []
+    visit.problems.clear()
+
+
+def test_account_that_may_change_vms_has_the_buttons_for_it(tab: Page, fleet: BlockingCluster) -> None:
+    tab.goto(f"{fleet.url}/ui/#/vm/ci-005")
     for name in ("Stop…", "Restart…", "Token…", "Again with a shell", "Delete…"):
         expect(tab.get_by_role("button", name=name)).to_be_visible()
-    tab.goto(f"{visit.url}/ui/#/worker/mac-03")
+    tab.goto(f"{fleet.url}/ui/#/worker/mac-03")
     tab.get_by_role("button", name="Pause").click()
     expect(tab.get_by_role("button", name="Resume")).to_be_visible()
     assert fleet.client.workers.get("mac-03").scheduling_paused
@@ -173,9 +227,9 @@ def test_account_that_may_change_vms_has_the_buttons_for_it(visit: Visit, fleet:
     expect(tab.locator("main h1 + .word")).to_have_text("online")
 
 
-def test_vm_is_started_again_without_its_script_and_deleted(visit: Visit, fleet: BlockingCluster) -> None:
+def test_vm_is_started_again_without_its_script_and_deleted(tab: Page, fleet: BlockingCluster) -> None:
     fleet.client.vms.create(name="again", image=IMAGE, labels={"xcode": "99"}, startup_script=LONG_SCRIPT, metadata={"k": "v"})  # fmt: skip
-    tab = visit.sign_in(fleet.account, fleet.token, "vm/again")
+    tab.goto(f"{fleet.url}/ui/#/vm/again")
     tab.get_by_role("button", name="Again with a shell").click()
     expect(tab.locator("main h1")).to_have_text("again-shell")
     copy = fleet.client.vms.get("again-shell")
@@ -184,7 +238,7 @@ def test_vm_is_started_again_without_its_script_and_deleted(visit: Visit, fleet:
     tab.get_by_role("button", name="Issue").click()
     expect(tab.get_by_label("token", exact=True)).to_contain_text("ey")
     tab.get_by_role("button", name="Close").click()
-    tab.goto(f"{visit.url}/ui/#/vms")
+    tab.goto(f"{fleet.url}/ui/#/vms")
     tab.get_by_label("Name").fill("again")
     tab.get_by_label("Select all that are shown").check()
     tab.get_by_role("button", name="Delete…").click()
@@ -193,12 +247,12 @@ def test_vm_is_started_again_without_its_script_and_deleted(visit: Visit, fleet:
     assert not [vm.name for vm in fleet.client.vms.list() if vm.name.startswith("again")]
 
 
-def test_buttons_of_a_vm(visit: Visit, fleet: BlockingCluster) -> None:
+def test_buttons_of_a_vm(tab: Page, fleet: BlockingCluster) -> None:
     vms = fleet.client.vms
     vms.create(name="pressed", image=IMAGE, suspendable=True)
     vms.wait("pressed")
     uid = vms.get("pressed").uid
-    tab = visit.sign_in(fleet.account, fleet.token, "vm/pressed")
+    tab.goto(f"{fleet.url}/ui/#/vm/pressed")
 
     def press(name: str) -> None:
         tab.get_by_role("main").get_by_role("button", name=f"{name}…").click()
@@ -215,7 +269,7 @@ def test_buttons_of_a_vm(visit: Visit, fleet: BlockingCluster) -> None:
     assert vms.get("pressed").spec.power_state == "suspended"
     vms.create(name="halted", image=IMAGE)
     vms.wait("halted")
-    tab.goto(f"{visit.url}/ui/#/vm/halted")
+    tab.goto(f"{fleet.url}/ui/#/vm/halted")
     press("Stop")
     expect(state).to_have_text("stopped")
     assert vms.get("halted").spec.power_state == "stopped"
@@ -225,25 +279,31 @@ def test_buttons_of_a_vm(visit: Visit, fleet: BlockingCluster) -> None:
     assert uid not in {vm.uid for vm in vms.list()}
 
 
-def test_worker_is_deleted(visit: Visit, fleet: BlockingCluster) -> None:
+def test_worker_is_deleted(tab: Page, fleet: BlockingCluster) -> None:
     fleet.client.workers.register({"name": "spare", "machine_id": "m"})
-    tab = visit.sign_in(fleet.account, fleet.token, "worker/spare")
+    tab.goto(f"{fleet.url}/ui/#/worker/spare")
     tab.get_by_role("button", name="Delete…").click()
     tab.get_by_role("dialog").get_by_role("button", name="Delete").click()
     expect(tab.locator("main")).to_contain_text("There is no such worker.")
     assert "spare" not in {worker.name for worker in fleet.client.workers.list()}
 
 
-def test_images_are_listed_and_pulled_in_advance(visit: Visit, fleet: BlockingCluster) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token)
-    # As tart's workers report it; those of this cluster do not.
+def test_images_are_listed_and_pulled_in_advance(tab: Page, fleet: BlockingCluster) -> None:
     expect(tab.locator(".box header a")).to_have_count(WORKERS)
+    # As tart's workers report it; those of this cluster do not.
     vm = {"name": "pulled", "uid": "p", "image": PULLED, "worker": "mac-01", "status": "pending", "status_message": "pulling image: 42 %"}  # fmt: skip
     tab.evaluate("(object) => { fleet.apply({ type: 'ADDED', kind: 'vm', object }); frame.schedule(); }", vm)
     expect(tab.locator(".box", has_text="mac-01").locator(".slot", has_text="pulled")).to_contain_text("pull 42 %")
-    tab.goto(f"{visit.url}/ui/#/images")
+    images = [{"name": "example.com/own", "digest": "sha256:" + "0" * 64, "sizeBytes": 42 * 10**9}]
+    worker = {"name": "lister", "machine_id": "m", "capabilities": ["image-inventory"]}
+    fleet.client.request("POST", "/workers", json=worker)
+    seen = datetime.datetime.now(datetime.UTC).isoformat()
+    fleet.client.request("PUT", "/workers/lister", json={**worker, "last_seen": seen, "images": images})
+    tab.goto(f"{fleet.url}/ui/#/images")
     expect(tab.get_by_role("region", name="Being pulled").locator("li", has_text="pulled")).to_contain_text("pull 42 %")
-    expect(tab.get_by_role("row", name=IMAGE)).to_contain_text(f"of {WORKERS}")
+    expect(tab.get_by_role("row", name="example.com/own")).to_contain_text(f"1 of {WORKERS + 1}42 GB")
+    fleet.client.workers.delete("lister")
+    tab.evaluate("fleet.apply({ type: 'DELETED', kind: 'vm', object: { name: 'pulled' } })")
     tab.get_by_role("button", name="Pre-pull…", exact=True).click()
     tab.get_by_label("Image", exact=True).fill("example.com/other")
     tab.get_by_label("Labels of the workers").fill("xcode=99 rack=1")
@@ -260,13 +320,20 @@ def test_images_are_listed_and_pulled_in_advance(visit: Visit, fleet: BlockingCl
 # ---- tables and plots -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("field", ["name", "state", "owner", "image", "label", "metadata", "age"])
+@pytest.mark.parametrize("field", FILTERS)
 def test_vms_are_filtered(everything: Page, fleet: BlockingCluster, field: str) -> None:
     value, matches = FILTERS[field]
     wanted = {vm.name for vm in fleet.client.vms.list() if matches(vm)}
     everything.locator(f"form [name={field}]").evaluate(_SET, value)
+    assert wanted
     assert set(everything.evaluate("frame.page.shown.map((vm) => vm.name)")) == wanted
-    everything.locator(f"form [name={field}]").evaluate(_SET, "")
+
+
+def test_vms_are_filtered_by_age(everything: Page) -> None:
+    now, matches = datetime.datetime.now(datetime.UTC), "({ age, times }) => times.map((createdAt) => ({ createdAt })).filter(vmFilter(new Map([['age', age]]))).length"  # fmt: skip
+    times = [(now - datetime.timedelta(days=days)).isoformat() for days in AGES[""]]
+    for age, older in AGES.items():
+        assert everything.evaluate(matches, {"age": age, "times": times}) == len(older)
 
 
 def test_vms_are_sorted_by_each_column(everything: Page) -> None:
@@ -283,7 +350,7 @@ def test_vms_are_sorted_by_each_column(everything: Page) -> None:
             expect(first).to_have_text(everything.evaluate("frame.page.shown[0].name"))
 
 
-def test_plots_show_the_history(visit: Visit, fleet: BlockingCluster) -> None:
+def test_plots_show_the_history(shared: Visit, tab: Page, fleet: BlockingCluster) -> None:
     """Of more VMs than are read at a time, of which many ended at the same time."""
     now = datetime.datetime.now(datetime.UTC)
     ended = [made_history(number, now) for number in range(HISTORY)]
@@ -293,8 +360,9 @@ def test_plots_show_the_history(visit: Visit, fleet: BlockingCluster) -> None:
         since, limit = datetime.datetime.fromisoformat(query["since"][0]), int(query["limit"][0])
         route.fulfill(json=[vm for vm in ended if datetime.datetime.fromisoformat(vm["endedAt"]) >= since][:limit])
 
-    visit.context.route("**/v1/history?*", answer)
-    tab = visit.sign_in(fleet.account, fleet.token, "history")
+    shared.context.route("**/v1/history?*", answer)
+    tab.evaluate(_FORGET_HISTORY)
+    tab.goto(f"{fleet.url}/ui/#/history")
     titles = "elements => elements.map((one) => one.textContent)"
     hours = range(len(ended) // PER_HOUR)
     panel = tab.get_by_role("region", name="VMs an hour")
@@ -311,6 +379,58 @@ def test_plots_show_the_history(visit: Visit, fleet: BlockingCluster) -> None:
     for name, value in (("image", "image-0"), ("worker", "mac-0"), ("owner", "owner-0")):
         cells = tab.get_by_role("region", name=f"Failures by {name}").locator("tbody td")
         assert cells.all_inner_texts()[:3] == [value, str(HISTORY // 10), "100 %"]
+    # The last fifty of a worker are those of five hours. Of all hours, place N took 120 * (N + 1) seconds to boot.
+    tab.goto(f"{fleet.url}/ui/#/worker/mac-1")
+    rows = tab.get_by_role("table", name="Compared with the fleet").locator("tbody tr")
+    expect(rows).to_have_text(["failed0 %10 %", "time to boot1 h 34 m1 h 41 m", "time it ran1 m1 m"])
+    names = tab.get_by_role("region", name="Last fifty VMs").locator("li .clip").all_inner_texts()
+    assert names == [one["name"] for one in reversed(ended) if one["worker"] == "mac-1"][:50]
+    shared.context.unroute("**/v1/history?*")
+
+
+def test_history_shows_the_numbers_of_the_api(tab: Page, fleet: BlockingCluster) -> None:
+    vms, names = fleet.client.vms, {"past-0", "past-1", "past-2"}
+    for name in names:
+        more: dict[str, Any] = {"startup_script": FAILING_SCRIPT} if name == "past-0" else {}
+        vms.create(name=name, image="example.com/past", **more)
+        vms.wait(name, until="failed" if name == "past-0" else "ready")
+        vms.delete(name)
+    # The history has them within a second.
+    has_all = "async (names) => { const found = (await ask('/history')).map((vm) => vm.name); return names.every((name) => found.includes(name)); }"
+    tab.wait_for_function(has_all, arg=sorted(names), timeout=PATIENCE)
+    ended = fleet.client.history()
+    tab.evaluate(_FORGET_HISTORY)
+    tab.goto(f"{fleet.url}/ui/#/history")
+    bars = tab.get_by_role("region", name="VMs an hour").locator(".bars title")
+    expect(bars).not_to_have_count(0)
+    assert sum(map(int, bars.all_text_contents())) == len(ended)
+    for name, key in (("image", "image"), ("worker", "worker"), ("owner", "created_by")):
+        failed = Counter(getattr(one, key) for one in ended if one.status == "failed")
+        every = Counter(getattr(one, key) for one in ended)
+        rows = tab.get_by_role("region", name=f"Failures by {name}").locator("tbody tr").all_inner_texts()
+        wanted = {f"{value}\t{count}\t{100 * count / every[value]:.0f} %" for value, count in failed.items()}
+        assert {row.rstrip() for row in rows} == wanted
+
+
+@pytest.mark.needs("curl")
+def test_lines_of_the_api_page_are_accepted_by_the_controller(tab: Page, fleet: BlockingCluster) -> None:
+    tab.goto(f"{fleet.url}/ui/#/api")
+    expect(tab.locator("details.op").first).to_be_visible()
+    lines = [line for line in tab.locator("details.op .copy code").all_text_contents() if line.startswith("curl ")]
+    assert len(lines) > 20
+    # Each that reads something and ends. What stands in capitals is for the user to replace.
+    asking = [line for line in lines if " -X " not in line and " -N " not in line]
+    names = {"vms/NAME": "vms/ci-005", "workers/NAME": "workers/mac-02", "accounts/NAME": "accounts/reader"}
+    found: dict[str, str] = {}
+    for line in asking:
+        whole = line
+        for place, name in names.items():
+            whole = whole.replace(place, name)
+        words = f"{whole} --silent --show-error --output /dev/null --write-out '%{{http_code}}'"
+        done = subprocess.run(["sh", "-c", words], env={**os.environ, "TOKEN": fleet.token}, capture_output=True, text=True, timeout=GENEROUS)  # fmt: skip
+        found[line] = done.stdout + done.stderr
+    assert len(found) > 10
+    assert {line: status for line, status in found.items() if status != "200"} == {}
 
 
 # ---- looks ----------------------------------------------------------------------------------------------------------
@@ -323,11 +443,8 @@ def test_pages_in_both_themes(browser: Browser, fleet: BlockingCluster, scheme: 
         tab = visit.sign_in(fleet.account, fleet.token)
         names = tab.locator(".box header a")
         expect(names).to_have_count(WORKERS)
-        for name in names.all():
-            box = name.bounding_box()
-            assert box is not None
-            # All of the name is there.
-            assert name.evaluate("element => element.scrollWidth <= element.clientWidth")
+        # All of each name is there.
+        assert names.evaluate_all("all => all.every((one) => one.offsetWidth && one.scrollWidth <= one.offsetWidth)")
         expect(tab.locator(".tiles")).to_contain_text(f"/ {WORKERS}")
         for page in PAGES:
             tab.goto(f"{visit.url}/ui/#/{page}")
@@ -343,15 +460,16 @@ def test_pages_in_both_themes(browser: Browser, fleet: BlockingCluster, scheme: 
             tab.screenshot(path=SCREENSHOTS / f"{page.partition('/')[0]}-{scheme}-390.png")
 
 
-def test_fleet_shows_what_needs_a_human_and_why_vms_wait(visit: Visit, fleet: BlockingCluster) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token)
+def test_fleet_shows_what_needs_a_human_and_why_vms_wait(tab: Page, fleet: BlockingCluster) -> None:
     need, queue = tab.get_by_role("region", name="Needs attention"), tab.get_by_role("region", name="Queue")
-    expect(need.locator("li")).to_have_count(3)
+    # One line for the three that wait for the same label.
+    expect(need.locator("li a")).to_have_text("3 VMs")
     expect(queue.locator("li")).to_have_count(3)
     expect(queue).to_contain_text("xcode=99")
     expect(tab.get_by_role("region", name="Failures of the last hour")).to_contain_text("exit code 3")
     tab.get_by_label("Group by").select_option(label="xcode")
     expect(tab.locator(".group h3")).to_have_text(["xcode=26", "xcode=27"])
+    tab.get_by_label("Group by").select_option(label="nothing")
 
 
 # Lines of a watch, in an order other than that of the problems.
@@ -385,32 +503,31 @@ _UNNAMED = """() => [...document.querySelectorAll("a[href], button, input, selec
   .filter((one) => one.checkVisibility())
   .filter((one) => !(one.getAttribute("aria-label") || one.textContent.trim() || [...(one.labels || [])].some((label) => label.textContent.trim())))
   .map((one) => one.outerHTML)"""
-# Numbers each control that is seen. A control of the disclosure of a closed <details> is not.
-_NUMBER = """() => [...document.querySelectorAll("header a, header button, main a[href], main button, main input, main select, main summary, main [tabindex='0']")]
-  .filter((one) => one.checkVisibility()).map((one, index) => { one.dataset.number = index; return index; })"""
+# Numbers each control that is seen, and takes the number off when it gets the focus. A control in a closed <details> is not
+# seen. Returns how many there are.
+_NUMBER = """() => {
+  document.activeElement.blur();
+  document.addEventListener("focusin", ({ target }) => delete target.dataset.number);
+  const all = document.querySelectorAll("header a, header button, main a[href], main button, main input, main select, main summary, main [tabindex='0']");
+  return [...all].filter((one) => one.checkVisibility()).map((one, index) => { one.dataset.number = index; }).length;
+}"""
 
 
-def test_every_control_has_a_name_and_is_reached_by_keyboard(visit: Visit, fleet: BlockingCluster) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token)
+def test_every_control_has_a_name_and_is_reached_by_keyboard(tab: Page, fleet: BlockingCluster) -> None:
     for page in ("vms?name=ci-00", "images", "history", "api", "worker/mac-02", "vm/ci-005"):
-        tab.goto(f"{visit.url}/ui/#/{page}")
+        tab.goto(f"{fleet.url}/ui/#/{page}")
         expect(tab.locator("main h1")).not_to_be_empty()
         expect(tab.locator("main")).not_to_contain_text("Loading…")
         assert tab.evaluate(_UNNAMED) == [], page
-        left = set(tab.evaluate(_NUMBER))
-        assert left
-        for _ in range(2 * len(left) + 20):
+        count = tab.evaluate(_NUMBER)
+        assert count
+        for _ in range(count + 5):
             tab.keyboard.press("Tab")
-            left.discard(tab.evaluate("Number(document.activeElement.dataset.number ?? -1)"))
-            if not left:
-                break
         # A row that was drawn anew meanwhile has lost its number.
-        missed = [number for number in left if tab.locator(f"[data-number='{number}']").count()]
-        assert [tab.locator(f"[data-number='{number}']").evaluate("one => one.outerHTML") for number in missed] == []
+        assert tab.evaluate("[...document.querySelectorAll('[data-number]')].map((one) => one.outerHTML)") == []
 
 
-def test_keys_lead_to_a_vm(visit: Visit, fleet: BlockingCluster) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token)
+def test_keys_lead_to_a_vm(tab: Page, fleet: BlockingCluster) -> None:
     expect(tab.locator(".box header a")).to_have_count(WORKERS)
     tab.keyboard.press("?")
     expect(tab.get_by_role("dialog")).to_be_visible()
@@ -431,8 +548,7 @@ def test_keys_lead_to_a_vm(visit: Visit, fleet: BlockingCluster) -> None:
     expect(tab.locator("main h1")).to_have_text("ci-005")
 
 
-def test_page_has_landmarks_and_says_changes_to_a_screen_reader(visit: Visit, fleet: BlockingCluster) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token)
+def test_page_has_landmarks_and_says_changes_to_a_screen_reader(tab: Page, fleet: BlockingCluster) -> None:
     for role in ("banner", "navigation", "main"):
         expect(tab.get_by_role(role)).to_have_count(1)
     expect(tab.locator("#connection")).to_have_attribute("aria-live", "polite")
@@ -450,17 +566,18 @@ _NOTE_WHEN_SEEN = """(text) => new MutationObserver((_, observer) => {
 }).observe(document.body, { childList: true, subtree: true, characterData: true })"""
 
 
-def test_vm_that_is_created_appears_by_the_one_stream(visit: Visit, fleet: BlockingCluster) -> None:
-    tab = visit.sign_in(fleet.account, fleet.token)
+def test_vm_that_is_created_appears_by_the_one_stream(shared: Visit, tab: Page, fleet: BlockingCluster) -> None:
     expect(tab.locator(".box header a")).to_have_count(WORKERS)
     tab.evaluate(_NOTE_WHEN_SEEN, "just-created")
-    assert sum("/v1/watch" in url for url in visit.requests) == 1
-    before = len(visit.requests)
+    # The page has asked for the failures of the last hour.
+    expect(tab.get_by_role("region", name="Failures of the last hour")).to_contain_text("exit code 3")
+    assert sum("/v1/watch?kinds=vms,workers" in url for url in shared.requests) == 1
+    before = len(shared.requests)
     fleet.client.vms.create(name="just-created", image=IMAGE, labels={"xcode": "99"})
     answered = time.time()
     try:
         expect(tab.locator("html")).to_have_attribute("data-seen", re.compile("."))
-        assert visit.requests[before:] == []
+        assert shared.requests[before:] == []
         seen = int(tab.locator("html").get_attribute("data-seen") or 0) / 1000
         print(f"seen {1000 * (seen - answered):.0f} ms after the answer")
     finally:
@@ -526,14 +643,14 @@ def test_lost_connection_is_said_within_5_s_and_comes_back_also_after_a_kill(bro
 MARKUP = """<img src=x onerror="document.title='pwned'"><script>document.title='pwned'</script><h1>pwned</h1>"""
 
 
-def test_what_a_script_prints_is_text(visit: Visit, fleet: BlockingCluster) -> None:
+def test_what_a_script_prints_is_text(tab: Page, fleet: BlockingCluster) -> None:
     lines = f"cat <<'EOF'\n{MARKUP}\n\x1b[31mred\x1b[0m \x1b]0;title\x07plain\nEOF\nexit 1"
     fleet.client.vms.create(
         name="printer", image=IMAGE, startup_script={"script_content": lines}, metadata={"m": MARKUP}
     )
     fleet.client.vms.wait("printer", until="failed")
     try:
-        tab = visit.sign_in(fleet.account, fleet.token, "vm/printer")
+        tab.goto(f"{fleet.url}/ui/#/vm/printer")
         log = tab.get_by_role("log")
         expect(log).to_contain_text(MARKUP)
         expect(log).to_contain_text("red plain")
@@ -541,21 +658,21 @@ def test_what_a_script_prints_is_text(visit: Visit, fleet: BlockingCluster) -> N
         expect(tab.locator("main")).to_contain_text("m=<img")
         expect(tab.locator("main img, main script")).to_have_count(0)
         expect(tab.locator("main h1")).to_have_text("printer")
-        tab.goto(f"{visit.url}/ui/#/vms?name=printer")
+        tab.goto(f"{fleet.url}/ui/#/vms?name=printer")
         expect(tab.locator("main tbody")).to_contain_text("<img")
         assert tab.title() == "VMs · Orchard"
     finally:
         fleet.client.vms.delete("printer")
 
 
-def test_log_of_200_000_lines(visit: Visit, fleet: BlockingCluster) -> None:
+def test_log_of_200_000_lines(tab: Page, fleet: BlockingCluster) -> None:
     fleet.client.vms.create(name="talker", image=IMAGE, labels={"xcode": "99"})
     try:
         for start in range(0, LINES, 10_000):
             numbers = range(start, start + 10_000)
             events = [{"kind": "log_line", "payload": f"line {number}", "timestamp": 1} for number in numbers]
             fleet.client.vms.append_events("talker", events)
-        tab = visit.sign_in(fleet.account, fleet.token, "vm/talker")
+        tab.goto(f"{fleet.url}/ui/#/vm/talker")
         log = tab.get_by_role("log")
         expect(log).to_contain_text(f"line {LINES - 1}")
         assert tab.locator(".logbox .rows div").count() < 200
