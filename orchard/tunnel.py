@@ -97,8 +97,7 @@ class VMAccess:
         """Connect to a port of a VM. The worker's end is closed if it is not used within CLAIM_SECONDS."""
         deadline = trio.current_time() + wait
         running = await self.wait_running(vm, wait)
-        request = PendingRequest[WorkerEnd](running.state.worker, "portForwardAction", vm.meta.uid, port=port)
-        return await self._rendezvous.ask_port(request, deadline, sender=sender)
+        return await self._rendezvous.ask_port(running.state.worker, vm.uid, port, deadline, sender=sender)
 
     @asynccontextmanager
     async def open_stream(self, vm: VM, port: int, wait: float, *, sender: str = "") -> AsyncIterator[TunnelStream]:
@@ -112,8 +111,7 @@ class VMAccess:
 
     async def connect_to_host(self, worker: str, port: int, wait: float, *, sender: str = "") -> WorkerEnd:
         """Connect to a port of a worker's host."""
-        request = PendingRequest[WorkerEnd](worker, "portForwardAction", "", port=port)
-        return await self._rendezvous.ask_port(request, trio.current_time() + wait, sender=sender)
+        return await self._rendezvous.ask_port(worker, "", port, trio.current_time() + wait, sender=sender)
 
     async def find_address(self, vm: VM, wait: float, *, sender: str = "") -> str:
         """Return a VM's address in its worker's network."""
@@ -287,10 +285,11 @@ class Rendezvous:
 
     # -- requests
 
-    async def ask_port(self, request: PendingRequest[WorkerEnd], deadline: float, *, sender: str = "") -> WorkerEnd:
-        """Have a worker connect to a port of a VM, or of its host. Raises UnreachableError."""
-        if request.vm_uid and len(self._ends.get(request.vm_uid, ())) >= MAX_TUNNELS_OF_VM:
+    async def ask_port(self, worker: str, vm_uid: str, port: int, deadline: float, *, sender: str = "") -> WorkerEnd:
+        """Have a worker connect to a port of a VM, or of its host for the uid "". Raises UnreachableError."""
+        if vm_uid and len(self._ends.get(vm_uid, ())) >= MAX_TUNNELS_OF_VM:
             raise UnreachableError(f"the VM has {MAX_TUNNELS_OF_VM} tunnels, which is the limit; close some")
+        request = PendingRequest[WorkerEnd](worker, "portForwardAction", vm_uid, port=port)
         with self._counted(sender, request):
             return await self._ask(request, self._ports, deadline)
 

@@ -88,10 +88,6 @@ class Asked:
         self.done.set()
 
 
-def port_request(worker: str, vm_uid: str) -> PendingRequest[WorkerEnd]:
-    return PendingRequest(worker, "portForwardAction", vm_uid, port=22)
-
-
 def ask_address(nursery: trio.Nursery, rendezvous: Rendezvous, vm_uid: str = "uid", worker: str = "w") -> Asked:
     return Asked(nursery, lambda: rendezvous.ask_address(worker, vm_uid, 3000))
 
@@ -200,7 +196,7 @@ async def test_request_is_answered_once_and_by_the_account_it_was_sent_to(autoju
     async with watch_pair() as (ours, worker, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, rendezvous, "w", ours, [])
         await worker.get_message()
-        asked = Asked(nursery, lambda: rendezvous.ask_port(port_request("w", "uid"), 3000))
+        asked = Asked(nursery, lambda: rendezvous.ask_port("w", "uid", 22, 3000))
         action = await next_action(worker)
         session = action["portForwardAction"]["session"]
         assert action == {"portForwardAction": {"session": session, "vmUID": "uid", "port": 22}}
@@ -314,7 +310,7 @@ async def test_number_of_pending_requests_is_bounded(autojump_clock: Any, monkey
         first, _second = ask_address(nursery, rendezvous, "1"), ask_address(nursery, rendezvous, "2")
         await wait_all_tasks_blocked()
         with pytest.raises(UnreachableError, match="2 requests"):
-            await rendezvous.ask_port(port_request("w", "3"), 3000)
+            await rendezvous.ask_port("w", "3", 22, 3000)
         first.scope.cancel()
         await first.done.wait()
         fourth = ask_address(nursery, rendezvous, "4")
@@ -333,7 +329,7 @@ async def test_holders_of_one_vms_tokens_cannot_keep_others_from_asking(
     rendezvous = Rendezvous()
 
     def ask(vm_uid: str, sender: str) -> Asked:
-        return Asked(nursery, lambda: rendezvous.ask_port(port_request("w", vm_uid), 3000, sender=sender))
+        return Asked(nursery, lambda: rendezvous.ask_port("w", vm_uid, 22, 3000, sender=sender))
 
     async with watch_pair() as (ours, _worker, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, rendezvous, "w", ours, [])
@@ -365,7 +361,7 @@ async def test_worker_that_does_not_answer_cannot_keep_others_from_the_hosts_of_
     rendezvous = Rendezvous()
 
     def ask(worker: str) -> Asked:
-        return Asked(nursery, lambda: rendezvous.ask_port(port_request(worker, ""), 3000))
+        return Asked(nursery, lambda: rendezvous.ask_port(worker, "", 22, 3000))
 
     async with watch_pair() as (sick, _, _), watch_pair() as (well, _, _), trio.open_nursery() as nursery:
         nursery.start_soon(serve, rendezvous, "sick", sick, [])
