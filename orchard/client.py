@@ -36,7 +36,6 @@ names the statuses to expect, and other errors. net/transport.py opens the conne
 
 from __future__ import annotations
 
-import base64
 import datetime
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -65,6 +64,7 @@ from orchard.net.transport import (
     ResponseError,
     Transport,
 )
+from orchard.net.urls import basic_header
 from orchard.schema import OS, Arch, EndedVM, Runtime
 
 __all__ = [
@@ -241,5 +241,5 @@ def _pairs_text(pairs: Mapping[str, object]) -> str:
 def _authorization(account: str, token: str, access_token: str) -> str:
     """Return the value of the header Authorization, "" for none."""
     if account:
-        return "Basic " + base64.b64encode(f"{account}:{token}".encode()).decode()
+        return basic_header(account, token)
     return f"Bearer {access_token}" if access_token else ""

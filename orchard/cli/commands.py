@@ -20,8 +20,9 @@ from typing import BinaryIO
 import trio
 
 from orchard.cli.failure import FAILED, USAGE, CommandError, cleaning_up
+from orchard.cli.pipe import send_input, write_all
 from orchard.cli.session import add_context_option
-from orchard.cli.tunnels import run_with_client, send_input, write_all
+from orchard.cli.tunnels import run_with_client
 from orchard.client import Client, RunningCommand
 from orchard.command_line import CommandLine, parse_duration
 

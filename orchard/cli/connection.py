@@ -6,7 +6,6 @@ the verbs with WebSockets use it; https.py opens the connections here.
 
 from __future__ import annotations
 
-import base64
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from urllib.parse import quote, urlencode
 
 from orchard.cli.context import Context
 from orchard.cli.failure import USAGE, CommandError, NetworkError
-from orchard.net.urls import NOT_SERVING, REFUSED_PAUSE, TAKEOVER_SECONDS, ServerURL, parse_urls
+from orchard.net.urls import NOT_SERVING, REFUSED_PAUSE, TAKEOVER_SECONDS, ServerURL, basic_header, parse_urls
 
 if TYPE_CHECKING:
     import http.client
@@ -156,8 +155,7 @@ class ControllerConnection:
             target += f"?{urlencode(query)}"
         headers = {"Accept": "application/json", "User-Agent": "orchard-command"}
         if self._context.account or self._context.token:
-            pair = f"{self._context.account}:{self._context.token}".encode()
-            headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+            headers["Authorization"] = basic_header(self._context.account, self._context.token)
         raw = None
         if body is not None:
             raw = json.dumps(body, ensure_ascii=False).encode()

@@ -60,7 +60,7 @@ VERBS: Mapping[str, Verb] = {
     "port-forward": Verb("tunnels", "forward a local port to a VM or to a worker's host"),
     "vnc": Verb("tunnels", "open the screen of a VM or of a worker's host"),
     "ssh-config": Verb("openssh", "print settings for ~/.ssh/config: ssh, scp and others reach each VM"),
-    "__tunnel": Verb("tunnels", ""),
+    "__tunnel": Verb("pipe", ""),
     "restart": Verb("actions", "restart a VM, with a fresh clone of its image"),
     "stop": Verb("actions", "stop a VM; its disk stays on its worker"),
     "suspend": Verb("actions", "suspend a VM"),

@@ -1,4 +1,4 @@
-"""The verbs that open tunnels into a VM: port-forward, vnc, and the hidden verb `__tunnel`, the ProxyCommand of ssh.
+"""The verbs that listen on a port and open tunnels to a VM or a host: port-forward and vnc.
 
 Bytes go through WebSockets of orchard.client, as those of exec and cp do (commands.py).
 """
@@ -6,7 +6,6 @@ Bytes go through WebSockets of orchard.client, as those of exec and cp do (comma
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 import webbrowser
@@ -16,16 +15,14 @@ from urllib.parse import quote
 
 import trio
 
-from orchard.cli.failure import CommandError
-from orchard.cli.openssh import SSH_DOMAIN, add_login_options, login_of
+from orchard.cli.openssh import add_login_options, login_of
+from orchard.cli.pipe import run_trio
 from orchard.cli.session import add_context_option, chosen_context
 from orchard.client import Client, ClientError
-from orchard.command_line import CommandLine, parse_duration, parse_port
-from orchard.net.tcp import describe_network_error, splice
-from orchard.nursery import unwrap_groups
+from orchard.command_line import CommandLine, parse_duration
+from orchard.net.tcp import splice
 
 _VNC_PORT = 5900
-_PIPE_BYTES = 64 * 1024
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:
@@ -37,10 +34,6 @@ def add_verb(verb: str, parser: CommandLine) -> None:
             "ports", metavar="[LOCAL]:REMOTE", type=parse_ports, help="LOCAL is a free port if it is left out"
         )
         parser.set_defaults(run=_forward)
-    elif verb == "__tunnel":
-        parser.add_argument("name", metavar="NAME")
-        parser.add_argument("port", metavar="PORT", type=parse_port)
-        parser.set_defaults(run=_pipe)
     else:
         parser.add_argument("kind", choices=("vm", "worker"), metavar="vm")
         parser.add_argument("name", metavar="NAME")
@@ -71,16 +64,7 @@ def run_with_client(options: argparse.Namespace, work: Callable[[Client], Awaita
         async with client:
             return await work(client)
 
-    try:
-        with unwrap_groups():
-            return trio.run(run, strict_exception_groups=True)
-    except (ClientError, ValueError) as error:
-        raise CommandError(str(error)) from None
-    except BrokenPipeError:
-        # Of standard output: a lost connection is a ClientError.
-        raise
-    except OSError as error:
-        raise CommandError(describe_network_error(error)) from None
+    return run_trio(run)
 
 
 # ---- port forwards ---------------------------------------------------------------------------------------------------
@@ -124,37 +108,3 @@ def _open_vnc(options: argparse.Namespace) -> int:
             print(f"open vnc://127.0.0.1:{port} in a VNC viewer", file=sys.stderr)
 
     return run_with_client(options, lambda client: _listen(client, options, (0, _VNC_PORT), opened))
-
-
-# ---- the ProxyCommand of ssh -----------------------------------------------------------------------------------------
-
-
-def _pipe(options: argparse.Namespace) -> int:
-    """Connect standard input and output to a port of a VM."""
-    name = options.name.removesuffix(SSH_DOMAIN)
-
-    async def relay(client: Client) -> int:
-        async with (
-            client.vms.port_forward(name, options.port, wait=options.wait) as tunnel,
-            trio.open_nursery() as nursery,
-        ):
-            nursery.start_soon(send_input, tunnel.send_all)
-            while data := await tunnel.receive_some():
-                await trio.to_thread.run_sync(write_all, 1, data)
-            nursery.cancel_scope.cancel()
-        return 0
-
-    return run_with_client(options, relay)
-
-
-async def send_input(send: Callable[[bytes], Awaitable[None]]) -> None:
-    """Send standard input until its end."""
-    # A thread, since a file cannot be waited for; and a shell must not find its terminal in non-blocking mode.
-    while data := await trio.to_thread.run_sync(os.read, 0, _PIPE_BYTES, abandon_on_cancel=True):
-        await send(data)
-
-
-def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

@@ -49,6 +49,11 @@ class Proxy(NamedTuple):
         return f"the proxy {bracketed(self.host)}:{self.port}"
 
 
+def basic_header(user: str, password: str) -> str:
+    """Return the value of the header Authorization, or Proxy-Authorization, for a name and a password."""
+    return f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+
+
 def parse_url(url: str, base_path: str = "") -> ServerURL:
     """Parse a server's URL. A `base_path` at its end is dropped. Raises ValueError that says what is accepted.
 
@@ -161,5 +166,5 @@ def _parse_proxy(url: str, variable: str) -> Proxy:
         raise ValueError(f'{variable} has the scheme "{parts.scheme}" or no host, {expected}')
     if parts.username is None:
         return Proxy(parts.hostname, port)
-    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-    return Proxy(parts.hostname, port, f"Basic {base64.b64encode(pair.encode()).decode()}")
+    authorization = basic_header(unquote(parts.username), unquote(parts.password or ""))
+    return Proxy(parts.hostname, port, authorization)

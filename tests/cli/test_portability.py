@@ -67,6 +67,13 @@ def test_ssh_imports_little_since_it_starts_a_program_that_imports_more(dev: Pat
     assert (status, HEAVY & set(modules)) == (1, set())
 
 
+def test_tunnel_of_ssh_imports_the_transport_and_no_client(dev: Path) -> None:
+    command = [sys.executable, "-c", RUN_AND_TELL, "__tunnel", "--wait", "1", "none", "22"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(dev), check=True)
+    status, modules = json.loads(done.stderr.splitlines()[-1])
+    assert (status, {"orchard.client", "orchard.schema", "orchard.bodies"} & set(modules)) == (1, set())
+
+
 # As on Windows: without the modules that it does not have, and without names of `os` and `signal`. Verbs that go on
 # are interrupted when they have printed something.
 ON_WINDOWS = """
