@@ -161,6 +161,9 @@ class PendingRequest(Generic[AnswerT]):
         self.action: Mapping[str, Any] = {kind: {"session": self.id, "vmUID": vm_uid, **details}}
         # The tasks that wait for the answer.
         self.askers = 0
+        # Whether all of them have gone without the answer.
+        self.is_abandoned = False
+        self._release: Callable[[], None] = lambda: None
         self._answered = trio.Event()
         self._answer: AnswerT | UnreachableError
 
@@ -169,8 +172,10 @@ class PendingRequest(Generic[AnswerT]):
         """The worker, and the VM that it is asked to reach, or "" for its host."""
         return self.worker, self.vm_uid
 
-    def resolve(self, answer: AnswerT) -> None:
+    def resolve(self, answer: AnswerT, release: Callable[[], None] = lambda: None) -> None:
+        """Have `wait_answered` return the answer. `release` is called if nobody takes it."""
         self._answer = answer
+        self._release = release
         self._answered.set()
 
     def fail(self, reason: str) -> None:
@@ -179,7 +184,16 @@ class PendingRequest(Generic[AnswerT]):
         self._answered.set()
 
     async def wait_answered(self) -> AnswerT:
-        await self._answered.wait()
+        self.askers += 1
+        try:
+            await self._answered.wait()
+        except trio.Cancelled:
+            if self.askers == 1:
+                self.is_abandoned = True
+                self._release()
+            raise
+        finally:
+            self.askers -= 1
         if isinstance(self._answer, UnreachableError):
             raise self._answer
         return self._answer
@@ -204,9 +218,9 @@ class TunnelTotals:
 class WorkerEnd:
     """The worker's end of a tunnel: a WebSocket that the task of its HTTP connection lends to the task of a client.
 
-    Each task has a cancel scope. The worker's task waits in the scope `loan` and keeps the WebSocket open. `loan` is
-    cancelled when the client's task has finished, or has not begun within CLAIM_SECONDS. The client's task works in the
-    scope `_use`. `end` cancels `_use`, and the client's task then closes the tunnel.
+    Each task has a cancel scope. The worker's task waits in the scope `loan` and keeps the WebSocket open. `release`
+    cancels it when the client's task has finished, or will not begin; so does CLAIM_SECONDS without one. The client's
+    task works in the scope `_use`. `end` cancels `_use`, and the client's task then closes the tunnel.
     """
 
     def __init__(self, worker: str, stream: TunnelStream) -> None:
@@ -232,7 +246,7 @@ class WorkerEnd:
                     closing.start_soon(self.stream.aclose, *self._close)
                 nursery.cancel_scope.cancel()
         finally:
-            self.loan.cancel()
+            self.release()
 
     @contextmanager
     def borrow(self) -> Iterator[TunnelStream]:
@@ -242,7 +256,7 @@ class WorkerEnd:
             with self._use:
                 yield self.stream
         finally:
-            self.loan.cancel()
+            self.release()
         if self._use.cancel_called:
             raise UnreachableError(self._close[1])
 
@@ -251,6 +265,10 @@ class WorkerEnd:
         if not self._use.cancel_called:
             self._close = (code, reason)
             self._use.cancel()
+
+    def release(self) -> None:
+        """Have the worker's task close the WebSocket."""
+        self.loan.cancel()
 
     async def _forward(self, source: TunnelStream, sink: TunnelStream, name: str) -> None:
         """Send on what one side sends until it closes, then end the tunnel. `name` is what `sink` is told of that side."""
@@ -347,11 +365,9 @@ class Rendezvous:
     async def _wait_answered(
         self, request: PendingRequest[AnswerT], pending: dict[str, PendingRequest[AnswerT]]
     ) -> AnswerT:
-        request.askers += 1
         try:
             return await request.wait_answered()
         finally:
-            request.askers -= 1
             # The action of an answered request was sent. That of another one may still be queued.
             if not request.askers and request.id in pending:
                 del pending[request.id]
@@ -368,14 +384,14 @@ class Rendezvous:
 
     async def lend(self, request: PendingRequest[WorkerEnd], stream: TunnelStream) -> None:
         """Answer a request with the worker's WebSocket, and return when that is not needed any more, or never was."""
-        if not self._may_answer():
+        if request.is_abandoned or not self._may_answer():
             return
         end = WorkerEnd(request.worker, stream)
         ends = self._ends[request.vm_uid]
         ends.add(end)
         self._totals = replace(self._totals, opened=self._totals.opened + 1)
         try:
-            request.resolve(end)
+            request.resolve(end, end.release)
             with end.loan:
                 await trio.sleep_forever()
         finally:

@@ -538,6 +538,23 @@ async def test_workers_end_that_is_not_used_is_closed_after_a_time(autojump_cloc
             assert await stream.receive_some() == early
 
 
+@pytest.mark.parametrize("moment", ["before the worker's end", "with it"])
+async def test_workers_end_is_closed_at_once_when_its_client_has_gone(autojump_clock: Any, moment: str) -> None:
+    rendezvous = Rendezvous()
+    async with pair() as worker:
+        request = PendingRequest[WorkerEnd]("w", "portForwardAction", "uid")
+        async with trio.open_nursery() as client:
+            client.start_soon(request.wait_answered)
+            await wait_all_tasks_blocked()
+            client.cancel_scope.cancel()
+            if moment == "with it":
+                # The client's task has not run yet.
+                await rendezvous.lend(request, worker.end)
+        await rendezvous.lend(request, worker.end)
+        assert trio.current_time() == 0
+        assert not rendezvous._ends
+
+
 async def test_borrowed_end_is_kept_until_its_block_ends_and_cancelled_when_the_vm_ends(autojump_clock: Any) -> None:
     rendezvous = Rendezvous()
     async with pair() as worker, trio.open_nursery() as nursery:

@@ -42,9 +42,8 @@ def _relay_to(api: API, end: WorkerEnd, request: Request, admitted: Admitted) ->
     # Existing controllers do so, and clients without the header expect it. Like them, this one sends bytes that are not
     # UTF-8, too. The product's own clients always send a User-Agent.
     text = request.headers.get("user-agent") is None
-    return TunnelUpgrade(
-        partial(_relay, api, end, admitted, subject_of(request, admitted)), api.parts.rendezvous.ping_interval, text
-    )
+    relay = partial(_relay, api, end, admitted, subject_of(request, admitted))
+    return TunnelUpgrade(relay, api.parts.rendezvous.ping_interval, text, end.release)
 
 
 async def _relay(api: API, end: WorkerEnd, admitted: Admitted, subject: SessionSubject, client: TunnelStream) -> None:

@@ -85,6 +85,7 @@ class Exchange:
         "_connection",
         "_ended",
         "_keep_alive",
+        "_release",
         "_request",
         "_routine",
         "_server",
@@ -97,6 +98,7 @@ class Exchange:
         self._connection = connection
         self._server = connection.server
         self._request: Request | None = None
+        self._release: Callable[[], None] | None = None
         # For the request log: who sent it, and whether the answer says that it is routine.
         self._account = ""
         self._routine = False
@@ -149,7 +151,9 @@ class Exchange:
         await self._connection.linger()
 
     def end(self) -> None:
-        """Count the request and write its line in the log, once. The line never has the query, which may hold secrets."""
+        """Release what the answer holds, and count and log the request, once. The query, which may hold secrets, is not logged."""
+        if self._release is not None:
+            self._release()
         request, since = self._request, self._since
         if since < 0 or not (request or self._status):
             return
@@ -204,6 +208,8 @@ class Exchange:
             answer = await self._watched(answer.work, until_stop=answer.endless)
             if answer is None:
                 raise HTTPError(503, "the server is stopping", (("Retry-After", "1"),))
+        if isinstance(answer, TunnelUpgrade):
+            self._release = answer.release
         if isinstance(answer, WebSocketUpgrade | TunnelUpgrade):
             request.require_websocket()
         return answer

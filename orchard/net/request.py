@@ -287,13 +287,15 @@ class WebSocketUpgrade:
 class TunnelUpgrade:
     """As WebSocketUpgrade, but the session gets the payload of all messages as one stream of bytes.
 
-    A session may raise BrokenResourceError. A ping is sent every `ping_interval` seconds.
+    A session may raise BrokenResourceError. A ping is sent every `ping_interval` seconds. `release` is called at the end,
+    also if the client went away, or was refused, before the session began.
     """
 
     session: Callable[[TunnelStream], Awaitable[None]]
     ping_interval: float
     # Send text messages, although they carry any bytes.
     text: bool = False
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True, eq=False)

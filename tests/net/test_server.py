@@ -1669,6 +1669,29 @@ def tunnelling(session: Callable[[TunnelStream], Awaitable[None]] = pass_back) -
 UPGRADING = [pytest.param(upgrading(), id="messages"), pytest.param(tunnelling(), id="bytes")]
 
 
+@pytest.mark.parametrize("end", ["regular", "refused", "client gone"])
+async def test_tunnel_is_released_at_its_end_and_when_it_does_not_begin(autojump_clock: Clock, end: str) -> None:
+    released, begun = trio.Event(), False
+
+    async def session(stream: TunnelStream) -> None:
+        nonlocal begun
+        begun = True
+        assert not released.is_set()
+
+    async def handler(request: Request) -> AnyResponse:
+        if end == "client gone":
+            await client.aclose()
+        return TunnelUpgrade(session, 30.0, release=released.set)
+
+    refusal = HTTPError(503, "another controller leads") if end == "refused" else None
+    async with serving(handler, refuse_all=lambda: refusal) as served:
+        client = served.connect()
+        await client.send_all(UPGRADE)
+        with trio.fail_after(60):
+            await released.wait()
+        assert begun == (end == "regular")
+
+
 @pytest.mark.parametrize("handler", UPGRADING)
 async def test_frame_sent_with_the_handshake_is_not_lost(autojump_clock: Clock, handler: Handler) -> None:
     data = UPGRADE + HELLO_FRAME
