@@ -37,10 +37,12 @@ from orchard.schema import Event
 from orchard.storage.engine import Tables
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageError
 from orchard.storage.etcd import (
+    COMPACTED,
     MAX_OPERATIONS,
     MAX_TRANSACTION_BYTES,
     EtcdAccess,
     EtcdClient,
+    EtcdRefusedError,
     EtcdRequestError,
     TxnOperation,
     get,
@@ -135,6 +137,13 @@ async def _events_in_files(directory: Path, uids: set[str]) -> Events:
 @contextlib.asynccontextmanager
 async def read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Copy, Events]]:
     """Read what controllers have in etcd, as it was at one moment. Raises CopyError, DamagedError, EtcdRequestError."""
+    with _compaction_named():
+        async with _read_etcd(client, prefix) as found:
+            yield found
+
+
+@contextlib.asynccontextmanager
+async def _read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Copy, Events]]:
     result = await client.transact([], [get(f"{prefix}/head")])
     (found,), now = result["found"], result["revision"]
     if not found:
@@ -160,6 +169,17 @@ async def read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Copy
             copy.secrets[name] = decode_secret(secret, files)
     async with contextlib.aclosing(_events_in_etcd(client, f"{prefix}/events/", now, uids)) as events:
         yield copy, events
+
+
+@contextlib.contextmanager
+def _compaction_named() -> Iterator[None]:
+    """Raise CopyError when etcd has forgotten the moment that is copied. Controllers keep the last 1,000 writes."""
+    try:
+        yield
+    except EtcdRefusedError as error:
+        if COMPACTED not in str(error):
+            raise
+        raise CopyError("etcd was compacted during the copy; repeat it, or copy while less is written") from error
 
 
 async def _events_in_etcd(client: EtcdClient, prefix: str, revision: int, uids: set[str]) -> Events:

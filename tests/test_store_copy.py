@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -135,6 +136,31 @@ async def test_target_that_is_not_empty_is_refused_and_unchanged(tmp_path: Path)
             await write_etcd(client, PREFIX, copy, events)
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["file"]
     assert list(etcd.values) == [b"/orchard/x"]
+
+
+@pytest.mark.parametrize("ranges", [1, 13])
+async def test_copy_during_which_etcd_is_compacted_fails_and_can_be_repeated(ranges: int, tmp_path: Path) -> None:
+    """The first request that reads is refused, or a later one, for events."""
+    await prepare(tmp_path / "source")
+    etcd, count = MemoryEtcd(), itertools.count(1)
+
+    async def compact(path: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if path == "/v3/kv/range" and next(count) == ranges:
+            etcd.compacted = etcd.revision + 1
+
+    async with memory_client(etcd) as client:
+        async with read_directory(tmp_path / "source") as (copy, events):
+            await write_etcd(client, PREFIX, copy, events)
+        etcd.before = compact
+        with pytest.raises(CopyError, match="repeat"):
+            async with read_etcd(client, PREFIX) as (copy, events):
+                await write_directory(tmp_path / "target", copy, events)
+        etcd.before, etcd.compacted = None, 0
+        assert not (tmp_path / "target").exists()
+        async with read_etcd(client, PREFIX) as (copy, events):
+            await write_directory(tmp_path / "target", copy, events)
+    assert await all_of(tmp_path / "target") == await all_of(tmp_path / "source")
 
 
 async def test_interrupted_copy_is_no_state(tmp_path: Path) -> None:

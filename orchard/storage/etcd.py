@@ -34,6 +34,8 @@ _FIRST_PAGE_KEYS, _PAGE_KEYS, _PAGE_BYTES = 100, 1_000, 4_000_000
 MAX_OPERATIONS, MAX_TRANSACTION_BYTES = 100, 1_000_000
 QUOTA_REMEDY = "compact and defragment each node, then disarm the alarm"
 _NO_SPACE = "database space exceeded"
+# What etcd answers to a request for a revision that it does not have any more.
+COMPACTED = "revision has been compacted"
 # A token from before a change of users or roles.
 _OUTDATED = "auth store is old"
 # What etcd answers to a user that it does not let in, and the remedy.
