@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
-from harness.processes import ORCHARD, call_main, command, environment
+from harness.processes import ORCHARD, call_main, finished
 
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
@@ -61,14 +60,7 @@ def test_file_of_vms_is_applied(dev: Path, api: ControllerConnection, tmp_path: 
     file.write_text(json.dumps(vms))
     assert run(dev, "apply", "-f", str(file)) == ["vm/a created", "vm/b created"]
     vms[1]["metadata"] = {"k": "w"}
-    done = subprocess.run(
-        command("", "apply", "-f", "-"),
-        input=json.dumps(vms),
-        text=True,
-        capture_output=True,
-        env=environment(dev),
-        check=False,
-    )
+    done = finished("", "apply", "-f", "-", home=dev, stdin=json.dumps(vms))
     assert (done.returncode, done.stdout.splitlines()) == (0, ["vm/a unchanged", "vm/b changed"])
     assert api.call("GET", "/vms/b")["metadata"] == {"k": "w"}
 

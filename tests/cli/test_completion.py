@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness.processes import call_main, environment
+from harness.starts import ENTRIES, write_forking_program
 from harness.terminals import terminal
 
 from orchard.cli.completion import find_candidates
@@ -111,6 +112,9 @@ def test_shells_complete_words_that_they_ask_for(dev: Path, vms: None, tmp_path:
     kept, keep = tmp_path / "kept", tmp_path / "keep"
     keep.write_text(f"#!/bin/sh\nprintf '%s ' \"$@\" > {kept}\necho kept $((6 * 7))\n")
     keep.chmod(0o755)
+    if shell != "bash":
+        # Bash has the script that the installation made.
+        write_forking_program(tmp_path / "orchard", ENTRIES["orchard"])
     path = os.pathsep.join((str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]))
     env = {**environment(dev), "PATH": path, "HOME": str(tmp_path), "PS1": "> "}
     with terminal(words, env) as shown:

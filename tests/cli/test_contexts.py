@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, ORCHARD, call_main, command, controller, environment
+from harness.processes import GENEROUS, ORCHARD, call_main, command, controller, environment, finished
 from harness.terminals import terminal
 
 from orchard.auth import BootstrapToken
@@ -134,9 +134,7 @@ def test_contexts_are_listed_chosen_and_deleted(site: Site, tmp_path: Path) -> N
 
 
 def log_in(home: Path, *words: str, stdin: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command("", "login", *words), input=stdin, capture_output=True, text=True, env=environment(home), check=False
-    )
+    return finished("", "login", *words, home=home, stdin=stdin)
 
 
 def test_login_by_a_bootstrap_token_makes_the_default_context(site: Site, tmp_path: Path) -> None:

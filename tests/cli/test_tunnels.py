@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, call_main, command, environment, finished, started
+from harness.processes import call_main, environment, finished, started
 
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.main import main
@@ -27,15 +27,7 @@ def vm(dev: Path, api: ControllerConnection) -> str:
 
 
 def run(dev: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command("", *words),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        env=environment(dev),
-        timeout=GENEROUS,
-        check=False,
-    )
+    return finished("", *words, home=dev, stdin=stdin)
 
 
 @pytest.mark.needs("ssh")

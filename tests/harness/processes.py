@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -113,12 +113,22 @@ def controller(
 
 
 def finished(
-    role: str, *arguments: str, home: Path, env: Mapping[str, str] | None = None, before: Sequence[str] = ()
+    role: str,
+    *arguments: str,
+    home: Path,
+    env: Mapping[str, str] | None = None,
+    stdin: str = "",
+    before: Sequence[str] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run a role that ends by itself, and return its exit status and output."""
+    """Run a role that ends by itself, and return its exit status and output.
+
+    `stdin` is what its standard input has, a pipe; "" stands for /dev/null.
+    """
     words = [*before, *command(role, *arguments)]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = start(words, env=environment(home, env), stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+    with ExitStack() as stack:
+        out, err = (stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2))
+        given = stack.enter_context(_pipe_with(stdin)) if stdin else subprocess.DEVNULL
+        process = start(words, env=environment(home, env), stdin=given, stdout=out, stderr=err)
         try:
             status = process.wait(GENEROUS)
         finally:
@@ -126,6 +136,14 @@ def finished(
         for file in (out, err):
             file.seek(0)
         return subprocess.CompletedProcess(words, status, out.read(), err.read())
+
+
+def _pipe_with(text: str) -> IO[str]:
+    """Return the end to read of a pipe that has a text of less than 64 KiB."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as file:
+        file.write(text)
+    return os.fdopen(reading)
 
 
 def call_main(main: Callable[[Sequence[str]], int], *arguments: str, home: Path) -> tuple[int, str, str]:
