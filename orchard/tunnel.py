@@ -173,7 +173,7 @@ class PendingRequest(Generic[AnswerT]):
         return self.worker, self.vm_uid
 
     def resolve(self, answer: AnswerT, release: Callable[[], None] = lambda: None) -> None:
-        """Have `wait_answered` return the answer. `release` is called if nobody takes it."""
+        """Have `wait_answered` return the answer. `release` is called if it is not taken."""
         self._answer = answer
         self._release = release
         self._answered.set()
