@@ -14,14 +14,18 @@ import concurrent.futures
 import os
 import signal
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import IO
+from typing import IO, Any
 
 import asyncssh
+from asyncssh.packet import UInt32
 
 USER = "admin"
-# For the output that is still in the pipes of a shell that has ended.
-PRINTING_SECONDS = 1.0  # seconds
+# For a shell to end by the signal that a client has sent before it left, and for background processes to end.
+ENDING_SECONDS = 30.0
+# More than a pipe holds.
+PIPE_BYTES = 2**20
 
 
 class Server(asyncssh.SSHServer):
@@ -55,24 +59,26 @@ async def session(process: asyncssh.SSHServerProcess[bytes]) -> None:
     assert shell.stderr is not None
     SIGNALS.shells[process] = shell.pid
     feeding = asyncio.ensure_future(feed(process, shell.stdin))
-    printing = [
-        asyncio.ensure_future(send_output(shell.stdout, process.stdout)),
-        asyncio.ensure_future(send_output(shell.stderr, process.stderr)),
-    ]
     ended = asyncio.ensure_future(asyncio.to_thread(shell.wait))
-    closed = asyncio.ensure_future(process.wait_closed())
+    outputs = [Output(shell.stdout, process.stdout, ended), Output(shell.stderr, process.stderr, ended)]
+    printing: asyncio.Future[Any] = asyncio.gather(*(output.send() for output in outputs))
+    complete: asyncio.Future[Any] = asyncio.gather(*(output.complete.wait() for output in outputs))
+    closed: asyncio.Future[Any] = asyncio.ensure_future(process.wait_closed())
     try:
         await asyncio.wait([ended, closed], return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
-            # The shell's own output is in the pipes by now. Its background processes may keep them open.
-            await asyncio.wait(printing, timeout=PRINTING_SECONDS)
+            await asyncio.wait([complete, closed], return_when=asyncio.FIRST_COMPLETED)
             status = ended.result()
-            process.exit(status if status >= 0 else 128 - status)
+            if not closed.done():
+                # As OpenSSH: the channel stays open while background processes keep the pipes open.
+                process.channel._send_request(b"exit-status", UInt32(status if status >= 0 else 128 - status))
+            await asyncio.wait([printing, closed], timeout=ENDING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            process.close()
         elif shell.pid in SIGNALS.sent:
-            await asyncio.wait([ended], timeout=PRINTING_SECONDS)
+            await asyncio.wait([ended], timeout=ENDING_SECONDS)
     finally:
         del SIGNALS.shells[process]
-        for task in (feeding, *printing, closed):
+        for task in (feeding, printing, complete, closed):
             task.cancel()
         with suppress(ProcessLookupError):
             os.killpg(shell.pid, signal.SIGKILL)
@@ -121,12 +127,46 @@ def write_all(sink: IO[bytes], data: bytes) -> None:
         data = data[sink.write(data) :]
 
 
-async def send_output(source: IO[bytes], sink: asyncssh.SSHWriter[bytes]) -> None:
-    """Send the shell's output to the client. (asyncssh's own redirection fails when the client is slow.)"""
-    with suppress(ConnectionError, asyncssh.ConnectionLost), source:
-        while data := await asyncio.to_thread(source.read, 65536):
-            sink.write(data)
-            await sink.drain()
+class Output:
+    """Sends an output of a shell to the client. (asyncssh's own redirection fails when the client is slow.)
+
+    `complete`: what the shell itself has written is sent. Its background processes may go on writing.
+    """
+
+    def __init__(self, source: IO[bytes], sink: asyncssh.SSHWriter[bytes], ended: asyncio.Future[int]) -> None:
+        os.set_blocking(source.fileno(), False)
+        self.complete = asyncio.Event()
+        self._source = source
+        self._sink = sink
+        self._ended = ended
+
+    async def send(self) -> None:
+        try:
+            with suppress(ConnectionError, asyncssh.ConnectionLost), self._source:
+                while True:
+                    has_ended = self._ended.done()
+                    data = self._source.read(PIPE_BYTES)
+                    if data:
+                        self._sink.write(data)
+                        await self._sink.drain()
+                    if data == b"":
+                        return
+                    if has_ended:
+                        self.complete.set()
+                    await self._wait_readable(() if has_ended else (self._ended,))
+        finally:
+            self.complete.set()
+
+    async def _wait_readable(self, others: Iterable[asyncio.Future[Any]]) -> None:
+        """Wait until there is something to read, or another future is done."""
+        number, ready = self._source.fileno(), asyncio.Event()
+        asyncio.get_running_loop().add_reader(number, ready.set)
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(ready.wait())
+        try:
+            await asyncio.wait([waiting, *others], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+            asyncio.get_running_loop().remove_reader(number)
 
 
 async def main() -> None:
@@ -140,7 +180,7 @@ async def main() -> None:
         line_editor=False,
         sftp_factory=Files,
     )
-    # Each session blocks up to four threads.
+    # Each session blocks up to two threads.
     asyncio.get_running_loop().set_default_executor(concurrent.futures.ThreadPoolExecutor(400))
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
