@@ -29,13 +29,15 @@ from harness.clients import (
     wait_workers,
     websocket_url,
 )
-from harness.processes import GENEROUS, at_rest, controller, eventually, started
+from harness.processes import GENEROUS, REALLY, at_rest, controller, eventually, started
 
 from orchard import tunnel
 from orchard.client import Client, ResponseError
 from orchard.net.websocket import TunnelStream
 from orchard.testing import Cluster, cluster
 
+# The servers in its VMs are those of the process that starts the worker, so it has to be this one: REALLY.
+SYNTHETIC = ("--runtime", "synthetic", "--name", "mac")
 # A piece of 64 KiB is this many words of 4 bytes.
 PIECE_WORDS = 16384
 
@@ -266,7 +268,7 @@ async def test_killed_worker_closes_a_tunnel_during_a_transfer(tmp_path: Path) -
 
     with (
         controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url),
-        started("worker", url, "--runtime", "synthetic", "--name", "mac", home=tmp_path) as worker,
+        started("worker", url, *SYNTHETIC, home=tmp_path, before=REALLY) as worker,
     ):
 
         def talk(forward: str) -> tuple[int, int, str]:
@@ -304,7 +306,7 @@ async def test_end_of_the_worker_or_controller_process_closes_tunnels(tmp_path: 
     arguments = ("--insecure-no-tls", "--insecure-no-auth")
     with (
         controller(*arguments, home=tmp_path) as (control, url),
-        started("worker", url, "--runtime", "synthetic", "--name", "mac", home=tmp_path) as worker,
+        started("worker", url, *SYNTHETIC, home=tmp_path, before=REALLY) as worker,
     ):
         c = Cluster(url, Client(url))
         async with c.client, listening(echo) as port:
@@ -461,8 +463,8 @@ async def test_tunnel_over_tls_between_processes(tmp_path: Path) -> None:
     with controller(home=tmp_path, env=ADMIN_ENV) as (_, url):
         async with admin_client(url, tmp_path) as client, listening(echo) as port:
             token = await make_bootstrap_token(client, tmp_path)
-            arguments = (url, "--runtime", "synthetic", "--bootstrap-token", token)
-            with started("worker", *arguments, home=tmp_path):
+            arguments = (url, *SYNTHETIC, "--bootstrap-token", token)
+            with started("worker", *arguments, home=tmp_path, before=REALLY):
                 await wait_workers(client, 1)
                 await client.vms.create(name="vm", image="any")
                 async with client.vms.port_forward("vm", port, wait=60) as stream:
