@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import uuid
 from contextlib import suppress
@@ -23,16 +24,25 @@ _logger = logging.getLogger("orchard.worker")
 
 
 def read_instance_id(directory: Path) -> str:
-    """Return the identity of the worker in a directory. It is made at the first call. Raises OSError."""
-    path = directory / INSTANCE_ID_FILE
-    with suppress(FileNotFoundError):
-        text = path.read_text("ascii", "replace").strip()
-        if _ID.fullmatch(text):
-            return text
-    made = uuid.uuid4().hex
+    """Return the identity of the workers in a directory. It is made at the first call. Raises OSError."""
+    # Not there on Windows, where no worker runs.
+    import fcntl
+
     make_private(directory)
-    write_private(path, f"{made}\n".encode())
-    return made
+    path = directory / INSTANCE_ID_FILE
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Workers of several names may start at the same time, and must make one identity.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            text = path.read_text("ascii", "replace").strip()
+            if _ID.fullmatch(text):
+                return text
+        made = uuid.uuid4().hex
+        write_private(path, f"{made}\n".encode())
+        return made
+    finally:
+        os.close(descriptor)
 
 
 class ClusterMemory:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -181,6 +183,18 @@ def test_instance_id_is_made_once(tmp_path: Path) -> None:
     assert read_instance_id(tmp_path / "new") == first
     assert read_instance_id(tmp_path / "other") != first
     assert (tmp_path / "new" / "instance-id").stat().st_mode & 0o777 == 0o600
+
+
+def test_workers_that_start_at_the_same_time_make_one_identity(tmp_path: Path) -> None:
+    together = threading.Barrier(4)
+
+    def read(number: int) -> str:
+        together.wait(GENEROUS)
+        return read_instance_id(tmp_path / str(number))
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(50):
+            assert len(set(pool.map(read, [number] * 4))) == 1
 
 
 def test_older_state_of_the_same_cluster_is_noticed_until_it_gets_another_id(tmp_path: Path) -> None:
