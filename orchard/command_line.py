@@ -10,7 +10,9 @@ import argparse
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -92,6 +94,17 @@ class CommandLine(argparse.ArgumentParser):
         """Exit with status 2 after one line."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print a help text or a message. argparse passes over that it could not."""
+        out = sys.stderr if file is None else file
+        try:
+            out.write(message)
+            out.flush()
+        except OSError as error:
+            if out is sys.stdout:
+                discard_output()
+                self.exit(1, "" if isinstance(error, BrokenPipeError) else f"{self.prog}: {error.strerror}\n")
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         options, unknown = super().parse_known_args(args, namespace)
         for word in unknown:
@@ -99,6 +112,12 @@ class CommandLine(argparse.ArgumentParser):
             if name.startswith("-"):
                 self.error(f"unknown option {name}{suggest(name, self._option_string_actions)}")
         return options, unknown
+
+
+def discard_output() -> None:
+    """Have what is still buffered for standard output not fail again at the end of the process."""
+    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def add_ignored_options(parser: CommandLine, values: Mapping[str, str]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import os
 import resource
 import signal
 import sys
@@ -25,7 +24,7 @@ from typing import get_args
 import trio
 
 from orchard import logs
-from orchard.command_line import CommandLine
+from orchard.command_line import CommandLine, discard_output
 from orchard.nursery import unwrap_groups
 
 # Enough for thousands of workers, watchers and tunnels. The default limit is 256 on macOS.
@@ -108,9 +107,7 @@ def printing() -> Iterator[None]:
         yield
     except OSError as error:
         _logger.warning("cannot print to standard output: %s", error.strerror)
-        # What is buffered would fail again at the end of the process.
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        discard_output()
 
 
 async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Event | None = None) -> None:

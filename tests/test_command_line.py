@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import subprocess
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -205,3 +208,17 @@ def test_each_program_refuses_to_start_beside_data_of_an_earlier_version(tmp_pat
         assert (status, out, said.count("\n")) == (1, "", 1), said
         assert f"mv {tmp_path}/" in said
     assert not (tmp_path / ".orchard").exists()
+
+
+@pytest.mark.parametrize(("number", "lines"), [(errno.ENOSPC, 1), (errno.EPIPE, 0)])
+def test_help_that_cannot_be_printed_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, lines: int
+) -> None:
+    class Failing(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, "reason")
+
+    monkeypatch.setattr(sys, "stdout", Failing())
+    with pytest.raises(SystemExit) as ended:
+        command_line.CommandLine(prog="orchard").parse_args(["--help"])
+    assert (ended.value.code, len(capsys.readouterr().err.splitlines())) == (1, lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from harness.disks import FailingDisk
+from harness.disks import FailingDisk, no_space
 from harness.memory_etcd import MemoryEtcd, running_memory_etcd
 
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, StartError, run
@@ -41,15 +41,15 @@ async def test_disk_that_fails_with_the_first_objects_is_one_error(tmp_path: Pat
         await run(settings, platform=platform_on(FailingDisk()))
 
 
-async def test_longer_offline_timeout_that_cannot_be_stored_stops_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_longer_offline_timeout_that_cannot_be_stored_stops_the_start(tmp_path: Path) -> None:
+    disk = FailingDisk()
+
     @asynccontextmanager
     async def opened(directory: Path) -> AsyncIterator[StoredData]:
-        async with platform_on(FailingDisk()).open_data(directory) as data:
+        async with platform_on(disk).open_data(directory) as data:
             with data.store.transaction() as tx:
                 tx.put(Worker(name="w"))
-            monkeypatch.setattr(Store, "full", "the disk is full")
+            disk.fault = no_space
             yield data
 
     with pytest.raises(StartError):

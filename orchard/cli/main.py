@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from orchard import __version__
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
-from orchard.command_line import CommandLine, HomeError, suggest
+from orchard.command_line import CommandLine, HomeError, discard_output, suggest
 
 if TYPE_CHECKING:
     from orchard.controller import ControllerSettings, Running
@@ -115,12 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of standard output is gone.
-        _discard_output()
+        discard_output()
         return FAILED
     except OSError as error:
         # Such as a full disk below standard output.
         print(f"orchard: {error.strerror or error}", file=sys.stderr)
-        _discard_output()
+        discard_output()
         return FAILED
     return status
 
@@ -132,12 +132,6 @@ def _open_standard_streams() -> None:
             with suppress(OSError):
                 # The lowest number that is free.
                 setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
-
-
-def _discard_output() -> None:
-    """Have what is still buffered not fail again at the end of the process."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 from harness.clients import ADMIN_ENV, echo, listening, receive_exactly, wait_workers
-from harness.processes import GENEROUS, controller, eventually, free_port, started
+from harness.processes import GENEROUS, REALLY, controller, eventually, free_port, started
 
 from orchard.auth import BootstrapToken
 from orchard.client import Client
@@ -89,7 +89,8 @@ async def proxied(program: str, home: Path) -> AsyncIterator[Client]:
             await client.service_accounts.create("workers", token="token-of-workers", roles=ROLES)
             token = BootstrapToken("workers", "token-of-workers", certificate)
             arguments = (url, "--runtime", "synthetic", "--name", "mac", "--bootstrap-token", str(token))
-            with started("worker", *arguments, home=home):
+            # A VM has the servers of the process that starts the worker.
+            with started("worker", *arguments, home=home, before=REALLY):
                 await wait_workers(client, 1)
                 yield client
 

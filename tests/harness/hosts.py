@@ -118,7 +118,8 @@ class ProcessCluster:
     async def create_running(self, name: str, **spec: Unpack[VMFields]) -> VM:
         """Create a VM, and wait until it runs and the stand-in has noted that; without a script, until it is ready."""
         await self.create(name, **spec)
-        vm = await self.client.vms.wait(name, until="running" if spec.get("startup_script") else "ready")
+        with trio.fail_after(GENEROUS):
+            vm = await self.client.vms.wait(name, until="running" if spec.get("startup_script") else "ready")
         await eventually(partial(self.has_started, name))
         return vm
 
