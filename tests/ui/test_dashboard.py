@@ -538,6 +538,8 @@ def test_keys_lead_to_a_vm(tab: Page, fleet: BlockingCluster) -> None:
     tab.keyboard.press("?")
     expect(tab.get_by_role("dialog")).to_be_visible()
     tab.keyboard.press("Escape")
+    # Until the browser has closed the dialog, keys are the dialog's.
+    expect(tab.get_by_role("dialog")).to_be_hidden()
     tab.keyboard.press("/")
     tab.keyboard.type("ci-005")
     expect(tab.locator(".box header a")).to_have_count(1)
