@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TextIO
 
 # JSON numbers are exact up to here.
 _MAX_AMOUNT = 2**53 - 1
@@ -101,8 +101,8 @@ class CommandLine(argparse.ArgumentParser):
             out.write(message)
             out.flush()
         except OSError as error:
+            discard_output(out)
             if out is sys.stdout:
-                discard_output()
                 self.exit(1, "" if isinstance(error, BrokenPipeError) else f"{self.prog}: {error.strerror}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -114,10 +114,10 @@ class CommandLine(argparse.ArgumentParser):
         return options, unknown
 
 
-def discard_output() -> None:
-    """Have what is still buffered for standard output not fail again at the end of the process."""
+def discard_output(stream: TextIO) -> None:
+    """Have what is still buffered for a standard stream not fail again at the end of the process."""
     with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def add_ignored_options(parser: CommandLine, values: Mapping[str, str]) -> None:

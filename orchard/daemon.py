@@ -73,7 +73,20 @@ def run_main(
             _logger.error("ended: %s", error)
         print(f"{name}: {error}", file=sys.stderr)
         return next(status for kind, status in failures.items() if isinstance(error, kind))
+    finally:
+        _flush_output()
     return 0
+
+
+def _flush_output() -> None:
+    """Write what is buffered, and drop what cannot be written: Python would end the process with status 120 for it."""
+    for stream in (sys.stdout, sys.stderr):
+        # None is a stream that was closed when Python started.
+        if stream is not None:
+            try:
+                stream.flush()
+            except OSError:
+                discard_output(stream)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -107,7 +120,7 @@ def printing() -> Iterator[None]:
         yield
     except OSError as error:
         _logger.warning("cannot print to standard output: %s", error.strerror)
-        discard_output()
+        discard_output(sys.stdout)
 
 
 async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Event | None = None) -> None:

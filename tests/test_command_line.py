@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import subprocess
 import sys
 from argparse import ArgumentTypeError
@@ -222,3 +223,14 @@ def test_help_that_cannot_be_printed_is_a_failure(
     with pytest.raises(SystemExit) as ended:
         command_line.CommandLine(prog="orchard").parse_args(["--help"])
     assert (ended.value.code, len(capsys.readouterr().err.splitlines())) == (1, lines)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(("words", "status"), [("lits", 2), ("list vms --nope", 2), ("get vm a --context nope", 1)])
+def test_exit_status_stays_when_the_message_cannot_be_printed(
+    tmp_path: Path, words: str, status: int, unbuffered: str
+) -> None:
+    env = {**os.environ, "ORCHARD_HOME": str(tmp_path), "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-m", "orchard", *words.split()], env=env, stderr=full, check=False)
+    assert done.returncode == status

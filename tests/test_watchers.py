@@ -117,7 +117,10 @@ async def site(nursery: trio.Nursery, mock_clock: trio.testing.MockClock) -> Asy
     nursery.cancel_scope.cancel()
 
 
-async def test_waiting_watchers_are_sent_news_without_a_step_of_their_tasks(site: Site) -> None:
+async def test_waiting_watchers_are_sent_news_without_a_step_of_their_tasks(
+    site: Site, mock_clock: trio.testing.MockClock
+) -> None:  # fmt: skip
+    # By this clock no sending takes time, so that all fit into one step.
     clients = [await site.watch() for _ in range(50)]
     steps = Steps()
     trio.lowlevel.add_instrument(steps)

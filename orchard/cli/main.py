@@ -106,23 +106,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         from orchard.cli.output import printable
 
         # It may repeat what a controller or a VM says.
-        print(printable(f"orchard: {error}"), file=sys.stderr)
+        _complain(printable(str(error)))
         return error.status
     except HomeError as error:
-        print(f"orchard: {error}", file=sys.stderr)
+        _complain(str(error))
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of standard output is gone.
-        discard_output()
+        discard_output(sys.stdout)
         return FAILED
     except OSError as error:
         # Such as a full disk below standard output.
-        print(f"orchard: {error.strerror or error}", file=sys.stderr)
-        discard_output()
+        _complain(error.strerror or str(error))
+        discard_output(sys.stdout)
         return FAILED
     return status
+
+
+def _complain(text: str) -> None:
+    try:
+        print(f"orchard: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        # The exit status is what is left to tell.
+        discard_output(sys.stderr)
 
 
 def _open_standard_streams() -> None:
