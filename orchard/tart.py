@@ -302,7 +302,8 @@ class TartDriver:
     async def _has_failed_restore(self, name: str) -> bool:
         """Return whether `tart run` has failed, and left the saved state that it was to restore."""
         record = self._supervised.record(name)
-        if record.order or not record.status or self._runs.get(name):
+        # A signal that has ended it has a status below 0.
+        if record.order or record.status is None or record.status <= 0 or self._runs.get(name):
             return False
         with suppress(DriverError):
             return LocalVM(name, "suspended") in await self._list("local", parse_list)

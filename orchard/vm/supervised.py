@@ -166,6 +166,7 @@ class SupervisedVMs:
         Without an exit status it was killed, and the VM may run.
         """
         silence = _Silence(self._file(name, "run"))
+        is_killed = False
         error: DriverError = SupervisorLost("the supervisor of the VM was killed")
         while (record := self._final_record(name)) is None:
             with trio.move_on_after(_WATCH_SECONDS):
@@ -174,8 +175,12 @@ class SupervisedVMs:
             if (is_over := self._is_overdue(name)) or silence.is_too_long():
                 lost = SupervisorLost("the supervisor of the VM did not answer, and was killed with the VM")
                 error = DriverError(LEASE_OVER) if is_over else lost
+                is_killed = True
                 with suppress(DriverError):
                     self._signal(name, signal.SIGKILL)
+        if is_killed and record.status == -signal.SIGKILL:
+            # The supervisor has still seen the VM end.
+            record.status = None
         return record, error
 
     def _final_record(self, name: str) -> supervisor.Record | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -23,7 +24,7 @@ from harness.sweeps import AtStep, growing_steps
 
 from orchard.nursery import unwrap_groups
 from orchard.tart import TartDriver
-from orchard.vm import supervisor
+from orchard.vm import supervised, supervisor
 from orchard.vm.driver import (
     LEASE_OVER,
     Driver,
@@ -306,6 +307,30 @@ async def test_expired_lease_ends_only_leased_vms(bench: Bench) -> None:
             await bench.driver.run(NAME, RunOptions(leased=True))
         assert not ended.is_set()
     assert processes_in(bench.home) == []
+
+
+@pytest.mark.parametrize("bench", ["tart"], indirect=True)
+async def test_vm_that_is_killed_at_the_end_of_its_lease_says_so(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its supervisor has recorded that before it was killed itself."""
+    kill = supervised._kill
+
+    def kill_and_record(record: supervisor.Record) -> None:
+        kill(record)
+        path = next(bench.home.rglob(f"{NAME}.run"))
+        while supervisor.read_record(path).status is None:
+            time.sleep(0.01)
+
+    async def run_until_overdue() -> None:
+        with unwrap_groups():
+            async with trio.open_nursery() as nursery:
+                await nursery.start(partial(bench.driver.run, NAME, RunOptions(leased=True)))
+                monkeypatch.setattr(supervised.SupervisedVMs, "_is_overdue", lambda self, name: True)
+
+    monkeypatch.setattr(supervised, "_kill", kill_and_record)
+    await bench.create()
+    bench.lend(1000.0, 1001.0)
+    with pytest.raises(DriverError, match=LEASE_OVER), trio.fail_after(GENEROUS):
+        await run_until_overdue()
 
 
 async def test_renewed_lease_does_not_expire(bench: Bench) -> None:
