@@ -21,6 +21,7 @@ MADE = (
     "*.egg-info",
     "build",
     "dist",
+    "screenshots",
     "wheelhouse",
     ".coverage*",
 )
