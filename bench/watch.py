@@ -46,7 +46,7 @@ class Watchers:
     def __init__(self, server: Server, count: int, greeting: bytes) -> None:
         self._poll = select.epoll()
         self._open: dict[int, socket.socket] = {}
-        # More than a TLS record holds, so that OpenSSL keeps nothing of what it has read from the socket.
+        # It has space for a whole TLS record, so that one read takes all that OpenSSL has decrypted.
         self._buffer = bytearray(RECEIVE_BYTES)
         # The last bytes that a watcher has received: the beginning of a line whose end has not arrived.
         self._tails: dict[int, bytes] = {}

@@ -113,7 +113,7 @@ class ChangeFeed:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is no change yet, nor the end."""
+        """Whether the watcher has all changes so far, and the feed has not ended."""
         return not (self._changes or self._has_ended)
 
     def receive_nowait(self) -> Change:

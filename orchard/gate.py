@@ -97,11 +97,6 @@ def _basic_credentials(authorization: str) -> list[tuple[str, str]]:
     raise UnauthenticatedError("the Authorization header is malformed, expected HTTP Basic with a name and a token")
 
 
-def basic_authorization(name: str, token: str) -> str:
-    """Return the Authorization header of a service account."""
-    return "Basic " + base64.b64encode(f"{name}:{token}".encode()).decode()
-
-
 def named_account(authorization: str) -> str:
     """Return the name in an Authorization header, "" if it has none. (A name with colons is cut at the first one.)"""
     with suppress(UnauthenticatedError):

@@ -1,10 +1,10 @@
 """How lines are sent to those who watch: each from a task of its own, and all who are up to date from a single one.
 
-Most watchers have seen everything and wait. For a change to wake the task of each of them would cost more than to send
-it. So an `Audience` sends the change in their place, some watchers in each step of the event loop, as long as their
+Most watchers have seen everything and wait. To wake the task of each of them costs more than to send the
+change. So an `Audience` sends the change in their place, some watchers in each step of the event loop, as long as their
 sockets take it at once. The task of a watcher goes on when its socket is full, when there is more to send, or at the end.
 
-Which lines there are is said by `Lines`: the changes of one object (changes.py) or of all (change_log.py).
+The lines come from a `Lines`: the changes of one object (changes.py) or of all objects (change_log.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SendBlock(Protocol):
     """Sends lines to one watcher."""
 
     async def __call__(self, block: Block, /) -> None:
-        """Send a block, after the rest of what `now` has taken."""
+        """Send what `now` has left, and then a block."""
 
     def now(self, block: Block, /) -> bool:
         """Send a block without waiting. Return False if a part of it is left, which the next call has to send."""

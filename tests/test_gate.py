@@ -13,8 +13,9 @@ import pytest
 from orchard import gate as gates
 from orchard.access_tokens import Access, AccessTokens
 from orchard.auth import UnauthenticatedError
-from orchard.gate import Gate, basic_authorization, named_account
+from orchard.gate import Gate, named_account
 from orchard.login_limit import LoginLimit
+from orchard.net.urls import basic_header
 from orchard.schema import ServiceAccount
 
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
@@ -133,7 +134,7 @@ def test_accepted_credentials_are_recalled_and_others_are_not() -> None:
     gate = make_gate(accounts)
     issued = int(NOW.timestamp())
     access = Access("vm", "uid", "ci", issued, issued + 60, "id")
-    right, bearer = basic_authorization("ci", CI.token), f"Bearer {gate.tokens.issue(access)}"
+    right, bearer = basic_header("ci", CI.token), f"Bearer {gate.tokens.issue(access)}"
     assert [gate.recall(header, bearer=True) for header in (right, bearer)] == [None, None]
     assert gate.identify(right) is accounts["ci"]
     assert gate.identify(bearer, bearer=True) == access

@@ -23,8 +23,8 @@ from orchard.api import API
 from orchard.auth import UnauthenticatedError
 from orchard.client import Client, ClientError
 from orchard.controller import ControllerSettings, Running, run
-from orchard.gate import Gate, basic_authorization
-from orchard.net.urls import NOT_SERVING
+from orchard.gate import Gate
+from orchard.net.urls import NOT_SERVING, basic_header
 from orchard.net.websocket import TunnelStream
 from orchard.schema import TART_VMS
 from orchard.storage.file_engine import FileEngine
@@ -113,7 +113,7 @@ REQUESTS = {
 async def test_no_answer_leaves_after_the_lease(name: str, checked: bool, lease: Lease, tmp_path: Path) -> None:
     method, path, body, token, status = REQUESTS[name]
     raw = None if body is None else json.dumps(body)
-    headers = {"Authorization": basic_authorization("bootstrap-admin", token)}
+    headers = {"Authorization": basic_header("bootstrap-admin", token)}
 
     def ask(url: str) -> tuple[int, dict[str, str], bool]:
         connection = connect_http(url)
@@ -156,7 +156,7 @@ async def test_request_that_waited_in_a_socket_is_not_answered_after_the_lease(
 
 def raw_request(method: str, path: str, body: object, token: str) -> bytes:
     text = b"" if body is None else json.dumps(body).encode()
-    credentials = basic_authorization("bootstrap-admin", token)
+    credentials = basic_header("bootstrap-admin", token)
     head = (
         f"{method} /v1{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: {credentials}\r\nContent-Length: {len(text)}"
     )

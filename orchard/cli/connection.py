@@ -14,7 +14,15 @@ from urllib.parse import quote, urlencode
 
 from orchard.cli.context import Context
 from orchard.cli.failure import USAGE, CommandError, NetworkError
-from orchard.net.urls import NOT_SERVING, REFUSED_PAUSE, TAKEOVER_SECONDS, ServerURL, basic_header, parse_urls
+from orchard.net.urls import (
+    NOT_SERVING,
+    REFUSED_PAUSE,
+    SERVER_ERRORS,
+    TAKEOVER_SECONDS,
+    ServerURL,
+    basic_header,
+    parse_urls,
+)
 
 if TYPE_CHECKING:
     import http.client
@@ -30,8 +38,6 @@ _CERTIFICATE_SECONDS = 10.0
 _READ_BYTES = 64 * 1024  # bytes
 # How long a controller may be away, as in orchard.client, and between two tries to reach it.
 _OUTAGE_SECONDS, _RETRY_SECONDS = 600.0, 0.5
-# Statuses from here on say that a controller, or a proxy before it, cannot answer now.
-_SERVER_ERRORS = 500
 # Requests that may be sent to another controller although the first one may have carried them out.
 _REPEATABLE = frozenset({"GET", "PUT", "PATCH"})
 
@@ -246,7 +252,7 @@ class Outage:
 
     def bear(self, error: AnswerError | NetworkError) -> None:
         """Wait a moment before the request is sent again. Raises the error if that would not help, or after ten minutes."""
-        if isinstance(error, AnswerError) and error.status_code < _SERVER_ERRORS:
+        if isinstance(error, AnswerError) and error.status_code < SERVER_ERRORS:
             raise error
         now = time.monotonic()
         self._began = now if self._began is None else self._began
@@ -329,7 +335,7 @@ def _refusal(status: int, raw: bytes, *, may_retry: bool) -> AnswerError:
         message = " ".join(str(json.loads(raw)["message"]).split())
     except (ValueError, TypeError, KeyError):
         message = f"the controller answered {status}, and not as an Orchard does: {raw[:64]!r}"
-        may_retry = may_retry or status >= _SERVER_ERRORS
+        may_retry = may_retry or status >= SERVER_ERRORS
     return AnswerError(status, message, may_retry=may_retry)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from orchard.cli.connection import path_of
+from orchard.cli.connection import ANSWER_SECONDS, path_of
 from orchard.cli.failure import CommandError
 from orchard.cli.openssh import SSH_DOMAIN
 from orchard.cli.session import add_context_option, chosen_context
@@ -23,8 +23,8 @@ from orchard.net.urls import basic_header
 from orchard.nursery import unwrap_groups
 
 _PIPE_BYTES = 64 * 1024
-# As those of orchard.client.
-_CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 60.0
+# As that of orchard.client.
+_CONNECT_SECONDS = 10.0
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:
@@ -63,7 +63,7 @@ def _pipe(options: argparse.Namespace) -> int:
             authorization=basic_header(context.account, context.token) if context.account else "",
             certificate=context.certificate,
             connect_seconds=_CONNECT_SECONDS,
-            answer_seconds=_ANSWER_SECONDS,
+            answer_seconds=ANSWER_SECONDS,
         )
         async with transport, transport.tunnel(path, query) as tunnel, trio.open_nursery() as nursery:
             nursery.start_soon(send_input, tunnel.send_all)

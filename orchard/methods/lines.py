@@ -13,6 +13,7 @@ import trio
 
 from orchard.methods.common import parse_object
 from orchard.net.transport import ClientError, ConnectError, ResponseError, Transport
+from orchard.net.urls import SERVER_ERRORS
 from orchard.nursery import growing_pause
 
 # The longest line, which holds a whole VM.
@@ -22,10 +23,6 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0  # seconds
 _RESUME_SECONDS = 600.0
 
 AfterRefusal = Literal["raise", "end", "again"]
-
-# Statuses from here on say that a server, or a proxy before it, cannot answer now: a controller that is restarted, for
-# example.
-SERVER_ERRORS = 500
 
 
 class JSONLines:

@@ -26,8 +26,9 @@ from orchard.methods.common import (
     url_path,
 )
 from orchard.methods.fields import NewVMFields, VMFields, fields_to_json
-from orchard.methods.lines import SERVER_ERRORS, Absence, AfterRefusal, JSONLines, ResumingLines
+from orchard.methods.lines import Absence, AfterRefusal, JSONLines, ResumingLines
 from orchard.net.transport import ClientError, ConnectError, Items, ResponseError, excerpt
+from orchard.net.urls import SERVER_ERRORS
 from orchard.net.websocket import TunnelStream
 from orchard.schema import VM, Event, VMSpec
 

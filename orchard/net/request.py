@@ -246,7 +246,7 @@ class SendPiece(Protocol):
     """Sends a body piece by piece."""
 
     async def __call__(self, piece: BodyPiece, /) -> None:
-        """Send a piece, after the rest of what `now` has taken."""
+        """Send what `now` has left, and then a piece."""
 
     def now(self, piece: BodyPiece, /) -> bool:
         """Send a piece without waiting. Return False if a part of it is left, which the next call has to send."""

@@ -40,6 +40,7 @@ from orchard.net.proxies import connector
 from orchard.net.urls import (
     NOT_SERVING,
     REFUSED_PAUSE,
+    SERVER_ERRORS,
     TAKEOVER_SECONDS,
     ServerURL,
     bracketed,
@@ -678,6 +679,6 @@ def _response_error(answer: ClientResponse) -> ResponseError:
         message = parse_json(answer.body)["message"]
     except (ValidationError, TypeError, KeyError):
         message = f"the error is not one of Orchard's, its body begins: {excerpt(answer.body)}"
-        seconds = "1" if answer.status >= 500 else seconds
+        seconds = "1" if answer.status >= SERVER_ERRORS else seconds
     # A proxy may send a date, which tells the same as no time.
     return ResponseError(answer.status, str(message), float(seconds) if seconds.isdecimal() else None)

@@ -16,6 +16,9 @@ from urllib.parse import unquote, urlsplit
 
 # The controller's port, and the port of a URL that has none.
 DEFAULT_PORT = 6120
+# Statuses from here on say that a server, or a proxy before it, cannot answer now: a controller that is restarted, for
+# example.
+SERVER_ERRORS = 500
 # A header of answers of 503: this URL of the service does not serve now, and another one may.
 NOT_SERVING = ("Orchard-Role", "standby")
 # For how long, where a service has several URLs, those that refuse connections are tried again, and the pause between two

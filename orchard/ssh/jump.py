@@ -39,10 +39,11 @@ from asyncssh.kex import get_kex_algs
 from orchard import auth, logs
 from orchard.access_tokens import Access
 from orchard.files import write_private
-from orchard.gate import Gate, basic_authorization
+from orchard.gate import Gate
 from orchard.login_limit import TooManyFailuresError
 from orchard.net.tcp import splice
 from orchard.net.unauthenticated import Unauthenticated
+from orchard.net.urls import basic_header
 from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, Role, ServiceAccount
 from orchard.sessions import AccountSessions, SessionSubject
@@ -200,7 +201,7 @@ class JumpHost:
         assert gate is not None
         is_token = username == auth.TOKEN_USER and username not in self._state.accounts
         account = "" if is_token else username
-        header = f"Bearer {password}" if is_token else basic_authorization(username, password)
+        header = f"Bearer {password}" if is_token else basic_header(username, password)
         check = partial(self._check_header, header, account)
         if gate.recall(header, bearer=True) is not None or not gate.limit.is_limited(address, account):
             gate.limit.check_now(address, account, check)

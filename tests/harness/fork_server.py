@@ -76,7 +76,8 @@ class ForkServer:
                 elif key.fileobj is self._wake:
                     self._wake.recv(1000)
                     self._reap()
-                else:
+                # Otherwise the process has ended in this round, and its number may be that of another one.
+                elif self._connections.get(key.data) is key.fileobj:
                     self._selector.unregister(key.fileobj)
                     os.kill(key.data, signal.SIGKILL)
 
