@@ -9,11 +9,11 @@ from pathlib import Path
 import trio
 
 from orchard import auth, transitions
-from orchard.bodies import VMReport
+from orchard.resources.bodies import VMReport
+from orchard.resources.validation import vm_from_client
 from orchard.schema import TART_VMS, VM, ServiceAccount, Worker
 from orchard.storage.file_engine import FileEngine
 from orchard.store import Store
-from orchard.validation import vm_from_client
 
 NOW = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 # VMs that a host may run, the limit of Apple's licence.

@@ -35,9 +35,9 @@ from harness.processes import LISTENING, PLAIN, started
 from test_failover import ATTACKS, TTL, Attack, site
 
 from orchard.client import Client, ClientError
-from orchard.recorder import Recorder
+from orchard.control.recorder import Recorder
+from orchard.control.stored_data import CampaignPlatform, EtcdSettings, StoredData, lead_in_turns, utc_now
 from orchard.storage.etcd import EtcdAccess
-from orchard.stored_data import CampaignPlatform, EtcdSettings, StoredData, lead_in_turns, utc_now
 
 CLIENTS = 64
 SECONDS, ROUNDS = 3.0, 5

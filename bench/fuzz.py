@@ -24,8 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "net"))
 
-from orchard import schema, validation
+from orchard import schema
 from orchard.codec import ValidationError, decode, parse_json
+from orchard.resources import validation
 from orchard.storage.errors import DamagedError
 from orchard.store import read_state
 

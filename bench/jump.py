@@ -39,8 +39,8 @@ from measure import Variant, show
 try:
     import asyncssh
 
+    from orchard.base.nursery import unwrap_groups
     from orchard.controller import utc_now
-    from orchard.nursery import unwrap_groups
     from orchard.sessions import AccountSessions
     from orchard.ssh import jump
 except ImportError:

@@ -17,13 +17,14 @@ import trio
 from cluster import NOW, PER_WORKER, vm_of, worker_of
 from measure import ROUNDS, Turns, Variant, compare, turns
 
-from orchard import planning, scheduler, transitions
-from orchard.bodies import VMReport
+from orchard import scheduler, transitions
+from orchard.base.daemon import collect_garbage_less
+from orchard.control.scheduling_loop import SchedulingLoop
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
-from orchard.daemon import collect_garbage_less
-from orchard.early_failures import EarlyFailures
-from orchard.liveness import Liveness
-from orchard.scheduling_loop import SchedulingLoop
+from orchard.decisions import planning
+from orchard.decisions.early_failures import EarlyFailures
+from orchard.decisions.liveness import Liveness
+from orchard.resources.bodies import VMReport
 from orchard.schema import VM, Worker
 from orchard.storage.file_engine import FileEngine
 from orchard.store import Store

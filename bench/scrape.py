@@ -19,8 +19,8 @@ import trio
 from cluster import TOKEN, prepare
 
 from orchard import controller
+from orchard.base.daemon import collect_garbage_less
 from orchard.client import Client
-from orchard.daemon import collect_garbage_less
 
 ROUNDS = 30
 

@@ -34,11 +34,11 @@ from pathlib import Path
 import trio
 
 from orchard import controller
-from orchard.change_log import ChangeLog
+from orchard.base.files import LIFECYCLE_FILE
 from orchard.client import Client, ClientError
-from orchard.files import LIFECYCLE_FILE
 from orchard.net.request import HeaderBlock, Headers
 from orchard.schema import TART_VMS, Event, Worker
+from orchard.state.change_log import ChangeLog
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 

@@ -23,7 +23,7 @@ from cluster import NOW, PER_WORKER, fill
 from load import BARE, CONTROLLER, NO_AUTH, running
 from measure import ROUNDS, Variant, compare
 
-from orchard.files import STATE_FILE
+from orchard.base.files import STATE_FILE
 from orchard.storage import state_file
 from orchard.storage.file_engine import FileEngine
 from orchard.storage.journal import Disk

@@ -24,7 +24,7 @@ from load import connect, press, request
 from measure import ROUNDS, Turns
 
 from orchard import controller
-from orchard.daemon import collect_garbage_less
+from orchard.base.daemon import collect_garbage_less
 
 # Requests of one round, and large ones; paths by kind.
 COUNT, LARGE_COUNT = 50, 4

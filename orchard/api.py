@@ -21,15 +21,19 @@ from typing import TypeVar
 
 import trio
 
-from orchard import auth, parameters
-from orchard.access_tokens import Access, AccessTokens
-from orchard.admission import Admitted, APIOperation, refuse_unknown, subject_of
-from orchard.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
-from orchard.cluster import ClusterIdentity
+from orchard import auth
 from orchard.codec import parse_client_json
-from orchard.figures import Figures
-from orchard.gate import Gate, named_account
-from orchard.liveness import Liveness, Source
+from orchard.control.figures import Figures
+from orchard.control.scheduling_loop import SchedulingLoop
+from orchard.control.webhooks import Webhooks
+from orchard.control.worker_states import WorkerStates
+from orchard.decisions.access_tokens import Access, AccessTokens
+from orchard.decisions.gate import Gate, named_account
+from orchard.decisions.liveness import Liveness, Source
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted, APIOperation, refuse_unknown, subject_of
+from orchard.handlers.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
+from orchard.handlers.parameters import read_choice
 from orchard.net.request import (
     AnyResponse,
     HTTPError,
@@ -41,8 +45,7 @@ from orchard.net.request import (
     Stream,
     WhileConnected,
 )
-from orchard.parameters import read_choice
-from orchard.scheduling_loop import SchedulingLoop
+from orchard.resources.cluster import ClusterIdentity
 from orchard.schema import (
     VM,
     ClusterSettings,
@@ -56,8 +59,6 @@ from orchard.storage.events import EventLog
 from orchard.storage.history import History
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
-from orchard.webhooks import Webhooks
-from orchard.worker_states import WorkerStates
 
 # How often a read is tried when the state that it is based on could not be made durable.
 _READ_ATTEMPTS = 3

@@ -46,8 +46,6 @@ from urllib.parse import quote
 
 from trio_websocket import WebSocketConnection
 
-from orchard.bodies import ControllerInfo, OpenSession
-from orchard.cluster import Capacity, ControllerHealth
 from orchard.codec import format_time
 from orchard.methods.admin import ServiceAccounts, Settings
 from orchard.methods.commands import CommandResult, RunningCommand
@@ -65,6 +63,8 @@ from orchard.net.transport import (
     Transport,
 )
 from orchard.net.urls import basic_header
+from orchard.resources.bodies import ControllerInfo, OpenSession
+from orchard.resources.cluster import Capacity, ControllerHealth
 from orchard.schema import OS, Arch, EndedVM, Runtime
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The controller role: its composition, its start and its stop. Its settings are in controller_settings.py.
+"""The controller role: its composition, its start and its stop. Its settings are in control/settings.py.
 
 `python -m orchard.controller` runs it; `run` does the same for an embedding program.
 
@@ -26,48 +26,30 @@ from typing import TextIO
 import trio
 
 from orchard import __version__
-from orchard.access_tokens import AccessTokens
 from orchard.api import ControllerParts
-from orchard.command_line import HomeError
-from orchard.controller_settings import ControllerSettings, controller_parser, parse_api_prefix, parse_settings
-from orchard.daemon import (
+from orchard.base.command_line import HomeError
+from orchard.base.daemon import (
     collect_garbage_less,
     printing,
     run_main,
     run_until_signal,
 )
-from orchard.deadlines import Deadlines, StoredClock
-from orchard.figures import make_figures
-from orchard.files import (
+from orchard.base.files import (
     ACCESS_KEY_FILE,
     CONTROLLER_LOCK_FILE,
     SSH_HOST_KEY_FILE,
     LockError,
     lock_directory,
 )
-from orchard.gate import Gate
-from orchard.login_limit import LoginLimit
-from orchard.net import tcp, tls
-from orchard.net.browsers import BrowserRules
-from orchard.net.connection import Limits
-from orchard.net.outside import connect_outside
-from orchard.net.server import serve
-from orchard.net.streams import TLSListener
-from orchard.net.urls import bracketed, reachable_host
-from orchard.nursery import Started, unwrap_groups
-from orchard.operations import make_api
-from orchard.reactions import Reactions
-from orchard.recorder import Recorder
-from orchard.scheduling_loop import SchedulingLoop
-from orchard.schema import ServiceAccount
-from orchard.sessions import AccountSessions
-from orchard.side_ports import serve_health, serve_metrics
-from orchard.ssh.connections import describe_missing_extra
-from orchard.ssh.exec import Executor
-from orchard.storage.errors import BrokenError, DamagedError, StorageError
-from orchard.storage.etcd import EtcdAccess, EtcdRequestError
-from orchard.store import Store
-from orchard.stored_data import (
+from orchard.base.nursery import Started, unwrap_groups
+from orchard.control.deadlines import Deadlines, StoredClock
+from orchard.control.figures import make_figures
+from orchard.control.reactions import Reactions
+from orchard.control.recorder import Recorder
+from orchard.control.scheduling_loop import SchedulingLoop
+from orchard.control.settings import ControllerSettings, controller_parser, parse_api_prefix, parse_settings
+from orchard.control.side_ports import serve_health, serve_metrics
+from orchard.control.stored_data import (
     DEFAULT_OFFLINE_TIMEOUT,
     CampaignPlatform,
     EtcdSettings,
@@ -82,8 +64,26 @@ from orchard.stored_data import (
     renew_promises,
     utc_now,
 )
+from orchard.control.webhooks import Webhooks
+from orchard.decisions.access_tokens import AccessTokens
+from orchard.decisions.gate import Gate
+from orchard.decisions.login_limit import LoginLimit
+from orchard.net import tcp, tls
+from orchard.net.browsers import BrowserRules
+from orchard.net.connection import Limits
+from orchard.net.outside import connect_outside
+from orchard.net.server import serve
+from orchard.net.streams import TLSListener
+from orchard.net.urls import bracketed, reachable_host
+from orchard.operations import make_api
+from orchard.schema import ServiceAccount
+from orchard.sessions import AccountSessions
+from orchard.ssh.connections import describe_missing_extra
+from orchard.ssh.exec import Executor
+from orchard.storage.errors import BrokenError, DamagedError, StorageError
+from orchard.storage.etcd import EtcdAccess, EtcdRequestError
+from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
-from orchard.webhooks import Webhooks
 
 # Time for the requests under way at a stop.
 _GRACE_SECONDS = 10.0

@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from orchard import __version__, bodies, parameters
-from orchard.admission import APIOperation
+from orchard import __version__
 from orchard.api import API, ControllerParts
 from orchard.codec import dump_json
-from orchard.handlers import admin, capacity, connections, events, metrics, vms, watch, workers
+from orchard.handlers import admin, capacity, connections, events, metrics, parameters, vms, watch, workers
+from orchard.handlers.admission import APIOperation
 from orchard.handlers.page import PAGES
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
+from orchard.resources import bodies
 
 # The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
 _LARGE_BODY = 4 * 1024 * 1024  # bytes

@@ -33,8 +33,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from orchard.placement import Placement, age_of
-from orchard.planning import Plan, PlannerInputs, WorkerTimes
+from orchard.decisions.placement import Placement, age_of
+from orchard.decisions.planning import Plan, PlannerInputs, WorkerTimes
 from orchard.schema import VM, SchedulerProfile, VMSpec, Worker
 from orchard.transitions import will_restart
 

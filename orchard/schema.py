@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring
 from typing import Any, Literal
 
-from orchard.cluster import (
+from orchard.codec import MAX_ITEMS, attr, attrs_of, encode, unknown_fields
+from orchard.resources.cluster import (
     MAX_WEBHOOKS,
     CachedImage,
     Health,
@@ -36,8 +37,7 @@ from orchard.cluster import (
     WorkerDisk,
     WorkerState,
 )
-from orchard.codec import MAX_ITEMS, attr, attrs_of, encode, unknown_fields
-from orchard.stored_json import decode_stored, members
+from orchard.resources.stored_json import decode_stored, members
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 # How the status_message of a VM begins whose image is being pulled.

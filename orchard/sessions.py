@@ -20,9 +20,9 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.auth import ForbiddenError, require
-from orchard.bodies import OpenSession, SessionKind
 from orchard.net.request import AnyResponse, SendPiece, Stream, WebSocketUpgrade
 from orchard.net.wsframes import POLICY_VIOLATION
+from orchard.resources.bodies import OpenSession, SessionKind
 from orchard.schema import Role, ServiceAccount
 
 # For a peer to answer the close of a WebSocket.

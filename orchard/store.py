@@ -30,13 +30,15 @@ from typing import Any, TypeVar, cast
 
 import trio
 
-from orchard.change_log import ChangeLog
-from orchard.changes import Change, ChangeFeed, Kind, StoredObject
-from orchard.cluster import ClusterIdentity, Promise
+from orchard.base.metrics import WORK_SECONDS, Histogram
+from orchard.base.nursery import Wakeup, unwrap_groups
 from orchard.codec import ValidationError
-from orchard.metrics import WORK_SECONDS, Histogram
-from orchard.nursery import Wakeup, unwrap_groups
+from orchard.resources.cluster import ClusterIdentity, Promise
+from orchard.resources.stored_json import decode_stored, members, object_of
 from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_json
+from orchard.state.change_log import ChangeLog
+from orchard.state.changes import Change, ChangeFeed, Kind, StoredObject
+from orchard.state.watchers import Audience
 from orchard.storage.engine import Batch, Contents, Engine, Tables
 from orchard.storage.errors import (
     BrokenError,
@@ -48,8 +50,6 @@ from orchard.storage.errors import (
 )
 from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 from orchard.storage.state_file import read_contents
-from orchard.stored_json import decode_stored, members, object_of
-from orchard.watchers import Audience
 
 ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity, Promise)
 

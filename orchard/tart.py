@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import trio
 
-from orchard.cluster import CachedImage, WorkerDisk, bounded_images
+from orchard.resources.cluster import CachedImage, WorkerDisk, bounded_images
 from orchard.schema import Runtime
 from orchard.vm import supervisor
 from orchard.vm.driver import (

@@ -55,15 +55,15 @@ from typing import Generic, ParamSpec, TypeVar
 import trio
 
 from orchard import controller
+from orchard.base.files import TLS_CERTIFICATE_FILE
+from orchard.base.logs import LineFormatter
+from orchard.base.nursery import unwrap_groups
 from orchard.blocking import AsCall, Blocking, BlockingClient, Portal
 from orchard.client import Client
+from orchard.control.stored_data import CampaignPlatform
 from orchard.etcd_nodes import EtcdProgramError, etcd_nodes, find_free_port
-from orchard.files import TLS_CERTIFICATE_FILE
-from orchard.logs import LineFormatter
 from orchard.net import tcp
-from orchard.nursery import unwrap_groups
 from orchard.schema import TART_VMS, Worker
-from orchard.stored_data import CampaignPlatform
 from orchard.vm.driver import Driver, DriverError
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService

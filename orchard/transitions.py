@@ -24,9 +24,9 @@ from __future__ import annotations
 import datetime
 from dataclasses import replace
 
-from orchard.bodies import VMReport
-from orchard.cluster import VM_READY, VM_RESTART
 from orchard.codec import attrs_of, shown
+from orchard.resources.bodies import VMReport
+from orchard.resources.cluster import VM_READY, VM_RESTART
 from orchard.schema import (
     DEFAULT_CPU,
     DEFAULT_MEMORY,

@@ -1,7 +1,7 @@
 """The controller's ways into a VM: it asks the VM's worker to forward a port or to find the VM's address.
 
 The API and SSH use `VMAccess`. It waits until the VM runs and then asks through the `Rendezvous`, which keeps the
-workers' watches and joins each request to its answer. The worker's side of the protocol is in worker_requests.py, and
+workers' watches and joins each request to its answer. The worker's side of the protocol is in work/requests.py, and
 the stream of bytes over a WebSocket is in net/websocket.py.
 
 A worker may be behind a NAT, so the controller cannot connect to it. Each worker keeps a WebSocket open to the
@@ -40,10 +40,10 @@ from typing import Any, Generic, TypeVar
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
+from orchard.base.nursery import Wakeup
 from orchard.codec import dump_json, shown
 from orchard.net.websocket import PING_INTERVAL, TunnelStream
 from orchard.net.wsframes import ABNORMAL, GOING_AWAY, INTERNAL_ERROR, NO_STATUS, NORMAL, Close
-from orchard.nursery import Wakeup
 from orchard.schema import VM
 from orchard.store import Store
 

@@ -1,7 +1,7 @@
 """The worker role: it makes the VMs on this host what the controller wants, and reports what they do.
 
 `python -m orchard.worker` runs it; `WorkerService.run` does the same inside another program. Here are the sessions with
-the controller and the command line. reconciler.py reconciles the VMs, and worker_requests.py answers the controller's
+the controller and the command line. reconciler.py reconciles the VMs, and work/requests.py answers the controller's
 other requests (port forwards, IP addresses).
 
 A *session* is the conversation with the controller: registration, heartbeats, the watch over which the controller says
@@ -36,9 +36,15 @@ import trio
 
 from orchard import __version__
 from orchard.auth import BootstrapToken
-from orchard.bodies import ControllerInfo
+from orchard.base.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_pairs, parse_resources
+from orchard.base.daemon import add_log_options, log_settings, run_main, run_until_signal
+from orchard.base.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FILE, LockError, lock_directory
+from orchard.base.nursery import first_exception, unwrap_groups
+from orchard.base.privileges import PrivilegeError, become_user, is_other_user
 from orchard.client import Client, ClientError, ResponseError
-from orchard.cluster import (
+from orchard.codec import encode
+from orchard.resources.bodies import ControllerInfo
+from orchard.resources.cluster import (
     CANCEL_REQUEST,
     GUEST_AGENT,
     IMAGE_INVENTORY,
@@ -47,15 +53,6 @@ from orchard.cluster import (
     VM_RESTART,
     WORKER_STATE,
 )
-from orchard.codec import encode
-from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_pairs, parse_resources
-from orchard.daemon import add_log_options, log_settings, run_main, run_until_signal
-from orchard.files import WORKER_LOCK_FILE, WORKER_MEMORY_FILE, WORKERS_LOCK_FILE, LockError, lock_directory
-from orchard.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
-from orchard.leftovers import RefusedError
-from orchard.nursery import first_exception, unwrap_groups
-from orchard.privileges import PrivilegeError, become_user, is_other_user
-from orchard.reconciler import Reconciler
 from orchard.schema import (
     DEFAULT_CPU,
     DEFAULT_MEMORY,
@@ -75,8 +72,11 @@ from orchard.vm.driver import Driver, DriverError
 from orchard.vm.host import check_dhcp_lease, machine_id
 from orchard.vm.synthetic import IMAGE_HELP, SyntheticDriver
 from orchard.vm.vm_connections import ConnectorProcess, Dial
-from orchard.worker_memory import ClusterMemory, read_instance_id
-from orchard.worker_requests import RequestHandler
+from orchard.work.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
+from orchard.work.leftovers import RefusedError
+from orchard.work.memory import ClusterMemory, read_instance_id
+from orchard.work.reconciler import Reconciler
+from orchard.work.requests import RequestHandler
 
 # For an answer of the controller. With a heartbeat every 15 s, a controller that vanished is noticed within a minute.
 CONTROLLER_ANSWER_SECONDS = 30.0

@@ -13,7 +13,7 @@ import trio
 import yaml  # type: ignore[import-untyped]
 from prometheus_client.parser import text_string_to_metric_families
 
-from orchard.figures import END_REASONS
+from orchard.control.figures import END_REASONS
 from orchard.handlers.metrics import METRICS
 from orchard.testing import cluster
 

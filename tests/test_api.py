@@ -21,24 +21,25 @@ from harness.served import BEGAN, Answered, Sender, Served, served
 from trio.testing import assert_no_checkpoints
 
 import orchard
-from orchard import __version__, auth, parameters, transitions
-from orchard.admission import Admitted, APIOperation
-from orchard.answers import ERROR_STATUS, http_error
-from orchard.changes import Change
+from orchard import __version__, auth, transitions
+from orchard.base.files import STATE_FILE
 from orchard.codec import InvalidError, attrs_of
+from orchard.control.scheduling_loop import VMS_PER_PLAN
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
-from orchard.files import STATE_FILE
+from orchard.decisions.login_limit import TooManyFailuresError
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted, APIOperation
+from orchard.handlers.answers import ERROR_STATUS, http_error
 from orchard.handlers.vms import create_vm
-from orchard.login_limit import TooManyFailuresError
 from orchard.net.openapi import PROBLEMS
 from orchard.net.request import Headers, HTTPError, Query, Request, Stream
 from orchard.operations import OPERATIONS
-from orchard.scheduling_loop import VMS_PER_PLAN
+from orchard.resources.validation import vm_from_client
 from orchard.schema import TART_VMS, WORKER_NAME_LABEL, ClusterSettings, Role, ServiceAccount, VMSpec
+from orchard.state.changes import Change
 from orchard.storage.journal import Disk, Journal
 from orchard.storage.state_file import snapshot_lines
 from orchard.store import read_state
-from orchard.validation import vm_from_client
 
 
 @pytest.fixture
@@ -985,22 +986,20 @@ async def test_openapi_document_is_valid_and_complete(api: Served) -> None:
 
 # Modules whose errors end a start, a worker, a client or a connection, and errors that the store maps to its own.
 OTHER_MODULES = (
-    "etcd_nodes",
+    "base.",
     "cli.",
-    "command_line",
-    "privileges",
     "client",
+    "control.settings",
+    "control.store_copy",
+    "control.stored_data",
     "controller",
-    "files",
-    "leftovers",
+    "etcd_nodes",
     "methods.",
     "net.",
-    "reconciler",
-    "store_copy",
-    "stored_data",
     "ssh.jump",
     "tart",
     "vm.",
+    "work.",
     "worker",
 )
 OTHER_ERRORS = {"DamagedError", "NotWrittenError", "BrokenError", "BrokenFileError"}

@@ -10,8 +10,8 @@ from typing import assert_type
 import pytest
 
 from orchard.blocking import BlockingClient, BlockingCommand, BlockingStream, Portal
-from orchard.bodies import VMAccessToken
 from orchard.client import Client
+from orchard.resources.bodies import VMAccessToken
 from orchard.schema import VM, Event, Worker
 
 PARTS = ("vms", "workers", "service_accounts", "cluster_settings")

@@ -16,13 +16,13 @@ import trio
 from harness.inprocess import InProcessCluster
 from harness.processes import GENEROUS, eventually
 
-from orchard import leftovers, reconciler
 from orchard.client import Client, ConnectError, ResponseError
-from orchard.heartbeat import FailureLog, HealthLog
-from orchard.leftovers import RefusedError
 from orchard.schema import TART_VMS
 from orchard.vm.driver import DriverError, LocalVM, RunOptions
-from orchard.worker_memory import ClusterMemory, read_instance_id
+from orchard.work import leftovers, reconciler
+from orchard.work.heartbeat import FailureLog, HealthLog
+from orchard.work.leftovers import RefusedError
+from orchard.work.memory import ClusterMemory, read_instance_id
 
 
 @pytest.fixture

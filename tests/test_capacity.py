@@ -16,7 +16,7 @@ from harness.strategies import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.scheduling_loop import VMS_PER_PLAN
+from orchard.control.scheduling_loop import VMS_PER_PLAN
 from orchard.schema import TART_VMS, Drain
 
 

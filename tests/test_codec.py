@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from openapi_schema_validator import OAS30Validator
 from openapi_spec_validator import OpenAPIV30SpecValidator
 
-from orchard.bodies import ControllerInfo, Problem, VMReport, components
 from orchard.codec import (
     MAX_DEPTH,
     MAX_FIELDS,
@@ -41,6 +40,7 @@ from orchard.codec import (
     parse_time,
     shown,
 )
+from orchard.resources.bodies import ControllerInfo, Problem, VMReport, components
 from orchard.schema import (
     ClusterSettings,
     Condition,

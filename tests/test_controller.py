@@ -24,7 +24,7 @@ from harness.processes import GENEROUS, ORCHARD, PLAIN, call_main, controller, f
 
 from orchard import auth
 from orchard import controller as program
-from orchard.login_limit import MAX_FAILURES
+from orchard.decisions.login_limit import MAX_FAILURES
 from orchard.net import tls
 from orchard.schema import ServiceAccount
 from orchard.storage.events import EventLog, event_files

@@ -15,8 +15,8 @@ from harness.disks import HeldDisk
 from harness.served import BEGAN, Sender, Served, served
 
 from orchard import transitions
+from orchard.base.nursery import Wakeup
 from orchard.net.request import Stream
-from orchard.nursery import Wakeup
 from orchard.schema import Event, ServiceAccount
 from orchard.storage.lifecycle import MAX_LIFECYCLE
 

@@ -10,8 +10,8 @@ from harness.clients import call
 from harness.memory_etcd import MemoryEtcd, encoded, running_memory_etcd
 from harness.processes import eventually, free_port
 
+from orchard.control.stored_data import CampaignPlatform
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, run
-from orchard.stored_data import CampaignPlatform
 
 
 async def check(port: int, method: str = "GET", path: str = "/v1/health") -> tuple[int, object]:

@@ -19,9 +19,9 @@ from harness.memory_etcd import MemoryEtcd, MemoryListener, encoded, running_mem
 from harness.strategies import BEGAN
 
 from orchard.client import Client, ClientError
+from orchard.control.stored_data import CampaignPlatform, EtcdSettings
 from orchard.controller import ControllerSettings, Listening, Platform, Running, run
 from orchard.storage.etcd import EtcdAccess
-from orchard.stored_data import CampaignPlatform, EtcdSettings
 
 TTL = 5.0  # seconds
 # Longer than the lease.

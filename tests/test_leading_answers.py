@@ -23,7 +23,7 @@ from orchard.api import API
 from orchard.auth import UnauthenticatedError
 from orchard.client import Client, ClientError
 from orchard.controller import ControllerSettings, Running, run
-from orchard.gate import Gate
+from orchard.decisions.gate import Gate
 from orchard.net.urls import NOT_SERVING, basic_header
 from orchard.net.websocket import TunnelStream
 from orchard.schema import TART_VMS

@@ -13,7 +13,7 @@ import trio
 import trio.testing
 from harness.served import Served, served
 
-from orchard.admission import Admitted
+from orchard.handlers.admission import Admitted
 from orchard.net.request import Headers, HTTPError, Request, Response
 from orchard.operations import OPERATIONS, make_api
 from orchard.schema import ServiceAccount

@@ -50,11 +50,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 import orchard
-from orchard import placement
-from orchard.bodies import VMReport
-from orchard.cluster import VM_RESTART
-from orchard.placement import REASON_SECONDS
-from orchard.planning import MAX_ROOM, RESTART_PAUSE_SECONDS, Plan, demand_of
+from orchard.decisions import placement
+from orchard.decisions.placement import REASON_SECONDS
+from orchard.decisions.planning import MAX_ROOM, RESTART_PAUSE_SECONDS, Plan, demand_of
+from orchard.decisions.worker_facts import WorkerFacts
+from orchard.resources.bodies import VMReport
+from orchard.resources.cluster import VM_RESTART
 from orchard.scheduler import Planner
 from orchard.schema import TART_VMS, VM, WORKER_NAME_LABEL, Condition, GuestScript, StartupScript, Worker
 from orchard.transitions import (
@@ -69,7 +70,6 @@ from orchard.transitions import (
     restart,
     unassign,
 )
-from orchard.worker_facts import WorkerFacts
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
 

@@ -14,7 +14,6 @@ from harness.strategies import QUICK, any_vm, failed, json_values, pending, reso
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchard.bodies import VMAccessToken, VMReport
 from orchard.codec import (
     MAX_UINT,
     InvalidError,
@@ -24,6 +23,22 @@ from orchard.codec import (
     dump_json,
     encode,
     parse_json,
+)
+from orchard.resources.bodies import VMAccessToken, VMReport
+from orchard.resources.validation import (
+    MAX_PAYLOAD,
+    MAX_REPORTED,
+    _check_name,
+    _merge,
+    account_from_client,
+    events_from_client,
+    patched_account,
+    patched_spec,
+    replaced_settings,
+    replaced_spec,
+    report_from_worker,
+    vm_from_client,
+    worker_from_client,
 )
 from orchard.schema import (
     MAX_NAME,
@@ -44,21 +59,6 @@ from orchard.schema import (
     vm_from_json,
 )
 from orchard.transitions import change
-from orchard.validation import (
-    MAX_PAYLOAD,
-    MAX_REPORTED,
-    _check_name,
-    _merge,
-    account_from_client,
-    events_from_client,
-    patched_account,
-    patched_spec,
-    replaced_settings,
-    replaced_spec,
-    report_from_worker,
-    vm_from_client,
-    worker_from_client,
-)
 
 MINIMAL = {"name": "vm", "image": "base"}
 

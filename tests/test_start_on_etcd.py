@@ -17,12 +17,12 @@ from harness.programs import need
 from harness.strategies import pending
 
 from orchard.client import Client
+from orchard.control.stored_data import CampaignPlatform
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, StartError, run
 from orchard.etcd_nodes import etcd_nodes
 from orchard.net.transport import Transport
 from orchard.storage.state_file import STATE_VERSION
 from orchard.store import encode_object
-from orchard.stored_data import CampaignPlatform
 
 HEAD = {"format": "orchard-state", "version": STATE_VERSION, "revision": 1, "epoch": 3, "by": "x", "write": 9, "time": "", "parts": 0}  # fmt: skip
 LEADER = {"by": "x", "url": "https://other:6120", "since": "2026-01-31T12:00:00Z"}

@@ -30,10 +30,11 @@ from harness.stores import (
 from harness.strategies import assigned, failed, pending, running, worker
 from trio.testing import MockClock
 
+import orchard.state.changes
 import orchard.store
-from orchard.changes import Change, ChangeFeed
-from orchard.nursery import unwrap_groups
+from orchard.base.nursery import unwrap_groups
 from orchard.schema import VM, ClusterSettings, ServiceAccount, VMSpec, Worker
+from orchard.state.changes import Change, ChangeFeed
 from orchard.storage import state_file
 from orchard.storage.engine import Tables
 from orchard.storage.errors import (
@@ -287,7 +288,7 @@ async def test_changes_carry_the_revision_of_their_transaction(tmp_path: Path) -
 
 
 async def test_slow_watcher_is_closed_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orchard.changes, "WATCH_BACKLOG", 3)
+    monkeypatch.setattr(orchard.state.changes, "WATCH_BACKLOG", 3)
     async with running_store(open_store(tmp_path)) as store:
         with store.watch("vm", "a") as slow, store.watch("vm", "a") as quick:
             put(store, pending("a"))
@@ -304,8 +305,8 @@ async def test_slow_watcher_is_bounded_in_bytes_and_so_are_all_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = len(encode_object(pending("a")))
-    monkeypatch.setattr(orchard.changes, "WATCH_BYTES", 2 * size + size // 2)
-    monkeypatch.setattr(orchard.changes, "ALL_WATCH_BYTES", 5 * size + size // 2)
+    monkeypatch.setattr(orchard.state.changes, "WATCH_BYTES", 2 * size + size // 2)
+    monkeypatch.setattr(orchard.state.changes, "ALL_WATCH_BYTES", 5 * size + size // 2)
     async with running_store(open_store(tmp_path)) as store:
         with store.watch("vm", "a") as slow, store.watch("vm", "a") as second, store.watch("vm", "a") as third:
             for _ in range(8):

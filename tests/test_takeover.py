@@ -15,12 +15,12 @@ import trio
 from harness.memory_etcd import MemoryEtcd, running_memory_etcd
 from harness.processes import GENEROUS
 
+from orchard.base.files import ACCESS_KEY_FILE, SSH_HOST_KEY_FILE, TLS_KEY_FILE
 from orchard.client import Client, ResponseError
+from orchard.control.stored_data import CampaignPlatform
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, run
-from orchard.files import ACCESS_KEY_FILE, SSH_HOST_KEY_FILE, TLS_KEY_FILE
 from orchard.schema import TART_VMS
 from orchard.storage.etcd_engine import DEFAULT_MAX_MIB
-from orchard.stored_data import CampaignPlatform
 
 TOKEN = "a-token-of-the-tests"
 SETTINGS = {
@@ -106,7 +106,7 @@ sys.path.insert(0, sys.argv[1])
 from harness.memory_etcd import MemoryEtcd, running_memory_etcd
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, run
 from orchard.storage.etcd import EtcdClient, delete, put
-from orchard.stored_data import CampaignPlatform
+from orchard.control.stored_data import CampaignPlatform
 
 async def main():
     access, local, stop = EtcdAccess("http://etcd:2379"), ("127.0.0.1", 0), trio.Event()

@@ -23,9 +23,9 @@ from harness.strategies import (
 )
 from hypothesis import given
 
-from orchard.bodies import VMReport
-from orchard.cluster import VM_READY, VM_RESTART
 from orchard.codec import attrs_of
+from orchard.resources.bodies import VMReport
+from orchard.resources.cluster import VM_READY, VM_RESTART
 from orchard.schema import (
     TART_VMS,
     VM,

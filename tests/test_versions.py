@@ -18,14 +18,14 @@ from harness.inprocess import InProcessCluster
 from harness.processes import eventually
 from harness.served import Served, served
 
-from orchard import heartbeat
+from orchard.base.files import STATE_FILE
 from orchard.client import Client
 from orchard.controller import ensure_identity
-from orchard.files import STATE_FILE
 from orchard.handlers import admin
 from orchard.net.transport import ClientResponse, Transport
 from orchard.schema import TART_VMS, WORKER_NAME_LABEL, Condition
 from orchard.storage.state_file import STATE_VERSION
+from orchard.work import heartbeat
 
 RECORDED = Path(__file__).parent / "recorded"
 BEFORE: Mapping[str, Any] = json.loads((RECORDED / "state-v2-requests.json").read_text())

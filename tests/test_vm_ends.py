@@ -12,9 +12,9 @@ import trio
 from harness.inprocess import InProcessCluster
 from harness.processes import eventually
 
-from orchard import heartbeat, reconciler
 from orchard.schema import TART_VMS, VM
-from orchard.slots import Slots
+from orchard.work import heartbeat, reconciler
+from orchard.work.slots import Slots
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchard.client import ResponseError
-from orchard.filters import VMFilter
 from orchard.handlers import vms
+from orchard.resources.filters import VMFilter
 from orchard.schema import VM, Role, ServiceAccount
 from orchard.testing import cluster
 

@@ -15,7 +15,7 @@ import trio.testing
 from harness.disks import FailingDisk, HeldDisk, no_space
 from harness.served import Sender, Served, served
 
-import orchard.change_log
+import orchard.state.change_log
 from orchard.schema import ServiceAccount
 
 READER = ServiceAccount(name="reader", token="r" * 32, roles=("compute:read",))
@@ -324,7 +324,7 @@ async def test_undone_changes_are_never_seen_and_the_workers_state_is(tmp_path: 
 async def test_slow_watcher_ends_after_whole_transactions_and_resumes(
     api: Served, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(orchard.change_log, "WATCH_BACKLOG", 3)
+    monkeypatch.setattr(orchard.state.change_log, "WATCH_BACKLOG", 3)
     await api.create("a")
     answer = await api.ask("GET", "/watch")
     taken: list[dict[str, Any]] = []
@@ -355,7 +355,7 @@ async def test_slow_watcher_ends_after_whole_transactions_and_resumes(
 async def test_log_is_bounded_in_changes_and_bytes(api: Served, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     await api.create("a")
     size = len(api.state.json["vm"]["a"])
-    monkeypatch.setattr(orchard.change_log, limit, 4 if limit == "KEPT_CHANGES" else 4 * size + size // 2)
+    monkeypatch.setattr(orchard.state.change_log, limit, 4 if limit == "KEPT_CHANGES" else 4 * size + size // 2)
     revisions = []
     for cpu in range(8):
         revisions.append((await api.call("GET", "/vms")).headers["x-revision"])
@@ -370,7 +370,7 @@ async def test_first_list_is_sent_in_blocks_and_holds_nothing_afterwards(api: Se
     answer = await api.ask("GET", "/watch?filter=name=vm-29*")
     pieces: list[bytes] = []
     # Those of other tests may not be collected yet.
-    snapshots = [item for item in gc.get_objects() if isinstance(item, orchard.change_log.Snapshot)]
+    snapshots = [item for item in gc.get_objects() if isinstance(item, orchard.state.change_log.Snapshot)]
     (snapshot,) = [item for item in snapshots if len(item.vms) == 300]
 
     async def take(piece: bytes) -> None:
@@ -386,7 +386,7 @@ async def test_first_list_is_sent_in_blocks_and_holds_nothing_afterwards(api: Se
     nursery.start_soon(whole.produce, Sender(take))
     await trio.testing.wait_all_tasks_blocked()
     assert len(pieces) > 2
-    assert max(map(len, pieces)) < 2 * orchard.change_log._BLOCK_BYTES
+    assert max(map(len, pieces)) < 2 * orchard.state.change_log._BLOCK_BYTES
     nursery.cancel_scope.cancel()
 
 

@@ -21,14 +21,11 @@ from harness.inprocess import InProcessCluster
 from harness.processes import GENEROUS, eventually
 from trio_websocket import WebSocketConnection
 
-from orchard import controller, heartbeat, leftovers, worker_requests
+from orchard import controller
 from orchard.client import Client, ResponseError
 from orchard.codec import dump_json
-from orchard.heartbeat import LastSeenClock, Lease, backoff_seconds
-from orchard.leftovers import RefusedError
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
-from orchard.reconciler import SYNC_ACTIONS, VM_LOST
 from orchard.schema import TART_VMS, Status, Worker
 from orchard.tart import TartDriver
 from orchard.vm import supervisor
@@ -36,6 +33,11 @@ from orchard.vm.driver import DriverError, Hardware, RunOptions
 from orchard.vm.instance import SHUT_DOWN, STOPPED
 from orchard.vm.instance_state import Note
 from orchard.vm.synthetic import SyntheticDriver
+from orchard.work import heartbeat, leftovers
+from orchard.work import requests as worker_requests
+from orchard.work.heartbeat import LastSeenClock, Lease, backoff_seconds
+from orchard.work.leftovers import RefusedError
+from orchard.work.reconciler import SYNC_ACTIONS, VM_LOST
 from orchard.worker import WorkerService
 
 

@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Mapping
 
 from orchard import __version__
+from orchard.base.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources
 from orchard.cli.connection import ANSWER_SECONDS, AnswerError, Outage, path_of
 from orchard.cli.failure import OVERDUE, CommandError, NetworkError
 from orchard.cli.output import format_age, format_json_value, print_items, print_json, print_pairs, print_table
 from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
-from orchard.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources
 
 _POWER_STATES = {"stop": "stopped", "suspend": "suspended", "start": "running"}
 _WAITING = ("running", "ready", "failed", "stopped", "deleted")

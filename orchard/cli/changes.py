@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchard.base.command_line import CommandLine, parse_boolean, parse_count, parse_duration, parse_pairs, parse_words
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.context import Contexts, read_contexts, write_contexts
 from orchard.cli.failure import USAGE, CommandError, NetworkError
 from orchard.cli.session import add_context_option, chosen_context, context_path, open_connection
-from orchard.command_line import CommandLine, parse_boolean, parse_count, parse_duration, parse_pairs, parse_words
 
 # What an option's value must be for the field to be removed.
 _NONE = "none"

@@ -19,12 +19,12 @@ from typing import BinaryIO
 
 import trio
 
+from orchard.base.command_line import CommandLine, parse_duration
 from orchard.cli.failure import FAILED, USAGE, CommandError, cleaning_up
 from orchard.cli.pipe import send_input, write_all
 from orchard.cli.session import add_context_option
 from orchard.cli.tunnels import run_with_client
 from orchard.client import Client, RunningCommand
-from orchard.command_line import CommandLine, parse_duration
 
 _READ_BYTES = 64 * 1024
 # Runs on the VM: takes an archive that holds one file or directory, and puts it at "$1", or into "$1" if that is a directory.

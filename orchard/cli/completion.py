@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from orchard.base.command_line import CommandLine, HomeError
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.context import choose_context, read_contexts
 from orchard.cli.failure import CommandError
@@ -23,7 +24,6 @@ from orchard.cli.main import INSTALL_VERBS, ROLE_VERBS, VERBS, make_parser
 from orchard.cli.output import printable
 from orchard.cli.resources import RESOURCE_KINDS, field_names
 from orchard.cli.session import context_path
-from orchard.command_line import CommandLine, HomeError
 
 # A user waits for this at the prompt.
 _NAME_SECONDS = 1.5

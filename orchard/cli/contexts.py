@@ -7,12 +7,12 @@ import os
 import sys
 from dataclasses import dataclass, field
 
+from orchard.base.command_line import CommandLine
 from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.failure import CommandError, NetworkError
 from orchard.cli.output import print_items, print_table
 from orchard.cli.session import add_output_option, context_path
-from orchard.command_line import CommandLine
 from orchard.net.urls import join_urls
 
 _DEFAULT_NAME = "default"

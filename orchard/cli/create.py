@@ -8,12 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from orchard.cli.connection import path_of
-from orchard.cli.failure import USAGE, CommandError
-from orchard.cli.output import print_json
-from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
-from orchard.cli.waiting import Waiting
-from orchard.command_line import (
+from orchard.base.command_line import (
     CommandLine,
     parse_boolean,
     parse_count,
@@ -22,6 +17,11 @@ from orchard.command_line import (
     parse_resources,
     parse_words,
 )
+from orchard.cli.connection import path_of
+from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.output import print_json
+from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
+from orchard.cli.waiting import Waiting
 
 _IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
 _KINDS = ("vm", "service-account", "token")

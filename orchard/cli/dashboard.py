@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import webbrowser
 
+from orchard.base.command_line import CommandLine
 from orchard.cli.session import add_context_option, open_connection, require_capability
-from orchard.command_line import CommandLine
 
 CAPABILITY = "ui"
 

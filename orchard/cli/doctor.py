@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from orchard.auth import BootstrapToken
+from orchard.base.command_line import CommandLine, orchard_home, parse_address
+from orchard.base.files import STATE_FILE, WORKERS_LOCK_FILE
 from orchard.cli import diagnosis
 from orchard.cli.connection import (
     AnswerError,
@@ -34,8 +36,6 @@ from orchard.cli.diagnosis import Finding
 from orchard.cli.failure import FAILED, USAGE, CommandError
 from orchard.cli.output import print_json, printable
 from orchard.cli.session import add_context_option, add_output_option, chosen_context, context_path
-from orchard.command_line import CommandLine, orchard_home, parse_address
-from orchard.files import STATE_FILE, WORKERS_LOCK_FILE
 from orchard.net import tls
 from orchard.net.urls import DEFAULT_PORT, find_proxy
 

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from orchard.base.files import CONTROLLER_LOCK_FILE, TLS_CERTIFICATE_FILE, TLS_KEY_FILE
 from orchard.cli import diagnosis
 from orchard.cli.diagnosis import Finding
-from orchard.files import CONTROLLER_LOCK_FILE, TLS_CERTIFICATE_FILE, TLS_KEY_FILE
-from orchard.fsck import describe_foreign_data, find_exposures
 from orchard.net import tls
 from orchard.net.urls import bracketed
 from orchard.schema import Runtime
+from orchard.state.fsck import describe_foreign_data, find_exposures
 from orchard.tart import find_tart
 from orchard.vm.driver import DriverError
 from orchard.vm.host import check_dhcp_lease, measure_disk

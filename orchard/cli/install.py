@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchard.auth import BootstrapToken
+from orchard.base.command_line import CommandLine
+from orchard.base.files import make_private, write_private
 from orchard.cli.failure import CommandError
 from orchard.cli.services import STATE_DIRECTORY, ServiceDefinition, launchd_label, launchd_plist, systemd_unit
-from orchard.command_line import CommandLine
 from orchard.controller import controller_parser
-from orchard.files import make_private, write_private
 from orchard.net.urls import join_urls, parse_urls
 from orchard.worker import worker_parser
 

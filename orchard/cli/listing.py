@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchard.base.command_line import CommandLine
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError
 from orchard.cli.output import format_table, is_fancy, print_items, print_table, printable, repaint
@@ -18,7 +19,6 @@ from orchard.cli.session import (
     open_connection,
     require_capability,
 )
-from orchard.command_line import CommandLine
 
 _KINDS = ("vms", "workers", "service-accounts")
 # What a row of something that is deleted, or that a filter selects no longer, shows in the column of its state.

@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 
+from orchard.base.command_line import CommandLine
 from orchard.cli.connection import parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.contexts import TrustAnchor, check_credentials, trusted_context
 from orchard.cli.failure import USAGE, CommandError, cleaning_up
 from orchard.cli.session import context_path
-from orchard.command_line import CommandLine
 from orchard.net.urls import join_urls
 
 _VARIABLE = "ORCHARD_SERVICE_ACCOUNT_TOKEN"

@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 from orchard import __version__
+from orchard.base.command_line import CommandLine, HomeError, discard_output, suggest
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
-from orchard.command_line import CommandLine, HomeError, discard_output, suggest
 
 if TYPE_CHECKING:
     from orchard.controller import ControllerSettings, Running

@@ -14,14 +14,14 @@ from pathlib import Path
 import trio
 
 from orchard.auth import BootstrapToken
-from orchard.command_line import CommandLine, orchard_home
-from orchard.etcd_options import add_access_options, etcd_access, etcd_prefix
-from orchard.files import STATE_FILE, TLS_CERTIFICATE_FILE, write_private
-from orchard.fsck import inspect
+from orchard.base.command_line import CommandLine, orchard_home
+from orchard.base.files import STATE_FILE, TLS_CERTIFICATE_FILE, write_private
+from orchard.control.etcd_options import add_access_options, etcd_access, etcd_prefix
+from orchard.control.store_copy import CopyError, copy_store, inspect_etcd, is_etcd
+from orchard.state.fsck import inspect
 from orchard.storage.errors import DamagedError
 from orchard.storage.etcd import EtcdAccess
 from orchard.store import read_state
-from orchard.store_copy import CopyError, copy_store, inspect_etcd, is_etcd
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:

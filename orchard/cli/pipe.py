@@ -12,15 +12,15 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from orchard.base.command_line import CommandLine, parse_duration, parse_port
+from orchard.base.nursery import unwrap_groups
 from orchard.cli.connection import ANSWER_SECONDS, path_of
 from orchard.cli.failure import CommandError
 from orchard.cli.openssh import SSH_DOMAIN
 from orchard.cli.session import add_context_option, chosen_context
-from orchard.command_line import CommandLine, parse_duration, parse_port
 from orchard.net.tcp import describe_network_error
 from orchard.net.transport import ClientError, Transport
 from orchard.net.urls import basic_header
-from orchard.nursery import unwrap_groups
 
 _PIPE_BYTES = 64 * 1024
 # As that of orchard.client.

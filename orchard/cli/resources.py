@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from orchard.base.command_line import CommandLine, parse_duration, suggest
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
 from orchard.cli.output import format_age, format_json_value, print_json, print_pairs
@@ -24,7 +25,6 @@ from orchard.cli.session import (
     open_connection,
     require_capability,
 )
-from orchard.command_line import CommandLine, parse_duration, suggest
 
 # Between two looks at a worker whose VMs are waited for.
 _POLL_SECONDS = 1.0

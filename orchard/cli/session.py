@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orchard.base.command_line import CommandLine, HomeError, orchard_home
 from orchard.cli.connection import ANSWER_SECONDS, ControllerConnection
 from orchard.cli.context import CONTEXT_FILE, Context, choose_context, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
-from orchard.command_line import CommandLine, HomeError, orchard_home
 
 if TYPE_CHECKING:
     from orchard.controller import ControllerSettings, Running

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from orchard.base.command_line import CommandLine, parse_count, parse_duration
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.output import format_clock, print_compact_json, print_line, printable
 from orchard.cli.session import (
@@ -17,7 +18,6 @@ from orchard.cli.session import (
     open_connection,
     require_capability,
 )
-from orchard.command_line import CommandLine, parse_count, parse_duration
 
 # Events of one answer.
 _PAGE = 1000

@@ -20,14 +20,14 @@ from pathlib import Path
 import trio
 
 from orchard import __version__
+from orchard.base.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_port, parse_resources
+from orchard.base.daemon import run_main, run_until_signal
+from orchard.base.files import WORKERS_LOCK_FILE, LockError, lock_directory, write_private
+from orchard.base.logs import LogSettings
 from orchard.cli.context import Context
 from orchard.cli.session import remember_context
 from orchard.client import Client, ClientError
-from orchard.command_line import CommandLine, HomeError, orchard_home, parse_count, parse_port, parse_resources
 from orchard.controller import StartError, parse_api_prefix
-from orchard.daemon import run_main, run_until_signal
-from orchard.files import WORKERS_LOCK_FILE, LockError, lock_directory, write_private
-from orchard.logs import LogSettings
 from orchard.net.urls import DEFAULT_PORT
 from orchard.schema import TART_VMS, VM, Worker
 from orchard.tart import TartDriver

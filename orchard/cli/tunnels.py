@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 import trio
 
+from orchard.base.command_line import CommandLine, parse_duration
 from orchard.cli.openssh import add_login_options, login_of
 from orchard.cli.pipe import run_trio
 from orchard.cli.session import add_context_option, chosen_context
 from orchard.client import Client, ClientError
-from orchard.command_line import CommandLine, parse_duration
 from orchard.net.tcp import splice
 
 _VNC_PORT = 5900

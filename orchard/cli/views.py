@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from orchard.base.command_line import CommandLine
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.output import (
     format_age,
@@ -22,7 +23,6 @@ from orchard.cli.output import (
 )
 from orchard.cli.resources import RESOURCE_KINDS
 from orchard.cli.session import add_context_option, add_output_option, open_connection
-from orchard.command_line import CommandLine
 
 _TART_VMS = "org.cirruslabs.tart-vms"
 # VMs of the queue, and events of a VM, that are shown.

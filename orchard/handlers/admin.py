@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from orchard import __version__, auth, validation
-from orchard.admission import Admitted, named, read_body
-from orchard.answers import found
+from orchard import __version__, auth
 from orchard.api import API
-from orchard.bodies import ControllerInfo
-from orchard.cluster import (
+from orchard.codec import dump_json, encode
+from orchard.handlers.admission import Admitted, named, read_body
+from orchard.handlers.answers import found
+from orchard.net.request import AnyResponse, HTTPError, Request, Response
+from orchard.resources import validation
+from orchard.resources.bodies import ControllerInfo
+from orchard.resources.cluster import (
     GUEST_AGENT,
     IMAGE_INVENTORY,
     SHUTDOWN_SCRIPT,
@@ -21,8 +24,6 @@ from orchard.cluster import (
     WORKER_STATE,
     ControllerHealth,
 )
-from orchard.codec import dump_json, encode
-from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.schema import ClusterSettings, ServiceAccount
 from orchard.store import Store, encode_object
 

@@ -6,18 +6,19 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 
-from orchard import parameters, validation
-from orchard.admission import Admitted
 from orchard.api import API
-from orchard.cluster import Capacity, WorkerCounts, WorkerState
+from orchard.base.nursery import visit_in_steps
 from orchard.codec import ValidationError, dump_json, encode, shown
+from orchard.decisions.planning import Demand, demand_of, matches
+from orchard.decisions.waiting import Survey
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted
+from orchard.handlers.parameters import read_choice, read_pairs
 from orchard.net.request import AnyResponse, HTTPError, Query, Request, Response
-from orchard.nursery import visit_in_steps
-from orchard.parameters import read_choice, read_pairs
-from orchard.planning import Demand, demand_of, matches
+from orchard.resources import validation
+from orchard.resources.cluster import Capacity, WorkerCounts, WorkerState
 from orchard.schema import VMSpec, Worker
 from orchard.storage.errors import StorageError
-from orchard.waiting import Survey
 
 # Workers that are examined in one step of the event loop: some milliseconds.
 _WORKERS_PER_STEP = 250

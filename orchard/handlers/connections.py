@@ -6,17 +6,19 @@ import datetime
 import uuid
 from functools import partial
 
-from orchard import auth, parameters, validation
-from orchard.access_tokens import Access
-from orchard.admission import Admitted, read_body, subject_of
-from orchard.answers import found
+from orchard import auth
 from orchard.api import API
-from orchard.bodies import IP, VMAccessToken
 from orchard.codec import dump_json, encode
+from orchard.decisions.access_tokens import Access
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted, read_body, subject_of
+from orchard.handlers.answers import found
+from orchard.handlers.parameters import read_count
 from orchard.net.request import AnyResponse, Request, Response, TunnelUpgrade, WebSocketUpgrade
 from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import POLICY_VIOLATION
-from orchard.parameters import read_count
+from orchard.resources import validation
+from orchard.resources.bodies import IP, VMAccessToken
 from orchard.sessions import SessionSubject
 from orchard.tunnel import WorkerEnd
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-from orchard import parameters, validation
-from orchard.admission import Admitted, read_body
-from orchard.answers import send_page
 from orchard.api import API
 from orchard.codec import shown
-from orchard.goals import is_reached, why_never
+from orchard.decisions.goals import is_reached, why_never
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted, read_body
+from orchard.handlers.answers import send_page
+from orchard.handlers.parameters import read_choice, read_flag, read_number, read_time
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
-from orchard.parameters import read_choice, read_flag, read_number, read_time
+from orchard.resources import validation
 from orchard.schema import VM
 from orchard.storage.errors import StorageError
 from orchard.storage.event_pages import EventKinds

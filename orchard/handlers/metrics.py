@@ -19,12 +19,12 @@ from typing import Any, get_args
 import trio
 
 from orchard import __version__
-from orchard.admission import Admitted
 from orchard.api import API
-from orchard.cluster import WorkerState
-from orchard.metrics import METRICS_TYPE, Histogram, Metric, text_of
+from orchard.base.metrics import METRICS_TYPE, Histogram, Metric, text_of
+from orchard.base.nursery import visit_in_steps
+from orchard.handlers.admission import Admitted
 from orchard.net.request import AnyResponse, Request, Response
-from orchard.nursery import visit_in_steps
+from orchard.resources.cluster import WorkerState
 from orchard.schema import LOGICAL_CORES, MEMORY_MIB, TART_VMS, VM, Status, Worker
 
 # VMs and workers that are looked at in one step of the event loop: some milliseconds.

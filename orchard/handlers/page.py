@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import resources
 
-from orchard.admission import Admitted, APIOperation
 from orchard.api import API
+from orchard.handlers.admission import Admitted, APIOperation
 from orchard.net.openapi import Operation
 from orchard.net.request import AnyResponse, Request, Response
 

@@ -10,21 +10,23 @@ from functools import partial
 
 import trio
 
-from orchard import parameters, transitions, validation
-from orchard.admission import Admitted, is_old_worker, read_body, refuses_new_values
-from orchard.answers import http_error
+from orchard import transitions
 from orchard.api import API, liveness_source
 from orchard.auth import ForbiddenError
-from orchard.bodies import BulkDeletion, VMReport
-from orchard.changes import Change, send_changes
-from orchard.cluster import WORKER_STATE
 from orchard.codec import dump_json, encode, shown
-from orchard.filters import VMFilter
-from orchard.goals import Goal, describe_status, is_reached, why_never
+from orchard.decisions.goals import Goal, describe_status, is_reached, why_never
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted, is_old_worker, read_body, refuses_new_values
+from orchard.handlers.answers import http_error
+from orchard.handlers.parameters import read_choice, read_count, read_flag, read_number
 from orchard.handlers.watch import watch_kinds
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, Stream
-from orchard.parameters import read_choice, read_count, read_flag, read_number
+from orchard.resources import validation
+from orchard.resources.bodies import BulkDeletion, VMReport
+from orchard.resources.cluster import WORKER_STATE
+from orchard.resources.filters import VMFilter
 from orchard.schema import VM, VMSpec, is_allowed
+from orchard.state.changes import Change, send_changes
 from orchard.storage.errors import StorageError
 
 # Conditions that are tested in one step of the event loop: one to two milliseconds.

@@ -7,11 +7,11 @@ from functools import partial
 
 import trio
 
-from orchard import parameters
-from orchard.admission import Admitted
 from orchard.api import API
-from orchard.change_log import Selection, Snapshot, WatchedKind, follow, send_present
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted
 from orchard.net.request import AnyResponse, Query, Request, Stream
+from orchard.state.change_log import Selection, Snapshot, WatchedKind, follow, send_present
 
 # What is shown of so many workers is made in one step, which takes about a millisecond.
 _WORKERS_PER_STEP = 100

@@ -10,18 +10,21 @@ from functools import partial
 import trio
 from trio_websocket import WebSocketConnection
 
-from orchard import auth, deadlines, parameters, validation
-from orchard.admission import Admitted, named, read_body
-from orchard.answers import found
+from orchard import auth
 from orchard.api import API, liveness_source
-from orchard.change_log import Selection
-from orchard.cluster import CANCEL_REQUEST, WORKER_STATE
 from orchard.codec import shown
+from orchard.control import deadlines
+from orchard.decisions.liveness import Source
+from orchard.handlers import parameters
+from orchard.handlers.admission import Admitted, named, read_body
+from orchard.handlers.answers import found
+from orchard.handlers.parameters import read_flag, read_text
 from orchard.handlers.watch import take_snapshot, watch_kinds
-from orchard.liveness import Source
 from orchard.net.request import AnyResponse, HTTPError, Request, Response, TunnelUpgrade, WebSocketUpgrade
-from orchard.parameters import read_flag, read_text
+from orchard.resources import validation
+from orchard.resources.cluster import CANCEL_REQUEST, WORKER_STATE
 from orchard.schema import Worker
+from orchard.state.change_log import Selection
 
 
 def register_worker(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:

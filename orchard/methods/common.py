@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 from orchard.codec import ValidationError, decode, parse_json
-from orchard.filters import FieldCondition
 from orchard.net.transport import ClientError, ClientResponse, Transport, excerpt
+from orchard.resources.filters import FieldCondition
 from orchard.schema import (
     CONDITION_WRITERS,
     VM,

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TypedDict
 
-from orchard.cluster import Webhook
 from orchard.codec import attrs_of, encode
+from orchard.resources.cluster import Webhook
 from orchard.schema import (
     OS,
     Arch,

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 
 import trio
 
+from orchard.base.nursery import growing_pause
 from orchard.methods.common import parse_object
 from orchard.net.transport import ClientError, ConnectError, ResponseError, Transport
 from orchard.net.urls import SERVER_ERRORS
-from orchard.nursery import growing_pause
 
 # The longest line, which holds a whole VM.
 _MAX_LINE_BYTES = 64 * 1024 * 1024

@@ -12,7 +12,6 @@ from typing import Literal, Unpack
 
 import trio
 
-from orchard.bodies import IP, VMAccessToken
 from orchard.codec import attr
 from orchard.methods.commands import CommandResult, RunningCommand
 from orchard.methods.common import (
@@ -30,6 +29,7 @@ from orchard.methods.lines import Absence, AfterRefusal, JSONLines, ResumingLine
 from orchard.net.transport import ClientError, ConnectError, Items, ResponseError, excerpt
 from orchard.net.urls import SERVER_ERRORS
 from orchard.net.websocket import TunnelStream
+from orchard.resources.bodies import IP, VMAccessToken
 from orchard.schema import VM, Event, VMSpec
 
 # Events that one request fetches.

@@ -26,6 +26,7 @@ from typing import TypeVar
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
+from orchard.base.nursery import sole_exception
 from orchard.net import wsframes
 from orchard.net.connection import SEND_BYTES, SMALL_BYTES, Connection, Disconnected
 from orchard.net.request import (
@@ -48,7 +49,6 @@ from orchard.net.request import (
     strip_empty_line,
 )
 from orchard.net.websocket import CLOSE_SECONDS, TunnelStream, open_messages
-from orchard.nursery import sole_exception
 
 # Bytes a second that earn a body more time. No client on a usable network is slower.
 _BODY_RATE = 4096

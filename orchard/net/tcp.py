@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import trio
 
+from orchard.base.nursery import first_exception
 from orchard.net import tls
 from orchard.net.streams import TLSStream
-from orchard.nursery import first_exception
 
 # Consecutive retransmissions and probes without an answer that mark the peer's kernel as silent. One of them may be
 # unanswered at any time: a peer with a window of zero is probed again and again, at last every 120 seconds.

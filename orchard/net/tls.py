@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import trio
 
-from orchard.files import TLS_CERTIFICATE_FILE, TLS_KEY_FILE, write_private
+from orchard.base.files import TLS_CERTIFICATE_FILE, TLS_KEY_FILE, write_private
 
 # A name in every certificate. Existing clients ask for it.
 _HOST_NAME = "orchard-controller"

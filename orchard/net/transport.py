@@ -34,6 +34,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard import __version__
+from orchard.base.nursery import unwrap_groups
 from orchard.codec import ValidationError, parse_json
 from orchard.net import tcp, tls, wsframes
 from orchard.net.proxies import connector
@@ -48,7 +49,6 @@ from orchard.net.urls import (
     parse_urls,
 )
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
-from orchard.nursery import unwrap_groups
 
 # In the User-Agent of a client that passes over values which it does not know. Earlier ones refuse the whole answer.
 READS_NEW_VALUES = "reads-new-values"

@@ -27,6 +27,7 @@ from typing import Any
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
+from orchard.base.nursery import Wakeup, unwrap_groups
 from orchard.net import tcp, wsframes
 from orchard.net.wsframes import (
     ABNORMAL,
@@ -40,7 +41,6 @@ from orchard.net.wsframes import (
     Ping,
     Pong,
 )
-from orchard.nursery import Wakeup, unwrap_groups
 
 # Below the shortest idle limit that is common among proxies and load balancers, 30 seconds.
 PING_INTERVAL = 20.0  # seconds

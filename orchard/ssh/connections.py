@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
-from orchard import logs
+from orchard.base import logs
+from orchard.base.nursery import first_exception, unwrap_groups
 from orchard.net.tcp import splice
-from orchard.nursery import first_exception, unwrap_groups
 from orchard.schema import VM
 from orchard.tunnel import LEAST_SECONDS, UnreachableError, VMAccess, VMGoneError
 

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
+from orchard.base.nursery import first_exception
 from orchard.codec import MalformedError, ValidationError, dump_json, parse_json, shown
-from orchard.nursery import first_exception
 from orchard.schema import ENV_NAME, VM
 from orchard.ssh.connections import GuestConnections, why
 from orchard.ssh.remaining_output import RemainingOutput

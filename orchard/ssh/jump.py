@@ -36,15 +36,16 @@ import trio
 import trio_asyncio  # type: ignore[import-untyped]  # it has no types
 from asyncssh.kex import get_kex_algs
 
-from orchard import auth, logs
-from orchard.access_tokens import Access
-from orchard.files import write_private
-from orchard.gate import Gate
-from orchard.login_limit import TooManyFailuresError
+from orchard import auth
+from orchard.base import logs
+from orchard.base.files import write_private
+from orchard.base.nursery import Wakeup, unwrap_groups
+from orchard.decisions.access_tokens import Access
+from orchard.decisions.gate import Gate
+from orchard.decisions.login_limit import TooManyFailuresError
 from orchard.net.tcp import splice
 from orchard.net.unauthenticated import Unauthenticated
 from orchard.net.urls import basic_header
-from orchard.nursery import Wakeup, unwrap_groups
 from orchard.schema import VM, Role, ServiceAccount
 from orchard.sessions import AccountSessions, SessionSubject
 from orchard.store import State

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from orchard import logs
-from orchard.nursery import unwrap_groups
+from orchard.base import logs
+from orchard.base.nursery import unwrap_groups
 from orchard.ssh.remaining_output import RemainingOutput
 from orchard.vm.driver import DriverError
 from orchard.vm.processes import READ_BYTES, kill, signal_group

@@ -25,8 +25,8 @@ from typing import Any
 
 import trio
 
+from orchard.base.nursery import Wakeup
 from orchard.codec import dump_json, format_time
-from orchard.nursery import Wakeup
 from orchard.storage.engine import Batch, BatchLimits, Contents, Key, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError, StorageUnavailableError
 from orchard.storage.etcd import (

@@ -17,8 +17,8 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orchard.base.files import write_private
 from orchard.codec import ValidationError, decode, dump_json, encode
-from orchard.files import write_private
 from orchard.schema import Event
 from orchard.storage import event_file
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageUnavailableError

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from orchard.files import LIFECYCLE_FILE
+from orchard.base.files import LIFECYCLE_FILE
 from orchard.schema import Event
 from orchard.storage.errors import BrokenError, NotWrittenError, StorageError, StorageUnavailableError
 from orchard.storage.event_file import EventFile

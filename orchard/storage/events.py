@@ -20,7 +20,7 @@ from typing import Literal
 
 import trio
 
-from orchard.nursery import Wakeup
+from orchard.base.nursery import Wakeup
 from orchard.schema import Event
 from orchard.storage.errors import StorageError, StorageUnavailableError
 from orchard.storage.event_pages import (

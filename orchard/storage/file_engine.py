@@ -11,7 +11,7 @@ from typing import Any
 
 import trio
 
-from orchard.nursery import Wakeup
+from orchard.base.nursery import Wakeup
 from orchard.storage.engine import Batch, BatchLimits, Tables
 from orchard.storage.journal import Disk
 from orchard.storage.records import RunInThread

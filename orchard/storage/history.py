@@ -12,8 +12,8 @@ from pathlib import Path
 
 import trio
 
+from orchard.base.files import HISTORY_FILE
 from orchard.codec import MalformedError, dump_json, encode, parse_time
-from orchard.files import HISTORY_FILE
 from orchard.schema import EndedVM
 from orchard.storage.journal import Disk
 from orchard.storage.records import BatchedRecords, RecordFile, RunInThread, StoredRecords

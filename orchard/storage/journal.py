@@ -35,7 +35,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from orchard.files import draft_of, sync_directory, sync_file
+from orchard.base.files import draft_of, sync_directory, sync_file
 from orchard.storage.errors import BrokenError, BrokenFileError, DamagedError, NotWrittenError
 
 # Bytes of the digest. A damaged line passes with a probability of 2**-64.

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import trio
 
+from orchard.base.files import LIFECYCLE_FILE
 from orchard.codec import dump_json
-from orchard.files import LIFECYCLE_FILE
 from orchard.schema import LIFECYCLE
 from orchard.storage.journal import Disk
 from orchard.storage.records import BatchedRecords, RecordFile, RunInThread, StoredRecords

@@ -20,8 +20,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import trio
 
+from orchard.base.nursery import Wakeup
 from orchard.codec import dump_json
-from orchard.nursery import Wakeup
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError
 from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchard.base.files import RESERVE_FILE, STATE_FILE
 from orchard.codec import dump_json, format_time
-from orchard.files import RESERVE_FILE, STATE_FILE
 from orchard.storage.engine import Batch, Contents, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError
 from orchard.storage.journal import Disk, Journal, Reserve, parse_text

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import trio
 
-from orchard.cluster import CachedImage, WorkerDisk
+from orchard.resources.cluster import CachedImage, WorkerDisk
 from orchard.schema import OS
 
 LEASE_OVER = "ended by its host, which was cut off from the controller for so long that the VM might run elsewhere"

@@ -23,8 +23,8 @@ from xml.parsers.expat import ExpatError
 
 import trio
 
-from orchard.cluster import WorkerDisk
 from orchard.codec import shown
+from orchard.resources.cluster import WorkerDisk
 from orchard.schema import HostDir, HostDirPolicy, is_allowed
 from orchard.vm.driver import DriverError, SharedDir
 from orchard.vm.processes import run_program

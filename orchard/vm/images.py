@@ -20,8 +20,8 @@ from typing import Protocol
 
 import trio
 
-from orchard.cluster import CachedImage, ImagePull, bounded_images
-from orchard.nursery import Wakeup, growing_pause
+from orchard.base.nursery import Wakeup, growing_pause
+from orchard.resources.cluster import CachedImage, ImagePull, bounded_images
 from orchard.schema import LOCAL_PREFIX
 from orchard.vm.driver import Driver, DriverError, Progress, Trouble
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import trio
 
-from orchard.nursery import Wakeup, first_exception, growing_pause
+from orchard.base.nursery import Wakeup, first_exception, growing_pause
 from orchard.schema import PULLING, VM, Event, HostDirPolicy
 from orchard.vm.driver import (
     Driver,

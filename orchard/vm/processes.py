@@ -23,8 +23,8 @@ from pathlib import Path
 
 import trio
 
-from orchard.files import make_private
-from orchard.nursery import unwrap_groups
+from orchard.base.files import make_private
+from orchard.base.nursery import unwrap_groups
 from orchard.vm.driver import DriverError
 
 # Between asking a program to end and killing it. `tart stop` gives a guest as long.

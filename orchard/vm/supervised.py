@@ -22,8 +22,8 @@ from pathlib import Path
 
 import trio
 
-from orchard.files import make_private, write_private
-from orchard.nursery import Wakeup
+from orchard.base.files import make_private, write_private
+from orchard.base.nursery import Wakeup
 from orchard.vm import supervisor
 from orchard.vm.driver import LEASE_OVER, DriverError, SupervisorLost
 from orchard.vm.processes import KILL_SECONDS, LOOK_SECONDS, is_locked, reporting, signal_group, wait_unlocked

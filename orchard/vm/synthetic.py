@@ -44,9 +44,9 @@ from typing import Any, NamedTuple
 import trio
 
 from orchard import __version__
-from orchard.cluster import CachedImage, WorkerDisk
-from orchard.files import make_private, write_private
-from orchard.nursery import Wakeup
+from orchard.base.files import make_private, write_private
+from orchard.base.nursery import Wakeup
+from orchard.resources.cluster import CachedImage, WorkerDisk
 from orchard.schema import LOCAL_PREFIX, NAME
 from orchard.vm import supervisor
 from orchard.vm.driver import (

@@ -11,8 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
-from orchard.cluster import CachedImage
 from orchard.codec import ValidationError, parse_time
+from orchard.resources.cluster import CachedImage
 from orchard.schema import ARCHIVE, LOCAL_PREFIX
 from orchard.vm.driver import (
     DriverError,

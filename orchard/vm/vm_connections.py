@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from orchard.nursery import first_exception, unwrap_groups
+from orchard.base.nursery import first_exception, unwrap_groups
 from orchard.vm.connector import REQUEST_BYTES, is_permitted
 from orchard.vm.driver import DriverError
 

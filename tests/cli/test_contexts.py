@@ -16,9 +16,9 @@ from harness.processes import GENEROUS, ORCHARD, call_main, command, controller,
 from harness.terminals import terminal
 
 from orchard.auth import BootstrapToken
+from orchard.base.files import TLS_CERTIFICATE_FILE
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.main import main
-from orchard.files import TLS_CERTIFICATE_FILE
 from orchard.net.tls import fingerprint
 
 TOKEN = "an-admin-token-of-the-tests"

@@ -26,10 +26,10 @@ from harness.processes import ORCHARD, PLAIN, call_main, controller, environment
 from harness.programs import need
 
 from orchard.auth import BootstrapToken
+from orchard.base.files import write_private
 from orchard.cli import diagnosis, doctor, host_checks
 from orchard.cli.diagnosis import Finding
 from orchard.cli.main import main
-from orchard.files import write_private
 from orchard.vm.host import check_dhcp_lease
 
 STANDIN = Path(__file__).parent.parent / "standin" / "tart"

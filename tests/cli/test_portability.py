@@ -71,7 +71,7 @@ def test_tunnel_of_ssh_imports_the_transport_and_no_client(dev: Path) -> None:
     command = [sys.executable, "-c", RUN_AND_TELL, "__tunnel", "--wait", "1", "none", "22"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(dev), check=True)
     status, modules = json.loads(done.stderr.splitlines()[-1])
-    assert (status, {"orchard.client", "orchard.schema", "orchard.bodies"} & set(modules)) == (1, set())
+    assert (status, {"orchard.client", "orchard.schema", "orchard.resources.bodies"} & set(modules)) == (1, set())
 
 
 # As on Windows: without the modules that it does not have, and without names of `os` and `signal`. Verbs that go on
@@ -167,7 +167,7 @@ UNIX_MODULES = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "
 # Where client verbs reach none of them on Windows: a file that is locked, a disk's cache on macOS and a directory of names
 # (looked for before), options that Linux alone has, and what a terminal is changed with (its import fails first).
 PASSED_OVER = {
-    "orchard.files": {"fcntl", "O_CLOEXEC", "O_DIRECTORY", "fchmod"},
+    "orchard.base.files": {"fcntl", "O_CLOEXEC", "O_DIRECTORY", "fchmod"},
     "orchard.cli.commands": {"SIGWINCH", "termios", "tty"},
     "orchard.net.tcp": {"TCP_INFO"},
 }

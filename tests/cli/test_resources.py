@@ -13,11 +13,11 @@ import pytest
 from harness.processes import ORCHARD, call_main, controller, environment, started
 
 from orchard.auth import BootstrapToken
+from orchard.base.files import TLS_CERTIFICATE_FILE
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.https import open_http
 from orchard.cli.main import main
-from orchard.files import TLS_CERTIFICATE_FILE
 from orchard.net.urls import parse_url
 
 TOKEN = "an-admin-token-of-the-tests"

@@ -8,10 +8,10 @@ from subprocess import PIPE, Popen
 import pytest
 from harness.processes import call_main, command, environment, finished
 
-from orchard import waiting
 from orchard.cli import views
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.main import main
+from orchard.decisions import waiting
 
 
 def run(dev: Path, *words: str) -> list[str]:

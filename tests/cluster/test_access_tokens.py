@@ -18,9 +18,9 @@ from harness.clients import echo, listening, receive_exactly, running_vm
 from harness.processes import ORCHARD, PLAIN, controller, finished
 
 from orchard import auth
-from orchard.access_tokens import Access, AccessTokens, read_access_token
 from orchard.client import Client, ResponseError
-from orchard.login_limit import MAX_FAILURES
+from orchard.decisions.access_tokens import Access, AccessTokens, read_access_token
+from orchard.decisions.login_limit import MAX_FAILURES
 from orchard.schema import ServiceAccount
 from orchard.testing import Cluster, cluster
 

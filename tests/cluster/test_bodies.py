@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import pytest
 import trio
 
-from orchard.admission import APIOperation
+from orchard.handlers.admission import APIOperation
 from orchard.operations import OPERATIONS
 from orchard.testing import Cluster, cluster
 

@@ -24,8 +24,8 @@ from cluster import AUTHORIZATION, NOW, prepare, vm_of, worker_of
 from load import BARE, CONTROLLER, Server, body_of, press, request, running
 from plan import BusyCluster, planned, sorted_each_time
 
-from orchard.changes import Change
 from orchard.net.websocket import TunnelStream
+from orchard.state.changes import Change
 from orchard.storage.file_engine import FileEngine
 from orchard.store import Store
 

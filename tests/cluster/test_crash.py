@@ -36,8 +36,8 @@ from harness.processes import (
     started,
 )
 
-from orchard import fsck
-from orchard.files import HISTORY_FILE, LIFECYCLE_FILE, STATE_FILE
+from orchard.base.files import HISTORY_FILE, LIFECYCLE_FILE, STATE_FILE
+from orchard.state import fsck
 from orchard.storage.journal import Disk, Journal
 from orchard.store import State, read_state
 
@@ -322,7 +322,7 @@ def test_files_of_a_data_directory_are_private_under_any_umask(tmp_path: Path, u
 def test_start_is_refused_when_others_can_read_or_replace_a_secret(
     tmp_path: Path, name: str, mode: int, words: str
 ) -> None:
-    """Each file and mode is tested in tests/test_fsck.py."""
+    """Each file and mode is tested in tests/state/test_fsck.py."""
     directory = tmp_path / ORCHARD / "controller"
     directory.mkdir(mode=0o700, parents=True)
     path = directory / name if name else directory

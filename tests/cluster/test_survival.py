@@ -33,10 +33,10 @@ from harness.hosts import (
 from harness.processes import GENEROUS, LISTENING, ORCHARD, PLAIN, eventually, free_port, processes_in, started
 
 from orchard.client import Client
-from orchard.reconciler import VM_LOST
 from orchard.schema import VM
 from orchard.vm import supervisor
 from orchard.vm.instance import CUT_OFF, SHUT_DOWN, STOPPED
+from orchard.work.reconciler import VM_LOST
 
 # Processes are started and time-outs of seconds waited for.
 pytestmark = pytest.mark.slow

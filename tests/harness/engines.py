@@ -23,10 +23,10 @@ from harness.cutting_proxy import KEEPALIVE, TRANSACTION, CuttingProxy, cutting_
 from harness.disks import FailingDisk
 from harness.memory_etcd import MemoryEtcd, encoded, running_memory_etcd
 from harness.programs import need
+from orchard.base.nursery import unwrap_groups
 from orchard.etcd_nodes import EtcdOptions, etcd_nodes
 from orchard.net import tcp
 from orchard.net.transport import ResponseError, Transport
-from orchard.nursery import unwrap_groups
 from orchard.storage.engine import Engine
 from orchard.storage.errors import BrokenError
 from orchard.storage.etcd import EtcdAccess, EtcdClient

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 import trio
 
 from harness.network import Process
-from orchard.cluster import CachedImage, WorkerDisk
+from orchard.resources.cluster import CachedImage, WorkerDisk
 from orchard.vm.driver import (
     LEASE_OVER,
     Driver,

@@ -15,8 +15,8 @@ import trio
 
 from harness.processes import eventually
 from orchard import transitions
+from orchard.resources.validation import patched_spec, vm_from_client
 from orchard.schema import VM, Event, HostDirPolicy, Worker
-from orchard.validation import patched_spec, vm_from_client
 from orchard.vm.driver import Driver, LocalState
 from orchard.vm.instance import Instance, InstanceHost
 from orchard.vm.synthetic import SyntheticDriver

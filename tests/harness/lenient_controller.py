@@ -1,6 +1,7 @@
 """A controller that does not limit failed logins, for tests that have many."""
 
-from orchard import controller, login_limit
+from orchard import controller
+from orchard.decisions import login_limit
 
 
 def main() -> int:

@@ -20,10 +20,10 @@ from typing import Any
 import trio
 import trio.testing
 
+from orchard.base.nursery import Wakeup
 from orchard.net import server
 from orchard.net.connection import Limits
 from orchard.net.request import AnyResponse, Request, Response, SendPiece, Stream
-from orchard.nursery import Wakeup
 
 # Bounds of the real one.
 MAX_OPERATIONS = 128

@@ -6,12 +6,12 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from orchard.cluster import CachedImage, WorkerDisk
-from orchard.early_failures import EarlyFailures
-from orchard.planning import Plan, PlannerInputs
+from orchard.decisions.early_failures import EarlyFailures
+from orchard.decisions.planning import Plan, PlannerInputs
+from orchard.decisions.worker_facts import WorkerFacts
+from orchard.resources.cluster import CachedImage, WorkerDisk
 from orchard.scheduler import Planner
 from orchard.schema import VM, SchedulerProfile, Worker
-from orchard.worker_facts import WorkerFacts
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,17 @@ from typing import Any
 
 import trio
 
-from orchard.access_tokens import AccessTokens
 from orchard.api import API, ControllerParts
+from orchard.control.deadlines import Deadlines, StoredClock
+from orchard.control.figures import make_figures
+from orchard.control.reactions import Reactions
+from orchard.control.recorder import Recorder
+from orchard.control.scheduling_loop import SchedulingLoop
+from orchard.control.webhooks import Webhooks
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT, renew_promises
-from orchard.deadlines import Deadlines, StoredClock
-from orchard.figures import make_figures
-from orchard.gate import Gate
-from orchard.login_limit import LoginLimit
+from orchard.decisions.access_tokens import AccessTokens
+from orchard.decisions.gate import Gate
+from orchard.decisions.login_limit import LoginLimit
 from orchard.net.request import (
     BodyPiece,
     Headers,
@@ -35,9 +39,6 @@ from orchard.net.request import (
     error_response,
 )
 from orchard.operations import make_api
-from orchard.reactions import Reactions
-from orchard.recorder import Recorder
-from orchard.scheduling_loop import SchedulingLoop
 from orchard.schema import ServiceAccount
 from orchard.sessions import AccountSessions
 from orchard.ssh.exec import Executor
@@ -49,7 +50,6 @@ from orchard.storage.journal import Disk
 from orchard.storage.records import RunInThread
 from orchard.store import Store, check
 from orchard.tunnel import Rendezvous, VMAccess
-from orchard.webhooks import Webhooks
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 

@@ -21,8 +21,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from harness.planning import Snapshot, report_facts
-from orchard.bodies import VMReport
 from orchard.codec import MAX_UINT, Attr, attrs_of
+from orchard.decisions.worker_facts import WorkerFacts
+from orchard.resources.bodies import VMReport
 from orchard.schema import (
     TART_VMS,
     VM,
@@ -36,7 +37,6 @@ from orchard.schema import (
     Worker,
 )
 from orchard.transitions import assign, create, fail, report
-from orchard.worker_facts import WorkerFacts
 
 T = TypeVar("T")
 

@@ -35,8 +35,8 @@ from simulated_fleet import CONTROLLERS, ETCD, SimulatedFleet
 from trio._core import _run
 from trio.testing import MockClock
 
+from orchard.base.nursery import first_exception
 from orchard.client import Client, ClientError, ResponseError
-from orchard.nursery import first_exception
 from orchard.schema import TART_VMS, VM, PowerState
 from orchard.storage.errors import DamagedError
 from orchard.store import State, check

@@ -29,28 +29,29 @@ from harness.disks import UnsyncedDisk
 from harness.hypervisor import Handle, Machine, Order
 from harness.network import Network, Process
 
-from orchard import controller, planning, transitions
-from orchard.agenda import MAX_COUNTED
+from orchard import controller, transitions
 from orchard.api import API
-from orchard.changes import Change
 from orchard.client import Client
-from orchard.deadlines import Deadlines
-from orchard.early_failures import EarlyFailures
+from orchard.control.deadlines import Deadlines
+from orchard.control.scheduling_loop import RestoredState
+from orchard.decisions import planning
+from orchard.decisions.agenda import MAX_COUNTED
+from orchard.decisions.early_failures import EarlyFailures
+from orchard.decisions.liveness import Liveness, Source
+from orchard.decisions.placement import Placement
 from orchard.handlers.metrics import FleetSurvey
-from orchard.leftovers import Leftovers, RefusedError
-from orchard.liveness import Liveness, Source
 from orchard.operations import make_api
-from orchard.placement import Placement
-from orchard.scheduling_loop import RestoredState
 from orchard.schema import TART_VMS, VM, Worker
+from orchard.state.changes import Change
 from orchard.storage.engine import Batch
 from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
 from orchard.storage.history import History, history_file
 from orchard.store import Store
 from orchard.tunnel import Rendezvous
+from orchard.work.leftovers import Leftovers, RefusedError
+from orchard.work.memory import ClusterMemory
 from orchard.worker import CONTROLLER_ANSWER_SECONDS, WorkerService
-from orchard.worker_memory import ClusterMemory
 
 BEGAN = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.UTC)
 CONTROLLER, USER = "controller", "user"

@@ -30,10 +30,10 @@ from simulated_cluster import (
 
 from orchard import controller
 from orchard.client import Client
+from orchard.control.stored_data import CampaignPlatform
 from orchard.storage import etcd_engine, leadership
 from orchard.storage.errors import BrokenError
 from orchard.store import Store
-from orchard.stored_data import CampaignPlatform
 
 ETCD = "etcd"
 CONTROLLERS = ("controller", "controller-2")

@@ -29,7 +29,7 @@ from harness.processes import GENEROUS, LISTENING, at_rest, eventually, finished
 
 from orchard.client import Client, ResponseError
 from orchard.controller import ControllerSettings, Running, run
-from orchard.login_limit import MAX_FAILURES
+from orchard.decisions.login_limit import MAX_FAILURES
 from orchard.schema import TART_VMS, Worker
 from orchard.ssh import jump
 from orchard.testing import Cluster, cluster

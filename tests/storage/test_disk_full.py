@@ -29,7 +29,7 @@ from harness.stores import (
 from harness.strategies import assigned, pending, running, worker
 from trio.testing import MockClock
 
-from orchard.files import STATE_FILE
+from orchard.base.files import STATE_FILE
 from orchard.schema import VM
 from orchard.storage.errors import StorageFullError
 from orchard.storage.journal import RESERVE_STEP

@@ -25,9 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
+from orchard.base.files import STATE_FILE
+from orchard.base.nursery import unwrap_groups
 from orchard.codec import dump_json
-from orchard.files import STATE_FILE
-from orchard.nursery import unwrap_groups
 from orchard.storage import file_engine, state_file
 from orchard.storage.engine import Batch
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError, StorageFullError, StorageUnavailableError

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 import orchard.storage.event_file
 import orchard.storage.event_storage
 import orchard.storage.events
+from orchard.base.nursery import unwrap_groups
 from orchard.codec import encode
-from orchard.nursery import unwrap_groups
 from orchard.schema import Event
 from orchard.storage.errors import (
     BrokenError,

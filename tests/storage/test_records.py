@@ -18,8 +18,8 @@ from harness.strategies import BEGAN
 
 import orchard.storage.history
 import orchard.storage.records
-from orchard.files import HISTORY_FILE
-from orchard.nursery import unwrap_groups
+from orchard.base.files import HISTORY_FILE
+from orchard.base.nursery import unwrap_groups
 from orchard.schema import EndedVM
 from orchard.storage.errors import BrokenError, DamagedError
 from orchard.storage.history import History, history_file

@@ -22,7 +22,7 @@ from harness.processes import GENEROUS, at_rest, eventually, processes_in
 from harness.programs import need
 from harness.sweeps import AtStep, growing_steps
 
-from orchard.nursery import unwrap_groups
+from orchard.base.nursery import unwrap_groups
 from orchard.tart import TartDriver
 from orchard.vm import supervised, supervisor
 from orchard.vm.driver import (

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from orchard.cluster import CachedImage, ImagePull
+from orchard.resources.cluster import CachedImage, ImagePull
 from orchard.vm.driver import DriverError, Progress
 from orchard.vm.images import ImageCache
 from orchard.vm.synthetic import SyntheticDriver

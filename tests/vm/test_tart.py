@@ -22,7 +22,7 @@ import trio.testing
 from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard import tart as tart_module
-from orchard.nursery import unwrap_groups
+from orchard.base.nursery import unwrap_groups
 from orchard.tart import TartDriver, find_tart
 from orchard.vm import supervisor
 from orchard.vm.driver import (

@@ -16,8 +16,8 @@ from harness.instances import BEGAN, Host, adopted, assigned_vm, changed, left_b
 from harness.processes import eventually, processes_in
 
 from orchard import transitions
-from orchard.bodies import VMReport
 from orchard.codec import decode
+from orchard.resources.bodies import VMReport
 from orchard.schema import VM
 from orchard.tart import TartDriver
 from orchard.vm import supervisor

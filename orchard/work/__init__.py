@@ -1,0 +1,1 @@
+"""The parts of a worker: the VMs of its host reconciled with the controller, heartbeats, reports, requests."""

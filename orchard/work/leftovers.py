@@ -1,0 +1,159 @@
+"""Local VMs that the controller does not want on this worker: whose they are, and their removal.
+
+Only VMs with Orchard's prefix concern a worker. A local VM that the controller has under the name of another worker is
+left alone: two workers may share a host, and a worker may have been given another name. Everything else that is not
+wanted is stopped and deleted, in the background and for as long as that takes, so that a VM which cannot be removed
+holds up no other one. A guest that has ended occupies no slot, even if its VM cannot be deleted. A guest that runs runs
+the shutdown script before, which an earlier worker has noted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import trio
+
+from orchard.base.nursery import growing_pause
+from orchard.client import Client, ResponseError
+from orchard.schema import LOCAL_PREFIX, Worker
+from orchard.vm.driver import Driver, DriverError, LocalVM, NoSuchVM, NotRunning, Trouble
+from orchard.vm.instance_state import Note
+from orchard.vm.shutdown import shut_down
+
+_LOCAL_NAME = re.compile(LOCAL_PREFIX + r"(.+)-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-([0-9]{1,9})")
+# Between two attempts to remove a VM: the first and the longest pause.
+_REMOVE_AGAIN_SECONDS, _LAST_REMOVE_SECONDS = 5.0, 300.0
+
+_logger = logging.getLogger("orchard.worker")
+
+
+class RefusedError(Exception):
+    """The controller refused this worker, or its host is not the one to work on. Trying again would not help."""
+
+
+def vm_name_of(local_name: str) -> str:
+    """Return the name of the VM that has a local name, or the local name itself if Orchard did not make it."""
+    match = _LOCAL_NAME.fullmatch(local_name)
+    return local_name if match is None else match[1]
+
+
+class Leftovers:
+    """The local VMs that are being removed. `removed` is called after each removal.
+
+    `description` is what the worker registers with. `note_trouble` is that of `InstanceHost`.
+    """
+
+    def __init__(
+        self,
+        description: Worker,
+        client: Client,
+        driver: Driver,
+        note_trouble: Callable[[Trouble, str, str], None],
+        removed: Callable[[], None],
+    ) -> None:
+        self._description = description
+        self._client = client
+        self._driver = driver
+        self._note_trouble = note_trouble
+        self._removed = removed
+        # Local name -> set when no guest of that VM runs.
+        self._ended: dict[str, trio.Event] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._ended
+
+    @property
+    def running(self) -> Mapping[str, trio.Event]:
+        """The VMs whose guests may run, each with an event that is set when its guest has ended."""
+        return {name: ended for name, ended in self._ended.items() if not ended.is_set()}
+
+    async def belongs_elsewhere(self, local: LocalVM) -> bool:
+        """Return whether the controller has exactly this VM under the name of another worker.
+
+        Raises RefusedError if that other worker is this one under an earlier name, and ClientError.
+        """
+        match = _LOCAL_NAME.fullmatch(local.name)
+        if match is None:
+            return False
+        name, uid, restart_count = match.groups()
+        try:
+            vm = await self._client.vms.get(name)
+        except ResponseError as error:
+            if error.status != 404:
+                raise
+            return False
+        other = vm.state.worker
+        if vm.uid != uid or vm.state.restart_count != int(restart_count) or other in ("", self._description.name):
+            return False
+        await self._check_earlier_name(other)
+        _logger.info("left a VM of another worker alone", extra={"vm": name, "worker": other})
+        return True
+
+    async def _check_earlier_name(self, name: str) -> None:
+        """Raise RefusedError if the worker `name` is offline and was one in this directory of this host."""
+        try:
+            other = await self._client.workers.get(name)
+        except ResponseError as error:
+            if error.status != 404:
+                raise
+            return
+        mine = (self._description.machine_id, self._description.instance_id)
+        if self._description.instance_id and (other.machine_id, other.instance_id) == mine and other.state == "offline":
+            raise RefusedError(
+                f'worker "{self._description.name}" has the VMs of worker "{name}", which ran in this directory and is'
+                f' offline; start it as "{name}" again, or delete worker "{name}" to give up its VMs'
+            )
+
+    def held(self) -> list[Mapping[str, int] | None]:
+        """Return the resources that each running guest holds; None: they are unknown."""
+        return [note.resources if (note := self._noted(name)) is not None else None for name in self.running]
+
+    def _noted(self, name: str) -> Note | None:
+        """Return an earlier worker's note about a VM; None if there is none, or one of another version."""
+        with suppress(ValueError):
+            return Note.parse(self._driver.noted(name))
+        return None
+
+    def remove(self, local: LocalVM, nursery: trio.Nursery) -> None:
+        """Stop and delete a VM in a task of the nursery."""
+        self._ended[local.name] = ended = trio.Event()
+        if local.state != "running":
+            ended.set()
+        nursery.start_soon(self._keep_removing, local.name, ended)
+
+    async def _keep_removing(self, name: str, ended: trio.Event) -> None:
+        if not ended.is_set():
+            note = self._noted(name)
+            if note is not None and note.shutdown is not None:
+                await shut_down(self._driver, name, note.shutdown)
+        for failures in itertools.count(1):
+            if await self._try_remove(name, ended):
+                break
+            await trio.sleep(growing_pause(failures, _REMOVE_AGAIN_SECONDS, _LAST_REMOVE_SECONDS))
+        ended.set()
+        del self._ended[name]
+        self._removed()
+
+    async def _try_remove(self, name: str, ended: trio.Event) -> bool:
+        step: Trouble = "stop"
+        try:
+            with suppress(NotRunning):
+                await self._driver.stop(name)
+            ended.set()
+            self._note_trouble("stop", name, "")
+            step = "delete"
+            await self._driver.delete(name)
+        except NoSuchVM:
+            pass
+        except DriverError as error:
+            _logger.error("cannot remove leftover VM, retrying", extra={"vm": name, "reason": str(error)})
+            self._note_trouble(step, name, str(error))
+            return False
+        self._note_trouble("stop", name, "")
+        self._note_trouble("delete", name, "")
+        _logger.info("removed leftover VM", extra={"vm": name})
+        return True
