@@ -14,6 +14,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Protocol
 
@@ -37,8 +38,10 @@ from orchard.client import Client, ConnectError
 pytestmark = pytest.mark.slow
 
 PING_INTERVAL = "2"  # seconds
-# Addresses of this process and the controller. They depend on the process number, since tests may run in parallel.
-TEST_ADDRESS, CONTROLLER_ADDRESS = (f"10.213.{os.getpid() % 250}.{end}" for end in (1, 2))
+# Addresses of this process and the controller: one of the 32,768 networks of four addresses in 198.18.0.0/15, which is for
+# tests (RFC 2544). Its number is that of the process, since tests may run in parallel.
+NETWORK = IPv4Address("198.18.0.0") + 4 * (os.getpid() % 0x8000)
+TEST_ADDRESS, CONTROLLER_ADDRESS = NETWORK + 1, NETWORK + 2
 # Addresses of the controller and the workers inside of the namespaces.
 HUB, HOSTS = "10.214.0.1", ("10.214.0.2", "10.214.0.3")
 IMPATIENT = (*PLAIN, "--worker-offline-timeout", str(SHORT_OFFLINE_TIMEOUT), "--ping-interval", PING_INTERVAL)
