@@ -26,7 +26,7 @@ settings.register_profile(
 settings.load_profile("steady")
 
 # Fixtures of the command's tests.
-pytest_plugins = ["harness.dev_site"]
+pytest_plugins = ["harness.dev_site", "harness.dashboard_site"]
 
 # For processes to be gone that were killed or told to end. Only a process that stays makes this wait so long.
 DYING_SECONDS = 60.0

@@ -27,7 +27,7 @@ FILES = {
 ACCOUNTS = (ServiceAccount(name="reader", token="t" * 32, roles=("compute:read",)),)
 SOURCES = resources.files("orchard") / "ui"
 # Together with the icon.
-MOST_BYTES = 120 * 1024
+MOST_BYTES = 120_000
 
 
 class Page(NamedTuple):

@@ -5,7 +5,7 @@
 // which VMs and workers have changed. What comes from the cluster becomes text, never markup.
 "use strict";
 
-// ---- elements -------------------------------------------------------------------------------------------------------
+// ---- elements ----
 
 /** Make an element. `on` of the properties holds listeners, `class` and the others are attributes; false leaves one out. */
 function h(tag, properties = {}, ...children) {
@@ -45,8 +45,38 @@ function setAttribute(element, name, value) {
   if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 }
 
+const CONTROLS = "a[href], button, input, select, summary, [tabindex]";
+const nameOf = (control) => control.getAttribute("aria-label") || control.name || control.textContent;
+
+const controlsIn = (place) => [...place.querySelectorAll(CONTROLS)].filter((one) => !one.disabled && one.tabIndex >= 0 && one.checkVisibility());
+
+/** Give the focus to the control of that name in a place, else to the one at that position, else to the place's section. */
+function focusIn(place, name, at) {
+  const controls = controlsIn(place), last = controls[Math.min(at, controls.length - 1)];
+  const found = last && nameOf(last) === name ? last : controls.find((one) => nameOf(one) === name) || last || place.closest("section, main");
+  if (found.matches("section")) found.tabIndex = -1;
+  found.focus({ preventScroll: true });
+}
+
+/** Change what is in a place. Where the control with the focus goes, its successor gets it. */
+function keepFocus(place, change) {
+  const focused = document.activeElement;
+  if (place === focused || !place.contains(focused)) return change();
+  const name = nameOf(focused), at = controlsIn(place).indexOf(focused);
+  change();
+  if (document.activeElement === focused) return;
+  if (place.contains(focused)) focused.focus({ preventScroll: true });
+  else focusIn(place, name, at);
+}
+
+const refill = (place, ...children) => keepFocus(place, () => place.replaceChildren(...children));
+
 /** Make the children of `parent` those of `items`. A child is kept while its key is there, and updated for another item. */
-function keyed(parent, items, keyOf, make, update = null) {
+function keyed(parent, ...more) {
+  keepFocus(parent, () => replaceKeyed(parent, ...more));
+}
+
+function replaceKeyed(parent, items, keyOf, make, update = null) {
   const before = parent.keyedChildren || new Map();
   const after = new Map();
   let next = parent.firstChild;
@@ -54,14 +84,12 @@ function keyed(parent, items, keyOf, make, update = null) {
     const key = keyOf(item);
     let child = before.get(key);
     const known = child !== undefined && (child.item === item || update !== null);
-    const hadFocus = !known && child?.contains(document.activeElement);
     if (!known) child = make(item);
     else if (child.item !== item) update(child, item);
     child.item = item;
     after.set(key, child);
     if (child === next) next = next.nextSibling;
     else parent.insertBefore(child, next);
-    if (hadFocus) (child.querySelector("[data-nav]") || child).focus({ preventScroll: true });
   }
   while (next) {
     const gone = next;
@@ -73,7 +101,7 @@ function keyed(parent, items, keyOf, make, update = null) {
 
 const button = (label, action, properties = {}) => h("button", { type: "button", ...properties, on: { click: action } }, label);
 
-// ---- texts ----------------------------------------------------------------------------------------------------------
+// ---- texts ----
 
 const wholeTime = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" }).format;
 const timeOfDay = new Intl.DateTimeFormat(undefined, { timeStyle: "medium" }).format;
@@ -172,7 +200,7 @@ function applyGraphics(style, codes) {
 
 const plainText = (line) => terminalParts(line).map(([text]) => text).join("");
 
-// ---- the fleet in memory --------------------------------------------------------------------------------------------
+// ---- the fleet in memory ----
 
 const SLOTS = "org.cirruslabs.tart-vms";
 const MAX_FAILURES = 500;
@@ -397,7 +425,7 @@ function addVMProblem(found, vm, now) {
 
 const fleet = new Fleet();
 
-// ---- requests -------------------------------------------------------------------------------------------------------
+// ---- requests ----
 
 // The path before /ui/, which is also that before /v1.
 const BASE = location.pathname.replace(/\/ui\/.*$/, "");
@@ -488,7 +516,7 @@ function nextTask() {
 
 const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
-// ---- the stream -----------------------------------------------------------------------------------------------------
+// ---- the stream ----
 
 // Seconds of silence after which the controller says that it is there, and those after which the connection counts as lost.
 const SILENCE = 2, LOST = 4.5;
@@ -656,11 +684,12 @@ async function refreshInfo() {
   }
 }
 
-// ---- parts of pages -------------------------------------------------------------------------------------------------
+// ---- parts of pages ----
 
 const address = (...parts) => `#/${parts.map(encodeURIComponent).join("/")}`;
 const vmLink = (name) => h("a", { href: address("vm", name), class: "clip", title: name, "data-nav": true }, name);
 const workerLink = (name) => (name ? h("a", { href: address("worker", name), title: name }, name) : "–");
+const clipped = (text) => h("span", { class: "clip", title: text }, text);
 const empty = (text) => h("p", { class: "quiet-text" }, text);
 
 function panel(title, ...children) {
@@ -684,7 +713,7 @@ function bar(share, label, isBad = false) {
 
 /** A line to copy. */
 function copyLine(text, label) {
-  const code = h("code", { tabindex: "0", "aria-label": label }, text);
+  const code = h("code", { tabindex: "0", role: "group", "aria-label": label }, text);
   const copy = async () => {
     try {
       await navigator.clipboard.writeText(text);
@@ -699,6 +728,7 @@ function copyLine(text, label) {
 
 /** Ask for a confirmation, or show something. Resolves to the form's data, or null. */
 function dialog({ title, body = [], action = "", danger = false }) {
+  const opener = document.activeElement, place = opener.closest("section, main, header") || byId("main");
   return new Promise((resolve) => {
     const form = h("form", { method: "dialog" }, h("h2", {}, title), ...[body].flat(), h("div", { class: "actions" },
       h("button", { value: "" }, action ? "Cancel" : "Close"),
@@ -706,6 +736,8 @@ function dialog({ title, body = [], action = "", danger = false }) {
     const element = h("dialog", { "aria-label": title, on: { close: () => {
       const answer = element.returnValue === "yes" ? new FormData(form) : null;
       element.remove();
+      // What opened it may have been drawn anew since.
+      if (!opener.isConnected) focusIn(place.isConnected ? place : byId("main"), nameOf(opener), 0);
       resolve(answer);
     } } }, form);
     document.body.append(element);
@@ -739,7 +771,7 @@ function actionButton(label, { title, text, danger = false, run, done }) {
 /** A table whose rows exist only where they are seen: all have one height. */
 class LongTable {
   constructor({ columns, label, makeRow, keyOf, onSort = null }) {
-    Object.assign(this, { columns, makeRow, keyOf, onSort, items: [], rowHeight: 34 });
+    Object.assign(this, { columns, makeRow, keyOf, onSort, items: [], rowHeight: 33 });
     this.heads = columns.map((column) => h("th", { scope: "col", class: column.class || "" }, this.headOf(column)));
     this.body = h("tbody");
     this.table = h("table", { class: "fixed", "aria-label": label }, h("thead", {}, h("tr", {}, this.heads)), this.body);
@@ -759,6 +791,7 @@ class LongTable {
   }
 
   show(items, sort = null) {
+    this.keepPlace(items);
     this.items = items;
     this.columns.forEach((column, index) => {
       if (!column.sort) return;
@@ -767,6 +800,17 @@ class LongTable {
     });
     this.table.setAttribute("aria-rowcount", items.length + 1);
     this.draw();
+  }
+
+  /** Keep the rows in place while a person reads or points at them: those that come above are scrolled away. */
+  keepPlace(items) {
+    const { element, rowHeight } = this, isRead = element.scrollTop > 0 || this.body.matches(":hover, :focus-within");
+    const at = Math.floor(element.scrollTop / rowHeight), first = isRead && this.items[at];
+    const now = first ? items.findIndex((item) => this.keyOf(item) === this.keyOf(first)) : -1;
+    if (now < 0 || now === at) return;
+    // As high as the table is about to be.
+    this.below.firstChild.style.height = `${items.length * rowHeight}px`;
+    element.scrollTop += (now - at) * rowHeight;
   }
 
   draw() {
@@ -793,10 +837,10 @@ function table(label, heads, rows) {
   return h("div", { class: "scroll" }, h("table", { "aria-label": label }, h("thead", {}, head), h("tbody", {}, rows)));
 }
 
-// ---- page: fleet ----------------------------------------------------------------------------------------------------
+// ---- page: fleet ----
 
 // Of workers, so many get their boxes in one frame.
-const MAX_LISTED = 60, MAX_SLOTS = 12, MAX_NEW_BOXES = 60;
+const MAX_LISTED = 60, MAX_SLOTS = 12, MAX_NEW_BOXES = 60, SLOT_HEIGHT = 24;
 
 class FleetPage {
   title = "Fleet";
@@ -980,10 +1024,10 @@ class FleetPage {
     const free = Math.max(0, slotsOf(worker) - using.length), word = state === "online" ? "free" : "unused";
     const rows = [...using, ...rest, ...Array.from({ length: free }, (_, index) => ({ free: `${word} ${index}`, word }))];
     const hidden = rows.length > MAX_SLOTS ? rows.splice(MAX_SLOTS - 1).length : 0;
-    const height = 22 * (rows.length + (hidden ? 1 : 0));
+    const height = SLOT_HEIGHT * (rows.length + (hidden ? 1 : 0));
     box.slots.style.height = `${height}px`;
     // While the box is not seen, the browser neither lays it out nor paints it.
-    box.element.style.containIntrinsicBlockSize = `auto ${height + 37}px`;
+    box.element.style.containIntrinsicBlockSize = `auto ${height + 39}px`;
     if (!box.isSeen) return;
     if (hidden) rows.push({ more: hidden });
     keyed(box.slots, rows, (row) => row.uid || `${row.free ?? `more ${row.more}`}`, slotRow, (child, row) => row.uid && updateSlot(child, row));
@@ -1037,7 +1081,7 @@ function failureItem(vm) {
   return h("li", {}, mark("failed"), name, ago(vm.when), h("p", {}, vm.message || "failed", vm.worker ? [" · ", workerLink(vm.worker)] : ""));
 }
 
-// ---- page: VMs ------------------------------------------------------------------------------------------------------
+// ---- page: VMs ----
 
 const AGES = [["", "any age"], ["h", "over 1 hour"], ["d", "over 1 day"], ["w", "over 1 week"]];
 const AGE_LIMITS = { h: HOUR, d: DAY, w: 7 * DAY };
@@ -1180,7 +1224,7 @@ function vmFilter(form) {
     && includes(vm.createdBy, owner) && includes(vm.image, image) && has(vm.labels, label) && has(vm.metadata, metadata) && (!before || vm.createdAt < before);
 }
 
-// ---- page: worker ---------------------------------------------------------------------------------------------------
+// ---- page: worker ----
 
 class WorkerPage {
   title = "Worker";
@@ -1193,13 +1237,14 @@ class WorkerPage {
   mount(main) {
     this.heading = h("div", { class: "title" });
     this.state = h("div");
-    this.disk = h("div");
-    this.images = h("div");
+    this.disk = h("div", { class: "disk" });
+    this.images = h("div", { class: "images" }, empty("Loading…"));
     this.none = empty("");
     this.vms = h("ul", { class: "list" });
     this.past = h("div", {}, empty("Loading…"));
-    main.append(this.heading, h("div", { class: "columns halves" }, panel("State", this.state), panel("Disk and images", this.disk, this.images),
-      panel("VMs", this.vms, this.none), panel("Last fifty VMs", this.past)));
+    // What is read later stands below what is there at once.
+    this.rest = [h("div", { class: "stack" }, panel("State", this.state), panel("VMs", h("div", { class: "two" }, this.vms, this.none))), panel("Disk and images", this.disk, this.images)];
+    main.append(this.heading, h("div", { class: "columns halves" }, this.rest[0], h("div", { class: "stack" }, this.rest[1], panel("Last fifty VMs", this.past))));
     this.loadPast();
   }
 
@@ -1213,19 +1258,21 @@ class WorkerPage {
 
   draw() {
     const worker = fleet.workers.get(this.name);
+    for (const part of this.rest) part.hidden = !worker && !this.drawn;
     if (!worker) {
-      this.heading.replaceChildren(h("h1", {}, this.name), h("span", { class: "dim" }, fleet.complete ? "There is no such worker." : "Loading…"));
+      refill(this.heading, h("h1", {}, this.name), h("span", { class: "dim" }, fleet.complete ? "There is no such worker." : "Loading…"), h("div", { class: "actions" }));
       return;
     }
     if (!this.timer) {
+      this.drawDisk(worker);
       this.loadDetails();
       this.timer = setInterval(() => document.hidden || this.loadDetails(), 15 * SECOND);
     }
     const state = workerState(worker);
-    if (this.drawn !== state) this.heading.replaceChildren(mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, state), h("span", { class: "grow" }), ...this.actions(worker, state));
+    if (this.drawn !== state) refill(this.heading, mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, state), h("div", { class: "row actions" }, this.actions(worker, state)));
     this.drawn = state;
     const used = Object.entries(worker.resources || {}).map(([name, amount]) => [name, `${worker.used?.[name] || 0} of ${amount} used`]);
-    this.state.replaceChildren(facts([
+    refill(this.state, facts([
       ["state", [state, worker.since ? [" for ", ago(worker.since)] : ""].flat()], ["drain ends", worker.drain?.deadline && wholeTime(new Date(worker.drain.deadline))],
       ...(worker.health?.problems || []).map((one) => [one.what, h("span", { class: "s-warning" }, one.message)]),
       ["architecture", `${worker.arch || "arm64"}, ${worker.runtime || "tart"}`], ["labels", chips(worker.labels, "labels")], ...used,
@@ -1267,11 +1314,15 @@ class WorkerPage {
     } catch {
       return;
     }
-    const { disk, images, pulling } = worker;
+    this.drawDisk(worker);
+    const rows = (worker.images || []).map((image) => h("tr", {}, h("td", {}, image.name), h("td", { class: "right" }, bytes(image.sizeBytes)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–")));
+    refill(this.images, rows.length ? table("Images", ["Image", "Size", "Last used"], rows) : empty("It has reported no images."));
+  }
+
+  drawDisk({ disk, pulling }) {
     const used = disk ? 1 - disk.freeBytes / disk.totalBytes : 0;
-    this.disk.replaceChildren(...(disk ? [facts([["free", `${bytes(disk.freeBytes)} of ${bytes(disk.totalBytes)}`], ["pulling", pulling && `${pulling.image}, ${pulling.percent || 0} %`]]), bar(used, "share of the disk used", isDiskLow(disk))] : [empty("The worker reports no disk.")]));
-    const rows = (images || []).map((image) => h("tr", {}, h("td", {}, image.name), h("td", { class: "right" }, bytes(image.sizeBytes)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–")));
-    this.images.replaceChildren(rows.length ? table("Images", ["Image", "Size", "Last used"], rows) : empty("It has reported no images."));
+    const free = facts([["free", disk && `${bytes(disk.freeBytes)} of ${bytes(disk.totalBytes)}`], ["pulling", clipped(pulling ? `${pulling.percent || 0} %, ${pulling.image}` : "–")]]);
+    refill(this.disk, disk ? bar(used, "share of the disk used", isDiskLow(disk)) : empty("The worker reports no disk."), free);
   }
 
   async loadPast() {
@@ -1282,13 +1333,13 @@ class WorkerPage {
     const row = (label, key, show) => h("tr", {}, h("th", { scope: "row" }, label), h("td", {}, show(mine[key])), h("td", {}, show(all[key])));
     const percent = (value) => (value === null ? "–" : `${Math.round(100 * value)} %`);
     const time = (value) => (value === null ? "–" : duration(value));
-    this.past.replaceChildren(
+    refill(this.past,
       table("Compared with the fleet", ["Mean", "This worker", "Fleet"], [row("failed", "failed", percent), row("time to boot", "boot", time), row("time it ran", "run", time)]),
       own.length ? h("ul", { class: "list" }, own.map((vm) => h("li", {}, mark(vm.status === "failed" ? "failed" : "stopped", vm.status), h("span", { class: "clip" }, vm.name), ago(vm.endedAt), h("p", {}, vm.message || `ended ${vm.status}`)))) : empty("No VM of this worker has ended yet."));
   }
 }
 
-// ---- page: VM -------------------------------------------------------------------------------------------------------
+// ---- page: VM ----
 
 // What the controller or the worker sets: not part of a specification.
 const SET_BY_OTHERS = ["uid", "createdAt", "createdBy", "version", "generation", "observedGeneration", "status", "status_message", "worker", "assignedCPU", "assignedMemory",
@@ -1306,16 +1357,16 @@ class VMPage {
   }
 
   mount(main) {
-    this.heading = h("div", { class: "title" });
-    this.message = h("p", { class: "dim" });
+    this.heading = h("div", { class: "title vm" });
     this.facts = h("div");
-    this.timeline = h("ol", { class: "timeline" }, h("li", {}, "Loading…"));
+    this.timeline = h("ol", { class: "timeline", tabindex: "0", "aria-label": "Timeline" });
     this.spec = h("div");
     this.log = new LogView(this.name, (event) => this.addLifecycle(event));
     this.lifecycle = [];
     const lines = may("compute:connect") ? panel("Connect", ...connectLines(this.name)) : null;
-    main.append(this.heading, h("div", { class: "columns halves" }, panel("State", this.message, this.facts), panel("Timeline", this.timeline), h("div", { class: "wide" }, this.log.element),
-      lines, panel("Specification", this.spec)));
+    this.rest = h("div", { class: "columns halves" }, panel("State", this.facts), panel("Timeline", this.timeline), h("div", { class: "wide" }, this.log.element),
+      lines, panel("Specification", this.spec));
+    main.append(this.heading, this.rest);
     this.log.start();
   }
 
@@ -1329,9 +1380,10 @@ class VMPage {
 
   draw() {
     const vm = fleet.vms.get(this.name);
+    this.rest.hidden = !vm && !this.vm;
     if (!vm) {
       const text = fleet.complete ? (this.vm ? "deleted" : "There is no such VM.") : "Loading…";
-      this.heading.replaceChildren(h("h1", {}, this.name), h("span", { class: "word" }, text));
+      refill(this.heading, h("h1", {}, this.name), h("span", { class: "word" }, text), h("div", { class: "actions" }));
       if (fleet.complete) this.log.end();
       this.drawn = "";
       return;
@@ -1342,13 +1394,12 @@ class VMPage {
     }
     this.vm = vm;
     const state = vmState(vm), drawn = `${state} ${vmPhase(vm)} ${vm.suspendable}`;
-    if (drawn !== this.drawn) this.heading.replaceChildren(mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, vmPhase(vm)), h("span", { class: "grow" }), ...this.actions(vm, state));
+    if (drawn !== this.drawn) refill(this.heading, mark(state), h("h1", {}, this.name), h("span", { class: `word s-${state}` }, vmPhase(vm)), h("div", { class: "row actions" }, this.actions(vm, state)));
     this.drawn = drawn;
-    setText(this.message, vm.status_message || "");
-    this.facts.replaceChildren(facts([
-      ["worker", vm.worker && workerLink(vm.worker)], ["image", vm.image], ["digest", vm.image_fqn], ["owner", vm.createdBy], ["created", vm.createdAt && [ago(vm.createdAt), " ago"]],
-      ["expires", vm.expiresAt && wholeTime(new Date(vm.expiresAt))], ["restarts", vm.restart_count], ["exit code", vm.startupExitCode],
-      ["CPUs, memory", vm.assignedCPU && `${vm.assignedCPU}, ${vm.assignedMemory} MiB`], ["labels", chips(vm.labels, "labels")], ["metadata", chips(vm.metadata, "metadata")],
+    refill(this.facts, facts([
+      ["message", vm.status_message || "–"], ["worker", workerLink(vm.worker)], ["image", vm.image], ["digest", clipped(vm.image_fqn || "–")], ["owner", vm.createdBy], ["created", vm.createdAt && [ago(vm.createdAt), " ago"]],
+      ["expires", vm.expiresAt && wholeTime(new Date(vm.expiresAt))], ["restarts", vm.restart_count || 0], ["exit code", vm.startupExitCode ?? (vm.startup_script && "–")],
+      ["CPUs, memory", vm.assignedCPU ? `${vm.assignedCPU}, ${vm.assignedMemory} MiB` : "–"], ["labels", chips(vm.labels, "labels")], ["metadata", chips(vm.metadata, "metadata")],
     ]));
     this.drawSpecification(vm);
   }
@@ -1359,20 +1410,20 @@ class VMPage {
     this.specText = text;
     const show = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
     const asTable = table("Specification", ["Field", "Value"], Object.entries(spec).map(([name, value]) => h("tr", {}, h("td", { class: "mono" }, name), h("td", {}, name === "password" ? "••••" : ["labels", "metadata"].includes(name) ? chips(value, name) : show(value)))));
-    const asJSON = h("pre", { class: "json", tabindex: "0", "aria-label": "Specification as JSON", hidden: true }, JSON.stringify({ ...spec, password: undefined }, null, 2));
+    const asJSON = h("pre", { class: "json", tabindex: "0", role: "group", "aria-label": "Specification as JSON", hidden: true }, JSON.stringify({ ...spec, password: undefined }, null, 2));
     const toggle = button("JSON", () => {
       asJSON.hidden = !asJSON.hidden;
       asTable.hidden = !asJSON.hidden;
       toggle.setAttribute("aria-pressed", String(!asJSON.hidden));
     }, { "aria-pressed": "false", class: "quiet" });
-    this.spec.replaceChildren(toggle, asTable, asJSON);
+    refill(this.spec, toggle, asTable, asJSON);
   }
 
   addLifecycle(event) {
     this.lifecycle.push(event);
     if (this.lifecycle.length > 64) this.lifecycle.shift();
     const total = Math.max(1, this.lifecycle.at(-1).timestamp - this.lifecycle[0].timestamp);
-    this.timeline.replaceChildren(...this.lifecycle.map((one, index) => {
+    refill(this.timeline, ...this.lifecycle.map((one, index) => {
       const next = this.lifecycle[index + 1], seconds = next ? next.timestamp - one.timestamp : null;
       const fill = h("i");
       fill.style.width = `${(100 * (seconds || 0)) / total}%`;
@@ -1419,7 +1470,7 @@ function connectLines(name) {
   return Object.entries(lines).map(([label, line]) => copyLine(line, label));
 }
 
-// ---- the log of a VM ------------------------------------------------------------------------------------------------
+// ---- the log of a VM ----
 
 // What a log keeps in memory. Beyond that its oldest lines are dropped, some at a time.
 const MAX_LINES = 200000, MAX_CHARACTERS = 60e6, DROPPED_LINES = 10000, MAX_SHOWN = 4000, LINE_HEIGHT = 18;
@@ -1562,7 +1613,7 @@ function logRow(event) {
   return h("div", { class: event.kind === "lifecycle" ? "life" : "" }, time, parts.map(([text, style]) => (style ? h("span", { class: style }, text) : text)));
 }
 
-// ---- page: images ---------------------------------------------------------------------------------------------------
+// ---- page: images ----
 
 class ImagesPage {
   title = "Images";
@@ -1574,8 +1625,10 @@ class ImagesPage {
     this.list = h("div", {}, empty("Loading…"));
     this.pulls = h("ul", { class: "list" });
     this.settings = h("div");
+    // Until the images above them on a narrow page are there.
+    this.aside = h("div", { class: "stack", hidden: true }, panel("Pre-pull", this.settings), panel("Being pulled", this.pulls));
     main.append(h("div", { class: "title" }, h("h1", {}, "Images"), h("span", { class: "grow" }), may("admin:write") && button("Pre-pull…", () => this.addPrepull(""))),
-      h("div", { class: "columns aside" }, panel("On workers", this.list), h("div", { class: "stack" }, panel("Being pulled", this.pulls), panel("Pre-pull", this.settings))));
+      h("div", { class: "columns aside" }, panel("On workers", this.list), this.aside));
     this.load();
     this.timer = setInterval(() => document.hidden || this.load(), 30 * SECOND);
   }
@@ -1597,6 +1650,7 @@ class ImagesPage {
     } catch {
       return;
     }
+    this.aside.hidden = false;
     this.drawList();
     this.drawPulls();
     this.drawPrepull();
@@ -1628,7 +1682,7 @@ class ImagesPage {
       h("tr", {}, h("td", {}, image.name), h("td", { title: image.workers.join(", ") }, `${image.workers.length} of ${this.count}`),
         h("td", { class: "right" }, bytes(image.size)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–"),
         h("td", {}, may("admin:write") && !this.isPrepulled(image.name) && button("Pre-pull…", () => this.addPrepull(image.name), { class: "quiet", "aria-label": `Pre-pull ${image.name}` }))));
-    this.list.replaceChildren(rows.length ? table("Images", ["Image", "Workers", "Size", "Last used", ""], rows) : empty("No worker has reported an image."));
+    refill(this.list, rows.length ? table("Images", ["Image", "Workers", "Size", "Last used", ""], rows) : empty("No worker has reported an image."));
   }
 
   isPrepulled(name) {
@@ -1645,7 +1699,7 @@ class ImagesPage {
   drawPrepull() {
     const items = this.prepull.map((one) => h("li", {}, h("span"), h("span", { class: "clip", title: one.image }, one.image),
       may("admin:write") ? button("Remove", () => this.change(this.prepull.filter((other) => other !== one), "It is not pulled in advance any more"), { class: "quiet", "aria-label": `Remove ${one.image}` }) : h("span"), h("p", {}, pairs(one.labels).join(" ") || "every worker")));
-    this.settings.replaceChildren(items.length ? h("ul", { class: "list" }, items) : empty("No image is pulled in advance."));
+    refill(this.settings, items.length ? h("ul", { class: "list" }, items) : empty("No image is pulled in advance."));
   }
 
   async addPrepull(image) {
@@ -1672,7 +1726,7 @@ function addImage(images, { name, sizeBytes, lastUsed }, worker) {
   images.set(name, image);
 }
 
-// ---- page: history --------------------------------------------------------------------------------------------------
+// ---- page: history ----
 
 // Entries of the history that are asked for at a time: to read more would take longer than a frame.
 const HISTORY_PIECE = 1000;
@@ -1748,7 +1802,7 @@ class HistoryPage {
     for (const vm of vms) slots[Math.min(23, Math.floor((vm.end - begin) / (width * HOUR)))].push(vm);
     const rate = (list) => list.length / width;
     const times = (name, share) => slots.map((list) => quantile(timesOf(list, name), share));
-    this.body.replaceChildren(
+    refill(this.body,
       panel("VMs an hour", barPlot("VMs that ended, an hour", slots.map(rate), slots.map((list) => rate(list.filter((vm) => vm.status === "failed"))), hours), legend("ended", "of these failed", "squares")),
       panel("Time in the queue", linePlot("Time in the queue", times("queue", 0.5), times("queue", 0.9), hours), legend("median", "90th percentile")),
       panel("Time to boot", linePlot("Time from the assignment until the VM runs", times("boot", 0.5), times("boot", 0.9), hours), legend("median", "90th percentile")),
@@ -1807,7 +1861,7 @@ function failureTable(vms, key, name) {
   return rows.length ? table(`Failures by ${name}`, [name, "failed", "of its VMs", ""], rows) : empty(vms.length ? "None." : "No VM has ended in this time.");
 }
 
-// ---- page: API ------------------------------------------------------------------------------------------------------
+// ---- page: API ----
 
 class APIPage {
   title = "API";
@@ -1841,7 +1895,7 @@ class APIPage {
         groups.get(group).push(operationItem(method.toUpperCase(), shown, operation, item.parameters || []));
       }
     }
-    this.body.replaceChildren(...[...groups].map(([group, items]) => panel(group, ...items)));
+    refill(this.body, ...[...groups].map(([group, items]) => panel(group, ...items)));
   }
 }
 
@@ -1858,7 +1912,7 @@ function operationItem(method, path, operation, shared) {
     h("div", { class: "inside" }, operation.responses?.["101"] ? empty("A WebSocket, which curl does not speak.") : copyLine(line, `${method} ${path}`), rows.length ? table("Parameters", ["Parameter", "Meaning"], rows) : null, answers.length ? table("Answers", ["Status", "Meaning"], answers) : null));
 }
 
-// ---- the frame ------------------------------------------------------------------------------------------------------
+// ---- the frame ----
 
 const PAGES = { fleet: FleetPage, vms: VMsPage, images: ImagesPage, history: HistoryPage, api: APIPage, worker: WorkerPage, vm: VMPage };
 const NAVIGATION = [["fleet", "Fleet"], ["vms", "VMs"], ["images", "Images"], ["history", "History"], ["api", "API"]];
@@ -1906,19 +1960,23 @@ class Frame {
     const Page = PAGES[kind] || FleetPage;
     this.page?.unmount?.();
     this.later = new Set();
-    const main = byId("main");
+    const main = byId("main"), isFirst = document.activeElement === document.body;
     main.replaceChildren();
     this.page = new Page(name, new URLSearchParams(query || ""));
     this.page.mount(main);
     this.isNew = true;
     document.title = `${this.page.title} · Orchard`;
+    main.setAttribute("aria-label", this.page.title);
     const current = { worker: "fleet", vm: "vms" }[kind] || (PAGES[kind] ? kind : "fleet");
     for (const link of byId("nav").children) {
       if (link.dataset.page === current) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
     scrollTo(0, 0);
-    this.schedule();
+    // Who came by a link or a form is at the beginning of the page, and hears its name.
+    if (!isFirst) main.focus({ preventScroll: true });
+    // Before the browser paints.
+    this.draw();
   }
 
   show() {
@@ -1942,7 +2000,7 @@ class Frame {
     const place = byId("connection");
     document.body.classList.toggle("stale", !isLive);
     place.classList.toggle("lost", !isLive);
-    setText(place, isLive ? "Live" : `Connection lost at ${timeOfDay(new Date())}, trying again`);
+    place.replaceChildren(h("span", {}, isLive ? "Live" : `Connection lost at ${timeOfDay(new Date())}, trying again`));
   }
 
   say(text) {
@@ -1958,7 +2016,7 @@ class Frame {
 
   onKey(event) {
     const isTyping = event.target.matches?.("input, select, textarea");
-    if (event.key === "Escape" && isTyping) event.target.blur();
+    if (event.key === "Escape" && isTyping && !document.querySelector("dialog")) byId("main").focus({ preventScroll: true });
     if (isTyping || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog") || !session.info) return;
     if (event.key === "?") this.showKeys();
     else if (event.key === "/") document.querySelector("main input[type=search]")?.focus();
@@ -1979,7 +2037,7 @@ class Frame {
 
 const frame = new Frame();
 
-// ---- the start ------------------------------------------------------------------------------------------------------
+// ---- the start ----
 
 let stream = null;
 // Tabs of one browser pass the sign-in on: each has a sessionStorage of its own.
@@ -2024,6 +2082,7 @@ function showSignIn(message = "") {
     } catch (problem) {
       setText(error, problem.status === 401 ? "The account is unknown, or the token is wrong." : problem.status ? problem.message : "The controller cannot be reached.");
       submit.disabled = false;
+      token.select();
     }
   };
   const form = h("form", { on: { submit: onSubmit } }, h("h1", {}, "Orchard"), h("label", { class: "stacked" }, "Service account", account), h("label", { class: "stacked" }, "Token", token), error, submit);

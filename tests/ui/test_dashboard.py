@@ -1,7 +1,4 @@
-"""The dashboard in a browser, against a cluster of forty workers and ninety VMs, and against one that is killed.
-
-The browser ends with this file: its event loop would be in the way of other tests. Screenshots are in screenshots/.
-"""
+"""The dashboard in a browser, against a cluster of forty workers and ninety VMs, and against one that is killed."""
 
 from __future__ import annotations
 
@@ -13,34 +10,24 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from harness.browser import PATIENCE, Visit, chromium, other_site, visiting
+from harness.browser import PATIENCE, Visit, other_site
+from harness.dashboard_site import FAILING_SCRIPT, IMAGE, LONG_SCRIPT, PAGES, PULLED, READER, WORKERS, WRITER
 from harness.processes import GENEROUS, call_main, free_port, started
 from playwright.sync_api import Browser, Page, Route, expect
 
-from orchard.blocking import open_client
 from orchard.cli.main import main
-from orchard.schema import VM, Worker
+from orchard.schema import VM
 from orchard.testing import BlockingCluster, start_cluster
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
-WORKERS, VMS = 40, 90
-IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"
-PULLED = "example.com/pull-900s"
-LONG_SCRIPT = {"script_content": "echo step 1; sleep 1000"}
-FAILING_SCRIPT = {"script_content": "echo no space left; exit 3"}
-READER = ("reader", "r" * 32)
-# Creates one of the VMs.
-WRITER = ("writer", "w" * 32)
 LISTENING = re.compile(r".*(http://127\.0\.0\.1:[0-9]+)")
-PAGES = ["fleet", "vms", "images", "history", "api", "worker/mac-02", "vm/ci-005"]
 # More than a tab needs for its requests, and so many that each tab could not have a watch of its own.
 TABS = 8
 LINES = 200_000
@@ -60,80 +47,8 @@ AGES = {"": [0, 0.04, 0.05, 0.9, 1.1, 6.9, 7.1], "h": [0.05, 0.9, 1.1, 6.9, 7.1]
 # Sets a field, as a person does.
 _SET = """(field, value) => { field.value = value; field.dispatchEvent(new Event(field.tagName === "SELECT" ? "change" : "input")); }"""
 
-# Leads to the page of the fleet, and draws it anew.
-_GO_HOME = """async () => {
-  if (location.hash === "#/fleet") return frame.route();
-  const changed = new Promise((resolve) => addEventListener("hashchange", resolve, { once: true }));
-  location.hash = "#/fleet";
-  await changed;
-}"""
 # Has the page ask for the history again, which it keeps for a while.
 _FORGET_HISTORY = "ended = { at: 0, vms: null }"
-
-
-# ---- the browser and the clusters -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def fleet() -> Iterator[BlockingCluster]:
-    """Forty workers with ninety VMs, of which some run scripts, some have failed, and some can never be placed."""
-    workers = [Worker(name=f"mac-{n:02}", labels={"xcode": "27" if n % 3 else "26"}) for n in range(1, WORKERS + 1)]
-    with start_cluster(workers=workers, auth=True) as c:
-        c.client.service_accounts.create(name=READER[0], token=READER[1], roles=["compute:read"])
-        for number in range(VMS):
-            name, more = f"ci-{number:03}", _kind_of_vm(number)
-            c.client.vms.create(name=name, image=more.pop("image", IMAGE), metadata={"job": str(number // 3)}, **more)
-        c.client.service_accounts.create(name=WRITER[0], token=WRITER[1], roles=["compute:write"])
-        with open_client(c.url, account=WRITER[0], token=WRITER[1]) as writer:
-            writer.vms.create(name="of-another", image=IMAGE)
-        yield c
-
-
-def _kind_of_vm(number: int) -> dict[str, Any]:
-    if number >= VMS - 3:
-        return {"labels": {"xcode": "99"}}
-    if number % 9 == 0:
-        return {"startup_script": FAILING_SCRIPT}
-    if number % 5 == 0:
-        return {"startup_script": LONG_SCRIPT}
-    return {"image": PULLED} if number % 11 == 3 else {}
-
-
-@pytest.fixture
-def visit(browser: Browser, fleet: BlockingCluster) -> Iterator[Visit]:
-    with visiting(browser, fleet.url) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def shared(browser: Browser, fleet: BlockingCluster) -> Iterator[Visit]:
-    """Yield a visit with one tab, in which the administrator is signed in."""
-    with visiting(browser, fleet.url) as found:
-        found.sign_in(fleet.account, fleet.token)
-        yield found
-
-
-@pytest.fixture
-def tab(shared: Visit) -> Iterator[Page]:
-    """Yield the tab that many tests use, with the page of the fleet drawn anew. Nothing may be wrong in it."""
-    (found,) = shared.context.pages
-    found.evaluate(_GO_HOME)
-    yield found
-    assert shared.problems == []
-
-
-@pytest.fixture
-def everything(tab: Page, fleet: BlockingCluster) -> Page:
-    """Return the tab with the page of all VMs."""
-    tab.goto(f"{fleet.url}/ui/#/vms")
-    expect(tab.locator(".title .count")).to_have_text(str(len(fleet.client.vms.list())))
-    return tab
 
 
 def made_history(number: int, now: datetime.datetime) -> dict[str, Any]:
@@ -439,131 +354,6 @@ def test_lines_of_the_api_page_are_accepted_by_the_controller(tab: Page, fleet: 
     assert {line: status for line, status in found.items() if status != "200"} == {}
 
 
-# ---- looks ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_in_both_themes(browser: Browser, fleet: BlockingCluster, scheme: Literal["light", "dark"]) -> None:
-    SCREENSHOTS.mkdir(exist_ok=True)
-    with visiting(browser, fleet.url, scheme=scheme) as visit:
-        tab = visit.sign_in(fleet.account, fleet.token)
-        names = tab.locator(".box header a")
-        expect(names).to_have_count(WORKERS)
-        # All of each name is there.
-        assert names.evaluate_all("all => all.every((one) => one.offsetWidth && one.scrollWidth <= one.offsetWidth)")
-        expect(tab.locator(".tiles")).to_contain_text(f"/ {WORKERS}")
-        for page in PAGES:
-            tab.goto(f"{visit.url}/ui/#/{page}")
-            expect(tab.locator("main h1")).not_to_be_empty()
-            expect(tab.locator("main")).not_to_contain_text("Loading…")
-            tab.screenshot(path=SCREENSHOTS / f"{page.partition('/')[0]}-{scheme}.png")
-        tab.set_viewport_size({"width": 390, "height": 844})
-        for page in PAGES:
-            tab.goto(f"{visit.url}/ui/#/{page}")
-            expect(tab.locator("main h1")).not_to_be_empty()
-            expect(tab.locator("main")).not_to_contain_text("Loading…")
-            assert tab.evaluate("document.documentElement.scrollWidth") == 390, page
-            tab.screenshot(path=SCREENSHOTS / f"{page.partition('/')[0]}-{scheme}-390.png")
-
-
-def test_fleet_shows_what_needs_a_human_and_why_vms_wait(tab: Page, fleet: BlockingCluster) -> None:
-    need, queue = tab.get_by_role("region", name="Needs attention"), tab.get_by_role("region", name="Queue")
-    # One line for the three that wait for the same label.
-    expect(need.locator("li a")).to_have_text("3 VMs")
-    expect(queue.locator("li")).to_have_count(3)
-    expect(queue).to_contain_text("xcode=99")
-    expect(tab.get_by_role("region", name="Failures of the last hour")).to_contain_text("exit code 3")
-    tab.get_by_label("Group by").select_option(label="xcode")
-    expect(tab.locator(".group h3")).to_have_text(["xcode=26", "xcode=27"])
-    tab.get_by_label("Group by").select_option(label="nothing")
-
-
-# Lines of a watch, in an order other than that of the problems.
-_SICK = """() => {
-  const minute = 60_000, now = Date.now(), ago = (minutes) => new Date(now - minutes * minute).toISOString(), sick = new Fleet();
-  const add = (kind, object) => sick.apply({ type: "ADDED", kind, object });
-  add("worker", { name: "low", state: "online", disk: { totalBytes: 500e9, freeBytes: 19e9 } });
-  add("worker", { name: "ill", state: "online", health: { problems: [{ what: "clone", message: "no space" }] } });
-  add("worker", { name: "idle-gone", state: "offline" });
-  add("worker", { name: "gone", state: "offline" });
-  add("worker", { name: "well", state: "online", disk: { totalBytes: 500e9, freeBytes: 400e9 } });
-  add("vm", { name: "lost", uid: "1", status: "running", worker: "gone" });
-  add("vm", { name: "old", uid: "2", status: "pending", status_message: "waiting: all slots are used", createdAt: ago(11) });
-  add("vm", { name: "new", uid: "3", status: "pending", status_message: "waiting: all slots are used", createdAt: ago(9) });
-  add("vm", { name: "stuck", uid: "4", status: "pending", worker: "well", scheduled_at: ago(31), createdAt: ago(40) });
-  add("vm", { name: "starts", uid: "5", status: "pending", worker: "well", scheduled_at: ago(29), createdAt: ago(40) });
-  add("vm", { name: "again", uid: "6", status: "pending", restart_count: 3, worker: "well", scheduled_at: ago(1), createdAt: ago(30) });
-  add("vm", { name: "never", uid: "7", status: "pending", status_message: "waiting: no worker has label a=b", createdAt: ago(1) });
-  return sick.problems(now).map((one) => one.key);
-}"""
-
-
-def test_what_needs_a_human_is_found_worst_first(everything: Page) -> None:
-    found = ["w gone", "v again", "v never", "h ill clone", "v stuck", "w idle-gone", "d low", "queue"]
-    assert everything.evaluate(_SICK) == found
-
-
-# ---- keyboard -------------------------------------------------------------------------------------------------------
-
-_UNNAMED = """() => [...document.querySelectorAll("a[href], button, input, select, textarea, [tabindex='0']")]
-  .filter((one) => one.checkVisibility())
-  .filter((one) => !(one.getAttribute("aria-label") || one.textContent.trim() || [...(one.labels || [])].some((label) => label.textContent.trim())))
-  .map((one) => one.outerHTML)"""
-# Numbers each control that is seen, and takes the number off when it gets the focus. A control in a closed <details> is not
-# seen. Returns how many there are.
-_NUMBER = """() => {
-  document.activeElement.blur();
-  document.addEventListener("focusin", ({ target }) => delete target.dataset.number);
-  const all = document.querySelectorAll("header a, header button, main a[href], main button, main input, main select, main summary, main [tabindex='0']");
-  return [...all].filter((one) => one.checkVisibility()).map((one, index) => { one.dataset.number = index; }).length;
-}"""
-
-
-def test_every_control_has_a_name_and_is_reached_by_keyboard(tab: Page, fleet: BlockingCluster) -> None:
-    for page in ("vms?name=ci-00", "images", "history", "api", "worker/mac-02", "vm/ci-005"):
-        tab.goto(f"{fleet.url}/ui/#/{page}")
-        expect(tab.locator("main h1")).not_to_be_empty()
-        expect(tab.locator("main")).not_to_contain_text("Loading…")
-        assert tab.evaluate(_UNNAMED) == [], page
-        count = tab.evaluate(_NUMBER)
-        assert count
-        for _ in range(count + 5):
-            tab.keyboard.press("Tab")
-        # A row that was drawn anew meanwhile has lost its number.
-        assert tab.evaluate("[...document.querySelectorAll('[data-number]')].map((one) => one.outerHTML)") == []
-
-
-def test_keys_lead_to_a_vm(tab: Page, fleet: BlockingCluster) -> None:
-    expect(tab.locator(".box header a")).to_have_count(WORKERS)
-    tab.keyboard.press("?")
-    expect(tab.get_by_role("dialog")).to_be_visible()
-    tab.keyboard.press("Escape")
-    # Until the browser has closed the dialog, keys are the dialog's.
-    expect(tab.get_by_role("dialog")).to_be_hidden()
-    tab.keyboard.press("/")
-    tab.keyboard.type("ci-005")
-    expect(tab.locator(".box header a")).to_have_count(1)
-    tab.keyboard.press("Escape")
-    link = tab.locator(".box .slot a", has_text="ci-005")
-    for _ in range(WORKERS):
-        tab.keyboard.press("j")
-        if link.evaluate("element => element === document.activeElement"):
-            break
-    tab.keyboard.press("j")
-    tab.keyboard.press("k")
-    expect(link).to_be_focused()
-    tab.keyboard.press("Enter")
-    expect(tab.locator("main h1")).to_have_text("ci-005")
-
-
-def test_page_has_landmarks_and_says_changes_to_a_screen_reader(tab: Page, fleet: BlockingCluster) -> None:
-    for role in ("banner", "navigation", "main"):
-        expect(tab.get_by_role(role)).to_have_count(1)
-    expect(tab.locator("#connection")).to_have_attribute("aria-live", "polite")
-    time_shown = tab.locator("time").first
-    assert time_shown.get_attribute("title")
-
-
 # ---- what is live ---------------------------------------------------------------------------------------------------
 
 # Notes when a text is first on the page, by the clock that the test has, too.
@@ -697,58 +487,6 @@ def test_log_of_200_000_lines(tab: Page, fleet: BlockingCluster) -> None:
         assert text.endswith("more 98\nmore 99\n")
     finally:
         fleet.client.vms.delete("talker")
-
-
-# ---- size -----------------------------------------------------------------------------------------------------------
-
-# Makes the lines of a watch of a large fleet, in blocks, and returns how many blocks there are.
-_MAKE_LINES = """([workers, vms]) => {
-  const now = new Date().toISOString(), each = vms / workers;
-  window.blocks = [[]];
-  for (let w = 0; w < workers; w++) {
-    const name = `mac-${w}`, resources = { "org.cirruslabs.tart-vms": each };
-    const lines = [{ type: "ADDED", kind: "worker", object: { name, resources, labels: { rack: `${w % 10}` }, state: "online", used: resources } }];
-    for (let v = 0; v < each; v++) {
-      const vm = { name: `vm-${w}-${v}`, uid: `${w} ${v}`, image: "ghcr.io/x/macos:latest", status: "running", worker: name, createdAt: now, started_at: now,
-        createdBy: "ci", metadata: { job: `${w}` }, labels: { xcode: "27" }, conditions: [{ type: "running", state: "true" }] };
-      lines.push({ type: "ADDED", kind: "vm", object: vm });
-    }
-    if (blocks.at(-1).length > 400) blocks.push([]);
-    blocks.at(-1).push(...lines);
-  }
-  // At last one change, as it comes every day.
-  blocks.push([{ ...blocks[0][1], type: "MODIFIED" }]);
-  return blocks.length;
-}"""
-# One frame: takes lines, draws, and lays the page out.
-_TAKE_LINES = "(index) => { for (const line of blocks[index]) fleet.apply(line); frame.draw(); document.body.getBoundingClientRect(); }"
-
-
-@pytest.mark.parametrize("page", ["fleet", "vms"])
-def test_page_of_a_large_fleet_is_small_and_fast(visit: Visit, fleet: BlockingCluster, page: str) -> None:
-    """1,000 workers and 10,000 VMs. The time is that of the processor, which depends little on what else runs."""
-    tab = visit.sign_in(fleet.account, fleet.token, page)
-    devtools = visit.context.new_cdp_session(tab)
-    devtools.send("Performance.enable", {"timeDomain": "threadTicks"})
-
-    def figures() -> dict[str, float]:
-        return {one["name"]: one["value"] for one in devtools.send("Performance.getMetrics")["metrics"]}
-
-    times: list[float] = []
-    for index in range(tab.evaluate(_MAKE_LINES, [1000, 10_000])):
-        before = figures()["TaskDuration"]
-        tab.evaluate(_TAKE_LINES, index)
-        times.append(1000 * (figures()["TaskDuration"] - before))
-    expect(tab.locator(".count").first if page == "vms" else tab.locator(".tiles")).to_contain_text(
-        re.compile("10[,0-9]*")
-    )
-    devtools.send("HeapProfiler.collectGarbage")
-    after = figures()
-    print(f"{page}: heap {after['JSHeapUsedSize'] / 1e6:.0f} MB, {after['Nodes']:.0f} nodes, "
-          f"longest frame {max(times):.0f} ms, one change {times[-1]:.0f} ms")  # fmt: skip
-    assert after["JSHeapUsedSize"] < 100e6
-    assert after["Nodes"] < 60_000
-    assert max(times) < 250
 
 
 # ---- pages of other origins -----------------------------------------------------------------------------------------
