@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from orchard import __version__
@@ -179,4 +180,10 @@ def describe_api(prefix: str) -> dict[str, Any]:
 
 def make_api(parts: ControllerParts, *, ui: bool = True) -> API:
     """Return the API of a controller with these parts. `ui`: whether it serves the dashboard, too."""
-    return API(parts, OPERATIONS, dump_json(describe_api(f"{parts.prefix}/v1")), PAGES if ui else ())
+    return API(parts, OPERATIONS, _document(f"{parts.prefix}/v1"), PAGES if ui else ())
+
+
+@lru_cache(maxsize=8)
+def _document(prefix: str) -> bytes:
+    """Return the OpenAPI document as JSON. Programs that run several controllers, one after the other, make it once."""
+    return dump_json(describe_api(prefix))

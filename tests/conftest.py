@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -31,9 +34,33 @@ pytest_plugins = ["harness.dev_site", "harness.dashboard_site"]
 # For processes to be gone that were killed or told to end. Only a process that stays makes this wait so long.
 DYING_SECONDS = 60.0
 SSHD = Path(__file__).parent / "standin" / "sshd.py"
+# What login shells read.
+PROFILES = re.compile(r"\.(bash(rc|_.*)|profile|z(shrc|shenv|profile|login|logout)|login|logout|t?cshrc)")
+# The default, 700, makes tests take a tenth more CPU.
+GARBAGE_THRESHOLD = 10_000
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    gc.set_threshold(GARBAGE_THRESHOLD)
+    handle_sigint()
+    if not hasattr(config, "workerinput"):
+        leave_profiles(config)
+
+
+def leave_profiles(config: pytest.Config) -> None:
+    """Let shells read no profile of the developer: one may take longer than a whole test, or print.
+
+    The home directory becomes one of the same entries without the profiles. The processes of pytest-xdist inherit it.
+    """
+    before, after = Path.home(), Path(tempfile.mkdtemp(prefix="orchard-home-"))
+    config.add_cleanup(lambda: shutil.rmtree(after))
+    for entry in before.iterdir():
+        if not PROFILES.fullmatch(entry.name):
+            (after / entry.name).symlink_to(entry)
+    os.environ["HOME"] = str(after)
+
+
+def handle_sigint() -> None:
     """Handle SIGINT also when a shell started the tests in the background, with SIGINT ignored.
 
     Programs that the tests start would inherit that, and none could be interrupted. A worker always handles SIGINT.

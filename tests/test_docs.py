@@ -297,23 +297,24 @@ LETTERS = 10
 
 
 @cache
-def program_messages() -> list[list[str]]:
-    """Return the texts in the product's code, each as the parts between which something is put in."""
+def program_messages() -> list[tuple[str, list[str]]]:
+    """Return the texts in the product's code as the parts between which something is put in, each after the longest part."""
     found = []
     for path in sorted((ROOT / "orchard").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
             if sum(map(str.isalpha, text)) >= LETTERS:
-                found.append(re.split(r"\{[a-z]*\}|%[sd]", text))
+                pieces = re.split(r"\{[a-z]*\}|%[sd]", text)
+                found.append((max(pieces, key=len), pieces))
     return found
 
 
 def is_of_the_program(message: str) -> bool:
     """Return whether a message is a text of the program, with anything put into it."""
     return any(
-        max(parts, key=len) in message and re.fullmatch(".+".join(map(re.escape, parts)), message)
-        for parts in program_messages()
+        longest in message and re.fullmatch(".+".join(map(re.escape, parts)), message)
+        for longest, parts in program_messages()
     )
 
 

@@ -239,7 +239,10 @@ def test_any_exception_is_caught_only_where_declared() -> None:
         for node in ast.walk(tree(module)):
             if isinstance(node, ast.ExceptHandler):
                 found += [(module, name) for name in broad(node.type)]
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+            elif isinstance(node, ast.Call) and "suppress" in (
+                getattr(node.func, "id", ""),
+                getattr(node.func, "attr", ""),
+            ):
                 found += [(module, name) for argument in node.args for name in broad(argument)]
     assert sorted(found) == sorted(BROAD_HANDLERS)
 
