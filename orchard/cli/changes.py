@@ -128,7 +128,12 @@ def _apply_one(controller: ControllerConnection, vm: Mapping[str, Any]) -> str:
         controller.call("POST", "/vms", query=_STRICT, body=vm)
         return "created"
     after = controller.fetch("PATCH", path, query=_STRICT, body=vm)
-    return "unchanged" if after.get("version") == before.get("version") else "changed"
+    return "changed" if is_changed(vm, before, after) else "unchanged"
+
+
+def is_changed(fields: Iterable[str], before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Return whether one of the fields of a VM changed. Its version also changes with the reports of its worker."""
+    return any(before.get(field) != after.get(field) for field in fields)
 
 
 # ---- set -------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from harness.processes import ORCHARD, call_main, finished
 
+from orchard.cli.changes import is_changed
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.main import main
@@ -63,6 +64,12 @@ def test_file_of_vms_is_applied(dev: Path, api: ControllerConnection, tmp_path: 
     done = finished("", "apply", "-f", "-", home=dev, stdin=json.dumps(vms))
     assert (done.returncode, done.stdout.splitlines()) == (0, ["vm/a unchanged", "vm/b changed"])
     assert api.call("GET", "/vms/b")["metadata"] == {"k": "w"}
+
+
+def test_vm_whose_state_changes_meanwhile_is_unchanged() -> None:
+    before = {"name": "a", "cpu": 4, "status": "pending", "version": 1}
+    assert not is_changed(["name", "cpu", "memory"], before, {**before, "status": "running", "version": 2})
+    assert is_changed(["name", "cpu"], before, {**before, "cpu": 6, "version": 2})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '[{"image": "i"}]', '{"name": 5}', "[" * 100_000])
