@@ -43,8 +43,8 @@ CLIENTS = 64
 SECONDS, ROUNDS = 3.0, 5
 # The VM that is asked for, and how many there are at a takeover.
 NAME, MANY = "vm", 10_000
-# Until a controller stands by.
-START_SECONDS = 4.0
+# Until a controller stands by, and has decoded what the leader has stored.
+START_SECONDS = 10.0
 # At a takeover, no worker is connected.
 FOREVER = ("--worker-offline-timeout", "1000000")
 # Of a takeover, beside the TTL and beside what 1,000 VMs may take.

@@ -26,7 +26,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import trio
 
@@ -483,9 +483,18 @@ def _encode_change(new: StoredObject, old: StoredObject | None, old_json: bytes,
     return b"%b,%b" % (head[:-1], spec), len(head)
 
 
-def _decode_object(kind: str, raw: Any) -> StoredObject:
+class DecodedObject(NamedTuple):
+    """An object, its JSON, and where in a VM's JSON its specification begins (otherwise 0)."""
+
+    item: StoredObject
+    json: bytes
+    spec_at: int
+
+
+def decode_object(kind: str, raw: Any) -> DecodedObject:
     """Decode an object. Raises KeyError, TypeError, ValidationError."""
-    return vm_from_json(raw) if kind == "vm" else decode_stored(_CLASSES[cast("Kind", kind)], raw)
+    item = vm_from_json(raw) if kind == "vm" else decode_stored(_CLASSES[cast("Kind", kind)], raw)
+    return DecodedObject(item, *_encode_change(item, None, b"", 0))
 
 
 def build_state(contents: Contents) -> State:
@@ -501,10 +510,10 @@ def _build(contents: Contents, state: State) -> Iterator[None]:
     state.revision = contents.revision
     for count, ((kind, name), (offset, raw)) in enumerate(contents.objects.items(), 1):
         try:
-            item = _decode_object(kind, raw)
+            decoded = raw if isinstance(raw, DecodedObject) else decode_object(kind, raw)
         except (KeyError, TypeError, ValidationError) as error:
             raise contents.not_understood(offset, error) from error
-        state.apply(cast("Kind", kind), name, item, *_encode_change(item, None, b"", 0))
+        state.apply(cast("Kind", kind), name, *decoded)
         if count % _BUILT_AT_ONCE == 0:
             yield
 

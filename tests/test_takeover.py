@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trio
-from harness.memory_etcd import MemoryEtcd, running_memory_etcd
+from harness.memory_etcd import MemoryEtcd, encoded, running_memory_etcd
 from harness.processes import GENEROUS
 
 from orchard.base.files import ACCESS_KEY_FILE, SSH_HOST_KEY_FILE, TLS_KEY_FILE
@@ -21,6 +21,7 @@ from orchard.control.stored_data import CampaignPlatform
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, run
 from orchard.schema import TART_VMS
 from orchard.storage.etcd_engine import DEFAULT_MAX_MIB
+from orchard.store import DecodedObject, decode_object
 
 TOKEN = "a-token-of-the-tests"
 SETTINGS = {
@@ -144,6 +145,32 @@ def test_standby_has_imported_all_that_a_takeover_needs(tmp_path: Path) -> None:
     new = {name.partition(".")[0] for name in done.stdout.split()}
     # Python itself is not replaced under a process.
     assert new - sys.stdlib_module_names == set()
+
+
+async def test_standby_takes_over_with_what_it_has_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    etcd = MemoryEtcd()
+    async with controller(tmp_path / "first", etcd) as (_, client):
+        await client.vms.create(name="a", image="i")
+    leader = {"key": encoded(b"/orchard/leader")}
+    etcd.answer("/v3/kv/put", {**leader, "value": encoded(b'{"by": "another", "url": "http://another"}')})
+    decoded_late = []
+
+    def decode_ahead(kind: str, raw: dict[str, Any]) -> DecodedObject:
+        # Now the other controller ends.
+        etcd.answer("/v3/kv/deleterange", leader)
+        return decode_object(kind, raw)
+
+    def decode_late(kind: str, raw: dict[str, Any]) -> DecodedObject:
+        decoded_late.append(kind)
+        return decode_object(kind, raw)
+
+    monkeypatch.setattr("orchard.control.standby._LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("orchard.control.standby.decode_object", decode_ahead)
+    monkeypatch.setattr("orchard.store.decode_object", decode_late)
+    async with controller(tmp_path / "second", etcd) as (_, client):
+        assert (await client.vms.get("a")).spec.image == "i"
+    assert decoded_late
+    assert "vm" not in decoded_late
 
 
 @pytest.mark.parametrize("engine", ["file", "etcd"])

@@ -30,10 +30,12 @@ from orchard.base.files import (
     write_private,
 )
 from orchard.base.nursery import unwrap_groups
+from orchard.control.standby import decode_ahead
 from orchard.net import tcp
 from orchard.resources.cluster import ClusterIdentity
 from orchard.schema import ServiceAccount
 from orchard.state.fsck import describe_foreign_data, find_exposures
+from orchard.storage.engine import DecodedValues
 from orchard.storage.errors import (
     BrokenError,
     DamagedError,
@@ -49,7 +51,7 @@ from orchard.storage.events import EventLog, event_files
 from orchard.storage.file_engine import FileEngine
 from orchard.storage.history import History, history_file
 from orchard.storage.leadership import DEFAULT_LEADER_TTL, CampaignSettings, Leadership, boot_time
-from orchard.store import Store
+from orchard.store import DecodedObject, Store
 
 # A worker without contact for this long is offline, and its VMs fail.
 DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
@@ -198,11 +200,14 @@ async def _leading(
     """
     try:
         with unwrap_groups(), _consequences_dropped(leadership):
-            await _campaign(settings, client, leadership, is_first=is_first)
+            decoded = await _campaign(settings, client, leadership, is_first=is_first)
             # Ends the block when the lease is over.
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(leadership.run)
-                yield await _load(settings, client, leadership, campaign)
+                data = await _load(settings, client, leadership, campaign, decoded)
+                # What is outdated of it would stay in memory.
+                del decoded
+                yield data
                 nursery.cancel_scope.cancel()
     finally:
         await leadership.resign()
@@ -222,23 +227,36 @@ def _consequences_dropped(leadership: Leadership) -> Iterator[None]:
         raise LeadershipLostError(leadership.lost) from None
 
 
-async def _campaign(settings: EtcdSettings, client: EtcdClient, leadership: Leadership, *, is_first: bool) -> None:
+async def _campaign(
+    settings: EtcdSettings, client: EtcdClient, leadership: Leadership, *, is_first: bool
+) -> DecodedValues:  # fmt: skip
+    """Wait until this controller leads. Return what it has decoded meanwhile. Raises StartError."""
+    decoded: dict[str, tuple[bytes, DecodedObject]] = {}
     try:
         # A controller that could not take over does not start. Later, it waits until etcd answers.
         if is_first and (head := await client.get(f"{settings.prefix}/head")) is not None:
             decode_head(head)
-        await leadership.campaign(is_patient=True)
+        with unwrap_groups():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(decode_ahead, client, settings.prefix, decoded)
+                await leadership.campaign(is_patient=True)
+                nursery.cancel_scope.cancel()
     except EtcdUnavailableError as error:
         raise StartError(f"cannot use etcd: {error}; check --etcd and --etcd-ca, and that etcd runs") from error
     except (EtcdRequestError, DamagedError) as error:
         raise StartError(f"cannot use etcd: {error}") from error
+    return decoded
 
 
 async def _load(
-    settings: EtcdSettings, client: EtcdClient, leadership: Leadership, campaign: CampaignSettings
+    settings: EtcdSettings,
+    client: EtcdClient,
+    leadership: Leadership,
+    campaign: CampaignSettings,
+    decoded: DecodedValues,
 ) -> StoredData:
     began = trio.current_time()
-    engine = EtcdEngine(client, settings.prefix, leadership, settings.max_mib)
+    engine = EtcdEngine(client, settings.prefix, leadership, settings.max_mib, decoded)
     stored_events = EtcdEventStorage(client, settings.prefix, leadership, settings.events_kib)
     lifecycle, ended = (EtcdRecords(client, settings.prefix, leadership, kind) for kind in ("lifecycle", "history"))
     try:

@@ -7,7 +7,7 @@ An engine knows kinds, names, JSON texts and revisions. What the objects mean is
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,8 @@ from orchard.storage.errors import DamagedError
 
 # Kind and name of an object.
 Key = tuple[str, str]
+# The place of a value: its bytes, and what was made of them before the start. It counts for these bytes alone.
+DecodedValues = Mapping[Any, tuple[bytes, Any]]
 # Kind -> name -> JSON.
 Tables = dict[str, dict[str, bytes]]
 
@@ -59,7 +61,10 @@ class Batch:
 
 @dataclass(slots=True)
 class Contents:
-    """What an engine has loaded: the revision, and the parsed JSON of each object with the place where it was found."""
+    """What an engine has loaded: the revision, and the parsed JSON of each object with the place where it was found.
+
+    Instead of the JSON, there may be what was made of the same JSON before the start (see DecodedValues).
+    """
 
     revision: int = 0
     # The wall time of the last write, as far as it is stored.

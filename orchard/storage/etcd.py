@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+from binascii import a2b_base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,8 +234,13 @@ class EtcdClient:
         """Return the keys from `begin` to before `end`. The caller bounds their size. Raises EtcdRequestError."""
         return _key_values(await self.call("/v3/kv/range", {"key": encoded(begin), "range_end": encoded(end)}))
 
-    async def scan(self, prefix: str, revision: int = 0, *, keys_only: bool = False) -> list[KeyValue]:
-        """Return all keys with a prefix, in their order, at a revision of etcd or at the present one. Raises EtcdRequestError."""
+    async def scan(
+        self, prefix: str, revision: int = 0, *, keys_only: bool = False, since: int = 0
+    ) -> list[KeyValue]:  # fmt: skip
+        """Return all keys with a prefix, in their order, at a revision of etcd or at the present one.
+
+        With `since`, leave out those that were last written before this revision. Raises EtcdRequestError.
+        """
         found: list[KeyValue] = []
         begin, end = prefix.encode(), end_of(prefix)
         limit = _FIRST_PAGE_KEYS
@@ -245,6 +251,7 @@ class EtcdClient:
                 "limit": str(limit),
                 "revision": str(revision),
                 "keys_only": keys_only,
+                "min_mod_revision": str(since),
             }
             try:
                 answer = await self.call("/v3/kv/range", body, _PAGE_SECONDS)
@@ -259,8 +266,27 @@ class EtcdClient:
             found += page
             if not answer.get("more"):
                 return found
-            begin = base64.b64decode(answer["kvs"][-1]["key"]) + b"\0"
+            begin = a2b_base64(answer["kvs"][-1]["key"]) + b"\0"
             limit = max(1, min(_PAGE_KEYS, _PAGE_BYTES * len(page) // max(1, sum(len(each.value) for each in page))))
+
+    async def scan_each(self, prefixes: Sequence[str], revision: int) -> list[list[KeyValue]]:
+        """Do what `scan` does for several prefixes at once: etcd makes pages while others are decoded."""
+        found: dict[str, list[KeyValue]] = {}
+        errors: list[EtcdRequestError] = []
+
+        async def scan(prefix: str) -> None:
+            try:
+                found[prefix] = await self.scan(prefix, revision)
+            except EtcdRequestError as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for prefix in prefixes:
+                nursery.start_soon(scan, prefix)
+        if errors:
+            raise errors[0]
+        return [found[prefix] for prefix in prefixes]
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -317,8 +343,8 @@ def _key_values(answer: dict[str, Any]) -> list[KeyValue]:
     return [
         KeyValue(
             # Another program's key may be any bytes. It is only shown.
-            base64.b64decode(each["key"]).decode(errors="backslashreplace"),
-            base64.b64decode(each.get("value", "")),
+            a2b_base64(each["key"]).decode(errors="backslashreplace"),
+            a2b_base64(each.get("value", "")),
             int(each.get("create_revision", 0)),
             int(each.get("mod_revision", 0)),
         )

@@ -21,13 +21,14 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import trio
 
 from orchard.base.nursery import Wakeup
 from orchard.codec import dump_json, format_time
-from orchard.storage.engine import Batch, BatchLimits, Contents, Key, Tables
+from orchard.storage.engine import Batch, BatchLimits, Contents, DecodedValues, Key, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError, StorageUnavailableError
 from orchard.storage.etcd import (
     MAX_OPERATIONS,
@@ -83,10 +84,15 @@ class EtcdContents(Contents):
 
     has_lease: bool = True
     prefix: str = ""
+    decoded: DecodedValues = field(default_factory=dict, repr=False)
 
     def read(self, kind: str, name: str, value: bytes) -> None:
         """Add an object. Raises DamagedKeyError."""
         key = f"{self.prefix}/{kind}/{name}"
+        before, made = self.decoded.get(key, (None, None))
+        if before == value:
+            self.objects[kind, name] = (key, made)
+            return
         try:
             self.objects[kind, name] = (key, json.loads(value))
         except ValueError as error:
@@ -150,11 +156,11 @@ async def read_objects(client: EtcdClient, contents: EtcdContents, head: Head, a
 
     Return the parts of a batch that may not be carried out. Raises DamagedKeyError, EtcdRequestError.
     """
-    for kind in KINDS:
-        begin = f"{contents.prefix}/{kind}/"
-        for each in await client.scan(begin, at):
+    begins = [f"{contents.prefix}/{kind}/" for kind in KINDS]
+    *found, stored = await client.scan_each([*begins, _part_key(contents.prefix)], at)
+    for kind, begin, values in zip(KINDS, begins, found, strict=True):
+        for each in values:
             contents.read(kind, each.key.removeprefix(begin), each.value)
-    stored = await client.scan(_part_key(contents.prefix), at)
     if len(stored) < head.parts:
         raise DamagedKeyError(
             f"etcd key {_part_key(contents.prefix, len(stored))}", "it is missing, although `head` says that it counts"
@@ -224,7 +230,14 @@ class EtcdEngine:
 
     limits = _LIMITS
 
-    def __init__(self, client: EtcdClient, prefix: str, leadership: Leadership, max_mib: int = DEFAULT_MAX_MIB) -> None:
+    def __init__(
+        self,
+        client: EtcdClient,
+        prefix: str,
+        leadership: Leadership,
+        max_mib: int = DEFAULT_MAX_MIB,
+        decoded: DecodedValues = MappingProxyType({}),
+    ) -> None:
         # Why nothing should be added at present; empty when there is space.
         self.full = ""
         # Above its own quota etcd takes no write.
@@ -238,6 +251,8 @@ class EtcdEngine:
         # What another controller has decided, or begun to write, and not completed.
         self._found_parts: list[list[_Record]] = []
         self._usage = _Usage(max_mib * 1024 * 1024)
+        # Until `load`, by key.
+        self._decoded = decoded
         self._look = Wakeup()
 
     @property
@@ -245,7 +260,8 @@ class EtcdEngine:
         return f"{self._prefix}/head"
 
     def leads(self) -> bool:
-        return self._leadership.leads()
+        # The same controller may lead again later, with another engine.
+        return self._leadership.leads() and self._leadership.by == self.head.by
 
     # -- takeover
 
@@ -265,7 +281,8 @@ class EtcdEngine:
         self.head = replace(old, epoch=old.epoch + 1, by=self._leadership.by, write=0)
         self._head_at = found.mod_revision if found is not None else 0
         await self._write_head([was_written_at(self._leadership.key, self._leadership.revision)], [])
-        contents = EtcdContents(old.revision, _read_time(old.time), prefix=self._prefix)
+        contents = EtcdContents(old.revision, _read_time(old.time), prefix=self._prefix, decoded=self._decoded)
+        self._decoded = {}
         self._found_parts = await read_objects(self._client, contents, self.head, self._head_at)
         return contents
 

@@ -152,11 +152,11 @@ class _EtcdSite:
     ttl = TTL
 
     def __init__(self) -> None:
-        self._connect: tcp.Connect = tcp.connect
+        self.connect: tcp.Connect = tcp.connect
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[Engine]:
-        async with self._leading() as (client, leadership):
+        async with self.leading() as (client, leadership):
             engine = EtcdEngine(client, PREFIX, leadership)
             async with _running(engine, leadership):
                 yield engine
@@ -164,7 +164,7 @@ class _EtcdSite:
 
     @asynccontextmanager
     async def opened_logs(self, *uids: str) -> AsyncIterator[Logs]:
-        async with self._leading() as (client, leadership), _running(leadership):
+        async with self.leading() as (client, leadership), _running(leadership):
             stored = EtcdEventStorage(client, PREFIX, leadership, DEFAULT_EVENTS_KIB)
             lifecycle, ended = (EtcdRecords(client, PREFIX, leadership, kind) for kind in ("lifecycle", "history"))
             for each in (stored, lifecycle, ended):
@@ -173,10 +173,10 @@ class _EtcdSite:
                 yield logs
 
     @asynccontextmanager
-    async def _leading(self) -> AsyncIterator[tuple[EtcdClient, Leadership]]:
+    async def leading(self) -> AsyncIterator[tuple[EtcdClient, Leadership]]:
         self.find_writes()
         candidate = CampaignSettings("http://c", self.ttl, self.clock, _now, lambda: str(uuid.uuid4()))
-        async with EtcdClient(EtcdAccess(self.url), self._connect) as client:
+        async with EtcdClient(EtcdAccess(self.url), self.connect) as client:
             leadership = Leadership(client, PREFIX, candidate)
             await leadership.campaign()
             yield client, leadership
@@ -199,7 +199,7 @@ class MemoryEtcdSite(_EtcdSite):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         async with running_memory_etcd(self.etcd) as listener:
-            self._connect = listener.connect
+            self.connect = listener.connect
             yield
 
     async def fill(self) -> None:

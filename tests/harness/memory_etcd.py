@@ -232,22 +232,25 @@ class MemoryEtcd:
     # ---- keys and values
 
     def _range(self, body: JSON) -> JSON:
-        known(body, "key", "range_end", "limit", "revision", "serializable", "keys_only", "count_only")
+        known(
+            body, "key", "range_end", "limit", "revision", "serializable", "keys_only", "count_only", "min_mod_revision"
+        )
         at = int(body.get("revision", 0))
         if at > self.revision:
             raise RefusedError(OUT_OF_RANGE, "etcdserver: mvcc: required revision is a future revision")
         if 0 < at < self.compacted:
             raise RefusedError(OUT_OF_RANGE, "etcdserver: mvcc: required revision has been compacted")
         values = self._values_at(at)
-        found = [values[key] for key in sorted(values) if within(key, body)]
+        in_range = [values[key] for key in sorted(values) if within(key, body)]
+        found = [value for value in in_range if value.mod_revision >= int(body.get("min_mod_revision", 0))]
         limit = int(body.get("limit", 0)) or len(found)
         answer: JSON = {}
         if found and not body.get("count_only"):
             answer["kvs"] = [value.json(keys_only=bool(body.get("keys_only"))) for value in found[:limit]]
         if len(found) > limit:
             answer["more"] = True
-        if found:
-            answer["count"] = str(len(found))
+        if in_range:
+            answer["count"] = str(len(in_range))
         return answer
 
     def _values_at(self, revision: int) -> Mapping[bytes, Value]:

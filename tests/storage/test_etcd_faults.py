@@ -23,6 +23,7 @@ from orchard.storage import etcd_engine
 from orchard.storage.engine import Batch, BatchLimits, Contents, Engine
 from orchard.storage.errors import BrokenError
 from orchard.storage.etcd import EtcdAccess, EtcdClient, EtcdUnavailableError
+from orchard.storage.etcd_engine import EtcdEngine
 
 
 def batch(revision: int, *names: str) -> Batch:
@@ -87,6 +88,21 @@ async def test_former_leader_cannot_write(
                 assert not former.leads()
                 await present.append(batch(2, "b"))
         assert (f"{PREFIX}/vm/stale".encode() in site.etcd.values) is not compares
+
+
+async def test_engine_of_an_earlier_campaign_never_leads_again(autojump_clock: trio.testing.MockClock) -> None:
+    """The same controller leads again. Its earlier state is not that of now."""
+    site = MemoryEtcdSite()
+    async with site.running(), site.leading() as (client, leadership):
+        former = EtcdEngine(client, PREFIX, leadership)
+        await former.load()
+        assert former.leads()
+        await leadership.resign()
+        await leadership.campaign()
+        present = EtcdEngine(client, PREFIX, leadership)
+        await present.load()
+        assert present.leads()
+        assert not former.leads()
 
 
 def objects_in(etcd: MemoryEtcd) -> dict[str, int]:

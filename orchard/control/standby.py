@@ -1,0 +1,49 @@
+"""What a controller does while it stands by: it decodes what the leader stores, so that a takeover has little left to decode.
+
+A takeover reads everything from etcd again. What was decoded here counts only for the same bytes of the same key, so it
+saves time and decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from contextlib import suppress
+
+import trio
+
+from orchard.codec import ValidationError
+from orchard.storage.etcd import EtcdClient, EtcdRequestError
+from orchard.store import DecodedObject, decode_object
+
+# Of objects of which there may be many.
+_KINDS = ("vm", "worker")
+# Before the first look at what the leader has stored, and between two looks.
+_LOOK_SECONDS = 3.0
+# Objects that are decoded before other tasks run, in about 5 ms.
+_AT_ONCE = 50
+# Keys that may be left of deleted objects, beside as many as there were objects, before everything is read anew.
+_SLACK = 1_000
+
+
+async def decode_ahead(client: EtcdClient, prefix: str, decoded: dict[str, tuple[bytes, DecodedObject]]) -> None:
+    """Decode into `decoded` what the leader has stored, by key, until cancelled. What cannot be read is left out."""
+    most = -1
+    while True:
+        await trio.sleep(_LOOK_SECONDS)
+        is_anew = len(decoded) > most
+        if is_anew:
+            decoded.clear()
+            since = Counter[str]()
+        for kind in _KINDS:
+            # The campaign says what is wrong with etcd.
+            with suppress(EtcdRequestError):
+                for number, each in enumerate(await client.scan(f"{prefix}/{kind}/", since=since[kind])):
+                    # A takeover says what is wrong with a value.
+                    with suppress(KeyError, TypeError, ValueError, ValidationError):
+                        decoded[each.key] = (each.value, decode_object(kind, json.loads(each.value)))
+                    since[kind] = max(since[kind], each.mod_revision + 1)
+                    if number % _AT_ONCE == 0:
+                        await trio.lowlevel.checkpoint()
+        if is_anew:
+            most = 2 * len(decoded) + _SLACK
