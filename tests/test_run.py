@@ -127,6 +127,21 @@ def test_tests_run_without_programs_that_cannot_be_installed(tmp_path: Path, apt
     assert done.stdout.splitlines()[-1].startswith("python -m pytest ")
 
 
+@pytest.mark.parametrize("words", [(), ("--help",), ("",), ("part",), ("none",)])
+def test_benchmarks_are_listed_where_none_is_named(words: tuple[str, ...], tmp_path: Path) -> None:
+    machine = Machine(tmp_path, user=1000, system="Linux")
+    bench = machine.project / "bench"
+    bench.mkdir()
+    (bench / "some.py").write_text('"""What it measures.\n\n    ./run bench some [--fast]\n"""\n')
+    (bench / "part.py").write_text('"""A part of some."""\n')
+    done = machine.run("bench", *words)
+    assert (done.returncode, [line.split() for line in done.stdout.splitlines()]) == (
+        2,
+        [["some", "What", "it", "measures."]],
+    )
+    assert machine.run("bench", "some", "--fast").stdout == "python bench/some.py --fast\n"
+
+
 # ---- run: the environment ------------------------------------------------------------------------------------------
 
 
