@@ -206,7 +206,18 @@ def request_restart(vm: VM, worker: Worker | None) -> VM:
             f'worker "{state.worker}" does not support restarts (capability {VM_RESTART}), so it is unknown when the VM'
             " has ended there; delete the VM and create it again"
         )
+    if worker is not None and not state.ended_at and _is_newer(worker, vm):
+        raise TransitionError(
+            f'worker "{worker.name}" was registered after the VM was assigned to an earlier one of this name, so it is'
+            " unknown when the VM has ended there; delete the VM and create it again"
+        )
     return _end(vm, "restart", "restart requested")
+
+
+def _is_newer(worker: Worker, vm: VM) -> bool:
+    """Return whether a worker was registered after an assignment to its name. It does not report the end of that VM."""
+    registered, assigned = worker.created_at, vm.state.scheduled_at
+    return registered is not None and assigned is not None and registered > assigned
 
 
 def end_for_drain(vm: VM) -> VM:

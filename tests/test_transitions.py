@@ -697,6 +697,16 @@ def test_restart_is_refused_by_a_worker_that_does_not_report_the_end(on: Worker 
     assert will_restart(request_restart(alone, None))
 
 
+def test_restart_is_refused_by_a_worker_that_was_registered_after_the_assignment() -> None:
+    """It does not report the end of the VM, which the host of an earlier worker may run, so the VM would wait for ever."""
+    vm = fail(assign(pending(), ABLE, LATER), 'worker "w" was deleted')
+    assert will_restart(request_restart(vm, replace(ABLE, created_at=LATER)))
+    newer = replace(ABLE, created_at=LATER + datetime.timedelta(seconds=1))
+    assert '"w"' in refusal_of(lambda: request_restart(vm, newer))[1]
+    ended = replace(vm, state=replace(vm.state, ended_at=LATER))
+    assert will_restart(request_restart(ended, newer))
+
+
 def test_requested_restart_is_remembered_once() -> None:
     vm = request_restart(running(pending()), ABLE)
     assert request_restart(vm, ABLE) is vm
