@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -18,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness.processes import GENEROUS, processes_in
+from harness.processes import processes_in
 from harness.programs import REASON, ROOT_REASON, need
+from harness.ssh_server import ssh_server
 from hypothesis import HealthCheck, settings
 
 # How long an example takes depends on what else the machine does. Derandomized, so that each run tries the same examples.
@@ -33,7 +33,6 @@ pytest_plugins = ["harness.dev_site", "harness.dashboard_site"]
 
 # For processes to be gone that were killed or told to end. Only a process that stays makes this wait so long.
 DYING_SECONDS = 60.0
-SSHD = Path(__file__).parent / "standin" / "sshd.py"
 # What login shells read.
 PROFILES = re.compile(r"\.(bash(rc|_.*)|profile|z(shrc|shenv|profile|login|logout)|login|logout|t?cshrc)")
 # The default, 700, makes tests take a tenth more CPU.
@@ -157,11 +156,5 @@ def no_process_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 @pytest.fixture(scope="session")
 def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an SSH server as it listens in a VM: admin/admin, with a shell of this host."""
-    # A home directory of its own, so that a developer's shell profile is not read.
-    home = {**os.environ, "HOME": str(tmp_path_factory.mktemp("home"))}
-    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True, env=home)
-    assert process.stdout is not None
-    yield int(process.stdout.readline())
-    process.terminate()
-    process.wait(GENEROUS)
-    process.stdout.close()
+    with ssh_server(HOME=str(tmp_path_factory.mktemp("home"))) as (_, port):
+        yield port

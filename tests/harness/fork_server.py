@@ -89,6 +89,8 @@ class ForkServer:
         except (OSError, struct.error):
             connection.close()
             return None
+        # Here, where it is for all processes that follow.
+        importlib.import_module(request["entry"].partition(":")[0])
         number = os.fork()
         if number == 0:
             connection.close()

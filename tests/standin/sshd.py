@@ -1,8 +1,7 @@
-"""An SSH server for tests: a password, and behind it a login shell of this host. Run as a process, for the real `ssh`.
+"""An SSH server for tests: a password, and behind it a login shell of this host. A process, for the real `ssh`.
 
-    [SSHD_PASSWORD=P] [SSHD_SHELL=PATH] python sshd.py
-
-prints its port number when it listens. A connection gets SFTP or the user's shell in a session of its own, for a command
+`harness/ssh_server.py` starts it, with SSHD_PASSWORD and SSHD_SHELL in its environment. It prints its port number when it
+listens. A connection gets SFTP or the user's shell in a session of its own, for a command
 if the client names one. The shell is killed with its process group when the connection ends and when the server gets SIGTERM,
 like the processes of a VM that ends.
 """
@@ -189,4 +188,5 @@ async def main() -> None:
     await ended.wait()
 
 
-asyncio.run(main())
+def serve() -> None:
+    asyncio.run(main())

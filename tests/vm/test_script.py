@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import EllipsisType
@@ -22,6 +22,7 @@ import pytest
 import trio
 import trio.testing
 from harness.processes import GENEROUS, at_last, eventually
+from harness.ssh_server import ssh_server
 from harness.strategies import QUICK
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +41,6 @@ from orchard.vm.script import (
     script_text,
 )
 
-SSHD = Path(__file__).parent.parent / "standin" / "sshd.py"
 MARKER = "0123456789abcdef"
 Clock = trio.testing.MockClock
 
@@ -369,23 +369,10 @@ def test_ssh_reads_no_configuration_keys_or_known_hosts() -> None:
 # ---- the system's ssh ----------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def server(**env: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """An SSH server and its port."""
-    process = subprocess.Popen([sys.executable, SSHD], stdout=subprocess.PIPE, text=True, env={**os.environ, **env})
-    assert process.stdout is not None
-    try:
-        yield process, int(process.stdout.readline())
-    finally:
-        process.terminate()
-        process.wait(GENEROUS)
-        process.stdout.close()
-
-
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """The port of an SSH server: admin/admin."""
-    with server() as (_, port):
+    with ssh_server() as (_, port):
         yield port
 
 
@@ -483,7 +470,7 @@ async def test_ssh_uses_the_connections_that_the_worker_opens(port: int) -> None
 
 @pytest.mark.needs("ssh")
 async def test_ssh_is_retried_while_the_account_does_not_exist(port: int, nursery: trio.Nursery) -> None:
-    with server(SSHD_PASSWORD="not yet") as (_, first):
+    with ssh_server(SSHD_PASSWORD="not yet") as (_, first):
         front = Front(first, port)
         await nursery.start(front.serve)
         assert await run(front.port, "echo hello") == ["hello"]
@@ -551,7 +538,7 @@ async def test_password_with_line_break_or_nul_is_refused() -> None:
 @pytest.mark.parametrize("password", ["-n $HOME `id` \"'\\ %s *", " é "])
 @pytest.mark.needs("ssh")
 async def test_password_with_special_characters_is_passed_unchanged(password: str) -> None:
-    with server(SSHD_PASSWORD=password) as (_, port):
+    with ssh_server(SSHD_PASSWORD=password) as (_, port):
         assert await run(SSHServer("127.0.0.1", port, password_seconds=0), "echo in", password=password) == ["in"]
 
 
@@ -578,7 +565,7 @@ async def test_secrets_are_in_no_argument_list_no_file_and_no_repr(
     password = "-".join(("in", "no", "list"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     lines: list[str] = []
-    with server(SSHD_PASSWORD=password) as (_, port):
+    with ssh_server(SSHD_PASSWORD=password) as (_, port):
         text, env = f"echo begun; sleep 1000; : {password}", {"SECRET": password}
         nursery.start_soon(partial(run, port, text, password=password, lines=lines, env=env))
         await eventually(lambda: bool(lines))
@@ -649,7 +636,7 @@ async def test_output_that_comes_after_the_end_of_the_script_is_not_lost(
 @pytest.mark.needs("ssh")
 @pytest.mark.parametrize("shell", SHELLS)
 async def test_each_login_shell_works_over_ssh(shell: str, tmp_path: Path) -> None:
-    with server(HOME=str(tmp_path), SSHD_SHELL=shutil.which(shell) or "") as (_, port):
+    with ssh_server(HOME=str(tmp_path), SSHD_SHELL=shutil.which(shell) or "") as (_, port):
         assert await run(port, "#!/bin/sh\necho $SHELL") == [shutil.which(shell)]
         with pytest.raises(ScriptFailed, match="exit code 4: in"):
             await run(port, "echo in\nexit 4")
@@ -659,7 +646,7 @@ async def test_each_login_shell_works_over_ssh(shell: str, tmp_path: Path) -> No
 async def test_output_and_options_of_a_profile_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / ".bash_profile").write_text("echo welcome; echo warning >&2; set -eu; export FROM_PROFILE=yes\n")
     lines: list[str] = []
-    with server(HOME=str(tmp_path)) as (_, port), pytest.raises(ScriptFailed, match="exit code 7: yes"):
+    with ssh_server(HOME=str(tmp_path)) as (_, port), pytest.raises(ScriptFailed, match="exit code 7: yes"):
         await run(port, "echo $FROM_PROFILE; exit 7", lines=lines)
     assert lines == ["yes"]
 
@@ -667,7 +654,7 @@ async def test_output_and_options_of_a_profile_do_not_matter(tmp_path: Path) -> 
 @pytest.mark.needs("ssh")
 async def test_lost_connection_fails_and_the_script_is_not_run_again(nursery: trio.Nursery) -> None:
     lines: list[str] = []
-    with server() as (process, port):
+    with ssh_server() as (process, port):
 
         async def lose() -> None:
             await eventually(lambda: bool(lines))
