@@ -238,8 +238,10 @@ class Store:
     # -- changing ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[Transaction]:
+    def transaction(self, *, is_needed: bool = False) -> Iterator[Transaction]:
         """Change objects together: in memory at the end of the block, on disk when `wait_durable()` returns.
+
+        What `is_needed` may add something also while the disk is full.
 
         The block must neither await nor contain another transaction: RuntimeError. An exception in it changes nothing.
         Raises StorageUnavailableError when the store has ended, StorageFullError when the disk is full and the
@@ -253,7 +255,7 @@ class Store:
             raise RuntimeError(f"transaction {tx.revision} awaited, and the revision became {self.state.revision}")
         changes = [change for key, new in tx.changes.items() if (change := self._change(*key, new)) is not None]
         if changes:
-            self._commit(changes)
+            self._commit(changes, adds=not is_needed and any(change.adds for change in changes))
 
     def _change(self, kind: Kind, name: str, new: StoredObject | None) -> Change | None:
         """Return what a transaction does to one object; None for the deletion of an object that does not exist."""
@@ -266,8 +268,7 @@ class Store:
         json, spec_at = _encode_change(new, old, old_json, spec_at)
         return Change(kind, name, old, new, json, old_json, spec_at, revision)
 
-    def _commit(self, changes: list[Change]) -> None:
-        adds = any(change.adds for change in changes)
+    def _commit(self, changes: list[Change], *, adds: bool) -> None:
         if adds and self.full:
             what = "added" if self._engine.takes_deletions else "added or deleted"
             also = ", deletions are accepted" if self._engine.takes_deletions else ""

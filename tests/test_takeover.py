@@ -21,6 +21,7 @@ from orchard.control.stored_data import CampaignPlatform
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, run
 from orchard.schema import TART_VMS
 from orchard.storage.etcd_engine import DEFAULT_MAX_MIB
+from orchard.storage.file_engine import FileEngine
 from orchard.store import DecodedObject, decode_object
 
 TOKEN = "a-token-of-the-tests"
@@ -32,13 +33,13 @@ SETTINGS = {
 
 @asynccontextmanager
 async def controller(
-    directory: Path, etcd: MemoryEtcd | None, *, max_mib: int = DEFAULT_MAX_MIB, **more: Any
+    directory: Path, etcd: MemoryEtcd | None, *, max_mib: int = DEFAULT_MAX_MIB, admin_token: str = TOKEN, **more: Any
 ) -> AsyncIterator[tuple[Running, Client]]:
     settings = ControllerSettings(
         data_dir=directory,
         host="127.0.0.1",
         port=0,
-        admin_token=TOKEN,
+        admin_token=admin_token,
         ssh=("127.0.0.1", 0),
         etcd=None if etcd is None else EtcdSettings(EtcdAccess("http://etcd:2379"), leader_ttl=60, max_mib=max_mib),
         **more,
@@ -53,7 +54,7 @@ async def controller(
         with trio.fail_after(GENEROUS):
             running = await nursery.start(serve)
         async with Client(
-            running.url, account="bootstrap-admin", token=TOKEN, certificate=running.certificate
+            running.url, account="bootstrap-admin", token=admin_token, certificate=running.certificate
         ) as client:
             yield running, client
         stop.set()
@@ -96,6 +97,28 @@ async def test_longer_offline_timeout_is_promised_at_a_takeover_also_of_a_full_e
     # A shorter one leaves the promise as it was: the worker may not have heard of it.
     async with controller(tmp_path / "third", etcd, max_mib=max_mib, worker_offline_timeout=200):
         assert json.loads(etcd.values[b"/orchard/worker/mac"].value)["promisedOfflineTimeoutMs"] == 300_000
+
+
+@pytest.mark.parametrize("engine", ["file", "etcd"])
+@pytest.mark.parametrize("is_there", [True, False])
+async def test_without_space_a_start_stores_its_token_and_rights_are_taken_back(
+    engine: str, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for an account that was deleted: whoever makes space has to be let in."""
+    etcd = MemoryEtcd() if engine == "etcd" else None
+    directories = [tmp_path / "first", tmp_path / ("second" if etcd else "first")]
+    async with controller(directories[0], etcd) as (_, client):
+        await client.service_accounts.create(name="leaked", token="t" * 32, roles=["compute:write"])
+        if not is_there:
+            await client.service_accounts.delete("bootstrap-admin")
+    if etcd is None:
+        monkeypatch.setattr(FileEngine, "full", "no space")
+    async with controller(directories[1], etcd, max_mib=0, admin_token="another-token-of-the-tests") as (_, client):
+        await client.check()
+        await client.service_accounts.replace("leaked", token="u" * 32, roles=[])
+        with pytest.raises(ResponseError) as refused:
+            await client.service_accounts.create(name="new")
+        assert refused.value.status == 507
 
 
 # A controller stands by, and takes over when the key of the leader is deleted. Prints the modules that were imported then.

@@ -70,6 +70,9 @@ class Change:
         if isinstance(self.old, Worker) and isinstance(self.new, Worker):
             # A start has to store what it promises the workers, also while nothing may be added.
             return replace(self.old, promised=self.new.promised) != self.new
+        if isinstance(self.old, ServiceAccount) and isinstance(self.new, ServiceAccount):
+            # Rights can be taken back also then.
+            return replace(self.old, token=self.new.token, roles=self.new.roles) != self.new
         return self.new is not None and self.kind not in ("cluster", "promise")
 
 
