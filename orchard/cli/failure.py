@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,3 +47,27 @@ def cleaning_up(handler: Callable[[int, FrameType | None], object] = signal.defa
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def end_with_reader() -> None:
+    """End the process as soon as the reader of standard output has gone, as `tail -f` does.
+
+    The next line, whose write would end it, may be hours away. Only a pipe has a reader, and Windows cannot watch one.
+    """
+    import os
+    import select
+    import stat
+    import sys
+    import threading
+
+    def exit_without_reader(pipe: int) -> None:
+        poll = select.poll()
+        # Errors are reported in any case; on a pipe that is written to, this is the end of its reader.
+        poll.register(pipe, 0)
+        poll.poll()
+        os._exit(FAILED)
+
+    with suppress(OSError, ValueError):
+        pipe = sys.stdout.fileno()
+        if hasattr(select, "poll") and stat.S_ISFIFO(os.fstat(pipe).st_mode):
+            threading.Thread(target=exit_without_reader, args=(pipe,), daemon=True).start()

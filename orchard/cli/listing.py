@@ -9,7 +9,7 @@ from typing import Any
 
 from orchard.base.command_line import CommandLine
 from orchard.cli.connection import path_of
-from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.failure import USAGE, CommandError, end_with_reader
 from orchard.cli.output import format_table, is_fancy, print_items, print_table, printable, repaint
 from orchard.cli.resources import RESOURCE_KINDS, ResourceKind, find_kind
 from orchard.cli.session import (
@@ -116,6 +116,7 @@ def _watch_list(options: argparse.Namespace, kind: ResourceKind, query: Sequence
     shown = _List(kind, _UNSELECTED if query else _DELETED)
     with open_connection(options) as controller:
         require_capability(controller, "watch-list", "list -w")
+        end_with_reader()
         for change in changes(controller, [("kinds", kind.path), *query]):
             if change is None:
                 shown.begin()

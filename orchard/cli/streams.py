@@ -10,6 +10,7 @@ from typing import Any
 
 from orchard.base.command_line import CommandLine, parse_count, parse_duration
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
+from orchard.cli.failure import end_with_reader
 from orchard.cli.output import format_clock, print_compact_json, print_line, printable
 from orchard.cli.session import (
     add_context_option,
@@ -77,6 +78,8 @@ def _events(controller: ControllerConnection, options: argparse.Namespace, kinds
     query = {} if kinds == "log_line" else {"kinds": kinds}
     if query or options.follow:
         require_capability(controller, "events-follow", "this")
+    if options.follow:
+        end_with_reader()
     since = 0.0 if options.since is None else time.time() - options.since
     found = _followed(controller, path, query) if options.follow else _paged(controller, path, query)
     return (event for event in found if event.get("timestamp", 0) >= since)
@@ -111,6 +114,7 @@ def _watch(options: argparse.Namespace) -> int:
     query = [("kinds", ",".join(options.kinds) or "vms,workers"), *(("filter", text) for text in options.filter)]
     with open_connection(options) as controller:
         require_capability(controller, "watch-list", "watch")
+        end_with_reader()
         for change in changes(controller, query):
             if change is not None:
                 _print_change(change, options.output)

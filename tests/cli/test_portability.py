@@ -165,10 +165,11 @@ UNIX = {
 }  # fmt: skip
 UNIX_MODULES = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 # Where client verbs reach none of them on Windows: a file that is locked, a disk's cache on macOS and a directory of names
-# (looked for before), options that Linux alone has, and what a terminal is changed with (its import fails first).
+# (looked for before, as poll is), options that Linux alone has, and what a terminal is changed with (its import fails first).
 PASSED_OVER = {
     "orchard.base.files": {"fcntl", "O_CLOEXEC", "O_DIRECTORY", "fchmod"},
     "orchard.cli.commands": {"SIGWINCH", "termios", "tty"},
+    "orchard.cli.failure": {"poll"},
     "orchard.net.tcp": {"TCP_INFO"},
 }
 
