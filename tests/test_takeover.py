@@ -104,7 +104,7 @@ async def test_longer_offline_timeout_is_promised_at_a_takeover_also_of_a_full_e
 async def test_without_space_a_start_stores_its_token_and_rights_are_taken_back(
     engine: str, is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for an account that was deleted: whoever makes space has to be let in."""
+    """Also for an account that was deleted: an administrator who makes space has to get in."""
     etcd = MemoryEtcd() if engine == "etcd" else None
     directories = [tmp_path / "first", tmp_path / ("second" if etcd else "first")]
     async with controller(directories[0], etcd) as (_, client):

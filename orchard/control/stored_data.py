@@ -335,7 +335,7 @@ def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAcc
         created_at=old.created_at if old is not None else now,
     )
     if admin != old:
-        # Whoever makes space has to be let in.
+        # An administrator who makes space has to get in.
         with store.transaction(is_needed=True) as tx:
             tx.put(admin)
     return None if token else admin
