@@ -13,6 +13,7 @@ import datetime
 import re
 import urllib.parse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 from orchard.codec import add_unknown, parse_time, shortened, shown
@@ -145,7 +146,7 @@ FIELD_VALIDATION = Parameter(
 # The parameters of operations with several.
 VMS = (FILTER, VM_LIMIT, CONTINUE, WATCH_LIST, SINCE)
 ONE_VM = (WATCH, WAIT_FOR, WAIT_VM, UID)
-BULK_DELETION = (FILTER, DRY_RUN)
+BULK_DELETION = (replace(FILTER, required=True), DRY_RUN)
 SHAPE = (RESOURCES, LABELS, ARCH, RUNTIME, GUEST_OS)
 FORWARD = (PORT_NUMBER, WAIT_FORWARD)
 EXEC = (COMMAND, INTERACTIVE, STDIN, TTY, ROWS, COLS, WORKDIR, WAIT_FORWARD)

@@ -71,7 +71,7 @@ class Operation(Generic[RoleT]):
     valid account, and "public" admits requests without credentials. `bearer` is a scheme that is accepted in place of
     an account.
 
-    `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `body_limit` is the largest
+    `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `example` is a body. `body_limit` is the largest
     body in bytes, if there is a `body`. `problems` are the statuses that do not follow from role, body, query or
     method. `answer_headers` maps names to descriptions. `ndjson` is the schema of a line, if the operation can answer
     with lines of JSON. With `text` it answers with plain text, and with `websocket` 101. An operation that `waits` may
@@ -96,6 +96,7 @@ class Operation(Generic[RoleT]):
     waits_with: Parameter | None = None
     bearer: SecurityScheme | None = None
     body_required: bool = True
+    example: Any = None
     body_limit: int = 256 * 1024
 
 
@@ -154,8 +155,8 @@ def describe_operation(operation: Operation[RoleT]) -> dict[str, Any]:
     if parameters:
         described["parameters"] = parameters
     if operation.body is not None:
-        content = {"application/json": {"schema": operation.body}}
-        described["requestBody"] = {"required": operation.body_required, "content": content}
+        media = {"schema": operation.body} | ({} if operation.example is None else {"example": operation.example})
+        described["requestBody"] = {"required": operation.body_required, "content": {"application/json": media}}
     described["responses"] = {
         **_success(operation),
         **{str(status): _problem(status) for status in sorted(_problem_statuses(operation))},

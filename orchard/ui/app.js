@@ -1902,11 +1902,12 @@ class APIPage {
 function operationItem(method, path, operation, shared) {
   const parameters = [...shared, ...(operation.parameters || [])].filter((one) => one.in === "query");
   const rows = parameters.map((one) => h("tr", {}, h("td", { class: "mono" }, one.name), h("td", {}, one.description || "")));
-  const body = operation.requestBody ? ` -H 'Content-Type: application/json' -d '{}'` : "";
+  const body = operation.requestBody ? ` -H 'Content-Type: application/json' -d '${JSON.stringify(operation.requestBody.content["application/json"].example)}'` : "";
+  const query = parameters.filter((one) => one.required).map((one, index) => `${index ? "&" : "?"}${one.name}=${one.name.toUpperCase()}`).join("");
   const verb = method === "GET" ? "" : ` -X ${method}`;
   const account = needsCredentials ? ` -u ${session.account}:$TOKEN` : "";
   const stream = parameters.some((one) => ["since", "follow"].includes(one.name)) && path === "/watch" ? " -N" : "";
-  const line = `curl${stream}${verb}${account} '${location.origin}${BASE}/v1${path.replace(/\{(\w+)\}/g, (_, word) => word.toUpperCase())}'${body}`;
+  const line = `curl${stream}${verb}${account} '${location.origin}${BASE}/v1${path.replace(/\{(\w+)\}/g, (_, word) => word.toUpperCase())}${query}'${body}`;
   const answers = Object.entries(operation.responses || {}).map(([status, one]) => h("tr", {}, h("td", {}, status), h("td", {}, one.description || "")));
   return h("details", { class: "op" }, h("summary", {}, h("span", { class: `method ${method}` }, method), h("code", {}, path), h("p", {}, operation.summary || operation.description || "")),
     h("div", { class: "inside" }, operation.responses?.["101"] ? empty("A WebSocket, which curl does not speak.") : copyLine(line, `${method} ${path}`), rows.length ? table("Parameters", ["Parameter", "Meaning"], rows) : null, answers.length ? table("Answers", ["Status", "Meaning"], answers) : null));

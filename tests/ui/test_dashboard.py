@@ -16,13 +16,14 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from harness.browser import PATIENCE, Visit, other_site
+from harness.browser import PATIENCE, Visit, other_site, visiting
 from harness.dashboard_site import FAILING_SCRIPT, IMAGE, LONG_SCRIPT, PAGES, PULLED, READER, WORKERS, WRITER
 from harness.processes import GENEROUS, call_main, free_port, started
 from playwright.sync_api import Browser, Page, Route, expect
 
 from orchard.cli.main import main
-from orchard.schema import VM
+from orchard.operations import OPERATIONS
+from orchard.schema import VM, Worker
 from orchard.testing import BlockingCluster, start_cluster
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -333,25 +334,51 @@ def test_history_shows_the_numbers_of_the_api(tab: Page, fleet: BlockingCluster)
         assert {row.rstrip() for row in rows} == wanted
 
 
+# Lines of the API page that are refused: no action waits for the answer of a worker.
+REFUSED = {"POST /rpc/resolve-ip": "404"}
+# Operations on VMs that a worker has.
+RUNNING = ("/ip", "/restart")
+
+
 @pytest.mark.needs("curl")
-def test_lines_of_the_api_page_are_accepted_by_the_controller(tab: Page, fleet: BlockingCluster) -> None:
-    tab.goto(f"{fleet.url}/ui/#/api")
-    expect(tab.locator("details.op").first).to_be_visible()
-    lines = [line for line in tab.locator("details.op .copy code").all_text_contents() if line.startswith("curl ")]
-    assert len(lines) > 20
-    # Each that reads something and ends. What stands in capitals is for the user to replace.
-    asking = [line for line in lines if " -X " not in line and " -N " not in line]
-    names = {"vms/NAME": "vms/ci-005", "workers/NAME": "workers/mac-02", "accounts/NAME": "accounts/reader"}
-    found: dict[str, str] = {}
-    for line in asking:
-        whole = line
-        for place, name in names.items():
-            whole = whole.replace(place, name)
-        words = f"{whole} --silent --show-error --output /dev/null --write-out '%{{http_code}}'"
-        done = subprocess.run(["sh", "-c", words], env={**os.environ, "TOKEN": fleet.token}, capture_output=True, text=True, timeout=GENEROUS)  # fmt: skip
-        found[line] = done.stdout + done.stderr
-    assert len(found) > 10
-    assert {line: status for line, status in found.items() if status != "200"} == {}
+def test_each_line_of_the_api_page_does_what_it_says(browser: Browser) -> None:
+    """Users replace what is in capitals. Each line gets objects of its own."""
+    with start_cluster([Worker(labels={"runs": "True"})], auth=True) as c, visiting(browser, c.url) as visit:
+        tab = visit.sign_in(c.account, c.token, "api")
+        expect(tab.locator("details.op").first).to_be_visible()
+        lines = tab.locator("details.op .copy code").evaluate_all("all => all.map((one) => [one.getAttribute('aria-label'), one.textContent])")  # fmt: skip
+        assert {operation for operation, _ in lines} == {
+            f"{one.method} {one.path}" for one in OPERATIONS if not one.websocket
+        }
+        names = {operation: f"line-{number}" for number, (operation, _) in enumerate(lines)}
+        for operation, name in names.items():
+            c.client.vms.create(name=name, image=IMAGE, labels={"runs": str(operation.endswith(RUNNING))})
+            c.client.workers.register({"name": name, "machine_id": name})
+            c.client.service_accounts.create(name=name, token="t" * 32, roles=[])
+        for operation, name in names.items():
+            if operation.endswith(RUNNING):
+                c.client.vms.wait(name)
+        found = {}
+        for operation, line in lines:
+            name = names[operation]
+            whole = re.sub("(?<=/)NAME|WORKERNAME", name, line).replace("=FILTER", f"=name={name}")
+            assert not re.search("[A-Z]{4}", whole.partition("'http")[2].partition("'")[0]), whole
+            if " -N " in whole:
+                # It goes on until it is interrupted.
+                with subprocess.Popen(["sh", "-c", f"exec {whole} --silent"], env={**os.environ, "TOKEN": c.token}, stdout=subprocess.PIPE) as follower:  # fmt: skip
+                    assert follower.stdout is not None
+                    found[operation] = "200" if json.loads(follower.stdout.readline())["type"] == "ADDED" else ""
+                    follower.kill()
+                continue
+            words = f"{whole} --silent --show-error --output /dev/null --write-out '%{{http_code}}'"
+            done = subprocess.run(["sh", "-c", words], env={**os.environ, "TOKEN": c.token}, capture_output=True, text=True, timeout=GENEROUS)  # fmt: skip
+            found[operation] = done.stdout + done.stderr
+        assert found == {operation: REFUSED.get(operation, "200") for operation, _ in lines}
+        # What the lines have changed, as examples of all.
+        vms = {vm.name for vm in c.client.vms.list()}
+        assert "build-1" in vms
+        assert not vms & {names["DELETE /vms"], names["DELETE /vms/{name}"]}
+        assert c.client.cluster_settings.get().min_free_disk_gb == 50
 
 
 # ---- what is live ---------------------------------------------------------------------------------------------------
