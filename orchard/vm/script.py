@@ -102,8 +102,8 @@ _NUMBER = re.compile(r"-?[0-9]{1,18}")
 TIMED_OUT = 124
 # For the processes of such a script to be killed, over a connection and on a machine that may be slow.
 END_SECONDS = 10.0  # seconds
-# $1: the login shell. $2: the process around it, whose end ends the connection. $3: the script's word. Each round finds
-# what the last one has not killed. Nothing that the guest may lack is needed: without ps the process group is killed.
+# $1: the login shell. $2: the process around it, whose end ends the connection. $3: the script's word. $4: its file. Each
+# round finds what the last one has not killed. Nothing that the guest may lack is needed: without ps the process group is killed.
 _KILLER = r"""
 read -r _ || exit 0
 for _ in 1 2 3 4 5 6 7 8; do
@@ -132,7 +132,11 @@ for _ in 1 2 3 4 5 6 7 8; do
     kill -STOP $found
     kill -9 $found || sudo -n kill -9 $found
     ;;
-  *) command -v ps && exit; break ;;
+  *)
+    rm -f -- "$4"
+    command -v ps && exit
+    break
+    ;;
   esac
 done
 kill -9 -- "-$2"
@@ -192,7 +196,7 @@ command cat >|"$_orchard_file" <<'{marker}'
 _orchard_shell=${{ORCHARD_SHELL-}}
 unset ORCHARD_SHELL
 exec 3<&0
-/bin/sh -c {shlex.quote(_KILLER)} orchard $$ $PPID {word} <&3 >/dev/null 2>&1 &
+/bin/sh -c {shlex.quote(_KILLER)} orchard $$ $PPID {word} "$_orchard_file" <&3 >/dev/null 2>&1 &
 (
 ORCHARD_SCRIPT={word}; export ORCHARD_SCRIPT
 {exports}{_run_line(script.kind, text)}

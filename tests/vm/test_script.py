@@ -732,9 +732,12 @@ async def test_script_that_takes_too_long_is_killed_with_what_it_started(
 def test_each_login_shell_is_killed_with_its_script(shell: str, tmp_path: Path) -> None:
     path = shutil.which(shell) or ""
     word = f"killed-{os.getpid()}-{shell}"
+    files = tmp_path / "files"
+    files.mkdir()
+    home = {"HOME": str(tmp_path), "TMPDIR": str(files)}
     process = subprocess.Popen(
         ["/bin/sh", "-c", login_command(MARKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        env={**os.environ, "SHELL": path, "HOME": str(tmp_path), "WORD": word}, start_new_session=True,
+        env={**os.environ, **home, "SHELL": path, "WORD": word}, start_new_session=True,
     )  # fmt: skip
     assert process.stdin is not None
     assert process.stdout is not None
@@ -744,11 +747,12 @@ def test_each_login_shell_is_killed_with_its_script(shell: str, tmp_path: Path) 
         process.stdin.flush()
         while process.stdout.readline() != b"begun\n":
             pass
+        assert [file.name.split(".")[0] for file in files.iterdir()] == ["startup-script"]
         process.stdin.write(b"end\n")
         process.stdin.flush()
         # The shell around the login shell tells how that one has ended.
         assert process.stdout.read() == f"{MARKER} 137\n".encode()
-    at_last(lambda: processes_of_script(word) == [])
+    at_last(lambda: processes_of_script(word) == [] and not list(files.iterdir()))
 
 
 @pytest.mark.needs("ssh")
