@@ -41,7 +41,7 @@ GARBAGE_THRESHOLD = 10_000
 
 def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(GARBAGE_THRESHOLD)
-    handle_sigint()
+    handle_signals()
     if not hasattr(config, "workerinput"):
         leave_profiles(config)
 
@@ -59,13 +59,16 @@ def leave_profiles(config: pytest.Config) -> None:
     os.environ["HOME"] = str(after)
 
 
-def handle_sigint() -> None:
-    """Handle SIGINT also when a shell started the tests in the background, with SIGINT ignored.
+def handle_signals() -> None:
+    """Handle SIGINT also when a shell started the tests in the background, and SIGHUP when nohup did: they are ignored then.
 
-    Programs that the tests start would inherit that, and none could be interrupted. A worker always handles SIGINT.
+    Programs that the tests start would inherit that, and none could be interrupted. A worker always handles SIGINT. A signal
+    that is handled, if only by doing nothing, has its default in a program that is started.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
