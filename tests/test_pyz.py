@@ -22,6 +22,9 @@ from harness.isolation import without_network
 
 from orchard import __version__
 
+# To make the archive takes as long as a slow test, in each process of pytest-xdist that runs one of these.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # Without the packages of this environment.
 PYTHON = str(getattr(sys, "_base_executable", sys.executable))
@@ -158,7 +161,6 @@ async def isolated_cluster(home: Path) -> AsyncIterator[ProcessCluster]:
 
 
 @pytest.mark.needs("ip")
-@pytest.mark.slow
 async def test_vms_are_adopted_across_an_exchange_of_the_archive(
     pyz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,7 @@ async def write_until(last_write: int, large: Batch, site: MemoryEtcdSite) -> bo
     return True
 
 
+@pytest.mark.slow
 async def test_batch_of_several_parts_is_written_whole_or_not_at_all(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,7 @@ async def test_records_are_bounded_and_found_by_the_next_leader(
         assert (await leader.records())[1][-20:] == [*range(80, 100)]
 
 
+@pytest.mark.slow
 async def test_records_that_were_being_replaced_by_a_killed_leader_are_all_there_once(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
