@@ -2,6 +2,8 @@
 
     ./run bench page [--workers N] [--vms N]
 
+Shown first is the time from the API's answer to the creation of a VM until the VM is on the page of the fleet.
+
 Each page is opened in turn, in one tab, which a real controller serves. All workers are offline and each of them needs
 attention, so the lists are the longest ones. The history is full, and each worker has as many images as it may report. A frame cannot be shorter than the longest task.
 Shown is also the memory of the tab's process: the proportional set size, in which memory that several processes share
@@ -14,7 +16,9 @@ import argparse
 import datetime
 import json
 import re
+import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +38,16 @@ MB, GB = 1_000_000, 10**9
 # Of each worker: as many as it may report.
 IMAGES = 200
 CHANGES = 30
+# VMs of which each is created and then looked for on the page.
+SEEN = 20
+# Resolves to the time when a text is first on the page, by the clock that Python has, too.
+_WHEN_SEEN = """(text) => {
+  window.seen = new Promise((resolve) => new MutationObserver((_, observer) => {
+    if (!document.querySelector("main").textContent.includes(text)) return;
+    observer.disconnect();
+    resolve(Date.now());
+  }).observe(document.querySelector("main"), { childList: true, subtree: true }));
+}"""
 
 
 class Tab:
@@ -43,17 +57,17 @@ class Tab:
         self._browser = browser
         self.page: Page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
         self._devtools = browser.new_browser_cdp_session()
-        self._traced = traced
+        self.is_traced = traced
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
         """Print what the block took."""
-        if self._traced:
+        if self.is_traced:
             self._browser.start_tracing(page=self.page, categories=CATEGORIES)
         yield
         # What follows from the block, such as a layout, is a part of it.
         self.page.wait_for_timeout(500)
-        if self._traced:
+        if self.is_traced:
             wall, cpu = longest_task(json.loads(self._browser.stop_tracing()))
             print(f"{name:24}longest task {wall:4.0f} ms ({cpu:4.0f} ms of CPU)", flush=True)
         else:
@@ -126,11 +140,30 @@ def change(server: Server) -> None:
         body_of(server, request("DELETE", f"/v1/vms/new-{number}"))
 
 
+def print_times_until_seen(page: Page, server: Server) -> None:
+    times = []
+    for number in range(SEEN):
+        # The first of the queue, which shows some of many.
+        vm = {"name": f"seen-{number}", "image": "image", "labels": {"rack": "none"}, "priority": 100 + number}
+        page.evaluate(_WHEN_SEEN, vm["name"])
+        body_of(server, request("POST", "/v1/vms", json.dumps(vm).encode()))
+        answered = 1000 * time.time()
+        times.append(page.evaluate("seen") - answered)
+    for number in range(SEEN):
+        body_of(server, request("DELETE", f"/v1/vms/seen-{number}"))
+    print(
+        f"{'A new VM is seen':24}median {statistics.median(times):4.0f} ms, worst of {SEEN} {max(times):4.0f} ms",
+        flush=True,
+    )
+
+
 def measure(tab: Tab, server: Server, options: argparse.Namespace) -> None:
     page, url = tab.page, f"http://127.0.0.1:{server.port}/ui/"
     with tab.measured("Fleet, loading"):
         page.goto(url)
         expect(page.locator(".tiles")).to_contain_text(re.compile(f"/ {options.workers:,} *workers"), timeout=60_000)
+    if not tab.is_traced:
+        print_times_until_seen(page, server)
     with tab.measured("Fleet, changes"):
         change(server)
     with tab.measured("Fleet, scrolling"):
