@@ -1,10 +1,12 @@
 """How the dashboard looks and is used: themes, widths, what moves, the keyboard, and a large fleet.
 
-Screenshots are in screenshots/.
+Screenshots are in screenshots/. With ORCHARD_UPDATE_PICTURES=1 those that the documents show are taken again.
 """
 
 from __future__ import annotations
 
+import base64
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +20,18 @@ from orchard.testing import BlockingCluster
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
-SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
+ROOT = Path(__file__).parents[2]
+SCREENSHOTS = ROOT / "screenshots"
+# Their names say which they are. As WebP they have a third of the bytes.
+PICTURES = {file.stem: file for file in (ROOT / "docs" / "images").glob("*.webp")}
+
+
+def take_picture(tab: Page, name: str) -> None:
+    tab.screenshot(path=SCREENSHOTS / f"{name}.png")
+    if name in PICTURES and os.environ.get("ORCHARD_UPDATE_PICTURES"):
+        options = {"format": "webp", "quality": 75}
+        taken = tab.context.new_cdp_session(tab).send("Page.captureScreenshot", options)
+        PICTURES[name].write_bytes(base64.b64decode(taken["data"]))
 
 
 # ---- looks ----------------------------------------------------------------------------------------------------------
@@ -38,14 +51,14 @@ def test_pages_in_both_themes(browser: Browser, fleet: BlockingCluster, scheme: 
             tab.goto(f"{visit.url}/ui/#/{page}")
             expect(tab.locator("main h1")).not_to_be_empty()
             expect(tab.locator("main")).not_to_contain_text("Loading…")
-            tab.screenshot(path=SCREENSHOTS / f"{page.partition('/')[0]}-{scheme}.png")
+            take_picture(tab, f"{page.partition('/')[0]}-{scheme}")
         tab.set_viewport_size({"width": 390, "height": 844})
         for page in PAGES:
             tab.goto(f"{visit.url}/ui/#/{page}")
             expect(tab.locator("main h1")).not_to_be_empty()
             expect(tab.locator("main")).not_to_contain_text("Loading…")
             assert tab.evaluate("document.documentElement.scrollWidth") == 390, page
-            tab.screenshot(path=SCREENSHOTS / f"{page.partition('/')[0]}-{scheme}-390.png")
+            take_picture(tab, f"{page.partition('/')[0]}-{scheme}-390")
 
 
 def test_fleet_shows_what_needs_a_human_and_why_vms_wait(tab: Page, fleet: BlockingCluster) -> None:
