@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness import documents
+from harness.certificates import Authority
 from harness.documents import BACKGROUND, ELSEWHERE, ROOT, SHELL, Block, blocks, check_syntax, matches, session
 from harness.processes import call_main
 from test_layers import LAYERS
@@ -20,6 +21,7 @@ from orchard.cli import main as command
 from orchard.cli.main import VERBS
 from orchard.client import ClientError
 from orchard.codec import attrs_of
+from orchard.operations import OPERATIONS
 from orchard.schema import TART_VMS, ClusterSettings, VMSpec, Worker
 from orchard.testing import cluster
 from orchard.transitions import LIVE
@@ -36,6 +38,7 @@ SLOW = {
     "embedding.md",
     "etcd.md",
     "images.md",
+    "operating-logs.md",
     "operating.md",
     "quickstart.md",
     "security.md",
@@ -44,22 +47,26 @@ SLOW = {
 WORKERS: dict[str, list[Worker]] = {
     "api.md": [Worker(labels={"xcode": "27"}, resources={TART_VMS: 40}) for _ in range(2)],
 }
+# Pages about a certificate and a key that the reader has, `controller.crt` and `.key` in this directory of the home.
+CERTIFICATES = {"coming.md": "old"}
+# Options of other programs that pages name alone.
+OPTIONS_OF_OTHERS = {
+    "deploy-linux.md": {"--init", "--health-cmd"},
+    "etcd.md": {"--listen-client-http-urls", "--client-cert-auth", "--cert-file"},
+}
 # How many blocks of a page are not run, because they need a Mac, root, the internet or other hosts.
 NOT_RUN: dict[str, dict[str, int]] = {
     "README.md": {"internet": 1},
-    "access.md": {"hosts": 2},
+    "access.md": {"hosts": 1},
     "ci.md": {"hosts": 2},
-    "coming.md": {"hosts": 1},
     "command.md": {"hosts": 1},
-    "deploy.md": {"hosts": 2},
+    "deploy.md": {"hosts": 1},
     "deploy-linux.md": {"internet": 2, "root": 5},
     "deploy-macos.md": {"macos": 7},
     "doctor.md": {"hosts": 2},
     "etcd.md": {"hosts": 10, "root": 1},
     "images.md": {"macos": 2},
     "offline.md": {"hosts": 3, "internet": 3},
-    "operating-logs.md": {"root": 1},
-    "operating.md": {"hosts": 1},
     "quickstart.md": {"internet": 1},
 }
 # Languages of blocks that show a file or a picture.
@@ -91,6 +98,9 @@ async def test_page_is_a_session_that_works(page: Path, tmp_path: Path) -> None:
 async def run_page(page: Path, directory: Path, url: str) -> None:
     """Run the blocks of a page in a session whose context is the controller at `url`."""
     async with session(directory, url) as shell:
+        if name := CERTIFICATES.get(page.name):
+            (directory / "home" / name).mkdir()
+            Authority(directory / "home" / name).issue("controller")
         for block in blocks(page):
             if block.is_run or block.is_file:
                 await shell.run(block, url)
@@ -150,6 +160,57 @@ def test_verbs_and_options_that_a_page_names_exist(page: Path, tmp_path: Path) -
         if options:
             help_text = call_main(command.main, *verb, "--help", home=tmp_path)[1]
             assert [option for option in options if option not in help_text] == [], text
+
+
+def code(page: Path) -> list[str]:
+    """Return what the prose of a page sets in code."""
+    return re.findall(r"`([^`]+)`", prose(page))
+
+
+@cache
+def program_source() -> str:
+    """Return all that can have the name of an option, of a variable of the environment or of a setting."""
+    folders = [ROOT / name for name in ("orchard", "tools", "bench", "tests/simulation")]
+    return "".join(path.read_text() for folder in folders for path in sorted(folder.rglob("*.py")))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_variables_and_fields_that_a_page_names_exist(page: Path) -> None:
+    names = [text.split()[0].partition("=")[0] for text in code(page) if text.startswith("--")]
+    names += re.findall(r"\bORCHARD_[A-Z_]+", page.read_text())
+    # As in minFreeDiskGB: the names of JSON.
+    names += [text for text in code(page) if re.fullmatch(r"[a-z]+([A-Z]+[a-z]*)+", text)]
+    missing = {name for name in names if not re.search(rf"{re.escape(name)}(?![\w-])", program_source())}
+    assert missing == OPTIONS_OF_OTHERS.get(page.name, set())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_endpoints_that_a_page_names_exist(page: Path) -> None:
+    named = [found for text in code(page) for found in re.findall(r"\b([A-Z]+) ((?:/[\w{}.-]*)+)", text)]
+    served = [(operation.method, re.sub(r"\{\w+\}", "[^/]+", operation.path)) for operation in OPERATIONS]
+    missing = [
+        (method, path)
+        for method, path in named
+        if not any(method == each and re.fullmatch(f"(/v1)?{pattern}", path) for each, pattern in served)
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_the_source_that_a_page_names_exist(page: Path) -> None:
+    named = [text for text in code(page) if re.fullmatch(r"(orchard|tests|docs|bench|tools)/[\w/.-]+", text)]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_row_of_a_table_belongs_to_one_with_a_head(page: Path) -> None:
+    lines = ["", *prose(page).splitlines(), ""]
+    begun = [
+        (line, below)
+        for above, line, below in zip(lines, lines[1:], lines[2:], strict=False)
+        if line.startswith("|") and not above.startswith("|")
+    ]
+    assert [line for line, below in begun if not re.fullmatch(r"\|[-|: ]+\|", below)] == []
 
 
 # ---- links and index -------------------------------------------------------------------------------------------------
@@ -330,6 +391,10 @@ def test_message_that_is_explained_is_one_of_the_program(message: str) -> None:
 def test_each_row_about_messages_is_checked() -> None:
     rows = re.findall(r"^\| (?!message |---).*$", TROUBLESHOOTING.read_text(), re.MULTILINE)
     assert len(rows) == len(quoted_messages()) > 0
+
+
+def test_no_message_is_explained_twice() -> None:
+    assert [message for message, count in Counter(quoted_messages()).items() if count > 1] == []
 
 
 def test_message_that_the_program_does_not_have_is_found() -> None:

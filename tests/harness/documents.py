@@ -40,6 +40,8 @@ ELSEWHERE = {"macos", "root", "internet", "hosts"}
 BACKGROUND = "background"
 # Ports in the pages. A session has free ones in their place.
 PORTS = ("6120", "2222", "8080")
+# The controller's host in the pages, and what stands for it.
+HOST, HERE = "controller.example.com", "localhost"
 # For one block, on a busy machine.
 BLOCK_SECONDS = 120
 # For the end of what a session has started.
@@ -156,7 +158,7 @@ class Session:
         if block.is_file:
             path = self._home / block.word
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self._replace_ports(block.text))
+            path.write_text(self._replace_places(block.text))
         elif block.language == "python":
             await self._run_python(block, url)
         elif block.word == BACKGROUND:
@@ -177,7 +179,7 @@ class Session:
     async def execute(self, words: str, *, strict: bool = False) -> tuple[int, str]:
         """Run commands in the shell, and return exit status and output. strict: end the shell at the first that fails."""
         script = self._home.parent / "block.sh"
-        script.write_text(self._replace_ports(words))
+        script.write_text(self._replace_places(words))
         flag = "set -e; " if strict else ""
         assert self._process.stdin is not None
         line = f'{flag}. "{script}" < /dev/null; printf "\\n{END} $?\\n"; set +e\n'
@@ -215,26 +217,30 @@ class Session:
     async def _run_python(self, block: Block, url: str) -> None:
         """Run a program in the shell; statements with `await` in this process, with a client that is connected."""
         code = compile(
-            self._replace_ports(block.text), str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True
+            self._replace_places(block.text),
+            str(block),
+            "exec",
+            flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
+            dont_inherit=True,
         )
         if not code.co_flags & inspect.CO_COROUTINE:
             program = self._home.parent / "program.py"
-            program.write_text(self._replace_ports(block.text))
+            program.write_text(self._replace_places(block.text))
             status, output = await self.execute(f'python3 "{program}"')
             assert status == 0, f"{block}: ended with {status}: {output}"
             return
         async with Client(url) as connected:
             await _evaluate(code, {**vars(schema), **vars(client), "client": connected})
 
-    def _replace_ports(self, text: str) -> str:
+    def _replace_places(self, text: str) -> str:
         for shown, port in self._ports.items():
             text = re.sub(rf"\b{shown}\b", port, text)
-        return text
+        return text.replace(HOST, HERE)
 
     def _restore(self, text: str) -> str:
         for shown, port in self._ports.items():
             text = re.sub(rf"\b{port}\b", shown, text)
-        return text.replace(str(self._home), "~")
+        return text.replace(HERE, HOST).replace(str(self._home), "~")
 
 
 async def _evaluate(code: CodeType, names: dict[str, Any]) -> None:
