@@ -1,6 +1,5 @@
 // The dashboard of an Orchard cluster.
 //
-// Sections: elements, texts, the fleet in memory, requests, the stream, parts of pages, pages, the frame, the start.
 // The fleet (class Fleet) is changed by the lines of one watch and knows no element. A page is mounted once and then told
 // which VMs and workers have changed. What comes from the cluster becomes text, never markup.
 "use strict";
@@ -132,8 +131,13 @@ function setTime(element, time) {
   return element;
 }
 
+// Milliseconds by which the controller's clock is ahead of this one.
+let skew = 0;
+/** The time by the controller's clock, by which all that it tells is dated. */
+const serverTime = () => Date.now() + skew;
+
 /** The whole seconds since a time. */
-const since = (time) => duration(Math.floor((Date.now() - Date.parse(time)) / SECOND) * SECOND);
+const since = (time) => duration(Math.floor((serverTime() - Date.parse(time)) / SECOND) * SECOND);
 
 function tickTimes() {
   if (document.hidden) return;
@@ -253,7 +257,7 @@ class Fleet {
     this.changed = { vms: new Set(), workers: new Set() };
   }
 
-  apply(line, now = Date.now()) {
+  apply(line, now = serverTime()) {
     if (line.type === "BEGIN") {
       this.listing = { vms: new Set(), workers: new Set() };
     } else if (line.type === "BOOKMARK") {
@@ -276,7 +280,7 @@ class Fleet {
     this.changed.workers.add("");
   }
 
-  putVM(vm, name, now = Date.now()) {
+  putVM(vm, name, now = serverTime()) {
     const old = this.vms.get(name);
     this.count(old, -1);
     this.count(vm, 1);
@@ -369,7 +373,7 @@ class Fleet {
   }
 
   /** What needs a human, worst first: {rank, state, title, text, href, since}. */
-  problems(now = Date.now()) {
+  problems(now = serverTime()) {
     const found = [];
     for (const worker of this.workers.values()) this.addWorkerProblems(found, worker);
     const never = new Map();
@@ -453,6 +457,9 @@ async function send(method, path, { body, signal, authorization = session.author
     method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body),
     credentials: "omit", cache: "no-store", redirect: "error",
   });
+  const ahead = Date.parse(answer.headers.get("Date")) - Date.now();
+  // The header has whole seconds.
+  if (Math.abs(ahead - skew) > 2 * SECOND) skew = ahead;
   if (answer.ok) return answer;
   let message = "";
   try {
@@ -808,7 +815,6 @@ class LongTable {
     const at = Math.floor(element.scrollTop / rowHeight), first = isRead && this.items[at];
     const now = first ? items.findIndex((item) => this.keyOf(item) === this.keyOf(first)) : -1;
     if (now < 0 || now === at) return;
-    // As high as the table is about to be.
     this.below.firstChild.style.height = `${items.length * rowHeight}px`;
     element.scrollTop += (now - at) * rowHeight;
   }
@@ -1035,7 +1041,7 @@ class FleetPage {
 
   drawFailures() {
     const known = new Map();
-    const limit = new Date(Date.now() - HOUR).toISOString();
+    const limit = new Date(serverTime() - HOUR).toISOString();
     for (const vm of this.earlier) known.set(vm.uid, vm);
     for (const vm of fleet.failures) known.set(vm.uid, vm);
     for (const vm of fleet.idle.values()) {
@@ -1217,7 +1223,7 @@ class VMsPage {
 function vmFilter(form) {
   const wanted = (name) => (form.get(name) || "").trim().toLowerCase();
   const [name, state, owner, image, label, metadata] = ["name", "state", "owner", "image", "label", "metadata"].map(wanted);
-  const before = form.get("age") ? new Date(Date.now() - AGE_LIMITS[form.get("age")]).toISOString() : "";
+  const before = form.get("age") ? new Date(serverTime() - AGE_LIMITS[form.get("age")]).toISOString() : "";
   const has = (map, text) => !text || pairs(map).some((pair) => pair.toLowerCase().includes(text));
   const includes = (value, text) => !text || (value || "").toLowerCase().includes(text);
   return (vm) => includes(vm.name, name) && (!state || vmState(vm) === state || (state === "running" && vmState(vm) === "script"))
@@ -1625,7 +1631,6 @@ class ImagesPage {
     this.list = h("div", {}, empty("Loading…"));
     this.pulls = h("ul", { class: "list" });
     this.settings = h("div");
-    // Until the images above them on a narrow page are there.
     this.aside = h("div", { class: "stack", hidden: true }, panel("Pre-pull", this.settings), panel("Being pulled", this.pulls));
     main.append(h("div", { class: "title" }, h("h1", {}, "Images"), h("span", { class: "grow" }), may("admin:write") && button("Pre-pull…", () => this.addPrepull(""))),
       h("div", { class: "columns aside" }, panel("On workers", this.list), this.aside));
@@ -1748,7 +1753,7 @@ async function loadHistory() {
 /** Return the VMs that ended within a time until now, with `end` and the times `queue`, `boot` and `run` in milliseconds. */
 async function readHistory(age) {
   const found = new Map();
-  let since = new Date(Date.now() - age).toISOString(), limit = HISTORY_PIECE;
+  let since = new Date(serverTime() - age).toISOString(), limit = HISTORY_PIECE;
   for (;;) {
     const piece = await ask(`/history?limit=${limit}&since=${encodeURIComponent(since)}`);
     for (const { metadata, ...vm } of piece) {
@@ -1795,7 +1800,7 @@ class HistoryPage {
   }
 
   draw() {
-    const hours = Number(this.hours.value), width = hours / 24, now = Date.now();
+    const hours = Number(this.hours.value), width = hours / 24, now = serverTime();
     const begin = now - hours * HOUR;
     const vms = (this.vms || []).filter((vm) => vm.end > begin);
     const slots = Array.from({ length: 24 }, () => []);

@@ -430,6 +430,17 @@ def test_eight_tabs_share_one_stream_and_one_sign_in(visit: Visit, fleet: Blocki
     assert sum("/v1/watch" in url for url in visit.requests) == 2
 
 
+def test_ages_are_right_where_the_clock_of_the_browser_is_wrong(visit: Visit, fleet: BlockingCluster) -> None:
+    """Else all would be late, and nothing would have failed within the last hour."""
+    visit.context.clock.install(time=datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=3))
+    tab = visit.sign_in(fleet.account, fleet.token)
+    failures = tab.get_by_role("region", name="Failures of the last hour")
+    expect(failures.get_by_text("exit code 3").first).to_be_visible()
+    age = tab.evaluate("serverTime() - Date.parse(fleet.vms.get('ci-005').createdAt)")
+    assert 0 <= age + 2000 < 3_600_000
+    expect(tab.get_by_role("region", name="Needs attention")).not_to_contain_text("waiting for long")
+
+
 def test_lost_connection_is_said_within_5_s_and_comes_back_also_after_a_kill(browser: Browser, tmp_path: Path) -> None:
     """`orchard dev` needs no sign-in. The seconds are those of the page's clock, which the test advances."""
     words = ("--synthetic", "--port", str(free_port()), "--directory", str(tmp_path / "dev"))
