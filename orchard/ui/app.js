@@ -1205,17 +1205,17 @@ class VMsPage {
     const list = names.slice(0, 20).join(", ") + (names.length > 20 ? ` and ${names.length - 20} more` : "");
     if (!(await dialog({ title: `Delete ${plural(names.length, "VM")}?`, body: h("p", {}, list), action: "Delete", danger: true }))) return;
     const left = [...names];
-    let failed = 0;
+    let failed = 0, why = "";
     // More at the same time would take the connections of the other tabs.
     const work = async () => {
       for (let name = left.pop(); name !== undefined; name = left.pop()) {
-        await send("DELETE", vmPath(name)).catch((error) => { if (error.status !== 404) failed++; });
+        await send("DELETE", vmPath(name)).catch((error) => { if (error.status !== 404) failed++, (why = error.message); });
       }
     };
     await Promise.all([work(), work()]);
     this.picked.clear();
     this.redraw();
-    frame.say(failed ? `${plural(failed, "VM")} could not be deleted` : `Deleted ${plural(names.length, "VM")}`);
+    frame.say(failed ? `${plural(failed, "VM")} could not be deleted: ${why}` : `Deleted ${plural(names.length, "VM")}`);
   }
 }
 

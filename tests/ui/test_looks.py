@@ -34,6 +34,10 @@ def take_picture(tab: Page, name: str) -> None:
         PICTURES[name].write_bytes(base64.b64decode(taken["data"]))
 
 
+# Draws changes of the fleet at once.
+_APPLY = "(lines) => { for (const line of lines) fleet.apply(line); frame.draw(); }"
+
+
 # ---- looks ----------------------------------------------------------------------------------------------------------
 
 
@@ -53,6 +57,11 @@ def test_pages_in_both_themes(browser: Browser, fleet: BlockingCluster, scheme: 
             expect(tab.locator("main")).not_to_contain_text("Loading…")
             take_picture(tab, f"{page.partition('/')[0]}-{scheme}")
         tab.set_viewport_size({"width": 390, "height": 844})
+        long = {"name": "n" * 128, "labels": {"k" * 63: "v" * 63}, "resources": {}}
+        tab.goto(f"{visit.url}/ui/#/fleet")
+        for kind in ("ADDED", "DELETED"):
+            tab.evaluate(_APPLY, [{"type": kind, "kind": "worker", "object": long}])
+            assert tab.evaluate("document.documentElement.scrollWidth") == 390
         for page in PAGES:
             tab.goto(f"{visit.url}/ui/#/{page}")
             expect(tab.locator("main h1")).not_to_be_empty()
@@ -252,10 +261,6 @@ def test_keys_lead_to_a_vm(tab: Page, fleet: BlockingCluster) -> None:
 def focus_of(tab: Page) -> str:
     """Return the name of the control that has the focus."""
     return str(tab.evaluate("nameOf(document.activeElement) || document.activeElement.tagName"))
-
-
-# Draws changes of the fleet at once.
-_APPLY = "(lines) => { for (const line of lines) fleet.apply(line); frame.draw(); }"
 
 
 def test_focus_stays_near_when_its_control_goes(tab: Page, fleet: BlockingCluster) -> None:
