@@ -60,7 +60,7 @@ class _PinnedConnection(http.client.HTTPSConnection):
 def _tls(certificate: bytes | None) -> ssl.SSLContext:
     if certificate is None:
         return ssl.create_default_context()
-    # The certificate itself is compared. To load the host's CAs would take a tenth of the time of a command.
+    # The certificate itself is compared. To load the host's CAs would take tens of milliseconds.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
