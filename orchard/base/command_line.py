@@ -79,8 +79,10 @@ class CommandLine(argparse.ArgumentParser):
     # Whether options may stand between the positional arguments of a parser whose last one takes any number of words.
     is_intermixed = False
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, **options: Any) -> None:
+        # argparse makes a formatter for each option that is added. Only that of a help text has to know the terminal's width.
+        self._help_formatter = options.pop("formatter_class", argparse.HelpFormatter)
+        super().__init__(formatter_class=partial(self._help_formatter, width=80), **options)
         # For completion in a shell: the words that an argument may be, by its name in the parsed options.
         self.completions: dict[str, Sequence[str]] = {}
 
@@ -89,6 +91,10 @@ class CommandLine(argparse.ArgumentParser):
             known = [str(choice) for choice in action.choices]
             expected = f"expected one of {', '.join(known)}"
             raise argparse.ArgumentError(action, f'"{value}" is unknown{suggest(str(value), known)}, {expected}')
+
+    def format_help(self) -> str:
+        self.formatter_class = self._help_formatter
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 after one line."""

@@ -21,6 +21,7 @@ import trio
 
 from orchard.base.command_line import CommandLine, parse_duration
 from orchard.cli.failure import FAILED, USAGE, CommandError, cleaning_up
+from orchard.cli.output import terminal_size
 from orchard.cli.pipe import send_input, write_all
 from orchard.cli.session import add_context_option
 from orchard.cli.tunnels import run_with_client
@@ -74,7 +75,7 @@ def _exec(options: argparse.Namespace) -> int:
 
 
 async def _run_command(client: Client, options: argparse.Namespace, line: str, env: dict[str, str]) -> int:
-    size = shutil.get_terminal_size()
+    size = terminal_size()
     running = client.vms.exec(
         options.name,
         line,
@@ -106,7 +107,7 @@ async def _send_all_input(command: RunningCommand) -> None:
 async def _follow_size(command: RunningCommand) -> None:
     with trio.open_signal_receiver(signal.SIGWINCH) as changes:
         async for _ in changes:
-            size = shutil.get_terminal_size()
+            size = terminal_size()
             await command.resize(size.lines, size.columns)
 
 

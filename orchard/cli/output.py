@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import re
-import shutil
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    import datetime
 
 _SPANS = (("day", 86_400), ("hour", 3_600), ("minute", 60), ("second", 1))
 _HOME_AND_CLEAR = "\x1b[H\x1b[J"
@@ -26,6 +27,14 @@ _GAP, _INDENT = "  ", "    "
 def is_fancy(stream: TextIO) -> bool:
     """Return whether escape sequences may be written to a stream: only to a terminal, unless the user refuses them."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def terminal_size() -> os.terminal_size:
+    """Return the columns and lines of the terminal, or those that the environment names."""
+    # Its import of three compressions would delay verbs that print one line.
+    import shutil
+
+    return shutil.get_terminal_size()
 
 
 def printable(text: str) -> str:
@@ -50,7 +59,7 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, cut: s
     widths = [max(_width(row[column]) for row in table) for column in range(len(header))]
     lines = [list(range(len(header)))]
     if sys.stdout.isatty():
-        lines = _fit_columns(widths, list(header).index(cut) if cut else None, shutil.get_terminal_size().columns)
+        lines = _fit_columns(widths, list(header).index(cut) if cut else None, terminal_size().columns)
     for row in table:
         for number, columns in enumerate(lines):
             cells = _GAP.join(_padded(row[column], widths[column]) for column in columns).rstrip()
@@ -87,9 +96,7 @@ def with_message(text: str, message: str) -> str:
     line = printable(f"{text}{message}")
     if not sys.stdout.isatty():
         return line
-    return _padded(
-        line, min(_width(line), max(_width(printable(text)) + _LEAST_WIDTH, shutil.get_terminal_size().columns))
-    )
+    return _padded(line, min(_width(line), max(_width(printable(text)) + _LEAST_WIDTH, terminal_size().columns)))
 
 
 def format_progress(text: str, columns: int) -> str:
@@ -104,7 +111,7 @@ def format_progress(text: str, columns: int) -> str:
 
 def repaint(lines: Iterable[str]) -> None:
     """Show lines in place of all that a terminal shows, as far as they fit, and how many more there are."""
-    size = shutil.get_terminal_size()
+    size = terminal_size()
     shown = [part for line in lines for part in _folded(line, size.columns)]
     # The last line of the terminal is left to what follows: it would scroll the others.
     room = size.lines - 1
@@ -153,11 +160,15 @@ def print_compact_json(value: object) -> None:
 
 def format_clock(seconds: float) -> str:
     """Return a Unix time as the local time of the day, for example 14:03:59."""
+    import datetime
+
     return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%H:%M:%S")
 
 
 def format_age(text: str | None, now: datetime.datetime | None = None) -> str:
     """Return an RFC 3339 time as "3 seconds ago"; "never" for none."""
+    import datetime
+
     if not text:
         return "never"
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +9,7 @@ from typing import Any
 
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.failure import FAILED, OVERDUE, CommandError
-from orchard.cli.output import format_progress, is_fancy, print_line, printable
+from orchard.cli.output import format_progress, is_fancy, print_line, printable, terminal_size
 
 _CLEAR = "\r\x1b[K"
 
@@ -87,7 +86,7 @@ class Waiting:
         if text == self._shown:
             return
         if is_fancy(sys.stderr):
-            columns = shutil.get_terminal_size().columns
+            columns = terminal_size().columns
             print(f"{_CLEAR}{format_progress(printable(text), columns)}", end="", file=sys.stderr, flush=True)
         elif text:
             print(printable(text), file=sys.stderr, flush=True)
