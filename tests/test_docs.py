@@ -213,6 +213,14 @@ def test_each_row_of_a_table_belongs_to_one_with_a_head(page: Path) -> None:
     assert [line for line, below in begun if not re.fullmatch(r"\|[-|: ]+\|", below)] == []
 
 
+def test_glossary_has_each_word_that_the_concepts_introduce_and_its_words_are_in_order() -> None:
+    words = re.findall(r"^\| (.*?) \|", (DOCS / "glossary.md").read_text(), re.MULTILINE)[1:]
+    assert words == sorted(words, key=str.lower)
+    introduced = re.findall(r"\*\*(\w+?)s?\*\*", (DOCS / "concepts.md").read_text())
+    listed = ", ".join(words).lower()
+    assert [word for word in introduced if word.lower() not in listed] == []
+
+
 # ---- links and index -------------------------------------------------------------------------------------------------
 
 
