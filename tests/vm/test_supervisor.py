@@ -180,8 +180,9 @@ async def test_record_has_process_numbers_and_exit_status(vm: Supervised, last: 
     assert os.getpgid(running.child) == running.child
     assert Path(f"/proc/{running.supervisor}/cwd").readlink() == Path("/")
     os.write(go, b"\n")
-    os.close(go)
     assert await vm.wait_ended() == Record(running.supervisor, running.child, status)
+    # Only now: what nobody has opened for reading yet would be lost.
+    os.close(go)
     assert vm.log.read_text() == "begins\nends\n"
     assert vm.path.stat().st_mode & 0o777 == vm.log.stat().st_mode & 0o777 == 0o600
 
