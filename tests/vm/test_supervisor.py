@@ -181,7 +181,7 @@ async def test_record_has_process_numbers_and_exit_status(vm: Supervised, last: 
     assert Path(f"/proc/{running.supervisor}/cwd").readlink() == Path("/")
     os.write(go, b"\n")
     assert await vm.wait_ended() == Record(running.supervisor, running.child, status)
-    # Only now: what nobody has opened for reading yet would be lost.
+    # Only now: the line would be lost if the shell had not opened the pipe yet.
     os.close(go)
     assert vm.log.read_text() == "begins\nends\n"
     assert vm.path.stat().st_mode & 0o777 == vm.log.stat().st_mode & 0o777 == 0o600
