@@ -7,8 +7,8 @@ The handlers are in handlers/, by resource. A handler is a plain function over t
 one transaction. So no handler sees half of another's change. `handle` sends no answer before everything that the answer
 is based on is durable. Handlers that read events or connect to a VM are `async`.
 
-answers.py maps the errors of the layers below to HTTP, and makes the Warning header. Query parameters are read in
-parameters.py.
+handlers/answers.py maps the errors of the layers below to HTTP, and makes the Warning header. Query parameters are read in
+handlers/parameters.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Accounts, roles and tokens: what an account may do, and what proves who sends a request. No I/O.
 
-gate.py finds the account that sends a request. `require` checks that the account has the role that an operation needs.
+decisions/gate.py finds the account that sends a request. `require` checks that the account has the role that an operation needs.
 A role does not include another one, except as IMPLIED says.
 
 A bootstrap token holds what a new worker needs: an account's name, its token and the controller's certificate. It can

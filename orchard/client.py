@@ -24,7 +24,7 @@
     trio.run(main)
 
 `Client.vms`, `.workers`, `.service_accounts` and `.cluster_settings` have one method for each operation of the API.
-Methods return the dataclasses of schema.py and bodies.py. A keyword argument has the name of the dataclass's attribute
+Methods return the dataclasses of schema.py and resources/bodies.py. A keyword argument has the name of the attribute
 and the value that it holds: `ttlSeconds` is `ttl_seconds`. In place of keywords, a JSON object has field names as on
 the wire. The client keeps no state of VMs. A replaced object is sent with its name, which the Go controller takes from
 the body.

@@ -1,4 +1,4 @@
-"""JSON texts to dataclasses and back. Pure functions; the classes themselves are in schema.py, cluster.py and bodies.py.
+"""JSON texts to dataclasses and back. Pure functions; the classes themselves are in schema.py and resources/.
 
 A resource of the API is a frozen dataclass whose fields are declared with `attr`, which holds a field's name in JSON,
 its documentation and its bounds. Three functions read that declaration:

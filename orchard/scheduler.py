@@ -12,9 +12,9 @@ A plan has four steps, in this order:
    whose worker was deleted may still run there for as long as it could on an offline worker, so its restart waits that
    long. So does the restart of a VM that had failed before the controller started, because its worker may have been
    deleted then. A VM that its worker has to end, for a restart or a drain, returns once the worker has reported its end.
-3. Pending VMs, by priority and then by age, are assigned to the best worker that fits (placement.py). A VM that fits
+3. Pending VMs, by priority and then by age, are assigned to the best worker that fits (decisions/placement.py). A VM that fits
    nowhere does not hold up the next one. No VM that runs makes room for another one.
-4. VMs that stay pending get the reason (waiting.py).
+4. VMs that stay pending get the reason (decisions/waiting.py).
 
 Overtaking is therefore unbounded by design: a VM that asks for a whole worker waits as long as smaller VMs keep every
 worker partly used, and one of low priority as long as others of higher priority come.

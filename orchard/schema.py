@@ -9,10 +9,10 @@ was. Each field names its one writer:
 * *worker*: the worker observed it on its host.
 
 `status` and `status_message` have two writers: the worker reports them for the VM that is assigned to it, and the
-scheduler sets them when it assigns, fails or restarts a VM. validation.py has the rules for what clients send,
+scheduler sets them when it assigns, fails or restarts a VM. resources/validation.py has the rules for what clients send,
 transitions.py those for the changes of a VM.
 
-Other bodies of requests and answers are in bodies.py.
+Other bodies of requests and answers are in resources/bodies.py.
 
 Field names in JSON mix three spellings (`createdAt`, `scheduled_at`, `net-softnet`), because existing clients use them.
 """

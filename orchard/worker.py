@@ -1,7 +1,7 @@
 """The worker role: it makes the VMs on this host what the controller wants, and reports what they do.
 
 `python -m orchard.worker` runs it; `WorkerService.run` does the same inside another program. Here are the sessions with
-the controller and the command line. reconciler.py reconciles the VMs, and work/requests.py answers the controller's
+the controller and the command line. work/reconciler.py reconciles the VMs, and work/requests.py answers the controller's
 other requests (port forwards, IP addresses).
 
 A *session* is the conversation with the controller: registration, heartbeats, the watch over which the controller says
@@ -13,7 +13,7 @@ The session is whole once the watch is open and the VMs on the host are dealt wi
 then. A worker that ends in order says goodbye, so that it gets no more.
 
 VMs outlive the worker unless it runs with `--stop-vms-on-exit`, and the next worker adopts them. A leased VM does not
-outlive its lease, which heartbeats renew (heartbeat.py).
+outlive its lease, which heartbeats renew (work/heartbeat.py).
 """
 
 from __future__ import annotations

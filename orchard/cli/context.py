@@ -116,7 +116,7 @@ def read_contexts(path: Path) -> Contexts:
 
 def write_contexts(path: Path, contexts: Contexts) -> None:
     """Replace a file durably. Its directory is made if needed. Raises CommandError."""
-    # files.py needs a Unix.
+    # base/files.py needs a Unix.
     from orchard.base.files import write_private
 
     value: dict[str, Any] = {_CONTEXTS: {name: _to_json(context) for name, context in contexts.by_name.items()}}

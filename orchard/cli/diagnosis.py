@@ -287,7 +287,7 @@ def check_port(name: str, error: str, *, is_own: bool) -> Finding:
 
 
 def check_state_directory(path: str, problems: Sequence[str]) -> Finding:
-    """`problems` are those of fsck.py, each with its remedy."""
+    """`problems` are those of state/fsck.py, each with its remedy."""
     if problems:
         return Finding("data directory", "failure", "; ".join(problems), f"see also: orchard check {path}")
     return Finding("data directory", "ok", path)

@@ -28,7 +28,7 @@ _TART_VMS = "org.cirruslabs.tart-vms"
 # VMs of the queue, and events of a VM, that are shown.
 _SHOWN = 10
 _REPAINT_SECONDS = 2.0
-# Part of a reason of waiting.py why a VM waits -> what would help.
+# Part of a reason of decisions/waiting.py why a VM waits -> what would help.
 _REMEDIES = {
     " has registered": "start a worker: orchard worker URL --bootstrap-token-stdin",
     " label ": "start a worker with that label, or create the VM without it",

@@ -1,7 +1,8 @@
 """What the controller does when its time has come: VMs expire, wait too long or are drained, and workers are pruned.
 
 Deadlines are stored with the objects: `expiresAt` and `waitingSince` of a VM, the deadline of a worker's drain, and
-`offlineSince` of a worker. agenda.py says when they are due, transitions.py what becomes of a VM. `Deadlines` follows
+`offlineSince` of a worker. decisions/agenda.py says when they are due, transitions.py what becomes of a VM.
+`Deadlines` follows
 the changes of the store, and its only task does what is due, in transactions of at most ITEMS_PER_TRANSACTION objects.
 
 `StoredClock` is the wall time by which deadlines are stored. The store writes it with each change, and this task has it

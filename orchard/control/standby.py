@@ -19,7 +19,7 @@ from orchard.store import DecodedObject, decode_object
 # Of objects of which there may be many.
 _KINDS = ("vm", "worker")
 # Before the first look at what the leader has stored, and between two looks.
-_LOOK_SECONDS = 3.0
+_LOOK_SECONDS = 3.0  # seconds
 # Objects that are decoded before other tasks run, in about 5 ms.
 _AT_ONCE = 50
 # Keys that may be left of deleted objects, beside as many as there were objects, before everything is read anew.

@@ -68,7 +68,7 @@ def subject_of(request: Request, admitted: Admitted) -> SessionSubject:
 
 
 def read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT]) -> BodyT:
-    """Return what a function of validation.py makes of the body. Raises HTTPError(400), ValidationError."""
+    """Return what a function of resources/validation.py makes of the body. Raises HTTPError(400), ValidationError."""
     unknown: list[str] = []
     try:
         value = read(admitted.body, unknown)

@@ -71,9 +71,9 @@ class Operation(Generic[RoleT]):
     valid account, and "public" admits requests without credentials. `bearer` is a scheme that is accepted in place of
     an account.
 
-    `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `example` is a body. `body_limit` is the largest
-    body in bytes, if there is a `body`. `problems` are the statuses that do not follow from role, body, query or
-    method. `answer_headers` maps names to descriptions. `ndjson` is the schema of a line, if the operation can answer
+    `body` and `answer` are the schemas of the request's and of the answer's JSON, or None. `example` is a body.
+    `body_limit` is the largest body in bytes, if there is a `body`. `problems` are the statuses that do not follow from
+    role, body, query or method. `answer_headers` maps names to descriptions. `ndjson` is the schema of a line, if the operation can answer
     with lines of JSON. With `text` it answers with plain text, and with `websocket` 101. An operation that `waits` may
     take long, and is cancelled when the client goes away. One that waits only with a parameter (`waits_with`) is also
     cancelled when the server stops.

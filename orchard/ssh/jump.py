@@ -12,8 +12,8 @@ core, or when all cores are busy, a thread would do as well: it carries 0.8 to 1
 time or a quarter more. Both carry about half of what a relay without SSH carries, and a third of what OpenSSH's own
 server carries (`./run bench jump`, `taskset -c 0 ./run bench jump`).
 
-Guessing is slow: passwords count for the limit on wrong credentials that holds for the API, too (login_limit.py). The
-number of tries in a connection and all of its work before it has logged in are limited, and so are the connections that
+Guessing is slow: passwords count for the limit on wrong credentials that holds for the API, too (decisions/login_limit.py).
+The number of tries in a connection and all of its work before it has logged in are limited, and so are the connections that
 have not logged in. The credentials are checked again for each channel: an expired token or a key that was removed opens
 no more of them. A connection ends with its account, and with the role.
 

@@ -1,1 +1,1 @@
-"""Durable data: files of checked JSON lines, and the engine that keeps the state in one."""
+"""Durable data: the state, the events and the history of VMs, in files of checked JSON lines or in etcd."""

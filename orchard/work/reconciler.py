@@ -4,11 +4,11 @@
 the action for each pair of states. `sync` only starts actions and does not wait for them. Instances that have to end
 are told so first, and new ones start when those have ended, because the scheduler has reassigned their slots already.
 
-While the controller's state is older than one that it has shown (work/memory.py), nothing is adopted, started,
+While the controller's state is older than one that it has shown (memory.py), nothing is adopted, started,
 stopped or deleted. VMs that run keep their leases, since the controller places nothing until that state is accepted.
 
-One VM's task is `vm.instance.Instance`, and work/reports.py tells the controller of it. The session in which all this happens is in worker.py; the tasks of VMs are in
-a nursery that outlives it.
+One VM's task is `vm.instance.Instance`, and reports.py tells the controller of it. The session in which all
+this happens is in worker.py; the tasks of VMs are in a nursery that outlives it.
 """
 
 from __future__ import annotations
