@@ -137,9 +137,9 @@ class Reconciler:
 
         While the local VMs cannot be listed, it tries again, and says so in the messages of VMs that wait here.
         """
-        while self._memory.is_restored:
-            await self._hold_back()
-            await trio.sleep(_SYNC_SECONDS)
+        while self._memory.is_restored and not await self._hold_back():
+            with trio.move_on_after(_SYNC_SECONDS):
+                await self.sync_due.wait()
         for failures in itertools.count(1):
             if self.adopted.is_set():
                 break
@@ -153,8 +153,8 @@ class Reconciler:
         self._health.note("list")
         await self.sync(nursery)
 
-    async def _hold_back(self) -> None:
-        """Change no VM, and check whether an operator has accepted the controller's state. Raises ClientError."""
+    async def _hold_back(self) -> bool:
+        """Change no VM. Return whether an operator has accepted the controller's state. Raises ClientError."""
         local_vms: list[LocalVM] = []
         try:
             local_vms = await self._list_own()
@@ -166,10 +166,12 @@ class Reconciler:
         self._health.note("unknown-vms", message=message)
         self._lease.set_wanted({local.name for local in local_vms} | self.instances.keys())
         info = await self._client.info()
-        if info.cluster_id != self._memory.cluster_id:
-            _, revision = await self._client.vms.list_with_revision(worker=self.worker)
-            self._memory.observe(info.cluster_id, revision)
-            self._health.note("unknown-vms")
+        if info.cluster_id == self._memory.cluster_id:
+            return False
+        _, revision = await self._client.vms.list_with_revision(worker=self.worker)
+        self._memory.observe(info.cluster_id, revision)
+        self._health.note("unknown-vms")
+        return True
 
     async def _list_own(self) -> list[LocalVM]:
         """Return the local VMs that Orchard manages. Raises DriverError."""

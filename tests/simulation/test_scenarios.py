@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 # Of a cluster with three machines.
 SEED = 5
 TIMEOUT, SHORT_TIMEOUT = 60.0, 8.0  # seconds
+# After an older state was accepted: workers look every five seconds, and tell it in a heartbeat, at most one a second.
+ONLINE_SECONDS = 6.5
 
 Script = Callable[[SimulatedCluster, Client], Awaitable[None]]
 
@@ -184,6 +186,9 @@ async def workers_of_a_controller_that_was_restored(cluster: SimulatedCluster, c
     await trio.sleep(TIMEOUT)
     assert (await client.vms.get("vm-2")).state.worker == ""
     await client.accept_state()
+    with trio.fail_after(ONLINE_SECONDS):
+        while (await client.workers.get("mac-1")).state != "online":  # noqa: ASYNC110 -- over the API
+            await trio.sleep(0.25)
     await wait_vm(client, "vm-2", runs)
     now = await client.vms.get("vm-0")
     assert (now.uid, now.state.restart_count, runs(now)) == (old.uid, 0, True)
