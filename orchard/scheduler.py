@@ -127,6 +127,12 @@ class _Restarts:
     def drop(self, name: str) -> None:
         self._vms.pop(name, None)
 
+    def review(self, worker: str) -> None:
+        """Look again at the VMs of a worker that was deleted."""
+        for vm in self._vms.values():
+            if vm.state.worker == worker:
+                heapq.heappush(self._heap, (-math.inf, vm.name))
+
     def plan(self, now: float, plan: Plan) -> None:
         """Add the VMs whose time has come to the plan."""
         ready = []
@@ -145,8 +151,12 @@ class _Restarts:
         # They stay here until the plan is applied.
         for entry in ready:
             heapq.heappush(self._heap, entry)
-        plan.restart = sorted({name for _, name in ready})[: plan.capacity]
-        plan.capacity -= len(plan.restart)
+        names = sorted({name for _, name in ready})[: plan.capacity]
+        plan.capacity -= len(names)
+        for name in names:
+            vm = self._vms[name]
+            is_withdrawn = self._inputs.is_withdrawn(vm, self._workers.get(vm.state.worker))
+            (plan.withdraw if is_withdrawn else plan.restart).append(name)
 
 
 # ---- the planner -----------------------------------------------------------------------------------------------------
@@ -184,6 +194,7 @@ class Planner:
         """Remove a worker."""
         del self._workers[name]
         self._online.discard(name)
+        self._restarts.review(name)
         self.placement.drop_worker(name)
         if self._active_vms.get(name):
             self._lost[name] = None

@@ -13,6 +13,7 @@ applied in one place:
     report           running or failed, and what was observed         (worker)
     fail             failed, with the reason                          (scheduler)
     restart          pending and unassigned, the next run             (scheduler)
+    withdraw_restart failed, and not restarted any more               (scheduler)
     end_for_drain    failed, and the worker has to end it             (controller)
     time_out         failed, since no worker was found                (controller)
 
@@ -206,7 +207,7 @@ def request_restart(vm: VM, worker: Worker | None) -> VM:
             f'worker "{state.worker}" does not support restarts (capability {VM_RESTART}), so it is unknown when the VM'
             " has ended there; delete the VM and create it again"
         )
-    if worker is not None and not state.ended_at and _is_newer(worker, vm):
+    if worker is not None and has_lost_worker(vm, worker):
         raise TransitionError(
             f'worker "{worker.name}" was registered after the VM was assigned to an earlier one of this name, so it is'
             " unknown when the VM has ended there; delete the VM and create it again"
@@ -214,10 +215,25 @@ def request_restart(vm: VM, worker: Worker | None) -> VM:
     return _end(vm, "restart", "restart requested")
 
 
-def _is_newer(worker: Worker, vm: VM) -> bool:
-    """Return whether a worker was registered after an assignment to its name. It does not report the end of that VM."""
+def has_lost_worker(vm: VM, worker: Worker | None) -> bool:
+    """Return whether a VM's worker was deleted before it reported the VM's end. `worker` is what has its name now.
+
+    A worker that was registered after the VM was assigned does not report that end.
+    """
+    if not vm.state.worker or vm.state.ended_at:
+        return False
+    if worker is None:
+        return True
     registered, assigned = worker.created_at, vm.state.scheduled_at
     return registered is not None and assigned is not None and registered > assigned
+
+
+def withdraw_restart(vm: VM) -> VM:
+    """Return a VM that is not restarted, because its worker was deleted before it reported the VM's end."""
+    reason = f'not restarted: worker "{vm.state.worker}" was deleted before it reported the end of the VM'
+    return replace(
+        vm, state=replace(vm.state, end_request="", status_message=f"{reason}; delete the VM and create it again")
+    )
 
 
 def end_for_drain(vm: VM) -> VM:

@@ -69,6 +69,7 @@ from orchard.transitions import (
     request_restart,
     restart,
     unassign,
+    withdraw_restart,
 )
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
@@ -94,6 +95,8 @@ def apply(snapshot: Snapshot, decided: Plan, now: float) -> Snapshot:
         elif vm.name in decided.restart:
             new = restart(vm, LATER)
             restarted[vm.uid] = now
+        elif vm.name in decided.withdraw:
+            new = withdraw_restart(vm)
         elif vm.name in decided.assign:
             new = assign(vm, snapshot.workers[decided.assign[vm.name]], LATER)
         elif vm.name in decided.waiting:
@@ -167,7 +170,7 @@ def misplaced(before: Snapshot, decided: Plan) -> list[str]:
 def undecided(before: Snapshot, decided: Plan) -> list[str]:
     """Return the VMs that have no decision although they need one, or two decisions, or an unneeded one."""
     problems = []
-    decisions = Counter([*decided.fail, *decided.restart, *decided.assign, *decided.waiting])
+    decisions = Counter([*decided.fail, *decided.restart, *decided.withdraw, *decided.assign, *decided.waiting])
     for vm in before.vms:
         free = vm.state.status == "pending" and not vm.state.worker
         if free != (vm.name in decided.assign or vm.name in decided.waiting):
@@ -1173,6 +1176,28 @@ def test_vm_without_lease_restarts_only_when_its_end_is_reported() -> None:
     ending = request_restart(running(pending(restart_policy="Never")), ABLE)
     assert restart_of(ending, ABLE, OFFLINE) == math.inf
     assert restart_of(report(ending, END_REPORT, BEGAN), ABLE) == 0
+
+
+@pytest.mark.parametrize("again", [[], [replace(ABLE, created_at=LATER)]], ids=["deleted", "registered anew"])
+def test_restart_of_a_vm_without_lease_is_withdrawn_when_its_worker_was_deleted(again: list[Worker]) -> None:
+    ending = request_restart(running(pending(restart_policy="Never")), ABLE)
+    known = replace(snapshot_of([ending], [ABLE]), last_contact_of_deleted={"w": ONLINE})
+    planner = known.planner()
+    assert planner.plan(NOW, known.profile).next_at == math.inf
+    planner.drop_worker("w")
+    for on in again:
+        planner.put_worker(on)
+    # Until the lease is over, its host may still report the end.
+    assert planner.plan(NOW, known.profile).withdraw == []
+    over = ONLINE + OFFLINE_TIMEOUT
+    assert planner.plan(over, known.profile).withdraw == ["vm"]
+    after = settle(replace(snapshot_of([ending], again), last_contact_of_deleted={"w": ONLINE}), over)
+    [vm] = after.vms
+    assert (vm.state.status, vm.state.end_request, '"w"' in vm.state.status_message) == ("failed", "", True)
+    # With the report of its end, a restart is accepted again.
+    ended = report(vm, END_REPORT, BEGAN)
+    assert restart_of(request_restart(ended, ABLE), ABLE) == 0
+    assert restart_of(report(ending, END_REPORT, BEGAN), replace(ABLE, created_at=LATER)) == 0
 
 
 def test_end_that_an_unable_worker_reports_is_not_trusted() -> None:

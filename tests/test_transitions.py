@@ -59,6 +59,7 @@ from orchard.transitions import (
     time_out,
     unassign,
     will_restart,
+    withdraw_restart,
 )
 
 LATER = BEGAN + datetime.timedelta(minutes=5)
@@ -278,6 +279,14 @@ WRITES: dict[str, tuple[VM, Callable[[VM], VM], str, set[str], set[str]]] = {
         "controller",
         {"end_request", *ENDING},
         set(),
+    ),
+    "withdraw_restart": (
+        request_restart(running(pending()), ABLE),
+        withdraw_restart,
+        "scheduler",
+        {"status_message"},
+        # The request that is not fulfilled.
+        {"end_request"},
     ),
     "end_for_drain": (assigned(pending()), end_for_drain, "controller", {"end_request", *SHARED}, set()),
     "time_out": (pending(), time_out, "scheduler", {"status", "status_message"}, set()),

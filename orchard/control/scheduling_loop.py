@@ -200,6 +200,8 @@ class SchedulingLoop:
                     tx.put(transitions.restart(vms[name], wall_time))
                     self._restarted_at[vms[name].uid] = now
                     self._inputs.failed_before_start.discard(vms[name].uid)
+                for name in plan.withdraw:
+                    tx.put(transitions.withdraw_restart(vms[name]))
                 for name, worker in plan.assign.items():
                     self._put_assignment(tx, name, worker, wall_time)
                 for name, reason in plan.waiting.items():

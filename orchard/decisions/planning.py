@@ -15,7 +15,7 @@ from orchard.decisions.early_failures import EarlyFailures
 from orchard.decisions.worker_facts import WorkerFacts
 from orchard.resources.cluster import GUEST_AGENT, SHUTDOWN_SCRIPT
 from orchard.schema import VM, WORKER_NAME_LABEL, VMSpec, Worker
-from orchard.transitions import has_ended
+from orchard.transitions import has_ended, has_lost_worker
 
 # A VM that asks for no resource fits in any number.
 MAX_ROOM = 1_000_000
@@ -75,7 +75,8 @@ class PlannerInputs:
     def restart_at(self, vm: VM, worker: Worker | None) -> float:
         """Return the earliest time at which a failed VM can neither run any more nor restart too often.
 
-        `worker` is the VM's; None: it is not registered.
+        `worker` is the VM's; None: it is not registered. Of a restart that is withdrawn (see `is_withdrawn`), return
+        when it is.
         """
         name, request = vm.state.worker, vm.state.end_request
         if request and has_ended(vm, worker):
@@ -90,8 +91,12 @@ class PlannerInputs:
             return max(over_at, self.restarted_at.get(vm.uid, -math.inf) + RESTART_PAUSE_SECONDS)
         # Such a VM runs without a lease, so only its worker knows when it has ended.
         if vm.spec.restart_policy == "Never":
-            return math.inf
+            return over_at if has_lost_worker(vm, worker) else math.inf
         return max(over_at, self.workers.ended_at_latest(name, vm.uid))
+
+    def is_withdrawn(self, vm: VM, worker: Worker | None) -> bool:
+        """Return whether a restart is withdrawn when its time comes: the VM may run, and no worker will report its end."""
+        return vm.spec.restart_policy == "Never" and has_lost_worker(vm, worker)
 
     def kind_of_vm(self, vm: VM) -> VMKind:
         """Return the kind of a VM, with what its own history excludes."""
@@ -104,13 +109,15 @@ class PlannerInputs:
 
 @dataclass(slots=True)
 class Plan:
-    """The next changes. Each VM is in at most one of the first five."""
+    """The next changes. Each VM is in at most one of the first six."""
 
     # VM name -> reason why it returns to the queue.
     unassign: dict[str, str] = field(default_factory=dict)
     # VM name -> reason.
     fail: dict[str, str] = field(default_factory=dict)
     restart: list[str] = field(default_factory=list)
+    # VMs whose requested restart is not carried out.
+    withdraw: list[str] = field(default_factory=list)
     # VM name -> worker name.
     assign: dict[str, str] = field(default_factory=dict)
     # VM name -> new reason why it waits.

@@ -253,6 +253,23 @@ async def restart_on_a_host_that_is_cut_off(cluster: SimulatedCluster, client: C
     await wait_vm(client, "vm-1", lambda vm: vm.state.restart_count == 1 and runs(vm))
 
 
+async def restart_on_a_worker_that_is_deleted(cluster: SimulatedCluster, client: Client) -> None:
+    """A VM without a lease is not restarted, and says why, until its host is back and has reported its end."""
+    await start_workers(cluster)
+    await create(client, "vm-0", "Never")
+    vm = await wait_vm(client, "vm-0", runs)
+    cut_off(cluster, vm.state.worker)
+    await client.vms.restart(vm.name)
+    await client.workers.delete(vm.state.worker)
+    failed = await wait_vm(client, "vm-0", lambda vm: not vm.state.end_request)
+    assert (failed.state.status, failed.state.restart_count) == ("failed", 0)
+    assert vm.state.worker in failed.state.status_message
+    cluster.network.heal(vm.state.worker, CONTROLLER)
+    await wait_vm(client, "vm-0", lambda vm: vm.state.ended_at is not None)
+    await client.vms.restart(vm.name)
+    await wait_vm(client, "vm-0", lambda vm: vm.state.restart_count == 1 and runs(vm))
+
+
 async def drain_with_shutdown_scripts(cluster: SimulatedCluster, client: Client) -> None:
     """The worker is drained only when the shutdown scripts of its VMs, some of which hang, are over."""
     await start_workers(cluster, "mac-1")
@@ -330,7 +347,9 @@ SCENARIOS: list[tuple[Script, PlantedBug]] = [
 ]
 
 
-@pytest.mark.parametrize("script", [*(script for script, _ in SCENARIOS), host_that_fails_listing])
+@pytest.mark.parametrize(
+    "script", [*(script for script, _ in SCENARIOS), host_that_fails_listing, restart_on_a_worker_that_is_deleted]
+)
 def test_decision_holds(tmp_path: Path, script: Script) -> None:
     assert violations(tmp_path / "controller", script) == []
 
