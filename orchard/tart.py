@@ -371,10 +371,11 @@ class TartDriver:
     async def _tart_ip(self, name: str, *words: str) -> str:
         answer = (await self._call("ip", name, *words)).decode("utf-8", "replace").strip()
         try:
-            address = ipaddress.ip_address(answer)
+            # The zone of an address may be any text. Only a link-local address needs one, and that leads to this host.
+            address = ipaddress.ip_address("" if "%" in answer else answer)
         except ValueError as error:
             raise DriverError(
-                f'{self._program} ip printed "{presentable(answer)}" for {name}, expected an IP address'
+                f'{self._program} ip printed "{presentable(answer)}" for {name}, expected an IP address without a zone'
             ) from error
         # A guest agent says what it likes. Connections to such an address would end on this host.
         if not self._own_addresses and leads_to_host(address):
@@ -434,15 +435,17 @@ class TartDriver:
             raise gone
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
-        if script.agent:
-            self._refuse_on_vetu("guest agents")
-            if not self._supervised.is_running(operand("VM name", name)):
-                raise DriverError(f'VM "{name}" is not running')
-            command, environ = [self._path, "exec", "-i", name], self._calls.env
-            await run_by_agent(command, environ, partial(self._wait_for_agent, name), script, on_line)
-            return
-        host = await self.ip(name, bridged=script.bridged)
-        await run_over_ssh(SSHServer(host, self._ssh_port, dial=self._dial), script, on_line)
+        # Of this host: the disk for temporary files is full, or there is no process or descriptor left.
+        with reporting(f"cannot run the {script.kind} script"):
+            if script.agent:
+                self._refuse_on_vetu("guest agents")
+                if not self._supervised.is_running(operand("VM name", name)):
+                    raise DriverError(f'VM "{name}" is not running')
+                command, environ = [self._path, "exec", "-i", name], self._calls.env
+                await run_by_agent(command, environ, partial(self._wait_for_agent, name), script, on_line)
+                return
+            host = await self.ip(name, bridged=script.bridged)
+            await run_over_ssh(SSHServer(host, self._ssh_port, dial=self._dial), script, on_line)
 
     async def _wait_for_agent(self, name: str) -> None:
         """Wait until the guest agent answers. A guest without an address is given up after a minute, whatever its agent."""
@@ -450,7 +453,8 @@ class TartDriver:
             await self._call("ip", name, "--resolver", "agent", "--wait", str(_IP_SECONDS))
 
     async def recover(self) -> None:
-        await self._calls.end_left(self._stop_seconds)
+        with reporting("cannot end the calls of an earlier worker"):
+            await self._calls.end_left(self._stop_seconds)
         # Files about VMs that another program has deleted. The files are listed before the VMs, since another worker
         # in this directory writes them after it has made a VM.
         files = self._supervised.list_files()

@@ -81,6 +81,7 @@ async def test_capacity_says_why_nothing_fits(api: Served) -> None:
         "resources=gpu=1,gpu=2",
         "resources==1",
         "resources=gpu=99999999999999999999",
+        f"resources=gpu={'9' * 5000}",
         "labels=xcode",
         "labels=a=b,a=c",
         "labels=a=%250A",

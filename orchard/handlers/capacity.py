@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from orchard.api import API
 from orchard.base.nursery import visit_in_steps
-from orchard.codec import ValidationError, dump_json, encode, shown
+from orchard.codec import MAX_UINT, ValidationError, dump_json, encode, shown
 from orchard.decisions.planning import Demand, demand_of, matches
 from orchard.decisions.waiting import Survey
 from orchard.handlers import parameters
@@ -53,8 +53,11 @@ def _read_shape(query: Query) -> VMSpec:
     """Return the specification of a VM as `POST /vms` makes it. Raises HTTPError(400)."""
     resources = read_pairs(query, parameters.RESOURCES)
     for name, amount in resources.items():
-        if not (amount.isascii() and amount.isdigit()):
-            raise HTTPError(400, f"resources[{shown(name)}] is {shown(amount)}, expected a whole number")
+        # Python refuses to read thousands of digits.
+        if not (amount.isascii() and amount.isdigit() and len(amount) <= len(str(MAX_UINT))):
+            raise HTTPError(
+                400, f"resources[{shown(name)}] is {shown(amount)}, expected a whole number from 0 to {MAX_UINT}"
+            )
     raw = {
         "name": "shape",
         "image": "shape",

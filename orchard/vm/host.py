@@ -23,7 +23,7 @@ from xml.parsers.expat import ExpatError
 
 import trio
 
-from orchard.codec import shown
+from orchard.codec import MAX_UINT, shown
 from orchard.resources.cluster import WorkerDisk
 from orchard.schema import HostDir, HostDirPolicy, is_allowed
 from orchard.vm.driver import DriverError, SharedDir
@@ -100,7 +100,8 @@ def measure_disk(path: Path) -> WorkerDisk | None:
             continue
         except OSError:
             break
-        return WorkerDisk(usage.total, usage.free)
+        # A file system of a network may report sizes that no number in the API can have.
+        return WorkerDisk(min(usage.total, MAX_UINT), min(usage.free, MAX_UINT))
     return None
 
 

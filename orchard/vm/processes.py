@@ -9,6 +9,7 @@ Nothing here knows VMs, tart or ssh.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -42,6 +43,7 @@ OUTPUT_BYTES = 1024 * 1024  # bytes
 _MAX_SHOWN = 400  # characters
 # In which a complaint is searched. Apple's errors have some thousand characters.
 _COMPLAINT_BYTES = 64 * 1024  # bytes
+# No pattern here begins with a repetition that can take line breaks: with blank lines, the search would take minutes.
 # Colours and cursor movements, titles of windows, and other sequences of terminals.
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 _ERROR = re.compile(r"\berror(?::| domain=)", re.IGNORECASE)
@@ -49,8 +51,8 @@ _ERROR_LABEL = re.compile(r"^(?:fatal )?error: ", re.IGNORECASE)
 # With the cause on the same line, or a chain of causes on indented lines.
 _CAUSED_BY = re.compile(r"^[ \t]*caused by:[ \t]*(.+|(?:\n+[ \t]+.*)*)", re.IGNORECASE | re.MULTILINE)
 _NUMBER_LABEL = re.compile(r"^\d+: ")
-_USAGE = re.compile(r"^\s*(?:usage:|overview:|see '.* --help')", re.IGNORECASE | re.MULTILINE)
-_USER_INFO = re.compile(r"\s*UserInfo=(?:0x[0-9a-f]+ )?\{")
+_USAGE = re.compile(r"^[ \t]*(?:usage:|overview:|see '.* --help')", re.IGNORECASE | re.MULTILINE)
+_USER_INFO = re.compile(r"UserInfo=(?:0x[0-9a-f]+ )?\{")
 _INNER_ERROR = re.compile(r'Code=-?\d+ "([^"]*)"')
 # What a shell exits with when it cannot run the program.
 _SHELL_FAILURES = (126, 127)
@@ -99,7 +101,7 @@ def _without_user_info(text: str) -> str:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         named = [name for name in _INNER_ERROR.findall(text[begin.end() : end]) if name != "(null)"]
-        text = text[: begin.start()] + (f" ({presentable(named[-1])})" if named else "") + text[end:]
+        text = text[: begin.start()].rstrip() + (f" ({presentable(named[-1])})" if named else "") + text[end:]
     return text
 
 
@@ -123,8 +125,10 @@ def is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
-        pass
+    except OSError as error:
+        # Too long a name is that of no file.
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            raise
     return False
 
 
@@ -251,7 +255,9 @@ class Calls:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     completed = await run_program(wrapped, stdin=file.fileno(), env=self.env, on_output=on_output)
         finally:
-            path.unlink(missing_ok=True)
+            # It belongs to a program that has ended, so it does no harm where it cannot be deleted.
+            with suppress(OSError):
+                path.unlink()
         if completed.status in _SHELL_FAILURES:
             raise DriverError(f"cannot run {command[0]}: {find_complaint(completed.stderr)}")
         return completed

@@ -108,17 +108,23 @@ class SupervisedVMs:
     def forget(self, name: str) -> None:
         """Delete the files about a VM."""
         for kind in _KINDS:
-            self._file(name, kind).unlink(missing_ok=True)
+            self._delete(self._file(name, kind))
+
+    def _delete(self, path: Path) -> None:
+        with reporting(f"cannot delete {path}"):
+            path.unlink(missing_ok=True)
 
     def list_files(self) -> list[Path]:
-        return list(self._directory().iterdir())
+        directory = self._directory()
+        with reporting(f"cannot read {directory}"):
+            return list(directory.iterdir())
 
     def forget_others(self, paths: Iterable[Path], names: Collection[str]) -> None:
         """Delete those of some files that are about a VM which does not run and is none of `names`."""
         for path in paths:
             name, _, kind = path.name.removesuffix(".new").rpartition(".")
             if kind in _KINDS and name not in names and not self.is_running(name):
-                path.unlink(missing_ok=True)
+                self._delete(path)
 
     # -- leases
 
@@ -208,7 +214,10 @@ class SupervisedVMs:
 
     async def wait_order(self, name: str, seconds: float) -> None:
         """Wait until a VM that was told to end has ended. Kills it and raises if that takes longer than `seconds`."""
-        if not await wait_unlocked(self._file(name, "run"), seconds):
+        path = self._file(name, "run")
+        with reporting(f"cannot read {path}"):
+            has_ended = await wait_unlocked(path, seconds)
+        if not has_ended:
             self._signal(name, signal.SIGKILL)
             raise DriverError(f"VM {name} did not end within {seconds:g} seconds and was killed")
         self._ended.set()

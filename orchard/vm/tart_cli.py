@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
-from orchard.codec import ValidationError, parse_time
+from orchard.codec import MAX_UINT, ValidationError, parse_time
 from orchard.resources.cluster import CachedImage
 from orchard.schema import ARCHIVE, LOCAL_PREFIX
 from orchard.vm.driver import (
@@ -37,11 +38,13 @@ _PROGRESS_BYTES = 4096  # bytes
 # Before this version `tart list` fails while a VM with an ASIF disk runs (images of macOS 27), and breaks its start.
 LISTS_SAFELY = (2, 39, 0)
 _START_SECONDS = 10.0  # seconds
-_VERSION = re.compile(rb"(\d+)\.(\d+)(?:\.(\d+))?")
+_VERSION = re.compile(rb"(\d{1,9})\.(\d{1,9})(?:\.(\d{1,9}))?")
 _FLAG = re.compile(rb"(?<![\w-])--[a-z][a-z-]*")
 _UNKNOWN_VM = re.compile(r'\bVM "[^"]*" does not exist')
 # Where a JSON array may begin.
-_ARRAY = re.compile(r"^\s*\[", re.MULTILINE)
+_ARRAY = re.compile(r"^[ \t]*\[", re.MULTILINE)
+# Places that are tried.
+_MAX_ARRAYS = 100
 _PERCENT = re.compile(rb"(\d{1,3})(?:\.\d+)?%")
 
 
@@ -136,8 +139,8 @@ def parse_images(output: bytes) -> list[CachedImage]:
         with suppress(ValidationError):
             used = parse_time(accessed, "Accessed") if isinstance(accessed, str) else None
         _, _, digest = name.partition("@")
-        whole = size if isinstance(size, int) and size > 0 else 0
-        images.append(CachedImage(name, digest, whole * _GIGABYTE, used))
+        size_bytes = size * _GIGABYTE if isinstance(size, int) and size > 0 else 0
+        images.append(CachedImage(name, digest, min(size_bytes, MAX_UINT), used))
     return images
 
 
@@ -153,7 +156,7 @@ def with_digests(images: Iterable[CachedImage], fqns: Mapping[str, str]) -> list
 
 
 def _find_array(text: str) -> list[Any]:
-    for begin in _ARRAY.finditer(text):
+    for begin in itertools.islice(_ARRAY.finditer(text), _MAX_ARRAYS):
         with suppress(ValueError, RecursionError):
             found, end = json.JSONDecoder().raw_decode(text, begin.end() - 1)
             # "[1]" or "[] x" may be a line of a log.

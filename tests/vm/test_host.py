@@ -7,15 +7,18 @@ import plistlib
 import socket
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from orchard.client import VMFailed
+from orchard.codec import MAX_UINT
+from orchard.resources.cluster import WorkerDisk
 from orchard.schema import HostDir, HostDirPolicy
 from orchard.testing import cluster
 from orchard.vm.driver import DriverError, SharedDir
-from orchard.vm.host import check_dhcp_lease, leads_to_host, machine_id, resolve_dirs
+from orchard.vm.host import check_dhcp_lease, disk_of, leads_to_host, machine_id, resolve_dirs
 
 
 @pytest.fixture
@@ -144,3 +147,11 @@ async def test_machine_id_is_stable(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fallback = await machine_id(tmp_path / "none")
     assert fallback.startswith("node-")
     assert await machine_id(tmp_path / "none") == fallback
+
+
+async def test_disk_of_an_impossible_size_is_reported_as_the_largest_possible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems of a network say so. The controller would refuse each heartbeat with a larger number."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=2**64, free=2**63))
+    assert await disk_of(tmp_path) == WorkerDisk(MAX_UINT, MAX_UINT)

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import time
 from functools import partial
 from pathlib import Path
 
@@ -90,6 +91,16 @@ def test_usage_text_alone_is_shown() -> None:
     assert find_complaint(b"usage: ssh [-46AaCfGg]\n") == "usage: ssh [-46AaCfGg]"
 
 
+@pytest.mark.parametrize("noise", [b"\n", b" ", b" \n", b"\n \n "])
+def test_noise_is_searched_about_as_fast_as_text(noise: bytes) -> None:
+    def seconds(output: bytes) -> float:
+        began = time.thread_time()
+        find_complaint((output * (1 << 16))[: 1 << 16])
+        return time.thread_time() - began
+
+    assert seconds(noise) < 50 * max(seconds(b"x\n") for _ in range(3))
+
+
 async def test_status_and_the_end_of_both_outputs_are_returned(tmp_path: Path) -> None:
     received = bytearray()
     text = "yes 0123456789 | head -c 3000000; echo the end; echo error >&2; exit 3"
@@ -168,6 +179,16 @@ async def test_call_has_a_locked_file_with_its_number_while_it_runs(tmp_path: Pa
     assert list(tmp_path.glob("*")) == []
     with pytest.raises(DriverError, match=r"cannot run /none/program: .*not found"):
         await calls.run(["/none/program"], label="verb")
+
+
+async def test_call_returns_although_its_file_cannot_be_deleted(tmp_path: Path) -> None:
+    replaced = 'for file in "$1"/*; do rm "$file"; mkdir "$file"; done; echo done'
+    completed = await Calls(tmp_path, os.environ).run(["/bin/sh", "-c", replaced, "sh", str(tmp_path)], label="verb")
+    assert (completed.status, completed.stdout) == (0, b"done\n")
+
+
+def test_name_that_is_too_long_for_a_file_is_not_locked(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / ("x" * 300))
 
 
 @pytest.mark.parametrize(

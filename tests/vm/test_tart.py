@@ -6,12 +6,13 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from harness.processes import GENEROUS, eventually, processes_in
 
 from orchard import tart as tart_module
 from orchard.base.nursery import unwrap_groups
+from orchard.codec import MAX_UINT
 from orchard.tart import TartDriver, find_tart
 from orchard.vm import supervisor
 from orchard.vm.driver import (
@@ -40,6 +42,7 @@ from orchard.vm.processes import OUTPUT_BYTES, is_locked
 from orchard.vm.tart_cli import (
     Abilities,
     Percentage,
+    parse_images,
     parse_list,
     run_arguments,
     seconds_until_listable,
@@ -237,6 +240,23 @@ def test_list_is_found_beside_other_output() -> None:
     for before in (b"", b"[1] note\n", b'[info] x\n[]x\n\x1b[2K["a"]\n', b"warning: \xff\n  "):
         assert parse_list(before + listed + b"\n[done]\n") == [LocalVM("a [b", "stopped")]
     assert parse_list(b"note\n[]\n") == []
+
+
+@pytest.mark.parametrize("noise", [b"\n", b"[\n", b"[0,\n"])
+def test_noise_is_searched_for_a_list_about_as_fast_as_text(noise: bytes) -> None:
+    def seconds(output: bytes) -> float:
+        began = time.thread_time()
+        with pytest.raises(ValueError, match="no list"):
+            parse_list((output * (1 << 16))[: 1 << 16])
+        return time.thread_time() - began
+
+    assert seconds(noise) < 50 * max(seconds(b"x\n") for _ in range(3))
+
+
+def test_images_of_impossible_sizes_are_reported_with_possible_ones() -> None:
+    for size, expected in ((10**30, MAX_UINT), (-1, 0), ("61", 0), (1, 10**9)):
+        (image,) = parse_images(json.dumps([{"Name": "example.com/i", "Size": size}]).encode())
+        assert image.size_bytes == expected
 
 
 @pytest.mark.parametrize(
@@ -491,6 +511,68 @@ async def test_cancelled_deletion_is_completed_by_the_next(tmp_path: Path) -> No
     with pytest.raises(NoSuchVM):
         await driver.delete("vm")
     assert driver.noted("vm") == ""
+
+
+async def test_file_that_cannot_be_deleted_raises_driver_error(tmp_path: Path) -> None:
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    (tmp_path / "driver" / "vm.lease").mkdir()
+    with pytest.raises(DriverError, match=r"cannot delete .*vm\.lease"):
+        await driver.delete("vm")
+    with pytest.raises(DriverError, match=r"cannot delete .*vm\.lease"):
+        await driver.recover()
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open no more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("no_pauses")
+async def test_verbs_without_a_free_descriptor_raise_driver_error(tmp_path: Path) -> None:
+    async def on_line(line: str) -> None:
+        raise AssertionError(line)
+
+    driver = tart(tmp_path)
+    await driver.clone(IMAGE, "vm", lambda _: None)
+    verbs: Sequence[Callable[[], Awaitable[object]]] = [
+        driver.list_vms,
+        driver.list_images,
+        driver.recover,
+        lambda: driver.pull(IMAGE, lambda _: None),
+        lambda: driver.clone(IMAGE, "vm2", lambda _: None),
+        lambda: driver.configure("vm", Hardware(cpu=2)),
+        # The address of a running VM would be asked for again.
+        lambda: driver.ip("none"),
+        lambda: driver.run_script("none", Script("true"), on_line),
+        lambda: driver.stop("vm"),
+        lambda: driver.suspend("vm"),
+        lambda: driver.delete("vm"),
+        lambda: driver.run("vm", RunOptions()),
+        lambda: driver.attach("vm"),
+        lambda: driver.run_script("vm", Script("true", agent=True), on_line),
+    ]
+    async with running(driver, "vm"):
+        for verb in verbs:
+            with no_descriptors(), pytest.raises(DriverError, match="Too many open files"):
+                await verb()
+
+
+async def test_script_without_temporary_files_raises_driver_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def on_line(line: str) -> None:
+        raise AssertionError(line)
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(DriverError, match=r"cannot run the startup script: No such file"):
+        await program(tmp_path / "tart", "echo 203.0.113.9").run_script("vm", Script("true"), on_line)
 
 
 async def test_failed_run_raises_the_message_of_tart(tmp_path: Path) -> None:
@@ -844,7 +926,10 @@ async def test_flags_reach_the_program_unchanged(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("said", ["", "no address", "10.0.0.1 10.0.0.2", "-oProxyCommand=x"])
+@pytest.mark.parametrize(
+    "said",
+    ["", "no address", "10.0.0.1 10.0.0.2", "-oProxyCommand=x", "fd00::1%en0", "fd00::1%\u00e9", f"fd00::1%{'x' * 99}"],
+)
 async def test_invalid_address_from_tart_is_refused(tmp_path: Path, said: str) -> None:
     with pytest.raises(DriverError, match=re.escape(f'tart ip printed "{said}" for vm, expected an IP address')):
         await program(tmp_path / "tart", f"echo '{said}'").ip("vm")
@@ -863,9 +948,11 @@ async def test_address_that_leads_to_the_host_is_refused(tmp_path: Path, said: s
 
 
 async def test_listed_vms_of_other_programs_may_have_any_name(tmp_path: Path) -> None:
-    listed = json.dumps([{"Name": "-rf", "State": "stopped"}, {"Name": "é x", "State": "running"}])
+    # The longest names that a directory can have.
+    names = ["-rf", "é x", "x" * 255]
+    listed = json.dumps([{"Name": name, "State": "stopped"} for name in names])
     found = await program(tmp_path / "tart", f"echo '{listed}'").list_vms()
-    assert found == [LocalVM("-rf", "stopped"), LocalVM("é x", "running")]
+    assert found == [LocalVM(name, "stopped") for name in names]
 
 
 @pytest.mark.usefixtures("no_pauses")
