@@ -39,7 +39,7 @@ from orchard.schema import VM, ClusterSettings, ServiceAccount, Worker, vm_from_
 from orchard.state.change_log import ChangeLog
 from orchard.state.changes import Change, ChangeFeed, Kind, StoredObject
 from orchard.state.watchers import Audience
-from orchard.storage.engine import Batch, Contents, Engine, Tables
+from orchard.storage.engine import Batch, Contents, Engine, Key, Tables
 from orchard.storage.errors import (
     BrokenError,
     NotWrittenError,
@@ -509,14 +509,20 @@ def build_state(contents: Contents) -> State:
 def _build(contents: Contents, state: State) -> Iterator[None]:
     """Do what `build_state` does, in steps: yield after some objects."""
     state.revision = contents.revision
-    for count, ((kind, name), (offset, raw)) in enumerate(contents.objects.items(), 1):
-        try:
-            decoded = raw if isinstance(raw, DecodedObject) else decode_object(kind, raw)
-        except (KeyError, TypeError, ValidationError) as error:
-            raise contents.not_understood(offset, error) from error
+    for count, ((kind, name), decoded) in enumerate(_decode(contents), 1):
         state.apply(cast("Kind", kind), name, *decoded)
         if count % _BUILT_AT_ONCE == 0:
             yield
+
+
+def _decode(contents: Contents) -> Iterator[tuple[Key, DecodedObject]]:
+    yield from contents.decoded.items()
+    for key, (place, raw) in contents.objects.items():
+        try:
+            decoded = decode_object(key[0], raw)
+        except (KeyError, TypeError, ValidationError) as error:
+            raise contents.not_understood(place, error) from error
+        yield key, decoded
 
 
 def read_state(path: Path) -> State:

@@ -61,15 +61,14 @@ class Batch:
 
 @dataclass(slots=True)
 class Contents:
-    """What an engine has loaded: the revision, and the parsed JSON of each object with the place where it was found.
-
-    Instead of the JSON, there may be what was made of the same JSON before the start (see DecodedValues).
-    """
+    """What an engine has loaded: the revision, and the parsed JSON of each object with the place where it was found."""
 
     revision: int = 0
     # The wall time of the last write, as far as it is stored.
     time: datetime.datetime | None = None
     objects: dict[Key, tuple[Any, Any]] = field(default_factory=dict, repr=False)
+    # The other objects: what was made of the same JSON before the start (see DecodedValues).
+    decoded: dict[Key, Any] = field(default_factory=dict, repr=False)
     # Whether a lease has to be renewed while the objects are decoded.
     has_lease: bool = False
 

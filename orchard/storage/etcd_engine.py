@@ -84,19 +84,25 @@ class EtcdContents(Contents):
 
     has_lease: bool = True
     prefix: str = ""
-    decoded: DecodedValues = field(default_factory=dict, repr=False)
+    # What was decoded before the start, by etcd's key.
+    ahead: DecodedValues = field(default_factory=dict, repr=False)
 
     def read(self, kind: str, name: str, value: bytes) -> None:
         """Add an object. Raises DamagedKeyError."""
         key = f"{self.prefix}/{kind}/{name}"
-        before, made = self.decoded.get(key, (None, None))
+        before, made = self.ahead.get(key, (None, None))
         if before == value:
-            self.objects[kind, name] = (key, made)
+            self.decoded[kind, name] = made
             return
         try:
             self.objects[kind, name] = (key, json.loads(value))
         except ValueError as error:
             raise self.not_understood(key, error) from error
+
+    def drop(self, key: Key) -> None:
+        """Forget an object that was read, if there is one."""
+        self.objects.pop(key, None)
+        self.decoded.pop(key, None)
 
     def not_understood(self, place: Any, error: Exception) -> DamagedError:
         return DamagedKeyError(f"etcd key {place}", f"the value is not understood ({error})")
@@ -167,7 +173,7 @@ async def read_objects(client: EtcdClient, contents: EtcdContents, head: Head, a
         )
     parts = [_decode_part(each) for each in stored[: head.parts]]
     for (kind, name), value in (record for part in parts for record in part):
-        contents.objects.pop((kind, name), None)
+        contents.drop((kind, name))
         if value is not None:
             contents.read(kind, name, value)
     return parts
@@ -236,7 +242,7 @@ class EtcdEngine:
         prefix: str,
         leadership: Leadership,
         max_mib: int = DEFAULT_MAX_MIB,
-        decoded: DecodedValues = MappingProxyType({}),
+        ahead: DecodedValues = MappingProxyType({}),
     ) -> None:
         # Why nothing should be added at present; empty when there is space.
         self.full = ""
@@ -251,8 +257,8 @@ class EtcdEngine:
         # What another controller has decided, or begun to write, and not completed.
         self._found_parts: list[list[_Record]] = []
         self._usage = _Usage(max_mib * 1024 * 1024)
-        # Until `load`, by key.
-        self._decoded = decoded
+        # What was decoded before the start; until `load`.
+        self._ahead = ahead
         self._look = Wakeup()
 
     @property
@@ -281,8 +287,8 @@ class EtcdEngine:
         self.head = replace(old, epoch=old.epoch + 1, by=self._leadership.by, write=0)
         self._head_at = found.mod_revision if found is not None else 0
         await self._write_head([was_written_at(self._leadership.key, self._leadership.revision)], [])
-        contents = EtcdContents(old.revision, _read_time(old.time), prefix=self._prefix, decoded=self._decoded)
-        self._decoded = {}
+        contents = EtcdContents(old.revision, _read_time(old.time), prefix=self._prefix, ahead=self._ahead)
+        self._ahead = {}
         self._found_parts = await read_objects(self._client, contents, self.head, self._head_at)
         return contents
 

@@ -41,7 +41,7 @@ async def running_site() -> AsyncIterator[MemoryEtcdSite]:
 @asynccontextmanager
 async def store_of_leader(site: MemoryEtcdSite, decoded: DecodedValues) -> AsyncIterator[Store]:
     async with site.leading() as (client, leadership):
-        store = await Store.open(EtcdEngine(client, PREFIX, leadership, decoded=decoded), BEGAN)
+        store = await Store.open(EtcdEngine(client, PREFIX, leadership, ahead=decoded), BEGAN)
         async with running_store(store):
             yield store
 
