@@ -14,7 +14,7 @@ handlers/parameters.py.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -22,6 +22,7 @@ from typing import TypeVar
 import trio
 
 from orchard import auth
+from orchard.base.nursery import sleep_pauses
 from orchard.codec import parse_client_json
 from orchard.control.figures import Figures
 from orchard.control.scheduling_loop import SchedulingLoop
@@ -147,8 +148,8 @@ class API:
                 account = named_account(authorization)
                 check = partial(gate.identify, authorization, bearer=bearer)
                 if gate.limit.is_limited(request.peer, account):
-                    wait = partial(gate.limit.check, request.peer, account, check, trio.sleep)
-                    return SlowAdmission(partial(self._admit_later, operation, name, wait))
+                    pauses = gate.limit.check(request.peer, account, check)
+                    return SlowAdmission(partial(self._admit_later, operation, name, pauses))
                 sender = gate.limit.check_now(request.peer, account, check)
             return self._admit_sender(operation, name, sender)
         except REFUSALS as error:
@@ -171,11 +172,11 @@ class API:
             raise http_error(error, account) from error
 
     async def _admit_later(
-        self, operation: APIOperation, name: str, identify: Callable[[], Awaitable[ServiceAccount | Access]]
+        self, operation: APIOperation, name: str, pauses: Generator[float, None, ServiceAccount | Access]
     ) -> Admitted:
-        """Admit a sender who has to wait for the check of the credentials. Raises HTTPError."""
+        """Admit a sender whose credentials are checked after pauses. Raises HTTPError."""
         try:
-            return self._admit_sender(operation, name, await identify())
+            return self._admit_sender(operation, name, await sleep_pauses(pauses))
         except REFUSALS as error:
             raise http_error(error) from error
 

@@ -9,14 +9,15 @@ This module knows no resource and no role of the product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import TypeVar
 
 import trio
 
 StartedT = TypeVar("StartedT")
 VisitedT = TypeVar("VisitedT")
+SleptT = TypeVar("SleptT")
 
 
 class Wakeup:
@@ -67,6 +68,20 @@ async def visit_in_steps(
             if (one := table.get(name)) is not None:
                 visit(one)
         await trio.lowlevel.checkpoint()
+
+
+async def sleep_pauses(
+    pauses: Generator[float, None, SleptT], sleep: Callable[[float], Awaitable[object]] = trio.sleep
+) -> SleptT:
+    """Sleep for the seconds that a generator yields, each time, and return what it returns. Raises what it raises."""
+    with closing(pauses):
+        while True:
+            try:
+                seconds = next(pauses)
+            except StopIteration as end:
+                result: SleptT = end.value
+                return result
+            await sleep(seconds)
 
 
 def growing_pause(failures: int, first: float, last: float) -> float:

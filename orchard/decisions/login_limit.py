@@ -1,4 +1,4 @@
-"""The limit on wrong credentials, for the API and the SSH jump host together. Pure: clock and sleep are arguments.
+"""The limit on wrong credentials, for the API and the SSH jump host together. Pure: the clock is an argument.
 
 Wrong credentials are counted by source (`source_of` the client's address) and by the account that they name. After ten
 within a minute, a source or an account is *limited*: its credentials are checked once a second, and wrong ones are
@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -120,10 +120,8 @@ class LoginLimit:
             if failures.limited_for(now) and not was_limited:
                 self._log(now, source_of(address), account)
 
-    async def check(
-        self, address: str, account: str, check: Callable[[], OutcomeT], sleep: Callable[[float], Awaitable[object]]
-    ) -> OutcomeT:
-        """Return what `check` returns, when it is the turn of these credentials. `sleep` waits for seconds.
+    def check(self, address: str, account: str, check: Callable[[], OutcomeT]) -> Generator[float, None, OutcomeT]:
+        """Return what `check` returns, when it is the turn of these credentials. Yields the seconds to wait.
 
         Raises TooManyFailuresError if `check` raises UnauthenticatedError, or if too much waits to check them.
         """
@@ -138,12 +136,12 @@ class LoginLimit:
         with self._counted(source):
             try:
                 if wait <= _TURN_SECONDS:
-                    await sleep(wait)
+                    yield wait
                     return check()
             except UnauthenticatedError:
                 self.record(address, account)
             if has_room:
-                await sleep(max(0.0, begun + CHECK_SECONDS - self._clock()))
+                yield max(0.0, begun + CHECK_SECONDS - self._clock())
         raise self._too_many(source, account)
 
     def _find(self, source: str, account: str) -> tuple[_Failures, _Failures]:

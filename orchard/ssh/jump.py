@@ -39,7 +39,7 @@ from asyncssh.kex import get_kex_algs
 from orchard import auth
 from orchard.base import logs
 from orchard.base.files import write_private
-from orchard.base.nursery import Wakeup, unwrap_groups
+from orchard.base.nursery import Wakeup, sleep_pauses, unwrap_groups
 from orchard.decisions.access_tokens import Access
 from orchard.decisions.gate import Gate
 from orchard.decisions.login_limit import TooManyFailuresError
@@ -207,7 +207,7 @@ class JumpHost:
         if gate.recall(header, bearer=True) is not None or not gate.limit.is_limited(address, account):
             gate.limit.check_now(address, account, check)
         else:
-            await gate.limit.check(address, account, check, asyncio.sleep)
+            await sleep_pauses(gate.limit.check(address, account, check), asyncio.sleep)
         return check
 
     def _check_header(self, header: str, account: str) -> Sender:

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from orchard.auth import UnauthenticatedError
+from orchard.base.nursery import sleep_pauses
 from orchard.decisions import login_limit
 from orchard.decisions.login_limit import MAX_FAILED, MAX_FAILURES, LoginLimit, TooManyFailuresError
 
@@ -33,7 +34,7 @@ class Guesses:
         check = partial(self.check, right)
         try:
             if self.limit.is_limited(address, account):
-                outcome = await self.limit.check(address, account, check, trio.sleep)
+                outcome = await sleep_pauses(self.limit.check(address, account, check))
             else:
                 outcome = self.limit.check_now(address, account, check)
         except UnauthenticatedError:
