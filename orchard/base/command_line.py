@@ -2,6 +2,9 @@
 
 `CommandLine` is an argparse.ArgumentParser, and the `parse_*` functions are `type=` functions for it: they raise
 ArgumentTypeError with the text and what was expected; argparse then exits with status 2.
+
+Each call of the `orchard` command imports this file. What takes long to import is imported where it is used, and patterns
+are compiled where they are used.
 """
 
 from __future__ import annotations
@@ -14,17 +17,21 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO
+
+# As typing.TYPE_CHECKING, whose import takes a tenth of the start.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any, Literal, NoReturn, TextIO
 
 # JSON numbers are exact up to here.
 _MAX_AMOUNT = 2**53 - 1
-_ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})")
+_ADDRESS = r"(?:\[([^\[\]]+)\]|([^:\[\]]*)):([0-9]{1,5})"
 # As many digits as _MAX_AMOUNT has: int() takes long for texts of thousands of digits.
-_DURATION = re.compile(r"(?=.)(?:([0-9]{1,5})d)?(?:([0-9]{1,7})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s?)?", re.ASCII)
+_DURATION = r"(?=.)(?:([0-9]{1,5})d)?(?:([0-9]{1,7})h)?(?:([0-9]{1,9})m)?(?:([0-9]{1,9})s?)?"
 # Seconds of the units of a duration.
 _UNITS = (86_400, 3_600, 60, 1)
-_WHOLE_NUMBER = re.compile(r"[0-9]{1,16}")
+_WHOLE_NUMBER = r"[0-9]{1,16}"
 
 _DIRECTORY = ".orchard"
 # What an earlier version kept in $ORCHARD_HOME itself, as patterns. A role has data there if its first pattern matches.
@@ -45,6 +52,8 @@ def orchard_home(role: Literal["controller", "worker", "command"]) -> Path:
     Raises HomeError if `role` has data in $ORCHARD_HOME itself, where an earlier version kept it, and none here: a
     controller would start with an empty state, and a worker would not know its VMs. Also for a user without a home.
     """
+    from pathlib import Path
+
     given = os.environ.get("ORCHARD_HOME")
     if not given:
         try:
@@ -122,8 +131,10 @@ class CommandLine(argparse.ArgumentParser):
 
 def discard_output(stream: TextIO) -> None:
     """Have what is still buffered for a standard stream not fail again at the end of the process."""
-    with suppress(OSError, ValueError), Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def add_ignored_options(parser: CommandLine, values: Mapping[str, str]) -> None:
@@ -154,7 +165,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 def parse_address(text: str) -> tuple[str | None, int]:
     """Parse HOST:PORT, [IPV6]:PORT or :PORT. The host is None for :PORT, which means all addresses."""
-    match = _ADDRESS.fullmatch(text)
+    match = re.fullmatch(_ADDRESS, text)
     if match is None or int(match[3]) > 65535:
         raise argparse.ArgumentTypeError(f'address is "{text}", expected HOST:PORT, [IPV6]:PORT or :PORT')
     return match[1] or match[2] or None, int(match[3])
@@ -162,7 +173,7 @@ def parse_address(text: str) -> tuple[str | None, int]:
 
 def parse_port(text: str) -> int:
     """Parse a TCP port to listen on. 0 means any free port."""
-    if not _WHOLE_NUMBER.fullmatch(text) or int(text) > 65535:
+    if not re.fullmatch(_WHOLE_NUMBER, text) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f'port is "{text}", expected a whole number from 0 to 65535')
     return int(text)
 
@@ -188,13 +199,13 @@ def parse_duration(text: str) -> int:
 
 def _duration(text: str) -> int:
     """Return the seconds of a text such as 3m0s; 0 if it is none."""
-    match = _DURATION.fullmatch(text)
+    match = re.fullmatch(_DURATION, text)
     return 0 if match is None else sum(int(part or 0) * size for part, size in zip(match.groups(), _UNITS, strict=True))
 
 
 def parse_count(text: str) -> int:
     """Parse a whole number of at least 1."""
-    if not _WHOLE_NUMBER.fullmatch(text) or not 0 < int(text) <= _MAX_AMOUNT:
+    if not re.fullmatch(_WHOLE_NUMBER, text) or not 0 < int(text) <= _MAX_AMOUNT:
         raise argparse.ArgumentTypeError(f'number is "{text}", expected a whole number of at least 1')
     return int(text)
 
@@ -228,7 +239,7 @@ def parse_resources(text: str) -> dict[str, int]:
     """Parse NAME=AMOUNT,NAME=AMOUNT with whole amounts."""
     found = {}
     for name, amount in parse_pairs(text).items():
-        if not _WHOLE_NUMBER.fullmatch(amount) or int(amount) > _MAX_AMOUNT:
+        if not re.fullmatch(_WHOLE_NUMBER, amount) or int(amount) > _MAX_AMOUNT:
             raise argparse.ArgumentTypeError(f'resource is "{name}={amount}", expected NAME=WHOLE NUMBER')
         found[name] = int(amount)
     return found

@@ -7,12 +7,12 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-from orchard import __version__
 from orchard.base.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources
 from orchard.cli.connection import ANSWER_SECONDS, AnswerError, Outage, path_of
 from orchard.cli.failure import OVERDUE, CommandError, NetworkError
+from orchard.cli.options import add_context_option, add_output_option
 from orchard.cli.output import format_age, format_json_value, print_items, print_json, print_pairs, print_table
-from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
+from orchard.cli.session import open_connection, require_capability
 
 _POWER_STATES = {"stop": "stopped", "suspend": "suspended", "start": "running"}
 _WAITING = ("running", "ready", "failed", "stopped", "deleted")
@@ -203,27 +203,6 @@ def _show_sessions(options: argparse.Namespace) -> int:
     return 0
 
 
-def _declare_version(parser: CommandLine) -> None:
-    parser.add_argument("--client", action="store_true", help="ask no controller")
-    add_output_option(parser, "text", "json")
-    parser.set_defaults(run=_print_version)
-
-
-def _print_version(options: argparse.Namespace) -> int:
-    versions = {"client": __version__}
-    if options.output == "text":
-        print(f"client: orchard {__version__}")
-    if not options.client:
-        with open_connection(options) as controller:
-            info = controller.fetch("GET", "/controller/info")
-            versions |= {"server": info.get("version", ""), "url": controller.url}
-        if options.output == "text":
-            print(f"server: orchard {versions['server']} at {versions['url']}")
-    if options.output == "json":
-        print_json(versions)
-    return 0
-
-
 _DECLARATIONS: Mapping[str, Callable[[CommandLine], None]] = {
     **dict.fromkeys(_POWER_STATES, _declare_power),
     "restart": _declare_restart,
@@ -233,5 +212,4 @@ _DECLARATIONS: Mapping[str, Callable[[CommandLine], None]] = {
     "capacity": _declare_capacity,
     "history": _declare_history,
     "sessions": _declare_sessions,
-    "version": _declare_version,
 }

@@ -13,7 +13,8 @@ from orchard.base.command_line import CommandLine, parse_boolean, parse_count, p
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.context import Contexts, read_contexts, write_contexts
 from orchard.cli.failure import USAGE, CommandError, NetworkError
-from orchard.cli.session import add_context_option, chosen_context, context_path, open_connection
+from orchard.cli.options import add_context_option
+from orchard.cli.session import chosen_context, context_path, open_connection
 
 # What an option's value must be for the field to be removed.
 _NONE = "none"

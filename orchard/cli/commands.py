@@ -21,9 +21,9 @@ import trio
 
 from orchard.base.command_line import CommandLine, parse_duration
 from orchard.cli.failure import FAILED, USAGE, CommandError, cleaning_up
+from orchard.cli.options import add_context_option
 from orchard.cli.output import terminal_size
 from orchard.cli.pipe import send_input, write_all
-from orchard.cli.session import add_context_option
 from orchard.cli.tunnels import run_with_client
 from orchard.client import Client, RunningCommand
 

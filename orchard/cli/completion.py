@@ -12,9 +12,9 @@ import os
 import re
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from orchard.base.command_line import CommandLine, HomeError
 from orchard.cli.connection import ControllerConnection, path_of
@@ -88,16 +88,14 @@ complete -c orchard -f -a '(__orchard_complete)'
 _SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """A word that is proposed, and what it is for."""
 
     word: str
     about: str = ""
 
 
-@dataclass(slots=True)
-class _Position:
+class _Position(NamedTuple):
     """Where a command line ends: at a value of `action`, if any, after `values` of arguments before it.
 
     `verb` is the last verb or subordinate verb.
@@ -105,9 +103,9 @@ class _Position:
 
     parser: CommandLine
     verb: str
-    action: argparse.Action | None = None
-    values: dict[str, str] = field(default_factory=dict)
-    may_be_option: bool = True
+    action: argparse.Action | None
+    values: Mapping[str, str]
+    may_be_option: bool
 
 
 def add_verb(verb: str, parser: CommandLine) -> None:
@@ -194,8 +192,8 @@ def _candidates(before: list[str], current: str) -> Iterator[Proposal]:
         if not equals:
             yield from _options(position.parser)
         elif action is not None:
-            position.action = action
-            yield from (Proposal(f"{option}={each.word}", each.about) for each in _values(position, value))
+            of_option = position._replace(action=action)
+            yield from (Proposal(f"{option}={each.word}", each.about) for each in _values(of_option, value))
     elif position.action is not None:
         yield from _values(position, current)
 
@@ -213,27 +211,29 @@ def _is_option(action: argparse.Action) -> bool:
 
 def _find_position(parser: CommandLine, verb: str, words: Sequence[str]) -> _Position:
     """Return where these words lead in the arguments of a verb."""
-    position = _Position(parser, verb)
+    values: dict[str, str] = {}
+    may_be_option = True
     left = [action for action in parser._actions if not _is_option(action)]
     option: argparse.Action | None = None
     for index, word in enumerate(words):
         if option is not None:
-            position.values[option.dest], option = word, None
-        elif word == "--" and position.may_be_option:
-            position.may_be_option = False
-        elif word.startswith("-") and len(word) > 1 and position.may_be_option:
+            values[option.dest], option = word, None
+        elif word == "--" and may_be_option:
+            may_be_option = False
+        elif word.startswith("-") and len(word) > 1 and may_be_option:
             found = parser._option_string_actions.get(word)
             # An optional value is written behind "=".
             option = found if found is not None and found.nargs is None else None
         elif left and isinstance(left[0], argparse._SubParsersAction):
             part = left[0].choices.get(word)
-            return position if part is None else _find_position(part, word, words[index + 1 :])
+            if part is None:
+                return _Position(parser, verb, None, values, may_be_option)
+            return _find_position(part, word, words[index + 1 :])
         elif left:
-            position.values[left[0].dest] = word
+            values[left[0].dest] = word
             if left[0].nargs in (None, "?"):
                 del left[0]
-    position.action = option or (left[0] if left else None)
-    return position
+    return _Position(parser, verb, option or (left[0] if left else None), values, may_be_option)
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

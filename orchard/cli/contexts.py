@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from orchard.base.command_line import CommandLine
 from orchard.cli.connection import AnswerError, ControllerConnection, fetch_certificate, parsed_urls
 from orchard.cli.context import Context, Contexts, read_contexts, write_contexts
 from orchard.cli.failure import CommandError, NetworkError
+from orchard.cli.options import add_output_option
 from orchard.cli.output import print_items, print_table
-from orchard.cli.session import add_output_option, context_path
+from orchard.cli.session import context_path
 from orchard.net.urls import join_urls
 
 _DEFAULT_NAME = "default"
@@ -79,13 +80,15 @@ def check_credentials(context: Context) -> None:
             raise
 
 
-@dataclass(frozen=True, slots=True)
-class TrustAnchor:
+class TrustAnchor(NamedTuple):
     """What makes a controller's certificate trusted: a bootstrap token, a fingerprint, this host's CAs, or the user."""
 
-    bootstrap_token: str = field(default="", repr=False)
+    bootstrap_token: str = ""
     fingerprint: str | None = None
     no_pki: bool = False
+
+    def __repr__(self) -> str:
+        return f"TrustAnchor(fingerprint={self.fingerprint!r}, no_pki={self.no_pki})"
 
 
 def trusted_context(context: Context, trust: TrustAnchor) -> Context:

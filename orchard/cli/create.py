@@ -19,8 +19,9 @@ from orchard.base.command_line import (
 )
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError
+from orchard.cli.options import add_context_option, add_output_option
 from orchard.cli.output import print_json
-from orchard.cli.session import add_context_option, add_output_option, open_connection, require_capability
+from orchard.cli.session import open_connection, require_capability
 from orchard.cli.waiting import Waiting
 
 _IMAGE = "ghcr.io/cirruslabs/macos-tahoe-base:latest"

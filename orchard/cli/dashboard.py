@@ -6,7 +6,8 @@ import argparse
 import webbrowser
 
 from orchard.base.command_line import CommandLine
-from orchard.cli.session import add_context_option, open_connection, require_capability
+from orchard.cli.options import add_context_option
+from orchard.cli.session import open_connection, require_capability
 
 CAPABILITY = "ui"
 

@@ -34,8 +34,9 @@ from orchard.cli.connection import (
 from orchard.cli.context import Context, read_contexts
 from orchard.cli.diagnosis import Finding
 from orchard.cli.failure import FAILED, USAGE, CommandError
+from orchard.cli.options import add_context_option, add_output_option
 from orchard.cli.output import print_json, printable
-from orchard.cli.session import add_context_option, add_output_option, chosen_context, context_path
+from orchard.cli.session import chosen_context, context_path
 from orchard.net import tls
 from orchard.net.urls import DEFAULT_PORT, find_proxy
 

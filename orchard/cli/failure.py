@@ -5,10 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from types import FrameType
+from types import FrameType
 
 FAILED, USAGE, OVERDUE, INTERRUPTED = 1, 2, 124, 130
 

@@ -10,15 +10,10 @@ from typing import Any
 from orchard.base.command_line import CommandLine
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError, end_with_reader
+from orchard.cli.options import add_context_option, add_filter_option, add_output_option
 from orchard.cli.output import format_table, is_fancy, print_items, print_table, printable, repaint
 from orchard.cli.resources import RESOURCE_KINDS, ResourceKind, find_kind
-from orchard.cli.session import (
-    add_context_option,
-    add_filter_option,
-    add_output_option,
-    open_connection,
-    require_capability,
-)
+from orchard.cli.session import open_connection, require_capability
 
 _KINDS = ("vms", "workers", "service-accounts")
 # What a row of something that is deleted, or that a filter selects no longer, shows in the column of its state.

@@ -14,24 +14,26 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
 
 from orchard import __version__
 from orchard.base.command_line import CommandLine, HomeError, discard_output, suggest
 from orchard.cli.failure import FAILED, INTERRUPTED, USAGE, CommandError
 
+# As typing.TYPE_CHECKING, whose import takes a tenth of the start.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from orchard.controller import ControllerSettings, Running
 
 
-class Verb(NamedTuple):
+class Verb:
     """The file of this folder that has a verb ("" for a role), and what `orchard --help` says of it.
 
     A verb without help is called by other programs and is not listed.
     """
 
-    module: str
-    help: str
+    def __init__(self, module: str, help: str) -> None:
+        self.module = module
+        self.help = help
 
 
 VERBS: Mapping[str, Verb] = {
@@ -73,7 +75,7 @@ VERBS: Mapping[str, Verb] = {
     "sessions": Verb("actions", "list who is connected: watches, tunnels, commands and workers"),
     "completion": Verb("completion", "print what makes a shell complete this command's words"),
     "__complete": Verb("completion", ""),
-    "version": Verb("actions", "print the versions of this command and of the controller"),
+    "version": Verb("version", "print the versions of this command and of the controller"),
     "controller": Verb("", "run a controller (see orchard controller --help), or install it as a service"),
     "worker": Verb("", "run a worker (see orchard worker --help), or install it as a service"),
     "demo": Verb("trial", "run a controller, a worker and a VM on this machine, step by step"),

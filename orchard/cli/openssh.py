@@ -20,7 +20,8 @@ from pathlib import Path
 from orchard.base.command_line import CommandLine, parse_duration
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError, cleaning_up
-from orchard.cli.session import add_context_option, open_connection
+from orchard.cli.options import add_context_option
+from orchard.cli.session import open_connection
 
 _SSH_PORT = 22
 # Names of VMs for the system's ssh, as `ssh-config` declares them.

@@ -17,7 +17,8 @@ from orchard.base.nursery import unwrap_groups
 from orchard.cli.connection import ANSWER_SECONDS, path_of
 from orchard.cli.failure import CommandError
 from orchard.cli.openssh import SSH_DOMAIN
-from orchard.cli.session import add_context_option, chosen_context
+from orchard.cli.options import add_context_option
+from orchard.cli.session import chosen_context
 from orchard.net.tcp import describe_network_error
 from orchard.net.transport import ClientError, Transport
 from orchard.net.urls import basic_header

@@ -16,15 +16,9 @@ from typing import Any, NamedTuple
 from orchard.base.command_line import CommandLine, parse_duration, suggest
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
+from orchard.cli.options import add_context_option, add_filter_option, add_output_option
 from orchard.cli.output import format_age, format_json_value, print_json, print_pairs
-from orchard.cli.session import (
-    add_context_option,
-    add_filter_option,
-    add_output_option,
-    chosen_context,
-    open_connection,
-    require_capability,
-)
+from orchard.cli.session import chosen_context, open_connection, require_capability
 
 # Between two looks at a worker whose VMs are waited for.
 _POLL_SECONDS = 1.0

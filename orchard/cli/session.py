@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchard.base.command_line import CommandLine, HomeError, orchard_home
+from orchard.base.command_line import HomeError, orchard_home
 from orchard.cli.connection import ANSWER_SECONDS, ControllerConnection
 from orchard.cli.context import CONTEXT_FILE, Context, choose_context, read_contexts, write_contexts
 from orchard.cli.failure import CommandError
@@ -18,21 +18,6 @@ if TYPE_CHECKING:
 
 # Of a controller that this user has started.
 _BOOTSTRAP_CONTEXT = "bootstrap-context"
-
-
-def add_context_option(parser: CommandLine) -> None:
-    parser.add_argument("--context", metavar="NAME", default="", help="controller to use; default: the default context")
-
-
-def add_output_option(parser: argparse.ArgumentParser, *formats: str) -> None:
-    """Declare -o with these formats, of which the first is the default."""
-    parser.add_argument("-o", "--output", choices=formats, default=formats[0], help="default: %(default)s")
-
-
-def add_filter_option(parser: argparse.ArgumentParser, about: str) -> None:
-    """Declare --filter, whose values become a list."""
-    parser.add_argument("--filter", metavar="PATH=VALUE", action="append", default=[],
-        help=f"{about} such as status=running, createdBy=ci or metadata.job=7; repeatable: all must hold")  # fmt: skip
 
 
 def context_path() -> Path:

@@ -11,14 +11,9 @@ from typing import Any
 from orchard.base.command_line import CommandLine, parse_count, parse_duration
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.failure import end_with_reader
+from orchard.cli.options import add_context_option, add_filter_option, add_output_option
 from orchard.cli.output import format_clock, print_compact_json, print_line, printable
-from orchard.cli.session import (
-    add_context_option,
-    add_filter_option,
-    add_output_option,
-    open_connection,
-    require_capability,
-)
+from orchard.cli.session import open_connection, require_capability
 
 # Events of one answer.
 _PAGE = 1000

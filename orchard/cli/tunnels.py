@@ -17,8 +17,9 @@ import trio
 
 from orchard.base.command_line import CommandLine, parse_duration
 from orchard.cli.openssh import add_login_options, login_of
+from orchard.cli.options import add_context_option
 from orchard.cli.pipe import run_trio
-from orchard.cli.session import add_context_option, chosen_context
+from orchard.cli.session import chosen_context
 from orchard.client import Client, ClientError
 from orchard.net.tcp import splice
 

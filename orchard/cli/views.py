@@ -11,6 +11,7 @@ from typing import Any
 
 from orchard.base.command_line import CommandLine
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
+from orchard.cli.options import add_context_option, add_output_option
 from orchard.cli.output import (
     format_age,
     format_clock,
@@ -22,7 +23,7 @@ from orchard.cli.output import (
     with_message,
 )
 from orchard.cli.resources import RESOURCE_KINDS
-from orchard.cli.session import add_context_option, add_output_option, open_connection
+from orchard.cli.session import open_connection
 
 _TART_VMS = "org.cirruslabs.tart-vms"
 # VMs of the queue, and events of a VM, that are shown.
