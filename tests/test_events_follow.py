@@ -202,7 +202,7 @@ async def start(api: Served, capabilities: tuple[str, ...] = ("vm-ready",), **sp
 async def test_stream_ends_when_the_vm_has_reached_what_it_is_followed_until(
     api: Served, nursery: trio.Nursery, until: str, policy: str, seen: dict[str, Any], ends: bool
 ) -> None:
-    vm = await start(api, restart_policy=policy)
+    vm = await start(api, restart_policy=policy, startupOnFailure="keep")
     following = await follow(api, nursery, f"vm/events?follow=true&until={until}")
     await append(api, "last words")
     await report(api, vm, **seen)

@@ -46,8 +46,9 @@ def why_never(vm: VM, goal: Goal, worker: Worker | None) -> str:
     if goal == "ready":
         if worker is not None and VM_READY not in worker.capabilities:
             return f'worker "{worker.name}" does not report whether VMs are ready (capability {VM_READY})'
-        # It has no exit code if it could not begin, or its worker was restarted meanwhile.
-        if state.status == "running" and state.startup_ended_at is not None and state.startup_exit_code != 0:
+        # It has no exit code if it could not begin, or its worker was restarted meanwhile. A VM that is not kept fails next.
+        has_failed = state.startup_ended_at is not None and state.startup_exit_code != 0
+        if state.status == "running" and has_failed and vm.spec.startup_on_failure == "keep":
             return describe_status(vm, goal)
     return ""
 

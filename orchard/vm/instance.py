@@ -471,9 +471,10 @@ class Instance:
     def _note_startup(self, vm: VM, failure: DriverError | None) -> None:
         """Note how the startup script has ended. Raises `failure` unless the VM is kept nevertheless."""
         code = failure.exit_code if isinstance(failure, ScriptFailed) else None if failure is not None else 0
-        startup = Startup(code, self._host.clock(), str(failure or ""))
+        is_kept = vm.spec.startup_on_failure == "keep"
+        startup = Startup(code, self._host.clock(), str(failure) if failure is not None and is_kept else "")
         self._show(startup=startup)
-        if failure is not None and vm.spec.startup_on_failure != "keep":
+        if failure is not None and not is_kept:
             raise failure
         self._write(replace(self._note, script="done", startup=startup))
 

@@ -55,6 +55,7 @@ def rebooting(vm: VM) -> VM:
 
 
 ALWAYS = {"restart_policy": "OnFailure"}
+KEPT = pending(startup_on_failure="keep")
 # By name: the VM, the goals that hold, those that never will.
 STATES: dict[str, tuple[VM, str, str]] = {
     "pending": (pending(), "", ""),
@@ -63,8 +64,9 @@ STATES: dict[str, tuple[VM, str, str]] = {
     "reported by status alone": (report(assigned(pending()), VMReport(status="running"), BEGAN), "running", ""),
     "rebooting": (rebooting(pending()), "", ""),
     "ready": (ready(pending()), "running ready", ""),
-    "script failed": (script_failed(pending()), "running", "ready"),
-    "script did not begin": (script_failed(pending(), None), "running", "ready"),
+    "script failed": (script_failed(KEPT), "running", "ready"),
+    "script did not begin": (script_failed(KEPT, None), "running", "ready"),
+    "script failed and the VM will": (script_failed(pending()), "running", ""),
     "failed": (failed(pending()), "failed", "running ready stopped"),
     "failed and to be restarted": (failed(pending(restart_policy="OnFailure")), "failed", ""),
     "restarted": (restart(failed(pending(restart_policy="OnFailure")), BEGAN), "", ""),

@@ -146,6 +146,8 @@ async def test_failed_script_fails_the_vm_after_its_output_is_delivered(host: Ho
         assert (await host.driver.list_vms())[0].state == "stopped"
         instance.follow(changed(instance.vm, headless=True))
         assert host.history()[-1] == ("failed", instance.state.message, False, 0)
+        # Only one that is kept has the failure in its message while it runs.
+        assert {message for status, message, _, _ in host.history() if status == "running"} == {""}
 
 
 @pytest.mark.slow
