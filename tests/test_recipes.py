@@ -137,18 +137,29 @@ async def test_gitlab_job_runs_each_step_in_one_vm_and_leaves_none(tmp_path: Pat
             assert (await shell.execute(f"{GITLAB}/prepare.sh"))[0] == 0
         (vm,) = await c.client.vms.list()
         assert (vm.spec.metadata or {})["gitlab.job"] == "7"
-        steps = {"get_sources": "echo source > file", "step_script": "cat file", "after_script": "exit 3"}
+        steps = {
+            "get_sources": "echo source > file",
+            "step_script": "cat file",
+            "after_script": "exit 3",
+            "as_ssh": "exit 255",
+        }
         ended = {}
         for name, text in steps.items():
             (tmp_path / name).write_text(f"{text}\n")
             ended[name] = await shell.execute(f"{GITLAB}/run.sh {tmp_path / name} {name}")
         assert (ended["get_sources"][0], ended["step_script"][0], ended["after_script"][0]) == (0, 0, 91)
+        assert ended["as_ssh"][0] == 91
         assert ended["step_script"][1].splitlines()[-1] == "source"
         assert (await shell.execute(f"{GITLAB}/cleanup.sh"))[0] == 0
         assert await c.client.vms.list() == []
         # Without its VM, a step is the system's failure.
         await c.client.vms.create(name="gitlab-7", image="boot-fails")
         assert (await shell.execute("CUSTOM_ENV_CI_JOB_IMAGE=boot-fails " + f"{GITLAB}/prepare.sh"))[0] == 92
+        step = f"{GITLAB}/run.sh {tmp_path / 'step_script'} step_script"
+        assert (await shell.execute(step))[0] == 92
+        await c.client.vms.delete("gitlab-7")
+        assert (await shell.execute(step))[0] == 92
+        assert (await shell.execute(f"ORCHARD_URL=http://127.0.0.1:1 {step}"))[0] == 92
 
 
 @pytest.mark.slow
@@ -163,6 +174,7 @@ async def test_command_in_a_vm_has_the_directory_and_its_status_is_returned(tmp_
         status, output = await shell.execute(hook)
         assert (status, output.splitlines()[-1]) == (0, "source")
         assert (await shell.execute(f"IMAGE=boot-fails {recipes}/in-vm.sh true"))[0] == 255
+        assert (await shell.execute(f"ORCHARD_URL=http://127.0.0.1:1 {recipes}/in-vm.sh true"))[0] == 255
         assert await c.client.vms.list() == []
 
 

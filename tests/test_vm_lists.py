@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import random
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -237,7 +238,8 @@ async def test_slip_in_a_bulk_deletion_deletes_nothing(api: Served, query: str) 
     assert list(api.state.vms) == ["vm"]
 
 
-async def test_bulk_deletion_deletes_what_matches(api: Served) -> None:
+async def test_bulk_deletion_deletes_what_matches(api: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "orchard.controller")
     for name in ("a-2", "a-1", "a-3", "b"):
         await api.create(name, metadata={"run": "7"} if name != "a-3" else {})
     query = "/vms?filter=name=a-*,metadata.run=7"
@@ -245,6 +247,8 @@ async def test_bulk_deletion_deletes_what_matches(api: Served) -> None:
     assert len(api.state.vms) == 4
     assert await api.ok("DELETE", f"{query}&dryRun=false") == {"deleted": ["a-1", "a-2"]}
     assert sorted(api.state.vms) == ["a-3", "b"]
+    logged = [vars(record) for record in caplog.records if record.getMessage() == "VMs deleted"]
+    assert [(fields["vm"], fields["account"]) for fields in logged] == [("a-1,a-2", "-")]
     assert await api.ok("DELETE", query) == {"deleted": []}
     # An absent key equals no value.
     assert await api.ok("DELETE", "/vms?filter=metadata.run!=7") == {"deleted": ["a-3"]}

@@ -16,7 +16,8 @@ print(json.dumps({"name": sys.argv[1], "runner_group_id": 1, "labels": sys.argv[
 answer=$(printf 'Authorization: Bearer %s\n' "$GITHUB_TOKEN" |
     curl -sS --fail-with-body -H @- -d "$body" "$api/orgs/$GITHUB_ORG/actions/runners/generate-jitconfig")
 config=$(printf '%s' "$answer" | python3 -c 'import json, sys; print(json.load(sys.stdin)["encoded_jit_config"])')
-trap 'orchard delete vm "$vm"' EXIT
+# A deletion that fails must not replace the exit status.
+trap 'orchard delete vm "$vm" || :' EXIT
 trap 'exit 1' INT TERM
 # The startup script is the job: the VM is ready when the runner has ended.
 orchard create vm "$vm" --image "$image" --ttl 6h --startup-script @- --follow <<END

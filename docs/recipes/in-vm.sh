@@ -7,7 +7,8 @@
 set -eu
 vm=ci-$(od -An -N8 -tx1 /dev/urandom | tr -d ' ')
 
-trap 'orchard delete vm "$vm"' EXIT
+# A deletion that fails must not replace the exit status.
+trap 'orchard delete vm "$vm" || :' EXIT
 trap 'exit 255' INT TERM
 orchard create vm "$vm" --image "${IMAGE:-ghcr.io/cirruslabs/macos-tahoe-base:latest}" --ttl 6h --wait --timeout 30m ||
     exit 255

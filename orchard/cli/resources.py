@@ -310,12 +310,22 @@ def _pause(options: argparse.Namespace) -> int:
 
 
 def _wait_empty(controller: ControllerConnection, worker: str, seconds: int) -> None:
-    """Wait until a worker has no VMs. Raises CommandError when it has some after `seconds`."""
+    """Wait until no VM uses a worker. Raises CommandError when some do after `seconds`."""
     deadline = time.monotonic() + seconds
-    while number := len(controller.fetch_list("/vms", query={"filter": f"worker={worker}"})):
+    while number := _count_vms(controller, worker):
         if time.monotonic() >= deadline:
             raise CommandError(f'worker "{worker}" is paused and still has {number} VMs after {seconds} s', OVERDUE)
         time.sleep(_POLL_SECONDS)
+
+
+def _count_vms(controller: ControllerConnection, worker: str) -> int:
+    """Return how many VMs use the resources of a worker. A failed VM does not, and stays in the list until it is deleted."""
+    found = controller.fetch("GET", path_of("workers", worker))
+    # A controller without the capability `worker-state` does not count them.
+    if "state" in found:
+        return int(found.get("vms", 0))
+    listed = controller.fetch_list("/vms", query={"filter": f"worker={worker}"})
+    return sum(vm.get("status") != "failed" for vm in listed)
 
 
 def set_paused(controller: ControllerConnection, worker: str, paused: bool) -> None:

@@ -146,7 +146,7 @@ def _log_fields(ended: EndedVM) -> dict[str, object]:
     fields = {
         "vm": ended.name,
         "uid": ended.uid,
-        "by": ended.created_by,
+        "createdBy": ended.created_by,
         "metadata": shortened(dump_json(ended.metadata).decode(), _MAX_LOGGED) if ended.metadata else "",
         "worker": ended.worker,
         "image": ended.image,

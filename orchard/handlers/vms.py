@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import logging
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -35,6 +36,8 @@ _TESTS_PER_STEP = 5_000
 _RETRY_SECONDS = 5
 # VMs that are deleted in one transaction.
 _DELETED_TOGETHER = 24
+
+_logger = logging.getLogger("orchard.controller")
 
 
 def create_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse | Awaitable[AnyResponse]:
@@ -174,7 +177,11 @@ async def _delete_all(api: API, admitted: Admitted, vms: Sequence[VM]) -> list[s
                     for vm in present:
                         tx.delete(vm)
                 await api.store.wait_durable()
-                deleted += [vm.name for vm in present]
+                names = [vm.name for vm in present]
+                # The line of the request itself has no names.
+                if names:
+                    _logger.info("VMs deleted", extra={"vm": ",".join(names), "account": admitted.account or "-"})
+                deleted += names
     except (ForbiddenError, StorageError) as error:
         refused = http_error(error)
         message = f"{len(deleted)} of {len(vms)} VMs were deleted, and then: {refused.message}"

@@ -231,6 +231,9 @@ def test_dev_serves_as_its_flags_say_and_writes_its_ready_file(tmp_path: Path) -
 def test_pause_waits_for_the_vms_of_a_worker(dev: Path, api: ControllerConnection) -> None:
     api.call("POST", "/vms", body={"name": "vm", "image": "i"})
     assert call_main(main, "wait", "vm", "vm", home=dev)[0] == 0
+    # A failed VM stays on its worker until it is deleted, and uses nothing there.
+    api.call("POST", "/vms", body={"name": "failed", "image": "pull-fails"})
+    assert call_main(main, "wait", "vm", "failed", "--for", "failed", home=dev)[0] == 0
     try:
         status, _, said = call_main(main, "pause", "worker", "worker-1", "--wait", "1", home=dev)
         assert (status, "1 VMs" in said) == (124, True)
@@ -239,3 +242,4 @@ def test_pause_waits_for_the_vms_of_a_worker(dev: Path, api: ControllerConnectio
         assert api.call("GET", "/workers/worker-1")["scheduling_paused"] is True
     finally:
         assert call_main(main, "resume", "worker", "worker-1", home=dev) == (0, "", "")
+        assert call_main(main, "delete", "vm", "failed", home=dev)[0] == 0

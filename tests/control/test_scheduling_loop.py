@@ -11,7 +11,9 @@ import trio
 import trio.testing
 from harness.served import served
 
+from orchard.auth import ROLES
 from orchard.controller import DEFAULT_OFFLINE_TIMEOUT
+from orchard.schema import ServiceAccount
 
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[tuple[str, dict[str, Any]]]:
@@ -83,3 +85,15 @@ async def test_vms_created_in_one_group_commit_are_logged_in_one_line(
         created = [fields["vm"] for message, fields in logged(caplog) if message == "VM created"]
         assert sorted(",".join(created).split(",")) == ["a", "b", "c"]
         assert len(created) == 1
+
+
+async def test_log_names_the_account_that_created_a_vm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    async with served(tmp_path, ServiceAccount("ci", token="t" * 16, roles=ROLES)) as api:
+        for method, path, body in (("POST", "/vms", {"name": "vm", "image": "i"}), ("DELETE", "/vms/vm", None)):
+            assert (await api.call(method, path, body, account=("ci", "t" * 16))).status == 200
+    lines = {record.getMessage(): vars(record) for record in caplog.records}
+    assert {text: lines[text]["createdBy"] for text in ("VM created", "VM ended")} == {
+        "VM created": "ci",
+        "VM ended": "ci",
+    }

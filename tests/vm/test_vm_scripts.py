@@ -100,6 +100,9 @@ async def test_failed_script_is_reported_with_its_exit_code(host: Host) -> None:
         report = instance.report()
         assert (report["startupExitCode"], ready(report)) == (7, False)
         assert "startupEndedAt" in report
+    # Until it fails, it is not said to be kept.
+    messages = {report["status_message"] for report in host.reports if report["status"] == "running"}
+    assert not any("exit code" in message for message in messages), messages
 
 
 def kept(instance: Instance) -> bool:

@@ -4,10 +4,10 @@ set -eu
 vm=gitlab-$CUSTOM_ENV_CI_JOB_ID
 
 status=0
-orchard ssh vm "$vm" "bash -s" <"$1" || status=$?
+# 3 for a script that fails with any status: 1 and 255 are also those of orchard and ssh when they cannot reach the VM.
+orchard ssh vm "$vm" "bash -s || exit 3" <"$1" || status=$?
 case $status in
 0) ;;
-# ssh could not connect.
-255) exit "$SYSTEM_FAILURE_EXIT_CODE" ;;
-*) exit "$BUILD_FAILURE_EXIT_CODE" ;;
+3) exit "$BUILD_FAILURE_EXIT_CODE" ;;
+*) exit "$SYSTEM_FAILURE_EXIT_CODE" ;;
 esac
