@@ -20,7 +20,7 @@ from orchard.cli.openssh import add_login_options, login_of
 from orchard.cli.options import add_context_option
 from orchard.cli.pipe import run_trio
 from orchard.cli.session import chosen_context
-from orchard.client import Client, ClientError
+from orchard.client import Client, ClientError, ResponseError
 from orchard.net.tcp import splice
 
 _VNC_PORT = 5900
@@ -81,8 +81,17 @@ def _forward(options: argparse.Namespace) -> int:
 async def _listen(
     client: Client, options: argparse.Namespace, ports: tuple[int, int], ready: Callable[[int], Awaitable[None]]
 ) -> int:
-    """Forward a local port until interrupted; call `ready` with it. Each failure of a connection is one line."""
+    """Forward a local port until interrupted; call `ready` with it. Each failure of a connection is one line.
+
+    Raises ResponseError if there is no such VM or worker.
+    """
     resource = client.vms if options.kind == "vm" else client.workers
+    try:
+        await resource.get(options.name)
+    except ResponseError as error:
+        # The role compute:connect does not include compute:read.
+        if error.status != 403:
+            raise
 
     async def connect(stream: trio.SocketStream) -> None:
         try:

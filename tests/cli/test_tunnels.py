@@ -95,6 +95,12 @@ def test_port_is_forwarded(dev: Path, vm: str) -> None:
         assert role.stop(signal.SIGINT) == -signal.SIGINT
 
 
+@pytest.mark.parametrize("words", ["port-forward vm none 22", "port-forward worker none 22", "vnc vm none"])
+def test_nothing_listens_for_what_does_not_exist(dev: Path, words: str) -> None:
+    done = run(dev, *words.split())
+    assert (done.returncode, done.stdout, '"none"' in done.stderr) == (1, "", True)
+
+
 @pytest.mark.parametrize(
     "words", [("vm", "vm", "0"), ("vm", "vm", "a:1"), ("vm", "vm", "1:70000"), ("host", "vm", "1")]
 )
