@@ -165,7 +165,11 @@ async def kill(*processes: trio.Process) -> None:
 
 
 async def _interrupt(process: trio.Process) -> None:
-    """Ask a process to end with SIGINT; kill its group if it has not ended after STOP_SECONDS."""
+    """Ask a process to end with SIGINT; kill its group if it has not ended after STOP_SECONDS.
+
+    A program inherits that SIGINT is ignored, but not a handler: run_until_signal has one, also where a shell has
+    the daemon ignore it.
+    """
     process.send_signal(signal.SIGINT)
     await trio.sleep(STOP_SECONDS)
     await kill(process)

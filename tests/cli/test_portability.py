@@ -18,9 +18,10 @@ import orchard
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.main import VERBS, main
 
-# Tells the modules that a verb has loaded, without a module of its own.
+# Tells the modules that a verb has loaded beside those of argparse, which loads dataclasses in Python 3.14.
 RUN_AND_TELL = """
-import sys
+import argparse, functools, sys
+argparse.ArgumentParser(formatter_class=functools.partial(argparse.HelpFormatter, width=80)).add_argument("--option")
 before = set(sys.modules)
 from orchard.cli.main import main
 try:

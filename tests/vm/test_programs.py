@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,26 @@ async def run_until_it_prints(home: Path, text: str) -> bytearray:
         await eventually(lambda: bool(received))
         nursery.cancel_scope.cancel()
     return received
+
+
+# A daemon that a shell without job control has started in the background: tells whether its programs ignore SIGINT.
+STARTED_IN_THE_BACKGROUND = """
+import signal, sys, trio
+from orchard.base.daemon import run_until_signal
+from orchard.vm.processes import run_program
+
+async def work():
+    asked = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    print((await run_program([sys.executable, "-S", "-c", asked])).stdout.decode())
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+trio.run(run_until_signal, work)
+"""
+
+
+def test_programs_of_a_daemon_that_was_started_with_sigint_ignored_can_be_interrupted() -> None:
+    words = [sys.executable, "-c", STARTED_IN_THE_BACKGROUND]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout.split() == ["False"]
 
 
 async def test_cancelled_program_is_interrupted_and_its_last_output_is_read(tmp_path: Path) -> None:
