@@ -6,14 +6,29 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
 from functools import cache
 from itertools import pairwise, takewhile
 from pathlib import Path
 
 import pytest
+import trio
 from harness import documents
 from harness.certificates import Authority
-from harness.documents import BACKGROUND, ELSEWHERE, ROOT, SHELL, Block, blocks, check_syntax, matches, session
+from harness.documents import (
+    BACKGROUND,
+    ELSEWHERE,
+    ROOT,
+    SHELL,
+    Block,
+    blocks,
+    check_syntax,
+    matches,
+    session,
+    session_in,
+)
+from harness.machines import machines, need_machines
+from harness.prepared_pages import MACHINES
 from harness.processes import call_main
 from test_layers import LAYERS
 
@@ -36,7 +51,6 @@ SLOW = {
     "command.md",
     "deploy.md",
     "embedding.md",
-    "etcd.md",
     "images.md",
     "operating-logs.md",
     "operating.md",
@@ -61,10 +75,9 @@ NOT_RUN: dict[str, dict[str, int]] = {
     "ci.md": {"hosts": 2},
     "command.md": {"hosts": 1},
     "deploy.md": {"hosts": 1},
-    "deploy-linux.md": {"internet": 2, "root": 5},
+    "deploy-linux.md": {"internet": 2},
     "deploy-macos.md": {"macos": 7},
     "doctor.md": {"hosts": 2},
-    "etcd.md": {"hosts": 10, "root": 1},
     "images.md": {"macos": 2},
     "offline.md": {"hosts": 3, "internet": 3},
     "quickstart.md": {"internet": 1},
@@ -73,6 +86,10 @@ NOT_RUN: dict[str, dict[str, int]] = {
 SHOWN = {"groovy", "haproxy", "ini", "javascript", "json", "nginx", "text", "toml", "xml", "yaml"}
 LIVE_FIELDS = [field.json for field in attrs_of(VMSpec) if field.name in LIVE]
 SETTINGS = [field.json for field in attrs_of(ClusterSettings)]
+
+
+def page_named(name: str) -> Path:
+    return ROOT / name if name == "README.md" else DOCS / name
 
 
 def params(pages: list[Path]) -> list[object]:
@@ -86,13 +103,42 @@ def starts_controller(page: Path) -> bool:
 
 
 @pytest.mark.needs("curl", "openssl")
-@pytest.mark.parametrize("page", params([page for page in PAGES if any(block.is_run for block in blocks(page))]))
+@pytest.mark.parametrize(
+    "page",
+    params([page for page in PAGES if page.name not in MACHINES and any(block.is_run for block in blocks(page))]),
+)
 async def test_page_is_a_session_that_works(page: Path, tmp_path: Path) -> None:
     if starts_controller(page):
         await run_page(page, tmp_path, "")
         return
     async with cluster(workers=WORKERS.get(page.name, 1)) as c:
         await run_page(page, tmp_path, c.url)
+
+
+@pytest.fixture
+def machines_can_be_made() -> None:
+    need_machines()
+
+
+@pytest.mark.needs("curl", "openssl", "etcd", "etcdctl")
+@pytest.mark.usefixtures("machines_can_be_made")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MACHINES)
+async def test_page_is_a_session_on_machines_that_works(name: str, tmp_path: Path) -> None:
+    page, (names, prepare) = page_named(name), MACHINES[name]
+    async with (
+        machines(tmp_path, names, ["controller.example.com"] * ("controller" not in names)) as found,
+        AsyncExitStack() as stack,
+    ):
+        prepare(found, tmp_path)
+        shells = {
+            machine.name: await stack.enter_async_context(session_in(machine, tmp_path)) for machine in found.values()
+        }
+        for block in blocks(page):
+            if block.is_run or block.is_file:
+                async with trio.open_nursery() as nursery:
+                    for host in block.hosts or names[:1]:
+                        nursery.start_soon(shells[host].run, block, "")
 
 
 async def run_page(page: Path, directory: Path, url: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 _DAY = datetime.timedelta(days=1)
-_LOOPBACK = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+_LOOPBACK = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 
 
 class Authority:
@@ -27,15 +28,19 @@ class Authority:
         made = self._make(self._name, self._key, datetime.datetime.now(datetime.UTC), x509.BasicConstraints(True, None))
         self.certificate.write_bytes(made)
 
-    def issue(self, name: str, *, is_expired: bool = False, is_nameless: bool = False) -> tuple[Path, Path]:
-        """Return the files of a certificate and of its key. The certificate is for 127.0.0.1, as a server and as a client.
+    def issue(
+        self, name: str, hosts: Sequence[str] = (), *, is_expired: bool = False, is_nameless: bool = False
+    ) -> tuple[Path, Path]:
+        """Return the files of a certificate and of its key. The certificate is for 127.0.0.1 and for names of hosts, as a
+        server and as a client.
 
         One that `is_nameless` has no common name.
         """
         key = ec.generate_private_key(ec.SECP256R1())
         now = datetime.datetime.now(datetime.UTC) - (10 * _DAY if is_expired else datetime.timedelta())
         files = self._directory / f"{name}.crt", self._directory / f"{name}.key"
-        files[0].write_bytes(self._make(x509.Name([]) if is_nameless else _named(name), key, now, _LOOPBACK))
+        alternatives = x509.SubjectAlternativeName([_LOOPBACK, *map(x509.DNSName, hosts)])
+        files[0].write_bytes(self._make(x509.Name([]) if is_nameless else _named(name), key, now, alternatives))
         files[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         files[1].chmod(0o600)
         return files

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 import trio
 
+from harness.machines import MACHINE_PATH, Machine
 from harness.processes import ORCHARD, call_main, eventually, free_port
 from harness.starts import write_forking_program
 from orchard import client, schema
@@ -79,6 +80,8 @@ class Block:
     language: str
     word: str
     text: str
+    # Machines of the page that run the block, by their names; () stands for the first.
+    hosts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -114,8 +117,10 @@ def blocks(page: Path) -> Iterator[Block]:
     """Yield the fenced blocks of a page in their order."""
     text = page.read_text()
     for found in _FENCE.finditer(text):
-        language, _, word = found[2].strip().partition(" ")
-        yield Block(page, text.count("\n", 0, found.start()) + 1, language, word, textwrap.dedent(found[3]))
+        language, *words = found[2].split() or [""]
+        hosts = tuple(word[1:] for word in words if word.startswith("@"))
+        word = " ".join(word for word in words if not word.startswith("@"))
+        yield Block(page, text.count("\n", 0, found.start()) + 1, language, word, textwrap.dedent(found[3]), hosts)
 
 
 def mask(text: str) -> str:
@@ -139,9 +144,10 @@ def matches(shown: str, actual: str, *, begins: bool = False) -> bool:
 class Session:
     """A shell that runs the blocks of one page in their order, with `orchard` and `curl` on its PATH."""
 
-    def __init__(self, home: Path, ports: dict[str, str], process: trio.Process) -> None:
+    def __init__(self, home: Path, places: dict[str, str], process: trio.Process) -> None:
+        """`places` has what stands for the ports and the host in a page."""
         self._home = home
-        self._ports = ports
+        self._places = places
         self._process = process
         self._started = 0
         # Output of the command that was started last.
@@ -233,14 +239,14 @@ class Session:
             await _evaluate(code, {**vars(schema), **vars(client), "client": connected})
 
     def _replace_places(self, text: str) -> str:
-        for shown, port in self._ports.items():
-            text = re.sub(rf"\b{shown}\b", port, text)
-        return text.replace(HOST, HERE)
+        for shown, actual in self._places.items():
+            text = re.sub(rf"\b{re.escape(shown)}\b", actual, text)
+        return text
 
     def _restore(self, text: str) -> str:
-        for shown, port in self._ports.items():
-            text = re.sub(rf"\b{port}\b", shown, text)
-        return text.replace(HERE, HOST).replace(str(self._home), "~")
+        for shown, actual in self._places.items():
+            text = re.sub(rf"\b{actual}\b", shown, text)
+        return text.replace(str(self._home), "~")
 
 
 async def _evaluate(code: CodeType, names: dict[str, Any]) -> None:
@@ -256,22 +262,43 @@ async def session(directory: Path, url: str = "") -> AsyncIterator[Session]:
     """
     home, programs = directory / "home", directory / "bin"
     home.mkdir(exist_ok=True)
-    ports = {shown: str(free_port()) for shown in PORTS}
+    places = {shown: str(free_port()) for shown in PORTS} | {HOST: HERE}
     if url:
-        ports["6120"] = url.rpartition(":")[2]
+        places["6120"] = url.rpartition(":")[2]
         (home / ORCHARD).mkdir(mode=0o700)
         write_contexts(home / ORCHARD / CONTEXT_FILE, Contexts("local-dev", {"local-dev": Context(url)}))
-    _write_programs(programs, ports["6120"])
-    (home / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n")
+    _write_programs(programs, places["6120"])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ORCHARD") and name != "PORT"}
-    env = {**kept, "HOME": str(home), "PATH": f"{programs}:{os.environ['PATH']}", "NO_COLOR": "1"}
+    async with _shell(home, [], {**kept, "PATH": f"{programs}:{os.environ['PATH']}"}) as process:
+        yield Session(home, places, process)
+
+
+@asynccontextmanager
+async def session_in(machine: Machine, directory: Path) -> AsyncIterator[Session]:
+    """Run a shell of root in a machine for the time of the block, with a home of its own.
+
+    It is in a directory of all machines, so that a file of one needs no copy on the other.
+    """
+    home = directory / machine.name / "home"
+    home.mkdir()
+    (directory / "common").mkdir(exist_ok=True)
+    async with _shell(home, machine.inside(), {"PATH": MACHINE_PATH}) as process:
+        shell = Session(home, {}, process)
+        await shell.execute(f"cd {directory}/common")
+        yield shell
+
+
+@asynccontextmanager
+async def _shell(home: Path, before: Sequence[str], env: Mapping[str, str]) -> AsyncIterator[trio.Process]:
+    """Run a shell for the time of the block; `before` are words before its command."""
+    (home / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n")
     process = await trio.lowlevel.open_process(
-        ["bash", "--noprofile", "--norc"],
+        [*before, "bash", "--noprofile", "--norc"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         cwd=home,
-        env=env,
+        env={**env, "HOME": str(home), "NO_COLOR": "1"},
         start_new_session=True,
     )
     assert process.stdin is not None
@@ -280,7 +307,7 @@ async def session(directory: Path, url: str = "") -> AsyncIterator[Session]:
         try:
             async with process.stdin:
                 await process.stdin.send_all(b"trap 'for job in $(jobs -p); do kill -- -$job; done; wait' EXIT\n")
-                yield Session(home, ports, process)
+                yield process
         finally:
             with trio.CancelScope(shield=True):
                 with trio.move_on_after(END_SECONDS):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +42,13 @@ def listed() -> dict[str, Program]:
     return {name: Program(*rest) for name, *rest in lines}
 
 
-def _is_there(name: str) -> bool:
-    """Return whether a program is installed. The test extra has etcd for some systems."""
-    if name == "etcd":
-        try:
-            return bool(find_etcd())
-        except EtcdProgramError:
-            return False
-    return shutil.which(name) is not None
+def find_program(name: str) -> str | None:
+    """Return the path of a program, None if it is not installed. The test extra has those of etcd for some systems."""
+    found = None
+    if name.startswith("etcd"):
+        with suppress(EtcdProgramError):
+            found = shutil.which(name, path=Path(find_etcd()).parent)
+    return found or shutil.which(name)
 
 
 def need(*names: str) -> None:
@@ -60,7 +60,7 @@ def need(*names: str) -> None:
         pytest.skip("runs on Linux only")
     if "root" in limits and os.geteuid() != 0:
         pytest.skip(f"{ROOT_REASON}: runs {', '.join(names)}")
-    missing = {name: program.package for name, program in wanted.items() if not _is_there(name)}
+    missing = {name: program.package for name, program in wanted.items() if find_program(name) is None}
     if not missing:
         return
     reason = f"{REASON} {', '.join(missing)} (Debian: apt-get install {' '.join(sorted(set(missing.values())))})"

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent.parent
 PROJECT = "orchard-cluster"
 
 
@@ -15,6 +20,18 @@ def pack_needed(directory: Path) -> None:
     directory.mkdir()
     for name in needed(PROJECT, "setuptools") - {PROJECT}:
         pack(name, directory)
+
+
+def pack_all(directory: Path) -> None:
+    """Make a directory with wheels of the project, of all that it needs with its extras, and to be built."""
+    pack_needed(directory)
+    words = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(directory))
+    with tempfile.TemporaryDirectory() as copy:
+        # A build leaves files in its directory.
+        shutil.copytree(ROOT / "orchard", Path(copy, "orchard"), ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, copy)
+        subprocess.run([sys.executable, "-m", "pip", *words, copy], check=True)
 
 
 def needed(*names: str) -> set[str]:
