@@ -119,6 +119,25 @@ async def test_vm_that_waits_for_a_slot_says_for_whose(
         await cluster.client.vms.wait("new")
 
 
+async def test_vm_that_a_restarted_worker_cannot_hold_fails_or_says_what_it_waits_for(
+    cluster: InProcessCluster,
+) -> None:
+    create, wait_vm = cluster.client.vms.create, cluster.wait_vm
+    async with cluster.working(resources={TART_VMS: 7}, stop_vms=False):
+        await create(name="runs", image="any", resources={TART_VMS: 1})
+        await cluster.client.vms.wait("runs")
+        for name, needed in (("fits", 1), ("large", 3), ("next", 2)):
+            await create(name=name, image="example.com/pull-60s", resources={TART_VMS: needed})
+            await wait_vm(name, lambda vm: "image" in vm.state.status_message)
+    async with cluster.working(resources={TART_VMS: 2}):
+        large = await wait_vm("large", lambda vm: vm.state.status == "failed")
+        assert f"3 {TART_VMS}, and it offers 2" in large.state.status_message
+        await wait_vm("next", lambda vm: '"fits", "runs"' in vm.state.status_message)
+        for name in ("runs", "fits"):
+            await cluster.client.vms.delete(name)
+        await wait_vm("next", lambda vm: "waiting" not in vm.state.status_message)
+
+
 async def test_stopped_worker_says_goodbye(cluster: InProcessCluster) -> None:
     async with cluster.working():
         await eventually(partial(has_state, cluster, "online"))

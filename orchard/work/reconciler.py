@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Literal
 
@@ -249,17 +249,16 @@ class Reconciler:
             if name not in self._watched:
                 self._watched.add(name)
                 nursery.start_soon(self._wait_end, name, ended)
-        names = sorted(vm_name_of(name) for name in given_up)[:_MAX_NAMED]
-        waiting_for = f"waiting for {', '.join(map(shown, names))} to end"
         for name, action in actions.items():
             # A VM that is half-made from before is removed first.
-            if action == "create" and name not in self._leftovers:
+            if action == "lost" or (action == "create" and name not in self._leftovers):
+                waiting_for, needed = self._describe_wait(given_up), wanted[name].spec.resources
                 instance = self._new_instance(wanted[name])
-                nursery.start_soon(instance.tend, self._slots.add(name, instance.vm.spec.resources), waiting_for)
-            elif action == "lost":
-                instance = self._new_instance(wanted[name])
-                instance.fail(VM_LOST)
-                nursery.start_soon(instance.tend)
+                if why := VM_LOST if action == "lost" else self._slots.why_never(needed):
+                    instance.fail(why)
+                    nursery.start_soon(instance.tend)
+                else:
+                    nursery.start_soon(instance.tend, self._slots.add(name, needed), waiting_for)
         self._grant()
         for name, action in actions.items():
             if action == "tell ended" and name not in self._leftovers:
@@ -324,6 +323,13 @@ class Reconciler:
             if instance.ending and _sync_state(wanted.get(name)) in ("absent", "failed")
         }
         return {**ending, **self._leftovers.running}
+
+    def _describe_wait(self, given_up: Collection[str]) -> str:
+        """Return what a new VM waits for, if it has to wait."""
+        # A worker that was restarted may offer less than the scheduler counted on, so that others hold what is needed.
+        holding = given_up or [name for name, instance in self.instances.items() if instance.holds_resources]
+        names = sorted(map(vm_name_of, holding))[:_MAX_NAMED]
+        return f"waiting for {', '.join(map(shown, names))} to end"
 
     def _instruct(self, instance: Instance, vm: VM | None, action: SyncAction) -> None:
         if vm is None:

@@ -25,6 +25,12 @@ class Slots:
         """Return whether a VM waits."""
         return name in self._waiting
 
+    def why_never(self, needed: Resources) -> str:
+        """Return why a VM could not begin even on an empty host, or ""."""
+        offers = ((kind, amount, self._offered.get(kind, 0)) for kind, amount in needed.items())
+        lacking = [f"{amount} {kind}, and it offers {offer}" for kind, amount, offer in offers if amount > offer]
+        return f"its worker was restarted with less than the VM needs: {'; '.join(lacking)}" if lacking else ""
+
     def add(self, name: str, needed: Resources) -> trio.Event:
         """Let a VM wait. Return the event that is set when the VM may begin."""
         event = trio.Event()
