@@ -44,6 +44,7 @@ from orchard.net.request import (
     Router,
     SlowAdmission,
     Stream,
+    WebSocketUpgrade,
     WhileConnected,
 )
 from orchard.resources.cluster import ClusterIdentity
@@ -189,16 +190,13 @@ class API:
         waits, waits_with = admitted.operation.waits, admitted.operation.waits_with
         if waits or (waits_with is not None and request.query.one(waits_with.name)):
             return WhileConnected(partial(self._answer_later, request, admitted), endless=not waits)
-        answer = await self._answer(request, admitted)
-        return self.parts.sessions.tie(answer, admitted.account, admitted.role, partial(subject_of, request, admitted))
+        return await self._answer(request, admitted)
 
     async def _answer_later(self, request: Request, admitted: Admitted) -> AnyResponse:
         """Answer a request that waits, unless its sender is deleted or loses its role meanwhile. Raises HTTPError."""
-        sessions, sender = self.parts.sessions, (admitted.account, admitted.role)
         try:
-            with sessions.cancel_when_over(*sender):
-                answer = await self._answer(request, admitted)
-                return sessions.tie(answer, *sender, partial(subject_of, request, admitted))
+            with self.parts.sessions.cancel_when_over(admitted.account, admitted.role):
+                return await self._answer(request, admitted)
         except auth.ForbiddenError as error:
             raise http_error(error, admitted.account) from error
 
@@ -237,6 +235,9 @@ class API:
                 answer.body += b"\n"
             if remarks and isinstance(answer, Response | Stream):
                 answer.headers = (*answer.headers, *remarks.headers())
+            if isinstance(answer, Stream | WebSocketUpgrade):
+                subject = subject_of(request, admitted)
+                self.parts.sessions.tie(answer, admitted.account, admitted.role, subject)
             return answer
 
     async def _read(self, request: Request, admitted: Admitted) -> None:

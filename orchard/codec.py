@@ -194,9 +194,7 @@ def parse_client_json(body: bytes) -> Any:
     values = count_values(body)
     if values > MAX_VALUES:
         raise MalformedError(f"the JSON has more than {MAX_VALUES} values")
-    value = parse_json(body)
-    _check_fields(value)
-    return value
+    return parse_json(body, MAX_FIELDS)
 
 
 def count_values(body: bytes) -> int:
@@ -214,8 +212,11 @@ def count_values(body: bytes) -> int:
     return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
-def parse_json(body: bytes) -> Any:
-    """Return the value of a JSON text. Raises MalformedError that says what is wrong and where."""
+def parse_json(body: bytes, most_fields: float = math.inf) -> Any:
+    """Return the value of a JSON text. Raises MalformedError that says what is wrong and where.
+
+    `most_fields` bounds the fields of each object.
+    """
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -228,7 +229,7 @@ def parse_json(body: bytes) -> Any:
         raise MalformedError(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise MalformedError(f"the JSON is nested deeper than {MAX_DEPTH} levels") from None
-    _check_depth(value)
+    _check_containers(value, most_fields)
     if any(escape in body for escape in _SURROGATES):
         _check_strings(value)
     return value
@@ -270,32 +271,24 @@ _LONG_NUMBER_DECODER = json.JSONDecoder(
 )
 
 
-def _check_depth(value: object) -> None:
+def _check_containers(value: object, most_fields: float) -> None:
+    """Raise MalformedError if a value is nested too deep, or if an object in it has too many fields."""
     level = [value] if type(value) in _CONTAINERS else []
     for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for node in level
-            for inner in (node.values() if isinstance(node, dict) else typing.cast("list[object]", node))
-            if type(inner) in _CONTAINERS
-        ]
+        inner: list[object] = []
+        for node in level:
+            if isinstance(node, dict):
+                if len(node) > most_fields:
+                    raise MalformedError(
+                        f"an object of the JSON has {len(node)} fields, expected at most {most_fields}"
+                    )
+                inner += node.values()
+            else:
+                inner += typing.cast("list[object]", node)
+        level = [node for node in inner if type(node) in _CONTAINERS]
         if not level:
             return
     raise MalformedError(f"the JSON is nested deeper than {MAX_DEPTH} levels")
-
-
-def _check_fields(value: object) -> None:
-    nodes = [value]
-    while nodes:
-        inner: list[object] = []
-        for node in nodes:
-            if isinstance(node, dict):
-                if len(node) > MAX_FIELDS:
-                    raise MalformedError(f"an object of the JSON has {len(node)} fields, expected at most {MAX_FIELDS}")
-                inner += node.values()
-            elif isinstance(node, list):
-                inner += node
-        nodes = [node for node in inner if type(node) in _CONTAINERS]
 
 
 def _check_strings(value: object) -> None:

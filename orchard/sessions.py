@@ -20,7 +20,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from orchard.auth import ForbiddenError, require
-from orchard.net.request import AnyResponse, SendPiece, Stream, WebSocketUpgrade
+from orchard.net.request import SendPiece, Stream, WebSocketUpgrade
 from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.resources.bodies import OpenSession, SessionKind
 from orchard.schema import Role, ServiceAccount
@@ -60,22 +60,13 @@ class AccountSessions:
         key = object()
         if subject is not None:
             self._listed[key] = OpenSession(subject.kind, self._clock(), account, subject.target, subject.peer)
-        try:
-            with self._end_with_account(key, account, role, end):
-                yield
-        finally:
-            self._listed.pop(key, None)
-
-    @contextmanager
-    def _end_with_account(self, key: object, account: str, role: Role | None, end: _End) -> Iterator[None]:
-        if not account:
-            yield
-            return
-        self._open[account][key] = (role, end)
+        if account:
+            self._open[account][key] = (role, end)
         try:
             self.review(account)
             yield
         finally:
+            self._listed.pop(key, None)
             self._open[account].pop(key, None)
             if not self._open[account]:
                 del self._open[account]
@@ -101,19 +92,14 @@ class AccountSessions:
         return list(self._listed.values())
 
     def tie(
-        self, answer: AnyResponse, account: str, role: Role | None, describe: Callable[[], SessionSubject]
-    ) -> AnyResponse:
-        """Return an answer like this one, whose stream or WebSocket ends with the account or its role."""
+        self, answer: Stream | WebSocketUpgrade, account: str, role: Role | None, subject: SessionSubject
+    ) -> None:  # fmt: skip
+        """Have an answer's stream or WebSocket end with the account or its role."""
+        held = partial(self.cancel_when_over, account, role, subject)
         if isinstance(answer, Stream):
-            answer.produce = partial(self._produce, self._last(account, role, describe), answer.produce)
-        elif isinstance(answer, WebSocketUpgrade):
-            answer.session = partial(self._converse, self._last(account, role, describe), answer.session)
-        return answer
-
-    def _last(
-        self, account: str, role: Role | None, describe: Callable[[], SessionSubject]
-    ) -> Callable[[], AbstractContextManager[None]]:
-        return lambda: self.cancel_when_over(account, role, describe())
+            answer.produce = partial(self._produce, held, answer.produce)
+        else:
+            answer.session = partial(self._converse, held, answer.session)
 
     async def _produce(
         self,

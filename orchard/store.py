@@ -284,7 +284,6 @@ class Store:
         write.changes += changes
         self.state.revision = batch.revision = self.state.revision + 1
         batch.adds = batch.adds or adds
-        self._wakeup.set()
         self._touched = {}
         for tell in self._committed:
             tell(changes)

@@ -170,7 +170,11 @@ def set_deadlines(
         ttl = ttl or settings.default_ttl_seconds or settings.max_ttl_seconds
         spec = spec if ttl == spec.ttl_seconds else replace(spec, ttl_seconds=ttl)
     if old is None or renews_ttl or ttl != old.spec.ttl_seconds:
-        _check_ttl(ttl, settings.max_ttl_seconds)
+        most = settings.max_ttl_seconds
+        if most and not 1 <= ttl <= most:
+            raise TransitionError(
+                f"ttlSeconds is {ttl}, expected 1 to {most}, the maxTTLSeconds of the cluster settings"
+            )
         meta = replace(meta, expires_at=now + datetime.timedelta(seconds=ttl) if ttl else None)
     if (
         not state.worker
@@ -179,11 +183,6 @@ def set_deadlines(
     ):
         state = replace(state, waiting_since=_waiting_since(spec, now))
     return VM(meta, spec, state)
-
-
-def _check_ttl(ttl: int, most: int) -> None:
-    if most and not 1 <= ttl <= most:
-        raise TransitionError(f"ttlSeconds is {ttl}, expected 1 to {most}, the maxTTLSeconds of the cluster settings")
 
 
 def _waiting_since(spec: VMSpec, now: datetime.datetime) -> datetime.datetime | None:

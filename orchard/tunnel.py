@@ -156,6 +156,7 @@ class PendingRequest(Generic[AnswerT]):
         self.worker = worker
         # "" for the host of the worker.
         self.vm_uid = vm_uid
+        self.target = worker, vm_uid
         # The account of the watch over which the action was sent last. Only this account may answer.
         self.account: str | None = None
         self.action: Mapping[str, Any] = {kind: {"session": self.id, "vmUID": vm_uid, **details}}
@@ -166,11 +167,6 @@ class PendingRequest(Generic[AnswerT]):
         self._release: Callable[[], None] = lambda: None
         self._answered = trio.Event()
         self._answer: AnswerT | UnreachableError
-
-    @property
-    def target(self) -> tuple[str, str]:
-        """The worker, and the VM that it is asked to reach, or "" for its host."""
-        return self.worker, self.vm_uid
 
     def resolve(self, answer: AnswerT, release: Callable[[], None] = lambda: None) -> None:
         """Have `wait_answered` return the answer. `release` is called if it is not taken."""
@@ -313,7 +309,7 @@ class Rendezvous:
 
     async def ask_address(self, worker: str, vm_uid: str, deadline: float, *, sender: str = "") -> str:
         """Have a worker find the address of a VM. One request serves all that ask meanwhile. Raises UnreachableError."""
-        pending = (one for one in self._addresses.values() if (one.worker, one.vm_uid) == (worker, vm_uid))
+        pending = (one for one in self._addresses.values() if one.target == (worker, vm_uid))
         request = next(pending, None) or PendingRequest[str](worker, "resolveIPAction", vm_uid)
         with self._counted(sender, request):
             return await self._ask(request, self._addresses, deadline)

@@ -302,13 +302,14 @@ class SchedulingLoop:
         state = self._store.state
         # On a full disk the transaction would be refused.
         live, deleted = ({}, {}) if self._store.full else self.liveness.promises_over()
-        with self._store.transaction() as tx:
-            for worker in (state.workers[name] for name in live if name in state.workers):
-                tx.put(replace(worker, promised=self.liveness.offline_timeout_ms))
-            for promise in (state.promises[name] for name in deleted if name in state.promises):
-                tx.delete(promise)
-            if self._restored.is_over():
-                tx.put(replace(state.cluster, holds_back=False))
+        if live or deleted or self._restored.is_over():
+            with self._store.transaction() as tx:
+                for worker in (state.workers[name] for name in live if name in state.workers):
+                    tx.put(replace(worker, promised=self.liveness.offline_timeout_ms))
+                for promise in (state.promises[name] for name in deleted if name in state.promises):
+                    tx.delete(promise)
+                if self._restored.is_over():
+                    tx.put(replace(state.cluster, holds_back=False))
         await self._store.wait_durable()
         self.liveness.forget_promises(live, deleted)
 

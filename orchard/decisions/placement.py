@@ -127,7 +127,7 @@ class _Queues:
     def __init__(self) -> None:
         self.by_kind: dict[VMKind, _Queue] = {}
         # Priority -> number of VMs.
-        self._numbers: Counter[int] = Counter()
+        self.numbers: Counter[int] = Counter()
 
     def put(self, kind: VMKind, vm: VM) -> None:
         queue = self.by_kind.get(kind)
@@ -135,7 +135,7 @@ class _Queues:
             queue = self.by_kind[kind] = _Queue()
         bisect.insort(queue.vms, age_of(vm))
         queue.inform(vm)
-        self._numbers[kind.priority] += 1
+        self.numbers[kind.priority] += 1
 
     def drop(self, kind: VMKind, vm: VM) -> None:
         queue = self.by_kind[kind]
@@ -143,16 +143,13 @@ class _Queues:
         queue.uninformed.pop(vm.name, None)
         if not queue.vms:
             del self.by_kind[kind]
-        self._numbers[kind.priority] -= 1
-        if not self._numbers[kind.priority]:
-            del self._numbers[kind.priority]
-
-    def total(self) -> int:
-        return self._numbers.total()
+        self.numbers[kind.priority] -= 1
+        if not self.numbers[kind.priority]:
+            del self.numbers[kind.priority]
 
     def ahead_of(self, priority: int, placed: Mapping[VMKind, int]) -> int:
         """Return how many VMs of higher priority wait, without those that a plan places."""
-        waiting = sum(number for other, number in self._numbers.items() if other > priority)
+        waiting = sum(number for other, number in self.numbers.items() if other > priority)
         return waiting - sum(number for kind, number in placed.items() if kind.priority > priority) if waiting else 0
 
 
@@ -409,7 +406,7 @@ class Placement:
     def queued(self, demand: Demand | None = None) -> int:
         """Return how many VMs wait, or how many of them may want the same workers as a VM of that demand."""
         if demand is None:
-            return self._queues.total()
+            return self._queues.numbers.total()
         return sum(len(queue.vms) for kind, queue in self._queues.by_kind.items() if may_compete(kind.demand, demand))
 
     def waiting_for_ever(self) -> int:
@@ -438,7 +435,7 @@ class Placement:
         placed = self._assign(plan)
         self._explain(now, placed, plan)
         self._forget_idle()
-        some_wait = self._queues.total() > len(plan.assign)
+        some_wait = self._queues.numbers.total() > len(plan.assign)
         if some_wait and not self._inputs.why_frozen():
             for at in (*self._pauses.until.values(), *(kind.demand.held_until for kind in self._queues.by_kind)):
                 if at > now:

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 from orchard.decisions.early_failures import EarlyFailures
 from orchard.decisions.worker_facts import WorkerFacts
@@ -22,7 +22,6 @@ MAX_ROOM = 1_000_000
 # Between two restarts of a VM, so that one that fails at once does not keep its worker busy.
 RESTART_PAUSE_SECONDS = 15.0
 
-ValueT = TypeVar("ValueT", str, int)
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -182,15 +181,15 @@ class VMKind(NamedTuple):
 
 
 def demand_of(spec: VMSpec) -> Demand:
-    labels = sorted_pairs(spec.labels) if spec.labels else ()
-    return Demand(
-        spec.arch, spec.runtime, labels, sorted_pairs(spec.resources), capabilities=_needed_capabilities(spec)
-    )
+    labels = tuple(sorted(spec.labels.items())) if spec.labels else ()
+    resources = tuple(sorted(spec.resources.items()))
+    return Demand(spec.arch, spec.runtime, labels, resources, capabilities=_needed_capabilities(spec))
 
 
 def kind_of(spec: VMSpec) -> VMKind:
     """Return the kind of a new VM."""
-    return VMKind(demand_of(spec), sorted_pairs(spec.preferred_labels) if spec.preferred_labels else (), spec.priority)
+    preferred = tuple(sorted(spec.preferred_labels.items())) if spec.preferred_labels else ()
+    return VMKind(demand_of(spec), preferred, spec.priority)
 
 
 def _needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
@@ -198,10 +197,6 @@ def _needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
     script = spec.startup_script
     needed = (GUEST_AGENT,) if script is not None and script.transport == "tart-guest-agent" else ()
     return needed if spec.shutdown_script is None else (*needed, SHUTDOWN_SCRIPT)
-
-
-def sorted_pairs(mapping: Mapping[str, ValueT]) -> tuple[tuple[str, ValueT], ...]:
-    return tuple(sorted(mapping.items()))
 
 
 def has_label(worker: Worker, label: str, value: str) -> bool:

@@ -46,7 +46,6 @@ from orchard.net.request import (
     error_response,
     find_head_end,
     parse_head,
-    strip_empty_line,
 )
 from orchard.net.websocket import CLOSE_SECONDS, TunnelStream, open_messages
 
@@ -104,7 +103,7 @@ class Exchange:
         self._routine = False
         # When the head was complete; negative when the request was logged.
         self._since = 0.0
-        # Whether the client lets another request follow.
+        # Whether the client lets another request follow; once the answer has begun, whether one may.
         self._keep_alive = False
         # Whether bytes of the request may be unread, or its end is unknown.
         self._unread = True
@@ -230,7 +229,8 @@ class Exchange:
                 heads.end(self._connection)
             if scope.cancelled_caught:
                 raise HTTPError(408, f"the request head was not complete within {limits.head_seconds:g} seconds")
-        return self._connection.take(end)
+        # RFC 9112, section 2.2: one empty line may precede it.
+        return self._connection.take(end).removeprefix(b"\r\n")
 
     async def _read_body(self, head: bytes, block: HeaderBlock, limit: int) -> bytes:
         """Return the body of a request that has one. Raises HTTPError 408, 400, 413, 431, and Disconnected."""
@@ -243,7 +243,7 @@ class Exchange:
             if len(connection.buffer) < length:
                 await self._read_until(lambda: len(connection.buffer) >= length, lambda: len(connection.buffer))
             return connection.take(length)
-        body = ChunkedBody(strip_empty_line(head), limit, self._server.limits.header_bytes)
+        body = ChunkedBody(head, limit, self._server.limits.header_bytes)
 
         def is_complete() -> bool:
             if not connection.buffer:
@@ -277,8 +277,12 @@ class Exchange:
 
     # ---- writing
 
-    def _head(self, answer: Response | Stream, framing: str, keep: bool) -> bytes:
-        """Return the head of an answer. Raises ValueError for an illegal header, or one that only the server may set."""
+    def _head(self, answer: Response | Stream, framing: str) -> bytes:
+        """Return the head of an answer, and decide whether another request may follow.
+
+        Raises ValueError for an illegal header, or one that only the server may set.
+        """
+        self._keep_alive = self._keep_alive and not self._unread and not self._server.stop.is_set()
         lines = [
             f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, '')}\r\nDate: {self._server.date()}\r\n{_ALWAYS}"
         ]
@@ -289,15 +293,10 @@ class Exchange:
             lines.append(line)
         if not any(name == "Cache-Control" for name, _ in answer.headers):
             lines.append(_NOT_STORED)
-        end = "\r\n" if keep else "Connection: close\r\n\r\n"
+        end = "\r\n" if self._keep_alive else "Connection: close\r\n\r\n"
         return f"{''.join(lines)}{framing}{end}".encode("latin-1")
 
-    def _may_continue(self) -> bool:
-        """Whether another request may follow the answer."""
-        return self._keep_alive and not self._unread and not self._server.stop.is_set()
-
     async def _respond(self, answer: Response) -> None:
-        keep = self._may_continue()
         pieces = (answer.body,) if isinstance(answer.body, bytes) else answer.body
         # Where each piece would end without separators.
         ends = list(accumulate(map(len, pieces)))
@@ -305,7 +304,7 @@ class Exchange:
         framing = "" if answer.status in (204, 304) else f"Content-Length: {size}\r\n"
         if size:
             framing += f"Content-Type: {answer.content_type}\r\n"
-        head = self._head(answer, framing, keep)
+        head = self._head(answer, framing)
         self._status, self._routine = answer.status, answer.routine
         if self._request is not None and self._request.method == "HEAD":
             await self._connection.send(head)
@@ -313,7 +312,7 @@ class Exchange:
             await self._connection.send(head + answer.separator.join(pieces))
         else:
             await self._send_blocks(head, pieces, ends, answer.separator)
-        self._ended = keep
+        self._ended = self._keep_alive
 
     async def _send_blocks(self, head: bytes, pieces: Sequence[bytes], ends: Sequence[int], separator: bytes) -> None:
         """Send a large answer some pieces at a time, so that others get their turn and little is copied."""
@@ -331,11 +330,11 @@ class Exchange:
 
     async def _respond_in_pieces(self, answer: Stream) -> None:
         assert self._request is not None
-        chunked, keep = self._request.version == "1.1", self._may_continue()
+        chunked = self._request.version == "1.1"
         # nginx, and proxies that follow it, pass each piece on as it comes.
         framing = f"Content-Type: {answer.content_type}\r\nX-Accel-Buffering: no\r\n"
         framing += "Transfer-Encoding: chunked\r\n" * chunked
-        head = self._head(answer, framing, keep)
+        head = self._head(answer, framing)
         sender = _PieceSender(self._connection, chunked=chunked)
 
         async def produce() -> None:
@@ -352,7 +351,7 @@ class Exchange:
                 await self._watched(produce, until_stop=answer.endless)
                 if chunked and not sender.torn:
                     await self._connection.send(b"0\r\n\r\n")
-            self._ended = keep and not sender.torn
+            self._ended = self._keep_alive and not sender.torn
         except HTTPError as error:
             # The status was sent already. Without the last chunk the client knows that the answer is incomplete.
             raise Disconnected(f"the answer was cut off: {error.message}") from error

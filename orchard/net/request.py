@@ -384,7 +384,7 @@ def parse_head(head: bytes, header_count: int, peer: str = "-") -> tuple[Request
 
     Raises HTTPError. The end of the request is unknown then, so the connection must be closed.
     """
-    line, _, block = strip_empty_line(head).partition(b"\r\n")
+    line, _, block = head.partition(b"\r\n")
     match = _ORIGIN_FORM.fullmatch(line)
     authority = b""
     if match is not None:
@@ -400,11 +400,6 @@ def parse_head(head: bytes, header_count: int, peer: str = "-") -> tuple[Request
         fields = replace(fields, headers=fields.headers.replaced("host", authority.decode("ascii")))
     request = Request(method.decode("ascii"), target.decode("ascii"), fields.headers, version, peer=peer)
     return request, fields
-
-
-def strip_empty_line(head: bytes) -> bytes:
-    """Return a head without the one empty line that may precede it (RFC 9112, section 2.2)."""
-    return head[2:] if head.startswith(b"\r\n") else head
 
 
 def _parse_other_line(head: bytes, line: bytes) -> tuple[bytes, bytes, bytes, bytes]:

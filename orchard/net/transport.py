@@ -546,16 +546,17 @@ class Transport:
 
     async def _open_to(self, endpoint: _Endpoint) -> _Connection:
         """Open a connection to an endpoint. Raises ConnectError."""
-        with _deadline(self._connect_seconds, f"cannot reach {endpoint.url}: no connection within"):
+        with trio.move_on_after(self._connect_seconds):
             try:
                 stream = await endpoint.connect(endpoint.host, endpoint.port)
                 if self._trust is not None:
                     stream = await self._secure(self._trust, stream, endpoint.host)
+                return _Connection(endpoint, stream)
             except tls.TLSError as error:
                 raise ConnectError(f"cannot reach {endpoint.url}: {error}") from error
             except (OSError, trio.BrokenResourceError) as error:
                 raise ConnectError(f"cannot reach {endpoint.url}: {tcp.describe_network_error(error)}") from error
-        return _Connection(endpoint, stream)
+        raise ConnectError(f"cannot reach {endpoint.url}: no connection within {self._connect_seconds:g} seconds")
 
     async def _secure(self, trust: tls.Trust, stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
         """Do the TLS handshake. The stream is closed if that fails."""
@@ -656,15 +657,6 @@ def _lost(connection: _Connection, error: Exception) -> ConnectError:
     if isinstance(error, h11.RemoteProtocolError):
         return ConnectError(f"{url} sent an invalid HTTP answer: {error}")
     return ConnectError(f"the connection to {url} was lost: {tcp.describe_network_error(error)}")
-
-
-@contextmanager
-def _deadline(seconds: float, complaint: str) -> Iterator[None]:
-    """Cancel the block after some seconds, and raise ConnectError then."""
-    with trio.move_on_after(seconds) as scope:
-        yield
-    if scope.cancelled_caught:
-        raise ConnectError(f"{complaint} {seconds:g} seconds")
 
 
 def excerpt(content: bytes | str) -> str:

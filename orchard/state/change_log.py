@@ -174,7 +174,8 @@ class ChangeLog:
         while len(self._kept) > 1 and (self._bytes > KEPT_BYTES or self._count - self._start > KEPT_CHANGES):
             self._bytes -= self._kept.popleft().size
         self._blocks.clear()
-        self._audience.call(self.watchers)
+        if self.watchers:
+            self._audience.call(self.watchers)
 
     @property
     def _start(self) -> int:

@@ -89,12 +89,10 @@ class Engine(Protocol):
     """
 
     limits: BatchLimits
+    # Why nothing should be added at present; empty when there is space.
+    full: str
     # Whether deletions and reports are written while `full` is set, as long as there is any space.
     takes_deletions: bool
-
-    @property
-    def full(self) -> str:
-        """Why nothing should be added at present; empty when there is space."""
 
     async def load(self) -> Contents:
         """Read the state, which may be empty. Raises DamagedError, OSError, StorageUnavailableError."""

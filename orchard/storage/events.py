@@ -166,7 +166,9 @@ class EventLog:
 
     def record(self, uid: str, payload: str, timestamp: int) -> None:
         """Have a lifecycle event of a VM written some time later. `flush` waits for it."""
-        self._lifecycle.add(WaitingEvent(uid, self._count(uid), lifecycle_json(payload, timestamp)))
+        stored = self._storage.get(uid)
+        after = stored.count if stored is not None else 0
+        self._lifecycle.add(WaitingEvent(uid, after, lifecycle_json(payload, timestamp)))
 
     async def flush(self) -> None:
         """Wait until the lifecycle events that were recorded before are written, or an attempt to do so has failed."""
@@ -259,10 +261,6 @@ class EventLog:
         if not references and self._followers.pop(uid, None) is not None and self._left.pop(uid, None) is not None:
             self._dropped.append(uid)
             self._wakeup.set()
-
-    def _count(self, uid: str) -> int:
-        stored = self._storage.get(uid)
-        return stored.count if stored is not None else 0
 
     def has_followers(self, uid: str) -> bool:
         return uid in self._followers

@@ -39,13 +39,9 @@ class FileEngine:
         self._in_thread = in_thread
         # The file knows one call at a time.
         self._lock = trio.Lock()
+        # Why nothing should be added at present; empty when there is space.
+        self.full = ""
         self._became_full = Wakeup()
-        # What was last logged of `full`.
-        self._was_full = False
-
-    @property
-    def full(self) -> str:
-        return self._file.full
 
     async def load(self) -> FileContents:
         return self._file.load()
@@ -82,9 +78,9 @@ class FileEngine:
 
     def _follow_full(self) -> None:
         """Log when the disk has become full or has space again."""
-        if self.full and not self._was_full:
+        before, self.full = self.full, self._file.full
+        if self.full and not before:
             _logger.error("disk full, refusing what adds something: %s", self.full)
             self._became_full.set()
-        elif self._was_full and not self.full:
+        elif before and not self.full:
             _logger.info("disk has space again")
-        self._was_full = bool(self.full)

@@ -40,6 +40,8 @@ PIECES = st.sampled_from(
 def test_accepted_head_is_read_as_h11_reads_it(pieces: list[bytes]) -> None:
     raw = b"".join(pieces) + b"\r\n\r\n"
     raw = raw[: raw.index(b"\r\n\r\n") + 4]
+    # An empty line may come first. The server removes it, and h11 does not know of it.
+    raw = raw.removeprefix(b"\r\n")
     refused = None
     try:
         parsed, block = parse_head(raw, 100)
@@ -49,8 +51,7 @@ def test_accepted_head_is_read_as_h11_reads_it(pieces: list[bytes]) -> None:
         assert 400 <= refused.status <= 505
         return
     reader = h11.Connection(h11.SERVER)
-    # h11 does not know of the empty line that may come first.
-    reader.receive_data(raw.removeprefix(b"\r\n"))
+    reader.receive_data(raw)
     event = reader.next_event()
     assert isinstance(event, h11.Request)
     assert (parsed.method, parsed.version) == (event.method.decode(), "1.0" if event.http_version == b"1.0" else "1.1")
