@@ -167,7 +167,8 @@ class Instance:
     @property
     def holds_resources(self) -> bool:
         """Whether the VM uses, or is about to use, more than the disk of the host."""
-        return not self.ended.is_set() and self.state.phase != "resting"
+        will_begin = self.state.phase != "waiting" or not self._told
+        return will_begin and not self.ended.is_set() and self.state.phase != "resting"
 
     @property
     def has_unreported_failure(self) -> bool:
