@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -35,6 +35,7 @@ from orchard.handlers import parameters
 from orchard.handlers.admission import Admitted, APIOperation, refuse_unknown, subject_of
 from orchard.handlers.answers import PRODUCT_ERRORS, REFUSALS, HeaderPairs, found, http_error, not_leading
 from orchard.handlers.parameters import read_choice
+from orchard.net.browsers import BrowserRules, without_challenge
 from orchard.net.request import (
     AnyResponse,
     HTTPError,
@@ -78,7 +79,7 @@ ReadT = TypeVar("ReadT")
 class ControllerParts:
     """The parts of a controller that handlers work on.
 
-    `gate` None admits every request to everything. `tokens` issues access tokens. `prefix` is the path before /v1,
+    `browsers` says which requests of browsers are refused. `gate` None admits every request to everything. `tokens` issues access tokens. `prefix` is the path before /v1,
     and `offline_timeout` is in seconds. Stored deadlines are made from `deadline_clock`.
     """
 
@@ -98,6 +99,7 @@ class ControllerParts:
     deadline_clock: Callable[[], datetime.datetime]
     figures: Figures
     webhooks: Webhooks
+    browsers: BrowserRules = field(default_factory=BrowserRules)
     prefix: str = ""
     offline_timeout: float = 0.0
 
@@ -132,6 +134,7 @@ class API:
 
     def admit(self, request: Request) -> Admitted | SlowAdmission[Admitted]:
         """Find a request's operation and its sender, before its body is read. Raises HTTPError."""
+        self.parts.browsers.check(request)
         try:
             route, params = self._router.match(request.method, request.path)
             operation: APIOperation = route.endpoint
@@ -154,7 +157,7 @@ class API:
                 sender = gate.limit.check_now(request.peer, account, check)
             return self._admit_sender(operation, name, sender)
         except REFUSALS as error:
-            raise http_error(error) from error
+            raise without_challenge(request, http_error(error)) from error
 
     def _admit_sender(self, operation: APIOperation, name: str, sender: ServiceAccount | Access) -> Admitted:
         """Return what a sender is admitted to. Raises HTTPError."""
@@ -175,7 +178,7 @@ class API:
     async def _admit_later(
         self, operation: APIOperation, name: str, pauses: Generator[float, None, ServiceAccount | Access]
     ) -> Admitted:
-        """Admit a sender whose credentials are checked after pauses. Raises HTTPError."""
+        """Admit a sender whose credentials are checked after pauses. Raises HTTPError, but not 401."""
         try:
             return self._admit_sender(operation, name, await sleep_pauses(pauses))
         except REFUSALS as error:

@@ -70,7 +70,7 @@ from orchard.decisions.gate import Gate
 from orchard.decisions.login_limit import LoginLimit
 from orchard.net import tcp, tls
 from orchard.net.browsers import BrowserRules
-from orchard.net.connection import Limits
+from orchard.net.connection import Limits, Service
 from orchard.net.outside import connect_outside
 from orchard.net.server import serve
 from orchard.net.streams import TLSListener
@@ -244,25 +244,15 @@ async def _answer_requests(
 ) -> None:
     """Listen on all ports, and answer until `stop` is set and the last answer was sent. Raises StartError."""
     api = make_api(parts, ui=settings.ui)
-    hosts = None if settings.auth else settings.allowed_hosts
-    browsers = BrowserRules(settings.allowed_origins, hosts, [f"{settings.prefix}/ui{end}" for end in ("", "/")])
     listeners, running = await platform.listen(settings)
     if running.watch_certificate is not None:
         background.start_soon(running.watch_certificate)
     parts.figures.certificate_expires = running.certificate_expires
-    answer = partial(
-        serve,
-        api.handle,
-        admit=browsers.guard(api.admit),
-        refuse_all=api.refuse_all,
-        limits=_limits(settings),
-        stop=serving.stop,
-        count=parts.figures.count_request,
-        grace=serving.grace,
-    )
+    service = Service(api.handle, api.admit, api.refuse_all, parts.figures.count_request)
+    answer = partial(serve, service, listeners, limits=_limits(settings), stop=serving.stop, grace=serving.grace)
     # Ends with `stop`.
     async with trio.open_nursery() as servers:
-        await servers.start(answer, listeners)
+        await servers.start(answer)
         ssh_port = await _serve_ssh(settings, parts, background)
         metrics_port = 0
         if settings.metrics is not None:
@@ -291,6 +281,7 @@ def _compose(
     webhooks = Webhooks(store, loop, figures.lives.failure_of, stored_clock.now, connect)
     vm_access = VMAccess(store, rendezvous)
     tokens = AccessTokens(load_access_key(settings.data_dir), store.state.accounts, clock)
+    hosts = None if settings.auth else settings.allowed_hosts
     parts = ControllerParts(
         store=store,
         events=data.events,
@@ -308,6 +299,7 @@ def _compose(
         deadline_clock=stored_clock.now,
         figures=figures,
         webhooks=webhooks,
+        browsers=BrowserRules(settings.allowed_origins, hosts, [f"{settings.prefix}/ui{end}" for end in ("", "/")]),
         prefix=settings.prefix,
         offline_timeout=settings.worker_offline_timeout,
     )

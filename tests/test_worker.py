@@ -24,6 +24,7 @@ from trio_websocket import WebSocketConnection
 from orchard import controller
 from orchard.client import Client, ResponseError
 from orchard.codec import dump_json
+from orchard.net.connection import Service
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
 from orchard.schema import TART_VMS, Status, Worker
@@ -756,7 +757,7 @@ class Impostor:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         url = f"http://127.0.0.1:{listeners[0].socket.getsockname()[1]}"
         async with trio.open_nursery() as nursery:
-            await nursery.start(partial(serve, self.handle, listeners, admit=admit_anybody))
+            await nursery.start(partial(serve, Service(self.handle, admit_anybody), listeners))
             async with Client(url) as client:
                 await nursery.start(cluster.worker(client).run)
                 yield

@@ -17,7 +17,7 @@ from orchard.codec import dump_json, encode
 from orchard.handlers.admin import health_answer
 from orchard.handlers.metrics import metrics_answer
 from orchard.net.browsers import BrowserRules
-from orchard.net.connection import Limits
+from orchard.net.connection import Limits, Service
 from orchard.net.request import AnyResponse, HTTPError, Request, Response
 from orchard.net.server import serve
 from orchard.resources.cluster import ControllerHealth
@@ -34,12 +34,17 @@ Listeners = Sequence[trio.SocketListener]
 async def serve_metrics(listeners: Listeners, api: API, allowed_origins: Sequence[str], nursery: trio.Nursery) -> int:
     """Serve metrics in a nursery. Return the port."""
 
+    browsers = BrowserRules(allowed_origins)
+
     async def answer(request: Request, admitted: object) -> AnyResponse:
         return await metrics_answer(api)
 
-    guard = BrowserRules(allowed_origins, None).guard
+    def admit(request: Request) -> _Anonymous:
+        browsers.check(request)
+        return _admit_scrape(request)
+
     # It ends with the background tasks: what it answers changes nothing.
-    await nursery.start(partial(serve, answer, listeners, admit=guard(_admit_scrape), limits=_LIMITS))
+    await nursery.start(partial(serve, Service(answer, admit), listeners, limits=_LIMITS))
     port: int = listeners[0].socket.getsockname()[1]
     return port
 
@@ -60,7 +65,7 @@ async def serve_health(
             return health_answer(store)
         return Response(503, dump_json(encode(ControllerHealth("standby", leader=find_leader()))))
 
-    await nursery.start(partial(serve, answer, listeners, admit=_admit, limits=_LIMITS))
+    await nursery.start(partial(serve, Service(answer, _admit), listeners, limits=_LIMITS))
 
 
 @dataclass(frozen=True, slots=True)

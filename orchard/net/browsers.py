@@ -2,7 +2,7 @@
 
 A browser sends requests on behalf of any page that its user visits. A page of another origin cannot read the answers,
 but a POST with a body of text/plain, a form or a WebSocket needs no permission, and after DNS rebinding the page's own
-name leads to this server, so that it can read answers, too. `BrowserRules.guard` refuses such requests before anything
+name leads to this server, so that it can read answers, too. `BrowserRules.check` refuses such requests before anything
 else looks at them, with and without credentials. There is no CORS.
 
 The headers that it looks at are set by browsers alone and cannot be changed by a page. Other clients do not send Origin
@@ -12,13 +12,10 @@ and Sec-Fetch-Site, and nothing is asked of them. (A WebSocket library may send 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 
 from orchard.codec import shown
-from orchard.net.request import AdmittedT, HTTPError, Request, SlowAdmission
-
-Admit = Callable[[Request], AdmittedT | SlowAdmission[AdmittedT]]
+from orchard.net.request import HTTPError, Request
 
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 _ORIGIN = re.compile(r"(https?|wss?)://(\[[0-9a-f:.]+\]|[^\s/?#@\[\]:,]+)(?::([0-9]{1,5}))?")
@@ -43,21 +40,6 @@ class BrowserRules:
         self._origins = {normal_origin(origin) for origin in origins}
         self._hosts = None if hosts is None else {normal_name(name) for name in hosts}
         self._pages = frozenset(pages)
-
-    def guard(self, admit: Admit[AdmittedT]) -> Admit[AdmittedT]:
-        """Return an `admit` for `serve` that checks each request before `admit` does."""
-
-        def admit_checked(request: Request) -> AdmittedT | SlowAdmission[AdmittedT]:
-            self.check(request)
-            try:
-                admission = admit(request)
-            except HTTPError as error:
-                raise _without_challenge(request, error) from None
-            if isinstance(admission, SlowAdmission):
-                return SlowAdmission(partial(_wait_admitted, request, admission.work))
-            return admission
-
-        return admit_checked
 
     def check(self, request: Request) -> None:
         """Raise HTTPError 403 for a request that a page of another origin may have caused."""
@@ -104,15 +86,8 @@ class BrowserRules:
         return own in self._origins or _split(authority, scheme) == _split(host, scheme)
 
 
-async def _wait_admitted(request: Request, work: Callable[[], Awaitable[AdmittedT]]) -> AdmittedT:
-    try:
-        return await work()
-    except HTTPError as error:
-        raise _without_challenge(request, error) from None
-
-
-def _without_challenge(request: Request, error: HTTPError) -> HTTPError:
-    """Return the error for a request, without WWW-Authenticate if a browser sent the request.
+def without_challenge(request: Request, error: HTTPError) -> HTTPError:
+    """Return the error for a request that is not admitted, without WWW-Authenticate if a browser sent the request.
 
     The browser would ask its user for credentials, keep them, and add them to requests of other pages.
     """

@@ -12,11 +12,11 @@ import string
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 import trio
 
-from orchard.net.request import Admission, AnyResponse, HTTPError, Request, SlowAdmission
+from orchard.net.request import AdmittedT, AnyResponse, HTTPError, Request, SlowAdmission
 from orchard.net.streams import PlainStream, TLSStream
 from orchard.net.unauthenticated import Unauthenticated
 
@@ -133,20 +133,26 @@ class Sends:
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
-    """What decides about requests and answers them; `serve` of server.py says what each function is for."""
+class Service(Generic[AdmittedT]):
+    """What decides about requests and answers them."""
 
-    handler: Callable[[Request, Any], Awaitable[AnyResponse]]
-    admit: Callable[[Request], Admission | SlowAdmission[Any]]
-    refuse_all: Callable[[], HTTPError | None]
-    count: Callable[[Request | None, int], None]
+    # Answers a request, or raises HTTPError. The second argument is what `admit` has returned.
+    handler: Callable[[Request, AdmittedT], Awaitable[AnyResponse]]
+    # Sees each request before its body is read or asked for, or refuses it by raising HTTPError: it authenticates the
+    # client, so that a stranger cannot make the server keep megabytes.
+    admit: Callable[[Request], AdmittedT | SlowAdmission[AdmittedT]]
+    # Asked right before an answer leaves, and before each piece of a `Stream`: its error is sent in place of any
+    # answer, and the connection ends.
+    refuse_all: Callable[[], HTTPError | None] = lambda: None
+    # Called with each request and its status when it has been answered; None is a request whose head could not be read.
+    count: Callable[[Request | None, int], None] = lambda request, status: None
 
 
 class ServerState:
     """What all connections of a server share."""
 
     def __init__(
-        self, service: Service, limits: Limits, log: logging.Logger, clock: Callable[[], float], stop: trio.Event
+        self, service: Service[Any], limits: Limits, log: logging.Logger, clock: Callable[[], float], stop: trio.Event
     ) -> None:
         self.service = service
         self.limits = limits

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -21,40 +21,31 @@ import trio
 
 from orchard.net.connection import Connection, Disconnected, Limits, ServerState, Service
 from orchard.net.exchange import Exchange
-from orchard.net.request import AdmittedT, AnyResponse, HTTPError, Request, SlowAdmission
+from orchard.net.request import AdmittedT, HTTPError
 
 _logger = logging.getLogger("orchard.net.server")
 
 
 async def serve(
-    handler: Callable[[Request, AdmittedT], Awaitable[AnyResponse]],
+    service: Service[AdmittedT],
     listeners: Sequence[trio.abc.Listener[trio.abc.Stream]],
     *,
-    admit: Callable[[Request], AdmittedT | SlowAdmission[AdmittedT]],
-    refuse_all: Callable[[], HTTPError | None] = lambda: None,
     limits: Limits | None = None,
     log: logging.Logger = _logger,
     clock: Callable[[], float] = time.time,
     stop: trio.Event | None = None,
-    count: Callable[[Request | None, int], None] = lambda request, status: None,
     grace: float = 10.0,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Answer the requests that arrive through `listeners` with `handler`, until cancelled or until `stop` is set.
+    """Answer the requests that arrive through `listeners`, until cancelled or until `stop` is set.
 
-    A listener is trio's for sockets, or a `TLSListener`. `admit` sees each request before its body is read or asked
-    for. It returns what the handler gets beside the request, or refuses the request by raising HTTPError: it
-    authenticates the client, so that a stranger cannot make the server keep megabytes. `refuse_all` is asked right
-    before an answer leaves, and before each piece of a `Stream`: its error is sent in place of any answer, and the
-    connection ends. `clock` returns seconds since 1970, for the header Date. `count` is called with each request and
-    its status when it has been answered; None is a request whose head could not be read. `started()` is called when
-    connections are accepted; the listeners are closed in any case.
+    A listener is trio's for sockets, or a `TLSListener`. `clock` returns seconds since 1970, for the header Date.
+    `started()` is called when connections are accepted; the listeners are closed in any case.
 
     At `stop`: no more connections are accepted, those without a request are closed at once, endless streams end, and
     WebSockets are closed with 1001. What is running has `grace` seconds to end, and is cancelled then.
     """
     stop = stop if stop is not None else trio.Event()
-    service = Service(handler, admit, refuse_all, count)
     server = ServerState(service, limits or Limits(), log, clock, stop)
     # Ends last.
     async with trio.open_nursery() as watching:

@@ -22,7 +22,7 @@ import trio.testing
 
 from orchard.base.nursery import Wakeup
 from orchard.net import server
-from orchard.net.connection import Limits
+from orchard.net.connection import Limits, Service
 from orchard.net.request import AnyResponse, Request, Response, SendPiece, Stream
 
 # Bounds of the real one.
@@ -149,7 +149,7 @@ class MemoryEtcd:
         """Serve the gateway until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.expire_leases)
-            await server.serve(self.handle, listeners, admit=lambda _: Admitted(), limits=Limits(), **options)
+            await server.serve(Service(self.handle, lambda _: Admitted()), listeners, limits=Limits(), **options)
 
     async def handle(self, request: Request, _: Admitted) -> AnyResponse:
         if self.before is not None:

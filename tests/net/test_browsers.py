@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from harness.admission import Sender, admit_anybody
 
-from orchard.net.browsers import BrowserRules, normal_name, normal_origin
-from orchard.net.request import Headers, HTTPError, Request, SlowAdmission
+from orchard.net.browsers import BrowserRules, normal_name, normal_origin, without_challenge
+from orchard.net.request import Headers, HTTPError, Request
 
 OWN = {"host": "controller:6120", "origin": "https://controller:6120"}
 BODY = {"content-length": "2"}
@@ -134,31 +133,14 @@ def test_hosts_of_a_controller_without_authentication(host: str) -> None:
 
 
 def test_refusal_of_credentials_asks_no_browser_for_them() -> None:
-    def refuse(request: Request) -> Sender:
-        raise HTTPError(401, "who?", [("WWW-Authenticate", "Basic"), ("Retry-After", "1")], account="a")
-
-    admit = BrowserRules().guard(refuse)
+    error = HTTPError(401, "who?", [("WWW-Authenticate", "Basic"), ("Retry-After", "1")], account="a")
     for headers, expected in (
         ({"host": "h"}, ["WWW-Authenticate", "Retry-After"]),
         ({"host": "h", "sec-fetch-site": "same-origin"}, ["Retry-After"]),
         ({"host": "h", "origin": "http://h"}, ["Retry-After"]),
     ):
-        with pytest.raises(HTTPError) as refused:
-            admit(Request("GET", "/", Headers(headers)))
-        assert ([name for name, _ in refused.value.headers], refused.value.account) == (expected, "a")
-    assert BrowserRules().guard(admit_anybody)(Request("GET", "/", Headers({"host": "h"}))) == Sender()
-
-
-async def test_late_refusal_of_credentials_asks_no_browser_for_them() -> None:
-    async def refuse() -> Sender:
-        raise HTTPError(401, "who?", [("WWW-Authenticate", "Basic")])
-
-    admit = BrowserRules().guard(lambda request: SlowAdmission(refuse))
-    admission = admit(Request("GET", "/", Headers({"host": "h", "sec-fetch-site": "same-origin"})))
-    assert isinstance(admission, SlowAdmission)
-    with pytest.raises(HTTPError) as refused:
-        await admission.work()
-    assert (refused.value.status, list(refused.value.headers)) == (401, [])
+        refused = without_challenge(Request("GET", "/", Headers(headers)), error)
+        assert ([name for name, _ in refused.headers], refused.account) == (expected, "a")
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_st
 
 import orchard.net.connection
 from orchard.net import tls
-from orchard.net.connection import Limits
+from orchard.net.connection import Limits, Service
 from orchard.net.request import (
     AnyResponse,
     BodyPiece,
@@ -283,6 +283,7 @@ async def serving(
     admit: Callable[[Request], Sender] = admit_anybody,
     listeners: Sequence[trio.abc.Listener[Any]] = (),
     failures: int = 0,
+    refuse_all: Callable[[], HTTPError | None] = lambda: None,
     **options: Any,
 ) -> AsyncIterator[RunningServer]:
     served = RunningServer()
@@ -293,9 +294,8 @@ async def serving(
     async def run(*, task_status: trio.TaskStatus[None]) -> None:
         with served.scope:
             await serve(
-                handle,
+                Service(handle, admit, refuse_all),
                 [served.listener, *listeners],
-                admit=admit,
                 log=served.log,
                 stop=served.stop,
                 clock=lambda: 1_800_000_000.5,

@@ -22,6 +22,7 @@ from harness.admission import Sender, admit_anybody
 from harness.programs import need
 
 from orchard.net import tls
+from orchard.net.connection import Service
 from orchard.net.request import AnyResponse, Request, Response
 from orchard.net.server import serve
 from orchard.net.streams import PlainStream, TLSListener, TLSStream
@@ -328,7 +329,7 @@ async def served(context: ssl.SSLContext) -> AsyncIterator[int]:
     """Serve over TLS on a TCP port, which is returned."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
-        await nursery.start(partial(serve, answer, [TLSListener(listener, context)], admit=admit_anybody))
+        await nursery.start(partial(serve, Service(answer, admit_anybody), [TLSListener(listener, context)]))
         yield listener.socket.getsockname()[1]
         nursery.cancel_scope.cancel()
 
