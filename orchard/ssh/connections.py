@@ -58,8 +58,9 @@ class ExecUnavailableError(Exception):
 def describe_missing_extra(what: str, error: ImportError) -> str:
     """Return why `what` is not there, which package is missing, and how to install it, also without internet."""
     return (
-        f"{what} needs the extra ssh on the controller ({error}): pip install 'orchard-cluster[ssh]', without internet with"
-        " --no-index --find-links and a directory that ./run wheelhouse has filled; orchard.pyz does not contain extras"
+        f"{what} needs the extra ssh on the controller ({error}): pip install 'orchard-cluster[ssh]' with Python 3.11 to 3.13,"
+        " without internet with --no-index --find-links and a directory that ./run wheelhouse has filled; orchard.pyz does not"
+        " contain extras"
     )
 
 
