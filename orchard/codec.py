@@ -109,6 +109,7 @@ class Attr:
     twin: str = ""
     example: object = None
     required: bool = False
+    is_secret: bool = False
     name: str = ""
     type: Any = None
     options: tuple[str, ...] = ()
@@ -145,10 +146,10 @@ def attr(
     "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
     has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a
     deprecated second name of the field in JSON. A whole number above `maximum`, where it is given, breaks a rule. The
-    value of a `secret` field is not in the repr().
+    value of a `secret` field is neither in the repr() nor in errors.
     """
     required = zero is dataclasses.MISSING
-    about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, required)
+    about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, required, secret)
     if isinstance(zero, dict):
         return dataclasses.field(default_factory=dict, repr=not secret, metadata={"attr": about})
     return dataclasses.field(default=zero, repr=not secret, metadata={"attr": about})
@@ -180,7 +181,16 @@ def _resolved_attrs(cls: type) -> Iterator[Attr]:
             continue
         hint = hints[field.name]
         options = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-        yield dataclasses.replace(field.metadata["attr"], name=field.name, type=hint, options=options)
+        about: Attr = field.metadata["attr"]
+        is_secret = about.is_secret or _may_hold_secret(hint)
+        yield dataclasses.replace(about, name=field.name, type=hint, options=options, is_secret=is_secret)
+
+
+def _may_hold_secret(hint: Any) -> bool:
+    """Return whether values of a type, or items of a list or a map, have a secret field."""
+    if dataclasses.is_dataclass(hint):
+        return any(field.is_secret for field in attrs_of(typing.cast("type", hint)))
+    return any(map(_may_hold_secret, typing.get_args(hint)))
 
 
 # ---- bytes to values ------------------------------------------------------------------------------------------------
@@ -298,8 +308,10 @@ def _check_strings(value: object) -> None:
         if isinstance(node, str):
             try:
                 node.encode()
-            except UnicodeEncodeError:
-                raise MalformedError(f"the JSON string {shown(node)} holds half a surrogate pair") from None
+            except UnicodeEncodeError as error:
+                # The rest may be a secret.
+                half = shown(error.object[error.start : error.end])
+                raise MalformedError(f"a JSON string holds {half}, half a surrogate pair") from None
         elif isinstance(node, list):
             nodes += node
         elif isinstance(node, dict):
@@ -320,12 +332,19 @@ def shown(value: object) -> str:
 # ---- values to resources --------------------------------------------------------------------------------------------
 
 
+# Of parsed JSON values.
+_TYPE_NAMES: Mapping[type, str] = {
+    bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object", type(None): "null",
+}  # fmt: skip
+
+
 class _Position(NamedTuple):
     """A place in the body, and how its value is read.
 
     `unknown` collects the names of unknown fields in a client's object; it is None for an object that this product
     wrote. `refusal` is the error for a string that is not one of the options, and for a whole number outside of the
-    bounds that its field declares. `maximum` bounds a number, and `most` a list or a map in number.
+    bounds that its field declares. `maximum` bounds a number, and `most` a list or a map in number. A value that may
+    hold a secret is not shown.
     """
 
     path: str = ""
@@ -333,9 +352,13 @@ class _Position(NamedTuple):
     refusal: type[ValidationError] = InvalidError
     maximum: int = MAX_UINT
     most: int = MAX_ITEMS
+    is_secret: bool = False
 
     def below(self, step: str) -> _Position:
-        return _Position(self.path + step, self.unknown, self.refusal, self.maximum, self.most)
+        return _Position(self.path + step, self.unknown, self.refusal, self.maximum, self.most, self.is_secret)
+
+    def shown(self, value: object) -> str:
+        return _TYPE_NAMES[type(value)] if self.is_secret else shown(value)
 
     def check_number(self, items: Sized) -> None:
         """Raise InvalidError if a client has sent too many items. What was stored is read in any number."""
@@ -391,7 +414,7 @@ def _decode_object(
     also: frozenset[str] = frozenset(),
 ) -> ResourceT:
     if not isinstance(raw, dict):
-        raise MalformedError(f"{position.path or 'the body'} is {shown(raw)}, expected a JSON object")
+        raise MalformedError(f"{position.path or 'the body'} is {position.shown(raw)}, expected a JSON object")
     taken: dict[str, Any] = {}
     prefix = f"{position.path}." if position.path else ""
     unknown = position.unknown
@@ -414,7 +437,9 @@ def _decode_object(
         if plain:
             taken[field.name] = value
         else:
-            inner = _Position(prefix + field.json, unknown, position.refusal, field.maximum, field.most)
+            inner = _Position(
+                prefix + field.json, unknown, position.refusal, field.maximum, field.most, field.is_secret
+            )
             taken[field.name] = _decode_value(kind, value, inner)
     known = json_names(typing.cast("Any", cls))
     if unknown is not None:
@@ -514,7 +539,7 @@ def _decode_value(hint: Any, value: object, at: _Position) -> Any:
 
 def _expect(kind: type[ResourceT], value: object, at: _Position, expected: str) -> ResourceT:
     if not isinstance(value, kind):
-        raise MalformedError(f"{at.path} is {shown(value)}, expected {expected}")
+        raise MalformedError(f"{at.path} is {at.shown(value)}, expected {expected}")
     return value
 
 

@@ -189,8 +189,8 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
     ({"labels": {"a": 1}}, MalformedError, 'labels["a"] is 1, expected a string'),
     ({"labels": ["a"]}, MalformedError, 'labels is ["a"], expected a JSON object'),
     ({"hostDirs": [5]}, MalformedError, "hostDirs[0] is 5, expected a JSON object"),
-    ({"startup_script": "echo"}, MalformedError, 'startup_script is "echo", expected a JSON object'),
-    ({"startup_script": {"env": {"A": 1}}}, MalformedError, 'startup_script.env["A"] is 1, expected a string'),
+    ({"startup_script": "echo"}, MalformedError, "startup_script is a string, expected a JSON object"),
+    ({"startup_script": {"env": {"A": 1}}}, MalformedError, 'startup_script.env["A"] is a number, expected a string'),
     # Well-formed values that a rule refuses.
     ({"image": ""}, InvalidError, 'image is "", expected the name of a VM image'),
     ({"image": None}, InvalidError, 'image is "", expected the name of a VM image'),
@@ -252,7 +252,7 @@ CREATE: list[tuple[Any, type[ValidationError], str]] = [
         InvalidError,
         "shutdown_script.script_content has a NUL character",
     ),
-    ({"shutdown_script": "sync"}, MalformedError, 'shutdown_script is "sync", expected a JSON object'),
+    ({"shutdown_script": "sync"}, MalformedError, "shutdown_script is a string, expected a JSON object"),
     (
         {"startup_script": {"transport": "telnet"}},
         InvalidError,

@@ -655,7 +655,8 @@ def _target(path: str, query: Mapping[str, str] | None) -> str:
 def _lost(connection: _Connection, error: Exception) -> ConnectError:
     url = connection.endpoint.url
     if isinstance(error, h11.RemoteProtocolError):
-        return ConnectError(f"{url} sent an invalid HTTP answer: {error}")
+        # Without the line that h11 adds to some of them: servers repeat requests, which may hold secrets.
+        return ConnectError(f"{url} sent an invalid HTTP answer: {str(error).partition(': bytearray(')[0]}")
     return ConnectError(f"the connection to {url} was lost: {tcp.describe_network_error(error)}")
 
 

@@ -94,7 +94,7 @@ class ImagePull:
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    url: str = attr("url", "http:// or https:// URL that is sent POST requests", zero="")
+    url: str = attr("url", "http:// or https:// URL that is sent POST requests", zero="", secret=True)
     events: tuple[WebhookEvent, ...] = attr("events", "What is sent; none: everything", zero=())
     secret: str = attr(
         "secret", "Key of the signature, never shown; absent: the one that the URL has", zero="", secret=True
