@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 from harness.processes import processes_in
 from harness.programs import REASON, ROOT_REASON, need
+from harness.scratch import begin_run
 from harness.ssh_server import ssh_server
 from hypothesis import HealthCheck, settings
 
@@ -43,16 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.set_threshold(GARBAGE_THRESHOLD)
     handle_signals()
     if not hasattr(config, "workerinput"):
-        leave_profiles(config)
+        config.add_cleanup(begin_run())
+        leave_profiles()
 
 
-def leave_profiles(config: pytest.Config) -> None:
+def leave_profiles() -> None:
     """Let shells read no profile of the developer: one may take longer than a whole test, or print.
 
     The home directory becomes one of the same entries without the profiles. The processes of pytest-xdist inherit it.
     """
-    before, after = Path.home(), Path(tempfile.mkdtemp(prefix="orchard-home-"))
-    config.add_cleanup(lambda: shutil.rmtree(after))
+    before, after = Path.home(), Path(tempfile.mkdtemp(prefix="home-"))
     for entry in before.iterdir():
         if not PROFILES.fullmatch(entry.name):
             (after / entry.name).symlink_to(entry)
@@ -72,20 +72,34 @@ def handle_signals() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run slow tests last: what fails is seen early.
+    """Run slow tests last: what fails is seen early. The longest of them are first, so that all processes end together.
 
     Each process of pytest-xdist begins with an equal part of the list as it stands (`--dist worksteal`), so each part has
     its own slow tests at its end.
     """
     parts = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    slow = [item for item in items if item.get_closest_marker("slow") is not None]
-    fast = [item for item in items if item.get_closest_marker("slow") is None]
+    fast: list[pytest.Item] = []
+    slow: list[pytest.Item] = []
+    long: list[tuple[float, pytest.Item]] = []
+    for item in items:
+        marker = item.get_closest_marker("slow")
+        if marker is None:
+            fast.append(item)
+        elif marker.args:
+            long.append((*marker.args, item))
+        else:
+            slow.append(item)
+    longest = [item for _, item in sorted(long, key=lambda one: -one[0])]
     items[:] = [
         item
         for part in range(parts)
-        for group in (fast, slow)
-        for item in group[len(group) * part // parts : len(group) * (part + 1) // parts]
+        for group in (_slice(fast, part, parts), longest[part::parts], _slice(slow, part, parts))
+        for item in group
     ]
+
+
+def _slice(items: list[pytest.Item], part: int, parts: int) -> list[pytest.Item]:
+    return items[len(items) * part // parts : len(items) * (part + 1) // parts]
 
 
 @pytest.hookimpl(wrapper=True)

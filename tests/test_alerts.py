@@ -85,6 +85,7 @@ async def test_prometheus_accepts_a_scrape() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+@pytest.mark.slow
 @pytest.mark.needs("promtool")
 def test_each_alert_fires_when_it_should_and_not_before(tmp_path: Path) -> None:
     assert CASES.keys() == {rule["alert"] for rule in RULES}

@@ -44,6 +44,7 @@ async def has_state(cluster: InProcessCluster, state: str) -> bool:
     return (await cluster.client.workers.get("mac")).state == state
 
 
+@pytest.mark.slow
 async def test_failing_list_keeps_the_session_and_is_shown(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ async def test_failing_list_keeps_the_session_and_is_shown(
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
 async def test_ended_leftover_that_cannot_be_deleted_holds_up_no_vm(
     cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +146,7 @@ async def test_stopped_worker_says_goodbye(cluster: InProcessCluster) -> None:
     assert await has_state(cluster, "offline")
 
 
+@pytest.mark.slow
 async def test_failing_clone_is_shown_until_one_succeeds(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -285,6 +285,7 @@ def test_times_are_formatted_in_utc() -> None:
     assert format_time(datetime.datetime(7, 1, 31, 12, 0, 0, 5, tzinfo=UTC)) == "0007-01-31T12:00:00.000005Z"
 
 
+@pytest.mark.slow
 @QUICK
 @given(json_values())
 def test_count_of_values_is_that_of_the_brackets_and_commas_outside_of_strings(value: Any) -> None:
@@ -530,6 +531,7 @@ def test_values_outside_the_schema_are_refused(cls: type[Any]) -> None:
             assert str(refusal.value).startswith(field.json)
 
 
+@pytest.mark.slow
 def test_components_are_valid_openapi_and_describe_a_vm() -> None:
     from openapi_spec_validator import OpenAPIV30SpecValidator
 

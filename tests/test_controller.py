@@ -33,6 +33,7 @@ from orchard.storage.history import History, history_file
 from orchard.store import Store
 
 
+@pytest.mark.slow
 @pytest.mark.needs("openssl")
 def test_first_start_creates_account_and_certificate_and_prints_them_once(tmp_path: Path) -> None:
     with controller(home=tmp_path) as (role, url):
@@ -68,6 +69,7 @@ def test_admin_token_from_the_environment_is_updated_and_never_printed(tmp_path:
             assert token not in "".join(role.said) + role.log.read_text()
 
 
+@pytest.mark.slow
 def test_failed_logins_get_429_and_correct_credentials_still_work(tmp_path: Path) -> None:
     env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "right"}
     with controller("--insecure-no-tls", home=tmp_path, env=env) as (role, url):

@@ -44,11 +44,13 @@ from orchard.transitions import LIVE
 DOCS = ROOT / "docs"
 API = DOCS / "api.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-# Pages that take more than two seconds.
+# Pages that take more than a second, or 0.4 s of CPU.
 SLOW = {
     "README.md",
     "access.md",
+    "api.md",
     "command.md",
+    "concepts.md",
     "deploy.md",
     "embedding.md",
     "images.md",

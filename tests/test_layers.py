@@ -229,6 +229,7 @@ def test_any_exception_is_caught_only_where_declared() -> None:
     assert sorted(found) == sorted(BROAD_HANDLERS)
 
 
+@pytest.mark.slow
 def test_everything_but_the_jump_host_imports_without_extras() -> None:
     modules = [f"orchard.{name}" for name in MODULES if name not in ("ssh.jump", "pytest_plugin", "__main__")]
     program = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS})); import {', '.join(modules)}"

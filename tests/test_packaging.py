@@ -9,6 +9,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 # Directories that tools make in a checkout; .gitignore lists them, too.
 MADE = (
@@ -42,6 +44,7 @@ def build(kind: str, project: Path, directory: Path) -> Path:
     return made
 
 
+@pytest.mark.slow
 def test_the_wheel_contains_every_file_of_the_package(tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT / "orchard", tmp_path / "project" / "orchard", ignore=shutil.ignore_patterns(*MADE))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -51,6 +54,7 @@ def test_the_wheel_contains_every_file_of_the_package(tmp_path: Path) -> None:
     assert packed == files(copy)
 
 
+@pytest.mark.slow
 def test_the_source_distribution_contains_every_file(tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT, tmp_path / "project", ignore=shutil.ignore_patterns(*MADE))
     archive = build("sdist", copy, tmp_path)

@@ -464,6 +464,7 @@ def test_damaged_plan_violates_its_property(wrong: Property, damage: Callable[[S
 # ---- plans one after another -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=500)
 @given(snapshots())
 def test_planning_ends_with_an_empty_plan(snapshot: Snapshot) -> None:
@@ -585,6 +586,7 @@ class KeptPlanner:
         raise AssertionError("the plans have no end")
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_incremental_planner_equals_a_new_planner(sequence: list[Snapshot], seed: int) -> None:
@@ -607,6 +609,7 @@ def test_incremental_planner_equals_a_new_planner(sequence: list[Snapshot], seed
         assert {vm.name: vm for vm in kept.snapshot().vms} == {vm.name: vm for vm in expected.vms}
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32), st.integers(1, 4))
 def test_limited_plans_end_in_a_settled_cluster(sequence: list[Snapshot], seed: int, most: int) -> None:
@@ -671,6 +674,7 @@ def test_reason_of_a_new_kind_is_left_to_the_plan_after_the_one_that_ranks_many_
     assert second.capacity
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(snapshots(), min_size=1, max_size=6), st.integers(0, 2**32))
 def test_waiting_reason_of_a_new_vm_equals_that_of_a_plan(sequence: list[Snapshot], seed: int) -> None:
@@ -706,6 +710,7 @@ def test_waiting_reason_is_known_while_equal_vms_wait() -> None:
     assert kept.planner.waiting_reason(spec()) == ""
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=300)
 @given(snapshots(), st.integers(0, SHAPES - 1))
 def test_as_many_vms_are_placed_as_the_workers_have_room_for(snapshot: Snapshot, shape: int) -> None:
@@ -763,6 +768,7 @@ def decisions() -> str:
 ARCHS = ["arm64", "arm64", "amd64"]
 
 
+@pytest.mark.slow
 def test_hash_seed_does_not_change_plans() -> None:
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(orchard.__file__).parent.parent)])
     script = "import test_scheduler; print(test_scheduler.decisions(), hash('orchard'))"
@@ -890,6 +896,7 @@ class ClusterHistory(RuleBasedStateMachine):
                 assert vm.state.status_message.startswith("waiting: ")
 
 
+@pytest.mark.slow
 def test_random_cluster_history_never_overcommits() -> None:
     run_state_machine_as_test(ClusterHistory, settings=settings(QUICK, max_examples=40, stateful_step_count=30))
 

@@ -512,6 +512,7 @@ def test_put_zeroes_absent_booleans_and_lists_and_keeps_the_rest() -> None:
         )
 
 
+@pytest.mark.slow
 @QUICK
 @given(any_vm())
 def test_put_of_an_object_as_go_writes_it_changes_nothing(vm: VM) -> None:
@@ -813,12 +814,14 @@ def test_unknown_fields_are_collected_in_create_put_and_patch() -> None:
         assert sorted(unknown) == names
 
 
+@pytest.mark.slow
 @QUICK
 @given(any_vm())
 def test_vm_round_trips_through_json(vm: VM) -> None:
     assert vm_from_json(parse_json(dump_json(vm.to_json()))) == vm
 
 
+@pytest.mark.slow
 @QUICK
 @given(
     st.dictionaries(st.sampled_from([field.json for field in attrs_of(VMSpec)]) | st.text(), json_values(), max_size=4)

@@ -163,6 +163,7 @@ async def test_directory_of_a_controller_on_etcd_is_not_used_without_it(tmp_path
     assert not (tmp_path / "state.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_process_without_an_etcd_ends_with_a_sentence(tmp_path: Path) -> None:
     urls = [f"http://127.0.0.1:{free_port()}" for _ in range(2)]
     refused = finished("controller", "--listen", "127.0.0.1:0", "--etcd", ",".join(urls), home=tmp_path)

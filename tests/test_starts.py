@@ -65,6 +65,7 @@ def test_forked_process_is_found_and_ends_by_a_signal(tmp_path: Path) -> None:
         role.process.terminate()
 
 
+@pytest.mark.slow
 def test_process_is_really_started_where_a_test_wants_that(tmp_path: Path) -> None:
     for env, before in (({}, REALLY), ({"PYTHONHASHSEED": "1"}, ())):
         with started("controller", "--version", home=tmp_path, env=env, before=before) as role:

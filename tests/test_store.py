@@ -450,6 +450,7 @@ async def test_failed_sync_ends_the_store(tmp_path: Path, autojump_clock: MockCl
     assert set(read(tmp_path).vms) in ({"a"}, {"a", "b"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("torn", [False, True])
 async def test_each_failing_disk_call_loses_no_acknowledged_change(
@@ -716,6 +717,7 @@ class RandomOperations:
                     self.held["settings", ""] = tx.put(SETTINGS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 async def test_random_operations_and_restarts_match_a_dict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, autojump_clock: MockClock

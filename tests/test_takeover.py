@@ -78,6 +78,7 @@ async def shown(client: Client) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_mib", [DEFAULT_MAX_MIB, 0])
 async def test_longer_offline_timeout_is_promised_at_a_takeover_also_of_a_full_etcd(
     max_mib: int, tmp_path: Path
@@ -154,6 +155,7 @@ trio.run(main)
 """
 
 
+@pytest.mark.slow
 def test_standby_has_imported_all_that_a_takeover_needs(tmp_path: Path) -> None:
     """So a package may be replaced under a controller that stands by."""
     tests = str(Path(__file__).parent)

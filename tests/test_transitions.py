@@ -324,6 +324,7 @@ def test_transitions_leave_metadata_unchanged() -> None:
             assert replace(ACTIONS[action](STATES[state]).meta, generation=0) == STATES[state].meta
 
 
+@pytest.mark.slow
 @QUICK
 @given(any_vm(), resources(VMReport))
 def test_any_report_changes_only_the_workers_fields(vm: VM, seen: VMReport) -> None:

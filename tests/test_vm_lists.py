@@ -144,6 +144,7 @@ async def test_pages_end_with_the_last_vm(api: Served) -> None:
     assert await page(api, f"limit=1&continue={token}&filter=name=c") == (["c"], None)
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from("abcdefgh")), max_size=12), st.integers(1, 4))
 def test_pages_skip_and_repeat_no_vm_that_is_there_throughout(changes: list[tuple[bool, str]], limit: int) -> None:

@@ -364,6 +364,7 @@ async def test_log_is_bounded_in_changes_and_bytes(api: Served, monkeypatch: pyt
     assert known == [False] * 4 + [True] * 4
 
 
+@pytest.mark.slow
 async def test_first_list_is_sent_in_blocks_and_holds_nothing_afterwards(api: Served, nursery: trio.Nursery) -> None:
     for number in range(300):
         await api.create(f"vm-{number}")

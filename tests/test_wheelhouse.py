@@ -52,6 +52,7 @@ def stand_for_pip(directory: Path, status: int) -> Path:
     return calls
 
 
+@pytest.mark.slow
 def test_wheels_of_each_platform_and_each_python_are_collected(tmp_path: Path) -> None:
     calls = stand_for_pip(tmp_path, 0)
     (tmp_path / "wheels").mkdir()
@@ -90,7 +91,7 @@ def environment_with_pip(directory: Path) -> Path:
 
 
 @pytest.mark.needs("ip")
-@pytest.mark.slow
+@pytest.mark.slow(17)
 def test_project_and_clone_are_installed_from_a_wheelhouse_without_network(tmp_path: Path) -> None:
     source, wheels = tmp_path / "source", tmp_path / "wheels"
     pack_needed(source)

@@ -135,6 +135,7 @@ async def test_deleted_vm_has_ended_before_another_starts_in_its_slot(
         assert story.index(f"ran {second.tart_name}") > story.index(f"ended {first.tart_name}")
 
 
+@pytest.mark.slow
 async def test_deleted_worker_registers_again_and_its_vm_has_failed(
     cluster: InProcessCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ class Proxy:
             await sink.send_eof()
 
 
+@pytest.mark.slow
 async def test_worker_reconnects_when_the_controller_stops_answering(
     cluster: InProcessCluster, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,7 @@ def test_data_that_is_in_both_places_stays_where_it_is(tmp_path: Path, monkeypat
     assert command_line.orchard_home("controller") == tmp_path / ".orchard"
 
 
+@pytest.mark.slow
 def test_each_program_refuses_to_start_beside_data_of_an_earlier_version(tmp_path: Path) -> None:
     written_files(tmp_path, [name for written, _ in OLD_DATA.values() for name in written])
     refusals = [

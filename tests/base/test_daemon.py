@@ -77,6 +77,7 @@ async def test_run_until_signal_returns_when_the_work_does() -> None:
     assert done.is_set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("role", "way"), [("controller", "Ctrl-C"), ("controller", "hang-up"), ("worker", "hang-up")])
 def test_role_on_a_terminal_ends_in_order(tmp_path: Path, role: str, way: str) -> None:
     words = {
@@ -94,6 +95,7 @@ def test_role_on_a_terminal_ends_in_order(tmp_path: Path, role: str, way: str) -
             assert running.process.wait(GENEROUS) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a full disk", "a pipe without a reader"])
 def test_controller_works_on_when_nothing_can_be_printed(tmp_path: Path, place: str) -> None:
     port = free_port()

@@ -166,6 +166,7 @@ def test_full_disk_drops_whole_lines_and_the_next_line_is_followed_by_their_numb
     assert (len(shown), shown[2]["level"], shown[2]["lines"]) == (4, "warning", 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["file", "stderr"])
 def test_controller_works_on_while_its_log_cannot_be_written(tmp_path: Path, where: str) -> None:
     words = ("--log-file", "/dev/full") if where == "file" else ()

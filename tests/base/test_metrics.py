@@ -52,6 +52,7 @@ async def scrape(api: Served) -> Samples:
 # ---- the text --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(NAMES, st.text(st.characters(exclude_categories=["Cs"])), st.dictionaries(st.text(), NUMBERS, max_size=4))
 def test_any_name_text_and_number_is_read_by_another_program_as_it_was(
     name: str, doc: str, values: dict[str, float]
@@ -395,6 +396,7 @@ async def test_metrics_need_the_role_to_read(tmp_path: Path) -> None:
         assert (await api.ask("GET", "/metrics", account=("r", "t"))).status == 200
 
 
+@pytest.mark.slow
 async def test_other_tasks_run_while_a_large_fleet_is_looked_at(tmp_path: Path) -> None:
     async with served(tmp_path, in_thread=at_once) as api:
         for number in range(300):

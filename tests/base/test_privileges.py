@@ -49,6 +49,7 @@ def test_user_that_cannot_be_become_is_refused(monkeypatch: pytest.MonkeyPatch) 
         privileges.is_other_user(OTHER)
 
 
+@pytest.mark.slow
 def test_rights_of_root_are_given_up_for_good() -> None:
     python, env = python_of_other()
     done = subprocess.run([python, "-c", BECOME], env=env, capture_output=True, text=True, check=True, cwd="/")
@@ -110,6 +111,7 @@ async def wait_registered(client: Client) -> None:
     await eventually(has_session)
 
 
+@pytest.mark.slow
 async def test_worker_of_root_does_everything_as_the_user(tmp_path: Path) -> None:
     user = pwd.getpwnam(OTHER)
     with home_of_other() as home, controller(*PLAIN, home=tmp_path) as (_, url):

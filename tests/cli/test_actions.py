@@ -40,6 +40,7 @@ def test_sessions_are_listed(dev: Path) -> None:
     assert {"worker", "worker/worker-1"} <= set(json.loads("\n".join(run(dev, "sessions", "-o", "json")))[0].values())
 
 
+@pytest.mark.slow
 def test_waiting_ends_with_what_cannot_come_true_and_with_its_time(dev: Path, api: ControllerConnection) -> None:
     api.call("POST", "/vms", body={"name": "vm", "image": "i", "labels": {"none": "here"}})
     status, _, said = call_main(main, "wait", "vm", "vm", "--timeout", "1", home=dev)

@@ -25,6 +25,7 @@ from orchard.cli.main import main
 STEP = re.compile(r" +[0-9]+\.[0-9]{3} s  (.*)\n")
 
 
+@pytest.mark.slow
 def test_demo_prints_each_step_and_leaves_nothing(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()

@@ -66,6 +66,7 @@ def test_each_option_of_each_verb_is_proposed() -> None:
         assert {found.word for found in find_candidates([name, "--"])} == options
 
 
+@pytest.mark.slow
 def test_nothing_is_proposed_and_nothing_printed_when_the_controller_does_not_answer(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as silent:
         for url in ("http://127.0.0.1:1", f"http://127.0.0.1:{silent.getsockname()[1]}", "nonsense://"):

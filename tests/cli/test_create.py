@@ -125,6 +125,7 @@ def test_waiting_without_a_script_ends_when_the_vm_is_ready(dev: Path, api: Cont
     assert api.call("GET", "/vms/vm")["status"] == "running"
 
 
+@pytest.mark.slow
 def test_waiting_has_an_end(dev: Path, api: ControllerConnection) -> None:
     done = finished("", "create", "vm", "vm", "--labels", "none=here", "--wait", "--timeout", "1", home=dev)
     assert done.returncode == 124

@@ -204,6 +204,7 @@ def test_with_refused_credentials_or_a_wrong_name_each_verb_fails_with_one_line(
 # ---- Ctrl-C, and a controller that dies in the middle ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_verb_that_waits_for_an_answer_ends_by_sigint(tmp_path: Path) -> None:
     token = f"{BootstrapToken('no', 'token')}\n"
     with answering(None) as server, ExitStack() as stack:
@@ -346,6 +347,7 @@ def test_each_verb_prints_or_does_not() -> None:
     assert set(PRINTING) | SILENT | {"ssh"} == set(VERBS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stdout", "status"), [(None, 0), ("/dev/full", 1)], ids=["closed", "full"])
 def test_closed_and_full_outputs_are_no_traceback(
     dev: Path, api: ControllerConnection, tmp_path: Path, stdout: str | None, status: int

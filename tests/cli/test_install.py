@@ -474,6 +474,7 @@ async def test_archive_that_launchd_starts_as_root_runs_vms_as_its_user(tmp_path
             shutil.rmtree(place, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_installed_controller_starts_with_the_words_of_its_unit(tmp_path: Path) -> None:
     data = tmp_path / "a directory" / "100%"
     words = ("--listen", "127.0.0.1:0", *PLAIN, "--data-dir", str(data), "--user", "root")

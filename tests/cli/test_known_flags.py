@@ -228,6 +228,7 @@ def test_dev_serves_as_its_flags_say_and_writes_its_ready_file(tmp_path: Path) -
     assert nowhere in failed.stderr
 
 
+@pytest.mark.slow
 def test_pause_waits_for_the_vms_of_a_worker(dev: Path, api: ControllerConnection) -> None:
     api.call("POST", "/vms", body={"name": "vm", "image": "i"})
     assert call_main(main, "wait", "vm", "vm", home=dev)[0] == 0

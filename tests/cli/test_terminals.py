@@ -22,6 +22,7 @@ def vm(dev: Path, api: ControllerConnection) -> str:
     return "vm"
 
 
+@pytest.mark.slow
 def test_keys_of_a_terminal_reach_the_command_as_they_are(dev: Path, vm: str) -> None:
     script = "stty raw -echo; printf ready; head -c 3 | od -An -c; exit 9"
     with terminal(command("", "exec", "vm", vm, "-it", script), environment(dev)) as shown:

@@ -30,6 +30,7 @@ def run(dev: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[
     return finished("", *words, home=dev, stdin=stdin)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("ssh")
 def test_ssh_ends_with_the_status_of_its_command(dev: Path, vm: str) -> None:
     done = run(dev, "ssh", "vm", vm, "bash -s", stdin="echo out; echo err >&2; exit 3")
@@ -118,6 +119,7 @@ def test_exec_passes_input_output_and_status(dev: Path, vm: str) -> None:
     assert run(dev, "exec", "vm", "none", "true").returncode == 1
 
 
+@pytest.mark.slow
 def test_files_are_copied_both_ways(dev: Path, vm: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)

@@ -38,6 +38,7 @@ def test_status_shows_the_queue_and_what_needs_attention(dev: Path) -> None:
     assert any('VM "fails"' in line for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fleet")
 def test_top_shows_it_again_and_again(dev: Path) -> None:
     with Popen(command("", "top"), stdout=PIPE, text=True, env=environment(dev)) as process:

@@ -86,6 +86,7 @@ async def test_access_token_ends_with_the_account_that_issued_it(roles: list[str
             assert refused.value.status == 401
 
 
+@pytest.mark.slow
 async def test_guessed_access_tokens_are_limited_and_known_ones_get_through() -> None:
     async with running_vm(auth=True) as c:
         token = (await c.client.vms.issue_access_token("vm")).token

@@ -114,11 +114,13 @@ async def pass_through(program: str, home: Path) -> None:
         await client.vms.delete("vm")
 
 
+@pytest.mark.slow
 @pytest.mark.needs("nginx", "openssl")
 async def test_worker_watch_and_port_forward_pass_through_nginx(tmp_path: Path) -> None:
     await pass_through("nginx", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("haproxy", "openssl")
 async def test_worker_watch_and_port_forward_pass_through_haproxy(tmp_path: Path) -> None:
     await pass_through("haproxy", tmp_path)

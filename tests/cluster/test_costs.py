@@ -71,6 +71,7 @@ def small(home: Path) -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.slow
 def test_small_request_costs_at_most_three_times_a_bare_server(small: Server, home: Path) -> None:
     (home / "answer").write_bytes(body_of(small, GET))
     with running(BARE, str(home / "answer")) as bare:
@@ -88,6 +89,7 @@ def test_poll_of_a_worker_costs_the_same_in_a_large_cluster(small: Server, home:
     assert in_big < 2 * in_small
 
 
+@pytest.mark.slow
 def test_concurrent_creations_share_fsyncs(home: Path) -> None:
     from api import COUNTED, get
 
@@ -114,6 +116,7 @@ def test_planning_costs_less_than_sorting_all_workers_for_each_vm() -> None:
     assert 5 * ours < 10 * theirs
 
 
+@pytest.mark.slow
 async def test_one_change_costs_the_same_in_a_large_cluster(tmp_path: Path) -> None:
     took: dict[str, list[float]] = {"big": [], "small": []}
     clusters = {}

@@ -70,7 +70,7 @@ def test_controller_that_acknowledges_before_writing_is_detected() -> None:
     shutil.rmtree(done.stderr.split()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(7)
 @pytest.mark.needs("strace")
 def test_acknowledged_changes_survive_a_kill_at_each_rename() -> None:
     done = crash("--sweep", "rename")
@@ -287,6 +287,7 @@ def check_copy(directory: Path, state: State, writer: Writer, before: list[tuple
 # ---- who may read it -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("umask", [0o000, 0o777])
 def test_files_of_a_data_directory_are_private_under_any_umask(tmp_path: Path, umask: int) -> None:
     before = os.umask(0o022)

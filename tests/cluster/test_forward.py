@@ -114,7 +114,7 @@ async def test_large_message_is_forwarded_before_it_is_complete() -> None:
     assert got.hexdigest() == hashlib.sha256(b"0123456789abcdef" * (size // 16)).hexdigest()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(10)
 async def test_two_hundred_concurrent_tunnels_over_one_worker() -> None:
     async def one(c: Cluster, port: int, number: int) -> None:
         async with c.client.vms.port_forward("vm", port, wait=60) as stream:
@@ -128,6 +128,7 @@ async def test_two_hundred_concurrent_tunnels_over_one_worker() -> None:
             nursery.start_soon(one, c, port, number)
 
 
+@pytest.mark.slow
 async def test_paused_reader_stops_the_sender_and_loses_no_bytes() -> None:
     sent = 0
 
@@ -260,6 +261,7 @@ async def hold(manager: AbstractAsyncContextManager[object]) -> None:
         await trio.sleep_forever()
 
 
+@pytest.mark.slow
 async def test_killed_worker_closes_a_tunnel_during_a_transfer(tmp_path: Path) -> None:
     async def pour(stream: trio.SocketStream) -> None:
         with suppress(trio.BrokenResourceError):
@@ -298,6 +300,7 @@ async def test_failure_of_a_vm_closes_its_tunnels_with_the_reason() -> None:
         assert (code, '"vm"' in reason, "no more" in reason) == (1001, True, True), reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("role", "expected"),
     [("worker", 1011), ("controller", 1001)],

@@ -212,6 +212,7 @@ def connected(request: pytest.FixtureRequest) -> Callable[[Path], AbstractAsyncC
     return connect
 
 
+@pytest.mark.slow(12)
 async def test_vm_never_runs_on_both_sides_of_a_partition(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:
@@ -234,6 +235,7 @@ async def test_vm_never_runs_on_both_sides_of_a_partition(
             assert ends_well(other_worker)
 
 
+@pytest.mark.slow(12)
 async def test_vm_is_started_elsewhere_only_after_it_ended_on_the_host_that_is_cut_off(
     tmp_path: Path, connected: Callable[[Path], AbstractAsyncContextManager[Connected]]
 ) -> None:

@@ -129,6 +129,7 @@ async def test_vms_run_on_while_the_controller_is_away(tmp_path: Path) -> None:
         assert worker.stop() == 0
 
 
+@pytest.mark.slow
 async def test_many_synthetic_workers_in_one_process(tmp_path: Path) -> None:
     with controller("--insecure-no-tls", "--insecure-no-auth", home=tmp_path) as (_, url):
         arguments = (url, "--runtime", "synthetic", "--name", "w", "--workers", "20")

@@ -162,6 +162,7 @@ def test_worker_that_was_killed_says_nothing_and_can_come_back() -> None:
         assert c.client.vms.get("vm").uid == running.uid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["kill", "cut_off"])
 async def test_vm_of_a_worker_that_is_away_ends_before_it_is_started_elsewhere(way: str, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"

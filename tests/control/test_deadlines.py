@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 from harness.disks import FailingDisk, UnsyncedDisk, no_space
+from harness.scratch import memory_directory
 from harness.served import BEGAN, HostClock, Served, at_once, served
 from harness.strategies import QUICK
 from hypothesis import example, given, settings
@@ -246,13 +247,14 @@ async def run_for(api: Served, life: Life, seconds: float) -> None:
         seconds -= step
 
 
+@pytest.mark.slow
 @settings(QUICK, max_examples=30)
 @given(st.integers(1, 6_000), st.lists(STEPS, max_size=6))
 @example(6_000, [("stop", 0, 10**8)])
 @example(6_000, [("stop", 8_000, 0), ("run", 10)])
 @example(6_000, [("run", 400), ("stop", 0, -3600)])
 def test_time_to_live_holds_across_restarts_and_clock_jumps(ttl: int, steps: list[tuple[Any, ...]]) -> None:
-    with TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as directory:
+    with TemporaryDirectory(dir=memory_directory()) as directory:
         trio.run(live, Path(directory), ttl, steps, clock=MockClock(autojump_threshold=0))
 
 
@@ -573,6 +575,7 @@ async def read_all(stream: trio.abc.ReceiveStream) -> None:
         pass
 
 
+@pytest.mark.slow
 async def test_tunnel_of_an_expired_vm_is_closed_with_that_reason() -> None:
     async with cluster() as c:
         await c.client.vms.create(name="vm", image="image", ttl_seconds=60)
@@ -584,6 +587,7 @@ async def test_tunnel_of_an_expired_vm_is_closed_with_that_reason() -> None:
         assert await c.client.vms.list() == []
 
 
+@pytest.mark.slow
 async def test_vms_expire_on_a_full_disk_although_the_clock_was_set(tmp_path: Path, autojump_clock: object) -> None:
     host, disk = HostClock(), FailingDisk()
     async with served(tmp_path, disk=disk, host_clock=host, in_thread=at_once) as api:

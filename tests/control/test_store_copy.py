@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,12 +268,25 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
+@pytest.fixture(scope="module")
+def undamaged(source: Path) -> MemoryEtcd:
+    """Return an etcd with everything, to be copied."""
+
+    async def fill() -> MemoryEtcd:
+        etcd = MemoryEtcd()
+        async with memory_client(etcd) as client, read_directory(source) as (copy, events):
+            await write_etcd(client, PREFIX, copy, events)
+            assert "no problems" in await inspect_keys(client, PREFIX)
+        return etcd
+
+    return trio.run(fill)
+
+
 @pytest.mark.parametrize("name", DAMAGES)
-async def test_check_names_the_key_of_each_kind_of_damage(name: str, source: Path) -> None:
+async def test_check_names_the_key_of_each_kind_of_damage(name: str, undamaged: MemoryEtcd) -> None:
     etcd = MemoryEtcd()
-    async with memory_client(etcd) as client, read_directory(source) as (copy, events):
-        await write_etcd(client, PREFIX, copy, events)
-        assert "no problems" in await inspect_keys(client, PREFIX)
+    etcd.values, etcd.revision = deepcopy(undamaged.values), undamaged.revision
+    async with memory_client(etcd) as client:
         key = DAMAGES[name](etcd)
         with pytest.raises((CopyError, DamagedError)) as found:
             await inspect_keys(client, PREFIX)

@@ -499,6 +499,7 @@ async def test_local_receiver_is_not_sent_anything_without_the_flag(tmp_path: Pa
         nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", [False, True])
 async def test_controller_sends_to_its_own_host_only_with_the_flag(tmp_path: Path, allowed: bool) -> None:
     receiver = Receiver()
@@ -530,6 +531,7 @@ def test_each_event_and_no_other_is_described() -> None:
     assert re.findall(r"^\| `([a-z]+\.[a-z]+)` \|", DOCUMENT, re.MULTILINE) == [*get_args(WebhookEvent)]
 
 
+@pytest.mark.slow
 @pytest.mark.needs("openssl")
 async def test_examples_of_the_document_set_a_webhook_and_check_its_signature(tmp_path: Path) -> None:
     receiver = Receiver()

@@ -262,6 +262,7 @@ def expected(history: list[VM | None], uid: str, goal: Goal) -> tuple[int, int |
 
 
 # A state that holds for a moment, and one that could be taken for the end.
+@pytest.mark.slow
 @example(["run", "fail"], 0, "running", "Never", True)
 @example(["run", "fail", "restart"], 0, "failed", "OnFailure", True)
 @example(["delete", "create", "run"], 0, "running", "Never", True)

@@ -153,7 +153,7 @@ def fork(
 @cache
 def server_address() -> str:
     """Start the fork server of these tests, which ends with them, and return the path of its socket."""
-    directory = tempfile.mkdtemp(prefix="orchard-forks-", dir="/tmp")
+    directory = tempfile.mkdtemp(prefix="forks-")
     path = f"{directory}/socket"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
@@ -173,7 +173,8 @@ def server_address() -> str:
         assert process.stdin is not None
         process.stdin.close()
         process.wait()
-        shutil.rmtree(directory)
+        # The run may have removed it.
+        shutil.rmtree(directory, ignore_errors=True)
 
     atexit.register(end)
     return path

@@ -55,7 +55,7 @@ def python_of_other() -> tuple[str, Mapping[str, str]]:
 @contextmanager
 def home_of_other() -> Iterator[Path]:
     """Yield a directory of the other user, and remove it after the block."""
-    home = Path(tempfile.mkdtemp(prefix="orchard-home-", dir="/tmp"))
+    home = Path(tempfile.mkdtemp(prefix="home-"))
     try:
         shutil.chown(home, OTHER)
         yield home

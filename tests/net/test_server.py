@@ -1692,6 +1692,7 @@ async def test_tunnel_is_released_at_its_end_and_when_it_does_not_begin(autojump
         assert begun == (end == "regular")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("handler", UPGRADING)
 async def test_frame_sent_with_the_handshake_is_not_lost(autojump_clock: Clock, handler: Handler) -> None:
     data = UPGRADE + HELLO_FRAME

@@ -146,6 +146,7 @@ def as_text(path: str, key: str, value: str, negated: bool) -> str:
     return f"{path}{dot}{quote(key)}{'!' * negated}={quote(value.removesuffix(star), safe='')}{star}"
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(vms(), max_size=6), st.lists(conditions(), min_size=1, max_size=3), st.data())
 def test_filter_matches_exactly_the_vms_that_have_the_values(

@@ -34,6 +34,7 @@ def outcome(read: Any, cls: type[Any], raw: object, also: frozenset[str]) -> obj
     return found, getattr(found, "unknown", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 def test_object_is_written_as_by_the_codec_and_read_back(cls: type[Any]) -> None:
     @QUICK
@@ -57,6 +58,7 @@ def test_vm_that_was_written_is_read_without_the_codec(monkeypatch: pytest.Monke
     check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", CLASSES)
 def test_object_of_any_form_is_read_or_refused_as_by_the_codec(cls: type[Any]) -> None:
     names = [name for field in attrs_of(cls) for name in (field.json, field.twin) if name]

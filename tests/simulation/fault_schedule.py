@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import trio
 from harness.network import Process
+from harness.scratch import memory_directory
 from simulated_cluster import CONTROLLER, NO_BUG, USER, PlantedBug, RunningProgram, SimulatedCluster, planted, size_of
 from simulated_fleet import CONTROLLERS, ETCD, SimulatedFleet
 
@@ -72,8 +73,6 @@ CHECK = datetime.timedelta(seconds=CHECK_SECONDS)
 TEN_YEARS = 10 * 365 * 86400.0  # seconds
 # Lines of the trace that are printed with a violation.
 SHOWN_LINES = 60
-# Linux's directory for files in memory.
-MEMORY_DIRECTORY = Path("/dev/shm")
 
 
 class ViolationError(AssertionError):
@@ -620,8 +619,7 @@ def simulate(seed: int, *, bug: PlantedBug = NO_BUG, steps: int = STEPS, is_flee
     """Run a seed, with `is_fleet` of two controllers on etcd. Return the digest of its trace, or print the end of the trace and raise ViolationError."""
     trace: list[str] = []
     violations = ["an exception; see above"]
-    memory = MEMORY_DIRECTORY if MEMORY_DIRECTORY.is_dir() else None
-    with TemporaryDirectory(prefix="orchard-", dir=memory) as home, deterministic_trio(seed), planted(bug):
+    with TemporaryDirectory(prefix="orchard-", dir=memory_directory()) as home, deterministic_trio(seed), planted(bug):
         try:
             violations = trio.run(
                 run_schedule,

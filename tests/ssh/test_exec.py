@@ -256,6 +256,7 @@ async def test_process_in_the_background_does_not_hold_its_command(monkeypatch: 
             assert frames[1] == exited(3)
 
 
+@pytest.mark.slow
 async def test_slow_client_gets_all_output_of_a_command_that_has_ended(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,6 +121,7 @@ async def test_ssh_with_an_access_token_reaches_its_vm_only(tmp_path: Path, sshd
         assert (ran.returncode, ran.stdout) == (255, b""), "another VM has the name now"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [(), ("-O",)], ids=["sftp", "scp"])
 @pytest.mark.needs("ssh", "scp")
 async def test_scp_in_both_directions(tmp_path: Path, sshd: int, mode: tuple[str, ...]) -> None:
@@ -176,6 +177,7 @@ async def test_rsync_in_both_directions(tmp_path: Path, sshd: int) -> None:
         assert {name: path.read_bytes() for name, path in found.items()} == files
 
 
+@pytest.mark.slow
 @pytest.mark.needs("ssh")
 async def test_local_forwarding_of_a_vms_port(tmp_path: Path, sshd: int) -> None:
     local = free_port()
@@ -329,6 +331,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_ssh_client_that_does_not_read_stops_its_vm_for_any_window_size() -> None:
     sent = 0
 
@@ -432,6 +435,7 @@ def with_key(client: OpenSSH, path: Path, **options: str) -> OpenSSH:
     return client
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [("ssh-ed25519", {}), ("ssh-rsa", {"key_size": 2048})])
 @pytest.mark.needs("ssh")
 async def test_login_by_a_key_of_the_service_account(
@@ -536,6 +540,7 @@ async def test_passwords_sent_without_waiting_count_as_tries(
     assert len(looked_at) <= jump.MAX_TRIES
 
 
+@pytest.mark.slow
 async def test_wrong_passwords_count_for_the_limit_of_the_api_and_right_ones_get_through(sshd: int) -> None:
     async with jumping() as c, trio_asyncio.open_loop():
         for _ in range(MAX_FAILURES):
@@ -778,6 +783,7 @@ async def test_host_keys_of_other_types_on_request(tmp_path: Path, nursery: trio
     nursery.cancel_scope.cancel()
 
 
+@pytest.mark.slow
 def test_missing_extra_is_reported_with_the_remedy(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden" / "asyncssh.py"
     hidden.parent.mkdir()

@@ -362,6 +362,7 @@ def small_log(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orchard.state.change_log, "_BLOCK_OBJECTS", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_log")
 @settings(QUICK, max_examples=60)
 @given(st.lists(STEPS, min_size=5, max_size=40))

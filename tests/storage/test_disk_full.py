@@ -84,6 +84,7 @@ def data(tmp_path: Path) -> Path:
 # ---- the store on a disk that has so many bytes --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_full_disk_accepts_deletions_and_reports_only(data: Path, autojump_clock: MockClock) -> None:
     disk = SmallDisk(data, ROOM)
     async with running_store(open_store(data, disk, at_once)) as store:

@@ -39,6 +39,7 @@ async def loaded(engine: Engine) -> dict[str, int]:
     return {name: value["revision"] for (_, name), (_, value) in contents.objects.items()}
 
 
+@pytest.mark.slow
 async def test_answer_lost_after_the_write_is_recognised(autojump_clock: trio.testing.MockClock) -> None:
     """A connection is cut off before or after etcd carried out what was asked, for any request and any number in a row."""
     site, chance = MemoryEtcdSite(), random.Random(1)
@@ -215,6 +216,7 @@ async def test_refusal_is_uncertain_after_a_write_that_was_waited_for_in_vain(
             assert await loaded(engine) == {"a": 1}
 
 
+@pytest.mark.slow
 async def test_state_is_loaded_whose_pages_would_be_too_large(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,6 +182,7 @@ STEPS = st.one_of(
 )
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(STEPS, max_size=14), st.sampled_from([50, 300, 64 * 1024]))
 def test_followers_are_sent_each_event_once_through_restarts_and_kills(
@@ -192,6 +193,7 @@ def test_followers_are_sent_each_event_once_through_restarts_and_kills(
         Model(tmp_path_factory.mktemp("events")).run(steps)
 
 
+@pytest.mark.slow
 @QUICK
 @given(
     st.lists(st.tuples(st.sampled_from(["log_line", "lifecycle"]), st.integers(1, 3)), max_size=6),

@@ -116,6 +116,7 @@ def kept(directory: Path, *uids: str) -> dict[str, list[int]]:
 # ---- appending and paging ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.lists(st.lists(resources(Event), max_size=4), max_size=6))
 def test_appended_events_are_read_unchanged(tmp_path_factory: pytest.TempPathFactory, batches: list[Any]) -> None:
@@ -149,6 +150,7 @@ async def test_pages_in_both_orders_with_limits_and_cursors(tmp_path: Path) -> N
         assert await found(log, A, 3, "asc", "aaaaaaaa-7") == ([], None)
 
 
+@pytest.mark.slow
 @QUICK
 @given(st.integers(0, 9), st.integers(1, 4), st.sampled_from(["asc", "desc"]), st.lists(st.integers(0, 3), max_size=12))
 def test_paging_neither_skips_nor_repeats_during_appends(
@@ -430,6 +432,7 @@ async def test_directory_is_synced_before_its_files(tmp_path: Path) -> None:
 # ---- damage and crashes --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_file_cut_at_any_byte_keeps_its_complete_events(tmp_path: Path) -> None:
     async with running(tmp_path) as log:
         for number in range(3):

@@ -180,6 +180,7 @@ def test_each_altered_byte_is_reported_with_its_offset(path: Path, tail: bytes) 
             assert f" at byte {where}; restore the data directory from a backup, or cut the file" in str(damaged.value)
 
 
+@pytest.mark.slow
 def test_altered_unfinished_line_is_cut_off(path: Path) -> None:
     made(path, OBJECTS).close()
     data = path.read_bytes()

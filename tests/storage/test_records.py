@@ -119,6 +119,7 @@ async def test_history_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.M
         assert shown(history)[-1] == 49
 
 
+@pytest.mark.slow
 async def test_file_cut_at_any_byte_keeps_its_complete_batches(tmp_path: Path) -> None:
     async with running(tmp_path) as history:
         for batch in ([0], [1, 2], [3, 4, 5]):

@@ -393,6 +393,7 @@ async def test_environment_values_are_not_evaluated(script_bench: Bench) -> None
     assert lines[-1] == "safe"
 
 
+@pytest.mark.slow
 async def test_failed_script_reports_its_exit_code_and_last_line(script_bench: Bench) -> None:
     await script_bench.create()
     async with script_bench.running():

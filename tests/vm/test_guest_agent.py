@@ -69,6 +69,7 @@ def by_agent(text: str, **fields: float) -> Script:
     return Script(text, agent=True, os="linux", **fields)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clock")
 async def test_script_waits_for_an_agent_that_comes_up_late_in_few_calls(tmp_path: Path) -> None:
     async with guest(tmp_path, TART_AGENT_LATE="3") as driver:

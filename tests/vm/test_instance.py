@@ -522,6 +522,7 @@ async def adopted_or_deleted(host: Host, vm: VM) -> bool:
     return runs_on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "steps"), [("remove", 20), ("fail", 20), ("stop", 20), ("leave", 20), ("cancel the removal", 5)]
 )

@@ -97,6 +97,7 @@ values = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"
 
 
 # Each example starts some ten processes.
+@pytest.mark.slow
 @settings(QUICK, max_examples=25)
 @given(st.dictionaries(st.from_regex(r"ORCHARD_[A-Za-z0-9_]{1,5}", fullmatch=True), values, max_size=3))
 def test_environment_values_survive_a_real_shell(env: dict[str, str]) -> None:
@@ -611,6 +612,7 @@ async def test_exit_code_255_of_a_script_is_not_a_lost_connection(port: int) -> 
     assert (failed.value.exit_code, failed.value.last_line) == (255, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.needs("ssh")
 async def test_script_ends_although_its_background_processes_run_on(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssh_script, "_REST_SECONDS", 0.1)
@@ -666,6 +668,7 @@ async def test_lost_connection_fails_and_the_script_is_not_run_again(nursery: tr
     assert lines == ["begun"]
 
 
+@pytest.mark.slow
 @pytest.mark.needs("ssh")
 async def test_script_that_kills_its_shell_fails_with_the_status_of_the_signal(port: int) -> None:
     with pytest.raises(ScriptFailed, match="exit code 137: begun"):

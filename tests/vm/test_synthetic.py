@@ -107,6 +107,7 @@ async def test_vm_json_is_readable_by_people(driver: SyntheticDriver, home: Path
 # ---- processes -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["stop", "suspend"])
 async def test_background_processes_of_a_script_end_with_the_vm(driver: SyntheticDriver, home: Path, verb: str) -> None:
     await create(driver)
@@ -410,6 +411,7 @@ async def test_recover_removes_half_made_and_half_deleted_vms(driver: SyntheticD
 SERVE = "-c 'import socket, time; s = socket.create_server((\"127.0.0.1\", 0)); print(s.getsockname()[1], flush=True); time.sleep(1000)'"
 
 
+@pytest.mark.slow
 async def test_port_is_found_where_the_vm_itself_listens(driver: SyntheticDriver) -> None:
     other = "orchard-other-uid-0"
     await create(driver)
