@@ -167,7 +167,7 @@ async def fill_etcd(vms: int, url: str) -> Sequence[str]:
         async with trio.open_nursery() as writers:
             for writer in (data.store.run, data.events.run, data.history.run):
                 await writers.start(writer)
-            Recorder(data.store, data.events, data.history, utc_now)
+            data.store.on_durable(Recorder(data.events, data.history, utc_now).record)
             fill(data.store, vms, vms // PER_WORKER)
             await data.store.wait_durable()
             await data.events.flush()

@@ -274,8 +274,8 @@ def _compose(
     loop = SchedulingLoop(store, settings.worker_offline_timeout, stored_clock.now)
     deadlines = Deadlines(store, stored_clock, loop.liveness, loop.states)
     sessions = AccountSessions(store.state.accounts, clock)
-    Recorder(store, data.events, data.history, stored_clock.now)
-    Reactions(store, rendezvous, loop, sessions, stored_clock.now)
+    store.on_durable(Recorder(data.events, data.history, stored_clock.now).record)
+    store.on_durable(Reactions(rendezvous, loop, sessions, stored_clock.now).react)
     figures = make_figures(store, loop.liveness, stored_clock.now, per_worker=settings.metrics_per_worker)
     connect = tcp.connect if settings.allow_local_webhooks else connect_outside
     webhooks = Webhooks(store, loop, figures.lives.failure_of, stored_clock.now, connect)

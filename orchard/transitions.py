@@ -107,9 +107,11 @@ class StaleReportError(Exception):
     """A worker's report is about another VM of that name, or about an earlier run."""
 
 
-def create(name: str, uid: str, spec: VMSpec, now: datetime.datetime, reason: str = "") -> VM:
+def create(
+    name: str, uid: str, spec: VMSpec, now: datetime.datetime, reason: str = "", *, created_by: str = ""
+) -> VM:  # fmt: skip
     """Return a new VM: pending, unassigned for `reason` ("": not known yet), generation 0."""
-    meta = VMMeta(name=name, uid=uid, created_at=now)
+    meta = VMMeta(name=name, uid=uid, created_at=now, created_by=created_by)
     return VM(meta, spec, VMState(status_message=reason, conditions=_UNSCHEDULED))
 
 

@@ -17,7 +17,6 @@ from orchard.control.scheduling_loop import SchedulingLoop
 from orchard.schema import VM
 from orchard.sessions import AccountSessions
 from orchard.state.changes import Change
-from orchard.store import Store
 from orchard.transitions import has_expired
 from orchard.tunnel import Rendezvous
 
@@ -28,11 +27,10 @@ _logger = logging.getLogger("orchard.controller")
 
 
 class Reactions:
-    """Reacts to the durable changes of a store. `clock` is the wall clock by which deadlines are stored."""
+    """Reacts to durable changes. `clock` is the wall clock by which deadlines are stored."""
 
     def __init__(
         self,
-        store: Store,
         rendezvous: Rendezvous,
         loop: SchedulingLoop,
         sessions: AccountSessions,
@@ -42,9 +40,9 @@ class Reactions:
         self._loop = loop
         self._sessions = sessions
         self._clock = clock
-        store.on_durable(self._react)
 
-    def _react(self, changes: list[Change]) -> None:
+    def react(self, changes: list[Change]) -> None:
+        """React to what became durable together."""
         # A new VM has no worker to wake, and no tunnels.
         self._log_created([change.new for change in changes if change.old is None and isinstance(change.new, VM)])
         for change in changes:

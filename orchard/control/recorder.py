@@ -16,7 +16,6 @@ from orchard.schema import PULLING, VM, EndedVM
 from orchard.state.changes import Change
 from orchard.storage.events import EventLog
 from orchard.storage.history import History
-from orchard.store import Store
 from orchard.transitions import has_expired
 
 # Characters of a failure's reason in an event and in the history, and of the metadata in the log.
@@ -26,31 +25,26 @@ _logger = logging.getLogger("orchard.controller")
 
 
 class Recorder:
-    """Records the durable changes of a store's VMs. `clock` is the wall clock."""
+    """Records the durable changes of VMs. `clock` is the wall clock."""
 
-    def __init__(
-        self, store: Store, events: EventLog, history: History, clock: Callable[[], datetime.datetime]
-    ) -> None:
+    def __init__(self, events: EventLog, history: History, clock: Callable[[], datetime.datetime]) -> None:
         self._events = events
         self._history = history
         self._clock = clock
         # When the pull of a VM's image began, by uid.
         self._pulls: dict[str, datetime.datetime] = {}
-        store.on_durable(self._record)
 
-    def _record(self, changes: list[Change]) -> None:
+    def record(self, changes: list[Change]) -> None:
+        """Record what became durable together."""
         now = self._clock()
         for change in changes:
-            old, new = change.old, change.new
+            old, new = change.old if isinstance(change.old, VM) else None, change.new
             if isinstance(new, VM):
-                self._record_change(old if isinstance(old, VM) else None, new, now)
-            elif isinstance(old, VM):
+                for text in describe_change(old, new, self._pull_seconds(old, new, now)):
+                    self._events.record(new.uid, text, int(now.timestamp()))
+                self._events.wake(new.uid)
+            elif old is not None:
                 self._record_end(old, now)
-
-    def _record_change(self, old: VM | None, new: VM, now: datetime.datetime) -> None:
-        for text in describe_change(old, new, self._pull_seconds(old, new, now)):
-            self._events.record(new.uid, text, int(now.timestamp()))
-        self._events.wake(new.uid)
 
     def _pull_seconds(self, old: VM | None, new: VM, now: datetime.datetime) -> float | None:
         """Return how long the pull took that has ended with a change, None if none has."""

@@ -183,20 +183,17 @@ class VMKind(NamedTuple):
 def demand_of(spec: VMSpec) -> Demand:
     labels = tuple(sorted(spec.labels.items())) if spec.labels else ()
     resources = tuple(sorted(spec.resources.items()))
-    return Demand(spec.arch, spec.runtime, labels, resources, capabilities=_needed_capabilities(spec))
+    script = spec.startup_script
+    capabilities = (GUEST_AGENT,) if script is not None and script.transport == "tart-guest-agent" else ()
+    if spec.shutdown_script is not None:
+        capabilities = (*capabilities, SHUTDOWN_SCRIPT)
+    return Demand(spec.arch, spec.runtime, labels, resources, capabilities=capabilities)
 
 
 def kind_of(spec: VMSpec) -> VMKind:
     """Return the kind of a new VM."""
     preferred = tuple(sorted(spec.preferred_labels.items())) if spec.preferred_labels else ()
     return VMKind(demand_of(spec), preferred, spec.priority)
-
-
-def _needed_capabilities(spec: VMSpec) -> tuple[str, ...]:
-    """Return what a worker must be capable of to run a VM."""
-    script = spec.startup_script
-    needed = (GUEST_AGENT,) if script is not None and script.transport == "tart-guest-agent" else ()
-    return needed if spec.shutdown_script is None else (*needed, SHUTDOWN_SCRIPT)
 
 
 def has_label(worker: Worker, label: str, value: str) -> bool:

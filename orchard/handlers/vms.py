@@ -76,8 +76,8 @@ def _check_new(api: API, name: str) -> None:
 def _create(api: API, admitted: Admitted, name: str, spec: VMSpec) -> Response:
     _check_new(api, name)
     reason = api.parts.scheduling.planner.waiting_reason(spec)
-    vm = transitions.create(name, str(uuid.uuid4()), spec, api.parts.clock(), reason)
-    vm = replace(vm, meta=replace(vm.meta, created_by=admitted.account))
+    now, account = api.parts.clock(), admitted.account
+    vm = transitions.create(name, str(uuid.uuid4()), spec, now, reason, created_by=account)
     api.put(transitions.set_deadlines(None, vm, api.state.settings, api.parts.deadline_clock()))
     return api.answer_vm(name)
 

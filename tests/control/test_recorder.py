@@ -16,7 +16,6 @@ from orchard.resources.bodies import VMReport
 from orchard.schema import VM, Condition, VMSpec, Worker
 from orchard.storage.events import EventLog
 from orchard.storage.history import History
-from orchard.store import Store
 
 UP = (Condition("running", "true"),)
 NEW = transitions.create("vm", "u", VMSpec(image="i"), BEGAN)
@@ -80,8 +79,8 @@ def test_reasons_are_cut() -> None:
 async def test_time_of_a_pull_is_counted_from_its_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = BEGAN
 
-    def recorder(store: Store, events: EventLog, history: History, clock: object) -> Recorder:
-        return Recorder(store, events, history, lambda: now)
+    def recorder(events: EventLog, history: History, clock: object) -> Recorder:
+        return Recorder(events, history, lambda: now)
 
     monkeypatch.setattr("harness.served.Recorder", recorder)
     async with served(tmp_path) as api:
