@@ -420,6 +420,8 @@ class _EstablishedStream(trio.abc.Stream):
         self._received = memoryview(early)
         self._splitter = wsframes.FrameSplitter()
         self._close_sent = False
+        # Whether trio-websocket sends nothing more.
+        self._is_closed = False
 
     def deliver_to(self, websocket: WebSocketConnection) -> None:
         """Begin to deliver frames, now that `websocket` shows whether trio-websocket has begun to close."""
@@ -449,6 +451,9 @@ class _EstablishedStream(trio.abc.Stream):
 
     async def send_all(self, data: Bytes) -> None:
         if self._handshake_sent:
+            # A task sends while the reader closes.
+            if self._is_closed:
+                raise trio.ClosedResourceError
             await self._stream.send_all(data)
             # The first byte of a close frame.
             self._close_sent = self._close_sent or data[:1] == b"\x88"
@@ -465,6 +470,7 @@ class _EstablishedStream(trio.abc.Stream):
 
     async def aclose(self) -> None:
         """Send the close frame that trio-websocket omits when the peer broke the protocol. Takes up to CLOSE_SECONDS."""
+        self._is_closed = True
         reason = self._websocket.closed if self._websocket is not None else None
         if reason is None or reason.code not in (PROTOCOL_ERROR, INVALID_PAYLOAD) or self._close_sent:
             await trio.lowlevel.checkpoint()
@@ -475,7 +481,8 @@ class _EstablishedStream(trio.abc.Stream):
             trio.move_on_after(CLOSE_SECONDS),
             suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
         ):
-            await self.send_all(b"".join(frame))
+            await self._stream.send_all(b"".join(frame))
+            self._close_sent = True
 
 
 # ---- descriptions --------------------------------------------------------------------------------------------------

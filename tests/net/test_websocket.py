@@ -12,6 +12,7 @@ from harness.peers import KEY, Peer, frame, pair
 from trio.testing import wait_all_tasks_blocked
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream, wrap_server_stream
 
+from orchard.base.nursery import unwrap_groups
 from orchard.net import websocket, wsframes
 from orchard.net.websocket import TunnelStream
 from orchard.net.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Close, FrameEvent, Ping, Pong
@@ -366,9 +367,11 @@ async def conversation(end: TunnelStream, peer: WebSocketConnection) -> None:
 # ---- messages ------------------------------------------------------------------------------------------------------
 
 
-def messages_over(stream: trio.abc.Stream, *, client: bool = False) -> AbstractAsyncContextManager[WebSocketConnection]:
+def messages_over(
+    stream: trio.abc.Stream, *, client: bool = False, early: bytes = b""
+) -> AbstractAsyncContextManager[WebSocketConnection]:
     return websocket.open_messages(
-        stream, client=client, early=b"", message_queue_size=1, max_message_size=1000, receive_buffer_size=None
+        stream, client=client, early=early, message_queue_size=1, max_message_size=1000, receive_buffer_size=None
     )
 
 
@@ -420,3 +423,16 @@ async def test_a_violation_in_messages_is_answered_with_a_close(autojump_clock: 
         with pytest.raises(ConnectionClosed):
             await messages.get_message()
     assert await peer.events() == [Close(1002)]
+
+
+async def test_a_task_that_sends_while_a_violation_is_answered_gets_connection_closed() -> None:
+    # Which task goes on first is random.
+    for _ in range(20):
+        ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
+        # A client must mask its frames.
+        async with ours, theirs, messages_over(ours, early=frame(BINARY, b"x")) as messages:
+            with pytest.raises(ConnectionClosed), unwrap_groups():
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(messages.ping)
+                    nursery.start_soon(messages.get_message)
+                    await messages.send_message(b"x")
