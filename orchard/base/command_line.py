@@ -43,14 +43,15 @@ _OLD_DATA = {
 
 
 class HomeError(Exception):
-    """There is no directory, or an earlier version has left data elsewhere; str() has the remedy."""
+    """Orchard's directory cannot be used; str() names the reason and the remedy."""
 
 
 def orchard_home(role: Literal["controller", "worker", "command"]) -> Path:
     """Return the directory for what Orchard stores: $ORCHARD_HOME/.orchard, or ~/.orchard without that variable.
 
-    Raises HomeError if `role` has data in $ORCHARD_HOME itself, where an earlier version kept it, and none here: a
-    controller would start with an empty state, and a worker would not know its VMs. Also for a user without a home.
+    Raises HomeError for a user without a home directory. Also if `role` has data in $ORCHARD_HOME itself, where an
+    earlier version kept it, and none in the returned directory: a controller would start with an empty state, and a
+    worker would not know its VMs.
     """
     from pathlib import Path
 
@@ -85,11 +86,11 @@ class CommandLine(argparse.ArgumentParser):
     It never shows more of an unknown argument than the name of the option: the rest may be a secret.
     """
 
-    # Whether options may stand between the positional arguments of a parser whose last one takes any number of words.
+    # Whether options may come between positional arguments, for a parser whose last argument takes any number of words.
     is_intermixed = False
 
     def __init__(self, **options: Any) -> None:
-        # argparse makes a formatter for each option that is added. Only that of a help text has to know the terminal's width.
+        # argparse makes a formatter for each option that is added, and each would look up the terminal's width.
         self._help_formatter = options.pop("formatter_class", argparse.HelpFormatter)
         super().__init__(formatter_class=partial(self._help_formatter, width=80), **options)
         # For completion in a shell: the words that an argument may be, by its name in the parsed options.
@@ -110,7 +111,7 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print a help text or a message. argparse passes over that it could not."""
+        """Print a help text or a message. Exit with 1 if standard output fails, which argparse would ignore."""
         out = sys.stderr if file is None else file
         try:
             out.write(message)
@@ -130,7 +131,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def discard_output(stream: TextIO) -> None:
-    """Have what is still buffered for a standard stream not fail again at the end of the process."""
+    """Redirect a standard stream to /dev/null, so that flushing it at the end of the process does not fail again."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -138,9 +139,9 @@ def discard_output(stream: TextIO) -> None:
 
 
 def add_ignored_options(parser: CommandLine, values: Mapping[str, str]) -> None:
-    """Accept options that have no effect; `ignored` becomes the list of those that are given, or None.
+    """Accept options that have no effect. The parsed `ignored` is the list of those that were given, or None.
 
-    `values` maps each to the name of its value; "" for one without a value.
+    `values` maps each option to the name of its value, "" for an option without a value.
     """
     add = parser.add_argument_group("accepted for existing service files, without effect").add_argument
     for option, value in values.items():
@@ -155,8 +156,8 @@ def _option_name(option: str, _value: str) -> str:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return a question for the nearest known word, to be put behind a message. Empty if none is near."""
-    # Most command lines have no such word.
+    """Return ", did you mean WORD?" for the nearest known word, "" if none is near."""
+    # Imported here, because most command lines have no unknown word.
     import difflib
 
     near = difflib.get_close_matches(word, known, n=1)

@@ -31,7 +31,7 @@ from orchard.base.nursery import unwrap_groups
 _OPEN_FILES_WANTED = 65_536
 # macOS refuses more than this where it reports the hard limit as "unlimited".
 _OPEN_FILES_FALLBACK = 10_240
-# Between two times that free memory is returned to the system, at a cost of a millisecond when there is little.
+# Interval of returning free memory to the system, which takes a millisecond when there is little.
 _RETURN_SECONDS = 10.0
 
 # Python's gc.set_threshold: allocations before a collection, then collections of each generation before the next one's.
@@ -60,7 +60,7 @@ def run_main(
         reason = f"cannot open the log file {log.file}: {error.strerror}; choose one that this user may write to with --log-file"
         print(f"{name}: {reason}", file=sys.stderr)
         return 1
-    # Before work handles it: its default would end the process.
+    # By default SIGUSR1 would end a process that does not handle it yet.
     signal.signal(signal.SIGUSR1, lambda number, frame: None)
     if log.file is not None:
         sys.excepthook = _log_uncaught
@@ -81,7 +81,7 @@ def run_main(
 def _flush_output() -> None:
     """Write what is buffered, and drop what cannot be written: Python would end the process with status 120 for it."""
     for stream in (sys.stdout, sys.stderr):
-        # None is a stream that was closed when Python started.
+        # A stream is None if it was closed when Python started.
         if stream is not None:
             try:
                 stream.flush()
@@ -105,16 +105,16 @@ def add_log_options(parser: CommandLine) -> None:
 
 
 def log_settings(options: argparse.Namespace) -> logs.LogSettings:
-    """Return what the options of `add_log_options` say."""
+    """Return the log settings in the options that `add_log_options` declared."""
     file = None if options.log_file is None else options.log_file.absolute()
     return logs.LogSettings(options.debug, file=file, format=options.log_format)
 
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Go on when the block cannot print: the terminal or the reader of a pipe is gone, or the disk is full.
+    """Log a warning when the block cannot print: the terminal or the reader of a pipe is gone, or the disk is full.
 
-    The rest of what is printed to standard output is dropped then.
+    Everything printed to standard output afterwards is dropped.
     """
     try:
         yield
@@ -130,7 +130,7 @@ async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Ev
     itself, and a second signal cancels `work`.
     """
     stopping = {signal.SIGTERM, signal.SIGINT}
-    # nohup ignores it.
+    # Under nohup the process ignores SIGHUP.
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         stopping.add(signal.SIGHUP)
     with trio.open_signal_receiver(*stopping, signal.SIGUSR1) as signals:
@@ -154,12 +154,12 @@ async def run_until_signal(work: Callable[[], Awaitable[None]], *, stop: trio.Ev
 
 
 async def return_memory() -> None:
-    """Return free memory to the system periodically, until cancelled. Only glibc keeps it otherwise.
+    """Return free memory to the system periodically, until cancelled. Only glibc needs this.
 
-    glibc returns by itself what is free at the end of its heap. After a burst of connections or of large bodies
-    something small always remains behind tens of megabytes that are free (`./run bench strangers`).
+    glibc itself returns only memory that is free at the end of its heap. After a burst of connections or large bodies
+    a small allocation there keeps tens of free megabytes (`./run bench strangers`).
     """
-    # For a module that takes milliseconds to import.
+    # Imported here, because it takes milliseconds.
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -111,7 +111,7 @@ class LogFileHandler(logging.StreamHandler["_RotatedFile"]):
             self._file.lost = 0 if self._file.lost == lost else lost
 
     def reopen(self) -> None:
-        """Open the path anew. A failure is a line in the file that is open."""
+        """Open the path anew. A failure is logged to the file that is open."""
         self.acquire()
         try:
             self._file.reopen()

@@ -1,7 +1,7 @@
 """Metrics and their text format, in which Prometheus reads them (text/plain; version=0.0.4). Pure.
 
-Counters are numbers and `collections.Counter`s of those who count, so that counting costs next to nothing. A
-`Histogram` counts values by buckets. A `Metric` is the declaration of one metric and makes its lines.
+Counters are plain numbers and `collections.Counter`s in the modules that count, so counting costs almost nothing. A
+`Histogram` counts values by buckets. A `Metric` declares one metric and formats its lines.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 # The media type of what `text_of` returns.
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-# Upper bounds of buckets in seconds: of what a controller does at once, and of the phases of a VM's life.
+# Upper bounds of buckets in seconds: for the controller's own work, and for the phases of a VM's life.
 WORK_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 LIFE_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 1800.0, 3600.0)
 
@@ -48,14 +48,14 @@ class Metric(NamedTuple):
     labels: tuple[str, ...] = ()
 
     def lines(self, value: float | Mapping[Any, float] | Histogram) -> list[str]:
-        """Return the lines of a metric: of a number, of numbers by tuples of the values of the labels, or of a histogram."""
+        """Return the metric's lines for a number, for numbers by tuples of label values, or for a histogram."""
         if isinstance(value, Histogram):
             return self._histogram_lines(value)
         samples = value if isinstance(value, Mapping) else {(): value}
         return [*self.head(), *(self.sample_line(key, samples[key]) for key in samples)]
 
     def sample_line(self, key: tuple[str, ...], value: float) -> str:
-        """Return the line of one value of a counter or a gauge, by the values of its labels."""
+        """Return the line of one value of a counter or a gauge. `key` has the values of the labels."""
         return f"{self._labelled(self.name, zip(self.labels, key, strict=True))} {_number(value)}"
 
     def _histogram_lines(self, histogram: Histogram) -> list[str]:
@@ -65,7 +65,7 @@ class Metric(NamedTuple):
         return [*found, f"{self.name}_sum {_number(histogram.sum)}", f"{self.name}_count {sum(histogram.counts)}"]
 
     def head(self) -> list[str]:
-        """Return the lines that are before those with values."""
+        """Return the lines HELP and TYPE, which precede the values."""
         doc = self.doc.replace("\\", r"\\").replace("\n", r"\n")
         return [f"# HELP {self.name} {doc}", f"# TYPE {self.name} {self.kind}"]
 

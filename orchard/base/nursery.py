@@ -1,8 +1,8 @@
 """Small tools for trio tasks: a wake-up that re-arms itself, pauses, steps, and the exception that matters in a group.
 
 `Wakeup` replaces the pattern of one `trio.Event` that is made anew after each wait. `growing_pause` is the pause
-between attempts. The other functions take the exceptions apart that leave a nursery, since a nursery wraps even a
-single one in a group.
+between attempts. The functions for exceptions find the one that matters in a group, since a nursery wraps even a
+single exception in a group.
 
 This module knows no resource and no role of the product.
 """
@@ -61,7 +61,7 @@ class Started(trio.TaskStatus[StartedT]):
 async def visit_in_steps(
     table: Mapping[str, VisitedT], size: int, visit: Callable[[VisitedT], object]
 ) -> None:  # fmt: skip
-    """Call a function with each value of a table that may change meanwhile, with so many in one step of the event loop."""
+    """Call `visit` with each value of a table that may change meanwhile, `size` values in one step of the event loop."""
     names = [*table]
     for start in range(0, len(names), size):
         for name in names[start : start + size]:
@@ -73,7 +73,7 @@ async def visit_in_steps(
 async def sleep_pauses(
     pauses: Generator[float, None, SleptT], sleep: Callable[[float], Awaitable[object]] = trio.sleep
 ) -> SleptT:
-    """Sleep for the seconds that a generator yields, each time, and return what it returns. Raises what it raises."""
+    """Sleep for each number of seconds that a generator yields. Return what it returns, raise what it raises."""
     with closing(pauses):
         while True:
             try:
@@ -85,7 +85,7 @@ async def sleep_pauses(
 
 
 def growing_pause(failures: int, first: float, last: float) -> float:
-    """Return the seconds to pause after so many failures in a row: `first`, doubled with each one, at most `last`."""
+    """Return the seconds to pause after `failures` in a row: `first` after one, then doubled, at most `last`."""
     return float(min(last, first * 2 ** min(failures - 1, 30)))
 
 

@@ -10,7 +10,7 @@ import pwd
 import sys
 from pathlib import Path
 
-# Of root, and of no use or not writable for another user.
+# Root's environment variables that name what another user cannot write to or has no use for.
 _DROPPED = ("TMPDIR", "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "MAIL", "SUDO_COMMAND", "SUDO_USER")
 
 

@@ -5,8 +5,8 @@ but a POST with a body of text/plain, a form or a WebSocket needs no permission,
 name leads to this server, so that it can read answers, too. `BrowserRules.check` refuses such requests before anything
 else looks at them, with and without credentials. There is no CORS.
 
-The headers that it looks at are set by browsers alone and cannot be changed by a page. Other clients do not send Origin
-and Sec-Fetch-Site, and nothing is asked of them. (A WebSocket library may send the origin of its target, which passes.)
+Browsers alone set the headers that the check reads, and a page cannot change them. Other clients send neither Origin
+nor Sec-Fetch-Site, so they pass. (A WebSocket library may send the origin of its target, which passes, too.)
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from orchard.net.request import HTTPError, Request
 _DEFAULT_PORTS = {"http": 80, "ws": 80, "https": 443, "wss": 443}
 _ORIGIN = re.compile(r"(https?|wss?)://(\[[0-9a-f:.]+\]|[^\s/?#@\[\]:,]+)(?::([0-9]{1,5}))?")
 _HOST = re.compile(r"(\[[^\[\]]+\]|[^\[\]:]+)(?::([0-9]*))?")
-# An address: in brackets, or with a number as its last part, by which browsers, too, tell addresses from names (WHATWG
-# URL, section 3.5). No DNS server can lead these elsewhere.
+# An IP address: in brackets, or with a number as its last part. Browsers tell addresses from names in the same way
+# (WHATWG URL, section 3.5). DNS is not asked for these, so it cannot lead them elsewhere.
 _ADDRESS = re.compile(r"\[.*|(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")
 
 

@@ -22,12 +22,12 @@ from orchard.net.unauthenticated import Unauthenticated
 
 # Bytes of one write. Each write has its own deadline, so that a slow reader of a large answer is not closed.
 SEND_BYTES = 256 * 1024
-# A write of more bytes takes one of the places of which there are `held_bytes`. Most answers are smaller.
+# A larger write waits for one of the places that `held_bytes` allows. Most answers are smaller.
 SMALL_BYTES = 16 * 1024
-# Between two searches for clients that read nothing.
+# Interval of the search for clients that read nothing.
 _LOOK_SECONDS = 1.0
 _EMPTY_LINE = b"\r\n"
-# What a client of TLS never begins with, and a request in the clear always.
+# A request in plain HTTP begins with one of these bytes, and TLS never does.
 _LETTERS = frozenset(string.ascii_uppercase.encode())
 
 
@@ -92,21 +92,21 @@ class Unfinished:
 
 
 class Sends:
-    """What is being sent over sockets, until when each write may take, and how many large ones there are at once.
+    """The writes under way over sockets, each with its deadline, and a bound on the large ones among them.
 
     A cancel scope with a deadline for each small write would cost more than the write's other work.
     """
 
     def __init__(self, seconds: float, held_bytes: int) -> None:
         self.seconds = seconds
-        # Until when a write may take, by trio's clock. The connection that has waited for longest is first.
+        # The deadline of each small write, by trio's clock. The connection that has waited longest is first.
         self.small: dict[Connection, float] = {}
         self.large: dict[Connection, float] = {}
-        # One for each large write, which holds a block of the answer, and as much again when it was encrypted.
+        # One place for each large write, which holds a block of the answer, and its ciphertext of the same size.
         self._places = trio.Semaphore(max(1, held_bytes // (2 * SEND_BYTES)))
 
     async def wait_place(self) -> dict[Connection, float]:
-        """Wait until another large write may begin. Return where it has to be noted."""
+        """Wait until another large write may begin. Return the table in which to note its deadline."""
         try:
             self._places.acquire_nowait()
         except trio.WouldBlock:
@@ -121,7 +121,7 @@ class Sends:
     async def close_slow_readers(self) -> None:
         """Close the sockets of clients that take nothing for too long, until cancelled.
 
-        While large answers wait for a place, this is the time between two looks.
+        While large answers wait for a place, `_LOOK_SECONDS` is too long for the large writes, and the oldest are closed.
         """
         while True:
             await trio.sleep(_LOOK_SECONDS)
@@ -134,7 +134,7 @@ class Sends:
 
 @dataclass(frozen=True, slots=True)
 class Service(Generic[AdmittedT]):
-    """What decides about requests and answers them."""
+    """The functions that admit and answer requests."""
 
     # Answers a request, or raises HTTPError. The second argument is what `admit` has returned.
     handler: Callable[[Request, AdmittedT], Awaitable[AnyResponse]]
@@ -238,8 +238,8 @@ class Connection:
         """Wait for the first bytes of a request. Return False at the end of the connection. Raises Disconnected."""
         buffer = self.buffer
         if not buffer:
-            # Busy clients have sent their next request while others had their turn, and to wait for it would cost more.
-            # Other connections get their turn with each answer that is sent.
+            # A busy client's next request has often arrived by now, and waiting for it would cost more than this look.
+            # Other connections get their turn whenever an answer is sent.
             try:
                 buffer += self.stream.receive_now() or b""
             except trio.BrokenResourceError as error:

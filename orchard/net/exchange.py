@@ -49,12 +49,12 @@ from orchard.net.request import (
 )
 from orchard.net.websocket import CLOSE_SECONDS, TunnelStream, open_messages
 
-# Bytes a second that earn a body more time. No client on a usable network is slower.
+# A body gets one second more for each so many bytes. No client on a usable network is slower.
 _BODY_RATE = 4096
 # A body of an operation that takes none is ignored up to this size, because some clients send "{}" or "null" with
 # everything. A larger one is refused.
 _IGNORED_BODY_BYTES = 4 * 1024
-# What a client may have under way when its WebSocket is closed. No whole body follows.
+# Bytes that a client may have under way when its WebSocket is closed. No whole body follows.
 _WEBSOCKET_LINGER_BYTES = 256 * 1024
 # A longer path is cut in the request log.
 _LOGGED_PATH = 256  # characters
@@ -62,7 +62,7 @@ _LOGGED_PATH = 256  # characters
 _CLIENT_GONE = 499
 
 _ALWAYS = "Server: orchard\r\nX-Content-Type-Options: nosniff\r\n"
-# Of an answer whose headers do not say how it may be kept.
+# For an answer whose own headers do not say whether it may be cached.
 _NOT_STORED = "Cache-Control: no-store\r\n"
 _REASONS = {int(status): status.phrase for status in http.HTTPStatus}
 # A header that a handler may add: one line (RFC 9110, section 5), and not one that says where the answer ends.
@@ -107,7 +107,7 @@ class Exchange:
         self._keep_alive = False
         # Whether bytes of the request may be unread, or its end is unknown.
         self._unread = True
-        # That of the answer, once something of it may have been sent.
+        # The answer's status, once a part of the answer may have been sent.
         self._status = 0
         # Whether all of the answer was sent, and its end is known.
         self._ended = False
@@ -122,7 +122,7 @@ class Exchange:
         except HTTPError as error:
             self._account = error.account or self._account
             answer = error_response(error)
-        # Last, since the handler, the admission and their errors read the state.
+        # Asked last, because the handler, the admission and their errors have read the state.
         if answer is not None and (refusal := self._server.service.refuse_all()) is not None:
             self._keep_alive = False
             answer = error_response(refusal)
@@ -331,7 +331,7 @@ class Exchange:
     async def _respond_in_pieces(self, answer: Stream) -> None:
         assert self._request is not None
         chunked = self._request.version == "1.1"
-        # nginx, and proxies that follow it, pass each piece on as it comes.
+        # X-Accel-Buffering makes nginx, and proxies that follow it, pass each piece on as it comes.
         framing = f"Content-Type: {answer.content_type}\r\nX-Accel-Buffering: no\r\n"
         framing += "Transfer-Encoding: chunked\r\n" * chunked
         head = self._head(answer, framing)
@@ -416,7 +416,7 @@ class _PieceSender:
         self.torn = False
 
     def _check(self) -> None:
-        """Raise HTTPError if no client may be told anything now."""
+        """Raise HTTPError if `refuse_all` forbids every answer now."""
         if (refusal := self._connection.server.service.refuse_all()) is not None:
             raise refusal
 

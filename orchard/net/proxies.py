@@ -15,13 +15,13 @@ import trio
 from orchard.net import tcp
 from orchard.net.urls import Proxy, bracketed, find_proxy
 
-# Of a proxy's answer to CONNECT.
+# Limit of the head of a proxy's answer to CONNECT.
 _MAX_HEAD_BYTES = 16 * 1024
 _RECEIVE_BYTES = 4096
 
 
 def connector(is_tls: bool, host: str, environ: Mapping[str, str]) -> tcp.Connect:
-    """Return what connects to a server: `tcp.connect`, or a function that goes through the environment's proxy.
+    """Return a function that connects to a server: `tcp.connect`, or one that goes through the environment's proxy.
 
     Raises ValueError for a proxy that cannot be used.
     """

@@ -159,7 +159,7 @@ class Headers:
         self._values = values
 
     def get(self, name: str) -> str | None:
-        """Return the value of a header whose name is given in any case, None if it is absent. Bytes read as Latin-1."""
+        """Return the value of a header whose name is given in any case, None if it is absent. Bytes are decoded as Latin-1."""
         return self._values.get(name.lower())
 
     def names(self) -> set[str]:
@@ -238,7 +238,7 @@ class Response:
     routine: bool = False
 
 
-# Of a body. One in parts is sent as a whole, and its large parts are not copied.
+# A piece of a body. The parts of a tuple are sent together, and large parts are not copied.
 BodyPiece = bytes | tuple[bytes, ...]
 
 
@@ -322,7 +322,7 @@ class Admission(Protocol):
 
     @property
     def authenticated(self) -> bool:
-        """Whether the sender may do what not everybody may, so that its connection need not make room for others."""
+        """Whether the client has authenticated, so that its connection is not closed to make room for strangers."""
 
     @property
     def body_limit(self) -> int:
@@ -455,7 +455,7 @@ _read_remembered_block = lru_cache(_BLOCKS)(_read_block)
 def _decide(version: Version, block: bytes, found: Mapping[str, str]) -> HeaderBlock:
     """Judge the headers, and decide how the body and the connection end. Raises HTTPError."""
     host = found.get("host")
-    # RFC 9112, section 3.2. That it is missing from HTTP/1.1, or there twice, h11 has refused.
+    # RFC 9112, section 3.2. h11 has refused a repeated Host, and a missing one in HTTP/1.1.
     if host is not None and not _HOST.fullmatch(host):
         raise HTTPError(400, f"the header host is {shown(host)}, expected a name or an address, and a port")
     for encoding in list_members(found.get("content-encoding")):

@@ -26,7 +26,7 @@ from orchard.net import tls
 from orchard.net.streams import TLSStream
 
 # Consecutive retransmissions and probes without an answer that mark the peer's kernel as silent. One of them may be
-# unanswered at any time: a peer with a window of zero is probed again and again, at last every 120 seconds.
+# unanswered at any time: a peer with a window of zero is probed again and again, in the end every 120 seconds.
 _UNANSWERED = 2
 # struct tcp_info: tcpi_retransmits, tcpi_probes, tcpi_unacked, tcpi_last_ack_recv, tcpi_notsent_bytes.
 _TCP_INFO = struct.Struct("=xxBB 20x I 28x I 84x I")

@@ -45,7 +45,7 @@ _MAX_ERROR = 400  # characters
 # A certificate that expires within this time is warned of, at start and daily.
 _EXPIRES_SOON = datetime.timedelta(days=30)
 _WARNING_INTERVAL = 24 * 3600.0  # seconds
-# Between two looks at the files of a certificate and its key.
+# Interval of checking whether the files of a certificate and its key have changed.
 _LOOK_INTERVAL = 60.0  # seconds
 # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which the module ssl has no name.
 _NO_CHECK_TIME = 0x200000

@@ -8,10 +8,10 @@ of tasks may share it. A cancelled request closes its connection. A kept-alive c
 any time; a request that fails on one before the first byte of an answer is sent once more if that is safe (GET, PUT,
 PATCH). A POST or DELETE is not repeated, and its caller has to find out whether it was carried out.
 
-A service may have several URLs, of which one serves at a time. The one that answered last is tried first, and each
+A service may have several URLs, of which one serves at a time. The URL that answered last is tried first, and each
 other one when no connection to it can be opened, or when it answers that it does not serve now (`NOT_SERVING`). A
 request that may be repeated is also sent to the next one when its connection was lost before an answer began. What
-waited for an answer in vain is not repeated, but the next request begins with the next URL.
+got no answer in time is not repeated, but the next request begins with the next URL.
 
 Every failure is a ClientError: ConnectError if there is no connection or it was lost, ResponseError for a status of 400
 or more. Error messages contain no tokens.
@@ -50,7 +50,7 @@ from orchard.net.urls import (
 )
 from orchard.net.websocket import PING_INTERVAL, TunnelStream, describe_disconnect, open_messages
 
-# In the User-Agent of a client that passes over values which it does not know. Earlier ones refuse the whole answer.
+# A word in the User-Agent of clients that ignore values unknown to them. Earlier clients refuse the whole answer.
 READS_NEW_VALUES = "reads-new-values"
 
 
@@ -153,11 +153,11 @@ class _Endpoint:
 
 @dataclass(slots=True)
 class _Attempts:
-    """The endpoints that one request has tried: why those failed that did, and the one that is tried now."""
+    """The endpoints that one request has tried: why each of them failed, and the one that is tried now."""
 
     failures: dict[_Endpoint, ClientError] = field(default_factory=dict)
     present: _Endpoint | None = None
-    # Until when those that refuse connections are tried again, while another controller takes over.
+    # Until this time, endpoints that refuse connections are tried again: another controller may be taking over.
     until: float = field(default_factory=lambda: trio.current_time() + TAKEOVER_SECONDS)
 
     def error(self) -> ClientError:
@@ -539,7 +539,7 @@ class Transport:
             refusing = [endpoint for endpoint, error in attempts.failures.items() if _is_refusal(error)]
             if len(self._endpoints) == 1 or not refusing or trio.current_time() > attempts.until:
                 raise attempts.error()
-            # What was refused was not sent. One of them may be about to lead.
+            # A refused connection carried no request. Another controller may be about to lead.
             await trio.sleep(REFUSED_PAUSE)
             for endpoint in refusing:
                 del attempts.failures[endpoint]
@@ -574,7 +574,7 @@ class Transport:
         self._endpoints = self._endpoints[at:] + self._endpoints[:at]
 
     def _move_on(self, endpoint: _Endpoint) -> None:
-        """Try the endpoint after this one first, unless another request has seen to that."""
+        """Try the endpoint after this one first, unless another request has changed the order already."""
         if self._endpoints[0] is endpoint:
             self._endpoints = [*self._endpoints[1:], endpoint]
 
@@ -673,5 +673,5 @@ def _response_error(answer: ClientResponse) -> ResponseError:
     except (ValidationError, TypeError, KeyError):
         message = f"the error is not one of Orchard's, its body begins: {excerpt(answer.body)}"
         seconds = "1" if answer.status >= SERVER_ERRORS else seconds
-    # A proxy may send a date, which tells the same as no time.
+    # A proxy may send a date, which is ignored.
     return ResponseError(answer.status, str(message), float(seconds) if seconds.isdecimal() else None)

@@ -17,8 +17,8 @@ ConnectionT = TypeVar("ConnectionT", bound=Hashable)
 class Unauthenticated(Generic[ConnectionT]):
     """The connections that have not authenticated: at most `per_source` of one source (`source_of`), `total` in all.
 
-    `close` ends a connection at once; it is called for the oldest one of the source, or of the source that has the
-    most.
+    `close` ends a connection at once. It is called for the oldest connection of a source that has too many, or else of
+    the source that has the most.
     """
 
     def __init__(self, close: Callable[[ConnectionT], object], per_source: int, total: int) -> None:

@@ -21,10 +21,10 @@ DEFAULT_PORT = 6120
 SERVER_ERRORS = 500
 # A header of answers of 503: this URL of the service does not serve now, and another one may.
 NOT_SERVING = ("Orchard-Role", "standby")
-# For how long, where a service has several URLs, those that refuse connections are tried again, and the pause between two
-# tries. After a planned stop another controller answers within half a second and the time in which it loads its VMs.
+# Where a service has several URLs: how long those that refuse connections are tried again, and the pause between tries.
+# After a planned stop another controller answers within half a second and the time in which it loads its VMs.
 TAKEOVER_SECONDS, REFUSED_PAUSE = 2.0, 0.1
-# Of a proxy whose URL names none.
+# The port of a proxy whose URL names none.
 _PROXY_PORT = 80
 
 

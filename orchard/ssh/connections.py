@@ -38,14 +38,14 @@ MAX_VM_CONNECTIONS = 8
 # A connection on which a guest does not open a session within this time gets no more of them.
 SESSION_SECONDS = 5.0  # seconds
 
-# Between two attempts to reach a guest that boots.
+# Pause between attempts to reach a guest that boots.
 _RETRY_SECONDS = 0.5  # seconds
-# Bounds one attempt to log in: a guest may accept connections before its SSH server answers.
+# Limit of one attempt to log in: a guest may accept connections before its SSH server answers.
 _LOGIN_SECONDS = 10.0  # seconds
-# Between two checks that a guest still answers.
+# Interval of checking that a guest still answers.
 _KEEPALIVE_SECONDS = 30.0  # seconds
 
-# What a guest answers to a session too many (RFC 4254, section 5.1): OpenSSH the second one, others the fourth.
+# The codes with which a guest refuses a session (RFC 4254, section 5.1). OpenSSH uses 2, others 4.
 _REFUSALS = (1, 2, 3, 4)
 
 SessionT = TypeVar("SessionT")
@@ -56,7 +56,7 @@ class ExecUnavailableError(Exception):
 
 
 def describe_missing_extra(what: str, error: ImportError) -> str:
-    """Return why `what` is not there, which package is missing, and how to install it, also without internet."""
+    """Return a message that `what` needs the extra: which package is missing, and how to install it, also offline."""
     return (
         f"{what} needs the extra ssh on the controller ({error}): pip install 'orchard-cluster[ssh]' with Python 3.11 to 3.13,"
         " without internet with --no-index --find-links and a directory that ./run wheelhouse has filled; orchard.pyz does not"
@@ -86,7 +86,7 @@ class _Connection:
 
 
 class _Attempt:
-    """An attempt to open a connection. When it is `done`, `error` is the reason why there is none, if there is none."""
+    """An attempt to open a connection. `done` is set at its end; `error` is why it failed, None if it succeeded."""
 
     def __init__(self) -> None:
         self.done = trio.Event()
@@ -212,7 +212,7 @@ class GuestConnections:
     # -- opening
 
     def _begin_attempt(self, vm: VM, guest: _Guest) -> _Attempt:
-        """Have a task open another connection. Raises UnreachableError if there are too many."""
+        """Start a task that opens another connection. Raises UnreachableError if there are too many."""
         if len(guest.connections) >= MAX_VM_CONNECTIONS:
             raise UnreachableError(
                 f'VM "{vm.name}" takes no more SSH sessions on {MAX_VM_CONNECTIONS} connections, which is the limit;'

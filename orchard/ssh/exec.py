@@ -137,7 +137,7 @@ class Executor:
             await self._connections.connect(vm, wait)
 
     async def serve(self, vm: VM, command: Command, sender: str, wait: float, websocket: WebSocketConnection) -> None:
-        """Run a command whose streams are joined to a WebSocket. It is terminated when the WebSocket closes."""
+        """Run a command, and join its streams to a WebSocket. The command is terminated when the WebSocket closes."""
         import asyncssh
 
         frames = _Frames(websocket)
@@ -211,7 +211,7 @@ class _Bridge:
         self._process = process
         self._command = command
         self._frames = frames
-        # What bounds the reading from each of the command's two streams.
+        # The bounds on the reading from each of the command's two streams.
         self._readers: list[RemainingOutput] = []
 
     async def run(self) -> None:

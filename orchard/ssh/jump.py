@@ -100,7 +100,7 @@ _logger = logging.getLogger("orchard.ssh")
 
 
 class ChannelRefusedError(Exception):
-    """A channel cannot be opened; `str(error)` is what the client is told."""
+    """A channel cannot be opened; str() is the message for the client."""
 
 
 def host_keys(paths: Sequence[Path]) -> list[asyncssh.SSHKeyPair]:
@@ -214,7 +214,7 @@ class JumpHost:
         assert self.gate is not None
         sender = self.gate.identify(header, bearer=True)
         if isinstance(sender, ServiceAccount):
-            # Names may contain colons, which the header does not tell from the one after the name.
+            # A name may contain a colon, which the header does not distinguish from the one after the name.
             if sender.name != account:
                 raise auth.UnauthenticatedError("unknown service account or wrong token")
             auth.require(sender, "compute:connect")
@@ -229,7 +229,7 @@ class JumpHost:
         return account
 
     def find_vm(self, name: str, who: Sender | None) -> VM:
-        """Return the VM that a client means. Raises ChannelRefusedError.
+        """Return the VM that a client names. Raises ChannelRefusedError.
 
         OpenSSH's clients write the names of hosts in lower case, so a name without capitals may stand for any VM whose
         name differs in the case of letters only. The bearer of an access token means the token's VM.
@@ -407,9 +407,9 @@ class _Server(asyncssh.SSHServer):
         self._channels = channels
         self._connection: asyncssh.SSHServerConnection | None = None
         self._flow = FlowControl()
-        # The user name that was checked last, and what checks it again.
+        # The user name that was checked last, and the function that checks it again.
         self._checked: tuple[str, Callable[[], Sender]] | None = None
-        # Left when the connection ends.
+        # Closed when the connection ends.
         self._held = ExitStack()
         self._address = "-"
         self._tries = 0
@@ -460,13 +460,13 @@ class _Server(asyncssh.SSHServer):
             self._hold("", None)
 
     def _hold(self, account: str, role: Role | None) -> None:
-        """Have the connection listed, and ended with its account or its role."""
+        """List the connection in the sessions, and end it when its account or the account's role is deleted."""
         end = partial(self.disconnect, asyncssh.DISC_BY_APPLICATION)
         subject = SessionSubject("ssh", "", self._address)
         self._held.enter_context(self._jump.sessions.hold(account, role, end, subject))
 
     def _identify(self) -> Sender | None:
-        """Return who has logged in, None without a gate.
+        """Return the sender that has logged in, None without a gate.
 
         Raises UnauthenticatedError and ForbiddenError, also when the credentials are not valid any more.
         """

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-# How long the output of a command that has ended is waited for, in all, and the most that is sent of it.
+# Bounds on the output after a command has ended: the total time of waiting, and the bytes that are sent.
 REST_SECONDS = 2.0  # seconds
 REST_BYTES = 8 * 1024 * 1024  # bytes
 # The most output in one read.

@@ -41,12 +41,12 @@ if TYPE_CHECKING:
     import asyncssh  # noqa: TC004 -- `run` imports them
     import trio_asyncio  # type: ignore[import-untyped]  # noqa: TC004 -- it has no types
 
-# For the connection to a port that was opened for it.
+# Limit for the connection to a port that was opened for it.
 _CLAIM_SECONDS = 10.0  # seconds
 _LOGIN_SECONDS = 10.0  # seconds
-# When a shell has ended, what it has written is in the pipes.
+# Time for reading on after a shell has ended, when all its own output is in the pipes.
 _REST_SECONDS = 0.2  # seconds
-# Between asking a command to end and killing it.
+# Time from asking a command to end until it is killed.
 _END_SECONDS = 5.0  # seconds
 _CANNOT_RUN = 126
 # Makes standard input the controlling terminal of a new session, and becomes the command in its arguments. A function
@@ -203,7 +203,7 @@ class SyntheticSSH:
                 process.exit(status if status >= 0 else 128 - status)
                 nursery.cancel_scope.cancel()
         finally:
-            # What a command left in the background runs on until the VM ends.
+            # Processes that a command left in the background run on until the VM ends.
             if shell.returncode is None:
                 if not signalled.is_set():
                     # A shell on a terminal ignores SIGTERM.
@@ -220,7 +220,7 @@ class SyntheticSSH:
 
 @dataclass(frozen=True, slots=True)
 class _Ends:
-    """Our ends of a shell: where its input goes, and whose writer each of its outputs goes to.
+    """This process's ends of a shell's streams: for its input, and for each output with the client's writer.
 
     `resize` takes rows and columns; None without a terminal.
     """
@@ -262,14 +262,14 @@ async def _open_shell(
         raise
     finally:
         os.close(theirs)
-    # Each is closed by the task that uses it; the terminal is resized by the one that writes.
+    # Each task closes the descriptor that it uses; the terminal is resized by the task that writes.
     keys = os.dup(ours)
     outputs = [(trio.lowlevel.FdStream(ours), process.stdout)]
     return shell, _Ends(trio.lowlevel.FdStream(keys), outputs, partial(_resize, keys))
 
 
 def _resize(descriptor: int, rows: int, columns: int) -> None:
-    """Set the size of a terminal, of which its programs are told. A terminal that is closed has none."""
+    """Set the size of a terminal, which signals its programs. Does nothing to a closed terminal."""
     size = struct.pack("HHHH", *(max(0, min(number, 0xFFFF)) for number in (rows, columns)), 0, 0)
     with suppress(OSError):
         fcntl.ioctl(descriptor, termios.TIOCSWINSZ, size)

@@ -1,1 +1,1 @@
-"""Parts of the store: changes and their log, who watches them, and the check of a data directory."""
+"""Parts of the store: changes and their log, the watchers of changes, and the check of a data directory."""

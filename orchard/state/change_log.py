@@ -2,12 +2,12 @@
 
 The log numbers the transactions that change VMs or workers: each has a position. A watcher has the position of the
 transaction that it saw last, and reads on from there. So a slow watcher holds no changes of its own, and one that lost
-its connection resumes. A revision, as clients see it, is a position with the name of the log, which is another one
+its connection resumes. A revision, as clients see it, is a position with the name of the log, which is a new name
 after each start of the controller.
 
-A transaction is recorded when it happens, and published when it is durable. What a worker's JSON shows beside what is
-stored (its state, its health) changes without a transaction of the store, and is recorded as one. It is published after
-all transactions before it, since the JSON may show what they have changed.
+A transaction is recorded when it happens, and published when it is durable. A worker's JSON also shows computed fields
+(its state, its health). They change without a transaction of the store, and are recorded as one. It is published after
+all transactions before it, because the JSON may show what these have changed.
 
 KEPT_CHANGES and KEPT_BYTES bound the log. A watcher ends when it is WATCH_BACKLOG changes behind after it has been
 up to date once, or when the log no longer keeps what it would read next.
@@ -42,12 +42,12 @@ ChangeType = Literal["ADDED", "MODIFIED", "DELETED"]
 
 
 class RevisionGoneError(Exception):
-    """The log does not keep what came after a revision."""
+    """The log no longer keeps the changes after a revision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a watcher wants to see: objects of some kinds, of the VMs only those that match. `text` names the condition.
+    """The objects that a watcher wants: of some kinds, and of the VMs only those that match. `text` names the condition.
 
     `images`: whether workers are shown with their images.
     """
@@ -67,7 +67,7 @@ class _LoggedChange:
     kind: WatchedKind
     old: StoredObject | None
     new: StoredObject | None
-    # As the API shows the new object, or the deleted one. The images of a worker are apart, since few watchers want them.
+    # The new object, or the deleted one, as the API shows it. A worker's images are apart, since few watchers want them.
     json: bytes = field(repr=False)
     images: bytes = field(default=b"", repr=False)
 
@@ -80,7 +80,7 @@ class _LoggedChange:
         return (self.json[:-1], b",", self.images, b"}") if self.images and selection.images else (self.json,)
 
     def type_for(self, selection: Selection) -> ChangeType | None:
-        """Return what the change is to a watcher: an object that begins to match is added, one that stops is deleted."""
+        """Return the type that a watcher sees: an object that begins to match is added, one that stops matching is deleted."""
         if self.kind not in selection.kinds:
             return None
         was = self.old is not None and selection.includes(self.old)
@@ -104,7 +104,7 @@ class ChangeLog:
     """The last changes of VMs and workers. `run` names the log, and has no full stop in it."""
 
     def __init__(self, run: str, audience: Audience) -> None:
-        # Those who follow the log, and what sends them what is published.
+        # The watchers that follow the log, and the audience that sends them what is published.
         self.watchers: dict[Watcher, None] = {}
         self._audience = audience
         # Returns a worker's JSON as the API shows it, without its images, from the worker and its stored JSON.
@@ -116,9 +116,9 @@ class ChangeLog:
         self._kept: deque[_LoggedTransaction] = deque()
         self._pending: deque[_LoggedTransaction] = deque()
         self._published = 0
-        # Changes that were ever published, and those before the last publication.
+        # The number of changes ever published, and that before the last publication.
         self._count = self._count_before = 0
-        # Of the JSON in `_kept`.
+        # Bytes of the JSON in `_kept`.
         self._bytes = 0
         # Blocks, and the position at their end, by the position before them. Cleared at each publication.
         self._blocks: dict[tuple[int, Selection], tuple[Block, int]] = {}
@@ -236,7 +236,7 @@ class ChangeLog:
         parts: list[bytes] = []
         size = looked = 0
         while position < self._published and size < _BLOCK_BYTES and looked < _BLOCK_OBJECTS:
-            # The position of the last one that is kept is `_published`.
+            # The last transaction in `_kept` is at position `_published`.
             transaction = self._kept[position - self._published]
             position += 1
             looked += len(transaction.changes) + 1
@@ -273,12 +273,12 @@ class ChangeLog:
 
 
 def _beginning(change: ChangeType, kind: WatchedKind) -> bytes:
-    """Return what stands before the object in a line."""
+    """Return the part of a line that precedes the object."""
     return b'{"type":"%b","kind":"%b","object":' % (change.encode(), kind.encode())
 
 
 def joined(parts: Iterable[bytes]) -> Block:
-    """Join parts, but for those that are too large to be copied."""
+    """Join parts, except those that are too large to be copied."""
     found: list[bytes] = []
     small: list[bytes] = []
     for part in parts:
@@ -309,7 +309,7 @@ async def send_present(
 ) -> None:  # fmt: skip
     """Send each selected object of a snapshot as ADDED, then a BOOKMARK, and go on as `follow` does."""
     await _send_list(log, snapshot, selection, send)
-    # The watch may go on for days.
+    # Free the list, since the watch may go on for days.
     snapshot.vms.clear()
     snapshot.vm_json.clear()
     snapshot.workers.clear()
@@ -328,7 +328,7 @@ async def _send_list(log: ChangeLog, snapshot: Snapshot, selection: Selection, s
                 await send(joined(parts))
             else:
                 await trio.lowlevel.checkpoint()
-            # What a slow watcher holds of the snapshot is not kept longer than the changes that follow it.
+            # A slow watcher must not hold the snapshot longer than the log keeps the changes that follow it.
             if not log.keeps(snapshot.position):
                 return
             parts.clear()
@@ -355,7 +355,7 @@ class _LinesOfAll:
         self._log = log
         self._position = position
         self._selection = selection
-        # The changes that were published up to the position; None before the watcher was up to date once.
+        # The number of changes published up to the position; None before the watcher was up to date once.
         self._count: int | None = None
 
     def take(self) -> Block | None:

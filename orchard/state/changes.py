@@ -1,7 +1,7 @@
 """Changes of the state, and the watches of single objects.
 
 `Store` makes a `Change` of each object that a transaction creates, replaces or deletes. A `ChangeFeed` holds the
-durable changes of one object for one watcher, who is slower than they come. The watches of all objects are in
+durable changes of one object until a slower watcher has read them. The watches of all objects are in
 change_log.py. How lines are sent to a watcher is in watchers.py.
 """
 
@@ -39,7 +39,7 @@ class Change:
     old_json: bytes = field(default=b"", repr=False)
     # Where in a VM's JSON its specification begins.
     spec_at: int = 0
-    # That of the state with this change: its transaction's.
+    # The revision of the state after this change's transaction.
     revision: int = 0
     _line: bytes = field(default=b"", repr=False)
 
@@ -68,10 +68,10 @@ class Change:
         if isinstance(self.old, VM) and isinstance(self.new, VM):
             return self.old.spec is not self.new.spec and self.old.spec != self.new.spec
         if isinstance(self.old, Worker) and isinstance(self.new, Worker):
-            # A start has to store what it promises the workers, also while nothing may be added.
+            # A start must store the lease that it promises to workers, also while nothing may be added.
             return replace(self.old, promised=self.new.promised) != self.new
         if isinstance(self.old, ServiceAccount) and isinstance(self.new, ServiceAccount):
-            # Rights can be taken back also then.
+            # An account's rights can be revoked also while nothing may be added.
             return replace(self.old, token=self.new.token, roles=self.new.roles) != self.new
         return self.new is not None and self.kind not in ("cluster", "promise")
 
@@ -85,11 +85,11 @@ class ChangeFeed:
     """The durable changes of one object, in their order, for one watcher.
 
     It ends when the watcher is WATCH_BACKLOG changes or WATCH_BYTES behind, or when all watchers together are
-    ALL_WATCH_BYTES behind: the watcher reads what it has, and has to begin anew.
+    ALL_WATCH_BYTES behind. Then the watcher reads the rest of the feed, and has to start a new watch.
     """
 
     def __init__(self, total: Counter[str], audience: Audience) -> None:
-        # Who is sent the changes as lines, by the audience.
+        # The watcher to whom the audience sends the changes as lines.
         self.watcher: Watcher | None = None
         self._total = total
         self._audience = audience

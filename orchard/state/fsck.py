@@ -47,9 +47,9 @@ class FsckReport:
     """The findings in a data directory. Each problem and note names the file, what is wrong, and the remedy."""
 
     problems: list[str] = field(default_factory=list)
-    # What the next start repairs.
+    # Findings that the next start repairs.
     notes: list[str] = field(default_factory=list)
-    # Of the state file.
+    # Lines of the state file.
     lines: int = 0
     events: int = 0
     # VMs in the history.

@@ -1,8 +1,8 @@
-"""How lines are sent to those who watch: each from a task of its own, and all who are up to date from a single one.
+"""How lines are sent to watchers: to each by a task of its own, and to all that are up to date by a single task.
 
-Most watchers have seen everything and wait. To wake the task of each of them costs more than to send the
-change. So an `Audience` sends the change in their place, some watchers in each step of the event loop, as long as their
-sockets take it at once. The task of a watcher goes on when its socket is full, when there is more to send, or at the end.
+Most watchers have seen everything and wait. Waking each one's task costs more than sending the change. So an `Audience`
+sends the change in their place, to some watchers in each step of the event loop, as long as their sockets take it at
+once. A watcher's task goes on when its socket is full, when there is more to send, or at the end.
 
 The lines come from a `Lines`: the changes of one object (changes.py) or of all objects (change_log.py).
 """
@@ -61,14 +61,14 @@ class Watcher:
         self._is_waiting = False
         # Whether `now` has left something.
         self._has_rest = False
-        # What `advance` has met.
+        # The exception that `advance` has met, to be raised by `run`.
         self._error: Exception | None = None
 
     async def run(self) -> None:
         """Send lines until they end. Cancelling it may cut a line off. Raises what `send` raises."""
         while self._send_next():
             if self._has_rest:
-                # The client is slow.
+                # The socket is full, so the task sends the rest.
                 await self._finish(b"")
             elif self._lines.has_more():
                 await trio.lowlevel.checkpoint()
@@ -83,7 +83,7 @@ class Watcher:
             if self._send_next() and not self._has_rest and not self._lines.has_more():
                 return
         except Exception as error:  # noqa: BLE001 -- `run` raises it
-            # It ends this watch, and no other one.
+            # The error must end this watch only.
             self._error = error
         self._is_waiting = False
         self._wakeup.set()
@@ -106,7 +106,7 @@ class Watcher:
         """Wait until there is something to do, and do it unless there are new lines."""
         self._is_waiting = True
         try:
-            # `advance` puts the end of the silence off. A new scope for each line would cost as much as the line does,
+            # `advance` moves the end of the silence. A new scope for each line would cost as much as the line itself,
             # so the scope may end too early.
             with trio.move_on_at(self._until) as silence:
                 await self._wakeup.wait()
@@ -124,12 +124,12 @@ class Audience:
     """Sends new lines to the watchers that wait for them, while `run` is running."""
 
     def __init__(self) -> None:
-        # Those for whom there may be something new, each once.
+        # The watchers for whom there may be new lines, each once.
         self._called: dict[Watcher, None] = {}
         self._wakeup = Wakeup()
 
     def call(self, watchers: Iterable[Watcher]) -> None:
-        """Have these watchers sent what is new."""
+        """Schedule sending new lines to these watchers."""
         self._called.update(dict.fromkeys(watchers))
         self._wakeup.set()
 

@@ -1,4 +1,4 @@
-"""The engine of a cluster's state: what the store asks of the storage below it, and the data that pass between the two.
+"""The engine of a cluster's state: the interface between the store and the storage below it.
 
 An engine knows kinds, names, JSON texts and revisions. What the objects mean is store.py's business. The file engine
 (file_engine.py) keeps the state of one controller in a directory.
@@ -15,7 +15,7 @@ from orchard.storage.errors import DamagedError
 
 # Kind and name of an object.
 Key = tuple[str, str]
-# The place of a value: its bytes, and what was made of them before the start. It counts for these bytes alone.
+# Values decoded before the start, by their place: the bytes and the decoded value, which is valid for these bytes only.
 DecodedValues = Mapping[Any, tuple[bytes, Any]]
 # Kind -> name -> JSON.
 Tables = dict[str, dict[str, bytes]]
@@ -40,7 +40,7 @@ class Batch:
     revision: int
     # The JSON of each changed object; None: deleted.
     records: dict[Key, bytes | None] = field(default_factory=dict, repr=False)
-    # Whether it has a change that the store refuses while the disk is full.
+    # Whether the batch has a change that the store refuses while the disk is full.
     adds: bool = False
     # The wall time of the write.
     time: datetime.datetime | None = None
@@ -67,7 +67,7 @@ class Contents:
     # The wall time of the last write, as far as it is stored.
     time: datetime.datetime | None = None
     objects: dict[Key, tuple[Any, Any]] = field(default_factory=dict, repr=False)
-    # The other objects: what was made of the same JSON before the start (see DecodedValues).
+    # Objects whose JSON was decoded before the start (see DecodedValues).
     decoded: dict[Key, Any] = field(default_factory=dict, repr=False)
     # Whether a lease has to be renewed while the objects are decoded.
     has_lease: bool = False
@@ -84,8 +84,8 @@ class Contents:
 class Engine(Protocol):
     """The durable copy of a cluster's state.
 
-    To start: `load`, which changes nothing, and when the contents make sense, `begin`. Then `run` must be running. The
-    store calls `append` once at a time. Once `append` or `run` has raised BrokenError, the engine has ended.
+    To start, call `load`, which changes nothing, and if the contents are valid, `begin`. Then `run` must be running. The
+    store never calls `append` twice at a time. Once `append` or `run` has raised BrokenError, the engine has ended.
     """
 
     limits: BatchLimits
@@ -117,4 +117,4 @@ class Engine(Protocol):
         """Keep what is stored small and writable until cancelled. Raises BrokenError when the engine has ended."""
 
     def close(self) -> None:
-        """Release what is open."""
+        """Close files and connections that the engine has opened."""

@@ -52,7 +52,7 @@ class NotWrittenError(Exception):
         return cls(f"cannot write {path}: {os.strerror(error.errno or 0)}", no_space=error.errno in _NO_SPACE)
 
     def as_storage_error(self, consequence: str) -> StorageError:
-        """Return the error for those whose changes were in the write."""
+        """Return the error for the callers whose changes were in the write."""
         kind = StorageFullError if self.no_space else StorageUnavailableError
         return kind(f"{self}; {consequence}")
 
@@ -62,12 +62,12 @@ class BrokenError(Exception):
 
     @property
     def consequence(self) -> str:
-        """Return what those are told whose changes are not stored."""
+        """Return the message for the callers whose changes are not stored."""
         return f"the controller cannot store anything any more: {self}; restart it"
 
 
 class LeadershipLostError(BrokenError):
-    """Another controller may lead: nothing may be answered any more that is based on the state in memory."""
+    """Another controller may lead, so no answer may be based on the state in memory any more."""
 
     @property
     def consequence(self) -> str:

@@ -1,4 +1,4 @@
-"""A client of etcd's JSON gateway: requests to several endpoints, and the frames of the requests that the engine makes.
+"""A client of etcd's JSON gateway: requests to several endpoints, and the operations of which transactions are made.
 
 The gateway speaks HTTP/1.1 and is the same in etcd 3.4 to 3.7. Keys and values are base64, 64-bit numbers are strings,
 and fields that are false or zero are left out. Nothing here knows what the keys hold.
@@ -25,21 +25,21 @@ from orchard.net import tcp, tls
 from orchard.net.transport import AnswerTooLargeError, ClientError, ClientResponse, ResponseError, Transport
 
 _DEFAULT_PORT = 2379
-# For one endpoint to answer. An election of etcd's own leader takes about a second.
+# Limit for one endpoint's answer. An election of etcd's own leader takes about a second.
 _ANSWER_SECONDS = 2.0
-# A page of large objects over a slow link.
+# Limit for a page, which may have large objects and come over a slow link.
 _PAGE_SECONDS = 10.0
-# Keys of the first page, which may all be large, and of any other one; and the bytes of values that a page should have.
+# Keys of the first page, which may all be large, and of any other page; and the bytes of values that a page should have.
 _FIRST_PAGE_KEYS, _PAGE_KEYS, _PAGE_BYTES = 100, 1_000, 4_000_000
-# Of one transaction. etcd takes at most 128 operations and 1.5 MiB.
+# Limits of one transaction. etcd takes at most 128 operations and 1.5 MiB.
 MAX_OPERATIONS, MAX_TRANSACTION_BYTES = 100, 1_000_000
 QUOTA_REMEDY = "compact and defragment each node, then disarm the alarm"
 _NO_SPACE = "database space exceeded"
-# What etcd answers to a request for a revision that it does not have any more.
+# etcd's answer to a request for a revision that it no longer has.
 COMPACTED = "revision has been compacted"
-# A token from before a change of users or roles.
+# etcd's answer to a token that is older than the last change of users or roles.
 _OUTDATED = "auth store is old"
-# What etcd answers to a user that it does not let in, and the remedy.
+# The beginnings of etcd's refusals of a user, and the remedies.
 _REMEDIES = {
     "user name is empty": "give --etcd-user, and its password in ORCHARD_ETCD_PASSWORD",
     "authentication failed": "correct --etcd-user, or the password in ORCHARD_ETCD_PASSWORD",
@@ -72,7 +72,7 @@ class EtcdUnavailableError(EtcdRequestError):
 
 
 class EtcdAnswerTooLargeError(EtcdRequestError):
-    """The answer to a request was larger than what is taken."""
+    """The answer to a request was larger than the limit."""
 
 
 class EtcdRefusedError(EtcdRequestError):
@@ -81,7 +81,7 @@ class EtcdRefusedError(EtcdRequestError):
     def __init__(self, message: str, *, no_space: bool = False, denied: bool = False) -> None:
         super().__init__(message)
         self.no_space = no_space
-        # The user, its password or its role is not the right one.
+        # Whether the user, its password or its role was refused.
         self.denied = denied
 
 
@@ -108,7 +108,7 @@ class KeyValue:
 
 
 class TransactionResult(TypedDict):
-    """What became of a transaction: whether its comparisons held, at which revision, and what its reads found."""
+    """The outcome of a transaction: whether its comparisons held, at which revision, and what its reads found."""
 
     succeeded: bool
     revision: int
@@ -260,7 +260,7 @@ class EtcdClient:
                     raise
                 limit = max(1, limit // 8)
                 continue
-            # Later pages are of the same moment.
+            # Later pages are read at the revision of the first one.
             revision = revision or int(answer["header"]["revision"])
             page = _key_values(answer)
             found += page
@@ -289,7 +289,7 @@ class EtcdClient:
         return [found[prefix] for prefix in prefixes]
 
 
-# ---- frames ----------------------------------------------------------------------------------------------------------
+# ---- operations ------------------------------------------------------------------------------------------------------
 
 
 def encoded(value: bytes) -> str:
@@ -353,7 +353,7 @@ def _key_values(answer: dict[str, Any]) -> list[KeyValue]:
 
 
 def _refusal(url: str, error: ResponseError) -> EtcdRefusedError | None:
-    """Return the error for an answer after which the request was not carried out for certain, else None."""
+    """Return the error if the answer proves that the request was not carried out, else None."""
     if _NO_SPACE in error.message:
         return EtcdRefusedError(f"{url} has no space left: its quota is used up; {QUOTA_REMEDY}", no_space=True)
     if 400 <= error.status < 500 and error.status not in (408, 429):

@@ -1,17 +1,17 @@
-"""The etcd engine: the state of a cluster whose controllers stand by for each other.
+"""The etcd engine: the state of a cluster with several controllers, of which one leads.
 
 Under the prefix, each object is a key KIND/NAME with the JSON that the state file has, too. `head` has the revision,
 the wall time of the last write, and who wrote it. Every transaction compares etcd's revision of `head` with the last
-one that this controller knows, and writes `head`. So once another controller has written `head`, nothing of an earlier
-one succeeds any more, however late it comes: safety does not come from the lease (leadership.py).
+one that this controller knows, and writes `head`. So once another controller has written `head`, no write of an earlier
+one succeeds, however late it arrives: safety does not depend on the lease (leadership.py).
 
-A transaction whose answer was lost is sent again until it is answered or the lease is over. Each writes a `head` that
-no other one writes, so if the comparison fails and `head` is what the transaction would have written, an earlier try
-has succeeded. Anything else means that leadership is lost, and the engine has ended.
+A transaction whose answer was lost is sent again until it is answered or the lease is over. Each transaction writes a
+`head` that no other one writes. So if the comparison fails and `head` has that value, an earlier try has succeeded; with
+any other value, leadership is lost and the engine has ended.
 
-A batch that etcd does not take at once is written in parts to `transaction/NUMBER` first. The `head` that says how many
-parts there are decides it: from then on who reads the state reads the objects of the parts, too. Only then are the
-objects written, and at last the parts deleted. A controller that takes over completes what was decided.
+A batch that is too large for one transaction of etcd is first written in parts to `transaction/NUMBER`. A `head` with the
+number of parts commits the batch: from then on every reader of the state reads the parts, too. Then the objects are
+written, and at last the parts deleted. A controller that takes over completes a committed batch.
 """
 
 from __future__ import annotations
@@ -52,20 +52,20 @@ DEFAULT_MAX_MIB = 1024
 # A record is one operation.
 _LIMITS = BatchLimits(MAX_OPERATIONS, MAX_TRANSACTION_BYTES)
 _FORMAT = "orchard-state"
-# Of objects, which are kept by name.
+# The kinds of objects, which are keys by name.
 KINDS = ("account", "cluster", "promise", "settings", "vm", "worker")
-# After upkeep that failed.
+# Pause after upkeep that failed.
 _RETRY_SECONDS = 0.1
-# Between two compactions, which etcd does not do by itself, and between two looks at its size.
+# Intervals of compaction, which etcd does not do by itself, and of checking its size.
 _COMPACT_SECONDS, _LOOK_SECONDS = 300.0, 60.0
-# Between two looks while nothing may be added, so that this ends soon after there is space again.
+# Interval of checking the size while nothing may be added, so that this ends soon after there is space again.
 _LOOK_FULL_SECONDS = 5.0
 # Revisions that a compaction keeps.
 _KEPT_REVISIONS = 1_000
-# A part of the most that etcd may hold: after so many written bytes it is looked at earlier, and compacted earlier.
+# Shares of the most that etcd may hold: after so many written bytes its size is checked, and it is compacted, earlier.
 _LOOK_SHARE, _COMPACT_SHARE = 1 / 32, 1 / 8
 
-# In the status of an etcd whose quota was used up.
+# The alarm in the status of an etcd whose quota is used up.
 _ALARM = "NOSPACE"
 
 _logger = logging.getLogger("orchard.storage.engine")
@@ -84,7 +84,7 @@ class EtcdContents(Contents):
 
     has_lease: bool = True
     prefix: str = ""
-    # What was decoded before the start, by etcd's key.
+    # Values that were decoded before the start, by etcd's key.
     ahead: DecodedValues = field(default_factory=dict, repr=False)
 
     def read(self, kind: str, name: str, value: bytes) -> None:
@@ -115,7 +115,7 @@ class EtcdContents(Contents):
 class Head:
     """The value of `head`. `write` counts the writes of one controller, so that no two of them are equal.
 
-    `parts` is the number of parts of a batch that is decided, and whose objects may not all be written; else 0.
+    `parts` is the number of parts of a committed batch whose objects may not all be written; else 0.
     """
 
     revision: int = 0
@@ -124,7 +124,7 @@ class Head:
     write: int = 0
     time: str = ""
     parts: int = 0
-    # Of the program that has written the state.
+    # Version of the program that has written the state.
     version: int = STATE_VERSION
 
     def to_json(self) -> bytes:
@@ -160,7 +160,7 @@ _Record = tuple[Key, bytes | None]
 async def read_objects(client: EtcdClient, contents: EtcdContents, head: Head, at: int) -> list[list[_Record]]:
     """Read all objects as they were at revision `at` of etcd, when `head` was as given.
 
-    Return the parts of a batch that may not be carried out. Raises DamagedKeyError, EtcdRequestError.
+    Return the parts of a batch that is not known to be complete. Raises DamagedKeyError, EtcdRequestError.
     """
     begins = [f"{contents.prefix}/{kind}/" for kind in KINDS]
     *found, stored = await client.scan_each([*begins, _part_key(contents.prefix)], at)
@@ -199,7 +199,7 @@ def _decode_part(found: KeyValue) -> list[_Record]:
 
 @dataclass(slots=True)
 class _Usage:
-    """How much etcd holds at most, in bytes, and what was written since it was looked at and since it was compacted."""
+    """The most that etcd may hold, in bytes, and the bytes written since the last size check and the last compaction."""
 
     most: int
     unseen: int = 0
@@ -246,7 +246,7 @@ class EtcdEngine:
     ) -> None:
         # Why nothing should be added at present; empty when there is space.
         self.full = ""
-        # Above its own quota etcd takes no write.
+        # When etcd is above its own quota, it takes no write at all.
         self.takes_deletions = True
         self._client = client
         self._prefix = prefix
@@ -254,10 +254,10 @@ class EtcdEngine:
         # The last `head` of this controller, and etcd's revision of it.
         self.head = Head()
         self._head_at = 0
-        # What another controller has decided, or begun to write, and not completed.
+        # The parts of a batch that another controller has begun to write or committed, and not completed.
         self._found_parts: list[list[_Record]] = []
         self._usage = _Usage(max_mib * 1024 * 1024)
-        # What was decoded before the start; until `load`.
+        # Values that were decoded before the start; empty after `load`.
         self._ahead = ahead
         self._look = Wakeup()
 
@@ -283,7 +283,7 @@ class EtcdEngine:
         old = Head() if found is None else decode_head(found)
         if found is None:
             await self._check_unused()
-        # The version is that of the state, which is as it was until it was understood.
+        # The version stays that of the stored state until the state was understood.
         self.head = replace(old, epoch=old.epoch + 1, by=self._leadership.by, write=0)
         self._head_at = found.mod_revision if found is not None else 0
         await self._write_head([was_written_at(self._leadership.key, self._leadership.revision)], [])
@@ -328,7 +328,7 @@ class EtcdEngine:
             self._look.set()
 
     async def _carry_out(self, parts: list[list[_Record]]) -> None:
-        """Write the objects of a batch that is decided, and delete its parts. Raises LeadershipLostError."""
+        """Write the objects of a committed batch, and delete its parts. Raises LeadershipLostError."""
         try:
             for records in parts:
                 await self._write(self.head, self._operations(records))
@@ -349,7 +349,7 @@ class EtcdEngine:
         return delete(key) if json is None else put(key, json)
 
     async def _write_head(self, comparisons: list[dict[str, Any]], operations: list[TxnOperation]) -> None:
-        """Write `self.head` with operations, all or nothing, unless another one has written it since.
+        """Write `self.head` with operations, all or nothing, unless another controller has written it since.
 
         Raises NotWrittenError; LeadershipLostError.
         """
@@ -362,7 +362,7 @@ class EtcdEngine:
         except NotWrittenError as error:
             if error.no_space:
                 self._follow_size(str(error), is_blocked=True)
-                # From now on it is looked at more often.
+                # While etcd is full, its size is checked more often.
                 self._look.set()
             raise
         found = done["found"][0] if done["found"] else []

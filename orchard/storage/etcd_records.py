@@ -1,8 +1,8 @@
-"""What a controller stores in etcd beside the state: events and records of VMs, and the secrets that controllers share.
+"""Data in etcd beside the state: events and records of VMs, and the secrets that controllers share.
 
 `events/UID/FIRST-COUNT-BYTES` has the events that were appended at once, a line each: their numbers and their size are
 in the key, so a start reads no events. Records (records.py) are `KIND/GENERATION-NUMBER`, each with the records of one
-append. `KIND/current` names the generation that counts; a new one replaces the outdated records of the one before.
+append. `KIND/current` names the valid generation. A new generation has the live records of the one before.
 
 All writes compare the key `leader`, and may be repeated (Leadership.write).
 """
@@ -42,7 +42,7 @@ from orchard.storage.event_storage import NOT_STORED, EventLimitError, EventWrit
 from orchard.storage.leadership import Leadership
 
 DEFAULT_EVENTS_KIB = 1024
-# What a key costs beside its value, so that a VM with many small appends has a bounded number of keys.
+# Overhead charged per key, so that a VM with many small appends has a bounded number of keys.
 _KEY_BYTES = 256
 # Outdated records, beside as many as are live, before a new generation.
 _SLACK = 2_500
@@ -65,7 +65,7 @@ class _Chunk(NamedTuple):
 
     @classmethod
     def of_key(cls, found: KeyValue, count: int) -> _Chunk:
-        """Return what a key says of its events, which follow `count` others. Raises DamagedKeyError."""
+        """Return the chunk that a key names, whose events follow `count` others. Raises DamagedKeyError."""
         try:
             chunk = cls(*map(int, found.key.rpartition("/")[2].split("-")))
         except (TypeError, ValueError):
@@ -100,7 +100,7 @@ class _VMEvents:
         self._uid = uid
         self._chunks: list[_Chunk] = []
         self._firsts: list[int] = []
-        # What they take of the limit.
+        # Bytes of the events and their keys, for the limit of a VM.
         self.cost = 0
 
     @property
@@ -231,7 +231,7 @@ class EtcdEventStorage:
 
 
 def _chunked(texts: Sequence[bytes], first: int) -> Iterator[tuple[int, list[bytes]]]:
-    """Yield events in chunks of 64 KiB, or one that is longer, each with the number of its first."""
+    """Yield chunks of events, each with the number of its first: up to 64 KiB, or one event that is longer."""
     chunk: list[bytes] = []
     size = 0
     for text in texts:
@@ -257,7 +257,7 @@ class EtcdRecords:
         self._leadership = leadership
         # Records that are stored, outdated ones included.
         self.count = 0
-        # The generation that counts, etcd's revision of the key that says so, and the last one that was begun.
+        # The valid generation, etcd's revision of the key that names it, and the last generation that was begun.
         self._generation = 0
         self._current_at = 0
         self._begun = 0
@@ -281,7 +281,7 @@ class EtcdRecords:
             self._begun, self._next = max(self._begun, generation), max(self._next, number + 1)
         self._begun = max(self._begun, self._generation)
         begin = self._key_of_generation(self._generation)
-        # What another generation has left is outdated, or was not completed.
+        # Records of another generation are outdated, or were not completed.
         self._loaded = [(key, records) for key, records in self._loaded if key.startswith(begin)]
 
     def _key_of_generation(self, generation: int) -> str:
@@ -298,12 +298,12 @@ class EtcdRecords:
         return DamagedKeyError(f"etcd key {place}", what)
 
     def make_durable(self) -> None:
-        """Release what was loaded: what etcd's majority has shown is durable."""
+        """Release what was loaded. It is durable, because etcd's majority has it."""
         self._loaded = []
 
     async def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
         is_outdated = self.count + len(records) > 2 * live_count + _SLACK
-        # More than one key is not written at once, but a generation is complete or does not count.
+        # Several keys are not written at once. As a new generation, they become valid together.
         if is_outdated or sum(map(len, records)) > MAX_TRANSACTION_BYTES:
             await self._replace([*live(), *records])
         else:
@@ -312,7 +312,7 @@ class EtcdRecords:
 
     async def _replace(self, records: Sequence[bytes]) -> None:
         """Write a new generation, and delete those before when it is complete."""
-        # Never one that was begun: a write whose outcome was unknown may be carried out much later.
+        # Never reuse a generation that was begun: a write whose outcome was unknown may be carried out much later.
         self._begun += 1
         some: list[bytes] = []
         size = 0

@@ -18,10 +18,10 @@ from orchard.storage.journal import Disk, Journal, line_length
 
 # Version of the files.
 _EVENTS_VERSION = 1
-# Bytes of events that are read at once, so that an answer which its client does not take holds no more.
+# Bytes of events that are read at once. An answer to a client that reads nothing holds no more than this.
 BLOCK_BYTES = 64 * 1024
 _EVENT = b'"event":'
-# In the line of an event, what precedes it: its number, and the sum.
+# The most that precedes an event in its line: its number, and the sum.
 _HEAD_BYTES = 256
 
 
@@ -32,7 +32,7 @@ class EventFile:
         self.uid = uid
         self.journal = Journal(directory / f"{uid}.jsonl", disk)
         self.offsets = array("Q")
-        # False: what was read may be in the page cache only, and must be synced before it is shown to a client.
+        # While False, data that was read may be in the page cache only, and must be synced before a client sees it.
         self.is_durable = True
 
     @property
@@ -92,7 +92,7 @@ class EventFile:
         with self.journal.path.open("rb") as file:
             file.seek(self.offsets[block.start])
             lines = file.read(self.size_of(block)).split(b"\n")
-        # They may be followed by events that are being appended and are not durable yet.
+        # Events that follow the block may be in the middle of an append, and not durable yet.
         return [line.split(_EVENT, 1)[1][:-1] for line in lines[: len(block)]]
 
     def read_part_of(self, number: int, at: int) -> bytes:

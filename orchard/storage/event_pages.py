@@ -4,7 +4,7 @@ A VM has two sorts of events: those that are appended (`StoredEvents`), and life
 puts both in one order. A `Position` among them counts both sorts. Neither count ever changes its meaning, so paging and
 following neither skip nor repeat an event while others are written.
 
-Events are read in blocks of BLOCK_BYTES, so an answer which its client does not take holds no more.
+Events are read in blocks of BLOCK_BYTES. An answer to a client that reads nothing holds no more than that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchard.storage.lifecycle import LifecycleEvent, VMLifecycle
 _CURSOR = re.compile(r"([0-9a-f]{8})-([0-9]{1,15})(?:-([0-9]{1,15}))?")
 
 Send = Callable[[bytes], Awaitable[None]]
-# Sends a page of events, piece by piece, with the function that it is given.
+# A function that sends a page of events piece by piece, with the function that it is given.
 SendPage = Callable[[Send], Awaitable[None]]
 # Numbers of consecutive events of the VM's file, or one lifecycle event.
 Piece = range | LifecycleEvent
@@ -70,7 +70,7 @@ class EventsDeletedError(StorageError):
 
 
 class Position(NamedTuple):
-    """A place among a VM's events: how many of its file are before it, and the number of the next lifecycle event."""
+    """A place among a VM's events: how many stored events are before it, and the number of the next lifecycle event."""
 
     events: int
     lifecycle: int
@@ -78,7 +78,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EventKinds:
-    """The kinds of events that an answer shows. `stored`: how the JSON of those in the file begins; None: any."""
+    """The kinds of events that an answer shows. `stored` has the beginnings of the stored events' JSON, None for any."""
 
     stored: tuple[bytes, ...] | None = None
     lifecycle: bool = False
@@ -93,7 +93,7 @@ class EventKinds:
         return cls(stored, LIFECYCLE in kinds)
 
     def select(self, texts: list[bytes]) -> list[bytes]:
-        """Return the JSON of those events of the file that are shown."""
+        """Return the JSON of those stored events that are shown."""
         return texts if self.stored is None else [text for text in texts if text.startswith(self.stored)]
 
 
@@ -151,7 +151,7 @@ class EventView:
     # -- sending
 
     def blocks(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """Return pieces that are read at once."""
+        """Return the pieces cut into blocks, each of which is read at once."""
         blocks: list[Piece] = []
         for piece in pieces:
             if isinstance(piece, range) and self.stored is not None:
@@ -198,7 +198,7 @@ class EventView:
                 at = at._replace(events=block.stop)
                 await self._send_long(block, b"", self._line(b"}", at), send)
             else:
-                # Which of them are shown is known only after they were numbered.
+                # Events are numbered before those that are not shown are left out.
                 texts = enumerate(await self._stored.read(block), block.start + 1)
                 lines = [self._line(text, at._replace(events=n)) for n, text in texts if self.kinds.select([text])]
                 at = at._replace(events=block.stop)

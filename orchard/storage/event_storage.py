@@ -1,4 +1,4 @@
-"""Where the appended events of VMs are durable; the file engine's: an append-only file for each VM (event_file.py).
+"""The interface to the durable events of VMs, and its implementation by an append-only file for each VM (event_file.py).
 
 `events/UID.jsonl` is created by a VM's first event, and unlinked some time after the VM was deleted.
 """
@@ -83,7 +83,7 @@ class _EventsInFile(EventFile):
 
 
 class FileEventStorage:
-    """The events in files of a directory (see EventStorage). Disk I/O is done by `in_thread`, but for that of `open`."""
+    """The events in files of a directory (see EventStorage). Disk I/O is done by `in_thread`, except that of `open`."""
 
     def __init__(self, directory: Path, disk: Disk, in_thread: RunInThread) -> None:
         self._directory = directory
@@ -98,7 +98,7 @@ class FileEventStorage:
             self._directory.chmod(0o700)
             self._disk.sync_directory(self._directory.parent)
         else:
-            # The last process may have been killed before it did.
+            # The last process may have been killed before it synced the directory.
             self._disk.sync_directory(self._directory)
         for path in sorted(self._directory.iterdir()):
             uid = path.name.removesuffix(".jsonl")

@@ -41,7 +41,7 @@ from orchard.storage.journal import BROKEN_DELAY, Disk
 from orchard.storage.lifecycle import LifecycleLog, VMLifecycle, WaitingEvent, lifecycle_file, lifecycle_json
 from orchard.storage.records import RunInThread, StoredRecords
 
-# For a follower to take what is left when its VM was deleted.
+# Time in which a follower has to read the remaining events of a deleted VM.
 _LEFT_SECONDS = 60.0
 _ALL_KINDS = EventKinds()
 
@@ -50,7 +50,7 @@ _logger = logging.getLogger("orchard.storage.events")
 
 @dataclass(slots=True)
 class _Append:
-    """Events of one VM that are written together, and what those who wait for them are told."""
+    """Events of one VM that are written together, and the outcome for the callers that wait."""
 
     events: list[Event] = field(default_factory=list)
     done: trio.Event = field(default_factory=trio.Event)
@@ -63,7 +63,7 @@ class EventFollower:
     def __init__(self, log: EventLog, view: EventView, position: Position) -> None:
         # Set when there may be something new.
         self.wakeup = Wakeup()
-        # What remains when the VM was deleted.
+        # The remaining events after the VM was deleted.
         self.left: EventView | None = None
         self._log = log
         self._uid = view.uid
@@ -96,7 +96,7 @@ class EventFollower:
             with trio.move_on_after(_LEFT_SECONDS):
                 await self._send_new(send)
         except EventsDeletedError:
-            # They are kept for followers, unless a person removes them.
+            # Files are kept for followers, but a person may have removed one.
             return
         finally:
             self._log.forget(self._uid, self)
@@ -127,7 +127,7 @@ class EventLog:
         self._appends: dict[str, _Append] = {}
         self._dropped: list[str] = []
         self._wakeup = Wakeup()
-        # By uid: the followers, and what remains of the lifecycle events of a VM that was deleted.
+        # By uid: the followers, and the remaining lifecycle events of a deleted VM.
         self._followers: dict[str, list[weakref.ref[EventFollower]]] = {}
         self._left: dict[str, VMLifecycle] = {}
         # Why nothing can be appended any more; empty while the log works.
@@ -140,7 +140,7 @@ class EventLog:
         """
         self._storage.open(uids)
         self._lifecycle.open(uids)
-        # What could not be dropped by `open` is dropped when `run` begins.
+        # `run` begins by dropping what `open` could not drop.
         self._wakeup.set()
 
     # -- writing
@@ -165,7 +165,7 @@ class EventLog:
             raise append.error
 
     def record(self, uid: str, payload: str, timestamp: int) -> None:
-        """Have a lifecycle event of a VM written some time later. `flush` waits for it."""
+        """Schedule a lifecycle event of a VM to be written. `timestamp` is in seconds since 1970. `flush` waits for it."""
         stored = self._storage.get(uid)
         after = stored.count if stored is not None else 0
         self._lifecycle.add(WaitingEvent(uid, after, lifecycle_json(payload, timestamp)))
@@ -175,7 +175,7 @@ class EventLog:
         await self._lifecycle.flush()
 
     def drop(self, uid: str) -> None:
-        """Forget a VM's events, and have them dropped. Its followers are sent what they lack."""
+        """Forget a VM's events, and schedule their removal. Its followers are sent the rest first."""
         append = self._appends.pop(uid, None)
         if append is not None:
             append.error = EventsDeletedError(uid)
@@ -266,7 +266,7 @@ class EventLog:
         return uid in self._followers
 
     def wake(self, uid: str) -> None:
-        """Have the followers of a VM look again: there may be something new, or their end."""
+        """Wake the followers of a VM: there may be new events, or their end condition may hold."""
         for reference in self._followers.get(uid, ()):
             if (follower := reference()) is not None:
                 follower.wakeup.set()
@@ -286,7 +286,7 @@ class EventLog:
                 await self._wakeup.wait()
                 await self._write()
         except trio.Cancelled:
-            # These came before the stop, while an earlier write was under way.
+            # These appends came before the stop, while an earlier write was under way.
             if self._appends:
                 await self._write()
             raise
@@ -295,10 +295,10 @@ class EventLog:
         """Write what was appended, and drop what was dropped, until now. Raises BrokenError."""
         appends, self._appends = self._appends, {}
         dropped, self._dropped = self._dropped, []
-        # The followers of a VM still read its events.
+        # Followers still read these VMs' events.
         unread = [uid for uid in dropped if uid in self._followers]
         events = {uid: append.events for uid, append in appends.items()}
-        # Shielded: what is being written must not be taken for refused, and those who wait must be told.
+        # Shielded: an append under way must not be reported as refused, and its callers must get the outcome.
         with trio.CancelScope(shield=True):
             result = await self._storage.write(events, [uid for uid in dropped if uid not in unread])
         for uid in dropped:

@@ -17,14 +17,14 @@ from orchard.storage.journal import Disk
 from orchard.storage.records import RunInThread
 from orchard.storage.state_file import FileContents, StateFile
 
-# Between two attempts at upkeep while the disk is full. For so long, freed disk space may go unnoticed.
+# Interval of attempts at upkeep while the disk is full. For so long, freed disk space may go unnoticed.
 UPKEEP_SECONDS = 1.0
 
 _logger = logging.getLogger("orchard.storage.engine")
 
 
 class FileEngine:
-    """The durable copy of a cluster's state in `directory` (see Engine). Disk I/O is done by `in_thread`, but for the start.
+    """The durable copy of a cluster's state in `directory` (see Engine). Disk I/O is done by `in_thread`, except at the start.
 
     The directory belongs to this controller alone, so the engine always leads.
     """
@@ -37,7 +37,7 @@ class FileEngine:
     ) -> None:
         self._file = StateFile(directory, disk or Disk())
         self._in_thread = in_thread
-        # The file knows one call at a time.
+        # The state file is not thread-safe.
         self._lock = trio.Lock()
         # Why nothing should be added at present; empty when there is space.
         self.full = ""
@@ -68,7 +68,7 @@ class FileEngine:
         self._file.close()
 
     async def _call(self, work: Callable[..., None], *arguments: Any) -> None:
-        # Shielded: the write goes on in its thread, and must not be taken for undone.
+        # Shielded: the write goes on in its thread, and must not be reported as undone.
         with trio.CancelScope(shield=True):
             async with self._lock:
                 try:

@@ -1,6 +1,6 @@
-"""The history: what became of each VM that was deleted, in a bounded file that survives restarts (records.py).
+"""The history: how each deleted VM ended, in a bounded file that survives restarts (records.py).
 
-The last MAX_ENDED VMs are kept, as far as they have MAX_BYTES together.
+The last MAX_ENDED VMs are kept, or fewer if these have more than MAX_BYTES together.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class History(BatchedRecords[EndedVM]):
 
     def __init__(self, stored: StoredRecords) -> None:
         super().__init__(stored)
-        # When each ended, and its JSON.
+        # The time at which each VM ended, and its JSON.
         self._ended: deque[tuple[datetime.datetime, bytes]] = deque()
         self._bytes = 0
         self._prepared: list[bytes] = []

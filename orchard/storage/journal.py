@@ -1,6 +1,6 @@
 """Append-only files of checked lines, and the reserve of disk space that keeps them writable on a full disk.
 
-What the lines mean is decided elsewhere: engine.py writes the state, events.py the events of VMs. Everything here is
+What the lines mean is decided elsewhere: state_file.py writes the state, event_file.py the events of VMs. Everything here is
 synchronous, for a thread.
 
 A file is a sequence of JSON objects, one a line, for `less` and `jq`:
@@ -44,7 +44,7 @@ _START = re.compile(rb'\{"sum":"([0-9a-f]{%d})",' % (2 * _SUM_BYTES))
 _LINE = re.compile(rb'\{"sum":"([0-9a-f]{%d})",(.*\})' % (2 * _SUM_BYTES), re.DOTALL)
 # Bytes that the reserve gives back beyond what is asked for: file systems allocate blocks and write metadata.
 RESERVE_STEP = 64 * 1024
-# Seconds between the answers to those who waited for a write that broke a file, and the end of the process.
+# Seconds between the answers to the callers of a write that broke a file, and the end of the process.
 BROKEN_DELAY = 0.5
 
 # A line that was read: its byte offset and its JSON object without the sum.
@@ -94,7 +94,7 @@ class Journal:
             yield offset, parse_text(text)
 
     def read_after(self, header: Mapping[str, Any]) -> Iterator[Line]:
-        """As `read`, without the first line. It has to have the values of `header`: a format, a version, and maybe a uid.
+        """As `read`, without the first line, which must have the values of `header`: format, version, and maybe a uid.
 
         Raises DamagedError; FileNotFoundError.
         """
@@ -191,7 +191,7 @@ class Journal:
         try:
             self._disk.sync(self._fd)
         except OSError as error:
-            # The page cache may go on showing data that never reached the disk. The next start must not find it.
+            # The page cache may still have data that never reached the disk. The next start must not read it.
             with contextlib.suppress(OSError):
                 self._disk.truncate(self._fd, before)
             raise self._break("sync", error) from error
@@ -214,10 +214,10 @@ class Journal:
         return b"{" + rest
 
     def _check_unfinished(self, tail: bytes) -> None:
-        """Raise DamagedError when the tail is damage and not an unfinished append.
+        """Raise DamagedError if the tail comes from damage, not from an unfinished append.
 
-        That is so when a complete line is at its beginning: its newline was altered after the append. Each "}" may be
-        the end of that line, so the checksum is compared there.
+        It is damage if it begins with a complete line, whose newline was altered after the append. Each "}" may end that
+        line, so the checksum is compared there.
         """
         match = _START.match(tail)
         if match is None:
@@ -270,7 +270,7 @@ class Reserve:
         self._disk = disk
 
     def fill(self) -> None:
-        """Take the part of the space that is missing. Raises NotWrittenError when not all could be taken."""
+        """Allocate the missing part of the space. Raises NotWrittenError if not all could be allocated."""
         try:
             with self._opened(os.O_CREAT) as fd:
                 os.fchmod(fd, 0o600)

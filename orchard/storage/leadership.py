@@ -39,14 +39,14 @@ DEFAULT_LEADER_TTL = 10.0  # seconds
 _SHARE_OF_TTL = 0.9
 # Keepalives in one TTL.
 _KEEPALIVES = 4
-# Between two looks at the key of another leader, and after a failed request. So long a stop of the leader takes at least.
+# Interval of reading the key of another leader, and pause after a failed request. A takeover may take this much longer.
 _LOOK_SECONDS = 0.2
 _RETRY_SECONDS = 0.25
-# After a transaction whose outcome is unknown.
+# Pause before a transaction whose outcome is unknown is repeated.
 _TRANSACTION_RETRY_SECONDS = 0.1
-# The sums of two clocks may differ by the last digit: a wait must not end while the lease has that left.
+# Sums of times may differ in their last digit, so a wait is longer by this: it must not end just before the lease does.
 _ROUNDING_SECONDS = 0.001
-# For the lease to be revoked at a stop. Otherwise it runs out.
+# Limit for revoking the lease at a stop. If that fails, the lease runs out.
 _RESIGN_SECONDS = 2.0
 
 _logger = logging.getLogger("orchard.controller")
@@ -55,7 +55,7 @@ _logger = logging.getLogger("orchard.controller")
 def boot_time() -> float:
     """Return the seconds since the host was started, including those in which it slept."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
-    # macOS counts sleep by this clock, but not by that of time.monotonic().
+    # CLOCK_BOOTTIME counts the time in which the host sleeps. macOS has CLOCK_MONOTONIC for that.
     return time.clock_gettime(time.CLOCK_MONOTONIC if clock is None else clock)
 
 
@@ -84,7 +84,7 @@ class Leadership:
 
     def __init__(self, client: EtcdClient, prefix: str, settings: CampaignSettings) -> None:
         self.key = f"{prefix}/leader"
-        # Of the last campaign.
+        # The id of this controller in its last campaign.
         self.by = ""
         # The revision of etcd at which the key was written by this controller.
         self.revision = 0
@@ -104,11 +104,11 @@ class Leadership:
         return not self.lost and self.remaining() > 0
 
     def remaining(self) -> float:
-        """Return for how many seconds this controller leads without another keepalive; negative if it does not."""
+        """Return for how many seconds this controller still leads without another keepalive; negative if it does not lead."""
         return self._until - self._settings.clock()
 
     def patience(self) -> float:
-        """Return for how many seconds a request may be waited for, after which `leads` is false without another keepalive."""
+        """Return for how many seconds a request may take: after them `leads` is false without another keepalive."""
         return max(0.0, self.remaining() + _ROUNDING_SECONDS)
 
     def lose(self, reason: str) -> LeadershipLostError:
@@ -216,7 +216,7 @@ class Leadership:
         await self._write([], operations, [])
 
     async def write_once(self, key: str, revision: int, operations: Sequence[TxnOperation]) -> int:
-        """Carry out operations that write `key`, which was last written at `revision`, and not after a later write of it.
+        """Carry out operations that write `key`, if `key` was last written at `revision`.
 
         Only this controller writes the key. Return the new revision. Raises as `write`.
         """
@@ -246,7 +246,7 @@ class Leadership:
         """
         problem = ""
         while self.leads():
-            # Shielded: what was written must not be taken for undone.
+            # Shielded: a transaction that etcd carries out must not be reported as undone.
             with trio.move_on_after(self.patience(), shield=True) as patience:
                 try:
                     return await self._client.transact(comparisons, success, failure)
@@ -263,7 +263,7 @@ class Leadership:
         raise self.lose(f"the lease is over; {problem or 'it was not renewed'}")
 
     async def resign(self) -> None:
-        """Revoke the lease, so that another controller leads at once. Everything that answers must have ended."""
+        """Revoke the lease, so that another controller leads at once. Nothing may send answers any more."""
         self._until = -math.inf
         if not self._lease:
             return

@@ -1,6 +1,6 @@
-"""The lifecycle events of VMs: what the controller did with each, in one bounded file for all VMs (records.py).
+"""The lifecycle events of VMs: what the controller did with each VM, in one bounded file for all (records.py).
 
-A VM's last MAX_LIFECYCLE events are kept, so that one which restarts without end fills neither disk nor memory. They
+A VM's last MAX_LIFECYCLE events are kept, so that a VM which restarts without end fills neither disk nor memory. They
 have numbers of their own, which never change. Each also holds how many events the VM's own file (event_file.py) had
 when it happened, so both kinds are shown in one order. The events of a VM are forgotten with it.
 """
@@ -22,7 +22,7 @@ from orchard.schema import LIFECYCLE
 from orchard.storage.journal import Disk
 from orchard.storage.records import BatchedRecords, RecordFile, RunInThread, StoredRecords
 
-# Some ten runs of a VM.
+# Enough for about ten runs of a VM.
 MAX_LIFECYCLE = 64
 
 
@@ -42,12 +42,12 @@ class VMLifecycle:
 
     @property
     def begin(self) -> int:
-        """The number of the first one that is kept."""
+        """The number of the first event that is kept."""
         return self.events[0].number if self.events else 0
 
     @property
     def end(self) -> int:
-        """The number of the next one."""
+        """The number of the next event."""
         return self.events[-1].number + 1 if self.events else 0
 
     def add(self, after: int, text: bytes) -> None:
@@ -55,11 +55,11 @@ class VMLifecycle:
         self.events.append(LifecycleEvent(self.end, after, text))
 
     def between(self, begin: int, end: int) -> list[LifecycleEvent]:
-        """Return those with numbers from `begin` to `end` - 1 that are kept."""
+        """Return the kept events with numbers from `begin` to `end` - 1."""
         return list(islice(self.events, max(0, begin - self.begin), max(0, end - self.begin)))
 
     def number_at(self, after: int) -> int:
-        """Return the number of the first one that follows so many events of the VM's file, or more."""
+        """Return the number of the first lifecycle event that follows `after` or more events of the VM's file."""
         return next((event.number for event in self.events if event.after >= after), self.end)
 
 
@@ -86,7 +86,7 @@ class LifecycleLog(BatchedRecords[WaitingEvent]):
         self._tell = tell
         self._vms: dict[str, VMLifecycle] = {}
         self._count = 0
-        # Their numbers, in the order of the records that are being written.
+        # The numbers of the events that are being written, in their order.
         self._numbers: list[int] = []
         # VMs that were dropped since the last write began.
         self._dropped: set[str] = set()
@@ -161,7 +161,7 @@ class LifecycleLog(BatchedRecords[WaitingEvent]):
         return self._count
 
     def _live(self) -> list[bytes]:
-        # Each list() is one step of the interpreter, so the task that changes the originals cannot come in between.
+        # list() is one step of the interpreter, so no other thread can change the originals meanwhile.
         return [_stored(uid, *event) for uid, lifecycle in list(self._vms.items()) for event in list(lifecycle.events)]
 
 

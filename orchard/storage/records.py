@@ -1,8 +1,8 @@
 """Small records: the history of VMs that have ended (history.py), and lifecycle events (lifecycle.py).
 
-All records are in memory as well, so what is stored is read only at a start. `RecordFile` appends to it, and replaces
-it by one with the live records alone when most of it is outdated. Each line holds the records of one append, so a crash
-keeps or loses them together.
+All records are in memory as well, so the file is read only at a start. `RecordFile` appends to it, and when most of it
+is outdated, replaces it by a file with the live records. Each line holds the records of one append, so a crash keeps or
+loses them together.
 
 `BatchedRecords` writes at most once in WRITE_DELAY, unless a reader asks for it, so that records do not slow down the
 changes of the state by syncs. A kill loses the records that were not written yet, and repeats none.
@@ -25,13 +25,13 @@ from orchard.codec import dump_json
 from orchard.storage.errors import BrokenError, DamagedError, NotWrittenError
 from orchard.storage.journal import BROKEN_DELAY, Disk, Journal
 
-# Between the first record that waits and the write, unless a reader asks for it earlier.
+# Time from the first waiting record to the write, unless a reader asks for it earlier.
 WRITE_DELAY = 1.0
-# Before another attempt when a write has failed.
+# Pause after a write that failed.
 _RETRY_SECONDS = 10.0
-# Records that are written without a delay, since formatting more of them would hold the event loop for long.
+# So many waiting records are written without a delay: formatting more of them would block the event loop for long.
 _MANY = 1_000
-# Unwritten records while nothing can be written. Beyond that the oldest are lost.
+# Limit of records that wait while nothing can be written. Beyond it the oldest are lost.
 MAX_UNWRITTEN = 10_000
 # Outdated records of a file, beside as many as are live, before it is replaced.
 _SLACK = 2_500
@@ -47,19 +47,19 @@ _logger = logging.getLogger("orchard.storage.records")
 
 
 class StoredRecords(Protocol):
-    """Where records are durable, each a JSON object."""
+    """Durable records, each a JSON object."""
 
     def inspect(self) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Yield each record with its place, and change nothing. Raises DamagedError, OSError."""
 
     def damaged(self, place: Any, what: str) -> DamagedError:
-        """Return the error for a record at a place that is wrong."""
+        """Return the error for a wrong record at a place."""
 
     def make_durable(self) -> None:
         """Make durable what `inspect` has read to its end. Raises BrokenError, OSError."""
 
     async def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
-        """Append records, all or none. `live` returns those, of earlier ones, that must be kept.
+        """Append records, all or none. `live` returns those earlier records that must be kept, `live_count` of them.
 
         Raises NotWrittenError, BrokenError.
         """
@@ -106,7 +106,7 @@ class RecordFile:
         return DamagedError(self.journal.path, place, what)
 
     async def append(self, records: Sequence[bytes], live_count: int, live: Callable[[], list[bytes]]) -> None:
-        # Shielded: the write goes on in its thread.
+        # Shielded: a cancelled call would leave its thread writing.
         with trio.CancelScope(shield=True):
             await self._in_thread(self._write, records, live_count, live)
 
@@ -173,7 +173,7 @@ class BatchedRecords(Generic[RecordT]):
         self._is_failing = False
 
     def add(self, record: RecordT) -> None:
-        """Have a record written."""
+        """Schedule a record to be written."""
         records = self._gathering.records
         records.append(record)
         if len(records) == _MANY:
@@ -181,7 +181,7 @@ class BatchedRecords(Generic[RecordT]):
         self._wakeup.set()
 
     async def flush(self) -> None:
-        """Wait until what was added before is written. Do not wait while nothing can be written."""
+        """Wait until the records added before are written. Return at once while nothing can be written."""
         batch = self._gathering if self._gathering.records else self._writing
         if batch is None or self._is_failing:
             await trio.lowlevel.checkpoint()
@@ -202,7 +202,7 @@ class BatchedRecords(Generic[RecordT]):
             await self._write()
 
     async def _write(self) -> None:
-        """Write what has gathered; what cannot be written goes on waiting. Raises BrokenError."""
+        """Write the waiting records, and keep those that cannot be written. Raises BrokenError."""
         batch = self._writing = self._gathering
         self._gathering = _Batch()
         records = self._wanted(batch.records)
@@ -217,7 +217,7 @@ class BatchedRecords(Generic[RecordT]):
         except BrokenError:
             self._is_failing = True
             batch.done.set()
-            # The answers to those who waited leave before the process ends.
+            # Callers that waited get their answers before the process ends.
             with trio.CancelScope(shield=True):
                 await trio.sleep(BROKEN_DELAY)
             raise

@@ -1,15 +1,15 @@
-"""The state file: a cluster's state in one file, and what keeps that file small and writable.
+"""The state file: a cluster's state in one file, kept small by compaction and writable by a reserve of disk space.
 
-Known here are kinds, names, JSON texts and revisions. What the objects mean is store.py's business. Everything here is
+This file knows kinds, names, JSON texts and revisions; store.py knows what the objects mean. Everything here is
 synchronous; the file engine (file_engine.py) runs it in a thread, one call at a time.
 
 `state.jsonl` begins with a snapshot: a header, and one line for each object. The journal follows: one line for each
 batch of transactions, with the last JSON of each object that they changed. Compaction writes a new file and renames it
 into place. So exactly one file is valid at any moment, and a copy made at any moment is a consistent backup.
 
-A full disk: the first append that finds no space gets it from the reserve (journal.py), and `full` says so until
-`upkeep` could fill the reserve again. Meanwhile the store refuses transactions that add something. RESERVE_BYTES are
-enough for some 500 reports or 10,000 deletions; after that, these fail as well. `upkeep` also compacts a file that is
+On a full disk, the first append that finds no space gets it from the reserve (journal.py), and `full` is set until
+`upkeep` has filled the reserve again. Meanwhile the store refuses transactions that add something. RESERVE_BYTES are
+enough for about 500 reports or 10,000 deletions; after that, these fail as well. `upkeep` also compacts a file that is
 much larger than its objects, which frees space.
 """
 
@@ -31,16 +31,16 @@ from orchard.storage.engine import Batch, Contents, Tables
 from orchard.storage.errors import DamagedError, NotWrittenError
 from orchard.storage.journal import Disk, Journal, Reserve, parse_text
 
-# Version of the file. A newer one is refused. A file of an older one is read, and rewritten before anything is added to
-# it, so that a program that knows only the older version does not read what it would not understand.
+# Version of the file. A newer version is refused. A file of an older version is read, and rewritten before anything is
+# added to it, so that a program of the older version refuses it instead of misreading it.
 STATE_VERSION = 4
-# Bytes of journal before a new snapshot is written; and it must be COMPACT_RATIO times the snapshot, so that compaction
-# stays a constant share of all writes.
+# A new snapshot is written when the journal has so many bytes and COMPACT_RATIO times those of the snapshot, so that
+# compaction stays a constant share of all writes.
 COMPACT_BYTES = 4 * 1024 * 1024
 COMPACT_RATIO = 3
 # A report takes about two thousand bytes, a deletion a hundred.
 RESERVE_BYTES = 1024 * 1024
-# A batch that also adds something may take this fraction of the reserve: one fourth.
+# A batch that also adds something may take this part of the reserve: one fourth.
 RESERVE_SHARE = 4
 
 # A line of the journal that puts one object, as `_line` writes it, and what parts the objects of a line. In the object
@@ -90,7 +90,7 @@ class StateFile:
         self._disk = disk
         self._journal = Journal(directory / STATE_FILE, disk)
         self._reserve = Reserve(directory / RESERVE_FILE, RESERVE_BYTES, disk)
-        # The objects as they are on the disk, for the next snapshot, with their size and revision.
+        # The objects on the disk, for the next snapshot, with their size and revision.
         self._tables: Tables = {}
         self._version = STATE_VERSION
         self._revision = 0
@@ -131,7 +131,7 @@ class StateFile:
                 self._disk.sync_directory(self._directory.parent)
             self._journal.create(snapshot_lines(tables, self._revision, now))
         self._keep(tables)
-        # Not by the size of the file, which would grow to a multiple of itself with each restart.
+        # Not the size of the file: then the file would grow to a multiple of itself with each restart.
         self._compact_after(self._object_bytes)
         self._fill_reserve()
 
@@ -206,7 +206,7 @@ class StateFile:
         return True
 
     def _write_with_reserve(self, write: Callable[[], None], size: int, limit: int) -> bool:
-        """Write `size` bytes, and if there is no space and they are at most `limit`, in place of the reserve.
+        """Call `write`, which writes `size` bytes. If there is no space, take it from the reserve, at most `limit` bytes.
 
         Return True when the reserve was needed.
         """
@@ -291,7 +291,7 @@ def read_contents(journal: Journal) -> FileContents:
 
 
 def _parse_objects(contents: FileContents) -> None:
-    """Parse the objects whose JSON was only taken over. Raises DamagedError."""
+    """Parse the objects of which only the JSON text was kept so far. Raises DamagedError."""
     for key, (offset, raw) in contents.objects.items():
         if isinstance(raw, bytes):
             try:
@@ -319,7 +319,7 @@ def _take_batch(contents: FileContents, offset: int, text: bytes) -> None:
         contents.objects[one[4].decode(), one[5].decode()] = (offset, one[6])
         return
     line = parse_text(text)
-    # A line without "after" is of one transaction.
+    # A line without "after" has one transaction.
     first = line.get("after", line["revision"] - 1) + 1
     _advance(contents, offset, first, line["revision"], line.get("time"))
     for change in line["changes"]:
@@ -327,7 +327,7 @@ def _take_batch(contents: FileContents, offset: int, text: bytes) -> None:
 
 
 def _advance(contents: FileContents, offset: int, first: int, revision: int, time: str | None) -> None:
-    """Take over from a line of the journal which revisions it has, and its time. Raises DamagedError."""
+    """Advance to the revision and the time of a journal line, which has revisions from `first` on. Raises DamagedError."""
     if first != contents.revision + 1 or revision < first:
         first = min(first, revision)
         raise DamagedError(contents.path, offset, f"revision {first} follows revision {contents.revision}")

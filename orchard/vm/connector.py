@@ -9,7 +9,7 @@ each a socket for its answer. The answer is "0" with the connected socket, or th
 connects to private addresses only, reads no names, no files and nothing from the network. It ends when the worker's end
 is closed.
 
-A VM's worker waits for this process, so it imports only what that needs. The worker's side is in vm_connections.py.
+The worker's start waits for this process, so it imports only what it needs. The worker's side is in vm_connections.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 REQUEST_BYTES = 64
-# A longer wait is the worker's business, which has deadlines of its own.
+# Longer than each deadline of the worker, which ends the wait earlier.
 _CONNECT_SECONDS = 30.0
-# Connections that are being opened at a time. More are refused.
+# Connections that are being opened at the same time. More are refused.
 _MAX_CONNECTING = 256
 
 
@@ -65,7 +65,7 @@ def _answer(
             return
         with socket.create_connection((host, int(port)), _CONNECT_SECONDS) as connection:
             connection.setblocking(False)
-            # The worker may have given up.
+            # The worker may have closed its socket for the answer.
             with answer, suppress(OSError):
                 socket.send_fds(answer, [b"0"], [connection.fileno()])
     except ValueError:
@@ -82,6 +82,6 @@ def _refuse(answer: socket.socket, number: int) -> None:
 
 
 if __name__ == "__main__":
-    # A user's worker must not leave it behind, nor may the worker's terminal end it first.
+    # The connector ends when the worker's socket closes, so a signal of the terminal must not end it before.
     with socket.socket(fileno=sys.stdin.fileno()) as pair:
         serve_worker(pair)

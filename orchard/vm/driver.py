@@ -1,4 +1,4 @@
-"""The interface between the worker and what runs VMs on its host: verbs, the values they take, the errors they raise.
+"""The interface between the worker and the program that runs VMs on its host: verbs, their values, their errors.
 
 Two drivers implement `Driver`: orchard/tart.py for `tart` and `vetu`, synthetic.py for VMs without a hypervisor. This
 module performs no I/O.
@@ -25,7 +25,7 @@ LEASE_OVER = "ended by its host, which was cut off from the controller for so lo
 
 LocalState = Literal["running", "suspended", "stopped"]
 ScriptKind = Literal["startup", "shutdown"]
-# What a worker can fail at, as its heartbeats name it.
+# The operations whose failures a worker reports in its heartbeats.
 Trouble = Literal[
     "list", "pull", "prepull", "clone", "start", "stop", "delete", "supervisor", "unknown-vms", "hostDirs"
 ]

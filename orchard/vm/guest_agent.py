@@ -1,8 +1,8 @@
 """Scripts by a VM's guest agent: a shell in the guest behind `tart exec -i`, without address, password or SSH server.
 
-What is sent, and what comes back, is as over SSH (script.py). In some versions of tart a client of the agent that goes
-away early cuts off the agent until the VM restarts, and so may many clients while the guest boots. So each attempt
-first waits in one long call for the agent, the pauses between attempts grow, and a call that is not needed any more is
+The shell's input and output are the same as over SSH (script.py). In some versions of tart the agent is unreachable until
+the VM restarts after a client went away early, and perhaps after many clients while the guest boots. So each attempt
+first waits for the agent in one long call, the pauses between attempts grow, and a call that is no longer needed is
 asked to end before it is killed.
 """
 
@@ -29,7 +29,7 @@ from orchard.vm.script import (
     order_end,
 )
 
-# Between attempts; then the last one.
+# Pauses between attempts; the last one repeats.
 _PAUSES = (2.0, 5.0, 10.0, 20.0, 30.0)  # seconds
 _LOGIN_SHELLS: Mapping[OS, str] = {"darwin": "zsh", "linux": "bash"}
 

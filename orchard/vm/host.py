@@ -35,7 +35,7 @@ _MAX_DHCP_LEASE = 3600  # seconds
 _DHCP_PLIST = Path("/Library/Preferences/SystemConfiguration/com.apple.InternetSharing.default.plist")
 _MACHINE_ID = Path("/etc/machine-id")
 _PLATFORM_UUID = re.compile(rb'"IOPlatformUUID" = "([0-9A-Fa-f-]{36})"')
-# What tart's --dir option splits at.
+# The characters at which tart's --dir option splits its value.
 _SEPARATORS = ":,"
 
 
@@ -100,7 +100,7 @@ def measure_disk(path: Path) -> WorkerDisk | None:
             continue
         except OSError:
             break
-        # A file system of a network may report sizes that no number in the API can have.
+        # A network file system may report sizes that exceed the API's numbers.
         return WorkerDisk(min(usage.total, MAX_UINT), min(usage.free, MAX_UINT))
     return None
 
@@ -117,7 +117,7 @@ async def machine_id(path: Path = _MACHINE_ID) -> str:
         try:
             completed = await run_program(["ioreg", "-rd1", "-c", "IOPlatformExpertDevice"])
         except OSError:
-            # Not a Mac.
+            # The host is not a Mac.
             pass
         else:
             if found := _PLATFORM_UUID.search(completed.stdout):
@@ -128,7 +128,7 @@ async def machine_id(path: Path = _MACHINE_ID) -> str:
 async def resolve_dirs(dirs: Sequence[SharedDir], policies: Sequence[HostDirPolicy] | None) -> tuple[SharedDir, ...]:
     """Return the directories with the paths to which they lead on this host. Archives (https://) stay as they are.
 
-    `policies` are the cluster's; None: the controller does not tell them, and the paths are mounted as they are.
+    `policies` are the cluster's. With None (an older controller does not send them) the paths are mounted as they are.
     Raises DriverError for a path that leads to where no policy allows it.
     """
     if policies is None or not dirs:

@@ -1,4 +1,4 @@
-"""The images in the cache of a worker's host: what is there, and what is pulled ahead of the VMs that will need it.
+"""The cached images of a worker's host: their list, and pulls ahead of the VMs that will need them.
 
 `ImageCache` lists the images now and then, and after each transfer. It pulls the images that the cluster wants on this
 host (`prepull` in the cluster settings), one at a time and only while no VM of this worker is being pulled or cloned. A
@@ -25,16 +25,16 @@ from orchard.resources.cluster import CachedImage, ImagePull, bounded_images
 from orchard.schema import LOCAL_PREFIX
 from orchard.vm.driver import Driver, DriverError, Progress, Trouble
 
-# Between two lists without a transfer between them: other programs use the same cache.
+# Interval of listing without a transfer: other programs use the same cache.
 LIST_SECONDS = 600.0  # seconds
-# Between two pulls of one image: the first and the longest pause.
+# The first and the longest pause between two pulls of one image.
 _PULL_AGAIN_SECONDS, _LAST_PULL_SECONDS = 300.0, 6 * 3600.0  # seconds
 
 _logger = logging.getLogger("orchard.vm.images")
 
 
 class Transfer(Protocol):
-    """What a VM's task enters for the time in which it pulls or clones an image; see `ImageCache.transfer`."""
+    """A context in which a VM's task pulls or clones an image; see `ImageCache.transfer`."""
 
     def __call__(self, image: str, on_progress: Progress, *, always: bool) -> AbstractAsyncContextManager[Progress]: ...
 
@@ -57,7 +57,7 @@ class ImageCache:
         self, driver: Driver, note_trouble: Callable[[Trouble, str, str], None], changed: Callable[[], None]
     ) -> None:
         self.images: tuple[CachedImage, ...] | None = None
-        # Under which VMs may ask for the images.
+        # The names under which VMs may ask for the images.
         self._names: frozenset[str] = frozenset()
         self.pull: ImagePull | None = None
         self._driver = driver
@@ -68,7 +68,7 @@ class ImageCache:
         self._pulls: dict[str, tuple[int, float]] = {}
         # VMs that are being pulled or cloned.
         self._transfers = 0
-        # Of the VMs that wait for the pull that is under way.
+        # The progress functions of the VMs that wait for the pull under way.
         self._followers: list[Progress] = []
         self._scope = trio.CancelScope()
         self._pulled = trio.Event()
@@ -97,7 +97,7 @@ class ImageCache:
 
     @asynccontextmanager
     async def transfer(self, image: str, on_progress: Progress, *, always: bool) -> AsyncIterator[Progress]:
-        """Pull nothing ahead while the block pulls or clones an image for a VM. Yields what to report its progress to.
+        """Pull nothing ahead while the block pulls or clones an image for a VM. Yields the function for its progress.
 
         Waits first if that very image is being pulled. `always`: the image is pulled even if it is in the cache.
         """
@@ -111,7 +111,7 @@ class ImageCache:
                 self._give_way()
 
             def progress(percent: int) -> None:
-                # Also for an image that was pruned since the last list.
+                # The VM transfers after all, for example an image that was pruned since the last list.
                 self._give_way()
                 on_progress(percent)
 

@@ -60,11 +60,11 @@ from orchard.vm.instance_state import (
 )
 from orchard.vm.shutdown import shut_down
 
-# For stopping and deleting a VM when the worker ends.
+# Limit for stopping and deleting a VM when the worker ends.
 REMOVE_SECONDS = 60.0  # seconds
-# Between attempts to stop or delete a VM: the first and the longest pause.
+# The first and the longest pause between attempts to stop or delete a VM.
 RETRY_SECONDS, LAST_RETRY_SECONDS = 5.0, 300.0  # seconds
-# Between two questions for the address of a VM that has none yet: the first and the longest pause.
+# The first and the longest pause between looks for the address of a VM that has none yet.
 _ADDRESS_SECONDS, _LAST_ADDRESS_SECONDS = 1.0, 60.0  # seconds
 # Lines of script output that may wait for delivery. When the queue is full, the script waits.
 QUEUED_LINES = 256
@@ -89,9 +89,9 @@ class InstanceHost:
     """What all instances of one worker share.
 
     `changed` is called when an instance has something new to report, and `ended` when its task has ended. `send_events`
-    delivers the output of scripts. `note_trouble` is called with what has failed, the VM's local name or "", and a
-    message, which is "" when it has succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the
-    controller does not tell them. `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when
+    delivers the output of scripts. `note_trouble` is called with an operation, the VM's local name or "", and why the
+    operation failed, "" if it succeeded. `fetch_policies` returns the cluster's hostDirPolicies, None if the
+    controller does not send them. `clock` returns seconds since 1970, for the events. `outlives`: running VMs stay when
     the worker ends. `worker` is the worker's name. `transfer` is entered while an image is pulled or cloned.
     """
 
@@ -117,7 +117,7 @@ class Instance:
         self.name = vm.tart_name
         # The report that the controller has acknowledged; the worker sets it.
         self.reported: dict[str, Any] | None = None
-        # Set when the instance holds no resources of the host but its disk.
+        # Set when the instance holds no resource of the host except its disk.
         self.ended = trio.Event()
         self.state = initial_state(vm, found)
         self._host = host
@@ -176,7 +176,7 @@ class Instance:
         return self.state.status == "failed" and not self._unwanted and self.report() != self.reported
 
     def report(self) -> dict[str, Any]:
-        """Return what the controller is told of this instance."""
+        """Return the report of this instance for the controller, in its JSON form."""
         state = self.state
         return {
             "uid": self.vm.uid,
@@ -190,7 +190,7 @@ class Instance:
         }
 
     def _show(self, step: Step | None = None, **changes: Any) -> None:
-        """Change the state, by a step if one is given, and have it reported."""
+        """Change the state, by a step if one is given, and request a report."""
         state = self.state if step is None else self.state.after(step)
         self.state = replace(state, **changes)
         self._host.changed()
@@ -307,7 +307,7 @@ class Instance:
             self.state = replace(self.state, image_fqn=image_fqn)
 
         async with trio.open_nursery() as nursery:
-            # Beside `configure`, which does not need it: the VM runs one call earlier.
+            # Concurrently with `configure`, which does not need it, so that the VM runs one call earlier.
             nursery.start_soon(look_up_fqn)
             # A suspended VM can resume only with the hardware that it had.
             if LocalVM(spec.image, "suspended") not in sources:
@@ -338,9 +338,9 @@ class Instance:
             self.state = self.state.after("down")
 
     async def _run(self, stay: Callable[..., Awaitable[None]]) -> None:
-        """Have `stay`, the driver's `run` or `attach`, stay with the guest; end the guest for a newer generation.
+        """Run `stay`, the driver's `run` or `attach`, until the guest ends; end the guest for a newer generation.
 
-        Runs the script beside it. Raises DriverError if the guest ends by itself.
+        Runs the startup script meanwhile. Raises DriverError if the guest ends by itself.
         """
         # The guest's task ends last, and with it everything that uses the guest.
         async with trio.open_nursery() as nursery:
@@ -440,11 +440,11 @@ class Instance:
 
     @contextmanager
     def _noting(self, kind: Trouble) -> Iterator[None]:
-        """Note whether what the block does fails on this host."""
+        """Report to `note_trouble` whether the block, an operation of this kind, fails."""
         try:
             yield
         except DriverError as error:
-            # A VM that was to be adopted and has ended meanwhile.
+            # NotRunning: a VM that was to be adopted has ended meanwhile, and nothing failed.
             if not isinstance(error, NotRunning):
                 self._host.note_trouble(kind, "", f"{self.vm.name}: {error}")
             raise

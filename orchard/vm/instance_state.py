@@ -1,8 +1,8 @@
-"""What a worker's task for one VM decides with, without I/O: its phases, its reports, its note, and a VM's scripts.
+"""The decisions of a worker's task for one VM, without I/O: its phases, reports, note and scripts.
 
-`InstanceState` is the phase of an `Instance` (instance.py) and what its reports are derived from. The phase changes
-only by `TRANSITIONS`, a table from (phase, step) to the next phase. `Note` is what the next worker has to know about a
-VM. The functions return what a VM asks of its driver.
+`InstanceState` is the phase of an `Instance` (instance.py) and the data of its reports. The phase changes only by
+`TRANSITIONS`, a table from (phase, step) to the next phase. A `Note` tells the next worker about a VM. The functions
+return what a VM asks of its driver.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Startup:
 
 @dataclass(frozen=True, slots=True)
 class InstanceState:
-    """The phase of an instance, and what its reports are derived from.
+    """The phase of an instance, and the data from which its reports are derived.
 
     `observed` is the generation that was last acted upon; None before the first run. `progress` says what a VM is
     waiting for, or is "". `reason` says why the VM fails; it is set before the VM has failed, while its guest ends.
@@ -173,7 +173,7 @@ class Note:
             "shutdown": None if self.shutdown is None else asdict(self.shutdown),
             "resources": self.resources,
         }
-        # Workers of earlier versions read only notes of four values.
+        # Workers of earlier versions can read only notes of four values.
         return json.dumps([*values, more] if any(more.values()) else values)
 
     @classmethod
@@ -194,7 +194,7 @@ class Note:
                     return cls(generation, Hardware(cpu, memory, disk), able, script, startup, shutdown, resources)
         except (ValueError, TypeError, KeyError):
             pass
-        # It may hold secrets.
+        # The message does not show the text, which may hold secrets.
         raise ValueError(f"the note about a VM has {len(text)} characters and cannot be read")
 
 

@@ -28,33 +28,33 @@ from orchard.base.files import make_private
 from orchard.base.nursery import unwrap_groups
 from orchard.vm.driver import DriverError
 
-# Between asking a program to end and killing it. `tart stop` gives a guest as long.
+# Time from asking a program to end until it is killed. `tart stop` gives a guest as long.
 STOP_SECONDS = 30.0  # seconds
-# For a killed process to be gone. Only a process that hangs in the kernel takes longer.
+# Limit of waiting for a killed process. Only a process that hangs in the kernel takes longer.
 KILL_SECONDS = 5.0  # seconds
-# Between two looks at a lock that someone waits for.
+# Interval of checking a lock for which a task waits.
 LOOK_SECONDS = 0.01  # seconds
-# For the rest of the output after the program ended: its own children may hold the pipes open.
+# Limit of reading on after the program ended: its own children may hold the pipes open.
 _DRAIN_SECONDS = 1.0  # seconds
 # The capacity of a pipe on Linux and macOS.
 READ_BYTES = 64 * 1024  # bytes
-# Kept of each pipe, the last ones: `tart list` prints some 200 bytes a VM.
+# The last bytes of each pipe are kept. `tart list` prints about 200 bytes a VM.
 OUTPUT_BYTES = 1024 * 1024  # bytes
 _MAX_SHOWN = 400  # characters
-# In which a complaint is searched. Apple's errors have some thousand characters.
+# The part of the output that is searched for an error. Apple's errors have about a thousand characters.
 _COMPLAINT_BYTES = 64 * 1024  # bytes
 # No pattern here begins with a repetition that can take line breaks: with blank lines, the search would take minutes.
 # Colours and cursor movements, titles of windows, and other sequences of terminals.
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[ -/]*[0-~])")
 _ERROR = re.compile(r"\berror(?::| domain=)", re.IGNORECASE)
 _ERROR_LABEL = re.compile(r"^(?:fatal )?error: ", re.IGNORECASE)
-# With the cause on the same line, or a chain of causes on indented lines.
+# The cause is on the same line, or a chain of causes is on indented lines.
 _CAUSED_BY = re.compile(r"^[ \t]*caused by:[ \t]*(.+|(?:\n+[ \t]+.*)*)", re.IGNORECASE | re.MULTILINE)
 _NUMBER_LABEL = re.compile(r"^\d+: ")
 _USAGE = re.compile(r"^[ \t]*(?:usage:|overview:|see '.* --help')", re.IGNORECASE | re.MULTILINE)
 _USER_INFO = re.compile(r"UserInfo=(?:0x[0-9a-f]+ )?\{")
 _INNER_ERROR = re.compile(r'Code=-?\d+ "([^"]*)"')
-# What a shell exits with when it cannot run the program.
+# A shell's exit statuses when it cannot run the program.
 _SHELL_FAILURES = (126, 127)
 # A shell writes its process number to standard input, which is the locked file of the call, and becomes the program.
 # The program keeps the file open as descriptor 3, and with it the lock.
@@ -73,8 +73,8 @@ def presentable(line: str) -> str:
 def find_complaint(output: bytes) -> str:
     """Return the line of a program's stderr that names its error, presentable, or "".
 
-    That is the last line with "error:" or an error of Apple's frameworks, without the details behind it, and else the
-    last line. Usage texts do not count. The cause that a program names below its error is appended.
+    That is the last line with "error:" or an error of Apple's frameworks, without the details after it, or else the
+    last line. Usage texts are ignored. The cause that a program names below its error is appended.
     """
     text = _ESCAPE.sub("", output[-_COMPLAINT_BYTES:].decode("utf-8", "replace")).replace("\r", "\n")
     text = _without_user_info(text)
@@ -121,12 +121,12 @@ def is_locked(path: Path) -> bool:
     """Return whether a live process holds the lock of a file. Raises OSError."""
     try:
         with path.open("rb") as file:
-            # A shared lock, so that those who only look do not exclude each other.
+            # A shared lock, so that processes which only check do not exclude each other.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError as error:
-        # Too long a name is that of no file.
+        # A file with a name that is too long does not exist.
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             raise
     return False
@@ -259,7 +259,7 @@ class Calls:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     completed = await run_program(wrapped, stdin=file.fileno(), env=self.env, on_output=on_output)
         finally:
-            # It belongs to a program that has ended, so it does no harm where it cannot be deleted.
+            # A file of a program that has ended does no harm if it cannot be deleted.
             with suppress(OSError):
                 path.unlink()
         if completed.status in _SHELL_FAILURES:

@@ -1,4 +1,4 @@
-"""Startup scripts: what is sent to the shell in a VM, what its output means, and the way there by the system's `ssh`.
+"""Startup scripts: the text sent to the shell in a VM, the meaning of its output, and its transport by the system's `ssh`.
 
 A script travels over the standard input of the user's login shell, which `login_command` starts. `script_text` wraps it
 so that
@@ -10,14 +10,14 @@ so that
 * its standard input is empty, so that a command that reads stdin gets end-of-file and not the rest of the script;
 * a line with a random marker is printed before the script's output, and the marker with the exit status after it.
 
-The markers settle what ssh's exit status leaves open. Output before the first marker is not the script's (a profile may
+ssh's exit status is ambiguous, so markers tell how a script went. Output before the first marker is not the script's (a profile may
 print). The script is sent only after the first marker has come back: without that marker the script did not begin, and
 trying again is safe. After the last marker the script has ended with that status, 255 included, even if it left
 processes that hold the output open; what these print in the next second still counts as its output. A shell that was
-killed has no last word: the process around it prints the marker. `Transcript` reads this format without I/O. `converse`
+killed cannot print the last marker: the process around it does. `Transcript` reads this format without I/O. `converse`
 sends and reads with any shell; the synthetic driver uses it with a local one.
 
-fish and csh cannot take part in this: their place is taken by a `/bin/sh` with their environment, and they run the
+fish and csh do not understand these commands: a `/bin/sh` with their environment reads them, and fish or csh runs the
 file.
 
 A script that takes too long is killed in the guest: beside it waits a `/bin/sh` for one more line of standard input,
@@ -56,23 +56,23 @@ from orchard.vm.vm_connections import Dial, offered
 
 # A macOS guest that sets itself up at its first boot takes minutes to answer.
 CONNECT_SECONDS = 600.0  # seconds
-# The SSH server may be up before the account exists. After this time the password is taken for wrong.
+# The SSH server may be up before the account exists. After this time a refused password counts as wrong.
 PASSWORD_SECONDS = 60.0  # seconds
-# For TCP connection and handshake of one attempt: an address without a host behind it does not answer.
+# Limit for connection and handshake of one attempt: an address without a host does not answer.
 _ATTEMPT_SECONDS = 10  # seconds
-# Between attempts; then the last one. Short at first, because most guests answer soon.
+# Pauses between attempts; the last one repeats. The first ones are short, because most guests answer soon.
 _PAUSES = (0.25, 0.5, 1.0, 2.0)  # seconds
 # ssh asks a silent server after this time, and gives up after four times without an answer.
 _ALIVE_SECONDS = 15  # seconds
-# A longer line of output is handed on in pieces.
+# A longer line of output is passed on in pieces.
 MAX_LINE = 16 * 1024  # bytes
-# Read of what ssh says about itself.
+# The most that is read of ssh's own messages.
 _COMPLAINT_BYTES = 4096  # bytes
-# From a script's end, for what the processes that it left still print, as a `tee` of its output does.
+# Time after a script's end in which the output of processes that it left counts, such as that of a `tee`.
 _REST_SECONDS = 1.0  # seconds
-# Between two states of a progress bar that are returned.
+# Interval at which states of a progress bar are returned.
 PROGRESS_SECONDS = 1.0  # seconds
-# Those that end after a command that fails when they get -e.
+# The shells whose option -e ends them after a command that fails.
 _SHELLS = frozenset(("bash", "dash", "ksh", "sh", "zsh"))
 # Names that some shell takes for numbers. It evaluates their values as arithmetic expressions, which may contain
 # commands.
@@ -100,7 +100,7 @@ _EVALUATED = frozenset(
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 # The exit code of a script that took too long, as `timeout` has it.
 TIMED_OUT = 124
-# For the processes of such a script to be killed, over a connection and on a machine that may be slow.
+# Limit for killing the processes of such a script, over a connection and on a machine that may be slow.
 END_SECONDS = 10.0  # seconds
 # $1: the login shell. $2: the process around it, whose end ends the connection. $3: the script's word. $4: its file. Each
 # round finds what the last one has not killed. Nothing that the guest may lack is needed: without ps the process group is killed.
@@ -178,14 +178,14 @@ def script_text(script: Script, marker: str) -> str:
 
     Raises DriverError for a name in its environment that no variable can have, and for NUL, which no shell can hold.
     """
-    # What an editor made of the text.
+    # Undo an editor's byte order mark and line ends.
     text = script.text.removeprefix("\ufeff").replace("\r\n", "\n")
     if "\0" in text:
         raise DriverError(f"{script.kind} script: the script contains a NUL character")
     if text and not text.endswith("\n"):
         text += "\n"
     exports = "".join(_export(script.kind, name, value) for name, value in script.env.items())
-    # A word that processes may show in their environment. The marker would let the script print its own end.
+    # Not the marker: the word is in the environment, and with the marker the script could print its own end.
     word = new_marker()
     # In braces, so that the shell has read all of it before the script begins: what comes then is for _KILLER.
     return f"""\
@@ -210,7 +210,7 @@ exec true
 
 
 def _export(kind: str, name: str, value: str) -> str:
-    """Return lines that export a variable, or print that it is passed over."""
+    """Return lines that export a variable, or print that it is ignored."""
     if not ENV_NAME.fullmatch(name):
         raise DriverError(f"{kind} script: environment variable is named {name!r}, expected [A-Za-z_][A-Za-z0-9_]*")
     if "\0" in value:
@@ -259,8 +259,8 @@ def interpreter(text: str) -> list[str]:
 class Transcript:
     """Reads the output of the shell: `feed` takes bytes as they come and returns the script's lines.
 
-    What a carriage return ends is a line, too, but at most one a second is: it is the state of a progress bar. `began`
-    and `exit_code` tell which markers were seen; `last_line` is the last non-blank line of the script, or "".
+    A carriage return ends a state of a progress bar, of which at most one a second is returned as a line. `began` and
+    `exit_code` tell which markers were seen; `last_line` is the last non-blank line of the script, or "".
     """
 
     def __init__(self, marker: str) -> None:
@@ -271,7 +271,7 @@ class Transcript:
         self.last_line = ""
         self._begin = marker.encode() + b"\n"
         self._end = re.compile(rb"(.*)%b ([0-9]{1,3})" % re.escape(marker.encode()), re.DOTALL)
-        # Bytes at the end of an unfinished line that may be the beginning of the last marker.
+        # So many bytes at the end of an unfinished line may be the beginning of the last marker.
         self._kept = len(marker) + len(" 255\n")
         # The unfinished line, as far as it was not returned.
         self._open = b""
@@ -292,7 +292,7 @@ class Transcript:
         *lines, self._open = data.split(b"\n")
         for line in lines:
             if end := self._end.fullmatch(line):
-                # The second one is that of the process around the shell.
+                # A second marker comes from the process around the shell.
                 self.exit_code = int(end[2]) if self.exit_code is None else self.exit_code
             # Text before the marker: the script did not end its last line.
             if not end or end[1]:
@@ -306,7 +306,7 @@ class Transcript:
         return [self._line(piece) for piece in pieces]
 
     def _last_state(self, line: bytes) -> list[bytes]:
-        """Return what a complete line shows at its end, in pieces, unless that was returned before."""
+        """Return the last state that a complete line shows, in pieces, unless it was returned before."""
         states = [state for state in line.split(b"\r") if state]
         if self._shown and len(states) <= 1:
             return []
@@ -367,7 +367,7 @@ class WrappedScript:
 async def converse(
     process: trio.Process, script: WrappedScript, on_line: OnLine, patience: trio.CancelScope | None = None
 ) -> Transcript:
-    """Have the shell behind `process` run a script, and await `on_line(line)` for each line of its output.
+    """Make the shell behind `process` run a script, and await `on_line(line)` for each line of its output.
 
     Returns when the output has ended, or a second after the script has. Closes the shell's standard input. A script
     that takes too long is killed; its exit code is TIMED_OUT. `patience` is the scope of the caller's deadline for the
@@ -390,13 +390,13 @@ async def converse(
 
 
 async def order_end(process: trio.Process) -> None:
-    """Have the script behind `process` killed in the guest, if it runs. Raises trio.BrokenResourceError."""
+    """Request that the script behind `process` is killed in the guest, if it runs. Raises trio.BrokenResourceError."""
     assert process.stdin is not None
     await process.stdin.send_all(b"end\n")
 
 
 class _Talk:
-    """Sends a script when the shell has answered, and hands on the lines of its output."""
+    """Sends a script when the shell has answered, and passes on the lines of its output."""
 
     def __init__(self, process: trio.Process, script: WrappedScript, on_line: OnLine) -> None:
         self.transcript = Transcript(script.marker)
@@ -410,7 +410,7 @@ class _Talk:
         """Read until the output has ended. May be cancelled and called again. `limit` gets the script's deadline."""
         assert self._process.stdout is not None
         transcript = self.transcript
-        # How long to wait for more output, and how much to read, once the script has ended.
+        # Bounds of time and bytes for more output once the script has ended.
         seconds, size = _REST_SECONDS, OUTPUT_BYTES
         await self._hand_on()
         while size > 0:
@@ -553,7 +553,7 @@ async def attempt(
     *,
     end: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[Transcript, str]:
-    """Let a process that leads to a shell in the guest try, and reap it. Return the transcript and its complaint.
+    """Run a script by a process that leads to a shell in the guest, and reap it. Return the transcript and its complaint.
 
     `end` ends and reaps the process; by default it is killed.
     """

@@ -1,6 +1,7 @@
-"""The shutdown script of a VM: run in a guest that is about to be ended, and given up when its time is over.
+"""The shutdown script of a VM: run in a guest that is about to be ended, and abandoned at its deadline.
 
-It fails open: whatever becomes of it is one log line, and its output goes nowhere, since the VM may be deleted already.
+It fails open: the VM ends however the script ends. The outcome is one log line, and the output is dropped, since the VM
+may be deleted already.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ async def shut_down(driver: Driver, name: str, script: Script) -> None:
             nursery.start_soon(stay_with_guest)
             with trio.move_on_after(script.seconds) as limit:
                 try:
-                    # The time limit is the one here: what is left of the script ends with the guest.
+                    # The time limit is the scope here: the rest of the script ends with the guest.
                     await driver.run_script(name, replace(script, seconds=math.inf), ignore)
                     outcome = "exit code 0"
                 except ScriptFailed as error:

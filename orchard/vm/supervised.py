@@ -1,4 +1,4 @@
-"""The VMs of a driver whose processes supervisors own (supervisor.py): the files about them, their leases, and their ends.
+"""The VMs of a driver that runs them under supervisors (supervisor.py): their files, their leases, and their ends.
 
 These files in the driver's directory outlive the worker, so the next worker finds the VMs by them:
 
@@ -28,7 +28,7 @@ from orchard.vm import supervisor
 from orchard.vm.driver import LEASE_OVER, DriverError, SupervisorLost
 from orchard.vm.processes import KILL_SECONDS, LOOK_SECONDS, is_locked, reporting, signal_group, wait_unlocked
 
-# Between two looks whether a VM still runs. Each is an open and a flock, and a read of a small file.
+# Interval of checking whether a VM still runs, which takes an open, a flock, and a read of a small file.
 _WATCH_SECONDS = 0.25  # seconds
 # A supervisor that shows no sign of life for so long counts as gone.
 _SILENCE_SECONDS = 10.0  # seconds
@@ -54,7 +54,7 @@ class SupervisedVMs:
         self._stop_seconds = stop_seconds
         # Set when a VM has ended by an order of this driver, so that `wait_ended` sees it at once.
         self._ended = Wakeup()
-        # For VMs that will be run: the two times of `lease`.
+        # The two times of `lease`, for VMs that will be run.
         self._lease = _OVER
 
     # -- files
@@ -133,7 +133,7 @@ class SupervisedVMs:
         self._lease = (soft, hard)
         failure: DriverError | None = None
         for name in names:
-            # A VM whose lease was over once is being ended, and the controller may have started it elsewhere.
+            # A VM whose lease has expired is being ended, and the controller may have started it elsewhere.
             if supervisor.clock() < self._read_lease(name)[0]:
                 try:
                     self._write_lease(name)
@@ -143,7 +143,7 @@ class SupervisedVMs:
             raise failure
 
     def _read_lease(self, name: str) -> tuple[float, float]:
-        """Return the two times of a VM's lease; times that are over for a VM without a lease."""
+        """Return the two times of a VM's lease; for a VM without a lease, times in the past."""
         with suppress(OSError, ValueError):
             return supervisor.read_lease(self._file(name, "lease"))
         return _OVER
@@ -156,7 +156,7 @@ class SupervisedVMs:
     # -- start and end
 
     def begin(self, name: str, *, leased: bool) -> list[str]:
-        """Prepare the files of a VM that is to run. Return the command of its supervisor, without the VM's own."""
+        """Prepare the files of a VM that is to run. Return its supervisor's command, to which the VM's own is appended."""
         lease = str(self._file(name, "lease")) if leased else ""
         if lease:
             self._write_lease(name)
@@ -205,7 +205,7 @@ class SupervisedVMs:
         return hard != -math.inf and supervisor.clock() >= hard
 
     async def stop(self, name: str) -> None:
-        """Have a VM's supervisor end it, and wait until it has ended."""
+        """Tell a VM's supervisor to end the VM, and wait until it has ended."""
         with trio.move_on_after(KILL_SECONDS):
             # A supervisor that has just started has not written its number yet.
             while not self._signal(name, signal.SIGTERM):  # noqa: ASYNC110
@@ -223,7 +223,7 @@ class SupervisedVMs:
         self._ended.set()
 
     def kill_unsupervised(self, name: str) -> None:
-        """Kill what is left of a VM whose supervisor was killed."""
+        """Kill the processes of a VM whose supervisor was killed."""
         if not self.is_running(name):
             _kill(self.record(name))
 

@@ -49,13 +49,13 @@ if TYPE_CHECKING:
     # What made the supervisor end the VM, or "".
     Order = Literal["", "stop", "lease"]
 
-# Between two signs of life, and two looks at the lease. At expiry it is read once more, so a late renewal counts.
+# Interval of signs of life and of reading the lease. At expiry the lease is read once more, so a late renewal counts.
 BEAT_SECONDS = 1.0  # seconds
 # A longer log is truncated to nothing.
 LOG_BYTES = 1024 * 1024  # bytes
 # The longest message of a failed start.
 _MESSAGE_BYTES = 4096  # bytes
-# Three numbers and a word.
+# Enough for three numbers and a word.
 RECORD_BYTES = 64  # bytes
 _WRITABLE_BY_OTHERS = 0o022
 # A checker holds the lock for microseconds.
@@ -69,7 +69,7 @@ NEVER = (math.inf, math.inf)
 _DEFAULT_SIGNALS = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGHUP)
 # On macOS the monotonic clock counts sleep, too.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-# What the supervisor tells the starting program when the VM's process exists.
+# The supervisor's answer to the starting program when the VM's process exists.
 _UP = b"\0"
 # A fixed length: the file is overwritten in place, which needs no space on a full disk.
 _LEASE_FORMAT = b"%20.6f %20.6f\n"

@@ -80,7 +80,7 @@ _SHELL = next((path for path in ("/bin/bash", "/bin/zsh") if Path(path).exists()
 _GIGABYTE = 10**9
 # How often a pull reports its progress.
 _PULL_STEPS = 10
-# Between two lists of processes, in which those that were killed end.
+# Interval of listing processes until the killed ones have ended.
 _LEFTOVER_POLL_SECONDS = 0.01
 _VARIABLE = "ORCHARD_VM"
 _SSH_PORT = 22
@@ -114,17 +114,17 @@ class SyntheticDriver(Driver):
     def __init__(
         self, home: Path, *, boot_seconds: float = 0.0, pull_seconds: float = 0.0, images: Iterable[str] = ()
     ) -> None:
-        # Scripts get a path below it as HOME, and have another working directory.
+        # Absolute, because scripts get a path below it as HOME and have another working directory.
         self._home = home.absolute()
         self._boot_seconds = boot_seconds
         self._pull_seconds = pull_seconds
         self.disk_bytes, self.used_bytes = 500 * _GIGABYTE, 0
-        # The one that was used last is the last.
+        # In the order of their last use.
         self._images: dict[str, CachedImage] = {}
         for image in images:
             self._use(image)
         self._guests: dict[str, _Guest] = {}
-        # Until when the leased VMs that will be run may run, on trio's clock.
+        # The expiry of the lease of VMs that will be run, on trio's clock.
         self._lease = math.inf
         # Returns the port of an SSH server for a VM; None where there is none.
         self.ssh_port: Callable[[str], Awaitable[int]] | None = None
@@ -279,7 +279,7 @@ class SyntheticDriver(Driver):
         if guest.entered:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(_kill_leftovers, self._directory(name))
-        # A script can do anything to this file. While it is there, `delete` looks for processes.
+        # A script may have deleted or protected this file. While the file exists, `delete` looks for processes.
         with suppress(OSError):
             (self._directory(name) / "scripted").unlink(missing_ok=True)
         del self._guests[name]
@@ -380,7 +380,7 @@ class SyntheticDriver(Driver):
         now = trio.current_time()
         self._lease = now + soft - supervisor.clock()
         for guest in [self._guests[name] for name in names if name in self._guests]:
-            # A lease that is over once is not renewed: the guest is being ended. A guest without one has none to renew.
+            # An expired lease is not renewed, because its guest is being ended. inf: the guest has no lease.
             if now < guest.lease < math.inf:
                 guest.lease = self._lease
                 guest.changed.set()
@@ -438,7 +438,7 @@ def _is_empty(directory: Path) -> bool:
     try:
         return not any(directory.iterdir())
     except OSError:
-        # A script has deleted it, or made it unreadable.
+        # A script has deleted the directory, or made it unreadable.
         return False
 
 
@@ -553,7 +553,7 @@ def _listens(directory: Path, port: int) -> bool:
     Takes milliseconds.
     """
     sockets = _listening_sockets(port)
-    # init may listen for others, as for the host's sshd.
+    # Not if the parent is init: it may listen for other programs, such as the host's sshd.
     if _holds(os.getpid(), sockets) or (os.getppid() != 1 and _holds(os.getppid(), sockets)):
         return True
     processes = dict(_processes())

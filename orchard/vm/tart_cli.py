@@ -1,4 +1,4 @@
-"""The command line of `tart` and `vetu` without I/O: argument lists, and what the output means. tart.py makes the calls."""
+"""The command line of `tart` and `vetu` without I/O: argument lists, and parsing of output. tart.py makes the calls."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from orchard.vm.processes import find_complaint, presentable
 
 # tart's exit status when the VM does not exist or does not run.
 _ABSENT = 2
-# `tart list` counts in decimal ones.
+# `tart list` counts in decimal gigabytes.
 _GIGABYTE = 10**9  # bytes
-# Of an unfinished line in which a percentage is searched.
+# The end of an unfinished line that is searched for a percentage.
 _PROGRESS_BYTES = 4096  # bytes
 # Before this version `tart list` fails while a VM with an ASIF disk runs (images of macOS 27), and breaks its start.
 LISTS_SAFELY = (2, 39, 0)
@@ -43,7 +43,7 @@ _FLAG = re.compile(rb"(?<![\w-])--[a-z][a-z-]*")
 _UNKNOWN_VM = re.compile(r'\bVM "[^"]*" does not exist')
 # Where a JSON array may begin.
 _ARRAY = re.compile(r"^[ \t]*\[", re.MULTILINE)
-# Places that are tried.
+# The most such places that are tried.
 _MAX_ARRAYS = 100
 _PERCENT = re.compile(rb"(\d{1,3})(?:\.\d+)?%")
 
@@ -110,7 +110,7 @@ def missing_in_vetu(options: RunOptions) -> str:
 
 
 def parse_list(output: bytes) -> list[LocalVM]:
-    """Read the output of `tart list --source local --format json`, beside which other text may stand. Raises ValueError.
+    """Read the output of `tart list --source local --format json`, in which other text may occur. Raises ValueError.
 
     A VM of another program in an unknown state is left out. One of ours counts as running, since it may hold a slot.
     """

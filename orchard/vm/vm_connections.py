@@ -26,11 +26,11 @@ from orchard.vm.driver import DriverError
 # Opens a TCP connection to an address and a port. Raises OSError.
 Dial = Callable[[str, int], Awaitable[trio.SocketStream]]
 
-# By the Python at hand, without anything of the user's.
+# Arguments for this Python, without the user's environment and site-packages.
 _CONNECTOR = ("-ISc", "import runpy, sys; sys.path.insert(0, sys.argv[1]);"
     " runpy.run_module('orchard.vm.connector', run_name='__main__')", str(Path(__file__).parent.parent.parent))  # fmt: skip
 _END_SECONDS = 5.0
-# For a connection that ssh waits for; then ssh is started again.
+# Limit for a connection that ssh waits for. After it ssh is started again.
 _FETCH_SECONDS = 10.0
 _ANSWER_BYTES = 256
 # ssh takes the connected socket from this program's standard output, which is a socket, too (ProxyUseFdpass).
@@ -130,7 +130,7 @@ async def _offer(
 async def _answer_fetch(client: trio.socket.SocketType, dial: Callable[[], Awaitable[trio.SocketStream]]) -> None:
     """Send a connected socket, or why there is none."""
     reason = ""
-    # The program may be gone, when ssh was killed.
+    # The program is gone if ssh was killed.
     with client, suppress(BrokenPipeError, ConnectionResetError):
         try:
             with trio.fail_after(_FETCH_SECONDS):
@@ -143,7 +143,7 @@ async def _answer_fetch(client: trio.socket.SocketType, dial: Callable[[], Await
             reason = getattr(cause, "strerror", None) or str(cause)
         else:
             async with stream:
-                # As ssh expects a socket that it has connected.
+                # ssh expects a blocking socket, like one that it has connected itself.
                 os.set_blocking(stream.socket.fileno(), True)
                 with socket.socket(fileno=os.dup(client.fileno())) as plain:
                     socket.send_fds(plain, [b"0"], [stream.socket.fileno()])
