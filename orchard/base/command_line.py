@@ -83,7 +83,8 @@ def _describe_move(old: Path, home: Path, paths: Sequence[Path]) -> str:
 class CommandLine(argparse.ArgumentParser):
     """An argument parser that refuses an unknown option with the name of the nearest known one.
 
-    It never shows more of an unknown argument than the name of the option: the rest may be a secret.
+    It never shows more of an unknown argument than the name of the option: the rest may be a secret. Options have to be
+    written out: `--bootstrap-token T` must not stand for `--bootstrap-token-stdin`.
     """
 
     # Whether options may come between positional arguments, for a parser whose last argument takes any number of words.
@@ -92,7 +93,7 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         # argparse makes a formatter for each option that is added, and each would look up the terminal's width.
         self._help_formatter = options.pop("formatter_class", argparse.HelpFormatter)
-        super().__init__(formatter_class=partial(self._help_formatter, width=80), **options)
+        super().__init__(formatter_class=partial(self._help_formatter, width=80), allow_abbrev=False, **options)
         # For completion in a shell: the words that an argument may be, by its name in the parsed options.
         self.completions: dict[str, Sequence[str]] = {}
 
@@ -120,6 +121,12 @@ class CommandLine(argparse.ArgumentParser):
             discard_output(out)
             if out is sys.stdout:
                 self.exit(1, "" if isinstance(error, BrokenPipeError) else f"{self.prog}: {error.strerror}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error("1 argument is too many" if len(unknown) == 1 else f"{len(unknown)} arguments are too many")
+        return options
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         options, unknown = super().parse_known_args(args, namespace)

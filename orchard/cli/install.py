@@ -124,7 +124,7 @@ def install_parser(role: str, verb: str) -> CommandLine:
         if verb == "install"
         else f"Stop the {role}'s service and remove its file. State, logs and VMs stay."
     )
-    parser = CommandLine(prog=f"orchard {role} {verb}", description=what, allow_abbrev=False)
+    parser = CommandLine(prog=f"orchard {role} {verb}", description=what)
     add = parser.add_argument
     add("--format", choices=tuple(_PATHS), help="kind of the service; default: that of this system")
     if verb == "uninstall":

@@ -204,11 +204,13 @@ def _load(name: str, module: str = "") -> ModuleType:
 
 def parse_options(parser: CommandLine, words: list[str]) -> argparse.Namespace:
     """Parse the words after a verb, which may end with a command, with `--` before it or not."""
+    options: argparse.Namespace
     if not parser.is_intermixed:
-        return parser.parse_args(words)
-    at = words.index("--") if "--" in words else len(words)
-    options: argparse.Namespace = parser.parse_intermixed_args(words[:at])
-    options.command += words[at + 1 :]
+        options = parser.parse_args(words)
+    else:
+        at = words.index("--") if "--" in words else len(words)
+        options = parser.parse_intermixed_args(words[:at])
+        options.command += words[at + 1 :]
     return options
 
 

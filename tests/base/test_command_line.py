@@ -119,6 +119,20 @@ def test_invalid_argument_error_names_the_value_and_what_is_accepted(
         assert wrong.replace(" ", "") in str(refused.value).replace(" ", "")
 
 
+@pytest.mark.parametrize(
+    "words", ["url --bootstrap-token SECRET", "url --bootstrap-token-stdin SECRET", "url SECRET SECRET"]
+)
+def test_option_has_to_be_written_out_and_no_word_too_many_is_shown(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = command_line.CommandLine()
+    parser.add_argument("url")
+    parser.add_argument("--bootstrap-token-stdin", action="store_true")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(words.split())
+    assert "SECRET" not in capsys.readouterr().err
+
+
 def test_unknown_option_is_refused_with_the_nearest_known_one_and_without_its_value(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
