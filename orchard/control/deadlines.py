@@ -1,12 +1,11 @@
-"""What the controller does when its time has come: VMs expire, wait too long or are drained, and workers are pruned.
+"""Actions at deadlines: VMs expire, wait too long or are drained, and workers are pruned.
 
 Deadlines are stored with the objects: `expiresAt` and `waitingSince` of a VM, the deadline of a worker's drain, and
-`offlineSince` of a worker. decisions/agenda.py says when they are due, transitions.py what becomes of a VM.
-`Deadlines` follows
-the changes of the store, and its only task does what is due, in transactions of at most ITEMS_PER_TRANSACTION objects.
+`offlineSince` of a worker. decisions/agenda.py says when they are due, transitions.py how a VM changes. `Deadlines`
+follows the changes of the store, and its only task acts on due items, in transactions of at most ITEMS_PER_TRANSACTION.
 
-`StoredClock` is the wall time by which deadlines are stored. The store writes it with each change, and this task has it
-written every TOUCH_SECONDS while there are deadlines. So a start knows how much time it may count.
+`StoredClock` is the wall time by which deadlines are stored. The store writes it with each change, and this task every
+TOUCH_SECONDS while there are deadlines. So a start knows how much time it may count.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from orchard.state.changes import Change
 from orchard.storage.errors import StorageError
 from orchard.store import State, Store, Transaction
 
-# Between two writes of the wall time while there are deadlines, and between two looks at a worker to be pruned.
+# Interval of writing the wall time while there are deadlines, and of checking a worker that may be pruned.
 TOUCH_SECONDS = 60.0
 # A transaction of this many VMs takes some milliseconds, for which all other tasks wait.
 ITEMS_PER_TRANSACTION = 24
-# A failed write is not repeated more often.
+# The least pause before a failed write is repeated.
 _RETRY_SECONDS = 1.0
 
-# What is due, and the name of the VM or worker.
+# The action that is due, and the name of the VM or worker.
 _Item = tuple[Literal["expire", "time out", "drain", "prune"], str]
 
 _logger = logging.getLogger("orchard.controller")
@@ -47,7 +46,7 @@ _logger = logging.getLogger("orchard.controller")
 class StoredClock:
     """The wall time by which deadlines are stored. `wall` is the wall clock, which may be set at any time.
 
-    Deadlines that are made of `now()` are right although the wall clock may have been set since the last `adjust`.
+    Deadlines computed from `now()` are right even if the wall clock was set since the last `adjust`.
     """
 
     def __init__(self, store: Store, wall: Callable[[], datetime.datetime], monotonic: Callable[[], float]) -> None:
@@ -55,7 +54,7 @@ class StoredClock:
         self.monotonic = monotonic
         now = wall()
         self._timeline = Timeline.resume(store.stored_time or now, now, monotonic())
-        # That of the wall times on the disk.
+        # The timeline of the wall times on the disk.
         self._durable = self._timeline
         store.wall_time = self.now
 
@@ -122,7 +121,7 @@ class Deadlines:
     def step(self) -> bool:
         """Act on a part of what is due, in one transaction. Return whether more may be due. Raises StorageError."""
         now = self._clock.monotonic()
-        # On a full disk, what is due comes first. Until the shift, the deadlines are right in this run.
+        # On a full disk, actions that are due come first. Without the shift, the deadlines are still right in this run.
         if (error := self._clock.error()) and not self._store.full:
             self._shift(error)
         if now >= self._touch_at:
@@ -176,7 +175,7 @@ class Deadlines:
     # -- the clock
 
     def _touch(self, now: float) -> None:
-        """Have the wall time stored if there are deadlines, and follow a wall clock that is a little wrong."""
+        """Store the wall time if there are deadlines, and follow a wall clock that is a little wrong."""
         self._touch_at = now + TOUCH_SECONDS
         # A wall clock that was set is followed when the deadlines are shifted, which needs space.
         if not self._clock.error():
@@ -324,7 +323,7 @@ def _shifted_worker(worker: Worker, error: datetime.timedelta) -> Worker:
 
 
 def promise_of(worker: str, state: State, liveness: Liveness) -> Promise:
-    """Return what is stored of a worker that will not be heard of again: how long its VMs may run."""
+    """Return the promise to store for a worker that is deleted: how long its VMs may run."""
     old = state.promises.get(worker)
     return Promise(worker, max(liveness.promise_ms(worker), old.milliseconds if old is not None else 0))
 

@@ -17,7 +17,7 @@ _PASSWORD = "ORCHARD_ETCD_PASSWORD"  # noqa: S105 -- the name of the variable
 _LEAST_TTL, _MOST_TTL = 5, 60
 # A single append of a worker has up to some hundred KiB.
 _LEAST_EVENTS_KIB = 64
-# They say nothing about a state in files.
+# Options that have no meaning for a state in files.
 _ETCD_ONLY = (
     *("etcd_prefix", "etcd_ca", "etcd_cert", "etcd_key", "etcd_user"),
     *("leader_ttl", "etcd_max_mib", "etcd_events_kib"),
@@ -98,7 +98,7 @@ def etcd_access(
             if getattr(options, name, None):
                 parser.error(f"--{name.replace('_', '-')} has no effect without --etcd")
         return None
-    # As of a variable that is not set: the state must not be taken from files then.
+    # Empty, for example from an unset variable: the state must not be read from files then.
     if not options.etcd:
         parser.error("--etcd is empty, expected the URLs of etcd")
     if (options.etcd_cert is None) != (options.etcd_key is None):

@@ -1,4 +1,4 @@
-"""What a controller counts for its metrics: how long the phases of VMs take, how VMs end, and requests.
+"""The controller's counts for its metrics: how long the phases of VMs take, how VMs end, and requests.
 
 Other figures are counted where they arise: writes by the store, rounds by the scheduling loop, bytes by the tunnels.
 The rest is found when the metrics are asked for (handlers/metrics.py).
@@ -24,7 +24,7 @@ from orchard.state.changes import Change
 from orchard.store import Store
 from orchard.transitions import has_expired
 
-# How a VM ends, and why: the values of the labels of one metric.
+# The values of the labels of one metric: how a VM ends, and why.
 END_REASONS = (
     ("deleted", "request"),
     ("deleted", "expired"),
@@ -59,7 +59,7 @@ class LifeFigures:
         self._began: dict[str, datetime.datetime] = {}
 
     def follow(self, changes: list[Change]) -> None:
-        """Count what durable changes end."""
+        """Count the phases and VMs that end with durable changes."""
         now = self._clock()
         for change in changes:
             old, new = change.old, change.new
@@ -71,7 +71,7 @@ class LifeFigures:
 
     def _end(self, vm: VM, now: datetime.datetime) -> None:
         self._began.pop(vm.uid, None)
-        # Of a VM that has failed, the failure was counted.
+        # The end of a VM that has failed was counted with its failure.
         if vm.state.status != "failed":
             self.ended["deleted", "expired" if has_expired(vm, now) else "request"] += 1
 
@@ -141,7 +141,7 @@ class Figures:
 
     def count_request(self, request: Request | None, status: int) -> None:
         """Count a request that has been answered. None: its head could not be read."""
-        # An unknown path may be anything.
+        # A client can make up any number of unknown paths.
         known = request is not None and request.route
         key = (request.method, request.route, status) if request is not None and known else (_OTHER, _OTHER, status)
         self.requests[key] += 1

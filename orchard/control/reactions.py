@@ -1,7 +1,7 @@
-"""What the controller does once a change is durable.
+"""The controller's reactions to durable changes.
 
-It wakes workers, ends tunnels and the sessions of accounts, lets the scheduling loop forget what was deleted, and logs
-the change. recorder.py records the lives of VMs, and logs their end.
+They wake workers, end tunnels and the sessions of accounts, let the scheduling loop forget deleted objects, and log the
+change. recorder.py records the lives of VMs, and logs their end.
 
 A change that is not durable yet may be undone, so none of this happens earlier. Apart from the creation of a VM, whose
 request has no name in its path, the log does not say here which account made a change: the request's own line does.
@@ -20,7 +20,7 @@ from orchard.state.changes import Change
 from orchard.transitions import has_expired
 from orchard.tunnel import Rendezvous
 
-# New VMs that one log line names, so that a line stays below 8 KiB or so.
+# The most new VMs that one log line names, so that a line stays below about 8 KiB.
 _NAMES_PER_LINE = 64
 
 _logger = logging.getLogger("orchard.controller")
@@ -116,5 +116,5 @@ def tunnel_end_reason(old: VM, new: VM | None, now: datetime.datetime) -> str:
 
 
 def _asked_of_worker(vm: VM) -> tuple[object, ...]:
-    """Return all that a VM asks of its worker."""
+    """Return everything in a VM on which its worker acts."""
     return (vm.key, vm.state.worker, vm.meta.generation, vm.state.status == "failed")

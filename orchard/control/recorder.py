@@ -1,8 +1,8 @@
-"""What is recorded of each VM's life, from the durable changes of the state: lifecycle events, and the history.
+"""The records of each VM's life, made from the durable changes of the state: lifecycle events, and the history.
 
-The recorder has lifecycle events written (storage/events.py), wakes the followers of a VM's events at each of its
-changes, and at a VM's end logs one line and adds the VM to the history (storage/history.py). `describe_change` and
-`ended_vm` are the decisions, without I/O.
+The recorder adds lifecycle events (storage/events.py), and wakes the followers of a VM's events at each of its changes.
+At a VM's end it logs one line and adds the VM to the history (storage/history.py). `describe_change` and `ended_vm` are
+the decisions, without I/O.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Recorder:
 
     def _record_end(self, vm: VM, now: datetime.datetime) -> None:
         self._pulls.pop(vm.uid, None)
-        # Its events are forgotten, so only followers can see this one.
+        # The VM's events are forgotten, so only followers can see this one.
         if self._events.has_followers(vm.uid):
             how = "has expired" if has_expired(vm, now) else "was deleted"
             self._events.record(vm.uid, f"stopping: the VM {how}", int(now.timestamp()))

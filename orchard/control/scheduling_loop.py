@@ -36,12 +36,12 @@ from orchard.store import Store, Transaction
 VMS_PER_PLAN = 50
 # The longest time between two rounds.
 TICK_SECONDS = 5.0
-# If the loop wakes this late, the process was stalled and could not read what workers sent: extend their time.
+# If the loop wakes this late, the process was stalled and could not read requests of workers: extend their time.
 STALL_SECONDS = 0.1
-# Plans that one request waits for at most. One that waits so long is beside a flood of new VMs.
+# The most plans for which one request waits. Only a flood of new VMs makes it wait so long.
 _MAX_PLANS = 1_000
 _BYTES_PER_GB = 10**9
-# A failed write is not repeated more often, so that a full disk is not busy with refusals.
+# The least pause before a failed write is repeated, so that a full disk is not busy with refusals.
 WRITE_RETRY_SECONDS = 1.0
 
 _logger = logging.getLogger("orchard.controller")
@@ -49,7 +49,7 @@ _logger = logging.getLogger("orchard.controller")
 
 @dataclass(slots=True)
 class SchedulingFigures:
-    """What the loop counts: the durations of its steps, the seconds for which it was late, and its last round.
+    """The loop's figures: the durations of its steps, the seconds for which it was late, and its last round.
 
     `looked_at` is when all that was due had been done, by trio's clock.
     """
@@ -70,7 +70,7 @@ class SchedulingLoop:
         # VM uid -> its last restart, by the monotonic clock.
         self._restarted_at: dict[str, float] = {}
         self._offline: set[str] = set()
-        # Workers about which their pending VMs have to be informed.
+        # Workers whose pending VMs need a new status message.
         self._changed: dict[str, None] = {}
         self._is_applying = False
         state = store.state
@@ -172,7 +172,7 @@ class SchedulingLoop:
                 self._note_offline(worker)
             if self._apply(plan, now, wall_time):
                 return None
-            # A plan that is full, but changed nothing, may be followed by one that does.
+            # A full plan that changed nothing may be followed by a plan that does.
             return plan.next_at if plan.capacity else None
         finally:
             self.figures.steps.observe(time.perf_counter() - began)
@@ -188,7 +188,7 @@ class SchedulingLoop:
     def _apply(self, plan: Plan, now: float, wall_time: datetime.datetime) -> bool:
         """Apply a plan in one transaction. Return whether it changed anything."""
         vms = self._store.state.vms
-        # What a plan changes was not reported by a worker.
+        # Changes of a plan are not reports of a worker.
         self._is_applying = True
         try:
             with self._store.transaction() as tx:
@@ -249,7 +249,7 @@ class SchedulingLoop:
         self._wakeup.set()
 
     def _follow_end_request(self, old: VM, new: VM | None) -> None:
-        """Have the liveness follow which VMs their workers have to end."""
+        """Tell the liveness which VMs their workers have to end."""
         before, now = old.state.end_request, "" if new is None else new.state.end_request
         if before and not now:
             self.liveness.forget_end_request(old.state.worker, old.uid)
@@ -282,7 +282,7 @@ class SchedulingLoop:
             self.states.observe(stored)
 
     def _inform_vms(self) -> None:
-        """Tell the pending VMs on a worker that is not ready what it fails at."""
+        """Set the status message of pending VMs on a worker that is not ready to the worker's problem."""
         while self._changed:
             worker, _ = self._changed.popitem()
             problems = self.liveness.health(worker).problems
@@ -295,9 +295,9 @@ class SchedulingLoop:
                         tx.put(told)
 
     async def end_promises(self) -> None:
-        """Make durable that longer promises are over, and that a restored state does not hold VMs back any more.
+        """Store that longer promises are over, and that a restored state no longer holds VMs back.
 
-        What cannot be written is tried again in the next round. Raises StorageError.
+        A failed write is repeated in the next round. Raises StorageError.
         """
         state = self._store.state
         # On a full disk the transaction would be refused.
@@ -315,7 +315,7 @@ class SchedulingLoop:
 
 
 class RestoredState:
-    """What follows from a state that was restored from an older copy.
+    """The consequences of a state that was restored from an older copy.
 
     Until it is accepted, nothing is placed. After that, the VMs that were in it when this process started are placed
     only when all leases are over that their workers may have: they may run where the state does not show them.

@@ -45,7 +45,7 @@ class ControllerSettings:
     # PEM files. Without them a self-signed certificate is made and kept in the data directory.
     certificate: Path | None = None
     key: Path | None = None
-    # Beside the host's own, for the self-signed certificate that the first start makes.
+    # Names beside the host's own for the self-signed certificate that the first start makes.
     tls_names: Sequence[str] = ()
     tls: bool = True
     auth: bool = True
@@ -57,23 +57,23 @@ class ControllerSettings:
     allowed_hosts: Sequence[str] = ()
     # Host and port of the SSH jump host; None: it is not served.
     ssh: tuple[str | None, int] | None = None
-    # At most one of each type. Without any, an Ed25519 key is made at the first start and kept in the data directory.
+    # At most one file of each key type. Without any, an Ed25519 key is made at the first start and kept in the data directory.
     ssh_host_keys: tuple[Path, ...] = ()
     ssh_auth: bool = True
     # The token of bootstrap-admin, which is created or updated with it.
     admin_token: str = field(default="", repr=False)
     worker_offline_timeout: float = DEFAULT_OFFLINE_TIMEOUT
     ping_interval: float = PING_INTERVAL
-    # Of a connection between two requests.
+    # The limit between two requests of a connection.
     idle_timeout: float = DEFAULT_IDLE_TIMEOUT
     # Host and port on which metrics are served in the clear and without credentials; None: they are not.
     metrics: tuple[str | None, int] | None = None
     metrics_per_worker: bool = False
     # Host and port on which health checks are answered in the clear, also while another controller leads; None: on none.
     health: tuple[str | None, int] | None = None
-    # Where the state is, and other controllers stand by. None: in the data directory.
+    # The etcd that holds the state. None: the state is in files of the data directory.
     etcd: EtcdSettings | None = None
-    # Whether webhooks may be on this host, or on a link-local address.
+    # Whether webhooks may go to this host's loopback addresses and to link-local addresses.
     allow_local_webhooks: bool = False
 
 

@@ -23,7 +23,7 @@ from orchard.net.server import serve
 from orchard.resources.cluster import ControllerHealth
 from orchard.store import Store
 
-# Scrapers and load balancers are few.
+# Few scrapers and load balancers connect.
 _LIMITS = Limits(connections=64, unauthenticated=64, unauthenticated_of_source=64)
 
 _METRICS_PATH = "/metrics"
@@ -43,7 +43,7 @@ async def serve_metrics(listeners: Listeners, api: API, allowed_origins: Sequenc
         browsers.check(request)
         return _admit_scrape(request)
 
-    # It ends with the background tasks: what it answers changes nothing.
+    # The server ends with the background tasks, because its requests change nothing.
     await nursery.start(partial(serve, Service(answer, admit), listeners, limits=_LIMITS))
     port: int = listeners[0].socket.getsockname()[1]
     return port

@@ -1,4 +1,4 @@
-"""What a controller does while it stands by: it decodes what the leader stores, so that a takeover has little left to decode.
+"""The work of a controller that stands by: it decodes what the leader stores, so that a takeover has little to decode.
 
 A takeover reads everything from etcd again. What was decoded here counts only for the same bytes of the same key, so it
 saves time and decides nothing.
@@ -16,13 +16,13 @@ from orchard.codec import ValidationError
 from orchard.storage.etcd import EtcdClient, EtcdRequestError
 from orchard.store import DecodedObject, decode_object
 
-# Of objects of which there may be many.
+# The kinds of which there may be many objects.
 _KINDS = ("vm", "worker")
-# Before the first look at what the leader has stored, and between two looks.
+# Pause before the first look at what the leader has stored, and between looks.
 _LOOK_SECONDS = 3.0  # seconds
-# Objects that are decoded before other tasks run, in about 5 ms.
+# Objects that are decoded in one step of the event loop, which takes about 5 ms.
 _AT_ONCE = 50
-# Keys that may be left of deleted objects, beside as many as there were objects, before everything is read anew.
+# Everything is read anew when so many keys of deleted objects are kept, in addition to the number of objects.
 _SLACK = 1_000
 
 
@@ -36,10 +36,10 @@ async def decode_ahead(client: EtcdClient, prefix: str, decoded: dict[str, tuple
             decoded.clear()
             since = Counter[str]()
         for kind in _KINDS:
-            # The campaign says what is wrong with etcd.
+            # The campaign logs errors of etcd.
             with suppress(EtcdRequestError):
                 for number, each in enumerate(await client.scan(f"{prefix}/{kind}/", since=since[kind])):
-                    # A takeover says what is wrong with a value.
+                    # A takeover reports a wrong value.
                     with suppress(KeyError, TypeError, ValueError, ValidationError):
                         decoded[each.key] = (each.value, decode_object(kind, json.loads(each.value)))
                     since[kind] = max(since[kind], each.mod_revision + 1)

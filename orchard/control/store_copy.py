@@ -1,4 +1,4 @@
-"""Copies of all that a controller stores, from a data directory or etcd to another one: migration, backup and restore.
+"""Copies of a controller's stored data from a data directory or etcd to another one: migration, backup and restore.
 
 Names, uids and the revision stay as they are. A data directory is copied while no controller uses it, and etcd at one
 moment, whether a controller leads or not. The target must be empty. An interrupted copy leaves no state that a
@@ -66,7 +66,7 @@ SECRETS = {
     "tls": (TLS_CERTIFICATE_FILE, TLS_KEY_FILE),
     "ssh-host-key": (SSH_HOST_KEY_FILE,),
 }
-# What a controller has below the prefix: keys, and what others begin with.
+# The keys of a controller below the prefix, and the beginnings of its other keys.
 _ALONE = ("head", "leader")
 _WITH_NAMES = (*KINDS, "events", "history", "lifecycle", "secret", "transaction")
 # The events of one VM are not bounded when they are copied.
@@ -79,7 +79,7 @@ class CopyError(Exception):
 
 @dataclass(slots=True)
 class Copy:
-    """What is stored, but for the events of VMs."""
+    """The stored data, except the events of VMs."""
 
     tables: Tables
     revision: int
@@ -154,7 +154,7 @@ async def _read_etcd(client: EtcdClient, prefix: str) -> AsyncIterator[tuple[Cop
     state = _checked(build_state(contents), f"etcd prefix {prefix}")
     time = datetime.datetime.fromisoformat(head.time) if head.time else utc_now()
     copy = Copy(state.tables(), state.revision, time)
-    # It reads only.
+    # Never campaigns: it is only an argument of the readers.
     reader = Leadership(client, prefix, _campaign())
     uids = {vm.uid for vm in state.vms.values()}
     lifecycle, ended = (EtcdRecords(client, prefix, reader, kind) for kind in ("lifecycle", "history"))
@@ -237,7 +237,7 @@ def _is_free(directory: Path) -> bool:
 
 async def _append(stored: StoredRecords, records: Sequence[bytes]) -> None:
     for start in range(0, len(records), 1_000):
-        # As many are live as there are, so nothing is replaced.
+        # All records count as live, so nothing is replaced.
         await stored.append(records[start : start + 1_000], len(records), list)
 
 
@@ -318,7 +318,7 @@ def is_etcd(place: str) -> bool:
 async def copy_store(source: str, target: str, access: EtcdAccess, prefix: str) -> str:
     """Copy from a directory or the URLs of etcd to another; return a sentence for the user. Raises CopyError.
 
-    `access` has how etcd is reached, but for the URLs.
+    `access` says how etcd is reached; its URLs are not used.
     """
     try:
         async with contextlib.AsyncExitStack() as stack:

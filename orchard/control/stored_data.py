@@ -1,7 +1,7 @@
-"""What a controller opens before it serves: the state, the events and the history, in a data directory or in etcd.
+"""The data that a controller opens before it serves: state, events and history, in a data directory or in etcd.
 
-With etcd, the data are open only while this controller leads. When it does not lead any more, everything that serves is
-cancelled, and the controller stands by again in the same process: a fail-over is a start.
+With etcd, the data are open only while this controller leads. When it loses the leadership, everything that serves is
+cancelled, and the controller stands by again in the same process. A takeover is the same code as a start.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from orchard.store import DecodedObject, Store
 # A worker without contact for this long is offline, and its VMs fail.
 DEFAULT_OFFLINE_TIMEOUT = 180.0  # seconds
 DEFAULT_ETCD_PREFIX = "/orchard"
-# Makes private files the same on all controllers: the name of the secret, and its files.
+# A function that makes private files the same on all controllers, from the name of the secret and its files.
 ShareFiles = Callable[[str, Sequence[Path]], Awaitable[None]]
 
 _logger = logging.getLogger("orchard.controller")
@@ -69,7 +69,7 @@ class StartError(Exception):
 
 
 class StoredData(NamedTuple):
-    """What is open. `share` is None if no other controller uses the data."""
+    """The open data. `share` is None if no other controller uses the data."""
 
     store: Store
     events: EventLog
@@ -85,15 +85,15 @@ class EtcdSettings:
     prefix: str = DEFAULT_ETCD_PREFIX
     leader_ttl: float = DEFAULT_LEADER_TTL  # seconds
     max_mib: int = DEFAULT_MAX_MIB
-    # Of one VM.
+    # The most bytes of events of one VM, in KiB.
     events_kib: int = DEFAULT_EVENTS_KIB
 
 
 @dataclass(slots=True)
 class CampaignPlatform:
-    """What a controller uses of its host to lead or stand by. A simulation replaces it.
+    """The parts of the host that a controller uses to lead or stand by. A simulation replaces them.
 
-    `leadership` is for those who ask for the role while the controller stands by; None before the first campaign.
+    `leadership` is for health checks while the controller stands by; None before the first campaign.
     """
 
     connect: tcp.Connect = tcp.connect
@@ -135,7 +135,7 @@ def check_kept_in_files(directory: Path) -> None:
     An empty cluster in its place would let in no worker and no client.
     """
     is_new = not any((directory / name).exists() for name in (STATE_FILE, RESERVE_FILE))
-    # In files, the state comes before the key.
+    # A controller with its state in files writes the state before the key.
     if is_new and (directory / ACCESS_KEY_FILE).exists():
         raise StartError(
             f"{directory} has the key {ACCESS_KEY_FILE} and no {STATE_FILE}, so its state is in etcd or lost; start the"
@@ -205,7 +205,7 @@ async def _leading(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(leadership.run)
                 data = await _load(settings, client, leadership, campaign, decoded)
-                # What is outdated of it would stay in memory.
+                # Outdated values among them would stay in memory.
                 del decoded
                 yield data
                 nursery.cancel_scope.cancel()
@@ -335,7 +335,7 @@ def ensure_admin(store: Store, token: str, now: datetime.datetime) -> ServiceAcc
         created_at=old.created_at if old is not None else now,
     )
     if admin != old:
-        # An administrator who makes space has to get in.
+        # Needed also on a full disk, because an administrator has to log in to free space.
         with store.transaction(is_needed=True) as tx:
             tx.put(admin)
     return None if token else admin

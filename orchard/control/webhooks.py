@@ -34,24 +34,26 @@ from orchard.state.changes import Change
 from orchard.storage.errors import StorageError
 from orchard.store import Store
 
-# What waits for one URL. Beyond it the oldest is dropped, so that a receiver that is down costs a megabyte or two.
+# The most notifications that wait for one URL. Beyond it the oldest is dropped, so that a receiver that is down costs at
+# most about two megabytes.
 MAX_WAITING_EVENTS = 1_000
-# Pauses between attempts double from the first to the last. What was not taken for so long is dropped.
+# Pauses between attempts double from the first to the last. A notification that was not taken for so long is dropped.
 _FIRST_PAUSE, LAST_WEBHOOK_PAUSE, GIVE_UP_SECONDS = 1.0, 60.0, 3600.0
-# For the connection, and for the head of the answer.
+# Limits for the connection, and for the head of the answer.
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
-# Between two looks at all workers and VMs. What lasts shorter than HOLD_SECONDS, such as a restart, is not told.
+# Interval of looking at all workers and VMs. A condition that lasts for less than HOLD_SECONDS, such as the absence of a
+# worker that is restarted, is not notified.
 SURVEY_SECONDS, HOLD_SECONDS = 15.0, 30.0
 # A queue is old when a VM has waited for so long.
 OLD_QUEUE_SECONDS = 600.0
-# Free disk space that is low where the cluster has no minFreeDiskGB, and how much more ends that.
+# Less free disk space is low where the cluster has no minFreeDiskGB, and this factor of it ends that.
 LOW_DISK_GB, _ENOUGH = 10, 1.1
 _BYTES_PER_GB = 10**9
 # Objects that are looked at in one step of the event loop.
 _PER_STEP = 200
 # Characters of a message.
 _MAX_MESSAGE = 512
-# Between two log lines about one URL.
+# The least interval of log lines about one URL.
 _LOG_SECONDS = 60.0
 
 _logger = logging.getLogger("orchard.webhooks")
@@ -65,7 +67,7 @@ def signature(secret: str, timestamp: int, body: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """What is told, when it was queued (by trio's clock), and its body."""
+    """An event, the time when it was queued (by trio's clock), and the body of its request."""
 
     event: WebhookEvent
     id: str
@@ -86,7 +88,7 @@ class WebhookSender:
         self.scope = trio.CancelScope()
         parts = urlsplit(webhook.url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-        # What is shown of the URL: the rest may be a secret.
+        # Messages show only this part of the URL, because the rest may be a secret.
         self._origin = f"{parts.scheme}://{bracketed(parts.hostname or '')}:{port}"
         self._transport: Transport | None = None
         self._results = results
@@ -128,7 +130,7 @@ class WebhookSender:
             pause = min(LAST_WEBHOOK_PAUSE, 2 * pause)
 
     def _end(self, notification: Notification, result: str) -> None:
-        # It may have been dropped while it was being sent.
+        # The notification may have been dropped while it was being sent.
         if self.waiting and self.waiting[0] is notification:
             self.waiting.popleft()
             self._results[result] += 1
@@ -189,11 +191,11 @@ class Webhooks:
         self._clock = clock
         self._connect = connect
         self._senders: dict[str, WebhookSender] = {}
-        # What has been told and has not ended: event and name of a worker, uid of a VM, or "".
+        # Conditions that were notified and have not ended: event, and name of a worker, uid of a VM, or "".
         self._told: set[tuple[WebhookEvent, str]] = set()
-        # When the last looks have found workers offline for the first time, by trio's clock.
+        # Worker -> the time when it was first found offline, by trio's clock.
         self._absent: dict[str, float] = {}
-        # Workers that have changed since the last look, and when all are due.
+        # Workers that have changed since the last look, and when the next look at all is due.
         self._changed_workers: set[str] = set()
         self._survey_at = 0.0
         self._changed = Wakeup()
@@ -202,14 +204,14 @@ class Webhooks:
         loop.liveness.facts.on_change(self._note_worker)
 
     def status(self, url: str) -> str:
-        """Return what became of the last request to a URL, for people; "" if there was none."""
+        """Return the outcome of the last request to a URL as a sentence; "" if there was none."""
         sender = self._senders.get(url)
         if sender is None or sender.problem is None:
             return ""
         return f"failing: {sender.problem}; {len(sender.waiting)} waiting" if sender.problem else "ok"
 
     def failing(self) -> int:
-        """Return how many webhooks did not take what they were sent last."""
+        """Return how many webhooks did not take their last request."""
         return sum(1 for sender in self._senders.values() if sender.problem)
 
     def waiting(self) -> int:
@@ -217,7 +219,7 @@ class Webhooks:
         return sum(len(sender.waiting) for sender in self._senders.values())
 
     async def run(self) -> None:
-        """Send what is to be told until cancelled."""
+        """Send notifications until cancelled."""
         # The senders, and the looks at the cluster, end together.
         async with trio.open_nursery() as nursery:
             due = 0.0
@@ -263,7 +265,7 @@ class Webhooks:
             sender.put(notification)
 
     def _tell_once(self, event: WebhookEvent, name: str, holds: bool) -> bool:
-        """Note whether something holds. Return whether that has to be told: it has not been since it began to hold."""
+        """Note whether a condition holds. Return whether to notify it: it holds, and was not notified since it began."""
         key = (event, name)
         is_new = holds and key not in self._told
         if holds:
@@ -280,14 +282,14 @@ class Webhooks:
             self._changed.set()
 
     async def _look(self) -> float:
-        """Tell what has come about or ended since the last look. Return when the next one is due."""
+        """Notify conditions that have begun or ended since the last look. Return when the next look is due."""
         if not self._senders:
             return 0.0
         now = trio.current_time()
         names = self._changed_workers | {name for name, due in self._held().items() if due <= now}
         self._changed_workers = set()
         try:
-            # A look must not see what may be undone.
+            # A look must not see changes that may be undone.
             await self._store.wait_durable()
         except StorageError:
             self._survey_at = now + SURVEY_SECONDS
@@ -303,7 +305,7 @@ class Webhooks:
         return min([self._survey_at, *self._held().values()])
 
     def _held(self) -> dict[str, float]:
-        """Return the workers that are offline and have not been told so, and when that is due."""
+        """Return the offline workers that were not notified yet, each with the time at which that is due."""
         return {
             name: since + HOLD_SECONDS
             for name, since in self._absent.items()
@@ -360,7 +362,7 @@ class Webhooks:
             self._tell("queue.old", f'VM "{oldest.name}" has waited {seconds / 60:.0f} minutes', queue=queue)
 
     def _forget_ended(self) -> None:
-        """Forget what was told of workers and VMs that have gone or wait no longer."""
+        """Forget the conditions of workers and VMs that are gone or no longer wait."""
         state = self._store.state
         waiting = {vm.uid for vm in state.vms.values() if vm.state.status == "pending" and not vm.state.worker}
         self._absent = {name: at for name, at in self._absent.items() if name in state.workers}
@@ -378,7 +380,7 @@ def _waited_since(vm: VM) -> datetime.datetime:
 
 
 def _described(vm: VM) -> dict[str, Any]:
-    """Return what is told of a VM. It has neither the environment of scripts nor passwords."""
+    """Return the part of a VM that notifications show, without the environment of scripts and without passwords."""
     fields = {
         "name": vm.name,
         "uid": vm.uid,

@@ -1,4 +1,4 @@
-"""What answers show of a worker beyond what is stored: its state, since when, what its VMs use, and its health."""
+"""The computed fields of a worker, which are not stored: its state, since when, what its VMs use, and its health."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class WorkerStates:
         self._load_of = load_of
         self._vms_by_worker = vms_by_worker
         self._clock = clock
-        # What `members` returned last, and what that was made from.
+        # The last result of `members`, and the values that it was made from.
         self._members: dict[str, tuple[object, bytes]] = {}
         self._since: dict[str, tuple[WorkerState, datetime.datetime]] = {}
-        # State and health of each worker when it was told last.
+        # State and health of each worker at the last call of `tell`.
         self._told: dict[str, object] = {}
         self._listeners: list[Callable[[str], None]] = []
 
     def on_change(self, tell: Callable[[str], None]) -> None:
-        """Have `tell` called with the name of a worker whose state or health is not as it was observed before."""
+        """Register `tell`, which is called with the name of a worker whose state or health has changed."""
         self._listeners.append(tell)
 
     def observe(self, worker: Worker) -> tuple[WorkerState, datetime.datetime]:

@@ -19,7 +19,7 @@ from orchard.schema import ServiceAccount
 _ISSUER = "orchard-controller"
 _AUDIENCE = "orchard-vm-access"
 _SCOPES = ("vm:port-forward", "vm:ip", "vm:ssh-jumpbox")
-# The most credentials that are remembered with their account. Checking some takes a tenth of a request's time.
+# The most credentials that are remembered with their account. Checking credentials takes a tenth of a request's time.
 MAX_RECOGNISED = 1024
 # Decoding a token takes time in proportion to its length. Our tokens have half a kilobyte.
 _MAX_ACCESS_TOKEN = 8 * 1024  # bytes

@@ -1,13 +1,13 @@
-"""What is due when: the stored wall times of deadlines, over a wall clock that may be wrong. Pure.
+"""Deadlines: their stored wall times, under a wall clock that may be wrong, and which are due next. Pure.
 
 Deadlines are stored as wall times (`expiresAt` of a VM, the deadline of a drain), since the monotonic clock begins anew
 with each start of the host. Within a run they follow the monotonic clock alone. `Timeline` maps one to the other.
 
-What a start counts of the time since the last stored moment is bounded, so that a clock which is years ahead makes
-nothing due. When the wall clock was set, or the stop was longer than what is counted, all stored wall times have to be
-shifted by the difference; then they are right again.
+A start counts at most MAX_COUNTED of the time since the last stored moment, so a clock that is years ahead makes nothing
+due. When the wall clock was set, or the stop was longer than MAX_COUNTED, all stored wall times have to be shifted by
+the difference; then they are right again.
 
-`Agenda` has what is due next. Times are arguments.
+`Agenda` finds the next items that are due. Times are arguments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import math
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-# What a start counts at most of the time during which the controller did not run.
+# The most that a start counts of the time during which the controller did not run.
 MAX_COUNTED = datetime.timedelta(hours=1)
 # A wall clock that differs by so little was not set. It runs faster or slower, and stored wall times follow it.
 TOLERANCE = datetime.timedelta(seconds=1)

@@ -20,9 +20,9 @@ from orchard.resources.cluster import HealthProblem
 from orchard.schema import VM
 
 FIRST_PAUSE, LAST_PAUSE = 15.0, 600.0  # seconds
-# Of different VMs, in a row, before they ran.
+# So many different VMs that fail in a row before they ran make a worker sick.
 SICK_VMS = 3
-# Workers that a VM avoids: those on which it failed last.
+# The most workers that a VM avoids: those on which it failed last.
 _MAX_AVOIDED = 16
 
 

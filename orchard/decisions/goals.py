@@ -1,4 +1,4 @@
-"""What clients wait for at a VM: whether it holds, and whether it can still come true. Pure.
+"""The states of a VM for which clients wait: whether one is reached, and whether it still can be. Pure.
 
 running   the VM runs
 ready     it runs, and its startup script has succeeded
@@ -46,7 +46,8 @@ def why_never(vm: VM, goal: Goal, worker: Worker | None) -> str:
     if goal == "ready":
         if worker is not None and VM_READY not in worker.capabilities:
             return f'worker "{worker.name}" does not report whether VMs are ready (capability {VM_READY})'
-        # It has no exit code if it could not begin, or its worker was restarted meanwhile. A VM that is not kept fails next.
+        # The script has no exit code if it could not begin, or if the worker was restarted meanwhile. A VM that is not
+        # kept fails next.
         has_failed = state.startup_ended_at is not None and state.startup_exit_code != 0
         if state.status == "running" and has_failed and vm.spec.startup_on_failure == "keep":
             return describe_status(vm, goal)
@@ -54,7 +55,7 @@ def why_never(vm: VM, goal: Goal, worker: Worker | None) -> str:
 
 
 def describe_status(vm: VM, goal: Goal) -> str:
-    """Return in a sentence what a VM is instead of what a client waits for."""
+    """Return a sentence with a VM's status, which is not the one that a client waits for."""
     state = vm.state
     status = {"failed": "has failed", "running": f"is running and not {goal}"}.get(state.status, f"is {state.status}")
     return f'VM "{vm.name}" {status}' + (f": {state.status_message}" if state.status_message else "")

@@ -16,12 +16,12 @@ A worker keeps its VMs running for as long as it was promised, which is the offl
 registration. After a restart with a shorter timeout the longer promise counts until it is over, and the VMs of a
 deleted worker count as running until its promise is over.
 
-An assignment that no poll has shown to its worker cannot run there. `unnamed` has those of this process.
+A VM whose assignment no poll has shown to its worker cannot run there. `unnamed` has these VMs, since the start.
 
-A VM that its worker has to end holds a lease for as long as the worker does not know. At the second poll since, the
-worker has seen the answer to the first, and renews the lease no more.
+The worker of a VM that has to end renews the VM's lease until it knows of the order. At its second poll after the order
+it has seen the answer to the first, so from then on the lease is not renewed.
 
-What workers report of their hosts beside their health is in `facts` (worker_facts.py).
+Other reports of workers about their hosts are in `facts` (worker_facts.py).
 
 `last_seen`, the time in the API, comes from the worker's own clock. A later value than before marks a heartbeat.
 
@@ -42,10 +42,10 @@ from orchard.resources.cluster import Health
 
 # A worker whose watch is closed for so long gets no new VMs.
 AWAY_SECONDS = 2.0
-# Characters of a problem in the reason why a worker is unavailable.
+# The most characters of a problem in the reason why a worker is unavailable.
 _SHOWN_PROBLEM = 100
 
-# (service account, address of the host)
+# The sender of a contact: (service account, address of the host).
 Source = tuple[str, str]
 
 
@@ -56,7 +56,7 @@ class _Session:
     # Whether the worker says by itself that it has settled.
     tells_settled: bool = False
     has_settled: bool = False
-    # Those that are open: a new one may begin before the end of the old one is noticed.
+    # The open watches: a new one may begin before the end of the old one is noticed.
     watches: set[object] = field(default_factory=set)
     # When the last watch was closed; at first, when the worker registered.
     watched_until: float = -math.inf
@@ -82,7 +82,7 @@ class Liveness:
     ) -> None:
         self._clock = clock
         self._offline_timeout = offline_timeout
-        # What workers are told is rounded down.
+        # Rounded up. The value that workers are told is rounded down, so they give up their VMs first.
         self.offline_timeout_ms = math.ceil(1000 * offline_timeout)
         self._on_change = on_change
         self.facts = WorkerFacts()
@@ -92,11 +92,11 @@ class Liveness:
         self._sessions: dict[str, _Session] = {}
         self.started_at = clock()
         self.last_contact: dict[str, float] = dict.fromkeys(promises, self.started_at)
-        # Seconds, by worker, where it is longer than the offline timeout.
+        # Worker -> its promise in seconds, if that is longer than the offline timeout.
         self._promises = {name: seconds for name, seconds in promises.items() if seconds > offline_timeout}
-        # When a promise that was replaced by a shorter one is over, by worker.
+        # Worker -> the end of a promise that was replaced by a shorter one.
         self.promise_over_at: dict[str, float] = {}
-        # When a deleted worker's promise is over, by name.
+        # Name of a deleted worker -> the end of its promise.
         self.deleted_over_at: dict[str, float] = {
             name: self.started_at + seconds for name, seconds in promises_of_deleted.items()
         }
@@ -127,7 +127,7 @@ class Liveness:
         self._on_change(worker)
 
     def record_watch(self, worker: str, source: Source) -> object:
-        """Record that a worker's watch was opened. Return what `record_watch_end` is to be called with."""
+        """Record that a worker's watch was opened. Return the argument for `record_watch_end`."""
         watch = object()
         self._session(worker).watches.add(watch)
         self.record_worker(worker, source)
@@ -136,7 +136,7 @@ class Liveness:
 
     def record_watch_end(self, worker: str, watch: object) -> None:
         """Record that a worker's watch was closed."""
-        # Not that of a session which began after a deletion of the worker.
+        # The watch may be of a session before the worker was deleted and registered again.
         session = self._sessions.get(worker)
         if session is not None and watch in session.watches:
             session.watches.discard(watch)
@@ -249,7 +249,7 @@ class Liveness:
                 self.last_contact[worker] = min(now, at + 2 * seconds)
 
     def promises_over(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return when longer promises were over that are: by worker, and by name of a deleted one."""
+        """Return the longer promises that are over, with their ends: by worker, and by name of a deleted worker."""
         now = self._clock()
         live, deleted = (
             {name: at for name, at in table.items() if at <= now}
@@ -258,10 +258,10 @@ class Liveness:
         return live, deleted
 
     def forget_promises(self, live: Mapping[str, float], deleted: Mapping[str, float]) -> None:
-        """Forget what `promises_over` has returned, once the end of the promises is durable."""
+        """Forget promises that `promises_over` has returned, once their end is durable."""
         for table, over in ((self.promise_over_at, live), (self.deleted_over_at, deleted)):
             for name, at in over.items():
-                # A later session may have made it later.
+                # A later session may have moved the end.
                 if table.get(name) == at:
                     del table[name]
 
@@ -274,7 +274,7 @@ class Liveness:
         return max(at, self.promise_over_at.get(worker, at))
 
     def ended_at_latest(self, worker: str, vm_uid: str) -> float:
-        """Return the time at which a VM cannot run any more that its worker has to end, if nothing further happens."""
+        """Return the time from which a VM that its worker has to end cannot run any more, if nothing further happens."""
         told_at = self._told_at.get(vm_uid)
         if told_at is None:
             return self.silent_at(worker)

@@ -4,13 +4,13 @@ Wrong credentials are counted by source (`source_of` the client's address) and b
 within a minute, a source or an account is *limited*: its credentials are checked once a second, and wrong ones are
 answered a second after they came. So guessing ends at one token a second, whatever the number of connections.
 
-Correct credentials must get through all the same. Those that were accepted lately are recognised and not even limited;
-the caller sees to that. Others are checked at once if either their source or their account has had no failure within
-the minute: a client elsewhere does not wait for the guesses of a stranger, nor does another account behind the same NAT
-as a client that is configured wrongly. All others wait for their turn.
+Correct credentials must get through nevertheless. The caller recognises those that were accepted lately and does not
+limit them. Others are checked at once if either their source or their account has had no failure within the minute. So
+a stranger's guesses do not delay a client elsewhere, and a misconfigured client does not delay other accounts behind
+the same NAT. All other credentials wait for their turn.
 
-What waits is bounded: by the time until its turn, by source, and in all. Beyond that, credentials are refused
-unchecked.
+Waiting credentials are bounded by the time until their turn, by source, and in all. Beyond that, credentials are
+refused unchecked.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from orchard.codec import shown
 from orchard.net.unauthenticated import source_of
 from orchard.schema import MAX_NAME
 
-# Wrong credentials within _FAILURE_SECONDS, before a source or an account is limited.
+# So many wrong credentials within _FAILURE_SECONDS limit a source or an account.
 MAX_FAILURES = 10
 # The most sources that are remembered, and the most accounts, at some hundred bytes each. Those that failed least
 # recently are forgotten first.
 MAX_FAILED = 4096
-# Between two checks for a limited source or account, and until wrong credentials are answered.
+# Interval of checks for a limited source or account, and delay of the answer to wrong credentials.
 CHECK_SECONDS = 1.0  # seconds
 # The most credentials of one source that wait for their turn or their answer, and of all sources. Each holds a request
 # and a task beside its connection's own, so these are as many as the HTTP server's connections of strangers.
@@ -83,7 +83,7 @@ class LoginLimit:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        # The one that failed last is last.
+        # In the order of their last failures.
         self._sources: OrderedDict[str, _Failures] = OrderedDict()
         self._accounts: OrderedDict[str, _Failures] = OrderedDict()
         # Credentials that wait, by source.
@@ -92,7 +92,7 @@ class LoginLimit:
 
     def is_limited(self, address: str, account: str) -> bool:
         """Return whether credentials from an address for an account have to be checked by `check`."""
-        # Nearly always, none has failed lately.
+        # Nearly always, no source has failed lately.
         if not self._sources:
             return False
         return any(each.limited_for(self._clock()) for each in self._find(source_of(address), account))

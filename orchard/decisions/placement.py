@@ -40,12 +40,12 @@ from orchard.decisions.planning import (
 from orchard.decisions.waiting import DRAINING, FAILING, LOW_DISK, PAUSED, UNAVAILABLE, Survey, WaitingReason
 from orchard.schema import VM, WORKER_NAME_LABEL, SchedulerProfile, VMSpec, Worker
 
-# Between two searches for a waiting reason, because each search examines all workers.
+# The least interval of searches for a waiting reason, because each search examines all workers.
 REASON_SECONDS = 1.0
-# Each VM whose reason changes is stored again. So reasons of long queues are renewed less often.
+# Each VM whose reason changes is stored again. So the reasons of long queues are renewed less often.
 _RENEWED_PER_SECOND = 1_000
-# Workers that one plan examines for a kind of VM that is new, or for reasons: some milliseconds, for which all other
-# tasks wait.
+# The most workers that one plan examines for new kinds of VMs and for reasons. That takes some milliseconds, for which
+# all other tasks wait.
 _EXAMINED_PER_PLAN = 4_000
 # Candidates and reasons that are kept although no VM of the kind waits.
 _MAX_IDLE = 64
@@ -56,7 +56,7 @@ _LONG_AGO = datetime.datetime.min.replace(tzinfo=datetime.UTC)
 _Rank = tuple[bool, int, int, str]
 # The oldest VM comes first: (time of creation, VM name).
 Age = tuple[datetime.datetime, str]
-# Demand and preferred labels; without these for the workers that have none of them, too.
+# Demand and preferred labels. A wish without labels also includes the workers that have none of them.
 _Wish = tuple[Demand, Labels]
 # (counts the changes of workers, counts all changes that reasons depend on)
 _Version = tuple[int, int]
@@ -101,7 +101,7 @@ class _Queue:
         self.reason = ""
         # Whether no registered worker could ever take them.
         self.waits_for_ever = False
-        # For which the reason was found: the placement's version, and the number of VMs of higher priority.
+        # The reason was found at this version of the placement, and with so many VMs of higher priority.
         self.version: tuple[_Version, int] | None = None
         self.reason_at = -math.inf
 
@@ -154,7 +154,7 @@ class _Queues:
 
 
 class _Placed:
-    """What a plan assigns: the number of VMs of each kind (its oldest), and the loads with them."""
+    """The assignments of a plan: the number of VMs of each kind, the oldest ones, and the loads with them."""
 
     def __init__(self, loads: defaultdict[str, Load]) -> None:
         self.counts: Counter[VMKind] = Counter()
@@ -224,7 +224,7 @@ class _Changes:
     def __init__(self) -> None:
         # Workers whose ranks may have changed.
         self._workers: dict[str, None] = {}
-        # Changes with everything that reasons depend on.
+        # Increases with every change on which reasons depend.
         self.version: _Version = (0, 0)
         self.is_settled = True
 
@@ -255,7 +255,7 @@ class _Reasons:
     def find(
         self, demand: Demand, load_of: Callable[[str], Load], version: _Version, now: float, age: float = 0.0
     ) -> WaitingReason:
-        """Return why VMs of a demand wait, as of now, or `age` seconds ago with the same workers."""
+        """Return why VMs of a demand wait. With the same workers, the reason may be `age` seconds old."""
         known = self._known.pop(demand, None)
         if known is None or (known[1] != version and (known[1][0] != version[0] or now >= known[2] + age)):
             known = (self._search(demand, load_of, now), version, now)
@@ -377,7 +377,7 @@ class Placement:
         return "" if queue is None or queue.version != version else queue.reason
 
     def reason_for(self, spec: VMSpec, now: float) -> WaitingReason:
-        """Return why no worker can take a new VM. What workers are busy with may be up to REASON_SECONDS old."""
+        """Return why no worker can take a new VM. The loads of workers may be up to REASON_SECONDS old."""
         return self._reasons.find(demand_of(spec), self.load_of, self._changes.version, now, REASON_SECONDS)
 
     def examine(self, survey: Survey, demand: Demand, worker: Worker) -> None:
@@ -450,7 +450,7 @@ class Placement:
         wishes = {wish for kind in kinds for wish in _wishes(kind)}
         placed.examined = sum(len(self._possible(wish)) for wish in wishes if wish not in self._candidates)
         tables = [[self._candidates_for(wish) for wish in _wishes(kind)] for kind in kinds]
-        # Those that have to be kept up to date in this plan.
+        # The candidates that have to be kept up to date in this plan.
         used = {wish: self._candidates[wish] for wish in wishes}
         # The next VM of each kind: (minus its priority, its age, its position in its queue, the position of its kind).
         heads = [(-kind.priority, queues[at][0], 0, at) for at, kind in enumerate(kinds)]
@@ -524,7 +524,7 @@ class Placement:
         holders = self._inputs.facts.holders(image)
         if not holders or rank[-1] in holders:
             return rank[-1]
-        # Only among workers that are equal but for their names.
+        # The image decides only among workers that are equal except for their names.
         ranks = candidates.rank_of
         return min((name for name in holders if name in ranks and ranks[name][:-1] == rank[:-1]), default=rank[-1])
 

@@ -1,6 +1,6 @@
-"""What plans are made from and what they are made of: the planner's inputs, a VM's demand, a worker's load, a plan.
+"""The data of planning: the planner's inputs, a VM's demand, a worker's load, a plan.
 
-scheduler.py decides with these. This file performs no I/O, and times are arguments.
+scheduler.py makes the plans. This file performs no I/O, and times are arguments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchard.transitions import has_ended, has_lost_worker
 
 # A VM that asks for no resource fits in any number.
 MAX_ROOM = 1_000_000
-# Between two restarts of a VM, so that one that fails at once does not keep its worker busy.
+# The least time between two restarts of a VM, so that a VM that fails at once does not keep its worker busy.
 RESTART_PAUSE_SECONDS = 15.0
 
 Labels = tuple[tuple[str, str], ...]
@@ -58,11 +58,11 @@ class PlannerInputs:
     restarted_at: Mapping[str, float]
     # A worker without contact for this long is offline.
     offline_timeout: float  # seconds
-    # When the longest promise from before the start is over. Deletions of workers before the start are forgotten.
+    # The end of the longest promise from before the start: until then VMs may run whose failure is forgotten (see below).
     forgotten_until: float
     # Uids of VMs that had failed before the start, for a reason that is forgotten. They may still run.
     failed_before_start: set[str]
-    # Uid of a VM that may run where the state does not show it -> when it cannot any more.
+    # Uid of a VM that may run on a worker that the state does not name -> the time from which it cannot.
     held: Mapping[str, float] = field(default_factory=dict)
     # Free disk space and cached images of the workers.
     facts: WorkerFacts = field(default_factory=WorkerFacts)
@@ -74,8 +74,8 @@ class PlannerInputs:
     def restart_at(self, vm: VM, worker: Worker | None) -> float:
         """Return the earliest time at which a failed VM can neither run any more nor restart too often.
 
-        `worker` is the VM's; None: it is not registered. Of a restart that is withdrawn (see `is_withdrawn`), return
-        when it is.
+        `worker` is the VM's; None: it is not registered. For a restart that is withdrawn (see `is_withdrawn`), this is the
+        time of the withdrawal.
         """
         name, request = vm.state.worker, vm.state.end_request
         if request and has_ended(vm, worker):
@@ -164,16 +164,16 @@ class Demand(NamedTuple):
     runtime: str
     labels: Labels
     resources: tuple[tuple[str, int], ...]
-    # A time before which the VM must not be placed, since it may run unseen.
+    # The VM must not be placed before this time, because it may still run on a worker that the state does not name.
     held_until: float = -math.inf
     # Workers that the VM avoids, with the end of the pause on each.
     avoids: tuple[tuple[str, float], ...] = ()
-    # What the worker must be capable of.
+    # Capabilities that the worker must have.
     capabilities: tuple[str, ...] = ()
 
 
 class VMKind(NamedTuple):
-    """What VMs have in common that wait in one queue: they are placed in the order of their age."""
+    """The properties that all VMs of one queue share. They are placed in the order of their age."""
 
     demand: Demand
     preferred: Labels

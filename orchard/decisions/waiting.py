@@ -1,4 +1,4 @@
-"""Why a VM waits for a worker: for now, or for as long as no other worker registers.
+"""The reasons why a VM waits for a worker: for now, or until another worker registers.
 
 A `Survey` examines all workers for one demand. If none of them could take the VM even when it is online and empty, the
 reason names what none has. Else it counts each worker under the first thing that excludes it. This file performs no
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from orchard.decisions.planning import Demand, Load, has_label
 from orchard.schema import Worker
 
-# Of a waiting reason. Each worker may fail at something of its own.
+# The most parts of a waiting reason. Each worker may be excluded by something else.
 _MAX_PARTS = 12
 
 
@@ -35,12 +35,12 @@ class WaitingReason:
         return WaitingReason(f"{self.text}; {count} {verb}")
 
 
-# What excludes a worker whatever it offers, in the order in which a reason names them.
+# States that exclude a worker whatever it offers, in the order in which a reason names them.
 UNAVAILABLE, DRAINING, PAUSED, FAILING, LOW_DISK = range(5)
-# What a worker would lack even when it is online and empty, in the order in which it is looked at. These are whole numbers,
-# since the hash of an enum's member takes as long as all else that is done for a worker.
+# Properties that a worker may lack even when it is online and empty, in the order of the checks. They are whole numbers,
+# since the hash of an enum's member would double the time for a worker.
 _ARCH, _RUNTIME, _LABEL, _CAPABILITY, _SIZE = range(10, 15)
-# What a reason calls them, and how it counts workers without them.
+# The words of a reason for these properties, and for workers without them.
 _NOUNS = {_ARCH: "arch ", _RUNTIME: "runtime ", _LABEL: "label ", _CAPABILITY: ""}
 _TEXTS: dict[int, str] = {
     _ARCH: "of another arch ({} wanted)",
@@ -62,10 +62,10 @@ class Survey:
         self._labels = [(key, value, f"{key}={value}") for key, value in demand.labels]
         # Whether some worker would take the VM when it is online and empty.
         self.is_possible = False
-        # What the others lack, and the first such thing by name: for each, the number of workers.
+        # The number of workers by the property that they lack, and by the text of the first such value.
         self._lacks: Counter[int] = Counter()
         self._lacking: Counter[str] = Counter()
-        # Resource -> the most that a worker offers which lacks nothing but size.
+        # Resource -> the most that is offered by a worker which lacks nothing but size.
         self._offered: dict[str, int] = {}
         self._total = 0
         # (position in the sentence, text) -> number of workers
@@ -74,7 +74,7 @@ class Survey:
         self._short: dict[str, tuple[int, int, int]] = {}
 
     def look_for_possible(self, worker: Worker) -> None:
-        """Look what a worker would lack when it is online and empty, unless a possible one was found before."""
+        """Check what a worker would lack when it is online and empty, unless a possible worker was found before."""
         if self.is_possible:
             return
         if (found := self._find_lack(worker)) is not None:
@@ -106,7 +106,7 @@ class Survey:
                     break
 
     def _find_lack(self, worker: Worker) -> tuple[int, list[str]] | None:
-        """Return the first kind of thing other than size that a worker lacks, and what of it."""
+        """Return the first property other than size that a worker lacks, and the values that it lacks."""
         demand = self._demand
         if worker.arch != demand.arch:
             return _ARCH, [demand.arch]
@@ -138,7 +138,7 @@ class Survey:
         return WaitingReason(f"{self._total} worker{'s' if self._total > 1 else ''}: {', '.join(parts)}")
 
     def _why_never(self) -> str:
-        """Return what none of the workers has that lack the least."""
+        """Return the property that none of the workers has which lack the least."""
         demand, last = self._demand, max(self._lacks)
         wanted = {
             _ARCH: [demand.arch],

@@ -1,4 +1,4 @@
-"""What workers report of their hosts with their heartbeats: disk, versions, cached images, and the pull ahead of VMs.
+"""Facts about hosts in the workers' heartbeats: disk, versions, cached images, and the pull ahead of VMs.
 
 All of it is in memory only, so that heartbeats of any size cost the disk nothing, and begins empty at a start of the
 controller. A worker sends its versions and images when they have changed; a heartbeat without them leaves them as they
@@ -47,7 +47,7 @@ class WorkerFacts:
         self._holders: dict[str, tuple[str, set[str]]] = {}
 
     def on_change(self, tell: Callable[[str], object]) -> None:
-        """Have `tell` called with the name of a worker that may suit other VMs than before."""
+        """Register `tell`, which is called with the name of a worker that may suit other VMs than before."""
         self._listeners.append(tell)
 
     def record_registration(self, worker: Worker) -> None:

@@ -27,7 +27,7 @@ from orchard.resources.cluster import (
 from orchard.schema import ClusterSettings, ServiceAccount
 from orchard.store import Store, encode_object
 
-# What the controller supports. Existing workers choose their protocol by the first two.
+# The capabilities of the controller. Existing workers choose their protocol by the first two.
 _CAPABILITIES = (
     "rpc-v2",
     "vm-state-endpoint",

@@ -1,4 +1,4 @@
-"""A request that was admitted: what is known of it before its handler runs, and how handlers read its body. Pure."""
+"""An admitted request: the data that its handler gets, and how handlers read its body. Pure."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from orchard.resources.bodies import SessionKind
 from orchard.schema import Role
 from orchard.sessions import SessionSubject
 
-# Workers of the existing Orchard name their version so. Since 0.44 they report states by `PUT /vms/{name}/state`.
+# The version in the User-Agent of the existing Orchard's workers. Since 0.44 they report states by
+# `PUT /vms/{name}/state`.
 _GO_VERSION = re.compile(r"Orchard/0\.([0-9]{1,4})(?![0-9])")
 _STATE_ENDPOINT_SINCE = 44
 
-# By the last part of the path. Other requests that last are watches.
+# The kinds of sessions by the last part of the path. Other requests that last are watches.
 _KINDS: Mapping[str, SessionKind] = {"events": "events", "exec": "exec", "port-forward": "port-forward"}
 
 APIOperation = Operation[Role | Literal["public"]]
@@ -57,7 +58,7 @@ class Admitted:
 
 
 def subject_of(request: Request, admitted: Admitted) -> SessionSubject:
-    """Return what a request is that lasts."""
+    """Return the subject of a request that lasts, for the list of sessions."""
     path = admitted.operation.path
     if path == "/rpc/watch":
         return SessionSubject("worker", f"worker/{request.query.one('workerName')}", request.peer)
@@ -68,7 +69,7 @@ def subject_of(request: Request, admitted: Admitted) -> SessionSubject:
 
 
 def read_body(admitted: Admitted, read: Callable[[Any, list[str]], BodyT]) -> BodyT:
-    """Return what a function of resources/validation.py makes of the body. Raises HTTPError(400), ValidationError."""
+    """Read the body by a function of resources/validation.py. Raises HTTPError(400), ValidationError."""
     unknown: list[str] = []
     try:
         value = read(admitted.body, unknown)

@@ -1,4 +1,4 @@
-"""What the answers of the API have in common: the statuses of errors, and remarks in a Warning header.
+"""The common part of the API's answers: the statuses of errors, and remarks in a Warning header.
 
 `http_error` maps the errors of the layers below to HTTP by ERROR_STATUS. `Remarks` collects what a client should know
 although its request succeeds: names in it that nothing here knows, and notes.
@@ -23,13 +23,13 @@ from orchard.storage.event_pages import EventsDeletedError, InvalidCursorError, 
 from orchard.storage.event_storage import EventLimitError
 from orchard.tunnel import UnknownSessionError, UnreachableError, VMGoneError
 
-# Unknown names that a Warning header lists.
+# The most unknown names that a Warning header lists.
 MAX_WARNED = 8
 
 NamedT = TypeVar("NamedT", VM, Worker, ServiceAccount)
 HeaderPairs = Sequence[tuple[str, str]]
 
-# The status of each error of the layers below. A row is for the subclasses of its class, too.
+# The status of each error of the layers below. A row also holds for the subclasses of its class.
 ERROR_STATUS: Mapping[type[Exception], int] = {
     MalformedError: 400,
     InvalidError: 412,
@@ -68,19 +68,19 @@ def http_error(error: Exception, account: str = "") -> HTTPError:
     elif isinstance(error, TooManyFailuresError):
         headers = (("Retry-After", str(error.retry_after)),)
     elif isinstance(error, StorageUnavailableError):
-        # Another controller leads soon, or this one is started again.
+        # Soon another controller leads, or this one is started again.
         headers = (("Retry-After", "1"),)
     return HTTPError(status, str(error), headers, account=account)
 
 
 def not_leading() -> HTTPError:
-    """Return what is sent in place of every answer by a controller that does not lead, or does not know that it does."""
+    """Return the error that replaces every answer of a controller that does not lead, or does not know that it leads."""
     headers = (("Retry-After", "1"), NOT_SERVING)
     return HTTPError(503, "this controller does not lead any more", headers, details={"role": "standby"})
 
 
 class Remarks:
-    """What the Warning header of one answer says (RFC 7234, section 5.5).
+    """The remarks in the Warning header of one answer (RFC 7234, section 5.5).
 
     `unknown` holds the unknown names in a request, as codec.add_unknown makes them, after what they name: "field
     colour". `notes` are sentences without a full stop. All of them are printable ASCII without values of the client.

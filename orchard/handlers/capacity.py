@@ -27,7 +27,7 @@ _WORKERS_PER_STEP = 250
 async def get_capacity(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     demand = demand_of(_read_shape(request.query))
     scheduling, states = api.parts.scheduling, api.parts.worker_states
-    # What cannot be stored cannot be placed either.
+    # A VM that cannot be stored cannot be placed either.
     with suppress(StorageError):
         await scheduling.settle()
     placement = scheduling.planner.placement

@@ -60,7 +60,7 @@ async def list_events(api: API, request: Request, admitted: Admitted) -> AnyResp
 
 
 async def _is_over(api: API, followed: VM, until: str) -> bool:
-    """Return whether what a follower waits for is durable. The deletion of the VM ends it anyway."""
+    """Return whether the end condition of a follower is durably reached. The deletion of the VM ends it anyway."""
     vm = api.state.vms.get(followed.name)
     if vm is None or vm.uid != followed.uid or not _has_reached(api, vm, until):
         return False
@@ -81,6 +81,6 @@ def _has_reached(api: API, vm: VM, until: str) -> bool:
 async def list_history(api: API, request: Request, admitted: Admitted) -> AnyResponse:
     since = read_time(request.query, parameters.SINCE_TIME)
     limit = read_number(request.query, parameters.LIMIT_HISTORY)
-    # What ended before is shown.
+    # VMs that ended before this request must be shown.
     await api.parts.history.flush()
     return api.answer_list(api.parts.history.select(since, limit), headers=())

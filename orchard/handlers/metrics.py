@@ -1,6 +1,6 @@
-"""The metrics of the controller: which there are, and how a scrape finds them.
+"""The metrics of the controller: their declarations, and how a scrape finds their values.
 
-`METRICS` declares them all. A scrape looks at workers and VMs in steps, so that other tasks go on meanwhile; a VM that
+`METRICS` declares all metrics. A scrape visits workers and VMs in steps, so that other tasks go on meanwhile; a VM that
 changes between two steps may be counted as before or as after. There are no series for VMs or accounts, and for workers
 only on request, so the number of series does not depend on what users do.
 """
@@ -31,7 +31,7 @@ from orchard.schema import LOGICAL_CORES, MEMORY_MIB, TART_VMS, VM, Status, Work
 _VMS_PER_STEP, _WORKERS_PER_STEP = 1000, 100
 # Lines of series of workers that are made in one step.
 _SERIES_PER_STEP = 500
-# Workers may offer resources of any name. Of more names than these, those of most workers are shown.
+# The most resources that are shown, which may have any name: those that the most workers offer.
 _MAX_RESOURCES = 32
 _USUAL_RESOURCES = (TART_VMS, LOGICAL_CORES, MEMORY_MIB)
 
@@ -80,7 +80,7 @@ METRICS = (
     Metric("process_max_fds", "gauge", "File descriptors that the process may open"),
     Metric("process_start_time_seconds", "gauge", "When the controller started, since 1970"),
 )  # fmt: skip
-# What was found of some metrics, by their names without "orchard_". None: unknown, so the metric is left out.
+# Values of some metrics, by their names without "orchard_". None: unknown, so the metric is left out.
 Values = dict[str, float | Mapping[Any, float] | Histogram | None]
 
 _BY_NAME = {metric.name.removeprefix("orchard_"): metric for metric in METRICS}
@@ -112,7 +112,7 @@ def _lines(values: Values) -> list[str]:
 
 @dataclass(slots=True)
 class FleetSurvey:
-    """What was found of the workers. `series` is None, or has the series of each worker by metric."""
+    """The totals of all workers. `series` has the series of each worker by metric, or is None."""
 
     states: Counter[WorkerState] = field(default_factory=lambda: Counter(dict.fromkeys(get_args(WorkerState), 0)))
     unhealthy: int = 0
@@ -187,7 +187,7 @@ async def _series_parts(metric: Metric, samples: Mapping[tuple[str, ...], float]
 
 @dataclass(slots=True)
 class _VMs:
-    """What was found of the VMs: their numbers, and since when the oldest ones wait for a worker or for their start."""
+    """The totals of all VMs: their numbers, and since when the oldest ones wait for a worker or for their start."""
 
     statuses: Counter[Status] = field(default_factory=lambda: Counter(dict.fromkeys(get_args(Status), 0)))
     waiting: int = 0

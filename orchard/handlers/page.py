@@ -15,7 +15,7 @@ from orchard.handlers.admission import Admitted, APIOperation
 from orchard.net.openapi import Operation
 from orchard.net.request import AnyResponse, Request, Response
 
-# What the page needs and nothing else. What VMs print or are named is text; if it became markup, nothing would run it.
+# Allow only what the page needs. So no script in a VM's name or output could run, even if the page took it for markup.
 _POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -42,8 +42,8 @@ _TYPES = {
 }
 
 
-# What the page says of the credentials that the API asks for, and what it says where there are none. A request without
-# credentials that is refused would be an error in the browser's console.
+# The page's attribute when the API asks for credentials, and its value when it asks for none. Otherwise the page would
+# have to try a request without credentials, whose refusal would be an error in the browser's console.
 _CREDENTIALS = (b'data-credentials="needed"', b'data-credentials="none"')
 
 

@@ -1,4 +1,4 @@
-"""The query parameters of the API: what each is called and accepts, and how its value is read.
+"""The query parameters of the API: their names and schemas, and how their values are read.
 
 A parameter is declared here once. The route table (operations.OPERATIONS) lists the declarations for the OpenAPI
 document, and the functions below read a request's query by the same declarations. An empty value counts as absent.
@@ -33,7 +33,7 @@ _DEFAULT_WAIT, _MAX_WAIT = 10, 65_535
 _MAX_TEXT = 4096
 _DIGITS = re.compile(r"[0-9]{1,10}")
 
-# What Go's strconv.ParseBool accepts.
+# The texts that Go's strconv.ParseBool accepts.
 _FLAGS = {
     **dict.fromkeys(("1", "t", "T", "true", "True", "TRUE"), True),
     **dict.fromkeys(("0", "f", "F", "false", "False", "FALSE"), False),
@@ -228,7 +228,7 @@ def read_count(query: Query, parameter: Parameter) -> int:
 
 
 def read_goal(query: Query) -> Goal | None:
-    """Return what a request waits for, if it waits."""
+    """Return the state of a VM that a request waits for, None without `waitFor`."""
     if not query.one(WAIT_FOR.name):
         return None
     if read_flag(query, WATCH):

@@ -32,7 +32,7 @@ from orchard.storage.errors import StorageError
 
 # Conditions that are tested in one step of the event loop: one to two milliseconds.
 _TESTS_PER_STEP = 5_000
-# After which a client may ask again whether a worker has room.
+# Retry-After of a refusal because no worker has room.
 _RETRY_SECONDS = 5
 # VMs that are deleted in one transaction.
 _DELETED_TOGETHER = 24
@@ -53,7 +53,7 @@ async def _create_at_once(api: API, admitted: Admitted, name: str, spec: VMSpec)
     """Create a VM on a worker, or nothing if it would have to wait for one."""
     scheduling = api.parts.scheduling
     is_settled = await scheduling.settle()
-    # What follows is one step of the event loop, so that the worker is still free.
+    # From here to the creation there is no checkpoint, so the worker stays free.
     _check_new(api, name)
     placement = scheduling.planner.placement
     worker = placement.find_worker(spec) if is_settled else None
@@ -107,7 +107,7 @@ def _answer_poll(api: API, request: Request, admitted: Admitted, worker: str) ->
     api.parts.liveness.record_poll(worker, liveness_source(request, admitted))
     table, vms = api.state.json["vm"], api.state.vms_by_worker.get(worker, {})
     if refuses_new_values(request):
-        # A worker that was an instance of a newer version may have VMs that this one has reported as ready.
+        # An older worker may have taken the name of a newer one, and would refuse VMs with the condition `ready`.
         return api.answer_list(dump_json(_without_ready(vms[name]).to_json()) for name in sorted(vms))
     return api.answer_list(table[name] for name in sorted(vms))
 
@@ -118,7 +118,7 @@ def _without_ready(vm: VM) -> VM:
 
 
 async def _list_some(api: API, wanted: VMFilter, after: str, limit: int | None) -> Response:
-    # All of the answer is from the state at this moment.
+    # The whole answer is from the state at this moment.
     headers, table = api.revision_headers(), dict(api.state.json["vm"])
     found = await _select(api, wanted, after, None if limit is None else limit + 1)
     if limit is not None and len(found) > limit:
@@ -190,7 +190,7 @@ async def _delete_all(api: API, admitted: Admitted, vms: Sequence[VM]) -> list[s
 
 
 def _can_notice(api: API, worker: str) -> bool:
-    """Return whether a worker keeps its VMs by itself while the restored state is not accepted."""
+    """Return whether a worker itself keeps its VMs while a restored state is not accepted."""
     registered = api.state.workers.get(worker)
     return registered is not None and WORKER_STATE in registered.capabilities
 
@@ -301,7 +301,7 @@ def report_vm(api: API, request: Request, admitted: Admitted) -> AnyResponse:
 def _report(
     api: API, request: Request, admitted: Admitted, read: Callable[[object, list[str]], VMReport]
 ) -> AnyResponse:
-    """Take over a worker's report. The answer is the VM: existing workers end their session when it is not."""
+    """Apply a worker's report. The answer is the VM: existing workers end their session on any other answer."""
     old = api.find_vm(admitted)
     report = read_body(admitted, read)
     api.put(transitions.report(old, report, api.parts.clock()), old)

@@ -13,7 +13,7 @@ from orchard.handlers.admission import Admitted
 from orchard.net.request import AnyResponse, Query, Request, Stream
 from orchard.state.change_log import Selection, Snapshot, WatchedKind, follow, send_present
 
-# What is shown of so many workers is made in one step, which takes about a millisecond.
+# The JSON of so many workers is made in one step, which takes about a millisecond.
 _WORKERS_PER_STEP = 100
 
 
@@ -60,7 +60,7 @@ async def take_snapshot(api: API, selection: Selection) -> Snapshot:
     with log.collect_workers() as names:
         if "worker" in selection.kinds:
             names.update(dict.fromkeys(state.workers))
-        # Those that change meanwhile are shown again.
+        # Workers that change meanwhile are shown again.
         while names:
             for name, _ in [names.popitem() for _ in range(min(len(names), _WORKERS_PER_STEP))]:
                 if name in state.workers:

@@ -56,7 +56,7 @@ def _register(api: API, wanted: Worker, request: Request, admitted: Admitted) ->
             " give this worker another name, or delete the other worker first",
         )
     liveness = api.parts.liveness
-    # What others than the worker have set, or the controller itself.
+    # The fields that administrators or the controller have set.
     kept = old or replace(wanted, created_at=api.parts.clock(), unknown={}, drain=None, offline_since=None, promised=0)
     new = replace(
         wanted,

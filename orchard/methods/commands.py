@@ -21,7 +21,7 @@ _STDIN_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class CommandResult:
-    """What became of a command: its exit code, and what it wrote. `output` is all of it in the order of its arrival."""
+    """The result of a command: its exit code, and its output as bytes. `output` is both streams in the order of arrival."""
 
     exit_code: int
     output: str = field(repr=False)

@@ -1,4 +1,4 @@
-"""What the methods of all resources share: requests whose answers are objects of schema.py, and paths.
+"""The common part of the methods of all resources: requests whose answers are objects of schema.py, and paths.
 
 The methods themselves are in the files beside this one, and the client in orchard/client.py.
 """
@@ -19,7 +19,7 @@ from orchard.schema import (
 )
 
 JSON = Mapping[str, Any]
-# From the path of a field, with "!" at its end to negate, to a value.
+# Path of a field, with "!" at its end to negate -> value.
 Conditions = Mapping[str, str]
 ShownT = TypeVar("ShownT")
 
@@ -85,7 +85,7 @@ def decode_answers(kind: type[ShownT], raw: Any) -> list[ShownT]:
 def url_path(*segments: str) -> str:
     """Return a path from its segments, which may hold any characters. Raises ValueError for an empty one."""
     if "" in segments:
-        # The path of all objects, and not of one.
+        # With an empty name it would be the path of all objects.
         raise ValueError(f"a name is empty, expected one of {segments[0]}")
     return "".join("/" + quote(segment, safe="") for segment in segments)
 

@@ -1,4 +1,4 @@
-"""Answers that are lines of JSON and may be endless: reading one, and going on with another one where it has ended."""
+"""Answers that are lines of JSON and may be endless: reading them, and resuming with another request after an end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orchard.net.urls import SERVER_ERRORS
 
 # The longest line, which holds a whole VM.
 _MAX_LINE_BYTES = 64 * 1024 * 1024
-# Between two attempts to connect again, and for all of them.
+# The first and the longest pause between attempts to reconnect, and the time for all attempts.
 _FIRST_PAUSE, _LAST_PAUSE = 0.1, 5.0  # seconds
 _RESUME_SECONDS = 600.0
 
@@ -67,10 +67,10 @@ class Absence:
 
 
 class ResumingLines:
-    """The lines of an endless answer. When it ends or its connection is lost, another request goes on after the last line.
+    """The lines of an endless answer. When it ends or its connection is lost, another request resumes after the last line.
 
-    `make_query` returns the query parameters of the next request. `refuse` says what follows from the refusal of a
-    request after the first one. `may_end`: an answer without a line that ends is the end, too. Use it as an
+    `make_query` returns the query parameters of the next request. `refuse` decides what follows when a request after the
+    first one is refused. `may_end`: an answer that ends without a line is the end of the lines, too. Use it as an
     asynchronous context manager, which raises what the first request raises.
     """
 
@@ -88,7 +88,7 @@ class ResumingLines:
         self._make_query = make_query
         self._refuse = refuse
         self._may_end = may_end
-        # Holds the connection.
+        # Holds the open connection.
         self._stack = AsyncExitStack()
         self._lines: JSONLines | None = None
         # Whether the present answer had a line.
@@ -108,7 +108,7 @@ class ResumingLines:
 
         Raises ConnectError if the server cannot be reached for ten minutes.
         """
-        # It may have been connected for long before.
+        # A new absence: the lines may have come for long before.
         absence = Absence()
         while True:
             try:

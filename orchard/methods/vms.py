@@ -36,7 +36,7 @@ from orchard.schema import VM, Event, VMSpec
 _PAGE_EVENTS = 1000
 # How long one request waits for a VM. Proxies cut off answers that take half a minute.
 _WAIT_SECONDS = 20
-# Of a script that `run` runs.
+# The most output of a script that `run` runs.
 _MAX_OUTPUT_BYTES = 16 * 1024 * 1024
 
 WaitCondition = Literal["running", "ready", "failed", "stopped", "deleted"]
@@ -144,7 +144,7 @@ class VMs(ResourceMethods):
         return list_of_names(await self._transport.request("DELETE", "/vms", query=query), "deleted")
 
     async def restart(self, name: str) -> VM:
-        """Have a VM's worker end the VM and start it anew from its image, whatever its restart policy. Return the VM.
+        """Request that a VM is ended and started anew from its image, whatever its restart policy. Return the VM.
 
         Raises ResponseError: 404, and 412 for a pending VM or a worker that cannot do it.
         """
@@ -188,7 +188,7 @@ class VMs(ResourceMethods):
                     await self._raise_failure(name)
                     raise
                 if trio.current_time() - asked >= max(wait, error.retry_after or 0):
-                    # The controller itself has waited.
+                    # The controller has answered after it has waited, so it is not absent.
                     absence = Absence()
                     continue
                 absence.bear(error)
@@ -265,7 +265,7 @@ class VMs(ResourceMethods):
             return {key: value for key, value in given.items() if value}
 
         def refuse(error: ResponseError) -> AfterRefusal:
-            # The VM was deleted, or its name belongs to another one, of which there is no such cursor.
+            # The VM was deleted, or its name belongs to another VM, which does not have the cursor.
             is_over = error.status == 404 or (error.status == 400 and after != cursor)
             return "end" if is_over else "raise"
 

@@ -1,4 +1,4 @@
-"""The watch of all VMs and workers, which a client goes on with after each end of its connection.
+"""The watch of all VMs and workers, which a client resumes when its connection has ended.
 
 The controller keeps changes for a while, so that a watch resumes after the last revision that it saw. Otherwise (410)
 it begins with a new list. `WatchReader` compares that with the objects that it knows, and makes changes of the
@@ -44,7 +44,7 @@ class WatchReader:
         self._query = query
         self._revision = ""
         self._known: dict[_Key, VM | Worker] = {}
-        # What the present list has had so far; None after its end.
+        # The objects in the present list so far; None after its end.
         self._listed: set[_Key] | None = None
         self._is_synced = False
 
@@ -86,7 +86,7 @@ class WatchReader:
             yield WatchedChange("SYNCED")
 
     def _apply(self, change: str, kind: Any, item: VM | Worker) -> Iterator[WatchedChange]:
-        """Yield what is new in a change. An answer may repeat lines of a transaction that the one before had begun."""
+        """Yield the change unless it was applied before: an answer may repeat lines of a transaction that was cut off."""
         key = (kind, item.name)
         old = self._known.get(key)
         if change == "DELETED":

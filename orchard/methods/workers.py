@@ -44,14 +44,14 @@ class Workers(ResourceMethods):
         await self._transport.request("POST", "/rpc/goodbye", query={"workerName": name})
 
     async def pause(self, name: str, *, paused: bool = True) -> Worker:
-        """Have the scheduler assign no more VMs to a worker, or with `paused=False` assign some again.
+        """Pause the scheduling of a worker, which gets no new VMs then, or with `paused=False` resume it.
 
         Raises ResponseError: 404.
         """
         return await self.put(name, {"scheduling_paused": paused})
 
     async def drain(self, name: str, *, deadline_seconds: int = 0, now: bool = False) -> Worker:
-        """Have the scheduler assign no more VMs to a worker, and end its VMs at a deadline. Return the worker.
+        """Pause the scheduling of a worker, and end its VMs at a deadline. Return the worker.
 
         `deadline_seconds` counts from now (0: there is no deadline), and `now` ends the VMs at once. A VM with the
         restart policy OnFailure is started elsewhere. Raises ResponseError: 404, 412.
@@ -60,7 +60,7 @@ class Workers(ResourceMethods):
         return await self._fetch(Worker, "POST", url_path("workers", name, "drain"), json=body)
 
     async def undrain(self, name: str) -> None:
-        """Cancel a drain, and have the scheduler assign VMs to the worker again. Raises ResponseError: 404."""
+        """Cancel a drain, and resume the scheduling of the worker. Raises ResponseError: 404."""
         await self._transport.request("DELETE", url_path("workers", name, "drain"))
 
     async def delete(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What the controller knows of the cluster as a whole, and of a worker's host; their JSON.
+"""Data about the cluster as a whole and about a worker's host, and their JSON.
 
 `ClusterIdentity` and `Promise` are stored beside the resources of schema.py, and no client writes them. `Health`,
 `WorkerDisk`, `Versions`, `CachedImage` and `ImagePull` are reported by workers with their heartbeats and kept in
@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from orchard.codec import attr, unknown_fields
 
-# Of one worker. A report is cut to these, since a refused heartbeat would end the worker's session.
+# Limits of one worker's report. A report is cut, because a refused heartbeat would end the worker's session.
 MAX_PROBLEMS = 20
 MAX_PROBLEM_TEXT = 300  # characters
 _MAX_WHAT = 32  # characters
@@ -23,18 +23,18 @@ _MAX_WHAT = 32  # characters
 WORKER_STATE = "worker-state"
 # The capability of a worker that ends a request on `{"cancelRequestAction": {"session": S}}`.
 CANCEL_REQUEST = "cancel-request"
-# The capability of a worker that ends a VM which the controller has marked as failed and reports its end, and of one
-# that reports the condition `ready`. Those of a controller that knows of this.
+# The capabilities of a worker that ends a VM which the controller has marked as failed and reports its end, and of one
+# that reports the condition `ready`; also of a controller that supports this.
 VM_RESTART, VM_READY = "vm-restart", "vm-ready"
 # The capabilities of a worker that runs shutdown scripts, and of one that runs scripts by the guest agent.
 SHUTDOWN_SCRIPT, GUEST_AGENT = "shutdown-script", "guest-agent"
 
 # The capability of a worker that reports images and pulls those of `prepull`, and of a controller that shows them.
 IMAGE_INVENTORY = "image-inventory"
-# Of one worker. A report is cut to these, too.
+# Limits of one worker's list. A longer list is cut, too.
 MAX_IMAGES = 200
 MAX_IMAGE_NAME = 512  # characters
-# Of a cluster.
+# The most webhooks of a cluster.
 MAX_WEBHOOKS = 10
 _MAX_DIGEST, _MAX_VERSION = 256, 128  # characters
 

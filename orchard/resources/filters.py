@@ -20,7 +20,7 @@ from orchard.codec import MalformedError, shown
 from orchard.schema import METADATA_KEY, NAME, VM, Status
 
 PATHS = ("worker", "status", "image", "name", "createdBy", "metadata.KEY", "label.KEY")
-# Conditions of one filter. Each is tested for each VM.
+# The most conditions of one filter. Each is tested for each VM.
 MAX_CONDITIONS = 64
 _CONDITION = re.compile(r"(\w+)(?:\.([^=]*?))?(!?)=(.*)", re.DOTALL)
 _PERCENT_ENCODED = re.compile(r"%[0-9A-Fa-f]{2}")
@@ -36,7 +36,7 @@ _MAPS: dict[str, Callable[[VM], Mapping[str, str]]] = {
     "metadata": attrgetter("spec.metadata"),
     "label": attrgetter("spec.labels"),
 }
-# What the value of some paths must match, and in words.
+# The patterns of the values of some paths, and their descriptions.
 _VALUES: dict[str, tuple[re.Pattern[str], str]] = {
     "status": (re.compile("|".join(get_args(Status))), f"one of {', '.join(get_args(Status))}"),
     "worker": (NAME, "the name of a worker"),
@@ -82,7 +82,7 @@ class VMFilter:
 
     @cached_property
     def _tests(self) -> list[Callable[[VM], bool]]:
-        # Polls of workers, which are most filters, need none.
+        # Computed late, because the polls of workers, which are most filters, need no test.
         return [_test_of(condition) for condition in self.conditions]
 
     def matches(self, vm: VM) -> bool:

@@ -1,8 +1,8 @@
-"""Resources to the JSON that is stored and shown, and back, by the short way: each start and each change takes it.
+"""A fast conversion of resources to the JSON that is stored and shown, and back. Each start and each change uses it.
 
-The codec (codec.py) reads any JSON, and decides what is right and what an error says. Here only such JSON is read as this
-product writes, and `decode_stored` has the codec look at any other. `members` writes what `codec.encode` and
-`codec.dump_json` write.
+The codec (codec.py) reads any JSON, and decides what is valid and what an error says. This file reads only JSON in the
+form that this product writes, and `decode_stored` passes any other to the codec. `members` writes the same text as
+`codec.encode` and `codec.dump_json`.
 
 For each class, a function that reads its fields and one that writes them are composed as source text, a few lines for
 each field, and compiled once: a loop over the declarations takes twice as long (./run bench start).

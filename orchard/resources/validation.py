@@ -1,4 +1,4 @@
-"""What clients and workers send, made into resources: reading and the rules for single objects. Pure functions.
+"""The reading of resources that clients and workers send, and the rules for single objects. Pure functions.
 
 Functions named `..._from_client` and `report_from_worker` take parsed JSON and raise codec.ValidationError. They
 append the unknown fields to a list, as by codec.add_unknown. The resources themselves are in schema.py; transitions.py
@@ -58,13 +58,13 @@ from orchard.schema import (
     Worker,
 )
 
-# Characters. A machine_id is any text; those of existing workers have at most a hundred.
+# The most characters of a machine_id, which is any text; those of existing workers have at most a hundred.
 MAX_MACHINE_ID = 1024
 _MAX_CAPABILITIES = 64
 _ACCOUNT_LISTS = frozenset({"authorizedKeys", "roles"})
 # Characters of a new token. A shorter one than LONG_TOKEN may be guessed.
 _SHORTEST_TOKEN, LONG_TOKEN = 8, 16
-# Of a webhook: characters of its secret and its URL.
+# Limits of a webhook: characters of its secret and its URL.
 _SHORTEST_SECRET, _LONGEST_SECRET = 16, 256
 _MAX_URL = 2048
 # Types of public keys, and the number of fields of each. The longest key is one of RSA with 16,384 bits.
@@ -78,7 +78,7 @@ _KEY_FIELDS = {
     "sk-ecdsa-sha2-nistp256@openssh.com": 4,
 }
 _MAX_KEY = 4096  # characters
-# Of one request.
+# The most events of one request.
 MAX_EVENTS = 10_000
 # Characters of texts that workers report. Longer ones are cut, since a worker stumbles over a refusal.
 MAX_PAYLOAD = 64 * 1024
@@ -87,7 +87,7 @@ MAX_REPORTED = 4096
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 _CONDITION_TYPES = get_args(ConditionType)
-# What a report of an old worker says, and about which run of the VM.
+# The fields of an old worker's report, with those that name the run of the VM.
 _OLD_REPORT = ("uid", "restart_count", "status", "status_message", "image_fqn")
 _SOFTNET = frozenset({"netSoftnet", "net-softnet"})
 # Transports of a startup script that mean the same.
@@ -489,7 +489,7 @@ def _checked_webhooks(webhooks: Iterable[Webhook], old: Iterable[Webhook]) -> It
     for index, webhook in enumerate(webhooks):
         where, url = f"webhooks[{index}]", webhook.url
         if not _is_webhook_url(url):
-            # It may hold a password.
+            # The message does not show the URL, which may hold a password.
             raise MalformedError(
                 f"{where}.url is not an http:// or https:// URL with a host, without user name and fragment, in at most"
                 f" {_MAX_URL} printable ASCII characters"

@@ -1,5 +1,5 @@
-"""A worker's heartbeats: `last_seen`, the leases that they renew, the health and the facts of the host that they carry,
-and pauses and log lines between attempts to connect.
+"""A worker's heartbeats: `last_seen`, the leases that they renew, and the health and facts of the host that they carry.
+Also the pauses and log lines between attempts to connect.
 
 Each heartbeat that the controller answers renews leases: the driver is told until when those VMs may run that the
 controller would start elsewhere after this worker goes offline. That time is counted from the sending of the heartbeat
@@ -47,7 +47,7 @@ from orchard.vm.images import LIST_SECONDS, ImageCache
 
 # The longest time between two heartbeats. It is shorter if the controller's offline timeout is shorter than usual.
 _HEARTBEAT_SECONDS = 15.0
-# Between two heartbeats of which the second has something new to tell.
+# The least pause before a heartbeat with something new to report.
 _LEAST_PAUSE = 1.0  # seconds
 # The controller's offline timeout if it does not tell its own, in seconds.
 _DEFAULT_OFFLINE_TIMEOUT = 180.0
@@ -63,13 +63,13 @@ _JITTER = 0.5
 _LAST_PERMANENT_PAUSE = 20.0  # seconds
 # A bootstrap token carries the certificate of its controller.
 _TRUST_REMEDY = "start the worker with a new bootstrap token of this controller: orchard bootstrap-token ACCOUNT"
-# Between two log lines about the same failure.
+# The least interval of log lines about the same failure.
 _LOG_SECONDS = 60.0
-# Between two looks at the disk and at the version of the hypervisor command.
+# Interval of checking the disk and the version of the hypervisor command.
 _HOST_SECONDS = 15.0
 # The images are sent again within this time after the beginning of a session.
 _SPREAD_SECONDS = 60.0
-# These may not be tried again, so a failure of them is forgotten after a while.
+# Operations that may not be tried again, so their failures are forgotten after a while.
 _PASSING: frozenset[Trouble] = frozenset({"pull", "clone", "start", "supervisor", "hostDirs"})
 _PASSING_SECONDS = 600.0
 
@@ -97,7 +97,7 @@ class LastSeenClock:
 
     def now(self) -> datetime.datetime:
         now = datetime.datetime.fromtimestamp(self._clock(), datetime.UTC)
-        # There is no time later than the end of the calendar.
+        # A datetime cannot be later than the end of the calendar.
         self._last = max(now, min(self._last, self._END - self._STEP) + self._STEP)
         return self._last
 
@@ -115,7 +115,7 @@ class Lease:
     def __init__(self, driver: Driver, clock: Callable[[], float]) -> None:
         """`clock` returns seconds on the driver's clock for leases (`supervisor.clock`)."""
         self.now = clock
-        # The controller's, in seconds.
+        # The controller's offline timeout, in seconds.
         self._offline_timeout = _DEFAULT_OFFLINE_TIMEOUT
         self._driver = driver
         # When the last heartbeat was sent that the controller answered.
@@ -162,10 +162,10 @@ class Lease:
 
 
 class HealthLog:
-    """What this worker fails at, as its heartbeats tell the controller.
+    """The failures of this worker, as its heartbeats report them to the controller.
 
-    `changed` is called when there is something new to tell. A problem ends when what failed succeeds. Some end by
-    themselves after a while, since the same thing may not be tried again.
+    `changed` is called when there is something new to report. A problem ends when the failed operation succeeds. Some end
+    by themselves after a while, because the same operation may not be tried again.
     """
 
     def __init__(self, clock: Callable[[], float], changed: Callable[[], None]) -> None:
@@ -207,7 +207,7 @@ class HostReport:
         self._spread = _SPREAD_SECONDS * zlib.crc32(worker.encode()) / 2**32
         self._disk: WorkerDisk | None = None
         self._versions = bounded_versions(Versions(__version__, "", os_version()))
-        # What the controller has acknowledged in this session.
+        # The versions that the controller has acknowledged in this session.
         self._sent_versions: Versions | None = None
         # The images that the controller has acknowledged, when they were sent, and when it may have forgotten them.
         self._sent: tuple[CachedImage, ...] | None = None
@@ -243,7 +243,7 @@ class HostReport:
     def _is_due(self, images: tuple[CachedImage, ...]) -> bool:
         now = trio.current_time()
         if images == self._sent or now < self._sent_at + LIST_SECONDS:
-            # When a VM was last made from an image is not worth a report of its own.
+            # A new time of an image's last use alone is not reported.
             return now >= self._send_again_at or _contents(images) != _contents(self._sent)
         return True
 
@@ -293,7 +293,7 @@ class Heartbeats:
         self._due.set()
 
     async def run(self) -> None:
-        """Send heartbeats, and one at once when there is something new to tell. Raises ClientError."""
+        """Send heartbeats, and one at once when there is something new to report. Raises ClientError."""
         while True:
             with trio.move_on_after(self._lease.heartbeat_seconds):
                 await self._due.wait()

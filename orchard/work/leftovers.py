@@ -1,10 +1,10 @@
-"""Local VMs that the controller does not want on this worker: whose they are, and their removal.
+"""Local VMs that the controller does not want on this worker: to which worker they belong, and their removal.
 
-Only VMs with Orchard's prefix concern a worker. A local VM that the controller has under the name of another worker is
-left alone: two workers may share a host, and a worker may have been given another name. Everything else that is not
-wanted is stopped and deleted, in the background and for as long as that takes, so that a VM which cannot be removed
-holds up no other one. A guest that has ended occupies no slot, even if its VM cannot be deleted. A guest that runs runs
-the shutdown script before, which an earlier worker has noted.
+A worker ignores VMs without Orchard's prefix. A local VM that the controller has under the name of another worker is
+left alone: two workers may share a host, and a worker may have been given another name. Every other unwanted VM is
+stopped and deleted in a task of its own, however long that takes, so that a VM which cannot be removed delays no other
+one. A guest that has ended occupies no slot, even if its VM cannot be deleted. A running guest first runs the shutdown
+script that an earlier worker has noted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from orchard.vm.instance_state import Note
 from orchard.vm.shutdown import shut_down
 
 _LOCAL_NAME = re.compile(LOCAL_PREFIX + r"(.+)-([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})-([0-9]{1,9})")
-# Between two attempts to remove a VM: the first and the longest pause.
+# The first and the longest pause between attempts to remove a VM.
 _REMOVE_AGAIN_SECONDS, _LAST_REMOVE_SECONDS = 5.0, 300.0
 
 _logger = logging.getLogger("orchard.worker")

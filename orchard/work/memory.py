@@ -1,4 +1,4 @@
-"""What a worker keeps in its directory: its identity, and the newest state of the cluster that it was shown.
+"""Two files in a worker's directory: its identity, and the newest state of the cluster that it has seen.
 
 The identity tells a worker that was given another name from another worker. The newest state is a cluster's id and the
 highest revision in the controller's answers. A lower one later means that the controller was restored from an older
@@ -25,7 +25,7 @@ _logger = logging.getLogger("orchard.worker")
 
 def read_instance_id(directory: Path) -> str:
     """Return the identity of the workers in a directory. It is made at the first call. Raises OSError."""
-    # Not there on Windows, where no worker runs.
+    # Windows has no fcntl, and no worker runs there.
     import fcntl
 
     make_private(directory)
@@ -64,7 +64,7 @@ class ClusterMemory:
                         self.cluster_id, self.highest = cluster_id, highest
 
     def observe(self, cluster_id: str, revision: int) -> None:
-        """Note what the controller shows: its cluster's id and a revision. Both are empty if it shows none."""
+        """Note the cluster's id and the revision that the controller shows. Both are empty if it shows none."""
         if not cluster_id or not revision:
             self.is_restored = False
             return

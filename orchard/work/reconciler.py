@@ -1,4 +1,4 @@
-"""The VMs on a worker's host: made what the controller wants, and adopted from an earlier worker.
+"""The reconciler: makes the VMs on a host what the controller wants, and adopts those of an earlier worker.
 
 `Reconciler.sync` compares the VMs that the controller assigned to this worker with the instances here; SYNC_ACTIONS has
 the action for each pair of states. `sync` only starts actions and does not wait for them. Instances that have to end
@@ -33,11 +33,11 @@ from orchard.work.memory import ClusterMemory
 from orchard.work.reports import VMReports
 from orchard.work.slots import Slots
 
-# Between two syncs for which nothing asked, in case a notification was lost.
+# Interval of syncs without a notification, which may have been lost.
 _SYNC_SECONDS = 5.0
-# Between two attempts to list the local VMs: the first and the longest pause.
+# The first and the longest pause between attempts to list the local VMs.
 _LIST_AGAIN_SECONDS, _LAST_LIST_SECONDS = 1.0, 15.0
-# VMs that a message names.
+# The most VMs that a message names.
 _MAX_NAMED = 3
 VM_LOST = "lost: the worker was restarted, and the VM does not run any more"
 
@@ -49,7 +49,7 @@ SYNC_ACTIONS: Mapping[tuple[SyncState, SyncState], SyncAction] = {
     ("absent", "absent"): "none",
     ("absent", "pending"): "create",
     ("absent", "running"): "lost",
-    # It failed before anything was done for it here, or it has ended here and an earlier worker did not report that.
+    # The VM failed before it existed here, or it has ended here and an earlier worker did not report that.
     ("absent", "failed"): "tell ended",
     ("pending", "absent"): "remove",
     ("pending", "pending"): "report",
@@ -92,7 +92,7 @@ class Reconciler:
         self.instances: dict[str, Instance] = {}
         self.reports = VMReports(client, self.instances, chance)
         self.sync_due = Wakeup()
-        # Set when the VMs of an earlier worker are dealt with.
+        # Set when the VMs of an earlier worker are adopted or being removed.
         self.adopted = trio.Event()
         self.worker = worker.name
         self._client = client
@@ -133,9 +133,9 @@ class Reconciler:
     # -- VMs of an earlier worker
 
     async def settle(self, nursery: trio.Nursery) -> None:
-        """Deal with the VMs that an earlier worker left, and sync. Raises RefusedError, ClientError.
+        """Adopt or remove the VMs that an earlier worker left, and sync. Raises RefusedError, ClientError.
 
-        While the local VMs cannot be listed, it tries again, and says so in the messages of VMs that wait here.
+        While the local VMs cannot be listed, it retries, and gives that as the reason in the messages of VMs that wait here.
         """
         while self._memory.is_restored and not await self._hold_back():
             with trio.move_on_after(_SYNC_SECONDS):
@@ -178,7 +178,7 @@ class Reconciler:
         return [local for local in await self._driver.list_vms() if local.name.startswith(LOCAL_PREFIX)]
 
     async def _adopt(self, nursery: trio.Nursery) -> None:
-        """Deal with the VMs that an earlier worker left: adopt running ones, keep those at rest, remove all others.
+        """Adopt the running VMs that an earlier worker left, keep those at rest, and remove all others.
 
         Raises RefusedError, DriverError, ClientError.
         """

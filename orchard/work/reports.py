@@ -1,4 +1,4 @@
-"""What a worker tells the controller of its VMs: their states, the output of their scripts, and which of them ended.
+"""A worker's reports about its VMs: their states, the output of their scripts, and VMs that have ended.
 
 `VMReports.run` reports each instance as soon as it changes. The reconciler says when the controller has to be told
 again, or of a VM that has no instance here.
@@ -34,13 +34,13 @@ class VMReports:
         self._client = client
         self._instances = instances
         self._chance = chance
-        # Of the controller.
+        # The controller's capabilities.
         self._capabilities: Collection[str] = ()
         # When the controller first saw this worker.
         self._created_at: datetime.datetime | None = None
 
     def begin_session(self, capabilities: Collection[str], created_at: datetime.datetime | None) -> None:
-        """Note what the controller can do, and when it first saw this worker."""
+        """Note the controller's capabilities, and when it first saw this worker."""
         self._capabilities, self._created_at = capabilities, created_at
 
     async def run(self) -> None:
@@ -63,7 +63,7 @@ class VMReports:
         except ResponseError as error:
             if error.status >= 500:
                 raise
-            # With 404 the VM was deleted or is another instance now, as the next sync will find.
+            # 404: the VM was deleted or is another instance now, which the next sync will find.
             if error.status != 404:
                 extra = {"vm": instance.vm.name, "reason": error.message}
                 _logger.error("controller rejected a VM report", extra=extra)
@@ -120,7 +120,7 @@ class VMReports:
     # -- VMs without an instance
 
     async def explain(self, vms: Iterable[VM], reason: str) -> None:
-        """Report to each VM that waits on this worker why it does. Raises ClientError."""
+        """Report the reason for each VM that waits on this worker. Raises ClientError."""
         for vm in vms:
             if vm.state.status == "pending":
                 await self._send_status(vm, "pending", f"waiting: its worker cannot list its VMs: {reason}")

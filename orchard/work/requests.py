@@ -33,15 +33,15 @@ _FORWARD_PATH = "/rpc/port-forward"
 _PORTS = range(1, 65536)
 # Pings in a tunnel only serve to notice a controller that vanished.
 _HEARTBEATS_PER_PING = 2
-# For a port of a VM to accept a connection.
+# Limit for a port of a VM to accept a connection.
 _CONNECT_SECONDS = 10.0
 # Each tunnel has two sockets, and buffers half a MiB for each direction whose reader is slow.
 _MAX_TUNNELS = 4096
-# In progress at once: as many tunnels as there may be, and as many refusals and addresses.
+# The most requests in progress: as many tunnels as there may be, and as many refusals and addresses.
 _MAX_REQUESTS = 2 * _MAX_TUNNELS
-# Of one VM, so that those who may reach one VM cannot keep others from theirs.
+# The most requests for one VM, so that clients of one VM cannot keep others from theirs.
 _MAX_VM_REQUESTS = 512
-# For a worker that was just started to find its VMs. The controller's clients have deadlines of their own.
+# Limit for a worker that was just started to find its VMs. The controller's clients have deadlines of their own.
 _ADOPTION_SECONDS = 60.0
 
 _logger = logging.getLogger("orchard.worker")
@@ -79,13 +79,13 @@ class RequestHandler:
         self._driver = driver
         self._vms = vms
         self._lease = lease
-        # Open, or being opened.
+        # The number of tunnels that are open or being opened.
         self._tunnels = 0
-        # In progress, by the uid of the VM; "" is this host.
+        # The requests in progress by the uid of the VM; "" is this host.
         self._requests: Counter[str] = Counter()
-        # Of requests that are not fulfilled yet, by their sessions.
+        # The scopes of requests that are not fulfilled yet, by their sessions.
         self._scopes: dict[str, trio.CancelScope] = {}
-        # By local names.
+        # By the VMs' local names.
         self._look_ups: dict[str, _LookUp] = {}
 
     def start(self, action: Mapping[str, Any], nursery: trio.Nursery) -> None:
