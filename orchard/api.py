@@ -1,4 +1,4 @@
-"""The REST API: admission of requests, and what their answers have in common.
+"""The REST API: admission of requests, and the common part of their answers.
 
 `API.admit` sees a request before its body is read. It finds the operation, a row of the table in operations.py, and
 checks the credentials. `API.handle` then lets the operation's handler answer.
@@ -65,7 +65,7 @@ from orchard.tunnel import Rendezvous, VMAccess
 
 # How often a read is tried when the state that it is based on could not be made durable.
 _READ_ATTEMPTS = 3
-# Bytes of JSON whose reading takes some milliseconds. It goes on in a thread if there are more.
+# Bytes of JSON whose reading takes some milliseconds. Larger bodies are read in a thread.
 _LARGE = 16 * 1024
 
 StoredT = TypeVar("StoredT", VM, Worker, ServiceAccount, ClusterSettings, ClusterIdentity)
@@ -105,7 +105,7 @@ class ControllerParts:
 
 
 class API:
-    """What the handlers have in common: admission, reading of bodies, durable answers."""
+    """The common part of all handlers: admission, reading of bodies, durable answers."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class API:
         self.parts = parts
         self.store = parts.store
         self.state = parts.store.state
-        # Several threads would delay all other requests together, since only one of them runs Python at a time.
+        # One thread: only one thread runs Python at a time, so several would delay all other requests for longer.
         self._parsing = trio.CapacityLimiter(1)
         # The highest revision whose loss was accepted since the start.
         self.accepted_revision = 0
@@ -160,7 +160,7 @@ class API:
             raise without_challenge(request, http_error(error)) from error
 
     def _admit_sender(self, operation: APIOperation, name: str, sender: ServiceAccount | Access) -> Admitted:
-        """Return what a sender is admitted to. Raises HTTPError."""
+        """Return the admission of a sender to an operation. Raises HTTPError."""
         account = sender.account if isinstance(sender, Access) else sender.name
         try:
             if isinstance(sender, Access):
@@ -185,7 +185,7 @@ class API:
             raise http_error(error) from error
 
     def refuse_all(self) -> HTTPError | None:
-        """Return what is sent in place of every answer while another controller may lead; None while this one does."""
+        """Return the error that replaces every answer while another controller may lead; None while this one leads."""
         return None if self.store.may_answer() else not_leading()
 
     async def handle(self, request: Request, admitted: Admitted) -> AnyResponse:
@@ -225,7 +225,7 @@ class API:
             try:
                 await self.store.wait_durable()
             except PRODUCT_ERRORS as error:
-                # The changes that the answer is based on were undone. A read can be done again.
+                # The changes on which the answer is based were undone. A read can be repeated.
                 if attempts:
                     continue
                 raise http_error(error) from error
@@ -234,7 +234,7 @@ class API:
                 refused.headers = (*refused.headers, *remarks.headers())
                 raise refused from refusal
             if isinstance(answer, Response) and isinstance(answer.body, bytes) and answer.body:
-                # A terminal shows its prompt on a line of its own.
+                # So that a terminal shows its prompt on a line of its own.
                 answer.body += b"\n"
             if remarks and isinstance(answer, Response | Stream):
                 answer.headers = (*answer.headers, *remarks.headers())
@@ -286,7 +286,7 @@ class API:
         return Response(200, pieces, self.revision_headers() if headers is None else headers, separator=b",")
 
     def revision_headers(self) -> HeaderPairs:
-        """Return the headers that say of which state a list is."""
+        """Return the headers with the revisions of a list's state."""
         log = self.store.log
         return (("X-Stored-Revision", str(self.state.revision)), ("X-Revision", log.revision(log.last)))
 
@@ -296,7 +296,7 @@ class API:
         return Response(200)
 
     def roles(self, admitted: Admitted) -> tuple[Role, ...]:
-        """Return what the sender of a request may do: everything where no credentials are asked for."""
+        """Return the roles of a request's sender: all roles where no credentials are asked for."""
         if self.parts.gate is None:
             return auth.ROLES
         account = self.state.accounts.get(admitted.account)

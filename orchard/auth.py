@@ -1,4 +1,4 @@
-"""Accounts, roles and tokens: what an account may do, and what proves who sends a request. No I/O.
+"""Accounts, roles and tokens. No I/O.
 
 decisions/gate.py finds the account that sends a request. `require` checks that the account has the role that an operation needs.
 A role does not include another one, except as IMPLIED says.
@@ -22,7 +22,7 @@ from orchard.schema import Role, ServiceAccount
 ROLES: tuple[Role, ...] = get_args(Role)
 # The second role includes the first one: an account that may change VMs may connect to them.
 IMPLIED: Mapping[Role, Role] = {"compute:connect": "compute:write"}
-# What an account needs to issue VM access tokens, and to keep for as long as they are valid.
+# The role that an account needs to issue VM access tokens, and must keep for as long as they are valid.
 ISSUER_ROLE: Role = "compute:write"
 BOOTSTRAP_ADMIN = "bootstrap-admin"
 # The user name with which an SSH client sends an access token as its password.

@@ -1,4 +1,4 @@
-"""The client for programs that do not run trio: the methods of `orchard.client.Client`, which block.
+"""The client for programs that do not run trio: the methods of `orchard.client.Client`, made to block.
 
     from orchard.blocking import open_client
 
@@ -47,7 +47,7 @@ class Portal:
         self._ready = threading.Event()
         self._stop: trio.Event
         self._token: trio.lowlevel.TrioToken
-        # For the tasks that hold asynchronous context managers open.
+        # Holds the tasks that keep asynchronous context managers open.
         self._holding: trio.Nursery
         self._thread = threading.Thread(target=trio.run, args=(self._main,), name="orchard", daemon=True)
 

@@ -78,14 +78,14 @@ __all__ = [
     "WatchedChange",
 ]
 
-# For opening a connection, TCP and TLS together.
+# Limit for opening a connection, TCP and TLS together.
 _CONNECT_SECONDS = 10.0
-# For the whole answer to a request.
+# Limit for the whole answer to a request.
 _ANSWER_SECONDS = 60.0
 # The longest message of a worker's watch, which holds one action.
 _MAX_ACTION_BYTES = 64 * 1024
 
-# Different warnings that are logged. A worker repeats its requests for ever, and with them their warnings.
+# The most different warnings that are logged, each once: a worker repeats its requests, and so their warnings, for ever.
 _MAX_WARNINGS = 256
 
 _logger = logging.getLogger("orchard.client")
@@ -129,7 +129,7 @@ class Client(Transport):
             answer_seconds=answer_seconds,
             connect=connect,
         )
-        # What was logged already.
+        # Warnings that were logged already.
         self._warnings: set[str] = set()
         self.vms = VMs(self)
         self.workers = Workers(self)
@@ -193,7 +193,7 @@ class Client(Transport):
         return decode_answer(Capacity, (await self.request("GET", "/capacity", query=query)).json())
 
     async def history(self, *, since: datetime.datetime | None = None, limit: int | None = None) -> Sequence[EndedVM]:
-        """Return what became of VMs that were deleted, the earliest first: the last `limit`, or the first ones `since` then.
+        """Return the history of deleted VMs, the earliest first: the last `limit` VMs, or the first ones from `since` on.
 
         `since` is a time with a time zone. The controller keeps 10,000 VMs.
         """
@@ -211,9 +211,9 @@ class Client(Transport):
         """Follow all VMs and workers for the time of an `async with` block.
 
         The block gets an iterator of `WatchedChange`: ADDED for each object that there is, SYNCED, and then each
-        change. It does not end. After a lost connection it goes on where it was; if the controller does not keep what
-        came meanwhile, it yields the differences as changes. It raises ConnectError when there is no connection for ten
-        minutes. Of the VMs, those are shown that match the filter (see `VMs.list`). Raises ResponseError: 400.
+        change. It does not end. After a lost connection it resumes; if the controller no longer keeps the changes
+        meanwhile, it yields the differences as changes. It raises ConnectError when there is no connection for ten
+        minutes. Only VMs that match the filter are shown (see `VMs.list`). Raises ResponseError: 400.
         """
         return watch_all(self, {"kinds": ",".join(kinds), **filter_query(filter)})
 

@@ -62,15 +62,15 @@ OPTIONAL = (types.UnionType, typing.Union)
 # the expensive per-value checks run only on texts that match.
 _ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER = b"0" * _MAX_DIGITS
-# Escapes of complete surrogate pairs begin so, too.
+# The beginnings of escapes of surrogates, also of complete pairs.
 _SURROGATES = (b"\\ud", b"\\uD")
-# Bytes of a text that say nothing about the number of its values.
+# Bytes of a text that do not matter for counting its values.
 _NOT_COUNTED = bytes(set(range(256)) - set(b'",[{'))
-# Strings of a client's text that hold one of these bytes. A text with more of them is taken for one with too many values.
+# Strings with one of these bytes that a client's text may have. A text with more is refused as having too many values.
 _MAX_SPLIT = 200_000
 
 _CONTAINERS = frozenset([list, dict])
-# The types of values that are the same in JSON.
+# The types whose values are the same in JSON.
 _JSON_TYPES = frozenset([str, int, bool, dict])
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
@@ -145,7 +145,7 @@ def attr(
     `zero` is the field's value when it is absent; a field without a zero is required. `writer` is who sets the field:
     "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
     has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a
-    deprecated second name of the field in JSON. A whole number above `maximum`, where it is given, breaks a rule. The
+    deprecated second name of the field in JSON. A whole number above a given `maximum` breaks a rule. The
     value of a `secret` field is neither in the repr() nor in errors.
     """
     required = zero is dataclasses.MISSING
@@ -208,7 +208,7 @@ def parse_client_json(body: bytes) -> Any:
 
 
 def count_values(body: bytes) -> int:
-    """Return a number that a JSON text's values do not exceed, without parsing it: its commas and opening brackets.
+    """Return an upper bound of the number of values in a JSON text, without parsing it: its commas and opening brackets.
 
     Those in strings are not counted, unless there are very many.
     """
@@ -399,7 +399,7 @@ def decode_from_client(
 
 
 def decode_array_from_client(cls: type[ResourceT], raw: object, unknown: list[str], most: int) -> list[ResourceT]:
-    """Make instances of `cls` from a JSON array of at most so many. Raises as `decode_from_client` does."""
+    """Make instances of `cls` from a JSON array of at most `most` items. Raises as `decode_from_client` does."""
     if not isinstance(raw, list):
         raise MalformedError(f"the body is {shown(raw)}, expected a JSON array")
     _Position("the array", unknown, most=most).check_number(raw)

@@ -85,14 +85,14 @@ from orchard.storage.etcd import EtcdAccess, EtcdRequestError
 from orchard.store import Store
 from orchard.tunnel import Rendezvous, VMAccess
 
-# Time for the requests under way at a stop.
+# Grace period of the requests under way at a stop.
 _GRACE_SECONDS = 10.0
 _RENEW_GIVEN = "replace the files of --controller-cert and --controller-key; they are read again within a minute"
 _RENEW_SELF_SIGNED = (
     "to make another one, stop the controller, remove the certificate and its key, start it again, and pass each worker"
     " and client a new bootstrap token, because they trust only the old certificate"
 )
-# File descriptors that are not connections: files, the log, pipes of threads.
+# File descriptors that are not connections: files, the log, pipes of threads, and others.
 _OTHER_DESCRIPTORS = 64
 
 __all__ = [
@@ -194,7 +194,7 @@ async def run(
 
 @dataclass(slots=True)
 class _Serving:
-    """How long a controller serves, and who is told that it does. `started` is called once.
+    """When a controller stops serving, and the callback for when it begins. `started` is called once.
 
     `store` is the one that is served from, None while the controller stands by. `new_admin` is that of `Running`.
     """
@@ -438,7 +438,7 @@ def _listen_name(host: str | None) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """What a controller uses of its host. A simulation replaces it, and otherwise runs the controller as it is.
+    """The parts of the host that a controller uses. A simulation replaces them, and otherwise runs the controller as it is.
 
     `open_data` opens the data directory, `listen` returns the listeners and the URL by which they are reached, and
     `clock` returns the time in UTC. `campaign` is what is used of the host to lead or stand by.
@@ -488,7 +488,7 @@ async def run_and_announce(settings: ControllerSettings, on_start: OnStart | Non
 
     async def announce_start() -> None:
         await started.is_set.wait()
-        # What was loaded lives long, too.
+        # The loaded state lives long, too.
         collect_garbage_less()
         with printing():
             if on_start is not None:

@@ -24,9 +24,9 @@ import trio
 
 from orchard.net.transport import ClientError, Transport
 
-# For an election after nodes were started, stopped or killed.
+# Limit for an election after nodes were started, stopped or killed.
 _READY_SECONDS = 60.0
-# Between two looks at a node that is not ready.
+# Interval of checking a node that is not ready.
 _LOOK_SECONDS = 0.02
 # Lines of a node's log that an error repeats.
 _SHOWN_LINES = 5
@@ -168,7 +168,7 @@ class EtcdNodes:
 
 @asynccontextmanager
 async def etcd_nodes(directory: Path, count: int = 1, options: EtcdOptions | None = None) -> AsyncIterator[EtcdNodes]:
-    """Run etcd for the time of the block, and kill what still runs then. Raises EtcdProgramError."""
+    """Run etcd for the time of the block, and kill the processes that still run then. Raises EtcdProgramError."""
     program = find_etcd()
     nodes = [EtcdNode(program, directory, f"etcd-{number}", options or EtcdOptions()) for number in range(1, count + 1)]
     with ExitStack() as stack:
@@ -189,7 +189,7 @@ def find_free_port() -> int:
         _own.process, _own.ports = os.getpid(), _claim_ports()
     for port in itertools.islice(_own.ports, _BLOCK_PORTS):
         with socket.socket() as unused, suppress(OSError):
-            # As servers do, for which ended connections of a port do not count.
+            # As servers do, so that ended connections of a port do not make it count as used.
             unused.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             unused.bind(("127.0.0.1", port))
             return port

@@ -18,7 +18,7 @@ from orchard.handlers.page import PAGES
 from orchard.net.openapi import Operation, SecurityScheme, array_of, build_document, ref
 from orchard.resources import bodies
 
-# The largest body of events and of a VM, whose scripts may be long. Others are far smaller than their default.
+# The largest body of events and of a VM, whose scripts may be long. Other bodies are far below the default limit.
 _LARGE_BODY = 4 * 1024 * 1024  # bytes
 
 _NEXT = {"X-Next-Cursor": "Opaque cursor for the next page of events, if any"}

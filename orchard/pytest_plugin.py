@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from orchard.testing import BlockingCluster, ClusterLog
 
 _WORKERS = 2
-# How many lines there were in the log when a test began.
+# The number of lines in the log when a test began.
 _LINES_BEFORE = pytest.StashKey[int]()
 
 

@@ -6,8 +6,8 @@ This file performs no I/O, and times are arguments.
 
 A plan has four steps, in this order:
 
-1. VMs whose worker is away, and that no answer to its polls ever named, return to the queue: they cannot run there.
-   VMs whose worker is deleted or offline fail, with a reason.
+1. VMs whose worker is away, and that were in no answer to its polls, return to the queue: they cannot run there.
+VMs whose worker is deleted or offline fail, with a reason.
 2. Failed VMs with the restart policy OnFailure return to pending, each at most once per RESTART_PAUSE_SECONDS. A VM
    whose worker was deleted may still run there for as long as it could on an offline worker, so its restart waits that
    long. So does the restart of a VM that had failed before the controller started, because its worker may have been
@@ -148,7 +148,7 @@ class _Restarts:
                 ready.append((at, name))
         if self._heap:
             plan.set_due(self._heap[0][0])
-        # They stay here until the plan is applied.
+        # These entries stay here until the plan is applied.
         for entry in ready:
             heapq.heappush(self._heap, entry)
         names = sorted({name for _, name in ready})[: plan.capacity]
@@ -178,7 +178,7 @@ class Planner:
         # Workers that have active VMs and are deleted or offline.
         self._lost: dict[str, None] = {}
         self._online = _OnlineWorkers(inputs.workers)
-        # Of workers with active VMs: when these fail, and when those of them that no poll has named return to the queue.
+        # Workers with active VMs, by the time at which these fail, and at which VMs that no poll has shown return to the queue.
         self._silence = _Timeouts(inputs.workers.silent_at, self._active_vms)
         self._absence = _Timeouts(inputs.workers.away_at, inputs.workers.unnamed)
         self._restarts = _Restarts(inputs, self._workers)
@@ -297,7 +297,7 @@ class Planner:
             plan.unassign[name] = reason
             plan.capacity -= 1
         if plan.unassign:
-            # Looked at again when the plan is applied, or if it is not.
+            # The worker is checked again, whether or not the plan is applied.
             self._absence.put(worker)
 
     def _relevant(self, vm: VM) -> tuple[object, ...]:
@@ -307,7 +307,7 @@ class Planner:
 
     def _fail_vms_of(self, worker: str, now: float, plan: Plan) -> None:
         if worker in self._workers and self._inputs.workers.silent_at(worker) > now:
-            # It has made contact since.
+            # The worker has made contact since.
             del self._lost[worker]
             self._silence.put(worker)
             return

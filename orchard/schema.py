@@ -40,9 +40,9 @@ from orchard.resources.cluster import (
 from orchard.resources.stored_json import decode_stored, members
 
 NAME = re.compile(r"[A-Za-z0-9:_.-]+")
-# How the status_message of a VM begins whose image is being pulled.
+# The beginning of a VM's status_message while its image is being pulled.
 PULLING = "pulling image"
-# Of the names of the VMs on a worker's disk that Orchard manages.
+# The prefix of the names of VMs on a worker's disk that Orchard manages.
 LOCAL_PREFIX = "orchard-"
 # Characters. A VM's name becomes part of a file name, which has at most 255 bytes, together with a uid and a counter.
 MAX_NAME = 128
@@ -153,7 +153,7 @@ class VMMeta:
     )
     created_by: str = attr("createdBy", "Service account that created the VM", zero="", writer="controller")
     expires_at: _Time | None = attr("expiresAt", "When the VM is deleted (ttlSeconds)", zero=None, writer="controller")
-    # Of the whole VM.
+    # Unknown fields of the whole VM.
     unknown: Mapping[str, Any] = unknown_fields()
 
 
@@ -231,7 +231,7 @@ class VMSpec:
         "resources",
         "Resources required by this VM on the worker",
         zero={},
-        # The one of a macOS VM is added to those that a client asks for.
+        # The resource of a macOS VM is added to those that a client asks for.
         most=MAX_ITEMS + 1,
         example={LOGICAL_CORES: 4, MEMORY_MIB: 8192},
     )
@@ -585,7 +585,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class EndedVM:
-    """An entry of the history: what became of a VM that was deleted."""
+    """An entry of the history: a deleted VM and how it ended."""
 
     name: str = attr("name", "VM name")
     uid: str = attr("uid", "The VM's identity")

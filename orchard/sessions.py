@@ -2,7 +2,7 @@
 
 `list_open` tells who is connected (`GET /controller/sessions`).
 
-A handler of something that outlasts the check of its credentials holds it here (`AccountSessions.hold`). It is ended
+A handler whose work outlasts the check of credentials registers it here (`AccountSessions.hold`). The session is ended
 when the account is deleted or loses the role that the check required. A VM access token counts as its issuing account
 with the role that issuing needs.
 """
@@ -25,7 +25,7 @@ from orchard.net.wsframes import POLICY_VIOLATION
 from orchard.resources.bodies import OpenSession, SessionKind
 from orchard.schema import Role, ServiceAccount
 
-# For a peer to answer the close of a WebSocket.
+# Limit for a peer to answer the close of a WebSocket.
 _CLOSE_SECONDS = 2.0
 
 _End = Callable[[str], None]
@@ -33,7 +33,7 @@ _End = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class SessionSubject:
-    """What a session is, with what it is connected (such as vm/NAME; "" for all), and the client's address."""
+    """A session in the list: its kind, its target (such as vm/NAME; "" for all), and the client's address."""
 
     kind: SessionKind
     target: str

@@ -3,10 +3,10 @@
 Where the state is durable, and how it gets there, is decided by an engine (storage/engine.py).
 
 A transaction never awaits. It changes the state in memory between two checkpoints, and gets the next revision. A single
-task, `Store.run`, makes durable what has gathered meanwhile by one append (group commit), within the engine's limits.
-Only then are watchers told. Everything that answers a client first waits for `wait_durable()`, after which all that the
-answer could be based on is durable. When an append fails, its transactions and all later ones are undone in memory, and
-those who wait for them get a StorageError. When the engine has ended, the store ends (`broken`).
+task, `Store.run`, makes all transactions since its last write durable by one append (group commit), within the engine's
+limits. Only then do watchers see them. Every answer to a client first waits for `wait_durable()`, after which everything
+on which the answer could be based is durable. When an append fails, its transactions and all later ones are undone in
+memory, and the tasks that wait for them get a StorageError. When the engine has ended, the store ends (`broken`).
 
 While the disk is full, transactions that add something are refused with StorageFullError before they happen. Those that
 only delete objects, or change what the scheduler and the workers say about a VM, go on as long as the engine can write
@@ -55,7 +55,7 @@ ObjectT = TypeVar("ObjectT", VM, Worker, ServiceAccount, ClusterSettings, Cluste
 
 # The name of the only object of kind "settings", and of the only one of kind "cluster".
 SETTINGS = "cluster"
-# Objects that are decoded before other tasks run, in about 50 ms.
+# Objects that are decoded in one step of the event loop, which takes about 50 ms.
 _BUILT_AT_ONCE = 300
 _CLASSES: dict[Kind, type[Worker | ServiceAccount | ClusterSettings | ClusterIdentity | Promise]] = {
     "worker": Worker,
@@ -155,14 +155,14 @@ class Transaction:
 
 @dataclass(slots=True)
 class _Write:
-    """Transactions that are written together, and what those who wait for them are told."""
+    """Transactions that are written together, and the outcome for the tasks that wait."""
 
     batch: Batch
     changes: list[Change] = field(default_factory=list)
-    # Of its transactions: records, and bytes of their JSON.
+    # Records of the transactions, and bytes of their JSON.
     records: int = 0
     size: int = 0
-    # The last position in the log of what is published once it is durable.
+    # The last position in the log that is published once this write is durable.
     position: int = 0
     done: trio.Event = field(default_factory=trio.Event)
     error: StorageError | None = None
@@ -175,23 +175,23 @@ class Store:
         self.state = state
         # Why nothing can be written any more; empty while the store works.
         self.broken = ""
-        # The wall time of the last write before the start, and what returns it for each write. The owner sets the latter.
+        # The wall time of the last write before the start, and the function for that of each write, which the owner sets.
         self.stored_time: datetime.datetime | None = None
         self.wall_time: Callable[[], datetime.datetime] | None = None
         # How long it takes until changes are durable: an append and a sync.
         self.write_seconds = Histogram(WORK_SECONDS)
         self._engine = engine
-        # What is not durable, the earliest first. Transactions gather in the last one, unless it is being written.
+        # Writes that are not durable, the earliest first. New transactions join the last one, unless it is being written.
         self._writes: deque[_Write] = deque()
         self._is_writing = False
         self._wakeup = Wakeup()
-        # The last changes of VMs and workers, for those who watch all of them.
+        # The last changes of VMs and workers, for watchers of all objects.
         self._audience = Audience()
         self.log = ChangeLog(secrets.token_hex(8), self._audience)
-        # While a transaction is told and recorded: the workers whose computed fields change with it.
+        # While a transaction is committed: the workers whose computed fields change with it.
         self._touched: dict[str, tuple[Worker, bytes]] | None = None
         self._watchers: defaultdict[tuple[Kind, str], list[weakref.ref[ChangeFeed]]] = defaultdict(list)
-        # By which all watchers together are behind.
+        # The bytes by which all watchers together are behind.
         self._feed_bytes: Counter[str] = Counter()
         self._committed: list[Callable[[list[Change]], None]] = []
         self._durable: list[Callable[[list[Change]], None]] = []
@@ -228,11 +228,11 @@ class Store:
         return not self.broken and self._engine.leads()
 
     def may_answer(self) -> bool:
-        """Return whether anybody may be told what is in memory now: no other controller leads."""
+        """Return whether the state in memory may be shown now: no other controller leads."""
         return self._engine.leads()
 
     def close(self) -> None:
-        """Close the engine. What is not durable by then is lost."""
+        """Close the engine. Changes that are not durable by then are lost."""
         self._engine.close()
 
     # -- changing ----------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class Store:
     def transaction(self, *, is_needed: bool = False) -> Iterator[Transaction]:
         """Change objects together: in memory at the end of the block, on disk when `wait_durable()` returns.
 
-        What `is_needed` may add something also while the disk is full.
+        With `is_needed`, it may add something also while the disk is full.
 
         The block must neither await nor contain another transaction: RuntimeError. An exception in it changes nothing.
         Raises StorageUnavailableError when the store has ended, StorageFullError when the disk is full and the
@@ -276,7 +276,7 @@ class Store:
         if adds:
             self._check_sizes(changes)
         write = self._gather(len(changes), sum(len(change.json) for change in changes))
-        # Nothing below can fail, so all of the transaction happens.
+        # Nothing below can fail, so the transaction is atomic.
         batch = write.batch
         for change in changes:
             self.state.apply(change.kind, change.name, change.new, change.json, change.spec_at)
@@ -299,15 +299,15 @@ class Store:
                 )
 
     def _record(self, changes: list[Change], touched: dict[str, tuple[Worker, bytes]]) -> int:
-        """Record in the log what happened together, and return its position."""
-        # Showing a worker may find that it has changed. What is found then is shown.
+        """Record the changes of one transaction in the log, and return its position."""
+        # Showing a worker may find a change of its state. That change is recorded with this transaction.
         self._touched = {}
         position = self.log.record(changes, touched)
         self._touched = None
         return position
 
     def touch_worker(self, name: str) -> None:
-        """Tell those who watch all workers that what is shown of a worker has changed, beside what is stored."""
+        """Record for watchers that a worker's computed fields have changed, which are not stored."""
         if name not in self.state.workers:
             return
         touched = {name: (self.state.workers[name], self.state.json["worker"][name])}
@@ -315,7 +315,7 @@ class Store:
             self._touched |= touched
             return
         position = self._record([], touched)
-        # What is shown may follow from changes that are not durable yet.
+        # The computed fields may follow from changes that are not durable yet.
         if self._writes:
             self._writes[-1].position = position
         else:
@@ -334,7 +334,7 @@ class Store:
         return last
 
     def touch(self) -> None:
-        """Have the wall time stored, although nothing changes. The store must not have ended."""
+        """Schedule the wall time to be stored, although nothing changes. The store must not have ended."""
         batch = self._gather(0, 0).batch
         self.state.revision = batch.revision = self.state.revision + 1
 
@@ -363,14 +363,14 @@ class Store:
                 task_status.started()
 
     async def _run_until_broken(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Run a task of the engine. Raises BrokenError, after those who wait have been told."""
+        """Run a task of the engine. Raises BrokenError, after the tasks that wait have got the error."""
         try:
             await work()
         except BrokenError as error:
             if not self.broken:
                 self.broken = error.consequence
                 self._undo(StorageUnavailableError(self.broken))
-            # The answers that say so leave before the process ends.
+            # Clients get their answers before the process ends.
             with trio.CancelScope(shield=True):
                 await trio.sleep(BROKEN_DELAY)
             raise
@@ -406,7 +406,7 @@ class Store:
             self._is_writing = False
 
     def _undo(self, error: StorageError) -> None:
-        """Undo in memory all that is not on the disk, and tell those who wait for it."""
+        """Undo in memory all that is not durable, and raise the error in the tasks that wait for it."""
         for write in reversed(self._writes):
             for change in reversed(write.changes):
                 self.state.apply(change.kind, change.name, change.old, change.old_json)
@@ -447,7 +447,7 @@ class Store:
         return feed
 
     def _publish(self, written: _Write) -> None:
-        # 0: nothing but the time was written.
+        # 0: only the time was written.
         if written.position:
             self.log.publish(written.position)
         for change in written.changes:
@@ -478,7 +478,7 @@ def _encode_change(new: StoredObject, old: StoredObject | None, old_json: bytes,
     if spec_at and isinstance(old, VM) and old.spec is new.spec:
         spec = old_json[spec_at:]
     else:
-        # Never empty, since some fields are written even when they have their default.
+        # Never empty, since some fields are written even with their default values.
         spec = object_of(members(new.spec)).encode()[1:]
     return b"%b,%b" % (head[:-1], spec), len(head)
 

@@ -70,20 +70,20 @@ from orchard.vm.tart_cli import (
 )
 from orchard.vm.vm_connections import Dial
 
-# For a verb that transfers no image. The longest one writes a big VM's memory to the disk.
+# Limit of a verb that transfers no image. The longest one writes a big VM's memory to the disk.
 VERB_SECONDS = 300.0  # seconds
 # A macOS guest asks for its address some seconds after its boot.
 _IP_SECONDS = 60  # seconds
-# Between two attempts of a verb for which a VM that starts is too young.
+# Pause before a verb is repeated that fails while a VM starts.
 _YOUNG_SECONDS = 0.25  # seconds
-# For a guest agent to answer. In an image without an agent none ever does.
+# Limit for a guest agent to answer. In an image without an agent none ever does.
 _AGENT_SECONDS = 30  # seconds
-# Between two looks into the host's ARP table. Each is a call of tart.
+# Interval of reading the host's ARP table, by a call of tart.
 _ARP_SECONDS = 1.0  # seconds
 # `tart list` fails as a whole when another program deletes a VM meanwhile.
 _LIST_RETRIES = 5
 _LIST_PAUSE = 0.5  # seconds
-# Before a transfer is tried once more, since registries and networks fail now and then.
+# Pause before a transfer is tried once more, since registries and networks fail now and then.
 _TRANSFER_PAUSE = 1.0  # seconds
 
 _INSTALL: Mapping[Runtime, str] = {
@@ -149,9 +149,9 @@ class TartDriver:
         self._calls = Calls(home / f"calls-{worker}", environ)
         # Where the program keeps VMs and images.
         self._state_home = Path(environ.get(f"{self._program.upper()}_HOME") or f"~/.{self._program}").expanduser()
-        # With the identity of the program's file that has these abilities.
+        # The program's abilities, with the identity of its file.
         self._known: tuple[tuple[int, ...], Abilities] | None = None
-        # Held where a start and a list would disturb each other.
+        # Held during starts and lists, where these would disturb each other.
         self._starting = trio.Lock()
         # For each VM whose `run` is under way, also between a failed restore and the cold boot: whether it was told to
         # save its state since its start.
@@ -217,7 +217,7 @@ class TartDriver:
                 version = await self._call("--version")
             abilities = Abilities.parse(version, await self._call("run", "--help"))
             if self._program == "vetu":
-                # It counts its versions differently, and knows no ASIF disks.
+                # vetu counts its versions differently, and has no ASIF disks.
                 abilities = replace(abilities, version=LISTS_SAFELY)
             self._known = (identity, abilities)
             if not abilities.lists_safely:
@@ -302,7 +302,7 @@ class TartDriver:
     async def _has_failed_restore(self, name: str) -> bool:
         """Return whether `tart run` has failed, and left the saved state that it was to restore."""
         record = self._supervised.record(name)
-        # A signal that has ended it has a status below 0.
+        # A status below 0 is a signal that has ended the process.
         if record.order or record.status is None or record.status <= 0 or self._runs.get(name):
             return False
         with suppress(DriverError):
@@ -343,7 +343,7 @@ class TartDriver:
     async def ip(self, name: str, *, bridged: bool = False) -> str:
         operand("VM name", name)
         deadline = trio.current_time() + _IP_SECONDS
-        # Asked once: in some versions a client that goes away early breaks the agent's socket for others.
+        # The agent is asked once: in some versions a client that goes away early breaks the agent's socket for others.
         agent = bridged
         while True:
             asked = trio.current_time()
@@ -377,7 +377,7 @@ class TartDriver:
             raise DriverError(
                 f'{self._program} ip printed "{presentable(answer)}" for {name}, expected an IP address without a zone'
             ) from error
-        # A guest agent says what it likes. Connections to such an address would end on this host.
+        # A guest agent may report any address. Connections to an address of this host would end on the host.
         if not self._own_addresses and leads_to_host(address):
             raise DriverError(f"the address of {name} is {address}, expected one that only the VM has")
         return str(address)
@@ -425,7 +425,7 @@ class TartDriver:
         try:
             await self._call("delete", name)
         except NoSuchVM as error:
-            # tart says so also of a VM that runs.
+            # tart reports a running VM as absent, too.
             if name in [vm.name for vm in await self._list("local", parse_list)]:
                 raise DriverError(f'VM "{name}" cannot be deleted; it may run without supervisor') from error
             # An earlier deletion may have been cancelled before it deleted the files.
@@ -435,7 +435,7 @@ class TartDriver:
             raise gone
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
-        # Of this host: the disk for temporary files is full, or there is no process or descriptor left.
+        # Errors of this host: the disk for temporary files is full, or there is no process or descriptor left.
         with reporting(f"cannot run the {script.kind} script"):
             if script.agent:
                 self._refuse_on_vetu("guest agents")

@@ -68,16 +68,16 @@ from orchard.vm.driver import Driver, DriverError
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 
-# As on a Mac.
+# As many as a Mac may run.
 VMS_PER_WORKER = 2
-# For requests in progress at the end of the cluster.
+# Grace period of requests in progress at the end of the cluster.
 _GRACE_SECONDS = 1.0
-# For the VMs of a worker that is away at the end of the cluster.
+# Limit for ending the VMs of a worker that is away at the end of the cluster.
 _END_SECONDS = 5.0
-# Of several controllers, the shortest that etcd allows with its default time for an election: after it another one leads.
+# The leader's lease: the shortest that etcd allows with its default election time. After it another controller leads.
 _LEADER_TTL = 2.0  # seconds
 _ETCD_NODES = 3
-# For one of them to lead, on a busy machine. Between two looks at which one does.
+# Limit for a controller to lead, on a busy machine, and the interval of checking that.
 _LEADING_SECONDS, _LOOK_SECONDS = 60.0, 0.02
 # Lines of the log that are kept for the reports of failed tests.
 _LOG_LINES = 2000
@@ -257,7 +257,7 @@ class ClusterController:
 
     def __init__(self, settings: controller.ControllerSettings, nursery: trio.Nursery) -> None:
         self.url = f"{'https' if settings.tls else 'http'}://127.0.0.1:{settings.port}{settings.prefix}"
-        # Its path to etcd.
+        # The controller's path to etcd.
         self.network = Network()
         self._settings = settings
         self._nursery = nursery
@@ -566,7 +566,7 @@ class ClusterLog(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        # How many lines there were.
+        # The number of lines so far.
         self.count = 0
         # Formatted when they are asked for, since most tests succeed.
         self._records: deque[logging.LogRecord] = deque(maxlen=_LOG_LINES)
@@ -610,7 +610,7 @@ class ClusterLog(logging.Filter):
         logger = logging.getLogger(record.name)
         while not logger.level and logger.parent is not None:
             logger = logger.parent
-        # A program has set another level.
+        # The program has set another level meanwhile.
         if logger is not self._parent or logger.level != logging.INFO:
             return True
         return record.levelno >= (self._level_before or logging.root.level)

@@ -217,7 +217,7 @@ def request_restart(vm: VM, worker: Worker | None) -> VM:
 
 
 def has_lost_worker(vm: VM, worker: Worker | None) -> bool:
-    """Return whether a VM's worker was deleted before it reported the VM's end. `worker` is what has its name now.
+    """Return whether a VM's worker was deleted before it reported the VM's end. `worker` has that worker's name now.
 
     A worker that was registered after the VM was assigned does not report that end.
     """
@@ -243,7 +243,7 @@ def end_for_drain(vm: VM) -> VM:
 
 
 def _end(vm: VM, request: EndRequest, reason: str) -> VM:
-    """Return a failed VM that its worker has to end, and whose condition running is the last that is known of it."""
+    """Return a failed VM that its worker has to end. Its condition `running` stays as last reported."""
     conditions = vm.state.conditions
     if vm.state.status == "pending":
         conditions = tuple(condition for condition in conditions if condition.type != "running")
@@ -254,17 +254,17 @@ def _end(vm: VM, request: EndRequest, reason: str) -> VM:
 def will_restart(vm: VM) -> bool:
     """Return whether a VM has failed and becomes pending again, now or later."""
     state = vm.state
-    # A VM that was to be stopped or suspended has no work left, and its disk is on the worker that it failed on.
+    # A VM that was to be stopped or suspended has no work left, and its disk is on the worker where it failed.
     if state.status != "failed" or vm.spec.power_state != "running":
         return False
-    # Where there was no worker for a VM, there is none at once.
+    # Without a worker the VM has timed out in the queue, and would find no worker now either.
     return state.end_request == "restart" or (vm.spec.restart_policy == "OnFailure" and bool(state.worker))
 
 
 def has_ended(vm: VM, worker: Worker | None) -> bool:
     """Return whether it is known that a failed VM which a worker had to end does not run any more.
 
-    `worker` is the VM's. What a worker without the capability reports may come before the end of the VM.
+    `worker` is the VM's. A worker without the capability may report a failure before the VM has ended.
     """
     if not vm.state.worker:
         return True

@@ -59,7 +59,7 @@ MAX_PENDING, MAX_PENDING_OF_SENDER, MAX_PENDING_OF_VM = 4096, 1024, 256
 MAX_ASKED_OF_VM = 32
 # Open tunnels into one VM, which is a quarter of what a worker allows in all.
 MAX_TUNNELS_OF_VM = 1024
-# For the watch of a worker to prove that it is alive, when another one is to replace it.
+# Limit for a worker's watch to answer a ping when another watch is to replace it.
 PONG_SECONDS = 2.0
 _SYNC: Mapping[str, Any] = {"syncVMsAction": {}}
 
@@ -169,13 +169,13 @@ class PendingRequest(Generic[AnswerT]):
         self._answer: AnswerT | UnreachableError
 
     def resolve(self, answer: AnswerT, release: Callable[[], None] = lambda: None) -> None:
-        """Have `wait_answered` return the answer. `release` is called if it is not taken."""
+        """Make `wait_answered` return the answer. `release` is called if no task takes it."""
         self._answer = answer
         self._release = release
         self._answered.set()
 
     def fail(self, reason: str) -> None:
-        """Have `wait_answered` raise UnreachableError with the worker's reason."""
+        """Make `wait_answered` raise UnreachableError with the worker's reason."""
         self._answer = UnreachableError(f'worker "{self.worker}": {reason}')
         self._answered.set()
 
@@ -257,17 +257,17 @@ class WorkerEnd:
             raise UnreachableError(self._close[1])
 
     def end(self, code: int, reason: str) -> None:
-        """Have the client's task close the tunnel with this code and reason. Only the first call has an effect."""
+        """Make the client's task close the tunnel with this code and reason. Only the first call has an effect."""
         if not self._use.cancel_called:
             self._close = (code, reason)
             self._use.cancel()
 
     def release(self) -> None:
-        """Have the worker's task close the WebSocket."""
+        """Make the worker's task close the WebSocket."""
         self.loan.cancel()
 
     async def _forward(self, source: TunnelStream, sink: TunnelStream, name: str) -> None:
-        """Send on what one side sends until it closes, then end the tunnel. `name` is what `sink` is told of that side."""
+        """Forward bytes from one side until it closes, then end the tunnel. `name` names that side in the close of `sink`."""
         await source.forward_to(sink)
         self.end(*close_to_relay(source.closed, name))
 
@@ -294,13 +294,13 @@ class Rendezvous:
         self._turns: dict[tuple[str, str], trio.Semaphore] = {}
         # Open tunnels by the uids of their VMs; "" for those to workers' hosts.
         self._ends: defaultdict[str, set[WorkerEnd]] = defaultdict(set)
-        # What those carried that are closed.
+        # The totals of closed tunnels.
         self._totals = TunnelTotals()
 
     # -- requests
 
     async def ask_port(self, worker: str, vm_uid: str, port: int, deadline: float, *, sender: str = "") -> WorkerEnd:
-        """Have a worker connect to a port of a VM, or of its host for the uid "". Raises UnreachableError."""
+        """Ask a worker to connect to a port of a VM, or of its host for the uid "". Raises UnreachableError."""
         if vm_uid and len(self._ends.get(vm_uid, ())) >= MAX_TUNNELS_OF_VM:
             raise UnreachableError(f"the VM has {MAX_TUNNELS_OF_VM} tunnels, which is the limit; close some")
         request = PendingRequest[WorkerEnd](worker, "portForwardAction", vm_uid, port=port)
@@ -308,7 +308,7 @@ class Rendezvous:
             return await self._ask(request, self._ports, deadline)
 
     async def ask_address(self, worker: str, vm_uid: str, deadline: float, *, sender: str = "") -> str:
-        """Have a worker find the address of a VM. One request serves all that ask meanwhile. Raises UnreachableError."""
+        """Ask a worker for the address of a VM. Concurrent callers share one request. Raises UnreachableError."""
         pending = (one for one in self._addresses.values() if one.target == (worker, vm_uid))
         request = next(pending, None) or PendingRequest[str](worker, "resolveIPAction", vm_uid)
         with self._counted(sender, request):
@@ -350,7 +350,7 @@ class Rendezvous:
             if request.id in pending:
                 return await self._wait_answered(request, pending)
             async with self._turns.setdefault(request.target, trio.Semaphore(MAX_ASKED_OF_VM)):
-                # Another watch may be open by now.
+                # The worker may have opened another watch meanwhile.
                 watch = self._watches.get(worker, watch)
                 pending[request.id] = request
                 watch.send(request)
@@ -379,7 +379,7 @@ class Rendezvous:
         return _take_pending(self._addresses, session, account)
 
     async def lend(self, request: PendingRequest[WorkerEnd], stream: TunnelStream) -> None:
-        """Answer a request with the worker's WebSocket, and return when that is not needed any more, or never was."""
+        """Answer a request with the worker's WebSocket, and return when it is no longer needed, or never was."""
         if request.is_abandoned or not self._may_answer():
             return
         end = WorkerEnd(request.worker, stream)
@@ -503,7 +503,7 @@ class _Watch:
         self.put(request.action)
 
     def take_back(self, request: PendingRequest[Any]) -> None:
-        """Drop a request's action, or, if it was sent, have the worker cancel the request.
+        """Drop a request's action, or if it was sent, ask the worker to cancel the request.
 
         So there are never more actions than requests that are pending or being sent.
         """
@@ -523,9 +523,9 @@ def _take_pending(requests: dict[str, PendingRequest[AnswerT]], session: str, ac
 
 
 def close_to_relay(closed: Close | None, name: str) -> tuple[int, str]:
-    """Return the code and the reason that one side of a tunnel is closed with after the other side has closed.
+    """Return the code and the reason for closing one side of a tunnel after the other side has closed.
 
-    `name` is what the reason calls the other side.
+    `name` names the other side in the reason.
     """
     if closed is None or (closed.code == ABNORMAL and not closed.reason):
         return INTERNAL_ERROR, f"the connection to {name} was lost"

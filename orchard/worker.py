@@ -7,9 +7,9 @@ other requests (port forwards, IP addresses).
 A *session* is the conversation with the controller: registration, heartbeats, the watch over which the controller says
 that something changed, `sync`, and reports. The session ends at the first failure of a request, and the next one begins
 after a pause. The VMs' tasks (`Instance`) run in a nursery around all sessions, so that a failed session does not touch
-them. What fails on the host ends no session: it is told to the controller with the heartbeats.
+them. A failure on the host ends no session: heartbeats report it to the controller.
 
-The session is whole once the watch is open and the VMs on the host are dealt with. The controller assigns VMs only
+The session is whole once the watch is open and leftover VMs are adopted or removed. The controller assigns VMs only
 then. A worker that ends in order says goodbye, so that it gets no more.
 
 VMs outlive the worker unless it runs with `--stop-vms-on-exit`, and the next worker adopts them. A leased VM does not
@@ -78,7 +78,7 @@ from orchard.work.memory import ClusterMemory, read_instance_id
 from orchard.work.reconciler import Reconciler
 from orchard.work.requests import RequestHandler
 
-# For an answer of the controller. With a heartbeat every 15 s, a controller that vanished is noticed within a minute.
+# Limit for an answer of the controller. With a heartbeat every 15 s, a vanished controller is noticed within a minute.
 CONTROLLER_ANSWER_SECONDS = 30.0
 # Not the generator of the module `random`: an embedding test seeds that one, and expects its own sequence.
 _random_share = random.SystemRandom().random
@@ -86,11 +86,11 @@ _random_share = random.SystemRandom().random
 _MACOS_VMS = 2
 # The first version of macOS that lets a normal user's process connect to VMs only with a permission.
 _PERMISSION_SINCE = 15
-# Between two looks at what the cluster wants pulled, on average.
+# The average interval of reading which images the cluster wants pulled.
 _PREPULL_SECONDS = 60.0
-# What this worker does, as it says at its registration. vetu has no guest agent.
+# The capabilities that this worker registers with. vetu has no guest agent.
 CAPABILITIES = (WORKER_STATE, CANCEL_REQUEST, IMAGE_INVENTORY, VM_READY, VM_RESTART, SHUTDOWN_SCRIPT, GUEST_AGENT)
-# At the end of the worker, to report the VMs that ended with it.
+# Limit for reporting, at the end of the worker, the VMs that ended with it.
 _GOODBYE_SECONDS = 5.0
 _EXIT_REFUSED = 2
 
@@ -139,7 +139,7 @@ class WorkerService:
         self._requests = RequestHandler(client, driver, self._vms, self._lease)
         self._ssh = SyntheticSSH(driver, self._credentials) if isinstance(driver, SyntheticDriver) else None
         self._failures = FailureLog(description.name, lease_clock)
-        # How often this worker has opened its watch, and whether it has been this worker's name since then.
+        # How often this worker has opened its watch, and whether the name has been its own since then.
         self._sessions = 0
         self._has_name = False
         self._has_started = False
@@ -257,14 +257,14 @@ class WorkerService:
         return info
 
     async def _follow_prepull(self, info: ControllerInfo) -> None:
-        """Have the images pulled that the cluster wants on this host. `info` is what the controller says now.
+        """Pull the images that the cluster wants on this host. `info` is the controller's present answer.
 
         Raises ClientError.
         """
         while IMAGE_INVENTORY in info.capabilities:
             mine = self.description.labels.items()
             self._heartbeats.images.want(entry.image for entry in info.prepull if entry.labels.items() <= mine)
-            # Not all workers at once.
+            # Random, so that not all workers ask at once.
             await trio.sleep(_PREPULL_SECONDS * (0.5 + self._chance()))
             info = await self._client.info()
 

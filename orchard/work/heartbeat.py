@@ -1,10 +1,10 @@
 """A worker's heartbeats: `last_seen`, the leases that they renew, and the health and facts of the host that they carry.
 Also the pauses and log lines between attempts to connect.
 
-Each heartbeat that the controller answers renews leases: the driver is told until when those VMs may run that the
-controller would start elsewhere after this worker goes offline. That time is counted from the sending of the heartbeat
-and is shorter than the controller's offline timeout, which begins at its receipt. So such a VM has ended here before it
-is started elsewhere, whatever fails in between. Only the VMs that the controller wants here have their leases renewed.
+Each heartbeat that the controller answers renews the leases of VMs that the controller would start elsewhere after this
+worker goes offline. A lease is counted from the sending of the heartbeat and is shorter than the controller's offline
+timeout, which begins at the receipt. So such a VM has ended here before it is started elsewhere, whatever fails in
+between. Only VMs that the controller wants here have their leases renewed.
 
 The driver enforces the leases.
 
