@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import trio
 
@@ -147,12 +146,14 @@ class Figures:
         self.requests[key] += 1
 
 
-def make_figures(store: Store, liveness: Liveness, clock: Callable[[], datetime.datetime], **settings: Any) -> Figures:
-    """Return figures that follow a store. `settings` are fields of `Figures`."""
+def make_figures(
+    store: Store, liveness: Liveness, clock: Callable[[], datetime.datetime], *, per_worker: bool = False
+) -> Figures:  # fmt: skip
+    """Return figures that follow a store. `per_worker` is that of `Figures`."""
 
     def is_lost(worker: str) -> bool:
         return worker not in store.state.workers or liveness.silent_at(worker) <= trio.current_time()
 
     lives = LifeFigures(is_lost, clock)
     store.on_durable(lives.follow)
-    return Figures(lives, **settings)
+    return Figures(lives, per_worker)
