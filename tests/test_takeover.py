@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from orchard.client import Client, ResponseError
 from orchard.control.stored_data import CampaignPlatform
 from orchard.controller import ControllerSettings, EtcdAccess, EtcdSettings, Platform, Running, run
 from orchard.schema import TART_VMS
+from orchard.storage.errors import NotWrittenError
 from orchard.storage.etcd_engine import DEFAULT_MAX_MIB
-from orchard.storage.file_engine import FileEngine
+from orchard.storage.journal import Reserve
 from orchard.store import DecodedObject, decode_object
 
 TOKEN = "a-token-of-the-tests"
@@ -112,8 +114,12 @@ async def test_without_space_a_start_stores_its_token_and_rights_are_taken_back(
         await client.service_accounts.create(name="leaked", token="t" * 32, roles=["compute:write"])
         if not is_there:
             await client.service_accounts.delete("bootstrap-admin")
-    if etcd is None:
-        monkeypatch.setattr(FileEngine, "full", "no space")
+
+    # The disk of the file engine is full at the start.
+    def fill(reserve: Reserve) -> None:
+        raise NotWrittenError.of_file(reserve.path, OSError(errno.ENOSPC, ""))
+
+    monkeypatch.setattr(Reserve, "fill", fill)
     async with controller(directories[1], etcd, max_mib=0, admin_token="another-token-of-the-tests") as (_, client):
         await client.check()
         await client.service_accounts.replace("leaked", token="u" * 32, roles=[])
