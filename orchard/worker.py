@@ -27,10 +27,11 @@ import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import trio
 
@@ -440,12 +441,21 @@ async def _work(options: argparse.Namespace, client: Client, connector: Connecto
                 service = WorkerService(description, client, driver, memory=memory, stop_vms_on_exit=stop_vms)
                 nursery.start_soon(service.run)
 
-    # Workers of several names may share a directory. `orchard demo` has it for itself.
-    with (
-        lock_directory(directory, WORKERS_LOCK_FILE, shared=True),
-        lock_directory(directory, WORKER_LOCK_FILE.format(name=name)),
-    ):
+    with _locked(directory, name):
         await run_until_signal(run_all)
+
+
+@contextmanager
+def _locked(directory: Path, name: str) -> Iterator[None]:
+    """Lock a worker's directory, which workers of several names may share. `orchard demo` has it for itself."""
+    try:
+        with (
+            lock_directory(directory, WORKERS_LOCK_FILE, shared=True),
+            lock_directory(directory, WORKER_LOCK_FILE.format(name=name)),
+        ):
+            yield
+    except LockError as error:
+        raise LockError(f"cannot use the worker's directory: {error}; set ORCHARD_HOME to another") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

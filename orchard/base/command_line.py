@@ -100,7 +100,9 @@ class CommandLine(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
-            expected = f"expected one of {', '.join(known)}"
+            expected = (
+                f"expected one of {', '.join(known)}" if len(known) > 1 else f"expected {self.prog} {known[0]} ..."
+            )
             raise argparse.ArgumentError(action, f'"{value}" is unknown{suggest(str(value), known)}, {expected}')
 
     def format_help(self) -> str:
@@ -175,7 +177,9 @@ def parse_address(text: str) -> tuple[str | None, int]:
     """Parse HOST:PORT, [IPV6]:PORT or :PORT. The host is None for :PORT, which means all addresses."""
     match = re.fullmatch(_ADDRESS, text)
     if match is None or int(match[3]) > 65535:
-        raise argparse.ArgumentTypeError(f'address is "{text}", expected HOST:PORT, [IPV6]:PORT or :PORT')
+        raise argparse.ArgumentTypeError(
+            f'address is "{text}", expected HOST:PORT, [IPV6]:PORT or :PORT, at most 65535'
+        )
     return match[1] or match[2] or None, int(match[3])
 
 
@@ -203,6 +207,11 @@ def parse_duration(text: str) -> int:
     if not seconds:
         raise argparse.ArgumentTypeError(f'time span is "{text}", expected one such as 90s, 3m or 1h30m')
     return seconds
+
+
+def parse_span(text: str) -> int:
+    """Parse a time span, or 0 for none."""
+    return 0 if text in ("0", "0s") else parse_duration(text)
 
 
 def _duration(text: str) -> int:

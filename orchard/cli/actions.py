@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-from orchard.base.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources
+from orchard.base.command_line import CommandLine, parse_count, parse_duration, parse_pairs, parse_resources, parse_span
 from orchard.cli.connection import ANSWER_SECONDS, AnswerError, Outage, path_of
 from orchard.cli.failure import OVERDUE, CommandError, NetworkError
 from orchard.cli.options import add_context_option, add_output_option
@@ -91,7 +91,7 @@ def _wait(options: argparse.Namespace) -> int:
 
 def _declare_ip(parser: CommandLine) -> None:
     _declare_vm(parser)
-    parser.add_argument("-t", "--wait", metavar="SECONDS", type=parse_duration, default=60, help="default: %(default)s")
+    parser.add_argument("-t", "--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
     parser.set_defaults(run=_print_ip)
 
 

@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchard.base.command_line import CommandLine, parse_boolean, parse_count, parse_duration, parse_pairs, parse_words
+from orchard.base.command_line import (
+    CommandLine,
+    parse_boolean,
+    parse_count,
+    parse_duration,
+    parse_pairs,
+    parse_span,
+    parse_words,
+)
 from orchard.cli.connection import AnswerError, ControllerConnection, path_of
 from orchard.cli.context import Contexts, read_contexts, write_contexts
 from orchard.cli.failure import USAGE, CommandError, NetworkError
@@ -153,22 +161,18 @@ def _declare_set(parser: CommandLine) -> None:
         help='"" allows none',
     )
     add("--scheduler-profile", dest="schedulerProfile", choices=("optimize-utilization", "distribute-load"))
-    add("--default-ttl", dest="defaultTTLSeconds", metavar="D", type=_or_zero, help="of VMs that name none; 0: none")
-    add("--max-ttl", dest="maxTTLSeconds", metavar="D", type=_or_zero, help="0: no maximum")
+    add("--default-ttl", dest="defaultTTLSeconds", metavar="D", type=parse_span, help="of VMs that name none; 0: none")
+    add("--max-ttl", dest="maxTTLSeconds", metavar="D", type=parse_span, help="0: no maximum")
     add(
         "--min-free-disk", dest="minFreeDiskGB", metavar="GB", type=int, help="that a worker needs for new VMs; 0: none"
     )
-    add("--worker-prune", dest="workerPruneSeconds", metavar="D", type=_or_zero,
+    add("--worker-prune", dest="workerPruneSeconds", metavar="D", type=parse_span,
         help="delete workers without VMs that were offline for this long; 0: never")  # fmt: skip
     add("--prepull", metavar="IMAGE,..", type=_parse_images, help='images that all workers pull in advance; "": none')
     add("--webhooks", metavar="FILE",
         help='file with a JSON array of webhooks, "-" for standard input; "[]": none. A webhook without a secret keeps the'
         " one that its URL has")  # fmt: skip
     parser.set_defaults(run=_set_settings)
-
-
-def _or_zero(text: str) -> int:
-    return 0 if text == "0" else parse_duration(text)
 
 
 def _parse_policies(text: str) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import trio
 
-from orchard.base.command_line import CommandLine, parse_duration
+from orchard.base.command_line import CommandLine, parse_span
 from orchard.cli.failure import FAILED, USAGE, CommandError, cleaning_up
 from orchard.cli.options import add_context_option
 from orchard.cli.output import terminal_size
@@ -55,7 +55,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument("source", metavar="SOURCE", help="a local path, or NAME:PATH in a VM")
         parser.add_argument("target", metavar="TARGET", help="the other of the two")
         parser.set_defaults(run=_copy)
-    parser.add_argument("--wait", metavar="SECONDS", type=parse_duration, default=60, help="default: %(default)s")
+    parser.add_argument("--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
     add_context_option(parser)
 
 

@@ -87,6 +87,9 @@ def choose_context(contexts: Contexts, environ: Mapping[str, str], name: str = "
             chosen = Context(url)
     elif url:
         chosen = Context(url)
+    elif contexts.by_name:
+        known = ", ".join(sorted(contexts.by_name))
+        raise CommandError(f"no context is the default; choose one with: orchard context default NAME, one of: {known}")
     else:
         raise CommandError("no controller is known; add one with: orchard context create URL, or set ORCHARD_URL")
     return chosen._replace(account=account or chosen.account, token=token or chosen.token)

@@ -130,7 +130,8 @@ def parse_script(text: str) -> str:
     try:
         return sys.stdin.read() if text == "@-" else Path(text[1:]).read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"cannot read {text[1:]}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"cannot read {text[1:]}: {reason}") from None
 
 
 def parse_host_dirs(text: str) -> list[dict[str, Any]]:
@@ -219,6 +220,11 @@ def _create_account(options: argparse.Namespace) -> int:
         account = controller.fetch("POST", "/service-accounts", body=body)
     if not options.token:
         print(account["token"])
+    if not roles:
+        message = (
+            f'service account "{options.name}" has no roles, so it may do nothing; delete it and create it with --roles'
+        )
+        print(f"orchard: {message}", file=sys.stderr)
     return 0
 
 

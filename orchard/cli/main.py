@@ -145,6 +145,8 @@ def _open_standard_streams() -> None:
 
 
 def _run(words: list[str]) -> int:
+    if len(words) > 1 and words[0] == "help":
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else USAGE
@@ -152,6 +154,8 @@ def _run(words: list[str]) -> int:
         print(f"orchard {__version__}")
         return 0
     name, *rest = words
+    if name.startswith("-"):
+        raise CommandError(f"{name} comes before the verb, expected it after: orchard VERB ... {name}", USAGE)
     if name not in VERBS:
         verbs = [verb for verb in VERBS if VERBS[verb].help]
         known = ", ".join(verbs)

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from orchard.base.command_line import CommandLine, parse_duration
+from orchard.base.command_line import CommandLine, parse_span
 from orchard.cli.connection import path_of
 from orchard.cli.failure import USAGE, CommandError, cleaning_up
 from orchard.cli.options import add_context_option
@@ -38,9 +38,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument("kind", choices=("vm",), metavar="vm")
         parser.add_argument("name", metavar="NAME")
         add_login_options(parser)
-        parser.add_argument(
-            "-t", "--wait", metavar="SECONDS", type=parse_duration, default=60, help="default: %(default)s"
-        )
+        parser.add_argument("-t", "--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
         parser.add_argument(
             "command", metavar="COMMAND", nargs="*", help="default: a login shell; options of it after --"
         )

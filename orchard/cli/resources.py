@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from orchard.base.command_line import CommandLine, parse_duration, suggest
+from orchard.base.command_line import CommandLine, parse_span, suggest
 from orchard.cli.connection import ControllerConnection, path_of
 from orchard.cli.failure import OVERDUE, USAGE, CommandError
 from orchard.cli.options import add_context_option, add_filter_option, add_output_option
@@ -165,7 +165,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         add_filter_option(parser, "delete all VMs that match,")
         parser.add_argument("--dry-run", action="store_true", help="print what would be deleted, and delete nothing")
     if verb == "pause":
-        parser.add_argument("--wait", metavar="SECONDS", type=parse_duration,
+        parser.add_argument("--wait", metavar="SECONDS", type=parse_span,
             help="wait for its VMs to end; with exit status 124 when they have not by then")  # fmt: skip
     if verb == "get":
         add_output_option(parser, "table", "json", "name")
@@ -304,7 +304,7 @@ def _pause(options: argparse.Namespace) -> int:
     find_kind(options.kind, (_WORKER,))
     with open_connection(options) as controller:
         set_paused(controller, options.name, options.verb == "pause")
-        if getattr(options, "wait", None) is not None:
+        if getattr(options, "wait", None):
             _wait_empty(controller, options.name, options.wait)
     return 0
 

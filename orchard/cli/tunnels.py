@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import trio
 
-from orchard.base.command_line import CommandLine, parse_duration
+from orchard.base.command_line import CommandLine, parse_span
 from orchard.cli.openssh import add_login_options, login_of
 from orchard.cli.options import add_context_option
 from orchard.cli.pipe import run_trio
@@ -41,9 +41,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         add_login_options(parser)
         parser.set_defaults(run=_open_vnc)
     short = "-w" if verb == "vnc" else "-t"
-    parser.add_argument(
-        short, "--wait", metavar="SECONDS", type=parse_duration, default=60, help="default: %(default)s"
-    )
+    parser.add_argument(short, "--wait", metavar="SECONDS", type=parse_span, default=60, help="default: %(default)s")
     add_context_option(parser)
 
 

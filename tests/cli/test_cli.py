@@ -382,3 +382,14 @@ def test_demo_of_several_controllers_survives_the_kill_of_the_leader(tmp_path: P
     assert done.returncode == 0, done.stderr
     for said in ("controller-1 is killed", "controller-2 leads", "the VM runs on", '"second", was created and runs'):
         assert said in done.stdout
+
+
+def test_option_before_the_verb_is_said_to_follow_it(tmp_path: Path) -> None:
+    status, out, said = call_main(main, "--context", "c", "list", "vms", home=tmp_path)
+    assert (status, out, len(said.splitlines())) == (2, "", 1)
+    assert "orchard VERB ... --context" in said
+
+
+def test_help_of_a_verb_is_shown_for_either_order(tmp_path: Path) -> None:
+    shown = [finished("", *words, home=tmp_path).stdout for words in (("help", "wait"), ("wait", "--help"))]
+    assert shown[0] == shown[1] != finished("", "help", home=tmp_path).stdout

@@ -126,6 +126,9 @@ def test_contexts_are_listed_chosen_and_deleted(site: Site, tmp_path: Path) -> N
     assert listed() == [["a", site.url, "*"], ["b", site.url]]
     assert call_main(main, "context", "delete", "a", home=tmp_path)[0] == 0
     assert listed() == [["b", site.url]]
+    # None is the default now.
+    status, _, said = call_main(main, "list", "vms", home=tmp_path)
+    assert (status, "orchard context default" in said, said.strip().endswith(": b")) == (1, True, True)
     assert call_main(main, "context", "delete", "a", home=tmp_path)[0] == 1
     assert call_main(main, "context", "default", "a", home=tmp_path)[0] == 1
 

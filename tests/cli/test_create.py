@@ -156,6 +156,8 @@ def test_token_of_a_new_service_account_is_printed(dev: Path, api: ControllerCon
     assert account["roles"] == ["compute:read", "compute:write", "admin:read"]
     own = ("create", "service-account", "own", "--roles", "compute:read", "--token", "a-token-of-one's-own")
     assert call_main(main, *own, home=dev) == (0, "", "")
+    status, out, said = call_main(main, "create", "service-account", "idle", home=dev)
+    assert (status, len(out.splitlines()), len(said.splitlines()), "--roles" in said) == (0, 1, 1, True)
 
 
 def test_access_token_of_a_vm_is_printed(dev: Path, api: ControllerConnection) -> None:
