@@ -102,6 +102,8 @@ def trusted_context(context: Context, trust: TrustAnchor) -> Context:
         return context._replace(certificate=None)
     if context.certificate is None and (trust.no_pki or trust.fingerprint or not _is_trusted(context)):
         context = context._replace(certificate=_accepted_certificate(context.url, trust.fingerprint))
+    elif context.certificate is not None and trust.fingerprint:
+        _require_fingerprint(context.url, context.certificate, trust.fingerprint)
     return context
 
 
@@ -134,11 +136,10 @@ def _accepted_certificate(url: str, wanted: str | None) -> bytes:
     from orchard.net.tls import fingerprint
 
     pem = fetch_certificate(url)
-    shown = fingerprint(pem)
     if wanted is not None:
-        if _digits(wanted) != _digits(shown):
-            raise CommandError(f"the certificate of {url} has the SHA-256 fingerprint {shown}, expected {wanted}")
+        _require_fingerprint(url, pem, wanted)
         return pem
+    shown = fingerprint(pem)
     if not sys.stdin.isatty():
         raise CommandError(
             f"the certificate of {url} is not known; if its SHA-256 fingerprint is right, add: --fingerprint {shown}"
@@ -149,6 +150,15 @@ def _accepted_certificate(url: str, wanted: str | None) -> bytes:
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise CommandError("the certificate was not accepted; nothing was changed")
     return pem
+
+
+def _require_fingerprint(url: str, pem: bytes, wanted: str) -> None:
+    """Raise CommandError unless a controller's certificate has the wanted fingerprint."""
+    from orchard.net.tls import fingerprint
+
+    shown = fingerprint(pem)
+    if _digits(wanted) != _digits(shown):
+        raise CommandError(f"the certificate of {url} has the SHA-256 fingerprint {shown}, expected {wanted}")
 
 
 def _digits(fingerprint: str) -> str:

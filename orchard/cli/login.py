@@ -21,10 +21,9 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     """Declare the options of `login`."""
     add = parser.add_argument
     add("url", metavar="URL", help="the controller's URL; without a scheme https, without a port 6120")
-    trust = parser.add_mutually_exclusive_group()
-    trust.add_argument("--bootstrap-token-stdin", action="store_true",
+    add("--bootstrap-token-stdin", action="store_true",
         help="read a bootstrap token, which has credentials and certificate, from standard input")  # fmt: skip
-    trust.add_argument("--fingerprint", metavar="SHA256", help="trust the certificate with this fingerprint")
+    add("--fingerprint", metavar="SHA256", help="trust the certificate with this fingerprint")
     add("--service-account-name", metavar="NAME", default="", help="default: asked for on a terminal")
     add("--service-account-token-stdin", action="store_true",
         help=f"read the token from standard input; default: ${_VARIABLE}, or asked for on a terminal")  # fmt: skip

@@ -156,9 +156,18 @@ def test_login_by_a_bootstrap_token_makes_the_default_context(site: Site, tmp_pa
     assert contexts(tmp_path).default == "mine"
 
 
+def test_login_by_a_bootstrap_token_without_a_certificate_needs_the_fingerprint(site: Site, tmp_path: Path) -> None:
+    token = str(BootstrapToken("bootstrap-admin", TOKEN))
+    assert log_in(tmp_path, site.url, "--bootstrap-token-stdin", stdin=token).returncode == 1
+    shown = ("--fingerprint", fingerprint(site.certificate))
+    assert log_in(tmp_path, site.url, "--bootstrap-token-stdin", *shown, stdin=token).returncode == 0
+    assert contexts(tmp_path).find("127.0.0.1") == site.context
+
+
 def test_login_that_fails_stores_nothing_and_sends_no_credentials_to_a_stranger(site: Site, tmp_path: Path) -> None:
     known, account = ("--fingerprint", fingerprint(site.certificate)), ("--service-account-name", "bootstrap-admin")
     by_stdin = "--service-account-token-stdin"
+    complete = BootstrapToken("bootstrap-admin", TOKEN, site.certificate)
     for words, stdin, status in (
         ((*known, *account, by_stdin), "wrong\n", 1),
         ((*known, *account, by_stdin), "", 1),
@@ -167,7 +176,8 @@ def test_login_that_fails_stores_nothing_and_sends_no_credentials_to_a_stranger(
         (("--fingerprint", "00:11", *account, by_stdin), TOKEN, 1),
         (("--bootstrap-token-stdin",), "nonsense", 1),
         (("--bootstrap-token-stdin", by_stdin), "x\ny\n", 2),
-        (("--bootstrap-token-stdin", *known), "x\n", 2),
+        (("--bootstrap-token-stdin", "--fingerprint", "00:11"), str(BootstrapToken("bootstrap-admin", TOKEN)), 1),
+        (("--bootstrap-token-stdin", "--fingerprint", "00:11"), str(complete), 1),
     ):
         done = log_in(tmp_path, site.url, *words, stdin=stdin)
         assert (done.returncode, done.stdout) == (status, ""), words
