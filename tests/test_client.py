@@ -507,6 +507,7 @@ async def test_keywords_are_sent_with_their_names_on_the_wire() -> None:
 # ---- imports -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_client_imports_nothing_of_the_controller_and_the_worker() -> None:
     program = "import sys, orchard.client; print(*(name for name in sys.modules if name.startswith('orchard.')))"
     loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()

@@ -59,6 +59,7 @@ def test_first_start_creates_account_and_certificate_and_prints_them_once(tmp_pa
             assert stat.S_IMODE(path.stat().st_mode) == expected, path
 
 
+@pytest.mark.slow
 def test_admin_token_from_the_environment_is_updated_and_never_printed(tmp_path: Path) -> None:
     for token in ("first-token", "second-token"):
         env = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": token}

@@ -44,7 +44,7 @@ from orchard.transitions import LIVE
 DOCS = ROOT / "docs"
 API = DOCS / "api.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-# Pages that take more than a second, or 0.4 s of CPU.
+# Pages that take more than a second, or 0.3 s of CPU.
 SLOW = {
     "README.md",
     "access.md",

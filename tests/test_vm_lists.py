@@ -339,6 +339,7 @@ async def test_bulk_deletion_ends_with_its_accounts_role(tmp_path: Path) -> None
         assert answers[0].body["deleted"] == [f"vm-{number:02}" for number in range(48)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 async def test_bulk_deletion_amid_creations_deletes_exactly_what_matched(seed: int) -> None:
     """Clients create VMs under few names on real sockets. What a deletion saw, and no other VM, is gone."""

@@ -177,6 +177,7 @@ def test_controller_works_on_while_its_log_cannot_be_written(tmp_path: Path, whe
     assert Path("/dev/full").is_char_device()
 
 
+@pytest.mark.slow
 def test_reopening_on_sigusr1_after_a_rename_loses_no_line(tmp_path: Path) -> None:
     path, renamed = tmp_path / "log", tmp_path / "renamed"
     with controller(*PLAIN, "--log-file", str(path), "--log-format", "json", "--debug", home=tmp_path) as (role, url):

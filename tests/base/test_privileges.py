@@ -61,6 +61,7 @@ def test_rights_of_root_are_given_up_for_good() -> None:
     assert refused == 6
 
 
+@pytest.mark.slow
 def test_program_that_the_user_cannot_read_is_refused(tmp_path: Path) -> None:
     python, env = python_of_other()
     hidden = tmp_path / "python"

@@ -164,6 +164,7 @@ def test_login_by_a_bootstrap_token_without_a_certificate_needs_the_fingerprint(
     assert contexts(tmp_path).find("127.0.0.1") == site.context
 
 
+@pytest.mark.slow
 def test_login_that_fails_stores_nothing_and_sends_no_credentials_to_a_stranger(site: Site, tmp_path: Path) -> None:
     known, account = ("--fingerprint", fingerprint(site.certificate)), ("--service-account-name", "bootstrap-admin")
     by_stdin = "--service-account-token-stdin"

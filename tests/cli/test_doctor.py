@@ -462,6 +462,7 @@ def test_certificate_of_a_data_directory_is_examined(
     assert findings["certificate"]["status"] == "failure"
 
 
+@pytest.mark.slow
 def test_faults_of_a_workers_host_are_found_by_the_command(tmp_path: Path) -> None:
     (tmp_path / "tart-home").touch()
     command = f"ulimit -n 512; exec {sys.executable} -m orchard doctor worker -o json --tart {tmp_path}/none"

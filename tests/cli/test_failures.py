@@ -189,6 +189,7 @@ def test_where_an_answer_breaks_off_or_is_no_controllers_each_verb_fails_with_on
             check_failed(verb, call(verb, server.url, tmp_path, ORCHARD_URL=server.url))
 
 
+@pytest.mark.slow
 def test_with_refused_credentials_or_a_wrong_name_each_verb_fails_with_one_line(tmp_path: Path) -> None:
     token = {"ORCHARD_BOOTSTRAP_ADMIN_TOKEN": "a-token-of-the-tests"}
     with controller_at(tmp_path, "--insecure-no-tls", **token) as (_, url):

@@ -93,6 +93,7 @@ def test_ssh_imports_little_since_it_starts_a_program_that_imports_more(dev: Pat
     assert not HEAVY & loaded_modules(dev, "ssh vm none", status=1)
 
 
+@pytest.mark.slow
 def test_tunnel_of_ssh_imports_the_transport_and_no_client(dev: Path) -> None:
     unneeded = {"orchard.client", "orchard.schema", "orchard.resources.bodies"}
     assert not unneeded & loaded_modules(dev, "__tunnel --wait 1 none 22", status=1)
@@ -238,6 +239,7 @@ def test_client_verbs_run_without_what_windows_lacks(dev: Path, api: ControllerC
     assert [vm["name"] for vm in api.call("GET", "/vms")] == []
 
 
+@pytest.mark.slow
 def test_what_runs_vms_says_what_it_needs(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ON_WINDOWS]
     lines = "controller run\nworker run http://h\ndemo\n"

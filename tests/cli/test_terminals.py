@@ -32,6 +32,7 @@ def test_keys_of_a_terminal_reach_the_command_as_they_are(dev: Path, vm: str) ->
         assert shown.finish() == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["exec", pytest.param("ssh", marks=pytest.mark.needs("ssh"))])
 def test_size_of_the_terminal_and_its_change_reach_the_vm(dev: Path, vm: str, tmp_path: Path, verb: str) -> None:
     waiting = tmp_path / "file"
@@ -62,6 +63,7 @@ def _ask_until_size(shown: Terminal, size: str) -> None:
             return
 
 
+@pytest.mark.slow
 def test_terminal_is_as_before_after_a_command_on_it(dev: Path, vm: str) -> None:
     with shell(environment(dev)) as shown:
         words = " ".join(command("", "exec", "vm", vm, "-it", "true"))

@@ -83,6 +83,7 @@ async def test_bytes_arrive_unchanged_in_binary_messages_of_any_size() -> None:
         await trio.to_thread.run_sync(talk, websocket_url(c, "/vms/vm/port-forward", port=port))
 
 
+@pytest.mark.slow
 async def test_large_message_is_forwarded_before_it_is_complete() -> None:
     size = 40_000_000
     got = hashlib.sha256()

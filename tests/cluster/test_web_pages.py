@@ -96,6 +96,7 @@ async def test_rebound_names_reach_nothing_where_nobody_authenticates() -> None:
             assert (await ask(c, "GET", "/vms", {"Host": name}))[0] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auth", [False, True], ids=["no credentials", "with credentials"])
 async def test_every_route_refuses_pages_of_other_origins(auth: bool) -> None:
     async with cluster(workers=0, auth=auth) as c:

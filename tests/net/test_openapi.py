@@ -67,6 +67,7 @@ def test_the_served_document_has_the_paths_of_the_route_table(live: BlockingClus
         assert json.load(answer)["paths"].keys() == {op.path for op in OPERATIONS}
 
 
+@pytest.mark.slow
 def test_the_document_is_valid_openapi_below_any_prefix() -> None:
     from openapi_spec_validator import validate
 

@@ -101,6 +101,7 @@ PATTERNS = st.lists(st.sampled_from(["a", "b", "", "{x}", "{y}"]), min_size=1, m
 PATHS = st.lists(st.sampled_from(["a", "b", "", "c", "%61"]), min_size=1, max_size=4).map(lambda s: "/" + "/".join(s))
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.sampled_from(["GET", "PUT"]), PATTERNS), max_size=12), PATHS, st.sampled_from(["GET", "PUT"])
 )

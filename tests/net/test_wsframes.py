@@ -174,6 +174,7 @@ payloads = st.binary(max_size=200) | st.sampled_from([125, 126, 65535, 65536, 70
 some_frames = st.tuples(st.sampled_from([CONTINUATION, BINARY, TEXT, PING, PONG, CLOSE]), payloads, st.booleans())
 
 
+@pytest.mark.slow
 @given(st.lists(some_frames, max_size=8), st.lists(st.integers(0, 500), max_size=10), st.booleans())
 def test_frames_give_the_same_events_however_they_are_cut(
     what: list[tuple[int, bytes, bool]], cuts: list[int], masked: bool
@@ -288,6 +289,7 @@ def test_accept_value_of_the_standards_example() -> None:
 # ---- where frames end ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(st.lists(some_frames, max_size=8), st.lists(st.integers(0, 500), max_size=10), st.booleans())
 def test_frame_splitter_finds_the_end_of_every_frame(
     what: list[tuple[int, bytes, bool]], cuts: list[int], masked: bool

@@ -77,6 +77,7 @@ def test_object_of_any_form_is_read_or_refused_as_by_the_codec(cls: type[Any]) -
     check()
 
 
+@pytest.mark.slow
 @FEW
 @given(any_vm(), st.dictionaries(st.text(max_size=4).map("new-{}".format), json_values(), max_size=2))
 def test_vm_is_written_as_its_parts_together(vm: VM, unknown: dict[str, Any]) -> None:

@@ -210,6 +210,7 @@ async def test_malformed_frame_ends_the_command_with_the_reason(ssh_port: int, f
         assert "not interactive" in frames[-1]["error"]
 
 
+@pytest.mark.slow
 async def test_stdin_frame_without_data_closes_stdin(ssh_port: int) -> None:
     for end in ({"type": "stdin"}, {"type": "stdin", "data": None}, {"type": "stdin", "data": ""}):
         async with running_vm() as c:
@@ -329,6 +330,7 @@ async def test_exec_client_is_pinged(
     await pinging.stop()
 
 
+@pytest.mark.slow
 async def test_commands_share_one_connection_that_is_reopened_when_lost(
     ssh_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ async def test_command_in_a_synthetic_vm_ends_with_its_client_and_with_the_vm(tm
         assert frames[-1]["type"] == "error"
 
 
+@pytest.mark.slow
 @pytest.mark.needs("ssh")
 async def test_openssh_client_gets_into_a_synthetic_vm_through_the_jump_host(tmp_path: Path) -> None:
     async with jumping() as c:

@@ -139,6 +139,7 @@ async def test_used_up_reserve_refuses_reports_without_loss(data: Path, autojump
         assert found(data).json == store.state.json
 
 
+@pytest.mark.slow
 async def test_space_freed_by_another_program_is_noticed(
     data: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

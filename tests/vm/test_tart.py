@@ -685,6 +685,7 @@ async def test_vm_that_runs_without_supervisor_is_not_reported_gone(tmp_path: Pa
         await driver.delete("vm")
 
 
+@pytest.mark.slow
 async def test_failed_restore_is_followed_by_one_cold_boot(tmp_path: Path) -> None:
     driver = tart(tmp_path)
     await driver.clone(IMAGE, "vm", lambda _: None)
@@ -734,6 +735,7 @@ async def test_files_of_the_driver_are_private_under_any_umask(tmp_path: Path) -
         assert [path for path in paths if path.stat().st_mode & 0o077] == []
 
 
+@pytest.mark.slow
 async def test_devices_are_kept_from_guests_as_far_as_this_tart_can(tmp_path: Path) -> None:
     for flags in ("--no-audio", "--no-audio --no-clipboard --no-usb-accessories"):
         home = tmp_path / str(len(flags))
