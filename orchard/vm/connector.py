@@ -46,8 +46,11 @@ def serve_worker(control: socket.socket, permitted: Callable[[str, int], bool] =
     slots = threading.BoundedSemaphore(_MAX_CONNECTING)
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, REQUEST_BYTES, 1, socket.MSG_WAITALL)
-        if len(request) < REQUEST_BYTES or not descriptors:
+        if len(request) < REQUEST_BYTES:
             return
+        if not descriptors:
+            # This process has no descriptor free. The system has closed the socket, which the worker sees.
+            continue
         answer = socket.socket(fileno=descriptors[0])
         if slots.acquire(blocking=False):
             threading.Thread(target=_answer, args=(request, answer, slots, permitted), daemon=True).start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -185,6 +186,17 @@ async def at_rest(look: Callable[[], object]) -> None:
         return len(seen) > 50 and len(set(seen[-50:])) == 1
 
     await eventually(same)
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Let this process open no more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def processes_in(home: Path) -> list[int]:

@@ -6,13 +6,12 @@ import fcntl
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from harness.processes import GENEROUS, eventually, processes_in
+from harness.processes import GENEROUS, eventually, no_descriptors, processes_in
 
 from orchard import tart as tart_module
 from orchard.base.nursery import unwrap_groups
@@ -521,17 +520,6 @@ async def test_file_that_cannot_be_deleted_raises_driver_error(tmp_path: Path) -
         await driver.delete("vm")
     with pytest.raises(DriverError, match=r"cannot delete .*vm\.lease"):
         await driver.recover()
-
-
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Let this process open no more files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("no_pauses")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from harness.processes import no_descriptors
 
 from orchard.vm import connector, vm_connections
 from orchard.vm.driver import DriverError
@@ -83,6 +84,19 @@ def test_connector_answers_with_a_connection_or_the_number_of_the_error() -> Non
         }
         for request, number in refusals.items():
             assert asked(control, request) == (b"%d" % number, [])
+
+
+def test_request_without_a_free_descriptor_fails_alone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, served() as control:
+        request = b"127.0.0.1 %d" % server.getsockname()[1]
+        mine, theirs = socket.socketpair()
+        with mine, no_descriptors(), theirs:
+            socket.send_fds(control, [request.ljust(connector.REQUEST_BYTES)], [theirs.fileno()])
+            theirs.close()
+            assert mine.recv(1) == b""
+        answer, (descriptor,) = asked(control, request)
+        os.close(descriptor)
+        assert answer == b"0"
 
 
 def test_many_requests_at_a_time_get_a_connection_each() -> None:
