@@ -27,7 +27,7 @@ from orchard.codec import dump_json
 from orchard.net.connection import Service
 from orchard.net.request import AnyResponse, Request, Response, WebSocketUpgrade
 from orchard.net.server import serve
-from orchard.schema import TART_VMS, Status, Worker
+from orchard.schema import TART_VMS, VM, Status, Worker
 from orchard.tart import TartDriver
 from orchard.vm import supervisor
 from orchard.vm.driver import DriverError, Hardware, RunOptions
@@ -412,13 +412,7 @@ async def test_end_that_was_not_reported_before_the_worker_restarted_is_reported
 
 
 async def test_vm_that_was_started_but_not_reported_is_adopted(cluster: InProcessCluster) -> None:
-    await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
-    async with cluster.client.rpc_watch("mac"):
-        await cluster.client.vms.list(worker="mac")
-        await cluster.client.vms.create(name="vm", image="any")
-        vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
-        # The earlier worker learns of the VM here.
-        await cluster.client.vms.list(worker="mac")
+    vm = await assigned_to_an_earlier_worker(cluster)
     driver = cluster.driver()
     await driver.clone("any", vm.tart_name, lambda _: None)
     driver.note(vm.tart_name, str(Note(1, Hardware(4, 8192, 0), suspendable=False)))
@@ -565,7 +559,8 @@ async def nothing_left(cluster: InProcessCluster) -> bool:
     return await cluster.local_vms() == []
 
 
-async def test_incomplete_vm_is_created_again(cluster: InProcessCluster) -> None:
+async def assigned_to_an_earlier_worker(cluster: InProcessCluster) -> VM:
+    """Create a VM, and let a worker of the name "mac" learn of it and end."""
     await cluster.client.workers.register({"name": "mac", "machine_id": "m", "resources": {TART_VMS: 2}})
     async with cluster.client.rpc_watch("mac"):
         await cluster.client.vms.list(worker="mac")
@@ -573,6 +568,11 @@ async def test_incomplete_vm_is_created_again(cluster: InProcessCluster) -> None
         vm = await cluster.wait_vm("vm", lambda vm: vm.state.worker == "mac")
         # The earlier worker learns of the VM here.
         await cluster.client.vms.list(worker="mac")
+    return vm
+
+
+async def test_incomplete_vm_is_created_again(cluster: InProcessCluster) -> None:
+    vm = await assigned_to_an_earlier_worker(cluster)
     await cluster.driver().clone("half", vm.tart_name, lambda _: None)
     async with cluster.working():
         assert (await cluster.client.vms.wait("vm")).state.restart_count == 0

@@ -25,6 +25,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from harness.processes import GENEROUS, ORCHARD, eventually, finished
 from orchard.auth import BootstrapToken
 from orchard.client import Client
+from orchard.schema import VM
 from orchard.testing import Cluster, cluster
 
 SocketHandler = Callable[[trio.SocketStream], Any]
@@ -164,3 +165,13 @@ async def receive_exactly(stream: trio.abc.ReceiveStream, size: int) -> bytes:
         assert more, f"the stream ended after {len(data)} of {size} bytes"
         data += more
     return bytes(data)
+
+
+async def wait_vm(client: Client, name: str, holds: Callable[[VM], bool]) -> VM:
+    """Follow a VM until a condition holds, and return it."""
+    with trio.fail_after(GENEROUS):
+        async with client.vms.watch(name) as changes:
+            async for _, vm in changes:
+                if holds(vm):
+                    return vm
+    raise AssertionError("the watch ended")

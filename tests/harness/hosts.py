@@ -20,6 +20,7 @@ from typing import Unpack
 
 import trio
 
+from harness.clients import wait_vm
 from harness.processes import GENEROUS, ORCHARD, PLAIN, Role, controller, eventually, processes_in, started
 from orchard.client import Client
 from orchard.methods.fields import NewVMFields, VMFields
@@ -125,12 +126,7 @@ class ProcessCluster:
 
     async def wait_vm(self, name: str, holds: Callable[[VM], bool]) -> VM:
         """Follow a VM until a condition holds, and return it."""
-        with trio.fail_after(GENEROUS):
-            async with self.client.vms.watch(name) as changes:
-                async for _, vm in changes:
-                    if holds(vm):
-                        return vm
-        raise AssertionError("the watch ended")
+        return await wait_vm(self.client, name, holds)
 
     async def delete_all(self, *, but: str = "") -> None:
         """Delete all VMs but one, and wait until nothing of them is left on the first host."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import trio
 
+from harness.clients import wait_vm
 from harness.disks import FailingDisk
-from harness.processes import GENEROUS, free_port
+from harness.processes import free_port
 from orchard import controller
 from orchard.client import Client
 from orchard.schema import TART_VMS, VM, Worker
@@ -89,12 +90,7 @@ class InProcessCluster:
 
     async def wait_vm(self, name: str, holds: Callable[[VM], bool]) -> VM:
         """Follow a VM until a condition holds, and return it."""
-        with trio.fail_after(GENEROUS):
-            async with self.client.vms.watch(name) as changes:
-                async for _, vm in changes:
-                    if holds(vm):
-                        return vm
-        raise AssertionError("the watch ended")
+        return await wait_vm(self.client, name, holds)
 
     async def local_vms(self, name: str = "mac") -> list[str]:
         """Return the names of the VMs on a host."""

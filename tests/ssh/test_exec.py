@@ -84,6 +84,17 @@ async def run_command(
         return await trio.to_thread.run_sync(talk)
 
 
+def sending(data: bytes) -> Callable[[ClientConnection], None]:
+    """Return a function that sends the whole stdin of a command, in frames of 100 KB."""
+
+    def send(client: ClientConnection) -> None:
+        for start in range(0, len(data), 100_000):
+            client.send(stdin(data[start : start + 100_000]))
+        client.send(stdin(b""))
+
+    return send
+
+
 def exited(code: int) -> dict[str, Any]:
     return {"type": "exit", "exit": {"code": code}}
 
@@ -165,13 +176,8 @@ async def test_error_in_the_asyncio_loop_is_logged_and_ends_nothing(
 async def test_stdin_is_passed_on_and_closed(ssh_port: int) -> None:
     data = bytes(range(256)) * 4096
 
-    def send(client: ClientConnection) -> None:
-        for start in range(0, len(data), 100_000):
-            client.send(stdin(data[start : start + 100_000]))
-        client.send(stdin(b""))
-
     async with running_vm() as c:
-        frames = await run_command(c, "cat", send, interactive="true")
+        frames = await run_command(c, "cat", sending(data), interactive="true")
         assert [(frame["type"], len(frame.get("data", b""))) for frame in frames] == [
             ("stdout", len(data)),
             ("exit", 0),

@@ -11,9 +11,8 @@ import pytest
 import trio
 from harness.clients import refusal, running_vm
 from harness.processes import GENEROUS, eventually
-from test_exec import exited, run_command, stdin
+from test_exec import exited, run_command, sending
 from test_jump import OpenSSH, jumping
-from websockets.sync.client import ClientConnection
 
 from orchard.ssh import synthetic_server as synthetic
 from orchard.testing import Cluster, cluster
@@ -37,13 +36,8 @@ async def test_exec_runs_in_the_directory_of_a_synthetic_vm() -> None:
 async def test_exec_in_a_synthetic_vm_takes_stdin_and_any_bytes() -> None:
     data = bytes(range(256)) * 4096
 
-    def send(client: ClientConnection) -> None:
-        for start in range(0, len(data), 100_000):
-            client.send(stdin(data[start : start + 100_000]))
-        client.send(stdin(b""))
-
     async with running_vm() as c:
-        frames = await run_command(c, "cat; echo err >&2; sleep 1000 & exit 4", send, interactive="true")
+        frames = await run_command(c, "cat; echo err >&2; sleep 1000 & exit 4", sending(data), interactive="true")
         assert b"".join(frame["data"] for frame in frames if frame["type"] == "stdout") == data
         assert {"type": "stderr", "data": b"err\n"} in frames
         assert frames[-1] == exited(4)
