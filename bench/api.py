@@ -1,11 +1,11 @@
-"""What requests cost, over TLS and in the clear, beside a bare trio + h11 server that sends the same bytes.
+"""The cost of requests over TLS and in the clear, beside a bare trio + h11 server that sends the same bytes.
 
     ./run bench api [--rounds N] [--only PART] [--against DIRECTORY]
 
 All servers are processes of their own and are measured in turns. Shown are the rate and the server's CPU time of: one VM;
 1,000 different VMs; a list of 1,000 VMs; the polls of 5,000 workers; a worker's poll in a big cluster; durable creations
-by many clients at once, and by one alone, which is compared with what the disk takes by itself. Beside the list is what
-its encryption takes in a loop without a server.
+by many clients at once, and by one alone, which is compared with one append and sync of the disk. Beside the list is the
+cost of its encryption in a loop without a server.
 
 With --against, the controller of another checkout, which has a `.venv` of its own, is measured in the same turns. The
 ratio of CPU times is the one to look at then: rates are as noisy as the machine.
@@ -42,7 +42,7 @@ GETS, CREATES, LISTS, ALONE = 8_000, 3_000, 200, 200
 # VMs, and workers that poll.
 SMALL, MIDDLE, BIG = 100, 1_000, 10_000
 POLLERS = 5_000
-# Of a TLS record.
+# The size of a TLS record.
 RECORD_BYTES = 16 * 1024
 FOREVER = ("--worker-offline-timeout", "1000000")
 PARTS = ("gets", "lists", "polls", "creates")
@@ -168,7 +168,7 @@ class Benchmark:
         server = self._stack.enter_context(running("-c", COUNTED, str(counts), *CONTROLLER[2:], home=home))
         before = int(counts.read_text() or 0)
         press(server.port, WRITERS, itertools.islice(self._creating(), CREATES))
-        print(f"{'':44}{CREATES / (int(counts.read_text()) - before):.1f} creates to a sync")
+        print(f"{'':44}{CREATES / (int(counts.read_text()) - before):.1f} creations to a sync")
         self._alone(server, home)
 
     def _alone(self, server: Server, home: Path) -> None:
@@ -188,7 +188,7 @@ class Benchmark:
                 appended.append(statistics.median(waits))
         over = sorted(1000 * (create - append) for create, append in zip(alone[1:], appended[1:], strict=True))
         print(
-            f"one durable create alone: {1000 * statistics.median(alone):.2f} ms, {statistics.median(over):.2f} ms"
+            f"one durable creation alone: {1000 * statistics.median(alone):.2f} ms, {statistics.median(over):.2f} ms"
             f" ({over[0]:.2f} to {over[-1]:.2f}) over append and sync"
         )
 

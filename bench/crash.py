@@ -48,14 +48,14 @@ LOGGERS = 3
 BATCH = 4
 # Events after which a log begins anew, because all of it is read after each kill.
 LOG_EVENTS = 1000
-# Between the start of the clients and the kill.
+# The least and the longest time from the start of the clients to the kill.
 WORK_SECONDS = (0.02, 0.6)
 # A kill during a start comes within this time, and this is the share of such kills.
 START_SECONDS = 0.4
 KILLS_IN_START = 0.2
-# For one answer or one start. Nothing takes so long unless it hangs.
+# Limit of one answer or one start. Nothing takes so long unless it hangs.
 PATIENCE = 60.0  # seconds
-# Requests that are printed of a name with a contradiction.
+# The most requests that are printed for a name with a contradiction.
 SHOWN = 30
 # So small that the state file is compacted several times even in the run of --sweep.
 COMPACT_BYTES = 3_000

@@ -1,12 +1,12 @@
-"""How long nothing is acknowledged at each fault of controllers and etcd, and what etcd costs.
+"""The time without acknowledgements at each fault of controllers and etcd, and the cost of etcd.
 
     ./run bench failover [--only faults|costs|takeover] [--vms N] [--rounds N]
 
 Three etcd nodes on loopback, two controllers with a lease of five seconds, and three clients that create VMs. For each
-fault: the longest time without an acknowledged creation. Then, with nodes that write through to disk: what creations by
-64 clients, requests for one VM and polls of a worker without VMs cost, on etcd and on files in turns. At last, on an etcd
-of its own with exactly N VMs that run on half as many workers: how long it takes until another controller answers, and
-what that costs it, when the leader is stopped and when it is killed.
+fault: the longest time without an acknowledged creation. Then, with nodes that write through to disk: the cost of
+creations by 64 clients, of requests for one VM and of polls of a worker without VMs, on etcd and on files in turns. At
+last, on an etcd of its own with exactly N VMs that run on half as many workers: the time until another controller
+answers, and its CPU time, when the leader is stopped and when it is killed.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ CLIENTS = 64
 SECONDS, ROUNDS = 3.0, 5
 # The VM that is asked for, and how many there are at a takeover.
 NAME, MANY = "vm", 10_000
-# Until a controller stands by, and has decoded what the leader has stored.
+# Time in which a controller begins to stand by and decodes what the leader has stored.
 START_SECONDS = 10.0
 # At a takeover, no worker is connected.
 FOREVER = ("--worker-offline-timeout", "1000000")
-# Of a takeover, beside the TTL and beside what 1,000 VMs may take.
+# Limits of a takeover, in addition to the share of each 1,000 VMs.
 LIMITS = {signal.SIGTERM: 0.5, signal.SIGKILL: TTL + 1.0}
 SECONDS_OF_1000 = 0.1
 
@@ -91,7 +91,7 @@ def cpu_seconds(pid: int) -> float:
 
 @dataclass
 class Measured:
-    """A controller that is measured: its name, its URL, its process, and what each kind of request cost in each round."""
+    """A controller that is measured: its name, its URL, its process, and the cost of each kind of request in each round."""
 
     name: str
     url: str
@@ -100,7 +100,7 @@ class Measured:
     cpu: dict[str, list[float]] = field(default_factory=dict)
 
     async def measure(self, kind: str, clients: int, ask: Callable[[Client, str], Awaitable[object]]) -> None:
-        """Have clients ask for some seconds. Note the rate, and the processor time of the controller for each request."""
+        """Let clients ask for some seconds. Note the rate, and the controller's processor time for each request."""
         count = 0
 
         async def press(number: int) -> None:

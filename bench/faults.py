@@ -1,4 +1,4 @@
-"""Whether anything acknowledged is lost in many faults of controllers and etcd, one after the other on one cluster.
+"""Check that no acknowledged change is lost in many faults of controllers and etcd, one after the other on one cluster.
 
     ./run bench faults [--faults N] [--seed N]
 
@@ -44,7 +44,7 @@ from orchard.client import Client, ClientError, ResponseError
 # Acknowledged changes after each fault.
 WRITES = 30
 VMS = 8
-# Until a controller has ended that cannot start.
+# Time in which a controller that cannot start has ended.
 START_SECONDS = 3.0
 # VMs that one client keeps.
 KEPT = 30
@@ -101,7 +101,7 @@ class Writer:
         try:
             await self._client.vms.delete(name)
         except ResponseError as error:
-            # It has to be there unless an earlier try was carried out, and that would be an error without an answer.
+            # The VM must exist unless an earlier try was carried out, and an error without an answer would show that.
             if error.status == 404:
                 self.gone.add(name)
             return

@@ -150,7 +150,7 @@ def fuzz(target: str, seconds: float, seed: int) -> bytes | None:
 
 
 def fuzz_steered(target: str, seconds: float, seed: int) -> None:
-    """Have atheris choose the inputs. It ends the process."""
+    """Let atheris choose the inputs. It ends the process."""
     import atheris  # type: ignore[import-untyped]
 
     atheris.instrument_all()

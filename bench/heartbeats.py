@@ -1,4 +1,4 @@
-"""What the requests of an idle worker cost the controller, with the facts of its host and 200 images, and the sum of 1,000.
+"""The controller's cost of an idle worker's requests, with the facts of its host and 200 images, and the sum for 1,000.
 
     ./run bench heartbeats [--workers N] [--against PYTHON]
 
@@ -33,7 +33,7 @@ IMAGES = [
     for n in range(200)
 ]
 ROUNDS = 7
-# How often an idle worker sends each, in seconds. It sends its images again at most so often.
+# The interval at which an idle worker sends each request, in seconds. For images it is the shortest one.
 SECONDS = {"poll": 5.0, "worker": 15.0, "heartbeat": 15.0, "info": 60.0, "images": 600.0}
 
 

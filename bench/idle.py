@@ -1,4 +1,4 @@
-"""What idle connections cost, over TLS and in the clear: memory for each, and whether other clients notice.
+"""The cost of idle connections over TLS and in the clear: memory for each, and the delay of other clients.
 
     ./run bench idle [--connections N]
 
@@ -67,7 +67,7 @@ def ask(connection: socket.socket) -> float:
 def holding(server: Server, count: int, kind: str) -> Iterator[None]:
     """Keep connections to a server open for the time of the block. Raises SystemExit if they cannot be opened."""
     command = [sys.executable, __file__, "--hold", str(server.port), str(count), kind]
-    # It ends with its stdin.
+    # The process ends with its stdin.
     with Popen(command, stdin=PIPE, stdout=PIPE) as process:
         assert process.stdout is not None
         if not process.stdout.readline():
@@ -106,7 +106,7 @@ def beside_idle(servers: Mapping[str, Waiting], count: int) -> None:
 def show(servers: Mapping[str, Waiting], phase: str) -> None:
     compare(*(Variant(f"{name}, {phase}", one.work, ASKED, one.server.cpu) for name, one in servers.items()))
     for name, waiting in servers.items():
-        # The first round does not count.
+        # The first round only warms up.
         slowest = sorted(waiting.slowest[1:])
         between = f"({slowest[0]:.2f} to {slowest[-1]:.2f})"
         print(f"{name}, {phase}: p99 {statistics.median(slowest):.2f} ms {between}")

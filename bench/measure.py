@@ -26,7 +26,7 @@ class Variant:
     run: Callable[[], Awaitable[object] | object]
     operations: int
     cpu: Callable[[], float] = time.process_time
-    # Of each round.
+    # The time of each round.
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ def compare(*variants: Variant, count: int = ROUNDS) -> None:
     """Measure functions without an event loop in turns, and print the results."""
     measuring = turns(*variants, count=count)
     with suppress(StopIteration):
-        # It has nothing to wait for, so one step runs it to its end.
+        # Measuring waits for nothing, so one step runs it to its end.
         measuring.send(None)
 
 

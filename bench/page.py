@@ -5,7 +5,8 @@
 Shown first is the time from the API's answer to the creation of a VM until the VM is on the page of the fleet.
 
 Each page is opened in turn, in one tab, which a real controller serves. All workers are offline and each of them needs
-attention, so the lists are the longest ones. The history is full, and each worker has as many images as it may report. A frame cannot be shorter than the longest task.
+attention, so the lists are the longest ones. The history is full, and each worker has as many images as it may report. A
+frame cannot be shorter than the longest task.
 Shown is also the memory of the tab's process: the proportional set size, in which memory that several processes share
 counts in parts. It needs chromium, and its processes in /proc.
 """
@@ -35,7 +36,7 @@ from orchard.storage.history import MAX_ENDED, History, history_file
 CHROMIUM = "/usr/bin/chromium"
 CATEGORIES = ["disabled-by-default-devtools.timeline"]
 MB, GB = 1_000_000, 10**9
-# Of each worker: as many as it may report.
+# Images of each worker: as many as it may report.
 IMAGES = 200
 CHANGES = 30
 # VMs of which each is created and then looked for on the page.
@@ -61,11 +62,11 @@ class Tab:
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
-        """Print what the block took."""
+        """Print the longest task of the block, or the memory after it."""
         if self.is_traced:
             self._browser.start_tracing(page=self.page, categories=CATEGORIES)
         yield
-        # What follows from the block, such as a layout, is a part of it.
+        # Later consequences of the block, such as a layout, are a part of it.
         self.page.wait_for_timeout(500)
         if self.is_traced:
             wall, cpu = longest_task(json.loads(self._browser.stop_tracing()))

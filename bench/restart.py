@@ -27,9 +27,9 @@ from orchard.client import Client, ClientError
 
 # VMs that are created in the course of the run.
 VMS = 300
-# Between two creations, and between two bytes over a tunnel.
+# Pause between creations, and between bytes over a tunnel.
 PAUSE_SECONDS = 0.1
-# Between two checks of a condition.
+# Interval of checking a condition.
 CHECK_SECONDS = 0.02
 # The time in which everything must recover.
 RECOVERY_SECONDS = 60.0

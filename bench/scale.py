@@ -46,11 +46,11 @@ VMS_PER_WORKER = 10
 # Number of sizes, each about twice the one before.
 STEPS = 4
 FOREVER = ("--worker-offline-timeout", "1000000")
-# Between two heartbeats, and two polls, of a worker.
+# Intervals of heartbeats and of polls of a worker.
 HEARTBEAT_SECONDS, POLL_SECONDS = 15.0, 5.0
 # The average time for which a VM runs.
 RUN_SECONDS = 600.0
-# Between two of the reports before a VM runs.
+# Interval of the reports before a VM runs.
 REPORT_SECONDS = 10.0
 REPORTS = (
     ("pending", "pulling image: 25 %"),
@@ -131,7 +131,7 @@ class Connection:
         self._traffic = traffic
         self._socket = traffic.open(self.read)
         self._answer = bytearray()
-        # The first is under way.
+        # The requests of this connection. The first one is under way.
         self._waiting: deque[tuple[bytes, Answered]] = deque()
 
     def ask(self, request: bytes, answered: Answered) -> None:

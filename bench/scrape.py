@@ -1,4 +1,4 @@
-"""What a scrape of the metrics costs: 1,000 workers and 10,000 VMs, over plain HTTP.
+"""The cost of a scrape of the metrics: 1,000 workers and 10,000 VMs, over plain HTTP.
 
     ./run bench scrape [--workers N] [--vms N] [--rounds N]
 

@@ -1,4 +1,4 @@
-"""Leaks: whether random use, for hours if wanted, leaves descriptors, tasks, threads, processes, files or memory behind.
+"""Find leaks of descriptors, tasks, threads, processes, files and memory by random use, for hours if wanted.
 
     ./run bench soak [--seconds S] [--actions N] [--seed N]
 
@@ -6,9 +6,9 @@ A controller and workers with synthetic VMs run in this process, on real sockets
 watched, and reached through tunnels that end in every way. Workers are restarted with and without their VMs. Other
 clients open connections and send nothing or garbage. After each round all VMs are deleted and everything is counted.
 
-What is left behind is higher in every round of the second half than in any of the first. Objects that the controller
-remembers up to a bound do not count. Memory is judged after many rounds only: allocators take more of it in steps that a
-few rounds cannot tell from a leak.
+A count is a leak if it is higher in every round of the second half than in any of the first. Objects that the controller
+remembers up to a bound do not count. Memory is judged after many rounds only: allocators take more of it in steps, which
+look like a leak in a few rounds.
 
 It prints the counts, and exits with status 1 if something was left. A seed gives the same actions, but not the same
 timing.
@@ -42,18 +42,18 @@ from orchard.state.change_log import ChangeLog
 from orchard.vm.synthetic import SyntheticDriver
 from orchard.worker import WorkerService
 
-# In a round.
+# Actions of a round.
 ACTIONS = 300
 # Actions in progress at the same time.
 AT_ONCE = 8
 WORKERS = 4
 # Names of VMs, which are used again and again.
 VMS = 12
-# For everything to come to rest.
+# Limit of waiting until all counts are stable.
 QUIET_SECONDS = 300.0
 # So many counts in a row, a tenth of a second apart, must be equal.
 EQUAL_COUNTS = 20
-# Objects of one class. What is left of each VM, tunnel or session of a worker is more, even in two short rounds.
+# So many more objects of one class are a leak. A leak of each VM, tunnel or session leaves more, even in two short rounds.
 LEAKED_OBJECTS = 4
 # The last headers of requests and the last batch of events, each up to a bound.
 REMEMBERED = (HeaderBlock, Headers, Event)

@@ -3,8 +3,8 @@
     ./run bench start [--rounds N]
 
 It starts with an empty directory, and from a state file of 100,000 lines: a journal as long as it gets before compaction.
-The first write of a controller compacts it, so each start gets the long file again. The comparison is a bare trio + h11 server, which shows the share of Python and the
-packages.
+The first write of a controller compacts it, so each start gets the long file again. The comparison is a bare trio + h11
+server, which shows the share of Python and the packages.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from cluster import AUTHORIZATION
 from load import CONTROLLER_TLS, Server, body_of, connect, request, running
 
 BODY_BYTES = 4 * 1024 * 1024
-# By attack: what is sent on each connection, and the number of connections; 0: as many as the option says.
+# By attack: the bytes that are sent on each connection, and the number of connections; 0: that of the option.
 HEAD = b"GET /v1/ HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 15_000
 UPLOAD = f"POST /v1/vms HTTP/1.1\r\nHost: x\r\nAuthorization: {AUTHORIZATION}\r\nContent-Length: {BODY_BYTES}\r\n\r\n"
 ATTACKS = {
@@ -67,7 +67,7 @@ def hold(port: int, attack: str, count: int) -> None:
 
 @contextmanager
 def attacked(server: Server, attack: str, count: int) -> Iterator[None]:
-    # It ends with its stdin.
+    # The process ends with its stdin.
     with Popen(
         [sys.executable, __file__, "--hold", str(server.port), attack, str(count)], stdin=PIPE, stdout=PIPE
     ) as process:

@@ -23,7 +23,7 @@ from start import cpu_of_children
 from orchard.cli.connection import ControllerConnection
 from orchard.cli.context import Context
 
-# Each with what its start needs: nothing, http.client, and trio with a WebSocket. A tunnel to a VM that does not run is refused.
+# Verbs that need nothing, http.client, and trio with a WebSocket. The tunnel is refused, because the VM does not run.
 VERBS = ("version --client", "list vms", "__tunnel --wait 1 vm 22")
 
 

@@ -1,4 +1,4 @@
-"""Measure what a change costs with watchers: of one VM or of everything, few or many, in small and in large clusters.
+"""The cost of a change with watchers: of one VM or of everything, few or many, in small and in large clusters.
 
     ./run bench watch [--watchers N] [--changes N] [--vms N] [--against DIRECTORY]
 

@@ -31,9 +31,9 @@ from orchard.client import Client, ResponseError
 
 # Parts of the time that are measured separately, for the range.
 SPLIT = 5
-# Until each worker has sent its images, which takes up to a minute, and some heartbeats.
+# Time in which each worker sends its images, which takes up to a minute, and some heartbeats.
 SETTLING_SECONDS = 75
-# To measure the memory of a big cluster.
+# VMs of the big cluster whose memory is measured.
 VMS = 10_000
 
 

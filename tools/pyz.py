@@ -41,7 +41,7 @@ def distributions() -> list[importlib.metadata.Distribution]:
         found[name] = importlib.metadata.distribution(name)
         for requirement in found[name].requires or ():
             needed, _, marker = requirement.partition(";")
-            # What only Windows or an extra needs is not in the archive.
+            # The archive leaves out packages that only Windows or an extra needs.
             if "extra" in marker or "nt" in marker.split('"') or "win32" in marker or "python_version" in marker:
                 continue
             left.append(re.split(r"[\s<>=!~\[(]", needed.strip(), maxsplit=1)[0])

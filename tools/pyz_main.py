@@ -20,11 +20,11 @@ if sys.version_info < (3, 11):
     sys.exit(2)
 
 SHARED = os.environ.get("ORCHARD_PYZ_DIRECTORY")
-# Of the names of directories.
+# The length of the names of directories.
 DIGITS = 32
 # Ends the name of a directory that is being removed.
 GONE = ".removed"
-# While another process is about to remove the directory, which takes it a moment.
+# Attempts while another process is about to remove the directory, which takes it a moment.
 TRIES = 100
 TRY_SECONDS = 0.01
 
@@ -82,7 +82,7 @@ def unpack(file, base, directory):
 
 
 def remove_unused(base, directory):
-    """Remove what no process uses: all directories but `directory` and the newest other one, and what is half made."""
+    """Remove directories that no process uses, except `directory` and the newest other one. Also incomplete ones."""
     import shutil
 
     others = [os.path.join(base, name) for name in os.listdir(base)]
@@ -94,13 +94,13 @@ def remove_unused(base, directory):
         try:
             descriptor = lock(path, exclusive=True)
             if descriptor is not None:
-                # By its name, a start must not find it half removed.
+                # Renamed first, so that a start cannot find it half removed.
                 gone = path if path.endswith(GONE) else path + GONE
                 os.rename(path, gone)
                 shutil.rmtree(gone, ignore_errors=True)
                 os.close(descriptor)
         except OSError:
-            # It is in use, or another process removes it.
+            # The directory is in use, or another process removes it.
             pass
 
 
@@ -147,7 +147,7 @@ def main():
         )
         return 1
     sys.path[0] = directory
-    # For the processes that Orchard starts.
+    # So that the processes that Orchard starts find the modules, too.
     others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != directory]
     os.environ["PYTHONPATH"] = os.pathsep.join([directory] + others)
     from orchard.__main__ import main as run
