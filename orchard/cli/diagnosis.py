@@ -293,11 +293,20 @@ def check_state_directory(path: str, problems: Sequence[str]) -> Finding:
     return Finding("data directory", "ok", path)
 
 
-def check_certificate(missing: Sequence[str], expiry: Finding | None, error: str) -> Finding:
-    """`missing` are names that the controller's certificate lacks; `expiry` is None if there is none yet."""
+def check_certificate(
+    missing: Sequence[str], expiry: Finding | None, error: str, *, has_openssl: bool = True
+) -> Finding:
+    """`missing` are names that the controller's certificate lacks; `expiry` is None if there is none yet.
+
+    `error` says why certificate and key cannot be used.
+    """
     if error:
+        remedy = "restore certificate and key from a backup, or remove both: the next start makes others"
+        return Finding("certificate", "failure", error, remedy)
+    if expiry is None and not has_openssl:
+        message = "the first start needs the program openssl, to make a certificate"
         return Finding(
-            "certificate", "failure", error, "install openssl, or pass --controller-cert and --controller-key"
+            "certificate", "failure", message, "install openssl, or pass --controller-cert and --controller-key"
         )
     if expiry is None:
         return Finding("certificate", "ok", "the first start makes a self-signed certificate")

@@ -187,10 +187,7 @@ def _examine_certificate(directory: Path, wanted: Sequence[str]) -> Finding:
     certificate = directory / TLS_CERTIFICATE_FILE
     try:
         if not certificate.exists():
-            missing_program = (
-                "" if shutil.which("openssl") else "the first start needs the program openssl, to make a certificate"
-            )
-            return diagnosis.check_certificate([], None, missing_program)
+            return diagnosis.check_certificate([], None, "", has_openssl=shutil.which("openssl") is not None)
         context = tls.server_context(certificate, directory / TLS_KEY_FILE)
         expires, names = tls.inspect_pair(context, tls.pem_to_der(certificate.read_bytes()))
     except (tls.TLSError, OSError) as error:

@@ -154,7 +154,8 @@ JUDGED: dict[str, list[tuple[str, Callable[[], Finding], str]]] = {
         ("ok", partial(diagnosis.check_certificate, [], Finding("", "ok", "until 2027"), ""), "until 2027"),
         ("warning", partial(diagnosis.check_certificate, ["c"], Finding("", "ok", "until 2027"), ""), "c"),
         ("failure", partial(diagnosis.check_certificate, ["c"], Finding("", "failure", "expired", "r"), ""), "expired"),
-        ("failure", partial(diagnosis.check_certificate, [], None, "no openssl"), "no openssl"),
+        ("failure", partial(diagnosis.check_certificate, [], None, "no key"), "no key"),
+        ("failure", partial(diagnosis.check_certificate, [], None, "", has_openssl=False), "openssl"),
     ],
 }
 
@@ -457,9 +458,11 @@ def test_certificate_of_a_data_directory_is_examined(
         write_private(data / "controller.key", pair.key.read_bytes())
         findings = examined("controller", "--data-dir", str(data), "--listen", "127.0.0.1:0", home=tmp_path)[1]
         assert findings["certificate"]["status"] == expected
-    (data / "controller.key").write_text("no key")
-    findings = examined("controller", "--data-dir", str(data), "--listen", "127.0.0.1:0", home=tmp_path)[1]
-    assert findings["certificate"]["status"] == "failure"
+    for spoil in (lambda key: key.write_text("no key"), Path.unlink):
+        spoil(data / "controller.key")
+        findings = examined("controller", "--data-dir", str(data), "--listen", "127.0.0.1:0", home=tmp_path)[1]
+        assert findings["certificate"]["status"] == "failure"
+        assert "openssl" not in findings["certificate"]["remedy"]
 
 
 @pytest.mark.slow
