@@ -2,10 +2,10 @@
 
     ./run bench api [--rounds N] [--only PART] [--against DIRECTORY]
 
-All servers are processes of their own and are measured in turns. Shown are the rate and the server's CPU time of: one VM;
-1,000 different VMs; a list of 1,000 VMs; the polls of 5,000 workers; a worker's poll in a big cluster; durable creations
-by many clients at once, and by one alone, which is compared with one append and sync of the disk. Beside the list is the
-cost of its encryption in a loop without a server.
+All servers are processes of their own and are measured in turns. Shown are the rate and the server's CPU time of: one
+VM; 1,000 different VMs; a list of 1,000 VMs; the polls of 5,000 workers; a worker's poll in a big cluster; durable
+creations by many clients at once, and by one alone, which is compared with one append and sync of the disk. Beside the
+list is the cost of its encryption in a loop without a server.
 
 With --against, the controller of another checkout, which has a `.venv` of its own, is measured in the same turns. The
 ratio of CPU times is the one to look at then: rates are as noisy as the machine.

@@ -5,10 +5,9 @@
 Shown first is the time from the API's answer to the creation of a VM until the VM is on the page of the fleet.
 
 Each page is opened in turn, in one tab, which a real controller serves. All workers are offline and each of them needs
-attention, so the lists are the longest ones. The history is full, and each worker has as many images as it may report. A
-frame cannot be shorter than the longest task.
-Shown is also the memory of the tab's process: the proportional set size, in which memory that several processes share
-counts in parts. It needs chromium, and its processes in /proc.
+attention, so the lists are the longest ones. The history is full, and each worker has as many images as it may report.
+A frame cannot be shorter than the longest task. Shown is also the memory of the tab's process: the proportional set
+size, in which memory that several processes share counts in parts. It needs chromium, and its processes in /proc.
 """
 
 from __future__ import annotations

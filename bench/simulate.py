@@ -3,8 +3,8 @@
     ./run bench simulate [--controllers 2] [--seeds N] [--from SEED] [--steps N] [--bug NAME]
 
 Runs seeds on all processors. Prints each violation with its seed, which repeats the run, and exits with 1 if there was
-any. Two controllers have their state in an etcd in memory. `--bug` plants a bug that the simulation must find, and shows in
-how many seeds it does.
+any. Two controllers have their state in an etcd in memory. `--bug` plants a bug that the simulation must find, and
+shows in how many seeds it does.
 """
 
 from __future__ import annotations

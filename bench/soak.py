@@ -6,9 +6,9 @@ A controller and workers with synthetic VMs run in this process, on real sockets
 watched, and reached through tunnels that end in every way. Workers are restarted with and without their VMs. Other
 clients open connections and send nothing or garbage. After each round all VMs are deleted and everything is counted.
 
-A count is a leak if it is higher in every round of the second half than in any of the first. Objects that the controller
-remembers up to a bound do not count. Memory is judged after many rounds only: allocators take more of it in steps, which
-look like a leak in a few rounds.
+A count is a leak if it is higher in every round of the second half than in any of the first. Objects that the
+controller remembers up to a bound do not count. Memory is judged after many rounds only: allocators take more of it in
+steps, which look like a leak in a few rounds.
 
 It prints the counts, and exits with status 1 if something was left. A seed gives the same actions, but not the same
 timing.
@@ -53,7 +53,8 @@ VMS = 12
 QUIET_SECONDS = 300.0
 # So many counts in a row, a tenth of a second apart, must be equal.
 EQUAL_COUNTS = 20
-# So many more objects of one class are a leak. A leak of each VM, tunnel or session leaves more, even in two short rounds.
+# So many more objects of one class are a leak. A leak of each VM, tunnel or session leaves more, even in two short
+# rounds.
 LEAKED_OBJECTS = 4
 # The last headers of requests and the last batch of events, each up to a bound.
 REMEMBERED = (HeaderBlock, Headers, Event)

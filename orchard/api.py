@@ -79,8 +79,9 @@ ReadT = TypeVar("ReadT")
 class ControllerParts:
     """The parts of a controller that handlers work on.
 
-    `browsers` says which requests of browsers are refused. `gate` None admits every request to everything. `tokens` issues access tokens. `prefix` is the path before /v1,
-    and `offline_timeout` is in seconds. Stored deadlines are made from `deadline_clock`.
+    `browsers` says which requests of browsers are refused. `gate` None admits every request to everything. `tokens`
+    issues access tokens. `prefix` is the path before /v1, and `offline_timeout` is in seconds. Stored deadlines are
+    made from `deadline_clock`.
     """
 
     store: Store

@@ -178,7 +178,8 @@ class Planner:
         # Workers that have active VMs and are deleted or offline.
         self._lost: dict[str, None] = {}
         self._online = _OnlineWorkers(inputs.workers)
-        # Workers with active VMs, by the time at which these fail, and at which VMs that no poll has shown return to the queue.
+        # Workers with active VMs, by the time at which these fail, and at which VMs that no poll has shown return to
+        # the queue.
         self._silence = _Timeouts(inputs.workers.silent_at, self._active_vms)
         self._absence = _Timeouts(inputs.workers.away_at, inputs.workers.unnamed)
         self._restarts = _Restarts(inputs, self._workers)

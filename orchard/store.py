@@ -4,9 +4,10 @@ Where the state is durable, and how it gets there, is decided by an engine (stor
 
 A transaction never awaits. It changes the state in memory between two checkpoints, and gets the next revision. A single
 task, `Store.run`, makes all transactions since its last write durable by one append (group commit), within the engine's
-limits. Only then do watchers see them. Every answer to a client first waits for `wait_durable()`, after which everything
-on which the answer could be based is durable. When an append fails, its transactions and all later ones are undone in
-memory, and the tasks that wait for them get a StorageError. When the engine has ended, the store ends (`broken`).
+limits. Only then do watchers see them. Every answer to a client first waits for `wait_durable()`, after which
+everything on which the answer could be based is durable. When an append fails, its transactions and all later ones are
+undone in memory, and the tasks that wait for them get a StorageError. When the engine has ended, the store ends
+(`broken`).
 
 While the disk is full, transactions that add something are refused with StorageFullError before they happen. Those that
 only delete objects, or change what the scheduler and the workers say about a VM, go on as long as the engine can write
@@ -175,13 +176,15 @@ class Store:
         self.state = state
         # Why nothing can be written any more; empty while the store works.
         self.broken = ""
-        # The wall time of the last write before the start, and the function for that of each write, which the owner sets.
+        # The wall time of the last write before the start, and the function for that of each write, which the owner
+        # sets.
         self.stored_time: datetime.datetime | None = None
         self.wall_time: Callable[[], datetime.datetime] | None = None
         # How long it takes until changes are durable: an append and a sync.
         self.write_seconds = Histogram(WORK_SECONDS)
         self._engine = engine
-        # Writes that are not durable, the earliest first. New transactions join the last one, unless it is being written.
+        # Writes that are not durable, the earliest first. New transactions join the last one, unless it is being
+        # written.
         self._writes: deque[_Write] = deque()
         self._is_writing = False
         self._wakeup = Wakeup()

@@ -57,7 +57,8 @@ class ControllerSettings:
     allowed_hosts: Sequence[str] = ()
     # Host and port of the SSH jump host; None: it is not served.
     ssh: tuple[str | None, int] | None = None
-    # At most one file of each key type. Without any, an Ed25519 key is made at the first start and kept in the data directory.
+    # At most one file of each key type. Without any, an Ed25519 key is made at the first start and kept in the data
+    # directory.
     ssh_host_keys: tuple[Path, ...] = ()
     ssh_auth: bool = True
     # The token of bootstrap-admin, which is created or updated with it.

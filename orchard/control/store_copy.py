@@ -193,7 +193,7 @@ async def _events_in_etcd(client: EtcdClient, prefix: str, revision: int, uids: 
 
 def _checked(state: State, where: str) -> State:
     if problems := check(state, json_is_new=True):
-        raise CopyError(f"{where}: the state contradicts itself: {'; '.join(problems[:5])}")
+        raise CopyError(f"{where}: the state is inconsistent: {'; '.join(problems[:5])}")
     return state
 
 

@@ -34,15 +34,15 @@ from orchard.state.changes import Change
 from orchard.storage.errors import StorageError
 from orchard.store import Store
 
-# The most notifications that wait for one URL. Beyond it the oldest is dropped, so that a receiver that is down costs at
-# most about two megabytes.
+# The most notifications that wait for one URL. Beyond it the oldest is dropped, so that a receiver that is down costs
+# at most about two megabytes.
 MAX_WAITING_EVENTS = 1_000
 # Pauses between attempts double from the first to the last. A notification that was not taken for so long is dropped.
 _FIRST_PAUSE, LAST_WEBHOOK_PAUSE, GIVE_UP_SECONDS = 1.0, 60.0, 3600.0
 # Limits for the connection, and for the head of the answer.
 _CONNECT_SECONDS, _ANSWER_SECONDS = 10.0, 10.0
-# Interval of looking at all workers and VMs. A condition that lasts for less than HOLD_SECONDS, such as the absence of a
-# worker that is restarted, is not notified.
+# Interval of looking at all workers and VMs. A condition that lasts for less than HOLD_SECONDS, such as the absence of
+# a worker that is restarted, is not notified.
 SURVEY_SECONDS, HOLD_SECONDS = 15.0, 30.0
 # A queue is old when a VM has waited for so long.
 OLD_QUEUE_SECONDS = 600.0
@@ -165,7 +165,7 @@ class WebhookSender:
         if trio.current_time() - self._logged_at >= _LOG_SECONDS:
             self._logged_at = trio.current_time()
             fields = {"webhook": self._origin, "reason": self.problem, "waiting": len(self.waiting)}
-            _logger.warning("a webhook does not take what it is sent, retrying", extra=fields)
+            _logger.warning("webhook request failed, retrying", extra=fields)
 
 
 class Webhooks:

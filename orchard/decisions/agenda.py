@@ -3,9 +3,9 @@
 Deadlines are stored as wall times (`expiresAt` of a VM, the deadline of a drain), since the monotonic clock begins anew
 with each start of the host. Within a run they follow the monotonic clock alone. `Timeline` maps one to the other.
 
-A start counts at most MAX_COUNTED of the time since the last stored moment, so a clock that is years ahead makes nothing
-due. When the wall clock was set, or the stop was longer than MAX_COUNTED, all stored wall times have to be shifted by
-the difference; then they are right again.
+A start counts at most MAX_COUNTED of the time since the last stored moment, so a clock that is years ahead makes
+nothing due. When the wall clock was set, or the stop was longer than MAX_COUNTED, all stored wall times have to be
+shifted by the difference; then they are right again.
 
 `Agenda` finds the next items that are due. Times are arguments.
 """

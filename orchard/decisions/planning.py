@@ -58,7 +58,8 @@ class PlannerInputs:
     restarted_at: Mapping[str, float]
     # A worker without contact for this long is offline.
     offline_timeout: float  # seconds
-    # The end of the longest promise from before the start: until then VMs may run whose failure is forgotten (see below).
+    # The end of the longest promise from before the start: until then VMs may run whose failure is forgotten (see
+    # below).
     forgotten_until: float
     # Uids of VMs that had failed before the start, for a reason that is forgotten. They may still run.
     failed_before_start: set[str]
@@ -74,8 +75,8 @@ class PlannerInputs:
     def restart_at(self, vm: VM, worker: Worker | None) -> float:
         """Return the earliest time at which a failed VM can neither run any more nor restart too often.
 
-        `worker` is the VM's; None: it is not registered. For a restart that is withdrawn (see `is_withdrawn`), this is the
-        time of the withdrawal.
+        `worker` is the VM's; None: it is not registered. For a restart that is withdrawn (see `is_withdrawn`), this is
+        the time of the withdrawal.
         """
         name, request = vm.state.worker, vm.state.end_request
         if request and has_ended(vm, worker):

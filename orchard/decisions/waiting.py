@@ -37,8 +37,8 @@ class WaitingReason:
 
 # States that exclude a worker whatever it offers, in the order in which a reason names them.
 UNAVAILABLE, DRAINING, PAUSED, FAILING, LOW_DISK = range(5)
-# Properties that a worker may lack even when it is online and empty, in the order of the checks. They are whole numbers,
-# since the hash of an enum's member would double the time for a worker.
+# Properties that a worker may lack even when it is online and empty, in the order of the checks. They are whole
+# numbers, since the hash of an enum's member would double the time for a worker.
 _ARCH, _RUNTIME, _LABEL, _CAPABILITY, _SIZE = range(10, 15)
 # The words of a reason for these properties, and for workers without them.
 _NOUNS = {_ARCH: "arch ", _RUNTIME: "runtime ", _LABEL: "label ", _CAPABILITY: ""}

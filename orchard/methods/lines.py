@@ -69,8 +69,8 @@ class Absence:
 class ResumingLines:
     """The lines of an endless answer. When it ends or its connection is lost, another request resumes after the last line.
 
-    `make_query` returns the query parameters of the next request. `refuse` decides what follows when a request after the
-    first one is refused. `may_end`: an answer that ends without a line is the end of the lines, too. Use it as an
+    `make_query` returns the query parameters of the next request. `refuse` decides what follows when a request after
+    the first one is refused. `may_end`: an answer that ends without a line is the end of the lines, too. Use it as an
     asynchronous context manager, which raises what the first request raises.
     """
 

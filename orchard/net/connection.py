@@ -121,7 +121,8 @@ class Sends:
     async def close_slow_readers(self) -> None:
         """Close the sockets of clients that take nothing for too long, until cancelled.
 
-        While large answers wait for a place, `_LOOK_SECONDS` is too long for the large writes, and the oldest are closed.
+        For each large answer that waits for a place, the oldest large write that has lasted for `_LOOK_SECONDS` is
+        closed, too.
         """
         while True:
             await trio.sleep(_LOOK_SECONDS)

@@ -67,7 +67,8 @@ class _LoggedChange:
     kind: WatchedKind
     old: StoredObject | None
     new: StoredObject | None
-    # The new object, or the deleted one, as the API shows it. A worker's images are apart, since few watchers want them.
+    # The new object, or the deleted one, as the API shows it. A worker's images are apart, since few watchers want
+    # them.
     json: bytes = field(repr=False)
     images: bytes = field(default=b"", repr=False)
 

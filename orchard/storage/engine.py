@@ -84,8 +84,8 @@ class Contents:
 class Engine(Protocol):
     """The durable copy of a cluster's state.
 
-    To start, call `load`, which changes nothing, and if the contents are valid, `begin`. Then `run` must be running. The
-    store never calls `append` twice at a time. Once `append` or `run` has raised BrokenError, the engine has ended.
+    To start, call `load`, which changes nothing, and if the contents are valid, `begin`. Then `run` must be running.
+    The store never calls `append` twice at a time. Once `append` or `run` has raised BrokenError, the engine has ended.
     """
 
     limits: BatchLimits

@@ -29,7 +29,8 @@ _DEFAULT_PORT = 2379
 _ANSWER_SECONDS = 2.0
 # Limit for a page, which may have large objects and come over a slow link.
 _PAGE_SECONDS = 10.0
-# Keys of the first page, which may all be large, and of any other page; and the bytes of values that a page should have.
+# Keys of the first page, which may all be large, and of any other page; and the bytes of values that a page should
+# have.
 _FIRST_PAGE_KEYS, _PAGE_KEYS, _PAGE_BYTES = 100, 1_000, 4_000_000
 # Limits of one transaction. etcd takes at most 128 operations and 1.5 MiB.
 MAX_OPERATIONS, MAX_TRANSACTION_BYTES = 100, 1_000_000

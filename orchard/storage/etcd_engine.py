@@ -6,11 +6,11 @@ one that this controller knows, and writes `head`. So once another controller ha
 one succeeds, however late it arrives: safety does not depend on the lease (leadership.py).
 
 A transaction whose answer was lost is sent again until it is answered or the lease is over. Each transaction writes a
-`head` that no other one writes. So if the comparison fails and `head` has that value, an earlier try has succeeded; with
-any other value, leadership is lost and the engine has ended.
+`head` that no other one writes. So if the comparison fails and `head` has that value, an earlier try has succeeded;
+with any other value, leadership is lost and the engine has ended.
 
-A batch that is too large for one transaction of etcd is first written in parts to `transaction/NUMBER`. A `head` with the
-number of parts commits the batch: from then on every reader of the state reads the parts, too. Then the objects are
+A batch that is too large for one transaction of etcd is first written in parts to `transaction/NUMBER`. A `head` with
+the number of parts commits the batch: from then on every reader of the state reads the parts, too. Then the objects are
 written, and at last the parts deleted. A controller that takes over completes a committed batch.
 """
 
@@ -108,7 +108,7 @@ class EtcdContents(Contents):
         return DamagedKeyError(f"etcd key {place}", f"the value is not understood ({error})")
 
     def contradicts_itself(self, problems: Iterable[str]) -> DamagedError:
-        return DamagedKeyError(f"etcd prefix {self.prefix}", f"the state contradicts itself: {'; '.join(problems)}")
+        return DamagedKeyError(f"etcd prefix {self.prefix}", f"the state is inconsistent: {'; '.join(problems)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,7 +413,7 @@ class EtcdEngine:
     def _follow_size(self, why: str, *, is_blocked: bool = False) -> None:
         self.takes_deletions = not is_blocked
         if why and not self.full:
-            _logger.error("etcd full, refusing what adds something: %s", why)
+            _logger.error("etcd full, refusing additions: %s", why)
         elif self.full and not why:
             _logger.info("etcd has space again")
         self.full = why

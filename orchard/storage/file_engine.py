@@ -80,7 +80,7 @@ class FileEngine:
         """Log when the disk has become full or has space again."""
         before, self.full = self.full, self._file.full
         if self.full and not before:
-            _logger.error("disk full, refusing what adds something: %s", self.full)
+            _logger.error("disk full, refusing additions: %s", self.full)
             self._became_full.set()
         elif before and not self.full:
             _logger.info("disk has space again")

@@ -1,7 +1,7 @@
 """Append-only files of checked lines, and the reserve of disk space that keeps them writable on a full disk.
 
-What the lines mean is decided elsewhere: state_file.py writes the state, event_file.py the events of VMs. Everything here is
-synchronous, for a thread.
+What the lines mean is decided elsewhere: state_file.py writes the state, event_file.py the events of VMs. Everything
+here is synchronous, for a thread.
 
 A file is a sequence of JSON objects, one a line, for `less` and `jq`:
 
@@ -216,8 +216,8 @@ class Journal:
     def _check_unfinished(self, tail: bytes) -> None:
         """Raise DamagedError if the tail comes from damage, not from an unfinished append.
 
-        It is damage if it begins with a complete line, whose newline was altered after the append. Each "}" may end that
-        line, so the checksum is compared there.
+        It is damage if it begins with a complete line, whose newline was altered after the append. Each "}" may end
+        that line, so the checksum is compared there.
         """
         match = _START.match(tail)
         if match is None:

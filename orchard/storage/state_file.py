@@ -73,7 +73,7 @@ class FileContents(Contents):
         return DamagedError(self.path, place, f"the line is not understood ({error})")
 
     def contradicts_itself(self, problems: Iterable[str]) -> DamagedError:
-        return DamagedError(self.path, self.size, f"the state contradicts itself: {'; '.join(problems)}")
+        return DamagedError(self.path, self.size, f"the state is inconsistent: {'; '.join(problems)}")
 
 
 class StateFile:

@@ -1,9 +1,9 @@
 """Scripts by a VM's guest agent: a shell in the guest behind `tart exec -i`, without address, password or SSH server.
 
-The shell's input and output are the same as over SSH (script.py). In some versions of tart the agent is unreachable until
-the VM restarts after a client went away early, and perhaps after many clients while the guest boots. So each attempt
-first waits for the agent in one long call, the pauses between attempts grow, and a call that is no longer needed is
-asked to end before it is killed.
+The shell's input and output are the same as over SSH (script.py). In some versions of tart the agent is unreachable
+until the VM restarts after a client went away early, and perhaps after many clients while the guest boots. So each
+attempt first waits for the agent in one long call, the pauses between attempts grow, and a call that is no longer
+needed is asked to end before it is killed.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ so that
 * its standard input is empty, so that a command that reads stdin gets end-of-file and not the rest of the script;
 * a line with a random marker is printed before the script's output, and the marker with the exit status after it.
 
-ssh's exit status is ambiguous, so markers tell how a script went. Output before the first marker is not the script's (a profile may
-print). The script is sent only after the first marker has come back: without that marker the script did not begin, and
-trying again is safe. After the last marker the script has ended with that status, 255 included, even if it left
-processes that hold the output open; what these print in the next second still counts as its output. A shell that was
-killed cannot print the last marker: the process around it does. `Transcript` reads this format without I/O. `converse`
-sends and reads with any shell; the synthetic driver uses it with a local one.
+ssh's exit status is ambiguous, so markers tell how a script went. Output before the first marker is not the script's (a
+profile may print). The script is sent only after the first marker has come back: without that marker the script did not
+begin, and trying again is safe. After the last marker the script has ended with that status, 255 included, even if it
+left processes that hold the output open; what these print in the next second still counts as its output. A shell that
+was killed cannot print the last marker: the process around it does. `Transcript` reads this format without I/O.
+`converse` sends and reads with any shell; the synthetic driver uses it with a local one.
 
 fish and csh do not understand these commands: a `/bin/sh` with their environment reads them, and fish or csh runs the
 file.
@@ -215,15 +215,15 @@ def _export(kind: str, name: str, value: str) -> str:
         raise DriverError(f"{kind} script: environment variable is named {name!r}, expected [A-Za-z_][A-Za-z0-9_]*")
     if "\0" in value:
         raise DriverError(f"{kind} script: the environment variable {name} contains a NUL character")
-    passed_over = f"echo 'environment variable {name} is passed over: "
+    ignored = f"echo 'environment variable {name} is ignored: "
     if name in _EVALUATED and not _NUMBER.fullmatch(value):
-        return f"{passed_over}shells take it for a number, and evaluate other values'\n"
+        return f"{ignored}shells take it for a number, and evaluate other values'\n"
     # As root, zsh would change the user. Elsewhere a shell may refuse the name, which ends some shells.
     condition = '[ -z "${ZSH_VERSION-}" ] && ' if name in _IDENTITIES else ""
     assignment = f'export {name}="$_orchard_value"'
     return (
         f"_orchard_value={shlex.quote(value)}\n"
-        f"{condition}({assignment}) >/dev/null 2>&1 && {assignment} || {passed_over}this shell refuses it'\n"
+        f"{condition}({assignment}) >/dev/null 2>&1 && {assignment} || {ignored}this shell refuses it'\n"
     )
 
 

@@ -164,8 +164,8 @@ class Lease:
 class HealthLog:
     """The failures of this worker, as its heartbeats report them to the controller.
 
-    `changed` is called when there is something new to report. A problem ends when the failed operation succeeds. Some end
-    by themselves after a while, because the same operation may not be tried again.
+    `changed` is called when there is something new to report. A problem ends when the failed operation succeeds. Some
+    end by themselves after a while, because the same operation may not be tried again.
     """
 
     def __init__(self, clock: Callable[[], float], changed: Callable[[], None]) -> None:

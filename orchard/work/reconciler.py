@@ -135,7 +135,8 @@ class Reconciler:
     async def settle(self, nursery: trio.Nursery) -> None:
         """Adopt or remove the VMs that an earlier worker left, and sync. Raises RefusedError, ClientError.
 
-        While the local VMs cannot be listed, it retries, and gives that as the reason in the messages of VMs that wait here.
+        While the local VMs cannot be listed, it retries, and gives that as the reason in the messages of VMs that wait
+        here.
         """
         while self._memory.is_restored and not await self._hold_back():
             with trio.move_on_after(_SYNC_SECONDS):
