@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -136,12 +137,17 @@ def _complain(text: str) -> None:
 
 
 def _open_standard_streams() -> None:
-    """Open the standard streams that were closed, so that no socket gets their numbers and with them what is printed."""
+    """Open the standard streams that were closed, so that no socket gets their numbers and with them what is printed.
+
+    Characters that standard output cannot encode are printed as escapes: a VM's output may have any.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             with suppress(OSError):
                 # The lowest number that is free.
                 setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _run(words: list[str]) -> int:

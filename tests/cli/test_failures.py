@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from harness.forks import Fork, forked
-from harness.processes import GENEROUS, LISTENING, PLAIN, call_main
+from harness.processes import GENEROUS, LISTENING, PLAIN, call_main, finished
 
 from orchard.auth import BootstrapToken
 from orchard.cli.connection import ControllerConnection
@@ -373,6 +373,13 @@ def test_closed_and_full_outputs_are_no_traceback(
         expected = (1, 1) if verb == "store" else (status, status)
         assert (found[0], len(found[1])) == expected, (verb, found)
     api.call("DELETE", "/service-accounts/a")
+
+
+def test_output_that_the_locale_cannot_encode_is_printed_as_escapes(dev: Path, api: ControllerConnection) -> None:
+    api.call("POST", "/vms", body={"name": "vm", "image": "i", "startup_script": {"script_content": "echo 5 \u20ac"}})
+    assert call_main(main, "wait", "vm", "vm", home=dev)[0] == 0
+    done = finished("", "logs", "vm", "vm", home=dev, env={"PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5 \\u20ac\n", "")
 
 
 @pytest.mark.parametrize(
