@@ -73,7 +73,7 @@ from orchard.vm.driver import Driver, DriverError
 from orchard.vm.host import check_dhcp_lease, machine_id
 from orchard.vm.synthetic import IMAGE_HELP, SyntheticDriver
 from orchard.vm.vm_connections import ConnectorProcess, Dial
-from orchard.work.heartbeat import FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
+from orchard.work.heartbeat import LOGIN_REMEDY, FailureLog, Heartbeats, Lease, backoff_seconds, is_permanent
 from orchard.work.leftovers import RefusedError
 from orchard.work.memory import ClusterMemory, read_instance_id
 from orchard.work.reconciler import Reconciler
@@ -250,7 +250,8 @@ class WorkerService:
             stored = await self._client.workers.register(encode(description))
         except ResponseError as error:
             if error.status in (401, 403) and not self._sessions:
-                raise RefusedError(f"the controller refuses this worker: {error.message}") from error
+                remedy = f"; {LOGIN_REMEDY}" if error.status == 401 else ""
+                raise RefusedError(f"the controller refuses this worker: {error.message}{remedy}") from error
             raise
         self._heartbeats.begin_session(stored.last_seen, info.capabilities)
         self._lease.begin_session(info.worker_offline_timeout / 1000, sent)
@@ -350,6 +351,8 @@ def _read_bootstrap_token(parser: argparse.ArgumentParser, options: argparse.Nam
     text = sys.stdin.readline() if options.bootstrap_token_stdin else options.bootstrap_token
     if text is None:
         return None
+    if not text.strip():
+        parser.error("the bootstrap token is empty")
     try:
         return BootstrapToken.parse(text)
     except ValueError as error:

@@ -274,3 +274,5 @@ def test_lost_controller_is_logged_at_first_on_each_new_reason_and_once_a_minute
             now = float(seconds)
             log.note(ResponseError(409, "another machine has this name"))
         assert len(caplog.records) == 5, "what can never succeed is logged once"
+        log.note(ResponseError(401, "wrong token"))
+    assert [hasattr(record, "remedy") for record in caplog.records] == [False] * 5 + [True]

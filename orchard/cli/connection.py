@@ -336,6 +336,8 @@ def _refusal(status: int, raw: bytes, *, may_retry: bool) -> AnswerError:
     except (ValueError, TypeError, KeyError):
         message = f"the controller answered {status}, and not as an Orchard does: {raw[:64]!r}"
         may_retry = may_retry or status >= SERVER_ERRORS
+    if status == 401:
+        message += "; log in again with: orchard login URL"
     return AnswerError(status, message, may_retry=may_retry)
 
 

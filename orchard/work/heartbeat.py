@@ -61,8 +61,8 @@ _FIRST_PAUSE, _LAST_PAUSE = 0.1, 1.5  # seconds
 _JITTER = 0.5
 # The longest pause after a failure that only an operator can mend.
 _LAST_PERMANENT_PAUSE = 20.0  # seconds
-# A bootstrap token carries the certificate of its controller.
-_TRUST_REMEDY = "start the worker with a new bootstrap token of this controller: orchard bootstrap-token ACCOUNT"
+# A bootstrap token carries the login of an account and the certificate of its controller.
+LOGIN_REMEDY = "start the worker with a new bootstrap token of this controller: orchard bootstrap-token ACCOUNT"
 # The least interval of log lines about the same failure.
 _LOG_SECONDS = 60.0
 # Interval of checking the disk and the version of the hypervisor command.
@@ -341,7 +341,8 @@ class FailureLog:
         self._reason, self._logged_at = reason, now
         lost = isinstance(error, ConnectError)
         message = "cannot reach the controller, retrying" if lost else "the session failed, retrying"
-        remedy = {"remedy": _TRUST_REMEDY} if _is_not_trusted(error) else {}
+        is_outdated = _is_not_trusted(error) or (isinstance(error, ResponseError) and error.status == 401)
+        remedy = {"remedy": LOGIN_REMEDY} if is_outdated else {}
         _logger.warning(message, extra={"worker": self._worker, "reason": reason, **remedy})
 
 

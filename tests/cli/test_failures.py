@@ -200,6 +200,7 @@ def test_with_refused_credentials_or_a_wrong_name_each_verb_fails_with_one_line(
         wrong = {**env, "ORCHARD_SERVICE_ACCOUNT_TOKEN": "wrong"}
         for verb in ASKING:
             check_failed(verb, call(verb, url, tmp_path, **wrong))
+        assert "orchard login" in check_failed("list", call("list", url, tmp_path, **wrong))
 
 
 # ---- Ctrl-C, and a controller that dies in the middle ------------------------------------------------------------------

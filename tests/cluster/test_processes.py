@@ -188,6 +188,7 @@ async def test_worker_with_refused_credentials_exits_with_2(tmp_path: Path) -> N
                 refused = finished("worker", *arguments, home=tmp_path)
                 assert refused.returncode == 2, refused.stderr
                 assert words in refused.stderr
+                assert ("bootstrap-token" in refused.stderr) == (words != "compute:write")
                 assert "Traceback" not in refused.stderr
 
 
