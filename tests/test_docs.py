@@ -28,7 +28,7 @@ from harness.documents import (
     session_in,
 )
 from harness.machines import machines, need_machines
-from harness.prepared_pages import MACHINES
+from harness.prepared_pages import CLUSTERS, EARLIER, MACHINES
 from harness.processes import call_main
 from test_layers import LAYERS
 
@@ -37,8 +37,8 @@ from orchard.cli.main import VERBS
 from orchard.client import ClientError
 from orchard.codec import attrs_of
 from orchard.operations import OPERATIONS
-from orchard.schema import TART_VMS, ClusterSettings, VMSpec, Worker
-from orchard.testing import cluster
+from orchard.schema import ClusterSettings, VMSpec
+from orchard.testing import Cluster, cluster
 from orchard.transitions import LIVE
 
 DOCS = ROOT / "docs"
@@ -46,22 +46,16 @@ API = DOCS / "api.md"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 # Pages that take more than a second, or 0.3 s of CPU.
 SLOW = {
-    "README.md",
     "access.md",
     "api.md",
     "command.md",
     "concepts.md",
-    "deploy.md",
+    "doctor.md",
     "embedding.md",
     "images.md",
     "operating-logs.md",
     "operating.md",
-    "quickstart.md",
     "security.md",
-}
-# The workers of a page that needs others than `orchard dev` has.
-WORKERS: dict[str, list[Worker]] = {
-    "api.md": [Worker(labels={"xcode": "27"}, resources={TART_VMS: 40}) for _ in range(2)],
 }
 # Pages about a certificate and a key that the reader has, `controller.crt` and `.key` in this directory of the home.
 CERTIFICATES = {"coming.md": "old"}
@@ -70,19 +64,12 @@ OPTIONS_OF_OTHERS = {
     "deploy-linux.md": {"--init", "--health-cmd"},
     "etcd.md": {"--listen-client-http-urls", "--client-cert-auth", "--cert-file"},
 }
-# How many blocks of a page are not run, because they need a Mac, root, the internet or other hosts.
+# How many blocks of a page are not run, and why: see tests/README.md.
 NOT_RUN: dict[str, dict[str, int]] = {
-    "README.md": {"internet": 1},
-    "access.md": {"hosts": 1},
-    "ci.md": {"hosts": 2},
-    "command.md": {"hosts": 1},
-    "deploy.md": {"hosts": 1},
+    "README.md": {"itself": 1},
     "deploy-linux.md": {"internet": 2},
-    "deploy-macos.md": {"macos": 7},
-    "doctor.md": {"hosts": 2},
-    "images.md": {"macos": 2},
-    "offline.md": {"hosts": 3, "internet": 3},
-    "quickstart.md": {"internet": 1},
+    "deploy-macos.md": {"macos": 2},
+    "offline.md": {"internet": 2},
 }
 # Languages of blocks that show a file or a picture.
 SHOWN = {"groovy", "haproxy", "ini", "javascript", "json", "nginx", "text", "toml", "xml", "yaml"}
@@ -111,10 +98,10 @@ def starts_controller(page: Path) -> bool:
 )
 async def test_page_is_a_session_that_works(page: Path, tmp_path: Path) -> None:
     if starts_controller(page):
-        await run_page(page, tmp_path, "")
+        await run_page(page, tmp_path)
         return
-    async with cluster(workers=WORKERS.get(page.name, 1)) as c:
-        await run_page(page, tmp_path, c.url)
+    async with cluster(**CLUSTERS.get(page.name, {})) as c:
+        await run_page(page, tmp_path, c)
 
 
 @pytest.fixture
@@ -124,34 +111,39 @@ def machines_can_be_made() -> None:
 
 @pytest.mark.needs("curl", "openssl", "etcd", "etcdctl")
 @pytest.mark.usefixtures("machines_can_be_made")
-@pytest.mark.slow
+@pytest.mark.slow(20)
 @pytest.mark.parametrize("name", MACHINES)
 async def test_page_is_a_session_on_machines_that_works(name: str, tmp_path: Path) -> None:
-    page, (names, prepare) = page_named(name), MACHINES[name]
-    async with (
-        machines(tmp_path, names, ["controller.example.com"] * ("controller" not in names)) as found,
-        AsyncExitStack() as stack,
-    ):
-        prepare(found, tmp_path)
+    page, prepared = page_named(name), MACHINES[name]
+    common = [] if "controller" in prepared.names else ["controller.example.com"]
+    (tmp_path / "common").mkdir()
+    async with machines(tmp_path, prepared.names, common) as found, AsyncExitStack() as stack:
+        prepared.prepare(found, tmp_path / "common")
         shells = {
-            machine.name: await stack.enter_async_context(session_in(machine, tmp_path)) for machine in found.values()
+            host: await stack.enter_async_context(session_in(machine, tmp_path / host, tmp_path / "common"))
+            for host, machine in found.items()
         }
+        first, *_ = prepared.names
+        status, said = await shells[first].execute(prepared.earlier, strict=True)
+        assert status == 0, said
         for block in blocks(page):
             if block.is_run or block.is_file:
                 async with trio.open_nursery() as nursery:
-                    for host in block.hosts or names[:1]:
+                    for host in block.hosts or [first]:
                         nursery.start_soon(shells[host].run, block, "")
 
 
-async def run_page(page: Path, directory: Path, url: str) -> None:
-    """Run the blocks of a page in a session whose context is the controller at `url`."""
-    async with session(directory, url) as shell:
+async def run_page(page: Path, directory: Path, found: Cluster | None = None) -> None:
+    """Run the blocks of a page in a session with a cluster."""
+    async with session(directory, found) as shell:
         if name := CERTIFICATES.get(page.name):
             (directory / "home" / name).mkdir()
             Authority(directory / "home" / name).issue("controller")
+        status, said = await shell.execute(EARLIER.get(page.name, ""), strict=True)
+        assert status == 0, said
         for block in blocks(page):
             if block.is_run or block.is_file:
-                await shell.run(block, url)
+                await shell.run(block, found.url if found else "")
 
 
 @pytest.mark.parametrize("page", params([page for page in PAGES if any(b.word in ELSEWHERE for b in blocks(page))]))

@@ -130,7 +130,7 @@ def test_script_is_a_program_of_the_shell_that_a_page_names(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.needs("ssh")
 async def test_gitlab_job_runs_each_step_in_one_vm_and_leaves_none(tmp_path: Path) -> None:
-    async with cluster() as c, session(tmp_path, c.url) as shell:
+    async with cluster() as c, session(tmp_path, c) as shell:
         await shell.execute(GITLAB_ENVIRONMENT)
         for _ in range(2):
             # The runner repeats a stage that fails.
@@ -166,7 +166,7 @@ async def test_gitlab_job_runs_each_step_in_one_vm_and_leaves_none(tmp_path: Pat
 @pytest.mark.needs("ssh")
 async def test_command_in_a_vm_has_the_directory_and_its_status_is_returned(tmp_path: Path) -> None:
     recipes = DOCS / "recipes"
-    async with cluster() as c, session(tmp_path, c.url) as shell:
+    async with cluster() as c, session(tmp_path, c) as shell:
         await shell.execute("mkdir checkout; cd checkout; echo source > file")
         status, output = await shell.execute(f"{recipes}/in-vm.sh 'cat file; exit 7'")
         assert (status, output.splitlines()[-1]) == (7, "source")
@@ -186,7 +186,7 @@ async def test_github_runner_takes_one_job_and_leaves_no_vm(tmp_path: Path) -> N
     runner.chmod(0o755)
     configuration = b'{"encoded_jit_config": "c2VjcmV0"}'
     created = answer("201 Created", configuration)
-    async with cluster() as c, session(tmp_path, c.url) as shell, scripted([created]) as (api, script):
+    async with cluster() as c, session(tmp_path, c) as shell, scripted([created]) as (api, script):
         environment = f"GITHUB_API_URL={api.url} GITHUB_ORG=example GITHUB_TOKEN=hidden RUNNER_DIR={tmp_path}"
         status, output = await shell.execute(f"{environment} {DOCS}/recipes/github-runner.sh macos m4")
         assert (status, output.splitlines()[-1:]) == (0, ["took a job with c2VjcmV0"]), output

@@ -33,14 +33,15 @@ from orchard import client, schema
 from orchard.cli import main as command
 from orchard.cli.context import CONTEXT_FILE, Context, Contexts, write_contexts
 from orchard.client import Client
+from orchard.testing import Cluster
 
 ROOT = Path(__file__).parent.parent.parent
 SHELL = {"sh", "console"}
-# Where a block can be run that this machine cannot run.
-ELSEWHERE = {"macos", "root", "internet", "hosts"}
+# Why a block is not run: it needs macOS or the internet, or it runs the tests.
+ELSEWHERE = {"macos", "internet", "itself"}
 BACKGROUND = "background"
 # Ports in the pages. A session has free ones in their place.
-PORTS = ("6120", "2222", "8080")
+PORTS = ("6120", "2222", "8000", "8080")
 # The controller's host in the pages, and what stands for it.
 HOST, HERE = "controller.example.com", "localhost"
 # For one block, on a busy machine.
@@ -255,18 +256,24 @@ async def _evaluate(code: CodeType, names: dict[str, Any]) -> None:
 
 
 @asynccontextmanager
-async def session(directory: Path, url: str = "") -> AsyncIterator[Session]:
-    """Run a shell for the time of the block, in a home of its own, in which `orchard` uses the controller at `url`.
+async def session(directory: Path, found: Cluster | None = None) -> AsyncIterator[Session]:
+    """Run a shell for the time of the block, in a home of its own, in which `orchard` uses a cluster.
 
-    Without a controller, a free port stands for 6120.
+    Without one, a free port stands for 6120.
     """
     home, programs = directory / "home", directory / "bin"
     home.mkdir(exist_ok=True)
     places = {shown: str(free_port()) for shown in PORTS} | {HOST: HERE}
-    if url:
-        places["6120"] = url.rpartition(":")[2]
+    if found is not None:
+        places["6120"] = found.url.rpartition(":")[2]
+        if found.ssh_port:
+            places["2222"] = str(found.ssh_port)
+        certificate = found.certificate.read_bytes() if found.certificate else None
+        context = Context(found.url, certificate, found.account, found.token)
         (home / ORCHARD).mkdir(mode=0o700)
-        write_contexts(home / ORCHARD / CONTEXT_FILE, Contexts("local-dev", {"local-dev": Context(url)}))
+        # As `orchard controller run` and `orchard dev` do.
+        name = "bootstrap-context" if found.account else "local-dev"
+        write_contexts(home / ORCHARD / CONTEXT_FILE, Contexts(name, {name: context}))
     _write_programs(programs, places["6120"])
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ORCHARD") and name != "PORT"}
     async with _shell(home, [], {**kept, "PATH": f"{programs}:{os.environ['PATH']}"}) as process:
@@ -274,17 +281,16 @@ async def session(directory: Path, url: str = "") -> AsyncIterator[Session]:
 
 
 @asynccontextmanager
-async def session_in(machine: Machine, directory: Path) -> AsyncIterator[Session]:
-    """Run a shell of root in a machine for the time of the block, with a home of its own.
+async def session_in(machine: Machine, directory: Path, common: Path) -> AsyncIterator[Session]:
+    """Run a shell of root in a machine for the time of the block, with a home of its own below `directory`.
 
-    It is in a directory of all machines, so that a file of one needs no copy on the other.
+    It begins in `common`, as those of other machines do, so that a file of one needs no copy on the other.
     """
-    home = directory / machine.name / "home"
+    home = directory / "home"
     home.mkdir()
-    (directory / "common").mkdir(exist_ok=True)
     async with _shell(home, machine.inside(), {"PATH": MACHINE_PATH}) as process:
         shell = Session(home, {}, process)
-        await shell.execute(f"cd {directory}/common")
+        await shell.execute(f"cd {common}")
         yield shell
 
 

@@ -48,7 +48,16 @@ mount --bind proc/sys proc/sys
 mount -o remount,bind,ro proc/sys
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
-mount --rbind /dev dev
+mount -t tmpfs -o mode=755 tmpfs dev
+for device in null zero full random urandom tty; do
+    touch dev/$device
+    mount --bind /dev/$device dev/$device
+done
+mkdir dev/pts dev/shm
+mount -t devpts -o newinstance,ptmxmode=666 devpts dev/pts
+ln -s pts/ptmx dev/ptmx
+ln -s /proc/self/fd dev/fd
+mount -t tmpfs -o mode=1777 tmpfs dev/shm
 mount -t tmpfs -o mode=755 tmpfs run
 echo "$name" > etc/hostname
 ip link set lo up
@@ -170,6 +179,8 @@ async def _started(home: Path, shared: Path, name: str) -> AsyncIterator[Machine
 
         await eventually(has_number)
         machine = Machine(name, int((home / "pid").read_text()))
+        # Until it is systemd, its files are those of this host.
+        await eventually(lambda: Path(f"/proc/{machine.pid}/comm").read_text() == "systemd\n")
         # Its processes end with it.
         stack.callback(os.kill, machine.pid, signal.SIGKILL)
         yield machine
