@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import inspect
 import os
@@ -30,6 +29,7 @@ from harness.machines import MACHINE_PATH, Machine
 from harness.processes import ORCHARD, call_main, eventually, free_port
 from harness.starts import write_forking_program
 from orchard import client, schema
+from orchard.base.command_line import CommandLine
 from orchard.cli import main as command
 from orchard.cli.context import CONTEXT_FILE, Context, Contexts, write_contexts
 from orchard.client import Client
@@ -372,7 +372,7 @@ def parsing_error(words: Sequence[str], home: Path) -> str:
     """Return what is wrong with a command line, "" if its verb and its options exist."""
 
     def parsed(parse: Any) -> Any:
-        def parse_and_end(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        def parse_and_end(self: CommandLine, *args: Any, **kwargs: Any) -> None:
             parse(self, *args, **kwargs)
             raise _ParsedError
 
@@ -380,7 +380,7 @@ def parsing_error(words: Sequence[str], home: Path) -> str:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("parse_args", "parse_intermixed_args"):
-            patch.setattr(argparse.ArgumentParser, name, parsed(getattr(argparse.ArgumentParser, name)))
+            patch.setattr(CommandLine, name, parsed(getattr(CommandLine, name)))
         try:
             status, _, said = call_main(command.main, *words, home=home)
         except _ParsedError:

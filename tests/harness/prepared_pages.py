@@ -64,7 +64,7 @@ def prepare_offline(found: dict[str, Machine], directory: Path) -> None:
     prepare_clone(found, directory)
     control, _ = found.values()
     control.write_program("tart", TART.replace("/opt/clone", str(ROOT)))
-    (directory / "wheels").rename(directory / "wheelhouse")
+    shutil.copytree(directory / "wheels", directory / "wheelhouse")
     shutil.copytree(ROOT / "orchard", directory / "clone" / "orchard", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("run", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, directory / "clone" / name)
