@@ -210,7 +210,7 @@ def _is_option(action: argparse.Action) -> bool:
 
 
 def _find_position(parser: CommandLine, verb: str, words: Sequence[str]) -> _Position:
-    """Return where these words lead in the arguments of a verb."""
+    """Return the position behind these words in the arguments of a verb."""
     values: dict[str, str] = {}
     may_be_option = True
     left = [action for action in parser._actions if not _is_option(action)]

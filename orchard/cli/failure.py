@@ -32,7 +32,7 @@ class NetworkError(CommandError):
 
 @contextmanager
 def cleaning_up(handler: Callable[[int, FrameType | None], object] = signal.default_int_handler) -> Iterator[None]:
-    """Handle Ctrl-C for the time of the block, which leaves something to remove or to set back: as KeyboardInterrupt.
+    """Raise KeyboardInterrupt, or call `handler`, at a Ctrl-C in the block, which has something to clean up.
 
     Elsewhere Ctrl-C ends the process at once (orchard.end_at_interrupt).
     """

@@ -44,7 +44,7 @@ _UNPACKED_VARIABLE = "ORCHARD_PYZ_DIRECTORY"
 _UNPACKED = Path("/Library/Application Support/Orchard/pyz")
 _BOOTSTRAP_TOKEN_BYTES = 64 * 1024  # bytes
 _FIRST_FREE_PORT = 1024
-# Where a user that systemd makes for the service stands for one that may read little.
+# A user number without rights of its own. Files are tested with it if systemd makes the service's user at its start.
 _STRANGER = 65_534
 
 

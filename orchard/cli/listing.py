@@ -16,7 +16,7 @@ from orchard.cli.resources import RESOURCE_KINDS, ResourceKind, find_kind
 from orchard.cli.session import open_connection, require_capability
 
 _KINDS = ("vms", "workers", "service-accounts")
-# What a row of something that is deleted, or that a filter selects no longer, shows in the column of its state.
+# Shown as the state of an object that was deleted, or that the filter no longer selects.
 _DELETED, _UNSELECTED = "deleted", "no longer matches"
 _STATE_COLUMNS = ("Status", "State")
 
@@ -65,7 +65,7 @@ class _List:
         self._is_whole = False
 
     def begin(self) -> None:
-        """Forget all: the present objects come again."""
+        """Forget all objects. The watch begins anew with those that are there."""
         self._items.clear()
         self._is_whole = False
 

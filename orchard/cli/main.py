@@ -39,7 +39,7 @@ class Verb:
 
 VERBS: Mapping[str, Verb] = {
     "status": Verb("views", "show the fleet on one screen"),
-    "top": Verb("views", "show the fleet again and again"),
+    "top": Verb("views", "show the fleet on one screen, anew every two seconds"),
     "ui": Verb("dashboard", "open the dashboard in the browser"),
     "describe": Verb("views", "show all of a VM or a worker; why a VM waits, and what would help"),
     "login": Verb("login", "log in to a controller, and use it by default"),
@@ -67,14 +67,14 @@ VERBS: Mapping[str, Verb] = {
     "restart": Verb("actions", "restart a VM, with a fresh clone of its image"),
     "stop": Verb("actions", "stop a VM; its disk stays on its worker"),
     "suspend": Verb("actions", "suspend a VM"),
-    "start": Verb("actions", "say that a VM shall run"),
+    "start": Verb("actions", "start a VM that is stopped or suspended"),
     "wait": Verb("actions", "wait until a VM is ready, or in another state"),
     "ip": Verb("actions", "print a VM's address in its worker's network"),
-    "drain": Verb("actions", "let a worker run out of VMs"),
+    "drain": Verb("actions", "assign no new VMs to a worker, and end its VMs at a deadline"),
     "capacity": Verb("actions", "show what the fleet could still run"),
     "history": Verb("actions", "list the VMs that ended last"),
     "sessions": Verb("actions", "list who is connected: watches, tunnels, commands and workers"),
-    "completion": Verb("completion", "print what makes a shell complete this command's words"),
+    "completion": Verb("completion", "print the script with which a shell completes words of this command"),
     "__complete": Verb("completion", ""),
     "version": Verb("version", "print the versions of this command and of the controller"),
     "controller": Verb("", "run a controller (see orchard controller --help), or install it as a service"),
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             status = _run(words)
         finally:
-            # What is still buffered would fail when the process has ended, with a status of Python's.
+            # Python writes what is still buffered at its exit, and a failure there has an exit status of Python's own.
             sys.stdout.flush()
     except CommandError as error:
         from orchard.cli.output import printable
@@ -132,12 +132,12 @@ def _complain(text: str) -> None:
     try:
         print(f"orchard: {text}", file=sys.stderr, flush=True)
     except OSError:
-        # The exit status is what is left to tell.
+        # Only the exit status can still tell it.
         discard_output(sys.stderr)
 
 
 def _open_standard_streams() -> None:
-    """Open the standard streams that were closed, so that no socket gets their numbers and with them what is printed.
+    """Open standard streams that are closed: a socket that gets the number of one would receive what is printed.
 
     Characters that standard output cannot encode are printed as escapes: a VM's output may have any.
     """
@@ -177,7 +177,7 @@ def _run(words: list[str]) -> int:
 
 
 def _remember_controller(settings: ControllerSettings, running: Running) -> None:
-    """Have the user who starts a controller reach it by the command."""
+    """Store the context of a controller for the user who starts it."""
     from orchard.cli.session import remember_controller
 
     remember_controller(settings, running)

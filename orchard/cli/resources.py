@@ -157,7 +157,11 @@ def add_verb(verb: str, parser: CommandLine) -> None:
     parser.completions["kind"] = expected
     if verb == "get":
         parser.add_argument(
-            "name", metavar="NAME[/FIELD]", nargs="?", default="", help="a field's value alone, as JSON names it"
+            "name",
+            metavar="NAME[/FIELD]",
+            nargs="?",
+            default="",
+            help="with FIELD, a name in its JSON: only that field's value",
         )
     else:
         parser.add_argument("name", metavar="NAME", nargs="?" if verb == "delete" else None)
@@ -166,7 +170,7 @@ def add_verb(verb: str, parser: CommandLine) -> None:
         parser.add_argument("--dry-run", action="store_true", help="print what would be deleted, and delete nothing")
     if verb == "pause":
         parser.add_argument("--wait", metavar="SECONDS", type=parse_span,
-            help="wait for its VMs to end; with exit status 124 when they have not by then")  # fmt: skip
+            help="wait so long for its VMs to end; exit status 124: some have not ended")  # fmt: skip
     if verb == "get":
         add_output_option(parser, "table", "json", "name")
     add_context_option(parser)
@@ -184,7 +188,7 @@ def find_kind(word: str, allowed: tuple[ResourceKind, ...]) -> ResourceKind:
 
 def _get(options: argparse.Namespace) -> int:
     if options.output != "table" and (options.kind in _TOKENS or (options.output == "name" and "/" in options.name)):
-        raise CommandError(f"-o {options.output} is for whole resources; what is alone is printed as it is", USAGE)
+        raise CommandError(f"-o {options.output} is for whole resources; a field's value is printed as it is", USAGE)
     if options.kind in _TOKENS:
         if not options.name:
             raise CommandError(f"the name is missing: orchard get {options.kind} NAME", USAGE)
@@ -329,6 +333,6 @@ def _count_vms(controller: ControllerConnection, worker: str) -> int:
 
 
 def set_paused(controller: ControllerConnection, worker: str, paused: bool) -> None:
-    """Have a worker get no new VMs, or have it get some again."""
+    """Stop or resume assigning new VMs to a worker."""
     path = path_of("workers", worker)
     controller.call("PUT", path, body={**controller.fetch("GET", path), "scheduling_paused": paused})

@@ -117,9 +117,9 @@ def _watch(options: argparse.Namespace) -> int:
 
 
 def changes(controller: ControllerConnection, query: Sequence[tuple[str, str]]) -> Iterator[Mapping[str, Any] | None]:
-    """Yield each change of a watch without an end, over restarts of the controller; None where all begins anew."""
+    """Yield each change of a watch, over restarts of the controller; None where it begins anew with all objects."""
     since = ""
-    # How often all began, and how often the caller knows of that.
+    # How often the watch began with all objects, and of how many of these beginnings the caller knows.
     begins, known = 0, 1
 
     def make_query() -> list[tuple[str, str]]:

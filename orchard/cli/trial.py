@@ -266,7 +266,7 @@ async def _dev(options: argparse.Namespace, make_driver: _MakeDriver) -> None:
 
 @contextmanager
 def _ready_file(path: Path | None, url: str) -> Iterator[None]:
-    """Have a file with the controller's URL for the time of the block. Raises StartError if it cannot be written."""
+    """Keep a file with the controller's URL during the block. Raises StartError if it cannot be written."""
     if path is None:
         yield
         return
