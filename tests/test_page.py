@@ -13,10 +13,11 @@ import trio
 import trio.testing
 from harness.served import Served, served
 
+from orchard.codec import attrs_of
 from orchard.handlers.admission import Admitted
 from orchard.net.request import Headers, HTTPError, Request, Response
 from orchard.operations import OPERATIONS, make_api
-from orchard.schema import ServiceAccount
+from orchard.schema import ServiceAccount, VMMeta, VMSpec, VMState
 
 FILES = {
     "": "text/html; charset=utf-8",
@@ -129,6 +130,14 @@ def test_script_never_makes_markup_or_code_of_text() -> None:
 def test_page_has_no_markup_that_the_policy_refuses() -> None:
     page = (SOURCES / "index.html").read_text()
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?! src=\"app\.js\" defer></script>)", page)
+
+
+def test_script_knows_which_fields_of_a_vm_are_no_part_of_its_specification() -> None:
+    """The page shows the others as the specification, and creates a VM with them."""
+    known = re.search(r"const SET_BY_OTHERS = \[(.*?)\];", (SOURCES / "app.js").read_text(), re.DOTALL)
+    assert known is not None
+    fields = [field for part in (VMMeta, VMSpec, VMState) for field in attrs_of(part)]
+    assert {field.json for field in fields if field.writer != "user"} <= set(re.findall(r'"(\w+)"', known[1]))
 
 
 async def test_script_names_only_paths_that_the_api_has(api: Served) -> None:

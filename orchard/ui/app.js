@@ -25,19 +25,15 @@ function svg(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** The shape of a state, a copy: of <use>, browsers make a tree of its own. Its word stands beside it, or is its label. */
+/** The shape of a state, a copy: browsers make a tree of each <use>. Its word stands beside it, or is its label. */
 function mark(state, label = "") {
   const named = label ? { role: "img", "aria-label": label } : { "aria-hidden": "true" };
-  const shapes = document.getElementById(`i-${state}`)?.cloneNode(true).childNodes || [];
+  const shapes = byId(`i-${state}`)?.cloneNode(true).childNodes || [];
   return svg("svg", { class: `mark s-${state}`, viewBox: "0 0 12 12", ...named }, ...shapes);
 }
 
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
-}
-
-function setClass(element, name) {
-  setAttribute(element, "class", name);
 }
 
 function setAttribute(element, name, value) {
@@ -376,17 +372,16 @@ class Fleet {
   problems(now = serverTime()) {
     const found = [];
     for (const worker of this.workers.values()) this.addWorkerProblems(found, worker);
-    const never = new Map();
+    const { never = [], other = [] } = Object.groupBy(this.idle.values(), (vm) => (isNever(vm) ? "never" : "other"));
     let waiting = 0, oldest = "";
-    for (const vm of this.idle.values()) {
-      if (isNever(vm)) never.set(vm.status_message, [...(never.get(vm.status_message) || []), vm]);
-      else addVMProblem(found, vm, now);
-      if (isQueued(vm) && !isNever(vm) && now - Date.parse(vm.createdAt) > LONG_QUEUE) {
+    for (const vm of other) {
+      addVMProblem(found, vm, now);
+      if (isQueued(vm) && now - Date.parse(vm.createdAt) > LONG_QUEUE) {
         waiting++;
         if (!oldest || vm.createdAt < oldest) oldest = vm.createdAt;
       }
     }
-    for (const [reason, vms] of never) {
+    for (const [reason, vms] of Map.groupBy(never, (vm) => vm.status_message)) {
       const [first] = vms.sort((a, b) => byText(a.createdAt, b.createdAt));
       const [title, href] = vms.length === 1 ? [first.name, address("vm", first.name)] : [plural(vms.length, "VM"), "#/vms?state=queued"];
       found.push({ rank: 1, key: `v ${first.name}`, state: "queued", title, text: `can never be placed – ${reason}`, href, since: first.createdAt });
@@ -444,6 +439,8 @@ class RequestError extends Error {
     this.status = status;
   }
 }
+
+const reasonOf = (error) => (error.status ? error.message : "The controller cannot be reached.");
 
 function authorizationOf(account, token) {
   return `Basic ${btoa(String.fromCharCode(...new TextEncoder().encode(`${account}:${token}`)))}`;
@@ -697,6 +694,7 @@ const address = (...parts) => `#/${parts.map(encodeURIComponent).join("/")}`;
 const vmLink = (name) => h("a", { href: address("vm", name), class: "clip", title: name, "data-nav": true }, name);
 const workerLink = (name) => (name ? h("a", { href: address("worker", name), title: name }, name) : "–");
 const clipped = (text) => h("span", { class: "clip", title: text }, text);
+const titleBar = (...parts) => h("div", { class: "title" }, h("h1", {}, parts.shift()), h("span", { class: "grow" }), ...parts);
 const empty = (text) => h("p", { class: "quiet-text" }, text);
 
 function panel(title, ...children) {
@@ -760,7 +758,7 @@ async function act(action, done) {
     if (done) frame.say(done);
     return result ?? true;
   } catch (error) {
-    frame.say(error instanceof RequestError ? error.message : "The controller cannot be reached.");
+    frame.say(reasonOf(error));
     // A role was taken away.
     if (error.status === 403) refreshInfo();
     return null;
@@ -784,17 +782,12 @@ class LongTable {
     this.table = h("table", { class: "fixed", "aria-label": label }, h("thead", {}, h("tr", {}, this.heads)), this.body);
     this.element = h("div", { class: "scroll tall", tabindex: "-1" }, this.table);
     this.element.addEventListener("scroll", () => frame.schedule(() => this.draw()), { passive: true });
-    this.above = this.spacer();
-    this.below = this.spacer();
+    [this.above, this.below] = [0, 1].map(() => h("tr", { class: "spacer", "aria-hidden": "true" }, h("td")));
   }
 
   headOf(column) {
     if (!column.sort) return column.title;
     return button(column.title, () => this.onSort(column.sort));
-  }
-
-  spacer() {
-    return h("tr", { class: "spacer", "aria-hidden": "true" }, h("td"));
   }
 
   show(items, sort = null) {
@@ -833,10 +826,6 @@ class LongTable {
   }
 }
 
-function stateCell(state, phase = state) {
-  return h("td", { class: "c-state" }, mark(state), phase);
-}
-
 /** A small table whose rows are all there. */
 function table(label, heads, rows) {
   const head = h("tr", {}, heads.map((text) => (text ? h("th", { scope: "col" }, text) : h("td"))));
@@ -846,7 +835,7 @@ function table(label, heads, rows) {
 // ---- page: fleet ----
 
 // Of workers, so many get their boxes in one frame.
-const MAX_LISTED = 60, MAX_SLOTS = 12, MAX_NEW_BOXES = 60, SLOT_HEIGHT = 24;
+const MAX_LISTED = 30, MAX_SLOTS = 12, MAX_NEW_BOXES = 30, SLOT_HEIGHT = 24;
 
 class FleetPage {
   title = "Fleet";
@@ -862,6 +851,8 @@ class FleetPage {
     this.failures = this.list("Failures of the last hour");
     this.seen = new IntersectionObserver((entries) => this.onSeen(entries), { rootMargin: "300px" });
     this.boxes = new Map();
+    // Rows of slots to be used again: new ones would be much garbage when a person scrolls.
+    this.spare = [];
     this.earlier = [];
     const tools = h("div", { class: "tools" }, h("h2", {}, "Workers"), this.search, h("label", {}, "Group by", this.select));
     main.append(h("h1", { class: "visually-hidden" }, "Fleet"), this.tiles, h("div", { class: "fleet" },
@@ -957,12 +948,7 @@ class FleetPage {
       || [...(fleet.placed.get(worker.name)?.keys() || [])].some((name) => name.toLowerCase().includes(wanted));
     const all = [...fleet.workers.values()].sort((a, b) => byNumber(a.name, b.name));
     this.drawGroupChoices(all);
-    const groups = new Map();
-    for (const worker of all.filter(matches)) {
-      const group = this.groupOf(worker);
-      if (!groups.has(group)) groups.set(group, []);
-      groups.get(group).push(worker);
-    }
+    const groups = Map.groupBy(all.filter(matches), (worker) => this.groupOf(worker));
     for (const name of this.boxes.keys()) if (!fleet.workers.has(name)) this.dropBox(name);
     const shown = [...groups].sort(([a], [b]) => byNumber(a, b)).map(([name, workers]) => ({ name, workers }));
     if (!shown.length) shown.push({ name: "", none: wanted ? "Nothing matches." : fleet.complete ? "No worker has registered yet." : "Loading…" });
@@ -986,10 +972,8 @@ class FleetPage {
 
   box(name) {
     if (!this.boxes.has(name)) {
-      const link = h("a", { href: address("worker", name), "data-nav": true }, name);
-      const box = { name, link, word: h("span", { class: "word" }), slots: h("ul"), mark: null, state: "", isSeen: false };
-      box.head = h("header", {}, link, box.word);
-      box.element = h("li", { class: "box" }, box.head, box.slots);
+      const box = { name, word: h("span", { class: "word" }), slots: h("ul"), mark: h("i"), state: "", isSeen: false };
+      box.element = h("li", { class: "box" }, h("header", {}, box.mark, h("a", { href: address("worker", name), "data-nav": true }, name), box.word), box.slots);
       box.element.box = box;
       this.boxes.set(name, box);
       this.seen.observe(box.element);
@@ -1006,8 +990,13 @@ class FleetPage {
     for (const { target, isIntersecting } of entries) {
       const { box } = target;
       box.isSeen = isIntersecting;
-      frame.schedule(box.draw ||= () => (box.isSeen ? this.drawBox(box.name) : keyed(box.slots, [], String, String)));
+      frame.schedule(box.draw ||= () => (box.isSeen ? this.drawBox(box.name) : this.clearBox(box)));
     }
+  }
+
+  clearBox({ slots }) {
+    this.spare.push(...[...slots.children].filter((row) => row.item.uid));
+    keyed(slots, [], String, String);
   }
 
   drawBox(name) {
@@ -1015,14 +1004,14 @@ class FleetPage {
     if (!worker || !box) return;
     const state = workerState(worker), vms = fleet.vmsOn(name);
     if (state !== box.state) {
-      box.mark?.remove();
-      box.mark = mark(state);
-      box.head.prepend(box.mark);
+      const shape = mark(state);
+      box.mark.replaceWith(shape);
+      box.mark = shape;
       box.state = state;
-      setClass(box.element, `box ${state}`);
+      setAttribute(box.element, "class", `box ${state}`);
     }
     const low = isDiskLow(worker.disk), ill = worker.health?.problems?.length;
-    setClass(box.word, `word s-${state === "online" ? (low || ill ? "paused" : "") : state}`);
+    setAttribute(box.word, "class", `word s-${state === "online" ? (low || ill ? "paused" : "") : state}`);
     setText(box.word, state === "online" ? (low ? "disk low" : ill ? "problems" : "") : state);
     // Stopped VMs use no slot.
     const using = vms.filter((vm) => !["stopped", "suspended", "failed"].includes(vmState(vm)));
@@ -1030,13 +1019,10 @@ class FleetPage {
     const free = Math.max(0, slotsOf(worker) - using.length), word = state === "online" ? "free" : "unused";
     const rows = [...using, ...rest, ...Array.from({ length: free }, (_, index) => ({ free: `${word} ${index}`, word }))];
     const hidden = rows.length > MAX_SLOTS ? rows.splice(MAX_SLOTS - 1).length : 0;
-    const height = SLOT_HEIGHT * (rows.length + (hidden ? 1 : 0));
-    box.slots.style.height = `${height}px`;
-    // While the box is not seen, the browser neither lays it out nor paints it.
-    box.element.style.containIntrinsicBlockSize = `auto ${height + 39}px`;
+    box.slots.style.height = `${SLOT_HEIGHT * (rows.length + (hidden ? 1 : 0))}px`;
     if (!box.isSeen) return;
     if (hidden) rows.push({ more: hidden });
-    keyed(box.slots, rows, (row) => row.uid || `${row.free ?? `more ${row.more}`}`, slotRow, (child, row) => row.uid && updateSlot(child, row));
+    keyed(box.slots, rows, (row) => row.uid || `${row.free ?? `more ${row.more}`}`, (row) => slotRow(row, this.spare), (child, row) => row.uid && updateSlot(child, row));
   }
 
   drawFailures() {
@@ -1054,19 +1040,22 @@ class FleetPage {
   }
 }
 
-function slotRow(row) {
+function slotRow(row, spare) {
   if (row.more) return h("li", { class: "slot free" }, h("span"), `and ${row.more} more`);
   if (!row.uid) return h("li", { class: "slot free" }, mark("free"), row.word);
-  const item = h("li", { class: "slot" }, h("i"), vmLink(row.name), h("span", { class: "phase" }), h("time"));
+  const item = spare.pop() || h("li", { class: "slot" }, h("a", { class: "clip", "data-nav": true }, h("i"), ""), h("span", { class: "phase" }, "", h("time")));
   updateSlot(item, row);
   return item;
 }
 
 function updateSlot(item, vm) {
-  const [, , phase, time] = item.children, state = vmState(vm);
-  if (item.state !== state) item.firstChild.replaceWith(mark(state));
+  const [link, phase] = item.children, state = vmState(vm), [shape, name] = link.childNodes, [word, time] = phase.childNodes;
+  if (item.state !== state) shape.replaceWith(mark(state));
   item.state = state;
-  setText(phase, vmPhase(vm));
+  setText(name, vm.name);
+  setAttribute(link, "title", vm.name);
+  setAttribute(link, "href", address("vm", vm.name));
+  setText(word, vmPhase(vm));
   setAttribute(phase, "title", vm.status_message || "");
   setTime(time, vm.restarted_at || vm.started_at || vm.scheduled_at || vm.createdAt);
 }
@@ -1178,7 +1167,7 @@ class VMsPage {
   row(vm) {
     const cell = (name, ...content) => h("td", { class: `c-${name}` }, ...content);
     const metadata = pairs(vm.metadata).join(" ");
-    return h("tr", {}, may("compute:write") && cell("pick", this.pick(vm)), stateCell(vmState(vm), vmPhase(vm)), cell("name", vmLink(vm.name)),
+    return h("tr", {}, may("compute:write") && cell("pick", this.pick(vm)), cell("state", mark(vmState(vm)), vmPhase(vm)), cell("name", vmLink(vm.name)),
       cell("owner", vm.createdBy || "–"), cell("worker", workerLink(vm.worker)), h("td", { class: "c-image", title: vm.image }, shortImage(vm.image)),
       h("td", { class: "c-metadata", title: metadata }, metadata), cell("age", ago(vm.createdAt)), h("td", { class: "c-message dim", title: vm.status_message || "" }, vm.status_message || ""));
   }
@@ -1321,7 +1310,7 @@ class WorkerPage {
       return;
     }
     this.drawDisk(worker);
-    const rows = (worker.images || []).map((image) => h("tr", {}, h("td", {}, image.name), h("td", { class: "right" }, bytes(image.sizeBytes)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–")));
+    const rows = (worker.images || []).map((image) => h("tr", {}, h("td", {}, image.name), h("td", {}, bytes(image.sizeBytes)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–")));
     refill(this.images, rows.length ? table("Images", ["Image", "Size", "Last used"], rows) : empty("It has reported no images."));
   }
 
@@ -1349,7 +1338,7 @@ class WorkerPage {
 
 // What the controller or the worker sets: not part of a specification.
 const SET_BY_OTHERS = ["uid", "createdAt", "createdBy", "version", "generation", "observedGeneration", "status", "status_message", "worker", "assignedCPU", "assignedMemory",
-  "scheduled_at", "started_at", "restarted_at", "restart_count", "localName", "tartName", "conditions", "image_fqn", "expiresAt", "startupExitCode", "startupEndedAt"];
+  "scheduled_at", "started_at", "restarted_at", "restart_count", "localName", "tartName", "conditions", "image_fqn", "expiresAt", "startupExitCode", "startupEndedAt", "endedAt", "endRequest", "waitingSince"];
 const SCRIPT_FIELDS = ["startup_script", "startupOnFailure", "startupTimeoutSeconds", "net-softnet", "powerState"];
 
 function specification(vm) {
@@ -1421,7 +1410,7 @@ class VMPage {
       asJSON.hidden = !asJSON.hidden;
       asTable.hidden = !asJSON.hidden;
       toggle.setAttribute("aria-pressed", String(!asJSON.hidden));
-    }, { "aria-pressed": "false", class: "quiet" });
+    }, { "aria-pressed": "false" });
     refill(this.spec, toggle, asTable, asJSON);
   }
 
@@ -1548,7 +1537,7 @@ class LogView {
       if (wanted && matchesText(line, wanted)) this.shown.push(line);
     }
     if (this.lines.length > MAX_LINES || this.characters > MAX_CHARACTERS) this.drop();
-    frame.schedule(this.drawLater ||= () => this.draw());
+    this.drawSoon();
   }
 
   drop() {
@@ -1563,6 +1552,10 @@ class LogView {
   select() {
     const wanted = this.search.value.toLowerCase();
     this.shown = wanted ? this.lines.filter((event) => matchesText(event, wanted)) : this.lines;
+    this.drawSoon();
+  }
+
+  drawSoon() {
     frame.schedule(this.drawLater ||= () => this.draw());
   }
 
@@ -1594,13 +1587,13 @@ class LogView {
     if (this.lastTop !== undefined && scrollTop < this.lastTop - 2 && this.follows) this.setFollow(false);
     else if (scrollTop + clientHeight >= scrollHeight - 2 && !this.follows && scrollTop > (this.lastTop || 0)) this.setFollow(true);
     this.lastTop = scrollTop;
-    frame.schedule(this.drawLater ||= () => this.draw());
+    this.drawSoon();
   }
 
   setFollow(follows) {
     this.follows = follows;
     this.toggle.setAttribute("aria-pressed", String(follows));
-    frame.schedule(this.drawLater ||= () => this.draw());
+    this.drawSoon();
   }
 
   download() {
@@ -1621,6 +1614,9 @@ function logRow(event) {
 
 // ---- page: images ----
 
+// Workers of an image whose names are shown.
+const MAX_NAMED = 20;
+
 class ImagesPage {
   title = "Images";
   pulling = [];
@@ -1632,7 +1628,7 @@ class ImagesPage {
     this.pulls = h("ul", { class: "list" });
     this.settings = h("div");
     this.aside = h("div", { class: "stack", hidden: true }, panel("Pre-pull", this.settings), panel("Being pulled", this.pulls));
-    main.append(h("div", { class: "title" }, h("h1", {}, "Images"), h("span", { class: "grow" }), may("admin:write") && button("Pre-pull…", () => this.addPrepull(""))),
+    main.append(titleBar("Images", may("admin:write") && button("Pre-pull…", () => this.addPrepull(""))),
       h("div", { class: "columns aside" }, panel("On workers", this.list), this.aside));
     this.load();
     this.timer = setInterval(() => document.hidden || this.load(), 30 * SECOND);
@@ -1683,9 +1679,9 @@ class ImagesPage {
   }
 
   drawList() {
-    const rows = [...this.images.values()].sort((a, b) => b.workers.length - a.workers.length || byText(a.name, b.name)).slice(0, 500).map((image) =>
-      h("tr", {}, h("td", {}, image.name), h("td", { title: image.workers.join(", ") }, `${image.workers.length} of ${this.count}`),
-        h("td", { class: "right" }, bytes(image.size)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–"),
+    const rows = [...this.images.values()].sort((a, b) => b.count - a.count || byText(a.name, b.name)).slice(0, 500).map((image) =>
+      h("tr", {}, h("td", {}, image.name), h("td", { title: `${image.workers.join(", ")}${image.count > MAX_NAMED ? " …" : ""}` }, `${number(image.count)} of ${number(this.count)}`),
+        h("td", {}, bytes(image.size)), h("td", {}, image.lastUsed ? ago(image.lastUsed) : "–"),
         h("td", {}, may("admin:write") && !this.isPrepulled(image.name) && button("Pre-pull…", () => this.addPrepull(image.name), { class: "quiet", "aria-label": `Pre-pull ${image.name}` }))));
     refill(this.list, rows.length ? table("Images", ["Image", "Workers", "Size", "Last used", ""], rows) : empty("No worker has reported an image."));
   }
@@ -1724,8 +1720,8 @@ class ImagesPage {
 }
 
 function addImage(images, { name, sizeBytes, lastUsed }, worker) {
-  const image = images.get(name) || { name, workers: [], size: 0, lastUsed: "" };
-  image.workers.push(worker);
+  const image = images.get(name) || { name, count: 0, workers: [], size: 0, lastUsed: "" };
+  if (image.count++ < MAX_NAMED) image.workers.push(worker);
   image.size = Math.max(image.size, sizeBytes || 0);
   if ((lastUsed || "") > image.lastUsed) image.lastUsed = lastUsed;
   images.set(name, image);
@@ -1787,12 +1783,9 @@ class HistoryPage {
   mount(main) {
     this.hours = h("select", { on: { change: () => this.draw() } }, [[24, "24 hours"], [72, "3 days"], [168, "7 days"]].map(([value, text]) => h("option", { value }, text)));
     this.body = h("div", { class: "columns thirds" }, empty("Loading…"));
-    main.append(h("div", { class: "title" }, h("h1", {}, "History"), h("span", { class: "grow" }), h("label", {}, "Last", this.hours)), this.body);
+    main.append(titleBar("History", h("label", {}, "Last", this.hours)), this.body);
     this.load();
   }
-
-  update() {}
-  unmount() {}
 
   async load() {
     this.vms = await loadHistory();
@@ -1854,15 +1847,9 @@ function linePlot(label, median, high, hours) {
 }
 
 function failureTable(vms, key, name) {
-  const groups = new Map();
-  for (const vm of vms) {
-    const group = groups.get(vm[key] || "–") || { all: 0, failed: 0 };
-    group.all++;
-    if (vm.status === "failed") group.failed++;
-    groups.set(vm[key] || "–", group);
-  }
-  const rows = [...groups].filter(([, group]) => group.failed).sort(([, a], [, b]) => b.failed - a.failed).slice(0, 10).map(([value, group]) =>
-    h("tr", {}, h("td", {}, value), h("td", { class: "right" }, String(group.failed)), h("td", { class: "right" }, `${Math.round((100 * group.failed) / group.all)} %`), h("td", {}, bar(group.failed / group.all, "share that failed", true))));
+  const groups = [...Map.groupBy(vms, (vm) => vm[key] || "–")].map(([value, list]) => ({ value, all: list.length, failed: list.filter((vm) => vm.status === "failed").length }));
+  const rows = groups.filter((group) => group.failed).sort((a, b) => b.failed - a.failed).slice(0, 10).map(({ value, all, failed }) =>
+    h("tr", {}, h("td", {}, value), h("td", {}, String(failed)), h("td", {}, `${Math.round((100 * failed) / all)} %`), h("td", {}, bar(failed / all, "share that failed", true))));
   return rows.length ? table(`Failures by ${name}`, [name, "failed", "of its VMs", ""], rows) : empty(vms.length ? "None." : "No VM has ended in this time.");
 }
 
@@ -1874,12 +1861,9 @@ class APIPage {
   mount(main) {
     this.body = h("div", { class: "stack" }, empty("Loading…"));
     this.search = h("input", { type: "search", placeholder: "Search ( / )", "aria-label": "Search the API", on: { input: () => this.draw() } });
-    main.append(h("div", { class: "title" }, h("h1", {}, "API"), h("span", { class: "grow" }), h("a", { class: "button", href: `${BASE}/v1/openapi.json` }, "openapi.json")), h("div", { class: "tools" }, this.search), this.body);
+    main.append(titleBar("API", h("a", { class: "button", href: `${BASE}/v1/openapi.json` }, "openapi.json")), h("div", { class: "tools" }, this.search), this.body);
     this.load();
   }
-
-  update() {}
-  unmount() {}
 
   async load() {
     const found = await act(() => ask("/openapi.json"));
@@ -1926,7 +1910,7 @@ const KEYS = [["/", "search"], ["j", "next"], ["k", "the one before"], ["Enter",
 const byId = (id) => document.getElementById(id);
 
 // Milliseconds after which drawing lets the browser paint.
-const PIECE = 4;
+const PIECE = 2;
 
 class Frame {
   page = null;
@@ -1950,7 +1934,7 @@ class Frame {
     changed.all = this.isNew;
     if (this.page && (this.isNew || changed.vms.size || changed.workers.size)) {
       this.isNew = false;
-      this.page.update(changed);
+      this.page.update?.(changed);
     }
     // What takes longer than a part of a frame goes on in the next one.
     const began = performance.now();
@@ -2086,7 +2070,7 @@ function showSignIn(message = "") {
     try {
       await signIn(account.value, token.value);
     } catch (problem) {
-      setText(error, problem.status === 401 ? "The account is unknown, or the token is wrong." : problem.status ? problem.message : "The controller cannot be reached.");
+      setText(error, problem.status === 401 ? "The account is unknown, or the token is wrong." : reasonOf(problem));
       submit.disabled = false;
       token.select();
     }
