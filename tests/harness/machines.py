@@ -113,8 +113,13 @@ class Machine:
         return ["nsenter", f"--target={self.pid}", "--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", *words]
 
     def path(self, path: str | Path) -> Path:
-        """Return the path by which this host reaches a file of the machine."""
-        return Path(f"/proc/{self.pid}/root{path}")
+        """Return the path by which this host reaches a file of the machine, which may be missing.
+
+        Links on the way are followed in the machine: a write through one from here would change a file of this host.
+        """
+        words = self.inside("realpath", "--canonicalize-missing", "--", str(path))
+        found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.removesuffix("\n")
+        return Path(f"/proc/{self.pid}/root{found}")
 
     def run(self, *words: str) -> None:
         done = subprocess.run(self.inside(*words), capture_output=True, text=True, check=False)
