@@ -179,6 +179,31 @@ def test_environment_whose_making_was_interrupted_is_made_anew(tmp_path: Path) -
     check_made_anew(machine.run("demo"), machine)
 
 
+@pytest.mark.parametrize(
+    ("present", "verb", "installs"),
+    [
+        ("[test]", "demo", False),
+        ("", "demo", False),
+        ("", "bench", True),
+        ("none", "demo", True),
+        ("old", "demo", True),
+    ],
+)
+def test_environment_is_installed_once_and_that_of_tests_serves_all(
+    present: str, verb: str, installs: bool, tmp_path: Path
+) -> None:
+    machine = Machine(tmp_path, user=1000, system="Linux")
+    for name in ("", "[test]"):
+        stamp = machine.project / ".venv" / f"installed{name}"
+        if present == "old":
+            # Older than pyproject.toml.
+            os.utime(stamp, (0, 0))
+        elif name != present:
+            stamp.unlink()
+    # pip prints to standard error.
+    assert ("python -m pip install" in machine.run(verb).stderr) is installs
+
+
 @pytest.mark.parametrize("verb", ["demo", "orchard", "python"])
 def test_commands_run_in_the_directory_of_their_caller(tmp_path: Path, verb: str) -> None:
     machine = Machine(tmp_path, user=1000, system="Linux")
