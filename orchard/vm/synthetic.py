@@ -82,6 +82,9 @@ _GIGABYTE = 10**9
 _PULL_STEPS = 10
 # Interval of listing processes until the killed ones have ended.
 _LEFTOVER_POLL_SECONDS = 0.01
+# Limit for the beginning of a program, which takes microseconds on an idle core.
+_EXECUTING_SECONDS = 0.1
+_EXECUTING_POLL_SECONDS = 0.001
 _VARIABLE = "ORCHARD_VM"
 _SSH_PORT = 22
 
@@ -522,11 +525,28 @@ def _processes() -> Iterator[tuple[int, _Process]]:
     if _has_proc():
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(OSError, IndexError):
-                words = (path / "environ").read_text(errors="surrogateescape")
+                words = _read_environment(path)
                 parent = int((path / "stat").read_text(errors="replace").rpartition(") ")[2].split()[1])
                 yield int(path.name), _Process(parent, f"\0{words}\0", "\0")
         return
     yield from _processes_in(_output("/bin/ps", "-axEww", "-o", "pid=,ppid=,command="))
+
+
+def _read_environment(process: Path) -> str:
+    """Return the environment of a process of this user. Raises OSError.
+
+    While a process begins to execute a program, the kernel shows neither its arguments nor its environment. Who started
+    the process does not wait for the end of that, so this does.
+    """
+    until = time.monotonic() + _EXECUTING_SECONDS
+    while not (words := (process / "environ").read_text(errors="surrogateescape")):
+        # Threads of the kernel, and processes that have ended, have no program.
+        is_executing = not (process / "cmdline").read_bytes() and (process / "exe").exists()
+        if not is_executing or time.monotonic() > until:
+            # The environment came just before the arguments were read, or there is none.
+            return (process / "environ").read_text(errors="surrogateescape")
+        time.sleep(_EXECUTING_POLL_SECONDS)
+    return words
 
 
 def _processes_in(lines: Iterable[str]) -> Iterator[tuple[int, _Process]]:

@@ -473,6 +473,17 @@ async def test_program_that_entered_a_vm_ends_with_it(driver: SyntheticDriver, h
         driver.enter(NAME, "alice")
 
 
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="this system has no /proc")
+def test_environment_of_a_program_that_begins_is_read() -> None:
+    """Popen returns before the kernel shows it, so that a single read of some finds none."""
+    found = []
+    for _ in range(300):
+        with subprocess.Popen(["sleep", "1000"], env={"ORCHARD_VM": "one"}, start_new_session=True) as program:
+            found.append(synthetic._read_environment(Path(f"/proc/{program.pid}")))
+            program.kill()
+    assert set(found) == {"ORCHARD_VM=one\0"}
+
+
 async def test_files_of_the_driver_are_private_under_any_umask(home: Path) -> None:
     before = os.umask(0)
     try:
