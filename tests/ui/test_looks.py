@@ -291,7 +291,7 @@ def test_focus_stays_near_when_its_control_goes(tab: Page, fleet: BlockingCluste
     tab.evaluate("frame.page.draw()")
     assert focus_of(tab) == name
     tab.goto(f"{fleet.url}/ui/#/images")
-    tab.get_by_role("button", name="Pre-pull", exact=False).nth(1).focus()
+    tab.get_by_role("button", name="Pre-pull", exact=False).last.focus()
     before = focus_of(tab)
     tab.evaluate("frame.page.load()")
     assert focus_of(tab) == before
