@@ -211,9 +211,9 @@ class Client(Transport):
         """Follow all VMs and workers for the time of an `async with` block.
 
         The block gets an iterator of `WatchedChange`: ADDED for each object that there is, SYNCED, and then each
-        change. It does not end. After a lost connection it resumes; if the controller no longer keeps the changes
-        meanwhile, it yields the differences as changes. It raises ConnectError when there is no connection for ten
-        minutes. Only VMs that match the filter are shown (see `VMs.list`). Raises ResponseError: 400.
+        change. It does not end. After a lost connection it resumes; if the controller no longer has the changes of that
+        time, it yields the differences as changes. It raises ConnectError after ten minutes without a connection.
+        Only VMs that match the filter are shown (see `VMs.list`). Raises ResponseError: 400.
         """
         return watch_all(self, {"kinds": ",".join(kinds), **filter_query(filter)})
 

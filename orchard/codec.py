@@ -332,7 +332,7 @@ def shown(value: object) -> str:
 # ---- values to resources --------------------------------------------------------------------------------------------
 
 
-# Of parsed JSON values.
+# The types of parsed JSON values, as errors name them.
 _TYPE_NAMES: Mapping[type, str] = {
     bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object", type(None): "null",
 }  # fmt: skip

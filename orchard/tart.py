@@ -435,7 +435,7 @@ class TartDriver:
             raise gone
 
     async def run_script(self, name: str, script: Script, on_line: OnLine) -> None:
-        # Errors of this host: the disk for temporary files is full, or there is no process or descriptor left.
+        # This host may lack space for temporary files, processes or descriptors.
         with reporting(f"cannot run the {script.kind} script"):
             if script.agent:
                 self._refuse_on_vetu("guest agents")

@@ -379,7 +379,7 @@ class Rendezvous:
         return _take_pending(self._addresses, session, account)
 
     async def lend(self, request: PendingRequest[WorkerEnd], stream: TunnelStream) -> None:
-        """Answer a request with the worker's WebSocket, and return when it is no longer needed, or never was."""
+        """Answer a request with the worker's WebSocket. Return when its client is gone."""
         if request.is_abandoned or not self._may_answer():
             return
         end = WorkerEnd(request.worker, stream)

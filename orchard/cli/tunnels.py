@@ -81,7 +81,7 @@ async def _listen(
 ) -> int:
     """Forward a local port until interrupted; call `ready` with it. Each failure of a connection is one line.
 
-    Raises ResponseError if there is no such VM or worker.
+    Raises ResponseError for an unknown VM or worker.
     """
     resource = client.vms if options.kind == "vm" else client.workers
     try:

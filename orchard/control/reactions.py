@@ -58,7 +58,7 @@ class Reactions:
                 _logger.info("worker deleted", extra={"worker": change.name})
 
     def _log_created(self, vms: list[VM]) -> None:
-        """Log new VMs: those of one account in one group commit together, since a line for each is 4 % of what creating it costs."""
+        """Log new VMs, in one line for each account of a group commit: a line for each VM is 4 % of the cost of its creation."""
         names: dict[str, list[str]] = {}
         for vm in vms:
             names.setdefault(vm.meta.created_by, []).append(vm.name)

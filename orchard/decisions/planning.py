@@ -91,7 +91,7 @@ class PlannerInputs:
             return max(over_at, self.restarted_at.get(vm.uid, -math.inf) + RESTART_PAUSE_SECONDS)
         # Such a VM runs without a lease, so only its worker knows when it has ended.
         if vm.spec.restart_policy == "Never":
-            return over_at if has_lost_worker(vm, worker) else math.inf
+            return over_at if self.is_withdrawn(vm, worker) else math.inf
         return max(over_at, self.workers.ended_at_latest(name, vm.uid))
 
     def is_withdrawn(self, vm: VM, worker: Worker | None) -> bool:

@@ -53,7 +53,7 @@ async def _create_at_once(api: API, admitted: Admitted, name: str, spec: VMSpec)
     """Create a VM on a worker, or nothing if it would have to wait for one."""
     scheduling = api.parts.scheduling
     is_settled = await scheduling.settle()
-    # From here to the creation there is no checkpoint, so the worker stays free.
+    # No checkpoint comes before the creation, so the worker stays free.
     _check_new(api, name)
     placement = scheduling.planner.placement
     worker = placement.find_worker(spec) if is_settled else None

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 # Status codes of a close frame (section 7.4.1).
 NORMAL, GOING_AWAY, PROTOCOL_ERROR, INVALID_PAYLOAD, INTERNAL_ERROR = 1000, 1001, 1002, 1007, 1011
-# Also such a code: the peer may not go on.
+# Another such code: the session may not go on, for example because its account was deleted.
 POLICY_VIOLATION = 1008
 # Codes that are never sent: a close frame without a code, and a connection that ended without a close frame.
 NO_STATUS, ABNORMAL = 1005, 1006

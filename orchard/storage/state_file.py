@@ -206,7 +206,7 @@ class StateFile:
         return True
 
     def _write_with_reserve(self, write: Callable[[], None], size: int, limit: int) -> bool:
-        """Call `write`, which writes `size` bytes. If there is no space, take it from the reserve, at most `limit` bytes.
+        """Call `write`, which writes `size` bytes. On a full disk, free at most `limit` bytes of the reserve for them.
 
         Return True when the reserve was needed.
         """

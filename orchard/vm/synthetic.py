@@ -535,8 +535,8 @@ def _processes() -> Iterator[tuple[int, _Process]]:
 def _read_environment(process: Path) -> str:
     """Return the environment of a process of this user. Raises OSError.
 
-    While a process begins to execute a program, the kernel shows neither its arguments nor its environment. Who started
-    the process does not wait for the end of that, so this does.
+    While a process begins to execute a program, the kernel shows neither its arguments nor its environment.
+    `Popen` returns before that time is over, so this function waits for its end.
     """
     until = time.monotonic() + _EXECUTING_SECONDS
     while not (words := (process / "environ").read_text(errors="surrogateescape")):

@@ -86,7 +86,7 @@ find "$group" -depth -type d -exec rmdir {} +
 """
 
 
-# What it takes to start a machine.
+# Tries the mounts that a machine needs.
 _TRY = """
 mount -t tmpfs disk /mnt && mkdir /mnt/upper /mnt/work /mnt/root &&
 mount -t overlay overlay -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root
@@ -105,7 +105,7 @@ def need_machines() -> None:
 @dataclass(frozen=True)
 class Machine:
     name: str
-    # Of its systemd.
+    # The number of its systemd on this host.
     pid: int
 
     def inside(self, *words: str) -> list[str]:
