@@ -379,7 +379,7 @@ class Rendezvous:
         return _take_pending(self._addresses, session, account)
 
     async def lend(self, request: PendingRequest[WorkerEnd], stream: TunnelStream) -> None:
-        """Answer a request with the worker's WebSocket. Return when its client is gone."""
+        """Lend the worker's WebSocket to a request. Return when the request needs it no longer."""
         if request.is_abandoned or not self._may_answer():
             return
         end = WorkerEnd(request.worker, stream)
