@@ -92,6 +92,10 @@ class InvalidError(ValidationError):
 # ---- declarations ---------------------------------------------------------------------------------------------------
 
 
+# What a client's new value of a field that has another one does: it is refused, applies at the VM's next boot, or at once.
+ChangeEffect = Literal["refused", "boot", "at once"]
+
+
 @dataclass(frozen=True, slots=True)
 class Attr:
     """The declaration of one field: the arguments of `attr`, then what `attrs_of` found in the class.
@@ -108,6 +112,7 @@ class Attr:
     most: int = MAX_ITEMS
     twin: str = ""
     example: object = None
+    change: ChangeEffect = "refused"
     required: bool = False
     is_secret: bool = False
     name: str = ""
@@ -138,6 +143,7 @@ def attr(
     most: int = MAX_ITEMS,
     twin: str = "",
     example: object = None,
+    change: ChangeEffect = "refused",
     secret: bool = False,
 ) -> Any:
     """Declare a field of a resource: its name in JSON and its documentation.
@@ -145,11 +151,11 @@ def attr(
     `zero` is the field's value when it is absent; a field without a zero is required. `writer` is who sets the field:
     "user", "controller", "scheduler" or "worker". A field with a `default` is in every answer, zero or not. `number`
     has the published schema call an integer a number. `most` bounds a client's list or map in number. `twin` is a
-    deprecated second name of the field in JSON. A whole number above a given `maximum` breaks a rule. The
-    value of a `secret` field is neither in the repr() nor in errors.
+    deprecated second name of the field in JSON. A whole number above a given `maximum` breaks a rule. `change` says what
+    becomes of a change of a VM's specification. The value of a `secret` field is neither in the repr() nor in errors.
     """
     required = zero is dataclasses.MISSING
-    about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, required, secret)
+    about = Attr(json_name, doc, writer, default, number, maximum, most, twin, example, change, required, secret)
     if isinstance(zero, dict):
         return dataclasses.field(default_factory=dict, repr=not secret, metadata={"attr": about})
     return dataclasses.field(default=zero, repr=not secret, metadata={"attr": about})

@@ -159,14 +159,19 @@ class VMMeta:
 
 @dataclass(frozen=True, slots=True)
 class VMSpec:
-    """What the user asks for. `transitions.change` says which fields may change later."""
+    """What the user asks for. A field's `change` says what becomes of another value after the VM was created."""
 
     image: str = attr("image", "VM image for this VM", zero="", example="ghcr.io/cirruslabs/macos-tahoe-base:latest")
     image_pull_policy: PullPolicy = attr(
         "imagePullPolicy", "VM image pull policy", zero="IfNotPresent", default="IfNotPresent"
     )
     cpu: int = attr(
-        "cpu", "Number of CPUs assigned to this VM; 0: the worker's default", zero=0, default=DEFAULT_CPU, number=True
+        "cpu",
+        "Number of CPUs assigned to this VM; 0: the worker's default",
+        zero=0,
+        default=DEFAULT_CPU,
+        number=True,
+        change="boot",
     )
     memory: int = attr(
         "memory",
@@ -174,8 +179,11 @@ class VMSpec:
         zero=0,
         default=DEFAULT_MEMORY,
         number=True,
+        change="boot",
     )
-    disk_size: int = attr("diskSize", "Disk size in gigabytes; it can only grow", zero=0, number=True, example=100)
+    disk_size: int = attr(
+        "diskSize", "Disk size in gigabytes; it can only grow", zero=0, number=True, example=100, change="boot"
+    )
     os: OS = attr("os", "Operating system of the image", zero="darwin", default="darwin")
     arch: Arch = attr("arch", "Processor architecture that the worker must have", zero="arm64", default="arm64")
     runtime: Runtime = attr("runtime", "Hypervisor command that the worker must have", zero="tart", default="tart")
@@ -185,6 +193,7 @@ class VMSpec:
         zero=False,
         default=False,
         twin="net-softnet",
+        change="boot",
     )
     net_softnet_allow: tuple[str, ...] = attr(
         "netSoftnetAllow",
@@ -192,6 +201,7 @@ class VMSpec:
         " isolation; enables `netSoftnet`",
         zero=(),
         example=["192.168.0.0/24"],
+        change="boot",
     )
     net_softnet_block: tuple[str, ...] = attr(
         "netSoftnetBlock",
@@ -199,18 +209,24 @@ class VMSpec:
         " isolation; enables `netSoftnet`",
         zero=(),
         example=["66.66.0.0/16"],
+        change="boot",
     )
     suspendable: bool = attr(
         "suspendable",
         "Start the VM so that it can be suspended; later generations suspend the VM instead of stopping it",
         zero=False,
         default=False,
+        change="boot",
     )
     net_bridged: str = attr(
-        "net-bridged", "Host interface to bridge the VM's network to; empty: none", zero="", example="en0"
+        "net-bridged",
+        "Host interface to bridge the VM's network to; empty: none",
+        zero="",
+        example="en0",
+        change="boot",
     )
-    headless: bool = attr("headless", "Whether to run without graphics", zero=False, default=False)
-    nested: bool = attr("nested", "Enable nested virtualization", zero=False, default=False)
+    headless: bool = attr("headless", "Whether to run without graphics", zero=False, default=False, change="boot")
+    nested: bool = attr("nested", "Enable nested virtualization", zero=False, default=False, change="boot")
     username: str = attr("username", "SSH username to use when connecting to a VM", zero="admin", default="admin")
     password: str = attr(
         "password", "SSH password to use when connecting to a VM", zero="admin", default="admin", secret=True
@@ -244,6 +260,7 @@ class VMSpec:
         zero=(),
         most=64,
         example=[{"name": "src", "path": "/Users/ci/src", "ro": True}],
+        change="boot",
     )
     random_serial: bool = attr("randomSerial", "Give the VM a random serial number", zero=False)
     audio: bool = attr("audio", "Share the host's sound with the VM; fixed at creation", zero=False)
@@ -254,6 +271,7 @@ class VMSpec:
         " its tartName. Leaving `running` is possible only once",
         zero="running",
         default="running",
+        change="boot",
     )
     startup_timeout_seconds: int = attr(
         "startupTimeoutSeconds",
@@ -277,28 +295,38 @@ class VMSpec:
         f"Seconds that the shutdown script may take; 0: {SHUTDOWN_TIMEOUT}",
         zero=0,
         maximum=MAX_SHUTDOWN_TIMEOUT,
+        change="at once",
     )
     ttl_seconds: int = attr(
         "ttlSeconds",
         "Seconds from its creation after which the VM is deleted; 0: never. A change counts from now",
         zero=0,
         maximum=MAX_VM_TTL,
+        change="at once",
     )
     pending_timeout_seconds: int = attr(
         "pendingTimeoutSeconds",
         "Seconds without a worker after which the VM fails; 0: never",
         zero=0,
         maximum=MAX_PENDING_TIMEOUT,
+        change="at once",
     )
     metadata: Mapping[str, str] = attr(
         "metadata", "The client's own facts about the VM; nothing here looks at them", zero={}, most=MAX_METADATA,
-        example={"pipeline": "1234"},
+        example={"pipeline": "1234"}, change="at once",
     )  # fmt: skip
     priority: int = attr(
-        "priority", "Place in the queue: VMs of higher priority come first", zero=0, maximum=MAX_PRIORITY
+        "priority",
+        "Place in the queue: VMs of higher priority come first",
+        zero=0,
+        maximum=MAX_PRIORITY,
+        change="at once",
     )
     preferred_labels: Mapping[str, str] = attr(
-        "preferredLabels", "Among the workers that can take the VM, those with more of these labels come first", zero={}
+        "preferredLabels",
+        "Among the workers that can take the VM, those with more of these labels come first",
+        zero={},
+        change="at once",
     )
 
 

@@ -44,56 +44,8 @@ from orchard.schema import (
     Worker,
 )
 
-# Each field of a specification is in one of three sets. Those of FIXED never change after the VM was created.
-FIXED = frozenset(
-    {
-        "image",
-        "image_pull_policy",
-        "os",
-        "arch",
-        "runtime",
-        "username",
-        "password",
-        "startup_script",
-        "startup_timeout_seconds",
-        "startup_on_failure",
-        "shutdown_script",
-        "restart_policy",
-        "resources",
-        "labels",
-        "random_serial",
-        "audio",
-        "clipboard",
-    }
-)
-# A worker changes these by stopping (or suspending) the VM and starting it again.
-AT_NEXT_BOOT = frozenset(
-    {
-        "net_softnet",
-        "net_softnet_allow",
-        "net_softnet_block",
-        "net_bridged",
-        "headless",
-        "nested",
-        "suspendable",
-        "host_dirs",
-        "cpu",
-        "memory",
-        "disk_size",
-        "power_state",
-    }
-)
-# These apply at once and do not concern the worker.
-LIVE = frozenset(
-    {
-        "ttl_seconds",
-        "pending_timeout_seconds",
-        "shutdown_timeout_seconds",
-        "metadata",
-        "priority",
-        "preferred_labels",
-    }
-)
+# The fields that apply at once. They do not concern the worker, which for the others stops (or suspends) the VM and starts it.
+_LIVE = frozenset(field.name for field in attrs_of(VMSpec) if field.change == "at once")
 
 _UNSCHEDULED = (Condition("scheduled", "false"), Condition("running", "false"))
 _SCHEDULED = (Condition("scheduled", "true"), Condition("running", "false"))
@@ -116,14 +68,14 @@ def create(
 
 
 def change(vm: VM, spec: VMSpec) -> VM:
-    """Return a VM with another specification: the next generation, applied at its next boot, unless only LIVE fields differ.
+    """Return a VM with another specification: the next generation, applied at its next boot, unless only live fields differ.
 
     Raises TransitionError if a field cannot be changed, or not in the VM's present state.
     """
     changed = {field.name for field in attrs_of(VMSpec) if getattr(vm.spec, field.name) != getattr(spec, field.name)}
     if not changed:
         return vm
-    if changed <= LIVE:
+    if changed <= _LIVE:
         return replace(vm, spec=spec)
     _check_change(vm, spec)
     state = vm.state
@@ -142,7 +94,7 @@ def _check_change(vm: VM, spec: VMSpec) -> None:
     if vm.state.status == "failed":
         raise TransitionError(f'VM "{vm.name}" has failed and cannot be changed; delete it and create it again')
     for field in attrs_of(VMSpec):
-        if field.name in FIXED and getattr(old, field.name) != getattr(spec, field.name):
+        if field.change == "refused" and getattr(old, field.name) != getattr(spec, field.name):
             raise TransitionError(
                 f"{field.json} cannot be changed after the VM was created; delete the VM and create it again"
             )

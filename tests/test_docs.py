@@ -39,7 +39,6 @@ from orchard.codec import attrs_of
 from orchard.operations import OPERATIONS
 from orchard.schema import ClusterSettings, VMSpec
 from orchard.testing import Cluster, cluster
-from orchard.transitions import LIVE
 
 DOCS = ROOT / "docs"
 API = DOCS / "api.md"
@@ -73,7 +72,7 @@ NOT_RUN: dict[str, dict[str, int]] = {
 }
 # Languages of blocks that show a file or a picture.
 SHOWN = {"groovy", "haproxy", "ini", "javascript", "json", "nginx", "text", "toml", "xml", "yaml"}
-LIVE_FIELDS = [field.json for field in attrs_of(VMSpec) if field.name in LIVE]
+LIVE_FIELDS = [field.json for field in attrs_of(VMSpec) if field.change == "at once"]
 SETTINGS = [field.json for field in attrs_of(ClusterSettings)]
 
 

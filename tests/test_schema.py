@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from harness.every_field import EVERY_FIELD
 from harness.go_client import GO_FIELDS, GO_SETTINGS, go_vm, without_zeros
 from harness.strategies import QUICK, any_vm, failed, json_values, pending, resources, resting, running, spec
 from hypothesis import given
@@ -120,46 +121,6 @@ def test_defaults_of_a_new_vm() -> None:
 )
 def test_macos_vm_takes_one_tart_vms_resource(fields: dict[str, Any], resources: dict[str, int]) -> None:
     assert created(**fields).resources == resources
-
-
-# Every field of a specification, with another value than its zero value.
-EVERY_FIELD: dict[str, Any] = {
-    "image": "ghcr.io/cirruslabs/macos-tahoe-base:latest",
-    "imagePullPolicy": "Always",
-    "cpu": 8,
-    "memory": 16384,
-    "diskSize": 100,
-    "os": "linux",
-    "arch": "amd64",
-    "runtime": "vetu",
-    "netSoftnet": True,
-    "netSoftnetAllow": ["192.168.0.0/24", "10.0.0.1", "fd00::/8", "@host", "in 10.0.0.0/8", "out @host"],
-    "netSoftnetBlock": ["0.0.0.0/0"],
-    "net-bridged": "en0",
-    "headless": True,
-    "nested": True,
-    "suspendable": True,
-    "username": "ci",
-    "password": "p@ss, word -- $x",
-    "startup_script": {"script_content": "echo $A\n", "env": {"A": "b; rm -rf /", "_x1": "\n"}, "transport": "ssh"},
-    "restart_policy": "OnFailure",
-    "resources": {"org.cirruslabs.logical-cores": 4},
-    "labels": {"model": "macstudio"},
-    "hostDirs": [{"name": "src", "path": "/Users/ci/src", "ro": True}, {"name": "out", "path": "/tmp/ä b"}],
-    "randomSerial": True,
-    "audio": True,
-    "clipboard": True,
-    "powerState": "suspended",
-    "startupTimeoutSeconds": 600,
-    "startupOnFailure": "keep",
-    "shutdown_script": {"script_content": "sync\n", "env": {"A": "b"}},
-    "shutdownTimeoutSeconds": 60,
-    "ttlSeconds": 3600,
-    "pendingTimeoutSeconds": 60,
-    "metadata": {"pipeline": "1234"},
-    "priority": 10,
-    "preferredLabels": {"model": "macstudio"},
-}
 
 
 def test_every_specification_field_is_read_by_its_json_name() -> None:
